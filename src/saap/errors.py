@@ -1,0 +1,61 @@
+"""Every refusal of saap: one sentence that names the offender and the remedy.
+
+The command line prints the sentence and exits with code 2; in Python the same object is raised.
+"""
+
+from __future__ import annotations
+
+
+class SaapError(Exception):
+    """Base of all errors that a user can mend.
+
+    offender: what was wrong (a file, a flag, a layer). remedy: what to do about it, an imperative clause.
+    """
+
+    def __init__(self, offender: str, remedy: str) -> None:
+        super().__init__(offender, remedy)
+        self.offender = offender
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.offender.rstrip('. ')}. {self.remedy.rstrip('. ')}."
+
+
+class ConfigurationError(SaapError):
+    """A flag or a field of a recipe has an impossible value."""
+
+
+class ModelError(SaapError):
+    """The model cannot be found, read or trusted."""
+
+
+class UnsupportedModelError(SaapError):
+    """Discovery does not understand the architecture; the op or module that stopped it is named."""
+
+
+class CalibrationError(SaapError):
+    """The calibration text is missing, empty, too short or unreadable."""
+
+
+class NonFiniteLossError(SaapError):
+    """The loss of a calibration sample is not a finite number."""
+
+
+class TargetError(SaapError):
+    """The asked reduction is out of range or cannot be reached."""
+
+
+class PlanError(SaapError):
+    """A structure plan does not fit the model."""
+
+
+class LayoutError(SaapError):
+    """The stock configuration of this family cannot express a uniform plan."""
+
+
+class StaleInputError(SaapError):
+    """A stage was given a record that was made for other input; both digests are named."""
+
+
+class OutputError(SaapError):
+    """The output folder exists, cannot be written or does not fit on the disk."""

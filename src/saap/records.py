@@ -1,0 +1,358 @@
+"""The nouns that the stages pass to each other: frozen, typed, each with a digest; no torch, no maths of the method.
+
+A record is identified by `digest`, the sha256 of its canonical JSON (arrays by their bytes). A stage that receives a
+record made for another input raises StaleInputError (see `require_same`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from saap.errors import StaleInputError
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+class Role(StrEnum):
+    """What a coupled group does in the model."""
+
+    FFN = "ffn"
+    ATTENTION = "attention"
+    HIDDEN = "hidden"
+
+
+class Side(StrEnum):
+    """Whether a member's axis produces the group's channels or contracts over them."""
+
+    PRODUCER = "producer"
+    CONSUMER = "consumer"
+
+
+class Layout(StrEnum):
+    """`adaptive`: each layer its own sizes. `uniform`: the same sizes everywhere, so the stock class can load it."""
+
+    ADAPTIVE = "adaptive"
+    UNIFORM = "uniform"
+
+
+def canonical(value: Any) -> Any:
+    """The JSON-able form of a record that its digest is taken of; arrays become their shape, type and sha256."""
+    if isinstance(value, np.ndarray):
+        raw = np.ascontiguousarray(value)
+        return [list(raw.shape), str(raw.dtype), hashlib.sha256(raw.tobytes()).hexdigest()]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
+    if isinstance(value, Mapping):
+        return {str(key): canonical(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [canonical(item) for item in value]
+    return value
+
+
+def digest_of(value: Any) -> str:
+    """sha256 (hex) of the canonical JSON of `value`."""
+    text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def require_same(what: str, *, expected: str, found: str) -> None:
+    """Raise StaleInputError unless the two digests are equal."""
+    if expected != found:
+        raise StaleInputError(
+            f"{what} was made for digest {expected[:12]}, but this one is {found[:12]}",
+            "Run the earlier stage again for this input, or delete the stale stage file",
+        )
+
+
+class Digested:
+    """Mixin: `digest` of a frozen dataclass."""
+
+    __slots__ = ()
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the record's canonical JSON."""
+        return digest_of(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRef(Digested):
+    """Which weights: where they came from, and digests of the configuration and of the weights.
+
+    Only the digests count for equality of records, so a moved folder keeps its stage files.
+    """
+
+    source: str = field(compare=False)
+    revision: str | None = field(default=None, compare=False)
+    config_digest: str
+    weights_digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AxisSlice:
+    """Where the units of a group lie along one axis of one tensor.
+
+    Unit u covers `width` consecutive indices from `start(u)`. Starts advance by `stride`; where the tensor is made of
+    blocks (fused projections split over heads), they jump by `jump` after every `period` units instead.
+    """
+
+    tensor: str
+    axis: int
+    side: Side
+    offset: int
+    width: int
+    stride: int
+    period: int = 0
+    jump: int = 0
+
+    def start(self, unit: int) -> int:
+        """First index of `unit` along the axis."""
+        if self.period:
+            return self.offset + unit % self.period * self.stride + unit // self.period * self.jump
+        return self.offset + unit * self.stride
+
+    def rows(self, unit: int) -> range:
+        """The indices of `unit` along the axis."""
+        first = self.start(unit)
+        return range(first, first + self.width)
+
+    def indices(self, units: Iterable[int]) -> list[int]:
+        """The indices of all `units`, unit by unit."""
+        return [index for unit in units for index in self.rows(unit)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitAttribute:
+    """An integer attribute of a module that must follow the number of kept units: value = `per_unit` * kept.
+
+    attribute: its name; "config.NAME" means the module's own copy of the configuration.
+    """
+
+    module: str
+    attribute: str
+    per_unit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoupledGroup(Digested):
+    """Weight slices that must be removed together: `units` of them, numbered 0..units-1, over all `members`.
+
+    layer: index of the decoder block, -1 for groups of the whole model. name: unique, e.g. "layers.3.ffn".
+    attributes: integers that follow the number of kept units. scaled_norms: modules that take the RMS over the group's
+    axis; removal equals masking only if weight x (kept/n)^-0.5 and eps x n/kept. sliced_arguments: modules that
+    receive a tensor with one entry per unit from outside (ALiBi), which must be cut to the kept units at each call.
+    """
+
+    layer: int
+    role: Role
+    name: str
+    units: int
+    members: tuple[AxisSlice, ...]
+    attributes: tuple[UnitAttribute, ...] = ()
+    scaled_norms: tuple[str, ...] = ()
+    sliced_arguments: tuple[str, ...] = ()
+
+    @property
+    def consumers(self) -> tuple[AxisSlice, ...]:
+        """Members whose axis is contracted with the group's channels (down_proj, o_proj)."""
+        return tuple(member for member in self.members if member.side is Side.CONSUMER)
+
+    @property
+    def producers(self) -> tuple[AxisSlice, ...]:
+        """Members that make the group's channels (gate, up, q, k, v and their biases)."""
+        return tuple(member for member in self.members if member.side is Side.PRODUCER)
+
+    def parameters_per_unit(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Parameters that leave with one unit, when nothing else is pruned. shapes: of the model's tensors."""
+        return sum(
+            member.width * prod(shapes[member.tensor]) // shapes[member.tensor][member.axis] for member in self.members
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigField:
+    """A configuration field that says a role's size in a stock model: value = `per_unit` * kept units."""
+
+    role: Role
+    name: str
+    per_unit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A part of the model that is not pruned, and why (the op or module that stopped the analysis)."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelGraph(Digested):
+    """The coupled groups of a model.
+
+    blocks: module paths of the decoder blocks in order. shapes: of every parameter by name (tied ones once).
+    config_fields: for the uniform layout; a role without one cannot be said in a stock configuration.
+    pinned_fields: configuration fields with the value they must keep when others change (head_dim).
+    """
+
+    model: ModelRef
+    blocks: tuple[str, ...]
+    groups: tuple[CoupledGroup, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    config_fields: tuple[ConfigField, ...] = ()
+    pinned_fields: Mapping[str, int] = field(default_factory=dict)
+    refused: tuple[Refusal, ...] = ()
+
+    def group(self, name: str) -> CoupledGroup:
+        """The group of that name. Raises KeyError."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(name)
+
+    def of_role(self, role: Role) -> tuple[CoupledGroup, ...]:
+        """All groups of `role`, in the order of the layers."""
+        return tuple(group for group in self.groups if group.role is role)
+
+    def in_block(self, layer: int) -> tuple[CoupledGroup, ...]:
+        """All groups inside decoder block `layer`."""
+        return tuple(group for group in self.groups if group.layer == layer)
+
+    def block_of(self, tensor: str) -> int:
+        """Index of the decoder block that holds the tensor, -1 if none does."""
+        for index, path in enumerate(self.blocks):
+            if tensor.startswith(path + "."):
+                return index
+        return -1
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole dense model."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of the decoder blocks of the dense model: the base of the pruning ratio."""
+        return sum(prod(shape) for name, shape in self.shapes.items() if self.block_of(name) >= 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CalibrationSet(Digested):
+    """Token ids of the calibration samples. sources: what was asked for. tokens: (samples, length)."""
+
+    sources: tuple[str, ...]
+    seed: int
+    tokens: IntArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GroupScores:
+    """Statistics over N samples of the importance of each unit of one group; all arrays (units,), float64.
+
+    vector, element: means. vector_m2, element_m2: sums of squared deviations. comoment: sum of the product of both
+    deviations. From them mean and variance of any fusion a*vector + b*element follow without a second pass.
+    """
+
+    vector: FloatArray
+    vector_m2: FloatArray
+    element: FloatArray
+    element_m2: FloatArray
+    comoment: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ImportanceScores(Digested):
+    """What estimation gives: statistics per group, for the graph and the calibration set that it names.
+
+    element_order: "1", "2" or "mixed". losses: mean loss of each sample in nats.
+    """
+
+    graph_digest: str
+    calibration_digest: str
+    samples: int
+    element_order: str
+    aggregation: str
+    losses: FloatArray
+    groups: Mapping[str, GroupScores]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One structure that the search judged: its name and its measured loss (KL to the dense logits, nats/token)."""
+
+    name: str
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructurePlan(Digested):
+    """What stays. keep: group name -> kept unit indices, ascending; a group that is not named keeps everything.
+
+    dropped_blocks: decoder blocks that leave whole. parameters, block_parameters: predicted for the whole model and
+    for its blocks. trail: the candidates that were judged, best first.
+    """
+
+    graph_digest: str
+    layout: Layout
+    strategy: str
+    align: int
+    keep: Mapping[str, tuple[int, ...]]
+    dropped_blocks: tuple[int, ...] = ()
+    parameters: int
+    block_parameters: int
+    trail: tuple[Candidate, ...] = ()
+
+    def kept(self, group: CoupledGroup) -> tuple[int, ...]:
+        """Kept units of `group`."""
+        return self.keep.get(group.name, tuple(range(group.units)))
+
+    def removes_nothing(self, graph: ModelGraph) -> bool:
+        """Whether the plan keeps every unit of every group."""
+        return not self.dropped_blocks and all(len(self.kept(group)) == group.units for group in graph.groups)
+
+
+def kept_shapes(
+    graph: ModelGraph, keep: Mapping[str, tuple[int, ...] | int], dropped_blocks: Iterable[int] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors after removing what `keep` does not name; a value may be the count alone."""
+    dropped = set(dropped_blocks)
+    shapes = {name: list(shape) for name, shape in graph.shapes.items() if graph.block_of(name) not in dropped}
+    for group in graph.groups:
+        if group.name in keep:
+            kept = keep[group.name]
+            gone = group.units - (kept if isinstance(kept, int) else len(kept))
+            for member in group.members:
+                if member.tensor in shapes:
+                    shapes[member.tensor][member.axis] -= member.width * gone
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Number of elements of all tensors."""
+    return sum(prod(shape) for shape in shapes.values())
+
+
+def runs_of(indices: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Maximal runs (first, last) of ascending indices."""
+    first = last = None
+    for index in indices:
+        if first is None or last is None:
+            first = last = index
+        elif index == last + 1:
+            last = index
+        else:
+            yield first, last
+            first = last = index
+    if first is not None and last is not None:
+        yield first, last
