@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from saap.errors import ConfigurationError
+from saap.records import Layout
 
 
 class Importance(StrEnum):
@@ -57,3 +64,144 @@ class Effort(StrEnum):
     FAST = "fast"
     DEFAULT = "default"
     BEST = "best"
+
+
+class PrunableRole(StrEnum):
+    """What may be removed: channels of a role, or whole decoder blocks."""
+
+    FFN = "ffn"
+    ATTENTION = "attention"
+    HIDDEN = "hidden"
+    BLOCK = "block"
+
+
+class SkipLayers(BaseModel):
+    """Decoder blocks at both ends that give nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    first: Annotated[int, Field(ge=0)] = 0
+    last: Annotated[int, Field(ge=0)] = 0
+
+    def layers(self, blocks: int) -> tuple[int, ...]:
+        """Indices of the skipped blocks among `blocks`."""
+        return tuple(layer for layer in range(blocks) if layer < self.first or layer >= blocks - self.last)
+
+
+class EffortSettings(BaseModel):
+    """What an effort level buys.
+
+    refit_sequences x refit_length: tokens of the restoration. search_evaluations: candidates that the search may
+    measure. held_sequences x held_length: tokens each of them is measured on. second_order: choose the units of a
+    module by the pruned stream's own second-order statistics instead of the scores. generated_sequences: how many
+    sequences the model itself writes for the default calibration.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    refit_sequences: int
+    refit_length: int = 512
+    search_evaluations: int
+    held_sequences: int
+    held_length: int = 128
+    second_order: bool = True
+    generated_sequences: int = 0
+
+
+EFFORTS: dict[Effort, EffortSettings] = {
+    Effort.FAST: EffortSettings(refit_sequences=16, search_evaluations=0, held_sequences=8),
+    Effort.DEFAULT: EffortSettings(refit_sequences=64, search_evaluations=24, held_sequences=16),
+    Effort.BEST: EffortSettings(refit_sequences=256, search_evaluations=80, held_sequences=32),
+}
+
+
+class PruneConfig(BaseModel):
+    """Everything that decides the result of `saap prune`, checked before any model is loaded.
+
+    Exactly one of pruning_ratios, target_parameters (whole model) and target_bytes (weights as written).
+    skip_layers None leaves the ends to the search. refit_tokens None takes the effort level's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pruning_ratios: tuple[float, ...] = ()
+    target_parameters: int | None = None
+    target_bytes: int | None = None
+    plan: Path | None = None
+    calibration: tuple[str, ...] = ("mixed",)
+    samples: int = 50
+    sample_length: int = 128
+    refit_tokens: int | None = None
+    layout: Layout = Layout.ADAPTIVE
+    roles: tuple[PrunableRole, ...] = (PrunableRole.FFN, PrunableRole.ATTENTION)
+    skip_layers: SkipLayers | None = None
+    align: int = 32
+    strategy: Strategy = Strategy.ADAPTIVE
+    importance: Importance = Importance.FUSED
+    element_order: ElementOrder = ElementOrder.SECOND
+    aggregation: Aggregation = Aggregation.SUM
+    fusion_scope: FusionScope = FusionScope.LAYER_ROLE
+    restore: bool = True
+    effort: Effort = Effort.DEFAULT
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> PruneConfig:
+        targets = {
+            "--pruning-ratio": bool(self.pruning_ratios),
+            "--target-params": self.target_parameters is not None,
+            "--target-size": self.target_bytes is not None,
+            "--plan": self.plan is not None,
+        }
+        given = [name for name, is_given in targets.items() if is_given]
+        if len(given) != 1:
+            problem = f"{' and '.join(given)} were given together" if given else "no target was given"
+            raise ConfigurationError(problem, f"Give exactly one of {', '.join(targets)}")
+        for ratio in self.pruning_ratios:
+            if not 0 <= ratio < 1:
+                raise ConfigurationError(
+                    f"--pruning-ratio {ratio:g} is out of range", "Give a fraction of at least 0 and below 1, e.g. 0.2"
+                )
+        if len(set(self.pruning_ratios)) < len(self.pruning_ratios):
+            raise ConfigurationError("--pruning-ratio names the same ratio twice", "Name each ratio once")
+        for flag, value, least in (
+            ("--samples", self.samples, 2),
+            ("--sample-length", self.sample_length, 8),
+            ("--align", self.align, 1),
+            ("--refit-tokens", self.refit_tokens if self.refit_tokens is not None else 1024, 1024),
+            ("--target-params", self.target_parameters or 1, 1),
+            ("--target-size", self.target_bytes or 1, 1),
+        ):
+            if value < least:
+                raise ConfigurationError(f"{flag} {value} is too small", f"Give at least {least}")
+        if not self.roles:
+            raise ConfigurationError("--roles is empty", f"Name some of {', '.join(PrunableRole)}")
+        if not self.calibration:
+            raise ConfigurationError("--calibration is empty", "Name a text file, a data set or `mixed`")
+        if self.skip_layers is not None and self.layout is Layout.UNIFORM and self.skip_layers != SkipLayers():
+            raise ConfigurationError(
+                "--skip-layers cannot be combined with --layout uniform, where all layers share their sizes",
+                "Leave out one of the two",
+            )
+        return self
+
+    @property
+    def element_score(self) -> ElementOrder:
+        """The order of the element-wise score that has to be estimated."""
+        named = {
+            Importance.ELEMENT1: ElementOrder.FIRST,
+            Importance.ELEMENT2: ElementOrder.SECOND,
+            Importance.MIXED: ElementOrder.MIXED,
+        }
+        return named.get(self.importance, self.element_order)
+
+    @property
+    def effort_settings(self) -> EffortSettings:
+        """The effort level's settings, with the refit tokens that were asked for."""
+        settings = EFFORTS[self.effort]
+        if self.refit_tokens is None:
+            return settings
+        length = min(settings.refit_length, self.refit_tokens // 2)
+        return settings.model_copy(
+            update={"refit_sequences": self.refit_tokens // length, "refit_length": length}
+        )

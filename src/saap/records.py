@@ -287,6 +287,14 @@ class ImportanceScores(Digested):
     groups: Mapping[str, GroupScores]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class UnitScores:
+    """The one score that search uses for the units of a group: mean and variance over samples, arrays (units,)."""
+
+    mean: FloatArray
+    variance: FloatArray
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One structure that the search judged: its name and its measured loss (KL to the dense logits, nats/token)."""

@@ -1,0 +1,79 @@
+"""Trying a structure without cutting it: removed channels are zeroed where they are consumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saap.records import CoupledGroup, ModelGraph, StructurePlan
+
+
+def channel_mask(group: CoupledGroup, kept: Sequence[int], width: int, consumer: int = 0) -> Tensor:
+    """Mask over the input channels of a group's consumer: (width,), True for channels that stay.
+
+    width: input size of the consumer. consumer: which of the group's consumers.
+    """
+    member = group.consumers[consumer]
+    mask = torch.ones(width, dtype=torch.bool)
+    mask[member.indices(range(group.units))] = False
+    mask[member.indices(kept)] = True
+    return mask
+
+
+def _zero_channels(mask: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        activation = arguments[0]
+        return (activation * mask.to(activation.device, activation.dtype), *arguments[1:])
+
+    return hook
+
+
+def _pass_through(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+    hidden = arguments[0]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+@contextmanager
+def masked_channels(model: nn.Module, masks: Mapping[str, Tensor], skipped: Sequence[str] = ()) -> Iterator[None]:
+    """Zero input channels of linear modules for a while.
+
+    masks: module path -> (channels,) boolean mask of what stays. skipped: paths of blocks that pass their input on.
+    """
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(_zero_channels(mask)) for path, mask in masks.items()
+    ]
+    handles += [model.get_submodule(path).register_forward_hook(_pass_through) for path in skipped]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def consumer_masks(graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Masks by module path for every consumer of the groups in `keep` that lose something."""
+    masks: dict[str, Tensor] = {}
+    for group in graph.groups:
+        kept = keep.get(group.name)
+        if kept is None or len(kept) == group.units or group.layer < 0:
+            continue
+        for index, member in enumerate(group.consumers):
+            path = member.tensor.rpartition(".")[0]
+            mask = channel_mask(group, kept, graph.shapes[member.tensor][member.axis], index)
+            masks[path] = masks[path] & mask if path in masks else mask
+    return masks
+
+
+@contextmanager
+def masked(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Iterator[None]:
+    """Inside the context the model computes what the plan's cut would, with its weights untouched.
+
+    Groups of the whole model (hidden channels) are not masked: a norm over them sees the zeros.
+    """
+    skipped = [graph.blocks[layer] for layer in plan.dropped_blocks]
+    with masked_channels(model, consumer_masks(graph, plan.keep), skipped):
+        yield

@@ -1,0 +1,118 @@
+"""How much each slot gives: pure arithmetic of steps and budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from saap.errors import TargetError
+from saap.records import FloatArray, ModelGraph, Role, count_parameters, kept_shapes
+from saap.search.slots import Slot
+
+Counts = dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One aligned step of one slot: its size after the step, and the price that orders steps of all slots."""
+
+    price: float
+    slot: int
+    kept: int
+
+
+def removed_parameters(graph: ModelGraph, slots: Sequence[Slot], sizes: Sequence[int]) -> int:
+    """Parameters that leave when slot i keeps `sizes[i]` units; exact where groups share tensors."""
+    if not any(slot.role is Role.HIDDEN for slot in slots):
+        return sum(
+            slot.parameters_per_unit * (slot.units - size) for slot, size in zip(slots, sizes, strict=True)
+        )
+    keep = {group.name: size for slot, size in zip(slots, sizes, strict=True) for group in slot.groups}
+    return graph.parameters - count_parameters(kept_shapes(graph, keep))
+
+
+def take_steps(graph: ModelGraph, slots: Sequence[Slot], steps: Sequence[Step], removal: int) -> tuple[int, ...]:
+    """Sizes of the slots after taking the cheapest steps until `removal` parameters are gone.
+
+    The steps of one slot are taken in the order of their sizes whatever their prices. So at least what is asked
+    leaves and at most one step more; a last step that is larger than needed is replaced by the smallest that does.
+    Raises TargetError, naming what can be reached, if all steps together are not enough.
+    """
+    sizes = [slot.units for slot in slots]
+    ordered = sorted(steps, key=lambda step: (step.price, step.slot, -step.kept))
+    removed = 0
+    for step in ordered:
+        if removed >= removal:
+            break
+        if step.kept < sizes[step.slot]:
+            sizes[step.slot] = step.kept
+            removed = removed_parameters(graph, slots, sizes)
+    if removed < removal:
+        reachable = removed / graph.block_parameters
+        raise TargetError(
+            f"{removal:,} parameters ({removal / graph.block_parameters:.1%} of the blocks) cannot be removed with "
+            f"these roles, skipped layers and alignment",
+            f"Ask for a pruning ratio of at most {int(reachable * 1000) / 1000:g}, or allow more roles or layers",
+        )
+    return tuple(_give_back(graph, slots, sizes, removal))
+
+
+def _give_back(graph: ModelGraph, slots: Sequence[Slot], sizes: list[int], removal: int) -> list[int]:
+    """Undo single steps, the largest first, as long as enough stays removed."""
+    while True:
+        best: tuple[int, int, int] | None = None
+        removed = removed_parameters(graph, slots, sizes)
+        for index, slot in enumerate(slots):
+            legal = slot.sizes
+            position = legal.index(sizes[index])
+            if position == 0:
+                continue
+            trial = [*sizes]
+            trial[index] = legal[position - 1]
+            back = removed - removed_parameters(graph, slots, trial)
+            if removed - back >= removal and (best is None or back > best[0]):
+                best = (back, index, trial[index])
+        if best is None:
+            return sizes
+        sizes[best[1]] = best[2]
+
+
+def steps_by_share(slots: Sequence[Slot], shares: Sequence[float]) -> list[Step]:
+    """Steps priced so that each slot gives units in proportion to its share; a share of 0 gives only at last."""
+    steps = []
+    for index, (slot, share) in enumerate(zip(slots, shares, strict=True)):
+        for kept in slot.sizes[1:]:
+            middle = (slot.units - kept - slot.step / 2) / slot.units
+            steps.append(Step(middle / share if share > 0 else 1e6 + middle, index, kept))
+    return steps
+
+
+def steps_by_score(slots: Sequence[Slot], sorted_scores: Callable[[str], FloatArray]) -> list[Step]:
+    """Steps priced by the score per parameter that leaves with them: a global ranking.
+
+    sorted_scores: name of a group -> its units' scores in the order of removal.
+    """
+    steps = []
+    for index, slot in enumerate(slots):
+        totals = sum((sorted_scores(group.name) for group in slot.groups[1:]), sorted_scores(slot.groups[0].name))
+        previous, highest = slot.units, -float("inf")
+        for kept in slot.sizes[1:]:
+            gone = totals[slot.units - previous : slot.units - kept]
+            highest = max(highest, float(gone.mean()) / slot.parameters_per_unit)
+            steps.append(Step(highest, index, kept))
+            previous = kept
+    return steps
+
+
+def counts_of(slots: Sequence[Slot], sizes: Sequence[int]) -> Counts:
+    """Kept units by name of group."""
+    return {group.name: size for slot, size in zip(slots, sizes, strict=True) for group in slot.groups}
+
+
+def keep_of(counts: Mapping[str, int], orders: Callable[[str], Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Kept unit indices, ascending. orders: name of a group -> its units from the first to leave to the last."""
+    keep = {}
+    for name, kept in counts.items():
+        order = [int(unit) for unit in orders(name)]
+        keep[name] = tuple(sorted(order[len(order) - kept :]))
+    return keep

@@ -1,0 +1,49 @@
+"""What "enough" means: every target becomes the number of parameters that must leave."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+
+from saap.errors import TargetError
+from saap.records import ModelGraph
+
+
+def removal_for_ratio(graph: ModelGraph, ratio: float) -> int:
+    """Parameters to remove for a fraction `ratio` of the decoder blocks' parameters. Raises TargetError."""
+    if not 0 <= ratio < 1:
+        raise TargetError(f"pruning ratio {ratio:g} is out of range", "Give a fraction of at least 0 and below 1, e.g. 0.2")
+    return math.ceil(ratio * graph.block_parameters - 1e-6)
+
+
+def removal_for_parameters(graph: ModelGraph, target: int) -> int:
+    """Parameters to remove so that at most `target` remain in the whole model. Raises TargetError."""
+    if target > graph.parameters or target < 1:
+        raise TargetError(
+            f"target of {target:,} parameters is out of range for a model of {graph.parameters:,}",
+            f"Give a number from 1 to {graph.parameters:,}",
+        )
+    return graph.parameters - target
+
+
+def header_bytes(shapes: Mapping[str, tuple[int, ...]], dtype_name: str = "BF16") -> int:
+    """Bytes that a safetensors file takes beside its tensors: an upper bound from the names and shapes."""
+    largest = 2**40
+    header = {
+        name: {"dtype": dtype_name, "shape": list(shape), "data_offsets": [largest, largest]}
+        for name, shape in shapes.items()
+    }
+    return 8 + len(json.dumps(header)) + 64
+
+
+def removal_for_bytes(graph: ModelGraph, target: int, bytes_per_parameter: int) -> int:
+    """Parameters to remove so that the weights as written take at most `target` bytes. Raises TargetError."""
+    full = graph.parameters * bytes_per_parameter + header_bytes(graph.shapes)
+    allowed = (target - header_bytes(graph.shapes)) // bytes_per_parameter
+    if allowed < 1 or target > full:
+        raise TargetError(
+            f"target of {target:,} bytes is out of range for weights of {full:,} bytes",
+            f"Give a size below {full:,} bytes",
+        )
+    return max(0, graph.parameters - allowed)

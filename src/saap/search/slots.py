@@ -1,0 +1,81 @@
+"""What the search may change: slots whose number of units it sets.
+
+In the adaptive layout each module is a slot; in the uniform layout all modules of a role form one slot, since they
+share their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from saap.errors import TargetError
+from saap.records import CoupledGroup, Layout, ModelGraph, Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """One size that the search sets for all `groups` together.
+
+    units: of each group. step: kept units are all of them or a multiple of it. floor: fewest that may stay.
+    parameters_per_unit: leave when every group of the slot gives one unit and nothing else is pruned.
+    """
+
+    name: str
+    role: Role
+    groups: tuple[CoupledGroup, ...]
+    units: int
+    step: int
+    floor: int
+    parameters_per_unit: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The legal numbers of kept units, from all down to the floor."""
+        first = (self.units - 1) // self.step * self.step
+        return (self.units, *range(first, self.floor - 1, -self.step))
+
+
+def build_slots(
+    graph: ModelGraph,
+    *,
+    roles: Iterable[Role],
+    layout: Layout,
+    align: int,
+    skipped_layers: Iterable[int] = (),
+) -> tuple[Slot, ...]:
+    """Slots of the groups of `roles` outside `skipped_layers`.
+
+    align: FFN and hidden channels stay in multiples of it; attention goes by whole KV groups. The uniform layout
+    cannot skip layers.
+    Raises TargetError if no group of a role can give anything.
+    """
+    skipped = set(skipped_layers)
+    slots: list[Slot] = []
+    for role in roles:
+        groups = [group for group in graph.of_role(role) if group.layer not in skipped]
+        if not groups:
+            reason = next((refusal.reason for refusal in graph.refused if role.value in refusal.name), "none was found")
+            raise TargetError(f"no {role} groups can be pruned in this model: {reason}", "Leave this role out of --roles")
+        bundles = [tuple(groups)] if layout is Layout.UNIFORM else [(group,) for group in groups]
+        slots += [_slot(graph, bundle, align) for bundle in bundles]
+    return tuple(slots)
+
+
+def _slot(graph: ModelGraph, groups: tuple[CoupledGroup, ...], align: int) -> Slot:
+    first = groups[0]
+    if len({group.units for group in groups}) > 1:
+        raise TargetError(
+            f"the {first.role} modules of this model differ in size, so one size for all does not exist",
+            "Use --layout adaptive",
+        )
+    step = 1 if first.role is Role.ATTENTION else align
+    return Slot(
+        name=first.name if len(groups) == 1 else str(first.role),
+        role=first.role,
+        groups=groups,
+        units=first.units,
+        step=step,
+        floor=step,
+        parameters_per_unit=sum(group.parameters_per_unit(graph.shapes) for group in groups),
+    )
