@@ -1,0 +1,34 @@
+# Needs Python >= 3.11 and make; everything else is installed into .venv.
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
+BIN := .venv/bin
+SETUP_INPUTS := pyproject.toml scripts/setup_environment.py
+
+.PHONY: demo test check unit clean
+
+demo: .venv/.ready ## prune a small real model and compare it with the dense one
+	$(BIN)/saap demo
+
+test: check unit ## everything that has to pass
+
+check: .venv/.ready-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: .venv/.ready-dev
+	$(BIN)/pytest
+
+.venv/.ready: $(SETUP_INPUTS)
+	$(if $(PYTHON),,$(error Python 3.11 or newer was not found; name one with `make PYTHON=...`))
+	$(PYTHON) scripts/setup_environment.py
+	@touch $@
+
+.venv/.ready-dev: $(SETUP_INPUTS)
+	$(if $(PYTHON),,$(error Python 3.11 or newer was not found; name one with `make PYTHON=...`))
+	$(PYTHON) scripts/setup_environment.py --dev
+	@touch .venv/.ready $@
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

