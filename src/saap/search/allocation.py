@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from saap.errors import TargetError
-from saap.records import FloatArray, ModelGraph, Role, count_parameters, kept_shapes
+from saap.records import FloatArray, ModelGraph, Role
+from saap.search.objectives import Budget
 from saap.search.slots import Slot
 
 Counts = dict[str, int]
@@ -21,57 +22,52 @@ class Step:
     kept: int
 
 
-def removed_parameters(graph: ModelGraph, slots: Sequence[Slot], sizes: Sequence[int]) -> int:
+def removed_parameters(graph: ModelGraph, slots: Sequence[Slot], sizes: Sequence[int], budget: Budget) -> int:
     """Parameters that leave when slot i keeps `sizes[i]` units; exact where groups share tensors."""
     if not any(slot.role is Role.HIDDEN for slot in slots):
-        return sum(
-            slot.parameters_per_unit * (slot.units - size) for slot, size in zip(slots, sizes, strict=True)
-        )
-    keep = {group.name: size for slot, size in zip(slots, sizes, strict=True) for group in slot.groups}
-    return graph.parameters - count_parameters(kept_shapes(graph, keep))
+        return sum(slot.parameters_per_unit * (slot.units - size) for slot, size in zip(slots, sizes, strict=True))
+    return budget.removed(graph, counts_of(slots, sizes))
 
 
-def take_steps(graph: ModelGraph, slots: Sequence[Slot], steps: Sequence[Step], removal: int) -> tuple[int, ...]:
-    """Sizes of the slots after taking the cheapest steps until `removal` parameters are gone.
+def take_steps(graph: ModelGraph, slots: Sequence[Slot], steps: Sequence[Step], budget: Budget) -> tuple[int, ...]:
+    """Sizes of the slots after taking the cheapest steps until the budget is met.
 
     The steps of one slot are taken in the order of their sizes whatever their prices. So at least what is asked
-    leaves and at most one step more; a last step that is larger than needed is replaced by the smallest that does.
+    leaves and at most one step more; steps that turn out not to be needed are given back, the largest first.
     Raises TargetError, naming what can be reached, if all steps together are not enough.
     """
     sizes = [slot.units for slot in slots]
-    ordered = sorted(steps, key=lambda step: (step.price, step.slot, -step.kept))
     removed = 0
-    for step in ordered:
-        if removed >= removal:
+    for step in sorted(steps, key=lambda step: (step.price, step.slot, -step.kept)):
+        if removed >= budget.removal:
             break
         if step.kept < sizes[step.slot]:
             sizes[step.slot] = step.kept
-            removed = removed_parameters(graph, slots, sizes)
-    if removed < removal:
-        reachable = removed / graph.block_parameters
+            removed = removed_parameters(graph, slots, sizes, budget)
+    if removed < budget.removal:
+        base = graph.parameters if budget.whole_model else graph.block_parameters
         raise TargetError(
-            f"{removal:,} parameters ({removal / graph.block_parameters:.1%} of the blocks) cannot be removed with "
-            f"these roles, skipped layers and alignment",
-            f"Ask for a pruning ratio of at most {int(reachable * 1000) / 1000:g}, or allow more roles or layers",
+            f"{budget.removal:,} parameters cannot be removed with these roles, skipped layers and alignment, at most "
+            f"{removed:,} can",
+            f"Ask for a reduction of at most {int(removed / base * 1000) / 1000:g}, or allow more roles or layers",
         )
-    return tuple(_give_back(graph, slots, sizes, removal))
+    return tuple(_give_back(graph, slots, sizes, budget))
 
 
-def _give_back(graph: ModelGraph, slots: Sequence[Slot], sizes: list[int], removal: int) -> list[int]:
+def _give_back(graph: ModelGraph, slots: Sequence[Slot], sizes: list[int], budget: Budget) -> list[int]:
     """Undo single steps, the largest first, as long as enough stays removed."""
     while True:
         best: tuple[int, int, int] | None = None
-        removed = removed_parameters(graph, slots, sizes)
+        removed = removed_parameters(graph, slots, sizes, budget)
         for index, slot in enumerate(slots):
-            legal = slot.sizes
-            position = legal.index(sizes[index])
+            position = slot.sizes.index(sizes[index])
             if position == 0:
                 continue
             trial = [*sizes]
-            trial[index] = legal[position - 1]
-            back = removed - removed_parameters(graph, slots, trial)
-            if removed - back >= removal and (best is None or back > best[0]):
-                best = (back, index, trial[index])
+            trial[index] = slot.sizes[position - 1]
+            remaining = removed_parameters(graph, slots, trial, budget)
+            if remaining >= budget.removal and (best is None or removed - remaining > best[0]):
+                best = (removed - remaining, index, trial[index])
         if best is None:
             return sizes
         sizes[best[1]] = best[2]

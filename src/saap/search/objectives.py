@@ -4,27 +4,48 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from saap.errors import TargetError
-from saap.records import ModelGraph
+from saap.records import ModelGraph, count_parameters, kept_shapes
 
 
-def removal_for_ratio(graph: ModelGraph, ratio: float) -> int:
-    """Parameters to remove for a fraction `ratio` of the decoder blocks' parameters. Raises TargetError."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """At least `removal` parameters must leave: of the decoder blocks, or (`whole_model`) of the whole model."""
+
+    removal: int
+    whole_model: bool = False
+
+    def removed(
+        self, graph: ModelGraph, keep: Mapping[str, tuple[int, ...] | int], dropped_blocks: Iterable[int] = ()
+    ) -> int:
+        """Parameters that count and leave with this structure."""
+        shapes = kept_shapes(graph, keep, dropped_blocks)
+        if self.whole_model:
+            return graph.parameters - count_parameters(shapes)
+        inside = {name: shape for name, shape in shapes.items() if graph.block_of(name) >= 0}
+        return graph.block_parameters - count_parameters(inside)
+
+
+def budget_for_ratio(graph: ModelGraph, ratio: float) -> Budget:
+    """Budget of a fraction `ratio` of the decoder blocks' parameters. Raises TargetError."""
     if not 0 <= ratio < 1:
-        raise TargetError(f"pruning ratio {ratio:g} is out of range", "Give a fraction of at least 0 and below 1, e.g. 0.2")
-    return math.ceil(ratio * graph.block_parameters - 1e-6)
+        raise TargetError(
+            f"pruning ratio {ratio:g} is out of range", "Give a fraction of at least 0 and below 1, e.g. 0.2"
+        )
+    return Budget(removal=math.ceil(ratio * graph.block_parameters - 1e-6))
 
 
-def removal_for_parameters(graph: ModelGraph, target: int) -> int:
-    """Parameters to remove so that at most `target` remain in the whole model. Raises TargetError."""
+def budget_for_parameters(graph: ModelGraph, target: int) -> Budget:
+    """Budget so that at most `target` remain in the whole model. Raises TargetError."""
     if target > graph.parameters or target < 1:
         raise TargetError(
             f"target of {target:,} parameters is out of range for a model of {graph.parameters:,}",
             f"Give a number from 1 to {graph.parameters:,}",
         )
-    return graph.parameters - target
+    return Budget(removal=graph.parameters - target, whole_model=True)
 
 
 def header_bytes(shapes: Mapping[str, tuple[int, ...]], dtype_name: str = "BF16") -> int:
@@ -37,8 +58,8 @@ def header_bytes(shapes: Mapping[str, tuple[int, ...]], dtype_name: str = "BF16"
     return 8 + len(json.dumps(header)) + 64
 
 
-def removal_for_bytes(graph: ModelGraph, target: int, bytes_per_parameter: int) -> int:
-    """Parameters to remove so that the weights as written take at most `target` bytes. Raises TargetError."""
+def budget_for_bytes(graph: ModelGraph, target: int, bytes_per_parameter: int) -> Budget:
+    """Budget so that the weights as written take at most `target` bytes. Raises TargetError."""
     full = graph.parameters * bytes_per_parameter + header_bytes(graph.shapes)
     allowed = (target - header_bytes(graph.shapes)) // bytes_per_parameter
     if allowed < 1 or target > full:
@@ -46,4 +67,4 @@ def removal_for_bytes(graph: ModelGraph, target: int, bytes_per_parameter: int) 
             f"target of {target:,} bytes is out of range for weights of {full:,} bytes",
             f"Give a size below {full:,} bytes",
         )
-    return max(0, graph.parameters - allowed)
+    return Budget(removal=max(0, graph.parameters - allowed), whole_model=True)

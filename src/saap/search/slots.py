@@ -56,7 +56,9 @@ def build_slots(
         groups = [group for group in graph.of_role(role) if group.layer not in skipped]
         if not groups:
             reason = next((refusal.reason for refusal in graph.refused if role.value in refusal.name), "none was found")
-            raise TargetError(f"no {role} groups can be pruned in this model: {reason}", "Leave this role out of --roles")
+            raise TargetError(
+                f"no {role} groups can be pruned in this model: {reason}", "Leave this role out of --roles"
+            )
         bundles = [tuple(groups)] if layout is Layout.UNIFORM else [(group,) for group in groups]
         slots += [_slot(graph, bundle, align) for bundle in bundles]
     return tuple(slots)

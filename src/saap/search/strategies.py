@@ -1,6 +1,6 @@
 """Strategies: from scores and a budget to sizes of modules and an order of their units.
 
-A strategy is a function (graph, slots, scores, removal) -> Proposal and one entry in STRATEGIES.
+A strategy is a function (graph, slots, scores, budget) -> Proposal and one entry in STRATEGIES.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from saap.config import Strategy
 from saap.records import FloatArray, IntArray, ModelGraph, Role, UnitScores
 from saap.search.allocation import counts_of, keep_of, steps_by_score, steps_by_share, take_steps
+from saap.search.objectives import Budget
 from saap.search.slots import Slot
 from saap.search.stability import relative_volatility, standardised_fluctuation
 
@@ -49,7 +50,9 @@ def module_importance(slots: Sequence[Slot], scores: Scores) -> FloatArray:
     """Importance of each slot as a whole: the mean score of its units per parameter. Returns (slots,)."""
     return np.array(
         [
-            np.mean([scores[group.name].mean.mean() for group in slot.groups]) * len(slot.groups) / slot.parameters_per_unit
+            np.mean([scores[group.name].mean.mean() for group in slot.groups])
+            * len(slot.groups)
+            / slot.parameters_per_unit
             for slot in slots
         ]
     )
@@ -73,39 +76,39 @@ def module_shares(slots: Sequence[Slot], scores: Scores, *, spread: float, atten
     return shares.tolist()
 
 
-def uniform(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, removal: int) -> Proposal:
+def uniform(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget) -> Proposal:
     """The same share from every module, the least important units of each."""
     steps = steps_by_share(slots, [1.0] * len(slots))
-    return Proposal(name="uniform", sizes=take_steps(graph, slots, steps, removal), orders=importance_order(scores))
+    return Proposal(name="uniform", sizes=take_steps(graph, slots, steps, budget), orders=importance_order(scores))
 
 
-def importance(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, removal: int) -> Proposal:
+def importance(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget) -> Proposal:
     """One global ranking of all units by their score per parameter."""
     orders = importance_order(scores)
     steps = steps_by_score(slots, lambda name: scores[name].mean[orders[name]])
-    return Proposal(name="importance", sizes=take_steps(graph, slots, steps, removal), orders=orders)
+    return Proposal(name="importance", sizes=take_steps(graph, slots, steps, budget), orders=orders)
 
 
-def volatility_z(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, removal: int) -> Proposal:
+def volatility_z(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget) -> Proposal:
     """SAAP read literally (1): the greatest standardised fluctuation leaves first; module importance sets the shares."""
     orders = volatility_order(scores, lambda score: standardised_fluctuation(score.variance))
-    return _literal("volatility-z", graph, slots, scores, removal, orders)
+    return _literal("volatility-z", graph, slots, scores, budget, orders)
 
 
-def volatility_cv(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, removal: int) -> Proposal:
+def volatility_cv(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget) -> Proposal:
     """SAAP read literally (2): the greatest coefficient of variation leaves first; module importance sets the shares."""
     orders = volatility_order(scores, lambda score: relative_volatility(score.mean, score.variance))
-    return _literal("volatility-cv", graph, slots, scores, removal, orders)
+    return _literal("volatility-cv", graph, slots, scores, budget, orders)
 
 
 def _literal(
-    name: str, graph: ModelGraph, slots: Sequence[Slot], scores: Scores, removal: int, orders: Mapping[str, IntArray]
+    name: str, graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget, orders: Mapping[str, IntArray]
 ) -> Proposal:
     steps = steps_by_share(slots, module_shares(slots, scores, spread=0.3))
-    return Proposal(name=name, sizes=take_steps(graph, slots, steps, removal), orders=orders)
+    return Proposal(name=name, sizes=take_steps(graph, slots, steps, budget), orders=orders)
 
 
-STRATEGIES: Mapping[Strategy, Callable[[ModelGraph, Sequence[Slot], Scores, int], Proposal]] = {
+STRATEGIES: Mapping[Strategy, Callable[[ModelGraph, Sequence[Slot], Scores, Budget], Proposal]] = {
     Strategy.UNIFORM: uniform,
     Strategy.IMPORTANCE: importance,
     Strategy.VOLATILITY_Z: volatility_z,

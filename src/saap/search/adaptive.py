@@ -1,0 +1,148 @@
+"""The default strategy: free numbers are chosen by measured loss, the literal readings being among the candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from saap.config import Strategy
+from saap.errors import TargetError
+from saap.records import Candidate, IntArray, ModelGraph, Role
+from saap.search.allocation import steps_by_share, take_steps
+from saap.search.objectives import Budget
+from saap.search.slots import Slot
+from saap.search.strategies import STRATEGIES, Proposal, Scores, importance_order, module_shares
+
+Judge = Callable[[Mapping[str, tuple[int, ...]]], float]
+
+# Sparing both ends was measured to beat every rule driven by importance (SmolLM2: first 4 and last 2 of 30 layers).
+FIRST_SHARE, LAST_SHARE = 4 / 30, 2 / 30
+ATTENTION_SHARES = (0.0, 0.3, 1.0)
+SPREADS = (0.15, 0.3, 0.6)
+MUTATION_SCALE = 0.25
+
+
+def spared_ends(blocks: int) -> tuple[int, ...]:
+    """Layers at both ends that give least by default."""
+    first, last = round(FIRST_SHARE * blocks), round(LAST_SHARE * blocks)
+    return tuple(layer for layer in range(blocks) if layer < first or layer >= blocks - last)
+
+
+def uniform_shares(graph: ModelGraph, slots: Sequence[Slot], *, attention: float, spare: bool) -> list[float]:
+    """Share of each slot under the uniform rule: 1, `attention` for attention modules, 0 at spared ends."""
+    spared = set(spared_ends(len(graph.blocks))) if spare else set()
+    return [
+        0.0
+        if any(group.layer in spared for group in slot.groups) and len(slot.groups) == 1
+        else attention
+        if slot.role is Role.ATTENTION
+        else 1.0
+        for slot in slots
+    ]
+
+
+def default_proposal(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget) -> Proposal:
+    """The start of the search, and its whole answer where nothing may be measured: FFN first, both ends spared."""
+    only_attention = all(slot.role is Role.ATTENTION for slot in slots)
+    shares = uniform_shares(graph, slots, attention=1.0 if only_attention else 0.0, spare=True)
+    return _by_shares("uniform, ends spared", graph, slots, scores, budget, shares)
+
+
+def adaptive(
+    graph: ModelGraph,
+    slots: Sequence[Slot],
+    scores: Scores,
+    budget: Budget,
+    *,
+    judge: Judge | None,
+    evaluations: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Proposal, tuple[Candidate, ...]]:
+    """The candidate with the least measured loss, and the trail of all that were measured, best first.
+
+    judge: loss of a structure given its kept units; None, or `evaluations` of 0, takes the default proposal unmeasured.
+    Half of the evaluations at most go to named candidates, the rest to an evolution from the best of them: shares are
+    multiplied by random factors, a child that is better becomes the parent.
+    """
+    start = default_proposal(graph, slots, scores, budget)
+    if judge is None or evaluations < 2:
+        return start, ()
+    measured: list[tuple[float, Proposal]] = []
+    seen: set[tuple[int, ...]] = set()
+
+    def measure(proposal: Proposal) -> float:
+        loss = judge(proposal.keep(slots))
+        measured.append((loss, proposal))
+        seen.add(proposal.sizes)
+        if progress is not None:
+            progress(len(measured), evaluations)
+        return loss
+
+    for proposal in _named(graph, slots, scores, budget, start):
+        if len(measured) < evaluations and (proposal.sizes not in seen or proposal.name in set(Strategy)):
+            measure(proposal)
+    generator = np.random.default_rng(seed)
+    best_loss, best = min(measured, key=lambda pair: pair[0])
+    failures = 0
+    while len(measured) < evaluations and failures < 20:
+        child = _mutate(graph, slots, budget, best, generator, len(measured))
+        if child.sizes in seen:
+            failures += 1
+            continue
+        loss = measure(child)
+        if loss < best_loss:
+            best_loss, best = loss, child
+    trail = sorted((Candidate(name=proposal.name, loss=loss) for loss, proposal in measured), key=lambda c: c.loss)
+    return best, tuple(trail)
+
+
+def _by_shares(
+    name: str,
+    graph: ModelGraph,
+    slots: Sequence[Slot],
+    scores: Scores,
+    budget: Budget,
+    shares: Sequence[float],
+    orders: Mapping[str, IntArray] | None = None,
+) -> Proposal:
+    sizes = take_steps(graph, slots, steps_by_share(slots, shares), budget)
+    return Proposal(name=name, sizes=sizes, orders=orders if orders is not None else importance_order(scores))
+
+
+def _named(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget, start: Proposal) -> list[Proposal]:
+    """The start, uniform plans with shares of attention, module importance at several spreads, the literal readings."""
+    proposals = [start]
+    has_attention = any(slot.role is Role.ATTENTION for slot in slots)
+    for attention in ATTENTION_SHARES if has_attention else (1.0,):
+        for spare in (True, False):
+            shares = uniform_shares(graph, slots, attention=attention, spare=spare)
+            name = f"uniform, attention {attention:g}" + (", ends spared" if spare else "")
+            proposals.append(_by_shares(name, graph, slots, scores, budget, shares))
+    for spread in SPREADS:
+        shares = module_shares(slots, scores, spread=spread, attention=0.3)
+        proposals.append(_by_shares(f"module importance, spread {spread:g}", graph, slots, scores, budget, shares))
+    for strategy in (Strategy.IMPORTANCE, Strategy.VOLATILITY_Z, Strategy.VOLATILITY_CV):
+        proposals.append(STRATEGIES[strategy](graph, slots, scores, budget))
+    return proposals
+
+
+def _mutate(
+    graph: ModelGraph,
+    slots: Sequence[Slot],
+    budget: Budget,
+    parent: Proposal,
+    generator: np.random.Generator,
+    number: int,
+) -> Proposal:
+    """A child of `parent`: a third of its shares multiplied by random factors."""
+    shares = np.array([(slot.units - size) / slot.units for slot, size in zip(slots, parent.sizes, strict=True)])
+    shares = np.maximum(shares, 0.02)
+    chosen = generator.random(len(slots)) < 1 / 3
+    shares = np.where(chosen, shares * np.exp(generator.normal(0, 2 * MUTATION_SCALE, len(slots))), shares)
+    try:
+        sizes = take_steps(graph, slots, steps_by_share(slots, shares.tolist()), budget)
+    except TargetError:
+        sizes = parent.sizes
+    return Proposal(name=f"evolution {number}", sizes=sizes, orders=parent.orders)

@@ -1,0 +1,222 @@
+"""The stage: scores, graph and budget in, structure plan out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from saap.config import PrunableRole, SkipLayers, Strategy
+from saap.errors import PlanError, TargetError
+from saap.records import (
+    Candidate,
+    Layout,
+    ModelGraph,
+    Role,
+    StructurePlan,
+    UnitScores,
+    count_parameters,
+    kept_shapes,
+)
+from saap.search.adaptive import adaptive, spared_ends
+from saap.search.objectives import Budget
+from saap.search.slots import Slot, build_slots
+from saap.search.strategies import STRATEGIES, Proposal, importance_order
+
+Scores = Mapping[str, UnitScores]
+StructureJudge = Callable[[Mapping[str, tuple[int, ...]], tuple[int, ...]], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSpace:
+    """What may change, and how. skip_layers None: the search decides about the ends."""
+
+    roles: tuple[PrunableRole, ...]
+    layout: Layout
+    align: int
+    skip_layers: SkipLayers | None = None
+
+
+def search(
+    graph: ModelGraph,
+    scores: Scores,
+    budget: Budget,
+    space: SearchSpace,
+    strategy: Strategy,
+    *,
+    judge: StructureJudge | None = None,
+    evaluations: int = 0,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> StructurePlan:
+    """Decide how much each module gives and which units go.
+
+    judge: measured loss of (kept units, dropped blocks); only the adaptive strategy and the role `block` ask it,
+    `evaluations` times at most for the former, once per block for the latter.
+    Raises TargetError if the budget cannot be reached.
+    """
+    dropped = _blocks_to_drop(graph, scores, budget, space, judge)
+    left = dataclasses.replace(budget, removal=budget.removal - budget.removed(graph, {}, dropped))
+    keep: dict[str, tuple[int, ...]] = {}
+    trail: tuple[Candidate, ...] = ()
+    while left.removal > 0:
+        keep, trail = _propose(graph, scores, left, space, strategy, dropped, judge, evaluations, seed, progress)
+        missing = budget.removal - budget.removed(graph, keep, dropped)
+        if missing <= 0:
+            break
+        # Channels of the whole model also lie in the blocks that are dropped: ask for what was counted twice.
+        left = dataclasses.replace(left, removal=left.removal + missing)
+    return make_plan(graph, keep, dropped, layout=space.layout, strategy=strategy, align=space.align, trail=trail)
+
+
+def _propose(
+    graph: ModelGraph,
+    scores: Scores,
+    budget: Budget,
+    space: SearchSpace,
+    strategy: Strategy,
+    dropped: tuple[int, ...],
+    judge: StructureJudge | None,
+    evaluations: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[dict[str, tuple[int, ...]], tuple[Candidate, ...]]:
+    """Kept units of the groups that lose something, and the trail of measured candidates."""
+    trail: tuple[Candidate, ...] = ()
+    if strategy is Strategy.ADAPTIVE:
+        slots = _slots(graph, space, dropped, spare=False)
+        bound = None if judge is None else (lambda kept: judge(kept, dropped))
+        proposal, trail = adaptive(
+            graph, slots, scores, budget, judge=bound, evaluations=evaluations, seed=seed, progress=progress
+        )
+    else:
+        slots, proposal = _single(graph, scores, budget, space, strategy, dropped)
+    keep = proposal.keep(slots)
+    return {name: kept for name, kept in keep.items() if len(kept) < graph.group(name).units}, trail
+
+
+def make_plan(
+    graph: ModelGraph,
+    keep: Mapping[str, tuple[int, ...]],
+    dropped_blocks: Sequence[int],
+    *,
+    layout: Layout,
+    strategy: str,
+    align: int,
+    trail: tuple[Candidate, ...] = (),
+) -> StructurePlan:
+    """A plan with its predicted numbers of parameters."""
+    shapes = kept_shapes(graph, keep, dropped_blocks)
+    inside = {name: shape for name, shape in shapes.items() if graph.block_of(name) >= 0}
+    return StructurePlan(
+        graph_digest=graph.digest,
+        layout=layout,
+        strategy=str(strategy),
+        align=align,
+        keep=dict(keep),
+        dropped_blocks=tuple(dropped_blocks),
+        parameters=count_parameters(shapes),
+        block_parameters=count_parameters(inside),
+        trail=trail,
+    )
+
+
+def plan_from_counts(
+    graph: ModelGraph,
+    scores: Scores,
+    keep: Mapping[str, tuple[int, ...] | int],
+    dropped_blocks: Sequence[int],
+    *,
+    layout: Layout,
+    align: int,
+) -> StructurePlan:
+    """A plan that a person edited: kept units as they are, or a number of units that the scores' order fills.
+
+    Raises PlanError for a group the model does not have, or units out of range.
+    """
+    known = {group.name: group for group in graph.groups}
+    orders = importance_order(scores)
+    chosen: dict[str, tuple[int, ...]] = {}
+    for name, kept in keep.items():
+        if name not in known:
+            raise PlanError(f"the plan names group {name!r}, which the model does not have", "See `saap inspect MODEL`")
+        units = known[name].units
+        if isinstance(kept, int):
+            if not 0 <= kept <= units:
+                raise PlanError(f"the plan keeps {kept} units of {name}, which has {units}", f"Give 0 to {units}")
+            order = orders[name] if name in orders else np.arange(units)[::-1]
+            kept = tuple(sorted(int(unit) for unit in order[units - kept :]))
+        if any(not 0 <= unit < units for unit in kept) or len(set(kept)) < len(kept):
+            raise PlanError(
+                f"the plan's units of {name} are not distinct numbers from 0 to {units - 1}", "Correct them"
+            )
+        chosen[name] = tuple(sorted(kept))
+    if any(not 0 <= layer < len(graph.blocks) for layer in dropped_blocks):
+        raise PlanError(
+            f"the plan drops blocks {list(dropped_blocks)}, but the model has {len(graph.blocks)}",
+            f"Name blocks from 0 to {len(graph.blocks) - 1}",
+        )
+    return make_plan(graph, chosen, tuple(sorted(dropped_blocks)), layout=layout, strategy="edited plan", align=align)
+
+
+def _slots(graph: ModelGraph, space: SearchSpace, dropped: Sequence[int], *, spare: bool) -> tuple[Slot, ...]:
+    skipped = set(dropped)
+    if space.skip_layers is not None:
+        skipped |= set(space.skip_layers.layers(len(graph.blocks)))
+    elif spare and space.layout is Layout.ADAPTIVE:
+        skipped |= set(spared_ends(len(graph.blocks)))
+    roles = [Role(role.value) for role in space.roles if role is not PrunableRole.BLOCK]
+    return build_slots(graph, roles=roles, layout=space.layout, align=space.align, skipped_layers=skipped)
+
+
+def _single(
+    graph: ModelGraph, scores: Scores, budget: Budget, space: SearchSpace, strategy: Strategy, dropped: Sequence[int]
+) -> tuple[tuple[Slot, ...], Proposal]:
+    """One strategy's proposal; where the ends are spared by default and it cannot be reached so, without sparing."""
+    slots = _slots(graph, space, dropped, spare=True)
+    try:
+        return slots, STRATEGIES[strategy](graph, slots, scores, budget)
+    except TargetError:
+        if space.skip_layers is not None:
+            raise
+        slots = _slots(graph, space, dropped, spare=False)
+        return slots, STRATEGIES[strategy](graph, slots, scores, budget)
+
+
+def _blocks_to_drop(
+    graph: ModelGraph, scores: Scores, budget: Budget, space: SearchSpace, judge: StructureJudge | None
+) -> tuple[int, ...]:
+    """Whole blocks that leave: as many as fit into the budget, or, alone, until it is reached.
+
+    Ordered by the measured loss of dropping each block alone, or by the mean importance of its units.
+    Raises TargetError if even all blocks but one are not enough.
+    """
+    if PrunableRole.BLOCK not in space.roles:
+        return ()
+    skipped = set() if space.skip_layers is None else set(space.skip_layers.layers(len(graph.blocks)))
+    eligible = [layer for layer in range(len(graph.blocks)) if layer not in skipped]
+    losses = {layer: _block_loss(graph, scores, layer, judge) for layer in eligible}
+    alone = len(space.roles) == 1
+    dropped: list[int] = []
+    for layer in sorted(eligible, key=lambda layer: losses[layer])[: len(graph.blocks) - 1]:
+        if budget.removed(graph, {}, dropped) >= budget.removal:
+            break
+        if not alone and budget.removed(graph, {}, [*dropped, layer]) > budget.removal:
+            break
+        dropped.append(layer)
+    removed = budget.removed(graph, {}, dropped)
+    if alone and removed < budget.removal:
+        base = graph.parameters if budget.whole_model else graph.block_parameters
+        raise TargetError(
+            f"{budget.removal:,} parameters cannot be removed by dropping whole blocks, at most {removed:,} can",
+            f"Ask for a reduction of at most {int(removed / base * 1000) / 1000:g}, or allow more roles",
+        )
+    return tuple(sorted(dropped))
+
+
+def _block_loss(graph: ModelGraph, scores: Scores, layer: int, judge: StructureJudge | None) -> float:
+    if judge is not None:
+        return judge({}, (layer,))
+    return float(np.mean([scores[group.name].mean.mean() for group in graph.in_block(layer) if group.name in scores]))

@@ -1,0 +1,96 @@
+"""Watching linear modules while a block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from saap.models.walker import BlockWalker, Contexts
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """Input and output of a linear module at one call: (sequences, tokens, channels)."""
+
+    input: Tensor
+    output: Tensor
+
+
+class _Stop(Exception):
+    """Ends a block's forward once the module of interest has run."""
+
+
+@contextmanager
+def capture(model: nn.Module, paths: Sequence[str], *, stop: bool = False) -> Iterator[dict[str, Capture]]:
+    """Record input and output of the modules at `paths` in the order in which they run.
+
+    stop: leave the forward as soon as the first of them has run (the `with` body ends there).
+    """
+    seen: dict[str, Capture] = {}
+
+    def hook_for(path: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            seen[path] = Capture(arguments[0], output)
+            if stop:
+                raise _Stop
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_hook(hook_for(path)) for path in paths]
+    try:
+        yield seen
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def residual_gain(
+    walker: BlockWalker, layer: int, paths: Sequence[str], hidden: Tensor, contexts: Contexts
+) -> list[tuple[str, float | None]]:
+    """How the output of each module at `paths` enters the block's output, in the order in which they run.
+
+    The number is g where an extra output e changes the block's output by g * e while the outputs of the modules that
+    run later are held (1 for a plain residual connection); None where it is no multiple of e (a norm in between).
+    Found by trying: no knowledge of the block's class is needed. hidden: (sequences, tokens, width), with the
+    contexts of a batch of that shape.
+    """
+    with capture(walker.model, paths) as seen:
+        before = walker.run_block(layer, hidden, contexts)
+    order = list(seen)
+    gains: list[tuple[str, float | None]] = []
+    generator = torch.Generator().manual_seed(0)
+    for position, path in enumerate(order):
+        output = seen[path].output
+        extra = torch.randn(output.shape, generator=generator).to(output) * output.std().clamp_min(1e-6)
+        fixed = {path: output + extra, **{later: seen[later].output for later in order[position + 1 :]}}
+        with _fixed_outputs(walker.model, fixed):
+            change = walker.run_block(layer, hidden, contexts) - before
+        gains.append((path, _multiple(change, extra)))
+    return gains
+
+
+def _multiple(change: Tensor, extra: Tensor) -> float | None:
+    if change.shape != extra.shape:
+        return None
+    factor = float((change.double() * extra.double()).sum() / extra.double().square().sum())
+    rest = float((change.double() - factor * extra.double()).norm() / extra.double().norm())
+    return factor if abs(factor) > 1e-3 and rest < 1e-2 * abs(factor) else None
+
+
+@contextmanager
+def _fixed_outputs(model: nn.Module, outputs: dict[str, Tensor]) -> Iterator[None]:
+    def hook_for(value: Tensor) -> Any:
+        return lambda module, arguments, output: value
+
+    handles = [model.get_submodule(path).register_forward_hook(hook_for(value)) for path, value in outputs.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,256 @@
+"""Cut and restore in one walk over the blocks.
+
+Each block is finished before the next: its units are chosen, its consumers are refitted so that the residual stream
+comes back to the dense one, and its members are cut. So one copy of the weights is enough: a block is still dense
+when the dense stream passes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from saap.models.linear import weight_out_in
+from saap.models.walker import BlockWalker, Contexts
+from saap.surgery.cut import cut_group
+from torch import Tensor, nn
+
+from saap.records import CoupledGroup, ModelGraph, StructurePlan
+from saap.surgery.capture import Capture, capture, residual_gain
+from saap.surgery.least_squares import Moments, ridge_refit, second_order_order
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreSettings:
+    """How the walk restores.
+
+    ridges: tried for each matrix, relative to the mean of the Gram matrix' diagonal. held_share: part of the
+    sequences that only judges the ridge. second_order: choose units by the pruned stream's Gram matrix at the plan's
+    counts instead of taking the plan's own units. micro_batch: sequences at a time.
+    """
+
+    ridges: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
+    held_share: float = 0.125
+    second_order: bool = True
+    choice_ridge: float = 1e-2
+    micro_batch: int = 4
+
+
+@dataclass(slots=True)
+class Restoration:
+    """What the walk did. keep: the final kept units by group. errors: held-out error of each refitted matrix relative
+    to the error before the refit."""
+
+    keep: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Streams:
+    """Hidden states of all sequences before the current block: in the dense and in the pruned model.
+
+    one: contexts of a batch of one sequence, for trials.
+    """
+
+    one: Contexts
+    contexts: list[Contexts]
+    dense: list[Tensor]
+    pruned: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Consumer:
+    """A linear module that reads the channels of a group, and the factor its output has in the residual stream."""
+
+    path: str
+    module: nn.Module
+    group: CoupledGroup
+    gain: float | None
+
+
+@torch.no_grad()
+def restore(
+    model: nn.Module,
+    graph: ModelGraph,
+    plan: StructurePlan,
+    tokens: Tensor,
+    settings: RestoreSettings,
+    progress: Progress | None = None,
+) -> Restoration:
+    """Choose, refit and cut, block by block, in place.
+
+    tokens: (sequences, length) ids of the refit text. Groups inside blocks that the plan drops, and groups of the
+    whole model, are left for `cut`. Every consumer is refitted, in pruned and in whole blocks, to the dense module's
+    output plus the gap between the dense and the pruned residual stream so far.
+    """
+    walker = BlockWalker(model, graph.blocks)
+    streams = _start(walker, tokens, settings.micro_batch)
+    result = Restoration()
+    for layer in range(len(graph.blocks)):
+        if layer in plan.dropped_blocks:
+            streams.dense = [
+                walker.run_block(layer, hidden, context)
+                for hidden, context in zip(streams.dense, streams.contexts, strict=True)
+            ]
+        else:
+            _restore_block(walker, graph, plan, layer, streams, settings, result)
+        if progress is not None:
+            progress(layer + 1, len(graph.blocks))
+    return result
+
+
+def _start(walker: BlockWalker, tokens: Tensor, micro_batch: int) -> _Streams:
+    started = [walker.start(batch) for batch in tokens.split(micro_batch)]
+    hidden = [stream.hidden for stream in started]
+    one = walker.start(tokens[:1]).contexts
+    return _Streams(one, [stream.contexts for stream in started], hidden, list(hidden))
+
+
+def _consumers(walker: BlockWalker, graph: ModelGraph, layer: int, streams: _Streams) -> list[_Consumer]:
+    """The block's consumers in the order in which they run."""
+    by_path = {member.tensor.rpartition(".")[0]: group for group in graph.in_block(layer) for member in group.consumers}
+    found = residual_gain(walker, layer, list(by_path), streams.dense[0][:1], streams.one)
+    return [_Consumer(path, walker.model.get_submodule(path), by_path[path], gain) for path, gain in found]
+
+
+def _restore_block(
+    walker: BlockWalker,
+    graph: ModelGraph,
+    plan: StructurePlan,
+    layer: int,
+    streams: _Streams,
+    settings: RestoreSettings,
+    result: Restoration,
+) -> None:
+    consumers = _consumers(walker, graph, layer, streams)
+    dense_outputs: dict[str, list[Tensor]] = {consumer.path: [] for consumer in consumers}
+    dense_next = []
+    for hidden, context in zip(streams.dense, streams.contexts, strict=True):
+        with capture(walker.model, [consumer.path for consumer in consumers]) as seen:
+            dense_next.append(walker.run_block(layer, hidden, context))
+        for path, taken in seen.items():
+            dense_outputs[path].append(taken.output)
+    gap = [dense - pruned for dense, pruned in zip(streams.dense, streams.pruned, strict=True)]
+    pruned_next: list[Tensor] | None = None
+    for position, consumer in enumerate(consumers):
+        last = position == len(consumers) - 1
+        taken, outputs = _pruned_pass(walker, layer, consumer.path, streams, to_the_end=last)
+        dense_here = dense_outputs.pop(consumer.path)
+        targets = [_target(dense, opened, consumer.gain) for dense, opened in zip(dense_here, gap, strict=True)]
+        new_outputs = _refit(walker.model, consumer, taken, targets, streams.dense, plan, settings, result)
+        if consumer.gain is not None:
+            for index, (target, new) in enumerate(zip(targets, new_outputs, strict=True)):
+                gap[index] = consumer.gain * (target - new)
+            if last and outputs is not None:
+                pruned_next = [
+                    out + consumer.gain * (new - old.output)
+                    for out, new, old in zip(outputs, new_outputs, taken, strict=True)
+                ]
+    for group in graph.in_block(layer):
+        if group.name not in result.keep:
+            result.keep[group.name] = plan.kept(group)
+            cut_group(walker.model, group, plan.kept(group))
+    if pruned_next is None:
+        pruned_next = [
+            walker.run_block(layer, hidden, context)
+            for hidden, context in zip(streams.pruned, streams.contexts, strict=True)
+        ]
+    streams.dense, streams.pruned = dense_next, pruned_next
+
+
+def _target(dense: Tensor, gap: Tensor, gain: float | None) -> Tensor:
+    """What the consumer should put out: the dense output, plus what the residual stream lacks where it adds to it."""
+    return dense if gain is None else dense + gap / gain
+
+
+def _pruned_pass(
+    walker: BlockWalker, layer: int, path: str, streams: _Streams, *, to_the_end: bool
+) -> tuple[list[Capture], list[Tensor] | None]:
+    taken: list[Capture] = []
+    outputs: list[Tensor] = []
+    for hidden, context in zip(streams.pruned, streams.contexts, strict=True):
+        with capture(walker.model, [path], stop=not to_the_end) as seen:
+            outputs.append(walker.run_block(layer, hidden, context))
+        taken.append(seen[path])
+    return taken, outputs if to_the_end else None
+
+
+def _token_weights(hidden: Tensor) -> Tensor:
+    """A token counts by the inverse mean square of its residual stream, which is how the next norm sees its error."""
+    return hidden.float().square().mean(-1).clamp_min(1e-12).reciprocal().flatten()
+
+
+def _refit(
+    model: nn.Module,
+    consumer: _Consumer,
+    taken: Sequence[Capture],
+    targets: Sequence[Tensor],
+    dense: Sequence[Tensor],
+    plan: StructurePlan,
+    settings: RestoreSettings,
+    result: Restoration,
+) -> list[Tensor]:
+    """Choose the group's units, cut it, refit the consumer. Returns the consumer's new outputs, batch by batch."""
+    weight = weight_out_in(consumer.module)
+    bias = consumer.module.bias if isinstance(getattr(consumer.module, "bias", None), Tensor) else None
+    held_from = len(taken) - max(1, round(len(taken) * settings.held_share))
+    extra = 0 if bias is None else 1
+    fit, held = (Moments.empty(weight.shape[1] + extra, weight.shape[0], weight.device) for _ in range(2))
+    for index, (seen, target, hidden) in enumerate(zip(taken, targets, dense, strict=True)):
+        x = _with_ones(seen.input.flatten(0, -2).float(), extra)
+        moments = fit if index < held_from else held
+        moments.add(x, target.flatten(0, -2).float(), _token_weights(hidden))
+    kept = _choose(consumer, weight, fit, plan, settings)
+    columns = _kept_columns(consumer, kept, weight.shape[1], weight.device)
+    if kept != tuple(range(consumer.group.units)):
+        cut_group(model, consumer.group, kept)
+    result.keep[consumer.group.name] = kept
+    with_bias = torch.cat([columns, torch.arange(extra, device=columns.device) + weight.shape[1]])
+    start = torch.cat([weight.float(), *([] if bias is None else [bias.float().unsqueeze(1)])], dim=1)[:, with_bias]
+    new, error = ridge_refit(start, fit.select(with_bias), held.select(with_bias), settings.ridges)
+    result.errors[consumer.path] = error
+    weight_out_in(consumer.module).copy_(new[:, : len(columns)])
+    if bias is not None:
+        bias.copy_(new[:, -1])
+    return [
+        nn.functional.linear(seen.input[..., columns], new[:, : len(columns)].to(seen.input.dtype), bias)
+        for seen in taken
+    ]
+
+
+def _with_ones(x: Tensor, extra: int) -> Tensor:
+    return torch.cat([x, x.new_ones(len(x), 1)], dim=1) if extra else x
+
+
+def _kept_columns(consumer: _Consumer, kept: Sequence[int], channels: int, device: torch.device) -> Tensor:
+    """Input channels of the consumer that stay, ascending: (kept channels,)."""
+    mask = torch.ones(channels, dtype=torch.bool)
+    member = next(m for m in consumer.group.consumers if m.tensor.rpartition(".")[0] == consumer.path)
+    mask[member.indices(range(consumer.group.units))] = False
+    mask[member.indices(kept)] = True
+    return mask.nonzero().flatten().to(device)
+
+
+def _choose(
+    consumer: _Consumer, weight: Tensor, fit: Moments, plan: StructurePlan, settings: RestoreSettings
+) -> tuple[int, ...]:
+    group = consumer.group
+    kept = plan.kept(group)
+    removed = group.units - len(kept)
+    if not settings.second_order or not removed or not kept or len(group.consumers) != 1:
+        return kept
+    member = group.consumers[0]
+    units = torch.tensor([list(member.rows(unit)) for unit in range(group.units)], device=weight.device)
+    channels = weight.shape[1]
+    gram = fit.gram[:channels, :channels]
+    at_once = 32 if units.shape[1] == 1 else 1
+    gone = second_order_order(weight.float(), gram, units, removed, ridge=settings.choice_ridge, at_once=at_once)
+    return tuple(sorted(set(range(group.units)) - set(gone.tolist())))
+
+
+def final_keep(plan: StructurePlan, restoration: Restoration) -> Mapping[str, tuple[int, ...]]:
+    """The plan's kept units with those that the walk chose."""
+    return {name: restoration.keep.get(name, kept) for name, kept in plan.keep.items()}
