@@ -1,0 +1,1 @@
+"""Loading, saving and walking models: devices, checkpoints, blocks, linear modules."""

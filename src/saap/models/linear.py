@@ -1,0 +1,41 @@
+"""Linear-like modules: which axis of the weight is contracted with the input."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+_CONTRACTED_AXIS: tuple[tuple[type[nn.Module], int], ...] = ((nn.Linear, 1), (Conv1D, 0))
+
+
+def contracted_axis(module: nn.Module) -> int | None:
+    """Axis of `module.weight` that is contracted with the input: 1 for (out, in), 0 for (in, out).
+
+    None for a module that is not linear-like.
+    """
+    for kind, axis in _CONTRACTED_AXIS:
+        if isinstance(module, kind):
+            return axis
+    return None
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All linear-like modules of the model by path."""
+    return {path: module for path, module in model.named_modules() if contracted_axis(module) is not None}
+
+
+def owner(model: nn.Module, tensor_name: str) -> tuple[nn.Module, str]:
+    """The module that holds the parameter of that name, and the parameter's attribute. Raises AttributeError."""
+    path, _, attribute = tensor_name.rpartition(".")
+    module = model.get_submodule(path)
+    getattr(module, attribute)
+    return module, attribute
+
+
+def weight_out_in(module: nn.Module) -> Tensor:
+    """A view of the weight as (out, in). Raises TypeError for a module that is not linear-like."""
+    axis = contracted_axis(module)
+    weight = module.weight
+    if axis is None or not isinstance(weight, Tensor):
+        raise TypeError(f"{type(module).__name__} is not a linear-like module")
+    return weight if axis == 1 else weight.T
