@@ -202,6 +202,4 @@ class PruneConfig(BaseModel):
         if self.refit_tokens is None:
             return settings
         length = min(settings.refit_length, self.refit_tokens // 2)
-        return settings.model_copy(
-            update={"refit_sequences": self.refit_tokens // length, "refit_length": length}
-        )
+        return settings.model_copy(update={"refit_sequences": self.refit_tokens // length, "refit_length": length})

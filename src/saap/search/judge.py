@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from saap.models.walker import BlockWalker
 from torch import Tensor, nn
 
 from saap.models.masking import consumer_masks, masked_channels
+from saap.models.walker import BlockWalker
 from saap.records import ModelGraph
 
 

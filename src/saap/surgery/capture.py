@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from saap.models.walker import BlockWalker, Contexts
 from torch import Tensor, nn
+
+from saap.models.walker import BlockWalker, Contexts
 
 
 @dataclass(frozen=True, slots=True)

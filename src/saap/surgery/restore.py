@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from saap.models.linear import weight_out_in
-from saap.models.walker import BlockWalker, Contexts
-from saap.surgery.cut import cut_group
 from torch import Tensor, nn
 
+from saap.models.linear import weight_out_in
+from saap.models.walker import BlockWalker, Contexts
 from saap.records import CoupledGroup, ModelGraph, StructurePlan
 from saap.surgery.capture import Capture, capture, residual_gain
+from saap.surgery.cut import cut_group
 from saap.surgery.least_squares import Moments, ridge_refit, second_order_order
 
 Progress = Callable[[int, int], None]
@@ -42,7 +42,8 @@ class RestoreSettings:
 @dataclass(slots=True)
 class Restoration:
     """What the walk did. keep: the final kept units by group. errors: held-out error of each refitted matrix relative
-    to the error before the refit."""
+    to the error before the refit.
+    """
 
     keep: dict[str, tuple[int, ...]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,223 @@
+"""The command line: thin; each command reads its flags, calls the pipeline and prints. Heavy imports are inside."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import click
+import typer
+
+from saap._version import __version__
+from saap.errors import SaapError
+
+if TYPE_CHECKING:
+    from saap.config import PruneConfig
+    from saap.pipeline.run import RunOptions
+
+app = typer.Typer(
+    name="saap",
+    help="Structured pruning of language models: a checkpoint in, a smaller one that opens everywhere out.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, .gguf file, or `smollm2`.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model repository ships.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Structured pruning of language models: a checkpoint in, a smaller one that opens everywhere out."""
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to write. [required unless --dry-run]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it exists.")] = False,
+    work_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where finished stages are kept. [default: OUT.saap-work]")
+    ] = None,
+    keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep the stage files after success.")] = False,
+    pruning_ratio: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R[,R...]",
+            help="Fraction of the decoder blocks' parameters to remove; several share one estimation.",
+        ),
+    ] = None,
+    target_params: Annotated[
+        str | None, typer.Option(metavar="N", help="Parameters of the whole model that may stay, e.g. 100M.")
+    ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Bytes of the weights as written, e.g. 200MB.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(metavar="FILE", help="A plan.json to carry out, edited or not.")] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Text to calibrate on, repeatable: .txt, .jsonl, a bundled name or a data set. [default: mixed]",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration samples for the scores.")] = 50,
+    sample_length: Annotated[int, typer.Option(help="Tokens of each calibration sample.")] = 128,
+    refit_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens for the restoration. [default: set by --effort]")
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="adaptive: each layer its own sizes; uniform: equal sizes, opens as the stock class.")
+    ] = "adaptive",
+    roles: Annotated[str, typer.Option(help="What may leave, some of ffn,attention,block,hidden.")] = "ffn,attention",
+    skip_layers: Annotated[
+        str, typer.Option(help="Blocks at the ends to leave whole: auto, or e.g. first:4,last:2.")
+    ] = "auto",
+    align: Annotated[int, typer.Option(help="Kept channels are a multiple of this.")] = 32,
+    strategy: Annotated[
+        str, typer.Option(help="adaptive, uniform, importance, volatility-z or volatility-cv.")
+    ] = "adaptive",
+    importance: Annotated[
+        str, typer.Option(help="Score of a unit: fused, vector, element1, element2 or mixed.")
+    ] = "fused",
+    fusion_scope: Annotated[
+        str, typer.Option(help="Who shares the fusion's uncertainties: global, role, layer or layer-role.")
+    ] = "layer-role",
+    aggregation: Annotated[str, typer.Option(help="How a unit's members combine: sum, max, prod or last.")] = "sum",
+    no_restore: Annotated[bool, typer.Option("--no-restore", help="Cut only; do not refit the consumers.")] = False,
+    effort: Annotated[str, typer.Option(help="fast, default or best: time for search and restoration.")] = "default",
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the written weights: auto, float32, float16 or bfloat16.")] = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Stop before the estimation; say what would be done.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress.")] = False,
+) -> None:
+    """Prune MODEL: discover its structures, estimate their importance, search, cut, restore, check, write."""
+    from saap.config import Aggregation, Effort, FusionScope, Importance, PruneConfig, Strategy
+    from saap.errors import ConfigurationError
+    from saap.parsing import choice, parse_bytes, parse_count, parse_ratios, parse_roles, parse_skip_layers
+    from saap.records import Layout
+
+    if out is None and not dry_run:
+        raise ConfigurationError("--out is missing", "Name the folder to write with --out DIR, or use --dry-run")
+    config = PruneConfig(
+        pruning_ratios=parse_ratios(pruning_ratio) if pruning_ratio is not None else (),
+        target_parameters=parse_count("--target-params", target_params) if target_params is not None else None,
+        target_bytes=parse_bytes("--target-size", target_size) if target_size is not None else None,
+        plan=plan,
+        calibration=tuple(calibration) if calibration else ("mixed",),
+        samples=samples,
+        sample_length=sample_length,
+        refit_tokens=refit_tokens,
+        layout=choice("--layout", layout, Layout),
+        roles=parse_roles(roles),
+        skip_layers=parse_skip_layers(skip_layers),
+        align=align,
+        strategy=choice("--strategy", strategy, Strategy),
+        importance=choice("--importance", importance, Importance),
+        fusion_scope=choice("--fusion-scope", fusion_scope, FusionScope),
+        aggregation=choice("--aggregation", aggregation, Aggregation),
+        restore=not no_restore,
+        effort=choice("--effort", effort, Effort),
+        seed=seed,
+    )
+    from saap.pipeline.run import RunOptions
+
+    options = RunOptions(
+        out=out, overwrite=overwrite, work_dir=work_dir, keep_work=keep_work, device=device, dtype=dtype,
+        revision=revision, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    _run_prune(model, config, options, dry_run=dry_run, as_json=as_json, quiet=quiet)
+
+
+def _run_prune(
+    model: str, config: PruneConfig, options: RunOptions, *, dry_run: bool, as_json: bool, quiet: bool
+) -> None:
+    from saap.display import make_reporter, print_preview, print_results
+    from saap.pipeline.run import preview, run_prune
+
+    with make_reporter(quiet=quiet, to_stderr=as_json) as reporter:
+        if dry_run:
+            shown = preview(model, config, options, reporter)
+            print(json.dumps(shown, indent=1)) if as_json else print_preview(shown)
+            return
+        results = run_prune(model, config, options, reporter)
+    if as_json:
+        reports = [result.report.as_dict() for result in results]
+        print(json.dumps(reports[0] if len(reports) == 1 else {"results": reports}, indent=1))
+    elif not quiet:
+        print_results(results)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+) -> None:
+    """Show the coupled structures of MODEL: per role the groups, their units, members and parameters."""
+    from saap.display import print_structures
+    from saap.pipeline.run import inspect_model
+
+    shown = inspect_model(model, revision=revision, trust_remote_code=trust_remote_code)
+    print(json.dumps(shown, indent=1)) if as_json else print_structures(shown)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")] = Path("demo/smollm2-small"),
+    effort: Annotated[str, typer.Option(help="fast, default or best.")] = "fast",
+) -> None:
+    """Prune a small real model (SmolLM2-135M from its Python wheel) by 20 % and show what came out."""
+    from saap.config import Effort, PruneConfig
+    from saap.parsing import choice
+    from saap.pipeline.run import RunOptions
+
+    config = PruneConfig(pruning_ratios=(0.2,), effort=choice("--effort", effort, Effort))
+    print(f"$ saap prune smollm2 --pruning-ratio 0.2 --effort {effort} --out {out} --overwrite", flush=True)
+    _run_prune("smollm2", config, RunOptions(out=out, overwrite=True), dry_run=False, as_json=False, quiet=False)
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 2 input that the user can mend, 130 interrupted."""
+    try:
+        code = app(standalone_mode=False)
+    except SaapError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else "saap"
+        print(f"error: {error.format_message().rstrip('.')}. See `{command} --help`.", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted: finished stages are kept; the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.search.synthetic import CHANNELS, HEADS, graph, scores
+
+from saap.config import PrunableRole, SkipLayers, Strategy
+from saap.errors import PlanError, TargetError
+from saap.records import Layout, Role, UnitScores, count_parameters, kept_shapes
+from saap.search.allocation import steps_by_score, steps_by_share, take_steps
+from saap.search.objectives import Budget, budget_for_bytes, budget_for_parameters, budget_for_ratio, header_bytes
+from saap.search.plan import SearchSpace, make_plan, plan_from_counts, search
+from saap.search.slots import build_slots
+from saap.search.stability import relative_volatility, standardised_fluctuation
+
+GRAPH = graph()
+SCORES = scores(GRAPH)
+FFN_AND_ATTENTION = (PrunableRole.FFN, PrunableRole.ATTENTION)
+
+
+def space(roles=FFN_AND_ATTENTION, layout=Layout.ADAPTIVE, align=8, skip_layers=None) -> SearchSpace:
+    return SearchSpace(roles=roles, layout=layout, align=align, skip_layers=skip_layers)
+
+
+def largest_step(of: SearchSpace) -> int:
+    roles = [Role(role.value) for role in of.roles if role is not PrunableRole.BLOCK]
+    return max(
+        slot.parameters_per_unit * slot.step
+        for slot in build_slots(GRAPH, roles=roles, layout=of.layout, align=of.align)
+    )
+
+
+def test_standardised_fluctuation_by_hand() -> None:
+    got = standardised_fluctuation(np.array([1.0, 2.0, 3.0]))
+    np.testing.assert_allclose(got, [-np.sqrt(1.5), 0, np.sqrt(1.5)])
+    np.testing.assert_array_equal(standardised_fluctuation(np.full(4, 2.0)), np.zeros(4))
+
+
+def test_relative_volatility_by_hand() -> None:
+    got = relative_volatility(np.array([2.0, 1.0, 0.0, 0.0]), np.array([4.0, 9.0, 1.0, 0.0]))
+    np.testing.assert_allclose(got, [1.0, 3.0, np.inf, 0.0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ratio=st.floats(0.0, 0.5),
+    align=st.sampled_from([1, 4, 8, 16]),
+    strategy=st.sampled_from([s for s in Strategy]),
+    layout=st.sampled_from([s for s in Layout]),
+)
+def test_removes_what_is_asked_and_at_most_a_step_more(ratio, align, strategy, layout) -> None:
+    budget = budget_for_ratio(GRAPH, ratio)
+    of = space(layout=layout, align=align)
+    plan = search(GRAPH, SCORES, budget, of, strategy)
+    removed = GRAPH.block_parameters - plan.block_parameters
+    assert budget.removal <= removed < budget.removal + largest_step(of)
+    shapes = kept_shapes(GRAPH, plan.keep)
+    assert plan.parameters == count_parameters(shapes)
+    for name, kept in plan.keep.items():
+        if name.endswith("ffn"):
+            assert len(kept) % align == 0
+        assert len(kept) >= 1
+        assert list(kept) == sorted(set(kept))
+    if layout is Layout.UNIFORM:
+        assert len({len(kept) for name, kept in plan.keep.items() if name.endswith("ffn")}) <= 1
+
+
+def test_importance_removes_the_least_important_units_of_all_layers() -> None:
+    plan = search(
+        GRAPH, SCORES, budget_for_ratio(GRAPH, 0.1), space(roles=(PrunableRole.FFN,), align=1), Strategy.IMPORTANCE
+    )
+    kept = np.concatenate([SCORES[name].mean[list(units)] for name, units in plan.keep.items()])
+    gone = np.concatenate([np.delete(SCORES[name].mean, list(units)) for name, units in plan.keep.items()])
+    assert gone.max() <= kept.min()
+
+
+def test_volatility_removes_the_most_volatile_units() -> None:
+    plan = search(GRAPH, SCORES, budget_for_ratio(GRAPH, 0.1), space(align=1), Strategy.VOLATILITY_Z)
+    for name, units in plan.keep.items():
+        assert np.delete(SCORES[name].variance, list(units)).min() >= SCORES[name].variance[list(units)].max()
+
+
+def test_ends_are_spared_by_default_and_on_request() -> None:
+    plan = search(
+        GRAPH, SCORES, budget_for_ratio(GRAPH, 0.05), space(skip_layers=SkipLayers(first=2, last=1)), Strategy.UNIFORM
+    )
+    assert {GRAPH.group(name).layer for name in plan.keep} <= {2, 3, 4}
+
+
+def test_unreachable_target_names_the_reachable() -> None:
+    with pytest.raises(TargetError, match="at most 0"):
+        search(GRAPH, SCORES, budget_for_ratio(GRAPH, 0.99), space(align=32), Strategy.UNIFORM)
+
+
+def test_adaptive_takes_the_candidate_with_the_least_measured_loss() -> None:
+    wanted = {f"layers.{layer}.ffn" for layer in (0, 1)}
+
+    def judge(keep, dropped) -> float:
+        return float(
+            sum(CHANNELS - len(kept) for name, kept in keep.items() if name.endswith("ffn") and name not in wanted)
+        ) + sum(HEADS - len(kept) for name, kept in keep.items() if name.endswith("attention"))
+
+    budget = budget_for_ratio(GRAPH, 0.1)
+    start = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE)
+    found = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, judge=judge, evaluations=80)
+    assert judge(found.keep, ()) < judge(start.keep, ())
+    assert found.trail[0].loss == pytest.approx(judge(found.keep, ()))
+    names = {candidate.name for candidate in found.trail}
+    assert {"volatility-z", "volatility-cv", "importance"} <= names
+    again = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, judge=judge, evaluations=80)
+    assert again == found
+
+
+def test_blocks_are_dropped_by_measured_loss() -> None:
+    def judge(keep, dropped) -> float:
+        return 0.0 if dropped == (3,) else 1.0 + sum(dropped)
+
+    budget = budget_for_ratio(GRAPH, 0.3)
+    alone = search(GRAPH, SCORES, budget, space(roles=(PrunableRole.BLOCK,)), Strategy.ADAPTIVE, judge=judge)
+    assert alone.dropped_blocks == (0, 3)
+    assert GRAPH.block_parameters - alone.block_parameters >= budget.removal
+    mixed = search(
+        GRAPH, SCORES, budget, space(roles=(PrunableRole.BLOCK, PrunableRole.FFN)), Strategy.UNIFORM, judge=judge
+    )
+    assert mixed.dropped_blocks == (3,)
+    assert not any(name.startswith("layers.3.") for name in mixed.keep)
+    assert GRAPH.block_parameters - mixed.block_parameters >= budget.removal
+
+
+@pytest.mark.parametrize("roles", [("hidden",), ("hidden", "ffn"), ("hidden", "ffn", "block")])
+def test_hidden_channels_count_exactly(roles) -> None:
+    budget = budget_for_ratio(GRAPH, 0.25)
+    of = space(roles=tuple(PrunableRole(role) for role in roles), align=2)
+    plan = search(GRAPH, SCORES, budget, of, Strategy.UNIFORM)
+    shapes = kept_shapes(GRAPH, plan.keep, plan.dropped_blocks)
+    inside = {name: shape for name, shape in shapes.items() if name.startswith("blocks.")}
+    assert plan.block_parameters == count_parameters(inside)
+    assert GRAPH.block_parameters - plan.block_parameters >= budget.removal
+
+
+def test_targets_in_parameters_and_bytes() -> None:
+    total = GRAPH.parameters
+    plan = search(GRAPH, SCORES, budget_for_parameters(GRAPH, int(0.8 * total)), space(align=4), Strategy.UNIFORM)
+    assert plan.parameters <= int(0.8 * total)
+    target = 2 * int(0.8 * total) + header_bytes(GRAPH.shapes)
+    plan = search(GRAPH, SCORES, budget_for_bytes(GRAPH, target, 2), space(align=4), Strategy.UNIFORM)
+    assert 2 * plan.parameters + header_bytes(GRAPH.shapes) <= target
+    for bad in (0, total + 1):
+        with pytest.raises(TargetError):
+            budget_for_parameters(GRAPH, bad)
+    with pytest.raises(TargetError):
+        budget_for_bytes(GRAPH, 10, 2)
+    with pytest.raises(TargetError):
+        budget_for_ratio(GRAPH, 1.0)
+
+
+def test_edited_plan() -> None:
+    plan = plan_from_counts(
+        GRAPH, SCORES, {"layers.1.ffn": 40, "layers.2.ffn": (1, 5, 3)}, [], layout=Layout.ADAPTIVE, align=1
+    )
+    assert plan.keep["layers.2.ffn"] == (1, 3, 5)
+    best = np.sort(np.argsort(SCORES["layers.1.ffn"].mean, kind="stable")[-40:])
+    assert plan.keep["layers.1.ffn"] == tuple(best.tolist())
+    for keep, dropped in (
+        ({"layers.9.ffn": 3}, []),
+        ({"layers.1.ffn": 65}, []),
+        ({"layers.1.ffn": (64,)}, []),
+        ({}, [6]),
+    ):
+        with pytest.raises(PlanError):
+            plan_from_counts(GRAPH, SCORES, keep, dropped, layout=Layout.ADAPTIVE, align=1)
+
+
+def test_a_plan_of_everything_removes_nothing() -> None:
+    assert make_plan(GRAPH, {}, (), layout=Layout.ADAPTIVE, strategy="uniform", align=1).removes_nothing(GRAPH)
+    assert search(GRAPH, SCORES, Budget(removal=0), space(), Strategy.ADAPTIVE).removes_nothing(GRAPH)
+
+
+def test_steps_of_a_slot_come_in_order_whatever_their_price() -> None:
+    slots = build_slots(GRAPH, roles=[Role.FFN], layout=Layout.ADAPTIVE, align=16)
+    steps = steps_by_score(slots, lambda name: np.sort(SCORES[name].mean))
+    sizes = take_steps(GRAPH, slots, steps, Budget(removal=5000))
+    assert all(size % 16 == 0 for size in sizes)
+    assert take_steps(GRAPH, slots, steps_by_share(slots, [1, 0, 0, 0, 0, 0]), Budget(removal=500))[1:] == (64,) * 5
+
+
+def test_modules_of_different_size_have_no_uniform_size() -> None:
+    small = GRAPH.groups[1]
+    import dataclasses
+
+    other = dataclasses.replace(GRAPH, groups=(*GRAPH.groups[2:], dataclasses.replace(small, units=32)))
+    with pytest.raises(TargetError, match="adaptive"):
+        build_slots(other, roles=[Role.FFN], layout=Layout.UNIFORM, align=1)
+    assert isinstance(SCORES["hidden"], UnitScores)
