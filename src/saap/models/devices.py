@@ -1,0 +1,47 @@
+"""Which device to work on, and in which dtype to write."""
+
+from __future__ import annotations
+
+import torch
+
+from saap.errors import ConfigurationError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name; `auto` takes cuda, then mps, then cpu. Raises ConfigurationError if it is not there."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigurationError(f"--device {name} is no device", "Use auto, cpu, cuda, cuda:N or mps") from None
+    too_high = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    if not available.get(device.type, False) or too_high:
+        raise ConfigurationError(f"--device {name} is not available on this machine", "Use --device auto or cpu")
+    return device
+
+
+def pick_dtype(name: str = "auto", *, source: torch.dtype) -> torch.dtype:
+    """The dtype to write. `auto`: bfloat16 for sources of 16 bits or fewer (GGUF counts as such), else the source's.
+
+    Raises ConfigurationError for an unknown name.
+    """
+    if name == "auto":
+        return torch.bfloat16 if source.itemsize <= 2 else source
+    if name not in DTYPES:
+        raise ConfigurationError(f"--dtype {name} is unknown", f"Use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def working_dtype(device: torch.device, source: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: bfloat16 models stay so on CUDA, all other 16 bit ones are widened to float32."""
+    if source == torch.bfloat16 and device.type == "cuda":
+        return source
+    return torch.float32 if source.itemsize <= 2 else source

@@ -1,0 +1,142 @@
+"""Opening models and tokenizers, and digests of what was opened."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging as transformers_logging
+
+from saap.errors import ModelError
+from saap.models.devices import pick_device, working_dtype
+from saap.models.modeling_pruned import MODEL_TYPE, SaapPrunedConfig
+from saap.models.references import ResolvedModel, resolve_model
+from saap.records import ModelRef, digest_of
+
+SAMPLED_VALUES = 4096
+# Fields of a configuration that say nothing about what the model computes.
+_INCIDENTAL_FIELDS = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+
+
+def register_pruned_models() -> None:
+    """Let transformers' auto classes open pruned checkpoints without running the code in their folders."""
+    AutoConfig.register(MODEL_TYPE, SaapPrunedConfig, exist_ok=True)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings from transformers for a while."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_model(resolved: ResolvedModel, *, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """Read the weights: a transformers model in evaluation mode whose parameters want no gradient.
+
+    dtype: to compute in; None: float32 for 16 bit and GGUF sources (bfloat16 stays on CUDA), else the stored one.
+    Raises ModelError if the weights do not fit the configuration; nothing is initialised at random.
+    """
+    chosen = dtype if dtype is not None else working_dtype(device, resolved.dtype)
+    return _open(resolved, device, chosen)
+
+
+def _open(resolved: ResolvedModel, device: torch.device, dtype: torch.dtype) -> Any:
+    register_pruned_models()
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": resolved.trust_remote_code}
+    if resolved.gguf_file is not None:
+        options |= {"gguf_file": resolved.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    try:
+        # the bar of the GGUF reader knows no switch
+        with quiet_transformers(), redirect_stderr(io.StringIO()) if resolved.gguf_file else nullcontext():
+            model, info = AutoModelForCausalLM.from_pretrained(resolved.folder, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{resolved.source} cannot be opened as a causal language model ({reason})",
+            "Check that its files are complete and of such a model",
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(
+            f"{resolved.source} lacks the weights {', '.join(missing[:3])}{more}", "Use a complete checkpoint"
+        )
+    if resolved.gguf_file is not None:
+        _forget_quantization(model)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _forget_quantization(model: Any) -> None:
+    """The weights are plain numbers now; the configuration must not call them quantised."""
+    for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if hasattr(holder, name):
+            delattr(holder, name)
+    model.is_quantized = False
+
+
+def load_tokenizer(resolved: ResolvedModel) -> Any | None:
+    """The tokenizer of the model, None if its folder has none. Raises ModelError if it cannot be read."""
+    options: dict[str, Any] = {"trust_remote_code": resolved.trust_remote_code}
+    if resolved.gguf_file is not None:
+        options["gguf_file"] = resolved.gguf_file
+    elif not any((resolved.folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    register_pruned_models()
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(resolved.folder, **options)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"The tokenizer of {resolved.source} cannot be read ({reason})", "Check its tokenizer files"
+        ) from error
+
+
+def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> Any:
+    """Open a model that saap has written, in either layout, or a stock one; no code of the folder is run.
+
+    dtype: None keeps the stored one. Returns a transformers model in evaluation mode. Raises ModelError.
+    """
+    resolved = resolve_model(path)
+    target = pick_device(device)
+    stored = torch.float32 if resolved.gguf_file is not None else resolved.dtype
+    return _open(resolved, target, dtype if dtype is not None else stored)
+
+
+@torch.no_grad()
+def model_ref(model: nn.Module, source: str, revision: str | None = None) -> ModelRef:
+    """Which weights these are. The weights digest covers name, shape, dtype and a strided sample of each parameter."""
+    config = getattr(model, "config", None)
+    fields = config.to_dict() if config is not None and hasattr(config, "to_dict") else {"class": type(model).__name__}
+    kept = {name: str(value) for name, value in fields.items() if name not in _INCIDENTAL_FIELDS}
+    weights = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        weights.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        values = parameter.detach().flatten()
+        sample = values[:: max(1, -(-len(values) // SAMPLED_VALUES))].contiguous().cpu()
+        weights.update(sample.view(torch.uint8).numpy().tobytes())
+    return ModelRef(source=source, revision=revision, config_digest=digest_of(kept), weights_digest=weights.hexdigest())

@@ -1,0 +1,219 @@
+"""Opens a pruned model: the stock class of its family, built from the dense configuration and then resized.
+
+config.json lists under `pruned_structure` what differs from the dense model. This file needs torch and transformers
+only, and lies in the model's folder, so that the model opens wherever transformers does:
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+The sizes are changed before the weights are read; a weight that is missing or has another size is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+MODEL_TYPE = "saap_pruned"
+FORMAT_VERSION = 1
+
+# Which integers of a module repeat the sizes of its weight, axis by axis.
+SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
+    (nn.Linear, ("out_features", "in_features")),
+    (Conv1D, ("nx", "nf")),
+    (nn.Embedding, ("num_embeddings", "embedding_dim")),
+)
+
+
+class ConstantOutput(nn.Module):
+    """Stands where a layer has lost all its inputs or all its outputs: gives its bias, or zeros."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, width: int, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.width = width
+        self.register_parameter("bias", bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """inputs: (..., anything). Returns (..., width)."""
+        zeros = inputs.new_zeros(*inputs.shape[:-1], self.width)
+        return zeros if self.bias is None else zeros + self.bias
+
+
+class ArgumentSlice:
+    """Forward pre-hook: cuts a tensor that a module is given with one entry per head (ALiBi) to the kept heads.
+
+    axis: where the heads lie. per_sample: the axis holds the heads of each sample, sample by sample.
+    """
+
+    def __init__(
+        self, module: nn.Module, *, argument: str, axis: int, per_sample: bool, units: int, kept: Sequence[int]
+    ) -> None:
+        self.argument, self.axis, self.per_sample = argument, axis, per_sample
+        self.units, self.kept = units, list(kept)
+        self.position = list(inspect.signature(module.forward).parameters).index(argument)
+
+    def __call__(
+        self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Replace the argument wherever the caller put it."""
+        if self.argument in keywords:
+            keywords = {**keywords, self.argument: self.cut(keywords[self.argument])}
+        elif self.position < len(arguments):
+            values = list(arguments)
+            values[self.position] = self.cut(values[self.position])
+            arguments = tuple(values)
+        return arguments, keywords
+
+    def cut(self, tensor: Tensor | None) -> Tensor | None:
+        """The kept heads of `tensor`."""
+        if tensor is None:
+            return None
+        index = torch.tensor(self.kept, device=tensor.device)
+        if not self.per_sample:
+            return tensor.index_select(self.axis, index)
+        shape = list(tensor.shape)
+        shape[self.axis : self.axis + 1] = [-1, self.units]
+        return tensor.reshape(shape).index_select(self.axis + 1, index).flatten(self.axis, self.axis + 1)
+
+    def describe(self) -> dict[str, Any]:
+        """What is needed to make the same hook again."""
+        names = ("argument", "axis", "per_sample", "units", "kept")
+        return {name: getattr(self, name) for name in names}
+
+
+def resize(model: nn.Module, parameter: nn.Parameter, data: Tensor) -> None:
+    """Give a parameter, wherever the model holds it, new data of another size."""
+    parameter.data = data
+    for module in model.modules():
+        for name, held in module._parameters.items():
+            if held is parameter:
+                _follow_size(module, name, parameter)
+
+
+def _follow_size(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    if name == "weight":
+        for kind, attributes in SIZE_ATTRIBUTES:
+            if isinstance(module, kind):
+                for attribute, size in zip(attributes, parameter.shape, strict=True):
+                    setattr(module, attribute, size)
+    if hasattr(module, "normalized_shape"):
+        module.normalized_shape = type(module.normalized_shape)(parameter.shape)
+
+
+def set_attribute(module: nn.Module, name: str, value: float) -> None:
+    """Set an attribute of a module; `config.NAME` is set in the module's own copy of the configuration."""
+    if name.startswith("config."):
+        module.config = copy.deepcopy(module.config)
+        setattr(module.config, name.removeprefix("config."), value)
+    else:
+        setattr(module, name, value)
+
+
+def apply_structure(model: nn.Module, structure: Mapping[str, Any]) -> None:
+    """Change a model built from the dense configuration to the sizes of the pruned one; its values mean nothing yet.
+
+    structure: `constant` (module path -> width, bias), `shapes` (parameter -> sizes), `attributes` (module path ->
+    name -> value) and `sliced_arguments` (module path -> arguments of ArgumentSlice).
+    """
+    for path, constant in structure["constant"].items():
+        parent, _, name = path.rpartition(".")
+        bias = model.get_submodule(path)._parameters.get("bias") if constant["bias"] else None
+        setattr(model.get_submodule(parent), name, ConstantOutput(constant["width"], bias))
+    for name, shape in structure["shapes"].items():
+        parameter = model.get_parameter(name)
+        resize(model, parameter, parameter.data[tuple(slice(size) for size in shape)].clone())
+    for path, attributes in structure["attributes"].items():
+        for name, value in attributes.items():
+            set_attribute(model.get_submodule(path), name, value)
+    for path, arguments in structure["sliced_arguments"].items():
+        module = model.get_submodule(path)
+        module.register_forward_pre_hook(ArgumentSlice(module, **arguments), with_kwargs=True)
+
+
+class SaapPrunedConfig(PretrainedConfig):  # type: ignore[misc, unused-ignore]
+    """Entry for AutoConfig: gives the configuration of the family, marked as pruned."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The family's own configuration class does the reading."""
+        found = config_dict["pruned_structure"]["format_version"]
+        if found > FORMAT_VERSION:
+            raise ValueError(f"The checkpoint has format {found}, this file reads up to {FORMAT_VERSION}.")
+        return pruned_classes(config_dict["base_model_type"])[0].from_dict(config_dict, **kwargs)
+
+
+class SaapPrunedForCausalLM:
+    """Entry for AutoModelForCausalLM: gives the stock class of the family, resized."""
+
+    @classmethod
+    def from_pretrained(cls, path: str, *arguments: Any, config: PretrainedConfig, **kwargs: Any) -> Any:
+        """Open the folder with the class that belongs to `config`."""
+        return _model_class(config).from_pretrained(path, *arguments, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: PretrainedConfig, **kwargs: Any) -> Any:
+        return _model_class(config)._from_config(config, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
+        """Nothing to do: the classes made here carry their registration."""
+
+
+def _model_class(config: PretrainedConfig) -> Any:
+    return pruned_classes(cast(Any, config).base_model_type)[1]
+
+
+@functools.cache
+def pruned_classes(base_model_type: str) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
+    """Configuration and model class for pruned models of one family; registered with AutoModelForCausalLM.
+
+    Raises ValueError if this version of transformers does not know the family.
+    """
+    try:
+        stock_config: Any = CONFIG_MAPPING[base_model_type]
+        stock_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
+    except KeyError:
+        raise ValueError(
+            f"This version of transformers has no causal language model of type {base_model_type!r}."
+        ) from None
+
+    class PrunedConfig(stock_config):  # type: ignore[misc]
+        model_type = MODEL_TYPE
+        _auto_class = "AutoConfig"
+
+    class PrunedModel(stock_model):  # type: ignore[misc]
+        config_class = PrunedConfig
+        _auto_class = "AutoModelForCausalLM"
+
+        def __init__(self, config: PretrainedConfig, *arguments: Any, **kwargs: Any) -> None:
+            super().__init__(config, *arguments, **kwargs)
+            apply_structure(self, cast(Any, config).pruned_structure)
+
+        @classmethod
+        def from_pretrained(cls, path: str, *arguments: Any, **kwargs: Any) -> Any:
+            """As in the stock class, but weights that are missing or of another size are an error."""
+            if kwargs.pop("ignore_mismatched_sizes", False):
+                raise ValueError("ignore_mismatched_sizes would replace pruned weights by random ones.")
+            with_info = kwargs.pop("output_loading_info", False)
+            model, info = super().from_pretrained(path, *arguments, output_loading_info=True, **kwargs)
+            if info["missing_keys"]:
+                raise ValueError(f"Weights are missing in {path}: {', '.join(sorted(info['missing_keys']))}.")
+            return (model, info) if with_info else model
+
+    for made, public in ((PrunedConfig, SaapPrunedConfig), (PrunedModel, SaapPrunedForCausalLM)):
+        made.__name__, made.__qualname__, made.__module__ = public.__name__, public.__qualname__, __name__
+    AutoModelForCausalLM.register(PrunedConfig, PrunedModel, exist_ok=True)
+    return PrunedConfig, PrunedModel

@@ -1,0 +1,127 @@
+"""What an adaptive checkpoint records: how a pruned model differs from the stock class built from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from saap.models.modeling_pruned import FORMAT_VERSION, ArgumentSlice, ConstantOutput, apply_structure
+from saap.records import Digested, ModelGraph, StructurePlan
+
+EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrunedStructure(Digested):
+    """Sizes and attributes that the stock configuration cannot say.
+
+    base_model_type: the stock model's type. shapes: of every parameter that lost something. attributes: module path
+    -> name -> value (heads, norm epsilons). constant: modules that lost all inputs or outputs: path -> width of their
+    output and whether a bias stays. sliced_arguments: module path -> the argument with one entry per head and the
+    kept heads. Dropped blocks are not here: the configuration says how many blocks there are, names count them anew.
+    """
+
+    base_model_type: str
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    constant: Mapping[str, Mapping[str, int | bool]] = field(default_factory=dict)
+    sliced_arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def to_config(self) -> dict[str, Any]:
+        """The `pruned_structure` field of config.json."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "attributes": {path: dict(values) for path, values in self.attributes.items()},
+            "constant": {path: dict(values) for path, values in self.constant.items()},
+            "sliced_arguments": {path: dict(values) for path, values in self.sliced_arguments.items()},
+        }
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the stock class loads the model as it is."""
+        return not (self.shapes or self.attributes or self.constant or self.sliced_arguments)
+
+
+def resize_to_structure(model: nn.Module, structure: PrunedStructure) -> None:
+    """Bring a model built from the configuration (also on the meta device) to the pruned sizes, in place."""
+    apply_structure(model, structure.to_config())
+
+
+def renumbered(name: str, blocks: tuple[str, ...], dropped: Iterable[int]) -> str:
+    """The name that a module or parameter has once the blocks before it are gone. name: not inside a dropped block."""
+    gone = set(dropped)
+    for index, path in enumerate(blocks):
+        if name == path or name.startswith(path + "."):
+            new = index - sum(1 for layer in gone if layer < index)
+            return f"{path.rpartition('.')[0]}.{new}{name[len(path) :]}"
+    return name
+
+
+def read_attribute(module: nn.Module, name: str) -> Any:
+    """Value of an attribute as UnitAttribute names it: `config.NAME` is in the module's copy of the configuration."""
+    holder: Any = module
+    if name.startswith("config."):
+        holder, name = module.config, name.removeprefix("config.")
+    return getattr(holder, name)
+
+
+def epsilon_name(norm: nn.Module) -> str | None:
+    """Name of the attribute that holds a norm's epsilon; None if there is none."""
+    return next((name for name in EPSILON_NAMES if hasattr(norm, name)), None)
+
+
+def structure_of(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> PrunedStructure:
+    """Describe a model that was cut by `plan`; everything is read from the model itself.
+
+    graph: of the dense model. model: with the plan's dropped blocks already gone.
+    """
+    dense = {
+        renumbered(name, graph.blocks, plan.dropped_blocks): shape
+        for name, shape in graph.shapes.items()
+        if graph.block_of(name) not in plan.dropped_blocks
+    }
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if name in dense and tuple(parameter.shape) != dense[name]
+    }
+    constant: dict[str, dict[str, int | bool]] = {}
+    sliced: dict[str, dict[str, Any]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, ConstantOutput):
+            constant[path] = {"width": module.width, "bias": module.bias is not None}
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, ArgumentSlice):
+                sliced[path] = hook.describe()
+    return PrunedStructure(
+        base_model_type=str(getattr(getattr(model, "config", None), "model_type", "")),
+        shapes=shapes,
+        attributes=_attributes(model, graph, plan),
+        constant=constant,
+        sliced_arguments=sliced,
+    )
+
+
+def _attributes(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> dict[str, dict[str, float]]:
+    """The attributes that follow the kept units, and the epsilons of rescaled norms."""
+    found: dict[str, dict[str, float]] = {}
+    for group in graph.groups:
+        if group.layer in plan.dropped_blocks or len(plan.kept(group)) == group.units:
+            continue
+        for attribute in group.attributes:
+            path = renumbered(attribute.module, graph.blocks, plan.dropped_blocks)
+            value = read_attribute(model.get_submodule(path), attribute.attribute)
+            found.setdefault(path, {})[attribute.attribute] = value
+        for norm in group.scaled_norms:
+            if graph.block_of(norm) in plan.dropped_blocks:
+                continue
+            path = renumbered(norm, graph.blocks, plan.dropped_blocks)
+            module = model.get_submodule(path)
+            name = epsilon_name(module)
+            if name is not None and not isinstance(module, ConstantOutput):
+                found.setdefault(path, {})[name] = getattr(module, name)
+    return found

@@ -1,0 +1,49 @@
+"""Removal of whole decoder blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from saap.errors import UnsupportedModelError
+
+# Attributes that hold a block's own number.
+BLOCK_NUMBER_NAMES = ("layer_idx", "layer_id", "layer_number")
+
+
+def drop_blocks(model: nn.Module, blocks: Sequence[str], dropped: Sequence[int]) -> None:
+    """Take blocks out of the model, number the others anew and shorten its configuration, in place.
+
+    blocks: module paths of all blocks, members of one nn.ModuleList. Raises UnsupportedModelError where they are
+    kept otherwise or where the configuration does not say how many there are.
+    """
+    parent = blocks[0].rpartition(".")[0]
+    container = model.get_submodule(parent)
+    if not isinstance(container, nn.ModuleList) or any(path.rpartition(".")[0] != parent for path in blocks):
+        raise UnsupportedModelError("The decoder blocks are not members of one list", "Prune without the role block")
+    kept = [layer for layer in range(len(blocks)) if layer not in set(dropped)]
+    config = getattr(model, "config", None)
+    if config is not None:
+        shorten_config(config, kept, len(blocks))
+    for layer in sorted(set(dropped), reverse=True):
+        del container[layer]
+    for new, old in enumerate(kept):
+        for module in container[new].modules():
+            for name in BLOCK_NUMBER_NAMES:
+                if vars(module).get(name) == old:
+                    setattr(module, name, new)
+
+
+def shorten_config(config: Any, kept: Sequence[int], depth: int) -> None:
+    """Set the number of layers, and cut every list with one entry per layer, in a transformers configuration."""
+    if getattr(config, "num_hidden_layers", None) != depth:
+        raise UnsupportedModelError(
+            f"The configuration does not say that there are {depth} blocks", "Prune without the role block"
+        )
+    for name, value in list(vars(config).items()):
+        per_layer = isinstance(value, list | tuple) and len(value) == depth
+        if per_layer and not name.startswith("_") and not name.endswith("token_id") and name != "architectures":
+            setattr(config, name, type(value)(value[layer] for layer in kept))
+    config.num_hidden_layers = len(kept)
