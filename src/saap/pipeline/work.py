@@ -3,46 +3,51 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from saap.errors import OutputError, StaleInputError
+from saap.storage import write_whole
 
-_SETTINGS = "settings.json"
+SETTINGS = "settings.json"
 
 
 class WorkFolder:
-    """Stage files of one run. A rerun with the same settings and model finds them; another run is refused."""
+    """Stage files of one run. A rerun with the same settings and model finds them; another run is refused.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: None for a folder that vanishes with the process.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._temporary = path is None
+        self.path = path if path is not None else Path(tempfile.mkdtemp(prefix="saap-"))
 
     def open(self, settings_digest: str) -> bool:
         """Create the folder, or take up an interrupted run. Returns whether there is something to take up.
 
         Raises StaleInputError if the folder belongs to a run with other settings, OutputError if it cannot be made.
         """
-        marker = self.path / _SETTINGS
-        if marker.exists():
-            found = json.loads(marker.read_text()).get("digest", "")
-            if found != settings_digest:
+        found = self.read_json(SETTINGS)
+        if found is not None:
+            digest = str(found.get("digest", "")) if isinstance(found, dict) else ""
+            if digest != settings_digest:
                 raise StaleInputError(
                     f"{self.path} holds stages of a run with other settings or another model "
-                    f"(digest {str(found)[:12]}, this run has {settings_digest[:12]})",
+                    f"(digest {digest[:12]}, this run has {settings_digest[:12]})",
                     "Delete that folder, or choose another --work-dir",
                 )
             return True
-        if self.path.exists() and any(self.path.iterdir()):
-            raise OutputError(f"work folder {self.path} exists and was not made by a run", "Choose another --work-dir")
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise OutputError(f"The work folder {self.path} exists and is of no run", "Choose another --work-dir")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.write_json(SETTINGS, {"digest": settings_digest})
         except OSError as error:
             raise OutputError(
-                f"work folder {self.path} cannot be written ({error.strerror})", "Choose another --out or --work-dir"
+                f"The work folder {self.path} cannot be written ({error.strerror})",
+                "Choose another --out or --work-dir",
             ) from error
-        self.write_json(_SETTINGS, {"digest": settings_digest})
         return False
 
     def file(self, name: str) -> Path:
@@ -50,16 +55,18 @@ class WorkFolder:
         return self.path / name
 
     def read_json(self, name: str) -> Any | None:
-        """Content of a finished stage file, None if the stage has not finished."""
+        """Content of a finished stage file, None if the stage has not finished. Raises StaleInputError if damaged."""
         path = self.file(name)
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text()) if path.is_file() else None
+        except ValueError:
+            raise StaleInputError(f"{path} is damaged", "Delete the work folder and start again") from None
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a stage file at once or not at all."""
-        temporary = self.file(name + ".tmp")
-        temporary.write_text(json.dumps(content, indent=1))
-        os.replace(temporary, self.file(name))
+        write_whole(self.file(name), json.dumps(content, indent=1).encode())
 
-    def remove(self) -> None:
-        """Delete the folder with all stage files."""
-        shutil.rmtree(self.path, ignore_errors=True)
+    def close(self, *, keep: bool) -> None:
+        """After success: delete the folder unless `keep`; one without a name of its own always goes."""
+        if self._temporary or not keep:
+            shutil.rmtree(self.path, ignore_errors=True)

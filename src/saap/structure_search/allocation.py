@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from saap.errors import TargetError
 from saap.records import FloatArray, ModelGraph, Role
-from saap.search.objectives import Budget
-from saap.search.slots import Slot
+from saap.structure_search.objectives import Budget
+from saap.structure_search.slots import Slot
 
 Counts = dict[str, int]
 

@@ -9,10 +9,10 @@ import numpy as np
 from saap.config import Strategy
 from saap.errors import TargetError
 from saap.records import Candidate, IntArray, ModelGraph, Role
-from saap.search.allocation import steps_by_share, take_steps
-from saap.search.objectives import Budget
-from saap.search.slots import Slot
-from saap.search.strategies import STRATEGIES, Proposal, Scores, importance_order, module_shares
+from saap.structure_search.allocation import steps_by_share, take_steps
+from saap.structure_search.objectives import Budget
+from saap.structure_search.slots import Slot
+from saap.structure_search.strategies import STRATEGIES, Proposal, Scores, importance_order, module_shares
 
 Judge = Callable[[Mapping[str, tuple[int, ...]]], float]
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from saap.config import Strategy
 from saap.records import FloatArray, IntArray, ModelGraph, Role, UnitScores
-from saap.search.allocation import counts_of, keep_of, steps_by_score, steps_by_share, take_steps
-from saap.search.objectives import Budget
-from saap.search.slots import Slot
-from saap.search.stability import relative_volatility, standardised_fluctuation
+from saap.structure_search.allocation import counts_of, keep_of, steps_by_score, steps_by_share, take_steps
+from saap.structure_search.objectives import Budget
+from saap.structure_search.slots import Slot
+from saap.structure_search.stability import relative_volatility, standardised_fluctuation
 
 Scores = Mapping[str, UnitScores]
 
@@ -90,13 +90,13 @@ def importance(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget:
 
 
 def volatility_z(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget) -> Proposal:
-    """SAAP read literally (1): the greatest standardised fluctuation leaves first; module importance sets the shares."""
+    """SAAP read literally (1): the greatest standardised fluctuation leaves first; modules share by importance."""
     orders = volatility_order(scores, lambda score: standardised_fluctuation(score.variance))
     return _literal("volatility-z", graph, slots, scores, budget, orders)
 
 
 def volatility_cv(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget) -> Proposal:
-    """SAAP read literally (2): the greatest coefficient of variation leaves first; module importance sets the shares."""
+    """SAAP read literally (2): the greatest coefficient of variation leaves first; modules share by importance."""
     orders = volatility_order(scores, lambda score: relative_volatility(score.mean, score.variance))
     return _literal("volatility-cv", graph, slots, scores, budget, orders)
 

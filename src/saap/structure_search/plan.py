@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +20,10 @@ from saap.records import (
     count_parameters,
     kept_shapes,
 )
-from saap.search.adaptive import adaptive, spared_ends
-from saap.search.objectives import Budget
-from saap.search.slots import Slot, build_slots
-from saap.search.strategies import STRATEGIES, Proposal, importance_order
+from saap.structure_search.adaptive import adaptive, spared_ends
+from saap.structure_search.objectives import Budget
+from saap.structure_search.slots import Slot, build_slots
+from saap.structure_search.strategies import STRATEGIES, Proposal, importance_order
 
 Scores = Mapping[str, UnitScores]
 StructureJudge = Callable[[Mapping[str, tuple[int, ...]], tuple[int, ...]], float]
@@ -31,12 +31,22 @@ StructureJudge = Callable[[Mapping[str, tuple[int, ...]], tuple[int, ...]], floa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpace:
-    """What may change, and how. skip_layers None: the search decides about the ends."""
+    """What may change, and how. skip_layers None: the search decides about the ends.
+
+    legal_sizes: by role, the only sizes that may be chosen beside the dense one; None: all.
+    """
 
     roles: tuple[PrunableRole, ...]
     layout: Layout
     align: int
     skip_layers: SkipLayers | None = None
+    legal_sizes: Mapping[Role, Collection[int]] | None = None
+
+
+def check_reachable(graph: ModelGraph, budget: Budget, space: SearchSpace) -> StructurePlan:
+    """A plan that meets the budget, made without scores. Raises TargetError if there is none."""
+    flat = {group.name: UnitScores(mean=np.ones(group.units), variance=np.zeros(group.units)) for group in graph.groups}
+    return search(graph, flat, budget, space, Strategy.UNIFORM)
 
 
 def search(
@@ -168,7 +178,14 @@ def _slots(graph: ModelGraph, space: SearchSpace, dropped: Sequence[int], *, spa
     elif spare and space.layout is Layout.ADAPTIVE:
         skipped |= set(spared_ends(len(graph.blocks)))
     roles = [Role(role.value) for role in space.roles if role is not PrunableRole.BLOCK]
-    return build_slots(graph, roles=roles, layout=space.layout, align=space.align, skipped_layers=skipped)
+    return build_slots(
+        graph,
+        roles=roles,
+        layout=space.layout,
+        align=space.align,
+        skipped_layers=skipped,
+        legal_sizes=space.legal_sizes,
+    )
 
 
 def _single(

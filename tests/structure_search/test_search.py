@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.search.synthetic import CHANNELS, HEADS, graph, scores
+from tests.structure_search.synthetic import CHANNELS, HEADS, graph, scores
 
 from saap.config import PrunableRole, SkipLayers, Strategy
 from saap.errors import PlanError, TargetError
 from saap.records import Layout, Role, UnitScores, count_parameters, kept_shapes
-from saap.search.allocation import steps_by_score, steps_by_share, take_steps
-from saap.search.objectives import Budget, budget_for_bytes, budget_for_parameters, budget_for_ratio, header_bytes
-from saap.search.plan import SearchSpace, make_plan, plan_from_counts, search
-from saap.search.slots import build_slots
-from saap.search.stability import relative_volatility, standardised_fluctuation
+from saap.structure_search.allocation import steps_by_score, steps_by_share, take_steps
+from saap.structure_search.objectives import Budget, budget_for_bytes, budget_for_parameters, budget_for_ratio, header_bytes
+from saap.structure_search.plan import SearchSpace, make_plan, plan_from_counts, search
+from saap.structure_search.slots import build_slots
+from saap.structure_search.stability import relative_volatility, standardised_fluctuation
 
 GRAPH = graph()
 SCORES = scores(GRAPH)

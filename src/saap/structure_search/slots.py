@@ -6,7 +6,7 @@ share their size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from saap.errors import TargetError
@@ -17,8 +17,8 @@ from saap.records import CoupledGroup, Layout, ModelGraph, Role
 class Slot:
     """One size that the search sets for all `groups` together.
 
-    units: of each group. step: kept units are all of them or a multiple of it. floor: fewest that may stay.
-    parameters_per_unit: leave when every group of the slot gives one unit and nothing else is pruned.
+    units: of each group. sizes: the legal numbers of kept units, from all of them downwards; multiples of `step`
+    after the first. parameters_per_unit: leave when every group of the slot gives one unit and nothing else is pruned.
     """
 
     name: str
@@ -26,14 +26,8 @@ class Slot:
     groups: tuple[CoupledGroup, ...]
     units: int
     step: int
-    floor: int
+    sizes: tuple[int, ...]
     parameters_per_unit: int
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The legal numbers of kept units, from all down to the floor."""
-        first = (self.units - 1) // self.step * self.step
-        return (self.units, *range(first, self.floor - 1, -self.step))
 
 
 def build_slots(
@@ -43,11 +37,12 @@ def build_slots(
     layout: Layout,
     align: int,
     skipped_layers: Iterable[int] = (),
+    legal_sizes: Mapping[Role, Collection[int]] | None = None,
 ) -> tuple[Slot, ...]:
     """Slots of the groups of `roles` outside `skipped_layers`.
 
     align: FFN and hidden channels stay in multiples of it; attention goes by whole KV groups. The uniform layout
-    cannot skip layers.
+    cannot skip layers. legal_sizes: the only sizes that groups of a role may have beside their own.
     Raises TargetError if no group of a role can give anything.
     """
     skipped = set(skipped_layers)
@@ -60,11 +55,12 @@ def build_slots(
                 f"no {role} groups can be pruned in this model: {reason}", "Leave this role out of --roles"
             )
         bundles = [tuple(groups)] if layout is Layout.UNIFORM else [(group,) for group in groups]
-        slots += [_slot(graph, bundle, align) for bundle in bundles]
+        legal = None if legal_sizes is None else legal_sizes.get(role, ())
+        slots += [_slot(graph, bundle, align, legal) for bundle in bundles]
     return tuple(slots)
 
 
-def _slot(graph: ModelGraph, groups: tuple[CoupledGroup, ...], align: int) -> Slot:
+def _slot(graph: ModelGraph, groups: tuple[CoupledGroup, ...], align: int, legal: Collection[int] | None) -> Slot:
     first = groups[0]
     if len({group.units for group in groups}) > 1:
         raise TargetError(
@@ -72,12 +68,13 @@ def _slot(graph: ModelGraph, groups: tuple[CoupledGroup, ...], align: int) -> Sl
             "Use --layout adaptive",
         )
     step = 1 if first.role is Role.ATTENTION else align
+    smaller = range((first.units - 1) // step * step, 0, -step)
     return Slot(
         name=first.name if len(groups) == 1 else str(first.role),
         role=first.role,
         groups=groups,
         units=first.units,
         step=step,
-        floor=step,
+        sizes=(first.units, *(size for size in smaller if legal is None or size in legal)),
         parameters_per_unit=sum(group.parameters_per_unit(graph.shapes) for group in groups),
     )

@@ -1,0 +1,71 @@
+"""saap: structured pruning of language models with structural importance awareness.
+
+    import saap
+    result = saap.prune("smollm2", pruning_ratio=0.2, out="small")
+    model = saap.load("small")
+
+Names are imported when they are first used, so that `import saap` is quick and loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from saap._version import __version__
+
+if TYPE_CHECKING:
+    from saap.api import EvalReport, discover, estimate, evaluate, prune, search
+    from saap.errors import SaapError
+    from saap.models.loading import load
+    from saap.pipeline.report import PruneReport, PruneResult
+    from saap.records import CoupledGroup, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
+
+_HOMES = {
+    "discover": "saap.api",
+    "estimate": "saap.api",
+    "search": "saap.api",
+    "prune": "saap.api",
+    "evaluate": "saap.api",
+    "EvalReport": "saap.api",
+    "load": "saap.models.loading",
+    "PruneReport": "saap.pipeline.report",
+    "PruneResult": "saap.pipeline.report",
+    "SaapError": "saap.errors",
+    "CoupledGroup": "saap.records",
+    "ImportanceScores": "saap.records",
+    "Layout": "saap.records",
+    "ModelGraph": "saap.records",
+    "Role": "saap.records",
+    "StructurePlan": "saap.records",
+}
+
+__all__ = [
+    "discover",
+    "estimate",
+    "search",
+    "prune",
+    "evaluate",
+    "load",
+    "PruneResult",
+    "PruneReport",
+    "EvalReport",
+    "ModelGraph",
+    "CoupledGroup",
+    "ImportanceScores",
+    "StructurePlan",
+    "Role",
+    "Layout",
+    "SaapError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'saap' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

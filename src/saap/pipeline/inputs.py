@@ -1,0 +1,111 @@
+"""What a run starts from: the model, its tokenizer and the token sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from saap.config import Importance, PruneConfig, PrunableRole, Strategy
+from saap.data.samples import Calibration, SampleRequest, draw_sets, token_stream
+from saap.data.texts import evaluation_text
+from saap.errors import CalibrationError
+from saap.models.devices import pick_device, pick_dtype
+from saap.models.loading import load_model, load_tokenizer, model_ref
+from saap.models.references import resolve_model
+from saap.records import CalibrationSet, IntArray, ModelRef
+
+EVALUATION_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """Where and how a run works; nothing here changes the result except `dtype`, that of the written weights."""
+
+    out: Path | None = None
+    overwrite: bool = False
+    work_dir: Path | None = None
+    keep_work: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A dense model, ready. owned: the run loaded it itself and may change it in place."""
+
+    model: nn.Module
+    tokenizer: Any | None
+    ref: ModelRef
+    dtype: torch.dtype
+    owned: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSets:
+    """Token ids for each use. scored: importance. held: judging structures. refit: restoration. evaluation: (tokens,)
+    of a text that nothing was calibrated on, named `evaluation_name`."""
+
+    scored: CalibrationSet
+    held: CalibrationSet
+    refit: CalibrationSet
+    evaluation: IntArray
+    evaluation_name: str
+
+    def tensor(self, name: str, device: torch.device) -> torch.Tensor:
+        """The set of that name as (sequences, length) ids on a device."""
+        chosen: CalibrationSet = getattr(self, name)
+        return torch.from_numpy(chosen.tokens).to(device)
+
+
+def open_model(source: str | Path | nn.Module, options: RunOptions, tokenizer: Any | None = None) -> LoadedModel:
+    """Load what `source` names, or take a loaded model as it is (it is never changed).
+
+    Raises ModelError for everything that is wrong with it, before weights are read where that can be seen.
+    """
+    if isinstance(source, nn.Module):
+        ref = model_ref(source, type(source).__name__, None)
+        first = next(source.parameters()).dtype
+        written = pick_dtype(options.dtype, source=first)
+        return LoadedModel(model=source, tokenizer=tokenizer, ref=ref, dtype=written, owned=False)
+    resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    device = pick_device(options.device)
+    model = load_model(resolved, device=device)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer if tokenizer is not None else load_tokenizer(resolved),
+        ref=model_ref(model, str(source), options.revision),
+        dtype=pick_dtype(options.dtype, source=resolved.dtype),
+        owned=True,
+    )
+
+
+def needs_measuring(config: PruneConfig) -> bool:
+    """Whether the search will judge structures on held-out samples."""
+    by_search = config.strategy is Strategy.ADAPTIVE and config.effort_settings.search_evaluations > 0
+    return by_search or PrunableRole.BLOCK in config.roles
+
+
+def draw_tokens(loaded: LoadedModel, config: PruneConfig, calibration: Calibration) -> TokenSets:
+    """All token sets of a run; no token lies in two of them where the text suffices. Raises CalibrationError."""
+    settings = config.effort_settings
+    requests = [
+        SampleRequest("scored", config.samples, config.sample_length),
+        SampleRequest("held", settings.held_sequences, settings.held_length),
+        SampleRequest("refit", settings.refit_sequences, settings.refit_length),
+    ]
+    sets = draw_sets(calibration, loaded.tokenizer, requests, seed=config.seed)
+    if loaded.tokenizer is None:
+        evaluation, name = sets["held"].tokens.reshape(-1), "held-out calibration samples"
+    else:
+        evaluation = token_stream([evaluation_text()], loaded.tokenizer)[:EVALUATION_TOKENS]
+        name = "bundled text that is never calibrated on"
+    return TokenSets(
+        scored=sets["scored"], held=sets["held"], refit=sets["refit"], evaluation=evaluation, evaluation_name=name
+    )

@@ -1,0 +1,60 @@
+"""Before and after: what the dense and the pruned model do with the same text and prompt; writing the result."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from saap.evaluation.perplexity import perplexity
+from saap.pipeline.inputs import LoadedModel, TokenSets
+
+QUESTION = "What is the capital of France?"
+OPENING = "The capital of France is"
+ANSWER_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Behaviour:
+    """What a model does: perplexity on the evaluation text, and a greedy answer to `prompt` ('' without tokenizer)."""
+
+    perplexity: float
+    prompt: str
+    answer: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able data."""
+        return dataclasses.asdict(self)
+
+
+def observe(model: nn.Module, loaded: LoadedModel, tokens: TokenSets) -> Behaviour:
+    """Perplexity and a greedy answer of `model`."""
+    value = perplexity(model, tokens.evaluation).value
+    prompt, answer = greedy_answer(model, loaded.tokenizer)
+    return Behaviour(perplexity=value, prompt=prompt, answer=answer)
+
+
+@torch.no_grad()
+def greedy_answer(model: nn.Module, tokenizer: Any | None) -> tuple[str, str]:
+    """A short prompt (through the chat template if there is one) and the model's greedy continuation.
+
+    Both are '' for a model that cannot generate or has no tokenizer.
+    """
+    generate = getattr(model, "generate", None)
+    if tokenizer is None or generate is None:
+        return "", ""
+    device = next(model.parameters()).device
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": QUESTION}]
+        prompt = QUESTION
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    else:
+        prompt = OPENING
+        ids = tokenizer(OPENING, return_tensors="pt")
+    inputs = {name: value.to(device) for name, value in ids.items() if name in ("input_ids", "attention_mask")}
+    length = inputs["input_ids"].shape[1]
+    made = generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0)
+    return prompt, str(tokenizer.decode(made[0, length:], skip_special_tokens=True)).strip()

@@ -1,0 +1,84 @@
+"""What was asked for: one target per result, checked before the expensive work."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from saap.config import PruneConfig
+from saap.errors import OutputError
+from saap.pipeline.inputs import RunOptions
+from saap.records import ModelGraph
+from saap.structure_search.objectives import Budget, budget_for_bytes, budget_for_parameters, budget_for_ratio
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One result that was asked for. name: of its stage files. budget: None where a plan is given.
+
+    folder: where the result goes, None to keep it in memory.
+    """
+
+    name: str
+    budget: Budget | None
+    folder: Path | None
+
+
+def plan_targets(config: PruneConfig, options: RunOptions) -> list[Target]:
+    """The targets with their folders, not yet with budgets: several ratios become one subfolder of `out` each.
+
+    Raises OutputError for a folder that exists, unless `overwrite`, or that cannot be written.
+    """
+    names = [f"{ratio:g}" for ratio in config.pruning_ratios] or ["target"]
+    targets = []
+    for name in names:
+        folder = options.out
+        if folder is not None and len(names) > 1:
+            folder = folder / name
+        targets.append(Target(name, None, folder))
+    for target in targets:
+        if target.folder is not None:
+            check_output(target.folder, overwrite=options.overwrite)
+    return targets
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """Raise OutputError unless a result can be put at `folder`."""
+    if folder.exists() and not overwrite:
+        raise OutputError(f"{folder} exists", "Choose another --out, or replace it with --overwrite")
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file", "Choose a folder for --out")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise OutputError(f"{folder} holds something that is not a model", "Choose another --out")
+    parent = folder.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"{folder} cannot be written, since {parent} is read-only or a file", "Choose another --out")
+
+
+def with_budgets(targets: Sequence[Target], config: PruneConfig, graph: ModelGraph, dtype: torch.dtype) -> list[Target]:
+    """The targets with what must leave. dtype: of the written weights. Raises TargetError."""
+    if config.pruning_ratios:
+        budgets = [budget_for_ratio(graph, ratio) for ratio in config.pruning_ratios]
+    elif config.target_parameters is not None:
+        budgets = [budget_for_parameters(graph, config.target_parameters)]
+    elif config.target_bytes is not None:
+        budgets = [budget_for_bytes(graph, config.target_bytes, dtype.itemsize)]
+    else:
+        return list(targets)
+    return [dataclasses.replace(target, budget=budget) for target, budget in zip(targets, budgets, strict=True)]
+
+
+def work_path(options: RunOptions) -> Path | None:
+    """Where stage files lie: beside the output unless named; None where nothing is written."""
+    if options.work_dir is not None:
+        return options.work_dir
+    if options.out is None:
+        return None
+    return options.out.with_name(options.out.name + ".saap-work")
