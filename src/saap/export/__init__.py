@@ -1,0 +1,1 @@
+"""Writing results: the checkpoint folder with its card and manifest."""

@@ -1,0 +1,195 @@
+"""The checkpoint: a Hugging Face folder in either layout, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from saap.errors import OutputError
+from saap.export.config_files import adaptive_config, stock_config, with_both_rope_spellings
+from saap.export.manifest import RunManifest
+from saap.export.model_card import model_card
+from saap.models import modeling_pruned
+from saap.models.structure import PrunedStructure
+from saap.records import ImportanceScores, Layout, ModelGraph, StructurePlan
+from saap.storage import write_plan, write_scores
+
+SHARD_SIZE = "4GB"
+_SPARE_BYTES = 64 * 1024**2
+_LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenCheckpoint:
+    """A finished folder. weight_bytes: size of its safetensors files."""
+
+    path: Path
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointParts:
+    """What goes into a folder besides the weights. source_folder: of the dense model, for its licence files."""
+
+    graph: ModelGraph
+    plan: StructurePlan
+    structure: PrunedStructure
+    manifest: RunManifest
+    scores: ImportanceScores | None = None
+    tokenizer: Any | None = None
+    source_folder: Path | None = None
+
+
+def write_checkpoint(
+    model: nn.Module, parts: CheckpointParts, out: Path, *, dtype: torch.dtype, overwrite: bool = False
+) -> WrittenCheckpoint:
+    """Write the pruned `model` (not changed) with weights in `dtype`, in the plan's layout.
+
+    Everything is written to a sibling folder, flushed, and renamed. Raises OutputError if `out` exists (and not
+    `overwrite`), cannot be written or does not fit on the disk; LayoutError if the layout cannot express the plan.
+    """
+    check_output(out, weight_bytes(model, dtype), overwrite=overwrite)
+    if parts.plan.layout is Layout.UNIFORM:
+        config = stock_config(model, parts.graph, parts.plan, parts.structure)
+    else:
+        config = adaptive_config(model, parts.structure)
+    with _whole_folder(out) as folder:
+        _write_config(config, folder, dtype)
+        if parts.plan.layout is Layout.ADAPTIVE:
+            shutil.copyfile(modeling_pruned.__file__, folder / Path(modeling_pruned.__file__).name)
+        _write_weights(model, folder, dtype)
+        _write_companions(model, parts, folder)
+    written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    return WrittenCheckpoint(path=out, weight_bytes=written)
+
+
+def check_output(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
+    """Raise OutputError now if `out` could not be written later. needed_bytes: of the weights."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise OutputError(f"{out} exists and is no folder", "Choose another --out")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise OutputError(f"The folder {out} exists", "Choose another --out, or use --overwrite")
+        if not (out / "config.json").is_file():
+            raise OutputError(f"The folder {out} holds something that is no model", "Choose another --out")
+    parent = next(path for path in out.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{parent} cannot be written", "Choose another --out")
+    needed, free = needed_bytes + _SPARE_BYTES, shutil.disk_usage(parent).free
+    if needed > free:
+        raise OutputError(
+            f"{out} needs {needed / 1e6:,.0f} MB, but {parent} has {free / 1e6:,.0f} MB free",
+            "Free some space, or choose another --out",
+        )
+
+
+def weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of the model's weights when written in `dtype`; tied ones count once."""
+    return sum(
+        tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
+        for tensor in _tensors(model).values()
+    )
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Everything to write by name; of tied tensors the first name only, the loader ties them again."""
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor.detach()
+    return found
+
+
+@contextmanager
+def _whole_folder(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes its place when the block ends well, and vanishes when it does not."""
+    part = out.with_name(f".{out.name}.part-{uuid.uuid4().hex[:8]}")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        for path in [*part.rglob("*"), part]:
+            _flush(path)
+        if out.exists():
+            old = out.with_name(f".{out.name}.old-{uuid.uuid4().hex[:8]}")
+            out.rename(old)
+            part.rename(out)
+            shutil.rmtree(old)
+        else:
+            part.rename(out)
+        _flush(out.absolute().parent)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written ({error.strerror or error})", "Choose another --out") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Force a file or folder to the disk, where the system can."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_config(config: Any, folder: Path, dtype: torch.dtype) -> None:
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    fields = with_both_rope_spellings(json.loads(file.read_text(encoding="utf-8")))
+    fields.pop("_name_or_path", None)
+    fields["dtype"] = str(dtype).removeprefix("torch.")
+    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """Shard by shard, so that no second copy of the model is held."""
+    tensors = _tensors(model)
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_SIZE)
+    for file, names in split.filename_to_tensors.items():
+        shard = {
+            name: tensors[name]
+            .to(device="cpu", dtype=dtype if tensors[name].is_floating_point() else None)
+            .contiguous()
+            for name in names
+        }
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_companions(model: nn.Module, parts: CheckpointParts, folder: Path) -> None:
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.to_json_file(folder / "generation_config.json")
+    if parts.tokenizer is not None:
+        parts.tokenizer.save_pretrained(folder)
+    if parts.source_folder is not None:
+        for pattern in _LEGAL_FILES:
+            for file in parts.source_folder.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, folder / file.name)
+    card = model_card(parts.manifest, parts.structure.base_model_type)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    records = folder / "saap"
+    records.mkdir()
+    (records / "manifest.json").write_text(parts.manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_plan(records / "plan.json", parts.plan, parts.graph)
+    if parts.scores is not None:
+        write_scores(records / "scores.safetensors", parts.scores)

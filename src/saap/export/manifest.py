@@ -1,0 +1,103 @@
+"""The record of a run that lies in its result: what was done to which model, with what, and what came out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from saap.records import Layout, ModelRef
+
+RECORDED_PACKAGES = ("saap", "torch", "transformers", "safetensors", "numpy", "tokenizers", "gguf")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseModelIdentity(_Frozen):
+    """The dense model. licence: as its own card states it, None if unknown."""
+
+    source: str
+    revision: str | None = None
+    config_digest: str
+    weights_digest: str
+    licence: str | None = None
+
+    @classmethod
+    def of(cls, ref: ModelRef, licence: str | None = None) -> BaseModelIdentity:
+        """The identity that a ModelRef names."""
+        return cls(
+            source=ref.source,
+            revision=ref.revision,
+            config_digest=ref.config_digest,
+            weights_digest=ref.weights_digest,
+            licence=licence,
+        )
+
+
+class StageRecord(_Frozen):
+    """Wall-clock seconds and peak bytes of one stage."""
+
+    name: str
+    seconds: float
+    peak_resident_bytes: int
+    peak_device_bytes: int = 0
+
+
+class Change(_Frozen):
+    """A count before and after pruning."""
+
+    before: int
+    after: int
+
+    @property
+    def removed(self) -> float:
+        """The fraction that is gone."""
+        return 1 - self.after / self.before if self.before else 0.0
+
+
+class PerplexityChange(_Frozen):
+    """Perplexity of the dense and the pruned model on `tokens` tokens of a text."""
+
+    text: str
+    tokens: int
+    before: float
+    after: float
+
+
+class RunManifest(_Frozen):
+    """Everything needed to know, and to repeat, how a pruned model was made.
+
+    command: the arguments as typed. settings: all settings with their defaults. versions: of the packages and Python.
+    digests: of graph, calibration, scores and plan. bytes: of the weights in `dtype`, dense and pruned alike.
+    """
+
+    format_version: Literal[1] = 1
+    base: BaseModelIdentity
+    command: tuple[str, ...] = ()
+    settings: dict[str, Any]
+    seed: int
+    layout: Layout
+    device: str
+    dtype: str
+    versions: dict[str, str]
+    digests: dict[str, str]
+    stages: tuple[StageRecord, ...] = ()
+    parameters: Change
+    block_parameters: Change
+    bytes: Change
+    perplexity: PerplexityChange | None = None
+
+
+def recorded_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a result; packages that are not installed are left out."""
+    versions = {"python": platform.python_version()}
+    for name in RECORDED_PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

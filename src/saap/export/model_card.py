@@ -1,0 +1,115 @@
+"""README.md of a result: what it is, what it scores, how to open it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCardData, metadata_load
+
+from saap.export.manifest import Change, RunManifest
+from saap.records import Layout
+
+_SPECIAL = re.compile(r"([\\`*_\[\]|~])")
+
+
+def escape(text: str) -> str:
+    """Text from a model's files as plain words in Markdown: one line, no markup, no HTML, at most 200 characters."""
+    one_line = " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200]
+    return _SPECIAL.sub(r"\\\1", one_line.replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that the model card in `folder` states, None if there is no card or no statement."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        data = metadata_load(card)
+    except Exception:  # a card that cannot be parsed states nothing
+        return None
+    licence = (data or {}).get("license")
+    return licence if isinstance(licence, str) and re.fullmatch(r"[\w.+-]{1,60}", licence) else None
+
+
+def model_card(manifest: RunManifest, base_model_type: str) -> str:
+    """The card of a pruned model as Markdown with YAML front matter."""
+    base = manifest.base
+    data = ModelCardData(
+        base_model=base.source if _is_repository(base.source) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=base.licence,
+        tags=["saap", "pruned", "structured-pruning", manifest.layout.value],
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {escape(Path(base.source).name)}, structurally pruned",
+        _summary(manifest, base_model_type),
+        "## Figures",
+        _figures(manifest),
+        "## Loading",
+        _loading(manifest.layout),
+        "## How it was made",
+        _making(manifest),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _is_repository(source: str) -> bool:
+    """Whether the model was named by a hub id; the path of a folder is nobody else's business."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None and not Path(source).exists()
+
+
+def _summary(manifest: RunManifest, base_model_type: str) -> str:
+    layout = (
+        "Each layer has its own sizes."
+        if manifest.layout is Layout.ADAPTIVE
+        else "All layers have the same sizes, so that it is a plain model of its architecture."
+    )
+    source = manifest.base.source
+    name = source if _is_repository(source) else Path(source).name
+    return (
+        f"{escape(name)} (architecture {escape(base_model_type)}) without "
+        f"{manifest.block_parameters.removed:.1%} of the parameters of its decoder blocks, removed as whole channels, "
+        f"heads or blocks with structured adaptive pruning (saap). {layout}"
+    )
+
+
+def _figures(manifest: RunManifest) -> str:
+    rows = ["| | dense | pruned | removed |", "|---|---:|---:|---:|"]
+    counts: tuple[tuple[str, Change], ...] = (
+        ("parameters", manifest.parameters),
+        ("parameters of the blocks", manifest.block_parameters),
+        (f"bytes of the weights ({manifest.dtype})", manifest.bytes),
+    )
+    rows += [f"| {name} | {c.before:,} | {c.after:,} | {c.removed:.1%} |" for name, c in counts]
+    if manifest.perplexity is not None:
+        p = manifest.perplexity
+        rows.append(f"| perplexity, {p.tokens:,} tokens of {escape(p.text)} | {p.before:.2f} | {p.after:.2f} | |")
+    return "\n".join(rows)
+
+
+def _loading(layout: Layout) -> str:
+    plain = (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH"{option})\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```'
+    )
+    if layout is Layout.UNIFORM:
+        return "With transformers, or with any program that reads this architecture:\n\n" + plain.format(option="")
+    return (
+        "With saap installed, no code of this folder is run:\n\n"
+        '```python\nimport saap\n\nmodel = saap.load("PATH")\n```\n\n'
+        "`import saap.auto` makes `AutoModelForCausalLM.from_pretrained` open it as well.\n\n"
+        "Without saap, through the short file `modeling_pruned.py` of this folder, which you may read first:\n\n"
+        + plain.format(option=", trust_remote_code=True")
+    )
+
+
+def _making(manifest: RunManifest) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    return (
+        f"Seed {manifest.seed}; {versions}. `saap/manifest.json` has all settings, digests, times and peak memory, "
+        "`saap/plan.json` the kept units of every layer, `saap/scores.safetensors` the scores they were chosen by."
+    )
