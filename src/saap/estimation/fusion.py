@@ -1,0 +1,107 @@
+"""Adaptive importance fusion: vector-wise and element-wise scores weighed by learned uncertainties.
+
+minimise over sigma: mean over the units of a scope of sum_m I_m / (2 sigma_m^2) + log sigma_m, m in {vector, element}.
+Sources: SAAP; homoscedastic uncertainty, Kendall, Gal and Cipolla 2018.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+
+import numpy as np
+
+from saap.config import FusionScope
+from saap.records import CoupledGroup, FloatArray, GroupScores, ImportanceScores, ModelGraph, UnitScores, require_same
+
+_LEAST_MEAN = 1e-100
+"""Stands for a mean of zero, whose sigma would be zero: such scores then count nothing, and their log term least."""
+
+
+class FusionMethod(StrEnum):
+    """How the uncertainties are found; both minimise the same function."""
+
+    CLOSED = "closed"
+    LEARNED = "learned"
+
+
+def closed_form_sigma(importances: FloatArray) -> float:
+    """The sigma that minimises mean(I) / (2 sigma^2) + log sigma: the root of the mean importance.
+
+    importances: (units,) of one scope and one granularity, not negative.
+    """
+    return float(np.sqrt(max(float(importances.mean()), _LEAST_MEAN)))
+
+
+def learned_sigma(
+    importances: FloatArray, *, rate: float = 0.25, tolerance: float = 1e-12, steps: int = 10_000
+) -> float:
+    """The same sigma by gradient descent on s = log sigma from s = 0.
+
+    The derivative is 1 - mean(I) exp(-2 s); its lower side is clipped at -1, as it grows without bound there.
+    rate: step size. Ends when the derivative is below `tolerance`, or after `steps` steps.
+    """
+    mean = max(float(importances.mean()), _LEAST_MEAN)
+    log_mean, log_sigma = np.log(mean), 0.0
+    for _ in range(steps):
+        derivative = 1 - np.exp(min(log_mean - 2 * log_sigma, np.log(2.0)))
+        if abs(derivative) < tolerance:
+            break
+        log_sigma -= rate * float(derivative)
+    return float(np.exp(log_sigma))
+
+
+def fused(scores: GroupScores, sigma_vector: float, sigma_element: float, samples: int) -> UnitScores:
+    """Fused importance of each unit of a group: mean and variance over the samples.
+
+    I = I_vec / (2 sigma_vec^2) + log sigma_vec + I_el / (2 sigma_el^2) + log sigma_el, so with a, b the two factors
+    Var = a^2 V_vec + b^2 V_el + 2 a b Cov, all with samples - 1 degrees of freedom.
+    """
+    a, b = 0.5 / sigma_vector**2, 0.5 / sigma_element**2
+    mean = a * scores.vector + b * scores.element + np.log(sigma_vector) + np.log(sigma_element)
+    m2 = a * a * scores.vector_m2 + b * b * scores.element_m2 + 2 * a * b * scores.comoment
+    return UnitScores(mean=mean, variance=np.maximum(m2, 0) / (samples - 1))
+
+
+def _scope_key(group: CoupledGroup, scope: FusionScope) -> tuple[object, ...]:
+    match scope:
+        case FusionScope.GLOBAL:
+            return ()
+        case FusionScope.ROLE:
+            return (group.role,)
+        case FusionScope.LAYER:
+            return (group.layer,)
+        case FusionScope.LAYER_ROLE:
+            return (group.layer, group.role)
+
+
+_SIGMA: Mapping[FusionMethod, Callable[[FloatArray], float]] = {
+    FusionMethod.CLOSED: closed_form_sigma,
+    FusionMethod.LEARNED: learned_sigma,
+}
+
+
+def fuse(
+    scores: ImportanceScores,
+    graph: ModelGraph,
+    scope: FusionScope = FusionScope.LAYER_ROLE,
+    method: FusionMethod = FusionMethod.CLOSED,
+) -> dict[str, UnitScores]:
+    """Fused score of every scored group by its name; one pair of sigmas for all units that share a scope.
+
+    Raises StaleInputError if the scores were made for another graph.
+    """
+    require_same("The importance scores", expected=scores.graph_digest, found=graph.digest)
+    shared: defaultdict[tuple[object, ...], list[str]] = defaultdict(list)
+    for group in graph.groups:
+        if group.name in scores.groups:
+            shared[_scope_key(group, scope)].append(group.name)
+    result: dict[str, UnitScores] = {}
+    sigma = _SIGMA[method]
+    for names in shared.values():
+        vector = sigma(np.concatenate([scores.groups[name].vector for name in names]))
+        element = sigma(np.concatenate([scores.groups[name].element for name in names]))
+        for name in names:
+            result[name] = fused(scores.groups[name], vector, element, scores.samples)
+    return result

@@ -1,0 +1,61 @@
+"""The causal language model loss at the end of a block walk, a few tokens' logits at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saap.errors import CalibrationError, NonFiniteLossError
+from saap.models.walker import BlockWalker
+
+TOKENS_AT_ONCE = 64
+"""So many tokens' logits exist at once: 12 MB each for float32 and a vocabulary of 49152."""
+
+
+def loss_and_gradient(
+    walker: BlockWalker, hidden: Tensor, labels: Tensor, *, first_sample: int = 0, tokens_at_once: int = TOKENS_AT_ONCE
+) -> tuple[Tensor, Tensor]:
+    """Loss of each sample, and the gradient of its own loss at the last block's output.
+
+    hidden: (samples, tokens, width) output of the last block. labels: (samples, tokens), the tokens that were read;
+    each is predicted from the position before it. first_sample: number of the first sample, for the message.
+    Returns the mean negative log-likelihood over the tokens - 1 predictions, (samples,) in nats, in at least float32,
+    and the gradient, (samples, tokens, width). The head's weights get no gradient if they ask for none.
+    Raises NonFiniteLossError, CalibrationError for samples of one token.
+    """
+    samples, length = labels.shape
+    if length < 2:
+        raise CalibrationError("A calibration sample of one token predicts nothing", "Use --sample-length 2 or more")
+    gradient = torch.zeros_like(hidden)
+    losses = torch.zeros(samples, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    for sample in range(samples):
+        for start in range(0, length - 1, tokens_at_once):
+            stop = min(start + tokens_at_once, length - 1)
+            part = hidden[sample : sample + 1, start:stop].detach().requires_grad_(True)
+            with torch.enable_grad():
+                logits = walker.logits(part)
+            targets = labels[sample, start + 1 : stop + 1].to(logits.device)
+            likelihood, slope = _likelihood_and_slope(logits.detach(), targets, length - 1)
+            losses[sample] -= likelihood.to(losses.device)
+            (gradient[sample, start:stop],) = torch.autograd.grad(logits, part, slope.to(logits.dtype))[0]
+    losses /= length - 1
+    for sample, loss in enumerate(losses.tolist()):
+        if not loss - loss == 0:
+            raise NonFiniteLossError(
+                f"The loss of calibration sample {first_sample + sample} is {loss}",
+                "Compute in float32 (--dtype float32) and check the text of that sample",
+            )
+    return losses, gradient
+
+
+def _likelihood_and_slope(logits: Tensor, targets: Tensor, predictions: int) -> tuple[Tensor, Tensor]:
+    """Sum of the targets' log-likelihoods, and d loss / d logits for a mean over `predictions`.
+
+    logits: (1, tokens, vocabulary). targets: (tokens,). The slope reuses the storage of the log-softmax.
+    """
+    log_probabilities = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    index = targets.view(1, -1, 1)
+    likelihood = log_probabilities.gather(-1, index).sum()
+    slope = log_probabilities.exp_()
+    slope.scatter_add_(-1, index, torch.full_like(index, -1, dtype=slope.dtype))
+    return likelihood, slope.div_(predictions)
