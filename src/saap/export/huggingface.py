@@ -126,8 +126,12 @@ def _whole_folder(out: Path) -> Iterator[Path]:
         if out.exists():
             old = out.with_name(f".{out.name}.old-{uuid.uuid4().hex[:8]}")
             out.rename(old)
-            part.rename(out)
-            shutil.rmtree(old)
+            try:
+                part.rename(out)
+            except BaseException:
+                old.rename(out)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         else:
             part.rename(out)
         _flush(out.absolute().parent)
