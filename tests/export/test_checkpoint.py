@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from saap.export.manifest import BaseModelIdentity, Change, PerplexityChange, Ru
 from saap.export.model_card import escape, licence_of, model_card
 from saap.models import modeling_pruned
 from saap.models.loading import load
+from saap.models.structure import mark_pruned
 from saap.records import Layout, ModelGraph, StructurePlan
 from saap.surgery.cut import cut
 from tests.export.llama import llama_graph, plan_of, tiny_llama
@@ -76,6 +78,30 @@ def test_what_load_gives_can_be_saved_and_opened_again(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "again", device="cpu")), logits(model))
     code = (tmp_path / "again" / "modeling_pruned.py").read_bytes()
     assert code == (tmp_path / "out" / "modeling_pruned.py").read_bytes() == Path(modeling_pruned.__file__).read_bytes()
+
+
+def test_a_cut_model_can_be_saved_the_usual_way(tmp_path: Path) -> None:
+    model = tiny_llama()
+    graph = llama_graph(model)
+    mark_pruned(model, cut(model, graph, plan_of(graph, KEEP, dropped=(1,))))
+    before = logits(model)
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(logits(load(tmp_path / "out", device="cpu")), before)
+
+
+def test_a_pruned_model_can_be_pruned_again(tmp_path: Path) -> None:
+    written(tmp_path / "once")
+    model = load(tmp_path / "once", device="cpu")
+    graph = llama_graph(model)
+    first = tuple(range(14))
+    group = dataclasses.replace(graph.group("layers.0.ffn"), units=len(first))
+    graph = dataclasses.replace(graph, groups=(group, graph.group("layers.2.attention")))
+    plan = plan_of(graph, {"layers.0.ffn": first[3:], "layers.2.attention": (0,)}, dropped=(1,))
+    parts = CheckpointParts(graph=graph, plan=plan, structure=cut(model, graph, plan), manifest=manifest())
+    write_checkpoint(model, parts, tmp_path / "twice", dtype=torch.float64)
+    again = load(tmp_path / "twice", device="cpu")
+    assert torch.equal(logits(again), logits(model))
+    assert sum(parameter.numel() for parameter in again.parameters()) == plan.parameters
 
 
 def test_importing_auto_is_enough_for_transformers(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from saap.errors import LayoutError, OutputError
-from saap.models.modeling_pruned import MODEL_TYPE, SaapPrunedConfig, SaapPrunedForCausalLM, pruned_classes
-from saap.models.structure import PrunedStructure, read_attribute
+from saap.models.modeling_pruned import MODEL_TYPE, pruned_classes
+from saap.models.structure import PrunedStructure, pruned_fields, read_attribute
 from saap.models.uniform import uniform_config
 from saap.records import ModelGraph, StructurePlan
 
@@ -22,7 +22,6 @@ def adaptive_config(model: nn.Module, structure: PrunedStructure) -> Any:
 
     Raises OutputError if transformers' auto classes do not know the model, so that nothing could open the folder.
     """
-    module = SaapPrunedConfig.__module__.rpartition(".")[2]
     own: Any = getattr(model, "config", None)
     try:
         config_class, _ = pruned_classes(structure.base_model_type)
@@ -31,19 +30,7 @@ def adaptive_config(model: nn.Module, structure: PrunedStructure) -> Any:
             f"A model of class {type(model).__name__} cannot be opened from a folder",
             "Register its classes with AutoConfig and AutoModelForCausalLM, or prune without --out",
         ) from None
-    return config_class.from_dict(
-        {
-            **own.to_dict(),
-            "model_type": MODEL_TYPE,
-            "base_model_type": structure.base_model_type,
-            "pruned_structure": structure.to_config(),
-            "architectures": [SaapPrunedForCausalLM.__name__],
-            "auto_map": {
-                "AutoConfig": f"{module}.{SaapPrunedConfig.__name__}",
-                "AutoModelForCausalLM": f"{module}.{SaapPrunedForCausalLM.__name__}",
-            },
-        }
-    )
+    return config_class.from_dict({**own.to_dict(), "model_type": MODEL_TYPE, **pruned_fields(structure)})
 
 
 def stock_config(model: nn.Module, graph: ModelGraph, plan: StructurePlan, structure: PrunedStructure) -> Any:

@@ -10,7 +10,6 @@ The sizes are changed before the weights are read; a weight that is missing or h
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
@@ -92,6 +91,18 @@ class ArgumentSlice:
         return {name: getattr(self, name) for name in names}
 
 
+class ConfigView:
+    """The model's configuration with some values of one module's own; all others follow the model's at any time."""
+
+    def __init__(self, shared: Any) -> None:
+        self._shared = shared
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_shared" or name.startswith("__"):  # copying asks for these before there is anything
+            raise AttributeError(name)
+        return getattr(self._shared, name)
+
+
 def resize(model: nn.Module, parameter: nn.Parameter, data: Tensor) -> None:
     """Give a parameter, wherever the model holds it, new data of another size."""
     parameter.data = data
@@ -111,13 +122,15 @@ def _follow_size(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         module.normalized_shape = type(module.normalized_shape)(parameter.shape)
 
 
-def set_attribute(module: nn.Module, name: str, value: float) -> None:
-    """Set an attribute of a module; `config.NAME` is set in the module's own copy of the configuration."""
-    if name.startswith("config."):
-        module.config = copy.deepcopy(module.config)
-        setattr(module.config, name.removeprefix("config."), value)
-    else:
+def set_attribute(module: Any, name: str, value: float) -> None:
+    """Set an attribute of a module; `config.NAME` is set in the module's own view of the configuration."""
+    if not name.startswith("config."):
         setattr(module, name, value)
+        return
+    view = module.config
+    if not isinstance(view, ConfigView):
+        view = module.config = ConfigView(view)
+    setattr(view, name.removeprefix("config."), value)
 
 
 def apply_structure(model: nn.Module, structure: Mapping[str, Any]) -> None:

@@ -8,7 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from saap.models.modeling_pruned import FORMAT_VERSION, ArgumentSlice, ConstantOutput, apply_structure
+from saap.models.modeling_pruned import (
+    FORMAT_VERSION,
+    ArgumentSlice,
+    ConstantOutput,
+    SaapPrunedConfig,
+    SaapPrunedForCausalLM,
+    apply_structure,
+    pruned_classes,
+)
 from saap.records import Digested, ModelGraph, StructurePlan
 
 EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
@@ -89,21 +97,81 @@ def structure_of(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Pr
         for name, parameter in model.named_parameters()
         if name in dense and tuple(parameter.shape) != dense[name]
     }
+    attributes = _attributes(model, graph, plan)
+    config: Any = getattr(model, "config", None)
+    earlier = getattr(config, "pruned_structure", None)
+    if earlier is not None:
+        _add_earlier(earlier, graph, plan, shapes, attributes)
     constant: dict[str, dict[str, int | bool]] = {}
     sliced: dict[str, dict[str, Any]] = {}
     for path, module in model.named_modules():
         if isinstance(module, ConstantOutput):
             constant[path] = {"width": module.width, "bias": module.bias is not None}
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, ArgumentSlice):
-                sliced[path] = hook.describe()
+        hook = argument_slice(module)
+        if hook is not None:
+            sliced[path] = hook.describe()
     return PrunedStructure(
-        base_model_type=str(getattr(getattr(model, "config", None), "model_type", "")),
+        base_model_type=str(getattr(config, "base_model_type" if earlier else "model_type", "")),
         shapes=shapes,
-        attributes=_attributes(model, graph, plan),
+        attributes=attributes,
         constant=constant,
         sliced_arguments=sliced,
     )
+
+
+def argument_slice(module: nn.Module) -> ArgumentSlice | None:
+    """The hook that cuts an argument of the module to the kept heads, if it has one."""
+    return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, ArgumentSlice)), None)
+
+
+def _add_earlier(
+    earlier: Mapping[str, Any],
+    graph: ModelGraph,
+    plan: StructurePlan,
+    shapes: dict[str, tuple[int, ...]],
+    attributes: dict[str, dict[str, float]],
+) -> None:
+    """What an earlier pruning of the same model changed and this one did not touch."""
+    for name, shape in earlier["shapes"].items():
+        if graph.block_of(name) not in plan.dropped_blocks:
+            shapes.setdefault(renumbered(name, graph.blocks, plan.dropped_blocks), tuple(shape))
+    for path, values in earlier["attributes"].items():
+        if graph.block_of(path) not in plan.dropped_blocks:
+            known = attributes.setdefault(renumbered(path, graph.blocks, plan.dropped_blocks), {})
+            attributes[renumbered(path, graph.blocks, plan.dropped_blocks)] = {**values, **known}
+
+
+def mark_pruned(model: nn.Module, structure: PrunedStructure) -> None:
+    """Let `save_pretrained` of a cut transformers model write a folder that opens again, in place.
+
+    The model gets the class that an adaptive checkpoint has, and its configuration the `pruned_structure`. A model
+    whose class transformers' auto classes do not know stays as it is.
+    """
+    config: Any = getattr(model, "config", None)
+    try:
+        config_class, model_class = pruned_classes(structure.base_model_type)
+    except ValueError:
+        return
+    if not issubclass(model_class, type(model)):
+        return
+    config.__class__ = config_class
+    model.__class__ = model_class
+    for name, value in pruned_fields(structure).items():
+        setattr(config, name, value)
+
+
+def pruned_fields(structure: PrunedStructure) -> dict[str, Any]:
+    """The fields by which the configuration of an adaptive checkpoint differs from the stock one."""
+    module = SaapPrunedConfig.__module__.rpartition(".")[2]
+    return {
+        "base_model_type": structure.base_model_type,
+        "pruned_structure": structure.to_config(),
+        "architectures": [SaapPrunedForCausalLM.__name__],
+        "auto_map": {
+            "AutoConfig": f"{module}.{SaapPrunedConfig.__name__}",
+            "AutoModelForCausalLM": f"{module}.{SaapPrunedForCausalLM.__name__}",
+        },
+    }
 
 
 def _attributes(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> dict[str, dict[str, float]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from saap.errors import PlanError, UnsupportedModelError
 from saap.models.modeling_pruned import ArgumentSlice, ConstantOutput, resize, set_attribute
-from saap.models.structure import PrunedStructure, epsilon_name, structure_of
+from saap.models.structure import PrunedStructure, argument_slice, epsilon_name, structure_of
 from saap.records import AxisSlice, CoupledGroup, ModelGraph, Role, Side, StructurePlan
 from saap.surgery.depth import drop_blocks
 
@@ -66,7 +66,12 @@ def cut_group(model: nn.Module, group: CoupledGroup, kept: Sequence[int]) -> Non
     for norm in group.scaled_norms if kept else ():
         rescale_norm(model.get_submodule(norm), len(kept) / group.units, norm)
     for path, hook in slices.items():
-        model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+        module = model.get_submodule(path)
+        earlier = argument_slice(module)
+        if earlier is not None:
+            earlier.kept = [earlier.kept[unit] for unit in hook.kept]
+        else:
+            module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def rescale_norm(norm: nn.Module, share: float, name: str) -> None:
