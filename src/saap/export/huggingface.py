@@ -26,7 +26,7 @@ from saap.models.structure import PrunedStructure
 from saap.records import ImportanceScores, Layout, ModelGraph, StructurePlan
 from saap.storage import write_plan, write_scores
 
-SHARD_SIZE = "4GB"
+SHARD_SIZE = "2GB"
 _SPARE_BYTES = 64 * 1024**2
 _LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 
@@ -178,12 +178,22 @@ def _write_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
+def _use_the_old_tokenizer_name(file: Path) -> None:
+    """Name a tokenizer that is all in tokenizer.json as every version of transformers knows it."""
+    if file.is_file():
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        if fields.get("tokenizer_class") == "TokenizersBackend":
+            fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+            file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _write_companions(model: nn.Module, parts: CheckpointParts, folder: Path) -> None:
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.to_json_file(folder / "generation_config.json")
     if parts.tokenizer is not None:
         parts.tokenizer.save_pretrained(folder)
+        _use_the_old_tokenizer_name(folder / "tokenizer_config.json")
     if parts.source_folder is not None:
         for pattern in _LEGAL_FILES:
             for file in parts.source_folder.glob(pattern):
