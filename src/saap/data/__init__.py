@@ -1,0 +1,1 @@
+"""Texts and the token samples that are drawn from them."""

@@ -1,0 +1,84 @@
+"""Text that the model itself writes, as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+import torch
+
+from saap.errors import CalibrationError
+from saap.records import IntArray
+
+# Two messages without a common beginning, so that what their conversations share is the template's own.
+UNLIKE_MESSAGES = ("Why is the sky blue?", "3 + 4 =")
+
+
+@torch.no_grad()
+def sample_from_model(
+    model: Any,
+    *,
+    sequences: int,
+    length: int,
+    batch: int,
+    seed: int,
+    bos: int,
+    chat_prefix: Sequence[int] | None = None,
+    temperature: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> IntArray:
+    """Token ids (sequences, length) sampled from the model's own distribution, `batch` sequences at a time.
+
+    bos: the id that each sequence starts with, unless `chat_prefix` (see `user_turn_prefix`) is given: then the model
+    writes the user's turn and the answer itself. End-of-text tokens are ordinary tokens, after which it goes on.
+    The same seed, batch and device give the same ids; the global random state is left as it was.
+    progress: called with (sequences done, sequences).
+    Raises CalibrationError for a model that cannot generate.
+    """
+    if not hasattr(model, "generate"):
+        raise CalibrationError(
+            f"{type(model).__name__} cannot generate text", "Give a text file or token ids as calibration"
+        )
+    start = list(chat_prefix) if chat_prefix else [bos]
+    device = next(model.parameters()).device
+    pieces: list[torch.Tensor] = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for done in range(0, sequences, batch):
+            prompt = torch.tensor([start] * min(batch, sequences - done), device=device)
+            # Every shaping of the distribution that the model's own generation defaults may ask for is switched off.
+            written = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=length - len(start),
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
+                eos_token_id=None,
+                pad_token_id=bos,
+                use_cache=True,
+            )
+            pieces.append(written.cpu())
+            if progress is not None:
+                progress(done + len(prompt), sequences)
+    return np.asarray(torch.cat(pieces), dtype=np.int64)
+
+
+def user_turn_prefix(tokenizer: Any | None) -> tuple[int, ...] | None:
+    """Token ids of a conversation up to where the user's first message begins; None without a chat template.
+
+    Found as what the conversations of two unlike messages have in common, so it holds a default system message too.
+    """
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        return None
+    written = [
+        str(tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False))
+        for message in UNLIKE_MESSAGES
+    ]
+    shared = "".join(one for one, other in takewhile(lambda pair: pair[0] == pair[1], zip(*written, strict=False)))
+    ids = tokenizer(shared, add_special_tokens=False)["input_ids"]
+    return tuple(int(token) for token in ids) or None

@@ -1,0 +1,183 @@
+"""Token samples drawn from texts: fixed by the seed, and no token in two sets where the text suffices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from saap.data.placement import Demand, equal_parts, place, share_rows
+from saap.data.texts import KINDS, MIXED, names_a_source, read_documents
+from saap.errors import CalibrationError
+from saap.records import CalibrationSet, IntArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Calibration: TypeAlias = "str | Path | Sequence[str | Path] | Sequence[Sequence[int]] | IntArray | Tensor"
+
+GIVEN_TEXTS = "given texts"
+GIVEN_IDS = "given token ids"
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """A set to draw: `sequences` windows of `length` tokens.
+
+    held_out: no token of it is ever in another set; the others share tokens when the text is too short for all.
+    at_least: accept this many sequences when the text is too short for more; None insists on `sequences`.
+    """
+
+    name: str
+    sequences: int
+    length: int
+    held_out: bool = False
+    at_least: int | None = None
+
+    def part(self, sequences: int) -> Demand:
+        """What falls to one of several texts, of which it is to give `sequences`."""
+        least = self.sequences if self.at_least is None else min(self.at_least, self.sequences)
+        share = -(-least * sequences // max(1, self.sequences))
+        return Demand(name=self.name, sequences=sequences, length=self.length, held_out=self.held_out, at_least=share)
+
+
+def token_stream(texts: Sequence[str], tokenizer: Any | None) -> IntArray:
+    """All token ids (n,) of the texts, joined by blank lines and tokenised once, without special tokens.
+
+    Raises CalibrationError if there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise CalibrationError(
+            "the model has no tokenizer, so a text cannot become token ids",
+            "Put the tokenizer's files beside the model, or give token ids of shape (samples, length) from Python",
+        )
+    # verbose=False: the whole text is meant to be longer than the model's context.
+    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return np.asarray(ids, dtype=np.int64).reshape(-1)
+
+
+def draw_sets(
+    calibration: Calibration,
+    tokenizer: Any | None,
+    requests: Sequence[SampleRequest],
+    *,
+    seed: int,
+    vocabulary: int | None = None,
+) -> dict[str, CalibrationSet]:
+    """Sets of windows from one calibration, by the requests' names.
+
+    calibration: names and files as `read_documents` takes them; texts (strings with white space that are no file);
+    or token ids (rows, length). Each source gives an equal part of each set, and so does each kind of `mixed`. Windows
+    of texts lie at random places, chosen by `seed`, and do not overlap; if a text is too short for all sets, those
+    that are not held out share its tokens. Rows of token ids go to the sets whole and are cut to the length that was
+    asked for; where they are too few, held-out sets get at most a quarter and the sets may be smaller than asked.
+    vocabulary: number of rows of the model's embedding.
+    Raises CalibrationError if the text is too short (tokens needed and found are named), a source cannot be read, or an
+    id lies outside the vocabulary.
+    """
+    generator = np.random.Generator(np.random.PCG64(seed))
+    ids = _given_ids(calibration)
+    if ids is not None:
+        names: tuple[str, ...] = (GIVEN_IDS,)
+        windows = share_rows(ids, [request.part(request.sequences) for request in requests], generator)
+    else:
+        sources = _sources(calibration, tokenizer)
+        names = tuple(sources)
+        windows = _from_texts(sources, requests, generator)
+    _check_vocabulary(windows, vocabulary, tokenizer)
+    return {name: CalibrationSet(sources=names, seed=seed, tokens=tokens) for name, tokens in windows.items()}
+
+
+def calibration_set(
+    calibration: Calibration,
+    tokenizer: Any | None,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    vocabulary: int | None = None,
+) -> CalibrationSet:
+    """A set of `samples` windows of `length` tokens (see `draw_sets`); given token ids are taken whole."""
+    ids = _given_ids(calibration)
+    if ids is not None:
+        _check_vocabulary({GIVEN_IDS: ids}, vocabulary, tokenizer)
+        return CalibrationSet(sources=(GIVEN_IDS,), seed=seed, tokens=ids)
+    request = SampleRequest("samples", samples, length)
+    return draw_sets(calibration, tokenizer, [request], seed=seed, vocabulary=vocabulary)["samples"]
+
+
+def joined(first: CalibrationSet, second: CalibrationSet) -> CalibrationSet:
+    """One set with the sequences of both, which must be equally long."""
+    return CalibrationSet(
+        sources=(*first.sources, *second.sources),
+        seed=first.seed,
+        tokens=np.concatenate([first.tokens, second.tokens]),
+    )
+
+
+def _sources(calibration: Any, tokenizer: Any | None) -> dict[str, dict[str, IntArray]]:
+    """Per source, its token streams by kind."""
+    given = [calibration] if isinstance(calibration, (str, Path)) else list(calibration)
+    if not given:
+        raise CalibrationError("the calibration is empty", f"Name a text file or `{MIXED}`")
+    texts = [item for item in given if isinstance(item, str) and not names_a_source(item)]
+    # The same source named twice is still one text: it cannot give more tokens.
+    named = dict.fromkeys(item for item in given if isinstance(item, Path) or names_a_source(item))
+    sources: dict[str, dict[str, IntArray]] = {}
+    for item in named:
+        kinds: Sequence[str | Path] = KINDS if item == MIXED else (item,)
+        sources[str(item)] = {
+            str(kind): token_stream(read_documents(kind, tokenizer=tokenizer), tokenizer) for kind in kinds
+        }
+    if texts:
+        sources[GIVEN_TEXTS] = {GIVEN_TEXTS: token_stream(texts, tokenizer)}
+    return sources
+
+
+def _from_texts(
+    sources: Mapping[str, Mapping[str, IntArray]], requests: Sequence[SampleRequest], generator: np.random.Generator
+) -> dict[str, IntArray]:
+    windows: dict[str, list[IntArray]] = {request.name: [] for request in requests}
+    by_source = {request.name: equal_parts(request.sequences, len(sources)) for request in requests}
+    for index, streams in enumerate(sources.values()):
+        by_kind = {name: equal_parts(parts[index], len(streams)) for name, parts in by_source.items()}
+        for position, (text, stream) in enumerate(streams.items()):
+            demands = [request.part(by_kind[request.name][position]) for request in requests]
+            for name, starts in place(text, len(stream), demands, generator).items():
+                length = next(request.length for request in requests if request.name == name)
+                windows[name].extend(stream[start : start + length] for start in starts)
+    # Mixed, so that the first or last part of a set is not one kind of text alone.
+    return {name: np.stack(taken)[generator.permutation(len(taken))] for name, taken in windows.items()}
+
+
+def _given_ids(calibration: Any) -> IntArray | None:
+    """Token ids (rows, length) if that is what was given, else None."""
+    if isinstance(calibration, (str, Path)):
+        return None
+    if isinstance(calibration, Sequence) and (not calibration or isinstance(calibration[0], (str, Path))):
+        return None
+    remedy = "Give integers of shape (samples, length), length at least 2"
+    try:
+        ids = np.asarray(calibration.cpu() if hasattr(calibration, "cpu") else calibration)
+    except ValueError as error:
+        raise CalibrationError("the token ids have rows of different lengths", remedy) from error
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise CalibrationError(f"the token ids have shape {ids.shape} and type {ids.dtype}", remedy)
+    return ids.astype(np.int64)
+
+
+def _check_vocabulary(windows: Mapping[str, IntArray], vocabulary: int | None, tokenizer: Any | None) -> None:
+    if vocabulary is None:
+        return
+    least = min(int(tokens.min()) for tokens in windows.values())
+    largest = max(int(tokens.max()) for tokens in windows.values())
+    if least < 0 or largest >= vocabulary:
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        origin = "the token ids given" if tokenizer is None else f"the tokenizer {name} ({len(tokenizer)} tokens)"
+        raise CalibrationError(
+            f"{origin} gave id {least if least < 0 else largest}, but the model's embedding has {vocabulary} rows",
+            "Use the tokenizer that belongs to the model",
+        )

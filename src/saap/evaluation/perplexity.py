@@ -1,0 +1,127 @@
+"""Perplexity of a causal language model on a stream of token ids."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from saap.errors import CalibrationError
+from saap.records import Digested, IntArray, digest_of
+
+# Logits of one forward pass, in float32: they are the largest tensor of an evaluation.
+LOGITS_BYTES = 2**28
+POSITIONS_PER_CHUNK = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Perplexity(Digested):
+    """value: exp(nll). nll: mean negative log-likelihood in nats over the predicted tokens, `tokens` of them.
+
+    window: tokens per window; the first of each is context only. text_digest: of all token ids that were read.
+    """
+
+    value: float
+    nll: float
+    tokens: int
+    window: int
+    text_digest: str
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of -log softmax(logits)[target] in nats, float64.
+
+    logits: (tokens, vocabulary). targets: (tokens,). Computed in float32 at least, a slice of tokens at a time.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for scores, wanted in zip(
+        torch.split(logits, POSITIONS_PER_CHUNK), torch.split(targets, POSITIONS_PER_CHUNK), strict=True
+    ):
+        scores = scores if scores.dtype == torch.float64 else scores.float()
+        total += nn.functional.cross_entropy(scores, wanted, reduction="sum").double().cpu()
+    return total
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module, token_ids: IntArray | Tensor, *, window: int = 512, batch: int = 4, max_tokens: int | None = None
+) -> Perplexity:
+    """Perplexity over consecutive windows of `token_ids` (n,), each read on its own.
+
+    In a window of w tokens the last w - 1 are predicted; a shorter last window counts if it has at least 2 tokens.
+    max_tokens: read only the first ones. batch: windows per forward pass, fewer where the vocabulary is large.
+    model: any module that maps ids (batch, tokens) to logits (batch, tokens, vocabulary), an output with `.logits`, or
+    a tuple that starts with them. Evaluated without dropout; its training flags are left as they were.
+    Raises CalibrationError if there are fewer than 2 tokens, or window is less than 2.
+    """
+    ids = torch.as_tensor(np.asarray(token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids)).reshape(-1)
+    ids = ids[:max_tokens].long()
+    if len(ids) < 2 or window < 2:
+        raise CalibrationError(
+            f"perplexity needs windows and a text of at least 2 tokens, not {window} and {len(ids)}",
+            "Give a longer text or window",
+        )
+    device = next(model.parameters()).device
+    options = {"use_cache": False} if _takes_use_cache(model) else {}
+    total = torch.zeros((), dtype=torch.float64)
+    predicted = 0
+    with _evaluating(model):
+        for windows in _batches(ids, window, _windows_at_once(model, window, batch)):
+            logits = _logits(model(windows.to(device), **options))[:, :-1]
+            targets = windows[:, 1:].to(logits.device)
+            total += token_nll(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+            predicted += targets.numel()
+    nll = float(total) / predicted
+    value = math.exp(nll) if nll < math.log(np.finfo(np.float64).max) else math.inf
+    return Perplexity(
+        value=value if not math.isnan(nll) else math.nan,
+        nll=nll,
+        tokens=predicted,
+        window=window,
+        text_digest=digest_of(ids.numpy()),
+    )
+
+
+def _batches(ids: Tensor, window: int, batch: int) -> Iterator[Tensor]:
+    """Full windows, (<= batch, window) at a time, then the rest of at least 2 tokens as (1, rest)."""
+    whole = len(ids) // window
+    if whole:
+        yield from torch.split(ids[: whole * window].reshape(whole, window), batch)
+    rest = ids[whole * window :]
+    if len(rest) >= 2:
+        yield rest[None]
+
+
+def _windows_at_once(model: nn.Module, window: int, batch: int) -> int:
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not isinstance(vocabulary, int):
+        return batch
+    return max(1, min(batch, LOGITS_BYTES // (4 * window * vocabulary)))
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    return "use_cache" in inspect.signature(model.forward).parameters
+
+
+def _logits(output: Any) -> Tensor:
+    logits = getattr(output, "logits", output)
+    tensor: Tensor = logits[0] if isinstance(logits, tuple) else logits
+    return tensor
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
