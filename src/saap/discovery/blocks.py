@@ -1,0 +1,60 @@
+"""The decoder blocks of a model, and which of them are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from saap.errors import UnsupportedModelError
+
+Kind = tuple[object, ...]
+
+
+def find_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Module paths of the decoder blocks: the longest outermost nn.ModuleList whose entries all hold parameters.
+
+    Raises UnsupportedModelError if there is none.
+    """
+    lists: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(found + ".") for found in lists)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside and _all_hold_parameters(module):
+            lists[path] = module
+    if not lists:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no nn.ModuleList whose entries hold parameters, so no decoder blocks",
+            "Hold the decoder blocks in one nn.ModuleList",
+        )
+    path = max(lists, key=lambda name: (len(lists[name]), sum(p.numel() for p in lists[name].parameters())))
+    return tuple(f"{path}.{index}" for index in range(len(lists[path])))
+
+
+def block_kind(block: nn.Module) -> Kind:
+    """What two blocks must share to be taken for alike: modules, parameters, and flags such as the attention type."""
+    modules = tuple(
+        (
+            path,
+            type(module),
+            tuple(sorted((name, str(value)) for name, value in vars(module).items() if _is_flag(name, value))),
+        )
+        for path, module in block.named_modules()
+    )
+    parameters = tuple((name, tuple(p.shape)) for name, p in block.named_parameters(remove_duplicate=False))
+    return (modules, parameters)
+
+
+def alike(model: nn.Module, blocks: Sequence[str]) -> list[list[int]]:
+    """Indices of the blocks of each kind, in the order in which the kinds first appear."""
+    kinds: dict[Kind, list[int]] = {}
+    for index, path in enumerate(blocks):
+        kinds.setdefault(block_kind(model.get_submodule(path)), []).append(index)
+    return list(kinds.values())
+
+
+def _all_hold_parameters(modules: nn.ModuleList) -> bool:
+    return all(next(module.parameters(), None) is not None for module in modules)
+
+
+def _is_flag(name: str, value: object) -> bool:
+    return not name.startswith("_") and name != "training" and (value is None or isinstance(value, (bool, str)))

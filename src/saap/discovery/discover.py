@@ -1,0 +1,78 @@
+"""From a model to its graph of coupled groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from saap.discovery.blocks import alike, find_blocks
+from saap.discovery.groups import traced_groups
+from saap.discovery.reduce import ReducedModel, on_meta, reduced
+from saap.discovery.repeat import Checked, Naming, check_last_of_each_kind, everywhere
+from saap.discovery.trace import Trace, trace
+from saap.errors import UnsupportedModelError
+from saap.models.loading import model_ref
+from saap.models.uniform import config_fields
+from saap.records import CoupledGroup, ModelGraph, ModelRef, Refusal
+
+
+def discover(model: nn.Module, ref: ModelRef | None = None) -> ModelGraph:
+    """Find the coupled groups of a causal language model: FFN channels, KV groups and hidden channels.
+
+    model: forward(input_ids) gives the logits; it is only read. ref: which weights these are, made from the model if
+    None. One block of each kind is traced and found again by name in all others; the last of each kind is traced too
+    and must agree. Parts that are not understood are in `refused`. Raises UnsupportedModelError if nothing can be
+    pruned, or the forward cannot be traced.
+    """
+    blocks = find_blocks(model)
+    kinds = tuple(tuple(kind) for kind in alike(model, blocks))
+    copy, traced = _trace(model, blocks, sorted({index for kind in kinds for index in (kind[0], kind[-1])}))
+    naming = Naming(blocks, kinds, copy)
+    found = traced_groups(traced, copy.blocks)
+    check_last_of_each_kind(found, naming)
+    firsts = {naming.traced_path(kind[0]) for kind in kinds} | {None}
+    checked = [Checked(group=group) for group in found if group.block in firsts]
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    results = everywhere(checked, naming, tuple(shapes))
+    groups = tuple(item for item in results if isinstance(item, CoupledGroup))
+    refused = tuple(item for item in results if isinstance(item, Refusal))
+    if not groups:
+        reasons = "; ".join(f"{item.name}: {item.reason}" for item in refused[:3]) or "no coupled channels were found"
+        raise UnsupportedModelError(
+            f"Nothing of {type(model).__name__} can be pruned ({reasons})",
+            "Use a model whose blocks are made of operations that discovery knows",
+        )
+    graph = ModelGraph(
+        model=ref or model_ref(model, type(model).__name__),
+        blocks=blocks,
+        groups=groups,
+        shapes=shapes,
+        refused=refused,
+    )
+    fields, pinned = config_fields(model, graph)
+    return replace(graph, config_fields=fields, pinned_fields=pinned)
+
+
+def _trace(model: nn.Module, blocks: Sequence[str], kept: Sequence[int]) -> tuple[ReducedModel, Trace]:
+    """Trace the blocks `kept`; all of them where the forward needs every block."""
+    try:
+        copy = reduced(model, blocks, kept)
+        traced = trace(on_meta(copy))
+    except UnsupportedModelError:
+        if len(kept) == len(blocks):
+            raise
+        copy = reduced(model, blocks, range(len(blocks)))
+        traced = trace(on_meta(copy))
+    idle = [
+        blocks[index]
+        for index, path in zip(copy.kept, copy.blocks, strict=True)
+        if not any(module == path or module.startswith(path + ".") for module in traced.modules)
+    ]
+    if idle:
+        raise UnsupportedModelError(
+            f"The forward of {type(model).__name__} does not pass through {', '.join(idle)}",
+            "Call the decoder blocks as modules, in one nn.ModuleList",
+        )
+    return copy, traced

@@ -1,0 +1,173 @@
+"""From resolved tags to coupled groups."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from saap.discovery.slices import Pattern, patterns_of
+from saap.discovery.tags import Units
+from saap.discovery.trace import Trace
+from saap.records import AxisSlice, IntArray, Role, Side
+
+Axis = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class TracedGroup:
+    """A coupled group of the traced model. block: the path of its block, None for the hidden channels."""
+
+    block: str | None
+    role: Role
+    units: int
+    members: tuple[AxisSlice, ...]
+    scaled_norms: tuple[str, ...] = ()
+    refusal: str | None = None
+
+
+def traced_groups(trace: Trace, blocks: Sequence[str]) -> list[TracedGroup]:
+    """All groups that have both producers and consumers; those that are not understood carry a refusal."""
+    units = trace.space.units()
+    marks = {name: set(units.of(trace.space.marked(name)).tolist()) for name in ("softmax", "product")}
+    consumed = trace.space.marked("consumed")
+    made = np.union1d(trace.space.marked("produced"), trace.space.marked("embedded"))
+    sides = {
+        (name, axis): Side.CONSUMER
+        for name, axes in trace.axes.items()
+        for axis, tags in enumerate(axes)
+        if np.isin(tags.numpy(), consumed).any() and not np.isin(tags.numpy(), made).any()
+    }
+    found: list[TracedGroup] = []
+    for axes, members in _clusters(units, trace.axes).items():
+        if not any(axis in sides for axis in axes) or all(axis in sides for axis in axes):
+            continue
+        place = _place([name for name, _ in axes], blocks)
+        if place is None:
+            continue
+        block = None if place == "" else place
+        found.append(_group(trace, units, marks, sides, block, members))
+    return _with_roles_checked(_named_hidden(found), sides)
+
+
+def _clusters(
+    units: Units, axes: Mapping[str, tuple[Tensor, ...]]
+) -> dict[tuple[Axis, ...], list[dict[Axis, list[int]]]]:
+    """Units that lie on the same axes, each as its indices by axis; units on one axis alone are left out."""
+    keys = [(name, axis) for name, parts in axes.items() for axis in range(len(parts))]
+    roots = {key: units.of(axes[key[0]][key[1]]) for key in keys}
+    owners = [np.unique(roots[key]) for key in keys if len(roots[key])]
+    values, counts = np.unique(np.concatenate(owners), return_counts=True)
+    several = values[counts > 1]
+    indices: dict[int, dict[Axis, list[int]]] = defaultdict(dict)
+    for key in keys:
+        for index in np.flatnonzero(np.isin(roots[key], several)):
+            indices[int(roots[key][index])].setdefault(key, []).append(int(index))
+    clusters: dict[tuple[Axis, ...], list[dict[Axis, list[int]]]] = defaultdict(list)
+    for unit in indices.values():
+        clusters[tuple(unit)].append(unit)
+    return clusters
+
+
+def _place(tensors: Sequence[str], blocks: Sequence[str]) -> str | None:
+    """The block that holds all tensors, "" for groups across blocks, None for groups outside of all blocks."""
+    held = {next((block for block in blocks if name.startswith(block + ".")), "") for name in tensors}
+    if held == {""}:
+        return None
+    return held.pop() if len(held) == 1 else ""
+
+
+def _group(
+    trace: Trace,
+    units: Units,
+    marks: Mapping[str, set[int]],
+    sides: Mapping[Axis, Side],
+    block: str | None,
+    cluster: list[dict[Axis, list[int]]],
+) -> TracedGroup:
+    anchor = next(axis for axis in cluster[0] if axis in sides)
+    cluster = sorted(cluster, key=lambda unit: unit[anchor])
+    ids = [int(units.roots[trace.axes[anchor[0]][anchor[1]][unit[anchor][0]]]) for unit in cluster]
+    attention = set(ids) <= marks["softmax"] & marks["product"]
+    role = Role.HIDDEN if block is None else Role.ATTENTION if attention else Role.FFN
+    refusal = next((units.stops[unit] for unit in ids if unit in units.stops), None)
+    if block is not None and not attention and set(ids) & marks["product"]:
+        refusal = refusal or "its channels meet in a product of activations without softmax"
+    members: list[AxisSlice] = []
+    for axis in cluster[0]:
+        patterns = _patterns([unit[axis] for unit in cluster])
+        if patterns is None:
+            refusal = refusal or f"its units have no regular places on axis {axis[1]} of {axis[0]}"
+            continue
+        members += [_member(axis, sides.get(axis, Side.PRODUCER), pattern) for pattern in patterns]
+    norms, problem = _norms(trace, units, set(ids), sum(len(unit[anchor]) for unit in cluster))
+    return TracedGroup(block, role, len(cluster), tuple(members), norms, refusal or problem)
+
+
+def _patterns(rows: list[list[int]]) -> list[Pattern] | None:
+    if len({len(row) for row in rows}) > 1:
+        return None
+    indices: IntArray = np.array(rows, dtype=np.int64)
+    return patterns_of(indices)
+
+
+def _member(axis: Axis, side: Side, pattern: Pattern) -> AxisSlice:
+    return AxisSlice(
+        tensor=axis[0],
+        axis=axis[1],
+        side=side,
+        offset=pattern.offset,
+        width=pattern.width,
+        stride=pattern.stride,
+        period=pattern.period,
+        jump=pattern.jump,
+    )
+
+
+def _norms(trace: Trace, units: Units, group: set[int], channels: int) -> tuple[tuple[str, ...], str | None]:
+    """Norms that take a statistic over several of the group's units: those to rescale, or why that cannot be done."""
+    scaled: list[str] = []
+    for reduction in trace.space.reductions:
+        rows = units.of(reduction.channels)
+        across = [row for row in rows if len(np.unique(row)) > 1 and set(row.tolist()) & group]
+        if not across:
+            continue
+        whole = all(set(row.tolist()) == group for row in across)
+        if reduction.kind != "rms" or not whole:
+            return (), f"{reduction.kind} in {reduction.module or 'the model'} is a statistic over its channels"
+        if reduction.module not in scaled:
+            scaled.append(reduction.module)
+    return tuple(scaled), None
+
+
+def _named_hidden(groups: list[TracedGroup]) -> list[TracedGroup]:
+    """Of the groups across blocks the one on the most axes is the hidden one; the others are refused in its stead."""
+    across = [group for group in groups if group.block is None]
+    if len(across) < 2:
+        return groups
+    hidden = max(across, key=lambda group: len(group.members))
+    return [group for group in groups if group.block is not None or group is hidden]
+
+
+def _with_roles_checked(groups: list[TracedGroup], sides: Mapping[Axis, Side]) -> list[TracedGroup]:
+    """Refuse an inner rank of attention: its consumers do not lead out of the block's attention but into it."""
+    inside = {
+        (member.tensor, member.axis)
+        for group in groups
+        if group.role is Role.ATTENTION
+        for member in group.members
+        if member.side is Side.PRODUCER
+    }
+    checked: list[TracedGroup] = []
+    for group in groups:
+        into = any(
+            (member.tensor, 1 - member.axis) in inside
+            for member in group.members
+            if member.side is Side.CONSUMER and group.role is Role.FFN
+        )
+        reason = group.refusal or ("its channels lead into attention, not out of the block" if into else None)
+        checked.append(TracedGroup(group.block, group.role, group.units, group.members, group.scaled_norms, reason))
+    return checked

@@ -1,0 +1,192 @@
+"""Channel tags: one integer per index of every parameter axis, and which of them must leave the model together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saap.records import IntArray
+
+UNTAGGED = -1
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterTags:
+    """A parameter of two or more axes, seen through transposes and slices: the tags of each axis."""
+
+    axes: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter in its present form."""
+        return tuple(len(axis) for axis in self.axes)
+
+    def as_activation(self) -> Tensor:
+        """Tags of the elements where the parameter is used like an activation: those of its last axis."""
+        return self.axes[-1].expand(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """A statistic over channels. kind: "rms", or the name of the operation. channels: (rows, channels) tags."""
+
+    kind: str
+    module: str
+    channels: Tensor
+
+
+class TagSpace:
+    """Issues the tags and collects what the walk over the graph learns about them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.reductions: list[Reduction] = []
+        self._ties: list[Tensor] = []
+        self._shared: list[tuple[Tensor, Tensor]] = []
+        self._marks: dict[str, list[Tensor]] = {}
+        self._stops: list[tuple[Tensor, str]] = []
+
+    def fresh(self, size: int) -> Tensor:
+        """New tags, (size,)."""
+        self.count += size
+        return torch.arange(self.count - size, self.count)
+
+    def tie(self, first: Tensor, second: Tensor) -> None:
+        """Channels at equal places of two broadcastable tag tensors leave together."""
+        pairs = _pairs(first, second)
+        if pairs.numel():
+            self._ties.append(pairs)
+
+    def tie_shared(self, first: Tensor, second: Tensor) -> None:
+        """As `tie`, but a tag that meets several others holds only if these turn out to be one unit.
+
+        Otherwise the weight of a norm that all heads share, or a scalar gate, would join everything.
+        """
+        pairs = _pairs(first, second)
+        for side in (0, 1):
+            values, counts = np.unique(pairs[side].numpy(), return_counts=True)
+            shared = torch.isin(pairs[side], torch.from_numpy(values[counts > 1]))
+            if bool(shared.any()):
+                self._shared.append((pairs[side][shared], pairs[1 - side][shared]))
+                pairs = pairs[:, ~shared]
+        if pairs.numel():
+            self._ties.append(pairs)
+
+    def tie_along(self, tags: Tensor, dim: int) -> None:
+        """All channels along `dim` leave together."""
+        size = tags.shape[dim]
+        if size > 1:
+            self.tie(tags.narrow(dim, 0, size - 1), tags.narrow(dim, 1, size - 1))
+
+    def mark(self, name: str, tags: Tensor) -> None:
+        """Remember that these channels were seen in the part that `name` says."""
+        self._marks.setdefault(name, []).append(_seen(tags))
+
+    def marked(self, name: str) -> IntArray:
+        """Tags marked with `name`, ascending."""
+        return np.unique(np.concatenate([np.empty(0, np.int64), *map(_to_array, self._marks.get(name, []))]))
+
+    def stop(self, tags: Tensor, reason: str) -> None:
+        """These channels went into something that is not understood."""
+        seen = _seen(tags)
+        if len(seen):
+            self._stops.append((seen, reason))
+
+    def units(self) -> Units:
+        """Resolve all ties. The result says for each tag which unit it belongs to."""
+        forest = _Forest(self.count)
+        if self._ties:
+            forest.join(torch.cat(self._ties, dim=1))
+        shared = [_by_owner(owners, partners) for owners, partners in self._shared]
+        open_ties = [item for group in shared for item in group.items()]
+        changed = True
+        while changed:
+            remaining = []
+            for owner, partners in open_ties:
+                if len({forest.root(partner) for partner in partners}) == 1:
+                    forest.unite(owner, partners[0])
+                else:
+                    remaining.append((owner, partners))
+            changed = len(remaining) < len(open_ties)
+            open_ties = remaining
+        roots = np.array([forest.root(tag) for tag in range(self.count)], dtype=np.int64)
+        stops = {int(roots[tag]): reason for tags, reason in self._stops for tag in tags.tolist()}
+        for owner, _ in open_ties:
+            stops.setdefault(int(roots[owner]), "one channel of it acts on several units")
+        return Units(roots, stops)
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """Resolved ties. roots: (tags,) the unit of each tag. stops: unit -> why it is not understood."""
+
+    roots: IntArray
+    stops: dict[int, str]
+
+    def of(self, tags: Tensor | IntArray) -> IntArray:
+        """The units of tags of any shape; UNTAGGED stays."""
+        values = _to_array(tags) if isinstance(tags, Tensor) else tags
+        return np.where(values < 0, UNTAGGED, self.roots[values])
+
+
+class _Forest:
+    """Union-find with path halving."""
+
+    def __init__(self, count: int) -> None:
+        self._parents = list(range(count))
+
+    def root(self, item: int) -> int:
+        parents = self._parents
+        while parents[item] != item:
+            parents[item] = parents[parents[item]]
+            item = parents[item]
+        return item
+
+    def unite(self, first: int, second: int) -> None:
+        one, other = self.root(first), self.root(second)
+        self._parents[max(one, other)] = min(one, other)
+
+    def join(self, pairs: Tensor) -> None:
+        """pairs: (2, n)."""
+        ordered, _ = torch.sort(pairs, dim=0)
+        for key in torch.unique(ordered[0] << 32 | ordered[1]).tolist():
+            self.unite(key >> 32, key & 0xFFFFFFFF)
+
+
+def finest(tags: Sequence[Tensor]) -> list[Tensor]:
+    """The tag tensors, the one that tells most channels apart first."""
+    return sorted(tags, key=lambda item: -len(torch.unique(item)))
+
+
+def together(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tensors, broadcast to one shape."""
+    shape = torch.empty(first.shape, device="meta").add(torch.empty(second.shape, device="meta")).shape
+    return first.expand(shape), second.expand(shape)
+
+
+def _pairs(first: Tensor, second: Tensor) -> Tensor:
+    """Distinct (first, second) tags at equal places, (2, n)."""
+    first, second = together(first, second)
+    kept = (first >= 0) & (second >= 0) & (first != second)
+    keys = torch.unique(first[kept] << 32 | second[kept])
+    return torch.stack([keys >> 32, keys & 0xFFFFFFFF])
+
+
+def _by_owner(owners: Tensor, partners: Tensor) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for owner, partner in zip(owners.tolist(), partners.tolist(), strict=True):
+        found.setdefault(owner, []).append(partner)
+    return found
+
+
+def _seen(tags: Tensor) -> Tensor:
+    seen: Tensor = torch.unique(tags)
+    return seen[seen >= 0]
+
+
+def _to_array(tags: Tensor) -> IntArray:
+    return np.asarray(tags.cpu().numpy(), dtype=np.int64)

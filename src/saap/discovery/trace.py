@@ -1,0 +1,178 @@
+"""Export of a model's forward and the walk over its graph with channel tags in place of tensors."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from saap.discovery.operations import Step, tags_after, untagged
+from saap.discovery.tags import ParameterTags, TagSpace
+from saap.errors import UnsupportedModelError
+
+TRACED_TOKENS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What the walk found. axes: parameter -> tags of each axis. modules: paths of the modules that computed."""
+
+    space: TagSpace
+    axes: Mapping[str, tuple[Tensor, ...]]
+    modules: frozenset[str]
+
+
+def trace(model: nn.Module) -> Trace:
+    """Walk the forward of `model`, whose parameters may be on the meta device, on one sequence of a few tokens.
+
+    Raises UnsupportedModelError if torch.export cannot follow the forward.
+    """
+    return _Walk(model, export(model)).run()
+
+
+def export(model: nn.Module) -> ExportedProgram:
+    """The ATen graph of the model's forward on token ids. Raises UnsupportedModelError naming what stopped it."""
+    device = next(model.parameters()).device
+    tokens = torch.zeros(1, TRACED_TOKENS, dtype=torch.long, device=device)
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, (tokens,), dict(call_keywords(model)), strict=False)
+    except Exception as error:  # whatever the user's forward or the exporter raises
+        first = str(error).strip().splitlines()[:1]
+        raise UnsupportedModelError(
+            f"The forward of {type(model).__name__} cannot be traced: {type(error).__name__}: {' '.join(first)}",
+            "Use a model whose forward(input_ids) torch.export can follow",
+        ) from error
+
+
+def call_keywords(model: nn.Module) -> dict[str, Any]:
+    """Keywords that keep a forward on token ids free of a key-value cache."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+class _Walk:
+    def __init__(self, model: nn.Module, program: ExportedProgram) -> None:
+        self.program = program
+        self.space = TagSpace()
+        canonical = {id(parameter): name for name, parameter in model.named_parameters()}
+        every = model.named_parameters(remove_duplicate=False)
+        self.names = {name: canonical[id(parameter)] for name, parameter in every}
+        self.axes = {
+            name: tuple(self.space.fresh(size) for size in parameter.shape)
+            for name, parameter in model.named_parameters()
+        }
+        self.tags: dict[Node, Any] = {}
+        self.modules: set[str] = set()
+
+    def run(self) -> Trace:
+        parameters = self.program.graph_signature.inputs_to_parameters
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                name = parameters.get(node.name)
+                value = node.meta.get("val")
+                self.tags[node] = untagged(value) if name is None else self._parameter(self.names[name])
+            elif node.op == "call_function":
+                self.tags[node] = self._call(node)
+        return Trace(self.space, self.axes, frozenset(self.modules))
+
+    def _parameter(self, name: str) -> Tensor | ParameterTags:
+        axes = self.axes[name]
+        if len(axes) > 1:
+            return ParameterTags(axes)
+        return axes[0] if axes else torch.full((), -1)
+
+    def _call(self, node: Node) -> Any:
+        if node.target is operator.getitem:
+            whole, place = self._value(node.args[0]), cast(int, node.args[1])
+            return whole[place] if isinstance(whole, (list, tuple)) else untagged(node.meta.get("val"))
+        module = _module_of(node)
+        self.modules.add(module)
+        schema = getattr(node.target, "_schema", None)
+        positional = tuple(self._value(argument) for argument in node.args)
+        keywords = {name: self._value(argument) for name, argument in node.kwargs.items()}
+        named: dict[str, Any] = {}
+        if schema is not None:
+            named = {
+                argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()
+            }
+            named |= {argument.name: value for argument, value in zip(schema.arguments, positional, strict=False)}
+            named |= keywords
+        step = Step(
+            space=self.space,
+            name=_operation(node.target),
+            target=node.target,
+            positional=positional,
+            keywords=keywords,
+            named=named,
+            output=node.meta.get("val"),
+            module=module,
+            square=_is_square(node.args[0] if node.args else None),
+            constant=lambda name: self._constant_argument(node, name),
+        )
+        return tags_after(step)
+
+    def _value(self, argument: Any) -> Any:
+        if isinstance(argument, Node):
+            return self.tags.get(argument)
+        if isinstance(argument, (list, tuple)):
+            return [self._value(item) for item in argument]
+        return argument
+
+    def _constant_argument(self, node: Node, name: str) -> Any:
+        names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+        return self._constant(node.args[names.index(name)])
+
+    def _constant(self, value: Any) -> Any:
+        """The value of an argument that follows from constants alone; None if it does not."""
+        if isinstance(value, (list, tuple)):
+            items = [None if item is None else self._constant(item) for item in value]
+            known = all(found is not None for item, found in zip(value, items, strict=True) if item is not None)
+            return items if known else None
+        if not isinstance(value, Node):
+            return value
+        if value.op == "placeholder":
+            lifted = self.program.graph_signature.inputs_to_lifted_tensor_constants.get(value.name)
+            return None if lifted is None else self.program.constants[lifted]
+        if value.op == "call_function" and _operation(value.target) in (
+            "lift_fresh_copy",
+            "detach",
+            "alias",
+            "to",
+            "clone",
+        ):
+            return self._constant(value.args[0])
+        return None
+
+
+def _operation(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return str(getattr(target, "__name__", target))
+    name: str = schema.name.split("::")[1]
+    return name.rstrip("_") if not name.startswith("__") else name
+
+
+def _module_of(node: Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def _is_square(argument: Any) -> bool:
+    """Whether a node of the graph is x^2, possibly after a change of type."""
+    while isinstance(argument, Node) and _operation(argument.target) in ("to", "_to_copy", "float"):
+        argument = argument.args[0]
+    if not isinstance(argument, Node) or argument.op != "call_function":
+        return False
+    name = _operation(argument.target)
+    return (
+        name == "square"
+        or (name == "pow" and bool(argument.args[1] == 2))
+        or (name == "mul" and argument.args[0] is argument.args[1])
+    )

@@ -1,0 +1,220 @@
+"""What a family's stock configuration can say: which fields size which role, and whether a uniform plan is legal.
+
+Nothing is known about families: a configuration is changed, the model built from it on the meta device, and the
+shapes of all parameters compared with those wanted.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from saap.errors import LayoutError
+from saap.records import ConfigField, ModelGraph, Role, StructurePlan, kept_shapes
+
+Shapes = dict[str, tuple[int, ...]]
+
+MOST_FIELDS = 3
+MOST_SIZES = 8
+ADAPTIVE_REMEDY = "Use --layout adaptive"
+# The width of one head: classes derive it from hidden size and heads unless the configuration gives it.
+HEAD_WIDTH = "head_dim"
+
+
+def config_fields(model: nn.Module, graph: ModelGraph) -> tuple[tuple[ConfigField, ...], Mapping[str, int]]:
+    """The configuration fields that say each role's size, and those to pin to their value when others change.
+
+    A role whose size no combination of fields can say is left out, as is every role of a model without a
+    transformers configuration.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return (), {}
+    pinned = _pinned(config)
+    probe = _shallow(model, config, graph)
+    if probe is None:
+        return (), {}
+    small, shapes_of = probe
+    found = [field for role in Role for field in _fields_of(role, small, graph, pinned, shapes_of)]
+    return tuple(found), pinned if found else {}
+
+
+def uniform_config(config: Any, graph: ModelGraph, plan: StructurePlan) -> Any:
+    """A copy of `config` whose stock model has exactly the shapes that the plan leaves.
+
+    config: of the dense model, or of one that has already lost the plan's dropped blocks. Raises LayoutError if the
+    plan gives the layers different sizes, or the family cannot be built with these sizes; it says what can.
+    """
+    if not hasattr(config, "to_dict"):
+        raise LayoutError("The model has no transformers configuration", ADAPTIVE_REMEDY)
+    changed = copy.deepcopy(config)
+    sizes = {role: size for role in Role if (size := _size_of(role, graph, plan)) is not None}
+    for name, value in graph.pinned_fields.items() if sizes else ():
+        setattr(changed, name, value)
+    for role, size in sizes.items():
+        fields = [field for field in graph.config_fields if field.role is role]
+        if not fields:
+            raise LayoutError(f"{_family(config)} has no configuration for fewer {role} units", _can_hold(graph))
+        for field in fields:
+            setattr(changed, field.name, field.per_unit * size)
+    built, reason = _built(lambda: AutoModelForCausalLM.from_config(_valid(changed)))
+    if built is None:
+        wanted = ", ".join(f"{size} {role} units" for role, size in sizes.items())
+        raise LayoutError(f"{_family(config)} cannot be built with {wanted}: {reason}", _can_hold(graph))
+    _compare(built, graph, plan, _family(config))
+    return changed
+
+
+def _size_of(role: Role, graph: ModelGraph, plan: StructurePlan) -> int | None:
+    """Units that the plan keeps in each group of the role; None where it keeps all."""
+    groups = [group for group in graph.of_role(role) if group.layer not in plan.dropped_blocks]
+    sizes = sorted({len(plan.kept(group)) for group in groups})
+    if all(len(plan.kept(group)) == group.units for group in groups):
+        return None
+    if len(sizes) > 1:
+        raise LayoutError(
+            f"The plan keeps different numbers of {role} units: {sizes[0]} to {sizes[-1]}", ADAPTIVE_REMEDY
+        )
+    return sizes[0]
+
+
+def _compare(built: Shapes, graph: ModelGraph, plan: StructurePlan, family: str) -> None:
+    wanted = _renumbered(kept_shapes(graph, plan.keep, plan.dropped_blocks), graph, plan.dropped_blocks)
+    if len(built) > len(wanted):  # the configuration still counts the dropped blocks
+        wanted = kept_shapes(graph, plan.keep)
+    wrong = [name for name in wanted if built.get(name) != wanted[name]]
+    if wrong or len(built) != len(wanted):
+        name = wrong[0] if wrong else next(name for name in built if name not in wanted)
+        raise LayoutError(
+            f"The stock {family} would give {name} the sizes {built.get(name)}, not {wanted.get(name)}",
+            _can_hold(graph),
+        )
+
+
+def _renumbered(shapes: Shapes, graph: ModelGraph, dropped: tuple[int, ...]) -> Shapes:
+    """Names with the blocks counted anew."""
+    renamed: Shapes = {}
+    for name, shape in shapes.items():
+        block = graph.block_of(name)
+        if block >= 0:
+            path = graph.blocks[block]
+            number = block - sum(1 for layer in dropped if layer < block)
+            name = f"{path.rpartition('.')[0]}.{number}{name[len(path) :]}"
+        renamed[name] = shape
+    return renamed
+
+
+def _can_hold(graph: ModelGraph) -> str:
+    roles = [str(role) for role in Role if any(field.role is role for field in graph.config_fields)]
+    held = f"of {' and '.join(roles)} it can hold some sizes" if roles else "it can hold no other sizes"
+    return f"{ADAPTIVE_REMEDY}; as a stock model {held}"
+
+
+def _family(config: Any) -> str:
+    return str(getattr(config, "model_type", None) or type(config).__name__)
+
+
+def _pinned(config: Any) -> dict[str, int]:
+    width = getattr(config, HEAD_WIDTH, None)
+    heads, hidden = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
+    if not isinstance(width, int) and isinstance(heads, int) and isinstance(hidden, int):
+        width = hidden // heads
+    return {HEAD_WIDTH: width} if isinstance(width, int) else {}
+
+
+def _valid(config: Any) -> Any:
+    """The configuration made anew from its fields, so that its class judges them."""
+    return type(config).from_dict(config.to_dict())
+
+
+def _shallow(model: nn.Module, config: Any, graph: ModelGraph) -> tuple[Any, Callable[[Any], Shapes | None]] | None:
+    """A configuration of few blocks that gives the graph's shapes, and the way to build it; None if there is none."""
+    depth = len(graph.blocks)
+
+    def shapes_of(changed: Any) -> Shapes | None:
+        return _built(lambda: type(model)(_valid(changed)))[0]
+
+    for kept in (1, depth):
+        small = copy.deepcopy(config)
+        if kept < depth:
+            for name, value in list(vars(small).items()):
+                if isinstance(value, (list, tuple)) and len(value) == depth and not name.endswith("token_id"):
+                    setattr(small, name, type(value)(value[:kept]))
+            small.num_hidden_layers = kept
+        built = shapes_of(small)
+        if built and all(graph.shapes.get(name) == shape for name, shape in built.items()):
+            return small, shapes_of
+    return None
+
+
+def _fields_of(
+    role: Role, config: Any, graph: ModelGraph, pinned: Mapping[str, int], shapes_of: Callable[[Any], Shapes | None]
+) -> list[ConfigField]:
+    groups = graph.of_role(role)
+    if not groups or len({group.units for group in groups}) > 1:
+        return []
+    units = groups[0].units
+    owned = {member.tensor for group in groups for member in group.members}
+    for size in _sizes(role, units):
+        wanted = kept_shapes(graph, {group.name: size for group in groups})
+        useful = []
+        for field in _candidates(role, config, units):
+            built = shapes_of(_changed(config, pinned, [field], size))
+            if built is not None and all(built[name] == graph.shapes[name] for name in built):
+                continue  # sizes nothing, or is derived from others
+            if built is None or all(built[name] == graph.shapes[name] for name in built if name not in owned):
+                useful.append(field)
+        for count in range(1, MOST_FIELDS + 1):
+            for fields in combinations(useful, count):
+                built = shapes_of(_changed(config, pinned, fields, size))
+                if built is not None and all(wanted.get(name) == shape for name, shape in built.items()):
+                    return list(fields)
+    return []
+
+
+def _sizes(role: Role, units: int) -> Iterator[int]:
+    """Numbers of kept units to try; classes may demand that some divide others."""
+    if role is Role.ATTENTION:
+        yield from range(units - 1, max(0, units - 1 - MOST_SIZES), -1)
+    elif units > 1:
+        yield from dict.fromkeys((units - 1, units // 2))
+
+
+def _candidates(role: Role, config: Any, units: int) -> list[ConfigField]:
+    return [
+        ConfigField(role=role, name=name, per_unit=value // units)
+        for name, value in config.to_dict().items()
+        if isinstance(value, int)
+        and not isinstance(value, bool)
+        and value >= units
+        and value % units == 0
+        and name not in (HEAD_WIDTH, "vocab_size")
+        and not name.endswith("token_id")
+    ]
+
+
+def _changed(
+    config: Any, pinned: Mapping[str, int], fields: tuple[ConfigField, ...] | list[ConfigField], size: int
+) -> Any:
+    changed = copy.deepcopy(config)
+    for name, value in pinned.items():
+        setattr(changed, name, value)
+    for field in fields:
+        setattr(changed, field.name, field.per_unit * size)
+    return changed
+
+
+def _built(build: Callable[[], nn.Module]) -> tuple[Shapes | None, str]:
+    """Shapes of a model built without weights, or None and why it cannot be built."""
+    try:
+        with torch.device("meta"):
+            model = build()
+    except Exception as error:  # every class has its own way to refuse sizes
+        return None, (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, ""
