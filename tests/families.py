@@ -1,0 +1,78 @@
+"""Tiny random models of every family, one line each: all sizes distinct where the family allows, float64.
+
+hidden 48, 6 heads in 3 KV groups where the family groups them (head width 16), FFN 80, vocabulary 128, 2 blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+VOCABULARY = 128
+_TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+_MHA = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 80, **_TOKENS}
+_GQA = {**_MHA, "num_key_value_heads": 3}
+_WIDE = {**_GQA, "head_dim": 16}
+_ROTARY = {**_WIDE, "max_position_embeddings": 64}
+_GEMMA = {**_ROTARY, "query_pre_attn_scalar": 16, "sliding_window": 8}
+_GPT2 = {"n_embd": 48, "n_head": 6, "n_layer": 2, "n_inner": 80, "n_positions": 64, **_TOKENS}
+_OPT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "ffn_dim": 80, "word_embed_proj_dim": 40}
+_FALCON = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "ffn_hidden_size": 80, **_TOKENS}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {**_ROTARY, "num_hidden_layers": 3}),
+    "llama_tied": ("LlamaConfig", {**_ROTARY, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {**_ROTARY, "sliding_window": 8}),
+    "qwen2": ("Qwen2Config", _GQA),
+    "qwen3": ("Qwen3Config", _ROTARY),
+    "gemma": ("GemmaConfig", _ROTARY),
+    "gemma2": ("Gemma2Config", {**_GEMMA, "num_hidden_layers": 3}),
+    "gemma3": ("Gemma3TextConfig", _GEMMA),
+    "phi": ("PhiConfig", {**_GQA, "max_position_embeddings": 64}),
+    "phi3": ("Phi3Config", _GQA),
+    "gpt2": ("GPT2Config", _GPT2),
+    "opt": ("OPTConfig", {**_OPT, **_TOKENS, "pad_token_id": 1, "max_position_embeddings": 64}),
+    "bloom": ("BloomConfig", {"hidden_size": 48, "n_layer": 2, "n_head": 6, **_TOKENS}),
+    "gpt_neox": ("GPTNeoXConfig", {**_MHA, "max_position_embeddings": 64}),
+    "falcon": ("FalconConfig", {**_FALCON, "num_kv_heads": 3, "new_decoder_architecture": True, "alibi": False}),
+    "falcon_mqa": ("FalconConfig", {**_FALCON, "multi_query": True, "parallel_attn": True, "bias": False}),
+    "olmo2": ("Olmo2Config", _GQA),
+    "granite": ("GraniteConfig", _GQA),
+    "starcoder2": ("Starcoder2Config", _GQA),
+    "smollm3": ("SmolLM3Config", _GQA),
+    "stablelm": ("StableLmConfig", _GQA),
+    "gptj": ("GPTJConfig", {**_GPT2, "rotary_dim": 4}),
+    "mpt": ("MptConfig", {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": 64, **_TOKENS}),
+}
+# Families that the conformance suite must cover.
+CORE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "opt", "bloom", "gpt_neox")
+
+
+def configuration(name: str) -> Any:
+    """The family's tiny configuration."""
+    kind, sizes = FAMILIES[name]
+    return getattr(transformers, kind)(**sizes)
+
+
+def build(name: str, *, seed: int = 0, attention: str = "eager") -> Any:
+    """The family's tiny model in float64, every weight in general position (norms and biases too)."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(configuration(name), attn_implementation=attention)
+    return randomised(model, seed)
+
+
+def randomised(model: nn.Module, seed: int = 0) -> Any:
+    """Add noise to every weight, so that nothing is zero or one; float64, evaluation mode, no gradients."""
+    model.double().eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.15)
+    return model
+
+
+def token_ids(samples: int = 2, length: int = 7, seed: int = 1) -> Tensor:
+    """Random token ids, (samples, length)."""
+    return torch.randint(2, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
