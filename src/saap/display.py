@@ -170,13 +170,12 @@ def _print_report(console: Console, report: PruneReport) -> None:
         (f"bytes ({report.dtype})", report.bytes_dense, report.bytes),
     ):
         table.add_row(label, f"{dense:,}", f"{pruned:,}", f"{pruned / dense:.3f}")
-    if report.perplexity_dense is not None and report.perplexity is not None:
-        table.add_row(
-            f"perplexity ({escape(report.evaluation_text)})",
-            f"{report.perplexity_dense:.2f}",
-            f"{report.perplexity:.2f}",
-            f"{report.perplexity / report.perplexity_dense:.3f}",
-        )
+    table.add_row(
+        f"perplexity ({escape(report.evaluation_text)})",
+        f"{report.perplexity_dense:.2f}",
+        f"{report.perplexity:.2f}",
+        f"{report.perplexity_ratio:.3f}",
+    )
     console.print(table)
     _print_structure(console, report)
     if report.prompt:

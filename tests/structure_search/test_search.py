@@ -10,7 +10,13 @@ from saap.config import PrunableRole, SkipLayers, Strategy
 from saap.errors import PlanError, TargetError
 from saap.records import Layout, Role, UnitScores, count_parameters, kept_shapes
 from saap.structure_search.allocation import steps_by_score, steps_by_share, take_steps
-from saap.structure_search.objectives import Budget, budget_for_bytes, budget_for_parameters, budget_for_ratio, header_bytes
+from saap.structure_search.objectives import (
+    Budget,
+    budget_for_bytes,
+    budget_for_parameters,
+    budget_for_ratio,
+    header_bytes,
+)
 from saap.structure_search.plan import SearchSpace, make_plan, plan_from_counts, search
 from saap.structure_search.slots import build_slots
 from saap.structure_search.stability import relative_volatility, standardised_fluctuation
@@ -47,8 +53,8 @@ def test_relative_volatility_by_hand() -> None:
 @given(
     ratio=st.floats(0.0, 0.5),
     align=st.sampled_from([1, 4, 8, 16]),
-    strategy=st.sampled_from([s for s in Strategy]),
-    layout=st.sampled_from([s for s in Layout]),
+    strategy=st.sampled_from(list(Strategy)),
+    layout=st.sampled_from(list(Layout)),
 )
 def test_removes_what_is_asked_and_at_most_a_step_more(ratio, align, strategy, layout) -> None:
     budget = budget_for_ratio(GRAPH, ratio)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from saap.pipeline.meter import StageCost
-from saap.records import Candidate, ImportanceScores, ModelGraph, StructurePlan
+from saap.records import Candidate, FloatArray, ImportanceScores, ModelGraph, StructurePlan
 
 
 def diagnose_importance(scores: ImportanceScores) -> list[str]:
@@ -32,7 +32,7 @@ def diagnose_importance(scores: ImportanceScores) -> list[str]:
     return findings
 
 
-def _split_disagreement(mean: np.ndarray, m2: np.ndarray, samples: int) -> float:  # type: ignore[type-arg]
+def _split_disagreement(mean: FloatArray, m2: FloatArray, samples: int) -> float:
     """Median standard error of a unit's mean over the spread of the means inside the module."""
     error = float(np.median(np.sqrt(np.maximum(m2, 0) / max(samples - 1, 1) / samples)))
     spread = float(mean.std())

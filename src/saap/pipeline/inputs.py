@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from saap.config import Importance, PruneConfig, PrunableRole, Strategy
+from saap.config import PrunableRole, PruneConfig, Strategy
 from saap.data.samples import Calibration, SampleRequest, draw_sets, token_stream
 from saap.data.texts import evaluation_text
-from saap.errors import CalibrationError
 from saap.models.devices import pick_device, pick_dtype
 from saap.models.loading import load_model, load_tokenizer, model_ref
 from saap.models.references import resolve_model
@@ -38,19 +36,26 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A dense model, ready. owned: the run loaded it itself and may change it in place."""
+    """A dense model, ready. dtype: of the weights to write. owned: the run loaded it and may change it in place.
+
+    folder: where it came from, for the licence files.
+    """
 
     model: nn.Module
     tokenizer: Any | None
     ref: ModelRef
     dtype: torch.dtype
     owned: bool
+    folder: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSets:
-    """Token ids for each use. scored: importance. held: judging structures. refit: restoration. evaluation: (tokens,)
-    of a text that nothing was calibrated on, named `evaluation_name`."""
+    """Token ids for each use.
+
+    scored: importance. held: judging structures. refit: restoration. evaluation: (tokens,) of a text that nothing was
+    calibrated on, named `evaluation_name`.
+    """
 
     scored: CalibrationSet
     held: CalibrationSet
@@ -83,6 +88,7 @@ def open_model(source: str | Path | nn.Module, options: RunOptions, tokenizer: A
         ref=model_ref(model, str(source), options.revision),
         dtype=pick_dtype(options.dtype, source=resolved.dtype),
         owned=True,
+        folder=resolved.folder,
     )
 
 
@@ -97,10 +103,12 @@ def draw_tokens(loaded: LoadedModel, config: PruneConfig, calibration: Calibrati
     settings = config.effort_settings
     requests = [
         SampleRequest("scored", config.samples, config.sample_length),
-        SampleRequest("held", settings.held_sequences, settings.held_length),
-        SampleRequest("refit", settings.refit_sequences, settings.refit_length),
+        SampleRequest("held", settings.held_sequences, settings.held_length, held_out=True, at_least=1),
+        SampleRequest("refit", settings.refit_sequences, settings.refit_length, at_least=4),
     ]
-    sets = draw_sets(calibration, loaded.tokenizer, requests, seed=config.seed)
+    embedding = getattr(loaded.model, "get_input_embeddings", lambda: None)()
+    rows = embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else None
+    sets = draw_sets(calibration, loaded.tokenizer, requests, seed=config.seed, vocabulary=rows)
     if loaded.tokenizer is None:
         evaluation, name = sets["held"].tokens.reshape(-1), "held-out calibration samples"
     else:

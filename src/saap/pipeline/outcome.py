@@ -1,4 +1,4 @@
-"""Before and after: what the dense and the pruned model do with the same text and prompt; writing the result."""
+"""Before and after: what the dense and the pruned model do with the same text and prompt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from saap.evaluation.perplexity import perplexity
-from saap.pipeline.inputs import LoadedModel, TokenSets
+from saap.pipeline.inputs import TokenSets
 
 QUESTION = "What is the capital of France?"
 OPENING = "The capital of France is"
@@ -30,10 +30,10 @@ class Behaviour:
         return dataclasses.asdict(self)
 
 
-def observe(model: nn.Module, loaded: LoadedModel, tokens: TokenSets) -> Behaviour:
+def observe(model: nn.Module, tokenizer: Any | None, tokens: TokenSets) -> Behaviour:
     """Perplexity and a greedy answer of `model`."""
     value = perplexity(model, tokens.evaluation).value
-    prompt, answer = greedy_answer(model, loaded.tokenizer)
+    prompt, answer = greedy_answer(model, tokenizer)
     return Behaviour(perplexity=value, prompt=prompt, answer=answer)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ class LayerStructure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneReport:
-    """Figures of one result. Perplexities are None where no text could be tokenised; bytes are of the weights in
-    `dtype`, dense and pruned alike. answers: greedy continuations of `prompt`.
+    """Figures of one result.
+
+    Bytes are of the weights in `dtype`, dense and pruned alike. Answers are greedy continuations of `prompt`.
     """
 
     model: str
@@ -44,8 +44,8 @@ class PruneReport:
     dtype: str
     evaluation_text: str
     evaluation_tokens: int
-    perplexity_dense: float | None
-    perplexity: float | None
+    perplexity_dense: float
+    perplexity: float
     prompt: str
     answer_dense: str
     answer: str
@@ -57,10 +57,8 @@ class PruneReport:
     load_lines: tuple[str, ...]
 
     @property
-    def perplexity_ratio(self) -> float | None:
+    def perplexity_ratio(self) -> float:
         """Perplexity of the pruned model over that of the dense one."""
-        if self.perplexity is None or self.perplexity_dense is None:
-            return None
         return self.perplexity / self.perplexity_dense
 
     def as_dict(self) -> dict[str, Any]:
@@ -113,8 +111,3 @@ def load_lines(path: Path, layout: str) -> tuple[str, ...]:
         f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
     )
-
-
-def total_seconds(stages: Sequence[StageCost]) -> float:
-    """Sum of the stages' times."""
-    return sum(stage.seconds for stage in stages)

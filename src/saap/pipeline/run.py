@@ -3,60 +3,49 @@
 from __future__ import annotations
 
 import copy
-import gc
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from saap.config import Importance, PrunableRole, PruneConfig
+from saap.config import Importance, PrunableRole, PruneConfig, Strategy
 from saap.data.samples import Calibration
 from saap.discovery import discover
 from saap.discovery.summary import summarise
-from saap.estimation import estimate
+from saap.estimation.calibrate import estimate
 from saap.estimation.selection import unit_scores
-from saap.models.uniform import uniform_config
-from saap.pipeline.diagnosis import diagnose_importance, diagnose_memory, diagnose_result, diagnose_search
+from saap.pipeline.context import Run
+from saap.pipeline.finish import Made, find_made, finish, keep_made
 from saap.pipeline.inputs import LoadedModel, RunOptions, TokenSets, draw_tokens, needs_measuring, open_model
+from saap.pipeline.legality import legal_sizes
 from saap.pipeline.meter import Meter
 from saap.pipeline.outcome import Behaviour, observe
 from saap.pipeline.progress import Reporter, Silent
-from saap.pipeline.report import PruneReport, PruneResult, load_lines, structure_of
+from saap.pipeline.report import PruneResult
+from saap.pipeline.targets import Target, plan_targets, with_budgets, work_path
 from saap.pipeline.work import WorkFolder
-from saap.records import ImportanceScores, Layout, ModelGraph, Role, StructurePlan, digest_of
+from saap.records import ImportanceScores, ModelGraph, Role, StructurePlan, UnitScores, digest_of, require_same
+from saap.storage import read_plan, read_scores, write_plan, write_scores
 from saap.structure_search.judge import MaskedJudge
-from saap.structure_search.objectives import Budget, budget_for_bytes, budget_for_parameters, budget_for_ratio
-from saap.structure_search.plan import SearchSpace, check_reachable, plan_from_counts, search
-from saap.storage import load_graph, load_scores, read_plan, save_graph, save_plan, save_scores
+from saap.structure_search.plan import SearchSpace, check_reachable, plan_from_counts, search, with_units
 from saap.surgery.cut import cut
-from saap.surgery.restore import RestoreSettings, final_keep, restore
+from saap.surgery.restore import RestoreSettings, restore
 
 __all__ = ["RunOptions", "inspect_model", "preview", "run_prune"]
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """One result that was asked for. name: of its folder and stage files. budget: None where a plan is given."""
+class _Prepared:
+    """Everything that can be refused has been checked."""
 
-    name: str
-    budget: Budget | None
-    folder: Path | None
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What all stages of a run share."""
-
-    config: PruneConfig
-    options: RunOptions
+    targets: list[Target]
     loaded: LoadedModel
     graph: ModelGraph
+    space: SearchSpace
     tokens: TokenSets
-    work: WorkFolder
-    meter: Meter
 
 
 def run_prune(
@@ -68,29 +57,105 @@ def run_prune(
     calibration: Calibration | None = None,
     tokenizer: Any | None = None,
 ) -> list[PruneResult]:
-    """Carry out a run: one result per target, sharing discovery and estimation.
+    """Carry out a run: one result per target; discovery, estimation and the dense measurements are shared.
 
-    calibration: overrides the configuration's names with texts or token ids. Everything that can be refused is
+    calibration: in place of the configuration's names, e.g. texts or token ids. Everything that can be refused is
     refused before the estimation begins. Raises SaapError.
     """
-    reporter = reporter if reporter is not None else Silent()
-    meter = Meter(reporter)
-    targets = _folders(config, options)
+    meter = Meter(reporter if reporter is not None else Silent())
+    prepared = _prepare(source, config, options, meter, calibration, tokenizer)
+    work = WorkFolder(work_path(options))
+    if work.open(_settings_digest(config, prepared)):
+        meter.reporter.note(f"taking up the finished stages in {work.path}")
+    run = Run(config, options, prepared.loaded, prepared.graph, prepared.space, prepared.tokens, work, meter)
+    results = _all_targets(run, prepared.targets)
+    work.close(keep=options.keep_work)
+    return results
+
+
+def preview(
+    source: str | Path, config: PruneConfig, options: RunOptions, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """What `run_prune` would do, after all checks that it makes before the estimation. Raises SaapError."""
+    meter = Meter(reporter if reporter is not None else Silent())
+    prepared = _prepare(source, config, options, meter, None, None)
+    tokens = prepared.tokens
+    return {
+        "model": str(source),
+        "parameters": prepared.graph.parameters,
+        "block_parameters": prepared.graph.block_parameters,
+        "roles": [str(role) for role in config.roles],
+        "targets": [
+            {"name": target.name, "removal": target.budget.removal if target.budget is not None else 0}
+            for target in prepared.targets
+        ],
+        "tokens": {
+            "importance": tokens.scored.tokens.size,
+            "search": tokens.held.tokens.size if needs_measuring(config) else 0,
+            "restoration": tokens.refit.tokens.size if config.restore else 0,
+            "evaluation": tokens.evaluation.size,
+        },
+        "settings": config.model_dump(mode="json"),
+    }
+
+
+def inspect_model(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The coupled structures of a model as JSON-able data: sizes, rows per role, what is not pruned and why."""
+    options = RunOptions(revision=revision, trust_remote_code=trust_remote_code, device="cpu")
+    loaded = open_model(source, options)
+    graph = discover(loaded.model, loaded.ref)
+    return {
+        "model": source,
+        "parameters": graph.parameters,
+        "block_parameters": graph.block_parameters,
+        "blocks": len(graph.blocks),
+        "roles": summarise(graph),
+        "refused": [dataclasses.asdict(refusal) for refusal in graph.refused],
+    }
+
+
+def _prepare(
+    source: str | Path | nn.Module,
+    config: PruneConfig,
+    options: RunOptions,
+    meter: Meter,
+    calibration: Calibration | None,
+    tokenizer: Any | None,
+) -> _Prepared:
+    targets = plan_targets(config, options)
     with meter.stage("load the model"):
         loaded = open_model(source, options, tokenizer)
     with meter.stage("discover the coupled structures"):
         graph = discover(loaded.model, loaded.ref)
-    targets = _budgets(targets, config, graph, loaded)
+        targets = with_budgets(targets, config, graph, loaded.dtype)
+        space = SearchSpace(
+            roles=config.roles,
+            layout=config.layout,
+            align=config.align,
+            skip_layers=config.skip_layers,
+            legal_sizes=legal_sizes(loaded.model, graph, config),
+        )
+        for target in targets:
+            if target.budget is not None:
+                check_reachable(graph, target.budget, space)
+        if config.plan is not None:
+            read_plan(config.plan, graph)
     with meter.stage("read the calibration text"):
         tokens = draw_tokens(loaded, config, calibration if calibration is not None else config.calibration)
-    work = WorkFolder(_work_path(options))
-    resumed = work.open(_settings_digest(config, loaded, tokens))
-    if resumed:
-        reporter.note(f"taking up the finished stages in {work.path}")
-    results = _all_targets(Run(config, options, loaded, graph, tokens, work, meter), targets)
-    if not options.keep_work:
-        work.remove()
-    return results
+    return _Prepared(targets, loaded, graph, space, tokens)
+
+
+def _settings_digest(config: PruneConfig, prepared: _Prepared) -> str:
+    tokens = prepared.tokens
+    return digest_of(
+        [
+            config.model_dump(mode="json"),
+            prepared.graph.digest,
+            str(prepared.loaded.dtype),
+            [tokens.scored.digest, tokens.held.digest, tokens.refit.digest],
+            "" if config.plan is None else config.plan.read_text(),
+        ]
+    )
 
 
 def _all_targets(run: Run, targets: Sequence[Target]) -> list[PruneResult]:
@@ -101,18 +166,12 @@ def _all_targets(run: Run, targets: Sequence[Target]) -> list[PruneResult]:
     with meter.stage("estimate the importance of every unit"):
         scores = _scores(run)
         units = unit_scores(scores, run.graph, config.importance, config.fusion_scope)
-    judge = None
-    plans = []
-    for target in targets:
-        with meter.stage(f"search the structure ({target.name})"):
-            if judge is None and needs_measuring(config):
-                judge = MaskedJudge(run.loaded.model, run.graph, run.tokens.tensor("held", _device(run)))
-            plans.append(_plan(run, target, units, judge))
-    del judge
+    plans = _plans(run, targets, units)
     results = []
     for index, (target, plan) in enumerate(zip(targets, plans, strict=True)):
         last = index == len(targets) - 1
-        results.append(_make(run, target, plan, scores, dense, may_consume=last and run.loaded.owned))
+        made = _make(run, target, plan, scores, may_consume=last and run.loaded.owned)
+        results.append(finish(run, target, made, scores, dense))
     return results
 
 
@@ -120,7 +179,7 @@ def _dense_behaviour(run: Run) -> Behaviour:
     saved = run.work.read_json("dense.json")
     if saved is not None:
         return Behaviour(**saved)
-    dense = observe(run.loaded.model, run.loaded, run.tokens)
+    dense = observe(run.loaded.model, run.loaded.tokenizer, run.tokens)
     run.work.write_json("dense.json", dense.as_dict())
     return dense
 
@@ -129,10 +188,8 @@ def _scores(run: Run) -> ImportanceScores:
     path = run.work.file("scores.safetensors")
     if path.exists():
         scores = read_scores(path)
-        require_same("the scores in the work folder", expected=scores.graph_digest, found=run.graph.digest)
-        require_same(
-            "the scores in the work folder", expected=scores.calibration_digest, found=run.tokens.scored.digest
-        )
+        require_same("The file of scores", expected=scores.graph_digest, found=run.graph.digest)
+        require_same("The file of scores", expected=scores.calibration_digest, found=run.tokens.scored.digest)
         return scores
     roles = [Role(role.value) for role in run.config.roles if role is not PrunableRole.BLOCK]
     scores = estimate(
@@ -148,50 +205,64 @@ def _scores(run: Run) -> ImportanceScores:
     return scores
 
 
+def _plans(run: Run, targets: Sequence[Target], units: Mapping[str, UnitScores]) -> list[StructurePlan]:
+    """The searched or given plan of every target; the dense model is only measured, not changed."""
+    judge: MaskedJudge | None = None
+    plans = []
+    for target in targets:
+        path = run.work.file(f"plan-{target.name}.json")
+        with run.meter.stage(f"search the structure{_label(targets, target)}"):
+            if path.exists():
+                plans.append(read_plan(path, run.graph).structure_plan(run.graph))
+                continue
+            if judge is None and target.budget is not None and needs_measuring(run.config):
+                judge = MaskedJudge(run.loaded.model, run.graph, run.tokens.tensor("held", run.device))
+            plan = _plan(run, target, units, judge)
+            write_plan(path, plan, run.graph)
+            plans.append(plan)
+    return plans
+
+
 def _plan(run: Run, target: Target, units: Mapping[str, UnitScores], judge: MaskedJudge | None) -> StructurePlan:
     config, graph = run.config, run.graph
-    path = run.work.file(f"plan-{target.name}.json")
-    if path.exists():
-        return read_plan(path, graph).structure_plan(graph)
     if target.budget is None:
-        given = read_plan(require(config.plan), graph)
-        plan = plan_from_counts(graph, units, given.keep, given.dropped_blocks, layout=given.layout, align=given.align)
-    else:
-        plan = search(
-            graph,
-            units,
-            target.budget,
-            _space(config),
-            config.strategy,
-            judge=judge,
-            evaluations=config.effort_settings.search_evaluations,
-            seed=config.seed,
-            progress=run.meter.reporter.advance,
-        )
-    write_plan(path, plan, graph)
-    return plan
+        given = read_plan(config.plan or Path(), graph)
+        return plan_from_counts(graph, units, given.keep, given.dropped_blocks, layout=given.layout, align=given.align)
+    return search(
+        graph,
+        units,
+        target.budget,
+        run.space,
+        config.strategy,
+        judge=judge,
+        evaluations=config.effort_settings.search_evaluations,
+        seed=config.seed,
+        progress=run.meter.reporter.advance,
+    )
 
 
-def _make(
-    run: Run,
-    target: Target,
-    plan: StructurePlan,
-    scores: ImportanceScores,
-    dense: Behaviour,
-    *,
-    may_consume: bool,
-) -> PruneResult:
-    """Cut, restore, write, open again, measure. may_consume: the dense model is not needed any more."""
-    raise NotImplementedError
+def _make(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScores, *, may_consume: bool) -> Made:
+    """Cut and restore. may_consume: the dense model is not needed any more and may be changed in place."""
+    found = find_made(run, target)
+    if found is not None:
+        return found
+    model = run.loaded.model if may_consume else copy.deepcopy(run.loaded.model)
+    errors: Mapping[str, float] = {}
+    with run.meter.stage(f"cut{' and restore' if run.config.restore else ''}, block by block"):
+        if run.config.restore and not plan.removes_nothing(run.graph):
+            tokens = run.tokens.tensor("refit", run.device)
+            restoration = restore(model, run.graph, plan, tokens, _restore_settings(run), run.meter.reporter.advance)
+            plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
+        structure = cut(model, run.graph, plan)
+        return keep_made(run, target, model, plan, structure, errors, scores)
 
 
-def _restore_settings(config: PruneConfig) -> RestoreSettings:
-    return RestoreSettings(second_order=config.effort_settings.second_order)
+def _restore_settings(run: Run) -> RestoreSettings:
+    """Units are chosen anew only where the search was free to choose: a named strategy, importance or plan is kept."""
+    free = run.config.strategy is Strategy.ADAPTIVE and run.config.importance is Importance.FUSED
+    free = free and run.config.plan is None
+    return RestoreSettings(second_order=free and run.config.effort_settings.second_order)
 
 
-def _device(run: Run) -> torch.device:
-    return next(run.loaded.model.parameters()).device
-
-
-def _space(config: PruneConfig) -> SearchSpace:
-    return SearchSpace(roles=config.roles, layout=config.layout, align=config.align, skip_layers=config.skip_layers)
+def _label(targets: Sequence[Target], target: Target) -> str:
+    return f" ({target.name})" if len(targets) > 1 else ""

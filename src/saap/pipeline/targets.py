@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from saap.config import PruneConfig
-from saap.errors import OutputError
+from saap.export.huggingface import check_output
 from saap.pipeline.inputs import RunOptions
 from saap.records import ModelGraph
 from saap.structure_search.objectives import Budget, budget_for_bytes, budget_for_parameters, budget_for_ratio
@@ -32,7 +31,7 @@ class Target:
 def plan_targets(config: PruneConfig, options: RunOptions) -> list[Target]:
     """The targets with their folders, not yet with budgets: several ratios become one subfolder of `out` each.
 
-    Raises OutputError for a folder that exists, unless `overwrite`, or that cannot be written.
+    Raises OutputError for a folder that holds something, unless `overwrite`, or that cannot be written.
     """
     names = [f"{ratio:g}" for ratio in config.pruning_ratios] or ["target"]
     targets = []
@@ -43,23 +42,8 @@ def plan_targets(config: PruneConfig, options: RunOptions) -> list[Target]:
         targets.append(Target(name, None, folder))
     for target in targets:
         if target.folder is not None:
-            check_output(target.folder, overwrite=options.overwrite)
+            check_output(target.folder, 0, overwrite=options.overwrite)
     return targets
-
-
-def check_output(folder: Path, *, overwrite: bool) -> None:
-    """Raise OutputError unless a result can be put at `folder`."""
-    if folder.exists() and not overwrite:
-        raise OutputError(f"{folder} exists", "Choose another --out, or replace it with --overwrite")
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file", "Choose a folder for --out")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise OutputError(f"{folder} holds something that is not a model", "Choose another --out")
-    parent = folder.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"{folder} cannot be written, since {parent} is read-only or a file", "Choose another --out")
 
 
 def with_budgets(targets: Sequence[Target], config: PruneConfig, graph: ModelGraph, dtype: torch.dtype) -> list[Target]:

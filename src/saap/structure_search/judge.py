@@ -22,7 +22,7 @@ class MaskedJudge:
         self._model = model
         self._graph = graph
         self._walker = BlockWalker(model, graph.blocks)
-        self._batches = tokens.split(micro_batch)
+        self._batches = torch.split(tokens, micro_batch)
         self._dense = [self._last_hidden(batch) for batch in self._batches]
         self.evaluations = 0
 

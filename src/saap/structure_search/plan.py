@@ -133,6 +133,15 @@ def make_plan(
     )
 
 
+def with_units(graph: ModelGraph, plan: StructurePlan, keep: Mapping[str, tuple[int, ...]]) -> StructurePlan:
+    """The plan with other units of the same groups, where `keep` names them."""
+    chosen = {name: keep.get(name, kept) for name, kept in plan.keep.items()}
+    return make_plan(
+        graph, chosen, plan.dropped_blocks, layout=plan.layout, strategy=plan.strategy, align=plan.align,
+        trail=plan.trail,
+    )  # fmt: skip
+
+
 def plan_from_counts(
     graph: ModelGraph,
     scores: Scores,

@@ -21,7 +21,7 @@ class Capture:
     output: Tensor
 
 
-class _Stop(Exception):
+class _StopBlockError(Exception):
     """Ends a block's forward once the module of interest has run."""
 
 
@@ -37,14 +37,14 @@ def capture(model: nn.Module, paths: Sequence[str], *, stop: bool = False) -> It
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
             seen[path] = Capture(arguments[0], output)
             if stop:
-                raise _Stop
+                raise _StopBlockError
 
         return hook
 
     handles = [model.get_submodule(path).register_forward_hook(hook_for(path)) for path in paths]
     try:
         yield seen
-    except _Stop:
+    except _StopBlockError:
         pass
     finally:
         for handle in handles:

@@ -106,7 +106,9 @@ def second_order_order(
 def _unit_costs(weight: Tensor, inverse: Tensor, units: Tensor) -> Tensor:
     if units.shape[1] == 1:
         columns = units[:, 0]
-        return weight[:, columns].square().sum(0) / inverse.diagonal()[columns]
+        squares: Tensor = weight[:, columns].square().sum(0)
+        return squares / inverse.diagonal()[columns]
     blocks = inverse[units.unsqueeze(-1), units.unsqueeze(1)]
     slices = weight[:, units].transpose(0, 1)
-    return (torch.linalg.solve(blocks, slices.transpose(1, 2)) * slices.transpose(1, 2)).sum((1, 2))
+    solved: Tensor = torch.linalg.solve(blocks, slices.transpose(1, 2))
+    return (solved * slices.transpose(1, 2)).sum((1, 2))

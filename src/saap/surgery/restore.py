@@ -7,7 +7,7 @@ when the dense stream passes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,8 +41,9 @@ class RestoreSettings:
 
 @dataclass(slots=True)
 class Restoration:
-    """What the walk did. keep: the final kept units by group. errors: held-out error of each refitted matrix relative
-    to the error before the refit.
+    """What the walk did.
+
+    keep: the final kept units by group. errors: held-out error of each refitted matrix relative to that before.
     """
 
     keep: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -104,7 +105,7 @@ def restore(
 
 
 def _start(walker: BlockWalker, tokens: Tensor, micro_batch: int) -> _Streams:
-    started = [walker.start(batch) for batch in tokens.split(micro_batch)]
+    started = [walker.start(batch) for batch in torch.split(tokens, micro_batch)]
     hidden = [stream.hidden for stream in started]
     one = walker.start(tokens[:1]).contexts
     return _Streams(one, [stream.contexts for stream in started], hidden, list(hidden))
@@ -132,8 +133,8 @@ def _restore_block(
     for hidden, context in zip(streams.dense, streams.contexts, strict=True):
         with capture(walker.model, [consumer.path for consumer in consumers]) as seen:
             dense_next.append(walker.run_block(layer, hidden, context))
-        for path, taken in seen.items():
-            dense_outputs[path].append(taken.output)
+        for path, one in seen.items():
+            dense_outputs[path].append(one.output)
     gap = [dense - pruned for dense, pruned in zip(streams.dense, streams.pruned, strict=True)]
     pruned_next: list[Tensor] | None = None
     for position, consumer in enumerate(consumers):
@@ -195,8 +196,8 @@ def _refit(
     result: Restoration,
 ) -> list[Tensor]:
     """Choose the group's units, cut it, refit the consumer. Returns the consumer's new outputs, batch by batch."""
-    weight = weight_out_in(consumer.module)
-    bias = consumer.module.bias if isinstance(getattr(consumer.module, "bias", None), Tensor) else None
+    weight = weight_out_in(consumer.module).float().clone()
+    bias = consumer.module._parameters.get("bias")
     held_from = len(taken) - max(1, round(len(taken) * settings.held_share))
     extra = 0 if bias is None else 1
     fit, held = (Moments.empty(weight.shape[1] + extra, weight.shape[0], weight.device) for _ in range(2))
@@ -210,7 +211,7 @@ def _refit(
         cut_group(model, consumer.group, kept)
     result.keep[consumer.group.name] = kept
     with_bias = torch.cat([columns, torch.arange(extra, device=columns.device) + weight.shape[1]])
-    start = torch.cat([weight.float(), *([] if bias is None else [bias.float().unsqueeze(1)])], dim=1)[:, with_bias]
+    start = torch.cat([weight, *([] if bias is None else [bias.float().unsqueeze(1)])], dim=1)[:, with_bias]
     new, error = ridge_refit(start, fit.select(with_bias), held.select(with_bias), settings.ridges)
     result.errors[consumer.path] = error
     weight_out_in(consumer.module).copy_(new[:, : len(columns)])
@@ -248,10 +249,5 @@ def _choose(
     channels = weight.shape[1]
     gram = fit.gram[:channels, :channels]
     at_once = 32 if units.shape[1] == 1 else 1
-    gone = second_order_order(weight.float(), gram, units, removed, ridge=settings.choice_ridge, at_once=at_once)
+    gone = second_order_order(weight, gram, units, removed, ridge=settings.choice_ridge, at_once=at_once)
     return tuple(sorted(set(range(group.units)) - set(gone.tolist())))
-
-
-def final_keep(plan: StructurePlan, restoration: Restoration) -> Mapping[str, tuple[int, ...]]:
-    """The plan's kept units with those that the walk chose."""
-    return {name: restoration.keep.get(name, kept) for name, kept in plan.keep.items()}

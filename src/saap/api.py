@@ -1,0 +1,217 @@
+"""The public functions: the stages one by one, and `prune`, which runs them in order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from saap.config import (
+    Aggregation,
+    Effort,
+    ElementOrder,
+    FusionScope,
+    Importance,
+    PrunableRole,
+    PruneConfig,
+    SkipLayers,
+    Strategy,
+)
+from saap.data.samples import Calibration, calibration_set, token_stream
+from saap.data.texts import evaluation_text, read_documents
+from saap.discovery import discover as _discover
+from saap.errors import ConfigurationError
+from saap.estimation.calibrate import estimate as _estimate
+from saap.estimation.selection import unit_scores
+from saap.evaluation.perplexity import Perplexity, perplexity
+from saap.models.loading import model_ref
+from saap.pipeline.inputs import RunOptions, open_model
+from saap.pipeline.progress import Reporter
+from saap.pipeline.report import PruneResult
+from saap.pipeline.run import run_prune
+from saap.records import ImportanceScores, Layout, ModelGraph, Role, StructurePlan
+from saap.structure_search.objectives import budget_for_ratio
+from saap.structure_search.plan import SearchSpace
+from saap.structure_search.plan import search as _search
+
+BUNDLED = "bundled"
+
+
+def discover(model: str | Path | nn.Module) -> ModelGraph:
+    """Find the coupled structures of a model by tracing it; the model is not changed.
+
+    model: a loaded model (also of a class of your own), or what `saap prune` takes.
+    Raises UnsupportedModelError, naming the op or module that stopped the analysis, and ModelError.
+    """
+    if isinstance(model, nn.Module):
+        return _discover(model, model_ref(model, type(model).__name__, None))
+    loaded = open_model(model, RunOptions(device="cpu"))
+    return _discover(loaded.model, loaded.ref)
+
+
+def estimate(
+    model: nn.Module,
+    graph: ModelGraph,
+    calibration: Calibration,
+    *,
+    tokenizer: Any | None = None,
+    samples: int = 50,
+    sample_length: int = 128,
+    roles: Collection[Role | str] = (Role.FFN, Role.ATTENTION),
+    element_order: ElementOrder | str = ElementOrder.SECOND,
+    aggregation: Aggregation | str = Aggregation.SUM,
+    seed: int = 0,
+) -> ImportanceScores:
+    """Vector-wise and element-wise importance of every unit over the calibration samples (SAAP, estimation stage).
+
+    calibration: names and files as on the command line, texts (both need the tokenizer), or token ids of shape
+    (samples, length). Raises CalibrationError, NonFiniteLossError.
+    """
+    tokens = calibration_set(calibration, tokenizer, samples=samples, length=sample_length, seed=seed)
+    return _estimate(
+        model,
+        graph,
+        tokens,
+        roles=[Role(role) for role in roles],
+        element_order=ElementOrder(element_order),
+        aggregation=Aggregation(aggregation),
+    )
+
+
+def search(
+    graph: ModelGraph,
+    scores: ImportanceScores,
+    *,
+    pruning_ratio: float,
+    strategy: Strategy | str = Strategy.UNIFORM,
+    importance: Importance | str = Importance.FUSED,
+    fusion_scope: FusionScope | str = FusionScope.LAYER_ROLE,
+    layout: Layout | str = Layout.ADAPTIVE,
+    roles: Sequence[PrunableRole | str] = (PrunableRole.FFN, PrunableRole.ATTENTION),
+    skip_layers: tuple[int, int] | None = None,
+    align: int = 32,
+) -> StructurePlan:
+    """A structure plan from scores alone, without measuring candidates (SAAP, adaptive structure search).
+
+    pruning_ratio: fraction of the decoder blocks' parameters. skip_layers: how many blocks to spare (first, last).
+    The strategy `adaptive` measures candidates and therefore needs `prune`. Raises TargetError.
+    """
+    space = SearchSpace(
+        roles=tuple(PrunableRole(role) for role in roles),
+        layout=Layout(layout),
+        align=align,
+        skip_layers=None if skip_layers is None else SkipLayers(first=skip_layers[0], last=skip_layers[1]),
+    )
+    units = unit_scores(scores, graph, Importance(importance), FusionScope(fusion_scope))
+    return _search(graph, units, budget_for_ratio(graph, pruning_ratio), space, Strategy(strategy))
+
+
+def prune(
+    model_or_path: str | Path | nn.Module,
+    *,
+    pruning_ratio: float | None = None,
+    target_params: int | None = None,
+    target_size: int | None = None,
+    plan: str | Path | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    layout: Layout | str = Layout.ADAPTIVE,
+    roles: Sequence[PrunableRole | str] = (PrunableRole.FFN, PrunableRole.ATTENTION),
+    skip_layers: tuple[int, int] | None = None,
+    align: int = 32,
+    calibration: Calibration = "mixed",
+    samples: int = 50,
+    sample_length: int = 128,
+    refit_tokens: int | None = None,
+    strategy: Strategy | str = Strategy.ADAPTIVE,
+    importance: Importance | str = Importance.FUSED,
+    fusion_scope: FusionScope | str = FusionScope.LAYER_ROLE,
+    restore: bool = True,
+    effort: Effort | str = Effort.DEFAULT,
+    seed: int = 0,
+    tokenizer: Any | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    reporter: Reporter | None = None,
+) -> PruneResult:
+    """Prune a model: discover, estimate, search, cut, restore, check, and write it to `out` if that is given.
+
+    model_or_path: a loaded model (any class with forward(input_ids); it is not changed), or what `saap prune` takes.
+    pruning_ratio: fraction of the decoder blocks' parameters; target_params: of the whole model; target_size: bytes of
+    the weights as written; exactly one of them, or `plan`. calibration: names and files, texts, or token ids (samples,
+    length). The other arguments are the flags of `saap prune`. Raises SaapError.
+    """
+    if skip_layers is not None and len(skip_layers) != 2:
+        raise ConfigurationError(f"skip_layers {skip_layers!r} is not understood", "Give (first, last), e.g. (4, 2)")
+    config = PruneConfig(
+        pruning_ratios=() if pruning_ratio is None else (pruning_ratio,),
+        target_parameters=target_params,
+        target_bytes=target_size,
+        plan=None if plan is None else Path(plan),
+        calibration=(str(calibration),) if isinstance(calibration, (str, Path)) else ("given from Python",),
+        samples=samples,
+        sample_length=sample_length,
+        refit_tokens=refit_tokens,
+        layout=Layout(layout),
+        roles=tuple(PrunableRole(role) for role in roles),
+        skip_layers=None if skip_layers is None else SkipLayers(first=skip_layers[0], last=skip_layers[1]),
+        align=align,
+        strategy=Strategy(strategy),
+        importance=Importance(importance),
+        fusion_scope=FusionScope(fusion_scope),
+        restore=restore,
+        effort=Effort(effort),
+        seed=seed,
+    )
+    options = RunOptions(
+        out=None if out is None else Path(out),
+        overwrite=overwrite,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    (result,) = run_prune(model_or_path, config, options, reporter, calibration=calibration, tokenizer=tokenizer)
+    return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalReport:
+    """Perplexities of a model by the name of the text."""
+
+    model: str
+    perplexity: dict[str, Perplexity]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able data."""
+        return dataclasses.asdict(self)
+
+
+def evaluate(
+    model_or_path: str | Path | nn.Module,
+    *,
+    texts: Sequence[str | Path] = (BUNDLED,),
+    tokenizer: Any | None = None,
+    window: int = 512,
+    max_tokens: int | None = None,
+    device: str = "auto",
+) -> EvalReport:
+    """Perplexity of a model on texts.
+
+    texts: names of data sets, files, or `bundled`: a text of several kinds that is never calibrated on. window: tokens
+    of each window, which are read on their own. max_tokens: only the first of each text. A loaded model needs its
+    tokenizer. Raises CalibrationError for a text that cannot be read, ModelError.
+    """
+    loaded = open_model(model_or_path, RunOptions(device=device), tokenizer)
+    found = {}
+    for name in texts:
+        documents = (evaluation_text(),) if str(name) == BUNDLED else read_documents(name, tokenizer=loaded.tokenizer)
+        ids = token_stream(documents, loaded.tokenizer)
+        found[str(name)] = perplexity(loaded.model, ids, window=window, max_tokens=max_tokens)
+    return EvalReport(model=loaded.ref.source, perplexity=found)

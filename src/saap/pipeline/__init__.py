@@ -1,0 +1,1 @@
+"""A run from a model to its pruned checkpoint; `run` knows the order of the stages."""

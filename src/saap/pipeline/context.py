@@ -1,0 +1,33 @@
+"""What the stages of a run share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from saap.config import PruneConfig
+from saap.pipeline.inputs import LoadedModel, RunOptions, TokenSets
+from saap.pipeline.meter import Meter
+from saap.pipeline.work import WorkFolder
+from saap.records import ModelGraph
+from saap.structure_search.plan import SearchSpace
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run after its preparation: everything that can be refused has been checked."""
+
+    config: PruneConfig
+    options: RunOptions
+    loaded: LoadedModel
+    graph: ModelGraph
+    space: SearchSpace
+    tokens: TokenSets
+    work: WorkFolder
+    meter: Meter
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.loaded.model.parameters()).device

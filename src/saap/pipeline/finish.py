@@ -1,0 +1,212 @@
+"""From a cut model to a result: keep it safe, measure it, write its records, put it in its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from saap.errors import OutputError
+from saap.export.huggingface import CheckpointParts, write_checkpoint
+from saap.export.manifest import (
+    BaseModelIdentity,
+    Change,
+    PerplexityChange,
+    RunManifest,
+    StageRecord,
+    recorded_versions,
+)
+from saap.export.model_card import licence_of
+from saap.export.placing import complete_records, place
+from saap.models.loading import load
+from saap.models.structure import PrunedStructure
+from saap.pipeline.context import Run
+from saap.pipeline.diagnosis import diagnose_importance, diagnose_memory, diagnose_result, diagnose_search
+from saap.pipeline.outcome import Behaviour, observe
+from saap.pipeline.report import PruneReport, PruneResult, load_lines, structure_of
+from saap.pipeline.targets import Target
+from saap.records import ImportanceScores, StructurePlan, count_parameters
+from saap.storage import read_plan
+
+CHECKED_TOKENS = 64
+
+
+@dataclass(slots=True)
+class Made:
+    """A model that was cut and restored. model: None where it was found in the work folder, to be opened later."""
+
+    plan: StructurePlan
+    base_model_type: str
+    model: nn.Module | None
+    refit_errors: Mapping[str, float] = field(default_factory=dict)
+
+
+def find_made(run: Run, target: Target) -> Made | None:
+    """The target's model in the work folder, if an interrupted run had finished it."""
+    record = run.work.read_json(_record_name(target))
+    folder = run.work.file(_folder_name(target))
+    if record is None or not (folder / "config.json").exists():
+        return None
+    plan = read_plan(folder / "saap" / "plan.json", run.graph).structure_plan(run.graph)
+    return Made(plan=plan, base_model_type=record["base_model_type"], model=None, refit_errors=record["refit_errors"])
+
+
+def keep_made(
+    run: Run, target: Target, model: nn.Module, plan: StructurePlan, structure: PrunedStructure,
+    refit_errors: Mapping[str, float], scores: ImportanceScores,
+) -> Made:  # fmt: skip
+    """Check the parameter count and, where the result is to be written, write it into the work folder.
+
+    The weights are rounded to the written type, so that what is measured is what is written.
+    """
+    counted = count_parameters({name: tuple(p.shape) for name, p in model.named_parameters()})
+    if counted != plan.parameters:
+        raise OutputError(
+            f"The pruned model has {counted:,} parameters, but the plan predicts {plan.parameters:,}",
+            "Report this model and command as a fault of saap",
+        )
+    made = Made(plan=plan, base_model_type=structure.base_model_type, model=model, refit_errors=refit_errors)
+    if target.folder is not None:
+        round_weights(model, run.loaded.dtype)
+        parts = CheckpointParts(
+            graph=run.graph, plan=plan, structure=structure, manifest=_manifest(run, plan, scores, None),
+            scores=scores, tokenizer=run.loaded.tokenizer, source_folder=run.loaded.folder,
+        )  # fmt: skip
+        write_checkpoint(model, parts, run.work.file(_folder_name(target)), dtype=run.loaded.dtype, overwrite=True)
+        record = {"base_model_type": structure.base_model_type, "refit_errors": dict(refit_errors)}
+        run.work.write_json(_record_name(target), record)
+    return made
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round the floating-point weights to the values that `dtype` can hold, in place, without changing their type."""
+    for parameter in model.parameters():
+        if parameter.dtype.is_floating_point and parameter.dtype != dtype:
+            parameter.copy_(parameter.to(dtype).to(parameter.dtype))
+
+
+def finish(run: Run, target: Target, made: Made, scores: ImportanceScores, dense: Behaviour) -> PruneResult:
+    """Measure the result, complete its records and put it in its place."""
+    written = run.work.file(_folder_name(target)) if target.folder is not None else None
+    with run.meter.stage("open the result and measure it"):
+        model = made.model
+        if written is not None:
+            expected = None if model is None else _few_logits(run, model)
+            made.model = model = None
+            compute = next(run.loaded.model.parameters()).dtype
+            model = load(written, device=str(run.device), dtype=compute)
+            _check_same(expected, _few_logits(run, model), target)
+        if model is None:
+            raise OutputError("The pruned model is neither in memory nor in the work folder", "Run again")
+        pruned = observe(model, run.loaded.tokenizer, run.tokens)
+    report = _report(run, target, made, scores, dense, pruned)
+    if written is not None and target.folder is not None:
+        complete_records(written, _manifest(run, made.plan, scores, (dense, pruned)), made.base_model_type)
+        place(written, target.folder)
+    return PruneResult(model=model, plan=made.plan, report=report, path=target.folder)
+
+
+def _folder_name(target: Target) -> str:
+    return f"model-{target.name}"
+
+
+def _record_name(target: Target) -> str:
+    return f"model-{target.name}.json"
+
+
+@torch.no_grad()
+def _few_logits(run: Run, model: nn.Module) -> torch.Tensor:
+    tokens = run.tokens.tensor("held", run.device)[:1, :CHECKED_TOKENS]
+    output = model(tokens)
+    return (output if isinstance(output, torch.Tensor) else output.logits).float()
+
+
+def _check_same(expected: torch.Tensor | None, found: torch.Tensor, target: Target) -> None:
+    if not bool(found.isfinite().all()):
+        raise OutputError(f"The written model ({target.name}) gives logits that are not finite", "Use --dtype float32")
+    if expected is not None and not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
+        raise OutputError(
+            f"The written model ({target.name}) does not compute what the one in memory does",
+            "Report this model and command as a fault of saap",
+        )
+
+
+def _manifest(
+    run: Run, plan: StructurePlan, scores: ImportanceScores, behaviour: tuple[Behaviour, Behaviour] | None
+) -> RunManifest:
+    itemsize = run.loaded.dtype.itemsize
+    folder = run.loaded.folder
+    perplexity = None
+    if behaviour is not None:
+        perplexity = PerplexityChange(
+            text=run.tokens.evaluation_name,
+            tokens=int(run.tokens.evaluation.size),
+            before=behaviour[0].perplexity,
+            after=behaviour[1].perplexity,
+        )
+    return RunManifest(
+        base=BaseModelIdentity.of(run.graph.model, licence_of(folder) if folder is not None else None),
+        command=tuple(sys.argv[1:]) if sys.argv[0].endswith("saap") else (),
+        settings=run.config.model_dump(mode="json"),
+        seed=run.config.seed,
+        layout=plan.layout,
+        device=str(run.device),
+        dtype=str(run.loaded.dtype).removeprefix("torch."),
+        versions=recorded_versions(),
+        digests={
+            "graph": run.graph.digest, "calibration": run.tokens.scored.digest,
+            "scores": scores.digest, "plan": plan.digest,
+        },
+        stages=tuple(StageRecord(**dataclasses.asdict(stage)) for stage in run.meter.stages),
+        parameters=Change(before=run.graph.parameters, after=plan.parameters),
+        block_parameters=Change(before=run.graph.block_parameters, after=plan.block_parameters),
+        bytes=Change(before=run.graph.parameters * itemsize, after=plan.parameters * itemsize),
+        perplexity=perplexity,
+    )  # fmt: skip
+
+
+def _report(
+    run: Run, target: Target, made: Made, scores: ImportanceScores, dense: Behaviour, pruned: Behaviour
+) -> PruneReport:
+    graph, plan = run.graph, made.plan
+    itemsize = run.loaded.dtype.itemsize
+    findings = [
+        *diagnose_importance(scores),
+        *diagnose_search(plan.trail),
+        *diagnose_result(graph, plan, pruned.perplexity / dense.perplexity, made.refit_errors, run.config.restore),
+        *diagnose_memory(run.meter.stages, graph.parameters * itemsize),
+    ]
+    return PruneReport(
+        model=graph.model.source,
+        path=None if target.folder is None else str(target.folder),
+        target=target.name,
+        layout=str(plan.layout),
+        strategy=plan.strategy,
+        seed=run.config.seed,
+        pruning_ratio=1 - plan.block_parameters / graph.block_parameters,
+        parameters_dense=graph.parameters,
+        parameters=plan.parameters,
+        block_parameters_dense=graph.block_parameters,
+        block_parameters=plan.block_parameters,
+        bytes_dense=graph.parameters * itemsize,
+        bytes=plan.parameters * itemsize,
+        dtype=str(run.loaded.dtype).removeprefix("torch."),
+        evaluation_text=run.tokens.evaluation_name,
+        evaluation_tokens=int(run.tokens.evaluation.size),
+        perplexity_dense=dense.perplexity,
+        perplexity=pruned.perplexity,
+        prompt=dense.prompt,
+        answer_dense=dense.answer,
+        answer=pruned.answer,
+        structure=structure_of(graph, plan),
+        trail=plan.trail,
+        refit_errors=dict(made.refit_errors),
+        findings=tuple(findings),
+        stages=tuple(run.meter.stages),
+        load_lines=load_lines(target.folder, str(plan.layout)) if target.folder is not None else (),
+    )

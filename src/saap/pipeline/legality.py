@@ -1,0 +1,46 @@
+"""Which sizes the stock configuration of a family can express: asked before anything is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from saap.config import PrunableRole, PruneConfig
+from saap.errors import LayoutError
+from saap.models.uniform import uniform_config
+from saap.records import Layout, ModelGraph, Role
+from saap.structure_search.plan import make_plan
+
+
+def legal_sizes(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> Mapping[Role, frozenset[int]] | None:
+    """By role, the numbers of kept units that a uniform plan may have; None for the adaptive layout, which takes all.
+
+    Every size of attention is tried by constructing the configuration; of the wider roles, which the head count does
+    not constrain, the largest and the smallest.
+    Raises LayoutError, with the reason of the first refusal, if no asked role can be made smaller.
+    """
+    if config.layout is not Layout.UNIFORM:
+        return None
+    found: dict[Role, frozenset[int]] = {}
+    reason: LayoutError | None = None
+    for role in (Role(role.value) for role in config.roles if role is not PrunableRole.BLOCK):
+        groups = graph.of_role(role)
+        step = 1 if role is Role.ATTENTION else config.align
+        sizes = range(step, groups[0].units if groups else 0, step)
+        tried = sizes if role is Role.ATTENTION else sorted({*sizes[:1], *sizes[-1:]})
+        legal = set()
+        for size in tried:
+            keep = {group.name: tuple(range(size)) for group in groups}
+            plan = make_plan(graph, keep, (), layout=Layout.UNIFORM, strategy="trial", align=config.align)
+            try:
+                uniform_config(model.config, graph, plan)
+            except LayoutError as error:
+                reason = reason or error
+                continue
+            legal.add(size)
+        whole = role is not Role.ATTENTION and len(legal) == len(tried)
+        found[role] = frozenset(sizes if whole else legal)
+    if reason is not None and not any(found.values()) and PrunableRole.BLOCK not in config.roles:
+        raise reason
+    return found

@@ -1,0 +1,1 @@
+"""Cutting what a plan does not keep, and restoring what remains."""
