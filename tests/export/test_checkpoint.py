@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tests.export.llama import llama_graph, plan_of, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from saap.errors import ModelError, OutputError
@@ -24,7 +25,6 @@ from saap.models.loading import load
 from saap.models.structure import mark_pruned
 from saap.records import Layout, ModelGraph, StructurePlan
 from saap.surgery.cut import cut
-from tests.export.llama import llama_graph, plan_of, tiny_llama
 
 KEEP = {"layers.0.ffn": tuple(range(0, 40, 3)), "layers.1.attention": (1,), "layers.2.ffn": ()}
 IDS = torch.arange(12).reshape(2, 6) + 3
