@@ -7,9 +7,11 @@ from dataclasses import replace
 
 from torch import nn
 
+from saap.discovery.attributes import checked
 from saap.discovery.blocks import alike, find_blocks
-from saap.discovery.groups import traced_groups
-from saap.discovery.reduce import ReducedModel, on_meta, reduced
+from saap.discovery.groups import TracedGroup, traced_groups
+from saap.discovery.instance import small_instance
+from saap.discovery.reduce import ReducedModel, reduced
 from saap.discovery.repeat import Checked, Naming, check_last_of_each_kind, everywhere
 from saap.discovery.trace import Trace, trace
 from saap.errors import UnsupportedModelError
@@ -32,10 +34,10 @@ def discover(model: nn.Module, ref: ModelRef | None = None) -> ModelGraph:
     naming = Naming(blocks, kinds, copy)
     found = traced_groups(traced, copy.blocks)
     check_last_of_each_kind(found, naming)
-    firsts = {naming.traced_path(kind[0]) for kind in kinds} | {None}
-    checked = [Checked(group=group) for group in found if group.block in firsts]
+    firsts: set[str | None] = {None, *(naming.traced_path(kind[0]) for kind in kinds)}
+    needs = _needs(copy, found, firsts)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    results = everywhere(checked, naming, tuple(shapes))
+    results = everywhere(needs, naming, tuple(shapes))
     groups = tuple(item for item in results if isinstance(item, CoupledGroup))
     refused = tuple(item for item in results if isinstance(item, Refusal))
     if not groups:
@@ -55,16 +57,26 @@ def discover(model: nn.Module, ref: ModelRef | None = None) -> ModelGraph:
     return replace(graph, config_fields=fields, pinned_fields=pinned)
 
 
+def _needs(copy: ReducedModel, groups: Sequence[TracedGroup], blocks: set[str | None]) -> list[Checked]:
+    """What removal needs, for the groups of the given blocks and the hidden one; refused where it does not work."""
+    instance = small_instance(copy, groups)
+    numbers = [number for number, group in enumerate(groups) if group.block in blocks]
+    if instance is None:
+        reason = "a small model of its classes does not run"
+        return [Checked(group=replace(groups[number], refusal=groups[number].refusal or reason)) for number in numbers]
+    return [checked(instance, number) for number in numbers]
+
+
 def _trace(model: nn.Module, blocks: Sequence[str], kept: Sequence[int]) -> tuple[ReducedModel, Trace]:
     """Trace the blocks `kept`; all of them where the forward needs every block."""
     try:
         copy = reduced(model, blocks, kept)
-        traced = trace(on_meta(copy))
+        traced = trace(copy.model)
     except UnsupportedModelError:
         if len(kept) == len(blocks):
             raise
         copy = reduced(model, blocks, range(len(blocks)))
-        traced = trace(on_meta(copy))
+        traced = trace(copy.model)
     idle = [
         blocks[index]
         for index, path in zip(copy.kept, copy.blocks, strict=True)

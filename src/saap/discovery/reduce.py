@@ -1,4 +1,4 @@
-"""The model reduced to a few of its decoder blocks, without weights."""
+"""The model reduced to a few of its decoder blocks, without its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class ReducedModel:
-    """model: a copy without weights (meta device). kept: which blocks of the original it holds, in this order.
+    """model: a copy on the CPU whose weights are not set. kept: the blocks of the original that it holds, in order.
 
     blocks: their paths in the copy.
     """
@@ -24,17 +24,20 @@ class ReducedModel:
 
 
 def reduced(model: nn.Module, blocks: Sequence[str], kept: Sequence[int]) -> ReducedModel:
-    """Copy `model` with the blocks `kept` (ascending) alone; parameters on the meta device, buffers as they are.
+    """Copy `model` with the blocks `kept` (ascending) alone; parameters without values, buffers as they are.
 
-    The original is not touched. Hooks are left behind; attention is the plain implementation, without a cache.
+    The parameters' memory is reserved but never touched, so it costs nothing until values are written. The original
+    is not changed. Hooks are left behind; attention is the plain implementation, without a cache.
     """
-    memo: dict[int, Any] = {
-        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-        for parameter in model.parameters()
-    }
+    memo: dict[int, Any] = {}
     for index, path in enumerate(blocks):
         if index not in kept:
             memo[id(model.get_submodule(path))] = nn.Identity()
+    dropped = tuple(path + "." for index, path in enumerate(blocks) if index not in kept)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not name.startswith(dropped) and id(parameter) not in memo:
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+            memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
     twin = copy.deepcopy(model, memo).eval()
     path = blocks[0].rpartition(".")[0]
     parent, _, name = path.rpartition(".")
@@ -43,20 +46,23 @@ def reduced(model: nn.Module, blocks: Sequence[str], kept: Sequence[int]) -> Red
     for module in twin.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
+        _move_to_cpu(module)
         _make_plain(getattr(module, "config", None))
     return ReducedModel(twin, tuple(kept), tuple(f"{path}.{place}" for place in range(len(kept))))
 
 
-def on_meta(reduced_model: ReducedModel) -> nn.Module:
-    """Move buffers and other tensors of the copy to the meta device too, in place."""
-    for module in reduced_model.model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to("meta")
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                setattr(module, name, value.to("meta"))
-    return reduced_model.model
+def _move_to_cpu(module: nn.Module) -> None:
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = _on_cpu(buffer)
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            setattr(module, name, _on_cpu(value))
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU; ones in place of values that do not exist."""
+    return torch.ones(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.cpu()
 
 
 def _make_plain(config: Any) -> None:

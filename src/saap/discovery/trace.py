@@ -30,7 +30,7 @@ class Trace:
 
 
 def trace(model: nn.Module) -> Trace:
-    """Walk the forward of `model`, whose parameters may be on the meta device, on one sequence of a few tokens.
+    """Walk the forward of `model`, whose weights need no values, on one sequence of a few tokens.
 
     Raises UnsupportedModelError if torch.export cannot follow the forward.
     """

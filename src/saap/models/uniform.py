@@ -42,7 +42,8 @@ def config_fields(model: nn.Module, graph: ModelGraph) -> tuple[tuple[ConfigFiel
         return (), {}
     small, shapes_of = probe
     found = [field for role in Role for field in _fields_of(role, small, graph, pinned, shapes_of)]
-    return tuple(found), pinned if found else {}
+    narrower = any(field.role is not Role.FFN for field in found)
+    return tuple(found), pinned if narrower else {}
 
 
 def uniform_config(config: Any, graph: ModelGraph, plan: StructurePlan) -> Any:
@@ -121,6 +122,8 @@ def _family(config: Any) -> str:
 
 
 def _pinned(config: Any) -> dict[str, int]:
+    if isinstance(getattr(type(config), HEAD_WIDTH, None), property):
+        return {}
     width = getattr(config, HEAD_WIDTH, None)
     heads, hidden = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
     if not isinstance(width, int) and isinstance(heads, int) and isinstance(hidden, int):

@@ -1,0 +1,206 @@
+"""What else must change when units leave: found by search on a small instance, where removal must equal masking."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+from torch import Tensor, nn
+
+from saap.discovery.groups import TracedGroup
+from saap.discovery.instance import TOKENS, Instance
+from saap.discovery.repeat import Checked
+from saap.models.arguments import unit_axis
+from saap.models.linear import contracted_axis
+from saap.models.modeling_pruned import ArgumentSlice
+from saap.records import Role, UnitAttribute
+
+TOLERANCE = 1e-9
+MOST_ATTRIBUTES = 3
+
+
+def checked(instance: Instance, number: int) -> Checked:
+    """The group with what its removal needs; refused if removal cannot be made equal to masking."""
+    group = instance.groups[number]
+    if group.refusal is not None or group.units == 1:
+        return Checked(group=group)
+    try:
+        found = _hidden(instance, number) if group.role is Role.HIDDEN else _in_block(instance, number)
+    except Exception as error:  # the model's own code fails in its own way
+        found = None
+        return Checked(group=replace(group, refusal=f"a small model of its classes does not run: {error}"))
+    if found is None:
+        reason = "removing its units is not the same as masking them, whichever sizes of the module follow"
+        return Checked(group=replace(group, refusal=reason))
+    return found
+
+
+def _hidden(instance: Instance, number: int) -> Checked | None:
+    """Hidden channels: every block at once, no attribute."""
+    last = instance.blocks[-1]
+    units = instance.units_of(number)
+    with instance.norms_without_statistic(number):
+        for kept in _removals(units):
+            with instance.masked(number, kept, consumers_only=False):
+                expected = instance.output_of(last)[..., [units.index(unit) for unit in kept]]
+            with instance.removed(number, kept):
+                if not _equal(instance.output_of(last), expected):
+                    return None
+    return Checked(group=instance.groups[number])
+
+
+def _in_block(instance: Instance, number: int) -> Checked | None:
+    group = instance.groups[number]
+    search = _Search(instance, number)
+    sliced = _sliced_arguments(instance, group)
+    for arguments in [{}, sliced] if sliced else [{}]:
+        for count in range(MOST_ATTRIBUTES + 1):
+            for attributes in combinations(search.candidates, count):
+                if search.works(attributes, arguments):
+                    return Checked(group=group, attributes=attributes, sliced_arguments=tuple(arguments))
+    return None
+
+
+class _Search:
+    """Removal of units of one group in one block, with candidate attributes set."""
+
+    def __init__(self, instance: Instance, number: int) -> None:
+        self.instance, self.number = instance, number
+        group = instance.groups[number]
+        assert group.block is not None
+        self.block = group.block
+        self.inputs = instance.inputs_of(group.block)
+        self.candidates = _candidates(instance.model, group)
+        with instance.norms_without_statistic(number):
+            whole = instance.call(self.block, *self.inputs)
+            self.expected: list[tuple[list[int], Tensor]] = []
+            for kept in _removals(instance.units_of(number)):
+                with instance.masked(number, kept, consumers_only=not group.scaled_norms):
+                    output = instance.call(self.block, *self.inputs)
+                self.expected.append((kept, output))
+            if all(_equal(output, whole) for _, output in self.expected):
+                raise RuntimeError("masking its units has no effect")
+
+    def works(self, attributes: Sequence[UnitAttribute], arguments: dict[str, tuple[str, int, bool]]) -> bool:
+        """Whether every removal equals masking when the attributes follow and the arguments are cut."""
+        return all(self._difference(kept, output, attributes, arguments) for kept, output in self.expected)
+
+    def _difference(
+        self,
+        kept: list[int],
+        expected: Tensor,
+        attributes: Sequence[UnitAttribute],
+        arguments: dict[str, tuple[str, int, bool]],
+    ) -> bool:
+        model, units = self.instance.model, self.instance.groups[self.number].units
+        with ExitStack() as stack:
+            stack.enter_context(self.instance.norms_without_statistic(self.number))
+            stack.enter_context(self.instance.removed(self.number, kept))
+            for attribute in attributes:
+                module = model.get_submodule(attribute.module)
+                stack.enter_context(_changed(module, attribute.attribute, attribute.per_unit * len(kept)))
+            for path, (argument, axis, per_sample) in arguments.items():
+                module = model.get_submodule(path)
+                hook = ArgumentSlice(
+                    module, argument=argument, axis=axis, per_sample=per_sample, units=units, kept=kept
+                )
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            try:
+                return _equal(self.instance.call(self.block, *self.inputs), expected)
+            except Exception:  # sizes that do not fit: not these attributes
+                return False
+
+
+def _equal(output: Tensor, expected: Tensor) -> bool:
+    if output.shape != expected.shape:
+        return False
+    return bool((output - expected).abs().max() <= TOLERANCE * max(1.0, float(expected.abs().max())))
+
+
+def _removals(units: list[int]) -> list[list[int]]:
+    """Two choices of kept units: all but one, and one alone."""
+    return [[unit for unit in units if unit != units[1]], [units[-1] if len(units) > 2 else units[1]]]
+
+
+def _candidates(model: nn.Module, group: TracedGroup) -> list[UnitAttribute]:
+    """Integers that may follow the number of units: of the module around the members, its parts and its parents."""
+    around = _common_module(group)
+    parts = [f"{around}.{path}" if path else around for path, _ in model.get_submodule(around).named_modules()]
+    paths = dict.fromkeys([around, *parts, *_parents(around, group.block or "")])
+    found: list[UnitAttribute] = []
+    for path in paths:
+        module = model.get_submodule(path)
+        if contracted_axis(module) is not None or hasattr(module, "normalized_shape"):
+            continue
+        values = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        config: Any = values.get("config")
+        if hasattr(config, "to_dict"):
+            values |= {f"config.{name}": value for name, value in config.to_dict().items()}
+        found += [
+            UnitAttribute(module=path, attribute=name, per_unit=value // group.units)
+            for name, value in values.items()
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0 and value % group.units == 0
+        ]
+    return sorted(found, key=lambda item: (item.attribute.startswith("config."), "head" not in item.attribute))
+
+
+def _common_module(group: TracedGroup) -> str:
+    """Path of the innermost module that holds all members."""
+    paths = [member.tensor.split(".")[:-1] for member in group.members]
+    shared: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
+
+
+def _parents(path: str, block: str) -> Iterator[str]:
+    while path != block and "." in path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _sliced_arguments(instance: Instance, group: TracedGroup) -> dict[str, tuple[str, int, bool]]:
+    """Innermost module around the members that gets a tensor with one entry per unit: path -> argument and its axis."""
+    if group.role is not Role.ATTENTION:
+        return {}
+    samples = group.units + (1 if group.units + 1 != TOKENS else 2)
+    around = _common_module(group)
+    for path in (around, *_parents(around, group.block or "")):
+        module = instance.model.get_submodule(path)
+        arguments, keywords = instance.inputs_of(path, samples)
+        given = inspect.signature(module.forward).bind(*arguments, **keywords).arguments
+        for name, value in given.items():
+            place = unit_axis(value, samples=samples, units=group.units)
+            if place is not None:
+                return {path: (name, *place)}
+    return {}
+
+
+@contextmanager
+def _changed(module: nn.Module, name: str, value: int) -> Iterator[None]:
+    """Set an attribute for a while; `config.NAME` in a copy of the module's configuration."""
+    holder: Any = module
+    if name.startswith("config."):
+        name = name.removeprefix("config.")
+        before = module.config
+        holder = copy.deepcopy(before)
+        module.config = holder
+        try:
+            setattr(holder, name, value)
+            yield
+        finally:
+            module.config = before
+        return
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
