@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from saap.errors import LayoutError, OutputError
 from saap.models.modeling_pruned import MODEL_TYPE, pruned_classes
-from saap.models.structure import PrunedStructure, pruned_fields, read_attribute
+from saap.models.structure import PrunedStructure, epsilon_name, pruned_fields, read_attribute
 from saap.models.uniform import uniform_config
 from saap.records import ModelGraph, StructurePlan
 
 ADAPTIVE_REMEDY = "Use --layout adaptive"
+# Room for other rounding in buffers made in another dtype; a wrong scale is far above it.
+TOLERANCE = 1e-2
 
 
 def adaptive_config(model: nn.Module, structure: PrunedStructure) -> Any:
@@ -34,26 +37,60 @@ def adaptive_config(model: nn.Module, structure: PrunedStructure) -> Any:
 
 
 def stock_config(model: nn.Module, graph: ModelGraph, plan: StructurePlan, structure: PrunedStructure) -> Any:
-    """A stock configuration with the plan's sizes; its class has the pruned model's shapes and attributes.
+    """A stock configuration with the plan's sizes, whose class computes what the pruned model does.
 
-    Raises LayoutError if the family's configuration cannot say them.
+    That is tried on a few tokens with the model's own weights, before anything is written. Raises LayoutError if the
+    family's configuration cannot say the plan.
     """
-    own: Any = getattr(model, "config", None)
-    config = uniform_config(own, graph, plan)
-    with torch.device("meta"):
-        stock = AutoModelForCausalLM.from_config(config)
-    if structure.constant or structure.sliced_arguments:
-        raise LayoutError("A module without any channels cannot be said in a stock configuration", ADAPTIVE_REMEDY)
-    shapes = {name: tuple(parameter.shape) for name, parameter in stock.named_parameters()}
-    for name, parameter in model.named_parameters():
-        if shapes.get(name) != tuple(parameter.shape):
-            raise LayoutError(f"The stock class would give {name} the sizes {shapes.get(name)}", ADAPTIVE_REMEDY)
+    config = uniform_config(getattr(model, "config", None), graph, plan)
+    special = sorted({*structure.constant, *structure.sliced_arguments})
+    if special:
+        raise LayoutError(f"The stock class cannot do what is left of {special[0]}", ADAPTIVE_REMEDY)
+    stock = _without_weights(config)
+    if _take_epsilon(config, stock, model):
+        stock = _without_weights(config)
     for path, attributes in structure.attributes.items():
         for name, value in attributes.items():
             found = read_attribute(stock.get_submodule(path), name)
             if abs(found - value) > 1e-6 * abs(value):
                 raise LayoutError(f"The stock class would set {path}.{name} to {found}, not {value}", ADAPTIVE_REMEDY)
+    error = _difference(stock, model)
+    if not error <= TOLERANCE:
+        raise LayoutError(
+            f"The stock class {type(stock).__name__} would not compute the same (logits differ by {error:.1e})",
+            ADAPTIVE_REMEDY,
+        )
     return config
+
+
+def _without_weights(config: Any) -> Any:
+    """The stock model with its buffers but with empty parameters on the meta device."""
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def _take_epsilon(config: Any, stock: nn.Module, model: nn.Module) -> bool:
+    """Give the configuration the pruned model's norm epsilon where one field says it for all norms."""
+    wanted = {getattr(module, name) for module in model.modules() if (name := epsilon_name(module)) is not None}
+    stated = {getattr(module, name) for module in stock.modules() if (name := epsilon_name(module)) is not None}
+    if wanted == stated or len(wanted) != 1 or len(stated) != 1:
+        return False
+    epsilon = stated.pop()
+    fields = [name for name, value in vars(config).items() if isinstance(value, float) and value == epsilon]
+    if len(fields) == 1:
+        setattr(config, fields[0], wanted.pop())
+    return len(fields) == 1
+
+
+@torch.no_grad()
+def _difference(stock: Any, model: Any) -> float:
+    """Largest difference of the logits, in units of the largest logit, when `stock` takes the model's own weights."""
+    stock.load_state_dict(model.state_dict(), strict=True, assign=True)
+    parameter = next(model.parameters())
+    stock.to(parameter.device)
+    ids = torch.arange(8, device=parameter.device).unsqueeze(0)
+    first, second = (each(ids, use_cache=False).logits.float() for each in (stock, model))
+    return float((first - second).abs().max() / second.abs().max().clamp_min(1e-6))
 
 
 def with_both_rope_spellings(fields: dict[str, Any]) -> dict[str, Any]:

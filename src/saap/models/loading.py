@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from saap.errors import ModelError
@@ -68,7 +69,9 @@ def _open(resolved: ResolvedModel, device: torch.device, dtype: torch.dtype) -> 
     register_pruned_models()
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": resolved.trust_remote_code}
     if resolved.gguf_file is not None:
-        options |= {"gguf_file": resolved.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        options["gguf_file"] = resolved.gguf_file
+        if hasattr(transformers, "GgufConfig"):  # older versions always dequantise
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         # the bar of the GGUF reader knows no switch
         with quiet_transformers(), redirect_stderr(io.StringIO()) if resolved.gguf_file else nullcontext():
