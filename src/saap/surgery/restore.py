@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from saap.models.least_squares import Moments, removal_order, ridge_refit
 from saap.models.linear import weight_out_in
 from saap.models.walker import BlockWalker, Contexts
 from saap.records import CoupledGroup, ModelGraph, StructurePlan
 from saap.surgery.capture import Capture, capture, residual_gain
 from saap.surgery.cut import cut_group
-from saap.surgery.least_squares import Moments, ridge_refit, second_order_order
 
 Progress = Callable[[int, int], None]
 
@@ -32,7 +32,7 @@ class RestoreSettings:
     counts instead of taking the plan's own units. micro_batch: sequences at a time.
     """
 
-    ridges: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
+    ridges: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
     held_share: float = 0.125
     second_order: bool = True
     choice_ridge: float = 1e-2
@@ -142,7 +142,7 @@ def _restore_block(
         taken, outputs = _pruned_pass(walker, layer, consumer.path, streams, to_the_end=last)
         dense_here = dense_outputs.pop(consumer.path)
         targets = [_target(dense, opened, consumer.gain) for dense, opened in zip(dense_here, gap, strict=True)]
-        new_outputs = _refit(walker.model, consumer, taken, targets, streams.dense, plan, settings, result)
+        new_outputs = _refit(walker.model, consumer, taken, targets, plan, settings, result)
         if consumer.gain is not None:
             for index, (target, new) in enumerate(zip(targets, new_outputs, strict=True)):
                 gap[index] = consumer.gain * (target - new)
@@ -180,17 +180,11 @@ def _pruned_pass(
     return taken, outputs if to_the_end else None
 
 
-def _token_weights(hidden: Tensor) -> Tensor:
-    """A token counts by the inverse mean square of its residual stream, which is how the next norm sees its error."""
-    return hidden.float().square().mean(-1).clamp_min(1e-12).reciprocal().flatten()
-
-
 def _refit(
     model: nn.Module,
     consumer: _Consumer,
     taken: Sequence[Capture],
     targets: Sequence[Tensor],
-    dense: Sequence[Tensor],
     plan: StructurePlan,
     settings: RestoreSettings,
     result: Restoration,
@@ -201,11 +195,11 @@ def _refit(
     held_from = len(taken) - max(1, round(len(taken) * settings.held_share))
     extra = 0 if bias is None else 1
     fit, held = (Moments.empty(weight.shape[1] + extra, weight.shape[0], weight.device) for _ in range(2))
-    for index, (seen, target, hidden) in enumerate(zip(taken, targets, dense, strict=True)):
+    for index, (seen, target) in enumerate(zip(taken, targets, strict=True)):
         x = _with_ones(seen.input.flatten(0, -2).float(), extra)
         moments = fit if index < held_from else held
-        moments.add(x, target.flatten(0, -2).float(), _token_weights(hidden))
-    kept = _choose(consumer, weight, fit, plan, settings)
+        moments.add(x, target.flatten(0, -2).float())
+    kept = _choose(consumer, weight, fit, held, plan, settings)
     columns = _kept_columns(consumer, kept, weight.shape[1], weight.device)
     if kept != tuple(range(consumer.group.units)):
         cut_group(model, consumer.group, kept)
@@ -237,7 +231,7 @@ def _kept_columns(consumer: _Consumer, kept: Sequence[int], channels: int, devic
 
 
 def _choose(
-    consumer: _Consumer, weight: Tensor, fit: Moments, plan: StructurePlan, settings: RestoreSettings
+    consumer: _Consumer, weight: Tensor, fit: Moments, held: Moments, plan: StructurePlan, settings: RestoreSettings
 ) -> tuple[int, ...]:
     group = consumer.group
     kept = plan.kept(group)
@@ -247,7 +241,7 @@ def _choose(
     member = group.consumers[0]
     units = torch.tensor([list(member.rows(unit)) for unit in range(group.units)], device=weight.device)
     channels = weight.shape[1]
-    gram = fit.gram[:channels, :channels]
+    gram = fit.gram[:channels, :channels] + held.gram[:channels, :channels]
     at_once = 32 if units.shape[1] == 1 else 1
-    gone = second_order_order(weight, gram, units, removed, ridge=settings.choice_ridge, at_once=at_once)
+    gone, _ = removal_order(weight, gram, units, removed, ridge=settings.choice_ridge, at_once=at_once)
     return tuple(sorted(set(range(group.units)) - set(gone.tolist())))

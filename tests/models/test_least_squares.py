@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 
-from saap.surgery.least_squares import Moments, ridge_refit, second_order_order
+from saap.models.least_squares import Moments, compensated, removal_order, ridge_refit
 
 
 def moments(x: torch.Tensor, target: torch.Tensor) -> Moments:
     made = Moments.empty(x.shape[1], target.shape[1], x.device)
-    made.add(x, target, torch.ones(len(x)))
+    made.add(x, target)
     return made
 
 
@@ -19,16 +19,6 @@ def test_error_is_the_squared_error() -> None:
     x, target, weight = torch.randn(50, 4), torch.randn(50, 3), torch.randn(3, 4)
     direct = (target - x @ weight.T).square().sum()
     assert moments(x, target).error(weight) == pytest.approx(float(direct), rel=1e-5)
-
-
-def test_token_weights_scale_the_squares() -> None:
-    torch.manual_seed(0)
-    x, target = torch.randn(10, 4), torch.randn(10, 3)
-    share = torch.rand(10)
-    made = Moments.empty(4, 3, x.device)
-    made.add(x, target, share)
-    torch.testing.assert_close(made.gram, (x * share[:, None]).T @ x)
-    torch.testing.assert_close(made.cross, (x * share[:, None]).T @ target)
 
 
 def test_refit_recovers_a_linear_map() -> None:
@@ -62,8 +52,9 @@ def test_second_order_choice_matches_exhaustive_search_for_one_unit() -> None:
         rest = [i for i in range(6) if i != gone]
         solved = torch.linalg.lstsq(x[:, rest], x @ weight.T).solution
         losses.append(float((x @ weight.T - x[:, rest] @ solved).square().sum()))
-    chosen = second_order_order(weight, gram, torch.arange(6)[:, None], 1, ridge=1e-12)
+    chosen, cost = removal_order(weight, gram, torch.arange(6)[:, None], 1, ridge=1e-12)
     assert chosen.tolist() == [min(range(6), key=losses.__getitem__)]
+    assert float(cost) == pytest.approx(min(losses), rel=1e-6)
 
 
 def test_second_order_choice_of_wide_units() -> None:
@@ -76,9 +67,9 @@ def test_second_order_choice_of_wide_units() -> None:
         rest = [i for i in range(6) if i not in units[gone].tolist()]
         solved = torch.linalg.lstsq(x[:, rest], x @ weight.T).solution
         losses[gone] = float((x @ weight.T - x[:, rest] @ solved).square().sum())
-    assert second_order_order(weight, x.T @ x, units, 1, ridge=1e-12, at_once=1).tolist() == [
-        min(losses, key=losses.get)
-    ]
+    chosen, cost = removal_order(weight, x.T @ x, units, 1, ridge=1e-12, at_once=1)
+    assert chosen.tolist() == [min(losses, key=losses.__getitem__)]
+    assert float(cost) == pytest.approx(min(losses.values()), rel=1e-6)
 
 
 def test_greedy_choice_sees_redundant_units() -> None:
@@ -87,6 +78,18 @@ def test_greedy_choice_sees_redundant_units() -> None:
     base = torch.randn(300, 4, dtype=torch.float64)
     x = torch.cat([base, base[:, :1]], dim=1)
     weight = torch.tensor([[5.0, 0.3, 0.3, 0.3, 5.0]], dtype=torch.float64)
-    chosen = second_order_order(weight, x.T @ x, torch.arange(5)[:, None], 2, ridge=1e-9, at_once=1).tolist()
+    order, _ = removal_order(weight, x.T @ x, torch.arange(5)[:, None], 2, ridge=1e-9, at_once=1)
+    chosen = order.tolist()
     assert len({0, 4} & set(chosen)) == 1
     assert all(len(set(pair)) == 2 for pair in itertools.pairwise(chosen))
+
+
+def test_costs_add_up_to_the_error_of_the_compensated_matrix() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(300, 8, dtype=torch.float64) @ torch.randn(8, 8, dtype=torch.float64)
+    weight = torch.randn(3, 8, dtype=torch.float64)
+    order, costs = removal_order(weight, x.T @ x, torch.arange(8)[:, None], 3, ridge=1e-12, at_once=1)
+    kept = torch.tensor(sorted(set(range(8)) - set(order.tolist())))
+    left = compensated(weight, x.T @ x, kept, ridge=1e-12)
+    assert torch.count_nonzero(left[:, order]) == 0
+    assert float((x @ (weight - left).T).square().sum()) == pytest.approx(float(costs.sum()), rel=1e-5)
