@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from saap.errors import ConfigurationError
@@ -45,3 +48,24 @@ def working_dtype(device: torch.device, source: torch.dtype) -> torch.dtype:
     if source == torch.bfloat16 and device.type == "cuda":
         return source
     return torch.float32 if source.itemsize <= 2 else source
+
+
+@contextmanager
+def quick_float32_products() -> Iterator[None]:
+    """Let the CPU multiply float32 matrices by its quicker library for a while, if that is as exact.
+
+    torch reaches it by a setting that on some processors rounds to bfloat16; a trial on this one decides. On an AMD
+    processor without such instructions it doubles the speed. Other devices are not touched.
+    """
+    before = torch.get_float32_matmul_precision()
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.rand(256, 256, generator=generator), torch.rand(256, 256, generator=generator)
+    exact = left.double() @ right.double()
+    torch.set_float32_matmul_precision("medium")
+    error = float(((left @ right).double() - exact).norm() / exact.norm())
+    if error > 1e-6 or torch.cuda.is_available():
+        torch.set_float32_matmul_precision(before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saap.models.linear import weight_out_in
 from saap.records import CoupledGroup, ModelGraph, StructurePlan
 
 
@@ -77,3 +78,18 @@ def masked(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Iterator
     skipped = [graph.blocks[layer] for layer in plan.dropped_blocks]
     with masked_channels(model, consumer_masks(graph, plan.keep), skipped):
         yield
+
+
+@contextmanager
+def replaced_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other weights in linear-like modules for a while. weights: module path -> (outputs, inputs)."""
+    kept: dict[str, Tensor] = {}
+    try:
+        for path, weight in weights.items():
+            view = weight_out_in(model.get_submodule(path))
+            kept[path] = view.data.clone()
+            view.data.copy_(weight)
+        yield
+    finally:
+        for path, weight in kept.items():
+            weight_out_in(model.get_submodule(path)).data.copy_(weight)

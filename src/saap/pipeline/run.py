@@ -17,6 +17,7 @@ from saap.discovery import discover
 from saap.discovery.summary import summarise
 from saap.estimation.calibrate import estimate
 from saap.estimation.selection import unit_scores
+from saap.models.devices import quick_float32_products
 from saap.pipeline.context import Run
 from saap.pipeline.finish import Made, find_made, finish, keep_made
 from saap.pipeline.inputs import LoadedModel, RunOptions, TokenSets, draw_tokens, needs_measuring, open_model
@@ -29,7 +30,8 @@ from saap.pipeline.targets import Target, plan_targets, with_budgets, work_path
 from saap.pipeline.work import WorkFolder
 from saap.records import ImportanceScores, ModelGraph, Role, StructurePlan, UnitScores, digest_of, require_same
 from saap.storage import read_plan, read_scores, write_plan, write_scores
-from saap.structure_search.judge import MaskedJudge
+from saap.structure_search.costs import SecondOrder, gram_bytes, second_order_costs
+from saap.structure_search.judge import StructureJudge
 from saap.structure_search.plan import SearchSpace, check_reachable, plan_from_counts, search, with_units
 from saap.surgery.cut import cut
 from saap.surgery.restore import RestoreSettings, restore
@@ -68,7 +70,8 @@ def run_prune(
     if work.open(_settings_digest(config, prepared)):
         meter.reporter.note(f"taking up the finished stages in {work.path}")
     run = Run(config, options, prepared.loaded, prepared.graph, prepared.space, prepared.tokens, work, meter)
-    results = _all_targets(run, prepared.targets)
+    with quick_float32_products():
+        results = _all_targets(run, prepared.targets)
     work.close(keep=options.keep_work)
     return results
 
@@ -207,25 +210,51 @@ def _scores(run: Run) -> ImportanceScores:
 
 def _plans(run: Run, targets: Sequence[Target], units: Mapping[str, UnitScores]) -> list[StructurePlan]:
     """The searched or given plan of every target; the dense model is only measured, not changed."""
-    judge: MaskedJudge | None = None
+    found = {target.name: run.work.file(f"plan-{target.name}.json") for target in targets}
+    measured = _measure(run) if any(target.budget and not found[target.name].exists() for target in targets) else None
     plans = []
     for target in targets:
-        path = run.work.file(f"plan-{target.name}.json")
+        path = found[target.name]
         with run.meter.stage(f"search the structure{_label(targets, target)}"):
             if path.exists():
                 plans.append(read_plan(path, run.graph).structure_plan(run.graph))
                 continue
-            if judge is None and target.budget is not None and needs_measuring(run.config):
-                judge = MaskedJudge(run.loaded.model, run.graph, run.tokens.tensor("held", run.device))
-            plan = _plan(run, target, units, judge)
+            plan = _plan(run, target, units, measured)
             write_plan(path, plan, run.graph)
             plans.append(plan)
     return plans
 
 
-def _plan(run: Run, target: Target, units: Mapping[str, UnitScores], judge: MaskedJudge | None) -> StructurePlan:
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What the adaptive search knows of the model beside the scores."""
+
+    costs: SecondOrder | None
+    judge: StructureJudge | None
+
+
+def _measure(run: Run) -> _Measured:
+    """Second-order costs for the adaptive strategy, and the judge if structures are to be measured.
+
+    Gram matrices larger than the weights are not collected: the search then masks without compensation.
+    """
+    config, model, graph = run.config, run.loaded.model, run.graph
+    costs = None
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if config.strategy is Strategy.ADAPTIVE and config.importance is Importance.FUSED and gram_bytes(graph) <= weights:
+        with run.meter.stage("find the second-order cost of every unit"):
+            tokens = run.tokens.tensor("scored", run.device)
+            costs = second_order_costs(model, graph, tokens, progress=run.meter.reporter.advance)
+    judge = None
+    if needs_measuring(config):
+        grams = None if costs is None else costs.grams
+        judge = StructureJudge(model, graph, run.tokens.tensor("held", run.device), grams)
+    return _Measured(costs, judge)
+
+
+def _plan(run: Run, target: Target, units: Mapping[str, UnitScores], measured: _Measured | None) -> StructurePlan:
     config, graph = run.config, run.graph
-    if target.budget is None:
+    if target.budget is None or measured is None:
         given = read_plan(config.plan or Path(), graph)
         return plan_from_counts(graph, units, given.keep, given.dropped_blocks, layout=given.layout, align=given.align)
     return search(
@@ -234,7 +263,8 @@ def _plan(run: Run, target: Target, units: Mapping[str, UnitScores], judge: Mask
         target.budget,
         run.space,
         config.strategy,
-        judge=judge,
+        costs=measured.costs,
+        judge=measured.judge,
         evaluations=config.effort_settings.search_evaluations,
         seed=config.seed,
         progress=run.meter.reporter.advance,

@@ -9,7 +9,8 @@ import numpy as np
 from saap.config import Strategy
 from saap.errors import TargetError
 from saap.records import Candidate, IntArray, ModelGraph, Role
-from saap.structure_search.allocation import steps_by_share, take_steps
+from saap.structure_search.allocation import steps_by_score, steps_by_share, take_steps
+from saap.structure_search.costs import SecondOrder
 from saap.structure_search.objectives import Budget
 from saap.structure_search.slots import Slot
 from saap.structure_search.strategies import STRATEGIES, Proposal, Scores, importance_order, module_shares
@@ -55,6 +56,7 @@ def adaptive(
     scores: Scores,
     budget: Budget,
     *,
+    costs: SecondOrder | None,
     judge: Judge | None,
     evaluations: int,
     seed: int,
@@ -62,11 +64,12 @@ def adaptive(
 ) -> tuple[Proposal, tuple[Candidate, ...]]:
     """The candidate with the least measured loss, and the trail of all that were measured, best first.
 
-    judge: loss of a structure given its kept units; None, or `evaluations` of 0, takes the default proposal unmeasured.
+    costs: second-order costs, from which the best unmeasured proposal follows. judge: loss of a structure given its
+    kept units; None, or `evaluations` below 2, takes that proposal, or the default one, unmeasured.
     Half of the evaluations at most go to named candidates, the rest to an evolution from the best of them: shares are
     multiplied by random factors, a child that is better becomes the parent.
     """
-    start = default_proposal(graph, slots, scores, budget)
+    start = _start(graph, slots, scores, budget, costs)
     if judge is None or evaluations < 2:
         return start, ()
     measured: list[tuple[float, Proposal]] = []
@@ -80,7 +83,7 @@ def adaptive(
             progress(len(measured), evaluations)
         return loss
 
-    for proposal in _named(graph, slots, scores, budget, start):
+    for proposal in [start, *_named(graph, slots, scores, budget, start.orders)]:
         if len(measured) < evaluations and (proposal.sizes not in seen or proposal.name in set(Strategy)):
             measure(proposal)
     generator = np.random.default_rng(seed)
@@ -111,18 +114,35 @@ def _by_shares(
     return Proposal(name=name, sizes=sizes, orders=orders if orders is not None else importance_order(scores))
 
 
-def _named(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget, start: Proposal) -> list[Proposal]:
-    """The start, uniform plans with shares of attention, module importance at several spreads, the literal readings."""
-    proposals = [start]
+def _start(
+    graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget, costs: SecondOrder | None
+) -> Proposal:
+    """One global ranking by second-order cost per parameter where that is known for all slots, else the default."""
+    groups = [group.name for slot in slots for group in slot.groups]
+    if costs is None or any(name not in costs.orders for name in groups):
+        return default_proposal(graph, slots, scores, budget)
+    steps = steps_by_score(slots, lambda name: costs.scores[name].mean[costs.orders[name]])
+    return Proposal(name="second-order cost", sizes=take_steps(graph, slots, steps, budget), orders={**costs.orders})
+
+
+def _named(
+    graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget, orders: Mapping[str, IntArray]
+) -> list[Proposal]:
+    """Uniform plans with shares of attention, module importance at several spreads, the literal readings.
+
+    orders: of the units in the plans that only say how much each module gives.
+    """
+    proposals = []
     has_attention = any(slot.role is Role.ATTENTION for slot in slots)
     for attention in ATTENTION_SHARES if has_attention else (1.0,):
         for spare in (True, False):
             shares = uniform_shares(graph, slots, attention=attention, spare=spare)
             name = f"uniform, attention {attention:g}" + (", ends spared" if spare else "")
-            proposals.append(_by_shares(name, graph, slots, scores, budget, shares))
+            proposals.append(_by_shares(name, graph, slots, scores, budget, shares, orders))
     for spread in SPREADS:
         shares = module_shares(slots, scores, spread=spread, attention=0.3)
-        proposals.append(_by_shares(f"module importance, spread {spread:g}", graph, slots, scores, budget, shares))
+        name = f"module importance, spread {spread:g}"
+        proposals.append(_by_shares(name, graph, slots, scores, budget, shares, orders))
     for strategy in (Strategy.IMPORTANCE, Strategy.VOLATILITY_Z, Strategy.VOLATILITY_CV):
         proposals.append(STRATEGIES[strategy](graph, slots, scores, budget))
     return proposals

@@ -1,46 +1,79 @@
-"""Judging structures by what they do: the loss of the masked model on held-out calibration samples."""
+"""Judging structures by what they do: the loss on held-out calibration samples, without any surgery."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from saap.models.masking import consumer_masks, masked_channels
+from saap.models.least_squares import compensated
+from saap.models.linear import weight_out_in
+from saap.models.masking import channel_mask, consumer_masks, masked_channels, replaced_weights
 from saap.models.walker import BlockWalker
 from saap.records import ModelGraph
 
+CACHED_WEIGHTS_BYTES = 2 * 10**9
 
-class MaskedJudge:
-    """KL divergence from the dense model's next-token distribution to the masked model's, in nats per token.
 
-    tokens: (sequences, length) ids that nothing was scored on. Masked equals cut, so no surgery is needed.
+class StructureJudge:
+    """KL divergence from the dense model's next-token distribution to the pruned one's, in nats per token.
+
+    tokens: (sequences, length) ids that nothing was scored on. A removed unit is masked, which equals cutting it. Where
+    `grams` has the Gram matrix of a group's consumer inputs, the consumer also makes good what it can, as restoration
+    will, so that a structure is judged by what will be left of its loss.
     """
 
-    def __init__(self, model: nn.Module, graph: ModelGraph, tokens: Tensor, micro_batch: int = 8) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ModelGraph,
+        tokens: Tensor,
+        grams: Mapping[str, Tensor] | None = None,
+        micro_batch: int = 8,
+    ) -> None:
         self._model = model
         self._graph = graph
+        self._grams = grams or {}
         self._walker = BlockWalker(model, graph.blocks)
         self._batches = torch.split(tokens, micro_batch)
         self._dense = [self._last_hidden(batch) for batch in self._batches]
-        self.evaluations = 0
+        self._weights: OrderedDict[tuple[str, tuple[int, ...]], Tensor] = OrderedDict()
 
     @torch.no_grad()
     def __call__(self, keep: Mapping[str, tuple[int, ...]], dropped_blocks: tuple[int, ...] = ()) -> float:
         """Loss of the structure that keeps the units in `keep`."""
-        self.evaluations += 1
         skipped = [self._graph.blocks[layer] for layer in dropped_blocks]
-        total, tokens = 0.0, 0
-        with masked_channels(self._model, consumer_masks(self._graph, keep), skipped):
-            for batch, dense in zip(self._batches, self._dense, strict=True):
-                hidden = self._last_hidden(batch)
-                total += sum(
-                    _divergence(self._walker.logits(dense[row : row + 1]), self._walker.logits(hidden[row : row + 1]))
-                    for row in range(len(batch))
-                )
-                tokens += batch.numel()
-        return total / tokens
+        losing = {name: kept for name, kept in keep.items() if len(kept) < self._graph.group(name).units}
+        masked = {name: kept for name, kept in losing.items() if name not in self._grams}
+        weights = {self._path(name): self._weight(name, kept) for name, kept in losing.items() if name in self._grams}
+        total = 0.0
+        with (
+            masked_channels(self._model, consumer_masks(self._graph, masked), skipped),
+            replaced_weights(self._model, weights),
+        ):
+            changed = [self._last_hidden(batch) for batch in self._batches]
+        for dense, hidden in zip(self._dense, changed, strict=True):
+            for row in range(len(dense)):
+                logits = self._walker.logits(dense[row : row + 1]), self._walker.logits(hidden[row : row + 1])
+                total += _divergence(*logits)
+        return total / sum(batch.numel() for batch in self._batches)
+
+    def _path(self, name: str) -> str:
+        return self._graph.group(name).consumers[0].tensor.rpartition(".")[0]
+
+    def _weight(self, name: str, kept: tuple[int, ...]) -> Tensor:
+        """The consumer's compensated weight; the last ones are remembered, candidates share most of them."""
+        key = (name, kept)
+        if key not in self._weights:
+            weight = weight_out_in(self._model.get_submodule(self._path(name))).detach()
+            columns = channel_mask(self._graph.group(name), kept, weight.shape[1]).nonzero().flatten()
+            self._weights[key] = compensated(weight, self._grams[name], columns.to(weight.device))
+        self._weights.move_to_end(key)
+        while sum(w.numel() * w.element_size() for w in self._weights.values()) > CACHED_WEIGHTS_BYTES:
+            self._weights.popitem(last=False)
+        return self._weights[key]
 
     @torch.no_grad()
     def _last_hidden(self, batch: Tensor) -> Tensor:

@@ -21,12 +21,13 @@ from saap.records import (
     kept_shapes,
 )
 from saap.structure_search.adaptive import adaptive, spared_ends
+from saap.structure_search.costs import SecondOrder
 from saap.structure_search.objectives import Budget
 from saap.structure_search.slots import Slot, build_slots
 from saap.structure_search.strategies import STRATEGIES, Proposal, importance_order
 
 Scores = Mapping[str, UnitScores]
-StructureJudge = Callable[[Mapping[str, tuple[int, ...]], tuple[int, ...]], float]
+Judge = Callable[[Mapping[str, tuple[int, ...]], tuple[int, ...]], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,14 +57,16 @@ def search(
     space: SearchSpace,
     strategy: Strategy,
     *,
-    judge: StructureJudge | None = None,
+    costs: SecondOrder | None = None,
+    judge: Judge | None = None,
     evaluations: int = 0,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> StructurePlan:
     """Decide how much each module gives and which units go.
 
-    judge: measured loss of (kept units, dropped blocks); only the adaptive strategy and the role `block` ask it,
+    costs: second-order costs, for the adaptive strategy. judge: measured loss of (kept units, dropped blocks); only
+    the adaptive strategy and the role `block` ask it,
     `evaluations` times at most for the former, once per block for the latter.
     Raises TargetError if the budget cannot be reached.
     """
@@ -72,7 +75,7 @@ def search(
     keep: dict[str, tuple[int, ...]] = {}
     trail: tuple[Candidate, ...] = ()
     while left.removal > 0:
-        keep, trail = _propose(graph, scores, left, space, strategy, dropped, judge, evaluations, seed, progress)
+        keep, trail = _propose(graph, scores, left, space, strategy, dropped, costs, judge, evaluations, seed, progress)
         missing = budget.removal - budget.removed(graph, keep, dropped)
         if missing <= 0:
             break
@@ -88,7 +91,8 @@ def _propose(
     space: SearchSpace,
     strategy: Strategy,
     dropped: tuple[int, ...],
-    judge: StructureJudge | None,
+    costs: SecondOrder | None,
+    judge: Judge | None,
     evaluations: int,
     seed: int,
     progress: Callable[[int, int], None] | None,
@@ -99,7 +103,15 @@ def _propose(
         slots = _slots(graph, space, dropped, spare=False)
         bound = None if judge is None else (lambda kept: judge(kept, dropped))
         proposal, trail = adaptive(
-            graph, slots, scores, budget, judge=bound, evaluations=evaluations, seed=seed, progress=progress
+            graph,
+            slots,
+            scores,
+            budget,
+            costs=costs,
+            judge=bound,
+            evaluations=evaluations,
+            seed=seed,
+            progress=progress,
         )
     else:
         slots, proposal = _single(graph, scores, budget, space, strategy, dropped)
@@ -212,7 +224,7 @@ def _single(
 
 
 def _blocks_to_drop(
-    graph: ModelGraph, scores: Scores, budget: Budget, space: SearchSpace, judge: StructureJudge | None
+    graph: ModelGraph, scores: Scores, budget: Budget, space: SearchSpace, judge: Judge | None
 ) -> tuple[int, ...]:
     """Whole blocks that leave: as many as fit into the budget, or, alone, until it is reached.
 
@@ -242,7 +254,7 @@ def _blocks_to_drop(
     return tuple(sorted(dropped))
 
 
-def _block_loss(graph: ModelGraph, scores: Scores, layer: int, judge: StructureJudge | None) -> float:
+def _block_loss(graph: ModelGraph, scores: Scores, layer: int, judge: Judge | None) -> float:
     if judge is not None:
         return judge({}, (layer,))
     return float(np.mean([scores[group.name].mean.mean() for group in graph.in_block(layer) if group.name in scores]))

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from saap.models.capture import Capture, capture, residual_gain
 from saap.models.least_squares import Moments, removal_order, ridge_refit
 from saap.models.linear import weight_out_in
 from saap.models.walker import BlockWalker, Contexts
 from saap.records import CoupledGroup, ModelGraph, StructurePlan
-from saap.surgery.capture import Capture, capture, residual_gain
 from saap.surgery.cut import cut_group
 
 Progress = Callable[[int, int], None]
