@@ -113,6 +113,23 @@ def test_blocks_that_do_not_run_are_refused() -> None:
         BlockWalker(model, [*block_paths(model), "spare.0"]).start(token_ids(1, 5))
 
 
+def test_blocks_that_run_twice_are_refused() -> None:
+    model = OwnModel()
+    model.blocks = nn.ModuleList([*model.blocks, model.blocks[0]])
+    with pytest.raises(UnsupportedModelError, match="Block call 4"):
+        BlockWalker(model, block_paths(model)[:3]).start(token_ids(1, 5))
+
+
+def test_starting_makes_the_logits_of_two_tokens_only() -> None:
+    model, tokens = build("llama"), token_ids(2, 12)
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, arguments, output: seen.append(output.shape[:2].numel()))
+    walker = BlockWalker(model, block_paths(model))
+    walker.start(tokens)
+    walker.start(tokens)
+    assert seen == [2]
+
+
 def test_inference_only_gives_back_each_state() -> None:
     model = OwnModel().train()
     model.blocks[0].eval()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,15 +80,25 @@ class BlockWalker:
         named = inspect.signature(model.forward).parameters
         self._options: dict[str, Any] = {"use_cache": False} if "use_cache" in named else {}
         self._extra_outputs: dict[type[nn.Module], int | None] = {}
+        self._checked = False
 
     @torch.no_grad()
     def start(self, input_ids: Tensor) -> Stream:
         """Embed the tokens. input_ids: (sequences, tokens).
 
-        Raises UnsupportedModelError where the model changes the hidden states between two blocks.
+        The forward is left before the last block, so that no logits are made; the first call first sends two tokens
+        all the way through. Raises UnsupportedModelError where the model changes the hidden states between two
+        blocks, or does not run each of them once, in order.
         """
-        record = _Record(self.paths)
+        if not self._checked:
+            self._record(input_ids[:1, :2], to_the_end=True)
+            self._checked = True
+        return self._record(input_ids, to_the_end=False)
+
+    def _record(self, input_ids: Tensor, *, to_the_end: bool) -> Stream:
+        record = _Record(self.paths, self.blocks, to_the_end)
         with ExitStack() as stack:
+            stack.enter_context(suppress(_AllSeen))
             for block in self.blocks:
                 handle = block.register_forward_pre_hook(record.before_block, prepend=True, with_kwargs=True)
                 stack.callback(handle.remove)
@@ -156,25 +166,39 @@ class BlockWalker:
                 block.forward = stock
 
 
+class _AllSeen(Exception):  # noqa: N818 - not an error
+    """Ends the forward once every block has been called."""
+
+
 @dataclass(slots=True)
 class _Record:
     """Collects hidden states and contexts as the blocks are called."""
 
     paths: Sequence[str]
+    blocks: Sequence[nn.Module]
+    to_the_end: bool
     contexts: list[BlockContext] = field(default_factory=list)
     hidden: Tensor | None = None
 
     def before_block(self, block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        turn = len(self.contexts)
+        if turn == len(self.blocks) or block is not self.blocks[turn]:
+            raise UnsupportedModelError(
+                f"Block call {turn + 1} of a forward is not that of block {turn + 1} of {len(self.blocks)}",
+                "Give a model that runs each of its blocks once, in order",
+            )
         name, hidden = _find_hidden(block, arguments, keywords)
         if self.hidden is None:
             self.hidden = hidden
         elif hidden is not self.hidden and not torch.equal(hidden.to(self.hidden.device), self.hidden):
             raise UnsupportedModelError(
-                f"The hidden states change between {self.paths[len(self.contexts) - 1]} and the next block",
+                f"The hidden states change between {self.paths[turn - 1]} and the next block",
                 "Move that step into one of the two blocks",
             )
         others = {key: value for key, value in keywords.items() if key != name}
         self.contexts.append(BlockContext(arguments if name else arguments[1:], others, name))
+        if len(self.contexts) == len(self.blocks) and not self.to_the_end:
+            raise _AllSeen
 
     def first_input(self) -> Tensor:
         if self.hidden is None or len(self.contexts) != len(self.paths):
