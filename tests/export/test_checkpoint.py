@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from saap.errors import ModelError, OutputError
 from saap.export import huggingface
+from saap.export.config_files import with_both_rope_spellings
 from saap.export.huggingface import CheckpointParts, check_output, weight_bytes, write_checkpoint
 from saap.export.manifest import BaseModelIdentity, Change, PerplexityChange, RunManifest, recorded_versions
 from saap.export.model_card import escape, licence_of, model_card
@@ -152,8 +153,18 @@ def test_other_sizes_are_never_made_up(tmp_path: Path) -> None:
 def test_both_spellings_of_the_rotary_base_are_written(tmp_path: Path) -> None:
     written(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    # versions that know only the old spelling write only that, and the new ones read it
+    assert config["rope_theta"] == config.get("rope_parameters", config)["rope_theta"]
     assert (config["model_type"], config["base_model_type"]) == ("saap_pruned", "llama")
+
+
+def test_scaled_and_layered_rotary_embeddings_are_spelled_both_ways() -> None:
+    scaled = {"rope_parameters": {"rope_theta": 5.0, "rope_type": "linear", "factor": 2.0}}
+    written_again = with_both_rope_spellings(scaled)
+    assert written_again == {**scaled, "rope_theta": 5.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    layered = {"rope_parameters": {"full_attention": {"rope_theta": 5.0}, "sliding_attention": {"rope_theta": 3.0}}}
+    assert with_both_rope_spellings(layered) == {**layered, "rope_theta": 5.0, "rope_local_base_freq": 3.0}
+    assert with_both_rope_spellings({"model_type": "gpt2"}) == {"model_type": "gpt2"}
 
 
 def test_an_existing_folder_needs_overwrite(tmp_path: Path) -> None:
