@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
 
 from saap._version import __version__
@@ -30,6 +29,10 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folde
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model repository ships.")]
+
+
+# The base of all complaints about the command line itself; typer does not export it under a name of its own.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def _version(value: bool) -> None:
@@ -209,11 +212,13 @@ def main() -> None:
     except SaapError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx is not None else "saap"
-        print(f"error: {error.format_message().rstrip('.')}. See `{command} --help`.", file=sys.stderr)
+    except _USAGE_ERROR as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "saap"
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        print(f"error: {message.rstrip('.')}. See `{command} --help`.", file=sys.stderr)
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted: finished stages are kept; the same command goes on from there.", file=sys.stderr)
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)

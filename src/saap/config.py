@@ -169,8 +169,8 @@ class PruneConfig(BaseModel):
             ("--sample-length", self.sample_length, 8),
             ("--align", self.align, 1),
             ("--refit-tokens", self.refit_tokens if self.refit_tokens is not None else 1024, 1024),
-            ("--target-params", self.target_parameters or 1, 1),
-            ("--target-size", self.target_bytes or 1, 1),
+            ("--target-params", 1 if self.target_parameters is None else self.target_parameters, 1),
+            ("--target-size", 1 if self.target_bytes is None else self.target_bytes, 1),
         ):
             if value < least:
                 raise ConfigurationError(f"{flag} {value} is too small", f"Give at least {least}")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 24
 PLAIN_SECONDS = 15.0
+PLAIN_WIDTH = 140
 
 
 class PlainReporter:
@@ -111,15 +112,23 @@ def make_reporter(*, quiet: bool, to_stderr: bool) -> Iterator[Reporter]:
         yield PlainReporter(stream)
 
 
+def _console() -> Console:
+    """Stdout; wide where no terminal sets a width, so that nothing is folded in files and pipes."""
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+
 def print_structures(shown: Mapping[str, Any]) -> None:
     """Table of the coupled structures of a model."""
-    console = Console()
+    console = _console()
     console.print(
         f"{escape(str(shown['model']))}: {shown['parameters']:,} parameters, {shown['block_parameters']:,} of them in "
         f"{shown['blocks']} decoder blocks",
         highlight=False,
     )
-    table = Table("role", "groups", "units", "parameters / unit", "member", "axis", "width", "side")
+    table = Table("role", "groups", "units", "parameters / unit")
+    table.add_column("member", overflow="fold")
+    for heading in ("axis", "width", "side"):
+        table.add_column(heading)
     for row in shown["roles"]:
         for index, member in enumerate(row["members"]):
             first = index == 0
@@ -141,7 +150,7 @@ def print_structures(shown: Mapping[str, Any]) -> None:
 
 def print_preview(shown: Mapping[str, Any]) -> None:
     """What a dry run found."""
-    console = Console(highlight=False)
+    console = _console()
     console.print(f"model: {escape(str(shown['model']))}, {shown['parameters']:,} parameters")
     for target in shown["targets"]:
         console.print(
@@ -155,7 +164,7 @@ def print_preview(shown: Mapping[str, Any]) -> None:
 
 def print_results(results: Sequence[PruneResult]) -> None:
     """The summary of each result."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console()
     for result in results:
         _print_report(console, result.report)
 

@@ -131,7 +131,8 @@ class PlanFile:
             units = (chosen or {}).get(name) if isinstance(kept, int) else kept
             if units is None or (isinstance(kept, int) and len(units) != kept):
                 raise PlanError(f"The units of {name} are still to be chosen", "List them as `units`")
-            keep[name] = units
+            if len(units) < graph.group(name).units:
+                keep[name] = units
         shapes = kept_shapes(graph, keep, self.dropped_blocks)
         return StructurePlan(
             graph_digest=graph.digest,

@@ -34,5 +34,7 @@ def place(folder: Path, out: Path) -> None:
     except OSError as error:
         if part.exists():
             shutil.move(part, folder)
+        if old.exists() and not out.exists():
+            old.rename(out)
         raise OutputError(f"{out} cannot be written ({error.strerror or error})", "Choose another --out") from error
     shutil.rmtree(old, ignore_errors=True)

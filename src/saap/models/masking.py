@@ -73,7 +73,8 @@ def consumer_masks(graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]) -> di
 def masked(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Iterator[None]:
     """Inside the context the model computes what the plan's cut would, with its weights untouched.
 
-    Groups of the whole model (hidden channels) are not masked: a norm over them sees the zeros.
+    Groups of the whole model (hidden channels) are not masked, and where a norm spans a group's own axis it still sees
+    the removed channels: there the result is only near that of the cut.
     """
     skipped = [graph.blocks[layer] for layer in plan.dropped_blocks]
     with masked_channels(model, consumer_masks(graph, plan.keep), skipped):

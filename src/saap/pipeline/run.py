@@ -18,6 +18,7 @@ from saap.discovery.summary import summarise
 from saap.estimation.calibrate import estimate
 from saap.estimation.selection import unit_scores
 from saap.models.devices import quick_float32_products
+from saap.models.structure import mark_pruned
 from saap.pipeline.context import Run
 from saap.pipeline.finish import Made, find_made, finish, keep_made
 from saap.pipeline.inputs import LoadedModel, RunOptions, TokenSets, draw_tokens, needs_measuring, open_model
@@ -28,7 +29,7 @@ from saap.pipeline.progress import Reporter, Silent
 from saap.pipeline.report import PruneResult
 from saap.pipeline.targets import Target, plan_targets, with_budgets, work_path
 from saap.pipeline.work import WorkFolder
-from saap.records import ImportanceScores, ModelGraph, Role, StructurePlan, UnitScores, digest_of, require_same
+from saap.records import ImportanceScores, Layout, ModelGraph, Role, StructurePlan, UnitScores, digest_of, require_same
 from saap.storage import read_plan, read_scores, write_plan, write_scores
 from saap.structure_search.costs import SecondOrder, gram_bytes, second_order_costs
 from saap.structure_search.judge import StructureJudge
@@ -284,6 +285,8 @@ def _make(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScore
             restoration = restore(model, run.graph, plan, tokens, _restore_settings(run), run.meter.reporter.advance)
             plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
         structure = cut(model, run.graph, plan)
+        if plan.layout is Layout.ADAPTIVE and target.folder is None and hasattr(model, "save_pretrained"):
+            mark_pruned(model, structure)
         return keep_made(run, target, model, plan, structure, errors, scores)
 
 

@@ -21,6 +21,9 @@ from saap.models.loss import loss_and_gradient
 from saap.models.walker import BlockWalker, inference_only
 from saap.records import CoupledGroup, IntArray, ModelGraph, UnitScores
 
+CURVE_STEPS = 32
+"""Batches in which the units of a module leave: fine enough for the steps of a plan."""
+
 
 @dataclass(frozen=True, slots=True)
 class SecondOrder:
@@ -72,7 +75,7 @@ def second_order_costs(
     for index, (path, group) in enumerate(by_path.items()):
         weight = weight_out_in(model.get_submodule(path))
         units = torch.tensor([list(group.consumers[0].rows(unit)) for unit in range(group.units)], device=weight.device)
-        at_once = 32 if units.shape[1] == 1 else 1
+        at_once = max(1, group.units // CURVE_STEPS)
         order, costs = removal_order(weight, grams[group.name] / tokens.numel(), units, group.units, at_once=at_once)
         nats = torch.empty_like(costs)
         nats[order] = 0.5 * sensitivity[group.layer].to(costs) * costs

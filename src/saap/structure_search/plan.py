@@ -115,8 +115,7 @@ def _propose(
         )
     else:
         slots, proposal = _single(graph, scores, budget, space, strategy, dropped)
-    keep = proposal.keep(slots)
-    return {name: kept for name, kept in keep.items() if len(kept) < graph.group(name).units}, trail
+    return proposal.keep(slots), trail
 
 
 def make_plan(
@@ -129,7 +128,8 @@ def make_plan(
     align: int,
     trail: tuple[Candidate, ...] = (),
 ) -> StructurePlan:
-    """A plan with its predicted numbers of parameters."""
+    """A plan with its predicted numbers of parameters; groups that keep all their units need not be named."""
+    keep = {name: kept for name, kept in keep.items() if len(kept) < graph.group(name).units}
     shapes = kept_shapes(graph, keep, dropped_blocks)
     inside = {name: shape for name, shape in shapes.items() if graph.block_of(name) >= 0}
     return StructurePlan(
@@ -137,7 +137,7 @@ def make_plan(
         layout=layout,
         strategy=str(strategy),
         align=align,
-        keep=dict(keep),
+        keep=keep,
         dropped_blocks=tuple(dropped_blocks),
         parameters=count_parameters(shapes),
         block_parameters=count_parameters(inside),

@@ -1,0 +1,79 @@
+"""The commands as a user types them, in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.pipeline import tiny
+
+FAST = ["--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "8"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.folder(tmp_path_factory.mktemp("dense"))
+
+
+def saap(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "saap.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_help_names_every_flag() -> None:
+    shown = saap("prune", "--help").stdout
+    for flag in (
+        "--out", "--overwrite", "--work-dir", "--keep-work", "--pruning-ratio", "--target-params", "--target-size",
+        "--calibration", "--samples", "--sample-length", "--refit-tokens", "--layout", "--roles", "--skip-layers",
+        "--align", "--strategy", "--importance", "--fusion-scope", "--no-restore", "--effort", "--seed", "--device",
+        "--dtype", "--revision", "--trust-remote-code", "--dry-run", "--json", "--quiet", "--plan",
+    ):  # fmt: skip
+        assert flag in shown
+
+
+def test_prune_prints_what_the_user_needs(source: Path, tmp_path: Path) -> None:
+    done = saap("prune", source, "--pruning-ratio", "0.2", "--out", tmp_path / "small", *FAST)
+    assert done.returncode == 0, done.stderr
+    for text in ("parameters", "bytes (float32)", "perplexity", "kept units per layer", "prompt:", "saap.load("):
+        assert text in done.stdout
+    assert (tmp_path / "small" / "model.safetensors").exists()
+
+
+def test_json_is_one_object_on_stdout(source: Path, tmp_path: Path) -> None:
+    done = saap("prune", source, "--pruning-ratio", "0.2", "--out", tmp_path / "small", "--json", *FAST)
+    report = json.loads(done.stdout)
+    assert report["pruning_ratio"] >= 0.2
+    assert report["perplexity_ratio"] > 0
+    assert "estimate" in done.stderr
+    assert {stage["name"] for stage in report["stages"]} >= {"discover the coupled structures"}
+
+
+def test_quiet_says_nothing(source: Path, tmp_path: Path) -> None:
+    done = saap("prune", source, "--pruning-ratio", "0.2", "--out", tmp_path / "small", "--quiet", *FAST)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
+    done = saap("prune", source, "--pruning-ratio", "0.2", "--out", tmp_path / "small", "--dry-run", "--json", *FAST)
+    assert json.loads(done.stdout)["targets"][0]["removal"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect(source: Path) -> None:
+    shown = json.loads(saap("inspect", source, "--json").stdout)
+    roles = {row["role"]: row for row in shown["roles"]}
+    assert (roles["ffn"]["groups"], roles["ffn"]["units"], roles["ffn"]["parameters_per_unit"]) == (4, 96, 3 * 32)
+    assert (roles["attention"]["units"], roles["hidden"]["units"]) == (2, 32)
+    table = saap("inspect", source).stdout
+    assert "gate_proj" in table
+    assert "attention" in table
+
+
+def test_a_refusal_is_one_line_and_no_traceback(source: Path, tmp_path: Path) -> None:
+    done = saap("prune", source, "--pruning-ratio", "2", "--out", tmp_path / "small")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""

@@ -1,0 +1,197 @@
+"""Every refusal through the command line: exit code 2, one sentence, nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.pipeline import tiny
+
+from saap import cli
+
+FAST = ["--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "8"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.folder(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture
+def copy(source: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(source, tmp_path / "model"))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    sys.argv = ["saap", *map(str, arguments)]
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(caught.value.code or 0), captured.out, captured.err
+
+
+def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: object, offender: str) -> None:
+    out = tmp_path / "out"
+    code, _, error = run(capsys, *arguments[:2], *FAST, *arguments[2:], "--out", out)
+    last = error.strip().splitlines()[-1]
+    assert code == 2, error
+    assert last.startswith("error: ")
+    assert offender in last
+    assert "Traceback" not in error
+    assert not out.exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "offender"),
+    [
+        ([], "no target was given"),
+        (["--pruning-ratio", "0.2", "--target-params", "1M"], "--pruning-ratio and --target-params"),
+        (["--pruning-ratio", "1.2"], "1.2 is out of range"),
+        (["--pruning-ratio", "-0.1"], "-0.1 is out of range"),
+        (["--pruning-ratio", "many"], "'many' is not a number"),
+        (["--pruning-ratio", "0.2,0.2"], "same ratio twice"),
+        (["--target-params", "5 apples"], "'5 apples'"),
+        (["--target-size", "0"], "--target-size 0"),
+        (["--pruning-ratio", "0.2", "--layout", "unifrom"], "Did you mean uniform?"),
+        (["--pruning-ratio", "0.2", "--roles", "ffn,heads"], "'heads'"),
+        (["--pruning-ratio", "0.2", "--skip-layers", "middle:3"], "'middle:3'"),
+        (["--pruning-ratio", "0.2", "--strategy", "best"], "'best'"),
+        (["--pruning-ratio", "0.2", "--samples", "1"], "--samples 1"),
+        (["--pruning-ratio", "0.2", "--device", "tpu"], "tpu"),
+        (["--pruning-ratio", "0.2", "--dtype", "int8"], "int8"),
+        (["--pruning-ratio", "0.2", "--layout", "uniform", "--skip-layers", "first:1"], "--skip-layers"),
+        (["--pruning-ratio", "0.98"], "cannot be removed"),
+        (["--target-params", "1"], "cannot be removed"),
+        (["--target-params", "900M"], "out of range"),
+        (["--pruning-ratio", "0.2", "--unknown"], "--unknown"),
+        (["--pruning-ratio", "0.2", "--calibration", "mixde"], "mixde"),
+        (["--pruning-ratio", "0.2", "--plan", "plan.json"], "--pruning-ratio and --plan"),
+        (["--plan", "no-plan.json"], "no-plan.json"),
+    ],
+)
+def test_flags(capsys, tmp_path, source, arguments, offender) -> None:
+    refused(capsys, tmp_path, "prune", source, *arguments, offender=offender)
+
+
+def test_out_is_missing(capsys, source) -> None:
+    code, _, error = run(capsys, "prune", source, "--pruning-ratio", "0.2")
+    assert (code, "--out" in error) == (2, True)
+
+
+def test_existing_output_is_kept(capsys, tmp_path, source) -> None:
+    out = tmp_path / "there"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    code, _, error = run(capsys, "prune", source, "--pruning-ratio", "0.2", "--out", out)
+    assert (code, "exists" in error) == (2, True)
+    code, _, error = run(capsys, "prune", source, "--pruning-ratio", "0.2", "--out", out, "--overwrite")
+    assert code == 2
+    assert [file.read_text() for file in out.iterdir()] == ["mine"]
+
+
+def test_missing_model(capsys, tmp_path) -> None:
+    refused(capsys, tmp_path, "prune", tmp_path / "nowhere", "--pruning-ratio", "0.2", offender="nowhere")
+
+
+def test_unknown_architecture(capsys, tmp_path, copy) -> None:
+    edit_config(copy, model_type="quantum_llama")
+    refused(capsys, tmp_path, "prune", copy, "--pruning-ratio", "0.2", offender="'quantum_llama'")
+
+
+def test_remote_code_is_not_run(capsys, tmp_path, copy) -> None:
+    edit_config(copy, model_type="mine", auto_map={"AutoModelForCausalLM": "evil.Model"})
+    (copy / "evil.py").write_text("raise SystemExit('ran')")
+    refused(capsys, tmp_path, "prune", copy, "--pruning-ratio", "0.2", offender="evil.py")
+
+
+def test_unsupported_architecture_names_what_stopped_it(capsys, tmp_path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=tiny.VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    tiny.tokenizer().save_pretrained(tmp_path / "mamba")
+    refused(capsys, tmp_path, "prune", tmp_path / "mamba", "--pruning-ratio", "0.2", offender="error: ")
+
+
+def test_truncated_weights(capsys, tmp_path, copy) -> None:
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(capsys, tmp_path, "prune", copy, "--pruning-ratio", "0.2", offender="model.safetensors")
+
+
+def test_pickle_only(capsys, tmp_path, copy) -> None:
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    refused(capsys, tmp_path, "prune", copy, "--pruning-ratio", "0.2", offender="pickle")
+
+
+def test_index_that_leaves_its_folder(capsys, tmp_path, copy) -> None:
+    (copy / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(capsys, tmp_path, "prune", copy, "--pruning-ratio", "0.2", offender="elsewhere")
+
+
+def test_non_finite_loss(capsys, tmp_path, copy) -> None:
+    weights = load_file(copy / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    refused(capsys, tmp_path, "prune", copy, "--pruning-ratio", "0.2", offender="sample 0 is nan")
+
+
+@pytest.mark.parametrize(("content", "offender"), [("", "empty"), ("too short", "tokens")])
+def test_calibration_text(capsys, tmp_path, source, content, offender) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(content)
+    arguments = ["prune", source, "--pruning-ratio", "0.2", "--calibration", text]
+    refused(capsys, tmp_path, *arguments, offender=offender)
+
+
+def test_malformed_record_names_file_and_line(capsys, tmp_path, source) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "good"}\n{"text": \n')
+    arguments = ["prune", source, "--pruning-ratio", "0.2", "--calibration", text]
+    refused(capsys, tmp_path, *arguments, offender="text.jsonl, line 2")
+
+
+def test_no_tokenizer(capsys, tmp_path, copy) -> None:
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    refused(capsys, tmp_path, "prune", copy, "--pruning-ratio", "0.2", offender="tokenizer")
+
+
+def test_tokenizer_of_another_vocabulary(capsys, tmp_path) -> None:
+    small = tiny.folder(tmp_path / "small", vocab_size=60)
+    refused(capsys, tmp_path, "prune", small, "--pruning-ratio", "0.2", offender="60")
+
+
+def test_full_disk(capsys, tmp_path, source, monkeypatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    refused(capsys, tmp_path, "prune", source, "--pruning-ratio", "0.2", offender="MB free")
+
+
+def test_stale_stage_files(capsys, tmp_path, source) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "settings.json").write_text('{"digest": "0123456789abcdef"}')
+    arguments = ["prune", source, "--pruning-ratio", "0.2", "--work-dir", work]
+    refused(capsys, tmp_path, *arguments, offender="0123456789ab")
+
+
+def test_a_plan_of_another_model(capsys, tmp_path, source) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"format_version": 1, "groups": {"layers.77.ffn": {"kept": 3}}}))
+    refused(capsys, tmp_path, "prune", source, "--plan", plan, offender="layers.77.ffn")
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.pipeline import tiny
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import saap
+from saap.config import PruneConfig
+from saap.errors import CalibrationError, LayoutError, OutputError, StaleInputError, TargetError
+from saap.pipeline import run as run_module
+from saap.pipeline.run import RunOptions, run_prune
+
+SETTINGS = {"samples": 6, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.folder(tmp_path_factory.mktemp("dense"))
+
+
+def logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+TOKENS = torch.arange(2, 42).reshape(2, 20)
+
+
+@pytest.mark.parametrize("layout", ["adaptive", "uniform"])
+def test_the_folder_computes_what_the_result_does(source: Path, tmp_path: Path, layout: str) -> None:
+    out = tmp_path / "small"
+    result = saap.prune(source, pruning_ratio=0.2, out=out, layout=layout, **SETTINGS)
+    report = result.report
+    counted = sum(parameter.numel() for parameter in result.model.parameters())
+    assert counted == report.parameters == result.plan.parameters
+    assert report.pruning_ratio >= 0.2
+    opened = saap.load(out)
+    torch.testing.assert_close(logits(opened, TOKENS), logits(result.model, TOKENS), rtol=0, atol=0)
+    if layout == "uniform":
+        stock = AutoModelForCausalLM.from_pretrained(out)
+        torch.testing.assert_close(logits(stock, TOKENS), logits(opened, TOKENS), rtol=0, atol=0)
+    assert len(opened.generate(TOKENS[:1], max_new_tokens=4, do_sample=False)[0]) == 24
+    assert AutoTokenizer.from_pretrained(out)("a")["input_ids"]
+    manifest = json.loads((out / "saap" / "manifest.json").read_text())
+    assert manifest["format_version"] == 1
+    assert manifest["parameters"]["after"] == counted
+    assert {stage["name"] for stage in manifest["stages"]} >= {"load the model", "measure the dense model"}
+    assert not out.with_name("small.saap-work").exists()
+    assert (out / "README.md").exists()
+
+
+def test_same_seed_same_bits(source: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        saap.prune(source, pruning_ratio=0.2, out=tmp_path / name, seed=3, **SETTINGS)
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
+    assert first == second
+
+
+def test_several_ratios_share_one_estimation(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    stock = run_module.estimate
+    monkeypatch.setattr(run_module, "estimate", lambda *a, **k: calls.append(1) or stock(*a, **k))
+    config = PruneConfig(pruning_ratios=(0.1, 0.3), **SETTINGS)
+    results = run_prune(source, config, RunOptions(out=tmp_path / "many"))
+    assert len(calls) == 1
+    for ratio, result in zip(("0.1", "0.3"), results, strict=True):
+        assert result.path == tmp_path / "many" / ratio
+        assert sum(p.numel() for p in saap.load(result.path).parameters()) == result.plan.parameters
+    assert results[0].plan.parameters > results[1].plan.parameters
+
+
+def test_a_loaded_model_is_not_changed_and_token_ids_are_taken(source: Path) -> None:
+    model = tiny.model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tokens = np.random.default_rng(0).integers(1, tiny.VOCABULARY, (60, 64))
+    result = saap.prune(model, pruning_ratio=0.25, calibration=tokens, **SETTINGS)
+    assert result.path is None
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert sum(p.numel() for p in result.model.parameters()) < sum(p.numel() for p in model.parameters())
+    assert logits(result.model, TOKENS).isfinite().all()
+
+
+def test_keeping_everything_leaves_the_bits_as_they_were(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "same"
+    saap.prune(source, pruning_ratio=0.0, out=out, **SETTINGS)
+    dense, same = saap.load(source), saap.load(out)
+    for (name, one), (_, other) in zip(dense.state_dict().items(), same.state_dict().items(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_an_edited_plan_is_carried_out(source: Path, tmp_path: Path) -> None:
+    saap.prune(source, pruning_ratio=0.2, out=tmp_path / "first", restore=False, **SETTINGS)
+    document = json.loads((tmp_path / "first" / "saap" / "plan.json").read_text())
+    document["groups"]["layers.0.ffn"] = {"kept": 40}
+    document["groups"]["layers.1.attention"] = {"units": "1"}
+    edited = tmp_path / "edited.json"
+    edited.write_text(json.dumps(document))
+    result = saap.prune(source, plan=edited, out=tmp_path / "second", **SETTINGS)
+    assert len(result.plan.keep["layers.0.ffn"]) == 40
+    assert result.plan.keep["layers.1.attention"] == (1,)
+    assert sum(p.numel() for p in saap.load(tmp_path / "second").parameters()) == result.plan.parameters
+
+
+def test_blocks_and_hidden_channels(source: Path, tmp_path: Path) -> None:
+    blocks = saap.prune(source, pruning_ratio=0.25, roles=["block"], layout="uniform", out=tmp_path / "b", **SETTINGS)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "b").config.num_hidden_layers == 3
+    assert len(blocks.plan.dropped_blocks) == 1
+    hidden = saap.prune(source, pruning_ratio=0.2, roles=["hidden"], restore=False, out=tmp_path / "h", **SETTINGS)
+    torch.testing.assert_close(logits(saap.load(tmp_path / "h"), TOKENS), logits(hidden.model, TOKENS))
+
+
+def test_targets_in_parameters_and_bytes(source: Path, tmp_path: Path) -> None:
+    dense = sum(p.numel() for p in tiny.model().parameters())
+    result = saap.prune(source, target_params=int(0.9 * dense), **SETTINGS)
+    assert result.plan.parameters <= int(0.9 * dense)
+    target = int(4 * 0.9 * dense)
+    saap.prune(source, target_size=target, out=tmp_path / "sized", **SETTINGS)
+    assert (tmp_path / "sized" / "model.safetensors").stat().st_size <= target
+
+
+class _InterruptError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["search", "restore", "observe_after"])
+def test_an_interrupted_run_is_taken_up(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    from saap.pipeline import finish as finish_module
+
+    config = PruneConfig(pruning_ratios=(0.2,), **SETTINGS)
+    whole = run_prune(source, config, RunOptions(out=tmp_path / "whole"))[0]
+    holder, name = {
+        "search": (run_module, "search"),
+        "restore": (run_module, "restore"),
+        "observe_after": (finish_module, "observe"),
+    }[stage]
+
+    def stop(*arguments: object, **keywords: object) -> None:
+        raise _InterruptError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, name, stop)
+        with pytest.raises(_InterruptError):
+            run_prune(source, config, RunOptions(out=tmp_path / "cut"))
+    assert not (tmp_path / "cut").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "estimate", stop)
+        again = run_prune(source, config, RunOptions(out=tmp_path / "cut"))[0]
+    assert again.plan == whole.plan
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+
+
+def test_stale_stage_files_are_refused(source: Path, tmp_path: Path) -> None:
+    config = PruneConfig(pruning_ratios=(0.2,), **SETTINGS)
+    run_prune(source, config, RunOptions(out=tmp_path / "o", keep_work=True))
+    other = dataclasses.replace(RunOptions(out=tmp_path / "o", keep_work=True), overwrite=True)
+    with pytest.raises(StaleInputError, match="digest"):
+        run_prune(source, PruneConfig(pruning_ratios=(0.2,), **{**SETTINGS, "seed": 9}), other)
+
+
+def test_refusals_come_before_the_estimation(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "estimate", lambda *a, **k: pytest.fail("the estimation began"))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("mine")
+    short = tmp_path / "short.txt"
+    short.write_text("only a few words")
+    with pytest.raises(OutputError):
+        saap.prune(source, pruning_ratio=0.2, out=tmp_path / "there", **SETTINGS)
+    with pytest.raises(TargetError, match="at most 0"):
+        saap.prune(source, pruning_ratio=0.95, **SETTINGS)
+    with pytest.raises(CalibrationError):
+        saap.prune(source, pruning_ratio=0.2, calibration=str(short), **SETTINGS)
+    odd = tiny.folder(tmp_path / "odd", hidden_size=36, num_attention_heads=6, num_key_value_heads=3, head_dim=6)
+    with pytest.raises(LayoutError):
+        saap.prune(odd, pruning_ratio=0.1, layout="uniform", roles=["attention"], skip_layers=None, **SETTINGS)
+    assert (tmp_path / "there" / "file").read_text() == "mine"
+
+
+def test_evaluate(source: Path, tmp_path: Path) -> None:
+    text = tiny.text_file(tmp_path / "text.txt", 4000)
+    report = saap.evaluate(source, texts=[text, "bundled"], window=64, max_tokens=640)
+    assert set(report.perplexity) == {str(text), "bundled"}
+    assert report.perplexity["bundled"].tokens == 630

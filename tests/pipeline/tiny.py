@@ -1,0 +1,45 @@
+"""A tiny LLaMA with a tokenizer of its own, as a folder that any consumer could have written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from saap.data.texts import evaluation_text
+
+VOCABULARY = 320
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    inner.train_from_iterator([evaluation_text()[:20000]], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
+
+
+def model(layers: int = 4, **changes: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 1024,
+    }  # fmt: skip
+    config = LlamaConfig(**{**sizes, **changes}, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True)
+    return LlamaForCausalLM(config).eval()
+
+
+def folder(at: Path, **changes: int) -> Path:
+    model(**changes).save_pretrained(at)
+    tokenizer().save_pretrained(at)
+    return at
+
+
+def text_file(at: Path, characters: int = 60000) -> Path:
+    at.write_text(evaluation_text()[:characters])
+    return at
