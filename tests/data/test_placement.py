@@ -66,6 +66,15 @@ def test_a_set_may_be_smaller_where_the_request_allows_it():
         place("text", 111, demands, generator())
 
 
+def test_a_held_out_set_leaves_the_others_what_they_insist_on():
+    demands = [demand("scored", 10, 8), demand("held", 4, 8, held_out=True, at_least=1)]
+    starts = place("text", 100, demands, generator())
+    assert {name: len(found) for name, found in starts.items()} == {"scored": 10, "held": 2}
+    assert not covered(starts["held"], 8) & covered(starts["scored"], 8)
+    with pytest.raises(CalibrationError, match="at least 88 are needed"):
+        place("text", 87, demands, generator())
+
+
 def test_a_text_that_is_too_short_names_tokens_needed_and_found():
     with pytest.raises(CalibrationError, match=r"short has 1,000 tokens, but at least 1,280 are needed"):
         place("short", 1000, [demand("samples", 10, 128)], generator())

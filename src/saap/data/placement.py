@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -43,14 +43,16 @@ def place(text: str, tokens: int, demands: Sequence[Demand], generator: np.rando
     """
     if sum(demand.tokens for demand in demands) <= tokens:
         return _spread(0, tokens, demands, generator)
-    held = [demand for demand in demands if demand.held_out]
+    others = [demand for demand in demands if not demand.held_out]
+    rest = max((demand.at_least * demand.length for demand in others), default=0)
+    held: list[Demand] = []
+    for demand in (one for one in demands if one.held_out):
+        used = sum(one.tokens for one in held)
+        held.append(_fit(text, tokens, tokens - rest - used, demand, demands))
     rest = tokens - sum(demand.tokens for demand in held)
-    fitted = [_fit(text, tokens, rest, demand, demands) for demand in demands if not demand.held_out]
-    if rest < 0:
-        raise _too_short(text, tokens, demands)
     starts = _spread(rest, tokens, held, generator)
-    for demand in fitted:
-        starts |= _spread(0, rest, [demand], generator)
+    for demand in others:
+        starts |= _spread(0, rest, [_fit(text, tokens, rest, demand, demands)], generator)
     return starts
 
 
@@ -87,16 +89,16 @@ def share_rows(ids: IntArray, demands: Sequence[Demand], generator: np.random.Ge
     return taken
 
 
-def _fit(text: str, tokens: int, rest: int, demand: Demand, demands: Sequence[Demand]) -> Demand:
-    """The demand, made small enough for `rest` tokens."""
-    fitting = min(demand.sequences, max(0, rest) // demand.length)
+def _fit(text: str, tokens: int, room: int, demand: Demand, demands: Sequence[Demand]) -> Demand:
+    """The demand, made small enough for `room` tokens."""
+    fitting = min(demand.sequences, max(0, room) // demand.length)
     if fitting < demand.at_least:
         raise _too_short(text, tokens, demands)
-    return Demand(name=demand.name, sequences=fitting, length=demand.length, held_out=False, at_least=demand.at_least)
+    return replace(demand, sequences=fitting)
 
 
 def _too_short(text: str, tokens: int, demands: Sequence[Demand]) -> CalibrationError:
-    held = sum(demand.tokens for demand in demands if demand.held_out)
+    held = sum(demand.at_least * demand.length for demand in demands if demand.held_out)
     others = [demand.at_least * demand.length for demand in demands if not demand.held_out]
     parts = ", ".join(f"{demand.name} {demand.sequences} x {demand.length}" for demand in demands)
     return CalibrationError(
