@@ -1,6 +1,7 @@
 """Tiny random models of every family, one line each: all sizes distinct where the family allows, float64.
 
-hidden 48, 6 heads in 3 KV groups where the family groups them (head width 16), FFN 80, vocabulary 128, 2 blocks.
+hidden 48, 6 heads in 3 KV groups where the family groups them (of width 12 where it can be said), FFN 80, vocabulary
+128, 2 or 3 blocks.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ VOCABULARY = 128
 _TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
 _MHA = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 80, **_TOKENS}
 _GQA = {**_MHA, "num_key_value_heads": 3}
-_WIDE = {**_GQA, "head_dim": 16}
+_WIDE = {**_GQA, "head_dim": 12}
 _ROTARY = {**_WIDE, "max_position_embeddings": 64}
-_GEMMA = {**_ROTARY, "query_pre_attn_scalar": 16, "sliding_window": 8}
+_GEMMA = {**_ROTARY, "query_pre_attn_scalar": 12, "sliding_window": 8}
 _GPT2 = {"n_embd": 48, "n_head": 6, "n_layer": 2, "n_inner": 80, "n_positions": 64, **_TOKENS}
 _OPT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "ffn_dim": 80, "word_embed_proj_dim": 40}
 _FALCON = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "ffn_hidden_size": 80, **_TOKENS}

@@ -18,6 +18,7 @@ from saap.discovery.repeat import Checked
 from saap.models.arguments import unit_axis
 from saap.models.linear import contracted_axis
 from saap.models.modeling_pruned import ArgumentSlice
+from saap.models.structure import epsilon_name
 from saap.records import Role, UnitAttribute
 
 TOLERANCE = 1e-9
@@ -29,15 +30,22 @@ def checked(instance: Instance, number: int) -> Checked:
     group = instance.groups[number]
     if group.refusal is not None or group.units == 1:
         return Checked(group=group)
+    stiff = [path for path in group.scaled_norms if not _can_take_up(instance.model.get_submodule(path))]
+    if stiff:
+        reason = f"the norm {stiff[0]} has no weight or no epsilon attribute that could take up removed channels"
+        return Checked(group=replace(group, refusal=reason))
     try:
         found = _hidden(instance, number) if group.role is Role.HIDDEN else _in_block(instance, number)
     except Exception as error:  # the model's own code fails in its own way
-        found = None
         return Checked(group=replace(group, refusal=f"a small model of its classes does not run: {error}"))
     if found is None:
         reason = "removing its units is not the same as masking them, whichever sizes of the module follow"
         return Checked(group=replace(group, refusal=reason))
     return found
+
+
+def _can_take_up(norm: nn.Module) -> bool:
+    return norm._parameters.get("weight") is not None and epsilon_name(norm) is not None
 
 
 def _hidden(instance: Instance, number: int) -> Checked | None:

@@ -12,7 +12,7 @@ from saap.discovery.blocks import alike, find_blocks
 from saap.discovery.groups import TracedGroup, traced_groups
 from saap.discovery.instance import small_instance
 from saap.discovery.reduce import ReducedModel, reduced
-from saap.discovery.repeat import Checked, Naming, check_last_of_each_kind, everywhere
+from saap.discovery.repeat import Checked, Naming, check_last_of_each_kind, everywhere, with_hidden_checked
 from saap.discovery.trace import Trace, trace
 from saap.errors import UnsupportedModelError
 from saap.models.loading import model_ref
@@ -32,7 +32,7 @@ def discover(model: nn.Module, ref: ModelRef | None = None) -> ModelGraph:
     kinds = tuple(tuple(kind) for kind in alike(model, blocks))
     copy, traced = _trace(model, blocks, sorted({index for kind in kinds for index in (kind[0], kind[-1])}))
     naming = Naming(blocks, kinds, copy)
-    found = traced_groups(traced, copy.blocks)
+    found = with_hidden_checked(traced_groups(traced, copy.blocks), naming)
     check_last_of_each_kind(found, naming)
     firsts: set[str | None] = {None, *(naming.traced_path(kind[0]) for kind in kinds)}
     needs = _needs(copy, found, firsts)

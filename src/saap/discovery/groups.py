@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -19,7 +19,11 @@ Axis = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class TracedGroup:
-    """A coupled group of the traced model. block: the path of its block, None for the hidden channels."""
+    """A coupled group of the traced model, or channels that are refused.
+
+    block: the path of its block, None for the hidden channels. label: path of the module whose channels are refused,
+    where they belong to no group. refusal: why the group cannot be pruned.
+    """
 
     block: str | None
     role: Role
@@ -27,6 +31,7 @@ class TracedGroup:
     members: tuple[AxisSlice, ...]
     scaled_norms: tuple[str, ...] = ()
     refusal: str | None = None
+    label: str | None = None
 
 
 def traced_groups(trace: Trace, blocks: Sequence[str]) -> list[TracedGroup]:
@@ -42,6 +47,7 @@ def traced_groups(trace: Trace, blocks: Sequence[str]) -> list[TracedGroup]:
         if np.isin(tags.numpy(), consumed).any() and not np.isin(tags.numpy(), made).any()
     }
     found: list[TracedGroup] = []
+    reported: set[int] = set()
     for axes, members in _clusters(units, trace.axes).items():
         if not any(axis in sides for axis in axes) or all(axis in sides for axis in axes):
             continue
@@ -50,7 +56,25 @@ def traced_groups(trace: Trace, blocks: Sequence[str]) -> list[TracedGroup]:
             continue
         block = None if place == "" else place
         found.append(_group(trace, units, marks, sides, block, members))
-    return _with_roles_checked(_named_hidden(found), sides)
+        reported |= _units_on(trace, units, axes[0])
+    found = _one_hidden(_leading_out(found), blocks)
+    return [*found, *_stopped(trace, units, reported, blocks)]
+
+
+def _units_on(trace: Trace, units: Units, axis: Axis) -> set[int]:
+    return set(units.of(trace.axes[axis[0]][axis[1]]).tolist())
+
+
+def _stopped(trace: Trace, units: Units, reported: set[int], blocks: Sequence[str]) -> list[TracedGroup]:
+    """Channels inside blocks that went into an operation without a rule before they made up a group."""
+    found: dict[str, TracedGroup] = {}
+    for name, axes in trace.axes.items():
+        block = next((path for path in blocks if name.startswith(path + ".")), None)
+        roots = {root for tags in axes for root in units.of(tags).tolist()}
+        for root in sorted(roots & set(units.stops) - reported) if block is not None else ():
+            label = name.rpartition(".")[0]
+            found.setdefault(label, TracedGroup(block, Role.FFN, 0, (), (), units.stops[root], label))
+    return list(found.values())
 
 
 def _clusters(
@@ -93,7 +117,7 @@ def _group(
     ids = [int(units.roots[trace.axes[anchor[0]][anchor[1]][unit[anchor][0]]]) for unit in cluster]
     attention = set(ids) <= marks["softmax"] & marks["product"]
     role = Role.HIDDEN if block is None else Role.ATTENTION if attention else Role.FFN
-    refusal = next((units.stops[unit] for unit in ids if unit in units.stops), None)
+    refusal = next((why for unit in ids if (why := units.stops.get(unit) or units.spread.get(unit))), None)
     if block is not None and not attention and set(ids) & marks["product"]:
         refusal = refusal or "its channels meet in a product of activations without softmax"
     members: list[AxisSlice] = []
@@ -143,31 +167,35 @@ def _norms(trace: Trace, units: Units, group: set[int], channels: int) -> tuple[
     return tuple(scaled), None
 
 
-def _named_hidden(groups: list[TracedGroup]) -> list[TracedGroup]:
-    """Of the groups across blocks the one on the most axes is the hidden one; the others are refused in its stead."""
+def _one_hidden(groups: list[TracedGroup], blocks: Sequence[str]) -> list[TracedGroup]:
+    """Hidden channels run through all blocks; channels between some of them alone are no hidden group."""
     across = [group for group in groups if group.block is None]
-    if len(across) < 2:
-        return groups
-    hidden = max(across, key=lambda group: len(group.members))
-    return [group for group in groups if group.block is not None or group is hidden]
+    whole = [
+        group
+        for group in across
+        if all(any(member.tensor.startswith(block + ".") for member in group.members) for block in blocks)
+    ]
+    others = [group for group in groups if group.block is not None]
+    if len(whole) == 1:
+        return [*others, *whole]
+    reason = "the channels between the blocks are not one group that runs through all of them"
+    return [*others, *(replace(group, refusal=reason) for group in across[:1])]
 
 
-def _with_roles_checked(groups: list[TracedGroup], sides: Mapping[Axis, Side]) -> list[TracedGroup]:
-    """Refuse an inner rank of attention: its consumers do not lead out of the block's attention but into it."""
-    inside = {
+def _leading_out(groups: list[TracedGroup]) -> list[TracedGroup]:
+    """Refuse an inner rank of attention: its consumers do not lead out of the block but into the heads."""
+    heads = {
         (member.tensor, member.axis)
         for group in groups
         if group.role is Role.ATTENTION
         for member in group.members
         if member.side is Side.PRODUCER
     }
-    checked: list[TracedGroup] = []
-    for group in groups:
-        into = any(
-            (member.tensor, 1 - member.axis) in inside
-            for member in group.members
-            if member.side is Side.CONSUMER and group.role is Role.FFN
-        )
-        reason = group.refusal or ("its channels lead into attention, not out of the block" if into else None)
-        checked.append(TracedGroup(group.block, group.role, group.units, group.members, group.scaled_norms, reason))
-    return checked
+    reason = "its channels lead into attention, not out of the block"
+    return [
+        replace(group, refusal=group.refusal or reason)
+        if group.role is Role.FFN
+        and any((member.tensor, 1 - member.axis) in heads for member in group.members if member.side is Side.CONSUMER)
+        else group
+        for group in groups
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +52,24 @@ def check_last_of_each_kind(groups: Sequence[TracedGroup], naming: Naming) -> No
             )
 
 
+def with_hidden_checked(groups: Sequence[TracedGroup], naming: Naming) -> list[TracedGroup]:
+    """Refuse hidden channels that meet first and last block of a kind in different places."""
+
+    def places(group: TracedGroup, index: int) -> list[tuple[str, int, int]]:
+        path = naming.traced_path(index) + "."
+        inside = [member for member in group.members if member.tensor.startswith(path)]
+        return [(member.tensor[len(path) :], member.axis, member.offset) for member in inside]
+
+    def agrees(group: TracedGroup) -> bool:
+        return all(places(group, kind[0]) == places(group, kind[-1]) for kind in naming.kinds)
+
+    reason = "it meets blocks that look alike in different places"
+    return [
+        group if group.block is not None or group.refusal or agrees(group) else replace(group, refusal=reason)
+        for group in groups
+    ]
+
+
 def everywhere(checked: Sequence[Checked], naming: Naming, order: Sequence[str]) -> list[CoupledGroup | Refusal]:
     """The groups of every block in the order of the layers, and the hidden group.
 
@@ -61,21 +80,21 @@ def everywhere(checked: Sequence[Checked], naming: Naming, order: Sequence[str])
     for index, path in enumerate(naming.blocks):
         first = naming.traced_path(kind_of[index][0])
         here = [item for item in checked if item.group.block == first]
-        counts = Counter(item.group.role for item in here)
+        counts = Counter(item.group.role for item in here if item.group.label is None)
         seen: Counter[Role] = Counter()
         for item in here:
             role = item.group.role
             suffix = f".{seen[role]}" if counts[role] > 1 else ""
-            seen[role] += 1
+            seen[role] += item.group.label is None
             found.append(_in_block(item, first, path, index, f"layers.{index}.{role}{suffix}"))
     found += [_hidden(item, naming, order) for item in checked if item.group.block is None]
     return found
 
 
 def _in_block(item: Checked, first: str, path: str, index: int, name: str) -> CoupledGroup | Refusal:
-    if item.group.refusal is not None:
-        return Refusal(name=name, reason=item.group.refusal)
     group = _moved(item.group, first, path)
+    if group.refusal is not None:
+        return Refusal(name=group.label or name, reason=group.refusal)
     return CoupledGroup(
         layer=index,
         role=group.role,
@@ -129,7 +148,8 @@ def _moved(group: TracedGroup, old: str, new: str) -> TracedGroup:
         block=new,
         members=tuple(replace(member, tensor=_renamed(member.tensor, old, new)) for member in group.members),
         scaled_norms=tuple(_renamed(norm, old, new) for norm in group.scaled_norms),
-        refusal=None if group.refusal is None else group.refusal.replace(old + ".", new + "."),
+        refusal=None if group.refusal is None else re.sub(re.escape(old) + r"(?!\d)", new, group.refusal),
+        label=None if group.label is None else _renamed(group.label, old, new),
     )
 
 

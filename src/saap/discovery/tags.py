@@ -115,17 +115,21 @@ class TagSpace:
             open_ties = remaining
         roots = np.array([forest.root(tag) for tag in range(self.count)], dtype=np.int64)
         stops = {int(roots[tag]): reason for tags, reason in self._stops for tag in tags.tolist()}
-        for owner, _ in open_ties:
-            stops.setdefault(int(roots[owner]), "one channel of it acts on several units")
-        return Units(roots, stops)
+        spread = {int(roots[owner]): "one channel of it acts on several units" for owner, _ in open_ties}
+        return Units(roots, stops, spread)
 
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """Resolved ties. roots: (tags,) the unit of each tag. stops: unit -> why it is not understood."""
+    """Resolved ties.
+
+    roots: (tags,) the unit of each tag. stops: unit -> the operation that it went into and that has no rule. spread:
+    unit -> that it has no place of its own, such as the weight of a norm that all heads share.
+    """
 
     roots: IntArray
     stops: dict[int, str]
+    spread: dict[int, str]
 
     def of(self, tags: Tensor | IntArray) -> IntArray:
         """The units of tags of any shape; UNTAGGED stays."""
