@@ -22,8 +22,8 @@ from saap.models.loss import loss_and_gradient
 from saap.models.walker import BlockWalker, inference_only
 from saap.records import CalibrationSet, FloatArray, ImportanceScores, ModelGraph, Role
 
-TOKENS_AT_ONCE = 512
-"""Tokens of a micro-batch: enough for efficient products, few enough for the memory of the block inputs."""
+TOKENS_AT_ONCE = 256
+"""Tokens of a micro-batch. More are no faster on a CPU, and each costs the inputs of all blocks in memory."""
 
 _Parts = Mapping[str, Mapping[int, PartScores]]
 
@@ -43,7 +43,7 @@ def estimate(
 
     One pass gives both. The importance of each sample is that of its own loss, the mean over its predicted tokens;
     samples are then averaged. Members in linear modules of the decoder blocks are scored, biases with their channels.
-    micro_batch: samples at a time, by default as many as fit into 512 tokens; it does not change the result.
+    micro_batch: samples at a time, by default as many as fit into 256 tokens; it does not change the result.
     progress: called with the numbers of samples done and of all. The model is left as it was.
     Raises CalibrationError for less than two samples, NonFiniteLossError, UnsupportedModelError.
     """
@@ -53,13 +53,13 @@ def estimate(
     rows = micro_batch or max(1, TOKENS_AT_ONCE // length)
     tokens = torch.from_numpy(calibration.tokens).to(next(model.parameters()).device)
     taps = make_taps(model, graph, [group for group in graph.groups if group.role in roles])
-    walker, scratch = BlockWalker(model, graph.blocks), Scratch()
+    walker, inputs, scratch = BlockWalker(model, graph.blocks), _Inputs(), Scratch()
     moments: dict[str, Moments] = {}
     losses: list[FloatArray] = []
     with inference_only(model):
         for first in range(0, samples, rows):
             part_losses, parts = _score_micro_batch(
-                walker, taps, tokens[first : first + rows], first, element_order, scratch
+                walker, taps, tokens[first : first + rows], first, element_order, inputs, scratch
             )
             losses.append(_as_numpy(part_losses))
             for name, group in taps.groups.items():
@@ -77,22 +77,40 @@ def estimate(
     )
 
 
+class _Inputs:
+    """The inputs of all blocks for one micro-batch, in one piece that all micro-batches use.
+
+    Tensors of their own, made between the temporary ones of the blocks, would leave the heap in fragments.
+    """
+
+    def __init__(self) -> None:
+        self._store: Tensor | None = None
+
+    def of(self, blocks: int, hidden: Tensor) -> Tensor:
+        """Room for `blocks` tensors of the shape of `hidden`, at most as large as at the first call."""
+        if self._store is None:
+            self._store = hidden.new_empty(blocks, *hidden.shape)
+        return self._store[:, : len(hidden)]
+
+
 def _score_micro_batch(
-    walker: BlockWalker, taps: Taps, tokens: Tensor, first: int, order: ElementOrder, scratch: Scratch
+    walker: BlockWalker, taps: Taps, tokens: Tensor, first: int, order: ElementOrder, store: _Inputs, scratch: Scratch
 ) -> tuple[Tensor, _Parts]:
     """Losses of the samples, and the scores of all parts by group and position."""
     batch = Batch(samples=tokens.shape[0], length=tokens.shape[1], order=order)
     stream = walker.start(tokens)
-    inputs = [stream.hidden]
+    inputs = store.of(len(walker.blocks), stream.hidden)
+    hidden = stream.hidden
     with torch.no_grad():
         for index in range(len(walker.blocks)):
-            inputs.append(walker.run_block(index, inputs[-1], stream.contexts))
-    losses, gradient = loss_and_gradient(walker, inputs.pop(), tokens, first_sample=first)
+            inputs[index].copy_(hidden)
+            hidden = walker.run_block(index, hidden, stream.contexts)
+    losses, gradient = loss_and_gradient(walker, hidden, tokens, first_sample=first)
     parts: dict[str, dict[int, PartScores]] = {name: {} for name in taps.groups}
     lowest = min(taps.by_block, default=len(walker.blocks))
     for index in reversed(range(lowest, len(walker.blocks))):
         with watching(walker.model, taps.by_block.get(index, {}), batch, scratch) as watched:
-            gradient = walker.backward_block(index, inputs.pop(), stream.contexts, gradient)
+            gradient = walker.backward_block(index, inputs[index], stream.contexts, gradient)
         for tap in watched:
             for (group, position), scores in tap.scores.items():
                 parts[group][position] = scores

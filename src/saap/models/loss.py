@@ -31,13 +31,10 @@ def loss_and_gradient(
     for sample in range(samples):
         for start in range(0, length - 1, tokens_at_once):
             stop = min(start + tokens_at_once, length - 1)
-            part = hidden[sample : sample + 1, start:stop].detach().requires_grad_(True)
-            with torch.enable_grad():
-                logits = walker.logits(part)
-            targets = labels[sample, start + 1 : stop + 1].to(logits.device)
-            likelihood, slope = _likelihood_and_slope(logits.detach(), targets, length - 1)
+            likelihood, gradient[sample, start:stop] = _likelihood_and_gradient(
+                walker, hidden[sample, start:stop], labels[sample, start + 1 : stop + 1], length - 1
+            )
             losses[sample] -= likelihood.to(losses.device)
-            (gradient[sample, start:stop],) = torch.autograd.grad(logits, part, slope.to(logits.dtype))[0]
     losses /= length - 1
     for sample, loss in enumerate(losses.tolist()):
         if not loss - loss == 0:
@@ -48,14 +45,21 @@ def loss_and_gradient(
     return losses, gradient
 
 
-def _likelihood_and_slope(logits: Tensor, targets: Tensor, predictions: int) -> tuple[Tensor, Tensor]:
-    """Sum of the targets' log-likelihoods, and d loss / d logits for a mean over `predictions`.
+def _likelihood_and_gradient(
+    walker: BlockWalker, hidden: Tensor, targets: Tensor, predictions: int
+) -> tuple[Tensor, Tensor]:
+    """Sum of the targets' log-likelihoods, and the gradient of their share of a mean loss over `predictions`.
 
-    logits: (1, tokens, vocabulary). targets: (tokens,). The slope reuses the storage of the log-softmax.
+    hidden: (tokens, width). targets: (tokens,). The logits and one more tensor of their size exist, not more: the
+    slope d loss / d logits = (softmax - one-hot) / predictions takes the storage of the log-softmax.
     """
-    log_probabilities = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    index = targets.view(1, -1, 1)
+    part = hidden.detach().unsqueeze(0).requires_grad_(True)
+    with torch.enable_grad():
+        logits = walker.logits(part)
+    log_probabilities = logits.detach().log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    index = targets.to(logits.device).view(1, -1, 1)
     likelihood = log_probabilities.gather(-1, index).sum()
     slope = log_probabilities.exp_()
     slope.scatter_add_(-1, index, torch.full_like(index, -1, dtype=slope.dtype))
-    return likelihood, slope.div_(predictions)
+    (gradient,) = torch.autograd.grad(logits, part, slope.div_(predictions).to(logits.dtype))
+    return likelihood, gradient[0]
