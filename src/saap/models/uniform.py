@@ -7,7 +7,7 @@ shapes of all parameters compared with those wanted.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -54,22 +54,39 @@ def uniform_config(config: Any, graph: ModelGraph, plan: StructurePlan) -> Any:
     """
     if not hasattr(config, "to_dict"):
         raise LayoutError("The model has no transformers configuration", ADAPTIVE_REMEDY)
-    changed = copy.deepcopy(config)
     sizes = {role: size for role in Role if (size := _size_of(role, graph, plan)) is not None}
-    for name, value in graph.pinned_fields.items() if sizes else ():
-        setattr(changed, name, value)
-    for role, size in sizes.items():
-        fields = [field for field in graph.config_fields if field.role is role]
-        if not fields:
-            raise LayoutError(f"{_family(config)} has no configuration for fewer {role} units", _can_hold(graph))
-        for field in fields:
-            setattr(changed, field.name, field.per_unit * size)
+    fields = [field for field in graph.config_fields if field.role in sizes]
+    unsaid = [str(role) for role in sizes if all(field.role is not role for field in fields)]
+    if unsaid:
+        raise LayoutError(f"{_family(config)} has no configuration for fewer {unsaid[0]} units", _can_hold(graph))
+    changed = _changed(config, graph.pinned_fields if sizes else {}, fields, sizes)
     built, reason = _built(lambda: AutoModelForCausalLM.from_config(_valid(changed)))
     if built is None:
         wanted = ", ".join(f"{size} {role} units" for role, size in sizes.items())
-        raise LayoutError(f"{_family(config)} cannot be built with {wanted}: {reason}", _can_hold(graph))
+        raise LayoutError(
+            f"{_family(config)} cannot be built with {wanted}: {reason}",
+            _nearest(config, graph, sizes) or _can_hold(graph),
+        )
     _compare(built, graph, plan, _family(config))
     return changed
+
+
+def _nearest(config: Any, graph: ModelGraph, sizes: Mapping[Role, int]) -> str | None:
+    """The sizes next to a single one that the family refuses, as a remedy."""
+    if len(sizes) > 1:
+        return None
+    ((role, size),) = sizes.items()
+    fields = [field for field in graph.config_fields if field.role is role]
+    small = _shortened(config, len(graph.blocks), 1)
+
+    def legal(other: int) -> bool:
+        changed = _changed(small, graph.pinned_fields, fields, {role: other})
+        return _built(lambda: AutoModelForCausalLM.from_config(_valid(changed)))[0] is not None
+
+    below = next((other for other in range(size - 1, 0, -1) if legal(other)), None)
+    above = next((other for other in range(size + 1, graph.of_role(role)[0].units) if legal(other)), None)
+    near = " or ".join(str(other) for other in (below, above) if other is not None)
+    return f"{ADAPTIVE_REMEDY}, or keep {near} {role} units in every layer" if near else None
 
 
 def _size_of(role: Role, graph: ModelGraph, plan: StructurePlan) -> int | None:
@@ -144,16 +161,22 @@ def _shallow(model: nn.Module, config: Any, graph: ModelGraph) -> tuple[Any, Cal
         return _built(lambda: type(model)(_valid(changed)))[0]
 
     for kept in (1, depth):
-        small = copy.deepcopy(config)
-        if kept < depth:
-            for name, value in list(vars(small).items()):
-                if isinstance(value, (list, tuple)) and len(value) == depth and not name.endswith("token_id"):
-                    setattr(small, name, type(value)(value[:kept]))
-            small.num_hidden_layers = kept
+        small = _shortened(config, depth, kept)
         built = shapes_of(small)
         if built and all(graph.shapes.get(name) == shape for name, shape in built.items()):
             return small, shapes_of
     return None
+
+
+def _shortened(config: Any, depth: int, kept: int) -> Any:
+    """A copy of the configuration of `depth` blocks with the first `kept` alone."""
+    small = copy.deepcopy(config)
+    if kept < depth:
+        for name, value in list(vars(small).items()):
+            if isinstance(value, (list, tuple)) and len(value) == depth and not name.endswith("token_id"):
+                setattr(small, name, type(value)(value[:kept]))
+        small.num_hidden_layers = kept
+    return small
 
 
 def _fields_of(
@@ -168,14 +191,14 @@ def _fields_of(
         wanted = kept_shapes(graph, {group.name: size for group in groups})
         useful = []
         for field in _candidates(role, config, units):
-            built = shapes_of(_changed(config, pinned, [field], size))
+            built = shapes_of(_changed(config, pinned, [field], {role: size}))
             if built is not None and all(built[name] == graph.shapes[name] for name in built):
                 continue  # sizes nothing, or is derived from others
             if built is None or all(built[name] == graph.shapes[name] for name in built if name not in owned):
                 useful.append(field)
         for count in range(1, MOST_FIELDS + 1):
             for fields in combinations(useful, count):
-                built = shapes_of(_changed(config, pinned, fields, size))
+                built = shapes_of(_changed(config, pinned, fields, {role: size}))
                 if built is not None and all(wanted.get(name) == shape for name, shape in built.items()):
                     return list(fields)
     return []
@@ -202,14 +225,13 @@ def _candidates(role: Role, config: Any, units: int) -> list[ConfigField]:
     ]
 
 
-def _changed(
-    config: Any, pinned: Mapping[str, int], fields: tuple[ConfigField, ...] | list[ConfigField], size: int
-) -> Any:
+def _changed(config: Any, pinned: Mapping[str, int], fields: Sequence[ConfigField], sizes: Mapping[Role, int]) -> Any:
+    """A copy of the configuration with the fields of each role at its number of kept units."""
     changed = copy.deepcopy(config)
     for name, value in pinned.items():
         setattr(changed, name, value)
     for field in fields:
-        setattr(changed, field.name, field.per_unit * size)
+        setattr(changed, field.name, field.per_unit * sizes[field.role])
     return changed
 
 
