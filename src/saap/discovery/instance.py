@@ -55,6 +55,9 @@ class Instance:
                 reached.add_(0.5)
             resize(self.model, parameter, values)
         for module in self.model.modules():
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "_experts_implementation"):
+                config._experts_implementation = "eager"  # the fused kernels know no float64
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_floating_point():
                     module._buffers[name] = buffer.double()

@@ -128,7 +128,9 @@ def _mix(step: Step) -> Tensor:
 
 
 def _reduce(step: Step) -> Any:
-    """A statistic over some axes; it stays with a unit that it does not leave."""
+    """A statistic over some axes; it stays with a unit that it does not leave. max and min of two tensors are none."""
+    if "other" in step.named:
+        return _elementwise(step)
     tags: Tensor = step.positional[0]
     dims = step.named.get("dim")
     chosen = range(tags.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims

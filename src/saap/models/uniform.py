@@ -187,19 +187,26 @@ def _fields_of(
         return []
     units = groups[0].units
     owned = {member.tensor for group in groups for member in group.members}
-    for size in _sizes(role, units):
+
+    def built_with(fields: Sequence[ConfigField], size: int) -> Shapes | None:
+        return shapes_of(_changed(config, pinned, fields, {role: size}))
+
+    def fits(fields: Sequence[ConfigField], size: int) -> bool | None:
+        """Whether exactly the group's sizes follow; None where the class refuses."""
+        built = built_with(fields, size)
         wanted = kept_shapes(graph, {group.name: size for group in groups})
+        return None if built is None else all(wanted.get(name) == shape for name, shape in built.items())
+
+    for size in _sizes(role, units):
         useful = []
         for field in _candidates(role, config, units):
-            built = shapes_of(_changed(config, pinned, [field], {role: size}))
-            if built is not None and all(built[name] == graph.shapes[name] for name in built):
-                continue  # sizes nothing, or is derived from others
-            if built is None or all(built[name] == graph.shapes[name] for name in built if name not in owned):
+            built = built_with([field], size)
+            changed = {name for name, shape in built.items() if shape != graph.shapes[name]} if built else owned
+            if changed and changed <= owned:
                 useful.append(field)
         for count in range(1, MOST_FIELDS + 1):
             for fields in combinations(useful, count):
-                built = shapes_of(_changed(config, pinned, fields, {role: size}))
-                if built is not None and all(wanted.get(name) == shape for name, shape in built.items()):
+                if fits(fields, size) and all(fits(fields, other) is not False for other in _sizes(role, units)):
                     return list(fields)
     return []
 
