@@ -46,6 +46,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3Config", _GQA),
     "stablelm": ("StableLmConfig", _GQA),
     "gptj": ("GPTJConfig", {**_GPT2, "rotary_dim": 4}),
+    "glm4": ("Glm4Config", _ROTARY),
+    "qwen3_next": ("Qwen3NextConfig", {**_ROTARY, "num_experts": 0, "layer_types": ["full_attention"] * 2}),
     "mpt": ("MptConfig", {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": 64, **_TOKENS}),
 }
 # Families that the conformance suite must cover.

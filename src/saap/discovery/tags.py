@@ -102,17 +102,15 @@ class TagSpace:
         if self._ties:
             forest.join(torch.cat(self._ties, dim=1))
         shared = [_by_owner(owners, partners) for owners, partners in self._shared]
-        open_ties = [item for group in shared for item in group.items()]
-        changed = True
-        while changed:
-            remaining = []
-            for owner, partners in open_ties:
-                if len({forest.root(partner) for partner in partners}) == 1:
-                    forest.unite(owner, partners[0])
-                else:
-                    remaining.append((owner, partners))
-            changed = len(remaining) < len(open_ties)
-            open_ties = remaining
+        open_ties = _settled(forest, [item for group in shared for item in group.items()])
+        # What a head's channel multiplies in several places (a gate on the output of grouped heads) is the head's.
+        heads = {forest.root(tag) for tag in np.intersect1d(self.marked("softmax"), self.marked("product")).tolist()}
+        for owner, partners in open_ties:
+            if forest.root(owner) in heads:
+                for partner in partners:
+                    forest.unite(owner, partner)
+                heads.add(forest.root(owner))
+        open_ties = _settled(forest, open_ties)
         roots = np.array([forest.root(tag) for tag in range(self.count)], dtype=np.int64)
         stops = {int(roots[tag]): reason for tags, reason in self._stops for tag in tags.tolist()}
         spread = {int(roots[owner]): "one channel of it acts on several units" for owner, _ in open_ties}
@@ -159,6 +157,21 @@ class _Forest:
         ordered, _ = torch.sort(pairs, dim=0)
         for key in torch.unique(ordered[0] << 32 | ordered[1]).tolist():
             self.unite(key >> 32, key & 0xFFFFFFFF)
+
+
+def _settled(forest: _Forest, ties: list[tuple[int, list[int]]]) -> list[tuple[int, list[int]]]:
+    """Join each owner to its partners where these are one unit already; the ties that stay open."""
+    changed = True
+    while changed:
+        remaining = []
+        for owner, partners in ties:
+            if len({forest.root(partner) for partner in partners}) == 1:
+                forest.unite(owner, partners[0])
+            else:
+                remaining.append((owner, partners))
+        changed = len(remaining) < len(ties)
+        ties = remaining
+    return ties
 
 
 def finest(tags: Sequence[Tensor]) -> list[Tensor]:
