@@ -3,8 +3,9 @@
 python benchmarks/estimation.py MODEL [--samples 50] [--length 128] [--micro-batch 2] [--threads 2] [--rounds 2]
 
 Random token ids; float32. Time: estimation and loss.backward() with weight gradients over the same tokens in the same
-batches, interleaved, medians; cpu_ratio is the same of processor seconds, steadier on a busy machine. Memory: a process of its own; peak resident size while estimating, minus that of the
-loaded model at rest (every weight touched, freed heap given back), relative to the bytes of the weights.
+batches, interleaved, medians; cpu_ratio is the same of processor seconds, steadier on a busy machine. Memory: a
+process of its own; peak resident size while estimating, minus that of the loaded model at rest (every weight touched,
+freed heap given back), relative to the bytes of the weights.
 """
 
 from __future__ import annotations

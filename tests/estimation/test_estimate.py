@@ -5,11 +5,13 @@ from collections.abc import Collection
 import numpy as np
 import pytest
 import torch
+from tests import families
 from tests.estimation.graphs import KNOWN, graph_of, member
 from tests.estimation.tiny import OwnModel, build, token_ids
 from torch import Tensor, nn
 
 from saap.config import Aggregation, ElementOrder
+from saap.discovery import discover
 from saap.errors import CalibrationError, NonFiniteLossError, UnsupportedModelError
 from saap.estimation.calibrate import estimate
 from saap.models.linear import contracted_axis, owner
@@ -53,14 +55,14 @@ def brute_force(
     changes, elements = [], []
     for part in group.members:
         module, attribute = owner(model, part.tensor)
-        if contracted_axis(module) is None or ("layers" not in part.tensor and ".h." not in part.tensor):
+        if contracted_axis(module) is None:
             continue
         change = by_unit(products[part.tensor], part, group.units)
         fine = by_unit(element(products[part.tensor], order), part, group.units)
         if attribute == "bias":
-            own = [m for m in group.members if m.tensor == part.tensor.replace("bias", "weight")]
-            index = [m.offset for m in own].index(part.offset)
-            place = [m for m in group.members if not m.tensor.endswith("bias")].index(own[index])
+            weight = part.tensor.removesuffix("bias") + "weight"
+            own = [(m.tensor, m.offset) for m in group.members if not m.tensor.endswith("bias")]
+            place = own.index((weight, part.offset))
             changes[place] = changes[place] + change
             elements[place] = elements[place] + fine
         else:
@@ -107,6 +109,14 @@ def check(
 def test_scores_equal_the_definition_by_autograd(family: str) -> None:
     model = build(family)
     check(model, graph_of(family, model))
+
+
+@pytest.mark.parametrize("family", families.CORE)
+def test_every_family_with_its_discovered_graph(family: str) -> None:
+    model = families.build(family)
+    graph = discover(model)
+    assert {group.role for group in graph.groups} >= {Role.FFN, Role.ATTENTION}
+    check(model, graph)
 
 
 @pytest.mark.parametrize("aggregation", Aggregation)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests import families
 from tests.estimation.tiny import FAMILIES, OwnModel, block_paths, build, token_ids
 from torch import Tensor, nn
 
@@ -23,9 +24,9 @@ def stock(model: nn.Module, tokens: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_blocks_one_by_one_give_the_stock_logits(family: str) -> None:
-    model, tokens = build(family), token_ids(3, 12)
+    model, tokens = families.build(family), token_ids(3, 12)
     expected = stock(model, tokens)
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     walker = BlockWalker(model, block_paths(model))
