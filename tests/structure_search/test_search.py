@@ -110,12 +110,12 @@ def test_adaptive_takes_the_candidate_with_the_least_measured_loss() -> None:
 
     budget = budget_for_ratio(GRAPH, 0.1)
     start = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE)
-    found = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, judge=judge, evaluations=80)
+    found = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, judge=judge, evaluations=60)
     assert judge(found.keep, ()) < judge(start.keep, ())
     assert found.trail[0].loss == pytest.approx(judge(found.keep, ()))
     names = {candidate.name for candidate in found.trail}
     assert {"volatility-z", "volatility-cv", "importance"} <= names
-    again = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, judge=judge, evaluations=80)
+    again = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, judge=judge, evaluations=60)
     assert again == found
 
 

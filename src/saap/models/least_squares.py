@@ -100,7 +100,8 @@ def removal_order(
 
     weight: (outputs, channels) of the matrix that reads the channels. gram: (channels, channels) of its inputs.
     units: (units, width) channel indices. remove: how many leave, `at_once` at a time; weight and inverse Gram matrix
-    are updated after each batch, in the type of `gram`: float32 is enough with the default ridge. Cost of unit u: tr(W_u [G^-1]_uu^-1 W_u^T), the squared output error that stays
+    are updated after each batch, in the type of `gram`: float32 is enough with the default ridge.
+    Cost of unit u: tr(W_u [G^-1]_uu^-1 W_u^T), the squared output error that stays
     after all other columns have adjusted. Source: OBS (Hassibi and Stork 1993) in its structured form.
     Returns (remove,) the units in the order of leaving and (remove,) what each costs, not decreasing.
     """

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from saap.config import Strategy
-from saap.errors import TargetError
 from saap.records import Candidate, IntArray, ModelGraph, Role
-from saap.structure_search.allocation import steps_by_score, steps_by_share, take_steps
+from saap.structure_search.allocation import Step, steps_by_score, steps_by_share, take_steps
 from saap.structure_search.costs import SecondOrder
 from saap.structure_search.objectives import Budget
 from saap.structure_search.slots import Slot
@@ -19,9 +20,10 @@ Judge = Callable[[Mapping[str, tuple[int, ...]]], float]
 
 # Sparing both ends was measured to beat every rule driven by importance (SmolLM2: first 4 and last 2 of 30 layers).
 FIRST_SHARE, LAST_SHARE = 4 / 30, 2 / 30
-ATTENTION_SHARES = (0.0, 0.3, 1.0)
-SPREADS = (0.15, 0.3, 0.6)
-MUTATION_SCALE = 0.25
+ATTENTION_SHARES = (0.0, 1.0)
+SPREADS = (0.3,)
+WAVES = 4
+MUTATION_SCALE = 0.3
 
 
 def spared_ends(blocks: int) -> tuple[int, ...]:
@@ -66,10 +68,11 @@ def adaptive(
 
     costs: second-order costs, from which the best unmeasured proposal follows. judge: loss of a structure given its
     kept units; None, or `evaluations` below 2, takes that proposal, or the default one, unmeasured.
-    Half of the evaluations at most go to named candidates, the rest to an evolution from the best of them: shares are
-    multiplied by random factors, a child that is better becomes the parent.
+    The named candidates come first, then an evolution from the best of them, in which a child that is better becomes
+    the parent.
     """
-    start = _start(graph, slots, scores, budget, costs)
+    ranking = _ranking(slots, costs)
+    start = _start(graph, slots, scores, budget, costs, ranking)
     if judge is None or evaluations < 2:
         return start, ()
     measured: list[tuple[float, Proposal]] = []
@@ -78,25 +81,29 @@ def adaptive(
     def measure(proposal: Proposal) -> float:
         loss = judge(proposal.keep(slots))
         measured.append((loss, proposal))
-        seen.add(proposal.sizes)
+        if proposal.orders is start.orders:
+            seen.add(proposal.sizes)
         if progress is not None:
             progress(len(measured), evaluations)
         return loss
 
     for proposal in [start, *_named(graph, slots, scores, budget, start.orders)]:
-        if len(measured) < evaluations and (proposal.sizes not in seen or proposal.name in set(Strategy)):
+        repeated = proposal.orders is start.orders and proposal.sizes in seen
+        if len(measured) < evaluations and not repeated:
             measure(proposal)
-    generator = np.random.default_rng(seed)
     best_loss, best = min(measured, key=lambda pair: pair[0])
-    failures = 0
+    steps = ranking if ranking is not None and best is start else steps_by_share(slots, _shares(slots, best.sizes))
+    generator, parent, failures = np.random.default_rng(seed), np.zeros(WAVES + 1), 0
     while len(measured) < evaluations and failures < 20:
-        child = _mutate(graph, slots, budget, best, generator, len(measured))
-        if child.sizes in seen:
+        genes = parent + generator.normal(0, MUTATION_SCALE, WAVES + 1)
+        sizes = take_steps(graph, slots, _repriced(graph, slots, steps, genes), budget)
+        if sizes in seen:
             failures += 1
             continue
+        child = Proposal(name=f"evolution {len(measured)}", sizes=sizes, orders=start.orders)
         loss = measure(child)
         if loss < best_loss:
-            best_loss, best = loss, child
+            best_loss, best, parent = loss, child, genes
     trail = sorted((Candidate(name=proposal.name, loss=loss) for loss, proposal in measured), key=lambda c: c.loss)
     return best, tuple(trail)
 
@@ -114,31 +121,42 @@ def _by_shares(
     return Proposal(name=name, sizes=sizes, orders=orders if orders is not None else importance_order(scores))
 
 
-def _start(
-    graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget, costs: SecondOrder | None
-) -> Proposal:
-    """One global ranking by second-order cost per parameter where that is known for all slots, else the default."""
+def _ranking(slots: Sequence[Slot], costs: SecondOrder | None) -> list[Step] | None:
+    """Steps of all slots priced by second-order cost per parameter, where that is known for all of them."""
     groups = [group.name for slot in slots for group in slot.groups]
     if costs is None or any(name not in costs.orders for name in groups):
+        return None
+    return steps_by_score(slots, lambda name: costs.scores[name].mean[costs.orders[name]])
+
+
+def _start(
+    graph: ModelGraph,
+    slots: Sequence[Slot],
+    scores: Scores,
+    budget: Budget,
+    costs: SecondOrder | None,
+    ranking: Sequence[Step] | None,
+) -> Proposal:
+    """One global ranking by second-order cost, else the default."""
+    if ranking is None or costs is None:
         return default_proposal(graph, slots, scores, budget)
-    steps = steps_by_score(slots, lambda name: costs.scores[name].mean[costs.orders[name]])
-    return Proposal(name="second-order cost", sizes=take_steps(graph, slots, steps, budget), orders={**costs.orders})
+    sizes = take_steps(graph, slots, ranking, budget)
+    return Proposal(name="second-order cost", sizes=sizes, orders={**costs.orders})
 
 
 def _named(
     graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget, orders: Mapping[str, IntArray]
 ) -> list[Proposal]:
-    """Uniform plans with shares of attention, module importance at several spreads, the literal readings.
+    """Uniform plans with shares of attention, module importance, the literal readings.
 
     orders: of the units in the plans that only say how much each module gives.
     """
     proposals = []
     has_attention = any(slot.role is Role.ATTENTION for slot in slots)
     for attention in ATTENTION_SHARES if has_attention else (1.0,):
-        for spare in (True, False):
-            shares = uniform_shares(graph, slots, attention=attention, spare=spare)
-            name = f"uniform, attention {attention:g}" + (", ends spared" if spare else "")
-            proposals.append(_by_shares(name, graph, slots, scores, budget, shares, orders))
+        shares = uniform_shares(graph, slots, attention=attention, spare=True)
+        name = f"uniform, attention {attention:g}, ends spared"
+        proposals.append(_by_shares(name, graph, slots, scores, budget, shares, orders))
     for spread in SPREADS:
         shares = module_shares(slots, scores, spread=spread, attention=0.3)
         name = f"module importance, spread {spread:g}"
@@ -148,21 +166,22 @@ def _named(
     return proposals
 
 
-def _mutate(
-    graph: ModelGraph,
-    slots: Sequence[Slot],
-    budget: Budget,
-    parent: Proposal,
-    generator: np.random.Generator,
-    number: int,
-) -> Proposal:
-    """A child of `parent`: a third of its shares multiplied by random factors."""
-    shares = np.array([(slot.units - size) / slot.units for slot, size in zip(slots, parent.sizes, strict=True)])
-    shares = np.maximum(shares, 0.02)
-    chosen = generator.random(len(slots)) < 1 / 3
-    shares = np.where(chosen, shares * np.exp(generator.normal(0, 2 * MUTATION_SCALE, len(slots))), shares)
-    try:
-        sizes = take_steps(graph, slots, steps_by_share(slots, shares.tolist()), budget)
-    except TargetError:
-        sizes = parent.sizes
-    return Proposal(name=f"evolution {number}", sizes=sizes, orders=parent.orders)
+def _shares(slots: Sequence[Slot], sizes: Sequence[int]) -> list[float]:
+    """What each slot gives under a plan, with a little for those that give nothing, so that the evolution can ask."""
+    return [max((slot.units - size) / slot.units, 0.02) for slot, size in zip(slots, sizes, strict=True)]
+
+
+def _repriced(
+    graph: ModelGraph, slots: Sequence[Slot], steps: Sequence[Step], genes: np.ndarray[Any, Any]
+) -> list[Step]:
+    """The same steps at other prices: a factor for attention, and one that varies slowly over the depth.
+
+    genes: (1 + WAVES,) logarithms; a gene of a wave is the amplitude of a cosine over the depth of the model.
+    """
+    depth = max(1, len(graph.blocks))
+    shifts = []
+    for slot in slots:
+        place = (np.mean([group.layer for group in slot.groups]) + 0.5) / depth
+        waves = sum(gene * np.cos(np.pi * (index + 1) * place) for index, gene in enumerate(genes[1:]))
+        shifts.append(float(np.exp(waves + (genes[0] if slot.role is Role.ATTENTION else 0.0))))
+    return [dataclasses.replace(step, price=step.price * shifts[step.slot]) for step in steps]
