@@ -112,7 +112,10 @@ def run(row: str, named: dict[str, Path], keep: Path | None) -> None:
 
 def table() -> None:
     names = list(TOKENS)
-    lines = ["| row | " + " | ".join(names) + " | removed | time, s | peak memory, GB |", "|---" * (len(names) + 4) + "|"]
+    lines = [
+        "| row | " + " | ".join(names) + " | removed | time, s | peak memory, GB |",
+        "|---" * (len(names) + 4) + "|",
+    ]
     for row in ROWS:
         file = RESULTS / f"{row}.json"
         if not file.exists():

@@ -28,6 +28,7 @@ from saap.errors import ConfigurationError
 from saap.estimation.calibrate import estimate as _estimate
 from saap.estimation.selection import unit_scores
 from saap.evaluation.perplexity import Perplexity, perplexity
+from saap.models.devices import quick_float32_products
 from saap.models.loading import model_ref
 from saap.pipeline.inputs import RunOptions, open_model
 from saap.pipeline.progress import Reporter
@@ -213,5 +214,6 @@ def evaluate(
     for name in texts:
         documents = (evaluation_text(),) if str(name) == BUNDLED else read_documents(name, tokenizer=loaded.tokenizer)
         ids = token_stream(documents, loaded.tokenizer)
-        found[str(name)] = perplexity(loaded.model, ids, window=window, max_tokens=max_tokens)
+        with quick_float32_products():
+            found[str(name)] = perplexity(loaded.model, ids, window=window, max_tokens=max_tokens)
     return EvalReport(model=loaded.ref.source, perplexity=found)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from saap.config import PrunableRole, PruneConfig, Strategy
+from saap.data.generated import sample_from_model, user_turn_prefix
 from saap.data.samples import Calibration, SampleRequest, draw_sets, token_stream
-from saap.data.texts import evaluation_text
+from saap.data.texts import MIXED, evaluation_text
 from saap.models.devices import pick_device, pick_dtype
 from saap.models.loading import load_model, load_tokenizer, model_ref
 from saap.models.references import resolve_model
 from saap.records import CalibrationSet, IntArray, ModelRef
 
 EVALUATION_TOKENS = 8192
+GENERATION_BATCH = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +102,52 @@ def needs_measuring(config: PruneConfig) -> bool:
     return by_search or PrunableRole.BLOCK in config.roles
 
 
+def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:
+    """How many sequences of the refit text the model writes itself: only for the default calibration."""
+    able = loaded.tokenizer is not None and hasattr(loaded.model, "generate")
+    wanted = config.effort_settings.generated_sequences
+    return wanted if able and config.restore and config.calibration == (MIXED,) else 0
+
+
+def write_refit_text(loaded: LoadedModel, config: PruneConfig, progress: Callable[[int, int], None] | None) -> IntArray:
+    """Sequences written by the dense model; half of them conversations, if it has a chat template.
+
+    Returns (sequences, length) ids. What the model writes covers what it knows, of which the bundled texts are a part.
+    """
+    settings = config.effort_settings
+    wanted = generated_sequences(loaded, config)
+    tokenizer = loaded.tokenizer
+    prefix = user_turn_prefix(tokenizer)
+    begin = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0) if tokenizer else 0
+    starts = [None, prefix] if prefix is not None else [None]
+    parts = []
+    for index, start in enumerate(starts):
+        count = wanted // len(starts) + (index < wanted % len(starts))
+        if count:
+            parts.append(
+                sample_from_model(
+                    loaded.model,
+                    sequences=count,
+                    length=settings.refit_length,
+                    batch=GENERATION_BATCH,
+                    seed=config.seed + index,
+                    bos=begin,
+                    chat_prefix=start,
+                    progress=progress,
+                )
+            )
+    return np.concatenate(parts)
+
+
 def draw_tokens(loaded: LoadedModel, config: PruneConfig, calibration: Calibration) -> TokenSets:
     """All token sets of a run; no token lies in two of them where the text suffices. Raises CalibrationError."""
     settings = config.effort_settings
     requests = [
         SampleRequest("scored", config.samples, config.sample_length),
         SampleRequest("held", settings.held_sequences, settings.held_length, held_out=True, at_least=1),
-        SampleRequest("refit", settings.refit_sequences, settings.refit_length, at_least=4),
+        SampleRequest(
+            "refit", settings.refit_sequences - generated_sequences(loaded, config), settings.refit_length, at_least=4
+        ),
     ]
     embedding = getattr(loaded.model, "get_input_embeddings", lambda: None)()
     rows = embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saap.errors import PlanError, UnsupportedModelError
+from saap.models.arguments import unit_axis
 from saap.models.modeling_pruned import ArgumentSlice, ConstantOutput, resize, set_attribute
 from saap.models.structure import PrunedStructure, argument_slice, epsilon_name, structure_of
 from saap.records import AxisSlice, CoupledGroup, ModelGraph, Role, Side, StructurePlan
@@ -231,7 +232,7 @@ def _argument_slices(model: nn.Module, group: CoupledGroup, kept: Sequence[int])
 
         def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             for argument, value in signature.bind(*arguments, **keywords).arguments.items():
-                place = _unit_axis(value, samples, group.units)
+                place = unit_axis(value, samples=samples, units=group.units)
                 if place is not None:
                     found[path] = ArgumentSlice(
                         module, argument=argument, axis=place[0], per_sample=place[1], units=group.units, kept=kept
@@ -256,12 +257,3 @@ def _argument_slices(model: nn.Module, group: CoupledGroup, kept: Sequence[int])
             "Prune without the role attention",
         )
     return found
-
-
-def _unit_axis(value: object, samples: int, units: int) -> tuple[int, bool] | None:
-    """(axis, whether it runs over samples too) of the axis that has one entry per unit; None if there is none."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 3:
-        return None
-    if value.shape[0] in (units, samples * units):
-        return 0, value.shape[0] != units
-    return (1, False) if value.ndim == 4 and value.shape[1] == units else None
