@@ -110,8 +110,10 @@ class EffortSettings(BaseModel):
 
 EFFORTS: dict[Effort, EffortSettings] = {
     Effort.FAST: EffortSettings(refit_sequences=16, search_evaluations=0, held_sequences=8),
-    Effort.DEFAULT: EffortSettings(refit_sequences=128, search_evaluations=16, held_sequences=16),
-    Effort.BEST: EffortSettings(refit_sequences=448, search_evaluations=64, held_sequences=32),
+    Effort.DEFAULT: EffortSettings(
+        refit_sequences=128, search_evaluations=16, held_sequences=16, generated_sequences=32
+    ),
+    Effort.BEST: EffortSettings(refit_sequences=448, search_evaluations=64, held_sequences=32, generated_sequences=128),
 }
 
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-6
+"""An error below this share of the target's energy is the rounding of float32 moments."""
+
 
 @dataclass(slots=True)
 class Moments:
@@ -55,15 +58,18 @@ def ridge_refit(weight: Tensor, fit: Moments, held: Moments, ridges: Sequence[fl
 
     weight: (outputs, channels). For each ridge r the W that minimises sum |t - W x|^2 + r mean(diag G) |W - weight|^2
     over the tokens of `fit` is judged on those of `held`; the best r is then used on both together. `weight` itself
-    stays if none is better. Returns W and the held-out error of its ridge divided by that of `weight`.
+    stays if none is better, or if its error is only rounding. Returns W and the held-out error of its ridge divided by
+    that of `weight`.
     """
     start = held.error(weight)
+    if start <= ROUNDING * held.energy:
+        return weight, 1.0
     errors = {ridge: held.error(_ridge(weight, fit, ridge)) for ridge in ridges}
     best = min(errors, key=errors.__getitem__)
     if not errors[best] < start:
         return weight, 1.0
     share = fit.tokens / max(1, fit.tokens + held.tokens)
-    return _ridge(weight, fit.plus(held), best * share).to(weight.dtype), errors[best] / start
+    return _ridge(weight, fit.plus(held), best * share).to(weight.dtype), max(0.0, errors[best]) / start
 
 
 def _ridge(weight: Tensor, moments: Moments, ridge: float) -> Tensor:

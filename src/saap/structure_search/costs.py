@@ -68,8 +68,11 @@ def second_order_costs(
     grams: dict[str, Tensor] = {}
     sensitivity = torch.zeros(len(graph.blocks), dtype=torch.float64)
     with inference_only(model):
-        for batch in torch.split(tokens, micro_batch):
+        batches = torch.split(tokens, micro_batch)
+        for index, batch in enumerate(batches):
             _walk(walker, batch, by_path, grams, sensitivity)
+            if progress is not None:
+                progress(index + 1, len(batches) + len(by_path))
     sensitivity /= tokens.numel()
     scores, orders = {}, {}
     for index, (path, group) in enumerate(by_path.items()):
@@ -82,7 +85,7 @@ def second_order_costs(
         scores[group.name] = UnitScores(mean=nats.cpu().numpy(), variance=torch.zeros_like(nats).cpu().numpy())
         orders[group.name] = order.cpu().numpy()
         if progress is not None:
-            progress(index + 1, len(by_path))
+            progress(len(batches) + index + 1, len(batches) + len(by_path))
     return SecondOrder(grams, scores, orders)
 
 

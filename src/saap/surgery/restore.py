@@ -19,6 +19,7 @@ from saap.models.linear import weight_out_in
 from saap.models.walker import BlockWalker, Contexts
 from saap.records import CoupledGroup, ModelGraph, StructurePlan
 from saap.surgery.cut import cut_group
+from saap.surgery.tune import TuneSettings, tune_block
 
 Progress = Callable[[int, int], None]
 
@@ -29,7 +30,8 @@ class RestoreSettings:
 
     ridges: tried for each matrix, relative to the mean of the Gram matrix' diagonal. held_share: part of the
     sequences that only judges the ridge. second_order: choose units by the pruned stream's Gram matrix at the plan's
-    counts instead of taking the plan's own units. micro_batch: sequences at a time.
+    counts instead of taking the plan's own units. micro_batch: sequences at a time. tune: gradient steps on each
+    block after its refit.
     """
 
     ridges: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
@@ -37,6 +39,7 @@ class RestoreSettings:
     second_order: bool = True
     choice_ridge: float = 1e-2
     micro_batch: int = 4
+    tune: TuneSettings | None = None
 
 
 @dataclass(slots=True)
@@ -93,10 +96,7 @@ def restore(
     result = Restoration()
     for layer in range(len(graph.blocks)):
         if layer in plan.dropped_blocks:
-            streams.dense = [
-                walker.run_block(layer, hidden, context)
-                for hidden, context in zip(streams.dense, streams.contexts, strict=True)
-            ]
+            streams.dense = _run(walker, layer, streams.dense, streams.contexts)
         else:
             _restore_block(walker, graph, plan, layer, streams, settings, result)
         if progress is not None:
@@ -127,14 +127,57 @@ def _restore_block(
     settings: RestoreSettings,
     result: Restoration,
 ) -> None:
+    whole = all(len(plan.kept(group)) == group.units for group in graph.in_block(layer))
+    if whole and all(pruned is dense for pruned, dense in zip(streams.pruned, streams.dense, strict=True)):
+        streams.dense = _run(walker, layer, streams.dense, streams.contexts)
+        streams.pruned = list(streams.dense)
+        return
     consumers = _consumers(walker, graph, layer, streams)
-    dense_outputs: dict[str, list[Tensor]] = {consumer.path: [] for consumer in consumers}
+    dense_next, dense_outputs = _dense_pass(walker, layer, consumers, streams)
+    pruned_next = _refit_consumers(walker, layer, consumers, streams, dense_outputs, plan, settings, result)
+    for group in graph.in_block(layer):
+        if group.name not in result.keep:
+            result.keep[group.name] = plan.kept(group)
+            cut_group(walker.model, group, plan.kept(group))
+    if settings.tune is not None:
+        share = _tune(walker, layer, streams, dense_next, settings)
+        result.errors[graph.blocks[layer]] = share
+        pruned_next = pruned_next if share == 1.0 else None
+    if pruned_next is None:
+        pruned_next = _run(walker, layer, streams.pruned, streams.contexts)
+    streams.dense, streams.pruned = dense_next, pruned_next
+
+
+def _run(walker: BlockWalker, layer: int, hidden: Sequence[Tensor], contexts: Sequence[Contexts]) -> list[Tensor]:
+    return [walker.run_block(layer, one, context) for one, context in zip(hidden, contexts, strict=True)]
+
+
+def _dense_pass(
+    walker: BlockWalker, layer: int, consumers: Sequence[_Consumer], streams: _Streams
+) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """The dense block's output, and what each of its consumers puts out."""
+    paths = [consumer.path for consumer in consumers]
+    outputs: dict[str, list[Tensor]] = {path: [] for path in paths}
     dense_next = []
     for hidden, context in zip(streams.dense, streams.contexts, strict=True):
-        with capture(walker.model, [consumer.path for consumer in consumers]) as seen:
+        with capture(walker.model, paths) as seen:
             dense_next.append(walker.run_block(layer, hidden, context))
         for path, one in seen.items():
-            dense_outputs[path].append(one.output)
+            outputs[path].append(one.output)
+    return dense_next, outputs
+
+
+def _refit_consumers(
+    walker: BlockWalker,
+    layer: int,
+    consumers: Sequence[_Consumer],
+    streams: _Streams,
+    dense_outputs: dict[str, list[Tensor]],
+    plan: StructurePlan,
+    settings: RestoreSettings,
+    result: Restoration,
+) -> list[Tensor] | None:
+    """Refit one consumer after the other. Returns the block's new output where it follows without another run."""
     gap = [dense - pruned for dense, pruned in zip(streams.dense, streams.pruned, strict=True)]
     pruned_next: list[Tensor] | None = None
     for position, consumer in enumerate(consumers):
@@ -143,24 +186,27 @@ def _restore_block(
         dense_here = dense_outputs.pop(consumer.path)
         targets = [_target(dense, opened, consumer.gain) for dense, opened in zip(dense_here, gap, strict=True)]
         new_outputs = _refit(walker.model, consumer, taken, targets, plan, settings, result)
-        if consumer.gain is not None:
-            for index, (target, new) in enumerate(zip(targets, new_outputs, strict=True)):
-                gap[index] = consumer.gain * (target - new)
-            if last and outputs is not None:
-                pruned_next = [
-                    out + consumer.gain * (new - old.output)
-                    for out, new, old in zip(outputs, new_outputs, taken, strict=True)
-                ]
-    for group in graph.in_block(layer):
-        if group.name not in result.keep:
-            result.keep[group.name] = plan.kept(group)
-            cut_group(walker.model, group, plan.kept(group))
-    if pruned_next is None:
-        pruned_next = [
-            walker.run_block(layer, hidden, context)
-            for hidden, context in zip(streams.pruned, streams.contexts, strict=True)
-        ]
-    streams.dense, streams.pruned = dense_next, pruned_next
+        if consumer.gain is None:
+            continue
+        gap = [consumer.gain * (target - new) for target, new in zip(targets, new_outputs, strict=True)]
+        if last and outputs is not None:
+            pruned_next = [
+                out + consumer.gain * (new - old.output)
+                for out, new, old in zip(outputs, new_outputs, taken, strict=True)
+            ]
+    return pruned_next
+
+
+def _tune(
+    walker: BlockWalker, layer: int, streams: _Streams, dense_next: Sequence[Tensor], settings: RestoreSettings
+) -> float:
+    """Gradient steps on the finished block; the held-out error relative to that before."""
+    inputs = [one for batch in streams.pruned for one in torch.split(batch, 1)]
+    targets = [one for batch in dense_next for one in torch.split(batch, 1)]
+    held = max(1, round(len(inputs) * settings.held_share))
+    if settings.tune is None or len(inputs) <= held:
+        return 1.0
+    return tune_block(walker, layer, streams.one, inputs, targets, held, settings.tune)
 
 
 def _target(dense: Tensor, gap: Tensor, gain: float | None) -> Tensor:

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tests.families import build
+from torch import nn
+
+from saap.discovery import discover
+from saap.models.capture import residual_gain
+from saap.models.linear import weight_out_in
+from saap.models.walker import BlockWalker
+from saap.records import Layout, ModelGraph, StructurePlan
+from saap.structure_search.plan import make_plan
+from saap.surgery.cut import cut
+from saap.surgery.restore import RestoreSettings, restore
+from saap.surgery.tune import TuneSettings
+
+FAMILIES = ("llama", "gemma2", "gpt2", "opt", "gpt_neox", "phi3", "bloom")
+
+
+def half_plan(graph: ModelGraph) -> StructurePlan:
+    keep = {group.name: tuple(range(0, group.units, 2)) for group in graph.groups if group.role == "ffn"}
+    return make_plan(graph, keep, (), layout=Layout.ADAPTIVE, strategy="test", align=1)
+
+
+def tokens(rows: int = 24, length: int = 16) -> torch.Tensor:
+    return torch.randint(2, 128, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def distance(model: nn.Module, dense: nn.Module, ids: torch.Tensor) -> float:
+    with torch.no_grad():
+        one, other = (m(ids, use_cache=False).logits for m in (model, dense))
+    return float((one - other).square().mean())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_restoration_comes_closer_to_the_dense_model(name: str) -> None:
+    dense = build(name)
+    graph = discover(dense)
+    plan = half_plan(graph)
+    plain, restored = copy.deepcopy(dense), copy.deepcopy(dense)
+    cut(plain, graph, plan)
+    result = restore(restored, graph, plan, tokens(), RestoreSettings(second_order=False))
+    cut(restored, graph, plan)
+    assert all(error <= 1.0 for error in result.errors.values())
+    unseen = torch.randint(2, 128, (8, 16), generator=torch.Generator().manual_seed(1))
+    assert distance(restored, dense, unseen) < distance(plain, dense, unseen)
+    shapes = [tuple(p.shape) for p in plain.parameters()]
+    assert [tuple(p.shape) for p in restored.parameters()] == shapes
+
+
+def test_unpruned_blocks_before_the_first_cut_are_left_alone() -> None:
+    dense = build("llama")
+    graph = discover(dense)
+    last = f"layers.{len(graph.blocks) - 1}.ffn"
+    plan = make_plan(graph, {last: (0, 1, 2)}, (), layout=Layout.ADAPTIVE, strategy="test", align=1)
+    model = copy.deepcopy(dense)
+    restore(model, graph, plan, tokens(), RestoreSettings())
+    for (name, before), after in zip(dense.named_parameters(), model.parameters(), strict=True):
+        if graph.block_of(name) < len(graph.blocks) - 1:
+            assert torch.equal(before, after), name
+
+
+def test_second_order_choice_keeps_the_plans_counts() -> None:
+    dense = build("llama")
+    graph = discover(dense)
+    plan = half_plan(graph)
+    model = copy.deepcopy(dense)
+    result = restore(model, graph, plan, tokens(), RestoreSettings(second_order=True))
+    for name, kept in plan.keep.items():
+        assert len(result.keep[name]) == len(kept)
+    assert any(result.keep[name] != kept for name, kept in plan.keep.items())
+
+
+def test_tuning_never_makes_a_block_worse_on_held_out_sequences() -> None:
+    dense = build("llama").float()
+    graph = discover(dense)
+    model = copy.deepcopy(dense)
+    settings = RestoreSettings(second_order=False, tune=TuneSettings(passes=2))
+    result = restore(model, graph, half_plan(graph), tokens(), settings)
+    tuned = [result.errors[path] for path in graph.blocks]
+    assert all(error <= 1.0 for error in tuned)
+    assert min(tuned) < 1.0
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "gains"), [("llama", (1.0, 1.0)), ("gpt_neox", (1.0, 1.0)), ("gemma2", (None, None))])
+def test_residual_gain(name: str, gains: tuple[float | None, ...]) -> None:
+    model = build(name)
+    graph = discover(model)
+    walker = BlockWalker(model, graph.blocks)
+    stream = walker.start(tokens(1))
+    paths = [m.tensor.rpartition(".")[0] for group in graph.in_block(0) for m in group.consumers]
+    with torch.no_grad():
+        found = residual_gain(walker, 0, paths, stream.hidden, stream.contexts)
+    assert {path for path, _ in found} == set(paths)
+    for (_, gain), expected in zip(found, gains, strict=True):
+        assert gain == (None if expected is None else pytest.approx(expected, abs=1e-6))
+    assert weight_out_in(model.get_submodule(paths[0])).ndim == 2
