@@ -28,9 +28,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from saap.estimation.calibrate import estimate
+from saap.models.loading import load_model
+from saap.models.references import resolve_model
 from saap.models.walker import inference_only
 from saap.records import CalibrationSet
 
@@ -39,7 +40,7 @@ MEASUREMENTS = ("graph", "time", "memory")
 
 def load(options: argparse.Namespace) -> torch.nn.Module:
     torch.set_num_threads(options.threads)
-    return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    return load_model(resolve_model(options.model), device=torch.device("cpu"), dtype=torch.float32)
 
 
 def calibration(options: argparse.Namespace, model: torch.nn.Module) -> CalibrationSet:

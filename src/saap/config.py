@@ -111,9 +111,9 @@ class EffortSettings(BaseModel):
 EFFORTS: dict[Effort, EffortSettings] = {
     Effort.FAST: EffortSettings(refit_sequences=16, search_evaluations=0, held_sequences=8),
     Effort.DEFAULT: EffortSettings(
-        refit_sequences=128, search_evaluations=16, held_sequences=16, generated_sequences=32
+        refit_sequences=224, search_evaluations=12, held_sequences=16, generated_sequences=112
     ),
-    Effort.BEST: EffortSettings(refit_sequences=448, search_evaluations=64, held_sequences=32, generated_sequences=128),
+    Effort.BEST: EffortSettings(refit_sequences=384, search_evaluations=32, held_sequences=24, generated_sequences=160),
 }
 
 

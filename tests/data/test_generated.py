@@ -21,11 +21,11 @@ def model() -> LlamaForCausalLM:
 
 def test_the_seed_decides_and_the_global_state_stays(model):
     state = torch.get_rng_state()
-    first = sample_from_model(model, sequences=5, length=12, batch=2, seed=1, bos=1)
+    first = sample_from_model(model, sequences=5, length=12, batch=2, seed=1, starts=[[1]])
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(99)
-    again = sample_from_model(model, sequences=5, length=12, batch=2, seed=1, bos=1)
-    other = sample_from_model(model, sequences=5, length=12, batch=2, seed=2, bos=1)
+    again = sample_from_model(model, sequences=5, length=12, batch=2, seed=1, starts=[[1]])
+    other = sample_from_model(model, sequences=5, length=12, batch=2, seed=2, starts=[[1]])
     assert first.shape == (5, 12)
     assert (first == again).all()
     assert (first != other).any()
@@ -35,7 +35,7 @@ def test_the_seed_decides_and_the_global_state_stays(model):
 def test_it_samples_the_models_own_distribution(model):
     """With the head's bias towards one token switched by the model's defaults, the shares must not move."""
     model.generation_config.update(top_k=1, repetition_penalty=5.0)
-    tokens = sample_from_model(model, sequences=4000, length=2, batch=4000, seed=0, bos=1)[:, 1]
+    tokens = sample_from_model(model, sequences=4000, length=2, batch=4000, seed=0, starts=[[1]])[:, 1]
     with torch.no_grad():
         expected = model(torch.tensor([[1]])).logits[0, -1].softmax(-1)
     shares = torch.bincount(torch.from_numpy(tokens), minlength=8) / 4000
@@ -45,7 +45,7 @@ def test_it_samples_the_models_own_distribution(model):
 def test_it_goes_on_after_the_end_token_and_reports_progress(model):
     seen: list[tuple[int, int]] = []
     tokens = sample_from_model(
-        model, sequences=3, length=40, batch=2, seed=0, bos=1, progress=lambda done, total: seen.append((done, total))
+        model, sequences=3, length=40, batch=2, seed=0, starts=[[1]], progress=lambda done, total: seen.append((done, total))
     )
     after_the_end = [row[list(row).index(2) + 1 :] for row in tokens if 2 in row]
     assert any(len(set(rest.tolist())) > 1 for rest in after_the_end)  # padding would be one id
@@ -53,7 +53,7 @@ def test_it_goes_on_after_the_end_token_and_reports_progress(model):
 
 
 def test_a_chat_starts_with_the_users_turn(model):
-    tokens = sample_from_model(model, sequences=2, length=10, batch=2, seed=0, bos=1, chat_prefix=(3, 4, 5))
+    tokens = sample_from_model(model, sequences=2, length=10, batch=2, seed=0, starts=[(3, 4, 5)])
     assert (tokens[:, :3] == [3, 4, 5]).all()
 
 
@@ -66,4 +66,4 @@ def test_the_users_turn_is_what_all_conversations_begin_with():
 
 def test_a_module_that_cannot_generate_is_refused():
     with pytest.raises(CalibrationError, match="Linear cannot generate"):
-        sample_from_model(nn.Linear(2, 2), sequences=1, length=4, batch=1, seed=0, bos=0)
+        sample_from_model(nn.Linear(2, 2), sequences=1, length=4, batch=1, seed=0, starts=[[0]])

@@ -24,15 +24,16 @@ def sample_from_model(
     length: int,
     batch: int,
     seed: int,
-    bos: int,
-    chat_prefix: Sequence[int] | None = None,
+    starts: Sequence[Sequence[int]],
+    padding: int = 0,
     temperature: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> IntArray:
     """Token ids (sequences, length) sampled from the model's own distribution, `batch` sequences at a time.
 
-    bos: the id that each sequence starts with, unless `chat_prefix` (see `user_turn_prefix`) is given: then the model
-    writes the user's turn and the answer itself. End-of-text tokens are ordinary tokens, after which it goes on.
+    starts: what the sequences begin with, one after the other and again from the first, all of one length; after
+    `user_turn_prefix` the model writes the user's turn and the answer itself. End-of-text tokens are ordinary tokens,
+    after which it goes on. padding: an id that the model's generation needs to know but never uses here.
     The same seed, batch and device give the same ids; the global random state is left as it was.
     progress: called with (sequences done, sequences).
     Raises CalibrationError for a model that cannot generate.
@@ -41,31 +42,41 @@ def sample_from_model(
         raise CalibrationError(
             f"{type(model).__name__} cannot generate text", "Give a text file or token ids as calibration"
         )
-    start = list(chat_prefix) if chat_prefix else [bos]
+    begin = [list(starts[index % len(starts)]) for index in range(sequences)]
     device = next(model.parameters()).device
     pieces: list[torch.Tensor] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for done in range(0, sequences, batch):
-            prompt = torch.tensor([start] * min(batch, sequences - done), device=device)
+            prompt = torch.tensor(begin[done : done + batch], device=device)
             # Every shaping of the distribution that the model's own generation defaults may ask for is switched off.
             written = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
-                max_new_tokens=length - len(start),
+                max_new_tokens=length - prompt.shape[1],
                 do_sample=True,
                 temperature=temperature,
                 top_k=0,
                 top_p=1.0,
                 repetition_penalty=1.0,
                 eos_token_id=None,
-                pad_token_id=bos,
+                pad_token_id=padding,
                 use_cache=True,
             )
             pieces.append(written.cpu())
             if progress is not None:
                 progress(done + len(prompt), sequences)
     return np.asarray(torch.cat(pieces), dtype=np.int64)
+
+
+def random_starts(tokenizer: Any, *, sequences: int, seed: int) -> list[list[int]]:
+    """A random token of the vocabulary for each sequence, so that what a model writes after it differs in kind.
+
+    Special tokens are left out. Source: the data generation of LLM-QAT (Liu et al. 2023).
+    """
+    special = set(tokenizer.all_special_ids)
+    ordinary = np.array([token for token in range(len(tokenizer)) if token not in special])
+    return [[int(token)] for token in np.random.default_rng(seed).choice(ordinary, size=sequences)]
 
 
 def user_turn_prefix(tokenizer: Any | None) -> tuple[int, ...] | None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from saap.config import PrunableRole, PruneConfig, Strategy
-from saap.data.generated import sample_from_model, user_turn_prefix
+from saap.data.generated import random_starts, sample_from_model, user_turn_prefix
 from saap.data.samples import Calibration, SampleRequest, draw_sets, token_stream
 from saap.data.texts import MIXED, evaluation_text
 from saap.models.devices import pick_device, pick_dtype
@@ -21,7 +21,7 @@ from saap.models.references import resolve_model
 from saap.records import CalibrationSet, IntArray, ModelRef
 
 EVALUATION_TOKENS = 8192
-GENERATION_BATCH = 64
+GENERATION_BATCH = 96
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,38 +105,39 @@ def needs_measuring(config: PruneConfig) -> bool:
 def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:
     """How many sequences of the refit text the model writes itself: only for the default calibration."""
     able = loaded.tokenizer is not None and hasattr(loaded.model, "generate")
-    wanted = config.effort_settings.generated_sequences
+    settings = config.effort_settings
+    wanted = min(settings.generated_sequences, settings.refit_sequences // 2)
     return wanted if able and config.restore and config.calibration == (MIXED,) else 0
 
 
 def write_refit_text(loaded: LoadedModel, config: PruneConfig, progress: Callable[[int, int], None] | None) -> IntArray:
-    """Sequences written by the dense model; half of them conversations, if it has a chat template.
+    """Sequences written by the dense model: half of them conversations, if it has a chat template.
 
-    Returns (sequences, length) ids. What the model writes covers what it knows, of which the bundled texts are a part.
+    Returns (sequences, length) ids. What the model writes covers what it knows; the bundled texts are a part of that.
     """
-    settings = config.effort_settings
     wanted = generated_sequences(loaded, config)
-    tokenizer = loaded.tokenizer
+    tokenizer: Any = loaded.tokenizer
     prefix = user_turn_prefix(tokenizer)
-    begin = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0) if tokenizer else 0
-    starts = [None, prefix] if prefix is not None else [None]
-    parts = []
-    for index, start in enumerate(starts):
-        count = wanted // len(starts) + (index < wanted % len(starts))
-        if count:
-            parts.append(
-                sample_from_model(
-                    loaded.model,
-                    sequences=count,
-                    length=settings.refit_length,
-                    batch=GENERATION_BATCH,
-                    seed=config.seed + index,
-                    bos=begin,
-                    chat_prefix=start,
-                    progress=progress,
-                )
+    turns = 0 if prefix is None else wanted // 2
+    kinds = [
+        (wanted - turns, random_starts(tokenizer, sequences=wanted - turns, seed=config.seed)),
+        (turns, [list(prefix or ())]),
+    ]
+    return np.concatenate(
+        [
+            sample_from_model(
+                loaded.model,
+                sequences=count,
+                length=config.effort_settings.refit_length,
+                batch=GENERATION_BATCH,
+                seed=config.seed + index,
+                starts=starts,
+                progress=progress,
             )
-    return np.concatenate(parts)
+            for index, (count, starts) in enumerate(kinds)
+            if count
+        ]
+    )
 
 
 def draw_tokens(loaded: LoadedModel, config: PruneConfig, calibration: Calibration) -> TokenSets:

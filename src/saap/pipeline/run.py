@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from saap.config import Importance, PrunableRole, PruneConfig, Strategy
@@ -29,10 +26,8 @@ from saap.pipeline.inputs import (
     RunOptions,
     TokenSets,
     draw_tokens,
-    generated_sequences,
     needs_measuring,
     open_model,
-    write_refit_text,
 )
 from saap.pipeline.legality import legal_sizes
 from saap.pipeline.meter import Meter
@@ -41,15 +36,14 @@ from saap.pipeline.progress import Reporter, Silent
 from saap.pipeline.report import PruneResult
 from saap.pipeline.targets import Target, plan_targets, with_budgets, work_path
 from saap.pipeline.work import WorkFolder
+from saap.pipeline.written import refit_tokens, with_written, write_text
 from saap.records import ImportanceScores, Layout, ModelGraph, Role, StructurePlan, UnitScores, digest_of, require_same
-from saap.storage import read_plan, read_scores, write_plan, write_scores, write_whole
+from saap.storage import read_plan, read_scores, write_plan, write_scores
 from saap.structure_search.costs import SecondOrder, gram_bytes, second_order_costs
 from saap.structure_search.judge import StructureJudge
 from saap.structure_search.plan import SearchSpace, check_reachable, plan_from_counts, search, with_units
 from saap.surgery.cut import cut
 from saap.surgery.restore import RestoreSettings, restore
-
-GENERATED = "generated.npy"
 
 __all__ = ["RunOptions", "inspect_model", "preview", "run_prune"]
 
@@ -184,8 +178,8 @@ def _all_targets(run: Run, targets: Sequence[Target]) -> list[PruneResult]:
     with meter.stage("estimate the importance of every unit"):
         scores = _scores(run)
         units = unit_scores(scores, run.graph, config.importance, config.fusion_scope)
+    write_text(run)
     plans = _plans(run, targets, units)
-    _write_refit_text(run)
     results = []
     for index, (target, plan) in enumerate(zip(targets, plans, strict=True)):
         last = index == len(targets) - 1
@@ -259,12 +253,12 @@ def _measure(run: Run) -> _Measured:
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if config.strategy is Strategy.ADAPTIVE and config.importance is Importance.FUSED and gram_bytes(graph) <= weights:
         with run.meter.stage("find the second-order cost of every unit"):
-            tokens = run.tokens.tensor("scored", run.device)
+            tokens = with_written(run, "scored")
             costs = second_order_costs(model, graph, tokens, progress=run.meter.reporter.advance)
     judge = None
     if needs_measuring(config):
         grams = None if costs is None else costs.grams
-        judge = StructureJudge(model, graph, run.tokens.tensor("held", run.device), grams)
+        judge = StructureJudge(model, graph, with_written(run, "held"), grams)
     return _Measured(costs, judge)
 
 
@@ -296,34 +290,13 @@ def _make(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScore
     errors: Mapping[str, float] = {}
     with run.meter.stage(f"cut{' and restore' if run.config.restore else ''}, block by block"):
         if run.config.restore and not plan.removes_nothing(run.graph):
-            tokens = _refit_tokens(run)
+            tokens = refit_tokens(run)
             restoration = restore(model, run.graph, plan, tokens, _restore_settings(run), run.meter.reporter.advance)
             plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
         structure = cut(model, run.graph, plan)
         if plan.layout is Layout.ADAPTIVE and target.folder is None and hasattr(model, "save_pretrained"):
             mark_pruned(model, structure)
         return keep_made(run, target, model, plan, structure, errors, scores)
-
-
-def _refit_tokens(run: Run) -> torch.Tensor:
-    """Text for the restoration, with what the dense model wrote."""
-    tokens = run.tokens.tensor("refit", run.device)
-    saved = run.work.file(GENERATED)
-    if saved.exists():
-        written = torch.from_numpy(np.load(saved, allow_pickle=False)).to(tokens)
-        tokens = torch.cat([tokens, written])
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(run.config.seed))
-    return tokens[order.to(tokens.device)]
-
-
-def _write_refit_text(run: Run) -> None:
-    """Let the dense model write its part of the refit text, once."""
-    if not generated_sequences(run.loaded, run.config) or run.work.file(GENERATED).exists():
-        return
-    with run.meter.stage("let the model write text of its own"):
-        content = io.BytesIO()
-        np.save(content, write_refit_text(run.loaded, run.config, run.meter.reporter.advance), allow_pickle=False)
-        write_whole(run.work.file(GENERATED), content.getvalue())
 
 
 def _restore_settings(run: Run) -> RestoreSettings:
