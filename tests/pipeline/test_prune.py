@@ -190,3 +190,14 @@ def test_evaluate(source: Path, tmp_path: Path) -> None:
     report = saap.evaluate(source, texts=[text, "bundled"], window=64, max_tokens=640)
     assert set(report.perplexity) == {str(text), "bundled"}
     assert report.perplexity["bundled"].tokens == 630
+
+
+def test_the_model_writes_half_of_the_default_refit_text(source: Path, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "effort": "default", "refit_tokens": 6144}
+    config = PruneConfig(pruning_ratios=(0.2,), **settings)
+    result = run_prune(source, config, RunOptions(out=tmp_path / "o", keep_work=True))[0]
+    written = np.load(tmp_path / "o.saap-work" / "generated.npy")
+    assert written.shape == (6, 512)
+    assert len(set(written[:, 0].tolist())) > 1
+    assert len(result.plan.trail) == config.effort_settings.search_evaluations
+    assert result.plan.trail[0].loss == min(candidate.loss for candidate in result.plan.trail)

@@ -21,7 +21,7 @@ from saap.models.references import resolve_model
 from saap.records import CalibrationSet, IntArray, ModelRef
 
 EVALUATION_TOKENS = 8192
-GENERATION_BATCH = 96
+GENERATION_BATCH = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +107,7 @@ def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:
     able = loaded.tokenizer is not None and hasattr(loaded.model, "generate")
     settings = config.effort_settings
     wanted = min(settings.generated_sequences, settings.refit_sequences // 2)
-    return wanted if able and config.restore and config.calibration == (MIXED,) else 0
+    return wanted if able and config.calibration == (MIXED,) else 0
 
 
 def write_refit_text(loaded: LoadedModel, config: PruneConfig, progress: Callable[[int, int], None] | None) -> IntArray:

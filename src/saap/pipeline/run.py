@@ -175,10 +175,10 @@ def _all_targets(run: Run, targets: Sequence[Target]) -> list[PruneResult]:
     config, meter = run.config, run.meter
     with meter.stage("measure the dense model"):
         dense = _dense_behaviour(run)
+    write_text(run)
     with meter.stage("estimate the importance of every unit"):
         scores = _scores(run)
         units = unit_scores(scores, run.graph, config.importance, config.fusion_scope)
-    write_text(run)
     plans = _plans(run, targets, units)
     results = []
     for index, (target, plan) in enumerate(zip(targets, plans, strict=True)):
@@ -199,16 +199,18 @@ def _dense_behaviour(run: Run) -> Behaviour:
 
 def _scores(run: Run) -> ImportanceScores:
     path = run.work.file("scores.safetensors")
+    tokens = with_written(run, "scored").cpu().numpy()
+    calibration = dataclasses.replace(run.tokens.scored, tokens=tokens)
     if path.exists():
         scores = read_scores(path)
         require_same("The file of scores", expected=scores.graph_digest, found=run.graph.digest)
-        require_same("The file of scores", expected=scores.calibration_digest, found=run.tokens.scored.digest)
+        require_same("The file of scores", expected=scores.calibration_digest, found=calibration.digest)
         return scores
     roles = [Role(role.value) for role in run.config.roles if role is not PrunableRole.BLOCK]
     scores = estimate(
         run.loaded.model,
         run.graph,
-        run.tokens.scored,
+        calibration,
         roles=roles or [Role.FFN, Role.ATTENTION],
         element_order=run.config.element_score,
         aggregation=run.config.aggregation,
@@ -251,7 +253,7 @@ def _measure(run: Run) -> _Measured:
     config, model, graph = run.config, run.loaded.model, run.graph
     costs = None
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if config.strategy is Strategy.ADAPTIVE and config.importance is Importance.FUSED and gram_bytes(graph) <= weights:
+    if _chooses_freely(config) and gram_bytes(graph) <= weights:
         with run.meter.stage("find the second-order cost of every unit"):
             tokens = with_written(run, "scored")
             costs = second_order_costs(model, graph, tokens, progress=run.meter.reporter.advance)
@@ -299,11 +301,14 @@ def _make(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScore
         return keep_made(run, target, model, plan, structure, errors, scores)
 
 
+def _chooses_freely(config: PruneConfig) -> bool:
+    """Whether second-order costs may decide: a named strategy, importance or plan is kept, and `mixed` too."""
+    named = config.strategy is not Strategy.ADAPTIVE or config.importance is not Importance.FUSED
+    return not named and config.plan is None and config.trusts_calibration
+
+
 def _restore_settings(run: Run) -> RestoreSettings:
-    """Units are chosen anew only where the search was free to choose: a named strategy, importance or plan is kept."""
-    free = run.config.strategy is Strategy.ADAPTIVE and run.config.importance is Importance.FUSED
-    free = free and run.config.plan is None
-    return RestoreSettings(second_order=free and run.config.effort_settings.second_order)
+    return RestoreSettings(second_order=_chooses_freely(run.config) and run.config.effort_settings.second_order)
 
 
 def _label(targets: Sequence[Target], target: Target) -> str:
