@@ -6,7 +6,7 @@ from tests.data.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saap.data.generated import sample_from_model, user_turn_prefix
+from saap.data.generated import random_starts, sample_from_model, user_turn_prefix
 from saap.errors import CalibrationError
 
 
@@ -45,8 +45,9 @@ def test_it_samples_the_models_own_distribution(model):
 def test_it_goes_on_after_the_end_token_and_reports_progress(model):
     seen: list[tuple[int, int]] = []
     tokens = sample_from_model(
-        model, sequences=3, length=40, batch=2, seed=0, starts=[[1]], progress=lambda done, total: seen.append((done, total))
-    )
+        model, sequences=3, length=40, batch=2, seed=0, starts=[[1]],
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
     after_the_end = [row[list(row).index(2) + 1 :] for row in tokens if 2 in row]
     assert any(len(set(rest.tolist())) > 1 for rest in after_the_end)  # padding would be one id
     assert seen == [(2, 3), (3, 3)]
@@ -67,3 +68,12 @@ def test_the_users_turn_is_what_all_conversations_begin_with():
 def test_a_module_that_cannot_generate_is_refused():
     with pytest.raises(CalibrationError, match="Linear cannot generate"):
         sample_from_model(nn.Linear(2, 2), sequences=1, length=4, batch=1, seed=0, starts=[[0]])
+
+
+def test_random_starts_are_ordinary_tokens_and_follow_the_seed():
+    tokenizer = byte_tokenizer()
+    starts = random_starts(tokenizer, sequences=50, seed=0)
+    assert starts == random_starts(tokenizer, sequences=50, seed=0)
+    assert starts != random_starts(tokenizer, sequences=50, seed=1)
+    assert not {start[0] for start in starts} & set(tokenizer.all_special_ids)
+    assert len({start[0] for start in starts}) > 10

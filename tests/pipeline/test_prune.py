@@ -199,5 +199,5 @@ def test_the_model_writes_half_of_the_default_refit_text(source: Path, tmp_path:
     written = np.load(tmp_path / "o.saap-work" / "generated.npy")
     assert written.shape == (6, 512)
     assert len(set(written[:, 0].tolist())) > 1
-    assert len(result.plan.trail) == config.effort_settings.search_evaluations
+    assert 2 < len(result.plan.trail) <= config.effort_settings.search_evaluations
     assert result.plan.trail[0].loss == min(candidate.loss for candidate in result.plan.trail)
