@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.families import build
 from tests.pipeline import tiny
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -179,9 +180,9 @@ def test_refusals_come_before_the_estimation(source: Path, tmp_path: Path, monke
         saap.prune(source, pruning_ratio=0.95, **SETTINGS)
     with pytest.raises(CalibrationError):
         saap.prune(source, pruning_ratio=0.2, calibration=str(short), **SETTINGS)
-    odd = tiny.folder(tmp_path / "odd", hidden_size=36, num_attention_heads=6, num_key_value_heads=3, head_dim=6)
+    ids = np.random.default_rng(0).integers(2, 128, (60, 64))
     with pytest.raises(LayoutError):
-        saap.prune(odd, pruning_ratio=0.1, layout="uniform", roles=["attention"], skip_layers=None, **SETTINGS)
+        saap.prune(build("gpt2"), pruning_ratio=0.1, layout="uniform", roles=["attention"], calibration=ids, **SETTINGS)
     assert (tmp_path / "there" / "file").read_text() == "mine"
 
 
