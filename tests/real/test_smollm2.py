@@ -23,7 +23,7 @@ sys.modules["saap"] = None
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
 text = tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0])
 print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "text": text}))

@@ -94,7 +94,7 @@ def _loading(layout: Layout) -> str:
     plain = (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH"{option})\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH"{option})\n```'
     )
     if layout is Layout.UNIFORM:
         return "With transformers, or with any program that reads this architecture:\n\n" + plain.format(option="")
