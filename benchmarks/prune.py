@@ -103,7 +103,7 @@ def run(row: str, named: dict[str, Path], keep: Path | None) -> None:
         "dtype": report["dtype"],
         "perplexity": pruned,
         "ratio": {name: value / dense[name] for name, value in pruned.items()},
-        "trail": report["trail"][:8],
+        "trail": report["trail"],
         "environment": {"python": platform.python_version(), "cores": os.cpu_count(), "machine": platform.machine()},
     }
     (RESULTS / f"{row}.json").write_text(json.dumps(result, indent=1) + "\n")
