@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from saap.models.capture import Capture, capture, residual_gain
 from saap.models.least_squares import Moments, removal_order, ridge_refit
 from saap.models.linear import weight_out_in
+from saap.models.masking import channel_mask
 from saap.models.walker import BlockWalker, Contexts
 from saap.records import CoupledGroup, ModelGraph, StructurePlan
 from saap.surgery.cut import cut_group
@@ -269,10 +270,8 @@ def _with_ones(x: Tensor, extra: int) -> Tensor:
 
 def _kept_columns(consumer: _Consumer, kept: Sequence[int], channels: int, device: torch.device) -> Tensor:
     """Input channels of the consumer that stay, ascending: (kept channels,)."""
-    mask = torch.ones(channels, dtype=torch.bool)
-    member = next(m for m in consumer.group.consumers if m.tensor.rpartition(".")[0] == consumer.path)
-    mask[member.indices(range(consumer.group.units))] = False
-    mask[member.indices(kept)] = True
+    paths = [member.tensor.rpartition(".")[0] for member in consumer.group.consumers]
+    mask = channel_mask(consumer.group, kept, channels, paths.index(consumer.path))
     return mask.nonzero().flatten().to(device)
 
 
