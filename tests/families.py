@@ -50,6 +50,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("Qwen3NextConfig", {**_ROTARY, "num_experts": 0, "layer_types": ["full_attention"] * 2}),
     "mpt": ("MptConfig", {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": 64, **_TOKENS}),
 }
+FLOAT32_ATTENTION = ("gptj",)  # whatever the model's dtype
 # Families that the conformance suite must cover.
 CORE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "opt", "bloom", "gpt_neox")
 

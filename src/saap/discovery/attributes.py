@@ -21,7 +21,8 @@ from saap.models.modeling_pruned import ArgumentSlice
 from saap.models.structure import epsilon_name
 from saap.records import Role, UnitAttribute
 
-TOLERANCE = 1e-9
+# Some models compute attention in float32 whatever their dtype; a size that does not follow errs by far more.
+TOLERANCE = 1e-5
 MOST_ATTRIBUTES = 3
 
 
