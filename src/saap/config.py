@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from saap.errors import ConfigurationError
-from saap.records import Layout
+from saap.records import Layout, Role
 
 
 class Importance(StrEnum):
@@ -75,6 +75,11 @@ class PrunableRole(StrEnum):
     BLOCK = "block"
 
 
+def unit_roles(roles: tuple[PrunableRole, ...]) -> tuple[Role, ...]:
+    """The roles whose units are removed one by one: all but whole blocks."""
+    return tuple(Role(role.value) for role in roles if role is not PrunableRole.BLOCK)
+
+
 class SkipLayers(BaseModel):
     """Decoder blocks at both ends that give nothing."""
 
@@ -111,9 +116,9 @@ class EffortSettings(BaseModel):
 EFFORTS: dict[Effort, EffortSettings] = {
     Effort.FAST: EffortSettings(refit_sequences=16, search_evaluations=0, held_sequences=8),
     Effort.DEFAULT: EffortSettings(
-        refit_sequences=192, search_evaluations=12, held_sequences=16, generated_sequences=64
+        refit_sequences=256, search_evaluations=12, held_sequences=16, generated_sequences=32
     ),
-    Effort.BEST: EffortSettings(refit_sequences=384, search_evaluations=32, held_sequences=24, generated_sequences=128),
+    Effort.BEST: EffortSettings(refit_sequences=384, search_evaluations=32, held_sequences=24, generated_sequences=64),
 }
 
 
@@ -201,8 +206,9 @@ class PruneConfig(BaseModel):
     def trusts_calibration(self) -> bool:
         """Whether the pruned model is meant for text like the calibration's: a text of the user's own, not `mixed`.
 
-        Second-order choices use what is predictable on the calibration text. They win there and lose on other kinds of
-        text (SmolLM2, 20 %), so the default calibration, which stands for every kind, goes without them.
+        Second-order costs say how much each module gives by what is predictable on the calibration text. They win there
+        and lose on other kinds of text (SmolLM2, 20 %), so the default calibration, which stands for every kind, goes
+        without them.
         """
         return self.calibration != ("mixed",)
 

@@ -57,5 +57,9 @@ class StaleInputError(SaapError):
     """A stage was given a record that was made for other input; both digests are named."""
 
 
+class VerificationError(SaapError):
+    """A result does not pass saap's own check of it."""
+
+
 class OutputError(SaapError):
     """The output folder exists, cannot be written or does not fit on the disk."""

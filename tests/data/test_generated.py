@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.data.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
+from tests.data.byte_tokenizer import byte_tokenizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saap.data.generated import random_starts, sample_from_model, user_turn_prefix
+from saap.data.generated import random_starts, sample_from_model
 from saap.errors import CalibrationError
 
 
@@ -56,13 +56,6 @@ def test_it_goes_on_after_the_end_token_and_reports_progress(model):
 def test_a_chat_starts_with_the_users_turn(model):
     tokens = sample_from_model(model, sequences=2, length=10, batch=2, seed=0, starts=[(3, 4, 5)])
     assert (tokens[:, :3] == [3, 4, 5]).all()
-
-
-def test_the_users_turn_is_what_all_conversations_begin_with():
-    tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
-    assert tokenizer.decode(user_turn_prefix(tokenizer)) == "<|system|>Be brief.\n<|user|>"
-    assert user_turn_prefix(byte_tokenizer()) is None
-    assert user_turn_prefix(None) is None
 
 
 def test_a_module_that_cannot_generate_is_refused():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saap.data.placement import Demand, equal_parts, place, share_rows
+from saap.data.placement import Demand, parts_by_weight, place, share_rows
 from saap.errors import CalibrationError
 
 
@@ -22,9 +22,10 @@ def covered(starts: list[int], length: int) -> set[int]:
     return {token for start in starts for token in range(start, start + length)}
 
 
-def test_equal_parts():
-    assert equal_parts(8, 3) == [3, 3, 2]
-    assert equal_parts(1, 3) == [1, 0, 0]
+def test_parts_by_weight():
+    assert parts_by_weight(8, [1, 1, 1]) == [3, 3, 2]
+    assert parts_by_weight(1, [1, 2, 1]) == [0, 1, 0]
+    assert parts_by_weight(50, [1, 1, 2, 2]) == [8, 8, 17, 17]
 
 
 @given(

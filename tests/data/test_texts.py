@@ -27,7 +27,7 @@ def jsonl(path: Path, *rows: Any) -> Path:
 
 
 def test_the_bundled_kinds_and_their_mixture():
-    assert [len(read_documents(kind)) for kind in KINDS] == [1, 1, 1]
+    assert [len(read_documents(kind)) for kind in KINDS] == [1] * len(KINDS)
     assert read_documents("mixed") == tuple(bundled_text(kind, Purpose.CALIBRATION) for kind in KINDS)
 
 
@@ -38,6 +38,14 @@ def test_no_passage_serves_both_purposes(kind):
     assert len(calibration) >= 15
     assert len(evaluation) >= 3
     assert not calibration & evaluation
+
+
+def test_conversations_come_plain_and_with_the_chat_template():
+    plain = bundled_text("conversations", Purpose.CALIBRATION)
+    both = bundled_text("conversations", Purpose.CALIBRATION, byte_tokenizer(chat_template=CHAT_TEMPLATE))
+    assert "<|user|>" not in plain
+    assert 200 < both.count("<|user|>") == both.count("<|assistant|>") < 400
+    assert bundled_text("conversations", Purpose.CALIBRATION, byte_tokenizer()) == plain
 
 
 def test_the_mixed_evaluation_text_has_each_kind():

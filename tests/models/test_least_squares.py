@@ -93,3 +93,12 @@ def test_costs_add_up_to_the_error_of_the_compensated_matrix() -> None:
     left = compensated(weight, x.T @ x, kept, ridge=1e-12)
     assert torch.count_nonzero(left[:, order]) == 0
     assert float((x @ (weight - left).T).square().sum()) == pytest.approx(float(costs.sum()), rel=1e-5)
+
+
+def test_scores_enter_as_a_geometric_mean():
+    x, weight = torch.eye(3, dtype=torch.float64), torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    units = torch.arange(3)[:, None]
+    scores = torch.tensor([16.0, 1.0, 1.0], dtype=torch.float64)
+    order, costs = removal_order(weight, x, units, 1, ridge=1e-12, scores=scores)
+    assert order.tolist() == [1]  # 4 x 1 against 1 x 16 and 9 x 1
+    assert costs.item() == pytest.approx(2.0)

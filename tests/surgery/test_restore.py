@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from tests.families import build
@@ -15,7 +16,6 @@ from saap.records import Layout, ModelGraph, StructurePlan
 from saap.structure_search.plan import make_plan
 from saap.surgery.cut import cut
 from saap.surgery.restore import RestoreSettings, restore
-from saap.surgery.tune import TuneSettings
 
 FAMILIES = ("llama", "gemma2", "gpt2", "opt", "gpt_neox", "phi3", "bloom")
 
@@ -74,16 +74,14 @@ def test_second_order_choice_keeps_the_plans_counts() -> None:
     assert any(result.keep[name] != kept for name, kept in plan.keep.items())
 
 
-def test_tuning_never_makes_a_block_worse_on_held_out_sequences() -> None:
-    dense = build("llama").float()
-    graph = discover(dense)
-    model = copy.deepcopy(dense)
-    settings = RestoreSettings(second_order=False, tune=TuneSettings(passes=2))
-    result = restore(model, graph, half_plan(graph), tokens(), settings)
-    tuned = [result.errors[path] for path in graph.blocks]
-    assert all(error <= 1.0 for error in tuned)
-    assert min(tuned) < 1.0
-    assert not any(parameter.grad is not None for parameter in model.parameters())
+def test_the_scores_weigh_in_on_the_second_order_choice() -> None:
+    model = build("llama")
+    graph = discover(model)
+    plan = half_plan(graph)
+    favoured = {g.name: np.where(np.arange(g.units) < g.units // 2, 1.0, 1e-12) for g in graph.groups}
+    settings = RestoreSettings(second_order=True, scores=favoured)
+    kept = restore(model, graph, plan, tokens(), settings).keep
+    assert all(kept[name] == tuple(range(len(plan.keep[name]))) for name in plan.keep)
 
 
 @pytest.mark.parametrize(("name", "gains"), [("llama", (1.0, 1.0)), ("gpt_neox", (1.0, 1.0)), ("gemma2", (None, None))])

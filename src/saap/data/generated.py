@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,6 @@ import torch
 
 from saap.errors import CalibrationError
 from saap.records import IntArray
-
-# Two messages without a common beginning, so that what their conversations share is the template's own.
-UNLIKE_MESSAGES = ("Why is the sky blue?", "3 + 4 =")
 
 
 @torch.no_grad()
@@ -31,9 +27,9 @@ def sample_from_model(
 ) -> IntArray:
     """Token ids (sequences, length) sampled from the model's own distribution, `batch` sequences at a time.
 
-    starts: what the sequences begin with, one after the other and again from the first, all of one length; after
-    `user_turn_prefix` the model writes the user's turn and the answer itself. End-of-text tokens are ordinary tokens,
-    after which it goes on. padding: an id that the model's generation needs to know but never uses here.
+    starts: what the sequences begin with, one after the other and again from the first, all of one length. End-of-text
+    tokens are ordinary tokens, after which it goes on. padding: an id that the model's generation needs to know but
+    never uses here.
     The same seed, batch and device give the same ids; the global random state is left as it was.
     progress: called with (sequences done, sequences).
     Raises CalibrationError for a model that cannot generate.
@@ -62,6 +58,9 @@ def sample_from_model(
                 eos_token_id=None,
                 pad_token_id=padding,
                 use_cache=True,
+                # Growing caches are copied for every token; models that fix the sizes of everything can do without.
+                cache_implementation="static" if getattr(model, "_can_compile_fullgraph", False) else None,
+                disable_compile=True,
             )
             pieces.append(written.cpu())
             if progress is not None:
@@ -77,19 +76,3 @@ def random_starts(tokenizer: Any, *, sequences: int, seed: int) -> list[list[int
     special = set(tokenizer.all_special_ids)
     ordinary = np.array([token for token in range(len(tokenizer)) if token not in special])
     return [[int(token)] for token in np.random.default_rng(seed).choice(ordinary, size=sequences)]
-
-
-def user_turn_prefix(tokenizer: Any | None) -> tuple[int, ...] | None:
-    """Token ids of a conversation up to where the user's first message begins; None without a chat template.
-
-    Found as what the conversations of two unlike messages have in common, so it holds a default system message too.
-    """
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-        return None
-    written = [
-        str(tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False))
-        for message in UNLIKE_MESSAGES
-    ]
-    shared = "".join(one for one, other in takewhile(lambda pair: pair[0] == pair[1], zip(*written, strict=False)))
-    ids = tokenizer(shared, add_special_tokens=False)["input_ids"]
-    return tuple(int(token) for token in ids) or None

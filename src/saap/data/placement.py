@@ -29,9 +29,14 @@ class Demand:
         return self.sequences * self.length
 
 
-def equal_parts(count: int, parts: int) -> list[int]:
-    """`count` split into `parts` that differ by at most one, the larger ones first."""
-    return [count // parts + (index < count % parts) for index in range(parts)]
+def parts_by_weight(count: int, weights: Sequence[int]) -> list[int]:
+    """`count` split in proportion to whole `weights`, largest remainders first, earlier ones first among equals."""
+    total = sum(weights)
+    parts = [count * weight // total for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda index: -(count * weights[index] % total))
+    for index in by_remainder[: count - sum(parts)]:
+        parts[index] += 1
+    return parts
 
 
 def place(text: str, tokens: int, demands: Sequence[Demand], generator: np.random.Generator) -> dict[str, list[int]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from saap.data.placement import Demand, equal_parts, place, share_rows
+from saap.data.placement import Demand, parts_by_weight, place, share_rows
 from saap.data.texts import KINDS, MIXED, names_a_source, read_documents
 from saap.errors import CalibrationError
 from saap.records import CalibrationSet, IntArray
@@ -70,10 +70,10 @@ def draw_sets(
     """Sets of windows from one calibration, by the requests' names.
 
     calibration: names and files as `read_documents` takes them; texts (strings with white space that are no file);
-    or token ids (rows, length). Each source gives an equal part of each set, and so does each kind of `mixed`. Windows
-    of texts lie at random places, chosen by `seed`, and do not overlap; if a text is too short for all sets, those
-    that are not held out share its tokens. Rows of token ids go to the sets whole and are cut to the length that was
-    asked for; where they are too few, held-out sets get at most a quarter and the sets may be smaller than asked.
+    or token ids (rows, length). Each source gives an equal part of each set, the kinds of `mixed` by their weights.
+    Windows of texts lie at random places, chosen by `seed`, and do not overlap; if a text is too short for all sets,
+    those that are not held out share its tokens. Rows of token ids go to the sets whole and are cut to the length that
+    was asked for; where they are too few, held-out sets get at most a quarter and the sets may be smaller than asked.
     vocabulary: number of rows of the model's embedding.
     Raises CalibrationError if the text is too short (tokens needed and found are named), a source cannot be read, or an
     id lies outside the vocabulary.
@@ -128,7 +128,7 @@ def _sources(calibration: Any, tokenizer: Any | None) -> dict[str, dict[str, Int
     named = dict.fromkeys(item for item in given if isinstance(item, Path) or names_a_source(item))
     sources: dict[str, dict[str, IntArray]] = {}
     for item in named:
-        kinds: Sequence[str | Path] = KINDS if item == MIXED else (item,)
+        kinds: Sequence[str | Path] = tuple(KINDS) if item == MIXED else (item,)
         sources[str(item)] = {
             str(kind): token_stream(read_documents(kind, tokenizer=tokenizer), tokenizer) for kind in kinds
         }
@@ -141,9 +141,10 @@ def _from_texts(
     sources: Mapping[str, Mapping[str, IntArray]], requests: Sequence[SampleRequest], generator: np.random.Generator
 ) -> dict[str, IntArray]:
     windows: dict[str, list[IntArray]] = {request.name: [] for request in requests}
-    by_source = {request.name: equal_parts(request.sequences, len(sources)) for request in requests}
+    by_source = {request.name: parts_by_weight(request.sequences, [1] * len(sources)) for request in requests}
     for index, streams in enumerate(sources.values()):
-        by_kind = {name: equal_parts(parts[index], len(streams)) for name, parts in by_source.items()}
+        weights = [KINDS.get(kind, 1) for kind in streams] if len(streams) > 1 else [1]
+        by_kind = {name: parts_by_weight(parts[index], weights) for name, parts in by_source.items()}
         for position, (text, stream) in enumerate(streams.items()):
             demands = [request.part(by_kind[request.name][position]) for request in requests]
             for name, starts in place(text, len(stream), demands, generator).items():

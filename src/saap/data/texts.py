@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from enum import StrEnum
 from importlib import resources
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -17,10 +18,12 @@ from pydantic import BaseModel, ConfigDict
 from saap.errors import CalibrationError
 
 MIXED = "mixed"
-KINDS = ("novels", "speeches", "encyclopaedia")
+CONVERSATIONS = "conversations"
+# Bundled kinds with their weights in `mixed`: more of what a model knows is asked for in the last two.
+KINDS: Mapping[str, int] = MappingProxyType({"novels": 1, "speeches": 1, "encyclopaedia": 2, CONVERSATIONS: 2})
 FILE_ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 # Of each kind, in the mixed evaluation text: about 8,000 tokens in all, so a prefix of it is not one kind alone.
-MIXED_EVALUATION_CHARACTERS = 12_000
+MIXED_EVALUATION_CHARACTERS = 9_000
 
 
 class Purpose(StrEnum):
@@ -79,9 +82,9 @@ def read_documents(
     """
     name = str(source)
     if isinstance(source, str) and name == MIXED:
-        documents = tuple(bundled_text(kind, purpose) for kind in KINDS)
+        documents = tuple(bundled_text(kind, purpose, tokenizer) for kind in KINDS)
     elif isinstance(source, str) and name in KINDS:
-        documents = (bundled_text(name, purpose),)
+        documents = (bundled_text(name, purpose, tokenizer),)
     elif isinstance(source, str) and name in DATA_SETS:
         documents = _download(name, DATA_SETS[name], purpose)
     elif Path(source).is_file():
@@ -100,10 +103,25 @@ def names_a_source(text: str) -> bool:
     return "\n" not in text and (text.endswith(FILE_ENDINGS) or (len(text) < 256 and Path(text).exists()))
 
 
-def bundled_text(kind: str, purpose: Purpose) -> str:
-    """The bundled text of one of KINDS."""
-    file = resources.files("saap.data") / "bundled" / f"{kind}.{purpose}.txt.gz"
-    return gzip.decompress(file.read_bytes()).decode()
+def bundled_text(kind: str, purpose: Purpose, tokenizer: Any | None = None) -> str:
+    """The bundled text of one of KINDS.
+
+    Conversations are plain text, instruction and answer; every second one is written with the chat template of
+    `tokenizer` if it has one, for a model that answers is asked in either form.
+    """
+    ending = ".jsonl.gz" if kind == CONVERSATIONS else ".txt.gz"
+    file = resources.files("saap.data") / "bundled" / f"{kind}.{purpose}{ending}"
+    text = gzip.decompress(file.read_bytes()).decode()
+    return _mixed_conversations(text, tokenizer) if kind == CONVERSATIONS else text
+
+
+def _mixed_conversations(rows: str, tokenizer: Any | None) -> str:
+    conversations = [json.loads(row)["messages"] for row in rows.splitlines()]
+    plain = ["\n".join(message["content"] for message in messages) for messages in conversations]
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        return "\n\n".join(plain)
+    written = [str(tokenizer.apply_chat_template(messages, tokenize=False)) for messages in conversations[1::2]]
+    return "\n\n".join(plain[::2]) + "\n\n" + "".join(written)
 
 
 def evaluation_text(kind: str = MIXED) -> str:

@@ -12,6 +12,10 @@ ROUNDING = 1e-6
 """An error below this share of the target's energy is the rounding of float32 moments."""
 
 
+SMALLEST = 1e-18
+"""What costs and scores are at least, so that their product can be compared."""
+
+
 @dataclass(slots=True)
 class Moments:
     """Second moments over tokens of a module's input x and of the output t that it should give.
@@ -100,7 +104,14 @@ def compensated(weight: Tensor, gram: Tensor, kept: Tensor, *, ridge: float = 1e
 
 
 def removal_order(
-    weight: Tensor, gram: Tensor, units: Tensor, remove: int, *, ridge: float = 1e-2, at_once: int = 32
+    weight: Tensor,
+    gram: Tensor,
+    units: Tensor,
+    remove: int,
+    *,
+    ridge: float = 1e-2,
+    at_once: int = 32,
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Greedy second-order order in which units leave, each time those that the others make good best.
 
@@ -109,6 +120,8 @@ def removal_order(
     are updated after each batch, in the type of `gram`: float32 is enough with the default ridge.
     Cost of unit u: tr(W_u [G^-1]_uu^-1 W_u^T), the squared output error that stays
     after all other columns have adjusted. Source: OBS (Hassibi and Stork 1993) in its structured form.
+    scores: (units,) importance of each unit for the loss; the cost is then the geometric mean of the two, so that a
+    unit leaves early only if both the neighbours can replace it and the loss asks little of it.
     Returns (remove,) the units in the order of leaving and (remove,) what each costs, not decreasing.
     """
     w = weight.to(gram.dtype, copy=True)
@@ -119,6 +132,8 @@ def removal_order(
     left = remove
     while left > 0:
         cost = _unit_costs(w, inverse, units)
+        if scores is not None:
+            cost = (cost.clamp_min(SMALLEST) * scores.to(cost.dtype).clamp_min(SMALLEST)).sqrt()
         cost[~alive] = torch.inf
         chosen = cost.argsort()[: min(at_once, left)]
         columns = units[chosen].flatten()

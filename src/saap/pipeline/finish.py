@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from saap.errors import OutputError
+from saap.errors import VerificationError
 from saap.export.huggingface import CheckpointParts, write_checkpoint
 from saap.export.manifest import (
     BaseModelIdentity,
@@ -65,7 +65,7 @@ def keep_made(
     """
     counted = count_parameters({name: tuple(p.shape) for name, p in model.named_parameters()})
     if counted != plan.parameters:
-        raise OutputError(
+        raise VerificationError(
             f"The pruned model has {counted:,} parameters, but the plan predicts {plan.parameters:,}",
             "Report this model and command as a fault of saap",
         )
@@ -102,7 +102,7 @@ def finish(run: Run, target: Target, made: Made, scores: ImportanceScores, dense
             model = load(written, device=str(run.device), dtype=compute)
             _check_same(expected, _few_logits(run, model), target)
         if model is None:
-            raise OutputError("The pruned model is neither in memory nor in the work folder", "Run again")
+            raise VerificationError("The pruned model is neither in memory nor in the work folder", "Run again")
         pruned = observe(model, run.loaded.tokenizer, run.tokens)
     report = _report(run, target, made, scores, dense, pruned)
     if written is not None and target.folder is not None:
@@ -128,9 +128,11 @@ def _few_logits(run: Run, model: nn.Module) -> torch.Tensor:
 
 def _check_same(expected: torch.Tensor | None, found: torch.Tensor, target: Target) -> None:
     if not bool(found.isfinite().all()):
-        raise OutputError(f"The written model ({target.name}) gives logits that are not finite", "Use --dtype float32")
+        raise VerificationError(
+            f"The written model ({target.name}) gives logits that are not finite", "Use --dtype float32"
+        )
     if expected is not None and not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
-        raise OutputError(
+        raise VerificationError(
             f"The written model ({target.name}) does not compute what the one in memory does",
             "Report this model and command as a fault of saap",
         )

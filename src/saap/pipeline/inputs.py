@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from saap.config import PrunableRole, PruneConfig, Strategy
-from saap.data.generated import random_starts, sample_from_model, user_turn_prefix
+from saap.data.generated import random_starts, sample_from_model
 from saap.data.samples import Calibration, SampleRequest, draw_sets, token_stream
 from saap.data.texts import MIXED, evaluation_text
 from saap.models.devices import pick_device, pick_dtype
@@ -111,32 +110,19 @@ def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:
 
 
 def write_refit_text(loaded: LoadedModel, config: PruneConfig, progress: Callable[[int, int], None] | None) -> IntArray:
-    """Sequences written by the dense model: half of them conversations, if it has a chat template.
+    """Sequences (sequences, length) of ids, written by the dense model from random first tokens.
 
-    Returns (sequences, length) ids. What the model writes covers what it knows; the bundled texts are a part of that.
+    What the model writes covers what it knows; the bundled texts are a part of that.
     """
     wanted = generated_sequences(loaded, config)
-    tokenizer: Any = loaded.tokenizer
-    prefix = user_turn_prefix(tokenizer)
-    turns = 0 if prefix is None else wanted // 2
-    kinds = [
-        (wanted - turns, random_starts(tokenizer, sequences=wanted - turns, seed=config.seed)),
-        (turns, [list(prefix or ())]),
-    ]
-    return np.concatenate(
-        [
-            sample_from_model(
-                loaded.model,
-                sequences=count,
-                length=config.effort_settings.refit_length,
-                batch=GENERATION_BATCH,
-                seed=config.seed + index,
-                starts=starts,
-                progress=progress,
-            )
-            for index, (count, starts) in enumerate(kinds)
-            if count
-        ]
+    return sample_from_model(
+        loaded.model,
+        sequences=wanted,
+        length=config.effort_settings.refit_length,
+        batch=GENERATION_BATCH,
+        seed=config.seed,
+        starts=random_starts(loaded.tokenizer, sequences=wanted, seed=config.seed),
+        progress=progress,
     )
 
 

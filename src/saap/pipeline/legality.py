@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from saap.config import PrunableRole, PruneConfig
+from saap.config import PrunableRole, PruneConfig, unit_roles
 from saap.errors import LayoutError
 from saap.models.uniform import uniform_config
 from saap.records import Layout, ModelGraph, Role
@@ -24,7 +24,7 @@ def legal_sizes(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> Map
         return None
     found: dict[Role, frozenset[int]] = {}
     reason: LayoutError | None = None
-    for role in (Role(role.value) for role in config.roles if role is not PrunableRole.BLOCK):
+    for role in unit_roles(config.roles):
         groups = graph.of_role(role)
         step = 1 if role is Role.ATTENTION else config.align
         sizes = range(step, groups[0].units if groups else 0, step)

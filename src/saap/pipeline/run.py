@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from saap.config import Importance, PrunableRole, PruneConfig, Strategy
+from saap.config import Importance, PruneConfig, Strategy, unit_roles
 from saap.data.samples import Calibration
 from saap.discovery import discover
 from saap.discovery.summary import summarise
@@ -179,7 +179,8 @@ def _all_targets(run: Run, targets: Sequence[Target]) -> list[PruneResult]:
     with meter.stage("estimate the importance of every unit"):
         scores = _scores(run)
         units = unit_scores(scores, run.graph, config.importance, config.fusion_scope)
-    plans = _plans(run, targets, units)
+    element = unit_scores(scores, run.graph, Importance.ELEMENT2, run.config.fusion_scope)
+    plans = _plans(run, targets, units, element)
     results = []
     for index, (target, plan) in enumerate(zip(targets, plans, strict=True)):
         last = index == len(targets) - 1
@@ -206,12 +207,11 @@ def _scores(run: Run) -> ImportanceScores:
         require_same("The file of scores", expected=scores.graph_digest, found=run.graph.digest)
         require_same("The file of scores", expected=scores.calibration_digest, found=calibration.digest)
         return scores
-    roles = [Role(role.value) for role in run.config.roles if role is not PrunableRole.BLOCK]
     scores = estimate(
         run.loaded.model,
         run.graph,
         calibration,
-        roles=roles or [Role.FFN, Role.ATTENTION],
+        roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
         element_order=run.config.element_score,
         aggregation=run.config.aggregation,
         progress=run.meter.reporter.advance,
@@ -220,7 +220,9 @@ def _scores(run: Run) -> ImportanceScores:
     return scores
 
 
-def _plans(run: Run, targets: Sequence[Target], units: Mapping[str, UnitScores]) -> list[StructurePlan]:
+def _plans(
+    run: Run, targets: Sequence[Target], units: Mapping[str, UnitScores], element: Mapping[str, UnitScores]
+) -> list[StructurePlan]:
     """The searched or given plan of every target; the dense model is only measured, not changed."""
     found = {target.name: run.work.file(f"plan-{target.name}.json") for target in targets}
     measured = _measure(run) if any(target.budget and not found[target.name].exists() for target in targets) else None
@@ -231,7 +233,7 @@ def _plans(run: Run, targets: Sequence[Target], units: Mapping[str, UnitScores])
             if path.exists():
                 plans.append(read_plan(path, run.graph).structure_plan(run.graph))
                 continue
-            plan = _plan(run, target, units, measured)
+            plan = _plan(run, target, units, element, measured)
             write_plan(path, plan, run.graph)
             plans.append(plan)
     return plans
@@ -253,7 +255,7 @@ def _measure(run: Run) -> _Measured:
     config, model, graph = run.config, run.loaded.model, run.graph
     costs = None
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if _chooses_freely(config) and gram_bytes(graph) <= weights:
+    if _chooses_units(config) and config.trusts_calibration and gram_bytes(graph) <= weights:
         with run.meter.stage("find the second-order cost of every unit"):
             tokens = with_written(run, "scored")
             costs = second_order_costs(model, graph, tokens, progress=run.meter.reporter.advance)
@@ -264,7 +266,13 @@ def _measure(run: Run) -> _Measured:
     return _Measured(costs, judge)
 
 
-def _plan(run: Run, target: Target, units: Mapping[str, UnitScores], measured: _Measured | None) -> StructurePlan:
+def _plan(
+    run: Run,
+    target: Target,
+    units: Mapping[str, UnitScores],
+    element: Mapping[str, UnitScores],
+    measured: _Measured | None,
+) -> StructurePlan:
     config, graph = run.config, run.graph
     if target.budget is None or measured is None:
         given = read_plan(config.plan or Path(), graph)
@@ -275,6 +283,7 @@ def _plan(run: Run, target: Target, units: Mapping[str, UnitScores], measured: _
         target.budget,
         run.space,
         config.strategy,
+        element_scores=element if _chooses_units(config) else None,
         costs=measured.costs,
         judge=measured.judge,
         evaluations=config.effort_settings.search_evaluations,
@@ -293,7 +302,8 @@ def _make(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScore
     with run.meter.stage(f"cut{' and restore' if run.config.restore else ''}, block by block"):
         if run.config.restore and not plan.removes_nothing(run.graph):
             tokens = refit_tokens(run)
-            restoration = restore(model, run.graph, plan, tokens, _restore_settings(run), run.meter.reporter.advance)
+            settings = _restore_settings(run, scores)
+            restoration = restore(model, run.graph, plan, tokens, settings, run.meter.reporter.advance)
             plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
         structure = cut(model, run.graph, plan)
         if plan.layout is Layout.ADAPTIVE and target.folder is None and hasattr(model, "save_pretrained"):
@@ -301,14 +311,16 @@ def _make(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScore
         return keep_made(run, target, model, plan, structure, errors, scores)
 
 
-def _chooses_freely(config: PruneConfig) -> bool:
-    """Whether second-order costs may decide: a named strategy, importance or plan is kept, and `mixed` too."""
-    named = config.strategy is not Strategy.ADAPTIVE or config.importance is not Importance.FUSED
-    return not named and config.plan is None and config.trusts_calibration
+def _chooses_units(config: PruneConfig) -> bool:
+    """Whether the units are saap's to choose: a strategy, an importance or a plan that is named is kept to."""
+    return config.strategy is Strategy.ADAPTIVE and config.importance is Importance.FUSED and config.plan is None
 
 
-def _restore_settings(run: Run) -> RestoreSettings:
-    return RestoreSettings(second_order=_chooses_freely(run.config) and run.config.effort_settings.second_order)
+def _restore_settings(run: Run, scores: ImportanceScores) -> RestoreSettings:
+    """With the element-wise scores: the second-order choice weighs them in."""
+    if not (_chooses_units(run.config) and run.config.effort_settings.second_order):
+        return RestoreSettings(second_order=False)
+    return RestoreSettings(scores={name: group.element for name, group in scores.groups.items()})
 
 
 def _label(targets: Sequence[Target], target: Target) -> str:

@@ -45,11 +45,13 @@ def uniform_shares(graph: ModelGraph, slots: Sequence[Slot], *, attention: float
     ]
 
 
-def default_proposal(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget) -> Proposal:
+def default_proposal(
+    graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget, *, name: str = "uniform, ends spared"
+) -> Proposal:
     """The start of the search, and its whole answer where nothing may be measured: FFN first, both ends spared."""
     only_attention = all(slot.role is Role.ATTENTION for slot in slots)
     shares = uniform_shares(graph, slots, attention=1.0 if only_attention else 0.0, spare=True)
-    return _by_shares("uniform, ends spared", graph, slots, scores, budget, shares)
+    return _by_shares(name, graph, slots, budget, shares, importance_order(scores))
 
 
 def adaptive(
@@ -58,6 +60,7 @@ def adaptive(
     scores: Scores,
     budget: Budget,
     *,
+    element_scores: Scores | None,
     costs: SecondOrder | None,
     judge: Judge | None,
     evaluations: int,
@@ -66,41 +69,41 @@ def adaptive(
 ) -> tuple[Proposal, tuple[Candidate, ...]]:
     """The candidate with the least measured loss, and the trail of all that were measured, best first.
 
+    element_scores: of the element-wise importance alone, whose order of units competes with that of `scores`.
     costs: second-order costs, from which the best unmeasured proposal follows. judge: loss of a structure given its
-    kept units; None, or `evaluations` below 2, takes that proposal, or the default one, unmeasured.
-    The named candidates come first, then an evolution from the best of them, in which a child that is better becomes
-    the parent.
+    kept units; None, or `evaluations` below 2, takes the first start unmeasured.
+    The starts come first, one for each order of units; then, in the order of the best of them, the named candidates and
+    an evolution from the best candidate, in which a child that is better becomes the parent.
     """
     ranking = _ranking(slots, costs)
-    start = _start(graph, slots, scores, budget, costs, ranking)
+    starts = _starts(graph, slots, scores, budget, element_scores, costs, ranking)
     if judge is None or evaluations < 2:
-        return start, ()
+        return starts[0], ()
     measured: list[tuple[float, Proposal]] = []
-    seen: set[tuple[int, ...]] = set()
 
     def measure(proposal: Proposal) -> float:
         loss = judge(proposal.keep(slots))
         measured.append((loss, proposal))
-        if proposal.orders is start.orders:
-            seen.add(proposal.sizes)
         if progress is not None:
             progress(len(measured), evaluations)
         return loss
 
-    for proposal in [start, *_named(graph, slots, scores, budget, start.orders)]:
-        repeated = proposal.orders is start.orders and proposal.sizes in seen
-        if len(measured) < evaluations and not repeated:
+    for start in starts[:evaluations]:
+        measure(start)
+    orders = min(measured, key=lambda pair: pair[0])[1].orders
+    for proposal in _named(graph, slots, scores, budget, orders):
+        if len(measured) < evaluations and not _repeats(proposal, measured):
             measure(proposal)
     best_loss, best = min(measured, key=lambda pair: pair[0])
-    steps = ranking if ranking is not None and best is start else steps_by_share(slots, _shares(slots, best.sizes))
+    steps = ranking if ranking is not None and best is starts[0] else steps_by_share(slots, _shares(slots, best.sizes))
     generator, parent, failures = np.random.default_rng(seed), np.zeros(WAVES + 1), 0
     while len(measured) < evaluations and failures < 20:
         genes = parent + generator.normal(0, MUTATION_SCALE, WAVES + 1)
         sizes = take_steps(graph, slots, _repriced(graph, slots, steps, genes), budget)
-        if sizes in seen:
+        child = Proposal(name=f"evolution {len(measured)}", sizes=sizes, orders=orders)
+        if _repeats(child, measured):
             failures += 1
             continue
-        child = Proposal(name=f"evolution {len(measured)}", sizes=sizes, orders=start.orders)
         loss = measure(child)
         if loss < best_loss:
             best_loss, best, parent = loss, child, genes
@@ -108,17 +111,20 @@ def adaptive(
     return best, tuple(trail)
 
 
+def _repeats(proposal: Proposal, measured: Sequence[tuple[float, Proposal]]) -> bool:
+    return any(one.orders is proposal.orders and one.sizes == proposal.sizes for _, one in measured)
+
+
 def _by_shares(
     name: str,
     graph: ModelGraph,
     slots: Sequence[Slot],
-    scores: Scores,
     budget: Budget,
     shares: Sequence[float],
-    orders: Mapping[str, IntArray] | None = None,
+    orders: Mapping[str, IntArray],
 ) -> Proposal:
     sizes = take_steps(graph, slots, steps_by_share(slots, shares), budget)
-    return Proposal(name=name, sizes=sizes, orders=orders if orders is not None else importance_order(scores))
+    return Proposal(name=name, sizes=sizes, orders=orders)
 
 
 def _ranking(slots: Sequence[Slot], costs: SecondOrder | None) -> list[Step] | None:
@@ -129,19 +135,24 @@ def _ranking(slots: Sequence[Slot], costs: SecondOrder | None) -> list[Step] | N
     return steps_by_score(slots, lambda name: costs.scores[name].mean[costs.orders[name]])
 
 
-def _start(
+def _starts(
     graph: ModelGraph,
     slots: Sequence[Slot],
     scores: Scores,
     budget: Budget,
+    element_scores: Scores | None,
     costs: SecondOrder | None,
     ranking: Sequence[Step] | None,
-) -> Proposal:
-    """One global ranking by second-order cost, else the default."""
-    if ranking is None or costs is None:
-        return default_proposal(graph, slots, scores, budget)
-    sizes = take_steps(graph, slots, ranking, budget)
-    return Proposal(name="second-order cost", sizes=sizes, orders={**costs.orders})
+) -> list[Proposal]:
+    """The most promising first: one global ranking by second-order cost; the element-wise order; that of the scores."""
+    starts = []
+    if ranking is not None and costs is not None:
+        sizes = take_steps(graph, slots, ranking, budget)
+        starts.append(Proposal(name="second-order cost", sizes=sizes, orders={**costs.orders}))
+    if element_scores is not None:
+        name = "uniform, ends spared, element-wise order"
+        starts.append(default_proposal(graph, slots, element_scores, budget, name=name))
+    return [*starts, default_proposal(graph, slots, scores, budget)]
 
 
 def _named(
@@ -156,11 +167,11 @@ def _named(
     for attention in ATTENTION_SHARES if has_attention else (1.0,):
         shares = uniform_shares(graph, slots, attention=attention, spare=True)
         name = f"uniform, attention {attention:g}, ends spared"
-        proposals.append(_by_shares(name, graph, slots, scores, budget, shares, orders))
+        proposals.append(_by_shares(name, graph, slots, budget, shares, orders))
     for spread in SPREADS:
         shares = module_shares(slots, scores, spread=spread, attention=0.3)
         name = f"module importance, spread {spread:g}"
-        proposals.append(_by_shares(name, graph, slots, scores, budget, shares, orders))
+        proposals.append(_by_shares(name, graph, slots, budget, shares, orders))
     for strategy in (Strategy.IMPORTANCE, Strategy.VOLATILITY_Z, Strategy.VOLATILITY_CV):
         proposals.append(STRATEGIES[strategy](graph, slots, scores, budget))
     return proposals

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from saap.config import PrunableRole, SkipLayers, Strategy
+from saap.config import PrunableRole, SkipLayers, Strategy, unit_roles
 from saap.errors import PlanError, TargetError
 from saap.records import (
     Candidate,
@@ -57,6 +58,7 @@ def search(
     space: SearchSpace,
     strategy: Strategy,
     *,
+    element_scores: Scores | None = None,
     costs: SecondOrder | None = None,
     judge: Judge | None = None,
     evaluations: int = 0,
@@ -65,8 +67,8 @@ def search(
 ) -> StructurePlan:
     """Decide how much each module gives and which units go.
 
-    costs: second-order costs, for the adaptive strategy. judge: measured loss of (kept units, dropped blocks); only
-    the adaptive strategy and the role `block` ask it,
+    element_scores (of the element-wise importance alone) and costs (second-order): for the adaptive strategy. judge:
+    measured loss of (kept units, dropped blocks); only the adaptive strategy and the role `block` ask it,
     `evaluations` times at most for the former, once per block for the latter.
     Raises TargetError if the budget cannot be reached.
     """
@@ -75,7 +77,23 @@ def search(
     keep: dict[str, tuple[int, ...]] = {}
     trail: tuple[Candidate, ...] = ()
     while left.removal > 0:
-        keep, trail = _propose(graph, scores, left, space, strategy, dropped, costs, judge, evaluations, seed, progress)
+        if strategy is Strategy.ADAPTIVE:
+            slots = _slots(graph, space, dropped, spare=False)
+            proposal, trail = adaptive(
+                graph,
+                slots,
+                scores,
+                left,
+                element_scores=element_scores,
+                costs=costs,
+                judge=None if judge is None else partial(_judged, judge, dropped),
+                evaluations=evaluations,
+                seed=seed,
+                progress=progress,
+            )
+        else:
+            slots, proposal = _single(graph, scores, left, space, strategy, dropped)
+        keep = proposal.keep(slots)
         missing = budget.removal - budget.removed(graph, keep, dropped)
         if missing <= 0:
             break
@@ -84,38 +102,8 @@ def search(
     return make_plan(graph, keep, dropped, layout=space.layout, strategy=strategy, align=space.align, trail=trail)
 
 
-def _propose(
-    graph: ModelGraph,
-    scores: Scores,
-    budget: Budget,
-    space: SearchSpace,
-    strategy: Strategy,
-    dropped: tuple[int, ...],
-    costs: SecondOrder | None,
-    judge: Judge | None,
-    evaluations: int,
-    seed: int,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[dict[str, tuple[int, ...]], tuple[Candidate, ...]]:
-    """Kept units of the groups that lose something, and the trail of measured candidates."""
-    trail: tuple[Candidate, ...] = ()
-    if strategy is Strategy.ADAPTIVE:
-        slots = _slots(graph, space, dropped, spare=False)
-        bound = None if judge is None else (lambda kept: judge(kept, dropped))
-        proposal, trail = adaptive(
-            graph,
-            slots,
-            scores,
-            budget,
-            costs=costs,
-            judge=bound,
-            evaluations=evaluations,
-            seed=seed,
-            progress=progress,
-        )
-    else:
-        slots, proposal = _single(graph, scores, budget, space, strategy, dropped)
-    return proposal.keep(slots), trail
+def _judged(judge: Judge, dropped: tuple[int, ...], keep: Mapping[str, tuple[int, ...]]) -> float:
+    return judge(keep, dropped)
 
 
 def make_plan(
@@ -198,10 +186,9 @@ def _slots(graph: ModelGraph, space: SearchSpace, dropped: Sequence[int], *, spa
         skipped |= set(space.skip_layers.layers(len(graph.blocks)))
     elif spare and space.layout is Layout.ADAPTIVE:
         skipped |= set(spared_ends(len(graph.blocks)))
-    roles = [Role(role.value) for role in space.roles if role is not PrunableRole.BLOCK]
     return build_slots(
         graph,
-        roles=roles,
+        roles=unit_roles(space.roles),
         layout=space.layout,
         align=space.align,
         skipped_layers=skipped,

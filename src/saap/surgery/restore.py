@@ -7,7 +7,7 @@ when the dense stream passes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,9 +18,8 @@ from saap.models.least_squares import Moments, removal_order, ridge_refit
 from saap.models.linear import weight_out_in
 from saap.models.masking import channel_mask
 from saap.models.walker import BlockWalker, Contexts
-from saap.records import CoupledGroup, ModelGraph, StructurePlan
+from saap.records import CoupledGroup, FloatArray, ModelGraph, StructurePlan
 from saap.surgery.cut import cut_group
-from saap.surgery.tune import TuneSettings, tune_block
 
 Progress = Callable[[int, int], None]
 
@@ -31,16 +30,16 @@ class RestoreSettings:
 
     ridges: tried for each matrix, relative to the mean of the Gram matrix' diagonal. held_share: part of the
     sequences that only judges the ridge. second_order: choose units by the pruned stream's Gram matrix at the plan's
-    counts instead of taking the plan's own units. micro_batch: sequences at a time. tune: gradient steps on each
-    block after its refit.
+    counts instead of taking the plan's own units. scores: by group, the importance of its units (units,), which that
+    choice weighs in as well. micro_batch: sequences at a time.
     """
 
     ridges: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
     held_share: float = 0.125
     second_order: bool = True
     choice_ridge: float = 1e-2
+    scores: Mapping[str, FloatArray] | None = None
     micro_batch: int = 4
-    tune: TuneSettings | None = None
 
 
 @dataclass(slots=True)
@@ -140,10 +139,6 @@ def _restore_block(
         if group.name not in result.keep:
             result.keep[group.name] = plan.kept(group)
             cut_group(walker.model, group, plan.kept(group))
-    if settings.tune is not None:
-        share = _tune(walker, layer, streams, dense_next, settings)
-        result.errors[graph.blocks[layer]] = share
-        pruned_next = pruned_next if share == 1.0 else None
     if pruned_next is None:
         pruned_next = _run(walker, layer, streams.pruned, streams.contexts)
     streams.dense, streams.pruned = dense_next, pruned_next
@@ -196,18 +191,6 @@ def _refit_consumers(
                 for out, new, old in zip(outputs, new_outputs, taken, strict=True)
             ]
     return pruned_next
-
-
-def _tune(
-    walker: BlockWalker, layer: int, streams: _Streams, dense_next: Sequence[Tensor], settings: RestoreSettings
-) -> float:
-    """Gradient steps on the finished block; the held-out error relative to that before."""
-    inputs = [one for batch in streams.pruned for one in torch.split(batch, 1)]
-    targets = [one for batch in dense_next for one in torch.split(batch, 1)]
-    held = max(1, round(len(inputs) * settings.held_share))
-    if settings.tune is None or len(inputs) <= held:
-        return 1.0
-    return tune_block(walker, layer, streams.one, inputs, targets, held, settings.tune)
 
 
 def _target(dense: Tensor, gap: Tensor, gain: float | None) -> Tensor:
@@ -288,5 +271,9 @@ def _choose(
     channels = weight.shape[1]
     gram = fit.gram[:channels, :channels] + held.gram[:channels, :channels]
     at_once = 32 if units.shape[1] == 1 else 1
-    gone, _ = removal_order(weight, gram, units, removed, ridge=settings.choice_ridge, at_once=at_once)
+    scores = None
+    if settings.scores is not None:
+        values = torch.as_tensor(settings.scores[group.name], device=weight.device)
+        scores = values / values.mean().clamp_min(1e-30)
+    gone, _ = removal_order(weight, gram, units, removed, ridge=settings.choice_ridge, at_once=at_once, scores=scores)
     return tuple(sorted(set(range(group.units)) - set(gone.tolist())))
