@@ -128,6 +128,7 @@ def export_gguf(
     opened = _open(source, revision)
     plan = plan_gguf(opened.config, opened.tensors.shapes, kind)
     fields, origin = _tokenizer(opened, plan)
+    context: int = dict(plan.fields)["context_length"]
     check_file(target, plan.weight_bytes, overwrite=overwrite)
     with whole_file(target) as part:
         progress.stage(f"write {target.name}")
@@ -135,10 +136,9 @@ def export_gguf(
         agreement, same = None, None
         if verify:
             progress.stage("compare it in llama.cpp with transformers")
-            agreement, same = _compare(opened, part)
+            agreement, same = _compare(opened, part, context)
             _judge(agreement, plan, target)
     beside = target.with_name(f"{target.stem}.Modelfile")
-    context = dict(plan.fields)["context_length"]
     write_whole(beside, modelfile(target, opened.tokenizer, context=context).encode())
     return GgufExport(
         path=target, modelfile=beside, bytes=target.stat().st_size, architecture=plan.architecture,
@@ -206,12 +206,11 @@ def _description(opened: _Source) -> list[tuple[str, Any]]:
     return said
 
 
-def _compare(opened: _Source, file: Path) -> tuple[Agreement, bool]:
+def _compare(opened: _Source, file: Path, context: int) -> tuple[Agreement, bool]:
     model = opened.model
     if model is None:
         model = load_model(opened.resolved, device=torch.device("cpu"), dtype=torch.float32)
     text = evaluation_text()
-    context = getattr(opened.config, "max_position_embeddings", WINDOW)
     window = min(WINDOW, context)
     with LlamaCpp(file, context=window, threads=torch.get_num_threads(), exact=True) as runtime:
         ids = token_stream([text], opened.tokenizer)[:CHECKED_TOKENS].tolist()
