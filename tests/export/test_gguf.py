@@ -20,6 +20,7 @@ from saap import cli
 from saap.data.texts import evaluation_text
 from saap.errors import ExportError, OutputError, SaapError
 from saap.export.gguf import write
+from saap.export.gguf.fields import Field, read_fields
 from saap.export.gguf.modelfile import chat_template, modelfile
 from saap.export.gguf.settings import llama3_factors
 from saap.export.gguf.tokenizer import fields_from_gguf, fields_from_huggingface
@@ -285,6 +286,20 @@ def test_an_unknown_way_to_cut_is_refused() -> None:
     )
     with pytest.raises(ExportError, match="Punctuation"):
         fields_from_huggingface(tokenizer, 300)
+
+
+def test_fields_are_read_as_the_package_reads_them(tmp_path: Path) -> None:
+    done = export_gguf(family_folder(tmp_path / "model", "gemma2"), tmp_path / "out.gguf", verify=False)
+    reader = gguf.GGUFReader(done.path)
+    for field in read_fields(done.path):
+        expected = reader.fields[field.key]
+        assert field == Field(
+            field.key, expected.contents(), expected.types[0], expected.types[-1] if len(expected.types) > 1 else None
+        )
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(done.path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="too early"):
+        list(read_fields(cut))
 
 
 CHATML = (

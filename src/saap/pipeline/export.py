@@ -26,8 +26,8 @@ from saap.pipeline.progress import Reporter, Silent
 from saap.storage import write_whole
 
 if TYPE_CHECKING:
+    from saap.export.gguf.fields import Field
     from saap.export.gguf.plan import GgufPlan
-    from saap.export.gguf.tokenizer import Field
 
 CHECKED_TOKENS = 512
 WINDOW = 256

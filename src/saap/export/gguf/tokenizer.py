@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
 
 from saap.errors import ExportError
+from saap.export.gguf.fields import Field, read_fields
 
 _KEYS = gguf.Keys.Tokenizer
 _TYPES = gguf.GGUFValueType
@@ -28,33 +28,19 @@ PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
-    """One key of the file. element: type of the entries where the value is an array."""
-
-    key: str
-    value: Any
-    kind: Any
-    element: Any = None
-
-
 def fields_from_gguf(path: Path, known: Mapping[str, int], rows: int) -> tuple[Field, ...] | None:
     """The tokenizer of another GGUF file as it is; None if it is not the model's own.
 
     known: the model's tokens and their ids, all of which the file must have. rows: of the embedding.
     """
-    reader = gguf.GGUFReader(path)
-    listed = reader.fields.get(_KEYS.LIST)
-    if listed is None or len(listed.data) != rows:
+    try:
+        fields = tuple(field for field in read_fields(path) if field.key.startswith("tokenizer."))
+    except (ValueError, KeyError):
         return None
-    tokens = listed.contents()
-    if any(index >= rows or tokens[index] != text for text, index in known.items()):
+    tokens = next((field.value for field in fields if field.key == _KEYS.LIST), ())
+    if len(tokens) != rows or any(index >= rows or tokens[index] != text for text, index in known.items()):
         return None
-    return tuple(
-        Field(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
-        for name, field in reader.fields.items()
-        if name.startswith("tokenizer.")
-    )
+    return fields
 
 
 def fields_from_huggingface(tokenizer: Any | None, vocabulary: int) -> tuple[Field, ...]:

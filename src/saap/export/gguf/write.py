@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from saap.errors import OutputError
+from saap.export.gguf.fields import Field
 from saap.export.gguf.plan import GgufPlan, PlannedTensor
-from saap.export.gguf.tokenizer import Field
 from saap.models.stored_tensors import StoredTensors
 
 CHUNK_VALUES = 2**20
