@@ -17,7 +17,10 @@ def export(
         str, typer.Argument(metavar="MODEL", help="Folder that saap wrote, or any model that `saap prune` takes.")
     ],
     out: Annotated[Path, typer.Option(metavar="PATH", help="File or folder to write.")],
-    to: Annotated[str, typer.Option("--format", help="gguf, for llama.cpp and Ollama.")] = "gguf",
+    to: Annotated[
+        str,
+        typer.Option("--format", help="gguf, for llama.cpp and Ollama; decilm, a folder for vLLM (not tried there)."),
+    ] = "gguf",
     quantization: Annotated[
         str, typer.Option(help="Of the weights in GGUF: f32, f16, bf16, q8_0, q4_0 or q4_1.")
     ] = "f16",
@@ -32,9 +35,12 @@ def export(
     """Write MODEL in the format of another program, and check it there."""
     from saap.display import make_reporter
     from saap.parsing import choice
-    from saap.pipeline.export import ExportFormat, GgufType, export_gguf
+    from saap.pipeline.export import ExportFormat, GgufType, export_decilm, export_gguf
 
-    choice("--format", to, ExportFormat)
+    if choice("--format", to, ExportFormat) is ExportFormat.DECILM:
+        path = export_decilm(model, out, overwrite=overwrite, revision=revision)
+        print(json.dumps({"path": str(path)}) if as_json else f"vllm serve {path} --trust-remote-code   # not tried")
+        return
     kind = choice("--quantization", quantization, GgufType)
     with make_reporter(quiet=quiet, to_stderr=as_json) as reporter:
         done = export_gguf(

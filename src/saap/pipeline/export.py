@@ -38,6 +38,7 @@ class ExportFormat(StrEnum):
     """What a model can be written as."""
 
     GGUF = "gguf"
+    DECILM = "decilm"
 
 
 class GgufType(StrEnum):
@@ -146,19 +147,42 @@ def export_gguf(
     )  # fmt: skip
 
 
+def export_decilm(source: str | Path, out: str | Path, *, overwrite: bool = False, revision: str | None = None) -> Path:
+    """Write a checkpoint as a folder for vLLM's DeciLMForCausalLM. Returns its path.
+
+    source: a folder of safetensors that `saap prune` wrote, or a stock LLaMA. Every layer must have all its query heads
+    or no attention. Raises ExportError, naming the layers, OutputError, ModelError.
+    """
+    from saap.export.decilm import block_configs, write_decilm
+
+    resolved = resolve_model(source, revision=revision)
+    if resolved.gguf_file is not None:
+        raise ExportError(
+            f"{source} is a GGUF file, which holds no safetensors", "Prune it first, and export the folder"
+        )
+    files = weight_files(resolved.folder)
+    config = _config(resolved)
+    blocks = block_configs(config, SafetensorTensors(files).shapes)
+    write_decilm(resolved.folder, files, config, blocks, Path(out), overwrite=overwrite)
+    return Path(out)
+
+
 def _open(source: str | Path, revision: str | None) -> _Source:
     resolved = resolve_model(source, revision=revision)
     tokenizer = load_tokenizer(resolved)
     if resolved.gguf_file is not None:
         model = load_model(resolved, device=torch.device("cpu"), dtype=torch.float32)
         return _Source(resolved, model.config, ModelTensors(model), tokenizer, model)
+    return _Source(resolved, _config(resolved), SafetensorTensors(weight_files(resolved.folder)), tokenizer, None)
+
+
+def _config(resolved: ResolvedModel) -> Any:
     register_pruned_models()
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(resolved.folder)
+            return AutoConfig.from_pretrained(resolved.folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{resolved.folder} has no usable config.json ({error})", "Check the file") from error
-    return _Source(resolved, config, SafetensorTensors(weight_files(resolved.folder)), tokenizer, None)
 
 
 def _tokenizer(opened: _Source, plan: GgufPlan) -> tuple[Sequence[Field], str]:
