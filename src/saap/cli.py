@@ -11,6 +11,7 @@ import typer
 
 from saap._version import __version__
 from saap.commands.export import export
+from saap.commands.generate import generate
 from saap.errors import SaapError
 
 if TYPE_CHECKING:
@@ -207,6 +208,7 @@ def demo(
 
 
 app.command()(export)
+app.command()(generate)
 
 
 def main() -> None:
