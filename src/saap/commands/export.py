@@ -16,7 +16,9 @@ def export(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder that saap wrote, or any model that `saap prune` takes.")
     ],
-    out: Annotated[Path, typer.Option(metavar="PATH", help="File or folder to write.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="File or folder to write. [required unless --push]")
+    ] = None,
     to: Annotated[
         str,
         typer.Option("--format", help="gguf, for llama.cpp and Ollama; decilm, a folder for vLLM (not tried there)."),
@@ -27,6 +29,10 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the file in llama.cpp with transformers.")
     ] = True,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder MODEL to the hub as it is.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: a repository that only you see.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace PATH if it exists.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
@@ -34,9 +40,17 @@ def export(
 ) -> None:
     """Write MODEL in the format of another program, and check it there."""
     from saap.display import make_reporter
+    from saap.errors import ConfigurationError
     from saap.parsing import choice
     from saap.pipeline.export import ExportFormat, GgufType, export_decilm, export_gguf
+    from saap.pipeline.export import push as push_to_hub
 
+    if push is not None and out is None:
+        address = push_to_hub(model, push, private=private)
+        print(json.dumps({"address": address}) if as_json else address)
+        return
+    if out is None or push is not None:
+        raise ConfigurationError("One of --out and --push is needed", "Write with --out first, then --push the folder")
     if choice("--format", to, ExportFormat) is ExportFormat.DECILM:
         path = export_decilm(model, out, overwrite=overwrite, revision=revision)
         print(json.dumps({"path": str(path)}) if as_json else f"vllm serve {path} --trust-remote-code   # not tried")

@@ -17,6 +17,7 @@ from saap.data.samples import token_stream
 from saap.data.texts import evaluation_text
 from saap.errors import ExportError, ModelError
 from saap.evaluation.agreement import Agreement, compare_with_llama_cpp
+from saap.export.push import push_folder
 from saap.models.llama_cpp import LlamaCpp, llama_cpp_is_installed
 from saap.models.loading import load_model, load_tokenizer, quiet_transformers, register_pruned_models
 from saap.models.references import PACKAGED_MODELS, ResolvedModel, packaged_file, resolve_model
@@ -165,6 +166,17 @@ def export_decilm(source: str | Path, out: str | Path, *, overwrite: bool = Fals
     blocks = block_configs(config, SafetensorTensors(files).shapes)
     write_decilm(resolved.folder, files, config, blocks, Path(out), overwrite=overwrite)
     return Path(out)
+
+
+def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
+    """Upload a checkpoint folder to the hub as it is, after the checks that every model is opened with.
+
+    Returns the repository's address. Raises ModelError, OutputError.
+    """
+    resolved = resolve_model(folder)
+    if not Path(folder).is_dir() or resolved.gguf_file is not None:
+        raise ModelError(f"{folder} is no folder of a checkpoint", "Give the folder that `saap prune` wrote")
+    return push_folder(resolved.folder, repository, private=private)
 
 
 def _open(source: str | Path, revision: str | None) -> _Source:
