@@ -61,7 +61,9 @@ def test_an_adapter_trains_is_saved_and_merges(folder: Path, tmp_path: Path) -> 
 
 def test_peft_finds_the_base_of_an_adapter(folder: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(folder)
-    settings = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    settings = LoraConfig(
+        r=2, target_modules="all-linear", task_type="CAUSAL_LM"
+    )  # by name fails where a module is gone
     get_peft_model(base, settings).save_pretrained(tmp_path)
     found = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(found), logits(load(folder, device="cpu")))
