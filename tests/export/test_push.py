@@ -34,7 +34,7 @@ class Hub:
 
     def answer(self, path: str, request: Any) -> dict[str, Any]:
         if path == "/api/repos/create":
-            return {"url": "https://hub.test/me/small", "name": "me/small"}
+            return {"url": "https://huggingface.co/me/small", "name": "me/small"}
         if path.endswith("/preupload/main"):
             files = json.loads(request.read())["files"]
             kept = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
@@ -44,7 +44,7 @@ class Hub:
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            return {"commitUrl": "https://hub.test/me/small/commit/1", "commitOid": "1", "success": True}
+            return {"commitUrl": "https://huggingface.co/me/small/commit/1", "commitOid": "1", "success": True}
         return {"errors": [], "warnings": []}
 
 
