@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from saap._version import __version__
+from saap.commands.export import export
+from saap.commands.generate import generate
 from saap.errors import SaapError
 
 if TYPE_CHECKING:
@@ -203,6 +205,10 @@ def demo(
     config = PruneConfig(pruning_ratios=(0.2,), effort=choice("--effort", effort, Effort))
     print(f"$ saap prune smollm2 --pruning-ratio 0.2 --effort {effort} --out {out} --overwrite", flush=True)
     _run_prune("smollm2", config, RunOptions(out=out, overwrite=True), dry_run=False, as_json=False, quiet=False)
+
+
+app.command()(export)
+app.command()(generate)
 
 
 def main() -> None:

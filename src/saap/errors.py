@@ -63,3 +63,7 @@ class VerificationError(SaapError):
 
 class OutputError(SaapError):
     """The output folder exists, cannot be written or does not fit on the disk."""
+
+
+class ExportError(SaapError):
+    """The model cannot be said in the format that was asked for, or the written file computes something else."""

@@ -65,7 +65,7 @@ def write_checkpoint(
         config = stock_config(model, parts.graph, parts.plan, parts.structure)
     else:
         config = adaptive_config(model, parts.structure)
-    with _whole_folder(out) as folder:
+    with whole_folder(out) as folder:
         _write_config(config, folder, dtype)
         if parts.plan.layout is Layout.ADAPTIVE:
             shutil.copyfile(modeling_pruned.__file__, folder / Path(modeling_pruned.__file__).name)
@@ -115,7 +115,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
+def whole_folder(out: Path) -> Iterator[Path]:
     """A new folder beside `out` that takes its place when the block ends well, and vanishes when it does not."""
     part = out.with_name(f".{out.name}.part-{uuid.uuid4().hex[:8]}")
     try:

@@ -32,8 +32,8 @@ def licence_of(folder: Path) -> str | None:
     return licence if isinstance(licence, str) and re.fullmatch(r"[\w.+-]{1,60}", licence) else None
 
 
-def model_card(manifest: RunManifest, base_model_type: str) -> str:
-    """The card of a pruned model as Markdown with YAML front matter."""
+def model_card(manifest: RunManifest, base_model_type: str, *, loading: str | None = None) -> str:
+    """The card of a pruned model as Markdown with YAML front matter. loading: how to open it, if not as usual."""
     base = manifest.base
     data = ModelCardData(
         base_model=base.source if _is_repository(base.source) else None,
@@ -49,7 +49,7 @@ def model_card(manifest: RunManifest, base_model_type: str) -> str:
         "## Figures",
         _figures(manifest),
         "## Loading",
-        _loading(manifest.layout),
+        _loading(manifest.layout) if loading is None else loading,
         "## How it was made",
         _making(manifest),
     ]

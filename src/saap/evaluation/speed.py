@@ -1,0 +1,125 @@
+"""Tokens per second: of reading a prompt (prefill) and of writing one token after another (decode, batch 1).
+
+The runtimes to compare run in turns, so that a busy machine slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from saap.errors import ConfigurationError
+from saap.models.llama_cpp import LlamaCpp
+
+
+class Runtime(Protocol):
+    """Something that reads tokens and keeps what it needs of them for the next ones."""
+
+    def read(self, ids: Sequence[int]) -> int:
+        """Forget everything, read the tokens, and return the most likely next one."""
+
+    def step(self, token: int) -> int:
+        """Read one more token and return the most likely next one."""
+
+
+class TransformersRuntime:
+    """A transformers model with its cache of keys and values."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model.eval()
+        self._device = next(model.parameters()).device
+        self._cache: Any = None
+
+    def read(self, ids: Sequence[int]) -> int:
+        """Read a prompt into an empty cache."""
+        self._cache = None
+        return self._next(list(ids))
+
+    def step(self, token: int) -> int:
+        """Read one more token."""
+        return self._next([token])
+
+    @torch.inference_mode()
+    def _next(self, ids: list[int]) -> int:
+        inputs = torch.tensor([ids], device=self._device)
+        output = self._model(inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache = output.past_key_values
+        return int(output.logits[0, -1].argmax())  # waits for the device
+
+
+class LlamaCppRuntime:
+    """A GGUF file in llama.cpp; its context must hold prompt and answer."""
+
+    def __init__(self, model: LlamaCpp) -> None:
+        self._model = model
+        self._length = 0
+
+    def read(self, ids: Sequence[int]) -> int:
+        """Read a prompt into an empty cache."""
+        self._model.forget()
+        self._length = len(ids)
+        return int(self._model.feed(ids)[-1].argmax())
+
+    def step(self, token: int) -> int:
+        """Read one more token."""
+        self._length += 1
+        return int(self._model.feed([token], start=self._length - 1)[-1].argmax())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Medians over the rounds, in tokens per second."""
+
+    prefill: float
+    decode: float
+    rounds: int
+
+
+def measure_speeds(
+    runtimes: Mapping[str, Runtime],
+    prompt: Sequence[int],
+    *,
+    new_tokens: int = 32,
+    rounds: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Speed]:
+    """Speed of each runtime on the same prompt, after one round that is not counted.
+
+    In each round every runtime reads the prompt and then writes `new_tokens`; the one that begins changes from round to
+    round. clock: seconds. Raises ConfigurationError for an empty prompt or fewer than one token or round.
+    """
+    if not prompt or new_tokens < 1 or rounds < 1:
+        raise ConfigurationError("a speed needs a prompt, new tokens and rounds", "Give at least 1 of each")
+    names = list(runtimes)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            taken = _one_round(runtimes[name], prompt, new_tokens, clock)
+            if number > 0:
+                seconds[name].append(taken)
+    return {
+        name: Speed(
+            prefill=statistics.median(len(prompt) / read for read, _ in taken),
+            decode=statistics.median(new_tokens / written for _, written in taken),
+            rounds=rounds,
+        )
+        for name, taken in seconds.items()
+    }
+
+
+def _one_round(
+    runtime: Runtime, prompt: Sequence[int], new_tokens: int, clock: Callable[[], float]
+) -> tuple[float, float]:
+    """Seconds of reading and of writing."""
+    start = clock()
+    token = runtime.read(prompt)
+    read = clock()
+    for _ in range(new_tokens):
+        token = runtime.step(token)
+    return read - start, clock() - read

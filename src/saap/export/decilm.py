@@ -1,0 +1,146 @@
+"""A folder for vLLM's own DeciLMForCausalLM: a LLaMA with an FFN width and a number of KV heads for each layer.
+
+What vLLM does with such a folder was read in its source (vllm/model_executor/models/nemotron_nas.py), not run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from saap.errors import ExportError
+from saap.export import configuration_decilm
+from saap.export.config_files import with_both_rope_spellings
+from saap.export.huggingface import check_output, whole_folder
+from saap.export.manifest import RunManifest
+from saap.export.model_card import model_card
+from saap.models.safetensor_files import INDEX_NAME
+from saap.models.stored_tensors import Shape
+
+MODEL_TYPES = ("llama", "mistral")
+_BLOCK = "model.layers.{}."
+_NORM_OF = {"attention": "input_layernorm", "ffn": "post_attention_layernorm"}
+_KEPT_PATTERNS = (
+    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja", "*.model",
+    "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*",
+)  # fmt: skip
+_REMEDY = "Prune with --roles ffn, or use --layout uniform, which vLLM opens as it is"
+_LOADING = (
+    "With vLLM (its class DeciLMForCausalLM; not tried by saap):\n\n```\nvllm serve PATH --trust-remote-code\n```"
+)
+
+
+def block_configs(config: Any, shapes: Mapping[str, Shape]) -> list[dict[str, dict[str, Any]]]:
+    """What each layer is, in the words of DeciLM's configuration.
+
+    config: of transformers, also of an adaptive checkpoint. shapes: of the stored tensors. Raises ExportError, naming
+    every layer at fault, if vLLM's class cannot hold the model.
+    """
+    model_type = getattr(config, "base_model_type", None) or config.model_type
+    if model_type not in MODEL_TYPES:
+        raise ExportError(
+            f"Models of type {model_type} cannot be written as DeciLM", f"Types that can: {', '.join(MODEL_TYPES)}"
+        )
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found: list[dict[str, dict[str, Any]]] = []
+    faults: list[str] = []
+    for layer in range(config.num_hidden_layers):
+        rows = {
+            name: shapes.get(f"{_BLOCK.format(layer)}{path}.weight", (0,))[0]
+            for name, path in (("q", "self_attn.q_proj"), ("k", "self_attn.k_proj"), ("ffn", "mlp.gate_proj"))
+        }
+        heads, kv_heads = rows["q"] // head_size, rows["k"] // head_size
+        if heads and (heads != config.num_attention_heads or not kv_heads or heads % kv_heads):
+            faults.append(f"layer {layer} has {heads} of {config.num_attention_heads} query heads")
+        if not heads and layer == 0:
+            faults.append("layer 0 has no attention")
+        attention: dict[str, Any] = {"no_op": not heads, "replace_with_linear": False}
+        attention["n_heads_in_group"] = heads // kv_heads if kv_heads else None
+        ffn = {"no_op": not rows["ffn"], "replace_with_linear": False, "intermediate_size": rows["ffn"] or None}
+        found.append({"attention": attention, "ffn": ffn})
+    faults += _other_faults(config)
+    if faults:
+        more = f" and {len(faults) - 6} more" if len(faults) > 6 else ""
+        raise ExportError(f"vLLM's DeciLM cannot hold this model: {', '.join(faults[:6])}{more}", _REMEDY)
+    return found
+
+
+def _other_faults(config: Any) -> list[str]:
+    structure = getattr(config, "pruned_structure", None) or {}
+    faults = [f"{path} gives a bias alone" for path, kept in structure.get("constant", {}).items() if kept["bias"]]
+    faults += [
+        f"{path} has a norm epsilon of its own"
+        for path, values in structure.get("attributes", {}).items()
+        if any("eps" in name for name in values)
+    ]
+    if getattr(config, "sliding_window", None) is not None:
+        faults.append("it attends to a sliding window")
+    return faults
+
+
+def write_decilm(
+    folder: Path, files: Sequence[Path], config: Any, blocks: Sequence[Mapping[str, Any]], out: Path, *, overwrite: bool
+) -> None:
+    """Write the folder, one file of weights at a time; `out` appears whole or not at all.
+
+    folder: of the checkpoint, files: its safetensors. blocks: of `block_configs`. Raises OutputError.
+    """
+    check_output(out, sum(file.stat().st_size for file in files), overwrite=overwrite)
+    left_out = {
+        f"{_BLOCK.format(layer)}{_NORM_OF[part]}.weight"
+        for layer, block in enumerate(blocks)
+        for part in _NORM_OF
+        if block[part]["no_op"]
+    }
+    with whole_folder(out) as part:
+        for file in files:
+            _copy_weights(file, part / file.name, left_out)
+        if (folder / INDEX_NAME).exists():
+            index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+            for name in left_out:
+                index["weight_map"].pop(name, None)
+            (part / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for pattern in _KEPT_PATTERNS:
+            for file in folder.glob(pattern):
+                shutil.copyfile(file, part / file.name)
+        code = Path(configuration_decilm.__file__)
+        shutil.copyfile(code, part / code.name)
+        fields = _config_fields(config, blocks)
+        (part / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _write_card(folder, part, getattr(config, "base_model_type", config.model_type))
+
+
+def _copy_weights(file: Path, target: Path, left_out: set[str]) -> None:
+    with safe_open(file, framework="pt") as stored:
+        names = list(stored.keys())
+        if not left_out.intersection(names):
+            shutil.copyfile(file, target)
+            return
+        save_file({name: stored.get_tensor(name) for name in names if name not in left_out}, target, {"format": "pt"})
+
+
+def _config_fields(config: Any, blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    fields = with_both_rope_spellings(json.loads(config.to_json_string(use_diff=False)))
+    for name in ("pruned_structure", "base_model_type", "_name_or_path", "sliding_window"):
+        fields.pop(name, None)
+    code = Path(configuration_decilm.__file__).stem
+    return {
+        **fields,
+        "model_type": configuration_decilm.DeciLMConfig.model_type,
+        "architectures": ["DeciLMForCausalLM"],
+        "auto_map": {"AutoConfig": f"{code}.{configuration_decilm.DeciLMConfig.__name__}"},
+        "block_configs": list(blocks),
+    }
+
+
+def _write_card(folder: Path, part: Path, base_model_type: str) -> None:
+    record = folder / "saap" / "manifest.json"
+    if record.is_file():
+        manifest = RunManifest.model_validate_json(record.read_text(encoding="utf-8"))
+        (part / "README.md").write_text(model_card(manifest, base_model_type, loading=_LOADING), encoding="utf-8")

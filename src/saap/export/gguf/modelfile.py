@@ -1,0 +1,79 @@
+"""The Modelfile with which Ollama takes up a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_SYSTEM, _USER, _ANSWER, _AGAIN = "\x02system\x02", "\x02user\x02", "\x02answer\x02", "\x02again\x02"
+_CONTEXT_LIMIT = 8192
+
+
+def modelfile(file: Path, tokenizer: Any | None, *, context: int) -> str:
+    """Text of a Modelfile beside `file`: where the weights are, the chat template in Ollama's language, when to stop.
+
+    Source: Ollama's documentation of Modelfile and template. A chat template that is more than text around the
+    messages is left out; Ollama then goes by the one in the GGUF file.
+    """
+    lines = [f"FROM ./{file.name}", f"PARAMETER num_ctx {min(context, _CONTEXT_LIMIT)}"]
+    template = chat_template(tokenizer) if tokenizer is not None else None
+    if template is not None:
+        lines.append(f'TEMPLATE """{template}"""')
+    lines += [f'PARAMETER stop "{text}"' for text in _stops(tokenizer)]
+    return "\n".join(lines) + "\n"
+
+
+def chat_template(tokenizer: Any) -> str | None:
+    """The tokenizer's chat template in Ollama's language, found by rendering; None if it cannot be said or is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    user = {"role": "user", "content": _USER}
+    answer = {"role": "assistant", "content": _ANSWER}
+    again = {"role": "user", "content": _AGAIN}
+    turns = _pieces(tokenizer, [user, answer, again], (_USER, _ANSWER, _AGAIN))
+    if turns is None or any('"""' in piece or "{{" in piece for piece in turns):
+        return None
+    before, to_answer, after_answer, end = turns
+    if to_answer != end:  # the answer of a past turn begins as the one to be written
+        return None
+    system = _pieces(tokenizer, [{"role": "system", "content": _SYSTEM}, user], (_SYSTEM, _USER))
+    opening = before if system is None else system[0]
+    after_system = "" if system is None else system[1]
+    parts = [
+        '{{- range $index, $message := .Messages }}{{ if eq .Role "system" }}',
+        opening if system is not None else "",
+        '{{ .Content }}{{ else if eq .Role "user" }}{{ if eq $index 0 }}',
+        before,
+        '{{ else if eq (index $.Messages 0).Role "system" }}{{ if eq $index 1 }}',
+        after_system,
+        "{{ else }}",
+        after_answer,
+        "{{ end }}{{ else }}",
+        after_answer,
+        '{{ end }}{{ .Content }}{{ else if eq .Role "assistant" }}',
+        to_answer,
+        "{{ .Content }}{{ end }}{{ end }}",
+        end,
+    ]
+    return "".join(parts)
+
+
+def _pieces(tokenizer: Any, messages: Sequence[dict[str, str]], marks: Sequence[str]) -> list[str] | None:
+    """The texts before, between and after the marks when the messages are rendered; None if that fails."""
+    try:
+        rest = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template may raise whatever it likes, e.g. for a role it does not know
+        return None
+    pieces = []
+    for mark in marks:
+        piece, found, rest = rest.partition(mark)
+        if not found:
+            return None
+        pieces.append(piece)
+    return [*pieces, rest]
+
+
+def _stops(tokenizer: Any | None) -> list[str]:
+    text = getattr(tokenizer, "eos_token", None)
+    return [text] if isinstance(text, str) and '"' not in text else []

@@ -1,0 +1,181 @@
+"""The tokenizer's part of a GGUF file, from a Hugging Face tokenizer or from another GGUF file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from saap.errors import ExportError
+from saap.export.gguf.fields import Field, read_fields
+
+_KEYS = gguf.Keys.Tokenizer
+_TYPES = gguf.GGUFValueType
+# LLaMA 3, Qwen 2 and the like differ in how many digits make a piece.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# How a byte-level tokenizer cuts text before it merges -> llama.cpp's name for that.
+PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
+    ("words",): "gpt-2",
+    ("digits", "words"): "smollm",
+    (_WORDS.format(digits=r"\p{N}{1,3}"),): "llama-bpe",
+    (_WORDS.format(digits=r"\p{N}"),): "qwen2",
+}
+
+
+def fields_from_gguf(path: Path, known: Mapping[str, int], rows: int) -> tuple[Field, ...] | None:
+    """The tokenizer of another GGUF file as it is; None if it is not the model's own.
+
+    known: the model's tokens and their ids, all of which the file must have. rows: of the embedding.
+    """
+    try:
+        fields = tuple(field for field in read_fields(path) if field.key.startswith("tokenizer."))
+    except (ValueError, KeyError):
+        return None
+    tokens = next((field.value for field in fields if field.key == _KEYS.LIST), ())
+    if len(tokens) != rows or any(index >= rows or tokens[index] != text for text, index in known.items()):
+        return None
+    return fields
+
+
+def fields_from_huggingface(tokenizer: Any | None, vocabulary: int) -> tuple[Field, ...]:
+    """The tokenizer of a folder, with unused tokens up to the rows of the embedding.
+
+    Raises ExportError: there is none, it is of a kind that llama.cpp cannot follow, it has more tokens than rows.
+    """
+    if tokenizer is None:
+        raise ExportError(
+            "The model has no tokenizer, which a GGUF file needs", "Put its tokenizer files into the folder"
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise ExportError(
+            f"The tokenizer {type(tokenizer).__name__} has no tokenizer.json", "Convert it to a fast tokenizer"
+        )
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = described["model"]
+    if model["type"] != "BPE":
+        raise ExportError(
+            f"A tokenizer of type {model['type']} cannot be written as GGUF by saap", "Use one of type BPE"
+        )
+    texts: dict[int, str] = {index: text for text, index in model["vocab"].items()}
+    added = {entry["id"]: entry for entry in described["added_tokens"]}
+    texts |= {index: entry["content"] for index, entry in added.items()}
+    if max(texts) >= vocabulary:
+        raise ExportError(
+            f"The tokenizer has {max(texts) + 1} tokens, the embedding {vocabulary} rows",
+            "Use the model's own tokenizer",
+        )
+    tokens = [texts.get(index, f"[PAD{index}]") for index in range(vocabulary)]
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
+    by_pieces = bool(model.get("byte_fallback"))
+    kinds = [_kind(index, texts, added, model, by_pieces) for index in range(vocabulary)]
+    kind_fields = _pieces(described, tokens, merges) if by_pieces else _bytes(described, merges)
+    return (
+        *kind_fields,
+        _array(_KEYS.LIST, tokens, _TYPES.STRING),
+        _array(_KEYS.TOKEN_TYPE, kinds, _TYPES.INT32),
+        *_special(tokenizer),
+    )
+
+
+def _array(key: str, values: Sequence[Any], element: Any) -> Field:
+    return Field(key, values, _TYPES.ARRAY, element)
+
+
+def _kind(
+    index: int, texts: Mapping[int, str], added: Mapping[int, Mapping[str, Any]], model: Mapping[str, Any], pieces: bool
+) -> int:
+    if index not in texts:
+        return int(gguf.TokenType.UNUSED)
+    if pieces and texts[index] == model.get("unk_token"):
+        return int(gguf.TokenType.UNKNOWN)
+    if index in added:
+        return int(gguf.TokenType.CONTROL if added[index]["special"] else gguf.TokenType.USER_DEFINED)
+    text = texts[index]
+    if pieces and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        return int(gguf.TokenType.BYTE)
+    return int(gguf.TokenType.NORMAL)
+
+
+def _bytes(described: Mapping[str, Any], merges: Sequence[str]) -> tuple[Field, ...]:
+    """Byte-level BPE: merges in order, and how text is cut before."""
+    cuts = tuple(_cuts(described.get("pre_tokenizer")))
+    name = PRE_TOKENIZERS.get(cuts)
+    if name is None or described.get("normalizer") not in (None, {"type": "NFC"}):
+        shown = " | ".join(cuts) if name is None else json.dumps(described["normalizer"])
+        raise ExportError(
+            f"llama.cpp's way to cut text like this tokenizer is not known to saap ({shown})",
+            "Export the uniform layout with llama.cpp's own converter",
+        )
+    return (
+        Field(_KEYS.MODEL, "gpt2", _TYPES.STRING),
+        Field(_KEYS.PRE, name, _TYPES.STRING),
+        _array(_KEYS.MERGES, merges, _TYPES.STRING),
+    )
+
+
+def _cuts(step: Mapping[str, Any] | None) -> Iterator[str]:
+    """The steps of a pre-tokenizer: `digits`, `words` (the pattern of GPT-2), or another pattern itself."""
+    if step is None:
+        return
+    if step["type"] == "Sequence":
+        for inner in step["pretokenizers"]:
+            yield from _cuts(inner)
+    elif step["type"] == "Digits" and step["individual_digits"]:
+        yield "digits"
+    elif step["type"] == "ByteLevel":
+        if step.get("add_prefix_space"):
+            yield "a space before"
+        if step.get("use_regex", True):
+            yield "words"
+    elif step["type"] == "Split" and "Regex" in step["pattern"]:
+        yield step["pattern"]["Regex"]
+    else:
+        yield step["type"]
+
+
+def _pieces(described: Mapping[str, Any], tokens: Sequence[str], merges: Sequence[str]) -> tuple[Field, ...]:
+    """BPE over pieces of text with single bytes to fall back on: llama.cpp merges the pair of the greatest score first.
+
+    So a token's score is minus the rank of the merge that makes it.
+    """
+    rank: dict[str, int] = {}
+    for index, merge in enumerate(merges):
+        rank.setdefault(merge.replace(" ", ""), index)
+    return (
+        Field(_KEYS.MODEL, "llama", _TYPES.STRING),
+        Field(_KEYS.PRE, "default", _TYPES.STRING),
+        _array(_KEYS.SCORES, [-float(rank.get(token, len(merges))) for token in tokens], _TYPES.FLOAT32),
+        Field(_KEYS.ADD_PREFIX, _adds_a_space(described), _TYPES.BOOL),
+    )
+
+
+def _adds_a_space(described: Mapping[str, Any]) -> bool:
+    normalizer = described.get("normalizer") or {}
+    steps = [normalizer, *normalizer.get("normalizers", [])]
+    first = described.get("pre_tokenizer") or {}
+    return any(step.get("type") == "Prepend" for step in steps) or (
+        first.get("type") == "Metaspace" and first.get("prepend_scheme", "always") != "never"
+    )
+
+
+def _special(tokenizer: Any) -> Iterator[Field]:
+    keys = {"bos": _KEYS.BOS_ID, "eos": _KEYS.EOS_ID, "unk": _KEYS.UNK_ID, "pad": _KEYS.PAD_ID}
+    for name, key in keys.items():
+        index = getattr(tokenizer, f"{name}_token_id", None)
+        if index is not None:
+            yield Field(key, int(index), _TYPES.UINT32)
+    sample = tokenizer("a").input_ids
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    yield Field(_KEYS.ADD_BOS, bos is not None and sample[0] == bos, _TYPES.BOOL)
+    yield Field(_KEYS.ADD_EOS, eos is not None and sample[-1] == eos, _TYPES.BOOL)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template:
+        yield Field(_KEYS.CHAT_TEMPLATE, template, _TYPES.STRING)

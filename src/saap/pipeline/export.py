@@ -1,0 +1,264 @@
+"""Writing a model, pruned or not, in the format of another program, and checking the file in that program."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig
+
+from saap.data.samples import token_stream
+from saap.data.texts import evaluation_text
+from saap.errors import ExportError, ModelError
+from saap.evaluation.agreement import Agreement, compare_with_llama_cpp
+from saap.export.push import push_folder
+from saap.models.llama_cpp import LlamaCpp, llama_cpp_is_installed
+from saap.models.loading import load_model, load_tokenizer, quiet_transformers, register_pruned_models
+from saap.models.references import PACKAGED_MODELS, ResolvedModel, packaged_file, resolve_model
+from saap.models.safetensor_files import weight_files
+from saap.models.stored_tensors import ModelTensors, SafetensorTensors, StoredTensors
+from saap.pipeline.progress import Reporter, Silent
+from saap.storage import write_whole
+
+if TYPE_CHECKING:
+    from saap.export.gguf.fields import Field
+    from saap.export.gguf.plan import GgufPlan
+
+CHECKED_TOKENS = 512
+WINDOW = 256
+_INSTALL = "Run pip install 'saap[gguf]'"
+
+
+class ExportFormat(StrEnum):
+    """What a model can be written as."""
+
+    GGUF = "gguf"
+    DECILM = "decilm"
+
+
+class GgufType(StrEnum):
+    """How the weights of a GGUF file are stored."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    Q8_0 = "q8_0"
+    Q4_0 = "q4_0"
+    Q4_1 = "q4_1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufExport:
+    """A written GGUF file.
+
+    architecture: llama.cpp's. tokenizer: where its tokenizer came from. agreement: with the transformers model in
+    float32, None if it was not checked. same_tokens: whether both tokenizers cut the checked text alike.
+    """
+
+    path: Path
+    modelfile: Path
+    bytes: int
+    architecture: str
+    quantization: str
+    tokenizer: str
+    agreement: Agreement | None = None
+    same_tokens: bool | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The export as JSON-able data."""
+        agreement = self.agreement
+        return {
+            "path": str(self.path),
+            "modelfile": str(self.modelfile),
+            "bytes": self.bytes,
+            "architecture": self.architecture,
+            "quantization": self.quantization,
+            "tokenizer": self.tokenizer,
+            "checked_tokens": None if agreement is None else agreement.tokens,
+            "equal_predictions": None if agreement is None else agreement.share,
+            "divergence": None if agreement is None else agreement.divergence,
+            "same_tokens": self.same_tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The model to export. model: loaded, where it is no folder of safetensors."""
+
+    resolved: ResolvedModel
+    config: Any
+    tensors: StoredTensors
+    tokenizer: Any | None
+    model: Any | None
+
+
+def export_gguf(
+    source: str | Path,
+    out: str | Path,
+    *,
+    quantization: GgufType | str = GgufType.F16,
+    overwrite: bool = False,
+    verify: bool = True,
+    revision: str | None = None,
+    reporter: Reporter | None = None,
+) -> GgufExport:
+    """Write a model as GGUF, with an Ollama Modelfile beside it; `out` appears only when it has passed the check.
+
+    source: what `saap prune` takes, or what it wrote, in either layout. verify: open the file in llama.cpp and compare
+    its logits on a text with those of transformers. Raises ExportError, naming the layers, if llama.cpp cannot compute
+    the same, OutputError, ModelError.
+    """
+    target = Path(out)
+    if importlib.util.find_spec("gguf") is None:
+        raise ExportError("Writing GGUF needs the package gguf", _INSTALL)
+    if verify and not llama_cpp_is_installed():
+        raise ExportError("Checking the file needs the package llama-cpp-py-sync", f"{_INSTALL}, or use --no-verify")
+    from saap.export.gguf.modelfile import modelfile
+    from saap.export.gguf.plan import plan_gguf
+    from saap.export.gguf.write import check_file, whole_file, write_gguf
+
+    kind = GgufType(quantization)
+    progress = reporter if reporter is not None else Silent()
+    check_file(target, 0, overwrite=overwrite)
+    progress.stage("read the model")
+    opened = _open(source, revision)
+    plan = plan_gguf(opened.config, opened.tensors.shapes, kind)
+    fields, origin = _tokenizer(opened, plan)
+    context: int = dict(plan.fields)["context_length"]
+    check_file(target, plan.weight_bytes, overwrite=overwrite)
+    with whole_file(target) as part:
+        progress.stage(f"write {target.name}")
+        write_gguf(part, plan, opened.tensors, fields, _description(opened), progress.advance)
+        agreement, same = None, None
+        if verify:
+            progress.stage("compare it in llama.cpp with transformers")
+            agreement, same = _compare(opened, part, context)
+            _judge(agreement, plan, target)
+    beside = target.with_name(f"{target.stem}.Modelfile")
+    write_whole(beside, modelfile(target, opened.tokenizer, context=context).encode())
+    return GgufExport(
+        path=target, modelfile=beside, bytes=target.stat().st_size, architecture=plan.architecture,
+        quantization=kind.value, tokenizer=origin, agreement=agreement, same_tokens=same,
+    )  # fmt: skip
+
+
+def export_decilm(source: str | Path, out: str | Path, *, overwrite: bool = False, revision: str | None = None) -> Path:
+    """Write a checkpoint as a folder for vLLM's DeciLMForCausalLM. Returns its path.
+
+    source: a folder of safetensors that `saap prune` wrote, or a stock LLaMA. Every layer must have all its query heads
+    or no attention. Raises ExportError, naming the layers, OutputError, ModelError.
+    """
+    from saap.export.decilm import block_configs, write_decilm
+
+    resolved = resolve_model(source, revision=revision)
+    if resolved.gguf_file is not None:
+        raise ExportError(
+            f"{source} is a GGUF file, which holds no safetensors", "Prune it first, and export the folder"
+        )
+    files = weight_files(resolved.folder)
+    config = _config(resolved)
+    blocks = block_configs(config, SafetensorTensors(files).shapes)
+    write_decilm(resolved.folder, files, config, blocks, Path(out), overwrite=overwrite)
+    return Path(out)
+
+
+def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
+    """Upload a checkpoint folder to the hub as it is, after the checks that every model is opened with.
+
+    Returns the repository's address. Raises ModelError, OutputError.
+    """
+    resolved = resolve_model(folder)
+    if not Path(folder).is_dir() or resolved.gguf_file is not None:
+        raise ModelError(f"{folder} is no folder of a checkpoint", "Give the folder that `saap prune` wrote")
+    return push_folder(resolved.folder, repository, private=private)
+
+
+def _open(source: str | Path, revision: str | None) -> _Source:
+    resolved = resolve_model(source, revision=revision)
+    tokenizer = load_tokenizer(resolved)
+    if resolved.gguf_file is not None:
+        model = load_model(resolved, device=torch.device("cpu"), dtype=torch.float32)
+        return _Source(resolved, model.config, ModelTensors(model), tokenizer, model)
+    return _Source(resolved, _config(resolved), SafetensorTensors(weight_files(resolved.folder)), tokenizer, None)
+
+
+def _config(resolved: ResolvedModel) -> Any:
+    register_pruned_models()
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(resolved.folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{resolved.folder} has no usable config.json ({error})", "Check the file") from error
+
+
+def _tokenizer(opened: _Source, plan: GgufPlan) -> tuple[Sequence[Field], str]:
+    """The tokenizer's fields, from the GGUF file that the model came from if it is here and has the same tokens."""
+    from saap.export.gguf.tokenizer import fields_from_gguf, fields_from_huggingface
+
+    vocabulary = dict(plan.fields)["vocab_size"]
+    file = _source_gguf(opened.resolved)
+    if file is not None and opened.tokenizer is not None:
+        fields = fields_from_gguf(file, opened.tokenizer.get_vocab(), vocabulary)
+        if fields is not None:
+            return fields, file.name
+    return fields_from_huggingface(opened.tokenizer, vocabulary), "the model's folder"
+
+
+def _source_gguf(resolved: ResolvedModel) -> Path | None:
+    """The GGUF file that is the source, or that the source was pruned from."""
+    if resolved.gguf_file is not None:
+        return resolved.folder / resolved.gguf_file
+    base = _manifest(resolved.folder).get("base", {}).get("source", "")
+    if base in PACKAGED_MODELS:
+        try:
+            return packaged_file(base)
+        except ModelError:
+            return None
+    return Path(base) if base.endswith(".gguf") and Path(base).is_file() else None
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    file = folder / "saap" / "manifest.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _description(opened: _Source) -> list[tuple[str, Any]]:
+    """Name and licence, as far as they are known."""
+    base = _manifest(opened.resolved.folder).get("base", {})
+    name = Path(base.get("source") or opened.resolved.source).name
+    said: list[tuple[str, Any]] = [("type", "model"), ("name", f"{name}, pruned" if base else name)]
+    if base.get("licence"):
+        said.append(("license", base["licence"]))
+    return said
+
+
+def _compare(opened: _Source, file: Path, context: int) -> tuple[Agreement, bool]:
+    model = opened.model
+    if model is None:
+        model = load_model(opened.resolved, device=torch.device("cpu"), dtype=torch.float32)
+    text = evaluation_text()
+    window = min(WINDOW, context)
+    with LlamaCpp(file, context=window, threads=torch.get_num_threads(), exact=True) as runtime:
+        ids = token_stream([text], opened.tokenizer)[:CHECKED_TOKENS].tolist()
+        checked = text[: 4 * CHECKED_TOKENS]
+        same = runtime.tokenize(checked) == token_stream([checked], opened.tokenizer).tolist()
+        return compare_with_llama_cpp(model, runtime, ids, window=window), same
+
+
+def _judge(agreement: Agreement, plan: GgufPlan, out: Path) -> None:
+    if not agreement.share >= plan.quantization.least_agreement:
+        raise ExportError(
+            f"In llama.cpp {out.name} predicts the same next token as transformers for only {agreement.share:.1%} of "
+            f"{agreement.tokens} tokens, so it is not kept",
+            "Report this model as a fault of saap",
+        )

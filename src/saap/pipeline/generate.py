@@ -1,0 +1,135 @@
+"""The dense and the pruned model answering the same prompt, token by token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saap.errors import ConfigurationError, ModelError
+from saap.pipeline.inputs import RunOptions, open_model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSettings:
+    """temperature 0: always the most likely token; above: sampled with `seed`. chat: use the chat template if any."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+    chat: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ConfigurationError(f"--max-tokens {self.max_tokens} is too small", "Give at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigurationError(f"--temperature {self.temperature:g} is out of range", "Give 0 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """A model with a tokenizer and the name it is shown by."""
+
+    label: str
+    model: Any
+    tokenizer: Any
+
+
+def open_speakers(
+    source: str, *, against: str | None = None, dense: bool = True, device: str = "auto"
+) -> tuple[Speaker, ...]:
+    """The models that will answer: the dense one first (that of the manifest, or `against`), then `source`.
+
+    dense=False: `source` alone, as for a model that was never pruned and names no other. Raises ModelError if the dense
+    model is not here.
+    """
+    base = against if against is not None else _base_of(source) if dense else None
+    sources = [source] if base is None else [base, source]
+    labels = ["answer"] if base is None else ["dense", "pruned"]
+    return tuple(_speaker(label, name, device) for label, name in zip(labels, sources, strict=True))
+
+
+def _base_of(source: str) -> str | None:
+    file = Path(source) / "saap" / "manifest.json"
+    if not file.is_file():
+        return None
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["base"]["source"])
+    except (ValueError, KeyError, TypeError):
+        raise ModelError(f"{file} names no dense model", "Use --against MODEL or --no-dense") from None
+
+
+def _speaker(label: str, source: str, device: str) -> Speaker:
+    try:
+        loaded = open_model(source, RunOptions(device=device))
+    except ModelError as error:
+        if label != "dense":
+            raise
+        raise ModelError(f"The dense model: {error.offender}", "Use --against MODEL or --no-dense") from None
+    if loaded.tokenizer is None:
+        raise ModelError(f"{source} has no tokenizer", "Put its tokenizer files beside the weights")
+    return Speaker(label, loaded.model, loaded.tokenizer)
+
+
+def answers(speakers: tuple[Speaker, ...], prompt: str, settings: GenerationSettings) -> Iterator[Mapping[str, str]]:
+    """All answers so far by label, again after each round of one token each, until all have ended."""
+    streams = {speaker.label: stream(speaker, prompt, settings) for speaker in speakers}
+    texts = dict.fromkeys(streams, "")
+    while streams:
+        for label, written in list(streams.items()):
+            text = next(written, None)
+            if text is None:
+                del streams[label]
+            else:
+                texts[label] = text
+        yield dict(texts)
+
+
+@torch.no_grad()
+def stream(speaker: Speaker, prompt: str, settings: GenerationSettings) -> Iterator[str]:
+    """The answer of one model so far, after each token, until it ends its text or has `max_tokens`."""
+    model, tokenizer = speaker.model, speaker.tokenizer
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(settings.seed)
+    ends = _end_tokens(model, tokenizer)
+    inputs, cache = torch.tensor([prompt_ids(tokenizer, prompt, chat=settings.chat)], device=device), None
+    written: list[int] = []
+    while len(written) < settings.max_tokens:
+        output = model(inputs, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        token = choose(output.logits[0, -1], settings.temperature, generator)
+        if token in ends:
+            return
+        written.append(token)
+        inputs = torch.tensor([[token]], device=device)
+        yield tokenizer.decode(written, skip_special_tokens=True)
+
+
+def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
+    """The next token. logits: (vocabulary,). temperature 0 takes the most likely one."""
+    if temperature == 0:
+        return int(logits.argmax())
+    return int(torch.multinomial(torch.softmax(logits.float() / temperature, -1), 1, generator=generator))
+
+
+def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = True) -> list[int]:
+    """Token ids of the prompt, as a user's turn where there is a chat template. Raises ConfigurationError if empty."""
+    if chat and getattr(tokenizer, "chat_template", None):
+        turn = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+    else:
+        ids = tokenizer(prompt).input_ids
+    if not ids:
+        raise ConfigurationError("--prompt has no tokens", "Give a text that the model can continue")
+    return [int(index) for index in ids]
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = stated if isinstance(stated, list) else [stated]
+    return {int(index) for index in (*listed, tokenizer.eos_token_id) if index is not None}

@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tests.data.byte_tokenizer import byte_tokenizer
+from tests.export.gguf_models import EMPTY, adaptive_folder, family_folder, family_model
+from tests.pipeline import tiny
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from saap import cli
+from saap.data.texts import evaluation_text
+from saap.errors import ExportError, OutputError, SaapError
+from saap.export.gguf import write
+from saap.export.gguf.fields import Field, read_fields
+from saap.export.gguf.modelfile import chat_template, modelfile
+from saap.export.gguf.settings import llama3_factors
+from saap.export.gguf.tokenizer import fields_from_gguf, fields_from_huggingface
+from saap.models.llama_cpp import LlamaCpp
+from saap.pipeline.export import export_gguf
+
+EXACT = 1e-6
+ALIGNED = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4}
+ALIGNED["num_key_value_heads"] = 2
+DIVISIBLE = {"hidden_size": 96, "intermediate_size": 64, "head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        ("llama", "llama"), ("llama_tied", "llama"), ("mistral", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3"),
+        ("gemma", "gemma"), ("gemma2", "gemma2"), ("gemma3", "gemma3"),
+    ],
+)  # fmt: skip
+def test_stock_models_compute_the_same_in_llama_cpp(tmp_path: Path, name: str, architecture: str) -> None:
+    done = export_gguf(family_folder(tmp_path / "model", name), tmp_path / "out.gguf", quantization="f32")
+    assert done.architecture == architecture
+    assert done.agreement is not None
+    assert done.agreement.share > (0.99 if "gemma" in name else 0.999)  # llama.cpp looks GELU up in a float16 table
+    assert abs(done.agreement.divergence) < EXACT
+    assert done.same_tokens
+
+
+HALF = tuple(range(0, 80, 2))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "mistral", "qwen2"])
+@pytest.mark.parametrize(
+    ("ffn", "attention"),
+    [
+        ({0: HALF, 1: tuple(range(33))}, {1: (0, 2)}),
+        ({1: EMPTY}, {}),
+        ({1: EMPTY}, {1: (1,)}),
+        ({}, {1: EMPTY}),
+        ({0: HALF}, {0: EMPTY}),
+        ({0: EMPTY}, {1: EMPTY}),
+        ({1: EMPTY}, {1: EMPTY}),
+    ],
+    ids=["sizes", "ffn gone", "ffn gone and one head", "attention gone", "first attention gone", "both", "whole block"],
+)
+def test_layers_that_differ_compute_the_same_in_llama_cpp(tmp_path: Path, name: str, ffn: Any, attention: Any) -> None:
+    folder = adaptive_folder(tmp_path, name, ffn=ffn, attention=attention)
+    done = export_gguf(folder, tmp_path / "out.gguf", quantization="f32")
+    assert done.architecture == "deci"
+    assert done.agreement is not None
+    assert done.agreement.share == 1.0
+    assert abs(done.agreement.divergence) < EXACT
+
+
+def test_the_last_layer_may_lose_its_ffn(tmp_path: Path) -> None:
+    folder = adaptive_folder(tmp_path, "llama", ffn={2: EMPTY}, attention={0: (1,)})
+    done = export_gguf(folder, tmp_path / "out.gguf", quantization="f32")
+    assert done.agreement is not None
+    assert done.agreement.share == 1.0
+    with LlamaCpp(done.path, context=64) as runtime:  # a prompt of which only the last position is asked for
+        whole = runtime.logits([5, 6, 7, 8])
+        runtime.forget()
+        np.testing.assert_allclose(runtime.feed([5, 6, 7, 8]), whole[-1:], rtol=1e-4, atol=1e-4)
+
+
+def test_layers_pruned_alike_are_a_stock_architecture_even_in_the_adaptive_layout(tmp_path: Path) -> None:
+    folder = adaptive_folder(tmp_path, "qwen3", ffn=dict.fromkeys(range(2), HALF), attention={})
+    done = export_gguf(folder, tmp_path / "out.gguf", quantization="f32")
+    assert done.architecture == "qwen3"
+    assert done.agreement is not None
+    assert done.agreement.share == 1.0
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"])
+def test_every_type_holds_the_weights(tmp_path: Path, kind: str) -> None:
+    folder = family_folder(tmp_path / "model", "qwen2", **ALIGNED)
+    done = export_gguf(folder, tmp_path / "out.gguf", quantization=kind, verify=False)
+    assert done.agreement is None
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(done.path).tensors}
+    weight = family_model("qwen2", **ALIGNED).model.layers[1].mlp.down_proj.weight.detach().numpy()
+    tensor = stored["blk.1.ffn_down.weight"]
+    assert tensor.tensor_type == gguf.GGMLQuantizationType[kind.upper()]
+    expected = gguf.dequantize(gguf.quantize(weight, tensor.tensor_type), tensor.tensor_type)
+    np.testing.assert_array_equal(gguf.dequantize(tensor.data, tensor.tensor_type), expected)
+    assert stored["blk.1.attn_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
+    four_bits = kind.startswith("q4")
+    assert stored["token_embd.weight"].tensor_type.name == ("Q8_0" if four_bits else kind.upper())
+    with LlamaCpp(done.path, context=64) as runtime:
+        assert np.isfinite(runtime.logits([3, 4, 5])).all()
+
+
+def test_rows_are_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = family_folder(tmp_path / "model", "llama")
+    whole = export_gguf(folder, tmp_path / "whole.gguf", verify=False).path.read_bytes()
+    monkeypatch.setattr(write, "CHUNK_VALUES", 100)
+    assert export_gguf(folder, tmp_path / "parts.gguf", verify=False).path.read_bytes() == whole
+
+
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = family_folder(tmp_path / "model", "llama")
+    monkeypatch.setattr(write, "interleaved", lambda rows, head_rows: rows)
+    with pytest.raises(ExportError, match="not kept"):
+        export_gguf(folder, tmp_path / "out.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_rotary_pairs_become_neighbours() -> None:
+    rows = np.arange(16).reshape(8, 2)  # two heads of four rows
+    assert write.interleaved(rows, 4)[:, 0].tolist() == [0, 4, 2, 6, 8, 12, 10, 14]
+
+
+def test_llama3_factors_are_those_of_transformers() -> None:
+    rope = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    config = family_model("llama").config
+    config.rope_parameters, config.rope_theta, config.rope_scaling, config.head_dim = rope, 500000.0, rope, 64
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 500000.0 ** -(torch.arange(0, 64, 2) / 64)
+    np.testing.assert_allclose(llama3_factors(rope, 500000.0, 64), plain / scaled, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "linear"])
+def test_scaled_rotary_embeddings_compute_the_same_in_llama_cpp(tmp_path: Path, kind: str) -> None:
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    folder = family_folder(tmp_path / "model", "llama", rope_parameters=rope)
+    done = export_gguf(folder, tmp_path / "out.gguf", quantization="f32")
+    assert done.agreement is not None
+    assert done.agreement.share == 1.0
+    assert abs(done.agreement.divergence) < EXACT
+
+
+# Refusals: one sentence, before anything is written.
+
+
+def refused(tmp_path: Path, folder: Path, *offenders: str, **options: Any) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SaapError) as caught:
+        export_gguf(folder, tmp_path / "out.gguf", **options)
+    for offender in offenders:
+        assert offender in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_sizes_that_blocks_do_not_divide_are_named(tmp_path: Path) -> None:
+    folder = adaptive_folder(tmp_path, "llama", ffn={1: tuple(range(40))}, attention={}, **DIVISIBLE)
+    refused(tmp_path, folder, "model.layers.1.mlp.down_proj.weight (40)", "--align 32", quantization="q8_0")
+
+
+def test_layers_that_differ_in_other_families_are_named(tmp_path: Path) -> None:
+    folder = adaptive_folder(tmp_path, "qwen3", ffn={1: HALF}, attention={})
+    refused(tmp_path, folder, "qwen3", "layers 1", "--layout uniform")
+
+
+def test_an_unknown_family_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, family_folder(tmp_path / "model", "gpt_neox"), "gpt_neox", "qwen2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "offender"),
+    [
+        ({"hidden_act": "relu"}, "'relu'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_named(tmp_path: Path, changes: dict[str, Any], offender: str) -> None:
+    refused(tmp_path, family_folder(tmp_path / "model", "llama", **changes), offender)
+
+
+def test_windows_in_other_layers_are_named(tmp_path: Path) -> None:
+    folder = family_folder(tmp_path / "model", "gemma2", layer_types=["full_attention", *["sliding_attention"] * 2])
+    refused(tmp_path, folder, "layers 0, 1")
+
+
+def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    family_model("llama").save_pretrained(folder)
+    refused(tmp_path, folder, "no tokenizer")
+
+
+def test_more_tokens_than_rows_are_refused(tmp_path: Path) -> None:
+    folder = family_folder(tmp_path / "model", "llama", **{"vocab_size": 100})
+    refused(tmp_path, folder, "320 tokens", "100 rows")
+
+
+def test_what_is_there_is_kept(tmp_path: Path) -> None:
+    folder = family_folder(tmp_path / "model", "llama")
+    out = tmp_path / "out.gguf"
+    out.write_text("mine")
+    with pytest.raises(OutputError, match="exists"):
+        export_gguf(folder, out)
+    assert out.read_text() == "mine"
+    export_gguf(folder, out, overwrite=True, verify=False)
+    assert out.read_bytes()[:4] == b"GGUF"
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = family_folder(tmp_path / "model", "llama"), tmp_path / "sub" / "out.gguf"
+    monkeypatch.setattr(sys, "argv", ["saap", "export", str(folder), "--out", str(out), "--json"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["equal_predictions"] > 0.95
+    assert Path(shown["modelfile"]).read_text().startswith("FROM ./out.gguf\n")
+    monkeypatch.setattr(sys, "argv", ["saap", "export", str(folder), "--out", str(out), "--quantization", "q3"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert "q8_0" in capsys.readouterr().err
+
+
+# Tokenizers.
+
+TEXTS = ["Hello  world, it's 12345 o'clock!\n\nÄrger über ½ ✓ 東京", "<eos>a<eos> b", evaluation_text()[:2000]]
+
+
+def pieces_tokenizer() -> PreTrainedTokenizerFast:
+    """BPE over pieces with single bytes to fall back on, as sentencepiece makes it."""
+    inner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=specials, show_progress=False)
+    inner.train_from_iterator(evaluation_text()[:20000].split("\n"), trainer)
+    described = json.loads(inner.to_str())
+    described["added_tokens"] = described["added_tokens"][:3]
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(described)), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    made.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
+    return made
+
+
+@pytest.mark.parametrize("made", [tiny.tokenizer, pieces_tokenizer])
+def test_llama_cpp_cuts_text_like_the_tokenizer(tmp_path: Path, made: Any) -> None:
+    tokenizer = made()
+    rows = len(tokenizer) + 3
+    folder = tmp_path / "model"
+    family_model("llama", vocab_size=rows).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    done = export_gguf(folder, tmp_path / "out.gguf", verify=False)
+    with LlamaCpp(done.path, context=64) as runtime:
+        assert runtime.vocabulary == rows
+        for text in TEXTS:
+            assert runtime.tokenize(text) == tokenizer(text, add_special_tokens=False).input_ids
+    again = fields_from_gguf(done.path, tokenizer.get_vocab(), rows)
+    assert again is not None
+    written = {field.key: field.value for field in fields_from_huggingface(tokenizer, rows)}
+    assert {field.key: field.value for field in again} == written
+    assert fields_from_gguf(done.path, {**tokenizer.get_vocab(), "<unknown>": 1}, rows) is None
+
+
+def test_an_unknown_way_to_cut_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    with pytest.raises(ExportError, match="Punctuation"):
+        fields_from_huggingface(tokenizer, 300)
+
+
+def test_fields_are_read_as_the_package_reads_them(tmp_path: Path) -> None:
+    done = export_gguf(family_folder(tmp_path / "model", "gemma2"), tmp_path / "out.gguf", verify=False)
+    reader = gguf.GGUFReader(done.path)
+    for field in read_fields(done.path):
+        expected = reader.fields[field.key]
+        assert field == Field(
+            field.key, expected.contents(), expected.types[0], expected.types[-1] if len(expected.types) > 1 else None
+        )
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(done.path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="too early"):
+        list(read_fields(cut))
+
+
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_the_chat_template_is_carried_over(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    fields = {field.key: field.value for field in fields_from_huggingface(tokenizer, 256)}
+    assert fields["tokenizer.chat_template"] == CHATML
+    template = chat_template(tokenizer)
+    assert template is not None
+    assert template.startswith('{{- range $index, $message := .Messages }}{{ if eq .Role "system" }}<|system|>')
+    assert template.endswith("<end><|assistant|>{{ .Content }}{{ end }}{{ end }}<end><|assistant|>")
+    assert 'TEMPLATE """' in modelfile(tmp_path / "m.gguf", tokenizer, context=10**6)
+
+
+def test_a_template_that_is_more_than_text_around_messages_is_left_to_ollama(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(chat_template="{{ raise_exception('no') }}")
+    assert chat_template(tokenizer) is None
+    text = modelfile(tmp_path / "m.gguf", tokenizer, context=512)
+    assert text == "FROM ./m.gguf\nPARAMETER num_ctx 512\n"

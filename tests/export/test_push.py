@@ -1,0 +1,98 @@
+"""Uploading, with the hub's client faked where it talks HTTP."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import yaml
+from tests.export.gguf_models import adaptive_folder
+
+from saap import cli
+
+http = pytest.importorskip("httpx2")  # what the newer hub client talks through
+
+
+class Hub:
+    """Answers what an upload asks, and keeps what it was given."""
+
+    def __init__(self, status: int = 200) -> None:
+        self.status, self.asked, self.files = status, [], {}  # type: ignore[var-annotated]
+
+    def __call__(self, request: Any) -> Any:
+        path = request.url.path
+        self.asked.append((request.method, path))
+        if self.status != 200:
+            return http.Response(self.status, json={"error": "no"}, request=request)
+        return http.Response(200, json=self.answer(path, request), request=request)
+
+    def answer(self, path: str, request: Any) -> dict[str, Any]:
+        if path == "/api/repos/create":
+            return {"url": "https://huggingface.co/me/small", "name": "me/small"}
+        if path.endswith("/preupload/main"):
+            files = json.loads(request.read())["files"]
+            kept = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
+            return {"files": kept}
+        if "/commit/main" in path:
+            for line in request.read().decode().splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            return {"commitUrl": "https://huggingface.co/me/small/commit/1", "commitOid": "1", "success": True}
+        return {"errors": [], "warnings": []}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    made = Hub()
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    huggingface_hub.set_client_factory(lambda: http.Client(transport=http.MockTransport(made)))
+    yield made
+    huggingface_hub.set_client_factory(http.Client)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["saap", "export", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return int(left.value.code or 0)
+
+
+def test_the_folder_is_uploaded_with_a_card_the_hub_accepts(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = adaptive_folder(tmp_path, "llama", ffn={0: (1, 2)}, attention={})
+    assert run(monkeypatch, folder, "--push", "me/small") == 0
+    assert "me/small" in capsys.readouterr().out
+    assert set(hub.files) == {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert hub.files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    head = yaml.safe_load(hub.files["README.md"].decode().split("---")[1])
+    assert head["library_name"] == "transformers"
+    assert head["license"] == "apache-2.0"
+    assert "pruned" in head["tags"]
+
+
+def test_a_refusal_is_one_sentence(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = adaptive_folder(tmp_path, "llama", ffn={0: (1, 2)}, attention={})
+    hub.status = 403
+    assert run(monkeypatch, folder, "--push", "me/small") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: The hub refuses the upload to me/small")
+    assert "hf auth login" in error
+
+
+@pytest.mark.parametrize("arguments", [[], ["--push", "me/small", "--out", "there"]])
+def test_one_of_two(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, tmp_path, *arguments) == 2
+    assert "--out and --push" in capsys.readouterr().err

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.export.gguf_models import adaptive_folder, family_folder
+from tests.pipeline import tiny
+
+from saap import cli
+from saap.errors import ConfigurationError, ModelError
+from saap.pipeline.generate import GenerationSettings, Speaker, answers, choose, open_speakers, prompt_ids, stream
+
+
+def speaker(label: str = "answer", layers: int = 2) -> Speaker:
+    return Speaker(label, tiny.model(layers), tiny.tokenizer())
+
+
+def test_the_stream_is_what_generate_writes() -> None:
+    one = speaker()
+    ids = torch.tensor([prompt_ids(one.tokenizer, "Once upon")])
+    made = one.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0
+    )
+    expected = one.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    written = list(stream(one, "Once upon", GenerationSettings(max_tokens=6)))
+    assert written[-1] == expected
+    assert len(written) <= 6
+
+
+def test_answers_grow_together_until_each_has_ended() -> None:
+    first, second = speaker("dense"), speaker("pruned", 3)
+    rounds = list(answers((first, second), "Once", GenerationSettings(max_tokens=5)))
+    for label, one in (("dense", first), ("pruned", second)):
+        alone = list(stream(one, "Once", GenerationSettings(max_tokens=5)))
+        assert [texts[label] for texts in rounds][: len(alone)] == alone
+        assert rounds[-1][label] == alone[-1]
+
+
+def test_sampling_follows_the_seed_and_the_temperature() -> None:
+    logits = torch.tensor([0.0, 1.0, 3.0])
+    generator = torch.Generator().manual_seed(0)
+    assert choose(logits, 0.0, generator) == 2
+    drawn = [choose(logits, 2.0, generator) for _ in range(3000)]
+    share = torch.softmax(logits / 2, -1)
+    for token in range(3):
+        assert drawn.count(token) / 3000 == pytest.approx(float(share[token]), abs=0.04)
+    one = speaker()
+    settings = GenerationSettings(max_tokens=8, temperature=5.0, seed=3)
+    assert list(stream(one, "Once", settings)) == list(stream(one, "Once", settings))
+
+
+def test_the_dense_model_is_the_one_of_the_manifest(tmp_path: Path) -> None:
+    folder = adaptive_folder(tmp_path, "llama", ffn={0: (1, 2)}, attention={})
+    with pytest.raises(
+        ModelError, match=r"dense model.*--against MODEL"
+    ):  # its manifest names a model that is not here
+        open_speakers(str(folder), device="cpu")
+    assert [one.label for one in open_speakers(str(folder), dense=False, device="cpu")] == ["answer"]
+    dense = family_folder(tmp_path / "whole", "llama")
+    record = folder / "saap" / "manifest.json"
+    fields = json.loads(record.read_text())
+    fields["base"]["source"] = str(dense)
+    record.write_text(json.dumps(fields))
+    first, second = open_speakers(str(folder), device="cpu")
+    assert (first.label, second.label) == ("dense", "pruned")
+    assert first.model.num_parameters() > second.model.num_parameters()
+    assert [one.label for one in open_speakers(str(dense), device="cpu")] == ["answer"]
+
+
+@pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}])
+def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigurationError):
+        GenerationSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny.folder(tmp_path / "model")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["saap", "generate", str(source), *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        shown = capsys.readouterr()
+        return int(left.value.code or 0), shown.out, shown.err
+
+    code, text, _ = run("--prompt", "Once", "--max-tokens", "4", "--device", "cpu")
+    assert (code, text.startswith("answer: ")) == (0, True)
+    code, text, _ = run("--prompt", "Once", "--max-tokens", "4", "--against", str(source), "--json", "--device", "cpu")
+    shown = json.loads(text)
+    assert shown["dense"] == shown["pruned"] != ""
+    code, _, error = run("--prompt", " ")
+    assert (code, "--prompt is empty" in error) == (2, True)
