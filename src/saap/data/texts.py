@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from enum import StrEnum
 from importlib import resources
@@ -106,17 +106,28 @@ def names_a_source(text: str) -> bool:
 def bundled_text(kind: str, purpose: Purpose, tokenizer: Any | None = None) -> str:
     """The bundled text of one of KINDS.
 
-    Conversations are plain text, instruction and answer; every second one is written with the chat template of
-    `tokenizer` if it has one, for a model that answers is asked in either form.
+    Conversations are written by `conversations_text`.
     """
     ending = ".jsonl.gz" if kind == CONVERSATIONS else ".txt.gz"
     file = resources.files("saap.data") / "bundled" / f"{kind}.{purpose}{ending}"
     text = gzip.decompress(file.read_bytes()).decode()
-    return _mixed_conversations(text, tokenizer) if kind == CONVERSATIONS else text
+    if kind != CONVERSATIONS:
+        return text
+    return conversations_text([json.loads(row)["messages"] for row in text.splitlines()], tokenizer)
 
 
-def _mixed_conversations(rows: str, tokenizer: Any | None) -> str:
-    conversations = [json.loads(row)["messages"] for row in rows.splitlines()]
+def bundled_questions() -> list[str]:
+    """The instructions of the bundled conversations, without their answers."""
+    file = resources.files("saap.data") / "bundled" / f"{CONVERSATIONS}.{Purpose.CALIBRATION}.jsonl.gz"
+    rows = gzip.decompress(file.read_bytes()).decode().splitlines()
+    return [json.loads(row)["messages"][0]["content"] for row in rows]
+
+
+def conversations_text(conversations: Sequence[Sequence[Mapping[str, str]]], tokenizer: Any | None) -> str:
+    """Conversations as one text: plain, or every second one with the chat template of `tokenizer`, if it has one.
+
+    A model that answers is asked in either form.
+    """
     plain = ["\n".join(message["content"] for message in messages) for messages in conversations]
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return "\n\n".join(plain)
