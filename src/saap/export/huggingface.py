@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -73,6 +74,11 @@ def write_checkpoint(
         _write_companions(model, parts, folder)
     written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     return WrittenCheckpoint(path=out, weight_bytes=written)
+
+
+def modeling_code_digest() -> str:
+    """sha256 (hex) of the `modeling_pruned.py` that adaptive folders carry."""
+    return hashlib.sha256(Path(modeling_pruned.__file__).read_bytes()).hexdigest()
 
 
 def check_output(out: Path, needed_bytes: int, *, overwrite: bool) -> None:

@@ -72,7 +72,8 @@ class RunManifest(_Frozen):
     """Everything needed to know, and to repeat, how a pruned model was made.
 
     command: the arguments as typed. settings: all settings with their defaults. versions: of the packages and Python.
-    digests: of graph, calibration, scores and plan. bytes: of the weights in `dtype`, dense and pruned alike.
+    digests: of graph, calibration, scores and plan, and, in adaptive folders, of the code that opens them. bytes: of
+    the weights in `dtype`, dense and pruned alike.
     """
 
     format_version: Literal[1] = 1

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from saap.errors import VerificationError
-from saap.export.huggingface import CheckpointParts, write_checkpoint
+from saap.export.huggingface import CheckpointParts, modeling_code_digest, write_checkpoint
 from saap.export.manifest import (
     BaseModelIdentity,
     Change,
@@ -29,7 +29,7 @@ from saap.pipeline.diagnosis import diagnose_importance, diagnose_memory, diagno
 from saap.pipeline.outcome import Behaviour, observe
 from saap.pipeline.report import PruneReport, PruneResult, load_lines, structure_of
 from saap.pipeline.targets import Target
-from saap.records import ImportanceScores, StructurePlan, count_parameters
+from saap.records import ImportanceScores, Layout, StructurePlan, count_parameters
 from saap.storage import read_plan
 
 CHECKED_TOKENS = 64
@@ -151,6 +151,12 @@ def _manifest(
             before=behaviour[0].perplexity,
             after=behaviour[1].perplexity,
         )
+    digests = {
+        "graph": run.graph.digest, "calibration": run.tokens.scored.digest,
+        "scores": scores.digest, "plan": plan.digest,
+    }  # fmt: skip
+    if plan.layout is Layout.ADAPTIVE:
+        digests["modeling_code"] = modeling_code_digest()
     return RunManifest(
         base=BaseModelIdentity.of(run.graph.model, licence_of(folder) if folder is not None else None),
         command=tuple(sys.argv[1:]) if sys.argv[0].endswith("saap") else (),
@@ -160,16 +166,13 @@ def _manifest(
         device=str(run.device),
         dtype=str(run.loaded.dtype).removeprefix("torch."),
         versions=recorded_versions(),
-        digests={
-            "graph": run.graph.digest, "calibration": run.tokens.scored.digest,
-            "scores": scores.digest, "plan": plan.digest,
-        },
+        digests=digests,
         stages=tuple(StageRecord(**dataclasses.asdict(stage)) for stage in run.meter.stages),
         parameters=Change(before=run.graph.parameters, after=plan.parameters),
         block_parameters=Change(before=run.graph.block_parameters, after=plan.block_parameters),
         bytes=Change(before=run.graph.parameters * itemsize, after=plan.parameters * itemsize),
         perplexity=perplexity,
-    )  # fmt: skip
+    )
 
 
 def _report(
