@@ -13,7 +13,6 @@ from saap.data.texts import (
     DATA_SETS,
     KINDS,
     Purpose,
-    bundled_questions,
     bundled_text,
     evaluation_text,
     names_a_source,
@@ -47,13 +46,6 @@ def test_conversations_come_plain_and_with_the_chat_template():
     assert "<|user|>" not in plain
     assert 200 < both.count("<|user|>") == both.count("<|assistant|>") < 400
     assert bundled_text("conversations", Purpose.CALIBRATION, byte_tokenizer()) == plain
-
-
-def test_the_bundled_questions_are_those_of_the_conversations():
-    text = bundled_text("conversations", Purpose.CALIBRATION)
-    questions = bundled_questions()
-    assert len(set(questions)) > 500
-    assert all(question in text for question in questions)
 
 
 def test_the_mixed_evaluation_text_has_each_kind():

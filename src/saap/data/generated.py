@@ -34,7 +34,10 @@ def sample_from_model(
     progress: called with (sequences done, sequences).
     Raises CalibrationError for a model that cannot generate.
     """
-    _require_generation(model)
+    if not hasattr(model, "generate"):
+        raise CalibrationError(
+            f"{type(model).__name__} cannot generate text", "Give a text file or token ids as calibration"
+        )
     begin = [list(starts[index % len(starts)]) for index in range(sequences)]
     device = next(model.parameters()).device
     pieces: list[torch.Tensor] = []
@@ -42,84 +45,27 @@ def sample_from_model(
         torch.manual_seed(seed)
         for done in range(0, sequences, batch):
             prompt = torch.tensor(begin[done : done + batch], device=device)
+            # Every shaping of the distribution that the model's own generation defaults may ask for is switched off.
             written = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=length - prompt.shape[1],
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
                 eos_token_id=None,
                 pad_token_id=padding,
-                **_sampling(model, temperature),
+                use_cache=True,
+                # Growing caches are copied for every token; models that fix the sizes of everything can do without.
+                cache_implementation="static" if getattr(model, "_can_compile_fullgraph", False) else None,
+                disable_compile=True,
             )
             pieces.append(written.cpu())
             if progress is not None:
                 progress(done + len(prompt), sequences)
     return np.asarray(torch.cat(pieces), dtype=np.int64)
-
-
-@torch.no_grad()
-def answers_from_model(
-    model: Any,
-    tokenizer: Any,
-    questions: Sequence[str],
-    *,
-    most_tokens: int,
-    batch: int,
-    seed: int,
-    temperature: float = 0.7,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """The model's own answers to `questions`, sampled through its chat template, `batch` at a time.
-
-    most_tokens: of one answer, which is cut there. The same seed, batch and device give the same answers; the global
-    random state is left as it was. progress: called with (questions done, questions).
-    Raises CalibrationError for a model that cannot generate.
-    """
-    _require_generation(model)
-    device = next(model.parameters()).device
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    answers: list[str] = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for done in range(0, len(questions), batch):
-            messages = [[{"role": "user", "content": question}] for question in questions[done : done + batch]]
-            asked = [tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True) for one in messages]
-            prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in asked]
-            width = max(map(len, prompts))
-            ids = torch.tensor([[padding] * (width - len(one)) + one for one in prompts], device=device)
-            mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=device)
-            written = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=most_tokens,
-                pad_token_id=padding,
-                **_sampling(model, temperature),
-            )
-            answers += tokenizer.batch_decode(written[:, width:].tolist(), skip_special_tokens=True)
-            if progress is not None:
-                progress(done + len(prompts), len(questions))
-    return answers
-
-
-def _require_generation(model: Any) -> None:
-    if not hasattr(model, "generate"):
-        raise CalibrationError(
-            f"{type(model).__name__} cannot generate text", "Give a text file or token ids as calibration"
-        )
-
-
-def _sampling(model: Any, temperature: float) -> dict[str, Any]:
-    """Plain sampling: every shaping of the distribution that the model's own defaults may ask for is switched off."""
-    return {
-        "do_sample": True,
-        "temperature": temperature,
-        "top_k": 0,
-        "top_p": 1.0,
-        "repetition_penalty": 1.0,
-        "use_cache": True,
-        # Growing caches are copied for every token; models that fix the sizes of everything can do without.
-        "cache_implementation": "static" if getattr(model, "_can_compile_fullgraph", False) else None,
-        "disable_compile": True,
-    }
 
 
 def random_starts(tokenizer: Any, *, sequences: int, seed: int) -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from enum import StrEnum
 from importlib import resources
@@ -106,28 +106,17 @@ def names_a_source(text: str) -> bool:
 def bundled_text(kind: str, purpose: Purpose, tokenizer: Any | None = None) -> str:
     """The bundled text of one of KINDS.
 
-    Conversations are written by `conversations_text`.
+    Conversations are plain text, instruction and answer; every second one is written with the chat template of
+    `tokenizer` if it has one, for a model that answers is asked in either form.
     """
     ending = ".jsonl.gz" if kind == CONVERSATIONS else ".txt.gz"
     file = resources.files("saap.data") / "bundled" / f"{kind}.{purpose}{ending}"
     text = gzip.decompress(file.read_bytes()).decode()
-    if kind != CONVERSATIONS:
-        return text
-    return conversations_text([json.loads(row)["messages"] for row in text.splitlines()], tokenizer)
+    return _mixed_conversations(text, tokenizer) if kind == CONVERSATIONS else text
 
 
-def bundled_questions() -> list[str]:
-    """The instructions of the bundled conversations, without their answers."""
-    file = resources.files("saap.data") / "bundled" / f"{CONVERSATIONS}.{Purpose.CALIBRATION}.jsonl.gz"
-    rows = gzip.decompress(file.read_bytes()).decode().splitlines()
-    return [json.loads(row)["messages"][0]["content"] for row in rows]
-
-
-def conversations_text(conversations: Sequence[Sequence[Mapping[str, str]]], tokenizer: Any | None) -> str:
-    """Conversations as one text: plain, or every second one with the chat template of `tokenizer`, if it has one.
-
-    A model that answers is asked in either form.
-    """
+def _mixed_conversations(rows: str, tokenizer: Any | None) -> str:
+    conversations = [json.loads(row)["messages"] for row in rows.splitlines()]
     plain = ["\n".join(message["content"] for message in messages) for messages in conversations]
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return "\n\n".join(plain)

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from saap.config import PrunableRole, PruneConfig, Strategy
-from saap.data.generated import answers_from_model, random_starts, sample_from_model
+from saap.data.generated import random_starts, sample_from_model
 from saap.data.samples import Calibration, SampleRequest, draw_sets, token_stream
-from saap.data.texts import MIXED, bundled_questions, conversations_text, evaluation_text
+from saap.data.texts import MIXED, evaluation_text
 from saap.models.devices import pick_device, pick_dtype
 from saap.models.loading import load_model, load_tokenizer, model_ref
 from saap.models.references import resolve_model
@@ -22,9 +21,6 @@ from saap.records import CalibrationSet, IntArray, ModelRef
 
 EVALUATION_TOKENS = 8192
 GENERATION_BATCH = 32
-ANSWER_BATCH = 64
-ANSWER_TOKENS = 256
-SHORT_CONVERSATION = 160
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,48 +110,20 @@ def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:
 
 
 def write_refit_text(loaded: LoadedModel, config: PruneConfig, progress: Callable[[int, int], None] | None) -> IntArray:
-    """Sequences (sequences, length) of ids, written by the dense model.
+    """Sequences (sequences, length) of ids, written by the dense model from random first tokens.
 
-    Half of them are its answers to the bundled instructions, if it has a chat template; the others begin with a random
-    token. What the model writes covers what it knows; the bundled texts are a part of that.
+    What the model writes covers what it knows; the bundled texts are a part of that.
     """
     wanted = generated_sequences(loaded, config)
-    length = config.effort_settings.refit_length
-    answered = _answers(loaded, config.seed, wanted // 2, length, progress)
-    free = sample_from_model(
+    return sample_from_model(
         loaded.model,
-        sequences=wanted - len(answered),
-        length=length,
+        sequences=wanted,
+        length=config.effort_settings.refit_length,
         batch=GENERATION_BATCH,
         seed=config.seed,
-        starts=random_starts(loaded.tokenizer, sequences=wanted - len(answered), seed=config.seed),
+        starts=random_starts(loaded.tokenizer, sequences=wanted, seed=config.seed),
         progress=progress,
     )
-    return np.concatenate([free, answered])
-
-
-def _answers(
-    loaded: LoadedModel, seed: int, sequences: int, length: int, progress: Callable[[int, int], None] | None
-) -> IntArray:
-    """At most (sequences, length) ids of bundled instructions with the model's own answers; none without a template."""
-    tokenizer: Any = loaded.tokenizer
-    if not getattr(tokenizer, "chat_template", None):
-        return np.empty((0, length), dtype=np.int64)
-    questions = bundled_questions()
-    order = np.random.default_rng(seed).permutation(len(questions))
-    # Questions and answers together are seldom shorter, so these are enough and few are in vain.
-    count = min(len(questions), -(-sequences * length // SHORT_CONVERSATION))
-    asked = [questions[index] for index in order[:count]]
-    answers = answers_from_model(
-        loaded.model, tokenizer, asked, most_tokens=ANSWER_TOKENS, batch=ANSWER_BATCH, seed=seed, progress=progress
-    )
-    conversations = [
-        ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
-        for question, answer in zip(asked, answers, strict=True)
-    ]
-    stream = token_stream([conversations_text(conversations, tokenizer)], tokenizer)
-    found = min(sequences, len(stream) // length)
-    return stream[: found * length].reshape(found, length)
 
 
 def draw_tokens(loaded: LoadedModel, config: PruneConfig, calibration: Calibration) -> TokenSets:
