@@ -41,6 +41,14 @@ class NonFiniteLossError(SaapError):
     """The loss of a calibration sample is not a finite number."""
 
 
+class GroupSizeError(SaapError):
+    """The group size of a quantisation does not divide the input size of every matrix; all of them are named."""
+
+
+class TrainingDataError(SaapError):
+    """The training data is missing, malformed or too small."""
+
+
 class TargetError(SaapError):
     """The asked reduction is out of range or cannot be reached."""
 
