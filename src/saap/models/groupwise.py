@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LEGAL_BITS = (2, 3, 4, 8)
-LEGAL_GROUP_SIZES = (16, 32, 64, 128)
 # Values of the matrix that exist in full precision at once: few enough to stay in a processor's cache.
 VALUES_AT_ONCE = 2**18
 # Codes are stored as planes of these bits, so that each plane has a whole number of codes in a byte.

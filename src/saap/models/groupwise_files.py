@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +74,14 @@ def q4_1_blocks(weight: GroupwiseWeight) -> Tensor:
     return torch.cat([numbers, weight.packed], dim=-1).flatten(1)
 
 
-def quantisable(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers whose weights are quantised, by path: all but the output embedding."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return {path: module for path, module in linear_modules(model).items() if module is not head}
-
-
-def input_sizes(modules: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Input size of each linear layer."""
-    return {path: weight_out_in(module).shape[1] for path, module in modules.items()}
+def linears_inside(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
+    """Path and input size of every linear layer inside the decoder blocks at these paths."""
+    inside = tuple(f"{block}." for block in blocks)
+    return {
+        path: weight_out_in(module).shape[1]
+        for path, module in linear_modules(model).items()
+        if path.startswith(inside)
+    }
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -91,10 +91,11 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def pack_linears(model: nn.Module, weight_of: WeightOf, device: torch.device) -> None:
-    """Replace the linear layers of a loaded model one by one, in place."""
-    for path, module in quantisable(model).items():
-        weight = weight_of(path, lambda module=module: weight_out_in(module))  # type: ignore[misc]
+def pack_linears(model: nn.Module, paths: Collection[str], weight_of: WeightOf, device: torch.device) -> None:
+    """Replace the linear layers at these paths of a loaded model one by one, in place."""
+    for path in paths:
+        module = model.get_submodule(path)
+        weight = weight_of(path, partial(weight_out_in, module))
         replace_module(model, path, GroupwiseLinear(weight, module._parameters.get("bias")).to(device))
 
 
@@ -121,9 +122,15 @@ def open_empty(resolved: ResolvedModel) -> tuple[Any, TensorReader] | None:
 
 @torch.no_grad()
 def fill(
-    model: Any, reader: TensorReader, weight_of: WeightOf, *, device: torch.device, dtype: torch.dtype
+    model: Any,
+    reader: TensorReader,
+    paths: Collection[str],
+    weight_of: WeightOf,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Any:
-    """Give an empty model its weights tensor by tensor; those of linear layers are packed and the rest forgotten.
+    """Give an empty model its weights tensor by tensor; those of the linear layers at these paths become packed.
 
     device, dtype: of all others, and to compute in.
     """
@@ -132,9 +139,9 @@ def fill(
         tensor = reader.read(name).to(device)
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    for path, module in quantisable(model).items():
-        across = contracted_axis(module) == 0
-        weight = weight_of(path, lambda: read(f"{path}.weight").T if across else read(f"{path}.weight"))
+    for path in paths:
+        module = model.get_submodule(path)
+        weight = weight_of(path, partial(_out_in, read, f"{path}.weight", contracted_axis(module)))
         bias = nn.Parameter(read(f"{path}.bias"), requires_grad=False) if "bias" in reader.names(path) else None
         replace_module(model, path, GroupwiseLinear(weight, bias).to(device))
     for name, parameter in list(model.named_parameters()):
@@ -148,6 +155,10 @@ def fill(
             model.get_submodule(holder)._buffers[attribute] = reader.read(name)
     model.tie_weights()
     return model.to(device)
+
+
+def _out_in(read: Callable[[str], Tensor], name: str, axis: int | None) -> Tensor:
+    return read(name).T if axis == 0 else read(name)
 
 
 def _stored_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -136,15 +136,23 @@ def load(
     if not packed:
         return _open(resolved, target, chosen)
     weights = read_packed(resolved.folder)
-    return load_groupwise(resolved, lambda name, read: weights[name], device=target, dtype=chosen)
+    return load_groupwise(
+        resolved, lambda model: weights, lambda name, read: weights[name], device=target, dtype=chosen
+    )
 
 
 def load_groupwise(
-    resolved: ResolvedModel, weight_of: WeightOf, *, device: torch.device, dtype: torch.dtype | None = None
+    resolved: ResolvedModel,
+    paths_of: Callable[[Any], Collection[str]],
+    weight_of: WeightOf,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> Any:
-    """Open a model whose linear layers hold packed weights, tensor by tensor where its files allow.
+    """Open a model some of whose linear layers hold packed weights, tensor by tensor where its files allow.
 
-    weight_of: gives the packed weight of the module at a path; its second argument reads the stored one, (out, in).
+    paths_of: which layers, given the model (perhaps without weights). weight_of: gives the packed weight of the module
+    at a path; its second argument reads the stored one, (out, in).
     dtype: of everything else, and to compute in; None as in `load_model`. Raises ModelError.
     """
     register_pruned_models()
@@ -152,9 +160,9 @@ def load_groupwise(
     with quiet_transformers():
         opened = open_empty(resolved)
         if opened is not None:
-            return fill(*opened, weight_of, device=device, dtype=chosen)
+            return fill(*opened, paths_of(opened[0]), weight_of, device=device, dtype=chosen)
     model = _open(resolved, torch.device("cpu"), chosen)
-    pack_linears(model, weight_of, device)
+    pack_linears(model, paths_of(model), weight_of, device)
     return model.to(device)
 
 

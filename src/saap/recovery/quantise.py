@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from saap.config import LEGAL_GROUP_SIZES
 from saap.errors import GroupSizeError, ModelError
-from saap.models.groupwise import LEGAL_GROUP_SIZES, VALUES_AT_ONCE, GroupwiseWeight, pack
+from saap.models.groupwise import VALUES_AT_ONCE, GroupwiseWeight, pack
 
 REFITS = 2
 """Least-squares refits of scale and zero point after each first choice of codes."""
@@ -39,9 +40,10 @@ def quantise(weight: Tensor, *, group_size: int, bits: int) -> GroupwiseWeight:
     parts) are tried for each group; after each, scale and zero point are refitted to the codes by least squares, the
     scale rounded to float16, and the best by group is kept. A group that lies on a grid of `bits` bits with a float16
     scale comes out exact.
-    Raises ModelError for values that are not finite or too large.
+    Raises GroupSizeError, and ModelError for values that are not finite or too large.
     """
     outputs, inputs = weight.shape
+    check_group_sizes({"the matrix": inputs}, group_size)
     groups = inputs // group_size
     packed, scales, zeros = [], [], []
     step = max(1, VALUES_AT_ONCE // max(1, inputs))
@@ -114,6 +116,7 @@ def quantise_with_feedback(weight: Tensor, gram: Tensor, *, group_size: int, bit
     zero point of a group are chosen when its first column is reached.
     Source: GPTQ (Frantar et al. 2022), with the Cholesky factor of the inverse Gram matrix.
     """
+    check_group_sizes({"the matrix": weight.shape[1]}, group_size)
     top = 2**bits - 1
     work = weight.float().clone()
     factor = _inverse_factor(gram)
