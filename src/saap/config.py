@@ -15,6 +15,7 @@ DEFAULT_MINUTES = 20.0
 LEGAL_BITS = (2, 3, 4, 8)
 LEGAL_GROUP_SIZES = (16, 32, 64, 128)
 
+
 class Importance(StrEnum):
     """Which score orders the units of a module."""
 
@@ -286,7 +287,9 @@ class RecoverConfig(BaseModel):
         if self.distillation and self.teacher is None:
             raise ConfigurationError("--distillation has no teacher", "Name the dense model with --teacher MODEL")
         if self.error_feedback and self.tuning is Tuning.LORA:
-            raise ConfigurationError("--error-feedback quantises, which plain LoRA does not", "Leave out one of the two")
+            raise ConfigurationError(
+                "--error-feedback quantises, which plain LoRA does not", "Leave out one of the two"
+            )
         return self
 
     @property

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -111,7 +113,8 @@ def test_no_full_matrix_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_merging_the_adapter_changes_nothing(size: int) -> None:
     bias = nn.Parameter(random(24).double())
     generator = torch.Generator().manual_seed(0)
-    layer = AdaptedLinear(quantise(random(24, 256), group_size=size, bits=4), bias, rank=4, alpha=8, generator=generator)
+    plain = GroupwiseLinear(quantise(random(24, 256), group_size=size, bits=4), bias)
+    layer = AdaptedLinear(plain, rank=4, alpha=8, generator=generator)
     layer.double()
     layer.zero = layer.zero.double()
     layer.second.data = random(24, 4, seed=3).double()
@@ -128,7 +131,8 @@ def test_merging_the_adapter_changes_nothing(size: int) -> None:
 
 def test_the_adapter_learns_the_gradient_of_its_formula() -> None:
     generator = torch.Generator().manual_seed(0)
-    layer = AdaptedLinear(quantise(random(6, 64), group_size=16, bits=4), None, rank=2, alpha=4, generator=generator)
+    plain = GroupwiseLinear(quantise(random(6, 64), group_size=16, bits=4))
+    layer = AdaptedLinear(plain, rank=2, alpha=4, generator=generator)
     layer.double()
     layer.second.data = random(6, 2, seed=3).double()
     inputs = random(5, 64, seed=4).double().requires_grad_(True)
@@ -170,15 +174,18 @@ def test_refusal_names_every_matrix_and_the_sizes_that_fit() -> None:
     check_group_sizes(inputs, 16)
 
 
-def test_packed_file_comes_back(tmp_path: object) -> None:
-    weights = {"a.b": quantise(random(4, 64), group_size=32, bits=3), "c": quantise(random(2, 32), group_size=16, bits=8)}
+def test_packed_file_comes_back(tmp_path: Path) -> None:
+    weights = {
+        "a.b": quantise(random(4, 64), group_size=32, bits=3),
+        "c": quantise(random(2, 32), group_size=16, bits=8),
+    }
     write_packed(tmp_path / "saap" / "packed.safetensors", weights)  # type: ignore[operator]
     found = read_packed(tmp_path)  # type: ignore[arg-type]
     assert list(found) == ["a.b", "c"]
     for name, weight in weights.items():
         assert torch.equal(found[name].dequantised(), weight.dequantised())
     with pytest.raises(ModelError, match="no packed weights"):
-        read_packed(tmp_path / "saap")  # type: ignore[operator]
+        read_packed(tmp_path / "saap")
 
 
 def test_q4_1_blocks_are_what_gguf_reads() -> None:

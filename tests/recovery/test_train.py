@@ -129,16 +129,16 @@ def test_training_lowers_the_loss_and_merging_keeps_the_function(tmp_path: Path)
 def test_a_killed_training_goes_on_with_the_same_losses(tmp_path: Path) -> None:
     _, whole = train(tmp_path / "whole")
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     def kill(done: int, total: int) -> None:
         if done >= 625:  # in the middle between two saved states
-            raise Killed
+            raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(tmp_path / "cut", report=Report(step=kill, line=lambda text: None))
-    model, resumed = train(tmp_path / "cut")
+    _, resumed = train(tmp_path / "cut")
     assert [point.step for point in resumed.points] == list(range(1, 9))
     for one, other in zip(whole.points, resumed.points, strict=True):
         assert abs(one.loss - other.loss) <= 1e-6

@@ -174,9 +174,7 @@ def _without_template(row: dict[str, Any], tokenizer: Any) -> list[tuple[str, bo
     return [(f"{_INSTRUCTION}{row['instruction']}{given}{_RESPONSE}", False), (row["output"] + end, True)]
 
 
-def _with_template(
-    place: str, messages: list[Any], roles: list[Any], tokenizer: Any
-) -> list[tuple[str, bool]]:
+def _with_template(place: str, messages: list[Any], roles: list[Any], tokenizer: Any) -> list[tuple[str, bool]]:
     pieces: list[tuple[str, bool]] = []
     done = ""
     for index, role in enumerate(roles):

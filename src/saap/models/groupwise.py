@@ -1,4 +1,4 @@
-"""Weights as small integers with a scale and a zero point for each group of inputs, and the linear layer that reads them.
+"""Weights as small integers with a scale and a zero point for each group of inputs, and the layer that reads them.
 
 A weight W (out x in) is split along its inputs into groups of L. Group g of output o holds the codes q of b bits, and
 W = s * q + z with one scale s and one zero point z each. Codes stay packed: no full-precision copy of a whole matrix is
@@ -155,7 +155,7 @@ class _GroupwiseProduct(torch.autograd.Function):
 
 
 def groupwise_product(inputs: Tensor, weight: GroupwiseWeight) -> Tensor:
-    """inputs (..., in) times the transposed weight: (..., out), differentiable in `inputs`."""
+    """Product of the inputs (..., in) and the transposed weight: (..., out), differentiable in `inputs`."""
     product: Any = _GroupwiseProduct.apply
     result: Tensor = product(inputs, weight.packed, weight.scale, weight.zero, weight.bits, weight.group_size)
     return result
@@ -163,21 +163,23 @@ def groupwise_product(inputs: Tensor, weight: GroupwiseWeight) -> Tensor:
 
 def pooled(inputs: Tensor, group_size: int) -> Tensor:
     """Sum of the inputs (..., in) over each group: (..., groups)."""
-    return inputs.unflatten(-1, (-1, group_size)).sum(-1)
+    return inputs.reshape(*inputs.shape[:-1], -1, group_size).sum(-1)
 
 
 class GroupwiseLinear(nn.Module):
     """Stands where a linear layer was; its weight is held as packed codes.
 
-    bias: of the layer it replaces, None without one.
+    bias: of the layer it replaces, None without one. transposed: that layer stores its weight as (in, out).
     """
 
     packed: Tensor
     scale: Tensor
     zero: Tensor
+    bias: nn.Parameter | None
 
-    def __init__(self, weight: GroupwiseWeight, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, weight: GroupwiseWeight, bias: nn.Parameter | None = None, *, transposed: bool = False) -> None:
         super().__init__()
+        self.transposed = transposed
         self.out_features, self.in_features = weight.shape
         self.bits, self.group_size = weight.bits, weight.group_size
         self.register_buffer("packed", weight.packed)
@@ -192,6 +194,11 @@ class GroupwiseLinear(nn.Module):
             packed=self.packed, scale=self.scale, zero=self.zero, bits=self.bits, group_size=self.group_size
         )
 
+    def stored_weight(self, dtype: torch.dtype) -> Tensor:
+        """The full weight as the replaced layer stores it."""
+        full = self.quantised.dequantised(dtype)
+        return full.T if self.transposed else full
+
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: (..., in). Returns (..., out)."""
         outputs = groupwise_product(inputs, self.quantised)
@@ -204,7 +211,7 @@ class GroupwiseLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> GroupwiseLinear:
         # model.to(dtype) is about the type to compute in: it must not round the scales and zero points.
         scale, zero = self.scale, self.zero
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.scale = scale.to(self.packed.device)
         self.zero = zero.to(self.packed.device)
         return self

@@ -84,6 +84,11 @@ def linears_inside(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
     }
 
 
+def packed_like(module: nn.Module, weight: GroupwiseWeight, bias: nn.Parameter | None) -> GroupwiseLinear:
+    """The packed layer that replaces a linear one."""
+    return GroupwiseLinear(weight, bias, transposed=contracted_axis(module) == 0)
+
+
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` where the model has another one."""
     parent, _, name = path.rpartition(".")
@@ -96,7 +101,7 @@ def pack_linears(model: nn.Module, paths: Collection[str], weight_of: WeightOf, 
     for path in paths:
         module = model.get_submodule(path)
         weight = weight_of(path, partial(weight_out_in, module))
-        replace_module(model, path, GroupwiseLinear(weight, module._parameters.get("bias")).to(device))
+        replace_module(model, path, packed_like(module, weight, module._parameters.get("bias")).to(device))
 
 
 def open_empty(resolved: ResolvedModel) -> tuple[Any, TensorReader] | None:
@@ -143,7 +148,7 @@ def fill(
         module = model.get_submodule(path)
         weight = weight_of(path, partial(_out_in, read, f"{path}.weight", contracted_axis(module)))
         bias = nn.Parameter(read(f"{path}.bias"), requires_grad=False) if "bias" in reader.names(path) else None
-        replace_module(model, path, GroupwiseLinear(weight, bias).to(device))
+        replace_module(model, path, packed_like(module, weight, bias).to(device))
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             holder, _, attribute = name.rpartition(".")

@@ -120,9 +120,7 @@ def load_tokenizer(resolved: ResolvedModel) -> Any | None:
         ) from error
 
 
-def load(
-    path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, packed: bool = False
-) -> Any:
+def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, packed: bool = False) -> Any:
     """Open a model that saap has written, in either layout, or a stock one; no code of the folder is run.
 
     dtype: None keeps the stored one. packed: of a model that `saap recover` has written; its linear layers then hold

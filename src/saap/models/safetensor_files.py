@@ -181,7 +181,7 @@ def write_tensors(path: Path, entries: Mapping[str, TensorEntry], metadata: Mapp
             if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
                 raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced otherwise")
             flat = tensor.to("cpu").contiguous().reshape(-1)
-            stream.write(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+            flat.view(torch.uint8).numpy().tofile(stream)
         stream.flush()
         os.fsync(stream.fileno())
     part.replace(path)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from saap.models.groupwise import GroupwiseLinear, GroupwiseWeight, pooled
+from saap.models.groupwise import GroupwiseLinear, pooled
 
 
 class AdaptedLinear(GroupwiseLinear):
@@ -18,16 +18,9 @@ class AdaptedLinear(GroupwiseLinear):
     Source: SAAP, group-wise fine-tuning; the same form as QA-LoRA (Xu et al. 2023).
     """
 
-    def __init__(
-        self,
-        weight: GroupwiseWeight,
-        bias: nn.Parameter | None,
-        *,
-        rank: int,
-        alpha: float,
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__(weight, bias)
+    def __init__(self, layer: GroupwiseLinear, *, rank: int, alpha: float, generator: torch.Generator) -> None:
+        weight = layer.quantised
+        super().__init__(weight, layer.bias, transposed=layer.transposed)
         self.scaling = alpha / rank
         # Inputs of unit variance give r values of unit variance, whatever the group size.
         first = torch.randn(rank, weight.zero.shape[1], generator=generator) / math.sqrt(self.in_features)
@@ -43,10 +36,14 @@ class AdaptedLinear(GroupwiseLinear):
     def merged(self) -> GroupwiseLinear:
         """The same function without an adapter."""
         weight = self.quantised
-        return GroupwiseLinear(weight.with_zero(merged_zero(weight.zero, self.first, self.second, self.scaling)), self.bias)
+        zero = merged_zero(weight.zero, self.first, self.second, self.scaling)
+        return GroupwiseLinear(weight.with_zero(zero), self.bias, transposed=self.transposed)
 
 
 @torch.no_grad()
 def merged_zero(zero: Tensor, first: Tensor, second: Tensor, scaling: float) -> Tensor:
-    """z' = z + scaling * B A, summed in float64 and returned so. zero: (out, groups), A (r, groups), B (out, r)."""
+    """The zero points z + scaling * B A, summed in float64 and returned so.
+
+    zero: (out, groups). first: A, (rank, groups). second: B, (out, rank).
+    """
     return zero.double() + scaling * (second.double() @ first.double())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saap.errors import ConfigurationError
 from saap.models.groupwise import GroupwiseLinear, GroupwiseWeight
-from saap.models.groupwise_files import linears_inside, replace_module
+from saap.models.groupwise_files import linears_inside, packed_like, replace_module
 from saap.models.linear import weight_out_in
 from saap.models.walker import BlockWalker
 from saap.recovery.adapter import AdaptedLinear
@@ -23,8 +23,7 @@ def adapt(model: nn.Module, *, rank: int, alpha: float, seed: int) -> dict[str, 
     generator = torch.Generator().manual_seed(seed)
     for path, module in list(model.named_modules()):
         if isinstance(module, GroupwiseLinear):
-            adapted = AdaptedLinear(module.quantised, module.bias, rank=rank, alpha=alpha, generator=generator)
-            replace_module(model, path, adapted)
+            replace_module(model, path, AdaptedLinear(module, rank=rank, alpha=alpha, generator=generator))
     return {
         f"{path}.{name}": getattr(module, name)
         for path, module in model.named_modules()
@@ -47,8 +46,13 @@ def require_peft() -> None:
         raise ConfigurationError("Plain LoRA needs the package peft", "Run pip install 'saap[recover]'")
 
 
-def add_lora(model: Any, paths: Collection[str], *, rank: int, alpha: float, seed: int) -> tuple[Any, dict[str, nn.Parameter]]:
-    """Plain LoRA on the linear layers at these paths, in place, with peft. Returns its handle for `merge_lora` and the parameters."""
+def add_lora(
+    model: Any, paths: Collection[str], *, rank: int, alpha: float, seed: int
+) -> tuple[Any, dict[str, nn.Parameter]]:
+    """Plain LoRA on the linear layers at these paths, in place, with peft.
+
+    Returns its handle for `merge_lora` and the trained parameters by name.
+    """
     from peft import LoraConfig, get_peft_model
 
     with torch.random.fork_rng(devices=[]):
@@ -81,15 +85,13 @@ def quantise_by_feedback(
     walker = BlockWalker(model, blocks)
     streams = [walker.start(sample) for sample in samples]
     hidden = [stream.hidden for stream in streams]
-    for layer, path in enumerate(blocks):
+    for layer in range(len(blocks)):
         grams = _grams(walker, layer, hidden, [stream.contexts for stream in streams])
         for name, gram in grams.items():
             module = model.get_submodule(name)
             weight = quantise_with_feedback(weight_out_in(module), gram, group_size=group_size, bits=bits)
-            replace_module(model, name, GroupwiseLinear(weight, module._parameters.get("bias")))
-        hidden = [
-            walker.run_block(layer, one, stream.contexts) for one, stream in zip(hidden, streams, strict=True)
-        ]
+            replace_module(model, name, packed_like(module, weight, module._parameters.get("bias")))
+        hidden = [walker.run_block(layer, one, stream.contexts) for one, stream in zip(hidden, streams, strict=True)]
         progress(layer + 1, len(blocks))
 
 

@@ -137,7 +137,7 @@ def quantise_with_feedback(weight: Tensor, gram: Tensor, *, group_size: int, bit
         work[:, stop:] -= errors @ factor[start:stop, stop:]
     scale, zero = torch.cat(scales, dim=1), torch.cat(zeros, dim=1)
     _require_finite(scale.half(), zero)
-    grouped = codes.unflatten(1, (-1, group_size))
+    grouped = codes.reshape(len(codes), -1, group_size)
     return GroupwiseWeight(packed=pack(grouped, bits), scale=scale.half(), zero=zero, bits=bits, group_size=group_size)
 
 
@@ -147,4 +147,5 @@ def _inverse_factor(gram: Tensor) -> Tensor:
     diagonal = damped.diagonal()
     diagonal += DAMPING * diagonal.mean().clamp_min(1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()

@@ -74,9 +74,7 @@ def save_state(
     write_tensors(path, entries, {"format": "pt", "saap": json.dumps(record)})
 
 
-def load_state(
-    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> Progress | None:
+def load_state(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress | None:
     """Go back to a saved state; None if there is none. Raises StaleInputError if the file is of something else."""
     if not path.is_file():
         return None

@@ -19,7 +19,16 @@ from saap.models.walker import BlockWalker, Stream
 from saap.recovery.objective import loss_and_gradient
 from saap.recovery.processes import Processes
 from saap.recovery.schedule import Limits, learning_rate
-from saap.recovery.state import BEST, STATE, LossPoint, Progress, load_parameters, load_state, save_parameters, save_state
+from saap.recovery.state import (
+    BEST,
+    STATE,
+    LossPoint,
+    Progress,
+    load_parameters,
+    load_state,
+    save_parameters,
+    save_state,
+)
 
 BETAS = (0.9, 0.95)
 
