@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -216,6 +217,13 @@ def _print_structure(console: Console, report: PruneReport) -> None:
             filled = round(BAR_WIDTH * kept / units) if units else 0
             cells.append(f"{role} {'█' * filled}{'░' * (BAR_WIDTH - filled)} {kept:>5}/{units}")
         console.print(f"  {row.name:>6}  " + "   ".join(cells))
+
+
+def print_all_stages(results: Sequence[tuple[PruneReport, RecoverReport]]) -> None:
+    """The summary of each result that was pruned and then tuned."""
+    for pruned, tuned in results:
+        _print_report(_console(), dataclasses.replace(pruned, path=None, load_lines=()))
+        print_recovery(tuned)
 
 
 def print_recovery(report: RecoverReport) -> None:

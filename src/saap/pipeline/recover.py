@@ -12,7 +12,7 @@ from torch import nn
 
 from saap.config import RecoverConfig, Tuning
 from saap.discovery.blocks import find_blocks
-from saap.errors import ConfigurationError, ModelError, OutputError
+from saap.errors import ConfigurationError, ModelError, OutputError, SaapError
 from saap.evaluation.perplexity import perplexity
 from saap.export.recovered import RecoveredParts, write_recovered
 from saap.models.devices import quick_float32_products
@@ -45,12 +45,17 @@ def run_recover(
     """Tune a model and write it. Everything that can be refused is refused before the training. Raises SaapError."""
     run = prepare(str(source), config, options, reporter if reporter is not None else Silent())
     work = WorkFolder(work_path(options))
-    if run.processes.first and work.open(settings_digest(run)):
+    resumed = run.processes.first and work.open(settings_digest(run))
+    if resumed:
         run.meter.reporter.note(f"taking up the training in {work.path}")
     run.processes.wait()
     with quick_float32_products():
+        try:
+            model, handle, parameters, quantised = _model_to_train(run)
+        except SaapError:
+            work.close(keep=resumed)  # a refusal leaves nothing behind
+            raise
         before = _before(run)
-        model, handle, parameters, quantised = _model_to_train(run)
         teacher, dense = _teacher(run)
         with run.meter.stage("train"):
             training = Trainer(
