@@ -11,14 +11,19 @@ import pytest
 import torch
 from safetensors import safe_open
 from tests.pipeline import tiny
+from tests.recovery.tiny import blocks, build
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import saap
 from saap.errors import GroupSizeError, ModelError, OutputError, StaleInputError
 from saap.export.manifest import RunManifest
-from saap.models.groupwise import GroupwiseLinear
-from saap.models.groupwise_files import read_packed
+from saap.export.recovered import stored_entries
+from saap.models.groupwise import GroupwiseLinear, GroupwiseWeight
+from saap.models.groupwise_files import linears_inside, open_empty, pack_linears, read_packed
+from saap.models.loading import load_groupwise, load_model
+from saap.models.references import resolve_model
+from saap.recovery.quantise import quantise
 
 QUICK = {"length": 32, "batch": 4, "max_steps": 4, "validate_every": 2, "validation_samples": 2, "rank": 4}
 FLAGS = [
@@ -202,3 +207,32 @@ def test_prune_with_recover_runs_all_three_stages(dense: Path, text: Path, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
     assert len(read_packed(out)) == 28
     saap.load(out)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2", "qwen2", "phi3", "bloom"])
+def test_opening_tensor_by_tensor_equals_opening_whole(family: str, tmp_path: Path) -> None:
+    model = build(family).float()
+    model.generation_config.temperature = 0.25
+    model.generation_config.do_sample = True
+    model.save_pretrained(tmp_path)
+    resolved = resolve_model(tmp_path)
+    assert open_empty(resolved, torch.float32) is not None
+    calls: list[str] = []
+
+    def pack(path: str, read: Any) -> GroupwiseWeight:
+        calls.append(path)
+        return quantise(read(), group_size=16, bits=4)
+
+    streamed = load_groupwise(
+        resolved, lambda model: linears_inside(model, blocks(model)), pack, device=torch.device("cpu")
+    )
+    whole = load_model(resolved, device=torch.device("cpu"))
+    pack_linears(whole, linears_inside(whole, blocks(whole)), pack, torch.device("cpu"))
+    assert len(set(calls)) * 2 == len(calls)
+    torch.testing.assert_close(logits(streamed), logits(whole), rtol=0, atol=0)
+    assert streamed.generation_config.temperature == 0.25
+    assert not any(tensor.is_meta for tensor in streamed.state_dict().values())
+    entries = stored_entries(streamed, torch.float32)
+    expected = model.state_dict()
+    assert set(entries) <= set(expected)
+    assert all(tuple(expected[name].shape) == entry.make().shape for name, entry in entries.items())

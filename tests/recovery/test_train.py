@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from tests.data.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
-from tests.families import FAMILIES, randomised, token_ids
-from torch import nn
+from tests.families import token_ids
+from tests.recovery.tiny import blocks, build
 
 from saap.config import RecoverConfig
 from saap.data.training import Example, TrainingData, training_data
@@ -27,20 +26,6 @@ from saap.recovery.train import Report, Trainer, Training
 
 CPU = torch.device("cpu")
 SILENT = Report(step=lambda done, total: None, line=lambda text: None)
-
-
-def build(family: str, seed: int = 0) -> Any:
-    """The tiny model of a family with input sizes that 16 divides."""
-    kind, sizes = FAMILIES[family]
-    fitting = {"head_dim": 16, "query_pre_attn_scalar": 16, "word_embed_proj_dim": 32}
-    sizes = {name: fitting.get(name, value) for name, value in sizes.items()}
-    torch.manual_seed(seed)
-    return randomised(transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**sizes)), seed)
-
-
-def blocks(model: Any) -> tuple[str, ...]:
-    stack = next(path for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
-    return tuple(f"{stack}.{index}" for index in range(len(model.get_submodule(stack))))
 
 
 def quantised(family: str = "llama_tied", bits: int = 4) -> Any:

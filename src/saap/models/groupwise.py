@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Values of the matrix that exist in full precision at once: few enough to stay in a processor's cache.
-VALUES_AT_ONCE = 2**18
+# Values of the matrix that exist in full precision at once: few enough to stay in a processor's cache; elsewhere few
+# enough not to matter beside the activations.
+VALUES_AT_ONCE, VALUES_ON_ACCELERATORS = 2**18, 2**24
 # Codes are stored as planes of these bits, so that each plane has a whole number of codes in a byte.
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
@@ -50,10 +51,9 @@ class GroupwiseWeight:
 
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The whole matrix (out, in), computed in at least float32."""
-        full = torch.promote_types(dtype, torch.float32)
         matrix = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
-        for rows, values in _row_chunks(self.packed, self.scale, self.zero, self.bits, self.group_size, full):
-            matrix[rows] = values.to(dtype)
+        for rows, values in _row_chunks(self.packed, self.scale, self.zero, self.bits, self.group_size, dtype):
+            matrix[rows] = values
         return matrix
 
     def with_zero(self, zero: Tensor) -> GroupwiseWeight:
@@ -104,28 +104,29 @@ def _codes_of_plane(packed: Tensor, plane: int) -> Iterator[Tensor]:
 
 
 def _row_chunks(
-    packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, dtype: torch.dtype
+    packed: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The matrix a few rows at a time: (rows, values (rows, in) of `dtype`). The storage is used again each time.
+    """The matrix a few rows at a time: (rows, values (rows, in) of `dtype`), computed in at least float32.
 
-    zero None: s * q only.
+    The storage is used again each time.
     """
     outputs, groups = scale.shape
-    step = max(1, VALUES_AT_ONCE // max(1, groups * group_size))
-    buffer = torch.empty(min(step, outputs), groups, group_size, dtype=dtype, device=packed.device)
+    full = torch.promote_types(dtype, torch.float32)
+    at_once = VALUES_AT_ONCE if packed.device.type == "cpu" else VALUES_ON_ACCELERATORS
+    step = max(1, at_once // max(1, groups * group_size))
+    buffer = torch.empty(min(step, outputs), groups, group_size, dtype=full, device=packed.device)
     for start in range(0, outputs, step):
         rows = slice(start, min(start + step, outputs))
         values = buffer[: rows.stop - start]
-        factor = scale[rows].to(dtype).unsqueeze(-1)
+        factor = scale[rows].to(full).unsqueeze(-1)
         if len(_PLANES[bits]) == 1:
             size = packed.shape[-1]
             for index, part in enumerate(_codes_of_plane(packed[rows], _PLANES[bits][0])):
                 torch.mul(part, factor, out=values[..., index * size : (index + 1) * size])
         else:
             torch.mul(unpack(packed[rows], bits, group_size), factor, out=values)
-        if zero is not None:
-            values += zero[rows].to(dtype).unsqueeze(-1)
-        yield rows, values.flatten(1)
+        values += zero[rows].to(full).unsqueeze(-1)
+        yield rows, values.flatten(1).to(dtype)
 
 
 class _GroupwiseProduct(torch.autograd.Function):
@@ -162,8 +163,9 @@ def groupwise_product(inputs: Tensor, weight: GroupwiseWeight) -> Tensor:
 
 
 def pooled(inputs: Tensor, group_size: int) -> Tensor:
-    """Sum of the inputs (..., in) over each group: (..., groups)."""
-    return inputs.reshape(*inputs.shape[:-1], -1, group_size).sum(-1)
+    """Sum of the inputs (..., in) over each group: (..., groups), in at least float32."""
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    return inputs.reshape(*inputs.shape[:-1], -1, group_size).sum(-1, dtype=dtype)
 
 
 class GroupwiseLinear(nn.Module):

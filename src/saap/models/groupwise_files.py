@@ -12,7 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from saap.errors import ModelError
 from saap.models.groupwise import GroupwiseLinear, GroupwiseWeight
@@ -104,7 +104,7 @@ def pack_linears(model: nn.Module, paths: Collection[str], weight_of: WeightOf, 
         replace_module(model, path, packed_like(module, weight, module._parameters.get("bias")).to(device))
 
 
-def open_empty(resolved: ResolvedModel) -> tuple[Any, TensorReader] | None:
+def open_empty(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, TensorReader] | None:
     """The model without weights (they are on the meta device) and a reader of its files.
 
     None where the files do not hold the model's weights name by name (a GGUF file, a family that renames on loading),
@@ -115,9 +115,11 @@ def open_empty(resolved: ResolvedModel) -> tuple[Any, TensorReader] | None:
     try:
         config = AutoConfig.from_pretrained(resolved.folder)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError):
         return None  # opening it whole says what is wrong
+    if (resolved.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(resolved.folder)
     model.tie_weights()
     reader = TensorReader(weight_files(resolved.folder))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}

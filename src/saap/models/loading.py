@@ -156,7 +156,7 @@ def load_groupwise(
     register_pruned_models()
     chosen = dtype if dtype is not None else working_dtype(device, resolved.dtype)
     with quiet_transformers():
-        opened = open_empty(resolved)
+        opened = open_empty(resolved, chosen)
         if opened is not None:
             return fill(*opened, paths_of(opened[0]), weight_of, device=device, dtype=chosen)
     model = _open(resolved, torch.device("cpu"), chosen)

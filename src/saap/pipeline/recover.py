@@ -12,14 +12,13 @@ from torch import nn
 
 from saap.config import RecoverConfig, Tuning
 from saap.discovery.blocks import find_blocks
-from saap.errors import ConfigurationError, ModelError, OutputError, SaapError
+from saap.errors import ModelError, OutputError, SaapError
 from saap.evaluation.perplexity import perplexity
 from saap.export.recovered import RecoveredParts, write_recovered
 from saap.models.devices import quick_float32_products
 from saap.models.groupwise import GroupwiseWeight
 from saap.models.groupwise_files import linears_inside
-from saap.models.loading import load, load_groupwise, load_model, load_tokenizer
-from saap.models.references import resolve_model
+from saap.models.loading import load, load_groupwise, load_model
 from saap.models.walker import BlockWalker
 from saap.pipeline.inputs import RunOptions
 from saap.pipeline.outcome import greedy_answer
@@ -157,17 +156,10 @@ def _teacher(run: Recovery) -> tuple[Any | None, State | None]:
     """The dense model, if its predictions are learned from, and what is known of it."""
     records = recorded(run)
     known = None if records is None else records[0]
-    if run.config.teacher is None:
+    if run.teacher is None:
         return None, known
     with run.meter.stage("load the teacher"):
-        resolved = resolve_model(run.config.teacher)
-        teacher = load_model(resolved, device=run.device)
-        own = load_tokenizer(resolved)
-        if own is not None and own.get_vocab() != run.tokenizer.get_vocab():
-            raise ConfigurationError(
-                f"--teacher {run.config.teacher} has another vocabulary than {run.source}",
-                "Name the model that it was pruned from",
-            )
+        teacher = load_model(run.teacher, device=run.device)
         dense = known if known is not None else _measure(run, teacher)
     return (teacher if run.config.distillation else None), dense
 

@@ -38,6 +38,7 @@ class Recovery:
     options: RunOptions
     resolved: ResolvedModel
     tokenizer: Any
+    teacher: ResolvedModel | None
     earlier: RunManifest | None
     data: TrainingData
     evaluation: IntArray
@@ -71,15 +72,27 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
     with meter.stage("read the model's records and the training data"):
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
         tokenizer = load_tokenizer(resolved)
+        teacher = None if config.teacher is None else _teacher(config.teacher, source, tokenizer)
         data = training_data(
             config.data, tokenizer, length=config.length, held=config.validation_samples, seed=config.seed
         )
     return Recovery(
-        source=source, config=config, options=options, resolved=resolved, tokenizer=tokenizer,
+        source=source, config=config, options=options, resolved=resolved, tokenizer=tokenizer, teacher=teacher,
         earlier=_earlier_manifest(resolved), data=data,
         evaluation=token_stream([evaluation_text()], tokenizer)[:EVALUATION_TOKENS], device=device,
         dtype=pick_dtype(options.dtype, source=resolved.dtype), processes=processes, meter=meter,
     )  # fmt: skip
+
+
+def _teacher(name: str, source: str, tokenizer: Any) -> ResolvedModel:
+    """The dense model, of which only the tokenizer is read. Raises ConfigurationError if it has other tokens."""
+    resolved = resolve_model(name)
+    own = load_tokenizer(resolved)
+    if own is not None and tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
+        raise ConfigurationError(
+            f"--teacher {name} has another vocabulary than {source}", "Name the model that it was pruned from"
+        )
+    return resolved
 
 
 def _earlier_manifest(resolved: ResolvedModel) -> RunManifest | None:

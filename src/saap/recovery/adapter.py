@@ -42,8 +42,8 @@ class AdaptedLinear(GroupwiseLinear):
 
 @torch.no_grad()
 def merged_zero(zero: Tensor, first: Tensor, second: Tensor, scaling: float) -> Tensor:
-    """The zero points z + scaling * B A, summed in float64 and returned so.
+    """The zero points z + scaling * B A, summed in float64 (on the CPU: not every device has it) and returned so.
 
     zero: (out, groups). first: A, (rank, groups). second: B, (out, rank).
     """
-    return zero.double() + scaling * (second.double() @ first.double())
+    return zero.cpu().double() + scaling * (second.cpu().double() @ first.cpu().double())

@@ -16,7 +16,7 @@ from saap.config import RecoverConfig
 from saap.data.training import Example, TrainingData
 from saap.errors import NonFiniteLossError
 from saap.models.walker import BlockWalker, Stream
-from saap.recovery.objective import loss_and_gradient
+from saap.recovery.objective import loss_and_gradient, sum_dtype
 from saap.recovery.processes import Processes
 from saap.recovery.schedule import Limits, learning_rate
 from saap.recovery.state import (
@@ -96,7 +96,7 @@ class Trainer:
             loss, rate, tokens = self._step(progress)
             progress.step += 1
             progress.tokens += tokens
-            seconds = torch.tensor([time.perf_counter() - clock], dtype=torch.float64, device=self.device)
+            seconds = torch.tensor([time.perf_counter() - clock], dtype=sum_dtype(self.device), device=self.device)
             progress.seconds += float(self.processes.total(seconds)) / self.processes.count
             share = self.limits.share(progress.step, progress.tokens, progress.seconds)
             validation = None
@@ -153,7 +153,7 @@ class Trainer:
         examples = [self.data.train[index] for index in indices]
         predictions = sum(int(example.learned.sum()) for example in examples)
         tokens = sum(len(example.tokens) for example in examples)
-        losses = torch.zeros(len(examples), dtype=torch.float64, device=self.device)
+        losses = torch.zeros(len(examples), dtype=sum_dtype(self.device), device=self.device)
         for part in _parts(range(self.processes.rank, len(examples), self.processes.count), self.config.micro_batch):
             ids, learned = self._padded([examples[place] for place in part])
             losses[list(part)] = self._gradients(ids, learned, predictions).to(losses.device)
@@ -246,7 +246,7 @@ class Trainer:
     def _validate(self, progress: Progress) -> float:
         """Mean -log p of the held examples; the parameters are kept if it is the least so far."""
         held = self.data.held
-        total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        total = torch.zeros(1, dtype=sum_dtype(self.device), device=self.device)
         for place in range(self.processes.rank, len(held), self.processes.count):
             ids, learned = self._padded([held[place]])
             hidden, _ = self._forward(self.walker.start(ids), keep_inputs=False)
