@@ -38,7 +38,7 @@ class CalibrationError(SaapError):
 
 
 class NonFiniteLossError(SaapError):
-    """The loss of a calibration sample is not a finite number."""
+    """The loss of a calibration or training sample is not a finite number."""
 
 
 class GroupSizeError(SaapError):

@@ -96,12 +96,13 @@ class Trainer:
             loss, rate, tokens = self._step(progress)
             progress.step += 1
             progress.tokens += tokens
-            seconds = torch.tensor([time.perf_counter() - clock], dtype=sum_dtype(self.device), device=self.device)
-            progress.seconds += float(self.processes.total(seconds)) / self.processes.count
+            progress.seconds += self._since(clock)
             share = self.limits.share(progress.step, progress.tokens, progress.seconds)
             validation = None
             if share >= 1 or progress.step % self.config.validate_every == 0:
+                clock = time.perf_counter()
                 validation = self._validate(progress)
+                progress.seconds += self._since(clock)
             stopped_by = self._stopped(progress)
             point = LossPoint(
                 step=progress.step, tokens=progress.tokens, loss=loss, rate=rate, seconds=round(progress.seconds, 3),
@@ -118,6 +119,11 @@ class Trainer:
             validation=progress.best_validation, best_step=progress.best_step, tokens=progress.tokens,
             seconds=progress.seconds, stopped_by=stopped_by,
         )  # fmt: skip
+
+    def _since(self, clock: float) -> float:
+        """Seconds since then, the same in all processes."""
+        seconds = torch.tensor([time.perf_counter() - clock], dtype=sum_dtype(self.device), device=self.device)
+        return float(self.processes.total(seconds)) / self.processes.count
 
     def _begin(self) -> Progress:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -225,9 +231,8 @@ class Trainer:
         return hidden, inputs
 
     def _sum_gradients(self) -> None:
-        if self.processes.count == 1:
-            return
         for parameter in self.parameters.values():
+            # a layer that no token of the batch reached (an expert) has none
             own = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
             parameter.grad = self.processes.total(own)
 
