@@ -132,6 +132,8 @@ def prune(
 
     if out is None and not dry_run:
         raise ConfigurationError("--out is missing", "Name the folder to write with --out DIR, or use --dry-run")
+    if recover_minutes is not None and not recover_on:
+        raise ConfigurationError("--recover-minutes tunes nothing", "Name the data with --recover NAME|FILE")
     config = PruneConfig(
         pruning_ratios=parse_ratios(pruning_ratio) if pruning_ratio is not None else (),
         target_parameters=parse_count("--target-params", target_params) if target_params is not None else None,

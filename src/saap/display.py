@@ -242,7 +242,8 @@ def print_recovery(report: RecoverReport) -> None:
             table.add_row(label, f"{value:.2f}", f"{value / dense:.3f}" if dense else "")
     console.print(table)
     if report.gap_closed is not None:
-        console.print(f"{report.gap_closed:.0%} of the gap in log-perplexity to the dense model is closed")
+        share = round(report.gap_closed, 2) + 0.0  # no minus sign before a zero
+        console.print(f"{share:.0%} of the gap in log-perplexity to the dense model is closed")
     console.print(
         f"validation {report.validation_before:.4f} -> {report.validation:.4f} (step {report.best_step} of "
         f"{report.steps}); {report.tokens:,} tokens in {report.seconds:.0f} s; stopped by {report.stopped_by}"

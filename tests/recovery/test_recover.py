@@ -172,6 +172,22 @@ def test_refusal_on_the_command_line(dense: Path, tmp_path: Path) -> None:
     assert done.stderr == "error: --bits 5 is not possible. Use 2, 3, 4, 8.\n"
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recover-minutes", "1"], "--recover-minutes tunes nothing"),
+        (["--recover", "nothing-here.txt"], "nothing-here.txt is neither a file nor a known text"),
+        (["--recover", "speeches", "--align", "8"], "--align 8 gives sizes that groups of 32 do not divide"),
+    ],
+)
+def test_prune_refuses_before_it_prunes(dense: Path, tmp_path: Path, flags: list[str], message: str) -> None:
+    words = [sys.executable, "-m", "saap.cli", "prune", str(dense), "--pruning-ratio", "0.2", "--out"]
+    done = subprocess.run([*words, str(tmp_path / "small"), *flags], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (2, "")
+    assert done.stderr.startswith(f"error: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_processes_give_the_losses_of_one(dense: Path, text: Path, tmp_path: Path) -> None:
     flags = ["--data", str(text), *FLAGS, "--device", "cpu"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
