@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from saap._version import __version__
 
 if TYPE_CHECKING:
-    from saap.api import EvalReport, discover, estimate, evaluate, prune, search
+    from saap.api import EvalReport, discover, estimate, evaluate, prune, recover, search
     from saap.errors import SaapError
     from saap.models.loading import load
+    from saap.pipeline.recovery_report import RecoverReport, RecoverResult
     from saap.pipeline.report import PruneReport, PruneResult
     from saap.records import CoupledGroup, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
 
@@ -26,11 +27,14 @@ _HOMES = {
     "estimate": "saap.api",
     "search": "saap.api",
     "prune": "saap.api",
+    "recover": "saap.api",
     "evaluate": "saap.api",
     "EvalReport": "saap.api",
     "load": "saap.models.loading",
     "PruneReport": "saap.pipeline.report",
     "PruneResult": "saap.pipeline.report",
+    "RecoverReport": "saap.pipeline.recovery_report",
+    "RecoverResult": "saap.pipeline.recovery_report",
     "SaapError": "saap.errors",
     "CoupledGroup": "saap.records",
     "ImportanceScores": "saap.records",
@@ -45,10 +49,13 @@ __all__ = [
     "estimate",
     "search",
     "prune",
+    "recover",
     "evaluate",
     "load",
     "PruneResult",
     "PruneReport",
+    "RecoverResult",
+    "RecoverReport",
     "EvalReport",
     "ModelGraph",
     "CoupledGroup",

@@ -18,8 +18,10 @@ from saap.config import (
     Importance,
     PrunableRole,
     PruneConfig,
+    RecoverConfig,
     SkipLayers,
     Strategy,
+    Tuning,
 )
 from saap.data.samples import Calibration, calibration_set, token_stream
 from saap.data.texts import evaluation_text, read_documents
@@ -32,6 +34,8 @@ from saap.models.devices import quick_float32_products
 from saap.models.loading import model_ref
 from saap.pipeline.inputs import RunOptions, open_model
 from saap.pipeline.progress import Reporter
+from saap.pipeline.recover import run_recover
+from saap.pipeline.recovery_report import RecoverResult
 from saap.pipeline.report import PruneResult
 from saap.pipeline.run import run_prune
 from saap.records import ImportanceScores, Layout, ModelGraph, Role, StructurePlan
@@ -109,6 +113,63 @@ def search(
     )
     units = unit_scores(scores, graph, Importance(importance), FusionScope(fusion_scope))
     return _search(graph, units, budget_for_ratio(graph, pruning_ratio), space, Strategy(strategy))
+
+
+def recover(
+    model: str | Path,
+    *,
+    out: str | Path | None = None,
+    data: Sequence[str | Path] = ("mixed",),
+    overwrite: bool = False,
+    work_dir: str | Path | None = None,
+    keep_work: bool = False,
+    tuning: Tuning | str = Tuning.GROUPWISE,
+    bits: int = 4,
+    group_size: int = 32,
+    error_feedback: bool = False,
+    rank: int = 16,
+    alpha: float = 16.0,
+    teacher: str | Path | None = None,
+    distillation: float = 0.0,
+    length: int = 512,
+    batch: int = 4,
+    micro_batch: int = 1,
+    learning_rate: float = 2e-3,
+    warm_up: float = 0.05,
+    clip: float = 1.0,
+    max_steps: int | None = None,
+    max_tokens: int | None = None,
+    max_minutes: float | None = None,
+    validate_every: int = 20,
+    validation_samples: int = 8,
+    patience: int = 5,
+    gradient_checkpointing: bool = True,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    reporter: Reporter | None = None,
+) -> RecoverResult:
+    """Tune a model on text with quantised weights, and write it to `out` if that is given (SAAP, recovery stage).
+
+    model: a folder that `prune` has written, or anything else that `saap recover` takes. The arguments are the flags
+    of `saap recover`. Raises SaapError.
+    """
+    config = RecoverConfig(
+        data=tuple(str(source) for source in data), tuning=Tuning(tuning), bits=bits, group_size=group_size,
+        error_feedback=error_feedback, rank=rank, alpha=alpha, teacher=None if teacher is None else str(teacher),
+        distillation=distillation, length=length, batch=batch, micro_batch=micro_batch, learning_rate=learning_rate,
+        warm_up=warm_up, clip=clip, max_steps=max_steps, max_tokens=max_tokens, max_minutes=max_minutes,
+        validate_every=validate_every, validation_samples=validation_samples, patience=patience,
+        gradient_checkpointing=gradient_checkpointing, seed=seed,
+    )  # fmt: skip
+    options = RunOptions(
+        out=None if out is None else Path(out), overwrite=overwrite,
+        work_dir=None if work_dir is None else Path(work_dir), keep_work=keep_work, device=device, dtype=dtype,
+        revision=revision, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    return run_recover(model, config, options, reporter)
 
 
 def prune(

@@ -12,6 +12,7 @@ import typer
 from saap._version import __version__
 from saap.commands.export import export
 from saap.commands.generate import generate
+from saap.commands.recover import recover
 from saap.errors import SaapError
 
 if TYPE_CHECKING:
@@ -109,6 +110,11 @@ def prune(
     aggregation: Annotated[str, typer.Option(help="How a unit's members combine: sum, max, prod or last.")] = "sum",
     no_restore: Annotated[bool, typer.Option("--no-restore", help="Cut only; do not refit the consumers.")] = False,
     effort: Annotated[str, typer.Option(help="fast, default or best: time for search and restoration.")] = "default",
+    recover_on: Annotated[
+        list[str] | None,
+        typer.Option("--recover", metavar="NAME|FILE", help="Then tune the result on this data, as `saap recover`."),
+    ] = None,
+    recover_minutes: Annotated[float | None, typer.Option(help="Minutes of that tuning. [default: 20]")] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of the written weights: auto, float32, float16 or bfloat16.")] = "auto",
@@ -128,6 +134,8 @@ def prune(
 
     if out is None and not dry_run:
         raise ConfigurationError("--out is missing", "Name the folder to write with --out DIR, or use --dry-run")
+    if recover_minutes is not None and not recover_on:
+        raise ConfigurationError("--recover-minutes tunes nothing", "Name the data with --recover NAME|FILE")
     config = PruneConfig(
         pruning_ratios=parse_ratios(pruning_ratio) if pruning_ratio is not None else (),
         target_parameters=parse_count("--target-params", target_params) if target_params is not None else None,
@@ -155,7 +163,28 @@ def prune(
         out=out, overwrite=overwrite, work_dir=work_dir, keep_work=keep_work, device=device, dtype=dtype,
         revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    if recover_on and not dry_run:
+        _run_all_stages(model, config, options, (recover_on, recover_minutes), as_json=as_json, quiet=quiet)
+        return
     _run_prune(model, config, options, dry_run=dry_run, as_json=as_json, quiet=quiet)
+
+
+def _run_all_stages(
+    model: str, config: PruneConfig, options: RunOptions, tuning: tuple[list[str], float | None], *,
+    as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    from saap.config import RecoverConfig
+    from saap.display import make_reporter, print_all_stages
+    from saap.pipeline.all_stages import prune_and_recover
+
+    recovery = RecoverConfig(data=tuple(tuning[0]), max_minutes=tuning[1])
+    with make_reporter(quiet=quiet, to_stderr=as_json) as reporter:
+        results = prune_and_recover(model, config, recovery, options, reporter)
+    if as_json:
+        reports = [{"pruned": pruned.as_dict(), "recovered": tuned.as_dict()} for pruned, tuned in results]
+        print(json.dumps(reports[0] if len(reports) == 1 else {"results": reports}, indent=1))
+    elif not quiet:
+        print_all_stages(results)
 
 
 def _run_prune(
@@ -209,6 +238,7 @@ def demo(
 
 app.command()(export)
 app.command()(generate)
+app.command()(recover)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from rich.table import Table
 from saap.pipeline.progress import Reporter, Silent
 
 if TYPE_CHECKING:
+    from saap.pipeline.recovery_report import RecoverReport
     from saap.pipeline.report import PruneReport, PruneResult
 
 BAR_WIDTH = 24
@@ -215,3 +217,48 @@ def _print_structure(console: Console, report: PruneReport) -> None:
             filled = round(BAR_WIDTH * kept / units) if units else 0
             cells.append(f"{role} {'█' * filled}{'░' * (BAR_WIDTH - filled)} {kept:>5}/{units}")
         console.print(f"  {row.name:>6}  " + "   ".join(cells))
+
+
+def print_all_stages(results: Sequence[tuple[PruneReport, RecoverReport]]) -> None:
+    """The summary of each result that was pruned and then tuned."""
+    for pruned, tuned in results:
+        _print_report(_console(), dataclasses.replace(pruned, path=None, load_lines=()))
+        print_recovery(tuned)
+
+
+def print_recovery(report: RecoverReport) -> None:
+    """The summary of a recovery."""
+    console = _console()
+    console.print(f"\n[bold]{escape(report.path or 'tuned model')}[/bold]")
+    table = Table("", f"perplexity ({escape(report.evaluation_text)})", "ratio to dense")
+    dense = report.perplexity_dense
+    for label, value in (
+        ("dense", dense),
+        ("as it came", report.perplexity_before),
+        ("quantised", report.perplexity_quantised),
+        ("recovered", report.perplexity),
+    ):
+        if value is not None:
+            table.add_row(label, f"{value:.2f}", f"{value / dense:.3f}" if dense else "")
+    console.print(table)
+    if report.gap_closed is not None:
+        share = round(report.gap_closed, 2) + 0.0  # no minus sign before a zero
+        console.print(f"{share:.0%} of the gap in log-perplexity to the dense model is closed")
+    console.print(
+        f"validation {report.validation_before:.4f} -> {report.validation:.4f} (step {report.best_step} of "
+        f"{report.steps}); {report.tokens:,} tokens in {report.seconds:.0f} s; stopped by {report.stopped_by}"
+    )
+    packed = f"; packed {report.packed_bytes:,}" if report.packed_bytes is not None else ""
+    console.print(f"bytes of the weights: {report.bytes:,} ({report.dtype}){packed}")
+    if report.prompt:
+        console.print(f"prompt: {escape(report.prompt)}")
+        answers = (("dense", report.answer_dense), ("as it came", report.answer_before), ("recovered", report.answer))
+        for label, answer in answers:
+            if answer:
+                console.print(f"  {label + ':':<11} {escape(_one_line(answer))}")
+    peak = max((stage.peak_resident_bytes for stage in report.stages), default=0)
+    console.print(f"took {sum(stage.seconds for stage in report.stages):.0f} s, at most {peak / 1e9:.1f} GB of memory")
+    if report.load_lines:
+        console.print("open it with:")
+        for line in report.load_lines:
+            console.print(f"  {escape(line)}")

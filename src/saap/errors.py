@@ -38,7 +38,15 @@ class CalibrationError(SaapError):
 
 
 class NonFiniteLossError(SaapError):
-    """The loss of a calibration sample is not a finite number."""
+    """The loss of a calibration or training sample is not a finite number."""
+
+
+class GroupSizeError(SaapError):
+    """The group size of a quantisation does not divide the input size of every matrix; all of them are named."""
+
+
+class TrainingDataError(SaapError):
+    """The training data is missing, malformed or too small."""
 
 
 class TargetError(SaapError):

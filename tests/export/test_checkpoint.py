@@ -204,7 +204,7 @@ def test_an_interrupted_write_leaves_what_was_there(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(huggingface, "_write_companions", fail)
+    monkeypatch.setattr(huggingface, "write_companions", fail)
     with pytest.raises(error):
         written(tmp_path / "out", overwrite=existing)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -149,19 +149,26 @@ def _unknown(name: str) -> CalibrationError:
     )
 
 
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a .jsonl file, each with the words that say where it stands. Raises CalibrationError."""
+    return _rows(path, _file_text(path))
+
+
 def _read_file(path: Path, tokenizer: Any | None) -> tuple[str, ...]:
+    text = _file_text(path)
+    return _rows_to_documents(path, text, tokenizer) if ".jsonl" in path.suffixes else (text,)
+
+
+def _file_text(path: Path) -> str:
     if not path.name.endswith(FILE_ENDINGS):
         raise CalibrationError(f"{path} is not a kind of text file that is known", f"Give {', '.join(FILE_ENDINGS)}")
     try:
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except (OSError, EOFError) as error:
         raise CalibrationError(f"{path} cannot be read ({error})", "Give a readable text file") from error
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not UTF-8 at byte {error.start}", "Convert it to UTF-8") from error
-    if ".jsonl" in path.suffixes:
-        return _rows_to_documents(path, text, tokenizer)
-    return (text,)
 
 
 def _rows_to_documents(path: Path, text: str, tokenizer: Any | None) -> tuple[str, ...]:

@@ -67,11 +67,12 @@ def write_checkpoint(
     else:
         config = adaptive_config(model, parts.structure)
     with whole_folder(out) as folder:
-        _write_config(config, folder, dtype)
+        write_config(config, folder, dtype)
         if parts.plan.layout is Layout.ADAPTIVE:
             shutil.copyfile(modeling_pruned.__file__, folder / Path(modeling_pruned.__file__).name)
         _write_weights(model, folder, dtype)
-        _write_companions(model, parts, folder)
+        write_companions(model, parts.tokenizer, parts.source_folder, folder)
+        _write_records(parts, folder)
     written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     return WrittenCheckpoint(path=out, weight_bytes=written)
 
@@ -158,7 +159,8 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _write_config(config: Any, folder: Path, dtype: torch.dtype) -> None:
+def write_config(config: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write config.json so that older and newer versions of transformers read it."""
     config.save_pretrained(folder)
     file = folder / "config.json"
     fields = with_both_rope_spellings(json.loads(file.read_text(encoding="utf-8")))
@@ -193,18 +195,22 @@ def _use_the_old_tokenizer_name(file: Path) -> None:
             file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_companions(model: nn.Module, parts: CheckpointParts, folder: Path) -> None:
+def write_companions(model: nn.Module, tokenizer: Any | None, source_folder: Path | None, folder: Path) -> None:
+    """Write generation settings, tokenizer and the licence files of the source."""
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.to_json_file(folder / "generation_config.json")
-    if parts.tokenizer is not None:
-        parts.tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
         _use_the_old_tokenizer_name(folder / "tokenizer_config.json")
-    if parts.source_folder is not None:
+    if source_folder is not None:
         for pattern in _LEGAL_FILES:
-            for file in parts.source_folder.glob(pattern):
+            for file in source_folder.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)
+
+
+def _write_records(parts: CheckpointParts, folder: Path) -> None:
     card = model_card(parts.manifest, parts.structure.base_model_type)
     (folder / "README.md").write_text(card, encoding="utf-8")
     records = folder / "saap"

@@ -68,12 +68,65 @@ class PerplexityChange(_Frozen):
     after: float
 
 
+class Answers(_Frozen):
+    """Greedy answers to `prompt`; '' where there is none."""
+
+    prompt: str
+    dense: str = ""
+    pruned: str = ""
+    recovered: str = ""
+
+
+class CurvePoint(_Frozen):
+    """One step of a training: mean loss in nats, and the validation loss where it was measured."""
+
+    step: int
+    tokens: int
+    loss: float
+    rate: float
+    seconds: float
+    validation: float | None = None
+
+
+class RecoveryRecord(_Frozen):
+    """How a model was tuned, and what came out.
+
+    left_as_they_are: matrices of the decoder blocks that were not quantised. perplexity: by state of the model (dense,
+    before, quantised, recovered), on the text that `evaluation` names.
+    """
+
+    command: tuple[str, ...] = ()
+    settings: dict[str, Any]
+    data: tuple[str, ...]
+    data_digest: str
+    examples: int
+    held_examples: int
+    processes: int
+    device: str
+    dtype: str
+    versions: dict[str, str]
+    stages: tuple[StageRecord, ...] = ()
+    curve: tuple[CurvePoint, ...]
+    validation_before: float
+    validation: float
+    best_step: int
+    tokens: int
+    seconds: float
+    stopped_by: str
+    packed_bytes: int | None = None
+    left_as_they_are: tuple[str, ...] = ()
+    evaluation: str
+    evaluation_tokens: int
+    perplexity: dict[str, float]
+
+
 class RunManifest(_Frozen):
     """Everything needed to know, and to repeat, how a pruned model was made.
 
     command: the arguments as typed. settings: all settings with their defaults. versions: of the packages and Python.
     digests: of graph, calibration, scores and plan, and, in adaptive folders, of the code that opens them. bytes: of
-    the weights in `dtype`, dense and pruned alike.
+    the weights in `dtype`, dense and pruned alike. answers: greedy ones to a short prompt. recovery: of a model that
+    was tuned afterwards.
     """
 
     format_version: Literal[1] = 1
@@ -91,6 +144,8 @@ class RunManifest(_Frozen):
     block_parameters: Change
     bytes: Change
     perplexity: PerplexityChange | None = None
+    answers: Answers | None = None
+    recovery: RecoveryRecord | None = None
 
 
 def recorded_versions() -> dict[str, str]:

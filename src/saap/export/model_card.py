@@ -40,14 +40,15 @@ def model_card(manifest: RunManifest, base_model_type: str, *, loading: str | No
         library_name="transformers",
         pipeline_tag="text-generation",
         license=base.licence,
-        tags=["saap", "pruned", "structured-pruning", manifest.layout.value],
+        tags=["saap", *(["pruned", "structured-pruning", manifest.layout.value] if _is_pruned(manifest) else [])],
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {escape(Path(base.source).name)}, structurally pruned",
+        f"# {escape(Path(base.source).name)}, {_what_was_done(manifest)}",
         _summary(manifest, base_model_type),
         "## Figures",
         _figures(manifest),
+        *_recovery(manifest),
         "## Loading",
         _loading(manifest.layout) if loading is None else loading,
         "## How it was made",
@@ -61,6 +62,37 @@ def _is_repository(source: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None and not Path(source).exists()
 
 
+def _is_pruned(manifest: RunManifest) -> bool:
+    return manifest.parameters.after < manifest.parameters.before or manifest.recovery is None
+
+
+def _what_was_done(manifest: RunManifest) -> str:
+    done = ["structurally pruned"] if _is_pruned(manifest) else []
+    return " and ".join([*done, *(["tuned"] if manifest.recovery is not None else [])])
+
+
+def _recovery(manifest: RunManifest) -> list[str]:
+    record = manifest.recovery
+    if record is None:
+        return []
+    settings = record.settings
+    how = (
+        "plain LoRA on full-precision weights"
+        if record.packed_bytes is None
+        else f"adapters on weights of {settings['bits']} bits in groups of {settings['group_size']}, merged into their "
+        "zero points; the integers, scales and zero points are in `saap/packed.safetensors`"
+    )
+    texts = escape(", ".join(Path(name).name for name in record.data))
+    rows = ["| state | perplexity |", "|---|---:|"]
+    rows += [f"| {name} | {value:.2f} |" for name, value in record.perplexity.items()]
+    return [
+        "## Recovery",
+        f"Tuned on {record.tokens:,} tokens of {texts} with {how}. "
+        f"Perplexities on {record.evaluation_tokens:,} tokens of {escape(record.evaluation)}:",
+        "\n".join(rows),
+    ]
+
+
 def _summary(manifest: RunManifest, base_model_type: str) -> str:
     layout = (
         "Each layer has its own sizes."
@@ -69,6 +101,8 @@ def _summary(manifest: RunManifest, base_model_type: str) -> str:
     )
     source = manifest.base.source
     name = source if _is_repository(source) else Path(source).name
+    if not _is_pruned(manifest):
+        return f"{escape(name)} (architecture {escape(base_model_type)}), tuned with saap."
     return (
         f"{escape(name)} (architecture {escape(base_model_type)}) without "
         f"{manifest.block_parameters.removed:.1%} of the parameters of its decoder blocks, removed as whole channels, "

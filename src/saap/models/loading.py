@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from saap.errors import ModelError
 from saap.models.devices import pick_device, working_dtype
+from saap.models.groupwise_files import WeightOf, fill, open_empty, pack_linears, read_packed
 from saap.models.modeling_pruned import MODEL_TYPE, SaapPrunedConfig
 from saap.models.references import ResolvedModel, resolve_model
 from saap.records import ModelRef, digest_of
@@ -119,15 +120,48 @@ def load_tokenizer(resolved: ResolvedModel) -> Any | None:
         ) from error
 
 
-def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> Any:
+def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, packed: bool = False) -> Any:
     """Open a model that saap has written, in either layout, or a stock one; no code of the folder is run.
 
-    dtype: None keeps the stored one. Returns a transformers model in evaluation mode. Raises ModelError.
+    dtype: None keeps the stored one. packed: of a model that `saap recover` has written; its linear layers then hold
+    the integers, scales and zero points instead of full weights. Returns a transformers model in evaluation mode.
+    Raises ModelError.
     """
     resolved = resolve_model(path)
     target = pick_device(device)
     stored = torch.float32 if resolved.gguf_file is not None else resolved.dtype
-    return _open(resolved, target, dtype if dtype is not None else stored)
+    chosen = dtype if dtype is not None else stored
+    if not packed:
+        return _open(resolved, target, chosen)
+    weights = read_packed(resolved.folder)
+    return load_groupwise(
+        resolved, lambda model: weights, lambda name, read: weights[name], device=target, dtype=chosen
+    )
+
+
+def load_groupwise(
+    resolved: ResolvedModel,
+    paths_of: Callable[[Any], Collection[str]],
+    weight_of: WeightOf,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Open a model some of whose linear layers hold packed weights, tensor by tensor where its files allow.
+
+    paths_of: which layers, given the model (perhaps without weights). weight_of: gives the packed weight of the module
+    at a path; its second argument reads the stored one, (out, in).
+    dtype: of everything else, and to compute in; None as in `load_model`. Raises ModelError.
+    """
+    register_pruned_models()
+    chosen = dtype if dtype is not None else working_dtype(device, resolved.dtype)
+    with quiet_transformers():
+        opened = open_empty(resolved, chosen)
+        if opened is not None:
+            return fill(*opened, paths_of(opened[0]), weight_of, device=device, dtype=chosen)
+    model = _open(resolved, torch.device("cpu"), chosen)
+    pack_linears(model, paths_of(model), weight_of, device)
+    return model.to(device)
 
 
 @torch.no_grad()

@@ -1,9 +1,12 @@
-"""Checks of safetensors files that need only their headers."""
+"""Safetensors files: checks that need only their headers, and reading and writing tensor by tensor."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -102,3 +105,83 @@ def _checked_end(entry: dict[str, Any]) -> int:
     if end - first != prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize:
         raise ValueError("size and offsets disagree")
     return int(end)
+
+
+class TensorReader:
+    """Reads single tensors of safetensors files into memory of their own, so that no file stays mapped."""
+
+    def __init__(self, files: tuple[Path, ...]) -> None:
+        self._places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+        for file in files:
+            header = read_header(file)
+            with file.open("rb") as stream:
+                data = 8 + int.from_bytes(stream.read(8), "little")
+            for name, entry in header.items():
+                self._places[name] = (file, data, entry)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a tensor, None if there is none of that name."""
+        return tuple(self._places[name][2]["shape"]) if name in self._places else None
+
+    def names(self, module: str) -> frozenset[str]:
+        """Names of the tensors of one module, without its path."""
+        return frozenset(name.removeprefix(f"{module}.") for name in self._places if name.startswith(f"{module}."))
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor of that name, on the CPU in its stored type. Raises ModelError if it is missing or cut off."""
+        if name not in self._places:
+            raise ModelError(f"The checkpoint lacks the weight {name}", "Use a complete checkpoint")
+        file, data, entry = self._places[name]
+        first, end = entry["data_offsets"]
+        with file.open("rb") as stream:
+            stream.seek(data + first)
+            content = bytearray(end - first)
+            if stream.readinto(content) != len(content):
+                raise ModelError(f"{file} is truncated", _DOWNLOAD_AGAIN)
+        dtype = _DTYPES[entry["dtype"]]
+        if not content:
+            return torch.empty(entry["shape"], dtype=dtype)
+        return torch.frombuffer(content, dtype=dtype).reshape(entry["shape"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """A tensor to write, made when its turn comes. make: gives it in `dtype` and `shape`."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorEntry:
+        """An existing tensor as it is."""
+        return cls(dtype=tensor.dtype, shape=tuple(tensor.shape), make=lambda: tensor)
+
+
+def write_tensors(path: Path, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file of which only one tensor at a time need exist; whole or not at all.
+
+    The library can only write tensors that all exist.
+    """
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    place = 0
+    for name, entry in entries.items():
+        end = place + prod(entry.shape) * entry.dtype.itemsize
+        header[name] = {"dtype": names[entry.dtype], "shape": list(entry.shape), "data_offsets": [place, end]}
+        place = end
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as stream:
+        stream.write(len(raw).to_bytes(8, "little") + raw)
+        for name, entry in entries.items():
+            tensor = entry.make().detach()
+            if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced otherwise")
+            flat = tensor.to("cpu").contiguous().reshape(-1)
+            flat.view(torch.uint8).numpy().tofile(stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(path)

@@ -13,6 +13,7 @@ from torch import nn
 from saap.errors import VerificationError
 from saap.export.huggingface import CheckpointParts, modeling_code_digest, write_checkpoint
 from saap.export.manifest import (
+    Answers,
     BaseModelIdentity,
     Change,
     PerplexityChange,
@@ -143,13 +144,15 @@ def _manifest(
 ) -> RunManifest:
     itemsize = run.loaded.dtype.itemsize
     folder = run.loaded.folder
-    perplexity = None
+    perplexity = answers = None
     if behaviour is not None:
+        dense, pruned = behaviour
+        answers = Answers(prompt=dense.prompt, dense=dense.answer, pruned=pruned.answer)
         perplexity = PerplexityChange(
             text=run.tokens.evaluation_name,
             tokens=int(run.tokens.evaluation.size),
-            before=behaviour[0].perplexity,
-            after=behaviour[1].perplexity,
+            before=dense.perplexity,
+            after=pruned.perplexity,
         )
     digests = {
         "graph": run.graph.digest, "calibration": run.tokens.scored.digest,
@@ -172,6 +175,7 @@ def _manifest(
         block_parameters=Change(before=run.graph.block_parameters, after=plan.block_parameters),
         bytes=Change(before=run.graph.parameters * itemsize, after=plan.parameters * itemsize),
         perplexity=perplexity,
+        answers=answers,
     )
 
 

@@ -1,0 +1,97 @@
+"""`saap recover`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def recover(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder that `saap prune` has written, or any other model.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Text to learn from, repeatable: .txt, .jsonl with text, instructions or chats. [default: mixed]",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it exists.")] = False,
+    work_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the training's state is kept. [default: OUT.saap-work]")
+    ] = None,
+    keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep the state after success.")] = False,
+    tuning: Annotated[
+        str, typer.Option(help="groupwise: adapters on quantised weights; lora: plain LoRA in full precision.")
+    ] = "groupwise",
+    bits: Annotated[int, typer.Option(help="Bits of a weight: 2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale and a zero point: 16 to 128.")] = 32,
+    error_feedback: Annotated[
+        bool, typer.Option("--error-feedback", help="Quantise by GPTQ: later columns make up for earlier ones.")
+    ] = False,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    alpha: Annotated[float, typer.Option(help="The adapters' product is scaled by alpha / rank.")] = 16.0,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The dense model, to compare with and to learn from.")
+    ] = None,
+    distillation: Annotated[
+        float, typer.Option(help="Share of the divergence from the teacher in the loss, 0 to 1.")
+    ] = 0.0,
+    length: Annotated[int, typer.Option(help="Tokens of a block of text; longer conversations are cut.")] = 512,
+    batch: Annotated[int, typer.Option(help="Sequences of a step, over all processes.")] = 4,
+    micro_batch: Annotated[int, typer.Option(help="Sequences that are computed at once.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-3,
+    warm_up: Annotated[float, typer.Option(help="Share of the way on which the learning rate rises.")] = 0.05,
+    clip: Annotated[float, typer.Option(help="Longer gradients are shortened to this norm.")] = 1.0,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Stop after so many minutes of training. [default: 20 without a limit]")
+    ] = None,
+    validate_every: Annotated[int, typer.Option(help="Steps between two validations; the state is saved then.")] = 20,
+    validation_samples: Annotated[int, typer.Option(help="Sequences that are held back for validation.")] = 8,
+    patience: Annotated[int, typer.Option(help="Stop after so many validations without a new best; 0 never.")] = 5,
+    no_gradient_checkpointing: Annotated[
+        bool, typer.Option("--no-gradient-checkpointing", help="Keep all activations: quicker, more memory.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the written weights: auto, float32, float16 or bfloat16.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model repository ships.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress.")] = False,
+) -> None:
+    """Tune MODEL on text with quantised weights in little memory, and write it as a plain checkpoint."""
+    from saap.config import RecoverConfig, Tuning
+    from saap.parsing import choice
+
+    config = RecoverConfig(
+        data=tuple(data) if data else ("mixed",), tuning=choice("--tuning", tuning, Tuning), bits=bits,
+        group_size=group_size, error_feedback=error_feedback, rank=rank, alpha=alpha, teacher=teacher,
+        distillation=distillation, length=length, batch=batch, micro_batch=micro_batch, learning_rate=learning_rate,
+        warm_up=warm_up, clip=clip, max_steps=max_steps, max_tokens=max_tokens, max_minutes=max_minutes,
+        validate_every=validate_every, validation_samples=validation_samples, patience=patience,
+        gradient_checkpointing=not no_gradient_checkpointing, seed=seed,
+    )  # fmt: skip
+    from saap.display import make_reporter, print_recovery
+    from saap.pipeline.inputs import RunOptions
+    from saap.pipeline.recover import run_recover
+
+    options = RunOptions(
+        out=out, overwrite=overwrite, work_dir=work_dir, keep_work=keep_work, device=device, dtype=dtype,
+        revision=revision, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    with make_reporter(quiet=quiet, to_stderr=as_json) as reporter:
+        result = run_recover(model, config, options, reporter)
+    if as_json:
+        print(json.dumps(result.report.as_dict(), indent=1))
+    elif not quiet:
+        print_recovery(result.report)

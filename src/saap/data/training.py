@@ -1,0 +1,215 @@
+"""Examples to train on: plain text in blocks, and conversations of which only the answers are learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saap.data.samples import token_stream
+from saap.data.texts import FILE_ENDINGS, KINDS, MIXED, read_documents, read_rows
+from saap.errors import TrainingDataError
+from saap.records import IntArray, digest_of
+
+LEAST_BLOCK = 16
+HELD_SHARE = 10
+"""At most one example in so many is held back for validation."""
+# The form of Stanford Alpaca's records, for tokenizers without a chat template.
+_INSTRUCTION, _INPUT, _RESPONSE = "### Instruction:\n", "\n\n### Input:\n", "\n\n### Response:\n"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """A sequence and what of it is learned.
+
+    tokens: (n,) ids. learned: (n,) bool, True where the token is to be predicted from those before it; never the first.
+    """
+
+    tokens: IntArray
+    learned: np.ndarray[Any, np.dtype[np.bool_]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingData:
+    """train: to learn from. held: to judge by, never learned. sources: their names. seed: of split and order."""
+
+    sources: tuple[str, ...]
+    train: tuple[Example, ...]
+    held: tuple[Example, ...]
+    seed: int
+
+    @property
+    def digest(self) -> str:
+        """sha256 over all tokens, what is learned of them, and the seed."""
+        parts = [digest_of([one.tokens, one.learned.astype(np.int64)]) for one in (*self.train, *self.held)]
+        return digest_of([parts, len(self.held), self.seed])
+
+    def step_indices(self, step: int, batch: int) -> list[int]:
+        """Indices into `train` of the examples of one step; a function of seed and step alone, so nothing is stored.
+
+        Every pass over the data has a random order of its own; a batch may hold the end of one pass and the beginning
+        of the next.
+        """
+        count = len(self.train)
+        places = range(step * batch, (step + 1) * batch)
+        orders = {
+            epoch: np.random.default_rng([self.seed, epoch]).permutation(count)
+            for epoch in {place // count for place in places}
+        }
+        return [int(orders[place // count][place % count]) for place in places]
+
+
+def training_data(
+    sources: Sequence[str | Path], tokenizer: Any | None, *, length: int, held: int, seed: int,
+    vocabulary: int | None = None,
+) -> TrainingData:  # fmt: skip
+    """Read all sources and hold some examples back.
+
+    sources: as `read_documents` takes them (plain text is cut into blocks of `length` tokens that do not overlap), or a
+    .jsonl file with `instruction`, `input`, `output` or with chat `messages` on each line, of which only the answers
+    are learned. length: longer conversations are cut. held: examples for validation, at most a tenth, at least one.
+    vocabulary: rows of the model's embedding. Raises TrainingDataError, CalibrationError.
+    """
+    if not sources:
+        raise TrainingDataError("No training data is named", f"Name a file with --data, or `{MIXED}`")
+    examples = [example for source in dict.fromkeys(sources) for example in _examples(source, tokenizer, length)]
+    if len(examples) < 2:
+        raise TrainingDataError(
+            f"{', '.join(map(str, sources))} gives {len(examples)} examples of {length} tokens",
+            "Give more data, or a smaller --length",
+        )
+    largest = max(int(example.tokens.max()) for example in examples)
+    if vocabulary is not None and largest >= vocabulary:
+        raise TrainingDataError(
+            f"The tokenizer gave id {largest}, but the model's embedding has {vocabulary} rows",
+            "Use the tokenizer that belongs to the model",
+        )
+    order = np.random.default_rng([seed, len(examples)]).permutation(len(examples))
+    held_back = max(1, min(held, len(examples) // HELD_SHARE))
+    return TrainingData(
+        sources=tuple(str(source) for source in sources),
+        train=tuple(examples[index] for index in order[held_back:]),
+        held=tuple(examples[index] for index in order[:held_back]),
+        seed=seed,
+    )
+
+
+def _examples(source: str | Path, tokenizer: Any | None, length: int) -> list[Example]:
+    path = Path(source)
+    if path.is_file() and ".jsonl" in path.suffixes and str(source).endswith(FILE_ENDINGS):
+        first = next(read_rows(path), None)
+        if first is not None and not isinstance(first[1].get("text"), str):
+            return _conversations(path, tokenizer, length)
+    # The bundled kinds one by one, so that no block holds the end of one and the beginning of another.
+    kinds = KINDS if source == MIXED else (source,)
+    return [block for kind in kinds for block in _blocks(kind, tokenizer, length)]
+
+
+def _blocks(source: str | Path, tokenizer: Any | None, length: int) -> Iterator[Example]:
+    ids = token_stream(read_documents(source, tokenizer=tokenizer), tokenizer)
+    whole = [ids[start : start + length] for start in range(0, len(ids), length)]
+    for block in whole:
+        if len(block) == length or len(block) >= LEAST_BLOCK:
+            learned = np.ones(len(block), dtype=np.bool_)
+            learned[0] = False
+            yield Example(block, learned)
+
+
+def _conversations(path: Path, tokenizer: Any | None, length: int) -> list[Example]:
+    if tokenizer is None:
+        raise TrainingDataError(
+            f"The model has no tokenizer to read {path} with", "Put the tokenizer's files beside the model"
+        )
+    examples = []
+    for place, row in read_rows(path):
+        pieces = _pieces(place, row, tokenizer)
+        tokens, learned = _joined(pieces, tokenizer)
+        if learned[:length].any():
+            examples.append(Example(tokens[:length], learned[:length]))
+    if not examples:
+        raise TrainingDataError(
+            f"No conversation of {path} has an answer within its first {length} tokens", "Use a larger --length"
+        )
+    return examples
+
+
+def _pieces(place: str, row: dict[str, Any], tokenizer: Any) -> list[tuple[str, bool]]:
+    """The conversation as text, cut where an answer begins or ends: (text, whether it is an answer)."""
+    messages = row.get("messages")
+    if not isinstance(messages, list):
+        messages = _instruction(place, row)
+        if not getattr(tokenizer, "chat_template", None):
+            return _without_template(row, tokenizer)
+    elif not getattr(tokenizer, "chat_template", None):
+        raise TrainingDataError(
+            f"{place} has chat messages, but the model's tokenizer has no chat template",
+            "Give instruction, input and output instead, or a model with a chat template",
+        )
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    if "assistant" not in roles:
+        raise TrainingDataError(f"{place} has no message of the role `assistant`", "Give each conversation an answer")
+    return _with_template(place, messages, roles, tokenizer)
+
+
+def _instruction(place: str, row: dict[str, Any]) -> list[dict[str, str]]:
+    if not all(isinstance(row.get(name, ""), str) for name in ("instruction", "input", "output")) or not row.get(
+        "instruction"
+    ):
+        raise TrainingDataError(
+            f"{place} has neither `messages` nor the strings `instruction` and `output`",
+            "Give each line of the file the same one of the known forms",
+        )
+    if not row.get("output"):
+        raise TrainingDataError(f"{place} has no `output`", "Give each instruction an answer")
+    question = "\n\n".join(part for part in (row["instruction"], row.get("input", "")) if part)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+
+
+def _without_template(row: dict[str, Any], tokenizer: Any) -> list[tuple[str, bool]]:
+    given = f"{_INPUT}{row['input']}" if row.get("input") else ""
+    end = getattr(tokenizer, "eos_token", None) or ""
+    return [(f"{_INSTRUCTION}{row['instruction']}{given}{_RESPONSE}", False), (row["output"] + end, True)]
+
+
+def _with_template(place: str, messages: list[Any], roles: list[Any], tokenizer: Any) -> list[tuple[str, bool]]:
+    pieces: list[tuple[str, bool]] = []
+    done = ""
+    for index, role in enumerate(roles):
+        if role != "assistant":
+            continue
+        before = _written(place, messages[:index], tokenizer, prompt=True) if index else ""
+        after = _written(place, messages[: index + 1], tokenizer, prompt=False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise TrainingDataError(
+                f"{place} cannot be cut into questions and answers: the chat template rewrites earlier turns",
+                "Give conversations of one answer each",
+            )
+        pieces += [(before[len(done) :], False), (after[len(before) :], True)]
+        done = after
+    return pieces
+
+
+def _written(place: str, messages: list[Any], tokenizer: Any, *, prompt: bool) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    except Exception as error:  # templates are programs of the model's makers: they may raise anything
+        raise TrainingDataError(
+            f"{place} does not fit the chat template ({type(error).__name__}: {error})",
+            "Give each message a `role` and a `content` that the template knows",
+        ) from error
+
+
+def _joined(pieces: list[tuple[str, bool]], tokenizer: Any) -> tuple[IntArray, np.ndarray[Any, np.dtype[np.bool_]]]:
+    """Every piece tokenised by itself, as a prompt is when the model is asked."""
+    ids: list[int] = []
+    learned: list[bool] = []
+    for text, is_answer in pieces:
+        found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+        ids += found
+        learned += [is_answer] * len(found)
+    marks = np.array(learned, dtype=np.bool_)
+    marks[:1] = False
+    return np.asarray(ids, dtype=np.int64), marks

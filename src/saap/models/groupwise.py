@@ -1,0 +1,219 @@
+"""Weights as small integers with a scale and a zero point for each group of inputs, and the layer that reads them.
+
+A weight W (out x in) is split along its inputs into groups of L. Group g of output o holds the codes q of b bits, and
+W = s * q + z with one scale s and one zero point z each. Codes stay packed: no full-precision copy of a whole matrix is
+made, neither forward nor backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Values of the matrix that exist in full precision at once: few enough to stay in a processor's cache; elsewhere few
+# enough not to matter beside the activations.
+VALUES_AT_ONCE, VALUES_ON_ACCELERATORS = 2**18, 2**24
+# Codes are stored as planes of these bits, so that each plane has a whole number of codes in a byte.
+_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GroupwiseWeight:
+    """A matrix (out, in) with in = groups * group_size.
+
+    packed: (out, groups, group_size * bits / 8) uint8, see `pack`. scale: (out, groups) float16. zero: (out, groups)
+    float32, in units of the weight.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor
+    bits: int
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.packed.shape[0], self.packed.shape[1] * self.group_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points."""
+        return int(self.packed.nbytes + self.scale.nbytes + self.zero.nbytes)
+
+    def codes(self) -> Tensor:
+        """The integers, (out, in) uint8."""
+        return unpack(self.packed, self.bits, self.group_size).flatten(1)
+
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The whole matrix (out, in), computed in at least float32."""
+        matrix = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
+        for rows, values in _row_chunks(self.packed, self.scale, self.zero, self.bits, self.group_size, dtype):
+            matrix[rows] = values
+        return matrix
+
+    def with_zero(self, zero: Tensor) -> GroupwiseWeight:
+        """The same codes and scales with other zero points (out, groups)."""
+        return replace(self, zero=zero.to(self.zero))
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes (out, groups, L) of `bits` bits as bytes, (out, groups, L * bits / 8) uint8.
+
+    A byte of a plane of k bits holds 8 / k codes that lie L k / 8 apart, the first in its lowest bits. Three bits are a
+    plane of the two lower bits followed by one of the highest. With four bits and L = 32 these are the bytes of GGUF's
+    Q4_1.
+    """
+    planes = []
+    shift = 0
+    for plane in _PLANES[bits]:
+        part = (codes.to(torch.uint8) >> shift) & (2**plane - 1)
+        parts = part.chunk(8 // plane, dim=-1)
+        joined = parts[0].clone()
+        for index, one in enumerate(parts[1:], start=1):
+            joined |= one << (plane * index)
+        planes.append(joined)
+        shift += plane
+    return torch.cat(planes, dim=-1)
+
+
+def unpack(packed: Tensor, bits: int, group_size: int) -> Tensor:
+    """The codes (out, groups, L) uint8 that `pack` was given."""
+    codes = torch.zeros(*packed.shape[:-1], group_size, dtype=torch.uint8, device=packed.device)
+    start = shift = 0
+    for plane in _PLANES[bits]:
+        size = group_size * plane // 8
+        for index, part in enumerate(_codes_of_plane(packed[..., start : start + size], plane)):
+            codes[..., index * size : (index + 1) * size] |= part << shift
+        start += size
+        shift += plane
+    return codes
+
+
+def _codes_of_plane(packed: Tensor, plane: int) -> Iterator[Tensor]:
+    count, mask = 8 // plane, 2**plane - 1
+    for index in range(count):
+        if index == count - 1:
+            yield packed >> (plane * index) if index else packed
+        else:
+            yield (packed >> (plane * index) if index else packed) & mask
+
+
+def _row_chunks(
+    packed: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """The matrix a few rows at a time: (rows, values (rows, in) of `dtype`), computed in at least float32.
+
+    The storage is used again each time.
+    """
+    outputs, groups = scale.shape
+    full = torch.promote_types(dtype, torch.float32)
+    at_once = VALUES_AT_ONCE if packed.device.type == "cpu" else VALUES_ON_ACCELERATORS
+    step = max(1, at_once // max(1, groups * group_size))
+    buffer = torch.empty(min(step, outputs), groups, group_size, dtype=full, device=packed.device)
+    for start in range(0, outputs, step):
+        rows = slice(start, min(start + step, outputs))
+        values = buffer[: rows.stop - start]
+        factor = scale[rows].to(full).unsqueeze(-1)
+        if len(_PLANES[bits]) == 1:
+            size = packed.shape[-1]
+            for index, part in enumerate(_codes_of_plane(packed[rows], _PLANES[bits][0])):
+                torch.mul(part, factor, out=values[..., index * size : (index + 1) * size])
+        else:
+            torch.mul(unpack(packed[rows], bits, group_size), factor, out=values)
+        values += zero[rows].to(full).unsqueeze(-1)
+        yield rows, values.flatten(1).to(dtype)
+
+
+class _GroupwiseProduct(torch.autograd.Function):
+    """x -> x W^T and its gradient dy -> dy W, with W a few rows at a time. The weight itself learns nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int
+    ) -> Tensor:
+        ctx.save_for_backward(packed, scale, zero)
+        ctx.layout = bits, group_size
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        outputs = flat.new_empty(len(flat), len(scale))
+        for rows, values in _row_chunks(packed, scale, zero, bits, group_size, inputs.dtype):
+            outputs[:, rows] = flat @ values.T
+        return outputs.reshape(*inputs.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        packed, scale, zero = ctx.saved_tensors
+        flat = gradients[0].reshape(-1, gradients[0].shape[-1])
+        bits, group_size = ctx.layout
+        result = flat.new_zeros(len(flat), scale.shape[1] * group_size)
+        for rows, values in _row_chunks(packed, scale, zero, bits, group_size, flat.dtype):
+            result.addmm_(flat[:, rows], values)
+        return result.reshape(*gradients[0].shape[:-1], -1), None, None, None, None, None
+
+
+def groupwise_product(inputs: Tensor, weight: GroupwiseWeight) -> Tensor:
+    """Product of the inputs (..., in) and the transposed weight: (..., out), differentiable in `inputs`."""
+    product: Any = _GroupwiseProduct.apply
+    result: Tensor = product(inputs, weight.packed, weight.scale, weight.zero, weight.bits, weight.group_size)
+    return result
+
+
+def pooled(inputs: Tensor, group_size: int) -> Tensor:
+    """Sum of the inputs (..., in) over each group: (..., groups), in at least float32."""
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    return inputs.reshape(*inputs.shape[:-1], -1, group_size).sum(-1, dtype=dtype)
+
+
+class GroupwiseLinear(nn.Module):
+    """Stands where a linear layer was; its weight is held as packed codes.
+
+    bias: of the layer it replaces, None without one. transposed: that layer stores its weight as (in, out).
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: GroupwiseWeight, bias: nn.Parameter | None = None, *, transposed: bool = False) -> None:
+        super().__init__()
+        self.transposed = transposed
+        self.out_features, self.in_features = weight.shape
+        self.bits, self.group_size = weight.bits, weight.group_size
+        self.register_buffer("packed", weight.packed)
+        self.register_buffer("scale", weight.scale)
+        self.register_buffer("zero", weight.zero)
+        self.register_parameter("bias", bias)
+
+    @property
+    def quantised(self) -> GroupwiseWeight:
+        """The weight in its packed form; shares the storage."""
+        return GroupwiseWeight(
+            packed=self.packed, scale=self.scale, zero=self.zero, bits=self.bits, group_size=self.group_size
+        )
+
+    def stored_weight(self, dtype: torch.dtype) -> Tensor:
+        """The full weight as the replaced layer stores it."""
+        full = self.quantised.dequantised(dtype)
+        return full.T if self.transposed else full
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """inputs: (..., in). Returns (..., out)."""
+        outputs = groupwise_product(inputs, self.quantised)
+        return outputs if self.bias is None else outputs + self.bias
+
+    def extra_repr(self) -> str:
+        """What is shown when the model is printed."""
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GroupwiseLinear:
+        # model.to(dtype) is about the type to compute in: it must not round the scales and zero points.
+        scale, zero = self.scale, self.zero
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.scale = scale.to(self.packed.device)
+        self.zero = zero.to(self.packed.device)
+        return self

@@ -1,0 +1,140 @@
+"""What the parts of a recovery share, and its preparation."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from saap._version import __version__
+from saap.config import RecoverConfig, Tuning
+from saap.data.samples import token_stream
+from saap.data.texts import evaluation_text
+from saap.data.training import TrainingData, training_data
+from saap.errors import ConfigurationError
+from saap.export.huggingface import check_output
+from saap.export.manifest import RunManifest
+from saap.models.devices import pick_device, pick_dtype
+from saap.models.loading import load_tokenizer
+from saap.models.references import ResolvedModel, resolve_model
+from saap.pipeline.inputs import EVALUATION_TOKENS, RunOptions
+from saap.pipeline.meter import Meter
+from saap.pipeline.progress import Reporter, Silent
+from saap.records import IntArray, digest_of
+from saap.recovery.prepare import require_peft
+from saap.recovery.processes import Processes
+
+EVALUATION = "bundled text that is never calibrated on"
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """A run after its preparation: everything that can be refused has been checked, except the group sizes."""
+
+    source: str
+    config: RecoverConfig
+    options: RunOptions
+    resolved: ResolvedModel
+    tokenizer: Any
+    teacher: ResolvedModel | None
+    earlier: RunManifest | None
+    data: TrainingData
+    evaluation: IntArray
+    device: torch.device
+    dtype: torch.dtype
+    processes: Processes
+    meter: Meter
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Perplexity on the evaluation text and answer to the short prompt."""
+
+    perplexity: float
+    prompt: str
+    answer: str
+
+
+def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: Reporter) -> Recovery:
+    """Check everything that can be checked without the weights. Raises SaapError."""
+    if options.out is not None:
+        check_output(options.out, 0, overwrite=options.overwrite)
+    if config.tuning is Tuning.LORA:
+        require_peft()
+    device = pick_device(options.device)
+    processes = Processes.found(device)
+    device = processes.device(device)
+    if processes.count > 1 and options.out is None and options.work_dir is None:
+        raise ConfigurationError("Several processes share no folder", "Name one with --work-dir or --out")
+    meter = Meter(reporter if processes.first else Silent())
+    with meter.stage("read the model's records and the training data"):
+        resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        tokenizer = load_tokenizer(resolved)
+        teacher = None if config.teacher is None else _teacher(config.teacher, source, tokenizer)
+        data = training_data(
+            config.data, tokenizer, length=config.length, held=config.validation_samples, seed=config.seed
+        )
+    return Recovery(
+        source=source, config=config, options=options, resolved=resolved, tokenizer=tokenizer, teacher=teacher,
+        earlier=_earlier_manifest(resolved), data=data,
+        evaluation=token_stream([evaluation_text()], tokenizer)[:EVALUATION_TOKENS], device=device,
+        dtype=pick_dtype(options.dtype, source=resolved.dtype), processes=processes, meter=meter,
+    )  # fmt: skip
+
+
+def _teacher(name: str, source: str, tokenizer: Any) -> ResolvedModel:
+    """The dense model, of which only the tokenizer is read. Raises ConfigurationError if it has other tokens."""
+    resolved = resolve_model(name)
+    own = load_tokenizer(resolved)
+    if own is not None and tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
+        raise ConfigurationError(
+            f"--teacher {name} has another vocabulary than {source}", "Name the model that it was pruned from"
+        )
+    return resolved
+
+
+def _earlier_manifest(resolved: ResolvedModel) -> RunManifest | None:
+    """The record of a checkpoint that saap has written; None for other models and for records of other versions."""
+    file = resolved.folder / "saap" / "manifest.json"
+    if resolved.gguf_file is not None or not file.is_file():
+        return None
+    try:
+        return RunManifest.model_validate_json(file.read_bytes())
+    except ValueError:
+        return None
+
+
+def settings_digest(run: Recovery) -> str:
+    """Of what decides the course of a training; its end may be moved."""
+    settings = run.config.model_dump(mode="json", exclude={"max_minutes", "patience"})
+    return digest_of([settings, run.data.digest, weights_digest(run.resolved), __version__])
+
+
+def weights_digest(resolved: ResolvedModel) -> str:
+    """sha256 over the names and contents of the model's weight files."""
+    names = (
+        [resolved.gguf_file] if resolved.gguf_file else sorted(f.name for f in resolved.folder.glob("*.safetensors"))
+    )
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode())
+        with (resolved.folder / name).open("rb") as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def recorded(run: Recovery) -> tuple[State, State] | None:
+    """What the checkpoint's manifest says of the dense model and of the checkpoint itself, on the same text."""
+    earlier = run.earlier
+    if earlier is None or earlier.perplexity is None or earlier.answers is None or earlier.recovery is not None:
+        return None
+    figures, answers = earlier.perplexity, earlier.answers
+    if figures.text != EVALUATION or figures.tokens != run.evaluation.size:
+        return None
+    return (
+        State(figures.before, answers.prompt, answers.dense),
+        State(figures.after, answers.prompt, answers.pruned),
+    )

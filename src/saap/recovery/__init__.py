@@ -1,0 +1,1 @@
+"""Group-wise quantised fine-tuning: what pruning took from the model is learned back in little memory."""

@@ -1,0 +1,49 @@
+"""The group-wise low-rank adapter, and its exact merge into the zero points."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from saap.models.groupwise import GroupwiseLinear, pooled
+
+
+class AdaptedLinear(GroupwiseLinear):
+    """y = W x + alpha / r * B A pool(x), with W quantised and pool the sum over each group of inputs.
+
+    A (rank, groups), B (out, rank), float32. B A has one number for each output and group, which is what a zero point
+    is, so the adapter merges into the zero points without loss. B starts at zero: at first nothing changes.
+    Source: SAAP, group-wise fine-tuning; the same form as QA-LoRA (Xu et al. 2023).
+    """
+
+    def __init__(self, layer: GroupwiseLinear, *, rank: int, alpha: float, generator: torch.Generator) -> None:
+        weight = layer.quantised
+        super().__init__(weight, layer.bias, transposed=layer.transposed)
+        self.scaling = alpha / rank
+        # Inputs of unit variance give r values of unit variance, whatever the group size.
+        first = torch.randn(rank, weight.zero.shape[1], generator=generator) / math.sqrt(self.in_features)
+        self.first = nn.Parameter(first.to(weight.zero.device))
+        self.second = nn.Parameter(torch.zeros(self.out_features, rank, device=weight.zero.device))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """inputs: (..., in). Returns (..., out)."""
+        sums = pooled(inputs, self.group_size).to(self.first.dtype)
+        change = (sums @ self.first.T) @ self.second.T * self.scaling
+        return super().forward(inputs) + change.to(inputs.dtype)
+
+    def merged(self) -> GroupwiseLinear:
+        """The same function without an adapter."""
+        weight = self.quantised
+        zero = merged_zero(weight.zero, self.first, self.second, self.scaling)
+        return GroupwiseLinear(weight.with_zero(zero), self.bias, transposed=self.transposed)
+
+
+@torch.no_grad()
+def merged_zero(zero: Tensor, first: Tensor, second: Tensor, scaling: float) -> Tensor:
+    """The zero points z + scaling * B A, summed in float64 (on the CPU: not every device has it) and returned so.
+
+    zero: (out, groups). first: A, (rank, groups). second: B, (out, rank).
+    """
+    return zero.cpu().double() + scaling * (second.cpu().double() @ first.cpu().double())

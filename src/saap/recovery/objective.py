@@ -1,0 +1,78 @@
+"""The loss that recovery lowers, a few tokens' logits at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saap.models.walker import BlockWalker
+
+LOGITS_AT_ONCE = 2**22
+"""So many logits exist at once: 16 MB in float32, whatever the vocabulary."""
+
+
+def loss_and_gradient(
+    walker: BlockWalker,
+    hidden: Tensor,
+    tokens: Tensor,
+    learned: Tensor,
+    *,
+    predictions: int,
+    teacher: tuple[BlockWalker, Tensor] | None = None,
+    weight: float = 0.0,
+    with_gradient: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of each sample, and the gradient of their sum over `predictions` at the last block's output.
+
+    hidden: (samples, length, width) output of the last block. tokens: (samples, length). learned: (samples, length)
+    bool, which tokens are to be predicted from the position before. teacher: walker and last hidden states of the dense
+    model for the same tokens; the loss of a token is then (1 - weight) (-log p) + weight KL(teacher || model), without
+    it -log p. Returns sums over the learned tokens in nats, (samples,) of `sum_dtype`, not divided.
+    """
+    wanted = learned[:, 1:]
+    samples, places = wanted.nonzero(as_tuple=True)
+    rows, targets = hidden[samples, places].detach(), tokens[:, 1:][wanted]
+    taught = None if teacher is None else teacher[1][samples, places]
+    losses = torch.zeros(len(hidden), dtype=sum_dtype(hidden.device), device=hidden.device)
+    gradient = torch.zeros_like(hidden) if with_gradient else None
+    start, at_once = 0, 16
+    while start < len(rows):
+        stop = min(start + at_once, len(rows))
+        part = rows[start:stop].unsqueeze(0).requires_grad_(with_gradient)
+        with torch.set_grad_enabled(with_gradient):
+            logits = walker.logits(part)
+        goal = None
+        if teacher is not None and taught is not None:
+            with torch.no_grad():
+                goal = teacher[0].logits(taught[start:stop].unsqueeze(0))[0].float().softmax(-1).to(logits.device)
+        values, slope = token_losses(logits.detach()[0], targets[start:stop].to(logits.device), goal, weight)
+        losses.index_add_(0, samples[start:stop], values.to(losses))
+        if gradient is not None:
+            (found,) = torch.autograd.grad(logits, part, slope.div_(predictions).to(logits.dtype).unsqueeze(0))
+            gradient[samples[start:stop], places[start:stop]] = found[0]
+        start, at_once = stop, max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    return losses, gradient
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """float64 for sums over many tokens, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def token_losses(logits: Tensor, targets: Tensor, goal: Tensor | None, weight: float) -> tuple[Tensor, Tensor]:
+    """Loss of each token and its slope.
+
+    logits: (tokens, vocabulary). targets: (tokens,). goal: (tokens, vocabulary) probabilities of the teacher. Returns
+    (tokens,) (1 - weight) (-log p[target]) + weight sum_v goal (log goal - log p), and its gradient by the logits,
+    p - (1 - weight) onehot - weight goal, float32 at least.
+    """
+    log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    index = targets.unsqueeze(-1)
+    losses = -log_p.gather(-1, index).squeeze(-1)
+    if goal is None:
+        slope = log_p.exp_()
+        return losses, slope.scatter_add_(-1, index, torch.full_like(index, -1, dtype=slope.dtype))
+    divergence = torch.xlogy(goal, goal).sum(-1) - (goal * log_p).sum(-1)
+    slope = log_p.exp_().sub_(goal, alpha=weight)
+    slope.scatter_add_(-1, index, torch.full_like(index, weight - 1, dtype=slope.dtype))
+    return (1 - weight) * losses + weight * divergence, slope

@@ -1,0 +1,118 @@
+"""What is trained: adapters on quantised layers, or plain LoRA on layers as they are."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saap.errors import ConfigurationError
+from saap.models.groupwise import GroupwiseLinear, GroupwiseWeight
+from saap.models.groupwise_files import linears_inside, packed_like, replace_module
+from saap.models.linear import weight_out_in
+from saap.models.walker import BlockWalker
+from saap.recovery.adapter import AdaptedLinear
+from saap.recovery.quantise import quantise_with_feedback
+
+
+def adapt(model: nn.Module, *, rank: int, alpha: float, seed: int) -> dict[str, nn.Parameter]:
+    """Give every quantised layer an adapter, in place. Returns the adapters' parameters by name."""
+    generator = torch.Generator().manual_seed(seed)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, GroupwiseLinear):
+            replace_module(model, path, AdaptedLinear(module, rank=rank, alpha=alpha, generator=generator))
+    return {
+        f"{path}.{name}": getattr(module, name)
+        for path, module in model.named_modules()
+        if isinstance(module, AdaptedLinear)
+        for name in ("first", "second")
+    }
+
+
+def merge(model: nn.Module) -> dict[str, GroupwiseWeight]:
+    """Merge every adapter into its layer's zero points, in place. Returns the packed weights by path."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, AdaptedLinear):
+            replace_module(model, path, module.merged())
+    return {path: module.quantised for path, module in model.named_modules() if isinstance(module, GroupwiseLinear)}
+
+
+def require_peft() -> None:
+    """Raise ConfigurationError now if plain LoRA could not be made later."""
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigurationError("Plain LoRA needs the package peft", "Run pip install 'saap[recover]'")
+
+
+def add_lora(
+    model: Any, paths: Collection[str], *, rank: int, alpha: float, seed: int
+) -> tuple[Any, dict[str, nn.Parameter]]:
+    """Plain LoRA on the linear layers at these paths, in place, with peft.
+
+    Returns its handle for `merge_lora` and the trained parameters by name.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        handle = get_peft_model(
+            model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(paths))
+        )
+    return handle, {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def merge_lora(handle: Any) -> Any:
+    """The plain model with what LoRA learned added to its weights."""
+    return handle.merge_and_unload()
+
+
+@torch.no_grad()
+def quantise_by_feedback(
+    model: nn.Module,
+    blocks: Sequence[str],
+    samples: Sequence[Tensor],
+    *,
+    group_size: int,
+    bits: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Quantise a loaded model with error feedback, in place and block by block.
+
+    samples: token ids, (1, length) each. A block sees what the quantised blocks before it put out.
+    """
+    walker = BlockWalker(model, blocks)
+    streams = [walker.start(sample) for sample in samples]
+    hidden = [stream.hidden for stream in streams]
+    for layer in range(len(blocks)):
+        grams = _grams(walker, layer, hidden, [stream.contexts for stream in streams])
+        for name, gram in grams.items():
+            module = model.get_submodule(name)
+            weight = quantise_with_feedback(weight_out_in(module), gram, group_size=group_size, bits=bits)
+            replace_module(model, name, packed_like(module, weight, module._parameters.get("bias")))
+        hidden = [walker.run_block(layer, one, stream.contexts) for one, stream in zip(hidden, streams, strict=True)]
+        progress(layer + 1, len(blocks))
+
+
+def _grams(walker: BlockWalker, layer: int, hidden: Sequence[Tensor], contexts: Sequence[Any]) -> dict[str, Tensor]:
+    """Gram matrix of the inputs of each linear layer of a block, by path; zero for one that no token reaches."""
+    sizes = linears_inside(walker.model, [walker.paths[layer]])
+    device = hidden[0].device
+    grams = {path: torch.zeros(size, size, device=device) for path, size in sizes.items()}
+
+    def hook_for(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            flat = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
+            grams[path].addmm_(flat.T, flat)
+
+        return hook
+
+    handles = [walker.model.get_submodule(path).register_forward_pre_hook(hook_for(path)) for path in sizes]
+    try:
+        for one, context in zip(hidden, contexts, strict=True):
+            walker.run_block(layer, one, context)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return grams

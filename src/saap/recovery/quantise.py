@@ -1,0 +1,151 @@
+"""Choosing codes, scales and zero points (pure functions of tensors)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from saap.config import LEGAL_GROUP_SIZES
+from saap.errors import GroupSizeError, ModelError
+from saap.models.groupwise import VALUES_AT_ONCE, GroupwiseWeight, pack
+
+REFITS = 2
+"""Least-squares refits of scale and zero point after each first choice of codes."""
+DAMPING = 0.01
+"""Added to the Gram matrix of the error feedback, as a share of its mean diagonal (GPTQ's value)."""
+
+
+def check_group_sizes(inputs: Mapping[str, int], group_size: int) -> None:
+    """Raise GroupSizeError with every matrix whose input size `group_size` does not divide, and the sizes that do.
+
+    inputs: input size of each matrix by name.
+    """
+    bad = {name: size for name, size in inputs.items() if size % group_size}
+    if not bad:
+        return
+    legal = [str(size) for size in LEGAL_GROUP_SIZES if not any(width % size for width in inputs.values())]
+    prune_so = f"Prune with --align {group_size}"
+    remedy = f"{prune_so}, or use --group-size {' or '.join(legal)}" if legal else prune_so
+    listed = ", ".join(f"{name} ({size})" for name, size in bad.items())
+    count = "1 matrix has" if len(bad) == 1 else f"{len(bad)} matrices have"
+    raise GroupSizeError(f"{count} an input size that {group_size} does not divide: {listed}", remedy)
+
+
+def quantise(weight: Tensor, *, group_size: int, bits: int) -> GroupwiseWeight:
+    """The codes, scales and zero points of least squared error that a short search finds.
+
+    weight: (out, in), in a multiple of group_size. Several steps (the range of the group split into more or fewer
+    parts) are tried for each group; after each, scale and zero point are refitted to the codes by least squares, the
+    scale rounded to float16, and the best by group is kept. A group that lies on a grid of `bits` bits with a float16
+    scale comes out exact.
+    Raises GroupSizeError, and ModelError for values that are not finite or too large.
+    """
+    outputs, inputs = weight.shape
+    check_group_sizes({"the matrix": inputs}, group_size)
+    groups = inputs // group_size
+    packed, scales, zeros = [], [], []
+    step = max(1, VALUES_AT_ONCE // max(1, inputs))
+    for start in range(0, outputs, step):
+        part = weight[start : start + step].float().reshape(-1, groups, group_size)
+        codes, scale, zero = _best_grid(part, bits)
+        packed.append(pack(codes, bits))
+        scales.append(scale.half())
+        zeros.append(zero)
+    scale, zero = torch.cat(scales), torch.cat(zeros)
+    _require_finite(scale, zero)
+    return GroupwiseWeight(packed=torch.cat(packed), scale=scale, zero=zero, bits=bits, group_size=group_size)
+
+
+def _require_finite(scale: Tensor, zero: Tensor) -> None:
+    if not (bool(scale.isfinite().all()) and bool(zero.isfinite().all())):
+        raise ModelError("A weight is not finite, or too large for a float16 scale", "Use another checkpoint")
+
+
+def _spans(bits: int) -> list[float]:
+    """How many steps the range of a group is split into, over the candidates: first the plain one, 2^bits - 1."""
+    top = 2**bits - 1
+    fewer = [top - 1] if top > 3 else []
+    return [top, *fewer, top * 1.08, top * 1.18, *([top * 1.35] if top <= 7 else [])]
+
+
+def _best_grid(part: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """part: (rows, groups, L) float32. Returns codes uint8 of that shape, scale and zero (rows, groups) float32."""
+    top = 2**bits - 1
+    low, high = part.amin(-1), part.amax(-1)
+    best_error = torch.full_like(low, torch.inf)
+    best_codes = torch.zeros_like(part)
+    best_scale, best_zero = torch.zeros_like(low), part.mean(-1)
+    for span in _spans(bits):
+        scale = _rounded((high - low) / span)
+        zero = low + (high - low - scale * top).clamp_min(0) / 2
+        for _ in range(REFITS + 1):
+            codes = _codes(part, scale, zero, top)
+            error = (part - codes * scale.unsqueeze(-1) - zero.unsqueeze(-1)).square_().sum(-1)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+            best_codes = torch.where(better.unsqueeze(-1), codes, best_codes)
+            scale, zero = _refit(part, codes)
+    return best_codes.to(torch.uint8), best_scale, best_zero
+
+
+def _codes(part: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return ((part - zero.unsqueeze(-1)) / safe.unsqueeze(-1)).round_().clamp_(0, top)
+
+
+def _refit(part: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale (rounded to float16) and zero point of least squared error for given codes."""
+    code_mean, mean = codes.mean(-1, keepdim=True), part.mean(-1, keepdim=True)
+    centred = codes - code_mean
+    spread = centred.square().sum(-1).clamp_min(1e-12)
+    scale = _rounded(((part - mean) * centred).sum(-1) / spread)
+    return scale, (mean - scale.unsqueeze(-1) * code_mean).squeeze(-1)
+
+
+def _rounded(scale: Tensor) -> Tensor:
+    return scale.half().float()
+
+
+def quantise_with_feedback(weight: Tensor, gram: Tensor, *, group_size: int, bits: int) -> GroupwiseWeight:
+    """Quantise column by column; what one column loses is made up for by those after it.
+
+    weight: (out, in). gram: (in, in) sum of x x^T over calibration tokens. Minimises |(W - Q) X|^2 greedily; scale and
+    zero point of a group are chosen when its first column is reached.
+    Source: GPTQ (Frantar et al. 2022), with the Cholesky factor of the inverse Gram matrix.
+    """
+    check_group_sizes({"the matrix": weight.shape[1]}, group_size)
+    top = 2**bits - 1
+    work = weight.float().clone()
+    factor = _inverse_factor(gram)
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+    scales, zeros = [], []
+    for start in range(0, work.shape[1], group_size):
+        stop = start + group_size
+        _, scale, zero = _best_grid(work[:, start:stop].unsqueeze(1), bits)
+        scales.append(scale)
+        zeros.append(zero)
+        errors = torch.empty(len(work), group_size, device=work.device)
+        for column in range(start, stop):
+            code = _codes(work[:, column : column + 1].unsqueeze(1), scale, zero, top).squeeze(1)
+            codes[:, column] = code.squeeze(1).to(torch.uint8)
+            error = (work[:, column : column + 1] - code * scale - zero) / factor[column, column]
+            work[:, column:stop] -= error * factor[column, column:stop]
+            errors[:, column - start] = error.squeeze(1)
+        work[:, stop:] -= errors @ factor[start:stop, stop:]
+    scale, zero = torch.cat(scales, dim=1), torch.cat(zeros, dim=1)
+    _require_finite(scale.half(), zero)
+    grouped = codes.reshape(len(codes), -1, group_size)
+    return GroupwiseWeight(packed=pack(grouped, bits), scale=scale.half(), zero=zero, bits=bits, group_size=group_size)
+
+
+def _inverse_factor(gram: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped Gram matrix, float32."""
+    damped = gram.double().clone()
+    diagonal = damped.diagonal()
+    diagonal += DAMPING * diagonal.mean().clamp_min(1e-12)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()

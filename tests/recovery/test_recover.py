@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tests.pipeline import tiny
+from tests.recovery.tiny import blocks, build
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import saap
+from saap.errors import GroupSizeError, ModelError, OutputError, StaleInputError
+from saap.export.manifest import RunManifest
+from saap.export.recovered import stored_entries
+from saap.models.groupwise import GroupwiseLinear, GroupwiseWeight
+from saap.models.groupwise_files import linears_inside, open_empty, pack_linears, read_packed
+from saap.models.loading import load_groupwise, load_model
+from saap.models.references import resolve_model
+from saap.recovery.quantise import quantise
+
+QUICK = {"length": 32, "batch": 4, "max_steps": 4, "validate_every": 2, "validation_samples": 2, "rank": 4}
+FLAGS = [
+    "--length", "32", "--batch", "4", "--max-steps", "4", "--validate-every", "2", "--validation-samples", "2",
+    "--rank", "4",
+]  # fmt: skip
+TOKENS = torch.arange(2, 42).reshape(2, 20)
+PRUNING = {"samples": 6, "sample_length": 32, "refit_tokens": 1024, "effort": "fast", "align": 32}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.folder(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.text_file(tmp_path_factory.mktemp("text") / "text.txt", 20000)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits.float()
+
+
+@pytest.mark.parametrize("layout", ["adaptive", "uniform"])
+def test_a_pruned_model_is_tuned_and_opens_everywhere(dense: Path, text: Path, tmp_path: Path, layout: str) -> None:
+    small = tmp_path / "small"
+    pruned = saap.prune(dense, pruning_ratio=0.2, out=small, layout=layout, **PRUNING)
+    result = saap.recover(small, data=[text], out=tmp_path / "tuned", **QUICK)
+    out = tmp_path / "tuned"
+    opened = saap.load(out)
+    torch.testing.assert_close(logits(opened), logits(result.model), rtol=1e-4, atol=1e-4)
+    elsewhere = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=layout == "adaptive")
+    torch.testing.assert_close(logits(elsewhere), logits(opened), rtol=0, atol=0)
+    packed = saap.load(out, packed=True)
+    torch.testing.assert_close(logits(packed), logits(opened), rtol=1e-4, atol=1e-4)
+    layers = [module for module in packed.modules() if isinstance(module, GroupwiseLinear)]
+    assert len(layers) == len(read_packed(out)) == 4 * 7
+    assert not [name for name, value in packed.named_parameters() if value.ndim > 1 and "embed" not in name]
+    report = result.report
+    assert report.perplexity_dense == pytest.approx(pruned.report.perplexity_dense)
+    assert report.perplexity_before == pytest.approx(pruned.report.perplexity)
+    assert report.answer_dense == pruned.report.answer_dense
+    manifest = RunManifest.model_validate_json((out / "saap" / "manifest.json").read_bytes())
+    assert manifest.parameters.after == pruned.report.parameters == report.parameters
+    assert manifest.recovery is not None
+    assert [point.step for point in manifest.recovery.curve] == [1, 2, 3, 4]
+    assert manifest.recovery.curve[1].validation is not None
+    assert (out / "saap" / "plan.json").read_bytes() == (small / "saap" / "plan.json").read_bytes()
+    assert "## Recovery" in (out / "README.md").read_text()
+    assert not out.with_name("tuned.saap-work").exists()
+    again = saap.recover(out, data=[text], out=tmp_path / "twice", **QUICK)  # also a tuned one can be tuned
+    assert again.report.perplexity_quantised == pytest.approx(report.perplexity, rel=1e-2)
+
+
+def test_the_written_weights_are_scale_times_code_plus_zero(dense: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    saap.recover(dense, data=[text], out=out, bits=3, group_size=16, **QUICK)
+    packed = read_packed(out)
+    with safe_open(out / "model.safetensors", framework="pt") as file:
+        for name, weight in packed.items():
+            stored = file.get_tensor(f"{name}.weight")
+            by_hand = weight.codes().reshape(len(stored), -1, 16) * weight.scale.float()[..., None]
+            by_hand = (by_hand + weight.zero[..., None]).flatten(1)
+            torch.testing.assert_close(stored, by_hand, rtol=0, atol=1e-6)
+            assert weight.codes().max() <= 7
+    assert not list(out.glob("*packed*"))
+
+
+@pytest.mark.parametrize("changes", [{"error_feedback": True}, {"tuning": "lora"}, {"teacher": "dense"}])
+def test_options(dense: Path, text: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    if "teacher" in changes:
+        changes = {"teacher": str(dense), "distillation": 0.5}
+    result = saap.recover(dense, data=[text], out=tmp_path / "tuned", learning_rate=0.01, **{**QUICK, **changes})
+    torch.testing.assert_close(logits(saap.load(tmp_path / "tuned")), logits(result.model), rtol=1e-4, atol=1e-4)
+    assert result.report.validation < result.report.validation_before
+    assert (result.report.perplexity_dense is not None) == ("teacher" in changes)
+    assert (tmp_path / "tuned" / "saap" / "packed.safetensors").exists() == (changes.get("tuning") != "lora")
+
+
+def test_sizes_that_do_not_divide_are_refused_before_training(text: Path, tmp_path: Path) -> None:
+    odd = tiny.folder(tmp_path / "odd", intermediate_size=88)
+    with pytest.raises(GroupSizeError, match=r"4 matrices .* 32 .*model\.layers\.0\.mlp\.down_proj \(88\).*--align 32"):
+        saap.recover(odd, data=[text], out=tmp_path / "tuned", **QUICK)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["odd"]
+
+
+def test_other_refusals(dense: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    with pytest.raises(OutputError, match="exists"):
+        saap.recover(dense, data=[text], out=out, **QUICK)
+    with pytest.raises(ModelError, match="no packed weights"):
+        saap.load(dense, packed=True)
+    assert (out / "mine.txt").read_text() == "keep"
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "saap.cli", "recover", *map(str, arguments)]
+
+
+def test_on_the_command_line_a_killed_run_goes_on(dense: Path, text: Path, tmp_path: Path) -> None:
+    flags = ["--data", text, *FLAGS[:4], "--max-steps", "60", *FLAGS[6:]]
+    whole = subprocess.run(
+        command(dense, "--out", tmp_path / "whole", "--json", *flags), capture_output=True, text=True, check=False
+    )
+    assert whole.returncode == 0, whole.stderr
+    report = json.loads(whole.stdout)
+    assert report["steps"] == 60
+    killed = subprocess.Popen(
+        command(dense, "--out", tmp_path / "cut", *flags), stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert killed.stdout is not None
+    for line in killed.stdout:
+        if "step 4:" in line:
+            killed.send_signal(signal.SIGKILL)
+            break
+    killed.wait()
+    assert not (tmp_path / "cut").exists()
+    resumed = subprocess.run(
+        command(dense, "--out", tmp_path / "cut", *flags), capture_output=True, text=True, check=False
+    )
+    assert "going on after step" in resumed.stdout, resumed.stdout + resumed.stderr
+    curves = [
+        json.loads((tmp_path / name / "saap" / "manifest.json").read_text())["recovery"]["curve"]
+        for name in ("whole", "cut")
+    ]
+    assert len(curves[0]) == len(curves[1]) == 60
+    assert max(abs(one["loss"] - other["loss"]) for one, other in zip(*curves, strict=True)) <= 1e-6
+
+
+def test_other_settings_do_not_take_up_a_training(dense: Path, text: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    saap.recover(dense, data=[text], out=tmp_path / "a", work_dir=work, keep_work=True, **QUICK)
+    with pytest.raises(StaleInputError, match="other settings"):
+        saap.recover(dense, data=[text], out=tmp_path / "b", work_dir=work, **{**QUICK, "rank": 2})
+
+
+def test_refusal_on_the_command_line(dense: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(dense, "--out", tmp_path / "a", "--bits", "5"), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --bits 5 is not possible. Use 2, 3, 4, 8.\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recover-minutes", "1"], "--recover-minutes tunes nothing"),
+        (["--recover", "nothing-here.txt"], "nothing-here.txt is neither a file nor a known text"),
+        (["--recover", "speeches", "--align", "8"], "--align 8 gives sizes that groups of 32 do not divide"),
+    ],
+)
+def test_prune_refuses_before_it_prunes(dense: Path, tmp_path: Path, flags: list[str], message: str) -> None:
+    words = [sys.executable, "-m", "saap.cli", "prune", str(dense), "--pruning-ratio", "0.2", "--out"]
+    done = subprocess.run([*words, str(tmp_path / "small"), *flags], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (2, "")
+    assert done.stderr.startswith(f"error: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_give_the_losses_of_one(dense: Path, text: Path, tmp_path: Path) -> None:
+    flags = ["--data", str(text), *FLAGS, "--device", "cpu"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    runs = {
+        "one": command(dense, "--out", tmp_path / "one", *flags),
+        "two": [*launch, "-m", "saap.cli", "recover", str(dense), "--out", str(tmp_path / "two"), *flags],
+    }
+    curves = []
+    for name, words in runs.items():
+        done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        manifest = json.loads((tmp_path / name / "saap" / "manifest.json").read_text())
+        curves.append(manifest["recovery"]["curve"])
+        assert manifest["recovery"]["processes"] == (1 if name == "one" else 2)
+    for one, two in zip(*curves, strict=True):
+        assert abs(one["loss"] - two["loss"]) <= 1e-5
+        assert one["validation"] is None or abs(one["validation"] - two["validation"]) <= 1e-5
+
+
+def test_prune_with_recover_runs_all_three_stages(dense: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    words = [
+        sys.executable, "-m", "saap.cli", "prune", str(dense), "--pruning-ratio", "0.2", "--out", str(out),
+        "--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024",
+        "--recover", str(text), "--recover-minutes", "0.02", "--json",
+    ]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["pruned"]["pruning_ratio"] >= 0.2
+    assert report["recovered"]["perplexity_before"] == pytest.approx(report["pruned"]["perplexity"])
+    assert report["recovered"]["path"] == str(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+    assert len(read_packed(out)) == 28
+    saap.load(out)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2", "qwen2", "phi3", "bloom"])
+def test_opening_tensor_by_tensor_equals_opening_whole(family: str, tmp_path: Path) -> None:
+    model = build(family).float()
+    model.generation_config.temperature = 0.25
+    model.generation_config.do_sample = True
+    model.save_pretrained(tmp_path)
+    resolved = resolve_model(tmp_path)
+    assert open_empty(resolved, torch.float32) is not None
+    calls: list[str] = []
+
+    def pack(path: str, read: Any) -> GroupwiseWeight:
+        calls.append(path)
+        return quantise(read(), group_size=16, bits=4)
+
+    streamed = load_groupwise(
+        resolved, lambda model: linears_inside(model, blocks(model)), pack, device=torch.device("cpu")
+    )
+    whole = load_model(resolved, device=torch.device("cpu"))
+    pack_linears(whole, linears_inside(whole, blocks(whole)), pack, torch.device("cpu"))
+    assert len(set(calls)) * 2 == len(calls)
+    torch.testing.assert_close(logits(streamed), logits(whole), rtol=0, atol=0)
+    assert streamed.generation_config.temperature == 0.25
+    assert not any(tensor.is_meta for tensor in streamed.state_dict().values())
+    entries = stored_entries(streamed, torch.float32)
+    expected = model.state_dict()
+    assert set(entries) <= set(expected)
+    assert all(tuple(expected[name].shape) == entry.make().shape for name, entry in entries.items())

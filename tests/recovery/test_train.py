@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.data.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
+from tests.families import token_ids
+from tests.recovery.tiny import blocks, build
+
+from saap.config import RecoverConfig
+from saap.data.training import Example, TrainingData, training_data
+from saap.errors import ConfigurationError, NonFiniteLossError, StaleInputError, TrainingDataError
+from saap.models.groupwise import GroupwiseLinear
+from saap.models.groupwise_files import linears_inside, pack_linears
+from saap.models.walker import BlockWalker
+from saap.recovery.objective import loss_and_gradient
+from saap.recovery.prepare import adapt, add_lora, merge, merge_lora, quantise_by_feedback
+from saap.recovery.processes import Processes
+from saap.recovery.quantise import quantise
+from saap.recovery.schedule import Limits, learning_rate
+from saap.recovery.train import Report, Trainer, Training
+
+CPU = torch.device("cpu")
+SILENT = Report(step=lambda done, total: None, line=lambda text: None)
+
+
+def quantised(family: str = "llama_tied", bits: int = 4) -> Any:
+    model = build(family).float()
+    paths = linears_inside(model, blocks(model))
+    pack_linears(model, paths, lambda path, read: quantise(read(), group_size=16, bits=bits), CPU)
+    return model
+
+
+def data(count: int = 12, seed: int = 0) -> TrainingData:
+    generator = np.random.default_rng(seed)
+    examples = []
+    for index in range(count):
+        start = int(generator.integers(2, 60))
+        tokens = (start + np.arange(14 + index % 4)) % 100 + 2
+        learned = np.ones(len(tokens), dtype=np.bool_)
+        learned[: 1 + index % 3] = False
+        examples.append(Example(tokens.astype(np.int64), learned))
+    return TrainingData(sources=("made",), train=tuple(examples[2:]), held=tuple(examples[:2]), seed=seed)
+
+
+SETTINGS = {
+    "group_size": 16, "rank": 4, "length": 16, "batch": 4, "micro_batch": 2, "max_steps": 8, "validate_every": 2,
+    "learning_rate": 0.02, "patience": 0,
+}  # fmt: skip
+
+
+def train(
+    folder: Path, *, model: Any = None, report: Report = SILENT, teacher: Any = None, **changes: Any
+) -> tuple[Any, Training]:
+    model = quantised() if model is None else model
+    config = RecoverConfig(**{**SETTINGS, **changes})
+    parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=config.seed)
+    trainer = Trainer(
+        BlockWalker(model, blocks(model)), parameters, data(), config, folder=folder,
+        processes=Processes.found(CPU), report=report,
+        teacher=None if teacher is None else BlockWalker(teacher, blocks(teacher)),
+    )  # fmt: skip
+    return model, trainer.run()
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2", "gemma2", "opt", "bloom", "granite"])
+def test_gradients_are_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
+    model = quantised(family)
+    ids = token_ids(2, 9)
+    learned = torch.ones(2, 9, dtype=torch.bool)
+    learned[0, :4] = False
+    learned[:, 0] = False
+    parameters = adapt(model, rank=2, alpha=4, seed=0)
+    for name, value in parameters.items():
+        if name.endswith("second"):
+            value.data = torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) * 0.1
+    log_p = model(ids).logits[:, :-1].log_softmax(-1)
+    nll = -log_p.gather(-1, ids[:, 1:, None]).squeeze(-1) * learned[:, 1:]
+    (nll.sum() / learned.sum()).backward()
+    expected = {name: value.grad.clone() for name, value in parameters.items()}
+    for checkpointing in (True, False):
+        for value in parameters.values():
+            value.grad = None
+        config = RecoverConfig(**{**SETTINGS, "gradient_checkpointing": checkpointing})
+        trainer = Trainer(
+            BlockWalker(model, blocks(model)), parameters, data(), config, folder=tmp_path,
+            processes=Processes.found(CPU), report=SILENT,
+        )  # fmt: skip
+        losses = trainer._gradients(ids, learned, int(learned.sum()))
+        torch.testing.assert_close(losses.float(), nll.sum(1).detach(), rtol=1e-4, atol=1e-4)
+        for name, value in parameters.items():
+            torch.testing.assert_close(value.grad, expected[name], rtol=2e-3, atol=1e-5)
+
+
+def test_training_lowers_the_loss_and_merging_keeps_the_function(tmp_path: Path) -> None:
+    model, done = train(tmp_path, max_steps=40)
+    assert done.validation < 0.8 * done.validation_before
+    assert done.stopped_by == "the limit of 40 steps"
+    assert done.points[-1].tokens == done.tokens
+    ids = token_ids(2, 9)
+    with torch.no_grad():
+        before = model(ids).logits
+        packed = merge(model)
+        after = model(ids).logits
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    assert not [name for name, value in model.named_parameters() if value.requires_grad]
+    assert all(type(model.get_submodule(path)) is GroupwiseLinear for path in packed)
+
+
+def test_a_killed_training_goes_on_with_the_same_losses(tmp_path: Path) -> None:
+    _, whole = train(tmp_path / "whole")
+
+    class KilledError(Exception):
+        pass
+
+    def kill(done: int, total: int) -> None:
+        if done >= 625:  # in the middle between two saved states
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(tmp_path / "cut", report=Report(step=kill, line=lambda text: None))
+    _, resumed = train(tmp_path / "cut")
+    assert [point.step for point in resumed.points] == list(range(1, 9))
+    for one, other in zip(whole.points, resumed.points, strict=True):
+        assert abs(one.loss - other.loss) <= 1e-6
+        assert one.validation is None or abs(one.validation - (other.validation or 0)) <= 1e-6
+    _, again = train(tmp_path / "cut")  # a finished one is not trained further
+    assert len(again.points) == 8
+
+
+def test_state_of_another_training_is_refused(tmp_path: Path) -> None:
+    train(tmp_path)
+    with pytest.raises(StaleInputError, match="no state of this training"):
+        train(tmp_path, model=quantised("llama"))
+
+
+def test_the_best_parameters_are_taken_and_training_stops_early(tmp_path: Path) -> None:
+    _, done = train(tmp_path, learning_rate=30.0, max_steps=50, patience=2, validate_every=1, clip=1e6)
+    assert done.stopped_by == "validation, which fell no more"
+    assert done.points[-1].step < 50
+    assert done.validation <= min([done.validation_before, *[p.validation for p in done.points if p.validation]])
+
+
+def test_a_loss_that_is_not_finite_names_step_and_sample(tmp_path: Path) -> None:
+    model = quantised()
+    train(tmp_path, model=model, max_steps=4)
+    broken = quantised()
+    poisoned = data().train[data().step_indices(4, 4)[2]].tokens[3]
+    broken.get_input_embeddings().weight.data[poisoned] = torch.nan
+    with pytest.raises(NonFiniteLossError) as caught:
+        train(tmp_path, model=broken, max_steps=8)
+    assert "in step 5" in str(caught.value)
+    assert "sample" in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert (tmp_path / "best.safetensors").exists()
+
+
+def test_distillation_equals_its_formula() -> None:
+    student, teacher = build("llama_tied", seed=0), build("llama_tied", seed=1)
+    ids = token_ids(2, 9)
+    learned = torch.ones_like(ids, dtype=torch.bool)
+    learned[:, 0] = False
+    walkers = [BlockWalker(model, blocks(model)) for model in (student, teacher)]
+    hidden = []
+    for walker in walkers:
+        stream = walker.start(ids)
+        state = stream.hidden
+        for layer in range(len(walker.blocks)):
+            state = walker.run_block(layer, state, stream.contexts)
+        hidden.append(state.detach())
+    losses, gradient = loss_and_gradient(
+        walkers[0], hidden[0], ids, learned, predictions=1, teacher=(walkers[1], hidden[1]), weight=0.3
+    )
+    entry = hidden[0].clone().requires_grad_(True)
+    log_p = walkers[0].logits(entry)[:, :-1].log_softmax(-1)
+    goal = walkers[1].logits(hidden[1])[:, :-1].softmax(-1)
+    nll = -log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    divergence = (goal * (goal.log() - log_p)).sum(-1)
+    expected = (0.7 * nll + 0.3 * divergence).sum(1)
+    torch.testing.assert_close(losses, expected.detach(), rtol=1e-5, atol=1e-5)
+    expected.sum().backward()
+    torch.testing.assert_close(gradient, entry.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_plain_lora_learns_and_merges(tmp_path: Path) -> None:
+    model = build("llama_tied").float()
+    handle, parameters = add_lora(model, linears_inside(model, blocks(model)), rank=4, alpha=8, seed=0)
+    config = RecoverConfig(**{**SETTINGS, "tuning": "lora", "max_steps": 20})
+    done = Trainer(
+        BlockWalker(model, blocks(model)), parameters, data(), config, folder=tmp_path,
+        processes=Processes.found(CPU), report=SILENT,
+    ).run()  # fmt: skip
+    assert done.validation < done.validation_before
+    ids = token_ids(2, 9)
+    with torch.no_grad():
+        before = model(ids).logits
+        after = merge_lora(handle)(ids).logits
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2"])
+def test_error_feedback_over_a_model_loses_less(family: str) -> None:
+    ids = [token_ids(1, 60, seed=seed) for seed in range(8)]
+    held = token_ids(8, 60, seed=99)
+    dense = build(family).float()
+    expected = dense(held).logits
+
+    def error(model: Any) -> float:
+        with torch.no_grad():
+            return float((model(held).logits - expected).norm())
+
+    model = build(family).float()
+    quantise_by_feedback(model, blocks(model), ids, group_size=16, bits=3, progress=lambda done, total: None)
+    assert error(model) < error(quantised(family, bits=3))
+
+
+def test_schedule() -> None:
+    rates = [learning_rate(1.0, share / 100, 0.1) for share in range(101)]
+    assert max(rates) == 1.0 == rates[10]
+    assert rates[100] == pytest.approx(0, abs=1e-12)
+    assert rates[5] == pytest.approx(0.5)
+    assert rates[55] == pytest.approx(0.5)
+    assert Limits(steps=10, tokens=1000).share(5, 800, 1e9) == 0.8
+    assert Limits(seconds=60).share(5, 800, 120) == 1
+
+
+def test_every_pass_takes_every_example_once() -> None:
+    made = data(14)
+    taken = [index for step in range(6) for index in made.step_indices(step, 4)]
+    assert sorted(taken[:12]) == sorted(taken[12:24]) == list(range(12))
+    assert taken[:12] != taken[12:24]
+
+
+def test_blocks_of_plain_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcdefgh" * 100)
+    made = training_data([tmp_path / "a.txt"], byte_tokenizer(), length=32, held=4, seed=0)
+    assert (len(made.train), len(made.held)) == (23, 2)  # 25 blocks, at most a tenth held back
+    assert all(len(one.tokens) == 32 and one.learned.sum() == 31 and not one.learned[0] for one in made.train)
+
+
+def answers(example: Example, tokenizer: Any) -> str:
+    return str(tokenizer.decode(example.tokens[example.learned]))
+
+
+def test_only_answers_are_learned(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [
+            {"role": "user", "content": f"How {index}?"}, {"role": "assistant", "content": f"So {index}."},
+            {"role": "user", "content": "And?"}, {"role": "assistant", "content": "No."},
+        ]}
+        for index in range(12)
+    ]  # fmt: skip
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
+    made = training_data([file], tokenizer, length=200, held=1, seed=0)
+    texts = {answers(example, tokenizer) for example in made.train}
+    assert len(texts) == 11
+    assert all("<|assistant|>So" in text or text.startswith("<|assistant|>") for text in texts)
+    assert not any("How" in text or "And" in text or "Be brief" in text for text in texts)
+    whole = {tokenizer.decode(example.tokens) for example in made.train}
+    assert all(text.startswith("<|system|>Be brief.") and "How" in text for text in whole)
+
+
+def test_instructions_with_and_without_a_chat_template(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Add {n}", "input": "to 1", "output": f"{n + 1}"} for n in range(20)]
+    file = tmp_path / "instruct.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    for template in (None, CHAT_TEMPLATE):
+        tokenizer = byte_tokenizer(chat_template=template)
+        made = training_data([file], tokenizer, length=200, held=1, seed=0)
+        for example in made.train:
+            learned, whole = answers(example, tokenizer), tokenizer.decode(example.tokens)
+            assert "Add" in whole
+            assert "to 1" in whole
+            assert "Add" not in learned
+            assert any(character.isdigit() for character in learned)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"instruction": "a"}', "line 1.*no `output`"),
+        ('{"question": "a"}', "line 1.*neither"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "no message of the role `assistant`"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}\n{"text": "b"}', "line 2.*neither"),
+    ],
+)
+def test_malformed_rows_are_named(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(content)
+    with pytest.raises(TrainingDataError, match=message):
+        training_data([file], byte_tokenizer(chat_template=CHAT_TEMPLATE), length=64, held=1, seed=0)
+
+
+def test_too_little_data_and_foreign_ids(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc" * 10)
+    with pytest.raises(TrainingDataError, match="1 examples of 64 tokens"):
+        training_data([tmp_path / "a.txt"], byte_tokenizer(), length=64, held=1, seed=0)
+    with pytest.raises(TrainingDataError, match="embedding has 5 rows"):
+        training_data([tmp_path / "a.txt"], byte_tokenizer(), length=10, held=1, seed=0, vocabulary=5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 5}, "--bits 5"), ({"group_size": 24}, "--group-size 24"), ({"rank": 0}, "--rank 0"),
+        ({"learning_rate": -1.0}, "--learning-rate"), ({"distillation": 0.5}, "--teacher"),
+        ({"error_feedback": True, "tuning": "lora"}, "--error-feedback"),
+    ],
+)  # fmt: skip
+def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        RecoverConfig(**changes)
