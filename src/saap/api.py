@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +19,14 @@ from saap.config import (
     SkipLayers,
     Strategy,
 )
-from saap.data.samples import Calibration, calibration_set, token_stream
-from saap.data.texts import evaluation_text, read_documents
+from saap.data.samples import Calibration, calibration_set
 from saap.discovery import discover as _discover
 from saap.errors import ConfigurationError
 from saap.estimation.calibrate import estimate as _estimate
 from saap.estimation.selection import unit_scores
-from saap.evaluation.perplexity import Perplexity, perplexity
-from saap.models.devices import quick_float32_products
+from saap.evaluation.generation import BUNDLED
 from saap.models.loading import model_ref
+from saap.pipeline.evaluate import EvalReport, EvalRequest, evaluate_model
 from saap.pipeline.inputs import RunOptions, open_model
 from saap.pipeline.progress import Reporter
 from saap.pipeline.report import PruneResult
@@ -38,8 +35,6 @@ from saap.records import ImportanceScores, Layout, ModelGraph, Role, StructurePl
 from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace
 from saap.structure_search.plan import search as _search
-
-BUNDLED = "bundled"
 
 
 def discover(model: str | Path | nn.Module) -> ModelGraph:
@@ -182,38 +177,35 @@ def prune(
     return result
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalReport:
-    """Perplexities of a model by the name of the text."""
-
-    model: str
-    perplexity: dict[str, Perplexity]
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able data."""
-        return dataclasses.asdict(self)
-
-
 def evaluate(
     model_or_path: str | Path | nn.Module,
     *,
     texts: Sequence[str | Path] = (BUNDLED,),
     tokenizer: Any | None = None,
     window: int = 512,
+    stride: int | None = None,
     max_tokens: int | None = None,
+    tasks: Sequence[str] = (),
+    task_data: str | Path | None = None,
+    limit: int | None = None,
     device: str = "auto",
+    reporter: Reporter | None = None,
 ) -> EvalReport:
-    """Perplexity of a model on texts.
+    """Perplexity of a model on texts, and its accuracy on zero-shot tasks.
 
     texts: names of data sets, files, or `bundled`: a text of several kinds that is never calibrated on. window: tokens
-    of each window, which are read on their own. max_tokens: only the first of each text. A loaded model needs its
-    tokenizer. Raises CalibrationError for a text that cannot be read, ModelError.
+    of each window; stride: from one window's start to the next's, None for windows that are read on their own.
+    max_tokens: only the first of each text. tasks: names in lm-evaluation-harness; task_data: a folder with files
+    TASK.SPLIT.jsonl instead of the hub; limit: only the first questions of each. A loaded model needs its tokenizer.
+    Raises CalibrationError for a text that cannot be read, EvaluationError for tasks, ModelError.
     """
-    loaded = open_model(model_or_path, RunOptions(device=device), tokenizer)
-    found = {}
-    for name in texts:
-        documents = (evaluation_text(),) if str(name) == BUNDLED else read_documents(name, tokenizer=loaded.tokenizer)
-        ids = token_stream(documents, loaded.tokenizer)
-        with quick_float32_products():
-            found[str(name)] = perplexity(loaded.model, ids, window=window, max_tokens=max_tokens)
-    return EvalReport(model=loaded.ref.source, perplexity=found)
+    request = EvalRequest(
+        texts=tuple(str(text) for text in texts),
+        window=window,
+        stride=stride,
+        max_tokens=max_tokens,
+        tasks=tuple(tasks),
+        task_data=None if task_data is None else Path(task_data),
+        limit=limit,
+    )
+    return evaluate_model(model_or_path, request, RunOptions(device=device), reporter, tokenizer=tokenizer)

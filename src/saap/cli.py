@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from saap._version import __version__
+from saap.commands.evaluate import evaluate
 from saap.errors import SaapError
 
 if TYPE_CHECKING:
@@ -203,6 +204,9 @@ def demo(
     config = PruneConfig(pruning_ratios=(0.2,), effort=choice("--effort", effort, Effort))
     print(f"$ saap prune smollm2 --pruning-ratio 0.2 --effort {effort} --out {out} --overwrite", flush=True)
     _run_prune("smollm2", config, RunOptions(out=out, overwrite=True), dry_run=False, as_json=False, quiet=False)
+
+
+app.command("eval")(evaluate)
 
 
 def main() -> None:
