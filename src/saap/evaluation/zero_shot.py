@@ -6,6 +6,7 @@ harness code, so the same rows give the same figures.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -182,6 +183,10 @@ def _near(name: str, known: Sequence[str]) -> str:
     return f"Did you mean {' or '.join(near)}? It takes " if near else "Use some of "
 
 
+def _measures(task: Any, metric: str) -> bool:
+    return any(entry["metric"] == metric for entry in task.config.metric_list)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The harness prints and warns on its own; stdout belongs to the answer."""
@@ -196,7 +201,9 @@ def _quiet() -> Iterator[None]:
         logging.disable(level)
 
 
+@functools.cache
 def _harness() -> _Harness:
+    """The harness, imported and its tasks indexed once: both take seconds."""
     try:
         with _quiet():
             import datasets
@@ -204,39 +211,41 @@ def _harness() -> _Harness:
             from lm_eval.api.task import ConfigurableTask
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
+
+            manager = TaskManager()
     except ImportError as error:
         raise EvaluationError(
             f"zero-shot tasks need lm-evaluation-harness, which is not installed ({error})",
             "Run `pip install 'saap[eval]'`",
         ) from error
-    return _Harness(evaluator, ConfigurableTask, HFLM, TaskManager, datasets)
+    return _Harness(evaluator, ConfigurableTask, HFLM, manager, datasets)
 
 
 @dataclass(frozen=True, slots=True)
 class _Harness:
-    """The parts of the harness that are used, imported once."""
+    """The parts of the harness that are used."""
 
     evaluator: Any
     task_class: Any
     model_class: Any
-    manager_class: Any
+    manager: Any
     datasets: Any
 
     def task_names(self) -> set[str]:
-        with _quiet():
-            return set(self.manager_class().all_tasks)
+        return set(self.manager.all_tasks)
 
     def hub_task(self, name: str) -> Any:
-        """The harness' own task; acc_norm is added where its choices are what is scored."""
+        """The harness' own task; acc_norm is added where it leaves it out and its choices are what is scored."""
         try:
             with _quiet():
-                found = self.manager_class().load([name])["tasks"]
+                (task,) = self.manager.load([name])["tasks"].values()
+                if task.OUTPUT_TYPE == "multiple_choice" and not (task.multiple_input or _measures(task, "acc_norm")):
+                    task = self.task_class(config={**task.config.to_dict(keep_callable=True), "metric_list": _METRICS})
         except Exception as error:  # network, cache and format errors of several libraries with no common base
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise EvaluationError(
                 f"the rows of {name} cannot be fetched ({reason})", "Connect to the network, or give --task-data DIR"
             ) from error
-        (task,) = found.values()
         return task
 
     def local_task(self, name: str, records: Sequence[ChoiceRecord]) -> Any:
@@ -266,7 +275,9 @@ class _Harness:
             raise EvaluationError(f"{name} is no multiple-choice task", f"Use some of {', '.join(TASKS)}")
         with _quiet(), torch.no_grad():
             wrapped = self.model_class(pretrained=model, tokenizer=tokenizer, batch_size=batch, backend="causal")
-            found = self.evaluator.simple_evaluate(model=wrapped, tasks=[task], num_fewshot=0, limit=limit)
+            found = self.evaluator.simple_evaluate(
+                model=wrapped, tasks=[task], num_fewshot=0, limit=limit, task_manager=self.manager
+            )
         figures = found["results"][name]
         samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
         norm = figures.get("acc_norm,none")
