@@ -14,6 +14,7 @@ from saap.config import (
     ElementOrder,
     FusionScope,
     Importance,
+    Method,
     PrunableRole,
     PruneConfig,
     SkipLayers,
@@ -126,7 +127,8 @@ def prune(
     strategy: Strategy | str = Strategy.ADAPTIVE,
     importance: Importance | str = Importance.FUSED,
     fusion_scope: FusionScope | str = FusionScope.LAYER_ROLE,
-    restore: bool = True,
+    restore: bool | None = None,
+    method: Method | str = Method.SAAP,
     effort: Effort | str = Effort.DEFAULT,
     seed: int = 0,
     tokenizer: Any | None = None,
@@ -141,7 +143,8 @@ def prune(
     model_or_path: a loaded model (any class with forward(input_ids); it is not changed), or what `saap prune` takes.
     pruning_ratio: fraction of the decoder blocks' parameters; target_params: of the whole model; target_size: bytes of
     the weights as written; exactly one of them, or `plan`. calibration: names and files, texts, or token ids (samples,
-    length). The other arguments are the flags of `saap prune`. Raises SaapError.
+    length). method: a baseline instead, which restores only if `restore` says so. The other arguments are the flags of
+    `saap prune`. Raises SaapError.
     """
     if skip_layers is not None and len(skip_layers) != 2:
         raise ConfigurationError(f"skip_layers {skip_layers!r} is not understood", "Give (first, last), e.g. (4, 2)")
@@ -161,7 +164,8 @@ def prune(
         strategy=Strategy(strategy),
         importance=Importance(importance),
         fusion_scope=FusionScope(fusion_scope),
-        restore=restore,
+        restore=Method(method) is Method.SAAP if restore is None else restore,
+        method=Method(method),
         effort=Effort(effort),
         seed=seed,
     )

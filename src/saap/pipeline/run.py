@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from saap.config import Importance, PrunableRole, PruneConfig, Strategy
+from saap.config import Importance, Method, PrunableRole, PruneConfig, Strategy
 from saap.data.samples import Calibration
 from saap.discovery import discover
 from saap.discovery.summary import summarise
 from saap.estimation.calibrate import estimate
 from saap.estimation.selection import unit_scores
 from saap.models.devices import quick_float32_products
-from saap.models.structure import mark_pruned
+from saap.models.structure import mark_pruned, structure_of
 from saap.pipeline.context import Run
 from saap.pipeline.finish import Made, find_made, finish, keep_made
 from saap.pipeline.inputs import (
@@ -31,6 +31,7 @@ from saap.pipeline.inputs import (
 )
 from saap.pipeline.legality import legal_sizes
 from saap.pipeline.meter import Meter
+from saap.pipeline.methods import baseline_scores, biases_for, compensate, for_method, measurements
 from saap.pipeline.outcome import Behaviour, observe
 from saap.pipeline.progress import Reporter, Silent
 from saap.pipeline.report import PruneResult
@@ -73,6 +74,7 @@ def run_prune(
     calibration: in place of the configuration's names, e.g. texts or token ids. Everything that can be refused is
     refused before the estimation begins. Raises SaapError.
     """
+    config = for_method(config)
     meter = Meter(reporter if reporter is not None else Silent())
     prepared = _prepare(source, config, options, meter, calibration, tokenizer)
     work = WorkFolder(work_path(options))
@@ -89,6 +91,7 @@ def preview(
     source: str | Path, config: PruneConfig, options: RunOptions, reporter: Reporter | None = None
 ) -> dict[str, Any]:
     """What `run_prune` would do, after all checks that it makes before the estimation. Raises SaapError."""
+    config = for_method(config)
     meter = Meter(reporter if reporter is not None else Silent())
     prepared = _prepare(source, config, options, meter, None, None)
     tokens = prepared.tokens
@@ -172,13 +175,13 @@ def _settings_digest(config: PruneConfig, prepared: _Prepared) -> str:
 
 def _all_targets(run: Run, targets: Sequence[Target]) -> list[PruneResult]:
     """Measure, score and plan with the dense model for all targets, then make them one by one."""
-    config, meter = run.config, run.meter
+    meter = run.meter
     with meter.stage("measure the dense model"):
         dense = _dense_behaviour(run)
     write_text(run)
     with meter.stage("estimate the importance of every unit"):
         scores = _scores(run)
-        units = unit_scores(scores, run.graph, config.importance, config.fusion_scope)
+        units = _units(run, scores)
     plans = _plans(run, targets, units)
     results = []
     for index, (target, plan) in enumerate(zip(targets, plans, strict=True)):
@@ -206,6 +209,10 @@ def _scores(run: Run) -> ImportanceScores:
         require_same("The file of scores", expected=scores.graph_digest, found=run.graph.digest)
         require_same("The file of scores", expected=scores.calibration_digest, found=calibration.digest)
         return scores
+    if run.config.method is not Method.SAAP:
+        scores = baseline_scores(run, calibration.digest, measurements(run))
+        write_scores(path, scores)
+        return scores
     roles = [Role(role.value) for role in run.config.roles if role is not PrunableRole.BLOCK]
     scores = estimate(
         run.loaded.model,
@@ -218,6 +225,12 @@ def _scores(run: Run) -> ImportanceScores:
     )
     write_scores(path, scores)
     return scores
+
+
+def _units(run: Run, scores: ImportanceScores) -> Mapping[str, UnitScores]:
+    """The one score per unit that the search uses; a baseline's scores are taken as they are."""
+    importance = run.config.importance if run.config.method is Method.SAAP else Importance.ELEMENT1
+    return unit_scores(scores, run.graph, importance, run.config.fusion_scope)
 
 
 def _plans(run: Run, targets: Sequence[Target], units: Mapping[str, UnitScores]) -> list[StructurePlan]:
@@ -295,7 +308,10 @@ def _make(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScore
             tokens = refit_tokens(run)
             restoration = restore(model, run.graph, plan, tokens, _restore_settings(run), run.meter.reporter.advance)
             plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
-        structure = cut(model, run.graph, plan)
+        biases = biases_for(run, model, plan)
+        cut(model, run.graph, plan)
+        compensate(run, model, biases)
+        structure = structure_of(model, run.graph, plan)
         if plan.layout is Layout.ADAPTIVE and target.folder is None and hasattr(model, "save_pretrained"):
             mark_pruned(model, structure)
         return keep_made(run, target, model, plan, structure, errors, scores)
@@ -303,7 +319,11 @@ def _make(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScore
 
 def _chooses_freely(config: PruneConfig) -> bool:
     """Whether second-order costs may decide: a named strategy, importance or plan is kept, and `mixed` too."""
-    named = config.strategy is not Strategy.ADAPTIVE or config.importance is not Importance.FUSED
+    named = (
+        config.method is not Method.SAAP
+        or config.strategy is not Strategy.ADAPTIVE
+        or config.importance is not Importance.FUSED
+    )
     return not named and config.plan is None and config.trusts_calibration
 
 
