@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from saap._version import __version__
+from saap.commands.compare import compare
 from saap.commands.evaluate import evaluate
 from saap.errors import SaapError
 
@@ -217,6 +218,7 @@ def demo(
 
 
 app.command("eval")(evaluate)
+app.command()(compare)
 
 
 def main() -> None:

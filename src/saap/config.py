@@ -90,6 +90,20 @@ class PrunableRole(StrEnum):
     BLOCK = "block"
 
 
+class MethodChoice(BaseModel):
+    """A method of a comparison, and the roles that it may prune; None leaves them to the comparison."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Method
+    roles: tuple[PrunableRole, ...] | None = None
+
+    @property
+    def label(self) -> str:
+        """As the command line names it: METHOD or METHOD@ROLE+ROLE."""
+        return str(self.method) if self.roles is None else f"{self.method}@{'+'.join(self.roles)}"
+
+
 class SkipLayers(BaseModel):
     """Decoder blocks at both ends that give nothing."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -60,10 +61,13 @@ class Baseline:
     skip_layers: SkipLayers | None = None
     roles: tuple[PrunableRole, ...] | None = None
     compensates: bool = False
+    needs: Literal["gradients", "activations"] | None = None
 
 
 def _taylor(kind: Taylor) -> Baseline:
-    return Baseline(scores=lambda found: taylor_scores(found.model, found.graph, found.gradients, kind))
+    return Baseline(
+        scores=lambda found: taylor_scores(found.model, found.graph, found.gradients, kind), needs="gradients"
+    )
 
 
 BASELINES: Mapping[Method, Baseline] = {
@@ -74,17 +78,21 @@ BASELINES: Mapping[Method, Baseline] = {
     Method.LLM_PRUNER_ELEMENT2: _taylor(Taylor.ELEMENT2),
     Method.LLM_PRUNER_MIXED: _taylor(Taylor.MIXED),
     Method.WANDA_SP: Baseline(
-        scores=lambda found: wanda_scores(found.model, found.graph, found.activations), skip_layers=SkipLayers()
+        scores=lambda found: wanda_scores(found.model, found.graph, found.activations),
+        skip_layers=SkipLayers(),
+        needs="activations",
     ),
     Method.FLAP: Baseline(
         scores=lambda found: flap_scores(found.model, found.graph, found.activations),
         strategy=Strategy.IMPORTANCE,
         skip_layers=SkipLayers(),
         compensates=True,
+        needs="activations",
     ),
     Method.BLOCK_INFLUENCE: Baseline(
         scores=lambda found: influence_scores(found.graph, found.activations),
         skip_layers=SkipLayers(),
         roles=(PrunableRole.BLOCK,),
+        needs="activations",
     ),
 }

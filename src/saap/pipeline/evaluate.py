@@ -98,7 +98,7 @@ class EvalReport:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able data; numbers that are not finite become None, which JSON can say."""
-        data = _finite(dataclasses.asdict(self))
+        data = finite(dataclasses.asdict(self))
         for part, report in ((data, self), (data["dense"], self.dense)):
             if report is not None and report.tasks:
                 part["tasks_mean"] = mean_accuracy(report.tasks)
@@ -118,12 +118,12 @@ def evaluate_model(
     Raises CalibrationError for texts, EvaluationError for tasks, prompts and conversations, ModelError.
     """
     reporter = reporter if reporter is not None else Silent()
-    prompts = _check(request)
+    prompts = check_request(request)
     if not isinstance(source, nn.Module):
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(resolved)
     reporter.stage("read the texts")
-    streams = _streams(request, tokenizer)
+    streams = read_streams(request, tokenizer)
     conversations = () if request.chat is None else read_conversations(request.chat)
     reporter.stage("load the model")
     loaded = open_model(source, options, tokenizer)
@@ -162,7 +162,7 @@ def judge_ratings(ratings: Sequence[Path], key: Path | None) -> dict[str, Any]:
     return judge([rating for path in ratings for rating in read_ratings(path, known)])
 
 
-def _check(request: EvalRequest) -> tuple[Prompt, ...]:
+def check_request(request: EvalRequest) -> tuple[Prompt, ...]:
     """Refuse what needs no model to be refused; the prompts that were asked for."""
     if request.window < 2:
         raise ConfigurationError(f"--window {request.window} predicts nothing", "Give at least 2")
@@ -185,7 +185,8 @@ def _check(request: EvalRequest) -> tuple[Prompt, ...]:
     return prompts
 
 
-def _streams(request: EvalRequest, tokenizer: Any | None) -> dict[str, IntArray]:
+def read_streams(request: EvalRequest, tokenizer: Any | None) -> dict[str, IntArray]:
+    """Token ids of the texts by name. Raises CalibrationError."""
     streams = {}
     for name in request.texts:
         if name == BUNDLED:
@@ -303,11 +304,12 @@ def _base_of(source: str | Path | nn.Module) -> str | None:
         return None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same data with None in place of numbers that are not finite, which JSON cannot say."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from saap.baselines.methods import Measurements
 from saap.config import Importance, Method, PrunableRole, PruneConfig, Strategy
 from saap.data.samples import Calibration
 from saap.discovery import discover
@@ -180,9 +181,9 @@ def _all_targets(run: Run, targets: Sequence[Target]) -> list[PruneResult]:
         dense = _dense_behaviour(run)
     write_text(run)
     with meter.stage("estimate the importance of every unit"):
-        scores = _scores(run)
-        units = _units(run, scores)
-    plans = _plans(run, targets, units)
+        scores = scores_of(run)
+        units = units_of(run, scores)
+    plans = plans_for(run, targets, units)
     results = []
     for index, (target, plan) in enumerate(zip(targets, plans, strict=True)):
         last = index == len(targets) - 1
@@ -200,7 +201,8 @@ def _dense_behaviour(run: Run) -> Behaviour:
     return dense
 
 
-def _scores(run: Run) -> ImportanceScores:
+def scores_of(run: Run, found: Measurements | None = None) -> ImportanceScores:
+    """Scores of all units, from the work folder if they lie there. found: what the baselines have measured so far."""
     path = run.work.file("scores.safetensors")
     tokens = with_written(run, "scored").cpu().numpy()
     calibration = dataclasses.replace(run.tokens.scored, tokens=tokens)
@@ -210,7 +212,7 @@ def _scores(run: Run) -> ImportanceScores:
         require_same("The file of scores", expected=scores.calibration_digest, found=calibration.digest)
         return scores
     if run.config.method is not Method.SAAP:
-        scores = baseline_scores(run, calibration.digest, measurements(run))
+        scores = baseline_scores(run, calibration.digest, found or measurements(run))
         write_scores(path, scores)
         return scores
     roles = [Role(role.value) for role in run.config.roles if role is not PrunableRole.BLOCK]
@@ -227,13 +229,13 @@ def _scores(run: Run) -> ImportanceScores:
     return scores
 
 
-def _units(run: Run, scores: ImportanceScores) -> Mapping[str, UnitScores]:
+def units_of(run: Run, scores: ImportanceScores) -> Mapping[str, UnitScores]:
     """The one score per unit that the search uses; a baseline's scores are taken as they are."""
     importance = run.config.importance if run.config.method is Method.SAAP else Importance.ELEMENT1
     return unit_scores(scores, run.graph, importance, run.config.fusion_scope)
 
 
-def _plans(run: Run, targets: Sequence[Target], units: Mapping[str, UnitScores]) -> list[StructurePlan]:
+def plans_for(run: Run, targets: Sequence[Target], units: Mapping[str, UnitScores]) -> list[StructurePlan]:
     """The searched or given plan of every target; the dense model is only measured, not changed."""
     found = {target.name: run.work.file(f"plan-{target.name}.json") for target in targets}
     measured = _measure(run) if any(target.budget and not found[target.name].exists() for target in targets) else None
@@ -302,19 +304,28 @@ def _make(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScore
     if found is not None:
         return found
     model = run.loaded.model if may_consume else copy.deepcopy(run.loaded.model)
-    errors: Mapping[str, float] = {}
     with run.meter.stage(f"cut{' and restore' if run.config.restore else ''}, block by block"):
-        if run.config.restore and not plan.removes_nothing(run.graph):
-            tokens = refit_tokens(run)
-            restoration = restore(model, run.graph, plan, tokens, _restore_settings(run), run.meter.reporter.advance)
-            plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
-        biases = biases_for(run, model, plan)
-        cut(model, run.graph, plan)
-        compensate(run, model, biases)
+        plan, errors = cut_and_restore(run, model, plan)
         structure = structure_of(model, run.graph, plan)
         if plan.layout is Layout.ADAPTIVE and target.folder is None and hasattr(model, "save_pretrained"):
             mark_pruned(model, structure)
         return keep_made(run, target, model, plan, structure, errors, scores)
+
+
+def cut_and_restore(run: Run, model: nn.Module, plan: StructurePlan) -> tuple[StructurePlan, Mapping[str, float]]:
+    """Carry out the plan on `model`, a dense one, in place.
+
+    Returns the plan with the units that were kept in the end, and the held-out errors of the restoration.
+    """
+    errors: Mapping[str, float] = {}
+    biases = biases_for(run, model, plan)
+    if run.config.restore and not plan.removes_nothing(run.graph):
+        tokens = refit_tokens(run)
+        restoration = restore(model, run.graph, plan, tokens, restore_settings(run), run.meter.reporter.advance)
+        plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
+    cut(model, run.graph, plan)
+    compensate(run, model, biases)
+    return plan, errors
 
 
 def _chooses_freely(config: PruneConfig) -> bool:
@@ -327,7 +338,7 @@ def _chooses_freely(config: PruneConfig) -> bool:
     return not named and config.plan is None and config.trusts_calibration
 
 
-def _restore_settings(run: Run) -> RestoreSettings:
+def restore_settings(run: Run) -> RestoreSettings:
     return RestoreSettings(second_order=_chooses_freely(run.config) and run.config.effort_settings.second_order)
 
 
