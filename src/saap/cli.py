@@ -12,6 +12,7 @@ import typer
 from saap._version import __version__
 from saap.commands.compare import compare
 from saap.commands.evaluate import evaluate
+from saap.commands.report import report
 from saap.errors import SaapError
 
 if TYPE_CHECKING:
@@ -219,6 +220,7 @@ def demo(
 
 app.command("eval")(evaluate)
 app.command()(compare)
+app.command()(report)
 
 
 def main() -> None:
