@@ -91,7 +91,7 @@ def _model_page(folder: Path, reports: Sequence[dict[str, Any]]) -> Page:
         )
     tiles = [
         (f"{manifest.parameters.after:,}", f"parameters of {manifest.parameters.before:,}"),
-        (f"{manifest.bytes.after / 1e6:,.0f} MB", f"of {manifest.bytes.before / 1e6:,.0f} MB of weights"),
+        (_size(manifest.bytes.after), f"of {_size(manifest.bytes.before)} of weights"),
         *([(f"{ratio:.2f} x", "the dense model's perplexity")] if ratio is not None else []),
         (f"{sum(stage.seconds for stage in manifest.stages):,.0f} s", "to make it"),
     ]
@@ -200,6 +200,10 @@ def _importance_section(views: Sequence[GroupView]) -> Section:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB" if count >= 10**7 else f"{count / 1e3:,.0f} kB"
 
 
 def _search_section(plan: Mapping[str, Any]) -> Section:

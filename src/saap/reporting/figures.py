@@ -95,6 +95,7 @@ def structure(views: Sequence[Mapping[str, Any]], role: str) -> Figure:
         axis.bar(layers, of, color=COLOURS[0], alpha=0.25, label="removed")
         axis.bar(layers, kept, color=COLOURS[0], label="kept")
         axis.set(xlabel="layer", ylabel="units")
+        axis.locator_params(axis="y", integer=True)
         axis.legend(ncols=2, loc="upper right", bbox_to_anchor=(1, 1.15))
 
     share = sum(kept) / max(1, sum(of))
@@ -106,19 +107,25 @@ def importance_distribution(views: Sequence[GroupView], role: str) -> Figure:
     """Distributions of the scores over the units, before and after fusion, each divided by its median."""
     mine = list(by_layer(views, role).values())
 
+    logs = {}
+    for name in ("vector", "element", "fused"):
+        values = np.concatenate([getattr(view, name) for view in mine])
+        # the logarithms of the uncertainties shift whole modules: from the least, scores of all kinds start at 0
+        values = values - min(0.0, float(values.min()))
+        positive = values[values > 0]
+        if len(positive):
+            logs[name] = np.log10(positive / np.median(positive))
+
     def draw(axis: Any) -> None:
-        for index, name in enumerate(("vector", "element", "fused")):
-            values = np.concatenate([getattr(view, name) for view in mine])
-            if name == "fused":
-                values = values - min(0.0, float(values.min()))
-            positive = values[values > 0]
-            if len(positive):
-                logs = np.log10(positive / np.median(positive))
-                axis.hist(logs, bins=60, histtype="step", color=COLOURS[index], linewidth=1.6, label=name)
+        low = min((np.percentile(values, 1) for values in logs.values()), default=-1.0)
+        high = max((float(values.max()) for values in logs.values()), default=1.0)
+        for index, (name, values) in enumerate(logs.items()):
+            axis.hist(values, bins=np.linspace(low, high, 50).tolist(), histtype="step", color=COLOURS[index],
+                      linewidth=1.6, label=name)  # fmt: skip
         axis.set(xlabel="log10 of importance / median", ylabel="units")
         axis.legend()
 
-    text = "Histograms of vector-wise, element-wise and fused importance over all units; the fused scores lie between."
+    text = "Histograms of vector-wise, element-wise and fused importance over all units, each divided by its median."
     return Figure(name=f"distribution-{role}", title=f"Importance of {role} units, before and after fusion", text=text,
                   draw=draw)  # fmt: skip
 
@@ -132,11 +139,10 @@ def fluctuation(views: Sequence[GroupView], role: str) -> Figure:
     chosen = np.random.default_rng(0).permutation(len(mean))[:POINTS]
 
     def draw(axis: Any) -> None:
-        shown = np.isin(np.arange(len(mean)), chosen) & (spread > 0)
+        shown = np.isin(np.arange(len(mean)), chosen) & (spread > 0) & (mean > mean.min())
         for stays, colour, label in ((True, COLOURS[0], "kept"), (False, COLOURS[1], "removed")):
             here = shown & (kept == stays)
-            offset = mean - mean.min() + 1e-12
-            axis.scatter(offset[here], spread[here], s=6, color=colour, alpha=0.6, label=label, linewidths=0)
+            axis.scatter(mean[here] - mean.min(), spread[here], s=6, color=colour, alpha=0.6, label=label, linewidths=0)
         axis.set(
             xlabel="fused importance above the least", ylabel="fluctuation (deviation)", xscale="log", yscale="log"
         )
