@@ -257,13 +257,13 @@ def _make_rows(
         units = units_of(run, scores)
     seconds["score"] += time.perf_counter() - start
     asked = {ratio for _, ratio, _ in wanted}
-    targets = [target for target in _targets(config, bench.graph, bench.loaded) if float(target.name) in asked]
+    every = zip(config.pruning_ratios, _targets(config, bench.graph, bench.loaded), strict=True)
+    targets = {ratio: target for ratio, target in every if ratio in asked}
     start = time.perf_counter()
-    plans = plans_for(run, targets, units)
+    plans = dict(zip(targets, plans_for(run, list(targets.values()), units), strict=True))
     seconds["search"] = (time.perf_counter() - start) / max(1, len(targets))
-    by_ratio = {float(target.name): plan for target, plan in zip(targets, plans, strict=True)}
     for (_, ratio, restored), path in wanted.items():
-        row = _row(bench, run, choice, by_ratio[ratio], ratio, restored, seconds, dense)
+        row = _row(bench, run, choice, plans[ratio], ratio, restored, seconds, dense)
         write_whole(path, (json.dumps(finite(dataclasses.asdict(row)), indent=1) + "\n").encode())
 
 

@@ -122,6 +122,10 @@ def evaluate_model(
     if not isinstance(source, nn.Module):
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(resolved)
+    dense_name = request.dense or (_base_of(source) if prompts else None)
+    for name in (dense_name, *request.beside):
+        if name is not None:
+            resolve_model(name)
     reporter.stage("read the texts")
     streams = read_streams(request, tokenizer)
     conversations = () if request.chat is None else read_conversations(request.chat)
@@ -129,7 +133,6 @@ def evaluate_model(
     loaded = open_model(source, options, tokenizer)
     with quick_float32_products():
         report = _measure(loaded, request, streams, conversations, reporter)
-        dense_name = request.dense or (_base_of(source) if prompts or request.human_kit else None)
         dense = None
         if dense_name is not None:
             reporter.stage(f"load the dense model {dense_name}")
