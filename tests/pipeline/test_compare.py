@@ -27,6 +27,8 @@ def source(tmp_path_factory) -> Path:
 
 def request_for(folder: Path, **changes: object) -> CompareRequest:
     rows = [{"query": f"Question: {n}?\nAnswer:", "choices": ["yes", "no"], "label": n % 2} for n in range(6)]
+    folder = folder / "tasks"
+    folder.mkdir(exist_ok=True)
     (folder / "made.test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = PruneConfig(
         pruning_ratios=(0.1, 0.2), calibration=("novels",), samples=4, sample_length=32, refit_tokens=1024, align=8,
@@ -39,8 +41,8 @@ def request_for(folder: Path, **changes: object) -> CompareRequest:
 
 @pytest.fixture(scope="module")
 def done(source, tmp_path_factory) -> tuple[Path, dict]:
-    out = tmp_path_factory.mktemp("compare")
-    return out, compare(source, request_for(out), RunOptions(device="cpu"), out)
+    folder = tmp_path_factory.mktemp("compare")
+    return folder, compare(source, request_for(folder), RunOptions(device="cpu"), folder / "out")
 
 
 def test_every_row_is_there_with_as_many_parameters(done) -> None:
@@ -59,25 +61,27 @@ def test_every_row_is_there_with_as_many_parameters(done) -> None:
 
 
 def test_rows_that_are_there_are_not_made_again_and_more_can_be_added(source, done) -> None:
-    out, result = done
+    folder, result = done
+    out = folder / "out"
     files = {path: path.stat().st_mtime_ns for path in (out / "rows").iterdir()}
     changed = json.loads(next(iter(files)).read_text())
     methods = tuple(MethodChoice(method=method) for method in (*METHODS, Method.RANDOM))
-    again = compare(source, request_for(out, methods=methods), RunOptions(device="cpu"), out)
+    again = compare(source, request_for(folder, methods=methods), RunOptions(device="cpu"), out)
     assert {path: path.stat().st_mtime_ns for path in files} == files
     assert changed in [*again["rows"], again["dense"]]
     assert len(again["rows"]) == len(result["rows"]) + 4
 
 
 def test_rows_of_other_settings_are_not_taken_for_these(source, done) -> None:
-    out, _ = done
-    config = request_for(out).config.model_copy(update={"samples": 5})
+    folder, _ = done
+    config = request_for(folder).config.model_copy(update={"samples": 5})
     with pytest.raises(StaleInputError, match="another --out"):
-        compare(source, request_for(out, config=config), RunOptions(device="cpu"), out)
+        compare(source, request_for(folder, config=config), RunOptions(device="cpu"), folder / "out")
 
 
 def test_tables(done) -> None:
-    out, result = done
+    folder, result = done
+    out = folder / "out"
     headings, rows = comparison_table(result)
     assert all(len(row) == len(headings) for row in rows)
     paths = write_tables(out, result)
@@ -90,7 +94,7 @@ def test_refusals_come_before_the_model_is_read(tmp_path) -> None:
     nowhere = tmp_path / "nowhere"
     request = request_for(tmp_path, evaluation=EvalRequest())
     with pytest.raises(ConfigurationError, match="no text"):
-        compare(nowhere, request, RunOptions(), tmp_path)
+        compare(nowhere, request, RunOptions(), tmp_path / "out")
     with pytest.raises(ConfigurationError, match="Did you mean flap"):
         parse_methods("saap,flop")
     with pytest.raises(ConfigurationError, match="twice"):
@@ -103,8 +107,8 @@ def test_refusals_come_before_the_model_is_read(tmp_path) -> None:
 def test_a_ratio_that_one_method_cannot_reach_is_refused_first(source, tmp_path) -> None:
     config = request_for(tmp_path).config.model_copy(update={"pruning_ratios": (0.9,)})
     with pytest.raises(TargetError, match="cannot be removed"):
-        compare(source, request_for(tmp_path, config=config), RunOptions(device="cpu"), tmp_path)
-    assert not (tmp_path / "rows").exists()
+        compare(source, request_for(tmp_path, config=config), RunOptions(device="cpu"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(source, tmp_path, capsys, monkeypatch) -> None:

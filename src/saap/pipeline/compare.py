@@ -18,7 +18,7 @@ from torch import nn
 from saap.baselines.methods import BASELINES, Measurements
 from saap.config import MethodChoice, PruneConfig
 from saap.discovery import discover
-from saap.errors import ConfigurationError, StaleInputError
+from saap.errors import ConfigurationError, OutputError, StaleInputError
 from saap.evaluation.bootstrap import kept_accuracy
 from saap.evaluation.perplexity import Perplexity, perplexity
 from saap.evaluation.zero_shot import TaskResult, evaluate_tasks
@@ -170,14 +170,14 @@ def _check(request: CompareRequest) -> None:
 def _take_up(out: Path, request: CompareRequest, graph: ModelGraph) -> None:
     """Make the folder, or go on in one of the same settings; methods, ratios and seeds may be added to those there.
 
-    Raises StaleInputError if its rows were made with other settings.
+    Raises StaleInputError if its rows were made with other settings, OutputError if it holds something else.
     """
     config = request.config.model_dump(mode="json", exclude={"pruning_ratios", "seed", "method"})
     evaluation = {name: str(value) for name, value in dataclasses.asdict(request.evaluation).items()}
     try:
         WorkFolder(out).open(digest_of([config, evaluation, graph.digest]))
-    except StaleInputError as error:
-        raise StaleInputError(error.offender, "Choose another --out for another comparison") from None
+    except (OutputError, StaleInputError) as error:
+        raise type(error)(error.offender, "Choose another --out for this comparison") from None
 
 
 def _config(request: CompareRequest, choice: MethodChoice, seed: int) -> PruneConfig:
