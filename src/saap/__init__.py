@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from saap._version import __version__
 
 if TYPE_CHECKING:
-    from saap.api import EvalReport, discover, estimate, evaluate, prune, recover, search
+    from saap.api import discover, estimate, evaluate, prune, recover, search
     from saap.errors import SaapError
     from saap.models.loading import load
+    from saap.pipeline.evaluate import EvalReport
     from saap.pipeline.recovery_report import RecoverReport, RecoverResult
     from saap.pipeline.report import PruneReport, PruneResult
     from saap.records import CoupledGroup, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
@@ -29,7 +30,7 @@ _HOMES = {
     "prune": "saap.api",
     "recover": "saap.api",
     "evaluate": "saap.api",
-    "EvalReport": "saap.api",
+    "EvalReport": "saap.pipeline.evaluate",
     "load": "saap.models.loading",
     "PruneReport": "saap.pipeline.report",
     "PruneResult": "saap.pipeline.report",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from saap.config import (
     ElementOrder,
     FusionScope,
     Importance,
+    Method,
     PrunableRole,
     PruneConfig,
     RecoverConfig,
@@ -23,15 +22,14 @@ from saap.config import (
     Strategy,
     Tuning,
 )
-from saap.data.samples import Calibration, calibration_set, token_stream
-from saap.data.texts import evaluation_text, read_documents
+from saap.data.samples import Calibration, calibration_set
 from saap.discovery import discover as _discover
 from saap.errors import ConfigurationError
 from saap.estimation.calibrate import estimate as _estimate
 from saap.estimation.selection import unit_scores
-from saap.evaluation.perplexity import Perplexity, perplexity
-from saap.models.devices import quick_float32_products
+from saap.evaluation.generation import BUNDLED
 from saap.models.loading import model_ref
+from saap.pipeline.evaluate import EvalReport, EvalRequest, evaluate_model
 from saap.pipeline.inputs import RunOptions, open_model
 from saap.pipeline.progress import Reporter
 from saap.pipeline.recover import run_recover
@@ -42,8 +40,6 @@ from saap.records import ImportanceScores, Layout, ModelGraph, Role, StructurePl
 from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace
 from saap.structure_search.plan import search as _search
-
-BUNDLED = "bundled"
 
 
 def discover(model: str | Path | nn.Module) -> ModelGraph:
@@ -192,7 +188,8 @@ def prune(
     strategy: Strategy | str = Strategy.ADAPTIVE,
     importance: Importance | str = Importance.FUSED,
     fusion_scope: FusionScope | str = FusionScope.LAYER_ROLE,
-    restore: bool = True,
+    restore: bool | None = None,
+    method: Method | str = Method.SAAP,
     effort: Effort | str = Effort.DEFAULT,
     seed: int = 0,
     tokenizer: Any | None = None,
@@ -207,7 +204,8 @@ def prune(
     model_or_path: a loaded model (any class with forward(input_ids); it is not changed), or what `saap prune` takes.
     pruning_ratio: fraction of the decoder blocks' parameters; target_params: of the whole model; target_size: bytes of
     the weights as written; exactly one of them, or `plan`. calibration: names and files, texts, or token ids (samples,
-    length). The other arguments are the flags of `saap prune`. Raises SaapError.
+    length). method: a baseline instead, which restores only if `restore` says so. The other arguments are the flags of
+    `saap prune`. Raises SaapError.
     """
     if skip_layers is not None and len(skip_layers) != 2:
         raise ConfigurationError(f"skip_layers {skip_layers!r} is not understood", "Give (first, last), e.g. (4, 2)")
@@ -227,7 +225,8 @@ def prune(
         strategy=Strategy(strategy),
         importance=Importance(importance),
         fusion_scope=FusionScope(fusion_scope),
-        restore=restore,
+        restore=Method(method) is Method.SAAP if restore is None else restore,
+        method=Method(method),
         effort=Effort(effort),
         seed=seed,
     )
@@ -243,38 +242,35 @@ def prune(
     return result
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalReport:
-    """Perplexities of a model by the name of the text."""
-
-    model: str
-    perplexity: dict[str, Perplexity]
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able data."""
-        return dataclasses.asdict(self)
-
-
 def evaluate(
     model_or_path: str | Path | nn.Module,
     *,
     texts: Sequence[str | Path] = (BUNDLED,),
     tokenizer: Any | None = None,
     window: int = 512,
+    stride: int | None = None,
     max_tokens: int | None = None,
+    tasks: Sequence[str] = (),
+    task_data: str | Path | None = None,
+    limit: int | None = None,
     device: str = "auto",
+    reporter: Reporter | None = None,
 ) -> EvalReport:
-    """Perplexity of a model on texts.
+    """Perplexity of a model on texts, and its accuracy on zero-shot tasks.
 
     texts: names of data sets, files, or `bundled`: a text of several kinds that is never calibrated on. window: tokens
-    of each window, which are read on their own. max_tokens: only the first of each text. A loaded model needs its
-    tokenizer. Raises CalibrationError for a text that cannot be read, ModelError.
+    of each window; stride: from one window's start to the next's, None for windows that are read on their own.
+    max_tokens: only the first of each text. tasks: names in lm-evaluation-harness; task_data: a folder with files
+    TASK.SPLIT.jsonl instead of the hub; limit: only the first questions of each. A loaded model needs its tokenizer.
+    Raises CalibrationError for a text that cannot be read, EvaluationError for tasks, ModelError.
     """
-    loaded = open_model(model_or_path, RunOptions(device=device), tokenizer)
-    found = {}
-    for name in texts:
-        documents = (evaluation_text(),) if str(name) == BUNDLED else read_documents(name, tokenizer=loaded.tokenizer)
-        ids = token_stream(documents, loaded.tokenizer)
-        with quick_float32_products():
-            found[str(name)] = perplexity(loaded.model, ids, window=window, max_tokens=max_tokens)
-    return EvalReport(model=loaded.ref.source, perplexity=found)
+    request = EvalRequest(
+        texts=tuple(str(text) for text in texts),
+        window=window,
+        stride=stride,
+        max_tokens=max_tokens,
+        tasks=tuple(tasks),
+        task_data=None if task_data is None else Path(task_data),
+        limit=limit,
+    )
+    return evaluate_model(model_or_path, request, RunOptions(device=device), reporter, tokenizer=tokenizer)

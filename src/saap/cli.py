@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from saap._version import __version__
+from saap.commands.compare import compare
+from saap.commands.evaluate import evaluate
 from saap.commands.export import export
 from saap.commands.generate import generate
 from saap.commands.recover import recover
+from saap.commands.report import report
 from saap.errors import SaapError
 
 if TYPE_CHECKING:
@@ -78,6 +81,9 @@ def prune(
         str | None, typer.Option(metavar="BYTES", help="Bytes of the weights as written, e.g. 200MB.")
     ] = None,
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="A plan.json to carry out, edited or not.")] = None,
+    method: Annotated[
+        str, typer.Option(help="saap, or a baseline: random, magnitude, llm-pruner-element2, wanda-sp, flap, ...")
+    ] = "saap",
     calibration: Annotated[
         list[str] | None,
         typer.Option(
@@ -108,7 +114,12 @@ def prune(
         str, typer.Option(help="Who shares the fusion's uncertainties: global, role, layer or layer-role.")
     ] = "layer-role",
     aggregation: Annotated[str, typer.Option(help="How a unit's members combine: sum, max, prod or last.")] = "sum",
-    no_restore: Annotated[bool, typer.Option("--no-restore", help="Cut only; do not refit the consumers.")] = False,
+    restore: Annotated[
+        bool | None,
+        typer.Option(
+            "--restore/--no-restore", help="Refit the consumers, or cut only. [default: restore, baselines not]"
+        ),
+    ] = None,
     effort: Annotated[str, typer.Option(help="fast, default or best: time for search and restoration.")] = "default",
     recover_on: Annotated[
         list[str] | None,
@@ -127,7 +138,7 @@ def prune(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress.")] = False,
 ) -> None:
     """Prune MODEL: discover its structures, estimate their importance, search, cut, restore, check, write."""
-    from saap.config import Aggregation, Effort, FusionScope, Importance, PruneConfig, Strategy
+    from saap.config import Aggregation, Effort, FusionScope, Importance, Method, PruneConfig, Strategy
     from saap.errors import ConfigurationError
     from saap.parsing import choice, parse_bytes, parse_count, parse_ratios, parse_roles, parse_skip_layers
     from saap.records import Layout
@@ -136,6 +147,7 @@ def prune(
         raise ConfigurationError("--out is missing", "Name the folder to write with --out DIR, or use --dry-run")
     if recover_minutes is not None and not recover_on:
         raise ConfigurationError("--recover-minutes tunes nothing", "Name the data with --recover NAME|FILE")
+    chosen = choice("--method", method, Method)
     config = PruneConfig(
         pruning_ratios=parse_ratios(pruning_ratio) if pruning_ratio is not None else (),
         target_parameters=parse_count("--target-params", target_params) if target_params is not None else None,
@@ -153,7 +165,8 @@ def prune(
         importance=choice("--importance", importance, Importance),
         fusion_scope=choice("--fusion-scope", fusion_scope, FusionScope),
         aggregation=choice("--aggregation", aggregation, Aggregation),
-        restore=not no_restore,
+        restore=chosen is Method.SAAP if restore is None else restore,
+        method=chosen,
         effort=choice("--effort", effort, Effort),
         seed=seed,
     )
@@ -239,6 +252,9 @@ def demo(
 app.command()(export)
 app.command()(generate)
 app.command()(recover)
+app.command("eval")(evaluate)
+app.command()(compare)
+app.command()(report)
 
 
 def main() -> None:

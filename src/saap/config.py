@@ -62,6 +62,21 @@ class Strategy(StrEnum):
     VOLATILITY_CV = "volatility-cv"
 
 
+class Method(StrEnum):
+    """Which method decides: SAAP, or a baseline with its own scores and rules."""
+
+    SAAP = "saap"
+    RANDOM = "random"
+    MAGNITUDE = "magnitude"
+    LLM_PRUNER_VECTOR = "llm-pruner-vector"
+    LLM_PRUNER_ELEMENT1 = "llm-pruner-element1"
+    LLM_PRUNER_ELEMENT2 = "llm-pruner-element2"
+    LLM_PRUNER_MIXED = "llm-pruner-mixed"
+    WANDA_SP = "wanda-sp"
+    FLAP = "flap"
+    BLOCK_INFLUENCE = "block-influence"
+
+
 class Effort(StrEnum):
     """How much time search and restoration may take."""
 
@@ -82,6 +97,20 @@ class PrunableRole(StrEnum):
 def unit_roles(roles: tuple[PrunableRole, ...]) -> tuple[Role, ...]:
     """The roles whose units are removed one by one: all but whole blocks."""
     return tuple(Role(role.value) for role in roles if role is not PrunableRole.BLOCK)
+
+
+class MethodChoice(BaseModel):
+    """A method of a comparison, and the roles that it may prune; None leaves them to the comparison."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Method
+    roles: tuple[PrunableRole, ...] | None = None
+
+    @property
+    def label(self) -> str:
+        """As the command line names it: METHOD or METHOD@ROLE+ROLE."""
+        return str(self.method) if self.roles is None else f"{self.method}@{'+'.join(self.roles)}"
 
 
 class SkipLayers(BaseModel):
@@ -130,11 +159,13 @@ class PruneConfig(BaseModel):
     """Everything that decides the result of `saap prune`, checked before any model is loaded.
 
     Exactly one of pruning_ratios, target_parameters (whole model) and target_bytes (weights as written).
-    skip_layers None leaves the ends to the search. refit_tokens None takes the effort level's.
+    skip_layers None leaves the ends to the search. refit_tokens None takes the effort level's. method: a baseline
+    brings its own strategy and scores.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    method: Method = Method.SAAP
     pruning_ratios: tuple[float, ...] = ()
     target_parameters: int | None = None
     target_bytes: int | None = None
@@ -192,6 +223,20 @@ class PruneConfig(BaseModel):
         if self.skip_layers is not None and self.layout is Layout.UNIFORM and self.skip_layers != SkipLayers():
             raise ConfigurationError(
                 "--skip-layers cannot be combined with --layout uniform, where all layers share their sizes",
+                "Leave out one of the two",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_method(self) -> PruneConfig:
+        own = {
+            "--strategy": self.strategy is not Strategy.ADAPTIVE,
+            "--importance": self.importance is not Importance.FUSED,
+        }
+        given = [name for name, is_given in own.items() if is_given]
+        if self.method is not Method.SAAP and given:
+            raise ConfigurationError(
+                f"--method {self.method} has rules of its own, so {' and '.join(given)} cannot be chosen",
                 "Leave out one of the two",
             )
         return self

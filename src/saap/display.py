@@ -114,14 +114,14 @@ def make_reporter(*, quiet: bool, to_stderr: bool) -> Iterator[Reporter]:
         yield PlainReporter(stream)
 
 
-def _console() -> Console:
+def console_for_tables() -> Console:
     """Stdout; wide where no terminal sets a width, so that nothing is folded in files and pipes."""
     return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 
 def print_structures(shown: Mapping[str, Any]) -> None:
     """Table of the coupled structures of a model."""
-    console = _console()
+    console = console_for_tables()
     console.print(
         f"{escape(str(shown['model']))}: {shown['parameters']:,} parameters, {shown['block_parameters']:,} of them in "
         f"{shown['blocks']} decoder blocks",
@@ -152,7 +152,7 @@ def print_structures(shown: Mapping[str, Any]) -> None:
 
 def print_preview(shown: Mapping[str, Any]) -> None:
     """What a dry run found."""
-    console = _console()
+    console = console_for_tables()
     console.print(f"model: {escape(str(shown['model']))}, {shown['parameters']:,} parameters")
     for target in shown["targets"]:
         console.print(
@@ -166,7 +166,7 @@ def print_preview(shown: Mapping[str, Any]) -> None:
 
 def print_results(results: Sequence[PruneResult]) -> None:
     """The summary of each result."""
-    console = _console()
+    console = console_for_tables()
     for result in results:
         _print_report(console, result.report)
 
@@ -222,13 +222,13 @@ def _print_structure(console: Console, report: PruneReport) -> None:
 def print_all_stages(results: Sequence[tuple[PruneReport, RecoverReport]]) -> None:
     """The summary of each result that was pruned and then tuned."""
     for pruned, tuned in results:
-        _print_report(_console(), dataclasses.replace(pruned, path=None, load_lines=()))
+        _print_report(console_for_tables(), dataclasses.replace(pruned, path=None, load_lines=()))
         print_recovery(tuned)
 
 
 def print_recovery(report: RecoverReport) -> None:
     """The summary of a recovery."""
-    console = _console()
+    console = console_for_tables()
     console.print(f"\n[bold]{escape(report.path or 'tuned model')}[/bold]")
     table = Table("", f"perplexity ({escape(report.evaluation_text)})", "ratio to dense")
     dense = report.perplexity_dense

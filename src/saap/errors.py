@@ -37,6 +37,10 @@ class CalibrationError(SaapError):
     """The calibration text is missing, empty, too short or unreadable."""
 
 
+class EvaluationError(SaapError):
+    """A task, its data, or what an evaluation needs is missing or malformed."""
+
+
 class NonFiniteLossError(SaapError):
     """The loss of a calibration or training sample is not a finite number."""
 

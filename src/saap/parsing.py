@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import TypeVar
 
-from saap.config import PrunableRole, SkipLayers
+from saap.config import Method, MethodChoice, PrunableRole, SkipLayers
 from saap.errors import ConfigurationError
 
 Choice = TypeVar("Choice", bound=StrEnum)
@@ -49,6 +49,32 @@ def parse_ratios(text: str) -> tuple[float, ...]:
 def parse_roles(text: str) -> tuple[PrunableRole, ...]:
     """Roles separated by commas. Raises ConfigurationError."""
     return tuple(choice("--roles", part.strip(), PrunableRole) for part in text.split(",") if part.strip())
+
+
+def parse_methods(text: str) -> tuple[MethodChoice, ...]:
+    """Methods separated by commas, each with roles of its own if it says so: saap,flap,llm-pruner-vector@ffn.
+
+    Raises ConfigurationError.
+    """
+    chosen = []
+    for part in (part.strip() for part in text.split(",")):
+        name, mark, roles = part.partition("@")
+        of_its_own = tuple(choice("--methods", role, PrunableRole) for role in roles.split("+")) if mark else None
+        chosen.append(MethodChoice(method=choice("--methods", name, Method), roles=of_its_own))
+    if len(set(chosen)) < len(chosen):
+        raise ConfigurationError(f"--methods {text!r} names one twice", "Name each once")
+    return tuple(chosen)
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Seeds separated by commas. Raises ConfigurationError."""
+    try:
+        seeds = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigurationError(f"--seeds {text!r} are not whole numbers", "Write them like 0,1,2") from None
+    if len(set(seeds)) < len(seeds):
+        raise ConfigurationError(f"--seeds {text!r} names one twice", "Name each once")
+    return seeds
 
 
 def parse_skip_layers(text: str) -> SkipLayers | None:

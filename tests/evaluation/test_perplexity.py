@@ -100,3 +100,25 @@ def test_a_collapsed_model_has_infinite_perplexity():
 def test_too_little_to_predict_is_refused(tokens, window):
     with pytest.raises(CalibrationError, match="at least 2 tokens"):
         perplexity(NextToken(1.0), np.arange(tokens), window=window)
+
+
+def test_a_stride_predicts_each_token_once_with_the_context_before_it():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    model = GPT2LMHeadModel(config).double().eval()
+    ids = torch.randint(VOCABULARY, (53,))
+    expected, seen = 0.0, 1
+    for begin in range(0, 53, 4):
+        end = min(begin + 10, 53)
+        logits = model(ids[None, begin:end]).logits[0].log_softmax(-1)
+        expected -= sum(float(logits[at - 1 - begin, ids[at]]) for at in range(seen, end))
+        seen = end
+    found = perplexity(model, ids, window=10, stride=4)
+    assert (found.tokens, found.window, found.stride) == (52, 10, 4)
+    assert found.nll == pytest.approx(expected / 52, abs=1e-12)
+
+
+@pytest.mark.parametrize("stride", [0, 11])
+def test_a_stride_outside_the_window_is_refused(stride):
+    with pytest.raises(CalibrationError, match="stride"):
+        perplexity(NextToken(1.0), np.arange(30), window=10, stride=stride)

@@ -96,6 +96,21 @@ def read_documents(
     return documents
 
 
+def read_conversations(path: Path) -> tuple[list[dict[str, Any]], ...]:
+    """The `messages` of each line of a .jsonl file. Raises CalibrationError, naming file and line."""
+    if not path.name.endswith((".jsonl", ".jsonl.gz")) or not path.is_file():
+        raise CalibrationError(f"{path} is no .jsonl file of conversations", "Give one with `messages` on each line")
+    found = []
+    for place, row in _rows(path, _content(path)):
+        messages = row.get("messages")
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise CalibrationError(f"{place} has no list `messages` of objects", "Give each line one")
+        found.append(messages)
+    if not found:
+        raise CalibrationError(f"{path} has no conversations", "Give one on each line")
+    return tuple(found)
+
+
 def names_a_source(text: str) -> bool:
     """Whether a string given as calibration means a name or a file rather than being the text itself."""
     if text == MIXED or text in KINDS or text in DATA_SETS or not any(character.isspace() for character in text):
@@ -162,6 +177,10 @@ def _read_file(path: Path, tokenizer: Any | None) -> tuple[str, ...]:
 def _file_text(path: Path) -> str:
     if not path.name.endswith(FILE_ENDINGS):
         raise CalibrationError(f"{path} is not a kind of text file that is known", f"Give {', '.join(FILE_ENDINGS)}")
+    return _content(path)
+
+
+def _content(path: Path) -> str:
     try:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")

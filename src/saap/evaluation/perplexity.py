@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +24,16 @@ POSITIONS_PER_CHUNK = 256
 class Perplexity(Digested):
     """value: exp(nll). nll: mean negative log-likelihood in nats over the predicted tokens, `tokens` of them.
 
-    window: tokens per window; the first of each is context only. text_digest: of all token ids that were read.
+    window: tokens per window; the first of each is context only. stride: from one window's start to the next's; where
+    it is less than the window, each token is predicted once, in the first window that holds it. text_digest: of all
+    token ids that were read.
     """
 
     value: float
     nll: float
     tokens: int
     window: int
+    stride: int
     text_digest: str
 
 
@@ -51,15 +53,24 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def perplexity(
-    model: nn.Module, token_ids: IntArray | Tensor, *, window: int = 512, batch: int = 4, max_tokens: int | None = None
+    model: nn.Module,
+    token_ids: IntArray | Tensor,
+    *,
+    window: int = 512,
+    stride: int | None = None,
+    batch: int = 4,
+    max_tokens: int | None = None,
 ) -> Perplexity:
-    """Perplexity over consecutive windows of `token_ids` (n,), each read on its own.
+    """Perplexity over windows of `token_ids` (n,), each read on its own.
 
-    In a window of w tokens the last w - 1 are predicted; a shorter last window counts if it has at least 2 tokens.
+    stride: from one window's start to the next's; None: the window, so that they are consecutive. In the first of w
+    tokens the last w - 1 are predicted, in the others those that no earlier window held (of consecutive windows again
+    w - 1). A shorter last window counts if it predicts something.
     max_tokens: read only the first ones. batch: windows per forward pass, fewer where the vocabulary is large.
     model: any module that maps ids (batch, tokens) to logits (batch, tokens, vocabulary), an output with `.logits`, or
     a tuple that starts with them. Evaluated without dropout; its training flags are left as they were.
-    Raises CalibrationError if there are fewer than 2 tokens, or window is less than 2.
+    Raises CalibrationError if there are fewer than 2 tokens, or window is less than 2, or stride is not
+    from 1 to the window.
     """
     ids = torch.as_tensor(np.asarray(token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids)).reshape(-1)
     ids = ids[:max_tokens].long()
@@ -68,14 +79,16 @@ def perplexity(
             f"perplexity needs windows and a text of at least 2 tokens, not {window} and {len(ids)}",
             "Give a longer text or window",
         )
+    stride = window if stride is None else stride
+    if not 1 <= stride <= window:
+        raise CalibrationError(f"a stride of {stride} does not fit a window of {window}", f"Give 1 to {window}")
     device = next(model.parameters()).device
-    options = {"use_cache": False} if _takes_use_cache(model) else {}
     total = torch.zeros((), dtype=torch.float64)
     predicted = 0
     with _evaluating(model):
-        for windows in _batches(ids, window, _windows_at_once(model, window, batch)):
-            logits = _logits(model(windows.to(device), **options))[:, :-1]
-            targets = windows[:, 1:].to(logits.device)
+        for windows, context in _batches(ids, window, stride, _windows_at_once(model, window, batch)):
+            logits = model_logits(model, windows.to(device))[:, context - 1 : -1]
+            targets = windows[:, context:].to(logits.device)
             total += token_nll(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
             predicted += targets.numel()
     nll = float(total) / predicted
@@ -85,18 +98,26 @@ def perplexity(
         nll=nll,
         tokens=predicted,
         window=window,
+        stride=stride,
         text_digest=digest_of(ids.numpy()),
     )
 
 
-def _batches(ids: Tensor, window: int, batch: int) -> Iterator[Tensor]:
-    """Full windows, (<= batch, window) at a time, then the rest of at least 2 tokens as (1, rest)."""
-    whole = len(ids) // window
-    if whole:
-        yield from torch.split(ids[: whole * window].reshape(whole, window), batch)
-    rest = ids[whole * window :]
-    if len(rest) >= 2:
-        yield rest[None]
+def _batches(ids: Tensor, window: int, stride: int, batch: int) -> Iterator[tuple[Tensor, int]]:
+    """Windows (<= batch, window) that have the same number of context tokens, and that number; the rest at the end."""
+    if len(ids) < window:
+        yield ids[None], 1
+        return
+    full = ids.unfold(0, window, stride)
+    overlap = max(1, window - stride)
+    alone = 0 if overlap == 1 else 1
+    if alone:
+        yield full[:1], 1
+    for windows in torch.split(full[alone:], batch) if len(full) > alone else ():
+        yield windows, overlap
+    rest = ids[len(full) * stride :]
+    if len(rest) > overlap:
+        yield rest[None], overlap
 
 
 def _windows_at_once(model: nn.Module, window: int, batch: int) -> int:
@@ -106,11 +127,10 @@ def _windows_at_once(model: nn.Module, window: int, batch: int) -> int:
     return max(1, min(batch, LOGITS_BYTES // (4 * window * vocabulary)))
 
 
-def _takes_use_cache(model: nn.Module) -> bool:
-    return "use_cache" in inspect.signature(model.forward).parameters
-
-
-def _logits(output: Any) -> Tensor:
+def model_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits (batch, tokens, vocabulary) of `ids` (batch, tokens), in whichever usual form the model answers."""
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    output = model(ids, **options)
     logits = getattr(output, "logits", output)
     tensor: Tensor = logits[0] if isinstance(logits, tuple) else logits
     return tensor

@@ -43,7 +43,7 @@ def stock_config(model: nn.Module, graph: ModelGraph, plan: StructurePlan, struc
     family's configuration cannot say the plan.
     """
     config = uniform_config(getattr(model, "config", None), graph, plan)
-    special = sorted({*structure.constant, *structure.sliced_arguments})
+    special = sorted({*structure.constant, *structure.sliced_arguments, *structure.added_biases})
     if special:
         raise LayoutError(f"The stock class cannot do what is left of {special[0]}", ADAPTIVE_REMEDY)
     stock = _without_weights(config)

@@ -23,7 +23,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 MODEL_TYPE = "saap_pruned"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# What readers of the first format understand: all but added biases.
+FIRST_FORMAT_VERSION = 1
 
 # Which integers of a module repeat the sizes of its weight, axis by axis.
 SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
@@ -137,12 +139,15 @@ def apply_structure(model: nn.Module, structure: Mapping[str, Any]) -> None:
     """Change a model built from the dense configuration to the sizes of the pruned one; its values mean nothing yet.
 
     structure: `constant` (module path -> width, bias), `shapes` (parameter -> sizes), `attributes` (module path ->
-    name -> value) and `sliced_arguments` (module path -> arguments of ArgumentSlice).
+    name -> value), `sliced_arguments` (module path -> arguments of ArgumentSlice) and perhaps `added_biases` (names).
     """
     for path, constant in structure["constant"].items():
         parent, _, name = path.rpartition(".")
         bias = model.get_submodule(path)._parameters.get("bias") if constant["bias"] else None
         setattr(model.get_submodule(parent), name, ConstantOutput(constant["width"], bias))
+    for name in structure.get("added_biases", ()):
+        linear = cast(nn.Linear, model.get_submodule(name.removesuffix(".bias")))
+        linear.register_parameter("bias", nn.Parameter(linear.weight.new_zeros(linear.out_features)))
     for name, shape in structure["shapes"].items():
         parameter = model.get_parameter(name)
         resize(model, parameter, parameter.data[tuple(slice(size) for size in shape)].clone())

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from saap.models.modeling_pruned import (
+    FIRST_FORMAT_VERSION,
     FORMAT_VERSION,
     ArgumentSlice,
     ConstantOutput,
@@ -29,7 +30,8 @@ class PrunedStructure(Digested):
     base_model_type: the stock model's type. shapes: of every parameter that lost something. attributes: module path
     -> name -> value (heads, norm epsilons). constant: modules that lost all inputs or outputs: path -> width of their
     output and whether a bias stays. sliced_arguments: module path -> the argument with one entry per head and the
-    kept heads. Dropped blocks are not here: the configuration says how many blocks there are, names count them anew.
+    kept heads. added_biases: biases of linear modules that the stock class lacks. Dropped blocks are not here: the
+    configuration says how many blocks there are, names count them anew.
     """
 
     base_model_type: str
@@ -37,21 +39,24 @@ class PrunedStructure(Digested):
     attributes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     constant: Mapping[str, Mapping[str, int | bool]] = field(default_factory=dict)
     sliced_arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    added_biases: tuple[str, ...] = ()
 
     def to_config(self) -> dict[str, Any]:
         """The `pruned_structure` field of config.json."""
+        added = {"added_biases": list(self.added_biases)} if self.added_biases else {}
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if added else FIRST_FORMAT_VERSION,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "attributes": {path: dict(values) for path, values in self.attributes.items()},
             "constant": {path: dict(values) for path, values in self.constant.items()},
             "sliced_arguments": {path: dict(values) for path, values in self.sliced_arguments.items()},
+            **added,
         }
 
     @property
     def is_empty(self) -> bool:
         """Whether the stock class loads the model as it is."""
-        return not (self.shapes or self.attributes or self.constant or self.sliced_arguments)
+        return not (self.shapes or self.attributes or self.constant or self.sliced_arguments or self.added_biases)
 
 
 def resize_to_structure(model: nn.Module, structure: PrunedStructure) -> None:
@@ -82,16 +87,21 @@ def epsilon_name(norm: nn.Module) -> str | None:
     return next((name for name in EPSILON_NAMES if hasattr(norm, name)), None)
 
 
+def dense_shapes(graph: ModelGraph, plan: StructurePlan) -> dict[str, tuple[int, ...]]:
+    """Shapes of the dense model's parameters, without the plan's dropped blocks, by their names after the cut."""
+    return {
+        renumbered(name, graph.blocks, plan.dropped_blocks): shape
+        for name, shape in graph.shapes.items()
+        if graph.block_of(name) not in plan.dropped_blocks
+    }
+
+
 def structure_of(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> PrunedStructure:
     """Describe a model that was cut by `plan`; everything is read from the model itself.
 
     graph: of the dense model. model: with the plan's dropped blocks already gone.
     """
-    dense = {
-        renumbered(name, graph.blocks, plan.dropped_blocks): shape
-        for name, shape in graph.shapes.items()
-        if graph.block_of(name) not in plan.dropped_blocks
-    }
+    dense = dense_shapes(graph, plan)
     shapes = {
         name: tuple(parameter.shape)
         for name, parameter in model.named_parameters()
@@ -116,6 +126,25 @@ def structure_of(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Pr
         attributes=attributes,
         constant=constant,
         sliced_arguments=sliced,
+        added_biases=_added_biases(model, graph, plan, constant, earlier),
+    )
+
+
+def _added_biases(
+    model: nn.Module, graph: ModelGraph, plan: StructurePlan, constant: Mapping[str, Any], earlier: Any
+) -> tuple[str, ...]:
+    """Biases that the stock class lacks: those that the dense model had not, and those that it had been given."""
+    given = earlier.get("added_biases", ()) if earlier is not None else ()
+    before = {
+        renumbered(name, graph.blocks, plan.dropped_blocks)
+        for name in given
+        if graph.block_of(name) not in plan.dropped_blocks
+    }
+    stock = set(dense_shapes(graph, plan)) - before
+    return tuple(
+        name
+        for name, _ in model.named_parameters()
+        if name.endswith(".bias") and name not in stock and name.removesuffix(".bias") not in constant
     )
 
 

@@ -24,7 +24,7 @@ from saap.export.manifest import (
 from saap.export.model_card import licence_of
 from saap.export.placing import complete_records, place
 from saap.models.loading import load
-from saap.models.structure import PrunedStructure
+from saap.models.structure import PrunedStructure, dense_shapes
 from saap.pipeline.context import Run
 from saap.pipeline.diagnosis import diagnose_importance, diagnose_memory, diagnose_result, diagnose_search
 from saap.pipeline.outcome import Behaviour, observe
@@ -64,7 +64,8 @@ def keep_made(
 
     The weights are rounded to the written type, so that what is measured is what is written.
     """
-    counted = count_parameters({name: tuple(p.shape) for name, p in model.named_parameters()})
+    new = set(structure.added_biases) - set(dense_shapes(run.graph, plan))
+    counted = count_parameters({name: tuple(p.shape) for name, p in model.named_parameters() if name not in new})
     if counted != plan.parameters:
         raise VerificationError(
             f"The pruned model has {counted:,} parameters, but the plan predicts {plan.parameters:,}",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from saap.config import PrunableRole, PruneConfig, Strategy
+from saap.config import Method, PrunableRole, PruneConfig, Strategy
 from saap.data.generated import random_starts, sample_from_model
 from saap.data.samples import Calibration, SampleRequest, draw_sets, token_stream
 from saap.data.texts import MIXED, evaluation_text
@@ -97,12 +97,19 @@ def open_model(source: str | Path | nn.Module, options: RunOptions, tokenizer: A
 
 def needs_measuring(config: PruneConfig) -> bool:
     """Whether the search will judge structures on held-out samples."""
+    if config.method is not Method.SAAP:
+        return False
     by_search = config.strategy is Strategy.ADAPTIVE and config.effort_settings.search_evaluations > 0
     return by_search or PrunableRole.BLOCK in config.roles
 
 
 def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:
-    """How many sequences of the refit text the model writes itself: only for the default calibration."""
+    """How many sequences of the refit text the model writes itself: only for the default calibration.
+
+    None for a baseline without restoration, which refits nothing.
+    """
+    if config.method is not Method.SAAP and not config.restore:
+        return 0
     able = loaded.tokenizer is not None and hasattr(loaded.model, "generate")
     settings = config.effort_settings
     wanted = min(settings.generated_sequences, settings.refit_sequences // 2)

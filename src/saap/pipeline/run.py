@@ -11,14 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from saap.config import Importance, PruneConfig, Strategy, unit_roles
+from saap.baselines.methods import Measurements
+from saap.config import Importance, Method, PruneConfig, Strategy, unit_roles
 from saap.data.samples import Calibration
 from saap.discovery import discover
 from saap.discovery.summary import summarise
 from saap.estimation.calibrate import estimate
 from saap.estimation.selection import unit_scores
 from saap.models.devices import quick_float32_products
-from saap.models.structure import mark_pruned
+from saap.models.structure import mark_pruned, structure_of
 from saap.pipeline.context import Run
 from saap.pipeline.finish import Made, find_made, finish, keep_made
 from saap.pipeline.inputs import (
@@ -31,6 +32,7 @@ from saap.pipeline.inputs import (
 )
 from saap.pipeline.legality import legal_sizes
 from saap.pipeline.meter import Meter
+from saap.pipeline.methods import baseline_scores, biases_for, compensate, for_method, measurements
 from saap.pipeline.outcome import Behaviour, observe
 from saap.pipeline.progress import Reporter, Silent
 from saap.pipeline.report import PruneResult
@@ -73,6 +75,7 @@ def run_prune(
     calibration: in place of the configuration's names, e.g. texts or token ids. Everything that can be refused is
     refused before the estimation begins. Raises SaapError.
     """
+    config = for_method(config)
     meter = Meter(reporter if reporter is not None else Silent())
     prepared = _prepare(source, config, options, meter, calibration, tokenizer)
     work = WorkFolder(work_path(options))
@@ -89,6 +92,7 @@ def preview(
     source: str | Path, config: PruneConfig, options: RunOptions, reporter: Reporter | None = None
 ) -> dict[str, Any]:
     """What `run_prune` would do, after all checks that it makes before the estimation. Raises SaapError."""
+    config = for_method(config)
     meter = Meter(reporter if reporter is not None else Silent())
     prepared = _prepare(source, config, options, meter, None, None)
     tokens = prepared.tokens
@@ -172,15 +176,13 @@ def _settings_digest(config: PruneConfig, prepared: _Prepared) -> str:
 
 def _all_targets(run: Run, targets: Sequence[Target]) -> list[PruneResult]:
     """Measure, score and plan with the dense model for all targets, then make them one by one."""
-    config, meter = run.config, run.meter
+    meter = run.meter
     with meter.stage("measure the dense model"):
         dense = _dense_behaviour(run)
     write_text(run)
     with meter.stage("estimate the importance of every unit"):
-        scores = _scores(run)
-        units = unit_scores(scores, run.graph, config.importance, config.fusion_scope)
-    element = unit_scores(scores, run.graph, Importance.ELEMENT2, run.config.fusion_scope)
-    plans = _plans(run, targets, units, element)
+        scores = scores_of(run)
+    plans = plans_for(run, targets, scores)
     results = []
     for index, (target, plan) in enumerate(zip(targets, plans, strict=True)):
         last = index == len(targets) - 1
@@ -198,7 +200,8 @@ def _dense_behaviour(run: Run) -> Behaviour:
     return dense
 
 
-def _scores(run: Run) -> ImportanceScores:
+def scores_of(run: Run, found: Measurements | None = None) -> ImportanceScores:
+    """Scores of all units, from the work folder if they lie there. found: what the baselines have measured so far."""
     path = run.work.file("scores.safetensors")
     tokens = with_written(run, "scored").cpu().numpy()
     calibration = dataclasses.replace(run.tokens.scored, tokens=tokens)
@@ -206,6 +209,10 @@ def _scores(run: Run) -> ImportanceScores:
         scores = read_scores(path)
         require_same("The file of scores", expected=scores.graph_digest, found=run.graph.digest)
         require_same("The file of scores", expected=scores.calibration_digest, found=calibration.digest)
+        return scores
+    if run.config.method is not Method.SAAP:
+        scores = baseline_scores(run, calibration.digest, found or measurements(run))
+        write_scores(path, scores)
         return scores
     scores = estimate(
         run.loaded.model,
@@ -220,11 +227,17 @@ def _scores(run: Run) -> ImportanceScores:
     return scores
 
 
-def _plans(
-    run: Run, targets: Sequence[Target], units: Mapping[str, UnitScores], element: Mapping[str, UnitScores]
-) -> list[StructurePlan]:
+def units_of(run: Run, scores: ImportanceScores) -> Mapping[str, UnitScores]:
+    """The one score per unit that the search uses; a baseline's scores are taken as they are."""
+    importance = run.config.importance if run.config.method is Method.SAAP else Importance.ELEMENT1
+    return unit_scores(scores, run.graph, importance, run.config.fusion_scope)
+
+
+def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> list[StructurePlan]:
     """The searched or given plan of every target; the dense model is only measured, not changed."""
     found = {target.name: run.work.file(f"plan-{target.name}.json") for target in targets}
+    units = units_of(run, scores)
+    element = unit_scores(scores, run.graph, Importance.ELEMENT2, run.config.fusion_scope)
     measured = _measure(run) if any(target.budget and not found[target.name].exists() for target in targets) else None
     plans = []
     for target in targets:
@@ -298,26 +311,40 @@ def _make(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScore
     if found is not None:
         return found
     model = run.loaded.model if may_consume else copy.deepcopy(run.loaded.model)
-    errors: Mapping[str, float] = {}
     with run.meter.stage(f"cut{' and restore' if run.config.restore else ''}, block by block"):
-        if run.config.restore and not plan.removes_nothing(run.graph):
-            tokens = refit_tokens(run)
-            settings = _restore_settings(run, scores)
-            restoration = restore(model, run.graph, plan, tokens, settings, run.meter.reporter.advance)
-            plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
-        structure = cut(model, run.graph, plan)
+        plan, errors = cut_and_restore(run, model, plan, scores)
+        structure = structure_of(model, run.graph, plan)
         if plan.layout is Layout.ADAPTIVE and target.folder is None and hasattr(model, "save_pretrained"):
             mark_pruned(model, structure)
         return keep_made(run, target, model, plan, structure, errors, scores)
 
 
+def cut_and_restore(
+    run: Run, model: nn.Module, plan: StructurePlan, scores: ImportanceScores
+) -> tuple[StructurePlan, Mapping[str, float]]:
+    """Carry out the plan on `model`, a dense one, in place.
+
+    Returns the plan with the units that were kept in the end, and the held-out errors of the restoration.
+    """
+    errors: Mapping[str, float] = {}
+    biases = biases_for(run, model, plan)
+    if run.config.restore and not plan.removes_nothing(run.graph):
+        tokens, settings = refit_tokens(run), restore_settings(run, scores)
+        restoration = restore(model, run.graph, plan, tokens, settings, run.meter.reporter.advance)
+        plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
+    cut(model, run.graph, plan)
+    compensate(run, model, biases)
+    return plan, errors
+
+
 def _chooses_units(config: PruneConfig) -> bool:
-    """Whether the units are saap's to choose: a strategy, an importance or a plan that is named is kept to."""
-    return config.strategy is Strategy.ADAPTIVE and config.importance is Importance.FUSED and config.plan is None
+    """Whether the units are saap's to choose: a method, strategy, importance or plan that is named is kept to."""
+    ours = config.method is Method.SAAP and config.strategy is Strategy.ADAPTIVE
+    return ours and config.importance is Importance.FUSED and config.plan is None
 
 
-def _restore_settings(run: Run, scores: ImportanceScores) -> RestoreSettings:
-    """With the element-wise scores: the second-order choice weighs them in."""
+def restore_settings(run: Run, scores: ImportanceScores) -> RestoreSettings:
+    """How the run restores. The second-order choice of units weighs the element-wise scores in."""
     if not (_chooses_units(run.config) and run.config.effort_settings.second_order):
         return RestoreSettings(second_order=False)
     return RestoreSettings(scores={name: group.element for name, group in scores.groups.items()})

@@ -1,0 +1,128 @@
+"""LLM-Pruner's importances (Ma, Fang and Wang 2023, "LLM-Pruner: On the Structural Pruning of Large Language Models").
+
+Unlike SAAP's, which are of each sample's loss and then averaged, they are of the averaged gradient: opposite gradients
+of two samples cancel in the first-order terms. Deviation: both gradients come from one pass, one sample at a time,
+instead of one pass each; the numbers are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+
+from saap.baselines.weights import along_axis, block_groups, scored_members, sum_members
+from saap.models.loss import loss_and_gradient
+from saap.models.walker import BlockWalker, inference_only
+from saap.records import FloatArray, ModelGraph
+
+
+class Taylor(StrEnum):
+    """Which terms count, in LLM-Pruner's words: vectorize, param_first, param_second, param_mix."""
+
+    VECTOR = "vector"
+    ELEMENT1 = "element1"
+    ELEMENT2 = "element2"
+    MIXED = "mixed"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightGradients:
+    """By tensor: `mean`, the gradient of the mean loss; `square`, the mean over the samples of the squared gradient."""
+
+    mean: Mapping[str, Tensor]
+    square: Mapping[str, Tensor]
+
+
+@torch.no_grad()
+def weight_gradients(
+    model: nn.Module, graph: ModelGraph, tokens: Tensor, progress: Callable[[int, int], None] | None = None
+) -> WeightGradients:
+    """Gradients of the scored weights of all decoder blocks; they take twice the memory of these weights.
+
+    tokens: (samples, length). The loss of a sample is the mean over its predicted tokens. The model is left as it was.
+    Raises NonFiniteLossError.
+    """
+    by_block: dict[int, set[str]] = {}
+    for group in block_groups(graph):
+        for member in scored_members(graph, group):
+            by_block.setdefault(graph.block_of(member.tensor), set()).add(member.tensor)
+    parameters = dict(model.named_parameters())
+    mean: dict[str, Tensor] = {}
+    square: dict[str, Tensor] = {}
+    walker = BlockWalker(model, graph.blocks)
+    with inference_only(model):
+        for sample in range(len(tokens)):
+            for name, gradient in _sample_gradients(walker, tokens[sample : sample + 1], sample, by_block, parameters):
+                if name not in mean:
+                    mean[name], square[name] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+                mean[name].add_(gradient, alpha=1 / len(tokens))
+                square[name].addcmul_(gradient, gradient, value=1 / len(tokens))
+            if progress is not None:
+                progress(sample + 1, len(tokens))
+    return WeightGradients(mean, square)
+
+
+def _sample_gradients(
+    walker: BlockWalker,
+    tokens: Tensor,
+    sample: int,
+    by_block: Mapping[int, set[str]],
+    parameters: Mapping[str, nn.Parameter],
+) -> list[tuple[str, Tensor]]:
+    stream = walker.start(tokens)
+    inputs, hidden = [], stream.hidden
+    for layer in range(len(walker.paths)):
+        inputs.append(hidden)
+        hidden = walker.run_block(layer, hidden, stream.contexts)
+    _, gradient = loss_and_gradient(walker, hidden, tokens, first_sample=sample)
+    found: list[tuple[str, Tensor]] = []
+    for layer in reversed(range(len(walker.paths))):
+        names = sorted(by_block.get(layer, ()))
+        wanted = [parameters[name].requires_grad_(True) for name in names]
+        with torch.enable_grad():
+            entry = inputs.pop().detach().requires_grad_(True)
+            output = walker.run_block(layer, entry, stream.contexts)
+            gradient, *gradients = torch.autograd.grad(output, [entry, *wanted], gradient, allow_unused=True)
+        for name, parameter, one in zip(names, wanted, gradients, strict=True):
+            parameter.requires_grad_(False)
+            found.append((name, torch.zeros_like(parameter) if one is None else one))
+    return found
+
+
+def taylor_channels(weight: Tensor, mean: Tensor, square: Tensor, axis: int, kind: Taylor) -> Tensor:
+    """Importance of each channel along `axis` of one weight.
+
+    weight, mean gradient, mean squared gradient: of one shape. vector: |sum_i w g|; element1: sum_i |w g|;
+    element2: sum_i |w^2 h|; mixed: sum_i |w g - w^2 h / 2|. Returns (size of the axis,).
+    """
+    if kind is Taylor.VECTOR:
+        return along_axis(weight * mean, axis).abs()
+    if kind is Taylor.ELEMENT1:
+        return along_axis((weight * mean).abs(), axis)
+    if kind is Taylor.ELEMENT2:
+        return along_axis(weight.square() * square, axis)
+    return along_axis((weight * mean - 0.5 * weight.square() * square).abs(), axis)
+
+
+@torch.no_grad()
+def taylor_scores(
+    model: nn.Module, graph: ModelGraph, gradients: WeightGradients, kind: Taylor
+) -> dict[str, FloatArray]:
+    """Importance of every unit: over its channels and members by sum, LLM-Pruner's default aggregation."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def channels(tensor: str, axis: int) -> Tensor:
+        return taylor_channels(
+            weights[tensor].float(), gradients.mean[tensor].float(), gradients.square[tensor].float(), axis, kind
+        )
+
+    return {
+        group.name: sum_members(
+            group, {member: channels(member.tensor, member.axis) for member in scored_members(graph, group)}
+        )
+        for group in block_groups(graph)
+    }

@@ -1,0 +1,89 @@
+"""`saap compare`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compare(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, .gguf file, or `smollm2`.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the rows and tables; started again, it goes on.")],
+    methods: Annotated[
+        str, typer.Option(metavar="M[,M...]", help="Methods, each METHOD or METHOD@ROLE+ROLE to prune these only.")
+    ] = "saap,llm-pruner-element2,flap,wanda-sp,magnitude",
+    pruning_ratios: Annotated[
+        str, typer.Option(metavar="R[,R...]", help="Fractions of the decoder blocks' parameters to remove.")
+    ] = "0.1,0.2,0.3",
+    seeds: Annotated[str, typer.Option(metavar="N[,N...]", help="Seeds of the calibration samples.")] = "0",
+    restore: Annotated[str, typer.Option(help="Restoration by saap, for every method: both, yes or no.")] = "both",
+    perplexity: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|FILE", help="Text to measure on, repeatable. [default: bundled]"),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens of each window that perplexity is measured in.")] = 512,
+    max_tokens: Annotated[int | None, typer.Option(help="Read only the first tokens of each text.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="TASK[,TASK...]", help="Zero-shot tasks, or `paper` for the paper's seven.")
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder with TASK.SPLIT.jsonl files, instead of the hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N questions of each task.")] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|FILE", help="Text that all methods calibrate on, repeatable. [default: mixed]"),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration samples for the scores.")] = 50,
+    sample_length: Annotated[int, typer.Option(help="Tokens of each calibration sample.")] = 128,
+    refit_tokens: Annotated[int | None, typer.Option(metavar="N", help="Tokens for the restoration.")] = None,
+    roles: Annotated[str, typer.Option(help="What may leave, some of ffn,attention.")] = "ffn,attention",
+    align: Annotated[int, typer.Option(help="Kept channels are a multiple of this.")] = 32,
+    effort: Annotated[str, typer.Option(help="fast, default or best: of saap's search, and of the restoration.")] = (
+        "default"
+    ),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress.")] = False,
+) -> None:
+    """Compare methods on MODEL: same calibration, same number of parameters, one table."""
+    from saap.config import Effort, PruneConfig
+    from saap.display import make_reporter
+    from saap.display_compare import print_comparison
+    from saap.errors import ConfigurationError
+    from saap.evaluation.zero_shot import TASKS
+    from saap.parsing import choice, parse_methods, parse_ratios, parse_roles, parse_seeds
+    from saap.pipeline.compare import CompareRequest
+    from saap.pipeline.compare import compare as run_compare
+    from saap.pipeline.evaluate import EvalRequest
+    from saap.pipeline.inputs import RunOptions
+    from saap.pipeline.tables import write_tables
+
+    restorations = {"both": (False, True), "yes": (True,), "no": (False,)}
+    if restore not in restorations:
+        raise ConfigurationError(f"--restore {restore!r} is unknown", f"It takes {', '.join(restorations)}")
+    named = () if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
+    config = PruneConfig(
+        pruning_ratios=parse_ratios(pruning_ratios), calibration=tuple(calibration) if calibration else ("mixed",),
+        samples=samples, sample_length=sample_length, refit_tokens=refit_tokens, roles=parse_roles(roles), align=align,
+        effort=choice("--effort", effort, Effort),
+    )  # fmt: skip
+    evaluation = EvalRequest(
+        texts=tuple(perplexity) if perplexity else ("bundled",), window=window, max_tokens=max_tokens,
+        tasks=TASKS if named == ("paper",) else named, task_data=task_data, limit=limit,
+    )  # fmt: skip
+    request = CompareRequest(
+        methods=parse_methods(methods), config=config, seeds=parse_seeds(seeds),
+        restorations=restorations[restore], evaluation=evaluation,
+    )  # fmt: skip
+    with make_reporter(quiet=quiet, to_stderr=as_json) as reporter:
+        result = run_compare(model, request, RunOptions(device=device), out, reporter)
+    written = write_tables(out, result)
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+    elif not quiet:
+        print_comparison(result)
+        typer.echo(f"wrote {', '.join(str(path) for path in written)}")

@@ -1,0 +1,350 @@
+"""`saap compare`: several methods at several ratios, from one model, one calibration and one set of measurements."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from saap.baselines.methods import BASELINES, Measurements
+from saap.config import MethodChoice, PruneConfig
+from saap.discovery import discover
+from saap.errors import ConfigurationError, OutputError, StaleInputError
+from saap.evaluation.bootstrap import kept_accuracy
+from saap.evaluation.perplexity import Perplexity, perplexity
+from saap.evaluation.zero_shot import TaskResult, evaluate_tasks
+from saap.export.manifest import recorded_versions
+from saap.models.devices import quick_float32_products
+from saap.models.loading import load_tokenizer
+from saap.models.references import resolve_model
+from saap.pipeline.context import Run
+from saap.pipeline.evaluate import EvalRequest, check_request, finite, read_streams
+from saap.pipeline.inputs import LoadedModel, RunOptions, TokenSets, draw_tokens, open_model
+from saap.pipeline.legality import legal_sizes
+from saap.pipeline.meter import Meter
+from saap.pipeline.methods import for_method, measurements
+from saap.pipeline.progress import Reporter, Silent
+from saap.pipeline.run import cut_and_restore, plans_for, scores_of
+from saap.pipeline.targets import Target, with_budgets
+from saap.pipeline.work import WorkFolder
+from saap.pipeline.written import GENERATED, write_text
+from saap.records import ImportanceScores, IntArray, ModelGraph, StructurePlan, digest_of
+from saap.storage import write_whole
+from saap.structure_search.plan import SearchSpace, check_reachable
+
+FILE = "comparison.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareRequest:
+    """What to compare.
+
+    methods: each with the roles that it may prune, None for the configuration's. config: of the method under test;
+    its calibration and its ratios are everybody's. restorations: False cuts only (FLAP adds its biases), True also
+    restores. evaluation: the texts and tasks to measure on.
+    """
+
+    methods: tuple[MethodChoice, ...]
+    config: PruneConfig
+    seeds: tuple[int, ...] = (0,)
+    restorations: tuple[bool, ...] = (False, True)
+    evaluation: EvalRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One pruned model. seconds: of the stages `score`, `search`, `make`; a shared pass counts for each that uses it.
+
+    ratios: perplexity over that of the dense model, by text. tokens_per_second: while the first text was read.
+    """
+
+    method: str
+    ratio: float
+    seed: int
+    restored: bool
+    pruning_ratio: float
+    parameters: int
+    perplexity: Mapping[str, Perplexity]
+    ratios: Mapping[str, float]
+    tasks: Mapping[str, TaskResult]
+    kept_accuracy: Mapping[str, float] | None
+    seconds: Mapping[str, float]
+    tokens_per_second: float | None
+    peak_resident_bytes: int
+
+
+@dataclass(slots=True)
+class _Shared:
+    """What all methods of one seed use."""
+
+    run: Run
+    found: Measurements
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def measure(self, name: str | None) -> float:
+        """Make a pass if nobody has; the seconds it took whoever made it."""
+        if name is None:
+            return 0.0
+        if name not in self.seconds:
+            start = time.perf_counter()
+            with self.run.meter.stage(f"measure the {name} for the baselines"):
+                getattr(self.found, name)
+            self.seconds[name] = time.perf_counter() - start
+        return self.seconds[name]
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """The dense model, and what is measured on everything."""
+
+    loaded: LoadedModel
+    graph: ModelGraph
+    request: CompareRequest
+    streams: Mapping[str, IntArray]
+    meter: Meter
+
+
+def compare(
+    source: str | Path | nn.Module,
+    request: CompareRequest,
+    options: RunOptions,
+    out: Path,
+    reporter: Reporter | None = None,
+    *,
+    tokenizer: Any | None = None,
+) -> dict[str, Any]:
+    """Prune with every method, ratio, seed and restoration, measure each, and write it all to `out`.
+
+    A row that is finished is not made again when the same comparison is started once more. Returns the content of
+    `comparison.json`. Raises SaapError for everything that can be refused, before anything is measured.
+    """
+    meter = Meter(reporter if reporter is not None else Silent())
+    _check(request)
+    if not isinstance(source, nn.Module):
+        resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(resolved)
+    streams = read_streams(request.evaluation, tokenizer)
+    with meter.stage("load the model"):
+        loaded = open_model(source, options, tokenizer)
+    with meter.stage("discover the coupled structures"):
+        graph = discover(loaded.model, loaded.ref)
+        for choice in request.methods:
+            run_config = _config(request, choice, request.seeds[0])
+            for target in _targets(run_config, graph, loaded):
+                if target.budget is not None:
+                    check_reachable(graph, target.budget, _space(run_config, loaded, graph))
+    _take_up(out, request, graph)
+    bench = _Bench(loaded, graph, request, streams, meter)
+    with quick_float32_products():
+        dense = _dense_row(bench, out)
+        rows = [row for seed in request.seeds for row in _rows_of_seed(bench, seed, options, out, dense)]
+    result = {
+        "model": loaded.ref.source,
+        "dense": dense,
+        "rows": rows,
+        "settings": finite(request.config.model_dump(mode="json")),
+        "versions": recorded_versions(),
+    }
+    write_whole(out / FILE, (json.dumps(result, indent=1) + "\n").encode())
+    shutil.rmtree(out / "work", ignore_errors=True)
+    return result
+
+
+def _check(request: CompareRequest) -> None:
+    check_request(request.evaluation)
+    if not request.methods or not request.seeds or not request.restorations:
+        raise ConfigurationError("nothing to compare was named", "Name methods, ratios and seeds")
+    if not request.evaluation.texts:
+        raise ConfigurationError("no text to measure perplexity on was named", "Give --perplexity NAME|FILE")
+
+
+def _take_up(out: Path, request: CompareRequest, graph: ModelGraph) -> None:
+    """Make the folder, or go on in one of the same settings; methods, ratios and seeds may be added to those there.
+
+    Raises StaleInputError if its rows were made with other settings, OutputError if it holds something else.
+    """
+    config = request.config.model_dump(mode="json", exclude={"pruning_ratios", "seed", "method"})
+    evaluation = {name: str(value) for name, value in dataclasses.asdict(request.evaluation).items()}
+    try:
+        WorkFolder(out).open(digest_of([config, evaluation, graph.digest]))
+    except (OutputError, StaleInputError) as error:
+        raise type(error)(error.offender, "Choose another --out for this comparison") from None
+
+
+def _config(request: CompareRequest, choice: MethodChoice, seed: int) -> PruneConfig:
+    roles = choice.roles or request.config.roles
+    return for_method(
+        request.config.model_copy(update={"method": choice.method, "roles": roles, "seed": seed, "restore": False})
+    )
+
+
+def _targets(config: PruneConfig, graph: ModelGraph, loaded: LoadedModel) -> list[Target]:
+    named = [Target(f"{ratio:g}", None, None) for ratio in config.pruning_ratios]
+    return with_budgets(named, config, graph, loaded.dtype)
+
+
+def _space(config: PruneConfig, loaded: LoadedModel, graph: ModelGraph) -> SearchSpace:
+    return SearchSpace(
+        roles=config.roles,
+        layout=config.layout,
+        align=config.align,
+        skip_layers=config.skip_layers,
+        legal_sizes=legal_sizes(loaded.model, graph, config),
+    )
+
+
+def _rows_of_seed(bench: _Bench, seed: int, options: RunOptions, out: Path, dense: dict[str, Any]) -> list[Any]:
+    """All rows of one seed: those that lie in `out`, and the others made."""
+    request = bench.request
+    wanted = {
+        (choice, ratio, restored): out / "rows" / f"{_key(choice.label, ratio, seed, restored)}.json"
+        for choice in request.methods
+        for ratio in request.config.pruning_ratios
+        for restored in request.restorations
+    }
+    if not all(path.exists() for path in wanted.values()):
+        shared = _share(bench, seed, options, out)
+        for choice in request.methods:
+            here = {key: path for key, path in wanted.items() if key[0] == choice and not path.exists()}
+            if here:
+                _make_rows(bench, shared, choice, here, dense)
+    return [json.loads(path.read_text()) for path in wanted.values()]
+
+
+def _share(bench: _Bench, seed: int, options: RunOptions, out: Path) -> _Shared:
+    """The calibration of one seed, the same for every method."""
+    config = bench.request.config.model_copy(update={"seed": seed, "restore": True})
+    with bench.meter.stage("read the calibration text"):
+        tokens: TokenSets = draw_tokens(bench.loaded, config, config.calibration)
+    work = WorkFolder(out / "work" / f"seed-{seed}")
+    work.path.mkdir(parents=True, exist_ok=True)
+    space = _space(config, bench.loaded, bench.graph)
+    run = Run(config, options, bench.loaded, bench.graph, space, tokens, work, bench.meter)
+    write_text(run)
+    return _Shared(run, measurements(run))
+
+
+def _make_rows(
+    bench: _Bench,
+    shared: _Shared,
+    choice: MethodChoice,
+    wanted: Mapping[tuple[MethodChoice, float, bool], Path],
+    dense: dict[str, Any],
+) -> None:
+    """Score and plan with one method, then make and measure each of its rows."""
+    config = _config(bench.request, choice, shared.run.config.seed)
+    work = WorkFolder(shared.run.work.path / _file_name(choice.label))
+    work.path.mkdir(parents=True, exist_ok=True)
+    if shared.run.work.file(GENERATED).exists():
+        shutil.copyfile(shared.run.work.file(GENERATED), work.file(GENERATED))
+    run = dataclasses.replace(
+        shared.run, config=config, space=_space(config, bench.loaded, bench.graph), work=work, meter=bench.meter
+    )
+    baseline = BASELINES.get(choice.method)
+    seconds = {"score": shared.measure(baseline.needs if baseline is not None else None)}
+    start = time.perf_counter()
+    with bench.meter.stage(f"{choice.label}: score"):
+        scores = scores_of(run, shared.found if baseline is not None else None)
+    seconds["score"] += time.perf_counter() - start
+    asked = {ratio for _, ratio, _ in wanted}
+    every = zip(config.pruning_ratios, _targets(config, bench.graph, bench.loaded), strict=True)
+    targets = {ratio: target for ratio, target in every if ratio in asked}
+    start = time.perf_counter()
+    plans = dict(zip(targets, plans_for(run, list(targets.values()), scores), strict=True))
+    seconds["search"] = (time.perf_counter() - start) / max(1, len(targets))
+    for (_, ratio, restored), path in wanted.items():
+        row = _row(bench, run, choice, plans[ratio], scores, ratio, restored, seconds, dense)
+        write_whole(path, (json.dumps(finite(dataclasses.asdict(row)), indent=1) + "\n").encode())
+
+
+def _row(
+    bench: _Bench,
+    run: Run,
+    choice: MethodChoice,
+    plan: StructurePlan,
+    scores: ImportanceScores,
+    ratio: float,
+    restored: bool,
+    seconds: Mapping[str, float],
+    dense: dict[str, Any],
+) -> Row:
+    run = dataclasses.replace(run, config=run.config.model_copy(update={"restore": restored}))
+    start, before = time.perf_counter(), len(bench.meter.stages)
+    label = f"{choice.label}, {ratio:g}{', restored' if restored else ''}"
+    model = copy.deepcopy(bench.loaded.model)
+    with bench.meter.stage(f"{label}: make"):
+        plan, _ = cut_and_restore(run, model, plan, scores)
+    made = time.perf_counter() - start
+    with bench.meter.stage(f"{label}: measure"):
+        found, speed, tasks = _measure(bench, model)
+    kept = None
+    if tasks:
+        dense_tasks = {name: TaskResult(**values) for name, values in dense["tasks"].items()}
+        kept = dataclasses.asdict(kept_accuracy(dense_tasks, tasks))
+    return Row(
+        method=choice.label,
+        ratio=ratio,
+        seed=run.config.seed,
+        restored=restored,
+        pruning_ratio=1 - plan.block_parameters / bench.graph.block_parameters,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        perplexity=found,
+        ratios={name: one.value / dense["perplexity"][name]["value"] for name, one in found.items()},
+        tasks=tasks,
+        kept_accuracy=kept,
+        seconds={**seconds, "make": made},
+        tokens_per_second=speed,
+        peak_resident_bytes=max(stage.peak_resident_bytes for stage in bench.meter.stages[before:]),
+    )
+
+
+def _dense_row(bench: _Bench, out: Path) -> dict[str, Any]:
+    path = out / "rows" / "dense.json"
+    if not path.exists():
+        with bench.meter.stage("measure the dense model"):
+            found, speed, tasks = _measure(bench, bench.loaded.model)
+        data = {
+            "parameters": bench.graph.parameters,
+            "block_parameters": bench.graph.block_parameters,
+            "perplexity": {name: dataclasses.asdict(one) for name, one in found.items()},
+            "tasks": {name: dataclasses.asdict(one) for name, one in tasks.items()},
+            "tokens_per_second": speed,
+        }
+        write_whole(path, (json.dumps(finite(data), indent=1) + "\n").encode())
+    row: dict[str, Any] = json.loads(path.read_text())
+    return row
+
+
+def _measure(bench: _Bench, model: nn.Module) -> tuple[dict[str, Perplexity], float | None, dict[str, TaskResult]]:
+    """Perplexities, tokens per second over the first text, and tasks of a model."""
+    wanted = bench.request.evaluation
+    found: dict[str, Perplexity] = {}
+    speed = None
+    for name, ids in bench.streams.items():
+        start = time.perf_counter()
+        found[name] = perplexity(model, ids, window=wanted.window, stride=wanted.stride, max_tokens=wanted.max_tokens)
+        speed = speed or found[name].tokens / (time.perf_counter() - start)
+    tasks: dict[str, TaskResult] = {}
+    if wanted.tasks:
+        tasks = evaluate_tasks(
+            model, bench.loaded.tokenizer, wanted.tasks, data=wanted.task_data, limit=wanted.limit,
+            progress=bench.meter.reporter.advance,
+        )  # fmt: skip
+    return found, speed, tasks
+
+
+def _key(label: str, ratio: float, seed: int, restored: bool) -> str:
+    return f"{_file_name(label)}-{ratio:g}-{'restored' if restored else 'cut'}-seed{seed}"
+
+
+def _file_name(label: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", label)

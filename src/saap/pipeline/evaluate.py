@@ -1,0 +1,324 @@
+"""`saap eval`: every measurement of one model, and of the dense one beside it where that is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from saap.data.samples import token_stream
+from saap.data.texts import Purpose, evaluation_text, read_conversations, read_documents
+from saap.errors import CalibrationError, ConfigurationError, EvaluationError, OutputError
+from saap.evaluation.chat import ChatPerplexity, chat_perplexity
+from saap.evaluation.generation import (
+    BUNDLED,
+    ClozeFigures,
+    GenerationFigures,
+    Prompt,
+    cloze,
+    generation_figures,
+    read_prompts,
+    token_agreement,
+    write,
+)
+from saap.evaluation.human import build_kit, judge, key_path, read_key, read_ratings
+from saap.evaluation.perplexity import Perplexity, perplexity
+from saap.evaluation.zero_shot import TaskResult, check_tasks, evaluate_tasks, mean_accuracy
+from saap.export.manifest import RunManifest, recorded_versions
+from saap.models.devices import quick_float32_products
+from saap.models.loading import load_tokenizer
+from saap.models.references import resolve_model
+from saap.pipeline.inputs import LoadedModel, RunOptions, open_model
+from saap.pipeline.progress import Reporter, Silent
+from saap.records import IntArray
+from saap.storage import write_whole
+
+MODES = ("greedy", "sampled")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalRequest:
+    """What to measure.
+
+    texts: names of data sets, files, or `bundled`. window, stride: of the perplexity; stride None is the window.
+    max_tokens: only the first of each text. tasks: zero-shot tasks, from the hub or from files in `task_data`; limit:
+    only the first questions. prompts: a file or `bundled`, to generate from and to ask facts of. chat: a file of
+    conversations. dense: the model that a pruned one is compared with. beside: further models whose answers go into
+    `human_kit`, a page to write.
+    """
+
+    texts: tuple[str, ...] = ()
+    window: int = 512
+    stride: int | None = None
+    max_tokens: int | None = None
+    tasks: tuple[str, ...] = ()
+    task_data: Path | None = None
+    limit: int | None = None
+    prompts: str | None = None
+    generated_tokens: int = 128
+    chat: Path | None = None
+    dense: str | None = None
+    beside: tuple[str, ...] = ()
+    human_kit: Path | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationReport:
+    """What a model wrote, by mode, and what was measured of it. samples: of each mode, prompt -> model -> text."""
+
+    figures: Mapping[str, GenerationFigures]
+    dense_figures: Mapping[str, GenerationFigures] | None
+    token_agreement: float | None
+    cloze: ClozeFigures | None
+    dense_cloze: ClozeFigures | None
+    samples: Mapping[str, Mapping[str, Mapping[str, str]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalReport:
+    """What was measured of a model, by the name of the text or task. dense: the same of the dense model, if named."""
+
+    model: str
+    parameters: int
+    perplexity: dict[str, Perplexity] = field(default_factory=dict)
+    tasks: dict[str, TaskResult] = field(default_factory=dict)
+    generation: GenerationReport | None = None
+    chat: ChatPerplexity | None = None
+    dense: EvalReport | None = None
+    command: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able data; numbers that are not finite become None, which JSON can say."""
+        data = finite(dataclasses.asdict(self))
+        for part, report in ((data, self), (data["dense"], self.dense)):
+            if report is not None and report.tasks:
+                part["tasks_mean"] = mean_accuracy(report.tasks)
+        return dict(data)
+
+
+def evaluate_model(
+    source: str | Path | nn.Module,
+    request: EvalRequest,
+    options: RunOptions,
+    reporter: Reporter | None = None,
+    *,
+    tokenizer: Any | None = None,
+) -> EvalReport:
+    """Measure what `request` names. Everything that can be refused is refused before the weights are read.
+
+    Raises CalibrationError for texts, EvaluationError for tasks, prompts and conversations, ModelError.
+    """
+    reporter = reporter if reporter is not None else Silent()
+    prompts = check_request(request)
+    if not isinstance(source, nn.Module):
+        resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(resolved)
+    dense_name = request.dense or (_base_of(source) if prompts else None)
+    for name in (dense_name, *request.beside):
+        if name is not None:
+            resolve_model(name)
+    reporter.stage("read the texts")
+    streams = read_streams(request, tokenizer)
+    conversations = () if request.chat is None else read_conversations(request.chat)
+    reporter.stage("load the model")
+    loaded = open_model(source, options, tokenizer)
+    with quick_float32_products():
+        report = _measure(loaded, request, streams, conversations, reporter)
+        dense = None
+        if dense_name is not None:
+            reporter.stage(f"load the dense model {dense_name}")
+            dense = open_model(dense_name, options)
+            if request.dense is not None:
+                dense_report = _measure(dense, request, streams, conversations, reporter)
+                report = dataclasses.replace(report, dense=dense_report)
+        if request.prompts is not None:
+            generation = _generation(loaded, dense, prompts, request, reporter)
+            report = dataclasses.replace(report, generation=generation)
+        if request.human_kit is not None:
+            _write_kit(loaded, dense, prompts, request, options, reporter)
+    command = tuple(sys.argv[1:]) if Path(sys.argv[0]).name.startswith(("saap", "cli")) else ()
+    return dataclasses.replace(report, command=command, versions=recorded_versions())
+
+
+def judge_ratings(ratings: Sequence[Path], key: Path | None) -> dict[str, Any]:
+    """What people's ratings say; key: None looks for the only KIT.key.json beside the first file.
+
+    Raises EvaluationError.
+    """
+    if key is None:
+        found = sorted(ratings[0].parent.glob("*.key.json"))
+        if len(found) != 1:
+            raise EvaluationError(
+                f"{len(found)} files KIT.key.json lie beside {ratings[0]}", "Name the page's own with --human-key"
+            )
+        (key,) = found
+    known = read_key(key)
+    return judge([rating for path in ratings for rating in read_ratings(path, known)])
+
+
+def check_request(request: EvalRequest) -> tuple[Prompt, ...]:
+    """Refuse what needs no model to be refused; the prompts that were asked for."""
+    if request.window < 2:
+        raise ConfigurationError(f"--window {request.window} predicts nothing", "Give at least 2")
+    if request.stride is not None and not 1 <= request.stride <= request.window:
+        raise ConfigurationError(
+            f"--stride {request.stride} does not fit --window {request.window}", f"Give 1 to {request.window}"
+        )
+    if request.generated_tokens < 1:
+        raise ConfigurationError(f"--tokens {request.generated_tokens} writes nothing", "Give at least 1")
+    if request.tasks:
+        check_tasks(request.tasks, request.task_data, request.limit)
+    if request.human_kit is not None:
+        for path in (request.human_kit, key_path(request.human_kit)):
+            if path.exists():
+                raise OutputError(f"{path} exists", "Choose another --human-kit, since a new key would not fit it")
+    wanted = request.prompts is not None or request.human_kit is not None
+    prompts = read_prompts(request.prompts or BUNDLED) if wanted else ()
+    if request.human_kit is not None and not any(prompt.answer is None for prompt in prompts):
+        raise EvaluationError(f"{request.prompts} has no open prompts", "Give prompts without `answer`")
+    return prompts
+
+
+def read_streams(request: EvalRequest, tokenizer: Any | None) -> dict[str, IntArray]:
+    """Token ids of the texts by name. Raises CalibrationError."""
+    streams = {}
+    for name in request.texts:
+        if name == BUNDLED:
+            documents: tuple[str, ...] = (evaluation_text(),)
+        else:
+            documents = read_documents(name, tokenizer=tokenizer, purpose=Purpose.EVALUATION)
+        ids = token_stream(documents, tokenizer)
+        if len(ids) < request.window:
+            raise CalibrationError(
+                f"{name} has {len(ids):,} tokens, fewer than one window of {request.window}",
+                "Give a longer text or a smaller --window",
+            )
+        streams[name] = ids
+    if tokenizer is None and (request.tasks or request.chat or request.prompts or request.human_kit):
+        token_stream((), tokenizer)
+    return streams
+
+
+def _measure(
+    loaded: LoadedModel,
+    request: EvalRequest,
+    streams: Mapping[str, IntArray],
+    conversations: Sequence[Sequence[dict[str, Any]]],
+    reporter: Reporter,
+) -> EvalReport:
+    """Perplexities, tasks and conversations of one model."""
+    model = loaded.model
+    found = {}
+    for name, ids in streams.items():
+        reporter.stage(f"perplexity of {loaded.ref.source} on {name}")
+        found[name] = perplexity(
+            model, ids, window=request.window, stride=request.stride, max_tokens=request.max_tokens
+        )
+    tasks: dict[str, TaskResult] = {}
+    if request.tasks:
+        reporter.stage(f"zero-shot tasks of {loaded.ref.source}")
+        tasks = evaluate_tasks(
+            model, loaded.tokenizer, request.tasks, data=request.task_data, limit=request.limit,
+            progress=reporter.advance,
+        )  # fmt: skip
+    chat = None
+    if conversations:
+        reporter.stage(f"conversations of {loaded.ref.source}")
+        chat = chat_perplexity(model, loaded.tokenizer, conversations)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return EvalReport(model=loaded.ref.source, parameters=parameters, perplexity=found, tasks=tasks, chat=chat)
+
+
+def _generation(
+    loaded: LoadedModel, dense: LoadedModel | None, prompts: Sequence[Prompt], request: EvalRequest, reporter: Reporter
+) -> GenerationReport:
+    opens = [prompt.prompt for prompt in prompts if prompt.answer is None]
+    figures: dict[str, GenerationFigures] = {}
+    dense_figures: dict[str, GenerationFigures] = {}
+    samples: dict[str, dict[str, dict[str, str]]] = {}
+    agreed = None
+    judge_model = None if dense is None else dense.model
+    for mode in MODES if opens else ():
+        for name, one, found in (("pruned", loaded, figures), ("dense", dense, dense_figures)):
+            if one is None:
+                continue
+            reporter.stage(f"let {one.ref.source} write, {mode}")
+            written = write(
+                one.model, loaded.tokenizer, opens, tokens=request.generated_tokens, sampled=mode == "sampled",
+                seed=request.seed,
+            )  # fmt: skip
+            found[mode] = generation_figures(written, judge_model, loaded.tokenizer, progress=reporter.advance)
+            for text in written:
+                samples.setdefault(mode, {}).setdefault(text.prompt, {})[name] = text.text
+            if one is dense and mode == "greedy":
+                agreed = token_agreement(loaded.model, written, loaded.tokenizer)
+    return GenerationReport(
+        figures=figures,
+        dense_figures=dense_figures or None,
+        token_agreement=agreed,
+        cloze=cloze(loaded.model, loaded.tokenizer, prompts),
+        dense_cloze=None if judge_model is None else cloze(judge_model, loaded.tokenizer, prompts),
+        samples=samples,
+    )
+
+
+def _write_kit(
+    loaded: LoadedModel,
+    dense: LoadedModel | None,
+    prompts: Sequence[Prompt],
+    request: EvalRequest,
+    options: RunOptions,
+    reporter: Reporter,
+) -> None:
+    """Write the page and, beside it, its key."""
+    if request.human_kit is None:
+        return
+    opens = [prompt.prompt for prompt in prompts if prompt.answer is None]
+    answers: dict[str, dict[str, str]] = {}
+    for source in (loaded, dense, *request.beside):
+        if source is None:
+            continue
+        one = source if isinstance(source, LoadedModel) else open_model(source, options)
+        reporter.stage(f"answers of {one.ref.source}")
+        written = write(one.model, one.tokenizer, opens, tokens=request.generated_tokens, sampled=False)
+        answers[one.ref.source] = {text.prompt: text.text for text in written}
+    kit = build_kit(answers, seed=request.seed)
+    write_whole(key_path(request.human_kit), (kit.key.model_dump_json(indent=1) + "\n").encode())
+    write_whole(request.human_kit, kit.page.encode())
+
+
+def _base_of(source: str | Path | nn.Module) -> str | None:
+    """The dense model that a folder's own manifest names, if it can still be found."""
+    if isinstance(source, nn.Module):
+        return None
+    file = Path(source) / "saap" / "manifest.json"
+    try:
+        return RunManifest.model_validate_json(file.read_bytes()).base.source if file.is_file() else None
+    except ValueError:
+        return None
+
+
+def finite(value: Any) -> Any:
+    """The same data with None in place of numbers that are not finite, which JSON cannot say."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_report(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a report as JSON, whole or not at all. Raises OutputError."""
+    try:
+        write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror})", "Choose another file") from error

@@ -1,0 +1,74 @@
+"""The report page: sections of words, figures and tables, in one HTML file that loads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from saap._version import __version__
+from saap.reporting.figures import Figure, to_svg
+from saap.reporting.tables import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """One part of the page. name: its anchor. tables: caption -> table. answers: (prompt, ((model, text), ...))."""
+
+    name: str
+    title: str
+    paragraphs: tuple[str, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[tuple[str, Table], ...] = ()
+    answers: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
+    code: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """A whole report. tiles: (value, label), the figures that everybody looks for first."""
+
+    title: str
+    summary: str
+    tiles: tuple[tuple[str, str], ...]
+    sections: tuple[Section, ...]
+
+    @property
+    def figures(self) -> list[Figure]:
+        """All figures of the page."""
+        return [figure for section in self.sections for figure in section.figures]
+
+
+def render(page: Page) -> str:
+    """The page as HTML. Raises EvaluationError if matplotlib is missing."""
+    template = (resources.files("saap.reporting") / "page.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(template).render(
+        title=page.title,
+        summary=page.summary,
+        tiles=[{"value": value, "label": label} for value, label in page.tiles],
+        sections=[_section(section) for section in page.sections],
+        version=__version__,
+    )
+
+
+def _section(section: Section) -> dict[str, Any]:
+    return {
+        "name": section.name,
+        "title": section.title,
+        "paragraphs": section.paragraphs,
+        "figures": [
+            {"name": figure.name, "title": figure.title, "text": figure.text, "svg": to_svg(figure)}
+            for figure in section.figures
+        ],
+        "tables": _tables(section.tables),
+        "answers": [{"prompt": prompt, "texts": texts} for prompt, texts in section.answers],
+        "code": section.code,
+    }
+
+
+def _tables(tables: Sequence[tuple[str, Table]]) -> list[dict[str, Any]]:
+    return [{"caption": caption, "headings": table[0], "rows": table[1]} for caption, table in tables]

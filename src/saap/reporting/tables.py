@@ -1,0 +1,137 @@
+"""A comparison as rows of text: one table, as CSV, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Table = tuple[list[str], list[list[str]]]
+"""Headings and rows."""
+
+_LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "±": r"$\pm$", "{": r"\{", "}": r"\}"}
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for a table; an empty cell for what was not measured or is not finite."""
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.2e}"
+
+
+def merged_over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for each method, ratio and restoration: the rows of its seeds, in the order of their first row."""
+    grouped: defaultdict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        grouped[row["method"], row["ratio"], row["restored"]].append(row)
+    return [
+        {"method": method, "ratio": ratio, "restored": restored, "rows": same}
+        for (method, ratio, restored), same in grouped.items()
+    ]
+
+
+def mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation; None where a value lacks, no deviation for a single one."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None, None
+    return float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> Table:
+    """Every method, ratio and restoration with all that was measured; means over the seeds, ± their deviation."""
+    texts = list(comparison["dense"]["perplexity"])
+    tasks = list(comparison["dense"]["tasks"])
+    headings = ["method", "asked", "restored", "removed", "parameters"]
+    headings += [column for text in texts for column in (f"perplexity {short(text)}", "/ dense")]
+    headings += [*tasks, *(["kept above chance"] if tasks else []), "tokens/s", "seconds", "memory, GB"]
+    dense = comparison["dense"]
+    first = ["dense", "", "", "", f"{dense['parameters']:,}"]
+    for text in texts:
+        first += [number(dense["perplexity"][text]["value"], 2), "1.000"]
+    first += [number(dense["tasks"][task]["acc"]) for task in tasks] + (["1.000"] if tasks else [])
+    first += [number(dense["tokens_per_second"], 0), "", ""]
+    rows = [first]
+    for entry in merged_over_seeds(comparison["rows"]):
+        same = entry["rows"]
+        cells = [entry["method"], f"{entry['ratio']:g}", "yes" if entry["restored"] else "no"]
+        cells += [f"{mean_and_spread([row['pruning_ratio'] for row in same])[0]:.1%}", f"{same[0]['parameters']:,}"]
+        for text in texts:
+            cells.append(_cell([row["perplexity"][text]["value"] for row in same], 2))
+            cells.append(_cell([row["ratios"][text] for row in same]))
+        cells += [_cell([row["tasks"][task]["acc"] for row in same]) for task in tasks]
+        if tasks:
+            cells.append(_kept(same))
+        cells.append(_cell([row["tokens_per_second"] for row in same], 0))
+        cells.append(_cell([sum(row["seconds"].values()) for row in same], 0))
+        cells.append(number(max(row["peak_resident_bytes"] for row in same) / 1e9, 1))
+        rows.append(cells)
+    return headings, rows
+
+
+def ratio_table(comparison: Mapping[str, Any], text: str, restored: bool) -> Table:
+    """Methods by ratios: perplexity over that of the dense model on one text."""
+    entries = [entry for entry in merged_over_seeds(comparison["rows"]) if entry["restored"] is restored]
+    ratios = sorted({entry["ratio"] for entry in entries})
+    found = {
+        (entry["method"], entry["ratio"]): _cell([row["ratios"][text] for row in entry["rows"]]) for entry in entries
+    }
+    methods = list(dict.fromkeys(entry["method"] for entry in entries))
+    return ["method", *(f"{ratio:.0%}" for ratio in ratios)], [
+        [method, *(found.get((method, ratio), "") for ratio in ratios)] for method in methods
+    ]
+
+
+def short(text: str) -> str:
+    """The last part of a path, or a name as it is."""
+    return text.rpartition("/")[2]
+
+
+def _cell(values: Sequence[float | None], digits: int = 3) -> str:
+    mean, spread = mean_and_spread(values)
+    return number(mean, digits) + ("" if spread is None else f" ± {number(spread, digits)}")
+
+
+def _kept(rows: Sequence[Mapping[str, Any]]) -> str:
+    if len(rows) > 1 or rows[0]["kept_accuracy"] is None:
+        return _cell([None if row["kept_accuracy"] is None else row["kept_accuracy"]["value"] for row in rows])
+    kept = rows[0]["kept_accuracy"]
+    if kept["value"] is None:
+        return ""
+    return f"{number(kept['value'])} ({number(kept['low'])} to {number(kept['high'])})"
+
+
+def to_csv(table: Table) -> str:
+    """Comma-separated values with a heading line."""
+    content = io.StringIO()
+    writer = csv.writer(content, lineterminator="\n")
+    writer.writerow(table[0])
+    writer.writerows(table[1])
+    return content.getvalue()
+
+
+def to_markdown(table: Table) -> str:
+    """A table for Markdown; bars in cells are escaped."""
+    lines = [table[0], ["---"] * len(table[0]), *table[1]]
+    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+
+
+def to_latex(table: Table) -> str:
+    """A `tabular` with rules of the package booktabs."""
+
+    def escaped(cell: str) -> str:
+        return "".join(_LATEX.get(character, character) for character in cell)
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(map(escaped, cells)) + r" \\" + "\n"
+
+    columns = "l" + "r" * (len(table[0]) - 1)
+    body = "".join(map(line, table[1]))
+    return (
+        rf"\begin{{tabular}}{{{columns}}}" + "\n\\toprule\n" + line(table[0]) + "\\midrule\n" + body
+        + "\\bottomrule\n\\end{tabular}\n"
+    )  # fmt: skip

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from tests.pipeline import tiny
+from torch import nn
+
+from saap.errors import EvaluationError
+from saap.evaluation.chat import answer_spans, chat_perplexity
+from saap.evaluation.generation import (
+    Prompt,
+    Written,
+    cloze,
+    continuation_nll,
+    followed_by,
+    generation_figures,
+    read_prompts,
+    token_agreement,
+    write,
+)
+
+TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}]{{ message.content }}[end]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+class Counting(nn.Module):
+    """Gives the successor of each token (modulo 320) probability 1/2, the others share the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids):
+        likely = nn.functional.one_hot((input_ids + 1) % tiny.VOCABULARY, tiny.VOCABULARY).double()
+        return likely * math.log(tiny.VOCABULARY - 1)
+
+
+def test_continuations_are_scored_after_their_context() -> None:
+    losses = continuation_nll(Counting(), [5, 6], [7, 8, 100])
+    assert losses.tolist() == pytest.approx([math.log(2), math.log(2), math.log(2 * 319)], rel=1e-5)
+    assert followed_by(Counting(), [5, 6], [7, 8, 100]) == [7, 8, 9]
+    with pytest.raises(EvaluationError, match="without tokens"):
+        continuation_nll(Counting(), [], [1])
+
+
+def test_greedy_text_repeats_itself_and_the_seed_decides_the_sampled_one() -> None:
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    prompts = ["The house", "A river"]
+    first = write(model, tokenizer, prompts, tokens=8, sampled=True, seed=1)
+    assert first == write(model, tokenizer, prompts, tokens=8, sampled=True, seed=1)
+    assert first != write(model, tokenizer, prompts, tokens=8, sampled=True, seed=2)
+    greedy = write(model, tokenizer, prompts, tokens=8, sampled=False)
+    assert greedy == write(model, tokenizer, prompts, tokens=8, sampled=False)
+    assert all(1 <= len(one.ids) <= 8 for one in greedy)
+    assert token_agreement(model, greedy, tokenizer) == 1.0
+    figures = generation_figures(greedy, model, tokenizer)
+    assert figures.dense_perplexity is not None
+    assert figures.dense_perplexity >= 1
+    assert len(figures.repetition_by_quarter) == 4
+    assert generation_figures(greedy, None, tokenizer).dense_perplexity is None
+
+
+def test_a_text_that_falls_apart_is_seen_by_quarter() -> None:
+    tokenizer = tiny.tokenizer()
+    last = tokenizer("The house")["input_ids"][-1]
+    likely = [(last + step) % tiny.VOCABULARY for step in range(1, 10)]
+    torn = Written(prompt="The house", text="", ids=(*likely, *[likely[-1]] * 3))
+    figures = generation_figures([torn], Counting(), tokenizer)
+    assert figures.dense_perplexity_by_quarter == pytest.approx((2, 2, 2, 2 * 319), rel=1e-4)
+    assert figures.dense_perplexity == pytest.approx(2 * 319 ** (3 / 12), rel=1e-4)
+    assert figures.tokens == 12
+
+
+def test_cloze_counts_the_answers_that_the_model_would_give() -> None:
+    tokenizer = tiny.tokenizer()
+    right = tokenizer.decode([(tokenizer("ab")["input_ids"][-1] + 1) % tiny.VOCABULARY]).strip()
+    prompts = [Prompt(prompt="ab", answer=right), Prompt(prompt="ab", answer="zz"), Prompt(prompt="open")]
+    found = cloze(Counting(), tokenizer, prompts)
+    assert found is not None
+    assert found.prompts == 2
+    expected = [int(followed_by(Counting(), tokenizer("ab")["input_ids"], t) == t)
+                for t in (tokenizer(f" {right}")["input_ids"], tokenizer(" zz")["input_ids"])]  # fmt: skip
+    assert list(found.correct) == expected
+    assert cloze(Counting(), tokenizer, prompts[2:]) is None
+
+
+def test_bundled_prompts_are_open_ones_and_facts() -> None:
+    prompts = read_prompts("bundled")
+    assert sum(prompt.answer is None for prompt in prompts) >= 10
+    assert sum(prompt.answer is not None for prompt in prompts) >= 30
+
+
+def test_prompt_files(tmp_path) -> None:
+    lines = tmp_path / "p.txt"
+    lines.write_text("One\n\nTwo\n")
+    assert [prompt.prompt for prompt in read_prompts(lines)] == ["One", "Two"]
+    rows = tmp_path / "p.jsonl"
+    rows.write_text('{"prompt": "One"}\n{"answer": "x"}\n')
+    with pytest.raises(EvaluationError, match=r"p.jsonl, line 2"):
+        read_prompts(rows)
+    with pytest.raises(EvaluationError, match="cannot be read"):
+        read_prompts(tmp_path / "none.txt")
+
+
+def conversation() -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": "a b"},
+        {"role": "assistant", "content": "c d"},
+        {"role": "user", "content": "e"},
+        {"role": "assistant", "content": "f"},
+    ]
+
+
+def test_only_the_answers_of_a_conversation_are_scored() -> None:
+    tokenizer, model = tiny.tokenizer(), tiny.model()
+    tokenizer.chat_template = TEMPLATE
+    spans = [(tokenizer.decode(context), tokenizer.decode(answer)) for context, answer in
+             answer_spans(tokenizer, conversation())]  # fmt: skip
+    assert spans == [
+        ("[user]a b[end][assistant]", "c d[end]"),
+        ("[user]a b[end][assistant]c d[end][user]e[end][assistant]", "f[end]"),
+    ]
+    found = chat_perplexity(model, tokenizer, [conversation()])
+    losses = torch.cat([continuation_nll(model, c, a) for c, a in answer_spans(tokenizer, conversation())])
+    assert found.nll == pytest.approx(float(losses.mean()))
+    assert (found.turns, found.tokens) == (2, len(losses))
+
+
+def test_conversations_that_cannot_be_scored_are_refused() -> None:
+    tokenizer, model = tiny.tokenizer(), tiny.model()
+    with pytest.raises(EvaluationError, match="no chat template"):
+        chat_perplexity(model, tokenizer, [conversation()])
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(EvaluationError, match="no turn of an assistant"):
+        chat_perplexity(model, tokenizer, [conversation()[:1]])
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(EvaluationError, match="does not fit"):
+        chat_perplexity(model, tokenizer, [conversation()])
+    tokenizer.chat_template = "{{ messages | length }}" + json.dumps("x")
+    with pytest.raises(EvaluationError, match="generation prompt"):
+        chat_perplexity(model, tokenizer, [conversation()])

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from tests.pipeline import tiny
+
+from saap import cli
+from saap.config import Method, MethodChoice, PruneConfig
+from saap.errors import ConfigurationError, StaleInputError, TargetError
+from saap.parsing import parse_methods, parse_seeds
+from saap.pipeline.compare import CompareRequest, compare
+from saap.pipeline.evaluate import EvalRequest
+from saap.pipeline.inputs import RunOptions
+from saap.pipeline.tables import write_tables
+from saap.reporting.tables import comparison_table
+
+METHODS = (Method.SAAP, Method.LLM_PRUNER_ELEMENT1, Method.FLAP, Method.MAGNITUDE)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return tiny.folder(tmp_path_factory.mktemp("dense"), layers=6)
+
+
+def request_for(folder: Path, **changes: object) -> CompareRequest:
+    rows = [{"query": f"Question: {n}?\nAnswer:", "choices": ["yes", "no"], "label": n % 2} for n in range(6)]
+    folder = folder / "tasks"
+    folder.mkdir(exist_ok=True)
+    (folder / "made.test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = PruneConfig(
+        pruning_ratios=(0.1, 0.2), calibration=("novels",), samples=4, sample_length=32, refit_tokens=1024, align=8,
+        effort="fast",
+    )  # fmt: skip
+    evaluation = EvalRequest(texts=("bundled",), window=64, max_tokens=512, tasks=("made",), task_data=folder)
+    request = {"methods": tuple(MethodChoice(method=method) for method in METHODS), "config": config}
+    return CompareRequest(**{**request, "evaluation": evaluation, **changes})
+
+
+@pytest.fixture(scope="module")
+def done(source, tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("compare")
+    return folder, compare(source, request_for(folder), RunOptions(device="cpu"), folder / "out")
+
+
+def test_every_row_is_there_with_as_many_parameters(done) -> None:
+    _, result = done
+    rows = result["rows"]
+    assert len(rows) == len(METHODS) * 2 * 2
+    largest_step = 32 * (16 + 8 + 8 + 16)  # one KV group with its two query heads
+    for ratio in (0.1, 0.2):
+        plain = [row for row in rows if row["ratio"] == ratio and row["method"] != "flap"]
+        counts = [row["parameters"] for row in plain]
+        assert max(counts) - min(counts) <= largest_step
+        assert all(row["pruning_ratio"] >= ratio for row in rows if row["ratio"] == ratio)
+    assert all(row["ratios"]["bundled"] > 0 and row["tasks"]["made"]["questions"] == 6 for row in rows)
+    assert {row["restored"] for row in rows} == {False, True}
+    assert all(set(row["seconds"]) == {"score", "search", "make"} for row in rows)
+
+
+def test_rows_that_are_there_are_not_made_again_and_more_can_be_added(source, done) -> None:
+    folder, result = done
+    out = folder / "out"
+    files = {path: path.stat().st_mtime_ns for path in (out / "rows").iterdir()}
+    changed = json.loads(next(iter(files)).read_text())
+    methods = tuple(MethodChoice(method=method) for method in (*METHODS, Method.RANDOM))
+    again = compare(source, request_for(folder, methods=methods), RunOptions(device="cpu"), out)
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert changed in [*again["rows"], again["dense"]]
+    assert len(again["rows"]) == len(result["rows"]) + 4
+
+
+def test_rows_of_other_settings_are_not_taken_for_these(source, done) -> None:
+    folder, _ = done
+    config = request_for(folder).config.model_copy(update={"samples": 5})
+    with pytest.raises(StaleInputError, match="another --out"):
+        compare(source, request_for(folder, config=config), RunOptions(device="cpu"), folder / "out")
+
+
+def test_tables(done) -> None:
+    folder, result = done
+    out = folder / "out"
+    headings, rows = comparison_table(result)
+    assert all(len(row) == len(headings) for row in rows)
+    paths = write_tables(out, result)
+    assert {path.suffix for path in paths} == {".csv", ".md", ".tex"}
+    read = list(csv.reader((out / "comparison.csv").read_text().splitlines()))
+    assert read == [headings, *rows]
+
+
+def test_refusals_come_before_the_model_is_read(tmp_path) -> None:
+    nowhere = tmp_path / "nowhere"
+    request = request_for(tmp_path, evaluation=EvalRequest())
+    with pytest.raises(ConfigurationError, match="no text"):
+        compare(nowhere, request, RunOptions(), tmp_path / "out")
+    with pytest.raises(ConfigurationError, match="Did you mean flap"):
+        parse_methods("saap,flop")
+    with pytest.raises(ConfigurationError, match="twice"):
+        parse_methods("saap,saap")
+    with pytest.raises(ConfigurationError, match="whole numbers"):
+        parse_seeds("0,x")
+    assert parse_methods("flap@ffn")[0].label == "flap@ffn"
+
+
+def test_a_ratio_that_one_method_cannot_reach_is_refused_first(source, tmp_path) -> None:
+    config = request_for(tmp_path).config.model_copy(update={"pruning_ratios": (0.9,)})
+    with pytest.raises(TargetError, match="cannot be removed"):
+        compare(source, request_for(tmp_path, config=config), RunOptions(device="cpu"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(source, tmp_path, capsys, monkeypatch) -> None:
+    arguments = [
+        "compare", source, "--out", tmp_path / "c", "--methods", "magnitude,random", "--pruning-ratios", "0.1",
+        "--restore", "no", "--window", "64", "--max-tokens", "256", "--samples", "4", "--sample-length", "32",
+        "--refit-tokens", "1024", "--align", "8", "--effort", "fast", "--json",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["saap", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    shown = json.loads(capsys.readouterr().out)
+    assert caught.value.code == 0
+    assert [row["method"] for row in shown["rows"]] == ["magnitude", "random"]
+    assert (tmp_path / "c" / "comparison.md").read_text().startswith("| method |")

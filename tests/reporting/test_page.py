@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from tests import browser
+from tests.pipeline import tiny
+from tests.reporting.comparison import comparison, task
+
+import saap
+from saap import cli
+from saap.errors import EvaluationError
+from saap.pipeline.report_page import build_page, write_page
+
+needs_browser = pytest.mark.skipif(not browser.CHROMIUM, reason="no Chromium is installed")
+LARGEST = 3_000_000
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    source = tiny.folder(tmp_path_factory.mktemp("dense"), layers=6)
+    out = tmp_path_factory.mktemp("pruned") / "small"
+    saap.prune(
+        source, pruning_ratio=0.2, out=out, effort="fast", samples=4, sample_length=32, refit_tokens=1024, align=8,
+        calibration="novels",
+    )  # fmt: skip
+    manifest = out / "saap" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["settings"]["calibration"] = ["<script>alert(1)</script>"]
+    manifest.write_text(json.dumps(content))
+    return out
+
+
+@pytest.fixture
+def evaluation(tmp_path) -> Path:
+    part = {"model": "dense", "perplexity": {"text": {"value": 20.0}}, "tasks": {"arc_easy": task([1, 1, 0, 1])}}
+    report = {
+        "model": "small", "perplexity": {"text": {"value": 25.0}}, "tasks": {"arc_easy": task([1, 0, 0, 1])},
+        "dense": part, "generation": {"samples": {"greedy": {"Why <b>?": {"pruned": "Because & so."}}}},
+    }  # fmt: skip
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps(report))
+    return path
+
+
+def comparison_folder(at: Path) -> Path:
+    (at / "comparison.json").write_text(json.dumps(comparison()))
+    return at
+
+
+def check_in_browser(page: Path, folder: Path, charts: int) -> None:
+    for width in (360, 1200):
+        seen = browser.look(page, width, folder)
+        assert seen["overflow"] <= 0, width
+        assert seen["console"] == []
+        assert len(seen["charts"]) == charts
+        assert all(height > 50 for height in seen["charts"])
+        assert (seen["unlabelled"], seen["resources"]) == (0, 0)
+
+
+@needs_browser
+def test_a_model_page_in_a_browser(model_folder, evaluation, tmp_path) -> None:
+    out = tmp_path / "page.html"
+    page = build_page(model_folder, [evaluation])
+    write_page(page, out, None)
+    assert [section.name for section in page.sections] == [
+        "structure", "importance", "perplexity", "tasks", "answers", "stages", "environment",
+    ]  # fmt: skip
+    content = out.read_text()
+    assert len(content.encode()) < LARGEST
+    assert "<script>alert" not in content
+    assert "Because &amp; so." in content
+    check_in_browser(out, tmp_path, len(page.figures))
+
+
+@needs_browser
+def test_a_comparison_page_in_a_browser(tmp_path) -> None:
+    out = tmp_path / "page.html"
+    page = build_page(comparison_folder(tmp_path))
+    write_page(page, out, None)
+    assert "3 methods" in page.summary
+    assert "saap" in page.summary
+    check_in_browser(out, tmp_path, 3)
+
+
+def test_figures_become_files(tmp_path) -> None:
+    page = build_page(comparison_folder(tmp_path))
+    written = write_page(page, tmp_path / "page.html", tmp_path / "figures")
+    svgs = [path for path in written if path.suffix == ".svg"]
+    assert len(svgs) == len([path for path in written if path.suffix == ".png"]) == 3
+    for svg in svgs:
+        assert ElementTree.fromstring(svg.read_text()).tag.endswith("svg")
+    assert (tmp_path / "figures" / f"{page.figures[0].name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_recovery_of_a_model_is_shown(model_folder, tmp_path) -> None:
+    from saap.pipeline.report_page import _recovery_sections
+
+    folder = tmp_path / "recovered"
+    (folder / "saap").mkdir(parents=True)
+    curve = [{"step": 1, "loss": 3.0, "validation": 3.5}, {"step": 2, "loss": 2.5, "validation": None}]
+    answers = {"prompt": "Why?", "dense": "A", "pruned": "B", "recovered": "C"}
+    content = {"recovery": {"curve": curve}, "answers": answers}
+    (folder / "saap" / "manifest.json").write_text(json.dumps(content))
+    recovery, answer = _recovery_sections(folder)
+    assert "training from 3.00 to 2.50" in recovery.figures[0].text
+    assert answer.answers[0] == ("Why?", (("dense", "A"), ("pruned", "B"), ("recovered", "C")))
+
+
+def test_the_command(tmp_path, capsys, monkeypatch) -> None:
+    comparison_folder(tmp_path)
+    monkeypatch.setattr("sys.argv", ["saap", "report", str(tmp_path), "--out", str(tmp_path / "r.html")])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert (caught.value.code, (tmp_path / "r.html").exists()) == (0, True)
+    monkeypatch.setattr("sys.argv", ["saap", "report", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_other_files_are_refused(tmp_path) -> None:
+    comparison_folder(tmp_path)
+    (tmp_path / "e.json").write_text("[]")
+    with pytest.raises(EvaluationError, match="is not a report"):
+        build_page(tmp_path, [tmp_path / "e.json"])
+    (tmp_path / "e.json").write_text("{}")
+    with pytest.raises(EvaluationError, match="no report of"):
+        build_page(tmp_path, [tmp_path / "e.json"])

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+from scipy import stats
+from tests.reporting.comparison import comparison
+
+from saap.reporting.importance import GroupView, agreement, ranks, spearman
+from saap.reporting.tables import comparison_table, ratio_table, to_csv, to_latex, to_markdown
+
+
+def test_seeds_become_a_mean_and_a_deviation() -> None:
+    headings, rows = ratio_table(comparison(), "a/b/text.txt", restored=False)
+    assert headings == ["method", "10%", "20%"]
+    # seeds give 1.2 and 1.3: mean 1.25, deviation 0.1 / sqrt(2)
+    assert rows[0] == ["saap", "1.250 ± 0.071", "1.450 ± 0.071"]
+
+
+def test_every_row_has_every_column() -> None:
+    headings, rows = comparison_table(comparison())
+    assert len(rows) == 1 + 3 * 2 * 2
+    assert {len(cells) for cells in rows} == {len(headings)}
+    assert rows[0][:5] == ["dense", "", "", "", "1,000,000"]
+    assert rows[1][headings.index("seconds")] == "6 ± 0"
+
+
+def test_the_three_forms() -> None:
+    table = (["method", "x"], [["a_b & c", "50% ± 1"], ["d|e", ""]])
+    assert list(csv.reader(to_csv(table).splitlines())) == [table[0], *table[1]]
+    assert to_markdown(table).splitlines() == [
+        "| method | x |",
+        "| --- | --- |",
+        "| a_b & c | 50% ± 1 |",
+        "| d\\|e |  |",
+    ]
+    latex = to_latex(table)
+    assert r"a\_b \& c & 50\% $\pm$ 1 \\" in latex
+    assert latex.count(r"\\") == 3
+
+
+def test_ranks_and_correlation_are_scipys() -> None:
+    generator = np.random.default_rng(0)
+    first, second = generator.integers(0, 5, 40).astype(float), generator.random(40)
+    np.testing.assert_allclose(ranks(first), stats.rankdata(first))
+    assert spearman(first, second) == pytest.approx(stats.spearmanr(first, second).statistic)
+    assert np.isnan(spearman(np.ones(3), second[:3]))
+
+
+def test_units_that_change_sides_by_the_fusion() -> None:
+    view = GroupView(
+        name="layers.0.ffn", layer=0, role="ffn", vector=np.array([4.0, 3, 2, 1]), element=np.array([1.0, 2, 3, 4]),
+        fused=np.array([1.0, 3, 2, 4]), fluctuation=np.zeros(4), kept=np.array([False, True, False, True]),
+    )  # fmt: skip
+    found = agreement(view)
+    assert found.vector_element == pytest.approx(-1)
+    assert found.changed == 0.5  # fused removes 0 and 2, element 0 and 1
