@@ -230,9 +230,9 @@ class Tuning(StrEnum):
 class RecoverConfig(BaseModel):
     """Everything that decides the result of `saap recover`, checked before any model is loaded.
 
-    learning_rate, alpha, batch and length: usual values for adapters, not yet tuned by measurement. The first limit that is reached ends the training; with none given it is DEFAULT_MINUTES. distillation: share of the
-    divergence from the teacher in the loss; 0 without a teacher. patience: validations without a new best, 0 never
-    stops early.
+    learning_rate, alpha, batch and length: usual values for adapters, not yet tuned by measurement. The first limit
+    that is reached ends the training; with none given it is DEFAULT_MINUTES. distillation: share of the divergence from
+    the teacher in the loss; 0 without a teacher. patience: validations without a new best, 0 never stops early.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
