@@ -128,7 +128,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def test_on_the_command_line_a_killed_run_goes_on(dense: Path, text: Path, tmp_path: Path) -> None:
-    flags = ["--data", text, *FLAGS[:4], "--max-steps", "60", *FLAGS[6:]]
+    flags = ["--data", text, *FLAGS[:4], "--max-steps", "60", *FLAGS[6:], "--patience", "0"]
     whole = subprocess.run(
         command(dense, "--out", tmp_path / "whole", "--json", *flags), capture_output=True, text=True, check=False
     )

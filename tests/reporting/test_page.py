@@ -66,7 +66,7 @@ def test_a_model_page_in_a_browser(model_folder, evaluation, tmp_path) -> None:
     page = build_page(model_folder, [evaluation])
     write_page(page, out, None)
     assert [section.name for section in page.sections] == [
-        "structure", "importance", "perplexity", "tasks", "answers", "stages", "environment",
+        "structure", "importance", "perplexity", "tasks", "answers", "answer", "stages", "environment",
     ]  # fmt: skip
     content = out.read_text()
     assert len(content.encode()) < LARGEST
