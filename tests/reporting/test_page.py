@@ -130,3 +130,10 @@ def test_other_files_are_refused(tmp_path) -> None:
     (tmp_path / "e.json").write_text("{}")
     with pytest.raises(EvaluationError, match="no report of"):
         build_page(tmp_path, [tmp_path / "e.json"])
+
+
+def test_a_damaged_manifest_is_refused(tmp_path) -> None:
+    (tmp_path / "saap").mkdir()
+    (tmp_path / "saap" / "manifest.json").write_text('{"seed": 1}')
+    with pytest.raises(EvaluationError, match="no manifest of this version"):
+        build_page(tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from saap.config import FusionScope
 from saap.errors import EvaluationError, OutputError
@@ -64,7 +65,7 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def _model_page(folder: Path, reports: Sequence[dict[str, Any]]) -> Page:
-    manifest = RunManifest.model_validate_json((folder / "saap" / "manifest.json").read_bytes())
+    manifest = _manifest(folder / "saap" / "manifest.json")
     plan = _read_json(folder / "saap" / "plan.json", "a plan")
     scores_file = folder / "saap" / "scores.safetensors"
     views = _views(read_scores(scores_file), plan, manifest) if scores_file.is_file() else []
@@ -96,6 +97,16 @@ def _model_page(folder: Path, reports: Sequence[dict[str, Any]]) -> Page:
         (f"{sum(stage.seconds for stage in manifest.stages):,.0f} s", "to make it"),
     ]
     return Page(title=f"{folder.name}, pruned by saap", summary=summary, tiles=tuple(tiles), sections=tuple(sections))
+
+
+def _manifest(path: Path) -> RunManifest:
+    try:
+        return RunManifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        where = ", ".join(".".join(map(str, fault["loc"])) or "the file" for fault in error.errors()[:3])
+        raise EvaluationError(
+            f"{path} is no manifest of this version ({where})", "Use the saap that wrote it, or prune again"
+        ) from None
 
 
 def _group_place(name: str) -> tuple[int, str]:
