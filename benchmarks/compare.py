@@ -19,12 +19,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from readme_tables import write_between_marks
+
 from saap.reporting.tables import comparison_table, ratio_table, to_markdown
 
 HERE = Path(__file__).resolve().parent
 WIKITEXT2 = HERE / "data" / "wikitext2"
 TEST = str(WIKITEXT2 / "test.jsonl.gz")
-BEGIN, END = "<!-- compare: begin -->", "<!-- compare: end -->"
 # LLM-Pruner is at its best on this model when it leaves attention alone, so it is shown so, and as published.
 METHODS = (
     "saap", "llm-pruner-element2@ffn", "llm-pruner-element1@ffn", "llm-pruner-vector@ffn", "llm-pruner-mixed@ffn",
@@ -80,10 +81,7 @@ def table(out: Path) -> None:
     ]
     parts += ["Ours against the best baseline:\n\n" + best_baseline(comparison)]
     parts += ["All that was measured:\n\n" + to_markdown(comparison_table(comparison))]
-    readme = HERE / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n" + "\n".join(parts) + f"{END}{after}")
+    write_between_marks("compare", "\n".join(parts).rstrip("\n"))
 
 
 def main() -> None:

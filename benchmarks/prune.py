@@ -19,10 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from readme_tables import write_between_marks
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 WIKITEXT2 = HERE / "data" / "wikitext2"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 TOKENS = {"wikitext2": 16384, "novel": 8192, "addresses": 8192, "instructions": 8192}
 
 ON_WIKITEXT2 = ["--calibration", str(WIKITEXT2 / "validation.jsonl.gz")]
@@ -124,10 +125,7 @@ def table() -> None:
         ratios = [f"{result['ratio'][name]:.3f}" if name in result["ratio"] else "" for name in names]
         share, memory = f"{result['pruning_ratio']:.1%}", f"{result['peak_resident_bytes'] / 1e9:.1f}"
         lines.append(f"| {row} | {' | '.join(ratios)} | {share} | {result['seconds']:.0f} | {memory} |")
-    readme = HERE / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{after}")
+    write_between_marks("table", "\n".join(lines))
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from readme_tables import write_between_marks
 
 from saap.config import ElementOrder, FusionScope, Importance, PrunableRole, Strategy
 from saap.data.samples import SampleRequest, draw_sets, token_stream
@@ -33,7 +34,6 @@ from saap.surgery.restore import RestoreSettings, restore
 
 HERE = Path(__file__).resolve().parent
 WIKITEXT2 = HERE / "data" / "wikitext2"
-BEGIN, END = "<!-- selection: begin -->", "<!-- selection: end -->"
 ROWS = [
     (Strategy.UNIFORM, Importance.VECTOR),
     (Strategy.UNIFORM, Importance.ELEMENT1),
@@ -93,10 +93,7 @@ def write_table(results: list[dict[str, object]]) -> None:
     for row in results:
         ratios = [f"{float(str(row[name])):.3g}" for name in ("ratio_without_restoration", "ratio_with_restoration")]
         lines.append(f"| {row['strategy']} | {row['importance']} | {ratios[0]} | {ratios[1]} |")
-    readme = HERE / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{after}")
+    write_between_marks("selection", "\n".join(lines))
 
 
 if __name__ == "__main__":

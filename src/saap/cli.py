@@ -14,6 +14,7 @@ from saap.commands.compare import compare
 from saap.commands.evaluate import evaluate
 from saap.commands.export import export
 from saap.commands.generate import generate
+from saap.commands.options import AsJson, Device, Quiet, Revision, TrustRemoteCode
 from saap.commands.recover import recover
 from saap.commands.report import report
 from saap.errors import SaapError
@@ -32,9 +33,6 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, .gguf file, or `smollm2`.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model repository ships.")]
 
 
 # The base of all complaints about the command line itself; typer does not export it under a name of its own.
@@ -134,8 +132,8 @@ def prune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Stop before the estimation; say what would be done.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Prune MODEL: discover its structures, estimate their importance, search, cut, restore, check, write."""
     from saap.config import Aggregation, Effort, FusionScope, Importance, Method, PruneConfig, Strategy
@@ -224,7 +222,7 @@ def inspect(
     model: Model,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the coupled structures of MODEL: per role the groups, their units, members and parameters."""
     from saap.display import print_structures

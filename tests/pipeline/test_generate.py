@@ -11,7 +11,8 @@ from tests.pipeline import tiny
 
 from saap import cli
 from saap.errors import ConfigurationError, ModelError
-from saap.pipeline.generate import GenerationSettings, Speaker, answers, choose, open_speakers, prompt_ids, stream
+from saap.evaluation.generation import prompt_ids
+from saap.pipeline.generate import GenerationSettings, Speaker, answers, choose, open_speakers, stream
 
 
 def speaker(label: str = "answer", layers: int = 2) -> Speaker:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from saap.commands.options import AsJson, Device, Quiet
+
 
 def compare(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, .gguf file, or `smollm2`.")],
@@ -45,9 +47,9 @@ def compare(
     effort: Annotated[str, typer.Option(help="fast, default or best: of saap's search, and of the restoration.")] = (
         "default"
     ),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress.")] = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare methods on MODEL: same calibration, same number of parameters, one table."""
     from saap.config import Effort, PruneConfig

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from saap.commands.options import AsJson, Device, Quiet, Revision, TrustRemoteCode
+
 
 def evaluate(
     model: Annotated[
@@ -60,13 +62,11 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the report as JSON.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampled text and of the page's order.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model repository ships.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress.")] = False,
+    device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure MODEL: perplexity, zero-shot tasks, generation, conversations, ratings by people."""
     from saap.display import make_reporter

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from saap.commands.options import AsJson, Quiet, Revision
+
 if TYPE_CHECKING:
     from saap.pipeline.export import GgufExport
 
@@ -34,9 +36,9 @@ def export(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="With --push: a repository that only you see.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace PATH if it exists.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress.")] = False,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write MODEL in the format of another program, and check it there."""
     from saap.display import make_reporter

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from saap.commands.options import AsJson, Device
+
 
 def generate(
     model: Annotated[
@@ -26,8 +28,8 @@ def generate(
     no_chat: Annotated[
         bool, typer.Option("--no-chat", help="Continue the text itself, without the chat template.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Let MODEL answer a prompt, beside the dense model that it was pruned from."""
     from saap.errors import ConfigurationError

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from saap.commands.options import AsJson, Device, Quiet, Revision, TrustRemoteCode
+
 
 def recover(
     model: Annotated[
@@ -60,14 +62,12 @@ def recover(
         bool, typer.Option("--no-gradient-checkpointing", help="Keep all activations: quicker, more memory.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of the written weights: auto, float32, float16 or bfloat16.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model repository ships.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress.")] = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Tune MODEL on text with quantised weights in little memory, and write it as a plain checkpoint."""
     from saap.config import RecoverConfig, Tuning

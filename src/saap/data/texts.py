@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from saap.errors import CalibrationError
+from saap.errors import CalibrationError, SaapError
 
 MIXED = "mixed"
 CONVERSATIONS = "conversations"
@@ -101,7 +101,7 @@ def read_conversations(path: Path) -> tuple[list[dict[str, Any]], ...]:
     if not path.name.endswith((".jsonl", ".jsonl.gz")) or not path.is_file():
         raise CalibrationError(f"{path} is no .jsonl file of conversations", "Give one with `messages` on each line")
     found = []
-    for place, row in _rows(path, _content(path)):
+    for place, row in read_rows(path):
         messages = row.get("messages")
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise CalibrationError(f"{place} has no list `messages` of objects", "Give each line one")
@@ -177,10 +177,6 @@ def _read_file(path: Path, tokenizer: Any | None) -> tuple[str, ...]:
 def _file_text(path: Path) -> str:
     if not path.name.endswith(FILE_ENDINGS):
         raise CalibrationError(f"{path} is not a kind of text file that is known", f"Give {', '.join(FILE_ENDINGS)}")
-    return _content(path)
-
-
-def _content(path: Path) -> str:
     try:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
@@ -227,10 +223,20 @@ def _written_out(place: str, messages: list[Any], tokenizer: Any | None) -> str:
             f"{place} has chat messages, but the model's tokenizer has no chat template",
             "Give a file with `text` rows, or a model with a chat template",
         )
+    return template_text(place, messages, tokenizer, refusal=CalibrationError)
+
+
+def template_text(
+    place: str, messages: list[Any], tokenizer: Any, *, refusal: type[SaapError], prompt: bool = False
+) -> str:
+    """Messages as the tokenizer's chat template writes them. prompt: with the beginning of an answer at the end.
+
+    Raises `refusal`, naming `place`, if they do not fit the template.
+    """
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
     except Exception as error:  # templates are programs of the model's makers: they may raise anything
-        raise CalibrationError(
+        raise refusal(
             f"{place} does not fit the chat template ({type(error).__name__}: {error})",
             "Give each message a `role` and a `content` that the template knows",
         ) from error

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from saap.data.samples import token_stream
-from saap.data.texts import FILE_ENDINGS, KINDS, MIXED, read_documents, read_rows
+from saap.data.texts import FILE_ENDINGS, KINDS, MIXED, read_documents, read_rows, template_text
 from saap.errors import TrainingDataError
 from saap.records import IntArray, digest_of
 
@@ -180,8 +180,9 @@ def _with_template(place: str, messages: list[Any], roles: list[Any], tokenizer:
     for index, role in enumerate(roles):
         if role != "assistant":
             continue
-        before = _written(place, messages[:index], tokenizer, prompt=True) if index else ""
-        after = _written(place, messages[: index + 1], tokenizer, prompt=False)
+        asked, answered = messages[:index], messages[: index + 1]
+        before = template_text(place, asked, tokenizer, refusal=TrainingDataError, prompt=True) if asked else ""
+        after = template_text(place, answered, tokenizer, refusal=TrainingDataError)
         if not (before.startswith(done) and after.startswith(before)):
             raise TrainingDataError(
                 f"{place} cannot be cut into questions and answers: the chat template rewrites earlier turns",
@@ -190,16 +191,6 @@ def _with_template(place: str, messages: list[Any], roles: list[Any], tokenizer:
         pieces += [(before[len(done) :], False), (after[len(before) :], True)]
         done = after
     return pieces
-
-
-def _written(place: str, messages: list[Any], tokenizer: Any, *, prompt: bool) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-    except Exception as error:  # templates are programs of the model's makers: they may raise anything
-        raise TrainingDataError(
-            f"{place} does not fit the chat template ({type(error).__name__}: {error})",
-            "Give each message a `role` and a `content` that the template knows",
-        ) from error
 
 
 def _joined(pieces: list[tuple[str, bool]], tokenizer: Any) -> tuple[IntArray, np.ndarray[Any, np.dtype[np.bool_]]]:

@@ -101,7 +101,7 @@ def read_prompts(source: str | Path) -> tuple[Prompt, ...]:
     return tuple(found)
 
 
-def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = True) -> list[int]:
     """Token ids of a prompt, as the user's turn of a chat where the tokenizer has a template and `chat` asks for it."""
     if chat and getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]

@@ -22,13 +22,13 @@ from saap.errors import OutputError
 from saap.export.config_files import adaptive_config, stock_config, with_both_rope_spellings
 from saap.export.manifest import RunManifest
 from saap.export.model_card import model_card
+from saap.export.placing import check_place
 from saap.models import modeling_pruned
 from saap.models.structure import PrunedStructure
 from saap.records import ImportanceScores, Layout, ModelGraph, StructurePlan
 from saap.storage import write_plan, write_scores
 
 SHARD_SIZE = "2GB"
-_SPARE_BYTES = 64 * 1024**2
 _LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 
 
@@ -91,15 +91,7 @@ def check_output(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
             raise OutputError(f"The folder {out} exists", "Choose another --out, or use --overwrite")
         if not (out / "config.json").is_file():
             raise OutputError(f"The folder {out} holds something that is no model", "Choose another --out")
-    parent = next(path for path in out.absolute().parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{parent} cannot be written", "Choose another --out")
-    needed, free = needed_bytes + _SPARE_BYTES, shutil.disk_usage(parent).free
-    if needed > free:
-        raise OutputError(
-            f"{out} needs {needed / 1e6:,.0f} MB, but {parent} has {free / 1e6:,.0f} MB free",
-            "Free some space, or choose another --out",
-        )
+    check_place(out, needed_bytes)
 
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:

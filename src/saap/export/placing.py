@@ -1,7 +1,8 @@
-"""The last step: a finished folder takes its place."""
+"""Where a result goes: whether it can be put there, and the last step, in which a finished folder takes its place."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -10,6 +11,21 @@ from saap.errors import OutputError
 from saap.export.manifest import RunManifest
 from saap.export.model_card import model_card
 from saap.storage import write_whole
+
+_SPARE_BYTES = 64 * 1024**2
+
+
+def check_place(out: Path, needed_bytes: int) -> None:
+    """Raise OutputError now if nothing could be written at `out` later. needed_bytes: of the weights."""
+    parent = next(path for path in out.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{parent} cannot be written", "Choose another --out")
+    needed, free = needed_bytes + _SPARE_BYTES, shutil.disk_usage(parent).free
+    if needed > free:
+        raise OutputError(
+            f"{out} needs {needed / 1e6:,.0f} MB, but {parent} has {free / 1e6:,.0f} MB free",
+            "Free some space, or choose another --out",
+        )
 
 
 def complete_records(folder: Path, manifest: RunManifest, base_model_type: str) -> None:

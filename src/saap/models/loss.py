@@ -56,10 +56,28 @@ def _likelihood_and_gradient(
     part = hidden.detach().unsqueeze(0).requires_grad_(True)
     with torch.enable_grad():
         logits = walker.logits(part)
-    log_probabilities = logits.detach().log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    index = targets.to(logits.device).view(1, -1, 1)
-    likelihood = log_probabilities.gather(-1, index).sum()
-    slope = log_probabilities.exp_()
-    slope.scatter_add_(-1, index, torch.full_like(index, -1, dtype=slope.dtype))
-    (gradient,) = torch.autograd.grad(logits, part, slope.div_(predictions).to(logits.dtype))
+    losses, slope = token_losses(logits.detach()[0], targets.to(logits.device))
+    likelihood = -losses.sum()
+    (gradient,) = torch.autograd.grad(logits, part, slope.div_(predictions).to(logits.dtype).unsqueeze(0))
     return likelihood, gradient[0]
+
+
+def token_losses(
+    logits: Tensor, targets: Tensor, goal: Tensor | None = None, weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Loss of each token and its slope.
+
+    logits: (tokens, vocabulary). targets: (tokens,). goal: (tokens, vocabulary) probabilities of the teacher. Returns
+    (tokens,) (1 - weight) (-log p[target]) + weight sum_v goal (log goal - log p), and its gradient by the logits,
+    p - (1 - weight) onehot - weight goal, float32 at least.
+    """
+    log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    index = targets.unsqueeze(-1)
+    losses = -log_p.gather(-1, index).squeeze(-1)
+    if goal is None:
+        slope = log_p.exp_()
+        return losses, slope.scatter_add_(-1, index, torch.full_like(index, -1, dtype=slope.dtype))
+    divergence = torch.xlogy(goal, goal).sum(-1) - (goal * log_p).sum(-1)
+    slope = log_p.exp_().sub_(goal, alpha=weight)
+    slope.scatter_add_(-1, index, torch.full_like(index, weight - 1, dtype=slope.dtype))
+    return (1 - weight) * losses + weight * divergence, slope

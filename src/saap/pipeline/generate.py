@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from saap.errors import ConfigurationError, ModelError
+from saap.evaluation.generation import prompt_ids
 from saap.pipeline.inputs import RunOptions, open_model
 
 
@@ -96,7 +97,10 @@ def stream(speaker: Speaker, prompt: str, settings: GenerationSettings) -> Itera
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(settings.seed)
     ends = _end_tokens(model, tokenizer)
-    inputs, cache = torch.tensor([prompt_ids(tokenizer, prompt, chat=settings.chat)], device=device), None
+    ids = prompt_ids(tokenizer, prompt, chat=settings.chat)
+    if not ids:
+        raise ConfigurationError("--prompt has no tokens", "Give a text that the model can continue")
+    inputs, cache = torch.tensor([ids], device=device), None
     written: list[int] = []
     while len(written) < settings.max_tokens:
         output = model(inputs, past_key_values=cache, use_cache=True)
@@ -114,19 +118,6 @@ def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator)
     if temperature == 0:
         return int(logits.argmax())
     return int(torch.multinomial(torch.softmax(logits.float() / temperature, -1), 1, generator=generator))
-
-
-def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = True) -> list[int]:
-    """Token ids of the prompt, as a user's turn where there is a chat template. Raises ConfigurationError if empty."""
-    if chat and getattr(tokenizer, "chat_template", None):
-        turn = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-    else:
-        ids = tokenizer(prompt).input_ids
-    if not ids:
-        raise ConfigurationError("--prompt has no tokens", "Give a text that the model can continue")
-    return [int(index) for index in ids]
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:

@@ -13,7 +13,7 @@ from torch import nn
 from saap.config import Method, PrunableRole, PruneConfig, Strategy
 from saap.data.generated import random_starts, sample_from_model
 from saap.data.samples import Calibration, SampleRequest, draw_sets, token_stream
-from saap.data.texts import MIXED, evaluation_text
+from saap.data.texts import evaluation_text
 from saap.models.devices import pick_device, pick_dtype
 from saap.models.loading import load_model, load_tokenizer, model_ref
 from saap.models.references import resolve_model
@@ -113,7 +113,7 @@ def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:
     able = loaded.tokenizer is not None and hasattr(loaded.model, "generate")
     settings = config.effort_settings
     wanted = min(settings.generated_sequences, settings.refit_sequences // 2)
-    return wanted if able and config.calibration == (MIXED,) else 0
+    return 0 if config.trusts_calibration or not able else wanted
 
 
 def write_refit_text(loaded: LoadedModel, config: PruneConfig, progress: Callable[[int, int], None] | None) -> IntArray:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from saap.evaluation.generation import prompt_ids
 from saap.evaluation.perplexity import perplexity
 from saap.pipeline.inputs import TokenSets
 
@@ -47,14 +48,10 @@ def greedy_answer(model: nn.Module, tokenizer: Any | None) -> tuple[str, str]:
     if tokenizer is None or generate is None:
         return "", ""
     device = next(model.parameters()).device
-    if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": QUESTION}]
-        prompt = QUESTION
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    else:
-        prompt = OPENING
-        ids = tokenizer(OPENING, return_tensors="pt")
-    inputs = {name: value.to(device) for name, value in ids.items() if name in ("input_ids", "attention_mask")}
-    length = inputs["input_ids"].shape[1]
-    made = generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0)
-    return prompt, str(tokenizer.decode(made[0, length:], skip_special_tokens=True)).strip()
+    prompt = QUESTION if getattr(tokenizer, "chat_template", None) else OPENING
+    ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
+    made = generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER_TOKENS, do_sample=False,
+        pad_token_id=tokenizer.pad_token_id or 0,
+    )  # fmt: skip
+    return prompt, str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)).strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saap.models.loss import token_losses
 from saap.models.walker import BlockWalker
 
 LOGITS_AT_ONCE = 2**22
@@ -57,22 +58,3 @@ def loss_and_gradient(
 def sum_dtype(device: torch.device) -> torch.dtype:
     """float64 for sums over many tokens, where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def token_losses(logits: Tensor, targets: Tensor, goal: Tensor | None, weight: float) -> tuple[Tensor, Tensor]:
-    """Loss of each token and its slope.
-
-    logits: (tokens, vocabulary). targets: (tokens,). goal: (tokens, vocabulary) probabilities of the teacher. Returns
-    (tokens,) (1 - weight) (-log p[target]) + weight sum_v goal (log goal - log p), and its gradient by the logits,
-    p - (1 - weight) onehot - weight goal, float32 at least.
-    """
-    log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    index = targets.unsqueeze(-1)
-    losses = -log_p.gather(-1, index).squeeze(-1)
-    if goal is None:
-        slope = log_p.exp_()
-        return losses, slope.scatter_add_(-1, index, torch.full_like(index, -1, dtype=slope.dtype))
-    divergence = torch.xlogy(goal, goal).sum(-1) - (goal * log_p).sum(-1)
-    slope = log_p.exp_().sub_(goal, alpha=weight)
-    slope.scatter_add_(-1, index, torch.full_like(index, weight - 1, dtype=slope.dtype))
-    return (1 - weight) * losses + weight * divergence, slope

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +16,10 @@ from numpy.typing import NDArray
 from saap.errors import OutputError
 from saap.export.gguf.fields import Field
 from saap.export.gguf.plan import GgufPlan, PlannedTensor
+from saap.export.placing import check_place
 from saap.models.stored_tensors import StoredTensors
 
 CHUNK_VALUES = 2**20
-_SPARE_BYTES = 64 * 1024**2
 
 
 def check_file(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
@@ -29,15 +28,7 @@ def check_file(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
         raise OutputError(f"{out} is a folder", "Name the file to write, e.g. --out model.gguf")
     if out.exists() and not overwrite:
         raise OutputError(f"The file {out} exists", "Choose another --out, or use --overwrite")
-    parent = next(path for path in out.absolute().parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{parent} cannot be written", "Choose another --out")
-    needed, free = needed_bytes + _SPARE_BYTES, shutil.disk_usage(parent).free
-    if needed > free:
-        raise OutputError(
-            f"{out} needs {needed / 1e6:,.0f} MB, but {parent} has {free / 1e6:,.0f} MB free",
-            "Free some space, or choose another --out",
-        )
+    check_place(out, needed_bytes)
 
 
 @contextmanager
