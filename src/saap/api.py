@@ -29,7 +29,7 @@ from saap.estimation.calibrate import estimate as _estimate
 from saap.estimation.selection import unit_scores
 from saap.evaluation.generation import BUNDLED
 from saap.models.loading import model_ref
-from saap.pipeline.evaluate import EvalReport, EvalRequest, evaluate_model
+from saap.pipeline.evaluate import EvalReport, evaluate_model
 from saap.pipeline.inputs import RunOptions, open_model
 from saap.pipeline.progress import Reporter
 from saap.pipeline.recover import run_recover
@@ -37,6 +37,7 @@ from saap.pipeline.recovery_report import RecoverResult
 from saap.pipeline.report import PruneResult
 from saap.pipeline.run import run_prune
 from saap.records import ImportanceScores, Layout, ModelGraph, Role, StructurePlan
+from saap.requests import EvalRequest
 from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace
 from saap.structure_search.plan import search as _search

@@ -17,6 +17,7 @@ from saap.commands.generate import generate
 from saap.commands.options import AsJson, Device, Quiet, Revision, TrustRemoteCode
 from saap.commands.recover import recover
 from saap.commands.report import report
+from saap.commands.run import run
 from saap.errors import SaapError
 
 if TYPE_CHECKING:
@@ -253,6 +254,7 @@ app.command()(recover)
 app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(report)
+app.command()(run)
 
 
 def main() -> None:

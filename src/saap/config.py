@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -186,6 +186,14 @@ class PruneConfig(BaseModel):
     restore: bool = True
     effort: Effort = Effort.DEFAULT
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _restore_by_method(cls, given: Any) -> Any:
+        """Baselines run as they were published, so only our own method restores without being told to."""
+        if isinstance(given, dict) and "restore" not in given:
+            return {**given, "restore": given.get("method", Method.SAAP) == Method.SAAP}
+        return given
 
     @model_validator(mode="after")
     def _check(self) -> PruneConfig:

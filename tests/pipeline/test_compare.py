@@ -12,10 +12,10 @@ from saap.config import Method, MethodChoice, PruneConfig
 from saap.errors import ConfigurationError, StaleInputError, TargetError
 from saap.parsing import parse_methods, parse_seeds
 from saap.pipeline.compare import CompareRequest, compare
-from saap.pipeline.evaluate import EvalRequest
 from saap.pipeline.inputs import RunOptions
 from saap.pipeline.tables import write_tables
 from saap.reporting.tables import comparison_table
+from saap.requests import EvalRequest
 
 METHODS = (Method.SAAP, Method.LLM_PRUNER_ELEMENT1, Method.FLAP, Method.MAGNITUDE)
 

@@ -56,13 +56,12 @@ def compare(
     from saap.display import make_reporter
     from saap.display_compare import print_comparison
     from saap.errors import ConfigurationError
-    from saap.evaluation.zero_shot import TASKS
     from saap.parsing import choice, parse_methods, parse_ratios, parse_roles, parse_seeds
     from saap.pipeline.compare import CompareRequest
     from saap.pipeline.compare import compare as run_compare
-    from saap.pipeline.evaluate import EvalRequest
     from saap.pipeline.inputs import RunOptions
     from saap.pipeline.tables import write_tables
+    from saap.requests import EvalRequest
 
     restorations = {"both": (False, True), "yes": (True,), "no": (False,)}
     if restore not in restorations:
@@ -75,7 +74,7 @@ def compare(
     )  # fmt: skip
     evaluation = EvalRequest(
         texts=tuple(perplexity) if perplexity else ("bundled",), window=window, max_tokens=max_tokens,
-        tasks=TASKS if named == ("paper",) else named, task_data=task_data, limit=limit,
+        tasks=named, task_data=task_data, limit=limit,
     )  # fmt: skip
     request = CompareRequest(
         methods=parse_methods(methods), config=config, seeds=parse_seeds(seeds),

@@ -72,9 +72,9 @@ def evaluate(
     from saap.display import make_reporter
     from saap.display_eval import print_eval, print_ratings
     from saap.errors import ConfigurationError
-    from saap.evaluation.zero_shot import TASKS
-    from saap.pipeline.evaluate import EvalRequest, evaluate_model, judge_ratings, write_report
+    from saap.pipeline.evaluate import evaluate_model, judge_ratings, write_report
     from saap.pipeline.inputs import RunOptions
+    from saap.requests import EvalRequest
 
     if human_ratings:
         if model is not None:
@@ -89,11 +89,11 @@ def evaluate(
     named = () if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
     request = EvalRequest(
         texts=tuple(perplexity or ()), window=window, stride=stride, max_tokens=max_tokens,
-        tasks=TASKS if named == ("paper",) else named, task_data=task_data, limit=limit,
+        tasks=named, task_data=task_data, limit=limit,
         prompts=prompts or ("bundled" if generation else None), generated_tokens=tokens, chat=chat, dense=dense,
         beside=tuple(beside or ()), human_kit=human_kit, seed=seed,
     )  # fmt: skip
-    if not (request.texts or request.tasks or request.prompts or request.chat or request.human_kit):
+    if request.names_nothing:
         raise ConfigurationError(
             "nothing to measure was named",
             "Give some of --perplexity, --tasks, --generation, --prompts, --chat, --human-kit, --human-ratings",

@@ -44,8 +44,9 @@ def export(
     from saap.display import make_reporter
     from saap.errors import ConfigurationError
     from saap.parsing import choice
-    from saap.pipeline.export import ExportFormat, GgufType, export_decilm, export_gguf
+    from saap.pipeline.export import export_decilm, export_gguf
     from saap.pipeline.export import push as push_to_hub
+    from saap.requests import ExportFormat, GgufType
 
     if push is not None and out is None:
         address = push_to_hub(model, push, private=private)

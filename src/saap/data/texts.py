@@ -111,6 +111,12 @@ def read_conversations(path: Path) -> tuple[list[dict[str, Any]], ...]:
     return tuple(found)
 
 
+def check_source(source: str) -> None:
+    """Raise CalibrationError now if `source` names neither a known text nor a file; nothing is read or fetched."""
+    if source not in (MIXED, *KINDS, *DATA_SETS) and not Path(source).is_file():
+        raise _unknown(source)
+
+
 def names_a_source(text: str) -> bool:
     """Whether a string given as calibration means a name or a file rather than being the text itself."""
     if text == MIXED or text in KINDS or text in DATA_SETS or not any(character.isspace() for character in text):

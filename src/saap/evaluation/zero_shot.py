@@ -23,9 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import nn
 
 from saap.errors import EvaluationError
-
-TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-"""The seven tasks of the SAAP paper, by the harness' names."""
+from saap.requests import PAPER_TASKS
 
 SPLITS = ("test", "validation")
 BATCH = 8
@@ -136,7 +134,8 @@ def check_tasks(names: Sequence[str], data: Path | None, limit: int | None = Non
     known = harness.task_names()
     for name in names:
         if name not in known:
-            raise EvaluationError(f"the task {name!r} is unknown", f"{_near(name, sorted(known))}{', '.join(TASKS)}")
+            hint = _near(name, sorted(known))
+            raise EvaluationError(f"the task {name!r} is unknown", f"{hint}{', '.join(PAPER_TASKS)}")
 
 
 def evaluate_tasks(
@@ -272,7 +271,7 @@ class _Harness:
         """Score one task. source: where its rows came from."""
         name = str(task.config.task)
         if task.OUTPUT_TYPE != "multiple_choice":
-            raise EvaluationError(f"{name} is no multiple-choice task", f"Use some of {', '.join(TASKS)}")
+            raise EvaluationError(f"{name} is no multiple-choice task", f"Use some of {', '.join(PAPER_TASKS)}")
         with _quiet(), torch.no_grad():
             wrapped = self.model_class(pretrained=model, tokenizer=tokenizer, batch_size=batch, backend="causal")
             found = self.evaluator.simple_evaluate(

@@ -77,12 +77,8 @@ def _open(resolved: ResolvedModel, device: torch.device, dtype: torch.dtype) -> 
         # the bar of the GGUF reader knows no switch
         with quiet_transformers(), redirect_stderr(io.StringIO()) if resolved.gguf_file else nullcontext():
             model, info = AutoModelForCausalLM.from_pretrained(resolved.folder, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"{resolved.source} cannot be opened as a causal language model ({reason})",
-            "Check that its files are complete and of such a model",
-        ) from error
+    except Exception as error:  # a configuration is code's input, and the code of each family refuses it in its own way
+        raise _unusable(resolved, error) from error
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -92,6 +88,28 @@ def _open(resolved: ResolvedModel, device: torch.device, dtype: torch.dtype) -> 
     if resolved.gguf_file is not None:
         _forget_quantization(model)
     return model.to(device).eval().requires_grad_(False)
+
+
+def model_without_weights(resolved: ResolvedModel) -> Any:
+    """A model of the right classes and shapes on the meta device. Raises ModelError if no such model can be made."""
+    register_pruned_models()
+    options = {} if resolved.gguf_file is None else {"gguf_file": resolved.gguf_file}
+    trusted = resolved.trust_remote_code
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(resolved.folder, trust_remote_code=trusted, **options)
+            model = AutoModelForCausalLM.from_config(config, dtype=resolved.dtype, trust_remote_code=trusted)
+    except Exception as error:  # a configuration is code's input, and the code of each family refuses it in its own way
+        raise _unusable(resolved, error) from error
+    return model.eval().requires_grad_(False)
+
+
+def _unusable(resolved: ResolvedModel, error: Exception) -> ModelError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ModelError(
+        f"{resolved.source} cannot be opened as a causal language model ({reason})",
+        "Check that its files are complete and of such a model",
+    )
 
 
 def _forget_quantization(model: Any) -> None:

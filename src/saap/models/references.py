@@ -65,6 +65,20 @@ def resolve_model(model: str | Path, revision: str | None = None, trust_remote_c
     Raises ModelError: nothing there, no config.json, weights only as pickle, a damaged or missing safetensors file,
     an index that points outside its folder, code that would have to be run but is not trusted.
     """
+    return _resolve(model, revision, trust_remote_code, weights=True)
+
+
+def resolve_configuration(
+    model: str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> ResolvedModel:
+    """As `resolve_model`, for a look at the structure: weights need not be there, and none are downloaded.
+
+    dtype: as the configuration says, which may not be that of the weights.
+    """
+    return _resolve(model, revision, trust_remote_code, weights=False)
+
+
+def _resolve(model: str | Path, revision: str | None, trust_remote_code: bool, *, weights: bool) -> ResolvedModel:
     source = str(model)
     path = Path(model).expanduser()
     if source in PACKAGED_MODELS and not path.exists():
@@ -72,18 +86,19 @@ def resolve_model(model: str | Path, revision: str | None = None, trust_remote_c
     if path.suffix == ".gguf":
         return _resolve_gguf(source, path, revision)
     if not path.exists():
-        path = _download(source, revision, trust_remote_code)
+        path = _download(source, revision, trust_remote_code, weights=weights)
     if not path.is_dir():
         raise ModelError(f"{path} is neither a folder nor a .gguf file", "Give a model folder, a GGUF file or a hub id")
     config = read_config(path)
     _check_code(path, config, trust_remote_code)
+    said = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     return ResolvedModel(
         source=source,
         folder=path,
         gguf_file=None,
         revision=revision,
         trust_remote_code=trust_remote_code,
-        dtype=stored_dtype(weight_files(path)),
+        dtype=stored_dtype(weight_files(path)) if weights else said if isinstance(said, torch.dtype) else torch.float32,
     )
 
 
@@ -148,11 +163,11 @@ def _resolve_gguf(source: str, path: Path, revision: str | None) -> ResolvedMode
     )
 
 
-def _download(source: str, revision: str | None, with_code: bool) -> Path:
+def _download(source: str, revision: str | None, with_code: bool, *, weights: bool) -> Path:
     """Fetch a repository of the hub into its cache, without pickle files; without code unless it is trusted."""
     if not _REPOSITORY.fullmatch(source):
         raise ModelError(f"The folder {source} does not exist", "Give a model folder, a GGUF file or a hub id")
-    patterns = [*_TEXT_FILES, "*.safetensors", *(["*.py"] if with_code else [])]
+    patterns = [*_TEXT_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if with_code else [])]
     try:
         names = huggingface_hub.HfApi().list_repo_files(source, revision=revision)
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:

@@ -36,7 +36,7 @@ def prune_and_recover(
     if options.out is None:
         raise ConfigurationError("--recover needs a folder", "Name it with --out DIR")
     targets = plan_targets(pruning, options)
-    _check_recovery(source, pruning, recovery, options)
+    check_recovery(source, pruning, recovery, options)
     stages = WorkFolder(options.out.with_name(options.out.name + ".saap-stages"))
     settings = [pruning.model_dump(mode="json"), recovery.model_dump(mode="json"), str(source), options.dtype]
     stages.open(digest_of(settings))
@@ -55,7 +55,8 @@ def prune_and_recover(
     return results
 
 
-def _check_recovery(source: str | Path, pruning: PruneConfig, recovery: RecoverConfig, options: RunOptions) -> None:
+def check_recovery(source: str | Path, pruning: PruneConfig, recovery: RecoverConfig, options: RunOptions) -> None:
+    """Refuse now what the recovery of what `pruning` makes would refuse later. Raises SaapError."""
     if pruning.align % recovery.group_size:
         raise ConfigurationError(
             f"--align {pruning.align} gives sizes that groups of {recovery.group_size} do not divide",

@@ -27,7 +27,7 @@ from saap.models.devices import quick_float32_products
 from saap.models.loading import load_tokenizer
 from saap.models.references import resolve_model
 from saap.pipeline.context import Run
-from saap.pipeline.evaluate import EvalRequest, check_request, finite, read_streams
+from saap.pipeline.evaluate import check_request, finite, read_streams
 from saap.pipeline.inputs import LoadedModel, RunOptions, TokenSets, draw_tokens, open_model
 from saap.pipeline.legality import legal_sizes
 from saap.pipeline.meter import Meter
@@ -38,6 +38,7 @@ from saap.pipeline.targets import Target, with_budgets
 from saap.pipeline.work import WorkFolder
 from saap.pipeline.written import GENERATED, write_text
 from saap.records import ImportanceScores, IntArray, ModelGraph, StructurePlan, digest_of
+from saap.requests import EvalRequest
 from saap.storage import write_whole
 from saap.structure_search.plan import SearchSpace, check_reachable
 
@@ -173,7 +174,7 @@ def _take_up(out: Path, request: CompareRequest, graph: ModelGraph) -> None:
     Raises StaleInputError if its rows were made with other settings, OutputError if it holds something else.
     """
     config = request.config.model_dump(mode="json", exclude={"pruning_ratios", "seed", "method"})
-    evaluation = {name: str(value) for name, value in dataclasses.asdict(request.evaluation).items()}
+    evaluation = {name: str(value) for name, value in request.evaluation.model_dump().items()}
     try:
         WorkFolder(out).open(digest_of([config, evaluation, graph.digest]))
     except (OutputError, StaleInputError) as error:

@@ -38,36 +38,10 @@ from saap.models.references import resolve_model
 from saap.pipeline.inputs import LoadedModel, RunOptions, open_model
 from saap.pipeline.progress import Reporter, Silent
 from saap.records import IntArray
+from saap.requests import EvalRequest
 from saap.storage import write_whole
 
 MODES = ("greedy", "sampled")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalRequest:
-    """What to measure.
-
-    texts: names of data sets, files, or `bundled`. window, stride: of the perplexity; stride None is the window.
-    max_tokens: only the first of each text. tasks: zero-shot tasks, from the hub or from files in `task_data`; limit:
-    only the first questions. prompts: a file or `bundled`, to generate from and to ask facts of. chat: a file of
-    conversations. dense: the model that a pruned one is compared with. beside: further models whose answers go into
-    `human_kit`, a page to write.
-    """
-
-    texts: tuple[str, ...] = ()
-    window: int = 512
-    stride: int | None = None
-    max_tokens: int | None = None
-    tasks: tuple[str, ...] = ()
-    task_data: Path | None = None
-    limit: int | None = None
-    prompts: str | None = None
-    generated_tokens: int = 128
-    chat: Path | None = None
-    dense: str | None = None
-    beside: tuple[str, ...] = ()
-    human_kit: Path | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

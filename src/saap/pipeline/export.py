@@ -6,7 +6,6 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from saap.models.references import PACKAGED_MODELS, ResolvedModel, packaged_file
 from saap.models.safetensor_files import weight_files
 from saap.models.stored_tensors import ModelTensors, SafetensorTensors, StoredTensors
 from saap.pipeline.progress import Reporter, Silent
+from saap.requests import GgufType
 from saap.storage import write_whole
 
 if TYPE_CHECKING:
@@ -33,24 +33,6 @@ if TYPE_CHECKING:
 CHECKED_TOKENS = 512
 WINDOW = 256
 _INSTALL = "Run pip install 'saap[gguf]'"
-
-
-class ExportFormat(StrEnum):
-    """What a model can be written as."""
-
-    GGUF = "gguf"
-    DECILM = "decilm"
-
-
-class GgufType(StrEnum):
-    """How the weights of a GGUF file are stored."""
-
-    F32 = "f32"
-    F16 = "f16"
-    BF16 = "bf16"
-    Q8_0 = "q8_0"
-    Q4_0 = "q4_0"
-    Q4_1 = "q4_1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

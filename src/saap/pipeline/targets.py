@@ -28,10 +28,10 @@ class Target:
     folder: Path | None
 
 
-def plan_targets(config: PruneConfig, options: RunOptions) -> list[Target]:
+def plan_targets(config: PruneConfig, options: RunOptions, *, check: bool = True) -> list[Target]:
     """The targets with their folders, not yet with budgets: several ratios become one subfolder of `out` each.
 
-    Raises OutputError for a folder that holds something, unless `overwrite`, or that cannot be written.
+    Raises OutputError, if `check`, for a folder that holds something, unless `overwrite`, or cannot be written.
     """
     names = [f"{ratio:g}" for ratio in config.pruning_ratios] or ["target"]
     targets = []
@@ -41,7 +41,7 @@ def plan_targets(config: PruneConfig, options: RunOptions) -> list[Target]:
             folder = folder / name
         targets.append(Target(name, None, folder))
     for target in targets:
-        if target.folder is not None:
+        if check and target.folder is not None:
             check_output(target.folder, 0, overwrite=options.overwrite)
     return targets
 
