@@ -77,3 +77,13 @@ def test_a_refusal_is_one_line_and_no_traceback(source: Path, tmp_path: Path) ->
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+def test_a_recipe_runs_dry(source: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {source}\nout: {tmp_path / 'out'}\nprune: {{pruning_ratios: [0.2]}}\nrecover: {{}}\n")
+    done = saap("run", recipe, "--dry-run", "--json", "--set", "prune.align=8", "--set", "recover=null")
+    assert done.returncode == 0, done.stderr
+    (step,) = json.loads(done.stdout)["steps"]
+    assert step["parameters"] < json.loads(done.stdout)["parameters"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]

@@ -25,7 +25,7 @@ def test_nothing_heavy_is_loaded(statement):
     assert loaded_by(statement) == set()
 
 
-@pytest.mark.parametrize("arguments", ["--help", "prune --help", "--version"])
+@pytest.mark.parametrize("arguments", ["--help", "prune --help", "run --help", "--version"])
 def test_help_loads_nothing_heavy(arguments):
     call = f"from saap.cli import app; app({arguments.split()!r}, standalone_mode=False)"
     assert loaded_by(call) <= {"pydantic"}  # newer versions of typer read the options' types with it
