@@ -36,6 +36,8 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, .gguf file, or `smollm2`.")]
 
 
+INTERRUPTED = 130
+
 # The base of all complaints about the command line itself; typer does not export it under a name of its own.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -271,8 +273,9 @@ def main() -> None:
         print(f"error: {message.rstrip('.')}. See `{command} --help`.", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # some versions of typer turn Ctrl-C into this code themselves
         print("interrupted: finished stages are kept; the same command goes on from there.", file=sys.stderr)
-        sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

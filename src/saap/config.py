@@ -99,6 +99,12 @@ def unit_roles(roles: tuple[PrunableRole, ...]) -> tuple[Role, ...]:
     return tuple(Role(role.value) for role in roles if role is not PrunableRole.BLOCK)
 
 
+def check_seed(seed: int) -> None:
+    """Raise ConfigurationError for a seed that a generator of random numbers does not take."""
+    if not 0 <= seed < 2**32:
+        raise ConfigurationError(f"--seed {seed} is out of range", "Give a whole number from 0 to 4294967295")
+
+
 class MethodChoice(BaseModel):
     """A method of a comparison, and the roles that it may prune; None leaves them to the comparison."""
 
@@ -224,6 +230,7 @@ class PruneConfig(BaseModel):
         ):
             if value < least:
                 raise ConfigurationError(f"{flag} {value} is too small", f"Give at least {least}")
+        check_seed(self.seed)
         if not self.roles:
             raise ConfigurationError("--roles is empty", f"Name some of {', '.join(PrunableRole)}")
         if not self.calibration:
@@ -304,12 +311,12 @@ class RecoverConfig(BaseModel):
     rank: int = 16
     alpha: float = 16.0
     teacher: str | None = None
-    distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    distillation: float = 0.0
     length: int = 512
     batch: int = 4
     micro_batch: int = 1
     learning_rate: float = 2e-3
-    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    warm_up: float = 0.05
     clip: float = 1.0
     max_steps: int | None = None
     max_tokens: int | None = None
@@ -348,6 +355,15 @@ class RecoverConfig(BaseModel):
             raise ConfigurationError(
                 "--error-feedback quantises, which plain LoRA does not", "Leave out one of the two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> RecoverConfig:
+        check_seed(self.seed)
+        for flag, share in (("--distillation", self.distillation), ("--warm-up", self.warm_up)):
+            whole = share == 1 and flag == "--distillation"
+            if not (0 <= share < 1 or whole):
+                raise ConfigurationError(f"{flag} {share:g} is out of range", "Give a share from 0 to 1")
         return self
 
     @property

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import TypeVar
 
-from saap.config import Method, MethodChoice, PrunableRole, SkipLayers
+from saap.config import Method, MethodChoice, PrunableRole, SkipLayers, check_seed
 from saap.errors import ConfigurationError
 
 Choice = TypeVar("Choice", bound=StrEnum)
@@ -72,6 +72,8 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         seeds = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ConfigurationError(f"--seeds {text!r} are not whole numbers", "Write them like 0,1,2") from None
+    for seed in seeds:
+        check_seed(seed)
     if len(set(seeds)) < len(seeds):
         raise ConfigurationError(f"--seeds {text!r} names one twice", "Name each once")
     return seeds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as tensors_to_bytes
 
-from saap.errors import PlanError, StaleInputError
+from saap.errors import OutputError, PlanError, StaleInputError
 from saap.records import (
     Candidate,
     CoupledGroup,
@@ -34,14 +35,21 @@ _GRAPH = TypeAdapter(ModelGraph)
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or all of the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file so that a reader sees the old content or all of the new. Raises OutputError, and leaves no part."""
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror or error})", "Free some space there, or choose another place"
+        ) from error
 
 
 def write_graph(path: Path, graph: ModelGraph) -> None:
@@ -243,9 +251,7 @@ def _kept(entry: _GroupEntry, group: CoupledGroup) -> tuple[int, ...] | int:
         if entry.kept > group.units:
             raise ValueError(f"kept {entry.kept} of {group.units}")
         return entry.kept
-    units = parse_units(entry.units)
-    if units and units[-1] >= group.units:
-        raise ValueError(f"unit {units[-1]} of {group.units}")
+    units = parse_units(entry.units, group.units)
     if entry.kept is not None and entry.kept != len(units):
         raise ValueError(f"kept is {entry.kept} but {len(units)} units are listed; correct one, or delete `units`")
     return units
@@ -256,8 +262,11 @@ def format_units(units: Iterable[int]) -> str:
     return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs_of(units))
 
 
-def parse_units(text: str) -> tuple[int, ...]:
-    """The indices that `format_units` wrote. Raises ValueError on anything else, also on indices given twice."""
+def parse_units(text: str, count: int | None = None) -> tuple[int, ...]:
+    """The indices that `format_units` wrote, below `count` if that is given.
+
+    Raises ValueError on anything else, also on indices given twice.
+    """
     units: list[int] = []
     for part in text.replace(" ", "").split(",") if text.strip() else []:
         first, dash, last = part.partition("-")
@@ -266,5 +275,7 @@ def parse_units(text: str) -> tuple[int, ...]:
         run = range(int(first), int(last or first) + 1)
         if not run or (units and run[0] <= units[-1]):
             raise ValueError(f"{part!r} does not follow in ascending order")
+        if count is not None and run[-1] >= count:
+            raise ValueError(f"unit {run[-1]} of {count}")
         units.extend(run)
     return tuple(units)

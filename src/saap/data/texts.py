@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from enum import StrEnum
@@ -164,9 +165,10 @@ def _unknown(name: str) -> CalibrationError:
         files = set()
     near = get_close_matches(name, [*known, *sorted(files)], n=3, cutoff=0.6)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
-    problem = "is a folder" if Path(name).is_dir() else "is neither a file nor a known text"
+    problem = "is a folder" if name and Path(name).is_dir() else "is neither a file nor a known text"
     return CalibrationError(
-        f"{name} {problem}", f"{hint}Give a {' or '.join(FILE_ENDINGS[:2])} file, or one of {', '.join(known)}"
+        f"{name or repr(name)} {problem}",
+        f"{hint}Give a {' or '.join(FILE_ENDINGS[:2])} file, or one of {', '.join(known)}",
     )
 
 
@@ -186,7 +188,7 @@ def _file_text(path: Path) -> str:
     try:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise CalibrationError(f"{path} cannot be read ({error})", "Give a readable text file") from error
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not UTF-8 at byte {error.start}", "Convert it to UTF-8") from error
@@ -216,8 +218,9 @@ def _rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"{place} is not JSON ({error.msg})", "Mend or remove the line") from error
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or type(error).__name__
+            raise CalibrationError(f"{place} is not JSON ({reason})", "Mend or remove the line") from error
         if not isinstance(row, dict):
             raise CalibrationError(f"{place} is not a JSON object", 'Write it as {"text": "..."}')
         yield place, row

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from saap.errors import OutputError
 from saap.export.config_files import adaptive_config, stock_config, with_both_rope_spellings
 from saap.export.manifest import RunManifest
 from saap.export.model_card import model_card
-from saap.export.placing import check_place
+from saap.export.placing import check_place, remove_leftovers
 from saap.models import modeling_pruned
 from saap.models.structure import PrunedStructure
 from saap.records import ImportanceScores, Layout, ModelGraph, StructurePlan
@@ -134,8 +135,10 @@ def whole_folder(out: Path) -> Iterator[Path]:
         else:
             part.rename(out)
         _flush(out.absolute().parent)
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written ({error.strerror or error})", "Choose another --out") from error
+        remove_leftovers(out)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{out} cannot be written ({reason})", "Free some space, or choose another --out") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -54,3 +56,11 @@ def place(folder: Path, out: Path) -> None:
             old.rename(out)
         raise OutputError(f"{out} cannot be written ({error.strerror or error})", "Choose another --out") from error
     shutil.rmtree(old, ignore_errors=True)
+    remove_leftovers(out)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Once `out` is in its place: delete what processes that were killed while they placed it have left beside it."""
+    for path in out.absolute().parent.glob(f".{glob.escape(out.name)}.*"):
+        if re.fullmatch(r"(part|old)-[0-9a-f]{8}", path.name[len(out.name) + 2 :]):
+            shutil.rmtree(path, ignore_errors=True)

@@ -122,7 +122,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} has no config.json", remedy)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise ModelError(f"{file} is no valid JSON", "Download or copy the file again") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{file} does not name a model_type", "Use the configuration of a causal language model")
@@ -131,9 +131,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _check_code(folder: Path, config: dict[str, Any], trusted: bool) -> None:
     known = config["model_type"] in CONFIG_MAPPING or config["model_type"] == MODEL_TYPE
-    if known or (trusted and "auto_map" in config):
+    if known or (trusted and isinstance(config.get("auto_map"), dict)):
         return
-    if "auto_map" in config:
+    if isinstance(config.get("auto_map"), dict):
         files = sorted({str(name).split("--")[-1].partition(".")[0] + ".py" for name in config["auto_map"].values()})
         raise ModelError(
             f"{folder} can only be opened by running its own code ({', '.join(files)})",

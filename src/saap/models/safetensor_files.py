@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from saap.errors import ModelError
+from saap.errors import ModelError, OutputError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -40,7 +41,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     index = folder / INDEX_NAME
     if index.exists():
         return _indexed_files(folder, index)
-    if (folder / SINGLE_NAME).exists():
+    if (folder / SINGLE_NAME).is_file():
         return (folder / SINGLE_NAME,)
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
     if pickled:
@@ -53,9 +54,11 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 def _indexed_files(folder: Path, index: Path) -> tuple[Path, ...]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+        names = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ModelError(f"{index} is no index of safetensors files", _DOWNLOAD_AGAIN) from None
+    if not names:
+        raise ModelError(f"{index} names no files", _DOWNLOAD_AGAIN)
     for name in names:
         if not isinstance(name, str) or name != PurePosixPath(name).name or name != PureWindowsPath(name).name:
             raise ModelError(
@@ -64,7 +67,7 @@ def _indexed_files(folder: Path, index: Path) -> tuple[Path, ...]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelError(f"{folder} lacks {', '.join(missing)}, named in {index.name}", "Download the missing files")
-    return tuple(folder / name for name in names)
+    return tuple(folder / name for name in sorted(names))
 
 
 def stored_dtype(files: tuple[Path, ...]) -> torch.dtype:
@@ -92,7 +95,7 @@ def read_header(file: Path) -> dict[str, Any]:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         ends = [_checked_end(entry) for entry in header.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ModelError(f"{file} has a damaged header", _DOWNLOAD_AGAIN) from None
     expected = 8 + length + max(ends, default=0)
     if size != expected:
@@ -161,7 +164,7 @@ class TensorEntry:
 def write_tensors(path: Path, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file of which only one tensor at a time need exist; whole or not at all.
 
-    The library can only write tensors that all exist.
+    The library can only write tensors that all exist. Raises OutputError.
     """
     names = {dtype: name for name, dtype in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -172,16 +175,23 @@ def write_tensors(path: Path, entries: Mapping[str, TensorEntry], metadata: Mapp
         place = end
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as stream:
-        stream.write(len(raw).to_bytes(8, "little") + raw)
-        for name, entry in entries.items():
-            tensor = entry.make().detach()
-            if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
-                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced otherwise")
-            flat = tensor.to("cpu").contiguous().reshape(-1)
-            flat.view(torch.uint8).numpy().tofile(stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as stream:
+            stream.write(len(raw).to_bytes(8, "little") + raw)
+            for name, entry in entries.items():
+                tensor = entry.make().detach()
+                if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+                    raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced otherwise")
+                flat = tensor.to("cpu").contiguous().reshape(-1)
+                flat.view(torch.uint8).numpy().tofile(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror or error})", "Free some space there, or choose another place"
+        ) from error

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from saap.config import check_seed
 from saap.data.samples import token_stream
 from saap.data.texts import Purpose, evaluation_text, read_conversations, read_documents
 from saap.errors import CalibrationError, ConfigurationError, EvaluationError, OutputError
@@ -147,6 +148,9 @@ def check_request(request: EvalRequest) -> tuple[Prompt, ...]:
         raise ConfigurationError(
             f"--stride {request.stride} does not fit --window {request.window}", f"Give 1 to {request.window}"
         )
+    if request.max_tokens is not None and request.max_tokens < 2:
+        raise ConfigurationError(f"--max-tokens {request.max_tokens} predicts nothing", "Give at least 2")
+    check_seed(request.seed)
     if request.generated_tokens < 1:
         raise ConfigurationError(f"--tokens {request.generated_tokens} writes nothing", "Give at least 1")
     if request.tasks:
@@ -292,7 +296,4 @@ def finite(value: Any) -> Any:
 
 def write_report(path: Path, data: Mapping[str, Any]) -> None:
     """Write a report as JSON, whole or not at all. Raises OutputError."""
-    try:
-        write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror})", "Choose another file") from error
+    write_whole(path, (json.dumps(data, indent=1) + "\n").encode())

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from saap.errors import VerificationError
@@ -29,7 +30,7 @@ from saap.pipeline.context import Run
 from saap.pipeline.diagnosis import diagnose_importance, diagnose_memory, diagnose_result, diagnose_search
 from saap.pipeline.outcome import Behaviour, observe
 from saap.pipeline.report import PruneReport, PruneResult, load_lines, structure_of
-from saap.pipeline.targets import Target
+from saap.pipeline.targets import Target, finished_report, note_finished
 from saap.records import ImportanceScores, Layout, StructurePlan, count_parameters
 from saap.storage import read_plan
 
@@ -109,8 +110,21 @@ def finish(run: Run, target: Target, made: Made, scores: ImportanceScores, dense
     report = _report(run, target, made, scores, dense, pruned)
     if written is not None and target.folder is not None:
         complete_records(written, _manifest(run, made.plan, scores, (dense, pruned)), made.base_model_type)
+        note_finished(run.work, target, written, report.as_dict())
         place(written, target.folder)
     return PruneResult(model=model, plan=made.plan, report=report, path=target.folder)
+
+
+def find_finished(run: Run, target: Target) -> PruneResult | None:
+    """The target's result, if an interrupted run had already put it in its place."""
+    saved = finished_report(run.work, target)
+    if saved is None or target.folder is None:
+        return None
+    report = TypeAdapter(PruneReport).validate_python(saved)
+    plan = read_plan(target.folder / "saap" / "plan.json", run.graph).structure_plan(run.graph)
+    compute = next(run.loaded.model.parameters()).dtype
+    model = load(target.folder, device=str(run.device), dtype=compute)
+    return PruneResult(model=model, plan=plan, report=report, path=target.folder)
 
 
 def _folder_name(target: Target) -> str:

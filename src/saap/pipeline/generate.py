@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from saap.config import check_seed
 from saap.errors import ConfigurationError, ModelError
 from saap.evaluation.generation import prompt_ids
 from saap.pipeline.inputs import RunOptions, open_model
@@ -29,6 +30,7 @@ class GenerationSettings:
             raise ConfigurationError(f"--max-tokens {self.max_tokens} is too small", "Give at least 1")
         if not 0 <= self.temperature < float("inf"):
             raise ConfigurationError(f"--temperature {self.temperature:g} is out of range", "Give 0 or more")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True, slots=True)

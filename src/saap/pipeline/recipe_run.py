@@ -112,7 +112,4 @@ class _State:
         self._write()
 
     def _write(self) -> None:
-        try:
-            self._file.write_json(STATE, {"steps": self._steps})
-        except OSError as error:
-            raise OutputError(f"{self._out} cannot be written ({error.strerror})", "Choose another `out`") from error
+        self._file.write_json(STATE, {"steps": self._steps})

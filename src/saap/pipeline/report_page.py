@@ -57,7 +57,7 @@ def write_page(page: Page, out: Path, figure_folder: Path | None) -> list[Path]:
 def _read_json(path: Path, what: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EvaluationError(f"{path} cannot be read as {what} ({error})", "Give another file") from None
     if not isinstance(content, dict):
         raise EvaluationError(f"{path} is not {what}", "Give another file")

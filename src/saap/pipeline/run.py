@@ -21,7 +21,7 @@ from saap.estimation.selection import unit_scores
 from saap.models.devices import quick_float32_products
 from saap.models.structure import mark_pruned, structure_of
 from saap.pipeline.context import Run
-from saap.pipeline.finish import Made, find_made, finish, keep_made
+from saap.pipeline.finish import Made, find_finished, find_made, finish, keep_made
 from saap.pipeline.inputs import (
     LoadedModel,
     RunOptions,
@@ -141,6 +141,8 @@ def _prepare(
     targets = plan_targets(config, options)
     with meter.stage("load the model"):
         loaded = open_model(source, options, tokenizer)
+    with meter.stage("read the calibration text"):
+        tokens = draw_tokens(loaded, config, calibration if calibration is not None else config.calibration)
     with meter.stage("discover the coupled structures"):
         graph = discover(loaded.model, loaded.ref)
         targets = with_budgets(targets, config, graph, loaded.dtype)
@@ -156,8 +158,6 @@ def _prepare(
                 check_reachable(graph, target.budget, space)
         if config.plan is not None:
             read_plan(config.plan, graph)
-    with meter.stage("read the calibration text"):
-        tokens = draw_tokens(loaded, config, calibration if calibration is not None else config.calibration)
     return _Prepared(targets, loaded, graph, space, tokens)
 
 
@@ -185,6 +185,10 @@ def _all_targets(run: Run, targets: Sequence[Target]) -> list[PruneResult]:
     plans = plans_for(run, targets, scores)
     results = []
     for index, (target, plan) in enumerate(zip(targets, plans, strict=True)):
+        finished = find_finished(run, target)
+        if finished is not None:
+            results.append(finished)
+            continue
         last = index == len(targets) - 1
         made = _make(run, target, plan, scores, may_consume=last and run.loaded.owned)
         results.append(finish(run, target, made, scores, dense))

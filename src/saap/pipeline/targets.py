@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from saap.config import PruneConfig
 from saap.export.huggingface import check_output
 from saap.pipeline.inputs import RunOptions
+from saap.pipeline.work import WorkFolder
 from saap.records import ModelGraph
 from saap.structure_search.objectives import Budget, budget_for_bytes, budget_for_parameters, budget_for_ratio
 
@@ -41,9 +44,34 @@ def plan_targets(config: PruneConfig, options: RunOptions, *, check: bool = True
             folder = folder / name
         targets.append(Target(name, None, folder))
     for target in targets:
-        if check and target.folder is not None:
+        path = work_path(options)
+        done = path is not None and path.is_dir() and finished_report(WorkFolder(path), target) is not None
+        if check and target.folder is not None and not done:
             check_output(target.folder, 0, overwrite=options.overwrite)
     return targets
+
+
+def note_finished(work: WorkFolder, target: Target, folder: Path, report: Mapping[str, Any]) -> None:
+    """Record that a result is whole, just before its `folder` is put in the target's place."""
+    work.write_json(_finished_name(target), {"manifest": _manifest_digest(folder), "report": report})
+
+
+def finished_report(work: WorkFolder, target: Target) -> dict[str, Any] | None:
+    """The report of a result that an interrupted run had already put in its place, None if it is not there."""
+    record = work.read_json(_finished_name(target))
+    if not isinstance(record, dict) or target.folder is None:
+        return None
+    there = _manifest_digest(target.folder)
+    return record.get("report") if there is not None and there == record.get("manifest") else None
+
+
+def _finished_name(target: Target) -> str:
+    return f"finished-{target.name}.json"
+
+
+def _manifest_digest(folder: Path) -> str | None:
+    file = folder / "saap" / "manifest.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def with_budgets(targets: Sequence[Target], config: PruneConfig, graph: ModelGraph, dtype: torch.dtype) -> list[Target]:

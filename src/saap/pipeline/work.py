@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from saap.errors import OutputError, StaleInputError
+from saap.export.placing import remove_leftovers
 from saap.storage import write_whole
 
 SETTINGS = "settings.json"
@@ -39,16 +42,14 @@ class WorkFolder:
                     "Delete that folder, or choose another --work-dir",
                 )
             return True
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or not self._is_of_no_use()):
             raise OutputError(f"The work folder {self.path} exists and is of no run", "Choose another --work-dir")
-        try:
-            self.write_json(SETTINGS, {"digest": settings_digest})
-        except OSError as error:
-            raise OutputError(
-                f"The work folder {self.path} cannot be written ({error.strerror})",
-                "Choose another --out or --work-dir",
-            ) from error
+        self.write_json(SETTINGS, {"digest": settings_digest})
         return False
+
+    def _is_of_no_use(self) -> bool:
+        """Whether a folder without settings is empty, but for what a process left that was killed at its beginning."""
+        return all(path.name == SETTINGS + ".part" for path in self.path.iterdir())
 
     def file(self, name: str) -> Path:
         """Path of a stage file."""
@@ -59,7 +60,7 @@ class WorkFolder:
         path = self.file(name)
         try:
             return json.loads(path.read_text()) if path.is_file() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise StaleInputError(f"{path} is damaged", "Delete the work folder and start again") from None
 
     def write_json(self, name: str, content: Any) -> None:
@@ -67,6 +68,14 @@ class WorkFolder:
         write_whole(self.file(name), json.dumps(content, indent=1).encode())
 
     def close(self, *, keep: bool) -> None:
-        """After success: delete the folder unless `keep`; one without a name of its own always goes."""
-        if self._temporary or not keep:
-            shutil.rmtree(self.path, ignore_errors=True)
+        """After success: delete the folder unless `keep`; one without a name of its own always goes.
+
+        It gets another name first, so that a folder that is half deleted is never taken up.
+        """
+        if keep and not self._temporary:
+            return
+        going = self.path.with_name(f".{self.path.name}.old-{uuid.uuid4().hex[:8]}")
+        with suppress(OSError):
+            self.path.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
+        remove_leftovers(self.path)

@@ -1,0 +1,321 @@
+"""More than a hundred bad inputs through the command line: exit code 2, one sentence with offender and remedy.
+
+Nothing is written, and no input is changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tests.pipeline import tiny
+
+from saap import cli
+
+RATIO = ("--pruning-ratio", "0.2")
+PRUNE = ("prune", "MODEL", "--out", "OUT", "--effort", "fast", "--samples", "4", "--sample-length", "32",
+         "--refit-tokens", "1024", "--align", "8")  # fmt: skip
+RECOVER = ("recover", "MODEL", "--out", "OUT", "--group-size", "16")
+EVAL = ("eval", "MODEL", "--out", "OUT")
+EXPORT = ("export", "MODEL", "--out", "OUT", "--no-verify")
+GENERATE = ("generate", "MODEL", "--no-dense", "--prompt", "Hello")
+COMPARE = ("compare", "MODEL", "--out", "OUT")
+Case = tuple[tuple[str, ...], str]
+
+FLAGS: list[Case] = [
+    (("prnue", "MODEL"), "prnue"),
+    (PRUNE, "no target was given"),
+    (("prune", "MODEL", *RATIO), "--out is missing"),
+    (("prune",), "MODEL"),
+    ((*PRUNE, *RATIO, "--target-params", "1M"), "--pruning-ratio and --target-params"),
+    *[((*PRUNE, "--pruning-ratio", text), offender) for text, offender in (
+        ("1.2", "1.2 is out of range"), ("1", "1 is out of range"), ("-0.1", "-0.1 is out of range"),
+        ("nan", "nan is out of range"), ("inf", "inf is out of range"), ("many", "'many' is not a number"),
+        ("", "'' is not a number"), ("0.2,", "'0.2,' is not a number"), ("0.2,0.2", "same ratio twice"),
+    )],
+    *[((*PRUNE, "--target-params", text), text) for text in ("5 apples", "-5M", "1e6", "1.5.2M")],
+    ((*PRUNE, "--target-params", "0"), "--target-params 0"),
+    ((*PRUNE, "--target-size", "0"), "--target-size 0"),
+    ((*PRUNE, "--target-size", "10 parsecs"), "'10 parsecs'"),
+    *[((*PRUNE, *RATIO, flag, value), offender) for flag, value, offender in (
+        ("--layout", "unifrom", "Did you mean uniform?"), ("--roles", "ffn,heads", "'heads'"),
+        ("--roles", "", "--roles is empty"), ("--skip-layers", "middle:3", "'middle:3'"),
+        ("--skip-layers", "first:-1", "'first:-1'"), ("--skip-layers", "first:1,first:2", "'first:1,first:2'"),
+        ("--strategy", "best", "'best'"), ("--importance", "taylor", "'taylor'"),
+        ("--fusion-scope", "block", "'block'"),
+        ("--aggregation", "mean", "'mean'"), ("--effort", "extreme", "'extreme'"), ("--method", "flaq", "mean flap?"),
+        ("--samples", "1", "--samples 1"), ("--samples", "x", "--samples"), ("--sample-length", "4", "--sample-length 4"),
+        ("--refit-tokens", "10", "--refit-tokens 10"), ("--align", "0", "--align 0"), ("--seed", "-1", "--seed -1"),
+        ("--seed", "99999999999999999999", "--seed 9999"), ("--device", "tpu", "tpu"),
+        ("--device", "cuda:99", "cuda:99"),
+        ("--dtype", "int8", "int8"), ("--recover-minutes", "3", "--recover-minutes"),
+        ("--calibration", "mixde", "mixed"),
+        ("--calibration", "", "'' is neither"), ("--calibration", "TMP", "is a folder"),
+        ("--unknown", "1", "--unknown"),
+        ("--plan", "plan.json", "--pruning-ratio and --plan"),
+    )],
+    ((*PRUNE, *RATIO, "--layout", "uniform", "--skip-layers", "first:1"), "--skip-layers"),
+    ((*PRUNE, *RATIO, "--method", "flap", "--strategy", "uniform"), "--strategy cannot be chosen"),
+    ((*PRUNE, *RATIO, "--method", "flap", "--layout", "uniform"), "biases"),
+    ((*PRUNE, "--plan", "no-plan.json"), "no-plan.json"),
+    ((*PRUNE, "--pruning-ratio", "0.98"), "cannot be removed"),
+    ((*PRUNE, "--target-params", "900M"), "out of range"),
+    ((*PRUNE, *RATIO, "--out", "MODEL"), "exists"),
+    ((*PRUNE, *RATIO, "--out", "MODEL/config.json", "--overwrite"), "is no folder"),
+    ((*PRUNE, *RATIO, "--work-dir", "MODEL"), "work folder"),
+    ((*PRUNE, *RATIO, "--out", "MODEL/config.json/deep"), "MODEL/config.json"),
+    *[((*RECOVER, flag, value), offender) for flag, value, offender in (
+        ("--bits", "5", "--bits 5"), ("--group-size", "20", "--group-size 20"), ("--rank", "0", "--rank 0"),
+        ("--alpha", "-1", "--alpha -1"), ("--distillation", "2", "--distillation 2"),
+        ("--distillation", "0.5", "has no teacher"), ("--warm-up", "1.5", "--warm-up 1.5"), ("--clip", "0", "--clip 0"),
+        ("--length", "4", "--length 4"), ("--batch", "0", "--batch 0"), ("--micro-batch", "0", "--micro-batch 0"),
+        ("--learning-rate", "0", "--learning-rate 0"), ("--learning-rate", "nan", "--learning-rate nan"),
+        ("--max-steps", "0", "--max-steps 0"), ("--max-tokens", "0", "--max-tokens 0"),
+        ("--max-minutes", "-1", "--max-minutes -1"), ("--validate-every", "0", "--validate-every 0"),
+        ("--validation-samples", "0", "--validation-samples 0"), ("--patience", "-1", "--patience -1"),
+        ("--tuning", "qlora", "'qlora'"), ("--data", "novel", "Did you mean novels"), ("--seed", "-1", "--seed -1"),
+        ("--out", "MODEL", "exists"), ("--device", "tpu", "tpu"), ("--teacher", "no-such/teacher!", "no-such/teacher!"),
+    )],
+    ((*RECOVER, "--tuning", "lora", "--error-feedback"), "--error-feedback"),
+    (("recover", "MODEL"), "--out"),
+    (EVAL, "nothing to measure"),
+    (("eval",), "no MODEL"),
+    *[((*EVAL, *flags), offender) for flags, offender in (
+        (("--perplexity", "bundled", "--window", "1"), "--window 1"),
+        (("--perplexity", "bundled", "--window", "99999"), "fewer than one window"),
+        (("--perplexity", "bundled", "--stride", "0"), "--stride 0"),
+        (("--perplexity", "bundled", "--stride", "600"), "--stride 600"),
+        (("--perplexity", "bundled", "--max-tokens", "0"), "--max-tokens 0"),
+        (("--perplexity", "wikitext"), "wikitext2"),
+        (("--tasks", "piqa", "--limit", "0"), "--limit 0"),
+        (("--generation", "--tokens", "0"), "--tokens 0"), (("--prompts", "none.txt"), "none.txt"),
+        (("--chat", "none.jsonl"), "none.jsonl"), (("--human-ratings", "none.csv"), "MODEL"),
+        (("--perplexity", "bundled", "--dense", "no-such/model!"), "no-such/model!"),
+        (("--generation", "--seed", "-1"), "--seed -1"),
+    )],
+    (("eval", "--human-ratings", "none.csv", "--human-key", "none.json"), "none.json"),
+    *[((*EXPORT, flag, value), offender) for flag, value, offender in (
+        ("--format", "onnx", "'onnx'"), ("--quantization", "q9", "'q9'"), ("--out", "MODEL/config.json", "exists"),
+        ("--push", "me/mine", "--push"),
+    )],
+    (("export", "MODEL"), "--out"),
+    *[((*GENERATE, flag, value), offender) for flag, value, offender in (
+        ("--prompt", " ", "--prompt is empty"), ("--against", "MODEL", "--against"), ("--max-tokens", "0", "0"),
+        ("--temperature", "-1", "-1"), ("--temperature", "nan", "nan"), ("--device", "tpu", "tpu"),
+        ("--seed", "-1", "--seed -1"),
+    )],
+    *[((*COMPARE, flag, value), offender) for flag, value, offender in (
+        ("--methods", "saap,flaq", "'flaq'"), ("--methods", "flap,flap", "twice"), ("--methods", "flap@fnn", "ffn"),
+        ("--seeds", "a", "'a'"), ("--seeds", "1,1", "twice"), ("--seeds", "-1", "--seed -1"),
+        ("--restore", "maybe", "'maybe'"),
+        ("--pruning-ratios", "2", "2 is out of range"), ("--perplexity", "nothing", "nothing"),
+    )],
+    (("report", "MODEL"), "neither by"),
+    (("report", "none"), "none"),
+    (("report", "MODEL", "--eval", "MODEL/config.json"), "config.json is no report"),
+    (("run", "none.yaml"), "none.yaml"),
+    (("run", "MODEL/model.safetensors"), "model.safetensors"),
+    (("run", "MODEL"), "cannot be read"),
+    (("inspect", "no-such/model!"), "no-such/model!"),
+    (("inspect", "TMP"), "no config.json"),
+    (("demo", "--effort", "huge"), "'huge'"),
+]  # fmt: skip
+
+
+def put(name: str, content: str | bytes) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return change
+
+
+def config(**fields: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+    return change
+
+
+def index(weight_map: object) -> Callable[[Path], None]:
+    return put("model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def weights(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def changed(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return changed
+
+
+def content(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def changed(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        file.write_bytes(change(file.read_bytes()))
+
+    return changed
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+MODELS: Mapping[str, tuple[Callable[[Path], Any], str]] = {
+    "config is no JSON": (put("config.json", "{"), "config.json is no valid JSON"),
+    "config is a list": (put("config.json", "[]"), "model_type"),
+    "config is not UTF-8": (put("config.json", b"\xff\xfe{"), "config.json is no valid JSON"),
+    "no model_type": (put("config.json", "{}"), "model_type"),
+    "unknown model_type": (config(model_type="quantum_llama"), "'quantum_llama'"),
+    "no text model": (config(model_type="vit"), "vit"),
+    "hidden size is a word": (config(hidden_size="many"), "hidden_size"),
+    "hidden size is negative": (config(hidden_size=-1), "MODEL"),
+    "no heads": (config(num_attention_heads=0), "MODEL"),
+    "no layers": (config(num_hidden_layers=0), "MODEL"),
+    "other sizes": (config(intermediate_size=40), "MODEL"),
+    "unknown activation": (config(hidden_act="swoosh"), "swoosh"),
+    "own code": (config(model_type="mine", auto_map={"AutoModelForCausalLM": "evil.Model"}), "evil.py"),
+    "auto_map is a word": (config(model_type="mine", auto_map="evil.Model"), "mine"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
+    "weights are a folder": (
+        lambda folder: ((folder / "model.safetensors").unlink(), (folder / "model.safetensors").mkdir()),
+        "model.safetensors",
+    ),
+    "pickle": (pickled, "pickle"),
+    "index is no JSON": (put("model.safetensors.index.json", "{"), "index.json is no index"),
+    "index has no map": (put("model.safetensors.index.json", "{}"), "index.json is no index"),
+    "index is a list": (put("model.safetensors.index.json", "[1]"), "index.json is no index"),
+    "index of numbers": (index({UP: 3}), "outside its folder"),
+    "index of mixed kinds": (index({UP: 3, "a": "model.safetensors"}), "index"),
+    "index leaves the folder": (index({UP: "../elsewhere.safetensors"}), "outside its folder"),
+    "index is absolute": (index({UP: "/etc/passwd"}), "outside its folder"),
+    "index goes into a folder": (index({UP: "a/b.safetensors"}), "outside its folder"),
+    "index leaves by a backslash": (index({UP: "..\\b.safetensors"}), "outside its folder"),
+    "index names the folder itself": (index({UP: ".."}), "model.safetensors.index.json"),
+    "index names a missing shard": (index({UP: "b.safetensors"}), "lacks b.safetensors"),
+    "empty index": (index({}), "model.safetensors.index.json"),
+    "truncated": (content(lambda raw: raw[:-100]), "model.safetensors"),
+    "trailing bytes": (content(lambda raw: raw + b"0000"), "model.safetensors"),
+    "empty weights": (content(lambda raw: b""), "truncated or no safetensors"),
+    "endless header": (content(lambda raw: b"\xff" * 8 + raw[8:]), "truncated or no safetensors"),
+    "header is no JSON": (content(lambda raw: raw[:8] + b"]" + raw[9:]), "damaged header"),
+    "a weight is missing": (weights(lambda tensors: tensors.pop(UP)), "up_proj"),
+    "a weight has another shape": (weights(lambda tensors: tensors.update({UP: tensors[UP][:5].clone()})), "MODEL"),
+    "tokenizer is no JSON": (put("tokenizer.json", "{"), "tokenizer"),
+    "tokenizer of another kind": (put("tokenizer.json", '{"model": {"type": "Magic"}}'), "tokenizer"),
+    "tokenizer_config is no JSON": (put("tokenizer_config.json", "{"), "tokenizer"),
+    "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "tokenizer"),
+}  # fmt: skip
+
+PLANS: Mapping[str, tuple[str, str]] = {
+    "no JSON": ("{", "is no plan"),
+    "no groups": ('{"format_version": 1}', "groups"),
+    "another version": ('{"format_version": 2, "groups": {}}', "format_version"),
+    "unknown key": ('{"format_version": 1, "groups": {}, "keeep": 1}', "keeep"),
+    "unknown group": ('{"format_version": 1, "groups": {"layers.77.ffn": {"kept": 3}}}', "layers.77.ffn"),
+    "too many": ('{"format_version": 1, "groups": {"layers.0.ffn": {"kept": 97}}}', "kept 97 of 96"),
+    "unit out of range": ('{"format_version": 1, "groups": {"layers.0.ffn": {"units": "0-96"}}}', "unit 96 of 96"),
+    "unit twice": ('{"format_version": 1, "groups": {"layers.0.ffn": {"units": "3,3"}}}', "ascending"),
+    "endless run": ('{"format_version": 1, "groups": {"layers.0.ffn": {"units": "0-99999999999"}}}', "unit"),
+    "no block": ('{"format_version": 1, "groups": {}, "dropped_blocks": [9]}', "no block 9"),
+    "every block": ('{"format_version": 1, "groups": {}, "dropped_blocks": [0, 1]}', "block"),
+    "nothing kept": ('{"format_version": 1, "groups": {"layers.0.attention": {"kept": 0}}}', "layers.0.attention"),
+}  # fmt: skip
+
+TEXTS: Mapping[str, tuple[str, bytes, str]] = {
+    "empty": ("t.txt", b"", "no text"),
+    "too short": ("t.txt", b"only a few words", "tokens"),
+    "not UTF-8": ("t.txt", b"\xff\xfe\xfa", "UTF-8"),
+    "another ending": ("t.csv", b"a,b", "t.csv"),
+    "no gzip": ("t.txt.gz", b"plain", "t.txt.gz"),
+    "cut gzip": ("t.txt.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03K", "t.txt.gz"),
+    "broken gzip": ("t.txt.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xff\xff\xff\xff", "t.txt.gz"),
+    "line is no JSON": ("t.jsonl", b'{"text": "good"}\n{"text": \n', "t.jsonl, line 2"),
+    "line is a list": ("t.jsonl", b"[1]\n", "t.jsonl, line 1"),
+    "no text or messages": ("t.jsonl", b'{"words": 1}\n', "t.jsonl, line 1"),
+    "text is a number": ("t.jsonl", b'{"text": 5}\n', "t.jsonl, line 1"),
+    "messages without a template": ("t.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n', "template"),
+    "deep JSON": ("t.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "t.jsonl, line 1"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.folder(tmp_path_factory.mktemp("dense") / "MODEL", num_hidden_layers=2)
+
+
+def state(folder: Path) -> dict[str, str]:
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in folder.rglob("*")
+    }
+
+
+def refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path, model: Path,
+    arguments: tuple[str, ...], offender: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(folder)
+    places = {"MODEL": str(model), "OUT": str(folder / "out"), "TMP": str(folder)}
+    given = [places.get(word, word) for word in arguments]
+    given = [word.replace("MODEL/", f"{model}/").replace("TMP/", f"{folder}/") for word in given]
+    before = {**state(folder), **state(model)}
+    monkeypatch.setattr(sys, "argv", ["saap", *given])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert caught.value.code == 2, error
+    assert len(lines) == 1, error
+    assert error.rstrip().endswith(lines[0]), error
+    assert "Traceback" not in error
+    assert offender in lines[0]
+    said, _, remedy = lines[0].replace("e.g. ", "").rstrip(".").rpartition(". ")
+    assert said, lines[0]
+    assert len(remedy.split()) > 1, lines[0]
+    assert {**state(folder), **state(model)} == before
+
+
+@pytest.mark.parametrize(("arguments", "offender"), FLAGS, ids=[f"{n}-{c[0][0]}" for n, c in enumerate(FLAGS)])
+def test_flags(capsys, monkeypatch, tmp_path, source, arguments, offender) -> None:
+    refused(capsys, monkeypatch, tmp_path, source, arguments, offender)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(capsys, monkeypatch, tmp_path, source, name) -> None:
+    change, offender = MODELS[name]
+    model = Path(shutil.copytree(source, tmp_path / "MODEL"))
+    change(model)
+    refused(capsys, monkeypatch, tmp_path, model, (*PRUNE, *RATIO), offender)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plans(capsys, monkeypatch, tmp_path, source, name) -> None:
+    text, offender = PLANS[name]
+    (tmp_path / "plan.json").write_text(text)
+    refused(capsys, monkeypatch, tmp_path, source, (*PRUNE, "--plan", "plan.json"), offender)
+
+
+@pytest.mark.parametrize("command", ["prune", "recover", "eval"])
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts(capsys, monkeypatch, tmp_path, source, name, command) -> None:
+    file, text, offender = TEXTS[name]
+    (tmp_path / file).write_bytes(text)
+    arguments = {
+        "prune": (*PRUNE, *RATIO, "--calibration", file), "recover": (*RECOVER, "--data", file),
+        "eval": (*EVAL, "--perplexity", file),
+    }[command]  # fmt: skip
+    refused(capsys, monkeypatch, tmp_path, source, arguments, offender)
+
+
+def test_there_are_more_than_a_hundred() -> None:
+    assert len(FLAGS) + len(MODELS) + len(PLANS) + 3 * len(TEXTS) > 200
