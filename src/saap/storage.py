@@ -229,6 +229,8 @@ def read_plan(path: Path, graph: ModelGraph) -> PlanFile:
         except ValueError as error:
             faults_found.append(f"{name}: {error}")
     faults_found += [f"no block {layer}" for layer in document.dropped_blocks if not 0 <= layer < len(graph.blocks)]
+    if graph.blocks and set(range(len(graph.blocks))) <= set(document.dropped_blocks):
+        faults_found.append("dropped_blocks: no block would be left")
     if faults_found:
         raise PlanError(f"{path} does not fit the model ({'; '.join(faults_found)})", "Correct these entries")
     return PlanFile(

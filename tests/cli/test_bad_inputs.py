@@ -51,7 +51,8 @@ FLAGS: list[Case] = [
         ("--strategy", "best", "'best'"), ("--importance", "taylor", "'taylor'"),
         ("--fusion-scope", "block", "'block'"),
         ("--aggregation", "mean", "'mean'"), ("--effort", "extreme", "'extreme'"), ("--method", "flaq", "mean flap?"),
-        ("--samples", "1", "--samples 1"), ("--samples", "x", "--samples"), ("--sample-length", "4", "--sample-length 4"),
+        ("--samples", "1", "--samples 1"), ("--samples", "x", "--samples"),
+        ("--sample-length", "4", "--sample-length 4"),
         ("--refit-tokens", "10", "--refit-tokens 10"), ("--align", "0", "--align 0"), ("--seed", "-1", "--seed -1"),
         ("--seed", "99999999999999999999", "--seed 9999"), ("--device", "tpu", "tpu"),
         ("--device", "cuda:99", "cuda:99"),
@@ -180,7 +181,7 @@ MODELS: Mapping[str, tuple[Callable[[Path], Any], str]] = {
     "hidden size is a word": (config(hidden_size="many"), "hidden_size"),
     "hidden size is negative": (config(hidden_size=-1), "MODEL"),
     "no heads": (config(num_attention_heads=0), "MODEL"),
-    "no layers": (config(num_hidden_layers=0), "MODEL"),
+    "no layers": (config(num_hidden_layers=0), "no decoder blocks"),
     "other sizes": (config(intermediate_size=40), "MODEL"),
     "unknown activation": (config(hidden_act="swoosh"), "swoosh"),
     "own code": (config(model_type="mine", auto_map={"AutoModelForCausalLM": "evil.Model"}), "evil.py"),
@@ -228,7 +229,7 @@ PLANS: Mapping[str, tuple[str, str]] = {
     "endless run": ('{"format_version": 1, "groups": {"layers.0.ffn": {"units": "0-99999999999"}}}', "unit"),
     "no block": ('{"format_version": 1, "groups": {}, "dropped_blocks": [9]}', "no block 9"),
     "every block": ('{"format_version": 1, "groups": {}, "dropped_blocks": [0, 1]}', "block"),
-    "nothing kept": ('{"format_version": 1, "groups": {"layers.0.attention": {"kept": 0}}}', "layers.0.attention"),
+    "neither kept nor units": ('{"format_version": 1, "groups": {"layers.0.attention": {}}}', "neither kept"),
 }  # fmt: skip
 
 TEXTS: Mapping[str, tuple[str, bytes, str]] = {

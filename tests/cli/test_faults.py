@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,9 @@ def test_killed_anywhere_and_taken_up(runner: Runner, tmp_path: Path) -> None:
     for point, out in zip(points, outs, strict=True):
         jobs.append({"arguments": runner.prune(out), "signal": int(signal.SIGKILL), "at": point})
         jobs.append({"arguments": runner.prune(out)})
+    start = time.perf_counter()
     results = runner.run(*jobs)
+    print(f"{len(jobs)} runs in {time.perf_counter() - start:.0f} s, {events} events")
     expected = digest(whole)
     assert len(expected) == 4
     for point, out, killed, resumed in zip(points, outs, results[::2], results[1::2], strict=True):

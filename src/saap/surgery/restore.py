@@ -234,6 +234,9 @@ def _refit(
     if kept != tuple(range(consumer.group.units)):
         cut_group(model, consumer.group, kept)
     result.keep[consumer.group.name] = kept
+    if not kept:  # nothing is left to refit: the module gives its bias
+        gone = weight.new_zeros(weight.shape[0], 0)
+        return [nn.functional.linear(seen.input[..., :0], gone.to(seen.input.dtype), bias) for seen in taken]
     with_bias = torch.cat([columns, torch.arange(extra, device=columns.device) + weight.shape[1]])
     start = torch.cat([weight, *([] if bias is None else [bias.float().unsqueeze(1)])], dim=1)[:, with_bias]
     new, error = ridge_refit(start, fit.select(with_bias), held.select(with_bias), settings.ridges)
