@@ -328,6 +328,15 @@ class RecoverConfig(BaseModel):
     seed: int = 0
 
     @model_validator(mode="after")
+    def _check_shares(self) -> RecoverConfig:
+        check_seed(self.seed)
+        for flag, share in (("--distillation", self.distillation), ("--warm-up", self.warm_up)):
+            whole = share == 1 and flag == "--distillation"
+            if not (0 <= share < 1 or whole):
+                raise ConfigurationError(f"{flag} {share:g} is out of range", "Give a share from 0 to 1")
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> RecoverConfig:
         if self.bits not in LEGAL_BITS:
             raise ConfigurationError(f"--bits {self.bits} is not possible", f"Use {', '.join(map(str, LEGAL_BITS))}")
@@ -355,15 +364,6 @@ class RecoverConfig(BaseModel):
             raise ConfigurationError(
                 "--error-feedback quantises, which plain LoRA does not", "Leave out one of the two"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_shares(self) -> RecoverConfig:
-        check_seed(self.seed)
-        for flag, share in (("--distillation", self.distillation), ("--warm-up", self.warm_up)):
-            whole = share == 1 and flag == "--distillation"
-            if not (0 <= share < 1 or whole):
-                raise ConfigurationError(f"{flag} {share:g} is out of range", "Give a share from 0 to 1")
         return self
 
     @property

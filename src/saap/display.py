@@ -161,6 +161,15 @@ def print_preview(shown: Mapping[str, Any]) -> None:
         )
     for name, tokens in shown["tokens"].items():
         console.print(f"tokens for {name}: {tokens:,}")
+    table = Table("stage on this machine", "about s", "memory, GB", "disk, MB")
+    forecast = shown["forecast"]
+    for stage in forecast["stages"]:
+        seconds = "?" if stage["seconds"] is None else f"{stage['seconds']:.0f}"
+        disk = f"{stage['disk_bytes'] / 1e6:,.0f}" if stage["disk_bytes"] else ""
+        table.add_row(escape(stage["name"]), seconds, f"{stage['peak_resident_bytes'] / 1e9:.1f}", disk)
+    peak = f"{forecast['peak_resident_bytes'] / 1e9:.1f}"
+    table.add_row("all", f"{forecast['seconds']:.0f}", peak, f"{forecast['disk_bytes'] / 1e6:,.0f}")
+    console.print(table)
     console.print("nothing was written.")
 
 

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,9 +79,7 @@ def test_killed_anywhere_and_taken_up(runner: Runner, tmp_path: Path) -> None:
     for point, out in zip(points, outs, strict=True):
         jobs.append({"arguments": runner.prune(out), "signal": int(signal.SIGKILL), "at": point})
         jobs.append({"arguments": runner.prune(out)})
-    start = time.perf_counter()
     results = runner.run(*jobs)
-    print(f"{len(jobs)} runs in {time.perf_counter() - start:.0f} s, {events} events")
     expected = digest(whole)
     assert len(expected) == 4
     for point, out, killed, resumed in zip(points, outs, results[::2], results[1::2], strict=True):
@@ -109,9 +106,9 @@ def test_an_interrupted_run_says_so_and_leaves_no_output(runner: Runner, tmp_pat
     assert beside(out) == ["out"]
 
 
-@pytest.mark.parametrize("largest", [30, 5_000, 30_000])
+@pytest.mark.parametrize("largest", [5_000, 30_000])
 def test_a_full_disk(runner: Runner, tmp_path: Path, largest: int) -> None:
-    """The settings, the scores and the weights are the first files that do not fit."""
+    """The scores, or only the weights, do not fit."""
     out = tmp_path / "out"
     full, again = runner.run(
         {"arguments": runner.prune(out), "largest_file": largest}, {"arguments": runner.prune(out)}

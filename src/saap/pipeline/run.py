@@ -22,6 +22,7 @@ from saap.models.devices import quick_float32_products
 from saap.models.structure import mark_pruned, structure_of
 from saap.pipeline.context import Run
 from saap.pipeline.finish import Made, find_finished, find_made, finish, keep_made
+from saap.pipeline.forecast import Probed, check_fits, forecast
 from saap.pipeline.inputs import (
     LoadedModel,
     RunOptions,
@@ -91,12 +92,22 @@ def run_prune(
 def preview(
     source: str | Path, config: PruneConfig, options: RunOptions, reporter: Reporter | None = None
 ) -> dict[str, Any]:
-    """What `run_prune` would do, after all checks that it makes before the estimation. Raises SaapError."""
+    """What `run_prune` would do and take, after all checks that it makes before the estimation.
+
+    Raises SaapError, also if the memory or the disk of this machine is too small.
+    """
     config = for_method(config)
     meter = Meter(reporter if reporter is not None else Silent())
     prepared = _prepare(source, config, options, meter, None, None)
     tokens = prepared.tokens
+    probed = Probed(
+        config, prepared.loaded, prepared.graph, prepared.space, tokens, prepared.targets, tuple(meter.stages)
+    )
+    meter.reporter.note("trying a part of each stage on this machine")
+    found = forecast(probed, Meter(Silent()))
+    check_fits(found, probed, options.out)
     return {
+        "forecast": found.as_dict(),
         "model": str(source),
         "parameters": prepared.graph.parameters,
         "block_parameters": prepared.graph.block_parameters,

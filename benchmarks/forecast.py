@@ -1,0 +1,63 @@
+"""Compares what `saap prune --dry-run` says that a run will take with what the run takes.
+
+    python benchmarks/forecast.py [flags of `saap prune`]      # default: --pruning-ratio 0.2 --effort fast
+
+Writes benchmarks/results/forecast.json: seconds and peak resident bytes of each stage, forecast and measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+FLAGS = ["--pruning-ratio", "0.2", "--effort", "fast"]
+
+
+def saap(flags: list[str], out: Path, *more: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "saap.cli", "prune", "smollm2", *flags, "--out", str(out), "--json", *more]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout))
+
+
+def main() -> None:
+    flags = sys.argv[1:] or FLAGS
+    with tempfile.TemporaryDirectory() as folder:
+        load = os.getloadavg()[0]
+        forecast = saap(flags, Path(folder) / "out", "--dry-run")["forecast"]
+        report = saap(flags, Path(folder) / "out")
+        size = sum(file.stat().st_size for file in (Path(folder) / "out").rglob("*") if file.is_file())
+    measured = report["stages"]
+    rows = [
+        {
+            "stage": said["name"],
+            "seconds": [said["seconds"], took["seconds"]],
+            "peak_resident_bytes": [said["peak_resident_bytes"], took["peak_resident_bytes"]],
+        }
+        for said, took in zip(forecast["stages"], measured, strict=True)
+    ]
+    pairs = {
+        "seconds": (forecast["seconds"], sum(stage["seconds"] for stage in measured)),
+        "peak_resident_bytes": (
+            forecast["peak_resident_bytes"], max(stage["peak_resident_bytes"] for stage in measured),
+        ),
+        "disk_bytes": (forecast["disk_bytes"], size),
+    }  # fmt: skip
+    result = {
+        "command": "saap prune smollm2 " + " ".join(flags),
+        "forecast_and_measured": pairs,
+        "error": {name: said / took - 1 for name, (said, took) in pairs.items()},
+        "stages": rows,
+        "environment": {"cores": os.cpu_count(), "load_before": [load, os.getloadavg()[0]]},
+    }
+    (RESULTS / "forecast.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({"error": result["error"], **pairs}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from tests.pipeline import tiny
+
+from saap.config import PruneConfig
+from saap.errors import ConfigurationError, OutputError
+from saap.pipeline import forecast as forecast_module
+from saap.pipeline.inputs import RunOptions
+from saap.pipeline.run import preview, run_prune
+
+SETTINGS = {"samples": 6, "sample_length": 32, "align": 8, "effort": "fast", "refit_tokens": 8192}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.folder(tmp_path_factory.mktemp("dense"))
+
+
+def test_the_stages_are_those_of_the_run(source: Path, tmp_path: Path) -> None:
+    config, options = PruneConfig(pruning_ratios=(0.2,), **SETTINGS), RunOptions(out=tmp_path / "out")
+    shown = preview(source, config, options)["forecast"]
+    assert list(tmp_path.iterdir()) == []
+    (result,) = run_prune(source, config, options)
+    assert [stage["name"] for stage in shown["stages"]] == [stage.name for stage in result.report.stages]
+    written = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert written * 0.9 < shown["disk_bytes"] < written * 2
+    assert shown["seconds"] == pytest.approx(sum(stage["seconds"] for stage in shown["stages"]))
+    assert shown["peak_resident_bytes"] > written
+
+
+def test_every_ratio_is_made_and_measured(source: Path, tmp_path: Path) -> None:
+    config = PruneConfig(pruning_ratios=(0.1, 0.3), restore=False, **SETTINGS)
+    stages = preview(source, config, RunOptions(out=tmp_path / "out"))["forecast"]["stages"]
+    assert sum(stage["name"] == "cut, block by block" for stage in stages) == 2
+    assert sum(stage["name"].startswith("search the structure (") for stage in stages) == 2
+
+
+def probed(peaks: dict[str, int], restore: bool = True) -> tuple[forecast_module.Forecast, forecast_module.Probed]:
+    stages = tuple(
+        forecast_module.StageForecast(name=name, seconds=1.0, peak_resident_bytes=peak) for name, peak in peaks.items()
+    )
+    found = forecast_module.Forecast(stages=stages, refit_tokens=8192, bytes_per_refit_token=1e6)
+    config = PruneConfig(pruning_ratios=(0.2,), restore=restore)
+    nothing = dict.fromkeys(field.name for field in dataclasses.fields(forecast_module.Probed))
+    return found, forecast_module.Probed(**{**nothing, "config": config})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("free", "others", "restore", "remedy"),
+    [
+        (7 * 10**9, 10**9, True, "--refit-tokens 5120"),
+        (11 * 10**8, 10**9, True, "--no-restore"),
+        (5 * 10**8, 10**9, True, "a machine with more memory"),
+        (5 * 10**8, 10**9, False, "a machine with more memory"),
+    ],
+)
+def test_too_little_memory_names_the_flag_that_helps(
+    monkeypatch: pytest.MonkeyPatch, free: int, others: int, restore: bool, remedy: str
+) -> None:
+    monkeypatch.setattr(forecast_module, "available_bytes", lambda: free)
+    found, run = probed({"load the model": others, "cut and restore, block by block": 92 * 10**8}, restore)
+    with pytest.raises(ConfigurationError, match=remedy):
+        forecast_module.check_fits(found, run, None)
+    monkeypatch.setattr(forecast_module, "available_bytes", lambda: 93 * 10**8)
+    forecast_module.check_fits(found, run, None)
+
+
+def test_too_little_disk_is_refused(tmp_path: Path) -> None:
+    found, run = probed({"load the model": 1})
+    stage = dataclasses.replace(found.stages[0], disk_bytes=10**18)
+    with pytest.raises(OutputError, match="MB free"):
+        forecast_module.check_fits(dataclasses.replace(found, stages=(stage,)), run, tmp_path / "out")
+
+
+def test_memory_of_this_machine() -> None:
+    assert (forecast_module.available_bytes() or 10**9) > 10**8
