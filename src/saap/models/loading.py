@@ -69,6 +69,8 @@ def load_model(resolved: ResolvedModel, *, device: torch.device, dtype: torch.dt
 def _open(resolved: ResolvedModel, device: torch.device, dtype: torch.dtype) -> Any:
     register_pruned_models()
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": resolved.trust_remote_code}
+    if resolved.gguf_file is None:
+        options["use_safetensors"] = True  # pickle files that lie beside them are never read
     if resolved.gguf_file is not None:
         options["gguf_file"] = resolved.gguf_file
         if hasattr(transformers, "GgufConfig"):  # older versions always dequantise
@@ -131,7 +133,7 @@ def load_tokenizer(resolved: ResolvedModel) -> Any | None:
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(resolved.folder, **options)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+    except Exception as error:  # tokenizer files are read by a library of another language, with errors of its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"The tokenizer of {resolved.source} cannot be read ({reason})", "Check its tokenizer files"

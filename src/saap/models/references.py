@@ -91,6 +91,8 @@ def _resolve(model: str | Path, revision: str | None, trust_remote_code: bool, *
         raise ModelError(f"{path} is neither a folder nor a .gguf file", "Give a model folder, a GGUF file or a hub id")
     config = read_config(path)
     _check_code(path, config, trust_remote_code)
+    if (path / "adapter_config.json").exists():  # transformers would open the base model that it names, wherever it is
+        raise ModelError(f"{path} holds an adapter", "Merge it into its model first, e.g. with peft's merge_and_unload")
     said = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     return ResolvedModel(
         source=source,
