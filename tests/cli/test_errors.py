@@ -48,38 +48,6 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: obje
     assert not list(tmp_path.glob(".out*"))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "offender"),
-    [
-        ([], "no target was given"),
-        (["--pruning-ratio", "0.2", "--target-params", "1M"], "--pruning-ratio and --target-params"),
-        (["--pruning-ratio", "1.2"], "1.2 is out of range"),
-        (["--pruning-ratio", "-0.1"], "-0.1 is out of range"),
-        (["--pruning-ratio", "many"], "'many' is not a number"),
-        (["--pruning-ratio", "0.2,0.2"], "same ratio twice"),
-        (["--target-params", "5 apples"], "'5 apples'"),
-        (["--target-size", "0"], "--target-size 0"),
-        (["--pruning-ratio", "0.2", "--layout", "unifrom"], "Did you mean uniform?"),
-        (["--pruning-ratio", "0.2", "--roles", "ffn,heads"], "'heads'"),
-        (["--pruning-ratio", "0.2", "--skip-layers", "middle:3"], "'middle:3'"),
-        (["--pruning-ratio", "0.2", "--strategy", "best"], "'best'"),
-        (["--pruning-ratio", "0.2", "--samples", "1"], "--samples 1"),
-        (["--pruning-ratio", "0.2", "--device", "tpu"], "tpu"),
-        (["--pruning-ratio", "0.2", "--dtype", "int8"], "int8"),
-        (["--pruning-ratio", "0.2", "--layout", "uniform", "--skip-layers", "first:1"], "--skip-layers"),
-        (["--pruning-ratio", "0.98"], "cannot be removed"),
-        (["--target-params", "1"], "cannot be removed"),
-        (["--target-params", "900M"], "out of range"),
-        (["--pruning-ratio", "0.2", "--unknown"], "--unknown"),
-        (["--pruning-ratio", "0.2", "--calibration", "mixde"], "mixde"),
-        (["--pruning-ratio", "0.2", "--plan", "plan.json"], "--pruning-ratio and --plan"),
-        (["--plan", "no-plan.json"], "no-plan.json"),
-    ],
-)
-def test_flags(capsys, tmp_path, source, arguments, offender) -> None:
-    refused(capsys, tmp_path, "prune", source, *arguments, offender=offender)
-
-
 def test_out_is_missing(capsys, source) -> None:
     code, _, error = run(capsys, "prune", source, "--pruning-ratio", "0.2")
     assert (code, "--out" in error) == (2, True)

@@ -69,6 +69,12 @@ def test_too_little_memory_names_the_flag_that_helps(
     forecast_module.check_fits(found, run, None)
 
 
+def test_weights_that_do_not_fit_are_not_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast_module, "available_bytes", lambda: 1000)
+    with pytest.raises(ConfigurationError, match="The weights of"):
+        preview(source, PruneConfig(pruning_ratios=(0.2,), **SETTINGS), RunOptions())
+
+
 def test_too_little_disk_is_refused(tmp_path: Path) -> None:
     found, run = probed({"load the model": 1})
     stage = dataclasses.replace(found.stages[0], disk_bytes=10**18)

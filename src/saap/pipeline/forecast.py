@@ -17,8 +17,17 @@ from saap.errors import ConfigurationError, TargetError
 from saap.estimation.calibrate import estimate
 from saap.evaluation.perplexity import perplexity
 from saap.export.placing import check_place
-from saap.models.devices import quick_float32_products
-from saap.pipeline.inputs import GENERATION_BATCH, LoadedModel, TokenSets, generated_sequences, needs_measuring
+from saap.models.devices import pick_device, quick_float32_products, working_dtype
+from saap.models.references import resolve_model
+from saap.models.safetensor_files import weight_files
+from saap.pipeline.inputs import (
+    GENERATION_BATCH,
+    LoadedModel,
+    RunOptions,
+    TokenSets,
+    generated_sequences,
+    needs_measuring,
+)
 from saap.pipeline.meter import Meter, StageCost
 from saap.pipeline.outcome import greedy_answer
 from saap.pipeline.targets import Target
@@ -165,6 +174,25 @@ def check_fits(found: Forecast, run: Probed, out: Path | None) -> None:
         f"The stage {worst.name!r} needs {found.peak_resident_bytes / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB "
         "are free", remedy,
     )  # fmt: skip
+
+
+def check_weights_fit(source: str | Path, options: RunOptions) -> None:
+    """Raise ConfigurationError, before they are read, if the weights alone need more memory than there is.
+
+    Only for safetensors on the CPU: of other files the size in memory is not known before they are read.
+    """
+    resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    device = pick_device(options.device)
+    free = available_bytes()
+    if resolved.gguf_file is not None or device.type != "cpu" or free is None:
+        return
+    stored = sum(file.stat().st_size for file in weight_files(resolved.folder))
+    needed = stored // resolved.dtype.itemsize * working_dtype(device, resolved.dtype).itemsize
+    if needed > free:
+        raise ConfigurationError(
+            f"The weights of {source} need {needed / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB are free",
+            "Use a machine with more memory, or a smaller model",
+        )
 
 
 def available_bytes() -> int | None:

@@ -22,7 +22,7 @@ from saap.models.devices import quick_float32_products
 from saap.models.structure import mark_pruned, structure_of
 from saap.pipeline.context import Run
 from saap.pipeline.finish import Made, find_finished, find_made, finish, keep_made
-from saap.pipeline.forecast import Probed, check_fits, forecast
+from saap.pipeline.forecast import Probed, check_fits, check_weights_fit, forecast
 from saap.pipeline.inputs import (
     LoadedModel,
     RunOptions,
@@ -98,6 +98,7 @@ def preview(
     """
     config = for_method(config)
     meter = Meter(reporter if reporter is not None else Silent())
+    check_weights_fit(source, options)
     prepared = _prepare(source, config, options, meter, None, None)
     tokens = prepared.tokens
     probed = Probed(
