@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from tests.pipeline import tiny
 
-KILLS = 24
+KILLS = 20
 PRUNE = ["--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "8"]
 
 
@@ -66,9 +66,31 @@ def beside(out: Path) -> list[str]:
     return sorted(path.name for path in out.parent.iterdir())
 
 
-def test_killed_anywhere_and_taken_up(runner: Runner, tmp_path: Path) -> None:
-    whole = tmp_path / "whole" / "out"
-    (undisturbed,) = runner.run({"arguments": runner.prune(whole)})
+FULL = (5_000, 30_000)
+"""Largest file in bytes: the scores, or only the weights, do not fit."""
+
+
+@pytest.fixture(scope="module")
+def first(runner: Runner) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """An undisturbed run; one that is interrupted and one on each full disk, with the run that takes it up."""
+    names = ("whole", "stopped", *map(str, FULL))
+    outs = {name: runner.folder / f"for-{name}" / "out" for name in names}
+    jobs: dict[str, dict[str, Any]] = {"whole": {"arguments": runner.prune(outs["whole"])}}
+    jobs["stopped"] = {"arguments": runner.prune(outs["stopped"]), "signal": int(signal.SIGINT), "at": 12}
+    jobs |= {str(size): {"arguments": runner.prune(outs[str(size)]), "largest_file": size} for size in FULL}
+    jobs |= {f"after {name}": {"arguments": runner.prune(outs[name])} for name in names[1:]}
+    jobs["unwritable"] = {"arguments": runner.prune(Path("/proc/saap/out"))}
+    results = runner.run(*jobs.values())
+    return {
+        name: (outs.get(name.removeprefix("after "), runner.folder), result)
+        for name, result in zip(jobs, results, strict=True)
+    }
+
+
+def test_killed_anywhere_and_taken_up(
+    runner: Runner, first: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path
+) -> None:
+    whole, undisturbed = first["whole"]
     assert undisturbed["code"] == 0, undisturbed["stderr"]
     events = undisturbed["events"]
     assert events > KILLS
@@ -94,35 +116,31 @@ def test_killed_anywhere_and_taken_up(runner: Runner, tmp_path: Path) -> None:
         assert digest(out) == expected, point
 
 
-def test_an_interrupted_run_says_so_and_leaves_no_output(runner: Runner, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    stopped, resumed = runner.run(
-        {"arguments": runner.prune(out), "signal": int(signal.SIGINT), "at": 12}, {"arguments": runner.prune(out)}
-    )
+def test_an_interrupted_run_says_so_and_leaves_no_output(first: dict[str, tuple[Path, dict[str, Any]]]) -> None:
+    out, stopped = first["stopped"]
     assert stopped["code"] == 130
     assert stopped["stderr"].startswith("interrupted: ")
     assert "Traceback" not in stopped["stderr"]
-    assert resumed["code"] == 0
+    assert first["after stopped"][1]["code"] == 0
     assert beside(out) == ["out"]
+    assert digest(out) == digest(first["whole"][0])
 
 
-@pytest.mark.parametrize("largest", [5_000, 30_000])
-def test_a_full_disk(runner: Runner, tmp_path: Path, largest: int) -> None:
-    """The scores, or only the weights, do not fit."""
-    out = tmp_path / "out"
-    full, again = runner.run(
-        {"arguments": runner.prune(out), "largest_file": largest}, {"arguments": runner.prune(out)}
-    )
+@pytest.mark.parametrize("largest", FULL)
+def test_a_full_disk(first: dict[str, tuple[Path, dict[str, Any]]], largest: int) -> None:
+    out, full = first[str(largest)]
     assert full["code"] == 2, full["stderr"]
     assert full["stderr"].startswith("error: ")
     assert full["stderr"].count("\n") == 1
     assert "cannot be written" in full["stderr"]
+    again = first[f"after {largest}"][1]
     assert again["code"] == 0, again["stderr"]
     assert beside(out) == ["out"]
+    assert digest(out) == digest(first["whole"][0])
 
 
-def test_an_output_that_cannot_be_written(runner: Runner) -> None:
-    (refused,) = runner.run({"arguments": runner.prune(Path("/proc/saap/out"))})
+def test_an_output_that_cannot_be_written(first: dict[str, tuple[Path, dict[str, Any]]]) -> None:
+    refused = first["unwritable"][1]
     assert refused["code"] == 2
     assert refused["stderr"].startswith("error: ")
     assert refused["stderr"].count("\n") == 1
