@@ -22,8 +22,9 @@ from saap import cli
 from saap.pipeline import run as run_module
 
 RATIO = ("--pruning-ratio", "0.2")
-PRUNE = ("prune", "MODEL", "--out", "OUT", "--effort", "fast", "--samples", "4", "--sample-length", "32",
+ON_ANY_TEXT = ("prune", "MODEL", "--out", "OUT", "--effort", "fast", "--samples", "4", "--sample-length", "32",
          "--refit-tokens", "1024", "--align", "8")  # fmt: skip
+PRUNE = (*ON_ANY_TEXT, "--calibration", "TEXT")
 RECOVER = ("recover", "MODEL", "--out", "OUT", "--group-size", "16")
 EVAL = ("eval", "MODEL", "--out", "OUT")
 EXPORT = ("export", "MODEL", "--out", "OUT", "--no-verify")
@@ -272,7 +273,8 @@ def refused(
     arguments: tuple[str, ...], offender: str,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(folder)
-    places = {"MODEL": str(model), "OUT": str(folder / "out"), "TMP": str(folder)}
+    text = tiny.text_file(folder / "good.txt")
+    places = {"MODEL": str(model), "OUT": str(folder / "out"), "TMP": str(folder), "TEXT": str(text)}
     given = [places.get(word, word) for word in arguments]
     given = [word.replace("MODEL/", f"{model}/").replace("TMP/", f"{folder}/") for word in given]
     before = {**state(folder), **state(model)}
@@ -330,7 +332,7 @@ def test_texts(capsys, monkeypatch, tmp_path, source, name, command) -> None:
     file, text, offender = TEXTS[name]
     (tmp_path / file).write_bytes(text)
     arguments = {
-        "prune": (*PRUNE, *RATIO, "--calibration", file), "recover": (*RECOVER, "--data", file),
+        "prune": (*ON_ANY_TEXT, *RATIO, "--calibration", file), "recover": (*RECOVER, "--data", file),
         "eval": (*EVAL, "--perplexity", file),
     }[command]  # fmt: skip
     refused(capsys, monkeypatch, tmp_path, source, arguments, offender)

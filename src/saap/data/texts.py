@@ -160,7 +160,7 @@ def _unknown(name: str) -> CalibrationError:
     known = (MIXED, *KINDS, *DATA_SETS)
     folder = Path(name).parent
     try:
-        files = {str(Path(name).with_name(item.name)) for item in folder.iterdir() if item.name.endswith(FILE_ENDINGS)}
+        files = {str(folder / item.name) for item in folder.iterdir() if item.name.endswith(FILE_ENDINGS)}
     except OSError:
         files = set()
     near = get_close_matches(name, [*known, *sorted(files)], n=3, cutoff=0.6)
