@@ -145,7 +145,7 @@ def forecast(run: Probed, meter: Meter) -> Forecast:
                 StageForecast(name=name, seconds=restoring.seconds, peak_resident_bytes=peak, disk_bytes=written)
             )
             again = _measuring(run, "open the result and measure it", reading, answering)
-            opened = again.peak_resident_bytes + _float_bytes(left, run) + copies
+            opened = again.peak_resident_bytes + _float_bytes(left, run) + written + copies  # the file is mapped
             stages.append(dataclasses.replace(again, peak_resident_bytes=opened))
     needed = config.effort_settings
     return Forecast(
