@@ -21,9 +21,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_stages_are_those_of_the_run(source: Path, tmp_path: Path) -> None:
-    config, options = PruneConfig(pruning_ratios=(0.2,), **SETTINGS), RunOptions(out=tmp_path / "out")
+    text = str(tiny.text_file(tmp_path / "text.txt"))
+    config = PruneConfig(pruning_ratios=(0.2,), calibration=(text,), **SETTINGS)
+    options = RunOptions(out=tmp_path / "out")
     shown = preview(source, config, options)["forecast"]
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
     (result,) = run_prune(source, config, options)
     assert [stage["name"] for stage in shown["stages"]] == [stage.name for stage in result.report.stages]
     written = (tmp_path / "out" / "model.safetensors").stat().st_size

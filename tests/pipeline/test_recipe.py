@@ -259,9 +259,13 @@ def test_a_changed_text_or_model_changes_the_digests(tmp_path: Path) -> None:
 
 def test_all_steps_of_several_ratios(tmp_path: Path) -> None:
     source, out = tiny.folder(tmp_path / "model", num_hidden_layers=2), tmp_path / "out"
+    text = str(tiny.text_file(tmp_path / "text.txt"))
     tree = {
-        "model": str(source), "out": str(out), "prune": {**SMALL, "pruning_ratios": [0.1, 0.3], "layout": "uniform"},
-        "recover": {"group_size": 16, "max_steps": 1, "length": 32, "batch": 1, "validation_samples": 1},
+        "model": str(source), "out": str(out),
+        "prune": {**SMALL, "pruning_ratios": [0.1, 0.3], "layout": "uniform", "calibration": [text]},
+        "recover": {
+            "data": [text], "group_size": 16, "max_steps": 1, "length": 32, "batch": 1, "validation_samples": 1,
+        },
         "eval": {"a": {"texts": ["bundled"], "window": 32, "max_tokens": 128, "dense": "${model}"}},
         "export": {"f16": {"verify": False}}, "report": {},
     }  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from saap.config import Method, PruneConfig, SkipLayers, Strategy, unit_roles
+from saap.config import Method, PruneConfig, SkipLayers, unit_roles
 from saap.data.generated import random_starts, sample_from_model
 from saap.errors import ConfigurationError, TargetError
 from saap.estimation.calibrate import estimate
@@ -25,6 +25,8 @@ from saap.pipeline.inputs import (
     LoadedModel,
     RunOptions,
     TokenSets,
+    chooses_units,
+    finds_costs,
     generated_sequences,
     needs_measuring,
 )
@@ -123,7 +125,7 @@ def forecast(run: Probed, meter: Meter) -> Forecast:
             _estimation(run, meter, reading),
         ]
         base = _least(run.done, reading)
-        if _looks_for_costs(config):
+        if finds_costs(config, run.loaded.model, graph):
             name = "find the second-order cost of every unit"
             stages.append(StageForecast(name=name, seconds=None, peak_resident_bytes=stages[-1].peak_resident_bytes))
         candidates = config.effort_settings.search_evaluations + 1 if needs_measuring(config) else 0
@@ -285,7 +287,7 @@ def _restoration(run: Probed, meter: Meter, base: int) -> tuple[StageForecast, f
     def stop(done: int, total: int) -> None:
         raise _EnoughError
 
-    settings = RestoreSettings(second_order=needed.second_order and run.config.strategy is Strategy.ADAPTIVE)
+    settings = RestoreSettings(second_order=needed.second_order and chooses_units(run.config))
     with meter.stage(name), suppress(_EnoughError):
         restore(run.loaded.model, run.graph, _even_plan(run), tokens, settings, stop)
     tried = meter.stages[-1]
@@ -319,8 +321,3 @@ def _float_bytes(parameters: int, run: Probed) -> int:
 def _least(done: Sequence[StageCost], reading: _Rate) -> int:
     """Bytes that stay while the model lies in memory: no stage can have a lower peak."""
     return min([reading.peak_resident_bytes, *(stage.peak_resident_bytes for stage in done[1:])])
-
-
-def _looks_for_costs(config: PruneConfig) -> bool:
-    ours = config.method is Method.SAAP and config.strategy is Strategy.ADAPTIVE and config.plan is None
-    return ours and config.trusts_calibration

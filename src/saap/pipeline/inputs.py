@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from saap.config import Method, PrunableRole, PruneConfig, Strategy
+from saap.config import Importance, Method, PrunableRole, PruneConfig, Strategy
 from saap.data.generated import random_starts, sample_from_model
 from saap.data.samples import Calibration, SampleRequest, draw_sets, token_stream
 from saap.data.texts import evaluation_text
 from saap.models.devices import pick_device, pick_dtype
 from saap.models.loading import load_model, load_tokenizer, model_ref
 from saap.models.references import resolve_model
-from saap.records import CalibrationSet, IntArray, ModelRef
+from saap.records import CalibrationSet, IntArray, ModelGraph, ModelRef
+from saap.structure_search.costs import gram_bytes
 
 EVALUATION_TOKENS = 8192
 GENERATION_BATCH = 32
@@ -101,6 +102,18 @@ def needs_measuring(config: PruneConfig) -> bool:
         return False
     by_search = config.strategy is Strategy.ADAPTIVE and config.effort_settings.search_evaluations > 0
     return by_search or PrunableRole.BLOCK in config.roles
+
+
+def chooses_units(config: PruneConfig) -> bool:
+    """Whether the units are saap's to choose: a method, strategy, importance or plan that is named is kept to."""
+    ours = config.method is Method.SAAP and config.strategy is Strategy.ADAPTIVE
+    return ours and config.importance is Importance.FUSED and config.plan is None
+
+
+def finds_costs(config: PruneConfig, model: nn.Module, graph: ModelGraph) -> bool:
+    """Whether second-order costs join the search; not where their Gram matrices would be larger than the weights."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return chooses_units(config) and config.trusts_calibration and gram_bytes(graph) <= weights
 
 
 def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:

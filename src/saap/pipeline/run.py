@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from saap.baselines.methods import Measurements
-from saap.config import Importance, Method, PruneConfig, Strategy, unit_roles
+from saap.config import Importance, Method, PruneConfig, unit_roles
 from saap.data.samples import Calibration
 from saap.discovery import discover
 from saap.discovery.summary import summarise
@@ -27,7 +27,9 @@ from saap.pipeline.inputs import (
     LoadedModel,
     RunOptions,
     TokenSets,
+    chooses_units,
     draw_tokens,
+    finds_costs,
     needs_measuring,
     open_model,
 )
@@ -42,7 +44,7 @@ from saap.pipeline.work import WorkFolder
 from saap.pipeline.written import refit_tokens, with_written, write_text
 from saap.records import ImportanceScores, Layout, ModelGraph, Role, StructurePlan, UnitScores, digest_of, require_same
 from saap.storage import read_plan, read_scores, write_plan, write_scores
-from saap.structure_search.costs import SecondOrder, gram_bytes, second_order_costs
+from saap.structure_search.costs import SecondOrder, second_order_costs
 from saap.structure_search.judge import StructureJudge
 from saap.structure_search.plan import SearchSpace, check_reachable, plan_from_counts, search, with_units
 from saap.surgery.cut import cut
@@ -283,8 +285,7 @@ def _measure(run: Run) -> _Measured:
     """
     config, model, graph = run.config, run.loaded.model, run.graph
     costs = None
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if _chooses_units(config) and config.trusts_calibration and gram_bytes(graph) <= weights:
+    if finds_costs(config, model, graph):
         with run.meter.stage("find the second-order cost of every unit"):
             tokens = with_written(run, "scored")
             costs = second_order_costs(model, graph, tokens, progress=run.meter.reporter.advance)
@@ -312,7 +313,7 @@ def _plan(
         target.budget,
         run.space,
         config.strategy,
-        element_scores=element if _chooses_units(config) else None,
+        element_scores=element if chooses_units(config) else None,
         costs=measured.costs,
         judge=measured.judge,
         evaluations=config.effort_settings.search_evaluations,
@@ -353,15 +354,9 @@ def cut_and_restore(
     return plan, errors
 
 
-def _chooses_units(config: PruneConfig) -> bool:
-    """Whether the units are saap's to choose: a method, strategy, importance or plan that is named is kept to."""
-    ours = config.method is Method.SAAP and config.strategy is Strategy.ADAPTIVE
-    return ours and config.importance is Importance.FUSED and config.plan is None
-
-
 def restore_settings(run: Run, scores: ImportanceScores) -> RestoreSettings:
     """How the run restores. The second-order choice of units weighs the element-wise scores in."""
-    if not (_chooses_units(run.config) and run.config.effort_settings.second_order):
+    if not (chooses_units(run.config) and run.config.effort_settings.second_order):
         return RestoreSettings(second_order=False)
     return RestoreSettings(scores={name: group.element for name, group in scores.groups.items()})
 
