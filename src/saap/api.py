@@ -13,11 +13,13 @@ from saap.config import (
     Effort,
     ElementOrder,
     FusionScope,
+    GgufType,
     Importance,
     Method,
     PrunableRole,
     PruneConfig,
     RecoverConfig,
+    RuntimeName,
     SkipLayers,
     Strategy,
     Tuning,
@@ -174,6 +176,9 @@ def prune(
     pruning_ratio: float | None = None,
     target_params: int | None = None,
     target_size: int | None = None,
+    target_speedup: float | None = None,
+    runtime: RuntimeName | str = RuntimeName.TRANSFORMERS,
+    quantization: GgufType | str = GgufType.F16,
     plan: str | Path | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -203,7 +208,8 @@ def prune(
 
     model_or_path: a loaded model (any class with forward(input_ids); it is not changed), or what `saap prune` takes.
     pruning_ratio: fraction of the decoder blocks' parameters; target_params: of the whole model; target_size: bytes of
-    the weights as written; exactly one of them, or `plan`. calibration: names and files, texts, or token ids (samples,
+    the weights as written; target_speedup: of decoding, measured in `runtime` (llama.cpp: with weights of the type
+    `quantization`); exactly one of them, or `plan`. calibration: names and files, texts, or token ids (samples,
     length). method: a baseline instead, which restores only if `restore` says so. The other arguments are the flags of
     `saap prune`. Raises SaapError.
     """
@@ -213,6 +219,9 @@ def prune(
         pruning_ratios=() if pruning_ratio is None else (pruning_ratio,),
         target_parameters=target_params,
         target_bytes=target_size,
+        target_speedup=target_speedup,
+        runtime=RuntimeName(runtime),
+        gguf_type=GgufType(quantization),
         plan=None if plan is None else Path(plan),
         calibration=(str(calibration),) if isinstance(calibration, (str, Path)) else ("given from Python",),
         samples=samples,

@@ -78,6 +78,15 @@ def prune(
     target_size: Annotated[
         str | None, typer.Option(metavar="BYTES", help="Bytes of the weights as written, e.g. 200MB.")
     ] = None,
+    target_speedup: Annotated[
+        float | None, typer.Option(metavar="X", help="Decoding (batch 1) this many times as fast, e.g. 1.3.")
+    ] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="Where that is measured: transformers or llama.cpp. [default: transformers]")
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Of the weights in llama.cpp: f16, q8_0, ... [default: f16]")
+    ] = None,
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="A plan.json to carry out, edited or not.")] = None,
     method: Annotated[
         str, typer.Option(help="saap, or a baseline: random, magnitude, llm-pruner-element2, wanda-sp, flap, ...")
@@ -136,6 +145,7 @@ def prune(
     quiet: Quiet = False,
 ) -> None:
     """Prune MODEL: discover its structures, estimate their importance, search, cut, restore, check, write."""
+    from saap.commands.speed import chosen_runtime
     from saap.config import Aggregation, Effort, FusionScope, Importance, Method, PruneConfig, Strategy
     from saap.errors import ConfigurationError
     from saap.parsing import choice, parse_bytes, parse_count, parse_ratios, parse_roles, parse_skip_layers
@@ -145,11 +155,19 @@ def prune(
         raise ConfigurationError("--out is missing", "Name the folder to write with --out DIR, or use --dry-run")
     if recover_minutes is not None and not recover_on:
         raise ConfigurationError("--recover-minutes tunes nothing", "Name the data with --recover NAME|FILE")
+    if target_speedup is None and (runtime or quantization):
+        raise ConfigurationError(
+            "--runtime and --quantization measure nothing", "Ask for a speed with --target-speedup"
+        )
+    measured_in, gguf_type = chosen_runtime(runtime, quantization)
     chosen = choice("--method", method, Method)
     config = PruneConfig(
         pruning_ratios=parse_ratios(pruning_ratio) if pruning_ratio is not None else (),
         target_parameters=parse_count("--target-params", target_params) if target_params is not None else None,
         target_bytes=parse_bytes("--target-size", target_size) if target_size is not None else None,
+        target_speedup=target_speedup,
+        runtime=measured_in,
+        gguf_type=gguf_type,
         plan=plan,
         calibration=tuple(calibration) if calibration else ("mixed",),
         samples=samples,

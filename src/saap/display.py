@@ -155,6 +155,8 @@ def print_preview(shown: Mapping[str, Any]) -> None:
     console = console_for_tables()
     console.print(f"model: {escape(str(shown['model']))}, {shown['parameters']:,} parameters")
     for target in shown["targets"]:
+        if not target["removal"]:
+            continue
         console.print(
             f"target {escape(target['name'])}: at least {target['removal']:,} parameters leave; reachable with "
             f"{', '.join(shown['roles'])}"
@@ -188,6 +190,13 @@ def _print_report(console: Console, report: PruneReport) -> None:
         f"{report.perplexity_ratio:.3f}",
     )
     console.print(table)
+    if report.speed is not None:
+        speed = report.speed
+        console.print(
+            f"speed of decoding: {speed['reached']:.2f} of the dense model's, asked {speed['asked']:g}, predicted "
+            f"{speed['predicted']:.2f}; {speed['dense_tokens_per_second']:.1f} -> {speed['tokens_per_second']:.1f} "
+            f"tokens/s in {speed['runtime']} ({speed['weights']}, {speed['threads']} threads)"
+        )
     _print_structure(console, report)
     if report.prompt:
         console.print(f"prompt: {escape(report.prompt)}")

@@ -41,10 +41,11 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write MODEL in the format of another program, and check it there."""
+    from saap.config import GgufType
     from saap.display import make_reporter
     from saap.errors import ConfigurationError
     from saap.parsing import choice
-    from saap.pipeline.export import ExportFormat, GgufType, export_decilm, export_gguf
+    from saap.pipeline.export import ExportFormat, export_decilm, export_gguf
     from saap.pipeline.export import push as push_to_hub
 
     if push is not None and out is None:

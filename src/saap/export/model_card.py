@@ -121,6 +121,12 @@ def _figures(manifest: RunManifest) -> str:
     if manifest.perplexity is not None:
         p = manifest.perplexity
         rows.append(f"| perplexity, {p.tokens:,} tokens of {escape(p.text)} | {p.before:.2f} | {p.after:.2f} | |")
+    if manifest.speed is not None:
+        s = manifest.speed
+        rows.append(
+            f"| tokens/s, decoding in {s.runtime}, {s.weights} | {s.dense_tokens_per_second:.1f} | "
+            f"{s.tokens_per_second:.1f} | {s.reached:.2f} x |"
+        )
     return "\n".join(rows)
 
 

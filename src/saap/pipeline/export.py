@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig
 
+from saap.config import GgufType
 from saap.data.samples import token_stream
 from saap.data.texts import evaluation_text
 from saap.errors import ExportError, ModelError
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 CHECKED_TOKENS = 512
 WINDOW = 256
-_INSTALL = "Run pip install 'saap[gguf]'"
+INSTALL = "Run pip install 'saap[gguf]'"
 
 
 class ExportFormat(StrEnum):
@@ -40,17 +41,6 @@ class ExportFormat(StrEnum):
 
     GGUF = "gguf"
     DECILM = "decilm"
-
-
-class GgufType(StrEnum):
-    """How the weights of a GGUF file are stored."""
-
-    F32 = "f32"
-    F16 = "f16"
-    BF16 = "bf16"
-    Q8_0 = "q8_0"
-    Q4_0 = "q4_0"
-    Q4_1 = "q4_1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +78,7 @@ class GgufExport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class ExportSource:
     """The model to export. model: loaded, where it is no folder of safetensors."""
 
     resolved: ResolvedModel
@@ -116,9 +106,9 @@ def export_gguf(
     """
     target = Path(out)
     if importlib.util.find_spec("gguf") is None:
-        raise ExportError("Writing GGUF needs the package gguf", _INSTALL)
+        raise ExportError("Writing GGUF needs the package gguf", INSTALL)
     if verify and not llama_cpp_is_installed():
-        raise ExportError("Checking the file needs the package llama-cpp-py-sync", f"{_INSTALL}, or use --no-verify")
+        raise ExportError("Checking the file needs the package llama-cpp-py-sync", f"{INSTALL}, or use --no-verify")
     from saap.export.gguf.modelfile import modelfile
     from saap.export.gguf.plan import plan_gguf
     from saap.export.gguf.write import check_file, whole_file, write_gguf
@@ -127,7 +117,7 @@ def export_gguf(
     progress = reporter if reporter is not None else Silent()
     check_file(target, 0, overwrite=overwrite)
     progress.stage("read the model")
-    opened = _open(source, revision)
+    opened = open_source(source, revision)
     plan = plan_gguf(opened.config, opened.tensors.shapes, kind)
     fields, origin = _tokenizer(opened, plan)
     context: int = dict(plan.fields)["context_length"]
@@ -179,13 +169,14 @@ def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
     return push_folder(resolved.folder, repository, private=private)
 
 
-def _open(source: str | Path, revision: str | None) -> _Source:
+def open_source(source: str | Path, revision: str | None) -> ExportSource:
+    """The model's configuration, weights and tokenizer; only a GGUF file is read whole. Raises ModelError."""
     resolved = resolve_model(source, revision=revision)
     tokenizer = load_tokenizer(resolved)
     if resolved.gguf_file is not None:
         model = load_model(resolved, device=torch.device("cpu"), dtype=torch.float32)
-        return _Source(resolved, model.config, ModelTensors(model), tokenizer, model)
-    return _Source(resolved, _config(resolved), SafetensorTensors(weight_files(resolved.folder)), tokenizer, None)
+        return ExportSource(resolved, model.config, ModelTensors(model), tokenizer, model)
+    return ExportSource(resolved, _config(resolved), SafetensorTensors(weight_files(resolved.folder)), tokenizer, None)
 
 
 def _config(resolved: ResolvedModel) -> Any:
@@ -197,7 +188,7 @@ def _config(resolved: ResolvedModel) -> Any:
         raise ModelError(f"{resolved.folder} has no usable config.json ({error})", "Check the file") from error
 
 
-def _tokenizer(opened: _Source, plan: GgufPlan) -> tuple[Sequence[Field], str]:
+def _tokenizer(opened: ExportSource, plan: GgufPlan) -> tuple[Sequence[Field], str]:
     """The tokenizer's fields, from the GGUF file that the model came from if it is here and has the same tokens."""
     from saap.export.gguf.tokenizer import fields_from_gguf, fields_from_huggingface
 
@@ -232,7 +223,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _description(opened: _Source) -> list[tuple[str, Any]]:
+def _description(opened: ExportSource) -> list[tuple[str, Any]]:
     """Name and licence, as far as they are known."""
     base = _manifest(opened.resolved.folder).get("base", {})
     name = Path(base.get("source") or opened.resolved.source).name
@@ -242,7 +233,7 @@ def _description(opened: _Source) -> list[tuple[str, Any]]:
     return said
 
 
-def _compare(opened: _Source, file: Path, context: int) -> tuple[Agreement, bool]:
+def _compare(opened: ExportSource, file: Path, context: int) -> tuple[Agreement, bool]:
     model = opened.model
     if model is None:
         model = load_model(opened.resolved, device=torch.device("cpu"), dtype=torch.float32)

@@ -25,7 +25,8 @@ class LayerStructure:
 class PruneReport:
     """Figures of one result.
 
-    Bytes are of the weights in `dtype`, dense and pruned alike. Answers are greedy continuations of `prompt`.
+    Bytes are of the weights in `dtype`, dense and pruned alike. Answers are greedy continuations of `prompt`. speed:
+    the fields of SpeedRecord where a speed-up was asked for.
     """
 
     model: str
@@ -55,6 +56,7 @@ class PruneReport:
     findings: tuple[str, ...]
     stages: tuple[StageCost, ...]
     load_lines: tuple[str, ...]
+    speed: dict[str, Any] | None = None
 
     @property
     def perplexity_ratio(self) -> float:

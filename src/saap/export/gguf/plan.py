@@ -95,6 +95,13 @@ class GgufPlan:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that each token reads: all but the embedding, unless that is the output's weight too."""
+        names = {tensor.name for tensor in self.tensors}
+        looked_up = "token_embd.weight" if "output.weight" in names else ""
+        return sum(tensor.nbytes for tensor in self.tensors if tensor.name != looked_up)
+
 
 def plan_gguf(config: Any, shapes: Mapping[str, Shape], quantization: str) -> GgufPlan:
     """Lay out a model as GGUF: as its own architecture if all layers are alike, else as `deci`.
