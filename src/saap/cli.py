@@ -14,9 +14,10 @@ from saap.commands.compare import compare
 from saap.commands.evaluate import evaluate
 from saap.commands.export import export
 from saap.commands.generate import generate
-from saap.commands.options import AsJson, Device, Quiet, Revision, TrustRemoteCode
+from saap.commands.options import AsJson, Device, Quiet, Revision, Runtime, SpeedQuantization, TrustRemoteCode
 from saap.commands.recover import recover
 from saap.commands.report import report
+from saap.commands.speed import chosen_runtime
 from saap.errors import SaapError
 
 if TYPE_CHECKING:
@@ -81,12 +82,8 @@ def prune(
     target_speedup: Annotated[
         float | None, typer.Option(metavar="X", help="Decoding (batch 1) this many times as fast, e.g. 1.3.")
     ] = None,
-    runtime: Annotated[
-        str | None, typer.Option(help="Where that is measured: transformers or llama.cpp. [default: transformers]")
-    ] = None,
-    quantization: Annotated[
-        str | None, typer.Option(help="Of the weights in llama.cpp: f16, q8_0, ... [default: f16]")
-    ] = None,
+    runtime: Runtime = None,
+    quantization: SpeedQuantization = None,
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="A plan.json to carry out, edited or not.")] = None,
     method: Annotated[
         str, typer.Option(help="saap, or a baseline: random, magnitude, llm-pruner-element2, wanda-sp, flap, ...")
@@ -145,7 +142,6 @@ def prune(
     quiet: Quiet = False,
 ) -> None:
     """Prune MODEL: discover its structures, estimate their importance, search, cut, restore, check, write."""
-    from saap.commands.speed import chosen_runtime
     from saap.config import Aggregation, Effort, FusionScope, Importance, Method, PruneConfig, Strategy
     from saap.errors import ConfigurationError
     from saap.parsing import choice, parse_bytes, parse_count, parse_ratios, parse_roles, parse_skip_layers

@@ -8,12 +8,19 @@ if TYPE_CHECKING:
     from saap.config import GgufType, RuntimeName
 
 
-def chosen_runtime(runtime: str | None, quantization: str | None) -> tuple[RuntimeName, GgufType]:
-    """Where speed is measured, and the type of the weights in llama.cpp. Raises ConfigurationError."""
+def chosen_runtime(
+    runtime: str | None, quantization: str | None, *, flag: str, given: bool
+) -> tuple[RuntimeName, GgufType]:
+    """Where speed is measured, and the type of the weights in llama.cpp.
+
+    flag: the one that asks for a speed, given: whether it does. Raises ConfigurationError.
+    """
     from saap.config import GgufType, RuntimeName
     from saap.errors import ConfigurationError
     from saap.parsing import choice
 
+    if not given and (runtime or quantization):
+        raise ConfigurationError("--runtime and --quantization measure nothing by themselves", f"Add {flag}")
     chosen = RuntimeName.TRANSFORMERS if runtime is None else choice("--runtime", runtime, RuntimeName)
     if quantization is not None and chosen is not RuntimeName.LLAMA_CPP:
         raise ConfigurationError(

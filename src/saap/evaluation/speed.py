@@ -37,6 +37,7 @@ class TransformersRuntime:
         self._cache: Any = None
         known = inspect.signature(model.forward).parameters
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self._name = "cache" if "cache" in known else "past_key_values"  # depends on the version
 
     def read(self, ids: Sequence[int]) -> int:
         """Read a prompt into an empty cache."""
@@ -50,8 +51,8 @@ class TransformersRuntime:
     @torch.inference_mode()
     def _next(self, ids: list[int]) -> int:
         inputs = torch.tensor([ids], device=self._device)
-        output = self._model(inputs, past_key_values=self._cache, use_cache=True, **self._options)
-        self._cache = output.past_key_values
+        output = self._model(inputs, **{self._name: self._cache}, use_cache=True, **self._options)
+        self._cache = output[self._name]
         return int(output.logits[0, -1].argmax())  # waits for the device
 
 

@@ -27,7 +27,7 @@ from saap.structure_search.plan import make_plan
 from saap.surgery.cut import cut
 
 FORMAT = 1
-FRACTIONS = (0.75, 0.5, 0.25)
+FRACTIONS = (0.7, 0.4)
 """Of its units that every group of a role keeps in the trials, beside the least possible."""
 FEW_UNITS = 4
 """Groups of so many units or fewer are tried at every number of them."""
@@ -35,7 +35,7 @@ FEW_UNITS = 4
 
 def speed_settings(config: PruneConfig) -> SpeedSettings:
     """How the speed that is asked for is measured: short prompts, since it is that of decoding."""
-    return SpeedSettings(runtime=config.runtime, gguf_type=config.gguf_type, prompt_tokens=32, new_tokens=24, rounds=9)
+    return SpeedSettings(runtime=config.runtime, gguf_type=config.gguf_type, prompt_tokens=8, new_tokens=16, rounds=7)
 
 
 def decode_costs(model: nn.Module, graph: ModelGraph, config: PruneConfig, reporter: Reporter) -> DecodeCosts:

@@ -94,8 +94,9 @@ def measure_beside(
 ) -> SpeedReport:
     """Speed of the first model, and beside the second if there is one.
 
-    models: (name, a model or what `saap prune` takes). A model in memory is measured as it is; llama.cpp gets a file in a temporary folder. threads: of llama.cpp; None
-    takes as many as torch. Raises ModelError, ExportError if llama.cpp cannot compute a model.
+    models: (name, a model or what `saap prune` takes). A model in memory is measured as it is; llama.cpp gets a file in
+    a temporary folder. threads: of llama.cpp; None takes as many as torch. Raises ModelError, ExportError if llama.cpp
+    cannot compute a model.
     """
     check_settings(settings)
     with ExitStack() as stack:
