@@ -151,11 +151,8 @@ def prune(
         raise ConfigurationError("--out is missing", "Name the folder to write with --out DIR, or use --dry-run")
     if recover_minutes is not None and not recover_on:
         raise ConfigurationError("--recover-minutes tunes nothing", "Name the data with --recover NAME|FILE")
-    if target_speedup is None and (runtime or quantization):
-        raise ConfigurationError(
-            "--runtime and --quantization measure nothing", "Ask for a speed with --target-speedup"
-        )
-    measured_in, gguf_type = chosen_runtime(runtime, quantization)
+    asked = target_speedup is not None
+    measured_in, gguf_type = chosen_runtime(runtime, quantization, flag="--target-speedup", given=asked)
     chosen = choice("--method", method, Method)
     config = PruneConfig(
         pruning_ratios=parse_ratios(pruning_ratio) if pruning_ratio is not None else (),
