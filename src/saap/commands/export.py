@@ -74,6 +74,10 @@ def _show(done: GgufExport) -> None:
         f"{done.path}: {done.bytes / 1e6:,.1f} MB, {done.quantization}, architecture {done.architecture} of llama.cpp"
     )
     print(f"tokenizer from {done.tokenizer}")
+    if done.packed_matrices:
+        print(f"{done.packed_matrices} matrices hold the very integers and scales that `saap recover` has found")
+    if done.not_packed is not None:
+        print(f"look here: {done.not_packed}, which is no Q4_1, so the weights were quantised anew")
     agreement = done.agreement
     if agreement is None:
         print("not checked in llama.cpp")

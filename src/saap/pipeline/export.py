@@ -19,6 +19,7 @@ from saap.data.texts import evaluation_text
 from saap.errors import ExportError, ModelError
 from saap.evaluation.agreement import Agreement, compare_with_llama_cpp
 from saap.export.push import push_folder
+from saap.models.groupwise_files import PackedMatrices
 from saap.models.llama_cpp import LlamaCpp, llama_cpp_is_installed
 from saap.models.loading import load_model, load_tokenizer, quiet_transformers, register_pruned_models
 from saap.models.references import PACKAGED_MODELS, ResolvedModel, packaged_file, resolve_model
@@ -49,6 +50,8 @@ class GgufExport:
 
     architecture: llama.cpp's. tokenizer: where its tokenizer came from. agreement: with the transformers model in
     float32, None if it was not checked. same_tokens: whether both tokenizers cut the checked text alike.
+    packed_matrices: how many were copied from the integers of `saap recover`; not_packed: why none was, where there are
+    such integers.
     """
 
     path: Path
@@ -59,6 +62,8 @@ class GgufExport:
     tokenizer: str
     agreement: Agreement | None = None
     same_tokens: bool | None = None
+    packed_matrices: int = 0
+    not_packed: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The export as JSON-able data."""
@@ -74,6 +79,8 @@ class GgufExport:
             "equal_predictions": None if agreement is None else agreement.share,
             "divergence": None if agreement is None else agreement.divergence,
             "same_tokens": self.same_tokens,
+            "packed_matrices": self.packed_matrices,
+            "not_packed": self.not_packed,
         }
 
 
@@ -103,6 +110,7 @@ def export_gguf(
     source: what `saap prune` takes, or what it wrote, in either layout. verify: open the file in llama.cpp and compare
     its logits on a text with those of transformers. Raises ExportError, naming the layers, if llama.cpp cannot compute
     the same, OutputError, ModelError.
+    With q4_1, a folder that `saap recover` has written (4 bits, groups of 32) gives its very integers.
     """
     target = Path(out)
     if importlib.util.find_spec("gguf") is None:
@@ -118,13 +126,14 @@ def export_gguf(
     check_file(target, 0, overwrite=overwrite)
     progress.stage("read the model")
     opened = open_source(source, revision)
-    plan = plan_gguf(opened.config, opened.tensors.shapes, kind)
+    packed = PackedMatrices(opened.resolved.folder) if kind is GgufType.Q4_1 else None
+    plan = plan_gguf(opened.config, opened.tensors.shapes, kind, packed.names if packed is not None else ())
     fields, origin = _tokenizer(opened, plan)
     context: int = dict(plan.fields)["context_length"]
     check_file(target, plan.weight_bytes, overwrite=overwrite)
     with whole_file(target) as part:
         progress.stage(f"write {target.name}")
-        write_gguf(part, plan, opened.tensors, fields, _description(opened), progress.advance)
+        write_gguf(part, plan, opened.tensors, fields, _description(opened), packed, progress.advance)
         agreement, same = None, None
         if verify:
             progress.stage("compare it in llama.cpp with transformers")
@@ -135,6 +144,8 @@ def export_gguf(
     return GgufExport(
         path=target, modelfile=beside, bytes=target.stat().st_size, architecture=plan.architecture,
         quantization=kind.value, tokenizer=origin, agreement=agreement, same_tokens=same,
+        packed_matrices=sum(tensor.packed for tensor in plan.tensors),
+        not_packed=None if packed is None else packed.refused,
     )  # fmt: skip
 
 
