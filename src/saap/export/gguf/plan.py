@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 
 from saap.errors import ExportError
-from saap.export.gguf.architectures import ARCHITECTURES, PER_LAYER, Architecture
+from saap.export.gguf.architectures import ALL_BIASES, ARCHITECTURES, PER_LAYER, Architecture
 from saap.export.gguf.settings import Rope, faults, rope_of, sliding_window
 from saap.models.stored_tensors import Shape
 
@@ -153,7 +153,9 @@ class _Plan:
         self.layers: int = config.num_hidden_layers
         self.hidden = shapes["model.embed_tokens.weight"][1]
         stored = [self._stored_sizes(layer) for layer in range(self.layers)]
+        self.added_biases = self._added_biases()
         self.per_layer = len(set(stored)) > 1 or 0 in (stored[0].heads, stored[0].ffn)
+        self.per_layer |= bool(self.added_biases) and architecture.fits_per_layer
         self.name = PER_LAYER if self.per_layer else architecture.name
         self.blocks = tuple(self._written(layer, sizes) for layer, sizes in enumerate(stored))
         self.rope: Rope = rope_of(config, head_size)
@@ -193,7 +195,18 @@ class _Plan:
             heads = kv_heads = 1
         return BlockSizes(heads=heads, kv_heads=kv_heads, ffn=ffn or _stand_in_width(self.kinds))
 
+    def _added_biases(self) -> list[str]:
+        """Biases of the layers for which the architecture itself has no place."""
+        places = {f"{_BLOCK.format(layer)}{module}.bias" for layer in range(self.layers) for module in ALL_BIASES}
+        usual = tuple(f"{module}.bias" for module in self.family.biases)
+        return [name for name in self.shapes if name in places and not name.endswith(usual)]
+
     def _check_layers(self) -> None:
+        if self.added_biases and not self.per_layer:
+            raise ExportError(
+                f"llama.cpp's {self.family.name} has no place for the biases {_some(self.added_biases)}",
+                "Prune with --restore, which makes up for what leaves without adding biases",
+            )
         if self.per_layer and not self.family.fits_per_layer:
             usual = max(self.blocks, key=self.blocks.count)
             others = [str(layer) for layer, sizes in enumerate(self.blocks) if sizes != usual]
