@@ -68,7 +68,9 @@ def test_the_file_has_the_very_integers(folder: Path, tmp_path: Path) -> None:
         if done.architecture == "deci" and module in ("self_attn.q_proj", "self_attn.k_proj"):
             expected = interleaved(expected, SIZES["head_dim"])
         np.testing.assert_array_equal(found, expected)
-        assert float((rounded.dequantised() - weight.dequantised()).abs().max()) < 2e-3  # half a step of a float16 below 2
+        assert (
+            float((rounded.dequantised() - weight.dequantised()).abs().max()) < 2e-3
+        )  # half a step of a float16 below 2
     assert stored["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.F16
     assert done.agreement is not None
     assert done.agreement.share > 0.8

@@ -45,12 +45,17 @@ def export(
     from saap.display import make_reporter
     from saap.errors import ConfigurationError
     from saap.parsing import choice
-    from saap.pipeline.export import ExportFormat, export_decilm, export_gguf
+    from saap.pipeline.export import ExportFormat, export_decilm, export_gguf, opening_lines
     from saap.pipeline.export import push as push_to_hub
 
     if push is not None and out is None:
-        address = push_to_hub(model, push, private=private)
-        print(json.dumps({"address": address}) if as_json else address)
+        with make_reporter(quiet=quiet, to_stderr=as_json) as reporter:
+            address = push_to_hub(model, push, private=private, reporter=reporter)
+        if as_json:
+            print(json.dumps({"address": address}))
+        elif not quiet:
+            print(f"uploaded {model} to {address}", "open it with:", sep="\n")
+            print(*(f"  {line}" for line in opening_lines(model, push)), sep="\n")
         return
     if out is None or push is not None:
         raise ConfigurationError("One of --out and --push is needed", "Write with --out first, then --push the folder")

@@ -22,10 +22,12 @@ from saap.export.push import push_folder
 from saap.models.groupwise_files import PackedMatrices
 from saap.models.llama_cpp import LlamaCpp, llama_cpp_is_installed
 from saap.models.loading import load_model, load_tokenizer, quiet_transformers, register_pruned_models
-from saap.models.references import PACKAGED_MODELS, ResolvedModel, packaged_file, resolve_model
+from saap.models.modeling_pruned import MODEL_TYPE
+from saap.models.references import PACKAGED_MODELS, ResolvedModel, packaged_file, read_config, resolve_model
 from saap.models.safetensor_files import weight_files
 from saap.models.stored_tensors import ModelTensors, SafetensorTensors, StoredTensors
 from saap.pipeline.progress import Reporter, Silent
+from saap.pipeline.report import load_lines
 from saap.storage import write_whole
 
 if TYPE_CHECKING:
@@ -169,7 +171,7 @@ def export_decilm(source: str | Path, out: str | Path, *, overwrite: bool = Fals
     return Path(out)
 
 
-def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
+def push(folder: str | Path, repository: str, *, private: bool = False, reporter: Reporter | None = None) -> str:
     """Upload a checkpoint folder to the hub as it is, after the checks that every model is opened with.
 
     Returns the repository's address. Raises ModelError, OutputError.
@@ -177,7 +179,16 @@ def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
     resolved = resolve_model(folder)
     if not Path(folder).is_dir() or resolved.gguf_file is not None:
         raise ModelError(f"{folder} is no folder of a checkpoint", "Give the folder that `saap prune` wrote")
+    files = [file for file in resolved.folder.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    (reporter or Silent()).stage(f"upload {len(files)} files, {size / 1e6:,.1f} MB, to {repository}")
     return push_folder(resolved.folder, repository, private=private)
+
+
+def opening_lines(folder: str | Path, repository: str) -> tuple[str, ...]:
+    """The lines that open a checkpoint folder once it lies in a repository of the hub."""
+    pruned = read_config(Path(folder))["model_type"] == MODEL_TYPE
+    return load_lines(Path(repository), "adaptive" if pruned else "uniform")
 
 
 def open_source(source: str | Path, revision: str | None) -> ExportSource:

@@ -17,8 +17,9 @@ class Architecture:
     neighbouring rows of a head instead of rows half a head apart. norm_offset: what transformers adds to the weights of
     norms. fits_per_layer: whether a model whose layers differ can be written as `deci`, which is a LLaMA with optional
     biases. window_period: every so many layers one attends to everything, the others to a sliding window; 0: llama.cpp
-    has no sliding window here. biases: linear modules that may have one. soft_capped: logits of attention and output are capped by the configuration's values.
-    wide_scale_layers: number of layers at which the attention's scale follows hidden size / heads, not the head size.
+    has no sliding window here. biases: linear modules that may have one. soft_capped: logits of attention and output
+    are capped by the configuration's values. wide_scale_layers: number of layers at which the attention's scale follows
+    hidden size / heads, not the head size.
     """
 
     name: str

@@ -115,7 +115,7 @@ def plan_gguf(
 
     config: of transformers, also of an adaptive checkpoint. shapes: of the stored tensors. quantization: a key of
     QUANTIZATIONS. packed: weights that exist as blocks of that quantisation; the embedding of such a model keeps its 16
-    bits, as when it was tuned. Raises ExportError, naming every layer at fault, if llama.cpp could not compute the same.
+    bits, as when it was tuned. Raises ExportError, naming every layer at fault, if llama.cpp cannot compute the same.
     """
     model_type = getattr(config, "base_model_type", None) or config.model_type
     architecture = ARCHITECTURES.get(model_type)
