@@ -19,7 +19,7 @@ from saap.evaluation.speed import speed_up
 from saap.export.manifest import recorded_versions
 from saap.models.structure import mark_pruned
 from saap.pipeline.progress import Reporter
-from saap.pipeline.speed import SpeedSettings, prompt_of, runtime_of, speeds_of, weights_name
+from saap.pipeline.speed import SpeedSettings, pair_of_speeds, prompt_of, runtime_of, speeds_of, weights_name
 from saap.records import Layout, ModelGraph, Role, StructurePlan, digest_of
 from saap.storage import write_whole
 from saap.structure_search.decode_costs import DecodeCosts, curve_through
@@ -71,12 +71,7 @@ def decode_costs(model: nn.Module, graph: ModelGraph, config: PruneConfig, repor
 
 def trial_speedup(model: nn.Module, graph: ModelGraph, plan: StructurePlan, settings: SpeedSettings) -> float:
     """Speed of decoding of a copy that is cut by the plan, over that of the model."""
-    with (
-        runtime_of(model, settings) as (dense, _, vocabulary),
-        runtime_of(_trial(model, graph, plan), settings) as (runtime, _, _),
-    ):
-        trial, whole = speeds_of([runtime, dense], settings, prompt_of(vocabulary, settings.prompt_tokens))
-    return speed_up(trial, whole).decode
+    return speed_up(*pair_of_speeds(_trial(model, graph, plan), model, settings)).decode
 
 
 def _trials(graph: ModelGraph, config: PruneConfig) -> list[tuple[Role | None, float, StructurePlan]]:

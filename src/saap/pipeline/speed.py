@@ -20,6 +20,7 @@ from saap.evaluation.speed import LlamaCppRuntime, Runtime, Speed, TransformersR
 from saap.models.llama_cpp import LlamaCpp, llama_cpp_is_installed
 from saap.models.stored_tensors import ModelTensors, StoredTensors
 from saap.pipeline.export import INSTALL, open_source
+from saap.pipeline.inputs import RunOptions, open_model
 
 if TYPE_CHECKING:
     from saap.export.gguf.plan import GgufPlan
@@ -89,18 +90,15 @@ def check_settings(settings: SpeedSettings) -> None:
             raise ExportError("Running llama.cpp needs the package llama-cpp-py-sync", INSTALL)
 
 
-def measure_beside(
-    models: Sequence[tuple[str, Source]], settings: SpeedSettings, *, threads: int | None = None
-) -> SpeedReport:
+def measure_beside(models: Sequence[tuple[str, Source]], settings: SpeedSettings) -> SpeedReport:
     """Speed of the first model, and beside the second if there is one.
 
     models: (name, a model or what `saap prune` takes). A model in memory is measured as it is; llama.cpp gets a file in
-    a temporary folder. threads: of llama.cpp; None takes as many as torch. Raises ModelError, ExportError if llama.cpp
-    cannot compute a model.
+    a temporary folder, and as many threads as torch. Raises ModelError, ExportError for what llama.cpp cannot compute.
     """
     check_settings(settings)
     with ExitStack() as stack:
-        opened = [stack.enter_context(runtime_of(model, settings, threads)) for _, model in models]
+        opened = [stack.enter_context(runtime_of(model, settings)) for _, model in models]
         speeds = speeds_of([runtime for runtime, _, _ in opened], settings, _prompt(opened, settings))
     found = [
         ModelSpeed(model=name, prefill=speed.prefill, decode=speed.decode, bytes_per_token=read)
@@ -108,7 +106,7 @@ def measure_beside(
     ]
     report = SpeedReport(
         runtime=str(settings.runtime), weights=weights_name(models[0][1], settings),
-        threads=threads or torch.get_num_threads(), prompt_tokens=settings.prompt_tokens,
+        threads=torch.get_num_threads(), prompt_tokens=settings.prompt_tokens,
         new_tokens=settings.new_tokens, rounds=settings.rounds, model=found[0],
     )  # fmt: skip
     if len(found) == 1:
@@ -132,6 +130,13 @@ def speeds_of(runtimes: Sequence[Runtime], settings: SpeedSettings, prompt: Sequ
     return [found[name] for name in named]
 
 
+def pair_of_speeds(first: Source, second: Source, settings: SpeedSettings) -> tuple[Speed, Speed]:
+    """Speeds of two models in turns."""
+    with runtime_of(first, settings) as (one, _, vocabulary), runtime_of(second, settings) as (other, _, _):
+        found = speeds_of([one, other], settings, prompt_of(vocabulary, settings.prompt_tokens))
+    return found[0], found[1]
+
+
 def prompt_of(vocabulary: int, length: int) -> list[int]:
     """Some ids of the vocabulary: which ones does not matter to the speed."""
     return [index * 7 % vocabulary for index in range(1, length + 1)]
@@ -150,12 +155,10 @@ def weights_name(source: Source, settings: SpeedSettings) -> str:
 
 
 @contextmanager
-def runtime_of(
-    source: Source, settings: SpeedSettings, threads: int | None = None
-) -> Iterator[tuple[Runtime, int, int]]:
+def runtime_of(source: Source, settings: SpeedSettings) -> Iterator[tuple[Runtime, int, int]]:
     """The model in its runtime, the bytes of weights that a token reads, and the number of tokens it knows."""
     if settings.runtime is RuntimeName.TRANSFORMERS:
-        model = source if isinstance(source, nn.Module) else _loaded(source)
+        model = source if isinstance(source, nn.Module) else open_model(source, RunOptions(device="cpu")).model
         embedding = getattr(model, "get_input_embeddings", lambda: None)()
         if not isinstance(embedding, nn.Embedding) or not hasattr(model, "generate"):
             raise ModelError(
@@ -168,14 +171,8 @@ def runtime_of(
         file = Path(folder) / "model.gguf"
         plan = write_without_tokenizer(source, file, settings.gguf_type)
         context = settings.prompt_tokens + settings.new_tokens + 1
-        with LlamaCpp(file, context=context, threads=threads or torch.get_num_threads()) as opened:
+        with LlamaCpp(file, context=context, threads=torch.get_num_threads()) as opened:
             yield LlamaCppRuntime(opened), plan.bytes_per_token, opened.vocabulary
-
-
-def _loaded(source: str | Path) -> nn.Module:
-    from saap.pipeline.inputs import RunOptions, open_model
-
-    return open_model(source, RunOptions(device="cpu")).model
 
 
 def write_without_tokenizer(source: Source, file: Path, gguf_type: GgufType) -> GgufPlan:

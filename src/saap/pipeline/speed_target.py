@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from saap.config import PruneConfig
+from saap.evaluation.speed import speed_up
 from saap.export.manifest import SpeedRecord
 from saap.pipeline.context import Run
 from saap.pipeline.decode_costs import decode_costs, speed_settings, trial_speedup
 from saap.pipeline.progress import Reporter
-from saap.pipeline.speed import measure_beside
+from saap.pipeline.speed import pair_of_speeds, weights_name
 from saap.records import ModelGraph, StructurePlan
 from saap.structure_search.decode_costs import TimeBudget, budget_for_speedup, corrected
 from saap.structure_search.plan import SearchSpace, check_reachable
@@ -35,18 +37,17 @@ def budget_for_speed(
 
 def reached_speed(run: Run, budget: TimeBudget, plan: StructurePlan, pruned: nn.Module) -> SpeedRecord:
     """Speed of the result beside the dense model, measured in turns."""
-    report = measure_beside([("pruned", pruned), ("dense", run.loaded.model)], speed_settings(run.config))
-    if report.against is None or report.decode_speedup is None:
-        raise AssertionError("a measurement of two models has a ratio")
+    settings = speed_settings(run.config)
+    fast, slow = pair_of_speeds(pruned, run.loaded.model, settings)
     return SpeedRecord(
-        runtime=report.runtime,
-        weights=report.weights,
-        threads=report.threads,
+        runtime=str(settings.runtime),
+        weights=weights_name(pruned, settings),
+        threads=torch.get_num_threads(),
         asked=run.config.target_speedup or 1.0,
         predicted=budget.speedup(run.graph, plan),
-        reached=report.decode_speedup,
-        dense_tokens_per_second=report.against.decode,
-        tokens_per_second=report.model.decode,
+        reached=speed_up(fast, slow).decode,
+        dense_tokens_per_second=slow.decode,
+        tokens_per_second=fast.decode,
     )
 
 
