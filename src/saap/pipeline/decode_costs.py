@@ -33,9 +33,11 @@ FEW_UNITS = 4
 """Groups of so many units or fewer are tried at every number of them."""
 
 
-def speed_settings(config: PruneConfig) -> SpeedSettings:
+def speed_settings(config: PruneConfig, rounds: int = 7) -> SpeedSettings:
     """How the speed that is asked for is measured: short prompts, since it is that of decoding."""
-    return SpeedSettings(runtime=config.runtime, gguf_type=config.gguf_type, prompt_tokens=8, new_tokens=16, rounds=7)
+    return SpeedSettings(
+        runtime=config.runtime, gguf_type=config.gguf_type, prompt_tokens=8, new_tokens=16, rounds=rounds
+    )
 
 
 def decode_costs(model: nn.Module, graph: ModelGraph, config: PruneConfig, reporter: Reporter) -> DecodeCosts:

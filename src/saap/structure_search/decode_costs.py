@@ -16,6 +16,8 @@ Point = tuple[float, float]
 WHOLE = 10**9
 """Time of one decoding step of the dense model; whole numbers, so that sums do not depend on their order."""
 
+LARGEST_CORRECTION = 0.15
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeCosts:
@@ -101,8 +103,10 @@ def budget_for_speedup(graph: ModelGraph, costs: DecodeCosts, speedup: float) ->
 def corrected(budget: TimeBudget, *, predicted: float, measured: float) -> TimeBudget:
     """The budget with all savings scaled so that a plan whose speed-up was `predicted` gets the `measured` one.
 
-    A measurement that is far off says more about the machine than about the model: the factor is between 1/2 and 2.
+    A measurement that is far off says more about other work on the machine than about the model, so the factor stays
+    within LARGEST_CORRECTION of 1.
     """
-    factor = min(2.0, max(0.5, (1 - 1 / measured) / (1 - 1 / predicted)))
+    factor = (1 - 1 / measured) / (1 - 1 / predicted)
+    factor = min(1 + LARGEST_CORRECTION, max(1 - LARGEST_CORRECTION, factor))
     savings = {name: tuple(round(factor * saved) for saved in found) for name, found in budget.savings.items()}
     return dataclasses.replace(budget, savings=savings, block=round(factor * budget.block))
