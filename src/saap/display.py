@@ -154,13 +154,13 @@ def print_preview(shown: Mapping[str, Any]) -> None:
     """What a dry run found."""
     console = console_for_tables()
     console.print(f"model: {escape(str(shown['model']))}, {shown['parameters']:,} parameters")
+    reachable = f"reachable with {', '.join(shown['roles'])}"
+    speedup = shown["settings"]["target_speedup"]
     for target in shown["targets"]:
-        if not target["removal"]:
-            continue
-        console.print(
-            f"target {escape(target['name'])}: at least {target['removal']:,} parameters leave; reachable with "
-            f"{', '.join(shown['roles'])}"
-        )
+        what = f"at least {target['removal']:,} parameters leave"
+        if speedup is not None:
+            what = f"decoding {speedup:g} times as fast in {shown['settings']['runtime']}"
+        console.print(f"target {escape(target['name'])}: {what}; {reachable}")
     for name, tokens in shown["tokens"].items():
         console.print(f"tokens for {name}: {tokens:,}")
     console.print("nothing was written.")

@@ -96,6 +96,17 @@ def test_a_relative_cache_folder_is_ignored(monkeypatch: pytest.MonkeyPatch) -> 
     assert decode_costs.cache_folder() == Path.home() / ".cache" / "saap" / "decode-costs"
 
 
+def test_a_dry_run_measures_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path, known: KnownTime
+) -> None:
+    out = tmp_path / "small"
+    arguments = ["--target-speedup", "1.1", "--align", "8", "--samples", "4", "--sample-length", "32", "--dry-run"]
+    code, said, _ = run(capsys, "prune", source, "--out", out, *arguments)
+    assert code == 0
+    assert "target target: decoding 1.1 times as fast in transformers; reachable with ffn, attention" in said
+    assert not out.exists()
+
+
 def test_blocks_are_dropped_for_speed(source: Path, known: KnownTime) -> None:
     result = saap.prune(source, target_speedup=1.3, roles=("block",), **FAST)
     assert result.plan.dropped_blocks

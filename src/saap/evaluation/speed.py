@@ -52,7 +52,7 @@ class TransformersRuntime:
     def _next(self, ids: list[int]) -> int:
         inputs = torch.tensor([ids], device=self._device)
         output = self._model(inputs, **{self._name: self._cache}, use_cache=True, **self._options)
-        self._cache = output[self._name]
+        self._cache = output.get("cache", output.get("past_key_values"))
         return int(output.logits[0, -1].argmax())  # waits for the device
 
 
