@@ -90,6 +90,12 @@ def test_the_adaptive_folder_opens_with_and_without_saap(source: Path, tmp_path:
     assert torch.equal(logits(load(out, device="cpu")), expected)
     assert json.loads((out / "config.json").read_text())["auto_map"]["AutoModelForImageTextToText"]
     assert (out / "preprocessor_config.json").read_bytes() == (source / "preprocessor_config.json").read_bytes()
+    usual = "gemma3" in source.name  # its class for images is also the one for text
+    name = "AutoModelForCausalLM" if usual else "AutoModelForImageTextToText"
+    assert f"from transformers import {name}, AutoTokenizer" in result.report.load_lines
+    card = (out / "README.md").read_text()
+    assert f"pipeline_tag: {'text-generation' if usual else 'image-text-to-text'}\n" in card
+    assert f"model = {name}.from_pretrained(" in card
     load(out, device="cpu").save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again", device="cpu")), expected)
     given = inputs()

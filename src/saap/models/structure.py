@@ -61,6 +61,12 @@ class PrunedStructure(Digested):
         return not (self.shapes or self.attributes or self.constant or self.sliced_arguments or self.added_biases)
 
 
+def auto_class_name(base_model_type: str) -> str:
+    """Name of the auto class of transformers that opens models of this type."""
+    known = auto_classes(base_model_type) or AUTO_CLASSES[:1]
+    return str(known[0][0].__name__)
+
+
 def removed_modules(model: nn.Module) -> list[str]:
     """Paths of the modules of a pruned model that have lost all their weights.
 

@@ -26,6 +26,7 @@ from saap.models.modeling_pruned import MODEL_TYPE
 from saap.models.references import PACKAGED_MODELS, ResolvedModel, packaged_file, read_config, resolve_model
 from saap.models.safetensor_files import weight_files
 from saap.models.stored_tensors import ModelTensors, SafetensorTensors, StoredTensors
+from saap.models.structure import auto_class_name
 from saap.pipeline.progress import Reporter, Silent
 from saap.pipeline.report import load_lines
 from saap.storage import write_whole
@@ -187,8 +188,10 @@ def push(folder: str | Path, repository: str, *, private: bool = False, reporter
 
 def opening_lines(folder: str | Path, repository: str) -> tuple[str, ...]:
     """The lines that open a checkpoint folder once it lies in a repository of the hub."""
-    pruned = read_config(Path(folder))["model_type"] == MODEL_TYPE
-    return load_lines(Path(repository), "adaptive" if pruned else "uniform")
+    config = read_config(Path(folder))
+    pruned = config["model_type"] == MODEL_TYPE
+    name = auto_class_name(config["base_model_type"] if pruned else config["model_type"])
+    return load_lines(Path(repository), "adaptive" if pruned else "uniform", name)
 
 
 def open_source(source: str | Path, revision: str | None) -> ExportSource:

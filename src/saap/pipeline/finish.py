@@ -25,7 +25,7 @@ from saap.export.manifest import (
 from saap.export.model_card import licence_of
 from saap.export.placing import complete_records, place
 from saap.models.loading import load
-from saap.models.structure import PrunedStructure, dense_shapes
+from saap.models.structure import PrunedStructure, auto_class_name, dense_shapes
 from saap.pipeline.context import Run
 from saap.pipeline.diagnosis import diagnose_importance, diagnose_memory, diagnose_result, diagnose_search
 from saap.pipeline.outcome import Behaviour, observe
@@ -237,5 +237,7 @@ def _report(
         refit_errors=dict(made.refit_errors),
         findings=tuple(findings),
         stages=tuple(run.meter.stages),
-        load_lines=load_lines(target.folder, str(plan.layout)) if target.folder is not None else (),
+        load_lines=()
+        if target.folder is None
+        else load_lines(target.folder, str(plan.layout), auto_class_name(made.base_model_type)),
     )
