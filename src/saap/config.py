@@ -77,6 +77,24 @@ class Method(StrEnum):
     BLOCK_INFLUENCE = "block-influence"
 
 
+class RuntimeName(StrEnum):
+    """Which program computes the model where its speed is measured."""
+
+    TRANSFORMERS = "transformers"
+    LLAMA_CPP = "llama.cpp"
+
+
+class GgufType(StrEnum):
+    """How the weights of a GGUF file are stored."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    Q8_0 = "q8_0"
+    Q4_0 = "q4_0"
+    Q4_1 = "q4_1"
+
+
 class Effort(StrEnum):
     """How much time search and restoration may take."""
 
@@ -158,7 +176,8 @@ EFFORTS: dict[Effort, EffortSettings] = {
 class PruneConfig(BaseModel):
     """Everything that decides the result of `saap prune`, checked before any model is loaded.
 
-    Exactly one of pruning_ratios, target_parameters (whole model) and target_bytes (weights as written).
+    Exactly one of pruning_ratios, target_parameters (whole model), target_bytes (weights as written) and target_speedup
+    (of decoding, batch 1, in `runtime`; `gguf_type`: of the weights in llama.cpp).
     skip_layers None leaves the ends to the search. refit_tokens None takes the effort level's. method: a baseline
     brings its own strategy and scores.
     """
@@ -169,6 +188,9 @@ class PruneConfig(BaseModel):
     pruning_ratios: tuple[float, ...] = ()
     target_parameters: int | None = None
     target_bytes: int | None = None
+    target_speedup: float | None = None
+    runtime: RuntimeName = RuntimeName.TRANSFORMERS
+    gguf_type: GgufType = GgufType.F16
     plan: Path | None = None
     calibration: tuple[str, ...] = ("mixed",)
     samples: int = 50
@@ -193,6 +215,7 @@ class PruneConfig(BaseModel):
             "--pruning-ratio": bool(self.pruning_ratios),
             "--target-params": self.target_parameters is not None,
             "--target-size": self.target_bytes is not None,
+            "--target-speedup": self.target_speedup is not None,
             "--plan": self.plan is not None,
         }
         given = [name for name, is_given in targets.items() if is_given]
@@ -224,6 +247,21 @@ class PruneConfig(BaseModel):
             raise ConfigurationError(
                 "--skip-layers cannot be combined with --layout uniform, where all layers share their sizes",
                 "Leave out one of the two",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_speedup(self) -> PruneConfig:
+        if self.target_speedup is None:
+            return self
+        if not 1 < self.target_speedup < float("inf"):
+            raise ConfigurationError(
+                f"--target-speedup {self.target_speedup:g} is out of range", "Give a number above 1, e.g. 1.3"
+            )
+        if PrunableRole.HIDDEN in self.roles:
+            raise ConfigurationError(
+                "--target-speedup cannot be combined with the role hidden, whose time is not measured",
+                "Use --roles ffn,attention,block, or --pruning-ratio",
             )
         return self
 

@@ -5,6 +5,7 @@ The runtimes to compare run in turns, so that a busy machine slows all of them a
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,9 @@ class TransformersRuntime:
         self._model = model.eval()
         self._device = next(model.parameters()).device
         self._cache: Any = None
+        known = inspect.signature(model.forward).parameters
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self._name = "cache" if "cache" in known else "past_key_values"  # depends on the version
 
     def read(self, ids: Sequence[int]) -> int:
         """Read a prompt into an empty cache."""
@@ -47,8 +51,8 @@ class TransformersRuntime:
     @torch.inference_mode()
     def _next(self, ids: list[int]) -> int:
         inputs = torch.tensor([ids], device=self._device)
-        output = self._model(inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._cache = output.past_key_values
+        output = self._model(inputs, **{self._name: self._cache}, use_cache=True, **self._options)
+        self._cache = output.get("cache", output.get("past_key_values"))
         return int(output.logits[0, -1].argmax())  # waits for the device
 
 
@@ -73,11 +77,40 @@ class LlamaCppRuntime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """Medians over the rounds, in tokens per second."""
+    """Time that one runtime took. read_seconds: of the prompt, round by round; step_seconds: of the median new token.
+
+    prefill, decode: medians over the rounds, in tokens per second.
+    """
 
     prefill: float
     decode: float
-    rounds: int
+    read_seconds: tuple[float, ...]
+    step_seconds: tuple[float, ...]
+
+    @property
+    def rounds(self) -> int:
+        """How often it was measured."""
+        return len(self.read_seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedUp:
+    """How many times as fast: of prefill and of decode."""
+
+    prefill: float
+    decode: float
+
+
+def speed_up(faster: Speed, than: Speed) -> SpeedUp:
+    """Speed over speed: the median of the ratios of each round, in which both met the same other work."""
+    return SpeedUp(
+        prefill=_median_ratio(than.read_seconds, faster.read_seconds),
+        decode=_median_ratio(than.step_seconds, faster.step_seconds),
+    )
+
+
+def _median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    return statistics.median(one / other for one, other in zip(above, below, strict=True))
 
 
 def measure_speeds(
@@ -91,7 +124,8 @@ def measure_speeds(
     """Speed of each runtime on the same prompt, after one round that is not counted.
 
     In each round every runtime reads the prompt and then writes `new_tokens`; the one that begins changes from round to
-    round. clock: seconds. Raises ConfigurationError for an empty prompt or fewer than one token or round.
+    round. The time of a round's new token is the median over them, so that a short disturbance does not count.
+    clock: seconds. Raises ConfigurationError for an empty prompt or fewer than one token or round.
     """
     if not prompt or new_tokens < 1 or rounds < 1:
         raise ConfigurationError("a speed needs a prompt, new tokens and rounds", "Give at least 1 of each")
@@ -106,8 +140,9 @@ def measure_speeds(
     return {
         name: Speed(
             prefill=statistics.median(len(prompt) / read for read, _ in taken),
-            decode=statistics.median(new_tokens / written for _, written in taken),
-            rounds=rounds,
+            decode=statistics.median(1 / step for _, step in taken),
+            read_seconds=tuple(read for read, _ in taken),
+            step_seconds=tuple(step for _, step in taken),
         )
         for name, taken in seconds.items()
     }
@@ -116,10 +151,13 @@ def measure_speeds(
 def _one_round(
     runtime: Runtime, prompt: Sequence[int], new_tokens: int, clock: Callable[[], float]
 ) -> tuple[float, float]:
-    """Seconds of reading and of writing."""
+    """Seconds of reading, and of the median step of writing."""
     start = clock()
     token = runtime.read(prompt)
-    read = clock()
+    now = clock()
+    read, steps = now - start, []
     for _ in range(new_tokens):
         token = runtime.step(token)
-    return read - start, clock() - read
+        before, now = now, clock()
+        steps.append(now - before)
+    return read, statistics.median(steps)

@@ -19,8 +19,8 @@ from transformers.utils import logging as transformers_logging
 from saap.errors import ModelError
 from saap.models.devices import pick_device, working_dtype
 from saap.models.groupwise_files import WeightOf, fill, open_empty, pack_linears, read_packed
-from saap.models.modeling_pruned import MODEL_TYPE, SaapPrunedConfig
-from saap.models.references import ResolvedModel, resolve_model
+from saap.models.modeling_pruned import MODEL_TYPE, SaapPrunedConfig, auto_classes
+from saap.models.references import ResolvedModel, read_config, resolve_model
 from saap.records import ModelRef, digest_of
 
 SAMPLED_VALUES = 4096
@@ -76,7 +76,7 @@ def _open(resolved: ResolvedModel, device: torch.device, dtype: torch.dtype) -> 
     try:
         # the bar of the GGUF reader knows no switch
         with quiet_transformers(), redirect_stderr(io.StringIO()) if resolved.gguf_file else nullcontext():
-            model, info = AutoModelForCausalLM.from_pretrained(resolved.folder, output_loading_info=True, **options)
+            model, info = _auto_class(resolved).from_pretrained(resolved.folder, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
@@ -92,6 +92,15 @@ def _open(resolved: ResolvedModel, device: torch.device, dtype: torch.dtype) -> 
     if resolved.gguf_file is not None:
         _forget_quantization(model)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _auto_class(resolved: ResolvedModel) -> Any:
+    """The auto class that opens the model: for text, or for images and text where the family has no class for text."""
+    if resolved.gguf_file is not None:
+        return AutoModelForCausalLM
+    config = read_config(resolved.folder)
+    known = auto_classes(config.get("base_model_type", config["model_type"]))
+    return known[0][0] if known else AutoModelForCausalLM
 
 
 def _forget_quantization(model: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from saap.config import RuntimeName
 from saap.data.samples import token_stream
 from saap.data.texts import Purpose, evaluation_text, read_conversations, read_documents
 from saap.errors import CalibrationError, ConfigurationError, EvaluationError, OutputError
@@ -37,6 +38,7 @@ from saap.models.loading import load_tokenizer
 from saap.models.references import resolve_model
 from saap.pipeline.inputs import LoadedModel, RunOptions, open_model
 from saap.pipeline.progress import Reporter, Silent
+from saap.pipeline.speed import Source, SpeedReport, SpeedSettings, check_settings, measure_beside
 from saap.records import IntArray
 from saap.storage import write_whole
 
@@ -51,7 +53,8 @@ class EvalRequest:
     max_tokens: only the first of each text. tasks: zero-shot tasks, from the hub or from files in `task_data`; limit:
     only the first questions. prompts: a file or `bundled`, to generate from and to ask facts of. chat: a file of
     conversations. dense: the model that a pruned one is compared with. beside: further models whose answers go into
-    `human_kit`, a page to write.
+    `human_kit`, a page to write. speed: how to measure tokens per second, None: not; against: the model to measure it
+    beside, else `dense`, else the one that a pruned one was made from.
     """
 
     texts: tuple[str, ...] = ()
@@ -67,6 +70,8 @@ class EvalRequest:
     dense: str | None = None
     beside: tuple[str, ...] = ()
     human_kit: Path | None = None
+    speed: SpeedSettings | None = None
+    against: str | None = None
     seed: int = 0
 
 
@@ -92,6 +97,7 @@ class EvalReport:
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     generation: GenerationReport | None = None
     chat: ChatPerplexity | None = None
+    speed: SpeedReport | None = None
     dense: EvalReport | None = None
     command: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
@@ -123,7 +129,8 @@ def evaluate_model(
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(resolved)
     dense_name = request.dense or (_base_of(source) if prompts else None)
-    for name in (dense_name, *request.beside):
+    speed_base = None if request.speed is None else request.against or request.dense or _base_of(source)
+    for name in (dense_name, speed_base, *request.beside):
         if name is not None:
             resolve_model(name)
     reporter.stage("read the texts")
@@ -143,6 +150,9 @@ def evaluate_model(
         if request.prompts is not None:
             generation = _generation(loaded, dense, prompts, request, reporter)
             report = dataclasses.replace(report, generation=generation)
+        if request.speed is not None:
+            speed = _speed(source, loaded, (speed_base, dense), request.speed, options, reporter)
+            report = dataclasses.replace(report, speed=speed)
         if request.human_kit is not None:
             _write_kit(loaded, dense, prompts, request, options, reporter)
     command = tuple(sys.argv[1:]) if Path(sys.argv[0]).name.startswith(("saap", "cli")) else ()
@@ -175,6 +185,7 @@ def check_request(request: EvalRequest) -> tuple[Prompt, ...]:
         )
     if request.generated_tokens < 1:
         raise ConfigurationError(f"--tokens {request.generated_tokens} writes nothing", "Give at least 1")
+    _check_speed(request)
     if request.tasks:
         check_tasks(request.tasks, request.task_data, request.limit)
     if request.human_kit is not None:
@@ -186,6 +197,13 @@ def check_request(request: EvalRequest) -> tuple[Prompt, ...]:
     if request.human_kit is not None and not any(prompt.answer is None for prompt in prompts):
         raise EvaluationError(f"{request.prompts} has no open prompts", "Give prompts without `answer`")
     return prompts
+
+
+def _check_speed(request: EvalRequest) -> None:
+    if request.speed is not None:
+        check_settings(request.speed)
+    elif request.against is not None:
+        raise ConfigurationError("--against has nothing to be measured", "Add --speed, or use --dense")
 
 
 def read_streams(request: EvalRequest, tokenizer: Any | None) -> dict[str, IntArray]:
@@ -269,6 +287,27 @@ def _generation(
         dense_cloze=None if judge_model is None else cloze(judge_model, loaded.tokenizer, prompts),
         samples=samples,
     )
+
+
+def _speed(
+    source: str | Path | nn.Module,
+    loaded: LoadedModel,
+    base: tuple[str | None, LoadedModel | None],
+    settings: SpeedSettings,
+    options: RunOptions,
+    reporter: Reporter,
+) -> SpeedReport:
+    """Tokens per second of the model, beside the one named in `base`, which may be loaded already."""
+    name, dense = base
+    in_memory = settings.runtime is RuntimeName.TRANSFORMERS
+    models: list[tuple[str, Source]] = [(loaded.ref.source, loaded.model if in_memory else source)]
+    if name is not None:
+        reporter.stage(f"load {name} to measure speed against")
+        if in_memory and (dense is None or dense.ref.source != name):
+            dense = open_model(name, options)
+        models.append((name, dense.model if in_memory and dense is not None else name))
+    reporter.stage(f"speed in {settings.runtime}")
+    return measure_beside(models, settings)
 
 
 def _write_kit(

@@ -21,6 +21,7 @@ from saap.estimation.selection import unit_scores
 from saap.models.devices import quick_float32_products
 from saap.models.structure import mark_pruned, structure_of
 from saap.pipeline.context import Run
+from saap.pipeline.decode_costs import speed_settings
 from saap.pipeline.finish import Made, find_made, finish, keep_made
 from saap.pipeline.inputs import (
     LoadedModel,
@@ -36,6 +37,8 @@ from saap.pipeline.methods import baseline_scores, biases_for, compensate, for_m
 from saap.pipeline.outcome import Behaviour, observe
 from saap.pipeline.progress import Reporter, Silent
 from saap.pipeline.report import PruneResult
+from saap.pipeline.speed import check_settings
+from saap.pipeline.speed_target import budget_for_speed
 from saap.pipeline.targets import Target, plan_targets, with_budgets, work_path
 from saap.pipeline.work import WorkFolder
 from saap.pipeline.written import refit_tokens, with_written, write_text
@@ -43,6 +46,7 @@ from saap.records import ImportanceScores, Layout, ModelGraph, Role, StructurePl
 from saap.storage import read_plan, read_scores, write_plan, write_scores
 from saap.structure_search.costs import SecondOrder, gram_bytes, second_order_costs
 from saap.structure_search.judge import StructureJudge
+from saap.structure_search.objectives import Budget
 from saap.structure_search.plan import SearchSpace, check_reachable, plan_from_counts, search, with_units
 from saap.surgery.cut import cut
 from saap.surgery.restore import RestoreSettings, restore
@@ -102,7 +106,7 @@ def preview(
         "block_parameters": prepared.graph.block_parameters,
         "roles": [str(role) for role in config.roles],
         "targets": [
-            {"name": target.name, "removal": target.budget.removal if target.budget is not None else 0}
+            {"name": target.name, "removal": target.budget.removal if isinstance(target.budget, Budget) else 0}
             for target in prepared.targets
         ],
         "tokens": {
@@ -139,6 +143,8 @@ def _prepare(
     tokenizer: Any | None,
 ) -> _Prepared:
     targets = plan_targets(config, options)
+    if config.target_speedup is not None:
+        check_settings(speed_settings(config))
     with meter.stage("load the model"):
         loaded = open_model(source, options, tokenizer)
     with meter.stage("discover the coupled structures"):
@@ -158,6 +164,11 @@ def _prepare(
             read_plan(config.plan, graph)
     with meter.stage("read the calibration text"):
         tokens = draw_tokens(loaded, config, calibration if calibration is not None else config.calibration)
+    if config.target_speedup is not None:
+        with meter.stage("measure what decoding costs"):
+            budget = budget_for_speed(loaded.model, graph, space, config, meter.reporter)
+            check_reachable(graph, budget, space)
+            targets = [dataclasses.replace(target, budget=budget) for target in targets]
     return _Prepared(targets, loaded, graph, space, tokens)
 
 
@@ -186,7 +197,8 @@ def _all_targets(run: Run, targets: Sequence[Target]) -> list[PruneResult]:
     results = []
     for index, (target, plan) in enumerate(zip(targets, plans, strict=True)):
         last = index == len(targets) - 1
-        made = _make(run, target, plan, scores, may_consume=last and run.loaded.owned)
+        needed = not last or run.config.target_speedup is not None  # to measure speed against
+        made = _make(run, target, plan, scores, may_consume=run.loaded.owned and not needed)
         results.append(finish(run, target, made, scores, dense))
     return results
 

@@ -22,8 +22,8 @@ from saap.records import (
     kept_shapes,
 )
 from saap.structure_search.adaptive import adaptive, spared_ends
+from saap.structure_search.allocation import AnyBudget
 from saap.structure_search.costs import SecondOrder
-from saap.structure_search.objectives import Budget
 from saap.structure_search.slots import Slot, build_slots
 from saap.structure_search.strategies import STRATEGIES, Proposal, importance_order
 
@@ -45,7 +45,7 @@ class SearchSpace:
     legal_sizes: Mapping[Role, Collection[int]] | None = None
 
 
-def check_reachable(graph: ModelGraph, budget: Budget, space: SearchSpace) -> StructurePlan:
+def check_reachable(graph: ModelGraph, budget: AnyBudget, space: SearchSpace) -> StructurePlan:
     """A plan that meets the budget, made without scores. Raises TargetError if there is none."""
     flat = {group.name: UnitScores(mean=np.ones(group.units), variance=np.zeros(group.units)) for group in graph.groups}
     return search(graph, flat, budget, space, Strategy.UNIFORM)
@@ -54,7 +54,7 @@ def check_reachable(graph: ModelGraph, budget: Budget, space: SearchSpace) -> St
 def search(
     graph: ModelGraph,
     scores: Scores,
-    budget: Budget,
+    budget: AnyBudget,
     space: SearchSpace,
     strategy: Strategy,
     *,
@@ -197,7 +197,7 @@ def _slots(graph: ModelGraph, space: SearchSpace, dropped: Sequence[int], *, spa
 
 
 def _single(
-    graph: ModelGraph, scores: Scores, budget: Budget, space: SearchSpace, strategy: Strategy, dropped: Sequence[int]
+    graph: ModelGraph, scores: Scores, budget: AnyBudget, space: SearchSpace, strategy: Strategy, dropped: Sequence[int]
 ) -> tuple[tuple[Slot, ...], Proposal]:
     """One strategy's proposal; where the ends are spared by default and it cannot be reached so, without sparing."""
     slots = _slots(graph, space, dropped, spare=True)
@@ -211,7 +211,7 @@ def _single(
 
 
 def _blocks_to_drop(
-    graph: ModelGraph, scores: Scores, budget: Budget, space: SearchSpace, judge: Judge | None
+    graph: ModelGraph, scores: Scores, budget: AnyBudget, space: SearchSpace, judge: Judge | None
 ) -> tuple[int, ...]:
     """Whole blocks that leave: as many as fit into the budget, or, alone, until it is reached.
 
@@ -233,11 +233,7 @@ def _blocks_to_drop(
         dropped.append(layer)
     removed = budget.removed(graph, {}, dropped)
     if alone and removed < budget.removal:
-        base = graph.parameters if budget.whole_model else graph.block_parameters
-        raise TargetError(
-            f"{budget.removal:,} parameters cannot be removed by dropping whole blocks, at most {removed:,} can",
-            f"Ask for a reduction of at most {int(removed / base * 1000) / 1000:g}, or allow more roles",
-        )
+        raise budget.unreachable(graph, removed, "by dropping whole blocks")
     return tuple(sorted(dropped))
 
 
