@@ -125,8 +125,9 @@ def recover(
     error_feedback: bool = False,
     rank: int = 16,
     alpha: float = 16.0,
+    scales: bool = True,
     teacher: str | Path | None = None,
-    distillation: float = 0.0,
+    distillation: float | None = None,
     length: int = 512,
     batch: int = 4,
     micro_batch: int = 1,
@@ -140,6 +141,7 @@ def recover(
     validation_samples: int = 8,
     patience: int = 5,
     gradient_checkpointing: bool = True,
+    exact_products: bool = False,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -154,11 +156,11 @@ def recover(
     """
     config = RecoverConfig(
         data=tuple(str(source) for source in data), tuning=Tuning(tuning), bits=bits, group_size=group_size,
-        error_feedback=error_feedback, rank=rank, alpha=alpha, teacher=None if teacher is None else str(teacher),
+        error_feedback=error_feedback, rank=rank, alpha=alpha, scales=scales, teacher=None if teacher is None else str(teacher),
         distillation=distillation, length=length, batch=batch, micro_batch=micro_batch, learning_rate=learning_rate,
         warm_up=warm_up, clip=clip, max_steps=max_steps, max_tokens=max_tokens, max_minutes=max_minutes,
         validate_every=validate_every, validation_samples=validation_samples, patience=patience,
-        gradient_checkpointing=gradient_checkpointing, seed=seed,
+        gradient_checkpointing=gradient_checkpointing, exact_products=exact_products, seed=seed,
     )  # fmt: skip
     options = RunOptions(
         out=None if out is None else Path(out), overwrite=overwrite,

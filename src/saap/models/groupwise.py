@@ -17,6 +17,8 @@ from torch import Tensor, nn
 # Values of the matrix that exist in full precision at once: few enough to stay in a processor's cache; elsewhere few
 # enough not to matter beside the activations.
 VALUES_AT_ONCE, VALUES_ON_ACCELERATORS = 2**18, 2**24
+# Keeps the gradient of a scale that has shrunk to nothing finite.
+LEAST_FACTOR = 1e-3
 # Codes are stored as planes of these bits, so that each plane has a whole number of codes in a byte.
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
@@ -59,6 +61,10 @@ class GroupwiseWeight:
     def with_zero(self, zero: Tensor) -> GroupwiseWeight:
         """The same codes and scales with other zero points (out, groups)."""
         return replace(self, zero=zero.to(self.zero))
+
+    def grown(self, growth: Tensor) -> GroupwiseWeight:
+        """The same codes and zero points with each scale times 1 + growth (out, groups), rounded to float16 again."""
+        return replace(self, scale=(self.scale.to(growth.dtype) * (1 + growth.detach())).half())
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -130,13 +136,15 @@ def _row_chunks(
 
 
 class _GroupwiseProduct(torch.autograd.Function):
-    """x -> x W^T and its gradient dy -> dy W, with W a few rows at a time. The weight itself learns nothing."""
+    """x -> x W^T and its gradients, with W a few rows at a time: dy -> dy W, and that by the growth of the scales."""
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int
-    ) -> Tensor:
-        ctx.save_for_backward(packed, scale, zero)
+        ctx: Any, inputs: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int,
+        growth: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        learns = growth is not None and ctx.needs_input_grad[6]
+        ctx.save_for_backward(packed, scale, zero, *((inputs, growth) if learns else ()))
         ctx.layout = bits, group_size
         flat = inputs.reshape(-1, inputs.shape[-1])
         outputs = flat.new_empty(len(flat), len(scale))
@@ -146,19 +154,40 @@ class _GroupwiseProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        packed, scale, zero = ctx.saved_tensors
+        packed, scale, zero, *learned = ctx.saved_tensors
         flat = gradients[0].reshape(-1, gradients[0].shape[-1])
         bits, group_size = ctx.layout
         result = flat.new_zeros(len(flat), scale.shape[1] * group_size)
+        inputs, growth = learned if learned else (None, None)
+        growth_gradient = None if growth is None else torch.empty_like(growth)
         for rows, values in _row_chunks(packed, scale, zero, bits, group_size, flat.dtype):
             result.addmm_(flat[:, rows], values)
-        return result.reshape(*gradients[0].shape[:-1], -1), None, None, None, None, None
+            if inputs is not None and growth_gradient is not None:
+                by_weight = flat[:, rows].T @ inputs.reshape(-1, inputs.shape[-1])
+                growth_gradient[rows] = _growth_gradient(by_weight, values, zero[rows], growth[rows])
+        return result.reshape(*gradients[0].shape[:-1], -1), None, None, None, None, None, growth_gradient
 
 
-def groupwise_product(inputs: Tensor, weight: GroupwiseWeight) -> Tensor:
-    """Product of the inputs (..., in) and the transposed weight: (..., out), differentiable in `inputs`."""
+def _growth_gradient(by_weight: Tensor, values: Tensor, zero: Tensor, growth: Tensor) -> Tensor:
+    """Gradient by the growth of the scales, straight through their rounding: sum over the group of dL/dW s0 q.
+
+    by_weight: dL/dW, (rows, in). values: W = s q + z, (rows, in), with s = s0 (1 + growth). zero, growth: (rows,
+    groups). Returns (rows, groups). Overwrites by_weight.
+    """
+    grouped = by_weight.unflatten(1, (zero.shape[1], -1))
+    offset = grouped.sum(-1) * zero.to(grouped.dtype)
+    grouped *= values.view_as(grouped)
+    factor = 1 + growth
+    return (grouped.sum(-1) - offset) / factor.where(factor.abs() > LEAST_FACTOR, LEAST_FACTOR)
+
+
+def groupwise_product(inputs: Tensor, weight: GroupwiseWeight, growth: Tensor | None = None) -> Tensor:
+    """Product of the inputs (..., in) and the transposed weight: (..., out), differentiable in `inputs`.
+
+    growth: (out, groups), by which the scales of `weight` have already grown; the product is differentiable in it too.
+    """
     product: Any = _GroupwiseProduct.apply
-    result: Tensor = product(inputs, weight.packed, weight.scale, weight.zero, weight.bits, weight.group_size)
+    result: Tensor = product(inputs, weight.packed, weight.scale, weight.zero, weight.bits, weight.group_size, growth)
     return result
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from saap.models.groupwise import GroupwiseLinear, pooled
+from saap.models.groupwise import GroupwiseLinear, GroupwiseWeight, groupwise_product, pooled
 
 
 class AdaptedLinear(GroupwiseLinear):
@@ -16,9 +16,15 @@ class AdaptedLinear(GroupwiseLinear):
     A (rank, groups), B (out, rank), float32. B A has one number for each output and group, which is what a zero point
     is, so the adapter merges into the zero points without loss. B starts at zero: at first nothing changes.
     Source: SAAP, group-wise fine-tuning; the same form as QA-LoRA (Xu et al. 2023).
+    scales: whether each scale is learned as well, as s (1 + growth) rounded to float16; growth (out, groups) starts at
+    zero. What is computed with is already rounded, so the merged scale is the very same.
     """
 
-    def __init__(self, layer: GroupwiseLinear, *, rank: int, alpha: float, generator: torch.Generator) -> None:
+    growth: nn.Parameter | None
+
+    def __init__(
+        self, layer: GroupwiseLinear, *, rank: int, alpha: float, generator: torch.Generator, scales: bool = False
+    ) -> None:
         weight = layer.quantised
         super().__init__(weight, layer.bias, transposed=layer.transposed)
         self.scaling = alpha / rank
@@ -26,18 +32,30 @@ class AdaptedLinear(GroupwiseLinear):
         first = torch.randn(rank, weight.zero.shape[1], generator=generator) / math.sqrt(self.in_features)
         self.first = nn.Parameter(first.to(weight.zero.device))
         self.second = nn.Parameter(torch.zeros(self.out_features, rank, device=weight.zero.device))
+        growth = nn.Parameter(torch.zeros_like(weight.zero)) if scales else None
+        self.register_parameter("growth", growth)
+
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        growth = {} if self.growth is None else {"growth": self.growth}
+        return {"first": self.first, "second": self.second, **growth}
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: (..., in). Returns (..., out)."""
         sums = pooled(inputs, self.group_size).to(self.first.dtype)
         change = (sums @ self.first.T) @ self.second.T * self.scaling
-        return super().forward(inputs) + change.to(inputs.dtype)
+        outputs = groupwise_product(inputs, self._grown(), self.growth) + change.to(inputs.dtype)
+        return outputs if self.bias is None else outputs + self.bias
 
     def merged(self) -> GroupwiseLinear:
         """The same function without an adapter."""
-        weight = self.quantised
+        weight = self._grown()
         zero = merged_zero(weight.zero, self.first, self.second, self.scaling)
         return GroupwiseLinear(weight.with_zero(zero), self.bias, transposed=self.transposed)
+
+    def _grown(self) -> GroupwiseWeight:
+        return self.quantised if self.growth is None else self.quantised.grown(self.growth)
 
 
 @torch.no_grad()
