@@ -158,7 +158,8 @@ def test_scales_learn_the_gradient_of_their_formula_and_merge_exactly(
     outputs = layer(inputs)
     outputs.backward(gradient)
     rounded = (plain.scale.double() * (1 + layer.growth.detach())).half()
-    scale = (rounded.double() / (1 + layer.growth.detach()) * (1 + layer.growth)).unsqueeze(-1)
+    straight_through = plain.scale.double() * (layer.growth - layer.growth.detach())
+    scale = (rounded.double() + straight_through).unsqueeze(-1)
     found = layer.growth.grad
     layer.growth.grad = None
     codes = plain.quantised.codes().unflatten(1, (-1, 16)).double()

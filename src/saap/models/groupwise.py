@@ -17,8 +17,6 @@ from torch import Tensor, nn
 # Values of the matrix that exist in full precision at once: few enough to stay in a processor's cache; elsewhere few
 # enough not to matter beside the activations.
 VALUES_AT_ONCE, VALUES_ON_ACCELERATORS = 2**18, 2**24
-# Keeps the gradient of a scale that has shrunk to nothing finite.
-LEAST_FACTOR = 1e-3
 # Codes are stored as planes of these bits, so that each plane has a whole number of codes in a byte.
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
@@ -27,8 +25,8 @@ _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 class GroupwiseWeight:
     """A matrix (out, in) with in = groups * group_size.
 
-    packed: (out, groups, group_size * bits / 8) uint8, see `pack`. scale: (out, groups) float16. zero: (out, groups)
-    float32, in units of the weight.
+    packed: (out, groups, group_size * bits / 8) uint8, see `pack`. scale: (out, groups) float16 (wider while it is
+    learned). zero: (out, groups) float32, in units of the weight.
     """
 
     packed: Tensor
@@ -61,10 +59,6 @@ class GroupwiseWeight:
     def with_zero(self, zero: Tensor) -> GroupwiseWeight:
         """The same codes and scales with other zero points (out, groups)."""
         return replace(self, zero=zero.to(self.zero))
-
-    def grown(self, growth: Tensor) -> GroupwiseWeight:
-        """The same codes and zero points with each scale times 1 + growth (out, groups), rounded to float16 again."""
-        return replace(self, scale=(self.scale.to(growth.dtype) * (1 + growth.detach())).half())
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -136,15 +130,16 @@ def _row_chunks(
 
 
 class _GroupwiseProduct(torch.autograd.Function):
-    """x -> x W^T and its gradients, with W a few rows at a time: dy -> dy W, and that by the growth of the scales."""
+    """x -> x W^T and its gradients by x, by the scales and by the zero points, with W a few rows at a time."""
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int,
-        growth: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        learns = growth is not None and ctx.needs_input_grad[6]
-        ctx.save_for_backward(packed, scale, zero, *((inputs, growth) if learns else ()))
+        ctx: Any, inputs: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int
+    ) -> Tensor:
+        _, _, by_scale, by_zero, *_ = ctx.needs_input_grad
+        # the zero points need of the inputs no more than their sums
+        kept = inputs if by_scale else pooled(inputs, group_size) if by_zero else None
+        ctx.save_for_backward(packed, scale, zero, kept)
         ctx.layout = bits, group_size
         flat = inputs.reshape(-1, inputs.shape[-1])
         outputs = flat.new_empty(len(flat), len(scale))
@@ -154,40 +149,42 @@ class _GroupwiseProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        packed, scale, zero, *learned = ctx.saved_tensors
-        flat = gradients[0].reshape(-1, gradients[0].shape[-1])
+        packed, scale, zero, kept = ctx.saved_tensors
         bits, group_size = ctx.layout
-        result = flat.new_zeros(len(flat), scale.shape[1] * group_size)
-        inputs, growth = learned if learned else (None, None)
-        growth_gradient = None if growth is None else torch.empty_like(growth)
+        _, _, needs_scale, needs_zero, *_ = ctx.needs_input_grad
+        flat = gradients[0].reshape(-1, gradients[0].shape[-1])
+        kept = None if kept is None else kept.reshape(len(flat), -1)
+        by_inputs = flat.new_zeros(len(flat), scale.shape[1] * group_size)
+        by_scale = torch.empty_like(scale) if needs_scale else None
+        by_zero = torch.empty_like(zero) if needs_scale else None
         for rows, values in _row_chunks(packed, scale, zero, bits, group_size, flat.dtype):
-            result.addmm_(flat[:, rows], values)
-            if inputs is not None and growth_gradient is not None:
-                by_weight = flat[:, rows].T @ inputs.reshape(-1, inputs.shape[-1])
-                growth_gradient[rows] = _growth_gradient(by_weight, values, zero[rows], growth[rows])
-        return result.reshape(*gradients[0].shape[:-1], -1), None, None, None, None, None, growth_gradient
+            by_inputs.addmm_(flat[:, rows], values)
+            if by_scale is not None and by_zero is not None:
+                by_weight = (flat[:, rows].T @ kept).to(scale.dtype).unflatten(1, (-1, group_size))
+                by_zero[rows] = by_weight.sum(-1)
+                by_scale[rows] = _scale_gradient(by_weight, values, scale[rows], zero[rows], by_zero[rows])
+        if needs_zero and by_zero is None:
+            by_zero = (flat.T.to(kept.dtype) @ kept).to(zero.dtype)
+        by_inputs = by_inputs.reshape(*gradients[0].shape[:-1], -1)
+        return by_inputs, None, by_scale, by_zero if needs_zero else None, None, None
 
 
-def _growth_gradient(by_weight: Tensor, values: Tensor, zero: Tensor, growth: Tensor) -> Tensor:
-    """Gradient by the growth of the scales, straight through their rounding: sum over the group of dL/dW s0 q.
+def _scale_gradient(by_weight: Tensor, values: Tensor, scale: Tensor, zero: Tensor, by_zero: Tensor) -> Tensor:
+    """Sum of dL/dW q over each group, with q = (W - z) / s: (rows, groups); 0 where the scale is 0.
 
-    by_weight: dL/dW, (rows, in). values: W = s q + z, (rows, in), with s = s0 (1 + growth). zero, growth: (rows,
-    groups). Returns (rows, groups). Overwrites by_weight.
+    by_weight: dL/dW, (rows, groups, L), is overwritten. values: W, (rows, in). by_zero: sum of dL/dW over each group.
     """
-    grouped = by_weight.unflatten(1, (zero.shape[1], -1))
-    offset = grouped.sum(-1) * zero.to(grouped.dtype)
-    grouped *= values.view_as(grouped)
-    factor = 1 + growth
-    return (grouped.sum(-1) - offset) / factor.where(factor.abs() > LEAST_FACTOR, LEAST_FACTOR)
+    summed = by_weight.mul_(values.view_as(by_weight)).sum(-1) - zero * by_zero
+    return (summed / scale).where(scale != 0, 0.0)
 
 
-def groupwise_product(inputs: Tensor, weight: GroupwiseWeight, growth: Tensor | None = None) -> Tensor:
-    """Product of the inputs (..., in) and the transposed weight: (..., out), differentiable in `inputs`.
+def groupwise_product(inputs: Tensor, weight: GroupwiseWeight) -> Tensor:
+    """Product of the inputs (..., in) and the transposed weight: (..., out).
 
-    growth: (out, groups), by which the scales of `weight` have already grown; the product is differentiable in it too.
+    Differentiable in the inputs and in the weight's scales and zero points.
     """
     product: Any = _GroupwiseProduct.apply
-    result: Tensor = product(inputs, weight.packed, weight.scale, weight.zero, weight.bits, weight.group_size, growth)
+    result: Tensor = product(inputs, weight.packed, weight.scale, weight.zero, weight.bits, weight.group_size)
     return result
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from saap.models.groupwise import GroupwiseLinear, GroupwiseWeight, groupwise_product, pooled
+from saap.models.groupwise import GroupwiseLinear, groupwise_product
 
 
 class AdaptedLinear(GroupwiseLinear):
@@ -43,19 +44,28 @@ class AdaptedLinear(GroupwiseLinear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: (..., in). Returns (..., out)."""
-        sums = pooled(inputs, self.group_size).to(self.first.dtype)
-        change = (sums @ self.first.T) @ self.second.T * self.scaling
-        outputs = groupwise_product(inputs, self._grown(), self.growth) + change.to(inputs.dtype)
+        # the product B A is small, so it joins the zero points here rather than the outputs of every token
+        zero = self.zero + self.scaling * (self.second @ self.first)
+        scale = self.scale if self.growth is None else grown_scale(self.scale, self.growth)
+        outputs = groupwise_product(inputs, replace(self.quantised, scale=scale, zero=zero))
         return outputs if self.bias is None else outputs + self.bias
 
     def merged(self) -> GroupwiseLinear:
         """The same function without an adapter."""
-        weight = self._grown()
+        weight = self.quantised
+        if self.growth is not None:
+            weight = replace(weight, scale=grown_scale(weight.scale, self.growth).detach().half())
         zero = merged_zero(weight.zero, self.first, self.second, self.scaling)
         return GroupwiseLinear(weight.with_zero(zero), self.bias, transposed=self.transposed)
 
-    def _grown(self) -> GroupwiseWeight:
-        return self.quantised if self.growth is None else self.quantised.grown(self.growth)
+
+def grown_scale(scale: Tensor, growth: Tensor) -> Tensor:
+    """The scales s (1 + growth), of values that float16 has; the gradient passes as if they were not rounded.
+
+    scale: (out, groups) float16. growth: (out, groups). Returns the type of `growth`.
+    """
+    grown = scale.to(growth.dtype) * (1 + growth)
+    return grown + (grown.detach().half() - grown.detach())
 
 
 @torch.no_grad()
