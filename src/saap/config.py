@@ -282,10 +282,10 @@ class RecoverConfig(BaseModel):
     """Everything that decides the result of `saap recover`, checked before any model is loaded.
 
     The first limit that is reached ends the training; with none given it is DEFAULT_MINUTES. scales: whether the scales
-    are learned besides the zero points. teacher: None for the dense model that the checkpoint was pruned from, if it can
-    be opened. distillation: share of the divergence from the teacher in the loss; None for DISTILLATION where there is
-    a teacher and 0 where there is none. exact_products: float32 products are not rounded to bfloat16 while training.
-    patience: validations without a new best, 0 never stops early.
+    are learned besides the zero points. teacher: None for the dense model that the checkpoint was pruned from, if it
+    can be opened. distillation: share of the divergence from the teacher in the loss; None for all of it where
+    there is a teacher and 0 where there is none. exact_products: no float32 factor is rounded to
+    bfloat16 while training. patience: validations without a new best, 0 never stops early.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

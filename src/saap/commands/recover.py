@@ -38,9 +38,7 @@ def recover(
     ] = False,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
     alpha: Annotated[float, typer.Option(help="The adapters' product is scaled by alpha / rank.")] = 16.0,
-    no_scales: Annotated[
-        bool, typer.Option("--no-scales", help="Learn zero points only, not the scales.")
-    ] = False,
+    no_scales: Annotated[bool, typer.Option("--no-scales", help="Learn zero points only, not the scales.")] = False,
     teacher: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="The dense model to learn from. [default: what MODEL was pruned from]"),
@@ -85,8 +83,9 @@ def recover(
 
     config = RecoverConfig(
         data=tuple(data) if data else ("mixed",), tuning=choice("--tuning", tuning, Tuning), bits=bits,
-        group_size=group_size, error_feedback=error_feedback, rank=rank, alpha=alpha, scales=not no_scales, teacher=teacher,
-        distillation=distillation, length=length, batch=batch, micro_batch=micro_batch, learning_rate=learning_rate,
+        group_size=group_size, error_feedback=error_feedback, rank=rank, alpha=alpha, scales=not no_scales,
+        teacher=teacher, distillation=distillation, length=length, batch=batch,
+        micro_batch=micro_batch, learning_rate=learning_rate,
         warm_up=warm_up, clip=clip, max_steps=max_steps, max_tokens=max_tokens, max_minutes=max_minutes,
         validate_every=validate_every, validation_samples=validation_samples, patience=patience,
         gradient_checkpointing=not no_gradient_checkpointing,

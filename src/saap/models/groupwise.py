@@ -149,18 +149,18 @@ class _GroupwiseProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        packed, scale, zero, kept = ctx.saved_tensors
+        packed, scale, zero, *_ = ctx.saved_tensors
         bits, group_size = ctx.layout
         _, _, needs_scale, needs_zero, *_ = ctx.needs_input_grad
         flat = gradients[0].reshape(-1, gradients[0].shape[-1])
-        kept = None if kept is None else kept.reshape(len(flat), -1)
+        kept = flat if ctx.saved_tensors[3] is None else ctx.saved_tensors[3].reshape(len(flat), -1)
         by_inputs = flat.new_zeros(len(flat), scale.shape[1] * group_size)
         by_scale = torch.empty_like(scale) if needs_scale else None
         by_zero = torch.empty_like(zero) if needs_scale else None
         for rows, values in _row_chunks(packed, scale, zero, bits, group_size, flat.dtype):
             by_inputs.addmm_(flat[:, rows], values)
             if by_scale is not None and by_zero is not None:
-                by_weight = (flat[:, rows].T @ kept).to(scale.dtype).unflatten(1, (-1, group_size))
+                by_weight = (flat[:, rows].T @ kept).to(scale.dtype).reshape(-1, scale.shape[1], group_size)
                 by_zero[rows] = by_weight.sum(-1)
                 by_scale[rows] = _scale_gradient(by_weight, values, scale[rows], zero[rows], by_zero[rows])
         if needs_zero and by_zero is None:

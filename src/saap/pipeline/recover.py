@@ -51,12 +51,12 @@ def run_recover(
     run.processes.wait()
     with quick_float32_products():
         try:
+            teacher, dense = _teacher(run)
             model, handle, parameters, quantised = _model_to_train(run)
         except SaapError:
             work.close(keep=resumed)  # a refusal leaves nothing behind
             raise
         before = _before(run)
-        teacher, dense = _teacher(run)
         quick = nullcontext() if run.config.exact_products else training_products(run.device)
         with run.meter.stage("train"), quick:
             training = Trainer(
