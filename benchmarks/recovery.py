@@ -149,8 +149,8 @@ def sizes(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         off_grid = str(Path(temporary) / "off-grid")
         tuned = ["--tuning", "lora", "--max-steps", "4" if options.quick else "10", "--dtype", "float32"]
-        recover("smollm2", Path(off_grid), *data_flags(options.data), *tuned, "--length", str(length))
-        for grid, model in (("4 bits, 32", "smollm2"), ("none", off_grid)):
+        recover(options.model, Path(off_grid), *data_flags(options.data), *tuned, "--length", str(length))
+        for grid, model in (("4 bits, 32", options.model), ("none", off_grid)):
             kinds = [(str(size), ["--group-size", str(size)]) for size in GROUP_SIZES]
             for name, flags in [*kinds, (PLAIN, ["--kind", "lora"])]:
                 found = measured(model, *shared, *flags)
@@ -286,6 +286,7 @@ def main() -> None:
             command.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of saap recover")
         if name == "sizes":
             command.add_argument("--data", action="append")
+            command.add_argument("--model", default="smollm2")
             command.add_argument("--tokens", type=int, default=32768)
             command.add_argument("--threads", type=int, default=2)
             command.add_argument("--chart", type=Path)

@@ -92,16 +92,19 @@ def _with_teacher(
 ) -> tuple[RecoverConfig, ResolvedModel | None]:
     """The settings with teacher and distillation as they will be, and the dense model if it is needed.
 
-    Unless they are named, the teacher is the model that the checkpoint was pruned from, and if that cannot be opened,
-    there is none. Raises ConfigurationError where distillation was asked for and has no teacher.
+    Unless it is named, the teacher is the model that the checkpoint was pruned from; where that is not on this machine,
+    there is none: nothing is downloaded unasked. Raises ConfigurationError where distillation was asked for and has no
+    teacher.
     """
     teacher = None
     if config.teacher is not None:
-        teacher = _teacher(config.teacher, options.trust_remote_code, source, tokenizer)
+        found = resolve_model(config.teacher, trust_remote_code=options.trust_remote_code)
+        teacher = _same_tokens(found, source, tokenizer)
     elif config.distillation != 0 and earlier is not None:
         base = earlier.base
         try:
-            teacher = _teacher(base.source, options.trust_remote_code, source, tokenizer, base.revision)
+            found = resolve_model(base.source, base.revision, options.trust_remote_code, fetch=False)
+            teacher = _same_tokens(found, source, tokenizer)
         except SaapError as error:
             meter.reporter.note(f"the dense model teaches nothing: {error}")
     if teacher is None and config.distillation:
@@ -111,17 +114,14 @@ def _with_teacher(
     return config.model_copy(update={"teacher": name, "distillation": share}), teacher
 
 
-def _teacher(
-    name: str, trust_remote_code: bool, source: str, tokenizer: Any, revision: str | None = None
-) -> ResolvedModel:
-    """The dense model, of which only the tokenizer is read. Raises ConfigurationError if it has other tokens."""
-    resolved = resolve_model(name, revision=revision, trust_remote_code=trust_remote_code)
-    own = load_tokenizer(resolved)
+def _same_tokens(dense: ResolvedModel, source: str, tokenizer: Any) -> ResolvedModel:
+    """The dense model again. Raises ConfigurationError if its tokenizer has other tokens."""
+    own = load_tokenizer(dense)
     if own is not None and tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
         raise ConfigurationError(
-            f"--teacher {name} has another vocabulary than {source}", "Name the model that it was pruned from"
+            f"--teacher {dense.source} has another vocabulary than {source}", "Name the model that it was pruned from"
         )
-    return resolved
+    return dense
 
 
 def _earlier_manifest(resolved: ResolvedModel) -> RunManifest | None:
