@@ -131,7 +131,7 @@ def recover(
     length: int = 512,
     batch: int = 4,
     micro_batch: int = 1,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 1e-3,
     warm_up: float = 0.05,
     clip: float = 1.0,
     max_steps: int | None = None,

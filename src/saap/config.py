@@ -281,11 +281,12 @@ class Tuning(StrEnum):
 class RecoverConfig(BaseModel):
     """Everything that decides the result of `saap recover`, checked before any model is loaded.
 
-    The first limit that is reached ends the training; with none given it is DEFAULT_MINUTES. scales: whether the scales
-    are learned besides the zero points. teacher: None for the dense model that the checkpoint was pruned from, if it
-    can be opened. distillation: share of the divergence from the teacher in the loss; None for all of it where
-    there is a teacher and 0 where there is none. exact_products: no float32 factor is rounded to
-    bfloat16 while training. patience: validations without a new best, 0 never stops early.
+    learning_rate, alpha, batch and length: usual values, not yet tuned by measurement. The first limit that is reached
+    ends the training; with none given it is DEFAULT_MINUTES. scales: whether the scales are learned besides the zero
+    points. teacher: None for the dense model that the checkpoint was pruned from, if it is on this machine.
+    distillation: share of the divergence from the teacher in the loss; None for all of it where there is a teacher and 0
+    where there is none. exact_products: no float32 factor is rounded to bfloat16 while training. patience: validations
+    without a new best, 0 never stops early.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -303,7 +304,7 @@ class RecoverConfig(BaseModel):
     length: int = 512
     batch: int = 4
     micro_batch: int = 1
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.05
     clip: float = 1.0
     max_steps: int | None = None

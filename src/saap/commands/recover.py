@@ -52,7 +52,7 @@ def recover(
     length: Annotated[int, typer.Option(help="Tokens of a block of text; longer conversations are cut.")] = 512,
     batch: Annotated[int, typer.Option(help="Sequences of a step, over all processes.")] = 4,
     micro_batch: Annotated[int, typer.Option(help="Sequences that are computed at once.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-3,
+    learning_rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-3,
     warm_up: Annotated[float, typer.Option(help="Share of the way on which the learning rate rises.")] = 0.05,
     clip: Annotated[float, typer.Option(help="Longer gradients are shortened to this norm.")] = 1.0,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
