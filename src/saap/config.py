@@ -284,8 +284,8 @@ class RecoverConfig(BaseModel):
     learning_rate, alpha, batch and length: usual values, not yet tuned by measurement. The first limit that is reached
     ends the training; with none given it is DEFAULT_MINUTES. scales: whether the scales are learned besides the zero
     points. teacher: None for the dense model that the checkpoint was pruned from, if it is on this machine.
-    distillation: share of the divergence from the teacher in the loss; None for all of it where there is a teacher and 0
-    where there is none. exact_products: no float32 factor is rounded to bfloat16 while training. patience: validations
+    distillation: share of the divergence from the teacher in the loss; None for 1 where there is a teacher and 0 where
+    there is none. exact_products: no float32 factor is rounded to bfloat16 while training. patience: validations
     without a new best, 0 never stops early.
     """
 

@@ -67,7 +67,7 @@ def recover(
         bool, typer.Option("--no-gradient-checkpointing", help="Keep all activations: quicker, more memory.")
     ] = False,
     exact_products: Annotated[
-        bool, typer.Option("--exact-products", help="Train in full float32 on the CPU too: several times slower.")
+        bool, typer.Option("--exact-products", help="Train in full float32 on the CPU too: slower.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     device: Device = "auto",
