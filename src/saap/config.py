@@ -319,9 +319,12 @@ class Tuning(StrEnum):
 class RecoverConfig(BaseModel):
     """Everything that decides the result of `saap recover`, checked before any model is loaded.
 
-    learning_rate, alpha, batch and length: usual values for adapters, not yet tuned by measurement. The first limit
-    that is reached ends the training; with none given it is DEFAULT_MINUTES. distillation: share of the divergence from
-    the teacher in the loss; 0 without a teacher. patience: validations without a new best, 0 never stops early.
+    learning_rate, alpha, batch and length: usual values, not yet tuned by measurement. The first limit that is reached
+    ends the training; with none given it is DEFAULT_MINUTES. scales: whether the scales are learned besides the zero
+    points. teacher: None for the dense model that the checkpoint was pruned from, if it is on this machine.
+    distillation: share of the divergence from the teacher in the loss; None for 1 where there is a teacher and 0 where
+    there is none. exact_products: no float32 factor is rounded to bfloat16 while training. patience: validations
+    without a new best, 0 never stops early.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -333,12 +336,13 @@ class RecoverConfig(BaseModel):
     error_feedback: bool = False
     rank: int = 16
     alpha: float = 16.0
+    scales: bool = True
     teacher: str | None = None
-    distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    distillation: Annotated[float | None, Field(ge=0, le=1)] = None
     length: int = 512
     batch: int = 4
     micro_batch: int = 1
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.05
     clip: float = 1.0
     max_steps: int | None = None
@@ -348,6 +352,7 @@ class RecoverConfig(BaseModel):
     validation_samples: int = 8
     patience: int = 5
     gradient_checkpointing: bool = True
+    exact_products: bool = False
     seed: int = 0
 
     @model_validator(mode="after")
@@ -372,8 +377,6 @@ class RecoverConfig(BaseModel):
         ):  # fmt: skip
             if number is not None and not 0 < number < float("inf"):
                 raise ConfigurationError(f"{flag} {number:g} is out of range", "Give a number above 0")
-        if self.distillation and self.teacher is None:
-            raise ConfigurationError("--distillation has no teacher", "Name the dense model with --teacher MODEL")
         if self.error_feedback and self.tuning is Tuning.LORA:
             raise ConfigurationError(
                 "--error-feedback quantises, which plain LoRA does not", "Leave out one of the two"
