@@ -96,7 +96,7 @@ def test_figures_become_files(tmp_path) -> None:
 
 
 def test_the_recovery_of_a_model_is_shown(model_folder, tmp_path) -> None:
-    from saap.pipeline.report_page import _recovery_sections
+    from saap.pipeline.report_model import _recovery_sections
 
     folder = tmp_path / "recovered"
     (folder / "saap").mkdir(parents=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +36,7 @@ from saap.models.loading import load_tokenizer
 from saap.models.references import resolve_model
 from saap.pipeline.inputs import LoadedModel, RunOptions, open_model
 from saap.pipeline.progress import Reporter, Silent
+from saap.pipeline.typed import typed_command
 from saap.records import IntArray
 from saap.storage import write_whole
 
@@ -145,7 +145,7 @@ def evaluate_model(
             report = dataclasses.replace(report, generation=generation)
         if request.human_kit is not None:
             _write_kit(loaded, dense, prompts, request, options, reporter)
-    command = tuple(sys.argv[1:]) if Path(sys.argv[0]).name.startswith(("saap", "cli")) else ()
+    command = typed_command()
     return dataclasses.replace(report, command=command, versions=recorded_versions())
 
 
