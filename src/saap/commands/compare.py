@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from saap.commands.options import AsJson, Device, Quiet
+from saap.commands.options import AsJson, Device, Quiet, RoundedTasks
 
 
 def compare(
@@ -35,6 +35,7 @@ def compare(
         Path | None, typer.Option(metavar="DIR", help="Folder with TASK.SPLIT.jsonl files, instead of the hub.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N questions of each task.")] = None,
+    rounded_tasks: RoundedTasks = False,
     task_ratios: Annotated[
         str | None,
         typer.Option(metavar="R[,R...]", help="Ask the tasks at these ratios only, or `none`. [default: at all]"),
@@ -79,7 +80,7 @@ def compare(
     )  # fmt: skip
     evaluation = EvalRequest(
         texts=tuple(perplexity) if perplexity else ("bundled",), window=window, max_tokens=max_tokens,
-        tasks=TASKS if named == ("paper",) else named, task_data=task_data, limit=limit,
+        tasks=TASKS if named == ("paper",) else named, task_data=task_data, limit=limit, rounded=rounded_tasks,
     )  # fmt: skip
     asked_at: tuple[float, ...] | None = None
     if task_ratios is not None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from saap.commands.options import AsJson, Device, Quiet, Revision, TrustRemoteCode
+from saap.commands.options import AsJson, Device, Quiet, Revision, RoundedTasks, TrustRemoteCode
 
 
 def evaluate(
@@ -33,6 +33,7 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="Folder with TASK.SPLIT.jsonl files, instead of the hub.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N questions of each task.")] = None,
+    rounded_tasks: RoundedTasks = False,
     generation: Annotated[
         bool, typer.Option("--generation", help="Let the model write, and measure what it writes and knows.")
     ] = False,
@@ -89,7 +90,7 @@ def evaluate(
     named = () if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
     request = EvalRequest(
         texts=tuple(perplexity or ()), window=window, stride=stride, max_tokens=max_tokens,
-        tasks=TASKS if named == ("paper",) else named, task_data=task_data, limit=limit,
+        tasks=TASKS if named == ("paper",) else named, task_data=task_data, limit=limit, rounded=rounded_tasks,
         prompts=prompts or ("bundled" if generation else None), generated_tokens=tokens, chat=chat, dense=dense,
         beside=tuple(beside or ()), human_kit=human_kit, seed=seed,
     )  # fmt: skip

@@ -11,3 +11,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model repository ships.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress.")]
+RoundedTasks = Annotated[
+    bool,
+    typer.Option("--rounded-tasks", help="Round products to bfloat16 while tasks are scored, which can be quicker."),
+]

@@ -69,3 +69,17 @@ def quick_float32_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def rounded_products() -> Iterator[None]:
+    """Let float32 matrices be rounded to bfloat16 where they are multiplied (sums stay float32), for a while.
+
+    Three times quicker on a processor with instructions for it; others may take no notice.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

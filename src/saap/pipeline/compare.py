@@ -21,13 +21,13 @@ from saap.discovery import discover
 from saap.errors import ConfigurationError, OutputError, StaleInputError
 from saap.evaluation.bootstrap import kept_accuracy
 from saap.evaluation.perplexity import Perplexity, perplexity
-from saap.evaluation.zero_shot import TaskResult, evaluate_tasks
+from saap.evaluation.zero_shot import TaskResult
 from saap.export.manifest import recorded_versions
 from saap.models.devices import quick_float32_products
 from saap.models.loading import load_tokenizer
 from saap.models.references import resolve_model
 from saap.pipeline.context import Run
-from saap.pipeline.evaluate import EvalRequest, check_request, finite, read_streams
+from saap.pipeline.evaluate import EvalRequest, ask_tasks, check_request, finite, read_streams
 from saap.pipeline.inputs import LoadedModel, RunOptions, TokenSets, draw_tokens, open_model
 from saap.pipeline.legality import legal_sizes
 from saap.pipeline.meter import Meter
@@ -369,10 +369,7 @@ def _measure(
         speed = speed or found[name].tokens / (time.perf_counter() - start)
     tasks: dict[str, TaskResult] = {}
     if wanted.tasks and with_tasks:
-        tasks = evaluate_tasks(
-            model, bench.loaded.tokenizer, wanted.tasks, data=wanted.task_data, limit=wanted.limit,
-            progress=bench.meter.reporter.advance,
-        )  # fmt: skip
+        tasks = ask_tasks(model, bench.loaded.tokenizer, wanted, bench.meter.reporter)
     return found, speed, tasks
 
 
