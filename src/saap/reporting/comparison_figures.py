@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from saap.reporting.figures import COLOURS, INK, MARKERS, Figure, legend_beside, plain_ticks
+from saap.reporting.figures import COLOURS, INK, MARKERS, Figure, legend_outside, plain_ticks
 from saap.reporting.tables import measured_at, merged_over_seeds, short
 
 OURS = "saap"
@@ -56,8 +56,8 @@ def perplexity_by_ratio(comparison: Mapping[str, Any], text: str, restored: bool
         axis.xaxis.set_major_locator(FixedLocator([100 * ratio for ratio in ratios]))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(PercentFormatter(decimals=0))
-        plain_ticks(axis, min(means), max(means))
-        legend_beside(axis)
+        plain_ticks(axis.yaxis, min(means), max(means))
+        legend_outside(axis)
 
     with_restoration = "with restoration by saap for every method" if restored else "cut only"
     return Figure(
@@ -82,8 +82,6 @@ def restoration_gain(comparison: Mapping[str, Any], text: str, ratio: float) -> 
     order = sorted(both, key=lambda method: both[method][True])
 
     def draw(axis: Any) -> None:
-        from matplotlib.ticker import FuncFormatter, NullFormatter
-
         places = np.arange(len(order))
         restored, cut = ([both[method][kind] for method in order] for kind in (True, False))
         axis.hlines(places, restored, cut, color=INK, alpha=0.4, linewidth=1.5, zorder=1)
@@ -91,12 +89,12 @@ def restoration_gain(comparison: Mapping[str, Any], text: str, ratio: float) -> 
         axis.scatter(restored, places, color=COLOURS[2], marker="D", label="restored", zorder=2)
         axis.set_yticks(places, order)
         axis.invert_yaxis()
-        axis.set(xlabel="perplexity / dense", xscale="log" if max(cut) > 4 * min(restored) else "linear")
-        for side in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-            side(FuncFormatter(lambda value, _: f"{value:g}") if max(cut) < 20 else NullFormatter())
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set(xlabel="perplexity / dense")
+        if max(cut) > 4 * min(restored):
+            axis.set(xscale="log")
+            plain_ticks(axis.xaxis, min(restored), max(cut))
         axis.grid(visible=False, axis="y")
-        legend_beside(axis)
+        legend_outside(axis)
 
     best = order[0]
     said = f"Best after restoration is {best} with {both[best][True]:.2f} ({both[best][False]:.2f} cut only)."
@@ -135,7 +133,7 @@ def kept_above_chance(comparison: Mapping[str, Any], ratio: float) -> Figure | N
         axis.invert_yaxis()
         axis.set(xlabel="% of the dense accuracy above chance")
         axis.grid(visible=False, axis="y")
-        legend_beside(axis)
+        legend_outside(axis)
 
     names = ", ".join(rows[0]["tasks"])
     text = (
@@ -167,7 +165,7 @@ def speed_by_ratio(comparison: Mapping[str, Any]) -> Figure | None:
         axis.xaxis.set_major_locator(FixedLocator(sorted({100 * row["ratio"] for row in rows})))
         axis.xaxis.set_major_formatter(PercentFormatter(decimals=0))
         axis.set(xlabel="removed of the blocks' parameters", ylabel="tokens per second / dense")
-        legend_beside(axis)
+        legend_outside(axis)
 
     text = (
         f"While the first text was read, once a model; the dense one read {dense:,.0f} tokens a second. Points above "
@@ -192,10 +190,9 @@ def seconds_by_method(comparison: Mapping[str, Any], ratio: float) -> Figure:
         axis.bar_label(bars, labels=labels, padding=3, fontsize=8.5)
         axis.set_yticks(places, [row["method"] for row in rows])
         axis.invert_yaxis()
-        axis.margins(x=0.18)
-        axis.set(xlabel="seconds")
+        axis.set(xlabel="seconds", xlim=(0, 1.4 * max(left)))
         axis.grid(visible=False, axis="y")
-        legend_beside(axis)
+        legend_outside(axis)
 
     text = (
         f"At {ratio:.0%} removed{', with restoration' if restored else ''}: scoring the units, searching the "

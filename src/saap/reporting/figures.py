@@ -82,17 +82,25 @@ def write_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
     return paths
 
 
-def legend_beside(axis: Any) -> None:
-    """A legend right of the axis, where no line can run through it."""
-    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8.5, borderaxespad=0)
+def legend_outside(axis: Any) -> None:
+    """A legend where no line can run through it: a short one above, where a narrow screen shows it, others beside."""
+    if len(axis.get_legend_handles_labels()[1]) <= 4:
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=9, borderaxespad=0.2, columnspacing=1.2)
+    else:
+        axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8.5, borderaxespad=0)
 
 
-def plain_ticks(axis: Any, low: float, high: float) -> None:
-    """Numbers like 1.5 and 20 on a logarithmic vertical axis; matplotlib's own are powers of ten, one or none here."""
+def plain_ticks(scale: Any, low: float, high: float) -> None:
+    """Numbers like 1.5 and 20 on a logarithmic axis; matplotlib's own are powers of ten, one or none here.
+
+    scale: the xaxis or the yaxis of an axis. low, high: of what is shown.
+    """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
+    if high / low < 1.3:
+        return
     steps = (1, 1.2, 1.5, 2, 3, 5, 7) if high / low < 20 else (1, 3)
     places = [step * 10.0**power for power in range(-2, 8) for step in steps]
-    axis.yaxis.set_major_locator(FixedLocator([place for place in places if low * 0.9 <= place <= high * 1.1]))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    scale.set_major_locator(FixedLocator([place for place in places if low * 0.9 <= place <= high * 1.1]))
+    scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    scale.set_minor_formatter(NullFormatter())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from saap.records import FloatArray
-from saap.reporting.figures import COLOURS, INK, Figure, legend_beside, plain_ticks
+from saap.reporting.figures import COLOURS, INK, Figure, legend_outside, plain_ticks
 from saap.reporting.importance import Agreement, GroupView, by_layer
 
 POINTS = 1500
@@ -29,7 +29,7 @@ def structure(views: Sequence[Mapping[str, Any]], role: str) -> Figure:
         axis.set(xlabel="layer", ylabel=f"{role} units", xlim=(-0.7, max(layers) + 0.7))
         axis.grid(visible=False, axis="x")
         axis.locator_params(axis="y", integer=True)
-        axis.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+        legend_outside(axis)
 
     share = sum(kept) / max(1, sum(of))
     least = min(mine, key=lambda view: view["kept"] / max(1, view["of"]))
@@ -61,8 +61,8 @@ def importance_by_layer(views: Sequence[GroupView], role: str) -> Figure:
             axis.plot(layers, middle, "os^"[index] + "-", color=COLOURS[index], label=name, markersize=3.5)
         axis.set(xlabel="layer", ylabel="importance / median", yscale="log", xlim=(-0.7, max(layers) + 0.7))
         every = np.concatenate(list(bands.values()))
-        plain_ticks(axis, max(float(every.min()), 1e-2), float(every.max()))
-        legend_beside(axis)
+        plain_ticks(axis.yaxis, max(float(every.min()), 1e-2), float(every.max()))
+        legend_outside(axis)
 
     text = (
         f"Lines: the median {role} unit of each layer; bands: the middle 80 % of its units. Each score is divided by "
@@ -89,7 +89,7 @@ def importance_distribution(views: Sequence[GroupView], role: str) -> Figure:
             axis.hist(values, bins=np.linspace(low, high, 60).tolist(), histtype="step", color=COLOURS[index],
                       linewidth=1.6, label=name)  # fmt: skip
         axis.set(xlabel="importance / median, power of ten", ylabel="units")
-        legend_beside(axis)
+        legend_outside(axis)
 
     text = (
         f"Histograms of the vector-wise, the element-wise and the fused importance of all {role} units, each divided "
@@ -113,7 +113,7 @@ def rank_agreement(agreements: Mapping[int, Agreement], role: str) -> Figure:
         for index, (label, values) in enumerate(lines.items()):
             axis.plot(layers, values, "os^"[index] + "-", color=COLOURS[index], markersize=4, label=label)
         axis.set(xlabel="layer", ylabel="rank correlation", ylim=(None, 1.02))
-        legend_beside(axis)
+        legend_outside(axis)
 
     return Figure(
         name=f"agreement-{role}",
@@ -137,7 +137,7 @@ def changed_sides(agreements: Mapping[int, Agreement], role: str) -> Figure:
             axis.bar(places, values, 0.4, color=COLOURS[index], label=f"{name} alone")
         axis.set(xlabel="layer", ylabel="% of the removed units")
         axis.grid(visible=False, axis="x")
-        legend_beside(axis)
+        legend_outside(axis)
 
     means = {name: np.mean(values) if values else 0.0 for name, values in shares.items()}
     text = (
@@ -165,7 +165,7 @@ def fluctuation(views: Sequence[GroupView], role: str) -> Figure:
         axis.set(
             xlabel="fused importance above the least", ylabel="fluctuation (deviation)", xscale="log", yscale="log"
         )
-        axis.legend(loc="lower right", markerscale=2)
+        legend_outside(axis)
 
     text = (
         f"Each point is one of {min(len(mean), POINTS):,} units drawn at random: how far its fused importance moves "
@@ -219,7 +219,7 @@ def accuracy(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
             axis.plot([place - 0.45, place + 0.45], [chance, chance], linestyle=":", color=INK, **label)
         axis.grid(visible=False, axis="x")
         axis.set(ylabel="accuracy")
-        legend_beside(axis)
+        legend_outside(axis)
 
     text = f"Accuracy of {', '.join(models)} on {', '.join(names)}, with standard errors; dotted: guessing."
     return Figure(name="accuracy", title="Zero-shot accuracy", text=text, draw=draw)
@@ -244,7 +244,7 @@ def speeds(found: Mapping[str, Mapping[str, float]]) -> Figure:
         axis.grid(visible=False, axis="y")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} x"))
         axis.set(xlabel=f"speed / {models[0]}")
-        legend_beside(axis)
+        legend_outside(axis)
 
     said = [f"{kind}: {', '.join(f'{model} {found[kind][model]:,.0f}' for model in models)}" for kind in kinds]
     text = f"Tokens per second. {'; '.join(said)}."
@@ -282,7 +282,7 @@ def losses(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
             mark = "" if len(points) > 40 else "os"[index % 2]
             axis.plot(steps, values, f"{mark}-", color=COLOURS[index], label=label, markersize=4)
         axis.set(xlabel="step", ylabel="loss, nats per token")
-        legend_beside(axis)
+        legend_outside(axis)
 
     text = "Loss over the steps of the recovery: " + ", ".join(
         f"{label} from {points[0][1]:.2f} to {points[-1][1]:.2f}" for label, points in curves.items()
