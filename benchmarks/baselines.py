@@ -18,10 +18,11 @@ from pathlib import Path
 
 from readme_tables import write_between_marks
 
-HERE = Path(__file__).resolve().parent
-WIKITEXT2 = HERE / "data" / "wikitext2"
-RESULT = HERE / "results" / "baselines.json"
-TEST = str(WIKITEXT2 / "test.jsonl.gz")
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "baselines.json"
+# Relative to ROOT, where the command runs: its records name no place of the machine.
+CALIBRATION = "benchmarks/data/wikitext2/validation.jsonl.gz"
+TEST = "benchmarks/data/wikitext2/test.jsonl.gz"
 TOLERANCE = 0.05
 PUBLISHED = {
     "llm-pruner-element2@ffn": 1.57,
@@ -37,10 +38,15 @@ PUBLISHED = {
 def run(out: Path, seeds: str) -> None:
     command = [
         "compare", "smollm2", "--out", str(out), "--methods", ",".join(PUBLISHED), "--pruning-ratios", "0.2",
-        "--restore", "no", "--seeds", seeds, "--calibration", str(WIKITEXT2 / "validation.jsonl.gz"),
+        "--restore", "no", "--seeds", seeds, "--calibration", CALIBRATION,
         "--samples", "64", "--sample-length", "128", "--perplexity", TEST, "--window", "512", "--max-tokens", "16384",
     ]  # fmt: skip
-    subprocess.run([sys.executable, "-m", "saap.cli", *command], check=True)
+    subprocess.run([sys.executable, "-m", "saap.cli", *command], check=True, cwd=ROOT)
+    keep(out)
+
+
+def keep(out: Path) -> None:
+    """Write what the table needs of a finished comparison."""
     rows = json.loads((out / "comparison.json").read_text())["rows"]
     kept = [
         {
@@ -72,7 +78,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         with tempfile.TemporaryDirectory() as temporary:
-            run(options.out if options.out is not None else Path(temporary) / "baselines", options.seeds)
+            run(Path(temporary) / "baselines" if options.out is None else options.out.resolve(), options.seeds)
     table()
 
 

@@ -5,6 +5,7 @@ Same calibration, same number of parameters; so the gain of selection and of res
     python benchmarks/compare.py [--task-data DIR] [--out DIR]       # all passes; started again, it goes on
     python benchmarks/compare.py --passes tasks main --ratios 0.2    # a part of it
     python benchmarks/compare.py --table [--out DIR]                 # only the tables of benchmarks/README.md
+    python benchmarks/compare.py --trial --out DIR [...]             # few tokens, effort fast, no table: does it run?
 
 Calibrated on 64 x 128 tokens of WikiText-2 validation, restored with 16,384 tokens of it, measured on WikiText-2 test
 (first 16,384 tokens, windows of 512). Passes, each a `saap compare` into the same folder:
@@ -30,9 +31,11 @@ from saap.evaluation.bootstrap import kept_difference, usual_answers
 from saap.evaluation.zero_shot import TaskResult
 from saap.reporting.tables import comparison_table, number, ratio_table, task_table, to_markdown
 
-HERE = Path(__file__).resolve().parent
-WIKITEXT2 = HERE / "data" / "wikitext2"
-TEST = str(WIKITEXT2 / "test.jsonl.gz")
+ROOT = Path(__file__).resolve().parent.parent
+# Relative to ROOT, where the commands run: the records of a run name no place of the machine.
+CALIBRATION = "benchmarks/data/wikitext2/validation.jsonl.gz"
+TEST = "benchmarks/data/wikitext2/test.jsonl.gz"
+RESULTS = Path("benchmarks/results/compare")
 # LLM-Pruner is at its best on this model when it leaves attention alone, so it is shown so, and as published.
 MAIN = ("saap", "llm-pruner-element2@ffn", "llm-pruner-element1@ffn", "flap", "wanda-sp", "block-influence")
 OTHERS = ("llm-pruner-vector@ffn", "llm-pruner-mixed@ffn", "llm-pruner-element2", "magnitude@ffn", "random@ffn")
@@ -42,14 +45,17 @@ TASK_RATIO = "0.2"
 # The usual ratios come first: a run that is stopped early has them.
 RATIOS = ("0.2", "0.3", "0.1", "0.5")
 PASSES = ("tasks", "main", "others")
+FULL = ("64", "16384", "16384", "default")
+"""Calibration samples, tokens of the restoration, tokens that perplexity is measured on, effort."""
 
 
 def command(options: argparse.Namespace, methods: str, ratios: str, *, with_tasks: bool) -> list[str]:
+    samples, refit, measured, effort = ("8", "2048", "2048", "fast") if options.trial else FULL
     arguments = [
         "compare", "smollm2", "--out", str(options.out), "--methods", methods, "--pruning-ratios", ratios,
-        "--restore", options.restore, "--calibration", str(WIKITEXT2 / "validation.jsonl.gz"),
-        "--samples", "64", "--sample-length", "128", "--refit-tokens", "16384", "--effort", options.effort,
-        "--perplexity", TEST, "--window", "512", "--max-tokens", "16384",
+        "--restore", options.restore, "--calibration", CALIBRATION,
+        "--samples", samples, "--sample-length", "128", "--refit-tokens", refit, "--effort", effort,
+        "--perplexity", TEST, "--window", "512", "--max-tokens", measured,
     ]  # fmt: skip
     if options.task_data is not None:
         arguments += ["--tasks", TASKS, "--task-data", str(options.task_data), "--limit", str(options.limit)]
@@ -122,8 +128,11 @@ def _answers(results: dict[str, TaskResult]) -> list[tuple[int, ...]]:
     return [usual_answers(name, result) for name, result in results.items()]
 
 
-def table(out: Path) -> None:
-    comparison = json.loads((out / "comparison.json").read_text())
+def table(options: argparse.Namespace) -> None:
+    file = ROOT / options.out / "comparison.json"
+    if options.task_data is not None:
+        file.write_text(file.read_text().replace(str(options.task_data), "DIR"))
+    comparison = json.loads(file.read_text())
     titles = {False: "cut only", True: "with our restoration for all"}
     parts = [
         f"Perplexity / dense, {title}:\n\n" + to_markdown(ratio_table(comparison, TEST, restored))
@@ -146,15 +155,20 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=(*MAIN, *OTHERS), help="only these")
     parser.add_argument("--ratios", nargs="+", choices=RATIOS, default=RATIOS, help="only these, in this order")
     parser.add_argument("--restore", choices=("both", "yes", "no"), default="both")
-    parser.add_argument("--effort", choices=("fast", "default", "best"), default="default")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "compare", metavar="DIR")
+    parser.add_argument("--trial", action="store_true", help="few tokens, effort fast, no table")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--table", action="store_true", help="only write the tables")
     options = parser.parse_args()
+    if options.task_data is not None:
+        options.task_data = options.task_data.resolve()
+    if options.trial and options.out == RESULTS:
+        parser.error("--trial is no result: name another --out")
     start = time.perf_counter()
     for arguments in [] if options.table else commands(options):
-        subprocess.run([sys.executable, "-m", "saap.cli", *arguments], check=True)
+        subprocess.run([sys.executable, "-m", "saap.cli", *arguments], check=True, cwd=ROOT)
         print(f"{(time.perf_counter() - start) / 60:.0f} minutes so far", file=sys.stderr)
-    table(options.out)
+    if not options.trial:
+        table(options)
 
 
 if __name__ == "__main__":
