@@ -59,9 +59,21 @@ def comparison_folder(at: Path) -> Path:
     return at
 
 
+FOR_READERS = """(page) => ({
+  h1: page.querySelectorAll("h1").length,
+  skip: page.querySelector(page.querySelector("a.skip").getAttribute("href")) !== null,
+  dead: [...page.querySelectorAll("nav a")].filter((link) => !page.querySelector(link.getAttribute("href"))).length,
+  bare: [...page.querySelectorAll("table")].filter((table) => !table.caption.textContent).length,
+  heads: [...page.querySelectorAll("tbody tr")].filter((row) => row.cells[0].scope !== "row").length,
+  stuck: [...page.querySelectorAll(".scroll")].filter((box) => box.tabIndex !== 0 || !box.ariaLabel).length,
+  twice: [...page.querySelectorAll("[id]")].map((one) => one.id).filter((id, at, all) => all.indexOf(id) !== at).length,
+})"""
+
+
 def check_in_browser(page: Path, folder: Path, charts: int) -> None:
     for width in (360, 1200):
-        seen = browser.look(page, width, folder)
+        seen = browser.look(page, width, folder, FOR_READERS)
+        assert seen["extra"] == {"h1": 1, "skip": True, "dead": 0, "bare": 0, "heads": 0, "stuck": 0, "twice": 0}
         assert seen["overflow"] <= 0, width
         assert seen["console"] == []
         assert len(seen["charts"]) == charts

@@ -11,7 +11,7 @@ from saap.records import FloatArray
 from saap.reporting.figures import COLOURS, INK, Figure, legend_outside, plain_ticks
 from saap.reporting.importance import Agreement, GroupView, by_layer
 
-POINTS = 1500
+POINTS = 800
 """At most so many points in a scatter: more only make the page heavy."""
 SCORES = ("vector", "element", "fused")
 ALONE = {"vector": "the coarse score (vector)", "element": "the fine score (element)"}
