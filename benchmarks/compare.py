@@ -36,10 +36,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CALIBRATION = "benchmarks/data/wikitext2/validation.jsonl.gz"
 TEST = "benchmarks/data/wikitext2/test.jsonl.gz"
 RESULTS = Path("benchmarks/results/compare")
-# LLM-Pruner is at its best on this model when it leaves attention alone, so it is shown so, and as published.
-MAIN = ("saap", "llm-pruner-element2@ffn", "llm-pruner-element1@ffn", "flap", "wanda-sp", "block-influence")
-OTHERS = ("llm-pruner-vector@ffn", "llm-pruner-mixed@ffn", "llm-pruner-element2", "magnitude@ffn", "random@ffn")
-TASK_METHODS = ("saap", "llm-pruner-element2@ffn", "flap", "wanda-sp")
+# LLM-Pruner and Wanda-sp are at their best on this model when they leave attention alone, so they are shown so, and
+# with attention too.
+MAIN = ("saap", "llm-pruner-element2@ffn", "llm-pruner-element1@ffn", "flap", "wanda-sp@ffn", "block-influence")
+OTHERS = (
+    "llm-pruner-vector@ffn", "llm-pruner-mixed@ffn", "llm-pruner-element2", "wanda-sp", "magnitude@ffn", "random@ffn",
+)  # fmt: skip
+TASK_METHODS = ("saap", "llm-pruner-element2@ffn", "flap", "wanda-sp@ffn")
 TASKS = "arc_easy,piqa,boolq,openbookqa"
 TASK_RATIO = "0.2"
 # The usual ratios come first: a run that is stopped early has them.

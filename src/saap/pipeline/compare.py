@@ -282,10 +282,11 @@ def _make_rows(
         shared.run, config=config, space=_space(config, bench.loaded, bench.graph), work=work, meter=bench.meter
     )
     baseline = BASELINES.get(choice.method)
+    found = shared.found if baseline is not None else None
     seconds = {"score": shared.measure(baseline.needs if baseline is not None else None)}
     start = time.perf_counter()
     with bench.meter.stage(f"{choice.label}: score"):
-        scores = scores_of(run, shared.found if baseline is not None else None)
+        scores = scores_of(run, found)
     seconds["score"] += time.perf_counter() - start
     asked = {ratio for _, ratio, _ in wanted}
     every = zip(config.pruning_ratios, _targets(config, bench.graph, bench.loaded), strict=True)
@@ -294,7 +295,7 @@ def _make_rows(
     plans = dict(zip(targets, plans_for(run, list(targets.values()), scores), strict=True))
     seconds["search"] = (time.perf_counter() - start) / max(1, len(targets))
     for (_, ratio, restored), path in wanted.items():
-        row = _row(bench, run, choice, plans[ratio], scores, ratio, restored, seconds, dense)
+        row = _row(bench, run, choice, plans[ratio], scores, found, ratio, restored, seconds, dense)
         write_whole(path, (json.dumps(finite(dataclasses.asdict(row)), indent=1) + "\n").encode())
 
 
@@ -304,6 +305,7 @@ def _row(
     choice: MethodChoice,
     plan: StructurePlan,
     scores: ImportanceScores,
+    measured: Measurements | None,
     ratio: float,
     restored: bool,
     seconds: Mapping[str, float],
@@ -314,7 +316,7 @@ def _row(
     label = f"{choice.label}, {ratio:g}{', restored' if restored else ''}"
     model = copy.deepcopy(bench.loaded.model)
     with bench.meter.stage(f"{label}: make"):
-        plan, _ = cut_and_restore(run, model, plan, scores)
+        plan, _ = cut_and_restore(run, model, plan, scores, measured)
     made = time.perf_counter() - start
     with bench.meter.stage(f"{label}: measure"):
         found, speed, tasks = _measure(bench, model, bench.request.asks_tasks(ratio))
