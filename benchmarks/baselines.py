@@ -29,7 +29,6 @@ PUBLISHED = {
     "llm-pruner-element1@ffn": 1.63,
     "llm-pruner-vector@ffn": 2.19,
     "flap": 1.68,
-    "wanda-sp@ffn": 1.69,
     "wanda-sp": 1.69,
     "block-influence": 2.94,
 }

@@ -95,8 +95,8 @@ def standardised(values: Tensor) -> Tensor:
 def wanda_scores(model: nn.Module, graph: ModelGraph, found: ActivationStatistics) -> dict[str, FloatArray]:
     """Wanda-sp: the metric summed over each unit's channels.
 
-    Deviations: all modules are scored on the dense model's activations, the published code goes on from each pruned
-    layer; and a share of a few KV groups is rounded to the nearest, there down.
+    Deviation: all modules are scored on the dense model's activations, the published code goes on from each pruned
+    layer.
     """
     return _consumer_scores(model, graph, found, lambda _, weight, mean, square: wanda_channels(weight, square))
 
