@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from saap.commands.options import AsJson, Device, Quiet, Revision, Runtime, SpeedQuantization, TrustRemoteCode
+from saap.commands.options import (
+    AsJson,
+    Device,
+    Quiet,
+    Revision,
+    RoundedTasks,
+    Runtime,
+    SpeedQuantization,
+    TrustRemoteCode,
+)
 from saap.commands.speed import chosen_runtime
 
 
@@ -34,6 +43,7 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="Folder with TASK.SPLIT.jsonl files, instead of the hub.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N questions of each task.")] = None,
+    rounded_tasks: RoundedTasks = False,
     generation: Annotated[
         bool, typer.Option("--generation", help="Let the model write, and measure what it writes and knows.")
     ] = False,
@@ -101,7 +111,7 @@ def evaluate(
     named = () if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
     request = EvalRequest(
         texts=tuple(perplexity or ()), window=window, stride=stride, max_tokens=max_tokens,
-        tasks=TASKS if named == ("paper",) else named, task_data=task_data, limit=limit,
+        tasks=TASKS if named == ("paper",) else named, task_data=task_data, limit=limit, rounded=rounded_tasks,
         prompts=prompts or ("bundled" if generation else None), generated_tokens=tokens, chat=chat, dense=dense,
         beside=tuple(beside or ()), human_kit=human_kit, seed=seed, against=against,
         speed=SpeedSettings(runtime=measured_in, gguf_type=gguf_type) if speed else None,

@@ -18,3 +18,7 @@ SpeedQuantization = Annotated[
     str | None,
     typer.Option("--quantization", help="Of the weights in llama.cpp, as `saap export` names them. [default: f16]"),
 ]
+RoundedTasks = Annotated[
+    bool,
+    typer.Option("--rounded-tasks", help="Round products to bfloat16 while tasks are scored, which can be quicker."),
+]

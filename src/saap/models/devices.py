@@ -72,7 +72,7 @@ def quick_float32_products() -> Iterator[None]:
 
 
 @contextmanager
-def training_products(device: torch.device) -> Iterator[None]:
+def rounded_products(device: torch.device) -> Iterator[None]:
     """Let the CPU multiply float32 matrices through bfloat16 for a while where that is quicker (torch's `medium`).
 
     Factors are rounded, sums are not: the usual precision of training, and quicker on processors with matrix units.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,13 @@ from saap.evaluation.human import build_kit, judge, key_path, read_key, read_rat
 from saap.evaluation.perplexity import Perplexity, perplexity
 from saap.evaluation.zero_shot import TaskResult, check_tasks, evaluate_tasks, mean_accuracy
 from saap.export.manifest import RunManifest, recorded_versions
-from saap.models.devices import quick_float32_products
+from saap.models.devices import quick_float32_products, rounded_products
 from saap.models.loading import load_tokenizer
 from saap.models.references import resolve_model
 from saap.pipeline.inputs import LoadedModel, RunOptions, open_model
 from saap.pipeline.progress import Reporter, Silent
 from saap.pipeline.speed import Source, SpeedReport, SpeedSettings, check_settings, measure_beside
+from saap.pipeline.typed import typed_command
 from saap.records import IntArray
 from saap.storage import write_whole
 
@@ -51,10 +52,10 @@ class EvalRequest:
 
     texts: names of data sets, files, or `bundled`. window, stride: of the perplexity; stride None is the window.
     max_tokens: only the first of each text. tasks: zero-shot tasks, from the hub or from files in `task_data`; limit:
-    only the first questions. prompts: a file or `bundled`, to generate from and to ask facts of. chat: a file of
-    conversations. dense: the model that a pruned one is compared with. beside: further models whose answers go into
-    `human_kit`, a page to write. speed: how to measure tokens per second, None: not; against: the model to measure it
-    beside, else `dense`, else the one that a pruned one was made from.
+    only the first questions; rounded: round products to bfloat16 meanwhile. prompts: a file or `bundled`, to generate
+    from and to ask facts of. chat: a file of conversations. dense: the model that a pruned one is compared with.
+    beside: further models whose answers go into `human_kit`, a page to write. speed: how to measure tokens per second,
+    None: not; against: the model to measure it beside, else `dense`, else the one that a pruned one was made from.
     """
 
     texts: tuple[str, ...] = ()
@@ -64,6 +65,7 @@ class EvalRequest:
     tasks: tuple[str, ...] = ()
     task_data: Path | None = None
     limit: int | None = None
+    rounded: bool = False
     prompts: str | None = None
     generated_tokens: int = 128
     chat: Path | None = None
@@ -155,7 +157,7 @@ def evaluate_model(
             report = dataclasses.replace(report, speed=speed)
         if request.human_kit is not None:
             _write_kit(loaded, dense, prompts, request, options, reporter)
-    command = tuple(sys.argv[1:]) if Path(sys.argv[0]).name.startswith(("saap", "cli")) else ()
+    command = typed_command()
     return dataclasses.replace(report, command=command, versions=recorded_versions())
 
 
@@ -244,16 +246,21 @@ def _measure(
     tasks: dict[str, TaskResult] = {}
     if request.tasks:
         reporter.stage(f"zero-shot tasks of {loaded.ref.source}")
-        tasks = evaluate_tasks(
-            model, loaded.tokenizer, request.tasks, data=request.task_data, limit=request.limit,
-            progress=reporter.advance,
-        )  # fmt: skip
+        tasks = ask_tasks(model, loaded.tokenizer, request, reporter)
     chat = None
     if conversations:
         reporter.stage(f"conversations of {loaded.ref.source}")
         chat = chat_perplexity(model, loaded.tokenizer, conversations)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return EvalReport(model=loaded.ref.source, parameters=parameters, perplexity=found, tasks=tasks, chat=chat)
+
+
+def ask_tasks(model: nn.Module, tokenizer: Any, request: EvalRequest, reporter: Reporter) -> dict[str, TaskResult]:
+    """The zero-shot tasks of a request."""
+    with rounded_products(next(model.parameters()).device) if request.rounded else nullcontext():
+        return evaluate_tasks(
+            model, tokenizer, request.tasks, data=request.task_data, limit=request.limit, progress=reporter.advance
+        )
 
 
 def _generation(

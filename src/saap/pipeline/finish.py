@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -32,6 +31,7 @@ from saap.pipeline.outcome import Behaviour, observe
 from saap.pipeline.report import PruneReport, PruneResult, load_lines, structure_of
 from saap.pipeline.speed_target import diagnose_speed, reached_speed
 from saap.pipeline.targets import Target
+from saap.pipeline.typed import typed_command
 from saap.records import ImportanceScores, Layout, StructurePlan, count_parameters
 from saap.storage import read_plan
 from saap.structure_search.decode_costs import TimeBudget
@@ -174,7 +174,7 @@ def _manifest(
         digests["modeling_code"] = modeling_code_digest()
     return RunManifest(
         base=BaseModelIdentity.of(run.graph.model, licence_of(folder) if folder is not None else None),
-        command=tuple(sys.argv[1:]) if sys.argv[0].endswith("saap") else (),
+        command=typed_command(),
         settings=run.config.model_dump(mode="json"),
         seed=run.config.seed,
         layout=plan.layout,

@@ -63,16 +63,22 @@ def _without_spread(values: FloatArray) -> GroupScores:
     return GroupScores(vector=values, vector_m2=zero, element=values, element_m2=zero, comoment=zero)
 
 
-def biases_for(run: Run, model: nn.Module, plan: StructurePlan) -> dict[str, torch.Tensor]:
+def biases_for(
+    run: Run, model: nn.Module, plan: StructurePlan, found: Measurements | None = None
+) -> dict[str, torch.Tensor]:
     """The biases by which the method makes up for what `plan` removes from the dense `model`; none for most methods.
 
-    A restoration makes up for the same and more, so there are none beside it.
+    found: what has been measured of it so far. A restoration makes up for the same and more, so there are none beside
+    it.
     """
     baseline = BASELINES.get(run.config.method)
     if baseline is None or not baseline.compensates or run.config.restore or plan.removes_nothing(run.graph):
         return {}
-    found = activation_statistics(model, run.graph, with_written(run, "scored"))
-    return compensating_biases(model, run.graph, plan.keep, found.mean)
+    if found is not None:
+        means = found.activations.mean
+    else:
+        means = activation_statistics(model, run.graph, with_written(run, "scored")).mean
+    return compensating_biases(model, run.graph, plan.keep, means)
 
 
 def compensate(run: Run, model: nn.Module, biases: dict[str, torch.Tensor]) -> None:

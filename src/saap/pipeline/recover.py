@@ -16,7 +16,7 @@ from saap.discovery.blocks import find_blocks
 from saap.errors import ConfigurationError, ModelError, OutputError, SaapError
 from saap.evaluation.perplexity import perplexity
 from saap.export.recovered import RecoveredParts, write_recovered
-from saap.models.devices import quick_float32_products, training_products
+from saap.models.devices import quick_float32_products, rounded_products
 from saap.models.groupwise import GroupwiseWeight
 from saap.models.groupwise_files import linears_inside
 from saap.models.loading import load, load_groupwise, load_model
@@ -57,7 +57,7 @@ def run_recover(
             work.close(keep=resumed)  # a refusal leaves nothing behind
             raise
         before = _before(run)
-        quick = nullcontext() if run.config.exact_products else training_products(run.device)
+        quick = nullcontext() if run.config.exact_products else rounded_products(run.device)
         with run.meter.stage("train"), quick:
             training = Trainer(
                 BlockWalker(model, find_blocks(model)), parameters, run.data, run.config, folder=work.path,

@@ -332,14 +332,14 @@ def _make(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScore
 
 
 def cut_and_restore(
-    run: Run, model: nn.Module, plan: StructurePlan, scores: ImportanceScores
+    run: Run, model: nn.Module, plan: StructurePlan, scores: ImportanceScores, found: Measurements | None = None
 ) -> tuple[StructurePlan, Mapping[str, float]]:
-    """Carry out the plan on `model`, a dense one, in place.
+    """Carry out the plan on `model`, a dense one, in place. found: what the baselines have measured so far.
 
     Returns the plan with the units that were kept in the end, and the held-out errors of the restoration.
     """
     errors: Mapping[str, float] = {}
-    biases = biases_for(run, model, plan)
+    biases = biases_for(run, model, plan, found)
     if run.config.restore and not plan.removes_nothing(run.graph):
         tokens, settings = refit_tokens(run), restore_settings(run, scores)
         restoration = restore(model, run.graph, plan, tokens, settings, run.meter.reporter.advance)

@@ -69,13 +69,17 @@ def _give_back(graph: ModelGraph, slots: Sequence[Slot], sizes: list[int], budge
         sizes[best[1]] = best[2]
 
 
-def steps_by_share(slots: Sequence[Slot], shares: Sequence[float]) -> list[Step]:
-    """Steps priced so that each slot gives units in proportion to its share; a share of 0 gives only at last."""
+def steps_by_share(slots: Sequence[Slot], shares: Sequence[float], *, round_down: bool = False) -> list[Step]:
+    """Steps priced so that each slot gives units in proportion to its share; a share of 0 gives only at last.
+
+    round_down: a slot gives a step once its share covers all of it, not already from half of it on. This matters where
+    a slot has few units: a fifth of three KV groups is none of them, not one.
+    """
     steps = []
     for index, (slot, share) in enumerate(zip(slots, shares, strict=True)):
         for kept in slot.sizes[1:]:
-            middle = (slot.units - kept - slot.step / 2) / slot.units
-            steps.append(Step(middle / share if share > 0 else 1e6 + middle, index, kept))
+            given = (slot.units - kept - (0 if round_down else slot.step / 2)) / slot.units
+            steps.append(Step(given / share if share > 0 else 1e6 + given, index, kept))
     return steps
 
 

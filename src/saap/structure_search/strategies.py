@@ -76,8 +76,8 @@ def module_shares(slots: Sequence[Slot], scores: Scores, *, spread: float, atten
 
 
 def uniform(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: AnyBudget) -> Proposal:
-    """The same share from every module, the least important units of each."""
-    steps = steps_by_share(slots, [1.0] * len(slots))
+    """The same share from every module, rounded down to whole units, the least important units of each."""
+    steps = steps_by_share(slots, [1.0] * len(slots), round_down=True)
     return Proposal(name="uniform", sizes=take_steps(graph, slots, steps, budget), orders=importance_order(scores))
 
 
