@@ -5,16 +5,14 @@ The runtimes to compare run in turns, so that a busy machine slows all of them a
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
 from saap.errors import ConfigurationError
+from saap.models.cached import CachedModel
 from saap.models.llama_cpp import LlamaCpp
 
 
@@ -32,28 +30,16 @@ class TransformersRuntime:
     """A transformers model with its cache of keys and values."""
 
     def __init__(self, model: Any) -> None:
-        self._model = model.eval()
-        self._device = next(model.parameters()).device
-        self._cache: Any = None
-        known = inspect.signature(model.forward).parameters
-        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        self._name = "cache" if "cache" in known else "past_key_values"  # depends on the version
+        self._model = CachedModel(model.eval())
 
     def read(self, ids: Sequence[int]) -> int:
         """Read a prompt into an empty cache."""
-        self._cache = None
-        return self._next(list(ids))
+        self._model.forget()
+        return int(self._model.feed(ids).argmax())  # waits for the device
 
     def step(self, token: int) -> int:
         """Read one more token."""
-        return self._next([token])
-
-    @torch.inference_mode()
-    def _next(self, ids: list[int]) -> int:
-        inputs = torch.tensor([ids], device=self._device)
-        output = self._model(inputs, **{self._name: self._cache}, use_cache=True, **self._options)
-        self._cache = output.get("cache", output.get("past_key_values"))
-        return int(output.logits[0, -1].argmax())  # waits for the device
+        return int(self._model.feed([token]).argmax())
 
 
 class LlamaCppRuntime:
