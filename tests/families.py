@@ -21,6 +21,14 @@ _ROTARY = {**_WIDE, "max_position_embeddings": 64}
 _GEMMA = {**_ROTARY, "query_pre_attn_scalar": 12, "sliding_window": 8}
 _GPT2 = {"n_embd": 48, "n_head": 6, "n_layer": 2, "n_inner": 80, "n_positions": 64, **_TOKENS}
 _OPT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "ffn_dim": 80, "word_embed_proj_dim": 40}
+_NEO = {
+    "hidden_size": 48,
+    "num_layers": 2,
+    "num_heads": 6,
+    "intermediate_size": 80,
+    "max_position_embeddings": 64,
+    **_TOKENS,
+}
 _FALCON = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "ffn_hidden_size": 80, **_TOKENS}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,6 +56,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("GPTJConfig", {**_GPT2, "rotary_dim": 4}),
     "glm4": ("Glm4Config", _ROTARY),
     "qwen3_next": ("Qwen3NextConfig", {**_ROTARY, "num_experts": 0, "layer_types": ["full_attention"] * 2}),
+    "olmo": ("OlmoConfig", _GQA),
+    "cohere": ("CohereConfig", _GQA),
+    "nemotron": ("NemotronConfig", _ROTARY),
+    "gpt_bigcode": ("GPTBigCodeConfig", _GPT2),
+    "gpt_neo": ("GPTNeoConfig", {**_NEO, "attention_types": [[["global", "local"], 1]], "window_size": 8}),
+    "codegen": ("CodeGenConfig", {**_GPT2, "n_head": 8, "n_ctx": 64, "rotary_dim": 4}),
     "mpt": ("MptConfig", {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": 64, **_TOKENS}),
 }
 FLOAT32_ATTENTION = ("gptj",)  # whatever the model's dtype

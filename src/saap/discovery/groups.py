@@ -126,7 +126,7 @@ def _group(
         if patterns is None:
             refusal = refusal or f"its units have no regular places on axis {axis[1]} of {axis[0]}"
             continue
-        members += [_member(axis, sides.get(axis, Side.PRODUCER), pattern) for pattern in patterns]
+        members += [pattern.of(*axis, sides.get(axis, Side.PRODUCER)) for pattern in patterns]
     norms, problem = _norms(trace, units, set(ids), sum(len(unit[anchor]) for unit in cluster))
     return TracedGroup(block, role, len(cluster), tuple(members), norms, refusal or problem)
 
@@ -136,19 +136,6 @@ def _patterns(rows: list[list[int]]) -> list[Pattern] | None:
         return None
     indices: IntArray = np.array(rows, dtype=np.int64)
     return patterns_of(indices)
-
-
-def _member(axis: Axis, side: Side, pattern: Pattern) -> AxisSlice:
-    return AxisSlice(
-        tensor=axis[0],
-        axis=axis[1],
-        side=side,
-        offset=pattern.offset,
-        width=pattern.width,
-        stride=pattern.stride,
-        period=pattern.period,
-        jump=pattern.jump,
-    )
 
 
 def _norms(trace: Trace, units: Units, group: set[int], channels: int) -> tuple[tuple[str, ...], str | None]:

@@ -13,15 +13,17 @@ from saap.models.linear import weight_out_in
 from saap.records import CoupledGroup, ModelGraph, StructurePlan
 
 
-def channel_mask(group: CoupledGroup, kept: Sequence[int], width: int, consumer: int = 0) -> Tensor:
-    """Mask over the input channels of a group's consumer: (width,), True for channels that stay.
+def channel_mask(group: CoupledGroup, kept: Sequence[int], width: int, consumer: str | None = None) -> Tensor:
+    """Mask over the input channels of a module that reads a group: (width,), True for channels that stay.
 
-    width: input size of the consumer. consumer: which of the group's consumers.
+    width: input size of the module. consumer: which tensor, by default the first consumer's.
     """
-    member = group.consumers[consumer]
+    tensor = group.consumers[0].tensor if consumer is None else consumer
     mask = torch.ones(width, dtype=torch.bool)
-    mask[member.indices(range(group.units))] = False
-    mask[member.indices(kept)] = True
+    for member in group.consumers:
+        if member.tensor == tensor:
+            mask[member.indices(range(group.units))] = False
+            mask[member.indices(kept)] = True
     return mask
 
 
@@ -62,9 +64,9 @@ def consumer_masks(graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]) -> di
         kept = keep.get(group.name)
         if kept is None or len(kept) == group.units or group.layer < 0:
             continue
-        for index, member in enumerate(group.consumers):
+        for member in group.consumers:
             path = member.tensor.rpartition(".")[0]
-            mask = channel_mask(group, kept, graph.shapes[member.tensor][member.axis], index)
+            mask = channel_mask(group, kept, graph.shapes[member.tensor][member.axis], member.tensor)
             masks[path] = masks[path] & mask if path in masks else mask
     return masks
 

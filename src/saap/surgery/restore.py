@@ -253,8 +253,7 @@ def _with_ones(x: Tensor, extra: int) -> Tensor:
 
 def _kept_columns(consumer: _Consumer, kept: Sequence[int], channels: int, device: torch.device) -> Tensor:
     """Input channels of the consumer that stay, ascending: (kept channels,)."""
-    paths = [member.tensor.rpartition(".")[0] for member in consumer.group.consumers]
-    mask = channel_mask(consumer.group, kept, channels, paths.index(consumer.path))
+    mask = channel_mask(consumer.group, kept, channels, f"{consumer.path}.weight")
     return mask.nonzero().flatten().to(device)
 
 
@@ -264,10 +263,10 @@ def _choose(
     group = consumer.group
     kept = plan.kept(group)
     removed = group.units - len(kept)
-    if not settings.second_order or not removed or not kept or len(group.consumers) != 1:
+    if not settings.second_order or not removed or not kept or len({m.tensor for m in group.consumers}) != 1:
         return kept
-    member = group.consumers[0]
-    units = torch.tensor([list(member.rows(unit)) for unit in range(group.units)], device=weight.device)
+    rows = [[row for member in group.consumers for row in member.rows(unit)] for unit in range(group.units)]
+    units = torch.tensor(rows, device=weight.device)
     channels = weight.shape[1]
     gram = fit.gram[:channels, :channels] + held.gram[:channels, :channels]
     at_once = 32 if units.shape[1] == 1 else 1
