@@ -21,14 +21,8 @@ _ROTARY = {**_WIDE, "max_position_embeddings": 64}
 _GEMMA = {**_ROTARY, "query_pre_attn_scalar": 12, "sliding_window": 8}
 _GPT2 = {"n_embd": 48, "n_head": 6, "n_layer": 2, "n_inner": 80, "n_positions": 64, **_TOKENS}
 _OPT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "ffn_dim": 80, "word_embed_proj_dim": 40}
-_NEO = {
-    "hidden_size": 48,
-    "num_layers": 2,
-    "num_heads": 6,
-    "intermediate_size": 80,
-    "max_position_embeddings": 64,
-    **_TOKENS,
-}
+_NEO = {"hidden_size": 48, "num_layers": 2, "num_heads": 6, "intermediate_size": 80, **_TOKENS}
+_EXPERTS = {"moe_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2}
 _FALCON = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "ffn_hidden_size": 80, **_TOKENS}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,10 +54,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("CohereConfig", _GQA),
     "nemotron": ("NemotronConfig", _ROTARY),
     "gpt_bigcode": ("GPTBigCodeConfig", _GPT2),
-    "gpt_neo": ("GPTNeoConfig", {**_NEO, "attention_types": [[["global", "local"], 1]], "window_size": 8}),
+    "gpt_neo": ("GPTNeoConfig", {**_NEO, "max_position_embeddings": 64, "attention_types": [[["global", "local"], 1]]}),
     "codegen": ("CodeGenConfig", {**_GPT2, "n_head": 8, "n_ctx": 64, "rotary_dim": 4}),
+    "mixtral": ("MixtralConfig", {**_ROTARY, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2MoeConfig", {**_GQA, **_EXPERTS, "shared_expert_intermediate_size": 56}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_ROTARY, **_EXPERTS}),
     "mpt": ("MptConfig", {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": 64, **_TOKENS}),
 }
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")  # their FFNs are many, of which each token takes two
 FLOAT32_ATTENTION = ("gptj",)  # whatever the model's dtype
 # Families that the conformance suite must cover.
 CORE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "opt", "bloom", "gpt_neox")
@@ -79,6 +77,8 @@ def build(name: str, *, seed: int = 0, attention: str = "eager") -> Any:
     """The family's tiny model in float64, every weight in general position (norms and biases too)."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(configuration(name), attn_implementation=attention)
+    if name in EXPERTS:
+        model.set_experts_implementation("eager")  # the fused kernels know no float64
     return randomised(model, seed)
 
 

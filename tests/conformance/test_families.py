@@ -50,7 +50,11 @@ def group_of(graph: ModelGraph, role: Role, layer: int) -> CoupledGroup:
 
 
 def every_second(group: CoupledGroup) -> tuple[int, ...]:
-    return tuple(range(0, group.units, 2)) if group.units > 2 else (group.units - 1,)
+    return tuple(range(expert_of(group) % 2, group.units, 2)) if group.units > 2 else (group.units - 1,)
+
+
+def expert_of(group: CoupledGroup) -> int:
+    return int(group.name.rpartition(".")[2]) if group.bundle else 0
 
 
 def mixed(graph: ModelGraph) -> Keep:
@@ -145,8 +149,14 @@ def write(model: Any, graph: ModelGraph, plan: StructurePlan, structure: PrunedS
 
 
 def opened(folder: Path) -> Any:
-    model = load(folder, device="cpu")
+    return plain(load(folder, device="cpu"))
+
+
+def plain(model: Any) -> Any:
+    """The implementations that know float64."""
     model.set_attn_implementation("eager")
+    if hasattr(model.config, "_experts_implementation"):
+        model.set_experts_implementation("eager")
     return model
 
 
@@ -276,7 +286,7 @@ def uniform_keep(graph: ModelGraph, role: Role) -> Keep:
     keep: Keep = {}
     for group in graph.of_role(role):
         kept = group.units // 2
-        first = max(0, group.layer) % (group.units - kept + 1)
+        first = (max(0, group.layer) + expert_of(group)) % (group.units - kept + 1)
         keep[group.name] = tuple(range(first, first + kept))
     return keep
 
@@ -285,6 +295,7 @@ def uniform_keep(graph: ModelGraph, role: Role) -> Keep:
 STOCK = {
     (name, Role.FFN) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "opt", "gpt_neox")
 }
+STOCK |= {(name, Role.FFN) for name in ("mixtral", "qwen3_moe")}
 STOCK |= {(name, Role.ATTENTION) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2")}
 STOCK |= {(name, Role.HIDDEN) for name in ("llama", "llama_tied", "mistral", "qwen2")}
 
@@ -308,6 +319,6 @@ def test_uniform_folders_are_stock_models_or_refused(name: str, role: Role, tmp_
         assert not (tmp_path / "out").exists()
         return
     assert not list(folder.glob("*.py"))
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    stock = plain(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64))
     assert type(stock) is type(model)
     assert difference(logits(stock), logits(pruned)) <= EXACT

@@ -11,7 +11,7 @@ import torch
 import transformers
 from packaging.version import Version
 from tests.discovery.graphs import graph_of, zeroed
-from tests.families import FAMILIES, VOCABULARY, build, token_ids
+from tests.families import EXPERTS, FAMILIES, VOCABULARY, build, token_ids
 from torch import nn
 
 from saap.discovery import discover
@@ -45,8 +45,16 @@ HEADS |= {"codegen": 2}  # one of each of the four blocks that it splits its pro
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_block_has_one_ffn_and_one_attention_group(family: str) -> None:
     graph = graph_of(family)
-    names = [f"layers.{layer}.{role}" for layer in range(len(graph.blocks)) for role in ("attention", "ffn")]
-    assert sorted(group.name for group in graph.groups if group.layer >= 0) == sorted(names)
+    parts = ("attention", "ffn.0", "ffn.1") if family == "qwen2_moe" else ("attention", "ffn")
+    names = {f"layers.{layer}.{part}" for layer in range(len(graph.blocks)) for part in parts}
+    assert {group.bundle or group.name for group in graph.groups if group.layer >= 0} == names
+    experts = {group.bundle: 0 for group in graph.groups if group.bundle}
+    for group in graph.groups:
+        if group.bundle:
+            assert group.name == f"{group.bundle}.expert.{experts[group.bundle]}"
+            assert {member.part for member in group.members} == {experts[group.bundle]}
+            experts[group.bundle] += 1
+    assert set(experts.values()) == ({4} if family in EXPERTS else set())
     assert {group.units for group in graph.of_role(Role.ATTENTION)} == {HEADS.get(family, 3)}
 
 

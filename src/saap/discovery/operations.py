@@ -281,6 +281,13 @@ def _parameter_matmul(step: Step) -> Tensor:
     return _linear_to(step, step.positional[0], contracted, produced, None)
 
 
+def _grouped_product(step: Step) -> Tensor:
+    """Each token times the matrix of its expert; the matrices are stacked along the first axis."""
+    stack, contracted, produced = step.positional[1].axes
+    step.space.mark("stacked", stack)
+    return _linear_to(step, step.positional[0], contracted, produced, None)
+
+
 def _embedding(step: Step) -> Tensor:
     channels: Tensor = step.named["weight"].axes[1]
     step.space.mark("embedded", channels)
@@ -352,6 +359,7 @@ PARAMETER_RULES: dict[str, Rule] = {
     **dict.fromkeys(("t", "mT", "numpy_T", "transpose", "permute"), _permute_parameter),
     **dict.fromkeys(("slice", "select", "split", "split_with_sizes", "chunk", "narrow"), _split_parameter),
     **dict.fromkeys(("mm", "matmul"), _parameter_matmul),
+    **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped_product),
     "linear": _linear,
     "addmm": _addmm,
     "embedding": _embedding,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saap.models.least_squares import compensated
 from saap.models.linear import weight_out_in
-from saap.models.masking import channel_mask, consumer_masks, masked_channels, replaced_weights
+from saap.models.masking import channel_mask, consumer_masks, masked_channels, replaced_weights, zeroed_parts
 from saap.models.walker import BlockWalker
 from saap.records import ModelGraph
 
@@ -51,6 +51,7 @@ class StructureJudge:
         total = 0.0
         with (
             masked_channels(self._model, consumer_masks(self._graph, masked), skipped),
+            zeroed_parts(self._model, self._graph, masked),
             replaced_weights(self._model, weights),
         ):
             changed = [self._last_hidden(batch) for batch in self._batches]

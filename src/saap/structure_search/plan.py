@@ -20,6 +20,7 @@ from saap.records import (
     UnitScores,
     count_parameters,
     kept_shapes,
+    uneven_bundle,
 )
 from saap.structure_search.adaptive import adaptive, spared_ends
 from saap.structure_search.costs import SecondOrder
@@ -172,6 +173,12 @@ def plan_from_counts(
                 f"the plan's units of {name} are not distinct numbers from 0 to {units - 1}", "Correct them"
             )
         chosen[name] = tuple(sorted(kept))
+    uneven = uneven_bundle(graph, chosen)
+    if uneven:
+        raise PlanError(
+            f"the plan keeps different numbers of units of {' and '.join(uneven)}, whose matrices are stacked",
+            "Keep the same number of each expert's units",
+        )
     if any(not 0 <= layer < len(graph.blocks) for layer in dropped_blocks):
         raise PlanError(
             f"the plan drops blocks {list(dropped_blocks)}, but the model has {len(graph.blocks)}",

@@ -1,7 +1,7 @@
 """What the search may change: slots whose number of units it sets.
 
-In the adaptive layout each module is a slot; in the uniform layout all modules of a role form one slot, since they
-share their size.
+In the adaptive layout each module is a slot, as are the experts of one module together, whose matrices are stacked; in
+the uniform layout all modules of a role form one slot, since they share their size.
 """
 
 from __future__ import annotations
@@ -54,10 +54,17 @@ def build_slots(
             raise TargetError(
                 f"no {role} groups can be pruned in this model: {reason}", "Leave this role out of --roles"
             )
-        bundles = [tuple(groups)] if layout is Layout.UNIFORM else [(group,) for group in groups]
+        bundles = [tuple(groups)] if layout is Layout.UNIFORM else _bundles(groups)
         legal = None if legal_sizes is None else legal_sizes.get(role, ())
         slots += [_slot(graph, bundle, align, legal) for bundle in bundles]
     return tuple(slots)
+
+
+def _bundles(groups: Iterable[CoupledGroup]) -> list[tuple[CoupledGroup, ...]]:
+    found: dict[str, list[CoupledGroup]] = {}
+    for group in groups:
+        found.setdefault(group.bundle or group.name, []).append(group)
+    return [tuple(bundle) for bundle in found.values()]
 
 
 def _slot(graph: ModelGraph, groups: tuple[CoupledGroup, ...], align: int, legal: Collection[int] | None) -> Slot:
@@ -70,7 +77,7 @@ def _slot(graph: ModelGraph, groups: tuple[CoupledGroup, ...], align: int, legal
     step = 1 if first.role is Role.ATTENTION else align
     smaller = range((first.units - 1) // step * step, 0, -step)
     return Slot(
-        name=first.name if len(groups) == 1 else str(first.role),
+        name=(first.bundle or first.name) if len({group.layer for group in groups}) == 1 else str(first.role),
         role=first.role,
         groups=groups,
         units=first.units,
