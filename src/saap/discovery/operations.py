@@ -246,6 +246,12 @@ def _index(step: Step) -> Tensor:
     return rest[0].expand(tuple(step.output.shape))
 
 
+def _choose(step: Step) -> Any:
+    """Which channels go on depends on the data, so none of them can be taken out by its place alone."""
+    step.space.stop(step.positional[0], f"{step.name} in {step.module or 'the model'} chooses among its channels")
+    return untagged(step.output)
+
+
 def _gather(step: Step) -> Tensor:
     tags: Tensor = step.positional[0]
     dim: int = step.named["dim"]
@@ -353,6 +359,7 @@ RULES: dict[str, Rule] = {
     "einsum": _einsum,
     "index": _index,
     "gather": _gather,
+    "topk": _choose,
 }
 PARAMETER_RULES: dict[str, Rule] = {
     **dict.fromkeys(("alias", "clone", "contiguous", "detach", "to", "_to_copy"), _same),
