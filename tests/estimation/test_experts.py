@@ -13,12 +13,15 @@ from torch import nn
 
 from saap.config import ElementOrder, PrunableRole, Strategy
 from saap.discovery import discover
+from saap.errors import PlanError
 from saap.estimation.calibrate import estimate
 from saap.models.masking import masked
 from saap.records import CalibrationSet, CoupledGroup, Layout, ModelGraph, Role, UnitScores
 from saap.structure_search.judge import StructureJudge
 from saap.structure_search.objectives import budget_for_ratio
-from saap.structure_search.plan import SearchSpace, make_plan, search
+from saap.structure_search.plan import SearchSpace, make_plan, plan_from_counts, search
+from saap.structure_search.slots import build_slots
+from saap.surgery.cut import cut
 
 SAMPLES, LENGTH = 3, 9
 
@@ -92,6 +95,36 @@ def test_all_experts_of_a_module_keep_the_same_number_each_its_own_units(mixtral
         kept = [plan.kept(group) for group in experts(graph, layer)]
         assert len({len(units) for units in kept}) == 1
         assert len(set(kept)) == len(kept) or len(kept[0]) == 80
+
+
+@pytest.mark.parametrize(
+    ("counts", "problem"),
+    [
+        ({0: 40, 1: 40, 2: 40, 3: 48}, "different numbers of units of layers.0.ffn.expert.0 and layers.0.ffn.expert.3"),
+        ({0: 40}, "different numbers of units of layers.0.ffn.expert.0 and layers.0.ffn.expert.1"),
+        (dict.fromkeys(range(4), 39), "keeps 39 units of layers.0.ffn.expert.0.*multiple of 8"),
+    ],
+)
+def test_plans_that_stacked_matrices_cannot_follow_are_refused(
+    mixtral: tuple[Any, ModelGraph], counts: dict[int, int], problem: str
+) -> None:
+    keep = {f"layers.0.ffn.expert.{expert}": count for expert, count in counts.items()}
+    with pytest.raises(PlanError, match=problem):
+        plan_from_counts(mixtral[1], {}, keep, (), layout=Layout.ADAPTIVE, align=1)
+
+
+def test_sizes_of_experts_keep_whole_strides(mixtral: tuple[Any, ModelGraph]) -> None:
+    slots = build_slots(mixtral[1], roles=[Role.FFN, Role.HIDDEN], layout=Layout.ADAPTIVE, align=4)
+    assert [slot.name for slot in slots] == ["layers.0.ffn", "layers.1.ffn", "hidden"]
+    assert all(size % 8 == 0 for slot in slots for size in slot.sizes)
+
+
+def test_experts_that_would_keep_nothing_are_refused(mixtral: tuple[Any, ModelGraph]) -> None:
+    model, graph = mixtral
+    keep = {group.name: () for group in experts(graph)}
+    plan = make_plan(graph, keep, (), layout=Layout.ADAPTIVE, strategy="by hand", align=1)
+    with pytest.raises(PlanError, match=r"stacked matrices of layers\.0\.ffn\.expert\.0 cannot lose all units"):
+        cut(copy.deepcopy(model), graph, plan)
 
 
 def test_the_judge_sees_the_masked_experts_and_leaves_the_weights(mixtral: tuple[Any, ModelGraph]) -> None:

@@ -25,7 +25,7 @@ from saap.records import (
 from saap.structure_search.adaptive import adaptive, spared_ends
 from saap.structure_search.costs import SecondOrder
 from saap.structure_search.objectives import Budget
-from saap.structure_search.slots import Slot, build_slots
+from saap.structure_search.slots import Slot, build_slots, required_step
 from saap.structure_search.strategies import STRATEGIES, Proposal, importance_order
 
 Scores = Mapping[str, UnitScores]
@@ -173,6 +173,11 @@ def plan_from_counts(
                 f"the plan's units of {name} are not distinct numbers from 0 to {units - 1}", "Correct them"
             )
         chosen[name] = tuple(sorted(kept))
+        step = required_step(graph, known[name])
+        if len(kept) < units and len(kept) % step:
+            raise PlanError(
+                f"the plan keeps {len(kept)} units of {name}, whose matrices are stacked", f"Keep a multiple of {step}"
+            )
     uneven = uneven_bundle(graph, chosen)
     if uneven:
         raise PlanError(
