@@ -57,7 +57,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neo": ("GPTNeoConfig", {**_NEO, "max_position_embeddings": 64, "attention_types": [[["global", "local"], 1]]}),
     "codegen": ("CodeGenConfig", {**_GPT2, "n_head": 8, "n_ctx": 64, "rotary_dim": 4}),
     "mixtral": ("MixtralConfig", {**_ROTARY, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2_moe": ("Qwen2MoeConfig", {**_GQA, **_EXPERTS, "shared_expert_intermediate_size": 56}),
+    "qwen2_moe": ("Qwen2MoeConfig", {**_GQA, **_EXPERTS, "shared_expert_intermediate_size": 64}),
     "qwen3_moe": ("Qwen3MoeConfig", {**_ROTARY, **_EXPERTS}),
     "mpt": ("MptConfig", {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": 64, **_TOKENS}),
 }
@@ -77,14 +77,14 @@ def build(name: str, *, seed: int = 0, attention: str = "eager") -> Any:
     """The family's tiny model in float64, every weight in general position (norms and biases too)."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(configuration(name), attn_implementation=attention)
-    if name in EXPERTS:
-        model.set_experts_implementation("eager")  # the fused kernels know no float64
     return randomised(model, seed)
 
 
 def randomised(model: nn.Module, seed: int = 0) -> Any:
     """Add noise to every weight, so that nothing is zero or one; float64, evaluation mode, no gradients."""
     model.double().eval().requires_grad_(False)
+    if hasattr(getattr(model, "config", None), "_experts_implementation"):
+        model.set_experts_implementation("eager")  # the fused kernels know no float64
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.15)
