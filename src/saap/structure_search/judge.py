@@ -35,6 +35,7 @@ class StructureJudge:
     ) -> None:
         self._model = model
         self._graph = graph
+        self._units = {group.name: group.units for group in graph.groups}
         self._grams = grams or {}
         self._walker = BlockWalker(model, graph.blocks)
         self._batches = torch.split(tokens, micro_batch)
@@ -45,7 +46,7 @@ class StructureJudge:
     def __call__(self, keep: Mapping[str, tuple[int, ...]], dropped_blocks: tuple[int, ...] = ()) -> float:
         """Loss of the structure that keeps the units in `keep`."""
         skipped = [self._graph.blocks[layer] for layer in dropped_blocks]
-        losing = {name: kept for name, kept in keep.items() if len(kept) < self._graph.group(name).units}
+        losing = {name: kept for name, kept in keep.items() if len(kept) < self._units[name]}
         masked = {name: kept for name, kept in losing.items() if name not in self._grams}
         weights = {self._path(name): self._weight(name, kept) for name, kept in losing.items() if name in self._grams}
         total = 0.0

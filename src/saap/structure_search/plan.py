@@ -118,7 +118,8 @@ def make_plan(
     trail: tuple[Candidate, ...] = (),
 ) -> StructurePlan:
     """A plan with its predicted numbers of parameters; groups that keep all their units need not be named."""
-    keep = {name: kept for name, kept in keep.items() if len(kept) < graph.group(name).units}
+    units = {group.name: group.units for group in graph.groups}
+    keep = {name: kept for name, kept in keep.items() if len(kept) < units[name]}
     shapes = kept_shapes(graph, keep, dropped_blocks)
     inside = {name: shape for name, shape in shapes.items() if graph.block_of(name) >= 0}
     return StructurePlan(
