@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from tests.pipeline import tiny
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 import saap
 from saap.errors import ConfigurationError
@@ -56,6 +62,22 @@ def test_attention_beside_experts_is_restored(source: Path, tmp_path: Path) -> N
     result = saap.prune(source, pruning_ratio=0.3, out=tmp_path / "small", **SETTINGS)
     assert result.report.refit_errors
     assert all(path.endswith("o_proj") for path in result.report.refit_errors)
+
+
+def test_a_shared_expert_beside_the_others_has_a_size_of_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=1024, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48,
+        shared_expert_intermediate_size=64, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    source = tmp_path / "dense"
+    Qwen2MoeForCausalLM(config).eval().save_pretrained(source)
+    tiny.tokenizer().save_pretrained(source)
+    result = saap.prune(source, pruning_ratio=0.3, out=tmp_path / "small", **SETTINGS)
+    assert {name.partition(".ffn.")[2].partition(".")[0] for name in result.plan.keep if ".ffn." in name} == {"0", "1"}
+    assert any("shared_expert.down_proj" in path for path in result.report.refit_errors)
+    torch.testing.assert_close(logits(saap.load(tmp_path / "small")), logits(result.model), rtol=0, atol=0)
 
 
 def test_methods_that_score_whole_matrices_are_refused_for_experts(source: Path, tmp_path: Path) -> None:
