@@ -228,6 +228,8 @@ def _attributes(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> dic
         if group.layer in plan.dropped_blocks or len(plan.kept(group)) == group.units:
             continue
         for attribute in group.attributes:
+            if graph.block_of(attribute.module) in plan.dropped_blocks:
+                continue
             path = renumbered(attribute.module, graph.blocks, plan.dropped_blocks)
             value = read_attribute(model.get_submodule(path), attribute.attribute)
             found.setdefault(path, {})[attribute.attribute] = value

@@ -8,11 +8,11 @@ from torch import nn
 
 from saap.baselines.activations import activation_statistics, add_biases, compensating_biases
 from saap.baselines.methods import BASELINES, Measurements, Scores
-from saap.config import Method, PruneConfig
+from saap.config import Method, PruneConfig, unit_roles
 from saap.errors import ConfigurationError
 from saap.pipeline.context import Run
 from saap.pipeline.written import with_written
-from saap.records import FloatArray, GroupScores, ImportanceScores, Layout, StructurePlan
+from saap.records import FloatArray, GroupScores, ImportanceScores, Layout, ModelGraph, StructurePlan
 
 
 def for_method(config: PruneConfig) -> PruneConfig:
@@ -34,6 +34,19 @@ def for_method(config: PruneConfig) -> PruneConfig:
             else baseline.skip_layers,
         }
     )
+
+
+def check_method(config: PruneConfig, graph: ModelGraph) -> None:
+    """Raise ConfigurationError if the method cannot score a group of the asked roles."""
+    if config.method in (Method.SAAP, Method.RANDOM):
+        return
+    roles = unit_roles(config.roles)
+    bundle = next((group.bundle for group in graph.groups if group.bundle and group.role in roles), None)
+    if bundle is not None:
+        raise ConfigurationError(
+            f"--method {config.method} scores matrices one by one, and {bundle} of this model stacks its experts",
+            "Use --method saap or random, or leave ffn out of --roles",
+        )
 
 
 def measurements(run: Run) -> Measurements:

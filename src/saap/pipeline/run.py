@@ -33,7 +33,7 @@ from saap.pipeline.inputs import (
 )
 from saap.pipeline.legality import legal_sizes
 from saap.pipeline.meter import Meter
-from saap.pipeline.methods import baseline_scores, biases_for, compensate, for_method, measurements
+from saap.pipeline.methods import baseline_scores, biases_for, check_method, compensate, for_method, measurements
 from saap.pipeline.outcome import Behaviour, observe
 from saap.pipeline.progress import Reporter, Silent
 from saap.pipeline.report import PruneResult
@@ -149,6 +149,7 @@ def _prepare(
         loaded = open_model(source, options, tokenizer)
     with meter.stage("discover the coupled structures"):
         graph = discover(loaded.model, loaded.ref)
+        check_method(config, graph)
         targets = with_budgets(targets, config, graph, loaded.dtype)
         space = SearchSpace(
             roles=config.roles,

@@ -36,7 +36,7 @@ def uniform_shares(graph: ModelGraph, slots: Sequence[Slot], *, attention: float
     spared = set(spared_ends(len(graph.blocks))) if spare else set()
     return [
         0.0
-        if any(group.layer in spared for group in slot.groups) and len(slot.groups) == 1
+        if all(group.layer in spared for group in slot.groups)
         else attention
         if slot.role is Role.ATTENTION
         else 1.0

@@ -20,11 +20,12 @@ from saap.records import (
     UnitScores,
     count_parameters,
     kept_shapes,
+    uneven_bundle,
 )
 from saap.structure_search.adaptive import adaptive, spared_ends
 from saap.structure_search.allocation import AnyBudget
 from saap.structure_search.costs import SecondOrder
-from saap.structure_search.slots import Slot, build_slots
+from saap.structure_search.slots import Slot, build_slots, required_step
 from saap.structure_search.strategies import STRATEGIES, Proposal, importance_order
 
 Scores = Mapping[str, UnitScores]
@@ -117,7 +118,8 @@ def make_plan(
     trail: tuple[Candidate, ...] = (),
 ) -> StructurePlan:
     """A plan with its predicted numbers of parameters; groups that keep all their units need not be named."""
-    keep = {name: kept for name, kept in keep.items() if len(kept) < graph.group(name).units}
+    units = {group.name: group.units for group in graph.groups}
+    keep = {name: kept for name, kept in keep.items() if len(kept) < units[name]}
     shapes = kept_shapes(graph, keep, dropped_blocks)
     inside = {name: shape for name, shape in shapes.items() if graph.block_of(name) >= 0}
     return StructurePlan(
@@ -172,6 +174,17 @@ def plan_from_counts(
                 f"the plan's units of {name} are not distinct numbers from 0 to {units - 1}", "Correct them"
             )
         chosen[name] = tuple(sorted(kept))
+        step = required_step(graph, known[name])
+        if len(kept) < units and len(kept) % step:
+            raise PlanError(
+                f"the plan keeps {len(kept)} units of {name}, whose matrices are stacked", f"Keep a multiple of {step}"
+            )
+    uneven = uneven_bundle(graph, chosen)
+    if uneven:
+        raise PlanError(
+            f"the plan keeps different numbers of units of {' and '.join(uneven)}, whose matrices are stacked",
+            "Keep the same number of each expert's units",
+        )
     if any(not 0 <= layer < len(graph.blocks) for layer in dropped_blocks):
         raise PlanError(
             f"the plan drops blocks {list(dropped_blocks)}, but the model has {len(graph.blocks)}",
