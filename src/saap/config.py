@@ -77,6 +77,24 @@ class Method(StrEnum):
     BLOCK_INFLUENCE = "block-influence"
 
 
+class RuntimeName(StrEnum):
+    """Which program computes the model where its speed is measured."""
+
+    TRANSFORMERS = "transformers"
+    LLAMA_CPP = "llama.cpp"
+
+
+class GgufType(StrEnum):
+    """How the weights of a GGUF file are stored."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    Q8_0 = "q8_0"
+    Q4_0 = "q4_0"
+    Q4_1 = "q4_1"
+
+
 class Effort(StrEnum):
     """How much time search and restoration may take."""
 
@@ -164,7 +182,8 @@ EFFORTS: dict[Effort, EffortSettings] = {
 class PruneConfig(BaseModel):
     """Everything that decides the result of `saap prune`, checked before any model is loaded.
 
-    Exactly one of pruning_ratios, target_parameters (whole model) and target_bytes (weights as written).
+    Exactly one of pruning_ratios, target_parameters (whole model), target_bytes (weights as written) and target_speedup
+    (of decoding, batch 1, in `runtime`; `gguf_type`: of the weights in llama.cpp).
     skip_layers None leaves the ends to the search. refit_tokens None takes the effort level's. method: a baseline
     brings its own strategy and scores.
     """
@@ -175,6 +194,9 @@ class PruneConfig(BaseModel):
     pruning_ratios: tuple[float, ...] = ()
     target_parameters: int | None = None
     target_bytes: int | None = None
+    target_speedup: float | None = None
+    runtime: RuntimeName = RuntimeName.TRANSFORMERS
+    gguf_type: GgufType = GgufType.F16
     plan: Path | None = None
     calibration: tuple[str, ...] = ("mixed",)
     samples: int = 50
@@ -207,6 +229,7 @@ class PruneConfig(BaseModel):
             "--pruning-ratio": bool(self.pruning_ratios),
             "--target-params": self.target_parameters is not None,
             "--target-size": self.target_bytes is not None,
+            "--target-speedup": self.target_speedup is not None,
             "--plan": self.plan is not None,
         }
         given = [name for name, is_given in targets.items() if is_given]
@@ -221,14 +244,11 @@ class PruneConfig(BaseModel):
         if len(set(self.pruning_ratios)) < len(self.pruning_ratios):
             raise ConfigurationError("--pruning-ratio names the same ratio twice", "Name each ratio once")
         for flag, value, least in (
-            ("--samples", self.samples, 2),
-            ("--sample-length", self.sample_length, 8),
-            ("--align", self.align, 1),
-            ("--refit-tokens", self.refit_tokens if self.refit_tokens is not None else 1024, 1024),
-            ("--target-params", 1 if self.target_parameters is None else self.target_parameters, 1),
-            ("--target-size", 1 if self.target_bytes is None else self.target_bytes, 1),
-        ):
-            if value < least:
+            ("--samples", self.samples, 2), ("--sample-length", self.sample_length, 8), ("--align", self.align, 1),
+            ("--refit-tokens", self.refit_tokens, 1024), ("--target-params", self.target_parameters, 1),
+            ("--target-size", self.target_bytes, 1),
+        ):  # fmt: skip
+            if value is not None and value < least:
                 raise ConfigurationError(f"{flag} {value} is too small", f"Give at least {least}")
         check_seed(self.seed)
         if not self.roles:
@@ -239,6 +259,21 @@ class PruneConfig(BaseModel):
             raise ConfigurationError(
                 "--skip-layers cannot be combined with --layout uniform, where all layers share their sizes",
                 "Leave out one of the two",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_speedup(self) -> PruneConfig:
+        if self.target_speedup is None:
+            return self
+        if not 1 < self.target_speedup < float("inf"):
+            raise ConfigurationError(
+                f"--target-speedup {self.target_speedup:g} is out of range", "Give a number above 1, e.g. 1.3"
+            )
+        if PrunableRole.HIDDEN in self.roles:
+            raise ConfigurationError(
+                "--target-speedup cannot be combined with the role hidden, whose time is not measured",
+                "Use --roles ffn,attention,block, or --pruning-ratio",
             )
         return self
 
@@ -296,9 +331,12 @@ class Tuning(StrEnum):
 class RecoverConfig(BaseModel):
     """Everything that decides the result of `saap recover`, checked before any model is loaded.
 
-    learning_rate, alpha, batch and length: usual values for adapters, not yet tuned by measurement. The first limit
-    that is reached ends the training; with none given it is DEFAULT_MINUTES. distillation: share of the divergence from
-    the teacher in the loss; 0 without a teacher. patience: validations without a new best, 0 never stops early.
+    learning_rate, alpha, batch and length: usual values, not yet tuned by measurement. The first limit that is reached
+    ends the training; with none given it is DEFAULT_MINUTES. scales: whether the scales are learned besides the zero
+    points. teacher: None for the dense model that the checkpoint was pruned from, if it is on this machine.
+    distillation: share of the divergence from the teacher in the loss; None for 1 where there is a teacher and 0 where
+    there is none. exact_products: no float32 factor is rounded to bfloat16 while training. patience: validations
+    without a new best, 0 never stops early.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -310,12 +348,13 @@ class RecoverConfig(BaseModel):
     error_feedback: bool = False
     rank: int = 16
     alpha: float = 16.0
+    scales: bool = True
     teacher: str | None = None
-    distillation: float = 0.0
+    distillation: float | None = None
     length: int = 512
     batch: int = 4
     micro_batch: int = 1
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     warm_up: float = 0.05
     clip: float = 1.0
     max_steps: int | None = None
@@ -325,16 +364,8 @@ class RecoverConfig(BaseModel):
     validation_samples: int = 8
     patience: int = 5
     gradient_checkpointing: bool = True
+    exact_products: bool = False
     seed: int = 0
-
-    @model_validator(mode="after")
-    def _check_shares(self) -> RecoverConfig:
-        check_seed(self.seed)
-        for flag, share in (("--distillation", self.distillation), ("--warm-up", self.warm_up)):
-            whole = share == 1 and flag == "--distillation"
-            if not (0 <= share < 1 or whole):
-                raise ConfigurationError(f"{flag} {share:g} is out of range", "Give a share from 0 to 1")
-        return self
 
     @model_validator(mode="after")
     def _check(self) -> RecoverConfig:
@@ -358,8 +389,11 @@ class RecoverConfig(BaseModel):
         ):  # fmt: skip
             if number is not None and not 0 < number < float("inf"):
                 raise ConfigurationError(f"{flag} {number:g} is out of range", "Give a number above 0")
-        if self.distillation and self.teacher is None:
-            raise ConfigurationError("--distillation has no teacher", "Name the dense model with --teacher MODEL")
+        check_seed(self.seed)
+        if self.distillation is not None and not 0 <= self.distillation <= 1:
+            raise ConfigurationError(f"--distillation {self.distillation:g} is out of range", "Give 0 to 1")
+        if not 0 <= self.warm_up < 1:
+            raise ConfigurationError(f"--warm-up {self.warm_up:g} is out of range", "Give at least 0 and below 1")
         if self.error_feedback and self.tuning is Tuning.LORA:
             raise ConfigurationError(
                 "--error-feedback quantises, which plain LoRA does not", "Leave out one of the two"

@@ -154,11 +154,13 @@ def print_preview(shown: Mapping[str, Any]) -> None:
     """What a dry run found."""
     console = console_for_tables()
     console.print(f"model: {escape(str(shown['model']))}, {shown['parameters']:,} parameters")
+    reachable = f"reachable with {', '.join(shown['roles'])}"
+    speedup = shown["settings"]["target_speedup"]
     for target in shown["targets"]:
-        console.print(
-            f"target {escape(target['name'])}: at least {target['removal']:,} parameters leave; reachable with "
-            f"{', '.join(shown['roles'])}"
-        )
+        what = f"at least {target['removal']:,} parameters leave"
+        if speedup is not None:
+            what = f"decoding {speedup:g} times as fast in {shown['settings']['runtime']}"
+        console.print(f"target {escape(target['name'])}: {what}; {reachable}")
     for name, tokens in shown["tokens"].items():
         console.print(f"tokens for {name}: {tokens:,}")
     table = Table("stage on this machine", "about s", "memory, GB", "disk, MB")
@@ -197,6 +199,13 @@ def _print_report(console: Console, report: PruneReport) -> None:
         f"{report.perplexity_ratio:.3f}",
     )
     console.print(table)
+    if report.speed is not None:
+        speed = report.speed
+        console.print(
+            f"speed of decoding: {speed['reached']:.2f} of the dense model's, asked {speed['asked']:g}, predicted "
+            f"{speed['predicted']:.2f}; {speed['dense_tokens_per_second']:.1f} -> {speed['tokens_per_second']:.1f} "
+            f"tokens/s in {speed['runtime']} ({speed['weights']}, {speed['threads']} threads)"
+        )
     _print_structure(console, report)
     if report.prompt:
         console.print(f"prompt: {escape(report.prompt)}")

@@ -50,8 +50,34 @@ def print_eval(report: Mapping[str, Any]) -> None:
         chat = report["chat"]
         beside = f", dense {_number(dense['chat']['value'])}" if dense else ""
         console.print(f"answers in {chat['turns']} turns of conversations: perplexity {_number(chat['value'])}{beside}")
+    if report["speed"]:
+        _print_speed(console, report["speed"])
     if report["generation"]:
         _print_generation(console, report["generation"])
+
+
+def _print_speed(console: Any, found: Mapping[str, Any]) -> None:
+    """Tokens per second, and how many times those of the other model they are."""
+    table = Table(
+        f"{found['runtime']}, {found['weights']}, {found['threads']} threads", "prefill, tokens/s", "decode, tokens/s",
+        "bytes read / token",
+    )  # fmt: skip
+    for one in (found["against"], found["model"]):
+        if one is not None:
+            table.add_row(
+                escape(one["model"]), f"{one['prefill']:.1f}", f"{one['decode']:.1f}", f"{one['bytes_per_token']:,}"
+            )
+    if found["against"] is not None:
+        table.add_section()
+        table.add_row(
+            "faster by", f"{found['prefill_speedup']:.3f}", f"{found['decode_speedup']:.3f}",
+            f"{found['bytes_ratio']:.3f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"{found['prompt_tokens']} tokens read, {found['new_tokens']} written, batch 1; medians of {found['rounds']} "
+        "rounds in turns"
+    )
 
 
 def _print_generation(console: Any, found: Mapping[str, Any]) -> None:

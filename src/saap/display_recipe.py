@@ -21,6 +21,8 @@ def print_recipe_preview(shown: Mapping[str, Any]) -> None:
             size = (
                 f" ({step['parameters']:,} parameters, {share:.1%}; {step['bytes'] / 1e6:,.0f} MB of {step['dtype']})"
             )
+        elif "speedup" in step:
+            size = f" (decoding {step['speedup']:g} times as fast in {step['runtime']}; its size is found by measuring)"
         target = f" {escape(step['target'])}" if "target" in step else ""
         console.print(f"{escape(step['name'])}{target} -> {escape(step['output'])}{size}")
     console.print("nothing was written.")

@@ -36,13 +36,13 @@ def parse_bytes(flag: str, text: str) -> int:
     return _scaled(flag, text, _BYTE_UNITS, "80MB")
 
 
-def parse_ratios(text: str) -> tuple[float, ...]:
+def parse_ratios(text: str, flag: str = "--pruning-ratio") -> tuple[float, ...]:
     """One pruning ratio or several, separated by commas. Raises ConfigurationError."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ConfigurationError(
-            f"--pruning-ratio {text!r} is not a number", "Write a fraction like 0.2, or several like 0.1,0.2,0.3"
+            f"{flag} {text!r} is not a number", "Write a fraction like 0.2, or several like 0.1,0.2,0.3"
         ) from None
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saap.config import PruneConfig, RecoverConfig, SkipLayers
 from saap.errors import ConfigurationError
-from saap.requests import EvalRequest, ExportRequest
+from saap.requests import EvalRequest, ExportRequest, SpeedSettings
 
 LARGEST_BYTES = 1_000_000
 THE_MODEL = "${model}"
@@ -56,6 +56,7 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {
     "report": ReportRequest,
 }  # fmt: skip
 _NAMED = ("eval", "export")
+_INNER: Mapping[str, type[BaseModel]] = {"skip_layers": SkipLayers, "speed": SpeedSettings}
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
@@ -185,7 +186,7 @@ def _checked(kind: type[BaseModel], given: Any, place: str, where: str, faults: 
 def _said(fault: Any, kind: type[BaseModel], place: str) -> str:
     path = ".".join([*([place] if place else []), *map(str, fault["loc"])])
     if fault["type"] == "extra_forbidden":
-        fields: Iterable[str] = kind.model_fields if len(fault["loc"]) == 1 else SkipLayers.model_fields
+        fields: Iterable[str] = (kind if len(fault["loc"]) == 1 else _INNER[str(fault["loc"][0])]).model_fields
         if kind is Recipe:
             fields = [*fields, *_SECTIONS]
         near = get_close_matches(str(fault["loc"][-1]), list(dict.fromkeys(fields)), n=1)
@@ -201,7 +202,7 @@ def _check_together(recipe: Recipe, where: str) -> None:
         raise ConfigurationError(f"{where} reports on a model that is not pruned", "Add prune, or leave report out")
     for name, request in recipe.eval.items():
         if request.names_nothing:
-            raise ConfigurationError(f"{where}, eval.{name} measures nothing", "Give texts, tasks or prompts")
+            raise ConfigurationError(f"{where}, eval.{name} measures nothing", "Give texts, tasks, prompts or speed")
         if request.human_kit is not None:
             raise ConfigurationError(
                 f"{where}, eval.{name}: a page for raters is made once, by hand", "Use `saap eval --human-kit`"

@@ -52,12 +52,21 @@ def canonical(value: Any) -> Any:
         raw = np.ascontiguousarray(value)
         return [list(raw.shape), str(raw.dtype), hashlib.sha256(raw.tobytes()).hexdigest()]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
+        present = [f for f in dataclasses.fields(value) if f.compare and not _is_left_out(value, f)]
+        return {f.name: canonical(getattr(value, f.name)) for f in present}
     if isinstance(value, Mapping):
         return {str(key): canonical(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [canonical(item) for item in value]
     return value
+
+
+# A field that came later and that most records do not use: at its default it has no part in the digest.
+_WHERE_USED = {"digest": "where used"}
+
+
+def _is_left_out(record: Any, item: dataclasses.Field[Any]) -> bool:
+    return item.metadata is not None and "digest" in item.metadata and getattr(record, item.name) == item.default
 
 
 def digest_of(value: Any) -> str:
@@ -105,6 +114,7 @@ class AxisSlice:
 
     Unit u covers `width` consecutive indices from `start(u)`. Starts advance by `stride`; where the tensor is made of
     blocks (fused projections split over heads), they jump by `jump` after every `period` units instead.
+    part: where axis 0 of the tensor stacks several matrices (experts), the one that the units lie in.
     """
 
     tensor: str
@@ -115,6 +125,7 @@ class AxisSlice:
     stride: int
     period: int = 0
     jump: int = 0
+    part: int | None = field(default=None, metadata=_WHERE_USED)
 
     def start(self, unit: int) -> int:
         """First index of `unit` along the axis."""
@@ -152,6 +163,8 @@ class CoupledGroup(Digested):
     attributes: integers that follow the number of kept units. scaled_norms: modules that take the RMS over the group's
     axis; removal equals masking only if weight x (kept/n)^-0.5 and eps x n/kept. sliced_arguments: modules that
     receive a tensor with one entry per unit from outside (ALiBi), which must be cut to the kept units at each call.
+    bundle: groups of the same one lie in parts of the same tensors, so all of them keep the same number of units, each
+    its own choice; "" for a group by itself.
     """
 
     layer: int
@@ -162,6 +175,7 @@ class CoupledGroup(Digested):
     attributes: tuple[UnitAttribute, ...] = ()
     scaled_norms: tuple[str, ...] = ()
     sliced_arguments: tuple[str, ...] = ()
+    bundle: str = field(default="", metadata=_WHERE_USED)
 
     @property
     def consumers(self) -> tuple[AxisSlice, ...]:
@@ -176,7 +190,9 @@ class CoupledGroup(Digested):
     def parameters_per_unit(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Parameters that leave with one unit, when nothing else is pruned. shapes: of the model's tensors."""
         return sum(
-            member.width * prod(shapes[member.tensor]) // shapes[member.tensor][member.axis] for member in self.members
+            member.width * prod(shape) // shape[member.axis] // (1 if member.part is None else shape[0])
+            for member in self.members
+            for shape in [shapes[member.tensor]]
         )
 
 
@@ -335,15 +351,31 @@ def kept_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors after removing what `keep` does not name; a value may be the count alone."""
     dropped = set(dropped_blocks)
+    stacked: set[tuple[str, int, int]] = set()
     shapes = {name: list(shape) for name, shape in graph.shapes.items() if graph.block_of(name) not in dropped}
     for group in graph.groups:
         if group.name in keep:
             kept = keep[group.name]
             gone = group.units - (kept if isinstance(kept, int) else len(kept))
             for member in group.members:
-                if member.tensor in shapes:
+                place = (member.tensor, member.axis, member.offset)
+                if member.tensor in shapes and place not in stacked:
                     shapes[member.tensor][member.axis] -= member.width * gone
+                if member.part is not None:
+                    stacked.add(place)  # all parts lose the same number
     return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def uneven_bundle(graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """Names of two groups of one bundle that would keep different numbers of units; empty if there are none."""
+    seen: dict[str, tuple[str, int]] = {}
+    for group in graph.groups:
+        kept = len(keep[group.name]) if group.name in keep else group.units
+        if group.bundle:
+            other, count = seen.setdefault(group.bundle, (group.name, kept))
+            if count != kept:
+                return other, group.name
+    return ()
 
 
 def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:

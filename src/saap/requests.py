@@ -7,8 +7,22 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from saap.config import GgufType, RuntimeName
+
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The seven tasks of the SAAP paper, by the names of lm-evaluation-harness; `paper` stands for them."""
+
+
+class SpeedSettings(BaseModel):
+    """How speed is measured. gguf_type: of the weights in llama.cpp. rounds: in which the models take turns."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    runtime: RuntimeName = RuntimeName.TRANSFORMERS
+    gguf_type: GgufType = GgufType.F16
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+    rounds: int = 5
 
 
 class EvalRequest(BaseModel):
@@ -16,9 +30,10 @@ class EvalRequest(BaseModel):
 
     texts: names of data sets, files, or `bundled`. window, stride: of the perplexity; stride None is the window.
     max_tokens: only the first of each text. tasks: zero-shot tasks, from the hub or from files in `task_data`; limit:
-    only the first questions. prompts: a file or `bundled`, to generate from and to ask facts of. chat: a file of
-    conversations. dense: the model that a pruned one is compared with. beside: further models whose answers go into
-    `human_kit`, a page to write.
+    only the first questions; rounded: round products to bfloat16 meanwhile. prompts: a file or `bundled`, to generate
+    from and to ask facts of. chat: a file of conversations. dense: the model that a pruned one is compared with.
+    beside: further models whose answers go into `human_kit`, a page to write. speed: how to measure tokens per second,
+    None: not; against: the model to measure it beside, else `dense`, else the one that a pruned one was made from.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,12 +45,15 @@ class EvalRequest(BaseModel):
     tasks: tuple[str, ...] = ()
     task_data: Path | None = None
     limit: int | None = None
+    rounded: bool = False
     prompts: str | None = None
     generated_tokens: int = 128
     chat: Path | None = None
     dense: str | None = None
     beside: tuple[str, ...] = ()
     human_kit: Path | None = None
+    speed: SpeedSettings | None = None
+    against: str | None = None
     seed: int = 0
 
     @field_validator("tasks")
@@ -46,7 +64,8 @@ class EvalRequest(BaseModel):
     @property
     def names_nothing(self) -> bool:
         """Whether there is nothing to measure."""
-        return not (self.texts or self.tasks or self.prompts or self.chat or self.human_kit)
+        measured = (self.texts, self.tasks, self.prompts, self.chat, self.human_kit, self.speed)
+        return not any(measured)
 
 
 class ExportFormat(StrEnum):
@@ -54,17 +73,6 @@ class ExportFormat(StrEnum):
 
     GGUF = "gguf"
     DECILM = "decilm"
-
-
-class GgufType(StrEnum):
-    """How the weights of a GGUF file are stored."""
-
-    F32 = "f32"
-    F16 = "f16"
-    BF16 = "bf16"
-    Q8_0 = "q8_0"
-    Q4_0 = "q4_0"
-    Q4_1 = "q4_1"
 
 
 class ExportRequest(BaseModel):

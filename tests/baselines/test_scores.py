@@ -156,7 +156,7 @@ def test_heads_take_wandas_sum_and_flaps_mean_of_standardised_channels(model, gr
     weight = model.get_submodule(path).weight
     wanda = weight.abs().mean(0) * found.square[path].sqrt()
     assert wanda_scores(model, graph, found)["layers.0.attention"][2] == pytest.approx(float(wanda[48:72].sum()))
-    fluctuation = (found.square[path] - found.mean[path] ** 2) * weight.square().sum(0)
+    fluctuation = ((found.square[path] - found.mean[path] ** 2) * weight.square().sum(0)) ** 2
     z = (fluctuation - fluctuation.mean()) / fluctuation.std()
     per_unit = graph.group("layers.0.attention").parameters_per_unit(graph.shapes)
     assert flap_scores(model, graph, found)["layers.0.attention"][2] / per_unit == pytest.approx(float(z[48:72].mean()))

@@ -27,6 +27,7 @@ def test_help_names_every_flag() -> None:
     shown = saap("prune", "--help").stdout
     for flag in (
         "--out", "--overwrite", "--work-dir", "--keep-work", "--pruning-ratio", "--target-params", "--target-size",
+        "--target-speedup", "--runtime", "--quantization",
         "--calibration", "--samples", "--sample-length", "--refit-tokens", "--layout", "--roles", "--skip-layers",
         "--align", "--strategy", "--importance", "--fusion-scope", "--no-restore", "--effort", "--seed", "--device",
         "--dtype", "--revision", "--trust-remote-code", "--dry-run", "--json", "--quiet", "--plan",

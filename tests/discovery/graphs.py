@@ -29,5 +29,7 @@ def zeroed(model: Any, group: CoupledGroup, kept: tuple[int, ...], *, consumers_
     """Zero the units that are not kept, in place."""
     gone = [unit for unit in range(group.units) if unit not in kept]
     for member in group.consumers if consumers_only else group.members:
-        parameter = model.get_parameter(member.tensor)
-        parameter.data.index_fill_(member.axis, torch.tensor(member.indices(gone)), 0.0)
+        data, axis = model.get_parameter(member.tensor).data, member.axis
+        if member.part is not None:
+            data, axis = data[member.part], axis - 1
+        data.index_fill_(axis, torch.tensor(member.indices(gone)), 0.0)

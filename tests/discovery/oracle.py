@@ -55,6 +55,9 @@ class Oracle:
 
     def __init__(self, model: nn.Module, block: str) -> None:
         self.model = model
+        for module in model.modules():
+            if hasattr(module, "top_k") and hasattr(module, "num_experts"):
+                module.top_k = module.num_experts  # every expert has a part in every token
         self.parameters = {n: p for n, p in model.named_parameters() if n.startswith(block + ".")}
         self.block = model.get_submodule(block)
         self.arguments, self.keywords = self._inputs_of_block()
@@ -123,6 +126,8 @@ class Oracle:
 
     def _inputs(self) -> Iterator[Axis]:
         for name, parameter in self.parameters.items():
+            if parameter.ndim == 3:
+                yield name, 2  # the matrices of the experts, stacked
             if parameter.ndim == 2:
                 module = self.model.get_submodule(name.rpartition(".")[0])
                 yield name, 0 if type(module).__name__ == "Conv1D" else 1

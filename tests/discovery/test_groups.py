@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import transformers
 from packaging.version import Version
 from tests.discovery.graphs import graph_of, zeroed
-from tests.families import FAMILIES, VOCABULARY, build, token_ids
+from tests.families import EXPERTS, FAMILIES, VOCABULARY, build, token_ids
 from torch import nn
 
 from saap.discovery import discover
@@ -26,21 +27,35 @@ ATTRIBUTES = {
     "falcon": {"num_heads": 2, "num_kv_heads": 1},
     "stablelm": {"num_heads": 2, "num_key_value_heads": 1},
     "mpt": {"n_heads": 1},
+    "gpt_neo": {"num_heads": 1},
+    "codegen": {"embed_dim": 24},
 }
 if Version(transformers.__version__) < Version("5.24"):
     ATTRIBUTES["gptj"] = {"num_attention_heads": 1}  # later ones follow the tensors' own sizes
+    ATTRIBUTES["codegen"] = {"num_attention_heads": 4}
 # ALiBi: a bias with one entry per head comes from outside.
 SLICED = {"bloom": "self_attention", "mpt": "attn"}
 CENTRED = {"phi", "gpt2", "opt", "bloom", "gpt_neox", "falcon", "falcon_mqa", "starcoder2", "stablelm", "gptj", "mpt"}
+CENTRED |= {"olmo", "cohere", "nemotron", "gpt_bigcode", "gpt_neo", "codegen"}
+HEADS = dict.fromkeys(("gpt2", "opt", "bloom", "gpt_neox", "gptj", "mpt", "gpt_neo"), 6)
+HEADS |= {"falcon_mqa": 1, "gpt_bigcode": 1}  # all queries share one head of keys and values
+HEADS |= {"codegen": 2}  # one of each of the four blocks that it splits its projection into
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_block_has_one_ffn_and_one_attention_group(family: str) -> None:
     graph = graph_of(family)
-    names = [f"layers.{layer}.{role}" for layer in range(len(graph.blocks)) for role in ("attention", "ffn")]
-    assert sorted(group.name for group in graph.groups if group.layer >= 0) == sorted(names)
-    heads = {"falcon_mqa": 1, "gpt2": 6, "opt": 6, "bloom": 6, "gpt_neox": 6, "gptj": 6, "mpt": 6}.get(family, 3)
-    assert {group.units for group in graph.of_role(Role.ATTENTION)} == {heads}
+    parts = ("attention", "ffn.0", "ffn.1") if family == "qwen2_moe" else ("attention", "ffn")
+    names = {f"layers.{layer}.{part}" for layer in range(len(graph.blocks)) for part in parts}
+    assert {group.bundle or group.name for group in graph.groups if group.layer >= 0} == names
+    experts = {group.bundle: 0 for group in graph.groups if group.bundle}
+    for group in graph.groups:
+        if group.bundle:
+            assert group.name == f"{group.bundle}.expert.{experts[group.bundle]}"
+            assert {member.part for member in group.members} == {experts[group.bundle]}
+            experts[group.bundle] += 1
+    assert set(experts.values()) == ({4} if family in EXPERTS else set())
+    assert {group.units for group in graph.of_role(Role.ATTENTION)} == {HEADS.get(family, 3)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -72,7 +87,7 @@ def test_the_hidden_group_is_complete_or_refused_by_name(family: str) -> None:
     if family in CENTRED:
         assert not graph.of_role(Role.HIDDEN)
         assert [refusal.name for refusal in graph.refused] == ["hidden"]
-        assert "layer_norm" in graph.refused[0].reason
+        assert re.search("^(layer_norm|mean) in .*norm|^layer_norm in .*ln_", graph.refused[0].reason)
         return
     (group,) = graph.of_role(Role.HIDDEN)
     found = Counter((member.tensor, member.axis) for member in group.members)

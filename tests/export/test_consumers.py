@@ -16,7 +16,8 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tests.export.gguf_models import EMPTY, adaptive_folder, family_folder
 from transformers import AutoModelForCausalLM
 
-import saap.auto  # noqa: F401
+import saap
+import saap.auto
 from saap.models.loading import load
 
 IDS = torch.arange(3, 19).reshape(2, 8)
@@ -61,12 +62,25 @@ def test_an_adapter_trains_is_saved_and_merges(folder: Path, tmp_path: Path) -> 
 
 def test_peft_finds_the_base_of_an_adapter(folder: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(folder)
-    settings = LoraConfig(
-        r=2, target_modules="all-linear", task_type="CAUSAL_LM"
-    )  # by name fails where a module is gone
+    settings = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(base, settings).save_pretrained(tmp_path)
     found = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(found), logits(load(folder, device="cpu")))
+
+
+def test_modules_of_an_adapter_can_be_named_where_some_are_gone(folder: Path, tmp_path: Path) -> None:
+    model = load(folder, device="cpu")
+    gone = saap.removed_modules(model)
+    assert {name.rpartition(".")[2] for name in gone} <= {"gate_proj", "up_proj", "down_proj"}
+    assert bool(gone) == (type(model).__name__ == "SaapPrunedForCausalLM")
+    settings = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], exclude_modules=gone, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, settings)
+    names = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
+    assert len(names) == 2 * model.config.num_hidden_layers - bool(gone)
+    adapted(IDS, labels=IDS, use_cache=False).loss.backward()
+    adapted.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load(folder, device="cpu"), tmp_path)
+    torch.testing.assert_close(logits(again), logits(adapted))
 
 
 def test_the_compiled_model_computes_the_same(folder: Path) -> None:

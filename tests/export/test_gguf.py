@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, tra
 from transformers import PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+import saap
 from saap import cli
 from saap.data.texts import evaluation_text
 from saap.errors import ExportError, OutputError, SaapError
@@ -92,6 +93,24 @@ def test_layers_pruned_alike_are_a_stock_architecture_even_in_the_adaptive_layou
     assert done.architecture == "qwen3"
     assert done.agreement is not None
     assert done.agreement.share == 1.0
+
+
+FLAP: dict[str, Any] = {"method": "flap", "samples": 4, "sample_length": 32, "align": 8, "pruning_ratio": 0.2}
+
+
+@pytest.mark.parametrize("role", ["ffn", "attention"])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_added_biases_compute_the_same_in_llama_cpp(tmp_path: Path, name: str, role: str) -> None:
+    share = 0.05 if role == "attention" else 0.2
+    options = {**FLAP, "pruning_ratio": share, "roles": (role,), "out": tmp_path / "out"}
+    model = saap.prune(family_folder(tmp_path / "model", name), **options).model
+    added = ("mlp.down_proj.bias", "self_attn.o_proj.bias")
+    assert any(key.endswith(added) for key in model.state_dict())
+    done = export_gguf(tmp_path / "out", tmp_path / "out.gguf", quantization="f32")
+    assert done.agreement is not None
+    assert done.agreement.share == 1.0
+    assert abs(done.agreement.divergence) < EXACT
+    assert any("bias" in tensor.name for tensor in gguf.GGUFReader(done.path).tensors)
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"])
@@ -176,6 +195,11 @@ def test_sizes_that_blocks_do_not_divide_are_named(tmp_path: Path) -> None:
 def test_layers_that_differ_in_other_families_are_named(tmp_path: Path) -> None:
     folder = adaptive_folder(tmp_path, "qwen3", ffn={1: HALF}, attention={})
     refused(tmp_path, folder, "qwen3", "layers 1", "--layout uniform")
+
+
+def test_added_biases_without_a_place_are_named(tmp_path: Path) -> None:
+    saap.prune(family_folder(tmp_path / "model", "qwen3"), roles=("ffn",), out=tmp_path / "out", **FLAP)
+    refused(tmp_path, tmp_path / "out", "qwen3 has no place", "model.layers.0.mlp.down_proj.bias", "--restore")
 
 
 def test_an_unknown_family_is_refused(tmp_path: Path) -> None:

@@ -70,7 +70,11 @@ def test_the_folder_is_uploaded_with_a_card_the_hub_accepts(
 ) -> None:
     folder = adaptive_folder(tmp_path, "llama", ffn={0: (1, 2)}, attention={})
     assert run(monkeypatch, folder, "--push", "me/small") == 0
-    assert "me/small" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+    assert said[0] == f"upload {len(hub.files)} files, {size:,.1f} MB, to me/small ..."
+    assert said[1] == f"uploaded {folder} to https://huggingface.co/me/small"
+    assert '  model = saap.load("me/small")' in said
     assert set(hub.files) == {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert hub.files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     head = yaml.safe_load(hub.files["README.md"].decode().split("---")[1])

@@ -49,6 +49,15 @@ def test_a_hub_id_without_a_connection_asks_for_a_folder(monkeypatch: pytest.Mon
         resolve_model("nobody/nothing-at-all")
 
 
+def test_a_model_that_must_be_here_is_not_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: object, **__: object) -> list[str]:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(references.huggingface_hub.HfApi, "list_repo_files", asked)
+    with pytest.raises(ModelError, match="it has not been downloaded"):
+        resolve_model("someone/never-downloaded", fetch=False)
+
+
 def test_a_hub_repository_with_pickles_only_is_refused_before_download(monkeypatch: pytest.MonkeyPatch) -> None:
     files = ["config.json", "pytorch_model.bin"]
     monkeypatch.setattr(references.huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: files)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -70,6 +71,24 @@ def test_rows_that_are_there_are_not_made_again_and_more_can_be_added(source, do
     assert {path: path.stat().st_mtime_ns for path in files} == files
     assert changed in [*again["rows"], again["dense"]]
     assert len(again["rows"]) == len(result["rows"]) + 4
+
+
+def test_rows_of_earlier_passes_stay_and_tasks_can_be_asked_later(source, tmp_path) -> None:
+    one = (MethodChoice(method=Method.MAGNITUDE),)
+    config = request_for(tmp_path).config.model_copy(update={"pruning_ratios": (0.1,)})
+    plain = request_for(tmp_path, methods=one, config=config, restorations=(False,), task_ratios=())
+    first = compare(source, plain, RunOptions(device="cpu"), tmp_path / "out")
+    assert (len(first["rows"]), first["rows"][0]["tasks"]) == (1, {})
+    other = dataclasses.replace(plain, methods=(MethodChoice(method=Method.RANDOM),))
+    second = compare(source, other, RunOptions(device="cpu"), tmp_path / "out")
+    assert [row["method"] for row in second["rows"]] == ["random", "magnitude"]
+    with_tasks = dataclasses.replace(plain, task_ratios=(0.1,))
+    third = compare(source, with_tasks, RunOptions(device="cpu"), tmp_path / "out")
+    assert [list(row["tasks"]) for row in third["rows"]] == [["made"], []]
+    assert third["rows"][0]["ratios"] == first["rows"][0]["ratios"]
+    strange = dataclasses.replace(plain, task_ratios=(0.3,))
+    with pytest.raises(ConfigurationError, match="which is not compared"):
+        compare(source, strange, RunOptions(device="cpu"), tmp_path / "out")
 
 
 def test_rows_of_other_settings_are_not_taken_for_these(source, done) -> None:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests import families
 from tests.pipeline import tiny
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
@@ -20,6 +21,7 @@ from saap.pipeline.recipe_run import run_recipe
 from saap.pipeline.recipe_steps import Step, recipe_steps
 from saap.recipe import Recipe, read_recipe, recipe_from
 from saap.records import ModelGraph
+from saap.requests import SpeedSettings
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SEVEN_B = LlamaConfig()
@@ -71,6 +73,28 @@ def test_every_recipe_runs_dry_on_the_shape_of_its_model(
     assert set(teachers) == {str(tmp_path / "model")}
 
 
+def test_a_dry_run_knows_speeds_and_experts(tmp_path: Path) -> None:
+    source = str(tmp_path / "model")
+    families.configuration("mixtral").save_pretrained(source)
+    tree = {
+        "model": source, "out": str(tmp_path / "out"), "prune": {**SMALL, "roles": ["ffn"]},
+        "eval": {"fast": {"speed": {"rounds": 2}, "against": "${model}"}},
+    }  # fmt: skip
+    recipe = recipe_from(tree, "r")
+    assert (recipe.eval["fast"].speed, recipe.eval["fast"].against) == (SpeedSettings(rounds=2), source)
+    pruned, measured = preview_recipe(recipe)["steps"]
+    assert 0 < pruned["parameters"] < preview_recipe(recipe)["parameters"]
+    assert measured["name"] == "eval.fast"
+    asked = {"target_speedup": 1.2, "samples": 4}
+    (pruned, _) = preview_recipe(recipe_from({**tree, "prune": asked}, "r"))["steps"]
+    assert (pruned["speedup"], pruned["runtime"]) == (1.2, "transformers")
+    with pytest.raises(ConfigurationError, match="stacks its experts"):
+        preview_recipe(recipe_from({**tree, "prune": {**SMALL, "method": "flap"}}, "r"))
+    without = {"a": {"texts": ["bundled"], "against": source}}
+    with pytest.raises(ConfigurationError, match="--against has nothing"):
+        preview_recipe(recipe_from({**tree, "eval": without}, "r"))
+
+
 def test_there_is_a_recipe_for_each_shape() -> None:
     assert {file.stem for file in RECIPES} == set(SHAPES)
 
@@ -110,6 +134,10 @@ def test_a_baseline_does_not_restore_unless_told_to() -> None:
         ("model: m\nout: o\neval: {a: {txts: [bundled]}}\n", ["eval.a.txts", "texts"]),
         ("model: m\nout: o\neval: {../a: {texts: [bundled]}}\n", ["eval.../a", "no name for a file"]),
         ("model: m\nout: o\neval: {a: {}}\n", ["eval.a measures nothing"]),
+        ("model: m\nout: o\neval: {a: {speed: {runtme: llama.cpp}}}\n", ["eval.a.speed.runtme", "mean runtime?"]),
+        ("model: m\nout: o\neval: {a: {speed: {gguf_type: q9}}}\n", ["eval.a.speed.gguf_type"]),
+        ("model: m\nout: o\nprune: {target_speedup: 0.5}\n", ["prune: --target-speedup 0.5"]),
+        ("model: m\nout: o\nprune: {pruning_ratios: [0.2]}\nrecover: {distillation: 2}\n", ["--distillation 2"]),
         ("model: m\nout: o\neval: {a: {human_kit: page.html}}\n", ["saap eval --human-kit"]),
         ("model: m\nout: o\nexport: {a: {quantization: q9}}\n", ["export.a.quantization"]),
         ("model: m\nout: o\n", ["names no step"]),
@@ -260,13 +288,14 @@ def test_a_changed_text_or_model_changes_the_digests(tmp_path: Path) -> None:
 def test_all_steps_of_several_ratios(tmp_path: Path) -> None:
     source, out = tiny.folder(tmp_path / "model", num_hidden_layers=2), tmp_path / "out"
     text = str(tiny.text_file(tmp_path / "text.txt"))
+    brief = {"rounds": 1, "prompt_tokens": 4, "new_tokens": 2}
     tree = {
         "model": str(source), "out": str(out),
         "prune": {**SMALL, "pruning_ratios": [0.1, 0.3], "layout": "uniform", "calibration": [text]},
         "recover": {
             "data": [text], "group_size": 16, "max_steps": 1, "length": 32, "batch": 1, "validation_samples": 1,
         },
-        "eval": {"a": {"texts": ["bundled"], "window": 32, "max_tokens": 128, "dense": "${model}"}},
+        "eval": {"a": {"texts": ["bundled"], "window": 32, "max_tokens": 128, "dense": "${model}", "speed": brief}},
         "export": {"f16": {"verify": False}}, "report": {},
     }  # fmt: skip
     tree["prune"]["align"] = 16
@@ -276,6 +305,7 @@ def test_all_steps_of_several_ratios(tmp_path: Path) -> None:
         report = json.loads((out / "eval" / ratio / "a.json").read_text())
         assert report["model"] == str(out / "recovered" / ratio)
         assert report["dense"]["parameters"] > report["parameters"]
+        assert report["speed"]["against"]["model"] == str(source)
         assert (out / "export" / ratio / "f16.gguf").stat().st_size > 1000
         assert "<svg" in (out / "report" / ratio / "report.html").read_text()
     again = run_recipe(recipe_from({**tree, "export": {"q": {"quantization": "f32", "verify": False}}}, "r"))

@@ -23,8 +23,8 @@ def test_merged_equals_with_adapter(family: str) -> None:
         pack_linears(model, paths, lambda path, read: quantise(read(), group_size=16, bits=8), torch.device("cpu"))
         packed = model(ids).logits
         assert float((packed - dense).abs().max() / dense.abs().max()) < 0.05
-        parameters = adapt(model, rank=2, alpha=4, seed=0)
-        assert len(parameters) == 2 * len(paths)
+        parameters = adapt(model, rank=2, alpha=4, seed=0, scales=True)
+        assert len(parameters) == 3 * len(paths)
         torch.testing.assert_close(model(ids).logits, packed, rtol=0, atol=0)  # B is zero at first
         generator = torch.Generator().manual_seed(1)
         for module in model.modules():
@@ -32,7 +32,7 @@ def test_merged_equals_with_adapter(family: str) -> None:
                 module.double()
                 module.zero = module.zero.double()
         for name, value in parameters.items():
-            if name.endswith("second"):
+            if not name.endswith("first"):
                 value.copy_(torch.randn(value.shape, generator=generator) * 0.05)
         adapted = model(ids).logits
         assert len(merge(model)) == len(paths)

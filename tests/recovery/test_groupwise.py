@@ -142,6 +142,41 @@ def test_the_adapter_learns_the_gradient_of_its_formula() -> None:
     assert torch.autograd.gradcheck(lambda *_: layer(inputs), (inputs, layer.first, layer.second))
 
 
+@pytest.mark.parametrize("bits", LEGAL_BITS)
+def test_scales_learn_the_gradient_of_their_formula_and_merge_exactly(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groupwise, "VALUES_AT_ONCE", 3 * 64)
+    plain = GroupwiseLinear(quantise(random(11, 64), group_size=16, bits=bits))
+    layer = AdaptedLinear(plain, rank=2, alpha=4, generator=torch.Generator().manual_seed(0), scales=True)
+    layer.double()
+    layer.zero = layer.zero.double()
+    assert layer.growth is not None
+    layer.growth.data = random(11, 4, seed=5).double() * 0.2
+    layer.second.data = random(11, 2, seed=3).double()
+    inputs, gradient = random(2, 5, 64, seed=4).double(), random(2, 5, 11, seed=2).double()
+    outputs = layer(inputs)
+    outputs.backward(gradient)
+    rounded = (plain.scale.double() * (1 + layer.growth.detach())).half()
+    straight_through = plain.scale.double() * (layer.growth - layer.growth.detach())
+    scale = (rounded.double() + straight_through).unsqueeze(-1)
+    found = layer.growth.grad
+    layer.growth.grad = None
+    codes = plain.quantised.codes().unflatten(1, (-1, 16)).double()
+    zero = plain.zero.double() + 2 * layer.second.detach() @ layer.first.detach()
+    expected = inputs @ (codes * scale + zero.unsqueeze(-1)).flatten(1).T
+    torch.testing.assert_close(outputs, expected, rtol=1e-10, atol=1e-10)
+    expected.backward(gradient)
+    torch.testing.assert_close(found, layer.growth.grad, rtol=1e-8, atol=1e-8)
+    merged = layer.merged()
+    assert type(merged) is GroupwiseLinear
+    assert torch.equal(merged.scale, rounded)
+    assert torch.equal(merged.packed, plain.packed)
+    assert not list(merged.parameters())
+    with torch.no_grad():
+        assert float((merged(inputs) - outputs).abs().max()) <= 1e-10
+
+
 def test_rounding_the_model_keeps_scales_and_zero_points() -> None:
     weight = quantise(random(8, 32), group_size=32, bits=4)
     layer = GroupwiseLinear(weight, nn.Parameter(random(8))).to(torch.bfloat16)

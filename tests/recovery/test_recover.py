@@ -16,13 +16,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import saap
-from saap.errors import GroupSizeError, ModelError, OutputError, StaleInputError
+from saap.errors import ConfigurationError, GroupSizeError, ModelError, OutputError, StaleInputError
 from saap.export.manifest import RunManifest
 from saap.export.recovered import stored_entries
 from saap.models.groupwise import GroupwiseLinear, GroupwiseWeight
 from saap.models.groupwise_files import linears_inside, open_empty, pack_linears, read_packed
 from saap.models.loading import load_groupwise, load_model
 from saap.models.references import resolve_model
+from saap.pipeline.progress import Silent
 from saap.recovery.quantise import quantise
 
 QUICK = {"length": 32, "batch": 4, "max_steps": 4, "validate_every": 2, "validation_samples": 2, "rank": 4}
@@ -73,6 +74,8 @@ def test_a_pruned_model_is_tuned_and_opens_everywhere(dense: Path, text: Path, t
     assert manifest.recovery is not None
     assert [point.step for point in manifest.recovery.curve] == [1, 2, 3, 4]
     assert manifest.recovery.curve[1].validation is not None
+    assert manifest.recovery.settings["teacher"] == str(dense)  # the record names it
+    assert manifest.recovery.settings["distillation"] == 1
     assert (out / "saap" / "plan.json").read_bytes() == (small / "saap" / "plan.json").read_bytes()
     assert "## Recovery" in (out / "README.md").read_text()
     assert not out.with_name("tuned.saap-work").exists()
@@ -103,6 +106,30 @@ def test_options(dense: Path, text: Path, tmp_path: Path, changes: dict[str, Any
     assert result.report.validation < result.report.validation_before
     assert (result.report.perplexity_dense is not None) == ("teacher" in changes)
     assert (tmp_path / "tuned" / "saap" / "packed.safetensors").exists() == (changes.get("tuning") != "lora")
+
+
+def test_without_the_dense_model_the_text_alone_teaches(text: Path, tmp_path: Path) -> None:
+    dense = tiny.folder(tmp_path / "dense")
+    small = tmp_path / "small"
+    saap.prune(dense, pruning_ratio=0.2, out=small, **PRUNING)
+    other = tiny.folder(tmp_path / "other", intermediate_size=128)
+    with pytest.raises(ConfigurationError, match=r"other has .* parameters, but .*small was pruned from a model of"):
+        saap.recover(small, data=[text], out=tmp_path / "tuned", teacher=other, **QUICK)
+    dense.rename(tmp_path / "gone")
+    with pytest.raises(ConfigurationError, match=r"--distillation has no teacher.*--teacher"):
+        saap.recover(small, data=[text], out=tmp_path / "tuned", distillation=0.5, **QUICK)
+    notes: list[str] = []
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    result = saap.recover(small, data=[text], out=tmp_path / "tuned", reporter=Notes(), **QUICK)
+    assert "the dense model teaches nothing: The folder" in notes[0]
+    manifest = RunManifest.model_validate_json((tmp_path / "tuned" / "saap" / "manifest.json").read_bytes())
+    assert manifest.recovery is not None
+    assert (manifest.recovery.settings["teacher"], manifest.recovery.settings["distillation"]) == (None, 0)
+    assert result.report.perplexity_dense is not None  # known from the record
 
 
 def test_sizes_that_do_not_divide_are_refused_before_training(text: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def train(
 ) -> tuple[Any, Training]:
     model = quantised() if model is None else model
     config = RecoverConfig(**{**SETTINGS, **changes})
-    parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=config.seed)
+    parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=config.seed, scales=config.scales)
     trainer = Trainer(
         BlockWalker(model, blocks(model)), parameters, data(), config, folder=folder,
         processes=Processes.found(CPU), report=report,
@@ -309,7 +309,7 @@ def test_too_little_data_and_foreign_ids(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"bits": 5}, "--bits 5"), ({"group_size": 24}, "--group-size 24"), ({"rank": 0}, "--rank 0"),
-        ({"learning_rate": -1.0}, "--learning-rate"), ({"distillation": 0.5}, "--teacher"),
+        ({"learning_rate": -1.0}, "--learning-rate"),
         ({"error_feedback": True, "tuning": "lora"}, "--error-feedback"),
     ],
 )  # fmt: skip

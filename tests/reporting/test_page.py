@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -13,6 +14,7 @@ import saap
 from saap import cli
 from saap.errors import EvaluationError
 from saap.pipeline.report_page import build_page, write_page
+from saap.reporting.page import Section, render
 
 needs_browser = pytest.mark.skipif(not browser.CHROMIUM, reason="no Chromium is installed")
 LARGEST = 3_000_000
@@ -36,9 +38,20 @@ def model_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def evaluation(tmp_path) -> Path:
     part = {"model": "dense", "perplexity": {"text": {"value": 20.0}}, "tasks": {"arc_easy": task([1, 1, 0, 1])}}
+    written = {"distinct_1": 0.5, "distinct_2": 0.8, "distinct_3": 0.9, "repetition": 0.1, "tokens": 32.0}
     report = {
         "model": "small", "perplexity": {"text": {"value": 25.0}}, "tasks": {"arc_easy": task([1, 0, 0, 1])},
-        "dense": part, "generation": {"samples": {"greedy": {"Why <b>?": {"pruned": "Because & so."}}}},
+        "dense": part, "command": ["eval", "small", "--tasks", "arc_easy"],
+        "generation": {
+            "figures": {"greedy": written}, "dense_figures": {"greedy": written}, "token_agreement": 0.75,
+            "cloze": {"accuracy": 0.25, "prompts": 8}, "dense_cloze": {"accuracy": 0.5, "prompts": 8},
+            "samples": {"greedy": {"Why <b>?": {"pruned": "Because & so.", "dense": "Well."}}},
+        },
+        "speed": {
+            "runtime": "transformers", "weights": "float32", "threads": 2,
+            "model": {"model": "small", "prefill": 500.0, "decode": 24.0, "bytes_per_token": 800},
+            "against": {"model": "tiny", "prefill": 400.0, "decode": 20.0, "bytes_per_token": 1000},
+        },
     }  # fmt: skip
     path = tmp_path / "eval.json"
     path.write_text(json.dumps(report))
@@ -50,9 +63,21 @@ def comparison_folder(at: Path) -> Path:
     return at
 
 
+FOR_READERS = """(page) => ({
+  h1: page.querySelectorAll("h1").length,
+  skip: page.querySelector(page.querySelector("a.skip").getAttribute("href")) !== null,
+  dead: [...page.querySelectorAll("nav a")].filter((link) => !page.querySelector(link.getAttribute("href"))).length,
+  bare: [...page.querySelectorAll("table")].filter((table) => !table.caption.textContent).length,
+  heads: [...page.querySelectorAll("tbody tr")].filter((row) => row.cells[0].scope !== "row").length,
+  stuck: [...page.querySelectorAll(".scroll")].filter((box) => box.tabIndex !== 0 || !box.ariaLabel).length,
+  twice: [...page.querySelectorAll("[id]")].map((one) => one.id).filter((id, at, all) => all.indexOf(id) !== at).length,
+})"""
+
+
 def check_in_browser(page: Path, folder: Path, charts: int) -> None:
     for width in (360, 1200):
-        seen = browser.look(page, width, folder)
+        seen = browser.look(page, width, folder, FOR_READERS)
+        assert seen["extra"] == {"h1": 1, "skip": True, "dead": 0, "bare": 0, "heads": 0, "stuck": 0, "twice": 0}
         assert seen["overflow"] <= 0, width
         assert seen["console"] == []
         assert len(seen["charts"]) == charts
@@ -63,15 +88,21 @@ def check_in_browser(page: Path, folder: Path, charts: int) -> None:
 @needs_browser
 def test_a_model_page_in_a_browser(model_folder, evaluation, tmp_path) -> None:
     out = tmp_path / "page.html"
-    page = build_page(model_folder, [evaluation])
+    page = build_page(model_folder, [evaluation], comparison_folder(tmp_path))
     write_page(page, out, None)
     assert [section.name for section in page.sections] == [
-        "structure", "importance", "perplexity", "tasks", "answers", "answer", "stages", "environment",
+        "structure", "importance", "ratios", "perplexity", "tasks", "answers", "speed", "answer", "stages",
+        "environment",
     ]  # fmt: skip
+    names = [figure.name for figure in page.figures]
+    assert len(set(names)) == len(names)
+    assert {"by-layer-ffn", "distribution-ffn", "agreement-ffn", "changed-ffn", "fluctuation-ffn"} <= set(names)
     content = out.read_text()
     assert len(content.encode()) < LARGEST
     assert "<script>alert" not in content
     assert "Because &amp; so." in content
+    assert "saap eval small --tasks arc_easy" in content
+    assert "the dense model 50% and the pruned model 25%" in content
     check_in_browser(out, tmp_path, len(page.figures))
 
 
@@ -81,22 +112,40 @@ def test_a_comparison_page_in_a_browser(tmp_path) -> None:
     page = build_page(comparison_folder(tmp_path))
     write_page(page, out, None)
     assert "3 methods" in page.summary
-    assert "saap" in page.summary
-    check_in_browser(out, tmp_path, 3)
+    assert "saap stays nearest with 1.40 times its perplexity" in page.summary
+    names = [figure.name for figure in page.figures]
+    assert names == ["ratio-cut-text-txt", "ratio-restored-text-txt", "gain-text-txt", "kept-0-1", "kept-0-2", "speed",
+                     "cost"]  # fmt: skip
+    check_in_browser(out, tmp_path, len(names))
+
+
+def test_the_best_of_a_column_is_marked_and_long_tables_are_folded(tmp_path) -> None:
+    page = build_page(comparison_folder(tmp_path))
+    content = render(page)
+    # at 10 % and 20 %, cut only and restored: four columns with a best method each
+    assert content.count('class="best"') == 4
+    assert 'class="best">1.250 ± 0.071<' in content
+    assert "<summary>Settings" not in content
+    rows = [[str(number)] for number in range(20)]
+    long = Section(name="long", title="Long", tables=(("Many", (["number"], rows)),))
+    assert "<details><summary>Many <small>(20 rows)" in render(dataclasses.replace(page, sections=(long,)))
 
 
 def test_figures_become_files(tmp_path) -> None:
     page = build_page(comparison_folder(tmp_path))
     written = write_page(page, tmp_path / "page.html", tmp_path / "figures")
     svgs = [path for path in written if path.suffix == ".svg"]
-    assert len(svgs) == len([path for path in written if path.suffix == ".png"]) == 3
+    assert len(svgs) == len([path for path in written if path.suffix == ".png"]) == len(page.figures)
+    tables = [path for path in written if path.suffix in (".md", ".tex")]
+    assert len(tables) == 2 * sum(len(section.tables) for section in page.sections)
+    assert any(path.read_text().startswith("| method | 10% | 20% |") for path in tables)
     for svg in svgs:
         assert ElementTree.fromstring(svg.read_text()).tag.endswith("svg")
     assert (tmp_path / "figures" / f"{page.figures[0].name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_recovery_of_a_model_is_shown(model_folder, tmp_path) -> None:
-    from saap.pipeline.report_page import _recovery_sections
+    from saap.pipeline.report_model import _recovery_sections
 
     folder = tmp_path / "recovered"
     (folder / "saap").mkdir(parents=True)
@@ -124,6 +173,10 @@ def test_the_command(tmp_path, capsys, monkeypatch) -> None:
 
 def test_other_files_are_refused(tmp_path) -> None:
     comparison_folder(tmp_path)
+    with pytest.raises(EvaluationError, match="is a comparison itself"):
+        build_page(tmp_path, [], tmp_path)
+    with pytest.raises(EvaluationError, match="nowhere"):
+        build_page(tmp_path, [], tmp_path / "nowhere")
     (tmp_path / "e.json").write_text("[]")
     with pytest.raises(EvaluationError, match="is not a report"):
         build_page(tmp_path, [tmp_path / "e.json"])

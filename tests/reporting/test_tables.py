@@ -8,7 +8,7 @@ from scipy import stats
 from tests.reporting.comparison import comparison
 
 from saap.reporting.importance import GroupView, agreement, ranks, spearman
-from saap.reporting.tables import comparison_table, ratio_table, to_csv, to_latex, to_markdown
+from saap.reporting.tables import comparison_table, ratio_table, task_table, to_csv, to_latex, to_markdown
 
 
 def test_seeds_become_a_mean_and_a_deviation() -> None:
@@ -24,6 +24,22 @@ def test_every_row_has_every_column() -> None:
     assert {len(cells) for cells in rows} == {len(headings)}
     assert rows[0][:5] == ["dense", "", "", "", "1,000,000"]
     assert rows[1][headings.index("seconds")] == "6 ± 0"
+
+
+def test_tasks_at_one_ratio_alone() -> None:
+    content = comparison()
+    for row in content["rows"]:
+        if row["ratio"] == 0.1:
+            row["tasks"], row["kept_accuracy"] = {}, None
+    headings, rows = task_table(content, 0.2)
+    assert headings == ["method", "restored", "arc_easy", "kept above chance (95 %)"]
+    assert rows[0] == ["dense", "", "0.750 ± 0.100", "1.000"]
+    assert rows[1] == ["saap", "no", "0.500 ± 0.100", "0.500 (0.250 to 0.750)"]
+    assert len(rows) == 1 + 3 * 2
+    assert len(task_table(content, 0.1)[1]) == 1
+    everything = comparison_table(content)
+    accuracy = everything[0].index("arc_easy")
+    assert [row[accuracy] for row in everything[1] if row[1] == "0.1"] == [""] * 6
 
 
 def test_the_three_forms() -> None:
@@ -56,3 +72,4 @@ def test_units_that_change_sides_by_the_fusion() -> None:
     found = agreement(view)
     assert found.vector_element == pytest.approx(-1)
     assert found.changed == 0.5  # fused removes 0 and 2, element 0 and 1
+    assert found.changed_from_vector == 0.5  # vector removes 2 and 3

@@ -88,6 +88,16 @@ def test_volatility_removes_the_most_volatile_units() -> None:
         assert np.delete(SCORES[name].variance, list(units)).min() >= SCORES[name].variance[list(units)].max()
 
 
+def test_the_uniform_share_is_rounded_down_where_units_are_few() -> None:
+    everywhere = space(skip_layers=SkipLayers())
+    plan = search(GRAPH, SCORES, budget_for_ratio(GRAPH, 0.15), everywhere, Strategy.UNIFORM)
+    # less than a quarter is not yet one of four heads, so the channels alone give it
+    assert {GRAPH.group(name).role for name in plan.keep} == {Role.FFN}
+    plan = search(GRAPH, SCORES, budget_for_ratio(GRAPH, 0.3), everywhere, Strategy.UNIFORM)
+    attention = [kept for name, kept in plan.keep.items() if GRAPH.group(name).role is Role.ATTENTION]
+    assert [len(kept) for kept in attention] == [HEADS - 1] * 6
+
+
 def test_ends_are_spared_by_default_and_on_request() -> None:
     plan = search(
         GRAPH, SCORES, budget_for_ratio(GRAPH, 0.05), space(skip_layers=SkipLayers(first=2, last=1)), Strategy.UNIFORM

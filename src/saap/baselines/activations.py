@@ -13,7 +13,7 @@ from saap.baselines.weights import block_groups, of_units
 from saap.models.capture import capture
 from saap.models.linear import weight_out_in
 from saap.models.walker import BlockWalker, inference_only
-from saap.records import AxisSlice, CoupledGroup, FloatArray, ModelGraph
+from saap.records import AxisSlice, CoupledGroup, FloatArray, ModelGraph, Role
 
 MICRO_BATCH = 4
 
@@ -93,19 +93,26 @@ def standardised(values: Tensor) -> Tensor:
 
 
 def wanda_scores(model: nn.Module, graph: ModelGraph, found: ActivationStatistics) -> dict[str, FloatArray]:
-    """Wanda-sp: the metric summed over each unit's channels."""
-    return _consumer_scores(model, graph, found, lambda weight, mean, square: wanda_channels(weight, square))
+    """Wanda-sp: the metric summed over each unit's channels.
+
+    Deviation: all modules are scored on the dense model's activations, the published code goes on from each pruned
+    layer.
+    """
+    return _consumer_scores(model, graph, found, lambda _, weight, mean, square: wanda_channels(weight, square))
 
 
 def flap_scores(model: nn.Module, graph: ModelGraph, found: ActivationStatistics) -> dict[str, FloatArray]:
     """FLAP: the fluctuation standardised over each module's channels, then its mean over a unit's channels.
 
-    Times the unit's parameters, since the global ranking that takes it compares scores per parameter, while FLAP's
-    compares the standardised fluctuations themselves.
+    As in its published code, the fluctuations of attention are squared first. Times the unit's parameters, since the
+    global ranking that takes it compares scores per parameter, while FLAP's compares the standardised fluctuations.
     """
-    scores = _consumer_scores(
-        model, graph, found, lambda weight, mean, square: standardised(flap_channels(weight, mean, square))
-    )
+
+    def metric(role: Role, weight: Tensor, mean: Tensor, square: Tensor) -> Tensor:
+        fluctuation = flap_channels(weight, mean, square)
+        return standardised(fluctuation.square() if role is Role.ATTENTION else fluctuation)
+
+    scores = _consumer_scores(model, graph, found, metric)
     return {
         name: values / _width(graph.group(name)) * graph.group(name).parameters_per_unit(graph.shapes)
         for name, values in scores.items()
@@ -163,17 +170,18 @@ def _consumer_scores(
     model: nn.Module,
     graph: ModelGraph,
     found: ActivationStatistics,
-    metric: Callable[[Tensor, Tensor, Tensor], Tensor],
+    metric: Callable[[Role, Tensor, Tensor, Tensor], Tensor],
 ) -> dict[str, FloatArray]:
-    """Sum over the units' input channels in all consumers. metric: of (weight, mean, square) by input channel."""
+    """Sum over the units' input channels in all consumers. metric: of (role, weight, mean, square) by input channel."""
 
-    def of(member: AxisSlice, units: int) -> Tensor:
+    def of(member: AxisSlice, group: CoupledGroup) -> Tensor:
         path = member.tensor.rpartition(".")[0]
         weight = weight_out_in(model.get_submodule(path)).detach()
-        return of_units(metric(weight, found.mean[path], found.square[path]), member, units).cpu()
+        channels = metric(group.role, weight, found.mean[path], found.square[path])
+        return of_units(channels, member, group.units).cpu()
 
     return {
-        group.name: torch.stack([of(member, group.units) for member in group.consumers]).sum(0).numpy()
+        group.name: torch.stack([of(member, group) for member in group.consumers]).sum(0).numpy()
         for group in block_groups(graph)
         if group.consumers
     }

@@ -21,8 +21,10 @@ def scored_members(graph: ModelGraph, group: CoupledGroup) -> tuple[AxisSlice, .
 
 
 def block_groups(graph: ModelGraph) -> tuple[CoupledGroup, ...]:
-    """The groups that lie in decoder blocks and have something to score."""
-    return tuple(group for group in graph.groups if group.layer >= 0 and scored_members(graph, group))
+    """The groups that lie in decoder blocks and have something to score; none of a stack of experts."""
+    return tuple(
+        group for group in graph.groups if group.layer >= 0 and not group.bundle and scored_members(graph, group)
+    )
 
 
 def along_axis(values: Tensor, axis: int) -> Tensor:
@@ -39,7 +41,7 @@ def of_units(channels: Tensor, member: AxisSlice, units: int) -> Tensor:
 def random_scores(graph: ModelGraph, seed: int) -> dict[str, FloatArray]:
     """A uniform random number for each unit."""
     generator = np.random.default_rng(seed)
-    return {group.name: generator.random(group.units) for group in block_groups(graph)}
+    return {group.name: generator.random(group.units) for group in graph.groups if group.layer >= 0}
 
 
 @torch.no_grad()

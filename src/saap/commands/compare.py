@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from saap.commands.options import AsJson, Device, Quiet
+from saap.commands.options import AsJson, Device, Quiet, RoundedTasks
 
 
 def compare(
@@ -35,6 +35,11 @@ def compare(
         Path | None, typer.Option(metavar="DIR", help="Folder with TASK.SPLIT.jsonl files, instead of the hub.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N questions of each task.")] = None,
+    rounded_tasks: RoundedTasks = False,
+    task_ratios: Annotated[
+        str | None,
+        typer.Option(metavar="R[,R...]", help="Ask the tasks at these ratios only, or `none`. [default: at all]"),
+    ] = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME|FILE", help="Text that all methods calibrate on, repeatable. [default: mixed]"),
@@ -74,11 +79,15 @@ def compare(
     )  # fmt: skip
     evaluation = EvalRequest(
         texts=tuple(perplexity) if perplexity else ("bundled",), window=window, max_tokens=max_tokens,
-        tasks=named, task_data=task_data, limit=limit,
+        tasks=named, task_data=task_data, limit=limit, rounded=rounded_tasks,
     )  # fmt: skip
+    asked_at: tuple[float, ...] | None = None
+    if task_ratios is not None:
+        asked_at = () if task_ratios == "none" else parse_ratios(task_ratios, "--task-ratios")
     request = CompareRequest(
         methods=parse_methods(methods), config=config, seeds=parse_seeds(seeds),
         restorations=restorations[restore], evaluation=evaluation,
+        task_ratios=asked_at,
     )  # fmt: skip
     with make_reporter(quiet=quiet, to_stderr=as_json) as reporter:
         result = run_compare(model, request, RunOptions(device=device), out, reporter)

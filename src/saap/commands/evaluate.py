@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from saap.commands.options import AsJson, Device, Quiet, Revision, TrustRemoteCode
+from saap.commands.options import (
+    AsJson,
+    Device,
+    Quiet,
+    Revision,
+    RoundedTasks,
+    Runtime,
+    SpeedQuantization,
+    TrustRemoteCode,
+)
+from saap.commands.speed import chosen_runtime
 
 
 def evaluate(
@@ -33,6 +43,7 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="Folder with TASK.SPLIT.jsonl files, instead of the hub.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N questions of each task.")] = None,
+    rounded_tasks: RoundedTasks = False,
     generation: Annotated[
         bool, typer.Option("--generation", help="Let the model write, and measure what it writes and knows.")
     ] = False,
@@ -48,6 +59,15 @@ def evaluate(
         str | None,
         typer.Option(metavar="MODEL", help="Measure this one beside it. [generation: the one it was made from]"),
     ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Tokens per second of reading and of writing (batch 1).")
+    ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Measure speed beside this one. [default: the one it was made from]"),
+    ] = None,
+    runtime: Runtime = None,
+    quantization: SpeedQuantization = None,
     human_kit: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a blinded page on which people rate the answers.")
     ] = None,
@@ -68,13 +88,13 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure MODEL: perplexity, zero-shot tasks, generation, conversations, ratings by people."""
+    """Measure MODEL: perplexity, zero-shot tasks, generation, conversations, speed, ratings by people."""
     from saap.display import make_reporter
     from saap.display_eval import print_eval, print_ratings
     from saap.errors import ConfigurationError
     from saap.pipeline.evaluate import evaluate_model, judge_ratings, write_report
     from saap.pipeline.inputs import RunOptions
-    from saap.requests import EvalRequest
+    from saap.requests import EvalRequest, SpeedSettings
 
     if human_ratings:
         if model is not None:
@@ -86,17 +106,20 @@ def evaluate(
         return
     if model is None:
         raise ConfigurationError("no MODEL was given", "Name a hub id, a folder or a .gguf file")
+    measured_in, gguf_type = chosen_runtime(runtime, quantization, flag="--speed", given=speed)
     named = () if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
     request = EvalRequest(
         texts=tuple(perplexity or ()), window=window, stride=stride, max_tokens=max_tokens,
-        tasks=named, task_data=task_data, limit=limit,
+        tasks=named, task_data=task_data, limit=limit, rounded=rounded_tasks,
         prompts=prompts or ("bundled" if generation else None), generated_tokens=tokens, chat=chat, dense=dense,
-        beside=tuple(beside or ()), human_kit=human_kit, seed=seed,
+        beside=tuple(beside or ()), human_kit=human_kit, seed=seed, against=against,
+        speed=SpeedSettings(runtime=measured_in, gguf_type=gguf_type) if speed else None,
     )  # fmt: skip
     if request.names_nothing:
         raise ConfigurationError(
             "nothing to measure was named",
-            "Give some of --perplexity, --tasks, --generation, --prompts, --chat, --human-kit, --human-ratings",
+            "Give some of --perplexity, --tasks, --generation, --prompts, --chat, --speed, --human-kit, "
+            "--human-ratings",
         )
     options = RunOptions(device=device, revision=revision, trust_remote_code=trust_remote_code)
     with make_reporter(quiet=quiet, to_stderr=as_json) as reporter:

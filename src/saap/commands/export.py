@@ -41,16 +41,22 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write MODEL in the format of another program, and check it there."""
+    from saap.config import GgufType
     from saap.display import make_reporter
     from saap.errors import ConfigurationError
     from saap.parsing import choice
-    from saap.pipeline.export import export_decilm, export_gguf
+    from saap.pipeline.export import export_decilm, export_gguf, opening_lines
     from saap.pipeline.export import push as push_to_hub
-    from saap.requests import ExportFormat, GgufType
+    from saap.requests import ExportFormat
 
     if push is not None and out is None:
-        address = push_to_hub(model, push, private=private)
-        print(json.dumps({"address": address}) if as_json else address)
+        with make_reporter(quiet=quiet, to_stderr=as_json) as reporter:
+            address = push_to_hub(model, push, private=private, reporter=reporter)
+        if as_json:
+            print(json.dumps({"address": address}))
+        elif not quiet:
+            print(f"uploaded {model} to {address}", "open it with:", sep="\n")
+            print(*(f"  {line}" for line in opening_lines(model, push)), sep="\n")
         return
     if out is None or push is not None:
         raise ConfigurationError("One of --out and --push is needed", "Write with --out first, then --push the folder")
@@ -74,6 +80,10 @@ def _show(done: GgufExport) -> None:
         f"{done.path}: {done.bytes / 1e6:,.1f} MB, {done.quantization}, architecture {done.architecture} of llama.cpp"
     )
     print(f"tokenizer from {done.tokenizer}")
+    if done.packed_matrices:
+        print(f"{done.packed_matrices} matrices hold the very integers and scales that `saap recover` has found")
+    if done.not_packed is not None:
+        print(f"look here: {done.not_packed}, which is no Q4_1, so the weights were quantised anew")
     agreement = done.agreement
     if agreement is None:
         print("not checked in llama.cpp")

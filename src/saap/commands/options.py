@@ -11,3 +11,14 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model repository ships.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress.")]
+Runtime = Annotated[
+    str | None, typer.Option(help="Where speed is measured: transformers or llama.cpp. [default: transformers]")
+]
+SpeedQuantization = Annotated[
+    str | None,
+    typer.Option("--quantization", help="Of the weights in llama.cpp, as `saap export` names them. [default: f16]"),
+]
+RoundedTasks = Annotated[
+    bool,
+    typer.Option("--rounded-tasks", help="Round products to bfloat16 while tasks are scored, which can be quicker."),
+]

@@ -38,16 +38,21 @@ def recover(
     ] = False,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
     alpha: Annotated[float, typer.Option(help="The adapters' product is scaled by alpha / rank.")] = 16.0,
+    no_scales: Annotated[bool, typer.Option("--no-scales", help="Learn zero points only, not the scales.")] = False,
     teacher: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The dense model, to compare with and to learn from.")
+        str | None,
+        typer.Option(metavar="MODEL", help="The dense model to learn from. [default: what MODEL was pruned from]"),
     ] = None,
     distillation: Annotated[
-        float, typer.Option(help="Share of the divergence from the teacher in the loss, 0 to 1.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="Share of the divergence from the teacher in the loss, 0 to 1. [default: 1, without a teacher 0]"
+        ),
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens of a block of text; longer conversations are cut.")] = 512,
     batch: Annotated[int, typer.Option(help="Sequences of a step, over all processes.")] = 4,
     micro_batch: Annotated[int, typer.Option(help="Sequences that are computed at once.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-3,
+    learning_rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-3,
     warm_up: Annotated[float, typer.Option(help="Share of the way on which the learning rate rises.")] = 0.05,
     clip: Annotated[float, typer.Option(help="Longer gradients are shortened to this norm.")] = 1.0,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
@@ -60,6 +65,9 @@ def recover(
     patience: Annotated[int, typer.Option(help="Stop after so many validations without a new best; 0 never.")] = 5,
     no_gradient_checkpointing: Annotated[
         bool, typer.Option("--no-gradient-checkpointing", help="Keep all activations: quicker, more memory.")
+    ] = False,
+    exact_products: Annotated[
+        bool, typer.Option("--exact-products", help="Train in full float32 on the CPU too: slower.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     device: Device = "auto",
@@ -75,11 +83,13 @@ def recover(
 
     config = RecoverConfig(
         data=tuple(data) if data else ("mixed",), tuning=choice("--tuning", tuning, Tuning), bits=bits,
-        group_size=group_size, error_feedback=error_feedback, rank=rank, alpha=alpha, teacher=teacher,
-        distillation=distillation, length=length, batch=batch, micro_batch=micro_batch, learning_rate=learning_rate,
+        group_size=group_size, error_feedback=error_feedback, rank=rank, alpha=alpha, scales=not no_scales,
+        teacher=teacher, distillation=distillation, length=length, batch=batch,
+        micro_batch=micro_batch, learning_rate=learning_rate,
         warm_up=warm_up, clip=clip, max_steps=max_steps, max_tokens=max_tokens, max_minutes=max_minutes,
         validate_every=validate_every, validation_samples=validation_samples, patience=patience,
-        gradient_checkpointing=not no_gradient_checkpointing, seed=seed,
+        gradient_checkpointing=not no_gradient_checkpointing,
+        exact_products=exact_products, seed=seed,
     )  # fmt: skip
     from saap.display import make_reporter, print_recovery
     from saap.pipeline.inputs import RunOptions

@@ -50,17 +50,60 @@ def _can_take_up(norm: nn.Module) -> bool:
 
 
 def _hidden(instance: Instance, number: int) -> Checked | None:
-    """Hidden channels: every block at once, no attribute."""
+    """Hidden channels: every block at once; attributes of their number follow only where it does not work without."""
+    group = instance.groups[number]
+    try:
+        if _hidden_follow(instance, number, ()):
+            return Checked(group=group)
+        failure = None
+    except Exception as error:  # a size that is written down somewhere
+        failure = error
+    candidates = _of_value(instance.model, group.units)
+    if not _hidden_works(instance, number, candidates):
+        if failure is not None:
+            raise failure
+        return None
+    for name in dict.fromkeys(item.attribute for item in candidates):
+        fewer = [item for item in candidates if item.attribute != name]
+        if _hidden_works(instance, number, fewer):
+            candidates = fewer
+    return Checked(group=group, attributes=tuple(candidates))
+
+
+def _hidden_works(instance: Instance, number: int, attributes: Sequence[UnitAttribute]) -> bool:
+    try:
+        return _hidden_follow(instance, number, attributes)
+    except Exception:  # sizes that do not fit: not these attributes
+        return False
+
+
+def _hidden_follow(instance: Instance, number: int, attributes: Sequence[UnitAttribute]) -> bool:
+    """Whether removal of hidden channels equals masking them when the attributes follow."""
     last = instance.blocks[-1]
     units = instance.units_of(number)
     with instance.norms_without_statistic(number):
         for kept in _removals(units):
             with instance.masked(number, kept, consumers_only=False):
                 expected = instance.output_of(last)[..., [units.index(unit) for unit in kept]]
-            with instance.removed(number, kept):
+            with ExitStack() as stack:
+                stack.enter_context(instance.removed(number, kept))
+                for item in attributes:
+                    module = instance.model.get_submodule(item.module)
+                    stack.enter_context(_changed(module, item.attribute, len(kept)))
                 if not _equal(instance.output_of(last), expected):
-                    return None
-    return Checked(group=instance.groups[number])
+                    return False
+    return True
+
+
+def _of_value(model: nn.Module, value: int) -> list[UnitAttribute]:
+    """Attributes of all modules but linear ones and norms that have this value."""
+    return [
+        UnitAttribute(module=path, attribute=name, per_unit=1)
+        for path, module in model.named_modules()
+        if contracted_axis(module) is None and not hasattr(module, "normalized_shape")
+        for name, held in vars(module).items()
+        if not name.startswith("_") and isinstance(held, int) and not isinstance(held, bool) and held == value
+    ]
 
 
 def _in_block(instance: Instance, number: int) -> Checked | None:

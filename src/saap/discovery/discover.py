@@ -10,7 +10,8 @@ from torch import nn
 from saap.discovery.attributes import checked
 from saap.discovery.blocks import alike, find_blocks
 from saap.discovery.groups import TracedGroup, traced_groups
-from saap.discovery.instance import small_instance
+from saap.discovery.instance import Instance, small_instance
+from saap.discovery.interleaved import one_of_each_block
 from saap.discovery.reduce import ReducedModel, reduced
 from saap.discovery.repeat import Checked, Naming, check_last_of_each_kind, everywhere, with_hidden_checked
 from saap.discovery.trace import Trace, trace
@@ -64,7 +65,19 @@ def _needs(copy: ReducedModel, groups: Sequence[TracedGroup], blocks: set[str | 
     if instance is None:
         reason = "a small model of its classes does not run"
         return [Checked(group=replace(groups[number], refusal=groups[number].refusal or reason)) for number in numbers]
-    return [checked(instance, number) for number in numbers]
+    return [_checked_or_joined(copy, groups, instance, number) for number in numbers]
+
+
+def _checked_or_joined(copy: ReducedModel, groups: Sequence[TracedGroup], instance: Instance, number: int) -> Checked:
+    """What removal of single units needs, or of one unit from each block of a tensor where single ones cannot go."""
+    found = checked(instance, number)
+    joined = one_of_each_block(groups[number]) if found.group.refusal is not None else None
+    if joined is None or groups[number].refusal is not None:
+        return found
+    changed = [joined if place == number else group for place, group in enumerate(groups)]
+    coarser = small_instance(copy, changed)
+    again = found if coarser is None else checked(coarser, number)
+    return again if again.group.refusal is None else found
 
 
 def _trace(model: nn.Module, blocks: Sequence[str], kept: Sequence[int]) -> tuple[ReducedModel, Trace]:

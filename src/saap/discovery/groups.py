@@ -22,7 +22,8 @@ class TracedGroup:
     """A coupled group of the traced model, or channels that are refused.
 
     block: the path of its block, None for the hidden channels. label: path of the module whose channels are refused,
-    where they belong to no group. refusal: why the group cannot be pruned.
+    where they belong to no group. refusal: why the group cannot be pruned. parts: where the members stack so many
+    matrices along axis 0 (experts), each of which can lose units of its own; else 0.
     """
 
     block: str | None
@@ -32,6 +33,7 @@ class TracedGroup:
     scaled_norms: tuple[str, ...] = ()
     refusal: str | None = None
     label: str | None = None
+    parts: int = 0
 
 
 def traced_groups(trace: Trace, blocks: Sequence[str]) -> list[TracedGroup]:
@@ -126,9 +128,24 @@ def _group(
         if patterns is None:
             refusal = refusal or f"its units have no regular places on axis {axis[1]} of {axis[0]}"
             continue
-        members += [_member(axis, sides.get(axis, Side.PRODUCER), pattern) for pattern in patterns]
-    norms, problem = _norms(trace, units, set(ids), sum(len(unit[anchor]) for unit in cluster))
-    return TracedGroup(block, role, len(cluster), tuple(members), norms, refusal or problem)
+        members += [pattern.of(*axis, sides.get(axis, Side.PRODUCER)) for pattern in patterns]
+    norms, problem = _norms(trace, units, set(ids))
+    parts = 0 if block is None else _parts(trace, members)
+    if parts is None or (parts and norms):
+        problem = problem or "its experts share a matrix or a norm, so they cannot choose channels of their own"
+    return TracedGroup(block, role, len(cluster), tuple(members), norms, refusal or problem, parts=parts or 0)
+
+
+def _parts(trace: Trace, members: Sequence[AxisSlice]) -> int | None:
+    """How many matrices the members stack along axis 0; 0 if they stack none, None if only some of them do."""
+    stacked = trace.space.marked("stacked")
+    sizes = {
+        len(trace.axes[member.tensor][0])
+        if member.axis and np.isin(trace.axes[member.tensor][0].numpy(), stacked).all()
+        else 0
+        for member in members
+    }
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _patterns(rows: list[list[int]]) -> list[Pattern] | None:
@@ -138,20 +155,7 @@ def _patterns(rows: list[list[int]]) -> list[Pattern] | None:
     return patterns_of(indices)
 
 
-def _member(axis: Axis, side: Side, pattern: Pattern) -> AxisSlice:
-    return AxisSlice(
-        tensor=axis[0],
-        axis=axis[1],
-        side=side,
-        offset=pattern.offset,
-        width=pattern.width,
-        stride=pattern.stride,
-        period=pattern.period,
-        jump=pattern.jump,
-    )
-
-
-def _norms(trace: Trace, units: Units, group: set[int], channels: int) -> tuple[tuple[str, ...], str | None]:
+def _norms(trace: Trace, units: Units, group: set[int]) -> tuple[tuple[str, ...], str | None]:
     """Norms that take a statistic over several of the group's units: those to rescale, or why that cannot be done."""
     scaled: list[str] = []
     for reduction in trace.space.reductions:

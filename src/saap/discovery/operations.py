@@ -246,6 +246,12 @@ def _index(step: Step) -> Tensor:
     return rest[0].expand(tuple(step.output.shape))
 
 
+def _choose(step: Step) -> Any:
+    """Which channels go on depends on the data, so none of them can be taken out by its place alone."""
+    step.space.stop(step.positional[0], f"{step.name} in {step.module or 'the model'} chooses among its channels")
+    return untagged(step.output)
+
+
 def _gather(step: Step) -> Tensor:
     tags: Tensor = step.positional[0]
     dim: int = step.named["dim"]
@@ -278,6 +284,13 @@ def _addmm(step: Step) -> Tensor:
 
 def _parameter_matmul(step: Step) -> Tensor:
     contracted, produced = step.positional[1].axes
+    return _linear_to(step, step.positional[0], contracted, produced, None)
+
+
+def _grouped_product(step: Step) -> Tensor:
+    """Each token times the matrix of its expert; the matrices are stacked along the first axis."""
+    stack, contracted, produced = step.positional[1].axes
+    step.space.mark("stacked", stack)
     return _linear_to(step, step.positional[0], contracted, produced, None)
 
 
@@ -346,12 +359,14 @@ RULES: dict[str, Rule] = {
     "einsum": _einsum,
     "index": _index,
     "gather": _gather,
+    "topk": _choose,
 }
 PARAMETER_RULES: dict[str, Rule] = {
     **dict.fromkeys(("alias", "clone", "contiguous", "detach", "to", "_to_copy"), _same),
     **dict.fromkeys(("t", "mT", "numpy_T", "transpose", "permute"), _permute_parameter),
     **dict.fromkeys(("slice", "select", "split", "split_with_sizes", "chunk", "narrow"), _split_parameter),
     **dict.fromkeys(("mm", "matmul"), _parameter_matmul),
+    **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped_product),
     "linear": _linear,
     "addmm": _addmm,
     "embedding": _embedding,

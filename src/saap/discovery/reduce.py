@@ -68,5 +68,7 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 def _make_plain(config: Any) -> None:
     if hasattr(config, "_attn_implementation"):
         config._attn_implementation = "eager"
+    if hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "grouped_mm"  # the loop over experts depends on the data
     if hasattr(config, "use_cache"):
         config.use_cache = False

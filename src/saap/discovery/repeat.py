@@ -86,16 +86,17 @@ def everywhere(checked: Sequence[Checked], naming: Naming, order: Sequence[str])
             role = item.group.role
             suffix = f".{seen[role]}" if counts[role] > 1 else ""
             seen[role] += item.group.label is None
-            found.append(_in_block(item, first, path, index, f"layers.{index}.{role}{suffix}"))
+            found += _in_block(item, first, path, index, f"layers.{index}.{role}{suffix}")
     found += [_hidden(item, naming, order) for item in checked if item.group.block is None]
     return found
 
 
-def _in_block(item: Checked, first: str, path: str, index: int, name: str) -> CoupledGroup | Refusal:
+def _in_block(item: Checked, first: str, path: str, index: int, name: str) -> list[CoupledGroup | Refusal]:
+    """The group as it lies in one block, or one group for each of the matrices that its members stack."""
     group = _moved(item.group, first, path)
     if group.refusal is not None:
-        return Refusal(name=group.label or name, reason=group.refusal)
-    return CoupledGroup(
+        return [Refusal(name=group.label or name, reason=group.refusal)]
+    found = CoupledGroup(
         layer=index,
         role=group.role,
         name=name,
@@ -105,6 +106,17 @@ def _in_block(item: Checked, first: str, path: str, index: int, name: str) -> Co
         scaled_norms=group.scaled_norms,
         sliced_arguments=tuple(_renamed(module, first, path) for module in item.sliced_arguments),
     )
+    if not group.parts:
+        return [found]
+    return [
+        replace(
+            found,
+            name=f"{name}.expert.{part}",
+            bundle=name,
+            members=tuple(replace(member, part=part) for member in found.members),
+        )
+        for part in range(group.parts)
+    ]
 
 
 def _hidden(item: Checked, naming: Naming, order: Sequence[str]) -> CoupledGroup | Refusal:
@@ -120,6 +132,9 @@ def _hidden(item: Checked, naming: Naming, order: Sequence[str]) -> CoupledGroup
         name=HIDDEN_NAME,
         units=group.units,
         members=tuple(sorted(members.values(), key=lambda member: places[member.tensor])),
+        attributes=tuple(
+            replace(found, module=path) for found in item.attributes for path in _all_paths([found.module], naming)
+        ),
         scaled_norms=tuple(norms),
     )
 

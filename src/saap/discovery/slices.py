@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saap.records import IntArray
+from saap.records import AxisSlice, IntArray, Side
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,19 @@ class Pattern:
     stride: int
     period: int = 0
     jump: int = 0
+
+    def of(self, tensor: str, axis: int, side: Side) -> AxisSlice:
+        """The units at these places of one axis of one tensor."""
+        return AxisSlice(
+            tensor=tensor,
+            axis=axis,
+            side=side,
+            offset=self.offset,
+            width=self.width,
+            stride=self.stride,
+            period=self.period,
+            jump=self.jump,
+        )
 
 
 def patterns_of(indices: IntArray) -> list[Pattern] | None:

@@ -33,7 +33,7 @@ def _row(graph: ModelGraph, groups: list[CoupledGroup]) -> dict[str, Any]:
     attributes = {attribute.attribute: attribute.per_unit for attribute in first.attributes}
     return {
         "role": str(first.role),
-        "layers": [group.layer for group in groups if group.layer >= 0],
+        "layers": list(dict.fromkeys(group.layer for group in groups if group.layer >= 0)),
         "groups": len(groups),
         "units": first.units,
         "parameters_per_unit": first.parameters_per_unit(graph.shapes),

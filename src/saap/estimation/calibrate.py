@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from saap.config import Aggregation, ElementOrder
 from saap.errors import CalibrationError, NonFiniteLossError
 from saap.estimation.importance import aggregate, vector_importance
+from saap.estimation.stacked import stacked_scores
 from saap.estimation.statistics import Moments, merge
 from saap.estimation.taps import Batch, GroupParts, PartScores, Scratch, Taps, make_taps, watching
 from saap.models.loss import loss_and_gradient
@@ -43,7 +44,8 @@ def estimate(
 
     One pass gives both. The importance of each sample is that of its own loss, the mean over its predicted tokens;
     samples are then averaged. Members in linear modules of the decoder blocks are scored, biases with their channels.
-    micro_batch: samples at a time, by default as many as fit into 256 tokens; it does not change the result.
+    micro_batch: samples at a time, by default as many as fit into 256 tokens; it does not change the result. Where a
+    group lies in stacked tensors (experts) it is one sample.
     progress: called with the numbers of samples done and of all. The model is left as it was.
     Raises CalibrationError for less than two samples, NonFiniteLossError, UnsupportedModelError.
     """
@@ -53,6 +55,8 @@ def estimate(
     rows = micro_batch or max(1, TOKENS_AT_ONCE // length)
     tokens = torch.from_numpy(calibration.tokens).to(next(model.parameters()).device)
     taps = make_taps(model, graph, [group for group in graph.groups if group.role in roles])
+    if taps.stacked:
+        rows = 1  # the gradient of a weight is a sum over samples
     walker, inputs, scratch = BlockWalker(model, graph.blocks), _Inputs(), Scratch()
     moments: dict[str, Moments] = {}
     losses: list[FloatArray] = []
@@ -107,10 +111,16 @@ def _score_micro_batch(
             hidden = walker.run_block(index, hidden, stream.contexts)
     losses, gradient = loss_and_gradient(walker, hidden, tokens, first_sample=first)
     parts: dict[str, dict[int, PartScores]] = {name: {} for name in taps.groups}
-    lowest = min(taps.by_block, default=len(walker.blocks))
+    lowest = min((*taps.by_block, *taps.stacked), default=len(walker.blocks))
     for index in reversed(range(lowest, len(walker.blocks))):
         with watching(walker.model, taps.by_block.get(index, {}), batch, scratch) as watched:
-            gradient = walker.backward_block(index, inputs[index], stream.contexts, gradient)
+            stacks = taps.stacked.get(index, {})
+            weights = {name: walker.model.get_parameter(name) for name in stacks}
+            gradient, found = walker.backward_to_weights(index, inputs[index], stream.contexts, gradient, weights)
+        for name, of_weight in found.items():
+            scored = stacked_scores(weights[name].detach(), of_weight, stacks[name], batch.length - 1, order)
+            for (group, position), scores in scored.items():
+                parts[group][position] = scores
         for tap in watched:
             for (group, position), scores in tap.scores.items():
                 parts[group][position] = scores

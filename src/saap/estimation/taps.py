@@ -15,7 +15,7 @@ from saap.config import ElementOrder
 from saap.errors import UnsupportedModelError
 from saap.estimation.importance import channel_change, element_importance, units_of, weight_product
 from saap.models.linear import contracted_axis, owner
-from saap.records import AxisSlice, CoupledGroup, ModelGraph
+from saap.records import AxisSlice, CoupledGroup, ModelGraph, Side
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +44,27 @@ class GroupParts:
 
 @dataclass(frozen=True, slots=True)
 class Taps:
-    """All parts by decoder block and module path, and the groups they make up."""
+    """All parts by decoder block and module path, and the groups they make up.
+
+    stacked: parts in one matrix of a stacked tensor (an expert's), by decoder block, tensor and place in the stack.
+    They are scored from the weight's own gradient, one sample at a time.
+    """
 
     by_block: Mapping[int, Mapping[str, Sequence[Part]]]
     groups: Mapping[str, GroupParts]
+    stacked: Mapping[int, Mapping[str, Mapping[int, Sequence[Part]]]]
 
 
 def make_taps(model: nn.Module, graph: ModelGraph, groups: Sequence[CoupledGroup]) -> Taps:
     """Find the parts of the groups.
 
     Scored are members in linear-like modules inside decoder blocks: weights, and the biases of the same channels as
-    parts of them. Weights of norms, embeddings and the head are not. A group without any scored member is refused by
-    UnsupportedModelError.
+    parts of them; and members in stacked tensors. Weights of norms, embeddings and the head are not. A group without
+    any scored member is refused by UnsupportedModelError.
     """
     by_block: defaultdict[int, defaultdict[str, list[Part]]] = defaultdict(lambda: defaultdict(list))
+    stacked: defaultdict[int, defaultdict[str, defaultdict[int, list[Part]]]]
+    stacked = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     found: dict[str, GroupParts] = {}
     for group in groups:
         weights, biases = _linear_members(model, graph, group)
@@ -70,6 +77,11 @@ def make_taps(model: nn.Module, graph: ModelGraph, groups: Sequence[CoupledGroup
         for position, member in enumerate(weights):
             path = member.tensor.rpartition(".")[0]
             module, _ = owner(model, member.tensor)
+            if member.part is not None:
+                part = Part(group.name, position, member.axis - 1, _index(member, group.units, module), None)
+                stacked[graph.block_of(member.tensor)][member.tensor][member.part].append(part)
+                last = position if member.side is Side.CONSUMER else last
+                continue
             produces = member.axis != contracted_axis(module)
             bias = biases.get((path, _place(member))) if produces else None
             channels = _index(member, group.units, module)
@@ -78,20 +90,20 @@ def make_taps(model: nn.Module, graph: ModelGraph, groups: Sequence[CoupledGroup
             by_block[graph.block_of(member.tensor)][path].append(part)
             last = last if produces else position
         found[group.name] = GroupParts(group.units, len(weights), last)
-    return Taps(by_block, found)
+    return Taps(by_block, found, stacked)
 
 
 def _linear_members(
     model: nn.Module, graph: ModelGraph, group: CoupledGroup
 ) -> tuple[list[AxisSlice], dict[tuple[str, tuple[int, ...]], AxisSlice]]:
-    """The group's weights in linear modules of blocks, and the biases of these by path and place."""
+    """The group's weights in linear modules and stacks of blocks, and the biases of these by path and place."""
     weights: list[AxisSlice] = []
     biases: dict[tuple[str, tuple[int, ...]], AxisSlice] = {}
     for member in group.members:
         module, attribute = owner(model, member.tensor)
-        if graph.block_of(member.tensor) < 0 or contracted_axis(module) is None:
+        if graph.block_of(member.tensor) < 0 or (member.part is None and contracted_axis(module) is None):
             continue
-        if attribute == "weight":
+        if attribute == "weight" or member.part is not None:
             weights.append(member)
         elif attribute == "bias":
             biases[member.tensor.rpartition(".")[0], _place(member)] = member

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -55,15 +56,45 @@ def kept_share(
     draws: int = DRAWS,
 ) -> Interval:
     """The same of plain 0/1 answers: one sequence of questions for each task. chance: by task."""
+    above = _above_chance([dense, pruned], chance, seed=seed, draws=draws)
+    return _interval(above[0], above[1])
+
+
+def kept_difference(
+    dense: Sequence[Sequence[int]],
+    first: Sequence[Sequence[int]],
+    second: Sequence[Sequence[int]],
+    chance: Sequence[float],
+    *,
+    seed: int = 0,
+    draws: int = DRAWS,
+) -> Interval:
+    """How much more of the dense model's accuracy above chance `first` keeps than `second`, from the same draws.
+
+    An interval without 0 says that the two differ by more than the choice of questions.
+    """
+    above = _above_chance([dense, first, second], chance, seed=seed, draws=draws)
+    return _interval(above[0], above[1] - above[2])
+
+
+def _above_chance(
+    models: Sequence[Sequence[Sequence[int]]], chance: Sequence[float], *, seed: int, draws: int
+) -> np.ndarray[Any, Any]:
+    """Sum over the tasks of accuracy - chance, (models, 1 + draws): of all questions, then of each draw."""
     generator = np.random.default_rng(seed)
-    above = np.zeros((2, 1 + draws))
-    for first, second, guess in zip(dense, pruned, chance, strict=True):
-        answers = np.array([first, second], dtype=float)
+    above = np.zeros((len(models), 1 + draws))
+    for *answered, guess in zip(*models, chance, strict=True):
+        answers = np.array(answered, dtype=float)
         index = generator.integers(0, answers.shape[1], (draws, answers.shape[1]))
         above[:, 0] += answers.mean(1) - guess
         above[:, 1:] += answers[:, index].mean(2) - guess
-    if above[0, 0] <= 0:
+    return above
+
+
+def _interval(base: np.ndarray[Any, Any], part: np.ndarray[Any, Any]) -> Interval:
+    """The quotient part / base with the middle 95 % of its draws; NaN where the base has nothing above chance."""
+    if base[0] <= 0:
         return Interval(value=float("nan"), low=float("nan"), high=float("nan"))
-    drawn = above[:, 1:][:, above[0, 1:] > 0]
-    low, high = np.percentile(drawn[1] / drawn[0], [2.5, 97.5])
-    return Interval(value=float(above[1, 0] / above[0, 0]), low=float(low), high=float(high))
+    usable = base[1:] > 0
+    low, high = np.percentile(part[1:][usable] / base[1:][usable], [2.5, 97.5])
+    return Interval(value=float(part[0] / base[0]), low=float(low), high=float(high))

@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
 from saap.errors import ConfigurationError
+from saap.models.cached import CachedModel
 from saap.models.llama_cpp import LlamaCpp
 
 
@@ -31,25 +30,16 @@ class TransformersRuntime:
     """A transformers model with its cache of keys and values."""
 
     def __init__(self, model: Any) -> None:
-        self._model = model.eval()
-        self._device = next(model.parameters()).device
-        self._cache: Any = None
+        self._model = CachedModel(model.eval())
 
     def read(self, ids: Sequence[int]) -> int:
         """Read a prompt into an empty cache."""
-        self._cache = None
-        return self._next(list(ids))
+        self._model.forget()
+        return int(self._model.feed(ids).argmax())  # waits for the device
 
     def step(self, token: int) -> int:
         """Read one more token."""
-        return self._next([token])
-
-    @torch.inference_mode()
-    def _next(self, ids: list[int]) -> int:
-        inputs = torch.tensor([ids], device=self._device)
-        output = self._model(inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._cache = output.past_key_values
-        return int(output.logits[0, -1].argmax())  # waits for the device
+        return int(self._model.feed([token]).argmax())
 
 
 class LlamaCppRuntime:
@@ -73,11 +63,40 @@ class LlamaCppRuntime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """Medians over the rounds, in tokens per second."""
+    """Time that one runtime took. read_seconds: of the prompt, round by round; step_seconds: of the median new token.
+
+    prefill, decode: medians over the rounds, in tokens per second.
+    """
 
     prefill: float
     decode: float
-    rounds: int
+    read_seconds: tuple[float, ...]
+    step_seconds: tuple[float, ...]
+
+    @property
+    def rounds(self) -> int:
+        """How often it was measured."""
+        return len(self.read_seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedUp:
+    """How many times as fast: of prefill and of decode."""
+
+    prefill: float
+    decode: float
+
+
+def speed_up(faster: Speed, than: Speed) -> SpeedUp:
+    """Speed over speed: the median of the ratios of each round, in which both met the same other work."""
+    return SpeedUp(
+        prefill=_median_ratio(than.read_seconds, faster.read_seconds),
+        decode=_median_ratio(than.step_seconds, faster.step_seconds),
+    )
+
+
+def _median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    return statistics.median(one / other for one, other in zip(above, below, strict=True))
 
 
 def measure_speeds(
@@ -91,7 +110,8 @@ def measure_speeds(
     """Speed of each runtime on the same prompt, after one round that is not counted.
 
     In each round every runtime reads the prompt and then writes `new_tokens`; the one that begins changes from round to
-    round. clock: seconds. Raises ConfigurationError for an empty prompt or fewer than one token or round.
+    round. The time of a round's new token is the median over them, so that a short disturbance does not count.
+    clock: seconds. Raises ConfigurationError for an empty prompt or fewer than one token or round.
     """
     if not prompt or new_tokens < 1 or rounds < 1:
         raise ConfigurationError("a speed needs a prompt, new tokens and rounds", "Give at least 1 of each")
@@ -106,8 +126,9 @@ def measure_speeds(
     return {
         name: Speed(
             prefill=statistics.median(len(prompt) / read for read, _ in taken),
-            decode=statistics.median(new_tokens / written for _, written in taken),
-            rounds=rounds,
+            decode=statistics.median(1 / step for _, step in taken),
+            read_seconds=tuple(read for read, _ in taken),
+            step_seconds=tuple(step for _, step in taken),
         )
         for name, taken in seconds.items()
     }
@@ -116,10 +137,13 @@ def measure_speeds(
 def _one_round(
     runtime: Runtime, prompt: Sequence[int], new_tokens: int, clock: Callable[[], float]
 ) -> tuple[float, float]:
-    """Seconds of reading and of writing."""
+    """Seconds of reading, and of the median step of writing."""
     start = clock()
     token = runtime.read(prompt)
-    read = clock()
+    now = clock()
+    read, steps = now - start, []
     for _ in range(new_tokens):
         token = runtime.step(token)
-    return read - start, clock() - read
+        before, now = now, clock()
+        steps.append(now - before)
+    return read, statistics.median(steps)

@@ -36,7 +36,7 @@ class TaskResult:
 
     acc: the choice with the greatest log-likelihood is the right one. acc_norm: log-likelihoods divided by the
     choice's characters; None where the choices differ before the text that is scored (WinoGrande). chance: accuracy of
-    guessing. correct, correct_norm: by question, in file order. source: `hub`, or the local file.
+    guessing. correct, correct_norm: by question, in file order. source: `hub`, or the local file's name.
     """
 
     acc: float
@@ -161,7 +161,7 @@ def evaluate_tasks(
     for index, name in enumerate(names):
         path = None if data is None else local_file(data, name)
         task = harness.hub_task(name) if path is None else harness.local_task(name, read_records(path, limit))
-        results[name] = harness.run(task, model, tokenizer, limit, batch, "hub" if path is None else str(path))
+        results[name] = harness.run(task, model, tokenizer, limit, batch, "hub" if path is None else path.name)
         if progress is not None:
             progress(index + 1, len(names))
     return results

@@ -1,6 +1,7 @@
 """A folder for vLLM's own DeciLMForCausalLM: a LLaMA with an FFN width and a number of KV heads for each layer.
 
-What vLLM does with such a folder was read in its source (vllm/model_executor/models/nemotron_nas.py), not run.
+What vLLM does with such a folder was read in the source of its version 0.32 (model_executor/models/nemotron_nas.py),
+not run.
 """
 
 from __future__ import annotations

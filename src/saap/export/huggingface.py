@@ -30,6 +30,8 @@ from saap.records import ImportanceScores, Layout, ModelGraph, StructurePlan
 from saap.storage import write_plan, write_scores
 
 SHARD_SIZE = "2GB"
+# How a model that reads images cuts them up and writes them into a prompt.
+_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 
 
@@ -191,7 +193,7 @@ def _use_the_old_tokenizer_name(file: Path) -> None:
 
 
 def write_companions(model: nn.Module, tokenizer: Any | None, source_folder: Path | None, folder: Path) -> None:
-    """Write generation settings, tokenizer and the licence files of the source."""
+    """Write generation settings, tokenizer, and the source's image settings and licence files."""
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.to_json_file(folder / "generation_config.json")
@@ -199,7 +201,7 @@ def write_companions(model: nn.Module, tokenizer: Any | None, source_folder: Pat
         tokenizer.save_pretrained(folder)
         _use_the_old_tokenizer_name(folder / "tokenizer_config.json")
     if source_folder is not None:
-        for pattern in _LEGAL_FILES:
+        for pattern in (*_LEGAL_FILES, *_IMAGE_FILES):
             for file in source_folder.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)

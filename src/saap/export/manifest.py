@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from saap.records import Layout, ModelRef
 
-RECORDED_PACKAGES = ("saap", "torch", "transformers", "safetensors", "numpy", "tokenizers", "gguf")
+RECORDED_PACKAGES = ("saap", "torch", "transformers", "safetensors", "numpy", "tokenizers", "gguf", "llama-cpp-py-sync")
 
 
 class _Frozen(BaseModel):
@@ -77,6 +77,19 @@ class Answers(_Frozen):
     recovered: str = ""
 
 
+class SpeedRecord(_Frozen):
+    """Speed of decoding, batch 1, over that of the dense model: asked for, predicted by the plan, and measured."""
+
+    runtime: str
+    weights: str
+    threads: int
+    asked: float
+    predicted: float
+    reached: float
+    dense_tokens_per_second: float
+    tokens_per_second: float
+
+
 class CurvePoint(_Frozen):
     """One step of a training: mean loss in nats, and the validation loss where it was measured."""
 
@@ -125,7 +138,8 @@ class RunManifest(_Frozen):
 
     command: the arguments as typed. settings: all settings with their defaults. versions: of the packages and Python.
     digests: of graph, calibration, scores and plan, and, in adaptive folders, of the code that opens them. bytes: of
-    the weights in `dtype`, dense and pruned alike. answers: greedy ones to a short prompt. recovery: of a model that
+    the weights in `dtype`, dense and pruned alike. answers: greedy ones to a short prompt. speed: where a
+    speed-up was asked for. recovery: of a model that
     was tuned afterwards.
     """
 
@@ -145,6 +159,7 @@ class RunManifest(_Frozen):
     bytes: Change
     perplexity: PerplexityChange | None = None
     answers: Answers | None = None
+    speed: SpeedRecord | None = None
     recovery: RecoveryRecord | None = None
 
 

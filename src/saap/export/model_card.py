@@ -8,8 +8,11 @@ from pathlib import Path
 from huggingface_hub import ModelCardData, metadata_load
 
 from saap.export.manifest import Change, RunManifest
+from saap.models.structure import auto_class_name
 from saap.records import Layout
 
+# What the hub calls the task of models that another auto class than the usual one opens.
+_TASKS = {"AutoModelForImageTextToText": "image-text-to-text"}
 _SPECIAL = re.compile(r"([\\`*_\[\]|~])")
 
 
@@ -38,7 +41,7 @@ def model_card(manifest: RunManifest, base_model_type: str, *, loading: str | No
     data = ModelCardData(
         base_model=base.source if _is_repository(base.source) else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=_TASKS.get(auto_class_name(base_model_type), "text-generation"),
         license=base.licence,
         tags=["saap", *(["pruned", "structured-pruning", manifest.layout.value] if _is_pruned(manifest) else [])],
     )
@@ -50,7 +53,7 @@ def model_card(manifest: RunManifest, base_model_type: str, *, loading: str | No
         _figures(manifest),
         *_recovery(manifest),
         "## Loading",
-        _loading(manifest.layout) if loading is None else loading,
+        _loading(manifest.layout, auto_class_name(base_model_type)) if loading is None else loading,
         "## How it was made",
         _making(manifest),
     ]
@@ -121,21 +124,27 @@ def _figures(manifest: RunManifest) -> str:
     if manifest.perplexity is not None:
         p = manifest.perplexity
         rows.append(f"| perplexity, {p.tokens:,} tokens of {escape(p.text)} | {p.before:.2f} | {p.after:.2f} | |")
+    if manifest.speed is not None:
+        s = manifest.speed
+        rows.append(
+            f"| tokens/s, decoding in {s.runtime}, {s.weights} | {s.dense_tokens_per_second:.1f} | "
+            f"{s.tokens_per_second:.1f} | {s.reached:.2f} x |"
+        )
     return "\n".join(rows)
 
 
-def _loading(layout: Layout) -> str:
+def _loading(layout: Layout, auto_class: str) -> str:
     plain = (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH"{option})\n'
+        "```python\nfrom transformers import AUTO_CLASS, AutoTokenizer\n\n"
+        'model = AUTO_CLASS.from_pretrained("PATH"{option})\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH"{option})\n```'
-    )
+    ).replace("AUTO_CLASS", auto_class)
     if layout is Layout.UNIFORM:
         return "With transformers, or with any program that reads this architecture:\n\n" + plain.format(option="")
     return (
         "With saap installed, no code of this folder is run:\n\n"
         '```python\nimport saap\n\nmodel = saap.load("PATH")\n```\n\n'
-        "`import saap.auto` makes `AutoModelForCausalLM.from_pretrained` open it as well.\n\n"
+        f"`import saap.auto` makes `{auto_class}.from_pretrained` open it as well.\n\n"
         "Without saap, through the short file `modeling_pruned.py` of this folder, which you may read first:\n\n"
         + plain.format(option=", trust_remote_code=True")
     )

@@ -25,8 +25,8 @@ _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 class GroupwiseWeight:
     """A matrix (out, in) with in = groups * group_size.
 
-    packed: (out, groups, group_size * bits / 8) uint8, see `pack`. scale: (out, groups) float16. zero: (out, groups)
-    float32, in units of the weight.
+    packed: (out, groups, group_size * bits / 8) uint8, see `pack`. scale: (out, groups) float16 (wider while it is
+    learned). zero: (out, groups) float32, in units of the weight.
     """
 
     packed: Tensor
@@ -130,13 +130,16 @@ def _row_chunks(
 
 
 class _GroupwiseProduct(torch.autograd.Function):
-    """x -> x W^T and its gradient dy -> dy W, with W a few rows at a time. The weight itself learns nothing."""
+    """x -> x W^T and its gradients by x, by the scales and by the zero points, with W a few rows at a time."""
 
     @staticmethod
     def forward(
         ctx: Any, inputs: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int
     ) -> Tensor:
-        ctx.save_for_backward(packed, scale, zero)
+        _, _, by_scale, by_zero, *_ = ctx.needs_input_grad
+        # the zero points need of the inputs no more than their sums
+        kept = inputs if by_scale else pooled(inputs, group_size) if by_zero else None
+        ctx.save_for_backward(packed, scale, zero, kept)
         ctx.layout = bits, group_size
         flat = inputs.reshape(-1, inputs.shape[-1])
         outputs = flat.new_empty(len(flat), len(scale))
@@ -146,17 +149,40 @@ class _GroupwiseProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        packed, scale, zero = ctx.saved_tensors
-        flat = gradients[0].reshape(-1, gradients[0].shape[-1])
+        packed, scale, zero, *_ = ctx.saved_tensors
         bits, group_size = ctx.layout
-        result = flat.new_zeros(len(flat), scale.shape[1] * group_size)
+        _, _, needs_scale, needs_zero, *_ = ctx.needs_input_grad
+        flat = gradients[0].reshape(-1, gradients[0].shape[-1])
+        kept = flat if ctx.saved_tensors[3] is None else ctx.saved_tensors[3].reshape(len(flat), -1)
+        by_inputs = flat.new_zeros(len(flat), scale.shape[1] * group_size)
+        by_scale = torch.empty_like(scale) if needs_scale else None
+        by_zero = torch.empty_like(zero) if needs_scale else None
         for rows, values in _row_chunks(packed, scale, zero, bits, group_size, flat.dtype):
-            result.addmm_(flat[:, rows], values)
-        return result.reshape(*gradients[0].shape[:-1], -1), None, None, None, None, None
+            by_inputs.addmm_(flat[:, rows], values)
+            if by_scale is not None and by_zero is not None:
+                by_weight = (flat[:, rows].T @ kept).to(scale.dtype).reshape(-1, scale.shape[1], group_size)
+                by_zero[rows] = by_weight.sum(-1)
+                by_scale[rows] = _scale_gradient(by_weight, values, scale[rows], zero[rows], by_zero[rows])
+        if needs_zero and by_zero is None:
+            by_zero = (flat.T.to(kept.dtype) @ kept).to(zero.dtype)
+        by_inputs = by_inputs.reshape(*gradients[0].shape[:-1], -1)
+        return by_inputs, None, by_scale, by_zero if needs_zero else None, None, None
+
+
+def _scale_gradient(by_weight: Tensor, values: Tensor, scale: Tensor, zero: Tensor, by_zero: Tensor) -> Tensor:
+    """Sum of dL/dW q over each group, with q = (W - z) / s: (rows, groups); 0 where the scale is 0.
+
+    by_weight: dL/dW, (rows, groups, L), is overwritten. values: W, (rows, in). by_zero: sum of dL/dW over each group.
+    """
+    summed = by_weight.mul_(values.view_as(by_weight)).sum(-1) - zero * by_zero
+    return (summed / scale).where(scale != 0, 0.0)
 
 
 def groupwise_product(inputs: Tensor, weight: GroupwiseWeight) -> Tensor:
-    """Product of the inputs (..., in) and the transposed weight: (..., out), differentiable in `inputs`."""
+    """Product of the inputs (..., in) and the transposed weight: (..., out).
+
+    Differentiable in the inputs and in the weight's scales and zero points.
+    """
     product: Any = _GroupwiseProduct.apply
     result: Tensor = product(inputs, weight.packed, weight.scale, weight.zero, weight.bits, weight.group_size)
     return result

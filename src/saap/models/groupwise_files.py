@@ -74,6 +74,43 @@ def q4_1_blocks(weight: GroupwiseWeight) -> Tensor:
     return torch.cat([numbers, weight.packed], dim=-1).flatten(1)
 
 
+class PackedMatrices:
+    """The packed weights of a checkpoint folder that are Q4_1 already, read a few rows at a time.
+
+    refused: why none of them is, where the folder has packed weights of other bits or group sizes; None otherwise.
+    Raises ModelError for a damaged file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "saap" / PACKED_FILE
+        self._formats: dict[str, tuple[int, int]] = {}
+        self.refused: str | None = None
+        if not self._path.is_file():
+            return
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                formats = json.loads(file.metadata()["groupwise"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{self._path} is damaged ({error})", "Copy the file again") from None
+        for path, (bits, group_size) in formats.items():
+            if (bits, group_size) == (4, Q4_1_GROUP):
+                self._formats[f"{path}.weight"] = (bits, group_size)
+            else:
+                self.refused = f"{PACKED_FILE} has {bits} bits in groups of {group_size}"
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the weights, as in a plain checkpoint."""
+        return frozenset(self._formats)
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first..last-1 of a weight as blocks, see `q4_1_blocks`."""
+        path, (bits, group_size) = name.removesuffix(".weight"), self._formats[name]
+        with safe_open(self._path, framework="pt") as file:
+            parts = {part: file.get_slice(f"{path}.{part}")[first:last] for part in ("packed", "scale", "zero")}
+        return q4_1_blocks(GroupwiseWeight(**parts, bits=bits, group_size=group_size))
+
+
 def linears_inside(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
     """Path and input size of every linear layer inside the decoder blocks at these paths."""
     inside = tuple(f"{block}." for block in blocks)

@@ -19,8 +19,8 @@ from transformers.utils import logging as transformers_logging
 from saap.errors import ModelError
 from saap.models.devices import pick_device, working_dtype
 from saap.models.groupwise_files import WeightOf, fill, open_empty, pack_linears, read_packed
-from saap.models.modeling_pruned import MODEL_TYPE, SaapPrunedConfig
-from saap.models.references import ResolvedModel, resolve_model
+from saap.models.modeling_pruned import MODEL_TYPE, SaapPrunedConfig, auto_classes
+from saap.models.references import ResolvedModel, read_config, resolve_model
 from saap.records import ModelRef, digest_of
 
 SAMPLED_VALUES = 4096
@@ -78,7 +78,7 @@ def _open(resolved: ResolvedModel, device: torch.device, dtype: torch.dtype) -> 
     try:
         # the bar of the GGUF reader knows no switch
         with quiet_transformers(), redirect_stderr(io.StringIO()) if resolved.gguf_file else nullcontext():
-            model, info = AutoModelForCausalLM.from_pretrained(resolved.folder, output_loading_info=True, **options)
+            model, info = _auto_class(resolved).from_pretrained(resolved.folder, output_loading_info=True, **options)
     except Exception as error:  # a configuration is code's input, and the code of each family refuses it in its own way
         raise _unusable(resolved, error) from error
     missing = sorted(info["missing_keys"])
@@ -100,7 +100,7 @@ def model_without_weights(resolved: ResolvedModel) -> Any:
     try:
         with quiet_transformers(), torch.device("meta"):
             config = AutoConfig.from_pretrained(resolved.folder, trust_remote_code=trusted, **options)
-            model = AutoModelForCausalLM.from_config(config, dtype=resolved.dtype, trust_remote_code=trusted)
+            model = _auto_class(resolved).from_config(config, dtype=resolved.dtype, trust_remote_code=trusted)
     except Exception as error:  # a configuration is code's input, and the code of each family refuses it in its own way
         raise _unusable(resolved, error) from error
     return model.eval().requires_grad_(False)
@@ -112,6 +112,15 @@ def _unusable(resolved: ResolvedModel, error: Exception) -> ModelError:
         f"{resolved.source} cannot be opened as a causal language model ({reason})",
         "Check that its files are complete and of such a model",
     )
+
+
+def _auto_class(resolved: ResolvedModel) -> Any:
+    """The auto class that opens the model: for text, or for images and text where the family has no class for text."""
+    if resolved.gguf_file is not None:
+        return AutoModelForCausalLM
+    config = read_config(resolved.folder)
+    known = auto_classes(config.get("base_model_type", config["model_type"]))
+    return known[0][0] if known else AutoModelForCausalLM
 
 
 def _forget_quantization(model: Any) -> None:

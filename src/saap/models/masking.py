@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,15 +13,17 @@ from saap.models.linear import weight_out_in
 from saap.records import CoupledGroup, ModelGraph, StructurePlan
 
 
-def channel_mask(group: CoupledGroup, kept: Sequence[int], width: int, consumer: int = 0) -> Tensor:
-    """Mask over the input channels of a group's consumer: (width,), True for channels that stay.
+def channel_mask(group: CoupledGroup, kept: Sequence[int], width: int, consumer: str | None = None) -> Tensor:
+    """Mask over the input channels of a module that reads a group: (width,), True for channels that stay.
 
-    width: input size of the consumer. consumer: which of the group's consumers.
+    width: input size of the module. consumer: which tensor, by default the first consumer's.
     """
-    member = group.consumers[consumer]
+    tensor = group.consumers[0].tensor if consumer is None else consumer
     mask = torch.ones(width, dtype=torch.bool)
-    mask[member.indices(range(group.units))] = False
-    mask[member.indices(kept)] = True
+    for member in group.consumers:
+        if member.tensor == tensor:
+            mask[member.indices(range(group.units))] = False
+            mask[member.indices(kept)] = True
     return mask
 
 
@@ -56,17 +58,39 @@ def masked_channels(model: nn.Module, masks: Mapping[str, Tensor], skipped: Sequ
 
 
 def consumer_masks(graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Masks by module path for every consumer of the groups in `keep` that lose something."""
+    """Masks by module path for every consumer of the groups in `keep` that lose something.
+
+    Consumers that are parts of a stacked tensor are no modules: see `zeroed_parts`.
+    """
     masks: dict[str, Tensor] = {}
     for group in graph.groups:
         kept = keep.get(group.name)
         if kept is None or len(kept) == group.units or group.layer < 0:
             continue
-        for index, member in enumerate(group.consumers):
+        for member in group.consumers:
+            if member.part is not None:
+                continue
             path = member.tensor.rpartition(".")[0]
-            mask = channel_mask(group, kept, graph.shapes[member.tensor][member.axis], index)
+            mask = channel_mask(group, kept, graph.shapes[member.tensor][member.axis], member.tensor)
             masks[path] = masks[path] & mask if path in masks else mask
     return masks
+
+
+@contextmanager
+def zeroed_parts(model: nn.Module, graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
+    """Zero, for a while, what reads the removed channels in each part of a stacked tensor (experts)."""
+    with torch.no_grad(), ExitStack() as stack:
+        for group in graph.groups:
+            gone = sorted(set(range(group.units)) - set(keep.get(group.name, range(group.units))))
+            for member in group.consumers if gone else ():
+                if member.part is None:
+                    continue
+                matrix = model.get_parameter(member.tensor).data[member.part]
+                index = torch.tensor(member.indices(gone), device=matrix.device)
+                before = matrix.index_select(member.axis - 1, index)
+                stack.callback(matrix.index_copy_, member.axis - 1, index, before)
+                matrix.index_fill_(member.axis - 1, index, 0.0)
+        yield
 
 
 @contextmanager
@@ -77,7 +101,7 @@ def masked(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Iterator
     the removed channels: there the result is only near that of the cut.
     """
     skipped = [graph.blocks[layer] for layer in plan.dropped_blocks]
-    with masked_channels(model, consumer_masks(graph, plan.keep), skipped):
+    with masked_channels(model, consumer_masks(graph, plan.keep), skipped), zeroed_parts(model, graph, plan.keep):
         yield
 
 

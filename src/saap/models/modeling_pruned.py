@@ -17,9 +17,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 MODEL_TYPE = "saap_pruned"
@@ -32,6 +32,13 @@ SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.Linear, ("out_features", "in_features")),
     (Conv1D, ("nx", "nf")),
     (nn.Embedding, ("num_embeddings", "embedding_dim")),
+)
+
+
+# Where a family's stock class is looked for: models that also read images have no class for text alone.
+AUTO_CLASSES: tuple[tuple[Any, Any], ...] = (
+    (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
 )
 
 
@@ -174,7 +181,7 @@ class SaapPrunedConfig(PretrainedConfig):  # type: ignore[misc, unused-ignore]
 
 
 class SaapPrunedForCausalLM:
-    """Entry for AutoModelForCausalLM: gives the stock class of the family, resized."""
+    """Entry for the auto classes: gives the stock class of the family, resized."""
 
     @classmethod
     def from_pretrained(cls, path: str, *arguments: Any, config: PretrainedConfig, **kwargs: Any) -> Any:
@@ -190,23 +197,28 @@ class SaapPrunedForCausalLM:
         """Nothing to do: the classes made here carry their registration."""
 
 
+def auto_classes(model_type: str) -> list[tuple[Any, Any]]:
+    """The auto classes that open stock models of this type, each with its mapping."""
+    if model_type not in CONFIG_MAPPING:
+        return []
+    return [(auto, mapping) for auto, mapping in AUTO_CLASSES if CONFIG_MAPPING[model_type] in mapping]
+
+
 def _model_class(config: PretrainedConfig) -> Any:
     return pruned_classes(cast(Any, config).base_model_type)[1]
 
 
 @functools.cache
 def pruned_classes(base_model_type: str) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
-    """Configuration and model class for pruned models of one family; registered with AutoModelForCausalLM.
+    """Configuration and model class for pruned models of one family; registered with the auto classes that know it.
 
     Raises ValueError if this version of transformers does not know the family.
     """
-    try:
-        stock_config: Any = CONFIG_MAPPING[base_model_type]
-        stock_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
-    except KeyError:
-        raise ValueError(
-            f"This version of transformers has no causal language model of type {base_model_type!r}."
-        ) from None
+    known = auto_classes(base_model_type)
+    if not known:
+        raise ValueError(f"This version of transformers has no causal language model of type {base_model_type!r}.")
+    stock_config: Any = CONFIG_MAPPING[base_model_type]
+    stock_model: Any = known[0][1][stock_config]
 
     class PrunedConfig(stock_config):  # type: ignore[misc]
         model_type = MODEL_TYPE
@@ -214,7 +226,7 @@ def pruned_classes(base_model_type: str) -> tuple[type[PretrainedConfig], type[P
 
     class PrunedModel(stock_model):  # type: ignore[misc]
         config_class = PrunedConfig
-        _auto_class = "AutoModelForCausalLM"
+        _auto_class = known[0][0].__name__
 
         def __init__(self, config: PretrainedConfig, *arguments: Any, **kwargs: Any) -> None:
             super().__init__(config, *arguments, **kwargs)
@@ -233,5 +245,6 @@ def pruned_classes(base_model_type: str) -> tuple[type[PretrainedConfig], type[P
 
     for made, public in ((PrunedConfig, SaapPrunedConfig), (PrunedModel, SaapPrunedForCausalLM)):
         made.__name__, made.__qualname__, made.__module__ = public.__name__, public.__qualname__, __name__
-    AutoModelForCausalLM.register(PrunedConfig, PrunedModel, exist_ok=True)
+    for auto, _ in known:
+        auto.register(PrunedConfig, PrunedModel, exist_ok=True)
     return PrunedConfig, PrunedModel

@@ -59,13 +59,16 @@ class ResolvedModel:
     dtype: torch.dtype
 
 
-def resolve_model(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> ResolvedModel:
+def resolve_model(
+    model: str | Path, revision: str | None = None, trust_remote_code: bool = False, *, fetch: bool = True
+) -> ResolvedModel:
     """Find a model by folder, GGUF file, short name of a packaged model, or hub id (downloaded then), and check it.
 
+    fetch: False for a model that must be on this machine already.
     Raises ModelError: nothing there, no config.json, weights only as pickle, a damaged or missing safetensors file,
     an index that points outside its folder, code that would have to be run but is not trusted.
     """
-    return _resolve(model, revision, trust_remote_code, weights=True)
+    return _resolve(model, revision, trust_remote_code, weights=True, fetch=fetch)
 
 
 def resolve_configuration(
@@ -75,10 +78,12 @@ def resolve_configuration(
 
     dtype: as the configuration says, which may not be that of the weights.
     """
-    return _resolve(model, revision, trust_remote_code, weights=False)
+    return _resolve(model, revision, trust_remote_code, weights=False, fetch=True)
 
 
-def _resolve(model: str | Path, revision: str | None, trust_remote_code: bool, *, weights: bool) -> ResolvedModel:
+def _resolve(
+    model: str | Path, revision: str | None, trust_remote_code: bool, *, weights: bool, fetch: bool
+) -> ResolvedModel:
     source = str(model)
     path = Path(model).expanduser()
     if source in PACKAGED_MODELS and not path.exists():
@@ -86,7 +91,7 @@ def _resolve(model: str | Path, revision: str | None, trust_remote_code: bool, *
     if path.suffix == ".gguf":
         return _resolve_gguf(source, path, revision)
     if not path.exists():
-        path = _download(source, revision, trust_remote_code, weights=weights)
+        path = _download(source, revision, trust_remote_code, weights=weights, fetch=fetch)
     if not path.is_dir():
         raise ModelError(f"{path} is neither a folder nor a .gguf file", "Give a model folder, a GGUF file or a hub id")
     config = read_config(path)
@@ -165,11 +170,13 @@ def _resolve_gguf(source: str, path: Path, revision: str | None) -> ResolvedMode
     )
 
 
-def _download(source: str, revision: str | None, with_code: bool, *, weights: bool) -> Path:
+def _download(source: str, revision: str | None, with_code: bool, *, weights: bool, fetch: bool) -> Path:
     """Fetch a repository of the hub into its cache, without pickle files; without code unless it is trusted."""
     if not _REPOSITORY.fullmatch(source):
         raise ModelError(f"The folder {source} does not exist", "Give a model folder, a GGUF file or a hub id")
     patterns = [*_TEXT_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if with_code else [])]
+    if not fetch:
+        return _cached(source, revision, patterns, "it has not been downloaded")
     try:
         names = huggingface_hub.HfApi().list_repo_files(source, revision=revision)
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
@@ -178,7 +185,7 @@ def _download(source: str, revision: str | None, with_code: bool, *, weights: bo
             "Check the name and the revision, or log in with `hf auth login`",
         ) from None
     except Exception:  # any failure of the connection: what has been downloaded before is still good
-        return _cached(source, revision, patterns)
+        return _cached(source, revision, patterns, "the hub cannot be reached")
     if not any(name.endswith(".safetensors") for name in names):
         raise ModelError(
             f"The repository {source} has no safetensors weights", "Use a revision with safetensors, or convert it"
@@ -186,14 +193,14 @@ def _download(source: str, revision: str | None, with_code: bool, *, weights: bo
     return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns))
 
 
-def _cached(source: str, revision: str | None, patterns: list[str]) -> Path:
+def _cached(source: str, revision: str | None, patterns: list[str], why: str) -> Path:
     try:
         found = huggingface_hub.snapshot_download(
             source, revision=revision, allow_patterns=patterns, local_files_only=True
         )
     except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError):
         raise ModelError(
-            f"There is no folder {source}, and the hub cannot be reached", "Give the path of a folder on this machine"
+            f"There is no folder {source}, and {why}", "Give the path of a folder on this machine"
         ) from None
     return Path(found)
 

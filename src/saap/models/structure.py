@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from saap.models.modeling_pruned import (
+    AUTO_CLASSES,
     FIRST_FORMAT_VERSION,
     FORMAT_VERSION,
     ArgumentSlice,
@@ -16,6 +17,7 @@ from saap.models.modeling_pruned import (
     SaapPrunedConfig,
     SaapPrunedForCausalLM,
     apply_structure,
+    auto_classes,
     pruned_classes,
 )
 from saap.records import Digested, ModelGraph, StructurePlan
@@ -57,6 +59,21 @@ class PrunedStructure(Digested):
     def is_empty(self) -> bool:
         """Whether the stock class loads the model as it is."""
         return not (self.shapes or self.attributes or self.constant or self.sliced_arguments or self.added_biases)
+
+
+def auto_class_name(base_model_type: str) -> str:
+    """Name of the auto class of transformers that opens models of this type."""
+    known = auto_classes(base_model_type) or AUTO_CLASSES[:1]
+    return str(known[0][0].__name__)
+
+
+def removed_modules(model: nn.Module) -> list[str]:
+    """Paths of the modules of a pruned model that have lost all their weights.
+
+    An adapter has nothing to hold on to there: where peft's `target_modules` are named, these go into its
+    `exclude_modules`.
+    """
+    return [path for path, module in model.named_modules() if isinstance(module, ConstantOutput)]
 
 
 def resize_to_structure(model: nn.Module, structure: PrunedStructure) -> None:
@@ -192,13 +209,14 @@ def mark_pruned(model: nn.Module, structure: PrunedStructure) -> None:
 def pruned_fields(structure: PrunedStructure) -> dict[str, Any]:
     """The fields by which the configuration of an adaptive checkpoint differs from the stock one."""
     module = SaapPrunedConfig.__module__.rpartition(".")[2]
+    known = auto_classes(structure.base_model_type) or AUTO_CLASSES[:1]
     return {
         "base_model_type": structure.base_model_type,
         "pruned_structure": structure.to_config(),
         "architectures": [SaapPrunedForCausalLM.__name__],
         "auto_map": {
             "AutoConfig": f"{module}.{SaapPrunedConfig.__name__}",
-            "AutoModelForCausalLM": f"{module}.{SaapPrunedForCausalLM.__name__}",
+            **{auto.__name__: f"{module}.{SaapPrunedForCausalLM.__name__}" for auto, _ in known},
         },
     }
 
@@ -210,6 +228,8 @@ def _attributes(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> dic
         if group.layer in plan.dropped_blocks or len(plan.kept(group)) == group.units:
             continue
         for attribute in group.attributes:
+            if graph.block_of(attribute.module) in plan.dropped_blocks:
+                continue
             path = renumbered(attribute.module, graph.blocks, plan.dropped_blocks)
             value = read_attribute(model.get_submodule(path), attribute.attribute)
             found.setdefault(path, {})[attribute.attribute] = value

@@ -7,7 +7,7 @@ are run by a forward of the whole model in which every block is bypassed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,11 +114,28 @@ class BlockWalker:
 
         hidden: its input; gradient: at its output; both (sequences, tokens, width).
         """
-        with torch.enable_grad():
-            entry = hidden.detach().requires_grad_(True)
-            output = self.run_block(index, entry, contexts)
-            (result,) = torch.autograd.grad(output, entry, gradient)
-        return result
+        return self.backward_to_weights(index, hidden, contexts, gradient, {})[0]
+
+    def backward_to_weights(
+        self, index: int, hidden: Tensor, contexts: Contexts, gradient: Tensor, weights: Mapping[str, nn.Parameter]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `backward_block`, with the gradients of some of the block's weights, by their names, beside it.
+
+        They are sums over the sequences; zeros for a weight that was not used. None stays with its weight.
+        """
+        learned = {name: parameter.requires_grad for name, parameter in weights.items()}
+        try:
+            for parameter in weights.values():
+                parameter.requires_grad_(True)
+            with torch.enable_grad():
+                entry = hidden.detach().requires_grad_(True)
+                output = self.run_block(index, entry, contexts)
+                sources = [entry, *weights.values()]
+                result, *found = torch.autograd.grad(output, sources, gradient, materialize_grads=bool(weights))
+        finally:
+            for name, parameter in weights.items():
+                parameter.requires_grad_(learned[name])
+        return result, dict(zip(weights, found, strict=True))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What the model makes of the last block's output. hidden: (sequences, tokens, width).

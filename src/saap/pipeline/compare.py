@@ -21,13 +21,13 @@ from saap.discovery import discover
 from saap.errors import ConfigurationError, OutputError, StaleInputError
 from saap.evaluation.bootstrap import kept_accuracy
 from saap.evaluation.perplexity import Perplexity, perplexity
-from saap.evaluation.zero_shot import TaskResult, evaluate_tasks
+from saap.evaluation.zero_shot import TaskResult
 from saap.export.manifest import recorded_versions
 from saap.models.devices import quick_float32_products
 from saap.models.loading import load_tokenizer
 from saap.models.references import resolve_model
 from saap.pipeline.context import Run
-from saap.pipeline.evaluate import check_request, finite, read_streams
+from saap.pipeline.evaluate import ask_tasks, check_request, finite, read_streams
 from saap.pipeline.inputs import LoadedModel, RunOptions, TokenSets, draw_tokens, open_model
 from saap.pipeline.legality import legal_sizes
 from saap.pipeline.meter import Meter
@@ -35,6 +35,7 @@ from saap.pipeline.methods import for_method, measurements
 from saap.pipeline.progress import Reporter, Silent
 from saap.pipeline.run import cut_and_restore, plans_for, scores_of
 from saap.pipeline.targets import Target, with_budgets
+from saap.pipeline.typed import typed_command
 from saap.pipeline.work import WorkFolder
 from saap.pipeline.written import GENERATED, write_text
 from saap.records import ImportanceScores, IntArray, ModelGraph, StructurePlan, digest_of
@@ -43,6 +44,7 @@ from saap.storage import write_whole
 from saap.structure_search.plan import SearchSpace, check_reachable
 
 FILE = "comparison.json"
+DENSE = "dense.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,8 @@ class CompareRequest:
 
     methods: each with the roles that it may prune, None for the configuration's. config: of the method under test;
     its calibration and its ratios are everybody's. restorations: False cuts only (FLAP adds its biases), True also
-    restores. evaluation: the texts and tasks to measure on.
+    restores. evaluation: the texts and tasks to measure on. task_ratios: ask the tasks at these pruning ratios only,
+    None for all of them: tasks take far longer than perplexity.
     """
 
     methods: tuple[MethodChoice, ...]
@@ -59,6 +62,11 @@ class CompareRequest:
     seeds: tuple[int, ...] = (0,)
     restorations: tuple[bool, ...] = (False, True)
     evaluation: EvalRequest
+    task_ratios: tuple[float, ...] | None = None
+
+    def asks_tasks(self, ratio: float) -> bool:
+        """Whether a model pruned by `ratio` answers the tasks."""
+        return bool(self.evaluation.tasks) and (self.task_ratios is None or ratio in self.task_ratios)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +133,9 @@ def compare(
 ) -> dict[str, Any]:
     """Prune with every method, ratio, seed and restoration, measure each, and write it all to `out`.
 
-    A row that is finished is not made again when the same comparison is started once more. Returns the content of
-    `comparison.json`. Raises SaapError for everything that can be refused, before anything is measured.
+    A row that is finished is not made again when the same comparison is started once more; finished rows of other
+    methods, ratios and seeds that lie in `out` belong to the result too. Returns the content of `comparison.json`.
+    Raises SaapError for everything that can be refused, before anything is measured.
     """
     meter = Meter(reporter if reporter is not None else Silent())
     _check(request)
@@ -147,11 +156,13 @@ def compare(
     bench = _Bench(loaded, graph, request, streams, meter)
     with quick_float32_products():
         dense = _dense_row(bench, out)
-        rows = [row for seed in request.seeds for row in _rows_of_seed(bench, seed, options, out, dense)]
+        for seed in request.seeds:
+            _rows_of_seed(bench, seed, options, out, dense)
     result = {
         "model": loaded.ref.source,
         "dense": dense,
-        "rows": rows,
+        "rows": _finished_rows(request, out),
+        "command": list(typed_command()),
         "settings": finite(request.config.model_dump(mode="json")),
         "versions": recorded_versions(),
     }
@@ -164,6 +175,11 @@ def _check(request: CompareRequest) -> None:
     check_request(request.evaluation)
     if not request.methods or not request.seeds or not request.restorations:
         raise ConfigurationError("nothing to compare was named", "Name methods, ratios and seeds")
+    strange = [ratio for ratio in request.task_ratios or () if ratio not in request.config.pruning_ratios]
+    if strange:
+        raise ConfigurationError(
+            f"--task-ratios names {strange[0]:g}, which is not compared", "Name some of --pruning-ratios, or none"
+        )
     if not request.evaluation.texts:
         raise ConfigurationError("no text to measure perplexity on was named", "Give --perplexity NAME|FILE")
 
@@ -203,22 +219,38 @@ def _space(config: PruneConfig, loaded: LoadedModel, graph: ModelGraph) -> Searc
     )
 
 
-def _rows_of_seed(bench: _Bench, seed: int, options: RunOptions, out: Path, dense: dict[str, Any]) -> list[Any]:
-    """All rows of one seed: those that lie in `out`, and the others made."""
-    request = bench.request
-    wanted = {
+def _rows_of_seed(bench: _Bench, seed: int, options: RunOptions, out: Path, dense: dict[str, Any]) -> None:
+    """Make the rows of one seed that do not lie in `out`."""
+    wanted = _wanted(bench.request, seed, out)
+    lacking = {key: path for key, path in wanted.items() if not _is_finished(bench.request, path, key[1])}
+    if not lacking:
+        return
+    shared = _share(bench, seed, options, out)
+    for choice in bench.request.methods:
+        here = {key: path for key, path in lacking.items() if key[0] == choice}
+        if here:
+            _make_rows(bench, shared, choice, here, dense)
+
+
+def _wanted(request: CompareRequest, seed: int, out: Path) -> dict[tuple[MethodChoice, float, bool], Path]:
+    return {
         (choice, ratio, restored): out / "rows" / f"{_key(choice.label, ratio, seed, restored)}.json"
         for choice in request.methods
         for ratio in request.config.pruning_ratios
         for restored in request.restorations
     }
-    if not all(path.exists() for path in wanted.values()):
-        shared = _share(bench, seed, options, out)
-        for choice in request.methods:
-            here = {key: path for key, path in wanted.items() if key[0] == choice and not path.exists()}
-            if here:
-                _make_rows(bench, shared, choice, here, dense)
-    return [json.loads(path.read_text()) for path in wanted.values()]
+
+
+def _is_finished(request: CompareRequest, path: Path, ratio: float) -> bool:
+    """Whether a row is there, with its tasks if it is to have them."""
+    return path.exists() and (not request.asks_tasks(ratio) or bool(json.loads(path.read_text())["tasks"]))
+
+
+def _finished_rows(request: CompareRequest, out: Path) -> list[dict[str, Any]]:
+    """All rows in `out`, those that were asked for first."""
+    asked = [path for seed in request.seeds for path in _wanted(request, seed, out).values()]
+    others = sorted(set((out / "rows").glob("*.json")) - {*asked, out / "rows" / DENSE})
+    return [json.loads(path.read_text()) for path in (*asked, *others)]
 
 
 def _share(bench: _Bench, seed: int, options: RunOptions, out: Path) -> _Shared:
@@ -251,10 +283,11 @@ def _make_rows(
         shared.run, config=config, space=_space(config, bench.loaded, bench.graph), work=work, meter=bench.meter
     )
     baseline = BASELINES.get(choice.method)
+    found = shared.found if baseline is not None else None
     seconds = {"score": shared.measure(baseline.needs if baseline is not None else None)}
     start = time.perf_counter()
     with bench.meter.stage(f"{choice.label}: score"):
-        scores = scores_of(run, shared.found if baseline is not None else None)
+        scores = scores_of(run, found)
     seconds["score"] += time.perf_counter() - start
     asked = {ratio for _, ratio, _ in wanted}
     every = zip(config.pruning_ratios, _targets(config, bench.graph, bench.loaded), strict=True)
@@ -263,7 +296,7 @@ def _make_rows(
     plans = dict(zip(targets, plans_for(run, list(targets.values()), scores), strict=True))
     seconds["search"] = (time.perf_counter() - start) / max(1, len(targets))
     for (_, ratio, restored), path in wanted.items():
-        row = _row(bench, run, choice, plans[ratio], scores, ratio, restored, seconds, dense)
+        row = _row(bench, run, choice, plans[ratio], scores, found, ratio, restored, seconds, dense)
         write_whole(path, (json.dumps(finite(dataclasses.asdict(row)), indent=1) + "\n").encode())
 
 
@@ -273,6 +306,7 @@ def _row(
     choice: MethodChoice,
     plan: StructurePlan,
     scores: ImportanceScores,
+    measured: Measurements | None,
     ratio: float,
     restored: bool,
     seconds: Mapping[str, float],
@@ -283,10 +317,10 @@ def _row(
     label = f"{choice.label}, {ratio:g}{', restored' if restored else ''}"
     model = copy.deepcopy(bench.loaded.model)
     with bench.meter.stage(f"{label}: make"):
-        plan, _ = cut_and_restore(run, model, plan, scores)
+        plan, _ = cut_and_restore(run, model, plan, scores, measured)
     made = time.perf_counter() - start
     with bench.meter.stage(f"{label}: measure"):
-        found, speed, tasks = _measure(bench, model)
+        found, speed, tasks = _measure(bench, model, bench.request.asks_tasks(ratio))
     kept = None
     if tasks:
         dense_tasks = {name: TaskResult(**values) for name, values in dense["tasks"].items()}
@@ -309,10 +343,10 @@ def _row(
 
 
 def _dense_row(bench: _Bench, out: Path) -> dict[str, Any]:
-    path = out / "rows" / "dense.json"
+    path = out / "rows" / DENSE
     if not path.exists():
         with bench.meter.stage("measure the dense model"):
-            found, speed, tasks = _measure(bench, bench.loaded.model)
+            found, speed, tasks = _measure(bench, bench.loaded.model, with_tasks=True)
         data = {
             "parameters": bench.graph.parameters,
             "block_parameters": bench.graph.block_parameters,
@@ -325,7 +359,9 @@ def _dense_row(bench: _Bench, out: Path) -> dict[str, Any]:
     return row
 
 
-def _measure(bench: _Bench, model: nn.Module) -> tuple[dict[str, Perplexity], float | None, dict[str, TaskResult]]:
+def _measure(
+    bench: _Bench, model: nn.Module, with_tasks: bool
+) -> tuple[dict[str, Perplexity], float | None, dict[str, TaskResult]]:
     """Perplexities, tokens per second over the first text, and tasks of a model."""
     wanted = bench.request.evaluation
     found: dict[str, Perplexity] = {}
@@ -335,11 +371,8 @@ def _measure(bench: _Bench, model: nn.Module) -> tuple[dict[str, Perplexity], fl
         found[name] = perplexity(model, ids, window=wanted.window, stride=wanted.stride, max_tokens=wanted.max_tokens)
         speed = speed or found[name].tokens / (time.perf_counter() - start)
     tasks: dict[str, TaskResult] = {}
-    if wanted.tasks:
-        tasks = evaluate_tasks(
-            model, bench.loaded.tokenizer, wanted.tasks, data=wanted.task_data, limit=wanted.limit,
-            progress=bench.meter.reporter.advance,
-        )  # fmt: skip
+    if wanted.tasks and with_tasks:
+        tasks = ask_tasks(model, bench.loaded.tokenizer, wanted, bench.meter.reporter)
     return found, speed, tasks
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from saap.config import check_seed
+from saap.config import RuntimeName, check_seed
 from saap.data.samples import token_stream
 from saap.data.texts import Purpose, evaluation_text, read_conversations, read_documents
 from saap.errors import CalibrationError, ConfigurationError, EvaluationError, OutputError
@@ -33,13 +33,15 @@ from saap.evaluation.human import build_kit, judge, key_path, read_key, read_rat
 from saap.evaluation.perplexity import Perplexity, perplexity
 from saap.evaluation.zero_shot import TaskResult, check_tasks, evaluate_tasks, mean_accuracy
 from saap.export.manifest import RunManifest, recorded_versions
-from saap.models.devices import quick_float32_products
+from saap.models.devices import quick_float32_products, rounded_products
 from saap.models.loading import load_tokenizer
 from saap.models.references import resolve_model
 from saap.pipeline.inputs import LoadedModel, RunOptions, open_model
 from saap.pipeline.progress import Reporter, Silent
+from saap.pipeline.speed import Source, SpeedReport, check_settings, measure_beside
+from saap.pipeline.typed import typed_command
 from saap.records import IntArray
-from saap.requests import EvalRequest
+from saap.requests import EvalRequest, SpeedSettings
 from saap.storage import write_whole
 
 MODES = ("greedy", "sampled")
@@ -67,6 +69,7 @@ class EvalReport:
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     generation: GenerationReport | None = None
     chat: ChatPerplexity | None = None
+    speed: SpeedReport | None = None
     dense: EvalReport | None = None
     command: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
@@ -98,7 +101,8 @@ def evaluate_model(
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(resolved)
     dense_name = request.dense or (_base_of(source) if prompts else None)
-    for name in (dense_name, *request.beside):
+    speed_base = None if request.speed is None else request.against or request.dense or _base_of(source)
+    for name in (dense_name, speed_base, *request.beside):
         if name is not None:
             resolve_model(name)
     reporter.stage("read the texts")
@@ -118,9 +122,12 @@ def evaluate_model(
         if request.prompts is not None:
             generation = _generation(loaded, dense, prompts, request, reporter)
             report = dataclasses.replace(report, generation=generation)
+        if request.speed is not None:
+            speed = _speed(source, loaded, (speed_base, dense), request.speed, options, reporter)
+            report = dataclasses.replace(report, speed=speed)
         if request.human_kit is not None:
             _write_kit(loaded, dense, prompts, request, options, reporter)
-    command = tuple(sys.argv[1:]) if Path(sys.argv[0]).name.startswith(("saap", "cli")) else ()
+    command = typed_command()
     return dataclasses.replace(report, command=command, versions=recorded_versions())
 
 
@@ -153,6 +160,7 @@ def check_request(request: EvalRequest) -> tuple[Prompt, ...]:
     check_seed(request.seed)
     if request.generated_tokens < 1:
         raise ConfigurationError(f"--tokens {request.generated_tokens} writes nothing", "Give at least 1")
+    _check_speed(request)
     if request.tasks:
         check_tasks(request.tasks, request.task_data, request.limit)
     if request.human_kit is not None:
@@ -164,6 +172,13 @@ def check_request(request: EvalRequest) -> tuple[Prompt, ...]:
     if request.human_kit is not None and not any(prompt.answer is None for prompt in prompts):
         raise EvaluationError(f"{request.prompts} has no open prompts", "Give prompts without `answer`")
     return prompts
+
+
+def _check_speed(request: EvalRequest) -> None:
+    if request.speed is not None:
+        check_settings(request.speed)
+    elif request.against is not None:
+        raise ConfigurationError("--against has nothing to be measured", "Add --speed, or use --dense")
 
 
 def read_streams(request: EvalRequest, tokenizer: Any | None) -> dict[str, IntArray]:
@@ -204,16 +219,21 @@ def _measure(
     tasks: dict[str, TaskResult] = {}
     if request.tasks:
         reporter.stage(f"zero-shot tasks of {loaded.ref.source}")
-        tasks = evaluate_tasks(
-            model, loaded.tokenizer, request.tasks, data=request.task_data, limit=request.limit,
-            progress=reporter.advance,
-        )  # fmt: skip
+        tasks = ask_tasks(model, loaded.tokenizer, request, reporter)
     chat = None
     if conversations:
         reporter.stage(f"conversations of {loaded.ref.source}")
         chat = chat_perplexity(model, loaded.tokenizer, conversations)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return EvalReport(model=loaded.ref.source, parameters=parameters, perplexity=found, tasks=tasks, chat=chat)
+
+
+def ask_tasks(model: nn.Module, tokenizer: Any, request: EvalRequest, reporter: Reporter) -> dict[str, TaskResult]:
+    """The zero-shot tasks of a request."""
+    with rounded_products(next(model.parameters()).device) if request.rounded else nullcontext():
+        return evaluate_tasks(
+            model, tokenizer, request.tasks, data=request.task_data, limit=request.limit, progress=reporter.advance
+        )
 
 
 def _generation(
@@ -247,6 +267,27 @@ def _generation(
         dense_cloze=None if judge_model is None else cloze(judge_model, loaded.tokenizer, prompts),
         samples=samples,
     )
+
+
+def _speed(
+    source: str | Path | nn.Module,
+    loaded: LoadedModel,
+    base: tuple[str | None, LoadedModel | None],
+    settings: SpeedSettings,
+    options: RunOptions,
+    reporter: Reporter,
+) -> SpeedReport:
+    """Tokens per second of the model, beside the one named in `base`, which may be loaded already."""
+    name, dense = base
+    in_memory = settings.runtime is RuntimeName.TRANSFORMERS
+    models: list[tuple[str, Source]] = [(loaded.ref.source, loaded.model if in_memory else source)]
+    if name is not None:
+        reporter.stage(f"load {name} to measure speed against")
+        if in_memory and (dense is None or dense.ref.source != name):
+            dense = open_model(name, options)
+        models.append((name, dense.model if in_memory and dense is not None else name))
+    reporter.stage(f"speed in {settings.runtime}")
+    return measure_beside(models, settings)
 
 
 def _write_kit(

@@ -12,18 +12,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig
 
+from saap.config import GgufType
 from saap.data.samples import token_stream
 from saap.data.texts import evaluation_text
 from saap.errors import ExportError, ModelError
 from saap.evaluation.agreement import Agreement, compare_with_llama_cpp
 from saap.export.push import push_folder
+from saap.models.groupwise_files import PackedMatrices
 from saap.models.llama_cpp import LlamaCpp, llama_cpp_is_installed
 from saap.models.loading import load_model, load_tokenizer, quiet_transformers, register_pruned_models
-from saap.models.references import PACKAGED_MODELS, ResolvedModel, packaged_file, resolve_model
+from saap.models.modeling_pruned import MODEL_TYPE
+from saap.models.references import PACKAGED_MODELS, ResolvedModel, packaged_file, read_config, resolve_model
 from saap.models.safetensor_files import weight_files
 from saap.models.stored_tensors import ModelTensors, SafetensorTensors, StoredTensors
+from saap.models.structure import auto_class_name
 from saap.pipeline.progress import Reporter, Silent
-from saap.requests import GgufType
+from saap.pipeline.report import load_lines
 from saap.storage import write_whole
 
 if TYPE_CHECKING:
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
 
 CHECKED_TOKENS = 512
 WINDOW = 256
-_INSTALL = "Run pip install 'saap[gguf]'"
+INSTALL = "Run pip install 'saap[gguf]'"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +45,8 @@ class GgufExport:
 
     architecture: llama.cpp's. tokenizer: where its tokenizer came from. agreement: with the transformers model in
     float32, None if it was not checked. same_tokens: whether both tokenizers cut the checked text alike.
+    packed_matrices: how many were copied from the integers of `saap recover`; not_packed: why none was, where there are
+    such integers.
     """
 
     path: Path
@@ -51,6 +57,8 @@ class GgufExport:
     tokenizer: str
     agreement: Agreement | None = None
     same_tokens: bool | None = None
+    packed_matrices: int = 0
+    not_packed: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The export as JSON-able data."""
@@ -66,11 +74,13 @@ class GgufExport:
             "equal_predictions": None if agreement is None else agreement.share,
             "divergence": None if agreement is None else agreement.divergence,
             "same_tokens": self.same_tokens,
+            "packed_matrices": self.packed_matrices,
+            "not_packed": self.not_packed,
         }
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class ExportSource:
     """The model to export. model: loaded, where it is no folder of safetensors."""
 
     resolved: ResolvedModel
@@ -95,12 +105,13 @@ def export_gguf(
     source: what `saap prune` takes, or what it wrote, in either layout. verify: open the file in llama.cpp and compare
     its logits on a text with those of transformers. Raises ExportError, naming the layers, if llama.cpp cannot compute
     the same, OutputError, ModelError.
+    With q4_1, a folder that `saap recover` has written (4 bits, groups of 32) gives its very integers.
     """
     target = Path(out)
     if importlib.util.find_spec("gguf") is None:
-        raise ExportError("Writing GGUF needs the package gguf", _INSTALL)
+        raise ExportError("Writing GGUF needs the package gguf", INSTALL)
     if verify and not llama_cpp_is_installed():
-        raise ExportError("Checking the file needs the package llama-cpp-py-sync", f"{_INSTALL}, or use --no-verify")
+        raise ExportError("Checking the file needs the package llama-cpp-py-sync", f"{INSTALL}, or use --no-verify")
     from saap.export.gguf.modelfile import modelfile
     from saap.export.gguf.plan import plan_gguf
     from saap.export.gguf.write import check_file, whole_file, write_gguf
@@ -109,14 +120,15 @@ def export_gguf(
     progress = reporter if reporter is not None else Silent()
     check_file(target, 0, overwrite=overwrite)
     progress.stage("read the model")
-    opened = _open(source, revision)
-    plan = plan_gguf(opened.config, opened.tensors.shapes, kind)
+    opened = open_source(source, revision)
+    packed = PackedMatrices(opened.resolved.folder) if kind is GgufType.Q4_1 else None
+    plan = plan_gguf(opened.config, opened.tensors.shapes, kind, packed.names if packed is not None else ())
     fields, origin = _tokenizer(opened, plan)
     context: int = dict(plan.fields)["context_length"]
     check_file(target, plan.weight_bytes, overwrite=overwrite)
     with whole_file(target) as part:
         progress.stage(f"write {target.name}")
-        write_gguf(part, plan, opened.tensors, fields, _description(opened), progress.advance)
+        write_gguf(part, plan, opened.tensors, fields, _description(opened), packed, progress.advance)
         agreement, same = None, None
         if verify:
             progress.stage("compare it in llama.cpp with transformers")
@@ -127,6 +139,8 @@ def export_gguf(
     return GgufExport(
         path=target, modelfile=beside, bytes=target.stat().st_size, architecture=plan.architecture,
         quantization=kind.value, tokenizer=origin, agreement=agreement, same_tokens=same,
+        packed_matrices=sum(tensor.packed for tensor in plan.tensors),
+        not_packed=None if packed is None else packed.refused,
     )  # fmt: skip
 
 
@@ -150,7 +164,7 @@ def export_decilm(source: str | Path, out: str | Path, *, overwrite: bool = Fals
     return Path(out)
 
 
-def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
+def push(folder: str | Path, repository: str, *, private: bool = False, reporter: Reporter | None = None) -> str:
     """Upload a checkpoint folder to the hub as it is, after the checks that every model is opened with.
 
     Returns the repository's address. Raises ModelError, OutputError.
@@ -158,16 +172,28 @@ def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
     resolved = resolve_model(folder)
     if not Path(folder).is_dir() or resolved.gguf_file is not None:
         raise ModelError(f"{folder} is no folder of a checkpoint", "Give the folder that `saap prune` wrote")
+    files = [file for file in resolved.folder.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    (reporter or Silent()).stage(f"upload {len(files)} files, {size / 1e6:,.1f} MB, to {repository}")
     return push_folder(resolved.folder, repository, private=private)
 
 
-def _open(source: str | Path, revision: str | None) -> _Source:
+def opening_lines(folder: str | Path, repository: str) -> tuple[str, ...]:
+    """The lines that open a checkpoint folder once it lies in a repository of the hub."""
+    config = read_config(Path(folder))
+    pruned = config["model_type"] == MODEL_TYPE
+    name = auto_class_name(config["base_model_type"] if pruned else config["model_type"])
+    return load_lines(Path(repository), "adaptive" if pruned else "uniform", name)
+
+
+def open_source(source: str | Path, revision: str | None) -> ExportSource:
+    """The model's configuration, weights and tokenizer; only a GGUF file is read whole. Raises ModelError."""
     resolved = resolve_model(source, revision=revision)
     tokenizer = load_tokenizer(resolved)
     if resolved.gguf_file is not None:
         model = load_model(resolved, device=torch.device("cpu"), dtype=torch.float32)
-        return _Source(resolved, model.config, ModelTensors(model), tokenizer, model)
-    return _Source(resolved, _config(resolved), SafetensorTensors(weight_files(resolved.folder)), tokenizer, None)
+        return ExportSource(resolved, model.config, ModelTensors(model), tokenizer, model)
+    return ExportSource(resolved, _config(resolved), SafetensorTensors(weight_files(resolved.folder)), tokenizer, None)
 
 
 def _config(resolved: ResolvedModel) -> Any:
@@ -179,7 +205,7 @@ def _config(resolved: ResolvedModel) -> Any:
         raise ModelError(f"{resolved.folder} has no usable config.json ({error})", "Check the file") from error
 
 
-def _tokenizer(opened: _Source, plan: GgufPlan) -> tuple[Sequence[Field], str]:
+def _tokenizer(opened: ExportSource, plan: GgufPlan) -> tuple[Sequence[Field], str]:
     """The tokenizer's fields, from the GGUF file that the model came from if it is here and has the same tokens."""
     from saap.export.gguf.tokenizer import fields_from_gguf, fields_from_huggingface
 
@@ -214,7 +240,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _description(opened: _Source) -> list[tuple[str, Any]]:
+def _description(opened: ExportSource) -> list[tuple[str, Any]]:
     """Name and licence, as far as they are known."""
     base = _manifest(opened.resolved.folder).get("base", {})
     name = Path(base.get("source") or opened.resolved.source).name
@@ -224,7 +250,7 @@ def _description(opened: _Source) -> list[tuple[str, Any]]:
     return said
 
 
-def _compare(opened: _Source, file: Path, context: int) -> tuple[Agreement, bool]:
+def _compare(opened: ExportSource, file: Path, context: int) -> tuple[Agreement, bool]:
     model = opened.model
     if model is None:
         model = load_model(opened.resolved, device=torch.device("cpu"), dtype=torch.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -19,20 +18,24 @@ from saap.export.manifest import (
     Change,
     PerplexityChange,
     RunManifest,
+    SpeedRecord,
     StageRecord,
     recorded_versions,
 )
 from saap.export.model_card import licence_of
 from saap.export.placing import complete_records, place
 from saap.models.loading import load
-from saap.models.structure import PrunedStructure, dense_shapes
+from saap.models.structure import PrunedStructure, auto_class_name, dense_shapes
 from saap.pipeline.context import Run
 from saap.pipeline.diagnosis import diagnose_importance, diagnose_memory, diagnose_result, diagnose_search
 from saap.pipeline.outcome import Behaviour, observe
 from saap.pipeline.report import PruneReport, PruneResult, load_lines, structure_of
+from saap.pipeline.speed_target import diagnose_speed, reached_speed
 from saap.pipeline.targets import Target, finished_report, note_finished
+from saap.pipeline.typed import typed_command
 from saap.records import ImportanceScores, Layout, StructurePlan, count_parameters
 from saap.storage import read_plan
+from saap.structure_search.decode_costs import TimeBudget
 
 CHECKED_TOKENS = 64
 
@@ -107,9 +110,13 @@ def finish(run: Run, target: Target, made: Made, scores: ImportanceScores, dense
         if model is None:
             raise VerificationError("The pruned model is neither in memory nor in the work folder", "Run again")
         pruned = observe(model, run.loaded.tokenizer, run.tokens)
-    report = _report(run, target, made, scores, dense, pruned)
+    speed = None
+    if isinstance(target.budget, TimeBudget):
+        with run.meter.stage("measure the speed of the result"):
+            speed = reached_speed(run, target.budget, made.plan, model)
+    report = _report(run, target, made, scores, (dense, pruned), speed)
     if written is not None and target.folder is not None:
-        complete_records(written, _manifest(run, made.plan, scores, (dense, pruned)), made.base_model_type)
+        complete_records(written, _manifest(run, made.plan, scores, (dense, pruned), speed), made.base_model_type)
         note_finished(run.work, target, written, report.as_dict())
         place(written, target.folder)
     return PruneResult(model=model, plan=made.plan, report=report, path=target.folder)
@@ -155,7 +162,11 @@ def _check_same(expected: torch.Tensor | None, found: torch.Tensor, target: Targ
 
 
 def _manifest(
-    run: Run, plan: StructurePlan, scores: ImportanceScores, behaviour: tuple[Behaviour, Behaviour] | None
+    run: Run,
+    plan: StructurePlan,
+    scores: ImportanceScores,
+    behaviour: tuple[Behaviour, Behaviour] | None,
+    speed: SpeedRecord | None = None,
 ) -> RunManifest:
     itemsize = run.loaded.dtype.itemsize
     folder = run.loaded.folder
@@ -177,7 +188,7 @@ def _manifest(
         digests["modeling_code"] = modeling_code_digest()
     return RunManifest(
         base=BaseModelIdentity.of(run.graph.model, licence_of(folder) if folder is not None else None),
-        command=tuple(sys.argv[1:]) if sys.argv[0].endswith("saap") else (),
+        command=typed_command(),
         settings=run.config.model_dump(mode="json"),
         seed=run.config.seed,
         layout=plan.layout,
@@ -191,18 +202,25 @@ def _manifest(
         bytes=Change(before=run.graph.parameters * itemsize, after=plan.parameters * itemsize),
         perplexity=perplexity,
         answers=answers,
+        speed=speed,
     )
 
 
 def _report(
-    run: Run, target: Target, made: Made, scores: ImportanceScores, dense: Behaviour, pruned: Behaviour
+    run: Run,
+    target: Target,
+    made: Made,
+    scores: ImportanceScores,
+    behaviour: tuple[Behaviour, Behaviour],
+    speed: SpeedRecord | None,
 ) -> PruneReport:
-    graph, plan = run.graph, made.plan
+    graph, plan, (dense, pruned) = run.graph, made.plan, behaviour
     itemsize = run.loaded.dtype.itemsize
     findings = [
         *diagnose_importance(scores),
         *diagnose_search(plan.trail),
         *diagnose_result(graph, plan, pruned.perplexity / dense.perplexity, made.refit_errors, run.config.restore),
+        *diagnose_speed(speed),
         *diagnose_memory(run.meter.stages, graph.parameters * itemsize),
     ]
     return PruneReport(
@@ -227,10 +245,13 @@ def _report(
         prompt=dense.prompt,
         answer_dense=dense.answer,
         answer=pruned.answer,
+        speed=None if speed is None else speed.model_dump(),
         structure=structure_of(graph, plan),
         trail=plan.trail,
         refit_errors=dict(made.refit_errors),
         findings=tuple(findings),
         stages=tuple(run.meter.stages),
-        load_lines=load_lines(target.folder, str(plan.layout)) if target.folder is not None else (),
+        load_lines=()
+        if target.folder is None
+        else load_lines(target.folder, str(plan.layout), auto_class_name(made.base_model_type)),
     )

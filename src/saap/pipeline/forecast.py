@@ -131,7 +131,8 @@ def forecast(run: Probed, meter: Meter) -> Forecast:
         candidates = config.effort_settings.search_evaluations + 1 if needs_measuring(config) else 0
         seconds = candidates * run.tokens.held.tokens.size * reading.seconds
         restoring, per_token = _restoration(run, meter, base)
-        copies = _float_bytes(graph.parameters, run) if len(run.targets) > 1 else 0
+        needed_again = len(run.targets) > 1 or config.target_speedup is not None  # so the dense model stays whole
+        copies = _float_bytes(graph.parameters, run) if needed_again else 0
         for target in run.targets:
             label = f" ({target.name})" if len(run.targets) > 1 else ""
             searching = StageForecast(
@@ -149,6 +150,9 @@ def forecast(run: Probed, meter: Meter) -> Forecast:
             again = _measuring(run, "open the result and measure it", reading, answering)
             opened = again.peak_resident_bytes + _float_bytes(left, run) + written + copies  # the file is mapped
             stages.append(dataclasses.replace(again, peak_resident_bytes=opened))
+            if config.target_speedup is not None:
+                name = "measure the speed of the result"
+                stages.append(StageForecast(name=name, seconds=None, peak_resident_bytes=opened))
     needed = config.effort_settings
     return Forecast(
         stages=tuple(stages), refit_tokens=needed.refit_sequences * needed.refit_length, bytes_per_refit_token=per_token

@@ -13,6 +13,7 @@ import torch
 from saap.config import check_seed
 from saap.errors import ConfigurationError, ModelError
 from saap.evaluation.generation import prompt_ids
+from saap.models.cached import CachedModel
 from saap.pipeline.inputs import RunOptions, open_model
 
 
@@ -102,16 +103,14 @@ def stream(speaker: Speaker, prompt: str, settings: GenerationSettings) -> Itera
     ids = prompt_ids(tokenizer, prompt, chat=settings.chat)
     if not ids:
         raise ConfigurationError("--prompt has no tokens", "Give a text that the model can continue")
-    inputs, cache = torch.tensor([ids], device=device), None
+    reader = CachedModel(model)
     written: list[int] = []
     while len(written) < settings.max_tokens:
-        output = model(inputs, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        token = choose(output.logits[0, -1], settings.temperature, generator)
+        token = choose(reader.feed(ids), settings.temperature, generator)
         if token in ends:
             return
         written.append(token)
-        inputs = torch.tensor([[token]], device=device)
+        ids = [token]
         yield tokenizer.decode(written, skip_special_tokens=True)
 
 

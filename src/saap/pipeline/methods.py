@@ -8,11 +8,11 @@ from torch import nn
 
 from saap.baselines.activations import activation_statistics, add_biases, compensating_biases
 from saap.baselines.methods import BASELINES, Measurements, Scores
-from saap.config import Method, PruneConfig
+from saap.config import Method, PruneConfig, unit_roles
 from saap.errors import ConfigurationError
 from saap.pipeline.context import Run
 from saap.pipeline.written import with_written
-from saap.records import FloatArray, GroupScores, ImportanceScores, Layout, StructurePlan
+from saap.records import FloatArray, GroupScores, ImportanceScores, Layout, ModelGraph, StructurePlan
 
 
 def for_method(config: PruneConfig) -> PruneConfig:
@@ -34,6 +34,19 @@ def for_method(config: PruneConfig) -> PruneConfig:
             else baseline.skip_layers,
         }
     )
+
+
+def check_method(config: PruneConfig, graph: ModelGraph) -> None:
+    """Raise ConfigurationError if the method cannot score a group of the asked roles."""
+    if config.method in (Method.SAAP, Method.RANDOM):
+        return
+    roles = unit_roles(config.roles)
+    bundle = next((group.bundle for group in graph.groups if group.bundle and group.role in roles), None)
+    if bundle is not None:
+        raise ConfigurationError(
+            f"--method {config.method} scores matrices one by one, and {bundle} of this model stacks its experts",
+            "Use --method saap or random, or leave ffn out of --roles",
+        )
 
 
 def measurements(run: Run) -> Measurements:
@@ -63,16 +76,22 @@ def _without_spread(values: FloatArray) -> GroupScores:
     return GroupScores(vector=values, vector_m2=zero, element=values, element_m2=zero, comoment=zero)
 
 
-def biases_for(run: Run, model: nn.Module, plan: StructurePlan) -> dict[str, torch.Tensor]:
+def biases_for(
+    run: Run, model: nn.Module, plan: StructurePlan, found: Measurements | None = None
+) -> dict[str, torch.Tensor]:
     """The biases by which the method makes up for what `plan` removes from the dense `model`; none for most methods.
 
-    A restoration makes up for the same and more, so there are none beside it.
+    found: what has been measured of it so far. A restoration makes up for the same and more, so there are none beside
+    it.
     """
     baseline = BASELINES.get(run.config.method)
     if baseline is None or not baseline.compensates or run.config.restore or plan.removes_nothing(run.graph):
         return {}
-    found = activation_statistics(model, run.graph, with_written(run, "scored"))
-    return compensating_biases(model, run.graph, plan.keep, found.mean)
+    if found is not None:
+        means = found.activations.mean
+    else:
+        means = activation_statistics(model, run.graph, with_written(run, "scored")).mean
+    return compensating_biases(model, run.graph, plan.keep, means)
 
 
 def compensate(run: Run, model: nn.Module, biases: dict[str, torch.Tensor]) -> None:

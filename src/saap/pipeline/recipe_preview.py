@@ -15,10 +15,12 @@ from saap.models.devices import pick_device, pick_dtype
 from saap.models.groupwise_files import linears_inside
 from saap.models.loading import load_tokenizer, model_without_weights
 from saap.models.references import resolve_configuration
+from saap.pipeline.decode_costs import speed_settings
 from saap.pipeline.evaluate import check_request
 from saap.pipeline.inputs import RunOptions
 from saap.pipeline.legality import legal_sizes
-from saap.pipeline.methods import for_method
+from saap.pipeline.methods import check_method, for_method
+from saap.pipeline.speed import check_settings
 from saap.pipeline.targets import plan_targets, with_budgets
 from saap.recipe import Recipe
 from saap.records import ModelRef, count_parameters, kept_shapes
@@ -58,27 +60,33 @@ def preview_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Discovery and the reachability of each target, on the model without weights."""
+    """Discovery and the reachability of each target, on the model without weights.
+
+    Of a target that is a speed, the size is not known before decoding was measured with weights.
+    """
+    if config.target_speedup is not None:
+        check_settings(speed_settings(config))
     ref = ModelRef(source=recipe.model, revision=recipe.revision, config_digest="", weights_digest="")
     graph = discover(model, ref)
+    check_method(config, graph)
     targets = plan_targets(config, RunOptions(out=recipe.out / "pruned"), check=False)
     space = SearchSpace(
         roles=config.roles, layout=config.layout, align=config.align, skip_layers=config.skip_layers,
         legal_sizes=legal_sizes(model, graph, config),
     )  # fmt: skip
-    rows = []
+    rows: list[dict[str, Any]] = []
     for target in with_budgets(targets, config, graph, dtype):
+        row = {"name": "prune", "target": target.name, "output": str(target.folder)}
+        if config.target_speedup is not None:
+            rows.append({**row, "speedup": config.target_speedup, "runtime": str(config.runtime)})
+            continue
         if target.budget is not None:
             left = check_reachable(graph, target.budget, space).parameters
         elif config.plan is not None:
             given = read_plan(config.plan, graph)
             left = count_parameters(kept_shapes(graph, given.keep, given.dropped_blocks))
-        rows.append(
-            {
-                "name": "prune", "target": target.name, "output": str(target.folder), "parameters": left,
-                "bytes": left * dtype.itemsize, "dtype": str(dtype).removeprefix("torch."),
-            }
-        )  # fmt: skip
+        size = {"parameters": left, "bytes": left * dtype.itemsize, "dtype": str(dtype).removeprefix("torch.")}
+        rows.append({**row, **size})
     return rows
 
 

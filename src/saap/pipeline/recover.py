@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from torch import nn
 
 from saap.config import RecoverConfig, Tuning
 from saap.discovery.blocks import find_blocks
-from saap.errors import ModelError, OutputError, SaapError
+from saap.errors import ConfigurationError, ModelError, OutputError, SaapError
 from saap.evaluation.perplexity import perplexity
 from saap.export.recovered import RecoveredParts, write_recovered
-from saap.models.devices import quick_float32_products
+from saap.models.devices import quick_float32_products, rounded_products
 from saap.models.groupwise import GroupwiseWeight
 from saap.models.groupwise_files import linears_inside
 from saap.models.loading import load, load_groupwise, load_model
@@ -50,15 +51,16 @@ def run_recover(
     run.processes.wait()
     with quick_float32_products():
         try:
+            teacher, dense = _teacher(run)
             model, handle, parameters, quantised = _model_to_train(run)
         except SaapError:
             work.close(keep=resumed)  # a refusal leaves nothing behind
             raise
         before = _before(run)
-        teacher, dense = _teacher(run)
-        with run.meter.stage("train"):
+        quick = nullcontext() if run.config.exact_products else rounded_products(run.device)
+        with run.meter.stage("train"), quick:
             training = Trainer(
-                BlockWalker(model, find_blocks(model)), parameters, run.data, config, folder=work.path,
+                BlockWalker(model, find_blocks(model)), parameters, run.data, run.config, folder=work.path,
                 processes=run.processes, report=Report(step=run.meter.reporter.advance, line=run.meter.reporter.note),
                 teacher=None if teacher is None else BlockWalker(teacher, find_blocks(teacher)),
             ).run()  # fmt: skip
@@ -106,7 +108,7 @@ def _model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parame
         _check_vocabulary(run, model)
     with run.meter.stage("measure the quantised model"):
         quantised = _measure(run, model)
-    parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=config.seed)
+    parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=config.seed, scales=config.scales)
     left = left_as_they_are(model)
     if left:
         run.meter.reporter.note(f"{len(left)} matrices of the blocks are no linear layers and stay as they are")
@@ -160,8 +162,20 @@ def _teacher(run: Recovery) -> tuple[Any | None, State | None]:
         return None, known
     with run.meter.stage("load the teacher"):
         teacher = load_model(run.teacher, device=run.device)
+        _check_teacher(run, teacher)
         dense = known if known is not None else _measure(run, teacher)
     return (teacher if run.config.distillation else None), dense
+
+
+def _check_teacher(run: Recovery, teacher: nn.Module) -> None:
+    if run.earlier is None or run.teacher is None:
+        return
+    expected, found = run.earlier.parameters.before, sum(value.numel() for value in teacher.parameters())
+    if found != expected:
+        raise ConfigurationError(
+            f"{run.teacher.source} has {found:,} parameters, but {run.source} was pruned from a model of {expected:,}",
+            "Name that model with --teacher, or use --distillation 0",
+        )
 
 
 def _finish(

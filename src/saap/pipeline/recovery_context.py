@@ -13,7 +13,7 @@ from saap.config import RecoverConfig, Tuning
 from saap.data.samples import token_stream
 from saap.data.texts import evaluation_text
 from saap.data.training import TrainingData, training_data
-from saap.errors import ConfigurationError
+from saap.errors import ConfigurationError, SaapError
 from saap.export.huggingface import check_output
 from saap.export.manifest import RunManifest
 from saap.models.devices import pick_device, pick_dtype
@@ -27,6 +27,8 @@ from saap.recovery.prepare import require_peft
 from saap.recovery.processes import Processes
 
 EVALUATION = "bundled text that is never calibrated on"
+DISTILLATION = 1.0
+"""Share of the divergence from the dense model in the loss, where there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,27 +74,54 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
     with meter.stage("read the model's records and the training data"):
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
         tokenizer = load_tokenizer(resolved)
-        teacher = None if config.teacher is None else _teacher(config.teacher, source, tokenizer)
+        earlier = _earlier_manifest(resolved)
+        config, teacher = _with_teacher(config, source, earlier, tokenizer, options, meter)
         data = training_data(
             config.data, tokenizer, length=config.length, held=config.validation_samples, seed=config.seed
         )
     return Recovery(
         source=source, config=config, options=options, resolved=resolved, tokenizer=tokenizer, teacher=teacher,
-        earlier=_earlier_manifest(resolved), data=data,
+        earlier=earlier, data=data,
         evaluation=token_stream([evaluation_text()], tokenizer)[:EVALUATION_TOKENS], device=device,
         dtype=pick_dtype(options.dtype, source=resolved.dtype), processes=processes, meter=meter,
     )  # fmt: skip
 
 
-def _teacher(name: str, source: str, tokenizer: Any) -> ResolvedModel:
-    """The dense model, of which only the tokenizer is read. Raises ConfigurationError if it has other tokens."""
-    resolved = resolve_model(name)
-    own = load_tokenizer(resolved)
+def _with_teacher(
+    config: RecoverConfig, source: str, earlier: RunManifest | None, tokenizer: Any, options: RunOptions, meter: Meter
+) -> tuple[RecoverConfig, ResolvedModel | None]:
+    """The settings with teacher and distillation as they will be, and the dense model if it is needed.
+
+    Unless it is named, the teacher is the model that the checkpoint was pruned from; where that is not on this machine,
+    there is none: nothing is downloaded unasked. Raises ConfigurationError where distillation was asked for and has no
+    teacher.
+    """
+    teacher = None
+    if config.teacher is not None:
+        found = resolve_model(config.teacher, trust_remote_code=options.trust_remote_code)
+        teacher = _same_tokens(found, source, tokenizer)
+    elif config.distillation != 0 and earlier is not None:
+        base = earlier.base
+        try:
+            found = resolve_model(base.source, base.revision, options.trust_remote_code, fetch=False)
+            teacher = _same_tokens(found, source, tokenizer)
+        except SaapError as error:
+            meter.reporter.note(f"the dense model teaches nothing: {error}")
+    if teacher is None and config.distillation:
+        raise ConfigurationError("--distillation has no teacher", "Name the dense model with --teacher MODEL")
+    share = config.distillation if config.distillation is not None else (DISTILLATION if teacher else 0.0)
+    name = None if teacher is None else teacher.source
+    return config.model_copy(update={"teacher": name, "distillation": share}), teacher
+
+
+def _same_tokens(dense: ResolvedModel, source: str, tokenizer: Any) -> ResolvedModel:
+    """The dense model again. Raises ConfigurationError if its tokenizer has other tokens."""
+    own = load_tokenizer(dense)
     if own is not None and tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
         raise ConfigurationError(
-            f"--teacher {name} has another vocabulary than {source}", "Name the model that it was pruned from"
+            f"--teacher {dense.source} has another vocabulary than {source}", "Name the model that it was pruned from"
         )
-    return resolved
+    return dense
 
 
 def _earlier_manifest(resolved: ResolvedModel) -> RunManifest | None:

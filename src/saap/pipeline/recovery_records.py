@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +29,7 @@ from saap.models.references import read_config
 from saap.pipeline.recovery_context import EVALUATION, Recovery, State, weights_digest
 from saap.pipeline.recovery_report import RecoverReport, share_closed
 from saap.pipeline.report import load_lines
+from saap.pipeline.typed import typed_command
 from saap.records import Layout, digest_of
 from saap.recovery.train import Training
 
@@ -79,7 +79,7 @@ def recovery_manifest(
         "quantised": report.perplexity_quantised, "recovered": report.perplexity,
     }  # fmt: skip
     record = RecoveryRecord(
-        command=tuple(sys.argv[1:]) if sys.argv[0].endswith("saap") else (),
+        command=typed_command(),
         settings=run.config.model_dump(mode="json"), data=run.data.sources, data_digest=run.data.digest,
         examples=len(run.data.train), held_examples=len(run.data.held), processes=run.processes.count,
         device=str(run.device), dtype=str(working_dtype(run.device, run.resolved.dtype)).removeprefix("torch."),

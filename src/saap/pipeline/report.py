@@ -25,7 +25,8 @@ class LayerStructure:
 class PruneReport:
     """Figures of one result.
 
-    Bytes are of the weights in `dtype`, dense and pruned alike. Answers are greedy continuations of `prompt`.
+    Bytes are of the weights in `dtype`, dense and pruned alike. Answers are greedy continuations of `prompt`. speed:
+    the fields of SpeedRecord where a speed-up was asked for.
     """
 
     model: str
@@ -55,6 +56,7 @@ class PruneReport:
     findings: tuple[str, ...]
     stages: tuple[StageCost, ...]
     load_lines: tuple[str, ...]
+    speed: dict[str, Any] | None = None
 
     @property
     def perplexity_ratio(self) -> float:
@@ -94,20 +96,20 @@ def structure_of(graph: ModelGraph, plan: StructurePlan) -> tuple[LayerStructure
     return tuple(rows)
 
 
-def load_lines(path: Path, layout: str) -> tuple[str, ...]:
-    """The exact lines that open the result."""
+def load_lines(path: Path, layout: str, auto_class: str = "AutoModelForCausalLM") -> tuple[str, ...]:
+    """The exact lines that open the result. auto_class: of transformers."""
     name = str(path)
     if layout == "uniform":
         return (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+            f"from transformers import {auto_class}, AutoTokenizer",
+            f'model = {auto_class}.from_pretrained("{name}")',
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         )
     return (
         "import saap",
         f'model = saap.load("{name}")',
         "# or, where saap is not installed:",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)',
+        f"from transformers import {auto_class}, AutoTokenizer",
+        f'model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)',
     )

@@ -21,6 +21,7 @@ from saap.estimation.selection import unit_scores
 from saap.models.devices import quick_float32_products
 from saap.models.structure import mark_pruned, structure_of
 from saap.pipeline.context import Run
+from saap.pipeline.decode_costs import speed_settings
 from saap.pipeline.finish import Made, find_finished, find_made, finish, keep_made
 from saap.pipeline.forecast import Probed, check_fits, check_weights_fit, forecast
 from saap.pipeline.inputs import (
@@ -35,10 +36,12 @@ from saap.pipeline.inputs import (
 )
 from saap.pipeline.legality import legal_sizes
 from saap.pipeline.meter import Meter
-from saap.pipeline.methods import baseline_scores, biases_for, compensate, for_method, measurements
+from saap.pipeline.methods import baseline_scores, biases_for, check_method, compensate, for_method, measurements
 from saap.pipeline.outcome import Behaviour, observe
 from saap.pipeline.progress import Reporter, Silent
 from saap.pipeline.report import PruneResult
+from saap.pipeline.speed import check_settings
+from saap.pipeline.speed_target import budget_for_speed
 from saap.pipeline.targets import Target, plan_targets, with_budgets, work_path
 from saap.pipeline.work import WorkFolder
 from saap.pipeline.written import refit_tokens, with_written, write_text
@@ -46,6 +49,7 @@ from saap.records import ImportanceScores, Layout, ModelGraph, Role, StructurePl
 from saap.storage import read_plan, read_scores, write_plan, write_scores
 from saap.structure_search.costs import SecondOrder, second_order_costs
 from saap.structure_search.judge import StructureJudge
+from saap.structure_search.objectives import Budget
 from saap.structure_search.plan import SearchSpace, check_reachable, plan_from_counts, search, with_units
 from saap.surgery.cut import cut
 from saap.surgery.restore import RestoreSettings, restore
@@ -116,7 +120,7 @@ def preview(
         "block_parameters": prepared.graph.block_parameters,
         "roles": [str(role) for role in config.roles],
         "targets": [
-            {"name": target.name, "removal": target.budget.removal if target.budget is not None else 0}
+            {"name": target.name, "removal": target.budget.removal if isinstance(target.budget, Budget) else 0}
             for target in prepared.targets
         ],
         "tokens": {
@@ -153,12 +157,15 @@ def _prepare(
     tokenizer: Any | None,
 ) -> _Prepared:
     targets = plan_targets(config, options)
+    if config.target_speedup is not None:
+        check_settings(speed_settings(config))
     with meter.stage("load the model"):
         loaded = open_model(source, options, tokenizer)
     with meter.stage("read the calibration text"):
         tokens = draw_tokens(loaded, config, calibration if calibration is not None else config.calibration)
     with meter.stage("discover the coupled structures"):
         graph = discover(loaded.model, loaded.ref)
+        check_method(config, graph)
         targets = with_budgets(targets, config, graph, loaded.dtype)
         space = SearchSpace(
             roles=config.roles,
@@ -172,6 +179,11 @@ def _prepare(
                 check_reachable(graph, target.budget, space)
         if config.plan is not None:
             read_plan(config.plan, graph)
+    if config.target_speedup is not None:
+        with meter.stage("measure what decoding costs"):
+            budget = budget_for_speed(loaded.model, graph, space, config, meter.reporter)
+            check_reachable(graph, budget, space)
+            targets = [dataclasses.replace(target, budget=budget) for target in targets]
     return _Prepared(targets, loaded, graph, space, tokens)
 
 
@@ -204,7 +216,8 @@ def _all_targets(run: Run, targets: Sequence[Target]) -> list[PruneResult]:
             results.append(finished)
             continue
         last = index == len(targets) - 1
-        made = _make(run, target, plan, scores, may_consume=last and run.loaded.owned)
+        needed = not last or run.config.target_speedup is not None  # to measure speed against
+        made = _make(run, target, plan, scores, may_consume=run.loaded.owned and not needed)
         results.append(finish(run, target, made, scores, dense))
     return results
 
@@ -337,14 +350,14 @@ def _make(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScore
 
 
 def cut_and_restore(
-    run: Run, model: nn.Module, plan: StructurePlan, scores: ImportanceScores
+    run: Run, model: nn.Module, plan: StructurePlan, scores: ImportanceScores, found: Measurements | None = None
 ) -> tuple[StructurePlan, Mapping[str, float]]:
-    """Carry out the plan on `model`, a dense one, in place.
+    """Carry out the plan on `model`, a dense one, in place. found: what the baselines have measured so far.
 
     Returns the plan with the units that were kept in the end, and the held-out errors of the restoration.
     """
     errors: Mapping[str, float] = {}
-    biases = biases_for(run, model, plan)
+    biases = biases_for(run, model, plan, found)
     if run.config.restore and not plan.removes_nothing(run.graph):
         tokens, settings = refit_tokens(run), restore_settings(run, scores)
         restoration = restore(model, run.graph, plan, tokens, settings, run.meter.reporter.advance)

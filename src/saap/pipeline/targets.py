@@ -16,6 +16,7 @@ from saap.export.huggingface import check_output
 from saap.pipeline.inputs import RunOptions
 from saap.pipeline.work import WorkFolder
 from saap.records import ModelGraph
+from saap.structure_search.allocation import AnyBudget
 from saap.structure_search.objectives import Budget, budget_for_bytes, budget_for_parameters, budget_for_ratio
 
 
@@ -27,7 +28,7 @@ class Target:
     """
 
     name: str
-    budget: Budget | None
+    budget: AnyBudget | None
     folder: Path | None
 
 
@@ -75,7 +76,8 @@ def _manifest_digest(folder: Path) -> str | None:
 
 
 def with_budgets(targets: Sequence[Target], config: PruneConfig, graph: ModelGraph, dtype: torch.dtype) -> list[Target]:
-    """The targets with what must leave. dtype: of the written weights. Raises TargetError."""
+    """The targets with the parameters that must leave. dtype: of the written weights. Raises TargetError."""
+    budgets: list[Budget]
     if config.pruning_ratios:
         budgets = [budget_for_ratio(graph, ratio) for ratio in config.pruning_ratios]
     elif config.target_parameters is not None:

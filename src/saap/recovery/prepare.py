@@ -18,22 +18,26 @@ from saap.recovery.adapter import AdaptedLinear
 from saap.recovery.quantise import quantise_with_feedback
 
 
-def adapt(model: nn.Module, *, rank: int, alpha: float, seed: int) -> dict[str, nn.Parameter]:
-    """Give every quantised layer an adapter, in place. Returns the adapters' parameters by name."""
+def adapt(model: nn.Module, *, rank: int, alpha: float, seed: int, scales: bool = False) -> dict[str, nn.Parameter]:
+    """Give every quantised layer an adapter, in place. Returns the adapters' parameters by name.
+
+    scales: whether the layers' scales are learned too.
+    """
     generator = torch.Generator().manual_seed(seed)
     for path, module in list(model.named_modules()):
         if isinstance(module, GroupwiseLinear):
-            replace_module(model, path, AdaptedLinear(module, rank=rank, alpha=alpha, generator=generator))
+            adapted = AdaptedLinear(module, rank=rank, alpha=alpha, generator=generator, scales=scales)
+            replace_module(model, path, adapted)
     return {
-        f"{path}.{name}": getattr(module, name)
+        f"{path}.{name}": parameter
         for path, module in model.named_modules()
         if isinstance(module, AdaptedLinear)
-        for name in ("first", "second")
+        for name, parameter in module.learned.items()
     }
 
 
 def merge(model: nn.Module) -> dict[str, GroupwiseWeight]:
-    """Merge every adapter into its layer's zero points, in place. Returns the packed weights by path."""
+    """Merge every adapter into its layer's scales and zero points, in place. Returns the packed weights by path."""
     for path, module in list(model.named_modules()):
         if isinstance(module, AdaptedLinear):
             replace_module(model, path, module.merged())

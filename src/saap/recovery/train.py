@@ -195,7 +195,7 @@ class Trainer:
         hidden, inputs = self._forward(stream, keep_inputs=self.config.gradient_checkpointing)
         losses, gradient = loss_and_gradient(
             self.walker, hidden, ids, learned, predictions=predictions, teacher=taught,
-            weight=self.config.distillation,
+            weight=self.config.distillation or 0.0,
         )  # fmt: skip
         if not self.config.gradient_checkpointing:
             torch.autograd.backward(hidden, gradient)

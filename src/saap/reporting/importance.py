@@ -32,8 +32,8 @@ class GroupView:
 class Agreement:
     """How far the orders of one module's units agree.
 
-    vector_element, vector_fused, element_fused: Spearman's rank correlation. changed: share of the removed units that
-    would be others if as many were removed by `element` alone instead of `fused`.
+    vector_element, vector_fused, element_fused: Spearman's rank correlation. changed, changed_from_vector: share of the
+    removed units that would be others if as many were removed by `element` (or by `vector`) alone instead of `fused`.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Agreement:
     vector_fused: float
     element_fused: float
     changed: float | None
+    changed_from_vector: float | None
 
 
 def ranks(values: FloatArray) -> FloatArray:
@@ -62,17 +63,20 @@ def spearman(first: FloatArray, second: FloatArray) -> float:
 def agreement(view: GroupView) -> Agreement:
     """Rank agreement of a module's scores, and how many units change sides by the fusion."""
     removed = int((~view.kept).sum())
-    changed = None
-    if removed:
-        by_fused = set(np.argsort(view.fused, kind="stable")[:removed].tolist())
-        by_element = set(np.argsort(view.element, kind="stable")[:removed].tolist())
-        changed = len(by_fused - by_element) / removed
+
+    def leaving(values: FloatArray) -> set[int]:
+        return set(np.argsort(values, kind="stable")[:removed].tolist())
+
+    def changed_from(values: FloatArray) -> float | None:
+        return len(leaving(view.fused) - leaving(values)) / removed if removed else None
+
     return Agreement(
         name=view.name,
         vector_element=spearman(view.vector, view.element),
         vector_fused=spearman(view.vector, view.fused),
         element_fused=spearman(view.element, view.fused),
-        changed=changed,
+        changed=changed_from(view.element),
+        changed_from_vector=changed_from(view.vector),
     )
 
 

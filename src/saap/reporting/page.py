@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -13,10 +13,17 @@ from saap._version import __version__
 from saap.reporting.figures import Figure, to_svg
 from saap.reporting.tables import Table
 
+LONG = 14
+"""Rows from which a table is folded away."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """One part of the page. name: its anchor. tables: caption -> table. answers: (prompt, ((model, text), ...))."""
+    """One part of the page.
+
+    name: its anchor. tables: (caption, table), folded away if they are long or fold_tables says so. lowest_is_best:
+    mark the least number of each column of its tables. answers: (prompt, ((model, text), ...)). code: commands.
+    """
 
     name: str
     title: str
@@ -25,6 +32,8 @@ class Section:
     tables: tuple[tuple[str, Table], ...] = ()
     answers: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
     code: str = ""
+    lowest_is_best: bool = False
+    fold_tables: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +73,29 @@ def _section(section: Section) -> dict[str, Any]:
             {"name": figure.name, "title": figure.title, "text": figure.text, "svg": to_svg(figure)}
             for figure in section.figures
         ],
-        "tables": _tables(section.tables),
+        "tables": [_table(caption, table, section) for caption, table in section.tables],
         "answers": [{"prompt": prompt, "texts": texts} for prompt, texts in section.answers],
         "code": section.code,
     }
 
 
-def _tables(tables: Sequence[tuple[str, Table]]) -> list[dict[str, Any]]:
-    return [{"caption": caption, "headings": table[0], "rows": table[1]} for caption, table in tables]
+def _table(caption: str, table: Table, section: Section) -> dict[str, Any]:
+    best = _lowest(table) if section.lowest_is_best else set()
+    rows = [
+        [{"text": text, "best": (row, column) in best} for column, text in enumerate(cells)]
+        for row, cells in enumerate(table[1])
+    ]
+    return {"caption": caption, "headings": table[0], "rows": rows, "folded": section.fold_tables or len(rows) > LONG}
+
+
+def _lowest(table: Table) -> set[tuple[int, int]]:
+    """Row and column of the least number in each column after the first; what follows a number is its spread."""
+    found = set()
+    for column in range(1, len(table[0])):
+        numbers = {}
+        for row, cells in enumerate(table[1]):
+            with suppress(ValueError, IndexError):
+                numbers[row] = float(cells[column].split()[0])
+        if len(numbers) > 1:
+            found.add((min(numbers, key=lambda row: numbers[row]), column))
+    return found

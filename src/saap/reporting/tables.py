@@ -34,6 +34,28 @@ def merged_over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     ]
 
 
+def measured_at(comparison: Mapping[str, Any], ratio: float) -> list[Mapping[str, Any]]:
+    """The rows of one pruning ratio, of the first seed alone where there are several."""
+    rows = [row for row in comparison["rows"] if row["ratio"] == ratio]
+    return [row for row in rows if row["seed"] == rows[0]["seed"]]
+
+
+def task_table(comparison: Mapping[str, Any], ratio: float) -> Table:
+    """Accuracy and standard error of every method at one pruning ratio, and what is kept above chance."""
+    tasks = list(comparison["dense"]["tasks"])
+    dense = comparison["dense"]["tasks"]
+    lines = [["dense", "", *(_with_error(dense[task]) for task in tasks), "1.000"]]
+    for row in measured_at(comparison, ratio):
+        if row["tasks"]:
+            restored = "yes" if row["restored"] else "no"
+            lines.append([row["method"], restored, *(_with_error(row["tasks"][task]) for task in tasks), _kept([row])])
+    return ["method", "restored", *tasks, "kept above chance (95 %)"], lines
+
+
+def _with_error(result: Mapping[str, Any]) -> str:
+    return f"{result['acc']:.3f} ± {result['acc_stderr']:.3f}"
+
+
 def mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
     """Mean and sample standard deviation; None where a value lacks, no deviation for a single one."""
     known = [value for value in values if value is not None]
@@ -63,7 +85,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
         for text in texts:
             cells.append(_cell([row["perplexity"][text]["value"] for row in same], 2))
             cells.append(_cell([row["ratios"][text] for row in same]))
-        cells += [_cell([row["tasks"][task]["acc"] for row in same]) for task in tasks]
+        cells += [_cell([row["tasks"].get(task, {}).get("acc") for row in same]) for task in tasks]
         if tasks:
             cells.append(_kept(same))
         cells.append(_cell([row["tokens_per_second"] for row in same], 0))

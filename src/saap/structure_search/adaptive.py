@@ -10,9 +10,8 @@ import numpy as np
 
 from saap.config import Strategy
 from saap.records import Candidate, IntArray, ModelGraph, Role
-from saap.structure_search.allocation import Step, steps_by_score, steps_by_share, take_steps
+from saap.structure_search.allocation import AnyBudget, Step, steps_by_score, steps_by_share, take_steps
 from saap.structure_search.costs import SecondOrder
-from saap.structure_search.objectives import Budget
 from saap.structure_search.slots import Slot
 from saap.structure_search.strategies import STRATEGIES, Proposal, Scores, importance_order, module_shares
 
@@ -37,7 +36,7 @@ def uniform_shares(graph: ModelGraph, slots: Sequence[Slot], *, attention: float
     spared = set(spared_ends(len(graph.blocks))) if spare else set()
     return [
         0.0
-        if any(group.layer in spared for group in slot.groups) and len(slot.groups) == 1
+        if all(group.layer in spared for group in slot.groups)
         else attention
         if slot.role is Role.ATTENTION
         else 1.0
@@ -46,7 +45,7 @@ def uniform_shares(graph: ModelGraph, slots: Sequence[Slot], *, attention: float
 
 
 def default_proposal(
-    graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget, *, name: str = "uniform, ends spared"
+    graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: AnyBudget, *, name: str = "uniform, ends spared"
 ) -> Proposal:
     """The start of the search, and its whole answer where nothing may be measured: FFN first, both ends spared."""
     only_attention = all(slot.role is Role.ATTENTION for slot in slots)
@@ -58,7 +57,7 @@ def adaptive(
     graph: ModelGraph,
     slots: Sequence[Slot],
     scores: Scores,
-    budget: Budget,
+    budget: AnyBudget,
     *,
     element_scores: Scores | None,
     costs: SecondOrder | None,
@@ -119,7 +118,7 @@ def _by_shares(
     name: str,
     graph: ModelGraph,
     slots: Sequence[Slot],
-    budget: Budget,
+    budget: AnyBudget,
     shares: Sequence[float],
     orders: Mapping[str, IntArray],
 ) -> Proposal:
@@ -139,7 +138,7 @@ def _starts(
     graph: ModelGraph,
     slots: Sequence[Slot],
     scores: Scores,
-    budget: Budget,
+    budget: AnyBudget,
     element_scores: Scores | None,
     costs: SecondOrder | None,
     ranking: Sequence[Step] | None,
@@ -156,7 +155,7 @@ def _starts(
 
 
 def _named(
-    graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget, orders: Mapping[str, IntArray]
+    graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: AnyBudget, orders: Mapping[str, IntArray]
 ) -> list[Proposal]:
     """Uniform plans with shares of attention, module importance, the literal readings.
 

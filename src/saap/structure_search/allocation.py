@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from saap.errors import TargetError
 from saap.records import FloatArray, ModelGraph, Role
+from saap.structure_search.decode_costs import TimeBudget
 from saap.structure_search.objectives import Budget
 from saap.structure_search.slots import Slot
 
 Counts = dict[str, int]
+AnyBudget = Budget | TimeBudget
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +23,14 @@ class Step:
     kept: int
 
 
-def removed_parameters(graph: ModelGraph, slots: Sequence[Slot], sizes: Sequence[int], budget: Budget) -> int:
-    """Parameters that leave when slot i keeps `sizes[i]` units; exact where groups share tensors."""
-    if not any(slot.role is Role.HIDDEN for slot in slots):
-        return sum(slot.parameters_per_unit * (slot.units - size) for slot, size in zip(slots, sizes, strict=True))
-    return budget.removed(graph, counts_of(slots, sizes))
+def removed_by(graph: ModelGraph, slots: Sequence[Slot], sizes: Sequence[int], budget: AnyBudget) -> int:
+    """What counts and leaves when slot i keeps `sizes[i]` units; exact where groups share tensors."""
+    if isinstance(budget, TimeBudget) or any(slot.role is Role.HIDDEN for slot in slots):
+        return budget.removed(graph, counts_of(slots, sizes))
+    return sum(slot.parameters_per_unit * (slot.units - size) for slot, size in zip(slots, sizes, strict=True))
 
 
-def take_steps(graph: ModelGraph, slots: Sequence[Slot], steps: Sequence[Step], budget: Budget) -> tuple[int, ...]:
+def take_steps(graph: ModelGraph, slots: Sequence[Slot], steps: Sequence[Step], budget: AnyBudget) -> tuple[int, ...]:
     """Sizes of the slots after taking the cheapest steps until the budget is met.
 
     The steps of one slot are taken in the order of their sizes whatever their prices. So at least what is asked
@@ -43,29 +44,24 @@ def take_steps(graph: ModelGraph, slots: Sequence[Slot], steps: Sequence[Step], 
             break
         if step.kept < sizes[step.slot]:
             sizes[step.slot] = step.kept
-            removed = removed_parameters(graph, slots, sizes, budget)
+            removed = removed_by(graph, slots, sizes, budget)
     if removed < budget.removal:
-        base = graph.parameters if budget.whole_model else graph.block_parameters
-        raise TargetError(
-            f"{budget.removal:,} parameters cannot be removed with these roles, skipped layers and alignment, at most "
-            f"{removed:,} can",
-            f"Ask for a reduction of at most {int(removed / base * 1000) / 1000:g}, or allow more roles or layers",
-        )
+        raise budget.unreachable(graph, removed, "with these roles, skipped layers and alignment")
     return tuple(_give_back(graph, slots, sizes, budget))
 
 
-def _give_back(graph: ModelGraph, slots: Sequence[Slot], sizes: list[int], budget: Budget) -> list[int]:
+def _give_back(graph: ModelGraph, slots: Sequence[Slot], sizes: list[int], budget: AnyBudget) -> list[int]:
     """Undo single steps, the largest first, as long as enough stays removed."""
     while True:
         best: tuple[int, int, int] | None = None
-        removed = removed_parameters(graph, slots, sizes, budget)
+        removed = removed_by(graph, slots, sizes, budget)
         for index, slot in enumerate(slots):
             position = slot.sizes.index(sizes[index])
             if position == 0:
                 continue
             trial = [*sizes]
             trial[index] = slot.sizes[position - 1]
-            remaining = removed_parameters(graph, slots, trial, budget)
+            remaining = removed_by(graph, slots, trial, budget)
             if remaining >= budget.removal and (best is None or removed - remaining > best[0]):
                 best = (removed - remaining, index, trial[index])
         if best is None:
@@ -73,13 +69,17 @@ def _give_back(graph: ModelGraph, slots: Sequence[Slot], sizes: list[int], budge
         sizes[best[1]] = best[2]
 
 
-def steps_by_share(slots: Sequence[Slot], shares: Sequence[float]) -> list[Step]:
-    """Steps priced so that each slot gives units in proportion to its share; a share of 0 gives only at last."""
+def steps_by_share(slots: Sequence[Slot], shares: Sequence[float], *, round_down: bool = False) -> list[Step]:
+    """Steps priced so that each slot gives units in proportion to its share; a share of 0 gives only at last.
+
+    round_down: a slot gives a step once its share covers all of it, not already from half of it on. This matters where
+    a slot has few units: a fifth of three KV groups is none of them, not one.
+    """
     steps = []
     for index, (slot, share) in enumerate(zip(slots, shares, strict=True)):
         for kept in slot.sizes[1:]:
-            middle = (slot.units - kept - slot.step / 2) / slot.units
-            steps.append(Step(middle / share if share > 0 else 1e6 + middle, index, kept))
+            given = (slot.units - kept - (0 if round_down else slot.step / 2)) / slot.units
+            steps.append(Step(given / share if share > 0 else 1e6 + given, index, kept))
     return steps
 
 

@@ -40,7 +40,11 @@ class SecondOrder:
 
 def measurable(graph: ModelGraph) -> list[CoupledGroup]:
     """Groups inside blocks whose channels are read by exactly one module: those that second-order costs exist for."""
-    return [group for group in graph.groups if group.layer >= 0 and len(group.consumers) == 1]
+    return [
+        group
+        for group in graph.groups
+        if group.layer >= 0 and len(group.consumers) == 1 and group.consumers[0].part is None
+    ]
 
 
 def gram_bytes(graph: ModelGraph) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saap.models.least_squares import compensated
 from saap.models.linear import weight_out_in
-from saap.models.masking import channel_mask, consumer_masks, masked_channels, replaced_weights
+from saap.models.masking import channel_mask, consumer_masks, masked_channels, replaced_weights, zeroed_parts
 from saap.models.walker import BlockWalker
 from saap.records import ModelGraph
 
@@ -35,6 +35,7 @@ class StructureJudge:
     ) -> None:
         self._model = model
         self._graph = graph
+        self._units = {group.name: group.units for group in graph.groups}
         self._grams = grams or {}
         self._walker = BlockWalker(model, graph.blocks)
         self._batches = torch.split(tokens, micro_batch)
@@ -45,12 +46,13 @@ class StructureJudge:
     def __call__(self, keep: Mapping[str, tuple[int, ...]], dropped_blocks: tuple[int, ...] = ()) -> float:
         """Loss of the structure that keeps the units in `keep`."""
         skipped = [self._graph.blocks[layer] for layer in dropped_blocks]
-        losing = {name: kept for name, kept in keep.items() if len(kept) < self._graph.group(name).units}
+        losing = {name: kept for name, kept in keep.items() if len(kept) < self._units[name]}
         masked = {name: kept for name, kept in losing.items() if name not in self._grams}
         weights = {self._path(name): self._weight(name, kept) for name, kept in losing.items() if name in self._grams}
         total = 0.0
         with (
             masked_channels(self._model, consumer_masks(self._graph, masked), skipped),
+            zeroed_parts(self._model, self._graph, masked),
             replaced_weights(self._model, weights),
         ):
             changed = [self._last_hidden(batch) for batch in self._batches]

@@ -28,6 +28,14 @@ class Budget:
         inside = {name: shape for name, shape in shapes.items() if graph.block_of(name) >= 0}
         return graph.block_parameters - count_parameters(inside)
 
+    def unreachable(self, graph: ModelGraph, removed: int, how: str) -> TargetError:
+        """The refusal of a budget of which at most `removed` can be reached."""
+        base = graph.parameters if self.whole_model else graph.block_parameters
+        return TargetError(
+            f"{self.removal:,} parameters cannot be removed {how}, at most {removed:,} can",
+            f"Ask for a reduction of at most {int(removed / base * 1000) / 1000:g}, or allow more roles or layers",
+        )
+
 
 def budget_for_ratio(graph: ModelGraph, ratio: float) -> Budget:
     """Budget of a fraction `ratio` of the decoder blocks' parameters. Raises TargetError."""

@@ -20,11 +20,12 @@ from saap.records import (
     UnitScores,
     count_parameters,
     kept_shapes,
+    uneven_bundle,
 )
 from saap.structure_search.adaptive import adaptive, spared_ends
+from saap.structure_search.allocation import AnyBudget
 from saap.structure_search.costs import SecondOrder
-from saap.structure_search.objectives import Budget
-from saap.structure_search.slots import Slot, build_slots
+from saap.structure_search.slots import Slot, build_slots, required_step
 from saap.structure_search.strategies import STRATEGIES, Proposal, importance_order
 
 Scores = Mapping[str, UnitScores]
@@ -45,7 +46,7 @@ class SearchSpace:
     legal_sizes: Mapping[Role, Collection[int]] | None = None
 
 
-def check_reachable(graph: ModelGraph, budget: Budget, space: SearchSpace) -> StructurePlan:
+def check_reachable(graph: ModelGraph, budget: AnyBudget, space: SearchSpace) -> StructurePlan:
     """A plan that meets the budget, made without scores. Raises TargetError if there is none."""
     flat = {group.name: UnitScores(mean=np.ones(group.units), variance=np.zeros(group.units)) for group in graph.groups}
     return search(graph, flat, budget, space, Strategy.UNIFORM)
@@ -54,7 +55,7 @@ def check_reachable(graph: ModelGraph, budget: Budget, space: SearchSpace) -> St
 def search(
     graph: ModelGraph,
     scores: Scores,
-    budget: Budget,
+    budget: AnyBudget,
     space: SearchSpace,
     strategy: Strategy,
     *,
@@ -117,7 +118,8 @@ def make_plan(
     trail: tuple[Candidate, ...] = (),
 ) -> StructurePlan:
     """A plan with its predicted numbers of parameters; groups that keep all their units need not be named."""
-    keep = {name: kept for name, kept in keep.items() if len(kept) < graph.group(name).units}
+    units = {group.name: group.units for group in graph.groups}
+    keep = {name: kept for name, kept in keep.items() if len(kept) < units[name]}
     shapes = kept_shapes(graph, keep, dropped_blocks)
     inside = {name: shape for name, shape in shapes.items() if graph.block_of(name) >= 0}
     return StructurePlan(
@@ -172,6 +174,17 @@ def plan_from_counts(
                 f"the plan's units of {name} are not distinct numbers from 0 to {units - 1}", "Correct them"
             )
         chosen[name] = tuple(sorted(kept))
+        step = required_step(graph, known[name])
+        if len(kept) < units and len(kept) % step:
+            raise PlanError(
+                f"the plan keeps {len(kept)} units of {name}, whose matrices are stacked", f"Keep a multiple of {step}"
+            )
+    uneven = uneven_bundle(graph, chosen)
+    if uneven:
+        raise PlanError(
+            f"the plan keeps different numbers of units of {' and '.join(uneven)}, whose matrices are stacked",
+            "Keep the same number of each expert's units",
+        )
     if any(not 0 <= layer < len(graph.blocks) for layer in dropped_blocks):
         raise PlanError(
             f"the plan drops blocks {list(dropped_blocks)}, but the model has {len(graph.blocks)}",
@@ -197,7 +210,7 @@ def _slots(graph: ModelGraph, space: SearchSpace, dropped: Sequence[int], *, spa
 
 
 def _single(
-    graph: ModelGraph, scores: Scores, budget: Budget, space: SearchSpace, strategy: Strategy, dropped: Sequence[int]
+    graph: ModelGraph, scores: Scores, budget: AnyBudget, space: SearchSpace, strategy: Strategy, dropped: Sequence[int]
 ) -> tuple[tuple[Slot, ...], Proposal]:
     """One strategy's proposal; where the ends are spared by default and it cannot be reached so, without sparing."""
     slots = _slots(graph, space, dropped, spare=True)
@@ -211,7 +224,7 @@ def _single(
 
 
 def _blocks_to_drop(
-    graph: ModelGraph, scores: Scores, budget: Budget, space: SearchSpace, judge: Judge | None
+    graph: ModelGraph, scores: Scores, budget: AnyBudget, space: SearchSpace, judge: Judge | None
 ) -> tuple[int, ...]:
     """Whole blocks that leave: as many as fit into the budget, or, alone, until it is reached.
 
@@ -233,11 +246,7 @@ def _blocks_to_drop(
         dropped.append(layer)
     removed = budget.removed(graph, {}, dropped)
     if alone and removed < budget.removal:
-        base = graph.parameters if budget.whole_model else graph.block_parameters
-        raise TargetError(
-            f"{budget.removal:,} parameters cannot be removed by dropping whole blocks, at most {removed:,} can",
-            f"Ask for a reduction of at most {int(removed / base * 1000) / 1000:g}, or allow more roles",
-        )
+        raise budget.unreachable(graph, removed, "by dropping whole blocks")
     return tuple(sorted(dropped))
 
 

@@ -1,16 +1,20 @@
 """What the search may change: slots whose number of units it sets.
 
-In the adaptive layout each module is a slot; in the uniform layout all modules of a role form one slot, since they
-share their size.
+In the adaptive layout each module is a slot, as are the experts of one module together, whose matrices are stacked; in
+the uniform layout all modules of a role form one slot, since they share their size.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from saap.errors import TargetError
 from saap.records import CoupledGroup, Layout, ModelGraph, Role
+
+# Fused products over stacked matrices (experts) want rows of whole 16 bytes: 8 numbers of two bytes.
+STACKED_STEP = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +45,8 @@ def build_slots(
 ) -> tuple[Slot, ...]:
     """Slots of the groups of `roles` outside `skipped_layers`.
 
-    align: FFN and hidden channels stay in multiples of it; attention goes by whole KV groups. The uniform layout
+    align: FFN and hidden channels stay in multiples of it (and of 8 where experts are stacked); attention goes by whole
+    KV groups. The uniform layout
     cannot skip layers. legal_sizes: the only sizes that groups of a role may have beside their own.
     Raises TargetError if no group of a role can give anything.
     """
@@ -54,10 +59,23 @@ def build_slots(
             raise TargetError(
                 f"no {role} groups can be pruned in this model: {reason}", "Leave this role out of --roles"
             )
-        bundles = [tuple(groups)] if layout is Layout.UNIFORM else [(group,) for group in groups]
+        bundles = [tuple(groups)] if layout is Layout.UNIFORM else _bundles(groups)
         legal = None if legal_sizes is None else legal_sizes.get(role, ())
         slots += [_slot(graph, bundle, align, legal) for bundle in bundles]
     return tuple(slots)
+
+
+def required_step(graph: ModelGraph, group: CoupledGroup) -> int:
+    """Of what number kept units must be a multiple, whatever alignment is asked for."""
+    stacked = any(len(graph.shapes[member.tensor]) > 2 and member.axis for member in group.members)
+    return STACKED_STEP if stacked else 1
+
+
+def _bundles(groups: Iterable[CoupledGroup]) -> list[tuple[CoupledGroup, ...]]:
+    found: dict[str, list[CoupledGroup]] = {}
+    for group in groups:
+        found.setdefault(group.bundle or group.name, []).append(group)
+    return [tuple(bundle) for bundle in found.values()]
 
 
 def _slot(graph: ModelGraph, groups: tuple[CoupledGroup, ...], align: int, legal: Collection[int] | None) -> Slot:
@@ -67,10 +85,10 @@ def _slot(graph: ModelGraph, groups: tuple[CoupledGroup, ...], align: int, legal
             f"the {first.role} modules of this model differ in size, so one size for all does not exist",
             "Use --layout adaptive",
         )
-    step = 1 if first.role is Role.ATTENTION else align
+    step = 1 if first.role is Role.ATTENTION else math.lcm(align, required_step(graph, first))
     smaller = range((first.units - 1) // step * step, 0, -step)
     return Slot(
-        name=first.name if len(groups) == 1 else str(first.role),
+        name=(first.bundle or first.name) if len({group.layer for group in groups}) == 1 else str(first.role),
         role=first.role,
         groups=groups,
         units=first.units,

@@ -12,8 +12,7 @@ import numpy as np
 
 from saap.config import Strategy
 from saap.records import FloatArray, IntArray, ModelGraph, Role, UnitScores
-from saap.structure_search.allocation import counts_of, keep_of, steps_by_score, steps_by_share, take_steps
-from saap.structure_search.objectives import Budget
+from saap.structure_search.allocation import AnyBudget, counts_of, keep_of, steps_by_score, steps_by_share, take_steps
 from saap.structure_search.slots import Slot
 from saap.structure_search.stability import relative_volatility, standardised_fluctuation
 
@@ -76,39 +75,44 @@ def module_shares(slots: Sequence[Slot], scores: Scores, *, spread: float, atten
     return shares.tolist()
 
 
-def uniform(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget) -> Proposal:
-    """The same share from every module, the least important units of each."""
-    steps = steps_by_share(slots, [1.0] * len(slots))
+def uniform(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: AnyBudget) -> Proposal:
+    """The same share from every module, rounded down to whole units, the least important units of each."""
+    steps = steps_by_share(slots, [1.0] * len(slots), round_down=True)
     return Proposal(name="uniform", sizes=take_steps(graph, slots, steps, budget), orders=importance_order(scores))
 
 
-def importance(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget) -> Proposal:
+def importance(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: AnyBudget) -> Proposal:
     """One global ranking of all units by their score per parameter."""
     orders = importance_order(scores)
     steps = steps_by_score(slots, lambda name: scores[name].mean[orders[name]])
     return Proposal(name="importance", sizes=take_steps(graph, slots, steps, budget), orders=orders)
 
 
-def volatility_z(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget) -> Proposal:
+def volatility_z(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: AnyBudget) -> Proposal:
     """SAAP read literally (1): the greatest standardised fluctuation leaves first; modules share by importance."""
     orders = volatility_order(scores, lambda score: standardised_fluctuation(score.variance))
     return _literal("volatility-z", graph, slots, scores, budget, orders)
 
 
-def volatility_cv(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget) -> Proposal:
+def volatility_cv(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: AnyBudget) -> Proposal:
     """SAAP read literally (2): the greatest coefficient of variation leaves first; modules share by importance."""
     orders = volatility_order(scores, lambda score: relative_volatility(score.mean, score.variance))
     return _literal("volatility-cv", graph, slots, scores, budget, orders)
 
 
 def _literal(
-    name: str, graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: Budget, orders: Mapping[str, IntArray]
+    name: str,
+    graph: ModelGraph,
+    slots: Sequence[Slot],
+    scores: Scores,
+    budget: AnyBudget,
+    orders: Mapping[str, IntArray],
 ) -> Proposal:
     steps = steps_by_share(slots, module_shares(slots, scores, spread=0.3))
     return Proposal(name=name, sizes=take_steps(graph, slots, steps, budget), orders=orders)
 
 
-STRATEGIES: Mapping[Strategy, Callable[[ModelGraph, Sequence[Slot], Scores, Budget], Proposal]] = {
+STRATEGIES: Mapping[Strategy, Callable[[ModelGraph, Sequence[Slot], Scores, AnyBudget], Proposal]] = {
     Strategy.UNIFORM: uniform,
     Strategy.IMPORTANCE: importance,
     Strategy.VOLATILITY_Z: volatility_z,

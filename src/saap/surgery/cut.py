@@ -15,7 +15,7 @@ from saap.errors import PlanError, UnsupportedModelError
 from saap.models.arguments import unit_axis
 from saap.models.modeling_pruned import ArgumentSlice, ConstantOutput, resize, set_attribute
 from saap.models.structure import PrunedStructure, argument_slice, epsilon_name, structure_of
-from saap.records import AxisSlice, CoupledGroup, ModelGraph, Role, Side, StructurePlan
+from saap.records import AxisSlice, CoupledGroup, ModelGraph, Role, Side, StructurePlan, uneven_bundle
 from saap.surgery.depth import drop_blocks
 
 
@@ -31,7 +31,11 @@ def cut(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> PrunedStruc
         if group.layer in plan.dropped_blocks:
             continue
         kept = plan.kept(group)
-        if len(kept) < group.units and not _is_cut(model, graph, group, len(kept)):
+        if len(kept) == group.units or _is_cut(model, graph, group, len(kept)):
+            continue
+        if group.bundle:
+            cut_bundle(model, [other for other in graph.groups if other.bundle == group.bundle], plan)
+        else:
             cut_group(model, group, kept)
     if plan.dropped_blocks:
         drop_blocks(model, graph.blocks, plan.dropped_blocks)
@@ -73,6 +77,34 @@ def cut_group(model: nn.Module, group: CoupledGroup, kept: Sequence[int]) -> Non
             earlier.kept = [earlier.kept[unit] for unit in hook.kept]
         else:
             module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@torch.no_grad()
+def cut_bundle(model: nn.Module, groups: Sequence[CoupledGroup], plan: StructurePlan) -> None:
+    """Slice stacked tensors in place: each part to the units that its own group keeps, all to the same number.
+
+    groups: all groups of one bundle. Raises PlanError if they would keep nothing.
+    """
+    places: dict[tuple[str, int], dict[int, list[AxisSlice]]] = defaultdict(lambda: defaultdict(list))
+    owners: dict[int, CoupledGroup] = {}
+    for group in groups:
+        _check_units(group, plan.kept(group))
+        if not plan.kept(group):
+            raise PlanError(f"The stacked matrices of {group.name} cannot lose all units", "Keep at least one of each")
+        for member in group.members:
+            if member.part is not None:
+                places[member.tensor, member.axis][member.part].append(member)
+                owners[member.part] = group
+    for (tensor, axis), parts in places.items():
+        parameter = model.get_parameter(tensor)
+        matrices = []
+        for part, matrix in enumerate(parameter.data):
+            index = _kept_indices(owners[part], parts[part], plan.kept(owners[part]), matrix.shape[axis - 1])
+            matrices.append(matrix.index_select(axis - 1, index.to(matrix.device)))
+        resize(model, parameter, torch.stack(matrices))
+    for attribute in groups[0].attributes:
+        value = attribute.per_unit * len(plan.kept(groups[0]))
+        set_attribute(model.get_submodule(attribute.module), attribute.attribute, value)
 
 
 def rescale_norm(norm: nn.Module, share: float, name: str) -> None:
@@ -123,13 +155,19 @@ def _check(graph: ModelGraph, plan: StructurePlan) -> None:
     unknown = sorted(set(plan.keep) - names)
     if unknown:
         raise PlanError(f"The plan names groups that the model does not have: {', '.join(unknown)}", "Remove them")
+    uneven = uneven_bundle(graph, plan.keep)
+    if uneven:
+        raise PlanError(
+            f"The plan keeps different numbers of units of {' and '.join(uneven)}, whose matrices are stacked",
+            "Keep the same number of each",
+        )
     seen: dict[tuple[str, int], str] = {}
     for group in graph.groups:
         _check_units(group, plan.kept(group))
         if len(plan.kept(group)) == group.units:
             continue
         for key in _by_axis(group.members):
-            if seen.setdefault(key, group.name) != group.name:
+            if seen.setdefault(key, group.bundle or group.name) != (group.bundle or group.name):
                 raise UnsupportedModelError(
                     f"The groups {seen[key]} and {group.name} share an axis of {key[0]}",
                     "Prune only one of their roles",

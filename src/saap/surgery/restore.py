@@ -19,7 +19,7 @@ from saap.models.linear import weight_out_in
 from saap.models.masking import channel_mask
 from saap.models.walker import BlockWalker, Contexts
 from saap.records import CoupledGroup, FloatArray, ModelGraph, StructurePlan
-from saap.surgery.cut import cut_group
+from saap.surgery.cut import cut_bundle, cut_group
 
 Progress = Callable[[int, int], None]
 
@@ -113,7 +113,12 @@ def _start(walker: BlockWalker, tokens: Tensor, micro_batch: int) -> _Streams:
 
 def _consumers(walker: BlockWalker, graph: ModelGraph, layer: int, streams: _Streams) -> list[_Consumer]:
     """The block's consumers in the order in which they run."""
-    by_path = {member.tensor.rpartition(".")[0]: group for group in graph.in_block(layer) for member in group.consumers}
+    by_path = {
+        member.tensor.rpartition(".")[0]: group
+        for group in graph.in_block(layer)
+        for member in group.consumers
+        if member.part is None
+    }
     found = residual_gain(walker, layer, list(by_path), streams.dense[0][:1], streams.one)
     return [_Consumer(path, walker.model.get_submodule(path), by_path[path], gain) for path, gain in found]
 
@@ -134,6 +139,7 @@ def _restore_block(
         return
     consumers = _consumers(walker, graph, layer, streams)
     dense_next, dense_outputs = _dense_pass(walker, layer, consumers, streams)
+    _cut_stacked(walker.model, graph, plan, layer, result)
     pruned_next = _refit_consumers(walker, layer, consumers, streams, dense_outputs, plan, settings, result)
     for group in graph.in_block(layer):
         if group.name not in result.keep:
@@ -142,6 +148,18 @@ def _restore_block(
     if pruned_next is None:
         pruned_next = _run(walker, layer, streams.pruned, streams.contexts)
     streams.dense, streams.pruned = dense_next, pruned_next
+
+
+def _cut_stacked(model: nn.Module, graph: ModelGraph, plan: StructurePlan, layer: int, result: Restoration) -> None:
+    """Cut experts, whose stacked matrices are not refitted, before what is refitted makes up for them."""
+    bundles: dict[str, list[CoupledGroup]] = {}
+    for group in graph.in_block(layer):
+        if group.bundle:
+            bundles.setdefault(group.bundle, []).append(group)
+    for groups in bundles.values():
+        result.keep |= {group.name: plan.kept(group) for group in groups}
+        if len(plan.kept(groups[0])) < groups[0].units:
+            cut_bundle(model, groups, plan)
 
 
 def _run(walker: BlockWalker, layer: int, hidden: Sequence[Tensor], contexts: Sequence[Contexts]) -> list[Tensor]:
@@ -256,8 +274,7 @@ def _with_ones(x: Tensor, extra: int) -> Tensor:
 
 def _kept_columns(consumer: _Consumer, kept: Sequence[int], channels: int, device: torch.device) -> Tensor:
     """Input channels of the consumer that stay, ascending: (kept channels,)."""
-    paths = [member.tensor.rpartition(".")[0] for member in consumer.group.consumers]
-    mask = channel_mask(consumer.group, kept, channels, paths.index(consumer.path))
+    mask = channel_mask(consumer.group, kept, channels, f"{consumer.path}.weight")
     return mask.nonzero().flatten().to(device)
 
 
@@ -267,10 +284,10 @@ def _choose(
     group = consumer.group
     kept = plan.kept(group)
     removed = group.units - len(kept)
-    if not settings.second_order or not removed or not kept or len(group.consumers) != 1:
+    if not settings.second_order or not removed or not kept or len({m.tensor for m in group.consumers}) != 1:
         return kept
-    member = group.consumers[0]
-    units = torch.tensor([list(member.rows(unit)) for unit in range(group.units)], device=weight.device)
+    rows = [[row for member in group.consumers for row in member.rows(unit)] for unit in range(group.units)]
+    units = torch.tensor(rows, device=weight.device)
     channels = weight.shape[1]
     gram = fit.gram[:channels, :channels] + held.gram[:channels, :channels]
     at_once = 32 if units.shape[1] == 1 else 1

@@ -17,8 +17,9 @@ class Architecture:
     neighbouring rows of a head instead of rows half a head apart. norm_offset: what transformers adds to the weights of
     norms. fits_per_layer: whether a model whose layers differ can be written as `deci`, which is a LLaMA with optional
     biases. window_period: every so many layers one attends to everything, the others to a sliding window; 0: llama.cpp
-    has no sliding window here. soft_capped: logits of attention and output are capped by the configuration's values.
-    wide_scale_layers: number of layers at which the attention's scale follows hidden size / heads, not the head size.
+    has no sliding window here. biases: linear modules that may have one. soft_capped: logits of attention and output
+    are capped by the configuration's values. wide_scale_layers: number of layers at which the attention's scale follows
+    hidden size / heads, not the head size.
     """
 
     name: str
@@ -29,13 +30,17 @@ class Architecture:
     window_period: int = 0
     soft_capped: bool = False
     wide_scale_layers: int = 0
+    biases: tuple[str, ...] = ()
 
 
+_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+# `deci` is computed as the LLaMA is, so it has room for the same.
+ALL_BIASES = (*_INPUTS, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _GELU = "gelu_pytorch_tanh"
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(name="llama", interleaved=True, fits_per_layer=True),
-    "mistral": Architecture(name="llama", interleaved=True, fits_per_layer=True),
-    "qwen2": Architecture(name="qwen2", fits_per_layer=True),
+    "llama": Architecture(name="llama", interleaved=True, fits_per_layer=True, biases=ALL_BIASES),
+    "mistral": Architecture(name="llama", interleaved=True, fits_per_layer=True, biases=ALL_BIASES),
+    "qwen2": Architecture(name="qwen2", fits_per_layer=True, biases=_INPUTS),
     "qwen3": Architecture(name="qwen3"),
     "gemma": Architecture(name="gemma", activation=_GELU, norm_offset=1.0),
     "gemma2": Architecture(

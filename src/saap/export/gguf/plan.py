@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import gguf
 
 from saap.errors import ExportError
-from saap.export.gguf.architectures import ARCHITECTURES, PER_LAYER, Architecture
+from saap.export.gguf.architectures import ALL_BIASES, ARCHITECTURES, PER_LAYER, Architecture
 from saap.export.gguf.settings import Rope, faults, rope_of, sliding_window
 from saap.models.stored_tensors import Shape
 
@@ -48,6 +48,10 @@ QUANTIZATIONS: Mapping[str, Quantization] = {
 }  # fmt: skip
 
 
+# llama.cpp rounds the activations to 8 bits before it multiplies them with four-bit weights.
+LEAST_OF_PACKED = 0.8
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockSizes:
     """Heads, KV heads and FFN channels of one layer as the file states them."""
@@ -62,7 +66,7 @@ class PlannedTensor:
     """One tensor of the file.
 
     source: its name in transformers; None: zeros, or `values`. kind: its type in the file. head_rows: rows of a head
-    that are to be interleaved, 0: none. offset: added to the values.
+    that are to be interleaved, 0: none. offset: added to the values. packed: its blocks are there and are copied.
     """
 
     name: str
@@ -71,6 +75,7 @@ class PlannedTensor:
     kind: Any
     head_rows: int = 0
     offset: float = 0.0
+    packed: bool = False
     values: tuple[float, ...] | None = None
 
     @property
@@ -95,12 +100,22 @@ class GgufPlan:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that each token reads: all but the embedding, unless that is the output's weight too."""
+        names = {tensor.name for tensor in self.tensors}
+        looked_up = "token_embd.weight" if "output.weight" in names else ""
+        return sum(tensor.nbytes for tensor in self.tensors if tensor.name != looked_up)
 
-def plan_gguf(config: Any, shapes: Mapping[str, Shape], quantization: str) -> GgufPlan:
+
+def plan_gguf(
+    config: Any, shapes: Mapping[str, Shape], quantization: str, packed: Collection[str] = frozenset()
+) -> GgufPlan:
     """Lay out a model as GGUF: as its own architecture if all layers are alike, else as `deci`.
 
     config: of transformers, also of an adaptive checkpoint. shapes: of the stored tensors. quantization: a key of
-    QUANTIZATIONS. Raises ExportError, naming every layer at fault, if llama.cpp could not compute the same.
+    QUANTIZATIONS. packed: weights that exist as blocks of that quantisation; the embedding of such a model keeps its 16
+    bits, as when it was tuned. Raises ExportError, naming every layer at fault, if llama.cpp cannot compute the same.
     """
     model_type = getattr(config, "base_model_type", None) or config.model_type
     architecture = ARCHITECTURES.get(model_type)
@@ -113,7 +128,10 @@ def plan_gguf(config: Any, shapes: Mapping[str, Shape], quantization: str) -> Gg
     found = faults(config, architecture, head_size)
     if found:
         raise ExportError(f"llama.cpp has no {model_type} with {'; '.join(found)}", "Use the folder with transformers")
-    plan = _Plan(config, shapes, architecture, head_size, QUANTIZATIONS[quantization])
+    kinds = QUANTIZATIONS[quantization]
+    if packed:
+        kinds = replace(kinds, vocabulary=Kind.F16, least_agreement=LEAST_OF_PACKED)
+    plan = _Plan(config, shapes, architecture, head_size, kinds, packed)
     return plan.finished(quantization)
 
 
@@ -121,14 +139,23 @@ class _Plan:
     """Collects fields and tensors, and every fault, of one file."""
 
     def __init__(
-        self, config: Any, shapes: Mapping[str, Shape], architecture: Architecture, head_size: int, kinds: Quantization
+        self,
+        config: Any,
+        shapes: Mapping[str, Shape],
+        architecture: Architecture,
+        head_size: int,
+        kinds: Quantization,
+        packed: Collection[str],
     ) -> None:
+        self.packed = packed
         self.config, self.shapes, self.head_size, self.kinds = config, shapes, head_size, kinds
         self.family = architecture
         self.layers: int = config.num_hidden_layers
         self.hidden = shapes["model.embed_tokens.weight"][1]
         stored = [self._stored_sizes(layer) for layer in range(self.layers)]
+        self.added_biases = self._added_biases()
         self.per_layer = len(set(stored)) > 1 or 0 in (stored[0].heads, stored[0].ffn)
+        self.per_layer |= bool(self.added_biases) and architecture.fits_per_layer
         self.name = PER_LAYER if self.per_layer else architecture.name
         self.blocks = tuple(self._written(layer, sizes) for layer, sizes in enumerate(stored))
         self.rope: Rope = rope_of(config, head_size)
@@ -168,7 +195,18 @@ class _Plan:
             heads = kv_heads = 1
         return BlockSizes(heads=heads, kv_heads=kv_heads, ffn=ffn or _stand_in_width(self.kinds))
 
+    def _added_biases(self) -> list[str]:
+        """Biases of the layers for which the architecture itself has no place."""
+        places = {f"{_BLOCK.format(layer)}{module}.bias" for layer in range(self.layers) for module in ALL_BIASES}
+        usual = tuple(f"{module}.bias" for module in self.family.biases)
+        return [name for name in self.shapes if name in places and not name.endswith(usual)]
+
     def _check_layers(self) -> None:
+        if self.added_biases and not self.per_layer:
+            raise ExportError(
+                f"llama.cpp's {self.family.name} has no place for the biases {_some(self.added_biases)}",
+                "Prune with --restore, which makes up for what leaves without adding biases",
+            )
         if self.per_layer and not self.family.fits_per_layer:
             usual = max(self.blocks, key=self.blocks.count)
             others = [str(layer) for layer, sizes in enumerate(self.blocks) if sizes != usual]
@@ -314,6 +352,7 @@ class _Plan:
             kind=Kind.F32 if vector else self.kinds.vocabulary if vocabulary else self.kinds.matrices,
             head_rows=self.head_size if rotated and (self.family.interleaved or self.per_layer) else 0,
             offset=self.family.norm_offset if name.endswith("norm.weight") else 0.0,
+            packed=source in self.packed,
         )
 
 

@@ -43,6 +43,11 @@ def fields_from_gguf(path: Path, known: Mapping[str, int], rows: int) -> tuple[F
     return fields
 
 
+def no_tokenizer() -> tuple[Field, ...]:
+    """Fields that say so: llama.cpp then takes and gives numbers."""
+    return (Field(_KEYS.MODEL, "no_vocab", _TYPES.STRING),)
+
+
 def fields_from_huggingface(tokenizer: Any | None, vocabulary: int) -> tuple[Field, ...]:
     """The tokenizer of a folder, with unused tokens up to the rows of the embedding.
 

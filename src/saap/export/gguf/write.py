@@ -17,6 +17,7 @@ from saap.errors import OutputError
 from saap.export.gguf.fields import Field
 from saap.export.gguf.plan import GgufPlan, PlannedTensor
 from saap.export.placing import check_place
+from saap.models.groupwise_files import PackedMatrices
 from saap.models.stored_tensors import StoredTensors
 
 CHUNK_VALUES = 2**20
@@ -53,11 +54,13 @@ def write_gguf(
     tensors: StoredTensors,
     fields: Sequence[Field],
     description: Sequence[tuple[str, Any]] = (),
+    packed: PackedMatrices | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write the file; memory holds a few rows and the tokenizer's fields.
 
     fields: of the tokenizer. description: further (method of GGUFWriter, argument) pairs: name, licence, origin.
+    packed: where the blocks are that the plan copies.
     """
     writer = gguf.GGUFWriter(path, plan.architecture)
     try:
@@ -74,7 +77,7 @@ def write_gguf(
         (file,) = writer.fout
         writer.write_padding(file, file.tell())
         for done, tensor in enumerate(plan.tensors):
-            for chunk in _chunks(tensor, tensors):
+            for chunk in _chunks(tensor, tensors, packed):
                 chunk.tofile(file)
             writer.write_padding(file, tensor.nbytes)
             if progress is not None:
@@ -83,7 +86,7 @@ def write_gguf(
         writer.close()
 
 
-def _chunks(tensor: PlannedTensor, tensors: StoredTensors) -> Iterator[NDArray[Any]]:
+def _chunks(tensor: PlannedTensor, tensors: StoredTensors, packed: PackedMatrices | None) -> Iterator[NDArray[Any]]:
     """The bytes of one tensor, whole rows at a time."""
     if tensor.values is not None:
         yield np.asarray(tensor.values, dtype=np.float32)
@@ -94,6 +97,10 @@ def _chunks(tensor: PlannedTensor, tensors: StoredTensors) -> Iterator[NDArray[A
         step = max(1, step // tensor.head_rows) * tensor.head_rows
     for first in range(0, count, step):
         last = min(first + step, count)
+        if tensor.packed and tensor.source is not None and packed is not None:
+            blocks = packed.rows(tensor.source, first, last).numpy()
+            yield np.ascontiguousarray(interleaved(blocks, tensor.head_rows) if tensor.head_rows else blocks)
+            continue
         if tensor.source is None:
             values = np.zeros((last - first, *tensor.shape[1:]), dtype=np.float32)
         else:

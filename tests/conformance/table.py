@@ -1,0 +1,80 @@
+"""The table of families as text, from the results of the cases."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+import transformers
+from tests.conformance.cases import CASES, EXACT, adaptive, dense, fits, tolerance, uniform
+from tests.families import FAMILIES
+
+from saap.records import CoupledGroup, ModelGraph, Role
+
+CHECKED = tuple(case for case in CASES if case.name in ("mixed", "width"))
+HEADER = """# Families
+
+Made by `python scripts/family_table.py` with transformers {version}; do not edit. Each row is a tiny random model
+(hidden size 48, 2 or 3 blocks, float64) on which all this was done.
+
+- **FFN**, **attention**, **hidden**: units found in one block, or in the whole model. Attention goes by KV groups with
+  their query heads; `4 x 40` are 40 channels in each of 4 experts. A dash: refused, see the notes.
+- **cut = masked**: the model without the units computes what the dense one does with them masked.
+- **adaptive**: each layer another size, saved, opened, the same logits.
+- **generation**: the opened model writes with a key-value cache what it writes without.
+- **uniform**: roles of which the stock class opens fewer units, the same number in each layer, with the same logits.
+
+| family | FFN | attention | hidden | cut = masked | adaptive | generation | uniform |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def document() -> str:
+    """The whole page."""
+    rows = "".join(_row(name) for name in FAMILIES)
+    notes = "".join(f"- **{name}**: {'; '.join(found)}\n" for name in FAMILIES if (found := _notes(name)))
+    version = ".".join(transformers.__version__.split(".")[:2])
+    return f"{HEADER.format(version=version)}{rows}\n## What is refused, and why\n\n{notes}"
+
+
+def _row(name: str) -> str:
+    _, graph = dense(name)
+    outcomes = [(case, adaptive(name, case)) for case in CHECKED if fits(name, case)]
+    marks = (
+        all(outcome.masked_error <= tolerance(name, case) for case, outcome in outcomes),
+        all(outcome.saved_error <= EXACT and len(set(outcome.parameters)) == 1 for _, outcome in outcomes),
+        all(outcome.cached_generation_agrees for _, outcome in outcomes),
+    )
+    stock = [str(role) for role in Role if (error := uniform(name, role).error) is not None and error <= EXACT]
+    units = [_units(graph, role) for role in Role]
+    return f"| {' | '.join([name, *units, *('yes' if mark else 'NO' for mark in marks), ', '.join(stock) or '-'])} |\n"
+
+
+def _units(graph: ModelGraph, role: Role) -> str:
+    groups = [group for group in graph.of_role(role) if group.layer in (-1, 0)]
+    return ", ".join(_bundles(groups)) or "-"
+
+
+def _bundles(groups: Iterable[CoupledGroup]) -> list[str]:
+    counts = Counter((group.bundle or group.name, group.units) for group in groups)
+    return [f"{count} x {units}" if count > 1 else str(units) for (_, units), count in counts.items()]
+
+
+def _notes(name: str) -> list[str]:
+    _, graph = dense(name)
+    notes = [
+        f"{_anywhere(refusal.name)}: {_anywhere(refusal.reason)}"
+        for refusal in graph.refused
+        if refusal.name == "hidden" or graph.block_of(f"{refusal.name}.") <= 0
+    ]
+    for role in Role:
+        found = uniform(name, role)
+        if graph.of_role(role) and found.error is None:
+            notes.append(f"uniform {role}: {re.sub(r' .logits differ by .*?.$', '', found.refusal.partition('. ')[0])}")
+    return list(dict.fromkeys(notes))
+
+
+def _anywhere(text: str) -> str:
+    """The text with the number of any block as a star."""
+    return re.sub(r"\.\d+\.", ".*.", text)

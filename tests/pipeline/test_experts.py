@@ -1,0 +1,85 @@
+"""A mixture of experts from the folder to the pruned folder, and what is refused of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.pipeline import tiny
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
+
+import saap
+from saap.errors import ConfigurationError
+
+SETTINGS: dict[str, Any] = {"samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
+TOKENS = torch.arange(2, 42).reshape(2, 20)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experts")
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=1024, num_local_experts=4, num_experts_per_tok=2,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    MixtralForCausalLM(config).eval().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("layout", ["adaptive", "uniform"])
+def test_experts_are_pruned_written_and_opened(source: Path, tmp_path: Path, layout: str) -> None:
+    out = tmp_path / "small"
+    result = saap.prune(source, pruning_ratio=0.25, out=out, layout=layout, roles=["ffn"], **SETTINGS)
+    assert sum(parameter.numel() for parameter in result.model.parameters()) == result.plan.parameters
+    assert result.report.pruning_ratio >= 0.25
+    kept = [units for name, units in result.plan.keep.items() if ".expert." in name]
+    assert len(set(kept)) > 1
+    assert all(len(units) % 8 == 0 for units in kept)
+    opened = saap.load(out)
+    torch.testing.assert_close(logits(opened), logits(result.model), rtol=0, atol=0)
+    if layout == "uniform":
+        torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), logits(opened), rtol=0, atol=0)
+    assert opened.generate(TOKENS[:1], max_new_tokens=4, do_sample=False).shape[1] == 24
+
+
+def test_attention_beside_experts_is_restored(source: Path, tmp_path: Path) -> None:
+    result = saap.prune(source, pruning_ratio=0.3, out=tmp_path / "small", **SETTINGS)
+    assert result.report.refit_errors
+    assert all(path.endswith("o_proj") for path in result.report.refit_errors)
+
+
+def test_a_shared_expert_beside_the_others_has_a_size_of_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=1024, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48,
+        shared_expert_intermediate_size=64, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    source = tmp_path / "dense"
+    Qwen2MoeForCausalLM(config).eval().save_pretrained(source)
+    tiny.tokenizer().save_pretrained(source)
+    result = saap.prune(source, pruning_ratio=0.3, out=tmp_path / "small", **SETTINGS)
+    assert {name.partition(".ffn.")[2].partition(".")[0] for name in result.plan.keep if ".ffn." in name} == {"0", "1"}
+    assert any("shared_expert.down_proj" in path for path in result.report.refit_errors)
+    torch.testing.assert_close(logits(saap.load(tmp_path / "small")), logits(result.model), rtol=0, atol=0)
+
+
+def test_methods_that_score_whole_matrices_are_refused_for_experts(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="stacks its experts"):
+        saap.prune(source, pruning_ratio=0.2, out=tmp_path / "small", method="wanda-sp", **SETTINGS)

@@ -1,0 +1,234 @@
+"""Asked and measured speeds, with a runtime whose time is known: so much for each parameter that a step reads."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.export.gguf_models import EMPTY, adaptive_folder, family_folder
+from tests.pipeline import tiny
+
+import saap
+from saap import cli
+from saap.config import PruneConfig
+from saap.errors import ConfigurationError, SaapError, TargetError
+from saap.evaluation.speed import Runtime, Speed
+from saap.export.manifest import RunManifest
+from saap.pipeline import decode_costs, speed
+from saap.pipeline.inputs import RunOptions
+from saap.pipeline.run import preview, run_prune
+
+FAST: dict[str, Any] = {"samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
+REST = 20_000
+
+
+class KnownTime:
+    """In place of the clock: a step takes as long as the model has parameters, and a constant."""
+
+    def __init__(self) -> None:
+        self.measured = 0
+
+    def __call__(
+        self, runtimes: Mapping[str, Runtime], prompt: Sequence[int], *, new_tokens: int, rounds: int
+    ) -> dict[str, Speed]:
+        self.measured += 1
+        found = {}
+        for name, runtime in runtimes.items():
+            runtime.step(runtime.read(prompt))
+            model: Any = runtime
+            step = (REST + sum(p.numel() for p in model._model.parameters())) / 1e6
+            found[name] = Speed(
+                prefill=1.0, decode=1 / step, read_seconds=(1.0,) * rounds, step_seconds=(step,) * rounds
+            )
+        return found
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.folder(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> KnownTime:
+    made = KnownTime()
+    monkeypatch.setattr(speed, "measure_speeds", made)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return made
+
+
+@pytest.mark.parametrize("layout", ["adaptive", "uniform"])
+def test_the_asked_speed_is_reached_and_recorded(source: Path, tmp_path: Path, known: KnownTime, layout: str) -> None:
+    out = tmp_path / "small"
+    result = saap.prune(source, target_speedup=1.15, layout=layout, out=out, **FAST)
+    found = result.report.speed
+    assert found is not None
+    assert 1.15 <= found["reached"] < (1.17 if layout == "adaptive" else 1.25)  # one step of all layers is larger
+    assert found["predicted"] == pytest.approx(found["reached"], rel=1e-3)
+    recorded = RunManifest.model_validate_json((out / "saap" / "manifest.json").read_bytes()).speed
+    assert recorded is not None
+    assert recorded.model_dump() == found
+    assert (found["asked"], found["runtime"], found["weights"]) == (1.15, "transformers", "float32")
+    assert "tokens/s, decoding in transformers" in (out / "README.md").read_text()
+
+
+def test_the_table_is_measured_once(source: Path, tmp_path: Path, known: KnownTime) -> None:
+    saap.prune(source, target_speedup=1.15, **FAST)
+    first, known.measured = known.measured, 0
+    saap.prune(source, target_speedup=1.2, **FAST)
+    (file,) = (tmp_path / "cache" / "saap" / "decode-costs").iterdir()
+    assert (first, known.measured) == (2 + len(json.loads(file.read_text())["curves"]["ffn"]), 2)
+    file.write_text("broken")
+    saap.prune(source, target_speedup=1.2, **FAST)
+    assert json.loads(file.read_text())["block"] is None
+
+
+def test_an_unwritable_cache_is_no_reason_to_fail(
+    source: Path, tmp_path: Path, known: KnownTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert saap.prune(source, target_speedup=1.1, **FAST).report.speed is not None
+
+
+def test_a_relative_cache_folder_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "somewhere")
+    assert decode_costs.cache_folder() == Path.home() / ".cache" / "saap" / "decode-costs"
+
+
+def test_a_dry_run_measures_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path, known: KnownTime
+) -> None:
+    out = tmp_path / "small"
+    arguments = ["--target-speedup", "1.1", "--align", "8", "--samples", "4", "--sample-length", "32", "--dry-run"]
+    code, said, _ = run(capsys, "prune", source, "--out", out, *arguments)
+    assert code == 0
+    assert "target target: decoding 1.1 times as fast in transformers; reachable with ffn, attention" in said
+    assert not out.exists()
+
+
+def test_the_forecast_has_the_stages_of_the_run(source: Path, tmp_path: Path, known: KnownTime) -> None:
+    config, options = PruneConfig(target_speedup=1.15, **FAST), RunOptions(out=tmp_path / "small")
+    shown = preview(source, config, options)["forecast"]["stages"]
+    (result,) = run_prune(source, config, options)
+    assert [stage["name"] for stage in shown] == [stage.name for stage in result.report.stages]
+
+
+def test_blocks_are_dropped_for_speed(source: Path, known: KnownTime) -> None:
+    result = saap.prune(source, target_speedup=1.3, roles=("block",), **FAST)
+    assert result.plan.dropped_blocks
+    assert result.report.speed is not None
+    assert result.report.speed["reached"] >= 1.3
+
+
+def test_an_unreachable_speed_is_refused_before_the_estimation(
+    source: Path, tmp_path: Path, known: KnownTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saap.pipeline.run.estimate", None)
+    with pytest.raises(TargetError, match=r"speed-up of 9\.00 cannot be reached .* the largest is \d"):
+        saap.prune(source, target_speedup=9, out=tmp_path / "small", **FAST)
+    assert not (tmp_path / "small").exists()
+
+
+def test_what_llama_cpp_cannot_compute_is_refused_before_the_estimation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saap.pipeline.run.estimate", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = family_folder(tmp_path / "model", "gpt_neox")
+    with pytest.raises(SaapError, match="gpt_neox"):
+        saap.prune(folder, target_speedup=1.1, runtime="llama.cpp", **FAST)
+
+
+def test_a_speed_is_reached_in_llama_cpp_too(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(decode_costs.DecodeCosts, "saved", lambda self, role, fraction: (1 - fraction) * 0.3)
+    monkeypatch.setattr("saap.pipeline.speed_target.trial_speedup", lambda *given: 1.05)
+    result = saap.prune(source, target_speedup=1.05, runtime="llama.cpp", quantization="f32", **FAST)
+    found = result.report.speed
+    assert found is not None
+    assert (found["runtime"], found["weights"]) == ("llama.cpp", "f32")
+    assert found["reached"] > 0
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    sys.argv = ["saap", *map(str, arguments)]
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(caught.value.code or 0), captured.out, captured.err
+
+
+@pytest.mark.parametrize("runtime", ["transformers", "llama.cpp"])
+def test_the_command_measures_beside_another_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, runtime: str
+) -> None:
+    folder = adaptive_folder(tmp_path, "llama", ffn={0: tuple(range(40)), 2: EMPTY}, attention={1: (0, 2)})
+    arguments = ["eval", folder, "--speed", "--against", tmp_path / "dense", "--runtime", runtime, "--json"]
+    code, out, _ = run(capsys, *arguments, *(["--quantization", "f32"] if runtime == "llama.cpp" else []))
+    assert code == 0
+    found = json.loads(out)["speed"]
+    assert (found["runtime"], found["weights"]) == (runtime, "f32" if runtime == "llama.cpp" else "float32")
+    parameters = sum(p.numel() for p in saap.load(folder, device="cpu").parameters())
+    embedding = saap.load(folder, device="cpu").get_input_embeddings().weight.numel()
+    read = found["model"]["bytes_per_token"] / 4
+    if runtime == "transformers":
+        assert read == parameters - embedding  # llama's output has a weight of its own
+    assert found["bytes_ratio"] == found["against"]["bytes_per_token"] / found["model"]["bytes_per_token"] > 1
+    assert min(found["prefill_speedup"], found["decode_speedup"], found["model"]["decode"]) > 0
+
+
+def test_the_table_shows_the_base_of_a_pruned_folder(
+    capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path
+) -> None:
+    saap.prune(source, pruning_ratio=0.1, out=tmp_path / "small", **FAST)
+    code, out, _ = run(capsys, "eval", tmp_path / "small", "--speed")
+    assert code == 0
+    assert str(source) in out
+    assert "faster by" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "offender"),
+    [
+        (["--speed", "--runtime", "onnx"], "'onnx'"),
+        (["--speed", "--quantization", "f16"], "--quantization is of files for llama.cpp"),
+        (["--perplexity", "bundled", "--runtime", "llama.cpp"], "Add --speed"),
+        (["--perplexity", "bundled", "--against", "smollm2"], "--against has nothing to be measured"),
+        (["--speed", "--against", "nowhere/at/all"], "nowhere/at/all"),
+    ],
+)
+def test_refusals(capsys: pytest.CaptureFixture[str], source: Path, arguments: list[str], offender: str) -> None:
+    code, _, error = run(capsys, "eval", source, *arguments)
+    assert code == 2
+    assert offender in error.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "offender"),
+    [
+        (["--target-speedup", "1.3", "--pruning-ratio", "0.2"], "--pruning-ratio and --target-speedup"),
+        (["--target-speedup", "1"], "--target-speedup 1 is out of range"),
+        (["--target-speedup", "inf"], "out of range"),
+        (["--target-speedup", "1.3", "--roles", "ffn,hidden"], "the role hidden"),
+        (["--target-speedup", "1.3", "--runtime", "onnx"], "'onnx'"),
+        (["--pruning-ratio", "0.2", "--runtime", "llama.cpp"], "Add --target-speedup"),
+    ],
+)
+def test_refusals_of_prune(
+    capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path, arguments: list[str], offender: str
+) -> None:
+    code, _, error = run(capsys, "prune", source, "--out", tmp_path / "out", *arguments)
+    assert code == 2
+    assert offender in error.strip().splitlines()[-1]
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "llama_cpp_is_installed", lambda: False)
+    with pytest.raises(SaapError, match=r"llama-cpp-py-sync.*saap\[gguf\]"):
+        speed.check_settings(speed.SpeedSettings(runtime=speed.RuntimeName.LLAMA_CPP))
+    with pytest.raises(ConfigurationError, match="--rounds 0"):
+        speed.check_settings(speed.SpeedSettings(rounds=0))
