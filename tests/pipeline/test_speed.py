@@ -40,7 +40,7 @@ class KnownTime:
         for name, runtime in runtimes.items():
             runtime.step(runtime.read(prompt))
             model: Any = runtime
-            step = (REST + sum(p.numel() for p in model._model.parameters())) / 1e6
+            step = (REST + sum(p.numel() for p in model.model.parameters())) / 1e6
             found[name] = Speed(
                 prefill=1.0, decode=1 / step, read_seconds=(1.0,) * rounds, step_seconds=(step,) * rounds
             )

@@ -30,16 +30,17 @@ class TransformersRuntime:
     """A transformers model with its cache of keys and values."""
 
     def __init__(self, model: Any) -> None:
-        self._model = CachedModel(model.eval())
+        self.model = model.eval()
+        self._reader = CachedModel(model)
 
     def read(self, ids: Sequence[int]) -> int:
         """Read a prompt into an empty cache."""
-        self._model.forget()
-        return int(self._model.feed(ids).argmax())  # waits for the device
+        self._reader.forget()
+        return int(self._reader.feed(ids).argmax())  # waits for the device
 
     def step(self, token: int) -> int:
         """Read one more token."""
-        return int(self._model.feed([token]).argmax())
+        return int(self._reader.feed([token]).argmax())
 
 
 class LlamaCppRuntime:

@@ -30,6 +30,6 @@ class CachedModel:
         """Read further tokens. Returns the logits (vocabulary,) of what follows them."""
         inputs = torch.tensor([list(ids)], device=self._device)
         output = self._model(inputs, **{self._name: self._cache}, use_cache=True, **self._options)
-        self._cache = output.get("cache", output.get("past_key_values"))
+        self._cache = output[self._name]
         logits: Tensor = output.logits[0, -1]
         return logits
