@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -25,8 +26,8 @@ from saap.pipeline import run as run_module
 class Events:
     """Counts events, and sends a signal to the process itself at one of them."""
 
-    def __init__(self, signal: int | None, at: int | None) -> None:
-        self.count, self._signal, self._at = 0, signal, at
+    def __init__(self, number: int | None, at: int | None) -> None:
+        self.count, self._signal, self._at = 0, number, at
 
     def __call__(self) -> None:
         self.count += 1
@@ -44,6 +45,8 @@ class Events:
 
 
 def carry_out(job: dict[str, Any], counted: Path) -> None:
+    # A parent that runs in the background of a shell ignores this signal, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     events = Events(job.get("signal"), job.get("at"))
     for name in ("stage", "advance", "note"):
         events.watch(PlainReporter, name)
