@@ -48,7 +48,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from saap.data.training import training_data
     from saap.discovery.blocks import find_blocks
     from saap.evaluation.perplexity import perplexity
-    from saap.models.devices import training_products
+    from saap.models.devices import rounded_products
     from saap.models.loading import load_tokenizer
     from saap.models.references import resolve_model
     from saap.models.walker import BlockWalker
@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     most = peak.stop()
     quantised = None if handle is not None else of(model)
     peak = Peak()
-    with training_products(cpu), tempfile.TemporaryDirectory() as folder:
+    with rounded_products(cpu), tempfile.TemporaryDirectory() as folder:
         done = Trainer(
             BlockWalker(model, find_blocks(model)), parameters, data, config, folder=Path(folder), processes=processes,
             report=Report(step=lambda done, total: None, line=lambda text: None),
