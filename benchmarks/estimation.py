@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,12 +39,12 @@ from saap.records import CalibrationSet
 MEASUREMENTS = ("graph", "time", "memory")
 
 
-def load(options: argparse.Namespace) -> torch.nn.Module:
+def load(options: argparse.Namespace) -> Any:
     torch.set_num_threads(options.threads)
     return load_model(resolve_model(options.model), device=torch.device("cpu"), dtype=torch.float32)
 
 
-def calibration(options: argparse.Namespace, model: torch.nn.Module) -> CalibrationSet:
+def calibration(options: argparse.Namespace, model: Any) -> CalibrationSet:
     tokens = np.random.default_rng(0).integers(5, model.config.vocab_size, (options.samples, options.length))
     return CalibrationSet(sources=("random",), seed=0, tokens=tokens)
 
@@ -86,7 +87,7 @@ def measure_time(options: argparse.Namespace) -> dict[str, float]:
 
 def plain_pass(model: torch.nn.Module, tokens: np.ndarray, rows: int) -> None:
     model.requires_grad_(True)
-    for batch in torch.from_numpy(tokens).split(rows):
+    for batch in torch.split(torch.from_numpy(tokens), rows):
         model(batch, labels=batch, use_cache=False).loss.backward()
 
 
