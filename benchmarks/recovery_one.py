@@ -42,7 +42,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import peft  # noqa: F401 - both sides start with the same imports
     import torch
 
-    from saap.config import RecoverConfig
     from saap.data.samples import token_stream
     from saap.data.texts import read_documents
     from saap.data.training import training_data
@@ -55,6 +54,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from saap.recovery.prepare import merge, merge_lora
     from saap.recovery.processes import Processes
     from saap.recovery.train import Report, Trainer
+    from saap.recovery_config import RecoverConfig
 
     torch.set_num_threads(options.threads)
     cpu = torch.device("cpu")

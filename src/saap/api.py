@@ -18,11 +18,9 @@ from saap.config import (
     Method,
     PrunableRole,
     PruneConfig,
-    RecoverConfig,
     RuntimeName,
     SkipLayers,
     Strategy,
-    Tuning,
 )
 from saap.data.samples import Calibration, calibration_set
 from saap.discovery import discover as _discover
@@ -39,6 +37,7 @@ from saap.pipeline.recovery_report import RecoverResult
 from saap.pipeline.report import PruneResult
 from saap.pipeline.run import run_prune
 from saap.records import ImportanceScores, Layout, ModelGraph, Role, StructurePlan
+from saap.recovery_config import RecoverConfig, Tuning
 from saap.requests import EvalRequest, SpeedSettings
 from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace

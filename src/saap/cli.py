@@ -198,9 +198,9 @@ def _run_all_stages(
     model: str, config: PruneConfig, options: RunOptions, tuning: tuple[list[str], float | None], *,
     as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    from saap.config import RecoverConfig
     from saap.display import make_reporter, print_all_stages
     from saap.pipeline.all_stages import prune_and_recover
+    from saap.recovery_config import RecoverConfig
 
     recovery = RecoverConfig(data=tuple(tuning[0]), max_minutes=tuning[1])
     with make_reporter(quiet=quiet, to_stderr=as_json) as reporter:

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from saap.config import PruneConfig, RecoverConfig, SkipLayers
+from saap.config import PruneConfig, SkipLayers
 from saap.errors import ConfigurationError
+from saap.recovery_config import RecoverConfig
 from saap.requests import EvalRequest, ExportRequest, SpeedSettings
 
 LARGEST_BYTES = 1_000_000

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as tensors_to_bytes
 
-from saap.errors import OutputError, PlanError, StaleInputError
+from saap.errors import PlanError, StaleInputError
+from saap.files import whole_file
 from saap.records import (
     Candidate,
     CoupledGroup,
@@ -36,20 +35,8 @@ _GRAPH = TypeAdapter(ModelGraph)
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or all of the new. Raises OutputError, and leaves no part."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path} cannot be written ({error.strerror or error})", "Free some space there, or choose another place"
-        ) from error
+    with whole_file(path) as part:
+        part.write_bytes(content)
 
 
 def write_graph(path: Path, graph: ModelGraph) -> None:

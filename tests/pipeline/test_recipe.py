@@ -13,7 +13,7 @@ from tests import families
 from tests.pipeline import tiny
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
-from saap.config import PruneConfig, RecoverConfig
+from saap.config import PruneConfig
 from saap.errors import ConfigurationError, OutputError, SaapError
 from saap.pipeline import recipe_preview, recipe_run
 from saap.pipeline.recipe_preview import preview_recipe
@@ -21,6 +21,7 @@ from saap.pipeline.recipe_run import run_recipe
 from saap.pipeline.recipe_steps import Step, recipe_steps
 from saap.recipe import Recipe, read_recipe, recipe_from
 from saap.records import ModelGraph
+from saap.recovery_config import RecoverConfig
 from saap.requests import SpeedSettings
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from saap.config import LEGAL_BITS, LEGAL_GROUP_SIZES
 from saap.errors import GroupSizeError, ModelError
 from saap.models import groupwise
 from saap.models.groupwise import (
@@ -21,6 +20,7 @@ from saap.models.groupwise import (
 from saap.models.groupwise_files import q4_1_blocks, read_packed, write_packed
 from saap.recovery.adapter import AdaptedLinear
 from saap.recovery.quantise import check_group_sizes, quantise, quantise_with_feedback
+from saap.recovery_config import LEGAL_BITS, LEGAL_GROUP_SIZES
 
 gguf = pytest.importorskip("gguf")
 

@@ -11,7 +11,6 @@ from tests.data.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from tests.families import token_ids
 from tests.recovery.tiny import blocks, build
 
-from saap.config import RecoverConfig
 from saap.data.training import Example, TrainingData, training_data
 from saap.errors import ConfigurationError, NonFiniteLossError, StaleInputError, TrainingDataError
 from saap.models.groupwise import GroupwiseLinear
@@ -23,6 +22,7 @@ from saap.recovery.processes import Processes
 from saap.recovery.quantise import quantise
 from saap.recovery.schedule import Limits, learning_rate
 from saap.recovery.train import Report, Trainer, Training
+from saap.recovery_config import RecoverConfig
 
 CPU = torch.device("cpu")
 SILENT = Report(step=lambda done, total: None, line=lambda text: None)

@@ -78,8 +78,8 @@ def recover(
     quiet: Quiet = False,
 ) -> None:
     """Tune MODEL on text with quantised weights in little memory, and write it as a plain checkpoint."""
-    from saap.config import RecoverConfig, Tuning
     from saap.parsing import choice
+    from saap.recovery_config import RecoverConfig, Tuning
 
     config = RecoverConfig(
         data=tuple(data) if data else ("mixed",), tuning=choice("--tuning", tuning, Tuning), bits=bits,

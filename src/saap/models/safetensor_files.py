@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -14,7 +12,8 @@ from typing import Any
 
 import torch
 
-from saap.errors import ModelError, OutputError
+from saap.errors import ModelError
+from saap.files import whole_file
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -175,23 +174,11 @@ def write_tensors(path: Path, entries: Mapping[str, TensorEntry], metadata: Mapp
         place = end
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as stream:
-            stream.write(len(raw).to_bytes(8, "little") + raw)
-            for name, entry in entries.items():
-                tensor = entry.make().detach()
-                if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
-                    raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced otherwise")
-                flat = tensor.to("cpu").contiguous().reshape(-1)
-                flat.view(torch.uint8).numpy().tofile(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path} cannot be written ({error.strerror or error})", "Free some space there, or choose another place"
-        ) from error
+    with whole_file(path) as part, part.open("wb") as stream:
+        stream.write(len(raw).to_bytes(8, "little") + raw)
+        for name, entry in entries.items():
+            tensor = entry.make().detach()
+            if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced otherwise")
+            flat = tensor.to("cpu").contiguous().reshape(-1)
+            flat.view(torch.uint8).numpy().tofile(stream)

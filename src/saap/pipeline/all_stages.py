@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from saap.config import PruneConfig, RecoverConfig
+from saap.config import PruneConfig
 from saap.data.training import training_data
 from saap.errors import ConfigurationError
 from saap.models.loading import load_tokenizer
@@ -21,6 +21,7 @@ from saap.pipeline.run import run_prune
 from saap.pipeline.targets import plan_targets
 from saap.pipeline.work import WorkFolder
 from saap.records import digest_of
+from saap.recovery_config import RecoverConfig
 
 PRUNED = "pruned"
 

@@ -18,6 +18,7 @@ from saap.data.texts import evaluation_text
 from saap.errors import ExportError, ModelError
 from saap.evaluation.agreement import Agreement, compare_with_llama_cpp
 from saap.export.push import push_folder
+from saap.files import whole_file
 from saap.models.groupwise_files import PackedMatrices
 from saap.models.llama_cpp import LlamaCpp, llama_cpp_is_installed
 from saap.models.loading import load_model, load_tokenizer, quiet_transformers, register_pruned_models
@@ -114,7 +115,7 @@ def export_gguf(
         raise ExportError("Checking the file needs the package llama-cpp-py-sync", f"{INSTALL}, or use --no-verify")
     from saap.export.gguf.modelfile import modelfile
     from saap.export.gguf.plan import plan_gguf
-    from saap.export.gguf.write import check_file, whole_file, write_gguf
+    from saap.export.gguf.write import check_file, write_gguf
 
     kind = GgufType(quantization)
     progress = reporter if reporter is not None else Silent()
@@ -126,7 +127,7 @@ def export_gguf(
     fields, origin = _tokenizer(opened, plan)
     context: int = dict(plan.fields)["context_length"]
     check_file(target, plan.weight_bytes, overwrite=overwrite)
-    with whole_file(target) as part:
+    with whole_file(target, remedy="Choose another --out") as part:
         progress.stage(f"write {target.name}")
         write_gguf(part, plan, opened.tensors, fields, _description(opened), packed, progress.advance)
         agreement, same = None, None

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from saap.config import RecoverConfig, Tuning
 from saap.discovery.blocks import find_blocks
 from saap.errors import ConfigurationError, ModelError, OutputError, SaapError
 from saap.evaluation.perplexity import perplexity
@@ -32,6 +31,7 @@ from saap.pipeline.work import WorkFolder
 from saap.recovery.prepare import adapt, add_lora, merge, merge_lora, quantise_by_feedback
 from saap.recovery.quantise import check_group_sizes, quantise
 from saap.recovery.train import Report, Trainer, Training
+from saap.recovery_config import RecoverConfig, Tuning
 
 FEEDBACK_SAMPLES = 16
 CHECKED_TOKENS = 64

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from saap._version import __version__
-from saap.config import RecoverConfig, Tuning
 from saap.data.samples import token_stream
 from saap.data.texts import evaluation_text
 from saap.data.training import TrainingData, training_data
@@ -25,6 +24,7 @@ from saap.pipeline.progress import Reporter, Silent
 from saap.records import IntArray, digest_of
 from saap.recovery.prepare import require_peft
 from saap.recovery.processes import Processes
+from saap.recovery_config import RecoverConfig, Tuning
 
 EVALUATION = "bundled text that is never calibrated on"
 DISTILLATION = 1.0

@@ -12,6 +12,7 @@ from typing import Any
 
 from saap.errors import OutputError, StaleInputError
 from saap.export.placing import remove_leftovers
+from saap.files import part_of
 from saap.storage import write_whole
 
 SETTINGS = "settings.json"
@@ -49,7 +50,7 @@ class WorkFolder:
 
     def _is_of_no_use(self) -> bool:
         """Whether a folder without settings is empty, but for what a process left that was killed at its beginning."""
-        return all(path.name == SETTINGS + ".part" for path in self.path.iterdir())
+        return all(path == part_of(self.path / SETTINGS) for path in self.path.iterdir())
 
     def file(self, name: str) -> Path:
         """Path of a stage file."""

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from saap.config import LEGAL_GROUP_SIZES
 from saap.errors import GroupSizeError, ModelError
 from saap.models.groupwise import VALUES_AT_ONCE, GroupwiseWeight, pack
+from saap.recovery_config import LEGAL_GROUP_SIZES
 
 REFITS = 2
 """Least-squares refits of scale and zero point after each first choice of codes."""

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saap.config import RecoverConfig
 from saap.data.training import Example, TrainingData
 from saap.errors import NonFiniteLossError
 from saap.models.walker import BlockWalker, Stream
@@ -29,6 +28,7 @@ from saap.recovery.state import (
     save_parameters,
     save_state,
 )
+from saap.recovery_config import RecoverConfig
 
 BETAS = (0.9, 0.95)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +28,6 @@ def check_file(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
     if out.exists() and not overwrite:
         raise OutputError(f"The file {out} exists", "Choose another --out, or use --overwrite")
     check_place(out, needed_bytes)
-
-
-@contextmanager
-def whole_file(out: Path) -> Iterator[Path]:
-    """A file beside `out` that takes its place when the block ends well, and vanishes when it does not."""
-    part = out.with_name(f".{out.name}.part")
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(out)
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written ({error.strerror or error})", "Choose another --out") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_gguf(
