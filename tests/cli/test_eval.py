@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from tests import browser
+from tests.command import run
 from tests.pipeline import tiny
-
-from saap import cli
 
 RATE = """(page, window) => {
   const press = (key) => page.dispatchEvent(new window.KeyboardEvent("keydown", { key, bubbles: true }));
@@ -25,14 +23,6 @@ RATE = """(page, window) => {
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     return tiny.folder(tmp_path_factory.mktemp("dense"))
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    sys.argv = ["saap", *map(str, arguments)]
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(caught.value.code or 0), captured.out, captured.err
 
 
 def test_json_is_one_object_with_the_promised_fields(capsys, tmp_path, source) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.export.llama import plan_of
 from tests.export.test_checkpoint import manifest
 from tests.families import FLOAT32_ATTENTION, build
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from saap.export.huggingface import CheckpointParts, write_checkpoint
 from saap.models.loading import load
 from saap.models.masking import masked
 from saap.models.structure import PrunedStructure
-from saap.records import CoupledGroup, Layout, ModelGraph, Role, StructurePlan, count_parameters, kept_shapes
+from saap.records import CoupledGroup, Layout, ModelGraph, Role, StructurePlan
 from saap.surgery.cut import cut
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -96,18 +97,7 @@ CASES = (
 
 
 def plan_for(graph: ModelGraph, case: Case, layout: Layout = Layout.ADAPTIVE) -> StructurePlan:
-    keep = case.keep(graph)
-    shapes = kept_shapes(graph, keep, case.dropped)
-    return StructurePlan(
-        graph_digest=graph.digest,
-        layout=layout,
-        strategy="by hand",
-        align=1,
-        keep=keep,
-        dropped_blocks=case.dropped,
-        parameters=count_parameters(shapes),
-        block_parameters=count_parameters({n: s for n, s in shapes.items() if graph.block_of(n) >= 0}),
-    )
+    return plan_of(graph, case.keep(graph), dropped=case.dropped, layout=layout)
 
 
 def cut_copy(name: str, case: Case) -> tuple[Any, ModelGraph, StructurePlan, PrunedStructure]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.command import run
 from tests.export.gguf_models import EMPTY, adaptive_folder, family_folder
 from tests.pipeline import tiny
 
 import saap
-from saap import cli
 from saap.config import PruneConfig
 from saap.errors import ConfigurationError, SaapError, TargetError
 from saap.evaluation.speed import Runtime, Speed
@@ -152,14 +151,6 @@ def test_a_speed_is_reached_in_llama_cpp_too(source: Path, tmp_path: Path, monke
     assert found is not None
     assert (found["runtime"], found["weights"]) == ("llama.cpp", "f32")
     assert found["reached"] > 0
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    sys.argv = ["saap", *map(str, arguments)]
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(caught.value.code or 0), captured.out, captured.err
 
 
 @pytest.mark.parametrize("runtime", ["transformers", "llama.cpp"])
