@@ -113,7 +113,8 @@ def chooses_units(config: PruneConfig) -> bool:
 def finds_costs(config: PruneConfig, model: nn.Module, graph: ModelGraph) -> bool:
     """Whether second-order costs join the search; not where their Gram matrices would be larger than the weights."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return chooses_units(config) and config.trusts_calibration and gram_bytes(graph) <= weights
+    trusted = config.restore and config.trusts_calibration  # they count on the compensation
+    return chooses_units(config) and trusted and gram_bytes(graph) <= weights
 
 
 def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:
