@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 BIN := .venv/bin
 SETUP_INPUTS := pyproject.toml scripts/setup_environment.py
 
-.PHONY: demo test check unit docs clean
+.PHONY: demo test check unit docs results results-quick clean
 
 demo: .venv/.ready ## prune a small real model and compare it with the dense one
 	$(BIN)/saap demo
@@ -22,6 +22,12 @@ unit: .venv/.ready-dev
 
 docs: .venv/.ready-dev ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+results: .venv/.ready-dev ## measure what the results book lacks (hours; goes on where it was stopped), then its pages
+	$(BIN)/python benchmarks/book.py run
+
+results-quick: .venv/.ready-dev ## a trial of every row on little of everything, in out/results-quick
+	$(BIN)/python benchmarks/book.py run --quick
 
 .venv/.ready: $(SETUP_INPUTS)
 	$(if $(PYTHON),,$(error Python 3.11 or newer was not found; name one with `make PYTHON=...`))
