@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saap.reporting.figures import COLOURS, MARKERS, Figure, legend_outside
+from saap.reporting.figures import COLOURS, MARKERS, Figure, legend_outside, plain_ticks
 
 Line = tuple[Sequence[float], Sequence[float]]
 
@@ -26,9 +26,11 @@ def lines(
             axis.set_xscale("log")
         if "y" in log:
             axis.set_yscale("log")
+            shown = [value for _, values in series.values() for value in values]
+            plain_ticks(axis.yaxis, min(shown), max(shown))
         if ticks:
-            shown = sorted({place for at, _ in series.values() for place in at})
-            axis.set_xticks(shown, [f"{place:g}" for place in shown])
+            measured = sorted({place for at, _ in series.values() for place in at})
+            axis.set_xticks(measured, [f"{place:g}" for place in measured])
             axis.minorticks_off()
         axis.set_xlabel(x)
         axis.set_ylabel(y)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from scipy import stats
@@ -31,17 +31,23 @@ def rank_correlation_overall(groups: Pairs) -> float:
     return rank_correlation(np.concatenate([a for a, _ in groups]), np.concatenate([b for _, b in groups]))
 
 
-def bootstrap_interval(
-    measure: Callable[[Pairs], float], groups: Pairs, *, seed: int = 0, draws: int = 1000
-) -> tuple[float, float]:
-    """95 % percentile interval of `measure` when the units of each group are drawn again with replacement."""
+def correlation_interval(groups: Pairs, *, seed: int = 0, draws: int = 1000) -> tuple[float, float]:
+    """95 % percentile interval of `rank_correlation_inside` when the units of each group are drawn again."""
     generator = np.random.default_rng(seed)
-    values = []
-    for _ in range(draws):
-        drawn = [generator.integers(len(first), size=len(first)) for first, _ in groups]
-        values.append(measure([(a[index], b[index]) for (a, b), index in zip(groups, drawn, strict=True)]))
-    low, high = np.quantile(values, (0.025, 0.975))
+    total = np.zeros(draws)
+    for first, second in groups:
+        drawn = generator.integers(len(first), size=(draws, len(first)))
+        total += _row_correlation(stats.rankdata(first[drawn], axis=1), stats.rankdata(second[drawn], axis=1))
+    low, high = np.quantile(total / len(groups), (0.025, 0.975))
     return float(low), float(high)
+
+
+def _row_correlation(first: FloatArray, second: FloatArray) -> FloatArray:
+    """Pearson's coefficient of each row; 0 where one of the two is constant."""
+    first = first - first.mean(1, keepdims=True)
+    second = second - second.mean(1, keepdims=True)
+    scale = np.sqrt((first**2).sum(1) * (second**2).sum(1))
+    return np.asarray(np.divide((first * second).sum(1), scale, out=np.zeros(len(first)), where=scale > 0))
 
 
 def reliability(first_half: FloatArray, second_half: FloatArray) -> float:

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from resultsbook.row import Row
-from resultsbook.rows import estimation_cost, group_sizes, perplexity, speed
+from resultsbook.rows import break_conditions, estimation_cost, group_sizes, importance, perplexity, speed
 
-ROWS: tuple[Row, ...] = (perplexity.ROW, group_sizes.ROW, estimation_cost.ROW, speed.ROW)
+ROWS: tuple[Row, ...] = (
+    perplexity.ROW,
+    importance.ROW,
+    break_conditions.ROW,
+    group_sizes.ROW,
+    estimation_cost.ROW,
+    speed.ROW,
+)

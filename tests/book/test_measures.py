@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from resultsbook.measures import (
-    bootstrap_interval,
     chi_square_distance,
+    correlation_interval,
     jaccard,
     log_histogram,
     mean_and_spread,
@@ -45,7 +45,7 @@ def test_the_bootstrap_interval_holds_the_value_and_shrinks_with_more_units():
     def width(units: int) -> float:
         x = generator.normal(size=units)
         pairs = [(x, x + generator.normal(size=units))]
-        low, high = bootstrap_interval(rank_correlation_inside, pairs, draws=200)
+        low, high = correlation_interval(pairs, draws=200)
         assert low < rank_correlation_inside(pairs) < high
         return high - low
 
