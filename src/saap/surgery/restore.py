@@ -31,7 +31,8 @@ class RestoreSettings:
     ridges: tried for each matrix, relative to the mean of the Gram matrix' diagonal. held_share: part of the
     sequences that only judges the ridge. second_order: choose units by the pruned stream's Gram matrix at the plan's
     counts instead of taking the plan's own units. scores: by group, the importance of its units (units,), which that
-    choice weighs in as well. micro_batch: sequences at a time.
+    choice weighs in as well. residual_target: aim at the dense residual stream, what it lacks so far included; False
+    aims at the dense module's output alone, to measure the difference. micro_batch: sequences at a time.
     """
 
     ridges: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
@@ -39,6 +40,7 @@ class RestoreSettings:
     second_order: bool = True
     choice_ridge: float = 1e-2
     scores: Mapping[str, FloatArray] | None = None
+    residual_target: bool = True
     micro_batch: int = 4
 
 
@@ -198,7 +200,8 @@ def _refit_consumers(
         last = position == len(consumers) - 1
         taken, outputs = _pruned_pass(walker, layer, consumer.path, streams, to_the_end=last)
         dense_here = dense_outputs.pop(consumer.path)
-        targets = [_target(dense, opened, consumer.gain) for dense, opened in zip(dense_here, gap, strict=True)]
+        added = consumer.gain if settings.residual_target else None
+        targets = [_target(dense, opened, added) for dense, opened in zip(dense_here, gap, strict=True)]
         new_outputs = _refit(walker.model, consumer, taken, targets, plan, settings, result)
         if consumer.gain is None:
             continue
