@@ -29,6 +29,7 @@ from saap.estimation.calibrate import estimate as _estimate
 from saap.estimation.selection import unit_scores
 from saap.evaluation.generation import BUNDLED
 from saap.models.loading import model_ref
+from saap.models.processes import together
 from saap.pipeline.evaluate import EvalReport, evaluate_model
 from saap.pipeline.inputs import RunOptions, open_model
 from saap.pipeline.progress import Reporter
@@ -170,7 +171,8 @@ def recover(
         work_dir=None if work_dir is None else Path(work_dir), keep_work=keep_work, device=device, dtype=dtype,
         revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    return run_recover(model, config, options, reporter)
+    with together():
+        return run_recover(model, config, options, reporter)
 
 
 def prune(
@@ -250,7 +252,8 @@ def prune(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    (result,) = run_prune(model_or_path, config, options, reporter, calibration=calibration, tokenizer=tokenizer)
+    with together():
+        (result,) = run_prune(model_or_path, config, options, reporter, calibration=calibration, tokenizer=tokenizer)
     return result
 
 
