@@ -28,6 +28,7 @@ from saap.errors import ConfigurationError
 from saap.estimation.calibrate import estimate as _estimate
 from saap.estimation.selection import unit_scores
 from saap.evaluation.generation import BUNDLED
+from saap.models.devices import require_one_device
 from saap.models.loading import model_ref
 from saap.models.processes import together
 from saap.pipeline.evaluate import EvalReport, evaluate_model
@@ -73,8 +74,9 @@ def estimate(
     """Vector-wise and element-wise importance of every unit over the calibration samples (SAAP, estimation stage).
 
     calibration: names and files as on the command line, texts (both need the tokenizer), or token ids of shape
-    (samples, length). Raises CalibrationError, NonFiniteLossError.
+    (samples, length). Raises CalibrationError, ModelError, NonFiniteLossError.
     """
+    require_one_device(model)
     tokens = calibration_set(calibration, tokenizer, samples=samples, length=sample_length, seed=seed)
     return _estimate(
         model,

@@ -145,7 +145,10 @@ def prune(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prune MODEL: discover its structures, estimate their importance, search, cut, restore, check, write."""
+    """Prune MODEL: discover its structures, estimate their importance, search, cut, restore, check, write.
+
+    Several processes (torchrun --nproc-per-node N -m saap prune ...) share the text; each holds the whole model.
+    """
     from saap.config import Aggregation, Effort, FusionScope, Importance, Method, PruneConfig, Strategy
     from saap.errors import ConfigurationError
     from saap.parsing import choice, parse_bytes, parse_count, parse_ratios, parse_roles, parse_skip_layers
