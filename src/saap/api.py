@@ -28,7 +28,9 @@ from saap.errors import ConfigurationError
 from saap.estimation.calibrate import estimate as _estimate
 from saap.estimation.selection import unit_scores
 from saap.evaluation.generation import BUNDLED
+from saap.models.devices import require_one_device
 from saap.models.loading import model_ref
+from saap.models.processes import together
 from saap.pipeline.evaluate import EvalReport, evaluate_model
 from saap.pipeline.inputs import RunOptions, open_model
 from saap.pipeline.progress import Reporter
@@ -72,8 +74,9 @@ def estimate(
     """Vector-wise and element-wise importance of every unit over the calibration samples (SAAP, estimation stage).
 
     calibration: names and files as on the command line, texts (both need the tokenizer), or token ids of shape
-    (samples, length). Raises CalibrationError, NonFiniteLossError.
+    (samples, length). Raises CalibrationError, ModelError, NonFiniteLossError.
     """
+    require_one_device(model)
     tokens = calibration_set(calibration, tokenizer, samples=samples, length=sample_length, seed=seed)
     return _estimate(
         model,
@@ -170,7 +173,8 @@ def recover(
         work_dir=None if work_dir is None else Path(work_dir), keep_work=keep_work, device=device, dtype=dtype,
         revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    return run_recover(model, config, options, reporter)
+    with together():
+        return run_recover(model, config, options, reporter)
 
 
 def prune(
@@ -250,7 +254,8 @@ def prune(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    (result,) = run_prune(model_or_path, config, options, reporter, calibration=calibration, tokenizer=tokenizer)
+    with together():
+        (result,) = run_prune(model_or_path, config, options, reporter, calibration=calibration, tokenizer=tokenizer)
     return result
 
 

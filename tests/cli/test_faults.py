@@ -2,68 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import signal
-import subprocess
-import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cli.jobs import Runner, beside, digest
 from tests.pipeline import tiny
 
 KILLS = 20
-PRUNE = ["--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "8"]
-
-
-@dataclass
-class Runner:
-    """A model, a text, and runs on them in processes of their own."""
-
-    source: Path
-    text: Path
-    folder: Path
-    numbers: list[int] = field(default_factory=list)
-
-    def prune(self, out: Path, *more: str) -> list[str]:
-        start = ["prune", str(self.source), "--pruning-ratio", "0.1,0.3", "--out", str(out)]
-        return [*start, "--calibration", str(self.text), *PRUNE, *more]
-
-    def run(self, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
-        self.numbers.append(len(self.numbers))
-        base = self.folder / f"jobs-{len(self.numbers)}"
-        for number, job in enumerate(jobs):
-            job.setdefault("stdout", f"{base}-{number}.out")
-            job.setdefault("stderr", f"{base}-{number}.err")
-        warm_up = self.prune(self.folder / "never", "--dry-run")
-        Path(f"{base}.json").write_text(json.dumps({"warm_up": warm_up, "jobs": jobs}))
-        command = [sys.executable, str(Path(__file__).with_name("forked.py")), f"{base}.json", f"{base}.done"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False, env=environment)
-        assert done.returncode == 0, done.stderr
-        results = json.loads(Path(f"{base}.done").read_text())
-        return [
-            {**result, "stderr": Path(job["stderr"]).read_text()} for result, job in zip(results, jobs, strict=True)
-        ]
 
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     folder = tmp_path_factory.mktemp("faults")
     return Runner(tiny.folder(folder / "dense", num_hidden_layers=2), tiny.text_file(folder / "text.txt"), folder)
-
-
-def digest(out: Path) -> dict[str, str]:
-    """Digests of weights and plans."""
-    files = [*out.glob("*/model.safetensors"), *out.glob("*/saap/plan.json")]
-    return {str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def beside(out: Path) -> list[str]:
-    return sorted(path.name for path in out.parent.iterdir())
 
 
 FULL = (5_000, 30_000)

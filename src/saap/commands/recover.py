@@ -77,7 +77,11 @@ def recover(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tune MODEL on text with quantised weights in little memory, and write it as a plain checkpoint."""
+    """Tune MODEL on text with quantised weights in little memory, and write it as a plain checkpoint.
+
+    Several processes (torchrun --nproc-per-node N -m saap recover ...) share each batch. Each holds the whole quantised
+    model: the packed weights are not sharded (no FSDP).
+    """
     from saap.parsing import choice
     from saap.recovery_config import RecoverConfig, Tuning
 

@@ -7,7 +7,8 @@ one block's activations, one weight gradient. No weight ever holds a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from saap.estimation.stacked import stacked_scores
 from saap.estimation.statistics import Moments, merge
 from saap.estimation.taps import Batch, GroupParts, PartScores, Scratch, Taps, make_taps, watching
 from saap.models.loss import loss_and_gradient
+from saap.models.processes import Processes
 from saap.models.walker import BlockWalker, inference_only
 from saap.records import CalibrationSet, FloatArray, ImportanceScores, ModelGraph, Role
 
@@ -39,6 +41,7 @@ def estimate(
     aggregation: Aggregation = Aggregation.SUM,
     micro_batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    processes: Processes | None = None,
 ) -> ImportanceScores:
     """Vector-wise and element-wise importance of every unit of the groups of `roles`: mean and spread over samples.
 
@@ -47,6 +50,7 @@ def estimate(
     micro_batch: samples at a time, by default as many as fit into 256 tokens; it does not change the result. Where a
     group lies in stacked tensors (experts) it is one sample.
     progress: called with the numbers of samples done and of all. The model is left as it was.
+    processes: that score a part of the samples each and all get the whole result; progress is that of this one's part.
     Raises CalibrationError for less than two samples, NonFiniteLossError, UnsupportedModelError.
     """
     samples, length = calibration.tokens.shape
@@ -58,27 +62,35 @@ def estimate(
     if taps.stacked:
         rows = 1  # the gradient of a weight is a sum over samples
     walker, inputs, scratch = BlockWalker(model, graph.blocks), _Inputs(), Scratch()
+    processes = processes or Processes()
+    own = processes.share(samples)
     moments: dict[str, Moments] = {}
     losses: list[FloatArray] = []
     with inference_only(model):
-        for first in range(0, samples, rows):
+        for first in own[::rows]:
             part_losses, parts = _score_micro_batch(
-                walker, taps, tokens[first : first + rows], first, element_order, inputs, scratch
+                walker, taps, tokens[first : min(first + rows, own.stop)], first, element_order, inputs, scratch
             )
             losses.append(_as_numpy(part_losses))
             for name, group in taps.groups.items():
                 _add(moments, name, _group_scores(parts[name], group, len(part_losses), aggregation), first)
             if progress is not None:
-                progress(min(first + rows, samples), samples)
+                progress(min(first + rows, own.stop) - own.start, len(own))
+    found = processes.gathered((moments, losses))
     return ImportanceScores(
         graph_digest=graph.digest,
         calibration_digest=calibration.digest,
         samples=samples,
         element_order=str(element_order),
         aggregation=str(aggregation),
-        losses=np.concatenate(losses),
-        groups={name: moments[name].scores() for name in taps.groups},
+        losses=np.concatenate([part for _, parts in found for part in parts]),
+        groups={name: _merged([part for part, _ in found], name).scores() for name in taps.groups},
     )
+
+
+def _merged(parts: Sequence[Mapping[str, Moments]], name: str) -> Moments:
+    """Moments of one group over the samples of all parts; a part without samples has none."""
+    return reduce(merge, [part[name] for part in parts if part])
 
 
 class _Inputs:

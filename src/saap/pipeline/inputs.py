@@ -14,7 +14,7 @@ from saap.config import Importance, Method, PrunableRole, PruneConfig, Strategy
 from saap.data.generated import random_starts, sample_from_model
 from saap.data.samples import Calibration, SampleRequest, draw_sets, token_stream
 from saap.data.texts import evaluation_text
-from saap.models.devices import pick_device, pick_dtype
+from saap.models.devices import pick_device, pick_dtype, require_one_device
 from saap.models.loading import load_model, load_tokenizer, model_ref
 from saap.models.references import resolve_model
 from saap.records import CalibrationSet, IntArray, ModelGraph, ModelRef
@@ -79,6 +79,7 @@ def open_model(source: str | Path | nn.Module, options: RunOptions, tokenizer: A
     Raises ModelError for everything that is wrong with it, before weights are read where that can be seen.
     """
     if isinstance(source, nn.Module):
+        require_one_device(source)
         ref = model_ref(source, type(source).__name__, None)
         first = next(source.parameters()).dtype
         written = pick_dtype(options.dtype, source=first)

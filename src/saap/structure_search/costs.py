@@ -18,6 +18,7 @@ from saap.models.capture import capture
 from saap.models.least_squares import removal_order
 from saap.models.linear import weight_out_in
 from saap.models.loss import loss_and_gradient
+from saap.models.processes import Processes
 from saap.models.walker import BlockWalker, inference_only
 from saap.records import CoupledGroup, IntArray, ModelGraph, UnitScores
 
@@ -61,43 +62,63 @@ def second_order_costs(
     *,
     micro_batch: int = 4,
     progress: Callable[[int, int], None] | None = None,
+    processes: Processes | None = None,
 ) -> SecondOrder:
     """Collect Gram matrices and sensitivities on `tokens` (sequences, length), then order the units of every module.
 
-    The model is left as it was. Raises NonFiniteLossError.
+    processes: that take a part of the sequences and then of the modules each; all get the whole result. progress: of
+    this one's part. The model is left as it was. Raises NonFiniteLossError.
     """
+    processes = processes or Processes()
     groups = measurable(graph)
     by_path = {group.consumers[0].tensor.rpartition(".")[0]: group for group in groups}
     walker = BlockWalker(model, graph.blocks)
-    grams: dict[str, Tensor] = {}
+    weights = {path: weight_out_in(model.get_submodule(path)) for path in by_path}
+    grams = {by_path[path].name: _zero_gram(weight) for path, weight in weights.items()}
     sensitivity = torch.zeros(len(graph.blocks), dtype=torch.float64)
+    sequences, modules = processes.share(len(tokens)), processes.share(len(by_path))
+    batches = [tokens[start : min(start + micro_batch, sequences.stop)] for start in sequences[::micro_batch]]
+    steps = len(batches) + len(modules)
     with inference_only(model):
-        batches = torch.split(tokens, micro_batch)
         for index, batch in enumerate(batches):
             _walk(walker, batch, by_path, grams, sensitivity)
             if progress is not None:
-                progress(index + 1, len(batches) + len(by_path))
-    sensitivity /= tokens.numel()
-    scores, orders = {}, {}
-    for index, (path, group) in enumerate(by_path.items()):
-        weight = weight_out_in(model.get_submodule(path))
-        units = torch.tensor([list(group.consumers[0].rows(unit)) for unit in range(group.units)], device=weight.device)
-        at_once = max(1, group.units // CURVE_STEPS)
-        order, costs = removal_order(weight, grams[group.name] / tokens.numel(), units, group.units, at_once=at_once)
-        nats = torch.empty_like(costs)
-        nats[order] = 0.5 * sensitivity[group.layer].to(costs) * costs
-        scores[group.name] = UnitScores(mean=nats.cpu().numpy(), variance=torch.zeros_like(nats).cpu().numpy())
-        orders[group.name] = order.cpu().numpy()
+                progress(index + 1, steps)
+    grams = {name: processes.total(gram) for name, gram in grams.items()}
+    sensitivity = processes.total(sensitivity) / tokens.numel()
+    found: dict[str, tuple[UnitScores, IntArray]] = {}
+    for index, path in enumerate(list(by_path)[modules.start : modules.stop]):
+        group = by_path[path]
+        gram = grams[group.name] / tokens.numel()
+        found[group.name] = _ordered(group, weights[path], gram, float(sensitivity[group.layer]))
         if progress is not None:
-            progress(len(batches) + index + 1, len(batches) + len(by_path))
-    return SecondOrder(grams, scores, orders)
+            progress(len(batches) + index + 1, steps)
+    every = {name: pair for part in processes.gathered(found) for name, pair in part.items()}
+    return SecondOrder(
+        grams, {name: score for name, (score, _) in every.items()}, {name: order for name, (_, order) in every.items()}
+    )
+
+
+def _zero_gram(weight: Tensor) -> Tensor:
+    return torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
+
+
+def _ordered(group: CoupledGroup, weight: Tensor, gram: Tensor, sensitivity: float) -> tuple[UnitScores, IntArray]:
+    """Cost of each of the group's units in nats, and the units in the order of leaving."""
+    units = torch.tensor([list(group.consumers[0].rows(unit)) for unit in range(group.units)], device=weight.device)
+    at_once = max(1, group.units // CURVE_STEPS)
+    order, costs = removal_order(weight, gram, units, group.units, at_once=at_once)
+    nats = torch.empty_like(costs)
+    nats[order] = 0.5 * sensitivity * costs
+    score = UnitScores(mean=nats.cpu().numpy(), variance=torch.zeros_like(nats).cpu().numpy())
+    return score, order.cpu().numpy()
 
 
 def _walk(
     walker: BlockWalker,
     batch: Tensor,
     by_path: Mapping[str, CoupledGroup],
-    grams: dict[str, Tensor],
+    grams: Mapping[str, Tensor],
     sensitivity: Tensor,
 ) -> None:
     """Add one micro-batch to the Gram matrices and to the blocks' sum over tokens of the squared gradient entry."""
@@ -110,8 +131,7 @@ def _walk(
             hidden = walker.run_block(layer, hidden, stream.contexts)
         for path, taken in seen.items():
             x = taken.input.flatten(0, -2).float()
-            gram = grams.setdefault(by_path[path].name, x.new_zeros(x.shape[1], x.shape[1]))
-            gram.addmm_(x.T, x)
+            grams[by_path[path].name].addmm_(x.T, x)
     _, gradient = loss_and_gradient(walker, hidden, batch)
     predictions = batch.shape[1] - 1
     for layer in reversed(range(len(walker.paths))):

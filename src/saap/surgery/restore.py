@@ -17,6 +17,7 @@ from saap.models.capture import Capture, capture, residual_gain
 from saap.models.least_squares import Moments, removal_order, ridge_refit
 from saap.models.linear import weight_out_in
 from saap.models.masking import channel_mask
+from saap.models.processes import Processes
 from saap.models.walker import BlockWalker, Contexts
 from saap.records import CoupledGroup, FloatArray, ModelGraph, StructurePlan
 from saap.surgery.cut import cut_bundle, cut_group
@@ -57,15 +58,18 @@ class Restoration:
 
 @dataclass(slots=True)
 class _Streams:
-    """Hidden states of all sequences before the current block: in the dense and in the pruned model.
+    """Hidden states before the current block, in the dense and in the pruned model, of this process' micro-batches.
 
-    one: contexts of a batch of one sequence, for trials.
+    one: contexts of a batch of one sequence, for trials. batches: of all processes. apart: whether the two differ.
     """
 
+    processes: Processes
+    batches: int
     one: Contexts
     contexts: list[Contexts]
     dense: list[Tensor]
     pruned: list[Tensor]
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +90,22 @@ def restore(
     tokens: Tensor,
     settings: RestoreSettings,
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> Restoration:
     """Choose, refit and cut, block by block, in place.
 
     tokens: (sequences, length) ids of the refit text. Groups inside blocks that the plan drops, and groups of the
     whole model, are left for `cut`. Every consumer is refitted, in pruned and in whole blocks, to the dense module's
     output plus the gap between the dense and the pruned residual stream so far.
+    processes: that run a part of the sequences each; the first one chooses and refits, from the moments of all.
     """
     walker = BlockWalker(model, graph.blocks)
-    streams = _start(walker, tokens, settings.micro_batch)
+    streams = _start(walker, tokens, settings.micro_batch, processes or Processes())
     result = Restoration()
     for layer in range(len(graph.blocks)):
         if layer in plan.dropped_blocks:
             streams.dense = _run(walker, layer, streams.dense, streams.contexts)
+            streams.apart = True
         else:
             _restore_block(walker, graph, plan, layer, streams, settings, result)
         if progress is not None:
@@ -106,11 +113,13 @@ def restore(
     return result
 
 
-def _start(walker: BlockWalker, tokens: Tensor, micro_batch: int) -> _Streams:
-    started = [walker.start(batch) for batch in torch.split(tokens, micro_batch)]
+def _start(walker: BlockWalker, tokens: Tensor, micro_batch: int, processes: Processes) -> _Streams:
+    batches = torch.split(tokens, micro_batch)
+    own = processes.share(len(batches))
+    started = [walker.start(batch) for batch in batches[own.start : own.stop]]
     hidden = [stream.hidden for stream in started]
     one = walker.start(tokens[:1]).contexts
-    return _Streams(one, [stream.contexts for stream in started], hidden, list(hidden))
+    return _Streams(processes, len(batches), one, [stream.contexts for stream in started], hidden, list(hidden))
 
 
 def _consumers(walker: BlockWalker, graph: ModelGraph, layer: int, streams: _Streams) -> list[_Consumer]:
@@ -121,7 +130,9 @@ def _consumers(walker: BlockWalker, graph: ModelGraph, layer: int, streams: _Str
         for member in group.consumers
         if member.part is None
     }
-    found = residual_gain(walker, layer, list(by_path), streams.dense[0][:1], streams.one)
+    found = streams.processes.from_first(
+        lambda: residual_gain(walker, layer, list(by_path), streams.dense[0][:1], streams.one)
+    )
     return [_Consumer(path, walker.model.get_submodule(path), by_path[path], gain) for path, gain in found]
 
 
@@ -135,10 +146,11 @@ def _restore_block(
     result: Restoration,
 ) -> None:
     whole = all(len(plan.kept(group)) == group.units for group in graph.in_block(layer))
-    if whole and all(pruned is dense for pruned, dense in zip(streams.pruned, streams.dense, strict=True)):
+    if whole and not streams.apart:
         streams.dense = _run(walker, layer, streams.dense, streams.contexts)
         streams.pruned = list(streams.dense)
         return
+    streams.apart = True
     consumers = _consumers(walker, graph, layer, streams)
     dense_next, dense_outputs = _dense_pass(walker, layer, consumers, streams)
     _cut_stacked(walker.model, graph, plan, layer, result)
@@ -202,7 +214,7 @@ def _refit_consumers(
         dense_here = dense_outputs.pop(consumer.path)
         added = consumer.gain if settings.residual_target else None
         targets = [_target(dense, opened, added) for dense, opened in zip(dense_here, gap, strict=True)]
-        new_outputs = _refit(walker.model, consumer, taken, targets, plan, settings, result)
+        new_outputs = _refit(walker.model, consumer, streams, taken, targets, plan, settings, result)
         if consumer.gain is None:
             continue
         gap = [consumer.gain * (target - new) for target, new in zip(targets, new_outputs, strict=True)]
@@ -234,6 +246,7 @@ def _pruned_pass(
 def _refit(
     model: nn.Module,
     consumer: _Consumer,
+    streams: _Streams,
     taken: Sequence[Capture],
     targets: Sequence[Tensor],
     plan: StructurePlan,
@@ -243,14 +256,9 @@ def _refit(
     """Choose the group's units, cut it, refit the consumer. Returns the consumer's new outputs, batch by batch."""
     weight = weight_out_in(consumer.module).float().clone()
     bias = consumer.module._parameters.get("bias")
-    held_from = len(taken) - max(1, round(len(taken) * settings.held_share))
     extra = 0 if bias is None else 1
-    fit, held = (Moments.empty(weight.shape[1] + extra, weight.shape[0], weight.device) for _ in range(2))
-    for index, (seen, target) in enumerate(zip(taken, targets, strict=True)):
-        x = _with_ones(seen.input.flatten(0, -2).float(), extra)
-        moments = fit if index < held_from else held
-        moments.add(x, target.flatten(0, -2).float())
-    kept = _choose(consumer, weight, fit, held, plan, settings)
+    fit, held = _moments(weight, extra, streams, taken, targets, settings.held_share)
+    kept = streams.processes.from_first(lambda: _choose(consumer, weight, fit, held, plan, settings))
     columns = _kept_columns(consumer, kept, weight.shape[1], weight.device)
     if kept != tuple(range(consumer.group.units)):
         cut_group(model, consumer.group, kept)
@@ -260,8 +268,11 @@ def _refit(
         return [nn.functional.linear(seen.input[..., :0], gone.to(seen.input.dtype), bias) for seen in taken]
     with_bias = torch.cat([columns, torch.arange(extra, device=columns.device) + weight.shape[1]])
     start = torch.cat([weight, *([] if bias is None else [bias.float().unsqueeze(1)])], dim=1)[:, with_bias]
-    new, error = ridge_refit(start, fit.select(with_bias), held.select(with_bias), settings.ridges)
-    result.errors[consumer.path] = error
+    new, error = start, 0.0
+    if streams.processes.first:
+        new, error = ridge_refit(start, fit.select(with_bias), held.select(with_bias), settings.ridges)
+    new = streams.processes.of_first(new)
+    result.errors[consumer.path] = streams.processes.from_first(lambda: error)
     weight_out_in(consumer.module).copy_(new[:, : len(columns)])
     if bias is not None:
         bias.copy_(new[:, -1])
@@ -269,6 +280,38 @@ def _refit(
         nn.functional.linear(seen.input[..., columns], new[:, : len(columns)].to(seen.input.dtype), bias)
         for seen in taken
     ]
+
+
+def _moments(
+    weight: Tensor,
+    extra: int,
+    streams: _Streams,
+    taken: Sequence[Capture],
+    targets: Sequence[Tensor],
+    held_share: float,
+) -> tuple[Moments, Moments]:
+    """Moments of the sequences to fit, and of those that only judge, over all processes."""
+    held_from = streams.batches - max(1, round(streams.batches * held_share))
+    fit, held = (Moments.empty(weight.shape[1] + extra, weight.shape[0], weight.device) for _ in range(2))
+    own = streams.processes.share(streams.batches)
+    for index, seen, target in zip(own, taken, targets, strict=True):
+        x = _with_ones(seen.input.flatten(0, -2).float(), extra)
+        moments = fit if index < held_from else held
+        moments.add(x, target.flatten(0, -2).float())
+    return _summed(fit, streams.processes), _summed(held, streams.processes)
+
+
+def _summed(moments: Moments, processes: Processes) -> Moments:
+    """Moments over the tokens of all processes."""
+    if processes.count == 1:
+        return moments
+    parts = processes.gathered((moments.energy, moments.tokens))
+    return Moments(
+        processes.total(moments.gram),
+        processes.total(moments.cross),
+        sum(energy for energy, _ in parts),
+        sum(tokens for _, tokens in parts),
+    )
 
 
 def _with_ones(x: Tensor, extra: int) -> Tensor:
