@@ -245,15 +245,16 @@ def scores_of(run: Run, found: Measurements | None = None) -> ImportanceScores:
         scores = baseline_scores(run, calibration.digest, found or measurements(run))
         write_scores(path, scores)
         return scores
-    scores = estimate(
-        run.loaded.model,
-        run.graph,
-        calibration,
-        roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
-        element_order=run.config.element_score,
-        aggregation=run.config.aggregation,
-        progress=run.meter.reporter.advance,
-    )
+    with run.tokens.images(run.loaded.model):
+        scores = estimate(
+            run.loaded.model,
+            run.graph,
+            calibration,
+            roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
+            element_order=run.config.element_score,
+            aggregation=run.config.aggregation,
+            progress=run.meter.reporter.advance,
+        )
     write_scores(path, scores)
     return scores
 
@@ -269,17 +270,19 @@ def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> 
     found = {target.name: run.work.file(f"plan-{target.name}.json") for target in targets}
     units = units_of(run, scores)
     element = unit_scores(scores, run.graph, Importance.ELEMENT2, run.config.fusion_scope)
-    measured = _measure(run) if any(target.budget and not found[target.name].exists() for target in targets) else None
+    searched = any(target.budget and not found[target.name].exists() for target in targets)
     plans = []
-    for target in targets:
-        path = found[target.name]
-        with run.meter.stage(f"search the structure{_label(targets, target)}"):
-            if path.exists():
-                plans.append(read_plan(path, run.graph).structure_plan(run.graph))
-                continue
-            plan = _plan(run, target, units, element, measured)
-            write_plan(path, plan, run.graph)
-            plans.append(plan)
+    with run.tokens.images(run.loaded.model):
+        measured = _measure(run) if searched else None
+        for target in targets:
+            path = found[target.name]
+            with run.meter.stage(f"search the structure{_label(targets, target)}"):
+                if path.exists():
+                    plans.append(read_plan(path, run.graph).structure_plan(run.graph))
+                    continue
+                plan = _plan(run, target, units, element, measured)
+                write_plan(path, plan, run.graph)
+                plans.append(plan)
     return plans
 
 
@@ -301,11 +304,12 @@ def _measure(run: Run) -> _Measured:
     if finds_costs(config, model, graph):
         with run.meter.stage("find the second-order cost of every unit"):
             tokens = with_written(run, "scored")
-            costs = second_order_costs(model, graph, tokens, progress=run.meter.reporter.advance)
+            ignored = run.tokens.scored.ignored
+            costs = second_order_costs(model, graph, tokens, ignored=ignored, progress=run.meter.reporter.advance)
     judge = None
     if needs_measuring(config):
         grams = None if costs is None else costs.grams
-        judge = StructureJudge(model, graph, with_written(run, "held"), grams)
+        judge = StructureJudge(model, graph, with_written(run, "held"), grams, ignored=run.tokens.held.ignored)
     return _Measured(costs, judge)
 
 
@@ -360,7 +364,8 @@ def cut_and_restore(
     biases = biases_for(run, model, plan, found)
     if run.config.restore and not plan.removes_nothing(run.graph):
         tokens, settings = refit_tokens(run), restore_settings(run, scores)
-        restoration = restore(model, run.graph, plan, tokens, settings, run.meter.reporter.advance)
+        with run.tokens.images(model):
+            restoration = restore(model, run.graph, plan, tokens, settings, run.meter.reporter.advance)
         plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
     cut(model, run.graph, plan)
     compensate(run, model, biases)

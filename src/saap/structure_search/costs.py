@@ -8,7 +8,7 @@ comparable over layers and roles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,11 +60,12 @@ def second_order_costs(
     tokens: Tensor,
     *,
     micro_batch: int = 4,
+    ignored: Collection[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> SecondOrder:
     """Collect Gram matrices and sensitivities on `tokens` (sequences, length), then order the units of every module.
 
-    The model is left as it was. Raises NonFiniteLossError.
+    ignored: ids of which no loss is taken. The model is left as it was. Raises NonFiniteLossError.
     """
     groups = measurable(graph)
     by_path = {group.consumers[0].tensor.rpartition(".")[0]: group for group in groups}
@@ -74,7 +75,7 @@ def second_order_costs(
     with inference_only(model):
         batches = torch.split(tokens, micro_batch)
         for index, batch in enumerate(batches):
-            _walk(walker, batch, by_path, grams, sensitivity)
+            _walk(walker, batch, by_path, grams, sensitivity, ignored)
             if progress is not None:
                 progress(index + 1, len(batches) + len(by_path))
     sensitivity /= tokens.numel()
@@ -99,6 +100,7 @@ def _walk(
     by_path: Mapping[str, CoupledGroup],
     grams: dict[str, Tensor],
     sensitivity: Tensor,
+    ignored: Collection[int],
 ) -> None:
     """Add one micro-batch to the Gram matrices and to the blocks' sum over tokens of the squared gradient entry."""
     stream = walker.start(batch)
@@ -112,7 +114,7 @@ def _walk(
             x = taken.input.flatten(0, -2).float()
             gram = grams.setdefault(by_path[path].name, x.new_zeros(x.shape[1], x.shape[1]))
             gram.addmm_(x.T, x)
-    _, gradient = loss_and_gradient(walker, hidden, batch)
+    _, gradient = loss_and_gradient(walker, hidden, batch, ignored=ignored)
     predictions = batch.shape[1] - 1
     for layer in reversed(range(len(walker.paths))):
         sensitivity[layer] += float((gradient.double() * predictions).square().mean(-1).sum())

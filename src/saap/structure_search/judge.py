@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ class StructureJudge:
     tokens: (sequences, length) ids that nothing was scored on. A removed unit is masked, which equals cutting it. Where
     `grams` has the Gram matrix of a group's consumer inputs, the consumer also makes good what it can, as restoration
     will, so that a structure is judged by what will be left of its loss.
+    ignored: ids whose prediction does not count.
     """
 
     def __init__(
@@ -32,12 +33,14 @@ class StructureJudge:
         tokens: Tensor,
         grams: Mapping[str, Tensor] | None = None,
         micro_batch: int = 8,
+        ignored: Collection[int] = (),
     ) -> None:
         self._model = model
         self._graph = graph
         self._units = {group.name: group.units for group in graph.groups}
         self._grams = grams or {}
         self._walker = BlockWalker(model, graph.blocks)
+        self._ignored = torch.tensor(list(ignored), dtype=torch.long, device=tokens.device)
         self._batches = torch.split(tokens, micro_batch)
         self._dense = [self._last_hidden(batch) for batch in self._batches]
         self._weights: OrderedDict[tuple[str, tuple[int, ...]], Tensor] = OrderedDict()
@@ -56,11 +59,20 @@ class StructureJudge:
             replaced_weights(self._model, weights),
         ):
             changed = [self._last_hidden(batch) for batch in self._batches]
-        for dense, hidden in zip(self._dense, changed, strict=True):
-            for row in range(len(dense)):
-                logits = self._walker.logits(dense[row : row + 1]), self._walker.logits(hidden[row : row + 1])
+        count = 0
+        for batch, dense, hidden in zip(self._batches, self._dense, changed, strict=True):
+            for row, counted in enumerate(self._counted(batch)):
+                count += int(counted.sum())
+                before, after = dense[row, counted], hidden[row, counted]
+                logits = self._walker.logits(before.unsqueeze(0)), self._walker.logits(after.unsqueeze(0))
                 total += _divergence(*logits)
-        return total / sum(batch.numel() for batch in self._batches)
+        return total / count
+
+    def _counted(self, batch: Tensor) -> Tensor:
+        """Positions whose next token is no place of an image: (sequences, length)."""
+        counted = torch.ones_like(batch, dtype=torch.bool)
+        counted[:, :-1] = ~torch.isin(batch[:, 1:], self._ignored)
+        return counted
 
     def _path(self, name: str) -> str:
         return self._graph.group(name).consumers[0].tensor.rpartition(".")[0]
