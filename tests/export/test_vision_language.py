@@ -129,7 +129,7 @@ def test_what_a_configuration_cannot_say_is_refused_by_name(tmp_path: Path) -> N
     source = folder("qwen2_vl", tmp_path / "dense")  # the width of a head follows from hidden size and heads
     with pytest.raises(LayoutError, match=r"qwen2_vl has no configuration for fewer attention.*--layout adaptive"):
         saap.prune(source, pruning_ratio=0.1, layout="uniform", roles=["attention"], out=tmp_path / "no", **SETTINGS)
-    with pytest.raises(TargetError, match="no hidden groups can be pruned.*not reached by text"):
+    with pytest.raises(TargetError, match=r"no hidden groups can be pruned.*not reached by text"):
         saap.prune(source, pruning_ratio=0.1, roles=["hidden"], out=tmp_path / "no", **SETTINGS)
     assert not (tmp_path / "no").exists()
 

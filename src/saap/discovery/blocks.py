@@ -28,8 +28,10 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
             "Hold the decoder blocks in one nn.ModuleList",
         )
     decoder = _decoder_path(model)
-    inside = [path for path in lists if path.startswith(decoder)]
-    path = max(inside or lists, key=lambda name: (len(lists[name]), sum(p.numel() for p in lists[name].parameters())))
+    in_decoder = [path for path in lists if path.startswith(decoder)]
+    path = max(
+        in_decoder or lists, key=lambda name: (len(lists[name]), sum(p.numel() for p in lists[name].parameters()))
+    )
     return tuple(f"{path}.{index}" for index in range(len(lists[path])))
 
 

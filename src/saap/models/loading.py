@@ -151,7 +151,7 @@ def load_tokenizer(resolved: ResolvedModel) -> Any | None:
 
 
 def load_processor(folder: Path) -> Any | None:
-    """What prepares images and text for the model in `folder`; None if it has none. Raises ModelError if it is broken."""
+    """What prepares images and text for the model in `folder`, None if it has none. Raises ModelError for bad files."""
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         return None
     try:

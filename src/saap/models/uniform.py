@@ -48,7 +48,7 @@ def config_fields(model: nn.Module, graph: ModelGraph) -> tuple[tuple[ConfigFiel
 
 
 def text_part(config: Any) -> Any:
-    """The part of a transformers configuration that describes the decoder: all of it, but of models with several parts."""
+    """What describes the decoder in a transformers configuration: all of it, or its part in models of several parts."""
     find = getattr(config, "get_text_config", None)
     return config if find is None else find()
 
