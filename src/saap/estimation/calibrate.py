@@ -69,7 +69,14 @@ def estimate(
     with inference_only(model):
         for first in own[::rows]:
             part_losses, parts = _score_micro_batch(
-                walker, taps, tokens[first : min(first + rows, own.stop)], first, element_order, inputs, scratch
+                walker,
+                taps,
+                tokens[first : min(first + rows, own.stop)],
+                first,
+                element_order,
+                inputs,
+                scratch,
+                calibration.ignored,
             )
             losses.append(_as_numpy(part_losses))
             for name, group in taps.groups.items():
@@ -110,7 +117,14 @@ class _Inputs:
 
 
 def _score_micro_batch(
-    walker: BlockWalker, taps: Taps, tokens: Tensor, first: int, order: ElementOrder, store: _Inputs, scratch: Scratch
+    walker: BlockWalker,
+    taps: Taps,
+    tokens: Tensor,
+    first: int,
+    order: ElementOrder,
+    store: _Inputs,
+    scratch: Scratch,
+    ignored: tuple[int, ...],
 ) -> tuple[Tensor, _Parts]:
     """Losses of the samples, and the scores of all parts by group and position."""
     batch = Batch(samples=tokens.shape[0], length=tokens.shape[1], order=order)
@@ -121,7 +135,7 @@ def _score_micro_batch(
         for index in range(len(walker.blocks)):
             inputs[index].copy_(hidden)
             hidden = walker.run_block(index, hidden, stream.contexts)
-    losses, gradient = loss_and_gradient(walker, hidden, tokens, first_sample=first)
+    losses, gradient = loss_and_gradient(walker, hidden, tokens, first_sample=first, ignored=ignored)
     parts: dict[str, dict[int, PartScores]] = {name: {} for name in taps.groups}
     lowest = min((*taps.by_block, *taps.stacked), default=len(walker.blocks))
     for index in reversed(range(lowest, len(walker.blocks))):

@@ -263,8 +263,8 @@ def _estimation(run: Probed, meter: Meter, reading: _Rate) -> StageForecast:
     units = sum(group.units for group in run.graph.groups)
     if run.config.method is not Method.SAAP:
         return StageForecast(name=name, seconds=None, peak_resident_bytes=reading.peak_resident_bytes)
-    few = dataclasses.replace(scored, tokens=scored.tokens[:PROBED_SAMPLES])
-    with meter.stage("try: estimate"):
+    few = dataclasses.replace(scored, tokens=scored.tokens[:PROBED_SAMPLES], inputs=scored.inputs[:PROBED_SAMPLES])
+    with meter.stage("try: estimate"), run.tokens.images(run.loaded.model):
         estimate(
             run.loaded.model, run.graph, few, roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
             element_order=run.config.element_score, aggregation=run.config.aggregation,
@@ -292,7 +292,7 @@ def _restoration(run: Probed, meter: Meter, base: int) -> tuple[StageForecast, f
         raise _EnoughError
 
     settings = RestoreSettings(second_order=needed.second_order and chooses_units(run.config))
-    with meter.stage(name), suppress(_EnoughError):
+    with meter.stage(name), suppress(_EnoughError), run.tokens.images(run.loaded.model):
         restore(run.loaded.model, run.graph, _even_plan(run), tokens, settings, stop)
     tried = meter.stages[-1]
     scale = needed.refit_sequences * needed.refit_length / tokens.numel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from torch import nn
 
 from saap.config import Importance, Method, PrunableRole, PruneConfig, Strategy
 from saap.data.generated import random_starts, sample_from_model
-from saap.data.samples import Calibration, SampleRequest, draw_sets, token_stream
+from saap.data.pairs import draw_pairs, pairs_file
+from saap.data.samples import Calibration, SampleRequest, check_vocabulary, draw_sets, token_stream
 from saap.data.texts import evaluation_text
+from saap.errors import CalibrationError
 from saap.models.devices import pick_device, pick_dtype, require_one_device
-from saap.models.loading import load_model, load_tokenizer, model_ref
+from saap.models.images import image_token_ids, with_images
+from saap.models.loading import load_model, load_processor, load_tokenizer, model_ref
 from saap.models.references import resolve_model
 from saap.records import CalibrationSet, IntArray, ModelGraph, ModelRef
 from saap.structure_search.costs import gram_bytes
@@ -66,6 +70,10 @@ class TokenSets:
     refit: CalibrationSet
     evaluation: IntArray
     evaluation_name: str
+
+    def images(self, model: nn.Module) -> AbstractContextManager[None]:
+        """While it lasts, the model is given the images that belong to rows of these sets."""
+        return with_images(model, (self.scored, self.held, self.refit))
 
     def tensor(self, name: str, device: torch.device) -> torch.Tensor:
         """The set of that name as (sequences, length) ids on a device."""
@@ -160,7 +168,14 @@ def draw_tokens(loaded: LoadedModel, config: PruneConfig, calibration: Calibrati
     ]
     embedding = getattr(loaded.model, "get_input_embeddings", lambda: None)()
     rows = embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else None
-    sets = draw_sets(calibration, loaded.tokenizer, requests, seed=config.seed, vocabulary=rows)
+    file = pairs_file(calibration)
+    if file is not None:
+        processor = _processor(loaded, config, file)
+        image_ids = image_token_ids(getattr(loaded.model, "config", None))
+        sets = draw_pairs(file, processor, requests, image_ids=image_ids, seed=config.seed)
+        check_vocabulary({name: one.tokens for name, one in sets.items()}, rows, loaded.tokenizer)
+    else:
+        sets = draw_sets(calibration, loaded.tokenizer, requests, seed=config.seed, vocabulary=rows)
     if loaded.tokenizer is None:
         evaluation, name = sets["held"].tokens.reshape(-1), "held-out calibration samples"
     else:
@@ -169,3 +184,16 @@ def draw_tokens(loaded: LoadedModel, config: PruneConfig, calibration: Calibrati
     return TokenSets(
         scored=sets["scored"], held=sets["held"], refit=sets["refit"], evaluation=evaluation, evaluation_name=name
     )
+
+
+def _processor(loaded: LoadedModel, config: PruneConfig, file: Path) -> Any:
+    """What makes inputs of images and text for the model. Raises CalibrationError if it has none."""
+    if config.method is not Method.SAAP:
+        raise CalibrationError(f"--method {config.method} is not made for image-text pairs", "Give a text file")
+    processor = None if loaded.folder is None else load_processor(loaded.folder)
+    if processor is None or not image_token_ids(getattr(loaded.model, "config", None)):
+        raise CalibrationError(
+            f"{file} holds image-text pairs, but the model has no processor for images",
+            "Give a text file, or the folder of a model that reads images with its processor's files",
+        )
+    return processor

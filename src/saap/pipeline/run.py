@@ -250,7 +250,11 @@ def scores_of(run: Run, found: Measurements | None = None) -> ImportanceScores:
         require_same("The file of scores", expected=scores.graph_digest, found=run.graph.digest)
         require_same("The file of scores", expected=scores.calibration_digest, found=calibration.digest)
         return scores
-    if run.config.method is Method.SAAP:
+    if run.config.method is not Method.SAAP:
+        scores = run.processes.from_first(lambda: baseline_scores(run, calibration.digest, found or measurements(run)))
+        run.processes.from_first(lambda: write_scores(path, scores))
+        return scores
+    with run.tokens.images(run.loaded.model):
         scores = estimate(
             run.loaded.model,
             run.graph,
@@ -261,8 +265,6 @@ def scores_of(run: Run, found: Measurements | None = None) -> ImportanceScores:
             progress=run.meter.reporter.advance,
             processes=run.processes,
         )
-    else:
-        scores = run.processes.from_first(lambda: baseline_scores(run, calibration.digest, found or measurements(run)))
     run.processes.from_first(lambda: write_scores(path, scores))
     return scores
 
@@ -279,20 +281,22 @@ def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> 
     found = run.processes.from_first(lambda: {name for name, path in paths.items() if path.exists()})
     units = units_of(run, scores)
     element = unit_scores(scores, run.graph, Importance.ELEMENT2, run.config.fusion_scope)
-    measured = _measure(run) if any(target.budget and target.name not in found for target in targets) else None
+    searched = any(target.budget and target.name not in found for target in targets)
     plans = []
-    for target in targets:
-        path = paths[target.name]
-        with run.meter.stage(f"search the structure{_label(targets, target)}"):
-            if target.name in found:
-                plans.append(read_plan(path, run.graph).structure_plan(run.graph))
-                continue
-            judge = measured.judge if measured is not None and target.budget is not None else None
-            if judge is not None and not run.processes.first:
-                judge.serve()
-            plan = run.processes.from_first(partial(_plan, run, target, units, element, measured))
-            run.processes.from_first(partial(write_plan, path, plan, run.graph))
-            plans.append(plan)
+    with run.tokens.images(run.loaded.model):
+        measured = _measure(run) if searched else None
+        for target in targets:
+            path = paths[target.name]
+            with run.meter.stage(f"search the structure{_label(targets, target)}"):
+                if target.name in found:
+                    plans.append(read_plan(path, run.graph).structure_plan(run.graph))
+                    continue
+                judge = measured.judge if measured is not None and target.budget is not None else None
+                if judge is not None and not run.processes.first:
+                    judge.serve()
+                plan = run.processes.from_first(partial(_plan, run, target, units, element, measured))
+                run.processes.from_first(partial(write_plan, path, plan, run.graph))
+                plans.append(plan)
     return plans
 
 
@@ -315,12 +319,15 @@ def _measure(run: Run) -> _Measured:
         with run.meter.stage("find the second-order cost of every unit"):
             tokens = with_written(run, "scored")
             costs = second_order_costs(
-                model, graph, tokens, progress=run.meter.reporter.advance, processes=run.processes
-            )
+                model, graph, tokens, ignored=run.tokens.scored.ignored, progress=run.meter.reporter.advance,
+                processes=run.processes,
+            )  # fmt: skip
     judge = None
     if needs_measuring(config):
         grams = None if costs is None else costs.grams
-        judge = StructureJudge(model, graph, with_written(run, "held"), grams, processes=run.processes)
+        judge = StructureJudge(
+            model, graph, with_written(run, "held"), grams, ignored=run.tokens.held.ignored, processes=run.processes
+        )
     return _Measured(costs, judge)
 
 
@@ -378,7 +385,8 @@ def cut_and_restore(
     biases = run.processes.from_first(lambda: biases_for(run, model, plan, found))
     if run.config.restore and not plan.removes_nothing(run.graph):
         tokens, settings = refit_tokens(run), restore_settings(run, scores)
-        restoration = restore(model, run.graph, plan, tokens, settings, run.meter.reporter.advance, run.processes)
+        with run.tokens.images(model):
+            restoration = restore(model, run.graph, plan, tokens, settings, run.meter.reporter.advance, run.processes)
         plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
     cut(model, run.graph, plan)
     compensate(run, model, biases)

@@ -8,7 +8,7 @@ comparable over layers and roles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,13 +61,14 @@ def second_order_costs(
     tokens: Tensor,
     *,
     micro_batch: int = 4,
+    ignored: Collection[int] = (),
     progress: Callable[[int, int], None] | None = None,
     processes: Processes | None = None,
 ) -> SecondOrder:
     """Collect Gram matrices and sensitivities on `tokens` (sequences, length), then order the units of every module.
 
-    processes: that take a part of the sequences and then of the modules each; all get the whole result. progress: of
-    this one's part. The model is left as it was. Raises NonFiniteLossError.
+    ignored: ids of which no loss is taken. processes: that take a part of the sequences and then of the modules each;
+    all get the whole result. progress: of this one's part. The model is left as it was. Raises NonFiniteLossError.
     """
     processes = processes or Processes()
     groups = measurable(graph)
@@ -81,7 +82,7 @@ def second_order_costs(
     steps = len(batches) + len(modules)
     with inference_only(model):
         for index, batch in enumerate(batches):
-            _walk(walker, batch, by_path, grams, sensitivity)
+            _walk(walker, batch, by_path, grams, sensitivity, ignored)
             if progress is not None:
                 progress(index + 1, steps)
     grams = {name: processes.total(gram) for name, gram in grams.items()}
@@ -120,6 +121,7 @@ def _walk(
     by_path: Mapping[str, CoupledGroup],
     grams: Mapping[str, Tensor],
     sensitivity: Tensor,
+    ignored: Collection[int],
 ) -> None:
     """Add one micro-batch to the Gram matrices and to the blocks' sum over tokens of the squared gradient entry."""
     stream = walker.start(batch)
@@ -132,7 +134,7 @@ def _walk(
         for path, taken in seen.items():
             x = taken.input.flatten(0, -2).float()
             grams[by_path[path].name].addmm_(x.T, x)
-    _, gradient = loss_and_gradient(walker, hidden, batch)
+    _, gradient = loss_and_gradient(walker, hidden, batch, ignored=ignored)
     predictions = batch.shape[1] - 1
     for layer in reversed(range(len(walker.paths))):
         sensitivity[layer] += float((gradient.double() * predictions).square().mean(-1).sum())

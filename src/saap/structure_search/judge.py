@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import zip_longest
 
 import torch
@@ -27,6 +27,7 @@ class StructureJudge:
     tokens: (sequences, length) ids that nothing was scored on. A removed unit is masked, which equals cutting it. Where
     `grams` has the Gram matrix of a group's consumer inputs, the consumer also makes good what it can, as restoration
     will, so that a structure is judged by what will be left of its loss.
+    ignored: ids whose prediction does not count.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class StructureJudge:
         tokens: Tensor,
         grams: Mapping[str, Tensor] | None = None,
         micro_batch: int = 8,
+        ignored: Collection[int] = (),
         processes: Processes | None = None,
     ) -> None:
         self._model = model
@@ -44,9 +46,11 @@ class StructureJudge:
         self._grams = grams or {}
         self._walker = BlockWalker(model, graph.blocks)
         self._processes = processes or Processes()
-        self._tokens = tokens.numel()
+        self._ignored = torch.tensor(list(ignored), dtype=torch.long, device=tokens.device)
+        batches = torch.split(tokens, micro_batch)
+        self._counts = sum(int(self._counted(batch).sum()) for batch in batches)
         # Whole micro-batches go to a process, so that the losses do not depend on how many there are.
-        self._batches = torch.split(tokens, micro_batch)[self._processes.rank :: self._processes.count]
+        self._batches = batches[self._processes.rank :: self._processes.count]
         self._dense = [self._last_hidden(batch) for batch in self._batches]
         self._weights: OrderedDict[tuple[str, tuple[int, ...]], Tensor] = OrderedDict()
 
@@ -80,15 +84,22 @@ class StructureJudge:
         ):
             changed = [self._last_hidden(batch) for batch in self._batches]
         rows = [
-            [self._row_divergence(dense[row : row + 1], hidden[row : row + 1]) for row in range(len(dense))]
-            for dense, hidden in zip(self._dense, changed, strict=True)
+            [self._row_divergence(*row) for row in zip(dense, hidden, self._counted(batch), strict=True)]
+            for batch, dense, hidden in zip(self._batches, self._dense, changed, strict=True)
         ]
         every = self._processes.gathered(rows)
         batches = [batch for turn in zip_longest(*every, fillvalue=[]) for batch in turn]
-        return sum(value for batch in batches for value in batch) / self._tokens
+        return sum(value for batch in batches for value in batch) / self._counts
 
-    def _row_divergence(self, dense: Tensor, hidden: Tensor) -> float:
-        return _divergence(self._walker.logits(dense), self._walker.logits(hidden))
+    def _row_divergence(self, dense: Tensor, hidden: Tensor, counted: Tensor) -> float:
+        """dense, hidden: (length, width). counted: (length,) bool."""
+        return _divergence(self._walker.logits(dense[counted][None]), self._walker.logits(hidden[counted][None]))
+
+    def _counted(self, batch: Tensor) -> Tensor:
+        """Positions whose next token is no place of an image: (sequences, length)."""
+        counted = torch.ones_like(batch, dtype=torch.bool)
+        counted[:, :-1] = ~torch.isin(batch[:, 1:], self._ignored)
+        return counted
 
     def _path(self, name: str) -> str:
         return self._graph.group(name).consumers[0].tensor.rpartition(".")[0]
