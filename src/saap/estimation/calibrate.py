@@ -3,11 +3,15 @@
 A micro-batch walks all blocks forward, of which only the blocks' inputs are kept, then from the last block back to the
 first, each run again under autograd. So besides the weights there are in memory: the block inputs of one micro-batch,
 one block's activations, one weight gradient. No weight ever holds a gradient.
+
+Where the weights are read as they are used, all micro-batches walk through one block before the next, so that each
+block is read once forward and once backward; the blocks' inputs then lie on the disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
@@ -22,7 +26,8 @@ from saap.estimation.statistics import Moments, merge
 from saap.estimation.taps import Batch, GroupParts, PartScores, Scratch, Taps, make_taps, watching
 from saap.models.loss import loss_and_gradient
 from saap.models.processes import Processes
-from saap.models.walker import BlockWalker, inference_only
+from saap.models.spill import Spill
+from saap.models.walker import BlockWalker, Contexts, inference_only
 from saap.records import CalibrationSet, FloatArray, ImportanceScores, ModelGraph, Role
 
 TOKENS_AT_ONCE = 256
@@ -40,6 +45,7 @@ def estimate(
     element_order: ElementOrder = ElementOrder.SECOND,
     aggregation: Aggregation = Aggregation.SUM,
     micro_batch: int | None = None,
+    spill: Spill | None = None,
     progress: Callable[[int, int], None] | None = None,
     processes: Processes | None = None,
 ) -> ImportanceScores:
@@ -49,7 +55,9 @@ def estimate(
     samples are then averaged. Members in linear modules of the decoder blocks are scored, biases with their channels.
     micro_batch: samples at a time, by default as many as fit into 256 tokens; it does not change the result. Where a
     group lies in stacked tensors (experts) it is one sample.
-    progress: called with the numbers of samples done and of all. The model is left as it was.
+    spill: where the inputs of the blocks are kept if all samples are to walk one block at a time, which does not change
+    the result. progress: called with the numbers of samples (with `spill`, of block passes) done and of all. The model
+    is left as it was.
     processes: that score a part of the samples each and all get the whole result; progress is that of this one's part.
     Raises CalibrationError for less than two samples, NonFiniteLossError, UnsupportedModelError.
     """
@@ -61,28 +69,24 @@ def estimate(
     taps = make_taps(model, graph, [group for group in graph.groups if group.role in roles])
     if taps.stacked:
         rows = 1  # the gradient of a weight is a sum over samples
-    walker, inputs, scratch = BlockWalker(model, graph.blocks), _Inputs(), Scratch()
+    walker, scratch = BlockWalker(model, graph.blocks), Scratch()
     processes = processes or Processes()
     own = processes.share(samples)
     moments: dict[str, Moments] = {}
     losses: list[FloatArray] = []
+    walk = _Walk(walker, taps, element_order, scratch, calibration.ignored)
     with inference_only(model):
-        for first in own[::rows]:
-            part_losses, parts = _score_micro_batch(
-                walker,
-                taps,
-                tokens[first : min(first + rows, own.stop)],
-                first,
-                element_order,
-                inputs,
-                scratch,
-                calibration.ignored,
-            )
-            losses.append(_as_numpy(part_losses))
-            for name, group in taps.groups.items():
-                _add(moments, name, _group_scores(parts[name], group, len(part_losses), aggregation), first)
-            if progress is not None:
-                progress(min(first + rows, own.stop) - own.start, len(own))
+        if spill is not None:
+            batches = torch.split(tokens[own.start : own.stop], rows)
+            for scored in walk.together(batches, own.start, spill, progress):
+                _take(scored, taps, aggregation, moments, losses)
+        else:
+            inputs = _Inputs()
+            for first in own[::rows]:
+                last = min(first + rows, own.stop)
+                _take(walk.alone(tokens[first:last], first, inputs), taps, aggregation, moments, losses)
+                if progress is not None:
+                    progress(last - own.start, len(own))
     found = processes.gathered((moments, losses))
     return ImportanceScores(
         graph_digest=graph.digest,
@@ -116,41 +120,123 @@ class _Inputs:
         return self._store[:, : len(hidden)]
 
 
-def _score_micro_batch(
-    walker: BlockWalker,
-    taps: Taps,
-    tokens: Tensor,
-    first: int,
-    order: ElementOrder,
-    store: _Inputs,
-    scratch: Scratch,
-    ignored: tuple[int, ...],
-) -> tuple[Tensor, _Parts]:
-    """Losses of the samples, and the scores of all parts by group and position."""
-    batch = Batch(samples=tokens.shape[0], length=tokens.shape[1], order=order)
-    stream = walker.start(tokens)
-    inputs = store.of(len(walker.blocks), stream.hidden)
-    hidden = stream.hidden
-    with torch.no_grad():
-        for index in range(len(walker.blocks)):
-            inputs[index].copy_(hidden)
-            hidden = walker.run_block(index, hidden, stream.contexts)
-    losses, gradient = loss_and_gradient(walker, hidden, tokens, first_sample=first, ignored=ignored)
-    parts: dict[str, dict[int, PartScores]] = {name: {} for name in taps.groups}
-    lowest = min((*taps.by_block, *taps.stacked), default=len(walker.blocks))
-    for index in reversed(range(lowest, len(walker.blocks))):
-        with watching(walker.model, taps.by_block.get(index, {}), batch, scratch) as watched:
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """Scores of some samples, the first of which is number `first`. losses: (samples,); None where only parts are new.
+
+    parts: by group and position, of groups that are complete.
+    """
+
+    first: int
+    samples: int
+    losses: Tensor | None
+    parts: _Parts
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """Forward and backward through all blocks."""
+
+    walker: BlockWalker
+    taps: Taps
+    order: ElementOrder
+    scratch: Scratch
+    ignored: tuple[int, ...]
+
+    @property
+    def lowest(self) -> int:
+        """The first block with parts to score; no gradient is needed below it."""
+        return min((*self.taps.by_block, *self.taps.stacked), default=len(self.walker.blocks))
+
+    def alone(self, tokens: Tensor, first: int, store: _Inputs) -> _Scored:
+        """One micro-batch through all blocks."""
+        stream = self.walker.start(tokens)
+        inputs = store.of(len(self.walker.blocks), stream.hidden)
+        hidden = stream.hidden
+        with torch.no_grad():
+            for index in range(len(self.walker.blocks)):
+                inputs[index].copy_(hidden)
+                hidden = self.walker.run_block(index, hidden, stream.contexts)
+        losses, gradient = self._loss(hidden, tokens, first)
+        parts: dict[str, dict[int, PartScores]] = {name: {} for name in self.taps.groups}
+        for index in reversed(range(self.lowest, len(self.walker.blocks))):
+            gradient = self._backward(index, inputs[index], stream.contexts, gradient, tokens, parts)
+        return _Scored(first, len(tokens), losses, parts)
+
+    def together(
+        self, batches: Sequence[Tensor], start: int, spill: Spill, progress: Callable[[int, int], None] | None
+    ) -> Iterator[_Scored]:
+        """All micro-batches through one block before the next. A group's scores come when its blocks are done.
+
+        start: number of the first sample.
+        """
+        blocks = len(self.walker.blocks)
+        firsts = [start + sum(len(batch) for batch in batches[:place]) for place in range(len(batches))]
+        steps = 2 * blocks - self.lowest
+
+        def done(step: int) -> None:
+            if progress is not None:
+                progress(step, steps)
+
+        inputs, contexts = [spill.empty()], []
+        for batch in batches:
+            stream = self.walker.start(batch)
+            inputs[0].append(stream.hidden)
+            contexts.append(stream.contexts)
+        with torch.no_grad():
+            for index in range(blocks):
+                inputs.append(spill.empty())
+                for hidden, context in zip(inputs[index], contexts, strict=True):
+                    inputs[-1].append(self.walker.run_block(index, hidden, context))
+                done(index + 1)
+        gradients = spill.empty()
+        for first, batch, hidden in zip(firsts, batches, inputs.pop(), strict=True):
+            losses, gradient = self._loss(hidden, batch, first)
+            gradients.append(gradient)
+            yield _Scored(first, len(batch), losses, {})
+        complete = self.taps.complete_at()
+        waiting: list[dict[str, dict[int, PartScores]]] = [{} for _ in batches]
+        for index in reversed(range(self.lowest, blocks)):
+            before, entered = spill.empty(), inputs.pop()
+            for place, (first, batch) in enumerate(zip(firsts, batches, strict=True)):
+                parts = waiting[place]
+                before.append(self._backward(index, entered[place], contexts[place], gradients[place], batch, parts))
+                yield _Scored(first, len(batch), None, {name: parts.pop(name, {}) for name in complete.get(index, ())})
+            gradients = before
+            done(2 * blocks - index)
+
+    def _loss(self, hidden: Tensor, tokens: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        return loss_and_gradient(self.walker, hidden, tokens, first_sample=first, ignored=self.ignored)
+
+    def _backward(
+        self, index: int, entry: Tensor, contexts: Contexts, gradient: Tensor, tokens: Tensor,
+        parts: dict[str, dict[int, PartScores]],
+    ) -> Tensor:  # fmt: skip
+        """One micro-batch back through one block: adds to `parts`, returns the gradient at the block's input."""
+        walker, taps = self.walker, self.taps
+        batch = Batch(samples=tokens.shape[0], length=tokens.shape[1], order=self.order)
+        with watching(walker.model, taps.by_block.get(index, {}), batch, self.scratch) as watched:
             stacks = taps.stacked.get(index, {})
             weights = {name: walker.model.get_parameter(name) for name in stacks}
-            gradient, found = walker.backward_to_weights(index, inputs[index], stream.contexts, gradient, weights)
+            before, found = walker.backward_to_weights(index, entry, contexts, gradient, weights)
         for name, of_weight in found.items():
-            scored = stacked_scores(weights[name].detach(), of_weight, stacks[name], batch.length - 1, order)
+            scored = stacked_scores(weights[name].detach(), of_weight, stacks[name], batch.length - 1, self.order)
             for (group, position), scores in scored.items():
-                parts[group][position] = scores
+                parts.setdefault(group, {})[position] = scores
         for tap in watched:
             for (group, position), scores in tap.scores.items():
-                parts[group][position] = scores
-    return losses, parts
+                parts.setdefault(group, {})[position] = scores
+        return before
+
+
+def _take(
+    found: _Scored, taps: Taps, aggregation: Aggregation, moments: dict[str, Moments], losses: list[FloatArray]
+) -> None:
+    """Add what was found of some samples to the statistics."""
+    if found.losses is not None:
+        losses.append(_as_numpy(found.losses))
+    for name, parts in found.parts.items():
+        _add(moments, name, _group_scores(parts, taps.groups[name], found.samples, aggregation), found.first)
 
 
 def _group_scores(

@@ -54,6 +54,16 @@ class Taps:
     groups: Mapping[str, GroupParts]
     stacked: Mapping[int, Mapping[str, Mapping[int, Sequence[Part]]]]
 
+    def complete_at(self) -> dict[int, list[str]]:
+        """Groups by the first block that has a part of them: backward, they are complete there."""
+        parts: dict[int, list[Part]] = defaultdict(list)
+        for block, paths in self.by_block.items():
+            parts[block] += [part for found in paths.values() for part in found]
+        for block, tensors in self.stacked.items():
+            parts[block] += [part for places in tensors.values() for found in places.values() for part in found]
+        first = {part.group: block for block in sorted(parts, reverse=True) for part in parts[block]}
+        return {block: [name for name in self.groups if first[name] == block] for block in parts}
+
 
 def make_taps(model: nn.Module, graph: ModelGraph, groups: Sequence[CoupledGroup]) -> Taps:
     """Find the parts of the groups.

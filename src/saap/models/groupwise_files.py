@@ -160,7 +160,7 @@ def open_empty(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, Tensor
     model.tie_weights()
     reader = TensorReader(weight_files(resolved.folder))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    shapes |= {name: tuple(tensor.shape) for name, tensor in _stored_buffers(model).items()}
+    shapes |= {name: tuple(tensor.shape) for name, tensor in stored_buffers(model).items()}
     return (model, reader) if all(reader.shape(name) == shape for name, shape in shapes.items()) else None
 
 
@@ -193,7 +193,7 @@ def fill(
             holder, _, attribute = name.rpartition(".")
             filled = nn.Parameter(read(name), requires_grad=False)
             model.get_submodule(holder)._parameters[attribute] = filled
-    for name in _stored_buffers(model):
+    for name in stored_buffers(model):
         holder, _, attribute = name.rpartition(".")
         if not isinstance(model.get_submodule(holder), GroupwiseLinear):
             model.get_submodule(holder)._buffers[attribute] = reader.read(name)
@@ -205,6 +205,7 @@ def _out_in(read: Callable[[str], Tensor], name: str, axis: int | None) -> Tenso
     return read(name).T if axis == 0 else read(name)
 
 
-def _stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a model that its files hold, by name."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters}

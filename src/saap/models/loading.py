@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from transformers.utils import logging as transformers_logging
 
 from saap.errors import ModelError
 from saap.models.devices import pick_device, working_dtype
-from saap.models.groupwise_files import WeightOf, fill, open_empty, pack_linears, read_packed
+from saap.models.groupwise_files import WeightOf, fill, open_empty, pack_linears, read_packed, stored_buffers
 from saap.models.modeling_pruned import MODEL_TYPE, SaapPrunedConfig, auto_classes
+from saap.models.offload import offload, offloaded
 from saap.models.references import ResolvedModel, read_config, resolve_model
+from saap.models.safetensor_files import TensorReader
 from saap.records import ModelRef, digest_of
 
 SAMPLED_VALUES = 4096
@@ -207,16 +209,61 @@ def load_groupwise(
     return model.to(device)
 
 
+def open_skeleton(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, TensorReader]:
+    """A model whose weights are on the meta device, its buffers read, and a reader of its files.
+
+    Raises ModelError where they do not hold the model's weights name by name, so that it can only be opened whole.
+    """
+    register_pruned_models()
+    with quiet_transformers():
+        opened = open_empty(resolved, dtype)
+    if opened is None:
+        reason = (
+            "it is a GGUF file" if resolved.gguf_file is not None
+            else "it needs code of its own" if resolved.trust_remote_code
+            else "its files do not hold the weights by the names that the model has"
+        )  # fmt: skip
+        raise ModelError(
+            f"{resolved.source} cannot be read part by part ({reason})",
+            "Leave out --max-memory, or save it with save_pretrained and give that folder",
+        )
+    model, reader = opened
+    for name in stored_buffers(model):
+        holder, _, attribute = name.rpartition(".")
+        model.get_submodule(holder)._buffers[attribute] = reader.read(name)
+    return model, reader
+
+
+def load_offloaded(
+    resolved: ResolvedModel,
+    blocks_of: Callable[[nn.Module], Sequence[str]],
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """As `load_model`, but the weights stay in the files until they are used, see `saap.models.offload`.
+
+    blocks_of: paths of the decoder blocks of a model. Raises ModelError, also if the files do not allow it.
+    """
+    model, reader = open_skeleton(resolved, dtype if dtype is not None else working_dtype(device, resolved.dtype))
+    offload(model, blocks_of(model), reader, device=device)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+    return model
+
+
 @torch.no_grad()
 def model_ref(model: nn.Module, source: str, revision: str | None = None) -> ModelRef:
     """Which weights these are. The weights digest covers name, shape, dtype and a strided sample of each parameter."""
+    away = offloaded(model)
     config = getattr(model, "config", None)
     fields = config.to_dict() if config is not None and hasattr(config, "to_dict") else {"class": type(model).__name__}
     kept = {name: str(value) for name, value in fields.items() if name not in _INCIDENTAL_FIELDS}
     weights = hashlib.sha256()
     for name, parameter in model.named_parameters():
         weights.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        values = parameter.detach().flatten()
+        values = (parameter.detach() if away is None else away.value(parameter).to(parameter.dtype)).flatten()
         sample = values[:: max(1, -(-len(values) // SAMPLED_VALUES))].contiguous().cpu()
         weights.update(sample.view(torch.uint8).numpy().tobytes())
     return ModelRef(source=source, revision=revision, config_digest=digest_of(kept), weights_digest=weights.hexdigest())

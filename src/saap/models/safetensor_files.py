@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -129,11 +129,30 @@ class TensorReader:
         """Names of the tensors of one module, without its path."""
         return frozenset(name.removeprefix(f"{module}.") for name in self._places if name.startswith(f"{module}."))
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor of that name, on the CPU in its stored type. Raises ModelError if it is missing or cut off."""
+    def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """Some rows of a tensor along its first axis, in the given order. Raises ModelError as `read` does."""
+        file, data, entry = self._place(name)
+        count, *rest = entry["shape"]
+        first, end = entry["data_offsets"]
+        size = (end - first) // max(1, count)
+        content = bytearray(size * len(rows))
+        with file.open("rb") as stream:
+            for place, row in enumerate(rows):
+                if not 0 <= row < count:
+                    raise IndexError(f"{name} has {count} rows, not one of number {row}")
+                stream.seek(data + first + row * size)
+                if stream.readinto(memoryview(content)[place * size : (place + 1) * size]) != size:
+                    raise ModelError(f"{file} is truncated", _DOWNLOAD_AGAIN)
+        return torch.frombuffer(content, dtype=_DTYPES[entry["dtype"]]).reshape(len(rows), *rest)
+
+    def _place(self, name: str) -> tuple[Path, int, dict[str, Any]]:
         if name not in self._places:
             raise ModelError(f"The checkpoint lacks the weight {name}", "Use a complete checkpoint")
-        file, data, entry = self._places[name]
+        return self._places[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor of that name, on the CPU in its stored type. Raises ModelError if it is missing or cut off."""
+        file, data, entry = self._place(name)
         first, end = entry["data_offsets"]
         with file.open("rb") as stream:
             stream.seek(data + first)
