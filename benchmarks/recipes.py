@@ -3,7 +3,8 @@
     python benchmarks/recipes.py [NAME ...]      # default: all of recipes/
     python benchmarks/recipes.py --table         # the table in README.md, from benchmarks/results
 
-The model, the texts and the tasks of a recipe are replaced as well: by SmolLM2, bundled text, and none. Writes benchmarks/results/recipes.json: seconds, steps and outputs of each recipe.
+The model, the texts and the tasks of a recipe are replaced as well: by SmolLM2, bundled text, and none.
+Writes benchmarks/results/recipes.json: seconds, steps and outputs of each recipe.
 """
 
 from __future__ import annotations
