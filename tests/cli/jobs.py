@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+RECOVER = [
+    "--length", "32", "--batch", "2", "--max-steps", "6", "--validate-every", "2", "--validation-samples", "1",
+    "--rank", "2",
+]  # fmt: skip
 PRUNE = ["--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "8"]
 
 
@@ -28,6 +32,11 @@ class Runner:
         start = ["prune", str(self.source), "--pruning-ratio", "0.1,0.3", "--out", str(out)]
         return [*start, "--calibration", str(self.text), *PRUNE, *more]
 
+    def recover(self, out: Path) -> list[str]:
+        """The arguments of a short tuning, in which the model teaches its quantised self."""
+        start = ["recover", str(self.source), "--out", str(out), "--data", str(self.text)]
+        return [*start, "--teacher", str(self.source), *RECOVER]
+
     def run(self, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
         """What became of the jobs, which `forked.py` carries out."""
         self.numbers.append(len(self.numbers))
@@ -40,7 +49,6 @@ class Runner:
         command = [sys.executable, str(Path(__file__).with_name("forked.py")), f"{base}.json", f"{base}.done"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False, env=environment)
-
         assert done.returncode == 0, done.stderr
         results = json.loads(Path(f"{base}.done").read_text())
         return [
@@ -50,8 +58,9 @@ class Runner:
 
 
 def digest(out: Path) -> dict[str, str]:
-    """Digests of weights and plans of all results in a folder."""
-    files = [*out.glob("**/model.safetensors"), *out.glob("**/saap/plan.json")]
+    """Digests of weights, plain and packed, and plans of all results in a folder."""
+    names = ("model.safetensors", "packed.safetensors", "plan.json")
+    files = [file for name in names for file in out.rglob(name)]
     return {str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 

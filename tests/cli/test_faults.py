@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def first(runner: Runner) -> dict[str, tuple[Path, dict[str, Any]]]:
     jobs["stopped"] = {"arguments": runner.prune(outs["stopped"]), "signal": int(signal.SIGINT), "at": 12}
     jobs |= {str(size): {"arguments": runner.prune(outs[str(size)]), "largest_file": size} for size in FULL}
     jobs |= {f"after {name}": {"arguments": runner.prune(outs[name])} for name in names[1:]}
+    outs["tuned"] = runner.folder / "for-tuned" / "out"
+    jobs["tuned"] = {"arguments": runner.recover(outs["tuned"])}
     jobs["unwritable"] = {"arguments": runner.prune(Path("/proc/saap/out"))}
     results = runner.run(*jobs.values())
     return {
@@ -40,23 +43,25 @@ def first(runner: Runner) -> dict[str, tuple[Path, dict[str, Any]]]:
     }
 
 
-def test_killed_anywhere_and_taken_up(
-    runner: Runner, first: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path
-) -> None:
-    whole, undisturbed = first["whole"]
-    assert undisturbed["code"] == 0, undisturbed["stderr"]
-    events = undisturbed["events"]
+def kills(events: int) -> list[int]:
+    """Events spread evenly over a run at which it is killed."""
     assert events > KILLS
     points = [round(1 + index * (events - 1) / (KILLS - 1)) for index in range(KILLS)]
     assert len(set(points)) == KILLS
-    outs = [tmp_path / str(point) / "out" for point in points]
+    return points
+
+
+def check_kills(runner: Runner, command: Callable[[Path], list[str]], whole: Path, events: int, folder: Path) -> None:
+    """Kill a run at each of the points and take it up: the digests are those of the run that nobody disturbed."""
+    points = kills(events)
+    outs = [folder / str(point) / "out" for point in points]
     jobs: list[dict[str, Any]] = []
     for point, out in zip(points, outs, strict=True):
-        jobs.append({"arguments": runner.prune(out), "signal": int(signal.SIGKILL), "at": point})
-        jobs.append({"arguments": runner.prune(out)})
+        jobs.append({"arguments": command(out), "signal": int(signal.SIGKILL), "at": point})
+        jobs.append({"arguments": command(out)})
     results = runner.run(*jobs)
     expected = digest(whole)
-    assert len(expected) == 4
+    assert expected
     for point, out, killed, resumed in zip(points, outs, results[::2], results[1::2], strict=True):
         assert killed["code"] == -signal.SIGKILL, point
         if resumed["code"] == 2:  # the result was whole and in its place, and only the work folder had to go
@@ -65,8 +70,26 @@ def test_killed_anywhere_and_taken_up(
         else:
             assert resumed["code"] == 0, (point, resumed["stderr"])
             assert beside(out) == ["out"], point
-            assert sorted(path.name for path in out.iterdir()) == ["0.1", "0.3"], point
+            assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir()), point
         assert digest(out) == expected, point
+
+
+def test_pruning_killed_anywhere_and_taken_up(
+    runner: Runner, first: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path
+) -> None:
+    whole, undisturbed = first["whole"]
+    assert undisturbed["code"] == 0, undisturbed["stderr"]
+    assert len(digest(whole)) == 4
+    check_kills(runner, runner.prune, whole, undisturbed["events"], tmp_path)
+
+
+def test_tuning_killed_anywhere_and_taken_up(
+    runner: Runner, first: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path
+) -> None:
+    whole, undisturbed = first["tuned"]
+    assert undisturbed["code"] == 0, undisturbed["stderr"]
+    assert len(digest(whole)) == 2
+    check_kills(runner, runner.recover, whole, undisturbed["events"], tmp_path)
 
 
 def test_an_interrupted_run_says_so_and_leaves_no_output(first: dict[str, tuple[Path, dict[str, Any]]]) -> None:
