@@ -66,6 +66,17 @@ def jaccard(first: Collection[object], second: Collection[object]) -> float:
     return len(one & other) / len(one | other) if one | other else 1.0
 
 
+def as_bits(units: Collection[int]) -> str:
+    """A set of unit numbers as a hexadecimal number, one bit each: short enough to keep."""
+    return f"{sum(1 << unit for unit in set(units)):x}"
+
+
+def from_bits(bits: str) -> frozenset[int]:
+    """The set that `as_bits` wrote."""
+    number = int(bits, 16)
+    return frozenset(place for place in range(number.bit_length()) if number >> place & 1)
+
+
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (0 of a single value)."""
     array = np.asarray(values, dtype=np.float64)

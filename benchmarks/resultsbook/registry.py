@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from resultsbook.row import Row
-from resultsbook.rows import break_conditions, estimation_cost, group_sizes, importance, perplexity, speed
+from resultsbook.rows import (
+    ablation,
+    boundaries,
+    break_conditions,
+    calibration,
+    estimation_cost,
+    families,
+    generation,
+    group_sizes,
+    importance,
+    perplexity,
+    speed,
+)
 
 ROWS: tuple[Row, ...] = (
     perplexity.ROW,
     importance.ROW,
     break_conditions.ROW,
+    ablation.ROW,
+    calibration.ROW,
+    families.ROW,
     group_sizes.ROW,
+    boundaries.ROW,
+    generation.ROW,
     estimation_cost.ROW,
     speed.ROW,
 )

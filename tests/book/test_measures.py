@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from resultsbook.measures import (
+    as_bits,
     chi_square_distance,
     correlation_interval,
+    from_bits,
     jaccard,
     log_histogram,
     mean_and_spread,
@@ -56,6 +58,12 @@ def test_reliability_is_the_root_of_the_spearman_brown_formula():
     halves = np.array([1.0, 2, 3, 4]), np.array([20.0, 10, 40, 30])
     assert reliability(*halves) == pytest.approx(math.sqrt(2 * 0.6 / 1.6))
     assert reliability(np.arange(4.0), -np.arange(4.0)) == 0.0
+
+
+def test_sets_of_units_come_back_from_their_bits():
+    assert as_bits({0, 5, 1535})[-2:] == "21"
+    assert from_bits(as_bits({0, 5, 1535})) == {0, 5, 1535}
+    assert from_bits(as_bits(())) == frozenset()
 
 
 def test_jaccard_and_spread():

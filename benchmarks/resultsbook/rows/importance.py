@@ -194,6 +194,6 @@ ROW = Row(
     summarise=summarise,
     figures=figures,
     experiment=Experiment(cells=cells, settings=settings, measure=measure),
-    limits="One model and one seed; FFN channels leave, nothing is restored, so the perplexities are those of the choice "
-    "alone.",
+    limits="One model and one seed; FFN channels leave, nothing is restored, so the perplexities are those of the "
+    "choice alone.",
 )
