@@ -8,7 +8,7 @@ comparable over layers and roles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,14 @@ from saap.models.capture import capture
 from saap.models.least_squares import removal_order
 from saap.models.linear import weight_out_in
 from saap.models.loss import loss_and_gradient
-from saap.models.walker import BlockWalker, inference_only
+from saap.models.spill import Spill, held
+from saap.models.walker import BlockWalker, Contexts, inference_only
 from saap.records import CoupledGroup, IntArray, ModelGraph, UnitScores
 
 CURVE_STEPS = 32
 """Batches in which the units of a module leave: fine enough for the steps of a plan."""
+
+_Leaving = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,37 +63,89 @@ def second_order_costs(
     tokens: Tensor,
     *,
     micro_batch: int = 4,
+    spill: Spill | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SecondOrder:
     """Collect Gram matrices and sensitivities on `tokens` (sequences, length), then order the units of every module.
 
-    The model is left as it was. Raises NonFiniteLossError.
+    spill: where the inputs of the blocks are kept if all sequences are to walk one block at a time; the Gram matrices
+    are then not kept. The model is left as it was. Raises NonFiniteLossError.
     """
-    groups = measurable(graph)
-    by_path = {group.consumers[0].tensor.rpartition(".")[0]: group for group in groups}
+    by_path = {group.consumers[0].tensor.rpartition(".")[0]: group for group in measurable(graph)}
     walker = BlockWalker(model, graph.blocks)
     grams: dict[str, Tensor] = {}
+    leaving: dict[str, _Leaving] = {}
     sensitivity = torch.zeros(len(graph.blocks), dtype=torch.float64)
+    batches = torch.split(tokens, micro_batch)
     with inference_only(model):
-        batches = torch.split(tokens, micro_batch)
-        for index, batch in enumerate(batches):
+        if spill is not None:
+            leaving = _walk_together(walker, batches, by_path, sensitivity, spill, progress)
+        for index, batch in enumerate(batches if spill is None else ()):
             _walk(walker, batch, by_path, grams, sensitivity)
             if progress is not None:
                 progress(index + 1, len(batches) + len(by_path))
+    for index, (path, group) in enumerate(by_path.items() if spill is None else ()):
+        leaving[group.name] = _leaving(model, path, group, grams[group.name], tokens.numel())
+        if progress is not None:
+            progress(len(batches) + index + 1, len(batches) + len(by_path))
     sensitivity /= tokens.numel()
     scores, orders = {}, {}
-    for index, (path, group) in enumerate(by_path.items()):
-        weight = weight_out_in(model.get_submodule(path))
-        units = torch.tensor([list(group.consumers[0].rows(unit)) for unit in range(group.units)], device=weight.device)
-        at_once = max(1, group.units // CURVE_STEPS)
-        order, costs = removal_order(weight, grams[group.name] / tokens.numel(), units, group.units, at_once=at_once)
+    for group in by_path.values():
+        order, costs = leaving[group.name]
         nats = torch.empty_like(costs)
         nats[order] = 0.5 * sensitivity[group.layer].to(costs) * costs
         scores[group.name] = UnitScores(mean=nats.cpu().numpy(), variance=torch.zeros_like(nats).cpu().numpy())
         orders[group.name] = order.cpu().numpy()
-        if progress is not None:
-            progress(len(batches) + index + 1, len(batches) + len(by_path))
     return SecondOrder(grams, scores, orders)
+
+
+def _leaving(model: nn.Module, path: str, group: CoupledGroup, gram: Tensor, tokens: int) -> _Leaving:
+    """The units of a group in the order of leaving, and the squared output error of each. gram: summed over tokens."""
+    weight = weight_out_in(model.get_submodule(path))
+    units = torch.tensor([list(group.consumers[0].rows(unit)) for unit in range(group.units)], device=weight.device)
+    at_once = max(1, group.units // CURVE_STEPS)
+    return removal_order(weight, gram / tokens, units, group.units, at_once=at_once)
+
+
+def _walk_together(
+    walker: BlockWalker,
+    batches: Sequence[Tensor],
+    by_path: Mapping[str, CoupledGroup],
+    sensitivity: Tensor,
+    spill: Spill,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, _Leaving]:
+    """All micro-batches through one block before the next; the units of a block are put in order while it is there."""
+    blocks, tokens = len(walker.paths), sum(batch.numel() for batch in batches)
+    leaving: dict[str, _Leaving] = {}
+    hidden, contexts = spill.empty(), []
+    for batch in batches:
+        stream = walker.start(batch)
+        hidden.append(stream.hidden)
+        contexts.append(stream.contexts)
+    inputs = []
+    for layer in range(blocks):
+        inputs.append(hidden)
+        grams: dict[str, Tensor] = {}
+        passed = (_forward(walker, layer, *one, by_path, grams) for one in zip(hidden, contexts, strict=True))
+        hidden = held(spill.empty, passed)
+        for path in _paths_in(by_path, layer):
+            group = by_path[path]
+            leaving[group.name] = _leaving(walker.model, path, group, grams.pop(group.name), tokens)
+        if progress is not None:
+            progress(layer + 1, 2 * blocks)
+    ends = zip(hidden, batches, strict=True)
+    gradients = held(spill.empty, (loss_and_gradient(walker, last, batch)[1] for last, batch in ends))
+    for layer in reversed(range(blocks)):
+        before, entered = spill.empty(), inputs.pop()
+        for batch, entry, context, gradient in zip(batches, entered, contexts, gradients, strict=True):
+            sensitivity[layer] += _felt(gradient, batch)
+            if layer:
+                before.append(walker.backward_block(layer, entry, context, gradient))
+        gradients = before
+        if progress is not None:
+            progress(2 * blocks - layer, 2 * blocks)
+    return leaving
 
 
 def _walk(
@@ -105,19 +160,35 @@ def _walk(
     inputs, hidden = [], stream.hidden
     for layer in range(len(walker.paths)):
         inputs.append(hidden)
-        paths = _paths_in(by_path, layer)
-        with capture(walker.model, paths) as seen:
-            hidden = walker.run_block(layer, hidden, stream.contexts)
-        for path, taken in seen.items():
-            x = taken.input.flatten(0, -2).float()
-            gram = grams.setdefault(by_path[path].name, x.new_zeros(x.shape[1], x.shape[1]))
-            gram.addmm_(x.T, x)
+        hidden = _forward(walker, layer, hidden, stream.contexts, by_path, grams)
     _, gradient = loss_and_gradient(walker, hidden, batch)
-    predictions = batch.shape[1] - 1
     for layer in reversed(range(len(walker.paths))):
-        sensitivity[layer] += float((gradient.double() * predictions).square().mean(-1).sum())
+        sensitivity[layer] += _felt(gradient, batch)
         if layer:
             gradient = walker.backward_block(layer, inputs.pop(), stream.contexts, gradient)
+
+
+def _forward(
+    walker: BlockWalker,
+    layer: int,
+    hidden: Tensor,
+    contexts: Contexts,
+    by_path: Mapping[str, CoupledGroup],
+    grams: dict[str, Tensor],
+) -> Tensor:
+    """Output of a block; what its consumers read is added to their Gram matrices."""
+    with capture(walker.model, _paths_in(by_path, layer)) as seen:
+        output = walker.run_block(layer, hidden, contexts)
+    for path, taken in seen.items():
+        x = taken.input.flatten(0, -2).float()
+        gram = grams.setdefault(by_path[path].name, x.new_zeros(x.shape[1], x.shape[1]))
+        gram.addmm_(x.T, x)
+    return output
+
+
+def _felt(gradient: Tensor, batch: Tensor) -> float:
+    """Sum over tokens of the mean squared entry of the gradient of their own loss."""
+    return float((gradient.double() * (batch.shape[1] - 1)).square().mean(-1).sum())
 
 
 def _paths_in(by_path: Mapping[str, CoupledGroup], layer: int) -> list[str]:

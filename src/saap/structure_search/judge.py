@@ -15,6 +15,7 @@ from saap.models.walker import BlockWalker
 from saap.records import ModelGraph
 
 CACHED_WEIGHTS_BYTES = 2 * 10**9
+JUDGED_AT_ONCE = 8
 
 
 class StructureJudge:
@@ -31,7 +32,7 @@ class StructureJudge:
         graph: ModelGraph,
         tokens: Tensor,
         grams: Mapping[str, Tensor] | None = None,
-        micro_batch: int = 8,
+        micro_batch: int = JUDGED_AT_ONCE,
     ) -> None:
         self._model = model
         self._graph = graph

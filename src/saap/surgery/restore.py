@@ -7,16 +7,18 @@ when the dense stream passes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from saap.models.capture import Capture, capture, residual_gain
+from saap.models.capture import capture, residual_gain
 from saap.models.least_squares import Moments, removal_order, ridge_refit
 from saap.models.linear import weight_out_in
 from saap.models.masking import channel_mask
+from saap.models.offload import mark_changed
+from saap.models.spill import NewTensors, Spill, Tensors, held
 from saap.models.walker import BlockWalker, Contexts
 from saap.records import CoupledGroup, FloatArray, ModelGraph, StructurePlan
 from saap.surgery.cut import cut_bundle, cut_group
@@ -57,13 +59,14 @@ class Restoration:
 class _Streams:
     """Hidden states of all sequences before the current block: in the dense and in the pruned model.
 
-    one: contexts of a batch of one sequence, for trials.
+    one: contexts of a batch of one sequence, for trials. new: makes a sequence of tensors, one for each batch.
     """
 
+    new: NewTensors
     one: Contexts
     contexts: list[Contexts]
-    dense: list[Tensor]
-    pruned: list[Tensor]
+    dense: Tensors
+    pruned: Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +87,22 @@ def restore(
     tokens: Tensor,
     settings: RestoreSettings,
     progress: Progress | None = None,
+    *,
+    spill: Spill | None = None,
 ) -> Restoration:
     """Choose, refit and cut, block by block, in place.
 
     tokens: (sequences, length) ids of the refit text. Groups inside blocks that the plan drops, and groups of the
     whole model, are left for `cut`. Every consumer is refitted, in pruned and in whole blocks, to the dense module's
-    output plus the gap between the dense and the pruned residual stream so far.
+    output plus the gap between the dense and the pruned residual stream so far. spill: where the activations of all
+    sequences are kept, None for memory.
     """
     walker = BlockWalker(model, graph.blocks)
-    streams = _start(walker, tokens, settings.micro_batch)
+    streams = _start(walker, tokens, settings.micro_batch, list if spill is None else spill.empty)
     result = Restoration()
     for layer in range(len(graph.blocks)):
         if layer in plan.dropped_blocks:
-            streams.dense = _run(walker, layer, streams.dense, streams.contexts)
+            streams.dense = _run(walker, layer, streams.dense, streams)
         else:
             _restore_block(walker, graph, plan, layer, streams, settings, result)
         if progress is not None:
@@ -104,11 +110,13 @@ def restore(
     return result
 
 
-def _start(walker: BlockWalker, tokens: Tensor, micro_batch: int) -> _Streams:
-    started = [walker.start(batch) for batch in torch.split(tokens, micro_batch)]
-    hidden = [stream.hidden for stream in started]
-    one = walker.start(tokens[:1]).contexts
-    return _Streams(one, [stream.contexts for stream in started], hidden, list(hidden))
+def _start(walker: BlockWalker, tokens: Tensor, micro_batch: int, new: NewTensors) -> _Streams:
+    hidden, contexts = new(), []
+    for batch in torch.split(tokens, micro_batch):
+        stream = walker.start(batch)
+        hidden.append(stream.hidden)
+        contexts.append(stream.contexts)
+    return _Streams(new, walker.start(tokens[:1]).contexts, contexts, hidden, hidden)
 
 
 def _consumers(walker: BlockWalker, graph: ModelGraph, layer: int, streams: _Streams) -> list[_Consumer]:
@@ -133,9 +141,8 @@ def _restore_block(
     result: Restoration,
 ) -> None:
     whole = all(len(plan.kept(group)) == group.units for group in graph.in_block(layer))
-    if whole and all(pruned is dense for pruned, dense in zip(streams.pruned, streams.dense, strict=True)):
-        streams.dense = _run(walker, layer, streams.dense, streams.contexts)
-        streams.pruned = list(streams.dense)
+    if whole and streams.pruned is streams.dense:
+        streams.dense = streams.pruned = _run(walker, layer, streams.dense, streams)
         return
     consumers = _consumers(walker, graph, layer, streams)
     dense_next, dense_outputs = _dense_pass(walker, layer, consumers, streams)
@@ -146,7 +153,7 @@ def _restore_block(
             result.keep[group.name] = plan.kept(group)
             cut_group(walker.model, group, plan.kept(group))
     if pruned_next is None:
-        pruned_next = _run(walker, layer, streams.pruned, streams.contexts)
+        pruned_next = _run(walker, layer, streams.pruned, streams)
     streams.dense, streams.pruned = dense_next, pruned_next
 
 
@@ -162,17 +169,18 @@ def _cut_stacked(model: nn.Module, graph: ModelGraph, plan: StructurePlan, layer
             cut_bundle(model, groups, plan)
 
 
-def _run(walker: BlockWalker, layer: int, hidden: Sequence[Tensor], contexts: Sequence[Contexts]) -> list[Tensor]:
-    return [walker.run_block(layer, one, context) for one, context in zip(hidden, contexts, strict=True)]
+def _run(walker: BlockWalker, layer: int, hidden: Tensors, streams: _Streams) -> Tensors:
+    both = zip(hidden, streams.contexts, strict=True)
+    return held(streams.new, (walker.run_block(layer, one, context) for one, context in both))
 
 
 def _dense_pass(
     walker: BlockWalker, layer: int, consumers: Sequence[_Consumer], streams: _Streams
-) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+) -> tuple[Tensors, dict[str, Tensors]]:
     """The dense block's output, and what each of its consumers puts out."""
     paths = [consumer.path for consumer in consumers]
-    outputs: dict[str, list[Tensor]] = {path: [] for path in paths}
-    dense_next = []
+    outputs = {path: streams.new() for path in paths}
+    dense_next = streams.new()
     for hidden, context in zip(streams.dense, streams.contexts, strict=True):
         with capture(walker.model, paths) as seen:
             dense_next.append(walker.run_block(layer, hidden, context))
@@ -186,28 +194,29 @@ def _refit_consumers(
     layer: int,
     consumers: Sequence[_Consumer],
     streams: _Streams,
-    dense_outputs: dict[str, list[Tensor]],
+    dense_outputs: dict[str, Tensors],
     plan: StructurePlan,
     settings: RestoreSettings,
     result: Restoration,
-) -> list[Tensor] | None:
+) -> Tensors | None:
     """Refit one consumer after the other. Returns the block's new output where it follows without another run."""
-    gap = [dense - pruned for dense, pruned in zip(streams.dense, streams.pruned, strict=True)]
-    pruned_next: list[Tensor] | None = None
+    new = streams.new
+    gap = held(new, (dense - pruned for dense, pruned in zip(streams.dense, streams.pruned, strict=True)))
+    pruned_next: Tensors | None = None
     for position, consumer in enumerate(consumers):
         last = position == len(consumers) - 1
-        taken, outputs = _pruned_pass(walker, layer, consumer.path, streams, to_the_end=last)
-        dense_here = dense_outputs.pop(consumer.path)
-        targets = [_target(dense, opened, consumer.gain) for dense, opened in zip(dense_here, gap, strict=True)]
-        new_outputs = _refit(walker.model, consumer, taken, targets, plan, settings, result)
-        if consumer.gain is None:
+        taken = _pruned_pass(walker, layer, consumer.path, streams, to_the_end=last)
+        both = zip(dense_outputs.pop(consumer.path), gap, strict=True)
+        targets = held(new, (_target(dense, opened, consumer.gain) for dense, opened in both))
+        refitted = _refit(walker.model, consumer, taken.inputs, targets, plan, settings, result)
+        fresh = held(new, refitted)
+        gain = consumer.gain
+        if gain is None:
             continue
-        gap = [consumer.gain * (target - new) for target, new in zip(targets, new_outputs, strict=True)]
-        if last and outputs is not None:
-            pruned_next = [
-                out + consumer.gain * (new - old.output)
-                for out, new, old in zip(outputs, new_outputs, taken, strict=True)
-            ]
+        gap = held(new, (gain * (target - now) for target, now in zip(targets, fresh, strict=True)))
+        if taken.block is not None:
+            three = zip(taken.block, fresh, taken.outputs, strict=True)
+            pruned_next = held(new, (out + gain * (now - old) for out, now, old in three))
     return pruned_next
 
 
@@ -216,56 +225,68 @@ def _target(dense: Tensor, gap: Tensor, gain: float | None) -> Tensor:
     return dense if gain is None else dense + gap / gain
 
 
-def _pruned_pass(
-    walker: BlockWalker, layer: int, path: str, streams: _Streams, *, to_the_end: bool
-) -> tuple[list[Capture], list[Tensor] | None]:
-    taken: list[Capture] = []
-    outputs: list[Tensor] = []
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """What a consumer reads and puts out in the pruned stream, and what the block does, None if it was left early."""
+
+    inputs: Tensors
+    outputs: Tensors
+    block: Tensors | None
+
+
+def _pruned_pass(walker: BlockWalker, layer: int, path: str, streams: _Streams, *, to_the_end: bool) -> _Taken:
+    taken = _Taken(streams.new(), streams.new(), streams.new() if to_the_end else None)
     for hidden, context in zip(streams.pruned, streams.contexts, strict=True):
         with capture(walker.model, [path], stop=not to_the_end) as seen:
-            outputs.append(walker.run_block(layer, hidden, context))
-        taken.append(seen[path])
-    return taken, outputs if to_the_end else None
+            out = walker.run_block(layer, hidden, context)
+            if taken.block is not None:
+                taken.block.append(out)
+        taken.inputs.append(seen[path].input)
+        if to_the_end:
+            taken.outputs.append(seen[path].output)
+    return taken
 
 
 def _refit(
     model: nn.Module,
     consumer: _Consumer,
-    taken: Sequence[Capture],
-    targets: Sequence[Tensor],
+    taken: Tensors,
+    targets: Tensors,
     plan: StructurePlan,
     settings: RestoreSettings,
     result: Restoration,
-) -> list[Tensor]:
-    """Choose the group's units, cut it, refit the consumer. Returns the consumer's new outputs, batch by batch."""
+) -> Iterator[Tensor]:
+    """Choose the group's units, cut it, refit the consumer. Returns the consumer's new outputs, batch by batch.
+
+    taken: its inputs.
+    """
     weight = weight_out_in(consumer.module).float().clone()
     bias = consumer.module._parameters.get("bias")
     held_from = len(taken) - max(1, round(len(taken) * settings.held_share))
     extra = 0 if bias is None else 1
-    fit, held = (Moments.empty(weight.shape[1] + extra, weight.shape[0], weight.device) for _ in range(2))
-    for index, (seen, target) in enumerate(zip(taken, targets, strict=True)):
-        x = _with_ones(seen.input.flatten(0, -2).float(), extra)
-        moments = fit if index < held_from else held
+    fit, judging = (Moments.empty(weight.shape[1] + extra, weight.shape[0], weight.device) for _ in range(2))
+    for index, (read, target) in enumerate(zip(taken, targets, strict=True)):
+        x = _with_ones(read.flatten(0, -2).float(), extra)
+        moments = fit if index < held_from else judging
         moments.add(x, target.flatten(0, -2).float())
-    kept = _choose(consumer, weight, fit, held, plan, settings)
+    kept = _choose(consumer, weight, fit, judging, plan, settings)
     columns = _kept_columns(consumer, kept, weight.shape[1], weight.device)
     if kept != tuple(range(consumer.group.units)):
         cut_group(model, consumer.group, kept)
     result.keep[consumer.group.name] = kept
     if not kept:  # nothing is left to refit: the module gives its bias
         gone = weight.new_zeros(weight.shape[0], 0)
-        return [nn.functional.linear(seen.input[..., :0], gone.to(seen.input.dtype), bias) for seen in taken]
+        return (nn.functional.linear(read[..., :0], gone.to(read.dtype), bias) for read in taken)
     with_bias = torch.cat([columns, torch.arange(extra, device=columns.device) + weight.shape[1]])
     start = torch.cat([weight, *([] if bias is None else [bias.float().unsqueeze(1)])], dim=1)[:, with_bias]
-    new, error = ridge_refit(start, fit.select(with_bias), held.select(with_bias), settings.ridges)
+    fit, judging = fit.select(with_bias), judging.select(with_bias)
+    new, error = ridge_refit(start, fit, judging, settings.ridges)
     result.errors[consumer.path] = error
     weight_out_in(consumer.module).copy_(new[:, : len(columns)])
     if bias is not None:
         bias.copy_(new[:, -1])
-    return [
-        nn.functional.linear(seen.input[..., columns], new[:, : len(columns)].to(seen.input.dtype), bias)
-        for seen in taken
-    ]
+    mark_changed(model, consumer.path)
+    return (nn.functional.linear(read[..., columns], new[:, : len(columns)].to(read.dtype), bias) for read in taken)
 
 
 def _with_ones(x: Tensor, extra: int) -> Tensor:
