@@ -3,9 +3,9 @@
     python benchmarks/cost.py            # about 10 minutes on 2 idle cores
     python benchmarks/cost.py --table    # table, chart and exponents again, from benchmarks/results/cost.json
 
-LLaMA shapes with random weights in float32. One thing is varied at a time; each run is a process of its own. Time is that
-of the processor, so that other work on the machine matters less. An exponent is the slope of a straight line through the
-logarithms (least squares); memory is that above the process before it opens the model. Writes
+LLaMA shapes with random weights in float32. One thing is varied at a time; each run is a process of its own. Time is
+that of the processor, so that other work on the machine matters less. An exponent is the slope of a straight line
+through the logarithms (least squares); memory is that above the process before it opens the model. Writes
 benchmarks/results/cost.json, benchmarks/cost.svg and the table in benchmarks/README.md.
 """
 
@@ -15,27 +15,30 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib import pyplot
 from readme_tables import write_between_marks
 from shapes import Shape, write_checkpoint
 
-from saap.config import PruneConfig
-from saap.pipeline import memory
+from saap.config import Effort, PruneConfig
+from saap.models.references import resolve_model
 from saap.pipeline.inputs import RunOptions
+from saap.pipeline.memory import limits
 from saap.pipeline.run import run_prune
 
 HERE = Path(__file__).resolve().parent
 RESULT, CHART = HERE / "results" / "cost.json", HERE / "cost.svg"
 VOCABULARY = 2048
 ESTIMATION = "estimate the importance of every unit"
-CUTTING = "cut"
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def measure_all() -> dict[str, Any]:
         for layers in {point.layers for point in both}:
             (Path(folder) / str(layers)).mkdir()
             write_checkpoint(shape_of(layers), Path(folder) / str(layers), dtype=torch.float32)
+        run_one(BASE, Path(folder), None)  # loads all that a run imports, for the forked processes as well
         context = multiprocessing.get_context("fork")  # so that each run does not import everything anew
         measured = []
         for point in both:
@@ -85,6 +89,7 @@ def measure_all() -> dict[str, Any]:
             child = context.Process(target=run_one, args=(point, Path(folder), theirs))
             child.start()
             measured.append({**asdict(point), **ours.recv()})
+            print(measured[-1], flush=True)
             child.join()
     environment = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": [load, os.getloadavg()[0]]}
     return {"points": measured, "environment": environment}
@@ -94,22 +99,21 @@ def run_one(point: Point, folder: Path, answer: Any) -> None:
     """In a process of its own: one run, and what it took."""
     shape = shape_of(point.layers)
     tokens = np.random.default_rng(0).integers(17, VOCABULARY, (point.samples + 64, 64))
-    limit = None
-    if point.offloaded:  # as if the machine were so small
-        memory.resident_need = lambda sizes, config: 10**15
-        limit = 10**12
     config = PruneConfig(
-        pruning_ratios=(point.ratio,), samples=point.samples, sample_length=64, effort="fast", refit_tokens=1024,
+        pruning_ratios=(point.ratio,), samples=point.samples, sample_length=64, effort=Effort.FAST, refit_tokens=1024,
         calibration=("given from Python",),
     )  # fmt: skip
-    empty = memory.process_bytes()
+    source = folder / str(point.layers)
+    limit = sum(limits(resolve_model(source), config, torch.float32)) // 2 if point.offloaded else None
+    empty = resident_bytes()
     before, start = os.times(), time.perf_counter()
     out = folder / f"out-{os.getpid()}"
-    (result,) = run_prune(
-        folder / str(point.layers), config, RunOptions(out=out, max_memory=limit, device="cpu"), calibration=tokens
-    )
+    (result,) = run_prune(source, config, RunOptions(out=out, max_memory=limit, device="cpu"), calibration=tokens)
     after = os.times()
     stages = {stage.name.split(",")[0]: stage for stage in result.report.stages}
+    shutil.rmtree(out)
+    if answer is None:
+        return
     answer.send(
         {
             "parameters": shape.parameters,
@@ -120,3 +124,63 @@ def run_one(point: Point, folder: Path, answer: Any) -> None:
             "estimation_bytes": stages[ESTIMATION].peak_resident_bytes - empty,
         }
     )
+
+
+def resident_bytes() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) * 1024
+
+
+def curve_of(points: list[dict[str, Any]], name: str, *, offloaded: bool) -> list[dict[str, Any]]:
+    wanted = [asdict(replace(point, offloaded=offloaded)) for point in CURVES[name]]
+    found = [next(one for one in points if all(one[key] == value for key, value in want.items())) for want in wanted]
+    return sorted(found, key=lambda one: float(one[name]))
+
+
+def exponent(curve: list[dict[str, Any]], name: str, figure: str) -> float:
+    """Slope of log figure over log of what was varied."""
+    x, y = ([float(one[key]) for one in curve] for key in (name, figure))
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+FIGURES = {
+    "processor_seconds": ("processor time, s", 1.0),
+    "estimation_bytes": ("memory of the estimation, MB", 1e6),
+    "peak_bytes": ("peak memory, MB", 1e6),
+}
+NAMES = {"layers": "layers (model size)", "samples": "samples of 64 tokens", "ratio": "pruning ratio"}
+
+
+def table(points: list[dict[str, Any]]) -> str:
+    rows = ["| varied | figure | in memory | exponent | offloaded | exponent |", "|---|---|---|---|---|---|"]
+    for name, title in NAMES.items():
+        here, away = (curve_of(points, name, offloaded=offloaded) for offloaded in (False, True))
+        values = ", ".join(f"{one[name]:g}" for one in here)
+        for figure, (label, unit) in FIGURES.items():
+            cells = []
+            for curve in (here, away):
+                cells.append(", ".join(f"{one[figure] / unit:.3g}" for one in curve))
+                cells.append(f"{exponent(curve, name, figure):.2f}")
+            rows.append(f"| {title}: {values} | {label} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def draw(points: list[dict[str, Any]]) -> None:
+    matplotlib.use("svg")
+    pyplot.rcParams["svg.hashsalt"] = "cost"  # the same figures give the same file
+    figure, axes = pyplot.subplots(2, len(NAMES), figsize=(11, 6), layout="constrained")
+    for column, (name, title) in enumerate(NAMES.items()):
+        for row, key in enumerate(("processor_seconds", "peak_bytes")):
+            label, unit = FIGURES[key]
+            for offloaded, style in ((False, "o-"), (True, "s--")):
+                curve = curve_of(points, name, offloaded=offloaded)
+                x, y = [one[name] for one in curve], [one[key] / unit for one in curve]
+                power = exponent(curve, name, key)
+                axes[row][column].plot(x, y, style, label=f"{'offloaded' if offloaded else 'in memory'}, x^{power:.2f}")
+            axes[row][column].set(xlabel=title, ylabel=label, ylim=(0, None))
+            axes[row][column].legend()
+    figure.savefig(CHART, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

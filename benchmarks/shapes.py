@@ -53,6 +53,7 @@ class Shape:
     ffn: int
     layers: int
     heads: int
+    vocabulary: int = VOCABULARY
 
     @property
     def block_parameters(self) -> int:
@@ -60,7 +61,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        return self.layers * self.block_parameters + (2 * VOCABULARY + 1) * self.hidden
+        return self.layers * self.block_parameters + (2 * self.vocabulary + 1) * self.hidden
 
     def tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
         at, h, f = f"model.layers.{layer}", self.hidden, self.ffn
@@ -74,11 +75,11 @@ class Shape:
         }
 
     def shards(self) -> Iterator[dict[str, tuple[int, ...]]]:
-        yield {"model.embed_tokens.weight": (VOCABULARY, self.hidden), "model.norm.weight": (self.hidden,)}
+        yield {"model.embed_tokens.weight": (self.vocabulary, self.hidden), "model.norm.weight": (self.hidden,)}
         for first in range(0, self.layers, LAYERS_IN_A_SHARD):
             layers = range(first, min(first + LAYERS_IN_A_SHARD, self.layers))
             yield {name: size for layer in layers for name, size in self.tensors(layer).items()}
-        yield {"lm_head.weight": (VOCABULARY, self.hidden)}
+        yield {"lm_head.weight": (self.vocabulary, self.hidden)}
 
 
 SHAPES = {"7b": Shape(4096, 11008, 32, 32), "13b": Shape(5120, 13824, 40, 40)}
@@ -87,33 +88,33 @@ SHAPES = {"7b": Shape(4096, 11008, 32, 32), "13b": Shape(5120, 13824, 40, 40)}
 def random_weight(size: tuple[int, ...], pool: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Normal numbers from one pool, each tensor from a place of its own: to draw billions would take minutes."""
     if len(size) == 1:
-        return torch.ones(size, dtype=torch.bfloat16)
+        return torch.ones(size, dtype=pool.dtype)
     start = int(torch.randint(len(pool), (1,), generator=generator))
     count = size[0] * size[1]
     return pool.roll(start).repeat(-(-count // len(pool)))[:count].reshape(size)
 
 
-def write_checkpoint(shape: Shape, folder: Path) -> None:
+def write_checkpoint(shape: Shape, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Everything but a tokenizer."""
     generator = torch.Generator().manual_seed(0)
-    pool = (torch.randn(POOL - 3, generator=generator) * 0.02).bfloat16()
+    pool = (torch.randn(POOL - 3, generator=generator) * 0.02).to(dtype)
     shards = list(shape.shards())
     index: dict[str, str] = {}
     for number, sizes in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         entries = {
-            name: TensorEntry(dtype=torch.bfloat16, shape=size, make=partial(random_weight, size, pool, generator))
+            name: TensorEntry(dtype=dtype, shape=size, make=partial(random_weight, size, pool, generator))
             for name, size in sizes.items()
         }
         write_tensors(folder / file, entries, {"format": "pt"})
         index |= dict.fromkeys(sizes, file)
     (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=shape.hidden, intermediate_size=shape.ffn, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, tie_word_embeddings=False, dtype="bfloat16", bos_token_id=0, eos_token_id=0,
-        architectures=["LlamaForCausalLM"],
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, tie_word_embeddings=False,
+        dtype=str(dtype).removeprefix("torch."), bos_token_id=0, eos_token_id=0, architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     config.save_pretrained(folder)
-    small_tokenizer().save_pretrained(folder)
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:
@@ -159,6 +160,7 @@ def measure(name: str, layers: int | None, folder: Path, flags: list[str]) -> di
         source.mkdir()
         start = time.perf_counter()
         write_checkpoint(shape, source)
+        small_tokenizer().save_pretrained(source)
         written = time.perf_counter() - start
         load = os.getloadavg()[0]
         report, seconds, used = prune(source, out, flags)

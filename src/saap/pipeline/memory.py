@@ -142,15 +142,23 @@ def open_within(
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
     device = pick_device(options.device)
     dtype = working_dtype(device, resolved.dtype)
-    sizes = Sizes.of(open_skeleton(resolved, dtype)[0])
-    empty = _process_bytes() + RESERVE_BYTES
-    whole, least = empty + resident_need(sizes, config), empty + offloaded_need(sizes, config)
+    least, whole = limits(resolved, config, dtype)
     if whole <= options.max_memory:
         return open_model(source, options, tokenizer)
     if least > options.max_memory:
         raise ConfigurationError(_too_small(options.max_memory, least, config), f"Use --max-memory {_gigabytes(least)}")
     _check_possible(config, options.max_memory, whole)
     return _open_offloaded(resolved, options, tokenizer, device, dtype)
+
+
+def limits(resolved: ResolvedModel, config: PruneConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of memory that a run needs at least, and from which on all weights can be in memory.
+
+    dtype: to compute in. Raises ModelError if the files cannot be read part by part.
+    """
+    sizes = Sizes.of(open_skeleton(resolved, dtype)[0])
+    empty = _process_bytes() + RESERVE_BYTES
+    return empty + offloaded_need(sizes, config), empty + resident_need(sizes, config)
 
 
 def _open_offloaded(
