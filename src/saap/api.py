@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -30,9 +31,12 @@ from saap.estimation.selection import unit_scores
 from saap.evaluation.generation import BUNDLED
 from saap.models.devices import require_one_device
 from saap.models.loading import model_ref
+from saap.models.offload import offloaded
 from saap.models.processes import together
+from saap.models.spill import Spill
 from saap.pipeline.evaluate import EvalReport, evaluate_model
 from saap.pipeline.inputs import RunOptions, open_model
+from saap.pipeline.memory import open_within
 from saap.pipeline.progress import Reporter
 from saap.pipeline.recover import run_recover
 from saap.pipeline.recovery_report import RecoverResult
@@ -59,7 +63,7 @@ def discover(model: str | Path | nn.Module) -> ModelGraph:
 
 
 def estimate(
-    model: nn.Module,
+    model: str | Path | nn.Module,
     graph: ModelGraph,
     calibration: Calibration,
     *,
@@ -70,22 +74,33 @@ def estimate(
     element_order: ElementOrder | str = ElementOrder.SECOND,
     aggregation: Aggregation | str = Aggregation.SUM,
     seed: int = 0,
+    max_memory: int | None = None,
 ) -> ImportanceScores:
     """Vector-wise and element-wise importance of every unit over the calibration samples (SAAP, estimation stage).
 
-    calibration: names and files as on the command line, texts (both need the tokenizer), or token ids of shape
-    (samples, length). Raises CalibrationError, ModelError, NonFiniteLossError.
+    model: a loaded model, or what `saap prune` takes. calibration: names and files as on the command line, texts (both
+    need a tokenizer), or token ids of shape (samples, length). max_memory: bytes that the process may have resident;
+    for it the weights of a model given by its folder may stay in the files.
+    Raises CalibrationError, ModelError, NonFiniteLossError, ConfigurationError for a limit that is too small.
     """
-    require_one_device(model)
+    if isinstance(model, nn.Module):
+        require_one_device(model)
+        opened = model
+    else:
+        config = PruneConfig(pruning_ratios=(0,), restore=False, sample_length=sample_length)
+        loaded = open_within(model, config, RunOptions(max_memory=max_memory), tokenizer)
+        opened, tokenizer = loaded.model, loaded.tokenizer
     tokens = calibration_set(calibration, tokenizer, samples=samples, length=sample_length, seed=seed)
-    return _estimate(
-        model,
-        graph,
-        tokens,
-        roles=[Role(role) for role in roles],
-        element_order=ElementOrder(element_order),
-        aggregation=Aggregation(aggregation),
-    )
+    with TemporaryDirectory(prefix="saap-") as folder:
+        return _estimate(
+            opened,
+            graph,
+            tokens,
+            roles=[Role(role) for role in roles],
+            element_order=ElementOrder(element_order),
+            aggregation=Aggregation(aggregation),
+            spill=Spill(Path(folder)) if offloaded(opened) is not None else None,
+        )
 
 
 def search(
@@ -209,6 +224,7 @@ def prune(
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    max_memory: int | None = None,
     reporter: Reporter | None = None,
 ) -> PruneResult:
     """Prune a model: discover, estimate, search, cut, restore, check, and write it to `out` if that is given.
@@ -217,8 +233,9 @@ def prune(
     pruning_ratio: fraction of the decoder blocks' parameters; target_params: of the whole model; target_size: bytes of
     the weights as written; target_speedup: of decoding, measured in `runtime` (llama.cpp: with weights of the type
     `quantization`); exactly one of them, or `plan`. calibration: names and files, texts, or token ids (samples,
-    length). method: a baseline instead, which restores only if `restore` says so. The other arguments are the flags of
-    `saap prune`. Raises SaapError.
+    length). method: a baseline instead, which restores only if `restore` says so. max_memory: bytes that may be
+    resident; for it the weights of a model given by its folder may stay in the files, those of the result too. The
+    other arguments are the flags of `saap prune`. Raises SaapError.
     """
     if skip_layers is not None and len(skip_layers) != 2:
         raise ConfigurationError(f"skip_layers {skip_layers!r} is not understood", "Give (first, last), e.g. (4, 2)")
@@ -253,6 +270,7 @@ def prune(
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        max_memory=max_memory,
     )
     with together():
         (result,) = run_prune(model_or_path, config, options, reporter, calibration=calibration, tokenizer=tokenizer)

@@ -136,6 +136,10 @@ def prune(
     recover_minutes: Annotated[float | None, typer.Option(help="Minutes of that tuning. [default: 20]")] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     device: Device = "auto",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(metavar="BYTES", help="Most that may be resident, e.g. 6GB; blocks are read when needed for it."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the written weights: auto, float32, float16 or bfloat16.")] = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -191,6 +195,7 @@ def prune(
     options = RunOptions(
         out=out, overwrite=overwrite, work_dir=work_dir, keep_work=keep_work, device=device, dtype=dtype,
         revision=revision, trust_remote_code=trust_remote_code,
+        max_memory=parse_bytes("--max-memory", max_memory) if max_memory is not None else None,
     )  # fmt: skip
     if recover_on and not dry_run:
         _run_all_stages(model, config, options, (recover_on, recover_minutes), as_json=as_json, quiet=quiet)

@@ -84,9 +84,9 @@ def test_several_ratios_share_one_estimation(source: Path, tmp_path: Path, monke
 def test_a_search_counts_on_the_compensation_only_where_it_comes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 
-    def judge(model: nn.Module, graph: object, tokens: torch.Tensor, grams: object) -> StructureJudge:
+    def judge(model: nn.Module, graph: object, tokens: torch.Tensor, grams: object, *rest, **named) -> StructureJudge:
         given.append(grams is not None)
-        return StructureJudge(model, graph, tokens, grams)
+        return StructureJudge(model, graph, tokens, grams, *rest, **named)
 
     monkeypatch.setattr(run_module, "StructureJudge", judge)
     for restores in (False, True):

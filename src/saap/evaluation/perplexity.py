@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +18,9 @@ from saap.records import Digested, IntArray, digest_of
 # Logits of one forward pass, in float32: they are the largest tensor of an evaluation.
 LOGITS_BYTES = 2**28
 POSITIONS_PER_CHUNK = 256
+
+Reader = Callable[[Sequence[Tensor]], Iterator[Tensor]]
+"""From batches of token ids (sequences, tokens) to their logits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,7 @@ def perplexity(
     stride: int | None = None,
     batch: int = 4,
     max_tokens: int | None = None,
+    read: Reader | None = None,
 ) -> Perplexity:
     """Perplexity over windows of `token_ids` (n,), each read on its own.
 
@@ -68,7 +72,8 @@ def perplexity(
     w - 1). A shorter last window counts if it predicts something.
     max_tokens: read only the first ones. batch: windows per forward pass, fewer where the vocabulary is large.
     model: any module that maps ids (batch, tokens) to logits (batch, tokens, vocabulary), an output with `.logits`, or
-    a tuple that starts with them. Evaluated without dropout; its training flags are left as they were.
+    a tuple that starts with them. Evaluated without dropout; its training flags are left as they were. read: gives the
+    logits of all batches of windows, in place of one call of the model for each.
     Raises CalibrationError if there are fewer than 2 tokens, or window is less than 2, or stride is not
     from 1 to the window.
     """
@@ -86,8 +91,11 @@ def perplexity(
     total = torch.zeros((), dtype=torch.float64)
     predicted = 0
     with _evaluating(model):
-        for windows, context in _batches(ids, window, stride, _windows_at_once(model, window, batch)):
-            logits = model_logits(model, windows.to(device))[:, context - 1 : -1]
+        batches = list(_batches(ids, window, stride, _windows_at_once(model, window, batch)))
+        inputs = [windows.to(device) for windows, _ in batches]
+        found = (model_logits(model, one) for one in inputs) if read is None else read(inputs)
+        for (windows, context), all_logits in zip(batches, found, strict=True):
+            logits = all_logits[:, context - 1 : -1]
             targets = windows[:, context:].to(logits.device)
             total += token_nll(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
             predicted += targets.numel()

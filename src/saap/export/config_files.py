@@ -10,6 +10,7 @@ from torch import nn
 
 from saap.errors import LayoutError, OutputError
 from saap.models.modeling_pruned import MODEL_TYPE, pruned_classes
+from saap.models.offload import lend, offloaded
 from saap.models.structure import PrunedStructure, epsilon_name, pruned_fields, read_attribute
 from saap.models.uniform import stock_model, uniform_config
 from saap.records import ModelGraph, StructurePlan
@@ -84,7 +85,10 @@ def _take_epsilon(config: Any, stock: nn.Module, model: nn.Module) -> bool:
 @torch.no_grad()
 def _difference(stock: Any, model: Any) -> float:
     """Largest difference of the logits, in units of the largest logit, when `stock` takes the model's own weights."""
-    stock.load_state_dict(model.state_dict(), strict=True, assign=True)
+    if offloaded(model) is not None:
+        lend(model, stock)
+    else:
+        stock.load_state_dict(model.state_dict(), strict=True, assign=True)
     parameter = next(model.parameters())
     stock.to(parameter.device)
     ids = torch.arange(8, device=parameter.device).unsqueeze(0)

@@ -25,6 +25,8 @@ from saap.export.manifest import RunManifest
 from saap.export.model_card import model_card
 from saap.export.placing import check_place, remove_leftovers
 from saap.models import modeling_pruned
+from saap.models.offload import OffloadedWeights, offloaded
+from saap.models.safetensor_files import TensorEntry, write_tensors
 from saap.models.structure import PrunedStructure
 from saap.records import ImportanceScores, Layout, ModelGraph, StructurePlan
 from saap.storage import write_plan, write_scores
@@ -117,7 +119,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            found[name] = tensor.detach()
+            found[name] = tensor
     return found
 
 
@@ -172,12 +174,18 @@ def write_config(config: Any, folder: Path, dtype: torch.dtype) -> None:
 
 
 def _write_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    """Shard by shard, so that no second copy of the model is held."""
-    tensors = _tensors(model)
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_SIZE)
+    """Shard by shard, so that no second copy of the model is held; weights that are in files one by one."""
+    tensors, away = _tensors(model), offloaded(model)
+    sizes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()} if away else tensors
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_SIZE)
     for file, names in split.filename_to_tensors.items():
+        if away is not None:
+            entries = {name: _entry(tensors[name], away, dtype) for name in names}
+            write_tensors(folder / file, entries, {"format": "pt"})
+            continue
         shard = {
             name: tensors[name]
+            .detach()
             .to(device="cpu", dtype=dtype if tensors[name].is_floating_point() else None)
             .contiguous()
             for name in names
@@ -186,6 +194,11 @@ def _write_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _entry(tensor: Tensor, away: OffloadedWeights, dtype: torch.dtype) -> TensorEntry:
+    kept = dtype if tensor.is_floating_point() else tensor.dtype
+    return TensorEntry(dtype=kept, shape=tuple(tensor.shape), make=lambda: away.value(tensor).detach().to(kept))
 
 
 def _use_the_old_tokenizer_name(file: Path) -> None:

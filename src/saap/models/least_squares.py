@@ -40,11 +40,12 @@ class Moments:
         self.energy += float(target.square().sum(dtype=torch.float64))
         self.tokens += len(x)
 
-    def plus(self, other: Moments) -> Moments:
-        """Moments of both sets of tokens."""
-        return Moments(
-            self.gram + other.gram, self.cross + other.cross, self.energy + other.energy, self.tokens + other.tokens
-        )
+    def take(self, other: Moments) -> None:
+        """Add another set of tokens, in place."""
+        self.gram += other.gram
+        self.cross += other.cross
+        self.energy += other.energy
+        self.tokens += other.tokens
 
     def error(self, weight: Tensor) -> float:
         """Squared error of the matrix `weight` (outputs, channels) on these tokens."""
@@ -63,7 +64,7 @@ def ridge_refit(weight: Tensor, fit: Moments, held: Moments, ridges: Sequence[fl
     weight: (outputs, channels). For each ridge r the W that minimises sum |t - W x|^2 + r mean(diag G) |W - weight|^2
     over the tokens of `fit` is judged on those of `held`; the best r is then used on both together. `weight` itself
     stays if none is better, or if its error is only rounding. Returns W and the held-out error of its ridge divided by
-    that of `weight`.
+    that of `weight`. `fit` becomes the moments of both: a large Gram matrix should not exist twice.
     """
     start = held.error(weight)
     if start <= ROUNDING * held.energy:
@@ -73,7 +74,8 @@ def ridge_refit(weight: Tensor, fit: Moments, held: Moments, ridges: Sequence[fl
     if not errors[best] < start:
         return weight, 1.0
     share = fit.tokens / max(1, fit.tokens + held.tokens)
-    return _ridge(weight, fit.plus(held), best * share).to(weight.dtype), max(0.0, errors[best]) / start
+    fit.take(held)
+    return _ridge(weight, fit, best * share).to(weight.dtype), max(0.0, errors[best]) / start
 
 
 def _ridge(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
@@ -81,12 +83,15 @@ def _ridge(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
     gram, dense = moments.gram.double(), weight.double()
     missing = moments.cross.double() - gram @ dense.T
     scale = gram.diagonal().mean().clamp_min(1e-30)
-    factor = torch.linalg.cholesky(_shifted(gram, max(ridge, 1e-9) * scale))
+    gram.diagonal().add_(max(ridge, 1e-9) * scale)
+    factor = torch.linalg.cholesky(gram)
     return dense + torch.cholesky_solve(missing, factor).T
 
 
 def _shifted(gram: Tensor, shift: Tensor | float) -> Tensor:
-    return gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    shifted = gram.clone()
+    shifted.diagonal().add_(shift)
+    return shifted
 
 
 def compensated(weight: Tensor, gram: Tensor, kept: Tensor, *, ridge: float = 1e-2) -> Tensor:

@@ -57,12 +57,14 @@ class Part:
 class OffloadedWeights:
     """Where the weights of one model are. At most one part of it is in memory.
 
-    dtype: to compute in. rounded: of the values, where that is coarser. written, folder: type and place of the files
-    of changed parts, None as long as nothing may change. parts_read: how many times a part was read.
+    dtype: to compute in. blocks: paths of the decoder blocks. rounded: type of the values, where that is coarser.
+    written, folder: type and place of the files of changed parts, None as long as nothing may change. parts_read: how
+    many times a part was read.
     """
 
     device: torch.device
     dtype: torch.dtype
+    blocks: tuple[str, ...]
     parts: list[Part] = field(default_factory=list)
     rounded: torch.dtype | None = None
     written: torch.dtype | None = None
@@ -107,6 +109,16 @@ class OffloadedWeights:
                 if held is parameter:
                     return self._rounded(part.read(name))
         return parameter
+
+    def always_here(self, model: nn.Module) -> list[nn.Parameter]:
+        """Parameters of the model that are in memory whichever part is."""
+        away = {parameter for part in self.parts for parameter in part.named_parameters().values()}
+        return [parameter for parameter in model.parameters() if parameter not in away]
+
+    def round_to(self, dtype: torch.dtype) -> None:
+        """From now on compute with the values that `dtype` can hold, of the weights that are read."""
+        self.send_away()
+        self.rounded = dtype
 
     def _rounded(self, stored: Tensor) -> Tensor:
         return stored.to(self.rounded) if self.rounded is not None and stored.is_floating_point() else stored
@@ -159,6 +171,23 @@ def mark_changed(model: nn.Module, name: str) -> None:
         part.changed = True
 
 
+def lend(model: nn.Module, other: nn.Module) -> None:
+    """Let another model with the same paths compute with the weights of an offloaded one, part by part, in place."""
+    weights = offloaded(model)
+    if weights is None:
+        raise ValueError("the model is in memory")
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holder, _, attribute = name.rpartition(".")
+        other.get_submodule(holder)._parameters[attribute] = parameter
+    for part in weights.parts:
+        for path in part.modules:
+            _read_when_called(other.get_submodule(path), part, weights)
+    embedding = _input_embedding(model)
+    if embedding is not None:
+        path = next(path for path, module in model.named_modules() if module is embedding)
+        vars(other.get_submodule(path))["forward"] = embedding.forward
+
+
 @torch.no_grad()
 def offload(model: nn.Module, blocks: Sequence[str], reader: TensorReader, *, device: torch.device) -> OffloadedWeights:
     """Let a model without weights (on the meta device) read them from its files as they are used, in place.
@@ -166,7 +195,7 @@ def offload(model: nn.Module, blocks: Sequence[str], reader: TensorReader, *, de
     blocks: paths of the decoder blocks. Weights of small modules outside them are read now.
     """
     stored_names = _with_placeholders(model, device)
-    weights = OffloadedWeights(device=device, dtype=next(model.parameters()).dtype)
+    weights = OffloadedWeights(device, next(model.parameters()).dtype, tuple(blocks))
     groups = [{path: model.get_submodule(path)} for path in blocks]
     embedding, around = _input_embedding(model), _large_modules(model, blocks)
     groups += [around] if around else []
@@ -180,11 +209,9 @@ def offload(model: nn.Module, blocks: Sequence[str], reader: TensorReader, *, de
         _look_up_rows(embedding, name, reader, weights)
         if not any(held is embedding.weight for module in around.values() for held in module.parameters()):
             weights.parts.append(_part({name.removesuffix(".weight"): embedding}, stored_names, reader))
-    away = {parameter for part in weights.parts for parameter in part.named_parameters().values()}
-    for parameter, name in stored_names.items():
-        if parameter not in away:
-            stored = reader.read(name)
-            parameter.data = stored.to(device, weights.dtype if stored.is_floating_point() else None)
+    for parameter in weights.always_here(model):
+        stored = reader.read(stored_names[parameter])
+        parameter.data = stored.to(device, weights.dtype if stored.is_floating_point() else None)
     vars(model)[_ATTRIBUTE] = weights
     return weights
 

@@ -37,6 +37,11 @@ def prune_and_recover(
     """
     if options.out is None:
         raise ConfigurationError("--recover needs a folder", "Name it with --out DIR")
+    if options.max_memory is not None:
+        raise ConfigurationError(
+            "--max-memory does not hold for the tuning of --recover",
+            "Leave out one of them, and use `saap recover` later",
+        )
     processes = Processes.found()
     targets = plan_targets(pruning, options)
     check_recovery(source, pruning, recovery, options)

@@ -24,10 +24,11 @@ from saap.export.manifest import (
 )
 from saap.export.model_card import licence_of
 from saap.export.placing import complete_records, place
-from saap.models.loading import load
+from saap.models.offload import offloaded
 from saap.models.structure import PrunedStructure, auto_class_name, dense_shapes
 from saap.pipeline.context import Run
 from saap.pipeline.diagnosis import diagnose_importance, diagnose_memory, diagnose_result, diagnose_search
+from saap.pipeline.memory import forget_changed, open_result, spill_of
 from saap.pipeline.outcome import Behaviour, observe
 from saap.pipeline.report import PruneReport, PruneResult, load_lines, structure_of
 from saap.pipeline.speed_target import diagnose_speed, reached_speed
@@ -91,7 +92,10 @@ def keep_made(
 @torch.no_grad()
 def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Round the floating-point weights to the values that `dtype` can hold, in place, without changing their type."""
-    for parameter in model.parameters():
+    away = offloaded(model)
+    if away is not None:
+        away.round_to(dtype)
+    for parameter in model.parameters() if away is None else away.always_here(model):
         if parameter.dtype.is_floating_point and parameter.dtype != dtype:
             parameter.copy_(parameter.to(dtype).to(parameter.dtype))
 
@@ -104,12 +108,12 @@ def finish(run: Run, target: Target, made: Made, scores: ImportanceScores, dense
         if written is not None:
             expected = None if model is None else _few_logits(run, model)
             made.model = model = None
-            compute = next(run.loaded.model.parameters()).dtype
-            model = load(written, device=str(run.device), dtype=compute)
+            forget_changed(run, target.name)
+            model = open_result(run, written)
             _check_same(expected, _few_logits(run, model), target)
         if model is None:
             raise VerificationError("The pruned model is neither in memory nor in the work folder", "Run again")
-        pruned = observe(model, run.loaded.tokenizer, run.tokens)
+        pruned = observe(model, run.loaded.tokenizer, run.tokens, spill_of(run))
     speed = None
     if isinstance(target.budget, TimeBudget):
         with run.meter.stage("measure the speed of the result"):
@@ -119,6 +123,8 @@ def finish(run: Run, target: Target, made: Made, scores: ImportanceScores, dense
         complete_records(written, _manifest(run, made.plan, scores, (dense, pruned), speed), made.base_model_type)
         note_finished(run.work, target, written, report.as_dict())
         place(written, target.folder)
+        if offloaded(model) is not None:
+            model = open_result(run, target.folder)  # its files have another place now
     return PruneResult(model=model, plan=made.plan, report=report, path=target.folder)
 
 
@@ -129,8 +135,7 @@ def find_finished(run: Run, target: Target) -> PruneResult | None:
         return None
     report = TypeAdapter(PruneReport).validate_python(saved)
     plan = read_plan(target.folder / "saap" / "plan.json", run.graph).structure_plan(run.graph)
-    compute = next(run.loaded.model.parameters()).dtype
-    model = load(target.folder, device=str(run.device), dtype=compute)
+    model = open_result(run, target.folder)
     return PruneResult(model=model, plan=plan, report=report, path=target.folder)
 
 

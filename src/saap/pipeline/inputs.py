@@ -25,12 +25,18 @@ from saap.records import CalibrationSet, IntArray, ModelGraph, ModelRef
 from saap.structure_search.costs import gram_bytes
 
 EVALUATION_TOKENS = 8192
+# Of a model whose weights are read from its files: such a model is large, and every token takes long.
+OFFLOADED_EVALUATION_TOKENS = 1024
 GENERATION_BATCH = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """Where and how a run works; nothing here changes the result except `dtype`, that of the written weights."""
+    """Where and how a run works; nothing here changes the result except `dtype`, that of the written weights.
+
+    max_memory: bytes that the process may have resident. Where the weights therefore stay in their files, the search
+    measures fewer candidates, and the model writes no text of its own to be calibrated on.
+    """
 
     out: Path | None = None
     overwrite: bool = False
@@ -40,13 +46,15 @@ class RunOptions:
     dtype: str = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
+    max_memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
     """A dense model, ready. dtype: of the weights to write. owned: the run loaded it and may change it in place.
 
-    folder: where it came from, for the licence files.
+    folder: where it came from, for the licence files. fresh, skeleton: where the weights stay in their files, a
+    function that opens it again, and the model without weights, for discovery.
     """
 
     model: nn.Module
@@ -55,6 +63,8 @@ class LoadedModel:
     dtype: torch.dtype
     owned: bool
     folder: Path | None = None
+    fresh: Callable[[], nn.Module] | None = None
+    skeleton: nn.Module | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +143,7 @@ def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:
     """
     if config.method is not Method.SAAP and not config.restore:
         return 0
-    able = loaded.tokenizer is not None and hasattr(loaded.model, "generate")
+    able = loaded.tokenizer is not None and hasattr(loaded.model, "generate") and loaded.fresh is None
     settings = config.effort_settings
     wanted = min(settings.generated_sequences, settings.refit_sequences // 2)
     return 0 if config.trusts_calibration or not able else wanted
@@ -179,7 +189,8 @@ def draw_tokens(loaded: LoadedModel, config: PruneConfig, calibration: Calibrati
     if loaded.tokenizer is None:
         evaluation, name = sets["held"].tokens.reshape(-1), "held-out calibration samples"
     else:
-        evaluation = token_stream([evaluation_text()], loaded.tokenizer)[:EVALUATION_TOKENS]
+        most = EVALUATION_TOKENS if loaded.fresh is None else OFFLOADED_EVALUATION_TOKENS
+        evaluation = token_stream([evaluation_text()], loaded.tokenizer)[:most]
         name = "bundled text that is never calibrated on"
     return TokenSets(
         scored=sets["scored"], held=sets["held"], refit=sets["refit"], evaluation=evaluation, evaluation_name=name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import nn
 
 from saap.evaluation.generation import prompt_ids
 from saap.evaluation.perplexity import perplexity
+from saap.models.offload import offloaded
+from saap.models.spill import Spill
+from saap.models.walked import walked_logits
 from saap.pipeline.inputs import TokenSets
 
 QUESTION = "What is the capital of France?"
@@ -31,8 +35,15 @@ class Behaviour:
         return dataclasses.asdict(self)
 
 
-def observe(model: nn.Module, tokenizer: Any | None, tokens: TokenSets) -> Behaviour:
-    """Perplexity and a greedy answer of `model`."""
+def observe(model: nn.Module, tokenizer: Any | None, tokens: TokenSets, spill: Spill | None = None) -> Behaviour:
+    """Perplexity and a greedy answer of `model`.
+
+    spill: for a model whose weights are in files. It gives no answer, of which each token would read all of them.
+    """
+    away = offloaded(model)
+    if away is not None and spill is not None:
+        read = partial(walked_logits, model, away.blocks, spill=spill)
+        return Behaviour(perplexity=perplexity(model, tokens.evaluation, read=read).value, prompt="", answer="")
     value = perplexity(model, tokens.evaluation).value
     prompt, answer = greedy_answer(model, tokenizer)
     return Behaviour(perplexity=value, prompt=prompt, answer=answer)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from saap.baselines.methods import Measurements
-from saap.config import Importance, Method, PruneConfig, unit_roles
+from saap.config import Importance, Method, PrunableRole, PruneConfig, unit_roles
 from saap.data.samples import Calibration
 from saap.discovery import discover
 from saap.discovery.summary import summarise
@@ -38,6 +38,16 @@ from saap.pipeline.inputs import (
     open_model,
 )
 from saap.pipeline.legality import legal_sizes
+from saap.pipeline.memory import (
+    check_disk,
+    clear_spill,
+    dense_copy,
+    open_within,
+    refuse_offloaded,
+    require_alone,
+    search_evaluations,
+    spill_of,
+)
 from saap.pipeline.meter import Meter
 from saap.pipeline.methods import baseline_scores, biases_for, check_method, compensate, for_method, measurements
 from saap.pipeline.outcome import Behaviour, observe
@@ -51,7 +61,7 @@ from saap.pipeline.written import refit_tokens, with_written, write_text
 from saap.records import ImportanceScores, Layout, ModelGraph, Role, StructurePlan, UnitScores, digest_of, require_same
 from saap.storage import read_plan, read_scores, write_plan, write_scores
 from saap.structure_search.costs import SecondOrder, second_order_costs
-from saap.structure_search.judge import StructureJudge
+from saap.structure_search.judge import JUDGED_AT_ONCE, StructureJudge
 from saap.structure_search.objectives import Budget
 from saap.structure_search.plan import SearchSpace, check_reachable, plan_from_counts, search, with_units
 from saap.surgery.cut import cut
@@ -89,12 +99,17 @@ def run_prune(
     processes = Processes.found()
     options = with_device_of(processes, source, options)
     meter = Meter(reporter if reporter is not None and processes.first else Silent())
+    if options.max_memory is not None and options.out is None:
+        raise ConfigurationError("--max-memory needs a folder, since the result may not fit", "Name it with --out DIR")
     prepared = _prepare(source, config, options, meter, processes, calibration, tokenizer)
     processes.wait()  # until nobody looks any more at what is there
     work = shared_work(processes, work_path(options))
     if processes.from_first(lambda: work.open(_settings_digest(config, prepared))):
         meter.reporter.note(f"taking up the finished stages in {work.path}")
     run = Run(config, options, prepared.loaded, prepared.graph, prepared.space, prepared.tokens, work, meter, processes)
+    require_alone(run)
+    check_disk(run, prepared.targets)
+    clear_spill(run)
     with quick_float32_products():
         results = _all_targets(run, prepared.targets)
     processes.wait()
@@ -113,8 +128,10 @@ def preview(
         raise ConfigurationError("--dry-run tries one process alone", "Start it without torchrun or accelerate launch")
     config = for_method(config)
     meter = Meter(reporter if reporter is not None else Silent())
-    check_weights_fit(source, options)
+    if options.max_memory is None:
+        check_weights_fit(source, options)
     prepared = _prepare(source, config, options, meter, Processes(), None, None)
+    refuse_offloaded(prepared.loaded, "--dry-run")
     tokens = prepared.tokens
     probed = Probed(
         config, prepared.loaded, prepared.graph, prepared.space, tokens, prepared.targets, tuple(meter.stages)
@@ -170,11 +187,13 @@ def _prepare(
     if config.target_speedup is not None:
         check_settings(speed_settings(config))
     with meter.stage("load the model"):
-        loaded = open_model(source, options, tokenizer)
+        loaded = open_within(source, config, options, tokenizer)
+        if loaded.fresh is not None:
+            meter.reporter.note("the weights stay in their files and are read block by block")
     with meter.stage("read the calibration text"):
         tokens = draw_tokens(loaded, config, calibration if calibration is not None else config.calibration)
     with meter.stage("discover the coupled structures"):
-        graph = discover(loaded.model, loaded.ref)
+        graph = discover(loaded.model if loaded.skeleton is None else loaded.skeleton, loaded.ref)
         check_method(config, graph)
         targets = with_budgets(targets, config, graph, loaded.dtype)
         space = SearchSpace(
@@ -206,6 +225,7 @@ def _settings_digest(config: PruneConfig, prepared: _Prepared) -> str:
             str(prepared.loaded.dtype),
             [tokens.scored.digest, tokens.held.digest, tokens.refit.digest],
             "" if config.plan is None else config.plan.read_text(),
+            *([] if prepared.loaded.fresh is None else ["weights in files"]),
         ]
     )
 
@@ -235,7 +255,7 @@ def _dense_behaviour(run: Run) -> Behaviour:
     saved = run.work.read_json("dense.json")
     if saved is not None:
         return Behaviour(**saved)
-    dense = observe(run.loaded.model, run.loaded.tokenizer, run.tokens)
+    dense = observe(run.loaded.model, run.loaded.tokenizer, run.tokens, spill_of(run))
     run.work.write_json("dense.json", dense.as_dict())
     return dense
 
@@ -262,6 +282,7 @@ def scores_of(run: Run, found: Measurements | None = None) -> ImportanceScores:
             roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
             element_order=run.config.element_score,
             aggregation=run.config.aggregation,
+            spill=spill_of(run),
             progress=run.meter.reporter.advance,
             processes=run.processes,
         )
@@ -319,14 +340,15 @@ def _measure(run: Run) -> _Measured:
         with run.meter.stage("find the second-order cost of every unit"):
             tokens = with_written(run, "scored")
             costs = second_order_costs(
-                model, graph, tokens, ignored=run.tokens.scored.ignored, progress=run.meter.reporter.advance,
-                processes=run.processes,
+                model, graph, tokens, ignored=run.tokens.scored.ignored, spill=spill_of(run),
+                progress=run.meter.reporter.advance, processes=run.processes,
             )  # fmt: skip
     judge = None
-    if needs_measuring(config):
-        grams = None if costs is None else costs.grams
+    if needs_measuring(config) and (search_evaluations(run) or PrunableRole.BLOCK in config.roles):
+        grams, held = None if costs is None else costs.grams, with_written(run, "held")
+        at_once = JUDGED_AT_ONCE if run.loaded.fresh is None else len(held)
         judge = StructureJudge(
-            model, graph, with_written(run, "held"), grams, ignored=run.tokens.held.ignored, processes=run.processes
+            model, graph, held, grams, at_once, ignored=run.tokens.held.ignored, processes=run.processes
         )
     return _Measured(costs, judge)
 
@@ -351,7 +373,7 @@ def _plan(
         element_scores=element if chooses_units(config) else None,
         costs=measured.costs,
         judge=measured.judge,
-        evaluations=config.effort_settings.search_evaluations,
+        evaluations=search_evaluations(run),
         seed=config.seed,
         progress=run.meter.reporter.advance,
     )
@@ -365,7 +387,7 @@ def _make(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScore
     found = run.processes.from_first(lambda: find_made(run, target))
     if found is not None:
         return found
-    model = run.loaded.model if may_consume else copy.deepcopy(run.loaded.model)
+    model = dense_copy(run, target.name, _itself if may_consume else copy.deepcopy)
     with run.meter.stage(f"cut{' and restore' if run.config.restore else ''}, block by block"):
         plan, errors = cut_and_restore(run, model, plan, scores)
         structure = structure_of(model, run.graph, plan)
@@ -386,7 +408,9 @@ def cut_and_restore(
     if run.config.restore and not plan.removes_nothing(run.graph):
         tokens, settings = refit_tokens(run), restore_settings(run, scores)
         with run.tokens.images(model):
-            restoration = restore(model, run.graph, plan, tokens, settings, run.meter.reporter.advance, run.processes)
+            restoration = restore(
+                model, run.graph, plan, tokens, settings, run.meter.reporter.advance, run.processes, spill=spill_of(run)
+            )
         plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
     cut(model, run.graph, plan)
     compensate(run, model, biases)
@@ -398,6 +422,10 @@ def restore_settings(run: Run, scores: ImportanceScores) -> RestoreSettings:
     if not (chooses_units(run.config) and run.config.effort_settings.second_order):
         return RestoreSettings(second_order=False)
     return RestoreSettings(scores={name: group.element for name, group in scores.groups.items()})
+
+
+def _itself(model: nn.Module) -> nn.Module:
+    return model
 
 
 def _label(targets: Sequence[Target], target: Target) -> str:

@@ -8,7 +8,7 @@ comparable over layers and roles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +19,14 @@ from saap.models.least_squares import removal_order
 from saap.models.linear import weight_out_in
 from saap.models.loss import loss_and_gradient
 from saap.models.processes import Processes
-from saap.models.walker import BlockWalker, inference_only
+from saap.models.spill import Spill, held
+from saap.models.walker import BlockWalker, Contexts, inference_only
 from saap.records import CoupledGroup, IntArray, ModelGraph, UnitScores
 
 CURVE_STEPS = 32
 """Batches in which the units of a module leave: fine enough for the steps of a plan."""
+
+_Leaving = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,64 +65,135 @@ def second_order_costs(
     *,
     micro_batch: int = 4,
     ignored: Collection[int] = (),
+    spill: Spill | None = None,
     progress: Callable[[int, int], None] | None = None,
     processes: Processes | None = None,
 ) -> SecondOrder:
     """Collect Gram matrices and sensitivities on `tokens` (sequences, length), then order the units of every module.
 
-    ignored: ids of which no loss is taken. processes: that take a part of the sequences and then of the modules each;
-    all get the whole result. progress: of this one's part. The model is left as it was. Raises NonFiniteLossError.
+    ignored: ids of which no loss is taken. spill: where the inputs of the blocks are kept if all sequences are to walk
+    one block at a time, in this process alone; the Gram matrices are then not kept. processes: that take a part of the
+    sequences and then of the modules each; all get the whole result. progress: of this one's part. The model is left as
+    it was. Raises NonFiniteLossError.
     """
     processes = processes or Processes()
-    groups = measurable(graph)
-    by_path = {group.consumers[0].tensor.rpartition(".")[0]: group for group in groups}
+    by_path = {group.consumers[0].tensor.rpartition(".")[0]: group for group in measurable(graph)}
     walker = BlockWalker(model, graph.blocks)
-    weights = {path: weight_out_in(model.get_submodule(path)) for path in by_path}
+    with inference_only(model):
+        if spill is not None:
+            found = _walk_together(walker, torch.split(tokens, micro_batch), by_path, ignored, spill, progress)
+        else:
+            found = _walk_alone(walker, tokens, micro_batch, by_path, ignored, processes, progress)
+    sensitivity = found.sensitivity / tokens.numel()
+    scores, orders = {}, {}
+    for group in by_path.values():
+        order, costs = found.leaving[group.name]
+        nats = torch.empty_like(costs)
+        nats[order] = 0.5 * sensitivity[group.layer].to(costs) * costs
+        scores[group.name] = UnitScores(mean=nats.cpu().numpy(), variance=torch.zeros_like(nats).cpu().numpy())
+        orders[group.name] = order.cpu().numpy()
+    return SecondOrder(found.grams, scores, orders)
+
+
+@dataclass(frozen=True, slots=True)
+class _Walked:
+    """leaving: by group. sensitivity: sums over tokens, by block. grams: by group, where they were kept."""
+
+    leaving: Mapping[str, _Leaving]
+    sensitivity: Tensor
+    grams: Mapping[str, Tensor]
+
+
+def _walk_alone(
+    walker: BlockWalker,
+    tokens: Tensor,
+    micro_batch: int,
+    by_path: Mapping[str, CoupledGroup],
+    ignored: Collection[int],
+    processes: Processes,
+    progress: Callable[[int, int], None] | None,
+) -> _Walked:
+    """Each micro-batch through all blocks by itself."""
+    weights = {path: weight_out_in(walker.model.get_submodule(path)) for path in by_path}
     grams = {by_path[path].name: _zero_gram(weight) for path, weight in weights.items()}
-    sensitivity = torch.zeros(len(graph.blocks), dtype=torch.float64)
+    sensitivity = torch.zeros(len(walker.paths), dtype=torch.float64)
     sequences, modules = processes.share(len(tokens)), processes.share(len(by_path))
     batches = [tokens[start : min(start + micro_batch, sequences.stop)] for start in sequences[::micro_batch]]
     steps = len(batches) + len(modules)
-    with inference_only(model):
-        for index, batch in enumerate(batches):
-            _walk(walker, batch, by_path, grams, sensitivity, ignored)
-            if progress is not None:
-                progress(index + 1, steps)
+    for index, batch in enumerate(batches):
+        _walk(walker, batch, by_path, grams, sensitivity, ignored)
+        if progress is not None:
+            progress(index + 1, steps)
     grams = {name: processes.total(gram) for name, gram in grams.items()}
-    sensitivity = processes.total(sensitivity) / tokens.numel()
-    found: dict[str, tuple[UnitScores, IntArray]] = {}
+    leaving: dict[str, _Leaving] = {}
     for index, path in enumerate(list(by_path)[modules.start : modules.stop]):
         group = by_path[path]
-        gram = grams[group.name] / tokens.numel()
-        found[group.name] = _ordered(group, weights[path], gram, float(sensitivity[group.layer]))
+        leaving[group.name] = _leaving(weights[path], group, grams[group.name] / tokens.numel())
         if progress is not None:
             progress(len(batches) + index + 1, steps)
-    every = {name: pair for part in processes.gathered(found) for name, pair in part.items()}
-    return SecondOrder(
-        grams, {name: score for name, (score, _) in every.items()}, {name: order for name, (_, order) in every.items()}
-    )
+    every = {name: found for part in processes.gathered(leaving) for name, found in part.items()}
+    return _Walked(every, processes.total(sensitivity), grams)
 
 
 def _zero_gram(weight: Tensor) -> Tensor:
     return torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
 
 
-def _ordered(group: CoupledGroup, weight: Tensor, gram: Tensor, sensitivity: float) -> tuple[UnitScores, IntArray]:
-    """Cost of each of the group's units in nats, and the units in the order of leaving."""
+def _leaving(weight: Tensor, group: CoupledGroup, gram: Tensor) -> _Leaving:
+    """The units of a group in the order of leaving, and the squared output error of each. gram: mean over tokens."""
     units = torch.tensor([list(group.consumers[0].rows(unit)) for unit in range(group.units)], device=weight.device)
     at_once = max(1, group.units // CURVE_STEPS)
-    order, costs = removal_order(weight, gram, units, group.units, at_once=at_once)
-    nats = torch.empty_like(costs)
-    nats[order] = 0.5 * sensitivity * costs
-    score = UnitScores(mean=nats.cpu().numpy(), variance=torch.zeros_like(nats).cpu().numpy())
-    return score, order.cpu().numpy()
+    return removal_order(weight, gram, units, group.units, at_once=at_once)
+
+
+def _walk_together(
+    walker: BlockWalker,
+    batches: Sequence[Tensor],
+    by_path: Mapping[str, CoupledGroup],
+    ignored: Collection[int],
+    spill: Spill,
+    progress: Callable[[int, int], None] | None,
+) -> _Walked:
+    """All micro-batches through one block before the next; the units of a block are put in order while it is there."""
+    blocks, tokens = len(walker.paths), sum(batch.numel() for batch in batches)
+    leaving: dict[str, _Leaving] = {}
+    sensitivity = torch.zeros(blocks, dtype=torch.float64)
+    hidden, contexts = spill.empty(), []
+    for batch in batches:
+        stream = walker.start(batch)
+        hidden.append(stream.hidden)
+        contexts.append(stream.contexts)
+    inputs = []
+    for layer in range(blocks):
+        inputs.append(hidden)
+        grams: dict[str, Tensor] = {}
+        passed = (_forward(walker, layer, *one, by_path, grams) for one in zip(hidden, contexts, strict=True))
+        hidden = held(spill.empty, passed)
+        for path in _paths_in(by_path, layer):
+            group = by_path[path]
+            weight = weight_out_in(walker.model.get_submodule(path))
+            leaving[group.name] = _leaving(weight, group, grams.pop(group.name) / tokens)
+        if progress is not None:
+            progress(layer + 1, 2 * blocks)
+    ends = zip(hidden, batches, strict=True)
+    gradients = held(spill.empty, (loss_and_gradient(walker, last, batch, ignored=ignored)[1] for last, batch in ends))
+    for layer in reversed(range(blocks)):
+        before, entered = spill.empty(), inputs.pop()
+        for batch, entry, context, gradient in zip(batches, entered, contexts, gradients, strict=True):
+            sensitivity[layer] += _felt(gradient, batch)
+            if layer:
+                before.append(walker.backward_block(layer, entry, context, gradient))
+        gradients = before
+        if progress is not None:
+            progress(2 * blocks - layer, 2 * blocks)
+    return _Walked(leaving, sensitivity, {})
 
 
 def _walk(
     walker: BlockWalker,
     batch: Tensor,
     by_path: Mapping[str, CoupledGroup],
-    grams: Mapping[str, Tensor],
+    grams: dict[str, Tensor],
     sensitivity: Tensor,
     ignored: Collection[int],
 ) -> None:
@@ -128,18 +202,35 @@ def _walk(
     inputs, hidden = [], stream.hidden
     for layer in range(len(walker.paths)):
         inputs.append(hidden)
-        paths = _paths_in(by_path, layer)
-        with capture(walker.model, paths) as seen:
-            hidden = walker.run_block(layer, hidden, stream.contexts)
-        for path, taken in seen.items():
-            x = taken.input.flatten(0, -2).float()
-            grams[by_path[path].name].addmm_(x.T, x)
+        hidden = _forward(walker, layer, hidden, stream.contexts, by_path, grams)
     _, gradient = loss_and_gradient(walker, hidden, batch, ignored=ignored)
-    predictions = batch.shape[1] - 1
     for layer in reversed(range(len(walker.paths))):
-        sensitivity[layer] += float((gradient.double() * predictions).square().mean(-1).sum())
+        sensitivity[layer] += _felt(gradient, batch)
         if layer:
             gradient = walker.backward_block(layer, inputs.pop(), stream.contexts, gradient)
+
+
+def _forward(
+    walker: BlockWalker,
+    layer: int,
+    hidden: Tensor,
+    contexts: Contexts,
+    by_path: Mapping[str, CoupledGroup],
+    grams: dict[str, Tensor],
+) -> Tensor:
+    """Output of a block; what its consumers read is added to their Gram matrices."""
+    with capture(walker.model, _paths_in(by_path, layer)) as seen:
+        output = walker.run_block(layer, hidden, contexts)
+    for path, taken in seen.items():
+        x = taken.input.flatten(0, -2).float()
+        gram = grams.setdefault(by_path[path].name, x.new_zeros(x.shape[1], x.shape[1]))
+        gram.addmm_(x.T, x)
+    return output
+
+
+def _felt(gradient: Tensor, batch: Tensor) -> float:
+    """Sum over tokens of the mean squared entry of the gradient of their own loss."""
+    return float((gradient.double() * (batch.shape[1] - 1)).square().mean(-1).sum())
 
 
 def _paths_in(by_path: Mapping[str, CoupledGroup], layer: int) -> list[str]:

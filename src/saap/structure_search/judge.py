@@ -17,6 +17,7 @@ from saap.models.walker import BlockWalker
 from saap.records import ModelGraph
 
 CACHED_WEIGHTS_BYTES = 2 * 10**9
+JUDGED_AT_ONCE = 8
 
 _Structure = tuple[dict[str, tuple[int, ...]], tuple[int, ...]]
 
@@ -36,7 +37,8 @@ class StructureJudge:
         graph: ModelGraph,
         tokens: Tensor,
         grams: Mapping[str, Tensor] | None = None,
-        micro_batch: int = 8,
+        micro_batch: int = JUDGED_AT_ONCE,
+        *,
         ignored: Collection[int] = (),
         processes: Processes | None = None,
     ) -> None:

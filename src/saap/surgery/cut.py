@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from saap.errors import PlanError, UnsupportedModelError
 from saap.models.arguments import unit_axis
 from saap.models.modeling_pruned import ArgumentSlice, ConstantOutput, resize, set_attribute
+from saap.models.offload import bring, mark_changed
 from saap.models.structure import PrunedStructure, argument_slice, epsilon_name, structure_of
 from saap.records import AxisSlice, CoupledGroup, ModelGraph, Role, Side, StructurePlan, uneven_bundle
 from saap.surgery.depth import drop_blocks
@@ -53,6 +54,7 @@ def cut_group(model: nn.Module, group: CoupledGroup, kept: Sequence[int]) -> Non
     if len(kept) == group.units:
         return
     slices = _argument_slices(model, group, kept or (0,))
+    bring(model, group.members[0].tensor)
     if not kept:
         _empty(model, group)
     for (tensor, axis), members in _by_axis(group.members).items():
@@ -77,6 +79,7 @@ def cut_group(model: nn.Module, group: CoupledGroup, kept: Sequence[int]) -> Non
             earlier.kept = [earlier.kept[unit] for unit in hook.kept]
         else:
             module.register_forward_pre_hook(hook, with_kwargs=True)
+    mark_changed(model, group.members[0].tensor)
 
 
 @torch.no_grad()
@@ -85,6 +88,7 @@ def cut_bundle(model: nn.Module, groups: Sequence[CoupledGroup], plan: Structure
 
     groups: all groups of one bundle. Raises PlanError if they would keep nothing.
     """
+    bring(model, groups[0].members[0].tensor)
     places: dict[tuple[str, int], dict[int, list[AxisSlice]]] = defaultdict(lambda: defaultdict(list))
     owners: dict[int, CoupledGroup] = {}
     for group in groups:
@@ -105,6 +109,7 @@ def cut_bundle(model: nn.Module, groups: Sequence[CoupledGroup], plan: Structure
     for attribute in groups[0].attributes:
         value = attribute.per_unit * len(plan.kept(groups[0]))
         set_attribute(model.get_submodule(attribute.module), attribute.attribute, value)
+    mark_changed(model, groups[0].members[0].tensor)
 
 
 def rescale_norm(norm: nn.Module, share: float, name: str) -> None:

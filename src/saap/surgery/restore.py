@@ -7,17 +7,19 @@ when the dense stream passes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from saap.models.capture import Capture, capture, residual_gain
+from saap.models.capture import capture, residual_gain
 from saap.models.least_squares import Moments, removal_order, ridge_refit
 from saap.models.linear import weight_out_in
 from saap.models.masking import channel_mask
+from saap.models.offload import mark_changed
 from saap.models.processes import Processes
+from saap.models.spill import NewTensors, Spill, Tensors, held
 from saap.models.walker import BlockWalker, Contexts
 from saap.records import CoupledGroup, FloatArray, ModelGraph, StructurePlan
 from saap.surgery.cut import cut_bundle, cut_group
@@ -60,15 +62,17 @@ class Restoration:
 class _Streams:
     """Hidden states before the current block, in the dense and in the pruned model, of this process' micro-batches.
 
-    one: contexts of a batch of one sequence, for trials. batches: of all processes. apart: whether the two differ.
+    one: contexts of a batch of one sequence, for trials. batches: of all processes. new: makes a sequence of tensors,
+    one for each batch. apart: whether the two models differ.
     """
 
     processes: Processes
     batches: int
+    new: NewTensors
     one: Contexts
     contexts: list[Contexts]
-    dense: list[Tensor]
-    pruned: list[Tensor]
+    dense: Tensors
+    pruned: Tensors
     apart: bool = False
 
 
@@ -91,20 +95,24 @@ def restore(
     settings: RestoreSettings,
     progress: Progress | None = None,
     processes: Processes | None = None,
+    *,
+    spill: Spill | None = None,
 ) -> Restoration:
     """Choose, refit and cut, block by block, in place.
 
     tokens: (sequences, length) ids of the refit text. Groups inside blocks that the plan drops, and groups of the
     whole model, are left for `cut`. Every consumer is refitted, in pruned and in whole blocks, to the dense module's
     output plus the gap between the dense and the pruned residual stream so far.
-    processes: that run a part of the sequences each; the first one chooses and refits, from the moments of all.
+    processes: that run a part of the sequences each; the first one chooses and refits, from the moments of all. spill:
+    where the activations of all sequences are kept, None for memory.
     """
     walker = BlockWalker(model, graph.blocks)
-    streams = _start(walker, tokens, settings.micro_batch, processes or Processes())
+    new: NewTensors = list if spill is None else spill.empty
+    streams = _start(walker, tokens, settings.micro_batch, new, processes or Processes())
     result = Restoration()
     for layer in range(len(graph.blocks)):
         if layer in plan.dropped_blocks:
-            streams.dense = _run(walker, layer, streams.dense, streams.contexts)
+            streams.dense = _run(walker, layer, streams.dense, streams)
             streams.apart = True
         else:
             _restore_block(walker, graph, plan, layer, streams, settings, result)
@@ -113,13 +121,16 @@ def restore(
     return result
 
 
-def _start(walker: BlockWalker, tokens: Tensor, micro_batch: int, processes: Processes) -> _Streams:
+def _start(walker: BlockWalker, tokens: Tensor, micro_batch: int, new: NewTensors, processes: Processes) -> _Streams:
     batches = torch.split(tokens, micro_batch)
     own = processes.share(len(batches))
-    started = [walker.start(batch) for batch in batches[own.start : own.stop]]
-    hidden = [stream.hidden for stream in started]
+    hidden, contexts = new(), []
+    for batch in batches[own.start : own.stop]:
+        stream = walker.start(batch)
+        hidden.append(stream.hidden)
+        contexts.append(stream.contexts)
     one = walker.start(tokens[:1]).contexts
-    return _Streams(processes, len(batches), one, [stream.contexts for stream in started], hidden, list(hidden))
+    return _Streams(processes, len(batches), new, one, contexts, hidden, hidden)
 
 
 def _consumers(walker: BlockWalker, graph: ModelGraph, layer: int, streams: _Streams) -> list[_Consumer]:
@@ -147,8 +158,7 @@ def _restore_block(
 ) -> None:
     whole = all(len(plan.kept(group)) == group.units for group in graph.in_block(layer))
     if whole and not streams.apart:
-        streams.dense = _run(walker, layer, streams.dense, streams.contexts)
-        streams.pruned = list(streams.dense)
+        streams.dense = streams.pruned = _run(walker, layer, streams.dense, streams)
         return
     streams.apart = True
     consumers = _consumers(walker, graph, layer, streams)
@@ -160,7 +170,7 @@ def _restore_block(
             result.keep[group.name] = plan.kept(group)
             cut_group(walker.model, group, plan.kept(group))
     if pruned_next is None:
-        pruned_next = _run(walker, layer, streams.pruned, streams.contexts)
+        pruned_next = _run(walker, layer, streams.pruned, streams)
     streams.dense, streams.pruned = dense_next, pruned_next
 
 
@@ -176,17 +186,18 @@ def _cut_stacked(model: nn.Module, graph: ModelGraph, plan: StructurePlan, layer
             cut_bundle(model, groups, plan)
 
 
-def _run(walker: BlockWalker, layer: int, hidden: Sequence[Tensor], contexts: Sequence[Contexts]) -> list[Tensor]:
-    return [walker.run_block(layer, one, context) for one, context in zip(hidden, contexts, strict=True)]
+def _run(walker: BlockWalker, layer: int, hidden: Tensors, streams: _Streams) -> Tensors:
+    both = zip(hidden, streams.contexts, strict=True)
+    return held(streams.new, (walker.run_block(layer, one, context) for one, context in both))
 
 
 def _dense_pass(
     walker: BlockWalker, layer: int, consumers: Sequence[_Consumer], streams: _Streams
-) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+) -> tuple[Tensors, dict[str, Tensors]]:
     """The dense block's output, and what each of its consumers puts out."""
     paths = [consumer.path for consumer in consumers]
-    outputs: dict[str, list[Tensor]] = {path: [] for path in paths}
-    dense_next = []
+    outputs = {path: streams.new() for path in paths}
+    dense_next = streams.new()
     for hidden, context in zip(streams.dense, streams.contexts, strict=True):
         with capture(walker.model, paths) as seen:
             dense_next.append(walker.run_block(layer, hidden, context))
@@ -200,29 +211,29 @@ def _refit_consumers(
     layer: int,
     consumers: Sequence[_Consumer],
     streams: _Streams,
-    dense_outputs: dict[str, list[Tensor]],
+    dense_outputs: dict[str, Tensors],
     plan: StructurePlan,
     settings: RestoreSettings,
     result: Restoration,
-) -> list[Tensor] | None:
+) -> Tensors | None:
     """Refit one consumer after the other. Returns the block's new output where it follows without another run."""
-    gap = [dense - pruned for dense, pruned in zip(streams.dense, streams.pruned, strict=True)]
-    pruned_next: list[Tensor] | None = None
+    new = streams.new
+    gap = held(new, (dense - pruned for dense, pruned in zip(streams.dense, streams.pruned, strict=True)))
+    pruned_next: Tensors | None = None
     for position, consumer in enumerate(consumers):
         last = position == len(consumers) - 1
-        taken, outputs = _pruned_pass(walker, layer, consumer.path, streams, to_the_end=last)
-        dense_here = dense_outputs.pop(consumer.path)
+        taken = _pruned_pass(walker, layer, consumer.path, streams, to_the_end=last)
         added = consumer.gain if settings.residual_target else None
-        targets = [_target(dense, opened, added) for dense, opened in zip(dense_here, gap, strict=True)]
-        new_outputs = _refit(walker.model, consumer, streams, taken, targets, plan, settings, result)
-        if consumer.gain is None:
+        both = zip(dense_outputs.pop(consumer.path), gap, strict=True)
+        targets = held(new, (_target(dense, opened, added) for dense, opened in both))
+        fresh = held(new, _refit(walker.model, consumer, streams, taken.inputs, targets, plan, settings, result))
+        gain = consumer.gain
+        if gain is None:
             continue
-        gap = [consumer.gain * (target - new) for target, new in zip(targets, new_outputs, strict=True)]
-        if last and outputs is not None:
-            pruned_next = [
-                out + consumer.gain * (new - old.output)
-                for out, new, old in zip(outputs, new_outputs, taken, strict=True)
-            ]
+        gap = held(new, (gain * (target - now) for target, now in zip(targets, fresh, strict=True)))
+        if taken.block is not None:
+            three = zip(taken.block, fresh, taken.outputs, strict=True)
+            pruned_next = held(new, (out + gain * (now - old) for out, now, old in three))
     return pruned_next
 
 
@@ -231,74 +242,80 @@ def _target(dense: Tensor, gap: Tensor, gain: float | None) -> Tensor:
     return dense if gain is None else dense + gap / gain
 
 
-def _pruned_pass(
-    walker: BlockWalker, layer: int, path: str, streams: _Streams, *, to_the_end: bool
-) -> tuple[list[Capture], list[Tensor] | None]:
-    taken: list[Capture] = []
-    outputs: list[Tensor] = []
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """What a consumer reads and puts out in the pruned stream, and what the block does, None if it was left early."""
+
+    inputs: Tensors
+    outputs: Tensors
+    block: Tensors | None
+
+
+def _pruned_pass(walker: BlockWalker, layer: int, path: str, streams: _Streams, *, to_the_end: bool) -> _Taken:
+    taken = _Taken(streams.new(), streams.new(), streams.new() if to_the_end else None)
     for hidden, context in zip(streams.pruned, streams.contexts, strict=True):
         with capture(walker.model, [path], stop=not to_the_end) as seen:
-            outputs.append(walker.run_block(layer, hidden, context))
-        taken.append(seen[path])
-    return taken, outputs if to_the_end else None
+            out = walker.run_block(layer, hidden, context)
+            if taken.block is not None:
+                taken.block.append(out)
+        taken.inputs.append(seen[path].input)
+        if to_the_end:
+            taken.outputs.append(seen[path].output)
+    return taken
 
 
 def _refit(
     model: nn.Module,
     consumer: _Consumer,
     streams: _Streams,
-    taken: Sequence[Capture],
-    targets: Sequence[Tensor],
+    taken: Tensors,
+    targets: Tensors,
     plan: StructurePlan,
     settings: RestoreSettings,
     result: Restoration,
-) -> list[Tensor]:
-    """Choose the group's units, cut it, refit the consumer. Returns the consumer's new outputs, batch by batch."""
+) -> Iterator[Tensor]:
+    """Choose the group's units, cut it, refit the consumer. Returns the consumer's new outputs, batch by batch.
+
+    taken: its inputs.
+    """
     weight = weight_out_in(consumer.module).float().clone()
     bias = consumer.module._parameters.get("bias")
     extra = 0 if bias is None else 1
-    fit, held = _moments(weight, extra, streams, taken, targets, settings.held_share)
-    kept = streams.processes.from_first(lambda: _choose(consumer, weight, fit, held, plan, settings))
+    fit, judging = _moments(weight, extra, streams, taken, targets, settings.held_share)
+    kept = streams.processes.from_first(lambda: _choose(consumer, weight, fit, judging, plan, settings))
     columns = _kept_columns(consumer, kept, weight.shape[1], weight.device)
     if kept != tuple(range(consumer.group.units)):
         cut_group(model, consumer.group, kept)
     result.keep[consumer.group.name] = kept
     if not kept:  # nothing is left to refit: the module gives its bias
         gone = weight.new_zeros(weight.shape[0], 0)
-        return [nn.functional.linear(seen.input[..., :0], gone.to(seen.input.dtype), bias) for seen in taken]
+        return (nn.functional.linear(read[..., :0], gone.to(read.dtype), bias) for read in taken)
     with_bias = torch.cat([columns, torch.arange(extra, device=columns.device) + weight.shape[1]])
     start = torch.cat([weight, *([] if bias is None else [bias.float().unsqueeze(1)])], dim=1)[:, with_bias]
     new, error = start, 0.0
     if streams.processes.first:
-        new, error = ridge_refit(start, fit.select(with_bias), held.select(with_bias), settings.ridges)
+        new, error = ridge_refit(start, fit.select(with_bias), judging.select(with_bias), settings.ridges)
     new = streams.processes.of_first(new)
     result.errors[consumer.path] = streams.processes.from_first(lambda: error)
     weight_out_in(consumer.module).copy_(new[:, : len(columns)])
     if bias is not None:
         bias.copy_(new[:, -1])
-    return [
-        nn.functional.linear(seen.input[..., columns], new[:, : len(columns)].to(seen.input.dtype), bias)
-        for seen in taken
-    ]
+    mark_changed(model, consumer.path)
+    return (nn.functional.linear(read[..., columns], new[:, : len(columns)].to(read.dtype), bias) for read in taken)
 
 
 def _moments(
-    weight: Tensor,
-    extra: int,
-    streams: _Streams,
-    taken: Sequence[Capture],
-    targets: Sequence[Tensor],
-    held_share: float,
+    weight: Tensor, extra: int, streams: _Streams, taken: Tensors, targets: Tensors, held_share: float
 ) -> tuple[Moments, Moments]:
     """Moments of the sequences to fit, and of those that only judge, over all processes."""
     held_from = streams.batches - max(1, round(streams.batches * held_share))
-    fit, held = (Moments.empty(weight.shape[1] + extra, weight.shape[0], weight.device) for _ in range(2))
+    fit, judging = (Moments.empty(weight.shape[1] + extra, weight.shape[0], weight.device) for _ in range(2))
     own = streams.processes.share(streams.batches)
-    for index, seen, target in zip(own, taken, targets, strict=True):
-        x = _with_ones(seen.input.flatten(0, -2).float(), extra)
-        moments = fit if index < held_from else held
+    for index, read, target in zip(own, taken, targets, strict=True):
+        x = _with_ones(read.flatten(0, -2).float(), extra)
+        moments = fit if index < held_from else judging
         moments.add(x, target.flatten(0, -2).float())
-    return _summed(fit, streams.processes), _summed(held, streams.processes)
+    return _summed(fit, streams.processes), _summed(judging, streams.processes)
 
 
 def _summed(moments: Moments, processes: Processes) -> Moments:

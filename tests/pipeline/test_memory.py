@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests import command
+from tests.pipeline import tiny
+
+import saap
+from saap.config import PruneConfig
+from saap.errors import ConfigurationError
+from saap.models import offload as offload_module
+from saap.models.offload import OffloadedWeights
+from saap.pipeline import memory
+from saap.pipeline.inputs import OFFLOADED_EVALUATION_TOKENS, RunOptions
+from saap.pipeline.run import run_prune
+from saap.storage import read_scores
+
+SETTINGS = {"samples": 6, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.folder(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.text_file(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Everything counts as large and the process as empty; how many parts are in memory after each is brought."""
+    found: list[int] = []
+    stock = OffloadedWeights.bring
+
+    def counted(self: OffloadedWeights, part: offload_module.Part) -> None:
+        stock(self, part)
+        found.append(sum(other.bytes_in_memory > 0 for other in self.parts))
+
+    monkeypatch.setattr(OffloadedWeights, "bring", counted)
+    monkeypatch.setattr(offload_module, "SMALL_BYTES", 0)
+    monkeypatch.setattr(memory, "RESERVE_BYTES", 0)
+    monkeypatch.setattr(memory, "_process_bytes", lambda: 0)
+    monkeypatch.setattr(memory, "resident_need", lambda sizes, config: 2)
+    monkeypatch.setattr(memory, "offloaded_need", lambda sizes, config: 1)
+    yield found
+    assert max(found, default=0) <= 1
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "own_text"),
+    [
+        ({"restore": False}, False), ({}, True), ({"layout": "uniform", "restore": False}, False),
+        ({"dtype": "bfloat16", "strategy": "importance", "align": 1}, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_offloaded_gives_what_the_model_in_memory_gives(
+    source: Path, text: Path, tmp_path: Path, counts: list[int], flags: dict[str, object], own_text: bool
+) -> None:
+    given = {**SETTINGS, **flags, "calibration": str(text) if own_text else "mixed"}
+    here = saap.prune(source, pruning_ratio=0.2, out=tmp_path / "here", **given)
+    assert not counts
+    away = saap.prune(source, pruning_ratio=0.2, out=tmp_path / "away", max_memory=1, **given)
+    assert len(counts) > 20
+    scores = [read_scores(tmp_path / name / "saap" / "scores.safetensors") for name in ("here", "away")]
+    assert scores[0].digest == scores[1].digest
+    assert here.plan.keep == away.plan.keep
+    expected, found = tensors(tmp_path / "here"), tensors(tmp_path / "away")
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+    tokens = torch.arange(2, 42).reshape(2, 20)
+    with torch.no_grad():
+        assert torch.equal(away.model(tokens).logits, here.model(tokens).logits)
+    assert away.report.answer == ""
+    assert away.report.evaluation_tokens <= OFFLOADED_EVALUATION_TOKENS
+    assert not (tmp_path / "away.saap-work").exists()
+
+
+def test_several_ratios(source: Path, tmp_path: Path, counts: list[int]) -> None:
+    config = PruneConfig(pruning_ratios=(0.1, 0.3), **SETTINGS)
+    here = run_prune(source, config, RunOptions(out=tmp_path / "here"))
+    away = run_prune(source, config, RunOptions(out=tmp_path / "away", max_memory=1))
+    for ratio, first, second in zip(("0.1", "0.3"), here, away, strict=True):
+        assert first.plan.keep == second.plan.keep
+        for name, tensor in tensors(tmp_path / "here" / ratio).items():
+            assert torch.equal(tensor, tensors(tmp_path / "away" / ratio)[name])
+
+
+def test_the_search_measures_as_many_candidates_as_the_tokens_allow(
+    source: Path, tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "READING_TOKENS", 0)
+    given = {**SETTINGS, "effort": "default", "samples": 100, "sample_length": 128, "roles": ("ffn",)}
+    result = saap.prune(source, pruning_ratio=0.2, out=tmp_path / "many", max_memory=1, **given)
+    assert len(result.plan.trail) == int(0.2 * 4 * 100 * 128 / (16 * 128)) - 1  # 4
+    given["samples"] = 6
+    result = saap.prune(source, pruning_ratio=0.2, out=tmp_path / "few", max_memory=1, **given)
+    assert result.plan.trail == ()
+
+
+def test_a_limit_larger_than_the_need_changes_nothing(source: Path, tmp_path: Path, counts: list[int]) -> None:
+    result = saap.prune(source, pruning_ratio=0.2, out=tmp_path / "out", max_memory=2, **SETTINGS)
+    assert not counts
+    assert result.report.answer or result.report.prompt
+
+
+def test_estimate_by_folder(source: Path, tmp_path: Path, counts: list[int]) -> None:
+    graph = saap.discover(source)
+    tokens = np.random.default_rng(0).integers(2, 300, (4, 32))
+    expected = saap.estimate(source, graph, tokens)
+    assert not counts
+    assert saap.estimate(source, graph, tokens, max_memory=1).digest == expected.digest
+    assert counts
+
+
+FLAGS: list[tuple[tuple[str, ...], str]] = [
+    (("--max-memory", "much"), "--max-memory"),
+    (("--max-memory", "1B", "--method", "flap"), "--method flap"),
+    (("--max-memory", "1B", "--roles", "hidden"), "--roles hidden"),
+    (("--max-memory", "1B", "--roles", "ffn,block"), "--roles block"),
+    (("--max-memory", "1B", "--dry-run"), "--dry-run"),
+    (("--max-memory", "1B", "--recover", "mixed"), "--recover"),
+]
+
+
+@pytest.mark.parametrize(("flags", "offender"), FLAGS, ids=str)
+def test_what_needs_the_whole_model_is_refused_by_name(
+    flags: tuple[str, ...], offender: str, source: Path, tmp_path: Path, counts: list[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    code, _, errors = command.run(capsys, "prune", source, "--pruning-ratio", "0.2", "--out", out, *flags)
+    assert code == 2
+    assert offender in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_limit_that_is_too_small_names_the_least(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"--max-memory 0.1GB is too small .* Use --max-memory [\d.]+GB"):
+        saap.prune(source, pruning_ratio=0.2, out=tmp_path / "out", max_memory=10**8, **SETTINGS)
+
+
+def test_a_model_in_memory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="in memory already"):
+        saap.prune(tiny.model(), pruning_ratio=0.2, max_memory=10**9, out=tmp_path / "out", **SETTINGS)
+
+
+def test_needs_grow_with_what_is_asked() -> None:
+    sizes = memory.Sizes(
+        weights=27 * 10**9, block=810 * 10**6, around=10**9, matrix=180 * 10**6, widest=11008, width=4096, blocks=32,
+        vocabulary=32000,
+    )  # fmt: skip
+    need: Callable[..., int] = memory.offloaded_need
+    cut, restored = (need(sizes, PruneConfig(pruning_ratios=(0.2,), restore=restore)) for restore in (False, True))
+    assert cut < restored < 6 * 10**9
+    assert memory.resident_need(sizes, PruneConfig(pruning_ratios=(0.2,), restore=False)) > sizes.weights
