@@ -69,6 +69,11 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
     device = processes.device(pick_device(options.device))
     if processes.count > 1 and options.out is None and options.work_dir is None:
         raise ConfigurationError("Several processes share no folder", "Name one with --work-dir or --out")
+    if processes.count > config.batch:
+        raise ConfigurationError(
+            f"--batch {config.batch} is less than the {processes.count} processes that share each batch",
+            f"Use --batch {processes.count}, or a multiple of it",
+        )
     meter = Meter(reporter if processes.first else Silent())
     with meter.stage("read the model's records and the training data"):
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
