@@ -106,7 +106,7 @@ def train(model: nn.Module, tokens: np.ndarray, size: Size, seed: int) -> list[f
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     model.eval()
     return losses
 

@@ -100,8 +100,9 @@ def prepare(dense: Dense, chosen: Values, seed: int) -> Prepared:
         SampleRequest("held", chosen["held-out samples"], length, held_out=True),
         SampleRequest("refit", chosen["refit sequences"], chosen["refit length"]),
     ]
-    drawn = {name: on_device(found, dense.model) for name, found in draw(dense, VALIDATION, requests, seed).items()}
-    scores = estimate(dense.model, dense.graph, draw(dense, VALIDATION, requests, seed)["scored"])
+    samples = draw(dense, VALIDATION, requests, seed)
+    drawn = {name: on_device(found, dense.model) for name, found in samples.items()}
+    scores = estimate(dense.model, dense.graph, samples["scored"])
     costs = second_order_costs(dense.model, dense.graph, drawn["scored"])
     return Prepared(
         dense=dense,

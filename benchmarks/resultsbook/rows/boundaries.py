@@ -69,7 +69,7 @@ def channel_order(weight: Tensor, order: str) -> Tensor:
     if order == "natural":
         return torch.arange(weight.shape[1])
     if order == "by-size":
-        return weight.norm(dim=0).argsort()
+        return torch.argsort(torch.linalg.vector_norm(weight, dim=0))
     seed = int(order.removeprefix(f"{RANDOM}-"))
     return torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(seed))
 

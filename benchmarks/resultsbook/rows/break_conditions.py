@@ -47,7 +47,7 @@ def cells(request: Request) -> Sequence[str]:
 
 def groups_of(dense: Dense, chosen: Values) -> dict[str, CoupledGroup]:
     """The group of each cell: evenly spread over the layers that have one of the role."""
-    found = {}
+    found: dict[str, CoupledGroup] = {}
     for role, layers in ((Role.FFN, chosen["FFN layers"]), (Role.ATTENTION, chosen["attention layers"])):
         groups = dense.graph.of_role(role)
         places = spread_layers(len(groups), layers) if groups else []
@@ -131,7 +131,7 @@ def role_summary(measured: Cells, indicators: Mapping[str, Mapping[str, Sequence
     """Rank correlations of every indicator with the effects of one role, inside the modules and over all units."""
     loss = {name: np.array(cell["loss"]) for name, cell in measured.items()}
     apart = {name: np.array(cell["divergence"]) for name, cell in measured.items()}
-    table = {}
+    table: dict[str, dict[str, Any]] = {}
     for indicator, values in indicators.items():
         scores = {name: np.array(values[name]) for name in measured}
         with_divergence = [(scores[name], apart[name].mean(1)) for name in measured]

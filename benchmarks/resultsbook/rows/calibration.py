@@ -92,11 +92,13 @@ def _of_model(request: Request, dense: Dense, wanted: Sequence[str]) -> Iterator
     texts = {name: measured_text(dense, name, tokens) for name in TEXTS}
     whole = {name: perplexity(dense.model, text).value for name, text in texts.items()}
     so_far: dict[tuple[int, str, int], ImportanceScores] = {}
+    drawn: dict[tuple[int, str, int], CalibrationSet] = {}
     for name in wanted:
         setting, seed = _parse(name)
         key = (setting.length, setting.kind, seed)
-        samples = samples_of(request, dense, setting, seed)
-        so_far[key] = scores_up_to(dense, samples, so_far.get(key), setting.samples)
+        if key not in drawn:
+            drawn[key] = samples_of(request, dense, setting, seed)
+        so_far[key] = scores_up_to(dense, drawn[key], so_far.get(key), setting.samples)
         plan = plan_for(dense, fuse(so_far[key], dense.graph, FusionScope.LAYER_ROLE), RATIO)
         removed = {
             group.name: set(range(group.units)) - set(plan.keep[group.name])
@@ -235,6 +237,6 @@ ROW = Row(
     summarise=summarise,
     figures=figures,
     experiment=Experiment(cells=cells, settings=settings, measure=measure),
-    limits="Selection only: FFN channels, equal shares, masked. The restoration needs far more text than scores, "
-    "and the kind of text matters more there. A smaller number of samples is the beginning of the larger one of its seed.",
+    limits="Selection only: FFN channels, equal shares, masked. The restoration needs far more text than the scores, "
+    "and the kind of text matters more there. Fewer samples are the beginning of the most of the same seed.",
 )

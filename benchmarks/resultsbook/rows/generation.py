@@ -50,7 +50,7 @@ def cloze_prompts(lines: Sequence[str], limit: int) -> list[Prompt]:
 
     lines: JSON objects with `query`, `choices` and `label`.
     """
-    found = []
+    found: list[Prompt] = []
     for line in lines:
         row = json.loads(line)
         answer = row["choices"][row["label"]].strip().rstrip(".")
