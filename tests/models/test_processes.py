@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saap.errors import CalibrationError
+from saap.errors import CalibrationError, ConfigurationError
 from saap.models.processes import Processes, together
 
 
@@ -29,3 +29,21 @@ def test_a_process_alone_has_nobody_to_wait_for() -> None:
 def test_its_errors_are_its_own() -> None:
     with pytest.raises(CalibrationError, match="too short"), together():
         raise CalibrationError("The text is too short", "Give more")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE is no number"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "there are 2 processes, but they do not find each other .*MASTER_ADDR"),
+    ],
+)
+def test_an_odd_environment_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=message), together():
+        Processes.found()

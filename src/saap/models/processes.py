@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from saap.errors import ConfigurationError, ProcessError, SaapError
 
@@ -25,6 +26,7 @@ T = TypeVar("T")
 
 # A process may search or write for hours while the others wait; one that died is noticed by its closed connection.
 _PATIENCE = timedelta(days=7)
+_ASSEMBLY = timedelta(minutes=10)
 _FAREWELL = timedelta(seconds=5)
 
 
@@ -42,10 +44,10 @@ class Processes:
         if dist.is_available() and dist.is_initialized():
             count, rank = dist.get_world_size(), dist.get_rank()
         else:
-            count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+            count, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
             if count > 1:
-                _begin(count)
-        return cls(rank, count, int(os.environ.get("LOCAL_RANK", rank))) if count > 1 else cls()
+                _begin(rank, count)
+        return cls(rank, count, _number("LOCAL_RANK", rank)) if count > 1 else cls()
 
     @property
     def first(self) -> bool:
@@ -149,10 +151,20 @@ def end_together() -> None:
         dist.all_reduce(torch.zeros(1), async_op=True).wait(_FAREWELL)
 
 
-def _begin(count: int) -> None:
+def _number(variable: str, default: int) -> int:
+    try:
+        return int(os.environ.get(variable, default))
+    except ValueError:
+        raise ConfigurationError(
+            f"The environment variable {variable} is no number", "Unset it, or start with torchrun"
+        ) from None
+
+
+def _begin(rank: int, count: int) -> None:
     several = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
-        dist.init_process_group(several, timeout=_PATIENCE)
+        store, *_ = next(rendezvous("env://", timeout=_ASSEMBLY))
+        dist.init_process_group(several, timeout=_PATIENCE, store=store, rank=rank, world_size=count)
     except (ValueError, RuntimeError) as error:
         raise ConfigurationError(
             f"WORLD_SIZE says that there are {count} processes, but they do not find each other ({error})",

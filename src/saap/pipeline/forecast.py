@@ -41,6 +41,8 @@ from saap.surgery.restore import RestoreSettings, restore
 PROBED_SAMPLES = 4
 PROBED_TOKENS = 2048
 PROBED_REFIT_TOKENS = 8192
+PROBED_BLOCKS = 2
+"""Of the restoration. Only after the first one are there two residual streams, the dense and the pruned."""
 PROBED_STEPS = 24
 _STATISTICS_BYTES = 5 * 8
 
@@ -89,7 +91,7 @@ class Forecast:
 
 
 class _EnoughError(Exception):
-    """Ends a trial after its first block."""
+    """Ends a trial after its first blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +279,7 @@ def _estimation(run: Probed, meter: Meter, reading: _Rate) -> StageForecast:
 
 
 def _restoration(run: Probed, meter: Meter, base: int) -> tuple[StageForecast, float]:
-    """The first block of the restoration, with as many of its tokens as a short trial may have; spoils the model.
+    """The first blocks of the restoration, with as many of its tokens as a short trial may have; spoils the model.
 
     Returns the stage and the bytes of its peak for each token. base: bytes without it.
     """
@@ -288,8 +290,12 @@ def _restoration(run: Probed, meter: Meter, base: int) -> tuple[StageForecast, f
     tokens = tokens[: max(1, min(len(tokens), PROBED_REFIT_TOKENS // tokens.shape[1]))]
     needed = run.config.effort_settings
 
+    blocks = len(run.graph.blocks)
+    probed = min(PROBED_BLOCKS, blocks)
+
     def stop(done: int, total: int) -> None:
-        raise _EnoughError
+        if done == probed:
+            raise _EnoughError
 
     settings = RestoreSettings(second_order=needed.second_order and chooses_units(run.config))
     with meter.stage(name), suppress(_EnoughError), run.tokens.images(run.loaded.model):
@@ -298,7 +304,7 @@ def _restoration(run: Probed, meter: Meter, base: int) -> tuple[StageForecast, f
     scale = needed.refit_sequences * needed.refit_length / tokens.numel()
     per_token = max(0, tried.peak_resident_bytes - base) / tokens.numel()
     peak = base + int(per_token * tokens.numel() * scale)
-    seconds = tried.seconds * len(run.graph.blocks) * scale
+    seconds = tried.seconds / probed * blocks * scale
     return StageForecast(name=name, seconds=seconds, peak_resident_bytes=peak), per_token
 
 
