@@ -104,6 +104,7 @@ class PrunableRole(StrEnum):
 
     FFN = "ffn"
     ATTENTION = "attention"
+    EXPERT = "expert"
     HIDDEN = "hidden"
     BLOCK = "block"
 
@@ -266,9 +267,10 @@ class PruneConfig(BaseModel):
             raise ConfigurationError(
                 f"--target-speedup {self.target_speedup:g} is out of range", "Give a number above 1, e.g. 1.3"
             )
-        if PrunableRole.HIDDEN in self.roles:
+        unmeasured = [role for role in (PrunableRole.HIDDEN, PrunableRole.EXPERT) if role in self.roles]
+        if unmeasured:
             raise ConfigurationError(
-                "--target-speedup cannot be combined with the role hidden, whose time is not measured",
+                f"--target-speedup cannot be combined with the role {unmeasured[0]}, whose time is not measured",
                 "Use --roles ffn,attention,block, or --pruning-ratio",
             )
         return self

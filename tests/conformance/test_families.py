@@ -127,6 +127,7 @@ STOCK = {
     (name, Role.FFN) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "opt", "gpt_neox")
 }
 STOCK |= {(name, Role.FFN) for name in ("mixtral", "qwen3_moe")}
+STOCK |= {(name, Role.EXPERT) for name in ("mixtral", "qwen2_moe", "qwen3_moe")}
 STOCK |= {(name, Role.ATTENTION) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2")}
 STOCK |= {(name, Role.HIDDEN) for name in ("llama", "llama_tied", "mistral", "qwen2")}
 

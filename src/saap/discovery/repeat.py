@@ -105,6 +105,7 @@ def _in_block(item: Checked, first: str, path: str, index: int, name: str) -> li
         attributes=tuple(replace(found, module=_renamed(found.module, first, path)) for found in item.attributes),
         scaled_norms=group.scaled_norms,
         sliced_arguments=tuple(_renamed(module, first, path) for module in item.sliced_arguments),
+        least=group.least,
     )
     if not group.parts:
         return [found]

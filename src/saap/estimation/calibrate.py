@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from saap.config import Aggregation, ElementOrder
 from saap.errors import CalibrationError, NonFiniteLossError
 from saap.estimation.importance import aggregate, vector_importance
-from saap.estimation.stacked import stacked_scores
+from saap.estimation.stacked import stacked_scores, whole_scores
 from saap.estimation.statistics import Moments, merge
 from saap.estimation.taps import Batch, GroupParts, PartScores, Scratch, Taps, make_taps, watching
 from saap.models.loss import loss_and_gradient
@@ -55,7 +55,7 @@ def estimate(
     rows = micro_batch or max(1, TOKENS_AT_ONCE // length)
     tokens = torch.from_numpy(calibration.tokens).to(next(model.parameters()).device)
     taps = make_taps(model, graph, [group for group in graph.groups if group.role in roles])
-    if taps.stacked:
+    if taps.stacked or taps.whole:
         rows = 1  # the gradient of a weight is a sum over samples
     walker, inputs, scratch = BlockWalker(model, graph.blocks), _Inputs(), Scratch()
     moments: dict[str, Moments] = {}
@@ -118,14 +118,16 @@ def _score_micro_batch(
             hidden = walker.run_block(index, hidden, stream.contexts)
     losses, gradient = loss_and_gradient(walker, hidden, tokens, first_sample=first, ignored=ignored)
     parts: dict[str, dict[int, PartScores]] = {name: {} for name in taps.groups}
-    lowest = min((*taps.by_block, *taps.stacked), default=len(walker.blocks))
+    lowest = min((*taps.by_block, *taps.stacked, *taps.whole), default=len(walker.blocks))
     for index in reversed(range(lowest, len(walker.blocks))):
         with watching(walker.model, taps.by_block.get(index, {}), batch, scratch) as watched:
-            stacks = taps.stacked.get(index, {})
-            weights = {name: walker.model.get_parameter(name) for name in stacks}
+            weights = {name: walker.model.get_parameter(name) for name in taps.by_gradient(index)}
             gradient, found = walker.backward_to_weights(index, inputs[index], stream.contexts, gradient, weights)
         for name, of_weight in found.items():
-            scored = stacked_scores(weights[name].detach(), of_weight, stacks[name], batch.length - 1, order)
+            weight, stack = weights[name].detach(), taps.stacked.get(index, {}).get(name, {})
+            scored = stacked_scores(weight, of_weight, stack, batch.length - 1, order)
+            if name in taps.whole.get(index, {}):
+                scored[taps.whole[index][name]] = whole_scores(weight, of_weight, batch.length - 1, order)
             for (group, position), scores in scored.items():
                 parts[group][position] = scores
         for tap in watched:

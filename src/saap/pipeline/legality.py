@@ -26,9 +26,10 @@ def legal_sizes(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> Map
     reason: LayoutError | None = None
     for role in unit_roles(config.roles):
         groups = graph.of_role(role)
-        step = 1 if role is Role.ATTENTION else config.align
-        sizes = range(step, groups[0].units if groups else 0, step)
-        tried = sizes if role is Role.ATTENTION else sorted({*sizes[:1], *sizes[-1:]})
+        step = config.align if role.of_channels else 1
+        first = max(step, groups[0].least) if groups else step
+        sizes = range(first, groups[0].units if groups else 0, step)
+        tried = sorted({*sizes[:1], *sizes[-1:]}) if role.of_channels else sizes
         legal = set()
         for size in tried:
             keep = {group.name: tuple(range(size)) for group in groups}
@@ -39,7 +40,7 @@ def legal_sizes(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> Map
                 reason = reason or error
                 continue
             legal.add(size)
-        whole = role is not Role.ATTENTION and len(legal) == len(tried)
+        whole = role.of_channels and len(legal) == len(tried)
         found[role] = frozenset(sizes if whole else legal)
     if reason is not None and not any(found.values()) and PrunableRole.BLOCK not in config.roles:
         raise reason

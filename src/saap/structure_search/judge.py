@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from saap.models.least_squares import compensated
 from saap.models.linear import weight_out_in
-from saap.models.masking import channel_mask, consumer_masks, masked_channels, replaced_weights, zeroed_parts
+from saap.models.masking import (
+    channel_mask,
+    consumer_masks,
+    gone_experts,
+    masked_channels,
+    never_chosen,
+    replaced_weights,
+    zeroed_parts,
+)
 from saap.models.walker import BlockWalker
 from saap.records import ModelGraph
 
@@ -56,6 +64,7 @@ class StructureJudge:
         with (
             masked_channels(self._model, consumer_masks(self._graph, masked), skipped),
             zeroed_parts(self._model, self._graph, masked),
+            never_chosen(gone_experts(self._model, self._graph, masked)),
             replaced_weights(self._model, weights),
         ):
             changed = [self._last_hidden(batch) for batch in self._batches]

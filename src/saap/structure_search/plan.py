@@ -173,6 +173,11 @@ def plan_from_counts(
             raise PlanError(
                 f"the plan's units of {name} are not distinct numbers from 0 to {units - 1}", "Correct them"
             )
+        if len(kept) < known[name].least:
+            raise PlanError(
+                f"the plan keeps {len(kept)} units of {name}",
+                f"Keep {known[name].least}: each token is sent to so many",
+            )
         chosen[name] = tuple(sorted(kept))
         step = required_step(graph, known[name])
         if len(kept) < units and len(kept) % step:

@@ -185,6 +185,10 @@ def _check_units(group: CoupledGroup, kept: Sequence[int]) -> None:
         raise PlanError(
             f"The kept units of {group.name} are not ascending numbers below {group.units}", "Correct the plan"
         )
+    if len(kept) < group.least:
+        raise PlanError(
+            f"The plan keeps {len(kept)} units of {group.name}", f"Keep {group.least}: each token is sent to so many"
+        )
     if not kept and group.layer < 0:
         raise PlanError(f"The plan keeps nothing of {group.name}", "Keep at least one unit of it")
 

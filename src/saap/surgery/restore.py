@@ -18,7 +18,7 @@ from saap.models.least_squares import Moments, removal_order, ridge_refit
 from saap.models.linear import weight_out_in
 from saap.models.masking import channel_mask
 from saap.models.walker import BlockWalker, Contexts
-from saap.records import CoupledGroup, FloatArray, ModelGraph, StructurePlan
+from saap.records import CoupledGroup, FloatArray, ModelGraph, Role, StructurePlan
 from saap.surgery.cut import cut_bundle, cut_group
 
 Progress = Callable[[int, int], None]
@@ -151,7 +151,7 @@ def _restore_block(
 
 
 def _cut_stacked(model: nn.Module, graph: ModelGraph, plan: StructurePlan, layer: int, result: Restoration) -> None:
-    """Cut experts, whose stacked matrices are not refitted, before what is refitted makes up for them."""
+    """Cut stacked matrices (experts), which are not refitted, before what is refitted makes up for them."""
     bundles: dict[str, list[CoupledGroup]] = {}
     for group in graph.in_block(layer):
         if group.bundle:
@@ -160,6 +160,10 @@ def _cut_stacked(model: nn.Module, graph: ModelGraph, plan: StructurePlan, layer
         result.keep |= {group.name: plan.kept(group) for group in groups}
         if len(plan.kept(groups[0])) < groups[0].units:
             cut_bundle(model, groups, plan)
+    for group in graph.in_block(layer):
+        if group.role is Role.EXPERT:
+            result.keep[group.name] = plan.kept(group)
+            cut_group(model, group, plan.kept(group))
 
 
 def _run(walker: BlockWalker, layer: int, hidden: Sequence[Tensor], contexts: Sequence[Contexts]) -> list[Tensor]:
