@@ -104,6 +104,7 @@ class PrunableRole(StrEnum):
 
     FFN = "ffn"
     ATTENTION = "attention"
+    QUERY = "query"
     EXPERT = "expert"
     HIDDEN = "hidden"
     BLOCK = "block"
@@ -256,6 +257,15 @@ class PruneConfig(BaseModel):
             raise ConfigurationError(
                 "--skip-layers cannot be combined with --layout uniform, where all layers share their sizes",
                 "Leave out one of the two",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> PruneConfig:
+        if {PrunableRole.ATTENTION, PrunableRole.QUERY} <= set(self.roles):
+            raise ConfigurationError(
+                "The roles attention and query cannot be combined: a KV group leaves with its query heads",
+                "Name one of the two in --roles",
             )
         return self
 

@@ -29,6 +29,7 @@ class Role(StrEnum):
 
     FFN = "ffn"
     ATTENTION = "attention"
+    QUERY = "query"
     EXPERT = "expert"
     HIDDEN = "hidden"
 
@@ -169,8 +170,9 @@ class CoupledGroup(Digested):
     attributes: integers that follow the number of kept units. scaled_norms: modules that take the RMS over the group's
     axis; removal equals masking only if weight x (kept/n)^-0.5 and eps x n/kept. sliced_arguments: modules that
     receive a tensor with one entry per unit from outside (ALiBi), which must be cut to the kept units at each call.
-    bundle: groups of the same one lie in parts of the same tensors, so all of them keep the same number of units, each
-    its own choice; "" for a group by itself. least: units that must stay (as many experts as a token is sent to).
+    bundle: groups of the same one lie in parts of the same tensors or share the heads of one module evenly, so all of
+    them keep the same number of units, each its own choice; "" for a group by itself. least: units that must stay (as
+    many experts as a token is sent to).
     """
 
     layer: int

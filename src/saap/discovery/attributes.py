@@ -122,7 +122,7 @@ def _in_block(instance: Instance, number: int) -> Checked | None:
 
 
 def _counts(search: _Search, group: TracedGroup) -> tuple[UnitAttribute, ...]:
-    """Attributes that say the number of experts: all follow, as one way to compute experts needs what another does not."""
+    """Attributes that say how many experts there are: all follow, as one way to compute needs what another does not."""
     if group.role is not Role.EXPERT:
         return ()
     own = (item for item in search.candidates if not item.attribute.startswith("config."))

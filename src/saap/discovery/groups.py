@@ -25,6 +25,7 @@ class TracedGroup:
     block: the path of its block, None for the hidden channels. label: path of the module whose channels are refused,
     where they belong to no group. refusal: why the group cannot be pruned. parts: where the members stack so many
     matrices along axis 0 (experts), each of which can lose units of its own; else 0. least: units that must stay.
+    shares: where each unit is one head of each of so many KV groups, whose members follow each other in equal numbers.
     """
 
     block: str | None
@@ -36,6 +37,7 @@ class TracedGroup:
     label: str | None = None
     parts: int = 0
     least: int = 0
+    shares: int = 0
 
 
 def traced_groups(trace: Trace, blocks: Sequence[str]) -> list[TracedGroup]:

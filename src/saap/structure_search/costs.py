@@ -19,7 +19,7 @@ from saap.models.least_squares import removal_order
 from saap.models.linear import weight_out_in
 from saap.models.loss import loss_and_gradient
 from saap.models.walker import BlockWalker, inference_only
-from saap.records import CoupledGroup, IntArray, ModelGraph, UnitScores
+from saap.records import CoupledGroup, IntArray, ModelGraph, Role, UnitScores
 
 CURVE_STEPS = 32
 """Batches in which the units of a module leave: fine enough for the steps of a plan."""
@@ -43,7 +43,10 @@ def measurable(graph: ModelGraph) -> list[CoupledGroup]:
     return [
         group
         for group in graph.groups
-        if group.layer >= 0 and len(group.consumers) == 1 and group.consumers[0].part is None
+        if group.layer >= 0
+        and group.role is not Role.QUERY
+        and len(group.consumers) == 1
+        and group.consumers[0].part is None
     ]
 
 

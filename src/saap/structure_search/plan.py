@@ -187,8 +187,8 @@ def plan_from_counts(
     uneven = uneven_bundle(graph, chosen)
     if uneven:
         raise PlanError(
-            f"the plan keeps different numbers of units of {' and '.join(uneven)}, whose matrices are stacked",
-            "Keep the same number of each expert's units",
+            f"the plan keeps different numbers of units of {' and '.join(uneven)}, which share their tensors",
+            "Keep the same number of units of both",
         )
     if any(not 0 <= layer < len(graph.blocks) for layer in dropped_blocks):
         raise PlanError(

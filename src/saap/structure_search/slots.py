@@ -33,6 +33,11 @@ class Slot:
     sizes: tuple[int, ...]
     parameters_per_unit: int
 
+    @property
+    def of_heads(self) -> bool:
+        """Whether it is attention, by whole KV groups or by query heads."""
+        return self.role in (Role.ATTENTION, Role.QUERY)
+
 
 def build_slots(
     graph: ModelGraph,

@@ -68,12 +68,16 @@ class _Streams:
 
 @dataclass(frozen=True, slots=True)
 class _Consumer:
-    """A linear module that reads the channels of a group, and the factor its output has in the residual stream."""
+    """A linear module that reads the channels of a group, and the factor its output has in the residual stream.
+
+    beside: the other groups of its bundle, whose channels the module reads too (query heads of other KV groups).
+    """
 
     path: str
     module: nn.Module
     group: CoupledGroup
     gain: float | None
+    beside: tuple[CoupledGroup, ...] = ()
 
 
 @torch.no_grad()
@@ -111,16 +115,25 @@ def _start(walker: BlockWalker, tokens: Tensor, micro_batch: int) -> _Streams:
     return _Streams(one, [stream.contexts for stream in started], hidden, list(hidden))
 
 
-def _consumers(walker: BlockWalker, graph: ModelGraph, layer: int, streams: _Streams) -> list[_Consumer]:
+def _consumers(
+    walker: BlockWalker, graph: ModelGraph, plan: StructurePlan, layer: int, streams: _Streams
+) -> list[_Consumer]:
     """The block's consumers in the order in which they run."""
+    # Query heads lie in the same channels as their KV groups: of the two, those that lose something.
+    groups = [
+        group for group in graph.in_block(layer) if group.role is not Role.QUERY or len(plan.kept(group)) < group.units
+    ]
     by_path = {
-        member.tensor.rpartition(".")[0]: group
-        for group in graph.in_block(layer)
-        for member in group.consumers
-        if member.part is None
+        member.tensor.rpartition(".")[0]: group for group in groups for member in group.consumers if member.part is None
     }
     found = residual_gain(walker, layer, list(by_path), streams.dense[0][:1], streams.one)
-    return [_Consumer(path, walker.model.get_submodule(path), by_path[path], gain) for path, gain in found]
+    return [
+        _Consumer(
+            path, walker.model.get_submodule(path), by_path[path], gain,
+            tuple(one for one in groups if one.bundle and one.bundle == by_path[path].bundle and one != by_path[path]),
+        )
+        for path, gain in found
+    ]  # fmt: skip
 
 
 def _restore_block(
@@ -137,7 +150,7 @@ def _restore_block(
         streams.dense = _run(walker, layer, streams.dense, streams.contexts)
         streams.pruned = list(streams.dense)
         return
-    consumers = _consumers(walker, graph, layer, streams)
+    consumers = _consumers(walker, graph, plan, layer, streams)
     dense_next, dense_outputs = _dense_pass(walker, layer, consumers, streams)
     _cut_stacked(walker.model, graph, plan, layer, result)
     pruned_next = _refit_consumers(walker, layer, consumers, streams, dense_outputs, plan, settings, result)
@@ -154,7 +167,7 @@ def _cut_stacked(model: nn.Module, graph: ModelGraph, plan: StructurePlan, layer
     """Cut stacked matrices (experts), which are not refitted, before what is refitted makes up for them."""
     bundles: dict[str, list[CoupledGroup]] = {}
     for group in graph.in_block(layer):
-        if group.bundle:
+        if group.bundle and group.role is not Role.QUERY:
             bundles.setdefault(group.bundle, []).append(group)
     for groups in bundles.values():
         result.keep |= {group.name: plan.kept(group) for group in groups}
@@ -252,10 +265,12 @@ def _refit(
         moments = fit if index < held_from else held
         moments.add(x, target.flatten(0, -2).float())
     kept = _choose(consumer, weight, fit, held, plan, settings)
-    columns = _kept_columns(consumer, kept, weight.shape[1], weight.device)
-    if kept != tuple(range(consumer.group.units)):
+    columns = _kept_columns(consumer, kept, plan, weight.shape[1], weight.device)
+    if consumer.beside:
+        cut_bundle(model, [consumer.group, *consumer.beside], plan)
+    elif kept != tuple(range(consumer.group.units)):
         cut_group(model, consumer.group, kept)
-    result.keep[consumer.group.name] = kept
+    result.keep |= {consumer.group.name: kept, **{one.name: plan.kept(one) for one in consumer.beside}}
     if not kept:  # nothing is left to refit: the module gives its bias
         gone = weight.new_zeros(weight.shape[0], 0)
         return [nn.functional.linear(seen.input[..., :0], gone.to(seen.input.dtype), bias) for seen in taken]
@@ -276,9 +291,13 @@ def _with_ones(x: Tensor, extra: int) -> Tensor:
     return torch.cat([x, x.new_ones(len(x), 1)], dim=1) if extra else x
 
 
-def _kept_columns(consumer: _Consumer, kept: Sequence[int], channels: int, device: torch.device) -> Tensor:
+def _kept_columns(
+    consumer: _Consumer, kept: Sequence[int], plan: StructurePlan, channels: int, device: torch.device
+) -> Tensor:
     """Input channels of the consumer that stay, ascending: (kept channels,)."""
     mask = channel_mask(consumer.group, kept, channels, f"{consumer.path}.weight")
+    for one in consumer.beside:
+        mask &= channel_mask(one, plan.kept(one), channels, f"{consumer.path}.weight")
     return mask.nonzero().flatten().to(device)
 
 
@@ -288,7 +307,13 @@ def _choose(
     group = consumer.group
     kept = plan.kept(group)
     removed = group.units - len(kept)
-    if not settings.second_order or not removed or not kept or len({m.tensor for m in group.consumers}) != 1:
+    if (
+        consumer.beside
+        or not settings.second_order
+        or not removed
+        or not kept
+        or len({m.tensor for m in group.consumers}) != 1
+    ):
         return kept
     rows = [[row for member in group.consumers for row in member.rows(unit)] for unit in range(group.units)]
     units = torch.tensor(rows, device=weight.device)
