@@ -94,6 +94,23 @@ def zeroed_parts(model: nn.Module, graph: ModelGraph, keep: Mapping[str, tuple[i
         yield
 
 
+@contextmanager
+def narrowed(model: nn.Module, graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
+    """Zero, for a while, what makes the hidden channels that `keep` leaves out, so that the residual stream lacks them.
+
+    The norms still take their statistic over all channels, which is what the cut reproduces by rescaling them.
+    """
+    with torch.no_grad(), ExitStack() as stack:
+        for group in graph.of_role(Role.HIDDEN):
+            gone = sorted(set(range(group.units)) - set(keep.get(group.name, range(group.units))))
+            for member in group.producers if gone else ():
+                weight = model.get_parameter(member.tensor).data
+                index = torch.tensor(member.indices(gone), device=weight.device)
+                stack.callback(weight.index_copy_, member.axis, index, weight.index_select(member.axis, index))
+                weight.index_fill_(member.axis, index, 0.0)
+        yield
+
+
 class _NeverChosen(TorchFunctionMode):
     """Takes rows out of the choice of routers: the logits that they give are minus infinity."""
 
@@ -137,14 +154,15 @@ def gone_experts(
 def masked(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Iterator[None]:
     """Inside the context the model computes what the plan's cut would, with its weights untouched.
 
-    Groups of the whole model (hidden channels) are not masked, and where a norm spans a group's own axis it still sees
-    the removed channels: there the result is only near that of the cut.
+    Where a norm spans the axis of a group inside a block it still sees the removed channels: there the result is only
+    near that of the cut.
     """
     skipped = [graph.blocks[layer] for layer in plan.dropped_blocks]
     with (
         masked_channels(model, consumer_masks(graph, plan.keep), skipped),
         zeroed_parts(model, graph, plan.keep),
         never_chosen(gone_experts(model, graph, plan.keep)),
+        narrowed(model, graph, plan.keep),
     ):
         yield
 

@@ -15,6 +15,7 @@ from saap.models.masking import (
     consumer_masks,
     gone_experts,
     masked_channels,
+    narrowed,
     never_chosen,
     replaced_weights,
     zeroed_parts,
@@ -66,6 +67,7 @@ class StructureJudge:
             zeroed_parts(self._model, self._graph, masked),
             never_chosen(gone_experts(self._model, self._graph, masked)),
             replaced_weights(self._model, weights),
+            narrowed(self._model, self._graph, masked),  # also what has just been replaced
         ):
             changed = [self._last_hidden(batch) for batch in self._batches]
         count = 0
