@@ -50,16 +50,17 @@ from saap.structure_search.plan import SearchSpace
 from saap.structure_search.plan import search as _search
 
 
-def discover(model: str | Path | nn.Module) -> ModelGraph:
+def discover(model: str | Path | nn.Module, *, finer_heads: bool = False) -> ModelGraph:
     """Find the coupled structures of a model by tracing it; the model is not changed.
 
-    model: a loaded model (also of a class of your own), or what `saap prune` takes.
+    model: a loaded model (also of a class of your own), or what `saap prune` takes. finer_heads: with the query heads
+    inside each KV group as groups of their own (role `query`).
     Raises UnsupportedModelError, naming the op or module that stopped the analysis, and ModelError.
     """
     if isinstance(model, nn.Module):
-        return _discover(model, model_ref(model, type(model).__name__, None))
+        return _discover(model, model_ref(model, type(model).__name__, None), finer_heads=finer_heads)
     loaded = open_model(model, RunOptions(device="cpu"))
-    return _discover(loaded.model, loaded.ref)
+    return _discover(loaded.model, loaded.ref, finer_heads=finer_heads)
 
 
 def estimate(

@@ -107,7 +107,9 @@ def prune(
     layout: Annotated[
         str, typer.Option(help="adaptive: each layer its own sizes; uniform: equal sizes, opens as the stock class.")
     ] = "adaptive",
-    roles: Annotated[str, typer.Option(help="What may leave, some of ffn,attention,block,hidden.")] = "ffn,attention",
+    roles: Annotated[
+        str, typer.Option(help="What may leave, some of ffn,attention,query,expert,block,hidden.")
+    ] = "ffn,attention",
     skip_layers: Annotated[
         str, typer.Option(help="Blocks at the ends to leave whole: auto, or e.g. first:4,last:2.")
     ] = "auto",

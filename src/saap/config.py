@@ -104,6 +104,8 @@ class PrunableRole(StrEnum):
 
     FFN = "ffn"
     ATTENTION = "attention"
+    QUERY = "query"
+    EXPERT = "expert"
     HIDDEN = "hidden"
     BLOCK = "block"
 
@@ -259,6 +261,15 @@ class PruneConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_heads(self) -> PruneConfig:
+        if {PrunableRole.ATTENTION, PrunableRole.QUERY} <= set(self.roles):
+            raise ConfigurationError(
+                "The roles attention and query cannot be combined: a KV group leaves with its query heads",
+                "Name one of the two in --roles",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_speedup(self) -> PruneConfig:
         if self.target_speedup is None:
             return self
@@ -266,9 +277,10 @@ class PruneConfig(BaseModel):
             raise ConfigurationError(
                 f"--target-speedup {self.target_speedup:g} is out of range", "Give a number above 1, e.g. 1.3"
             )
-        if PrunableRole.HIDDEN in self.roles:
+        unmeasured = [role for role in (PrunableRole.HIDDEN, PrunableRole.EXPERT) if role in self.roles]
+        if unmeasured:
             raise ConfigurationError(
-                "--target-speedup cannot be combined with the role hidden, whose time is not measured",
+                f"--target-speedup cannot be combined with the role {unmeasured[0]}, whose time is not measured",
                 "Use --roles ffn,attention,block, or --pruning-ratio",
             )
         return self

@@ -29,7 +29,14 @@ class Role(StrEnum):
 
     FFN = "ffn"
     ATTENTION = "attention"
+    QUERY = "query"
+    EXPERT = "expert"
     HIDDEN = "hidden"
+
+    @property
+    def of_channels(self) -> bool:
+        """Whether its units are single channels, whose number is aligned."""
+        return self in (Role.FFN, Role.HIDDEN)
 
 
 class Side(StrEnum):
@@ -163,8 +170,9 @@ class CoupledGroup(Digested):
     attributes: integers that follow the number of kept units. scaled_norms: modules that take the RMS over the group's
     axis; removal equals masking only if weight x (kept/n)^-0.5 and eps x n/kept. sliced_arguments: modules that
     receive a tensor with one entry per unit from outside (ALiBi), which must be cut to the kept units at each call.
-    bundle: groups of the same one lie in parts of the same tensors, so all of them keep the same number of units, each
-    its own choice; "" for a group by itself.
+    bundle: groups of the same one lie in parts of the same tensors or share the heads of one module evenly, so all of
+    them keep the same number of units, each its own choice; "" for a group by itself. least: units that must stay (as
+    many experts as a token is sent to).
     """
 
     layer: int
@@ -176,6 +184,7 @@ class CoupledGroup(Digested):
     scaled_norms: tuple[str, ...] = ()
     sliced_arguments: tuple[str, ...] = ()
     bundle: str = field(default="", metadata=_WHERE_USED)
+    least: int = field(default=0, metadata=_WHERE_USED)
 
     @property
     def consumers(self) -> tuple[AxisSlice, ...]:

@@ -39,7 +39,7 @@ def dense(name: str) -> tuple[Any, ModelGraph]:
     with tempfile.TemporaryDirectory() as folder:
         build(name).save_pretrained(folder)
         model = opened(Path(folder))
-    return model, discover(model)
+    return model, discover(model, finer_heads=True)
 
 
 def group_of(graph: ModelGraph, role: Role, layer: int) -> CoupledGroup:
@@ -58,11 +58,23 @@ def mixed(graph: ModelGraph) -> Keep:
     """Another size for every module."""
     keep: Keep = {}
     for group in graph.groups:
+        if group.role is Role.QUERY:
+            continue  # these leave with their KV groups
         if group.layer == 0:
             keep[group.name] = every_second(group)
         elif group.layer > 0 and group.role is Role.FFN:
             keep[group.name] = tuple(range(group.layer, group.units))
     return keep
+
+
+def query(graph: ModelGraph) -> Keep:
+    """Query heads of the first block, in each KV group other ones, and all kinds of units but KV groups in the next."""
+    keep: Keep = {}
+    for group in graph.of_role(Role.QUERY):
+        if group.layer == 0:
+            place = int(group.name.rpartition(".")[2]) % 2
+            keep[group.name] = tuple(unit for unit in range(group.units) if unit % 2 == place)
+    return {**{name: kept for name, kept in mixed(graph).items() if graph.group(name).role is Role.FFN}, **keep}
 
 
 def whole_ffn(graph: ModelGraph) -> Keep:
@@ -89,6 +101,7 @@ CASES = (
     Case("mixed", mixed),
     Case("ffn empty", whole_ffn),
     Case("attention empty", whole_attention),
+    Case("query heads", query),
     Case("block dropped", mixed, (1,)),
     Case("first block dropped", whole_attention, (0,)),
     Case("width", width),
@@ -174,6 +187,8 @@ class Outcome:
 
 def fits(name: str, case: Case) -> bool:
     """Whether the family has what the case prunes."""
+    if case.name == "query heads":
+        return bool(dense(name)[1].of_role(Role.QUERY))
     return "width" not in case.name or bool(dense(name)[1].of_role(Role.HIDDEN))
 
 

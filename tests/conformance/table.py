@@ -12,21 +12,22 @@ from tests.families import FAMILIES
 
 from saap.records import CoupledGroup, ModelGraph, Role
 
-CHECKED = tuple(case for case in CASES if case.name in ("mixed", "width"))
+CHECKED = tuple(case for case in CASES if case.name in ("mixed", "query heads", "width"))
 HEADER = """# Families
 
 Made by `python scripts/family_table.py` with transformers {version}; do not edit. Each row is a tiny random model
 (hidden size 48, 2 or 3 blocks, float64) on which all this was done.
 
-- **FFN**, **attention**, **hidden**: units found in one block, or in the whole model. Attention goes by KV groups with
-  their query heads; `4 x 40` are 40 channels in each of 4 experts. A dash: refused, see the notes.
+- **FFN**, **attention**, **query**, **experts**, **hidden**: units found in one block, or in the whole model.
+  Attention goes by KV groups with their query heads, query by the heads inside each group; `4 x 40` are 40 channels in
+  each of 4 experts. A dash: there are none, or the notes say why.
 - **cut = masked**: the model without the units computes what the dense one does with them masked.
 - **adaptive**: each layer another size, saved, opened, the same logits.
 - **generation**: the opened model writes with a key-value cache what it writes without.
 - **uniform**: roles of which the stock class opens fewer units, the same number in each layer, with the same logits.
 
-| family | FFN | attention | hidden | cut = masked | adaptive | generation | uniform |
-|---|---|---|---|---|---|---|---|
+| family | FFN | attention | query | experts | hidden | cut = masked | adaptive | generation | uniform |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 

@@ -60,6 +60,39 @@ def test_scores_of_experts_are_those_of_the_definitions(mixtral: tuple[Any, Mode
         torch.testing.assert_close(torch.from_numpy(found.element), element, rtol=1e-6, atol=1e-9)
 
 
+def test_scores_of_whole_experts_are_sums_over_all_their_weights(mixtral: tuple[Any, ModelGraph]) -> None:
+    model, graph = mixtral
+    tokens = families.token_ids(SAMPLES, LENGTH)
+    calibration = CalibrationSet(sources=("random",), seed=0, tokens=tokens.numpy())
+    scores = estimate(model, graph, calibration, roles=[Role.EXPERT])
+    assert set(scores.groups) == {"layers.0.expert", "layers.1.expert"}
+    for group in graph.of_role(Role.EXPERT):
+        vector, element = torch.zeros(4).double(), torch.zeros(4).double()
+        for sample in tokens:
+            _, gradients = weight_gradients(model, sample)
+            stacks = [m.tensor for m in group.members if gradients[m.tensor].ndim == 3]
+            assert len(stacks) == 2
+            products = [(gradients[name] * model.get_parameter(name)).flatten(1) for name in stacks]
+            vector += sum(product.sum(1) for product in products).abs() / SAMPLES
+            element += sum(0.5 * (LENGTH - 1) * (product**2).sum(1) for product in products) / SAMPLES
+        found = scores.groups[group.name]
+        torch.testing.assert_close(torch.from_numpy(found.vector), vector, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(torch.from_numpy(found.element), element, rtol=1e-6, atol=1e-9)
+
+
+def test_the_judge_sees_what_is_left_when_experts_are_gone(mixtral: tuple[Any, ModelGraph]) -> None:
+    model, graph = mixtral
+    tokens = families.token_ids(2, LENGTH)
+    judge = StructureJudge(model, graph, tokens)
+    keep = {"layers.0.expert": (0, 2), "layers.1.expert": (1, 2, 3)}
+    plan = make_plan(graph, keep, (), layout=Layout.ADAPTIVE, strategy="by hand", align=1)
+    pruned = copy.deepcopy(model)
+    cut(pruned, graph, plan)
+    dense, left = (one(tokens, use_cache=False).logits.float().log_softmax(-1) for one in (model, pruned))
+    expected = torch.nn.functional.kl_div(left, dense, log_target=True, reduction="sum") / tokens.numel()
+    assert judge(keep) == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_an_expert_that_is_never_used_scores_zero(mixtral: tuple[Any, ModelGraph]) -> None:
     model, graph = copy.deepcopy(mixtral[0]), mixtral[1]
     router = model.model.layers[0].mlp.gate
@@ -123,7 +156,7 @@ def test_experts_that_would_keep_nothing_are_refused(mixtral: tuple[Any, ModelGr
     model, graph = mixtral
     keep = {group.name: () for group in experts(graph)}
     plan = make_plan(graph, keep, (), layout=Layout.ADAPTIVE, strategy="by hand", align=1)
-    with pytest.raises(PlanError, match=r"stacked matrices of layers\.0\.ffn\.expert\.0 cannot lose all units"):
+    with pytest.raises(PlanError, match=r"layers\.0\.ffn\.expert\.0 and the groups beside it cannot lose all units"):
         cut(copy.deepcopy(model), graph, plan)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.export.llama import plan_of
 from tests.pipeline import tiny
 from transformers import (
     AutoModelForCausalLM,
@@ -17,7 +18,8 @@ from transformers import (
 )
 
 import saap
-from saap.errors import ConfigurationError
+from saap.errors import ConfigurationError, PlanError, TargetError
+from saap.surgery.cut import cut
 
 SETTINGS: dict[str, Any] = {"samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
 TOKENS = torch.arange(2, 42).reshape(2, 20)
@@ -83,3 +85,41 @@ def test_a_shared_expert_beside_the_others_has_a_size_of_its_own(tmp_path: Path)
 def test_methods_that_score_whole_matrices_are_refused_for_experts(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="stacks its experts"):
         saap.prune(source, pruning_ratio=0.2, out=tmp_path / "small", method="wanda-sp", **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("layout", "roles"), [("adaptive", ["expert"]), ("uniform", ["expert"]), ("adaptive", ["ffn", "expert"])]
+)
+def test_whole_experts_leave_with_their_router_rows(
+    source: Path, tmp_path: Path, layout: str, roles: list[str]
+) -> None:
+    out = tmp_path / "small"
+    result = saap.prune(source, pruning_ratio=0.25, out=out, layout=layout, roles=roles, **SETTINGS)
+    kept = [len(units) for name, units in result.plan.keep.items() if name.endswith(".expert")]
+    assert min(kept) < 4
+    assert min(kept) >= 2  # each token is sent to two
+    assert layout == "adaptive" or len(set(kept)) == 1
+    assert sum(parameter.numel() for parameter in result.model.parameters()) == result.plan.parameters
+    opened = saap.load(out)
+    torch.testing.assert_close(logits(opened), logits(result.model), rtol=0, atol=0)
+    for layer, count in enumerate(kept):
+        block = opened.model.layers[layer].mlp
+        assert len(block.gate.weight) == len(block.experts.down_proj) == block.experts.num_experts == count
+    if layout == "uniform":
+        stock = AutoModelForCausalLM.from_pretrained(out)
+        assert stock.config.num_local_experts == kept[0]
+        torch.testing.assert_close(logits(stock), logits(opened), rtol=0, atol=0)
+    assert opened.generate(TOKENS[:1], max_new_tokens=4, do_sample=False).shape[1] == 24
+
+
+def test_no_fewer_experts_stay_than_a_token_is_sent_to(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="cannot be removed"):
+        saap.prune(source, pruning_ratio=0.6, out=tmp_path / "small", roles=["expert"], **SETTINGS)
+    graph = saap.discover(source)
+    with pytest.raises(PlanError, match=r"keeps 1 units of layers\.0\.expert"):
+        cut(saap.load(source), graph, plan_of(graph, {"layers.0.expert": (1,)}))
+
+
+def test_experts_are_asked_of_a_model_that_has_none(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="no expert groups can be pruned"):
+        saap.prune(tiny.folder(tmp_path / "dense"), pruning_ratio=0.2, roles=["expert"], **SETTINGS)

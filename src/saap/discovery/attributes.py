@@ -110,12 +110,23 @@ def _in_block(instance: Instance, number: int) -> Checked | None:
     group = instance.groups[number]
     search = _Search(instance, number)
     sliced = _sliced_arguments(instance, group)
+    counts = _counts(search, group)
+    if counts and search.works(counts, {}):
+        return Checked(group=group, attributes=counts)
     for arguments in [{}, sliced] if sliced else [{}]:
         for count in range(MOST_ATTRIBUTES + 1):
             for attributes in combinations(search.candidates, count):
                 if search.works(attributes, arguments):
                     return Checked(group=group, attributes=attributes, sliced_arguments=tuple(arguments))
     return None
+
+
+def _counts(search: _Search, group: TracedGroup) -> tuple[UnitAttribute, ...]:
+    """Attributes that say how many experts there are: all follow, as one way to compute needs what another does not."""
+    if group.role is not Role.EXPERT:
+        return ()
+    own = (item for item in search.candidates if not item.attribute.startswith("config."))
+    return tuple(item for item in own if item.per_unit == 1)
 
 
 class _Search:
@@ -131,7 +142,7 @@ class _Search:
         with instance.norms_without_statistic(number):
             whole = instance.call(self.block, *self.inputs)
             self.expected: list[tuple[list[int], Tensor]] = []
-            for kept in _removals(instance.units_of(number)):
+            for kept in _removals(instance.units_of(number), group.least):
                 with instance.masked(number, kept, consumers_only=not group.scaled_norms):
                     output = instance.call(self.block, *self.inputs)
                 self.expected.append((kept, output))
@@ -174,9 +185,10 @@ def _equal(output: Tensor, expected: Tensor) -> bool:
     return bool((output - expected).abs().max() <= TOLERANCE * max(1.0, float(expected.abs().max())))
 
 
-def _removals(units: list[int]) -> list[list[int]]:
-    """Two choices of kept units: all but one, and one alone."""
-    return [[unit for unit in units if unit != units[1]], [units[-1] if len(units) > 2 else units[1]]]
+def _removals(units: list[int], least: int = 0) -> list[list[int]]:
+    """Two choices of kept units: all but one, and one alone, or as many as must stay."""
+    few = units[-least:] if least > 1 else [units[-1] if len(units) > 2 else units[1]]
+    return [[unit for unit in units if unit != units[1]], few]
 
 
 def _candidates(model: nn.Module, group: TracedGroup) -> list[UnitAttribute]:

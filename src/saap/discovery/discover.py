@@ -12,6 +12,7 @@ from saap.discovery.blocks import alike, find_blocks
 from saap.discovery.groups import TracedGroup, traced_groups
 from saap.discovery.instance import Instance, small_instance
 from saap.discovery.interleaved import one_of_each_block
+from saap.discovery.query_heads import query_heads
 from saap.discovery.reduce import ReducedModel, reduced
 from saap.discovery.repeat import Checked, Naming, check_last_of_each_kind, everywhere, with_hidden_checked
 from saap.discovery.trace import Trace, trace
@@ -21,19 +22,23 @@ from saap.models.uniform import config_fields
 from saap.records import CoupledGroup, ModelGraph, ModelRef, Refusal
 
 
-def discover(model: nn.Module, ref: ModelRef | None = None) -> ModelGraph:
-    """Find the coupled groups of a causal language model: FFN channels, KV groups and hidden channels.
+def discover(model: nn.Module, ref: ModelRef | None = None, *, finer_heads: bool = False) -> ModelGraph:
+    """Find the coupled groups of a causal language model: FFN channels, KV groups, experts and hidden channels.
 
     model: forward(input_ids) gives the logits; it is only read. ref: which weights these are, made from the model if
     None. One block of each kind is traced and found again by name in all others; the last of each kind is traced too
-    and must agree. Parts that are not understood are in `refused`. Raises UnsupportedModelError if nothing can be
+    and must agree. finer_heads: also the query heads inside each KV group, which share their tensors with it.
+    Parts that are not understood are in `refused`. Raises UnsupportedModelError if nothing can be
     pruned, or the forward cannot be traced.
     """
     blocks = find_blocks(model)
     kinds = tuple(tuple(kind) for kind in alike(model, blocks))
     copy, traced = _trace(model, blocks, sorted({index for kind in kinds for index in (kind[0], kind[-1])}))
     naming = Naming(blocks, kinds, copy)
-    found = with_hidden_checked(traced_groups(traced, copy.blocks), naming)
+    groups_found = traced_groups(traced, copy.blocks)
+    if finer_heads:
+        groups_found += [finer for group in groups_found if (finer := query_heads(group)) is not None]
+    found = with_hidden_checked(groups_found, naming)
     check_last_of_each_kind(found, naming)
     firsts: set[str | None] = {None, *(naming.traced_path(kind[0]) for kind in kinds)}
     needs = _needs(copy, found, firsts)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
+from saap.discovery.experts import expert_members
 from saap.discovery.slices import Pattern, patterns_of
 from saap.discovery.tags import Units
 from saap.discovery.trace import Trace
@@ -23,7 +24,8 @@ class TracedGroup:
 
     block: the path of its block, None for the hidden channels. label: path of the module whose channels are refused,
     where they belong to no group. refusal: why the group cannot be pruned. parts: where the members stack so many
-    matrices along axis 0 (experts), each of which can lose units of its own; else 0.
+    matrices along axis 0 (experts), each of which can lose units of its own; else 0. least: units that must stay.
+    shares: where each unit is one head of each of so many KV groups, whose members follow each other in equal numbers.
     """
 
     block: str | None
@@ -34,6 +36,8 @@ class TracedGroup:
     refusal: str | None = None
     label: str | None = None
     parts: int = 0
+    least: int = 0
+    shares: int = 0
 
 
 def traced_groups(trace: Trace, blocks: Sequence[str]) -> list[TracedGroup]:
@@ -59,8 +63,22 @@ def traced_groups(trace: Trace, blocks: Sequence[str]) -> list[TracedGroup]:
         block = None if place == "" else place
         found.append(_group(trace, units, marks, sides, block, members))
         reported |= _units_on(trace, units, axes[0])
+    for group in _expert_groups(trace, units, blocks):
+        found.append(group)
+        reported |= {root for member in group.members for root in _units_on(trace, units, (member.tensor, member.axis))}
     found = _reached(_one_hidden(_leading_out(found), blocks), trace)
     return [*found, *_stopped(trace, units, reported, blocks)]
+
+
+def _expert_groups(trace: Trace, units: Units, blocks: Sequence[str]) -> list[TracedGroup]:
+    found = []
+    for block in blocks:
+        members, least = expert_members(trace, units, block)
+        if members:
+            count = len(trace.axes[members[0].tensor][members[0].axis])
+            refusal = None if least < count else "each token is sent to all experts"
+            found.append(TracedGroup(block, Role.EXPERT, count, members, refusal=refusal, least=least))
+    return found
 
 
 def _units_on(trace: Trace, units: Units, axis: Axis) -> set[int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from saap.discovery.groups import TracedGroup
 from saap.discovery.reduce import ReducedModel, reduced
 from saap.discovery.trace import call_keywords
+from saap.models.masking import never_chosen
 from saap.models.modeling_pruned import resize
 from saap.records import IntArray, Role
 
@@ -86,8 +87,20 @@ class Instance:
 
     @contextmanager
     def masked(self, number: int, kept: Sequence[int], *, consumers_only: bool) -> Iterator[None]:
-        """Zero the units of a group that are not kept, in all members or in the consumers alone."""
+        """Zero the units of a group that are not kept, in all members or in the consumers alone.
+
+        Experts are never chosen instead.
+        """
         gone = [unit for unit in self.units_of(number) if unit not in kept]
+        if self.groups[number].role is Role.EXPERT:
+            routers = {
+                self.model.get_parameter(tensor): places
+                for (tensor, _), places in self._places(number, gone).items()
+                if self.model.get_parameter(tensor).ndim == 2
+            }
+            with never_chosen(routers):
+                yield
+            return
         consumed = {(member.tensor, member.axis) for member in self.groups[number].members if member.side == "consumer"}
         with ExitStack() as stack:
             for (tensor, axis), places in self._places(number, gone).items():

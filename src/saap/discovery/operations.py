@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saap.discovery.tags import UNTAGGED, ParameterTags, Reduction, TagSpace, finest, together
+from saap.discovery.tags import UNTAGGED, Choice, ParameterTags, Reduction, TagSpace, finest, together
 
 Rule = Callable[["Step"], Any]
 
@@ -248,8 +248,18 @@ def _index(step: Step) -> Tensor:
 
 def _choose(step: Step) -> Any:
     """Which channels go on depends on the data, so none of them can be taken out by its place alone."""
+    count = step.named.get("k")
+    if isinstance(count, int):
+        step.space.choices.append(Choice(count, _seen_along(step.positional[0], step.named["dim"])))
     step.space.stop(step.positional[0], f"{step.name} in {step.module or 'the model'} chooses among its channels")
     return untagged(step.output)
+
+
+def _seen_along(tags: Tensor, dim: int) -> Tensor:
+    """Tags along an axis, where they are the same at all other places."""
+    rows: Tensor = torch.unique(tags.movedim(dim, -1).flatten(0, -2), dim=0)
+    first: Tensor = rows[0]
+    return first if len(rows) == 1 else first[:0]
 
 
 def _gather(step: Step) -> Tensor:

@@ -92,7 +92,7 @@ def everywhere(checked: Sequence[Checked], naming: Naming, order: Sequence[str])
 
 
 def _in_block(item: Checked, first: str, path: str, index: int, name: str) -> list[CoupledGroup | Refusal]:
-    """The group as it lies in one block, or one group for each of the matrices that its members stack."""
+    """The group as it lies in one block, or one group for each of the matrices or KV groups that it lies in."""
     group = _moved(item.group, first, path)
     if group.refusal is not None:
         return [Refusal(name=group.label or name, reason=group.refusal)]
@@ -105,7 +105,16 @@ def _in_block(item: Checked, first: str, path: str, index: int, name: str) -> li
         attributes=tuple(replace(found, module=_renamed(found.module, first, path)) for found in item.attributes),
         scaled_norms=group.scaled_norms,
         sliced_arguments=tuple(_renamed(module, first, path) for module in item.sliced_arguments),
+        least=group.least,
     )
+    if group.shares:
+        each = len(found.members) // group.shares
+        return [
+            replace(
+                found, name=f"{name}.{share}", bundle=name, members=found.members[share * each : (share + 1) * each]
+            )
+            for share in range(group.shares)
+        ]
     if not group.parts:
         return [found]
     return [

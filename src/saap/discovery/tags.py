@@ -39,12 +39,21 @@ class Reduction:
     channels: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A choice of the `count` greatest among channels (experts), by data. channels: (channels,) tags."""
+
+    count: int
+    channels: Tensor
+
+
 class TagSpace:
     """Issues the tags and collects what the walk over the graph learns about them."""
 
     def __init__(self) -> None:
         self.count = 0
         self.reductions: list[Reduction] = []
+        self.choices: list[Choice] = []
         self._ties: list[Tensor] = []
         self._shared: list[tuple[Tensor, Tensor]] = []
         self._marks: dict[str, list[Tensor]] = {}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from saap.config import Aggregation, ElementOrder
 from saap.errors import CalibrationError, NonFiniteLossError
 from saap.estimation.importance import aggregate, vector_importance
-from saap.estimation.stacked import stacked_scores
+from saap.estimation.stacked import stacked_scores, whole_scores
 from saap.estimation.statistics import Moments, merge
 from saap.estimation.taps import Batch, GroupParts, PartScores, Scratch, Taps, make_taps, watching
 from saap.models.loss import loss_and_gradient
@@ -67,7 +67,7 @@ def estimate(
     rows = micro_batch or max(1, TOKENS_AT_ONCE // length)
     tokens = torch.from_numpy(calibration.tokens).to(next(model.parameters()).device)
     taps = make_taps(model, graph, [group for group in graph.groups if group.role in roles])
-    if taps.stacked:
+    if taps.stacked or taps.whole:
         rows = 1  # the gradient of a weight is a sum over samples
     walker, scratch = BlockWalker(model, graph.blocks), Scratch()
     processes = processes or Processes()
@@ -146,7 +146,7 @@ class _Walk:
     @property
     def lowest(self) -> int:
         """The first block with parts to score; no gradient is needed below it."""
-        return min((*self.taps.by_block, *self.taps.stacked), default=len(self.walker.blocks))
+        return min((*self.taps.by_block, *self.taps.stacked, *self.taps.whole), default=len(self.walker.blocks))
 
     def alone(self, tokens: Tensor, first: int, store: _Inputs) -> _Scored:
         """One micro-batch through all blocks."""
@@ -216,11 +216,13 @@ class _Walk:
         walker, taps = self.walker, self.taps
         batch = Batch(samples=tokens.shape[0], length=tokens.shape[1], order=self.order)
         with watching(walker.model, taps.by_block.get(index, {}), batch, self.scratch) as watched:
-            stacks = taps.stacked.get(index, {})
-            weights = {name: walker.model.get_parameter(name) for name in stacks}
+            weights = {name: walker.model.get_parameter(name) for name in taps.by_gradient(index)}
             before, found = walker.backward_to_weights(index, entry, contexts, gradient, weights)
         for name, of_weight in found.items():
-            scored = stacked_scores(weights[name].detach(), of_weight, stacks[name], batch.length - 1, self.order)
+            weight, stack = weights[name].detach(), taps.stacked.get(index, {}).get(name, {})
+            scored = stacked_scores(weight, of_weight, stack, batch.length - 1, self.order)
+            if name in taps.whole.get(index, {}):
+                scored[taps.whole[index][name]] = whole_scores(weight, of_weight, batch.length - 1, self.order)
             for (group, position), scores in scored.items():
                 parts.setdefault(group, {})[position] = scores
         for tap in watched:

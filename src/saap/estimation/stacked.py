@@ -33,3 +33,17 @@ def stacked_scores(
                 units_of(change, part.channels), units_of(element, part.channels)
             )
     return found
+
+
+def whole_scores(weight: Tensor, gradient: Tensor, predictions: int, order: ElementOrder) -> PartScores:
+    """Scores of each matrix of a stacked weight as one unit, for one sample; arguments as in `stacked_scores`.
+
+    Sums over all elements of the matrix, so an expert that few tokens go to has little of either.
+    """
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    changes, elements = [], []
+    for matrix, slope in zip(weight, gradient, strict=True):
+        product = (matrix.to(kind) * slope.to(kind)).reshape(1, -1)
+        changes.append(product.sum(1))
+        elements.append(element_importance(product, predictions, order, 0, torch.empty_like(product)))
+    return PartScores(torch.cat(changes).unsqueeze(0), torch.cat(elements).unsqueeze(0))

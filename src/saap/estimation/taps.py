@@ -15,7 +15,7 @@ from saap.config import ElementOrder
 from saap.errors import UnsupportedModelError
 from saap.estimation.importance import channel_change, element_importance, units_of, weight_product
 from saap.models.linear import contracted_axis, owner
-from saap.records import AxisSlice, CoupledGroup, ModelGraph, Side
+from saap.records import AxisSlice, CoupledGroup, ModelGraph, Role, Side
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +47,30 @@ class Taps:
     """All parts by decoder block and module path, and the groups they make up.
 
     stacked: parts in one matrix of a stacked tensor (an expert's), by decoder block, tensor and place in the stack.
-    They are scored from the weight's own gradient, one sample at a time.
+    whole: parts whose units are the matrices themselves, as (group, position) by decoder block and tensor. Both are
+    scored from the weight's own gradient, one sample at a time.
     """
 
     by_block: Mapping[int, Mapping[str, Sequence[Part]]]
     groups: Mapping[str, GroupParts]
     stacked: Mapping[int, Mapping[str, Mapping[int, Sequence[Part]]]]
+    whole: Mapping[int, Mapping[str, tuple[str, int]]]
+
+    def by_gradient(self, block: int) -> tuple[str, ...]:
+        """Tensors of a block that are scored from their own gradient."""
+        return tuple(dict.fromkeys([*self.stacked.get(block, {}), *self.whole.get(block, {})]))
 
     def complete_at(self) -> dict[int, list[str]]:
         """Groups by the first block that has a part of them: backward, they are complete there."""
-        parts: dict[int, list[Part]] = defaultdict(list)
+        names: dict[int, set[str]] = defaultdict(set)
         for block, paths in self.by_block.items():
-            parts[block] += [part for found in paths.values() for part in found]
+            names[block] |= {part.group for found in paths.values() for part in found}
         for block, tensors in self.stacked.items():
-            parts[block] += [part for places in tensors.values() for found in places.values() for part in found]
-        first = {part.group: block for block in sorted(parts, reverse=True) for part in parts[block]}
-        return {block: [name for name in self.groups if first[name] == block] for block in parts}
+            names[block] |= {part.group for places in tensors.values() for found in places.values() for part in found}
+        for block, whole in self.whole.items():
+            names[block] |= {group for group, _ in whole.values()}
+        first = {name: block for block in sorted(names, reverse=True) for name in names[block]}
+        return {block: [name for name in self.groups if first[name] == block] for block in names}
 
 
 def make_taps(model: nn.Module, graph: ModelGraph, groups: Sequence[CoupledGroup]) -> Taps:
@@ -75,8 +83,15 @@ def make_taps(model: nn.Module, graph: ModelGraph, groups: Sequence[CoupledGroup
     by_block: defaultdict[int, defaultdict[str, list[Part]]] = defaultdict(lambda: defaultdict(list))
     stacked: defaultdict[int, defaultdict[str, defaultdict[int, list[Part]]]]
     stacked = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    whole: defaultdict[int, dict[str, tuple[str, int]]] = defaultdict(dict)
     found: dict[str, GroupParts] = {}
     for group in groups:
+        if group.role is Role.EXPERT:
+            stacks = [member.tensor for member in group.members if len(graph.shapes[member.tensor]) > 2]
+            for position, tensor in enumerate(stacks):
+                whole[group.layer][tensor] = (group.name, position)
+            found[group.name] = GroupParts(group.units, len(stacks), len(stacks) - 1)
+            continue
         weights, biases = _linear_members(model, graph, group)
         if not weights:
             raise UnsupportedModelError(
@@ -100,7 +115,7 @@ def make_taps(model: nn.Module, graph: ModelGraph, groups: Sequence[CoupledGroup
             by_block[graph.block_of(member.tensor)][path].append(part)
             last = last if produces else position
         found[group.name] = GroupParts(group.units, len(weights), last)
-    return Taps(by_block, found, stacked)
+    return Taps(by_block, found, stacked, whole)
 
 
 def _linear_members(

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from saap.models.linear import weight_out_in
-from saap.records import CoupledGroup, ModelGraph, StructurePlan
+from saap.records import CoupledGroup, ModelGraph, Role, StructurePlan
 
 
 def channel_mask(group: CoupledGroup, kept: Sequence[int], width: int, consumer: str | None = None) -> Tensor:
@@ -94,14 +95,75 @@ def zeroed_parts(model: nn.Module, graph: ModelGraph, keep: Mapping[str, tuple[i
 
 
 @contextmanager
+def narrowed(model: nn.Module, graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
+    """Zero, for a while, what makes the hidden channels that `keep` leaves out, so that the residual stream lacks them.
+
+    The norms still take their statistic over all channels, which is what the cut reproduces by rescaling them.
+    """
+    with torch.no_grad(), ExitStack() as stack:
+        for group in graph.of_role(Role.HIDDEN):
+            gone = sorted(set(range(group.units)) - set(keep.get(group.name, range(group.units))))
+            for member in group.producers if gone else ():
+                weight = model.get_parameter(member.tensor).data
+                index = torch.tensor(member.indices(gone), device=weight.device)
+                stack.callback(weight.index_copy_, member.axis, index, weight.index_select(member.axis, index))
+                weight.index_fill_(member.axis, index, 0.0)
+        yield
+
+
+class _NeverChosen(TorchFunctionMode):
+    """Takes rows out of the choice of routers: the logits that they give are minus infinity."""
+
+    def __init__(self, routers: Mapping[nn.Parameter, Tensor]) -> None:
+        super().__init__()
+        self.rows = {id(parameter): rows for parameter, rows in routers.items()}
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, arguments: Sequence[Any] = (), keywords: Any = None
+    ) -> Any:
+        result = function(*arguments, **(keywords or {}))
+        if function is nn.functional.linear and len(arguments) > 1 and id(arguments[1]) in self.rows:
+            return result.index_fill(-1, self.rows[id(arguments[1])].to(result.device), -torch.inf)
+        return result
+
+
+@contextmanager
+def never_chosen(routers: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Routers choose among the other experts for a while. routers: weight (experts, width) -> experts that are gone."""
+    if not routers:
+        yield
+        return
+    with _NeverChosen(routers):
+        yield
+
+
+def gone_experts(
+    model: nn.Module, graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]
+) -> dict[nn.Parameter, Tensor]:
+    """For `never_chosen`: the routers' weights and the experts that `keep` leaves out."""
+    found: dict[nn.Parameter, Tensor] = {}
+    for group in graph.of_role(Role.EXPERT):
+        gone = sorted(set(range(group.units)) - set(keep.get(group.name, range(group.units))))
+        for member in group.members if gone else ():
+            if len(graph.shapes[member.tensor]) == 2:
+                found[model.get_parameter(member.tensor)] = torch.tensor(gone)
+    return found
+
+
+@contextmanager
 def masked(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Iterator[None]:
     """Inside the context the model computes what the plan's cut would, with its weights untouched.
 
-    Groups of the whole model (hidden channels) are not masked, and where a norm spans a group's own axis it still sees
-    the removed channels: there the result is only near that of the cut.
+    Where a norm spans the axis of a group inside a block it still sees the removed channels: there the result is only
+    near that of the cut.
     """
     skipped = [graph.blocks[layer] for layer in plan.dropped_blocks]
-    with masked_channels(model, consumer_masks(graph, plan.keep), skipped), zeroed_parts(model, graph, plan.keep):
+    with (
+        masked_channels(model, consumer_masks(graph, plan.keep), skipped),
+        zeroed_parts(model, graph, plan.keep),
+        never_chosen(gone_experts(model, graph, plan.keep)),
+        narrowed(model, graph, plan.keep),
+    ):
         yield
 
 

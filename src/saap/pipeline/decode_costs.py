@@ -84,7 +84,7 @@ def _trials(graph: ModelGraph, config: PruneConfig) -> list[tuple[Role | None, f
         groups = graph.of_role(role)
         if not groups:
             raise TargetError(f"no {role} groups can be pruned in this model", "Leave this role out of --roles")
-        step = 1 if role is Role.ATTENTION else config.align
+        step = config.align if role.of_channels else 1
         kept_sets = {tuple(max(min(step, g.units), _rounded(g.units * f, step)) for g in groups) for f in FRACTIONS}
         kept_sets.add(tuple(min(step, g.units) for g in groups))
         if max(group.units for group in groups) <= FEW_UNITS:

@@ -16,8 +16,8 @@ from saap.structure_search.plan import make_plan
 def legal_sizes(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> Mapping[Role, frozenset[int]] | None:
     """By role, the numbers of kept units that a uniform plan may have; None for the adaptive layout, which takes all.
 
-    Every size of attention is tried by constructing the configuration; of the wider roles, which the head count does
-    not constrain, the largest and the smallest.
+    Sizes are tried by constructing the configuration: of roles that go by single channels the largest and the smallest
+    first, and all between only where one of these is refused (the width that the number of heads must divide).
     Raises LayoutError, with the reason of the first refusal, if no asked role can be made smaller.
     """
     if config.layout is not Layout.UNIFORM:
@@ -26,21 +26,26 @@ def legal_sizes(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> Map
     reason: LayoutError | None = None
     for role in unit_roles(config.roles):
         groups = graph.of_role(role)
-        step = 1 if role is Role.ATTENTION else config.align
-        sizes = range(step, groups[0].units if groups else 0, step)
-        tried = sizes if role is Role.ATTENTION else sorted({*sizes[:1], *sizes[-1:]})
-        legal = set()
-        for size in tried:
-            keep = {group.name: tuple(range(size)) for group in groups}
-            plan = make_plan(graph, keep, (), layout=Layout.UNIFORM, strategy="trial", align=config.align)
-            try:
-                uniform_config(model.config, graph, plan)
-            except LayoutError as error:
-                reason = reason or error
-                continue
-            legal.add(size)
-        whole = role is not Role.ATTENTION and len(legal) == len(tried)
-        found[role] = frozenset(sizes if whole else legal)
+        step = config.align if role.of_channels else 1
+        first = max(step, groups[0].least) if groups else step
+        sizes = range(first, groups[0].units if groups else 0, step)
+        refusals = {size: _refusal(model, graph, role, size, config.align) for size in (*sizes[:1], *sizes[-1:])}
+        if not role.of_channels or any(refusals.values()):
+            rest = (size for size in sizes if size not in refusals)
+            refusals |= {size: _refusal(model, graph, role, size, config.align) for size in rest}
+        reason = reason or next((refusal for refusal in refusals.values() if refusal is not None), None)
+        found[role] = frozenset(size for size in sizes if refusals.get(size) is None)
     if reason is not None and not any(found.values()) and PrunableRole.BLOCK not in config.roles:
         raise reason
     return found
+
+
+def _refusal(model: nn.Module, graph: ModelGraph, role: Role, size: int, align: int) -> LayoutError | None:
+    """Why the family cannot be built with `size` units of the role in every layer; None where it can."""
+    keep = {group.name: tuple(range(size)) for group in graph.of_role(role)}
+    plan = make_plan(graph, keep, (), layout=Layout.UNIFORM, strategy="trial", align=align)
+    try:
+        uniform_config(model.config, graph, plan)
+    except LayoutError as error:
+        return error
+    return None

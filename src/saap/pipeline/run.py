@@ -163,7 +163,7 @@ def inspect_model(source: str, *, revision: str | None = None, trust_remote_code
     """The coupled structures of a model as JSON-able data: sizes, rows per role, what is not pruned and why."""
     options = RunOptions(revision=revision, trust_remote_code=trust_remote_code, device="cpu")
     loaded = open_model(source, options)
-    graph = discover(loaded.model, loaded.ref)
+    graph = discover(loaded.model, loaded.ref, finer_heads=True)
     return {
         "model": source,
         "parameters": graph.parameters,
@@ -193,7 +193,8 @@ def _prepare(
     with meter.stage("read the calibration text"):
         tokens = draw_tokens(loaded, config, calibration if calibration is not None else config.calibration)
     with meter.stage("discover the coupled structures"):
-        graph = discover(loaded.model if loaded.skeleton is None else loaded.skeleton, loaded.ref)
+        skeleton = loaded.model if loaded.skeleton is None else loaded.skeleton
+        graph = discover(skeleton, loaded.ref, finer_heads=PrunableRole.QUERY in config.roles)
         check_method(config, graph)
         targets = with_budgets(targets, config, graph, loaded.dtype)
         space = SearchSpace(

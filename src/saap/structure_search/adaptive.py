@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from saap.config import Strategy
-from saap.records import Candidate, IntArray, ModelGraph, Role
+from saap.records import Candidate, IntArray, ModelGraph
 from saap.structure_search.allocation import AnyBudget, Step, steps_by_score, steps_by_share, take_steps
 from saap.structure_search.costs import SecondOrder
 from saap.structure_search.slots import Slot
@@ -35,11 +35,7 @@ def uniform_shares(graph: ModelGraph, slots: Sequence[Slot], *, attention: float
     """Share of each slot under the uniform rule: 1, `attention` for attention modules, 0 at spared ends."""
     spared = set(spared_ends(len(graph.blocks))) if spare else set()
     return [
-        0.0
-        if all(group.layer in spared for group in slot.groups)
-        else attention
-        if slot.role is Role.ATTENTION
-        else 1.0
+        0.0 if all(group.layer in spared for group in slot.groups) else attention if slot.of_heads else 1.0
         for slot in slots
     ]
 
@@ -48,7 +44,7 @@ def default_proposal(
     graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: AnyBudget, *, name: str = "uniform, ends spared"
 ) -> Proposal:
     """The start of the search, and its whole answer where nothing may be measured: FFN first, both ends spared."""
-    only_attention = all(slot.role is Role.ATTENTION for slot in slots)
+    only_attention = all(slot.of_heads for slot in slots)
     shares = uniform_shares(graph, slots, attention=1.0 if only_attention else 0.0, spare=True)
     return _by_shares(name, graph, slots, budget, shares, importance_order(scores))
 
@@ -162,7 +158,7 @@ def _named(
     orders: of the units in the plans that only say how much each module gives.
     """
     proposals = []
-    has_attention = any(slot.role is Role.ATTENTION for slot in slots)
+    has_attention = any(slot.of_heads for slot in slots)
     for attention in ATTENTION_SHARES if has_attention else (1.0,):
         shares = uniform_shares(graph, slots, attention=attention, spare=True)
         name = f"uniform, attention {attention:g}, ends spared"
@@ -193,5 +189,5 @@ def _repriced(
     for slot in slots:
         place = (np.mean([group.layer for group in slot.groups]) + 0.5) / depth
         waves = sum(gene * np.cos(np.pi * (index + 1) * place) for index, gene in enumerate(genes[1:]))
-        shifts.append(float(np.exp(waves + (genes[0] if slot.role is Role.ATTENTION else 0.0))))
+        shifts.append(float(np.exp(waves + (genes[0] if slot.of_heads else 0.0))))
     return [dataclasses.replace(step, price=step.price * shifts[step.slot]) for step in steps]

@@ -25,7 +25,7 @@ class Step:
 
 def removed_by(graph: ModelGraph, slots: Sequence[Slot], sizes: Sequence[int], budget: AnyBudget) -> int:
     """What counts and leaves when slot i keeps `sizes[i]` units; exact where groups share tensors."""
-    if isinstance(budget, TimeBudget) or any(slot.role is Role.HIDDEN for slot in slots):
+    if isinstance(budget, TimeBudget) or any(slot.role in (Role.HIDDEN, Role.EXPERT) for slot in slots):
         return budget.removed(graph, counts_of(slots, sizes))
     return sum(slot.parameters_per_unit * (slot.units - size) for slot, size in zip(slots, sizes, strict=True))
 

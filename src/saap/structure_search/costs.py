@@ -21,7 +21,7 @@ from saap.models.loss import loss_and_gradient
 from saap.models.processes import Processes
 from saap.models.spill import Spill, held
 from saap.models.walker import BlockWalker, Contexts, inference_only
-from saap.records import CoupledGroup, IntArray, ModelGraph, UnitScores
+from saap.records import CoupledGroup, IntArray, ModelGraph, Role, UnitScores
 
 CURVE_STEPS = 32
 """Batches in which the units of a module leave: fine enough for the steps of a plan."""
@@ -47,7 +47,10 @@ def measurable(graph: ModelGraph) -> list[CoupledGroup]:
     return [
         group
         for group in graph.groups
-        if group.layer >= 0 and len(group.consumers) == 1 and group.consumers[0].part is None
+        if group.layer >= 0
+        and group.role is not Role.QUERY
+        and len(group.consumers) == 1
+        and group.consumers[0].part is None
     ]
 
 

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from saap.models.least_squares import compensated
 from saap.models.linear import weight_out_in
-from saap.models.masking import channel_mask, consumer_masks, masked_channels, replaced_weights, zeroed_parts
+from saap.models.masking import (
+    channel_mask,
+    consumer_masks,
+    gone_experts,
+    masked_channels,
+    narrowed,
+    never_chosen,
+    replaced_weights,
+    zeroed_parts,
+)
 from saap.models.processes import Processes
 from saap.models.walker import BlockWalker
 from saap.records import ModelGraph
@@ -82,7 +91,9 @@ class StructureJudge:
         with (
             masked_channels(self._model, consumer_masks(self._graph, masked), skipped),
             zeroed_parts(self._model, self._graph, masked),
+            never_chosen(gone_experts(self._model, self._graph, masked)),
             replaced_weights(self._model, weights),
+            narrowed(self._model, self._graph, masked),  # also what has just been replaced
         ):
             changed = [self._last_hidden(batch) for batch in self._batches]
         rows = [

@@ -173,6 +173,11 @@ def plan_from_counts(
             raise PlanError(
                 f"the plan's units of {name} are not distinct numbers from 0 to {units - 1}", "Correct them"
             )
+        if len(kept) < known[name].least:
+            raise PlanError(
+                f"the plan keeps {len(kept)} units of {name}",
+                f"Keep {known[name].least}: each token is sent to so many",
+            )
         chosen[name] = tuple(sorted(kept))
         step = required_step(graph, known[name])
         if len(kept) < units and len(kept) % step:
@@ -182,8 +187,8 @@ def plan_from_counts(
     uneven = uneven_bundle(graph, chosen)
     if uneven:
         raise PlanError(
-            f"the plan keeps different numbers of units of {' and '.join(uneven)}, whose matrices are stacked",
-            "Keep the same number of each expert's units",
+            f"the plan keeps different numbers of units of {' and '.join(uneven)}, which share their tensors",
+            "Keep the same number of units of both",
         )
     if any(not 0 <= layer < len(graph.blocks) for layer in dropped_blocks):
         raise PlanError(

@@ -33,6 +33,11 @@ class Slot:
     sizes: tuple[int, ...]
     parameters_per_unit: int
 
+    @property
+    def of_heads(self) -> bool:
+        """Whether it is attention, by whole KV groups or by query heads."""
+        return self.role in (Role.ATTENTION, Role.QUERY)
+
 
 def build_slots(
     graph: ModelGraph,
@@ -46,8 +51,8 @@ def build_slots(
     """Slots of the groups of `roles` outside `skipped_layers`.
 
     align: FFN and hidden channels stay in multiples of it (and of 8 where experts are stacked); attention goes by whole
-    KV groups. The uniform layout
-    cannot skip layers. legal_sizes: the only sizes that groups of a role may have beside their own.
+    KV groups. The uniform layout cannot skip layers. legal_sizes: the only sizes that groups of a role may have beside
+    their own.
     Raises TargetError if no group of a role can give anything.
     """
     skipped = set(skipped_layers)
@@ -85,8 +90,8 @@ def _slot(graph: ModelGraph, groups: tuple[CoupledGroup, ...], align: int, legal
             f"the {first.role} modules of this model differ in size, so one size for all does not exist",
             "Use --layout adaptive",
         )
-    step = 1 if first.role is Role.ATTENTION else math.lcm(align, required_step(graph, first))
-    smaller = range((first.units - 1) // step * step, 0, -step)
+    step = math.lcm(align, required_step(graph, first)) if first.role.of_channels else 1
+    smaller = range((first.units - 1) // step * step, max(0, first.least - 1), -step)
     return Slot(
         name=(first.bundle or first.name) if len({group.layer for group in groups}) == 1 else str(first.role),
         role=first.role,

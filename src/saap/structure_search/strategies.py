@@ -70,7 +70,7 @@ def module_shares(slots: Sequence[Slot], scores: Scores, *, spread: float, atten
         deviation = values[where] - values[where].mean()
         scale = deviation.std()
         shares[where] = np.exp(-spread * deviation / scale) if scale > 0 else 1.0
-        if role is Role.ATTENTION:
+        if role in (Role.ATTENTION, Role.QUERY):
             shares[where] *= attention
     return shares.tolist()
 

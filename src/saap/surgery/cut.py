@@ -84,9 +84,9 @@ def cut_group(model: nn.Module, group: CoupledGroup, kept: Sequence[int]) -> Non
 
 @torch.no_grad()
 def cut_bundle(model: nn.Module, groups: Sequence[CoupledGroup], plan: StructurePlan) -> None:
-    """Slice stacked tensors in place: each part to the units that its own group keeps, all to the same number.
+    """Slice what the groups of one bundle share, in place: each part to the units that its own group keeps.
 
-    groups: all groups of one bundle. Raises PlanError if they would keep nothing.
+    groups: all groups of one bundle; they keep the same number. Raises PlanError if they would keep nothing.
     """
     bring(model, groups[0].members[0].tensor)
     places: dict[tuple[str, int], dict[int, list[AxisSlice]]] = defaultdict(lambda: defaultdict(list))
@@ -94,7 +94,7 @@ def cut_bundle(model: nn.Module, groups: Sequence[CoupledGroup], plan: Structure
     for group in groups:
         _check_units(group, plan.kept(group))
         if not plan.kept(group):
-            raise PlanError(f"The stacked matrices of {group.name} cannot lose all units", "Keep at least one of each")
+            raise PlanError(f"{group.name} and the groups beside it cannot lose all units", "Keep at least one of each")
         for member in group.members:
             if member.part is not None:
                 places[member.tensor, member.axis][member.part].append(member)
@@ -106,10 +106,27 @@ def cut_bundle(model: nn.Module, groups: Sequence[CoupledGroup], plan: Structure
             index = _kept_indices(owners[part], parts[part], plan.kept(owners[part]), matrix.shape[axis - 1])
             matrices.append(matrix.index_select(axis - 1, index.to(matrix.device)))
         resize(model, parameter, torch.stack(matrices))
+    _cut_together(model, [group for group in groups if all(member.part is None for member in group.members)], plan)
+    kept = len(plan.kept(groups[0]))
     for attribute in groups[0].attributes:
-        value = attribute.per_unit * len(plan.kept(groups[0]))
-        set_attribute(model.get_submodule(attribute.module), attribute.attribute, value)
+        set_attribute(model.get_submodule(attribute.module), attribute.attribute, attribute.per_unit * kept)
+    for norm in groups[0].scaled_norms:
+        rescale_norm(model.get_submodule(norm), kept / groups[0].units, norm)
     mark_changed(model, groups[0].members[0].tensor)
+
+
+def _cut_together(model: nn.Module, groups: Sequence[CoupledGroup], plan: StructurePlan) -> None:
+    """Slice axes on which several groups lie side by side, each axis once."""
+    stays: dict[tuple[str, int], Tensor] = {}
+    for group in groups:
+        for (tensor, axis), members in _by_axis(group.members).items():
+            size = model.get_parameter(tensor).shape[axis]
+            mask = torch.zeros(size, dtype=torch.bool)
+            mask[_kept_indices(group, members, plan.kept(group), size)] = True
+            stays[tensor, axis] = stays.get((tensor, axis), mask) & mask
+    for (tensor, axis), mask in stays.items():
+        parameter = model.get_parameter(tensor)
+        resize(model, parameter, parameter.data.index_select(axis, mask.nonzero().flatten().to(parameter.device)))
 
 
 def rescale_norm(norm: nn.Module, share: float, name: str) -> None:
@@ -163,7 +180,7 @@ def _check(graph: ModelGraph, plan: StructurePlan) -> None:
     uneven = uneven_bundle(graph, plan.keep)
     if uneven:
         raise PlanError(
-            f"The plan keeps different numbers of units of {' and '.join(uneven)}, whose matrices are stacked",
+            f"The plan keeps different numbers of units of {' and '.join(uneven)}, which share their tensors",
             "Keep the same number of each",
         )
     seen: dict[tuple[str, int], str] = {}
@@ -189,6 +206,10 @@ def _check_units(group: CoupledGroup, kept: Sequence[int]) -> None:
     if not ascending or (kept and not (kept[0] >= 0 and kept[-1] < group.units)):
         raise PlanError(
             f"The kept units of {group.name} are not ascending numbers below {group.units}", "Correct the plan"
+        )
+    if len(kept) < group.least:
+        raise PlanError(
+            f"The plan keeps {len(kept)} units of {group.name}", f"Keep {group.least}: each token is sent to so many"
         )
     if not kept and group.layer < 0:
         raise PlanError(f"The plan keeps nothing of {group.name}", "Keep at least one unit of it")
@@ -224,7 +245,9 @@ def _is_cut(model: nn.Module, graph: ModelGraph, group: CoupledGroup, kept: int)
                 states.add(kept == 0)
             continue
         dense = graph.shapes[tensor][axis]
-        cut_size = dense - sum(member.width for member in members) * (group.units - kept)
+        beside = [one for one in graph.groups if one.bundle == group.bundle] if group.bundle else [group]
+        together = len(beside) if members[0].part is None else 1
+        cut_size = dense - together * sum(member.width for member in members) * (group.units - kept)
         size = module.get_parameter(name).shape[axis]
         if size not in (dense, cut_size):
             raise PlanError(f"{tensor} has {size} entries on axis {axis}, not {dense}", "Use the model of the plan")

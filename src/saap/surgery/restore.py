@@ -21,7 +21,7 @@ from saap.models.offload import mark_changed
 from saap.models.processes import Processes
 from saap.models.spill import NewTensors, Spill, Tensors, held
 from saap.models.walker import BlockWalker, Contexts
-from saap.records import CoupledGroup, FloatArray, ModelGraph, StructurePlan
+from saap.records import CoupledGroup, FloatArray, ModelGraph, Role, StructurePlan
 from saap.surgery.cut import cut_bundle, cut_group
 
 Progress = Callable[[int, int], None]
@@ -78,12 +78,16 @@ class _Streams:
 
 @dataclass(frozen=True, slots=True)
 class _Consumer:
-    """A linear module that reads the channels of a group, and the factor its output has in the residual stream."""
+    """A linear module that reads the channels of a group, and the factor its output has in the residual stream.
+
+    beside: the other groups of its bundle, whose channels the module reads too (query heads of other KV groups).
+    """
 
     path: str
     module: nn.Module
     group: CoupledGroup
     gain: float | None
+    beside: tuple[CoupledGroup, ...] = ()
 
 
 @torch.no_grad()
@@ -133,18 +137,27 @@ def _start(walker: BlockWalker, tokens: Tensor, micro_batch: int, new: NewTensor
     return _Streams(processes, len(batches), new, one, contexts, hidden, hidden)
 
 
-def _consumers(walker: BlockWalker, graph: ModelGraph, layer: int, streams: _Streams) -> list[_Consumer]:
+def _consumers(
+    walker: BlockWalker, graph: ModelGraph, plan: StructurePlan, layer: int, streams: _Streams
+) -> list[_Consumer]:
     """The block's consumers in the order in which they run."""
+    # Query heads lie in the same channels as their KV groups: of the two, those that lose something.
+    groups = [
+        group for group in graph.in_block(layer) if group.role is not Role.QUERY or len(plan.kept(group)) < group.units
+    ]
     by_path = {
-        member.tensor.rpartition(".")[0]: group
-        for group in graph.in_block(layer)
-        for member in group.consumers
-        if member.part is None
+        member.tensor.rpartition(".")[0]: group for group in groups for member in group.consumers if member.part is None
     }
     found = streams.processes.from_first(
         lambda: residual_gain(walker, layer, list(by_path), streams.dense[0][:1], streams.one)
     )
-    return [_Consumer(path, walker.model.get_submodule(path), by_path[path], gain) for path, gain in found]
+    return [
+        _Consumer(
+            path, walker.model.get_submodule(path), by_path[path], gain,
+            tuple(one for one in groups if one.bundle and one.bundle == by_path[path].bundle and one != by_path[path]),
+        )
+        for path, gain in found
+    ]  # fmt: skip
 
 
 def _restore_block(
@@ -161,7 +174,7 @@ def _restore_block(
         streams.dense = streams.pruned = _run(walker, layer, streams.dense, streams)
         return
     streams.apart = True
-    consumers = _consumers(walker, graph, layer, streams)
+    consumers = _consumers(walker, graph, plan, layer, streams)
     dense_next, dense_outputs = _dense_pass(walker, layer, consumers, streams)
     _cut_stacked(walker.model, graph, plan, layer, result)
     pruned_next = _refit_consumers(walker, layer, consumers, streams, dense_outputs, plan, settings, result)
@@ -175,15 +188,19 @@ def _restore_block(
 
 
 def _cut_stacked(model: nn.Module, graph: ModelGraph, plan: StructurePlan, layer: int, result: Restoration) -> None:
-    """Cut experts, whose stacked matrices are not refitted, before what is refitted makes up for them."""
+    """Cut stacked matrices (experts), which are not refitted, before what is refitted makes up for them."""
     bundles: dict[str, list[CoupledGroup]] = {}
     for group in graph.in_block(layer):
-        if group.bundle:
+        if group.bundle and group.role is not Role.QUERY:
             bundles.setdefault(group.bundle, []).append(group)
     for groups in bundles.values():
         result.keep |= {group.name: plan.kept(group) for group in groups}
         if len(plan.kept(groups[0])) < groups[0].units:
             cut_bundle(model, groups, plan)
+    for group in graph.in_block(layer):
+        if group.role is Role.EXPERT:
+            result.keep[group.name] = plan.kept(group)
+            cut_group(model, group, plan.kept(group))
 
 
 def _run(walker: BlockWalker, layer: int, hidden: Tensors, streams: _Streams) -> Tensors:
@@ -283,10 +300,12 @@ def _refit(
     extra = 0 if bias is None else 1
     fit, judging = _moments(weight, extra, streams, taken, targets, settings.held_share)
     kept = streams.processes.from_first(lambda: _choose(consumer, weight, fit, judging, plan, settings))
-    columns = _kept_columns(consumer, kept, weight.shape[1], weight.device)
-    if kept != tuple(range(consumer.group.units)):
+    columns = _kept_columns(consumer, kept, plan, weight.shape[1], weight.device)
+    if consumer.beside:
+        cut_bundle(model, [consumer.group, *consumer.beside], plan)
+    elif kept != tuple(range(consumer.group.units)):
         cut_group(model, consumer.group, kept)
-    result.keep[consumer.group.name] = kept
+    result.keep |= {consumer.group.name: kept, **{one.name: plan.kept(one) for one in consumer.beside}}
     if not kept:  # nothing is left to refit: the module gives its bias
         gone = weight.new_zeros(weight.shape[0], 0)
         return (nn.functional.linear(read[..., :0], gone.to(read.dtype), bias) for read in taken)
@@ -335,9 +354,13 @@ def _with_ones(x: Tensor, extra: int) -> Tensor:
     return torch.cat([x, x.new_ones(len(x), 1)], dim=1) if extra else x
 
 
-def _kept_columns(consumer: _Consumer, kept: Sequence[int], channels: int, device: torch.device) -> Tensor:
+def _kept_columns(
+    consumer: _Consumer, kept: Sequence[int], plan: StructurePlan, channels: int, device: torch.device
+) -> Tensor:
     """Input channels of the consumer that stay, ascending: (kept channels,)."""
     mask = channel_mask(consumer.group, kept, channels, f"{consumer.path}.weight")
+    for one in consumer.beside:
+        mask &= channel_mask(one, plan.kept(one), channels, f"{consumer.path}.weight")
     return mask.nonzero().flatten().to(device)
 
 
@@ -347,7 +370,13 @@ def _choose(
     group = consumer.group
     kept = plan.kept(group)
     removed = group.units - len(kept)
-    if not settings.second_order or not removed or not kept or len({m.tensor for m in group.consumers}) != 1:
+    if (
+        consumer.beside
+        or not settings.second_order
+        or not removed
+        or not kept
+        or len({m.tensor for m in group.consumers}) != 1
+    ):
         return kept
     rows = [[row for member in group.consumers for row in member.rows(unit)] for unit in range(group.units)]
     units = torch.tensor(rows, device=weight.device)
