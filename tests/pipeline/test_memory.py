@@ -164,5 +164,5 @@ def test_needs_grow_with_what_is_asked() -> None:
     )  # fmt: skip
     need: Callable[..., int] = memory.offloaded_need
     cut, restored = (need(sizes, PruneConfig(pruning_ratios=(0.2,), restore=restore)) for restore in (False, True))
-    assert cut < restored < 6 * 10**9
+    assert cut < 2 * 10**9 < restored < 8 * 10**9
     assert memory.resident_need(sizes, PruneConfig(pruning_ratios=(0.2,), restore=False)) > sizes.weights

@@ -81,6 +81,8 @@ class OffloadedWeights:
         self.send_away()
         self._here = part
         self.parts_read += 1
+        needed = {parameter.shape for parameter in part.named_parameters().values()}
+        self._spare = [spare for spare in self._spare if spare.shape in needed]
         for name, parameter in part.named_parameters().items():
             stored = self._rounded(part.read(name))
             parameter.data = self._room(stored).copy_(stored)
@@ -97,6 +99,11 @@ class OffloadedWeights:
         for parameter in part.named_parameters().values():
             self._spare.append(parameter.data)
             parameter.data = placeholder(parameter.shape, parameter.dtype, parameter.device)
+
+    def release(self) -> None:
+        """Have no part in memory."""
+        self.send_away()
+        self._spare.clear()
 
     def part_of(self, name: str) -> Part | None:
         """The part that the module or weight of that name belongs to; None where it is always in memory."""

@@ -277,11 +277,19 @@ def dense_copy(run: Run, target: str, copy: Callable[[nn.Module], nn.Module]) ->
     """The dense model for one target to change. copy: of a model in memory. One in files is opened again."""
     if run.loaded.fresh is None:
         return copy(run.loaded.model)
+    release(run.loaded.model)
     model: nn.Module = run.loaded.fresh()
     weights = offloaded(model)
     if weights is not None:
         weights.folder, weights.written = _changed_folder(run, target), run.loaded.dtype
     return model
+
+
+def release(model: nn.Module) -> None:
+    """Have no weights of a model in memory that are in files as well: it may outlive its last use."""
+    weights = offloaded(model)
+    if weights is not None:
+        weights.release()
 
 
 def forget_changed(run: Run, target: str) -> None:

@@ -311,9 +311,11 @@ def _refit(
         return (nn.functional.linear(read[..., :0], gone.to(read.dtype), bias) for read in taken)
     with_bias = torch.cat([columns, torch.arange(extra, device=columns.device) + weight.shape[1]])
     start = torch.cat([weight, *([] if bias is None else [bias.float().unsqueeze(1)])], dim=1)[:, with_bias]
+    fit = fit.select(with_bias)  # one after the other: both are large
+    judging = judging.select(with_bias)
     new, error = start, 0.0
     if streams.processes.first:
-        new, error = ridge_refit(start, fit.select(with_bias), judging.select(with_bias), settings.ridges)
+        new, error = ridge_refit(start, fit, judging, settings.ridges)
     new = streams.processes.of_first(new)
     result.errors[consumer.path] = streams.processes.from_first(lambda: error)
     weight_out_in(consumer.module).copy_(new[:, : len(columns)])
