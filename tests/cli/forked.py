@@ -116,9 +116,9 @@ def main() -> None:
     # Discovery gives the same graph each time and keeps nothing, so all jobs share one.
     stock, found = run_module.discover, []
 
-    def discover_once(model: Any, ref: Any) -> Any:
+    def discover_once(model: Any, ref: Any, **options: Any) -> Any:
         if not found:
-            found.append(stock(model, ref))
+            found.append(stock(model, ref, **options))
         return found[0]
 
     run_module.discover = discover_once

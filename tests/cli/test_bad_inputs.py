@@ -313,7 +313,7 @@ def discovered_once(monkeypatch, source) -> None:
     """Discovery of the unchanged model gives the same graph each time."""
     if not GRAPHS:
         GRAPHS.append(saap.discover(source))
-    monkeypatch.setattr(run_module, "discover", lambda model, ref: GRAPHS[0])
+    monkeypatch.setattr(run_module, "discover", lambda model, ref, **options: GRAPHS[0])
 
 
 @pytest.mark.usefixtures("discovered_once")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import saap
 from saap.config import PruneConfig
 from saap.errors import CalibrationError, LayoutError, OutputError, StaleInputError, TargetError
+from saap.pipeline import planning
 from saap.pipeline import run as run_module
 from saap.pipeline.run import RunOptions, run_prune
 from saap.structure_search.judge import StructureJudge
@@ -70,8 +71,8 @@ def test_same_seed_same_bits(source: Path, tmp_path: Path) -> None:
 
 def test_several_ratios_share_one_estimation(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    stock = run_module.estimate
-    monkeypatch.setattr(run_module, "estimate", lambda *a, **k: calls.append(1) or stock(*a, **k))
+    stock = planning.estimate
+    monkeypatch.setattr(planning, "estimate", lambda *a, **k: calls.append(1) or stock(*a, **k))
     config = PruneConfig(pruning_ratios=(0.1, 0.3), **SETTINGS)
     results = run_prune(source, config, RunOptions(out=tmp_path / "many"))
     assert len(calls) == 1
@@ -88,7 +89,7 @@ def test_a_search_counts_on_the_compensation_only_where_it_comes(source: Path, m
         given.append(grams is not None)
         return StructureJudge(model, graph, tokens, grams, *rest, **named)
 
-    monkeypatch.setattr(run_module, "StructureJudge", judge)
+    monkeypatch.setattr(planning, "StructureJudge", judge)
     for restores in (False, True):
         settings = SETTINGS | {"effort": "default", "calibration": ["novels"]}
         saap.prune(source, pruning_ratio=0.2, restore=restores, **settings)
@@ -157,7 +158,7 @@ def test_an_interrupted_run_is_taken_up(
     config = PruneConfig(pruning_ratios=(0.2,), **SETTINGS)
     whole = run_prune(source, config, RunOptions(out=tmp_path / "whole"))[0]
     holder, name = {
-        "search": (run_module, "search"),
+        "search": (planning, "search"),
         "restore": (run_module, "restore"),
         "observe_after": (finish_module, "observe"),
     }[stage]
@@ -171,7 +172,7 @@ def test_an_interrupted_run_is_taken_up(
             run_prune(source, config, RunOptions(out=tmp_path / "cut"))
     assert not (tmp_path / "cut").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "estimate", stop)
+        patch.setattr(planning, "estimate", stop)
         again = run_prune(source, config, RunOptions(out=tmp_path / "cut"))[0]
     assert again.plan == whole.plan
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
@@ -187,7 +188,7 @@ def test_stale_stage_files_are_refused(source: Path, tmp_path: Path) -> None:
 
 
 def test_refusals_come_before_the_estimation(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "estimate", lambda *a, **k: pytest.fail("the estimation began"))
+    monkeypatch.setattr(planning, "estimate", lambda *a, **k: pytest.fail("the estimation began"))
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("mine")
     short = tmp_path / "short.txt"

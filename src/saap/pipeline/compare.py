@@ -32,8 +32,9 @@ from saap.pipeline.inputs import LoadedModel, RunOptions, TokenSets, draw_tokens
 from saap.pipeline.legality import legal_sizes
 from saap.pipeline.meter import Meter
 from saap.pipeline.methods import for_method, measurements
+from saap.pipeline.planning import plans_for, scores_of
 from saap.pipeline.progress import Reporter, Silent
-from saap.pipeline.run import cut_and_restore, plans_for, scores_of
+from saap.pipeline.run import cut_and_restore
 from saap.pipeline.targets import Target, with_budgets
 from saap.pipeline.typed import typed_command
 from saap.pipeline.work import WorkFolder
