@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 BIN := .venv/bin
 SETUP_INPUTS := pyproject.toml scripts/setup_environment.py
 
-.PHONY: demo test check unit clean
+.PHONY: demo test check unit docs results results-quick clean
 
 demo: .venv/.ready ## prune a small real model and compare it with the dense one
 	$(BIN)/saap demo
@@ -20,6 +20,15 @@ check: .venv/.ready-dev
 unit: .venv/.ready-dev
 	$(BIN)/pytest
 
+docs: .venv/.ready-dev ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+results: .venv/.ready-dev ## measure what the results book lacks (hours; goes on where it was stopped), then its pages
+	$(BIN)/python benchmarks/book.py run
+
+results-quick: .venv/.ready-dev ## a trial of every row on little of everything, in out/results-quick
+	$(BIN)/python benchmarks/book.py run --quick
+
 .venv/.ready: $(SETUP_INPUTS)
 	$(if $(PYTHON),,$(error Python 3.11 or newer was not found; name one with `make PYTHON=...`))
 	$(PYTHON) scripts/setup_environment.py
@@ -31,4 +40,4 @@ unit: .venv/.ready-dev
 	@touch .venv/.ready $@
 
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -77,7 +77,9 @@ def commands(options: argparse.Namespace) -> list[list[str]]:
     if "tasks" in options.passes and options.task_data is not None and at_task_ratio and chosen(TASK_METHODS):
         found.append(command(options, chosen(TASK_METHODS), TASK_RATIO, with_tasks=True))
     if "main" in options.passes and chosen(MAIN):
-        found += [command(options, chosen(MAIN), ratio, with_tasks=False) for ratio in options.ratios]
+        for ratios in (options.ratios[:2], options.ratios[2:]):  # those of a command share the scores
+            if ratios:
+                found.append(command(options, chosen(MAIN), ",".join(ratios), with_tasks=False))
     if "others" in options.passes and at_task_ratio and chosen(OTHERS):
         found.append(command(options, chosen(OTHERS), TASK_RATIO, with_tasks=False))
     return found

@@ -1,7 +1,9 @@
 """Runs the recipes end to end on SmolLM2 with small numbers, and checks that a second run keeps every step.
 
     python benchmarks/recipes.py [NAME ...]      # default: all of recipes/
+    python benchmarks/recipes.py --table         # the table in README.md, from benchmarks/results
 
+The model, the texts and the tasks of a recipe are replaced as well: by SmolLM2, bundled text, and none.
 Writes benchmarks/results/recipes.json: seconds, steps and outputs of each recipe.
 """
 
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from readme_tables import write_between_marks
 
 HERE = Path(__file__).resolve().parent
 RECIPES = HERE.parent / "recipes"
@@ -54,7 +57,21 @@ def run(recipe: Path, out: Path) -> dict[str, Any]:
     }
 
 
+def table(results: dict[str, Any]) -> str:
+    lines = ["| recipe | steps made | second run | s | perplexity |", "|---|---|---|---|---|"]
+    for name, row in sorted(results.items()):
+        made = ", ".join(step for step, fate in row["steps"].items() if fate == "made")
+        values = sorted({f"{value:.1f}" for texts in row["perplexity"].values() for value in texts.values()})
+        lines.append(
+            f"| {name} | {made} | {', '.join(row['second_run'])} | {row['seconds']:.0f} | {', '.join(values)} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--table"]:
+        write_between_marks("recipes", table(json.loads(RESULT.read_text())))
+        return
     names = sys.argv[1:] or sorted(file.stem for file in RECIPES.glob("*.yaml"))
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     for name in names:

@@ -37,7 +37,7 @@ RESULTS = HERE / "results"
 TOKENS = {"wikitext2": 16384, "novel": 8192, "addresses": 8192, "instructions": 8192}
 QUICK_TOKENS, SIZES_EVALUATION_TOKENS = 1024, 4096
 GROUP_SIZES = (16, 32, 64, 128)
-BATCH_TOKENS = 2048
+LENGTH = 512
 PLAIN = "plain LoRA"
 ENVIRONMENT = {"python": platform.python_version(), "cores": os.cpu_count(), "machine": platform.machine()}
 
@@ -137,18 +137,17 @@ def measured(model: str, *flags: str) -> dict[str, Any]:
 
 
 def sizes(options: argparse.Namespace) -> None:
-    tokens = BATCH_TOKENS if options.quick else options.tokens
-    steps = str(max(4, tokens // BATCH_TOKENS))
-    length = 64 if options.quick else 512
+    length = 64 if options.quick else LENGTH
+    steps = str(4 if options.quick else max(4, options.tokens // length))
     evaluated = QUICK_TOKENS if options.quick else SIZES_EVALUATION_TOKENS
     shared = [
-        *data_flags(options.data), "--steps", steps, "--batch", "4", "--length", str(length),
+        *data_flags(options.data), "--steps", steps, "--batch", "1", "--length", str(length),
         "--evaluation-tokens", str(evaluated), "--threads", str(options.threads),
     ]  # fmt: skip
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         off_grid = str(Path(temporary) / "off-grid")
-        tuned = ["--tuning", "lora", "--max-steps", "4" if options.quick else "10", "--dtype", "float32"]
+        tuned = ["--tuning", "lora", "--max-steps", "4" if options.quick else "40", "--dtype", "float32"]
         recover(options.model, Path(off_grid), *data_flags(options.data), *tuned, "--length", str(length))
         for grid, model in (("4 bits, 32", options.model), ("none", off_grid)):
             kinds = [(str(size), ["--group-size", str(size)]) for size in GROUP_SIZES]
@@ -157,7 +156,7 @@ def sizes(options: argparse.Namespace) -> None:
                 seconds = statistics.median(found.pop("step_seconds"))
                 rows.append({"source_grid": grid, "group_size": name, **found, "seconds_a_step": seconds})
                 print(json.dumps(rows[-1]), flush=True)
-    finish("sizes", {"tokens": int(steps) * 4 * length, "rows": rows}, quick=options.quick)
+    finish("sizes", {"tokens": int(steps) * length, "rows": rows}, quick=options.quick)
     if options.chart is not None:
         chart(rows, options.chart)
 

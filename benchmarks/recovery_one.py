@@ -49,16 +49,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from saap.evaluation.perplexity import perplexity
     from saap.models.devices import rounded_products
     from saap.models.loading import load_tokenizer
+    from saap.models.processes import Processes
     from saap.models.references import resolve_model
     from saap.models.walker import BlockWalker
     from saap.recovery.prepare import merge, merge_lora
-    from saap.recovery.processes import Processes
     from saap.recovery.train import Report, Trainer
     from saap.recovery_config import RecoverConfig
 
     torch.set_num_threads(options.threads)
     cpu = torch.device("cpu")
-    processes = Processes.found(cpu)
+    processes = Processes()
     resolved = resolve_model(options.model)
     tokenizer = load_tokenizer(resolved)
     data = training_data(options.data, tokenizer, length=options.length, held=1, seed=0)

@@ -29,8 +29,10 @@ from saap.errors import ConfigurationError
 from saap.estimation.calibrate import estimate as _estimate
 from saap.estimation.selection import unit_scores
 from saap.evaluation.generation import BUNDLED
+from saap.models.devices import require_one_device
 from saap.models.loading import model_ref
 from saap.models.offload import offloaded
+from saap.models.processes import together
 from saap.models.spill import Spill
 from saap.pipeline.evaluate import EvalReport, evaluate_model
 from saap.pipeline.inputs import RunOptions, open_model
@@ -79,9 +81,10 @@ def estimate(
     model: a loaded model, or what `saap prune` takes. calibration: names and files as on the command line, texts (both
     need a tokenizer), or token ids of shape (samples, length). max_memory: bytes that the process may have resident;
     for it the weights of a model given by its folder may stay in the files.
-    Raises CalibrationError, NonFiniteLossError, ConfigurationError for a limit that is too small.
+    Raises CalibrationError, ModelError, NonFiniteLossError, ConfigurationError for a limit that is too small.
     """
     if isinstance(model, nn.Module):
+        require_one_device(model)
         opened = model
     else:
         config = PruneConfig(pruning_ratios=(0,), restore=False, sample_length=sample_length)
@@ -146,7 +149,7 @@ def recover(
     teacher: str | Path | None = None,
     distillation: float | None = None,
     length: int = 512,
-    batch: int = 4,
+    batch: int = 1,
     micro_batch: int = 1,
     learning_rate: float = 1e-3,
     warm_up: float = 0.05,
@@ -154,7 +157,7 @@ def recover(
     max_steps: int | None = None,
     max_tokens: int | None = None,
     max_minutes: float | None = None,
-    validate_every: int = 20,
+    validate_every: int = 60,
     validation_samples: int = 8,
     patience: int = 5,
     gradient_checkpointing: bool = True,
@@ -185,7 +188,8 @@ def recover(
         work_dir=None if work_dir is None else Path(work_dir), keep_work=keep_work, device=device, dtype=dtype,
         revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    return run_recover(model, config, options, reporter)
+    with together():
+        return run_recover(model, config, options, reporter)
 
 
 def prune(
@@ -268,7 +272,8 @@ def prune(
         trust_remote_code=trust_remote_code,
         max_memory=max_memory,
     )
-    (result,) = run_prune(model_or_path, config, options, reporter, calibration=calibration, tokenizer=tokenizer)
+    with together():
+        (result,) = run_prune(model_or_path, config, options, reporter, calibration=calibration, tokenizer=tokenizer)
     return result
 
 

@@ -18,6 +18,7 @@ from saap.commands.options import AsJson, Device, Quiet, Revision, Runtime, Spee
 from saap.commands.recover import recover
 from saap.commands.report import report
 from saap.commands.run import run
+from saap.commands.several import leave, one_of_several
 from saap.commands.speed import chosen_runtime
 from saap.errors import SaapError
 
@@ -148,7 +149,10 @@ def prune(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prune MODEL: discover its structures, estimate their importance, search, cut, restore, check, write."""
+    """Prune MODEL: discover its structures, estimate their importance, search, cut, restore, check, write.
+
+    Several processes (torchrun --nproc-per-node N -m saap prune ...) share the text; each holds the whole model.
+    """
     from saap.config import Aggregation, Effort, FusionScope, Importance, Method, PruneConfig, Strategy
     from saap.errors import ConfigurationError
     from saap.parsing import choice, parse_bytes, parse_count, parse_ratios, parse_roles, parse_skip_layers
@@ -278,20 +282,19 @@ app.command()(run)
 def main() -> None:
     """Entry point. Exit codes: 0 done, 2 input that the user can mend, 130 interrupted."""
     try:
-        code = app(standalone_mode=False)
+        with one_of_several(sys.argv[1:]):
+            code = app(standalone_mode=False)
     except SaapError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2, f"error: {error}")
     except _USAGE_ERROR as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "saap"
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        print(f"error: {message.rstrip('.')}. See `{command} --help`.", file=sys.stderr)
-        sys.exit(2)
+        leave(2, f"error: {message.rstrip('.')}. See `{command} --help`.")
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:  # some versions of typer turn Ctrl-C into this code themselves
-        print("interrupted: finished stages are kept; the same command goes on from there.", file=sys.stderr)
+        leave(INTERRUPTED, "interrupted: finished stages are kept; the same command goes on from there.")
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -73,6 +73,10 @@ class VerificationError(SaapError):
     """A result does not pass saap's own check of it."""
 
 
+class ProcessError(SaapError):
+    """Another process of the same run failed or ended."""
+
+
 class OutputError(SaapError):
     """The output folder exists, cannot be written or does not fit on the disk."""
 

@@ -265,11 +265,17 @@ class ModelGraph(Digested):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CalibrationSet(Digested):
-    """Token ids of the calibration samples. sources: what was asked for. tokens: (samples, length)."""
+    """Token ids of the calibration samples.
+
+    sources: what was asked for. tokens: (samples, length). ignored: ids that stand for images, of which no loss is
+    taken. inputs: for each sample what the model takes beside its ids (pixels), by name of the argument; () for text.
+    """
 
     sources: tuple[str, ...]
     seed: int
     tokens: IntArray
+    ignored: tuple[int, ...] = field(default=(), metadata=_WHERE_USED)
+    inputs: tuple[Mapping[str, npt.NDArray[Any]], ...] = field(default=(), metadata=_WHERE_USED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

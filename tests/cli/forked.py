@@ -1,7 +1,8 @@
 """Runs the real command line many times without importing everything each time: `python forked.py JOBS RESULTS`.
 
-Each job is a process of its own, forked after the imports and before any gradient was computed. A job may be stopped by
-a signal at the Nth event: progress that the run reports, or a file that it flushes or puts in its place.
+Each job is a process of its own, or several that work together, forked after the imports and before any gradient was
+computed. A job may be stopped by a signal or an error at the Nth event: progress that the run reports, a micro-batch
+that a later process scores, or a file that is flushed or put in its place.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -19,20 +21,26 @@ import torch
 
 from saap import cli
 from saap.display import PlainReporter
-from saap.pipeline import inputs
+from saap.errors import NonFiniteLossError
+from saap.estimation import calibrate
+from saap.pipeline import inputs, outcome, recover, recovery_context
 from saap.pipeline import run as run_module
 
 
 class Events:
-    """Counts events, and sends a signal to the process itself at one of them."""
+    """Counts events, and at one of them sends a signal to the process itself or raises an error."""
 
-    def __init__(self, number: int | None, at: int | None) -> None:
-        self.count, self._signal, self._at = 0, number, at
+    def __init__(self, number: int | None, error: str | None, at: int | None) -> None:
+        self.count, self._signal, self._error, self._at = 0, number, error, at
 
     def __call__(self) -> None:
         self.count += 1
-        if self._signal is not None and self.count == self._at:
+        if self.count != self._at:
+            return
+        if self._signal is not None:
             os.kill(os.getpid(), self._signal)
+        if self._error is not None:
+            raise NonFiniteLossError(self._error, "Mend it")
 
     def watch(self, holder: Any, name: str) -> None:
         stock = getattr(holder, name)
@@ -44,19 +52,22 @@ class Events:
         setattr(holder, name, watched)
 
 
-def carry_out(job: dict[str, Any], counted: Path) -> None:
+def carry_out(job: dict[str, Any], counted: Path, rank: int = 0) -> None:
     # A parent that runs in the background of a shell ignores this signal, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    events = Events(job.get("signal"), job.get("at"))
+    disturbed = job.get("at") if rank == job.get("rank", 0) else None
+    events = Events(job.get("signal"), job.get("error"), disturbed)
     for name in ("stage", "advance", "note"):
         events.watch(PlainReporter, name)
     events.watch(os, "fsync")
     for name in ("replace", "rename"):
         events.watch(Path, name)
+    if rank:
+        events.watch(calibrate, "_score_micro_batch")
     if job.get("largest_file"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"], job["largest_file"]))
     for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = ["saap", *job["arguments"]]
     code: Any = 1
     try:
@@ -64,7 +75,7 @@ def carry_out(job: dict[str, Any], counted: Path) -> None:
     except SystemExit as end:
         code = end.code
     finally:
-        if not job.get("largest_file"):
+        if not job.get("largest_file") and not rank:
             counted.write_text(str(events.count))
         sys.stdout.flush()
         sys.stderr.flush()
@@ -72,13 +83,29 @@ def carry_out(job: dict[str, Any], counted: Path) -> None:
 
 
 def forked(job: dict[str, Any], counted: Path) -> dict[str, Any]:
+    """Exit codes of all processes of a job, the first one's also by itself, and the events of the first."""
     counted.unlink(missing_ok=True)
-    child = os.fork()
-    if child == 0:
-        carry_out(job, counted)
-    status = os.waitpid(child, 0)[1]
+    for name in ("stdout", "stderr"):
+        Path(job[name]).unlink(missing_ok=True)
+    count, port = job.get("processes", 1), free_port()
+    children = []
+    for rank in range(count):
+        children.append(os.fork())
+        if children[-1] == 0:
+            if count > 1:
+                os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            carry_out(job, counted, rank)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     events = int(counted.read_text()) if counted.exists() else None
-    return {"code": os.waitstatus_to_exitcode(status), "events": events}
+    return {"code": codes[0], "codes": codes, "events": events}
+
+
+def free_port() -> int:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        port: int = trial.getsockname()[1]
+    return port
 
 
 def main() -> None:
@@ -95,7 +122,9 @@ def main() -> None:
         return found[0]
 
     run_module.discover = discover_once
-    inputs.EVALUATION_TOKENS = 512  # what is measured of a result does not matter here
+    # what is measured of a result does not matter here
+    inputs.EVALUATION_TOKENS = recovery_context.EVALUATION_TOKENS = 512
+    recover.greedy_answer = outcome.greedy_answer = lambda model, tokenizer: ("", "")
     with suppress(SystemExit):  # the jobs say what is wrong
         cli.main()
     counted = results.with_suffix(".count")

@@ -2,68 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import signal
-import subprocess
-import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cli.jobs import Runner, beside, digest
 from tests.pipeline import tiny
 
 KILLS = 20
-PRUNE = ["--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "8"]
-
-
-@dataclass
-class Runner:
-    """A model, a text, and runs on them in processes of their own."""
-
-    source: Path
-    text: Path
-    folder: Path
-    numbers: list[int] = field(default_factory=list)
-
-    def prune(self, out: Path, *more: str) -> list[str]:
-        start = ["prune", str(self.source), "--pruning-ratio", "0.1,0.3", "--out", str(out)]
-        return [*start, "--calibration", str(self.text), *PRUNE, *more]
-
-    def run(self, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
-        self.numbers.append(len(self.numbers))
-        base = self.folder / f"jobs-{len(self.numbers)}"
-        for number, job in enumerate(jobs):
-            job.setdefault("stdout", f"{base}-{number}.out")
-            job.setdefault("stderr", f"{base}-{number}.err")
-        warm_up = self.prune(self.folder / "never", "--dry-run")
-        Path(f"{base}.json").write_text(json.dumps({"warm_up": warm_up, "jobs": jobs}))
-        command = [sys.executable, str(Path(__file__).with_name("forked.py")), f"{base}.json", f"{base}.done"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False, env=environment)
-        assert done.returncode == 0, done.stderr
-        results = json.loads(Path(f"{base}.done").read_text())
-        return [
-            {**result, "stderr": Path(job["stderr"]).read_text()} for result, job in zip(results, jobs, strict=True)
-        ]
 
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     folder = tmp_path_factory.mktemp("faults")
     return Runner(tiny.folder(folder / "dense", num_hidden_layers=2), tiny.text_file(folder / "text.txt"), folder)
-
-
-def digest(out: Path) -> dict[str, str]:
-    """Digests of weights and plans."""
-    files = [*out.glob("*/model.safetensors"), *out.glob("*/saap/plan.json")]
-    return {str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def beside(out: Path) -> list[str]:
-    return sorted(path.name for path in out.parent.iterdir())
 
 
 FULL = (5_000, 30_000)
@@ -79,6 +33,8 @@ def first(runner: Runner) -> dict[str, tuple[Path, dict[str, Any]]]:
     jobs["stopped"] = {"arguments": runner.prune(outs["stopped"]), "signal": int(signal.SIGINT), "at": 12}
     jobs |= {str(size): {"arguments": runner.prune(outs[str(size)]), "largest_file": size} for size in FULL}
     jobs |= {f"after {name}": {"arguments": runner.prune(outs[name])} for name in names[1:]}
+    outs["tuned"] = runner.folder / "for-tuned" / "out"
+    jobs["tuned"] = {"arguments": runner.recover(outs["tuned"])}
     jobs["unwritable"] = {"arguments": runner.prune(Path("/proc/saap/out"))}
     results = runner.run(*jobs.values())
     return {
@@ -87,23 +43,25 @@ def first(runner: Runner) -> dict[str, tuple[Path, dict[str, Any]]]:
     }
 
 
-def test_killed_anywhere_and_taken_up(
-    runner: Runner, first: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path
-) -> None:
-    whole, undisturbed = first["whole"]
-    assert undisturbed["code"] == 0, undisturbed["stderr"]
-    events = undisturbed["events"]
+def kills(events: int) -> list[int]:
+    """Events spread evenly over a run at which it is killed."""
     assert events > KILLS
     points = [round(1 + index * (events - 1) / (KILLS - 1)) for index in range(KILLS)]
     assert len(set(points)) == KILLS
-    outs = [tmp_path / str(point) / "out" for point in points]
+    return points
+
+
+def check_kills(runner: Runner, command: Callable[[Path], list[str]], whole: Path, events: int, folder: Path) -> None:
+    """Kill a run at each of the points and take it up: the digests are those of the run that nobody disturbed."""
+    points = kills(events)
+    outs = [folder / str(point) / "out" for point in points]
     jobs: list[dict[str, Any]] = []
     for point, out in zip(points, outs, strict=True):
-        jobs.append({"arguments": runner.prune(out), "signal": int(signal.SIGKILL), "at": point})
-        jobs.append({"arguments": runner.prune(out)})
+        jobs.append({"arguments": command(out), "signal": int(signal.SIGKILL), "at": point})
+        jobs.append({"arguments": command(out)})
     results = runner.run(*jobs)
     expected = digest(whole)
-    assert len(expected) == 4
+    assert expected
     for point, out, killed, resumed in zip(points, outs, results[::2], results[1::2], strict=True):
         assert killed["code"] == -signal.SIGKILL, point
         if resumed["code"] == 2:  # the result was whole and in its place, and only the work folder had to go
@@ -112,8 +70,26 @@ def test_killed_anywhere_and_taken_up(
         else:
             assert resumed["code"] == 0, (point, resumed["stderr"])
             assert beside(out) == ["out"], point
-            assert sorted(path.name for path in out.iterdir()) == ["0.1", "0.3"], point
+            assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir()), point
         assert digest(out) == expected, point
+
+
+def test_pruning_killed_anywhere_and_taken_up(
+    runner: Runner, first: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path
+) -> None:
+    whole, undisturbed = first["whole"]
+    assert undisturbed["code"] == 0, undisturbed["stderr"]
+    assert len(digest(whole)) == 4
+    check_kills(runner, runner.prune, whole, undisturbed["events"], tmp_path)
+
+
+def test_tuning_killed_anywhere_and_taken_up(
+    runner: Runner, first: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path
+) -> None:
+    whole, undisturbed = first["tuned"]
+    assert undisturbed["code"] == 0, undisturbed["stderr"]
+    assert len(digest(whole)) == 2
+    check_kills(runner, runner.recover, whole, undisturbed["events"], tmp_path)
 
 
 def test_an_interrupted_run_says_so_and_leaves_no_output(first: dict[str, tuple[Path, dict[str, Any]]]) -> None:

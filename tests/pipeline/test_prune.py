@@ -18,6 +18,7 @@ from saap.config import PruneConfig
 from saap.errors import CalibrationError, LayoutError, OutputError, StaleInputError, TargetError
 from saap.pipeline import run as run_module
 from saap.pipeline.run import RunOptions, run_prune
+from saap.structure_search.judge import StructureJudge
 
 SETTINGS = {"samples": 6, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
 
@@ -78,6 +79,20 @@ def test_several_ratios_share_one_estimation(source: Path, tmp_path: Path, monke
         assert result.path == tmp_path / "many" / ratio
         assert sum(p.numel() for p in saap.load(result.path).parameters()) == result.plan.parameters
     assert results[0].plan.parameters > results[1].plan.parameters
+
+
+def test_a_search_counts_on_the_compensation_only_where_it_comes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def judge(model: nn.Module, graph: object, tokens: torch.Tensor, grams: object, *rest, **named) -> StructureJudge:
+        given.append(grams is not None)
+        return StructureJudge(model, graph, tokens, grams, *rest, **named)
+
+    monkeypatch.setattr(run_module, "StructureJudge", judge)
+    for restores in (False, True):
+        settings = SETTINGS | {"effort": "default", "calibration": ["novels"]}
+        saap.prune(source, pruning_ratio=0.2, restore=restores, **settings)
+    assert given == [False, True]
 
 
 def test_a_loaded_model_is_not_changed_and_token_ids_are_taken(source: Path) -> None:

@@ -15,10 +15,10 @@ from saap.data.training import Example, TrainingData, training_data
 from saap.errors import ConfigurationError, NonFiniteLossError, StaleInputError, TrainingDataError
 from saap.models.groupwise import GroupwiseLinear
 from saap.models.groupwise_files import linears_inside, pack_linears
+from saap.models.processes import Processes
 from saap.models.walker import BlockWalker
 from saap.recovery.objective import loss_and_gradient
 from saap.recovery.prepare import adapt, add_lora, merge, merge_lora, quantise_by_feedback
-from saap.recovery.processes import Processes
 from saap.recovery.quantise import quantise
 from saap.recovery.schedule import Limits, learning_rate
 from saap.recovery.train import Report, Trainer, Training
@@ -61,7 +61,7 @@ def train(
     parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=config.seed, scales=config.scales)
     trainer = Trainer(
         BlockWalker(model, blocks(model)), parameters, data(), config, folder=folder,
-        processes=Processes.found(CPU), report=report,
+        processes=Processes(), report=report,
         teacher=None if teacher is None else BlockWalker(teacher, blocks(teacher)),
     )  # fmt: skip
     return model, trainer.run()
@@ -88,7 +88,7 @@ def test_gradients_are_those_of_the_whole_model(family: str, tmp_path: Path) -> 
         config = RecoverConfig(**{**SETTINGS, "gradient_checkpointing": checkpointing})
         trainer = Trainer(
             BlockWalker(model, blocks(model)), parameters, data(), config, folder=tmp_path,
-            processes=Processes.found(CPU), report=SILENT,
+            processes=Processes(), report=SILENT,
         )  # fmt: skip
         losses = trainer._gradients(ids, learned, int(learned.sum()))
         torch.testing.assert_close(losses.float(), nll.sum(1).detach(), rtol=1e-4, atol=1e-4)
@@ -192,7 +192,7 @@ def test_plain_lora_learns_and_merges(tmp_path: Path) -> None:
     config = RecoverConfig(**{**SETTINGS, "tuning": "lora", "max_steps": 20})
     done = Trainer(
         BlockWalker(model, blocks(model)), parameters, data(), config, folder=tmp_path,
-        processes=Processes.found(CPU), report=SILENT,
+        processes=Processes(), report=SILENT,
     ).run()  # fmt: skip
     assert done.validation < done.validation_before
     ids = token_ids(2, 9)

@@ -51,6 +51,20 @@ def test_restoration_comes_closer_to_the_dense_model(name: str) -> None:
     assert [tuple(p.shape) for p in restored.parameters()] == shapes
 
 
+def test_the_gap_of_the_residual_stream_helps_the_whole_and_not_the_single_matrix() -> None:
+    dense = build("llama")
+    graph = discover(dense)
+    plan, unseen = half_plan(graph), torch.randint(2, 128, (8, 16), generator=torch.Generator().manual_seed(1))
+    distances = {}
+    for aims in (True, False):
+        model = copy.deepcopy(dense)
+        restore(model, graph, plan, tokens(), RestoreSettings(second_order=False, residual_target=aims))
+        cut(model, graph, plan)
+        distances[aims] = distance(model, dense, unseen)
+    assert distances[True] != distances[False]
+    assert distances[True] < distances[False]
+
+
 def test_unpruned_blocks_before_the_first_cut_are_left_alone() -> None:
     dense = build("llama")
     graph = discover(dense)

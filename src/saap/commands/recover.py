@@ -50,7 +50,7 @@ def recover(
         ),
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens of a block of text; longer conversations are cut.")] = 512,
-    batch: Annotated[int, typer.Option(help="Sequences of a step, over all processes.")] = 4,
+    batch: Annotated[int, typer.Option(help="Sequences of a step, over all processes.")] = 1,
     micro_batch: Annotated[int, typer.Option(help="Sequences that are computed at once.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-3,
     warm_up: Annotated[float, typer.Option(help="Share of the way on which the learning rate rises.")] = 0.05,
@@ -60,7 +60,7 @@ def recover(
     max_minutes: Annotated[
         float | None, typer.Option(help="Stop after so many minutes of training. [default: 20 without a limit]")
     ] = None,
-    validate_every: Annotated[int, typer.Option(help="Steps between two validations; the state is saved then.")] = 20,
+    validate_every: Annotated[int, typer.Option(help="Steps between two validations; the state is saved then.")] = 60,
     validation_samples: Annotated[int, typer.Option(help="Sequences that are held back for validation.")] = 8,
     patience: Annotated[int, typer.Option(help="Stop after so many validations without a new best; 0 never.")] = 5,
     no_gradient_checkpointing: Annotated[
@@ -77,7 +77,11 @@ def recover(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tune MODEL on text with quantised weights in little memory, and write it as a plain checkpoint."""
+    """Tune MODEL on text with quantised weights in little memory, and write it as a plain checkpoint.
+
+    Several processes (torchrun --nproc-per-node N -m saap recover ...) share each batch. Each holds the whole quantised
+    model: the packed weights are not sharded (no FSDP).
+    """
     from saap.parsing import choice
     from saap.recovery_config import RecoverConfig, Tuning
 

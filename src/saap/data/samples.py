@@ -87,7 +87,7 @@ def draw_sets(
         sources = _sources(calibration, tokenizer)
         names = tuple(sources)
         windows = _from_texts(sources, requests, generator)
-    _check_vocabulary(windows, vocabulary, tokenizer)
+    check_vocabulary(windows, vocabulary, tokenizer)
     return {name: CalibrationSet(sources=names, seed=seed, tokens=tokens) for name, tokens in windows.items()}
 
 
@@ -103,7 +103,7 @@ def calibration_set(
     """A set of `samples` windows of `length` tokens (see `draw_sets`); given token ids are taken whole."""
     ids = _given_ids(calibration)
     if ids is not None:
-        _check_vocabulary({GIVEN_IDS: ids}, vocabulary, tokenizer)
+        check_vocabulary({GIVEN_IDS: ids}, vocabulary, tokenizer)
         return CalibrationSet(sources=(GIVEN_IDS,), seed=seed, tokens=ids)
     request = SampleRequest("samples", samples, length)
     return draw_sets(calibration, tokenizer, [request], seed=seed, vocabulary=vocabulary)["samples"]
@@ -170,7 +170,8 @@ def _given_ids(calibration: Any) -> IntArray | None:
     return ids.astype(np.int64)
 
 
-def _check_vocabulary(windows: Mapping[str, IntArray], vocabulary: int | None, tokenizer: Any | None) -> None:
+def check_vocabulary(windows: Mapping[str, IntArray], vocabulary: int | None, tokenizer: Any | None) -> None:
+    """Raise CalibrationError for an id of any window that the model's embedding (`vocabulary` rows) does not have."""
     if vocabulary is None:
         return
     least = min(int(tokens.min()) for tokens in windows.values())

@@ -14,7 +14,8 @@ Kind = tuple[object, ...]
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
     """Module paths of the decoder blocks: the longest outermost nn.ModuleList whose entries all hold parameters.
 
-    Raises UnsupportedModelError if there is none.
+    Of a model with several parts (one that also reads images) it is looked for in the part that transformers names as
+    the decoder. Raises UnsupportedModelError if there is none.
     """
     lists: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
@@ -26,8 +27,22 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
             f"{type(model).__name__} has no nn.ModuleList whose entries hold parameters, so no decoder blocks",
             "Hold the decoder blocks in one nn.ModuleList",
         )
-    path = max(lists, key=lambda name: (len(lists[name]), sum(p.numel() for p in lists[name].parameters())))
+    decoder = _decoder_path(model)
+    in_decoder = [path for path in lists if path.startswith(decoder)]
+    path = max(
+        in_decoder or lists, key=lambda name: (len(lists[name]), sum(p.numel() for p in lists[name].parameters()))
+    )
     return tuple(f"{path}.{index}" for index in range(len(lists[path])))
+
+
+def _decoder_path(model: nn.Module) -> str:
+    """Beginning of the paths of what `get_decoder` of a transformers model gives; "" where it has none."""
+    find = getattr(model, "get_decoder", None)
+    try:
+        decoder = find() if find is not None else None
+    except (AttributeError, NotImplementedError):  # the method is there for every class, the part is not
+        return ""
+    return next((f"{path}." for path, module in model.named_modules() if path and module is decoder), "")
 
 
 def block_kind(block: nn.Module) -> Kind:

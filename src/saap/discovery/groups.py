@@ -59,7 +59,7 @@ def traced_groups(trace: Trace, blocks: Sequence[str]) -> list[TracedGroup]:
         block = None if place == "" else place
         found.append(_group(trace, units, marks, sides, block, members))
         reported |= _units_on(trace, units, axes[0])
-    found = _one_hidden(_leading_out(found), blocks)
+    found = _reached(_one_hidden(_leading_out(found), blocks), trace)
     return [*found, *_stopped(trace, units, reported, blocks)]
 
 
@@ -184,6 +184,14 @@ def _one_hidden(groups: list[TracedGroup], blocks: Sequence[str]) -> list[Traced
         return [*others, *whole]
     reason = "the channels between the blocks are not one group that runs through all of them"
     return [*others, *(replace(group, refusal=reason) for group in across[:1])]
+
+
+def _reached(groups: list[TracedGroup], trace: Trace) -> list[TracedGroup]:
+    """Refuse hidden channels where a part of the model was not seen, which may read or write them too."""
+    if not trace.unused:
+        return groups
+    reason = f"{min(trace.unused)} is not reached by text and may write into them"
+    return [replace(group, refusal=group.refusal or reason) if group.role is Role.HIDDEN else group for group in groups]
 
 
 def _leading_out(groups: list[TracedGroup]) -> list[TracedGroup]:

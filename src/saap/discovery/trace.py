@@ -22,11 +22,16 @@ TRACED_TOKENS = 3
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What the walk found. axes: parameter -> tags of each axis. modules: paths of the modules that computed."""
+    """What the walk found.
+
+    axes: parameter -> tags of each axis. modules: paths of the modules that computed. unused: parameters that the
+    forward on text does not reach, such as those of a part that reads images.
+    """
 
     space: TagSpace
     axes: Mapping[str, tuple[Tensor, ...]]
     modules: frozenset[str]
+    unused: frozenset[str]
 
 
 def trace(model: nn.Module) -> Trace:
@@ -80,7 +85,12 @@ class _Walk:
                 self.tags[node] = untagged(value) if name is None else self._parameter(self.names[name])
             elif node.op == "call_function":
                 self.tags[node] = self._call(node)
-        return Trace(self.space, self.axes, frozenset(self.modules))
+        used = {
+            self.names[parameters[node.name]]
+            for node in self.program.graph.nodes
+            if node.op == "placeholder" and node.name in parameters and node.users
+        }
+        return Trace(self.space, self.axes, frozenset(self.modules), frozenset(self.axes) - used)
 
     def _parameter(self, name: str) -> Tensor | ParameterTags:
         axes = self.axes[name]

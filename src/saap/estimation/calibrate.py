@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from saap.estimation.stacked import stacked_scores
 from saap.estimation.statistics import Moments, merge
 from saap.estimation.taps import Batch, GroupParts, PartScores, Scratch, Taps, make_taps, watching
 from saap.models.loss import loss_and_gradient
+from saap.models.processes import Processes
 from saap.models.spill import Spill
 from saap.models.walker import BlockWalker, Contexts, inference_only
 from saap.records import CalibrationSet, FloatArray, ImportanceScores, ModelGraph, Role
@@ -45,6 +47,7 @@ def estimate(
     micro_batch: int | None = None,
     spill: Spill | None = None,
     progress: Callable[[int, int], None] | None = None,
+    processes: Processes | None = None,
 ) -> ImportanceScores:
     """Vector-wise and element-wise importance of every unit of the groups of `roles`: mean and spread over samples.
 
@@ -55,6 +58,7 @@ def estimate(
     spill: where the inputs of the blocks are kept if all samples are to walk one block at a time, which does not change
     the result. progress: called with the numbers of samples (with `spill`, of block passes) done and of all. The model
     is left as it was.
+    processes: that score a part of the samples each and all get the whole result; progress is that of this one's part.
     Raises CalibrationError for less than two samples, NonFiniteLossError, UnsupportedModelError.
     """
     samples, length = calibration.tokens.shape
@@ -66,29 +70,38 @@ def estimate(
     if taps.stacked:
         rows = 1  # the gradient of a weight is a sum over samples
     walker, scratch = BlockWalker(model, graph.blocks), Scratch()
+    processes = processes or Processes()
+    own = processes.share(samples)
     moments: dict[str, Moments] = {}
     losses: list[FloatArray] = []
-    walk = _Walk(walker, taps, element_order, scratch)
+    walk = _Walk(walker, taps, element_order, scratch, calibration.ignored)
     with inference_only(model):
         if spill is not None:
-            for found in walk.together(torch.split(tokens, rows), spill, progress):
-                _take(found, taps, aggregation, moments, losses)
+            batches = torch.split(tokens[own.start : own.stop], rows)
+            for scored in walk.together(batches, own.start, spill, progress):
+                _take(scored, taps, aggregation, moments, losses)
         else:
             inputs = _Inputs()
-            for first in range(0, samples, rows):
-                found = walk.alone(tokens[first : first + rows], first, inputs)
-                _take(found, taps, aggregation, moments, losses)
+            for first in own[::rows]:
+                last = min(first + rows, own.stop)
+                _take(walk.alone(tokens[first:last], first, inputs), taps, aggregation, moments, losses)
                 if progress is not None:
-                    progress(min(first + rows, samples), samples)
+                    progress(last - own.start, len(own))
+    found = processes.gathered((moments, losses))
     return ImportanceScores(
         graph_digest=graph.digest,
         calibration_digest=calibration.digest,
         samples=samples,
         element_order=str(element_order),
         aggregation=str(aggregation),
-        losses=np.concatenate(losses),
-        groups={name: moments[name].scores() for name in taps.groups},
+        losses=np.concatenate([part for _, parts in found for part in parts]),
+        groups={name: _merged([part for part, _ in found], name).scores() for name in taps.groups},
     )
+
+
+def _merged(parts: Sequence[Mapping[str, Moments]], name: str) -> Moments:
+    """Moments of one group over the samples of all parts; a part without samples has none."""
+    return reduce(merge, [part[name] for part in parts if part])
 
 
 class _Inputs:
@@ -128,6 +141,7 @@ class _Walk:
     taps: Taps
     order: ElementOrder
     scratch: Scratch
+    ignored: tuple[int, ...]
 
     @property
     def lowest(self) -> int:
@@ -143,18 +157,21 @@ class _Walk:
             for index in range(len(self.walker.blocks)):
                 inputs[index].copy_(hidden)
                 hidden = self.walker.run_block(index, hidden, stream.contexts)
-        losses, gradient = loss_and_gradient(self.walker, hidden, tokens, first_sample=first)
+        losses, gradient = self._loss(hidden, tokens, first)
         parts: dict[str, dict[int, PartScores]] = {name: {} for name in self.taps.groups}
         for index in reversed(range(self.lowest, len(self.walker.blocks))):
             gradient = self._backward(index, inputs[index], stream.contexts, gradient, tokens, parts)
         return _Scored(first, len(tokens), losses, parts)
 
     def together(
-        self, batches: Sequence[Tensor], spill: Spill, progress: Callable[[int, int], None] | None
+        self, batches: Sequence[Tensor], start: int, spill: Spill, progress: Callable[[int, int], None] | None
     ) -> Iterator[_Scored]:
-        """All micro-batches through one block before the next. A group's scores come when its blocks are done."""
+        """All micro-batches through one block before the next. A group's scores come when its blocks are done.
+
+        start: number of the first sample.
+        """
         blocks = len(self.walker.blocks)
-        firsts = [sum(len(batch) for batch in batches[:place]) for place in range(len(batches))]
+        firsts = [start + sum(len(batch) for batch in batches[:place]) for place in range(len(batches))]
         steps = 2 * blocks - self.lowest
 
         def done(step: int) -> None:
@@ -174,7 +191,7 @@ class _Walk:
                 done(index + 1)
         gradients = spill.empty()
         for first, batch, hidden in zip(firsts, batches, inputs.pop(), strict=True):
-            losses, gradient = loss_and_gradient(self.walker, hidden, batch, first_sample=first)
+            losses, gradient = self._loss(hidden, batch, first)
             gradients.append(gradient)
             yield _Scored(first, len(batch), losses, {})
         complete = self.taps.complete_at()
@@ -187,6 +204,9 @@ class _Walk:
                 yield _Scored(first, len(batch), None, {name: parts.pop(name, {}) for name in complete.get(index, ())})
             gradients = before
             done(2 * blocks - index)
+
+    def _loss(self, hidden: Tensor, tokens: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        return loss_and_gradient(self.walker, hidden, tokens, first_sample=first, ignored=self.ignored)
 
     def _backward(
         self, index: int, entry: Tensor, contexts: Contexts, gradient: Tensor, tokens: Tensor,

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from saap.errors import LayoutError, OutputError
 from saap.models.modeling_pruned import MODEL_TYPE, pruned_classes
 from saap.models.offload import lend, offloaded
 from saap.models.structure import PrunedStructure, epsilon_name, pruned_fields, read_attribute
-from saap.models.uniform import uniform_config
+from saap.models.uniform import stock_model, uniform_config
 from saap.records import ModelGraph, StructurePlan
 
 ADAPTIVE_REMEDY = "Use --layout adaptive"
@@ -67,7 +66,7 @@ def stock_config(model: nn.Module, graph: ModelGraph, plan: StructurePlan, struc
 def _without_weights(config: Any) -> Any:
     """The stock model with its buffers but with empty parameters on the meta device."""
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config).eval()
+        return stock_model(config).eval()
 
 
 def _take_epsilon(config: Any, stock: nn.Module, model: nn.Module) -> bool:

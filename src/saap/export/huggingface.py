@@ -33,7 +33,12 @@ from saap.storage import write_plan, write_scores
 
 SHARD_SIZE = "2GB"
 # How a model that reads images cuts them up and writes them into a prompt.
-_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_IMAGE_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 _LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 
 

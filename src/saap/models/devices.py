@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
-from saap.errors import ConfigurationError
+from saap.errors import ConfigurationError, ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -29,6 +30,26 @@ def pick_device(name: str = "auto") -> torch.device:
     if not available.get(device.type, False) or too_high:
         raise ConfigurationError(f"--device {name} is not available on this machine", "Use --device auto or cpu")
     return device
+
+
+def require_one_device(model: nn.Module) -> None:
+    """Raise ModelError for a given model that is spread over several devices, or whose weights are offloaded.
+
+    One process walks the blocks on one device; several processes split the samples, not the model.
+    """
+    places = {name: tensor.device for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    away = [name for name, device in places.items() if device.type == "meta"]
+    if away:
+        raise ModelError(
+            f"{len(away)} tensors of the given model have no values in memory (the first is {away[0]})",
+            "Load it without offloading, or give its path in place of the loaded model",
+        )
+    devices = sorted({str(device) for device in places.values()})
+    if len(devices) > 1:
+        raise ModelError(
+            f"The given model lies on {len(devices)} devices ({', '.join(devices)})",
+            "Load it on one device, e.g. with device_map={'': 0}",
+        )
 
 
 def pick_dtype(name: str = "auto", *, source: torch.dtype) -> torch.dtype:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from saap.errors import ModelError
@@ -36,6 +36,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def register_pruned_models() -> None:
@@ -149,6 +150,19 @@ def load_tokenizer(resolved: ResolvedModel) -> Any | None:
         raise ModelError(
             f"The tokenizer of {resolved.source} cannot be read ({reason})", "Check its tokenizer files"
         ) from error
+
+
+def load_processor(folder: Path) -> Any | None:
+    """What prepares images and text for the model in `folder`, None if it has none. Raises ModelError for bad files."""
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        return None
+    try:
+        with quiet_transformers():
+            processor = AutoProcessor.from_pretrained(folder)
+    except Exception as error:  # files of many makers, and packages that a family asks for
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"The processor of {folder} cannot be opened ({reason})", "Check its files") from error
+    return processor if hasattr(processor, "image_processor") else None
 
 
 def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, packed: bool = False) -> Any:

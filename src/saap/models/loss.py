@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,19 @@ TOKENS_AT_ONCE = 64
 
 
 def loss_and_gradient(
-    walker: BlockWalker, hidden: Tensor, labels: Tensor, *, first_sample: int = 0, tokens_at_once: int = TOKENS_AT_ONCE
+    walker: BlockWalker,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    first_sample: int = 0,
+    tokens_at_once: int = TOKENS_AT_ONCE,
+    ignored: Collection[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Loss of each sample, and the gradient of its own loss at the last block's output.
 
     hidden: (samples, tokens, width) output of the last block. labels: (samples, tokens), the tokens that were read;
     each is predicted from the position before it. first_sample: number of the first sample, for the message.
+    ignored: labels that add nothing to the loss (places of images).
     Returns the mean negative log-likelihood over the tokens - 1 predictions, (samples,) in nats, in at least float32,
     and the gradient, (samples, tokens, width). The head's weights get no gradient if they ask for none.
     Raises NonFiniteLossError, CalibrationError for samples of one token.
@@ -32,7 +41,7 @@ def loss_and_gradient(
         for start in range(0, length - 1, tokens_at_once):
             stop = min(start + tokens_at_once, length - 1)
             likelihood, gradient[sample, start:stop] = _likelihood_and_gradient(
-                walker, hidden[sample, start:stop], labels[sample, start + 1 : stop + 1], length - 1
+                walker, hidden[sample, start:stop], labels[sample, start + 1 : stop + 1], length - 1, ignored
             )
             losses[sample] -= likelihood.to(losses.device)
     losses /= length - 1
@@ -46,7 +55,7 @@ def loss_and_gradient(
 
 
 def _likelihood_and_gradient(
-    walker: BlockWalker, hidden: Tensor, targets: Tensor, predictions: int
+    walker: BlockWalker, hidden: Tensor, targets: Tensor, predictions: int, ignored: Collection[int]
 ) -> tuple[Tensor, Tensor]:
     """Sum of the targets' log-likelihoods, and the gradient of their share of a mean loss over `predictions`.
 
@@ -57,6 +66,9 @@ def _likelihood_and_gradient(
     with torch.enable_grad():
         logits = walker.logits(part)
     losses, slope = token_losses(logits.detach()[0], targets.to(logits.device))
+    if ignored:
+        without = torch.isin(targets.to(logits.device), torch.tensor(list(ignored), device=logits.device))
+        losses, slope = losses.masked_fill(without, 0.0), slope.masked_fill_(without.unsqueeze(-1), 0.0)
     likelihood = -losses.sum()
     (gradient,) = torch.autograd.grad(logits, part, slope.div_(predictions).to(logits.dtype).unsqueeze(0))
     return likelihood, gradient[0]

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from saap.errors import LayoutError
+from saap.models.modeling_pruned import auto_classes
 from saap.records import ConfigField, ModelGraph, Role, StructurePlan, kept_shapes
 
 Shapes = dict[str, tuple[int, ...]]
@@ -36,7 +37,7 @@ def config_fields(model: nn.Module, graph: ModelGraph) -> tuple[tuple[ConfigFiel
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return (), {}
-    pinned = _pinned(config)
+    pinned = _pinned(text_part(config))
     probe = _shallow(model, config, graph)
     if probe is None:
         return (), {}
@@ -44,6 +45,18 @@ def config_fields(model: nn.Module, graph: ModelGraph) -> tuple[tuple[ConfigFiel
     found = [field for role in Role for field in _fields_of(role, small, graph, pinned, shapes_of)]
     narrower = any(field.role is not Role.FFN for field in found)
     return tuple(found), pinned if narrower else {}
+
+
+def text_part(config: Any) -> Any:
+    """What describes the decoder in a transformers configuration: all of it, or its part in models of several parts."""
+    find = getattr(config, "get_text_config", None)
+    return config if find is None else find()
+
+
+def stock_model(config: Any) -> Any:
+    """A model of the class that transformers opens folders of this configuration with; its weights mean nothing yet."""
+    known = auto_classes(str(getattr(config, "model_type", "")))
+    return (known[0][0] if known else AutoModelForCausalLM).from_config(config)
 
 
 def uniform_config(config: Any, graph: ModelGraph, plan: StructurePlan) -> Any:
@@ -60,7 +73,7 @@ def uniform_config(config: Any, graph: ModelGraph, plan: StructurePlan) -> Any:
     if unsaid:
         raise LayoutError(f"{_family(config)} has no configuration for fewer {unsaid[0]} units", _can_hold(graph))
     changed = _changed(config, graph.pinned_fields if sizes else {}, fields, sizes)
-    built, reason = _built(lambda: AutoModelForCausalLM.from_config(_valid(changed)))
+    built, reason = _built(lambda: stock_model(_valid(changed)))
     if built is None:
         wanted = ", ".join(f"{size} {role} units" for role, size in sizes.items())
         raise LayoutError(
@@ -81,7 +94,7 @@ def _nearest(config: Any, graph: ModelGraph, sizes: Mapping[Role, int]) -> str |
 
     def legal(other: int) -> bool:
         changed = _changed(small, graph.pinned_fields, fields, {role: other})
-        return _built(lambda: AutoModelForCausalLM.from_config(_valid(changed)))[0] is not None
+        return _built(lambda: stock_model(_valid(changed)))[0] is not None
 
     below = next((other for other in range(size - 1, 0, -1) if legal(other)), None)
     above = next((other for other in range(size + 1, graph.of_role(role)[0].units) if legal(other)), None)
@@ -171,11 +184,12 @@ def _shallow(model: nn.Module, config: Any, graph: ModelGraph) -> tuple[Any, Cal
 def _shortened(config: Any, depth: int, kept: int) -> Any:
     """A copy of the configuration of `depth` blocks with the first `kept` alone."""
     small = copy.deepcopy(config)
+    text = text_part(small)
     if kept < depth:
-        for name, value in list(vars(small).items()):
+        for name, value in list(vars(text).items()):
             if isinstance(value, (list, tuple)) and len(value) == depth and not name.endswith("token_id"):
-                setattr(small, name, type(value)(value[:kept]))
-        small.num_hidden_layers = kept
+                setattr(text, name, type(value)(value[:kept]))
+        text.num_hidden_layers = kept
     return small
 
 
@@ -222,7 +236,7 @@ def _sizes(role: Role, units: int) -> Iterator[int]:
 def _candidates(role: Role, config: Any, units: int) -> list[ConfigField]:
     return [
         ConfigField(role=role, name=name, per_unit=value // units)
-        for name, value in config.to_dict().items()
+        for name, value in text_part(config).to_dict().items()
         if isinstance(value, int)
         and not isinstance(value, bool)
         and value >= units
@@ -235,10 +249,11 @@ def _candidates(role: Role, config: Any, units: int) -> list[ConfigField]:
 def _changed(config: Any, pinned: Mapping[str, int], fields: Sequence[ConfigField], sizes: Mapping[Role, int]) -> Any:
     """A copy of the configuration with the fields of each role at its number of kept units."""
     changed = copy.deepcopy(config)
+    text = text_part(changed)
     for name, value in pinned.items():
-        setattr(changed, name, value)
+        setattr(text, name, value)
     for field in fields:
-        setattr(changed, field.name, field.per_unit * sizes[field.role])
+        setattr(text, field.name, field.per_unit * sizes[field.role])
     return changed
 
 

@@ -11,6 +11,7 @@ from saap.config import PruneConfig
 from saap.data.training import training_data
 from saap.errors import ConfigurationError
 from saap.models.loading import load_tokenizer
+from saap.models.processes import Processes
 from saap.models.references import resolve_model
 from saap.pipeline.inputs import RunOptions
 from saap.pipeline.progress import Reporter
@@ -41,23 +42,27 @@ def prune_and_recover(
             "--max-memory does not hold for the tuning of --recover",
             "Leave out one of them, and use `saap recover` later",
         )
+    processes = Processes.found()
     targets = plan_targets(pruning, options)
     check_recovery(source, pruning, recovery, options)
+    processes.wait()  # until nobody looks any more at what is there
     stages = WorkFolder(options.out.with_name(options.out.name + ".saap-stages"))
     settings = [pruning.model_dump(mode="json"), recovery.model_dump(mode="json"), str(source), options.dtype]
-    stages.open(digest_of(settings))
+    processes.from_first(lambda: stages.open(digest_of(settings)))
     pruned_folder = stages.file(PRUNED)
-    saved = stages.read_json("pruned.json")
+    saved = processes.from_first(lambda: stages.read_json("pruned.json"))
     if saved is None:
         into = dataclasses.replace(options, out=pruned_folder, work_dir=None, overwrite=True)
-        saved = [result.report.as_dict() for result in run_prune(source, pruning, into, reporter)]
-        stages.write_json("pruned.json", saved)
+        made = [result.report.as_dict() for result in run_prune(source, pruning, into, reporter)]
+        processes.from_first(lambda: stages.write_json("pruned.json", made))
+        saved = made
     reports = TypeAdapter(list[PruneReport]).validate_python(saved)
     results = []
     for report, target in zip(reports, targets, strict=True):
         into = dataclasses.replace(options, out=target.folder, revision=None)
         results.append((report, run_recover(str(report.path), recovery, into, reporter).report))
-    stages.close(keep=options.keep_work)
+    processes.wait()
+    processes.from_first(lambda: stages.close(keep=options.keep_work))
     return results
 
 

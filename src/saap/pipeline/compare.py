@@ -289,14 +289,31 @@ def _make_rows(
     with bench.meter.stage(f"{choice.label}: score"):
         scores = scores_of(run, found)
     seconds["score"] += time.perf_counter() - start
-    asked = {ratio for _, ratio, _ in wanted}
-    every = zip(config.pruning_ratios, _targets(config, bench.graph, bench.loaded), strict=True)
-    targets = {ratio: target for ratio, target in every if ratio in asked}
+    for restored in dict.fromkeys(restored for _, _, restored in wanted):
+        config = run.config.model_copy(update={"restore": restored})
+        asked = {ratio: path for (_, ratio, kind), path in wanted.items() if kind is restored}
+        _make_alike(bench, dataclasses.replace(run, config=config), choice, scores, found, asked, seconds, dense)
+
+
+def _make_alike(
+    bench: _Bench,
+    run: Run,
+    choice: MethodChoice,
+    scores: ImportanceScores,
+    found: Measurements | None,
+    wanted: Mapping[float, Path],
+    seconds: Mapping[str, float],
+    dense: dict[str, Any],
+) -> None:
+    """The rows of one method that are all restored or all only cut; a search may plan for what comes after it."""
+    every = zip(run.config.pruning_ratios, _targets(run.config, bench.graph, bench.loaded), strict=True)
+    suffix = "-restored" if run.config.restore else ""
+    targets = {r: dataclasses.replace(target, name=f"{target.name}{suffix}") for r, target in every if r in wanted}
     start = time.perf_counter()
     plans = dict(zip(targets, plans_for(run, list(targets.values()), scores), strict=True))
-    seconds["search"] = (time.perf_counter() - start) / max(1, len(targets))
-    for (_, ratio, restored), path in wanted.items():
-        row = _row(bench, run, choice, plans[ratio], scores, found, ratio, restored, seconds, dense)
+    timed = {**seconds, "search": (time.perf_counter() - start) / len(targets)}
+    for ratio, path in wanted.items():
+        row = _row(bench, run, choice, plans[ratio], scores, found, ratio, timed, dense)
         write_whole(path, (json.dumps(finite(dataclasses.asdict(row)), indent=1) + "\n").encode())
 
 
@@ -308,11 +325,10 @@ def _row(
     scores: ImportanceScores,
     measured: Measurements | None,
     ratio: float,
-    restored: bool,
     seconds: Mapping[str, float],
     dense: dict[str, Any],
 ) -> Row:
-    run = dataclasses.replace(run, config=run.config.model_copy(update={"restore": restored}))
+    restored = run.config.restore
     start, before = time.perf_counter(), len(bench.meter.stages)
     label = f"{choice.label}, {ratio:g}{', restored' if restored else ''}"
     model = copy.deepcopy(bench.loaded.model)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from saap.config import PruneConfig
+from saap.models.processes import Processes
 from saap.pipeline.inputs import LoadedModel, RunOptions, TokenSets
 from saap.pipeline.meter import Meter
 from saap.pipeline.work import WorkFolder
@@ -16,7 +17,10 @@ from saap.structure_search.plan import SearchSpace
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run after its preparation: everything that can be refused has been checked."""
+    """A run after its preparation: everything that can be refused has been checked.
+
+    processes: that carry it out. The first one writes the stage files, and the others read them.
+    """
 
     config: PruneConfig
     options: RunOptions
@@ -26,6 +30,7 @@ class Run:
     tokens: TokenSets
     work: WorkFolder
     meter: Meter
+    processes: Processes = field(default_factory=Processes)
 
     @property
     def device(self) -> torch.device:

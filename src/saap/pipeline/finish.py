@@ -77,7 +77,7 @@ def keep_made(
             "Report this model and command as a fault of saap",
         )
     made = Made(plan=plan, base_model_type=structure.base_model_type, model=model, refit_errors=refit_errors)
-    if target.folder is not None:
+    if target.folder is not None and run.processes.first:
         round_weights(model, run.loaded.dtype)
         parts = CheckpointParts(
             graph=run.graph, plan=plan, structure=structure, manifest=_manifest(run, plan, scores, None),

@@ -41,6 +41,8 @@ from saap.surgery.restore import RestoreSettings, restore
 PROBED_SAMPLES = 4
 PROBED_TOKENS = 2048
 PROBED_REFIT_TOKENS = 8192
+PROBED_BLOCKS = 2
+"""Of the restoration. Only after the first one are there two residual streams, the dense and the pruned."""
 PROBED_STEPS = 24
 _STATISTICS_BYTES = 5 * 8
 
@@ -89,7 +91,7 @@ class Forecast:
 
 
 class _EnoughError(Exception):
-    """Ends a trial after its first block."""
+    """Ends a trial after its first blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,8 +265,8 @@ def _estimation(run: Probed, meter: Meter, reading: _Rate) -> StageForecast:
     units = sum(group.units for group in run.graph.groups)
     if run.config.method is not Method.SAAP:
         return StageForecast(name=name, seconds=None, peak_resident_bytes=reading.peak_resident_bytes)
-    few = dataclasses.replace(scored, tokens=scored.tokens[:PROBED_SAMPLES])
-    with meter.stage("try: estimate"):
+    few = dataclasses.replace(scored, tokens=scored.tokens[:PROBED_SAMPLES], inputs=scored.inputs[:PROBED_SAMPLES])
+    with meter.stage("try: estimate"), run.tokens.images(run.loaded.model):
         estimate(
             run.loaded.model, run.graph, few, roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
             element_order=run.config.element_score, aggregation=run.config.aggregation,
@@ -277,7 +279,7 @@ def _estimation(run: Probed, meter: Meter, reading: _Rate) -> StageForecast:
 
 
 def _restoration(run: Probed, meter: Meter, base: int) -> tuple[StageForecast, float]:
-    """The first block of the restoration, with as many of its tokens as a short trial may have; spoils the model.
+    """The first blocks of the restoration, with as many of its tokens as a short trial may have; spoils the model.
 
     Returns the stage and the bytes of its peak for each token. base: bytes without it.
     """
@@ -288,17 +290,21 @@ def _restoration(run: Probed, meter: Meter, base: int) -> tuple[StageForecast, f
     tokens = tokens[: max(1, min(len(tokens), PROBED_REFIT_TOKENS // tokens.shape[1]))]
     needed = run.config.effort_settings
 
+    blocks = len(run.graph.blocks)
+    probed = min(PROBED_BLOCKS, blocks)
+
     def stop(done: int, total: int) -> None:
-        raise _EnoughError
+        if done == probed:
+            raise _EnoughError
 
     settings = RestoreSettings(second_order=needed.second_order and chooses_units(run.config))
-    with meter.stage(name), suppress(_EnoughError):
+    with meter.stage(name), suppress(_EnoughError), run.tokens.images(run.loaded.model):
         restore(run.loaded.model, run.graph, _even_plan(run), tokens, settings, stop)
     tried = meter.stages[-1]
     scale = needed.refit_sequences * needed.refit_length / tokens.numel()
     per_token = max(0, tried.peak_resident_bytes - base) / tokens.numel()
     peak = base + int(per_token * tokens.numel() * scale)
-    seconds = tried.seconds * len(run.graph.blocks) * scale
+    seconds = tried.seconds / probed * blocks * scale
     return StageForecast(name=name, seconds=seconds, peak_resident_bytes=peak), per_token
 
 

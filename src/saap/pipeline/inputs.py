@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from torch import nn
 
 from saap.config import Importance, Method, PrunableRole, PruneConfig, Strategy
 from saap.data.generated import random_starts, sample_from_model
-from saap.data.samples import Calibration, SampleRequest, draw_sets, token_stream
+from saap.data.pairs import draw_pairs, pairs_file
+from saap.data.samples import Calibration, SampleRequest, check_vocabulary, draw_sets, token_stream
 from saap.data.texts import evaluation_text
-from saap.models.devices import pick_device, pick_dtype
-from saap.models.loading import load_model, load_tokenizer, model_ref
+from saap.errors import CalibrationError
+from saap.models.devices import pick_device, pick_dtype, require_one_device
+from saap.models.images import image_token_ids, with_images
+from saap.models.loading import load_model, load_processor, load_tokenizer, model_ref
 from saap.models.references import resolve_model
 from saap.records import CalibrationSet, IntArray, ModelGraph, ModelRef
 from saap.structure_search.costs import gram_bytes
@@ -77,6 +81,10 @@ class TokenSets:
     evaluation: IntArray
     evaluation_name: str
 
+    def images(self, model: nn.Module) -> AbstractContextManager[None]:
+        """While it lasts, the model is given the images that belong to rows of these sets."""
+        return with_images(model, (self.scored, self.held, self.refit))
+
     def tensor(self, name: str, device: torch.device) -> torch.Tensor:
         """The set of that name as (sequences, length) ids on a device."""
         chosen: CalibrationSet = getattr(self, name)
@@ -89,6 +97,7 @@ def open_model(source: str | Path | nn.Module, options: RunOptions, tokenizer: A
     Raises ModelError for everything that is wrong with it, before weights are read where that can be seen.
     """
     if isinstance(source, nn.Module):
+        require_one_device(source)
         ref = model_ref(source, type(source).__name__, None)
         first = next(source.parameters()).dtype
         written = pick_dtype(options.dtype, source=first)
@@ -123,7 +132,8 @@ def chooses_units(config: PruneConfig) -> bool:
 def finds_costs(config: PruneConfig, model: nn.Module, graph: ModelGraph) -> bool:
     """Whether second-order costs join the search; not where their Gram matrices would be larger than the weights."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return chooses_units(config) and config.trusts_calibration and gram_bytes(graph) <= weights
+    trusted = config.restore and config.trusts_calibration  # they count on the compensation
+    return chooses_units(config) and trusted and gram_bytes(graph) <= weights
 
 
 def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:
@@ -168,7 +178,14 @@ def draw_tokens(loaded: LoadedModel, config: PruneConfig, calibration: Calibrati
     ]
     embedding = getattr(loaded.model, "get_input_embeddings", lambda: None)()
     rows = embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else None
-    sets = draw_sets(calibration, loaded.tokenizer, requests, seed=config.seed, vocabulary=rows)
+    file = pairs_file(calibration)
+    if file is not None:
+        processor = _processor(loaded, config, file)
+        image_ids = image_token_ids(getattr(loaded.model, "config", None))
+        sets = draw_pairs(file, processor, requests, image_ids=image_ids, seed=config.seed)
+        check_vocabulary({name: one.tokens for name, one in sets.items()}, rows, loaded.tokenizer)
+    else:
+        sets = draw_sets(calibration, loaded.tokenizer, requests, seed=config.seed, vocabulary=rows)
     if loaded.tokenizer is None:
         evaluation, name = sets["held"].tokens.reshape(-1), "held-out calibration samples"
     else:
@@ -178,3 +195,16 @@ def draw_tokens(loaded: LoadedModel, config: PruneConfig, calibration: Calibrati
     return TokenSets(
         scored=sets["scored"], held=sets["held"], refit=sets["refit"], evaluation=evaluation, evaluation_name=name
     )
+
+
+def _processor(loaded: LoadedModel, config: PruneConfig, file: Path) -> Any:
+    """What makes inputs of images and text for the model. Raises CalibrationError if it has none."""
+    if config.method is not Method.SAAP:
+        raise CalibrationError(f"--method {config.method} is not made for image-text pairs", "Give a text file")
+    processor = None if loaded.folder is None else load_processor(loaded.folder)
+    if processor is None or not image_token_ids(getattr(loaded.model, "config", None)):
+        raise CalibrationError(
+            f"{file} holds image-text pairs, but the model has no processor for images",
+            "Give a text file, or the folder of a model that reads images with its processor's files",
+        )
+    return processor

@@ -241,6 +241,15 @@ def spill_of(run: Run) -> Spill | None:
     return Spill(run.work.file("spill")) if offloaded(run.loaded.model) is not None else None
 
 
+def require_alone(run: Run) -> None:
+    """Raise ConfigurationError if several processes were to read the weights from the files block by block."""
+    if run.processes.count > 1 and run.loaded.fresh is not None:
+        raise ConfigurationError(
+            "Weights that stay in their files are read by one process",
+            "Start it without torchrun, or leave out --max-memory",
+        )
+
+
 def clear_spill(run: Run) -> None:
     """Delete what a run that was killed has left."""
     shutil.rmtree(run.work.file("spill"), ignore_errors=True)

@@ -45,16 +45,16 @@ def run_recover(
     """Tune a model and write it. Everything that can be refused is refused before the training. Raises SaapError."""
     run = prepare(str(source), config, options, reporter if reporter is not None else Silent())
     work = WorkFolder(work_path(options))
-    resumed = run.processes.first and work.open(settings_digest(run))
+    resumed = run.processes.from_first(lambda: work.open(settings_digest(run)))
     if resumed:
         run.meter.reporter.note(f"taking up the training in {work.path}")
-    run.processes.wait()
     with quick_float32_products():
         try:
             teacher, dense = _teacher(run)
             model, handle, parameters, quantised = _model_to_train(run)
         except SaapError:
-            work.close(keep=resumed)  # a refusal leaves nothing behind
+            if run.processes.first:
+                work.close(keep=resumed)  # a refusal leaves nothing behind
             raise
         before = _before(run)
         quick = nullcontext() if run.config.exact_products else rounded_products(run.device)

@@ -17,13 +17,13 @@ from saap.export.huggingface import check_output
 from saap.export.manifest import RunManifest
 from saap.models.devices import pick_device, pick_dtype
 from saap.models.loading import load_tokenizer
+from saap.models.processes import Processes
 from saap.models.references import ResolvedModel, resolve_model
 from saap.pipeline.inputs import EVALUATION_TOKENS, RunOptions
 from saap.pipeline.meter import Meter
 from saap.pipeline.progress import Reporter, Silent
 from saap.records import IntArray, digest_of
 from saap.recovery.prepare import require_peft
-from saap.recovery.processes import Processes
 from saap.recovery_config import RecoverConfig, Tuning
 
 EVALUATION = "bundled text that is never calibrated on"
@@ -65,11 +65,15 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
         check_output(options.out, 0, overwrite=options.overwrite)
     if config.tuning is Tuning.LORA:
         require_peft()
-    device = pick_device(options.device)
-    processes = Processes.found(device)
-    device = processes.device(device)
+    processes = Processes.found()
+    device = processes.device(pick_device(options.device))
     if processes.count > 1 and options.out is None and options.work_dir is None:
         raise ConfigurationError("Several processes share no folder", "Name one with --work-dir or --out")
+    if processes.count > config.batch:
+        raise ConfigurationError(
+            f"--batch {config.batch} is less than the {processes.count} processes that share each batch",
+            f"Use --batch {processes.count}, or a multiple of it",
+        )
     meter = Meter(reporter if processes.first else Silent())
     with meter.stage("read the model's records and the training data"):
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from saap.errors import ConfigurationError
 from saap.estimation.calibrate import estimate
 from saap.estimation.selection import unit_scores
 from saap.models.devices import quick_float32_products
+from saap.models.processes import Processes
 from saap.models.structure import mark_pruned, structure_of
 from saap.pipeline.context import Run
 from saap.pipeline.decode_costs import speed_settings
-from saap.pipeline.finish import Made, find_finished, find_made, finish, keep_made
+from saap.pipeline.finish import Made, find_made, keep_made
 from saap.pipeline.forecast import Probed, check_fits, check_weights_fit, forecast
 from saap.pipeline.inputs import (
     LoadedModel,
@@ -42,6 +44,7 @@ from saap.pipeline.memory import (
     dense_copy,
     open_within,
     refuse_offloaded,
+    require_alone,
     search_evaluations,
     spill_of,
 )
@@ -53,7 +56,7 @@ from saap.pipeline.report import PruneResult
 from saap.pipeline.speed import check_settings
 from saap.pipeline.speed_target import budget_for_speed
 from saap.pipeline.targets import Target, plan_targets, with_budgets, work_path
-from saap.pipeline.work import WorkFolder
+from saap.pipeline.together import finish_together, shared_result, shared_work, with_device_of
 from saap.pipeline.written import refit_tokens, with_written, write_text
 from saap.records import ImportanceScores, Layout, ModelGraph, Role, StructurePlan, UnitScores, digest_of, require_same
 from saap.storage import read_plan, read_scores, write_plan, write_scores
@@ -90,22 +93,27 @@ def run_prune(
     """Carry out a run: one result per target; discovery, estimation and the dense measurements are shared.
 
     calibration: in place of the configuration's names, e.g. texts or token ids. Everything that can be refused is
-    refused before the estimation begins. Raises SaapError.
+    refused before the estimation begins. Of several processes each gets the results. Raises SaapError.
     """
     config = for_method(config)
-    meter = Meter(reporter if reporter is not None else Silent())
+    processes = Processes.found()
+    options = with_device_of(processes, source, options)
+    meter = Meter(reporter if reporter is not None and processes.first else Silent())
     if options.max_memory is not None and options.out is None:
         raise ConfigurationError("--max-memory needs a folder, since the result may not fit", "Name it with --out DIR")
-    prepared = _prepare(source, config, options, meter, calibration, tokenizer)
-    work = WorkFolder(work_path(options))
-    if work.open(_settings_digest(config, prepared)):
+    prepared = _prepare(source, config, options, meter, processes, calibration, tokenizer)
+    processes.wait()  # until nobody looks any more at what is there
+    work = shared_work(processes, work_path(options))
+    if processes.from_first(lambda: work.open(_settings_digest(config, prepared))):
         meter.reporter.note(f"taking up the finished stages in {work.path}")
-    run = Run(config, options, prepared.loaded, prepared.graph, prepared.space, prepared.tokens, work, meter)
+    run = Run(config, options, prepared.loaded, prepared.graph, prepared.space, prepared.tokens, work, meter, processes)
+    require_alone(run)
     check_disk(run, prepared.targets)
     clear_spill(run)
     with quick_float32_products():
         results = _all_targets(run, prepared.targets)
-    work.close(keep=options.keep_work)
+    processes.wait()
+    processes.from_first(lambda: work.close(keep=options.keep_work))
     return results
 
 
@@ -116,11 +124,13 @@ def preview(
 
     Raises SaapError, also if the memory or the disk of this machine is too small.
     """
+    if Processes.found().count > 1:
+        raise ConfigurationError("--dry-run tries one process alone", "Start it without torchrun or accelerate launch")
     config = for_method(config)
     meter = Meter(reporter if reporter is not None else Silent())
     if options.max_memory is None:
         check_weights_fit(source, options)
-    prepared = _prepare(source, config, options, meter, None, None)
+    prepared = _prepare(source, config, options, meter, Processes(), None, None)
     refuse_offloaded(prepared.loaded, "--dry-run")
     tokens = prepared.tokens
     probed = Probed(
@@ -169,6 +179,7 @@ def _prepare(
     config: PruneConfig,
     options: RunOptions,
     meter: Meter,
+    processes: Processes,
     calibration: Calibration | None,
     tokenizer: Any | None,
 ) -> _Prepared:
@@ -199,7 +210,7 @@ def _prepare(
             read_plan(config.plan, graph)
     if config.target_speedup is not None:
         with meter.stage("measure what decoding costs"):
-            budget = budget_for_speed(loaded.model, graph, space, config, meter.reporter)
+            budget = processes.from_first(lambda: budget_for_speed(loaded.model, graph, space, config, meter.reporter))
             check_reachable(graph, budget, space)
             targets = [dataclasses.replace(target, budget=budget) for target in targets]
     return _Prepared(targets, loaded, graph, space, tokens)
@@ -223,21 +234,20 @@ def _all_targets(run: Run, targets: Sequence[Target]) -> list[PruneResult]:
     """Measure, score and plan with the dense model for all targets, then make them one by one."""
     meter = run.meter
     with meter.stage("measure the dense model"):
-        dense = _dense_behaviour(run)
+        dense = run.processes.from_first(lambda: _dense_behaviour(run))
     write_text(run)
     with meter.stage("estimate the importance of every unit"):
         scores = scores_of(run)
     plans = plans_for(run, targets, scores)
     results = []
     for index, (target, plan) in enumerate(zip(targets, plans, strict=True)):
-        finished = find_finished(run, target)
-        if finished is not None:
-            results.append(finished)
-            continue
-        last = index == len(targets) - 1
-        needed = not last or run.config.target_speedup is not None  # to measure speed against
-        made = _make(run, target, plan, scores, may_consume=run.loaded.owned and not needed)
-        results.append(finish(run, target, made, scores, dense))
+        finished = shared_result(run, target)
+        if finished is None:
+            last = index == len(targets) - 1
+            needed = not last or run.config.target_speedup is not None  # to measure speed against
+            made = _make(run, target, plan, scores, may_consume=run.loaded.owned and not needed)
+            finished = finish_together(run, target, made, scores, dense)
+        results.append(finished)
     return results
 
 
@@ -255,26 +265,28 @@ def scores_of(run: Run, found: Measurements | None = None) -> ImportanceScores:
     path = run.work.file("scores.safetensors")
     tokens = with_written(run, "scored").cpu().numpy()
     calibration = dataclasses.replace(run.tokens.scored, tokens=tokens)
-    if path.exists():
+    if run.processes.from_first(path.exists):
         scores = read_scores(path)
         require_same("The file of scores", expected=scores.graph_digest, found=run.graph.digest)
         require_same("The file of scores", expected=scores.calibration_digest, found=calibration.digest)
         return scores
     if run.config.method is not Method.SAAP:
-        scores = baseline_scores(run, calibration.digest, found or measurements(run))
-        write_scores(path, scores)
+        scores = run.processes.from_first(lambda: baseline_scores(run, calibration.digest, found or measurements(run)))
+        run.processes.from_first(lambda: write_scores(path, scores))
         return scores
-    scores = estimate(
-        run.loaded.model,
-        run.graph,
-        calibration,
-        roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
-        element_order=run.config.element_score,
-        aggregation=run.config.aggregation,
-        spill=spill_of(run),
-        progress=run.meter.reporter.advance,
-    )
-    write_scores(path, scores)
+    with run.tokens.images(run.loaded.model):
+        scores = estimate(
+            run.loaded.model,
+            run.graph,
+            calibration,
+            roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
+            element_order=run.config.element_score,
+            aggregation=run.config.aggregation,
+            spill=spill_of(run),
+            progress=run.meter.reporter.advance,
+            processes=run.processes,
+        )
+    run.processes.from_first(lambda: write_scores(path, scores))
     return scores
 
 
@@ -286,20 +298,26 @@ def units_of(run: Run, scores: ImportanceScores) -> Mapping[str, UnitScores]:
 
 def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> list[StructurePlan]:
     """The searched or given plan of every target; the dense model is only measured, not changed."""
-    found = {target.name: run.work.file(f"plan-{target.name}.json") for target in targets}
+    paths = {target.name: run.work.file(f"plan-{target.name}.json") for target in targets}
+    found = run.processes.from_first(lambda: {name for name, path in paths.items() if path.exists()})
     units = units_of(run, scores)
     element = unit_scores(scores, run.graph, Importance.ELEMENT2, run.config.fusion_scope)
-    measured = _measure(run) if any(target.budget and not found[target.name].exists() for target in targets) else None
+    searched = any(target.budget and target.name not in found for target in targets)
     plans = []
-    for target in targets:
-        path = found[target.name]
-        with run.meter.stage(f"search the structure{_label(targets, target)}"):
-            if path.exists():
-                plans.append(read_plan(path, run.graph).structure_plan(run.graph))
-                continue
-            plan = _plan(run, target, units, element, measured)
-            write_plan(path, plan, run.graph)
-            plans.append(plan)
+    with run.tokens.images(run.loaded.model):
+        measured = _measure(run) if searched else None
+        for target in targets:
+            path = paths[target.name]
+            with run.meter.stage(f"search the structure{_label(targets, target)}"):
+                if target.name in found:
+                    plans.append(read_plan(path, run.graph).structure_plan(run.graph))
+                    continue
+                judge = measured.judge if measured is not None and target.budget is not None else None
+                if judge is not None and not run.processes.first:
+                    judge.serve()
+                plan = run.processes.from_first(partial(_plan, run, target, units, element, measured))
+                run.processes.from_first(partial(write_plan, path, plan, run.graph))
+                plans.append(plan)
     return plans
 
 
@@ -321,12 +339,17 @@ def _measure(run: Run) -> _Measured:
     if finds_costs(config, model, graph):
         with run.meter.stage("find the second-order cost of every unit"):
             tokens = with_written(run, "scored")
-            costs = second_order_costs(model, graph, tokens, spill=spill_of(run), progress=run.meter.reporter.advance)
+            costs = second_order_costs(
+                model, graph, tokens, ignored=run.tokens.scored.ignored, spill=spill_of(run),
+                progress=run.meter.reporter.advance, processes=run.processes,
+            )  # fmt: skip
     judge = None
     if needs_measuring(config) and (search_evaluations(run) or PrunableRole.BLOCK in config.roles):
         grams, held = None if costs is None else costs.grams, with_written(run, "held")
         at_once = JUDGED_AT_ONCE if run.loaded.fresh is None else len(held)
-        judge = StructureJudge(model, graph, held, grams, at_once)
+        judge = StructureJudge(
+            model, graph, held, grams, at_once, ignored=run.tokens.held.ignored, processes=run.processes
+        )
     return _Measured(costs, judge)
 
 
@@ -341,7 +364,7 @@ def _plan(
     if target.budget is None or measured is None:
         given = read_plan(config.plan or Path(), graph)
         return plan_from_counts(graph, units, given.keep, given.dropped_blocks, layout=given.layout, align=given.align)
-    return search(
+    plan = search(
         graph,
         units,
         target.budget,
@@ -354,11 +377,14 @@ def _plan(
         seed=config.seed,
         progress=run.meter.reporter.advance,
     )
+    if measured.judge is not None:
+        measured.judge.done()
+    return plan
 
 
 def _make(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScores, *, may_consume: bool) -> Made:
     """Cut and restore. may_consume: the dense model is not needed any more and may be changed in place."""
-    found = find_made(run, target)
+    found = run.processes.from_first(lambda: find_made(run, target))
     if found is not None:
         return found
     model = dense_copy(run, target.name, _itself if may_consume else copy.deepcopy)
@@ -378,10 +404,13 @@ def cut_and_restore(
     Returns the plan with the units that were kept in the end, and the held-out errors of the restoration.
     """
     errors: Mapping[str, float] = {}
-    biases = biases_for(run, model, plan, found)
+    biases = run.processes.from_first(lambda: biases_for(run, model, plan, found))
     if run.config.restore and not plan.removes_nothing(run.graph):
         tokens, settings = refit_tokens(run), restore_settings(run, scores)
-        restoration = restore(model, run.graph, plan, tokens, settings, run.meter.reporter.advance, spill=spill_of(run))
+        with run.tokens.images(model):
+            restoration = restore(
+                model, run.graph, plan, tokens, settings, run.meter.reporter.advance, run.processes, spill=spill_of(run)
+            )
         plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
     cut(model, run.graph, plan)
     compensate(run, model, biases)

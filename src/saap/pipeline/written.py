@@ -48,8 +48,13 @@ def with_written(run: Run, name: str) -> torch.Tensor:
 
 
 def write_text(run: Run) -> None:
-    """Let the dense model write its part of the refit text, once."""
-    if not generated_sequences(run.loaded, run.config) or run.work.file(GENERATED).exists():
+    """Let the dense model write its part of the refit text, once; of several processes in the first."""
+    if generated_sequences(run.loaded, run.config):
+        run.processes.from_first(lambda: _write_missing_text(run))
+
+
+def _write_missing_text(run: Run) -> None:
+    if run.work.file(GENERATED).exists():
         return
     with run.meter.stage("let the model write text of its own"):
         content = io.BytesIO()

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from saap.data.training import Example, TrainingData
 from saap.errors import NonFiniteLossError
+from saap.models.processes import Processes
 from saap.models.walker import BlockWalker, Stream
 from saap.recovery.objective import loss_and_gradient, sum_dtype
-from saap.recovery.processes import Processes
 from saap.recovery.schedule import Limits, learning_rate
 from saap.recovery.state import (
     BEST,

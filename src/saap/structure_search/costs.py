@@ -8,7 +8,7 @@ comparable over layers and roles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from saap.models.capture import capture
 from saap.models.least_squares import removal_order
 from saap.models.linear import weight_out_in
 from saap.models.loss import loss_and_gradient
+from saap.models.processes import Processes
 from saap.models.spill import Spill, held
 from saap.models.walker import BlockWalker, Contexts, inference_only
 from saap.records import CoupledGroup, IntArray, ModelGraph, UnitScores
@@ -63,61 +64,100 @@ def second_order_costs(
     tokens: Tensor,
     *,
     micro_batch: int = 4,
+    ignored: Collection[int] = (),
     spill: Spill | None = None,
     progress: Callable[[int, int], None] | None = None,
+    processes: Processes | None = None,
 ) -> SecondOrder:
     """Collect Gram matrices and sensitivities on `tokens` (sequences, length), then order the units of every module.
 
-    spill: where the inputs of the blocks are kept if all sequences are to walk one block at a time; the Gram matrices
-    are then not kept. The model is left as it was. Raises NonFiniteLossError.
+    ignored: ids of which no loss is taken. spill: where the inputs of the blocks are kept if all sequences are to walk
+    one block at a time, in this process alone; the Gram matrices are then not kept. processes: that take a part of the
+    sequences and then of the modules each; all get the whole result. progress: of this one's part. The model is left as
+    it was. Raises NonFiniteLossError.
     """
+    processes = processes or Processes()
     by_path = {group.consumers[0].tensor.rpartition(".")[0]: group for group in measurable(graph)}
     walker = BlockWalker(model, graph.blocks)
-    grams: dict[str, Tensor] = {}
-    leaving: dict[str, _Leaving] = {}
-    sensitivity = torch.zeros(len(graph.blocks), dtype=torch.float64)
-    batches = torch.split(tokens, micro_batch)
     with inference_only(model):
         if spill is not None:
-            leaving = _walk_together(walker, batches, by_path, sensitivity, spill, progress)
-        for index, batch in enumerate(batches if spill is None else ()):
-            _walk(walker, batch, by_path, grams, sensitivity)
-            if progress is not None:
-                progress(index + 1, len(batches) + len(by_path))
-    for index, (path, group) in enumerate(by_path.items() if spill is None else ()):
-        leaving[group.name] = _leaving(model, path, group, grams[group.name], tokens.numel())
-        if progress is not None:
-            progress(len(batches) + index + 1, len(batches) + len(by_path))
-    sensitivity /= tokens.numel()
+            found = _walk_together(walker, torch.split(tokens, micro_batch), by_path, ignored, spill, progress)
+        else:
+            found = _walk_alone(walker, tokens, micro_batch, by_path, ignored, processes, progress)
+    sensitivity = found.sensitivity / tokens.numel()
     scores, orders = {}, {}
     for group in by_path.values():
-        order, costs = leaving[group.name]
+        order, costs = found.leaving[group.name]
         nats = torch.empty_like(costs)
         nats[order] = 0.5 * sensitivity[group.layer].to(costs) * costs
         scores[group.name] = UnitScores(mean=nats.cpu().numpy(), variance=torch.zeros_like(nats).cpu().numpy())
         orders[group.name] = order.cpu().numpy()
-    return SecondOrder(grams, scores, orders)
+    return SecondOrder(found.grams, scores, orders)
 
 
-def _leaving(model: nn.Module, path: str, group: CoupledGroup, gram: Tensor, tokens: int) -> _Leaving:
-    """The units of a group in the order of leaving, and the squared output error of each. gram: summed over tokens."""
-    weight = weight_out_in(model.get_submodule(path))
+@dataclass(frozen=True, slots=True)
+class _Walked:
+    """leaving: by group. sensitivity: sums over tokens, by block. grams: by group, where they were kept."""
+
+    leaving: Mapping[str, _Leaving]
+    sensitivity: Tensor
+    grams: Mapping[str, Tensor]
+
+
+def _walk_alone(
+    walker: BlockWalker,
+    tokens: Tensor,
+    micro_batch: int,
+    by_path: Mapping[str, CoupledGroup],
+    ignored: Collection[int],
+    processes: Processes,
+    progress: Callable[[int, int], None] | None,
+) -> _Walked:
+    """Each micro-batch through all blocks by itself."""
+    weights = {path: weight_out_in(walker.model.get_submodule(path)) for path in by_path}
+    grams = {by_path[path].name: _zero_gram(weight) for path, weight in weights.items()}
+    sensitivity = torch.zeros(len(walker.paths), dtype=torch.float64)
+    sequences, modules = processes.share(len(tokens)), processes.share(len(by_path))
+    batches = [tokens[start : min(start + micro_batch, sequences.stop)] for start in sequences[::micro_batch]]
+    steps = len(batches) + len(modules)
+    for index, batch in enumerate(batches):
+        _walk(walker, batch, by_path, grams, sensitivity, ignored)
+        if progress is not None:
+            progress(index + 1, steps)
+    grams = {name: processes.total(gram) for name, gram in grams.items()}
+    leaving: dict[str, _Leaving] = {}
+    for index, path in enumerate(list(by_path)[modules.start : modules.stop]):
+        group = by_path[path]
+        leaving[group.name] = _leaving(weights[path], group, grams[group.name] / tokens.numel())
+        if progress is not None:
+            progress(len(batches) + index + 1, steps)
+    every = {name: found for part in processes.gathered(leaving) for name, found in part.items()}
+    return _Walked(every, processes.total(sensitivity), grams)
+
+
+def _zero_gram(weight: Tensor) -> Tensor:
+    return torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
+
+
+def _leaving(weight: Tensor, group: CoupledGroup, gram: Tensor) -> _Leaving:
+    """The units of a group in the order of leaving, and the squared output error of each. gram: mean over tokens."""
     units = torch.tensor([list(group.consumers[0].rows(unit)) for unit in range(group.units)], device=weight.device)
     at_once = max(1, group.units // CURVE_STEPS)
-    return removal_order(weight, gram / tokens, units, group.units, at_once=at_once)
+    return removal_order(weight, gram, units, group.units, at_once=at_once)
 
 
 def _walk_together(
     walker: BlockWalker,
     batches: Sequence[Tensor],
     by_path: Mapping[str, CoupledGroup],
-    sensitivity: Tensor,
+    ignored: Collection[int],
     spill: Spill,
     progress: Callable[[int, int], None] | None,
-) -> dict[str, _Leaving]:
+) -> _Walked:
     """All micro-batches through one block before the next; the units of a block are put in order while it is there."""
     blocks, tokens = len(walker.paths), sum(batch.numel() for batch in batches)
     leaving: dict[str, _Leaving] = {}
+    sensitivity = torch.zeros(blocks, dtype=torch.float64)
     hidden, contexts = spill.empty(), []
     for batch in batches:
         stream = walker.start(batch)
@@ -131,11 +171,12 @@ def _walk_together(
         hidden = held(spill.empty, passed)
         for path in _paths_in(by_path, layer):
             group = by_path[path]
-            leaving[group.name] = _leaving(walker.model, path, group, grams.pop(group.name), tokens)
+            weight = weight_out_in(walker.model.get_submodule(path))
+            leaving[group.name] = _leaving(weight, group, grams.pop(group.name) / tokens)
         if progress is not None:
             progress(layer + 1, 2 * blocks)
     ends = zip(hidden, batches, strict=True)
-    gradients = held(spill.empty, (loss_and_gradient(walker, last, batch)[1] for last, batch in ends))
+    gradients = held(spill.empty, (loss_and_gradient(walker, last, batch, ignored=ignored)[1] for last, batch in ends))
     for layer in reversed(range(blocks)):
         before, entered = spill.empty(), inputs.pop()
         for batch, entry, context, gradient in zip(batches, entered, contexts, gradients, strict=True):
@@ -145,7 +186,7 @@ def _walk_together(
         gradients = before
         if progress is not None:
             progress(2 * blocks - layer, 2 * blocks)
-    return leaving
+    return _Walked(leaving, sensitivity, {})
 
 
 def _walk(
@@ -154,6 +195,7 @@ def _walk(
     by_path: Mapping[str, CoupledGroup],
     grams: dict[str, Tensor],
     sensitivity: Tensor,
+    ignored: Collection[int],
 ) -> None:
     """Add one micro-batch to the Gram matrices and to the blocks' sum over tokens of the squared gradient entry."""
     stream = walker.start(batch)
@@ -161,7 +203,7 @@ def _walk(
     for layer in range(len(walker.paths)):
         inputs.append(hidden)
         hidden = _forward(walker, layer, hidden, stream.contexts, by_path, grams)
-    _, gradient = loss_and_gradient(walker, hidden, batch)
+    _, gradient = loss_and_gradient(walker, hidden, batch, ignored=ignored)
     for layer in reversed(range(len(walker.paths))):
         sensitivity[layer] += _felt(gradient, batch)
         if layer:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 from saap.models.least_squares import compensated
 from saap.models.linear import weight_out_in
 from saap.models.masking import channel_mask, consumer_masks, masked_channels, replaced_weights, zeroed_parts
+from saap.models.processes import Processes
 from saap.models.walker import BlockWalker
 from saap.records import ModelGraph
 
 CACHED_WEIGHTS_BYTES = 2 * 10**9
 JUDGED_AT_ONCE = 8
+
+_Structure = tuple[dict[str, tuple[int, ...]], tuple[int, ...]]
 
 
 class StructureJudge:
@@ -24,6 +28,7 @@ class StructureJudge:
     tokens: (sequences, length) ids that nothing was scored on. A removed unit is masked, which equals cutting it. Where
     `grams` has the Gram matrix of a group's consumer inputs, the consumer also makes good what it can, as restoration
     will, so that a structure is judged by what will be left of its loss.
+    ignored: ids whose prediction does not count.
     """
 
     def __init__(
@@ -33,35 +38,70 @@ class StructureJudge:
         tokens: Tensor,
         grams: Mapping[str, Tensor] | None = None,
         micro_batch: int = JUDGED_AT_ONCE,
+        *,
+        ignored: Collection[int] = (),
+        processes: Processes | None = None,
     ) -> None:
         self._model = model
         self._graph = graph
         self._units = {group.name: group.units for group in graph.groups}
         self._grams = grams or {}
         self._walker = BlockWalker(model, graph.blocks)
-        self._batches = torch.split(tokens, micro_batch)
+        self._processes = processes or Processes()
+        self._ignored = torch.tensor(list(ignored), dtype=torch.long, device=tokens.device)
+        batches = torch.split(tokens, micro_batch)
+        self._counts = sum(int(self._counted(batch).sum()) for batch in batches)
+        # Whole micro-batches go to a process, so that the losses do not depend on how many there are.
+        self._batches = batches[self._processes.rank :: self._processes.count]
         self._dense = [self._last_hidden(batch) for batch in self._batches]
         self._weights: OrderedDict[tuple[str, tuple[int, ...]], Tensor] = OrderedDict()
 
-    @torch.no_grad()
     def __call__(self, keep: Mapping[str, tuple[int, ...]], dropped_blocks: tuple[int, ...] = ()) -> float:
-        """Loss of the structure that keeps the units in `keep`."""
+        """Loss of the structure that keeps the units in `keep`. The first process asks, the others serve."""
+        self._asked((dict(keep), dropped_blocks))
+        return self._loss(keep, dropped_blocks)
+
+    def serve(self) -> None:
+        """Take part in all that the first process asks, until it is done."""
+        while (asked := self._asked(None)) is not None:
+            self._loss(*asked)
+
+    def done(self) -> None:
+        """Let those that serve go on."""
+        self._asked(None)
+
+    def _asked(self, structure: _Structure | None) -> _Structure | None:
+        return self._processes.from_first(lambda: structure)
+
+    @torch.no_grad()
+    def _loss(self, keep: Mapping[str, tuple[int, ...]], dropped_blocks: tuple[int, ...]) -> float:
         skipped = [self._graph.blocks[layer] for layer in dropped_blocks]
         losing = {name: kept for name, kept in keep.items() if len(kept) < self._units[name]}
         masked = {name: kept for name, kept in losing.items() if name not in self._grams}
         weights = {self._path(name): self._weight(name, kept) for name, kept in losing.items() if name in self._grams}
-        total = 0.0
         with (
             masked_channels(self._model, consumer_masks(self._graph, masked), skipped),
             zeroed_parts(self._model, self._graph, masked),
             replaced_weights(self._model, weights),
         ):
             changed = [self._last_hidden(batch) for batch in self._batches]
-        for dense, hidden in zip(self._dense, changed, strict=True):
-            for row in range(len(dense)):
-                logits = self._walker.logits(dense[row : row + 1]), self._walker.logits(hidden[row : row + 1])
-                total += _divergence(*logits)
-        return total / sum(batch.numel() for batch in self._batches)
+        rows = [
+            [self._row_divergence(*row) for row in zip(dense, hidden, self._counted(batch), strict=True)]
+            for batch, dense, hidden in zip(self._batches, self._dense, changed, strict=True)
+        ]
+        every = self._processes.gathered(rows)
+        batches = [batch for turn in zip_longest(*every, fillvalue=[]) for batch in turn]
+        return sum(value for batch in batches for value in batch) / self._counts
+
+    def _row_divergence(self, dense: Tensor, hidden: Tensor, counted: Tensor) -> float:
+        """dense, hidden: (length, width). counted: (length,) bool."""
+        return _divergence(self._walker.logits(dense[counted][None]), self._walker.logits(hidden[counted][None]))
+
+    def _counted(self, batch: Tensor) -> Tensor:
+        """Positions whose next token is no place of an image: (sequences, length)."""
+        counted = torch.ones_like(batch, dtype=torch.bool)
+        counted[:, :-1] = ~torch.isin(batch[:, 1:], self._ignored)
+        return counted
 
     def _path(self, name: str) -> str:
         return self._graph.group(name).consumers[0].tensor.rpartition(".")[0]

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from saap.errors import UnsupportedModelError
+from saap.models.uniform import text_part
 
 # Attributes that hold a block's own number.
 BLOCK_NUMBER_NAMES = ("layer_idx", "layer_id", "layer_number")
@@ -26,7 +27,7 @@ def drop_blocks(model: nn.Module, blocks: Sequence[str], dropped: Sequence[int])
     kept = [layer for layer in range(len(blocks)) if layer not in set(dropped)]
     config = getattr(model, "config", None)
     if config is not None:
-        shorten_config(config, kept, len(blocks))
+        shorten_config(text_part(config), kept, len(blocks))
     for layer in sorted(set(dropped), reverse=True):
         del container[layer]
     for new, old in enumerate(kept):

@@ -18,6 +18,7 @@ from saap.models.least_squares import Moments, removal_order, ridge_refit
 from saap.models.linear import weight_out_in
 from saap.models.masking import channel_mask
 from saap.models.offload import mark_changed
+from saap.models.processes import Processes
 from saap.models.spill import NewTensors, Spill, Tensors, held
 from saap.models.walker import BlockWalker, Contexts
 from saap.records import CoupledGroup, FloatArray, ModelGraph, StructurePlan
@@ -33,7 +34,8 @@ class RestoreSettings:
     ridges: tried for each matrix, relative to the mean of the Gram matrix' diagonal. held_share: part of the
     sequences that only judges the ridge. second_order: choose units by the pruned stream's Gram matrix at the plan's
     counts instead of taking the plan's own units. scores: by group, the importance of its units (units,), which that
-    choice weighs in as well. micro_batch: sequences at a time.
+    choice weighs in as well. residual_target: aim at the dense residual stream, what it lacks so far included; False
+    aims at the dense module's output alone, to measure the difference. micro_batch: sequences at a time.
     """
 
     ridges: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
@@ -41,6 +43,7 @@ class RestoreSettings:
     second_order: bool = True
     choice_ridge: float = 1e-2
     scores: Mapping[str, FloatArray] | None = None
+    residual_target: bool = True
     micro_batch: int = 4
 
 
@@ -57,16 +60,20 @@ class Restoration:
 
 @dataclass(slots=True)
 class _Streams:
-    """Hidden states of all sequences before the current block: in the dense and in the pruned model.
+    """Hidden states before the current block, in the dense and in the pruned model, of this process' micro-batches.
 
-    one: contexts of a batch of one sequence, for trials. new: makes a sequence of tensors, one for each batch.
+    one: contexts of a batch of one sequence, for trials. batches: of all processes. new: makes a sequence of tensors,
+    one for each batch. apart: whether the two models differ.
     """
 
+    processes: Processes
+    batches: int
     new: NewTensors
     one: Contexts
     contexts: list[Contexts]
     dense: Tensors
     pruned: Tensors
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +94,7 @@ def restore(
     tokens: Tensor,
     settings: RestoreSettings,
     progress: Progress | None = None,
+    processes: Processes | None = None,
     *,
     spill: Spill | None = None,
 ) -> Restoration:
@@ -94,15 +102,18 @@ def restore(
 
     tokens: (sequences, length) ids of the refit text. Groups inside blocks that the plan drops, and groups of the
     whole model, are left for `cut`. Every consumer is refitted, in pruned and in whole blocks, to the dense module's
-    output plus the gap between the dense and the pruned residual stream so far. spill: where the activations of all
-    sequences are kept, None for memory.
+    output plus the gap between the dense and the pruned residual stream so far.
+    processes: that run a part of the sequences each; the first one chooses and refits, from the moments of all. spill:
+    where the activations of all sequences are kept, None for memory.
     """
     walker = BlockWalker(model, graph.blocks)
-    streams = _start(walker, tokens, settings.micro_batch, list if spill is None else spill.empty)
+    new: NewTensors = list if spill is None else spill.empty
+    streams = _start(walker, tokens, settings.micro_batch, new, processes or Processes())
     result = Restoration()
     for layer in range(len(graph.blocks)):
         if layer in plan.dropped_blocks:
             streams.dense = _run(walker, layer, streams.dense, streams)
+            streams.apart = True
         else:
             _restore_block(walker, graph, plan, layer, streams, settings, result)
         if progress is not None:
@@ -110,13 +121,16 @@ def restore(
     return result
 
 
-def _start(walker: BlockWalker, tokens: Tensor, micro_batch: int, new: NewTensors) -> _Streams:
+def _start(walker: BlockWalker, tokens: Tensor, micro_batch: int, new: NewTensors, processes: Processes) -> _Streams:
+    batches = torch.split(tokens, micro_batch)
+    own = processes.share(len(batches))
     hidden, contexts = new(), []
-    for batch in torch.split(tokens, micro_batch):
+    for batch in batches[own.start : own.stop]:
         stream = walker.start(batch)
         hidden.append(stream.hidden)
         contexts.append(stream.contexts)
-    return _Streams(new, walker.start(tokens[:1]).contexts, contexts, hidden, hidden)
+    one = walker.start(tokens[:1]).contexts
+    return _Streams(processes, len(batches), new, one, contexts, hidden, hidden)
 
 
 def _consumers(walker: BlockWalker, graph: ModelGraph, layer: int, streams: _Streams) -> list[_Consumer]:
@@ -127,7 +141,9 @@ def _consumers(walker: BlockWalker, graph: ModelGraph, layer: int, streams: _Str
         for member in group.consumers
         if member.part is None
     }
-    found = residual_gain(walker, layer, list(by_path), streams.dense[0][:1], streams.one)
+    found = streams.processes.from_first(
+        lambda: residual_gain(walker, layer, list(by_path), streams.dense[0][:1], streams.one)
+    )
     return [_Consumer(path, walker.model.get_submodule(path), by_path[path], gain) for path, gain in found]
 
 
@@ -141,9 +157,10 @@ def _restore_block(
     result: Restoration,
 ) -> None:
     whole = all(len(plan.kept(group)) == group.units for group in graph.in_block(layer))
-    if whole and streams.pruned is streams.dense:
+    if whole and not streams.apart:
         streams.dense = streams.pruned = _run(walker, layer, streams.dense, streams)
         return
+    streams.apart = True
     consumers = _consumers(walker, graph, layer, streams)
     dense_next, dense_outputs = _dense_pass(walker, layer, consumers, streams)
     _cut_stacked(walker.model, graph, plan, layer, result)
@@ -206,10 +223,10 @@ def _refit_consumers(
     for position, consumer in enumerate(consumers):
         last = position == len(consumers) - 1
         taken = _pruned_pass(walker, layer, consumer.path, streams, to_the_end=last)
+        added = consumer.gain if settings.residual_target else None
         both = zip(dense_outputs.pop(consumer.path), gap, strict=True)
-        targets = held(new, (_target(dense, opened, consumer.gain) for dense, opened in both))
-        refitted = _refit(walker.model, consumer, taken.inputs, targets, plan, settings, result)
-        fresh = held(new, refitted)
+        targets = held(new, (_target(dense, opened, added) for dense, opened in both))
+        fresh = held(new, _refit(walker.model, consumer, streams, taken.inputs, targets, plan, settings, result))
         gain = consumer.gain
         if gain is None:
             continue
@@ -250,6 +267,7 @@ def _pruned_pass(walker: BlockWalker, layer: int, path: str, streams: _Streams, 
 def _refit(
     model: nn.Module,
     consumer: _Consumer,
+    streams: _Streams,
     taken: Tensors,
     targets: Tensors,
     plan: StructurePlan,
@@ -262,14 +280,9 @@ def _refit(
     """
     weight = weight_out_in(consumer.module).float().clone()
     bias = consumer.module._parameters.get("bias")
-    held_from = len(taken) - max(1, round(len(taken) * settings.held_share))
     extra = 0 if bias is None else 1
-    fit, judging = (Moments.empty(weight.shape[1] + extra, weight.shape[0], weight.device) for _ in range(2))
-    for index, (read, target) in enumerate(zip(taken, targets, strict=True)):
-        x = _with_ones(read.flatten(0, -2).float(), extra)
-        moments = fit if index < held_from else judging
-        moments.add(x, target.flatten(0, -2).float())
-    kept = _choose(consumer, weight, fit, judging, plan, settings)
+    fit, judging = _moments(weight, extra, streams, taken, targets, settings.held_share)
+    kept = streams.processes.from_first(lambda: _choose(consumer, weight, fit, judging, plan, settings))
     columns = _kept_columns(consumer, kept, weight.shape[1], weight.device)
     if kept != tuple(range(consumer.group.units)):
         cut_group(model, consumer.group, kept)
@@ -281,13 +294,43 @@ def _refit(
     start = torch.cat([weight, *([] if bias is None else [bias.float().unsqueeze(1)])], dim=1)[:, with_bias]
     fit = fit.select(with_bias)  # one after the other: both are large
     judging = judging.select(with_bias)
-    new, error = ridge_refit(start, fit, judging, settings.ridges)
-    result.errors[consumer.path] = error
+    new, error = start, 0.0
+    if streams.processes.first:
+        new, error = ridge_refit(start, fit, judging, settings.ridges)
+    new = streams.processes.of_first(new)
+    result.errors[consumer.path] = streams.processes.from_first(lambda: error)
     weight_out_in(consumer.module).copy_(new[:, : len(columns)])
     if bias is not None:
         bias.copy_(new[:, -1])
     mark_changed(model, consumer.path)
     return (nn.functional.linear(read[..., columns], new[:, : len(columns)].to(read.dtype), bias) for read in taken)
+
+
+def _moments(
+    weight: Tensor, extra: int, streams: _Streams, taken: Tensors, targets: Tensors, held_share: float
+) -> tuple[Moments, Moments]:
+    """Moments of the sequences to fit, and of those that only judge, over all processes."""
+    held_from = streams.batches - max(1, round(streams.batches * held_share))
+    fit, judging = (Moments.empty(weight.shape[1] + extra, weight.shape[0], weight.device) for _ in range(2))
+    own = streams.processes.share(streams.batches)
+    for index, read, target in zip(own, taken, targets, strict=True):
+        x = _with_ones(read.flatten(0, -2).float(), extra)
+        moments = fit if index < held_from else judging
+        moments.add(x, target.flatten(0, -2).float())
+    return _summed(fit, streams.processes), _summed(judging, streams.processes)
+
+
+def _summed(moments: Moments, processes: Processes) -> Moments:
+    """Moments over the tokens of all processes."""
+    if processes.count == 1:
+        return moments
+    parts = processes.gathered((moments.energy, moments.tokens))
+    return Moments(
+        processes.total(moments.gram),
+        processes.total(moments.cross),
+        sum(energy for energy, _ in parts),
+        sum(tokens for _, tokens in parts),
+    )
 
 
 def _with_ones(x: Tensor, extra: int) -> Tensor:

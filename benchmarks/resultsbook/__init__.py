@@ -1,0 +1,1 @@
+"""The results book: questions, what measures them, and the pages that say what came out."""

@@ -1,0 +1,133 @@
+"""What the experiments start from: a dense model with its structures, samples of text, models that saap has made."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from resultsbook.row import Request
+from resultsbook.store import ROOT
+from saap.config import PrunableRole, Strategy
+from saap.data.samples import SampleRequest, draw_sets, token_stream
+from saap.data.texts import read_documents
+from saap.discovery import discover
+from saap.evaluation.perplexity import perplexity
+from saap.models.masking import masked
+from saap.pipeline.inputs import LoadedModel, RunOptions, open_model
+from saap.records import CalibrationSet, IntArray, Layout, ModelGraph, StructurePlan, UnitScores
+from saap.structure_search.objectives import budget_for_ratio
+from saap.structure_search.plan import SearchSpace, search
+
+DATA = ROOT / "benchmarks" / "data"
+VALIDATION = "benchmarks/data/wikitext2/validation.jsonl.gz"
+TEXTS = {
+    "wikitext2": DATA / "wikitext2" / "test.jsonl.gz",
+    "novel": DATA / "novel.txt.gz",
+    "addresses": DATA / "addresses.txt.gz",
+}
+"""Texts to measure on; nothing is calibrated on them."""
+ALIGN = 32
+CHARACTERS_OF_A_TOKEN = 12
+"""More than any text has on average: so much of it holds the tokens that are asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """A dense model and its structures."""
+
+    loaded: LoadedModel
+    graph: ModelGraph
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself."""
+        return self.loaded.model
+
+    @property
+    def align(self) -> int:
+        """Units that leave together: as the default has it, fewer where the modules are small."""
+        smallest = min(group.units for group in self.graph.groups if group.role == "ffn")
+        return min(ALIGN, max(1, smallest // 32))
+
+
+def open_dense(source: str) -> Dense:
+    """Load the model and find its structures."""
+    loaded = open_model(source, RunOptions(device="cpu"))
+    return Dense(loaded=loaded, graph=discover(loaded.model, loaded.ref))
+
+
+def draw(dense: Dense, source: Any, requests: Sequence[SampleRequest], seed: int) -> Mapping[str, CalibrationSet]:
+    """Sets of samples of a text, as a run draws them. source: a name, or a file named from the root."""
+    found = ROOT / source if isinstance(source, str) and (ROOT / source).is_file() else source
+    return draw_sets(found if not isinstance(found, Path) else str(found), dense.loaded.tokenizer, requests, seed=seed)
+
+
+def measured_text(dense: Dense, name: str, tokens: int) -> IntArray:
+    """The first tokens of a text to measure on."""
+    text = "\n\n".join(read_documents(TEXTS[name]))
+    return token_stream([text[: CHARACTERS_OF_A_TOKEN * tokens]], dense.loaded.tokenizer)[:tokens]
+
+
+def plan_for(
+    dense: Dense, units: Mapping[str, UnitScores], ratio: float, strategy: Strategy = Strategy.UNIFORM
+) -> StructurePlan:
+    """FFN channels of `ratio` of the blocks' parameters, both ends spared."""
+    space = SearchSpace(roles=(PrunableRole.FFN,), layout=Layout.ADAPTIVE, align=dense.align)
+    return search(dense.graph, units, budget_for_ratio(dense.graph, ratio), space, strategy)
+
+
+def masked_perplexity(dense: Dense, plan: StructurePlan, text: IntArray) -> float:
+    """Perplexity of the model without what the plan removes; nothing is restored."""
+    with masked(dense.model, dense.graph, plan):
+        return perplexity(dense.model, text).value
+
+
+def removed_units(plan: StructurePlan, graph: ModelGraph) -> set[tuple[str, int]]:
+    """All units that leave, by group and number."""
+    return {
+        (group.name, unit)
+        for group in graph.groups
+        for unit in range(group.units)
+        if group.name in plan.keep and unit not in set(plan.keep[group.name])
+    }
+
+
+def on_device(tokens: CalibrationSet, model: nn.Module) -> torch.Tensor:
+    """The samples as (samples, length) ids beside the model."""
+    return torch.from_numpy(tokens.tokens).to(next(model.parameters()).device)
+
+
+def made_by_saap(request: Request, name: str, arguments: Sequence[str]) -> Path:
+    """The folder that `saap ARGUMENTS --out FOLDER` writes, made if it is not there; the command takes itself up.
+
+    name: of the folder, which says all that decides its content.
+    """
+    folder = request.work / name
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        call = [sys.executable, "-m", "saap.cli", *arguments, "--out", str(folder), "--quiet"]
+        subprocess.run(call, check=True, cwd=ROOT)
+    return folder
+
+
+def pruned_folder(request: Request) -> Path:
+    """The model pruned by 20 %: by the default, for a trial by the least effort."""
+    effort = ["--effort", "fast", "--refit-tokens", "2048"] if request.quick else []
+    name = f"pruned-{'quick' if request.quick else 'default'}-{Path(request.model).name}"
+    return made_by_saap(request, name, ["prune", request.model, "--pruning-ratio", "0.2", *effort])
+
+
+def recovered_folder(request: Request, minutes: float) -> Path:
+    """The pruned model after that many minutes of tuning on the default data."""
+    source = pruned_folder(request)
+    flags = (
+        ["--max-steps", "2", "--length", "64", "--batch", "1"] if request.quick else ["--max-minutes", f"{minutes:g}"]
+    )
+    return made_by_saap(request, f"{source.name}-recovered", ["recover", str(source), *flags])

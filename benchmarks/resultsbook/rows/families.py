@@ -1,0 +1,127 @@
+"""Other families: small models that the benchmark trains itself, pruned by our method and by the baselines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from resultsbook.charts import bars
+from resultsbook.row import Cells, Experiment, Request, Row, Values
+from resultsbook.store import ROOT
+from resultsbook.training import FAMILIES, FULL, TRIAL, trained_folder
+from saap.reporting.figures import Figure
+
+METHODS = (
+    "saap",
+    "llm-pruner-element2@ffn",
+    "llm-pruner-vector@ffn",
+    "flap",
+    "wanda-sp@ffn",
+    "magnitude@ffn",
+    "random@ffn",
+)
+TEXT = "benchmarks/data/novel.txt.gz"
+RATIO = "0.2"
+
+
+def settings(request: Request) -> Values:
+    size = TRIAL if request.quick else FULL
+    return {
+        "families": list(FAMILIES), "methods": list(METHODS), "pruning ratio": RATIO, "calibration": "novels",
+        "measured on": TEXT, "measured tokens": 1024 if request.quick else 16384,
+        "samples": 8 if request.quick else 50, "refit tokens": 1024 if request.quick else 16384,
+        "layers": size.layers, "width": size.width, "FFN": size.inner, "seed": 0,
+        "training": f"{size.steps} steps of {size.batch} x {size.length} tokens of the bundled texts",
+        "effort": "fast" if request.quick else "default",
+    }  # fmt: skip
+
+
+def cells(request: Request) -> Sequence[str]:
+    return FAMILIES
+
+
+def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Values]]:
+    chosen = settings(request)
+    for family in wanted:
+        folder = trained_folder(request, family)
+        with tempfile.TemporaryDirectory() as temporary:
+            out = Path(temporary) / "compared"
+            call = [
+                sys.executable, "-m", "saap.cli", "compare", str(folder), "--out", str(out),
+                "--methods", ",".join(METHODS), "--pruning-ratios", RATIO, "--restore", "both",
+                "--calibration", chosen["calibration"], "--samples", str(chosen["samples"]), "--sample-length", "64",
+                "--refit-tokens", str(chosen["refit tokens"]), "--effort", chosen["effort"], "--align", "16",
+                "--perplexity", TEXT, "--window", "128", "--max-tokens", str(chosen["measured tokens"]), "--quiet",
+            ]  # fmt: skip
+            subprocess.run(call, check=True, cwd=ROOT)
+            found = json.loads((out / "comparison.json").read_text())
+        (dense,) = found["dense"]["perplexity"].values()
+        yield family, {
+            "parameters": found["dense"]["parameters"],
+            "perplexity": dense["value"],
+            "rows": [
+                {
+                    "method": row["method"], "restored": row["restored"], "removed": row["pruning_ratio"],
+                    "ratio": next(iter(row["ratios"].values())),
+                }
+                for row in found["rows"]
+            ],
+        }  # fmt: skip
+
+
+def summarise(cells: Cells) -> dict[str, Any]:
+    families = {}
+    for family, cell in cells.items():
+        table = {
+            method: {str(row["restored"]): row["ratio"] for row in cell["rows"] if row["method"] == method}
+            for method in METHODS
+        }
+        best = {
+            state: min((method for method in METHODS if method != "saap"), key=lambda m: table[m][state])
+            for state in ("False", "True")
+        }
+        families[family] = {
+            "perplexity": cell["perplexity"],
+            "parameters": cell["parameters"],
+            "table": table,
+            "best_baseline": best,
+            "quotient": {state: table["saap"][state] / table[name][state] for state, name in best.items()},
+        }
+    quotients = [one["quotient"]["True"] for one in families.values()]
+    return {
+        "families": families,
+        "ahead": sum(quotient < 1 for quotient in quotients),
+        "count": len(quotients),
+        "quotients": [min(quotients), max(quotients)],
+        "seeds": [0],
+    }
+
+
+def figures(summary: Values) -> Sequence[Figure]:
+    families = list(summary["families"])
+    values = {
+        method: [summary["families"][family]["table"][method]["True"] for family in families] for method in METHODS
+    }
+    figure = bars(
+        "families", "Families, with our restoration for all methods",
+        "Perplexity of the pruned over that of the dense model by family and method, restored.",
+        values, families, x="perplexity / dense",
+    )  # fmt: skip
+    return (figure,)
+
+
+ROW = Row(
+    name="families",
+    title="Other families",
+    question="Do the fusion and the search hold for GPT-2, OPT, BLOOM, LLaMA and Qwen3 shapes?",
+    summarise=summarise,
+    figures=figures,
+    experiment=Experiment(cells=cells, settings=settings, measure=measure),
+    limits="Models of a few million parameters that were trained for minutes on a few texts: their channels are less "
+    "specialised than those of a model that has seen much, so the differences between methods are smaller than there.",
+)

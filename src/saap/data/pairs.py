@@ -1,0 +1,165 @@
+"""Image-text pairs: a .jsonl file of `image` (a path beside the file) and `text`, through the model's processor."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saap.data.placement import Demand, share_rows
+from saap.data.samples import SampleRequest
+from saap.data.texts import read_rows
+from saap.errors import CalibrationError
+from saap.records import CalibrationSet, IntArray
+
+MOST_PAIRS = 1024
+"""More are not read: they would only wait in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """place: words that say where it stands. image: an existing file."""
+
+    place: str
+    image: Path
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """ids: (tokens,). inputs: what the model takes beside them; those of shape (1, tokens) go token by token."""
+
+    ids: IntArray
+    inputs: Mapping[str, np.ndarray[Any, Any]]
+
+
+def pairs_file(calibration: Any) -> Path | None:
+    """The file of image-text pairs that a calibration names, None if it names none.
+
+    Raises CalibrationError if it names something else as well, or the file cannot be read.
+    """
+    given = [calibration] if isinstance(calibration, (str, Path)) else calibration
+    if not isinstance(given, Sequence) or not all(isinstance(item, (str, Path)) for item in given):
+        return None
+    found = [Path(item) for item in given if _holds_pairs(item)]
+    if found and len(given) > 1:
+        raise CalibrationError(
+            f"{found[0]} holds image-text pairs, which cannot be mixed with other texts",
+            "Give this file alone, or texts without images",
+        )
+    return found[0] if found else None
+
+
+def _holds_pairs(source: str | Path) -> bool:
+    name = str(source)
+    if not name.endswith((".jsonl", ".jsonl.gz")) or not Path(name).is_file():
+        return False
+    return "image" in next((row for _, row in read_rows(Path(name))), {})
+
+
+def read_pairs(path: Path) -> tuple[Pair, ...]:
+    """All pairs of a file. Raises CalibrationError, naming file and line, for a line that is none or has no image."""
+    pairs = []
+    for place, row in read_rows(path):
+        image, text = row.get("image"), row.get("text")
+        if not isinstance(image, str) or not isinstance(text, str) or not text.strip():
+            raise CalibrationError(f"{place} has not both `image` and `text`", "Give each line the two, as strings")
+        file = path.parent / image
+        if not file.is_file():
+            raise CalibrationError(f"{place} names the image {image}, which is not beside the file", "Add the image")
+        pairs.append(Pair(place, file, text))
+    return tuple(pairs)
+
+
+def draw_pairs(
+    path: Path, processor: Any, requests: Sequence[SampleRequest], *, image_ids: tuple[int, ...], seed: int
+) -> dict[str, CalibrationSet]:
+    """Sets of rows, each one pair filled up with the texts of others to the length of the longest, by requests' names.
+
+    processor: of the model; it writes `image_ids` where the image goes, of which no loss is to be taken (`ignored` of
+    the sets). So many rows as are needed for the tokens that a request asks for; where the pairs are too few, sets
+    share them as rows of given ids do. Raises CalibrationError.
+    """
+    generator = np.random.Generator(np.random.PCG64(seed))
+    pairs = read_pairs(path)
+    chosen = [pairs[index] for index in generator.permutation(len(pairs))[:MOST_PAIRS]]
+    encoded = [_encode(pair, processor, image_ids) for pair in chosen]
+    length = max(len(one.ids) for one in encoded)
+    filling = _text_alone(chosen, processor, image_ids)
+    rows, inputs = [], []
+    for place, one in enumerate(encoded):
+        room = length - len(one.ids)
+        start = place * max(1, len(filling) // len(encoded))
+        rows.append(np.concatenate([one.ids, np.take(filling, range(start, start + room), mode="wrap")]))
+        inputs.append({name: _lengthened(value, len(one.ids), room) for name, value in one.inputs.items()})
+    ids = np.stack(rows)
+    demands = [
+        Demand(name=r.name, sequences=max(2, -(-r.sequences * r.length // length)), length=1, held_out=r.held_out,
+               at_least=1) for r in requests
+    ]  # fmt: skip
+    shares = share_rows(np.arange(len(ids)).reshape(-1, 1), demands, generator)
+    return {
+        name: CalibrationSet(
+            sources=(str(path),), seed=seed, tokens=ids[places[:, 0]], ignored=image_ids,
+            inputs=tuple(inputs[place] for place in places[:, 0]),
+        )
+        for name, places in shares.items()
+    }  # fmt: skip
+
+
+def _encode(pair: Pair, processor: Any, image_ids: tuple[int, ...]) -> _Encoded:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise CalibrationError("Images are read with the package pillow", "Run pip install 'saap[images]'") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(pair.image).convert("RGB")
+    except (OSError, ValueError, Warning, Image.DecompressionBombError) as error:
+        raise CalibrationError(
+            f"{pair.place} names {pair.image.name}, which cannot be read as an image", "Replace the image"
+        ) from error
+    try:
+        made = processor(text=[_prompt(pair.text, processor)], images=[image], return_tensors="np")
+    except Exception as error:  # each family's processor has its own way to refuse
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(
+            f"{pair.place} is refused by {type(processor).__name__} ({reason})", "Correct the text or the image"
+        ) from error
+    ids = np.asarray(made["input_ids"], dtype=np.int64)[0]
+    if not np.isin(ids, image_ids).any():
+        raise CalibrationError(f"{pair.place} leaves no place for its image", "Shorten the text")
+    others = {name: np.asarray(value) for name, value in made.items() if name not in ("input_ids", "attention_mask")}
+    return _Encoded(ids, others)
+
+
+def _prompt(text: str, processor: Any) -> str:
+    """The text with the place of its image: where it says so itself, by the chat template, or at the beginning."""
+    # Some processors replace a token of another name by the image's places and their borders.
+    mark = str(getattr(processor, "boi_token", None) or processor.image_token)
+    if mark in text or str(processor.image_token) in text:
+        return text
+    if getattr(processor, "chat_template", None):
+        asked = {"role": "user", "content": [{"type": "image"}]}
+        said = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+        return str(processor.apply_chat_template([asked, said], tokenize=False))
+    return f"{mark}\n{text}"
+
+
+def _text_alone(pairs: Sequence[Pair], processor: Any, image_ids: tuple[int, ...]) -> IntArray:
+    """Ids (n,) of all texts without any special token."""
+    text = "\n\n".join(["", *(pair.text for pair in pairs)])
+    ids = np.asarray(processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    kept: IntArray = ids[~np.isin(ids, [*image_ids, *processor.tokenizer.all_special_ids])]
+    if not len(kept):
+        raise CalibrationError("the image-text pairs have no text besides their images", "Give each image its text")
+    return kept
+
+
+def _lengthened(value: np.ndarray[Any, Any], tokens: int, room: int) -> np.ndarray[Any, Any]:
+    return np.pad(value, ((0, 0), (0, room))) if value.shape == (1, tokens) else value

@@ -1,0 +1,61 @@
+"""What several processes of one run do with its files: the first one writes, the others wait and read."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from torch import nn
+
+from saap.errors import VerificationError
+from saap.models.devices import pick_device
+from saap.models.processes import Processes
+from saap.pipeline.context import Run
+from saap.pipeline.finish import Made, find_finished, finish
+from saap.pipeline.inputs import RunOptions
+from saap.pipeline.outcome import Behaviour
+from saap.pipeline.report import PruneResult
+from saap.pipeline.targets import Target, finished_report
+from saap.pipeline.work import WorkFolder
+from saap.records import ImportanceScores
+
+
+def with_device_of(processes: Processes, source: str | Path | nn.Module, options: RunOptions) -> RunOptions:
+    """The options with the device of this process, unless the model lies somewhere already."""
+    if processes.count == 1 or isinstance(source, nn.Module):
+        return options
+    return dataclasses.replace(options, device=str(processes.device(pick_device(options.device))))
+
+
+def shared_work(processes: Processes, path: Path | None) -> WorkFolder:
+    """The same work folder in all processes; one without a name of its own is made by the first."""
+    if processes.count == 1:
+        return WorkFolder(path)
+    made = WorkFolder(path) if processes.first else None
+    where = processes.from_first(lambda: path if made is None else made.path)
+    return made if made is not None else WorkFolder(where)
+
+
+def shared_result(run: Run, target: Target) -> PruneResult | None:
+    """The target's result in each process, if an interrupted run had already put it in its place."""
+    there = run.processes.from_first(lambda: finished_report(run.work, target) is not None)
+    return find_finished(run, target) if there else None
+
+
+def finish_together(run: Run, target: Target, made: Made, scores: ImportanceScores, dense: Behaviour) -> PruneResult:
+    """Measure and place the result; the others open what the first has placed. In memory each has it already."""
+    if target.folder is None:
+        return finish(run, target, made, scores, dense)
+    if run.processes.first:
+        result = finish(run, target, made, scores, dense)
+        run.processes.wait()
+        return result
+    made.model = None
+    run.processes.wait()
+    opened = find_finished(run, target)
+    if opened is None:
+        raise VerificationError(
+            f"{target.folder} has not been seen by process {run.processes.rank}",
+            "Let all processes work on one file system",
+        )
+    return opened
