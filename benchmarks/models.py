@@ -49,7 +49,7 @@ def compare(model: str, texts: dict[str, str], out: Path, options: argparse.Name
         }
         for row in comparison["rows"]
     ]
-    dense = {name: comparison["dense"]["perplexity"][file] for name, file in texts.items()}
+    dense = {name: comparison["dense"]["perplexity"][file]["value"] for name, file in texts.items()}
     settings = {name: getattr(options, name) for name in ("samples", "refit_tokens", "max_tokens")}
     return {"settings": settings, "dense": dense, "rows": rows}
 
@@ -73,8 +73,7 @@ def table() -> None:
         for text, dense in result["dense"].items():
             ours = next(row["ratios"][text] for row in result["rows"] if row["method"] == "saap")
             others = (best(result["rows"], text, restored=restored) for restored in (False, True))
-            value = dense["value"] if isinstance(dense, dict) else dense
-            lines.append(f"| {model} | {text} | {value:.2f} | {ours:.3f} | {' | '.join(others)} |")
+            lines.append(f"| {model} | {text} | {dense:.2f} | {ours:.3f} | {' | '.join(others)} |")
     write_between_marks("models", "\n".join(lines))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
@@ -396,18 +396,3 @@ def uneven_bundle(graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]) -> tup
 def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Number of elements of all tensors."""
     return sum(prod(shape) for shape in shapes.values())
-
-
-def runs_of(indices: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Maximal runs (first, last) of ascending indices."""
-    first = last = None
-    for index in indices:
-        if first is None or last is None:
-            first = last = index
-        elif index == last + 1:
-            last = index
-        else:
-            yield first, last
-            first = last = index
-    if first is not None and last is not None:
-        yield first, last

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +26,6 @@ from saap.records import (
     StructurePlan,
     count_parameters,
     kept_shapes,
-    runs_of,
 )
 
 STATISTICS = ("vector", "vector_m2", "element", "element_m2", "comoment")
@@ -246,9 +245,24 @@ def _kept(entry: _GroupEntry, group: CoupledGroup) -> tuple[int, ...] | int:
     return units
 
 
+def _runs_of(indices: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Maximal runs (first, last) of ascending indices."""
+    first = last = None
+    for index in indices:
+        if first is None or last is None:
+            first = last = index
+        elif index == last + 1:
+            last = index
+        else:
+            yield first, last
+            first = last = index
+    if first is not None and last is not None:
+        yield first, last
+
+
 def format_units(units: Iterable[int]) -> str:
     """Ascending indices as runs: (0, 1, 2, 5) -> "0-2,5"."""
-    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs_of(units))
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in _runs_of(units))
 
 
 def parse_units(text: str, count: int | None = None) -> tuple[int, ...]:

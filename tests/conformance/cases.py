@@ -232,6 +232,11 @@ def uniform_keep(graph: ModelGraph, role: Role) -> Keep:
     return keep
 
 
+def stock_tolerance(role: Role) -> float:
+    """How near the stock class comes: norms that compute in float32 round a smaller residual stream otherwise."""
+    return ROUNDED if role is Role.HIDDEN else EXACT
+
+
 @dataclass(frozen=True)
 class Stock:
     """A uniform folder as the stock class opens it. refusal: why there is none, then the error is None."""

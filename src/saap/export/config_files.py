@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,11 +11,12 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from saap.errors import LayoutError, OutputError
+from saap.export.stream import Weights, smaller_streams
 from saap.models.modeling_pruned import MODEL_TYPE, pruned_classes
 from saap.models.offload import lend, offloaded
-from saap.models.structure import PrunedStructure, epsilon_name, pruned_fields, read_attribute
+from saap.models.structure import EPSILON_NAMES, PrunedStructure, epsilon_name, pruned_fields, read_attribute
 from saap.models.uniform import stock_model, uniform_config
-from saap.records import ModelGraph, StructurePlan
+from saap.records import ModelGraph, Role, StructurePlan
 
 ADAPTIVE_REMEDY = "Use --layout adaptive"
 # Room for other rounding in buffers made in another dtype; a wrong scale is far above it.
@@ -36,31 +39,56 @@ def adaptive_config(model: nn.Module, structure: PrunedStructure) -> Any:
     return config_class.from_dict({**own.to_dict(), "model_type": MODEL_TYPE, **pruned_fields(structure)})
 
 
-def stock_config(model: nn.Module, graph: ModelGraph, plan: StructurePlan, structure: PrunedStructure) -> Any:
+def stock_config(
+    model: nn.Module, graph: ModelGraph, plan: StructurePlan, structure: PrunedStructure
+) -> tuple[Any, Weights]:
     """A stock configuration with the plan's sizes, whose class computes what the pruned model does.
 
-    That is tried on a few tokens with the model's own weights, before anything is written. Raises LayoutError if the
-    family's configuration cannot say the plan.
+    The second result are weights to write in place of the model's own (see `saap.export.stream`), mostly none. All is
+    tried on a few tokens before anything is written. Raises LayoutError if the family's configuration cannot say the
+    plan.
     """
     config = uniform_config(getattr(model, "config", None), graph, plan)
     special = sorted({*structure.constant, *structure.sliced_arguments, *structure.added_biases})
     if special:
         raise LayoutError(f"The stock class cannot do what is left of {special[0]}", ADAPTIVE_REMEDY)
+    plain = copy.deepcopy(config)
+    try:
+        _check_direct(config, model, structure)
+    except LayoutError:
+        norms = {path for group in graph.of_role(Role.HIDDEN) for path in group.scaled_norms}
+        for weights in smaller_streams(model, graph, plan):
+            stock = _without_weights(plain)
+            _check_attributes(stock, structure, without_epsilon_of=norms)
+            if _difference(stock, model, weights) <= TOLERANCE:
+                return plain, weights
+        raise
+    return config, {}
+
+
+def _check_direct(config: Any, model: nn.Module, structure: PrunedStructure) -> None:
     stock = _without_weights(config)
     if _take_epsilon(config, stock, model):
         stock = _without_weights(config)
-    for path, attributes in structure.attributes.items():
-        for name, value in attributes.items():
-            found = read_attribute(stock.get_submodule(path), name)
-            if abs(found - value) > 1e-6 * abs(value):
-                raise LayoutError(f"The stock class would set {path}.{name} to {found}, not {value}", ADAPTIVE_REMEDY)
-    error = _difference(stock, model)
+    _check_attributes(stock, structure)
+    error = _difference(stock, model, {})
     if not error <= TOLERANCE:
         raise LayoutError(
             f"The stock class {type(stock).__name__} would not compute the same (logits differ by {error:.1e})",
             ADAPTIVE_REMEDY,
         )
-    return config
+
+
+def _check_attributes(
+    stock: nn.Module, structure: PrunedStructure, *, without_epsilon_of: Collection[str] = ()
+) -> None:
+    for path, attributes in structure.attributes.items():
+        for name, value in attributes.items():
+            if path in without_epsilon_of and name in EPSILON_NAMES:
+                continue
+            found = read_attribute(stock.get_submodule(path), name)
+            if abs(found - value) > 1e-6 * abs(value):
+                raise LayoutError(f"The stock class would set {path}.{name} to {found}, not {value}", ADAPTIVE_REMEDY)
 
 
 def _without_weights(config: Any) -> Any:
@@ -83,17 +111,23 @@ def _take_epsilon(config: Any, stock: nn.Module, model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _difference(stock: Any, model: Any) -> float:
-    """Largest difference of the logits, in units of the largest logit, when `stock` takes the model's own weights."""
+def _difference(stock: Any, model: Any, changed: Weights) -> float:
+    """Largest difference of the logits, in units of the largest logit, when `stock` takes the model's weights.
+
+    changed: weights in place of the model's own, by their first names; none where those stay in files.
+    """
     if offloaded(model) is not None:
         lend(model, stock)
     else:
-        stock.load_state_dict(model.state_dict(), strict=True, assign=True)
+        own = dict(model.state_dict(keep_vars=True))
+        first = {id(parameter): name for name, parameter in model.named_parameters()}
+        state = {name: changed.get(first.get(id(value)) or name, value).detach() for name, value in own.items()}
+        stock.load_state_dict(state, strict=True, assign=True)
     parameter = next(model.parameters())
     stock.to(parameter.device)
     ids = torch.arange(8, device=parameter.device).unsqueeze(0)
-    first, second = (each(ids, use_cache=False).logits.float() for each in (stock, model))
-    return float((first - second).abs().max() / second.abs().max().clamp_min(1e-6))
+    found, expected = (each(ids, use_cache=False).logits.float() for each in (stock, model))
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
 
 
 def with_both_rope_spellings(fields: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,14 +73,15 @@ def write_checkpoint(
     """
     check_output(out, weight_bytes(model, dtype), overwrite=overwrite)
     if parts.plan.layout is Layout.UNIFORM:
-        config = stock_config(model, parts.graph, parts.plan, parts.structure)
+        config, changed = stock_config(model, parts.graph, parts.plan, parts.structure)
     else:
+        changed = {}
         config = adaptive_config(model, parts.structure)
     with whole_folder(out) as folder:
         write_config(config, folder, dtype)
         if parts.plan.layout is Layout.ADAPTIVE:
             shutil.copyfile(modeling_pruned.__file__, folder / Path(modeling_pruned.__file__).name)
-        _write_weights(model, folder, dtype)
+        _write_weights(model, folder, dtype, changed)
         write_companions(model, parts.tokenizer, parts.source_folder, folder)
         _write_records(parts, folder)
     written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
@@ -173,9 +174,12 @@ def write_config(config: Any, folder: Path, dtype: torch.dtype) -> None:
     file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    """Shard by shard, so that no second copy of the model is held; weights that are in files one by one."""
-    tensors, away = _tensors(model), offloaded(model)
+def _write_weights(model: nn.Module, folder: Path, dtype: torch.dtype, changed: Mapping[str, Tensor]) -> None:
+    """Shard by shard, so that no second copy of the model is held; weights that are in files one by one.
+
+    changed: in place of the model's own, by name.
+    """
+    tensors, away = {**_tensors(model), **changed}, offloaded(model)
     sizes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()} if away else tensors
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_SIZE)
     for file, names in split.filename_to_tensors.items():

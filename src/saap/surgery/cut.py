@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from saap.errors import PlanError, UnsupportedModelError
 from saap.models.arguments import unit_axis
 from saap.models.modeling_pruned import ArgumentSlice, ConstantOutput, resize, set_attribute
+from saap.models.norms import constant_share, scaled_weight
 from saap.models.offload import bring, mark_changed
 from saap.models.structure import PrunedStructure, argument_slice, epsilon_name, structure_of
 from saap.records import AxisSlice, CoupledGroup, ModelGraph, Role, Side, StructurePlan, uneven_bundle
@@ -143,33 +144,14 @@ def rescale_norm(norm: nn.Module, share: float, name: str) -> None:
             f"The norm {name} has no weight or no epsilon that could take up the removed channels",
             "Prune without the role hidden",
         )
-    constant = _constant_share(norm, weight, name)
-    factor = share**-0.5
-    # effective scale = constant + (1 - constant) * weight, up to a common factor
-    new = weight.data.double() * factor
-    if constant:
-        new += constant * (factor - 1) / (1 - constant)
-    weight.data = new.to(weight.dtype)
-    value = getattr(norm, epsilon)
-    setattr(norm, epsilon, (torch.finfo(weight.dtype).eps if value is None else value) / share)
-
-
-def _constant_share(norm: nn.Module, weight: nn.Parameter, name: str) -> float:
-    """A where the norm's scale is proportional to a + (1 - a) w; found by running it with w = 0 and w = 1."""
-    before = weight.data
-    inputs = torch.linspace(1, 2, len(before), dtype=before.dtype, device=before.device).unsqueeze(0)
-    outputs: list[Tensor] = []
-    for value in (0.0, 1.0):
-        weight.data = torch.full_like(before, value)
-        outputs.append(norm(inputs).double())
-    weight.data = before
-    ratio = outputs[0] / outputs[1]
-    constant = round(float(ratio.mean()), 2)
-    if not torch.allclose(ratio, torch.full_like(ratio, constant), atol=1e-2) or constant >= 1:
+    constant = constant_share(norm)
+    if constant is None:
         raise UnsupportedModelError(
             f"The scale of the norm {name} is no affine function of its weight", "Prune without the role that it spans"
         )
-    return constant
+    weight.data = scaled_weight(weight.data, constant, share**-0.5)
+    value = getattr(norm, epsilon)
+    setattr(norm, epsilon, (torch.finfo(weight.dtype).eps if value is None else value) / share)
 
 
 def _check(graph: ModelGraph, plan: StructurePlan) -> None:
