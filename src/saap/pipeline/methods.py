@@ -12,7 +12,7 @@ from saap.config import Method, PruneConfig, unit_roles
 from saap.errors import ConfigurationError
 from saap.pipeline.context import Run
 from saap.pipeline.written import with_written
-from saap.records import FloatArray, GroupScores, ImportanceScores, Layout, ModelGraph, StructurePlan
+from saap.records import FloatArray, GroupScores, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
 
 
 def for_method(config: PruneConfig) -> PruneConfig:
@@ -41,6 +41,12 @@ def check_method(config: PruneConfig, graph: ModelGraph) -> None:
     if config.method in (Method.SAAP, Method.RANDOM):
         return
     roles = unit_roles(config.roles)
+    unscored = next((role for role in roles if role in (Role.QUERY, Role.EXPERT)), None)
+    if unscored is not None:
+        raise ConfigurationError(
+            f"--method {config.method} does not score units of the role {unscored}",
+            "Use --method saap or random, or leave this role out of --roles",
+        )
     bundle = next((group.bundle for group in graph.groups if group.bundle and group.role in roles), None)
     if bundle is not None:
         raise ConfigurationError(
