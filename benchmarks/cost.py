@@ -1,6 +1,6 @@
 """How time and memory of `saap prune` grow with the model, the tokens and the ratio, in memory and offloaded.
 
-    python benchmarks/cost.py            # about 10 minutes on 2 idle cores
+    python benchmarks/cost.py            # some minutes on an idle machine; goes on where it was stopped
     python benchmarks/cost.py --table    # table, chart and exponents again, from benchmarks/results/cost.json
 
 LLaMA shapes with random weights in float32. One thing is varied at a time; each run is a process of its own. Time is
@@ -60,39 +60,43 @@ CURVES: dict[str, list[Point]] = {
 
 
 def shape_of(layers: int) -> Shape:
-    return Shape(hidden=512, ffn=1408, layers=layers, heads=8, vocabulary=VOCABULARY)
+    return Shape(hidden=256, ffn=704, layers=layers, heads=8, vocabulary=VOCABULARY)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--table", action="store_true")
     if not parser.parse_args().table:
-        RESULT.write_text(json.dumps(measure_all(), indent=1) + "\n")
+        measure_all()
     found = json.loads(RESULT.read_text())
     draw(found["points"])
     write_between_marks("cost", table(found["points"]))
 
 
-def measure_all() -> dict[str, Any]:
+def measure_all() -> None:
+    """Measure the points that are not in the file of results yet."""
     points = {point for curve in CURVES.values() for point in curve}
     both = sorted({replace(point, offloaded=away) for point in points for away in (False, True)}, key=str)
-    load = os.getloadavg()[0]
+    measured = json.loads(RESULT.read_text())["points"] if RESULT.exists() else []
+    known = [{key: one[key] for key in asdict(BASE)} for one in measured]
+    environment = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
         for layers in {point.layers for point in both}:
             (Path(folder) / str(layers)).mkdir()
             write_checkpoint(shape_of(layers), Path(folder) / str(layers), dtype=torch.float32)
         run_one(BASE, Path(folder), None)  # loads all that a run imports, for the forked processes as well
-        context = multiprocessing.get_context("fork")  # so that each run does not import everything anew
-        measured = []
+        context = multiprocessing.get_context("fork")
         for point in both:
+            if asdict(point) in known:
+                continue
             ours, theirs = context.Pipe()
             child = context.Process(target=run_one, args=(point, Path(folder), theirs))
             child.start()
-            measured.append({**asdict(point), **ours.recv()})
-            print(measured[-1], flush=True)
+            theirs.close()  # so that a child that fails does not leave us waiting
+            measured.append({**asdict(point), **ours.recv(), "load": os.getloadavg()[0]})
             child.join()
-    environment = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": [load, os.getloadavg()[0]]}
-    return {"points": measured, "environment": environment}
+            print(measured[-1], flush=True)
+            RESULT.write_text(json.dumps({"points": measured, "environment": environment}, indent=1) + "\n")
 
 
 def run_one(point: Point, folder: Path, answer: Any) -> None:
