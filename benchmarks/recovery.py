@@ -144,21 +144,42 @@ def sizes(options: argparse.Namespace) -> None:
         *data_flags(options.data), "--steps", steps, "--batch", "1", "--length", str(length),
         "--evaluation-tokens", str(evaluated), "--threads", str(options.threads),
     ]  # fmt: skip
+    fitting, refused = divided_sizes(options.model)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         off_grid = str(Path(temporary) / "off-grid")
         tuned = ["--tuning", "lora", "--max-steps", "4" if options.quick else "40", "--dtype", "float32"]
         recover(options.model, Path(off_grid), *data_flags(options.data), *tuned, "--length", str(length))
         for grid, model in (("4 bits, 32", options.model), ("none", off_grid)):
-            kinds = [(str(size), ["--group-size", str(size)]) for size in GROUP_SIZES]
+            kinds = [(str(size), ["--group-size", str(size)]) for size in fitting]
             for name, flags in [*kinds, (PLAIN, ["--kind", "lora"])]:
                 found = measured(model, *shared, *flags)
                 seconds = statistics.median(found.pop("step_seconds"))
                 rows.append({"source_grid": grid, "group_size": name, **found, "seconds_a_step": seconds})
                 print(json.dumps(rows[-1]), flush=True)
-    finish("sizes", {"tokens": int(steps) * length, "rows": rows}, quick=options.quick)
+    result = {"tokens": int(steps) * length, "rows": rows, "refused": refused}
+    finish("sizes", result, quick=options.quick)
     if options.chart is not None:
         chart(rows, options.chart)
+
+
+def divided_sizes(model: str) -> tuple[list[int], dict[str, str]]:
+    """The group sizes that divide all matrices of the model, and why the others are refused."""
+    import saap
+    from saap.discovery.blocks import find_blocks
+    from saap.errors import GroupSizeError
+    from saap.models.groupwise_files import linears_inside
+    from saap.recovery.quantise import check_group_sizes
+
+    loaded = saap.load(model)
+    sizes = linears_inside(loaded, find_blocks(loaded))
+    refused: dict[str, str] = {}
+    for size in GROUP_SIZES:
+        try:
+            check_group_sizes(sizes, size)
+        except GroupSizeError as error:
+            refused[str(size)] = error.offender
+    return [size for size in GROUP_SIZES if str(size) not in refused], refused
 
 
 def chart(rows: list[dict[str, Any]], file: Path) -> None:
@@ -246,6 +267,8 @@ def sizes_lines(result: dict[str, Any]) -> list[str]:
             f"| {row['source_grid']} | {row['group_size']} | {quantised} | {row['perplexity']:.2f} | "
             f"{row['weight_bytes'] / 1e6:.0f} | {row['peak_bytes'] / 1e6:.0f} | {row['seconds_a_step']:.2f} |"
         )
+    for size, reason in result["refused"].items():
+        lines += ["", f"Groups of {size} are refused: {reason}."]
     return lines
 
 

@@ -63,7 +63,7 @@ def carry_out(job: dict[str, Any], counted: Path, rank: int = 0) -> None:
     for name in ("replace", "rename"):
         events.watch(Path, name)
     if rank:
-        events.watch(calibrate, "_score_micro_batch")
+        events.watch(calibrate, "_take")
     if job.get("largest_file"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"], job["largest_file"]))
     for number, name in ((1, "stdout"), (2, "stderr")):

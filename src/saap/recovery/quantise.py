@@ -13,12 +13,14 @@ from saap.recovery_config import LEGAL_GROUP_SIZES
 
 REFITS = 2
 """Least-squares refits of scale and zero point after each first choice of codes."""
+LISTED = 6
+"""Matrices that a refusal names."""
 DAMPING = 0.01
 """Added to the Gram matrix of the error feedback, as a share of its mean diagonal (GPTQ's value)."""
 
 
 def check_group_sizes(inputs: Mapping[str, int], group_size: int) -> None:
-    """Raise GroupSizeError with every matrix whose input size `group_size` does not divide, and the sizes that do.
+    """Raise GroupSizeError with the first matrices whose input size `group_size` does not divide, and the sizes that do.
 
     inputs: input size of each matrix by name.
     """
@@ -28,7 +30,9 @@ def check_group_sizes(inputs: Mapping[str, int], group_size: int) -> None:
     legal = [str(size) for size in LEGAL_GROUP_SIZES if not any(width % size for width in inputs.values())]
     prune_so = f"Prune with --align {group_size}"
     remedy = f"{prune_so}, or use --group-size {' or '.join(legal)}" if legal else prune_so
-    listed = ", ".join(f"{name} ({size})" for name, size in bad.items())
+    listed = ", ".join(f"{name} ({size})" for name, size in list(bad.items())[:LISTED])
+    if len(bad) > LISTED:
+        listed += f" and {len(bad) - LISTED} more"
     count = "1 matrix has" if len(bad) == 1 else f"{len(bad)} matrices have"
     raise GroupSizeError(f"{count} an input size that {group_size} does not divide: {listed}", remedy)
 
