@@ -20,7 +20,7 @@ DAMPING = 0.01
 
 
 def check_group_sizes(inputs: Mapping[str, int], group_size: int) -> None:
-    """Raise GroupSizeError with the first matrices whose input size `group_size` does not divide, and the sizes that do.
+    """Raise GroupSizeError with the matrices whose input size `group_size` does not divide, and the sizes that do.
 
     inputs: input size of each matrix by name.
     """
