@@ -46,6 +46,8 @@ HEADS |= {"codegen": 2}  # one of each of the four blocks that it splits its pro
 def test_every_block_has_one_ffn_and_one_attention_group(family: str) -> None:
     graph = graph_of(family)
     parts = ("attention", "ffn.0", "ffn.1") if family == "qwen2_moe" else ("attention", "ffn")
+    if family in EXPERTS:
+        parts += ("expert",)
     names = {f"layers.{layer}.{part}" for layer in range(len(graph.blocks)) for part in parts}
     assert {group.bundle or group.name for group in graph.groups if group.layer >= 0} == names
     experts = {group.bundle: 0 for group in graph.groups if group.bundle}

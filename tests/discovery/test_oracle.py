@@ -17,7 +17,8 @@ JOINED = {"codegen": 4}
 def test_the_same_units_are_found_by_numbers_alone(family: str) -> None:
     graph = graph_of(family)
     expected = Oracle(build(family), graph.blocks[0]).units()
-    groups = graph.in_block(0)
+    # Whole experts are no channels that could be told by numbers; they have tests of their own.
+    groups = [group for group in graph.in_block(0) if group.role is not Role.EXPERT]
     assert {group.role for group in groups} == {Role.FFN, Role.ATTENTION}
     found = {unit for group in groups for unit in unit_sets(group)}
     if family in JOINED:

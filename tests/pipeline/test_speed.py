@@ -126,7 +126,7 @@ def test_blocks_are_dropped_for_speed(source: Path, known: KnownTime) -> None:
 def test_an_unreachable_speed_is_refused_before_the_estimation(
     source: Path, tmp_path: Path, known: KnownTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saap.pipeline.run.estimate", None)
+    monkeypatch.setattr("saap.pipeline.planning.estimate", None)
     with pytest.raises(TargetError, match=r"speed-up of 9\.00 cannot be reached .* the largest is \d"):
         saap.prune(source, target_speedup=9, out=tmp_path / "small", **FAST)
     assert not (tmp_path / "small").exists()
@@ -135,7 +135,7 @@ def test_an_unreachable_speed_is_refused_before_the_estimation(
 def test_what_llama_cpp_cannot_compute_is_refused_before_the_estimation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saap.pipeline.run.estimate", None)
+    monkeypatch.setattr("saap.pipeline.planning.estimate", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = family_folder(tmp_path / "model", "gpt_neox")
     with pytest.raises(SaapError, match="gpt_neox"):
