@@ -21,6 +21,11 @@ class SaapError(Exception):
         return f"{self.offender.rstrip('. ')}. {self.remedy.rstrip('. ')}."
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class ConfigurationError(SaapError):
     """A flag or a field of a recipe has an impossible value."""
 

@@ -196,6 +196,10 @@ class CoupledGroup(Digested):
         """Members that make the group's channels (gate, up, q, k, v and their biases)."""
         return tuple(member for member in self.members if member.side is Side.PRODUCER)
 
+    def others(self, units: Iterable[int]) -> list[int]:
+        """The units that are not among `units`, ascending: those that leave, of those that are kept."""
+        return sorted(set(range(self.units)) - set(units))
+
     def parameters_per_unit(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Parameters that leave with one unit, when nothing else is pruned. shapes: of the model's tensors."""
         return sum(

@@ -136,7 +136,7 @@ def compensating_biases(
         kept = keep.get(group.name)
         if kept is None or len(kept) == group.units:
             continue
-        removed = sorted(set(range(group.units)) - set(kept))
+        removed = group.others(kept)
         for member in group.consumers:
             path = member.tensor.rpartition(".")[0]
             weight = weight_out_in(model.get_submodule(path)).detach().double()

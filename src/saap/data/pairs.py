@@ -13,7 +13,7 @@ import numpy as np
 from saap.data.placement import Demand, share_rows
 from saap.data.samples import SampleRequest
 from saap.data.texts import read_rows
-from saap.errors import CalibrationError
+from saap.errors import CalibrationError, first_line
 from saap.records import CalibrationSet, IntArray
 
 MOST_PAIRS = 1024
@@ -127,7 +127,7 @@ def _encode(pair: Pair, processor: Any, image_ids: tuple[int, ...]) -> _Encoded:
     try:
         made = processor(text=[_prompt(pair.text, processor)], images=[image], return_tensors="np")
     except Exception as error:  # each family's processor has its own way to refuse
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise CalibrationError(
             f"{pair.place} is refused by {type(processor).__name__} ({reason})", "Correct the text or the image"
         ) from error

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from saap.estimation.taps import Batch, GroupParts, PartScores, Scratch, Taps, m
 from saap.models.loss import loss_and_gradient
 from saap.models.processes import Processes
 from saap.models.spill import Spill
+from saap.models.walked import passed, started
 from saap.models.walker import BlockWalker, Contexts, inference_only
 from saap.records import CalibrationSet, FloatArray, ImportanceScores, ModelGraph, Role
 
@@ -171,23 +173,18 @@ class _Walk:
         start: number of the first sample.
         """
         blocks = len(self.walker.blocks)
-        firsts = [start + sum(len(batch) for batch in batches[:place]) for place in range(len(batches))]
+        *firsts, _ = accumulate((len(batch) for batch in batches), initial=start)
         steps = 2 * blocks - self.lowest
 
         def done(step: int) -> None:
             if progress is not None:
                 progress(step, steps)
 
-        inputs, contexts = [spill.empty()], []
-        for batch in batches:
-            stream = self.walker.start(batch)
-            inputs[0].append(stream.hidden)
-            contexts.append(stream.contexts)
+        entered, contexts = started(self.walker, batches, spill.empty)
+        inputs = [entered]
         with torch.no_grad():
             for index in range(blocks):
-                inputs.append(spill.empty())
-                for hidden, context in zip(inputs[index], contexts, strict=True):
-                    inputs[-1].append(self.walker.run_block(index, hidden, context))
+                inputs.append(passed(self.walker, index, inputs[-1], contexts, spill.empty))
                 done(index + 1)
         gradients = spill.empty()
         for first, batch, hidden in zip(firsts, batches, inputs.pop(), strict=True):

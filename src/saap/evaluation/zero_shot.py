@@ -22,7 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
-from saap.errors import EvaluationError
+from saap.errors import EvaluationError, first_line
 from saap.requests import PAPER_TASKS
 
 SPLITS = ("test", "validation")
@@ -241,7 +241,7 @@ class _Harness:
                 if task.OUTPUT_TYPE == "multiple_choice" and not (task.multiple_input or _measures(task, "acc_norm")):
                     task = self.task_class(config={**task.config.to_dict(keep_callable=True), "metric_list": _METRICS})
         except Exception as error:  # network, cache and format errors of several libraries with no common base
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise EvaluationError(
                 f"the rows of {name} cannot be fetched ({reason})", "Connect to the network, or give --task-data DIR"
             ) from error

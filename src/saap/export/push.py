@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from saap.errors import OutputError
+from saap.errors import OutputError, first_line
 
 _IGNORED = [".*", "*.part"]
 
@@ -25,19 +25,15 @@ def push_folder(folder: Path, repository: str, *, private: bool = False) -> str:
         )
     except HFValidationError as error:
         raise OutputError(
-            f"{repository!r} is no name of a repository ({_first_line(error)})", "Write OWNER/NAME"
+            f"{repository!r} is no name of a repository ({first_line(error)})", "Write OWNER/NAME"
         ) from None
     except HfHubHTTPError as error:
         raise OutputError(
-            f"The hub refuses the upload to {repository} ({_first_line(error)})",
+            f"The hub refuses the upload to {repository} ({first_line(error)})",
             "Log in with `hf auth login` as somebody who may write there",
         ) from None
     except Exception as error:  # no token, no connection: each version of the hub's client has its own
         raise OutputError(
-            f"The upload to {repository} failed ({_first_line(error)})", "Log in with `hf auth login`, and try again"
+            f"The upload to {repository} failed ({first_line(error)})", "Log in with `hf auth login`, and try again"
         ) from error
     return str(created)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from saap.errors import ModelError
+from saap.errors import ModelError, first_line
 from saap.models.devices import pick_device, working_dtype
 from saap.models.groupwise_files import WeightOf, fill, open_empty, pack_linears, read_packed, stored_buffers
 from saap.models.modeling_pruned import MODEL_TYPE, SaapPrunedConfig, auto_classes
@@ -110,7 +110,7 @@ def model_without_weights(resolved: ResolvedModel) -> Any:
 
 
 def _unusable(resolved: ResolvedModel, error: Exception) -> ModelError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     return ModelError(
         f"{resolved.source} cannot be opened as a causal language model ({reason})",
         "Check that its files are complete and of such a model",
@@ -146,7 +146,7 @@ def load_tokenizer(resolved: ResolvedModel) -> Any | None:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(resolved.folder, **options)
     except Exception as error:  # tokenizer files are read by a library of another language, with errors of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ModelError(
             f"The tokenizer of {resolved.source} cannot be read ({reason})", "Check its tokenizer files"
         ) from error
@@ -160,7 +160,7 @@ def load_processor(folder: Path) -> Any | None:
         with quiet_transformers():
             processor = AutoProcessor.from_pretrained(folder)
     except Exception as error:  # files of many makers, and packages that a family asks for
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ModelError(f"The processor of {folder} cannot be opened ({reason})", "Check its files") from error
     return processor if hasattr(processor, "image_processor") else None
 

@@ -82,7 +82,7 @@ def zeroed_parts(model: nn.Module, graph: ModelGraph, keep: Mapping[str, tuple[i
     """Zero, for a while, what reads the removed channels in each part of a stacked tensor (experts)."""
     with torch.no_grad(), ExitStack() as stack:
         for group in graph.groups:
-            gone = sorted(set(range(group.units)) - set(keep.get(group.name, range(group.units))))
+            gone = group.others(keep.get(group.name, range(group.units)))
             for member in group.consumers if gone else ():
                 if member.part is None:
                     continue
@@ -102,7 +102,7 @@ def narrowed(model: nn.Module, graph: ModelGraph, keep: Mapping[str, tuple[int, 
     """
     with torch.no_grad(), ExitStack() as stack:
         for group in graph.of_role(Role.HIDDEN):
-            gone = sorted(set(range(group.units)) - set(keep.get(group.name, range(group.units))))
+            gone = group.others(keep.get(group.name, range(group.units)))
             for member in group.producers if gone else ():
                 weight = model.get_parameter(member.tensor).data
                 index = torch.tensor(member.indices(gone), device=weight.device)
@@ -143,7 +143,7 @@ def gone_experts(
     """For `never_chosen`: the routers' weights and the experts that `keep` leaves out."""
     found: dict[nn.Parameter, Tensor] = {}
     for group in graph.of_role(Role.EXPERT):
-        gone = sorted(set(range(group.units)) - set(keep.get(group.name, range(group.units))))
+        gone = group.others(keep.get(group.name, range(group.units)))
         for member in group.members if gone else ():
             if len(graph.shapes[member.tensor]) == 2:
                 found[model.get_parameter(member.tensor)] = torch.tensor(gone)

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from saap.errors import ModelError
+from saap.errors import ModelError, first_line
 from saap.models.modeling_pruned import MODEL_TYPE
 from saap.models.safetensor_files import stored_dtype, weight_files
 
@@ -181,7 +181,7 @@ def _download(source: str, revision: str | None, with_code: bool, *, weights: bo
         names = huggingface_hub.HfApi().list_repo_files(source, revision=revision)
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise ModelError(
-            f"There is no folder {source}, and the hub refuses it as a model ({_first_line(error)})",
+            f"There is no folder {source}, and the hub refuses it as a model ({first_line(error)})",
             "Check the name and the revision, or log in with `hf auth login`",
         ) from None
     except Exception:  # any failure of the connection: what has been downloaded before is still good
@@ -203,7 +203,3 @@ def _cached(source: str, revision: str | None, patterns: list[str], why: str) ->
             f"There is no folder {source}, and {why}", "Give the path of a folder on this machine"
         ) from None
     return Path(found)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -53,6 +53,18 @@ def text_part(config: Any) -> Any:
     return config if find is None else find()
 
 
+def keep_layers(config: Any, kept: Sequence[int], depth: int) -> None:
+    """Set the number of layers to that of `kept`, and cut every list with one entry for each of `depth` layers.
+
+    config: the part of a transformers configuration that describes the decoder.
+    """
+    for name, value in list(vars(config).items()):
+        per_layer = isinstance(value, list | tuple) and len(value) == depth
+        if per_layer and not name.startswith("_") and not name.endswith("token_id") and name != "architectures":
+            setattr(config, name, type(value)(value[layer] for layer in kept))
+    config.num_hidden_layers = len(kept)
+
+
 def stock_model(config: Any) -> Any:
     """A model of the class that transformers opens folders of this configuration with; its weights mean nothing yet."""
     known = auto_classes(str(getattr(config, "model_type", "")))
@@ -184,12 +196,8 @@ def _shallow(model: nn.Module, config: Any, graph: ModelGraph) -> tuple[Any, Cal
 def _shortened(config: Any, depth: int, kept: int) -> Any:
     """A copy of the configuration of `depth` blocks with the first `kept` alone."""
     small = copy.deepcopy(config)
-    text = text_part(small)
     if kept < depth:
-        for name, value in list(vars(text).items()):
-            if isinstance(value, (list, tuple)) and len(value) == depth and not name.endswith("token_id"):
-                setattr(text, name, type(value)(value[:kept]))
-        text.num_hidden_layers = kept
+        keep_layers(text_part(small), range(kept), depth)
     return small
 
 

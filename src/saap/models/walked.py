@@ -1,14 +1,30 @@
-"""Logits of many batches from one walk over the blocks: each block is used for all of them before the next."""
+"""Many batches in one walk over the blocks: each block is used for all of them before the next."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from saap.models.spill import Spill, held
-from saap.models.walker import BlockWalker
+from saap.models.spill import NewTensors, Spill, Tensors, held
+from saap.models.walker import BlockWalker, Contexts
+
+
+def started(walker: BlockWalker, batches: Iterable[Tensor], new: NewTensors) -> tuple[Tensors, list[Contexts]]:
+    """What goes into the first block for each batch of ids (sequences, tokens), kept by `new`, and the contexts."""
+    hidden, contexts = new(), []
+    for batch in batches:
+        stream = walker.start(batch)
+        hidden.append(stream.hidden)
+        contexts.append(stream.contexts)
+    return hidden, contexts
+
+
+def passed(walker: BlockWalker, layer: int, hidden: Tensors, contexts: Sequence[Contexts], new: NewTensors) -> Tensors:
+    """What a block makes of the hidden states of each batch, kept by `new`."""
+    both = zip(hidden, contexts, strict=True)
+    return held(new, (walker.run_block(layer, one, context) for one, context in both))
 
 
 @torch.no_grad()
@@ -17,14 +33,10 @@ def walked_logits(model: nn.Module, blocks: Sequence[str], batches: Sequence[Ten
 
     blocks: paths of the decoder blocks. spill: keeps the hidden states between two blocks.
     """
-    walker, hidden, contexts = BlockWalker(model, blocks), spill.empty(), []
-    for batch in batches:
-        stream = walker.start(batch)
-        hidden.append(stream.hidden)
-        contexts.append(stream.contexts)
+    walker = BlockWalker(model, blocks)
+    hidden, contexts = started(walker, batches, spill.empty)
     for layer in range(len(blocks)):
-        passed = (walker.run_block(layer, *both) for both in zip(hidden, contexts, strict=True))
-        hidden = held(spill.empty, passed)
+        hidden = passed(walker, layer, hidden, contexts, spill.empty)
     for last in hidden:
         with torch.no_grad():
             yield walker.logits(last)

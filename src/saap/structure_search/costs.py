@@ -20,6 +20,7 @@ from saap.models.linear import weight_out_in
 from saap.models.loss import loss_and_gradient
 from saap.models.processes import Processes
 from saap.models.spill import Spill, held
+from saap.models.walked import started
 from saap.models.walker import BlockWalker, Contexts, inference_only
 from saap.records import CoupledGroup, IntArray, ModelGraph, Role, UnitScores
 
@@ -161,11 +162,7 @@ def _walk_together(
     blocks, tokens = len(walker.paths), sum(batch.numel() for batch in batches)
     leaving: dict[str, _Leaving] = {}
     sensitivity = torch.zeros(blocks, dtype=torch.float64)
-    hidden, contexts = spill.empty(), []
-    for batch in batches:
-        stream = walker.start(batch)
-        hidden.append(stream.hidden)
-        contexts.append(stream.contexts)
+    hidden, contexts = started(walker, batches, spill.empty)
     inputs = []
     for layer in range(blocks):
         inputs.append(hidden)

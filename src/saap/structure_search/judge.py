@@ -57,11 +57,11 @@ class StructureJudge:
         self._grams = grams or {}
         self._walker = BlockWalker(model, graph.blocks)
         self._processes = processes or Processes()
-        self._ignored = torch.tensor(list(ignored), dtype=torch.long, device=tokens.device)
-        batches = torch.split(tokens, micro_batch)
-        self._counts = sum(int(self._counted(batch).sum()) for batch in batches)
+        counted = _counted(tokens, ignored)
+        self._predictions = int(counted.sum())
         # Whole micro-batches go to a process, so that the losses do not depend on how many there are.
-        self._batches = batches[self._processes.rank :: self._processes.count]
+        own = slice(self._processes.rank, None, self._processes.count)
+        self._batches, self._counted = (torch.split(one, micro_batch)[own] for one in (tokens, counted))
         self._dense = [self._last_hidden(batch) for batch in self._batches]
         self._weights: OrderedDict[tuple[str, tuple[int, ...]], Tensor] = OrderedDict()
 
@@ -97,22 +97,16 @@ class StructureJudge:
         ):
             changed = [self._last_hidden(batch) for batch in self._batches]
         rows = [
-            [self._row_divergence(*row) for row in zip(dense, hidden, self._counted(batch), strict=True)]
-            for batch, dense, hidden in zip(self._batches, self._dense, changed, strict=True)
+            [self._row_divergence(*row) for row in zip(*batch, strict=True)]
+            for batch in zip(self._dense, changed, self._counted, strict=True)
         ]
         every = self._processes.gathered(rows)
         batches = [batch for turn in zip_longest(*every, fillvalue=[]) for batch in turn]
-        return sum(value for batch in batches for value in batch) / self._counts
+        return sum(value for batch in batches for value in batch) / self._predictions
 
     def _row_divergence(self, dense: Tensor, hidden: Tensor, counted: Tensor) -> float:
         """dense, hidden: (length, width). counted: (length,) bool."""
         return _divergence(self._walker.logits(dense[counted][None]), self._walker.logits(hidden[counted][None]))
-
-    def _counted(self, batch: Tensor) -> Tensor:
-        """Positions whose next token is no place of an image: (sequences, length)."""
-        counted = torch.ones_like(batch, dtype=torch.bool)
-        counted[:, :-1] = ~torch.isin(batch[:, 1:], self._ignored)
-        return counted
 
     def _path(self, name: str) -> str:
         return self._graph.group(name).consumers[0].tensor.rpartition(".")[0]
@@ -136,6 +130,13 @@ class StructureJudge:
         for layer in range(len(self._graph.blocks)):
             hidden = self._walker.run_block(layer, hidden, stream.contexts)
         return hidden
+
+
+def _counted(tokens: Tensor, ignored: Collection[int]) -> Tensor:
+    """Positions whose next token is not among `ignored` (places of an image): (sequences, length) bool."""
+    counted = torch.ones_like(tokens, dtype=torch.bool)
+    counted[:, :-1] = ~torch.isin(tokens[:, 1:], torch.tensor(list(ignored), dtype=torch.long, device=tokens.device))
+    return counted
 
 
 def _divergence(dense: Tensor, pruned: Tensor) -> float:

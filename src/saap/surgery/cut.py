@@ -209,7 +209,7 @@ def _by_axis(members: Iterable[AxisSlice]) -> dict[tuple[str, int], list[AxisSli
 
 def _kept_indices(group: CoupledGroup, members: Iterable[AxisSlice], kept: Sequence[int], size: int) -> Tensor:
     """Indices of an axis that stay: everything but the members' removed units."""
-    removed = sorted(set(range(group.units)) - set(kept))
+    removed = group.others(kept)
     mask = torch.ones(size, dtype=torch.bool)
     for member in members:
         mask[member.indices(removed)] = False

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
 from saap.errors import UnsupportedModelError
-from saap.models.uniform import text_part
+from saap.models.uniform import keep_layers, text_part
 
 # Attributes that hold a block's own number.
 BLOCK_NUMBER_NAMES = ("layer_idx", "layer_id", "layer_number")
@@ -27,7 +26,12 @@ def drop_blocks(model: nn.Module, blocks: Sequence[str], dropped: Sequence[int])
     kept = [layer for layer in range(len(blocks)) if layer not in set(dropped)]
     config = getattr(model, "config", None)
     if config is not None:
-        shorten_config(text_part(config), kept, len(blocks))
+        decoder = text_part(config)
+        if getattr(decoder, "num_hidden_layers", None) != len(blocks):
+            raise UnsupportedModelError(
+                f"The configuration does not say that there are {len(blocks)} blocks", "Prune without the role block"
+            )
+        keep_layers(decoder, kept, len(blocks))
     for layer in sorted(set(dropped), reverse=True):
         del container[layer]
     for new, old in enumerate(kept):
@@ -35,16 +39,3 @@ def drop_blocks(model: nn.Module, blocks: Sequence[str], dropped: Sequence[int])
             for name in BLOCK_NUMBER_NAMES:
                 if vars(module).get(name) == old:
                     setattr(module, name, new)
-
-
-def shorten_config(config: Any, kept: Sequence[int], depth: int) -> None:
-    """Set the number of layers, and cut every list with one entry per layer, in a transformers configuration."""
-    if getattr(config, "num_hidden_layers", None) != depth:
-        raise UnsupportedModelError(
-            f"The configuration does not say that there are {depth} blocks", "Prune without the role block"
-        )
-    for name, value in list(vars(config).items()):
-        per_layer = isinstance(value, list | tuple) and len(value) == depth
-        if per_layer and not name.startswith("_") and not name.endswith("token_id") and name != "architectures":
-            setattr(config, name, type(value)(value[layer] for layer in kept))
-    config.num_hidden_layers = len(kept)

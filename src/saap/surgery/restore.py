@@ -20,6 +20,7 @@ from saap.models.masking import channel_mask
 from saap.models.offload import mark_changed
 from saap.models.processes import Processes
 from saap.models.spill import NewTensors, Spill, Tensors, held
+from saap.models.walked import passed, started
 from saap.models.walker import BlockWalker, Contexts
 from saap.records import CoupledGroup, FloatArray, ModelGraph, Role, StructurePlan
 from saap.surgery.cut import cut_bundle, cut_group
@@ -128,11 +129,7 @@ def restore(
 def _start(walker: BlockWalker, tokens: Tensor, micro_batch: int, new: NewTensors, processes: Processes) -> _Streams:
     batches = torch.split(tokens, micro_batch)
     own = processes.share(len(batches))
-    hidden, contexts = new(), []
-    for batch in batches[own.start : own.stop]:
-        stream = walker.start(batch)
-        hidden.append(stream.hidden)
-        contexts.append(stream.contexts)
+    hidden, contexts = started(walker, batches[own.start : own.stop], new)
     one = walker.start(tokens[:1]).contexts
     return _Streams(processes, len(batches), new, one, contexts, hidden, hidden)
 
@@ -204,8 +201,7 @@ def _cut_stacked(model: nn.Module, graph: ModelGraph, plan: StructurePlan, layer
 
 
 def _run(walker: BlockWalker, layer: int, hidden: Tensors, streams: _Streams) -> Tensors:
-    both = zip(hidden, streams.contexts, strict=True)
-    return held(streams.new, (walker.run_block(layer, one, context) for one, context in both))
+    return passed(walker, layer, hidden, streams.contexts, streams.new)
 
 
 def _dense_pass(
@@ -390,4 +386,4 @@ def _choose(
         values = torch.as_tensor(settings.scores[group.name], device=weight.device)
         scores = values / values.mean().clamp_min(1e-30)
     gone, _ = removal_order(weight, gram, units, removed, ridge=settings.choice_ridge, at_once=at_once, scores=scores)
-    return tuple(sorted(set(range(group.units)) - set(gone.tolist())))
+    return tuple(group.others(gone.tolist()))
