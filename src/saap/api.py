@@ -163,6 +163,7 @@ def recover(
     patience: int = 5,
     gradient_checkpointing: bool = True,
     exact_products: bool = False,
+    shard: bool = False,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -182,7 +183,7 @@ def recover(
         micro_batch=micro_batch, learning_rate=learning_rate,
         warm_up=warm_up, clip=clip, max_steps=max_steps, max_tokens=max_tokens, max_minutes=max_minutes,
         validate_every=validate_every, validation_samples=validation_samples, patience=patience,
-        gradient_checkpointing=gradient_checkpointing, exact_products=exact_products, seed=seed,
+        gradient_checkpointing=gradient_checkpointing, exact_products=exact_products, shard=shard, seed=seed,
     )  # fmt: skip
     options = RunOptions(
         out=None if out is None else Path(out), overwrite=overwrite,

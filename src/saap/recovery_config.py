@@ -30,7 +30,8 @@ class RecoverConfig(BaseModel):
     points. teacher: None for the dense model that the checkpoint was pruned from, if it is on this machine.
     distillation: share of the divergence from the teacher in the loss; None for 1 where there is a teacher and 0 where
     there is none. exact_products: no float32 factor is rounded to bfloat16 while training. patience: validations
-    without a new best, 0 never stops early.
+    without a new best, 0 never stops early. shard: whether the frozen weights of model and teacher are split over the
+    processes; it changes no result.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +60,7 @@ class RecoverConfig(BaseModel):
     patience: int = 5
     gradient_checkpointing: bool = True
     exact_products: bool = False
+    shard: bool = False
     seed: int = 0
 
     @model_validator(mode="after")
@@ -88,10 +90,15 @@ class RecoverConfig(BaseModel):
             raise ConfigurationError(f"--distillation {self.distillation:g} is out of range", "Give 0 to 1")
         if not 0 <= self.warm_up < 1:
             raise ConfigurationError(f"--warm-up {self.warm_up:g} is out of range", "Give at least 0 and below 1")
-        if self.error_feedback and self.tuning is Tuning.LORA:
-            raise ConfigurationError(
-                "--error-feedback quantises, which plain LoRA does not", "Leave out one of the two"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_tuning(self) -> RecoverConfig:
+        for flag, given in (("--error-feedback", self.error_feedback), ("--shard", self.shard)):
+            if given and self.tuning is Tuning.LORA:
+                raise ConfigurationError(
+                    f"{flag} is about quantised layers, which plain LoRA has not", "Leave out one of the two"
+                )
         return self
 
     @property

@@ -88,6 +88,8 @@ FLAGS: list[Case] = [
         ("--out", "MODEL", "exists"), ("--device", "tpu", "tpu"), ("--teacher", "no-such/teacher!", "no-such/teacher!"),
     )],
     ((*RECOVER, "--tuning", "lora", "--error-feedback"), "--error-feedback"),
+    ((*RECOVER, "--tuning", "lora", "--shard"), "--shard"),
+    ((*RECOVER, "--shard"), "several processes"),
     (("recover", "MODEL"), "--out"),
     (EVAL, "nothing to measure"),
     (("eval",), "no MODEL"),

@@ -216,22 +216,30 @@ def test_prune_refuses_before_it_prunes(dense: Path, tmp_path: Path, flags: list
 
 
 def test_two_processes_give_the_losses_of_one(dense: Path, text: Path, tmp_path: Path) -> None:
-    flags = ["--data", str(text), *FLAGS, "--device", "cpu"]
+    flags = ["--data", str(text), *FLAGS, "--device", "cpu", "--teacher", str(dense)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    recover = [*launch, "-m", "saap.cli", "recover", str(dense), *flags, "--out"]
     runs = {
-        "one": command(dense, "--out", tmp_path / "one", *flags),
-        "two": [*launch, "-m", "saap.cli", "recover", str(dense), "--out", str(tmp_path / "two"), *flags],
+        "one": command(dense, *flags, "--out", tmp_path / "one"),
+        "two": [*recover, str(tmp_path / "two")],
+        "shards": [*recover, str(tmp_path / "shards"), "--shard"],
     }
-    curves = []
+    curves = {}
     for name, words in runs.items():
         done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         manifest = json.loads((tmp_path / name / "saap" / "manifest.json").read_text())
-        curves.append(manifest["recovery"]["curve"])
+        curves[name] = manifest["recovery"]["curve"]
         assert manifest["recovery"]["processes"] == (1 if name == "one" else 2)
-    for one, two in zip(*curves, strict=True):
-        assert abs(one["loss"] - two["loss"]) <= 1e-5
-        assert one["validation"] is None or abs(one["validation"] - two["validation"]) <= 1e-5
+    for name in ("two", "shards"):
+        for one, other in zip(curves["one"], curves[name], strict=True):
+            assert abs(one["loss"] - other["loss"]) <= 1e-5
+            assert one["validation"] is None or abs(one["validation"] - other["validation"]) <= 1e-5
+    whole, split = (read_packed(tmp_path / name) for name in ("two", "shards"))
+    assert whole.keys() == split.keys()
+    for path, weight in whole.items():
+        assert torch.equal(weight.packed, split[path].packed)
+        assert torch.allclose(weight.zero, split[path].zero, atol=1e-6)
 
 
 def test_prune_with_recover_runs_all_three_stages(dense: Path, text: Path, tmp_path: Path) -> None:

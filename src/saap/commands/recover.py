@@ -69,6 +69,9 @@ def recover(
     exact_products: Annotated[
         bool, typer.Option("--exact-products", help="Train in full float32 on the CPU too: slower.")
     ] = False,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Split frozen weights over the processes (FSDP): slower, less memory.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of the written weights: auto, float32, float16 or bfloat16.")] = "auto",
@@ -80,7 +83,7 @@ def recover(
     """Tune MODEL on text with quantised weights in little memory, and write it as a plain checkpoint.
 
     Several processes (torchrun --nproc-per-node N -m saap recover ...) share each batch. Each holds the whole quantised
-    model: the packed weights are not sharded (no FSDP).
+    model and its teacher; with --shard each holds a part of them.
     """
     from saap.parsing import choice
     from saap.recovery_config import RecoverConfig, Tuning
@@ -93,7 +96,7 @@ def recover(
         warm_up=warm_up, clip=clip, max_steps=max_steps, max_tokens=max_tokens, max_minutes=max_minutes,
         validate_every=validate_every, validation_samples=validation_samples, patience=patience,
         gradient_checkpointing=not no_gradient_checkpointing,
-        exact_products=exact_products, seed=seed,
+        exact_products=exact_products, shard=shard, seed=seed,
     )  # fmt: skip
     from saap.display import make_reporter, print_recovery
     from saap.pipeline.inputs import RunOptions

@@ -19,6 +19,7 @@ from saap.models.devices import quick_float32_products, rounded_products
 from saap.models.groupwise import GroupwiseWeight
 from saap.models.groupwise_files import linears_inside
 from saap.models.loading import load, load_groupwise, load_model
+from saap.models.sharding import check_shardable, shard_layers
 from saap.models.walker import BlockWalker
 from saap.pipeline.inputs import RunOptions
 from saap.pipeline.outcome import greedy_answer
@@ -28,6 +29,7 @@ from saap.pipeline.recovery_records import left_as_they_are, recovery_manifest, 
 from saap.pipeline.recovery_report import RecoverReport, RecoverResult
 from saap.pipeline.targets import work_path
 from saap.pipeline.work import WorkFolder
+from saap.recovery.adapter import AdaptedLinear
 from saap.recovery.prepare import adapt, add_lora, merge, merge_lora, quantise_by_feedback
 from saap.recovery.quantise import check_group_sizes, quantise
 from saap.recovery.train import Report, Trainer, Training
@@ -57,6 +59,8 @@ def run_recover(
                 work.close(keep=resumed)  # a refusal leaves nothing behind
             raise
         before = _before(run)
+        if run.config.shard:
+            _shard(run, model, teacher)
         quick = nullcontext() if run.config.exact_products else rounded_products(run.device)
         with run.meter.stage("train"), quick:
             training = Trainer(
@@ -82,6 +86,14 @@ def run_recover(
 def _measure(run: Recovery, model: nn.Module) -> State:
     value = perplexity(model, run.evaluation, batch=1).value
     return State(value, *greedy_answer(model, run.tokenizer))
+
+
+def _shard(run: Recovery, model: nn.Module, teacher: nn.Module | None) -> None:
+    adapted = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    dense = (
+        {} if teacher is None else {p: teacher.get_submodule(p) for p in linears_inside(teacher, find_blocks(teacher))}
+    )
+    shard_layers({**{f"teacher.{path}": layer for path, layer in dense.items()}, **adapted}, run.device, run.processes)
 
 
 def _before(run: Recovery) -> State:
@@ -120,10 +132,10 @@ def _quantised_model(run: Recovery) -> Any:
     make = partial(quantise, group_size=config.group_size, bits=config.bits)
     if not config.error_feedback:
         return load_groupwise(
-            run.resolved, partial(_fitting, config.group_size), lambda path, read: make(read()), device=run.device
+            run.resolved, partial(_fitting, config), lambda path, read: make(read()), device=run.device
         )
     model = load_model(run.resolved, device=run.device)
-    _fitting(config.group_size, model)
+    _fitting(config, model)
     samples = [
         torch.from_numpy(example.tokens).to(run.device).unsqueeze(0) for example in run.data.train[:FEEDBACK_SAMPLES]
     ]
@@ -134,13 +146,15 @@ def _quantised_model(run: Recovery) -> Any:
     return model
 
 
-def _fitting(group_size: int, model: nn.Module) -> Sequence[str]:
+def _fitting(config: RecoverConfig, model: nn.Module) -> Sequence[str]:
     sizes = linears_inside(model, find_blocks(model))
     if not sizes:
         raise ModelError(
             f"{type(model).__name__} has no linear layers in its blocks", "Use --tuning lora, or another model"
         )
-    check_group_sizes(sizes, group_size)
+    check_group_sizes(sizes, config.group_size)
+    if config.shard:
+        check_shardable(model, sizes)
     return tuple(sizes)
 
 

@@ -67,13 +67,7 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
         require_peft()
     processes = Processes.found()
     device = processes.device(pick_device(options.device))
-    if processes.count > 1 and options.out is None and options.work_dir is None:
-        raise ConfigurationError("Several processes share no folder", "Name one with --work-dir or --out")
-    if processes.count > config.batch:
-        raise ConfigurationError(
-            f"--batch {config.batch} is less than the {processes.count} processes that share each batch",
-            f"Use --batch {processes.count}, or a multiple of it",
-        )
+    _check_processes(config, options, processes.count)
     meter = Meter(reporter if processes.first else Silent())
     with meter.stage("read the model's records and the training data"):
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
@@ -89,6 +83,27 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
         evaluation=token_stream([evaluation_text()], tokenizer)[:EVALUATION_TOKENS], device=device,
         dtype=pick_dtype(options.dtype, source=resolved.dtype), processes=processes, meter=meter,
     )  # fmt: skip
+
+
+def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> None:
+    """Raise ConfigurationError for what does not go with so many processes."""
+    if count > 1 and options.out is None and options.work_dir is None:
+        raise ConfigurationError("Several processes share no folder", "Name one with --work-dir or --out")
+    if count > config.batch:
+        raise ConfigurationError(
+            f"--batch {config.batch} is less than the {count} processes that share each batch",
+            f"Use --batch {count}, or a multiple of it",
+        )
+    if config.shard and count == 1:
+        raise ConfigurationError(
+            "--shard splits weights over several processes, and there is one",
+            "Start it with torchrun --nproc-per-node N -m saap recover ..., or leave out --shard",
+        )
+    if config.shard and config.batch % count:
+        raise ConfigurationError(
+            f"--batch {config.batch} is no multiple of the {count} processes, which need equal work with --shard",
+            f"Use a multiple of {count}",
+        )
 
 
 def _with_teacher(
@@ -141,7 +156,7 @@ def _earlier_manifest(resolved: ResolvedModel) -> RunManifest | None:
 
 def settings_digest(run: Recovery) -> str:
     """Of what decides the course of a training; its end may be moved."""
-    settings = run.config.model_dump(mode="json", exclude={"max_minutes", "patience"})
+    settings = run.config.model_dump(mode="json", exclude={"max_minutes", "patience", "shard"})
     return digest_of([settings, run.data.digest, weights_digest(run.resolved), __version__])
 
 

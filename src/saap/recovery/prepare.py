@@ -13,6 +13,7 @@ from saap.errors import ConfigurationError
 from saap.models.groupwise import GroupwiseLinear, GroupwiseWeight
 from saap.models.groupwise_files import linears_inside, packed_like, replace_module
 from saap.models.linear import weight_out_in
+from saap.models.sharding import bring_together
 from saap.models.walker import BlockWalker
 from saap.recovery.adapter import AdaptedLinear
 from saap.recovery.quantise import quantise_with_feedback
@@ -40,6 +41,7 @@ def merge(model: nn.Module) -> dict[str, GroupwiseWeight]:
     """Merge every adapter into its layer's scales and zero points, in place. Returns the packed weights by path."""
     for path, module in list(model.named_modules()):
         if isinstance(module, AdaptedLinear):
+            bring_together(module)
             replace_module(model, path, module.merged())
     return {path: module.quantised for path, module in model.named_modules() if isinstance(module, GroupwiseLinear)}
 

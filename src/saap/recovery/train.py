@@ -252,11 +252,14 @@ class Trainer:
         """Mean -log p of the held examples; the parameters are kept if it is the least so far."""
         held = self.data.held
         total = torch.zeros(1, dtype=sum_dtype(self.device), device=self.device)
-        for place in range(self.processes.rank, len(held), self.processes.count):
-            ids, learned = self._padded([held[place]])
+        for start in range(0, len(held), self.processes.count):
+            place = start + self.processes.rank
+            # without an example of its own a process reads the first along: layers may be split over all
+            ids, learned = self._padded([held[place if place < len(held) else 0]])
             hidden, _ = self._forward(self.walker.start(ids), keep_inputs=False)
             losses, _ = loss_and_gradient(self.walker, hidden, ids, learned, predictions=1, with_gradient=False)
-            total += losses.sum().to(total.device)
+            if place < len(held):
+                total += losses.sum().to(total.device)
         value = float(self.processes.total(total)) / sum(int(example.learned.sum()) for example in held)
         if not math.isfinite(value):
             raise NonFiniteLossError(
