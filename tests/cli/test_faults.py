@@ -51,14 +51,22 @@ def kills(events: int) -> list[int]:
     return points
 
 
-def check_kills(runner: Runner, command: Callable[[Path], list[str]], whole: Path, events: int, folder: Path) -> None:
+def check_kills(
+    runner: Runner,
+    command: Callable[[Path], list[str]],
+    whole: Path,
+    events: int,
+    folder: Path,
+    *,
+    offloaded: bool = False,
+) -> None:
     """Kill a run at each of the points and take it up: the digests are those of the run that nobody disturbed."""
     points = kills(events)
     outs = [folder / str(point) / "out" for point in points]
     jobs: list[dict[str, Any]] = []
     for point, out in zip(points, outs, strict=True):
-        jobs.append({"arguments": command(out), "signal": int(signal.SIGKILL), "at": point})
-        jobs.append({"arguments": command(out)})
+        same: dict[str, Any] = {"arguments": command(out), "offloaded": offloaded}
+        jobs += [{**same, "signal": int(signal.SIGKILL), "at": point}, same]
     results = runner.run(*jobs)
     expected = digest(whole)
     assert expected
@@ -90,6 +98,19 @@ def test_tuning_killed_anywhere_and_taken_up(
     assert undisturbed["code"] == 0, undisturbed["stderr"]
     assert len(digest(whole)) == 2
     check_kills(runner, runner.recover, whole, undisturbed["events"], tmp_path)
+
+
+def test_pruning_offloaded_killed_anywhere_and_taken_up(
+    runner: Runner, first: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path
+) -> None:
+    def command(out: Path) -> list[str]:
+        return runner.prune(out, "--max-memory", "1B")
+
+    whole = tmp_path / "whole" / "out"
+    (undisturbed,) = runner.run({"arguments": command(whole), "offloaded": True})
+    assert undisturbed["code"] == 0, undisturbed["stderr"]
+    assert digest(whole) == digest(first["whole"][0])
+    check_kills(runner, command, whole, undisturbed["events"], tmp_path, offloaded=True)
 
 
 def test_an_interrupted_run_says_so_and_leaves_no_output(first: dict[str, tuple[Path, dict[str, Any]]]) -> None:
