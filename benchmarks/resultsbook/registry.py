@@ -13,6 +13,8 @@ from resultsbook.rows import (
     generation,
     group_sizes,
     importance,
+    multilingual,
+    multimodal,
     perplexity,
     speed,
 )
@@ -24,6 +26,8 @@ ROWS: tuple[Row, ...] = (
     ablation.ROW,
     calibration.ROW,
     families.ROW,
+    multilingual.ROW,
+    multimodal.ROW,
     group_sizes.ROW,
     boundaries.ROW,
     generation.ROW,

@@ -21,6 +21,7 @@ from saap.data.texts import read_documents
 VOCABULARY = 2048
 END = "<|end|>"
 HEADS = 4
+SHORT_CHARACTERS = 200_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +114,17 @@ def train(model: nn.Module, tokens: np.ndarray, size: Size, seed: int) -> list[f
 
 def trained_folder(request: Request, family: str, seed: int = 0) -> Path:
     """The folder of a trained model of the family, made if it is not there: about ten minutes on one core."""
-    size = TRIAL if request.quick else FULL
     folder = request.work / f"{family}-{'trial' if request.quick else 'trained'}-{seed}"
-    if (folder / "config.json").is_file():
-        return folder
-    text = "\n\n".join(read_documents("mixed"))
-    tokenizer = make_tokenizer(text[:200_000] if request.quick else text)
-    tokens = token_stream([text[:200_000] if request.quick else text], tokenizer)
+    if not (folder / "config.json").is_file():
+        train_into(folder, family, TRIAL if request.quick else FULL, seed, short=request.quick)
+    return folder
+
+
+def train_into(folder: Path, family: str, size: Size, seed: int = 0, *, short: bool = False) -> None:
+    """Train a model of the family with a tokenizer of its own, and save both. short: only on a part of the text."""
+    text = "\n\n".join(read_documents("mixed"))[: SHORT_CHARACTERS if short else None]
+    tokenizer = make_tokenizer(text)
+    tokens = token_stream([text], tokenizer)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(configuration(family, size, len(tokenizer)))
     losses = train(model, tokens, size, seed)
@@ -128,4 +133,3 @@ def trained_folder(request: Request, family: str, seed: int = 0) -> Path:
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     unfinished.rename(folder)
-    return folder

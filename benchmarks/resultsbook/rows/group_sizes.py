@@ -26,6 +26,7 @@ def summarise(cells: Cells) -> dict[str, Any]:
         "best": best,
         "largest": largest,
         "plain": plain,
+        "plain_perplexity": {row["source_grid"]: row["perplexity"] for row in rows if not row["group_size"].isdigit()},
         "best_over_plain": best["perplexity"] / plain["perplexity"],
         "largest_over_best": largest["perplexity"] / best["perplexity"],
         "bytes_saved": 1 - largest["weight_bytes"] / best["weight_bytes"],
@@ -37,13 +38,15 @@ def figures(summary: Values) -> Sequence[Figure]:
     series = {}
     for grid in dict.fromkeys(row["source_grid"] for row in summary["rows"]):
         rows = [row for row in summary["rows"] if row["source_grid"] == grid and row["group_size"].isdigit()]
+        plain = summary["plain_perplexity"][grid]
         places = [float(row["group_size"]) for row in rows]
-        series[f"tuned, grid: {grid}"] = (places, [row["perplexity"] for row in rows])
-        series[f"only quantised, grid: {grid}"] = (places, [row["perplexity_quantised"] for row in rows])
+        series[f"tuned, grid: {grid}"] = (places, [row["perplexity"] / plain for row in rows])
+        series[f"only quantised, grid: {grid}"] = (places, [row["perplexity_quantised"] / plain for row in rows])
     figure = lines(
         "group-sizes", "Perplexity against the group size",
-        "Perplexity on WikiText-2 of the quantised model against the number of inputs that share a scale.",
-        series, x="inputs that share a scale and a zero point", y="perplexity", log="x", ticks=True,
+        "Perplexity on WikiText-2 of the quantised model, over that of plain LoRA on the same weights, against the "
+        "number of inputs that share a scale.",
+        series, x="inputs that share a scale and a zero point", y="perplexity / plain LoRA", log="x", ticks=True,
     )  # fmt: skip
     return (figure,)
 

@@ -1,0 +1,164 @@
+"""Multilingual: what calibrating on one language costs the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from resultsbook.charts import bars
+from resultsbook.models import (
+    CHARACTERS_OF_A_TOKEN,
+    DATA,
+    Dense,
+    draw,
+    made_by_saap,
+    masked_perplexity,
+    multilingual_model,
+    open_dense,
+    plan_for,
+)
+from resultsbook.row import Cells, Experiment, Request, Row, Values
+from saap.config import FusionScope
+from saap.data.samples import SampleRequest, token_stream
+from saap.data.texts import read_documents
+from saap.estimation.calibrate import estimate
+from saap.estimation.fusion import fuse
+from saap.evaluation.perplexity import perplexity
+from saap.models.devices import quick_float32_products
+from saap.pipeline.inputs import RunOptions, open_model
+from saap.records import IntArray
+from saap.reporting.figures import Figure
+
+LANGUAGES = {"eng": "English", "fra": "French", "deu": "German", "spa": "Spanish", "zho": "Chinese"}
+ENGLISH, MIX = "eng", "mix"
+CALIBRATIONS = (*LANGUAGES, MIX)
+STATES = {"cut": "selection only", "restored": "restored"}
+RATIO = 0.2
+
+
+def settings(request: Request) -> Values:
+    quick = request.quick
+    return {
+        "model": request.model if quick else "gemma-3-270m", "text": "FLORES-200 devtest", "pruning ratio": RATIO,
+        "languages": list(LANGUAGES), "samples": 4 if quick else 40, "sample length": 32 if quick else 128,
+        "refit tokens": 512 if quick else 4096, "measured tokens": 256 if quick else 4096, "window": 512,
+        "effort": "fast", "seed": 0,
+    }  # fmt: skip
+
+
+def cells(request: Request) -> Sequence[str]:
+    return [f"{state}-{calibration}" for calibration in CALIBRATIONS for state in STATES]
+
+
+def files_of(calibration: str) -> list[str]:
+    """The texts of a calibration, named from the root; `mix` has an equal part of every language."""
+    chosen = list(LANGUAGES) if calibration == MIX else [calibration]
+    return [f"benchmarks/data/flores200/{language}.calibration.txt.gz" for language in chosen]
+
+
+def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Values]]:
+    chosen = settings(request)
+    dense = open_dense(multilingual_model(request))
+    texts = {language: measured_sentences(dense, language, chosen["measured tokens"]) for language in LANGUAGES}
+    with quick_float32_products():
+        whole = {language: perplexity(dense.model, ids).value for language, ids in texts.items()}
+        for cell in wanted:
+            state, _, calibration = cell.partition("-")
+            if state == "cut":
+                found = _cut(dense, texts, calibration, chosen)
+            else:
+                found = _restored(request, texts, calibration, chosen)
+            yield cell, {"dense": whole, "ratio": {name: value / whole[name] for name, value in found.items()}}
+
+
+def measured_sentences(dense: Dense, language: str, tokens: int) -> IntArray:
+    """The first tokens of the sentences to measure on."""
+    (text,) = read_documents(DATA / "flores200" / f"{language}.evaluation.txt.gz")
+    return token_stream([text[: CHARACTERS_OF_A_TOKEN * tokens]], dense.loaded.tokenizer)[:tokens]
+
+
+def _cut(dense: Dense, texts: Mapping[str, IntArray], calibration: str, chosen: Values) -> dict[str, float]:
+    request = SampleRequest("scored", chosen["samples"], chosen["sample length"])
+    samples = draw(dense, files_of(calibration), [request], chosen["seed"])["scored"]
+    scores = estimate(dense.model, dense.graph, samples)
+    plan = plan_for(dense, fuse(scores, dense.graph, FusionScope.LAYER_ROLE), RATIO)
+    return {language: masked_perplexity(dense, plan, ids) for language, ids in texts.items()}
+
+
+def _restored(request: Request, texts: Mapping[str, IntArray], calibration: str, chosen: Values) -> dict[str, float]:
+    """As a user gets it: `saap prune`, which also decides how much each layer gives, and restores."""
+    model = multilingual_model(request)
+    arguments = [
+        "prune", model, "--pruning-ratio", str(RATIO), "--effort", chosen["effort"],
+        "--samples", str(chosen["samples"]), "--sample-length", str(chosen["sample length"]),
+        "--refit-tokens", str(chosen["refit tokens"]),
+    ]  # fmt: skip
+    for file in files_of(calibration):
+        arguments += ["--calibration", file]
+    name = f"multilingual-{'trial' if request.quick else 'pruned'}-{calibration}"
+    pruned: nn.Module = open_model(str(made_by_saap(request, name, arguments)), RunOptions(device="cpu")).model
+    return {language: perplexity(pruned, ids).value for language, ids in texts.items()}
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of perplexity ratios: the mean over the texts in log-perplexity."""
+    return float(np.exp(np.mean(np.log(values))))
+
+
+def summarise(cells: Cells) -> dict[str, Any]:
+    table = {
+        state: {calibration: dict(cells[f"{state}-{calibration}"]["ratio"]) for calibration in CALIBRATIONS}
+        for state in STATES
+    }
+    others = [language for language in LANGUAGES if language != ENGLISH]
+    states = {}
+    for state, rows in table.items():
+        english, mix = rows[ENGLISH], rows[MIX]
+        states[state] = {
+            "english_on_english": english[ENGLISH],
+            "english_on_others": geometric_mean([english[language] for language in others]),
+            "own_on_others": geometric_mean([rows[language][language] for language in others]),
+            "mix_on_english": mix[ENGLISH],
+            "mix_on_others": geometric_mean([mix[language] for language in others]),
+            "mean": {name: geometric_mean(list(row.values())) for name, row in rows.items()},
+        }
+    worst = max(others, key=lambda language: table["restored"][ENGLISH][language])
+    return {
+        "dense": dict(cells[f"cut-{ENGLISH}"]["dense"]),
+        "table": table,
+        "states": states,
+        "languages": LANGUAGES,
+        "names": STATES,
+        "worst": {"language": LANGUAGES[worst], "ratio": table["restored"][ENGLISH][worst]},
+        "seeds": [0],
+    }
+
+
+def figures(summary: Values) -> Sequence[Figure]:
+    rows = summary["table"]["restored"]
+    named = {**LANGUAGES, MIX: "all five"}
+    values = {
+        named[calibration]: [rows[calibration][language] for language in LANGUAGES] for calibration in CALIBRATIONS
+    }
+    figure = bars(
+        "multilingual", "Perplexity by language and calibration, restored",
+        "Perplexity of the pruned over that of the dense model in each language, by the language of the calibration.",
+        values, list(LANGUAGES.values()), x="perplexity / dense",
+    )  # fmt: skip
+    return (figure,)
+
+
+ROW = Row(
+    name="multilingual",
+    title="Languages",
+    question="What does a calibration on English cost the other languages of a multilingual model?",
+    summarise=summarise,
+    figures=figures,
+    experiment=Experiment(cells=cells, settings=settings, measure=measure),
+    limits="One model, one seed, and sentences that are the same in all languages: calibration and measurement are of "
+    "one kind of text. Windows have no begin-of-text token, which this model was trained to see first, in dense and "
+    "pruned alike.",
+)

@@ -1,0 +1,113 @@
+"""Image and text: the decoder of a model that reads images, pruned by text alone or by pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from resultsbook.charts import lines
+from resultsbook.models import made_by_saap
+from resultsbook.pictures import FULL, TRIAL, described_pictures, told, trained_reader, write_pairs
+from resultsbook.row import Cells, Experiment, Request, Row, Values
+from saap.pipeline.inputs import RunOptions, open_model
+from saap.reporting.figures import Figure
+
+CALIBRATIONS = {"descriptions": "the descriptions alone", "pairs": "pictures with their descriptions"}
+DECODER = ("language_model.", "lm_head.")
+RATIOS = (0.2, 0.5)
+
+
+def settings(request: Request) -> Values:
+    size = TRIAL if request.quick else FULL
+    return {
+        "model": f"LLaVA of {size.layers} layers, width {size.width}, FFN {size.inner}, a CLIP tower of 3 layers",
+        "training": f"{size.steps} steps of {size.batch} drawn pictures", "pruning ratios": list(RATIOS),
+        "pairs": 200 if request.quick else 1000, "pictures to describe": 16 if request.quick else 400,
+        "samples": 4 if request.quick else 50, "sample length": 32, "refit tokens": 512 if request.quick else 8192,
+        "seed": 0,
+    }  # fmt: skip
+
+
+def cells(request: Request) -> Sequence[str]:
+    return ["dense", *(f"{calibration}-{ratio}" for calibration in CALIBRATIONS for ratio in RATIOS)]
+
+
+def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Values]]:
+    chosen = settings(request)
+    dense = trained_reader(request)
+    processor = transformers.AutoProcessor.from_pretrained(dense)
+    pictures = described_pictures(chosen["pictures to describe"], seed=2)
+    kind = "trial" if request.quick else "pruned"
+    pairs, descriptions = write_pairs(request.work / f"pictures-{kind}", chosen["pairs"])
+    for cell in wanted:
+        folder = dense
+        if cell != "dense":
+            calibration, _, ratio = cell.partition("-")
+            file = pairs if calibration == "pairs" else descriptions
+            arguments = [
+                "prune", str(dense), "--pruning-ratio", ratio, "--calibration", str(file), "--align", "16",
+                "--samples", str(chosen["samples"]), "--sample-length", str(chosen["sample length"]),
+                "--refit-tokens", str(chosen["refit tokens"]), *(["--effort", "fast"] if request.quick else []),
+            ]  # fmt: skip
+            folder = made_by_saap(request, f"picture-reader-{kind}-{cell}", arguments)
+        model = open_model(str(folder), RunOptions(device="cpu")).model
+        yield cell, {**told(model, processor, pictures), **other_tensors(dense, folder)}
+
+
+def other_tensors(dense: Path, folder: Path) -> dict[str, Any]:
+    """The tensors that do not belong to the text decoder: how many there are, and how many are the same bit by bit."""
+    before, after = (load_file(at / "model.safetensors") for at in (dense, folder))
+    names = [name for name in before if not any(part in name for part in DECODER)]
+    same = sum(name in after and torch.equal(before[name], after[name]) for name in names)
+    return {"other_tensors": len(names), "other_tensors_same": same}
+
+
+def summarise(cells: Cells) -> dict[str, Any]:
+    dense = dict(cells["dense"])
+    table = {
+        calibration: {str(ratio): dict(cells[f"{calibration}-{ratio}"]) for ratio in RATIOS}
+        for calibration in CALIBRATIONS
+    }
+    pruned = [cell for name, cell in cells.items() if name != "dense"]
+    little, much = (
+        {calibration: rows[str(ratio)]["facts"] for calibration, rows in table.items()}
+        for ratio in (RATIOS[0], RATIOS[-1])
+    )
+    return {
+        "dense": dense, "table": table, "meaning": CALIBRATIONS,
+        "little": {"ratio": RATIOS[0], **little}, "much": {"ratio": RATIOS[-1], **much},
+        "other_tensors": dense["other_tensors"],
+        "other_tensors_same": min(cell["other_tensors_same"] for cell in pruned), "seeds": [0],
+    }  # fmt: skip
+
+
+def figures(summary: Values) -> Sequence[Figure]:
+    series = {
+        calibration: ([0.0, *map(float, rows)], [summary["dense"]["facts"], *(row["facts"] for row in rows.values())])
+        for calibration, rows in summary["table"].items()
+    }
+    figure = lines(
+        "multimodal", "What is named rightly",
+        "Share of the words that only the picture tells which the model puts first, against the pruning ratio.",
+        series, x="pruning ratio", y="share", ticks=True,
+    )  # fmt: skip
+    return (figure,)
+
+
+ROW = Row(
+    name="multimodal",
+    title="Pictures",
+    question="Can the text decoder of a model that reads images be pruned, and does it need images for it?",
+    summarise=summarise,
+    figures=figures,
+    experiment=Experiment(cells=cells, settings=settings, measure=measure),
+    limits="A model of some million parameters that has seen nothing but drawn pictures of two things shows that the "
+    "path works from calibration with pictures to a folder that opens again, and what pictures add to the calibration "
+    "there. It does not show how a pretrained model keeps its knowledge, its reading of photographs or its answers to "
+    "questions: for that one needs pretrained weights, which no package registry carries.",
+)
