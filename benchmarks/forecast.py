@@ -2,7 +2,8 @@
 
     python benchmarks/forecast.py [flags of `saap prune`]      # default: --pruning-ratio 0.2 --effort fast
 
-Writes benchmarks/results/forecast.json: seconds and peak resident bytes of each stage, forecast and measured.
+Writes benchmarks/results/forecast.json, seconds and peak resident bytes of each stage, forecast and measured, and the
+table of benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -15,14 +16,31 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from readme_tables import write_between_marks
+
 RESULTS = Path(__file__).resolve().parent / "results"
 FLAGS = ["--pruning-ratio", "0.2", "--effort", "fast"]
+UNITS = {
+    "seconds": ("time, s", 1, 0),
+    "peak_resident_bytes": ("peak memory, GB", 1e9, 2),
+    "disk_bytes": ("disk, MB", 1e6, 0),
+}
 
 
 def saap(flags: list[str], out: Path, *more: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "saap.cli", "prune", "smollm2", *flags, "--out", str(out), "--json", *more]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout))
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [f"`{result['command']}`:", "", "| what | forecast | measured | error |", "|---|---|---|---|"]
+    for name, (label, unit, digits) in UNITS.items():
+        said, took = result["forecast_and_measured"][name]
+        lines.append(
+            f"| {label} | {said / unit:.{digits}f} | {took / unit:.{digits}f} | {result['error'][name]:+.0%} |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -56,6 +74,7 @@ def main() -> None:
         "environment": {"cores": os.cpu_count(), "load_before": [load, os.getloadavg()[0]]},
     }
     (RESULTS / "forecast.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_between_marks("forecast", table(result))
     print(json.dumps({"error": result["error"], **pairs}))
 
 

@@ -4,8 +4,8 @@
 
 One process and several, in turns; the same random token ids, float32, on the CPU. Timed is the estimation alone, from
 the moment in which all are ready until all have the whole result, after a short one that warms up; the least of the
-rounds counts. Also compared are the scores. Writes benchmarks/results/processes.json. To be run while the machine does
-nothing else: it needs as many idle cores as there are processes.
+rounds counts. Also compared are the scores. Writes benchmarks/results/processes.json and the table of
+benchmarks/README.md. To be run while the machine does nothing else: it needs as many idle cores as there are processes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from readme_tables import write_between_marks
 
 RESULT = Path(__file__).resolve().parent / "results" / "processes.json"
 
@@ -86,6 +87,16 @@ def largest_difference(first: Path, second: Path) -> float:
     return max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs)
 
 
+def table(result: dict[str, Any]) -> str:
+    size = f"{result['model']}, {result['samples']} samples of {result['length']} tokens"
+    lines = [f"{size}:", "", "| processes | s | speed-up |", "|---|---|---|"]
+    for count, found in result["seconds"].items():
+        lines.append(f"| {count} | {min(found):.1f} | {'' if count == '1' else format(result['speedup'], '.2f')} |")
+    return "\n".join(
+        [*lines, "", f"Largest difference of a statistic: {result['largest_difference']:.0e} of its largest value."]
+    )
+
+
 def main() -> None:
     options = arguments()
     if options.part is not None:
@@ -109,6 +120,7 @@ def main() -> None:
         "environment": {"cores": os.cpu_count(), "load_before": load},
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    write_between_marks("processes", table(result))
     print(json.dumps(result))
 
 
