@@ -9,6 +9,7 @@ Writes benchmarks/results/recipes.json: seconds, steps and outputs of each recip
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -69,16 +70,18 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    if sys.argv[1:] == ["--table"]:
-        write_between_marks("recipes", table(json.loads(RESULT.read_text())))
-        return
-    names = sys.argv[1:] or sorted(file.stem for file in RECIPES.glob("*.yaml"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=[*every, []])
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    options = parser.parse_args()
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    for name in names:
+    for name in [] if options.table else options.names or every:
         with tempfile.TemporaryDirectory() as folder:
             results[name] = run(RECIPES / f"{name}.yaml", Path(folder) / "out")
         RESULT.write_text(json.dumps(results, indent=1) + "\n")
         print(name, json.dumps(results[name]))
+    write_between_marks("recipes", table(results))
 
 
 if __name__ == "__main__":
