@@ -44,7 +44,7 @@ def settings(request: Request) -> Values:
     return {
         "model": request.model if quick else "gemma-3-270m", "text": "FLORES-200 devtest", "pruning ratio": RATIO,
         "languages": list(LANGUAGES), "samples": 4 if quick else 40, "sample length": 32 if quick else 128,
-        "refit tokens": 512 if quick else 4096, "measured tokens": 256 if quick else 4096, "window": 512,
+        "refit tokens": 2048 if quick else 4096, "measured tokens": 256 if quick else 4096, "window": 512,
         "effort": "fast", "seed": 0,
     }  # fmt: skip
 

@@ -28,7 +28,7 @@ def settings(request: Request) -> Values:
         "model": f"LLaVA of {size.layers} layers, width {size.width}, FFN {size.inner}, a CLIP tower of 3 layers",
         "training": f"{size.steps} steps of {size.batch} drawn pictures", "pruning ratios": list(RATIOS),
         "pairs": 200 if request.quick else 1000, "pictures to describe": 16 if request.quick else 400,
-        "samples": 4 if request.quick else 50, "sample length": 32, "refit tokens": 512 if request.quick else 8192,
+        "samples": 4 if request.quick else 50, "sample length": 32, "refit tokens": 2048 if request.quick else 8192,
         "seed": 0,
     }  # fmt: skip
 
