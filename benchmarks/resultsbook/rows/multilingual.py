@@ -34,7 +34,6 @@ from saap.reporting.figures import Figure
 
 LANGUAGES = {"eng": "English", "fra": "French", "deu": "German", "spa": "Spanish", "zho": "Chinese"}
 ENGLISH, MIX = "eng", "mix"
-CALIBRATIONS = (*LANGUAGES, MIX)
 STATES = {"cut": "selection only", "restored": "restored"}
 RATIO = 0.2
 
@@ -43,26 +42,29 @@ def settings(request: Request) -> Values:
     quick = request.quick
     return {
         "model": request.model if quick else "gemma-3-270m", "text": "FLORES-200 devtest", "pruning ratio": RATIO,
-        "languages": list(LANGUAGES), "samples": 4 if quick else 40, "sample length": 32 if quick else 128,
+        "languages": list(LANGUAGES)[: 2 if quick else None],
+        "samples": 4 if quick else 40, "sample length": 32 if quick else 128,
         "refit tokens": 2048 if quick else 4096, "measured tokens": 256 if quick else 4096, "window": 512,
         "effort": "fast", "seed": 0,
     }  # fmt: skip
 
 
 def cells(request: Request) -> Sequence[str]:
-    return [f"{state}-{calibration}" for calibration in CALIBRATIONS for state in STATES]
+    return [f"{state}-{calibration}" for calibration in (*settings(request)["languages"], MIX) for state in STATES]
 
 
-def files_of(calibration: str) -> list[str]:
+def files_of(calibration: str, languages: Sequence[str]) -> list[str]:
     """The texts of a calibration, named from the root; `mix` has an equal part of every language."""
-    chosen = list(LANGUAGES) if calibration == MIX else [calibration]
+    chosen = languages if calibration == MIX else [calibration]
     return [f"benchmarks/data/flores200/{language}.calibration.txt.gz" for language in chosen]
 
 
 def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Values]]:
     chosen = settings(request)
     dense = open_dense(multilingual_model(request))
-    texts = {language: measured_sentences(dense, language, chosen["measured tokens"]) for language in LANGUAGES}
+    texts = {
+        language: measured_sentences(dense, language, chosen["measured tokens"]) for language in chosen["languages"]
+    }
     with quick_float32_products():
         whole = {language: perplexity(dense.model, ids).value for language, ids in texts.items()}
         for cell in wanted:
@@ -82,7 +84,7 @@ def measured_sentences(dense: Dense, language: str, tokens: int) -> IntArray:
 
 def _cut(dense: Dense, texts: Mapping[str, IntArray], calibration: str, chosen: Values) -> dict[str, float]:
     request = SampleRequest("scored", chosen["samples"], chosen["sample length"])
-    samples = draw(dense, files_of(calibration), [request], chosen["seed"])["scored"]
+    samples = draw(dense, files_of(calibration, list(texts)), [request], chosen["seed"])["scored"]
     scores = estimate(dense.model, dense.graph, samples)
     plan = plan_for(dense, fuse(scores, dense.graph, FusionScope.LAYER_ROLE), RATIO)
     return {language: masked_perplexity(dense, plan, ids) for language, ids in texts.items()}
@@ -96,7 +98,7 @@ def _restored(request: Request, texts: Mapping[str, IntArray], calibration: str,
         "--samples", str(chosen["samples"]), "--sample-length", str(chosen["sample length"]),
         "--refit-tokens", str(chosen["refit tokens"]),
     ]  # fmt: skip
-    for file in files_of(calibration):
+    for file in files_of(calibration, list(texts)):
         arguments += ["--calibration", file]
     name = f"multilingual-{'trial' if request.quick else 'pruned'}-{calibration}"
     pruned: nn.Module = open_model(str(made_by_saap(request, name, arguments)), RunOptions(device="cpu")).model
@@ -109,11 +111,12 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def summarise(cells: Cells) -> dict[str, Any]:
+    dense = dict(cells[f"cut-{ENGLISH}"]["dense"])
     table = {
-        state: {calibration: dict(cells[f"{state}-{calibration}"]["ratio"]) for calibration in CALIBRATIONS}
+        state: {calibration: dict(cells[f"{state}-{calibration}"]["ratio"]) for calibration in (*dense, MIX)}
         for state in STATES
     }
-    others = [language for language in LANGUAGES if language != ENGLISH]
+    others = [language for language in dense if language != ENGLISH]
     states = {}
     for state, rows in table.items():
         english, mix = rows[ENGLISH], rows[MIX]
@@ -127,10 +130,10 @@ def summarise(cells: Cells) -> dict[str, Any]:
         }
     worst = max(others, key=lambda language: table["restored"][ENGLISH][language])
     return {
-        "dense": dict(cells[f"cut-{ENGLISH}"]["dense"]),
+        "dense": dense,
         "table": table,
         "states": states,
-        "languages": LANGUAGES,
+        "languages": {language: LANGUAGES[language] for language in dense},
         "names": STATES,
         "worst": {"language": LANGUAGES[worst], "ratio": table["restored"][ENGLISH][worst]},
         "seeds": [0],
@@ -139,14 +142,13 @@ def summarise(cells: Cells) -> dict[str, Any]:
 
 def figures(summary: Values) -> Sequence[Figure]:
     rows = summary["table"]["restored"]
-    named = {**LANGUAGES, MIX: "all five"}
-    values = {
-        named[calibration]: [rows[calibration][language] for language in LANGUAGES] for calibration in CALIBRATIONS
-    }
+    languages = summary["languages"]
+    named = {**languages, MIX: "all of them"}
+    values = {named[calibration]: [row[language] for language in languages] for calibration, row in rows.items()}
     figure = bars(
         "multilingual", "Perplexity by language and calibration, restored",
         "Perplexity of the pruned over that of the dense model in each language, by the language of the calibration.",
-        values, list(LANGUAGES.values()), x="perplexity / dense",
+        values, list(languages.values()), x="perplexity / dense",
     )  # fmt: skip
     return (figure,)
 

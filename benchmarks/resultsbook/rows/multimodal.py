@@ -26,7 +26,8 @@ def settings(request: Request) -> Values:
     size = TRIAL if request.quick else FULL
     return {
         "model": f"LLaVA of {size.layers} layers, width {size.width}, FFN {size.inner}, a CLIP tower of 3 layers",
-        "training": f"{size.steps} steps of {size.batch} drawn pictures", "pruning ratios": list(RATIOS),
+        "training": f"{size.steps} steps of {size.batch} drawn pictures",
+        "pruning ratios": list(RATIOS[: 1 if request.quick else None]),
         "pairs": 200 if request.quick else 1000, "pictures to describe": 16 if request.quick else 400,
         "samples": 4 if request.quick else 50, "sample length": 32, "refit tokens": 2048 if request.quick else 8192,
         "seed": 0,
@@ -34,7 +35,8 @@ def settings(request: Request) -> Values:
 
 
 def cells(request: Request) -> Sequence[str]:
-    return ["dense", *(f"{calibration}-{ratio}" for calibration in CALIBRATIONS for ratio in RATIOS)]
+    ratios = settings(request)["pruning ratios"]
+    return ["dense", *(f"{calibration}-{ratio}" for calibration in CALIBRATIONS for ratio in ratios)]
 
 
 def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Values]]:
@@ -70,17 +72,20 @@ def other_tensors(dense: Path, folder: Path) -> dict[str, Any]:
 def summarise(cells: Cells) -> dict[str, Any]:
     dense = dict(cells["dense"])
     table = {
-        calibration: {str(ratio): dict(cells[f"{calibration}-{ratio}"]) for ratio in RATIOS}
+        calibration: {
+            name.rpartition("-")[2]: dict(cell) for name, cell in cells.items() if name.startswith(calibration)
+        }
         for calibration in CALIBRATIONS
     }
+    ratios = list(table["pairs"])
     pruned = [cell for name, cell in cells.items() if name != "dense"]
     little, much = (
-        {calibration: rows[str(ratio)]["facts"] for calibration, rows in table.items()}
-        for ratio in (RATIOS[0], RATIOS[-1])
+        {"ratio": float(ratio), **{calibration: rows[ratio]["facts"] for calibration, rows in table.items()}}
+        for ratio in (ratios[0], ratios[-1])
     )
     return {
         "dense": dense, "table": table, "meaning": CALIBRATIONS,
-        "little": {"ratio": RATIOS[0], **little}, "much": {"ratio": RATIOS[-1], **much},
+        "little": little, "much": much,
         "other_tensors": dense["other_tensors"],
         "other_tensors_same": min(cell["other_tensors_same"] for cell in pruned), "seeds": [0],
     }  # fmt: skip
