@@ -1,4 +1,4 @@
-"""Which six blocks have the least influence (ShortGPT), and what their removal costs, by the samples they are judged on.
+"""Which six blocks have the least influence (ShortGPT), and what removing them costs, by the samples they are judged on.
 
     python benchmarks/influence.py              # some ten minutes; writes results/influence.json and its table
 
@@ -71,7 +71,7 @@ def measure() -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        "| samples | six blocks | ratio | influence of the sixth, the seventh | with the seventh in its place | ratio |",
+        "| samples | six blocks | ratio | influence of sixth, seventh | with the seventh instead | ratio |",
         "|---|---|---|---|---|---|",
     ]
     for one in result["draws"]:
