@@ -1,4 +1,4 @@
-"""Which six blocks have the least influence (ShortGPT), and what removing them costs, by the samples they are judged on.
+"""Which six blocks have the least influence (ShortGPT), and what removing them costs, by the samples of the draw.
 
     python benchmarks/influence.py              # some ten minutes; writes results/influence.json and its table
 
