@@ -51,6 +51,21 @@ def capture(model: nn.Module, paths: Sequence[str], *, stop: bool = False) -> It
             handle.remove()
 
 
+def backward_to_outputs(
+    walker: BlockWalker, layer: int, paths: Sequence[str], hidden: Tensor, contexts: Contexts, gradient: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gradients at the input of a block and at the outputs of its modules at `paths`; the block is run again.
+
+    hidden: its input; gradient: at its output; both (sequences, tokens, width).
+    """
+    with torch.enable_grad(), capture(walker.model, paths) as seen:
+        entry = hidden.detach().requires_grad_(True)
+        output = walker.run_block(layer, entry, contexts)
+        sources = [entry, *(taken.output for taken in seen.values())]
+        before, *found = torch.autograd.grad(output, sources, gradient, materialize_grads=True)
+    return before, dict(zip(seen, found, strict=True))
+
+
 def residual_gain(
     walker: BlockWalker, layer: int, paths: Sequence[str], hidden: Tensor, contexts: Contexts
 ) -> list[tuple[str, float | None]]:

@@ -1,9 +1,9 @@
 """Second-order cost of every unit: what its removal costs the loss once the others have made up for it.
 
 One walk over the calibration samples collects, for the module that reads a group's channels, the Gram matrix of its
-inputs, and, on the way back, how strongly the loss feels the block's output. The greedy removal order on the Gram
+inputs, and, on the way back, how strongly the loss feels that module's output. The greedy removal order on the Gram
 matrix gives the squared output error of each further unit; half the sensitivity times it is a loss change in nats,
-comparable over layers and roles.
+comparable over layers and roles, also where a norm stands between the module and the residual stream.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from saap.models.capture import capture
+from saap.models.capture import backward_to_outputs, capture
 from saap.models.least_squares import removal_order
 from saap.models.linear import weight_out_in
 from saap.models.loss import loss_and_gradient
@@ -88,12 +88,12 @@ def second_order_costs(
             found = _walk_together(walker, torch.split(tokens, micro_batch), by_path, ignored, spill, progress)
         else:
             found = _walk_alone(walker, tokens, micro_batch, by_path, ignored, processes, progress)
-    sensitivity = found.sensitivity / tokens.numel()
+    sensitivity = dict(zip(by_path, found.sensitivity / tokens.numel(), strict=True))
     scores, orders = {}, {}
-    for group in by_path.values():
+    for path, group in by_path.items():
         order, costs = found.leaving[group.name]
         nats = torch.empty_like(costs)
-        nats[order] = 0.5 * sensitivity[group.layer].to(costs) * costs
+        nats[order] = 0.5 * sensitivity[path].to(costs) * costs
         scores[group.name] = UnitScores(mean=nats.cpu().numpy(), variance=torch.zeros_like(nats).cpu().numpy())
         orders[group.name] = order.cpu().numpy()
     return SecondOrder(found.grams, scores, orders)
@@ -101,7 +101,7 @@ def second_order_costs(
 
 @dataclass(frozen=True, slots=True)
 class _Walked:
-    """leaving: by group. sensitivity: sums over tokens, by block. grams: by group, where they were kept."""
+    """leaving: by group. sensitivity: sums over tokens, by module. grams: by group, where they were kept."""
 
     leaving: Mapping[str, _Leaving]
     sensitivity: Tensor
@@ -120,7 +120,7 @@ def _walk_alone(
     """Each micro-batch through all blocks by itself."""
     weights = {path: weight_out_in(walker.model.get_submodule(path)) for path in by_path}
     grams = {by_path[path].name: _zero_gram(weight) for path, weight in weights.items()}
-    sensitivity = torch.zeros(len(walker.paths), dtype=torch.float64)
+    sensitivity = torch.zeros(len(by_path), dtype=torch.float64)
     sequences, modules = processes.share(len(tokens)), processes.share(len(by_path))
     batches = [tokens[start : min(start + micro_batch, sequences.stop)] for start in sequences[::micro_batch]]
     steps = len(batches) + len(modules)
@@ -161,7 +161,7 @@ def _walk_together(
     """All micro-batches through one block before the next; the units of a block are put in order while it is there."""
     blocks, tokens = len(walker.paths), sum(batch.numel() for batch in batches)
     leaving: dict[str, _Leaving] = {}
-    sensitivity = torch.zeros(blocks, dtype=torch.float64)
+    sensitivity = torch.zeros(len(by_path), dtype=torch.float64)
     hidden, contexts = started(walker, batches, spill.empty)
     inputs = []
     for layer in range(blocks):
@@ -179,10 +179,8 @@ def _walk_together(
     gradients = held(spill.empty, (loss_and_gradient(walker, last, batch, ignored=ignored)[1] for last, batch in ends))
     for layer in reversed(range(blocks)):
         before, entered = spill.empty(), inputs.pop()
-        for batch, entry, context, gradient in zip(batches, entered, contexts, gradients, strict=True):
-            sensitivity[layer] += _felt(gradient, batch)
-            if layer:
-                before.append(walker.backward_block(layer, entry, context, gradient))
+        for entry, context, gradient in zip(entered, contexts, gradients, strict=True):
+            before.append(_backward(walker, layer, entry, context, gradient, by_path, sensitivity))
         gradients = before
         if progress is not None:
             progress(2 * blocks - layer, 2 * blocks)
@@ -197,7 +195,7 @@ def _walk(
     sensitivity: Tensor,
     ignored: Collection[int],
 ) -> None:
-    """Add one micro-batch to the Gram matrices and to the blocks' sum over tokens of the squared gradient entry."""
+    """Add one micro-batch to the Gram matrices and to the modules' sum over tokens of the squared gradient entry."""
     stream = walker.start(batch)
     inputs, hidden = [], stream.hidden
     for layer in range(len(walker.paths)):
@@ -205,9 +203,7 @@ def _walk(
         hidden = _forward(walker, layer, hidden, stream.contexts, by_path, grams)
     _, gradient = loss_and_gradient(walker, hidden, batch, ignored=ignored)
     for layer in reversed(range(len(walker.paths))):
-        sensitivity[layer] += _felt(gradient, batch)
-        if layer:
-            gradient = walker.backward_block(layer, inputs.pop(), stream.contexts, gradient)
+        gradient = _backward(walker, layer, inputs.pop(), stream.contexts, gradient, by_path, sensitivity)
 
 
 def _forward(
@@ -228,9 +224,25 @@ def _forward(
     return output
 
 
-def _felt(gradient: Tensor, batch: Tensor) -> float:
-    """Sum over tokens of the mean squared entry of the gradient of their own loss."""
-    return float((gradient.double() * (batch.shape[1] - 1)).square().mean(-1).sum())
+def _backward(
+    walker: BlockWalker,
+    layer: int,
+    entry: Tensor,
+    contexts: Contexts,
+    gradient: Tensor,
+    by_path: Mapping[str, CoupledGroup],
+    sensitivity: Tensor,
+) -> Tensor:
+    """Gradient at the input of a block; adds, for its modules, the mean squared entry at their output, over tokens.
+
+    gradient: at the block's output, of the mean loss of each sequence.
+    """
+    before, found = backward_to_outputs(walker, layer, _paths_in(by_path, layer), entry, contexts, gradient)
+    places = {path: place for place, path in enumerate(by_path)}
+    for path, at_output in found.items():
+        # times the predictions of a sequence: of each token's own loss
+        sensitivity[places[path]] += float((at_output.double() * (entry.shape[1] - 1)).square().mean(-1).sum())
+    return before
 
 
 def _paths_in(by_path: Mapping[str, CoupledGroup], layer: int) -> list[str]:

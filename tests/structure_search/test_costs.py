@@ -1,0 +1,51 @@
+"""Second-order costs: what they measure is the loss, whatever stands between a module and the residual stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests import families
+
+from saap.discovery import discover
+from saap.records import Role
+from saap.structure_search.costs import SecondOrder, second_order_costs
+
+
+def costs_of(model: Any, samples: int = 3) -> SecondOrder:
+    return second_order_costs(model, discover(model), families.token_ids(samples, 12), micro_batch=2)
+
+
+def test_a_norm_after_the_module_takes_out_its_scale() -> None:
+    model = families.build("gemma2")
+    for block in model.model.layers:  # the norms' constants must not matter beside the outputs
+        block.mlp.down_proj.weight.data.mul_(100)
+        block.self_attn.o_proj.weight.data.mul_(100)
+    plain = costs_of(model)
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(10)
+    scaled = costs_of(model)
+    for name, scores in plain.scores.items():
+        assert scaled.scores[name].mean == pytest.approx(scores.mean, rel=1e-2), name
+        assert np.array_equal(scaled.orders[name], plain.orders[name])
+
+
+def test_the_costs_of_all_units_of_a_module_add_up_to_the_second_order_change() -> None:
+    """With every unit gone nothing makes up for them: half the mean squared gradient entry times the squared output."""
+    model = families.build("llama")
+    graph, tokens = discover(model), families.token_ids(3, 12)
+    model.requires_grad_(True)
+    found = second_order_costs(model, graph, tokens, micro_batch=2)
+    for group in graph.of_role(Role.FFN):
+        module = model.get_submodule(group.consumers[0].tensor.rpartition(".")[0])
+        taken: list[torch.Tensor] = []
+        handle = module.register_forward_hook(lambda _module, _inputs, output, taken=taken: taken.append(output))
+        logits = model(tokens).logits[:, :-1]
+        handle.remove()
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        (gradient,) = torch.autograd.grad(losses.sum(), taken[0])
+        expected = 0.5 * gradient.square().mean() * taken[0].square().sum(-1).mean()
+        assert float(found.scores[group.name].mean.sum()) == pytest.approx(
+            float(expected), rel=0.05
+        )  # the Gram matrix is damped
