@@ -40,7 +40,7 @@ TOKENS = {"wikitext2": 16384, "novel": 8192, "addresses": 8192, "instructions": 
 QUICK_TOKENS, SIZES_EVALUATION_TOKENS = 1024, 4096
 GROUP_SIZES = (16, 32, 64, 128)
 LENGTH = 512
-PLAIN = "plain LoRA"
+MODEL, PLAIN = "smollm2", "plain LoRA"
 TRAINED_HERE = "none, a small model trained here"
 SMALL = Size(layers=4, width=256, inner=1024, steps=300)
 """Of sizes that every group size divides."""
@@ -275,10 +275,8 @@ def sizes_lines(result: dict[str, Any]) -> list[str]:
             f"| {row['source_grid']} | {row['group_size']} | {quantised} | {row['perplexity']:.2f} | "
             f"{row['weight_bytes'] / 1e6:.0f} | {row['peak_bytes'] / 1e6:.0f} | {row['seconds_a_step']:.2f} |"
         )
-    for grid, reasons in result["refused"].items():
-        lines += [
-            line for size, why in reasons.items() for line in ("", f"Source grid {grid}: {size} is refused: {why}.")
-        ]
+    reasons = {(size, why): None for found in result["refused"].values() for size, why in found.items()}
+    lines += [line for size, why in reasons for line in ("", f"Groups of {size} are refused on {MODEL}: {why}.")]
     return lines
 
 
@@ -318,7 +316,7 @@ def main() -> None:
             command.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of saap recover")
         if name == "sizes":
             command.add_argument("--data", action="append")
-            command.add_argument("--model", default="smollm2")
+            command.add_argument("--model", default=MODEL)
             command.add_argument("--tokens", type=int, default=32768)
             command.add_argument("--threads", type=int, default=2)
             command.add_argument("--chart", type=Path)
