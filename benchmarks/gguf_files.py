@@ -3,7 +3,8 @@
     python benchmarks/gguf_files.py FOLDER [FOLDER ...] [--quantization f16] [--tokens 2000]
 
 Agreement: share of positions of WikiText-2 test at which llama.cpp (keys and values in float32, no flash attention) and
-transformers (float32) hold the same next token for the most likely, windows of 256. Memory: the greatest resident set
+transformers (float32) hold the same next token for the most likely, windows of 256, and the one's perplexity over the
+other's on the same tokens. Memory: the greatest resident set
 while the file is written, above that after the imports, over the largest tensor of the file; Linux only.
 """
 
@@ -11,13 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 WIKITEXT2 = HERE / "data" / "wikitext2" / "test.jsonl.gz"
+WINDOW = 256
 
 
 def resident(field: str) -> int:
@@ -58,8 +62,25 @@ def agreement(folder: str, file: Path, tokens: int) -> dict[str, float]:
     ids = token_stream(read_documents(WIKITEXT2, tokenizer=tokenizer), tokenizer)[:tokens].tolist()
     model = saap.load(folder, device="cpu", dtype=torch.float32)
     with LlamaCpp(file, context=256, threads=torch.get_num_threads(), exact=True) as runtime:
-        found = compare_with_llama_cpp(model, runtime, ids, window=256)
-    return {"tokens": found.tokens, "same_next_token": found.share, "divergence": found.divergence}
+        found = compare_with_llama_cpp(model, runtime, ids, window=WINDOW)
+        ours = theirs = 0.0
+        with torch.no_grad():
+            for start in range(0, len(ids), WINDOW):
+                part = torch.tensor(ids[start : start + WINDOW])
+                ours += nll(model(part.unsqueeze(0)).logits[0], part)
+                theirs += nll(torch.from_numpy(runtime.logits(part.tolist())), part)
+    predicted = len(ids) - -(-len(ids) // WINDOW)
+    return {
+        "tokens": found.tokens, "same_next_token": found.share, "divergence": found.divergence,
+        "perplexity_over_ours": math.exp((theirs - ours) / predicted),
+    }  # fmt: skip
+
+
+def nll(logits: Any, ids: Any) -> float:
+    """Sum of the negative log-likelihoods of all tokens but the first. logits: (tokens, vocabulary)."""
+    import torch
+
+    return float(torch.nn.functional.cross_entropy(logits[:-1].double(), ids[1:], reduction="sum"))
 
 
 def main() -> None:
