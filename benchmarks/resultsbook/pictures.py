@@ -27,6 +27,7 @@ PLACES = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "botto
 FACTS = (*COLOURS, *SHAPES, "top", "bottom", "left", "right")
 """The words of a description that only the picture tells."""
 PIXELS, PATCH = 32, 8
+THINGS, NOISE = 3, 40
 VOCABULARY = 384
 IGNORED = -100
 
@@ -35,11 +36,11 @@ IGNORED = -100
 class PictureSize:
     """How large the text decoder is, and how long the model is trained."""
 
-    layers: int = 6
-    width: int = 128
-    inner: int = 512
+    layers: int = 4
+    width: int = 64
+    inner: int = 256
     batch: int = 32
-    steps: int = 1500
+    steps: int = 1000
     rate: float = 2e-3
 
 
@@ -49,19 +50,19 @@ TRIAL = PictureSize(layers=3, width=32, inner=128, batch=4, steps=8)
 
 @dataclass(frozen=True)
 class Described:
-    """A drawn picture and its description, two things in the order of their places."""
+    """A drawn picture and its description, three things in the order of their places."""
 
     image: Image.Image
     text: str
 
 
 def described_picture(generator: np.random.Generator) -> Described:
-    """A picture of two things in different corners, on a dark ground of some shade, with noise."""
+    """A picture of three things in different corners, on a dark ground of some shade, with noise."""
     ground = int(generator.integers(0, 40))
     image = Image.new("RGB", (PIXELS, PIXELS), (ground, ground, ground))
     pen = ImageDraw.Draw(image)
     words = []
-    for corner in sorted(generator.choice(len(PLACES), size=2, replace=False)):
+    for corner in sorted(generator.choice(len(PLACES), size=THINGS, replace=False)):
         place, (column, row) = list(PLACES.items())[corner]
         colour, shape = str(generator.choice(list(COLOURS))), str(generator.choice(SHAPES))
         half = PIXELS // 2
@@ -74,8 +75,9 @@ def described_picture(generator: np.random.Generator) -> Described:
         else:
             pen.polygon([(left, bottom), (right, bottom), ((left + right) // 2, top)], fill=COLOURS[colour])
         words.append(f"a {colour} {shape} at the {place}")
-    noisy = np.asarray(image, dtype=np.int16) + generator.normal(0, 6, (PIXELS, PIXELS, 3)).astype(np.int16)
-    return Described(Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), f"There is {words[0]} and {words[1]}.")
+    noisy = np.asarray(image, dtype=np.int16) + generator.normal(0, NOISE, (PIXELS, PIXELS, 3)).astype(np.int16)
+    text = f"There is {', '.join(words[:-1])} and {words[-1]}."
+    return Described(Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), text)
 
 
 def described_pictures(count: int, seed: int) -> list[Described]:
@@ -87,7 +89,7 @@ def described_pictures(count: int, seed: int) -> list[Described]:
 def make_processor() -> Any:
     """The processor of the model: a tokenizer of descriptions, and images as they are."""
     things = itertools.product(COLOURS, SHAPES, PLACES)
-    text = "\n".join(f"There is a {c} {s} at the {p} and a {c} {s} at the {p}." for c, s, p in things)
+    text = "\n".join(f"There is a {c} {s} at the {p}, a {c} {s} at the {p} and a {c}." for c, s, p in things)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=make_tokenizer(text, VOCABULARY).backend_tokenizer,
         eos_token=END, bos_token=END, pad_token=END, extra_special_tokens={"image_token": "<image>"},
