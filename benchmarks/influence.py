@@ -9,20 +9,22 @@ the six of each draw, the sixth is exchanged for the seventh, since the two may 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from readme_tables import write_between_marks
-from resultsbook.models import VALIDATION, Dense, draw, measured_text, open_dense
+from resultsbook.models import VALIDATION, Dense, draw, masked_perplexity, measured_text, open_dense
 
 from saap.baselines.activations import activation_statistics
+from saap.config import Method
 from saap.data.samples import SampleRequest
 from saap.evaluation.perplexity import perplexity
 from saap.models.devices import quick_float32_products
-from saap.records import IntArray
+from saap.records import IntArray, Layout
+from saap.structure_search.plan import make_plan
 
 RESULT = Path(__file__).resolve().parent / "results" / "influence.json"
 REMOVED = 6
@@ -30,22 +32,10 @@ DRAWS = ((64, 128, 0), (64, 128, 1), (64, 128, 2), (16, 512, 0))
 """Samples, tokens of a sample, seed."""
 
 
-def without(dense: Dense, blocks: Iterable[int], text: IntArray) -> float:
+def without(dense: Dense, blocks: Sequence[int], text: IntArray) -> float:
     """Perplexity of the model without these blocks."""
-    left_out = set(blocks)
-    path, _, _ = dense.graph.blocks[0].rpartition(".")
-    parent, _, name = path.rpartition(".")
-    holder: Any = dense.model.get_submodule(parent)
-    config: Any = dense.model.config
-    layers, count = getattr(holder, name), config.num_hidden_layers
-    kept = [layer for place, layer in enumerate(layers) if place not in left_out]
-    try:
-        setattr(holder, name, torch.nn.ModuleList(kept))
-        config.num_hidden_layers = len(kept)
-        return perplexity(dense.model, text).value
-    finally:
-        setattr(holder, name, layers)
-        config.num_hidden_layers = count
+    plan = make_plan(dense.graph, {}, blocks, layout=Layout.ADAPTIVE, strategy=Method.BLOCK_INFLUENCE, align=1)
+    return masked_perplexity(dense, plan, text)
 
 
 def measure() -> dict[str, Any]:

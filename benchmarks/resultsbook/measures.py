@@ -77,6 +77,11 @@ def from_bits(bits: str) -> frozenset[int]:
     return frozenset(place for place in range(number.bit_length()) if number >> place & 1)
 
 
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of perplexity ratios: the mean in log-perplexity."""
+    return float(np.exp(np.mean(np.log(values))))
+
+
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (0 of a single value)."""
     array = np.asarray(values, dtype=np.float64)

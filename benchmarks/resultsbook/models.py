@@ -74,8 +74,13 @@ def draw(dense: Dense, source: Any, requests: Sequence[SampleRequest], seed: int
 
 
 def measured_text(dense: Dense, name: str, tokens: int) -> IntArray:
+    """The first tokens of one of the TEXTS."""
+    return first_tokens(dense, TEXTS[name], tokens)
+
+
+def first_tokens(dense: Dense, file: Path, tokens: int) -> IntArray:
     """The first tokens of a text to measure on."""
-    text = "\n\n".join(read_documents(TEXTS[name]))
+    text = "\n\n".join(read_documents(file))
     return token_stream([text[: CHARACTERS_OF_A_TOKEN * tokens]], dense.loaded.tokenizer)[:tokens]
 
 

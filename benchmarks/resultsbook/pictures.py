@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from resultsbook.row import Request
-from resultsbook.training import END, make_tokenizer, rate_at
+from resultsbook.training import END, Size, fit, make_tokenizer, save_trained
 
 COLOURS = {
     "red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (230, 210, 50),
@@ -32,20 +32,9 @@ VOCABULARY = 384
 IGNORED = -100
 
 
-@dataclass(frozen=True, kw_only=True)
-class PictureSize:
-    """How large the text decoder is, and how long the model is trained."""
-
-    layers: int = 4
-    width: int = 64
-    inner: int = 256
-    batch: int = 32
-    steps: int = 1000
-    rate: float = 2e-3
-
-
-FULL = PictureSize()
-TRIAL = PictureSize(layers=3, width=32, inner=128, batch=4, steps=8)
+FULL = Size(layers=4, width=64, inner=256, batch=32, steps=1000, rate=2e-3)
+TRIAL = Size(layers=3, width=32, inner=128, batch=4, steps=8, rate=2e-3)
+"""Of the text decoder."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +91,7 @@ def make_processor() -> Any:
     )
 
 
-def configuration(size: PictureSize, tokenizer: Any) -> Any:
+def configuration(size: Size, tokenizer: Any) -> Any:
     """A LLaVA of a CLIP tower and a LLaMA decoder."""
     vision = transformers.CLIPVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=PIXELS,
@@ -131,7 +120,7 @@ def encoded(pictures: Sequence[Described], processor: Any) -> dict[str, Tensor]:
     return made
 
 
-def batches(processor: Any, size: PictureSize) -> Iterator[dict[str, Tensor]]:
+def batches(processor: Any, size: Size) -> Iterator[dict[str, Tensor]]:
     """Pictures to learn from, all of them new."""
     generator = np.random.default_rng(0)
     for _ in range(size.steps):
@@ -146,22 +135,8 @@ def trained_reader(request: Request) -> Path:
         return folder
     torch.manual_seed(0)
     processor = make_processor()
-    model = transformers.AutoModelForImageTextToText.from_config(configuration(size, processor.tokenizer)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.95), weight_decay=0.1)
-    for step, batch in enumerate(batches(processor, size)):
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, size.steps, size.rate)
-        loss: Tensor = model(**batch).loss
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 100 == 0:
-            print(f"pictures: step {step}, loss {loss.item():.3f}", flush=True)
-    unfinished = folder.with_name(folder.name + ".part")
-    model.save_pretrained(unfinished)
-    processor.save_pretrained(unfinished)
-    unfinished.rename(folder)
+    model = transformers.AutoModelForImageTextToText.from_config(configuration(size, processor.tokenizer))
+    save_trained(folder, "pictures", fit(model, batches(processor, size), size), model, processor)
     return folder
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,14 +95,19 @@ def batches(tokens: np.ndarray, size: Size, seed: int) -> Any:
 
 
 def train(model: nn.Module, tokens: np.ndarray, size: Size, seed: int) -> list[float]:
-    """Plain AdamW on the next token. Returns the loss of each step in nats."""
+    """Learn the next token of random windows of the text. Returns the loss of each step in nats."""
+    return fit(model, ({"input_ids": batch, "labels": batch} for batch in batches(tokens, size, seed)), size)
+
+
+def fit(model: nn.Module, given: Iterable[Mapping[str, Tensor]], size: Size) -> list[float]:
+    """Plain AdamW on the model's own loss. given: what the model takes in each step. Returns the loss of each."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.95), weight_decay=0.1)
     losses = []
-    for step, batch in enumerate(batches(tokens, size, seed)):
+    for step, batch in enumerate(given):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, size.steps, size.rate)
-        loss: Tensor = model(batch, labels=batch).loss
+        loss: Tensor = model(**batch).loss
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -127,9 +132,13 @@ def train_into(folder: Path, family: str, size: Size, seed: int = 0, *, short: b
     tokens = token_stream([text], tokenizer)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(configuration(family, size, len(tokenizer)))
-    losses = train(model, tokens, size, seed)
-    print(f"{family}: loss {losses[0]:.2f} -> {np.mean(losses[-10:]):.2f}", flush=True)
+    save_trained(folder, family, train(model, tokens, size, seed), model, tokenizer)
+
+
+def save_trained(folder: Path, name: str, losses: Sequence[float], *parts: Any) -> None:
+    """Save a model and what belongs to it, so that the folder is there only when it is whole; says how it learned."""
+    print(f"{name}: loss {losses[0]:.2f} -> {np.mean(losses[-10:]):.2f}", flush=True)
     unfinished = folder.with_name(folder.name + ".part")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    for part in parts:
+        part.save_pretrained(unfinished)
     unfinished.rename(folder)

@@ -49,7 +49,7 @@ def work(rank: int, folder: str) -> None:
     torch.manual_seed(0)
     plain = nn.Linear(64, 5).requires_grad_(False)
     before = copy.deepcopy(plain)
-    shard_layers({"layer": layer, "plain": plain}, torch.device("cpu"), Processes(rank, COUNT))
+    shard_layers([layer, plain], torch.device("cpu"), Processes(rank, COUNT))
     held: dict[str, int] = {n: p.to_local().nbytes for n, p in layer.named_parameters() if n in FROZEN}
     found: dict[str, Any] = {**outcome(layer), "held": held}
     with torch.no_grad():

@@ -7,10 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from resultsbook.charts import lines
-from resultsbook.measures import as_bits, from_bits, jaccard, mean_and_spread, merged_scores
+from resultsbook.measures import as_bits, from_bits, geometric_mean, jaccard, mean_and_spread, merged_scores
 from resultsbook.models import TEXTS, VALIDATION, Dense, draw, masked_perplexity, measured_text, open_dense, plan_for
 from resultsbook.row import Cells, Experiment, Request, Row, Values
 from resultsbook.training import trained_folder
@@ -196,7 +194,7 @@ def _standard(found: Sequence[Setting]) -> Setting:
 def _of_setting(found: Sequence[Values], standard: Sequence[Values]) -> dict[str, Any]:
     """Perplexity ratios and overlaps over the seeds of one setting. standard: the cells of the standard one."""
     texts = {text: mean_and_spread([cell["ratio"][text] for cell in found]) for text in TEXTS}
-    means = [float(np.exp(np.mean(np.log(list(cell["ratio"].values()))))) for cell in found]
+    means = [geometric_mean(list(cell["ratio"].values())) for cell in found]
     sets = [_removed(cell["removed"]) for cell in found]
     others = [_removed(cell["removed"]) for cell in standard]
     pairs = [jaccard(one, other) for one, other in itertools.combinations(sets, 2)]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from resultsbook.charts import bars
+from resultsbook.measures import geometric_mean
 from resultsbook.models import (
-    CHARACTERS_OF_A_TOKEN,
     DATA,
     Dense,
     draw,
+    first_tokens,
     made_by_saap,
     masked_perplexity,
     multilingual_model,
@@ -22,8 +22,7 @@ from resultsbook.models import (
 )
 from resultsbook.row import Cells, Experiment, Request, Row, Values
 from saap.config import FusionScope
-from saap.data.samples import SampleRequest, token_stream
-from saap.data.texts import read_documents
+from saap.data.samples import SampleRequest
 from saap.estimation.calibrate import estimate
 from saap.estimation.fusion import fuse
 from saap.evaluation.perplexity import perplexity
@@ -33,6 +32,7 @@ from saap.records import IntArray
 from saap.reporting.figures import Figure
 
 LANGUAGES = {"eng": "English", "fra": "French", "deu": "German", "spa": "Spanish", "zho": "Chinese"}
+FLORES = DATA / "flores200"
 ENGLISH, MIX = "eng", "mix"
 STATES = {"cut": "selection only", "restored": "restored"}
 RATIO = 0.2
@@ -63,7 +63,8 @@ def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Valu
     chosen = settings(request)
     dense = open_dense(multilingual_model(request))
     texts = {
-        language: measured_sentences(dense, language, chosen["measured tokens"]) for language in chosen["languages"]
+        language: first_tokens(dense, FLORES / f"{language}.evaluation.txt.gz", chosen["measured tokens"])
+        for language in chosen["languages"]
     }
     with quick_float32_products():
         whole = {language: perplexity(dense.model, ids).value for language, ids in texts.items()}
@@ -74,12 +75,6 @@ def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Valu
             else:
                 found = _restored(request, texts, calibration, chosen)
             yield cell, {"dense": whole, "ratio": {name: value / whole[name] for name, value in found.items()}}
-
-
-def measured_sentences(dense: Dense, language: str, tokens: int) -> IntArray:
-    """The first tokens of the sentences to measure on."""
-    (text,) = read_documents(DATA / "flores200" / f"{language}.evaluation.txt.gz")
-    return token_stream([text[: CHARACTERS_OF_A_TOKEN * tokens]], dense.loaded.tokenizer)[:tokens]
 
 
 def _cut(dense: Dense, texts: Mapping[str, IntArray], calibration: str, chosen: Values) -> dict[str, float]:
@@ -103,11 +98,6 @@ def _restored(request: Request, texts: Mapping[str, IntArray], calibration: str,
     name = f"multilingual-{'trial' if request.quick else 'pruned'}-{calibration}"
     pruned: nn.Module = open_model(str(made_by_saap(request, name, arguments)), RunOptions(device="cpu")).model
     return {language: perplexity(pruned, ids).value for language, ids in texts.items()}
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Of perplexity ratios: the mean over the texts in log-perplexity."""
-    return float(np.exp(np.mean(np.log(values))))
 
 
 def summarise(cells: Cells) -> dict[str, Any]:

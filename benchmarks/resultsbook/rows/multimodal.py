@@ -45,8 +45,9 @@ def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Valu
     pictures = described_pictures(chosen["pictures to describe"], seed=2)
     kind = "trial" if request.quick else "pruned"
     pairs, descriptions = write_pairs(request.work / f"pictures-{kind}", chosen["pairs"])
+    whole = open_model(str(dense), RunOptions(device="cpu")).model
     for cell in wanted:
-        folder = dense
+        model = whole
         if cell != "dense":
             calibration, _, ratio = cell.partition("-")
             file = pairs if calibration == "pairs" else descriptions
@@ -56,8 +57,7 @@ def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Valu
                 "--refit-tokens", str(chosen["refit tokens"]), *(["--effort", "fast"] if request.quick else []),
             ]  # fmt: skip
             folder = made_by_saap(request, f"picture-reader-{kind}-{cell}", arguments)
-        model = open_model(str(folder), RunOptions(device="cpu")).model
-        whole = open_model(str(dense), RunOptions(device="cpu")).model
+            model = open_model(str(folder), RunOptions(device="cpu")).model
         yield cell, {**told(model, processor, pictures), **other_tensors(whole, model)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ def check_shardable(model: nn.Module, layers: Iterable[str]) -> None:
             )
 
 
-def shard_layers(layers: Mapping[str, nn.Module], device: torch.device, processes: Processes) -> None:
+def shard_layers(layers: Iterable[nn.Module], device: torch.device, processes: Processes) -> None:
     """Split the frozen weights of each layer, parameters and buffers, over the processes, in place.
 
     What wants gradients stays whole in every process. A layer brings its weights together for its forward and again for
@@ -41,7 +41,7 @@ def shard_layers(layers: Mapping[str, nn.Module], device: torch.device, processe
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (processes.count,))
-    for layer in layers.values():
+    for layer in layers:
         for name, buffer in list(layer.named_buffers(recurse=False)):
             delattr(layer, name)
             layer.register_parameter(name, nn.Parameter(buffer, requires_grad=False))

@@ -69,8 +69,8 @@ class BlockWalker:
     """Runs a causal language model block by block.
 
     model: forward(input_ids) gives the logits, or an object with `logits`. block_paths: module paths of the decoder
-    blocks in their order. The weights of a block are touched in `run_block` and `backward_block` only, so that a
-    walker that loads and unloads them overrides these two. Between two calls the model is as it was.
+    blocks in their order. The weights of a block are touched in `run_block` and the backward of what it returned only.
+    Between two calls the model is as it was.
     """
 
     def __init__(self, model: nn.Module, block_paths: Sequence[str]) -> None:
@@ -109,19 +109,13 @@ class BlockWalker:
         """Output of block `index`. hidden: (sequences, tokens, width), of the shape the contexts were recorded for."""
         return _first(contexts[index].call(self.blocks[index], hidden))
 
-    def backward_block(self, index: int, hidden: Tensor, contexts: Contexts, gradient: Tensor) -> Tensor:
-        """Gradient at the input of block `index`, which is run again under autograd.
-
-        hidden: its input; gradient: at its output; both (sequences, tokens, width).
-        """
-        return self.backward_to_weights(index, hidden, contexts, gradient, {})[0]
-
     def backward_to_weights(
         self, index: int, hidden: Tensor, contexts: Contexts, gradient: Tensor, weights: Mapping[str, nn.Parameter]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `backward_block`, with the gradients of some of the block's weights, by their names, beside it.
+        """Gradients at the input of block `index`, run again under autograd, and of some of its weights, by name.
 
-        They are sums over the sequences; zeros for a weight that was not used. None stays with its weight.
+        hidden: its input; gradient: at its output; both (sequences, tokens, width). Those of the weights are sums over
+        the sequences; zeros for a weight that was not used. None stays with its weight.
         """
         learned = {name: parameter.requires_grad for name, parameter in weights.items()}
         try:

@@ -89,11 +89,10 @@ def _measure(run: Recovery, model: nn.Module) -> State:
 
 
 def _shard(run: Recovery, model: nn.Module, teacher: nn.Module | None) -> None:
-    adapted = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
-    dense = (
-        {} if teacher is None else {p: teacher.get_submodule(p) for p in linears_inside(teacher, find_blocks(teacher))}
-    )
-    shard_layers({**{f"teacher.{path}": layer for path, layer in dense.items()}, **adapted}, run.device, run.processes)
+    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    if teacher is not None:
+        layers += [teacher.get_submodule(path) for path in linears_inside(teacher, find_blocks(teacher))]
+    shard_layers(layers, run.device, run.processes)
 
 
 def _before(run: Recovery) -> State:

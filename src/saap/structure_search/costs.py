@@ -238,10 +238,10 @@ def _backward(
     gradient: at the block's output, of the mean loss of each sequence.
     """
     before, found = backward_to_outputs(walker, layer, _paths_in(by_path, layer), entry, contexts, gradient)
-    places = {path: place for place, path in enumerate(by_path)}
-    for path, at_output in found.items():
-        # times the predictions of a sequence: of each token's own loss
-        sensitivity[places[path]] += float((at_output.double() * (entry.shape[1] - 1)).square().mean(-1).sum())
+    for place, path in enumerate(by_path):
+        if path in found:
+            # times the predictions of a sequence: of each token's own loss
+            sensitivity[place] += float((found[path].double() * (entry.shape[1] - 1)).square().mean(-1).sum())
     return before
 
 
