@@ -1,13 +1,14 @@
-"""What measuring and exporting are asked for: one place for the names that the command line and recipes share."""
+"""What measuring, comparing and exporting are asked for: one place for the names that commands and recipes share."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from saap.config import GgufType, RuntimeName
+from saap.config import GgufType, MethodChoice, PruneConfig, RuntimeName
 
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The seven tasks of the SAAP paper, by the names of lm-evaluation-harness; `paper` stands for them."""
@@ -66,6 +67,28 @@ class EvalRequest(BaseModel):
         """Whether there is nothing to measure."""
         measured = (self.texts, self.tasks, self.prompts, self.chat, self.human_kit, self.speed)
         return not any(measured)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareRequest:
+    """What to compare.
+
+    methods: each with the roles that it may prune, None for the configuration's. config: of the method under test;
+    its calibration and its ratios are everybody's. restorations: False cuts only (FLAP adds its biases), True also
+    restores. evaluation: the texts and tasks to measure on. task_ratios: ask the tasks at these pruning ratios only,
+    None for all of them: tasks take far longer than perplexity.
+    """
+
+    methods: tuple[MethodChoice, ...]
+    config: PruneConfig
+    seeds: tuple[int, ...] = (0,)
+    restorations: tuple[bool, ...] = (False, True)
+    evaluation: EvalRequest
+    task_ratios: tuple[float, ...] | None = None
+
+    def asks_tasks(self, ratio: float) -> bool:
+        """Whether a model pruned by `ratio` answers the tasks."""
+        return bool(self.evaluation.tasks) and (self.task_ratios is None or ratio in self.task_ratios)
 
 
 class ExportFormat(StrEnum):

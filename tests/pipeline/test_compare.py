@@ -12,11 +12,11 @@ from saap import cli
 from saap.config import Method, MethodChoice, PruneConfig
 from saap.errors import ConfigurationError, StaleInputError, TargetError
 from saap.parsing import parse_methods, parse_seeds
-from saap.pipeline.compare import CompareRequest, compare
+from saap.pipeline.compare import compare
 from saap.pipeline.inputs import RunOptions
 from saap.pipeline.tables import write_tables
 from saap.reporting.tables import comparison_table
-from saap.requests import EvalRequest
+from saap.requests import CompareRequest, EvalRequest
 
 METHODS = (Method.SAAP, Method.LLM_PRUNER_ELEMENT1, Method.FLAP, Method.MAGNITUDE)
 
@@ -89,6 +89,24 @@ def test_rows_of_earlier_passes_stay_and_tasks_can_be_asked_later(source, tmp_pa
     strange = dataclasses.replace(plain, task_ratios=(0.3,))
     with pytest.raises(ConfigurationError, match="which is not compared"):
         compare(source, strange, RunOptions(device="cpu"), tmp_path / "out")
+
+
+def test_a_comparison_without_tasks_takes_some_up_later_and_no_others(source, tmp_path) -> None:
+    one = (MethodChoice(method=Method.MAGNITUDE),)
+    asking = request_for(tmp_path, methods=one, restorations=(False,), task_ratios=(0.1,))
+    bare = asking.evaluation.model_copy(update={"tasks": (), "task_data": None})
+    first = compare(source, dataclasses.replace(asking, evaluation=bare), RunOptions(device="cpu"), tmp_path / "out")
+    assert (first["dense"]["tasks"], [row["tasks"] for row in first["rows"]]) == ({}, [{}, {}])
+    untouched = next((tmp_path / "out" / "rows").glob("magnitude-0.2-*"))
+    before = untouched.stat().st_mtime_ns
+    later = compare(source, asking, RunOptions(device="cpu"), tmp_path / "out")
+    assert [list(row["tasks"]) for row in (later["dense"], *later["rows"])] == [["made"], ["made"], []]
+    assert untouched.stat().st_mtime_ns == before
+    fewer = dataclasses.replace(asking, evaluation=asking.evaluation.model_copy(update={"limit": 2}))
+    with pytest.raises(
+        StaleInputError, match=r"made from files, all questions; this run asks .* the first 2 questions"
+    ):
+        compare(source, fewer, RunOptions(device="cpu"), tmp_path / "out")
 
 
 def test_rows_of_other_settings_are_not_taken_for_these(source, done) -> None:

@@ -62,11 +62,10 @@ def compare(
     from saap.display_compare import print_comparison
     from saap.errors import ConfigurationError
     from saap.parsing import choice, parse_methods, parse_ratios, parse_roles, parse_seeds
-    from saap.pipeline.compare import CompareRequest
     from saap.pipeline.compare import compare as run_compare
     from saap.pipeline.inputs import RunOptions
     from saap.pipeline.tables import write_tables
-    from saap.requests import EvalRequest
+    from saap.requests import CompareRequest, EvalRequest
 
     restorations = {"both": (False, True), "yes": (True,), "no": (False,)}
     if restore not in restorations:

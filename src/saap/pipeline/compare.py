@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from torch import nn
 from saap.baselines.methods import BASELINES, Measurements
 from saap.config import MethodChoice, PruneConfig
 from saap.discovery import discover
-from saap.errors import ConfigurationError, OutputError, StaleInputError
+from saap.errors import ConfigurationError
 from saap.evaluation.bootstrap import kept_accuracy
 from saap.evaluation.perplexity import Perplexity, perplexity
 from saap.evaluation.zero_shot import TaskResult
@@ -26,6 +25,7 @@ from saap.export.manifest import recorded_versions
 from saap.models.devices import quick_float32_products
 from saap.models.loading import load_tokenizer
 from saap.models.references import resolve_model
+from saap.pipeline.compared_rows import RowKey, RowStore, file_name
 from saap.pipeline.context import Run
 from saap.pipeline.evaluate import ask_tasks, check_request, finite, read_streams
 from saap.pipeline.inputs import LoadedModel, RunOptions, TokenSets, draw_tokens, open_model
@@ -39,35 +39,12 @@ from saap.pipeline.targets import Target, with_budgets
 from saap.pipeline.typed import typed_command
 from saap.pipeline.work import WorkFolder
 from saap.pipeline.written import GENERATED, write_text
-from saap.records import ImportanceScores, IntArray, ModelGraph, StructurePlan, digest_of
-from saap.requests import EvalRequest
+from saap.records import ImportanceScores, IntArray, ModelGraph, StructurePlan
+from saap.requests import CompareRequest
 from saap.storage import write_whole
 from saap.structure_search.plan import SearchSpace, check_reachable
 
 FILE = "comparison.json"
-DENSE = "dense.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompareRequest:
-    """What to compare.
-
-    methods: each with the roles that it may prune, None for the configuration's. config: of the method under test;
-    its calibration and its ratios are everybody's. restorations: False cuts only (FLAP adds its biases), True also
-    restores. evaluation: the texts and tasks to measure on. task_ratios: ask the tasks at these pruning ratios only,
-    None for all of them: tasks take far longer than perplexity.
-    """
-
-    methods: tuple[MethodChoice, ...]
-    config: PruneConfig
-    seeds: tuple[int, ...] = (0,)
-    restorations: tuple[bool, ...] = (False, True)
-    evaluation: EvalRequest
-    task_ratios: tuple[float, ...] | None = None
-
-    def asks_tasks(self, ratio: float) -> bool:
-        """Whether a model pruned by `ratio` answers the tasks."""
-        return bool(self.evaluation.tasks) and (self.task_ratios is None or ratio in self.task_ratios)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +98,7 @@ class _Bench:
     request: CompareRequest
     streams: Mapping[str, IntArray]
     meter: Meter
+    rows: RowStore
 
 
 def compare(
@@ -153,16 +131,17 @@ def compare(
             for target in _targets(run_config, graph, loaded):
                 if target.budget is not None:
                     check_reachable(graph, target.budget, _space(run_config, loaded, graph))
-    _take_up(out, request, graph)
-    bench = _Bench(loaded, graph, request, streams, meter)
+    rows = RowStore(out, request)
+    rows.open(graph)
+    bench = _Bench(loaded, graph, request, streams, meter, rows)
     with quick_float32_products():
-        dense = _dense_row(bench, out)
+        dense = _dense_row(bench)
         for seed in request.seeds:
-            _rows_of_seed(bench, seed, options, out, dense)
+            _rows_of_seed(bench, seed, options, dense)
     result = {
         "model": loaded.ref.source,
         "dense": dense,
-        "rows": _finished_rows(request, out),
+        "rows": rows.finished(),
         "command": list(typed_command()),
         "settings": finite(request.config.model_dump(mode="json")),
         "versions": recorded_versions(),
@@ -183,19 +162,6 @@ def _check(request: CompareRequest) -> None:
         )
     if not request.evaluation.texts:
         raise ConfigurationError("no text to measure perplexity on was named", "Give --perplexity NAME|FILE")
-
-
-def _take_up(out: Path, request: CompareRequest, graph: ModelGraph) -> None:
-    """Make the folder, or go on in one of the same settings; methods, ratios and seeds may be added to those there.
-
-    Raises StaleInputError if its rows were made with other settings, OutputError if it holds something else.
-    """
-    config = request.config.model_dump(mode="json", exclude={"pruning_ratios", "seed", "method"})
-    evaluation = {name: str(value) for name, value in request.evaluation.model_dump().items()}
-    try:
-        WorkFolder(out).open(digest_of([config, evaluation, graph.digest]))
-    except (OutputError, StaleInputError) as error:
-        raise type(error)(error.offender, "Choose another --out for this comparison") from None
 
 
 def _config(request: CompareRequest, choice: MethodChoice, seed: int) -> PruneConfig:
@@ -220,46 +186,24 @@ def _space(config: PruneConfig, loaded: LoadedModel, graph: ModelGraph) -> Searc
     )
 
 
-def _rows_of_seed(bench: _Bench, seed: int, options: RunOptions, out: Path, dense: dict[str, Any]) -> None:
-    """Make the rows of one seed that do not lie in `out`."""
-    wanted = _wanted(bench.request, seed, out)
-    lacking = {key: path for key, path in wanted.items() if not _is_finished(bench.request, path, key[1])}
+def _rows_of_seed(bench: _Bench, seed: int, options: RunOptions, dense: dict[str, Any]) -> None:
+    """Make the rows of one seed that are not there."""
+    lacking = bench.rows.lacking(seed)
     if not lacking:
         return
-    shared = _share(bench, seed, options, out)
+    shared = _share(bench, seed, options)
     for choice in bench.request.methods:
         here = {key: path for key, path in lacking.items() if key[0] == choice}
         if here:
             _make_rows(bench, shared, choice, here, dense)
 
 
-def _wanted(request: CompareRequest, seed: int, out: Path) -> dict[tuple[MethodChoice, float, bool], Path]:
-    return {
-        (choice, ratio, restored): out / "rows" / f"{_key(choice.label, ratio, seed, restored)}.json"
-        for choice in request.methods
-        for ratio in request.config.pruning_ratios
-        for restored in request.restorations
-    }
-
-
-def _is_finished(request: CompareRequest, path: Path, ratio: float) -> bool:
-    """Whether a row is there, with its tasks if it is to have them."""
-    return path.exists() and (not request.asks_tasks(ratio) or bool(json.loads(path.read_text())["tasks"]))
-
-
-def _finished_rows(request: CompareRequest, out: Path) -> list[dict[str, Any]]:
-    """All rows in `out`, those that were asked for first."""
-    asked = [path for seed in request.seeds for path in _wanted(request, seed, out).values()]
-    others = sorted(set((out / "rows").glob("*.json")) - {*asked, out / "rows" / DENSE})
-    return [json.loads(path.read_text()) for path in (*asked, *others)]
-
-
-def _share(bench: _Bench, seed: int, options: RunOptions, out: Path) -> _Shared:
+def _share(bench: _Bench, seed: int, options: RunOptions) -> _Shared:
     """The calibration of one seed, the same for every method."""
     config = bench.request.config.model_copy(update={"seed": seed, "restore": True})
     with bench.meter.stage("read the calibration text"):
         tokens: TokenSets = draw_tokens(bench.loaded, config, config.calibration)
-    work = WorkFolder(out / "work" / f"seed-{seed}")
+    work = WorkFolder(bench.rows.folder / "work" / f"seed-{seed}")
     work.path.mkdir(parents=True, exist_ok=True)
     space = _space(config, bench.loaded, bench.graph)
     run = Run(config, options, bench.loaded, bench.graph, space, tokens, work, bench.meter)
@@ -271,12 +215,12 @@ def _make_rows(
     bench: _Bench,
     shared: _Shared,
     choice: MethodChoice,
-    wanted: Mapping[tuple[MethodChoice, float, bool], Path],
+    wanted: Mapping[RowKey, Path],
     dense: dict[str, Any],
 ) -> None:
     """Score and plan with one method, then make and measure each of its rows."""
     config = _config(bench.request, choice, shared.run.config.seed)
-    work = WorkFolder(shared.run.work.path / _file_name(choice.label))
+    work = WorkFolder(shared.run.work.path / file_name(choice.label))
     work.path.mkdir(parents=True, exist_ok=True)
     if shared.run.work.file(GENERATED).exists():
         shutil.copyfile(shared.run.work.file(GENERATED), work.file(GENERATED))
@@ -315,7 +259,7 @@ def _make_alike(
     timed = {**seconds, "search": (time.perf_counter() - start) / len(targets)}
     for ratio, path in wanted.items():
         row = _row(bench, run, choice, plans[ratio], scores, found, ratio, timed, dense)
-        write_whole(path, (json.dumps(finite(dataclasses.asdict(row)), indent=1) + "\n").encode())
+        bench.rows.write(path, dataclasses.asdict(row))
 
 
 def _row(
@@ -359,20 +303,19 @@ def _row(
     )
 
 
-def _dense_row(bench: _Bench, out: Path) -> dict[str, Any]:
-    path = out / "rows" / DENSE
-    if not path.exists():
+def _dense_row(bench: _Bench) -> dict[str, Any]:
+    row = bench.rows.dense()
+    if row is None:
         with bench.meter.stage("measure the dense model"):
             found, speed, tasks = _measure(bench, bench.loaded.model, with_tasks=True)
-        data = {
+        row = {
             "parameters": bench.graph.parameters,
             "block_parameters": bench.graph.block_parameters,
             "perplexity": {name: dataclasses.asdict(one) for name, one in found.items()},
             "tasks": {name: dataclasses.asdict(one) for name, one in tasks.items()},
             "tokens_per_second": speed,
         }
-        write_whole(path, (json.dumps(finite(data), indent=1) + "\n").encode())
-    row: dict[str, Any] = json.loads(path.read_text())
+        bench.rows.write_dense(row)
     return row
 
 
@@ -391,11 +334,3 @@ def _measure(
     if wanted.tasks and with_tasks:
         tasks = ask_tasks(model, bench.loaded.tokenizer, wanted, bench.meter.reporter)
     return found, speed, tasks
-
-
-def _key(label: str, ratio: float, seed: int, restored: bool) -> str:
-    return f"{_file_name(label)}-{ratio:g}-{'restored' if restored else 'cut'}-seed{seed}"
-
-
-def _file_name(label: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", label)
