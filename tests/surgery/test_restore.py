@@ -9,9 +9,6 @@ from tests.families import build
 from torch import nn
 
 from saap.discovery import discover
-from saap.models.capture import residual_gain
-from saap.models.linear import weight_out_in
-from saap.models.walker import BlockWalker
 from saap.records import Layout, ModelGraph, StructurePlan
 from saap.structure_search.plan import make_plan
 from saap.surgery.cut import cut
@@ -96,18 +93,3 @@ def test_the_scores_weigh_in_on_the_second_order_choice() -> None:
     settings = RestoreSettings(second_order=True, scores=favoured)
     kept = restore(model, graph, plan, tokens(), settings).keep
     assert all(kept[name] == tuple(range(len(plan.keep[name]))) for name in plan.keep)
-
-
-@pytest.mark.parametrize(("name", "gains"), [("llama", (1.0, 1.0)), ("gpt_neox", (1.0, 1.0)), ("gemma2", (None, None))])
-def test_residual_gain(name: str, gains: tuple[float | None, ...]) -> None:
-    model = build(name)
-    graph = discover(model)
-    walker = BlockWalker(model, graph.blocks)
-    stream = walker.start(tokens(1))
-    paths = [m.tensor.rpartition(".")[0] for group in graph.in_block(0) for m in group.consumers]
-    with torch.no_grad():
-        found = residual_gain(walker, 0, paths, stream.hidden, stream.contexts)
-    assert {path for path, _ in found} == set(paths)
-    for (_, gain), expected in zip(found, gains, strict=True):
-        assert gain == (None if expected is None else pytest.approx(expected, abs=1e-6))
-    assert weight_out_in(model.get_submodule(paths[0])).ndim == 2

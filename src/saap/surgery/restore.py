@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from saap.models.capture import capture, residual_gain
+from saap.models.capture import capture
 from saap.models.least_squares import Moments, removal_order, ridge_refit
 from saap.models.linear import weight_out_in
 from saap.models.masking import channel_mask
 from saap.models.offload import mark_changed
 from saap.models.processes import Processes
+from saap.models.residual import ResidualEntry, residual_ways
 from saap.models.spill import NewTensors, Spill, Tensors, held
 from saap.models.walked import passed, started
 from saap.models.walker import BlockWalker, Contexts
@@ -79,7 +80,7 @@ class _Streams:
 
 @dataclass(frozen=True, slots=True)
 class _Consumer:
-    """A linear module that reads the channels of a group, and the factor its output has in the residual stream.
+    """A linear module that reads the channels of a group, and how its output enters the residual stream, if known.
 
     beside: the other groups of its bundle, whose channels the module reads too (query heads of other KV groups).
     """
@@ -87,7 +88,7 @@ class _Consumer:
     path: str
     module: nn.Module
     group: CoupledGroup
-    gain: float | None
+    entry: ResidualEntry | None
     beside: tuple[CoupledGroup, ...] = ()
 
 
@@ -145,16 +146,19 @@ def _consumers(
     by_path = {
         member.tensor.rpartition(".")[0]: group for group in groups for member in group.consumers if member.part is None
     }
-    found = streams.processes.from_first(
-        lambda: residual_gain(walker, layer, list(by_path), streams.dense[0][:1], streams.one)
+    ways = streams.processes.from_first(
+        lambda: residual_ways(walker, layer, list(by_path), streams.dense[0][:1], streams.one)
     )
-    return [
-        _Consumer(
-            path, walker.model.get_submodule(path), by_path[path], gain,
-            tuple(one for one in groups if one.bundle and one.bundle == by_path[path].bundle and one != by_path[path]),
-        )
-        for path, gain in found
-    ]  # fmt: skip
+    consumers = []
+    for way in ways:
+        module, group = walker.model.get_submodule(way.path), by_path[way.path]
+        entry = ResidualEntry.along(way, walker.model, weight_out_in(module)[:, 0])
+        consumers.append(_Consumer(way.path, module, group, entry, _beside(group, groups)))
+    return consumers
+
+
+def _beside(group: CoupledGroup, groups: Sequence[CoupledGroup]) -> tuple[CoupledGroup, ...]:
+    return tuple(one for one in groups if one.bundle and one.bundle == group.bundle and one != group)
 
 
 def _restore_block(
@@ -236,23 +240,35 @@ def _refit_consumers(
     for position, consumer in enumerate(consumers):
         last = position == len(consumers) - 1
         taken = _pruned_pass(walker, layer, consumer.path, streams, to_the_end=last)
-        added = consumer.gain if settings.residual_target else None
-        both = zip(dense_outputs.pop(consumer.path), gap, strict=True)
-        targets = held(new, (_target(dense, opened, added) for dense, opened in both))
-        fresh = held(new, _refit(walker.model, consumer, streams, taken.inputs, targets, plan, settings, result))
-        gain = consumer.gain
-        if gain is None:
+        dense, entry = dense_outputs.pop(consumer.path), consumer.entry
+        aim = entry if settings.residual_target else None
+        targets = held(new, (one if aim is None else aim.target(one, g) for one, g in zip(dense, gap, strict=True)))
+        weights = [None if entry is None else entry.token_weights(one) for one in dense]
+        wanted = _Wanted(targets, weights)
+        fresh = held(new, _refit(walker.model, consumer, streams, taken.inputs, wanted, plan, settings, result))
+        if entry is None:
             continue
-        gap = held(new, (gain * (target - now) for target, now in zip(targets, fresh, strict=True)))
+        four = zip(gap, dense, targets, fresh, strict=True)
+        gap = held(new, (_still_open(entry, *one) for one in four))
         if taken.block is not None:
             three = zip(taken.block, fresh, taken.outputs, strict=True)
-            pruned_next = held(new, (out + gain * (now - old) for out, now, old in three))
+            pruned_next = held(new, (out + entry.added(now) - entry.added(old) for out, now, old in three))
     return pruned_next
 
 
-def _target(dense: Tensor, gap: Tensor, gain: float | None) -> Tensor:
-    """What the consumer should put out: the dense output, plus what the residual stream lacks where it adds to it."""
-    return dense if gain is None else dense + gap / gain
+def _still_open(entry: ResidualEntry, gap: Tensor, dense: Tensor, target: Tensor, now: Tensor) -> Tensor:
+    """What the residual stream lacks once the module puts out `now`."""
+    if entry.norm is None:
+        return entry.added(target - now)
+    return gap + entry.added(dense) - entry.added(now)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What a consumer should put out, and how much each token's error weighs (..., 1), None for all the same."""
+
+    targets: Tensors
+    weights: Sequence[Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +298,7 @@ def _refit(
     consumer: _Consumer,
     streams: _Streams,
     taken: Tensors,
-    targets: Tensors,
+    wanted: _Wanted,
     plan: StructurePlan,
     settings: RestoreSettings,
     result: Restoration,
@@ -294,7 +310,7 @@ def _refit(
     weight = weight_out_in(consumer.module).float().clone()
     bias = consumer.module._parameters.get("bias")
     extra = 0 if bias is None else 1
-    fit, judging = _moments(weight, extra, streams, taken, targets, settings.held_share)
+    fit, judging = _moments(weight, extra, streams, taken, wanted, settings.held_share)
     kept = streams.processes.from_first(lambda: _choose(consumer, weight, fit, judging, plan, settings))
     columns = _kept_columns(consumer, kept, plan, weight.shape[1], weight.device)
     if consumer.beside:
@@ -322,16 +338,18 @@ def _refit(
 
 
 def _moments(
-    weight: Tensor, extra: int, streams: _Streams, taken: Tensors, targets: Tensors, held_share: float
+    weight: Tensor, extra: int, streams: _Streams, taken: Tensors, wanted: _Wanted, held_share: float
 ) -> tuple[Moments, Moments]:
     """Moments of the sequences to fit, and of those that only judge, over all processes."""
     held_from = streams.batches - max(1, round(streams.batches * held_share))
     fit, judging = (Moments.empty(weight.shape[1] + extra, weight.shape[0], weight.device) for _ in range(2))
     own = streams.processes.share(streams.batches)
-    for index, read, target in zip(own, taken, targets, strict=True):
-        x = _with_ones(read.flatten(0, -2).float(), extra)
+    for index, read, target, weights in zip(own, taken, wanted.targets, wanted.weights, strict=True):
+        x, t = _with_ones(read.flatten(0, -2).float(), extra), target.flatten(0, -2).float()
+        if weights is not None:
+            x, t = x * weights.flatten(0, -2), t * weights.flatten(0, -2)
         moments = fit if index < held_from else judging
-        moments.add(x, target.flatten(0, -2).float())
+        moments.add(x, t)
     return _summed(fit, streams.processes), _summed(judging, streams.processes)
 
 

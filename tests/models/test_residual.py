@@ -1,0 +1,64 @@
+"""How a module's output enters the residual stream, and what it should put out to close a gap there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests import families
+
+from saap.discovery import discover
+from saap.models.residual import ResidualEntry, Way, residual_ways
+from saap.models.walker import BlockWalker
+
+
+def ways_of(name: str) -> tuple[torch.nn.Module, list[Way]]:
+    model = families.build(name)
+    graph = discover(model)
+    walker = BlockWalker(model, graph.blocks)
+    stream = walker.start(families.token_ids(1, 12))
+    paths = [m.tensor.rpartition(".")[0] for group in graph.in_block(0) for m in group.consumers]
+    with torch.no_grad():
+        found = residual_ways(walker, 0, paths, stream.hidden, stream.contexts)
+    assert {way.path for way in found} == set(paths)
+    return model, found
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt2", "phi3"])
+def test_a_plain_residual_connection_adds_the_output(name: str) -> None:
+    _, ways = ways_of(name)
+    assert [way.gain for way in ways] == [pytest.approx(1.0, abs=1e-6)] * 2
+    assert [way.norm for way in ways] == [None, None]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2", "glm4"])
+def test_a_norm_in_between_is_found_without_knowing_the_family(name: str) -> None:
+    model, ways = ways_of(name)
+    assert [way.gain for way in ways] == [pytest.approx(1.0, abs=1e-4)] * 2
+    for way in ways:
+        assert way.norm is not None
+        assert "norm" in type(model.get_submodule(way.norm)).__name__.lower()
+
+
+def test_a_scaled_residual_connection_has_its_factor() -> None:
+    _, ways = ways_of("granite")
+    assert all(way.gain is not None and way.norm is None for way in ways)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_target_closes_a_small_gap(name: str) -> None:
+    model, ways = ways_of(name)
+    generator = torch.Generator().manual_seed(0)
+    width = model.config.hidden_size
+    dense = torch.randn(2, 5, width, generator=generator)
+    entry = ResidualEntry.along(ways[1], model, dense)
+    assert entry is not None
+    with torch.no_grad():
+        gap = 1e-3 * torch.randn(2, 5, width, generator=generator)
+        before = entry.added(dense)
+        if entry.norm is not None:  # a norm gives every token the same length, so only what turns it can be closed
+            direction = before / entry.scale
+            lost = (gap / entry.scale * direction).sum(-1, keepdim=True) / direction.square().sum(-1, keepdim=True)
+            gap = gap - entry.scale * lost * direction
+        closed = entry.added(entry.target(dense, gap)) - before
+    assert float((closed - gap).norm()) < 0.02 * float(gap.norm())
+    assert (entry.token_weights(dense) is None) == (name == "llama")
