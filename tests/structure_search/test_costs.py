@@ -32,7 +32,7 @@ def test_a_norm_after_the_module_takes_out_its_scale() -> None:
 
 
 def test_the_costs_of_all_units_of_a_module_add_up_to_the_second_order_change() -> None:
-    """With every unit gone nothing makes up for them: half the mean squared gradient entry times the squared output."""
+    """With every unit gone nothing makes up for them: half the squared output of each token, weighted."""
     model = families.build("llama")
     graph, tokens = discover(model), families.token_ids(3, 12)
     model.requires_grad_(True)
@@ -45,7 +45,7 @@ def test_the_costs_of_all_units_of_a_module_add_up_to_the_second_order_change() 
         handle.remove()
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         (gradient,) = torch.autograd.grad(losses.sum(), taken[0])
-        expected = 0.5 * gradient.square().mean() * taken[0].square().sum(-1).mean()
+        expected = 0.5 * (gradient.square().mean(-1) * taken[0].square().sum(-1)).mean().detach()
         assert float(found.scores[group.name].mean.sum()) == pytest.approx(
             float(expected), rel=0.05
         )  # the Gram matrix is damped
