@@ -213,7 +213,7 @@ def _backward(
 ) -> Tensor:
     """Gradient at the input of a block; adds what its consumers read to their Gram matrices.
 
-    A token weighs as much as the mean squared entry of its gradient, of its sequence's summed loss, at the module's output.
+    A token weighs as much as the mean squared entry, at the module's output, of its own summed-loss gradient.
     gradient: at the block's output, of the mean loss of each sequence.
     """
     before, found = backward_to_outputs(walker, layer, _paths_in(by_path, layer), entry, contexts, gradient)
