@@ -29,7 +29,7 @@ from saap.errors import ConfigurationError
 from saap.estimation.calibrate import estimate as _estimate
 from saap.estimation.selection import unit_scores
 from saap.evaluation.generation import BUNDLED
-from saap.models.devices import require_one_device
+from saap.models.devices import require_values
 from saap.models.loading import model_ref
 from saap.models.offload import offloaded
 from saap.models.processes import together
@@ -85,7 +85,7 @@ def estimate(
     Raises CalibrationError, ModelError, NonFiniteLossError, ConfigurationError for a limit that is too small.
     """
     if isinstance(model, nn.Module):
-        require_one_device(model)
+        require_values(model)
         opened = model
     else:
         config = PruneConfig(pruning_ratios=(0,), restore=False, sample_length=sample_length)
@@ -227,6 +227,7 @@ def prune(
     revision: str | None = None,
     trust_remote_code: bool = False,
     max_memory: int | None = None,
+    device_map: str | None = None,
     reporter: Reporter | None = None,
 ) -> PruneResult:
     """Prune a model: discover, estimate, search, cut, restore, check, and write it to `out` if that is given.
@@ -236,8 +237,9 @@ def prune(
     the weights as written; target_speedup: of decoding, measured in `runtime` (llama.cpp: with weights of the type
     `quantization`); exactly one of them, or `plan`. calibration: names and files, texts, or token ids (samples,
     length). method: a baseline instead, which restores only if `restore` says so. max_memory: bytes that may be
-    resident; for it the weights of a model given by its folder may stay in the files, those of the result too. The
-    other arguments are the flags of `saap prune`. Raises SaapError.
+    resident; for it the weights of a model given by its folder may stay in the files, those of the result too.
+    device_map: auto, balanced or sequential, for blocks over several devices; a loaded model with a device map is taken
+    as it lies. The other arguments are the flags of `saap prune`. Raises SaapError.
     """
     if skip_layers is not None and len(skip_layers) != 2:
         raise ConfigurationError(f"skip_layers {skip_layers!r} is not understood", "Give (first, last), e.g. (4, 2)")
@@ -273,6 +275,7 @@ def prune(
         revision=revision,
         trust_remote_code=trust_remote_code,
         max_memory=max_memory,
+        device_map=device_map,
     )
     with together():
         (result,) = run_prune(model_or_path, config, options, reporter, calibration=calibration, tokenizer=tokenizer)

@@ -142,6 +142,10 @@ def prune(
         str | None,
         typer.Option(metavar="BYTES", help="Most that may be resident, e.g. 6GB; blocks are read when needed for it."),
     ] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="Blocks over several devices: auto, balanced or sequential."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the written weights: auto, float32, float16 or bfloat16.")] = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -196,7 +200,7 @@ def prune(
 
     options = RunOptions(
         out=out, overwrite=overwrite, work_dir=work_dir, keep_work=keep_work, device=device, dtype=dtype,
-        revision=revision, trust_remote_code=trust_remote_code,
+        revision=revision, trust_remote_code=trust_remote_code, device_map=device_map,
         max_memory=parse_bytes("--max-memory", max_memory) if max_memory is not None else None,
     )  # fmt: skip
     if recover_on and not dry_run:

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
+from tests import families
 from tests.pipeline import tiny
+from tests.pretend import FIRST, SECOND, pretended_devices, spread
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import saap
-from saap.errors import ModelError
-from saap.models.devices import require_one_device
+from saap.errors import ConfigurationError, ModelError
+from saap.models.devices import require_values
 
 SETTINGS = {"pruning_ratio": 0.3, "samples": 4, "sample_length": 16, "refit_tokens": 1024, "effort": "fast", "align": 8}
 TEXT = np.random.default_rng(0).integers(2, tiny.VOCABULARY, (64, 128))
@@ -43,9 +45,69 @@ def test_offloaded_weights_are_refused(tmp_path: Path) -> None:
         saap.prune(model, calibration=TEXT, **SETTINGS)
 
 
-def test_several_devices_are_refused() -> None:
+def test_several_devices_without_a_map_are_refused() -> None:
     parameters = [("first", SimpleNamespace(device=torch.device("cuda", 0))), ("second", torch.zeros(1))]
     model = SimpleNamespace(named_parameters=lambda: parameters, named_buffers=list)
-    with pytest.raises(ModelError, match=r"lies on 2 devices \(cpu, cuda:0\)"):
-        require_one_device(model)  # type: ignore[arg-type]
-    require_one_device(nn.Linear(2, 2))
+    with pytest.raises(ModelError, match=r"lies on 2 devices \(cpu, cuda:0\) without a device map"):
+        require_values(model)  # type: ignore[arg-type]
+    require_values(nn.Linear(2, 2))
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "searched and restored": ("llama", {}),
+    "norms after the modules": ("gemma2", {}),
+    "experts": ("mixtral", {}),
+    "hidden channels": ("llama", {"roles": ("ffn", "attention", "hidden")}),
+    "whole blocks": ("llama", {"roles": ("ffn", "block")}),
+    "cut only": ("bloom", {"restore": False}),
+    "flap": ("llama", {"method": "flap"}),
+    "llm-pruner": ("llama", {"method": "llm-pruner-element2", "effort": "fast"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_blocks_over_two_devices_give_the_same_model(case: str) -> None:
+    family, changes = CASES[case]
+    text = families.token_ids(160, 12).numpy()
+    settings = {"pruning_ratio": 0.2, "samples": 6, "sample_length": 12, "refit_tokens": 1024, "align": 8, **changes}
+    plain = saap.prune(families.build(family), calibration=text, **settings)
+    with pretended_devices():
+        dense = spread(families.build(family))
+        found = saap.prune(dense, calibration=text, **settings)
+        assert {str(parameter.device) for parameter in found.model.parameters()} == {FIRST, SECOND}
+        assert found.plan.keep == plain.plan.keep
+        for name, parameter in found.model.named_parameters():
+            assert torch.equal(parameter.cpu(), plain.model.get_parameter(name)), name
+
+
+def test_the_pretended_devices_refuse_each_other() -> None:
+    with pretended_devices():
+        one, other = torch.ones(2, 2).to(FIRST), torch.ones(2, 2).to(SECOND)
+        with pytest.raises(RuntimeError, match="lazy:0, lazy:1"):
+            one @ other
+        assert torch.equal((one @ other.to(FIRST)).cpu(), torch.full((2, 2), 2.0))
+
+
+def test_a_model_is_opened_by_a_device_map(tmp_path: Path) -> None:
+    folder = tiny.folder(tmp_path / "dense")
+    one = saap.prune(folder, calibration=TEXT, out=tmp_path / "one", **SETTINGS)
+    other = saap.prune(folder, calibration=TEXT, out=tmp_path / "other", device_map="auto", **SETTINGS)
+    assert other.plan.keep == one.plan.keep
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() == (
+        tmp_path / "one" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device_map": "diagonal"}, "--device-map diagonal is unknown"),
+        ({"device_map": "auto", "device": "cpu"}, "--device names one device"),
+        ({"device_map": "auto", "max_memory": 10**9}, "--max-memory leaves the weights in their files"),
+    ],
+)
+def test_maps_that_cannot_be_used(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=reason):
+        saap.prune(tmp_path / "nowhere", calibration=TEXT, out=tmp_path / "out", **SETTINGS, **changes)
+    with pytest.raises(ConfigurationError, match="the model is in memory already"):
+        saap.prune(tiny.model(), calibration=TEXT, device_map="auto", **SETTINGS)

@@ -53,7 +53,9 @@ def activation_statistics(
             for layer in range(len(walker.paths)):
                 with capture(model, paths.get(layer, [])) as seen:
                     after = walker.run_block(layer, hidden, stream.contexts)
-                cosines[layer] += float(nn.functional.cosine_similarity(hidden, after, dim=-1).double().sum())
+                cosines[layer] += float(
+                    nn.functional.cosine_similarity(hidden.to(after.device), after, dim=-1).double().sum()
+                )
                 for path, taken in seen.items():
                     inputs = taken.input.flatten(0, -2).double()
                     first, second, count = sums.get(path, (0.0, 0.0, 0))

@@ -86,7 +86,9 @@ def _sample_gradients(
         with torch.enable_grad():
             entry = inputs.pop().detach().requires_grad_(True)
             output = walker.run_block(layer, entry, stream.contexts)
-            gradient, *gradients = torch.autograd.grad(output, [entry, *wanted], gradient, allow_unused=True)
+            gradient, *gradients = torch.autograd.grad(
+                output, [entry, *wanted], gradient.to(output.device), allow_unused=True
+            )
         for name, parameter, one in zip(names, wanted, gradients, strict=True):
             parameter.requires_grad_(False)
             found.append((name, torch.zeros_like(parameter) if one is None else one))

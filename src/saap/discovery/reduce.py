@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
 
@@ -39,6 +40,7 @@ def reduced(model: nn.Module, blocks: Sequence[str], kept: Sequence[int]) -> Red
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
             memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
     twin = copy.deepcopy(model, memo).eval()
+    remove_hook_from_module(twin, recurse=True)  # accelerate's, of a model over several devices
     path = blocks[0].rpartition(".")[0]
     parent, _, name = path.rpartition(".")
     remaining = [twin.get_submodule(blocks[index]) for index in kept]

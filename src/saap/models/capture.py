@@ -70,6 +70,6 @@ def backward_to_outputs(
         entry = hidden.detach().requires_grad_(True)
         output = walker.run_block(layer, entry, contexts)
         sources = [entry, *(taken.output for taken in seen.values())]
-        before, *found = torch.autograd.grad(output, sources, gradient, materialize_grads=True)
+        before, *found = torch.autograd.grad(output, sources, gradient.to(output.device), materialize_grads=True)
     felt = {path: Felt(taken.input.detach(), one) for (path, taken), one in zip(seen.items(), found, strict=True)}
     return before, felt

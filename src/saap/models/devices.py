@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from saap.errors import ConfigurationError, ModelError
+
+DeviceMap = str | Mapping[str, int | str]
+"""Where the modules of a model go, as transformers and accelerate take it: a strategy such as auto, or a map."""
+
+DEVICE_MAPS = ("auto", "balanced", "sequential")
+"""Strategies of accelerate by which the blocks of a model are put on the devices of a machine."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -32,23 +38,31 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def require_one_device(model: nn.Module) -> None:
-    """Raise ModelError for a given model that is spread over several devices, or whose weights are offloaded.
+def spread_over(model: nn.Module) -> dict[str, int | str] | None:
+    """Which module lies where, if accelerate has put the model on several devices; None for a model on one."""
+    found = getattr(model, "hf_device_map", None)
+    if not isinstance(found, Mapping) or len({str(place) for place in found.values()}) < 2:
+        return None
+    return {str(path): place if isinstance(place, int) else str(place) for path, place in found.items()}
 
-    One process walks the blocks on one device; several processes split the samples, not the model.
+
+def require_values(model: nn.Module) -> None:
+    """Raise ModelError for a model whose weights are offloaded, or lie on several devices without a device map.
+
+    accelerate's hooks, which come with the map, move what goes into a module to where it computes.
     """
     places = {name: tensor.device for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     away = [name for name, device in places.items() if device.type == "meta"]
     if away:
         raise ModelError(
-            f"{len(away)} tensors of the given model have no values in memory (the first is {away[0]})",
-            "Load it without offloading, or give its path in place of the loaded model",
+            f"{len(away)} tensors of the model have no values in memory (the first is {away[0]})",
+            "Load it without offloading, or give its path and --max-memory",
         )
     devices = sorted({str(device) for device in places.values()})
-    if len(devices) > 1:
+    if len(devices) > 1 and spread_over(model) is None:
         raise ModelError(
-            f"The given model lies on {len(devices)} devices ({', '.join(devices)})",
-            "Load it on one device, e.g. with device_map={'': 0}",
+            f"The given model lies on {len(devices)} devices ({', '.join(devices)}) without a device map",
+            "Load it with device_map='auto', or on one device",
         )
 
 

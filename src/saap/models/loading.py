@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTo
 from transformers.utils import logging as transformers_logging
 
 from saap.errors import ModelError, first_line
-from saap.models.devices import pick_device, working_dtype
+from saap.models.devices import DeviceMap, pick_device, require_values, working_dtype
 from saap.models.groupwise_files import WeightOf, fill, open_empty, pack_linears, read_packed, stored_buffers
 from saap.models.modeling_pruned import MODEL_TYPE, SaapPrunedConfig, auto_classes
 from saap.models.offload import offload, offloaded
@@ -59,19 +59,30 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_model(resolved: ResolvedModel, *, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+def load_model(
+    resolved: ResolvedModel,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
+) -> Any:
     """Read the weights: a transformers model in evaluation mode whose parameters want no gradient.
 
     dtype: to compute in; None: float32 for 16 bit and GGUF sources (bfloat16 stays on CUDA), else the stored one.
+    device_map: puts the blocks on several devices in place of `device`, as accelerate names it.
     Raises ModelError if the weights do not fit the configuration; nothing is initialised at random.
     """
     chosen = dtype if dtype is not None else working_dtype(device, resolved.dtype)
-    return _open(resolved, device, chosen)
+    return _open(resolved, device, chosen, device_map)
 
 
-def _open(resolved: ResolvedModel, device: torch.device, dtype: torch.dtype) -> Any:
+def _open(
+    resolved: ResolvedModel, device: torch.device, dtype: torch.dtype, device_map: DeviceMap | None = None
+) -> Any:
     register_pruned_models()
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": resolved.trust_remote_code}
+    if device_map is not None:
+        options["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
     if resolved.gguf_file is None:
         options["use_safetensors"] = True  # pickle files that lie beside them are never read
     if resolved.gguf_file is not None:
@@ -92,7 +103,11 @@ def _open(resolved: ResolvedModel, device: torch.device, dtype: torch.dtype) -> 
         )
     if resolved.gguf_file is not None:
         _forget_quantization(model)
-    return model.to(device).eval().requires_grad_(False)
+    if device_map is None:
+        model = model.to(device)
+    else:
+        require_values(model)
+    return model.eval().requires_grad_(False)
 
 
 def model_without_weights(resolved: ResolvedModel) -> Any:
@@ -165,11 +180,19 @@ def load_processor(folder: Path) -> Any | None:
     return processor if hasattr(processor, "image_processor") else None
 
 
-def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, packed: bool = False) -> Any:
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
+    device_map: DeviceMap | None = None,
+) -> Any:
     """Open a model that saap has written, in either layout, or a stock one; no code of the folder is run.
 
     dtype: None keeps the stored one. packed: of a model that `saap recover` has written; its linear layers then hold
-    the integers, scales and zero points instead of full weights. Returns a transformers model in evaluation mode.
+    the integers, scales and zero points instead of full weights. device_map: as transformers takes it, in place of
+    `device`; not for packed weights. Returns a transformers model in evaluation mode.
     Raises ModelError.
     """
     resolved = resolve_model(path)
@@ -177,7 +200,7 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     stored = torch.float32 if resolved.gguf_file is not None else resolved.dtype
     chosen = dtype if dtype is not None else stored
     if not packed:
-        return _open(resolved, target, chosen)
+        return _open(resolved, target, chosen, device_map)
     weights = read_packed(resolved.folder)
     return load_groupwise(
         resolved, lambda model: weights, lambda name, read: weights[name], device=target, dtype=chosen

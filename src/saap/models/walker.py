@@ -105,6 +105,10 @@ class BlockWalker:
             self._bypassed(input_ids, None)
         return Stream(record.first_input(), tuple(record.contexts))
 
+    def device(self, index: int) -> torch.device:
+        """Where block `index` computes: blocks may lie on several devices."""
+        return next(self.blocks[index].parameters()).device
+
     def run_block(self, index: int, hidden: Tensor, contexts: Contexts) -> Tensor:
         """Output of block `index`. hidden: (sequences, tokens, width), of the shape the contexts were recorded for."""
         return _first(contexts[index].call(self.blocks[index], hidden))
@@ -125,7 +129,9 @@ class BlockWalker:
                 entry = hidden.detach().requires_grad_(True)
                 output = self.run_block(index, entry, contexts)
                 sources = [entry, *weights.values()]
-                result, *found = torch.autograd.grad(output, sources, gradient, materialize_grads=bool(weights))
+                result, *found = torch.autograd.grad(
+                    output, sources, gradient.to(output.device), materialize_grads=bool(weights)
+                )
         finally:
             for name, parameter in weights.items():
                 parameter.requires_grad_(learned[name])

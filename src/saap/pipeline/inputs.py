@@ -17,7 +17,7 @@ from saap.data.pairs import draw_pairs, pairs_file
 from saap.data.samples import Calibration, SampleRequest, check_vocabulary, draw_sets, token_stream
 from saap.data.texts import evaluation_text
 from saap.errors import CalibrationError
-from saap.models.devices import pick_device, pick_dtype, require_one_device
+from saap.models.devices import pick_device, pick_dtype, require_values
 from saap.models.images import image_token_ids, with_images
 from saap.models.loading import load_model, load_processor, load_tokenizer, model_ref
 from saap.models.references import resolve_model
@@ -36,6 +36,7 @@ class RunOptions:
 
     max_memory: bytes that the process may have resident. Where the weights therefore stay in their files, the search
     measures fewer candidates, and the model writes no text of its own to be calibrated on.
+    device_map: puts the blocks on several devices, by one of accelerate's strategies (auto, balanced, sequential).
     """
 
     out: Path | None = None
@@ -47,6 +48,7 @@ class RunOptions:
     revision: str | None = None
     trust_remote_code: bool = False
     max_memory: int | None = None
+    device_map: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,14 +99,14 @@ def open_model(source: str | Path | nn.Module, options: RunOptions, tokenizer: A
     Raises ModelError for everything that is wrong with it, before weights are read where that can be seen.
     """
     if isinstance(source, nn.Module):
-        require_one_device(source)
+        require_values(source)
         ref = model_ref(source, type(source).__name__, None)
         first = next(source.parameters()).dtype
         written = pick_dtype(options.dtype, source=first)
         return LoadedModel(model=source, tokenizer=tokenizer, ref=ref, dtype=written, owned=False)
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
     device = pick_device(options.device)
-    model = load_model(resolved, device=device)
+    model = load_model(resolved, device=device, device_map=options.device_map)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer if tokenizer is not None else load_tokenizer(resolved),

@@ -21,7 +21,7 @@ from saap.errors import ConfigurationError
 from saap.estimation.calibrate import TOKENS_AT_ONCE
 from saap.evaluation.perplexity import LOGITS_BYTES
 from saap.export.placing import check_place
-from saap.models.devices import pick_device, pick_dtype, working_dtype
+from saap.models.devices import pick_device, pick_dtype, spread_over, working_dtype
 from saap.models.loading import load, load_offloaded, load_tokenizer, model_ref, open_skeleton
 from saap.models.offload import offloaded
 from saap.models.references import ResolvedModel, resolve_model
@@ -305,7 +305,8 @@ def open_result(run: Run, folder: Path) -> nn.Module:
     """Open a written result to compute in the run's type; its weights stay in the files if the dense ones did."""
     compute = next(run.loaded.model.parameters()).dtype
     if run.loaded.fresh is None:
-        opened: nn.Module = load(folder, device=str(run.device), dtype=compute)
+        places = spread_over(run.loaded.model)
+        opened: nn.Module = load(folder, device=str(run.device), dtype=compute, device_map=places)
     else:
         opened = load_offloaded(resolve_model(folder), find_blocks, device=run.device, dtype=compute)
     return opened

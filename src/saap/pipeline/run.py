@@ -52,7 +52,7 @@ from saap.pipeline.report import PruneResult
 from saap.pipeline.speed import check_settings
 from saap.pipeline.speed_target import budget_for_speed
 from saap.pipeline.targets import Target, plan_targets, with_budgets, work_path
-from saap.pipeline.together import finish_together, shared_result, shared_work, with_device_of
+from saap.pipeline.together import check_device_map, finish_together, shared_result, shared_work, with_device_of
 from saap.pipeline.written import refit_tokens, write_text
 from saap.records import ImportanceScores, Layout, ModelGraph, StructurePlan, digest_of
 from saap.storage import read_plan
@@ -91,6 +91,7 @@ def run_prune(
     """
     config = for_method(config)
     processes = Processes.found()
+    check_device_map(options, source, processes)
     options = with_device_of(processes, source, options)
     meter = Meter(reporter if reporter is not None and processes.first else Silent())
     if options.max_memory is not None and options.out is None:
@@ -120,6 +121,7 @@ def preview(
     """
     if Processes.found().count > 1:
         raise ConfigurationError("--dry-run tries one process alone", "Start it without torchrun or accelerate launch")
+    check_device_map(options, source, Processes())
     config = for_method(config)
     meter = Meter(reporter if reporter is not None else Silent())
     if options.max_memory is None:

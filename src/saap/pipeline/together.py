@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from saap.errors import VerificationError
-from saap.models.devices import pick_device
+from saap.errors import ConfigurationError, VerificationError
+from saap.models.devices import DEVICE_MAPS, pick_device
 from saap.models.processes import Processes
 from saap.pipeline.context import Run
 from saap.pipeline.finish import Made, find_finished, finish
@@ -25,6 +25,23 @@ def with_device_of(processes: Processes, source: str | Path | nn.Module, options
     if processes.count == 1 or isinstance(source, nn.Module):
         return options
     return dataclasses.replace(options, device=str(processes.device(pick_device(options.device))))
+
+
+def check_device_map(options: RunOptions, source: str | Path | nn.Module, processes: Processes) -> None:
+    """Raise ConfigurationError for a device map that is unknown, or that something else speaks against."""
+    if options.device_map is None:
+        return
+    if options.device_map not in DEVICE_MAPS:
+        raise ConfigurationError(f"--device-map {options.device_map} is unknown", f"Use {', '.join(DEVICE_MAPS)}")
+    against = {
+        "the model is in memory already": isinstance(source, nn.Module),
+        "--device names one device": options.device != "auto",
+        "--max-memory leaves the weights in their files": options.max_memory is not None,
+        f"each of {processes.count} processes holds the whole model": processes.count > 1,
+    }
+    for reason, given in against.items():
+        if given:
+            raise ConfigurationError(f"--device-map cannot be used, since {reason}", "Leave one of the two out")
 
 
 def shared_work(processes: Processes, path: Path | None) -> WorkFolder:

@@ -106,6 +106,7 @@ class StructureJudge:
 
     def _row_divergence(self, dense: Tensor, hidden: Tensor, counted: Tensor) -> float:
         """dense, hidden: (length, width). counted: (length,) bool."""
+        counted, hidden = counted.to(dense.device), hidden.to(dense.device)
         return _divergence(self._walker.logits(dense[counted][None]), self._walker.logits(hidden[counted][None]))
 
     def _path(self, name: str) -> str:

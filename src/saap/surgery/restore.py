@@ -175,6 +175,7 @@ def _restore_block(
         streams.dense = streams.pruned = _run(walker, layer, streams.dense, streams)
         return
     streams.apart = True
+    _bring(streams, walker.device(layer))
     consumers = _consumers(walker, graph, plan, layer, streams)
     dense_next, dense_outputs = _dense_pass(walker, layer, consumers, streams)
     _cut_stacked(walker.model, graph, plan, layer, result)
@@ -186,6 +187,14 @@ def _restore_block(
     if pruned_next is None:
         pruned_next = _run(walker, layer, streams.pruned, streams)
     streams.dense, streams.pruned = dense_next, pruned_next
+
+
+def _bring(streams: _Streams, device: torch.device) -> None:
+    """Have both streams on a device: that of the next block, where the model lies on several."""
+    if any(one.device != device for one in streams.dense):
+        both = streams.dense is streams.pruned
+        streams.dense = held(streams.new, (one.to(device) for one in streams.dense))
+        streams.pruned = streams.dense if both else held(streams.new, (one.to(device) for one in streams.pruned))
 
 
 def _cut_stacked(model: nn.Module, graph: ModelGraph, plan: StructurePlan, layer: int, result: Restoration) -> None:

@@ -1,0 +1,108 @@
+"""Two pretended devices on the CPU, `lazy:0` and `lazy:1`, which refuse to compute with each other's tensors.
+
+They show, without a second device, that nothing assumes a model to lie on one. A tensor there wraps one of the CPU;
+PyTorch has the device type `lazy` for such backends, and nothing else uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import dispatch_model
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from saap.discovery.blocks import find_blocks
+
+FIRST, SECOND = "lazy:0", "lazy:1"
+_MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
+class Placed(Tensor):
+    """A tensor on a pretended device. raw: the one on the CPU."""
+
+    raw: Tensor
+
+    @staticmethod
+    def __new__(cls, raw: Tensor, device: torch.device) -> Placed:
+        made = Tensor._make_wrapper_subclass(
+            cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=device
+        )
+        made.raw = raw
+        return made
+
+    @property
+    def data(self) -> Placed:
+        return Placed(self.raw, self.device)
+
+    @data.setter
+    def data(self, new: Placed) -> None:
+        Tensor.data.__set__(self, new)
+        self.raw = new.raw
+
+    def tolist(self) -> Any:
+        return self.raw.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        return _compute(func, args, dict(kwargs or {}))
+
+
+def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Compute on the CPU, if all tensors lie on one device, and put what comes out there."""
+    tensors = [item for item in pytree.tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
+    placed = [tensor for tensor in tensors if isinstance(tensor, Placed)]
+    places = {str(tensor.device) for tensor in tensors if tensor.dim() > 0 or isinstance(tensor, Placed)}
+    if func not in _MOVES and len(places) > 1:
+        raise RuntimeError(f"{func} is given tensors on {', '.join(sorted(places))}")
+    device = kwargs.get("device")
+    if func is torch.ops.aten.copy_.default:
+        device = args[0].device
+    elif device is None:
+        device = placed[0].device if placed else "cpu"
+    device = torch.device(device)
+    args, kwargs = pytree.tree_map_only(Placed, lambda tensor: tensor.raw, (args, kwargs))
+    kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
+    if kwargs.get("device") is not None:
+        kwargs["device"] = torch.device("cpu")
+    made = func(*args, **kwargs)
+    if device.type != "lazy":
+        return made
+    known = {id(tensor.raw): tensor for tensor in placed}
+    return pytree.tree_map_only(
+        Tensor, lambda tensor: known[id(tensor)] if id(tensor) in known else Placed(tensor, device), made
+    )
+
+
+@contextmanager
+def pretended_devices() -> Iterator[None]:
+    """While it lasts, tensors can be made on `lazy:0` and `lazy:1`."""
+    library = torch.library.Library("_", "IMPL")
+    library.fallback(lambda func, *args, **kwargs: _compute(func, args, kwargs), "Lazy")
+    stock = torch.tensor
+
+    def tensor(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        made = stock(*args, **kwargs)
+        return made if device is None else made.to(device)
+
+    torch.tensor = tensor  # its own way to another device passes by the fallback
+    try:
+        yield
+    finally:
+        torch.tensor = stock
+        library._destroy()
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """The model with the first half of its blocks on the first device, the others and the last norm on the second."""
+    blocks = find_blocks(model)
+    places = {path: FIRST if 2 * index < len(blocks) else SECOND for index, path in enumerate(blocks)}
+    for path, module in model.named_modules():
+        inside = any(f"{path}.".startswith(f"{block}.") for block in blocks)
+        if path and not inside and not module._modules:
+            places[path] = SECOND if "norm" in path and "embed" not in path else FIRST
+    spread_model: nn.Module = dispatch_model(model, places, main_device=FIRST)
+    return spread_model
