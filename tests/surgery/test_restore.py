@@ -48,8 +48,9 @@ def test_restoration_comes_closer_to_the_dense_model(name: str) -> None:
     assert [tuple(p.shape) for p in restored.parameters()] == shapes
 
 
-def test_the_gap_of_the_residual_stream_helps_the_whole_and_not_the_single_matrix() -> None:
-    dense = build("llama")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2"])
+def test_the_gap_of_the_residual_stream_helps_the_whole_and_not_the_single_matrix(name: str) -> None:
+    dense = build(name)
     graph = discover(dense)
     plan, unseen = half_plan(graph), torch.randint(2, 128, (8, 16), generator=torch.Generator().manual_seed(1))
     distances = {}
