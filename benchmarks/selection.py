@@ -30,7 +30,8 @@ from saap.records import Layout, Role
 from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace, search
 from saap.surgery.cut import cut
-from saap.surgery.restore import RestoreSettings, restore
+from saap.surgery.refit import RestoreSettings
+from saap.surgery.restore import restore
 
 HERE = Path(__file__).resolve().parent
 WIKITEXT2 = HERE / "data" / "wikitext2"

@@ -29,7 +29,8 @@ from saap.models.loading import load
 from saap.models.structure import structure_of
 from saap.records import ModelGraph, Role
 from saap.surgery.cut import cut
-from saap.surgery.restore import RestoreSettings, restore
+from saap.surgery.refit import RestoreSettings
+from saap.surgery.restore import restore
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 

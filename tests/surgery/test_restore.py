@@ -12,7 +12,8 @@ from saap.discovery import discover
 from saap.records import Layout, ModelGraph, StructurePlan
 from saap.structure_search.plan import make_plan
 from saap.surgery.cut import cut
-from saap.surgery.restore import RestoreSettings, restore
+from saap.surgery.refit import RestoreSettings
+from saap.surgery.restore import restore
 
 FAMILIES = ("llama", "gemma2", "gpt2", "opt", "gpt_neox", "phi3", "bloom")
 

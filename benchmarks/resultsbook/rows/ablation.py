@@ -27,7 +27,8 @@ from saap.structure_search.judge import StructureJudge
 from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace, search
 from saap.surgery.cut import cut
-from saap.surgery.restore import RestoreSettings, restore
+from saap.surgery.refit import RestoreSettings
+from saap.surgery.restore import restore
 
 RATIO = 0.2
 TEXTS = ("wikitext2", "novel")

@@ -36,7 +36,8 @@ from saap.pipeline.targets import Target
 from saap.records import ModelGraph, Role, StructurePlan
 from saap.structure_search.objectives import Budget
 from saap.structure_search.plan import SearchSpace, check_reachable
-from saap.surgery.restore import RestoreSettings, restore
+from saap.surgery.refit import RestoreSettings
+from saap.surgery.restore import restore
 
 PROBED_SAMPLES = 4
 PROBED_TOKENS = 2048

@@ -59,7 +59,8 @@ from saap.storage import read_plan
 from saap.structure_search.objectives import Budget
 from saap.structure_search.plan import SearchSpace, check_reachable, with_units
 from saap.surgery.cut import cut
-from saap.surgery.restore import RestoreSettings, restore
+from saap.surgery.refit import RestoreSettings
+from saap.surgery.restore import restore
 
 __all__ = ["RunOptions", "inspect_model", "preview", "run_prune"]
 

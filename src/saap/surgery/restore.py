@@ -7,57 +7,24 @@ when the dense stream passes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from saap.models.capture import capture
-from saap.models.least_squares import Moments, removal_order, ridge_refit
 from saap.models.linear import weight_out_in
-from saap.models.masking import channel_mask
-from saap.models.offload import mark_changed
 from saap.models.processes import Processes
 from saap.models.residual import ResidualEntry, residual_ways
 from saap.models.spill import NewTensors, Spill, Tensors, held
 from saap.models.walked import passed, started
 from saap.models.walker import BlockWalker, Contexts
-from saap.records import CoupledGroup, FloatArray, ModelGraph, Role, StructurePlan
+from saap.records import CoupledGroup, ModelGraph, Role, StructurePlan
 from saap.surgery.cut import cut_bundle, cut_group
+from saap.surgery.refit import Consumer, Restoration, RestoreSettings, Wanted, refit
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RestoreSettings:
-    """How the walk restores.
-
-    ridges: tried for each matrix, relative to the mean of the Gram matrix' diagonal. held_share: part of the
-    sequences that only judges the ridge. second_order: choose units by the pruned stream's Gram matrix at the plan's
-    counts instead of taking the plan's own units. scores: by group, the importance of its units (units,), which that
-    choice weighs in as well. residual_target: aim at the dense residual stream, what it lacks so far included; False
-    aims at the dense module's output alone, to measure the difference. micro_batch: sequences at a time.
-    """
-
-    ridges: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-    held_share: float = 0.125
-    second_order: bool = True
-    choice_ridge: float = 1e-2
-    scores: Mapping[str, FloatArray] | None = None
-    residual_target: bool = True
-    micro_batch: int = 4
-
-
-@dataclass(slots=True)
-class Restoration:
-    """What the walk did.
-
-    keep: the final kept units by group. errors: held-out error of each refitted matrix relative to that before.
-    """
-
-    keep: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -76,20 +43,6 @@ class _Streams:
     dense: Tensors
     pruned: Tensors
     apart: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Consumer:
-    """A linear module that reads the channels of a group, and how its output enters the residual stream, if known.
-
-    beside: the other groups of its bundle, whose channels the module reads too (query heads of other KV groups).
-    """
-
-    path: str
-    module: nn.Module
-    group: CoupledGroup
-    entry: ResidualEntry | None
-    beside: tuple[CoupledGroup, ...] = ()
 
 
 @torch.no_grad()
@@ -137,7 +90,7 @@ def _start(walker: BlockWalker, tokens: Tensor, micro_batch: int, new: NewTensor
 
 def _consumers(
     walker: BlockWalker, graph: ModelGraph, plan: StructurePlan, layer: int, streams: _Streams
-) -> list[_Consumer]:
+) -> list[Consumer]:
     """The block's consumers in the order in which they run."""
     # Query heads lie in the same channels as their KV groups: of the two, those that lose something.
     groups = [
@@ -153,7 +106,7 @@ def _consumers(
     for way in ways:
         module, group = walker.model.get_submodule(way.path), by_path[way.path]
         entry = ResidualEntry.along(way, walker.model, weight_out_in(module)[:, 0])
-        consumers.append(_Consumer(way.path, module, group, entry, _beside(group, groups)))
+        consumers.append(Consumer(way.path, module, group, entry, _beside(group, groups)))
     return consumers
 
 
@@ -218,7 +171,7 @@ def _run(walker: BlockWalker, layer: int, hidden: Tensors, streams: _Streams) ->
 
 
 def _dense_pass(
-    walker: BlockWalker, layer: int, consumers: Sequence[_Consumer], streams: _Streams
+    walker: BlockWalker, layer: int, consumers: Sequence[Consumer], streams: _Streams
 ) -> tuple[Tensors, dict[str, Tensors]]:
     """The dense block's output, and what each of its consumers puts out."""
     paths = [consumer.path for consumer in consumers]
@@ -235,7 +188,7 @@ def _dense_pass(
 def _refit_consumers(
     walker: BlockWalker,
     layer: int,
-    consumers: Sequence[_Consumer],
+    consumers: Sequence[Consumer],
     streams: _Streams,
     dense_outputs: dict[str, Tensors],
     plan: StructurePlan,
@@ -253,8 +206,13 @@ def _refit_consumers(
         aim = entry if settings.residual_target else None
         targets = held(new, (one if aim is None else aim.target(one, g) for one, g in zip(dense, gap, strict=True)))
         weights = [None if entry is None else entry.token_weights(one) for one in dense]
-        wanted = _Wanted(targets, weights)
-        fresh = held(new, _refit(walker.model, consumer, streams, taken.inputs, wanted, plan, settings, result))
+        wanted = Wanted(targets, weights)
+        fresh = held(
+            new,
+            refit(
+                walker.model, consumer, streams.processes, streams.batches, taken.inputs, wanted, plan, settings, result
+            ),
+        )
         if entry is None:
             continue
         four = zip(gap, dense, targets, fresh, strict=True)
@@ -270,14 +228,6 @@ def _still_open(entry: ResidualEntry, gap: Tensor, dense: Tensor, target: Tensor
     if entry.norm is None:
         return entry.added(target - now)
     return gap + entry.added(dense) - entry.added(now)
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """What a consumer should put out, and how much each token's error weighs (..., 1), None for all the same."""
-
-    targets: Tensors
-    weights: Sequence[Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,117 +250,3 @@ def _pruned_pass(walker: BlockWalker, layer: int, path: str, streams: _Streams, 
         if to_the_end:
             taken.outputs.append(seen[path].output)
     return taken
-
-
-def _refit(
-    model: nn.Module,
-    consumer: _Consumer,
-    streams: _Streams,
-    taken: Tensors,
-    wanted: _Wanted,
-    plan: StructurePlan,
-    settings: RestoreSettings,
-    result: Restoration,
-) -> Iterator[Tensor]:
-    """Choose the group's units, cut it, refit the consumer. Returns the consumer's new outputs, batch by batch.
-
-    taken: its inputs.
-    """
-    weight = weight_out_in(consumer.module).float().clone()
-    bias = consumer.module._parameters.get("bias")
-    extra = 0 if bias is None else 1
-    fit, judging = _moments(weight, extra, streams, taken, wanted, settings.held_share)
-    kept = streams.processes.from_first(lambda: _choose(consumer, weight, fit, judging, plan, settings))
-    columns = _kept_columns(consumer, kept, plan, weight.shape[1], weight.device)
-    if consumer.beside:
-        cut_bundle(model, [consumer.group, *consumer.beside], plan)
-    elif kept != tuple(range(consumer.group.units)):
-        cut_group(model, consumer.group, kept)
-    result.keep |= {consumer.group.name: kept, **{one.name: plan.kept(one) for one in consumer.beside}}
-    if not kept:  # nothing is left to refit: the module gives its bias
-        gone = weight.new_zeros(weight.shape[0], 0)
-        return (nn.functional.linear(read[..., :0], gone.to(read.dtype), bias) for read in taken)
-    with_bias = torch.cat([columns, torch.arange(extra, device=columns.device) + weight.shape[1]])
-    start = torch.cat([weight, *([] if bias is None else [bias.float().unsqueeze(1)])], dim=1)[:, with_bias]
-    fit = fit.select(with_bias)  # one after the other: both are large
-    judging = judging.select(with_bias)
-    new, error = start, 0.0
-    if streams.processes.first:
-        new, error = ridge_refit(start, fit, judging, settings.ridges)
-    new = streams.processes.of_first(new)
-    result.errors[consumer.path] = streams.processes.from_first(lambda: error)
-    weight_out_in(consumer.module).copy_(new[:, : len(columns)])
-    if bias is not None:
-        bias.copy_(new[:, -1])
-    mark_changed(model, consumer.path)
-    return (nn.functional.linear(read[..., columns], new[:, : len(columns)].to(read.dtype), bias) for read in taken)
-
-
-def _moments(
-    weight: Tensor, extra: int, streams: _Streams, taken: Tensors, wanted: _Wanted, held_share: float
-) -> tuple[Moments, Moments]:
-    """Moments of the sequences to fit, and of those that only judge, over all processes."""
-    held_from = streams.batches - max(1, round(streams.batches * held_share))
-    fit, judging = (Moments.empty(weight.shape[1] + extra, weight.shape[0], weight.device) for _ in range(2))
-    own = streams.processes.share(streams.batches)
-    for index, read, target, weights in zip(own, taken, wanted.targets, wanted.weights, strict=True):
-        x, t = _with_ones(read.flatten(0, -2).float(), extra), target.flatten(0, -2).float()
-        if weights is not None:
-            x, t = x * weights.flatten(0, -2), t * weights.flatten(0, -2)
-        moments = fit if index < held_from else judging
-        moments.add(x, t)
-    return _summed(fit, streams.processes), _summed(judging, streams.processes)
-
-
-def _summed(moments: Moments, processes: Processes) -> Moments:
-    """Moments over the tokens of all processes."""
-    if processes.count == 1:
-        return moments
-    parts = processes.gathered((moments.energy, moments.tokens))
-    return Moments(
-        processes.total(moments.gram),
-        processes.total(moments.cross),
-        sum(energy for energy, _ in parts),
-        sum(tokens for _, tokens in parts),
-    )
-
-
-def _with_ones(x: Tensor, extra: int) -> Tensor:
-    return torch.cat([x, x.new_ones(len(x), 1)], dim=1) if extra else x
-
-
-def _kept_columns(
-    consumer: _Consumer, kept: Sequence[int], plan: StructurePlan, channels: int, device: torch.device
-) -> Tensor:
-    """Input channels of the consumer that stay, ascending: (kept channels,)."""
-    mask = channel_mask(consumer.group, kept, channels, f"{consumer.path}.weight")
-    for one in consumer.beside:
-        mask &= channel_mask(one, plan.kept(one), channels, f"{consumer.path}.weight")
-    return mask.nonzero().flatten().to(device)
-
-
-def _choose(
-    consumer: _Consumer, weight: Tensor, fit: Moments, held: Moments, plan: StructurePlan, settings: RestoreSettings
-) -> tuple[int, ...]:
-    group = consumer.group
-    kept = plan.kept(group)
-    removed = group.units - len(kept)
-    if (
-        consumer.beside
-        or not settings.second_order
-        or not removed
-        or not kept
-        or len({m.tensor for m in group.consumers}) != 1
-    ):
-        return kept
-    rows = [[row for member in group.consumers for row in member.rows(unit)] for unit in range(group.units)]
-    units = torch.tensor(rows, device=weight.device)
-    channels = weight.shape[1]
-    gram = fit.gram[:channels, :channels] + held.gram[:channels, :channels]
-    at_once = 32 if units.shape[1] == 1 else 1
-    scores = None
-    if settings.scores is not None:
-        values = torch.as_tensor(settings.scores[group.name], device=weight.device)
-        scores = values / values.mean().clamp_min(1e-30)
-    gone, _ = removal_order(weight, gram, units, removed, ridge=settings.choice_ridge, at_once=at_once, scores=scores)
-    return tuple(group.others(gone.tolist()))

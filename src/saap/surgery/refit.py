@@ -1,0 +1,187 @@
+"""The refit of one matrix: which units of its group go, and what makes up for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from saap.models.least_squares import Moments, removal_order, ridge_refit
+from saap.models.linear import weight_out_in
+from saap.models.masking import channel_mask
+from saap.models.offload import mark_changed
+from saap.models.processes import Processes
+from saap.models.residual import ResidualEntry
+from saap.models.spill import Tensors
+from saap.records import CoupledGroup, FloatArray, StructurePlan
+from saap.surgery.cut import cut_bundle, cut_group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreSettings:
+    """How the walk restores.
+
+    ridges: tried for each matrix, relative to the mean of the Gram matrix' diagonal. held_share: part of the
+    sequences that only judges the ridge. second_order: choose units by the pruned stream's Gram matrix at the plan's
+    counts instead of taking the plan's own units. scores: by group, the importance of its units (units,), which that
+    choice weighs in as well. residual_target: aim at the dense residual stream, what it lacks so far included; False
+    aims at the dense module's output alone, to measure the difference. micro_batch: sequences at a time.
+    """
+
+    ridges: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+    held_share: float = 0.125
+    second_order: bool = True
+    choice_ridge: float = 1e-2
+    scores: Mapping[str, FloatArray] | None = None
+    residual_target: bool = True
+    micro_batch: int = 4
+
+
+@dataclass(slots=True)
+class Restoration:
+    """What the walk did.
+
+    keep: the final kept units by group. errors: held-out error of each refitted matrix relative to that before.
+    """
+
+    keep: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """A linear module that reads the channels of a group, and how its output enters the residual stream, if known.
+
+    beside: the other groups of its bundle, whose channels the module reads too (query heads of other KV groups).
+    """
+
+    path: str
+    module: nn.Module
+    group: CoupledGroup
+    entry: ResidualEntry | None
+    beside: tuple[CoupledGroup, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a consumer should put out, and how much each token's error weighs (..., 1), None for all the same."""
+
+    targets: Tensors
+    weights: Sequence[Tensor | None]
+
+
+def refit(
+    model: nn.Module,
+    consumer: Consumer,
+    processes: Processes,
+    batches: int,
+    taken: Tensors,
+    wanted: Wanted,
+    plan: StructurePlan,
+    settings: RestoreSettings,
+    result: Restoration,
+) -> Iterator[Tensor]:
+    """Choose the group's units, cut it, refit the consumer. Returns the consumer's new outputs, batch by batch.
+
+    batches: of all processes. taken: what the consumer reads in those of this one.
+    """
+    weight = weight_out_in(consumer.module).float().clone()
+    bias = consumer.module._parameters.get("bias")
+    extra = 0 if bias is None else 1
+    fit, judging = _moments(weight, extra, processes, batches, taken, wanted, settings.held_share)
+    kept = processes.from_first(lambda: _choose(consumer, weight, fit, judging, plan, settings))
+    columns = _kept_columns(consumer, kept, plan, weight.shape[1], weight.device)
+    if consumer.beside:
+        cut_bundle(model, [consumer.group, *consumer.beside], plan)
+    elif kept != tuple(range(consumer.group.units)):
+        cut_group(model, consumer.group, kept)
+    result.keep |= {consumer.group.name: kept, **{one.name: plan.kept(one) for one in consumer.beside}}
+    if not kept:  # nothing is left to refit: the module gives its bias
+        gone = weight.new_zeros(weight.shape[0], 0)
+        return (nn.functional.linear(read[..., :0], gone.to(read.dtype), bias) for read in taken)
+    with_bias = torch.cat([columns, torch.arange(extra, device=columns.device) + weight.shape[1]])
+    start = torch.cat([weight, *([] if bias is None else [bias.float().unsqueeze(1)])], dim=1)[:, with_bias]
+    fit = fit.select(with_bias)  # one after the other: both are large
+    judging = judging.select(with_bias)
+    new, error = start, 0.0
+    if processes.first:
+        new, error = ridge_refit(start, fit, judging, settings.ridges)
+    new = processes.of_first(new)
+    result.errors[consumer.path] = processes.from_first(lambda: error)
+    weight_out_in(consumer.module).copy_(new[:, : len(columns)])
+    if bias is not None:
+        bias.copy_(new[:, -1])
+    mark_changed(model, consumer.path)
+    return (nn.functional.linear(read[..., columns], new[:, : len(columns)].to(read.dtype), bias) for read in taken)
+
+
+def _moments(
+    weight: Tensor, extra: int, processes: Processes, batches: int, taken: Tensors, wanted: Wanted, held_share: float
+) -> tuple[Moments, Moments]:
+    """Moments of the sequences to fit, and of those that only judge, over all processes."""
+    held_from = batches - max(1, round(batches * held_share))
+    fit, judging = (Moments.empty(weight.shape[1] + extra, weight.shape[0], weight.device) for _ in range(2))
+    own = processes.share(batches)
+    for index, read, target, weights in zip(own, taken, wanted.targets, wanted.weights, strict=True):
+        x, t = _with_ones(read.flatten(0, -2).float(), extra), target.flatten(0, -2).float()
+        if weights is not None:
+            x, t = x * weights.flatten(0, -2), t * weights.flatten(0, -2)
+        moments = fit if index < held_from else judging
+        moments.add(x, t)
+    return _summed(fit, processes), _summed(judging, processes)
+
+
+def _summed(moments: Moments, processes: Processes) -> Moments:
+    """Moments over the tokens of all processes."""
+    if processes.count == 1:
+        return moments
+    parts = processes.gathered((moments.energy, moments.tokens))
+    return Moments(
+        processes.total(moments.gram),
+        processes.total(moments.cross),
+        sum(energy for energy, _ in parts),
+        sum(tokens for _, tokens in parts),
+    )
+
+
+def _with_ones(x: Tensor, extra: int) -> Tensor:
+    return torch.cat([x, x.new_ones(len(x), 1)], dim=1) if extra else x
+
+
+def _kept_columns(
+    consumer: Consumer, kept: Sequence[int], plan: StructurePlan, channels: int, device: torch.device
+) -> Tensor:
+    """Input channels of the consumer that stay, ascending: (kept channels,)."""
+    mask = channel_mask(consumer.group, kept, channels, f"{consumer.path}.weight")
+    for one in consumer.beside:
+        mask &= channel_mask(one, plan.kept(one), channels, f"{consumer.path}.weight")
+    return mask.nonzero().flatten().to(device)
+
+
+def _choose(
+    consumer: Consumer, weight: Tensor, fit: Moments, held: Moments, plan: StructurePlan, settings: RestoreSettings
+) -> tuple[int, ...]:
+    group = consumer.group
+    kept = plan.kept(group)
+    removed = group.units - len(kept)
+    if (
+        consumer.beside
+        or not settings.second_order
+        or not removed
+        or not kept
+        or len({m.tensor for m in group.consumers}) != 1
+    ):
+        return kept
+    rows = [[row for member in group.consumers for row in member.rows(unit)] for unit in range(group.units)]
+    units = torch.tensor(rows, device=weight.device)
+    channels = weight.shape[1]
+    gram = fit.gram[:channels, :channels] + held.gram[:channels, :channels]
+    at_once = 32 if units.shape[1] == 1 else 1
+    scores = None
+    if settings.scores is not None:
+        values = torch.as_tensor(settings.scores[group.name], device=weight.device)
+        scores = values / values.mean().clamp_min(1e-30)
+    gone, _ = removal_order(weight, gram, units, removed, ridge=settings.choice_ridge, at_once=at_once, scores=scores)
+    return tuple(group.others(gone.tolist()))
