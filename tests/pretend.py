@@ -46,6 +46,13 @@ class Placed(Tensor):
     def tolist(self) -> Any:
         return self.raw.tolist()
 
+    def __tensor_flatten__(self) -> tuple[list[str], torch.device]:
+        return ["raw"], self.device
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], device: torch.device, size: Any, stride: Any) -> Placed:
+        return Placed(inner["raw"], device)
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         return _compute(func, args, dict(kwargs or {}))
@@ -96,10 +103,14 @@ def pretended_devices() -> Iterator[None]:
         library._destroy()
 
 
-def spread(model: nn.Module) -> nn.Module:
-    """The model with the first half of its blocks on the first device, the others and the last norm on the second."""
+def spread(model: nn.Module, first: int | None = None) -> nn.Module:
+    """The model with its first blocks on the first device, the others and the last norm on the second.
+
+    first: how many blocks; None for the first half, rounded up.
+    """
     blocks = find_blocks(model)
-    places = {path: FIRST if 2 * index < len(blocks) else SECOND for index, path in enumerate(blocks)}
+    most = (len(blocks) + 1) // 2 if first is None else first
+    places = {path: FIRST if index < most else SECOND for index, path in enumerate(blocks)}
     for path, module in model.named_modules():
         inside = any(f"{path}.".startswith(f"{block}.") for block in blocks)
         if path and not inside and not module._modules:

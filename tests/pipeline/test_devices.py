@@ -17,8 +17,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import saap
+from saap.discovery import discover
 from saap.errors import ConfigurationError, ModelError
-from saap.models.devices import require_values
+from saap.models.devices import copied, require_values, require_whole_blocks
+from saap.models.processes import Processes
+from saap.pipeline.inputs import RunOptions
+from saap.pipeline.together import check_device_map
+from saap.records import Layout
+from saap.structure_search.plan import make_plan
+from saap.surgery.refit import RestoreSettings
+from saap.surgery.restore import restore
 
 SETTINGS = {"pruning_ratio": 0.3, "samples": 4, "sample_length": 16, "refit_tokens": 1024, "effort": "fast", "align": 8}
 TEXT = np.random.default_rng(0).integers(2, tiny.VOCABULARY, (64, 128))
@@ -80,6 +88,61 @@ def test_blocks_over_two_devices_give_the_same_model(case: str) -> None:
             assert torch.equal(parameter.cpu(), plain.model.get_parameter(name)), name
 
 
+def test_a_dropped_block_at_the_border_of_two_devices() -> None:
+    text = torch.randint(2, 128, (24, 16), generator=torch.Generator().manual_seed(0))
+    one = families.build("llama")
+    graph = discover(one)
+    keep = {group.name: tuple(range(0, group.units, 2)) for group in graph.groups if group.role == "ffn"}
+    plan = make_plan(graph, keep, (1,), layout=Layout.ADAPTIVE, strategy="test", align=1)
+    restore(one, graph, plan, text, RestoreSettings())
+    with pretended_devices():
+        other = spread(families.build("llama"), first=1)
+        restore(other, graph, plan, text.to(FIRST), RestoreSettings())
+        for name, parameter in other.named_parameters():
+            assert torch.equal(parameter.cpu(), one.get_parameter(name)), name
+
+
+def test_a_result_on_two_devices_is_written_and_opened_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = families.token_ids(160, 12).numpy()
+    settings = {
+        "pruning_ratio": 0.3, "roles": ("ffn", "block"), "samples": 6, "sample_length": 12, "refit_tokens": 1024,
+        "align": 8, "effort": "fast", "overwrite": True,
+    }  # fmt: skip
+    saap.prune(families.build("llama"), calibration=text, out=tmp_path / "one", **settings)
+    monkeypatch.setattr("saap.models.loading.pick_device", torch.device)
+    with pretended_devices():
+        found = saap.prune(spread(families.build("llama")), calibration=text, out=tmp_path / "other", **settings)
+        assert {str(parameter.device) for parameter in found.model.parameters()} == {FIRST, SECOND}
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other")]
+    assert written[0] == written[1]
+
+
+def test_what_is_done_to_a_result_does_not_reach_the_dense_model() -> None:
+    with pretended_devices():
+        dense = spread(families.build("llama"))
+        assert "to" in vars(dense)
+        twin = copied(dense)
+        assert twin.to(torch.float32) is twin
+        assert {parameter.dtype for parameter in dense.parameters()} == {torch.float64}
+
+
+def test_a_block_on_two_devices_is_refused() -> None:
+    with pretended_devices():
+        model = spread(families.build("llama"))
+        mlp = model.model.layers[0].mlp.down_proj
+        mlp.weight = nn.Parameter(mlp.weight.to(SECOND), requires_grad=False)
+        with pytest.raises(ModelError, match=r"block model\.layers\.0 lies on 2 devices"):
+            require_whole_blocks(model, ["model.layers.0"])
+
+
+def test_several_processes_need_the_whole_model_each() -> None:
+    two = Processes(rank=0, count=2)
+    with pytest.raises(ConfigurationError, match="each of 2 processes holds the whole model"):
+        check_device_map(RunOptions(device_map="auto"), "model", two)
+    with pretended_devices(), pytest.raises(ConfigurationError, match="each of 2 processes holds the whole model"):
+        check_device_map(RunOptions(), spread(families.build("llama")), two)
+
+
 def test_the_pretended_devices_refuse_each_other() -> None:
     with pretended_devices():
         one, other = torch.ones(2, 2).to(FIRST), torch.ones(2, 2).to(SECOND)
@@ -111,3 +174,5 @@ def test_maps_that_cannot_be_used(tmp_path: Path, changes: dict[str, Any], reaso
         saap.prune(tmp_path / "nowhere", calibration=TEXT, out=tmp_path / "out", **SETTINGS, **changes)
     with pytest.raises(ConfigurationError, match="the model is in memory already"):
         saap.prune(tiny.model(), calibration=TEXT, device_map="auto", **SETTINGS)
+    with pytest.raises(ConfigurationError, match="Packed weights cannot lie on several devices"):
+        saap.load(tmp_path / "nowhere", packed=True, device_map="auto")

@@ -52,7 +52,7 @@ def capture(model: nn.Module, paths: Sequence[str], *, stop: bool = False) -> It
 
 
 @dataclass(frozen=True, slots=True)
-class Felt:
+class InputAndGradient:
     """Input of a linear module at one call, and the gradient at its output: (sequences, tokens, channels)."""
 
     input: Tensor
@@ -61,7 +61,7 @@ class Felt:
 
 def backward_to_outputs(
     walker: BlockWalker, layer: int, paths: Sequence[str], hidden: Tensor, contexts: Contexts, gradient: Tensor
-) -> tuple[Tensor, dict[str, Felt]]:
+) -> tuple[Tensor, dict[str, InputAndGradient]]:
     """Gradients at the input of a block and at the outputs of its modules at `paths`; the block is run again.
 
     hidden: its input; gradient: at its output; both (sequences, tokens, width).
@@ -71,5 +71,5 @@ def backward_to_outputs(
         output = walker.run_block(layer, entry, contexts)
         sources = [entry, *(taken.output for taken in seen.values())]
         before, *found = torch.autograd.grad(output, sources, gradient.to(output.device), materialize_grads=True)
-    felt = {path: Felt(taken.input.detach(), one) for (path, taken), one in zip(seen.items(), found, strict=True)}
-    return before, felt
+    each = zip(seen.items(), found, strict=True)
+    return before, {path: InputAndGradient(taken.input.detach(), one) for (path, taken), one in each}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -38,12 +39,41 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def check_known(device_map: DeviceMap) -> None:
+    """Raise ConfigurationError for a strategy that is not among DEVICE_MAPS."""
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        raise ConfigurationError(f"--device-map {device_map} is unknown", f"Use {', '.join(DEVICE_MAPS)}")
+
+
 def spread_over(model: nn.Module) -> dict[str, int | str] | None:
     """Which module lies where, if accelerate has put the model on several devices; None for a model on one."""
     found = getattr(model, "hf_device_map", None)
     if not isinstance(found, Mapping) or len({str(place) for place in found.values()}) < 2:
         return None
     return {str(path): place if isinstance(place, int) else str(place) for path, place in found.items()}
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; the guards that accelerate puts before methods of a model over several devices stay behind.
+
+    They are bound to the model that they were made for, and would act on it in place of the copy.
+    """
+    twin = copy.deepcopy(model)
+    if spread_over(model) is not None:
+        for name in [name for name in vars(twin) if name != "forward" and callable(getattr(nn.Module, name, None))]:
+            del vars(twin)[name]
+    return twin
+
+
+def require_whole_blocks(model: nn.Module, blocks: Sequence[str]) -> None:
+    """Raise ModelError for a decoder block whose weights lie on more than one device. blocks: their paths."""
+    for path in blocks:
+        places = sorted({str(parameter.device) for parameter in model.get_submodule(path).parameters()})
+        if len(places) > 1:
+            raise ModelError(
+                f"The block {path} lies on {len(places)} devices ({', '.join(places)})",
+                "Use a device map that keeps each decoder block together",
+            )
 
 
 def require_values(model: nn.Module) -> None:

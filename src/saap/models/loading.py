@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from saap.errors import ModelError, first_line
-from saap.models.devices import DeviceMap, pick_device, require_values, working_dtype
+from saap.errors import ConfigurationError, ModelError, first_line
+from saap.models.devices import DeviceMap, check_known, pick_device, require_values, working_dtype
 from saap.models.groupwise_files import WeightOf, fill, open_empty, pack_linears, read_packed, stored_buffers
 from saap.models.modeling_pruned import MODEL_TYPE, SaapPrunedConfig, auto_classes
 from saap.models.offload import offload, offloaded
@@ -192,9 +192,13 @@ def load(
 
     dtype: None keeps the stored one. packed: of a model that `saap recover` has written; its linear layers then hold
     the integers, scales and zero points instead of full weights. device_map: as transformers takes it, in place of
-    `device`; not for packed weights. Returns a transformers model in evaluation mode.
-    Raises ModelError.
+    `device`; refused for packed weights. Returns a transformers model in evaluation mode.
+    Raises ModelError, ConfigurationError.
     """
+    if device_map is not None:
+        check_known(device_map)
+        if packed:
+            raise ConfigurationError("Packed weights cannot lie on several devices", "Leave device_map or packed out")
     resolved = resolve_model(path)
     target = pick_device(device)
     stored = torch.float32 if resolved.gguf_file is not None else resolved.dtype

@@ -55,10 +55,13 @@ class ResidualEntry:
         passed: Tensor = output if self.norm is None else self.norm(output)
         return self.gain * passed
 
-    def token_weights(self, output: Tensor) -> Tensor | None:
-        """How much the stream feels an error of each token's output, (..., 1); None where all weigh the same."""
+    def token_weights(self, output: Tensor) -> Tensor:
+        """How much the stream feels an error of each token's output, (..., 1), float32; 0 for an output of zero.
+
+        All 1 where no norm is in between.
+        """
         if self.norm is None or self.scale is None:
-            return None
+            return torch.ones_like(output[..., :1], dtype=torch.float32)
         passed: Tensor = self.norm(output).float()
         scaled = self.scale * output.float()
         weights: Tensor = passed.norm(dim=-1, keepdim=True) / scaled.norm(dim=-1, keepdim=True).clamp_min(1e-12)
@@ -69,12 +72,13 @@ class ResidualEntry:
 
         Behind a norm: of the length of the dense output, up to what the gap adds.
         """
-        weights = self.token_weights(dense)
-        if weights is None or self.scale is None:
+        if self.scale is None:
             return dense + gap / self.gain
+        weights = self.token_weights(dense)
         least = _SMALLEST_SCALE * self.scale.square().mean().sqrt()
         scale = torch.where(self.scale < 0, -1.0, 1.0) * self.scale.abs().clamp_min(least)
-        return dense + (gap / (self.gain * weights * scale)).to(dense.dtype)
+        change = torch.where(weights > 0, gap / (self.gain * weights * scale), 0.0)
+        return dense + change.to(dense.dtype)
 
 
 def _scale(norm: nn.Module, like: Tensor) -> Tensor:
@@ -104,7 +108,8 @@ def residual_ways(
 
         def gain(entering: str, output: Tensor, held: Mapping[str, Tensor] = later) -> float | None:
             extra = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
-            extra *= output.std().clamp_min(1e-6)
+            # Also above the rounding of the stream in bfloat16, which may be far larger than this output.
+            extra *= torch.maximum(output.std(), 4 * before.std()).clamp_min(1e-6)
             with _fixed_outputs(walker.model, {entering: output + extra, **held}):
                 change = walker.run_block(layer, hidden, contexts) - before
             return _multiple(change, extra)

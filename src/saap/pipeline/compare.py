@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import shutil
@@ -22,7 +21,7 @@ from saap.evaluation.bootstrap import kept_accuracy
 from saap.evaluation.perplexity import Perplexity, perplexity
 from saap.evaluation.zero_shot import TaskResult
 from saap.export.manifest import recorded_versions
-from saap.models.devices import quick_float32_products
+from saap.models.devices import copied, quick_float32_products
 from saap.models.loading import load_tokenizer
 from saap.models.references import resolve_model
 from saap.pipeline.compared_rows import RowKey, RowStore, file_name
@@ -276,7 +275,7 @@ def _row(
     restored = run.config.restore
     start, before = time.perf_counter(), len(bench.meter.stages)
     label = f"{choice.label}, {ratio:g}{', restored' if restored else ''}"
-    model = copy.deepcopy(bench.loaded.model)
+    model = copied(bench.loaded.model)
     with bench.meter.stage(f"{label}: make"):
         plan, _ = cut_and_restore(run, model, plan, scores, measured)
     made = time.perf_counter() - start
@@ -315,7 +314,7 @@ def _dense_row(bench: _Bench) -> dict[str, Any]:
             "tasks": {name: dataclasses.asdict(one) for name, one in tasks.items()},
             "tokens_per_second": speed,
         }
-        bench.rows.write_dense(row)
+        row = bench.rows.write_dense(row)
     return row
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 from saap.config import MethodChoice
 from saap.errors import OutputError, StaleInputError
+from saap.evaluation.zero_shot import local_file
 from saap.pipeline.evaluate import finite
 from saap.pipeline.work import WorkFolder
 from saap.records import ModelGraph, digest_of
@@ -46,11 +48,10 @@ class RowStore:
             WorkFolder(self.folder).open(digest_of([config, texts, graph.digest]))
         except (OutputError, StaleInputError) as error:
             raise type(error)(error.offender, "Choose another --out for this comparison") from None
-        asked = (self.dense() or {}).get("asked")
-        if asked and evaluation.tasks and asked != task_settings(evaluation):
+        asked, asking = (self.dense() or {}).get("asked"), task_settings(evaluation)
+        if asked and evaluation.tasks and asked != {name: asking.get(name) for name in asked}:
             raise StaleInputError(
-                f"{self.folder} holds answers to other tasks ({_described(asked)}; "
-                f"this run asks {_described(task_settings(evaluation))})",
+                f"{self.folder} holds answers to other tasks ({_described(asked)}; this run asks {_described(asking)})",
                 "Choose another --out for this comparison",
             )
 
@@ -62,10 +63,13 @@ class RowStore:
         row: dict[str, Any] = json.loads(path.read_text())
         return row if row["tasks"] or not self.request.evaluation.tasks else None
 
-    def write_dense(self, row: Mapping[str, Any]) -> None:
-        """Keep the row of the dense model, and how its tasks were asked."""
+    def write_dense(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep the row of the dense model, and how its tasks were asked. Returns it as it will be read again."""
         asked = task_settings(self.request.evaluation) if row["tasks"] else None
-        self.write(self.folder / "rows" / DENSE, {**row, "asked": asked})
+        path = self.folder / "rows" / DENSE
+        self.write(path, {**row, "asked": asked})
+        kept: dict[str, Any] = json.loads(path.read_text())
+        return kept
 
     def write(self, path: Path, row: Mapping[str, Any]) -> None:
         """Keep a row."""
@@ -95,13 +99,22 @@ class RowStore:
 
 
 def task_settings(evaluation: EvalRequest) -> dict[str, Any]:
-    """How the tasks of an evaluation are asked; not where their files lie."""
+    """How the tasks of an evaluation are asked: of local files their content, not where they lie."""
+    local = evaluation.task_data is not None
     return {
         "tasks": list(evaluation.tasks),
-        "local": evaluation.task_data is not None,
+        "local": local,
+        "files": _content(evaluation) if local else None,
         "limit": evaluation.limit,
         "rounded": evaluation.rounded,
     }
+
+
+def _content(evaluation: EvalRequest) -> str:
+    """Digest of the local files that the tasks are read from."""
+    folder = evaluation.task_data
+    files = [local_file(folder, task) for task in evaluation.tasks] if folder is not None else []
+    return digest_of([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
 
 
 def _described(asked: Mapping[str, Any]) -> str:

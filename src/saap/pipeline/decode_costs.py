@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ from saap.config import PrunableRole, PruneConfig, RuntimeName, unit_roles
 from saap.errors import TargetError
 from saap.evaluation.speed import speed_up
 from saap.export.manifest import recorded_versions
+from saap.models.devices import copied
 from saap.models.structure import mark_pruned
 from saap.pipeline.progress import Reporter
 from saap.pipeline.speed import pair_of_speeds, prompt_of, runtime_of, speeds_of, weights_name
@@ -109,7 +109,7 @@ def _plan(graph: ModelGraph, keep: Mapping[str, tuple[int, ...]], dropped: Seque
 
 def _trial(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> nn.Module:
     """A cut copy of the model that any runtime opens."""
-    trial = copy.deepcopy(model)
+    trial = copied(model)
     structure = cut(trial, graph, plan)
     if not structure.is_empty:
         mark_pruned(trial, structure)

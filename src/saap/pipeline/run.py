@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from saap.data.samples import Calibration
 from saap.discovery import discover
 from saap.discovery.summary import summarise
 from saap.errors import ConfigurationError
-from saap.models.devices import quick_float32_products
+from saap.models.devices import copied, quick_float32_products, require_whole_blocks
 from saap.models.processes import Processes
 from saap.models.structure import mark_pruned, structure_of
 from saap.pipeline.context import Run
@@ -192,6 +191,7 @@ def _prepare(
     with meter.stage("discover the coupled structures"):
         skeleton = loaded.model if loaded.skeleton is None else loaded.skeleton
         graph = discover(skeleton, loaded.ref, finer_heads=PrunableRole.QUERY in config.roles)
+        require_whole_blocks(loaded.model, graph.blocks)
         check_method(config, graph)
         targets = with_budgets(targets, config, graph, loaded.dtype)
         space = SearchSpace(
@@ -263,7 +263,7 @@ def _make(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScore
     found = run.processes.from_first(lambda: find_made(run, target))
     if found is not None:
         return found
-    model = dense_copy(run, target.name, _itself if may_consume else copy.deepcopy)
+    model = dense_copy(run, target.name, _itself if may_consume else copied)
     with run.meter.stage(f"cut{' and restore' if run.config.restore else ''}, block by block"):
         plan, errors = cut_and_restore(run, model, plan, scores)
         structure = structure_of(model, run.graph, plan)

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from saap.errors import ConfigurationError, VerificationError
-from saap.models.devices import DEVICE_MAPS, pick_device
+from saap.models.devices import check_known, pick_device, spread_over
 from saap.models.processes import Processes
 from saap.pipeline.context import Run
 from saap.pipeline.finish import Made, find_finished, finish
@@ -29,19 +29,26 @@ def with_device_of(processes: Processes, source: str | Path | nn.Module, options
 
 def check_device_map(options: RunOptions, source: str | Path | nn.Module, processes: Processes) -> None:
     """Raise ConfigurationError for a device map that is unknown, or that something else speaks against."""
+    places = spread_over(source) if isinstance(source, nn.Module) else None
+    if processes.count > 1 and (options.device_map is not None or places is not None):
+        raise ConfigurationError(
+            f"Blocks cannot lie on several devices, since each of {processes.count} processes holds the whole model",
+            "Start it without torchrun or accelerate launch, or leave the device map out",
+        )
     if options.device_map is None:
         return
-    if options.device_map not in DEVICE_MAPS:
-        raise ConfigurationError(f"--device-map {options.device_map} is unknown", f"Use {', '.join(DEVICE_MAPS)}")
+    check_known(options.device_map)
     against = {
-        "the model is in memory already": isinstance(source, nn.Module),
-        "--device names one device": options.device != "auto",
-        "--max-memory leaves the weights in their files": options.max_memory is not None,
-        f"each of {processes.count} processes holds the whole model": processes.count > 1,
+        "the model is in memory already": (
+            isinstance(source, nn.Module),
+            "Load it with that device_map, or give its folder",
+        ),
+        "--device names one device": (options.device != "auto", "Leave one of the two out"),
+        "--max-memory leaves the weights in their files": (options.max_memory is not None, "Leave one of the two out"),
     }
-    for reason, given in against.items():
+    for reason, (given, remedy) in against.items():
         if given:
-            raise ConfigurationError(f"--device-map cannot be used, since {reason}", "Leave one of the two out")
+            raise ConfigurationError(f"--device-map cannot be used, since {reason}", remedy)
 
 
 def shared_work(processes: Processes, path: Path | None) -> WorkFolder:

@@ -34,10 +34,11 @@ _Leaving = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class SecondOrder:
-    """What the walk found, by group. grams: of the inputs of the group's consumer, felt tokens, (channels, channels).
+    """What the walk found, by group.
 
-    scores: cost of each unit in nats per token, given that all cheaper ones of its module are gone. orders: units in
-    the order of leaving.
+    grams: of the inputs of the group's consumer, (channels, channels), each token weighted by how much the loss feels
+    it. scores: cost of each unit in nats per token, given that all cheaper ones of its module are gone. orders: units
+    in the order of leaving.
     """
 
     grams: Mapping[str, Tensor]
@@ -217,9 +218,9 @@ def _backward(
     gradient: at the block's output, of the mean loss of each sequence.
     """
     before, found = backward_to_outputs(walker, layer, _paths_in(by_path, layer), entry, contexts, gradient)
-    for path, felt in found.items():
-        x = felt.input.flatten(0, -2).float()
-        entries = felt.gradient.flatten(0, -2).float() * (entry.shape[1] - 1)
+    for path, taken in found.items():
+        x = taken.input.flatten(0, -2).float()
+        entries = taken.gradient.flatten(0, -2).float() * (entry.shape[1] - 1)
         x = x * entries.square().mean(-1, keepdim=True).sqrt()
         gram = grams.setdefault(by_path[path].name, x.new_zeros(x.shape[1], x.shape[1]))
         gram.addmm_(x.T, x)

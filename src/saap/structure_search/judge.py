@@ -35,8 +35,8 @@ class StructureJudge:
     """KL divergence from the dense model's next-token distribution to the pruned one's, in nats per token.
 
     tokens: (sequences, length) ids that nothing was scored on. A removed unit is masked, which equals cutting it. Where
-    `grams` has the Gram matrix of a group's consumer inputs, the consumer also makes good what it can, as restoration
-    will, so that a structure is judged by what will be left of its loss.
+    `grams` has a Gram matrix of a group's consumer inputs, the consumer also makes good what it can for the tokens as
+    weighted there, so that a structure is judged by about what restoration will leave of its loss.
     ignored: ids whose prediction does not count.
     """
 

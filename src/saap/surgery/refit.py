@@ -27,7 +27,8 @@ class RestoreSettings:
     sequences that only judges the ridge. second_order: choose units by the pruned stream's Gram matrix at the plan's
     counts instead of taking the plan's own units. scores: by group, the importance of its units (units,), which that
     choice weighs in as well. residual_target: aim at the dense residual stream, what it lacks so far included; False
-    aims at the dense module's output alone, to measure the difference. micro_batch: sequences at a time.
+    aims at the dense module's output alone, to measure the difference; tokens weigh the same in both. micro_batch:
+    sequences at a time.
     """
 
     ridges: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
@@ -69,7 +70,7 @@ class Wanted:
     """What a consumer should put out, and how much each token's error weighs (..., 1), None for all the same."""
 
     targets: Tensors
-    weights: Sequence[Tensor | None]
+    weights: Sequence[Tensor] | None
 
 
 def refit(
@@ -124,10 +125,11 @@ def _moments(
     held_from = batches - max(1, round(batches * held_share))
     fit, judging = (Moments.empty(weight.shape[1] + extra, weight.shape[0], weight.device) for _ in range(2))
     own = processes.share(batches)
-    for index, read, target, weights in zip(own, taken, wanted.targets, wanted.weights, strict=True):
+    for place, (index, read, target) in enumerate(zip(own, taken, wanted.targets, strict=True)):
         x, t = _with_ones(read.flatten(0, -2).float(), extra), target.flatten(0, -2).float()
-        if weights is not None:
-            x, t = x * weights.flatten(0, -2), t * weights.flatten(0, -2)
+        if wanted.weights is not None:
+            weights = wanted.weights[place].flatten(0, -2)
+            x, t = x * weights, t * weights
         moments = fit if index < held_from else judging
         moments.add(x, t)
     return _summed(fit, processes), _summed(judging, processes)

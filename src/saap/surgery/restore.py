@@ -7,7 +7,7 @@ when the dense stream passes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -144,10 +144,16 @@ def _restore_block(
 
 def _bring(streams: _Streams, device: torch.device) -> None:
     """Have both streams on a device: that of the next block, where the model lies on several."""
-    if any(one.device != device for one in streams.dense):
-        both = streams.dense is streams.pruned
-        streams.dense = held(streams.new, (one.to(device) for one in streams.dense))
-        streams.pruned = streams.dense if both else held(streams.new, (one.to(device) for one in streams.pruned))
+    both = streams.dense is streams.pruned
+    streams.dense = _moved(streams, streams.dense, device)
+    streams.pruned = streams.dense if both else _moved(streams, streams.pruned, device)
+
+
+def _moved(streams: _Streams, hidden: Tensors, device: torch.device) -> Tensors:
+    """Hidden states of all batches, which lie together, on a device."""
+    if not len(hidden) or hidden[0].device == device:
+        return hidden
+    return held(streams.new, (one.to(device) for one in hidden))
 
 
 def _cut_stacked(model: nn.Module, graph: ModelGraph, plan: StructurePlan, layer: int, result: Restoration) -> None:
@@ -205,8 +211,7 @@ def _refit_consumers(
         dense, entry = dense_outputs.pop(consumer.path), consumer.entry
         aim = entry if settings.residual_target else None
         targets = held(new, (one if aim is None else aim.target(one, g) for one, g in zip(dense, gap, strict=True)))
-        weights = [None if entry is None else entry.token_weights(one) for one in dense]
-        wanted = Wanted(targets, weights)
+        wanted = Wanted(targets, _token_weights(entry, dense))
         fresh = held(
             new,
             refit(
@@ -215,19 +220,28 @@ def _refit_consumers(
         )
         if entry is None:
             continue
-        four = zip(gap, dense, targets, fresh, strict=True)
-        gap = held(new, (_still_open(entry, *one) for one in four))
+        gap = held(new, _still_open(entry, gap, dense, targets, fresh))
         if taken.block is not None:
-            three = zip(taken.block, fresh, taken.outputs, strict=True)
-            pruned_next = held(new, (out + entry.added(now) - entry.added(old) for out, now, old in three))
+            changes = zip(taken.block, fresh, taken.outputs, strict=True)
+            pruned_next = held(new, (out + entry.added(now) - entry.added(old) for out, now, old in changes))
     return pruned_next
 
 
-def _still_open(entry: ResidualEntry, gap: Tensor, dense: Tensor, target: Tensor, now: Tensor) -> Tensor:
-    """What the residual stream lacks once the module puts out `now`."""
+def _token_weights(entry: ResidualEntry | None, dense: Tensors) -> list[Tensor] | None:
+    """How much each token's error weighs, batch by batch, given the dense outputs; None for all the same."""
+    if entry is None or entry.norm is None:
+        return None
+    return [entry.token_weights(one) for one in dense]
+
+
+def _still_open(
+    entry: ResidualEntry, gap: Tensors, dense: Tensors, targets: Tensors, fresh: Tensors
+) -> Iterator[Tensor]:
+    """What the residual stream lacks once the module puts out `fresh` where the dense one puts out `dense`."""
     if entry.norm is None:
-        return entry.added(target - now)
-    return gap + entry.added(dense) - entry.added(now)
+        return (entry.added(target - now) for target, now in zip(targets, fresh, strict=True))
+    batches = zip(gap, dense, fresh, strict=True)
+    return (lacking + entry.added(one) - entry.added(now) for lacking, one, now in batches)
 
 
 @dataclass(frozen=True, slots=True)
