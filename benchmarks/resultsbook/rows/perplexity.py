@@ -80,8 +80,9 @@ def figures(summary: Values) -> Sequence[Figure]:
         for text in TEXTS
         if all(run["ratio"][text] is not None for run in runs)
     }
-    methods = list(dict.fromkeys(row["method"] for row in summary["compared"]))
     found = {(row["method"], row["restored"]): row["ratio"] for row in summary["compared"]}
+    both = [method for method, restored in found if not restored and (method, True) in found]
+    methods = list(dict.fromkeys(both))
     return (
         lines(
             "perplexity-by-ratio", "Perplexity against what is removed",
@@ -90,7 +91,7 @@ def figures(summary: Values) -> Sequence[Figure]:
         ),
         bars(
             "perplexity-by-method", "Methods at the same number of parameters",
-            "Perplexity of the pruned over that of the dense model by method, cut only and restored.",
+            "Perplexity of the pruned over that of the dense model by method, of those measured cut only and restored.",
             {
                 label: [found[method, restored] for method in methods]
                 for label, restored in (("cut only", False), ("restored", True))
