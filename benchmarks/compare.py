@@ -12,7 +12,7 @@ Calibrated on 64 x 128 tokens of WikiText-2 validation, restored with 16,384 tok
 
     tasks   the methods of TASK_METHODS at 20 %, with zero-shot tasks (needs --task-data)
     main    the methods of MAIN at 20, 30, 10 and 50 %
-    others  the methods of OTHERS at 20 %
+    others  the methods of OTHERS at the same ratios
 """
 
 from __future__ import annotations
@@ -76,12 +76,11 @@ def commands(options: argparse.Namespace) -> list[list[str]]:
     at_task_ratio = TASK_RATIO in options.ratios
     if "tasks" in options.passes and options.task_data is not None and at_task_ratio and chosen(TASK_METHODS):
         found.append(command(options, chosen(TASK_METHODS), TASK_RATIO, with_tasks=True))
-    if "main" in options.passes and chosen(MAIN):
-        for ratios in (options.ratios[:2], options.ratios[2:]):  # those of a command share the scores
-            if ratios:
-                found.append(command(options, chosen(MAIN), ",".join(ratios), with_tasks=False))
-    if "others" in options.passes and at_task_ratio and chosen(OTHERS):
-        found.append(command(options, chosen(OTHERS), TASK_RATIO, with_tasks=False))
+    for name, methods in (("main", MAIN), ("others", OTHERS)):
+        if name in options.passes and chosen(methods):
+            for ratios in (options.ratios[:2], options.ratios[2:]):  # those of a command share the scores
+                if ratios:
+                    found.append(command(options, chosen(methods), ",".join(ratios), with_tasks=False))
     return found
 
 
