@@ -27,7 +27,8 @@ def _methods(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _look(method: str, methods: Sequence[str]) -> dict[str, Any]:
     """A colour and a marker that a method has in every figure of its comparison."""
     place = methods.index(method)
-    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+    turn = place // len(COLOURS)  # the second method of a colour has another marker than the first
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[(place + 3 * turn) % len(MARKERS)]}
 
 
 def perplexity_by_ratio(comparison: Mapping[str, Any], text: str, restored: bool) -> Figure:
