@@ -81,17 +81,9 @@ def _sample_gradients(
     _, gradient = loss_and_gradient(walker, hidden, tokens, first_sample=sample)
     found: list[tuple[str, Tensor]] = []
     for layer in reversed(range(len(walker.paths))):
-        names = sorted(by_block.get(layer, ()))
-        wanted = [parameters[name].requires_grad_(True) for name in names]
-        with torch.enable_grad():
-            entry = inputs.pop().detach().requires_grad_(True)
-            output = walker.run_block(layer, entry, stream.contexts)
-            gradient, *gradients = torch.autograd.grad(
-                output, [entry, *wanted], gradient.to(output.device), allow_unused=True
-            )
-        for name, parameter, one in zip(names, wanted, gradients, strict=True):
-            parameter.requires_grad_(False)
-            found.append((name, torch.zeros_like(parameter) if one is None else one))
+        weights = {name: parameters[name] for name in sorted(by_block.get(layer, ()))}
+        gradient, gradients = walker.backward_to_weights(layer, inputs.pop(), stream.contexts, gradient, weights)
+        found += gradients.items()
     return found
 
 

@@ -49,14 +49,14 @@ class RowStore:
         except (OutputError, StaleInputError) as error:
             raise type(error)(error.offender, "Choose another --out for this comparison") from None
         asked, asking = (self.dense() or {}).get("asked"), task_settings(evaluation)
-        if asked and evaluation.tasks and asked != {name: asking.get(name) for name in asked}:
+        if asked and evaluation.tasks and asked != asking:
             raise StaleInputError(
                 f"{self.folder} holds answers to other tasks ({_described(asked)}; this run asks {_described(asking)})",
                 "Choose another --out for this comparison",
             )
 
     def dense(self) -> dict[str, Any] | None:
-        """The row of the dense model, None if it lacks or lacks the tasks that are asked for."""
+        """The row of the dense model; None if it is not there, or without the tasks that are asked for."""
         path = self.folder / "rows" / DENSE
         if not path.exists():
             return None
