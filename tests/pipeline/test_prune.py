@@ -96,6 +96,26 @@ def test_a_search_counts_on_the_compensation_only_where_it_comes(source: Path, m
     assert given == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("samples", "refit_tokens", "expected"), [(6, 1024, (2, 512)), (6, 4096, (3, 512)), (40, 1024, (40, 32))]
+)
+def test_costs_are_felt_on_the_text_of_the_restoration(
+    source: Path, monkeypatch: pytest.MonkeyPatch, samples: int, refit_tokens: int, expected: tuple[int, int]
+) -> None:
+    seen = []
+    stock = planning.second_order_costs
+
+    def costs(model: nn.Module, graph: object, tokens: torch.Tensor, **named) -> object:
+        seen.append((tuple(tokens.shape), named["micro_batch"]))
+        return stock(model, graph, tokens, **named)
+
+    monkeypatch.setattr(planning, "second_order_costs", costs)
+    monkeypatch.setattr(planning, "COST_TOKENS", 3 * 512 + 1)
+    settings = SETTINGS | {"samples": samples, "refit_tokens": refit_tokens, "calibration": ["novels"]}
+    saap.prune(source, pruning_ratio=0.2, **settings)
+    assert seen == [(expected, 512 // expected[1])]
+
+
 def test_a_loaded_model_is_not_changed_and_token_ids_are_taken(source: Path) -> None:
     model = tiny.model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

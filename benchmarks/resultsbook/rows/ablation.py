@@ -104,7 +104,7 @@ def prepare(dense: Dense, chosen: Values, seed: int) -> Prepared:
     samples = draw(dense, VALIDATION, requests, seed)
     drawn = {name: on_device(found, dense.model) for name, found in samples.items()}
     scores = estimate(dense.model, dense.graph, samples["scored"])
-    costs = second_order_costs(dense.model, dense.graph, drawn["scored"])
+    costs = second_order_costs(dense.model, dense.graph, drawn["refit"], micro_batch=1)
     return Prepared(
         dense=dense,
         scores=scores,
