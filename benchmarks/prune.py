@@ -106,8 +106,11 @@ def run(row: str, named: dict[str, Path], keep: Path | None) -> None:
         "perplexity": pruned,
         "ratio": {name: value / dense[name] for name, value in pruned.items()},
         "trail": report["trail"],
-        "environment": {"python": platform.python_version(), "cores": os.cpu_count(), "machine": platform.machine()},
-    }
+        "environment": {
+            "python": platform.python_version(), "cores": os.cpu_count(), "machine": platform.machine(),
+            "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+        },
+    }  # fmt: skip
     (RESULTS / f"{row}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({"row": row, "seconds": result["seconds"], **result["ratio"]}))
 
@@ -124,7 +127,8 @@ def table() -> None:
             continue
         result = json.loads(file.read_text())
         ratios = [f"{result['ratio'][name]:.3f}" if name in result["ratio"] else "" for name in names]
-        busy = result.get("load", 0) > 1.5 * result["environment"]["cores"]
+        cores = result["environment"]["cores"]
+        busy = result.get("load", 0) > 1.5 * cores or result["environment"].get("threads", cores) < cores
         seconds = "beside other work" if busy else f"{result['seconds']:.0f}"
         share, memory = f"{result['pruning_ratio']:.1%}", f"{result['peak_resident_bytes'] / 1e9:.1f}"
         lines.append(f"| {row} | {' | '.join(ratios)} | {share} | {seconds} | {memory} |")
