@@ -27,14 +27,16 @@ from saap.pipeline.memory import (
 from saap.pipeline.methods import baseline_scores, measurements
 from saap.pipeline.targets import Target
 from saap.pipeline.written import with_written
-from saap.records import CalibrationSet, ImportanceScores, Role, StructurePlan, UnitScores, require_same
+from saap.records import ImportanceScores, Role, StructurePlan, UnitScores, require_same
 from saap.storage import read_plan, read_scores, write_plan, write_scores
 from saap.structure_search.costs import SecondOrder, second_order_costs
 from saap.structure_search.judge import JUDGED_AT_ONCE, StructureJudge
 from saap.structure_search.plan import plan_from_counts, search
 
 COST_TOKENS = 32_768
+"""The most that second-order costs are taken from."""
 TOKENS_AT_ONCE = 512
+"""Of one micro-batch of that walk, which keeps the memory of its way back small."""
 
 
 def scores_of(run: Run, found: Measurements | None = None) -> ImportanceScores:
@@ -115,11 +117,11 @@ def _measure(run: Run) -> _Measured:
     costs = None
     if finds_costs(config, model, graph):
         with run.meter.stage("find the second-order cost of every unit"):
-            felt = _text_of_costs(run)
-            tokens = torch.from_numpy(felt.tokens).to(run.device)
+            tokens = _text_of_costs(run)
             costs = second_order_costs(
-                model, graph, tokens, micro_batch=max(1, TOKENS_AT_ONCE // tokens.shape[1]), ignored=felt.ignored,
-                spill=spill_of(run), progress=run.meter.reporter.advance, processes=run.processes,
+                model, graph, tokens, micro_batch=max(1, TOKENS_AT_ONCE // tokens.shape[1]),
+                ignored=run.tokens.scored.ignored, spill=spill_of(run), progress=run.meter.reporter.advance,
+                processes=run.processes,
             )  # fmt: skip
     judge = None
     if needs_measuring(config) and (search_evaluations(run) or PrunableRole.BLOCK in config.roles):
@@ -131,16 +133,14 @@ def _measure(run: Run) -> _Measured:
     return _Measured(costs, judge)
 
 
-def _text_of_costs(run: Run) -> CalibrationSet:
-    """The calibration text that second-order costs are taken from: a part of that of the restoration.
+def _text_of_costs(run: Run) -> torch.Tensor:
+    """The calibration text (sequences, length) that second-order costs are taken from: a part of the restoration's.
 
     It is longer than the scored samples, in tokens, without which a Gram matrix makes units look cheap, and in context,
     without which heads do. Where there is less of it, the scored samples have to do.
     """
-    scored, refit = run.tokens.scored, run.tokens.refit
-    if refit.tokens.size < scored.tokens.size:
-        return scored
-    return dataclasses.replace(refit, tokens=refit.tokens[: max(1, COST_TOKENS // refit.tokens.shape[1])])
+    scored, refit = (run.tokens.tensor(name, run.device) for name in ("scored", "refit"))
+    return scored if refit.numel() < scored.numel() else refit[: max(1, COST_TOKENS // refit.shape[1])]
 
 
 def _plan(
