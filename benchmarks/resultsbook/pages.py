@@ -12,7 +12,10 @@ import jinja2
 from resultsbook.driver import State, state_of
 from resultsbook.row import Request, Row
 from resultsbook.store import write_json
+from saap.config import EFFORTS, Effort, PruneConfig
+from saap.data.texts import KINDS
 from saap.files import whole_file
+from saap.recovery_config import RecoverConfig
 from saap.reporting.figures import Figure, to_svg
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -59,9 +62,28 @@ def templates() -> jinja2.Environment:
 
 def finding(row: Row, summary: Mapping[str, Any]) -> str:
     """The sentence that answers the question, from its template."""
+    return _block(row, "finding", summary)
+
+
+def decision(row: Row, summary: Mapping[str, Any]) -> str:
+    """What the product's defaults take from the finding, from its template; empty where they take nothing."""
+    return _block(row, "decision", summary)
+
+
+def _block(row: Row, name: str, summary: Mapping[str, Any]) -> str:
     template = templates().get_template(f"{row.name}.md.jinja")
-    context = template.new_context({"s": summary})
-    return " ".join("".join(template.blocks["finding"](context)).split())
+    if name not in template.blocks:
+        return ""
+    context = template.new_context({"s": summary, "defaults": product_defaults()})
+    return " ".join("".join(template.blocks[name](context)).split())
+
+
+def product_defaults() -> dict[str, Any]:
+    """The settings of `saap prune` and `saap recover` for which nothing is said, as the program has them."""
+    prune = {name: one.default for name, one in PruneConfig.model_fields.items()}
+    recover = {name: one.default for name, one in RecoverConfig.model_fields.items()}
+    effort = EFFORTS[Effort.DEFAULT].model_dump()
+    return {"prune": prune, "recover": recover, "effort": effort, "kinds": dict(KINDS)}
 
 
 def row_page(row: Row, request: Request, state: State, summary: Mapping[str, Any], figures: Sequence[Figure]) -> str:
@@ -73,6 +95,7 @@ def row_page(row: Row, request: Request, state: State, summary: Mapping[str, Any
             s=summary,
             row=row,
             finding=finding(row, summary),
+            decision=decision(row, summary),
             figures=figures,
             settings={} if row.experiment is None else row.experiment.settings(request),
             environments=_environments(state.found),
@@ -108,7 +131,7 @@ def summary_of(row: Row, state: State) -> dict[str, Any]:
 
 def write_pages(rows: Sequence[Row], request: Request, out: Path) -> None:
     """The page, the figures and the JSON of every row, and the index."""
-    told = {}
+    told, decided = {}, {}
     for row in rows:
         state = state_of(row, request, out)
         if not state.complete:
@@ -121,12 +144,17 @@ def write_pages(rows: Sequence[Row], request: Request, out: Path) -> None:
             _write(out / "figures" / f"{figure.name}.svg", to_svg(figure, ink="black"))
         _write(out / f"{row.name}.md", row_page(row, request, state, summary, figures))
         told[row.name] = finding(row, summary)
-    _write(out / "index.md", index_page(rows, told, request))
+        decided[row.name] = decision(row, summary)
+    _write(out / "index.md", index_page(rows, told, decided, request))
 
 
-def index_page(rows: Sequence[Row], told: Mapping[str, str], request: Request) -> str:
-    """All questions with their findings. told: findings by row; the others have not been measured."""
-    return templates().get_template("index.md.jinja").render(rows=rows, told=told, quick=request.quick)
+def index_page(rows: Sequence[Row], told: Mapping[str, str], decided: Mapping[str, str], request: Request) -> str:
+    """All questions with their findings, and the defaults that follow them.
+
+    told, decided: findings and decisions by row; rows without a finding have not been measured.
+    """
+    template = templates().get_template("index.md.jinja")
+    return template.render(rows=rows, told=told, decided=decided, quick=request.quick)
 
 
 def _write(path: Path, text: str) -> None:

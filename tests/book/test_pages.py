@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import yaml
 from resultsbook.driver import State, state_of
-from resultsbook.pages import TEMPLATES, finding, index_page, row_page, summary_of, unfinished_page
+from resultsbook.pages import (
+    TEMPLATES,
+    decision,
+    finding,
+    index_page,
+    product_defaults,
+    row_page,
+    summary_of,
+    unfinished_page,
+)
 from resultsbook.registry import ROWS
 from resultsbook.row import Request
 
@@ -55,10 +64,10 @@ def numbers_without_source(text: str, data: Any) -> list[str]:
 
 
 def typed_digits(template: str) -> list[str]:
-    """Digits of a template's finding that are outside of its expressions."""
-    block = re.search(r"{% block finding %}(.*?){% endblock %}", template, re.DOTALL)
-    assert block, "a page needs a finding"
-    prose = re.sub(r"{%.*?%}|{{.*?}}", "", block[1], flags=re.DOTALL)
+    """Digits of a template's finding and decision that are outside of its expressions."""
+    blocks = re.findall(r"{% block (finding|decision) %}(.*?){% endblock %}", template, re.DOTALL)
+    assert "finding" in dict(blocks), "a page needs a finding"
+    prose = re.sub(r"{%.*?%}|{{.*?}}", "", " ".join(text for _, text in blocks), flags=re.DOTALL)
     return re.findall(r"\d+", NAMES.sub("", prose))
 
 
@@ -67,6 +76,7 @@ def test_the_check_sees_a_wrong_number():
     assert numbers_without_source("21 % less", {"share": 0.2}) == ["21 %"]
     assert numbers_without_source("1.47 times", {"times": 1.46}) == ["1.47"]
     assert typed_digits("{% block finding %}{{ s.a | n(2) }} of 7 on WikiText-2{% endblock %}") == ["7"]
+    assert typed_digits("{% block finding %}{% endblock %}{% block decision %}8{% endblock %}") == ["8"]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -82,6 +92,9 @@ def test_the_numbers_in_the_prose_are_those_of_the_json(row):
     assert said
     assert NUMBER.findall(NAMES.sub("", said[1])), "a finding without a figure"
     assert numbers_without_source(said[1], data["summary"]) == []
+    decided = decision(row, data["summary"])
+    assert decided in page
+    assert numbers_without_source(decided, [data["summary"], product_defaults()]) == []
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: row.name)
@@ -98,8 +111,12 @@ def test_the_committed_page_is_what_the_measured_values_give(row):
 
 
 def test_the_index_says_what_the_pages_say():
-    told = {row.name: finding(row, summary_of(row, STATES[row.name])) for row in MEASURED}
-    assert (RESULTS / "index.md").read_text(encoding="utf-8").rstrip() == index_page(ROWS, told, REQUEST).rstrip()
+    told, decided = {}, {}
+    for row in MEASURED:
+        summary = summary_of(row, STATES[row.name])
+        told[row.name], decided[row.name] = finding(row, summary), decision(row, summary)
+    page = index_page(ROWS, told, decided, REQUEST)
+    assert (RESULTS / "index.md").read_text(encoding="utf-8").rstrip() == page.rstrip()
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row not in MEASURED], ids=lambda row: row.name)
