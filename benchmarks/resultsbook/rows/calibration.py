@@ -51,7 +51,7 @@ def settings(request: Request) -> Values:
         "kinds": [WIKITEXT2, "novels"] if quick else
         [WIKITEXT2, "novels", "speeches", "encyclopaedia", "conversations", "mixed", GENERATED],
         "standard": [4, 32, WIKITEXT2] if quick else [50, 128, WIKITEXT2],
-        "measured tokens": 256 if quick else 4096,
+        "measured tokens": 256 if quick else 2048,
     }  # fmt: skip
 
 
