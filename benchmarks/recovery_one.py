@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 WIKITEXT2 = Path(__file__).resolve().parent / "data" / "wikitext2" / "test.jsonl.gz"
+TASKS = ("arc_easy", "piqa")
 
 
 def resident() -> int:
@@ -47,6 +48,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from saap.data.training import training_data
     from saap.discovery.blocks import find_blocks
     from saap.evaluation.perplexity import perplexity
+    from saap.evaluation.zero_shot import evaluate_tasks
     from saap.models.devices import rounded_products
     from saap.models.loading import load_tokenizer
     from saap.models.processes import Processes
@@ -89,10 +91,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         merge(model)
     else:
         model = merge_lora(handle)
+    tasks = TASKS if options.task_data is not None else ()
+    answered = evaluate_tasks(model, tokenizer, tasks, data=options.task_data, limit=options.questions)
     return {
         "peak_bytes": most - imports, "step_seconds": steps[:-1], "weight_bytes": packed,
         "trained_parameters": sum(value.numel() for value in parameters.values()),
         "perplexity_quantised": quantised, "perplexity": of(model),
+        "tasks": {
+            name: {"acc": one.acc, "acc_stderr": one.acc_stderr, "questions": one.questions}
+            for name, one in answered.items()
+        },
     }  # fmt: skip
 
 
@@ -129,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kind", choices=["groupwise", "lora"], default="groupwise")
     parser.add_argument("--data", action="append", required=True)
     parser.add_argument("--no-scales", dest="scales", action="store_false")
+    parser.add_argument("--task-data", type=Path, metavar="DIR", help="also answer questions, from these files")
+    parser.add_argument("--questions", type=int, default=500)
     for flag, value in (
         ("steps", 6), ("batch", 1), ("micro-batch", 1), ("length", 512), ("threads", 2), ("group-size", 32),
         ("evaluation-tokens", 0),

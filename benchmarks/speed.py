@@ -28,6 +28,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "speed.json"
 RUNTIMES = (
     (RuntimeName.LLAMA_CPP, GgufType.F16),
     (RuntimeName.LLAMA_CPP, GgufType.Q8_0),
+    (RuntimeName.LLAMA_CPP, GgufType.Q4_1),
     (RuntimeName.TRANSFORMERS, GgufType.F16),
 )
 

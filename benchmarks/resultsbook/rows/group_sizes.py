@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from resultsbook.charts import lines
 from resultsbook.row import Cells, Row, Source, Values
+from resultsbook.rows.speed import SPEED
 from saap.reporting.figures import Figure
 
 OFF_GRID = "none"
+UNPACKED, PACKED = "f16", "q4_1"
+"""Types of llama.cpp: of merged weights, and the one that holds groups of 32 as they are."""
 
 
 def summarise(cells: Cells) -> dict[str, Any]:
@@ -20,8 +25,15 @@ def summarise(cells: Cells) -> dict[str, Any]:
         min(grouped, key=lambda row: row["perplexity"]),
         max(grouped, key=lambda row: int(row["group_size"])),
     )
+    decode = {
+        weights: [row["decode_dense"] for row in cells["speed"]["rows"] if row["weights"] == weights]
+        for weights in (UNPACKED, PACKED)
+    }
     return {
         "rows": rows,
+        "tasks": list(plain.get("tasks", {})),
+        "zero_shot": {row["group_size"]: _mean_accuracy(row) for row in (*grouped, plain) if row.get("tasks")},
+        "decode": {weights: statistics.median(found) for weights, found in decode.items() if found},
         "tokens": cells["sizes"]["tokens"],
         "best": best,
         "largest": largest,
@@ -32,6 +44,13 @@ def summarise(cells: Cells) -> dict[str, Any]:
         "bytes_saved": 1 - largest["weight_bytes"] / best["weight_bytes"],
         "cost": cells["cost"]["rows"],
     }
+
+
+def _mean_accuracy(row: Values) -> list[float]:
+    """Mean accuracy over the tasks of a row, and its standard error."""
+    tasks = row["tasks"].values()
+    spread = math.sqrt(sum(task["acc_stderr"] ** 2 for task in tasks)) / len(tasks)
+    return [sum(task["acc"] for task in tasks) / len(tasks), spread]
 
 
 def figures(summary: Values) -> Sequence[Figure]:
@@ -58,8 +77,14 @@ ROW = Row(
     summarise=summarise,
     figures=figures,
     sources={
-        "sizes": Source(file="recovery-sizes.json", command="python benchmarks/recovery.py sizes"),
+        "sizes": Source(
+            file="recovery-sizes.json",
+            command="python benchmarks/recovery.py sizes --tokens 16384 --task-data DIR",
+            by_hand=True,
+        ),
         "cost": Source(file="recovery-cost.json", command="python benchmarks/recovery.py cost PRUNED", by_hand=True),
+        "speed": SPEED,
     },
-    limits="Zero-shot accuracy and speed in llama.cpp, which has a type for 32 only, are not measured by group size.",
+    limits="llama.cpp has one 4-bit type with a zero point, of 32 inputs: groups of 32 are written as they are, others "
+    "are merged and rounded again there, so size and speed in llama.cpp are those of 32 for all of them.",
 )

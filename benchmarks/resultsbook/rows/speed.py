@@ -49,20 +49,20 @@ def figures(summary: Values) -> Sequence[Figure]:
     return (figure,)
 
 
+SPEED = Source(
+    file="speed.json",
+    command="python benchmarks/speed.py adaptive/0.2 adaptive/0.4 uniform/0.2 uniform/0.4 asked/llama.cpp "
+    "asked/transformers",
+    by_hand=True,
+)
+
 ROW = Row(
     name="speed",
     title="Speed",
     question="How much faster is a pruned model, in both layouts and several runtimes, next to the paper's +5 %?",
     summarise=summarise,
     figures=figures,
-    sources={
-        "speed": Source(
-            file="speed.json",
-            command="python benchmarks/speed.py adaptive/0.2 adaptive/0.4 uniform/0.2 uniform/0.4 asked/llama.cpp "
-            "asked/transformers",
-            by_hand=True,
-        )
-    },
+    sources={"speed": SPEED},
     limits="A CPU with a large cache and a small model: a file of q8_0 nearly fits into the cache, so its quotients "
-    "say more of the cache than of pruning. q4_1 has not been measured. The paper had another model and machine.",
+    "say more of the cache than of pruning, those of q4_1 too. The paper had another model and machine.",
 )
