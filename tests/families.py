@@ -20,7 +20,8 @@ _WIDE = {**_GQA, "head_dim": 12}
 _ROTARY = {**_WIDE, "max_position_embeddings": 64}
 _GEMMA = {**_ROTARY, "query_pre_attn_scalar": 12, "sliding_window": 8}
 _GPT2 = {"n_embd": 48, "n_head": 6, "n_layer": 2, "n_inner": 80, "n_positions": 64, **_TOKENS}
-_OPT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "ffn_dim": 80, "word_embed_proj_dim": 40}
+_OPT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "ffn_dim": 80, **_TOKENS}
+_OPT |= {"pad_token_id": 1, "max_position_embeddings": 64}
 _NEO = {"hidden_size": 48, "num_layers": 2, "num_heads": 6, "intermediate_size": 80, **_TOKENS}
 _EXPERTS = {"moe_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2}
 _FALCON = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "ffn_hidden_size": 80, **_TOKENS}
@@ -37,7 +38,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("PhiConfig", {**_GQA, "max_position_embeddings": 64}),
     "phi3": ("Phi3Config", _GQA),
     "gpt2": ("GPT2Config", _GPT2),
-    "opt": ("OPTConfig", {**_OPT, **_TOKENS, "pad_token_id": 1, "max_position_embeddings": 64}),
+    "opt": ("OPTConfig", {**_OPT, "word_embed_proj_dim": 48}),
+    "opt_projected": ("OPTConfig", {**_OPT, "word_embed_proj_dim": 40}),
     "bloom": ("BloomConfig", {"hidden_size": 48, "n_layer": 2, "n_head": 6, **_TOKENS}),
     "gpt_neox": ("GPTNeoXConfig", {**_MHA, "max_position_embeddings": 64}),
     "falcon": ("FalconConfig", {**_FALCON, "num_kv_heads": 3, "new_decoder_architecture": True, "alibi": False}),

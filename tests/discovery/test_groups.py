@@ -23,6 +23,7 @@ ATTRIBUTES = {
     "phi3": {"num_key_value_heads": 1, "config.num_attention_heads": 2},
     "gpt2": {"split_size": 8},
     "opt": {"num_heads": 1},
+    "opt_projected": {"num_heads": 1},
     "bloom": {"num_heads": 1},
     "falcon": {"num_heads": 2, "num_kv_heads": 1},
     "stablelm": {"num_heads": 2, "num_key_value_heads": 1},
@@ -36,9 +37,9 @@ if Version(transformers.__version__) < Version("5.24"):
 # ALiBi: a bias with one entry per head comes from outside.
 SLICED = {"bloom": "self_attention", "mpt": "attn"}
 CENTRED = {"phi", "gpt2", "opt", "bloom", "gpt_neox", "falcon", "falcon_mqa", "starcoder2", "stablelm", "gptj", "mpt"}
-CENTRED |= {"olmo", "cohere", "nemotron", "gpt_bigcode", "gpt_neo", "codegen"}
+CENTRED |= {"opt_projected", "olmo", "cohere", "nemotron", "gpt_bigcode", "gpt_neo", "codegen"}
 HEADS = dict.fromkeys(("gpt2", "opt", "bloom", "gpt_neox", "gptj", "mpt", "gpt_neo"), 6)
-HEADS |= {"falcon_mqa": 1, "gpt_bigcode": 1}  # all queries share one head of keys and values
+HEADS |= {"opt_projected": 6, "falcon_mqa": 1, "gpt_bigcode": 1}  # all queries share one head of keys and values
 HEADS |= {"codegen": 2}  # one of each of the four blocks that it splits its projection into
 
 

@@ -15,6 +15,7 @@ FIELDS = {
     "llama": {"intermediate_size": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 1},
     "gpt2": {"n_inner": 1},
     "opt": {"ffn_dim": 1},
+    "opt_projected": {"ffn_dim": 1},
     "falcon": {"ffn_hidden_size": 1},
     "bloom": {},
 }

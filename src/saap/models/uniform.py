@@ -223,8 +223,10 @@ def _fields_of(
         useful = []
         for field in _candidates(role, config, units):
             built = built_with([field], size)
-            changed = {name for name, shape in built.items() if shape != graph.shapes[name]} if built else owned
-            if changed and changed <= owned:
+            # A field may also bring in tensors that the model does not have (OPT's projections); `fits` refuses those.
+            built = built or {}
+            changed = {name for name, shape in built.items() if graph.shapes.get(name, shape) != shape}
+            if not built or (changed and changed <= owned):
                 useful.append(field)
         for count in range(1, MOST_FIELDS + 1):
             for fields in combinations(useful, count):
