@@ -15,6 +15,7 @@ from resultsbook.training import trained_folder
 from saap.config import FusionScope
 from saap.data.generated import random_starts, sample_from_model
 from saap.data.samples import SampleRequest
+from saap.data.texts import MIXED
 from saap.estimation.calibrate import estimate
 from saap.estimation.fusion import fuse
 from saap.evaluation.perplexity import perplexity
@@ -49,7 +50,7 @@ def settings(request: Request) -> Values:
         "numbers of samples": [2, 4] if quick else [5, 10, 20, 30, 40, 50, 100, 200],
         "lengths": [16, 32] if quick else [64, 128, 256, 512],
         "kinds": [WIKITEXT2, "novels"] if quick else
-        [WIKITEXT2, "novels", "speeches", "encyclopaedia", "conversations", "mixed", GENERATED],
+        [WIKITEXT2, "novels", "speeches", "encyclopaedia", "conversations", MIXED, GENERATED],
         "standard": [4, 32, WIKITEXT2] if quick else [50, 128, WIKITEXT2],
         "measured tokens": 256 if quick else 2048,
     }  # fmt: skip
@@ -168,6 +169,7 @@ def summarise(cells: Cells) -> dict[str, Any]:
     few, many = by_factor["samples"][0], by_factor["samples"][-1]
     return {
         "models": models, "meaning": MODELS, "factors": by_factor, "standard": standard.name, "spans": spans,
+        "mixed": next((name for name in by_factor["kind"] if name.endswith(MIXED)), standard.name),
         "values": {s.name: [s.samples, s.length, s.kind] for s in names},
         "few": {"samples": names_to_samples(few), **large[few]},
         "many": {"samples": names_to_samples(many), **large[many]},
