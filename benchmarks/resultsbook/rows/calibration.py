@@ -166,13 +166,14 @@ def summarise(cells: Cells) -> dict[str, Any]:
         factor: max(large[name]["mean"] for name in same) / min(large[name]["mean"] for name in same)
         for factor, same in by_factor.items()
     }
-    few, many = by_factor["samples"][0], by_factor["samples"][-1]
+    few, many, longest = by_factor["samples"][0], by_factor["samples"][-1], by_factor["length"][-1]
     return {
         "models": models, "meaning": MODELS, "factors": by_factor, "standard": standard.name, "spans": spans,
         "mixed": next((name for name in by_factor["kind"] if name.endswith(MIXED)), standard.name),
         "values": {s.name: [s.samples, s.length, s.kind] for s in names},
         "few": {"samples": names_to_samples(few), **large[few]},
         "many": {"samples": names_to_samples(many), **large[many]},
+        "longest": {"tokens": next(s.length for s in names if s.name == longest), **large[longest]},
         "standard_mean": large[standard.name]["mean"], "standard_spread": large[standard.name]["spread"],
         "widest": max(spans, key=lambda factor: spans[factor]),
         "seeds": sorted({seed for _, _, seed in parsed.values()}),
