@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,23 +12,29 @@ from resultsbook.charts import bars
 from resultsbook.measures import mean_and_spread
 from resultsbook.models import measured_text, open_dense, pruned_folder
 from resultsbook.row import Cells, Experiment, Request, Row, Values
+from resultsbook.training import trained_folder
 from saap.evaluation.perplexity import perplexity
 from saap.models.devices import quick_float32_products
 from saap.models.linear import weight_out_in
 from saap.models.masking import replaced_weights
 from saap.pipeline.inputs import RunOptions, open_model
-from saap.records import ModelGraph, Role
+from saap.records import IntArray, ModelGraph, Role
 from saap.recovery.quantise import quantise
 from saap.reporting.figures import Figure
 
 SIZES = (16, 32)
 BITS = 4
 RANDOM = "random"
+MODELS = {
+    "pruned": "the model of the book, pruned and restored; the weights it came from lie on a 4-bit grid of 32 inputs",
+    "trained": "a LLaMA shape that the benchmark has trained, dense; its weights were never on a grid",
+}
 
 
 def settings(request: Request) -> Values:
+    models = [f"{request.model}, pruned by 20 % and restored", "LLaMA shape, trained here"]
     return {
-        "model": f"{request.model}, pruned by 20 % and restored", "bits": BITS, "group sizes": list(SIZES),
+        "models": models, "bits": BITS, "group sizes": list(SIZES),
         "random orders": 1 if request.quick else 3, "measured tokens": 512 if request.quick else 8192, "seed": 0,
     }  # fmt: skip
 
@@ -38,23 +44,34 @@ def orders(request: Request) -> Sequence[str]:
 
 
 def cells(request: Request) -> Sequence[str]:
-    return [f"{order}-{size}" for size in SIZES for order in orders(request)]
+    return [f"{model}-{order}-{size}" for model in MODELS for size in SIZES for order in orders(request)]
 
 
 def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Values]]:
-    dense = open_dense(request.model)
-    text = measured_text(dense, "wikitext2", settings(request)["measured tokens"])
-    model = open_model(str(pruned_folder(request)), RunOptions(device="cpu")).model
-    weights = reading_weights(model, dense.graph)
-    with quick_float32_products():
-        before = perplexity(model, text).value
-        for cell in wanted:
-            order, _, size = cell.rpartition("-")
-            rounded = {path: in_order(weight, order, int(size)) for path, weight in weights.items()}
-            with replaced_weights(model, rounded):
-                after = perplexity(model, text).value
-            errors = [relative_error(weights[path], weight) for path, weight in rounded.items()]
-            yield cell, {"error": sum(errors) / len(errors), "ratio": after / before, "matrices": len(errors)}
+    for kind in MODELS:
+        names = [name for name in wanted if name.startswith(f"{kind}-")]
+        if not names:
+            continue
+        dense = open_dense(request.model if kind == "pruned" else str(trained_folder(request, "llama")))
+        text = measured_text(dense, "wikitext2", settings(request)["measured tokens"])
+        model: nn.Module = dense.model
+        if kind == "pruned":
+            model = open_model(str(pruned_folder(request)), RunOptions(device="cpu")).model
+        with quick_float32_products():
+            yield from _of_model(model, reading_weights(model, dense.graph), text, names)
+
+
+def _of_model(
+    model: nn.Module, weights: Mapping[str, Tensor], text: IntArray, names: Sequence[str]
+) -> Iterator[tuple[str, Values]]:
+    before = perplexity(model, text).value
+    for cell in names:
+        order, _, size = cell.partition("-")[2].rpartition("-")
+        rounded = {path: in_order(weight, order, int(size)) for path, weight in weights.items()}
+        with replaced_weights(model, rounded):
+            after = perplexity(model, text).value
+        errors = [relative_error(weights[path], weight) for path, weight in rounded.items()]
+        yield cell, {"error": sum(errors) / len(errors), "ratio": after / before, "matrices": len(errors)}
 
 
 def reading_weights(model: nn.Module, graph: ModelGraph) -> dict[str, Tensor]:
@@ -88,37 +105,52 @@ def relative_error(weight: Tensor, rounded: Tensor) -> float:
 
 
 def summarise(cells: Cells) -> dict[str, Any]:
-    found = {}
-    for size in SIZES:
-        of_size = {name.rpartition("-")[0]: cell for name, cell in cells.items() if name.endswith(f"-{size}")}
-        drawn = [cell for order, cell in of_size.items() if order.startswith(RANDOM)]
-        found[str(size)] = {
-            **{
-                order: {"error": of_size[order]["error"], "ratio": of_size[order]["ratio"]}
-                for order in ("natural", "by-size")
-            },
-            RANDOM: {
-                "error": mean_and_spread([cell["error"] for cell in drawn])[0],
-                "ratio": mean_and_spread([cell["ratio"] for cell in drawn])[0],
-                "spread": mean_and_spread([cell["ratio"] for cell in drawn])[1],
-            },
+    models = {
+        model: {str(size): _of_size(model, size, cells) for size in SIZES}
+        for model in MODELS
+    }  # fmt: skip
+    against = {
+        model: {
+            order: {name: of_32[order][name] / of_32["natural"][name] for name in ("error", "ratio")}
+            for order in ("by-size", RANDOM)
         }
-    of_32 = found["32"]
-    return {
-        "sizes": found,
-        "natural": of_32["natural"]["ratio"],
-        "random": of_32[RANDOM]["ratio"],
-        "by_size": of_32["by-size"]["ratio"],
-        "error_random_over_natural": of_32[RANDOM]["error"] / of_32["natural"]["error"],
-        "error_by_size_over_natural": of_32["by-size"]["error"] / of_32["natural"]["error"],
-        "group": 32,
-        "matrices": next(iter(cells.values()))["matrices"],
+        for model, of_32 in ((model, sizes["32"]) for model, sizes in models.items())
     }
+    return {
+        "models": models,
+        "meaning": MODELS,
+        "against": against,
+        "group": 32,
+        "best": {model: _best(sizes["32"]) for model, sizes in models.items()},
+        "matrices": {model: cells[f"{model}-natural-32"]["matrices"] for model in MODELS},
+    }
+
+
+def _best(orders: Values) -> str:
+    """The order with the lowest perplexity."""
+    return min(orders, key=lambda order: float(orders[order]["ratio"]))
+
+
+def _of_size(model: str, size: int, cells: Cells) -> dict[str, Any]:
+    of_size = {
+        name.partition("-")[2].rpartition("-")[0]: cell
+        for name, cell in cells.items()
+        if name.startswith(f"{model}-") and name.endswith(f"-{size}")
+    }
+    drawn = [cell for order, cell in of_size.items() if order.startswith(RANDOM)]
+    ratio, spread = mean_and_spread([cell["ratio"] for cell in drawn])
+    error = mean_and_spread([cell["error"] for cell in drawn])[0]
+    fixed = {order: {name: of_size[order][name] for name in ("error", "ratio")} for order in ("natural", "by-size")}
+    return {**fixed, RANDOM: {"error": error, "ratio": ratio, "spread": spread}}
 
 
 def figures(summary: Values) -> Sequence[Figure]:
     kinds = ("natural", "by-size", RANDOM)
-    values = {f"groups of {size}": [one[kind]["error"] for kind in kinds] for size, one in summary["sizes"].items()}
+    values = {
+        f"{model}, groups of {size}": [one[kind]["error"] for kind in kinds]
+        for model, sizes in summary["models"].items()
+        for size, one in sizes.items()
+    }
     figure = bars(
         "boundaries", "Error of the quantisation by the order of the channels",
         "Relative squared error of the quantised weights by the order in which channels are grouped.",
