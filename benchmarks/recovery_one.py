@@ -91,8 +91,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         merge(model)
     else:
         model = merge_lora(handle)
-    tasks = TASKS if options.task_data is not None else ()
-    answered = evaluate_tasks(model, tokenizer, tasks, data=options.task_data, limit=options.questions)
+    answered = {}
+    if options.task_data is not None:
+        answered = evaluate_tasks(model, tokenizer, TASKS, data=options.task_data, limit=options.questions)
     return {
         "peak_bytes": most - imports, "step_seconds": steps[:-1], "weight_bytes": packed,
         "trained_parameters": sum(value.numel() for value in parameters.values()),

@@ -13,7 +13,6 @@ from resultsbook.driver import State, state_of
 from resultsbook.row import Request, Row
 from resultsbook.store import write_json
 from saap.config import EFFORTS, Effort, PruneConfig
-from saap.data.texts import KINDS
 from saap.files import whole_file
 from saap.recovery_config import RecoverConfig
 from saap.reporting.figures import Figure, to_svg
@@ -83,7 +82,7 @@ def product_defaults() -> dict[str, Any]:
     prune = {name: one.default for name, one in PruneConfig.model_fields.items()}
     recover = {name: one.default for name, one in RecoverConfig.model_fields.items()}
     effort = EFFORTS[Effort.DEFAULT].model_dump()
-    return {"prune": prune, "recover": recover, "effort": effort, "kinds": dict(KINDS)}
+    return {"prune": prune, "recover": recover, "effort": effort}
 
 
 def row_page(row: Row, request: Request, state: State, summary: Mapping[str, Any], figures: Sequence[Figure]) -> str:

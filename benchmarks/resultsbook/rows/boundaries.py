@@ -105,10 +105,7 @@ def relative_error(weight: Tensor, rounded: Tensor) -> float:
 
 
 def summarise(cells: Cells) -> dict[str, Any]:
-    models = {
-        model: {str(size): _of_size(model, size, cells) for size in SIZES}
-        for model in MODELS
-    }  # fmt: skip
+    models = {model: {str(size): _of_size(model, size, cells) for size in SIZES} for model in MODELS}
     against = {
         model: {
             order: {name: of_32[order][name] / of_32["natural"][name] for name in ("error", "ratio")}

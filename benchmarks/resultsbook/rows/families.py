@@ -77,19 +77,20 @@ def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Valu
 
 
 def summarise(cells: Cells) -> dict[str, Any]:
+    ratios = {f"{100 * ratio:.0f} %": ratio for ratio in RATIOS}
     families = {}
     for family, cell in cells.items():
-        found = {f"{100 * ratio:.0f} %": _at(ratio, cell["rows"]) for ratio in RATIOS}
+        found = {name: _at(ratio, cell["rows"]) for name, ratio in ratios.items()}
         families[family] = {"perplexity": cell["perplexity"], "parameters": cell["parameters"], "at": found}
     summary = {}
-    for name in families[next(iter(families))]["at"]:
+    for name in ratios:
         of_ratio = [one["at"][name] for one in families.values()]
         summary[name] = {state: _over_families([one["quotient"][state] for one in of_ratio]) for state in STATES}
     return {
         "families": families,
-        "ratios": dict(zip(summary, RATIOS, strict=True)),
+        "ratios": ratios,
         "over_families": summary,
-        "most": list(summary)[-1],
+        "most": list(ratios)[-1],
         "count": len(families),
         "seeds": [0],
     }
