@@ -21,6 +21,7 @@ from resultsbook.models import (
     plan_for,
 )
 from resultsbook.row import Cells, Experiment, Request, Row, Values
+from resultsbook.training import trained_folder
 from saap.config import FusionScope
 from saap.data.samples import SampleRequest
 from saap.estimation.calibrate import estimate
@@ -41,7 +42,8 @@ RATIO = 0.2
 def settings(request: Request) -> Values:
     quick = request.quick
     return {
-        "model": request.model if quick else "gemma-3-270m", "text": "FLORES-200 devtest", "pruning ratio": RATIO,
+        "model": "LLaMA shape, trained here" if quick else "gemma-3-270m",
+        "text": "FLORES-200 devtest", "pruning ratio": RATIO,
         "languages": list(LANGUAGES)[: 2 if quick else None],
         "samples": 4 if quick else 40, "sample length": 32 if quick else 128,
         "refit tokens": 2048 if quick else 4096, "measured tokens": 256 if quick else 4096, "window": 512,
@@ -53,6 +55,11 @@ def cells(request: Request) -> Sequence[str]:
     return [f"{state}-{calibration}" for calibration in (*settings(request)["languages"], MIX) for state in STATES]
 
 
+def model_of(request: Request) -> str:
+    """A trial takes a small model that was trained here: it prunes once per language."""
+    return str(trained_folder(request, "llama")) if request.quick else multilingual_model(request)
+
+
 def files_of(calibration: str, languages: Sequence[str]) -> list[str]:
     """The texts of a calibration, named from the root; `mix` has an equal part of every language."""
     chosen = languages if calibration == MIX else [calibration]
@@ -61,7 +68,7 @@ def files_of(calibration: str, languages: Sequence[str]) -> list[str]:
 
 def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Values]]:
     chosen = settings(request)
-    dense = open_dense(multilingual_model(request))
+    dense = open_dense(model_of(request))
     texts = {
         language: first_tokens(dense, FLORES / f"{language}.evaluation.txt.gz", chosen["measured tokens"])
         for language in chosen["languages"]
@@ -87,7 +94,7 @@ def _cut(dense: Dense, texts: Mapping[str, IntArray], calibration: str, chosen: 
 
 def _restored(request: Request, texts: Mapping[str, IntArray], calibration: str, chosen: Values) -> dict[str, float]:
     """As a user gets it: `saap prune`, which also decides how much each layer gives, and restores."""
-    model = multilingual_model(request)
+    model = model_of(request)
     arguments = [
         "prune", model, "--pruning-ratio", str(RATIO), "--effort", chosen["effort"],
         "--samples", str(chosen["samples"]), "--sample-length", str(chosen["sample length"]),
