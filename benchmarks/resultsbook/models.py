@@ -149,7 +149,6 @@ def pruned_folder(request: Request) -> Path:
 def recovered_folder(request: Request, minutes: float) -> Path:
     """The pruned model after that many minutes of tuning on the default data."""
     source = pruned_folder(request)
-    flags = (
-        ["--max-steps", "2", "--length", "64", "--batch", "1"] if request.quick else ["--max-minutes", f"{minutes:g}"]
-    )
+    trial = ["--max-steps", "2", "--length", "64", "--validation-samples", "1"]
+    flags = trial if request.quick else ["--max-minutes", f"{minutes:g}"]
     return made_by_saap(request, f"{source.name}-recovered", ["recover", str(source), *flags])
