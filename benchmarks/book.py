@@ -6,8 +6,7 @@
     python benchmarks/book.py measure ROW                # the missing cells of one row, in this process
 
 A run that was stopped goes on: finished cells stay. Pages, charts and the values behind them are in docs/results, with
---quick (little of everything, to try it) in out/results-quick. --task-data names a folder with TASK.SPLIT.jsonl files,
-for rows that ask questions.
+--quick (little of everything, to try it) in out/results-quick.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ def parse() -> argparse.Namespace:
         command.add_argument("--out", type=Path, metavar="DIR", help="where pages and values go")
         command.add_argument("--work", type=Path, metavar="DIR", default=ROOT / "out" / "book", help="for models")
         command.add_argument("--model", default="smollm2")
-        command.add_argument("--task-data", type=Path, metavar="DIR")
         if name == "run":
             command.add_argument("rows", nargs="*", metavar="ROW", choices=[*names, []])
         if name == "measure":
@@ -44,7 +42,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     given = parse()
-    request = Request(quick=given.quick, work=given.work, model=given.model, task_data=given.task_data)
+    request = Request(quick=given.quick, work=given.work, model=given.model)
     out = given.out or (QUICK_RESULTS if given.quick else RESULTS)
     chosen = [row for row in ROWS if not getattr(given, "rows", None) or row.name in given.rows]
     if given.command == "list":

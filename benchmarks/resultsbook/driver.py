@@ -63,8 +63,6 @@ def flags_of(request: Request, out: Path) -> list[str]:
     flags = ["--out", str(out), "--work", str(request.work), "--model", request.model]
     if request.quick:
         flags.append("--quick")
-    if request.task_data is not None:
-        flags += ["--task-data", str(request.task_data)]
     return flags
 
 

@@ -18,13 +18,12 @@ Cells = Mapping[str, Values]
 class Request:
     """How to measure. quick: a trial on little of everything. work: a folder for models that several cells use.
 
-    model: what is pruned. task_data: folder with TASK.SPLIT.jsonl files, for rows that ask questions.
+    model: what is pruned.
     """
 
     quick: bool
     work: Path
     model: str = "smollm2"
-    task_data: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from resultsbook.pages import write_pages
 from resultsbook.registry import ROWS
 from resultsbook.row import Request, Row
 from resultsbook.rows.boundaries import channel_order, in_order, relative_error
-from resultsbook.rows.generation import cloze_prompts
+from resultsbook.rows.generation import TASKS, facts
 from tests.book.test_pages import numbers_without_source
 from tests.pipeline import tiny
 
@@ -25,16 +25,8 @@ FEW = {"families": ("bloom",), "calibration": 10}
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory) -> Request:
     folder = tmp_path_factory.mktemp("trial")
-    questions = [
-        {"query": "Question: What is wet?\nAnswer:", "choices": ["a stone", "water"], "label": 1},
-        {"query": "Question: Why?\nAnswer:", "choices": ["because it has always been so", "no"], "label": 0},
-    ]
-    (folder / "tasks").mkdir()
-    for task in ("arc_easy", "openbookqa"):
-        lines = "".join(json.dumps(row) + "\n" for row in questions)
-        (folder / "tasks" / f"{task}.test.jsonl").write_text(lines)
     model = tiny.folder(folder / "tiny", layers=6)
-    return Request(quick=True, work=folder / "work", model=str(model), task_data=folder / "tasks")
+    return Request(quick=True, work=folder / "work", model=str(model))
 
 
 def shortened(row: Row) -> Row:
@@ -75,14 +67,11 @@ def test_a_trial_of_the_row_gives_its_page(row, trial, tmp_path):
 
 
 def test_open_questions_have_short_answers():
-    rows = [
-        {"query": "Q: 1?\nA:", "choices": ["one two three four", "x"], "label": 0},
-        {"query": "Q: 2?\nA:", "choices": ["x", "water."], "label": 1},
-        {"query": "Q: 3?\nA:", "choices": ["ice", "x"], "label": 0},
-    ]
-    lines = [json.dumps(row) for row in rows]
-    assert [(p.prompt, p.answer) for p in cloze_prompts(lines, 5)] == [("Q: 2?\nA:", "water"), ("Q: 3?\nA:", "ice")]
-    assert len(cloze_prompts(lines, 1)) == 1
+    sets = facts(None)
+    assert {name: len(questions) for name, questions in sets.items() if name in TASKS} == dict.fromkeys(TASKS, 200)
+    for name in TASKS:
+        assert all(question.answer and len(question.answer.split()) <= 3 for question in sets[name])
+    assert all(len(questions) == 4 for questions in facts(4).values())
 
 
 def test_channels_of_like_size_lose_less_than_mixed_ones():

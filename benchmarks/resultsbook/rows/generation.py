@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from resultsbook.charts import bars
-from resultsbook.models import pruned_folder, recovered_folder
+from resultsbook.models import DATA, pruned_folder, recovered_folder
 from resultsbook.row import Cells, Experiment, Request, Row, Values
 from saap.evaluation.generation import (
     BUNDLED,
@@ -26,18 +24,15 @@ from saap.reporting.figures import Figure
 
 STATES = ("dense", "pruned", "recovered")
 MODES = ("greedy", "sampled")
-TASKS = ("arc_easy.test.jsonl", "openbookqa.test.jsonl")
-LONGEST_ANSWER = 3
-"""Words: a longer answer can be put in many ways, so that one of them says little."""
+TASKS = ("arc_easy", "openbookqa")
+"""Their questions whose answer is short, asked without the choices."""
 
 
 def settings(request: Request) -> Values:
-    asked = request.task_data is not None
     return {
         "model": request.model, "prompts": BUNDLED, "tokens": 8 if request.quick else 128, "seed": 0,
         "open prompts": 1 if request.quick else 12, "minutes of recovery": 20,
-        "questions of a task": (4 if request.quick else 200) if asked else 0,
-        "tasks": list(TASKS) if asked else [],
+        "sets of questions": [BUNDLED, *TASKS], "questions of a set": 4 if request.quick else None,
     }  # fmt: skip
 
 
@@ -45,27 +40,12 @@ def cells(request: Request) -> Sequence[str]:
     return STATES
 
 
-def cloze_prompts(lines: Sequence[str], limit: int) -> list[Prompt]:
-    """Questions of several choices as open ones: the first `limit` whose right choice has at most three words.
-
-    lines: JSON objects with `query`, `choices` and `label`.
-    """
-    found: list[Prompt] = []
-    for line in lines:
-        row = json.loads(line)
-        answer = row["choices"][row["label"]].strip().rstrip(".")
-        if len(answer.split()) <= LONGEST_ANSWER and len(found) < limit:
-            found.append(Prompt(prompt=row["query"], answer=answer))
-    return found
-
-
-def facts(folder: Path | None, limit: int) -> dict[str, list[Prompt]]:
-    """The open questions of each task, from the folder's files."""
-    if folder is None:
-        return {}
+def facts(limit: int | None) -> dict[str, list[Prompt]]:
+    """Questions with an answer: the bundled ones and those of each task, at most `limit` of a set."""
+    sources = {BUNDLED: BUNDLED, **{task: DATA / "questions" / f"{task}.jsonl" for task in TASKS}}
     return {
-        name.partition(".")[0]: cloze_prompts((folder / name).read_text(encoding="utf-8").splitlines(), limit)
-        for name in TASKS
+        name: [prompt for prompt in read_prompts(source) if prompt.answer is not None][:limit]
+        for name, source in sources.items()
     }
 
 
@@ -74,8 +54,7 @@ def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Valu
     dense = open_model(request.model, RunOptions(device="cpu"))
     prompts = read_prompts(BUNDLED)
     opens = [prompt.prompt for prompt in prompts if prompt.answer is None][: chosen["open prompts"]]
-    known = [prompt for prompt in prompts if prompt.answer is not None][: 4 if request.quick else None]
-    questions = {"bundled": known, **facts(request.task_data, chosen["questions of a task"])}
+    questions = facts(chosen["questions of a set"])
     with quick_float32_products():
         by_dense = write(dense.model, dense.tokenizer, opens, tokens=chosen["tokens"], sampled=False)
         for state in wanted:
@@ -111,6 +90,13 @@ def _known(loaded: LoadedModel, dense: LoadedModel, questions: Mapping[str, Sequ
     return found
 
 
+def _over_tasks(cell: Values, figure: str) -> float:
+    """Mean of a figure of the tasks' questions, every question alike."""
+    found = [cell["facts"][task] for task in TASKS]
+    asked: int = sum(one["questions"] for one in found)
+    return sum(one[figure] * one["questions"] for one in found) / asked
+
+
 def summarise(cells: Cells) -> dict[str, Any]:
     states = {state: dict(cells[state]) for state in STATES}
     greedy = {state: cell["figures"]["greedy"] for state, cell in states.items()}
@@ -118,7 +104,9 @@ def summarise(cells: Cells) -> dict[str, Any]:
         "states": states,
         "repetition": {state: one["repetition"] for state, one in greedy.items()},
         "sampled_perplexity": {state: cell["figures"]["sampled"]["dense_perplexity"] for state, cell in states.items()},
-        "known": {state: cell["facts"]["bundled"]["accuracy"] for state, cell in states.items()},
+        "known": {state: cell["facts"][BUNDLED]["accuracy"] for state, cell in states.items()},
+        "asked": {state: _over_tasks(cell, "accuracy") for state, cell in states.items()},
+        "answer_nll": {state: _over_tasks(cell, "answer_nll") for state, cell in states.items()},
         "sets": {name: one["questions"] for name, one in states["dense"]["facts"].items()},
         "seeds": [0],
     }
