@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from resultsbook.charts import bars
 from resultsbook.models import DATA, pruned_folder, recovered_folder
 from resultsbook.row import Cells, Experiment, Request, Row, Values
@@ -42,7 +44,7 @@ def cells(request: Request) -> Sequence[str]:
 
 def facts(limit: int | None) -> dict[str, list[Prompt]]:
     """Questions with an answer: the bundled ones and those of each task, at most `limit` of a set."""
-    sources = {BUNDLED: BUNDLED, **{task: DATA / "questions" / f"{task}.jsonl" for task in TASKS}}
+    sources = {BUNDLED: BUNDLED, **{task: str(DATA / "questions" / f"{task}.jsonl") for task in TASKS}}
     return {
         name: [prompt for prompt in read_prompts(source) if prompt.answer is not None][:limit]
         for name, source in sources.items()
@@ -93,8 +95,7 @@ def _known(loaded: LoadedModel, dense: LoadedModel, questions: Mapping[str, Sequ
 def _over_tasks(cell: Values, figure: str) -> float:
     """Mean of a figure of the tasks' questions, every question alike."""
     found = [cell["facts"][task] for task in TASKS]
-    asked: int = sum(one["questions"] for one in found)
-    return sum(one[figure] * one["questions"] for one in found) / asked
+    return float(np.average([one[figure] for one in found], weights=[one["questions"] for one in found]))
 
 
 def summarise(cells: Cells) -> dict[str, Any]:
