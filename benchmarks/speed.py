@@ -1,11 +1,12 @@
 """Prefill and decode tokens/s of pruned folders beside the dense model, in turns, in llama.cpp and in transformers.
 
-    python benchmarks/speed.py FOLDER [FOLDER ...] [--dense smollm2] [--rounds 7] [--threads 2]
+    python benchmarks/speed.py FOLDER [FOLDER ...] [--dense smollm2] [--rounds 7] [--threads 2] [--weights TYPE ...]
     python benchmarks/speed.py --table     # the tables of README.md, from results/speed.json
 
 For each folder and runtime: the speed-up of prefill and decode (medians of the rounds' ratios), the ratio of the bytes
 that a decoded token reads, and the decode speed-up over that ratio. Folders that were made with --target-speedup give a
-second table: asked, predicted and reached, from their manifests. Run it on a machine that does nothing else.
+second table: asked, predicted and reached, from their manifests. --weights: only these types, in llama.cpp; what is
+known of the other types and folders is kept. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ RUNTIMES = (
     (RuntimeName.LLAMA_CPP, GgufType.Q4_1),
     (RuntimeName.TRANSFORMERS, GgufType.F16),
 )
+ORDER = ("f16", "q8_0", "q4_1", "float32")
+"""Of the rows, by the type of the weights; transformers has float32."""
 
 
 def main() -> None:
@@ -40,6 +43,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--weights", nargs="+", choices=[kind for _, kind in RUNTIMES[:-1]], help="types to measure again"
+    )
     parser.add_argument("--table", action="store_true", help="only write the tables again")
     given = parser.parse_args()
     if given.table:
@@ -48,8 +54,11 @@ def main() -> None:
     if not given.folders:
         parser.error("name at least one pruned folder")
     torch.set_num_threads(given.threads)
-    rows, asked = [], [found for folder in given.folders if (found := asked_and_reached(folder)) is not None]
+    kept = kept_result(given)
+    rows, asked = kept["rows"], [found for folder in given.folders if (found := asked_and_reached(folder)) is not None]
     for runtime, kind in RUNTIMES:
+        if given.weights and (runtime is not RuntimeName.LLAMA_CPP or kind not in given.weights):
+            continue
         settings = SpeedSettings(runtime=runtime, gguf_type=kind, rounds=given.rounds, new_tokens=given.new_tokens)
         dense: Source = given.dense
         if runtime is RuntimeName.TRANSFORMERS:
@@ -57,9 +66,27 @@ def main() -> None:
         for folder in given.folders:
             rows.append(measure(folder, dense, settings))
             print(json.dumps(rows[-1]), flush=True)
-    result = {"dense": given.dense, "threads": given.threads, "rounds": given.rounds, "rows": rows, "asked": asked}
+    rows.sort(key=lambda row: ORDER.index(row["weights"]))
+    result = {**conditions(given), "rows": rows, "asked": kept["asked"] + asked}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     write_tables(result)
+
+
+def conditions(given: argparse.Namespace) -> dict[str, Any]:
+    return {"dense": given.dense, "threads": given.threads, "rounds": given.rounds}
+
+
+def kept_result(given: argparse.Namespace) -> dict[str, list[Any]]:
+    """Rows of what is not measured again, and what was asked for with other folders; nothing where all is measured."""
+    if not given.weights:
+        return {"rows": [], "asked": []}
+    before = json.loads(RESULTS.read_text())
+    if conditions(given) != {name: before[name] for name in conditions(given)}:
+        raise SystemExit("the other types were measured under other conditions: measure all of them")
+    folders = [name_of(folder) for folder in given.folders]
+    again = {(folder, kind) for folder in folders for kind in given.weights}
+    rows = [row for row in before["rows"] if (row["folder"], row["weights"]) not in again]
+    return {"rows": rows, "asked": [row for row in before["asked"] if row["folder"] not in folders]}
 
 
 def measure(folder: str, dense: Source, settings: SpeedSettings) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from resultsbook.row import Request, Row
 from resultsbook.store import write_json
 from saap.config import EFFORTS, Effort, PruneConfig
 from saap.files import whole_file
-from saap.recovery_config import RecoverConfig
+from saap.recovery_config import DEFAULT_MINUTES, RecoverConfig
 from saap.reporting.figures import Figure, to_svg
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -82,7 +82,7 @@ def product_defaults() -> dict[str, Any]:
     prune = {name: one.default for name, one in PruneConfig.model_fields.items()}
     recover = {name: one.default for name, one in RecoverConfig.model_fields.items()}
     effort = EFFORTS[Effort.DEFAULT].model_dump()
-    return {"prune": prune, "recover": recover, "effort": effort}
+    return {"prune": prune, "recover": recover, "effort": effort, "minutes": DEFAULT_MINUTES}
 
 
 def row_page(row: Row, request: Request, state: State, summary: Mapping[str, Any], figures: Sequence[Figure]) -> str:

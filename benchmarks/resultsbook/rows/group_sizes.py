@@ -25,15 +25,16 @@ def summarise(cells: Cells) -> dict[str, Any]:
         min(grouped, key=lambda row: row["perplexity"]),
         max(grouped, key=lambda row: int(row["group_size"])),
     )
-    decode = {
-        weights: [row["decode_dense"] for row in cells["speed"]["rows"] if row["weights"] == weights]
+    speed = {
+        weights: {row["folder"]: row["decode_dense"] for row in cells["speed"]["rows"] if row["weights"] == weights}
         for weights in (UNPACKED, PACKED)
     }
+    both = sorted(set.intersection(*map(set, speed.values())))  # measured in one run
     return {
         "rows": rows,
         "tasks": list(plain.get("tasks", {})),
         "zero_shot": {row["group_size"]: _mean_accuracy(row) for row in (*grouped, plain) if row.get("tasks")},
-        "decode": {weights: statistics.median(found) for weights, found in decode.items() if found},
+        "decode": {weights: statistics.median(speed[weights][folder] for folder in both) for weights in speed if both},
         "tokens": cells["sizes"]["tokens"],
         "best": best,
         "largest": largest,
