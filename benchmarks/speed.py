@@ -43,9 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--weights", nargs="+", choices=[kind for _, kind in RUNTIMES[:-1]], help="types to measure again"
-    )
+    parser.add_argument("--weights", nargs="+", choices=ORDER[:-1], help="types to measure again")
     parser.add_argument("--table", action="store_true", help="only write the tables again")
     given = parser.parse_args()
     if given.table:
