@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from tests.command import run
 from tests.pipeline import tiny
@@ -142,6 +143,24 @@ def test_stale_stage_files(capsys, tmp_path, source) -> None:
     (work / "settings.json").write_text('{"digest": "0123456789abcdef"}')
     arguments = ["prune", source, "--pruning-ratio", "0.2", "--work-dir", work]
     refused(capsys, tmp_path, *arguments, offender="0123456789ab")
+
+
+@pytest.mark.parametrize("command", [("prune", "--pruning-ratio", "0.2", *FAST), ("recover", "--group-size", "16")])
+def test_two_runs_do_not_share_a_work_folder(capsys, tmp_path, source, command) -> None:
+    name, *flags = command
+    out, work = tmp_path / "out", tmp_path / "out.saap-work"
+    work.mkdir()
+    with FileLock(work / "lock"):
+        code, _, error = run(capsys, name, source, *flags, "--out", out)
+    assert code == 2
+    assert f"Another run is at work in {work}" in error.strip().splitlines()[-1]
+    assert not out.exists()
+
+
+def test_a_lock_goes_with_its_run(capsys, tmp_path, source) -> None:
+    arguments = ["prune", source, "--pruning-ratio", "0.2", *FAST, "--keep-work", "--out", tmp_path / "out"]
+    assert run(capsys, *arguments)[0] == 0
+    assert run(capsys, *arguments, "--overwrite")[0] == 0
 
 
 def test_a_plan_of_another_model(capsys, tmp_path, source) -> None:

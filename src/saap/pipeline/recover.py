@@ -28,6 +28,7 @@ from saap.pipeline.recovery_context import Recovery, State, prepare, recorded, s
 from saap.pipeline.recovery_records import left_as_they_are, recovery_manifest, recovery_report
 from saap.pipeline.recovery_report import RecoverReport, RecoverResult
 from saap.pipeline.targets import work_path
+from saap.pipeline.together import alone_in
 from saap.pipeline.work import WorkFolder
 from saap.recovery.adapter import AdaptedLinear
 from saap.recovery.prepare import adapt, add_lora, merge, merge_lora, quantise_by_feedback
@@ -50,7 +51,7 @@ def run_recover(
     resumed = run.processes.from_first(lambda: work.open(settings_digest(run)))
     if resumed:
         run.meter.reporter.note(f"taking up the training in {work.path}")
-    with quick_float32_products():
+    with alone_in(work, run.processes), quick_float32_products():
         try:
             teacher, dense = _teacher(run)
             model, handle, parameters, quantised = _model_to_train(run)

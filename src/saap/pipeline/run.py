@@ -51,7 +51,14 @@ from saap.pipeline.report import PruneResult
 from saap.pipeline.speed import check_settings
 from saap.pipeline.speed_target import budget_for_speed
 from saap.pipeline.targets import Target, plan_targets, with_budgets, work_path
-from saap.pipeline.together import check_device_map, finish_together, shared_result, shared_work, with_device_of
+from saap.pipeline.together import (
+    alone_in,
+    check_device_map,
+    finish_together,
+    shared_result,
+    shared_work,
+    with_device_of,
+)
 from saap.pipeline.written import refit_tokens, write_text
 from saap.records import ImportanceScores, Layout, ModelGraph, StructurePlan, digest_of
 from saap.storage import read_plan
@@ -102,10 +109,10 @@ def run_prune(
     if processes.from_first(lambda: work.open(_settings_digest(config, prepared))):
         meter.reporter.note(f"taking up the finished stages in {work.path}")
     run = Run(config, options, prepared.loaded, prepared.graph, prepared.space, prepared.tokens, work, meter, processes)
-    require_alone(run)
-    check_disk(run, prepared.targets)
-    clear_spill(run)
-    with quick_float32_products():
+    with alone_in(work, processes), quick_float32_products():
+        require_alone(run)
+        check_disk(run, prepared.targets)
+        clear_spill(run)
         results = _all_targets(run, prepared.targets)
     processes.wait()
     processes.from_first(lambda: work.close(keep=options.keep_work))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -83,3 +85,13 @@ def finish_together(run: Run, target: Target, made: Made, scores: ImportanceScor
             "Let all processes work on one file system",
         )
     return opened
+
+
+@contextmanager
+def alone_in(work: WorkFolder, processes: Processes) -> Iterator[None]:
+    """While it lasts, no other run works in the folder. Raises OutputError in all processes if one does already."""
+    processes.from_first(work.lock)
+    try:
+        yield
+    finally:
+        work.unlock()

@@ -10,12 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from saap.errors import OutputError, StaleInputError
 from saap.export.placing import remove_leftovers
 from saap.files import part_of
 from saap.storage import write_whole
 
-SETTINGS = "settings.json"
+SETTINGS, LOCK = "settings.json", "lock"
 
 
 class WorkFolder:
@@ -27,6 +29,7 @@ class WorkFolder:
     def __init__(self, path: Path | None) -> None:
         self._temporary = path is None
         self.path = path if path is not None else Path(tempfile.mkdtemp(prefix="saap-"))
+        self._lock = FileLock(self.path / LOCK, blocking=False)
 
     def open(self, settings_digest: str) -> bool:
         """Create the folder, or take up an interrupted run. Returns whether there is something to take up.
@@ -50,7 +53,26 @@ class WorkFolder:
 
     def _is_of_no_use(self) -> bool:
         """Whether a folder without settings is empty, but for what a process left that was killed at its beginning."""
-        return all(path == part_of(self.path / SETTINGS) for path in self.path.iterdir())
+        return {part_of(self.path / SETTINGS), self.path / LOCK}.issuperset(self.path.iterdir())
+
+    def lock(self) -> None:
+        """Keep other runs out until `unlock`, or until the process ends, however it does.
+
+        Raises OutputError if another run is at work here. Does nothing where the file system knows no locks.
+        """
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise OutputError(
+                f"Another run is at work in {self.path}",
+                "Wait until it has ended, or choose another --out or --work-dir",
+            ) from None
+        except NotImplementedError:
+            return
+
+    def unlock(self) -> None:
+        """Let other runs in; nothing where this one has no lock."""
+        self._lock.release()
 
     def file(self, name: str) -> Path:
         """Path of a stage file."""
