@@ -34,7 +34,7 @@ def settings(request: Request) -> Values:
     return {
         "model": request.model, "prompts": BUNDLED, "tokens": 8 if request.quick else 128, "seed": 0,
         "open prompts": 1 if request.quick else 12, "minutes of recovery": 20,
-        "sets of questions": [BUNDLED, *TASKS], "questions of a set": 4 if request.quick else None,
+        "sets of questions": [BUNDLED, *TASKS], "questions of a set": 4 if request.quick else 200,
     }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def cells(request: Request) -> Sequence[str]:
     return STATES
 
 
-def facts(limit: int | None) -> dict[str, list[Prompt]]:
+def facts(limit: int) -> dict[str, list[Prompt]]:
     """Questions with an answer: the bundled ones and those of each task, at most `limit` of a set."""
     sources = {BUNDLED: BUNDLED, **{task: str(DATA / "questions" / f"{task}.jsonl") for task in TASKS}}
     return {
