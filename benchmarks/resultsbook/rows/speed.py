@@ -64,6 +64,6 @@ ROW = Row(
     figures=figures,
     sources={"speed": SPEED},
     limits="A small model on two CPUs: transformers and the folders made with `--target-speedup` were measured on one "
-    "whose cache nearly holds a file of q8_0, so that its quotients there say more of the cache than of pruning, the other "
-    "rows on one with a small cache. The paper had another model and machine.",
+    "whose cache nearly holds a file of q8_0, so that its quotients there say more of the cache than of pruning, the "
+    "other rows on one with a small cache. The paper had another model and machine.",
 )
