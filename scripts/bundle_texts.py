@@ -16,7 +16,7 @@ import argparse
 import gzip
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,11 +109,11 @@ def from_next_line(text: str, position: int) -> str:
     return text[text.index("\n", position) + 1 :].lstrip()
 
 
-def open_questions(lines: Sequence[str]) -> list[dict[str, str]]:
-    """Questions of several choices as open ones: the first whose right choice has at most LONGEST_ANSWER words."""
+def open_questions(lines: Iterable[str], limit: int) -> list[dict[str, str]]:
+    """Questions of several choices as open ones: the first `limit` whose right choice has few enough words."""
     rows = [json.loads(line) for line in lines]
     found = [{"prompt": row["query"], "answer": row["choices"][row["label"]].strip().rstrip(".")} for row in rows]
-    return [question for question in found if len(question["answer"].split()) <= LONGEST_ANSWER][:QUESTIONS]
+    return [question for question in found if len(question["answer"].split()) <= LONGEST_ANSWER][:limit]
 
 
 def write_compressed(path: Path, data: bytes) -> None:
@@ -164,7 +164,7 @@ def main() -> None:
         lines = (folder / "zeroshot" / f"{task}.test.jsonl").read_text(encoding="utf-8").splitlines()
         file = BENCHMARKS / "questions" / f"{task}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
-        rows = (json.dumps(question, ensure_ascii=False) + "\n" for question in open_questions(lines))
+        rows = (json.dumps(question, ensure_ascii=False) + "\n" for question in open_questions(lines, QUESTIONS))
         file.write_text("".join(rows), encoding="utf-8")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from resultsbook.registry import ROWS
 from resultsbook.row import Request, Row
 from resultsbook.rows.boundaries import channel_order, in_order, relative_error
 from resultsbook.rows.generation import TASKS, facts
+from resultsbook.store import ROOT
 from tests.book.test_pages import numbers_without_source
 from tests.pipeline import tiny
 
@@ -67,6 +69,18 @@ def test_a_trial_of_the_row_gives_its_page(row, trial, tmp_path):
 
 
 def test_open_questions_have_short_answers():
+    rows = [
+        {"query": "Q: 1?\nA:", "choices": ["one two three four", "x"], "label": 0},
+        {"query": "Q: 2?\nA:", "choices": ["x", "water."], "label": 1},
+        {"query": "Q: 3?\nA:", "choices": ["ice", "x"], "label": 0},
+    ]
+    open_questions = runpy.run_path(str(ROOT / "scripts" / "bundle_texts.py"))["open_questions"]
+    found = [(question["prompt"], question["answer"]) for question in open_questions(map(json.dumps, rows), 5)]
+    assert found == [("Q: 2?\nA:", "water"), ("Q: 3?\nA:", "ice")]
+    assert len(open_questions(map(json.dumps, rows), 1)) == 1
+
+
+def test_the_questions_of_the_tasks_are_there():
     sets = facts(200)
     assert {name: len(questions) for name, questions in sets.items() if name in TASKS} == dict.fromkeys(TASKS, 200)
     for name in TASKS:
