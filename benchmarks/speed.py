@@ -5,8 +5,8 @@
 
 For each folder and runtime: the speed-up of prefill and decode (medians of the rounds' ratios), the ratio of the bytes
 that a decoded token reads, and the decode speed-up over that ratio. Folders that were made with --target-speedup give a
-second table: asked, predicted and reached, from their manifests. --weights: only these types, in llama.cpp; what is
-known of the other types and folders is kept. Run it on a machine that does nothing else.
+second table: asked, predicted and reached, from their manifests. --weights: only these types, in llama.cpp; the rows
+of the other types are kept, so that those of one type are of one run. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -75,15 +75,14 @@ def conditions(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def kept_result(given: argparse.Namespace) -> dict[str, list[Any]]:
-    """Rows of what is not measured again, and what was asked for with other folders; nothing where all is measured."""
+    """Rows of the types that stay, and what was asked for with other folders; nothing where all is measured."""
     if not given.weights:
         return {"rows": [], "asked": []}
     before = json.loads(RESULTS.read_text())
     if conditions(given) != {name: before[name] for name in conditions(given)}:
         raise SystemExit("the other types were measured under other conditions: measure all of them")
     folders = [name_of(folder) for folder in given.folders]
-    again = {(folder, kind) for folder in folders for kind in given.weights}
-    rows = [row for row in before["rows"] if (row["folder"], row["weights"]) not in again]
+    rows = [row for row in before["rows"] if row["weights"] not in given.weights]
     return {"rows": rows, "asked": [row for row in before["asked"] if row["folder"] not in folders]}
 
 

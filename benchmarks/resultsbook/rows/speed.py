@@ -63,7 +63,7 @@ ROW = Row(
     summarise=summarise,
     figures=figures,
     sources={"speed": SPEED},
-    limits="A small model on two CPUs: transformers and the folders made with `--target-speedup` were measured on one "
-    "whose cache nearly holds a file of q8_0, so that its quotients there say more of the cache than of pruning, the "
-    "other rows on one with a small cache. The paper had another model and machine.",
+    limits="A small model on two CPUs: transformers and what was asked for with `--target-speedup` were measured on "
+    "one with a large cache, the types of llama.cpp later on one with a small cache. The paper had another model and "
+    "machine.",
 )
