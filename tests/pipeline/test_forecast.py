@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tests.pipeline import tiny
 
 from saap.config import PruneConfig
+from saap.discovery import discover
 from saap.errors import ConfigurationError, OutputError
 from saap.pipeline import forecast as forecast_module
-from saap.pipeline.inputs import RunOptions
+from saap.pipeline.inputs import COST_TOKENS, COST_TOKENS_AT_ONCE, RunOptions
 from saap.pipeline.run import preview, run_prune
+from saap.records import ModelGraph
+from saap.structure_search.costs import measurable
 
 SETTINGS = {"samples": 6, "sample_length": 32, "align": 8, "effort": "fast", "refit_tokens": 8192}
 
@@ -28,6 +33,7 @@ def test_the_stages_are_those_of_the_run(source: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
     (result,) = run_prune(source, config, options)
     assert [stage["name"] for stage in shown["stages"]] == [stage.name for stage in result.report.stages]
+    assert all(stage["seconds"] is not None for stage in shown["stages"])
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert written * 0.9 < shown["disk_bytes"] < written * 2
     assert shown["seconds"] == pytest.approx(sum(stage["seconds"] or 0 for stage in shown["stages"]))
@@ -39,6 +45,33 @@ def test_every_ratio_is_made_and_measured(source: Path, tmp_path: Path) -> None:
     stages = preview(source, config, RunOptions(out=tmp_path / "out"))["forecast"]["stages"]
     assert sum(stage["name"] == "cut, block by block" for stage in stages) == 2
     assert sum(stage["name"].startswith("search the structure (") for stage in stages) == 2
+
+
+def test_second_order_costs_are_scaled_to_all_their_text_and_modules(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of 5 s after a first of 9 s, and modules of 3 s each: the clock of the trial goes by these."""
+    now, walked = [0.0], []
+
+    def trial(
+        model: Any, graph: ModelGraph, tokens: torch.Tensor, *, micro_batch: int, progress: Any, **rest: Any
+    ) -> None:
+        batches = len(tokens) // micro_batch
+        walked.append(batches)
+        for done, seconds in enumerate([9.0, 5.0, *[3.0] * len(measurable(graph))], start=1):
+            now[0] += seconds
+            progress(done, batches + len(measurable(graph)))
+
+    monkeypatch.setattr(forecast_module, "second_order_costs", trial)
+    monkeypatch.setattr(forecast_module, "perf_counter", lambda: now[0])
+    text = str(tiny.text_file(tmp_path / "text.txt"))
+    config = PruneConfig(pruning_ratios=(0.2,), calibration=(text,), **SETTINGS)
+    shown = preview(source, config, RunOptions())
+    (stage,) = [one for one in shown["forecast"]["stages"] if "second-order" in one["name"]]
+    batches = -(-min(shown["tokens"]["restoration"], COST_TOKENS) // COST_TOKENS_AT_ONCE)
+    modules = len(measurable(discover(tiny.model())))
+    assert walked == [2]
+    assert stage["seconds"] == pytest.approx(5.0 * batches + 3.0 * modules)
 
 
 def probed(peaks: dict[str, int], restore: bool = True) -> tuple[forecast_module.Forecast, forecast_module.Probed]:

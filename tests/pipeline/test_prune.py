@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import saap
 from saap.config import PruneConfig
 from saap.errors import CalibrationError, LayoutError, OutputError, StaleInputError, TargetError
-from saap.pipeline import planning
+from saap.pipeline import inputs, planning
 from saap.pipeline import run as run_module
 from saap.pipeline.run import RunOptions, run_prune
 from saap.structure_search.judge import StructureJudge
@@ -110,7 +110,7 @@ def test_costs_are_felt_on_the_text_of_the_restoration(
         return stock(model, graph, tokens, **named)
 
     monkeypatch.setattr(planning, "second_order_costs", costs)
-    monkeypatch.setattr(planning, "COST_TOKENS", 3 * 512 + 1)
+    monkeypatch.setattr(inputs, "COST_TOKENS", 3 * 512 + 1)
     settings = SETTINGS | {"samples": samples, "refit_tokens": refit_tokens, "calibration": ["novels"]}
     saap.prune(source, pruning_ratio=0.2, **settings)
     assert seen == [(expected, 512 // expected[1])]

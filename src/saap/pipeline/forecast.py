@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -29,11 +30,13 @@ from saap.pipeline.inputs import (
     finds_costs,
     generated_sequences,
     needs_measuring,
+    text_of_costs,
 )
 from saap.pipeline.meter import Meter, StageCost
 from saap.pipeline.outcome import greedy_answer
 from saap.pipeline.targets import Target
 from saap.records import ModelGraph, Role, StructurePlan
+from saap.structure_search.costs import measurable, second_order_costs
 from saap.structure_search.objectives import Budget
 from saap.structure_search.plan import SearchSpace, check_reachable
 from saap.surgery.refit import RestoreSettings
@@ -45,6 +48,8 @@ PROBED_REFIT_TOKENS = 8192
 PROBED_BLOCKS = 2
 """Of the restoration. Only after the first one are there two residual streams, the dense and the pruned."""
 PROBED_STEPS = 24
+PROBED_COST_BATCHES = 2
+"""Of the walk for second-order costs, the first of which is slower than the others."""
 _STATISTICS_BYTES = 5 * 8
 
 
@@ -129,8 +134,7 @@ def forecast(run: Probed, meter: Meter) -> Forecast:
         ]
         base = _least(run.done, reading)
         if finds_costs(config, run.loaded.model, graph):
-            name = "find the second-order cost of every unit"
-            stages.append(StageForecast(name=name, seconds=None, peak_resident_bytes=stages[-1].peak_resident_bytes))
+            stages.append(_costs(run, meter))
         candidates = config.effort_settings.search_evaluations + 1 if needs_measuring(config) else 0
         seconds = candidates * run.tokens.held.tokens.size * reading.seconds
         restoring, per_token = _restoration(run, meter, base)
@@ -277,6 +281,35 @@ def _estimation(run: Probed, meter: Meter, reading: _Rate) -> StageForecast:
         name=name, seconds=tried.seconds / len(few.tokens) * len(scored.tokens),
         peak_resident_bytes=tried.peak_resident_bytes, disk_bytes=units * _STATISTICS_BYTES,
     )  # fmt: skip
+
+
+def _costs(run: Probed, meter: Meter) -> StageForecast:
+    """Second-order costs: the walk over a few micro-batches, and the order of the units of one block."""
+    tokens, rows = text_of_costs(run.tokens, run.device)
+    batches = -(-len(tokens) // rows)
+    walked = min(PROBED_COST_BATCHES, batches)
+    modules = measurable(run.graph)
+    ordered = sum(group.layer == modules[0].layer for group in modules)
+    times: list[float] = []
+
+    def stop(done: int, total: int) -> None:
+        times.append(perf_counter())
+        if done == walked + ordered:
+            raise _EnoughError
+
+    with meter.stage("try: find costs"), suppress(_EnoughError), run.tokens.images(run.loaded.model):
+        times.append(perf_counter())
+        second_order_costs(
+            run.loaded.model, run.graph, tokens[: walked * rows], micro_batch=rows, ignored=run.tokens.scored.ignored,
+            progress=stop,
+        )  # fmt: skip
+    walking = times[walked] - times[walked - 1]
+    ordering = (times[walked + ordered] - times[walked]) / ordered
+    return StageForecast(
+        name="find the second-order cost of every unit",
+        seconds=walking * batches + ordering * len(modules),
+        peak_resident_bytes=meter.stages[-1].peak_resident_bytes,
+    )
 
 
 def _restoration(run: Probed, meter: Meter, base: int) -> tuple[StageForecast, float]:

@@ -28,6 +28,10 @@ EVALUATION_TOKENS = 8192
 # Of a model whose weights are read from its files: such a model is large, and every token takes long.
 OFFLOADED_EVALUATION_TOKENS = 1024
 GENERATION_BATCH = 32
+COST_TOKENS = 32_768
+"""The most that second-order costs are taken from."""
+COST_TOKENS_AT_ONCE = 512
+"""Of one micro-batch of that walk, which keeps the memory of its way back small."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +95,17 @@ class TokenSets:
         """The set of that name as (sequences, length) ids on a device."""
         chosen: CalibrationSet = getattr(self, name)
         return torch.from_numpy(chosen.tokens).to(device)
+
+
+def text_of_costs(tokens: TokenSets, device: torch.device) -> tuple[torch.Tensor, int]:
+    """The calibration text (sequences, length) that second-order costs are taken from, and the rows of a micro-batch.
+
+    A part of the restoration's: longer than the scored samples, in tokens, without which a Gram matrix makes units look
+    cheap, and in context, without which heads do. Where there is less of it, the scored samples have to do.
+    """
+    scored, refit = (tokens.tensor(name, device) for name in ("scored", "refit"))
+    chosen = scored if refit.numel() < scored.numel() else refit[: max(1, COST_TOKENS // refit.shape[1])]
+    return chosen, max(1, COST_TOKENS_AT_ONCE // chosen.shape[1])
 
 
 def open_model(source: str | Path | nn.Module, options: RunOptions, tokenizer: Any | None = None) -> LoadedModel:

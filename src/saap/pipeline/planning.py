@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from saap.baselines.methods import Measurements
 from saap.config import Importance, Method, PrunableRole, unit_roles
 from saap.estimation.calibrate import estimate
@@ -19,6 +17,7 @@ from saap.pipeline.inputs import (
     chooses_units,
     finds_costs,
     needs_measuring,
+    text_of_costs,
 )
 from saap.pipeline.memory import (
     search_evaluations,
@@ -32,11 +31,6 @@ from saap.storage import read_plan, read_scores, write_plan, write_scores
 from saap.structure_search.costs import SecondOrder, second_order_costs
 from saap.structure_search.judge import JUDGED_AT_ONCE, StructureJudge
 from saap.structure_search.plan import plan_from_counts, search
-
-COST_TOKENS = 32_768
-"""The most that second-order costs are taken from."""
-TOKENS_AT_ONCE = 512
-"""Of one micro-batch of that walk, which keeps the memory of its way back small."""
 
 
 def scores_of(run: Run, found: Measurements | None = None) -> ImportanceScores:
@@ -117,9 +111,9 @@ def _measure(run: Run) -> _Measured:
     costs = None
     if finds_costs(config, model, graph):
         with run.meter.stage("find the second-order cost of every unit"):
-            tokens = _text_of_costs(run)
+            tokens, rows = text_of_costs(run.tokens, run.device)
             costs = second_order_costs(
-                model, graph, tokens, micro_batch=max(1, TOKENS_AT_ONCE // tokens.shape[1]),
+                model, graph, tokens, micro_batch=rows,
                 ignored=run.tokens.scored.ignored, spill=spill_of(run), progress=run.meter.reporter.advance,
                 processes=run.processes,
             )  # fmt: skip
@@ -131,16 +125,6 @@ def _measure(run: Run) -> _Measured:
             model, graph, held, grams, at_once, ignored=run.tokens.held.ignored, processes=run.processes
         )
     return _Measured(costs, judge)
-
-
-def _text_of_costs(run: Run) -> torch.Tensor:
-    """The calibration text (sequences, length) that second-order costs are taken from: a part of the restoration's.
-
-    It is longer than the scored samples, in tokens, without which a Gram matrix makes units look cheap, and in context,
-    without which heads do. Where there is less of it, the scored samples have to do.
-    """
-    scored, refit = (run.tokens.tensor(name, run.device) for name in ("scored", "refit"))
-    return scored if refit.numel() < scored.numel() else refit[: max(1, COST_TOKENS // refit.shape[1])]
 
 
 def _plan(
