@@ -15,6 +15,7 @@ from saap.pipeline import forecast as forecast_module
 from saap.pipeline.inputs import COST_TOKENS, COST_TOKENS_AT_ONCE, RunOptions
 from saap.pipeline.run import preview, run_prune
 from saap.records import ModelGraph
+from saap.structure_search import costs
 from saap.structure_search.costs import measurable
 
 SETTINGS = {"samples": 6, "sample_length": 32, "align": 8, "effort": "fast", "refit_tokens": 8192}
@@ -72,6 +73,18 @@ def test_second_order_costs_are_scaled_to_all_their_text_and_modules(
     modules = len(measurable(discover(tiny.model())))
     assert walked == [2]
     assert stage["seconds"] == pytest.approx(5.0 * batches + 3.0 * modules)
+
+
+def test_a_model_without_measurable_modules_is_forecast(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (costs, forecast_module):
+        monkeypatch.setattr(module, "measurable", lambda graph: [])
+    text = str(tiny.text_file(tmp_path / "text.txt"))
+    config = PruneConfig(pruning_ratios=(0.2,), calibration=(text,), **SETTINGS)
+    stages = preview(source, config, RunOptions())["forecast"]["stages"]
+    (stage,) = [one for one in stages if "second-order" in one["name"]]
+    assert stage["seconds"] > 0
 
 
 def probed(peaks: dict[str, int], restore: bool = True) -> tuple[forecast_module.Forecast, forecast_module.Probed]:

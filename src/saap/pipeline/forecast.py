@@ -304,7 +304,7 @@ def _costs(run: Probed, meter: Meter) -> StageForecast:
             progress=stop,
         )  # fmt: skip
     walking = times[walked] - times[walked - 1]
-    ordering = (times[walked + ordered] - times[walked]) / ordered
+    ordering = (times[walked + ordered] - times[walked]) / max(1, ordered)  # none where nothing is measurable
     return StageForecast(
         name="find the second-order cost of every unit",
         seconds=walking * batches + ordering * len(modules),
