@@ -4,7 +4,8 @@
 
 SOURCE_FOLDER holds books_en/*.txt (novels), sotu_en.txt (addresses, by year), wikipedia_en.txt (one article a line),
 wikitext2/{test,validation}.jsonl, flores200/LANGUAGE.devtest.txt (one sentence a line) and
-zeroshot/{arc_easy,openbookqa}.test.jsonl (query, choices, label). The same sources give the same bytes. Three parts
+zeroshot/{arc_easy,openbookqa}.test.jsonl (query, choices, label). The encyclopaedia is joined by articles that were
+written for saap (scripts/texts). The same sources give the same bytes. Three parts
 never overlap: what is bundled for calibration, what is bundled for evaluation, and what is left to the benchmarks (one
 whole novel, the last quarter of the addresses). Of FLORES, whose sentences are the same in every language, the
 benchmarks calibrate on the first half and measure on the second.
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+WRITTEN_ARTICLES = ROOT / "scripts/texts/articles.txt.gz"
 BUNDLED = ROOT / "src/saap/data/bundled"
 BENCHMARKS = ROOT / "benchmarks/data"
 LONGEST_HARD_WRAPPED_LINE = 100
@@ -51,9 +53,9 @@ CALIBRATION_SPEECHES = 350_000
 EVALUATION_SPEECHES = 40_000
 SPEECHES_FOR_EVALUATION_FROM = 0.6
 SPEECHES_FOR_BENCHMARKS_FROM = 0.75
-CALIBRATION_ARTICLES = slice(0, 15)
-EVALUATION_ARTICLES = slice(20, 23)
-ARTICLE_LENGTH = {"calibration": 28_000, "evaluation": 14_000}
+EVALUATION_ARTICLES = range(20, 23)
+"""Places in the file; all others are for calibration."""
+ARTICLE_LENGTH = 14_000
 BENCHMARK_CHARACTERS = 120_000
 BENCHMARK_NOVEL = "Burnett_Garden_1911.txt"
 QUESTION_TASKS = ("arc_easy", "openbookqa")
@@ -133,17 +135,18 @@ def main() -> None:
     held_speeches = from_next_line(speeches, int(SPEECHES_FOR_EVALUATION_FROM * len(speeches)))
     late_speeches = from_next_line(speeches, int(SPEECHES_FOR_BENCHMARKS_FROM * len(speeches)))
     articles = (folder / "wikipedia_en.txt").read_text(encoding="utf-8").splitlines()
+    beginnings = [head(article, ARTICLE_LENGTH, ". ") for article in articles]
+    held_articles = [beginnings[index] for index in EVALUATION_ARTICLES]
+    written = gzip.decompress(WRITTEN_ARTICLES.read_bytes()).decode()
     texts = {
         "novels.calibration": "\n\n".join(passage(folder, part) for part in CALIBRATION_NOVELS),
         "novels.evaluation": "\n\n".join(passage(folder, part) for part in EVALUATION_NOVELS),
         "speeches.calibration": head(speeches, CALIBRATION_SPEECHES),
         "speeches.evaluation": head(held_speeches, EVALUATION_SPEECHES),
         "encyclopaedia.calibration": "\n\n".join(
-            head(article, ARTICLE_LENGTH["calibration"], ". ") for article in articles[CALIBRATION_ARTICLES]
+            [*(article for article in beginnings if article not in held_articles), written]
         ),
-        "encyclopaedia.evaluation": "\n\n".join(
-            head(article, ARTICLE_LENGTH["evaluation"], ". ") for article in articles[EVALUATION_ARTICLES]
-        ),
+        "encyclopaedia.evaluation": "\n\n".join(held_articles),
     }
     for name, text in texts.items():
         write_compressed(BUNDLED / f"{name}.txt.gz", text.encode())

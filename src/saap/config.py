@@ -170,9 +170,7 @@ class EffortSettings(BaseModel):
 
 EFFORTS: dict[Effort, EffortSettings] = {
     Effort.FAST: EffortSettings(refit_sequences=16, search_evaluations=0, held_sequences=8),
-    Effort.DEFAULT: EffortSettings(
-        refit_sequences=256, search_evaluations=12, held_sequences=16, generated_sequences=32
-    ),
+    Effort.DEFAULT: EffortSettings(refit_sequences=256, search_evaluations=12, held_sequences=16),
     Effort.BEST: EffortSettings(refit_sequences=384, search_evaluations=32, held_sequences=24, generated_sequences=64),
 }
 

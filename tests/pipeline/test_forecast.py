@@ -11,12 +11,13 @@ from tests.pipeline import tiny
 from saap.config import PruneConfig
 from saap.discovery import discover
 from saap.errors import ConfigurationError, OutputError
+from saap.models import felt
+from saap.models.felt import measurable
 from saap.pipeline import forecast as forecast_module
 from saap.pipeline.inputs import COST_TOKENS, COST_TOKENS_AT_ONCE, RunOptions
 from saap.pipeline.run import preview, run_prune
 from saap.records import ModelGraph
 from saap.structure_search import costs
-from saap.structure_search.costs import measurable
 
 SETTINGS = {"samples": 6, "sample_length": 32, "align": 8, "effort": "fast", "refit_tokens": 8192}
 
@@ -26,12 +27,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.folder(tmp_path_factory.mktemp("dense"))
 
 
-def test_the_stages_are_those_of_the_run(source: Path, tmp_path: Path) -> None:
-    text = str(tiny.text_file(tmp_path / "text.txt"))
+@pytest.mark.parametrize("kind", ["a text of the user's own", "the default"])
+def test_the_stages_are_those_of_the_run(source: Path, tmp_path: Path, kind: str) -> None:
+    text = str(tiny.text_file(tmp_path / "text.txt")) if kind != "the default" else "mixed"
     config = PruneConfig(pruning_ratios=(0.2,), calibration=(text,), **SETTINGS)
     options = RunOptions(out=tmp_path / "out")
     shown = preview(source, config, options)["forecast"]
-    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    assert not list(tmp_path.glob("out*"))
     (result,) = run_prune(source, config, options)
     assert [stage["name"] for stage in shown["stages"]] == [stage.name for stage in result.report.stages]
     assert all(stage["seconds"] is not None for stage in shown["stages"])
@@ -78,7 +80,7 @@ def test_second_order_costs_are_scaled_to_all_their_text_and_modules(
 def test_a_model_without_measurable_modules_is_forecast(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (costs, forecast_module):
+    for module in (felt, costs, forecast_module):
         monkeypatch.setattr(module, "measurable", lambda graph: [])
     text = str(tiny.text_file(tmp_path / "text.txt"))
     config = PruneConfig(pruning_ratios=(0.2,), calibration=(text,), **SETTINGS)

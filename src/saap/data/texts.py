@@ -21,7 +21,7 @@ from saap.errors import CalibrationError, SaapError
 MIXED = "mixed"
 CONVERSATIONS = "conversations"
 # Bundled kinds with their weights in `mixed`: more of what a model knows is asked for in the last two.
-KINDS: Mapping[str, int] = MappingProxyType({"novels": 1, "speeches": 1, "encyclopaedia": 2, CONVERSATIONS: 2})
+KINDS: Mapping[str, int] = MappingProxyType({"novels": 1, "speeches": 1, "encyclopaedia": 3, CONVERSATIONS: 4})
 FILE_ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 # Of each kind, in the mixed evaluation text: about 8,000 tokens in all, so a prefix of it is not one kind alone.
 MIXED_EVALUATION_CHARACTERS = 9_000

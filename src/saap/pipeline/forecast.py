@@ -16,9 +16,11 @@ from saap.config import Method, PruneConfig, SkipLayers, unit_roles
 from saap.data.generated import random_starts, sample_from_model
 from saap.errors import ConfigurationError, TargetError
 from saap.estimation.calibrate import estimate
+from saap.estimation.felt import felt_scores
 from saap.evaluation.perplexity import perplexity
 from saap.export.placing import check_place
 from saap.models.devices import pick_device, quick_float32_products, working_dtype
+from saap.models.felt import measurable
 from saap.models.references import resolve_model
 from saap.models.safetensor_files import weight_files
 from saap.pipeline.inputs import (
@@ -31,12 +33,13 @@ from saap.pipeline.inputs import (
     generated_sequences,
     needs_measuring,
     text_of_costs,
+    weighs_tokens,
 )
 from saap.pipeline.meter import Meter, StageCost
 from saap.pipeline.outcome import greedy_answer
 from saap.pipeline.targets import Target
 from saap.records import ModelGraph, Role, StructurePlan
-from saap.structure_search.costs import measurable, second_order_costs
+from saap.structure_search.costs import second_order_costs
 from saap.structure_search.objectives import Budget
 from saap.structure_search.plan import SearchSpace, check_reachable
 from saap.surgery.refit import RestoreSettings
@@ -137,6 +140,7 @@ def forecast(run: Probed, meter: Meter) -> Forecast:
             stages.append(_costs(run, meter))
         candidates = config.effort_settings.search_evaluations + 1 if needs_measuring(config) else 0
         seconds = candidates * run.tokens.held.tokens.size * reading.seconds
+        felt = [_felt(run, meter)] if weighs_tokens(config) else []
         restoring, per_token = _restoration(run, meter, base)
         needed_again = len(run.targets) > 1 or config.target_speedup is not None  # so the dense model stays whole
         copies = _float_bytes(graph.parameters, run) if needed_again else 0
@@ -146,6 +150,7 @@ def forecast(run: Probed, meter: Meter) -> Forecast:
                 name=f"search the structure{label}", seconds=seconds, peak_resident_bytes=reading.peak_resident_bytes
             )
             stages.append(searching)
+        stages += felt
         for target in run.targets:
             left = _left(run, target)
             name = f"cut{' and restore' if config.restore else ''}, block by block"
@@ -308,6 +313,25 @@ def _costs(run: Probed, meter: Meter) -> StageForecast:
     return StageForecast(
         name="find the second-order cost of every unit",
         seconds=walking * batches + ordering * len(modules),
+        peak_resident_bytes=meter.stages[-1].peak_resident_bytes,
+    )
+
+
+def _felt(run: Probed, meter: Meter) -> StageForecast:
+    """Scores token by token: the walk over a few micro-batches."""
+    tokens, rows = text_of_costs(run.tokens, run.device)
+    batches = -(-len(tokens) // rows)
+    walked = min(PROBED_COST_BATCHES, batches)
+    times: list[float] = []
+    with meter.stage("try: weigh tokens"), run.tokens.images(run.loaded.model):
+        times.append(perf_counter())
+        felt_scores(
+            run.loaded.model, run.graph, tokens[: walked * rows], micro_batch=rows, ignored=run.tokens.refit.ignored,
+            progress=lambda _done, _total: times.append(perf_counter()),
+        )  # fmt: skip
+    return StageForecast(
+        name="weigh every unit token by token",
+        seconds=(times[walked] - times[walked - 1]) * batches,
         peak_resident_bytes=meter.stages[-1].peak_resident_bytes,
     )
 

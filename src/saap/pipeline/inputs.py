@@ -98,7 +98,7 @@ class TokenSets:
 
 
 def text_of_costs(tokens: TokenSets, device: torch.device) -> tuple[torch.Tensor, int]:
-    """The calibration text (sequences, length) that second-order costs are taken from, and the rows of a micro-batch.
+    """The calibration text (sequences, length) for what is felt token by token, and the rows of a micro-batch.
 
     A part of the restoration's: longer than the scored samples, in tokens, without which a Gram matrix makes units look
     cheap, and in context, without which heads do. Where there is less of it, the scored samples have to do.
@@ -151,6 +151,15 @@ def finds_costs(config: PruneConfig, model: nn.Module, graph: ModelGraph) -> boo
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     trusted = config.restore and config.trusts_calibration  # they count on the compensation
     return chooses_units(config) and trusted and gram_bytes(graph) <= weights
+
+
+def weighs_tokens(config: PruneConfig) -> bool:
+    """Whether the choice of units weighs what the loss feels of them token by token, on text of the restoration.
+
+    Only for the default calibration, whose search goes without second-order costs, which are felt token by token too.
+    """
+    chosen = chooses_units(config) and config.effort_settings.second_order
+    return chosen and config.restore and not config.trusts_calibration
 
 
 def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from safetensors.numpy import load_file, save
+
 from saap.baselines.methods import Measurements
 from saap.config import Importance, Method, PrunableRole, unit_roles
 from saap.estimation.calibrate import estimate
+from saap.estimation.felt import felt_scores
 from saap.estimation.selection import unit_scores
 from saap.pipeline.context import Run
 from saap.pipeline.inputs import (
@@ -18,6 +21,7 @@ from saap.pipeline.inputs import (
     finds_costs,
     needs_measuring,
     text_of_costs,
+    weighs_tokens,
 )
 from saap.pipeline.memory import (
     search_evaluations,
@@ -26,11 +30,13 @@ from saap.pipeline.memory import (
 from saap.pipeline.methods import baseline_scores, measurements
 from saap.pipeline.targets import Target
 from saap.pipeline.written import with_written
-from saap.records import ImportanceScores, Role, StructurePlan, UnitScores, require_same
-from saap.storage import read_plan, read_scores, write_plan, write_scores
+from saap.records import FloatArray, ImportanceScores, Role, StructurePlan, UnitScores, require_same
+from saap.storage import read_plan, read_scores, write_plan, write_scores, write_whole
 from saap.structure_search.costs import SecondOrder, second_order_costs
 from saap.structure_search.judge import JUDGED_AT_ONCE, StructureJudge
 from saap.structure_search.plan import plan_from_counts, search
+
+FELT = "felt.safetensors"
 
 
 def scores_of(run: Run, found: Measurements | None = None) -> ImportanceScores:
@@ -91,7 +97,30 @@ def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> 
                 plan = run.processes.from_first(partial(_plan, run, target, units, element, measured))
                 run.processes.from_first(partial(write_plan, path, plan, run.graph))
                 plans.append(plan)
+        if weighs_tokens(run.config) and not all(plan.removes_nothing(run.graph) for plan in plans):
+            _weigh_tokens(run)
     return plans
+
+
+def _weigh_tokens(run: Run) -> None:
+    """Put into the work folder what the loss feels of each unit token by token, if it is not there."""
+    path = run.work.file(FELT)
+    if run.processes.from_first(path.exists):
+        return
+    with run.meter.stage("weigh every unit token by token"):
+        tokens, rows = text_of_costs(run.tokens, run.device)
+        found = felt_scores(
+            run.loaded.model, run.graph, tokens, micro_batch=rows, ignored=run.tokens.refit.ignored,
+            spill=spill_of(run), progress=run.meter.reporter.advance, processes=run.processes,
+        )  # fmt: skip
+        run.processes.from_first(lambda: write_whole(path, save(found)))
+
+
+def scores_of_choice(run: Run, scores: ImportanceScores) -> dict[str, FloatArray]:
+    """By group, what the restoration's choice of units weighs in: scores token by token, or else element-wise ones."""
+    path = run.work.file(FELT)
+    felt = load_file(path) if weighs_tokens(run.config) and path.exists() else {}
+    return {name: group.element for name, group in scores.groups.items()} | felt
 
 
 @dataclass(frozen=True, slots=True)

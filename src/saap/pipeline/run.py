@@ -45,7 +45,7 @@ from saap.pipeline.memory import (
 from saap.pipeline.meter import Meter
 from saap.pipeline.methods import biases_for, check_method, compensate, for_method
 from saap.pipeline.outcome import Behaviour, observe
-from saap.pipeline.planning import plans_for, scores_of
+from saap.pipeline.planning import plans_for, scores_of, scores_of_choice
 from saap.pipeline.progress import Reporter, Silent
 from saap.pipeline.report import PruneResult
 from saap.pipeline.speed import check_settings
@@ -301,10 +301,10 @@ def cut_and_restore(
 
 
 def restore_settings(run: Run, scores: ImportanceScores) -> RestoreSettings:
-    """How the run restores. The second-order choice of units weighs the element-wise scores in."""
+    """How the run restores. The second-order choice of units weighs scores in."""
     if not (chooses_units(run.config) and run.config.effort_settings.second_order):
         return RestoreSettings(second_order=False)
-    return RestoreSettings(scores={name: group.element for name, group in scores.groups.items()})
+    return RestoreSettings(scores=scores_of_choice(run, scores))
 
 
 def _itself(model: nn.Module) -> nn.Module:

@@ -10,21 +10,19 @@ between the module and the residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from saap.models.capture import backward_to_outputs
+from saap.models.felt import Visit, measurable, readers, walk_felt
 from saap.models.least_squares import removal_order
 from saap.models.linear import weight_out_in
-from saap.models.loss import loss_and_gradient
 from saap.models.processes import Processes
-from saap.models.spill import Spill, held
-from saap.models.walked import passed, started
-from saap.models.walker import BlockWalker, Contexts, inference_only
-from saap.records import CoupledGroup, IntArray, ModelGraph, Role, UnitScores
+from saap.models.spill import Spill
+from saap.models.walker import BlockWalker, inference_only
+from saap.records import CoupledGroup, IntArray, ModelGraph, UnitScores
 
 CURVE_STEPS = 32
 """Batches in which the units of a module leave: fine enough for the steps of a plan."""
@@ -44,18 +42,6 @@ class SecondOrder:
     grams: Mapping[str, Tensor]
     scores: Mapping[str, UnitScores]
     orders: Mapping[str, IntArray]
-
-
-def measurable(graph: ModelGraph) -> list[CoupledGroup]:
-    """Groups inside blocks whose channels are read by exactly one module: those that second-order costs exist for."""
-    return [
-        group
-        for group in graph.groups
-        if group.layer >= 0
-        and group.role is not Role.QUERY
-        and len(group.consumers) == 1
-        and group.consumers[0].part is None
-    ]
 
 
 def gram_bytes(graph: ModelGraph) -> int:
@@ -84,11 +70,11 @@ def second_order_costs(
     it was. Raises NonFiniteLossError.
     """
     processes = processes or Processes()
-    by_path = {group.consumers[0].tensor.rpartition(".")[0]: group for group in measurable(graph)}
+    by_path = readers(graph)
     walker = BlockWalker(model, graph.blocks)
     with inference_only(model):
         if spill is not None:
-            found = _walk_together(walker, torch.split(tokens, micro_batch), by_path, ignored, spill, progress)
+            found = _walk_together(walker, tokens, micro_batch, by_path, ignored, spill, progress)
         else:
             found = _walk_alone(walker, tokens, micro_batch, by_path, ignored, processes, progress)
     scores, orders = {}, {}
@@ -124,10 +110,12 @@ def _walk_alone(
     sequences, modules = processes.share(len(tokens)), processes.share(len(by_path))
     batches = [tokens[start : min(start + micro_batch, sequences.stop)] for start in sequences[::micro_batch]]
     steps = len(batches) + len(modules)
-    for index, batch in enumerate(batches):
-        _walk(walker, batch, by_path, grams, ignored)
+
+    def walked(done: int, _total: int) -> None:
         if progress is not None:
-            progress(index + 1, steps)
+            progress(done, steps)
+
+    walk_felt(walker, batches, _by_layer(by_path, walker), _adding(by_path, grams), ignored=ignored, progress=walked)
     grams = {name: processes.total(gram) for name, gram in grams.items()}
     leaving: dict[str, _Leaving] = {}
     for index, path in enumerate(list(by_path)[modules.start : modules.stop]):
@@ -152,80 +140,44 @@ def _leaving(weight: Tensor, group: CoupledGroup, gram: Tensor) -> _Leaving:
 
 def _walk_together(
     walker: BlockWalker,
-    batches: Sequence[Tensor],
+    tokens: Tensor,
+    micro_batch: int,
     by_path: Mapping[str, CoupledGroup],
     ignored: Collection[int],
     spill: Spill,
     progress: Callable[[int, int], None] | None,
 ) -> _Walked:
     """All micro-batches through one block before the next; the units of a block are put in order while it is there."""
-    blocks, tokens = len(walker.paths), sum(batch.numel() for batch in batches)
     leaving: dict[str, _Leaving] = {}
-    hidden, contexts = started(walker, batches, spill.empty)
-    inputs = []
-    for layer in range(blocks):
-        inputs.append(hidden)
-        hidden = passed(walker, layer, hidden, contexts, spill.empty)
-        if progress is not None:
-            progress(layer + 1, 2 * blocks)
-    ends = zip(hidden, batches, strict=True)
-    gradients = held(spill.empty, (loss_and_gradient(walker, last, batch, ignored=ignored)[1] for last, batch in ends))
-    for layer in reversed(range(blocks)):
-        grams: dict[str, Tensor] = {}
-        before, entered = spill.empty(), inputs.pop()
-        for entry, context, gradient in zip(entered, contexts, gradients, strict=True):
-            before.append(_backward(walker, layer, entry, context, gradient, by_path, grams))
-        gradients = before
-        for path in _paths_in(by_path, layer):
+    grams: dict[str, Tensor] = {}
+    by_layer = _by_layer(by_path, walker)
+
+    def order_units(layer: int) -> None:
+        for path in by_layer[layer]:
             group = by_path[path]
             weight = weight_out_in(walker.model.get_submodule(path))
-            leaving[group.name] = _leaving(weight, group, grams.pop(group.name) / tokens)
-        if progress is not None:
-            progress(2 * blocks - layer, 2 * blocks)
+            leaving[group.name] = _leaving(weight, group, grams.pop(group.name) / tokens.numel())
+
+    walk_felt(
+        walker, torch.split(tokens, micro_batch), by_layer, _adding(by_path, grams),
+        ignored=ignored, spill=spill, left=order_units, progress=progress,
+    )  # fmt: skip
     return _Walked(leaving, {})
 
 
-def _walk(
-    walker: BlockWalker,
-    batch: Tensor,
-    by_path: Mapping[str, CoupledGroup],
-    grams: dict[str, Tensor],
-    ignored: Collection[int],
-) -> None:
-    """Add one micro-batch to the Gram matrices."""
-    stream = walker.start(batch)
-    inputs, hidden = [], stream.hidden
-    for layer in range(len(walker.paths)):
-        inputs.append(hidden)
-        hidden = walker.run_block(layer, hidden, stream.contexts)
-    _, gradient = loss_and_gradient(walker, hidden, batch, ignored=ignored)
-    for layer in reversed(range(len(walker.paths))):
-        gradient = _backward(walker, layer, inputs.pop(), stream.contexts, gradient, by_path, grams)
-
-
-def _backward(
-    walker: BlockWalker,
-    layer: int,
-    entry: Tensor,
-    contexts: Contexts,
-    gradient: Tensor,
-    by_path: Mapping[str, CoupledGroup],
-    grams: dict[str, Tensor],
-) -> Tensor:
-    """Gradient at the input of a block; adds what its consumers read to their Gram matrices.
+def _adding(by_path: Mapping[str, CoupledGroup], grams: dict[str, Tensor]) -> Visit:
+    """Adds what a module reads to its group's Gram matrix.
 
     A token weighs as much as the mean squared entry, at the module's output, of its own summed-loss gradient.
-    gradient: at the block's output, of the mean loss of each sequence.
     """
-    before, found = backward_to_outputs(walker, layer, _paths_in(by_path, layer), entry, contexts, gradient)
-    for path, taken in found.items():
-        x = taken.input.flatten(0, -2).float()
-        entries = taken.gradient.flatten(0, -2).float() * (entry.shape[1] - 1)
-        x = x * entries.square().mean(-1, keepdim=True).sqrt()
+
+    def add(path: str, x: Tensor, gradient: Tensor) -> None:
+        x = x * gradient.square().mean(-1, keepdim=True).sqrt()
         gram = grams.setdefault(by_path[path].name, x.new_zeros(x.shape[1], x.shape[1]))
         gram.addmm_(x.T, x)
-    return before
+
+    return add
 
 
-def _paths_in(by_path: Mapping[str, CoupledGroup], layer: int) -> list[str]:
-    return [path for path, group in by_path.items() if group.layer == layer]
+def _by_layer(by_path: Mapping[str, CoupledGroup], walker: BlockWalker) -> list[list[str]]:
+    return [[path for path, group in by_path.items() if group.layer == layer] for layer in range(len(walker.paths))]

@@ -1,0 +1,60 @@
+"""Importance of units token by token: what the loss feels of each at every place of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor, nn
+
+from saap.models.felt import readers, walk_felt
+from saap.models.linear import weight_out_in
+from saap.models.processes import Processes
+from saap.models.spill import Spill
+from saap.models.walker import BlockWalker, inference_only
+from saap.records import FloatArray, ModelGraph
+
+
+@torch.no_grad()
+def felt_scores(
+    model: nn.Module,
+    graph: ModelGraph,
+    tokens: Tensor,
+    *,
+    micro_batch: int = 4,
+    ignored: Collection[int] = (),
+    spill: Spill | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    processes: Processes | None = None,
+) -> dict[str, FloatArray]:
+    """By group, for each unit the mean over tokens of (g_t W_u x_tu)^2: (units,).
+
+    tokens: (sequences, length) ids. x_tu is what the module that reads the group's channels takes from unit u at token
+    t, W_u its columns, g_t the gradient of the sequence's loss at its output: to first order, what the loss changes if
+    the unit is silent at that token alone. The element-wise score squares the sum over a sample's tokens instead, in
+    which they cancel each other. Only groups whose channels one module reads have these scores.
+    ignored: ids of which no loss is taken. spill: see `walk_felt`. processes: that take a part of the sequences each;
+    all get the whole result. The model is left as it was. Raises NonFiniteLossError.
+    """
+    processes = processes or Processes()
+    by_path = readers(graph)
+    walker = BlockWalker(model, graph.blocks)
+    units = {
+        path: torch.tensor([list(group.consumers[0].rows(unit)) for unit in range(group.units)])
+        for path, group in by_path.items()
+    }
+    sums = {path: torch.zeros(len(rows), device=tokens.device) for path, rows in units.items()}
+
+    def add(path: str, x: Tensor, gradient: Tensor) -> None:
+        felt = (gradient @ weight_out_in(model.get_submodule(path)).float()) * x
+        of_units = felt[:, units[path].to(felt.device)].sum(-1)
+        sums[path] += of_units.square().sum(0).to(tokens.device)
+
+    own = processes.share(len(tokens)) if spill is None else range(len(tokens))
+    batches = [tokens[start : min(start + micro_batch, own.stop)] for start in own[::micro_batch]]
+    by_layer = [[path for path, group in by_path.items() if group.layer == layer] for layer in range(len(graph.blocks))]
+    with inference_only(model):
+        walk_felt(walker, batches, by_layer, add, ignored=ignored, spill=spill, progress=progress)
+    if spill is None:
+        sums = {path: processes.total(found) for path, found in sums.items()}
+    return {by_path[path].name: (found / tokens.numel()).cpu().numpy() for path, found in sums.items()}
