@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from tests.families import build
 from tests.pipeline import tiny
 from torch import nn
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import saap
 from saap.config import PruneConfig
+from saap.discovery import discover
 from saap.errors import CalibrationError, LayoutError, OutputError, StaleInputError, TargetError
 from saap.pipeline import inputs, planning
 from saap.pipeline import run as run_module
@@ -232,8 +234,24 @@ def test_evaluate(source: Path, tmp_path: Path) -> None:
     assert report.perplexity["bundled"].tokens == 630
 
 
-def test_the_model_writes_half_of_the_default_refit_text(source: Path, tmp_path: Path) -> None:
-    settings = {**SETTINGS, "effort": "default", "refit_tokens": 6144}
+def test_units_are_weighed_token_by_token_on_the_default_calibration(source: Path, tmp_path: Path) -> None:
+    text = str(tiny.text_file(tmp_path / "text.txt"))
+    kept = {}
+    for name, calibration in (("own", text), ("default", "mixed")):
+        config = PruneConfig(pruning_ratios=(0.2,), calibration=(calibration,), **SETTINGS)
+        (result,) = run_prune(source, config, RunOptions(out=tmp_path / name, keep_work=True))
+        kept[name] = [stage.name for stage in result.report.stages]
+    assert "weigh every unit token by token" not in kept["own"]
+    assert "weigh every unit token by token" in kept["default"]
+    assert not (tmp_path / "own.saap-work" / "felt.safetensors").exists()
+    felt = load_file(tmp_path / "default.saap-work" / "felt.safetensors")
+    groups = [group for group in discover(tiny.model()).groups if group.layer >= 0]
+    assert {name: len(scores) for name, scores in felt.items()} == {group.name: group.units for group in groups}
+    assert all((scores > 0).all() for scores in felt.values())
+
+
+def test_the_model_writes_half_of_the_best_refit_text(source: Path, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "effort": "best", "refit_tokens": 6144}
     config = PruneConfig(pruning_ratios=(0.2,), **settings)
     result = run_prune(source, config, RunOptions(out=tmp_path / "o", keep_work=True))[0]
     written = np.load(tmp_path / "o.saap-work" / "generated.npy")

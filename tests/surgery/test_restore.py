@@ -49,6 +49,22 @@ def test_restoration_comes_closer_to_the_dense_model(name: str) -> None:
     assert [tuple(p.shape) for p in restored.parameters()] == shapes
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_passes_that_multiply_in_bfloat16_restore_nearly_as_well(name: str) -> None:
+    dense = build(name).float()
+    graph = discover(dense)
+    plan, unseen = half_plan(graph), torch.randint(2, 128, (8, 16), generator=torch.Generator().manual_seed(1))
+    distances = {}
+    for products in (None, torch.bfloat16):
+        model = copy.deepcopy(dense)
+        restore(model, graph, plan, tokens(), RestoreSettings(second_order=False, products=products))
+        cut(model, graph, plan)
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        distances[products] = distance(model, dense, unseen)
+    assert distances[None] != distances[torch.bfloat16]
+    assert distances[torch.bfloat16] == pytest.approx(distances[None], rel=0.1)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2"])
 def test_the_gap_of_the_residual_stream_helps_the_whole_and_not_the_single_matrix(name: str) -> None:
     dense = build(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -113,6 +114,18 @@ def working_dtype(device: torch.device, source: torch.dtype) -> torch.dtype:
     if source == torch.bfloat16 and device.type == "cuda":
         return source
     return torch.float32 if source.itemsize <= 2 else source
+
+
+def quick_products(device: torch.device, written: torch.dtype) -> torch.dtype | None:
+    """The type in which long forward passes may multiply matrices on a device, None for that of the weights.
+
+    bfloat16 on a CPU with instructions for it, if the result is written in 16 bits or fewer anyway. The processor alone
+    decides, not a trial of its speed, so that a machine always gives the same bits.
+    """
+    if device.type != "cpu" or written.itemsize > 2:
+        return None
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else None
 
 
 @contextmanager

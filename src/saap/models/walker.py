@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,11 +70,13 @@ class BlockWalker:
 
     model: forward(input_ids) gives the logits, or an object with `logits`. block_paths: module paths of the decoder
     blocks in their order. The weights of a block are touched in `run_block` and the backward of what it returned only.
-    Between two calls the model is as it was.
+    Between two calls the model is as it was. products: the type in which `run_block` multiplies matrices, None for that
+    of the weights.
     """
 
-    def __init__(self, model: nn.Module, block_paths: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, block_paths: Sequence[str], *, products: torch.dtype | None = None) -> None:
         self.model = model
+        self._products = products
         self.paths = tuple(block_paths)
         self.blocks: tuple[nn.Module, ...] = tuple(model.get_submodule(path) for path in block_paths)
         named = inspect.signature(model.forward).parameters
@@ -111,7 +113,9 @@ class BlockWalker:
 
     def run_block(self, index: int, hidden: Tensor, contexts: Contexts) -> Tensor:
         """Output of block `index`. hidden: (sequences, tokens, width), of the shape the contexts were recorded for."""
-        return _first(contexts[index].call(self.blocks[index], hidden))
+        rounding = nullcontext() if self._products is None else torch.autocast(hidden.device.type, self._products)
+        with rounding:
+            return _first(contexts[index].call(self.blocks[index], hidden))
 
     def backward_to_weights(
         self, index: int, hidden: Tensor, contexts: Contexts, gradient: Tensor, weights: Mapping[str, nn.Parameter]

@@ -19,7 +19,7 @@ from saap.estimation.calibrate import estimate
 from saap.estimation.felt import felt_scores
 from saap.evaluation.perplexity import perplexity
 from saap.export.placing import check_place
-from saap.models.devices import pick_device, quick_float32_products, working_dtype
+from saap.models.devices import pick_device, quick_float32_products, quick_products, working_dtype
 from saap.models.felt import measurable
 from saap.models.references import resolve_model
 from saap.models.safetensor_files import weight_files
@@ -355,7 +355,10 @@ def _restoration(run: Probed, meter: Meter, base: int) -> tuple[StageForecast, f
         if done == probed:
             raise _EnoughError
 
-    settings = RestoreSettings(second_order=needed.second_order and chooses_units(run.config))
+    settings = RestoreSettings(
+        second_order=needed.second_order and chooses_units(run.config),
+        products=quick_products(run.device, run.loaded.dtype),
+    )
     with meter.stage(name), suppress(_EnoughError), run.tokens.images(run.loaded.model):
         restore(run.loaded.model, run.graph, _even_plan(run), tokens, settings, stop)
     tried = meter.stages[-1]

@@ -16,7 +16,7 @@ from saap.data.samples import Calibration
 from saap.discovery import discover
 from saap.discovery.summary import summarise
 from saap.errors import ConfigurationError
-from saap.models.devices import copied, quick_float32_products, require_whole_blocks
+from saap.models.devices import copied, quick_float32_products, quick_products, require_whole_blocks
 from saap.models.processes import Processes
 from saap.models.structure import mark_pruned, structure_of
 from saap.pipeline.context import Run
@@ -302,9 +302,10 @@ def cut_and_restore(
 
 def restore_settings(run: Run, scores: ImportanceScores) -> RestoreSettings:
     """How the run restores. The second-order choice of units weighs scores in."""
+    products = quick_products(run.device, run.loaded.dtype)
     if not (chooses_units(run.config) and run.config.effort_settings.second_order):
-        return RestoreSettings(second_order=False)
-    return RestoreSettings(scores=scores_of_choice(run, scores))
+        return RestoreSettings(second_order=False, products=products)
+    return RestoreSettings(scores=scores_of_choice(run, scores), products=products)
 
 
 def _itself(model: nn.Module) -> nn.Module:

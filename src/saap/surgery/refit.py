@@ -28,7 +28,8 @@ class RestoreSettings:
     counts instead of taking the plan's own units. scores: by group, the importance of its units (units,), which that
     choice weighs in as well. residual_target: aim at the dense residual stream, what it lacks so far included; False
     aims at the dense module's output alone, to measure the difference; tokens weigh the same in both. micro_batch:
-    sequences at a time.
+    sequences at a time. products: the type in which the forward passes multiply matrices, None for that of the weights;
+    moments and refits are of float32 and more.
     """
 
     ridges: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
@@ -38,6 +39,7 @@ class RestoreSettings:
     scores: Mapping[str, FloatArray] | None = None
     residual_target: bool = True
     micro_batch: int = 4
+    products: torch.dtype | None = None
 
 
 @dataclass(slots=True)
@@ -101,7 +103,7 @@ def refit(
     result.keep |= {consumer.group.name: kept, **{one.name: plan.kept(one) for one in consumer.beside}}
     if not kept:  # nothing is left to refit: the module gives its bias
         gone = weight.new_zeros(weight.shape[0], 0)
-        return (nn.functional.linear(read[..., :0], gone.to(read.dtype), bias) for read in taken)
+        return (_given(read[..., :0], gone, bias) for read in taken)
     with_bias = torch.cat([columns, torch.arange(extra, device=columns.device) + weight.shape[1]])
     start = torch.cat([weight, *([] if bias is None else [bias.float().unsqueeze(1)])], dim=1)[:, with_bias]
     fit = fit.select(with_bias)  # one after the other: both are large
@@ -115,7 +117,12 @@ def refit(
     if bias is not None:
         bias.copy_(new[:, -1])
     mark_changed(model, consumer.path)
-    return (nn.functional.linear(read[..., columns], new[:, : len(columns)].to(read.dtype), bias) for read in taken)
+    return (_given(read[..., columns], new[:, : len(columns)], bias) for read in taken)
+
+
+def _given(read: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What a linear module with these weights puts out, in the type of what it reads."""
+    return nn.functional.linear(read, weight.to(read.dtype), None if bias is None else bias.to(read.dtype))
 
 
 def _moments(

@@ -31,13 +31,14 @@ Progress = Callable[[int, int], None]
 class _Streams:
     """Hidden states before the current block, in the dense and in the pruned model, of this process' micro-batches.
 
-    one: contexts of a batch of one sequence, for trials. batches: of all processes. new: makes a sequence of tensors,
-    one for each batch. apart: whether the two models differ.
+    exact: walks without rounding, for trials. one: contexts of a batch of one sequence, for them too. batches: of all
+    processes. new: makes a sequence of tensors, one for each batch. apart: whether the two models differ.
     """
 
     processes: Processes
     batches: int
     new: NewTensors
+    exact: BlockWalker
     one: Contexts
     contexts: list[Contexts]
     dense: Tensors
@@ -65,9 +66,9 @@ def restore(
     processes: that run a part of the sequences each; the first one chooses and refits, from the moments of all. spill:
     where the activations of all sequences are kept, None for memory.
     """
-    walker = BlockWalker(model, graph.blocks)
+    walker = BlockWalker(model, graph.blocks, products=settings.products)
     new: NewTensors = list if spill is None else spill.empty
-    streams = _start(walker, tokens, settings.micro_batch, new, processes or Processes())
+    streams = _start(BlockWalker(model, graph.blocks), tokens, settings.micro_batch, new, processes or Processes())
     result = Restoration()
     for layer in range(len(graph.blocks)):
         if layer in plan.dropped_blocks:
@@ -85,7 +86,7 @@ def _start(walker: BlockWalker, tokens: Tensor, micro_batch: int, new: NewTensor
     own = processes.share(len(batches))
     hidden, contexts = started(walker, batches[own.start : own.stop], new)
     one = walker.start(tokens[:1]).contexts
-    return _Streams(processes, len(batches), new, one, contexts, hidden, hidden)
+    return _Streams(processes, len(batches), new, walker, one, contexts, hidden, hidden)
 
 
 def _consumers(
@@ -100,7 +101,7 @@ def _consumers(
         member.tensor.rpartition(".")[0]: group for group in groups for member in group.consumers if member.part is None
     }
     ways = streams.processes.from_first(
-        lambda: residual_ways(walker, layer, list(by_path), streams.dense[0][:1], streams.one)
+        lambda: residual_ways(streams.exact, layer, list(by_path), streams.dense[0][:1], streams.one)
     )
     consumers = []
     for way in ways:
