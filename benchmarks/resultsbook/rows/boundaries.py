@@ -165,5 +165,6 @@ ROW = Row(
     figures=figures,
     experiment=Experiment(cells=cells, settings=settings, measure=measure),
     limits="Quantisation alone, of the matrices that read FFN channels, which can be reordered for free. What the "
-    "tuning of the groups makes of other boundaries has not been measured.",
+    "tuning of the groups makes of other boundaries has not been measured. The pruned model was made when the"
+    " default calibration had fewer instructions with answers and articles than now.",
 )
