@@ -59,3 +59,13 @@ def test_one_block_at_a_time_gives_the_same(tmp_path: Path) -> None:
     assert alone.keys() == together.keys()
     for name, scores in alone.items():
         assert together[name] == pytest.approx(scores, rel=1e-3), name
+
+
+def test_multiplying_in_bfloat16_changes_them_little() -> None:
+    model = families.build("llama").float()
+    graph, tokens = discover(model), families.token_ids(5, 10)
+    exact = felt_scores(model, graph, tokens)
+    rounded = felt_scores(model, graph, tokens, products=torch.bfloat16)
+    for name, scores in exact.items():
+        assert not np.array_equal(rounded[name], scores)
+        assert rounded[name] == pytest.approx(scores, rel=0.1, abs=0.01 * float(scores.max())), name

@@ -26,6 +26,7 @@ def felt_scores(
     spill: Spill | None = None,
     progress: Callable[[int, int], None] | None = None,
     processes: Processes | None = None,
+    products: torch.dtype | None = None,
 ) -> dict[str, FloatArray]:
     """By group, for each unit the mean over tokens of (g_t W_u x_tu)^2: (units,).
 
@@ -34,11 +35,12 @@ def felt_scores(
     the unit is silent at that token alone. The element-wise score squares the sum over a sample's tokens instead, in
     which they cancel each other. Only groups whose channels one module reads have these scores.
     ignored: ids of which no loss is taken. spill: see `walk_felt`. processes: that take a part of the sequences each;
-    all get the whole result. The model is left as it was. Raises NonFiniteLossError.
+    all get the whole result. products: the type in which blocks multiply matrices, None for that of the weights. The
+    model is left as it was. Raises NonFiniteLossError.
     """
     processes = processes or Processes()
     by_path = readers(graph)
-    walker = BlockWalker(model, graph.blocks)
+    walker = BlockWalker(model, graph.blocks, products=products)
     units = {
         path: torch.tensor([list(group.consumers[0].rows(unit)) for unit in range(group.units)])
         for path, group in by_path.items()

@@ -328,6 +328,7 @@ def _felt(run: Probed, meter: Meter) -> StageForecast:
         felt_scores(
             run.loaded.model, run.graph, tokens[: walked * rows], micro_batch=rows, ignored=run.tokens.refit.ignored,
             progress=lambda _done, _total: times.append(perf_counter()),
+            products=quick_products(run.device, run.loaded.dtype),
         )  # fmt: skip
     return StageForecast(
         name="weigh every unit token by token",

@@ -15,6 +15,7 @@ from saap.config import Importance, Method, PrunableRole, unit_roles
 from saap.estimation.calibrate import estimate
 from saap.estimation.felt import felt_scores
 from saap.estimation.selection import unit_scores
+from saap.models.devices import quick_products
 from saap.pipeline.context import Run
 from saap.pipeline.inputs import (
     chooses_units,
@@ -112,6 +113,7 @@ def _weigh_tokens(run: Run) -> None:
         found = felt_scores(
             run.loaded.model, run.graph, tokens, micro_batch=rows, ignored=run.tokens.refit.ignored,
             spill=spill_of(run), progress=run.meter.reporter.advance, processes=run.processes,
+            products=quick_products(run.device, run.loaded.dtype),
         )  # fmt: skip
         run.processes.from_first(lambda: write_whole(path, save(found)))
 
