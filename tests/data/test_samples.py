@@ -33,6 +33,14 @@ def test_a_stream_is_the_joined_text_without_special_tokens():
     assert TOKENIZER.decode(token_stream(["One.", "Two."], TOKENIZER)) == "One.\n\nTwo."
 
 
+def test_a_stream_is_whole_where_the_tokenizer_was_left_to_shorten_texts():
+    plain, shortening = byte_tokenizer(), byte_tokenizer()
+    shortening.backend_tokenizer.enable_truncation(4)
+    expected = plain("One.\n\nTwo.", add_special_tokens=False)["input_ids"]
+    for tokenizer in (plain, shortening):
+        assert token_stream(["One.", "Two."], tokenizer).tolist() == expected
+
+
 def test_sets_are_windows_of_the_text_and_the_seed_decides(tmp_path):
     source = numbered(tmp_path / "a.txt", "a")
     text = Path(source).read_text(encoding="utf-8")

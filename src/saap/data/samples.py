@@ -54,8 +54,14 @@ def token_stream(texts: Sequence[str], tokenizer: Any | None) -> IntArray:
             "the model has no tokenizer, so a text cannot become token ids",
             "Put the tokenizer's files beside the model, or give token ids of shape (samples, length) from Python",
         )
-    # verbose=False: the whole text is meant to be longer than the model's context.
-    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    text = "\n\n".join(texts)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and backend.truncation is None and backend.padding is None:
+        # The same ids in less than half the time, for no places in the text are kept beside them.
+        ids = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    else:
+        # verbose=False: the whole text is meant to be longer than the model's context.
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return np.asarray(ids, dtype=np.int64).reshape(-1)
 
 
