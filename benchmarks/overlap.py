@@ -9,7 +9,7 @@ and one of them; of conversations also how many ask the very same question. Nove
 from __future__ import annotations
 
 import argparse
-import gzip
+import bz2
 import json
 import re
 import tempfile
@@ -36,8 +36,8 @@ def runs(text: str, length: int) -> set[Run]:
 
 def bundled_questions() -> set[Run]:
     """What the bundled conversations ask."""
-    file = resources.files("saap.data") / "bundled" / f"{CONVERSATIONS}.calibration.jsonl.gz"
-    rows = gzip.decompress(file.read_bytes()).decode().splitlines()
+    file = resources.files("saap.data") / "bundled" / f"{CONVERSATIONS}.calibration.jsonl.bz2"
+    rows = bz2.decompress(file.read_bytes()).decode().splitlines()
     return {tuple(words(json.loads(row)["messages"][0]["content"])) for row in rows}
 
 

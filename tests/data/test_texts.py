@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import bz2
 import gzip
 import json
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_conversations_come_plain_and_with_the_chat_template():
     plain = bundled_text("conversations", Purpose.CALIBRATION)
     both = bundled_text("conversations", Purpose.CALIBRATION, byte_tokenizer(chat_template=CHAT_TEMPLATE))
     assert "<|user|>" not in plain
-    rows = gzip.decompress((BUNDLED / "conversations.calibration.jsonl.gz").read_bytes()).decode().count("\n")
+    rows = bz2.decompress((BUNDLED / "conversations.calibration.jsonl.bz2").read_bytes()).decode().count("\n")
     assert both.count("<|user|>") == both.count("<|assistant|>") == rows // 2 > 1000
     assert bundled_text("conversations", Purpose.CALIBRATION, byte_tokenizer()) == plain
 

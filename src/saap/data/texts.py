@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import zlib
@@ -131,9 +132,9 @@ def bundled_text(kind: str, purpose: Purpose, tokenizer: Any | None = None) -> s
     Conversations are plain text, instruction and answer; every second one is written with the chat template of
     `tokenizer` if it has one, for a model that answers is asked in either form.
     """
-    ending = ".jsonl.gz" if kind == CONVERSATIONS else ".txt.gz"
+    ending = ".jsonl.bz2" if kind == CONVERSATIONS else ".txt.bz2"
     file = resources.files("saap.data") / "bundled" / f"{kind}.{purpose}{ending}"
-    text = gzip.decompress(file.read_bytes()).decode()
+    text = bz2.decompress(file.read_bytes()).decode()
     return _mixed_conversations(text, tokenizer) if kind == CONVERSATIONS else text
 
 
