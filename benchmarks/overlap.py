@@ -9,16 +9,13 @@ and one of them; of conversations also how many ask the very same question. Nove
 from __future__ import annotations
 
 import argparse
-import bz2
-import json
 import re
 import tempfile
-from importlib import resources
 from pathlib import Path
 
-from prune import as_text, texts
+from prune import as_text, records, texts
 
-from saap.data.texts import CONVERSATIONS, KINDS, Purpose, bundled_text, read_documents
+from saap.data.texts import KINDS, Purpose, bundled_conversations, bundled_text, read_documents
 
 Run = tuple[str, ...]
 
@@ -36,15 +33,12 @@ def runs(text: str, length: int) -> set[Run]:
 
 def bundled_questions() -> set[Run]:
     """What the bundled conversations ask."""
-    file = resources.files("saap.data") / "bundled" / f"{CONVERSATIONS}.calibration.jsonl.bz2"
-    rows = bz2.decompress(file.read_bytes()).decode().splitlines()
-    return {tuple(words(json.loads(row)["messages"][0]["content"])) for row in rows}
+    return {tuple(words(messages[0]["content"])) for messages in bundled_conversations(Purpose.CALIBRATION)}
 
 
 def questions(file: Path) -> set[Run]:
     """What the records of a file of instructions ask, as many as are measured."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:400]]
-    return {tuple(words(row["instruction"] + " " + row.get("input", ""))) for row in rows}
+    return {tuple(words(row["instruction"] + " " + row.get("input", ""))) for row in records(file)}
 
 
 def main() -> None:

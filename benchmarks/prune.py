@@ -50,11 +50,16 @@ def texts(instructions: Path | None) -> dict[str, Path]:
     return {**found, "instructions": instructions} if instructions is not None else found
 
 
+def records(file: Path) -> list[dict[str, str]]:
+    """The rows of a .jsonl file that are measured."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:400]]
+
+
 def as_text(file: Path, folder: Path) -> Path:
     """Rows of instruction, input and output as plain text; other files as they are."""
     if file.suffix != ".jsonl":
         return file
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:400]]
+    rows = records(file)
     if "instruction" not in rows[0]:
         return file
     written = folder / "instructions.txt"

@@ -139,6 +139,11 @@ def multilingual_model(request: Request) -> str:
     return str(file)
 
 
+PRUNED_BEFORE = (
+    "The pruned model was made when the default calibration had fewer instructions with answers and articles than now."
+)
+
+
 def pruned_folder(request: Request) -> Path:
     """The model pruned by 20 %: by the default, for a trial by the least effort and not restored."""
     effort = ["--effort", "fast", "--no-restore"] if request.quick else []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from resultsbook.charts import bars
 from resultsbook.measures import mean_and_spread
-from resultsbook.models import measured_text, open_dense, pruned_folder
+from resultsbook.models import PRUNED_BEFORE, measured_text, open_dense, pruned_folder
 from resultsbook.row import Cells, Experiment, Request, Row, Values
 from resultsbook.training import trained_folder
 from saap.evaluation.perplexity import perplexity
@@ -165,6 +165,5 @@ ROW = Row(
     figures=figures,
     experiment=Experiment(cells=cells, settings=settings, measure=measure),
     limits="Quantisation alone, of the matrices that read FFN channels, which can be reordered for free. What the "
-    "tuning of the groups makes of other boundaries has not been measured. The pruned model was made when the"
-    " default calibration had fewer instructions with answers and articles than now.",
+    "tuning of the groups makes of other boundaries has not been measured. " + PRUNED_BEFORE,
 )

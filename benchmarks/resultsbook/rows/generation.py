@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from resultsbook.charts import bars
-from resultsbook.models import DATA, pruned_folder, recovered_folder
+from resultsbook.models import DATA, PRUNED_BEFORE, pruned_folder, recovered_folder
 from resultsbook.row import Cells, Experiment, Request, Row, Values
 from saap.evaluation.generation import (
     BUNDLED,
@@ -132,6 +132,5 @@ ROW = Row(
     figures=figures,
     experiment=Experiment(cells=cells, settings=settings, measure=measure),
     limits="Coherence is judged by the dense model, not by people; a dozen prompts; an answer counts only in the one "
-    "wording that the question names. The pruned model was made when the"
-    " default calibration had fewer instructions with answers and articles than now.",
+    "wording that the question names. " + PRUNED_BEFORE,
 )

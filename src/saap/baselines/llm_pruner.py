@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from saap.baselines.weights import along_axis, block_groups, scored_members, sum_members
 from saap.models.loss import loss_and_gradient
+from saap.models.walked import inputs_of_blocks
 from saap.models.walker import BlockWalker, inference_only
 from saap.records import FloatArray, ModelGraph
 
@@ -74,10 +75,7 @@ def _sample_gradients(
     parameters: Mapping[str, nn.Parameter],
 ) -> list[tuple[str, Tensor]]:
     stream = walker.start(tokens)
-    inputs, hidden = [], stream.hidden
-    for layer in range(len(walker.paths)):
-        inputs.append(hidden)
-        hidden = walker.run_block(layer, hidden, stream.contexts)
+    inputs, hidden = inputs_of_blocks(walker, stream)
     _, gradient = loss_and_gradient(walker, hidden, tokens, first_sample=sample)
     found: list[tuple[str, Tensor]] = []
     for layer in reversed(range(len(walker.paths))):

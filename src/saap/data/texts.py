@@ -132,14 +132,21 @@ def bundled_text(kind: str, purpose: Purpose, tokenizer: Any | None = None) -> s
     Conversations are plain text, instruction and answer; every second one is written with the chat template of
     `tokenizer` if it has one, for a model that answers is asked in either form.
     """
-    ending = ".jsonl.bz2" if kind == CONVERSATIONS else ".txt.bz2"
-    file = resources.files("saap.data") / "bundled" / f"{kind}.{purpose}{ending}"
-    text = bz2.decompress(file.read_bytes()).decode()
-    return _mixed_conversations(text, tokenizer) if kind == CONVERSATIONS else text
+    if kind == CONVERSATIONS:
+        return _mixed_conversations(bundled_conversations(purpose), tokenizer)
+    return _bundled(f"{kind}.{purpose}.txt.bz2")
 
 
-def _mixed_conversations(rows: str, tokenizer: Any | None) -> str:
-    conversations = [json.loads(row)["messages"] for row in rows.splitlines()]
+def bundled_conversations(purpose: Purpose) -> list[list[dict[str, str]]]:
+    """The `messages` of each bundled conversation, an instruction and its answer."""
+    return [json.loads(row)["messages"] for row in _bundled(f"{CONVERSATIONS}.{purpose}.jsonl.bz2").splitlines()]
+
+
+def _bundled(name: str) -> str:
+    return bz2.decompress((resources.files("saap.data") / "bundled" / name).read_bytes()).decode()
+
+
+def _mixed_conversations(conversations: list[list[dict[str, str]]], tokenizer: Any | None) -> str:
     plain = ["\n".join(message["content"] for message in messages) for messages in conversations]
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return "\n\n".join(plain)

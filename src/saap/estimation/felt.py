@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from saap.models.felt import readers, walk_felt
+from saap.models.felt import channels_of_units, in_blocks, readers, walk_felt
 from saap.models.linear import weight_out_in
 from saap.models.processes import Processes
 from saap.models.spill import Spill
@@ -41,10 +41,7 @@ def felt_scores(
     processes = processes or Processes()
     by_path = readers(graph)
     walker = BlockWalker(model, graph.blocks, products=products)
-    units = {
-        path: torch.tensor([list(group.consumers[0].rows(unit)) for unit in range(group.units)])
-        for path, group in by_path.items()
-    }
+    units = {path: channels_of_units(group) for path, group in by_path.items()}
     sums = {path: torch.zeros(len(rows), device=tokens.device) for path, rows in units.items()}
 
     def add(path: str, x: Tensor, gradient: Tensor) -> None:
@@ -53,10 +50,11 @@ def felt_scores(
         sums[path] += of_units.square().sum(0).to(tokens.device)
 
     own = processes.share(len(tokens)) if spill is None else range(len(tokens))
-    batches = [tokens[start : min(start + micro_batch, own.stop)] for start in own[::micro_batch]]
-    by_layer = [[path for path, group in by_path.items() if group.layer == layer] for layer in range(len(graph.blocks))]
     with inference_only(model):
-        walk_felt(walker, batches, by_layer, add, ignored=ignored, spill=spill, progress=progress)
+        walk_felt(
+            walker, tokens[own.start : own.stop], in_blocks(by_path, len(graph.blocks)), add,
+            micro_batch=micro_batch, ignored=ignored, spill=spill, progress=progress,
+        )  # fmt: skip
     if spill is None:
         sums = {path: processes.total(found) for path, found in sums.items()}
     return {by_path[path].name: (found / tokens.numel()).cpu().numpy() for path, found in sums.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from saap.models.capture import backward_to_outputs
 from saap.models.loss import loss_and_gradient
 from saap.models.spill import Spill, held
-from saap.models.walked import passed, started
+from saap.models.walked import inputs_of_blocks, passed, started
 from saap.models.walker import BlockWalker, Contexts
 from saap.records import CoupledGroup, ModelGraph, Role
 
@@ -36,33 +36,42 @@ def readers(graph: ModelGraph) -> dict[str, CoupledGroup]:
     return {group.consumers[0].tensor.rpartition(".")[0]: group for group in measurable(graph)}
 
 
+def in_blocks(by_path: Mapping[str, CoupledGroup], blocks: int) -> list[list[str]]:
+    """The paths of each block's readers."""
+    return [[path for path, group in by_path.items() if group.layer == layer] for layer in range(blocks)]
+
+
+def channels_of_units(group: CoupledGroup) -> Tensor:
+    """Channels of each unit of a measurable group in the module that reads them: (units, width)."""
+    return torch.tensor([list(group.consumers[0].rows(unit)) for unit in range(group.units)])
+
+
 @torch.no_grad()
 def walk_felt(
     walker: BlockWalker,
-    batches: Sequence[Tensor],
+    tokens: Tensor,
     by_layer: Sequence[Sequence[str]],
     visit: Visit,
     *,
+    micro_batch: int,
     ignored: Collection[int] = (),
     spill: Spill | None = None,
     left: Callable[[int], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Show `visit` every module at `by_layer`'s paths, for each batch of ids (sequences, tokens).
+    """Show `visit` every module at `by_layer`'s paths, for each micro-batch of `tokens` (sequences, length).
 
     ignored: ids of which no loss is taken. spill: keeps the inputs of the blocks if all batches are to walk one block
     at a time; without it each walks through all blocks by itself. left: called with each block, backwards, once all
     batches have left it; with a spill only.
     """
+    batches = torch.split(tokens, micro_batch) if len(tokens) else ()
     if spill is not None:
         _together(walker, batches, by_layer, visit, ignored, spill, left, progress)
         return
     for index, batch in enumerate(batches):
         stream = walker.start(batch)
-        inputs, hidden = [], stream.hidden
-        for layer in range(len(walker.paths)):
-            inputs.append(hidden)
-            hidden = walker.run_block(layer, hidden, stream.contexts)
+        inputs, hidden = inputs_of_blocks(walker, stream)
         _, gradient = loss_and_gradient(walker, hidden, batch, ignored=ignored)
         for layer in reversed(range(len(walker.paths))):
             gradient = _back(walker, layer, inputs.pop(), stream.contexts, gradient, by_layer[layer], visit)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from saap.models.spill import NewTensors, Spill, Tensors, held
-from saap.models.walker import BlockWalker, Contexts
+from saap.models.walker import BlockWalker, Contexts, Stream
 
 
 def started(walker: BlockWalker, batches: Iterable[Tensor], new: NewTensors) -> tuple[Tensors, list[Contexts]]:
@@ -19,6 +19,15 @@ def started(walker: BlockWalker, batches: Iterable[Tensor], new: NewTensors) -> 
         hidden.append(stream.hidden)
         contexts.append(stream.contexts)
     return hidden, contexts
+
+
+def inputs_of_blocks(walker: BlockWalker, stream: Stream) -> tuple[list[Tensor], Tensor]:
+    """What goes into each block, and what the last one puts out."""
+    inputs, hidden = [], stream.hidden
+    for layer in range(len(walker.paths)):
+        inputs.append(hidden)
+        hidden = walker.run_block(layer, hidden, stream.contexts)
+    return inputs, hidden
 
 
 def passed(walker: BlockWalker, layer: int, hidden: Tensors, contexts: Sequence[Contexts], new: NewTensors) -> Tensors:

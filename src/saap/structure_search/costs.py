@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from saap.models.felt import Visit, measurable, readers, walk_felt
+from saap.models.felt import Visit, channels_of_units, in_blocks, measurable, readers, walk_felt
 from saap.models.least_squares import removal_order
 from saap.models.linear import weight_out_in
 from saap.models.processes import Processes
@@ -108,21 +108,24 @@ def _walk_alone(
     weights = {path: weight_out_in(walker.model.get_submodule(path)) for path in by_path}
     grams = {by_path[path].name: _zero_gram(weight) for path, weight in weights.items()}
     sequences, modules = processes.share(len(tokens)), processes.share(len(by_path))
-    batches = [tokens[start : min(start + micro_batch, sequences.stop)] for start in sequences[::micro_batch]]
-    steps = len(batches) + len(modules)
+    batches = -(-len(sequences) // micro_batch)
+    steps = batches + len(modules)
 
     def walked(done: int, _total: int) -> None:
         if progress is not None:
             progress(done, steps)
 
-    walk_felt(walker, batches, _by_layer(by_path, walker), _adding(by_path, grams), ignored=ignored, progress=walked)
+    walk_felt(
+        walker, tokens[sequences.start : sequences.stop], in_blocks(by_path, len(walker.paths)),
+        _adding(by_path, grams), micro_batch=micro_batch, ignored=ignored, progress=walked,
+    )  # fmt: skip
     grams = {name: processes.total(gram) for name, gram in grams.items()}
     leaving: dict[str, _Leaving] = {}
     for index, path in enumerate(list(by_path)[modules.start : modules.stop]):
         group = by_path[path]
         leaving[group.name] = _leaving(weights[path], group, grams[group.name] / tokens.numel())
         if progress is not None:
-            progress(len(batches) + index + 1, steps)
+            progress(batches + index + 1, steps)
     every = {name: found for part in processes.gathered(leaving) for name, found in part.items()}
     return _Walked(every, grams)
 
@@ -133,7 +136,7 @@ def _zero_gram(weight: Tensor) -> Tensor:
 
 def _leaving(weight: Tensor, group: CoupledGroup, gram: Tensor) -> _Leaving:
     """The units of a group in the order of leaving, and the felt squared error of each. gram: mean over tokens."""
-    units = torch.tensor([list(group.consumers[0].rows(unit)) for unit in range(group.units)], device=weight.device)
+    units = channels_of_units(group).to(weight.device)
     at_once = max(1, group.units // CURVE_STEPS)
     return removal_order(weight, gram, units, group.units, at_once=at_once)
 
@@ -150,7 +153,7 @@ def _walk_together(
     """All micro-batches through one block before the next; the units of a block are put in order while it is there."""
     leaving: dict[str, _Leaving] = {}
     grams: dict[str, Tensor] = {}
-    by_layer = _by_layer(by_path, walker)
+    by_layer = in_blocks(by_path, len(walker.paths))
 
     def order_units(layer: int) -> None:
         for path in by_layer[layer]:
@@ -159,8 +162,8 @@ def _walk_together(
             leaving[group.name] = _leaving(weight, group, grams.pop(group.name) / tokens.numel())
 
     walk_felt(
-        walker, torch.split(tokens, micro_batch), by_layer, _adding(by_path, grams),
-        ignored=ignored, spill=spill, left=order_units, progress=progress,
+        walker, tokens, by_layer, _adding(by_path, grams),
+        micro_batch=micro_batch, ignored=ignored, spill=spill, left=order_units, progress=progress,
     )  # fmt: skip
     return _Walked(leaving, {})
 
@@ -177,7 +180,3 @@ def _adding(by_path: Mapping[str, CoupledGroup], grams: dict[str, Tensor]) -> Vi
         gram.addmm_(x.T, x)
 
     return add
-
-
-def _by_layer(by_path: Mapping[str, CoupledGroup], walker: BlockWalker) -> list[list[str]]:
-    return [[path for path, group in by_path.items() if group.layer == layer] for layer in range(len(walker.paths))]
