@@ -324,7 +324,10 @@ class ImportanceScores(Digested):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class UnitScores:
-    """The one score that search uses for the units of a group: mean and variance over samples, arrays (units,)."""
+    """The one score that search uses for the units of a group: mean and variance over samples, arrays (units,).
+
+    Not negative and comparable over all groups, but for baselines whose own scale has a zero inside (FLAP).
+    """
 
     mean: FloatArray
     variance: FloatArray

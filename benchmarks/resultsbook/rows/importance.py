@@ -106,12 +106,8 @@ def distributions(dense: Dense, every: Mapping[str, Units]) -> dict[str, Any]:
 
 
 def relative(units: Units, names: Sequence[str]) -> FloatArray:
-    """Importances of the units of all modules over their mean; fused ones are shifted so that the least is above 0.
-
-    The logarithm of sigma, which the fused score contains, is negative where importances are small.
-    """
+    """Importances of the units of all modules over their mean."""
     values = np.concatenate([units[name].mean for name in names])
-    values = values - min(0.0, float(values.min())) * (1 + 1e-9)
     return np.asarray(values / values.mean())
 
 

@@ -2,6 +2,9 @@
 
 minimise over sigma: mean over the units of a scope of sum_m I_m / (2 sigma_m^2) + log sigma_m, m in {vector, element}.
 Sources: SAAP; homoscedastic uncertainty, Kendall, Gal and Cipolla 2018.
+
+The minimised sum itself is no importance of a whole module: its logarithms make it negative where importances are far
+below one nat, as those of real models are, so it can be neither shared out nor divided. See `fused`.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from saap.config import FusionScope
 from saap.records import CoupledGroup, FloatArray, GroupScores, ImportanceScores, ModelGraph, UnitScores, require_same
 
 _LEAST_MEAN = 1e-100
-"""Stands for a mean of zero, whose sigma would be zero: such scores then count nothing, and their log term least."""
+"""Stands for a mean of zero, whose sigma would be zero."""
 
 
 class FusionMethod(StrEnum):
@@ -53,13 +56,16 @@ def learned_sigma(
 
 
 def fused(scores: GroupScores, sigma_vector: float, sigma_element: float, samples: int) -> UnitScores:
-    """Fused importance of each unit of a group: mean and variance over the samples.
+    """Fused importance of each unit of a group in nats, not negative: mean and variance over the samples.
 
-    I = I_vec / (2 sigma_vec^2) + log sigma_vec + I_el / (2 sigma_el^2) + log sigma_el, so with a, b the two factors
-    Var = a^2 V_vec + b^2 V_el + 2 a b Cov, all with samples - 1 degrees of freedom.
+    I = sigma_vec sigma_el (I_vec / (2 sigma_vec^2) + I_el / (2 sigma_el^2)).
+    Inside a scope this orders units as the paper's sum does, from which it differs by the terms log sigma_m. Across
+    scopes it compares what they are worth: its mean over a scope is sigma_vec sigma_el, the geometric mean of the two
+    mean importances, where that of the paper's sum is 1 + log(sigma_vec sigma_el): the same order.
+    With a, b the factors of the two scores Var = a^2 V_vec + b^2 V_el + 2 a b Cov, with samples - 1 degrees of freedom.
     """
-    a, b = 0.5 / sigma_vector**2, 0.5 / sigma_element**2
-    mean = a * scores.vector + b * scores.element + np.log(sigma_vector) + np.log(sigma_element)
+    a, b = 0.5 * sigma_element / sigma_vector, 0.5 * sigma_vector / sigma_element
+    mean = a * scores.vector + b * scores.element
     m2 = a * a * scores.vector_m2 + b * b * scores.element_m2 + 2 * a * b * scores.comoment
     return UnitScores(mean=mean, variance=np.maximum(m2, 0) / (samples - 1))
 

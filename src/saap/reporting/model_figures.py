@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from saap.records import FloatArray
 from saap.reporting.figures import COLOURS, INK, Figure, legend_outside, plain_ticks
 from saap.reporting.importance import Agreement, GroupView, by_layer
 
@@ -40,18 +39,13 @@ def structure(views: Sequence[Mapping[str, Any]], role: str) -> Figure:
     return Figure(name=f"structure-{role}", title=f"Kept {role} units by layer", text=text, draw=draw, height=2.8)
 
 
-def _positive(values: FloatArray) -> FloatArray:
-    """Scores from 0: the logarithms of the uncertainties shift whole modules below it."""
-    return values - min(0.0, float(values.min()))
-
-
 def importance_by_layer(views: Sequence[GroupView], role: str) -> Figure:
     """Median and middle 80 % of each score by layer, each score divided by its median over all layers."""
     mine = by_layer(views, role)
     layers = sorted(mine)
     bands = {}
     for name in SCORES:
-        values = _positive(np.stack([getattr(mine[layer], name) for layer in layers]))
+        values = np.stack([getattr(mine[layer], name) for layer in layers])
         middle = float(np.median(values)) or 1.0
         bands[name] = np.percentile(values / middle, [10, 50, 90], axis=1)
 
@@ -77,7 +71,7 @@ def importance_distribution(views: Sequence[GroupView], role: str) -> Figure:
     mine = list(by_layer(views, role).values())
     logs = {}
     for name in SCORES:
-        values = _positive(np.concatenate([getattr(view, name) for view in mine]))
+        values = np.concatenate([getattr(view, name) for view in mine])
         positive = values[values > 0]
         if len(positive):
             logs[name] = np.log10(positive / np.median(positive))
@@ -157,14 +151,12 @@ def fluctuation(views: Sequence[GroupView], role: str) -> Figure:
     chosen = np.random.default_rng(0).permutation(len(mean))[:POINTS]
 
     def draw(axis: Any) -> None:
-        shown = np.isin(np.arange(len(mean)), chosen) & (spread > 0) & (mean > mean.min())
+        shown = np.isin(np.arange(len(mean)), chosen) & (spread > 0) & (mean > 0)
         for stays, colour, mark, label in ((True, COLOURS[0], "o", "kept"), (False, COLOURS[1], "x", "removed")):
             here = shown & (kept == stays)
-            axis.scatter(mean[here] - mean.min(), spread[here], s=9, marker=mark, color=colour, alpha=0.55, label=label,
+            axis.scatter(mean[here], spread[here], s=9, marker=mark, color=colour, alpha=0.55, label=label,
                          linewidths=0 if mark == "o" else 0.8)  # fmt: skip
-        axis.set(
-            xlabel="fused importance above the least", ylabel="fluctuation (deviation)", xscale="log", yscale="log"
-        )
+        axis.set(xlabel="fused importance", ylabel="fluctuation (deviation)", xscale="log", yscale="log")
         legend_outside(axis)
 
     text = (

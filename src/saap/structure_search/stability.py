@@ -23,9 +23,9 @@ def standardised_fluctuation(variance: FloatArray) -> FloatArray:
 
 
 def relative_volatility(mean: FloatArray, variance: FloatArray) -> FloatArray:
-    """Reading 2: coefficient of variation sqrt(M) / |mean|; 0 where a unit has neither mean nor variance.
+    """Reading 2: coefficient of variation sqrt(M) / mean; 0 where a unit has neither mean nor variance.
 
-    mean, variance: (units,) over samples. Returns (units,).
+    mean (not negative), variance: (units,) over samples. Returns (units,).
     """
     deviation = np.sqrt(np.maximum(variance, 0.0))
-    return np.divide(deviation, np.abs(mean), out=np.where(deviation > 0, np.inf, 0.0), where=mean != 0)
+    return np.divide(deviation, mean, out=np.where(deviation > 0, np.inf, 0.0), where=mean > 0)

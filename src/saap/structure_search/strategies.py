@@ -46,7 +46,7 @@ def volatility_order(scores: Scores, indicator: Callable[[UnitScores], FloatArra
 
 
 def module_importance(slots: Sequence[Slot], scores: Scores) -> FloatArray:
-    """Importance of each slot as a whole: the mean score of its units per parameter. Returns (slots,)."""
+    """Importance of each slot as a whole: the score of its units per parameter, (slots,)."""
     return np.array(
         [
             np.mean([scores[group.name].mean.mean() for group in slot.groups])
@@ -60,10 +60,10 @@ def module_importance(slots: Sequence[Slot], scores: Scores) -> FloatArray:
 def module_shares(slots: Sequence[Slot], scores: Scores, *, spread: float, attention: float = 1.0) -> list[float]:
     """Share of its units that each slot gives, relative to the others: exp(-spread * z).
 
-    z: log of the module's importance, standardised over the modules of its role. attention: factor on the shares of
-    attention modules. A spread of 0 is the uniform rule.
+    z: log of the module's importance, standardised over the modules of its role. scores: not negative. attention:
+    factor on the shares of attention modules. A spread of 0 is the uniform rule.
     """
-    values = np.log(np.maximum(np.abs(module_importance(slots, scores)), 1e-300))
+    values = np.log(np.maximum(module_importance(slots, scores), 1e-300))
     shares = np.ones(len(slots))
     for role in {slot.role for slot in slots}:
         where = np.array([slot.role is role for slot in slots])
