@@ -1,19 +1,23 @@
-"""Two pretended devices on the CPU, `lazy:0` and `lazy:1`, which refuse to compute with each other's tensors.
+"""Pretended devices on the CPU, `lazy:0`, `lazy:1`, ..., which refuse to compute with tensors of another device.
 
-They show, without a second device, that nothing assumes a model to lie on one. A tensor there wraps one of the CPU;
-PyTorch has the device type `lazy` for such backends, and nothing else uses it.
+They show, without a second device, that nothing assumes a model to lie on the CPU, or on one device; as an accelerator
+they may have no float64, as Apple's GPUs, and a limit of memory. A tensor there wraps one of the CPU; PyTorch has the
+device type `lazy` for such backends, and nothing else uses it.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import dispatch_model
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._device import _device_constructors
 
 from saap.discovery.blocks import find_blocks
 
@@ -21,10 +25,56 @@ FIRST, SECOND = "lazy:0", "lazy:1"
 _MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
+@dataclass
+class Accelerator:
+    """What the pretended devices can do, and what lies on them.
+
+    float64: whether they have it. limit: bytes that may lie there, None for any number. held, peak: bytes that lie
+    there, now and at most so far; only of what the program holds, not what an operation takes inside.
+    """
+
+    float64: bool = True
+    limit: int | None = None
+    held: int = 0
+    peak: int = 0
+    _storages: dict[int, int] = field(default_factory=dict)
+
+    def count(self, placed: Placed, raw: Tensor) -> None:
+        """Count the memory of a tensor until all that share it are gone."""
+        if raw.dtype == torch.float64 and not self.float64:
+            raise TypeError("Cannot convert a lazy Tensor to float64 dtype as the framework doesn't support float64")
+        storage = raw.untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        if not size:
+            return
+        if key not in self._storages:
+            self.held += size
+            self.peak = max(self.peak, self.held)
+        self._storages[key] = self._storages.get(key, 0) + 1
+        placed.share = _Share()
+        weakref.finalize(placed.share, self._release, key, size)
+        if self.limit is not None and self.held > self.limit:
+            raise torch.OutOfMemoryError(f"{self.held:,} bytes do not fit into {self.limit:,}")
+
+    def _release(self, key: int, size: int) -> None:
+        self._storages[key] -= 1
+        if not self._storages[key]:
+            del self._storages[key]
+            self.held -= size
+
+
+class _Share:
+    """Lives as long as a tensor; a finalizer of the tensor itself would keep modules from moving it."""
+
+
+_present: Accelerator | None = None
+
+
 class Placed(Tensor):
-    """A tensor on a pretended device. raw: the one on the CPU."""
+    """A tensor on a pretended device. raw: the one on the CPU. share: of the memory there."""
 
     raw: Tensor
+    share: _Share
 
     @staticmethod
     def __new__(cls, raw: Tensor, device: torch.device) -> Placed:
@@ -32,6 +82,8 @@ class Placed(Tensor):
             cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=device
         )
         made.raw = raw
+        if _present is not None:
+            _present.count(made, raw)
         return made
 
     @property
@@ -85,11 +137,14 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def pretended_devices() -> Iterator[None]:
-    """While it lasts, tensors can be made on `lazy:0` and `lazy:1`."""
+def pretended_devices(*, float64: bool = True, limit: int | None = None) -> Iterator[Accelerator]:
+    """While it lasts, tensors can be made on `lazy:0`, `lazy:1`, ...; see Accelerator."""
+    global _present
+    _present = accelerator = Accelerator(float64=float64, limit=limit)
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda func, *args, **kwargs: _compute(func, args, kwargs), "Lazy")
     stock = torch.tensor
+    _device_constructors()  # remembered with the stock function, which a device context looks for
 
     def tensor(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         made = stock(*args, **kwargs)
@@ -97,10 +152,11 @@ def pretended_devices() -> Iterator[None]:
 
     torch.tensor = tensor  # its own way to another device passes by the fallback
     try:
-        yield
+        yield accelerator
     finally:
         torch.tensor = stock
         library._destroy()
+        _present = None
 
 
 def spread(model: nn.Module, first: int | None = None) -> nn.Module:

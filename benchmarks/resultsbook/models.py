@@ -16,7 +16,7 @@ from torch import nn
 from resultsbook.row import Request
 from resultsbook.store import ROOT
 from saap.config import PrunableRole, Strategy
-from saap.data.samples import SampleRequest, draw_sets, token_stream
+from saap.data.samples import SampleRequest, draw_sets, leading_ids, token_stream
 from saap.data.texts import read_documents
 from saap.discovery import discover
 from saap.evaluation.perplexity import perplexity
@@ -53,6 +53,11 @@ class Dense:
     def model(self) -> nn.Module:
         """The model itself."""
         return self.loaded.model
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """Ids that each window of a text begins with."""
+        return leading_ids(self.loaded.tokenizer)
 
     @property
     def align(self) -> int:
@@ -95,7 +100,7 @@ def plan_for(
 def masked_perplexity(dense: Dense, plan: StructurePlan, text: IntArray) -> float:
     """Perplexity of the model without what the plan removes; nothing is restored."""
     with masked(dense.model, dense.graph, plan):
-        return perplexity(dense.model, text).value
+        return perplexity(dense.model, text, leading=dense.leading).value
 
 
 def removed_units(plan: StructurePlan, graph: ModelGraph) -> set[tuple[str, int]]:

@@ -29,7 +29,7 @@ from saap.errors import ConfigurationError
 from saap.estimation.calibrate import estimate as _estimate
 from saap.estimation.selection import unit_scores
 from saap.evaluation.generation import BUNDLED
-from saap.models.devices import require_values
+from saap.models.devices import computable, require_values
 from saap.models.loading import model_ref
 from saap.models.offload import offloaded
 from saap.models.processes import together
@@ -75,23 +75,25 @@ def estimate(
     element_order: ElementOrder | str = ElementOrder.SECOND,
     aggregation: Aggregation | str = Aggregation.SUM,
     seed: int = 0,
+    bos: bool = True,
     max_memory: int | None = None,
 ) -> ImportanceScores:
     """Vector-wise and element-wise importance of every unit over the calibration samples (SAAP, estimation stage).
 
     model: a loaded model, or what `saap prune` takes. calibration: names and files as on the command line, texts (both
-    need a tokenizer), or token ids of shape (samples, length). max_memory: bytes that the process may have resident;
+    need a tokenizer), or token ids of shape (samples, length). bos: whether samples of text begin with the tokenizer's
+    BOS token, if it puts one before texts. max_memory: bytes that the process may have resident;
     for it the weights of a model given by its folder may stay in the files.
     Raises CalibrationError, ModelError, NonFiniteLossError, ConfigurationError for a limit that is too small.
     """
     if isinstance(model, nn.Module):
         require_values(model)
-        opened = model
+        opened = computable(model)
     else:
         config = PruneConfig(pruning_ratios=(0,), restore=False, sample_length=sample_length)
         loaded = open_within(model, config, RunOptions(max_memory=max_memory), tokenizer)
         opened, tokenizer = loaded.model, loaded.tokenizer
-    tokens = calibration_set(calibration, tokenizer, samples=samples, length=sample_length, seed=seed)
+    tokens = calibration_set(calibration, tokenizer, samples=samples, length=sample_length, seed=seed, bos=bos)
     with TemporaryDirectory(prefix="saap-") as folder:
         return _estimate(
             opened,
@@ -150,6 +152,7 @@ def recover(
     teacher: str | Path | None = None,
     distillation: float | None = None,
     length: int = 512,
+    bos: bool = True,
     batch: int = 1,
     micro_batch: int = 1,
     learning_rate: float = 1e-3,
@@ -179,8 +182,8 @@ def recover(
     config = RecoverConfig(
         data=tuple(str(source) for source in data), tuning=Tuning(tuning), bits=bits, group_size=group_size,
         error_feedback=error_feedback, rank=rank, alpha=alpha, scales=scales,
-        teacher=None if teacher is None else str(teacher), distillation=distillation, length=length, batch=batch,
-        micro_batch=micro_batch, learning_rate=learning_rate,
+        teacher=None if teacher is None else str(teacher), distillation=distillation, length=length, bos=bos,
+        batch=batch, micro_batch=micro_batch, learning_rate=learning_rate,
         warm_up=warm_up, clip=clip, max_steps=max_steps, max_tokens=max_tokens, max_minutes=max_minutes,
         validate_every=validate_every, validation_samples=validation_samples, patience=patience,
         gradient_checkpointing=gradient_checkpointing, exact_products=exact_products, shard=shard, seed=seed,
@@ -214,6 +217,7 @@ def prune(
     samples: int = 50,
     sample_length: int = 128,
     refit_tokens: int | None = None,
+    bos: bool = True,
     strategy: Strategy | str = Strategy.ADAPTIVE,
     importance: Importance | str = Importance.FUSED,
     fusion_scope: FusionScope | str = FusionScope.LAYER_ROLE,
@@ -232,7 +236,8 @@ def prune(
 ) -> PruneResult:
     """Prune a model: discover, estimate, search, cut, restore, check, and write it to `out` if that is given.
 
-    model_or_path: a loaded model (any class with forward(input_ids); it is not changed), or what `saap prune` takes.
+    model_or_path: a loaded model (any class with forward(input_ids); it is not changed, and of float16 it is a copy in
+    float32 that is pruned), or what `saap prune` takes.
     pruning_ratio: fraction of the decoder blocks' parameters; target_params: of the whole model; target_size: bytes of
     the weights as written; target_speedup: of decoding, measured in `runtime` (llama.cpp: with weights of the type
     `quantization`); exactly one of them, or `plan`. calibration: names and files, texts, or token ids (samples,
@@ -255,6 +260,7 @@ def prune(
         samples=samples,
         sample_length=sample_length,
         refit_tokens=refit_tokens,
+        bos=bos,
         layout=Layout(layout),
         roles=tuple(PrunableRole(role) for role in roles),
         skip_layers=None if skip_layers is None else SkipLayers(first=skip_layers[0], last=skip_layers[1]),
@@ -289,6 +295,7 @@ def evaluate(
     tokenizer: Any | None = None,
     window: int = 512,
     stride: int | None = None,
+    bos: bool = True,
     max_tokens: int | None = None,
     tasks: Sequence[str] = (),
     task_data: str | Path | None = None,
@@ -303,7 +310,8 @@ def evaluate(
     """Perplexity of a model on texts, and its accuracy on zero-shot tasks.
 
     texts: names of data sets, files, or `bundled`: a text of several kinds that is never calibrated on. window: tokens
-    of each window; stride: from one window's start to the next's, None for windows that are read on their own.
+    of each window; stride: from one window's start to the next's, None for windows that are read on their own; bos:
+    whether each begins with the tokenizer's BOS token, if it puts one before texts.
     max_tokens: only the first of each text. tasks: names in lm-evaluation-harness; task_data: a folder with files
     TASK.SPLIT.jsonl instead of the hub; limit: only the first questions of each. speed: tokens per second in
     `runtime` (llama.cpp: of the type `quantization`), beside `against` or the model it was made from. A loaded model
@@ -314,6 +322,7 @@ def evaluate(
         texts=tuple(str(text) for text in texts),
         window=window,
         stride=stride,
+        bos=bos,
         max_tokens=max_tokens,
         tasks=tuple(tasks),
         task_data=None if task_data is None else Path(task_data),

@@ -14,7 +14,7 @@ from saap.commands.compare import compare
 from saap.commands.evaluate import evaluate
 from saap.commands.export import export
 from saap.commands.generate import generate
-from saap.commands.options import AsJson, Device, Quiet, Revision, Runtime, SpeedQuantization, TrustRemoteCode
+from saap.commands.options import AsJson, Bos, Device, Quiet, Revision, Runtime, SpeedQuantization, TrustRemoteCode
 from saap.commands.recover import recover
 from saap.commands.report import report
 from saap.commands.run import run
@@ -104,6 +104,7 @@ def prune(
     refit_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens for the restoration. [default: set by --effort]")
     ] = None,
+    bos: Bos = True,
     layout: Annotated[
         str, typer.Option(help="adaptive: each layer its own sizes; uniform: equal sizes, opens as the stock class.")
     ] = "adaptive",
@@ -183,6 +184,7 @@ def prune(
         samples=samples,
         sample_length=sample_length,
         refit_tokens=refit_tokens,
+        bos=bos,
         layout=choice("--layout", layout, Layout),
         roles=parse_roles(roles),
         skip_layers=parse_skip_layers(skip_layers),
@@ -217,7 +219,7 @@ def _run_all_stages(
     from saap.pipeline.all_stages import prune_and_recover
     from saap.recovery_config import RecoverConfig
 
-    recovery = RecoverConfig(data=tuple(tuning[0]), max_minutes=tuning[1])
+    recovery = RecoverConfig(data=tuple(tuning[0]), max_minutes=tuning[1], bos=config.bos)
     with make_reporter(quiet=quiet, to_stderr=as_json) as reporter:
         results = prune_and_recover(model, config, recovery, options, reporter)
     if as_json:

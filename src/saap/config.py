@@ -180,7 +180,8 @@ class PruneConfig(BaseModel):
 
     Exactly one of pruning_ratios, target_parameters (whole model), target_bytes (weights as written) and target_speedup
     (of decoding, batch 1, in `runtime`; `gguf_type`: of the weights in llama.cpp).
-    skip_layers None leaves the ends to the search. refit_tokens None takes the effort level's. method: a baseline
+    skip_layers None leaves the ends to the search. refit_tokens None takes the effort level's. bos: whether windows of
+    text begin with the tokenizer's BOS token, if it puts one before texts. method: a baseline
     brings its own strategy and scores.
     """
 
@@ -198,6 +199,7 @@ class PruneConfig(BaseModel):
     samples: int = 50
     sample_length: int = 128
     refit_tokens: int | None = None
+    bos: bool = True
     layout: Layout = Layout.ADAPTIVE
     roles: tuple[PrunableRole, ...] = (PrunableRole.FFN, PrunableRole.ATTENTION)
     skip_layers: SkipLayers | None = None

@@ -29,7 +29,8 @@ class RecoverConfig(BaseModel):
     training; with none given it is DEFAULT_MINUTES. scales: whether the scales are learned besides the zero
     points. teacher: None for the dense model that the checkpoint was pruned from, if it is on this machine.
     distillation: share of the divergence from the teacher in the loss; None for 1 where there is a teacher and 0 where
-    there is none. exact_products: no float32 factor is rounded to bfloat16 while training. patience: validations
+    there is none. bos: whether each sequence begins with the tokenizer's BOS token, if it puts one before texts.
+    exact_products: no float32 factor is rounded to bfloat16 while training. patience: validations
     without a new best, 0 never stops early. shard: whether the frozen weights of model and teacher are split over the
     processes; it changes no result.
     """
@@ -47,6 +48,7 @@ class RecoverConfig(BaseModel):
     teacher: str | None = None
     distillation: float | None = None
     length: int = 512
+    bos: bool = True
     batch: int = 1
     micro_batch: int = 1
     learning_rate: float = 1e-3

@@ -29,7 +29,8 @@ class SpeedSettings(BaseModel):
 class EvalRequest(BaseModel):
     """What to measure.
 
-    texts: names of data sets, files, or `bundled`. window, stride: of the perplexity; stride None is the window.
+    texts: names of data sets, files, or `bundled`. window, stride: of the perplexity; stride None is the window; bos:
+    whether each window begins with the tokenizer's BOS token, if it puts one before texts.
     max_tokens: only the first of each text. tasks: zero-shot tasks, from the hub or from files in `task_data`; limit:
     only the first questions; rounded: round products to bfloat16 meanwhile. prompts: a file or `bundled`, to generate
     from and to ask facts of. chat: a file of conversations. dense: the model that a pruned one is compared with.
@@ -42,6 +43,7 @@ class EvalRequest(BaseModel):
     texts: tuple[str, ...] = ()
     window: int = 512
     stride: int | None = None
+    bos: bool = True
     max_tokens: int | None = None
     tasks: tuple[str, ...] = ()
     task_data: Path | None = None

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from tests.pipeline import tiny
 
+import saap
 from saap.models.devices import rounded_products
 
 
@@ -19,3 +22,18 @@ def test_products_of_the_cpu_alone_are_rounded_and_only_for_a_while(monkeypatch:
     with pytest.raises(ValueError, match="stop"), rounded_products(torch.device("cpu")):
         raise ValueError("stop")
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_model_object_in_float16_is_computed_in_float32() -> None:
+    given = tiny.model().half()
+    text = np.random.default_rng(0).integers(2, tiny.VOCABULARY, (32, 64))
+    settings = {"pruning_ratio": 0.2, "samples": 4, "sample_length": 16, "refit_tokens": 1024, "align": 8,
+                "effort": "fast", "calibration": text}  # fmt: skip
+    found = saap.prune(given, **settings)
+    expected = saap.prune(tiny.model().half().float(), **settings)
+    assert {parameter.dtype for parameter in given.parameters()} == {torch.float16}
+    assert found.plan.keep == expected.plan.keep
+    for name, parameter in found.model.named_parameters():
+        assert torch.equal(parameter, expected.model.get_parameter(name)), name
+    scores = saap.estimate(given, saap.discover(given), text[:4])
+    assert all(np.isfinite(group.element).all() and group.element.any() for group in scores.groups.values())

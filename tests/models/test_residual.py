@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests import families
+from torch import nn
 
 from saap.discovery import discover
 from saap.models.residual import ResidualEntry, Way, residual_ways
@@ -87,3 +88,11 @@ def test_the_target_closes_a_small_gap(name: str) -> None:
         closed = entry.added(entry.target(dense, gap)) - before
     assert float((closed - gap).norm()) < 0.02 * float(gap.norm())
     assert bool((entry.token_weights(dense) == 1).all()) == (name == "llama")
+
+
+@pytest.mark.parametrize("scale", [None, torch.ones(8)])
+def test_a_target_keeps_what_the_stream_lacks_beside_a_large_bfloat16_output(scale: torch.Tensor | None) -> None:
+    norm = None if scale is None else nn.Identity()
+    entry = ResidualEntry(1.0, norm, scale)
+    dense, gap = torch.full((1, 3, 8), 100.0, dtype=torch.bfloat16), torch.full((1, 3, 8), 0.01)
+    torch.testing.assert_close(entry.target(dense, gap) - dense.float(), gap, rtol=1e-2, atol=0)

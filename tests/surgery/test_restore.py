@@ -9,10 +9,11 @@ from tests.families import build
 from torch import nn
 
 from saap.discovery import discover
+from saap.errors import CalibrationError
 from saap.records import Layout, ModelGraph, StructurePlan
 from saap.structure_search.plan import make_plan
 from saap.surgery.cut import cut
-from saap.surgery.refit import RestoreSettings
+from saap.surgery.refit import RestoreSettings, held_sequences
 from saap.surgery.restore import restore
 
 FAMILIES = ("llama", "gemma2", "gpt2", "opt", "gpt_neox", "phi3", "bloom")
@@ -111,3 +112,44 @@ def test_the_scores_weigh_in_on_the_second_order_choice() -> None:
     settings = RestoreSettings(second_order=True, scores=favoured)
     kept = restore(model, graph, plan, tokens(), settings).keep
     assert all(kept[name] == tuple(range(len(plan.keep[name]))) for name in plan.keep)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_sequences_of_one_micro_batch_fit_and_choose_the_ridge(rows: int) -> None:
+    dense = build("llama")
+    graph = discover(dense)
+    result = restore(dense, graph, half_plan(graph), tokens(rows, 128), RestoreSettings(second_order=False))
+    assert min(result.errors.values()) < 1.0
+
+
+def test_how_many_sequences_judge() -> None:
+    assert [held_sequences(n, 0.125) for n in (2, 3, 4, 7, 8, 16, 32, 256)] == [1, 1, 2, 3, 4, 4, 4, 32]
+
+
+def test_a_single_sequence_is_refused() -> None:
+    dense = build("llama")
+    graph = discover(dense)
+    with pytest.raises(CalibrationError, match="has 1 sequence of text"):
+        restore(dense, graph, half_plan(graph), tokens(1), RestoreSettings())
+
+
+class Recording:
+    """Keeps every sequence of activations that the walk makes."""
+
+    def __init__(self) -> None:
+        self.made: list[list[torch.Tensor]] = []
+
+    def empty(self) -> list[torch.Tensor]:
+        self.made.append([])
+        return self.made[-1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_only_what_a_bfloat16_model_computes_is_of_bfloat16(name: str) -> None:
+    """Of each consumer: what is lacking, its target, and what it gives after the refit are of float32."""
+    dense = build(name).bfloat16()
+    graph = discover(dense)
+    spill = Recording()
+    restore(dense, graph, half_plan(graph), tokens(), RestoreSettings(second_order=False), spill=spill)  # type: ignore[arg-type]
+    exact = sum(made[0].dtype == torch.float32 for made in spill.made if made)
+    assert exact >= 3 * len([group for group in graph.groups if group.layer >= 0])

@@ -74,13 +74,13 @@ def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Valu
         for language in chosen["languages"]
     }
     with quick_float32_products():
-        whole = {language: perplexity(dense.model, ids).value for language, ids in texts.items()}
+        whole = {language: perplexity(dense.model, ids, leading=dense.leading).value for language, ids in texts.items()}
         for cell in wanted:
             state, _, calibration = cell.partition("-")
             if state == "cut":
                 found = _cut(dense, texts, calibration, chosen)
             else:
-                found = _restored(request, texts, calibration, chosen)
+                found = _restored(request, dense, texts, calibration, chosen)
             yield cell, {"dense": whole, "ratio": {name: value / whole[name] for name, value in found.items()}}
 
 
@@ -92,7 +92,9 @@ def _cut(dense: Dense, texts: Mapping[str, IntArray], calibration: str, chosen: 
     return {language: masked_perplexity(dense, plan, ids) for language, ids in texts.items()}
 
 
-def _restored(request: Request, texts: Mapping[str, IntArray], calibration: str, chosen: Values) -> dict[str, float]:
+def _restored(
+    request: Request, dense: Dense, texts: Mapping[str, IntArray], calibration: str, chosen: Values
+) -> dict[str, float]:
     """As a user gets it: `saap prune`, which also decides how much each layer gives, and restores."""
     model = model_of(request)
     arguments = [
@@ -104,7 +106,7 @@ def _restored(request: Request, texts: Mapping[str, IntArray], calibration: str,
         arguments += ["--calibration", file]
     name = f"multilingual-{'trial' if request.quick else 'pruned'}-{calibration}"
     pruned: nn.Module = open_model(str(made_by_saap(request, name, arguments)), RunOptions(device="cpu")).model
-    return {language: perplexity(pruned, ids).value for language, ids in texts.items()}
+    return {language: perplexity(pruned, ids, leading=dense.leading).value for language, ids in texts.items()}
 
 
 def summarise(cells: Cells) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from saap.baselines.weights import block_groups, of_units
 from saap.models.capture import capture
 from saap.models.linear import weight_out_in
+from saap.models.precision import widened
 from saap.models.walker import BlockWalker, inference_only
 from saap.records import AxisSlice, CoupledGroup, FloatArray, ModelGraph, Role
 
@@ -22,7 +23,7 @@ MICRO_BATCH = 4
 class ActivationStatistics:
     """By module path of a consumer: `mean` and `square`, the mean of its inputs and of their squares, (channels,).
 
-    influence: 1 - mean cosine of a block's input and output, (blocks,). float64.
+    influence: 1 - mean cosine of a block's input and output, (blocks,).
     """
 
     mean: Mapping[str, Tensor]
@@ -53,11 +54,10 @@ def activation_statistics(
             for layer in range(len(walker.paths)):
                 with capture(model, paths.get(layer, [])) as seen:
                     after = walker.run_block(layer, hidden, stream.contexts)
-                cosines[layer] += float(
-                    nn.functional.cosine_similarity(hidden.to(after.device), after, dim=-1).double().sum()
-                )
+                before = hidden.to(after.device).float()
+                cosines[layer] += float(widened(nn.functional.cosine_similarity(before, after.float(), dim=-1)).sum())
                 for path, taken in seen.items():
-                    inputs = taken.input.flatten(0, -2).double()
+                    inputs = widened(taken.input.flatten(0, -2))
                     first, second, count = sums.get(path, (0.0, 0.0, 0))
                     sums[path] = (first + inputs.sum(0), second + inputs.square().sum(0), count + len(inputs))
                 hidden = after
@@ -76,7 +76,7 @@ def wanda_channels(weight: Tensor, square: Tensor) -> Tensor:
     weight: (out, in). square: (in,). Returns (in,).
     Source: Wanda (Sun et al. 2024) summed over structures, as FLAP (An et al. 2024) describes the baseline Wanda-sp.
     """
-    return weight.double().abs().mean(0) * square.double().sqrt()
+    return widened(weight).abs().mean(0) * square.sqrt()
 
 
 def flap_channels(weight: Tensor, mean: Tensor, square: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def flap_channels(weight: Tensor, mean: Tensor, square: Tensor) -> Tensor:
 
     weight: (out, in). mean, square: (in,). Returns (in,). Source: An et al. 2024 (WIFV).
     """
-    return (square - mean.square()).clamp_min(0).double() * weight.double().square().sum(0)
+    return (square - mean.square()).clamp_min(0) * widened(weight).square().sum(0)
 
 
 def standardised(values: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def compensating_biases(
         removed = group.others(kept)
         for member in group.consumers:
             path = member.tensor.rpartition(".")[0]
-            weight = weight_out_in(model.get_submodule(path)).detach().double()
+            weight = widened(weight_out_in(model.get_submodule(path)).detach())
             index = torch.tensor(member.indices(removed), device=weight.device)
             bias = weight[:, index] @ means[path].to(weight)[index]
             biases[path] = biases.get(path, torch.zeros_like(bias, dtype=torch.float32)) + bias.float()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from saap.baselines.weights import along_axis, block_groups, scored_members, sum_members
 from saap.models.loss import loss_and_gradient
+from saap.models.precision import at_least_float32
 from saap.models.walked import inputs_of_blocks
 from saap.models.walker import BlockWalker, inference_only
 from saap.records import FloatArray, ModelGraph
@@ -32,7 +33,7 @@ class Taylor(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WeightGradients:
-    """By tensor: `mean`, the gradient of the mean loss; `square`, the mean over the samples of the squared gradient."""
+    """By tensor, float32: `mean`, the gradient of the mean loss; `square`, the mean over samples of its square."""
 
     mean: Mapping[str, Tensor]
     square: Mapping[str, Tensor]
@@ -42,7 +43,7 @@ class WeightGradients:
 def weight_gradients(
     model: nn.Module, graph: ModelGraph, tokens: Tensor, progress: Callable[[int, int], None] | None = None
 ) -> WeightGradients:
-    """Gradients of the scored weights of all decoder blocks; they take twice the memory of these weights.
+    """Gradients of the scored weights of all decoder blocks; they take 8 bytes for each of these weights.
 
     tokens: (samples, length). The loss of a sample is the mean over its predicted tokens. The model is left as it was.
     Raises NonFiniteLossError.
@@ -58,6 +59,8 @@ def weight_gradients(
     with inference_only(model):
         for sample in range(len(tokens)):
             for name, gradient in _sample_gradients(walker, tokens[sample : sample + 1], sample, by_block, parameters):
+                # small addends would be lost in the sums of a bfloat16 model
+                gradient = at_least_float32(gradient)
                 if name not in mean:
                     mean[name], square[name] = torch.zeros_like(gradient), torch.zeros_like(gradient)
                 mean[name].add_(gradient, alpha=1 / len(tokens))
@@ -108,9 +111,7 @@ def taylor_scores(
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def channels(tensor: str, axis: int) -> Tensor:
-        return taylor_channels(
-            weights[tensor].float(), gradients.mean[tensor].float(), gradients.square[tensor].float(), axis, kind
-        )
+        return taylor_channels(weights[tensor].float(), gradients.mean[tensor], gradients.square[tensor], axis, kind)
 
     return {
         group.name: sum_members(

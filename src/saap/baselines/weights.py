@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from saap.models.precision import widened
 from saap.records import AxisSlice, CoupledGroup, FloatArray, ModelGraph
 
 
@@ -53,7 +54,7 @@ def magnitude_scores(model: nn.Module, graph: ModelGraph) -> dict[str, FloatArra
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return {
         group.name: sum_members(
-            group, {m: along_axis(weights[m.tensor].double().square(), m.axis) for m in scored_members(graph, group)}
+            group, {m: along_axis(widened(weights[m.tensor]).square(), m.axis) for m in scored_members(graph, group)}
         )
         for group in block_groups(graph)
     }
@@ -63,6 +64,6 @@ def sum_members(group: CoupledGroup, channels: Mapping[AxisSlice, Tensor]) -> Fl
     """Scores of the units, summed over the members. channels: of each member, (size of its axis,)."""
     total = torch.zeros(group.units, dtype=torch.float64)
     for member, values in channels.items():
-        total += of_units(values.double(), member, group.units).cpu()
+        total += of_units(values.cpu().double(), member, group.units)
     scores: FloatArray = total.numpy()
     return scores

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from saap.commands.options import AsJson, Device, Quiet, RoundedTasks
+from saap.commands.options import AsJson, Bos, Device, Quiet, RoundedTasks
 
 
 def compare(
@@ -47,6 +47,7 @@ def compare(
     samples: Annotated[int, typer.Option(help="Calibration samples for the scores.")] = 50,
     sample_length: Annotated[int, typer.Option(help="Tokens of each calibration sample.")] = 128,
     refit_tokens: Annotated[int | None, typer.Option(metavar="N", help="Tokens for the restoration.")] = None,
+    bos: Bos = True,
     roles: Annotated[str, typer.Option(help="What may leave, some of ffn,attention.")] = "ffn,attention",
     align: Annotated[int, typer.Option(help="Kept channels are a multiple of this.")] = 32,
     effort: Annotated[str, typer.Option(help="fast, default or best: of saap's search, and of the restoration.")] = (
@@ -73,11 +74,11 @@ def compare(
     named = () if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
     config = PruneConfig(
         pruning_ratios=parse_ratios(pruning_ratios), calibration=tuple(calibration) if calibration else ("mixed",),
-        samples=samples, sample_length=sample_length, refit_tokens=refit_tokens, roles=parse_roles(roles), align=align,
-        effort=choice("--effort", effort, Effort),
+        samples=samples, sample_length=sample_length, refit_tokens=refit_tokens, bos=bos, roles=parse_roles(roles),
+        align=align, effort=choice("--effort", effort, Effort),
     )  # fmt: skip
     evaluation = EvalRequest(
-        texts=tuple(perplexity) if perplexity else ("bundled",), window=window, max_tokens=max_tokens,
+        texts=tuple(perplexity) if perplexity else ("bundled",), window=window, bos=bos, max_tokens=max_tokens,
         tasks=named, task_data=task_data, limit=limit, rounded=rounded_tasks,
     )  # fmt: skip
     asked_at: tuple[float, ...] | None = None

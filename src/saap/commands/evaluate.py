@@ -10,6 +10,7 @@ import typer
 
 from saap.commands.options import (
     AsJson,
+    Bos,
     Device,
     Quiet,
     Revision,
@@ -34,6 +35,7 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Tokens from one window's start to the next's. [default: the window]")
     ] = None,
+    bos: Bos = True,
     max_tokens: Annotated[int | None, typer.Option(help="Read only the first tokens of each text.")] = None,
     tasks: Annotated[
         str | None,
@@ -109,7 +111,7 @@ def evaluate(
     measured_in, gguf_type = chosen_runtime(runtime, quantization, flag="--speed", given=speed)
     named = () if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
     request = EvalRequest(
-        texts=tuple(perplexity or ()), window=window, stride=stride, max_tokens=max_tokens,
+        texts=tuple(perplexity or ()), window=window, stride=stride, bos=bos, max_tokens=max_tokens,
         tasks=named, task_data=task_data, limit=limit, rounded=rounded_tasks,
         prompts=prompts or ("bundled" if generation else None), generated_tokens=tokens, chat=chat, dense=dense,
         beside=tuple(beside or ()), human_kit=human_kit, seed=seed, against=against,

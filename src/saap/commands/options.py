@@ -18,6 +18,12 @@ SpeedQuantization = Annotated[
     str | None,
     typer.Option("--quantization", help="Of the weights in llama.cpp, as `saap export` names them. [default: f16]"),
 ]
+Bos = Annotated[
+    bool,
+    typer.Option(
+        "--bos/--no-bos", help="Begin each window of text with the tokenizer's BOS token, if it puts one before texts."
+    ),
+]
 RoundedTasks = Annotated[
     bool,
     typer.Option("--rounded-tasks", help="Round products to bfloat16 while tasks are scored, which can be quicker."),

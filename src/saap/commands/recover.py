@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from saap.commands.options import AsJson, Device, Quiet, Revision, TrustRemoteCode
+from saap.commands.options import AsJson, Bos, Device, Quiet, Revision, TrustRemoteCode
 
 
 def recover(
@@ -50,6 +50,7 @@ def recover(
         ),
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens of a block of text; longer conversations are cut.")] = 512,
+    bos: Bos = True,
     batch: Annotated[int, typer.Option(help="Sequences of a step, over all processes.")] = 1,
     micro_batch: Annotated[int, typer.Option(help="Sequences that are computed at once.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-3,
@@ -91,7 +92,7 @@ def recover(
     config = RecoverConfig(
         data=tuple(data) if data else ("mixed",), tuning=choice("--tuning", tuning, Tuning), bits=bits,
         group_size=group_size, error_feedback=error_feedback, rank=rank, alpha=alpha, scales=not no_scales,
-        teacher=teacher, distillation=distillation, length=length, batch=batch,
+        teacher=teacher, distillation=distillation, length=length, bos=bos, batch=batch,
         micro_batch=micro_batch, learning_rate=learning_rate,
         warm_up=warm_up, clip=clip, max_steps=max_steps, max_tokens=max_tokens, max_minutes=max_minutes,
         validate_every=validate_every, validation_samples=validation_samples, patience=patience,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -65,6 +65,18 @@ def token_stream(texts: Sequence[str], tokenizer: Any | None) -> IntArray:
     return np.asarray(ids, dtype=np.int64).reshape(-1)
 
 
+def leading_ids(tokenizer: Any | None, *, bos: bool = True) -> tuple[int, ...]:
+    """Ids that the tokenizer puts before every text by default: its BOS token, in most cases none.
+
+    A window of a text begins with them, as every text did on which the model was trained. bos: False for none.
+    """
+    if tokenizer is None or not bos:
+        return ()
+    plain, default = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    before = next((n for n in range(len(default)) if default[n : n + len(plain)] == plain), 0)
+    return tuple(int(token) for token in default[:before])
+
+
 def draw_sets(
     calibration: Calibration,
     tokenizer: Any | None,
@@ -72,14 +84,16 @@ def draw_sets(
     *,
     seed: int,
     vocabulary: int | None = None,
+    bos: bool = True,
 ) -> dict[str, CalibrationSet]:
     """Sets of windows from one calibration, by the requests' names.
 
     calibration: names and files as `read_documents` takes them; texts (strings with white space that are no file);
     or token ids (rows, length). Each source gives an equal part of each set, the kinds of `mixed` by their weights.
     Windows of texts lie at random places, chosen by `seed`, and do not overlap; if a text is too short for all sets,
-    those that are not held out share its tokens. Rows of token ids go to the sets whole and are cut to the length that
-    was asked for; where they are too few, held-out sets get at most a quarter and the sets may be smaller than asked.
+    those that are not held out share its tokens. Each begins with the `leading_ids`, unless `bos` is False. Rows of
+    token ids go to the sets whole, as they are, and are cut to the requested length; where they are too few, held-out
+    sets get at most a quarter and the sets may be smaller than requested.
     vocabulary: number of rows of the model's embedding.
     Raises CalibrationError if the text is too short (tokens needed and found are named), a source cannot be read, or an
     id lies outside the vocabulary.
@@ -92,7 +106,7 @@ def draw_sets(
     else:
         sources = _sources(calibration, tokenizer)
         names = tuple(sources)
-        windows = _from_texts(sources, requests, generator)
+        windows = _from_texts(sources, requests, leading_ids(tokenizer, bos=bos), generator)
     check_vocabulary(windows, vocabulary, tokenizer)
     return {name: CalibrationSet(sources=names, seed=seed, tokens=tokens) for name, tokens in windows.items()}
 
@@ -105,6 +119,7 @@ def calibration_set(
     length: int,
     seed: int,
     vocabulary: int | None = None,
+    bos: bool = True,
 ) -> CalibrationSet:
     """A set of `samples` windows of `length` tokens (see `draw_sets`); given token ids are taken whole."""
     ids = _given_ids(calibration)
@@ -112,7 +127,7 @@ def calibration_set(
         check_vocabulary({GIVEN_IDS: ids}, vocabulary, tokenizer)
         return CalibrationSet(sources=(GIVEN_IDS,), seed=seed, tokens=ids)
     request = SampleRequest("samples", samples, length)
-    return draw_sets(calibration, tokenizer, [request], seed=seed, vocabulary=vocabulary)["samples"]
+    return draw_sets(calibration, tokenizer, [request], seed=seed, vocabulary=vocabulary, bos=bos)["samples"]
 
 
 def joined(first: CalibrationSet, second: CalibrationSet) -> CalibrationSet:
@@ -144,8 +159,12 @@ def _sources(calibration: Any, tokenizer: Any | None) -> dict[str, dict[str, Int
 
 
 def _from_texts(
-    sources: Mapping[str, Mapping[str, IntArray]], requests: Sequence[SampleRequest], generator: np.random.Generator
+    sources: Mapping[str, Mapping[str, IntArray]],
+    requests: Sequence[SampleRequest],
+    leading: Sequence[int],
+    generator: np.random.Generator,
 ) -> dict[str, IntArray]:
+    requests = [replace(request, length=request.length - len(leading)) for request in requests]
     windows: dict[str, list[IntArray]] = {request.name: [] for request in requests}
     by_source = {request.name: parts_by_weight(request.sequences, [1] * len(sources)) for request in requests}
     for index, streams in enumerate(sources.values()):
@@ -157,7 +176,14 @@ def _from_texts(
                 length = next(request.length for request in requests if request.name == name)
                 windows[name].extend(stream[start : start + length] for start in starts)
     # Mixed, so that the first or last part of a set is not one kind of text alone.
-    return {name: np.stack(taken)[generator.permutation(len(taken))] for name, taken in windows.items()}
+    mixed = {name: np.stack(taken)[generator.permutation(len(taken))] for name, taken in windows.items()}
+    return {name: with_leading(rows, leading) for name, rows in mixed.items()}
+
+
+def with_leading(rows: IntArray, leading: Sequence[int]) -> IntArray:
+    """Rows (sequences, tokens) that begin with the leading ids too."""
+    before = np.tile(np.asarray(leading, dtype=np.int64), (len(rows), 1))
+    return np.concatenate([before, rows], axis=1)
 
 
 def _given_ids(calibration: Any) -> IntArray | None:

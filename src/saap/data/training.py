@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from saap.data.samples import token_stream
+from saap.data.samples import leading_ids, token_stream
 from saap.data.texts import FILE_ENDINGS, KINDS, MIXED, read_documents, read_rows, template_text
 from saap.errors import TrainingDataError
 from saap.records import IntArray, digest_of
@@ -64,18 +64,20 @@ class TrainingData:
 
 def training_data(
     sources: Sequence[str | Path], tokenizer: Any | None, *, length: int, held: int, seed: int,
-    vocabulary: int | None = None,
+    vocabulary: int | None = None, bos: bool = True,
 ) -> TrainingData:  # fmt: skip
     """Read all sources and hold some examples back.
 
     sources: as `read_documents` takes them (plain text is cut into blocks of `length` tokens that do not overlap), or a
     .jsonl file with `instruction`, `input`, `output` or with chat `messages` on each line, of which only the answers
     are learned. length: longer conversations are cut. held: examples for validation, at most a tenth, at least one.
-    vocabulary: rows of the model's embedding. Raises TrainingDataError, CalibrationError.
+    vocabulary: rows of the model's embedding. bos: whether sequences begin with the tokenizer's leading ids.
+    Raises TrainingDataError, CalibrationError.
     """
     if not sources:
         raise TrainingDataError("No training data is named", f"Name a file with --data, or `{MIXED}`")
-    examples = [example for source in dict.fromkeys(sources) for example in _examples(source, tokenizer, length)]
+    leading = leading_ids(tokenizer, bos=bos)
+    examples = [one for source in dict.fromkeys(sources) for one in _examples(source, tokenizer, length, leading)]
     if len(examples) < 2:
         raise TrainingDataError(
             f"{', '.join(map(str, sources))} gives {len(examples)} examples of {length} tokens",
@@ -97,28 +99,29 @@ def training_data(
     )
 
 
-def _examples(source: str | Path, tokenizer: Any | None, length: int) -> list[Example]:
+def _examples(source: str | Path, tokenizer: Any | None, length: int, leading: Sequence[int]) -> list[Example]:
     path = Path(source)
     if path.is_file() and ".jsonl" in path.suffixes and str(source).endswith(FILE_ENDINGS):
         first = next(read_rows(path), None)
         if first is not None and not isinstance(first[1].get("text"), str):
-            return _conversations(path, tokenizer, length)
+            return _conversations(path, tokenizer, length, leading)
     # The bundled kinds one by one, so that no block holds the end of one and the beginning of another.
     kinds = KINDS if source == MIXED else (source,)
-    return [block for kind in kinds for block in _blocks(kind, tokenizer, length)]
+    return [block for kind in kinds for block in _blocks(kind, tokenizer, length, leading)]
 
 
-def _blocks(source: str | Path, tokenizer: Any | None, length: int) -> Iterator[Example]:
+def _blocks(source: str | Path, tokenizer: Any | None, length: int, leading: Sequence[int]) -> Iterator[Example]:
     ids = token_stream(read_documents(source, tokenizer=tokenizer), tokenizer)
-    whole = [ids[start : start + length] for start in range(0, len(ids), length)]
-    for block in whole:
-        if len(block) == length or len(block) >= LEAST_BLOCK:
+    size = length - len(leading)
+    for start in range(0, len(ids), size):
+        block = np.array([*leading, *ids[start : start + size]], dtype=np.int64)
+        if len(block) >= min(length, LEAST_BLOCK):
             learned = np.ones(len(block), dtype=np.bool_)
-            learned[0] = False
+            learned[: max(1, len(leading))] = False
             yield Example(block, learned)
 
 
-def _conversations(path: Path, tokenizer: Any | None, length: int) -> list[Example]:
+def _conversations(path: Path, tokenizer: Any | None, length: int, leading: Sequence[int]) -> list[Example]:
     if tokenizer is None:
         raise TrainingDataError(
             f"The model has no tokenizer to read {path} with", "Put the tokenizer's files beside the model"
@@ -126,7 +129,7 @@ def _conversations(path: Path, tokenizer: Any | None, length: int) -> list[Examp
     examples = []
     for place, row in read_rows(path):
         pieces = _pieces(place, row, tokenizer)
-        tokens, learned = _joined(pieces, tokenizer)
+        tokens, learned = _joined(pieces, tokenizer, leading)
         if learned[:length].any():
             examples.append(Example(tokens[:length], learned[:length]))
     if not examples:
@@ -193,14 +196,21 @@ def _with_template(place: str, messages: list[Any], roles: list[Any], tokenizer:
     return pieces
 
 
-def _joined(pieces: list[tuple[str, bool]], tokenizer: Any) -> tuple[IntArray, np.ndarray[Any, np.dtype[np.bool_]]]:
-    """Every piece tokenised by itself, as a prompt is when the model is asked."""
+def _joined(
+    pieces: list[tuple[str, bool]], tokenizer: Any, leading: Sequence[int]
+) -> tuple[IntArray, np.ndarray[Any, np.dtype[np.bool_]]]:
+    """Every piece tokenised by itself, as a prompt is when the model is asked, after the leading ids.
+
+    Many chat templates write these themselves.
+    """
     ids: list[int] = []
     learned: list[bool] = []
     for text, is_answer in pieces:
         found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
         ids += found
         learned += [is_answer] * len(found)
+    if tuple(ids[: len(leading)]) != tuple(leading):
+        ids, learned = [*leading, *ids], [False] * len(leading) + learned
     marks = np.array(learned, dtype=np.bool_)
     marks[:1] = False
     return np.asarray(ids, dtype=np.int64), marks

@@ -248,8 +248,8 @@ def _group_scores(
     nothing = torch.zeros(samples, group.units, dtype=torch.float64)
     changes, elements = [nothing] * group.parts, [nothing] * group.parts
     for position, scores in parts.items():
-        changes[position] = scores.change.double().cpu()
-        elements[position] = scores.element.double().cpu()
+        changes[position] = scores.change.cpu().double()
+        elements[position] = scores.element.cpu().double()
     vector = vector_importance(torch.stack(changes), aggregation, group.last)
     return vector.numpy(), aggregate(torch.stack(elements), aggregation, group.last).numpy()
 
@@ -266,5 +266,5 @@ def _add(moments: dict[str, Moments], name: str, scores: tuple[FloatArray, Float
 
 
 def _as_numpy(tensor: Tensor) -> FloatArray:
-    array: FloatArray = tensor.double().cpu().numpy()
+    array: FloatArray = tensor.cpu().double().numpy()
     return array

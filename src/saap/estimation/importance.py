@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saap.config import Aggregation, ElementOrder
+from saap.models.precision import at_least_float32
 
 
 def channel_change(activation: Tensor, gradient: Tensor) -> Tensor:
@@ -19,8 +20,7 @@ def channel_change(activation: Tensor, gradient: Tensor) -> Tensor:
     input the sum goes over its weights' columns, for an output without its bias over the rows.
     Returns (samples, channels), signed, in at least float32.
     """
-    kind = torch.promote_types(activation.dtype, torch.float32)
-    return torch.einsum("ntc,ntc->nc", activation.to(kind), gradient.to(kind))
+    return torch.einsum("ntc,ntc->nc", at_least_float32(activation), at_least_float32(gradient))
 
 
 def weight_product(weight: Tensor, activation: Tensor, gradient: Tensor, contracted: int, out: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def continuation_nll(model: nn.Module, context: Sequence[int], continuation: Seq
     """-log p of each token of `continuation` after `context` and the tokens before it, in nats: (tokens,) float64."""
     logits = _continuation_logits(model, context, continuation)
     wanted = torch.tensor(list(continuation), device=logits.device)
-    return nn.functional.cross_entropy(logits.float(), wanted, reduction="none").double().cpu()
+    return nn.functional.cross_entropy(logits.float(), wanted, reduction="none").cpu().double()
 
 
 @torch.no_grad()

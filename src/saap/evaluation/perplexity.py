@@ -29,7 +29,7 @@ class Perplexity(Digested):
 
     window: tokens per window; the first of each is context only. stride: from one window's start to the next's; where
     it is less than the window, each token is predicted once, in the first window that holds it. text_digest: of all
-    token ids that were read.
+    token ids that were read. leading: ids (BOS) that each window begins with, which are no part of the text.
     """
 
     value: float
@@ -38,6 +38,7 @@ class Perplexity(Digested):
     window: int
     stride: int
     text_digest: str
+    leading: int = 0
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
         torch.split(logits, POSITIONS_PER_CHUNK), torch.split(targets, POSITIONS_PER_CHUNK), strict=True
     ):
         scores = scores if scores.dtype == torch.float64 else scores.float()
-        total += nn.functional.cross_entropy(scores, wanted, reduction="sum").double().cpu()
+        total += nn.functional.cross_entropy(scores, wanted, reduction="sum").cpu().double()
     return total
 
 
@@ -63,19 +64,22 @@ def perplexity(
     stride: int | None = None,
     batch: int = 4,
     max_tokens: int | None = None,
+    leading: Sequence[int] = (),
     read: Reader | None = None,
 ) -> Perplexity:
     """Perplexity over windows of `token_ids` (n,), each read on its own.
 
-    stride: from one window's start to the next's; None: the window, so that they are consecutive. In the first of w
+    stride: tokens of the text from one window's start to the next's; None: consecutive windows. In the first of w
     tokens the last w - 1 are predicted, in the others those that no earlier window held (of consecutive windows again
     w - 1). A shorter last window counts if it predicts something.
+    leading: ids that each window begins with (BOS, see `leading_ids`), as context of its first token of the text, which
+    then is predicted too.
     max_tokens: read only the first ones. batch: windows per forward pass, fewer where the vocabulary is large.
     model: any module that maps ids (batch, tokens) to logits (batch, tokens, vocabulary), an output with `.logits`, or
     a tuple that starts with them. Evaluated without dropout; its training flags are left as they were. read: gives the
     logits of all batches of windows, in place of one call of the model for each.
     Raises CalibrationError if there are fewer than 2 tokens, or window is less than 2, or stride is not
-    from 1 to the window.
+    from 1 to the tokens of the text in a window.
     """
     ids = torch.as_tensor(np.asarray(token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids)).reshape(-1)
     ids = ids[:max_tokens].long()
@@ -84,14 +88,15 @@ def perplexity(
             f"perplexity needs windows and a text of at least 2 tokens, not {window} and {len(ids)}",
             "Give a longer text or window",
         )
-    stride = window if stride is None else stride
-    if not 1 <= stride <= window:
-        raise CalibrationError(f"a stride of {stride} does not fit a window of {window}", f"Give 1 to {window}")
+    size = window - len(leading)
+    stride = size if stride is None else stride
+    if not 1 <= stride <= size:
+        raise CalibrationError(f"a stride of {stride} does not fit a window of {window}", f"Give 1 to {size}")
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64)
     predicted = 0
     with _evaluating(model):
-        batches = list(_batches(ids, window, stride, _windows_at_once(model, window, batch)))
+        batches = list(_batches(ids, size, stride, _windows_at_once(model, window, batch), leading))
         inputs = [windows.to(device) for windows, _ in batches]
         found = (model_logits(model, one) for one in inputs) if read is None else read(inputs)
         for (windows, context), all_logits in zip(batches, found, strict=True):
@@ -108,24 +113,33 @@ def perplexity(
         window=window,
         stride=stride,
         text_digest=digest_of(ids.numpy()),
+        leading=len(leading),
     )
 
 
-def _batches(ids: Tensor, window: int, stride: int, batch: int) -> Iterator[tuple[Tensor, int]]:
-    """Windows (<= batch, window) that have the same number of context tokens, and that number; the rest at the end."""
-    if len(ids) < window:
-        yield ids[None], 1
+def _batches(ids: Tensor, size: int, stride: int, batch: int, leading: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
+    """Windows (<= batch, leading + size) with the same number of context tokens, and that number; the rest at the end.
+
+    size: tokens of the text in a window.
+    """
+    first = max(1, len(leading))  # context of a window without a predecessor
+
+    def led(windows: Tensor) -> Tensor:
+        return torch.cat([torch.tensor(leading, dtype=ids.dtype).expand(len(windows), -1), windows], dim=1)
+
+    if len(ids) < size:
+        yield led(ids[None]), first
         return
-    full = ids.unfold(0, window, stride)
-    overlap = max(1, window - stride)
-    alone = 0 if overlap == 1 else 1
+    full = ids.unfold(0, size, stride)
+    overlap = max(first, len(leading) + size - stride)
+    alone = 0 if overlap == first else 1
     if alone:
-        yield full[:1], 1
+        yield led(full[:1]), first
     for windows in torch.split(full[alone:], batch) if len(full) > alone else ():
-        yield windows, overlap
+        yield led(windows), overlap
     rest = ids[len(full) * stride :]
-    if len(rest) > overlap:
-        yield rest[None], overlap
+    if len(leading) + len(rest) > overlap:
+        yield led(rest[None]), overlap
 
 
 def _windows_at_once(model: nn.Module, window: int, batch: int) -> int:

@@ -23,11 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device of that name; `auto` takes cuda, then mps, then cpu. Raises ConfigurationError if it is not there."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    available = _available()
     if name == "auto":
         return torch.device(next(kind for kind, there in available.items() if there))
     try:
@@ -38,6 +34,11 @@ def pick_device(name: str = "auto") -> torch.device:
     if not available.get(device.type, False) or too_high:
         raise ConfigurationError(f"--device {name} is not available on this machine", "Use --device auto or cpu")
     return device
+
+
+def _available() -> dict[str, bool]:
+    """Kinds of devices that `auto` looks for, in this order, and whether they are there."""
+    return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
 
 
 def check_known(device_map: DeviceMap) -> None:
@@ -95,6 +96,12 @@ def require_values(model: nn.Module) -> None:
             f"The given model lies on {len(devices)} devices ({', '.join(devices)}) without a device map",
             "Load it with device_map='auto', or on one device",
         )
+
+
+def computable(model: nn.Module) -> nn.Module:
+    """The model itself, or a copy in float32 of one in float16, whose gradients and activations leave its range."""
+    first = next(model.parameters()).dtype
+    return copied(model).to(torch.float32) if first == torch.float16 else model
 
 
 def pick_dtype(name: str = "auto", *, source: torch.dtype) -> torch.dtype:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saap.models.precision import in_float64, widest_dtype
+
 ROUNDING = 1e-6
 """An error below this share of the target's energy is the rounding of float32 moments."""
 
@@ -37,7 +39,7 @@ class Moments:
         """Add tokens. x: (tokens, channels), target: (tokens, outputs)."""
         self.gram.addmm_(x.T, x)
         self.cross.addmm_(x.T, target)
-        self.energy += float(target.square().sum(dtype=torch.float64))
+        self.energy += float(target.square().sum(dtype=widest_dtype(target.device)))
         self.tokens += len(x)
 
     def take(self, other: Moments) -> None:
@@ -49,9 +51,9 @@ class Moments:
 
     def error(self, weight: Tensor) -> float:
         """Squared error of the matrix `weight` (outputs, channels) on these tokens."""
-        w = weight.double()
-        cross = float((w.T * self.cross.double()).sum())
-        return self.energy - 2 * cross + float(((w @ self.gram.double()) * w).sum())
+        w = in_float64(weight)
+        cross = float((w.T * in_float64(self.cross)).sum())
+        return self.energy - 2 * cross + float(((w @ in_float64(self.gram)) * w).sum())
 
     def select(self, channels: Tensor) -> Moments:
         """Moments of some channels only. channels: (kept,) indices."""
@@ -75,13 +77,13 @@ def ridge_refit(weight: Tensor, fit: Moments, held: Moments, ridges: Sequence[fl
         return weight, 1.0
     share = fit.tokens / max(1, fit.tokens + held.tokens)
     fit.take(held)
-    return _ridge(weight, fit, best * share).to(weight.dtype), max(0.0, errors[best]) / start
+    return _ridge(weight, fit, best * share).to(weight), max(0.0, errors[best]) / start
 
 
 def _ridge(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
     """Weight + (T - weight G) (G + r mean(diag G))^-1 in float64, T = sum of t x^T."""
-    gram, dense = moments.gram.double(), weight.double()
-    missing = moments.cross.double() - gram @ dense.T
+    gram, dense = in_float64(moments.gram), in_float64(weight)
+    missing = in_float64(moments.cross) - gram @ dense.T
     scale = gram.diagonal().mean().clamp_min(1e-30)
     gram.diagonal().add_(max(ridge, 1e-9) * scale)
     factor = torch.linalg.cholesky(gram)
@@ -100,11 +102,11 @@ def compensated(weight: Tensor, gram: Tensor, kept: Tensor, *, ridge: float = 1e
     weight: (outputs, channels), gram: (channels, channels), kept: (kept channels,) indices. Minimises the squared
     output error plus the ridge; equal to what the choice of `removal_order` leaves. Returns (outputs, channels).
     """
-    g = gram.double()
-    g = _shifted(g, ridge * g.diagonal().mean())
-    factor = torch.linalg.cholesky(g[kept][:, kept])
+    g = in_float64(gram)
+    g, columns = _shifted(g, ridge * g.diagonal().mean()), kept.to(g.device)
+    factor = torch.linalg.cholesky(g[columns][:, columns])
     result = torch.zeros_like(weight)
-    result[:, kept] = torch.cholesky_solve(g[kept] @ weight.double().T, factor).T.to(weight.dtype)
+    result[:, kept] = torch.cholesky_solve(g[columns] @ in_float64(weight).T, factor).T.to(weight)
     return result
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from saap.models.precision import in_float64
+
 
 @torch.no_grad()
 def constant_share(norm: nn.Module) -> float | None:
@@ -19,7 +21,7 @@ def constant_share(norm: nn.Module) -> float | None:
     outputs: list[Tensor] = []
     for value in (0.0, 1.0):
         weight.data = torch.full_like(before, value)
-        outputs.append(norm(inputs).double())
+        outputs.append(in_float64(norm(inputs)))
     weight.data = before
     ratio = outputs[0] / outputs[1]
     constant = round(float(ratio.mean()), 2)
@@ -30,7 +32,7 @@ def constant_share(norm: nn.Module) -> float | None:
 
 def scaled_weight(weight: Tensor, constant: float, factor: float) -> Tensor:
     """The weight that multiplies a norm's scale, constant + (1 - constant) w, by `factor`; of the same type."""
-    new = weight.double() * factor
+    new = in_float64(weight) * factor
     if constant:
         new += constant * (factor - 1) / (1 - constant)
-    return new.to(weight.dtype)
+    return new.to(weight)

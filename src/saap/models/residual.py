@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saap.models.capture import Capture, capture
+from saap.models.precision import at_least_float32, in_float64
 from saap.models.walker import BlockWalker, Contexts
 
 _SMALLEST_SCALE = 0.1
@@ -33,7 +35,8 @@ class Way:
 class ResidualEntry:
     """How a module's output y adds to the residual stream: gain * y, or gain * norm(y).
 
-    norm: a module with norm(y) = c * scale * y, where c is a number for each token; scale: (width,).
+    norm: a module with norm(y) = c * scale * y, where c is a number for each token, of float32 at least; scale:
+    (width,).
     """
 
     gain: float
@@ -47,12 +50,12 @@ class ResidualEntry:
             return None
         if way.norm is None:
             return cls(way.gain)
-        norm = model.get_submodule(way.norm)
-        return cls(way.gain, norm, _scale(norm, like))
+        norm = copy.deepcopy(model.get_submodule(way.norm)).to(torch.promote_types(like.dtype, torch.float32))
+        return cls(way.gain, norm, _scale(norm, at_least_float32(like)))
 
     def added(self, output: Tensor) -> Tensor:
         """What an output adds to the stream; both (..., width)."""
-        passed: Tensor = output if self.norm is None else self.norm(output)
+        passed: Tensor = output if self.norm is None else self.norm(at_least_float32(output))
         return self.gain * passed
 
     def token_weights(self, output: Tensor) -> Tensor:
@@ -62,7 +65,7 @@ class ResidualEntry:
         """
         if self.norm is None or self.scale is None:
             return torch.ones_like(output[..., :1], dtype=torch.float32)
-        passed: Tensor = self.norm(output).float()
+        passed: Tensor = self.norm(at_least_float32(output)).float()
         scaled = self.scale * output.float()
         weights: Tensor = passed.norm(dim=-1, keepdim=True) / scaled.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         return weights
@@ -78,7 +81,7 @@ class ResidualEntry:
         least = _SMALLEST_SCALE * self.scale.square().mean().sqrt()
         scale = torch.where(self.scale < 0, -1.0, 1.0) * self.scale.abs().clamp_min(least)
         change = torch.where(weights > 0, gap / (self.gain * weights * scale), 0.0)
-        return dense + change.to(dense.dtype)
+        return dense + change
 
 
 def _scale(norm: nn.Module, like: Tensor) -> Tensor:
@@ -156,7 +159,7 @@ def _only_scales(norm: nn.Module, output: Tensor) -> bool:
         return False
     if not isinstance(passed, Tensor) or passed.shape != output.shape:
         return False
-    scaled, passed = (scale * output).double(), passed.double()
+    scaled, passed = in_float64(scale * output), in_float64(passed)
     factor = (passed * scaled).sum(-1, keepdim=True) / scaled.square().sum(-1, keepdim=True).clamp_min(1e-30)
     return bool(((passed - factor * scaled).norm() < 1e-2 * passed.norm()).item()) and bool((factor > 0).all().item())
 
@@ -164,8 +167,9 @@ def _only_scales(norm: nn.Module, output: Tensor) -> bool:
 def _multiple(change: Tensor, extra: Tensor) -> float | None:
     if change.shape != extra.shape:
         return None
-    factor = float((change.double() * extra.double()).sum() / extra.double().square().sum())
-    rest = float((change.double() - factor * extra.double()).norm() / extra.double().norm())
+    change, extra = in_float64(change), in_float64(extra)
+    factor = float((change * extra).sum() / extra.square().sum())
+    rest = float((change - factor * extra).norm() / extra.norm())
     return factor if abs(factor) > 1e-3 and rest < 1e-2 * abs(factor) else None
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from saap.config import PruneConfig
-from saap.data.training import training_data
 from saap.errors import ConfigurationError
 from saap.models.loading import load_tokenizer
 from saap.models.processes import Processes
@@ -16,6 +15,7 @@ from saap.models.references import resolve_model
 from saap.pipeline.inputs import RunOptions
 from saap.pipeline.progress import Reporter
 from saap.pipeline.recover import run_recover
+from saap.pipeline.recovery_context import read_data
 from saap.pipeline.recovery_report import RecoverReport
 from saap.pipeline.report import PruneReport
 from saap.pipeline.run import run_prune
@@ -74,7 +74,4 @@ def check_recovery(source: str | Path, pruning: PruneConfig, recovery: RecoverCo
             f"Use --align {recovery.group_size} or a multiple of it",
         )
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    training_data(
-        recovery.data, load_tokenizer(resolved), length=recovery.length, held=recovery.validation_samples,
-        seed=recovery.seed,
-    )  # fmt: skip
+    read_data(recovery, load_tokenizer(resolved))

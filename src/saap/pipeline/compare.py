@@ -15,6 +15,7 @@ from torch import nn
 
 from saap.baselines.methods import BASELINES, Measurements
 from saap.config import MethodChoice, PruneConfig
+from saap.data.samples import leading_ids
 from saap.discovery import discover
 from saap.errors import ConfigurationError
 from saap.evaluation.bootstrap import kept_accuracy
@@ -327,7 +328,10 @@ def _measure(
     speed = None
     for name, ids in bench.streams.items():
         start = time.perf_counter()
-        found[name] = perplexity(model, ids, window=wanted.window, stride=wanted.stride, max_tokens=wanted.max_tokens)
+        found[name] = perplexity(
+            model, ids, window=wanted.window, stride=wanted.stride, max_tokens=wanted.max_tokens,
+            leading=leading_ids(bench.loaded.tokenizer, bos=wanted.bos),
+        )  # fmt: skip
         speed = speed or found[name].tokens / (time.perf_counter() - start)
     tasks: dict[str, TaskResult] = {}
     if wanted.tasks and with_tasks:

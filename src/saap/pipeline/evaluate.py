@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from saap.config import RuntimeName, check_seed
-from saap.data.samples import token_stream
+from saap.data.samples import leading_ids, token_stream
 from saap.data.texts import Purpose, evaluation_text, read_conversations, read_documents
 from saap.errors import CalibrationError, ConfigurationError, EvaluationError, OutputError
 from saap.evaluation.chat import ChatPerplexity, chat_perplexity
@@ -214,8 +214,9 @@ def _measure(
     for name, ids in streams.items():
         reporter.stage(f"perplexity of {loaded.ref.source} on {name}")
         found[name] = perplexity(
-            model, ids, window=request.window, stride=request.stride, max_tokens=request.max_tokens
-        )
+            model, ids, window=request.window, stride=request.stride, max_tokens=request.max_tokens,
+            leading=leading_ids(loaded.tokenizer, bos=request.bos),
+        )  # fmt: skip
     tasks: dict[str, TaskResult] = {}
     if request.tasks:
         reporter.stage(f"zero-shot tasks of {loaded.ref.source}")

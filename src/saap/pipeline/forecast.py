@@ -234,9 +234,9 @@ class _Rate:
 def _reading(run: Probed, meter: Meter) -> tuple[_Rate, float]:
     """The forward pass, and the seconds of a short greedy answer."""
     tokens = run.tokens.evaluation[:PROBED_TOKENS]
-    perplexity(run.loaded.model, tokens[:512])  # the first pass is slower than all others
+    perplexity(run.loaded.model, tokens[:512], leading=run.tokens.leading)  # the first pass is slower than all others
     with meter.stage("try: read"):
-        perplexity(run.loaded.model, tokens)
+        perplexity(run.loaded.model, tokens, leading=run.tokens.leading)
     read = meter.stages[-1]
     with meter.stage("try: answer"):
         greedy_answer(run.loaded.model, run.loaded.tokenizer)
@@ -257,7 +257,9 @@ def _writing(run: Probed, meter: Meter) -> list[StageForecast]:
     with meter.stage("try: write text"):
         sample_from_model(
             run.loaded.model, sequences=batch, length=PROBED_STEPS, batch=batch, seed=run.config.seed,
-            starts=random_starts(run.loaded.tokenizer, sequences=batch, seed=run.config.seed),
+            starts=random_starts(
+                run.loaded.tokenizer, sequences=batch, seed=run.config.seed, leading=run.tokens.leading
+            ),
         )  # fmt: skip
     tried = meter.stages[-1]
     steps = run.config.effort_settings.refit_length * -(-wanted // batch)

@@ -14,15 +14,16 @@ from torch import nn
 from saap.config import Importance, Method, PrunableRole, PruneConfig, Strategy
 from saap.data.generated import random_starts, sample_from_model
 from saap.data.pairs import draw_pairs, pairs_file
-from saap.data.samples import Calibration, SampleRequest, check_vocabulary, draw_sets, token_stream
+from saap.data.samples import Calibration, SampleRequest, check_vocabulary, draw_sets, leading_ids, token_stream
 from saap.data.texts import evaluation_text
 from saap.errors import CalibrationError
-from saap.models.devices import pick_device, pick_dtype, require_values
+from saap.models.devices import computable, pick_device, pick_dtype, require_values
 from saap.models.images import image_token_ids, with_images
 from saap.models.loading import load_model, load_processor, load_tokenizer, model_ref
 from saap.models.references import resolve_model
 from saap.records import CalibrationSet, IntArray, ModelGraph, ModelRef
 from saap.structure_search.costs import gram_bytes
+from saap.surgery.refit import require_sequences
 
 EVALUATION_TOKENS = 8192
 # Of a model whose weights are read from its files: such a model is large, and every token takes long.
@@ -78,7 +79,7 @@ class TokenSets:
     """Token ids for each use.
 
     scored: importance. held: judging structures. refit: restoration. evaluation: (tokens,) of a text that nothing was
-    calibrated on, named `evaluation_name`.
+    calibrated on, named `evaluation_name`. leading: ids that each window of a text begins with.
     """
 
     scored: CalibrationSet
@@ -86,6 +87,7 @@ class TokenSets:
     refit: CalibrationSet
     evaluation: IntArray
     evaluation_name: str
+    leading: tuple[int, ...] = ()
 
     def images(self, model: nn.Module) -> AbstractContextManager[None]:
         """While it lasts, the model is given the images that belong to rows of these sets."""
@@ -116,9 +118,8 @@ def open_model(source: str | Path | nn.Module, options: RunOptions, tokenizer: A
     if isinstance(source, nn.Module):
         require_values(source)
         ref = model_ref(source, type(source).__name__, None)
-        first = next(source.parameters()).dtype
-        written = pick_dtype(options.dtype, source=first)
-        return LoadedModel(model=source, tokenizer=tokenizer, ref=ref, dtype=written, owned=False)
+        written = pick_dtype(options.dtype, source=next(source.parameters()).dtype)
+        return LoadedModel(model=computable(source), tokenizer=tokenizer, ref=ref, dtype=written, owned=False)
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
     device = pick_device(options.device)
     model = load_model(resolved, device=device, device_map=options.device_map)
@@ -180,14 +181,14 @@ def write_refit_text(loaded: LoadedModel, config: PruneConfig, progress: Callabl
 
     What the model writes covers what it knows; the bundled texts are a part of that.
     """
-    wanted = generated_sequences(loaded, config)
+    wanted, leading = generated_sequences(loaded, config), leading_ids(loaded.tokenizer, bos=config.bos)
     return sample_from_model(
         loaded.model,
         sequences=wanted,
         length=config.effort_settings.refit_length,
         batch=GENERATION_BATCH,
         seed=config.seed,
-        starts=random_starts(loaded.tokenizer, sequences=wanted, seed=config.seed),
+        starts=random_starts(loaded.tokenizer, sequences=wanted, seed=config.seed, leading=leading),
         progress=progress,
     )
 
@@ -211,7 +212,9 @@ def draw_tokens(loaded: LoadedModel, config: PruneConfig, calibration: Calibrati
         sets = draw_pairs(file, processor, requests, image_ids=image_ids, seed=config.seed)
         check_vocabulary({name: one.tokens for name, one in sets.items()}, rows, loaded.tokenizer)
     else:
-        sets = draw_sets(calibration, loaded.tokenizer, requests, seed=config.seed, vocabulary=rows)
+        sets = draw_sets(calibration, loaded.tokenizer, requests, seed=config.seed, vocabulary=rows, bos=config.bos)
+    if config.restore:
+        require_sequences(len(sets["refit"].tokens))
     if loaded.tokenizer is None:
         evaluation, name = sets["held"].tokens.reshape(-1), "held-out calibration samples"
     else:
@@ -219,8 +222,9 @@ def draw_tokens(loaded: LoadedModel, config: PruneConfig, calibration: Calibrati
         evaluation = token_stream([evaluation_text()], loaded.tokenizer)[:most]
         name = "bundled text that is never calibrated on"
     return TokenSets(
-        scored=sets["scored"], held=sets["held"], refit=sets["refit"], evaluation=evaluation, evaluation_name=name
-    )
+        scored=sets["scored"], held=sets["held"], refit=sets["refit"], evaluation=evaluation, evaluation_name=name,
+        leading=leading_ids(loaded.tokenizer, bos=config.bos),
+    )  # fmt: skip
 
 
 def _processor(loaded: LoadedModel, config: PruneConfig, file: Path) -> Any:

@@ -43,8 +43,9 @@ def observe(model: nn.Module, tokenizer: Any | None, tokens: TokenSets, spill: S
     away = offloaded(model)
     if away is not None and spill is not None:
         read = partial(walked_logits, model, away.blocks, spill=spill)
-        return Behaviour(perplexity=perplexity(model, tokens.evaluation, read=read).value, prompt="", answer="")
-    value = perplexity(model, tokens.evaluation).value
+        value = perplexity(model, tokens.evaluation, leading=tokens.leading, read=read).value
+        return Behaviour(perplexity=value, prompt="", answer="")
+    value = perplexity(model, tokens.evaluation, leading=tokens.leading).value
     prompt, answer = greedy_answer(model, tokenizer)
     return Behaviour(perplexity=value, prompt=prompt, answer=answer)
 

@@ -7,7 +7,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from saap.data.training import training_data
 from saap.errors import OutputError, StaleInputError
 from saap.export.placing import check_place
 from saap.models.loading import load_tokenizer
@@ -15,6 +14,7 @@ from saap.models.references import resolve_model
 from saap.pipeline.evaluate import check_request
 from saap.pipeline.progress import Reporter, Silent
 from saap.pipeline.recipe_steps import Step, recipe_steps, tree_digest
+from saap.pipeline.recovery_context import read_data
 from saap.pipeline.work import WorkFolder
 from saap.recipe import Recipe
 
@@ -58,11 +58,9 @@ def _check_inputs(recipe: Recipe) -> None:
     """Refuse what a later step would refuse, as far as that needs no result of an earlier one."""
     resolved = resolve_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     if recipe.recover is not None:
-        tuning = recipe.recover
-        tokenizer = load_tokenizer(resolved)
-        training_data(tuning.data, tokenizer, length=tuning.length, held=tuning.validation_samples, seed=tuning.seed)
-        if tuning.teacher is not None:
-            resolve_model(tuning.teacher)
+        read_data(recipe.recover, load_tokenizer(resolved))
+        if recipe.recover.teacher is not None:
+            resolve_model(recipe.recover.teacher)
     for request in recipe.eval.values():
         check_request(request)
         for name in (request.dense, *request.beside):

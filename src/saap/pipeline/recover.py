@@ -85,7 +85,7 @@ def run_recover(
 
 
 def _measure(run: Recovery, model: nn.Module) -> State:
-    value = perplexity(model, run.evaluation, batch=1).value
+    value = perplexity(model, run.evaluation, batch=1, leading=run.leading).value
     return State(value, *greedy_answer(model, run.tokenizer))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from saap._version import __version__
-from saap.data.samples import token_stream
+from saap.data.samples import leading_ids, token_stream
 from saap.data.texts import evaluation_text
 from saap.data.training import TrainingData, training_data
 from saap.errors import ConfigurationError, SaapError
@@ -44,6 +44,7 @@ class Recovery:
     earlier: RunManifest | None
     data: TrainingData
     evaluation: IntArray
+    leading: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype
     processes: Processes
@@ -74,15 +75,21 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
         tokenizer = load_tokenizer(resolved)
         earlier = _earlier_manifest(resolved)
         config, teacher = _with_teacher(config, source, earlier, tokenizer, options, meter)
-        data = training_data(
-            config.data, tokenizer, length=config.length, held=config.validation_samples, seed=config.seed
-        )
+        data = read_data(config, tokenizer)
     return Recovery(
         source=source, config=config, options=options, resolved=resolved, tokenizer=tokenizer, teacher=teacher,
         earlier=earlier, data=data,
-        evaluation=token_stream([evaluation_text()], tokenizer)[:EVALUATION_TOKENS], device=device,
+        evaluation=token_stream([evaluation_text()], tokenizer)[:EVALUATION_TOKENS],
+        leading=leading_ids(tokenizer, bos=config.bos), device=device,
         dtype=pick_dtype(options.dtype, source=resolved.dtype), processes=processes, meter=meter,
     )  # fmt: skip
+
+
+def read_data(config: RecoverConfig, tokenizer: Any | None) -> TrainingData:
+    """The training data of a recovery. Raises TrainingDataError, CalibrationError."""
+    return training_data(
+        config.data, tokenizer, length=config.length, held=config.validation_samples, seed=config.seed, bos=config.bos
+    )
 
 
 def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> None:

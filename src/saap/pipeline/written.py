@@ -41,7 +41,11 @@ def with_written(run: Run, name: str) -> torch.Tensor:
     if written is None:
         return tokens
     part = written[-HELD_WRITTEN:] if name == "held" else written[:-HELD_WRITTEN]
-    pieces = part[:, : part.shape[1] // tokens.shape[1] * tokens.shape[1]].reshape(-1, tokens.shape[1])
+    leading = part[:1, : len(run.tokens.leading)]
+    size = tokens.shape[1] - leading.shape[1]
+    body = part[:, leading.shape[1] :]
+    pieces = body[:, : body.shape[1] // size * size].reshape(-1, size)
+    pieces = torch.cat([leading.expand(len(pieces), -1), pieces], dim=1)
     half = min(len(tokens) // 2, len(pieces))
     chosen = torch.linspace(0, len(pieces) - 1, half).long().to(pieces.device)
     return torch.cat([tokens[half:], pieces[chosen]])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from saap.models.loss import token_losses
+from saap.models.precision import widest_dtype
 from saap.models.walker import BlockWalker
 
 LOGITS_AT_ONCE = 2**22
@@ -28,13 +29,13 @@ def loss_and_gradient(
     hidden: (samples, length, width) output of the last block. tokens: (samples, length). learned: (samples, length)
     bool, which tokens are to be predicted from the position before. teacher: walker and last hidden states of the dense
     model for the same tokens; the loss of a token is then (1 - weight) (-log p) + weight KL(teacher || model), without
-    it -log p. Returns sums over the learned tokens in nats, (samples,) of `sum_dtype`, not divided.
+    it -log p. Returns sums over the learned tokens in nats, (samples,) of `widest_dtype`, not divided.
     """
     wanted = learned[:, 1:]
     samples, places = wanted.nonzero(as_tuple=True)
     rows, targets = hidden[samples, places].detach(), tokens[:, 1:][wanted]
     taught = None if teacher is None else teacher[1][samples, places]
-    losses = torch.zeros(len(hidden), dtype=sum_dtype(hidden.device), device=hidden.device)
+    losses = torch.zeros(len(hidden), dtype=widest_dtype(hidden.device), device=hidden.device)
     gradient = torch.zeros_like(hidden) if with_gradient else None
     start, at_once = 0, 16
     while start < len(rows):
@@ -53,8 +54,3 @@ def loss_and_gradient(
             gradient[samples[start:stop], places[start:stop]] = found[0]
         start, at_once = stop, max(1, LOGITS_AT_ONCE // logits.shape[-1])
     return losses, gradient
-
-
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """float64 for sums over many tokens, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saap.errors import GroupSizeError, ModelError
 from saap.models.groupwise import VALUES_AT_ONCE, GroupwiseWeight, pack
+from saap.models.precision import in_float64
 from saap.recovery_config import LEGAL_GROUP_SIZES
 
 REFITS = 2
@@ -147,9 +148,9 @@ def quantise_with_feedback(weight: Tensor, gram: Tensor, *, group_size: int, bit
 
 def _inverse_factor(gram: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped Gram matrix, float32."""
-    damped = gram.double().clone()
+    damped = in_float64(gram).clone()
     diagonal = damped.diagonal()
     diagonal += DAMPING * diagonal.mean().clamp_min(1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.float()
+    return factor.float().to(gram.device)

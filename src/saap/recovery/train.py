@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from saap.data.training import Example, TrainingData
 from saap.errors import NonFiniteLossError
+from saap.models.precision import widest_dtype
 from saap.models.processes import Processes
 from saap.models.walker import BlockWalker, Stream
-from saap.recovery.objective import loss_and_gradient, sum_dtype
+from saap.recovery.objective import loss_and_gradient
 from saap.recovery.schedule import Limits, learning_rate
 from saap.recovery.state import (
     BEST,
@@ -122,7 +123,7 @@ class Trainer:
 
     def _since(self, clock: float) -> float:
         """Seconds since then, the same in all processes."""
-        seconds = torch.tensor([time.perf_counter() - clock], dtype=sum_dtype(self.device), device=self.device)
+        seconds = torch.tensor([time.perf_counter() - clock], dtype=widest_dtype(self.device), device=self.device)
         return float(self.processes.total(seconds)) / self.processes.count
 
     def _begin(self) -> Progress:
@@ -159,7 +160,7 @@ class Trainer:
         examples = [self.data.train[index] for index in indices]
         predictions = sum(int(example.learned.sum()) for example in examples)
         tokens = sum(len(example.tokens) for example in examples)
-        losses = torch.zeros(len(examples), dtype=sum_dtype(self.device), device=self.device)
+        losses = torch.zeros(len(examples), dtype=widest_dtype(self.device), device=self.device)
         for part in _parts(range(self.processes.rank, len(examples), self.processes.count), self.config.micro_batch):
             ids, learned = self._padded([examples[place] for place in part])
             losses[list(part)] = self._gradients(ids, learned, predictions).to(losses.device)
@@ -251,7 +252,7 @@ class Trainer:
     def _validate(self, progress: Progress) -> float:
         """Mean -log p of the held examples; the parameters are kept if it is the least so far."""
         held = self.data.held
-        total = torch.zeros(1, dtype=sum_dtype(self.device), device=self.device)
+        total = torch.zeros(1, dtype=widest_dtype(self.device), device=self.device)
         for start in range(0, len(held), self.processes.count):
             place = start + self.processes.rank
             # without an example of its own a process reads the first along: layers may be split over all

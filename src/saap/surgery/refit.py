@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from saap.errors import CalibrationError
 from saap.models.least_squares import Moments, removal_order, ridge_refit
 from saap.models.linear import weight_out_in
 from saap.models.masking import channel_mask
 from saap.models.offload import mark_changed
+from saap.models.precision import at_least_float32
 from saap.models.processes import Processes
 from saap.models.residual import ResidualEntry
 from saap.models.spill import Tensors
@@ -24,12 +26,12 @@ class RestoreSettings:
     """How the walk restores.
 
     ridges: tried for each matrix, relative to the mean of the Gram matrix' diagonal. held_share: part of the
-    sequences that only judges the ridge. second_order: choose units by the pruned stream's Gram matrix at the plan's
-    counts instead of taking the plan's own units. scores: by group, the importance of its units (units,), which that
-    choice weighs in as well. residual_target: aim at the dense residual stream, what it lacks so far included; False
-    aims at the dense module's output alone, to measure the difference; tokens weigh the same in both. micro_batch:
-    sequences at a time. products: the type in which the forward passes multiply matrices, None for that of the weights;
-    moments and refits are of float32 and more.
+    sequences that only judges the ridge (see `held_sequences`). second_order: choose units by the pruned stream's Gram
+    matrix at the plan's counts instead of taking the plan's own units. scores: by group, the importance of its units
+    (units,), which that choice weighs in as well. residual_target: aim at the dense residual stream, what it lacks so
+    far included; False aims at the dense module's output alone, to measure the difference; tokens weigh the same in
+    both. micro_batch: sequences at a time. products: the type in which the forward passes multiply matrices, None for
+    that of the weights; moments and refits are of float32 and more.
     """
 
     ridges: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
@@ -40,6 +42,24 @@ class RestoreSettings:
     residual_target: bool = True
     micro_batch: int = 4
     products: torch.dtype | None = None
+
+
+HELD_AT_LEAST = 4
+"""Sequences that judge the ridge, where there are twice as many: fewer tell too little."""
+
+
+def held_sequences(sequences: int, share: float) -> int:
+    """How many of the sequences only judge the ridge; at least one stays to fit. sequences: two or more."""
+    return max(round(sequences * share), min(HELD_AT_LEAST, sequences // 2))
+
+
+def require_sequences(sequences: int) -> None:
+    """Raise CalibrationError for a single sequence, of which none would be left to choose the ridge."""
+    if sequences < 2:
+        raise CalibrationError(
+            f"The restoration has {sequences} sequence of text, but it fits on some and chooses the ridge on others",
+            "Give more calibration text, or use --no-restore",
+        )
 
 
 @dataclass(slots=True)
@@ -79,7 +99,7 @@ def refit(
     model: nn.Module,
     consumer: Consumer,
     processes: Processes,
-    batches: int,
+    sequences: int,
     taken: Tensors,
     wanted: Wanted,
     plan: StructurePlan,
@@ -88,12 +108,12 @@ def refit(
 ) -> Iterator[Tensor]:
     """Choose the group's units, cut it, refit the consumer. Returns the consumer's new outputs, batch by batch.
 
-    batches: of all processes. taken: what the consumer reads in those of this one.
+    sequences: of all processes. taken: what the consumer reads in the micro-batches of this one.
     """
     weight = weight_out_in(consumer.module).float().clone()
     bias = consumer.module._parameters.get("bias")
     extra = 0 if bias is None else 1
-    fit, judging = _moments(weight, extra, processes, batches, taken, wanted, settings.held_share)
+    fit, judging = _moments(weight, extra, processes, sequences, taken, wanted, settings)
     kept = processes.from_first(lambda: _choose(consumer, weight, fit, judging, plan, settings))
     columns = _kept_columns(consumer, kept, plan, weight.shape[1], weight.device)
     if consumer.beside:
@@ -121,24 +141,35 @@ def refit(
 
 
 def _given(read: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What a linear module with these weights puts out, in the type of what it reads."""
+    """What a linear module with these weights puts out, in at least float32: differences are taken of it."""
+    read = at_least_float32(read)
     return nn.functional.linear(read, weight.to(read.dtype), None if bias is None else bias.to(read.dtype))
 
 
 def _moments(
-    weight: Tensor, extra: int, processes: Processes, batches: int, taken: Tensors, wanted: Wanted, held_share: float
+    weight: Tensor,
+    extra: int,
+    processes: Processes,
+    sequences: int,
+    taken: Tensors,
+    wanted: Wanted,
+    settings: RestoreSettings,
 ) -> tuple[Moments, Moments]:
     """Moments of the sequences to fit, and of those that only judge, over all processes."""
-    held_from = batches - max(1, round(batches * held_share))
+    held_from = sequences - held_sequences(sequences, settings.held_share)
     fit, judging = (Moments.empty(weight.shape[1] + extra, weight.shape[0], weight.device) for _ in range(2))
-    own = processes.share(batches)
+    own = processes.share(-(-sequences // settings.micro_batch))
     for place, (index, read, target) in enumerate(zip(own, taken, wanted.targets, strict=True)):
         x, t = _with_ones(read.flatten(0, -2).float(), extra), target.flatten(0, -2).float()
         if wanted.weights is not None:
             weights = wanted.weights[place].flatten(0, -2)
             x, t = x * weights, t * weights
-        moments = fit if index < held_from else judging
-        moments.add(x, t)
+        first = index * settings.micro_batch
+        here = min(settings.micro_batch, sequences - first)
+        fitted = len(x) * min(max(0, held_from - first), here) // here
+        for moments, rows in ((fit, slice(fitted)), (judging, slice(fitted, None))):
+            if len(x[rows]):
+                moments.add(x[rows], t[rows])
     return _summed(fit, processes), _summed(judging, processes)
 
 
@@ -190,7 +221,7 @@ def _choose(
     at_once = 32 if units.shape[1] == 1 else 1
     scores = None
     if settings.scores is not None:
-        values = torch.as_tensor(settings.scores[group.name], device=weight.device)
-        scores = values / values.mean().clamp_min(1e-30)
+        values = torch.as_tensor(settings.scores[group.name])
+        scores = (values / values.mean().clamp_min(1e-30)).to(weight)
     gone, _ = removal_order(weight, gram, units, removed, ridge=settings.choice_ridge, at_once=at_once, scores=scores)
     return tuple(group.others(gone.tolist()))

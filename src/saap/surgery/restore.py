@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from saap.models.capture import capture
 from saap.models.linear import weight_out_in
+from saap.models.precision import at_least_float32
 from saap.models.processes import Processes
 from saap.models.residual import ResidualEntry, residual_ways
 from saap.models.spill import NewTensors, Spill, Tensors, held
@@ -22,7 +23,7 @@ from saap.models.walked import passed, started
 from saap.models.walker import BlockWalker, Contexts
 from saap.records import CoupledGroup, ModelGraph, Role, StructurePlan
 from saap.surgery.cut import cut_bundle, cut_group
-from saap.surgery.refit import Consumer, Restoration, RestoreSettings, Wanted, refit
+from saap.surgery.refit import Consumer, Restoration, RestoreSettings, Wanted, refit, require_sequences
 
 Progress = Callable[[int, int], None]
 
@@ -31,12 +32,12 @@ Progress = Callable[[int, int], None]
 class _Streams:
     """Hidden states before the current block, in the dense and in the pruned model, of this process' micro-batches.
 
-    exact: walks without rounding, for trials. one: contexts of a batch of one sequence, for them too. batches: of all
-    processes. new: makes a sequence of tensors, one for each batch. apart: whether the two models differ.
+    exact: walks without rounding, for trials. one: contexts of a batch of one sequence, for them too. sequences: of
+    all processes. new: makes a sequence of tensors, one for each batch. apart: whether the two models differ.
     """
 
     processes: Processes
-    batches: int
+    sequences: int
     new: NewTensors
     exact: BlockWalker
     one: Contexts
@@ -65,7 +66,9 @@ def restore(
     output plus the gap between the dense and the pruned residual stream so far.
     processes: that run a part of the sequences each; the first one chooses and refits, from the moments of all. spill:
     where the activations of all sequences are kept, None for memory.
+    Raises CalibrationError for a single sequence.
     """
+    require_sequences(len(tokens))
     walker = BlockWalker(model, graph.blocks, products=settings.products)
     new: NewTensors = list if spill is None else spill.empty
     streams = _start(BlockWalker(model, graph.blocks), tokens, settings.micro_batch, new, processes or Processes())
@@ -86,7 +89,7 @@ def _start(walker: BlockWalker, tokens: Tensor, micro_batch: int, new: NewTensor
     own = processes.share(len(batches))
     hidden, contexts = started(walker, batches[own.start : own.stop], new)
     one = walker.start(tokens[:1]).contexts
-    return _Streams(processes, len(batches), new, walker, one, contexts, hidden, hidden)
+    return _Streams(processes, len(tokens), new, walker, one, contexts, hidden, hidden)
 
 
 def _consumers(
@@ -202,9 +205,14 @@ def _refit_consumers(
     settings: RestoreSettings,
     result: Restoration,
 ) -> Tensors | None:
-    """Refit one consumer after the other. Returns the block's new output where it follows without another run."""
+    """Refit one consumer after the other. Returns the block's new output where it follows without another run.
+
+    What the pruned stream lacks, and all that is compared with it, is of float32 at least: in the bfloat16 of a model
+    it would be lost in rounding.
+    """
     new = streams.new
-    gap = held(new, (dense - pruned for dense, pruned in zip(streams.dense, streams.pruned, strict=True)))
+    both = zip(streams.dense, streams.pruned, strict=True)
+    gap = held(new, (at_least_float32(dense) - at_least_float32(pruned) for dense, pruned in both))
     pruned_next: Tensors | None = None
     for position, consumer in enumerate(consumers):
         last = position == len(consumers) - 1
@@ -216,7 +224,15 @@ def _refit_consumers(
         fresh = held(
             new,
             refit(
-                walker.model, consumer, streams.processes, streams.batches, taken.inputs, wanted, plan, settings, result
+                walker.model,
+                consumer,
+                streams.processes,
+                streams.sequences,
+                taken.inputs,
+                wanted,
+                plan,
+                settings,
+                result,
             ),
         )
         if entry is None:
@@ -224,8 +240,13 @@ def _refit_consumers(
         gap = held(new, _still_open(entry, gap, dense, targets, fresh))
         if taken.block is not None:
             changes = zip(taken.block, fresh, taken.outputs, strict=True)
-            pruned_next = held(new, (out + entry.added(now) - entry.added(old) for out, now, old in changes))
+            pruned_next = held(new, (_exchanged(entry, *change) for change in changes))
     return pruned_next
+
+
+def _exchanged(entry: ResidualEntry, out: Tensor, now: Tensor, old: Tensor) -> Tensor:
+    """A block's output once a module puts out `now` in place of `old`."""
+    return (out + entry.added(now) - entry.added(at_least_float32(old))).to(out.dtype)
 
 
 def _token_weights(entry: ResidualEntry | None, dense: Tensors) -> list[Tensor] | None:
@@ -242,7 +263,7 @@ def _still_open(
     if entry.norm is None:
         return (entry.added(target - now) for target, now in zip(targets, fresh, strict=True))
     batches = zip(gap, dense, fresh, strict=True)
-    return (lacking + entry.added(one) - entry.added(now) for lacking, one, now in batches)
+    return (lacking + entry.added(at_least_float32(one)) - entry.added(now) for lacking, one, now in batches)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,37 @@
+"""Double precision on every device: some (Apple's GPUs) have no float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors of float64 can be made on the device."""
+    if device.type in ("cpu", "cuda", "meta"):
+        return True
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """The type for sums over many tokens: float64, or float32 where the device has none."""
+    return torch.float64 if has_float64(device) else torch.float32
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on the CPU if its device has none."""
+    return (tensor if has_float64(tensor.device) else tensor.cpu()).double()
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor where it is, in the widest type of its device."""
+    return tensor.to(widest_dtype(tensor.device))
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 if its type is narrower."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
