@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 BIN := .venv/bin
 SETUP_INPUTS := pyproject.toml scripts/setup_environment.py
 
-.PHONY: demo test check unit docs results results-quick clean
+.PHONY: demo test check unit docs results results-quick gpu clean
 
 demo: .venv/.ready ## prune a small real model and compare it with the dense one
 	$(BIN)/saap demo
@@ -38,6 +38,9 @@ results-quick: .venv/.ready-dev ## a trial of every row on little of everything,
 	$(if $(PYTHON),,$(error Python 3.11 or newer was not found; name one with `make PYTHON=...`))
 	$(PYTHON) scripts/setup_environment.py --dev
 	@touch .venv/.ready $@
+
+gpu: .venv/.ready-dev ## what only an accelerator can show (20 minutes on one card; goes on where it was stopped)
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -108,7 +108,9 @@ def run_one(point: Point, folder: Path, answer: Any) -> None:
         calibration=("given from Python",),
     )  # fmt: skip
     source = folder / str(point.layers)
-    limit = sum(limits(resolve_model(source), config, torch.float32)) // 2 if point.offloaded else None
+    limit = (
+        sum(limits(resolve_model(source), config, torch.float32, torch.device("cpu"))) // 2 if point.offloaded else None
+    )
     empty = resident_bytes()
     before, start = os.times(), time.perf_counter()
     out = folder / f"out-{os.getpid()}"

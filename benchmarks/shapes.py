@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -20,17 +21,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from readme_tables import write_between_marks
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from saap.models.loading import load_tokenizer, open_skeleton
+from saap.models.loading import open_skeleton
 from saap.models.references import resolve_model
 from saap.models.safetensor_files import INDEX_NAME, TensorEntry, write_tensors
 
@@ -47,26 +48,31 @@ SPARE_BYTES = 2 * 10**9
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a LLaMA of the first generation: as many key heads as query heads, an untied head."""
+    """Of a LLaMA. key_heads: None for as many as query heads. tied: whether the embedding is the head too."""
 
     hidden: int
     ffn: int
     layers: int
     heads: int
     vocabulary: int = VOCABULARY
+    key_heads: int | None = None
+    tied: bool = False
 
     @property
     def block_parameters(self) -> int:
-        return 4 * self.hidden**2 + 3 * self.hidden * self.ffn + 2 * self.hidden
+        return sum(math.prod(size) for size in self.tensors(0).values())
 
     @property
     def parameters(self) -> int:
-        return self.layers * self.block_parameters + (2 * self.vocabulary + 1) * self.hidden
+        tables = 1 if self.tied else 2
+        return self.layers * self.block_parameters + (tables * self.vocabulary + 1) * self.hidden
 
     def tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
         at, h, f = f"model.layers.{layer}", self.hidden, self.ffn
+        keys = h // self.heads * (self.key_heads or self.heads)
         return {
-            **{f"{at}.self_attn.{name}_proj.weight": (h, h) for name in "qkvo"},
+            **{f"{at}.self_attn.{name}_proj.weight": (h, h) for name in "qo"},
+            **{f"{at}.self_attn.{name}_proj.weight": (keys, h) for name in "kv"},
             f"{at}.mlp.gate_proj.weight": (f, h),
             f"{at}.mlp.up_proj.weight": (f, h),
             f"{at}.mlp.down_proj.weight": (h, f),
@@ -79,10 +85,16 @@ class Shape:
         for first in range(0, self.layers, LAYERS_IN_A_SHARD):
             layers = range(first, min(first + LAYERS_IN_A_SHARD, self.layers))
             yield {name: size for layer in layers for name, size in self.tensors(layer).items()}
-        yield {"lm_head.weight": (self.vocabulary, self.hidden)}
+        if not self.tied:
+            yield {"lm_head.weight": (self.vocabulary, self.hidden)}
 
 
-SHAPES = {"7b": Shape(4096, 11008, 32, 32), "13b": Shape(5120, 13824, 40, 40)}
+SHAPES = {
+    "1.5b": Shape(1536, 8960, 28, 12, vocabulary=151936, key_heads=2, tied=True),
+    "7b": Shape(4096, 11008, 32, 32),
+    "13b": Shape(5120, 13824, 40, 40),
+}
+"""LLaMA-7B and 13B of the first generation, and the sizes of Qwen2.5 1.5B."""
 
 
 def random_weight(size: tuple[int, ...], pool: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -111,22 +123,19 @@ def write_checkpoint(shape: Shape, folder: Path, dtype: torch.dtype = torch.bflo
     (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config = LlamaConfig(
         vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, tie_word_embeddings=False,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads or shape.heads, tie_word_embeddings=shape.tied,
         dtype=str(dtype).removeprefix("torch."), bos_token_id=0, eos_token_id=0, architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     config.save_pretrained(folder)
 
 
-def small_tokenizer() -> PreTrainedTokenizerFast:
-    """SmolLM2's tokenizer without the tokens whose number is too large for the vocabulary."""
-    whole: Any = load_tokenizer(resolve_model("smollm2"))
-    content = json.loads(whole.backend_tokenizer.to_str())
-    vocabulary = {token: number for token, number in content["model"]["vocab"].items() if number < VOCABULARY}
-    content["model"]["vocab"] = vocabulary
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in content["model"]["merges"]]
-    content["model"]["merges"] = [pair for pair in pairs if {*pair, "".join(pair)} <= vocabulary.keys()]
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < VOCABULARY]
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token=whole.eos_token)
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte: what random weights are told is of no interest."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
 def needed_bytes(shape: Shape) -> int:
@@ -148,7 +157,7 @@ def prune(source: Path, out: Path, flags: list[str]) -> tuple[dict[str, Any], fl
 
 def measure(name: str, layers: int | None, folder: Path, flags: list[str]) -> dict[str, Any]:
     whole = SHAPES[name]
-    shape = Shape(whole.hidden, whole.ffn, layers or whole.layers, whole.heads)
+    shape = replace(whole, layers=layers or whole.layers)
     needed, free = needed_bytes(shape) + SPARE_BYTES, shutil.disk_usage(folder).free
     if needed > free:
         raise SystemExit(
@@ -160,7 +169,7 @@ def measure(name: str, layers: int | None, folder: Path, flags: list[str]) -> di
         source.mkdir()
         start = time.perf_counter()
         write_checkpoint(shape, source)
-        small_tokenizer().save_pretrained(source)
+        byte_tokenizer().save_pretrained(source)
         written = time.perf_counter() - start
         load = os.getloadavg()[0]
         report, seconds, used = prune(source, out, flags)

@@ -23,7 +23,7 @@ from saap import cli
 from saap.display import PlainReporter
 from saap.errors import NonFiniteLossError
 from saap.estimation import calibrate
-from saap.models import offload
+from saap.models import device_memory, offload
 from saap.pipeline import inputs, memory, outcome, recover, recovery_context
 from saap.pipeline import run as run_module
 
@@ -56,8 +56,9 @@ class Events:
 def count_as_large() -> None:
     """A limit of one byte keeps the weights of the smallest model in their files."""
     offload.SMALL_BYTES = memory.RESERVE_BYTES = 0
-    memory._process_bytes = lambda: 0
+    device_memory.of_process = lambda: 0
     memory.resident_need = lambda sizes, config: 2
+    memory.spilled_need = lambda sizes, config: 2
     memory.offloaded_need = lambda sizes, config: 1
 
 

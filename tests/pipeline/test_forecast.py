@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from tests.pipeline import tiny
 from saap.config import PruneConfig
 from saap.discovery import discover
 from saap.errors import ConfigurationError, OutputError
-from saap.models import felt
+from saap.models import device_memory, felt
 from saap.models.felt import measurable
 from saap.pipeline import forecast as forecast_module
+from saap.pipeline.fits import check_fits
 from saap.pipeline.inputs import COST_TOKENS, COST_TOKENS_AT_ONCE, RunOptions
 from saap.pipeline.run import preview, run_prune
 from saap.records import ModelGraph
@@ -96,7 +98,8 @@ def probed(peaks: dict[str, int], restore: bool = True) -> tuple[forecast_module
     found = forecast_module.Forecast(stages=stages, refit_tokens=8192, bytes_per_refit_token=1e6)
     config = PruneConfig(pruning_ratios=(0.2,), restore=restore)
     nothing = dict.fromkeys(field.name for field in dataclasses.fields(forecast_module.Probed))
-    return found, forecast_module.Probed(**{**nothing, "config": config})  # type: ignore[arg-type]
+    loaded = SimpleNamespace(model=torch.nn.Linear(1, 1))
+    return found, forecast_module.Probed(**{**nothing, "config": config, "loaded": loaded})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -111,16 +114,16 @@ def probed(peaks: dict[str, int], restore: bool = True) -> tuple[forecast_module
 def test_too_little_memory_names_the_flag_that_helps(
     monkeypatch: pytest.MonkeyPatch, free: int, others: int, restore: bool, remedy: str
 ) -> None:
-    monkeypatch.setattr(forecast_module, "available_bytes", lambda: free)
+    monkeypatch.setattr(device_memory, "of_machine", lambda: free)
     found, run = probed({"load the model": others, "cut and restore, block by block": 92 * 10**8}, restore)
     with pytest.raises(ConfigurationError, match=remedy):
-        forecast_module.check_fits(found, run, None)
-    monkeypatch.setattr(forecast_module, "available_bytes", lambda: 93 * 10**8)
-    forecast_module.check_fits(found, run, None)
+        check_fits(found, run, None)
+    monkeypatch.setattr(device_memory, "of_machine", lambda: 93 * 10**8)
+    check_fits(found, run, None)
 
 
 def test_weights_that_do_not_fit_are_not_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast_module, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(device_memory, "of_machine", lambda: 1000)
     with pytest.raises(ConfigurationError, match="The weights of"):
         preview(source, PruneConfig(pruning_ratios=(0.2,), **SETTINGS), RunOptions())
 
@@ -129,8 +132,8 @@ def test_too_little_disk_is_refused(tmp_path: Path) -> None:
     found, run = probed({"load the model": 1})
     stage = dataclasses.replace(found.stages[0], disk_bytes=10**18)
     with pytest.raises(OutputError, match="MB free"):
-        forecast_module.check_fits(dataclasses.replace(found, stages=(stage,)), run, tmp_path / "out")
+        check_fits(dataclasses.replace(found, stages=(stage,)), run, tmp_path / "out")
 
 
 def test_memory_of_this_machine() -> None:
-    assert (forecast_module.available_bytes() or 10**9) > 10**8
+    assert (device_memory.of_machine() or 10**9) > 10**8

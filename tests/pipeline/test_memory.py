@@ -13,6 +13,7 @@ from tests.pipeline import tiny
 import saap
 from saap.config import PruneConfig
 from saap.errors import ConfigurationError
+from saap.models import device_memory
 from saap.models import offload as offload_module
 from saap.models.offload import OffloadedWeights
 from saap.pipeline import memory
@@ -46,8 +47,9 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(OffloadedWeights, "bring", counted)
     monkeypatch.setattr(offload_module, "SMALL_BYTES", 0)
     monkeypatch.setattr(memory, "RESERVE_BYTES", 0)
-    monkeypatch.setattr(memory, "_process_bytes", lambda: 0)
+    monkeypatch.setattr(device_memory, "of_process", lambda: 0)
     monkeypatch.setattr(memory, "resident_need", lambda sizes, config: 2)
+    monkeypatch.setattr(memory, "spilled_need", lambda sizes, config: 2)
     monkeypatch.setattr(memory, "offloaded_need", lambda sizes, config: 1)
     yield found
     assert max(found, default=0) <= 1
@@ -160,7 +162,7 @@ def test_a_model_in_memory_is_refused(tmp_path: Path) -> None:
 def test_needs_grow_with_what_is_asked() -> None:
     sizes = memory.Sizes(
         weights=27 * 10**9, block=810 * 10**6, around=10**9, matrix=180 * 10**6, widest=11008, width=4096, blocks=32,
-        vocabulary=32000,
+        vocabulary=32000, heads=32,
     )  # fmt: skip
     need: Callable[..., int] = memory.offloaded_need
     cut, restored = (need(sizes, PruneConfig(pruning_ratios=(0.2,), restore=restore)) for restore in (False, True))

@@ -62,11 +62,17 @@ def summarise(cells: Cells) -> dict[str, Any]:
         "best_baseline_cut": theirs[False],
         "quotient_restored": ours[True] / theirs[True]["ratio"],
         "quotient_cut": ours[False] / theirs[False]["ratio"],
+        "same_plan": next((row["method"] for row in compared if _is_ours(row, ours[False])), None),
         "selection": cells["selection"]["rows"],
         "literal_best_restored": min(row["ratio_with_restoration"] for row in literal),
         "literal_best_cut": min(row["ratio_without_restoration"] for row in literal),
         "seeds": [0],
     }
+
+
+def _is_ours(row: Values, ours: float) -> bool:
+    """Whether a baseline, cut only, has our perplexity to the bit: it is the same model."""
+    return row["method"] != "saap" and not row["restored"] and row["ratio"] == ours
 
 
 def _ratio(row: Values) -> float:

@@ -25,7 +25,7 @@ class CachedModel:
         """Start a new sequence."""
         self._cache = None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def feed(self, ids: Sequence[int]) -> Tensor:
         """Read further tokens. Returns the logits (vocabulary,) of what follows them."""
         inputs = torch.tensor([list(ids)], device=self._device)

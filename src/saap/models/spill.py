@@ -59,6 +59,35 @@ class Spill:
             raise _unwritable(self._folder, error) from error
 
 
+class HostSpill:
+    """Sequences of tensors in the memory of the host, in place of that of an accelerator."""
+
+    def empty(self) -> Tensors:
+        """A new sequence."""
+        return _HostTensors()
+
+
+class _HostTensors:
+    """Each tensor comes back on the device that it had."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[Tensor, torch.device]] = []
+
+    def append(self, tensor: Tensor, /) -> None:
+        """Copy it to the host."""
+        self._held.append((tensor.detach().cpu(), tensor.device))
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        tensor, device = self._held[index]
+        return tensor.to(device)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+
 class _SpilledTensors:
     """One file. Each tensor comes back as a new one, with the device and the type that it had."""
 

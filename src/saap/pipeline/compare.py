@@ -28,7 +28,7 @@ from saap.models.references import resolve_model
 from saap.pipeline.compared_rows import RowKey, RowStore, file_name
 from saap.pipeline.context import Run
 from saap.pipeline.evaluate import ask_tasks, check_request, finite, read_streams
-from saap.pipeline.inputs import LoadedModel, RunOptions, TokenSets, draw_tokens, open_model
+from saap.pipeline.inputs import LoadedModel, RunOptions, TokenSets, draw_tokens, open_model, place_of
 from saap.pipeline.legality import legal_sizes
 from saap.pipeline.meter import Meter
 from saap.pipeline.methods import for_method, measurements
@@ -116,7 +116,7 @@ def compare(
     methods, ratios and seeds that lie in `out` belong to the result too. Returns the content of `comparison.json`.
     Raises SaapError for everything that can be refused, before anything is measured.
     """
-    meter = Meter(reporter if reporter is not None else Silent())
+    meter = Meter(reporter if reporter is not None else Silent(), place_of(source, options))
     _check(request)
     if not isinstance(source, nn.Module):
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)

@@ -28,7 +28,7 @@ from saap.models.offload import offloaded
 from saap.models.structure import PrunedStructure, auto_class_name, dense_shapes
 from saap.pipeline.context import Run
 from saap.pipeline.diagnosis import diagnose_importance, diagnose_memory, diagnose_result, diagnose_search
-from saap.pipeline.memory import forget_changed, open_result, release, spill_of
+from saap.pipeline.memory import forget_changed, forget_weights, open_result, release, spill_of
 from saap.pipeline.outcome import Behaviour, observe
 from saap.pipeline.report import PruneReport, PruneResult, load_lines, structure_of
 from saap.pipeline.speed_target import diagnose_speed, reached_speed
@@ -109,6 +109,8 @@ def finish(run: Run, target: Target, made: Made, scores: ImportanceScores, dense
             expected = None if model is None else _few_logits(run, model)
             if model is not None:
                 release(model)
+            if model is run.loaded.model and run.loaded.fresh is None:
+                forget_weights(model)  # the run holds it to its end
             made.model = model = None
             forget_changed(run, target.name)
             model = open_result(run, written)

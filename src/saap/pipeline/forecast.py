@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -14,19 +15,16 @@ import torch
 
 from saap.config import Method, PruneConfig, SkipLayers, unit_roles
 from saap.data.generated import random_starts, sample_from_model
-from saap.errors import ConfigurationError, TargetError
+from saap.errors import TargetError
 from saap.estimation.calibrate import estimate
 from saap.estimation.felt import felt_scores
 from saap.evaluation.perplexity import perplexity
-from saap.export.placing import check_place
-from saap.models.devices import pick_device, quick_float32_products, quick_products, working_dtype
+from saap.models.devices import quick_float32_products, quick_products
 from saap.models.felt import measurable
-from saap.models.references import resolve_model
-from saap.models.safetensor_files import weight_files
+from saap.models.spill import Spill
 from saap.pipeline.inputs import (
     GENERATION_BATCH,
     LoadedModel,
-    RunOptions,
     TokenSets,
     chooses_units,
     finds_costs,
@@ -35,6 +33,7 @@ from saap.pipeline.inputs import (
     text_of_costs,
     weighs_tokens,
 )
+from saap.pipeline.memory import restoration_spill
 from saap.pipeline.meter import Meter, StageCost
 from saap.pipeline.outcome import greedy_answer
 from saap.pipeline.targets import Target
@@ -58,12 +57,16 @@ _STATISTICS_BYTES = 5 * 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageForecast:
-    """What a stage will take. seconds: None where no short trial tells. disk_bytes: that it leaves on the disk."""
+    """What a stage will take. seconds: None where no short trial tells. disk_bytes: that it leaves on the disk.
+
+    peak_device_bytes: of an accelerator.
+    """
 
     name: str
     seconds: float | None
     peak_resident_bytes: int
     disk_bytes: int = 0
+    peak_device_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,11 @@ class Forecast:
         return max(stage.peak_resident_bytes for stage in self.stages)
 
     @property
+    def peak_device_bytes(self) -> int:
+        """Of the stage that needs most of an accelerator."""
+        return max(stage.peak_device_bytes for stage in self.stages)
+
+    @property
     def disk_bytes(self) -> int:
         """Of everything that is written."""
         return sum(stage.disk_bytes for stage in self.stages)
@@ -95,8 +103,35 @@ class Forecast:
             "stages": [dataclasses.asdict(stage) for stage in self.stages],
             "seconds": self.seconds,
             "peak_resident_bytes": self.peak_resident_bytes,
+            "peak_device_bytes": self.peak_device_bytes,
             "disk_bytes": self.disk_bytes,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The most bytes that lie in the memory of the process, and on an accelerator."""
+
+    resident: int
+    device: int = 0
+
+    @classmethod
+    def of(cls, stage: StageCost) -> Peak:
+        """Of a stage that has run."""
+        return cls(stage.peak_resident_bytes, stage.peak_device_bytes)
+
+    def plus(self, weights: int, device: torch.device) -> Peak:
+        """With further weights where the model lies."""
+        if device.type == "cpu":
+            return Peak(self.resident + weights, self.device)
+        return Peak(self.resident, self.device + weights)
+
+
+def _stage(name: str, seconds: float | None, peak: Peak, disk_bytes: int = 0) -> StageForecast:
+    return StageForecast(
+        name=name, seconds=seconds, peak_resident_bytes=peak.resident, disk_bytes=disk_bytes,
+        peak_device_bytes=peak.device,
+    )  # fmt: skip
 
 
 class _EnoughError(Exception):
@@ -127,10 +162,7 @@ def forecast(run: Probed, meter: Meter) -> Forecast:
     with quick_float32_products():
         reading, answering = _reading(run, meter)
         stages = [
-            *(
-                StageForecast(name=s.name, seconds=s.seconds, peak_resident_bytes=s.peak_resident_bytes)
-                for s in run.done
-            ),
+            *(_stage(stage.name, stage.seconds, Peak.of(stage)) for stage in run.done),
             _measuring(run, "measure the dense model", reading, answering),
             *_writing(run, meter),
             _estimation(run, meter, reading),
@@ -141,86 +173,28 @@ def forecast(run: Probed, meter: Meter) -> Forecast:
         candidates = config.effort_settings.search_evaluations + 1 if needs_measuring(config) else 0
         seconds = candidates * run.tokens.held.tokens.size * reading.seconds
         felt = [_felt(run, meter)] if weighs_tokens(config) else []
-        restoring, per_token = _restoration(run, meter, base)
+        restoring, peak, per_token = _restoration(run, meter, base)
         needed_again = len(run.targets) > 1 or config.target_speedup is not None  # so the dense model stays whole
         copies = _float_bytes(graph.parameters, run) if needed_again else 0
         for target in run.targets:
             label = f" ({target.name})" if len(run.targets) > 1 else ""
-            searching = StageForecast(
-                name=f"search the structure{label}", seconds=seconds, peak_resident_bytes=reading.peak_resident_bytes
-            )
-            stages.append(searching)
+            stages.append(_stage(f"search the structure{label}", seconds, reading.peak))
         stages += felt
         for target in run.targets:
             left = _left(run, target)
             name = f"cut{' and restore' if config.restore else ''}, block by block"
-            peak = restoring.peak_resident_bytes + copies
             written = left * run.loaded.dtype.itemsize
-            stages.append(
-                StageForecast(name=name, seconds=restoring.seconds, peak_resident_bytes=peak, disk_bytes=written)
-            )
+            stages.append(_stage(name, restoring, peak.plus(copies, run.device), written))
             again = _measuring(run, "open the result and measure it", reading, answering)
-            opened = again.peak_resident_bytes + _float_bytes(left, run) + written + copies  # the file is mapped
-            stages.append(dataclasses.replace(again, peak_resident_bytes=opened))
+            mapped = _float_bytes(left, run) + written if run.device.type == "cpu" else 0  # of the file
+            opened = reading.peak.plus(copies + mapped, run.device)
+            stages.append(_stage(again.name, again.seconds, opened))
             if config.target_speedup is not None:
-                name = "measure the speed of the result"
-                stages.append(StageForecast(name=name, seconds=None, peak_resident_bytes=opened))
+                stages.append(_stage("measure the speed of the result", None, opened))
     needed = config.effort_settings
     return Forecast(
         stages=tuple(stages), refit_tokens=needed.refit_sequences * needed.refit_length, bytes_per_refit_token=per_token
     )
-
-
-def check_fits(found: Forecast, run: Probed, out: Path | None) -> None:
-    """Raise ConfigurationError or OutputError if the run needs more memory or disk than there is, with the remedy."""
-    if out is not None:
-        check_place(out, found.disk_bytes)
-    free = available_bytes()
-    if free is None or found.peak_resident_bytes <= free:
-        return
-    worst = max(found.stages, key=lambda stage: stage.peak_resident_bytes)
-    others = [stage for stage in found.stages if not stage.name.startswith("cut")]
-    remedy = "Use a machine with more memory, or a smaller model"
-    if max(stage.peak_resident_bytes for stage in others) <= free and run.config.restore:
-        lacking = found.peak_resident_bytes - free
-        fewer = (
-            found.refit_tokens - int(lacking / found.bytes_per_refit_token) - 1 if found.bytes_per_refit_token else 0
-        )
-        fewer = fewer // 1024 * 1024
-        remedy = f"Use --refit-tokens {fewer}" if fewer >= 1024 else "Use --no-restore"
-    raise ConfigurationError(
-        f"The stage {worst.name!r} needs {found.peak_resident_bytes / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB "
-        "are free", remedy,
-    )  # fmt: skip
-
-
-def check_weights_fit(source: str | Path, options: RunOptions) -> None:
-    """Raise ConfigurationError, before they are read, if the weights alone need more memory than there is.
-
-    Only for safetensors on the CPU: of other files the size in memory is not known before they are read.
-    """
-    resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    device = pick_device(options.device)
-    free = available_bytes()
-    if resolved.gguf_file is not None or device.type != "cpu" or free is None:
-        return
-    stored = sum(file.stat().st_size for file in weight_files(resolved.folder))
-    needed = stored // resolved.dtype.itemsize * working_dtype(device, resolved.dtype).itemsize
-    if needed > free:
-        raise ConfigurationError(
-            f"The weights of {source} need {needed / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB are free",
-            "Use a machine with more memory, or a smaller model",
-        )
-
-
-def available_bytes() -> int | None:
-    """Memory that this process has or could get without swapping; None where the system does not say."""
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        own = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return (int(fields["MemAvailable"].split()[0]) + int(own["VmRSS"].split()[0])) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +202,7 @@ class _Rate:
     """Seconds for one token of a forward pass, and the peak while it runs."""
 
     seconds: float
-    peak_resident_bytes: int
+    peak: Peak
 
 
 def _reading(run: Probed, meter: Meter) -> tuple[_Rate, float]:
@@ -240,12 +214,12 @@ def _reading(run: Probed, meter: Meter) -> tuple[_Rate, float]:
     read = meter.stages[-1]
     with meter.stage("try: answer"):
         greedy_answer(run.loaded.model, run.loaded.tokenizer)
-    return _Rate(read.seconds / len(tokens), read.peak_resident_bytes), meter.stages[-1].seconds
+    return _Rate(read.seconds / len(tokens), Peak.of(read)), meter.stages[-1].seconds
 
 
 def _measuring(run: Probed, name: str, reading: _Rate, answering: float) -> StageForecast:
     seconds = reading.seconds * run.tokens.evaluation.size + answering
-    return StageForecast(name=name, seconds=seconds, peak_resident_bytes=reading.peak_resident_bytes)
+    return _stage(name, seconds, reading.peak)
 
 
 def _writing(run: Probed, meter: Meter) -> list[StageForecast]:
@@ -263,12 +237,7 @@ def _writing(run: Probed, meter: Meter) -> list[StageForecast]:
         )  # fmt: skip
     tried = meter.stages[-1]
     steps = run.config.effort_settings.refit_length * -(-wanted // batch)
-    return [
-        StageForecast(
-            name="let the model write text of its own", seconds=tried.seconds / PROBED_STEPS * steps,
-            peak_resident_bytes=tried.peak_resident_bytes,
-        )
-    ]  # fmt: skip
+    return [_stage("let the model write text of its own", tried.seconds / PROBED_STEPS * steps, Peak.of(tried))]
 
 
 def _estimation(run: Probed, meter: Meter, reading: _Rate) -> StageForecast:
@@ -276,7 +245,7 @@ def _estimation(run: Probed, meter: Meter, reading: _Rate) -> StageForecast:
     scored = run.tokens.scored
     units = sum(group.units for group in run.graph.groups)
     if run.config.method is not Method.SAAP:
-        return StageForecast(name=name, seconds=None, peak_resident_bytes=reading.peak_resident_bytes)
+        return _stage(name, None, reading.peak)
     few = dataclasses.replace(scored, tokens=scored.tokens[:PROBED_SAMPLES], inputs=scored.inputs[:PROBED_SAMPLES])
     with meter.stage("try: estimate"), run.tokens.images(run.loaded.model):
         estimate(
@@ -284,10 +253,8 @@ def _estimation(run: Probed, meter: Meter, reading: _Rate) -> StageForecast:
             element_order=run.config.element_score, aggregation=run.config.aggregation,
         )  # fmt: skip
     tried = meter.stages[-1]
-    return StageForecast(
-        name=name, seconds=tried.seconds / len(few.tokens) * len(scored.tokens),
-        peak_resident_bytes=tried.peak_resident_bytes, disk_bytes=units * _STATISTICS_BYTES,
-    )  # fmt: skip
+    seconds = tried.seconds / len(few.tokens) * len(scored.tokens)
+    return _stage(name, seconds, Peak.of(tried), units * _STATISTICS_BYTES)
 
 
 def _costs(run: Probed, meter: Meter) -> StageForecast:
@@ -312,11 +279,8 @@ def _costs(run: Probed, meter: Meter) -> StageForecast:
         )  # fmt: skip
     walking = times[walked] - times[walked - 1]
     ordering = (times[walked + ordered] - times[walked]) / max(1, ordered)  # none where nothing is measurable
-    return StageForecast(
-        name="find the second-order cost of every unit",
-        seconds=walking * batches + ordering * len(modules),
-        peak_resident_bytes=meter.stages[-1].peak_resident_bytes,
-    )
+    seconds = walking * batches + ordering * len(modules)
+    return _stage("find the second-order cost of every unit", seconds, Peak.of(meter.stages[-1]))
 
 
 def _felt(run: Probed, meter: Meter) -> StageForecast:
@@ -332,25 +296,20 @@ def _felt(run: Probed, meter: Meter) -> StageForecast:
             progress=lambda _done, _total: times.append(perf_counter()),
             products=quick_products(run.device, run.loaded.dtype),
         )  # fmt: skip
-    return StageForecast(
-        name="weigh every unit token by token",
-        seconds=(times[walked] - times[walked - 1]) * batches,
-        peak_resident_bytes=meter.stages[-1].peak_resident_bytes,
-    )
+    seconds = (times[walked] - times[walked - 1]) * batches
+    return _stage("weigh every unit token by token", seconds, Peak.of(meter.stages[-1]))
 
 
-def _restoration(run: Probed, meter: Meter, base: int) -> tuple[StageForecast, float]:
+def _restoration(run: Probed, meter: Meter, base: Peak) -> tuple[float, Peak, float]:
     """The first blocks of the restoration, with as many of its tokens as a short trial may have; spoils the model.
 
-    Returns the stage and the bytes of its peak for each token. base: bytes without it.
+    Returns its seconds, its peak, and the bytes of the resident peak for each token. base: without it.
     """
-    name = "try: restore"
     if not run.config.restore:
-        return StageForecast(name=name, seconds=0.0, peak_resident_bytes=base), 0.0
+        return 0.0, base, 0.0
     tokens = run.tokens.tensor("refit", run.device)
-    tokens = tokens[: max(1, min(len(tokens), PROBED_REFIT_TOKENS // tokens.shape[1]))]
+    tokens = tokens[: max(2, min(len(tokens), PROBED_REFIT_TOKENS // tokens.shape[1]))]
     needed = run.config.effort_settings
-
     blocks = len(run.graph.blocks)
     probed = min(PROBED_BLOCKS, blocks)
 
@@ -362,14 +321,18 @@ def _restoration(run: Probed, meter: Meter, base: int) -> tuple[StageForecast, f
         second_order=needed.second_order and chooses_units(run.config),
         products=quick_products(run.device, run.loaded.dtype),
     )
-    with meter.stage(name), suppress(_EnoughError), run.tokens.images(run.loaded.model):
-        restore(run.loaded.model, run.graph, _even_plan(run), tokens, settings, stop)
-    tried = meter.stages[-1]
+    with TemporaryDirectory(prefix="saap-") as folder:
+        spill = restoration_spill(run.loaded, run.config, Path(folder))
+        with meter.stage("try: restore"), suppress(_EnoughError), run.tokens.images(run.loaded.model):
+            restore(run.loaded.model, run.graph, _even_plan(run), tokens, settings, stop, spill=spill)
+    tried = Peak.of(meter.stages[-1])
     scale = needed.refit_sequences * needed.refit_length / tokens.numel()
-    per_token = max(0, tried.peak_resident_bytes - base) / tokens.numel()
-    peak = base + int(per_token * tokens.numel() * scale)
-    seconds = tried.seconds / probed * blocks * scale
-    return StageForecast(name=name, seconds=seconds, peak_resident_bytes=peak), per_token
+    # what is kept elsewhere grows with the tokens there: in the host's memory, or on the disk
+    grows = Peak(tried.resident - base.resident, tried.device - base.device)
+    resident = base.resident + int(max(0, grows.resident) * (1 if isinstance(spill, Spill) else scale))
+    device = base.device + int(max(0, grows.device) * (1 if spill is not None else scale))
+    seconds = meter.stages[-1].seconds / probed * blocks * scale
+    return seconds, Peak(resident, device), max(0, grows.resident) / tokens.numel()
 
 
 def _even_plan(run: Probed) -> StructurePlan:
@@ -392,6 +355,7 @@ def _float_bytes(parameters: int, run: Probed) -> int:
     return parameters * next(run.loaded.model.parameters()).element_size()
 
 
-def _least(done: Sequence[StageCost], reading: _Rate) -> int:
+def _least(done: Sequence[StageCost], reading: _Rate) -> Peak:
     """Bytes that stay while the model lies in memory: no stage can have a lower peak."""
-    return min([reading.peak_resident_bytes, *(stage.peak_resident_bytes for stage in done[1:])])
+    peaks = [reading.peak, *(Peak.of(stage) for stage in done[1:])]
+    return Peak(min(peak.resident for peak in peaks), min(peak.device for peak in peaks))

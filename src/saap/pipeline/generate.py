@@ -97,8 +97,7 @@ def answers(speakers: tuple[Speaker, ...], prompt: str, settings: GenerationSett
 def stream(speaker: Speaker, prompt: str, settings: GenerationSettings) -> Iterator[str]:
     """The answer of one model so far, after each token, until it ends its text or has `max_tokens`."""
     model, tokenizer = speaker.model, speaker.tokenizer
-    device = next(model.parameters()).device
-    generator = torch.Generator(device=device).manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)  # of the CPU: the same numbers for every device
     ends = _end_tokens(model, tokenizer)
     ids = prompt_ids(tokenizer, prompt, chat=settings.chat)
     if not ids:
@@ -118,7 +117,7 @@ def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator)
     """The next token. logits: (vocabulary,). temperature 0 takes the most likely one."""
     if temperature == 0:
         return int(logits.argmax())
-    return int(torch.multinomial(torch.softmax(logits.float() / temperature, -1), 1, generator=generator))
+    return int(torch.multinomial(torch.softmax(logits.float().cpu() / temperature, -1), 1, generator=generator))
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:

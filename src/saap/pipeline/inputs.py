@@ -39,8 +39,9 @@ COST_TOKENS_AT_ONCE = 512
 class RunOptions:
     """Where and how a run works; nothing here changes the result except `dtype`, that of the written weights.
 
-    max_memory: bytes that the process may have resident. Where the weights therefore stay in their files, the search
-    measures fewer candidates, and the model writes no text of its own to be calibrated on.
+    max_memory: bytes that the run may take where it computes: of an accelerator (None: what is free there), or resident
+    of the process (None: any number). Where the weights therefore stay in their files, the search measures fewer
+    candidates, and the model writes no text of its own to be calibrated on.
     device_map: puts the blocks on several devices, by one of accelerate's strategies (auto, balanced, sequential).
     """
 
@@ -61,7 +62,8 @@ class LoadedModel:
     """A dense model, ready. dtype: of the weights to write. owned: the run loaded it and may change it in place.
 
     folder: where it came from, for the licence files. fresh, skeleton: where the weights stay in their files, a
-    function that opens it again, and the model without weights, for discovery.
+    function that opens it again, and the model without weights, for discovery. spills: whether the activations of the
+    restoration would not fit beside the weights.
     """
 
     model: nn.Module
@@ -72,6 +74,7 @@ class LoadedModel:
     folder: Path | None = None
     fresh: Callable[[], nn.Module] | None = None
     skeleton: nn.Module | None = None
+    spills: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +111,11 @@ def text_of_costs(tokens: TokenSets, device: torch.device) -> tuple[torch.Tensor
     scored, refit = (tokens.tensor(name, device) for name in ("scored", "refit"))
     chosen = scored if refit.numel() < scored.numel() else refit[: max(1, COST_TOKENS // refit.shape[1])]
     return chosen, max(1, COST_TOKENS_AT_ONCE // chosen.shape[1])
+
+
+def place_of(source: str | Path | nn.Module, options: RunOptions) -> torch.device:
+    """Where the run computes: where a given model lies, or the chosen device. Raises ConfigurationError."""
+    return next(source.parameters()).device if isinstance(source, nn.Module) else pick_device(options.device)
 
 
 def open_model(source: str | Path | nn.Module, options: RunOptions, tokenizer: Any | None = None) -> LoadedModel:

@@ -1,10 +1,12 @@
-"""Keeping a run under a limit of memory: whether the weights must stay in their files, and what then is left out.
+"""Keeping a run within the memory of the device that it computes on: what leaves that memory, and when.
 
-The figures are estimates from sizes alone, made before any weight is read. They are meant to be a little too large.
+First the activations of the restoration leave it, then the weights, of which one block at a time is read. The figures
+are estimates from sizes alone, made before any weight is read. They are meant to be a little too large.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,26 +19,30 @@ from torch import nn
 
 from saap.config import Method, PrunableRole, PruneConfig
 from saap.discovery.blocks import find_blocks
-from saap.errors import ConfigurationError
-from saap.estimation.calibrate import TOKENS_AT_ONCE
+from saap.errors import ConfigurationError, ModelError
 from saap.evaluation.perplexity import LOGITS_BYTES
 from saap.export.placing import check_place
+from saap.models import device_memory
 from saap.models.devices import pick_device, pick_dtype, spread_over, working_dtype
 from saap.models.loading import load, load_offloaded, load_tokenizer, model_ref, open_skeleton
-from saap.models.offload import offloaded
+from saap.models.offload import offloaded, placeholder
 from saap.models.references import ResolvedModel, resolve_model
-from saap.models.spill import Spill
+from saap.models.spill import HostSpill, Spill
 from saap.pipeline.context import Run
-from saap.pipeline.inputs import LoadedModel, RunOptions, open_model
+from saap.pipeline.inputs import COST_TOKENS_AT_ONCE, LoadedModel, RunOptions, chooses_units, open_model
 from saap.pipeline.targets import Target
 
 RESERVE_BYTES = 500 * 10**6
-"""What the process takes without a model once all libraries are loaded, beyond what it takes at the beginning."""
+"""What is taken without a model: by libraries that are not loaded yet, or by the work space of an accelerator's."""
 SEARCH_SHARE = 0.2
 READING_TOKENS = 256
 """Reading a block takes about as long as passing so many tokens through it."""
 WINDOW_TOKENS = 2048
 """Tokens of a batch of windows of a measured text, and of one of the sequences of a restoration."""
+WINDOW = 512
+"""Tokens of one of them."""
+HEAD_WIDTH = 64
+"""Of a head, where the configuration does not say how many there are."""
 DISK_SPARE = 1.05
 
 
@@ -45,7 +51,8 @@ class Sizes:
     """Bytes of weights in memory, and lengths. block: of the largest. around: of the modules outside the blocks.
 
     matrix: bytes of the largest matrix of a block. widest: its longer side. width: of the residual stream.
-    vocabulary: 0 where the configuration does not say.
+    vocabulary: 0 where the configuration does not say. heads: query heads of a block. pages: of files, which count as
+    memory of the process while weights are read from them; 0 on an accelerator.
     """
 
     weights: int
@@ -56,25 +63,31 @@ class Sizes:
     width: int
     blocks: int
     vocabulary: int
+    heads: int
+    pages: int = 0
 
     @classmethod
-    def of(cls, model: nn.Module) -> Sizes:
-        """Sizes of a model, whose weights need no values."""
+    def of(cls, model: nn.Module, device: torch.device) -> Sizes:
+        """Sizes of a model, whose weights need no values, for computing on a device."""
         blocks = find_blocks(model)
         inside = [list(model.get_submodule(path).parameters()) for path in blocks]
         matrices = [parameter for block in inside for parameter in block if parameter.dim() > 1]
         largest = max(matrices, key=torch.Tensor.numel)
         weights = sum(_size(parameter) for parameter in model.parameters())
-        vocabulary = getattr(getattr(model, "config", None), "vocab_size", 0)
+        config = getattr(model, "config", None)
+        vocabulary, heads = (getattr(config, name, 0) for name in ("vocab_size", "num_attention_heads"))
+        width = min(largest.shape[-2:])
         return cls(
             weights=weights,
             block=max(sum(map(_size, block)) for block in inside),
             around=weights - sum(sum(map(_size, block)) for block in inside),
             matrix=_size(largest),
             widest=max(largest.shape),
-            width=min(largest.shape[-2:]),
+            width=width,
             blocks=len(blocks),
             vocabulary=vocabulary if isinstance(vocabulary, int) else 0,
+            heads=heads if isinstance(heads, int) and heads else max(1, width // HEAD_WIDTH),
+            pages=weights // 2 if device.type == "cpu" else 0,
         )
 
 
@@ -83,21 +96,43 @@ def _size(parameter: torch.Tensor) -> int:
 
 
 def resident_need(sizes: Sizes, config: PruneConfig) -> int:
-    """Bytes of memory that a run takes, beyond the empty process, whose weights are all in memory."""
+    """Bytes that a run takes, beyond the empty process, with weights and activations in memory."""
+    restoring = captured(sizes, config) + _passing(sizes, WINDOW_TOKENS) + _solving(sizes)
+    return max(spilled_need(sizes, config), _weights(sizes, config) + restoring)
+
+
+def spilled_need(sizes: Sizes, config: PruneConfig) -> int:
+    """The same if the activations of the restoration are kept elsewhere, but for those of one micro-batch."""
+    reading = sizes.blocks * COST_TOKENS_AT_ONCE * sizes.width * 4
+    restoring = _passing(sizes, WINDOW_TOKENS) + _solving(sizes) if config.restore else 0
+    measuring = _passing(sizes, WINDOW_TOKENS) + _logits(sizes) + sizes.pages
+    scoring = _scoring(sizes, config) + reading + _costs(sizes, config)
+    return _weights(sizes, config) + max(scoring, restoring, measuring)
+
+
+def captured(sizes: Sizes, config: PruneConfig) -> int:
+    """Bytes of the activations of one block, over all text of the restoration."""
+    settings = config.effort_settings
+    tokens = settings.refit_sequences * settings.refit_length if config.restore else 0
+    return 4 * tokens * (16 * sizes.width + 2 * sizes.widest)
+
+
+def _weights(sizes: Sizes, config: PruneConfig) -> int:
+    """Of the dense model, and of a result beside it where that is needed for another."""
     results = 2 if len(config.pruning_ratios) > 1 or config.target_speedup is not None else 1
-    reading = sizes.blocks * TOKENS_AT_ONCE * sizes.width * 4
-    restoring = 0
-    if config.restore:
-        settings = config.effort_settings
-        tokens = settings.refit_sequences * settings.refit_length
-        restoring = 4 * tokens * (16 * sizes.width + 2 * sizes.widest) + _solving(sizes)
-    # A result is read from its file, whose pages count as well, into memory of its own.
-    measuring = _passing(sizes, WINDOW_TOKENS) + _logits(sizes) + sizes.weights // 2
-    return results * sizes.weights + max(_scoring(sizes, config) + reading, restoring, measuring)
+    return results * sizes.weights
+
+
+def _costs(sizes: Sizes, config: PruneConfig) -> int:
+    """Gram matrices of the second-order costs, and the weights that candidates replace, kept to be put back."""
+    if not (config.restore and config.trusts_calibration and chooses_units(config)):
+        return 0
+    grams = sizes.blocks * 4 * (sizes.widest**2 + sizes.width**2)
+    return (grams if grams <= sizes.weights else 0) + sizes.weights
 
 
 def offloaded_need(sizes: Sizes, config: PruneConfig) -> int:
-    """Bytes of memory that a run takes, beyond the empty process, with at most one block in memory."""
+    """The same with at most one block in memory."""
     restoring = 0
     if config.restore:
         restoring = _passing(sizes, WINDOW_TOKENS) + _solving(sizes)
@@ -106,8 +141,8 @@ def offloaded_need(sizes: Sizes, config: PruneConfig) -> int:
 
 
 def _passing(sizes: Sizes, tokens: int) -> int:
-    """Activations of one block."""
-    return 4 * tokens * (12 * sizes.width + 4 * sizes.widest)
+    """Activations of one block, with what attention makes of each pair of tokens where it has no fused kernel."""
+    return 4 * tokens * (12 * sizes.width + 4 * sizes.widest + 2 * min(tokens, WINDOW) * sizes.heads)
 
 
 def _logits(sizes: Sizes) -> int:
@@ -118,7 +153,7 @@ def _logits(sizes: Sizes) -> int:
 
 def _scoring(sizes: Sizes, config: PruneConfig) -> int:
     """Activations under autograd, two matrices for the gradient of a weight, and some tokens' logits."""
-    return _passing(sizes, max(TOKENS_AT_ONCE, config.sample_length)) + 3 * sizes.matrix
+    return _passing(sizes, max(COST_TOKENS_AT_ONCE, config.sample_length)) + 3 * sizes.matrix
 
 
 def _solving(sizes: Sizes) -> int:
@@ -129,36 +164,64 @@ def _solving(sizes: Sizes) -> int:
 def open_within(
     source: str | Path | nn.Module, config: PruneConfig, options: RunOptions, tokenizer: Any
 ) -> LoadedModel:
-    """As `open_model`; with `options.max_memory` the weights stay in their files if they would not fit.
+    """As `open_model`; what would not fit into memory is kept elsewhere.
 
-    Raises ConfigurationError if the limit is too small for the model, or for what `config` asks.
+    The limit is `options.max_memory`, on an accelerator without it what is free there, and on the CPU there is none.
+    Raises ConfigurationError if the limit is too small for the model, or for what `config` needs.
     """
-    if options.max_memory is None:
-        return open_model(source, options, tokenizer)
     if isinstance(source, nn.Module):
-        raise ConfigurationError(
-            "--max-memory cannot hold for a model that is in memory already", "Give the folder that it came from"
-        )
-    resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        if options.max_memory is not None:
+            raise ConfigurationError(
+                "--max-memory cannot hold for a model that is in memory already", "Give the folder that it came from"
+            )
+        return _spilling(open_model(source, options, tokenizer), config, None)
     device = pick_device(options.device)
-    dtype = working_dtype(device, resolved.dtype)
-    least, whole = limits(resolved, config, dtype)
-    if whole <= options.max_memory:
+    limit = device_memory.of_device(device) if options.max_memory is None else options.max_memory
+    if limit is None or options.device_map is not None:
         return open_model(source, options, tokenizer)
-    if least > options.max_memory:
-        raise ConfigurationError(_too_small(options.max_memory, least, config), f"Use --max-memory {_gigabytes(least)}")
-    _check_possible(config, options.max_memory, whole)
+    resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    dtype = working_dtype(device, resolved.dtype)
+    try:
+        least, whole = limits(resolved, config, dtype, device)
+    except ModelError:  # it cannot be read part by part, so it has to fit
+        if options.max_memory is not None:
+            raise
+        return _spilling(open_model(source, options, tokenizer), config, None)
+    if whole <= limit:
+        return _spilling(open_model(source, options, tokenizer), config, limit)
+    given = _limit_in_words(limit, options, device)
+    if least > limit:
+        raise ConfigurationError(
+            f"{given} is too small for this model, which needs {_gigabytes(least)}"
+            f"{', or less with --no-restore' if config.restore else ''}",
+            f"Use --max-memory {_gigabytes(least)}" if options.max_memory is not None else "Use --device cpu",
+        )
+    _check_possible(config, given, whole)
     return _open_offloaded(resolved, options, tokenizer, device, dtype)
 
 
-def limits(resolved: ResolvedModel, config: PruneConfig, dtype: torch.dtype) -> tuple[int, int]:
+def _spilling(loaded: LoadedModel, config: PruneConfig, limit: int | None) -> LoadedModel:
+    """The model in memory, with whether the activations of the restoration have to be kept elsewhere.
+
+    limit: bytes for all of the run; None for what the device has.
+    """
+    device = next(loaded.model.parameters()).device
+    limit = device_memory.of_device(device) if limit is None else limit
+    needed = _base(device) + resident_need(Sizes.of(loaded.model, device), config)
+    return dataclasses.replace(loaded, spills=config.restore and limit is not None and needed > limit)
+
+
+def limits(resolved: ResolvedModel, config: PruneConfig, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
     """Bytes of memory that a run needs at least, and from which on all weights can be in memory.
 
     dtype: to compute in. Raises ModelError if the files cannot be read part by part.
     """
-    sizes = Sizes.of(open_skeleton(resolved, dtype)[0])
-    empty = _process_bytes() + RESERVE_BYTES
-    return empty + offloaded_need(sizes, config), empty + resident_need(sizes, config)
+    sizes, base = Sizes.of(open_skeleton(resolved, dtype)[0], device), _base(device)
+    return base + offloaded_need(sizes, config), base + spilled_need(sizes, config)
+
+
+def _base(device: torch.device) -> int:
+    return RESERVE_BYTES + (device_memory.of_process() if device.type == "cpu" else 0)
 
 
 def _open_offloaded(
@@ -178,12 +241,12 @@ def _open_offloaded(
     )
 
 
-def _too_small(limit: int, least: int, config: PruneConfig) -> str:
-    also = ", or less with --no-restore" if config.restore else ""
-    return f"--max-memory {_gigabytes(limit)} is too small for this model, which needs {_gigabytes(least)}{also}"
+def _limit_in_words(limit: int, options: RunOptions, device: torch.device) -> str:
+    size = _gigabytes(limit)
+    return f"The free memory of {device} ({size})" if options.max_memory is None else f"--max-memory {size}"
 
 
-def _check_possible(config: PruneConfig, limit: int, whole: int) -> None:
+def _check_possible(config: PruneConfig, limit: str, whole: int) -> None:
     """Refuse what needs the whole model in memory."""
     impossible = {
         f"--method {config.method}": config.method is not Method.SAAP,
@@ -194,8 +257,8 @@ def _check_possible(config: PruneConfig, limit: int, whole: int) -> None:
     for name, given in impossible.items():
         if given:
             raise ConfigurationError(
-                f"{name} needs the whole model in memory, for which --max-memory {_gigabytes(limit)} is too small",
-                f"Leave it out, or use --max-memory {_gigabytes(whole)}",
+                f"{name} needs the whole model in memory, {_gigabytes(whole)}, for which {limit} is too small",
+                "Leave it out, or allow more memory",
             )
 
 
@@ -203,7 +266,7 @@ def refuse_offloaded(loaded: LoadedModel, what: str) -> None:
     """Raise ConfigurationError if the weights stay in their files, with which `what` cannot be done."""
     if loaded.fresh is not None:
         raise ConfigurationError(
-            f"{what} tries the stages with all weights in memory, for which --max-memory is too small",
+            f"{what} tries the stages with all weights in memory, which is too small for them",
             f"Leave out {what}; a limit that is too small for the run itself is refused at once",
         )
 
@@ -213,32 +276,34 @@ def _gigabytes(count: int) -> str:
     return f"{-(-count // 10**8) / 10:g}GB"
 
 
-def _process_bytes() -> int:
-    """Memory of this process now; 0 where the system does not say."""
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(fields["VmRSS"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 0
-
-
 def check_disk(run: Run, targets: Sequence[Target]) -> None:
-    """Raise OutputError if the disk cannot hold the results, the changed blocks and the spilled activations."""
-    if run.loaded.fresh is None or run.options.out is None:
+    """Raise OutputError if the disk cannot hold what is to lie there: results, changed blocks, spilled activations."""
+    spill = restoration_spill(run.loaded, run.config, run.work.file("spill"))
+    if run.options.out is None or not isinstance(spill, Spill):
         return
-    itemsize, sizes = run.loaded.dtype.itemsize, Sizes.of(run.loaded.model)
-    left = [run.graph.parameters - (target.budget.removal if target.budget is not None else 0) for target in targets]
-    settings = run.config.effort_settings
-    spilled = 4 * run.tokens.scored.tokens.size * sizes.width * (sizes.blocks + 2)
-    if run.config.restore:
-        refit = settings.refit_sequences * settings.refit_length
-        spilled = max(spilled, 4 * refit * (16 * sizes.width + 2 * sizes.widest))
-    check_place(run.options.out, int(DISK_SPARE * (sum(left) + max(left)) * itemsize) + spilled)
+    sizes = Sizes.of(run.loaded.model, run.device)
+    needed = captured(sizes, run.config)
+    if run.loaded.fresh is not None:
+        itemsize = run.loaded.dtype.itemsize
+        left = [run.graph.parameters - (one.budget.removal if one.budget is not None else 0) for one in targets]
+        scored = 4 * run.tokens.scored.tokens.size * sizes.width * (sizes.blocks + 2)
+        needed = max(needed, scored) + int(DISK_SPARE * (sum(left) + max(left)) * itemsize)
+    check_place(run.options.out, needed)
 
 
 def spill_of(run: Run) -> Spill | None:
     """Where a run keeps activations: in its work folder if the weights are in their files, else in memory."""
     return Spill(run.work.file("spill")) if offloaded(run.loaded.model) is not None else None
+
+
+def restoration_spill(loaded: LoadedModel, config: PruneConfig, folder: Path) -> Spill | HostSpill | None:
+    """Where the restoration keeps its activations: beside the weights (None), in the host's memory, or in a folder."""
+    if not loaded.spills:
+        return None if offloaded(loaded.model) is None else Spill(folder)
+    device = next(loaded.model.parameters()).device
+    available = None if device.type == "cpu" else device_memory.of_machine()
+    fits = available is not None and captured(Sizes.of(loaded.model, device), config) < available
+    return HostSpill() if fits else Spill(folder)
 
 
 def require_alone(run: Run) -> None:
@@ -290,6 +355,12 @@ def release(model: nn.Module) -> None:
     weights = offloaded(model)
     if weights is not None:
         weights.release()
+
+
+def forget_weights(model: nn.Module) -> None:
+    """Give the memory of a model back that something else still holds; it keeps shapes, types and devices."""
+    for parameter in model.parameters():
+        parameter.data = placeholder(parameter.shape, parameter.dtype, parameter.device)
 
 
 def forget_changed(run: Run, target: str) -> None:

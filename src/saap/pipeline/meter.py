@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
+from saap.models import device_memory
 from saap.pipeline.progress import Reporter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCost:
-    """What a stage took: wall-clock seconds, peak resident bytes of the process, peak bytes on a CUDA device."""
+    """What a stage took: wall-clock seconds, peak resident bytes of the process, peak bytes on an accelerator."""
 
     name: str
     seconds: float
@@ -46,18 +47,17 @@ def _peak_resident_bytes() -> int:
 
 @dataclass(slots=True)
 class Meter:
-    """Collects the costs of the stages of one run."""
+    """Collects the costs of the stages of one run. device: where it computes."""
 
     reporter: Reporter
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     stages: list[StageCost] = field(default_factory=list)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Announce a stage and measure it."""
         self.reporter.stage(name)
-        on_cuda = torch.cuda.is_available()
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats()
+        device_memory.reset_peak(self.device)
         _reset_peak()
         start = time.perf_counter()
         yield
@@ -66,6 +66,6 @@ class Meter:
                 name=name,
                 seconds=round(time.perf_counter() - start, 3),
                 peak_resident_bytes=_peak_resident_bytes(),
-                peak_device_bytes=torch.cuda.max_memory_allocated() if on_cuda else 0,
+                peak_device_bytes=device_memory.peak(self.device),
             )
         )

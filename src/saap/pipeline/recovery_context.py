@@ -69,7 +69,7 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
     processes = Processes.found()
     device = processes.device(pick_device(options.device))
     _check_processes(config, options, processes.count)
-    meter = Meter(reporter if processes.first else Silent())
+    meter = Meter(reporter if processes.first else Silent(), device)
     with meter.stage("read the model's records and the training data"):
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
         tokenizer = load_tokenizer(resolved)

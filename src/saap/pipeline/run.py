@@ -22,7 +22,8 @@ from saap.models.structure import mark_pruned, structure_of
 from saap.pipeline.context import Run
 from saap.pipeline.decode_costs import speed_settings
 from saap.pipeline.finish import Made, find_made, keep_made
-from saap.pipeline.forecast import Probed, check_fits, check_weights_fit, forecast
+from saap.pipeline.fits import check_fits, check_weights_fit
+from saap.pipeline.forecast import Probed, forecast
 from saap.pipeline.inputs import (
     LoadedModel,
     RunOptions,
@@ -31,6 +32,7 @@ from saap.pipeline.inputs import (
     draw_tokens,
     needs_measuring,
     open_model,
+    place_of,
 )
 from saap.pipeline.legality import legal_sizes
 from saap.pipeline.memory import (
@@ -40,6 +42,7 @@ from saap.pipeline.memory import (
     open_within,
     refuse_offloaded,
     require_alone,
+    restoration_spill,
     spill_of,
 )
 from saap.pipeline.meter import Meter
@@ -100,9 +103,9 @@ def run_prune(
     processes = Processes.found()
     check_device_map(options, source, processes)
     options = with_device_of(processes, source, options)
-    meter = Meter(reporter if reporter is not None and processes.first else Silent())
+    meter = Meter(reporter if reporter is not None and processes.first else Silent(), place_of(source, options))
     if options.max_memory is not None and options.out is None:
-        raise ConfigurationError("--max-memory needs a folder, since the result may not fit", "Name it with --out DIR")
+        raise _needs_folder()
     prepared = _prepare(source, config, options, meter, processes, calibration, tokenizer)
     processes.wait()  # until nobody looks any more at what is there
     work = shared_work(processes, work_path(options))
@@ -130,7 +133,7 @@ def preview(
         raise ConfigurationError("--dry-run tries one process alone", "Start it without torchrun or accelerate launch")
     check_device_map(options, source, Processes())
     config = for_method(config)
-    meter = Meter(reporter if reporter is not None else Silent())
+    meter = Meter(reporter if reporter is not None else Silent(), place_of(source, options))
     if options.max_memory is None:
         check_weights_fit(source, options)
     prepared = _prepare(source, config, options, meter, Processes(), None, None)
@@ -140,7 +143,7 @@ def preview(
         config, prepared.loaded, prepared.graph, prepared.space, tokens, prepared.targets, tuple(meter.stages)
     )
     meter.reporter.note("trying a part of each stage on this machine")
-    found = forecast(probed, Meter(Silent()))
+    found = forecast(probed, Meter(Silent(), meter.device))
     check_fits(found, probed, options.out)
     return {
         "forecast": found.as_dict(),
@@ -192,7 +195,11 @@ def _prepare(
     with meter.stage("load the model"):
         loaded = open_within(source, config, options, tokenizer)
         if loaded.fresh is not None:
+            if options.out is None:
+                raise _needs_folder()
             meter.reporter.note("the weights stay in their files and are read block by block")
+        if loaded.spills:
+            meter.reporter.note("the activations of the restoration are kept outside the memory of the weights")
     with meter.stage("read the calibration text"):
         tokens = draw_tokens(loaded, config, calibration if calibration is not None else config.calibration)
     with meter.stage("discover the coupled structures"):
@@ -219,6 +226,10 @@ def _prepare(
             check_reachable(graph, budget, space)
             targets = [dataclasses.replace(target, budget=budget) for target in targets]
     return _Prepared(targets, loaded, graph, space, tokens)
+
+
+def _needs_folder() -> ConfigurationError:
+    return ConfigurationError("A run of limited memory needs a folder for its result", "Name it with --out DIR")
 
 
 def _settings_digest(config: PruneConfig, prepared: _Prepared) -> str:
@@ -292,7 +303,14 @@ def cut_and_restore(
         tokens, settings = refit_tokens(run), restore_settings(run, scores)
         with run.tokens.images(model):
             restoration = restore(
-                model, run.graph, plan, tokens, settings, run.meter.reporter.advance, run.processes, spill=spill_of(run)
+                model,
+                run.graph,
+                plan,
+                tokens,
+                settings,
+                run.meter.reporter.advance,
+                run.processes,
+                spill=restoration_spill(run.loaded, run.config, run.work.file("spill")),
             )
         plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
     cut(model, run.graph, plan)

@@ -163,7 +163,7 @@ class Trainer:
         losses = torch.zeros(len(examples), dtype=widest_dtype(self.device), device=self.device)
         for part in _parts(range(self.processes.rank, len(examples), self.processes.count), self.config.micro_batch):
             ids, learned = self._padded([examples[place] for place in part])
-            losses[list(part)] = self._gradients(ids, learned, predictions).to(losses.device)
+            losses[part.start : part.stop : part.step] = self._gradients(ids, learned, predictions).to(losses.device)
         losses = self.processes.total(losses)
         self._sum_gradients()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip, foreach=False)

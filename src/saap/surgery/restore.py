@@ -18,7 +18,7 @@ from saap.models.linear import weight_out_in
 from saap.models.precision import at_least_float32
 from saap.models.processes import Processes
 from saap.models.residual import ResidualEntry, residual_ways
-from saap.models.spill import NewTensors, Spill, Tensors, held
+from saap.models.spill import HostSpill, NewTensors, Spill, Tensors, held
 from saap.models.walked import passed, started
 from saap.models.walker import BlockWalker, Contexts
 from saap.records import CoupledGroup, ModelGraph, Role, StructurePlan
@@ -57,7 +57,7 @@ def restore(
     progress: Progress | None = None,
     processes: Processes | None = None,
     *,
-    spill: Spill | None = None,
+    spill: Spill | HostSpill | None = None,
 ) -> Restoration:
     """Choose, refit and cut, block by block, in place.
 
@@ -65,7 +65,7 @@ def restore(
     whole model, are left for `cut`. Every consumer is refitted, in pruned and in whole blocks, to the dense module's
     output plus the gap between the dense and the pruned residual stream so far.
     processes: that run a part of the sequences each; the first one chooses and refits, from the moments of all. spill:
-    where the activations of all sequences are kept, None for memory.
+    where the activations of all sequences are kept, None for the memory of the model.
     Raises CalibrationError for a single sequence.
     """
     require_sequences(len(tokens))
