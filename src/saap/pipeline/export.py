@@ -216,7 +216,12 @@ def _tokenizer(opened: ExportSource, plan: GgufPlan) -> tuple[Sequence[Field], s
         fields = fields_from_gguf(file, opened.tokenizer.get_vocab(), vocabulary)
         if fields is not None:
             return fields, file.name
-    return fields_from_huggingface(opened.tokenizer, vocabulary), "the model's folder"
+    fields = fields_from_huggingface(opened.tokenizer, vocabulary)
+    if not all(field.value for field in fields if isinstance(field.value, list)):
+        raise ExportError(
+            "The tokenizer has no merges, without which llama.cpp cannot cut text", "Check its tokenizer.json"
+        )
+    return fields, "the model's folder"
 
 
 def _source_gguf(resolved: ResolvedModel) -> Path | None:
