@@ -1,4 +1,4 @@
-"""Records on disk: the readable plan, the scores, the graph. Whole files or nothing."""
+"""Records on disk: the readable plan and the scores. Whole files or nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as tensors_to_bytes
 
@@ -29,28 +29,12 @@ from saap.records import (
 )
 
 STATISTICS = ("vector", "vector_m2", "element", "element_m2", "comoment")
-_GRAPH = TypeAdapter(ModelGraph)
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or all of the new. Raises OutputError, and leaves no part."""
     with whole_file(path) as part:
         part.write_bytes(content)
-
-
-def write_graph(path: Path, graph: ModelGraph) -> None:
-    """Write the coupled groups as JSON."""
-    write_whole(path, _GRAPH.dump_json(graph))
-
-
-def read_graph(path: Path) -> ModelGraph:
-    """Read what `write_graph` wrote. Raises StaleInputError if the file is damaged."""
-    try:
-        return _GRAPH.validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise StaleInputError(
-            f"{path} is no graph of this version ({error.error_count()} faults)", "Delete it"
-        ) from None
 
 
 def write_scores(path: Path, scores: ImportanceScores) -> None:
