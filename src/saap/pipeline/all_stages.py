@@ -57,6 +57,7 @@ def prune_and_recover(
         processes.from_first(lambda: stages.write_json("pruned.json", made))
         saved = made
     reports = TypeAdapter(list[PruneReport]).validate_python(saved)
+    recovery = recovery.model_copy(update={"dense_trust_remote_code": options.trust_remote_code})  # it is MODEL
     results = []
     for report, target in zip(reports, targets, strict=True):
         into = dataclasses.replace(options, out=target.folder, revision=None)

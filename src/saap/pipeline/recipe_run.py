@@ -12,6 +12,7 @@ from saap.errors import OutputError, StaleInputError
 from saap.export.placing import check_place
 from saap.models.loading import load_tokenizer
 from saap.models.references import resolve_model
+from saap.pipeline.dense_model import DenseChoice, resolve_dense
 from saap.pipeline.evaluate import check_request
 from saap.pipeline.progress import Reporter, Silent
 from saap.pipeline.recipe_steps import Step, recipe_steps, tree_digest
@@ -61,13 +62,12 @@ def _check_inputs(recipe: Recipe) -> None:
         tuning = recipe.recover
         tokenizer = load_tokenizer(resolved)
         training_data(tuning.data, tokenizer, length=tuning.length, held=tuning.validation_samples, seed=tuning.seed)
-        if tuning.teacher is not None:
-            resolve_model(tuning.teacher)
+        resolve_dense(DenseChoice.of(tuning, tuning.teacher), None)
     for request in recipe.eval.values():
         check_request(request)
-        for name in (request.dense, *request.beside):
-            if name is not None:
-                resolve_model(name)
+        resolve_dense(DenseChoice.of(request, request.dense), None)
+        for name in request.beside:
+            resolve_model(name)
 
 
 class _State:
