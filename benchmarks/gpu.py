@@ -69,7 +69,8 @@ def stages(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def run_tests(options: Options) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/cli" if options.smoke else "tests"]
+    folder = "tests/cli" if options.smoke else "tests"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", folder]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stdout[-4000:])

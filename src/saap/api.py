@@ -150,6 +150,8 @@ def recover(
     alpha: float = 16.0,
     scales: bool = True,
     teacher: str | Path | None = None,
+    dense_revision: str | None = None,
+    dense_trust_remote_code: bool = False,
     distillation: float | None = None,
     length: int = 512,
     bos: bool = True,
@@ -182,7 +184,8 @@ def recover(
     config = RecoverConfig(
         data=tuple(str(source) for source in data), tuning=Tuning(tuning), bits=bits, group_size=group_size,
         error_feedback=error_feedback, rank=rank, alpha=alpha, scales=scales,
-        teacher=None if teacher is None else str(teacher), distillation=distillation, length=length, bos=bos,
+        teacher=None if teacher is None else str(teacher), dense_revision=dense_revision,
+        dense_trust_remote_code=dense_trust_remote_code, distillation=distillation, length=length, bos=bos,
         batch=batch, micro_batch=micro_batch, learning_rate=learning_rate,
         warm_up=warm_up, clip=clip, max_steps=max_steps, max_tokens=max_tokens, max_minutes=max_minutes,
         validate_every=validate_every, validation_samples=validation_samples, patience=patience,
@@ -302,6 +305,8 @@ def evaluate(
     limit: int | None = None,
     speed: bool = False,
     against: str | Path | None = None,
+    dense_revision: str | None = None,
+    dense_trust_remote_code: bool = False,
     runtime: RuntimeName | str = RuntimeName.TRANSFORMERS,
     quantization: GgufType | str = GgufType.F16,
     device: str = "auto",
@@ -314,8 +319,8 @@ def evaluate(
     whether each begins with the tokenizer's BOS token, if it puts one before texts.
     max_tokens: only the first of each text. tasks: names in lm-evaluation-harness; task_data: a folder with files
     TASK.SPLIT.jsonl instead of the hub; limit: only the first questions of each. speed: tokens per second in
-    `runtime` (llama.cpp: of the type `quantization`), beside `against` or the model it was made from. A loaded model
-    needs its tokenizer.
+    `runtime` (llama.cpp: of the type `quantization`), beside `against` or the model it was made from, if that is on
+    this machine; dense_revision, dense_trust_remote_code: of that one. A loaded model needs its tokenizer.
     Raises CalibrationError for a text that cannot be read, EvaluationError for tasks, ModelError.
     """
     request = EvalRequest(
@@ -329,5 +334,7 @@ def evaluate(
         limit=limit,
         speed=SpeedSettings(runtime=RuntimeName(runtime), gguf_type=GgufType(quantization)) if speed else None,
         against=None if against is None else str(against),
+        dense_revision=dense_revision,
+        dense_trust_remote_code=dense_trust_remote_code,
     )
     return evaluate_model(model_or_path, request, RunOptions(device=device), reporter, tokenizer=tokenizer)

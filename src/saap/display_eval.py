@@ -14,7 +14,6 @@ MEASURES = (
     ("distinct_1", "distinct words (1)"), ("distinct_2", "distinct pairs (2)"), ("distinct_3", "distinct triples (3)"),
     ("repetition", "repeated 4-grams"), ("tokens", "tokens"), ("dense_perplexity", "perplexity under the dense model"),
 )  # fmt: skip
-BY_QUARTER = (("dense_perplexity_by_quarter", "  by quarter"), ("repetition_by_quarter", "repeated, by quarter"))
 
 
 def print_eval(report: Mapping[str, Any]) -> None:

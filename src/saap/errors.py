@@ -18,7 +18,8 @@ class SaapError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.offender.rstrip('. ')}. {self.remedy.rstrip('. ')}."
+        text = f"{self.offender.rstrip('. ')}. {self.remedy.rstrip('. ')}."
+        return "".join(letter if letter.isprintable() else " " for letter in text)  # one line, whatever a file is named
 
 
 def first_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -34,7 +34,8 @@ class Recipe(BaseModel):
 
     out: the folder of all results. Steps run in the order prune, recover, eval, export, report; one that is not named
     is left out. eval and export: by a name of one's own, which becomes that of the file. `${model}` as a value stands
-    for `model`, e.g. as the teacher. Relative paths start where the command is run, as on the command line.
+    for `model`, e.g. as the teacher, which then has its revision and trust too. Relative paths start where the command
+    is run, as on the command line.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +58,7 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {
     "report": ReportRequest,
 }  # fmt: skip
 _NAMED = ("eval", "export")
+_WithDense = TypeVar("_WithDense", RecoverConfig, EvalRequest)
 _INNER: Mapping[str, type[BaseModel]] = {"skip_layers": SkipLayers, "speed": SpeedSettings}
 
 
@@ -126,7 +128,26 @@ def recipe_from(tree: Mapping[str, Any], where: str) -> Recipe:
         raise ConfigurationError(f"{where} is no recipe that can be run ({'; '.join(faults)})", "Correct these entries")
     recipe: Recipe = whole.model_copy(update=sections)
     _check_together(recipe, where)
-    return recipe
+    evals = {
+        name: _with_own_dense(recipe, request, request.dense or request.against)
+        for name, request in recipe.eval.items()
+    }
+    tuning = recipe.recover and _with_own_dense(recipe, recipe.recover, recipe.recover.teacher)
+    return recipe.model_copy(update={"eval": evals, "recover": tuning})
+
+
+def _with_own_dense(recipe: Recipe, section: _WithDense, dense: str | None) -> _WithDense:
+    """A step whose dense model is the recipe's own model opens that as the recipe does: its revision, its trust.
+
+    dense: as the step names it, None for what the model was pruned from.
+    """
+    if dense != recipe.model and (dense is not None or recipe.prune is None):
+        return section
+    own = {
+        "dense_revision": section.dense_revision or recipe.revision,
+        "dense_trust_remote_code": section.dense_trust_remote_code or recipe.trust_remote_code,
+    }
+    return section.model_copy(update=own)
 
 
 def _parsed(raw: bytes | str, where: str) -> Any:

@@ -28,6 +28,8 @@ class RecoverConfig(BaseModel):
     four sequences (SmolLM2). alpha and length: usual values, not tuned. The first limit that is reached ends the
     training; with none given it is DEFAULT_MINUTES. scales: whether the scales are learned besides the zero
     points. teacher: None for the dense model that the checkpoint was pruned from, if it is on this machine.
+    dense_revision, dense_trust_remote_code: of the teacher; by default its revision is that of the checkpoint's
+    manifest, and its code is not run.
     distillation: share of the divergence from the teacher in the loss; None for 1 where there is a teacher and 0 where
     there is none. bos: whether each sequence begins with the tokenizer's BOS token, if it puts one before texts.
     exact_products: no float32 factor is rounded to bfloat16 while training. patience: validations
@@ -46,6 +48,8 @@ class RecoverConfig(BaseModel):
     alpha: float = 16.0
     scales: bool = True
     teacher: str | None = None
+    dense_revision: str | None = None
+    dense_trust_remote_code: bool = False
     distillation: float | None = None
     length: int = 512
     bos: bool = True

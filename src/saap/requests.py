@@ -34,6 +34,8 @@ class EvalRequest(BaseModel):
     max_tokens: only the first of each text. tasks: zero-shot tasks, from the hub or from files in `task_data`; limit:
     only the first questions; rounded: round products to bfloat16 meanwhile. prompts: a file or `bundled`, to generate
     from and to ask facts of. chat: a file of conversations. dense: the model that a pruned one is compared with.
+    dense_revision, dense_trust_remote_code: of that model, or of `against` where only that is named; by default its
+    revision is that of the manifest of the pruned one, and its code is not run.
     beside: further models whose answers go into `human_kit`, a page to write. speed: how to measure tokens per second,
     None: not; against: the model to measure it beside, else `dense`, else the one that a pruned one was made from.
     """
@@ -53,6 +55,8 @@ class EvalRequest(BaseModel):
     generated_tokens: int = 128
     chat: Path | None = None
     dense: str | None = None
+    dense_revision: str | None = None
+    dense_trust_remote_code: bool = False
     beside: tuple[str, ...] = ()
     human_kit: Path | None = None
     speed: SpeedSettings | None = None

@@ -1,15 +1,16 @@
-"""Records on disk: the readable plan, the scores, the graph. Whole files or nothing."""
+"""Records on disk: the readable plan and the scores. Whole files or nothing."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as tensors_to_bytes
 
@@ -28,8 +29,11 @@ from saap.records import (
     kept_shapes,
 )
 
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""A number of things in a file, exact as a float too."""
+Amount = Annotated[float, Field(ge=-1e100, le=1e100, allow_inf_nan=False)]
+"""A measured number in a file, small enough to be computed with."""
 STATISTICS = ("vector", "vector_m2", "element", "element_m2", "comoment")
-_GRAPH = TypeAdapter(ModelGraph)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -38,19 +42,10 @@ def write_whole(path: Path, content: bytes) -> None:
         part.write_bytes(content)
 
 
-def write_graph(path: Path, graph: ModelGraph) -> None:
-    """Write the coupled groups as JSON."""
-    write_whole(path, _GRAPH.dump_json(graph))
-
-
-def read_graph(path: Path) -> ModelGraph:
-    """Read what `write_graph` wrote. Raises StaleInputError if the file is damaged."""
-    try:
-        return _GRAPH.validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise StaleInputError(
-            f"{path} is no graph of this version ({error.error_count()} faults)", "Delete it"
-        ) from None
+def faults_of(error: ValidationError) -> str:
+    """What is wrong with a file, in one line: the first five faults with their places."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)[:5]
+    return "; ".join(f"{'.'.join(map(str, fault['loc']))[:100] or 'file'}: {fault['msg']}" for fault in found)
 
 
 def write_scores(path: Path, scores: ImportanceScores) -> None:
@@ -77,20 +72,25 @@ def read_scores(path: Path) -> ImportanceScores:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata()
-            groups = {
-                name: GroupScores(**{statistic: _array(file, f"{name}/{statistic}") for statistic in STATISTICS})
-                for name in json.loads(metadata["groups"])
-            }
+            groups = {}
+            samples = int(metadata["samples"])
+            if not 0 < samples < 2**53:
+                raise ValueError("its number of samples is impossible")
+            for name in json.loads(metadata["groups"]):
+                arrays = {statistic: _array(file, f"{name}/{statistic}") for statistic in STATISTICS}
+                if {array.shape for array in arrays.values()} != {(len(arrays["vector"]),)}:
+                    raise ValueError(f"the statistics of {name} are of different sizes")
+                groups[name] = GroupScores(**arrays)
             return ImportanceScores(
                 graph_digest=metadata["graph_digest"],
                 calibration_digest=metadata["calibration_digest"],
-                samples=int(metadata["samples"]),
+                samples=samples,
                 element_order=metadata["element_order"],
                 aggregation=metadata["aggregation"],
                 losses=_array(file, "losses"),
                 groups=groups,
             )
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise StaleInputError(f"{path} holds no scores of this version ({error})", "Delete it") from None
 
 
@@ -145,33 +145,39 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class _GroupEntry(_Strict):
-    kept: Annotated[int, Field(ge=0)] | None = None
-    of: Annotated[int, Field(ge=1)] | None = None
+class GroupEntry(_Strict):
+    """One group of a plan file: how many of its units are kept, and which, as runs."""
+
+    kept: Count | None = None
+    of: Annotated[Count, Field(ge=1)] | None = None
     units: str | None = None
 
 
-class _Trail(_Strict):
+class TrailEntry(_Strict):
+    """One candidate of the search and its measured loss, None where that is not finite."""
+
     name: str
-    loss: float
+    loss: Amount | None
 
 
-class _PlanDocument(_Strict):
+class PlanDocument(_Strict):
+    """The content of a plan.json."""
+
     format_version: Literal[1]
     graph_digest: str = ""
     layout: Layout = Layout.ADAPTIVE
     strategy: str = "edited"
     align: Annotated[int, Field(ge=1)] = 1
-    parameters: int | None = None
-    block_parameters: int | None = None
+    parameters: Count | None = None
+    block_parameters: Count | None = None
     dropped_blocks: tuple[int, ...] = ()
-    groups: dict[str, _GroupEntry]
-    trail: tuple[_Trail, ...] = ()
+    groups: dict[str, GroupEntry]
+    trail: tuple[TrailEntry, ...] = ()
 
 
 def write_plan(path: Path, plan: StructurePlan, graph: ModelGraph) -> None:
     """Write the plan so that a person can read and edit it: kept units of each group as runs, "0-3,5,7-12"."""
-    document = _PlanDocument(
+    document = PlanDocument(
         format_version=1,
         graph_digest=plan.graph_digest,
         layout=plan.layout,
@@ -181,13 +187,26 @@ def write_plan(path: Path, plan: StructurePlan, graph: ModelGraph) -> None:
         block_parameters=plan.block_parameters,
         dropped_blocks=plan.dropped_blocks,
         groups={
-            group.name: _GroupEntry(kept=len(plan.kept(group)), of=group.units, units=format_units(plan.kept(group)))
+            group.name: GroupEntry(kept=len(plan.kept(group)), of=group.units, units=format_units(plan.kept(group)))
             for group in graph.groups
             if group.layer not in plan.dropped_blocks
         },
-        trail=tuple(_Trail(name=candidate.name, loss=candidate.loss) for candidate in plan.trail),
+        trail=tuple(
+            TrailEntry(name=candidate.name, loss=candidate.loss if math.isfinite(candidate.loss) else None)
+            for candidate in plan.trail
+        ),
     )
     write_whole(path, (document.model_dump_json(indent=2) + "\n").encode())
+
+
+def read_plan_document(path: Path) -> PlanDocument:
+    """Read a plan without its model. Raises PlanError."""
+    try:
+        return PlanDocument.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise PlanError(f"The plan {path} cannot be read ({error.strerror})", "Give the path of a plan.json") from None
+    except ValidationError as error:
+        raise PlanError(f"{path} is no plan ({faults_of(error)})", "Correct these entries") from None
 
 
 def read_plan(path: Path, graph: ModelGraph) -> PlanFile:
@@ -196,13 +215,7 @@ def read_plan(path: Path, graph: ModelGraph) -> PlanFile:
     Raises PlanError with every fault: unknown groups, other sizes, units out of range or twice, a `kept` that
     disagrees with `units`.
     """
-    try:
-        document = _PlanDocument.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise PlanError(f"The plan {path} cannot be read ({error.strerror})", "Give the path of a plan.json") from None
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5])
-        raise PlanError(f"{path} is no plan ({faults})", "Correct these entries") from None
+    document = read_plan_document(path)
     groups = {group.name: group for group in graph.groups}
     faults_found: list[str] = []
     keep: dict[str, tuple[int, ...] | int] = {}
@@ -226,11 +239,13 @@ def read_plan(path: Path, graph: ModelGraph) -> PlanFile:
         align=document.align,
         keep=keep,
         dropped_blocks=tuple(sorted(set(document.dropped_blocks))),
-        trail=tuple(Candidate(name=entry.name, loss=entry.loss) for entry in document.trail),
+        trail=tuple(
+            Candidate(name=entry.name, loss=math.inf if entry.loss is None else entry.loss) for entry in document.trail
+        ),
     )
 
 
-def _kept(entry: _GroupEntry, group: CoupledGroup) -> tuple[int, ...] | int:
+def _kept(entry: GroupEntry, group: CoupledGroup) -> tuple[int, ...] | int:
     if entry.of is not None and entry.of != group.units:
         raise ValueError(f"it has {group.units} units, not {entry.of}")
     if entry.units is None:

@@ -14,18 +14,20 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from saap import cli
+from saap import cli, recovery_config
 from saap.display import PlainReporter
 from saap.errors import NonFiniteLossError
 from saap.estimation import calibrate
 from saap.models import device_memory, offload
 from saap.pipeline import inputs, memory, outcome, recover, recovery_context
 from saap.pipeline import run as run_module
+from saap.recovery_config import RecoverConfig
 
 
 class Events:
@@ -137,6 +139,8 @@ def main() -> None:
     # what is measured of a result does not matter here
     inputs.EVALUATION_TOKENS = recovery_context.EVALUATION_TOKENS = 512
     recover.greedy_answer = outcome.greedy_answer = lambda model, tokenizer: ("", "")
+    # `prune --recover` knows a limit in minutes only; after some steps it ends the same each time
+    recovery_config.RecoverConfig = partial(RecoverConfig, **wanted["tuning"])
     with suppress(SystemExit):  # the jobs say what is wrong
         cli.main()
     counted = results.with_suffix(".count")

@@ -15,6 +15,9 @@ RECOVER = [
     "--length", "32", "--batch", "2", "--max-steps", "6", "--validate-every", "2", "--validation-samples", "1",
     "--rank", "2",
 ]  # fmt: skip
+TUNING = {
+    "group_size": 16, "length": 32, "batch": 2, "max_steps": 4, "validate_every": 2, "validation_samples": 1, "rank": 2,
+}  # fmt: skip
 PRUNE = ["--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "8"]
 
 
@@ -37,6 +40,10 @@ class Runner:
         start = ["recover", str(self.source), "--out", str(out), "--data", str(self.text)]
         return [*start, "--teacher", str(self.source), *RECOVER]
 
+    def all_stages(self, out: Path, *more: str) -> list[str]:
+        """The arguments of a short run with two ratios whose results are tuned, by TUNING."""
+        return self.prune(out, "--align", "16", "--recover", str(self.text), *more)
+
     def run(self, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
         """What became of the jobs, which `forked.py` carries out."""
         self.numbers.append(len(self.numbers))
@@ -45,7 +52,7 @@ class Runner:
             job.setdefault("stdout", f"{base}-{number}.out")
             job.setdefault("stderr", f"{base}-{number}.err")
         warm_up = self.prune(self.folder / "never", "--dry-run")
-        Path(f"{base}.json").write_text(json.dumps({"warm_up": warm_up, "jobs": jobs}))
+        Path(f"{base}.json").write_text(json.dumps({"warm_up": warm_up, "tuning": TUNING, "jobs": jobs}))
         command = [sys.executable, str(Path(__file__).with_name("forked.py")), f"{base}.json", f"{base}.done"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False, env=environment)

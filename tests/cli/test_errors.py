@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -143,6 +145,25 @@ def test_stale_stage_files(capsys, tmp_path, source) -> None:
     (work / "settings.json").write_text('{"digest": "0123456789abcdef"}')
     arguments = ["prune", source, "--pruning-ratio", "0.2", "--work-dir", work]
     refused(capsys, tmp_path, *arguments, offender="0123456789ab")
+
+
+OTHER_VERSION = "import saap._version; saap._version.__version__ = '99.0'; from saap import cli; cli.main()"
+
+
+@pytest.mark.parametrize("command", ["prune", "recover"])
+def test_stage_files_of_another_version_are_not_taken_up(capsys, tmp_path, source, command) -> None:
+    short = {
+        "prune": ["--pruning-ratio", "0.2", *FAST, "--calibration", "novels"],
+        "recover": ["--data", "novels", "--length", "32", "--max-steps", "1", "--validation-samples", "1"],
+    }  # fmt: skip
+    arguments = [command, source, *short[command], "--keep-work", "--overwrite", "--out", tmp_path / "out"]
+    assert run(capsys, *arguments)[0] == 0
+    words = [sys.executable, "-c", OTHER_VERSION, *map(str, arguments)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path / 'out.saap-work'} holds stages of a run with other settings, ")
+    assert "another version of saap" in last
 
 
 @pytest.mark.parametrize("command", [("prune", "--pruning-ratio", "0.2", *FAST), ("recover", "--group-size", "16")])

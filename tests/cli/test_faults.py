@@ -43,11 +43,11 @@ def first(runner: Runner) -> dict[str, tuple[Path, dict[str, Any]]]:
     }
 
 
-def kills(events: int) -> list[int]:
+def kills(events: int, count: int = KILLS) -> list[int]:
     """Events spread evenly over a run at which it is killed."""
-    assert events > KILLS
-    points = [round(1 + index * (events - 1) / (KILLS - 1)) for index in range(KILLS)]
-    assert len(set(points)) == KILLS
+    assert events > count
+    points = [round(1 + index * (events - 1) / (count - 1)) for index in range(count)]
+    assert len(set(points)) == count
     return points
 
 
@@ -114,6 +114,46 @@ def test_pruning_offloaded_killed_anywhere_and_taken_up(
     )
     assert plans == expected
     check_kills(runner, command, whole, undisturbed["events"], tmp_path, offloaded=True)
+
+
+@pytest.fixture(scope="module")
+def tuned(runner: Runner) -> tuple[Path, int]:
+    """An undisturbed run of all stages for two ratios, and its events."""
+    out = runner.folder / "for-all-stages" / "out"
+    (undisturbed,) = runner.run({"arguments": runner.all_stages(out)})
+    assert undisturbed["code"] == 0, undisturbed["stderr"]
+    assert sorted(path.name for path in out.iterdir()) == ["0.1", "0.3"]
+    assert beside(out) == ["out"]
+    return out, int(undisturbed["events"])
+
+
+def test_all_stages_of_two_ratios_killed_anywhere_and_taken_up(
+    runner: Runner, tuned: tuple[Path, int], tmp_path: Path
+) -> None:
+    check_kills(runner, runner.all_stages, tuned[0], tuned[1], tmp_path)
+
+
+def test_all_stages_go_on_in_a_kept_work_folder(runner: Runner, tuned: tuple[Path, int], tmp_path: Path) -> None:
+    points = kills(tuned[1], 6)[1:-1]
+    jobs: list[dict[str, Any]] = []
+    for point in points:
+        out = tmp_path / str(point) / "out"
+        same = {"arguments": runner.all_stages(out, "--work-dir", str(out.with_name("work")), "--keep-work")}
+        jobs += [{**same, "signal": int(signal.SIGKILL), "at": point}, same, dict(same)]
+    other = {"arguments": [*jobs[-1]["arguments"], "--seed", "7"]}
+    *results, refused = runner.run(*jobs, other)
+    for index, point in enumerate(points):
+        out = tmp_path / str(point) / "out"
+        killed, resumed, again = results[3 * index : 3 * index + 3]
+        assert killed["code"] == -signal.SIGKILL
+        assert (resumed["code"], again["code"]) == (0, 0), (point, resumed["stderr"], again["stderr"])
+        assert digest(out) == digest(tuned[0]), point
+        assert beside(out) == ["out", "work"]
+        assert not [line for line in again["stdout"].splitlines() if line.startswith(("cut", "train"))]
+        assert str(out / "0.3") in again["stdout"]
+        assert str(out.with_name("work")) not in again["stdout"]
+    assert refused["code"] == 2
+    assert "other settings" in refused["stderr"]
 
 
 def test_an_interrupted_run_says_so_and_leaves_no_output(first: dict[str, tuple[Path, dict[str, Any]]]) -> None:

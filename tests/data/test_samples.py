@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.data.byte_tokenizer import byte_tokenizer
 
-from saap.data.samples import SampleRequest, calibration_set, draw_sets, joined, token_stream
+from saap.data.samples import SampleRequest, calibration_set, draw_sets, token_stream
 from saap.data.texts import KINDS, read_documents
 from saap.errors import CalibrationError
 
@@ -125,10 +125,3 @@ def test_ids_outside_the_embedding_are_refused_with_both_sizes():
 def test_an_empty_calibration_is_refused():
     with pytest.raises(CalibrationError, match="calibration is empty"):
         draw_sets([], TOKENIZER, REQUESTS, seed=0)
-
-
-def test_joined_sets_keep_both_sources():
-    first = calibration_set("novels", TOKENIZER, samples=2, length=8, seed=0)
-    second = calibration_set("speeches", TOKENIZER, samples=3, length=8, seed=0)
-    assert joined(first, second).tokens.shape == (5, 8)
-    assert joined(first, second).sources == ("novels", "speeches")

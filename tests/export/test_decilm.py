@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
+from tests.command import run
 from tests.export.gguf_models import EMPTY, adaptive_folder, family_folder
 from tests.pipeline import tiny
+from tests.reporting.comparison import recovery_record
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
@@ -108,3 +111,24 @@ def test_other_families_and_existing_folders_are_refused(tmp_path: Path) -> None
     folder = family_folder(tmp_path / "llama", "llama")
     with pytest.raises(SaapError, match="exists"):
         export_decilm(folder, folder)
+
+
+def test_the_card_says_the_manifest_as_plain_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = '"><img src=q onerror=alert(1)>\n# A heading\n[a](javascript:b)'
+    folder = adaptive_folder(tmp_path, "llama", ffn={0: HALF}, attention={})
+    file = folder / "saap" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest |= {"dtype": evil, "versions": {evil: evil}}
+    manifest["base"] |= {"source": evil, "licence": evil}
+    manifest["perplexity"]["text"] = evil
+    manifest["recovery"] = {
+        **recovery_record(), "settings": {"bits": evil}, "packed_bytes": 1, "data": [evil], "perplexity": {evil: 20.0},
+    }  # fmt: skip
+    file.write_text(json.dumps(manifest))
+    code, _, error = run(capsys, "export", folder, "--format", "decilm", "--out", tmp_path / "vllm")
+    assert code == 0, error
+    _, front, card = (tmp_path / "vllm" / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["license"] == evil
+    assert "<" not in card
+    assert "\n# A heading" not in card
+    assert "[a](" not in card

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tests.command import run
 from tests.data.byte_tokenizer import byte_tokenizer
 from tests.export.gguf_models import EMPTY, adaptive_folder, family_folder, family_model
 from tests.pipeline import tiny
@@ -231,6 +232,20 @@ def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_more_tokens_than_rows_are_refused(tmp_path: Path) -> None:
     folder = family_folder(tmp_path / "model", "llama", **{"vocab_size": 100})
     refused(tmp_path, folder, "320 tokens", "100 rows")
+
+
+@pytest.mark.parametrize("emptied", [{"merges": []}, {"merges": [], "vocab": {}}])
+def test_a_tokenizer_without_merges_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], emptied: dict[str, Any]
+) -> None:
+    folder, out = family_folder(tmp_path / "model", "llama"), tmp_path / "out.gguf"
+    file = folder / "tokenizer.json"
+    described = json.loads(file.read_text())
+    described["model"].update(emptied)
+    file.write_text(json.dumps(described))
+    code, _, error = run(capsys, "export", folder, "--out", out, "--no-verify", "--quiet")
+    assert (code, out.exists()) == (2, False)
+    assert error.splitlines()[-1].startswith("error: The tokenizer has no merges, ")
 
 
 def test_what_is_there_is_kept(tmp_path: Path) -> None:

@@ -27,10 +27,8 @@ from saap.records import (
 from saap.storage import (
     format_units,
     parse_units,
-    read_graph,
     read_plan,
     read_scores,
-    write_graph,
     write_plan,
     write_scores,
 )
@@ -134,15 +132,6 @@ def test_a_missing_plan_is_named(tmp_path: Path) -> None:
 def test_runs_of_units_come_back(units: set[int]) -> None:
     ascending = tuple(sorted(units))
     assert parse_units(format_units(ascending)) == ascending
-
-
-def test_a_graph_comes_back_with_its_digest(tmp_path: Path) -> None:
-    graph = tiny_graph()
-    write_graph(tmp_path / "graph.json", graph)
-    assert read_graph(tmp_path / "graph.json").digest == graph.digest
-    (tmp_path / "graph.json").write_text("{}")
-    with pytest.raises(StaleInputError, match=r"graph\.json"):
-        read_graph(tmp_path / "graph.json")
 
 
 def test_scores_come_back_bit_by_bit(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A comparison as `saap compare` writes it, made up."""
+"""A comparison as `saap compare` writes it, and the record of a recovery, made up."""
 
 from __future__ import annotations
 
@@ -37,3 +37,17 @@ def comparison() -> dict[str, Any]:
         "tasks": {"arc_easy": task([1, 1, 1, 0])}, "tokens_per_second": 90.0,
     }  # fmt: skip
     return {"model": "made/up", "dense": dense, "rows": rows, "settings": {"samples": 50}, "versions": {"saap": "0"}}
+
+
+def recovery_record() -> dict[str, Any]:
+    point = {"tokens": 10, "rate": 0.1, "seconds": 1.0}
+    return {
+        "settings": {"bits": 4, "group_size": 32}, "data": ["text.txt"], "data_digest": "d", "examples": 9,
+        "held_examples": 1, "processes": 1, "device": "cpu", "dtype": "float32", "versions": {"saap": "0"},
+        "curve": [
+            {**point, "step": 1, "loss": 3.0, "validation": 3.5}, {**point, "step": 2, "loss": 2.5, "validation": None},
+        ],
+        "validation_before": 3.6, "validation": 3.5, "best_step": 1, "tokens": 20, "seconds": 2.0,
+        "stopped_by": "the limit of 2 steps", "evaluation": "a text", "evaluation_tokens": 100,
+        "perplexity": {"dense": 20.0, "before": 25.0, "recovered": 22.0},
+    }  # fmt: skip

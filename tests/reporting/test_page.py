@@ -2,17 +2,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 from tests import browser
 from tests.pipeline import tiny
-from tests.reporting.comparison import comparison, task
+from tests.reporting.comparison import comparison, recovery_record, task
 
 import saap
 from saap import cli
-from saap.errors import EvaluationError
+from saap.errors import EvaluationError, ModelError
 from saap.pipeline.report_page import build_page, write_page
 from saap.reporting.page import Section, render
 
@@ -145,15 +146,12 @@ def test_figures_become_files(tmp_path) -> None:
 
 
 def test_the_recovery_of_a_model_is_shown(model_folder, tmp_path) -> None:
-    from saap.pipeline.report_model import _recovery_sections
-
-    folder = tmp_path / "recovered"
-    (folder / "saap").mkdir(parents=True)
-    curve = [{"step": 1, "loss": 3.0, "validation": 3.5}, {"step": 2, "loss": 2.5, "validation": None}]
+    folder = Path(shutil.copytree(model_folder, tmp_path / "recovered"))
+    file = folder / "saap" / "manifest.json"
     answers = {"prompt": "Why?", "dense": "A", "pruned": "B", "recovered": "C"}
-    content = {"recovery": {"curve": curve}, "answers": answers}
-    (folder / "saap" / "manifest.json").write_text(json.dumps(content))
-    recovery, answer = _recovery_sections(folder)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "recovery": recovery_record(), "answers": answers}))
+    sections = {section.name: section for section in build_page(folder).sections}
+    recovery, answer = sections["recovery"], sections["answer"]
     assert "training from 3.00 to 2.50" in recovery.figures[0].text
     assert answer.answers[0] == ("Why?", (("dense", "A"), ("pruned", "B"), ("recovered", "C")))
 
@@ -178,15 +176,15 @@ def test_other_files_are_refused(tmp_path) -> None:
     with pytest.raises(EvaluationError, match="nowhere"):
         build_page(tmp_path, [], tmp_path / "nowhere")
     (tmp_path / "e.json").write_text("[]")
-    with pytest.raises(EvaluationError, match="is not a report"):
+    with pytest.raises(EvaluationError, match="is no report of"):
         build_page(tmp_path, [tmp_path / "e.json"])
     (tmp_path / "e.json").write_text("{}")
-    with pytest.raises(EvaluationError, match="no report of"):
+    with pytest.raises(EvaluationError, match="is no report of"):
         build_page(tmp_path, [tmp_path / "e.json"])
 
 
 def test_a_damaged_manifest_is_refused(tmp_path) -> None:
     (tmp_path / "saap").mkdir()
     (tmp_path / "saap" / "manifest.json").write_text('{"seed": 1}')
-    with pytest.raises(EvaluationError, match="no manifest of this version"):
+    with pytest.raises(ModelError, match="no manifest of this version"):
         build_page(tmp_path)

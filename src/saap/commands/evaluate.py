@@ -11,6 +11,8 @@ import typer
 from saap.commands.options import (
     AsJson,
     Bos,
+    DenseRevision,
+    DenseTrustRemoteCode,
     Device,
     Quiet,
     Revision,
@@ -61,6 +63,8 @@ def evaluate(
         str | None,
         typer.Option(metavar="MODEL", help="Measure this one beside it. [generation: the one it was made from]"),
     ] = None,
+    dense_revision: DenseRevision = None,
+    dense_trust_remote_code: DenseTrustRemoteCode = False,
     speed: Annotated[
         bool, typer.Option("--speed", help="Tokens per second of reading and of writing (batch 1).")
     ] = False,
@@ -114,6 +118,7 @@ def evaluate(
         texts=tuple(perplexity or ()), window=window, stride=stride, bos=bos, max_tokens=max_tokens,
         tasks=named, task_data=task_data, limit=limit, rounded=rounded_tasks,
         prompts=prompts or ("bundled" if generation else None), generated_tokens=tokens, chat=chat, dense=dense,
+        dense_revision=dense_revision, dense_trust_remote_code=dense_trust_remote_code,
         beside=tuple(beside or ()), human_kit=human_kit, seed=seed, against=against,
         speed=SpeedSettings(runtime=measured_in, gguf_type=gguf_type) if speed else None,
     )  # fmt: skip

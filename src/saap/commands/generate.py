@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from saap.commands.options import AsJson, Device
+from saap.commands.options import AsJson, DenseRevision, DenseTrustRemoteCode, Device
 
 
 def generate(
@@ -21,6 +21,8 @@ def generate(
         str | None,
         typer.Option(metavar="MODEL", help="The model to show beside it. [default: the one it was pruned from]"),
     ] = None,
+    dense_revision: DenseRevision = None,
+    dense_trust_remote_code: DenseTrustRemoteCode = False,
     no_dense: Annotated[bool, typer.Option("--no-dense", help="Show MODEL alone.")] = False,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of the answer, at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0: always the most likely token; above: sampled.")] = 0.0,
@@ -40,7 +42,10 @@ def generate(
     settings = GenerationSettings(max_tokens=max_tokens, temperature=temperature, seed=seed, chat=not no_chat)
     if not prompt.strip():
         raise ConfigurationError("--prompt is empty", "Give a text to answer")
-    speakers = open_speakers(model, against=against, dense=not no_dense, device=device)
+    speakers = open_speakers(
+        model, against=against, dense=not no_dense, dense_revision=dense_revision,
+        dense_trust_remote_code=dense_trust_remote_code, device=device,
+    )  # fmt: skip
     rounds = answers(speakers, prompt, settings)
     if as_json:
         *_, last = [{speaker.label: "" for speaker in speakers}, *rounds]

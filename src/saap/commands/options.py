@@ -9,6 +9,12 @@ import typer
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model repository ships.")]
+DenseRevision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of the dense model. [default: as MODEL's manifest says]")
+]
+DenseTrustRemoteCode = Annotated[
+    bool, typer.Option("--dense-trust-remote-code", help="Run code that the dense model's repository ships.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress.")]
 Runtime = Annotated[

@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from saap.commands.options import AsJson, Bos, Device, Quiet, Revision, TrustRemoteCode
+from saap.commands.options import (
+    AsJson,
+    Bos,
+    DenseRevision,
+    DenseTrustRemoteCode,
+    Device,
+    Quiet,
+    Revision,
+    TrustRemoteCode,
+)
 
 
 def recover(
@@ -43,6 +52,8 @@ def recover(
         str | None,
         typer.Option(metavar="MODEL", help="The dense model to learn from. [default: what MODEL was pruned from]"),
     ] = None,
+    dense_revision: DenseRevision = None,
+    dense_trust_remote_code: DenseTrustRemoteCode = False,
     distillation: Annotated[
         float | None,
         typer.Option(
@@ -92,7 +103,8 @@ def recover(
     config = RecoverConfig(
         data=tuple(data) if data else ("mixed",), tuning=choice("--tuning", tuning, Tuning), bits=bits,
         group_size=group_size, error_feedback=error_feedback, rank=rank, alpha=alpha, scales=not no_scales,
-        teacher=teacher, distillation=distillation, length=length, bos=bos, batch=batch,
+        teacher=teacher, dense_revision=dense_revision, dense_trust_remote_code=dense_trust_remote_code,
+        distillation=distillation, length=length, bos=bos, batch=batch,
         micro_batch=micro_batch, learning_rate=learning_rate,
         warm_up=warm_up, clip=clip, max_steps=max_steps, max_tokens=max_tokens, max_minutes=max_minutes,
         validate_every=validate_every, validation_samples=validation_samples, patience=patience,

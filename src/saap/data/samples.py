@@ -130,15 +130,6 @@ def calibration_set(
     return draw_sets(calibration, tokenizer, [request], seed=seed, vocabulary=vocabulary, bos=bos)["samples"]
 
 
-def joined(first: CalibrationSet, second: CalibrationSet) -> CalibrationSet:
-    """One set with the sequences of both, which must be equally long."""
-    return CalibrationSet(
-        sources=(*first.sources, *second.sources),
-        seed=first.seed,
-        tokens=np.concatenate([first.tokens, second.tokens]),
-    )
-
-
 def _sources(calibration: Any, tokenizer: Any | None) -> dict[str, dict[str, IntArray]]:
     """Per source, its token streams by kind."""
     given = [calibration] if isinstance(calibration, (str, Path)) else list(calibration)

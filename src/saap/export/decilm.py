@@ -19,7 +19,7 @@ from saap.errors import ExportError
 from saap.export import configuration_decilm
 from saap.export.config_files import with_both_rope_spellings
 from saap.export.huggingface import check_output, whole_folder
-from saap.export.manifest import RunManifest
+from saap.export.manifest import read_manifest
 from saap.export.model_card import model_card
 from saap.models.safetensor_files import INDEX_NAME
 from saap.models.stored_tensors import Shape
@@ -93,6 +93,7 @@ def write_decilm(
     folder: of the checkpoint, files: its safetensors. blocks: of `block_configs`. Raises OutputError.
     """
     check_output(out, sum(file.stat().st_size for file in files), overwrite=overwrite)
+    manifest = read_manifest(folder)
     left_out = {
         f"{_BLOCK.format(layer)}{_NORM_OF[part]}.weight"
         for layer, block in enumerate(blocks)
@@ -114,7 +115,9 @@ def write_decilm(
         shutil.copyfile(code, part / code.name)
         fields = _config_fields(config, blocks)
         (part / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _write_card(folder, part, getattr(config, "base_model_type", config.model_type))
+        if manifest is not None:
+            card = model_card(manifest, getattr(config, "base_model_type", config.model_type), loading=_LOADING)
+            (part / "README.md").write_text(card, encoding="utf-8")
 
 
 def _copy_weights(file: Path, target: Path, left_out: set[str]) -> None:
@@ -138,10 +141,3 @@ def _config_fields(config: Any, blocks: Sequence[Mapping[str, Any]]) -> dict[str
         "auto_map": {"AutoConfig": f"{code}.{configuration_decilm.DeciLMConfig.__name__}"},
         "block_configs": list(blocks),
     }
-
-
-def _write_card(folder: Path, part: Path, base_model_type: str) -> None:
-    record = folder / "saap" / "manifest.json"
-    if record.is_file():
-        manifest = RunManifest.model_validate_json(record.read_text(encoding="utf-8"))
-        (part / "README.md").write_text(model_card(manifest, base_model_type, loading=_LOADING), encoding="utf-8")

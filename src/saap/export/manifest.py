@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from saap.errors import ModelError
 from saap.records import Layout, ModelRef
+from saap.storage import Amount, Count, faults_of
 
 RECORDED_PACKAGES = ("saap", "torch", "transformers", "safetensors", "numpy", "tokenizers", "gguf", "llama-cpp-py-sync")
+
+Seconds = Annotated[Amount, Field(ge=0)]
+# JSON says null for an infinite number.
+Perplexity = Annotated[float, Field(gt=0), BeforeValidator(lambda value: math.inf if value is None else value)]
 
 
 class _Frozen(BaseModel):
@@ -42,16 +50,16 @@ class StageRecord(_Frozen):
     """Wall-clock seconds and peak bytes of one stage."""
 
     name: str
-    seconds: float
-    peak_resident_bytes: int
-    peak_device_bytes: int = 0
+    seconds: Seconds
+    peak_resident_bytes: Count
+    peak_device_bytes: Count = 0
 
 
 class Change(_Frozen):
     """A count before and after pruning."""
 
-    before: int
-    after: int
+    before: Count
+    after: Count
 
     @property
     def removed(self) -> float:
@@ -63,9 +71,9 @@ class PerplexityChange(_Frozen):
     """Perplexity of the dense and the pruned model on `tokens` tokens of a text."""
 
     text: str
-    tokens: int
-    before: float
-    after: float
+    tokens: Count
+    before: Perplexity
+    after: Perplexity
 
 
 class Answers(_Frozen):
@@ -82,23 +90,23 @@ class SpeedRecord(_Frozen):
 
     runtime: str
     weights: str
-    threads: int
-    asked: float
-    predicted: float
-    reached: float
-    dense_tokens_per_second: float
-    tokens_per_second: float
+    threads: Count
+    asked: Amount
+    predicted: Amount
+    reached: Amount
+    dense_tokens_per_second: Amount
+    tokens_per_second: Amount
 
 
 class CurvePoint(_Frozen):
     """One step of a training: mean loss in nats, and the validation loss where it was measured."""
 
-    step: int
-    tokens: int
-    loss: float
-    rate: float
-    seconds: float
-    validation: float | None = None
+    step: Count
+    tokens: Count
+    loss: Amount
+    rate: Amount
+    seconds: Seconds
+    validation: Amount | None = None
 
 
 class RecoveryRecord(_Frozen):
@@ -112,25 +120,25 @@ class RecoveryRecord(_Frozen):
     settings: dict[str, Any]
     data: tuple[str, ...]
     data_digest: str
-    examples: int
-    held_examples: int
-    processes: int
+    examples: Count
+    held_examples: Count
+    processes: Count
     device: str
     dtype: str
     versions: dict[str, str]
     stages: tuple[StageRecord, ...] = ()
     curve: tuple[CurvePoint, ...]
-    validation_before: float
-    validation: float
-    best_step: int
-    tokens: int
-    seconds: float
+    validation_before: Amount
+    validation: Amount
+    best_step: Count
+    tokens: Count
+    seconds: Seconds
     stopped_by: str
-    packed_bytes: int | None = None
+    packed_bytes: Count | None = None
     left_as_they_are: tuple[str, ...] = ()
     evaluation: str
-    evaluation_tokens: int
-    perplexity: dict[str, float]
+    evaluation_tokens: Count
+    perplexity: dict[str, Perplexity]
 
 
 class RunManifest(_Frozen):
@@ -161,6 +169,18 @@ class RunManifest(_Frozen):
     answers: Answers | None = None
     speed: SpeedRecord | None = None
     recovery: RecoveryRecord | None = None
+
+
+def read_manifest(folder: Path) -> RunManifest | None:
+    """The manifest of a folder that saap has written, None where there is none. Raises ModelError for a damaged one."""
+    file = folder / "saap" / "manifest.json"
+    try:
+        return RunManifest.model_validate_json(file.read_bytes()) if file.is_file() else None
+    except (OSError, ValidationError) as error:
+        reason = faults_of(error) if isinstance(error, ValidationError) else error.strerror
+        raise ModelError(
+            f"{file} is no manifest of this version ({reason})", "Use the saap that wrote it, or copy the file again"
+        ) from None
 
 
 def recorded_versions() -> dict[str, str]:

@@ -78,16 +78,16 @@ def _recovery(manifest: RunManifest) -> list[str]:
     record = manifest.recovery
     if record is None:
         return []
-    settings = record.settings
+    bits, size = (escape(str(record.settings.get(name, "unknown"))) for name in ("bits", "group_size"))
     how = (
         "plain LoRA on full-precision weights"
         if record.packed_bytes is None
-        else f"adapters on weights of {settings['bits']} bits in groups of {settings['group_size']}, merged into their "
+        else f"adapters on weights of {bits} bits in groups of {size}, merged into their "
         "zero points; the integers, scales and zero points are in `saap/packed.safetensors`"
     )
     texts = escape(", ".join(Path(name).name for name in record.data))
     rows = ["| state | perplexity |", "|---|---:|"]
-    rows += [f"| {name} | {value:.2f} |" for name, value in record.perplexity.items()]
+    rows += [f"| {escape(name)} | {value:.2f} |" for name, value in record.perplexity.items()]
     return [
         "## Recovery",
         f"Tuned on {record.tokens:,} tokens of {texts} with {how}. "
@@ -118,7 +118,7 @@ def _figures(manifest: RunManifest) -> str:
     counts: tuple[tuple[str, Change], ...] = (
         ("parameters", manifest.parameters),
         ("parameters of the blocks", manifest.block_parameters),
-        (f"bytes of the weights ({manifest.dtype})", manifest.bytes),
+        (f"bytes of the weights ({escape(manifest.dtype)})", manifest.bytes),
     )
     rows += [f"| {name} | {c.before:,} | {c.after:,} | {c.removed:.1%} |" for name, c in counts]
     if manifest.perplexity is not None:
@@ -127,7 +127,7 @@ def _figures(manifest: RunManifest) -> str:
     if manifest.speed is not None:
         s = manifest.speed
         rows.append(
-            f"| tokens/s, decoding in {s.runtime}, {s.weights} | {s.dense_tokens_per_second:.1f} | "
+            f"| tokens/s, decoding in {escape(s.runtime)}, {escape(s.weights)} | {s.dense_tokens_per_second:.1f} | "
             f"{s.tokens_per_second:.1f} | {s.reached:.2f} x |"
         )
     return "\n".join(rows)
@@ -151,7 +151,7 @@ def _loading(layout: Layout, auto_class: str) -> str:
 
 
 def _making(manifest: RunManifest) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    versions = ", ".join(escape(f"{name} {version}") for name, version in manifest.versions.items())
     return (
         f"Seed {manifest.seed}; {versions}. `saap/manifest.json` has all settings, digests, times and peak memory, "
         "`saap/plan.json` the kept units of every layer, `saap/scores.safetensors` the scores they were chosen by."

@@ -58,6 +58,11 @@ class ResolvedModel:
     trust_remote_code: bool
     dtype: torch.dtype
 
+    @property
+    def path(self) -> Path:
+        """What can be opened again as the very same model: the folder, or the GGUF file."""
+        return self.folder if self.gguf_file is None else self.folder / self.gguf_file
+
 
 def resolve_model(
     model: str | Path, revision: str | None = None, trust_remote_code: bool = False, *, fetch: bool = True

@@ -16,7 +16,6 @@ from saap.models.modeling_pruned import (
     ConstantOutput,
     SaapPrunedConfig,
     SaapPrunedForCausalLM,
-    apply_structure,
     auto_classes,
     pruned_classes,
 )
@@ -74,11 +73,6 @@ def removed_modules(model: nn.Module) -> list[str]:
     `exclude_modules`.
     """
     return [path for path, module in model.named_modules() if isinstance(module, ConstantOutput)]
-
-
-def resize_to_structure(model: nn.Module, structure: PrunedStructure) -> None:
-    """Bring a model built from the configuration (also on the meta device) to the pruned sizes, in place."""
-    apply_structure(model, structure.to_config())
 
 
 def renumbered(name: str, blocks: tuple[str, ...], dropped: Iterable[int]) -> str:

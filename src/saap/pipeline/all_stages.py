@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from saap._version import __version__
 from saap.config import PruneConfig
 from saap.errors import ConfigurationError
 from saap.models.loading import load_tokenizer
@@ -19,12 +20,11 @@ from saap.pipeline.recovery_context import read_data
 from saap.pipeline.recovery_report import RecoverReport
 from saap.pipeline.report import PruneReport
 from saap.pipeline.run import run_prune
-from saap.pipeline.targets import plan_targets
+from saap.pipeline.targets import Target, finished_report, place_finished, plan_targets, work_path
+from saap.pipeline.together import alone_in
 from saap.pipeline.work import WorkFolder
 from saap.records import digest_of
 from saap.recovery_config import RecoverConfig
-
-PRUNED = "pruned"
 
 
 def prune_and_recover(
@@ -46,24 +46,56 @@ def prune_and_recover(
     targets = plan_targets(pruning, options)
     check_recovery(source, pruning, recovery, options)
     processes.wait()  # until nobody looks any more at what is there
-    stages = WorkFolder(options.out.with_name(options.out.name + ".saap-stages"))
+    work = WorkFolder(work_path(options))
     settings = [pruning.model_dump(mode="json"), recovery.model_dump(mode="json"), str(source), options.dtype]
-    processes.from_first(lambda: stages.open(digest_of(settings)))
-    pruned_folder = stages.file(PRUNED)
-    saved = processes.from_first(lambda: stages.read_json("pruned.json"))
-    if saved is None:
-        into = dataclasses.replace(options, out=pruned_folder, work_dir=None, overwrite=True)
-        made = [result.report.as_dict() for result in run_prune(source, pruning, into, reporter)]
-        processes.from_first(lambda: stages.write_json("pruned.json", made))
-        saved = made
-    reports = TypeAdapter(list[PruneReport]).validate_python(saved)
-    results = []
-    for report, target in zip(reports, targets, strict=True):
-        into = dataclasses.replace(options, out=target.folder, revision=None)
-        results.append((report, run_recover(str(report.path), recovery, into, reporter).report))
+    processes.from_first(lambda: work.open(digest_of([*settings, __version__])))
+    with alone_in(work, processes):
+        reports = _pruned(source, pruning, options, work, processes, reporter)
+        # the teacher is MODEL, whose code may be run or not
+        recovery = recovery.model_copy(update={"dense_trust_remote_code": options.trust_remote_code})
+        results = [
+            (report, _tuned(target, report, recovery, options, work, processes, reporter))
+            for target, report in zip(targets, reports, strict=True)
+        ]
     processes.wait()
-    processes.from_first(lambda: stages.close(keep=options.keep_work))
+    processes.from_first(lambda: work.close(keep=options.keep_work))
     return results
+
+
+def _pruned(
+    source: str | Path, config: PruneConfig, options: RunOptions, work: WorkFolder, processes: Processes,
+    reporter: Reporter,
+) -> list[PruneReport]:  # fmt: skip
+    """Reports of the pruned models, which lie in the work folder; made unless they are there."""
+    saved = processes.from_first(lambda: work.read_json("pruned.json"))
+    if saved is None:
+        into = _inside(options, work, "pruned")
+        saved = [result.report.as_dict() for result in run_prune(source, config, into, reporter)]
+        processes.from_first(lambda: work.write_json("pruned.json", saved))
+    return TypeAdapter(list[PruneReport]).validate_python(saved)
+
+
+def _tuned(
+    target: Target, pruned: PruneReport, config: RecoverConfig, options: RunOptions, work: WorkFolder,
+    processes: Processes, reporter: Reporter,
+) -> RecoverReport:  # fmt: skip
+    """Tune the pruned model of one target and put it in its place, unless it is there."""
+    saved = processes.from_first(lambda: finished_report(work, target))
+    if saved is None:
+        name = f"tuned-{target.name}"
+        into = dataclasses.replace(_inside(options, work, name), revision=None)
+        made = run_recover(str(pruned.path), config, into, reporter).report
+        here, there = work.file(name), str(target.folder)
+        saved = made.as_dict() | {"path": there, "load_lines": [x.replace(str(here), there) for x in made.load_lines]}
+        processes.from_first(lambda: place_finished(work, target, here, saved))
+    return TypeAdapter(RecoverReport).validate_python(saved)
+
+
+def _inside(options: RunOptions, work: WorkFolder, name: str) -> RunOptions:
+    """The options of one stage: its result and its own stage files lie in the work folder, and go with that."""
+    return dataclasses.replace(
+        options, out=work.file(name), work_dir=work.file(f"{name}.stages"), keep_work=True, overwrite=True
+    )
 
 
 def check_recovery(source: str | Path, pruning: PruneConfig, recovery: RecoverConfig, options: RunOptions) -> None:

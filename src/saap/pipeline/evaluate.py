@@ -16,7 +16,7 @@ from torch import nn
 from saap.config import RuntimeName, check_seed
 from saap.data.samples import leading_ids, token_stream
 from saap.data.texts import Purpose, evaluation_text, read_conversations, read_documents
-from saap.errors import CalibrationError, ConfigurationError, EvaluationError, OutputError
+from saap.errors import CalibrationError, ConfigurationError, EvaluationError, ModelError, OutputError
 from saap.evaluation.chat import ChatPerplexity, chat_perplexity
 from saap.evaluation.generation import (
     BUNDLED,
@@ -32,10 +32,11 @@ from saap.evaluation.generation import (
 from saap.evaluation.human import build_kit, judge, key_path, read_key, read_ratings
 from saap.evaluation.perplexity import Perplexity, perplexity
 from saap.evaluation.zero_shot import TaskResult, check_tasks, evaluate_tasks, mean_accuracy
-from saap.export.manifest import RunManifest, recorded_versions
+from saap.export.manifest import recorded_versions
 from saap.models.devices import quick_float32_products, rounded_products
 from saap.models.loading import load_tokenizer
-from saap.models.references import resolve_model
+from saap.models.references import ResolvedModel, resolve_model
+from saap.pipeline.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.inputs import LoadedModel, RunOptions, open_model
 from saap.pipeline.progress import Reporter, Silent
 from saap.pipeline.speed import Source, SpeedReport, check_settings, measure_beside
@@ -97,25 +98,24 @@ def evaluate_model(
     """
     reporter = reporter if reporter is not None else Silent()
     prompts = check_request(request)
-    if not isinstance(source, nn.Module):
-        resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
-        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(resolved)
-    dense_name = request.dense or (_base_of(source) if prompts else None)
-    speed_base = None if request.speed is None else request.against or request.dense or _base_of(source)
-    for name in (dense_name, speed_base, *request.beside):
-        if name is not None:
-            resolve_model(name)
+    opened: nn.Module | ResolvedModel
+    if isinstance(source, nn.Module):
+        opened, others = source, _other_models(request, None, bool(prompts), reporter)
+    else:
+        opened = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(opened)
+        others = _other_models(request, opened, bool(prompts), reporter)
     reporter.stage("read the texts")
     streams = read_streams(request, tokenizer)
     conversations = () if request.chat is None else read_conversations(request.chat)
     reporter.stage("load the model")
-    loaded = open_model(source, options, tokenizer)
+    loaded = open_model(opened, options, tokenizer)
     with quick_float32_products():
         report = _measure(loaded, request, streams, conversations, reporter)
         dense = None
-        if dense_name is not None:
-            reporter.stage(f"load the dense model {dense_name}")
-            dense = open_model(dense_name, options)
+        if others.dense is not None and (prompts or request.dense is not None):
+            reporter.stage(f"load the dense model {others.dense.source}")
+            dense = open_model(others.dense, options)
             if request.dense is not None:
                 dense_report = _measure(dense, request, streams, conversations, reporter)
                 report = dataclasses.replace(report, dense=dense_report)
@@ -123,12 +123,46 @@ def evaluate_model(
             generation = _generation(loaded, dense, prompts, request, reporter)
             report = dataclasses.replace(report, generation=generation)
         if request.speed is not None:
-            speed = _speed(source, loaded, (speed_base, dense), request.speed, options, reporter)
+            speed = _speed(opened, loaded, others, dense, request.speed, options, reporter)
             report = dataclasses.replace(report, speed=speed)
         if request.human_kit is not None:
-            _write_kit(loaded, dense, prompts, request, options, reporter)
+            _write_kit(loaded, (dense, *others.beside), prompts, request, options, reporter)
     command = typed_command()
     return dataclasses.replace(report, command=command, versions=recorded_versions())
+
+
+@dataclass(frozen=True, slots=True)
+class _Others:
+    """The models besides the evaluated one. against: to measure speed beside. beside: for the page of answers."""
+
+    dense: ResolvedModel | None
+    against: ResolvedModel | None
+    beside: tuple[ResolvedModel, ...]
+
+
+def _other_models(request: EvalRequest, evaluated: ResolvedModel | None, writes: bool, reporter: Reporter) -> _Others:
+    """Find them all before any weights are read. writes: whether text is generated. Raises ModelError.
+
+    A dense model that nobody has named is left out where it is not on this machine.
+    """
+    beside = tuple(resolve_model(name) for name in request.beside)
+    if request.dense is None and request.speed is None and not writes:
+        return _Others(None, None, beside)
+    manifest = None if evaluated is None else manifest_of(evaluated)
+    dense = against = None
+    choice = DenseChoice.of(request, request.dense)
+    if request.against is not None:
+        own = request.dense in (None, request.against)  # else the other settings are those of --dense
+        other = DenseChoice.of(request, request.against) if own else DenseChoice(source=request.against)
+        against = resolve_dense(other, manifest)
+    if request.dense is not None or writes or against is None:
+        try:
+            dense = resolve_dense(choice, manifest)
+        except ModelError as error:
+            if request.dense is not None:
+                raise
+            reporter.note(f"nothing is measured of the dense model: {error}")
+    return _Others(dense, against if against is not None else dense, beside)
 
 
 def judge_ratings(ratings: Sequence[Path], key: Path | None) -> dict[str, Any]:
@@ -271,29 +305,31 @@ def _generation(
 
 
 def _speed(
-    source: str | Path | nn.Module,
+    source: nn.Module | ResolvedModel,
     loaded: LoadedModel,
-    base: tuple[str | None, LoadedModel | None],
+    others: _Others,
+    dense: LoadedModel | None,
     settings: SpeedSettings,
     options: RunOptions,
     reporter: Reporter,
 ) -> SpeedReport:
-    """Tokens per second of the model, beside the one named in `base`, which may be loaded already."""
-    name, dense = base
+    """Tokens per second of the model, beside another one. dense: where that is loaded already."""
     in_memory = settings.runtime is RuntimeName.TRANSFORMERS
-    models: list[tuple[str, Source]] = [(loaded.ref.source, loaded.model if in_memory else source)]
-    if name is not None:
-        reporter.stage(f"load {name} to measure speed against")
-        if in_memory and (dense is None or dense.ref.source != name):
-            dense = open_model(name, options)
-        models.append((name, dense.model if in_memory and dense is not None else name))
+    given: Source = source if isinstance(source, nn.Module) else source.path
+    models: list[tuple[str, Source]] = [(loaded.ref.source, loaded.model if in_memory else given)]
+    other = others.against
+    if other is not None:
+        reporter.stage(f"load {other.source} to measure speed against")
+        if in_memory and (dense is None or other != others.dense):
+            dense = open_model(other, options)
+        models.append((other.source, dense.model if in_memory and dense is not None else other.path))
     reporter.stage(f"speed in {settings.runtime}")
     return measure_beside(models, settings)
 
 
 def _write_kit(
     loaded: LoadedModel,
-    dense: LoadedModel | None,
+    others: Sequence[LoadedModel | ResolvedModel | None],
     prompts: Sequence[Prompt],
     request: EvalRequest,
     options: RunOptions,
@@ -304,7 +340,7 @@ def _write_kit(
         return
     opens = [prompt.prompt for prompt in prompts if prompt.answer is None]
     answers: dict[str, dict[str, str]] = {}
-    for source in (loaded, dense, *request.beside):
+    for source in (loaded, *others):
         if source is None:
             continue
         one = source if isinstance(source, LoadedModel) else open_model(source, options)
@@ -314,17 +350,6 @@ def _write_kit(
     kit = build_kit(answers, seed=request.seed)
     write_whole(key_path(request.human_kit), (kit.key.model_dump_json(indent=1) + "\n").encode())
     write_whole(request.human_kit, kit.page.encode())
-
-
-def _base_of(source: str | Path | nn.Module) -> str | None:
-    """The dense model that a folder's own manifest names, if it can still be found."""
-    if isinstance(source, nn.Module):
-        return None
-    file = Path(source) / "saap" / "manifest.json"
-    try:
-        return RunManifest.model_validate_json(file.read_bytes()).base.source if file.is_file() else None
-    except ValueError:
-        return None
 
 
 def finite(value: Any) -> Any:

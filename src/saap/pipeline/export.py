@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from saap.models.references import PACKAGED_MODELS, ResolvedModel, packaged_file
 from saap.models.safetensor_files import weight_files
 from saap.models.stored_tensors import ModelTensors, SafetensorTensors, StoredTensors
 from saap.models.structure import auto_class_name
+from saap.pipeline.dense_model import manifest_of
 from saap.pipeline.progress import Reporter, Silent
 from saap.pipeline.report import load_lines
 from saap.storage import write_whole
@@ -216,14 +216,20 @@ def _tokenizer(opened: ExportSource, plan: GgufPlan) -> tuple[Sequence[Field], s
         fields = fields_from_gguf(file, opened.tokenizer.get_vocab(), vocabulary)
         if fields is not None:
             return fields, file.name
-    return fields_from_huggingface(opened.tokenizer, vocabulary), "the model's folder"
+    fields = fields_from_huggingface(opened.tokenizer, vocabulary)
+    if not all(field.value for field in fields if isinstance(field.value, list)):
+        raise ExportError(
+            "The tokenizer has no merges, without which llama.cpp cannot cut text", "Check its tokenizer.json"
+        )
+    return fields, "the model's folder"
 
 
 def _source_gguf(resolved: ResolvedModel) -> Path | None:
     """The GGUF file that is the source, or that the source was pruned from."""
     if resolved.gguf_file is not None:
         return resolved.folder / resolved.gguf_file
-    base = _manifest(resolved.folder).get("base", {}).get("source", "")
+    manifest = manifest_of(resolved)
+    base = "" if manifest is None else manifest.base.source
     if base in PACKAGED_MODELS:
         try:
             return packaged_file(base)
@@ -232,23 +238,13 @@ def _source_gguf(resolved: ResolvedModel) -> Path | None:
     return Path(base) if base.endswith(".gguf") and Path(base).is_file() else None
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    file = folder / "saap" / "manifest.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _description(opened: ExportSource) -> list[tuple[str, Any]]:
     """Name and licence, as far as they are known."""
-    base = _manifest(opened.resolved.folder).get("base", {})
-    name = Path(base.get("source") or opened.resolved.source).name
-    said: list[tuple[str, Any]] = [("type", "model"), ("name", f"{name}, pruned" if base else name)]
-    if base.get("licence"):
-        said.append(("license", base["licence"]))
-    return said
+    manifest = manifest_of(opened.resolved)
+    if manifest is None:
+        return [("type", "model"), ("name", Path(opened.resolved.source).name)]
+    licence = [] if manifest.base.licence is None else [("license", manifest.base.licence)]
+    return [("type", "model"), ("name", f"{Path(manifest.base.source).name}, pruned"), *licence]
 
 
 def _compare(opened: ExportSource, file: Path, context: int) -> tuple[Agreement, bool]:

@@ -23,7 +23,7 @@ from saap.export.manifest import (
     recorded_versions,
 )
 from saap.export.model_card import licence_of
-from saap.export.placing import complete_records, place
+from saap.export.placing import complete_records
 from saap.models.offload import offloaded
 from saap.models.structure import PrunedStructure, auto_class_name, dense_shapes
 from saap.pipeline.context import Run
@@ -32,7 +32,7 @@ from saap.pipeline.memory import forget_changed, forget_weights, open_result, re
 from saap.pipeline.outcome import Behaviour, observe
 from saap.pipeline.report import PruneReport, PruneResult, load_lines, structure_of
 from saap.pipeline.speed_target import diagnose_speed, reached_speed
-from saap.pipeline.targets import Target, finished_report, note_finished
+from saap.pipeline.targets import Target, finished_report, place_finished
 from saap.pipeline.typed import typed_command
 from saap.records import ImportanceScores, Layout, StructurePlan, count_parameters
 from saap.storage import read_plan
@@ -125,8 +125,7 @@ def finish(run: Run, target: Target, made: Made, scores: ImportanceScores, dense
     report = _report(run, target, made, scores, (dense, pruned), speed)
     if written is not None and target.folder is not None:
         complete_records(written, _manifest(run, made.plan, scores, (dense, pruned), speed), made.base_model_type)
-        note_finished(run.work, target, written, report.as_dict())
-        place(written, target.folder)
+        place_finished(run.work, target, written, report.as_dict())
         if offloaded(model) is not None:
             model = open_result(run, target.folder)  # its files have another place now
     return PruneResult(model=model, plan=made.plan, report=report, path=target.folder)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +12,8 @@ from saap.config import check_seed
 from saap.errors import ConfigurationError, ModelError
 from saap.evaluation.generation import prompt_ids
 from saap.models.cached import CachedModel
+from saap.models.references import ResolvedModel, resolve_model
+from saap.pipeline.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.inputs import RunOptions, open_model
 
 
@@ -44,38 +44,32 @@ class Speaker:
 
 
 def open_speakers(
-    source: str, *, against: str | None = None, dense: bool = True, device: str = "auto"
-) -> tuple[Speaker, ...]:
+    source: str, *, against: str | None = None, dense: bool = True, dense_revision: str | None = None,
+    dense_trust_remote_code: bool = False, device: str = "auto",
+) -> tuple[Speaker, ...]:  # fmt: skip
     """The models that will answer: the dense one first (that of the manifest, or `against`), then `source`.
 
     dense=False: `source` alone, as for a model that was never pruned and names no other. Raises ModelError if the dense
     model is not here.
     """
-    base = against if against is not None else _base_of(source) if dense else None
-    sources = [source] if base is None else [base, source]
-    labels = ["answer"] if base is None else ["dense", "pruned"]
-    return tuple(_speaker(label, name, device) for label, name in zip(labels, sources, strict=True))
+    resolved = resolve_model(source)
+    choice = DenseChoice(source=against, revision=dense_revision, trust_remote_code=dense_trust_remote_code)
+    beside: tuple[Speaker, ...] = ()
+    if dense:
+        manifest = manifest_of(resolved)
+        try:
+            found = resolve_dense(choice, manifest)
+            beside = () if found is None else (_speaker("dense", found, device),)
+        except ModelError as error:
+            remedy = error.remedy if "--dense" in error.remedy else "Use --against MODEL or --no-dense"
+            raise ModelError(f"The dense model: {error.offender}", remedy) from None
+    return (*beside, _speaker("pruned" if beside else "answer", resolved, device))
 
 
-def _base_of(source: str) -> str | None:
-    file = Path(source) / "saap" / "manifest.json"
-    if not file.is_file():
-        return None
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["base"]["source"])
-    except (ValueError, KeyError, TypeError):
-        raise ModelError(f"{file} names no dense model", "Use --against MODEL or --no-dense") from None
-
-
-def _speaker(label: str, source: str, device: str) -> Speaker:
-    try:
-        loaded = open_model(source, RunOptions(device=device))
-    except ModelError as error:
-        if label != "dense":
-            raise
-        raise ModelError(f"The dense model: {error.offender}", "Use --against MODEL or --no-dense") from None
+def _speaker(label: str, resolved: ResolvedModel, device: str) -> Speaker:
+    loaded = open_model(resolved, RunOptions(device=device))
     if loaded.tokenizer is None:
-        raise ModelError(f"{source} has no tokenizer", "Put its tokenizer files beside the weights")
+        raise ModelError(f"{resolved.source} has no tokenizer", "Put its tokenizer files beside the weights")
     return Speaker(label, loaded.model, loaded.tokenizer)
 
 

@@ -20,7 +20,7 @@ from saap.errors import CalibrationError
 from saap.models.devices import computable, pick_device, pick_dtype, require_values
 from saap.models.images import image_token_ids, with_images
 from saap.models.loading import load_model, load_processor, load_tokenizer, model_ref
-from saap.models.references import resolve_model
+from saap.models.references import ResolvedModel, resolve_model
 from saap.records import CalibrationSet, IntArray, ModelGraph, ModelRef
 from saap.structure_search.costs import gram_bytes
 from saap.surgery.refit import require_sequences
@@ -118,9 +118,12 @@ def place_of(source: str | Path | nn.Module, options: RunOptions) -> torch.devic
     return next(source.parameters()).device if isinstance(source, nn.Module) else pick_device(options.device)
 
 
-def open_model(source: str | Path | nn.Module, options: RunOptions, tokenizer: Any | None = None) -> LoadedModel:
+def open_model(
+    source: str | Path | nn.Module | ResolvedModel, options: RunOptions, tokenizer: Any | None = None
+) -> LoadedModel:
     """Load what `source` names, or take a loaded model as it is (it is never changed).
 
+    A model that was resolved before keeps its own revision and permission to run code, whatever `options` say.
     Raises ModelError for everything that is wrong with it, before weights are read where that can be seen.
     """
     if isinstance(source, nn.Module):
@@ -128,13 +131,15 @@ def open_model(source: str | Path | nn.Module, options: RunOptions, tokenizer: A
         ref = model_ref(source, type(source).__name__, None)
         written = pick_dtype(options.dtype, source=next(source.parameters()).dtype)
         return LoadedModel(model=computable(source), tokenizer=tokenizer, ref=ref, dtype=written, owned=False)
-    resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    resolved = source
+    if not isinstance(resolved, ResolvedModel):
+        resolved = resolve_model(resolved, revision=options.revision, trust_remote_code=options.trust_remote_code)
     device = pick_device(options.device)
     model = load_model(resolved, device=device, device_map=options.device_map)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer if tokenizer is not None else load_tokenizer(resolved),
-        ref=model_ref(model, str(source), options.revision),
+        ref=model_ref(model, resolved.source, resolved.revision),
         dtype=pick_dtype(options.dtype, source=resolved.dtype),
         owned=True,
         folder=resolved.folder,

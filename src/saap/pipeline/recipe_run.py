@@ -11,6 +11,7 @@ from saap.errors import OutputError, StaleInputError
 from saap.export.placing import check_place
 from saap.models.loading import load_tokenizer
 from saap.models.references import resolve_model
+from saap.pipeline.dense_model import DenseChoice, resolve_dense
 from saap.pipeline.evaluate import check_request
 from saap.pipeline.progress import Reporter, Silent
 from saap.pipeline.recipe_steps import Step, recipe_steps, tree_digest
@@ -59,13 +60,12 @@ def _check_inputs(recipe: Recipe) -> None:
     resolved = resolve_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     if recipe.recover is not None:
         read_data(recipe.recover, load_tokenizer(resolved))
-        if recipe.recover.teacher is not None:
-            resolve_model(recipe.recover.teacher)
+        resolve_dense(DenseChoice.of(recipe.recover, recipe.recover.teacher), None)
     for request in recipe.eval.values():
         check_request(request)
-        for name in (request.dense, *request.beside):
-            if name is not None:
-                resolve_model(name)
+        resolve_dense(DenseChoice.of(request, request.dense), None)
+        for name in request.beside:
+            resolve_model(name)
 
 
 class _State:

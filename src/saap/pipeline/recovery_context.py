@@ -19,6 +19,7 @@ from saap.models.devices import pick_device, pick_dtype
 from saap.models.loading import load_tokenizer
 from saap.models.processes import Processes
 from saap.models.references import ResolvedModel, resolve_model
+from saap.pipeline.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.inputs import EVALUATION_TOKENS, RunOptions
 from saap.pipeline.meter import Meter
 from saap.pipeline.progress import Reporter, Silent
@@ -73,8 +74,8 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
     with meter.stage("read the model's records and the training data"):
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
         tokenizer = load_tokenizer(resolved)
-        earlier = _earlier_manifest(resolved)
-        config, teacher = _with_teacher(config, source, earlier, tokenizer, options, meter)
+        earlier = manifest_of(resolved)
+        config, teacher = _with_teacher(config, source, earlier, tokenizer, meter)
         data = read_data(config, tokenizer)
     return Recovery(
         source=source, config=config, options=options, resolved=resolved, tokenizer=tokenizer, teacher=teacher,
@@ -114,7 +115,7 @@ def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> 
 
 
 def _with_teacher(
-    config: RecoverConfig, source: str, earlier: RunManifest | None, tokenizer: Any, options: RunOptions, meter: Meter
+    config: RecoverConfig, source: str, earlier: RunManifest | None, tokenizer: Any, meter: Meter
 ) -> tuple[RecoverConfig, ResolvedModel | None]:
     """The settings with teacher and distillation as they will be, and the dense model if it is needed.
 
@@ -123,21 +124,22 @@ def _with_teacher(
     teacher.
     """
     teacher = None
-    if config.teacher is not None:
-        found = resolve_model(config.teacher, trust_remote_code=options.trust_remote_code)
-        teacher = _same_tokens(found, source, tokenizer)
-    elif config.distillation != 0 and earlier is not None:
-        base = earlier.base
+    choice = DenseChoice.of(config, config.teacher)
+    if config.teacher is not None or config.distillation != 0:
         try:
-            found = resolve_model(base.source, base.revision, options.trust_remote_code, fetch=False)
-            teacher = _same_tokens(found, source, tokenizer)
+            found = resolve_dense(choice, earlier)
+            teacher = None if found is None else _same_tokens(found, source, tokenizer)
         except SaapError as error:
+            if config.teacher is not None:
+                raise
             meter.reporter.note(f"the dense model teaches nothing: {error}")
     if teacher is None and config.distillation:
         raise ConfigurationError("--distillation has no teacher", "Name the dense model with --teacher MODEL")
     share = config.distillation if config.distillation is not None else (DISTILLATION if teacher else 0.0)
-    name = None if teacher is None else teacher.source
-    return config.model_copy(update={"teacher": name, "distillation": share}), teacher
+    known = {"teacher": None, "dense_revision": None} if teacher is None else {
+        "teacher": teacher.source, "dense_revision": teacher.revision,
+    }  # fmt: skip
+    return config.model_copy(update={**known, "distillation": share}), teacher
 
 
 def _same_tokens(dense: ResolvedModel, source: str, tokenizer: Any) -> ResolvedModel:
@@ -148,17 +150,6 @@ def _same_tokens(dense: ResolvedModel, source: str, tokenizer: Any) -> ResolvedM
             f"--teacher {dense.source} has another vocabulary than {source}", "Name the model that it was pruned from"
         )
     return dense
-
-
-def _earlier_manifest(resolved: ResolvedModel) -> RunManifest | None:
-    """The record of a checkpoint that saap has written; None for other models and for records of other versions."""
-    file = resolved.folder / "saap" / "manifest.json"
-    if resolved.gguf_file is not None or not file.is_file():
-        return None
-    try:
-        return RunManifest.model_validate_json(file.read_bytes())
-    except ValueError:
-        return None
 
 
 def settings_digest(run: Recovery) -> str:

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from saap.errors import EvaluationError
-from saap.pipeline.report_parts import environment_section, evaluation_sections, read_json
+from saap.pipeline.report_parts import environment_section, evaluation_sections
 from saap.reporting import comparison_figures as drawn
 from saap.reporting.figures import Figure
 from saap.reporting.page import Page, Section
 from saap.reporting.tables import comparison_table, number, ratio_table, short, task_table
-
-
-def read_comparison(path: Path) -> dict[str, Any]:
-    """The content of `comparison.json`. Raises EvaluationError."""
-    comparison = read_json(path, "a comparison")
-    if not {"model", "dense", "rows"} <= set(comparison) or not comparison["rows"]:
-        raise EvaluationError(f"{path} is no comparison", "Name a folder that `saap compare` wrote")
-    return comparison
 
 
 def ratio_section(comparison: Mapping[str, Any]) -> Section:
@@ -56,19 +47,11 @@ def task_sections(comparison: Mapping[str, Any]) -> list[Section]:
             Section(
                 name=f"tasks-{ratio:g}".replace(".", "-"),
                 title=f"Questions answered without examples, {ratio:.0%} removed",
-                figures=() if figure is None else (_renamed(figure, ratio),),
+                figures=() if figure is None else (dataclasses.replace(figure, name=f"{figure.name}-{ratio:g}"),),
                 tables=(("Accuracy and standard error", task_table(comparison, ratio)),),
             )
         )
     return sections
-
-
-def _renamed(figure: Figure, ratio: float) -> Figure:
-    """Each figure of a page has a name of its own."""
-    return Figure(
-        name=f"{figure.name}-{drawn.slug(f'{ratio:g}')}", title=figure.title, text=figure.text, draw=figure.draw,
-        height=figure.height,
-    )  # fmt: skip
 
 
 def middle_ratio(comparison: Mapping[str, Any]) -> float:
@@ -77,7 +60,7 @@ def middle_ratio(comparison: Mapping[str, Any]) -> float:
     return 0.2 if 0.2 in ratios else ratios[len(ratios) // 2]
 
 
-def comparison_page(comparison: Mapping[str, Any], reports: Sequence[dict[str, Any]]) -> Page:
+def comparison_page(comparison: Mapping[str, Any], reports: Sequence[Mapping[str, Any]]) -> Page:
     """The page of a whole comparison. reports: of `saap eval`."""
     text = next(iter(comparison["dense"]["perplexity"]))
     methods = list(dict.fromkeys(row["method"] for row in comparison["rows"]))

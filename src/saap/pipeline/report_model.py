@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from saap.config import FusionScope
-from saap.errors import EvaluationError
+from saap.errors import EvaluationError, PlanError
 from saap.estimation.fusion import closed_form_sigma, fused
 from saap.export.manifest import RunManifest
 from saap.pipeline.report_comparison import ratio_section
-from saap.pipeline.report_parts import environment_section, evaluation_sections, read_json
-from saap.records import ImportanceScores
+from saap.pipeline.report_parts import environment_section, evaluation_sections
+from saap.records import ImportanceScores, Role
 from saap.reporting import model_figures as drawn
 from saap.reporting.figures import Figure
 from saap.reporting.importance import Agreement, GroupView, agreement, by_layer, mean_known
 from saap.reporting.page import Page, Section
 from saap.reporting.tables import number
-from saap.storage import parse_units, read_scores
+from saap.storage import STATISTICS, PlanDocument, TrailEntry, parse_units, read_plan_document, read_scores
 
+LARGEST = 1e100
+"""Scores below this can be fused and drawn."""
+_PLACE = re.compile(rf"(layers\.(?P<layer>[0-9]{{1,6}})\.)?(?P<role>{'|'.join(Role)})(\.|$)", re.ASCII)
 ENOUGH = 200
 """Units of a role from which distributions of their scores say something."""
 
 
-def model_page(folder: Path, reports: Sequence[dict[str, Any]], comparison: Mapping[str, Any] | None) -> Page:
+def model_page(
+    folder: Path, manifest: RunManifest, reports: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any] | None
+) -> Page:
     """The page of a folder that `saap prune` wrote. reports: of `saap eval`. comparison: baselines to show beside it.
 
-    Raises EvaluationError for a damaged folder.
+    Raises PlanError, StaleInputError or EvaluationError for a damaged folder.
     """
-    manifest = _manifest(folder / "saap" / "manifest.json")
-    plan = read_json(folder / "saap" / "plan.json", "a plan")
+    plan = read_plan_document(folder / "saap" / "plan.json")
+    groups = _groups(plan, folder)
     scores_file = folder / "saap" / "scores.safetensors"
-    views = _views(read_scores(scores_file), plan, manifest) if scores_file.is_file() else []
+    views = _views(scores_file, groups, manifest) if scores_file.is_file() else []
     found = manifest.perplexity
     sections = [
-        _structure_section(plan),
+        _structure_section(groups, plan.dropped_blocks),
         *([_importance_section(views)] if views else []),
-        *([_search_section(plan)] if plan.get("trail") else []),
+        *_search_sections(plan.trail),
         *([] if comparison is None else [ratio_section(comparison)]),
         *evaluation_sections(reports),
-        *_recovery_sections(folder),
+        *_recovery_sections(manifest),
         _stages_section(manifest),
         environment_section(
             [manifest.command, *(report.get("command", ()) for report in reports)],
@@ -74,34 +80,53 @@ def _duration(seconds: float) -> str:
     return f"{seconds:,.0f} s" if seconds < 300 else f"{seconds / 60:,.0f} min"
 
 
-def _manifest(path: Path) -> RunManifest:
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A group of the plan that can be shown. layer: -1 for the whole model's. units: the kept ones, as runs."""
+
+    layer: int
+    role: str
+    kept: int
+    of: int
+    units: str | None
+
+
+def _groups(plan: PlanDocument, folder: Path) -> dict[str, _Group]:
+    """The groups by name, "layers.3.ffn" or "hidden". Raises PlanError for what is no group of a written plan."""
+    found = {}
+    for name, entry in plan.groups.items():
+        place = _PLACE.match(name)
+        if place is None or entry.kept is None or entry.of is None or entry.kept > entry.of:
+            raise PlanError(
+                f"{folder / 'saap' / 'plan.json'} has a group {name[:60]!r} that no run has written",
+                "Use the folder as `saap prune` wrote it",
+            )
+        found[name] = _Group(int(place["layer"] or -1), place["role"], entry.kept, entry.of, entry.units)
+    return found
+
+
+def _views(file: Path, groups: Mapping[str, _Group], manifest: RunManifest) -> list[GroupView]:
+    """The scores of every module that can be pruned, fused as the run fused them.
+
+    Raises EvaluationError for scores that do not fit the plan, or cannot be shown.
+    """
+    scores = read_scores(file)
     try:
-        return RunManifest.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        where = ", ".join(".".join(map(str, fault["loc"])) or "the file" for fault in error.errors()[:3])
+        scope = FusionScope(manifest.settings.get("fusion_scope", FusionScope.LAYER_ROLE))
+        kept = {name: _kept(scores, name, group) for name, group in groups.items() if name in scores.groups}
+    except ValueError as error:
         raise EvaluationError(
-            f"{path} is no manifest of this version ({where})", "Use the saap that wrote it, or prune again"
+            f"{file} does not fit the plan and the manifest beside it ({error})", "Use the folder as it was written"
         ) from None
-
-
-def _group_place(name: str) -> tuple[int, str]:
-    """Layer and role of a group by its name, "layers.3.ffn"; groups of the whole model have layer -1."""
-    parts = name.split(".")
-    return (int(parts[1]), parts[2]) if len(parts) > 2 and parts[1].isdecimal() else (-1, parts[-1])
-
-
-def _views(scores: ImportanceScores, plan: Mapping[str, Any], manifest: RunManifest) -> list[GroupView]:
-    """The scores of every module that can be pruned, fused as the run fused them."""
-    scope = FusionScope(manifest.settings.get("fusion_scope", FusionScope.LAYER_ROLE))
-    names = [name for name in scores.groups if name in plan["groups"] and _group_place(name)[0] >= 0]
     shared: dict[tuple[object, ...], list[str]] = {}
-    for name in names:
-        layer, role = _group_place(name)
+    for name in kept:
+        layer, role = groups[name].layer, groups[name].role
         keys: dict[FusionScope, tuple[object, ...]] = {
             FusionScope.GLOBAL: (), FusionScope.ROLE: (role,), FusionScope.LAYER: (layer,),
             FusionScope.LAYER_ROLE: (layer, role),
         }  # fmt: skip
-        shared.setdefault(keys[scope], []).append(name)
+        if layer >= 0:
+            shared.setdefault(keys[scope], []).append(name)
     views = {}
     for same in shared.values():
         sigmas = [
@@ -110,25 +135,33 @@ def _views(scores: ImportanceScores, plan: Mapping[str, Any], manifest: RunManif
         ]
         for name in same:
             unit = fused(scores.groups[name], sigmas[0], sigmas[1], max(scores.samples, 2))
-            kept = np.zeros(len(unit.mean), dtype=bool)
-            kept[list(parse_units(plan["groups"][name]["units"]))] = True
-            layer, role = _group_place(name)
             views[name] = GroupView(
-                name=name, layer=layer, role=role, vector=scores.groups[name].vector,
-                element=scores.groups[name].element, fused=unit.mean, fluctuation=unit.variance, kept=kept,
+                name=name, layer=groups[name].layer, role=groups[name].role, vector=scores.groups[name].vector,
+                element=scores.groups[name].element, fused=unit.mean, fluctuation=unit.variance, kept=kept[name],
             )  # fmt: skip
-    return [views[name] for name in names]
+    return [views[name] for name in kept if name in views]
 
 
-def _structure_section(plan: Mapping[str, Any]) -> Section:
-    rows = [
-        {"layer": _group_place(name)[0], "role": _group_place(name)[1], "kept": entry["kept"], "of": entry["of"]}
-        for name, entry in plan["groups"].items()
-        if _group_place(name)[0] >= 0
+def _kept(scores: ImportanceScores, name: str, group: _Group) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Which units of a group stay, (units,). Raises ValueError where that, or its scores, cannot be known."""
+    arrays = [getattr(scores.groups[name], statistic) for statistic in STATISTICS]
+    if len(arrays[0]) != group.of or group.units is None:
+        raise ValueError(f"{name} has scores of {len(arrays[0])} units")
+    if not all(np.abs(array).max(initial=0) < LARGEST for array in arrays):  # also where one is no number
+        raise ValueError(f"{name} has scores that are no finite numbers")
+    kept = np.zeros(group.of, dtype=bool)
+    kept[list(parse_units(group.units, group.of))] = True
+    return kept
+
+
+def _structure_section(groups: Mapping[str, _Group], dropped: Sequence[int]) -> Section:
+    rows: list[dict[str, Any]] = [
+        {"layer": group.layer, "role": group.role, "kept": group.kept, "of": group.of}
+        for group in groups.values()
+        if group.layer >= 0
     ]
     roles = list(dict.fromkeys(row["role"] for row in rows))
     whole = [role for role in roles if all(row["kept"] == row["of"] for row in rows if row["role"] == role)]
-    dropped = plan.get("dropped_blocks") or ()
     words = f"Whole blocks that left: {', '.join(map(str, dropped))}." if dropped else "Every block is still there."
     words += "".join(f" Nothing was taken from {role}." for role in whole)
     layers = sorted({row["layer"] for row in rows})
@@ -240,30 +273,30 @@ def _size(count: int) -> str:
     return f"{count / 1e6:,.0f} MB" if count >= 10**7 else f"{count / 1e3:,.0f} kB"
 
 
-def _search_section(plan: Mapping[str, Any]) -> Section:
-    return Section(
-        name="search",
-        title="How the structure was found",
-        paragraphs=("Each candidate was tried by masking, before anything was cut, on text kept apart for this.",),
-        figures=(drawn.trail(plan["trail"]),),
-    )
+def _search_sections(trail: Sequence[TrailEntry]) -> list[Section]:
+    measured = [(entry.name, entry.loss) for entry in trail if entry.loss is not None]
+    if not measured:
+        return []
+    words = "Each candidate was tried by masking, before anything was cut, on text kept apart for this."
+    figures = (drawn.trail(measured),)
+    return [Section(name="search", title="How the structure was found", paragraphs=(words,), figures=figures)]
 
 
-def _recovery_sections(folder: Path) -> list[Section]:
+def _recovery_sections(manifest: RunManifest) -> list[Section]:
     """The loss curve and the answers before and after, where a recovery left them in the manifest."""
-    record = read_json(folder / "saap" / "manifest.json", "a manifest")
     sections = []
     curves: dict[str, list[tuple[float, float]]] = {}
-    for point in (record.get("recovery") or {}).get("curve") or ():
-        for name, label in (("loss", "training"), ("validation", "validation")):
-            if point.get(name) is not None:
-                curves.setdefault(label, []).append((float(point["step"]), float(point[name])))
+    for point in () if manifest.recovery is None else manifest.recovery.curve:
+        for value, label in ((point.loss, "training"), (point.validation, "validation")):
+            if value is not None:
+                curves.setdefault(label, []).append((point.step, value))
     if curves:
         sections.append(Section(name="recovery", title="Recovery, step by step", figures=(drawn.losses(curves),)))
-    answers = record.get("answers") or {}
-    texts = tuple((name, text) for name, text in answers.items() if name != "prompt" and text)
+    answers = {} if manifest.answers is None else manifest.answers.model_dump()
+    prompt = answers.pop("prompt", "")
+    texts = tuple((name, text) for name, text in answers.items() if text)
     if texts:
-        sections.append(Section(name="answer", title="One answer, step by step", answers=((answers["prompt"], texts),)))
+        sections.append(Section(name="answer", title="One answer, step by step", answers=((prompt, texts),)))
     return sections
 
 

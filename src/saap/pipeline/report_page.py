@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saap.errors import EvaluationError, OutputError
+from saap.export.manifest import read_manifest
 from saap.pipeline.compare import FILE as COMPARISON
-from saap.pipeline.report_comparison import comparison_page, read_comparison
+from saap.pipeline.report_comparison import comparison_page
+from saap.pipeline.report_files import read_comparison, read_evaluation
 from saap.pipeline.report_model import model_page
-from saap.pipeline.report_parts import read_json
 from saap.pipeline.tables import write_page_tables
 from saap.reporting.figures import write_figures
 from saap.reporting.page import Page, render
@@ -20,24 +21,22 @@ def build_page(source: Path, evaluations: Sequence[Path] = (), comparison: Path 
     """The report of a folder that `saap prune` or `saap compare` wrote.
 
     evaluations: JSON files that `saap eval --out` wrote. comparison: a folder that `saap compare` wrote, whose
-    baselines are to be shown beside a pruned model. Raises EvaluationError for anything else.
+    baselines are to be shown beside a pruned model. Raises SaapError for anything else.
     """
-    reports = [read_json(path, "a report of `saap eval --out`") for path in evaluations]
-    for path, report in zip(evaluations, reports, strict=True):
-        if not {"model", "perplexity", "tasks"} <= set(report):
-            raise EvaluationError(f"{path} is no report of `saap eval --out`", "Give the file that --out wrote")
+    reports = [read_evaluation(path) for path in evaluations]
     beside = None if comparison is None else read_comparison(_comparison_file(comparison))
     file = _comparison_file(source)
     if file.name == COMPARISON and file.is_file():
         if beside is not None:
             raise EvaluationError(f"{source} is a comparison itself", "Leave out --compare, or name a pruned model")
         return comparison_page(read_comparison(file), reports)
-    if not (source / "saap" / "manifest.json").is_file():
+    manifest = read_manifest(source)
+    if manifest is None:
         raise EvaluationError(
             f"{source} was written neither by `saap prune` nor by `saap compare`",
             "Name a folder that one of them wrote",
         )
-    return model_page(source, reports, beside)
+    return model_page(source, manifest, reports, beside)
 
 
 def write_page(page: Page, out: Path, figure_folder: Path | None) -> list[Path]:

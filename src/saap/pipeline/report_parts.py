@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from saap.errors import EvaluationError
 from saap.reporting import model_figures
 from saap.reporting.page import Section
 from saap.reporting.tables import number, short
@@ -21,18 +19,7 @@ MEASURES = (
 )  # fmt: skip
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises EvaluationError, which says that it is not `what`."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise EvaluationError(f"{path} cannot be read as {what} ({error})", "Give another file") from None
-    if not isinstance(content, dict):
-        raise EvaluationError(f"{path} is not {what}", "Give another file")
-    return content
-
-
-def evaluation_sections(reports: Sequence[dict[str, Any]]) -> list[Section]:
+def evaluation_sections(reports: Sequence[Mapping[str, Any]]) -> list[Section]:
     """Perplexities, tasks, text and speed of `saap eval`, the dense model beside them where it was measured."""
     columns: dict[str, dict[str, Any]] = {}
     for report in reports:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from saap._version import __version__
 from saap.baselines.methods import Measurements
 from saap.config import PrunableRole, PruneConfig
 from saap.data.samples import Calibration
@@ -236,6 +237,7 @@ def _settings_digest(config: PruneConfig, prepared: _Prepared) -> str:
     tokens = prepared.tokens
     return digest_of(
         [
+            __version__,
             config.model_dump(mode="json"),
             prepared.graph.digest,
             str(prepared.loaded.dtype),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saap.reporting.comparison_figures import slug
+from saap.reporting.figures import slug
 from saap.reporting.page import Page
 from saap.reporting.tables import comparison_table, to_csv, to_latex, to_markdown
 from saap.storage import write_whole

@@ -13,6 +13,7 @@ import torch
 
 from saap.config import PruneConfig
 from saap.export.huggingface import check_output
+from saap.export.placing import place
 from saap.pipeline.inputs import RunOptions
 from saap.pipeline.work import WorkFolder
 from saap.records import ModelGraph
@@ -52,9 +53,14 @@ def plan_targets(config: PruneConfig, options: RunOptions, *, check: bool = True
     return targets
 
 
-def note_finished(work: WorkFolder, target: Target, folder: Path, report: Mapping[str, Any]) -> None:
-    """Record that a result is whole, just before its `folder` is put in the target's place."""
-    work.write_json(_finished_name(target), {"manifest": _manifest_digest(folder), "report": report})
+def place_finished(work: WorkFolder, target: Target, folder: Path, report: Mapping[str, Any]) -> None:
+    """Put a whole result, which lies in `folder`, in the target's place, and record that just before.
+
+    Raises OutputError if that cannot be done; `folder` is then still there.
+    """
+    if target.folder is not None:
+        work.write_json(_finished_name(target), {"manifest": _manifest_digest(folder), "report": report})
+        place(folder, target.folder)
 
 
 def finished_report(work: WorkFolder, target: Target) -> dict[str, Any] | None:

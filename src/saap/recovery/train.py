@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -287,8 +286,3 @@ def _line(point: LossPoint, share: float) -> str:
         f"step {point.step}: loss {point.loss:.4f}, validation {point.validation:.4f}, {speed:.0f} tokens/s, "
         f"about {left:.0f} s left"
     )
-
-
-def trainable(model: Any) -> dict[str, nn.Parameter]:
-    """The parameters of the model that want gradients, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,11 +12,6 @@ from saap.reporting.tables import measured_at, merged_over_seeds, short
 
 OURS = "saap"
 STEPS = ("score", "search", "make")
-
-
-def slug(text: str) -> str:
-    """A name for files and anchors."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
 
 
 def _methods(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -62,7 +56,7 @@ def perplexity_by_ratio(comparison: Mapping[str, Any], text: str, restored: bool
 
     with_restoration = "with restoration by saap for every method" if restored else "cut only"
     return Figure(
-        name=f"ratio-{'restored' if restored else 'cut'}-{slug(short(text))}",
+        name=f"ratio-{'restored' if restored else 'cut'}-{short(text)}",
         title=f"{short(text)}: perplexity by pruning ratio, {with_restoration}",
         text=f"{len(lines)} methods; lower is better, 1 is the dense model. The table below has the numbers.",
         draw=draw,
@@ -100,7 +94,7 @@ def restoration_gain(comparison: Mapping[str, Any], text: str, ratio: float) -> 
     best = order[0]
     said = f"Best after restoration is {best} with {both[best][True]:.2f} ({both[best][False]:.2f} cut only)."
     return Figure(
-        name=f"gain-{slug(short(text))}",
+        name=f"gain-{short(text)}",
         title=f"{short(text)}: selection and restoration told apart, {ratio:.0%} removed",
         text=f"The circles compare what the methods choose, the lines show what restoration brings back. {said}",
         draw=draw,
@@ -110,7 +104,7 @@ def restoration_gain(comparison: Mapping[str, Any], text: str, ratio: float) -> 
 
 def kept_above_chance(comparison: Mapping[str, Any], ratio: float) -> Figure | None:
     """Share of the dense accuracy above chance with its interval, one row a method and restoration."""
-    rows = [row for row in measured_at(comparison, ratio) if (row["kept_accuracy"] or {}).get("value") is not None]
+    rows = [row for row in measured_at(comparison, ratio) if None not in (row["kept_accuracy"] or {"": None}).values()]
     if not rows:
         return None
     rows = sorted(rows, key=lambda row: -row["kept_accuracy"]["value"])
@@ -125,8 +119,8 @@ def kept_above_chance(comparison: Mapping[str, Any], ratio: float) -> Figure | N
             here = [place for place in places if rows[place]["restored"] is restored]
             kept = [rows[place]["kept_accuracy"] for place in here]
             if kept:
-                sides = [[100 * (one["value"] - one["low"]) for one in kept],
-                         [100 * (one["high"] - one["value"]) for one in kept]]  # fmt: skip
+                sides = [[100 * max(0, one["value"] - one["low"]) for one in kept],
+                         [100 * max(0, one["high"] - one["value"]) for one in kept]]  # fmt: skip
                 axis.errorbar([100 * one["value"] for one in kept], here, xerr=sides, fmt=mark, color=colour,
                               label=label, capsize=3)  # fmt: skip
         axis.axvline(100, color=INK, linestyle=":", linewidth=1, label="dense")
@@ -191,7 +185,7 @@ def seconds_by_method(comparison: Mapping[str, Any], ratio: float) -> Figure:
         axis.bar_label(bars, labels=labels, padding=3, fontsize=8.5)
         axis.set_yticks(places, [row["method"] for row in rows])
         axis.invert_yaxis()
-        axis.set(xlabel="seconds", xlim=(0, 1.4 * max(left)))
+        axis.set(xlabel="seconds", xlim=(0, 1.4 * max(left, default=0) or 1))
         axis.grid(visible=False, axis="y")
         legend_outside(axis)
 

@@ -23,19 +23,30 @@ STYLE = {
     "axes.spines.right": False, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
     "xtick.color": INK, "ytick.color": INK, "legend.frameon": False, "figure.constrained_layout.use": True,
     "savefig.transparent": True, "axes.grid": True, "grid.color": "#88888844", "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
+    "axes.axisbelow": True, "text.parse_math": False,
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One figure. draw: onto a matplotlib axis. text: what it shows, in words, for those who cannot see it."""
+    """One figure. draw: onto a matplotlib axis. text: what it shows, in words, for those who cannot see it.
+
+    name: becomes that of files and anchors; whatever it is made of, letters, digits and hyphens are left of it.
+    """
 
     name: str
     title: str
     text: str
     draw: Callable[[Any], None]
     height: float = SIZE[1]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", slug(self.name))
+
+
+def slug(text: str) -> str:
+    """A name for files and anchors."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
 
 
 @contextmanager

@@ -43,11 +43,12 @@ def importance_by_layer(views: Sequence[GroupView], role: str) -> Figure:
     """Median and middle 80 % of each score by layer, each score divided by its median over all layers."""
     mine = by_layer(views, role)
     layers = sorted(mine)
+    ends = np.cumsum([len(mine[layer].fused) for layer in layers])[:-1]
     bands = {}
     for name in SCORES:
-        values = np.stack([getattr(mine[layer], name) for layer in layers])
-        middle = float(np.median(values)) or 1.0
-        bands[name] = np.percentile(values / middle, [10, 50, 90], axis=1)
+        values = np.concatenate([getattr(mine[layer], name) for layer in layers])
+        parts = np.split(values / (float(np.median(values)) or 1.0), ends)
+        bands[name] = np.stack([np.percentile(part, [10, 50, 90]) for part in parts], axis=1)
 
     def draw(axis: Any) -> None:
         for index, (name, (low, middle, high)) in enumerate(bands.items()):
@@ -171,10 +172,9 @@ def _bar_height(bars: int) -> float:
     return 0.9 + 0.27 * bars
 
 
-def trail(candidates: Sequence[Mapping[str, Any]]) -> Figure:
-    """Measured loss of every candidate of the search, best first."""
-    names = [candidate["name"] for candidate in candidates]
-    losses = [candidate["loss"] for candidate in candidates]
+def trail(candidates: Sequence[tuple[str, float]]) -> Figure:
+    """Measured loss of every candidate of the search, best first. candidates: name, loss."""
+    names, losses = [name for name, _ in candidates], [loss for _, loss in candidates]
 
     def draw(axis: Any) -> None:
         places = np.arange(len(names))

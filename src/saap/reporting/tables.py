@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,10 @@ import numpy as np
 Table = tuple[list[str], list[list[str]]]
 """Headings and rows."""
 
-_LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "±": r"$\pm$", "{": r"\{", "}": r"\}"}
+_LATEX = {
+    "\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#",
+    "$": r"\$", "±": r"$\pm$", "{": r"\{", "}": r"\}",
+}  # fmt: skip
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -137,16 +141,20 @@ def to_csv(table: Table) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    """A table for Markdown; bars in cells are escaped."""
-    lines = [table[0], ["---"] * len(table[0]), *table[1]]
-    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+    """A table for Markdown; a cell has no bars, HTML, links or further lines of its own."""
+
+    def escaped(cell: str) -> str:
+        return re.sub(r"([|\[\]\\])", r"\\\1", " ".join(cell.split())).replace("<", "&lt;")
+
+    lines = [map(escaped, table[0]), ["---"] * len(table[0]), *(map(escaped, line) for line in table[1])]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def to_latex(table: Table) -> str:
     """A `tabular` with rules of the package booktabs."""
 
     def escaped(cell: str) -> str:
-        return "".join(_LATEX.get(character, character) for character in cell)
+        return "".join(_LATEX.get(character, character) for character in " ".join(cell.split()))
 
     def line(cells: Sequence[str]) -> str:
         return " & ".join(map(escaped, cells)) + r" \\" + "\n"

@@ -175,10 +175,9 @@ def _special(tokenizer: Any) -> Iterator[Field]:
         index = getattr(tokenizer, f"{name}_token_id", None)
         if index is not None:
             yield Field(key, int(index), _TYPES.UINT32)
-    sample = tokenizer("a").input_ids
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    yield Field(_KEYS.ADD_BOS, bos is not None and sample[0] == bos, _TYPES.BOOL)
-    yield Field(_KEYS.ADD_EOS, eos is not None and sample[-1] == eos, _TYPES.BOOL)
+    sample = list(tokenizer("a").input_ids)
+    yield Field(_KEYS.ADD_BOS, sample[:1] == [tokenizer.bos_token_id], _TYPES.BOOL)
+    yield Field(_KEYS.ADD_EOS, sample[-1:] == [tokenizer.eos_token_id], _TYPES.BOOL)
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
