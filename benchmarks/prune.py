@@ -1,10 +1,12 @@
 """Prunes the real model as a user would and measures the result on texts that nothing was calibrated on.
 
     python benchmarks/prune.py default-wikitext2 [more rows] [--instructions FILE] [--keep DIR]
+    python benchmarks/prune.py default-mixed default-mixed-no-bos --model NAME=MODEL      # of another model
     python benchmarks/prune.py --list
-    python benchmarks/prune.py --table        # writes the table of benchmarks/README.md from benchmarks/results
+    python benchmarks/prune.py --table        # writes the tables of benchmarks/README.md from benchmarks/results
 
-Each row runs one `saap prune` in a process of its own, then perplexities, and writes benchmarks/results/ROW.json.
+Each row runs one `saap prune` in a process of its own, then perplexities, and writes benchmarks/results/ROW.json, of
+another model results/NAME/ROW.json.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ ROWS: dict[str, list[str]] = {
     "best-wikitext2": ["--pruning-ratio", "0.2", "--effort", "best", *ON_WIKITEXT2],
     "fast-mixed": ["--pruning-ratio", "0.2", "--effort", "fast"],
     "default-mixed": ["--pruning-ratio", "0.2"],
+    "default-mixed-no-bos": ["--pruning-ratio", "0.2", "--no-bos"],
     "best-mixed": ["--pruning-ratio", "0.2", "--effort", "best"],
     "default-wikitext2-10": ["--pruning-ratio", "0.1", *ON_WIKITEXT2],
     "default-wikitext2-30": ["--pruning-ratio", "0.3", *ON_WIKITEXT2],
@@ -68,22 +71,23 @@ def as_text(file: Path, folder: Path) -> Path:
     return written
 
 
-def perplexities(model: str, named: dict[str, Path], folder: Path) -> dict[str, float]:
+def perplexities(model: str, named: dict[str, Path], folder: Path, *, bos: bool) -> dict[str, float]:
     import saap
 
     found = {}
     for name, file in named.items():
-        report = saap.evaluate(model, texts=[as_text(file, folder)], max_tokens=TOKENS[name])
+        report = saap.evaluate(model, texts=[as_text(file, folder)], max_tokens=TOKENS[name], bos=bos)
         (value,) = report.perplexity.values()
         found[name] = value.value
     return found
 
 
-def run(row: str, named: dict[str, Path], keep: Path | None) -> None:
+def run(row: str, named: dict[str, Path], keep: Path | None, model: str, results: Path) -> None:
+    bos = "--no-bos" not in ROWS[row]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         out = keep / row if keep is not None else folder / "pruned"
-        command = ["saap", "prune", "smollm2", *ROWS[row]]
+        command = ["saap", "prune", model, *ROWS[row]]
         start = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-m", "saap.cli", *command[1:], "--out", str(out), "--overwrite", "--json"],
@@ -91,14 +95,14 @@ def run(row: str, named: dict[str, Path], keep: Path | None) -> None:
         )  # fmt: skip
         seconds = time.perf_counter() - start
         report = json.loads(done.stdout)
-        dense_file = RESULTS / "dense.json"
+        dense_file = results / ("dense.json" if bos else "dense-no-bos.json")
         dense = json.loads(dense_file.read_text()) if dense_file.exists() else {}
         lacking = {name: file for name, file in named.items() if name not in dense}
-        dense |= perplexities("smollm2", lacking, folder) if lacking else {}
-        RESULTS.mkdir(exist_ok=True)
+        dense |= perplexities(model, lacking, folder, bos=bos) if lacking else {}
+        results.mkdir(exist_ok=True)
         dense_file.write_text(json.dumps(dense, indent=1) + "\n")
-        pruned = perplexities(str(out), named, folder)
-    shown = " ".join(command).replace(str(HERE.parent) + os.sep, "")
+        pruned = perplexities(str(out), named, folder, bos=bos)
+    shown = " ".join(["saap", "prune", Path(model).name, *ROWS[row]]).replace(str(HERE.parent) + os.sep, "")
     result = {
         "command": shown,
         "seconds": round(seconds, 1),
@@ -108,6 +112,7 @@ def run(row: str, named: dict[str, Path], keep: Path | None) -> None:
         "pruning_ratio": report["pruning_ratio"],
         "parameters": report["parameters"],
         "dtype": report["dtype"],
+        "perplexity_dense": {name: dense[name] for name in pruned},
         "perplexity": pruned,
         "ratio": {name: value / dense[name] for name, value in pruned.items()},
         "trail": report["trail"],
@@ -116,7 +121,7 @@ def run(row: str, named: dict[str, Path], keep: Path | None) -> None:
             "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         },
     }  # fmt: skip
-    (RESULTS / f"{row}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (results / f"{row}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({"row": row, "seconds": result["seconds"], **result["ratio"]}))
 
 
@@ -140,6 +145,20 @@ def table() -> None:
     write_between_marks("table", "\n".join(lines))
 
 
+def other_models() -> None:
+    """Dense and pruned perplexities of every row of every other model."""
+    names = [name for name in TOKENS if name != "instructions"]
+    lines = ["| model | row | " + " | ".join(f"{name}: dense, pruned, ratio" for name in names) + " |"]
+    lines.append("|---" * (len(names) + 2) + "|")
+    for file in sorted(RESULTS.glob("*/*.json")):
+        result = json.loads(file.read_text())
+        if file.stem in ROWS and "perplexity_dense" in result:
+            dense, pruned, ratio = (result[key] for key in ("perplexity_dense", "perplexity", "ratio"))
+            cells = [f"{dense[name]:.2f}, {pruned[name]:.2f}, {ratio[name]:.3f}" for name in names if name in ratio]
+            lines.append(f"| {file.parent.name} | {file.stem} | {' | '.join(cells)} |")
+    write_between_marks("other-models", "\n".join(lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW", choices=[*ROWS, []])
@@ -147,13 +166,16 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--instructions", type=Path)
     parser.add_argument("--keep", type=Path, metavar="DIR")
+    parser.add_argument("--model", default="=smollm2", metavar="NAME=MODEL", help="another model than SmolLM2")
     given = parser.parse_args()
+    label, _, model = given.model.partition("=")
     if given.list:
         print("\n".join(f"{row}: saap prune smollm2 {' '.join(flags)}" for row, flags in ROWS.items()))
     for row in given.rows:
-        run(row, texts(given.instructions), given.keep)
+        run(row, texts(given.instructions), given.keep, model, RESULTS / label if label else RESULTS)
     if given.table:
         table()
+        other_models()
 
 
 if __name__ == "__main__":
