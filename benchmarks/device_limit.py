@@ -1,0 +1,91 @@
+"""Restores four layers of LLaMA-7B on a pretended accelerator of limited memory; all 32 by the formula.
+
+    PYTHONPATH=. python benchmarks/device_limit.py [--refit-tokens N] [--folder DIR]    # about half an hour on 2 cores
+
+The pretended device (tests/pretend.py) counts what lies on it and refuses more than its limit: 24 GB less the weights
+of the 28 layers that are not there. Activations of the restoration are kept elsewhere, so its peak depends on the
+micro-batch, not on how many tokens there are. Writes benchmarks/results/device-limit.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from shapes import SHAPES, byte_tokenizer, write_checkpoint
+
+from saap.config import Effort, PruneConfig
+from saap.models import device_memory, devices, loading
+from saap.pipeline import memory
+from saap.pipeline.inputs import RunOptions
+from saap.pipeline.run import run_prune
+
+RESULT = Path(__file__).resolve().parent / "results" / "device-limit.json"
+LAYERS, CARD = 4, 24 * 10**9
+
+
+def sizes(layers: int) -> memory.Sizes:
+    """Of LLaMA-7B with so many layers in bfloat16 on an accelerator."""
+    shape = replace(SHAPES["7b"], layers=layers)
+    table = 2 * shape.vocabulary * shape.hidden
+    return memory.Sizes(
+        weights=2 * shape.parameters, block=2 * shape.block_parameters, around=2 * table,
+        matrix=2 * shape.hidden * shape.ffn, widest=shape.ffn, width=shape.hidden, blocks=layers,
+        vocabulary=shape.vocabulary, heads=shape.heads,
+    )  # fmt: skip
+
+
+def measured(folder: Path, tokens: int, limit: int) -> dict[str, Any]:
+    """Peak bytes on the device, over the whole run."""
+    source = folder / "dense"
+    source.mkdir()
+    write_checkpoint(replace(SHAPES["7b"], layers=LAYERS), source)
+    byte_tokenizer().save_pretrained(source)
+    config = PruneConfig(pruning_ratios=(0.2,), effort=Effort.FAST, refit_tokens=tokens, samples=4, sample_length=64)
+    pretend = import_module("tests.pretend")  # a part of the tests, which are not typed
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(devices, "_available", return_value={"lazy": True}))
+        for module in (memory, loading):  # bfloat16 stays, as on CUDA
+            stack.enter_context(mock.patch.object(module, "working_dtype", lambda device, source: source))
+        stack.enter_context(mock.patch.object(device_memory, "of_device", return_value=limit))
+        card = stack.enter_context(pretend.pretended_devices(float64=True, limit=limit))
+        (result,) = run_prune(source, config, RunOptions(out=folder / "out"))
+        return {"peak": card.peak, "pruning_ratio": result.report.pruning_ratio}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--refit-tokens", type=int, default=8192)
+    parser.add_argument("--folder", type=Path)
+    given = parser.parse_args()
+    default = PruneConfig(pruning_ratios=(0.2,))
+    limit = CARD - (sizes(32).weights - sizes(LAYERS).weights)
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        found = measured(Path(folder), given.refit_tokens, limit)
+    result = {
+        "layers": LAYERS, "refit_tokens": given.refit_tokens, "limit": limit, **found,
+        "formula": {
+            f"{layers} layers": {
+                "in memory": memory.resident_need(sizes(layers), default),
+                "activations elsewhere": memory.spilled_need(sizes(layers), default),
+                "weights in files": memory.offloaded_need(sizes(layers), default),
+            }
+            for layers in (LAYERS, 32)
+        },
+        "reserve": memory.RESERVE_BYTES,
+        "torch": torch.__version__,
+    }  # fmt: skip
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
