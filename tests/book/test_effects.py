@@ -21,7 +21,7 @@ def test_the_effect_is_that_of_the_masked_model(family, role):
 
     def log_probabilities() -> torch.Tensor:
         with torch.no_grad():
-            return model(tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+            return model(tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
 
     def losses(logs: torch.Tensor) -> np.ndarray:
         return -logs.gather(-1, tokens[:, 1:, None]).squeeze(-1).mean(1).numpy()

@@ -1,0 +1,162 @@
+"""Digests of what small runs give, to compare before and after a change that should compute the same.
+
+    PYTHONPATH=. python scripts/run_digests.py --out before.json       # some minutes on one core
+    PYTHONPATH=. python scripts/run_digests.py --compare before.json   # exit code 1, and the cases that differ
+
+Families x layouts x roles x efforts x methods, several processes, recovery, and evaluation: everything through the
+command line and `import saap`, on models of the tests. A digest is of the kept units and of the bytes of all weights,
+so it holds for one machine and one version of torch only; training over several processes is compared to 1e-6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tests import families
+from tests.pipeline import tiny
+from transformers import AutoModelForCausalLM
+
+import saap
+
+IN_MEMORY: dict[str, Any] = {"pruning_ratio": 0.2, "samples": 6, "sample_length": 12, "refit_tokens": 1024, "align": 8}
+MANY = ("llama", "gemma2", "gpt2", "phi3", "bloom", "opt", "falcon", "codegen", "olmo2", "qwen3", "mixtral", "gemma3")
+METHODS = ("random", "magnitude", "llm-pruner-vector", "llm-pruner-mixed", "wanda-sp", "flap", "block-influence")
+LLAMA: dict[str, dict[str, Any]] = {
+    "uniform": {"layout": "uniform"},
+    "fast": {"effort": "fast"},
+    "best": {"effort": "best", "samples": 4},
+    "hidden": {"roles": ("ffn", "hidden")},
+    "block": {"roles": ("ffn", "block")},
+    "query": {"roles": ("ffn", "query")},
+    "cut only": {"restore": False},
+    "vector": {"importance": "vector"},
+    "element1": {"importance": "element1"},
+    "mixed": {"importance": "mixed"},
+    "global": {"fusion_scope": "global"},
+    "importance": {"strategy": "importance"},
+    "volatility-z": {"strategy": "volatility-z"},
+    "volatility-cv": {"strategy": "volatility-cv"},
+    "skipped": {"skip_layers": (1, 0)},
+    "seed": {"seed": 3},
+    **{method: {"method": method} for method in METHODS},
+    "flap restored": {"method": "flap", "restore": True},
+}
+FAST = ["--effort", "fast", "--samples", "6", "--sample-length", "32", "--refit-tokens", "2048", "--align", "16"]
+WRITTEN: dict[str, list[str]] = {
+    "default text": FAST,
+    "own text": [*FAST, "--calibration", "TEXT"],
+    "searched": [*FAST[2:], "--effort", "default", "--calibration", "TEXT"],
+    "bfloat16": [*FAST, "--dtype", "bfloat16"],
+    "two ratios": [*FAST, "--pruning-ratio", "0.1,0.3"],
+    "parameters": [*FAST, "--target-params", "52k"],
+}
+
+
+def digest(tensors: dict[str, torch.Tensor], keep: Any) -> str:
+    """Of named tensors and of what was kept, as JSON says it."""
+    found = hashlib.sha256(json.dumps(keep, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(name.encode() + str(tuple(tensor.shape)).encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def in_memory(family: str, changes: dict[str, Any]) -> str:
+    """Of a tiny model of a family, pruned from Python."""
+    text = families.token_ids(160, 12).numpy()
+    torch.manual_seed(0)
+    config = families.configuration(family)
+    config.max_position_embeddings = 1024
+    model = families.randomised(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    result = saap.prune(model, calibration=text, **{**IN_MEMORY, **changes})
+    keep = {name: list(units) for name, units in result.plan.keep.items()}
+    return digest(dict(result.model.named_parameters()), [keep, list(result.plan.dropped_blocks)])
+
+
+def command(*arguments: object, processes: int = 1) -> dict[str, Any]:
+    """What a command prints as JSON."""
+    start = [sys.executable, "-m", "saap"]
+    if processes > 1:
+        start = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", str(processes), "-m", "saap"]
+    done = subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{arguments}: {done.stderr[-2000:]}")
+    return dict(json.loads(done.stdout))
+
+
+def of_folder(folder: Path) -> dict[str, str]:
+    """Of every checkpoint in a folder, by its name."""
+    found = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        plan = file.parent / "saap" / "plan.json"
+        if file.parent.name != "saap":
+            keep = json.loads(plan.read_text())["groups"] if plan.exists() else None
+            found[file.parent.name] = digest(load_file(file), keep)
+    return found
+
+
+def cases(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Names and digests, one after the other. folder: for what is written."""
+    for family in MANY:
+        yield f"{family}, adaptive", in_memory(family, {})
+    for family in ("llama", "qwen3", "gemma2"):
+        yield f"{family}, uniform, ffn", in_memory(family, {"layout": "uniform", "roles": ("ffn",)})
+    yield "mixtral, expert", in_memory("mixtral", {"roles": ("expert",)})
+    for name, changes in LLAMA.items():
+        yield f"llama, {name}", in_memory("llama", changes)
+    source, text = tiny.folder(folder / "dense"), tiny.text_file(folder / "text.txt")
+    for name, flags in WRITTEN.items():
+        given = [str(text) if flag == "TEXT" else flag for flag in flags]
+        if not any(flag in given for flag in ("--pruning-ratio", "--target-params")):
+            given += ["--pruning-ratio", "0.2"]
+        command("prune", source, "--out", folder / name, "--json", *given)
+        yield f"written, {name}", of_folder(folder / name)
+    given = ["--pruning-ratio", "0.2", "--json", *FAST]
+    command("prune", source, "--out", folder / "several", *given, processes=2)
+    yield "written, two processes", of_folder(folder / "several")
+    small = folder / "default text"
+    for name, flags in {"groupwise": [], "feedback": ["--error-feedback"], "lora": ["--tuning", "lora"]}.items():
+        tuning = ["--data", text, "--max-steps", "3", "--length", "64", "--group-size", "16", "--json", *flags]
+        report = command("recover", small, "--out", folder / name, *tuning)
+        yield f"recovered, {name}", [of_folder(folder / name), report["perplexity"]]
+    report = command("eval", small, "--perplexity", "bundled", "--max-tokens", "4096", "--generation", "--json")
+    yield "evaluated", [report["perplexity"]["bundled"]["value"], report["generation"]["samples"]]
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--compare", type=Path)
+    given = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    expected = json.loads(given.compare.read_text()) if given.compare is not None else {}
+    found: dict[str, Any] = {}
+    differing = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, value in cases(Path(folder)):
+            found[name] = value
+            if given.compare is not None and expected.get(name) != value:
+                differing.append(name)
+                print(f"differs: {name}", flush=True)
+    if given.out is not None:
+        given.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{len(found)} cases, {len(differing)} differ")
+    sys.exit(1 if differing else 0)
+
+
+if __name__ == "__main__":
+    main()
