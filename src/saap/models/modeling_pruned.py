@@ -233,6 +233,16 @@ def pruned_classes(base_model_type: str) -> tuple[type[PretrainedConfig], type[P
             apply_structure(self, cast(Any, config).pruned_structure)
 
         @classmethod
+        def is_custom_code(cls) -> bool:
+            """As the stock class, or transformers leaves buffers without values that it computes for its own."""
+            return bool(stock_model.is_custom_code())
+
+        @classmethod
+        def _supports_default_dynamic_cache(cls) -> bool:
+            """As the stock class; transformers looks at its name. Older versions ask an instance."""
+            return bool(stock_model.__new__(stock_model)._supports_default_dynamic_cache())
+
+        @classmethod
         def from_pretrained(cls, path: str, *arguments: Any, **kwargs: Any) -> Any:
             """As in the stock class, but weights that are missing or of another size are an error."""
             if kwargs.pop("ignore_mismatched_sizes", False):
