@@ -1,8 +1,15 @@
-"""Tensors that a module is given from outside with one entry per unit, such as ALiBi's slopes per head."""
+"""Arguments of forwards: those that keep a model free of a cache, and tensors with one entry per unit (ALiBi)."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import inspect
+
+from torch import Tensor, nn
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """Keywords that keep a forward on token ids free of a key-value cache."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def unit_axis(value: object, *, samples: int, units: int) -> tuple[int, bool] | None:
