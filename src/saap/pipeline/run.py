@@ -17,6 +17,8 @@ from saap.discovery import discover
 from saap.discovery.summary import summarise
 from saap.errors import ConfigurationError
 from saap.models.devices import copied, quick_float32_products, quick_products, require_whole_blocks
+from saap.models.loading import quiet_transformers
+from saap.models.probe import check_runs
 from saap.models.processes import Processes
 from saap.models.structure import mark_pruned, structure_of
 from saap.pipeline.context import Run
@@ -32,7 +34,7 @@ from saap.pipeline.inputs import (
     needs_measuring,
     open_model,
 )
-from saap.pipeline.legality import legal_sizes
+from saap.pipeline.legality import check_walk, legal_sizes
 from saap.pipeline.memory import (
     check_disk,
     clear_spill,
@@ -82,6 +84,7 @@ class _Prepared:
     tokens: TokenSets
 
 
+@quiet_transformers()
 def run_prune(
     source: str | Path | nn.Module,
     config: PruneConfig,
@@ -195,10 +198,15 @@ def _prepare(
             meter.reporter.note("the weights stay in their files and are read block by block")
     with meter.stage("read the calibration text"):
         tokens = draw_tokens(loaded, config, calibration if calibration is not None else config.calibration)
+    if loaded.fresh is None:
+        with tokens.images(loaded.model):
+            check_runs(loaded.model, tokens.longest(loaded.model))
     with meter.stage("discover the coupled structures"):
         skeleton = loaded.model if loaded.skeleton is None else loaded.skeleton
         graph = discover(skeleton, loaded.ref, finer_heads=PrunableRole.QUERY in config.roles)
         require_whole_blocks(loaded.model, graph.blocks)
+        if loaded.fresh is None:
+            check_walk(loaded.model, graph.blocks)
         check_method(config, graph)
         targets = with_budgets(targets, config, graph, loaded.dtype)
         space = SearchSpace(
