@@ -66,6 +66,7 @@ def test_cut_equals_masked_saves_opens_and_generates_the_same(name: str, case: C
         pytest.skip("this family has no such units")
     outcome = adaptive(name, case)
     assert len(set(outcome.parameters)) == 1
+    assert not outcome.other_buffers
     assert outcome.masked_error <= tolerance(name, case)
     assert outcome.saved_error <= EXACT
     assert outcome.cached_generation_agrees

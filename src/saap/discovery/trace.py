@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from saap.discovery.operations import Step, tags_after, untagged
 from saap.discovery.tags import ParameterTags, TagSpace
-from saap.errors import UnsupportedModelError
+from saap.errors import UnsupportedModelError, first_line
 from saap.models.arguments import without_cache
 from saap.models.probe import failure, not_running
 
@@ -58,9 +58,10 @@ def export(model: nn.Module) -> ExportedProgram:
         reason = failure(model, tokens)
         if reason is not None:
             raise not_running(model, reason) from error
-        first = str(error).strip().splitlines()[:1]
+        kind = type(error).__name__
+        why = "its course depends on values" if "DataDependent" in kind else f"{kind}: {first_line(error)}"
         raise UnsupportedModelError(
-            f"The forward of {type(model).__name__} cannot be traced: {type(error).__name__}: {' '.join(first)}",
+            f"The forward of {type(model).__name__} cannot be traced: {why}",
             "Use a model whose forward(input_ids) torch.export can follow",
         ) from error
 

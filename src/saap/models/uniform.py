@@ -16,12 +16,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from saap.errors import LayoutError
+from saap.models.arguments import without_cache
 from saap.models.modeling_pruned import auto_classes
 from saap.records import ConfigField, ModelGraph, Role, StructurePlan, kept_shapes
 
 Shapes = dict[str, tuple[int, ...]]
-Builder = Callable[[Callable[[], Any]], Shapes | None]
-"""Gives the shapes of the model of a configuration; None where its class does not take what it is given."""
+Builder = Callable[[Callable[[], Any], bool], Shapes | None]
+"""Gives the shapes of the model of a configuration; None where its class refuses it, or the model, run, fails."""
 
 MOST_FIELDS = 3
 MOST_SIZES = 8
@@ -204,15 +205,15 @@ def _shallow(model: nn.Module, config: Any, graph: ModelGraph) -> tuple[Any, Bui
     """A configuration of few blocks that gives the graph's shapes, and the way to build it; None if there is none."""
     depth = len(graph.blocks)
 
-    def shapes_of(changed: Callable[[], Any]) -> Shapes | None:
-        return _built(lambda: type(model)(_valid(changed())))[0]
+    def shapes_of(changed: Callable[[], Any], run: bool) -> Shapes | None:
+        return _built(lambda: type(model)(_valid(changed())), run=run)[0]
 
     for kept in (1, depth):
         try:
             small = _shortened(config, depth, kept)
         except Exception:  # a class that takes no other number of layers
             continue
-        built = shapes_of(lambda: small)  # noqa: B023 - called at once
+        built = shapes_of(lambda: small, False)  # noqa: B023 - called at once
         if built and all(graph.shapes.get(name) == shape for name, shape in built.items()):
             return small, shapes_of
     return None
@@ -235,8 +236,8 @@ def _fields_of(
     units = groups[0].units
     owned = {member.tensor for group in groups for member in group.members}
 
-    def built_with(fields: Sequence[ConfigField], size: int) -> Shapes | None:
-        return shapes_of(lambda: _changed(config, pinned, fields, {role: size}))
+    def built_with(fields: Sequence[ConfigField], size: int, run: bool = False) -> Shapes | None:
+        return shapes_of(lambda: _changed(config, pinned, fields, {role: size}), run)
 
     def fits(fields: Sequence[ConfigField], size: int) -> bool | None:
         """Whether exactly the group's sizes follow; None where the class refuses."""
@@ -244,19 +245,21 @@ def _fields_of(
         wanted = kept_shapes(graph, {group.name: size for group in groups})
         return None if built is None else all(wanted.get(name) == shape for name, shape in built.items())
 
+    run = shapes_of(lambda: config, True) is not None
     for size in _sizes(role, units):
-        useful = []
+        useful, silent = [], []
         for field in _candidates(role, config, units):
             built = built_with([field], size)
             # A field may also bring in tensors that the model does not have (OPT's projections); `fits` refuses those.
-            built = built or {}
-            changed = {name for name, shape in built.items() if graph.shapes.get(name, shape) != shape}
+            changed = {name for name, shape in (built or {}).items() if graph.shapes.get(name, shape) != shape}
             if not built or (changed and changed <= owned):
                 useful.append(field)
-        for count in range(1, MOST_FIELDS + 1):
-            for fields in combinations(useful, count):
-                if fits(fields, size) and all(fits(fields, other) is not False for other in _sizes(role, units)):
-                    return list(fields)
+            elif not changed:  # it may still have to agree with one of the others
+                silent.append(field)
+        for fields in (found for count in range(1, MOST_FIELDS + 1) for found in combinations(useful, count)):
+            if fits(fields, size) and all(fits(fields, other) is not False for other in _sizes(role, units)):
+                choices = [list(fields), *([*fields, other] for other in silent)]
+                return next((choice for choice in choices if not run or built_with(choice, size, run)), [])
     return []
 
 
@@ -292,11 +295,13 @@ def _changed(config: Any, pinned: Mapping[str, int], fields: Sequence[ConfigFiel
     return changed
 
 
-def _built(build: Callable[[], nn.Module]) -> tuple[Shapes | None, str]:
-    """Shapes of a model built without weights, or None and why it cannot be built."""
+def _built(build: Callable[[], nn.Module], *, run: bool = False) -> tuple[Shapes | None, str]:
+    """Shapes of a model built without weights, or None and why it cannot be built, or run on a few tokens."""
     try:
         with torch.device("meta"):
             model = build()
+            if run:
+                model(torch.zeros((1, 4), dtype=torch.long), **without_cache(model))
     except Exception as error:  # every class has its own way to refuse sizes
         return None, (str(error).strip().splitlines() or [type(error).__name__])[-1]
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, ""
