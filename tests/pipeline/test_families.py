@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,14 @@ import pytest
 from tests.conformance.every_family import attempt, build, configuration, prune
 
 import saap
+from saap.errors import SaapError
+from saap.pipeline.progress import Silent
 from saap.records import Layout
+
+
+def folder_of(family: str, at: Path, **changes: Any) -> Path:
+    build(family, **changes).save_pretrained(at / "dense")
+    return at / "dense"
 
 
 @pytest.mark.parametrize(
@@ -35,8 +46,65 @@ def test_a_pair_of_limits_is_no_list_of_two_layers(family: str, tmp_path: Path) 
         changes["layer_types"] = ["linear_attention", "full_attention"]
     if family == "bamba":
         changes["attn_layer_indices"] = [1]
-    build(family, **changes).save_pretrained(tmp_path / "dense")
-    result = prune(tmp_path / "dense", tmp_path / "out", roles=("block",), skip_layers=(0, 1), pruning_ratio=0.3)
+    result = prune(
+        folder_of(family, tmp_path, **changes),
+        tmp_path / "out",
+        roles=("block",),
+        skip_layers=(0, 1),
+        pruning_ratio=0.3,
+    )
     assert result.plan.dropped_blocks == (0,)
     limits = saap.load(tmp_path / "out").config.time_step_limit
     assert tuple(limits) == tuple(configuration(family).time_step_limit)
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("gemma4_assistant", "The dense model itself does not run: Gemma4AssistantForCausalLM ends with"),
+        ("gemma3n_text", "The blocks of Gemma3nForCausalLM do not run one by one (IndexError"),
+        ("big_bird", "replaces its module bert.encoder.layer.0.attention.self"),
+        ("jetmoe", "in model.layers.0.self_attention.experts.input_linear gives depends on the text"),
+        ("longcat_flash", "cannot be traced: its course depends on values"),
+    ],
+)
+def test_what_cannot_be_walked_or_traced_is_refused_before_the_estimation(
+    family: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SaapError, match=re.escape(said)) as refused:
+        prune(folder_of(family, tmp_path), tmp_path / "out", roles=("ffn",), reporter=NoEstimation())
+    assert str(refused.value).count("\n") == 0
+
+
+def test_heads_that_later_blocks_read_too_are_refused_by_name() -> None:
+    refused = {refusal.name: refusal.reason for refusal in saap.discover(build("gemma3n_text")).refused}
+    assert refused["layers.0.attention"] == "its keys and values are shared with model.layers.2"
+    assert refused["layers.1.attention"] == "its keys and values are shared with model.layers.3"
+
+
+class NoEstimation(Silent):
+    """Fails where the expensive work begins."""
+
+    def stage(self, title: str) -> None:
+        assert "dense" not in title
+        assert "estimate" not in title
+
+
+def test_sequences_are_as_long_as_the_positions_of_the_model(tmp_path: Path) -> None:
+    source = folder_of("gpt2", tmp_path, n_positions=48)
+    assert prune(source, tmp_path / "out").report.perplexity > 0
+    with pytest.raises(SaapError, match=r"GPT2LMHeadModel does not read 64 tokens at once \(IndexError"):
+        prune(source, tmp_path / "other", sample_length=64)
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "recurrent_gemma", "longcat_flash"])
+def test_tracing_prints_nothing_but_the_answer(family: str, tmp_path: Path) -> None:
+    source = folder_of(family, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "saap", "inspect", str(source), "--json"], capture_output=True, text=True, check=False
+    )
+    if family == "longcat_flash":
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    else:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert json.loads(done.stdout)["roles"]

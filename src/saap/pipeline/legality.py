@@ -22,17 +22,17 @@ WALK_TOLERANCE = 0.02
 
 @torch.no_grad()
 def check_walk(model: nn.Module, blocks: Sequence[str]) -> None:
-    """Compare the logits of a walk from block to block with the model's own, on two short sequences.
+    """Compare the logits of a walk from block to block with the model's own, for a part of two short sequences.
 
     Raises UnsupportedModelError where they differ: blocks may pass on more than hidden states.
     """
     name, remedy = type(model).__name__, "Use a model whose blocks pass on nothing but their hidden states"
     ids = 2 + torch.arange(16, device=next(model.parameters()).device).reshape(2, 8) % 5
-    expected = model_logits(model, ids).float()
+    expected = model_logits(model, ids)[1:, :5].float()
     try:
         walker = BlockWalker(model, blocks)
         _, hidden = inputs_of_blocks(walker, walker.start(ids))
-        found = walker.logits(hidden).float().to(expected.device)
+        found = walker.logits(hidden[1:, :5]).float().to(expected.device)
     except SaapError:
         raise
     except Exception as error:  # the model's own code, called with what it does not expect
