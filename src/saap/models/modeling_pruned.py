@@ -23,9 +23,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.pytorch_utils import Conv1D
 
 MODEL_TYPE = "saap_pruned"
-FORMAT_VERSION = 2
-# What readers of the first format understand: all but added biases.
-FIRST_FORMAT_VERSION = 1
+FORMAT_VERSION = 3
+# What readers of earlier formats understand: of the first all but added biases, of the second all.
+FIRST_FORMAT_VERSION, SECOND_FORMAT_VERSION = 1, 2
 
 # Which integers of a module repeat the sizes of its weight, axis by axis.
 SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
