@@ -197,18 +197,20 @@ def _one_hidden(groups: list[TracedGroup], blocks: Sequence[str]) -> list[Traced
         for group in across
         if all(any(member.tensor.startswith(block + ".") for member in group.members) for block in blocks)
     ]
-    shared = [_shared_heads(group, blocks) for group in groups if group.block is None and group not in across]
-    others = [*(group for group in groups if group.block is not None), *shared]
+    others = [group for group in groups if group.block is not None]
+    for group in groups:
+        others += _shared_heads(group, blocks) if group.block is None and group.role is Role.ATTENTION else []
     if len(whole) == 1:
         return [*others, *whole]
     reason = "the channels between the blocks are not one group that runs through all of them"
     return [*others, *(replace(group, refusal=reason) for group in across[:1])]
 
 
-def _shared_heads(group: TracedGroup, blocks: Sequence[str]) -> TracedGroup:
-    """Refuse heads of several blocks, in the block that comes first."""
+def _shared_heads(group: TracedGroup, blocks: Sequence[str]) -> list[TracedGroup]:
+    """Refuse heads of several blocks, in each of them."""
     over = [block for block in blocks if any(member.tensor.startswith(block + ".") for member in group.members)]
-    return TracedGroup(over[0], Role.ATTENTION, 0, (), (), f"its keys and values are shared with {over[1]}")
+    reason = "its heads are tied to those of other blocks"
+    return [TracedGroup(block, Role.ATTENTION, 0, (), (), reason) for block in over]
 
 
 def _reached(groups: list[TracedGroup], trace: Trace) -> list[TracedGroup]:

@@ -33,12 +33,12 @@ def check_walk(model: nn.Module, blocks: Sequence[str]) -> None:
         walker = BlockWalker(model, blocks)
         _, hidden = inputs_of_blocks(walker, walker.start(ids))
         found = walker.logits(hidden[1:, :5]).float().to(expected.device)
+        difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
     except SaapError:
         raise
     except Exception as error:  # the model's own code, called with what it does not expect
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UnsupportedModelError(f"The blocks of {name} do not run one by one ({reason})", remedy) from error
-    difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
     if difference > WALK_TOLERANCE:
         raise UnsupportedModelError(
             f"The blocks of {name} give other logits one by one than in the whole model ({difference:.1e} off)", remedy
