@@ -31,6 +31,7 @@ def folder_of(family: str, at: Path, **changes: Any) -> Path:
         "gemma4_text",  # heads of another width in some layers
         "deepseek_v3",  # keys written into an empty tensor, a part of them the same for all heads
         "deepseek_v2",  # the same, with complex rotary embeddings
+        "granitemoe_swa",  # a cache that is asked for among other keywords
         "xglm",  # a mask in torch's default type
     ],
 )

@@ -41,6 +41,18 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{path}.{index}" for index in range(len(lists[path])))
 
 
+def require_own_weights(model: nn.Module, blocks: Sequence[str]) -> None:
+    """Raise UnsupportedModelError if two blocks share a weight, which could not be cut in one of them alone."""
+    owners: dict[int, str] = {}
+    for path in blocks:
+        for name, parameter in model.get_submodule(path).named_parameters():
+            owner = owners.setdefault(id(parameter), path)
+            if owner != path:
+                raise UnsupportedModelError(
+                    f"{owner} and {path} share the weight {name}", "Use a model whose blocks have weights of their own"
+                )
+
+
 def _decoder_path(model: nn.Module) -> str:
     """Beginning of the paths of what `get_decoder` of a transformers model gives; "" where it has none."""
     find = getattr(model, "get_decoder", None)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from saap.discovery.attributes import checked
-from saap.discovery.blocks import alike, find_blocks
+from saap.discovery.blocks import alike, find_blocks, require_own_weights
 from saap.discovery.groups import TracedGroup, traced_groups
 from saap.discovery.instance import Instance, SmallModelError, small_instance
 from saap.discovery.interleaved import one_of_each_block
@@ -33,6 +33,7 @@ def discover(model: nn.Module, ref: ModelRef | None = None, *, finer_heads: bool
     pruned, or the forward cannot be traced.
     """
     blocks = find_blocks(model)
+    require_own_weights(model, blocks)
     kinds = tuple(tuple(kind) for kind in alike(model, blocks))
     copy, traced = _trace(model, blocks, sorted({index for kind in kinds for index in (kind[0], kind[-1])}))
     naming = Naming(blocks, kinds, copy)

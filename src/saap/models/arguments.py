@@ -8,8 +8,14 @@ from torch import Tensor, nn
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
-    """Keywords that keep a forward on token ids free of a key-value cache."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    """Keywords that keep a forward on token ids free of a key-value cache.
+
+    Some forwards of transformers hand `use_cache` on among other keywords, without a parameter of that name.
+    """
+    named = inspect.signature(model.forward).parameters
+    others = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in named.values())
+    handed_on = others and hasattr(getattr(model, "config", None), "use_cache")
+    return {"use_cache": False} if "use_cache" in named or handed_on else {}
 
 
 def unit_axis(value: object, *, samples: int, units: int) -> tuple[int, bool] | None:
