@@ -52,6 +52,11 @@ class ConstantOutput(nn.Module):
         self.width = width
         self.register_parameter("bias", bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """Nothing, for code that sets the weights of a layer at its start."""
+        return torch.empty(0)
+
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: (..., anything). Returns (..., width)."""
         zeros = inputs.new_zeros(*inputs.shape[:-1], self.width)
