@@ -201,7 +201,7 @@ def _pruned(folder: Path, layout: Layout, generates: bool) -> dict[str, Any]:
     return {**found, "seconds": round(time.monotonic() - started, 1)}
 
 
-def prune(source: Path, out: Path, layout: Layout = Layout.ADAPTIVE, **options: Any) -> saap.PruneResult:
+def prune(source: Any, out: Path | None, layout: Layout = Layout.ADAPTIVE, **options: Any) -> saap.PruneResult:
     """The main job on little of everything."""
     calibration = torch.randint(2, VOCABULARY, (96, 64), generator=torch.Generator().manual_seed(0))
     settings: dict[str, Any] = {"pruning_ratio": 0.2, "samples": 4, "sample_length": 16, "refit_tokens": 1024}

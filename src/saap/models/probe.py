@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from saap.errors import UnsupportedModelError, first_line
 from saap.models.arguments import without_cache
+from saap.models.walker import inference_only
 
 FEW_TOKENS = 4
 
@@ -25,7 +26,8 @@ def positions(model: nn.Module) -> int | None:
 def failure(model: nn.Module, ids: Tensor) -> str | None:
     """The error with which a forward on token ids (sequences, tokens) ends, in one line; None where it does not."""
     try:
-        model(ids, **without_cache(model))
+        with inference_only(model):
+            model(ids, **without_cache(model))
     except Exception as error:  # the model's own code fails in its own way
         return f"{type(error).__name__}: {first_line(error)}"
     return None

@@ -12,7 +12,7 @@ from saap.errors import LayoutError, SaapError, UnsupportedModelError, first_lin
 from saap.evaluation.perplexity import model_logits
 from saap.models.uniform import uniform_config
 from saap.models.walked import inputs_of_blocks
-from saap.models.walker import BlockWalker
+from saap.models.walker import BlockWalker, inference_only
 from saap.records import Layout, ModelGraph, Role
 from saap.structure_search.plan import make_plan
 
@@ -28,14 +28,15 @@ def check_walk(model: nn.Module, blocks: Sequence[str]) -> None:
     """
     name, remedy = type(model).__name__, "Use a model whose blocks pass on nothing but their hidden states"
     ids = 2 + torch.arange(16, device=next(model.parameters()).device).reshape(2, 8) % 5
-    expected = model_logits(model, ids)[1:, :5].float()
     try:
-        walker = BlockWalker(model, blocks)
-        stream = walker.start(ids)
-        for _ in range(2):  # a block that remembers its last call gives something else the second time
-            _, hidden = inputs_of_blocks(walker, stream)
-        found = walker.logits(hidden[1:, :5]).float().to(expected.device)
-        difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+        with inference_only(model):
+            expected = model_logits(model, ids)[1:, :5].float()
+            walker = BlockWalker(model, blocks)
+            stream = walker.start(ids)
+            for _ in range(2):  # a block that remembers its last call gives something else the second time
+                _, hidden = inputs_of_blocks(walker, stream)
+            found = walker.logits(hidden[1:, :5]).float().to(expected.device)
+            difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
     except SaapError:
         raise
     except Exception as error:  # the model's own code, called with what it does not expect
