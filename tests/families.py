@@ -24,6 +24,9 @@ _OPT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "ff
 _OPT |= {"pad_token_id": 1, "max_position_embeddings": 64}
 _NEO = {"hidden_size": 48, "num_layers": 2, "num_heads": 6, "intermediate_size": 80, **_TOKENS}
 _EXPERTS = {"moe_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2}
+_LATENT = {"q_lora_rank": 14, "kv_lora_rank": 20, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 10}
+_TWO_WIDTHS = {"layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 20}
+_TWO_WIDTHS |= {"hidden_size_per_layer_input": 0}
 _FALCON = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "ffn_hidden_size": 80, **_TOKENS}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -61,6 +64,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {**_ROTARY, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": ("Qwen2MoeConfig", {**_GQA, **_EXPERTS, "shared_expert_intermediate_size": 64}),
     "qwen3_moe": ("Qwen3MoeConfig", {**_ROTARY, **_EXPERTS}),
+    "deepseek_v3": ("DeepseekV3Config", {**_MHA, **_LATENT, "num_key_value_heads": 6, "first_k_dense_replace": 2}),
+    "gemma4": ("Gemma4TextConfig", {**_ROTARY, **_TWO_WIDTHS, "sliding_window": 8, "num_global_key_value_heads": 3}),
     "mpt": ("MptConfig", {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": 64, **_TOKENS}),
 }
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")  # their FFNs are many, of which each token takes two

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.conformance.every_family import other_buffers
 from tests.export.llama import plan_of
 from tests.export.test_checkpoint import manifest
 from tests.families import FLOAT32_ATTENTION, build
@@ -177,9 +178,13 @@ def mute_norm(norm: nn.Module, removed: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """parameters: predicted, after the cut, after opening. errors: largest difference of logits."""
+    """parameters: predicted, after the cut, after opening. errors: largest difference of logits.
+
+    other_buffers: those that differ in the opened model, the ones that it computes itself included.
+    """
 
     parameters: tuple[int, int, int]
+    other_buffers: tuple[str, ...]
     masked_error: float
     saved_error: float
     cached_generation_agrees: bool
@@ -209,6 +214,7 @@ def adaptive(name: str, case: Case) -> Outcome:
     without = pruned.generate(IDS, use_cache=False, **settings)
     return Outcome(
         (plan.parameters, counted(pruned), counted(again)),
+        tuple(other_buffers(pruned, again)),
         difference(before, reference) / max(1.0, float(reference.abs().max())),
         difference(logits(again), before),
         torch.equal(with_cache, without) and with_cache.shape[1] > IDS.shape[1],

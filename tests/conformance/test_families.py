@@ -66,6 +66,7 @@ def test_cut_equals_masked_saves_opens_and_generates_the_same(name: str, case: C
         pytest.skip("this family has no such units")
     outcome = adaptive(name, case)
     assert len(set(outcome.parameters)) == 1
+    assert not outcome.other_buffers
     assert outcome.masked_error <= tolerance(name, case)
     assert outcome.saved_error <= EXACT
     assert outcome.cached_generation_agrees
@@ -130,6 +131,7 @@ STOCK = {
 STOCK |= {(name, Role.FFN) for name in ("mixtral", "qwen3_moe")}
 STOCK |= {(name, Role.EXPERT) for name in ("mixtral", "qwen2_moe", "qwen3_moe")}
 STOCK |= {(name, Role.ATTENTION) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2")}
+STOCK |= {("deepseek_v3", Role.ATTENTION), ("gemma4", Role.ATTENTION)}
 STOCK |= {(name, Role.QUERY) for name in ("llama", "mistral", "qwen3", "gemma2")}
 STOCK |= {
     (name, Role.HIDDEN) for name in ("llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")

@@ -172,6 +172,69 @@ def test_what_is_not_understood_is_refused_by_name(feed_forward: Callable[[], nn
     assert len(graph.of_role(Role.ATTENTION)) == 3
 
 
+class Latent(nn.Module):
+    """Keys are written into a new tensor, half of each one's own and half the same for all heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.own = nn.Linear(HIDDEN, 2 * HEADS * WIDTH), nn.Linear(HIDDEN, 2 * HEADS * WIDTH)
+        self.common, self.out = nn.Linear(HIDDEN, WIDTH), nn.Linear(HEADS * WIDTH, HIDDEN)
+
+    def forward(self, states: Tensor) -> Tensor:
+        batch, length, _ = states.shape
+        query = self.query(states).view(batch, length, -1, 2 * WIDTH).transpose(1, 2)
+        own, value = self.own(states).view(batch, length, -1, 2 * WIDTH).transpose(1, 2).chunk(2, dim=-1)
+        key = own.new_empty(*own.shape[:-1], 2 * WIDTH)
+        key[..., :WIDTH].copy_(own)
+        key[..., WIDTH:].copy_(self.common(states).unsqueeze(1).expand(own.shape))
+        heard = (query @ key.transpose(-1, -2)).softmax(-1) @ value
+        return self.out(heard.transpose(1, 2).flatten(2))
+
+
+def test_heads_leave_without_the_keys_that_they_have_in_common() -> None:
+    model = OwnModel()
+    for block in model.layers:
+        block.attention = Latent()
+    assert members(discover(model), "layers.1.attention") == [
+        ("attention.query.weight", 0, 0, 2 * WIDTH),
+        ("attention.query.bias", 0, 0, 2 * WIDTH),
+        ("attention.own.weight", 0, 0, 2 * WIDTH),
+        ("attention.own.bias", 0, 0, 2 * WIDTH),
+        ("attention.out.weight", 1, 0, WIDTH),
+    ]
+
+
+class Muted(Gated):
+    def forward(self, states: Tensor) -> Tensor:
+        return super().forward(states) * 0.0
+
+
+class SinglePrecision(Gated):
+    def forward(self, states: Tensor) -> Tensor:
+        if states.dtype is torch.float64:
+            raise TypeError("only float32 is known here")
+        return super().forward(states)
+
+
+def test_units_without_effect_are_refused_as_that() -> None:
+    model = OwnModel()
+    model.layers[2] = OwnBlock(Muted)
+    refused = {refusal.name: refusal.reason for refusal in discover(model).refused}
+    reason = "its block computes the same with its units masked, so what their removal needs cannot be tried"
+    assert refused["layers.2.ffn"] == reason
+
+
+def test_a_small_model_that_fails_is_refused_with_its_error() -> None:
+    reason = "a small random model of its classes ends with TypeError: only float32 is known here"
+    with pytest.raises(UnsupportedModelError, match=reason):
+        discover(OwnModel(SinglePrecision))
+
+
+class Unfinished(OwnModel):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        raise NotImplementedError("the head is missing")
+
+
 class NoList(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +279,11 @@ class OnlySorted(nn.Module):
     [
         (NoList, "NoList has no nn.ModuleList"),
         (Unused, "does not pass through layers.0"),
-        (DependsOnValues, "The forward of DependsOnValues cannot be traced"),
+        (DependsOnValues, "The forward of DependsOnValues cannot be traced: its course depends on values"),
+        (
+            Unfinished,
+            "The dense model itself does not run: Unfinished ends with NotImplementedError: the head is missing",
+        ),
         (OnlySorted, "sort"),
     ],
 )

@@ -17,6 +17,7 @@ from saap.models.loading import load
 CODE = {
     1: "f89df60f01986a9a9133b45d59f6f24a420891d4cbb67a8b1412e52021b2d642",
     2: "6dcc93b7acc62e60eb7bf41213fc51988fc5bdc3350e6bdca1b33459329de63a",
+    3: "f9ba36cd03ac39601542863df507875e02d24205e4cb3a7e23009e8bab1f13bd",
 }
 """SHA-256 of modeling_pruned.py by format version."""
 

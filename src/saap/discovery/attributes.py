@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from saap.discovery.groups import TracedGroup
 from saap.discovery.instance import TOKENS, Instance
 from saap.discovery.repeat import Checked
+from saap.errors import first_line
 from saap.models.arguments import unit_axis
 from saap.models.linear import contracted_axis
 from saap.models.modeling_pruned import ArgumentSlice
@@ -37,8 +38,12 @@ def checked(instance: Instance, number: int) -> Checked:
         return Checked(group=replace(group, refusal=reason))
     try:
         found = _hidden(instance, number) if group.role is Role.HIDDEN else _in_block(instance, number)
+    except _NoEffectError:
+        reason = "its block computes the same with its units masked, so what their removal needs cannot be tried"
+        return Checked(group=replace(group, refusal=reason))
     except Exception as error:  # the model's own code fails in its own way
-        return Checked(group=replace(group, refusal=f"a small model of its classes does not run: {error}"))
+        reason = f"a small random model of its classes ends with {type(error).__name__}: {first_line(error)}"
+        return Checked(group=replace(group, refusal=reason))
     if found is None:
         reason = "removing its units is not the same as masking them, whichever sizes of the module follow"
         return Checked(group=replace(group, refusal=reason))
@@ -113,9 +118,12 @@ def _in_block(instance: Instance, number: int) -> Checked | None:
     counts = _counts(search, group)
     if counts and search.works(counts, {}):
         return Checked(group=group, attributes=counts)
+    if search.works((), {}):
+        return Checked(group=group)
+    read = [item for item in search.candidates if search.is_read(item)]
     for arguments in [{}, sliced] if sliced else [{}]:
-        for count in range(MOST_ATTRIBUTES + 1):
-            for attributes in combinations(search.candidates, count):
+        for count in range(0 if arguments else 1, MOST_ATTRIBUTES + 1):
+            for attributes in combinations(read, count):
                 if search.works(attributes, arguments):
                     return Checked(group=group, attributes=attributes, sliced_arguments=tuple(arguments))
     return None
@@ -129,6 +137,10 @@ def _counts(search: _Search, group: TracedGroup) -> tuple[UnitAttribute, ...]:
     return tuple(item for item in own if item.per_unit == 1)
 
 
+class _NoEffectError(Exception):
+    """Masking the units changes nothing."""
+
+
 class _Search:
     """Removal of units of one group in one block, with candidate attributes set."""
 
@@ -140,14 +152,27 @@ class _Search:
         self.inputs = instance.inputs_of(group.block)
         self.candidates = _candidates(instance.model, group)
         with instance.norms_without_statistic(number):
-            whole = instance.call(self.block, *self.inputs)
+            self.whole = instance.call(self.block, *self.inputs)
             self.expected: list[tuple[list[int], Tensor]] = []
             for kept in _removals(instance.units_of(number), group.least):
                 with instance.masked(number, kept, consumers_only=not group.scaled_norms):
                     output = instance.call(self.block, *self.inputs)
                 self.expected.append((kept, output))
-            if all(_equal(output, whole) for _, output in self.expected):
-                raise RuntimeError("masking its units has no effect")
+            if all(_equal(output, self.whole) for _, output in self.expected):
+                raise _NoEffectError
+
+    def is_read(self, attribute: UnitAttribute) -> bool:
+        """Whether the block computes something else, or fails, when the attribute alone says one unit less."""
+        module = self.instance.model.get_submodule(attribute.module)
+        units = self.instance.groups[self.number].units
+        with (
+            self.instance.norms_without_statistic(self.number),
+            _changed(module, attribute.attribute, attribute.per_unit * (units - 1)),
+        ):
+            try:
+                return not _equal(self.instance.call(self.block, *self.inputs), self.whole)
+            except Exception:  # a size that does not fit any more
+                return True
 
     def works(self, attributes: Sequence[UnitAttribute], arguments: dict[str, tuple[str, int, bool]]) -> bool:
         """Whether every removal equals masking when the attributes follow and the arguments are cut."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from saap.errors import UnsupportedModelError
+from saap.models.uniform import text_part
 
 Kind = tuple[object, ...]
 
@@ -15,7 +16,8 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
     """Module paths of the decoder blocks: the longest outermost nn.ModuleList whose entries all hold parameters.
 
     Of a model with several parts (one that also reads images) it is looked for in the part that transformers names as
-    the decoder. Raises UnsupportedModelError if there is none.
+    the decoder, and one with as many entries as the configuration says that there are layers comes first.
+    Raises UnsupportedModelError if there is none.
     """
     lists: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
@@ -29,10 +31,26 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
         )
     decoder = _decoder_path(model)
     in_decoder = [path for path in lists if path.startswith(decoder)]
-    path = max(
-        in_decoder or lists, key=lambda name: (len(lists[name]), sum(p.numel() for p in lists[name].parameters()))
-    )
+    stated = getattr(text_part(getattr(model, "config", None)), "num_hidden_layers", None)
+
+    def rank(path: str) -> tuple[bool, int, int]:
+        found = lists[path]
+        return len(found) == stated, len(found), sum(parameter.numel() for parameter in found.parameters())
+
+    path = max(in_decoder or lists, key=rank)
     return tuple(f"{path}.{index}" for index in range(len(lists[path])))
+
+
+def require_own_weights(model: nn.Module, blocks: Sequence[str]) -> None:
+    """Raise UnsupportedModelError if two blocks share a weight, which could not be cut in one of them alone."""
+    owners: dict[int, str] = {}
+    for path in blocks:
+        for name, parameter in model.get_submodule(path).named_parameters():
+            owner = owners.setdefault(id(parameter), path)
+            if owner != path:
+                raise UnsupportedModelError(
+                    f"{owner} and {path} share the weight {name}", "Use a model whose blocks have weights of their own"
+                )
 
 
 def _decoder_path(model: nn.Module) -> str:

@@ -8,20 +8,21 @@ from dataclasses import replace
 from torch import nn
 
 from saap.discovery.attributes import checked
-from saap.discovery.blocks import alike, find_blocks
+from saap.discovery.blocks import alike, find_blocks, require_own_weights
 from saap.discovery.groups import TracedGroup, traced_groups
-from saap.discovery.instance import Instance, small_instance
+from saap.discovery.instance import Instance, SmallModelError, small_instance
 from saap.discovery.interleaved import one_of_each_block
 from saap.discovery.query_heads import query_heads
 from saap.discovery.reduce import ReducedModel, reduced
 from saap.discovery.repeat import Checked, Naming, check_last_of_each_kind, everywhere, with_hidden_checked
 from saap.discovery.trace import Trace, trace
 from saap.errors import UnsupportedModelError
-from saap.models.loading import model_ref
+from saap.models.loading import model_ref, quiet_transformers
 from saap.models.uniform import config_fields
 from saap.records import CoupledGroup, ModelGraph, ModelRef, Refusal
 
 
+@quiet_transformers()
 def discover(model: nn.Module, ref: ModelRef | None = None, *, finer_heads: bool = False) -> ModelGraph:
     """Find the coupled groups of a causal language model: FFN channels, KV groups, experts and hidden channels.
 
@@ -32,6 +33,7 @@ def discover(model: nn.Module, ref: ModelRef | None = None, *, finer_heads: bool
     pruned, or the forward cannot be traced.
     """
     blocks = find_blocks(model)
+    require_own_weights(model, blocks)
     kinds = tuple(tuple(kind) for kind in alike(model, blocks))
     copy, traced = _trace(model, blocks, sorted({index for kind in kinds for index in (kind[0], kind[-1])}))
     naming = Naming(blocks, kinds, copy)
@@ -65,10 +67,11 @@ def discover(model: nn.Module, ref: ModelRef | None = None, *, finer_heads: bool
 
 def _needs(copy: ReducedModel, groups: Sequence[TracedGroup], blocks: set[str | None]) -> list[Checked]:
     """What removal needs, for the groups of the given blocks and the hidden one; refused where it does not work."""
-    instance = small_instance(copy, groups)
     numbers = [number for number, group in enumerate(groups) if group.block in blocks]
-    if instance is None:
-        reason = "a small model of its classes does not run"
+    try:
+        instance = small_instance(copy, groups)
+    except SmallModelError as error:
+        reason = str(error)
         return [Checked(group=replace(groups[number], refusal=groups[number].refusal or reason)) for number in numbers]
     return [_checked_or_joined(copy, groups, instance, number) for number in numbers]
 
@@ -80,8 +83,10 @@ def _checked_or_joined(copy: ReducedModel, groups: Sequence[TracedGroup], instan
     if joined is None or groups[number].refusal is not None:
         return found
     changed = [joined if place == number else group for place, group in enumerate(groups)]
-    coarser = small_instance(copy, changed)
-    again = found if coarser is None else checked(coarser, number)
+    try:
+        again = checked(small_instance(copy, changed), number)
+    except SmallModelError:
+        return found
     return again if again.group.refusal is None else found
 
 

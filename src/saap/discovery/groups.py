@@ -136,7 +136,7 @@ def _group(
     cluster = sorted(cluster, key=lambda unit: unit[anchor])
     ids = [int(units.roots[trace.axes[anchor[0]][anchor[1]][unit[anchor][0]]]) for unit in cluster]
     attention = set(ids) <= marks["softmax"] & marks["product"]
-    role = Role.HIDDEN if block is None else Role.ATTENTION if attention else Role.FFN
+    role = Role.ATTENTION if attention else Role.HIDDEN if block is None else Role.FFN
     refusal = next((why for unit in ids if (why := units.stops.get(unit) or units.spread.get(unit))), None)
     if block is not None and not attention and set(ids) & marks["product"]:
         refusal = refusal or "its channels meet in a product of activations without softmax"
@@ -191,17 +191,26 @@ def _norms(trace: Trace, units: Units, group: set[int]) -> tuple[tuple[str, ...]
 
 def _one_hidden(groups: list[TracedGroup], blocks: Sequence[str]) -> list[TracedGroup]:
     """Hidden channels run through all blocks; channels between some of them alone are no hidden group."""
-    across = [group for group in groups if group.block is None]
+    across = [group for group in groups if group.block is None and group.role is Role.HIDDEN]
     whole = [
         group
         for group in across
         if all(any(member.tensor.startswith(block + ".") for member in group.members) for block in blocks)
     ]
     others = [group for group in groups if group.block is not None]
+    for group in groups:
+        others += _shared_heads(group, blocks) if group.block is None and group.role is Role.ATTENTION else []
     if len(whole) == 1:
         return [*others, *whole]
     reason = "the channels between the blocks are not one group that runs through all of them"
     return [*others, *(replace(group, refusal=reason) for group in across[:1])]
+
+
+def _shared_heads(group: TracedGroup, blocks: Sequence[str]) -> list[TracedGroup]:
+    """Refuse heads of several blocks, in each of them."""
+    over = [block for block in blocks if any(member.tensor.startswith(block + ".") for member in group.members)]
+    reason = "its heads are tied to those of other blocks"
+    return [TracedGroup(block, Role.ATTENTION, 0, (), (), reason) for block in over]
 
 
 def _reached(groups: list[TracedGroup], trace: Trace) -> list[TracedGroup]:
@@ -223,7 +232,7 @@ def _leading_out(groups: list[TracedGroup]) -> list[TracedGroup]:
     }
     reason = "its channels lead into attention, not out of the block"
     return [
-        replace(group, refusal=group.refusal or reason)
+        replace(group, refusal=group.refusal or reason, label=group.members[0].tensor.rpartition(".")[0])
         if group.role is Role.FFN
         and any((member.tensor, 1 - member.axis) in heads for member in group.members if member.side is Side.CONSUMER)
         else group

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from saap.discovery.groups import TracedGroup
 from saap.discovery.reduce import ReducedModel, reduced
-from saap.discovery.trace import call_keywords
+from saap.errors import first_line
+from saap.models.arguments import without_cache
 from saap.models.masking import never_chosen
 from saap.models.modeling_pruned import resize
 from saap.records import IntArray, Role
@@ -24,6 +25,17 @@ FILLED_ROWS = 1024
 TOKENS = 5
 SMALL_FFN = 8
 SMALL_HIDDEN = 16
+
+
+@contextmanager
+def _in_double() -> Iterator[None]:
+    """What the model's code makes itself is float64 too for a while, as the instance's weights are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Instance:
@@ -145,6 +157,7 @@ class Instance:
         return 2 + torch.arange(samples * TOKENS).reshape(samples, TOKENS) % 5
 
     @torch.no_grad()
+    @_in_double()
     def inputs_of(self, path: str, samples: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments with which the model calls its module at `path`."""
 
@@ -153,7 +166,7 @@ class Instance:
 
         handle = self.model.get_submodule(path).register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.model(self.tokens(samples), **call_keywords(self.model))
+            self.model(self.tokens(samples), **without_cache(self.model))
         except _ReachedError as reached:
             return reached.arguments, reached.keywords
         finally:
@@ -167,6 +180,7 @@ class Instance:
         return self.call(path, arguments, keywords)
 
     @torch.no_grad()
+    @_in_double()
     def call(self, path: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
         """Hidden states that the block at `path` gives for these arguments."""
         output = self.model.get_submodule(path)(*arguments, **keywords)
@@ -180,8 +194,16 @@ class _ReachedError(Exception):
         self.arguments, self.keywords = arguments, keywords
 
 
-def small_instance(copy: ReducedModel, groups: Sequence[TracedGroup]) -> Instance | None:
-    """The smallest instance whose blocks still run: few hidden and FFN channels where their removal just works."""
+class SmallModelError(Exception):
+    """No small random model of the classes runs; the text says how it ends."""
+
+
+def small_instance(copy: ReducedModel, groups: Sequence[TracedGroup]) -> Instance:
+    """The smallest instance whose blocks still run: few hidden and FFN channels where their removal just works.
+
+    Raises SmallModelError if not even that with all channels does.
+    """
+    reason = ""
     ffn = {n: _few(g.units, SMALL_FFN) for n, g in enumerate(groups) if g.role is Role.FFN and g.refusal is None}
     hidden = {n: _few(g.units, SMALL_HIDDEN) for n, g in enumerate(groups) if g.role is Role.HIDDEN}
     for start in ({**ffn, **hidden}, ffn, {}):
@@ -189,9 +211,10 @@ def small_instance(copy: ReducedModel, groups: Sequence[TracedGroup]) -> Instanc
             instance = Instance(copy, groups, start)
             if bool(instance.output_of(instance.blocks[-1]).isfinite().all()):
                 return instance
-        except Exception:  # the model's own code says in its own way that a size does not fit
-            continue
-    return None
+            reason = "gives values that are not finite"
+        except Exception as error:  # the model's own code says in its own way that a size does not fit
+            reason = f"ends with {type(error).__name__}: {first_line(error)}"
+    raise SmallModelError(f"a small random model of its classes {reason}")
 
 
 def _few(units: int, wanted: int) -> list[int]:

@@ -22,14 +22,16 @@ Rule = Callable[["Step"], Any]
 class Step:
     """One operation with tags in place of tensors.
 
-    positional, keywords: as in the graph. named: all arguments by their names in the operation's schema. output: the
-    result as the graph knows it (meta tensors). module: path of the module that it belongs to. square: whether the
-    first argument is a square. constant: gives the value of an argument that does not depend on the input, else None.
+    in_place: whether it changes its first argument. positional, keywords: as in the graph. named: all arguments by
+    their names in the operation's schema. output: the result as the graph knows it (meta tensors). module: path of the
+    module that it belongs to. square: whether the first argument is a square. constant: gives the value of an argument
+    that does not depend on the input, else None.
     """
 
     space: TagSpace
     name: str
     target: Any
+    in_place: bool
     positional: tuple[Any, ...]
     keywords: dict[str, Any]
     named: dict[str, Any]
@@ -54,20 +56,31 @@ def tags_after(step: Step) -> Any:
     if step.output is None:  # an assertion
         return None
     parameters = any(isinstance(value, ParameterTags) for value in values)
-    if not parameters and not any(isinstance(value, Tensor) and bool((value >= 0).any()) for value in values):
-        return untagged(step.output)
+    tagged = parameters or any(isinstance(value, Tensor) and bool((value >= 0).any()) for value in values)
     rule = (PARAMETER_RULES if parameters else RULES).get(step.name)
+    # What is made without channels may be filled through a view of it: those share memory as they do in the model.
+    if not tagged and rule not in (_move, _view):
+        return untagged(step.output)
     if rule is None and _is_pointwise(step):
         rule = _elementwise
     if rule is not None:
         try:
-            return rule(step)
+            result = rule(step)
+            if step.in_place:
+                _write(step.positional[0], result)
+            return result
         except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError):
             pass  # the operation is used in a way that its rule does not cover: refused below, by name
     for value in values:
         for axis in value.axes if isinstance(value, ParameterTags) else (value,):
             step.space.stop(axis, f"the operation {step.name} in {step.module or 'the model'} has no rule")
     return untagged(step.output)
+
+
+def _write(target: Tensor, result: Tensor) -> None:
+    """An operation in place also fills the tensor that it changes, and what that is a view of."""
+    if bool((target < 0).any()):
+        target.copy_(torch.where(target < 0, result, target))
 
 
 def untagged(output: Any) -> Any:
@@ -86,11 +99,19 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def _is_pointwise(step: Step) -> bool:
-    return torch.Tag.pointwise in getattr(step.target, "tags", ()) and isinstance(step.output, Tensor)
+    """Whether the operation works element by element; torch says so of some of its overloads alone."""
+    packet = getattr(step.target, "overloadpacket", None)
+    overloads = () if packet is None else (getattr(packet, name) for name in packet.overloads())
+    return isinstance(step.output, Tensor) and any(torch.Tag.pointwise in each.tags for each in overloads)
 
 
 def _same(step: Step) -> Any:
     return step.positional[0]
+
+
+def _made_anew(step: Step) -> Any:
+    """A tensor that has no more than shape and type of the one that it is made from."""
+    return untagged(step.output)
 
 
 def _move(step: Step) -> Any:
@@ -100,6 +121,18 @@ def _move(step: Step) -> Any:
 def _view(step: Step) -> Tensor:
     tags: Tensor = step.positional[0]
     return tags.reshape(tuple(step.output.shape))
+
+
+def _view_as_complex(step: Step) -> Tensor:
+    """Real and imaginary part are channels that leave together."""
+    tags: Tensor = step.positional[0]
+    step.space.tie_along(tags, -1)
+    return tags.select(-1, 0)
+
+
+def _view_as_real(step: Step) -> Tensor:
+    tags: Tensor = step.positional[0]
+    return tags.unsqueeze(-1).expand(tuple(step.output.shape))
 
 
 def _pad(step: Step) -> Tensor:
@@ -169,15 +202,28 @@ def contract(space: TagSpace, first: Tensor, second: Tensor) -> Tensor:
     """
     batch = together(first[..., 0, 0], second[..., 0, 0])[0].shape
     first, second = first.expand(*batch, *first.shape[-2:]), second.expand(*batch, *second.shape[-2:])
+    second = _without_common(second)
     space.tie_along(first, -1)
     space.tie_along(second, -2)
-    rows, columns = together(first[..., :1], second[..., :1, :])
+    rows, columns = together(first[..., :1], second.amax(-2, keepdim=True))
     space.tie(rows, columns)
     if bool((rows >= 0).any()) and bool((columns >= 0).any()):
         space.mark("product", rows)
     # The finer tags are kept, so that channels stay told apart in what follows.
     fine, coarse = finest([rows, columns])
     return torch.where(fine < 0, coarse, fine)
+
+
+def _without_common(tags: Tensor) -> Tensor:
+    """The tags without channels that matrices have in common which differ otherwise: those stay when one head leaves.
+
+    Such are the rotary keys of latent attention, the same for all heads. tags: (..., k, n).
+    """
+    seen = [set(matrix.unique().tolist()) - {UNTAGGED} for matrix in tags.flatten(0, -3)] if tags.ndim > 2 else []
+    common = {
+        tag for place, first in enumerate(seen) for other in seen[:place] if first != other for tag in first & other
+    }
+    return tags.masked_fill(torch.isin(tags, torch.tensor(sorted(common))), UNTAGGED) if common else tags
 
 
 def _matmul(step: Step) -> Tensor:
@@ -344,11 +390,18 @@ _SAME = (
     "alias", "clone", "contiguous", "detach", "dropout", "float", "lift_fresh_copy", "masked_fill", "_to_copy", "to",
     "tril", "triu", "type_as",
 )  # fmt: skip
+_MADE_ANEW = (
+    "empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like",
+)  # fmt: skip
 _MOVE = (
     "broadcast_to", "cat", "chunk", "diagonal", "expand", "expand_as", "flatten", "flip", "index_select", "movedim",
     "mT", "narrow", "numpy_T", "permute", "repeat", "repeat_interleave", "roll", "select", "slice", "split",
     "split_with_sizes", "squeeze", "stack", "swapaxes", "swapdims", "t", "tensor_split", "transpose", "unbind",
     "unflatten", "unfold", "unsqueeze",
+)  # fmt: skip
+_ELEMENTWISE = (
+    "absolute", "copy", "divide", "floor_divide", "hardswish", "log_sigmoid", "multiply", "negative", "special_expit",
+    "subtract",
 )  # fmt: skip
 _REDUCE = (
     "amax", "amin", "any", "linalg_vector_norm", "logsumexp", "max", "mean", "min", "norm", "std", "sum", "var",
@@ -357,9 +410,11 @@ _REDUCE = (
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_SAME, _same),
+    **dict.fromkeys(_MADE_ANEW, _made_anew),
     **dict.fromkeys(_MOVE, _move),
+    **dict.fromkeys(_ELEMENTWISE, _elementwise),
     **dict.fromkeys(_REDUCE, _reduce),
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "view_as"), _view),
+    **dict.fromkeys(("view", "reshape", "reshape_as", "_unsafe_view", "view_as"), _view),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("softmax", "_softmax", "log_softmax", "cumsum", "cumprod"), _mix),
     **dict.fromkeys(("layer_norm", "rms_norm"), _norm),
@@ -370,6 +425,8 @@ RULES: dict[str, Rule] = {
     "index": _index,
     "gather": _gather,
     "topk": _choose,
+    "view_as_complex": _view_as_complex,
+    "view_as_real": _view_as_real,
 }
 PARAMETER_RULES: dict[str, Rule] = {
     **dict.fromkeys(("alias", "clone", "contiguous", "detach", "to", "_to_copy"), _same),

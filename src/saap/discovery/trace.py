@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
+import io
+import logging
 import operator
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +18,9 @@ from torch.fx import Node
 
 from saap.discovery.operations import Step, tags_after, untagged
 from saap.discovery.tags import ParameterTags, TagSpace
-from saap.errors import UnsupportedModelError
+from saap.errors import UnsupportedModelError, first_line
+from saap.models.arguments import without_cache
+from saap.models.probe import failure, not_running
 
 TRACED_TOKENS = 3
 
@@ -47,19 +52,31 @@ def export(model: nn.Module) -> ExportedProgram:
     device = next(model.parameters()).device
     tokens = torch.zeros(1, TRACED_TOKENS, dtype=torch.long, device=device)
     try:
-        with torch.no_grad():
-            return torch.export.export(model, (tokens,), dict(call_keywords(model)), strict=False)
+        with torch.no_grad(), silent():
+            return torch.export.export(model, (tokens,), without_cache(model), strict=False)
     except Exception as error:  # whatever the user's forward or the exporter raises
-        first = str(error).strip().splitlines()[:1]
+        reason = failure(model, tokens)
+        if reason is not None:
+            raise not_running(model, reason) from error
+        kind = type(error).__name__
+        why = "its course depends on values" if "DataDependent" in kind else f"{kind}: {first_line(error)}"
         raise UnsupportedModelError(
-            f"The forward of {type(model).__name__} cannot be traced: {type(error).__name__}: {' '.join(first)}",
+            f"The forward of {type(model).__name__} cannot be traced: {why}",
             "Use a model whose forward(input_ids) torch.export can follow",
         ) from error
 
 
-def call_keywords(model: nn.Module) -> dict[str, Any]:
-    """Keywords that keep a forward on token ids free of a key-value cache."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+@contextmanager
+def silent() -> Iterator[None]:
+    """Nothing appears for a while of what an export prints, warns of or logs: graphs, guards, advice to authors."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 class _Walk:
@@ -104,6 +121,11 @@ class _Walk:
             return whole[place] if isinstance(whole, (list, tuple)) else untagged(node.meta.get("val"))
         module = _module_of(node)
         self.modules.add(module)
+        if _sized_by_data(node.meta.get("val")):
+            raise UnsupportedModelError(
+                f"The size of what {_operation(node.target)} in {module or 'the model'} gives depends on the text",
+                "Use a model whose tensors have sizes that follow from its input's",
+            )
         schema = getattr(node.target, "_schema", None)
         positional = tuple(self._value(argument) for argument in node.args)
         keywords = {name: self._value(argument) for name, argument in node.kwargs.items()}
@@ -118,6 +140,7 @@ class _Walk:
             space=self.space,
             name=_operation(node.target),
             target=node.target,
+            in_place=schema is not None and schema.name.endswith("_") and not schema.name.endswith("__"),
             positional=positional,
             keywords=keywords,
             named=named,
@@ -172,6 +195,12 @@ def _operation(target: Any) -> str:
 def _module_of(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def _sized_by_data(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_sized_by_data(item) for item in value)
+    return any(isinstance(size, torch.SymInt) for size in getattr(value, "shape", ()))
 
 
 def _is_square(argument: Any) -> bool:

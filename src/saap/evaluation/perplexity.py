@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from saap.errors import CalibrationError
+from saap.models.arguments import without_cache
+from saap.models.probe import positions
 from saap.records import Digested, IntArray, digest_of
 
 # Logits of one forward pass, in float32: they are the largest tensor of an evaluation.
 LOGITS_BYTES = 2**28
 POSITIONS_PER_CHUNK = 256
+WINDOW = 512
 
 Reader = Callable[[Sequence[Tensor]], Iterator[Tensor]]
 """From batches of token ids (sequences, tokens) to their logits."""
@@ -55,12 +57,17 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return total
 
 
+def default_window(model: nn.Module) -> int:
+    """Tokens of a window where nothing else is said: 512, or as many as the model reads at once."""
+    return min(WINDOW, positions(model) or WINDOW)
+
+
 @torch.no_grad()
 def perplexity(
     model: nn.Module,
     token_ids: IntArray | Tensor,
     *,
-    window: int = 512,
+    window: int | None = None,
     stride: int | None = None,
     batch: int = 4,
     max_tokens: int | None = None,
@@ -69,9 +76,9 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity over windows of `token_ids` (n,), each read on its own.
 
-    stride: tokens of the text from one window's start to the next's; None: consecutive windows. In the first of w
-    tokens the last w - 1 are predicted, in the others those that no earlier window held (of consecutive windows again
-    w - 1). A shorter last window counts if it predicts something.
+    window: tokens of each, None for `default_window`. stride: tokens of the text from one window's start to the next's;
+    None: consecutive windows. In the first of w tokens the last w - 1 are predicted, in the others those that no
+    earlier window held (of consecutive windows again w - 1). A shorter last window counts if it predicts something.
     leading: ids that each window begins with (BOS, see `leading_ids`), as context of its first token of the text, which
     then is predicted too.
     max_tokens: read only the first ones. batch: windows per forward pass, fewer where the vocabulary is large.
@@ -83,6 +90,7 @@ def perplexity(
     """
     ids = torch.as_tensor(np.asarray(token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids)).reshape(-1)
     ids = ids[:max_tokens].long()
+    window = default_window(model) if window is None else window
     if len(ids) < 2 or window < 2:
         raise CalibrationError(
             f"perplexity needs windows and a text of at least 2 tokens, not {window} and {len(ids)}",
@@ -151,8 +159,7 @@ def _windows_at_once(model: nn.Module, window: int, batch: int) -> int:
 
 def model_logits(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits (batch, tokens, vocabulary) of `ids` (batch, tokens), in whichever usual form the model answers."""
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    output = model(ids, **options)
+    output = model(ids, **without_cache(model))
     logits = getattr(output, "logits", output)
     tensor: Tensor = logits[0] if isinstance(logits, tuple) else logits
     return tensor

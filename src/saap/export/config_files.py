@@ -10,8 +10,9 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from saap.errors import LayoutError, OutputError
+from saap.errors import LayoutError, OutputError, first_line
 from saap.export.stream import Weights, smaller_streams
+from saap.models.arguments import without_cache
 from saap.models.modeling_pruned import MODEL_TYPE, pruned_classes
 from saap.models.offload import lend, offloaded
 from saap.models.structure import EPSILON_NAMES, PrunedStructure, epsilon_name, pruned_fields, read_attribute
@@ -126,7 +127,12 @@ def _difference(stock: Any, model: Any, changed: Weights) -> float:
     parameter = next(model.parameters())
     stock.to(parameter.device)
     ids = torch.arange(8, device=parameter.device).unsqueeze(0)
-    found, expected = (each(ids, use_cache=False).logits.float() for each in (stock, model))
+    expected = model(ids, **without_cache(model)).logits.float()
+    try:
+        found = stock(ids, **without_cache(stock)).logits.float()
+    except Exception as error:  # its code, with sizes that it does not expect
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise LayoutError(f"The stock class {type(stock).__name__} does not run ({reason})", ADAPTIVE_REMEDY) from error
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
 
 

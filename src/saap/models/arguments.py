@@ -1,8 +1,21 @@
-"""Tensors that a module is given from outside with one entry per unit, such as ALiBi's slopes per head."""
+"""Arguments of forwards: those that keep a model free of a cache, and tensors with one entry per unit (ALiBi)."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import inspect
+
+from torch import Tensor, nn
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """Keywords that keep a forward on token ids free of a key-value cache.
+
+    Some forwards of transformers hand `use_cache` on among other keywords, without a parameter of that name.
+    """
+    named = inspect.signature(model.forward).parameters
+    others = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in named.values())
+    handed_on = others and hasattr(getattr(model, "config", None), "use_cache")
+    return {"use_cache": False} if "use_cache" in named or handed_on else {}
 
 
 def unit_axis(value: object, *, samples: int, units: int) -> tuple[int, bool] | None:

@@ -23,9 +23,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.pytorch_utils import Conv1D
 
 MODEL_TYPE = "saap_pruned"
-FORMAT_VERSION = 2
-# What readers of the first format understand: all but added biases.
-FIRST_FORMAT_VERSION = 1
+FORMAT_VERSION = 3
+# What readers of earlier formats understand: of the first all but added biases, of the second all.
+FIRST_FORMAT_VERSION, SECOND_FORMAT_VERSION = 1, 2
 
 # Which integers of a module repeat the sizes of its weight, axis by axis.
 SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
@@ -51,6 +51,11 @@ class ConstantOutput(nn.Module):
         super().__init__()
         self.width = width
         self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """Nothing, for code that sets the weights of a layer at its start."""
+        return torch.empty(0)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: (..., anything). Returns (..., width)."""
@@ -231,6 +236,16 @@ def pruned_classes(base_model_type: str) -> tuple[type[PretrainedConfig], type[P
         def __init__(self, config: PretrainedConfig, *arguments: Any, **kwargs: Any) -> None:
             super().__init__(config, *arguments, **kwargs)
             apply_structure(self, cast(Any, config).pruned_structure)
+
+        @classmethod
+        def is_custom_code(cls) -> bool:
+            """As the stock class, or transformers leaves buffers without values that it computes for its own."""
+            return bool(stock_model.is_custom_code())
+
+        @classmethod
+        def _supports_default_dynamic_cache(cls) -> bool:
+            """As the stock class; transformers looks at its name. Older versions ask an instance."""
+            return bool(stock_model.__new__(stock_model)._supports_default_dynamic_cache())
 
         @classmethod
         def from_pretrained(cls, path: str, *arguments: Any, **kwargs: Any) -> Any:

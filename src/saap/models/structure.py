@@ -11,7 +11,7 @@ from torch import nn
 from saap.models.modeling_pruned import (
     AUTO_CLASSES,
     FIRST_FORMAT_VERSION,
-    FORMAT_VERSION,
+    SECOND_FORMAT_VERSION,
     ArgumentSlice,
     ConstantOutput,
     SaapPrunedConfig,
@@ -46,7 +46,7 @@ class PrunedStructure(Digested):
         """The `pruned_structure` field of config.json."""
         added = {"added_biases": list(self.added_biases)} if self.added_biases else {}
         return {
-            "format_version": FORMAT_VERSION if added else FIRST_FORMAT_VERSION,
+            "format_version": SECOND_FORMAT_VERSION if added else FIRST_FORMAT_VERSION,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "attributes": {path: dict(values) for path, values in self.attributes.items()},
             "constant": {path: dict(values) for path, values in self.constant.items()},

@@ -16,10 +16,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from saap.errors import LayoutError
+from saap.models.arguments import without_cache
 from saap.models.modeling_pruned import auto_classes
 from saap.records import ConfigField, ModelGraph, Role, StructurePlan, kept_shapes
 
 Shapes = dict[str, tuple[int, ...]]
+Builder = Callable[[Callable[[], Any], bool], Shapes | None]
+"""Gives the shapes of the model of a configuration; None where its class refuses it, or the model, run, fails."""
 
 MOST_FIELDS = 3
 MOST_SIZES = 8
@@ -56,13 +59,32 @@ def text_part(config: Any) -> Any:
 def keep_layers(config: Any, kept: Sequence[int], depth: int) -> None:
     """Set the number of layers to that of `kept`, and cut every list with one entry for each of `depth` layers.
 
-    config: the part of a transformers configuration that describes the decoder.
+    Lists of layers' numbers, and settings by layer, are numbered anew. config: the part of a transformers
+    configuration that describes the decoder.
     """
+    own = config.to_dict().get("per_layer_config") or {}
+    others = {"architectures", *_other_lists(type(config))}
     for name, value in list(vars(config).items()):
-        per_layer = isinstance(value, list | tuple) and len(value) == depth
-        if per_layer and not name.startswith("_") and not name.endswith("token_id") and name != "architectures":
+        if not isinstance(value, list | tuple) or name.startswith("_") or name.endswith("token_id"):
+            continue
+        if len(value) == depth and name not in others:
             setattr(config, name, type(value)(value[layer] for layer in kept))
+        elif "layer" in name and set(value) <= set(range(depth)) and list(value) == sorted(set(value)):
+            setattr(config, name, type(value)(new for new, layer in enumerate(kept) if layer in value))
     config.num_hidden_layers = len(kept)
+    if own:  # settings of single layers, by their numbers
+        by_layer = {int(layer): settings for layer, settings in own.items()}
+        config.per_layer_config = {new: by_layer[old] for new, old in enumerate(kept) if old in by_layer}
+
+
+def _other_lists(config_class: type) -> list[str]:
+    """Names of the lists that by default are not as long as the class has layers, such as a pair of limits."""
+    try:
+        default: Any = config_class()
+    except Exception:  # a class that cannot do without arguments
+        return []
+    depth = getattr(default, "num_hidden_layers", None)
+    return [name for name, value in vars(default).items() if isinstance(value, list | tuple) and len(value) != depth]
 
 
 def stock_model(config: Any) -> Any:
@@ -164,10 +186,11 @@ def _family(config: Any) -> str:
 
 
 def _pinned(config: Any) -> dict[str, int]:
-    if isinstance(getattr(type(config), HEAD_WIDTH, None), property):
+    names = (HEAD_WIDTH, "num_attention_heads", "hidden_size")
+    differ = set(getattr(config, "per_layer_attributes", None) or ())
+    if isinstance(getattr(type(config), HEAD_WIDTH, None), property) or not differ.isdisjoint(names):
         return {}
-    width = getattr(config, HEAD_WIDTH, None)
-    heads, hidden = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
+    width, heads, hidden = (getattr(config, name, None) for name in names)
     if not isinstance(width, int) and isinstance(heads, int) and isinstance(hidden, int):
         width = hidden // heads
     return {HEAD_WIDTH: width} if isinstance(width, int) else {}
@@ -178,16 +201,19 @@ def _valid(config: Any) -> Any:
     return type(config).from_dict(config.to_dict())
 
 
-def _shallow(model: nn.Module, config: Any, graph: ModelGraph) -> tuple[Any, Callable[[Any], Shapes | None]] | None:
+def _shallow(model: nn.Module, config: Any, graph: ModelGraph) -> tuple[Any, Builder] | None:
     """A configuration of few blocks that gives the graph's shapes, and the way to build it; None if there is none."""
     depth = len(graph.blocks)
 
-    def shapes_of(changed: Any) -> Shapes | None:
-        return _built(lambda: type(model)(_valid(changed)))[0]
+    def shapes_of(changed: Callable[[], Any], run: bool) -> Shapes | None:
+        return _built(lambda: type(model)(_valid(changed())), run=run)[0]
 
     for kept in (1, depth):
-        small = _shortened(config, depth, kept)
-        built = shapes_of(small)
+        try:
+            small = _shortened(config, depth, kept)
+        except Exception:  # a class that takes no other number of layers
+            continue
+        built = shapes_of(lambda: small, False)  # noqa: B023 - called at once
         if built and all(graph.shapes.get(name) == shape for name, shape in built.items()):
             return small, shapes_of
     return None
@@ -202,7 +228,7 @@ def _shortened(config: Any, depth: int, kept: int) -> Any:
 
 
 def _fields_of(
-    role: Role, config: Any, graph: ModelGraph, pinned: Mapping[str, int], shapes_of: Callable[[Any], Shapes | None]
+    role: Role, config: Any, graph: ModelGraph, pinned: Mapping[str, int], shapes_of: Builder
 ) -> list[ConfigField]:
     groups = graph.of_role(role)
     if not groups or len({group.units for group in groups}) > 1:
@@ -210,8 +236,8 @@ def _fields_of(
     units = groups[0].units
     owned = {member.tensor for group in groups for member in group.members}
 
-    def built_with(fields: Sequence[ConfigField], size: int) -> Shapes | None:
-        return shapes_of(_changed(config, pinned, fields, {role: size}))
+    def built_with(fields: Sequence[ConfigField], size: int, run: bool = False) -> Shapes | None:
+        return shapes_of(lambda: _changed(config, pinned, fields, {role: size}), run)
 
     def fits(fields: Sequence[ConfigField], size: int) -> bool | None:
         """Whether exactly the group's sizes follow; None where the class refuses."""
@@ -219,19 +245,21 @@ def _fields_of(
         wanted = kept_shapes(graph, {group.name: size for group in groups})
         return None if built is None else all(wanted.get(name) == shape for name, shape in built.items())
 
+    run = shapes_of(lambda: config, True) is not None
     for size in _sizes(role, units):
-        useful = []
+        useful, silent = [], []
         for field in _candidates(role, config, units):
             built = built_with([field], size)
             # A field may also bring in tensors that the model does not have (OPT's projections); `fits` refuses those.
-            built = built or {}
-            changed = {name for name, shape in built.items() if graph.shapes.get(name, shape) != shape}
+            changed = {name for name, shape in (built or {}).items() if graph.shapes.get(name, shape) != shape}
             if not built or (changed and changed <= owned):
                 useful.append(field)
-        for count in range(1, MOST_FIELDS + 1):
-            for fields in combinations(useful, count):
-                if fits(fields, size) and all(fits(fields, other) is not False for other in _sizes(role, units)):
-                    return list(fields)
+            elif not changed:  # it may still have to agree with one of the others
+                silent.append(field)
+        for fields in (found for count in range(1, MOST_FIELDS + 1) for found in combinations(useful, count)):
+            if fits(fields, size) and all(fits(fields, other) is not False for other in _sizes(role, units)):
+                choices = [list(fields), *([*fields, other] for other in silent)]
+                return next((choice for choice in choices if not run or built_with(choice, size, run)), [])
     return []
 
 
@@ -267,11 +295,15 @@ def _changed(config: Any, pinned: Mapping[str, int], fields: Sequence[ConfigFiel
     return changed
 
 
-def _built(build: Callable[[], nn.Module]) -> tuple[Shapes | None, str]:
-    """Shapes of a model built without weights, or None and why it cannot be built."""
+def _built(build: Callable[[], nn.Module], *, run: bool = False) -> tuple[Shapes | None, str]:
+    """Shapes of a model built without weights, or None and why it cannot be built, or run on a few tokens."""
     try:
         with torch.device("meta"):
-            model = build()
+            model: Any = build()
+            if run:
+                text_part(model.config)._attn_implementation = "eager"  # fused kernels take what it refuses
+                ids = torch.zeros((1, 4), dtype=torch.long)
+                model(ids, attention_mask=torch.ones_like(ids), **without_cache(model))
     except Exception as error:  # every class has its own way to refuse sizes
         return None, (str(error).strip().splitlines() or [type(error).__name__])[-1]
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, ""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from saap.errors import UnsupportedModelError
+from saap.models.arguments import without_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,7 @@ class BlockWalker:
         self._products = products
         self.paths = tuple(block_paths)
         self.blocks: tuple[nn.Module, ...] = tuple(model.get_submodule(path) for path in block_paths)
-        named = inspect.signature(model.forward).parameters
-        self._options: dict[str, Any] = {"use_cache": False} if "use_cache" in named else {}
+        self._options = without_cache(model)
         self._extra_outputs: dict[type[nn.Module], int | None] = {}
         self._checked = False
 

@@ -29,7 +29,7 @@ from saap.pipeline.compared_rows import RowKey, RowStore, file_name
 from saap.pipeline.context import Run
 from saap.pipeline.evaluate import ask_tasks, check_request, finite, read_streams
 from saap.pipeline.inputs import LoadedModel, RunOptions, TokenSets, draw_tokens, open_model, place_of
-from saap.pipeline.legality import legal_sizes
+from saap.pipeline.legality import check_walk, legal_sizes
 from saap.pipeline.meter import Meter
 from saap.pipeline.methods import for_method, measurements
 from saap.pipeline.planning import plans_for, scores_of
@@ -126,6 +126,7 @@ def compare(
         loaded = open_model(source, options, tokenizer)
     with meter.stage("discover the coupled structures"):
         graph = discover(loaded.model, loaded.ref)
+        check_walk(loaded.model, graph.blocks)
         for choice in request.methods:
             run_config = _config(request, choice, request.seeds[0])
             for target in _targets(run_config, graph, loaded):

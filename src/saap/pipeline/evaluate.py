@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from saap.config import RuntimeName, check_seed
@@ -35,6 +36,7 @@ from saap.evaluation.zero_shot import TaskResult, check_tasks, evaluate_tasks, m
 from saap.export.manifest import recorded_versions
 from saap.models.devices import quick_float32_products, rounded_products
 from saap.models.loading import load_tokenizer
+from saap.models.probe import check_runs
 from saap.models.references import ResolvedModel, resolve_model
 from saap.pipeline.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.inputs import LoadedModel, RunOptions, open_model
@@ -247,6 +249,8 @@ def _measure(
     found = {}
     for name, ids in streams.items():
         reporter.stage(f"perplexity of {loaded.ref.source} on {name}")
+        first = torch.from_numpy(ids[None, : request.window]).to(next(model.parameters()).device)
+        check_runs(model, first)
         found[name] = perplexity(
             model, ids, window=request.window, stride=request.stride, max_tokens=request.max_tokens,
             leading=leading_ids(loaded.tokenizer, bos=request.bos),

@@ -10,7 +10,8 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from saap.errors import VerificationError
+from saap.errors import VerificationError, first_line
+from saap.evaluation.perplexity import model_logits
 from saap.export.huggingface import CheckpointParts, modeling_code_digest, write_checkpoint
 from saap.export.manifest import (
     Answers,
@@ -114,7 +115,7 @@ def finish(run: Run, target: Target, made: Made, scores: ImportanceScores, dense
             made.model = model = None
             forget_changed(run, target.name)
             model = open_result(run, written)
-            _check_same(expected, _few_logits(run, model), target)
+            _check_same(expected, _logits_of_written(run, model, target), target)
         if model is None:
             raise VerificationError("The pruned model is neither in memory nor in the work folder", "Run again")
         pruned = observe(model, run.loaded.tokenizer, run.tokens, spill_of(run))
@@ -153,8 +154,18 @@ def _record_name(target: Target) -> str:
 @torch.no_grad()
 def _few_logits(run: Run, model: nn.Module) -> torch.Tensor:
     tokens = run.tokens.tensor("held", run.device)[:1, :CHECKED_TOKENS]
-    output = model(tokens)
-    return (output if isinstance(output, torch.Tensor) else output.logits).float()
+    return model_logits(model, tokens).float()
+
+
+def _logits_of_written(run: Run, model: nn.Module, target: Target) -> torch.Tensor:
+    try:
+        return _few_logits(run, model)
+    except Exception as error:  # the code of its class
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise VerificationError(
+            f"The written model ({target.name}) does not run ({reason})",
+            "Leave out --out from Python to keep it in memory, and report this model and command as a fault of saap",
+        ) from error
 
 
 def _check_same(expected: torch.Tensor | None, found: torch.Tensor, target: Target) -> None:

@@ -17,9 +17,11 @@ from saap.data.pairs import draw_pairs, pairs_file
 from saap.data.samples import Calibration, SampleRequest, check_vocabulary, draw_sets, leading_ids, token_stream
 from saap.data.texts import evaluation_text
 from saap.errors import CalibrationError
+from saap.evaluation.perplexity import default_window
 from saap.models.devices import computable, pick_device, pick_dtype, require_values
 from saap.models.images import image_token_ids, with_images
 from saap.models.loading import load_model, load_processor, load_tokenizer, model_ref
+from saap.models.probe import positions
 from saap.models.references import ResolvedModel, resolve_model
 from saap.records import CalibrationSet, IntArray, ModelGraph, ModelRef
 from saap.structure_search.costs import gram_bytes
@@ -76,6 +78,10 @@ class LoadedModel:
     skeleton: nn.Module | None = None
     spills: bool = False
 
+    def read_at_once(self, length: int) -> int:
+        """`length`, or fewer tokens where the model has no more positions."""
+        return min(length, positions(self.model) or length)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSets:
@@ -100,6 +106,12 @@ class TokenSets:
         """The set of that name as (sequences, length) ids on a device."""
         chosen: CalibrationSet = getattr(self, name)
         return torch.from_numpy(chosen.tokens).to(device)
+
+    def longest(self, model: nn.Module) -> torch.Tensor:
+        """One sequence (1, length) as long as any that the model is to read, on its device."""
+        window = self.evaluation[None, : default_window(model)]
+        rows = [*(one.tokens[:1] for one in (self.scored, self.held, self.refit)), window]
+        return torch.from_numpy(max(rows, key=lambda row: row.shape[1])).to(next(model.parameters()).device)
 
 
 def text_of_costs(tokens: TokenSets, device: torch.device) -> tuple[torch.Tensor, int]:
@@ -198,7 +210,7 @@ def write_refit_text(loaded: LoadedModel, config: PruneConfig, progress: Callabl
     return sample_from_model(
         loaded.model,
         sequences=wanted,
-        length=config.effort_settings.refit_length,
+        length=loaded.read_at_once(config.effort_settings.refit_length),
         batch=GENERATION_BATCH,
         seed=config.seed,
         starts=random_starts(loaded.tokenizer, sequences=wanted, seed=config.seed, leading=leading),
@@ -209,12 +221,12 @@ def write_refit_text(loaded: LoadedModel, config: PruneConfig, progress: Callabl
 def draw_tokens(loaded: LoadedModel, config: PruneConfig, calibration: Calibration) -> TokenSets:
     """All token sets of a run; no token lies in two of them where the text suffices. Raises CalibrationError."""
     settings = config.effort_settings
+    refit_length, held_length = map(loaded.read_at_once, (settings.refit_length, settings.held_length))
+    refit_sequences = (settings.refit_sequences - generated_sequences(loaded, config)) * settings.refit_length
     requests = [
         SampleRequest("scored", config.samples, config.sample_length),
-        SampleRequest("held", settings.held_sequences, settings.held_length, held_out=True, at_least=1),
-        SampleRequest(
-            "refit", settings.refit_sequences - generated_sequences(loaded, config), settings.refit_length, at_least=4
-        ),
+        SampleRequest("held", settings.held_sequences, held_length, held_out=True, at_least=1),
+        SampleRequest("refit", refit_sequences // refit_length, refit_length, at_least=4),
     ]
     embedding = getattr(loaded.model, "get_input_embeddings", lambda: None)()
     rows = embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else None

@@ -1,16 +1,51 @@
-"""Which sizes the stock configuration of a family can express: asked before anything is pruned."""
+"""What a model and its family can do: asked before anything is pruned."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
 from saap.config import PrunableRole, PruneConfig, unit_roles
-from saap.errors import LayoutError
+from saap.errors import LayoutError, SaapError, UnsupportedModelError, first_line
+from saap.evaluation.perplexity import model_logits
 from saap.models.uniform import uniform_config
+from saap.models.walked import inputs_of_blocks
+from saap.models.walker import BlockWalker, inference_only
 from saap.records import Layout, ModelGraph, Role
 from saap.structure_search.plan import make_plan
+
+# Rounding of a walk in half precision; a stream that blocks share in secret errs by far more.
+WALK_TOLERANCE = 0.02
+
+
+@torch.no_grad()
+def check_walk(model: nn.Module, blocks: Sequence[str]) -> None:
+    """Compare the logits of a walk from block to block with the model's own, for a part of two short sequences.
+
+    Raises UnsupportedModelError where they differ: blocks may pass on more than hidden states.
+    """
+    name, remedy = type(model).__name__, "Use a model whose blocks pass on nothing but their hidden states"
+    ids = 2 + torch.arange(16, device=next(model.parameters()).device).reshape(2, 8) % 5
+    try:
+        with inference_only(model):
+            expected = model_logits(model, ids)[1:, :5].float()
+            walker = BlockWalker(model, blocks)
+            stream = walker.start(ids)
+            for _ in range(2):  # a block that remembers its last call gives something else the second time
+                _, hidden = inputs_of_blocks(walker, stream)
+            found = walker.logits(hidden[1:, :5]).float().to(expected.device)
+            difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+    except SaapError:
+        raise
+    except Exception as error:  # the model's own code, called with what it does not expect
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UnsupportedModelError(f"The blocks of {name} do not run one by one ({reason})", remedy) from error
+    if difference > WALK_TOLERANCE:
+        raise UnsupportedModelError(
+            f"The blocks of {name} give other logits one by one than in the whole model ({difference:.1e} off)", remedy
+        )
 
 
 def legal_sizes(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> Mapping[Role, frozenset[int]] | None:

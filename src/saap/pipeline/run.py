@@ -18,6 +18,8 @@ from saap.discovery import discover
 from saap.discovery.summary import summarise
 from saap.errors import ConfigurationError
 from saap.models.devices import copied, quick_float32_products, quick_products, require_whole_blocks
+from saap.models.loading import quiet_transformers
+from saap.models.probe import check_runs
 from saap.models.processes import Processes
 from saap.models.structure import mark_pruned, structure_of
 from saap.pipeline.context import Run
@@ -35,7 +37,7 @@ from saap.pipeline.inputs import (
     open_model,
     place_of,
 )
-from saap.pipeline.legality import legal_sizes
+from saap.pipeline.legality import check_walk, legal_sizes
 from saap.pipeline.memory import (
     check_disk,
     clear_spill,
@@ -86,6 +88,7 @@ class _Prepared:
     tokens: TokenSets
 
 
+@quiet_transformers()
 def run_prune(
     source: str | Path | nn.Module,
     config: PruneConfig,
@@ -195,18 +198,18 @@ def _prepare(
         check_settings(speed_settings(config))
     with meter.stage("load the model"):
         loaded = open_within(source, config, options, tokenizer)
-        if loaded.fresh is not None:
-            if options.out is None:
-                raise _needs_folder()
-            meter.reporter.note("the weights stay in their files and are read block by block")
-        if loaded.spills:
-            meter.reporter.note("the activations of the restoration are kept outside the memory of the weights")
+        _note_placement(loaded, options, meter)
     with meter.stage("read the calibration text"):
         tokens = draw_tokens(loaded, config, calibration if calibration is not None else config.calibration)
+    if loaded.fresh is None:
+        with tokens.images(loaded.model):
+            check_runs(loaded.model, tokens.longest(loaded.model))
     with meter.stage("discover the coupled structures"):
         skeleton = loaded.model if loaded.skeleton is None else loaded.skeleton
         graph = discover(skeleton, loaded.ref, finer_heads=PrunableRole.QUERY in config.roles)
         require_whole_blocks(loaded.model, graph.blocks)
+        if loaded.fresh is None:
+            check_walk(loaded.model, graph.blocks)
         check_method(config, graph)
         targets = with_budgets(targets, config, graph, loaded.dtype)
         space = SearchSpace(
@@ -227,6 +230,16 @@ def _prepare(
             check_reachable(graph, budget, space)
             targets = [dataclasses.replace(target, budget=budget) for target in targets]
     return _Prepared(targets, loaded, graph, space, tokens)
+
+
+def _note_placement(loaded: LoadedModel, options: RunOptions, meter: Meter) -> None:
+    """Say what does not lie in the memory of the model. Raises ConfigurationError if the result has no place."""
+    if loaded.fresh is not None:
+        if options.out is None:
+            raise _needs_folder()
+        meter.reporter.note("the weights stay in their files and are read block by block")
+    if loaded.spills:
+        meter.reporter.note("the activations of the restoration are kept outside the memory of the weights")
 
 
 def _needs_folder() -> ConfigurationError:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from saap.errors import UnsupportedModelError
+from saap.errors import UnsupportedModelError, first_line
 from saap.models.uniform import keep_layers, text_part
 
 # Attributes that hold a block's own number.
@@ -31,7 +31,13 @@ def drop_blocks(model: nn.Module, blocks: Sequence[str], dropped: Sequence[int])
             raise UnsupportedModelError(
                 f"The configuration does not say that there are {len(blocks)} blocks", "Prune without the role block"
             )
-        keep_layers(decoder, kept, len(blocks))
+        try:
+            keep_layers(decoder, kept, len(blocks))
+        except Exception as error:  # classes that take no other number of layers
+            raise UnsupportedModelError(
+                f"The configuration does not take another number of layers ({first_line(error)})",
+                "Prune without the role block",
+            ) from error
     for layer in sorted(set(dropped), reverse=True):
         del container[layer]
     for new, old in enumerate(kept):

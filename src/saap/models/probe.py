@@ -1,0 +1,63 @@
+"""Whether a model runs: tried on a few tokens before anything that takes long."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saap.errors import UnsupportedModelError, first_line
+from saap.models.arguments import without_cache
+from saap.models.walker import inference_only
+
+FEW_TOKENS = 4
+
+
+def positions(model: nn.Module) -> int | None:
+    """How many tokens the model reads at once by its configuration; None where that says nothing."""
+    config: Any = getattr(model, "config", None)
+    find = getattr(config, "get_text_config", None)
+    stated = getattr(config if find is None else find(), "max_position_embeddings", None)
+    return stated if isinstance(stated, int) and stated > 0 else None
+
+
+@torch.no_grad()
+def failure(model: nn.Module, ids: Tensor) -> str | None:
+    """The error with which a forward on token ids (sequences, tokens) ends, in one line; None where it does not."""
+    try:
+        with inference_only(model):
+            model(ids, **without_cache(model))
+    except Exception as error:  # the model's own code fails in its own way
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None
+
+
+def check_runs(model: nn.Module, ids: Tensor) -> None:
+    """Run the model on token ids (sequences, tokens), as long as any that it is to read.
+
+    Raises UnsupportedModelError if it fails, or if it exchanges its own modules, which a saved model would not know of.
+    """
+    name, before = type(model).__name__, dict(model.named_modules())
+    reason = failure(model, ids[:, :FEW_TOKENS])
+    if reason is not None:
+        raise not_running(model, reason)
+    reason = failure(model, ids)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{name} does not read {ids.shape[1]} tokens at once ({reason})", "Use shorter samples or windows"
+        )
+    changed = [path for path, module in model.named_modules() if before.get(path) is not module]
+    if changed:
+        raise UnsupportedModelError(
+            f"The forward of {name} replaces its module {changed[0]} by another one",
+            "Set its configuration so that its modules stay what they are",
+        )
+
+
+def not_running(model: nn.Module, reason: str) -> UnsupportedModelError:
+    """The refusal of a model that fails without being pruned. reason: as `failure` gives it."""
+    return UnsupportedModelError(
+        f"The dense model itself does not run: {type(model).__name__} ends with {reason}",
+        "Use a model that transformers runs on token ids alone",
+    )

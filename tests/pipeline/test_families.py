@@ -1,0 +1,123 @@
+"""Families whose classes do something that others do not: pruned, written and opened, or refused in one sentence."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conformance.every_family import attempt, build, configuration, prune
+
+import saap
+from saap.errors import SaapError
+from saap.pipeline.progress import Silent
+from saap.records import Layout
+
+
+def folder_of(family: str, at: Path, **changes: Any) -> Path:
+    build(family, **changes).save_pretrained(at / "dense")
+    return at / "dense"
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "falcon_h1",  # a buffer that the model computes for its parts, never stored
+        "minimax",  # a cache of its own, which transformers tells by the class's name
+        "gemma4_text",  # heads of another width in some layers
+        "deepseek_v3",  # keys written into an empty tensor, a part of them the same for all heads
+        "deepseek_v2",  # the same, with complex rotary embeddings
+        "granitemoe_swa",  # a cache that is asked for among other keywords
+        "xglm",  # a mask in torch's default type
+    ],
+)
+def test_they_are_pruned_opened_and_generate_without_a_word(family: str, tmp_path: Path) -> None:
+    found = attempt(family, tmp_path, [Layout.ADAPTIVE])["adaptive"]
+    assert {**found, "seconds": 0} == {"outcome": "works", "seconds": 0}
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "bamba", "granitemoehybrid"])
+def test_a_pair_of_limits_is_no_list_of_two_layers(family: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"num_hidden_layers": 2}
+    if family == "granitemoehybrid":
+        changes["layer_types"] = ["linear_attention", "full_attention"]
+    if family == "bamba":
+        changes["attn_layer_indices"] = [1]
+    result = prune(
+        folder_of(family, tmp_path, **changes),
+        tmp_path / "out",
+        roles=("block",),
+        skip_layers=(0, 1),
+        pruning_ratio=0.3,
+    )
+    assert result.plan.dropped_blocks == (0,)
+    limits = saap.load(tmp_path / "out").config.time_step_limit
+    assert tuple(limits) == tuple(configuration(family).time_step_limit)
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("gemma4_assistant", "The dense model itself does not run: Gemma4AssistantForCausalLM ends with"),
+        ("gemma3n_text", "The blocks of Gemma3nForCausalLM do not run one by one (IndexError"),
+        ("big_bird", "replaces its module bert.encoder.layer.0.attention.self"),
+        ("jetmoe", "in model.layers.0.self_attention.experts.input_linear gives depends on the text"),
+        ("longcat_flash", "cannot be traced: its course depends on values"),
+    ],
+)
+def test_what_cannot_be_walked_or_traced_is_refused_before_the_estimation(
+    family: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SaapError, match=re.escape(said)) as refused:
+        prune(folder_of(family, tmp_path), tmp_path / "out", roles=("ffn",), reporter=NoEstimation())
+    assert str(refused.value).count("\n") == 0
+
+
+def test_heads_that_later_blocks_read_too_are_refused_by_name() -> None:
+    refused = {refusal.name: refusal.reason for refusal in saap.discover(build("gemma3n_text")).refused}
+    assert {refused[f"layers.{layer}.attention"] for layer in range(4)} == {
+        "its heads are tied to those of other blocks"
+    }
+
+
+class NoEstimation(Silent):
+    """Fails where the expensive work begins."""
+
+    def stage(self, title: str) -> None:
+        assert "dense" not in title
+        assert "estimate" not in title
+
+
+def test_sequences_are_as_long_as_the_positions_of_the_model(tmp_path: Path) -> None:
+    source = folder_of("gpt2", tmp_path, n_positions=48)
+    assert prune(source, tmp_path / "out").report.perplexity > 0
+    with pytest.raises(SaapError, match=r"GPT2LMHeadModel does not read 64 tokens at once \(IndexError"):
+        prune(source, tmp_path / "other", sample_length=64)
+
+
+def test_a_model_in_training_is_tried_without_its_dropout() -> None:
+    model = build("gpt2", resid_pdrop=0.5).train()
+    assert prune(model, None).report.pruning_ratio > 0.1
+    assert model.training
+
+
+DISCOVER = """
+import sys, saap
+from saap.errors import SaapError
+for folder in sys.argv[1:]:
+    try:
+        saap.discover(folder)
+    except SaapError:
+        pass
+"""
+
+
+def test_tracing_prints_nothing(tmp_path: Path) -> None:
+    """Neither warnings of a configuration and of an export, nor the graph where an export fails."""
+    folders = [folder_of(family, tmp_path / family) for family in ("gemma4_text", "recurrent_gemma", "longcat_flash")]
+    command = [sys.executable, "-c", DISCOVER, *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
