@@ -29,6 +29,7 @@ def folder_of(family: str, at: Path, **changes: Any) -> Path:
         "minimax",  # a cache of its own, which transformers tells by the class's name
         "gemma4_text",  # heads of another width in some layers
         "deepseek_v3",  # keys written into an empty tensor, a part of them the same for all heads
+        "kimi_linear",  # latent attention beside layers of linear attention
         "deepseek_v2",  # the same, with complex rotary embeddings
         "granitemoe_swa",  # a cache that is asked for among other keywords
         "xglm",  # a mask in torch's default type

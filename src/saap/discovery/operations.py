@@ -6,6 +6,7 @@ tie what they sum over, reductions are noted. An operation without a rule stops 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -219,11 +220,10 @@ def _without_common(tags: Tensor) -> Tensor:
 
     Such are the rotary keys of latent attention, the same for all heads. tags: (..., k, n).
     """
-    seen = [set(matrix.unique().tolist()) - {UNTAGGED} for matrix in tags.flatten(0, -3)] if tags.ndim > 2 else []
-    common = {
-        tag for place, first in enumerate(seen) for other in seen[:place] if first != other for tag in first & other
-    }
-    return tags.masked_fill(torch.isin(tags, torch.tensor(sorted(common))), UNTAGGED) if common else tags
+    matrices = tags.flatten(0, -3) if tags.ndim > 2 else ()
+    seen = Counter(tag for channels in {frozenset(matrix.unique().tolist()) for matrix in matrices} for tag in channels)
+    common = torch.tensor([tag for tag, count in seen.items() if count > 1], dtype=torch.long)
+    return tags.masked_fill(torch.isin(tags, common), UNTAGGED)
 
 
 def _matmul(step: Step) -> Tensor:

@@ -69,7 +69,7 @@ def keep_layers(config: Any, kept: Sequence[int], depth: int) -> None:
             continue
         if len(value) == depth and name not in others:
             setattr(config, name, type(value)(value[layer] for layer in kept))
-        elif "layer" in name and set(value) <= set(range(depth)) and list(value) == sorted(set(value)):
+        elif "layer" in name and list(value) == [layer for layer in range(depth) if layer in value]:
             setattr(config, name, type(value)(new for new, layer in enumerate(kept) if layer in value))
     config.num_hidden_layers = len(kept)
     if own:  # settings of single layers, by their numbers

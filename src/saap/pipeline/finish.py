@@ -164,7 +164,7 @@ def _logits_of_written(run: Run, model: nn.Module, target: Target) -> torch.Tens
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise VerificationError(
             f"The written model ({target.name}) does not run ({reason})",
-            "Leave out --out from Python to keep it in memory, and report this model and command as a fault of saap",
+            "Call saap.prune without `out` to keep it in memory, and report this model and command as a fault of saap",
         ) from error
 
 
