@@ -3,8 +3,9 @@
     PYTHONPATH=. python benchmarks/device_limit.py [--refit-tokens N] [--folder DIR]    # about half an hour on 2 cores
 
 The pretended device (tests/pretend.py) counts what lies on it and refuses more than its limit: 24 GB less the weights
-of the 28 layers that are not there. Activations of the restoration are kept elsewhere, so its peak depends on the
-micro-batch, not on how many tokens there are. Writes benchmarks/results/device-limit.json.
+of the 28 layers that are not there. The run has effort `fast` and few tokens: activations of the restoration are kept
+elsewhere, so its peak depends on the micro-batch, not on how many tokens there are. The formula is given for that run
+and for effort `default`. Writes benchmarks/results/device-limit.json.
 """
 
 from __future__ import annotations
@@ -40,16 +41,25 @@ def sizes(layers: int) -> memory.Sizes:
         weights=2 * shape.parameters, block=2 * shape.block_parameters, around=2 * table,
         matrix=2 * shape.hidden * shape.ffn, widest=shape.ffn, width=shape.hidden, blocks=layers,
         vocabulary=shape.vocabulary, heads=shape.heads,
+        values=layers * shape.block_parameters,
     )  # fmt: skip
 
 
-def measured(folder: Path, tokens: int, limit: int) -> dict[str, Any]:
+def needs(layers: int, config: PruneConfig) -> dict[str, int]:
+    """Bytes by what is kept on the device."""
+    return {
+        "all": memory.resident_need(sizes(layers), config),
+        "weights": memory.spilled_need(sizes(layers), config),
+        "one block": memory.offloaded_need(sizes(layers), config),
+    }
+
+
+def measured(folder: Path, config: PruneConfig, limit: int) -> dict[str, Any]:
     """Peak bytes on the device, over the whole run."""
     source = folder / "dense"
     source.mkdir()
     write_checkpoint(replace(SHAPES["7b"], layers=LAYERS), source)
     byte_tokenizer().save_pretrained(source)
-    config = PruneConfig(pruning_ratios=(0.2,), effort=Effort.FAST, refit_tokens=tokens, samples=4, sample_length=64)
     pretend = import_module("tests.pretend")  # a part of the tests, which are not typed
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(devices, "_available", return_value={"lazy": True}))
@@ -63,22 +73,22 @@ def measured(folder: Path, tokens: int, limit: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--refit-tokens", type=int, default=8192)
+    parser.add_argument("--refit-tokens", type=int, default=4096)
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
+    tried = PruneConfig(
+        pruning_ratios=(0.2,), effort=Effort.FAST, refit_tokens=given.refit_tokens, samples=4, sample_length=64
+    )
     default = PruneConfig(pruning_ratios=(0.2,))
     limit = CARD - (sizes(32).weights - sizes(LAYERS).weights)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        found = measured(Path(folder), given.refit_tokens, limit)
+        found = measured(Path(folder), tried, limit)
     result = {
         "layers": LAYERS, "refit_tokens": given.refit_tokens, "limit": limit, **found,
         "formula": {
-            f"{layers} layers": {
-                "in memory": memory.resident_need(sizes(layers), default),
-                "activations elsewhere": memory.spilled_need(sizes(layers), default),
-                "weights in files": memory.offloaded_need(sizes(layers), default),
-            }
-            for layers in (LAYERS, 32)
+            "that run": needs(LAYERS, tried),
+            "4 layers, effort default": needs(LAYERS, default),
+            "32 layers, effort default": needs(32, default),
         },
         "reserve": memory.RESERVE_BYTES,
         "torch": torch.__version__,

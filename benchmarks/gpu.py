@@ -180,15 +180,17 @@ def table() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="GGUF file or folder of a real model for the step `real`")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "saap-gpu", help="of checkpoints")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--folder", type=Path, help="of checkpoints; without it one in the system's temporary folder")
+    parser.add_argument("--out", type=Path, help="of results; benchmarks/results/gpu, with --smoke inside --folder")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--table", action="store_true")
     chosen = parser.parse_args()
     if not chosen.table:
         if not (chosen.smoke or torch.cuda.is_available() or torch.backends.mps.is_available()):
             parser.error("there is no accelerator here; --smoke tries every step on the CPU")
-        carry_out(Options(chosen.folder, chosen.out, chosen.model, chosen.smoke))
+        folder = chosen.folder or Path(tempfile.gettempdir()) / f"saap-gpu{'-smoke' if chosen.smoke else ''}"
+        out = chosen.out or (folder / "results" if chosen.smoke else RESULTS)
+        carry_out(Options(folder, out, chosen.model, chosen.smoke))
     if not chosen.smoke:
         write_between_marks("gpu", table())
 

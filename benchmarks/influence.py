@@ -44,7 +44,7 @@ def measure() -> dict[str, Any]:
     ratios: dict[str, float] = {}
     draws = []
     with quick_float32_products():
-        whole = perplexity(dense.model, text).value
+        whole = perplexity(dense.model, text, leading=dense.leading).value
         for samples, length, seed in DRAWS:
             drawn = draw(dense, VALIDATION, [SampleRequest("scored", samples, length)], seed)["scored"]
             influence = activation_statistics(dense.model, dense.graph, torch.from_numpy(drawn.tokens)).influence

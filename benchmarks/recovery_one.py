@@ -43,7 +43,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import peft  # noqa: F401 - both sides start with the same imports
     import torch
 
-    from saap.data.samples import token_stream
+    from saap.data.samples import leading_ids, token_stream
     from saap.data.texts import read_documents
     from saap.data.training import training_data
     from saap.discovery.blocks import find_blocks
@@ -72,7 +72,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
 
     def of(model: Any) -> float | None:
-        return perplexity(model, evaluation, batch=1).value if len(evaluation) > 1 else None
+        if len(evaluation) < 2:
+            return None
+        return perplexity(model, evaluation, batch=1, leading=leading_ids(tokenizer)).value
 
     imports, peak = resident(), Peak()
     model, handle, parameters, packed = prepared(resolved, config, cpu)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,9 +118,11 @@ def small(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_result_is_evaluated_as_on_the_cpu(
-    small: Path, source: Path, capsys: pytest.CaptureFixture[str], tolerance: float
+    small: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tolerance: float
 ) -> None:
-    flags = ("--perplexity", "bundled", "--max-tokens", "600", "--generation", "--tokens", "4", "--dense", source)
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"prompt": "Once there was"}\n{"prompt": "The sky is", "answer": "blue"}\n')
+    flags = ("--perplexity", "bundled", "--max-tokens", "600", "--prompts", asked, "--tokens", "4", "--dense", source)
     found = run(capsys, "eval", small, *flags, "--json")
     expected = run(capsys, "eval", small, *flags, "--json", "--device", "cpu")
     for one, other in ((found, expected), (found["dense"], expected["dense"])):
@@ -146,7 +149,7 @@ def test_a_result_is_tuned_as_on_the_cpu(
     given = ("recover", small, "--data", text, "--max-steps", "2", "--length", "32", "--group-size", "16", *flags)
     found = run(capsys, *given, "--out", tmp_path / "lazy", "--json")
     expected = run(capsys, *given, "--out", tmp_path / "cpu", "--json", "--device", "cpu", "--exact-products")
-    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=10 * tolerance)
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=tolerance)
 
 
 LARGE = (*FAST, "--refit-tokens", "32768", "--strategy", "uniform")
@@ -200,9 +203,15 @@ def test_a_restoration_of_7b_fits_into_24_gb_by_the_formula() -> None:
     """bfloat16 weights of LLaMA-7B on an accelerator, effort `default`."""
     sizes = memory.Sizes(
         weights=13_476_831_232, block=404_766_720, around=524_296_192, matrix=90_177_536, widest=11008, width=4096,
-        blocks=32, vocabulary=32000, heads=32,
+        blocks=32, vocabulary=32000, heads=32, values=6_476_005_376,
     )  # fmt: skip
-    config = PruneConfig(pruning_ratios=(0.2,))
-    assert memory.RESERVE_BYTES + memory.resident_need(sizes, config) > 48 * 10**9
-    assert memory.RESERVE_BYTES + memory.spilled_need(sizes, config) < 24 * 10**9
-    assert memory.RESERVE_BYTES + memory.offloaded_need(sizes, config) < 16 * 10**9
+
+    def gigabytes(need: Callable[..., int], **choices: Any) -> float:
+        config = PruneConfig(pruning_ratios=(0.2,), **choices)
+        return round((memory.RESERVE_BYTES + need(sizes, config)) / 10**9, 1)
+
+    assert gigabytes(memory.resident_need) == 66.5
+    assert gigabytes(memory.spilled_need) == 20.6  # a card of 24 GB has room for it
+    assert gigabytes(memory.offloaded_need) == 7.6
+    assert gigabytes(memory.spilled_need, calibration=("text.txt",)) == 28.2
+    assert gigabytes(memory.spilled_need, method="llm-pruner-mixed") == 66.6

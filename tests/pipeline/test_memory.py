@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -162,9 +163,31 @@ def test_a_model_in_memory_is_refused(tmp_path: Path) -> None:
 def test_needs_grow_with_what_is_asked() -> None:
     sizes = memory.Sizes(
         weights=27 * 10**9, block=810 * 10**6, around=10**9, matrix=180 * 10**6, widest=11008, width=4096, blocks=32,
-        vocabulary=32000, heads=32,
+        vocabulary=32000, heads=32, values=65 * 10**8,
     )  # fmt: skip
     need: Callable[..., int] = memory.offloaded_need
     cut, restored = (need(sizes, PruneConfig(pruning_ratios=(0.2,), restore=restore)) for restore in (False, True))
     assert cut < 2 * 10**9 < restored < 8 * 10**9
     assert memory.resident_need(sizes, PruneConfig(pruning_ratios=(0.2,), restore=False)) > sizes.weights
+    baselines = [PruneConfig(pruning_ratios=(0.2,), method=method) for method in ("flap", "llm-pruner-mixed")]
+    without, with_gradients = (memory.spilled_need(sizes, config) for config in baselines)
+    assert with_gradients - without == 8 * sizes.values
+
+
+def test_weights_count_once_where_the_run_fits(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are read count as memory of the process, and are part of the need as well."""
+    weights = 10**9
+    taken = [10**8]
+    monkeypatch.setattr(device_memory, "of_process", lambda: taken[0])
+    stock = memory.open_model
+
+    def reading(*arguments: Any, **named: Any) -> Any:
+        taken[0] += weights
+        return stock(*arguments, **named)
+
+    monkeypatch.setattr(memory, "open_model", reading)
+    for name in ("resident_need", "spilled_need"):
+        monkeypatch.setattr(memory, name, lambda sizes, config: weights + 10**8)
+    config = PruneConfig(pruning_ratios=(0.2,), **SETTINGS)
+    limit = memory.RESERVE_BYTES + weights + 3 * 10**8
+    assert not memory.open_within(source, config, RunOptions(max_memory=limit), None).spills

@@ -77,7 +77,7 @@ def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Valu
     dense = open_dense(request.model)
     with quick_float32_products():
         texts = {name: measured_text(dense, name, chosen["measured tokens"]) for name in TEXTS}
-        whole = {name: perplexity(dense.model, text).value for name, text in texts.items()}
+        whole = {name: perplexity(dense.model, text, leading=dense.leading).value for name, text in texts.items()}
         for seed in chosen["seeds"]:
             names = [name for name in WITHOUT if f"{name}-{seed}" in wanted]
             if not names:
@@ -89,7 +89,10 @@ def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Valu
                 if kind not in plans:
                     plans[kind] = plan_without(prepared, kind, chosen["candidates"], seed)
                 model = made(prepared, plans[kind], name)
-                ratios = {label: perplexity(model, text).value / whole[label] for label, text in texts.items()}
+                ratios = {
+                    label: perplexity(model, text, leading=dense.leading).value / whole[label]
+                    for label, text in texts.items()
+                }
                 yield f"{name}-{seed}", {"ratio": ratios, "removed": removed_share(dense, plans[kind])}
 
 

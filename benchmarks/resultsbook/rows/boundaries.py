@@ -58,18 +58,18 @@ def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Valu
         if kind == "pruned":
             model = open_model(str(pruned_folder(request)), RunOptions(device="cpu")).model
         with quick_float32_products():
-            yield from _of_model(model, reading_weights(model, dense.graph), text, names)
+            yield from _of_model(model, reading_weights(model, dense.graph), text, dense.leading, names)
 
 
 def _of_model(
-    model: nn.Module, weights: Mapping[str, Tensor], text: IntArray, names: Sequence[str]
+    model: nn.Module, weights: Mapping[str, Tensor], text: IntArray, leading: Sequence[int], names: Sequence[str]
 ) -> Iterator[tuple[str, Values]]:
-    before = perplexity(model, text).value
+    before = perplexity(model, text, leading=leading).value
     for cell in names:
         order, _, size = cell.partition("-")[2].rpartition("-")
         rounded = {path: in_order(weight, order, int(size)) for path, weight in weights.items()}
         with replaced_weights(model, rounded):
-            after = perplexity(model, text).value
+            after = perplexity(model, text, leading=leading).value
         errors = [relative_error(weights[path], weight) for path, weight in rounded.items()]
         yield cell, {"error": sum(errors) / len(errors), "ratio": after / before, "matrices": len(errors)}
 

@@ -89,7 +89,7 @@ def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Valu
 def _of_model(request: Request, dense: Dense, wanted: Sequence[str]) -> Iterator[tuple[str, Values]]:
     tokens = settings(request)["measured tokens"]
     texts = {name: measured_text(dense, name, tokens) for name in TEXTS}
-    whole = {name: perplexity(dense.model, text).value for name, text in texts.items()}
+    whole = {name: perplexity(dense.model, text, leading=dense.leading).value for name, text in texts.items()}
     so_far: dict[tuple[int, str, int], ImportanceScores] = {}
     drawn: dict[tuple[int, str, int], CalibrationSet] = {}
     for name in wanted:

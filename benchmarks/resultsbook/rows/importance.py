@@ -66,7 +66,11 @@ def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Valu
         seconds = time.perf_counter() - start
         every = all_importances(dense, scores)
         text = measured_text(dense, "wikitext2", chosen["measured tokens"])
-        whole = perplexity(dense.model, text).value if any("perplexity" in name for name in wanted) else 0.0
+        whole = (
+            perplexity(dense.model, text, leading=dense.leading).value
+            if any("perplexity" in name for name in wanted)
+            else 0.0
+        )
         for name in wanted:
             if name == "distributions":
                 yield name, distributions(dense, every)

@@ -33,7 +33,7 @@ from saap.pipeline.inputs import (
     text_of_costs,
     weighs_tokens,
 )
-from saap.pipeline.memory import restoration_spill
+from saap.pipeline.memory import Sizes, gradients, restoration_spill
 from saap.pipeline.meter import Meter, StageCost
 from saap.pipeline.outcome import greedy_answer
 from saap.pipeline.targets import Target
@@ -245,7 +245,8 @@ def _estimation(run: Probed, meter: Meter, reading: _Rate) -> StageForecast:
     scored = run.tokens.scored
     units = sum(group.units for group in run.graph.groups)
     if run.config.method is not Method.SAAP:
-        return _stage(name, None, reading.peak)
+        kept = gradients(Sizes.of(run.loaded.model, run.device).values, run.config)
+        return _stage(name, None, reading.peak.plus(kept, run.device))
     few = dataclasses.replace(scored, tokens=scored.tokens[:PROBED_SAMPLES], inputs=scored.inputs[:PROBED_SAMPLES])
     with meter.stage("try: estimate"), run.tokens.images(run.loaded.model):
         estimate(

@@ -51,8 +51,9 @@ class Sizes:
     """Bytes of weights in memory, and lengths. block: of the largest. around: of the modules outside the blocks.
 
     matrix: bytes of the largest matrix of a block. widest: its longer side. width: of the residual stream.
-    vocabulary: 0 where the configuration does not say. heads: query heads of a block. pages: of files, which count as
-    memory of the process while weights are read from them; 0 on an accelerator.
+    vocabulary: 0 where the configuration does not say. heads: query heads of a block. values: of all matrices of the
+    blocks, a number. pages: of files, which count as memory of the process while weights are read from them; 0 on an
+    accelerator.
     """
 
     weights: int
@@ -64,6 +65,7 @@ class Sizes:
     blocks: int
     vocabulary: int
     heads: int
+    values: int
     pages: int = 0
 
     @classmethod
@@ -87,6 +89,7 @@ class Sizes:
             blocks=len(blocks),
             vocabulary=vocabulary if isinstance(vocabulary, int) else 0,
             heads=heads if isinstance(heads, int) and heads else max(1, width // HEAD_WIDTH),
+            values=sum(map(torch.Tensor.numel, matrices)),
             pages=weights // 2 if device.type == "cpu" else 0,
         )
 
@@ -106,7 +109,7 @@ def spilled_need(sizes: Sizes, config: PruneConfig) -> int:
     reading = sizes.blocks * COST_TOKENS_AT_ONCE * sizes.width * 4
     restoring = _passing(sizes, WINDOW_TOKENS) + _solving(sizes) if config.restore else 0
     measuring = _passing(sizes, WINDOW_TOKENS) + _logits(sizes) + sizes.pages
-    scoring = _scoring(sizes, config) + reading + _costs(sizes, config)
+    scoring = _scoring(sizes, config) + reading + _costs(sizes, config) + gradients(sizes.values, config)
     return _weights(sizes, config) + max(scoring, restoring, measuring)
 
 
@@ -129,6 +132,11 @@ def _costs(sizes: Sizes, config: PruneConfig) -> int:
         return 0
     grams = sizes.blocks * 4 * (sizes.widest**2 + sizes.width**2)
     return (grams if grams <= sizes.weights else 0) + sizes.weights
+
+
+def gradients(values: int, config: PruneConfig) -> int:
+    """Bytes of what LLM-Pruner keeps of each weight of the blocks: two sums in float32; 0 for other methods."""
+    return 8 * values if config.method.startswith("llm-pruner") else 0
 
 
 def offloaded_need(sizes: Sizes, config: PruneConfig) -> int:
@@ -174,8 +182,9 @@ def open_within(
             raise ConfigurationError(
                 "--max-memory cannot hold for a model that is in memory already", "Give the folder that it came from"
             )
-        return _spilling(open_model(source, options, tokenizer), config, None)
+        return _spilling(open_model(source, options, tokenizer), config, 0, None)
     device = pick_device(options.device)
+    base = _base(device)  # now, since weights that are read count as memory of the process
     limit = device_memory.of_device(device) if options.max_memory is None else options.max_memory
     if limit is None or options.device_map is not None:
         return open_model(source, options, tokenizer)
@@ -186,13 +195,13 @@ def open_within(
     except ModelError:  # it cannot be read part by part, so it has to fit
         if options.max_memory is not None:
             raise
-        return _spilling(open_model(source, options, tokenizer), config, None)
+        return _spilling(open_model(source, options, tokenizer), config, base, None)
     if whole <= limit:
-        return _spilling(open_model(source, options, tokenizer), config, limit)
+        return _spilling(open_model(source, options, tokenizer), config, base, limit)
     given = _limit_in_words(limit, options, device)
     if least > limit:
         raise ConfigurationError(
-            f"{given} is too small for this model, which needs {_gigabytes(least)}"
+            f"{given[0].upper()}{given[1:]} is too small for this model, which needs {_gigabytes(least)}"
             f"{', or less with --no-restore' if config.restore else ''}",
             f"Use --max-memory {_gigabytes(least)}" if options.max_memory is not None else "Use --device cpu",
         )
@@ -200,14 +209,14 @@ def open_within(
     return _open_offloaded(resolved, options, tokenizer, device, dtype)
 
 
-def _spilling(loaded: LoadedModel, config: PruneConfig, limit: int | None) -> LoadedModel:
+def _spilling(loaded: LoadedModel, config: PruneConfig, base: int, limit: int | None) -> LoadedModel:
     """The model in memory, with whether the activations of the restoration have to be kept elsewhere.
 
-    limit: bytes for all of the run; None for what the device has.
+    base: bytes that are taken without the model. limit: bytes for all of the run; None for what the device has.
     """
     device = next(loaded.model.parameters()).device
     limit = device_memory.of_device(device) if limit is None else limit
-    needed = _base(device) + resident_need(Sizes.of(loaded.model, device), config)
+    needed = base + resident_need(Sizes.of(loaded.model, device), config)
     return dataclasses.replace(loaded, spills=config.restore and limit is not None and needed > limit)
 
 
@@ -243,7 +252,7 @@ def _open_offloaded(
 
 def _limit_in_words(limit: int, options: RunOptions, device: torch.device) -> str:
     size = _gigabytes(limit)
-    return f"The free memory of {device} ({size})" if options.max_memory is None else f"--max-memory {size}"
+    return f"the free memory of {device} ({size})" if options.max_memory is None else f"--max-memory {size}"
 
 
 def _check_possible(config: PruneConfig, limit: str, whole: int) -> None:
@@ -257,7 +266,7 @@ def _check_possible(config: PruneConfig, limit: str, whole: int) -> None:
     for name, given in impossible.items():
         if given:
             raise ConfigurationError(
-                f"{name} needs the whole model in memory, {_gigabytes(whole)}, for which {limit} is too small",
+                f"{name} needs the whole model in memory, {_gigabytes(whole)}, which is more than {limit}",
                 "Leave it out, or allow more memory",
             )
 

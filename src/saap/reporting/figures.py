@@ -60,8 +60,21 @@ def _canvas(figure: Figure) -> Iterator[Any]:
         ) from error
     with rc_context(STYLE):
         canvas = Canvas(figsize=(SIZE[0], figure.height))
-        figure.draw(canvas.subplots())
+        axis = canvas.subplots()
+        figure.draw(axis)
+        for scale in (axis.xaxis, axis.yaxis):
+            _without_formulas(scale)
         yield canvas
+
+
+def _without_formulas(scale: Any) -> None:
+    """Powers of ten as plain text: matplotlib writes them as formulas, which no text of a figure is read as."""
+    from matplotlib.ticker import LogFormatter, LogFormatterMathtext
+
+    if isinstance(scale.get_major_formatter(), LogFormatterMathtext):
+        scale.set_major_formatter(LogFormatter())
+    if isinstance(scale.get_minor_formatter(), LogFormatterMathtext):
+        scale.set_minor_formatter(LogFormatter())
 
 
 def to_svg(figure: Figure, *, ink: str = "currentColor") -> str:
