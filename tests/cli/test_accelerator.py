@@ -27,7 +27,7 @@ FAST = (
     "--pruning-ratio", "0.2",
 )  # fmt: skip
 RUNS: dict[str, tuple[str, ...]] = {
-    "default": (),
+    "default": ("--effort", "default"),
     "own text": ("--calibration", "TEXT"),
     "uniform layout": ("--layout", "uniform", "--calibration", "TEXT"),
     "hidden channels": ("--roles", "ffn,hidden", "--calibration", "TEXT"),
@@ -174,6 +174,43 @@ def test_what_does_not_fit_beside_the_weights_is_kept_elsewhere(
     assert limited.peak <= NEED
     assert json.loads(out)["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
     assert_same_weights(tmp_path / "all", tmp_path / "spilled", 0.0)
+
+
+def test_weights_that_do_not_fit_stay_in_their_files(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "_available", lambda: {"lazy": True, "cpu": True})
+    expected = run(capsys, "prune", source, *FAST, "--out", tmp_path / "cpu", "--device", "cpu")
+    monkeypatch.setattr(memory, "RESERVE_BYTES", 0)
+    for name, need in (("spilled_need", 3), ("offloaded_need", 2)):
+        monkeypatch.setattr(memory, name, lambda sizes, config, need=need: need)
+    with pretended_devices(float64=False) as whole, monkeypatch.context() as patched:
+        patched.setattr(device_memory, "of_device", lambda device: 2)
+        run(capsys, "prune", source, *FAST, "--out", tmp_path / "files")
+        assert 0 < whole.peak
+        assert_same_weights(tmp_path / "cpu", tmp_path / "files", 1e-4)
+        patched.setattr(device_memory, "of_device", lambda device: 1)
+        code, _, errors = command.run(capsys, "prune", source, *FAST, "--out", tmp_path / "none")
+    assert code == 2
+    assert "The free memory of lazy" in errors
+    assert "Use --device cpu" in errors
+    assert not (tmp_path / "none").exists()
+    assert expected["answer"]
+
+
+def test_methods_are_compared_as_on_the_cpu(
+    source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tolerance: float
+) -> None:
+    flags = ("--methods", "saap,flap", "--pruning-ratios", "0.2", "--restore", "no", "--max-tokens", "600")
+    flags += ("--samples", "4", "--sample-length", "32", "--align", "16", "--effort", "fast", "--calibration", str(text))
+    rows = [
+        run(capsys, "compare", source, *flags, "--out", tmp_path / name, "--device", name, "--json")["rows"]
+        for name in ("auto", "cpu")
+    ]
+    assert len(rows[0]) == 2
+    for one, other in zip(*rows, strict=True):
+        values = [row["perplexity"]["bundled"]["value"] for row in (one, other)]
+        assert values[0] == pytest.approx(values[1], rel=tolerance)
 
 
 @pytest.mark.parametrize(("room", "kind"), [(10**12, HostSpill), (0, Spill), (None, Spill)])

@@ -122,6 +122,17 @@ def test_too_little_memory_names_the_flag_that_helps(
     check_fits(found, run, None)
 
 
+def test_too_little_memory_of_an_accelerator_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, run = probed({"load the model": 1})
+    stage = dataclasses.replace(found.stages[0], peak_device_bytes=92 * 10**8)
+    found = dataclasses.replace(found, stages=(stage,))
+    monkeypatch.setattr(device_memory, "of_device", lambda device: 9 * 10**9)
+    with pytest.raises(ConfigurationError, match=r"'load the model' needs 9\.2 GB .* 9\.0 GB are free on cpu"):
+        check_fits(found, run, None)
+    monkeypatch.setattr(device_memory, "of_device", lambda device: 10**10)
+    check_fits(found, run, None)
+
+
 def test_weights_that_do_not_fit_are_not_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_memory, "of_machine", lambda: 1000)
     with pytest.raises(ConfigurationError, match="The weights of"):

@@ -119,15 +119,20 @@ def scaled(of: GroupScores, factor: float) -> GroupScores:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("strategy", RANKING)
-def test_a_layer_that_does_nothing_loses_most(strategy: Strategy) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "effort"), [*((strategy, "fast") for strategy in RANKING), ("adaptive", "default")]
+)
+@pytest.mark.parametrize(
+    ("role", "ratio", "output"), [("ffn", 0.2, "mlp.down_proj"), ("attention", 0.03, "self_attn.o_proj")]
+)
+def test_a_layer_that_does_nothing_loses_most(strategy: str, effort: str, role: str, ratio: float, output: str) -> None:
     model = tiny.model()
     with torch.no_grad():
-        model.model.layers[IRRELEVANT].mlp.down_proj.weight *= 1e-2
+        model.model.layers[IRRELEVANT].get_submodule(output).weight *= 1e-2
     text = np.random.default_rng(0).integers(2, tiny.VOCABULARY, (64, 128))
     found = saap.prune(
-        model, pruning_ratio=0.2, calibration=text, samples=16, sample_length=32, refit_tokens=1024, align=8,
-        strategy=strategy, roles=("ffn",), skip_layers=EVERYWHERE, restore=False, effort="fast",
+        model, pruning_ratio=ratio, calibration=text, samples=16, sample_length=32, refit_tokens=1024, align=8,
+        strategy=strategy, roles=(role,), skip_layers=EVERYWHERE, restore=False, effort=effort,
     )  # fmt: skip
-    kept = {name: len(units) for name, units in found.plan.keep.items()}
-    assert kept[f"layers.{IRRELEVANT}.ffn"] < min(n for name, n in kept.items() if f".{IRRELEVANT}." not in name)
+    shares = given(found.plan, saap.discover(model), Role(role))
+    assert shares[IRRELEVANT] > max(share for layer, share in shares.items() if layer != IRRELEVANT)
