@@ -76,8 +76,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_blocks_over_two_devices_give_the_same_model(case: str) -> None:
     family, changes = CASES[case]
-    text = families.token_ids(160, 12).numpy()
-    settings = {"pruning_ratio": 0.2, "samples": 6, "sample_length": 12, "refit_tokens": 1024, "align": 8, **changes}
+    text = families.token_ids(30, 64).numpy()
+    settings = {"pruning_ratio": 0.2, "samples": 6, "sample_length": 64, "refit_tokens": 1024, "align": 8, **changes}
     plain = saap.prune(families.build(family), calibration=text, **settings)
     with pretended_devices():
         dense = spread(families.build(family))

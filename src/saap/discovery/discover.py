@@ -32,6 +32,12 @@ def discover(model: nn.Module, ref: ModelRef | None = None, *, finer_heads: bool
     Parts that are not understood are in `refused`. Raises UnsupportedModelError if nothing can be
     pruned, or the forward cannot be traced.
     """
+    found = of_structure(model, finer_heads=finer_heads)
+    return replace(found, model=ref or model_ref(model, type(model).__name__))
+
+
+def of_structure(model: nn.Module, *, finer_heads: bool) -> ModelGraph:
+    """What `discover` finds; modules, shapes and configuration decide it, the weights do not."""
     blocks = find_blocks(model)
     require_own_weights(model, blocks)
     kinds = tuple(tuple(kind) for kind in alike(model, blocks))
@@ -55,7 +61,7 @@ def discover(model: nn.Module, ref: ModelRef | None = None, *, finer_heads: bool
             "Use a model whose blocks are made of operations that discovery knows",
         )
     graph = ModelGraph(
-        model=ref or model_ref(model, type(model).__name__),
+        model=model_ref(model, type(model).__name__),
         blocks=blocks,
         groups=groups,
         shapes=shapes,
