@@ -147,6 +147,10 @@ def multilingual_model(request: Request) -> str:
 PRUNED_BEFORE = (
     "The pruned model was made when the default calibration had fewer instructions with answers and articles than now."
 )
+RANKED_BEFORE = (
+    "The candidates whose shares follow the importance of whole modules were others when this was measured: it was "
+    "negative, so that important modules gave more."
+)
 
 
 def pruned_folder(request: Request) -> Path:

@@ -12,7 +12,7 @@ from torch import nn
 
 from resultsbook.charts import bars
 from resultsbook.measures import mean_and_spread
-from resultsbook.models import VALIDATION, Dense, draw, measured_text, on_device, open_dense
+from resultsbook.models import RANKED_BEFORE, VALIDATION, Dense, draw, measured_text, on_device, open_dense
 from resultsbook.row import Cells, Experiment, Request, Row, Values
 from saap.config import EFFORTS, Effort, FusionScope, Importance, PrunableRole, Strategy
 from saap.data.samples import SampleRequest
@@ -193,5 +193,5 @@ ROW = Row(
     figures=figures,
     experiment=Experiment(cells=cells, settings=settings, measure=measure),
     limits="One addition is taken away at a time, so what two of them do for each other is not seen; less refit text "
-    "than the default takes.",
+    "than the default takes. " + RANKED_BEFORE,
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from resultsbook.charts import bars
+from resultsbook.models import RANKED_BEFORE
 from resultsbook.row import Cells, Experiment, Request, Row, Values
 from resultsbook.store import ROOT
 from resultsbook.training import FAMILIES, FULL, TRIAL, trained_folder
@@ -142,5 +143,6 @@ ROW = Row(
     figures=figures,
     experiment=Experiment(cells=cells, settings=settings, measure=measure),
     limits="Models of a few million parameters that were trained for minutes on a few texts: their channels are less "
-    "specialised than those of a model that has seen much, so the differences between methods are smaller than there.",
+    "specialised than those of a model that has seen much, so the differences between methods are smaller than there. "
+    + RANKED_BEFORE,
 )

@@ -160,6 +160,6 @@ ROW = Row(
     figures=figures,
     experiment=Experiment(cells=cells, settings=settings, measure=measure),
     limits="One model, one seed, and sentences that are the same in all languages: calibration and measurement are of "
-    "one kind of text. Windows have no begin-of-text token, which this model was trained to see first, in dense and "
-    "pruned alike.",
+    "one kind of text. These windows had no begin-of-text token, which this model was trained to see first, in dense "
+    "and pruned alike; a new measurement puts it before each of them.",
 )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from resultsbook.charts import bars, lines
+from resultsbook.models import RANKED_BEFORE
 from resultsbook.row import Cells, Row, Source, Values
 from saap.reporting.figures import Figure
 
@@ -121,5 +122,6 @@ ROW = Row(
         ),
     },
     limits="One model of 135 million parameters and one seed. The tables have protocols of their own: calibration "
-    "text, refit tokens and measured tokens differ between them, so figures are compared inside a table only.",
+    "text, refit tokens and measured tokens differ between them, so figures are compared inside a table only. "
+    "Of the comparison and of all rows but default-mixed and fast-mixed: " + RANKED_BEFORE,
 )
