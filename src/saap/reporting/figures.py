@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saap.errors import EvaluationError
+from saap.errors import EvaluationError, printable
 
 INK = "#010203"
 """Stands for the text colour of the page: replaced by `currentColor` in the page, by black in files."""
@@ -61,7 +61,21 @@ def _canvas(figure: Figure) -> Iterator[Any]:
     with rc_context(STYLE):
         canvas = Canvas(figsize=(SIZE[0], figure.height))
         figure.draw(canvas.subplots())
+        _make_printable(canvas)
         yield canvas
+
+
+def _make_printable(canvas: Any) -> None:
+    """Put spaces in place of control characters, which XML and fonts do not have, in all that is drawn."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import FuncFormatter
+
+    for text in canvas.findobj(Text):
+        text.set_text(printable(text.get_text()))
+    for scale in (scale for axis in canvas.axes for scale in (axis.xaxis, axis.yaxis)):
+        formatter = scale.get_major_formatter()
+        if isinstance(formatter, FuncFormatter):  # names of ticks are made anew each time
+            scale.set_major_formatter(lambda value, place, inner=formatter.func: printable(inner(value, place)))
 
 
 def to_svg(figure: Figure, *, ink: str = "currentColor") -> str:
