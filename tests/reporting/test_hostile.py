@@ -22,7 +22,8 @@ from saap.errors import SaapError
 from saap.pipeline.report_page import build_page, write_page
 
 EVIL = (
-    "\"><img src=q onerror=alert(1)></script><script>alert(2)</script>$\\frac{${{7*7}}'&lt;!--]]>\n|[a](javascript:b)\x1b\x00\x0b"
+    "\"><img src=q onerror=alert(1)></script><script>alert(2)</script>$\\frac{${{7*7}}'&lt;!--]]>\n|[a](javascript:b)"
+    "\x1b\x00\x0b"
 )
 MILD = "mild"
 LAYERS, UNITS = 2, 240

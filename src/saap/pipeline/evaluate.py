@@ -24,6 +24,7 @@ from saap.evaluation.generation import (
     ClozeFigures,
     GenerationFigures,
     Prompt,
+    check_prompts,
     cloze,
     generation_figures,
     read_prompts,
@@ -114,12 +115,14 @@ def evaluate_model(
     conversations = () if request.chat is None else read_conversations(request.chat)
     reporter.stage("load the model")
     loaded = open_model(opened, options, tokenizer)
+    check_prompts(loaded.model, loaded.tokenizer, prompts, request.generated_tokens)
     with quick_float32_products():
         report = _measure(loaded, request, streams, conversations, reporter)
         dense = None
         if others.dense is not None and (prompts or request.dense is not None):
             reporter.stage(f"load the dense model {others.dense.source}")
             dense = open_model(others.dense, options)
+            check_prompts(dense.model, dense.tokenizer or loaded.tokenizer, prompts, request.generated_tokens)
             if request.dense is not None:
                 dense_report = _measure(dense, request, streams, conversations, reporter)
                 report = dataclasses.replace(report, dense=dense_report)
@@ -353,6 +356,7 @@ def _write_kit(
     for name, source in zip(names_apart([(ref.source, ref.revision) for ref in refs]), sources, strict=True):
         one = source if isinstance(source, LoadedModel) else open_model(source, options)
         reporter.stage(f"answers of {name}")
+        check_prompts(one.model, one.tokenizer, prompts, request.generated_tokens)
         written = write(one.model, one.tokenizer, opens, tokens=request.generated_tokens, sampled=False)
         answers[name] = {text.prompt: text.text for text in written}
     kit = build_kit(answers, seed=request.seed)
