@@ -3,7 +3,8 @@
     python scripts/family_sweep.py [--results FILE] [FAMILY ...]
 
 About an hour on two cores. Each family runs in a process of its own; results are kept one by one in the file, so an
-interrupted sweep goes on. Ends with 1 if a family ends in a raw exception, in a wrong result or not in time.
+interrupted sweep goes on. Ends with 1 if a family ends in a raw exception, in a wrong result or not in time, or if
+anything but saap's own refusal is printed meanwhile.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 600
 BAD = ("raised", "wrong", "no end")
+PRINTS = ", and prints"
 
 
 def main() -> int:
@@ -40,11 +42,19 @@ def main() -> int:
             results[family] = _in_a_process(family)
             arguments.results.write_text(json.dumps(results, indent=1) + "\n")
         for layout, found in _by_layout(results[family]):
-            print(f"{family} {layout}: {found['outcome']}. {found.get('message', '')}", flush=True)
-    counts = Counter((layout, found["outcome"]) for each in results.values() for layout, found in _by_layout(each))
+            print(
+                f"{family} {layout}: {_outcome(found)}. {found.get('message', '')}{found.get('printed', '')}",
+                flush=True,
+            )
+    counts = Counter((layout, _outcome(found)) for each in results.values() for layout, found in _by_layout(each))
     for (layout, outcome), count in sorted(counts.items()):
         print(f"{layout} {outcome}: {count}")
-    return int(any(outcome in BAD for _, outcome in counts))
+    return int(any(outcome in BAD or outcome.endswith(PRINTS) for _, outcome in counts))
+
+
+def _outcome(found: dict[str, Any]) -> str:
+    """What came of it; bad too where anything was written to standard output or error meanwhile."""
+    return found["outcome"] + (PRINTS if found.get("printed") else "")
 
 
 def _by_layout(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -22,6 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from saap.errors import printable
 from saap.pipeline.progress import Reporter, Silent
 
 if TYPE_CHECKING:
@@ -208,9 +209,9 @@ def _print_report(console: Console, report: PruneReport) -> None:
         )
     _print_structure(console, report)
     if report.prompt:
-        console.print(f"prompt: {escape(report.prompt)}")
-        console.print(f"  dense:  {escape(_one_line(report.answer_dense))}")
-        console.print(f"  pruned: {escape(_one_line(report.answer))}")
+        console.print(f"prompt: {one_line(report.prompt)}")
+        console.print(f"  dense:  {one_line(report.answer_dense)}")
+        console.print(f"  pruned: {one_line(report.answer)}")
     for finding in report.findings:
         console.print(f"[yellow]look here:[/yellow] {escape(finding)}")
     total = sum(stage.seconds for stage in report.stages)
@@ -222,8 +223,9 @@ def _print_report(console: Console, report: PruneReport) -> None:
             console.print(f"  {escape(line)}")
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def one_line(text: str) -> str:
+    """What a model or a folder says, on one line and without control characters and markup."""
+    return escape(" ".join(printable(text).split()))
 
 
 def _print_structure(console: Console, report: PruneReport) -> None:
@@ -269,11 +271,11 @@ def print_recovery(report: RecoverReport) -> None:
     packed = f"; packed {report.packed_bytes:,}" if report.packed_bytes is not None else ""
     console.print(f"bytes of the weights: {report.bytes:,} ({report.dtype}){packed}")
     if report.prompt:
-        console.print(f"prompt: {escape(report.prompt)}")
+        console.print(f"prompt: {one_line(report.prompt)}")
         answers = (("dense", report.answer_dense), ("as it came", report.answer_before), ("recovered", report.answer))
         for label, answer in answers:
             if answer:
-                console.print(f"  {label + ':':<11} {escape(_one_line(answer))}")
+                console.print(f"  {label + ':':<11} {one_line(answer)}")
     peak = max((stage.peak_resident_bytes for stage in report.stages), default=0)
     console.print(f"took {sum(stage.seconds for stage in report.stages):.0f} s, at most {peak / 1e9:.1f} GB of memory")
     if report.load_lines:

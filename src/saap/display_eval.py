@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from saap.display import console_for_tables
+from saap.display import console_for_tables, one_line
 
 MEASURES = (
     ("distinct_1", "distinct words (1)"), ("distinct_2", "distinct pairs (2)"), ("distinct_3", "distinct triples (3)"),
@@ -98,9 +98,9 @@ def _print_generation(console: Any, found: Mapping[str, Any]) -> None:
         beside = f", dense {found['dense_cloze']['accuracy']:.1%}" if found["dense_cloze"] else ""
         console.print(f"facts: {found['cloze']['accuracy']:.1%} of {found['cloze']['prompts']}{beside}")
     for prompt, texts in list(found["samples"].get("greedy", {}).items())[:3]:
-        console.print(f"prompt: {escape(prompt)}")
+        console.print(f"prompt: {one_line(prompt)}")
         for name, text in texts.items():
-            console.print(f"  {name}: {escape(' '.join(text.split())[:300])}")
+            console.print(f"  {name}: {one_line(text[:300])}")
 
 
 def print_ratings(found: Mapping[str, Any]) -> None:

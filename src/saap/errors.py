@@ -18,8 +18,12 @@ class SaapError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        text = f"{self.offender.rstrip('. ')}. {self.remedy.rstrip('. ')}."
-        return "".join(letter if letter.isprintable() else " " for letter in text)  # one line, whatever a file is named
+        return printable(f"{self.offender.rstrip('. ')}. {self.remedy.rstrip('. ')}.")
+
+
+def printable(text: str) -> str:
+    """The text in one line without control characters, whatever a file or a model says: spaces in their place."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -129,7 +129,7 @@ def recipe_from(tree: Mapping[str, Any], where: str) -> Recipe:
     recipe: Recipe = whole.model_copy(update=sections)
     _check_together(recipe, where)
     evals = {
-        name: _with_own_dense(recipe, request, request.dense or request.against)
+        name: _with_own_against(recipe, _with_own_dense(recipe, request, request.dense or request.against))
         for name, request in recipe.eval.items()
     }
     tuning = recipe.recover and _with_own_dense(recipe, recipe.recover, recipe.recover.teacher)
@@ -148,6 +148,17 @@ def _with_own_dense(recipe: Recipe, section: _WithDense, dense: str | None) -> _
         "dense_trust_remote_code": section.dense_trust_remote_code or recipe.trust_remote_code,
     }
     return section.model_copy(update=own)
+
+
+def _with_own_against(recipe: Recipe, request: EvalRequest) -> EvalRequest:
+    """The same of the model that speed is measured against, beside another dense one."""
+    if request.against != recipe.model:
+        return request
+    own = {
+        "against_revision": request.against_revision or recipe.revision,
+        "against_trust_remote_code": request.against_trust_remote_code or recipe.trust_remote_code,
+    }
+    return request.model_copy(update=own)
 
 
 def _parsed(raw: bytes | str, where: str) -> Any:

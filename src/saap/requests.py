@@ -35,7 +35,8 @@ class EvalRequest(BaseModel):
     only the first questions; rounded: round products to bfloat16 meanwhile. prompts: a file or `bundled`, to generate
     from and to ask facts of. chat: a file of conversations. dense: the model that a pruned one is compared with.
     dense_revision, dense_trust_remote_code: of that model, or of `against` where only that is named; by default its
-    revision is that of the manifest of the pruned one, and its code is not run.
+    revision is that of the manifest of the pruned one, and its code is not run. against_revision,
+    against_trust_remote_code: of `against` where `dense` is another model.
     beside: further models whose answers go into `human_kit`, a page to write. speed: how to measure tokens per second,
     None: not; against: the model to measure it beside, else `dense`, else the one that a pruned one was made from.
     """
@@ -61,6 +62,8 @@ class EvalRequest(BaseModel):
     human_kit: Path | None = None
     speed: SpeedSettings | None = None
     against: str | None = None
+    against_revision: str | None = None
+    against_trust_remote_code: bool = False
     seed: int = 0
 
     @field_validator("tasks")

@@ -174,10 +174,14 @@ def attempt(model_type: str, folder: Path, layouts: Sequence[Layout] = tuple(Lay
     try:
         with _output_in(folder / "building.txt"):
             model = build(model_type)
-            generates = _generates_alike(model)
-            model.save_pretrained(folder / "dense")
     except Exception as error:  # the classes' own refusals
         return {"outcome": "not built", "message": _said(error)}
+    try:
+        with _output_in(folder / "saving.txt"):
+            generates = _generates_alike(model)
+            model.save_pretrained(folder / "dense")
+    except Exception as error:
+        return {"outcome": "raised", "message": f"the dense model is not saved: {_said(error)}"}
     return {str(layout): _pruned(folder, layout, generates) for layout in layouts}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.command import run
 from tests.pipeline import tiny
 
 from saap import cli
+from saap.recipe import read_recipe
 
 FAST = ["--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--no-restore"]
 NAME = "some/dense"
@@ -170,11 +172,97 @@ def test_code_is_run_of_the_model_alone_that_it_was_allowed_for(
     ):
         code, _, error = run(capsys, *arguments, "--trust-remote-code")
         assert (code, "own.py" in error, mark.exists()) == (2, True, False), error
-        assert "--dense-trust-remote-code" in error or "--beside" in arguments
+        assert "--dense-trust-remote-code" in error
     code, _, error = run(capsys, "eval", folder, *TEXT, "--dense", small, "--dense-trust-remote-code")
     assert (code, mark.exists()) == (2, False), error
     beside = evaluated(capsys, small, *TEXT, "--dense", folder, "--dense-trust-remote-code")
     assert (mark.exists(), beside["dense"]["parameters"] > beside["parameters"]) == (True, True)
+
+
+def test_what_is_said_of_one_model_does_not_hold_for_the_one_that_a_manifest_names(
+    capsys: pytest.CaptureFixture[str], small: Path, own_code: tuple[Path, Path], tmp_path: Path
+) -> None:
+    foreign, (folder, mark) = Path(shutil.copytree(small, tmp_path / "foreign")), own_code
+    file = foreign / "saap" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["base"] |= {"source": str(folder), "revision": None}
+    file.write_text(json.dumps(manifest))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The house\n")
+    writing = ["--prompts", prompts, "--tokens", "2", "--speed"]
+    found = evaluated(capsys, foreign, *writing, "--against", NAME, "--dense-trust-remote-code")
+    assert (found["generation"]["dense_figures"], mark.exists()) == (None, False)
+    assert found["speed"]["against"]["model"] == NAME
+    found = evaluated(capsys, foreign, *writing, "--against", folder, "--dense-trust-remote-code")
+    assert (found["speed"]["against"]["model"], mark.exists()) == (str(folder), True)
+
+
+def test_answers_of_a_model_with_code_of_its_own_are_asked_for_as_the_refusal_says(
+    capsys: pytest.CaptureFixture[str], small: Path, own_code: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, kit = own_code[0], tmp_path / "kit.html"
+    written = ["--human-kit", kit, "--tokens", "2"]
+    _, _, error = run(capsys, "eval", small, *written, "--beside", folder)
+    assert "make it MODEL with --trust-remote-code or --dense with --dense-trust-remote-code" in error
+    code, _, error = run(capsys, "eval", folder, *written, "--trust-remote-code", "--beside", small)
+    assert (code, kit.exists()) == (0, True), error
+
+
+def test_two_revisions_of_one_model_are_two_models(
+    capsys: pytest.CaptureFixture[str], asked: list[Any], small: Path, tmp_path: Path
+) -> None:
+    report, kit, page = (tmp_path / name for name in ("eval.json", "kit.html", "page.html"))
+    settings = ["--dense", NAME, "--dense-revision", "old", "--speed", "--human-kit", kit, "--tokens", "2"]
+    found = evaluated(capsys, NAME, *TEXT, *settings, "--out", report)
+    assert (found["speed"]["model"]["model"], found["speed"]["against"]["model"]) == (NAME, f"{NAME}@old")
+    key = (tmp_path / "kit.key.json").read_text()
+    assert (f'"{NAME}"' in key, f'"{NAME}@old"' in key) == (True, True)
+    code, _, error = run(capsys, "report", small, "--eval", report, "--out", page)
+    assert code == 0, error
+    for name, part in (("dense", found), ("dense@old", found["dense"])):
+        assert f"<td>{name}</td><td>{value(part):,.2f}</td>" in re.sub(
+            r"\s*<(/?)t([dh])[^>]*>\s*", r"<\1td>", page.read_text()
+        )
+
+
+@pytest.fixture
+def old_alone(made: Path, asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `some/dense` only the revision `old` is on this machine."""
+    cache = Path(shutil.copytree(made, tmp_path / "hub"))
+    (cache / f"models--{NAME.replace('/', '--')}" / "refs" / "main").unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+
+def test_a_recipe_for_a_pruned_model_keeps_to_the_revision_of_its_manifest(
+    capsys: pytest.CaptureFixture[str], small: Path, old_alone: None, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    text = f"texts: [bundled], window: 32, max_tokens: 65, dense: {NAME}"
+    tuning = f"{{data: [novels], length: 32, max_steps: 1, validation_samples: 1, group_size: 16, teacher: {NAME}}}"
+    file.write_text(f"model: {small}\nout: {out}\nrecover: {tuning}\neval:\n  own: {{{text}}}\n")
+    code, _, error = run(capsys, "run", file, "--quiet")
+    assert code == 0, error
+    found = json.loads((out / "eval" / "own.json").read_text())
+    assert found["dense"]["revision"] == "old"
+    speed = f"speed: {{new_tokens: 1}}, against: nobody/nothing, dense: {NAME}"
+    file.write_text(f"model: {small}\nout: {tmp_path / 'other'}\neval:\n  own: {{{speed}}}\n")
+    code, _, error = run(capsys, "run", file, "--quiet")
+    assert (code, "nobody/nothing" in error, (tmp_path / "other" / "eval").exists()) == (2, True, False), error
+
+
+def test_a_recipe_measures_speed_against_its_own_model_beside_another_dense_one(
+    capsys: pytest.CaptureFixture[str], own_code: tuple[Path, Path], tmp_path: Path
+) -> None:
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    step = f"{{speed: {{new_tokens: 1, rounds: 1}}, dense: {NAME}, against: '${{model}}'}}"
+    head = f"model: {own_code[0]}\ntrust_remote_code: true\nout: {out}\n"
+    file.write_text(f"{head}eval:\n  own: {step}\n")
+    code, _, error = run(capsys, "run", file, "--quiet")
+    assert code == 0, error
+    found = json.loads((out / "eval" / "own.json").read_text())["speed"]
+    assert found["against"]["model"] == str(own_code[0])
+    recipe = read_recipe(file, ["revision=old"])
+    assert (recipe.eval["own"].against_revision, recipe.eval["own"].dense_revision) == ("old", None)
 
 
 def test_a_recipe_opens_its_own_model_as_the_dense_one(

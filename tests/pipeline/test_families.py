@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -9,12 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tests.conformance import every_family
 from tests.conformance.every_family import attempt, build, configuration, prune
+from tests.pipeline import tiny
+from torch import nn
 
 import saap
-from saap.errors import SaapError
+from saap.errors import SaapError, UnsupportedModelError
+from saap.pipeline.legality import check_walk
 from saap.pipeline.progress import Silent
 from saap.records import Layout
+
+ROOT = Path(__file__).parents[2]
 
 
 def folder_of(family: str, at: Path, **changes: Any) -> Path:
@@ -122,3 +130,33 @@ def test_tracing_prints_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-c", DISCOVER, *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_walk_that_gives_no_numbers_is_refused() -> None:
+    model = tiny.model()
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(UnsupportedModelError, match="give other logits one by one"):
+        check_walk(model, [f"model.layers.{index}" for index in range(4)])
+
+
+class _Unsaved(nn.Linear):
+    def save_pretrained(self, folder: Path) -> None:
+        raise OSError("no room")
+
+
+def test_a_model_that_is_built_and_not_saved_is_no_model_that_is_not_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(every_family, "build", lambda family: _Unsaved(1, 1))
+    found = attempt("llama", tmp_path)
+    assert (found["outcome"], "no room" in found["message"]) == ("raised", True)
+
+
+def test_a_sweep_shows_what_was_printed_and_fails_for_it(tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    works = {"outcome": "works", "seconds": 1.0}
+    for noise, code in (({}, 0), ({"printed": "a trace"}, 1)):
+        results.write_text(json.dumps({"llama": {"adaptive": {**works, **noise}, "uniform": works}}))
+        words = [sys.executable, "scripts/family_sweep.py", "--results", str(results), "llama"]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.returncode, "a trace" in done.stdout) == (code, bool(noise)), done.stderr

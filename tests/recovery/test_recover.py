@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,19 +11,25 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from tests.command import run
+from tests.data.byte_tokenizer import byte_tokenizer
 from tests.pipeline import tiny
 from tests.recovery.tiny import blocks, build
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import saap
+from saap.data.samples import token_stream
+from saap.data.texts import evaluation_text
 from saap.errors import ConfigurationError, GroupSizeError, ModelError, OutputError, StaleInputError
+from saap.evaluation.perplexity import perplexity
 from saap.export.manifest import RunManifest
 from saap.export.recovered import stored_entries
 from saap.models.groupwise import GroupwiseLinear, GroupwiseWeight
 from saap.models.groupwise_files import linears_inside, open_empty, pack_linears, read_packed
 from saap.models.loading import load_groupwise, load_model
 from saap.models.references import resolve_model
+from saap.pipeline.inputs import EVALUATION_TOKENS
 from saap.pipeline.progress import Silent
 from saap.recovery.quantise import quantise
 
@@ -258,6 +265,62 @@ def test_prune_with_recover_runs_all_three_stages(dense: Path, text: Path, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
     assert len(read_packed(out)) == 28
     saap.load(out)
+
+
+def test_stages_of_other_weights_and_texts_are_not_taken_up(
+    dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(shutil.copytree(dense, tmp_path / "dense"))
+    calibration, data = (Path(shutil.copy(text, tmp_path / name)) for name in ("calibration.txt", "data.txt"))
+    words = [
+        "prune", source, "--pruning-ratio", "0.2", "--out", tmp_path / "small", "--overwrite", "--effort", "fast",
+        "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--calibration", calibration, "--recover",
+        data, "--recover-minutes", "0.01", "--work-dir", tmp_path / "work", "--keep-work", "--quiet",
+    ]  # fmt: skip
+    for _ in range(2):
+        code, _, error = run(capsys, *words)
+        assert code == 0, error
+    weights = (source / "model.safetensors").read_bytes()
+    others = {source / "model.safetensors": weights[:-200] + weights[-100:] + weights[-200:-100]}
+    others |= {file: file.read_text()[50:].encode() for file in (calibration, data)}
+    for changed, content in others.items():
+        before = changed.read_bytes()
+        changed.write_bytes(content)
+        code, _, error = run(capsys, *words)
+        assert (code, "another model" in error) == (2, True), changed
+        changed.write_bytes(before)
+
+
+def test_a_recovery_measures_anew_what_was_recorded_with_the_other_kind_of_windows(
+    dense: Path, text: Path, tmp_path: Path
+) -> None:
+    source, small = Path(shutil.copytree(dense, tmp_path / "dense")), tmp_path / "small"
+    led = byte_tokenizer(bos=True)
+    led.save_pretrained(source)
+    pruned = saap.prune(source, pruning_ratio=0.2, out=small, calibration=text, restore=False, **PRUNING).report
+    found = {
+        bos: saap.recover(small, data=[text], bos=bos, **{**QUICK, "max_steps": 1}).report for bos in (True, False)
+    }
+    ids = token_stream([evaluation_text()], led)[:EVALUATION_TOKENS]
+    assert found[True].perplexity_before == pruned.perplexity
+    alone = perplexity(saap.load(small), ids).value
+    assert found[False].perplexity_before == pytest.approx(alone, rel=1e-5)
+    assert abs(alone - pruned.perplexity) > 1e-4 * alone
+
+
+def test_what_a_manifest_says_cannot_steer_the_terminal(
+    dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = tmp_path / "small"
+    saap.prune(dense, pruning_ratio=0.2, out=small, calibration=text, restore=False, **PRUNING)
+    file = small / "saap" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["answers"] = dict.fromkeys(manifest["answers"], "a\x1b]0;b\x07[red]c\x9b2J")
+    file.write_text(json.dumps(manifest))
+    code, out, error = run(capsys, "recover", small, "--data", text, *FLAGS, "--out", tmp_path / "tuned")
+    assert code == 0, error
+    assert "prompt: a ]0;b [red]c 2J" in out
+    assert not [letter for letter in out + error if not letter.isprintable() and letter != "\n"]
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "gpt2", "qwen2", "phi3", "bloom"])

@@ -23,6 +23,7 @@ from saap.pipeline.report_page import build_page, write_page
 
 EVIL = (
     "\"><img src=q onerror=alert(1)></script><script>alert(2)</script>$\\frac{${{7*7}}'&lt;!--]]>\n|[a](javascript:b)"
+    "\x1b\x00\x0b"
 )
 MILD = "mild"
 LAYERS, UNITS = 2, 240
@@ -135,16 +136,20 @@ def everything(at: Path) -> list[object]:
     return ["--eval", at / "eval.json", "--compare", at / "compared", "--figures", at / "figures"]
 
 
-def test_text_of_a_folder_makes_no_element_and_no_attribute(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_of_a_folder_makes_no_element_and_no_attribute(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
     pages = {}
     for name, text in (("mild", MILD), ("evil", EVIL)):
         at = with_scores(written(tmp_path / name, files(text)))
         code, error, out = report(capsys, at, *everything(at))
         assert code == 0, error
+        assert not [letter for letter in error if not letter.isprintable() and letter != "\n"]
         pages[name] = Skeleton(out.read_text())
         code, _, _ = run(capsys, "report", at / "compared", "--out", at / "compared.html", "--eval", at / "eval.json")
         assert code == 0
         pages[f"{name}, compared"] = Skeleton((at / "compared.html").read_text())
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
     for name in ("evil", "evil, compared"):
         found, honest = pages[name], pages[name.replace("evil", "mild")]
         assert found.tags <= honest.tags

@@ -12,6 +12,7 @@ from torch import nn
 
 from saap.errors import EvaluationError
 from saap.evaluation.generation import continuation_nll
+from saap.models.probe import positions
 
 Conversation = Sequence[dict[str, Any]]
 
@@ -62,12 +63,13 @@ def chat_perplexity(
 ) -> ChatPerplexity:
     """Perplexity of the assistant's turns, each given all before it.
 
-    conversations: lists of messages with `role` and `content`. max_tokens: of a context and answer; a longer context
-    loses its beginning, a longer answer its end.
+    conversations: lists of messages with `role` and `content`. max_tokens: of a context and answer, fewer where the
+    model has no more positions; a longer context loses its beginning, a longer answer its end.
     Raises EvaluationError for a tokenizer without chat template, or conversations without answers.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise EvaluationError("the model's tokenizer has no chat template", "Leave out --chat")
+    max_tokens = min(max_tokens, positions(model) or max_tokens)
     losses = []
     for conversation in conversations:
         for context, answer in answer_spans(tokenizer, conversation):

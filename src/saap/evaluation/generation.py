@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from saap.errors import EvaluationError, ModelError
 from saap.evaluation.perplexity import model_logits
 from saap.evaluation.text_measures import agreement, distinct, parts, repetition
+from saap.models.probe import check_reads
 
 BUNDLED = "bundled"
 QUARTERS = 4
@@ -108,6 +109,16 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = True) -> list[int]:
         made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         return [int(token) for token in made["input_ids"]]
     return [int(token) for token in tokenizer(prompt)["input_ids"]]
+
+
+def check_prompts(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], tokens: int) -> None:
+    """Refuse a model that cannot read the longest prompt and what follows it. Raises UnsupportedModelError."""
+    lengths = [
+        len(prompt_ids(tokenizer, one.prompt, chat=one.answer is None))
+        + (tokens if one.answer is None else len(_answer_ids(tokenizer, one.answer)))
+        for one in prompts
+    ]
+    check_reads(model, max(lengths, default=0), "Use fewer --tokens or shorter prompts")
 
 
 @torch.no_grad()
@@ -232,9 +243,9 @@ def cloze(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt]) -> ClozeF
     for prompt in prompts:
         if prompt.answer is None:
             continue
-        answer = tokenizer(f" {prompt.answer.strip()}", add_special_tokens=False)["input_ids"]
+        answer = _answer_ids(tokenizer, prompt.answer)
         context = prompt_ids(tokenizer, prompt.prompt.rstrip(), chat=False)
-        correct.append(int(followed_by(model, context, answer) == list(answer)))
+        correct.append(int(followed_by(model, context, answer) == answer))
         losses.append(continuation_nll(model, context, answer))
     if not correct:
         return None
@@ -244,3 +255,7 @@ def cloze(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt]) -> ClozeF
         prompts=len(correct),
         correct=tuple(correct),
     )
+
+
+def _answer_ids(tokenizer: Any, answer: str) -> list[int]:
+    return list(tokenizer(f" {answer.strip()}", add_special_tokens=False)["input_ids"])

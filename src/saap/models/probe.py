@@ -12,6 +12,7 @@ from saap.models.arguments import without_cache
 from saap.models.walker import inference_only
 
 FEW_TOKENS = 4
+SHORTER = "Use shorter samples or windows"
 
 
 def positions(model: nn.Module) -> int | None:
@@ -33,7 +34,21 @@ def failure(model: nn.Module, ids: Tensor) -> str | None:
     return None
 
 
-def check_runs(model: nn.Module, ids: Tensor) -> None:
+def trial_ids(model: nn.Module, tokens: int) -> Tensor:
+    """Token ids (1, tokens) that any vocabulary has, on the device of the model."""
+    return 2 + torch.arange(tokens, device=next(model.parameters()).device)[None] % 5
+
+
+def check_reads(model: nn.Module, tokens: int, remedy: str = SHORTER) -> None:
+    """Refuse a model that fails to read so many tokens at once, tried where its configuration does not promise it.
+
+    Raises UnsupportedModelError.
+    """
+    if tokens > (positions(model) or 0):
+        check_runs(model, trial_ids(model, tokens), remedy)
+
+
+def check_runs(model: nn.Module, ids: Tensor, remedy: str = SHORTER) -> None:
     """Run the model on token ids (sequences, tokens), as long as any that it is to read.
 
     Raises UnsupportedModelError if it fails, or if it exchanges its own modules, which a saved model would not know of.
@@ -44,9 +59,7 @@ def check_runs(model: nn.Module, ids: Tensor) -> None:
         raise not_running(model, reason)
     reason = failure(model, ids)
     if reason is not None:
-        raise UnsupportedModelError(
-            f"{name} does not read {ids.shape[1]} tokens at once ({reason})", "Use shorter samples or windows"
-        )
+        raise UnsupportedModelError(f"{name} does not read {ids.shape[1]} tokens at once ({reason})", remedy)
     changed = [path for path, module in model.named_modules() if before.get(path) is not module]
     if changed:
         raise UnsupportedModelError(

@@ -9,10 +9,12 @@ from pydantic import TypeAdapter
 
 from saap._version import __version__
 from saap.config import PruneConfig
+from saap.data.training import TrainingData
 from saap.errors import ConfigurationError
 from saap.models.loading import load_tokenizer
 from saap.models.processes import Processes
-from saap.models.references import resolve_model
+from saap.models.references import ResolvedModel, resolve_model
+from saap.pipeline.digests import model_digest, named_files
 from saap.pipeline.inputs import RunOptions
 from saap.pipeline.progress import Reporter
 from saap.pipeline.recover import run_recover
@@ -44,11 +46,12 @@ def prune_and_recover(
         )
     processes = Processes.found()
     targets = plan_targets(pruning, options)
-    check_recovery(source, pruning, recovery, options)
+    resolved, data = check_recovery(source, pruning, recovery, options)
     processes.wait()  # until nobody looks any more at what is there
     work = WorkFolder(work_path(options))
-    settings = [pruning.model_dump(mode="json"), recovery.model_dump(mode="json"), str(source), options.dtype]
-    processes.from_first(lambda: work.open(digest_of([*settings, __version__])))
+    settings = [pruning.model_dump(mode="json"), recovery.model_dump(mode="json")]
+    same = [settings, named_files(settings), data.digest, str(source), options.revision, options.dtype, __version__]
+    processes.from_first(lambda: work.open(digest_of([*same, model_digest(resolved)])))
     with alone_in(work, processes):
         reports = _pruned(source, pruning, options, work, processes, reporter)
         # the teacher is MODEL, whose code may be run or not
@@ -98,12 +101,17 @@ def _inside(options: RunOptions, work: WorkFolder, name: str) -> RunOptions:
     )
 
 
-def check_recovery(source: str | Path, pruning: PruneConfig, recovery: RecoverConfig, options: RunOptions) -> None:
-    """Refuse now what the recovery of what `pruning` makes would refuse later. Raises SaapError."""
+def check_recovery(
+    source: str | Path, pruning: PruneConfig, recovery: RecoverConfig, options: RunOptions
+) -> tuple[ResolvedModel, TrainingData]:
+    """Refuse now what the recovery of what `pruning` makes would refuse later. Raises SaapError.
+
+    Returns the model and what it will be trained on.
+    """
     if pruning.align % recovery.group_size:
         raise ConfigurationError(
             f"--align {pruning.align} gives sizes that groups of {recovery.group_size} do not divide",
             f"Use --align {recovery.group_size} or a multiple of it",
         )
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    read_data(recovery, load_tokenizer(resolved))
+    return resolved, read_data(recovery, load_tokenizer(resolved))

@@ -24,6 +24,7 @@ from saap.evaluation.zero_shot import TaskResult
 from saap.export.manifest import recorded_versions
 from saap.models.devices import copied, quick_float32_products
 from saap.models.loading import load_tokenizer
+from saap.models.probe import check_runs, trial_ids
 from saap.models.references import resolve_model
 from saap.pipeline.compared_rows import RowKey, RowStore, file_name
 from saap.pipeline.context import Run
@@ -125,6 +126,7 @@ def compare(
     with meter.stage("load the model"):
         loaded = open_model(source, options, tokenizer)
     with meter.stage("discover the coupled structures"):
+        check_runs(loaded.model, trial_ids(loaded.model, max(request.evaluation.window, request.config.sample_length)))
         graph = discover(loaded.model, loaded.ref)
         check_walk(loaded.model, graph.blocks)
         for choice in request.methods:

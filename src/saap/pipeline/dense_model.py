@@ -28,6 +28,24 @@ class DenseChoice:
         """What the settings of a step say of its dense model, which they call by `source`."""
         return cls(source=source, revision=settings.dense_revision, trust_remote_code=settings.dense_trust_remote_code)
 
+    @classmethod
+    def pair(cls, request: EvalRequest) -> tuple[DenseChoice, DenseChoice | None]:
+        """The dense model, and the one that speed is measured against where that is specified.
+
+        The settings of `dense` hold for `against` where only that is specified; they never hold for a model that
+        nobody but a manifest names beside it.
+        """
+        if request.against is None:
+            return cls.of(request, request.dense), None
+        named = cls.of(request, request.against)
+        if request.dense == request.against:
+            return named, named
+        other = cls(
+            source=request.against, revision=request.against_revision,
+            trust_remote_code=request.against_trust_remote_code,
+        )  # fmt: skip
+        return (cls(), named) if request.dense is None else (cls.of(request, request.dense), other)
+
 
 def manifest_of(resolved: ResolvedModel) -> RunManifest | None:
     """The manifest of a model that saap has written, None for any other. Raises ModelError for a damaged one."""
@@ -49,3 +67,12 @@ def resolve_dense(choice: DenseChoice, manifest: RunManifest | None) -> Resolved
         return resolve_model(source, revision, choice.trust_remote_code, fetch=choice.source is not None)
     except ModelError as error:
         raise ModelError(error.offender, error.remedy.replace("--trust-", "--dense-trust-")) from None
+
+
+def resolve_beside(name: str) -> ResolvedModel:
+    """A further model for the page of answers, whose code is never run. Raises ModelError."""
+    try:
+        return resolve_model(name)
+    except ModelError as error:
+        places = "make it MODEL with --trust-remote-code or --dense with --dense-trust-remote-code"
+        raise ModelError(error.offender, error.remedy.replace("use --trust-remote-code", places)) from None

@@ -24,6 +24,7 @@ from saap.evaluation.generation import (
     ClozeFigures,
     GenerationFigures,
     Prompt,
+    check_prompts,
     cloze,
     generation_figures,
     read_prompts,
@@ -38,12 +39,13 @@ from saap.models.devices import quick_float32_products, rounded_products
 from saap.models.loading import load_tokenizer
 from saap.models.probe import check_runs
 from saap.models.references import ResolvedModel, resolve_model
-from saap.pipeline.dense_model import DenseChoice, manifest_of, resolve_dense
+from saap.pipeline.dense_model import DenseChoice, manifest_of, resolve_beside, resolve_dense
 from saap.pipeline.inputs import LoadedModel, RunOptions, open_model
 from saap.pipeline.progress import Reporter, Silent
 from saap.pipeline.speed import Source, SpeedReport, check_settings, measure_beside
 from saap.pipeline.typed import typed_command
-from saap.records import IntArray
+from saap.records import IntArray, ModelRef
+from saap.reporting.tables import names_apart
 from saap.requests import EvalRequest, SpeedSettings
 from saap.storage import write_whole
 
@@ -76,6 +78,7 @@ class EvalReport:
     dense: EvalReport | None = None
     command: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    revision: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able data; numbers that are not finite become None, which JSON can say."""
@@ -112,12 +115,14 @@ def evaluate_model(
     conversations = () if request.chat is None else read_conversations(request.chat)
     reporter.stage("load the model")
     loaded = open_model(opened, options, tokenizer)
+    check_prompts(loaded.model, loaded.tokenizer, prompts, request.generated_tokens)
     with quick_float32_products():
         report = _measure(loaded, request, streams, conversations, reporter)
         dense = None
         if others.dense is not None and (prompts or request.dense is not None):
             reporter.stage(f"load the dense model {others.dense.source}")
             dense = open_model(others.dense, options)
+            check_prompts(dense.model, dense.tokenizer or loaded.tokenizer, prompts, request.generated_tokens)
             if request.dense is not None:
                 dense_report = _measure(dense, request, streams, conversations, reporter)
                 report = dataclasses.replace(report, dense=dense_report)
@@ -147,16 +152,13 @@ def _other_models(request: EvalRequest, evaluated: ResolvedModel | None, writes:
 
     A dense model that nobody has named is left out where it is not on this machine.
     """
-    beside = tuple(resolve_model(name) for name in request.beside)
+    beside = tuple(resolve_beside(name) for name in request.beside)
     if request.dense is None and request.speed is None and not writes:
         return _Others(None, None, beside)
     manifest = None if evaluated is None else manifest_of(evaluated)
-    dense = against = None
-    choice = DenseChoice.of(request, request.dense)
-    if request.against is not None:
-        own = request.dense in (None, request.against)  # else the other settings are those of --dense
-        other = DenseChoice.of(request, request.against) if own else DenseChoice(source=request.against)
-        against = resolve_dense(other, manifest)
+    choice, other = DenseChoice.pair(request)
+    dense = None
+    against = None if other is None else resolve_dense(other, manifest)
     if request.dense is not None or writes or against is None:
         try:
             dense = resolve_dense(choice, manifest)
@@ -264,7 +266,10 @@ def _measure(
         reporter.stage(f"conversations of {loaded.ref.source}")
         chat = chat_perplexity(model, loaded.tokenizer, conversations)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return EvalReport(model=loaded.ref.source, parameters=parameters, perplexity=found, tasks=tasks, chat=chat)
+    return EvalReport(
+        model=loaded.ref.source, revision=loaded.ref.revision, parameters=parameters, perplexity=found, tasks=tasks,
+        chat=chat,
+    )  # fmt: skip
 
 
 def ask_tasks(model: nn.Module, tokenizer: Any, request: EvalRequest, reporter: Reporter) -> dict[str, TaskResult]:
@@ -320,13 +325,15 @@ def _speed(
     """Tokens per second of the model, beside another one. dense: where that is loaded already."""
     in_memory = settings.runtime is RuntimeName.TRANSFORMERS
     given: Source = source if isinstance(source, nn.Module) else source.path
-    models: list[tuple[str, Source]] = [(loaded.ref.source, loaded.model if in_memory else given)]
     other = others.against
+    others_name = [] if other is None else [(other.source, other.revision)]
+    names = names_apart([(loaded.ref.source, loaded.ref.revision), *others_name])
+    models: list[tuple[str, Source]] = [(names[0], loaded.model if in_memory else given)]
     if other is not None:
         reporter.stage(f"load {other.source} to measure speed against")
         if in_memory and (dense is None or other != others.dense):
             dense = open_model(other, options)
-        models.append((other.source, dense.model if in_memory and dense is not None else other.path))
+        models.append((names[1], dense.model if in_memory and dense is not None else other.path))
     reporter.stage(f"speed in {settings.runtime}")
     return measure_beside(models, settings)
 
@@ -344,13 +351,14 @@ def _write_kit(
         return
     opens = [prompt.prompt for prompt in prompts if prompt.answer is None]
     answers: dict[str, dict[str, str]] = {}
-    for source in (loaded, *others):
-        if source is None:
-            continue
+    sources = [source for source in (loaded, *others) if source is not None]
+    refs: list[ModelRef | ResolvedModel] = [x.ref if isinstance(x, LoadedModel) else x for x in sources]
+    for name, source in zip(names_apart([(ref.source, ref.revision) for ref in refs]), sources, strict=True):
         one = source if isinstance(source, LoadedModel) else open_model(source, options)
-        reporter.stage(f"answers of {one.ref.source}")
+        reporter.stage(f"answers of {name}")
+        check_prompts(one.model, one.tokenizer, prompts, request.generated_tokens)
         written = write(one.model, one.tokenizer, opens, tokens=request.generated_tokens, sampled=False)
-        answers[one.ref.source] = {text.prompt: text.text for text in written}
+        answers[name] = {text.prompt: text.text for text in written}
     kit = build_kit(answers, seed=request.seed)
     write_whole(key_path(request.human_kit), (kit.key.model_dump_json(indent=1) + "\n").encode())
     write_whole(request.human_kit, kit.page.encode())

@@ -12,6 +12,7 @@ from saap.config import check_seed
 from saap.errors import ConfigurationError, ModelError
 from saap.evaluation.generation import prompt_ids
 from saap.models.cached import CachedModel
+from saap.models.probe import check_reads
 from saap.models.references import ResolvedModel, resolve_model
 from saap.pipeline.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.inputs import RunOptions, open_model
@@ -96,6 +97,7 @@ def stream(speaker: Speaker, prompt: str, settings: GenerationSettings) -> Itera
     ids = prompt_ids(tokenizer, prompt, chat=settings.chat)
     if not ids:
         raise ConfigurationError("--prompt has no tokens", "Give a text that the model can continue")
+    check_reads(model, len(ids) + settings.max_tokens - 1, "Use fewer --max-tokens or a shorter prompt")
     reader = CachedModel(model)
     written: list[int] = []
     while len(written) < settings.max_tokens:

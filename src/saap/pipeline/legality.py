@@ -42,7 +42,7 @@ def check_walk(model: nn.Module, blocks: Sequence[str]) -> None:
     except Exception as error:  # the model's own code, called with what it does not expect
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UnsupportedModelError(f"The blocks of {name} do not run one by one ({reason})", remedy) from error
-    if difference > WALK_TOLERANCE:
+    if not difference <= WALK_TOLERANCE:  # NaN too
         raise UnsupportedModelError(
             f"The blocks of {name} give other logits one by one than in the whole model ({difference:.1e} off)", remedy
         )

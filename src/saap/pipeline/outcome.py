@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from saap.evaluation.generation import prompt_ids
 from saap.evaluation.perplexity import perplexity
 from saap.models.offload import offloaded
+from saap.models.probe import positions
 from saap.models.spill import Spill
 from saap.models.walked import walked_logits
 from saap.pipeline.inputs import TokenSets
@@ -54,7 +56,7 @@ def observe(model: nn.Module, tokenizer: Any | None, tokens: TokenSets, spill: S
 def greedy_answer(model: nn.Module, tokenizer: Any | None) -> tuple[str, str]:
     """A short prompt (through the chat template if there is one) and the model's greedy continuation.
 
-    Both are '' for a model that cannot generate or has no tokenizer.
+    Both are '' for a model that cannot generate, has no tokenizer, or no positions after the prompt.
     """
     generate = getattr(model, "generate", None)
     if tokenizer is None or generate is None:
@@ -62,8 +64,11 @@ def greedy_answer(model: nn.Module, tokenizer: Any | None) -> tuple[str, str]:
     device = next(model.parameters()).device
     prompt = QUESTION if getattr(tokenizer, "chat_template", None) else OPENING
     ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
+    room = min(ANSWER_TOKENS, (positions(model) or math.inf) - ids.shape[1])
+    if room < 1:
+        return "", ""
     made = generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER_TOKENS, do_sample=False,
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=int(room), do_sample=False,
         pad_token_id=tokenizer.pad_token_id or 0,
     )  # fmt: skip
     return prompt, str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)).strip()

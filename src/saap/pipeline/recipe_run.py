@@ -11,10 +11,11 @@ from saap.errors import OutputError, StaleInputError
 from saap.export.placing import check_place
 from saap.models.loading import load_tokenizer
 from saap.models.references import resolve_model
-from saap.pipeline.dense_model import DenseChoice, resolve_dense
+from saap.pipeline.dense_model import DenseChoice, manifest_of, resolve_beside, resolve_dense
+from saap.pipeline.digests import tree_digest
 from saap.pipeline.evaluate import check_request
 from saap.pipeline.progress import Reporter, Silent
-from saap.pipeline.recipe_steps import Step, recipe_steps, tree_digest
+from saap.pipeline.recipe_steps import Step, recipe_steps
 from saap.pipeline.recovery_context import read_data
 from saap.pipeline.work import WorkFolder
 from saap.recipe import Recipe
@@ -58,14 +59,19 @@ def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, An
 def _check_inputs(recipe: Recipe) -> None:
     """Refuse what a later step would refuse, as far as that needs no result of an earlier one."""
     resolved = resolve_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    manifest = manifest_of(resolved) if recipe.prune is None else None  # of what is pruned here there is none yet
+    choices: list[DenseChoice | None] = []
     if recipe.recover is not None:
         read_data(recipe.recover, load_tokenizer(resolved))
-        resolve_dense(DenseChoice.of(recipe.recover, recipe.recover.teacher), None)
+        choices.append(DenseChoice.of(recipe.recover, recipe.recover.teacher))
     for request in recipe.eval.values():
         check_request(request)
-        resolve_dense(DenseChoice.of(request, request.dense), None)
+        choices += DenseChoice.pair(request)
         for name in request.beside:
-            resolve_model(name)
+            resolve_beside(name)
+    for choice in choices:
+        if choice is not None and choice.source is not None:  # one that only a manifest names may be missing
+            resolve_dense(choice, manifest)
 
 
 class _State:

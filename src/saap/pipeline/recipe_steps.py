@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from saap._version import __version__
-from saap.models.references import ResolvedModel, resolve_model
+from saap.models.references import resolve_model
+from saap.pipeline.digests import model_digest, named_files
 from saap.pipeline.evaluate import evaluate_model, write_report
 from saap.pipeline.export import export_decilm, export_gguf
 from saap.pipeline.inputs import RunOptions
 from saap.pipeline.progress import Reporter
 from saap.pipeline.recover import run_recover
-from saap.pipeline.recovery_context import weights_digest
 from saap.pipeline.report_page import build_page, write_page
 from saap.pipeline.run import run_prune
 from saap.pipeline.targets import plan_targets
@@ -55,7 +54,7 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
     steps: list[Step] = []
     resolved = resolve_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     common = [__version__, recipe.dtype, recipe.trust_remote_code]
-    subjects = [_Subject(recipe.model, "", digest_of([*common, _model_digest(resolved)]), ())]
+    subjects = [_Subject(recipe.model, "", digest_of([*common, model_digest(resolved)]), ())]
     if recipe.prune is not None:
         subjects = _add_prune(steps, recipe, subjects[0])
     if recipe.recover is not None:
@@ -170,32 +169,4 @@ def _options(recipe: Recipe, out: Path | None, *, of_hub: bool = True) -> RunOpt
 
 def _digest(before: str, settings: BaseModel) -> str:
     values = settings.model_dump(mode="json")
-    return digest_of([before, values, _named_files(values)])
-
-
-def _named_files(values: Any) -> dict[str, str]:
-    """Digests of the files and folders that settings name, so that a changed text is noticed."""
-    if isinstance(values, Mapping):
-        values = list(values.values())
-    if isinstance(values, list):
-        return {name: digest for value in values for name, digest in _named_files(value).items()}
-    if isinstance(values, str) and values and len(values) < 4096 and "\0" not in values and Path(values).exists():
-        return {values: tree_digest(Path(values))}
-    return {}
-
-
-def tree_digest(path: Path) -> str:
-    """sha256 over the names and contents of a file, or of all files below a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
-            with file.open("rb") as stream:
-                while block := stream.read(2**20):
-                    digest.update(block)
-    return digest.hexdigest()
-
-
-def _model_digest(resolved: ResolvedModel) -> str:
-    small = sorted(file for file in resolved.folder.glob("*.json")) if resolved.gguf_file is None else []
-    return digest_of([weights_digest(resolved), [[file.name, tree_digest(file)] for file in small]])
+    return digest_of([before, values, named_files(values)])

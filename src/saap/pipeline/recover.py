@@ -19,6 +19,7 @@ from saap.models.devices import quick_float32_products, rounded_products
 from saap.models.groupwise import GroupwiseWeight
 from saap.models.groupwise_files import linears_inside
 from saap.models.loading import load, load_groupwise, load_model
+from saap.models.probe import check_reads, positions
 from saap.models.sharding import check_shardable, shard_layers
 from saap.models.walker import BlockWalker
 from saap.pipeline.inputs import RunOptions
@@ -113,11 +114,11 @@ def _model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parame
             model = load_model(run.resolved, device=run.device)
             paths = linears_inside(model, find_blocks(model))
             handle, parameters = add_lora(model, paths, rank=config.rank, alpha=config.alpha, seed=config.seed)
-        _check_vocabulary(run, model)
+        _check_fits(run, model)
         return model, handle, parameters, None
     with run.meter.stage(f"quantise to {config.bits} bits in groups of {config.group_size}"):
         model = _quantised_model(run)
-        _check_vocabulary(run, model)
+        _check_fits(run, model)
     with run.meter.stage("measure the quantised model"):
         quantised = _measure(run, model)
     parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=config.seed, scales=config.scales)
@@ -158,9 +159,12 @@ def _fitting(config: RecoverConfig, model: nn.Module) -> Sequence[str]:
     return tuple(sizes)
 
 
-def _check_vocabulary(run: Recovery, model: Any) -> None:
+def _check_fits(run: Recovery, model: Any) -> None:
+    """Raise SaapError for training data with more tokens, or other ones, than the model reads."""
+    examples = [example.tokens for example in (*run.data.train, *run.data.held)]
+    check_reads(model, max(map(len, examples)), "Use a smaller --length")
     rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(int(example.tokens.max()) for example in (*run.data.train, *run.data.held))
+    largest = max(int(tokens.max()) for tokens in examples)
     if largest >= rows:
         raise ModelError(
             f"The tokenizer gave id {largest}, but the model's embedding has {rows} rows",
@@ -177,6 +181,7 @@ def _teacher(run: Recovery) -> tuple[Any | None, State | None]:
     with run.meter.stage("load the teacher"):
         teacher = load_model(run.teacher, device=run.device)
         _check_teacher(run, teacher)
+        _check_fits(run, teacher)
         dense = known if known is not None else _measure(run, teacher)
     return (teacher if run.config.distillation else None), dense
 
@@ -216,7 +221,8 @@ def _finish(
 
 @torch.no_grad()
 def _few_logits(run: Recovery, model: Any) -> torch.Tensor:
-    ids = torch.from_numpy(run.evaluation[:CHECKED_TOKENS]).to(run.device).unsqueeze(0)
+    tokens = min(CHECKED_TOKENS, positions(model) or CHECKED_TOKENS)
+    ids = torch.from_numpy(run.evaluation[:tokens]).to(run.device).unsqueeze(0)
     logits: torch.Tensor = model(ids).logits
     return logits.float()
 

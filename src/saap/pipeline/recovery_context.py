@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from saap.models.loading import load_tokenizer
 from saap.models.processes import Processes
 from saap.models.references import ResolvedModel, resolve_model
 from saap.pipeline.dense_model import DenseChoice, manifest_of, resolve_dense
+from saap.pipeline.digests import weights_digest
 from saap.pipeline.inputs import EVALUATION_TOKENS, RunOptions
 from saap.pipeline.meter import Meter
 from saap.pipeline.progress import Reporter, Silent
@@ -158,26 +158,15 @@ def settings_digest(run: Recovery) -> str:
     return digest_of([settings, run.data.digest, weights_digest(run.resolved), __version__])
 
 
-def weights_digest(resolved: ResolvedModel) -> str:
-    """sha256 over the names and contents of the model's weight files."""
-    names = (
-        [resolved.gguf_file] if resolved.gguf_file else sorted(f.name for f in resolved.folder.glob("*.safetensors"))
-    )
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(name.encode())
-        with (resolved.folder / name).open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def recorded(run: Recovery) -> tuple[State, State] | None:
     """What the checkpoint's manifest says of the dense model and of the checkpoint itself, on the same text."""
     earlier = run.earlier
     if earlier is None or earlier.perplexity is None or earlier.answers is None or earlier.recovery is not None:
         return None
     figures, answers = earlier.perplexity, earlier.answers
+    led = bool(earlier.settings.get("bos"))  # manifests from before that setting: windows began with the text
+    if led is not run.config.bos and leading_ids(run.tokenizer):
+        return None
     if figures.text != EVALUATION or figures.tokens != run.evaluation.size:
         return None
     return (

@@ -26,7 +26,8 @@ from saap.models.devices import working_dtype
 from saap.models.groupwise import GroupwiseWeight
 from saap.models.modeling_pruned import MODEL_TYPE
 from saap.models.references import read_config
-from saap.pipeline.recovery_context import EVALUATION, Recovery, State, weights_digest
+from saap.pipeline.digests import weights_digest
+from saap.pipeline.recovery_context import EVALUATION, Recovery, State
 from saap.pipeline.recovery_report import RecoverReport, share_closed
 from saap.pipeline.report import load_lines
 from saap.pipeline.typed import typed_command

@@ -75,6 +75,7 @@ class _Speed(BaseModel):
 
 class _Measured(BaseModel):
     model: str
+    revision: str | None = None
     perplexity: dict[str, _Value]
     tasks: dict[str, _Task]
 

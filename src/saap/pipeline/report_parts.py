@@ -9,7 +9,7 @@ from typing import Any
 
 from saap.reporting import model_figures
 from saap.reporting.page import Section
-from saap.reporting.tables import number, short
+from saap.reporting.tables import names_apart, number, short
 
 MODES = ("greedy", "sampled")
 MEASURES = (
@@ -21,13 +21,12 @@ MEASURES = (
 
 def evaluation_sections(reports: Sequence[Mapping[str, Any]]) -> list[Section]:
     """Perplexities, tasks, text and speed of `saap eval`, the dense model beside them where it was measured."""
+    parts = [part for report in reports for part in (report.get("dense"), report) if part is not None]
     columns: dict[str, dict[str, Any]] = {}
-    for report in reports:
-        for part in (report.get("dense"), report):
-            if part is not None:
-                known = columns.setdefault(part["model"], {"perplexity": {}, "tasks": {}})
-                known["perplexity"] |= part["perplexity"]
-                known["tasks"] |= part["tasks"]
+    for label, part in zip(_labels(parts), parts, strict=True):
+        known = columns.setdefault(label, {"perplexity": {}, "tasks": {}})
+        known["perplexity"] |= part["perplexity"]
+        known["tasks"] |= part["tasks"]
     found = [
         _perplexity_section(columns),
         _task_section(columns),
@@ -37,12 +36,19 @@ def evaluation_sections(reports: Sequence[Mapping[str, Any]]) -> list[Section]:
     return [section for section in found if section is not None]
 
 
+def _labels(measured: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to call each model: the last part of its name where no other ends alike, and what tells revisions apart."""
+    models = [(one["model"], one.get("revision")) for one in measured]
+    alike = len({short(name) for name, _ in models}) < len({name for name, _ in models})
+    return names_apart(models if alike else [(short(name), revision) for name, revision in models])
+
+
 def _perplexity_section(columns: Mapping[str, dict[str, Any]]) -> Section | None:
     texts = list(dict.fromkeys(text for part in columns.values() for text in part["perplexity"]))
     if not texts:
         return None
     rows = [
-        [short(name), *(number((part["perplexity"].get(text) or {}).get("value"), 2) for text in texts)]
+        [name, *(number((part["perplexity"].get(text) or {}).get("value"), 2) for text in texts)]
         for name, part in columns.items()
     ]
     table = ["model", *map(short, texts)], rows
@@ -50,7 +56,7 @@ def _perplexity_section(columns: Mapping[str, dict[str, Any]]) -> Section | None
 
 
 def _task_section(columns: Mapping[str, dict[str, Any]]) -> Section | None:
-    tested = {short(name): part["tasks"] for name, part in columns.items() if part["tasks"]}
+    tested = {name: part["tasks"] for name, part in columns.items() if part["tasks"]}
     if not tested:
         return None
     names = list(next(iter(tested.values())))
@@ -113,13 +119,14 @@ def _prompts(facts: Sequence[tuple[str, Mapping[str, Any] | None]]) -> str:
 def _speed_section(speed: Mapping[str, Any]) -> Section:
     """speed: the data of a SpeedReport; the model that it was measured beside comes first."""
     measured = [one for one in (speed["against"], speed["model"]) if one is not None]
+    names = _labels(measured)
     found = {
-        label: {short(one["model"]): float(one[key]) for one in measured}
+        label: {name: float(one[key]) for name, one in zip(names, measured, strict=True)}
         for key, label in (("prefill", "reading"), ("decode", "writing"))
     }
     rows = [
-        [short(one["model"]), number(one["prefill"], 1), number(one["decode"], 1), f"{one['bytes_per_token']:,}"]
-        for one in measured
+        [name, number(one["prefill"], 1), number(one["decode"], 1), f"{one['bytes_per_token']:,}"]
+        for name, one in zip(names, measured, strict=True)
     ]
     weights, threads = speed["weights"], speed["threads"]
     title = f"Tokens per second in {speed['runtime']}, one sequence, weights {weights}, {threads} threads"

@@ -18,6 +18,7 @@ from saap.config import GgufType, RuntimeName
 from saap.errors import ConfigurationError, ExportError, ModelError
 from saap.evaluation.speed import LlamaCppRuntime, Runtime, Speed, TransformersRuntime, measure_speeds, speed_up
 from saap.models.llama_cpp import LlamaCpp, llama_cpp_is_installed
+from saap.models.probe import check_reads
 from saap.models.stored_tensors import ModelTensors, StoredTensors
 from saap.pipeline.export import INSTALL, open_source
 from saap.pipeline.inputs import RunOptions, open_model
@@ -155,6 +156,9 @@ def runtime_of(source: Source, settings: SpeedSettings) -> Iterator[tuple[Runtim
                 f"The speed of {type(model).__name__} cannot be measured, since it is no model of transformers that "
                 "generates", "Leave the speed out",
             )  # fmt: skip
+        check_reads(
+            model, settings.prompt_tokens + settings.new_tokens, "Measure speed with fewer tokens, or leave it out"
+        )
         yield TransformersRuntime(model), _bytes_of_model(model), embedding.num_embeddings
         return
     with tempfile.TemporaryDirectory(prefix="saap-speed-") as folder:

@@ -41,8 +41,8 @@ class WorkFolder:
             digest = str(found.get("digest", "")) if isinstance(found, dict) else ""
             if digest != settings_digest:
                 raise StaleInputError(
-                    f"{self.path} holds stages of a run with other settings, another model or another version of "
-                    f"saap (digest {digest[:12]}, this run has {settings_digest[:12]})",
+                    f"{self.path} holds stages of a run with other settings or texts, another model or another "
+                    f"version of saap (digest {digest[:12]}, this run has {settings_digest[:12]})",
                     "Delete that folder, or choose another --work-dir",
                 )
             return True

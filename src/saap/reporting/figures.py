@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saap.errors import EvaluationError
+from saap.errors import EvaluationError, printable
 
 INK = "#010203"
 """Stands for the text colour of the page: replaced by `currentColor` in the page, by black in files."""
@@ -60,21 +60,26 @@ def _canvas(figure: Figure) -> Iterator[Any]:
         ) from error
     with rc_context(STYLE):
         canvas = Canvas(figsize=(SIZE[0], figure.height))
-        axis = canvas.subplots()
-        figure.draw(axis)
-        for scale in (axis.xaxis, axis.yaxis):
-            _without_formulas(scale)
+        figure.draw(canvas.subplots())
+        _make_printable(canvas)
         yield canvas
 
 
-def _without_formulas(scale: Any) -> None:
-    """Powers of ten as plain text: matplotlib writes them as formulas, which no text of a figure is read as."""
-    from matplotlib.ticker import LogFormatter, LogFormatterMathtext
+def _make_printable(canvas: Any) -> None:
+    """Leave plain text only: no formulas for powers of ten, no control characters, which XML and fonts do not have."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import FuncFormatter, LogFormatter, LogFormatterMathtext
 
-    if isinstance(scale.get_major_formatter(), LogFormatterMathtext):
-        scale.set_major_formatter(LogFormatter())
-    if isinstance(scale.get_minor_formatter(), LogFormatterMathtext):
-        scale.set_minor_formatter(LogFormatter())
+    for text in canvas.findobj(Text):
+        text.set_text(printable(text.get_text()))
+    for scale in (scale for axis in canvas.axes for scale in (axis.xaxis, axis.yaxis)):
+        formatter = scale.get_major_formatter()
+        if isinstance(formatter, FuncFormatter):  # names of ticks are made anew each time
+            scale.set_major_formatter(lambda value, place, inner=formatter.func: printable(inner(value, place)))
+        if isinstance(formatter, LogFormatterMathtext):
+            scale.set_major_formatter(LogFormatter())
+        if isinstance(scale.get_minor_formatter(), LogFormatterMathtext):
+            scale.set_minor_formatter(LogFormatter())
 
 
 def to_svg(figure: Figure, *, ink: str = "currentColor") -> str:

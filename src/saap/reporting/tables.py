@@ -117,6 +117,15 @@ def short(text: str) -> str:
     return text.rpartition("/")[2]
 
 
+def names_apart(models: Sequence[tuple[str, str | None]]) -> list[str]:
+    """Names of models, given as (source, revision): the source, with the revision where two have the same source."""
+    sources = [source for source, _ in set(models)]
+    return [
+        f"{source}@{revision}" if revision is not None and sources.count(source) > 1 else source
+        for source, revision in models
+    ]
+
+
 def _cell(values: Sequence[float | None], digits: int = 3) -> str:
     mean, spread = mean_and_spread(values)
     return number(mean, digits) + ("" if spread is None else f" ± {number(spread, digits)}")
