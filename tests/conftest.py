@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -18,7 +19,7 @@ OWN_DISCOVERY = ("tests/discovery", "tests/conformance", "tests/real")
 
 
 @pytest.fixture(autouse=True)
-def discovered_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def structures_are_found_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of the same modules, shapes and configuration are discovered once, except in tests of discovery."""
     if not any(folder in request.node.path.as_posix() for folder in OWN_DISCOVERY):
         module = import_module("saap.discovery.discover")
@@ -26,7 +27,7 @@ def discovered_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 def _remembering(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def of_structure(model: Any, *, finer_heads: bool) -> Any:
+    def of_structure(model: Any, ref: Any, *, finer_heads: bool) -> Any:
         owner: dict[int, str] = {}  # of tensors that are tied
         tensors = [
             (name, owner.setdefault(id(tensor), name), tensor.shape, tensor.dtype, str(tensor.device))
@@ -35,7 +36,7 @@ def _remembering(stock: Callable[..., Any]) -> Callable[..., Any]:
         kinds = tuple(type(module) for module in model.modules())
         key = (repr(getattr(model, "config", None)), repr(model), kinds, tuple(tensors), finer_heads)
         if key not in _FOUND:
-            _FOUND[key] = stock(model, finer_heads=finer_heads)
-        return _FOUND[key]
+            _FOUND[key] = stock(model, ref, finer_heads=finer_heads)
+        return replace(_FOUND[key], model=ref)
 
     return of_structure

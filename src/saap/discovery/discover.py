@@ -32,11 +32,11 @@ def discover(model: nn.Module, ref: ModelRef | None = None, *, finer_heads: bool
     Parts that are not understood are in `refused`. Raises UnsupportedModelError if nothing can be
     pruned, or the forward cannot be traced.
     """
-    found = of_structure(model, finer_heads=finer_heads)
-    return replace(found, model=ref or model_ref(model, type(model).__name__))
+    ref = ref or model_ref(model, type(model).__name__)
+    return of_structure(model, ref, finer_heads=finer_heads)
 
 
-def of_structure(model: nn.Module, *, finer_heads: bool) -> ModelGraph:
+def of_structure(model: nn.Module, ref: ModelRef, *, finer_heads: bool) -> ModelGraph:
     """What `discover` finds; modules, shapes and configuration decide it, the weights do not."""
     blocks = find_blocks(model)
     require_own_weights(model, blocks)
@@ -61,7 +61,7 @@ def of_structure(model: nn.Module, *, finer_heads: bool) -> ModelGraph:
             "Use a model whose blocks are made of operations that discovery knows",
         )
     graph = ModelGraph(
-        model=model_ref(model, type(model).__name__),
+        model=ref,
         blocks=blocks,
         groups=groups,
         shapes=shapes,
