@@ -2,10 +2,11 @@
 
     PYTHONPATH=. python benchmarks/device_limit.py [--refit-tokens N] [--folder DIR]    # about half an hour on 2 cores
 
-The pretended device (tests/pretend.py) counts what lies on it and refuses more than its limit: 24 GB less the weights
-of the 28 layers that are not there. The run has effort `fast` and few tokens: activations of the restoration are kept
-elsewhere, so its peak depends on the micro-batch, not on how many tokens there are. The formula is given for that run
-and for effort `default`. Writes benchmarks/results/device-limit.json.
+The pretended device (tests/pretend.py) counts what lies on it and refuses more than its limit: 24 GB less what the
+other 28 layers take in bfloat16. The four layers lie there in float32, as a CPU computes. The run has effort `fast`
+and few tokens: activations of the restoration are kept elsewhere, so its peak depends on the micro-batch, not on how
+many tokens there are. The formula is given for that run and for effort `default`. Writes
+benchmarks/results/device-limit.json.
 """
 
 from __future__ import annotations
@@ -24,33 +25,32 @@ import torch
 from shapes import SHAPES, byte_tokenizer, write_checkpoint
 
 from saap.config import Effort, PruneConfig
-from saap.models import device_memory, devices, loading
-from saap.pipeline import memory
+from saap.models import device_memory, devices
+from saap.pipeline import inputs, memory
 from saap.pipeline.inputs import RunOptions
 from saap.pipeline.run import run_prune
 
 RESULT = Path(__file__).resolve().parent / "results" / "device-limit.json"
-LAYERS, CARD = 4, 24 * 10**9
+LAYERS, CARD, MEASURED_TOKENS = 4, 24 * 10**9, 1024
 
 
-def sizes(layers: int) -> memory.Sizes:
-    """Of LLaMA-7B with so many layers in bfloat16 on an accelerator."""
+def sizes(layers: int, itemsize: int = 2) -> memory.Sizes:
+    """Of LLaMA-7B with so many layers on an accelerator. itemsize: of a weight; 2 is bfloat16."""
     shape = replace(SHAPES["7b"], layers=layers)
-    table = 2 * shape.vocabulary * shape.hidden
     return memory.Sizes(
-        weights=2 * shape.parameters, block=2 * shape.block_parameters, around=2 * table,
-        matrix=2 * shape.hidden * shape.ffn, widest=shape.ffn, width=shape.hidden, blocks=layers,
-        vocabulary=shape.vocabulary, heads=shape.heads,
+        weights=itemsize * shape.parameters, block=itemsize * shape.block_parameters,
+        around=2 * itemsize * shape.vocabulary * shape.hidden, matrix=itemsize * shape.hidden * shape.ffn,
+        widest=shape.ffn, width=shape.hidden, blocks=layers, vocabulary=shape.vocabulary, heads=shape.heads,
         values=layers * shape.block_parameters,
     )  # fmt: skip
 
 
-def needs(layers: int, config: PruneConfig) -> dict[str, int]:
+def needs(of: memory.Sizes, config: PruneConfig) -> dict[str, int]:
     """Bytes by what is kept on the device."""
     return {
-        "all": memory.resident_need(sizes(layers), config),
-        "weights": memory.spilled_need(sizes(layers), config),
-        "one block": memory.offloaded_need(sizes(layers), config),
+        "weights and activations": memory.resident_need(of, config),
+        "weights": memory.spilled_need(of, config),
+        "one block": memory.offloaded_need(of, config),
     }
 
 
@@ -63,8 +63,7 @@ def measured(folder: Path, config: PruneConfig, limit: int) -> dict[str, Any]:
     pretend = import_module("tests.pretend")  # a part of the tests, which are not typed
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(devices, "_available", return_value={"lazy": True}))
-        for module in (memory, loading):  # bfloat16 stays, as on CUDA
-            stack.enter_context(mock.patch.object(module, "working_dtype", lambda device, source: source))
+        stack.enter_context(mock.patch.object(inputs, "EVALUATION_TOKENS", MEASURED_TOKENS))
         stack.enter_context(mock.patch.object(device_memory, "of_device", return_value=limit))
         card = stack.enter_context(pretend.pretended_devices(float64=True, limit=limit))
         (result,) = run_prune(source, config, RunOptions(out=folder / "out"))
@@ -86,9 +85,9 @@ def main() -> None:
     result = {
         "layers": LAYERS, "refit_tokens": given.refit_tokens, "limit": limit, **found,
         "formula": {
-            "that run": needs(LAYERS, tried),
-            "4 layers, effort default": needs(LAYERS, default),
-            "32 layers, effort default": needs(32, default),
+            "that run": needs(sizes(LAYERS, 4), tried),
+            "4 layers, bfloat16, effort default": needs(sizes(LAYERS), default),
+            "32 layers, bfloat16, effort default": needs(sizes(32), default),
         },
         "reserve": memory.RESERVE_BYTES,
         "torch": torch.__version__,
