@@ -18,6 +18,7 @@ from torch import nn
 
 import saap
 from saap.errors import SaapError, UnsupportedModelError
+from saap.models.walker import BlockWalker
 from saap.pipeline.legality import check_walk
 from saap.pipeline.progress import Silent
 from saap.records import Layout
@@ -132,9 +133,10 @@ def test_tracing_prints_nothing(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_walk_that_gives_no_numbers_is_refused() -> None:
+def test_a_walk_that_gives_no_numbers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model()
-    model.model.norm.weight.data[0] = torch.nan
+    stock = BlockWalker.logits
+    monkeypatch.setattr(BlockWalker, "logits", lambda walker, hidden: stock(walker, hidden) * torch.nan)
     with pytest.raises(UnsupportedModelError, match="give other logits one by one"):
         check_walk(model, [f"model.layers.{index}" for index in range(4)])
 

@@ -24,7 +24,8 @@ WALK_TOLERANCE = 0.02
 def check_walk(model: nn.Module, blocks: Sequence[str]) -> None:
     """Compare the logits of a walk from block to block with the model's own, for a part of two short sequences.
 
-    Raises UnsupportedModelError where they differ: blocks may pass on more than hidden states.
+    A model that gives no numbers itself is left to its loss, which names the sample. Raises UnsupportedModelError where
+    they differ: blocks may pass on more than hidden states.
     """
     name, remedy = type(model).__name__, "Use a model whose blocks pass on nothing but their hidden states"
     ids = 2 + torch.arange(16, device=next(model.parameters()).device).reshape(2, 8) % 5
@@ -42,7 +43,7 @@ def check_walk(model: nn.Module, blocks: Sequence[str]) -> None:
     except Exception as error:  # the model's own code, called with what it does not expect
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UnsupportedModelError(f"The blocks of {name} do not run one by one ({reason})", remedy) from error
-    if not difference <= WALK_TOLERANCE:  # NaN too
+    if expected.isfinite().all() and not difference <= WALK_TOLERANCE:  # NaN is refused too
         raise UnsupportedModelError(
             f"The blocks of {name} give other logits one by one than in the whole model ({difference:.1e} off)", remedy
         )
