@@ -6,7 +6,7 @@ import torch
 from tests.pipeline import tiny
 
 import saap
-from saap.models.devices import rounded_products
+from saap.models.devices import computable, rounded_products
 
 
 def test_products_of_the_cpu_alone_are_rounded_and_only_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +32,9 @@ def test_a_model_object_in_float16_is_computed_in_float32() -> None:
     found = saap.prune(given, **settings)
     expected = saap.prune(tiny.model().half().float(), **settings)
     assert {parameter.dtype for parameter in given.parameters()} == {torch.float16}
+    given.model.embed_tokens.float()  # of two types
+    assert {parameter.dtype for parameter in computable(given).parameters()} == {torch.float32}
+    given.half()
     assert found.plan.keep == expected.plan.keep
     for name, parameter in found.model.named_parameters():
         assert torch.equal(parameter, expected.model.get_parameter(name)), name

@@ -99,9 +99,9 @@ def require_values(model: nn.Module) -> None:
 
 
 def computable(model: nn.Module) -> nn.Module:
-    """The model itself, or a copy in float32 of one in float16, whose gradients and activations leave its range."""
-    first = next(model.parameters()).dtype
-    return copied(model).to(torch.float32) if first == torch.float16 else model
+    """The model itself, or a copy in float32 where some of it is float16, whose range gradients and activations leave."""
+    half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+    return copied(model).to(torch.float32) if half else model
 
 
 def pick_dtype(name: str = "auto", *, source: torch.dtype) -> torch.dtype:
