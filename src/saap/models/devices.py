@@ -99,7 +99,7 @@ def require_values(model: nn.Module) -> None:
 
 
 def computable(model: nn.Module) -> nn.Module:
-    """The model itself, or a copy in float32 where some of it is float16, whose range gradients and activations leave."""
+    """The model itself, or a copy in float32 if any part is float16, whose range gradients and activations leave."""
     half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
     return copied(model).to(torch.float32) if half else model
 
