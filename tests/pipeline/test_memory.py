@@ -171,7 +171,7 @@ def test_needs_grow_with_what_is_asked() -> None:
     assert memory.resident_need(sizes, PruneConfig(pruning_ratios=(0.2,), restore=False)) > sizes.weights
     baselines = [PruneConfig(pruning_ratios=(0.2,), method=method) for method in ("flap", "llm-pruner-mixed")]
     without, with_gradients = (memory.spilled_need(sizes, config) for config in baselines)
-    assert with_gradients - without == 8 * sizes.values
+    assert without < sizes.weights + 8 * sizes.values <= with_gradients
 
 
 def test_weights_count_once_where_the_run_fits(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
