@@ -55,11 +55,12 @@ def needs(of: memory.Sizes, config: PruneConfig) -> dict[str, int]:
 
 
 def measured(folder: Path, config: PruneConfig, limit: int) -> dict[str, Any]:
-    """Peak bytes on the device, over the whole run."""
+    """Peak bytes on the device, over the stages that this process carries out."""
     source = folder / "dense"
-    source.mkdir()
-    write_checkpoint(replace(SHAPES["7b"], layers=LAYERS), source)
-    byte_tokenizer().save_pretrained(source)
+    if not (source / "tokenizer.json").exists():
+        source.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(replace(SHAPES["7b"], layers=LAYERS), source)
+        byte_tokenizer().save_pretrained(source)
     pretend = import_module("tests.pretend")  # a part of the tests, which are not typed
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(devices, "_available", return_value={"lazy": True}))
@@ -67,21 +68,24 @@ def measured(folder: Path, config: PruneConfig, limit: int) -> dict[str, Any]:
         stack.enter_context(mock.patch.object(device_memory, "of_device", return_value=limit))
         card = stack.enter_context(pretend.pretended_devices(float64=True, limit=limit))
         (result,) = run_prune(source, config, RunOptions(out=folder / "out"))
-        return {"peak": card.peak, "pruning_ratio": result.report.pruning_ratio}
+        stages = [stage.name for stage in result.report.stages]
+        return {"peak": card.peak, "pruning_ratio": result.report.pruning_ratio, "stages": stages}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--refit-tokens", type=int, default=4096)
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument(
+        "--folder", type=Path, help="of the checkpoint and the run, which goes on there; without it a new one"
+    )
     given = parser.parse_args()
     tried = PruneConfig(
         pruning_ratios=(0.2,), effort=Effort.FAST, refit_tokens=given.refit_tokens, samples=4, sample_length=64
     )
     default = PruneConfig(pruning_ratios=(0.2,))
     limit = CARD - (sizes(32).weights - sizes(LAYERS).weights)
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        found = measured(Path(folder), tried, limit)
+    with tempfile.TemporaryDirectory() as folder:
+        found = measured(given.folder or Path(folder), tried, limit)
     result = {
         "layers": LAYERS, "refit_tokens": given.refit_tokens, "limit": limit, **found,
         "formula": {
