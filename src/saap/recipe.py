@@ -143,22 +143,20 @@ def _with_own_dense(recipe: Recipe, section: _WithDense, dense: str | None) -> _
     """
     if dense != recipe.model and (dense is not None or recipe.prune is None):
         return section
-    own = {
-        "dense_revision": section.dense_revision or recipe.revision,
-        "dense_trust_remote_code": section.dense_trust_remote_code or recipe.trust_remote_code,
-    }
-    return section.model_copy(update=own)
+    return _opened_as_the_recipe_does(recipe, section, "dense")
 
 
 def _with_own_against(recipe: Recipe, request: EvalRequest) -> EvalRequest:
     """The same of the model that speed is measured against, beside another dense one."""
-    if request.against != recipe.model:
-        return request
-    own = {
-        "against_revision": request.against_revision or recipe.revision,
-        "against_trust_remote_code": request.against_trust_remote_code or recipe.trust_remote_code,
-    }
-    return request.model_copy(update=own)
+    return request if request.against != recipe.model else _opened_as_the_recipe_does(recipe, request, "against")
+
+
+def _opened_as_the_recipe_does(recipe: Recipe, section: _WithDense, which: str) -> _WithDense:
+    """The step with the recipe's revision and trust for its model `which`, unless it says something else."""
+    names = {f"{which}_{name}": name for name in ("revision", "trust_remote_code")}
+    return section.model_copy(
+        update={own: getattr(section, own) or getattr(recipe, name) for own, name in names.items()}
+    )
 
 
 def _parsed(raw: bytes | str, where: str) -> Any:

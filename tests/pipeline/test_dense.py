@@ -233,6 +233,11 @@ def old_alone(made: Path, asked: list[Any], tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
 
 
+def carried_out(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
+    code, _, error = run(capsys, "run", recipe, "--quiet")
+    assert code == 0, error
+
+
 def test_a_recipe_for_a_pruned_model_keeps_to_the_revision_of_its_manifest(
     capsys: pytest.CaptureFixture[str], small: Path, old_alone: None, tmp_path: Path
 ) -> None:
@@ -240,8 +245,7 @@ def test_a_recipe_for_a_pruned_model_keeps_to_the_revision_of_its_manifest(
     text = f"texts: [bundled], window: 32, max_tokens: 65, dense: {NAME}"
     tuning = f"{{data: [novels], length: 32, max_steps: 1, validation_samples: 1, group_size: 16, teacher: {NAME}}}"
     file.write_text(f"model: {small}\nout: {out}\nrecover: {tuning}\neval:\n  own: {{{text}}}\n")
-    code, _, error = run(capsys, "run", file, "--quiet")
-    assert code == 0, error
+    carried_out(capsys, file)
     found = json.loads((out / "eval" / "own.json").read_text())
     assert found["dense"]["revision"] == "old"
     speed = f"speed: {{new_tokens: 1}}, against: nobody/nothing, dense: {NAME}"
@@ -257,8 +261,7 @@ def test_a_recipe_measures_speed_against_its_own_model_beside_another_dense_one(
     step = f"{{speed: {{new_tokens: 1, rounds: 1}}, dense: {NAME}, against: '${{model}}'}}"
     head = f"model: {own_code[0]}\ntrust_remote_code: true\nout: {out}\n"
     file.write_text(f"{head}eval:\n  own: {step}\n")
-    code, _, error = run(capsys, "run", file, "--quiet")
-    assert code == 0, error
+    carried_out(capsys, file)
     found = json.loads((out / "eval" / "own.json").read_text())["speed"]
     assert found["against"]["model"] == str(own_code[0])
     recipe = read_recipe(file, ["revision=old"])
@@ -272,8 +275,7 @@ def test_a_recipe_opens_its_own_model_as_the_dense_one(
     step = "{texts: [bundled], window: 32, max_tokens: 65, dense: '${model}'%s}"
     lines = [f"model: {NAME}", "revision: old", f"out: {out}", "eval:", f"  own: {step % ''}"]
     file.write_text("\n".join([*lines, f"  other: {step % ', dense_revision: main'}"]))
-    code, _, error = run(capsys, "run", file, "--quiet")
-    assert code == 0, error
+    carried_out(capsys, file)
     own, other = (json.loads((out / "eval" / f"{name}.json").read_text()) for name in ("own", "other"))
     assert value(own["dense"]) == value(own) == value(other)
     assert value(other["dense"]) != value(other)

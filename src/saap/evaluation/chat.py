@@ -12,7 +12,7 @@ from torch import nn
 
 from saap.errors import EvaluationError
 from saap.evaluation.generation import continuation_nll
-from saap.models.probe import positions
+from saap.models.probe import read_at_once
 
 Conversation = Sequence[dict[str, Any]]
 
@@ -69,7 +69,7 @@ def chat_perplexity(
     """
     if not getattr(tokenizer, "chat_template", None):
         raise EvaluationError("the model's tokenizer has no chat template", "Leave out --chat")
-    max_tokens = min(max_tokens, positions(model) or max_tokens)
+    max_tokens = read_at_once(model, max_tokens)
     losses = []
     for conversation in conversations:
         for context, answer in answer_spans(tokenizer, conversation):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from saap.errors import CalibrationError
 from saap.models.arguments import without_cache
-from saap.models.probe import positions
+from saap.models.probe import read_at_once
 from saap.records import Digested, IntArray, digest_of
 
 # Logits of one forward pass, in float32: they are the largest tensor of an evaluation.
@@ -59,7 +59,7 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 def default_window(model: nn.Module) -> int:
     """Tokens of a window where nothing else is said: 512, or as many as the model reads at once."""
-    return min(WINDOW, positions(model) or WINDOW)
+    return read_at_once(model, WINDOW)
 
 
 @torch.no_grad()

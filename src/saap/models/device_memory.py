@@ -29,18 +29,19 @@ def peak(device: torch.device) -> int:
 
 def of_machine() -> int | None:
     """Memory that this process has or could get without swapping; None where the system does not say."""
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        own = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return (int(fields["MemAvailable"].split()[0]) + int(own["VmRSS"].split()[0])) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
+    free, own = _bytes_of("/proc/meminfo", "MemAvailable"), _bytes_of("/proc/self/status", "VmRSS")
+    return None if free is None or own is None else free + own
 
 
 def of_process() -> int:
     """Memory of this process now; 0 where the system does not say."""
+    return _bytes_of("/proc/self/status", "VmRSS") or 0
+
+
+def _bytes_of(file: str, field: str) -> int | None:
+    """A field of a file of Linux that counts in kB; None where there is none."""
     try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(fields["VmRSS"].split()[0]) * 1024
+        fields = dict(line.split(":", 1) for line in Path(file).read_text().splitlines())
+        return int(fields[field].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return 0
+        return None

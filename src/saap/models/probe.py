@@ -23,6 +23,11 @@ def positions(model: nn.Module) -> int | None:
     return stated if isinstance(stated, int) and stated > 0 else None
 
 
+def read_at_once(model: nn.Module, tokens: int) -> int:
+    """`tokens`, or fewer where the model's configuration has no more positions."""
+    return min(tokens, positions(model) or tokens)
+
+
 @torch.no_grad()
 def failure(model: nn.Module, ids: Tensor) -> str | None:
     """The error with which a forward on token ids (sequences, tokens) ends, in one line; None where it does not."""

@@ -28,9 +28,7 @@ def tree_digest(path: Path) -> str:
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
-            with file.open("rb") as stream:
-                while block := stream.read(2**20):
-                    digest.update(block)
+            _add_content(digest, file)
     return digest.hexdigest()
 
 
@@ -42,13 +40,17 @@ def weights_digest(resolved: ResolvedModel) -> str:
     digest = hashlib.sha256()
     for name in names:
         digest.update(name.encode())
-        with (resolved.folder / name).open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
+        _add_content(digest, resolved.folder / name)
     return digest.hexdigest()
+
+
+def _add_content(digest: hashlib._Hash, file: Path) -> None:
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
 
 
 def model_digest(resolved: ResolvedModel) -> str:
     """sha256 over the weights of a model, its configuration and its tokenizer."""
-    small = sorted(file for file in resolved.folder.glob("*.json")) if resolved.gguf_file is None else []
+    small = sorted(resolved.folder.glob("*.json")) if resolved.gguf_file is None else []
     return digest_of([weights_digest(resolved), [[file.name, tree_digest(file)] for file in small]])

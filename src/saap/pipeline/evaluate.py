@@ -326,8 +326,7 @@ def _speed(
     in_memory = settings.runtime is RuntimeName.TRANSFORMERS
     given: Source = source if isinstance(source, nn.Module) else source.path
     other = others.against
-    others_name = [] if other is None else [(other.source, other.revision)]
-    names = names_apart([(loaded.ref.source, loaded.ref.revision), *others_name])
+    names = names_apart([(ref.source, ref.revision) for ref in (loaded.ref, other) if ref is not None])
     models: list[tuple[str, Source]] = [(names[0], loaded.model if in_memory else given)]
     if other is not None:
         reporter.stage(f"load {other.source} to measure speed against")
@@ -354,9 +353,12 @@ def _write_kit(
     sources = [source for source in (loaded, *others) if source is not None]
     refs: list[ModelRef | ResolvedModel] = [x.ref if isinstance(x, LoadedModel) else x for x in sources]
     for name, source in zip(names_apart([(ref.source, ref.revision) for ref in refs]), sources, strict=True):
-        one = source if isinstance(source, LoadedModel) else open_model(source, options)
+        if isinstance(source, LoadedModel):
+            one = source
+        else:
+            one = open_model(source, options)
+            check_prompts(one.model, one.tokenizer, prompts, request.generated_tokens)
         reporter.stage(f"answers of {name}")
-        check_prompts(one.model, one.tokenizer, prompts, request.generated_tokens)
         written = write(one.model, one.tokenizer, opens, tokens=request.generated_tokens, sampled=False)
         answers[name] = {text.prompt: text.text for text in written}
     kit = build_kit(answers, seed=request.seed)

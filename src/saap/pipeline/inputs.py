@@ -21,7 +21,7 @@ from saap.evaluation.perplexity import default_window
 from saap.models.devices import computable, pick_device, pick_dtype, require_values
 from saap.models.images import image_token_ids, with_images
 from saap.models.loading import load_model, load_processor, load_tokenizer, model_ref
-from saap.models.probe import positions
+from saap.models.probe import read_at_once
 from saap.models.references import ResolvedModel, resolve_model
 from saap.records import CalibrationSet, IntArray, ModelGraph, ModelRef
 from saap.structure_search.costs import gram_bytes
@@ -80,7 +80,7 @@ class LoadedModel:
 
     def read_at_once(self, length: int) -> int:
         """`length`, or fewer tokens where the model has no more positions."""
-        return min(length, positions(self.model) or length)
+        return read_at_once(self.model, length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from torch import nn
 from saap.config import PrunableRole, PruneConfig, unit_roles
 from saap.errors import LayoutError, SaapError, UnsupportedModelError, first_line
 from saap.evaluation.perplexity import model_logits
+from saap.models.probe import trial_ids
 from saap.models.uniform import uniform_config
 from saap.models.walked import inputs_of_blocks
 from saap.models.walker import BlockWalker, inference_only
@@ -28,7 +29,7 @@ def check_walk(model: nn.Module, blocks: Sequence[str]) -> None:
     they differ: blocks may pass on more than hidden states.
     """
     name, remedy = type(model).__name__, "Use a model whose blocks pass on nothing but their hidden states"
-    ids = 2 + torch.arange(16, device=next(model.parameters()).device).reshape(2, 8) % 5
+    ids = trial_ids(model, 16).reshape(2, 8)
     try:
         with inference_only(model):
             expected = model_logits(model, ids)[1:, :5].float()

@@ -195,9 +195,9 @@ def open_within(
     except ModelError:  # it cannot be read part by part, so it has to fit
         if options.max_memory is not None:
             raise
-        return _spilling(open_model(source, options, tokenizer), config, base, None)
+        return _spilling(open_model(resolved, options, tokenizer), config, base, None)
     if whole <= limit:
-        return _spilling(open_model(source, options, tokenizer), config, base, limit)
+        return _spilling(open_model(resolved, options, tokenizer), config, base, limit)
     given = _limit_in_words(limit, options, device)
     if least > limit:
         raise ConfigurationError(

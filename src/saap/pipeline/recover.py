@@ -19,7 +19,7 @@ from saap.models.devices import quick_float32_products, rounded_products
 from saap.models.groupwise import GroupwiseWeight
 from saap.models.groupwise_files import linears_inside
 from saap.models.loading import load, load_groupwise, load_model
-from saap.models.probe import check_reads, positions
+from saap.models.probe import check_reads, read_at_once
 from saap.models.sharding import check_shardable, shard_layers
 from saap.models.walker import BlockWalker
 from saap.pipeline.inputs import RunOptions
@@ -221,8 +221,7 @@ def _finish(
 
 @torch.no_grad()
 def _few_logits(run: Recovery, model: Any) -> torch.Tensor:
-    tokens = min(CHECKED_TOKENS, positions(model) or CHECKED_TOKENS)
-    ids = torch.from_numpy(run.evaluation[:tokens]).to(run.device).unsqueeze(0)
+    ids = torch.from_numpy(run.evaluation[: read_at_once(model, CHECKED_TOKENS)]).to(run.device).unsqueeze(0)
     logits: torch.Tensor = model(ids).logits
     return logits.float()
 

@@ -12,11 +12,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from saap.errors import EvaluationError
+from saap.export.manifest import Seconds
 from saap.storage import Amount, Count, faults_of
 
 _Positive = Annotated[Amount, Field(gt=0)]
 _Share = Annotated[Amount, Field(ge=0, le=1)]
-_Seconds = Annotated[Amount, Field(ge=0)]
 
 
 class _Value(BaseModel):
@@ -95,9 +95,9 @@ class _Dense(BaseModel):
 
 
 class _Stages(BaseModel):
-    score: _Seconds
-    search: _Seconds
-    make: _Seconds
+    score: Seconds
+    search: Seconds
+    make: Seconds
 
 
 class _Row(BaseModel):
