@@ -41,7 +41,7 @@ def run(out: Path, seeds: str) -> None:
         "--restore", "no", "--seeds", seeds, "--calibration", CALIBRATION,
         "--samples", "64", "--sample-length", "128", "--perplexity", TEST, "--window", "512", "--max-tokens", "16384",
     ]  # fmt: skip
-    subprocess.run([sys.executable, "-m", "saap.cli", *command], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "saap", *command], check=True, cwd=ROOT)
     keep(out)
 
 

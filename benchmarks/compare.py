@@ -169,7 +169,7 @@ def main() -> None:
         parser.error("--trial is no result: name another --out")
     start = time.perf_counter()
     for arguments in [] if options.table else commands(options):
-        subprocess.run([sys.executable, "-m", "saap.cli", *arguments], check=True, cwd=ROOT)
+        subprocess.run([sys.executable, "-m", "saap", *arguments], check=True, cwd=ROOT)
         print(f"{(time.perf_counter() - start) / 60:.0f} minutes so far", file=sys.stderr)
     if not options.trial:
         table(options)

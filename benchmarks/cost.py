@@ -29,11 +29,11 @@ from matplotlib import pyplot
 from readme_tables import write_between_marks
 from shapes import Shape, write_checkpoint
 
-from saap.config import Effort, PruneConfig
-from saap.models.references import resolve_model
-from saap.pipeline.inputs import RunOptions
-from saap.pipeline.memory import limits
-from saap.pipeline.run import run_prune
+from saap.models.loading.references import resolve_model
+from saap.pipeline.prune.run import run_prune
+from saap.pipeline.shared.inputs import RunOptions
+from saap.pipeline.shared.memory import limits
+from saap.settings.prune import Effort, PruneConfig
 
 HERE = Path(__file__).resolve().parent
 RESULT, CHART = HERE / "results" / "cost.json", HERE / "cost.svg"

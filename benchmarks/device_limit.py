@@ -24,11 +24,11 @@ from unittest import mock
 import torch
 from shapes import SHAPES, byte_tokenizer, write_checkpoint
 
-from saap.config import Effort, PruneConfig
-from saap.models import device_memory, devices
-from saap.pipeline import inputs, memory
-from saap.pipeline.inputs import RunOptions
-from saap.pipeline.run import run_prune
+from saap.models.loading import device_memory, devices
+from saap.pipeline.prune.run import run_prune
+from saap.pipeline.shared import inputs, memory
+from saap.pipeline.shared.inputs import RunOptions
+from saap.settings.prune import Effort, PruneConfig
 
 RESULT = Path(__file__).resolve().parent / "results" / "device-limit.json"
 LAYERS, CARD, MEASURED_TOKENS = 4, 24 * 10**9, 1024

@@ -30,11 +30,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from saap.core.records import CalibrationSet
 from saap.estimation.calibrate import estimate
-from saap.models.loading import load_model
-from saap.models.references import resolve_model
-from saap.models.walker import inference_only
-from saap.records import CalibrationSet
+from saap.models.loading.pretrained import load_model
+from saap.models.loading.references import resolve_model
+from saap.models.walk.walker import inference_only
 
 MEASUREMENTS = ("graph", "time", "memory")
 

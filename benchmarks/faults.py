@@ -30,7 +30,7 @@ COMPARED = ("model.safetensors", "plan.json")
 
 
 def start(flags: list[str], out: Path, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "saap.cli", "prune", *flags, "--out", str(out)]
+    command = [sys.executable, "-m", "saap", "prune", *flags, "--out", str(out)]
     return subprocess.Popen(command, stdout=log.open("wb"), stderr=subprocess.STDOUT)
 
 

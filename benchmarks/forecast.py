@@ -28,7 +28,7 @@ UNITS = {
 
 
 def saap(flags: list[str], out: Path, *more: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "saap.cli", "prune", "smollm2", *flags, "--out", str(out), "--json", *more]
+    command = [sys.executable, "-m", "saap", "prune", "smollm2", *flags, "--out", str(out), "--json", *more]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout))
 

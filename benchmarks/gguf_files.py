@@ -37,7 +37,7 @@ def write(folder: str, out: str, quantization: str) -> None:
 
     import saap.export.gguf.tokenizer
     import saap.export.gguf.write  # noqa: F401
-    from saap.pipeline.export import export_gguf
+    from saap.pipeline.export.run import export_gguf
 
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the greatest resident set of the imports
@@ -54,9 +54,9 @@ def agreement(folder: str, file: Path, tokens: int) -> dict[str, float]:
     from saap.data.samples import token_stream
     from saap.data.texts import read_documents
     from saap.evaluation.agreement import compare_with_llama_cpp
-    from saap.models.llama_cpp import LlamaCpp
-    from saap.models.loading import load_tokenizer
-    from saap.models.references import resolve_model
+    from saap.models.loading.llama_cpp import LlamaCpp
+    from saap.models.loading.pretrained import load_tokenizer
+    from saap.models.loading.references import resolve_model
 
     tokenizer = load_tokenizer(resolve_model(folder))
     ids = token_stream(read_documents(WIKITEXT2, tokenizer=tokenizer), tokenizer)[:tokens].tolist()

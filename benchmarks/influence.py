@@ -19,11 +19,11 @@ from readme_tables import write_between_marks
 from resultsbook.models import VALIDATION, Dense, draw, masked_perplexity, measured_text, open_dense
 
 from saap.baselines.activations import activation_statistics
-from saap.config import Method
+from saap.core.records import IntArray, Layout
 from saap.data.samples import SampleRequest
 from saap.evaluation.perplexity import perplexity
-from saap.models.devices import quick_float32_products
-from saap.records import IntArray, Layout
+from saap.models.loading.devices import quick_float32_products
+from saap.settings.prune import Method
 from saap.structure_search.plan import make_plan
 
 RESULT = Path(__file__).resolve().parent / "results" / "influence.json"

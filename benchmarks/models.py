@@ -31,7 +31,7 @@ BASELINES = "llm-pruner-element2@ffn,flap,wanda-sp@ffn"
 def compare(model: str, texts: dict[str, str], out: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One comparison of all methods; its rows by the names of the texts."""
     shared = [
-        sys.executable, "-m", "saap.cli", "compare", model, "--out", str(out), "--pruning-ratios", "0.2",
+        sys.executable, "-m", "saap", "compare", model, "--out", str(out), "--pruning-ratios", "0.2",
         "--calibration", CALIBRATION, "--samples", str(options.samples), "--sample-length", "128",
         "--refit-tokens", str(options.refit_tokens), "--effort", options.effort,
         "--window", "512", "--max-tokens", str(options.max_tokens), "--quiet",

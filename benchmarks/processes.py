@@ -41,14 +41,14 @@ def estimate_once(options: argparse.Namespace) -> None:
     """What each process does; the first one writes the seconds and, beside them, the scores."""
     import torch
 
+    from saap.core.records import CalibrationSet
+    from saap.core.storage import write_scores
     from saap.discovery import discover
     from saap.estimation.calibrate import estimate
-    from saap.models.devices import quick_float32_products
-    from saap.models.loading import load_model
-    from saap.models.processes import Processes, together
-    from saap.models.references import resolve_model
-    from saap.records import CalibrationSet
-    from saap.storage import write_scores
+    from saap.models.loading.devices import quick_float32_products
+    from saap.models.loading.pretrained import load_model
+    from saap.models.loading.references import resolve_model
+    from saap.models.walk.processes import Processes, together
 
     torch.set_num_threads(1)
     with together(), quick_float32_products():
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace, count: int, part: Path) -> float:
 
 def largest_difference(first: Path, second: Path) -> float:
     """Of all statistics, relative to the largest of its group."""
-    from saap.storage import read_scores
+    from saap.core.storage import read_scores
 
     one, other = read_scores(first).groups, read_scores(second).groups
     names = ("vector", "vector_m2", "element", "element_m2", "comoment")

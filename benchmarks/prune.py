@@ -90,7 +90,7 @@ def run(row: str, named: dict[str, Path], keep: Path | None, model: str, results
         command = ["saap", "prune", model, *ROWS[row]]
         start = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-m", "saap.cli", *command[1:], "--out", str(out), "--overwrite", "--json"],
+            [sys.executable, "-m", "saap", *command[1:], "--out", str(out), "--overwrite", "--json"],
             stdout=subprocess.PIPE, text=True, check=True,
         )  # fmt: skip
         seconds = time.perf_counter() - start

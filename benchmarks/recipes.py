@@ -42,7 +42,7 @@ def settings(recipe: Path, out: Path) -> list[str]:
 
 
 def run(recipe: Path, out: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "saap.cli", "run", str(recipe), "--json", *settings(recipe, out)]
+    command = [sys.executable, "-m", "saap", "run", str(recipe), "--json", *settings(recipe, out)]
     start = time.perf_counter()
     first = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
     seconds = time.perf_counter() - start

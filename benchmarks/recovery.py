@@ -85,7 +85,7 @@ def perplexities(model: str, named: dict[str, Path], *, quick: bool) -> dict[str
 
 
 def recover(model: str, out: Path, *flags: str) -> dict[str, Any]:
-    words = [sys.executable, "-m", "saap.cli", "recover", model, "--out", str(out), "--overwrite", "--json", *flags]
+    words = [sys.executable, "-m", "saap", "recover", model, "--out", str(out), "--overwrite", "--json", *flags]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     report: dict[str, Any] = json.loads(done.stdout)
     return report
@@ -197,9 +197,9 @@ def weights_on(grid: str, options: argparse.Namespace, folder: Path, length: int
 def divided_sizes(model: str) -> tuple[list[int], dict[str, str]]:
     """The group sizes that divide all matrices of the model, and why the others are refused."""
     import saap
+    from saap.core.errors import GroupSizeError
     from saap.discovery.blocks import find_blocks
-    from saap.errors import GroupSizeError
-    from saap.models.groupwise_files import linears_inside
+    from saap.models.checkpoint.groupwise_files import linears_inside
     from saap.recovery.quantise import check_group_sizes
 
     loaded = saap.load(model)

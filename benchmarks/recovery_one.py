@@ -49,14 +49,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from saap.discovery.blocks import find_blocks
     from saap.evaluation.perplexity import perplexity
     from saap.evaluation.zero_shot import evaluate_tasks
-    from saap.models.devices import rounded_products
-    from saap.models.loading import load_tokenizer
-    from saap.models.processes import Processes
-    from saap.models.references import resolve_model
-    from saap.models.walker import BlockWalker
+    from saap.models.loading.devices import rounded_products
+    from saap.models.loading.pretrained import load_tokenizer
+    from saap.models.loading.references import resolve_model
+    from saap.models.walk.processes import Processes
+    from saap.models.walk.walker import BlockWalker
     from saap.recovery.prepare import merge, merge_lora
     from saap.recovery.train import Report, Trainer
-    from saap.recovery_config import RecoverConfig
+    from saap.settings.recover import RecoverConfig
 
     torch.set_num_threads(options.threads)
     cpu = torch.device("cpu")
@@ -110,9 +110,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def prepared(resolved: Any, config: Any, device: Any) -> tuple[Any, Any, Any, int]:
     """The model, the handle of plain LoRA or None, what is trained, and the bytes of the blocks' linear layers."""
     from saap.discovery.blocks import find_blocks
-    from saap.models.groupwise import GroupwiseLinear
-    from saap.models.groupwise_files import linears_inside
-    from saap.models.loading import load_groupwise, load_model
+    from saap.models.checkpoint.groupwise import GroupwiseLinear
+    from saap.models.checkpoint.groupwise_files import linears_inside
+    from saap.models.loading.pretrained import load_groupwise, load_model
     from saap.recovery.prepare import adapt, add_lora
     from saap.recovery.quantise import quantise
 

@@ -16,17 +16,17 @@ from pathlib import Path
 import torch
 from readme_tables import write_between_marks
 
-from saap.config import ElementOrder, FusionScope, Importance, PrunableRole, Strategy
+from saap.core.records import Layout, Role
 from saap.data.samples import SampleRequest, draw_sets, token_stream
 from saap.data.texts import read_documents
 from saap.discovery import discover
 from saap.estimation.calibrate import estimate
 from saap.estimation.selection import unit_scores
 from saap.evaluation.perplexity import perplexity
-from saap.models.devices import quick_float32_products
-from saap.models.masking import masked
-from saap.pipeline.inputs import RunOptions, open_model
-from saap.records import Layout, Role
+from saap.models.loading.devices import quick_float32_products
+from saap.models.structure.masking import masked
+from saap.pipeline.shared.inputs import RunOptions, open_model
+from saap.settings.prune import ElementOrder, FusionScope, Importance, PrunableRole, Strategy
 from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace, search
 from saap.surgery.cut import cut

@@ -31,9 +31,9 @@ from readme_tables import write_between_marks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from saap.models.loading import open_skeleton
-from saap.models.references import resolve_model
-from saap.models.safetensor_files import INDEX_NAME, TensorEntry, write_tensors
+from saap.models.checkpoint.safetensor_files import INDEX_NAME, TensorEntry, write_tensors
+from saap.models.loading.pretrained import open_skeleton
+from saap.models.loading.references import resolve_model
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FLAGS = [
@@ -147,7 +147,7 @@ def needed_bytes(shape: Shape) -> int:
 
 def prune(source: Path, out: Path, flags: list[str]) -> tuple[dict[str, Any], float, float]:
     """The report, and wall-clock and processor seconds of the whole command."""
-    command = [sys.executable, "-m", "saap.cli", "prune", str(source), *flags, "--out", str(out), "--json"]
+    command = [sys.executable, "-m", "saap", "prune", str(source), *flags, "--out", str(out), "--json"]
     before, start = os.times(), time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     seconds, after = time.perf_counter() - start, os.times()

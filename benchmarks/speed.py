@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from readme_tables import write_between_marks
 
-from saap.config import GgufType, RuntimeName
-from saap.export.manifest import RunManifest
-from saap.pipeline.inputs import RunOptions, open_model
-from saap.pipeline.speed import Source, measure_beside
-from saap.requests import SpeedSettings
+from saap.core.manifest import RunManifest
+from saap.pipeline.evaluate.speed import Source, measure_beside
+from saap.pipeline.shared.inputs import RunOptions, open_model
+from saap.settings.measure import SpeedSettings
+from saap.settings.prune import GgufType, RuntimeName
 
 RESULTS = Path(__file__).resolve().parent / "results" / "speed.json"
 RUNTIMES = (

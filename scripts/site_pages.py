@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def commands_page() -> str:
     """The help of every command as Markdown."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
-    call = [sys.executable, "-m", "typer", "saap.cli", "utils", "docs", "--name", "saap", "--title", "Commands"]
+    call = [sys.executable, "-m", "typer", "saap.cli.app", "utils", "docs", "--name", "saap", "--title", "Commands"]
     done = subprocess.run(call, check=True, capture_output=True, text=True, encoding="utf-8", env=environment)
     return done.stdout
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from saap import cli
+from saap.cli import app as cli
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saap.models.masking import consumer_masks, masked_channels
-from saap.models.walker import BlockWalker, inference_only
-from saap.records import FloatArray, ModelGraph
+from saap.core.records import FloatArray, ModelGraph
+from saap.models.structure.masking import consumer_masks, masked_channels
+from saap.models.walk.walker import BlockWalker, inference_only
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,11 @@ import numpy as np
 from resultsbook.measures import chi_square_distance, variance_slope
 from resultsbook.models import Dense, on_device
 from saap.baselines.methods import BASELINES, Measurements
-from saap.config import ElementOrder, FusionScope, Importance, Method
+from saap.core.records import CalibrationSet, FloatArray, ImportanceScores
 from saap.estimation.calibrate import estimate
 from saap.estimation.fusion import fuse
 from saap.estimation.selection import unit_scores
-from saap.records import CalibrationSet, FloatArray, ImportanceScores
+from saap.settings.prune import ElementOrder, FusionScope, Importance, Method
 from saap.structure_search.costs import second_order_costs
 from saap.structure_search.stability import relative_volatility, standardised_fluctuation
 

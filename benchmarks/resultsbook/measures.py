@@ -8,8 +8,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from scipy import stats
 
+from saap.core.records import FloatArray, GroupScores, ImportanceScores
 from saap.estimation.statistics import Moments, merge
-from saap.records import FloatArray, GroupScores, ImportanceScores
 
 Pairs = Sequence[tuple[FloatArray, FloatArray]]
 

@@ -15,14 +15,14 @@ from torch import nn
 
 from resultsbook.row import Request
 from resultsbook.store import ROOT
-from saap.config import PrunableRole, Strategy
+from saap.core.records import CalibrationSet, IntArray, Layout, ModelGraph, StructurePlan, UnitScores
 from saap.data.samples import SampleRequest, draw_sets, leading_ids, token_stream
 from saap.data.texts import read_documents
 from saap.discovery import discover
 from saap.evaluation.perplexity import perplexity
-from saap.models.masking import masked
-from saap.pipeline.inputs import LoadedModel, RunOptions, open_model
-from saap.records import CalibrationSet, IntArray, Layout, ModelGraph, StructurePlan, UnitScores
+from saap.models.structure.masking import masked
+from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model
+from saap.settings.prune import PrunableRole, Strategy
 from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace, search
 
@@ -126,7 +126,7 @@ def made_by_saap(request: Request, name: str, arguments: Sequence[str]) -> Path:
     folder = request.work / name
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        call = [sys.executable, "-m", "saap.cli", *arguments, "--out", str(folder), "--quiet"]
+        call = [sys.executable, "-m", "saap", *arguments, "--out", str(folder), "--quiet"]
         subprocess.run(call, check=True, cwd=ROOT)
     return folder
 

@@ -12,10 +12,10 @@ import jinja2
 from resultsbook.driver import State, state_of
 from resultsbook.row import Request, Row
 from resultsbook.store import write_json
-from saap.config import EFFORTS, Effort, PruneConfig
-from saap.files import whole_file
-from saap.recovery_config import DEFAULT_MINUTES, RecoverConfig
+from saap.core.files import whole_file
 from saap.reporting.figures import Figure, to_svg
+from saap.settings.prune import EFFORTS, Effort, PruneConfig
+from saap.settings.recover import DEFAULT_MINUTES, RecoverConfig
 
 TEMPLATES = Path(__file__).parent / "templates"
 NOTHING = "\N{EN DASH}"

@@ -16,14 +16,14 @@ from saap._version import __version__
 
 if TYPE_CHECKING:
     from saap.api import discover, estimate, evaluate, prune, recover, search
-    from saap.errors import SaapError
-    from saap.models.loading import load
-    from saap.models.structure import removed_modules
-    from saap.pipeline.evaluate import EvalReport
-    from saap.pipeline.export import GgufExport, export_decilm, export_gguf, push
-    from saap.pipeline.recovery_report import RecoverReport, RecoverResult
-    from saap.pipeline.report import PruneReport, PruneResult
-    from saap.records import CoupledGroup, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
+    from saap.core.errors import SaapError
+    from saap.core.records import CoupledGroup, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
+    from saap.models.checkpoint.differences import removed_modules
+    from saap.models.loading.pretrained import load
+    from saap.pipeline.evaluate.run import EvalReport
+    from saap.pipeline.export.run import GgufExport, export_decilm, export_gguf, push
+    from saap.pipeline.prune.result import PruneReport, PruneResult
+    from saap.pipeline.recover.result import RecoverReport, RecoverResult
 
 _HOMES = {
     "discover": "saap.api",
@@ -32,24 +32,24 @@ _HOMES = {
     "prune": "saap.api",
     "recover": "saap.api",
     "evaluate": "saap.api",
-    "export_gguf": "saap.pipeline.export",
-    "export_decilm": "saap.pipeline.export",
-    "push": "saap.pipeline.export",
-    "GgufExport": "saap.pipeline.export",
-    "EvalReport": "saap.pipeline.evaluate",
-    "load": "saap.models.loading",
-    "removed_modules": "saap.models.structure",
-    "PruneReport": "saap.pipeline.report",
-    "PruneResult": "saap.pipeline.report",
-    "RecoverReport": "saap.pipeline.recovery_report",
-    "RecoverResult": "saap.pipeline.recovery_report",
-    "SaapError": "saap.errors",
-    "CoupledGroup": "saap.records",
-    "ImportanceScores": "saap.records",
-    "Layout": "saap.records",
-    "ModelGraph": "saap.records",
-    "Role": "saap.records",
-    "StructurePlan": "saap.records",
+    "export_gguf": "saap.pipeline.export.run",
+    "export_decilm": "saap.pipeline.export.run",
+    "push": "saap.pipeline.export.run",
+    "GgufExport": "saap.pipeline.export.run",
+    "EvalReport": "saap.pipeline.evaluate.run",
+    "load": "saap.models.loading.pretrained",
+    "removed_modules": "saap.models.checkpoint.differences",
+    "PruneReport": "saap.pipeline.prune.result",
+    "PruneResult": "saap.pipeline.prune.result",
+    "RecoverReport": "saap.pipeline.recover.result",
+    "RecoverResult": "saap.pipeline.recover.result",
+    "SaapError": "saap.core.errors",
+    "CoupledGroup": "saap.core.records",
+    "ImportanceScores": "saap.core.records",
+    "Layout": "saap.core.records",
+    "ModelGraph": "saap.core.records",
+    "Role": "saap.core.records",
+    "StructurePlan": "saap.core.records",
 }
 
 __all__ = [

@@ -9,7 +9,28 @@ from typing import Any
 
 from torch import nn
 
-from saap.config import (
+from saap.core.errors import ConfigurationError
+from saap.core.records import ImportanceScores, Layout, ModelGraph, Role, StructurePlan
+from saap.data.samples import Calibration, calibration_set
+from saap.discovery import discover as _discover
+from saap.estimation.calibrate import estimate as _estimate
+from saap.estimation.selection import unit_scores
+from saap.evaluation.generation import BUNDLED
+from saap.models.loading.devices import computable, require_values
+from saap.models.loading.pretrained import model_ref
+from saap.models.walk.offload import offloaded
+from saap.models.walk.processes import together
+from saap.models.walk.spill import Spill
+from saap.pipeline.evaluate.run import EvalReport, evaluate_model
+from saap.pipeline.prune.result import PruneResult
+from saap.pipeline.prune.run import run_prune
+from saap.pipeline.recover.result import RecoverResult
+from saap.pipeline.recover.run import run_recover
+from saap.pipeline.shared.inputs import RunOptions, open_model
+from saap.pipeline.shared.memory import open_within
+from saap.pipeline.shared.progress import Reporter
+from saap.settings.measure import EvalRequest, SpeedSettings
+from saap.settings.prune import (
     Aggregation,
     Effort,
     ElementOrder,
@@ -23,28 +44,7 @@ from saap.config import (
     SkipLayers,
     Strategy,
 )
-from saap.data.samples import Calibration, calibration_set
-from saap.discovery import discover as _discover
-from saap.errors import ConfigurationError
-from saap.estimation.calibrate import estimate as _estimate
-from saap.estimation.selection import unit_scores
-from saap.evaluation.generation import BUNDLED
-from saap.models.devices import computable, require_values
-from saap.models.loading import model_ref
-from saap.models.offload import offloaded
-from saap.models.processes import together
-from saap.models.spill import Spill
-from saap.pipeline.evaluate import EvalReport, evaluate_model
-from saap.pipeline.inputs import RunOptions, open_model
-from saap.pipeline.memory import open_within
-from saap.pipeline.progress import Reporter
-from saap.pipeline.recover import run_recover
-from saap.pipeline.recovery_report import RecoverResult
-from saap.pipeline.report import PruneResult
-from saap.pipeline.run import run_prune
-from saap.records import ImportanceScores, Layout, ModelGraph, Role, StructurePlan
-from saap.recovery_config import RecoverConfig, Tuning
-from saap.requests import EvalRequest, SpeedSettings
+from saap.settings.recover import RecoverConfig, Tuning
 from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace
 from saap.structure_search.plan import search as _search

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from saap.models.loading import register_pruned_models
+from saap.models.loading.pretrained import register_pruned_models
 
 register_pruned_models()

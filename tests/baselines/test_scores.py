@@ -21,9 +21,9 @@ from saap.baselines.activations import (
 )
 from saap.baselines.llm_pruner import Taylor, taylor_channels, taylor_scores, weight_gradients
 from saap.baselines.weights import magnitude_scores, random_scores
-from saap.config import Method
 from saap.discovery import discover
-from saap.models.loading import model_ref
+from saap.models.loading.pretrained import model_ref
+from saap.settings.prune import Method
 
 WEIGHT = torch.tensor([[1.0, -2.0], [3.0, 0.5]], dtype=torch.float64)
 MEAN = torch.tensor([[0.5, 1.0], [-1.0, 2.0]], dtype=torch.float64)

@@ -6,9 +6,9 @@ import torch
 from resultsbook.effects import RemovalEffects, sampled_units, spread_layers
 from tests.families import build
 
+from saap.core.records import Layout
 from saap.discovery import discover
-from saap.models.masking import masked
-from saap.records import Layout
+from saap.models.structure.masking import masked
 from saap.structure_search.plan import make_plan
 
 

@@ -22,10 +22,10 @@ from resultsbook.measures import (
 )
 from tests.pipeline import tiny
 
+from saap.core.records import CalibrationSet
 from saap.discovery import discover
 from saap.estimation.calibrate import estimate
-from saap.models.loading import model_ref
-from saap.records import CalibrationSet
+from saap.models.loading.pretrained import model_ref
 
 
 def test_rank_correlation_by_hand():

@@ -20,14 +20,18 @@ from typing import Any
 
 import torch
 
-from saap import cli, recovery_config
-from saap.display import PlainReporter
-from saap.errors import NonFiniteLossError
+from saap.cli import app as cli
+from saap.cli.show.output import PlainReporter
+from saap.core.errors import NonFiniteLossError
 from saap.estimation import calibrate
-from saap.models import device_memory, offload
-from saap.pipeline import inputs, memory, outcome, recover, recovery_context
-from saap.pipeline import run as run_module
-from saap.recovery_config import RecoverConfig
+from saap.models.loading import device_memory
+from saap.models.walk import offload
+from saap.pipeline.prune import run as run_module
+from saap.pipeline.recover import context as recovery_context
+from saap.pipeline.recover import run as recover
+from saap.pipeline.shared import inputs, memory, outcome
+from saap.settings import recover as recovery_config
+from saap.settings.recover import RecoverConfig
 
 
 class Events:

@@ -15,12 +15,13 @@ from tests.pipeline import tiny
 from tests.pretend import pretended_devices
 
 import saap
-from saap.config import PruneConfig
-from saap.models import device_memory, devices
-from saap.models.loading import model_ref
-from saap.models.spill import HostSpill, Spill
-from saap.pipeline import inputs, memory, outcome, recovery_context
-from saap.pipeline.inputs import LoadedModel
+from saap.models.loading import device_memory, devices
+from saap.models.loading.pretrained import model_ref
+from saap.models.walk.spill import HostSpill, Spill
+from saap.pipeline.recover import context as recovery_context
+from saap.pipeline.shared import inputs, memory, outcome
+from saap.pipeline.shared.inputs import LoadedModel
+from saap.settings.prune import PruneConfig
 
 FAST = (
     "--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "16", "--json",

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from tests.pipeline import tiny
 
 import saap
-from saap import cli
-from saap.pipeline import run as run_module
+from saap.cli import app as cli
+from saap.pipeline.prune import run as run_module
 
 RATIO = ("--pruning-ratio", "0.2")
 ON_ANY_TEXT = ("prune", "MODEL", "--out", "OUT", "--effort", "fast", "--samples", "4", "--sample-length", "32",

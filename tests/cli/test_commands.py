@@ -19,7 +19,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def saap(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "saap.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "saap", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 

@@ -147,7 +147,7 @@ def test_stale_stage_files(capsys, tmp_path, source) -> None:
     refused(capsys, tmp_path, *arguments, offender="0123456789ab")
 
 
-OTHER_VERSION = "import saap._version; saap._version.__version__ = '99.0'; from saap import cli; cli.main()"
+OTHER_VERSION = "import saap._version; saap._version.__version__ = '99.0'; from saap.cli import app; app.main()"
 
 
 @pytest.mark.parametrize("command", ["prune", "recover"])

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from tests.pipeline import tiny
 
 import saap
+from saap.core.errors import SaapError
+from saap.core.storage import read_plan
 from saap.data.samples import token_stream
 from saap.data.texts import read_conversations, read_documents
 from saap.data.training import training_data
-from saap.errors import SaapError
-from saap.models.loading import load_model, load_tokenizer, model_without_weights
-from saap.models.references import resolve_model
-from saap.models.safetensor_files import weight_files
-from saap.storage import read_plan
+from saap.models.checkpoint.safetensor_files import weight_files
+from saap.models.loading.pretrained import load_model, load_tokenizer, model_without_weights
+from saap.models.loading.references import resolve_model
 
 SMALL = st.none() | st.booleans() | st.integers(-3, 40) | st.floats() | st.text(max_size=4)
 JSON = st.recursive(

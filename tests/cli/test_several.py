@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 from tests.cli.jobs import Runner, beside
 from tests.pipeline import tiny
 
-from saap.records import FloatArray, ImportanceScores
-from saap.storage import read_scores
+from saap.core.records import FloatArray, ImportanceScores
+from saap.core.storage import read_scores
 
 SEARCHED = ["--effort", "default", "--samples", "10", "--refit-tokens", "8192", "--json"]
 Results = dict[str, tuple[Path, dict[str, Any]]]

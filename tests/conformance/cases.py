@@ -17,13 +17,13 @@ from tests.families import FLOAT32_ATTENTION, build
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from saap.core.errors import LayoutError
+from saap.core.records import CoupledGroup, Layout, ModelGraph, Role, StructurePlan
 from saap.discovery import discover
-from saap.errors import LayoutError
 from saap.export.huggingface import CheckpointParts, write_checkpoint
-from saap.models.loading import load
-from saap.models.masking import masked
-from saap.models.structure import PrunedStructure
-from saap.records import CoupledGroup, Layout, ModelGraph, Role, StructurePlan
+from saap.models.checkpoint.differences import PrunedStructure
+from saap.models.loading.pretrained import load
+from saap.models.structure.masking import masked
 from saap.surgery.cut import cut
 
 IDS = torch.arange(3, 27).reshape(2, 12)

@@ -21,9 +21,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import saap
+from saap.core.errors import SaapError, first_line
+from saap.core.records import Layout
 from saap.discovery import discover
-from saap.errors import SaapError, first_line
-from saap.records import Layout
 from saap.surgery.cut import cut
 
 VOCABULARY, POSITIONS = 128, 1024

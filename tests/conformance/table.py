@@ -10,7 +10,7 @@ import transformers
 from tests.conformance.cases import CASES, EXACT, adaptive, dense, fits, stock_tolerance, tolerance, uniform
 from tests.families import FAMILIES
 
-from saap.records import CoupledGroup, ModelGraph, Role
+from saap.core.records import CoupledGroup, ModelGraph, Role
 
 CHECKED = tuple(case for case in CASES if case.name in ("mixed", "query heads", "width"))
 HEADER = """# Families

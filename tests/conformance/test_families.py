@@ -28,7 +28,7 @@ from tests.conformance.cases import (
 )
 from tests.families import CORE, FAMILIES
 
-from saap.records import Role
+from saap.core.records import Role
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
 # The core families in every case, the others in the three that say most.

@@ -24,10 +24,10 @@ from tests.conformance.cases import (
 from tests.conformance.own_decoders import HEAD_WIDTH, VARIANTS, OwnConfig, OwnDecoder
 from tests.families import randomised
 
+from saap.core.records import ModelGraph, Role
 from saap.discovery import discover
-from saap.models.loading import load
-from saap.models.structure import structure_of
-from saap.records import ModelGraph, Role
+from saap.models.checkpoint.differences import structure_of
+from saap.models.loading.pretrained import load
 from saap.surgery.cut import cut
 from saap.surgery.refit import RestoreSettings
 from saap.surgery.restore import restore

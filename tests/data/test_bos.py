@@ -14,12 +14,12 @@ from tests.data.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from tests.pipeline import tiny
 from torch import nn
 
-from saap.config import PruneConfig
 from saap.data.samples import SampleRequest, draw_sets, leading_ids, token_stream
 from saap.data.training import training_data
 from saap.evaluation.perplexity import perplexity
-from saap.pipeline.inputs import LoadedModel, draw_tokens
-from saap.pipeline.written import with_written
+from saap.pipeline.prune.generated_text import with_written
+from saap.pipeline.shared.inputs import LoadedModel, draw_tokens
+from saap.settings.prune import PruneConfig
 
 PLAIN, LED = byte_tokenizer(), byte_tokenizer(bos=True)
 BOS = LED.bos_token_id

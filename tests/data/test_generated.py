@@ -6,8 +6,8 @@ from tests.data.byte_tokenizer import byte_tokenizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from saap.core.errors import CalibrationError
 from saap.data.generated import random_starts, sample_from_model
-from saap.errors import CalibrationError
 
 
 @pytest.fixture(scope="module")

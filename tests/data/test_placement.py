@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from saap.core.errors import CalibrationError
 from saap.data.placement import Demand, parts_by_weight, place, share_rows
-from saap.errors import CalibrationError
 
 
 def generator(seed: int = 0) -> np.random.Generator:

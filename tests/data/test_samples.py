@@ -7,9 +7,9 @@ import pytest
 import torch
 from tests.data.byte_tokenizer import byte_tokenizer
 
+from saap.core.errors import CalibrationError
 from saap.data.samples import SampleRequest, calibration_set, draw_sets, token_stream
 from saap.data.texts import KINDS, read_documents
-from saap.errors import CalibrationError
 
 TOKENIZER = byte_tokenizer()
 REQUESTS = (

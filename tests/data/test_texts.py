@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tests.data.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 
+from saap.core.errors import CalibrationError
 from saap.data.texts import (
     DATA_SETS,
     KINDS,
@@ -19,7 +20,6 @@ from saap.data.texts import (
     names_a_source,
     read_documents,
 )
-from saap.errors import CalibrationError
 
 BUNDLED = Path(bundled_text.__code__.co_filename).parent / "bundled"
 

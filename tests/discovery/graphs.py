@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from tests.families import build
 
+from saap.core.records import CoupledGroup, ModelGraph
 from saap.discovery import discover
-from saap.records import CoupledGroup, ModelGraph
 
 
 @functools.cache

@@ -14,9 +14,9 @@ from tests.discovery.graphs import graph_of, zeroed
 from tests.families import EXPERTS, FAMILIES, VOCABULARY, build, token_ids
 from torch import nn
 
+from saap.core.records import ModelGraph, ModelRef, Role, Side
 from saap.discovery import discover
 from saap.discovery.summary import summarise
-from saap.records import ModelGraph, ModelRef, Role, Side
 
 # Removal of one KV group: what must follow it, known from the classes' own code.
 ATTRIBUTES = {

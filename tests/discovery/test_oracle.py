@@ -7,7 +7,7 @@ from tests.discovery.graphs import graph_of, unit_sets
 from tests.discovery.oracle import Oracle
 from tests.families import FAMILIES, build
 
-from saap.records import Role
+from saap.core.records import Role
 
 # Heads that leave together though numbers alone tell them apart: the module must keep its blocks of equal size.
 JOINED = {"codegen": 4}

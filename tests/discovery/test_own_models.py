@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from saap.core.errors import UnsupportedModelError
+from saap.core.records import ModelGraph, Role
 from saap.discovery import discover
-from saap.errors import UnsupportedModelError
-from saap.records import ModelGraph, Role
 
 HIDDEN, HEADS, WIDTH, FFN = 24, 4, 5, 36
 

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from saap.core.records import AxisSlice, Side
 from saap.discovery.slices import Pattern, patterns_of
-from saap.records import AxisSlice, Side
 
 
 def slice_of(pattern: Pattern) -> AxisSlice:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.estimation.tiny import block_paths
 from torch import nn
 
-from saap.records import AxisSlice, CoupledGroup, ModelGraph, ModelRef, Role, Side
+from saap.core.records import AxisSlice, CoupledGroup, ModelGraph, ModelRef, Role, Side
 
 _P, _C = Side.PRODUCER, Side.CONSUMER
 

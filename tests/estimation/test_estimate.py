@@ -10,12 +10,12 @@ from tests.estimation.graphs import KNOWN, graph_of, member
 from tests.estimation.tiny import OwnModel, build, token_ids
 from torch import Tensor, nn
 
-from saap.config import Aggregation, ElementOrder
+from saap.core.errors import CalibrationError, NonFiniteLossError, UnsupportedModelError
+from saap.core.records import AxisSlice, CalibrationSet, CoupledGroup, ModelGraph, Role
 from saap.discovery import discover
-from saap.errors import CalibrationError, NonFiniteLossError, UnsupportedModelError
 from saap.estimation.calibrate import estimate
-from saap.models.linear import contracted_axis, owner
-from saap.records import AxisSlice, CalibrationSet, CoupledGroup, ModelGraph, Role
+from saap.models.structure.linear import contracted_axis, owner
+from saap.settings.prune import Aggregation, ElementOrder
 
 SAMPLES, LENGTH = 5, 9
 

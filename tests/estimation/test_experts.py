@@ -11,13 +11,13 @@ from tests import families
 from tests.estimation.test_estimate import weight_gradients
 from torch import nn
 
-from saap.config import ElementOrder, PrunableRole, Strategy
+from saap.core.errors import PlanError
+from saap.core.records import CalibrationSet, CoupledGroup, Layout, ModelGraph, Role, UnitScores
 from saap.discovery import discover
-from saap.errors import PlanError
 from saap.estimation.calibrate import estimate
-from saap.models.masking import masked
-from saap.records import CalibrationSet, CoupledGroup, Layout, ModelGraph, Role, UnitScores
-from saap.structure_search.judge import StructureJudge
+from saap.models.structure.masking import masked
+from saap.settings.prune import ElementOrder, PrunableRole, Strategy
+from saap.structure_search.evaluator import StructureJudge
 from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace, make_plan, plan_from_counts, search
 from saap.structure_search.slots import build_slots

@@ -9,9 +9,9 @@ import torch
 from tests import families
 
 from saap.discovery import discover
-from saap.estimation.felt import felt_scores
-from saap.models.felt import readers
-from saap.models.spill import Spill
+from saap.estimation.token_fisher import felt_scores
+from saap.models.walk.spill import Spill
+from saap.models.walk.token_fisher import readers
 
 
 def by_scaling(model: Any, tokens: torch.Tensor, path: str, units: list[list[int]]) -> np.ndarray:

@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from saap.config import FusionScope
-from saap.errors import StaleInputError
+from saap.core.errors import StaleInputError
+from saap.core.records import CoupledGroup, GroupScores, ImportanceScores, ModelGraph, ModelRef, Role
 from saap.estimation.fusion import FusionMethod, closed_form_sigma, fuse, fused, learned_sigma
-from saap.records import CoupledGroup, GroupScores, ImportanceScores, ModelGraph, ModelRef, Role
+from saap.settings.prune import FusionScope
 
 SAMPLES = 6
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saap.config import Aggregation, ElementOrder
 from saap.estimation.importance import (
     aggregate,
     channel_change,
@@ -12,6 +11,7 @@ from saap.estimation.importance import (
     vector_importance,
     weight_product,
 )
+from saap.settings.prune import Aggregation, ElementOrder
 
 
 def linear_case() -> tuple[torch.Tensor, ...]:

@@ -5,8 +5,8 @@ import torch
 from tests.estimation.tiny import block_paths, build, token_ids
 from torch import nn
 
-from saap.models.loss import loss_and_gradient
-from saap.models.walker import BlockWalker
+from saap.models.walk.loss import loss_and_gradient
+from saap.models.walk.walker import BlockWalker
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])

@@ -6,9 +6,9 @@ from tests import families
 from tests.estimation.tiny import FAMILIES, OwnModel, block_paths, build, token_ids
 from torch import Tensor, nn
 
-from saap.errors import UnsupportedModelError
-from saap.models.linear import contracted_axis, linear_modules, owner, weight_out_in
-from saap.models.walker import BlockWalker, inference_only
+from saap.core.errors import UnsupportedModelError
+from saap.models.structure.linear import contracted_axis, linear_modules, owner, weight_out_in
+from saap.models.walk.walker import BlockWalker, inference_only
 
 
 def walked(walker: BlockWalker, tokens: Tensor) -> Tensor:

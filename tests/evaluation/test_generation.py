@@ -8,7 +8,7 @@ import torch
 from tests.pipeline import tiny
 from torch import nn
 
-from saap.errors import EvaluationError
+from saap.core.errors import EvaluationError
 from saap.evaluation.chat import answer_spans, chat_perplexity
 from saap.evaluation.generation import (
     Prompt,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from saap.errors import EvaluationError
+from saap.core.errors import EvaluationError
 from saap.evaluation.human import (
     KitKey,
     Rating,

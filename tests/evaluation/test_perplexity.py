@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from saap.errors import CalibrationError
+from saap.core.errors import CalibrationError
 from saap.evaluation import perplexity as module
 from saap.evaluation.perplexity import perplexity, token_nll
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tests.export.gguf_models import family_folder
 
-from saap.errors import ConfigurationError
+from saap.core.errors import ConfigurationError
 from saap.evaluation.speed import LlamaCppRuntime, TransformersRuntime, measure_speeds
-from saap.models.llama_cpp import LlamaCpp
-from saap.models.loading import load
-from saap.pipeline.export import export_gguf
+from saap.models.loading.llama_cpp import LlamaCpp
+from saap.models.loading.pretrained import load
+from saap.pipeline.export.run import export_gguf
 
 PROMPT = [5, 9, 14, 3, 22, 31]
 

@@ -7,7 +7,7 @@ import datasets
 import pytest
 from tests.pipeline import tiny
 
-from saap.errors import EvaluationError
+from saap.core.errors import EvaluationError
 from saap.evaluation.zero_shot import check_tasks, evaluate_tasks, local_file, mean_accuracy, read_records
 
 QUESTIONS = [

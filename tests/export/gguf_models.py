@@ -12,10 +12,10 @@ from tests.export.test_checkpoint import manifest
 from tests.families import FAMILIES, randomised
 from tests.pipeline import tiny
 
+from saap.core.records import Role
 from saap.discovery import discover
 from saap.export.huggingface import CheckpointParts, write_checkpoint
-from saap.models.loading import load
-from saap.records import Role
+from saap.models.loading.pretrained import load
 from saap.surgery.cut import cut
 
 # More than the tiny tokenizer has, as Qwen 2 adds a token of its own.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from saap.records import (
+from saap.core.records import (
     AxisSlice,
     CoupledGroup,
     Layout,

@@ -15,16 +15,16 @@ import yaml
 from tests.export.llama import llama_graph, plan_of, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from saap.errors import ModelError, OutputError
+from saap.core.errors import ModelError, OutputError
+from saap.core.manifest import BaseModelIdentity, Change, PerplexityChange, RunManifest, recorded_versions
+from saap.core.records import Layout, ModelGraph, StructurePlan
 from saap.export import huggingface
 from saap.export.config_files import with_both_rope_spellings
 from saap.export.huggingface import CheckpointParts, check_output, weight_bytes, write_checkpoint
-from saap.export.manifest import BaseModelIdentity, Change, PerplexityChange, RunManifest, recorded_versions
 from saap.export.model_card import escape, licence_of, model_card
-from saap.models import modeling_pruned
-from saap.models.loading import load
-from saap.models.structure import mark_pruned
-from saap.records import Layout, ModelGraph, StructurePlan
+from saap.models.checkpoint import modeling_pruned
+from saap.models.checkpoint.differences import mark_pruned
+from saap.models.loading.pretrained import load
 from saap.surgery.cut import cut
 
 KEEP = {"layers.0.ffn": tuple(range(0, 40, 3)), "layers.1.attention": (1,), "layers.2.ffn": ()}

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import saap
 import saap.auto
-from saap.models.loading import load
+from saap.models.loading.pretrained import load
 
 IDS = torch.arange(3, 19).reshape(2, 8)
 HALF = tuple(range(0, 80, 2))

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from saap.errors import SaapError
-from saap.models.loading import load
-from saap.pipeline.export import export_decilm
+from saap.core.errors import SaapError
+from saap.models.loading.pretrained import load
+from saap.pipeline.export.run import export_decilm
 
 IDS = torch.arange(3, 15)[None]
 HALF = tuple(range(0, 80, 2))

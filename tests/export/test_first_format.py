@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from saap.models import modeling_pruned
-from saap.models.loading import load
+from saap.models.checkpoint import modeling_pruned
+from saap.models.loading.pretrained import load
 
 CODE = {
     1: "f89df60f01986a9a9133b45d59f6f24a420891d4cbb67a8b1412e52021b2d642",

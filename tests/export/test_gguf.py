@@ -18,16 +18,16 @@ from transformers import PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import saap
-from saap import cli
+from saap.cli import app as cli
+from saap.core.errors import ExportError, OutputError, SaapError
 from saap.data.texts import evaluation_text
-from saap.errors import ExportError, OutputError, SaapError
 from saap.export.gguf import write
 from saap.export.gguf.fields import Field, read_fields
 from saap.export.gguf.modelfile import chat_template, modelfile
 from saap.export.gguf.settings import llama3_factors
 from saap.export.gguf.tokenizer import fields_from_gguf, fields_from_huggingface
-from saap.models.llama_cpp import LlamaCpp
-from saap.pipeline.export import export_gguf
+from saap.models.loading.llama_cpp import LlamaCpp
+from saap.pipeline.export.run import export_gguf
 
 EXACT = 1e-6
 ALIGNED = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4}

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from tests.export.gguf_models import adaptive_folder, family_folder
 
-from saap import cli
-from saap.errors import ModelError
+from saap.cli import app as cli
+from saap.core.errors import ModelError
 from saap.export.gguf.write import interleaved
-from saap.models.groupwise_files import linears_inside, read_packed, write_packed
-from saap.models.loading import load
-from saap.pipeline.export import export_gguf
+from saap.models.checkpoint.groupwise_files import linears_inside, read_packed, write_packed
+from saap.models.loading.pretrained import load
+from saap.pipeline.export.run import export_gguf
 from saap.recovery.quantise import quantise
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4}

@@ -15,10 +15,10 @@ from tests.conformance.cases import Case, plan_for, uniform_keep
 from tests.export.gguf_models import adaptive_folder, family_model
 from tests.export.test_checkpoint import manifest
 
+from saap.core.records import Layout, Role
 from saap.discovery import discover
 from saap.export.huggingface import CheckpointParts, write_checkpoint
-from saap.models.loading import load
-from saap.records import Layout, Role
+from saap.models.loading.pretrained import load
 from saap.surgery.cut import cut
 
 OLDER = ("transformers>=4.57,<4.58", "huggingface-hub>=0.34,<1.0", "tokenizers>=0.22,<0.23")

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from tests.export.gguf_models import adaptive_folder
 
-from saap import cli
+from saap.cli import app as cli
 
 http = pytest.importorskip("httpx2")  # what the newer hub client talks through
 

@@ -18,11 +18,11 @@ from tests.families import randomised
 from transformers import AutoModelForImageTextToText
 
 import saap
+from saap.core.errors import ExportError, LayoutError, TargetError
+from saap.core.records import Role
 from saap.discovery.blocks import find_blocks
-from saap.errors import ExportError, LayoutError, TargetError
-from saap.models.loading import load
-from saap.models.masking import masked
-from saap.records import Role
+from saap.models.loading.pretrained import load
+from saap.models.structure.masking import masked
 from saap.surgery.cut import cut
 
 SETTINGS: dict[str, Any] = {"samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}

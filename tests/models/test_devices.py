@@ -6,7 +6,7 @@ import torch
 from tests.pipeline import tiny
 
 import saap
-from saap.models.devices import computable, rounded_products
+from saap.models.loading.devices import computable, rounded_products
 
 
 def test_products_of_the_cpu_alone_are_rounded_and_only_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

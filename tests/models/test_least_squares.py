@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from saap.models.least_squares import Moments, compensated, removal_order, ridge_refit
+from saap.models.structure.least_squares import Moments, compensated, removal_order, ridge_refit
 
 
 def moments(x: torch.Tensor, target: torch.Tensor) -> Moments:

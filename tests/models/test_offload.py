@@ -10,15 +10,15 @@ from tests import families
 from tests.pipeline import tiny
 from torch import Tensor, nn
 
+from saap.core.records import CalibrationSet, Role
 from saap.discovery import discover
 from saap.discovery.blocks import find_blocks
 from saap.estimation.calibrate import estimate
-from saap.models import offload as offload_module
-from saap.models.loading import load_model, load_offloaded, model_ref
-from saap.models.offload import OffloadedWeights, bring, mark_changed, offloaded
-from saap.models.references import resolve_model
-from saap.models.spill import Spill
-from saap.records import CalibrationSet, Role
+from saap.models.loading.pretrained import load_model, load_offloaded, model_ref
+from saap.models.loading.references import resolve_model
+from saap.models.walk import offload as offload_module
+from saap.models.walk.offload import OffloadedWeights, bring, mark_changed, offloaded
+from saap.models.walk.spill import Spill
 
 CPU = torch.device("cpu")
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saap.errors import CalibrationError, ConfigurationError
-from saap.models.processes import Processes, together
+from saap.core.errors import CalibrationError, ConfigurationError
+from saap.models.walk.processes import Processes, together
 
 
 @pytest.mark.parametrize("items", [0, 1, 3, 4, 10, 11])

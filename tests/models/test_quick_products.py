@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saap.models.devices import quick_products
+from saap.models.loading.devices import quick_products
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from saap.errors import ModelError
-from saap.models import references
-from saap.models.loading import load, load_model, load_tokenizer, model_ref
-from saap.models.references import resolve_model
+from saap.core.errors import ModelError
+from saap.models.loading import references
+from saap.models.loading.pretrained import load, load_model, load_tokenizer, model_ref
+from saap.models.loading.references import resolve_model
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 32}
 

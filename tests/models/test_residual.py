@@ -8,8 +8,8 @@ from tests import families
 from torch import nn
 
 from saap.discovery import discover
-from saap.models.residual import ResidualEntry, Way, residual_ways
-from saap.models.walker import BlockWalker
+from saap.models.walk.residual import ResidualEntry, Way, residual_ways
+from saap.models.walk.walker import BlockWalker
 
 
 def ways_of(name: str) -> tuple[torch.nn.Module, list[Way]]:

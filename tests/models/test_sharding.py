@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 
-from saap.errors import ConfigurationError
-from saap.models.groupwise import GroupwiseLinear
-from saap.models.processes import Processes
-from saap.models.sharding import bring_together, check_shardable, shard_layers
+from saap.core.errors import ConfigurationError
+from saap.models.checkpoint.groupwise import GroupwiseLinear
+from saap.models.walk.processes import Processes
+from saap.models.walk.sharding import bring_together, check_shardable, shard_layers
 from saap.recovery.adapter import AdaptedLinear
 from saap.recovery.quantise import quantise
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saap.errors import PlanError, StaleInputError
-from saap.records import (
+from saap.core.errors import PlanError, StaleInputError
+from saap.core.records import (
     AxisSlice,
     Candidate,
     CoupledGroup,
@@ -24,7 +24,7 @@ from saap.records import (
     count_parameters,
     kept_shapes,
 )
-from saap.storage import (
+from saap.core.storage import (
     format_units,
     parse_units,
     read_plan,

@@ -6,10 +6,10 @@ import pytest
 from tests.families import build
 from torch import nn
 
+from saap.core.errors import LayoutError
+from saap.core.records import Layout, ModelGraph, Role, StructurePlan
 from saap.discovery import discover
-from saap.errors import LayoutError
-from saap.models.uniform import uniform_config
-from saap.records import Layout, ModelGraph, Role, StructurePlan
+from saap.models.checkpoint.stock_config import uniform_config
 
 FIELDS = {
     "llama": {"intermediate_size": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 1},

@@ -85,7 +85,7 @@ def test_the_citation_names_the_version_of_the_wheel(wheel):
 def test_the_sdist_holds_the_sources_and_no_benchmark_text(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = [name.partition("/")[2] for name in archive.getnames()]
-    assert {"pyproject.toml", "LICENSE", "README.md", "src/saap/cli.py"} <= set(names)
+    assert {"pyproject.toml", "LICENSE", "README.md", "src/saap/cli/app.py"} <= set(names)
     assert not any(name.startswith(("benchmarks", "tests", ".venv")) for name in names)
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from tests.pipeline import tiny
 
-from saap import cli
-from saap.config import Method, MethodChoice, PruneConfig
-from saap.errors import ConfigurationError, StaleInputError, TargetError
-from saap.parsing import parse_methods, parse_seeds
-from saap.pipeline.compare import compare
-from saap.pipeline.inputs import RunOptions
-from saap.pipeline.tables import write_tables
+from saap.cli import app as cli
+from saap.cli.parsing import parse_methods, parse_seeds
+from saap.core.errors import ConfigurationError, StaleInputError, TargetError
+from saap.pipeline.compare.run import compare
+from saap.pipeline.shared.inputs import RunOptions
 from saap.reporting.tables import comparison_table
-from saap.requests import CompareRequest, EvalRequest
+from saap.reporting.write_tables import write_tables
+from saap.settings.measure import CompareRequest, EvalRequest
+from saap.settings.prune import Method, MethodChoice, PruneConfig
 
 METHODS = (Method.SAAP, Method.LLM_PRUNER_ELEMENT1, Method.FLAP, Method.MAGNITUDE)
 

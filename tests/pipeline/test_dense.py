@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tests.command import run
 from tests.pipeline import tiny
 
-from saap import cli
-from saap.recipe import read_recipe
+from saap.cli import app as cli
+from saap.settings.recipe import read_recipe
 
 FAST = ["--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--no-restore"]
 NAME = "some/dense"

@@ -17,13 +17,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import saap
+from saap.core.errors import ConfigurationError, ModelError
+from saap.core.records import Layout
 from saap.discovery import discover
-from saap.errors import ConfigurationError, ModelError
-from saap.models.devices import copied, require_values, require_whole_blocks
-from saap.models.processes import Processes
-from saap.pipeline.inputs import RunOptions
-from saap.pipeline.together import check_device_map
-from saap.records import Layout
+from saap.models.loading.devices import copied, require_values, require_whole_blocks
+from saap.models.walk.processes import Processes
+from saap.pipeline.shared.inputs import RunOptions
+from saap.pipeline.shared.together import check_device_map
 from saap.structure_search.plan import make_plan
 from saap.surgery.refit import RestoreSettings
 from saap.surgery.restore import restore
@@ -109,7 +109,7 @@ def test_a_result_on_two_devices_is_written_and_opened_there(tmp_path: Path, mon
         "align": 8, "effort": "fast", "overwrite": True,
     }  # fmt: skip
     saap.prune(families.build("llama"), calibration=text, out=tmp_path / "one", **settings)
-    monkeypatch.setattr("saap.models.loading.pick_device", torch.device)
+    monkeypatch.setattr("saap.models.loading.pretrained.pick_device", torch.device)
     with pretended_devices():
         found = saap.prune(spread(families.build("llama")), calibration=text, out=tmp_path / "other", **settings)
         assert {str(parameter.device) for parameter in found.model.parameters()} == {FIRST, SECOND}

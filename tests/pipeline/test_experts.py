@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import saap
-from saap.errors import ConfigurationError, PlanError, TargetError
+from saap.core.errors import ConfigurationError, PlanError, TargetError
 from saap.surgery.cut import cut
 
 SETTINGS: dict[str, Any] = {"samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}

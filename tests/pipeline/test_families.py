@@ -17,11 +17,11 @@ from tests.pipeline import tiny
 from torch import nn
 
 import saap
-from saap.errors import SaapError, UnsupportedModelError
-from saap.models.walker import BlockWalker
-from saap.pipeline.legality import check_walk
-from saap.pipeline.progress import Silent
-from saap.records import Layout
+from saap.core.errors import SaapError, UnsupportedModelError
+from saap.core.records import Layout
+from saap.models.walk.walker import BlockWalker
+from saap.pipeline.shared.legality import check_walk
+from saap.pipeline.shared.progress import Silent
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,7 +116,7 @@ def test_a_model_in_training_is_tried_without_its_dropout() -> None:
 
 DISCOVER = """
 import sys, saap
-from saap.errors import SaapError
+from saap.core.errors import SaapError
 for folder in sys.argv[1:]:
     try:
         saap.discover(folder)

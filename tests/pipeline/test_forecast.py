@@ -9,16 +9,17 @@ import pytest
 import torch
 from tests.pipeline import tiny
 
-from saap.config import PruneConfig
+from saap.core.errors import ConfigurationError, OutputError
+from saap.core.records import ModelGraph
 from saap.discovery import discover
-from saap.errors import ConfigurationError, OutputError
-from saap.models import device_memory, felt
-from saap.models.felt import measurable
-from saap.pipeline import forecast as forecast_module
-from saap.pipeline.fits import check_fits
-from saap.pipeline.inputs import COST_TOKENS, COST_TOKENS_AT_ONCE, RunOptions
-from saap.pipeline.run import preview, run_prune
-from saap.records import ModelGraph
+from saap.models.loading import device_memory
+from saap.models.walk import token_fisher as felt
+from saap.models.walk.token_fisher import measurable
+from saap.pipeline.prune import forecast as forecast_module
+from saap.pipeline.prune.fits import check_fits
+from saap.pipeline.prune.run import preview, run_prune
+from saap.pipeline.shared.inputs import COST_TOKENS, COST_TOKENS_AT_ONCE, RunOptions
+from saap.settings.prune import PruneConfig
 from saap.structure_search import costs
 
 SETTINGS = {"samples": 6, "sample_length": 32, "align": 8, "effort": "fast", "refit_tokens": 8192}

@@ -9,10 +9,10 @@ import torch
 from tests.export.gguf_models import adaptive_folder, family_folder
 from tests.pipeline import tiny
 
-from saap import cli
-from saap.errors import ConfigurationError, ModelError
+from saap.cli import app as cli
+from saap.core.errors import ConfigurationError, ModelError
 from saap.evaluation.generation import prompt_ids
-from saap.pipeline.generate import GenerationSettings, Speaker, answers, choose, open_speakers, stream
+from saap.pipeline.evaluate.generate import GenerationSettings, Speaker, answers, choose, open_speakers, stream
 
 
 def speaker(label: str = "answer", layers: int = 2) -> Speaker:

@@ -15,12 +15,12 @@ from tests.pipeline import tiny
 from transformers import AutoModelForImageTextToText
 
 import saap
+from saap.core.errors import CalibrationError
+from saap.core.records import CalibrationSet
 from saap.data.pairs import draw_pairs
 from saap.data.samples import SampleRequest
-from saap.errors import CalibrationError
 from saap.estimation.calibrate import estimate
-from saap.models.images import with_images
-from saap.records import CalibrationSet
+from saap.models.loading.images import with_images
 
 SETTINGS: dict[str, Any] = {"samples": 8, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
 REQUESTS = [SampleRequest("scored", 4, 64), SampleRequest("held", 1, 64, held_out=True, at_least=1)]

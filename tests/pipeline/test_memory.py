@@ -12,15 +12,15 @@ from tests import command
 from tests.pipeline import tiny
 
 import saap
-from saap.config import PruneConfig
-from saap.errors import ConfigurationError
-from saap.models import device_memory
-from saap.models import offload as offload_module
-from saap.models.offload import OffloadedWeights
-from saap.pipeline import memory
-from saap.pipeline.inputs import OFFLOADED_EVALUATION_TOKENS, RunOptions
-from saap.pipeline.run import run_prune
-from saap.storage import read_scores
+from saap.core.errors import ConfigurationError
+from saap.core.storage import read_scores
+from saap.models.loading import device_memory
+from saap.models.walk import offload as offload_module
+from saap.models.walk.offload import OffloadedWeights
+from saap.pipeline.prune.run import run_prune
+from saap.pipeline.shared import memory
+from saap.pipeline.shared.inputs import OFFLOADED_EVALUATION_TOKENS, RunOptions
+from saap.settings.prune import PruneConfig
 
 SETTINGS = {"samples": 6, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
 

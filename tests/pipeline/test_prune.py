@@ -15,13 +15,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import saap
-from saap.config import PruneConfig
+from saap.core.errors import CalibrationError, LayoutError, OutputError, StaleInputError, TargetError
 from saap.discovery import discover
-from saap.errors import CalibrationError, LayoutError, OutputError, StaleInputError, TargetError
-from saap.pipeline import inputs, planning
-from saap.pipeline import run as run_module
-from saap.pipeline.run import RunOptions, run_prune
-from saap.structure_search.judge import StructureJudge
+from saap.pipeline.prune import planning
+from saap.pipeline.prune import run as run_module
+from saap.pipeline.prune.run import RunOptions, run_prune
+from saap.pipeline.shared import inputs
+from saap.settings.prune import PruneConfig
+from saap.structure_search.evaluator import StructureJudge
 
 SETTINGS = {"samples": 6, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
 
@@ -175,7 +176,7 @@ class _InterruptError(Exception):
 def test_an_interrupted_run_is_taken_up(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    from saap.pipeline import finish as finish_module
+    from saap.pipeline.prune import finish as finish_module
 
     config = PruneConfig(pruning_ratios=(0.2,), **SETTINGS)
     whole = run_prune(source, config, RunOptions(out=tmp_path / "whole"))[0]

@@ -11,7 +11,7 @@ from tests.pipeline import tiny
 from transformers import AutoModelForCausalLM
 
 import saap
-from saap.errors import ConfigurationError, TargetError
+from saap.core.errors import ConfigurationError, TargetError
 
 SETTINGS: dict[str, Any] = {"samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
 TOKENS = torch.arange(2, 42).reshape(2, 20)

@@ -13,16 +13,17 @@ from tests import families
 from tests.pipeline import tiny
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
-from saap.config import PruneConfig
-from saap.errors import ConfigurationError, OutputError, SaapError
-from saap.pipeline import recipe_preview, recipe_run
-from saap.pipeline.recipe_preview import preview_recipe
-from saap.pipeline.recipe_run import run_recipe
-from saap.pipeline.recipe_steps import Step, recipe_steps
-from saap.recipe import Recipe, read_recipe, recipe_from
-from saap.records import ModelGraph
-from saap.recovery_config import RecoverConfig
-from saap.requests import SpeedSettings
+from saap.core.errors import ConfigurationError, OutputError, SaapError
+from saap.core.records import ModelGraph
+from saap.pipeline.recipe import preview as recipe_preview
+from saap.pipeline.recipe import run as recipe_run
+from saap.pipeline.recipe.preview import preview_recipe
+from saap.pipeline.recipe.run import run_recipe
+from saap.pipeline.recipe.steps import Step, recipe_steps
+from saap.settings.measure import SpeedSettings
+from saap.settings.prune import PruneConfig
+from saap.settings.recipe import Recipe, read_recipe, recipe_from
+from saap.settings.recover import RecoverConfig
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SEVEN_B = LlamaConfig()

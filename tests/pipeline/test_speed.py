@@ -13,13 +13,14 @@ from tests.export.gguf_models import EMPTY, adaptive_folder, family_folder
 from tests.pipeline import tiny
 
 import saap
-from saap.config import PruneConfig
-from saap.errors import ConfigurationError, SaapError, TargetError
+from saap.core.errors import ConfigurationError, SaapError, TargetError
+from saap.core.manifest import RunManifest
 from saap.evaluation.speed import Runtime, Speed
-from saap.export.manifest import RunManifest
-from saap.pipeline import decode_costs, speed
-from saap.pipeline.inputs import RunOptions
-from saap.pipeline.run import preview, run_prune
+from saap.pipeline.evaluate import speed
+from saap.pipeline.prune import decode_costs
+from saap.pipeline.prune.run import preview, run_prune
+from saap.pipeline.shared.inputs import RunOptions
+from saap.settings.prune import PruneConfig
 
 FAST: dict[str, Any] = {"samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
 REST = 20_000
@@ -126,7 +127,7 @@ def test_blocks_are_dropped_for_speed(source: Path, known: KnownTime) -> None:
 def test_an_unreachable_speed_is_refused_before_the_estimation(
     source: Path, tmp_path: Path, known: KnownTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saap.pipeline.planning.estimate", None)
+    monkeypatch.setattr("saap.pipeline.prune.planning.estimate", None)
     with pytest.raises(TargetError, match=r"speed-up of 9\.00 cannot be reached .* the largest is \d"):
         saap.prune(source, target_speedup=9, out=tmp_path / "small", **FAST)
     assert not (tmp_path / "small").exists()
@@ -135,7 +136,7 @@ def test_an_unreachable_speed_is_refused_before_the_estimation(
 def test_what_llama_cpp_cannot_compute_is_refused_before_the_estimation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saap.pipeline.planning.estimate", None)
+    monkeypatch.setattr("saap.pipeline.prune.planning.estimate", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = family_folder(tmp_path / "model", "gpt_neox")
     with pytest.raises(SaapError, match="gpt_neox"):
@@ -145,7 +146,7 @@ def test_what_llama_cpp_cannot_compute_is_refused_before_the_estimation(
 def test_a_speed_is_reached_in_llama_cpp_too(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(decode_costs.DecodeCosts, "saved", lambda self, role, fraction: (1 - fraction) * 0.3)
-    monkeypatch.setattr("saap.pipeline.speed_target.trial_speedup", lambda *given: 1.05)
+    monkeypatch.setattr("saap.pipeline.prune.speed_target.trial_speedup", lambda *given: 1.05)
     result = saap.prune(source, target_speedup=1.05, runtime="llama.cpp", quantization="f32", **FAST)
     found = result.report.speed
     assert found is not None

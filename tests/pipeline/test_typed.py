@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from tests.pipeline import tiny
 
-from saap.pipeline.typed import typed_command
+from saap.pipeline.shared.command_line import typed_command
 
 
-@pytest.mark.parametrize("program", ["/usr/bin/saap", "saap.exe", "src/saap/cli.py", "lib/saap/__main__.py"])
+@pytest.mark.parametrize("program", ["/usr/bin/saap", "saap.exe", "lib/saap/__main__.py"])
 def test_the_command_line_is_recorded(monkeypatch, program) -> None:
     monkeypatch.setattr("sys.argv", [program, "prune", "model", "--out", "small"])
     assert typed_command() == ("prune", "model", "--out", "small")

@@ -14,10 +14,10 @@ from tests.families import FAMILIES, build, token_ids
 from tests.pipeline import tiny
 
 import saap
-from saap.errors import TargetError
-from saap.models.masking import masked
-from saap.records import Role
-from saap.structure_search.judge import StructureJudge
+from saap.core.errors import TargetError
+from saap.core.records import Role
+from saap.models.structure.masking import masked
+from saap.structure_search.evaluator import StructureJudge
 from saap.surgery.cut import cut
 
 SETTINGS: dict[str, Any] = {"samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 4, "effort": "fast"}

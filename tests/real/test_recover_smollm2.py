@@ -20,7 +20,7 @@ pytestmark = [
 
 def test_the_grid_of_the_wheel_is_found_and_tuning_as_a_user_does(tmp_path: Path) -> None:
     out = tmp_path / "tuned"
-    command = [sys.executable, "-m", "saap.cli", "recover", "smollm2", "--data", "speeches", "--out", str(out)]
+    command = [sys.executable, "-m", "saap", "recover", "smollm2", "--data", "speeches", "--out", str(out)]
     quick = ["--max-steps", "4", "--validate-every", "2", "--length", "128", "--validation-samples", "4", "--json"]
     done = subprocess.run([*command, *quick], capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr

@@ -41,7 +41,7 @@ def test_structures() -> None:
 
 def test_prune_as_a_user_does(tmp_path: Path) -> None:
     out = tmp_path / "small"
-    command = [sys.executable, "-m", "saap.cli", "prune", "smollm2", "--pruning-ratio", "0.2", "--out", str(out)]
+    command = [sys.executable, "-m", "saap", "prune", "smollm2", "--pruning-ratio", "0.2", "--out", str(out)]
     quick = ["--effort", "fast", "--samples", "8", "--refit-tokens", "4096", "--json"]
     done = subprocess.run([*command, *quick], capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr

@@ -8,19 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from saap.errors import GroupSizeError, ModelError
-from saap.models import groupwise
-from saap.models.groupwise import (
+from saap.core.errors import GroupSizeError, ModelError
+from saap.models.checkpoint import groupwise
+from saap.models.checkpoint.groupwise import (
     GroupwiseLinear,
     groupwise_product,
     pack,
     pooled,
     unpack,
 )
-from saap.models.groupwise_files import q4_1_blocks, read_packed, write_packed
+from saap.models.checkpoint.groupwise_files import q4_1_blocks, read_packed, write_packed
 from saap.recovery.adapter import AdaptedLinear
 from saap.recovery.quantise import check_group_sizes, quantise, quantise_with_feedback
-from saap.recovery_config import LEGAL_BITS, LEGAL_GROUP_SIZES
+from saap.settings.recover import LEGAL_BITS, LEGAL_GROUP_SIZES
 
 gguf = pytest.importorskip("gguf")
 

@@ -19,18 +19,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import saap
+from saap.core.errors import ConfigurationError, GroupSizeError, ModelError, OutputError, StaleInputError
+from saap.core.manifest import RunManifest
 from saap.data.samples import token_stream
 from saap.data.texts import evaluation_text
-from saap.errors import ConfigurationError, GroupSizeError, ModelError, OutputError, StaleInputError
 from saap.evaluation.perplexity import perplexity
-from saap.export.manifest import RunManifest
 from saap.export.recovered import stored_entries
-from saap.models.groupwise import GroupwiseLinear, GroupwiseWeight
-from saap.models.groupwise_files import linears_inside, open_empty, pack_linears, read_packed
-from saap.models.loading import load_groupwise, load_model
-from saap.models.references import resolve_model
-from saap.pipeline.inputs import EVALUATION_TOKENS
-from saap.pipeline.progress import Silent
+from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight
+from saap.models.checkpoint.groupwise_files import linears_inside, open_empty, pack_linears, read_packed
+from saap.models.loading.pretrained import load_groupwise, load_model
+from saap.models.loading.references import resolve_model
+from saap.pipeline.shared.inputs import EVALUATION_TOKENS
+from saap.pipeline.shared.progress import Silent
 from saap.recovery.quantise import quantise
 
 QUICK = {"length": 32, "batch": 4, "max_steps": 4, "validate_every": 2, "validation_samples": 2, "rank": 4}
@@ -158,7 +158,7 @@ def test_other_refusals(dense: Path, text: Path, tmp_path: Path) -> None:
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "saap.cli", "recover", *map(str, arguments)]
+    return [sys.executable, "-m", "saap", "recover", *map(str, arguments)]
 
 
 def test_on_the_command_line_a_killed_run_goes_on(dense: Path, text: Path, tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_refusal_on_the_command_line(dense: Path, tmp_path: Path) -> None:
     ],
 )
 def test_prune_refuses_before_it_prunes(dense: Path, tmp_path: Path, flags: list[str], message: str) -> None:
-    words = [sys.executable, "-m", "saap.cli", "prune", str(dense), "--pruning-ratio", "0.2", "--out"]
+    words = [sys.executable, "-m", "saap", "prune", str(dense), "--pruning-ratio", "0.2", "--out"]
     done = subprocess.run([*words, str(tmp_path / "small"), *flags], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (2, "")
     assert done.stderr.startswith(f"error: {message}")
@@ -225,7 +225,7 @@ def test_prune_refuses_before_it_prunes(dense: Path, tmp_path: Path, flags: list
 def test_two_processes_give_the_losses_of_one(dense: Path, text: Path, tmp_path: Path) -> None:
     flags = ["--data", str(text), *FLAGS, "--device", "cpu", "--teacher", str(dense)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
-    recover = [*launch, "-m", "saap.cli", "recover", str(dense), *flags, "--out"]
+    recover = [*launch, "-m", "saap", "recover", str(dense), *flags, "--out"]
     runs = {
         "one": command(dense, *flags, "--out", tmp_path / "one"),
         "two": [*recover, str(tmp_path / "two")],
@@ -252,7 +252,7 @@ def test_two_processes_give_the_losses_of_one(dense: Path, text: Path, tmp_path:
 def test_prune_with_recover_runs_all_three_stages(dense: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     words = [
-        sys.executable, "-m", "saap.cli", "prune", str(dense), "--pruning-ratio", "0.2", "--out", str(out),
+        sys.executable, "-m", "saap", "prune", str(dense), "--pruning-ratio", "0.2", "--out", str(out),
         "--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024",
         "--recover", str(text), "--recover-minutes", "0.02", "--json",
     ]  # fmt: skip

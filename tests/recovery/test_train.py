@@ -11,18 +11,18 @@ from tests.data.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from tests.families import token_ids
 from tests.recovery.tiny import blocks, build
 
+from saap.core.errors import ConfigurationError, NonFiniteLossError, StaleInputError, TrainingDataError
 from saap.data.training import Example, TrainingData, training_data
-from saap.errors import ConfigurationError, NonFiniteLossError, StaleInputError, TrainingDataError
-from saap.models.groupwise import GroupwiseLinear
-from saap.models.groupwise_files import linears_inside, pack_linears
-from saap.models.processes import Processes
-from saap.models.walker import BlockWalker
+from saap.models.checkpoint.groupwise import GroupwiseLinear
+from saap.models.checkpoint.groupwise_files import linears_inside, pack_linears
+from saap.models.walk.processes import Processes
+from saap.models.walk.walker import BlockWalker
 from saap.recovery.objective import loss_and_gradient
 from saap.recovery.prepare import adapt, add_lora, merge, merge_lora, quantise_by_feedback
 from saap.recovery.quantise import quantise
 from saap.recovery.schedule import Limits, learning_rate
 from saap.recovery.train import Report, Trainer, Training
-from saap.recovery_config import RecoverConfig
+from saap.settings.recover import RecoverConfig
 
 CPU = torch.device("cpu")
 SILENT = Report(step=lambda done, total: None, line=lambda text: None)

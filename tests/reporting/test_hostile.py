@@ -18,8 +18,8 @@ from safetensors.numpy import save_file
 from tests.command import run
 from tests.reporting.comparison import comparison, recovery_record, task
 
-from saap.errors import SaapError
-from saap.pipeline.report_page import build_page, write_page
+from saap.core.errors import SaapError
+from saap.reporting.report import build_page, write_page
 
 EVIL = (
     "\"><img src=q onerror=alert(1)></script><script>alert(2)</script>$\\frac{${{7*7}}'&lt;!--]]>\n|[a](javascript:b)"

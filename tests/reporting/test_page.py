@@ -12,10 +12,10 @@ from tests.pipeline import tiny
 from tests.reporting.comparison import comparison, recovery_record, task
 
 import saap
-from saap import cli
-from saap.errors import EvaluationError, ModelError
-from saap.pipeline.report_page import build_page, write_page
+from saap.cli import app as cli
+from saap.core.errors import EvaluationError, ModelError
 from saap.reporting.page import Section, render
+from saap.reporting.report import build_page, write_page
 
 needs_browser = pytest.mark.skipif(not browser.CHROMIUM, reason="no Chromium is installed")
 LARGEST = 3_000_000

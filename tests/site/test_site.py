@@ -106,7 +106,7 @@ def test_the_reference_has_every_public_name_and_command(built, pages):
     documented = set().union(*(page.anchors for page in pages.values()))
     records = {"ModelGraph", "CoupledGroup", "ImportanceScores", "StructurePlan", "Role", "Layout"}
     names = {f"saap.{name}" for name in saap.__all__ if name not in {*records, "SaapError", "__version__"}}
-    names |= {f"saap.records.{name}" for name in records} | {"saap.errors.SaapError"}
+    names |= {f"saap.core.records.{name}" for name in records} | {"saap.core.errors.SaapError"}
     assert names - documented == set()
     commands = (built[0] / "reference" / "commands.html").read_text(encoding="utf-8")
     for command in ("prune", "recover", "eval", "compare", "export", "report", "run", "inspect", "generate", "demo"):

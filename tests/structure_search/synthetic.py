@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from saap.records import AxisSlice, CoupledGroup, ModelGraph, ModelRef, Role, Side, UnitScores
+from saap.core.records import AxisSlice, CoupledGroup, ModelGraph, ModelRef, Role, Side, UnitScores
 
 WIDTH, CHANNELS, HEADS, HEAD_WIDTH, VOCABULARY = 12, 64, 4, 3, 20
 

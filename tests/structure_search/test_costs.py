@@ -9,8 +9,8 @@ import pytest
 import torch
 from tests import families
 
+from saap.core.records import Role
 from saap.discovery import discover
-from saap.records import Role
 from saap.structure_search.costs import SecondOrder, second_order_costs
 
 

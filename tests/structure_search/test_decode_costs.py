@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from tests.structure_search import synthetic
 
-from saap.config import PrunableRole, Strategy
-from saap.errors import TargetError
-from saap.records import Layout, Role
+from saap.core.errors import TargetError
+from saap.core.records import Layout, Role
+from saap.settings.prune import PrunableRole, Strategy
 from saap.structure_search.decode_costs import WHOLE, DecodeCosts, budget_for_speedup, corrected, curve_through
 from saap.structure_search.plan import SearchSpace, search
 

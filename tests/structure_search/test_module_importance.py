@@ -11,10 +11,10 @@ from tests.pipeline import tiny
 from tests.structure_search.synthetic import graph
 
 import saap
-from saap.config import FusionScope, Importance, Strategy
+from saap.core.records import GroupScores, ImportanceScores, ModelGraph, Role
 from saap.estimation.fusion import fuse
 from saap.estimation.selection import unit_scores
-from saap.records import GroupScores, ImportanceScores, ModelGraph, Role
+from saap.settings.prune import FusionScope, Importance, Strategy
 from saap.structure_search.slots import build_slots
 from saap.structure_search.strategies import module_importance, module_shares
 

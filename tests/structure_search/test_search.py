@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.structure_search.synthetic import CHANNELS, HEADS, graph, scores
 
-from saap.config import PrunableRole, SkipLayers, Strategy
-from saap.errors import PlanError, TargetError
-from saap.records import Layout, Role, UnitScores, count_parameters, kept_shapes
+from saap.core.errors import PlanError, TargetError
+from saap.core.records import Layout, Role, UnitScores, count_parameters, kept_shapes
+from saap.settings.prune import PrunableRole, SkipLayers, Strategy
 from saap.structure_search.allocation import steps_by_score, steps_by_share, take_steps
 from saap.structure_search.objectives import (
     Budget,

@@ -8,9 +8,9 @@ import torch
 from tests.families import build
 from torch import nn
 
+from saap.core.errors import CalibrationError
+from saap.core.records import Layout, ModelGraph, StructurePlan
 from saap.discovery import discover
-from saap.errors import CalibrationError
-from saap.records import Layout, ModelGraph, StructurePlan
 from saap.structure_search.plan import make_plan
 from saap.surgery.cut import cut
 from saap.surgery.refit import RestoreSettings, held_sequences

@@ -14,16 +14,16 @@ from resultsbook.charts import bars
 from resultsbook.measures import mean_and_spread
 from resultsbook.models import RANKED_BEFORE, VALIDATION, Dense, draw, measured_text, on_device, open_dense
 from resultsbook.row import Cells, Experiment, Request, Row, Values
-from saap.config import EFFORTS, Effort, FusionScope, Importance, PrunableRole, Strategy
+from saap.core.records import ImportanceScores, Layout, StructurePlan, UnitScores
 from saap.data.samples import SampleRequest
 from saap.estimation.calibrate import estimate
 from saap.estimation.selection import unit_scores
 from saap.evaluation.perplexity import perplexity
-from saap.models.devices import quick_float32_products
-from saap.records import ImportanceScores, Layout, StructurePlan, UnitScores
+from saap.models.loading.devices import quick_float32_products
 from saap.reporting.figures import Figure
+from saap.settings.prune import EFFORTS, Effort, FusionScope, Importance, PrunableRole, Strategy
 from saap.structure_search.costs import SecondOrder, second_order_costs
-from saap.structure_search.judge import StructureJudge
+from saap.structure_search.evaluator import StructureJudge
 from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace, search
 from saap.surgery.cut import cut

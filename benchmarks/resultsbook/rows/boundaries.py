@@ -13,12 +13,12 @@ from resultsbook.measures import mean_and_spread
 from resultsbook.models import PRUNED_BEFORE, measured_text, open_dense, pruned_folder
 from resultsbook.row import Cells, Experiment, Request, Row, Values
 from resultsbook.training import trained_folder
+from saap.core.records import IntArray, ModelGraph, Role
 from saap.evaluation.perplexity import perplexity
-from saap.models.devices import quick_float32_products
-from saap.models.linear import weight_out_in
-from saap.models.masking import replaced_weights
-from saap.pipeline.inputs import RunOptions, open_model
-from saap.records import IntArray, ModelGraph, Role
+from saap.models.loading.devices import quick_float32_products
+from saap.models.structure.linear import weight_out_in
+from saap.models.structure.masking import replaced_weights
+from saap.pipeline.shared.inputs import RunOptions, open_model
 from saap.recovery.quantise import quantise
 from saap.reporting.figures import Figure
 

@@ -19,11 +19,11 @@ from resultsbook.measures import (
 )
 from resultsbook.models import VALIDATION, Dense, draw, on_device, open_dense
 from resultsbook.row import Cells, Experiment, Request, Row, Values
-from saap.config import ElementOrder
+from saap.core.records import CoupledGroup, Role
 from saap.data.samples import SampleRequest
-from saap.models.devices import quick_float32_products
-from saap.records import CoupledGroup, Role
+from saap.models.loading.devices import quick_float32_products
 from saap.reporting.figures import Figure
+from saap.settings.prune import ElementOrder
 
 ROLES = ("ffn", "attention")
 

@@ -12,16 +12,16 @@ from resultsbook.measures import as_bits, from_bits, geometric_mean, jaccard, me
 from resultsbook.models import TEXTS, VALIDATION, Dense, draw, masked_perplexity, measured_text, open_dense, plan_for
 from resultsbook.row import Cells, Experiment, Request, Row, Values
 from resultsbook.training import trained_folder
-from saap.config import FusionScope
+from saap.core.records import CalibrationSet, ImportanceScores
 from saap.data.generated import random_starts, sample_from_model
 from saap.data.samples import SampleRequest
 from saap.data.texts import MIXED
 from saap.estimation.calibrate import estimate
 from saap.estimation.fusion import fuse
 from saap.evaluation.perplexity import perplexity
-from saap.models.devices import quick_float32_products
-from saap.records import CalibrationSet, ImportanceScores
+from saap.models.loading.devices import quick_float32_products
 from saap.reporting.figures import Figure
+from saap.settings.prune import FusionScope
 
 RATIO = 0.2
 GENERATED, WIKITEXT2 = "generated", "wikitext2"

@@ -55,7 +55,7 @@ def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Valu
         with tempfile.TemporaryDirectory() as temporary:
             out = Path(temporary) / "compared"
             call = [
-                sys.executable, "-m", "saap.cli", "compare", str(folder), "--out", str(out),
+                sys.executable, "-m", "saap", "compare", str(folder), "--out", str(out),
                 "--methods", ",".join(METHODS), "--pruning-ratios", ",".join(map(str, RATIOS)), "--restore", "both",
                 "--calibration", chosen["calibration"], "--samples", str(chosen["samples"]), "--sample-length", "64",
                 "--refit-tokens", str(chosen["refit tokens"]), "--effort", chosen["effort"], "--align", "16",

@@ -20,8 +20,8 @@ from saap.evaluation.generation import (
     token_agreement,
     write,
 )
-from saap.models.devices import quick_float32_products
-from saap.pipeline.inputs import LoadedModel, RunOptions, open_model
+from saap.models.loading.devices import quick_float32_products
+from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model
 from saap.reporting.figures import Figure
 
 STATES = ("dense", "pruned", "recovered")

@@ -24,15 +24,15 @@ from resultsbook.models import (
     removed_units,
 )
 from resultsbook.row import Cells, Experiment, Request, Row, Values
-from saap.config import FusionScope, Importance, Strategy
+from saap.core.records import FloatArray, ImportanceScores, Role, UnitScores
 from saap.data.samples import SampleRequest
 from saap.estimation.calibrate import estimate
 from saap.estimation.fusion import FusionMethod, fuse
 from saap.estimation.selection import unit_scores
 from saap.evaluation.perplexity import perplexity
-from saap.models.devices import quick_float32_products
-from saap.records import FloatArray, ImportanceScores, Role, UnitScores
+from saap.models.loading.devices import quick_float32_products
 from saap.reporting.figures import Figure
+from saap.settings.prune import FusionScope, Importance, Strategy
 
 RATIO = 0.2
 EDGES = np.linspace(-4, 2, 25)

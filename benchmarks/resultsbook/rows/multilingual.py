@@ -22,15 +22,15 @@ from resultsbook.models import (
 )
 from resultsbook.row import Cells, Experiment, Request, Row, Values
 from resultsbook.training import trained_folder
-from saap.config import FusionScope
+from saap.core.records import IntArray
 from saap.data.samples import SampleRequest
 from saap.estimation.calibrate import estimate
 from saap.estimation.fusion import fuse
 from saap.evaluation.perplexity import perplexity
-from saap.models.devices import quick_float32_products
-from saap.pipeline.inputs import RunOptions, open_model
-from saap.records import IntArray
+from saap.models.loading.devices import quick_float32_products
+from saap.pipeline.shared.inputs import RunOptions, open_model
 from saap.reporting.figures import Figure
+from saap.settings.prune import FusionScope
 
 LANGUAGES = {"eng": "English", "fra": "French", "deu": "German", "spa": "Spanish", "zho": "Chinese"}
 FLORES = DATA / "flores200"

@@ -13,7 +13,7 @@ from resultsbook.charts import lines
 from resultsbook.models import made_by_saap
 from resultsbook.pictures import FULL, TRIAL, described_pictures, told, trained_reader, write_pairs
 from resultsbook.row import Cells, Experiment, Request, Row, Values
-from saap.pipeline.inputs import RunOptions, open_model
+from saap.pipeline.shared.inputs import RunOptions, open_model
 from saap.reporting.figures import Figure
 
 CALIBRATIONS = {"descriptions": "the descriptions alone", "pairs": "pictures with their descriptions"}

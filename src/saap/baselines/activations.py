@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from saap.baselines.weights import block_groups, of_units
-from saap.models.capture import capture
-from saap.models.linear import weight_out_in
-from saap.models.precision import widened
-from saap.models.walker import BlockWalker, inference_only
-from saap.records import AxisSlice, CoupledGroup, FloatArray, ModelGraph, Role
+from saap.core.records import AxisSlice, CoupledGroup, FloatArray, ModelGraph, Role
+from saap.models.loading.precision import widened
+from saap.models.structure.linear import weight_out_in
+from saap.models.walk.capture import capture
+from saap.models.walk.walker import BlockWalker, inference_only
 
 MICRO_BATCH = 4
 

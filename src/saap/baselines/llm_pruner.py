@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from saap.baselines.weights import along_axis, block_groups, scored_members, sum_members
-from saap.models.loss import loss_and_gradient
-from saap.models.precision import at_least_float32
-from saap.models.walked import inputs_of_blocks
-from saap.models.walker import BlockWalker, inference_only
-from saap.records import FloatArray, ModelGraph
+from saap.core.records import FloatArray, ModelGraph
+from saap.models.loading.precision import at_least_float32
+from saap.models.walk.layerwise import inputs_of_blocks
+from saap.models.walk.loss import loss_and_gradient
+from saap.models.walk.walker import BlockWalker, inference_only
 
 
 class Taylor(StrEnum):

@@ -18,8 +18,8 @@ from saap.baselines.activations import (
 )
 from saap.baselines.llm_pruner import Taylor, WeightGradients, taylor_scores, weight_gradients
 from saap.baselines.weights import magnitude_scores, random_scores
-from saap.config import Method, PrunableRole, SkipLayers, Strategy
-from saap.records import FloatArray, ModelGraph
+from saap.core.records import FloatArray, ModelGraph
+from saap.settings.prune import Method, PrunableRole, SkipLayers, Strategy
 
 Progress = Callable[[int, int], None]
 Scores = Mapping[str, FloatArray]

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saap.models.precision import widened
-from saap.records import AxisSlice, CoupledGroup, FloatArray, ModelGraph
+from saap.core.records import AxisSlice, CoupledGroup, FloatArray, ModelGraph
+from saap.models.loading.precision import widened
 
 
 def scored_members(graph: ModelGraph, group: CoupledGroup) -> tuple[AxisSlice, ...]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from saap.errors import CalibrationError
-from saap.records import IntArray
+from saap.core.errors import CalibrationError
+from saap.core.records import IntArray
 
 
 @torch.no_grad()

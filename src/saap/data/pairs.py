@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from saap.core.errors import CalibrationError, first_line
+from saap.core.records import CalibrationSet, IntArray
 from saap.data.placement import Demand, share_rows
 from saap.data.samples import SampleRequest
 from saap.data.texts import read_rows
-from saap.errors import CalibrationError, first_line
-from saap.records import CalibrationSet, IntArray
 
 MOST_PAIRS = 1024
 """More are not read: they would only wait in memory."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from saap.errors import CalibrationError
-from saap.records import IntArray
+from saap.core.errors import CalibrationError
+from saap.core.records import IntArray
 
 HELD_OUT_SHARE = 4
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from saap.core.errors import CalibrationError
+from saap.core.records import CalibrationSet, IntArray
 from saap.data.placement import Demand, parts_by_weight, place, share_rows
 from saap.data.texts import KINDS, MIXED, names_a_source, read_documents
-from saap.errors import CalibrationError
-from saap.records import CalibrationSet, IntArray
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from saap.errors import CalibrationError, SaapError
+from saap.core.errors import CalibrationError, SaapError
 
 MIXED = "mixed"
 CONVERSATIONS = "conversations"

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from saap.core.errors import TrainingDataError
+from saap.core.records import IntArray, digest_of
 from saap.data.samples import leading_ids, token_stream
 from saap.data.texts import FILE_ENDINGS, KINDS, MIXED, read_documents, read_rows, template_text
-from saap.errors import TrainingDataError
-from saap.records import IntArray, digest_of
 
 LEAST_BLOCK = 16
 HELD_SHARE = 10

@@ -12,15 +12,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from saap.core.errors import first_line
+from saap.core.records import Role, UnitAttribute
 from saap.discovery.groups import TracedGroup
 from saap.discovery.instance import TOKENS, Instance
 from saap.discovery.repeat import Checked
-from saap.errors import first_line
-from saap.models.arguments import unit_axis
-from saap.models.linear import contracted_axis
-from saap.models.modeling_pruned import ArgumentSlice
-from saap.models.structure import epsilon_name
-from saap.records import Role, UnitAttribute
+from saap.models.checkpoint.differences import epsilon_name
+from saap.models.checkpoint.modeling_pruned import ArgumentSlice
+from saap.models.structure.linear import contracted_axis
+from saap.models.walk.arguments import unit_axis
 
 # Some models compute attention in float32 whatever their dtype; a size that does not follow errs by far more.
 TOLERANCE = 1e-5

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from saap.errors import UnsupportedModelError
-from saap.models.uniform import text_part
+from saap.core.errors import UnsupportedModelError
+from saap.models.checkpoint.stock_config import text_part
 
 Kind = tuple[object, ...]
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from torch import nn
 
+from saap.core.errors import UnsupportedModelError
+from saap.core.records import CoupledGroup, ModelGraph, ModelRef, Refusal
 from saap.discovery.attributes import checked
 from saap.discovery.blocks import alike, find_blocks, require_own_weights
 from saap.discovery.groups import TracedGroup, traced_groups
@@ -16,10 +18,8 @@ from saap.discovery.query_heads import query_heads
 from saap.discovery.reduce import ReducedModel, reduced
 from saap.discovery.repeat import Checked, Naming, check_last_of_each_kind, everywhere, with_hidden_checked
 from saap.discovery.trace import Trace, trace
-from saap.errors import UnsupportedModelError
-from saap.models.loading import model_ref, quiet_transformers
-from saap.models.uniform import config_fields
-from saap.records import CoupledGroup, ModelGraph, ModelRef, Refusal
+from saap.models.checkpoint.stock_config import config_fields
+from saap.models.loading.pretrained import model_ref, quiet_transformers
 
 
 @quiet_transformers()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from saap.core.records import AxisSlice, Side
 from saap.discovery.tags import Units
 from saap.discovery.trace import Trace
-from saap.records import AxisSlice, Side
 
 
 def expert_members(trace: Trace, units: Units, block: str) -> tuple[tuple[AxisSlice, ...], int]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
+from saap.core.records import AxisSlice, IntArray, Role, Side
 from saap.discovery.experts import expert_members
 from saap.discovery.slices import Pattern, patterns_of
 from saap.discovery.tags import Units
 from saap.discovery.trace import Trace
-from saap.records import AxisSlice, IntArray, Role, Side
 
 Axis = tuple[str, int]
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from saap.core.errors import first_line
+from saap.core.records import IntArray, Role
 from saap.discovery.groups import TracedGroup
 from saap.discovery.reduce import ReducedModel, reduced
-from saap.errors import first_line
-from saap.models.arguments import without_cache
-from saap.models.masking import never_chosen
-from saap.models.modeling_pruned import resize
-from saap.records import IntArray, Role
+from saap.models.checkpoint.modeling_pruned import resize
+from saap.models.structure.masking import never_chosen
+from saap.models.walk.arguments import without_cache
 
 Kept = Mapping[int, Sequence[int]]
 

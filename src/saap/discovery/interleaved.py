@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from saap.core.records import AxisSlice, IntArray, Side
 from saap.discovery.groups import TracedGroup
 from saap.discovery.slices import patterns_of
-from saap.records import AxisSlice, IntArray, Side
 
 
 def one_of_each_block(group: TracedGroup) -> TracedGroup | None:

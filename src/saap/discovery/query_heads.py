@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from saap.core.records import AxisSlice, Role, Side
 from saap.discovery.groups import TracedGroup
-from saap.records import AxisSlice, Role, Side
 
 
 def query_heads(group: TracedGroup) -> TracedGroup | None:

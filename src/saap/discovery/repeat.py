@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from saap.core.errors import UnsupportedModelError
+from saap.core.records import AxisSlice, CoupledGroup, Refusal, Role, UnitAttribute
 from saap.discovery.groups import TracedGroup
 from saap.discovery.reduce import ReducedModel
-from saap.errors import UnsupportedModelError
-from saap.records import AxisSlice, CoupledGroup, Refusal, Role, UnitAttribute
 
 HIDDEN_NAME = "hidden"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saap.records import AxisSlice, IntArray, Side
+from saap.core.records import AxisSlice, IntArray, Side
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from saap.records import AxisSlice, CoupledGroup, ModelGraph, Role
+from saap.core.records import AxisSlice, CoupledGroup, ModelGraph, Role
 
 
 def summarise(graph: ModelGraph) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saap.records import IntArray
+from saap.core.records import IntArray
 
 UNTAGGED = -1
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from saap.core.errors import UnsupportedModelError, first_line
 from saap.discovery.operations import Step, tags_after, untagged
 from saap.discovery.tags import ParameterTags, TagSpace
-from saap.errors import UnsupportedModelError, first_line
-from saap.models.arguments import without_cache
-from saap.models.probe import failure, not_running
+from saap.models.walk.arguments import without_cache
+from saap.models.walk.probe import failure, not_running
 
 TRACED_TOKENS = 3
 

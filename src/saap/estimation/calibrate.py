@@ -19,18 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saap.config import Aggregation, ElementOrder
-from saap.errors import CalibrationError, NonFiniteLossError
+from saap.core.errors import CalibrationError, NonFiniteLossError
+from saap.core.records import CalibrationSet, FloatArray, ImportanceScores, ModelGraph, Role
 from saap.estimation.importance import aggregate, vector_importance
+from saap.estimation.observers import Batch, GroupParts, PartScores, Scratch, Taps, make_taps, watching
 from saap.estimation.stacked import stacked_scores, whole_scores
 from saap.estimation.statistics import Moments, merge
-from saap.estimation.taps import Batch, GroupParts, PartScores, Scratch, Taps, make_taps, watching
-from saap.models.loss import loss_and_gradient
-from saap.models.processes import Processes
-from saap.models.spill import Spill
-from saap.models.walked import passed, started
-from saap.models.walker import BlockWalker, Contexts, inference_only
-from saap.records import CalibrationSet, FloatArray, ImportanceScores, ModelGraph, Role
+from saap.models.walk.layerwise import passed, started
+from saap.models.walk.loss import loss_and_gradient
+from saap.models.walk.processes import Processes
+from saap.models.walk.spill import Spill
+from saap.models.walk.walker import BlockWalker, Contexts, inference_only
+from saap.settings.prune import Aggregation, ElementOrder
 
 TOKENS_AT_ONCE = 256
 """Tokens of a micro-batch. More are no faster on a CPU, and each costs the inputs of all blocks in memory."""

@@ -15,8 +15,16 @@ from enum import StrEnum
 
 import numpy as np
 
-from saap.config import FusionScope
-from saap.records import CoupledGroup, FloatArray, GroupScores, ImportanceScores, ModelGraph, UnitScores, require_same
+from saap.core.records import (
+    CoupledGroup,
+    FloatArray,
+    GroupScores,
+    ImportanceScores,
+    ModelGraph,
+    UnitScores,
+    require_same,
+)
+from saap.settings.prune import FusionScope
 
 _LEAST_MEAN = 1e-100
 """Stands for a mean of zero, whose sigma would be zero."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saap.config import Aggregation, ElementOrder
-from saap.models.precision import at_least_float32
+from saap.models.loading.precision import at_least_float32
+from saap.settings.prune import Aggregation, ElementOrder
 
 
 def channel_change(activation: Tensor, gradient: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from saap.config import FusionScope, Importance
+from saap.core.records import ImportanceScores, ModelGraph, UnitScores
 from saap.estimation.fusion import fuse
-from saap.records import ImportanceScores, ModelGraph, UnitScores
+from saap.settings.prune import FusionScope, Importance
 
 
 def unit_scores(

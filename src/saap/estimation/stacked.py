@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from saap.config import ElementOrder
 from saap.estimation.importance import element_importance, units_of
-from saap.estimation.taps import Part, PartScores
+from saap.estimation.observers import Part, PartScores
+from saap.settings.prune import ElementOrder
 
 
 def stacked_scores(

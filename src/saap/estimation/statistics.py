@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saap.records import FloatArray, GroupScores
+from saap.core.records import FloatArray, GroupScores
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saap.errors import CalibrationError
-from saap.models.llama_cpp import LlamaCpp
+from saap.core.errors import CalibrationError
+from saap.models.loading.llama_cpp import LlamaCpp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

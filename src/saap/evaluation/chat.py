@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from saap.errors import EvaluationError
+from saap.core.errors import EvaluationError
 from saap.evaluation.generation import continuation_nll
-from saap.models.probe import read_at_once
+from saap.models.walk.probe import read_at_once
 
 Conversation = Sequence[dict[str, Any]]
 

@@ -14,10 +14,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from saap.errors import EvaluationError, ModelError
+from saap.core.errors import EvaluationError, ModelError
 from saap.evaluation.perplexity import model_logits
 from saap.evaluation.text_measures import agreement, distinct, parts, repetition
-from saap.models.probe import check_reads
+from saap.models.walk.probe import check_reads
 
 BUNDLED = "bundled"
 QUARTERS = 4

@@ -18,7 +18,7 @@ import jinja2
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from saap.errors import EvaluationError
+from saap.core.errors import EvaluationError
 
 CRITERIA = ("coherence", "accuracy")
 SCALE = (1, 2, 3, 4, 5)

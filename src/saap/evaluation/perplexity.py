@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saap.errors import CalibrationError
-from saap.models.arguments import without_cache
-from saap.models.probe import read_at_once
-from saap.records import Digested, IntArray, digest_of
+from saap.core.errors import CalibrationError
+from saap.core.records import Digested, IntArray, digest_of
+from saap.models.walk.arguments import without_cache
+from saap.models.walk.probe import read_at_once
 
 # Logits of one forward pass, in float32: they are the largest tensor of an evaluation.
 LOGITS_BYTES = 2**28

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from saap.errors import ConfigurationError
-from saap.models.cached import CachedModel
-from saap.models.llama_cpp import LlamaCpp
+from saap.core.errors import ConfigurationError
+from saap.models.loading.llama_cpp import LlamaCpp
+from saap.models.walk.cached import CachedModel
 
 
 class Runtime(Protocol):

@@ -22,8 +22,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
-from saap.errors import EvaluationError, first_line
-from saap.requests import PAPER_TASKS
+from saap.core.errors import EvaluationError, first_line
+from saap.settings.measure import PAPER_TASKS
 
 SPLITS = ("test", "validation")
 BATCH = 8

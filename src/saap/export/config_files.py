@@ -10,14 +10,20 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from saap.errors import LayoutError, OutputError, first_line
+from saap.core.errors import LayoutError, OutputError, first_line
+from saap.core.records import ModelGraph, Role, StructurePlan
 from saap.export.stream import Weights, smaller_streams
-from saap.models.arguments import without_cache
-from saap.models.modeling_pruned import MODEL_TYPE, pruned_classes
-from saap.models.offload import lend, offloaded
-from saap.models.structure import EPSILON_NAMES, PrunedStructure, epsilon_name, pruned_fields, read_attribute
-from saap.models.uniform import stock_model, uniform_config
-from saap.records import ModelGraph, Role, StructurePlan
+from saap.models.checkpoint.differences import (
+    EPSILON_NAMES,
+    PrunedStructure,
+    epsilon_name,
+    pruned_fields,
+    read_attribute,
+)
+from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, pruned_classes
+from saap.models.checkpoint.stock_config import stock_model, uniform_config
+from saap.models.walk.arguments import without_cache
+from saap.models.walk.offload import lend, offloaded
 
 ADAPTIVE_REMEDY = "Use --layout adaptive"
 # Room for other rounding in buffers made in another dtype; a wrong scale is far above it.

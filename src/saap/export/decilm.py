@@ -15,14 +15,14 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from saap.errors import ExportError
+from saap.core.errors import ExportError
+from saap.core.manifest import read_manifest
 from saap.export import configuration_decilm
 from saap.export.config_files import with_both_rope_spellings
 from saap.export.huggingface import check_output, whole_folder
-from saap.export.manifest import read_manifest
 from saap.export.model_card import model_card
-from saap.models.safetensor_files import INDEX_NAME
-from saap.models.stored_tensors import Shape
+from saap.models.checkpoint.safetensor_files import INDEX_NAME
+from saap.models.checkpoint.stored_tensors import Shape
 
 MODEL_TYPES = ("llama", "mistral")
 _BLOCK = "model.layers.{}."

@@ -19,17 +19,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from saap.errors import OutputError
+from saap.core.errors import OutputError
+from saap.core.manifest import RunManifest
+from saap.core.records import ImportanceScores, Layout, ModelGraph, StructurePlan
+from saap.core.storage import write_plan, write_scores
 from saap.export.config_files import adaptive_config, stock_config, with_both_rope_spellings
-from saap.export.manifest import RunManifest
 from saap.export.model_card import model_card
 from saap.export.placing import check_place, remove_leftovers
-from saap.models import modeling_pruned
-from saap.models.offload import OffloadedWeights, offloaded
-from saap.models.safetensor_files import TensorEntry, write_tensors
-from saap.models.structure import PrunedStructure
-from saap.records import ImportanceScores, Layout, ModelGraph, StructurePlan
-from saap.storage import write_plan, write_scores
+from saap.models.checkpoint import modeling_pruned
+from saap.models.checkpoint.differences import PrunedStructure
+from saap.models.checkpoint.safetensor_files import TensorEntry, write_tensors
+from saap.models.walk.offload import OffloadedWeights, offloaded
 
 SHARD_SIZE = "2GB"
 # How a model that reads images cuts them up and writes them into a prompt.

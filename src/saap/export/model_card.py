@@ -7,9 +7,9 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData, metadata_load
 
-from saap.export.manifest import Change, RunManifest
-from saap.models.structure import auto_class_name
-from saap.records import Layout
+from saap.core.manifest import Change, RunManifest
+from saap.core.records import Layout
+from saap.models.checkpoint.differences import auto_class_name
 
 # What the hub calls the task of models that another auto class than the usual one opens.
 _TASKS = {"AutoModelForImageTextToText": "image-text-to-text"}

@@ -9,10 +9,10 @@ import shutil
 import uuid
 from pathlib import Path
 
-from saap.errors import OutputError
-from saap.export.manifest import RunManifest
+from saap.core.errors import OutputError
+from saap.core.manifest import RunManifest
+from saap.core.storage import write_whole
 from saap.export.model_card import model_card
-from saap.storage import write_whole
 
 _SPARE_BYTES = 64 * 1024**2
 

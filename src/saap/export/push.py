@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from saap.errors import OutputError, first_line
+from saap.core.errors import OutputError, first_line
 
 _IGNORED = [".*", "*.part"]
 

@@ -14,14 +14,14 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 
+from saap.core.manifest import RunManifest
 from saap.export.huggingface import SHARD_SIZE, check_output, whole_folder, write_companions, write_config
-from saap.export.manifest import RunManifest
 from saap.export.model_card import model_card
-from saap.models import modeling_pruned
-from saap.models.groupwise import GroupwiseLinear, GroupwiseWeight
-from saap.models.groupwise_files import PACKED_FILE, write_packed
-from saap.models.modeling_pruned import MODEL_TYPE
-from saap.models.safetensor_files import INDEX_NAME, TensorEntry, write_tensors
+from saap.models.checkpoint import modeling_pruned
+from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight
+from saap.models.checkpoint.groupwise_files import PACKED_FILE, write_packed
+from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
+from saap.models.checkpoint.safetensor_files import INDEX_NAME, TensorEntry, write_tensors
 
 KEPT_RECORDS = ("plan.json", "scores.safetensors")
 """Files of the source's folder `saap` that still hold of the tuned model."""

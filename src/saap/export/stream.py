@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saap.models.norms import constant_share, scaled_weight
-from saap.models.structure import renumbered
-from saap.records import ModelGraph, Role, StructurePlan
+from saap.core.records import ModelGraph, Role, StructurePlan
+from saap.models.checkpoint.differences import renumbered
+from saap.models.structure.norms import constant_share, scaled_weight
 
 Weights = Mapping[str, Tensor]
 

@@ -1,1 +1,1 @@
-"""Loading, saving and walking models: devices, checkpoints, blocks, linear modules."""
+"""Models of transformers: opening, walking, structure and checkpoints."""

@@ -1,1 +1,1 @@
-"""A run from a model to its pruned checkpoint; `run` knows the order of the stages."""
+"""The order of the stages, for each command; files, resuming and records. No maths."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from saap.models.groupwise import GroupwiseLinear, groupwise_product
+from saap.models.checkpoint.groupwise import GroupwiseLinear, groupwise_product
 
 
 class AdaptedLinear(GroupwiseLinear):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saap.models.loss import token_losses
-from saap.models.precision import widest_dtype
-from saap.models.walker import BlockWalker
+from saap.models.loading.precision import widest_dtype
+from saap.models.walk.loss import token_losses
+from saap.models.walk.walker import BlockWalker
 
 LOGITS_AT_ONCE = 2**22
 """So many logits exist at once: 16 MB in float32, whatever the vocabulary."""

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saap.errors import ConfigurationError
-from saap.models.groupwise import GroupwiseLinear, GroupwiseWeight
-from saap.models.groupwise_files import linears_inside, packed_like, replace_module
-from saap.models.linear import weight_out_in
-from saap.models.sharding import bring_together
-from saap.models.walker import BlockWalker
+from saap.core.errors import ConfigurationError
+from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight
+from saap.models.checkpoint.groupwise_files import linears_inside, packed_like, replace_module
+from saap.models.structure.linear import weight_out_in
+from saap.models.walk.sharding import bring_together
+from saap.models.walk.walker import BlockWalker
 from saap.recovery.adapter import AdaptedLinear
 from saap.recovery.quantise import quantise_with_feedback
 

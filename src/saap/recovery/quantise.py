@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from saap.errors import GroupSizeError, ModelError
-from saap.models.groupwise import VALUES_AT_ONCE, GroupwiseWeight, pack
-from saap.models.precision import in_float64
-from saap.recovery_config import LEGAL_GROUP_SIZES
+from saap.core.errors import GroupSizeError, ModelError
+from saap.models.checkpoint.groupwise import VALUES_AT_ONCE, GroupwiseWeight, pack
+from saap.models.loading.precision import in_float64
+from saap.settings.recover import LEGAL_GROUP_SIZES
 
 REFITS = 2
 """Least-squares refits of scale and zero point after each first choice of codes."""

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from saap.errors import StaleInputError
-from saap.models.safetensor_files import TensorEntry, write_tensors
+from saap.core.errors import StaleInputError
+from saap.models.checkpoint.safetensor_files import TensorEntry, write_tensors
 
 STATE, BEST = "state.safetensors", "best.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from saap.core.errors import NonFiniteLossError
 from saap.data.training import Example, TrainingData
-from saap.errors import NonFiniteLossError
-from saap.models.precision import widest_dtype
-from saap.models.processes import Processes
-from saap.models.walker import BlockWalker, Stream
+from saap.models.loading.precision import widest_dtype
+from saap.models.walk.processes import Processes
+from saap.models.walk.walker import BlockWalker, Stream
 from saap.recovery.objective import loss_and_gradient
 from saap.recovery.schedule import Limits, learning_rate
 from saap.recovery.state import (
@@ -28,7 +28,7 @@ from saap.recovery.state import (
     save_parameters,
     save_state,
 )
-from saap.recovery_config import RecoverConfig
+from saap.settings.recover import RecoverConfig
 
 BETAS = (0.9, 0.95)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saap.errors import EvaluationError, printable
+from saap.core.errors import EvaluationError, printable
 
 INK = "#010203"
 """Stands for the text colour of the page: replaced by `currentColor` in the page, by black in files."""

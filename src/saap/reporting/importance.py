@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saap.records import FloatArray
+from saap.core.records import FloatArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from saap.config import Strategy
-from saap.records import Candidate, IntArray, ModelGraph
+from saap.core.records import Candidate, IntArray, ModelGraph
+from saap.settings.prune import Strategy
 from saap.structure_search.allocation import AnyBudget, Step, steps_by_score, steps_by_share, take_steps
 from saap.structure_search.costs import SecondOrder
 from saap.structure_search.slots import Slot

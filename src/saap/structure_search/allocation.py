@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from saap.records import FloatArray, ModelGraph, Role
+from saap.core.records import FloatArray, ModelGraph, Role
 from saap.structure_search.decode_costs import TimeBudget
 from saap.structure_search.objectives import Budget
 from saap.structure_search.slots import Slot

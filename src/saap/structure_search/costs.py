@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from saap.models.felt import Visit, channels_of_units, in_blocks, measurable, readers, walk_felt
-from saap.models.least_squares import removal_order
-from saap.models.linear import weight_out_in
-from saap.models.processes import Processes
-from saap.models.spill import Spill
-from saap.models.walker import BlockWalker, inference_only
-from saap.records import CoupledGroup, IntArray, ModelGraph, UnitScores
+from saap.core.records import CoupledGroup, IntArray, ModelGraph, UnitScores
+from saap.models.structure.least_squares import removal_order
+from saap.models.structure.linear import weight_out_in
+from saap.models.walk.processes import Processes
+from saap.models.walk.spill import Spill
+from saap.models.walk.token_fisher import Visit, channels_of_units, in_blocks, measurable, readers, walk_felt
+from saap.models.walk.walker import BlockWalker, inference_only
 
 CURVE_STEPS = 32
 """Batches in which the units of a module leave: fine enough for the steps of a plan."""

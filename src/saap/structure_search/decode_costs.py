@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saap.errors import TargetError
-from saap.records import ModelGraph, Role, StructurePlan
+from saap.core.errors import TargetError
+from saap.core.records import ModelGraph, Role, StructurePlan
 
 Point = tuple[float, float]
 WHOLE = 10**9

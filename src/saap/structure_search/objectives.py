@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from saap.errors import TargetError
-from saap.records import ModelGraph, count_parameters, kept_shapes
+from saap.core.errors import TargetError
+from saap.core.records import ModelGraph, count_parameters, kept_shapes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

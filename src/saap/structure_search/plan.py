@@ -9,9 +9,8 @@ from functools import partial
 
 import numpy as np
 
-from saap.config import PrunableRole, SkipLayers, Strategy, unit_roles
-from saap.errors import PlanError, TargetError
-from saap.records import (
+from saap.core.errors import PlanError, TargetError
+from saap.core.records import (
     Candidate,
     Layout,
     ModelGraph,
@@ -22,6 +21,7 @@ from saap.records import (
     kept_shapes,
     uneven_bundle,
 )
+from saap.settings.prune import PrunableRole, SkipLayers, Strategy, unit_roles
 from saap.structure_search.adaptive import adaptive, spared_ends
 from saap.structure_search.allocation import AnyBudget
 from saap.structure_search.costs import SecondOrder

@@ -10,8 +10,8 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from saap.errors import TargetError
-from saap.records import CoupledGroup, Layout, ModelGraph, Role
+from saap.core.errors import TargetError
+from saap.core.records import CoupledGroup, Layout, ModelGraph, Role
 
 # Fused products over stacked matrices (experts) want rows of whole 16 bytes: 8 numbers of two bytes.
 STACKED_STEP = 8

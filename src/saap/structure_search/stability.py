@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from saap.records import FloatArray
+from saap.core.records import FloatArray
 
 
 def standardised_fluctuation(variance: FloatArray) -> FloatArray:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saap.config import Strategy
-from saap.records import FloatArray, IntArray, ModelGraph, Role, UnitScores
+from saap.core.records import FloatArray, IntArray, ModelGraph, Role, UnitScores
+from saap.settings.prune import Strategy
 from saap.structure_search.allocation import AnyBudget, counts_of, keep_of, steps_by_score, steps_by_share, take_steps
 from saap.structure_search.slots import Slot
 from saap.structure_search.stability import relative_volatility, standardised_fluctuation

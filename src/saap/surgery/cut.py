@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saap.errors import PlanError, UnsupportedModelError
-from saap.models.arguments import unit_axis
-from saap.models.modeling_pruned import ArgumentSlice, ConstantOutput, resize, set_attribute
-from saap.models.norms import constant_share, scaled_weight
-from saap.models.offload import bring, mark_changed
-from saap.models.structure import PrunedStructure, argument_slice, epsilon_name, structure_of
-from saap.records import AxisSlice, CoupledGroup, ModelGraph, Role, Side, StructurePlan, uneven_bundle
+from saap.core.errors import PlanError, UnsupportedModelError
+from saap.core.records import AxisSlice, CoupledGroup, ModelGraph, Role, Side, StructurePlan, uneven_bundle
+from saap.models.checkpoint.differences import PrunedStructure, argument_slice, epsilon_name, structure_of
+from saap.models.checkpoint.modeling_pruned import ArgumentSlice, ConstantOutput, resize, set_attribute
+from saap.models.structure.norms import constant_share, scaled_weight
+from saap.models.walk.arguments import unit_axis
+from saap.models.walk.offload import bring, mark_changed
 from saap.surgery.depth import drop_blocks
 
 

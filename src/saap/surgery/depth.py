@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from saap.errors import UnsupportedModelError, first_line
-from saap.models.uniform import keep_layers, text_part
+from saap.core.errors import UnsupportedModelError, first_line
+from saap.models.checkpoint.stock_config import keep_layers, text_part
 
 # Attributes that hold a block's own number.
 BLOCK_NUMBER_NAMES = ("layer_idx", "layer_id", "layer_number")

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from saap.errors import CalibrationError
-from saap.models.least_squares import Moments, removal_order, ridge_refit
-from saap.models.linear import weight_out_in
-from saap.models.masking import channel_mask
-from saap.models.offload import mark_changed
-from saap.models.precision import at_least_float32
-from saap.models.processes import Processes
-from saap.models.residual import ResidualEntry
-from saap.models.spill import Tensors
-from saap.records import CoupledGroup, FloatArray, StructurePlan
+from saap.core.errors import CalibrationError
+from saap.core.records import CoupledGroup, FloatArray, StructurePlan
+from saap.models.loading.precision import at_least_float32
+from saap.models.structure.least_squares import Moments, removal_order, ridge_refit
+from saap.models.structure.linear import weight_out_in
+from saap.models.structure.masking import channel_mask
+from saap.models.walk.offload import mark_changed
+from saap.models.walk.processes import Processes
+from saap.models.walk.residual import ResidualEntry
+from saap.models.walk.spill import Tensors
 from saap.surgery.cut import cut_bundle, cut_group
 
 

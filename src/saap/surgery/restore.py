@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from saap.models.capture import capture
-from saap.models.linear import weight_out_in
-from saap.models.precision import at_least_float32
-from saap.models.processes import Processes
-from saap.models.residual import ResidualEntry, residual_ways
-from saap.models.spill import HostSpill, NewTensors, Spill, Tensors, held
-from saap.models.walked import passed, started
-from saap.models.walker import BlockWalker, Contexts
-from saap.records import CoupledGroup, ModelGraph, Role, StructurePlan
+from saap.core.records import CoupledGroup, ModelGraph, Role, StructurePlan
+from saap.models.loading.precision import at_least_float32
+from saap.models.structure.linear import weight_out_in
+from saap.models.walk.capture import capture
+from saap.models.walk.layerwise import passed, started
+from saap.models.walk.processes import Processes
+from saap.models.walk.residual import ResidualEntry, residual_ways
+from saap.models.walk.spill import HostSpill, NewTensors, Spill, Tensors, held
+from saap.models.walk.walker import BlockWalker, Contexts
 from saap.surgery.cut import cut_bundle, cut_group
 from saap.surgery.refit import Consumer, Restoration, RestoreSettings, Wanted, refit, require_sequences
 

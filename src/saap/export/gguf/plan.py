@@ -9,10 +9,10 @@ from typing import Any
 
 import gguf
 
-from saap.errors import ExportError
+from saap.core.errors import ExportError
 from saap.export.gguf.architectures import ALL_BIASES, ARCHITECTURES, PER_LAYER, Architecture
 from saap.export.gguf.settings import Rope, faults, rope_of, sliding_window
-from saap.models.stored_tensors import Shape
+from saap.models.checkpoint.stored_tensors import Shape
 
 Kind = gguf.GGMLQuantizationType
 _Q, _K, _V, _O = (f"self_attn.{name}_proj" for name in "qkvo")

@@ -9,7 +9,7 @@ from typing import Any
 
 import gguf
 
-from saap.errors import ExportError
+from saap.core.errors import ExportError
 from saap.export.gguf.fields import Field, read_fields
 
 _KEYS = gguf.Keys.Tokenizer

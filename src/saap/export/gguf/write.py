@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saap.errors import OutputError
+from saap.core.errors import OutputError
 from saap.export.gguf.fields import Field
 from saap.export.gguf.plan import GgufPlan, PlannedTensor
 from saap.export.placing import check_place
-from saap.models.groupwise_files import PackedMatrices
-from saap.models.stored_tensors import StoredTensors
+from saap.models.checkpoint.groupwise_files import PackedMatrices
+from saap.models.checkpoint.stored_tensors import StoredTensors
 
 CHUNK_VALUES = 2**20
 

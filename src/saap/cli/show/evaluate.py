@@ -1,0 +1,133 @@
+"""What `saap eval` shows: tables of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from saap.cli.show.output import console_for_tables, one_line
+
+MEASURES = (
+    ("distinct_1", "distinct words (1)"), ("distinct_2", "distinct pairs (2)"), ("distinct_3", "distinct triples (3)"),
+    ("repetition", "repeated 4-grams"), ("tokens", "tokens"), ("dense_perplexity", "perplexity under the dense model"),
+)  # fmt: skip
+
+
+def print_eval(report: Mapping[str, Any]) -> None:
+    """Tables of all that was measured, with the dense model beside it where that was measured too."""
+    console = console_for_tables()
+    dense = report["dense"]
+    console.print(f"[bold]{escape(report['model'])}[/bold]: {report['parameters']:,} parameters")
+    if report["perplexity"]:
+        table = Table("text", "tokens", "window", "perplexity", *(("dense", "ratio") if dense else ()))
+        for name, found in report["perplexity"].items():
+            cells = [escape(name), f"{found['tokens']:,}", str(found["window"]), _number(found["value"])]
+            if dense:
+                base = dense["perplexity"][name]["value"]
+                cells += [_number(base), _ratio(found["value"], base)]
+            table.add_row(*cells)
+        console.print(table)
+    if report["tasks"]:
+        table = Table(
+            "task", "questions", "acc", "acc_norm", "chance", *(("dense acc", "dense acc_norm") if dense else ())
+        )
+        for name, found in report["tasks"].items():
+            cells = [escape(name), str(found["questions"]), _accuracy(found, "acc"), _accuracy(found, "acc_norm")]
+            cells.append(f"{found['chance']:.3f}")
+            if dense:
+                cells += [_accuracy(dense["tasks"][name], "acc"), _accuracy(dense["tasks"][name], "acc_norm")]
+            table.add_row(*cells)
+        means = [report["tasks_mean"], *([dense["tasks_mean"]] if dense else [])]
+        cells = [f"{mean[key]:.3f}" for mean in means for key in ("acc", "acc_norm")]
+        table.add_section()
+        table.add_row("mean", "", *cells[:2], "", *cells[2:])
+        console.print(table)
+    if report["chat"]:
+        chat = report["chat"]
+        beside = f", dense {_number(dense['chat']['value'])}" if dense else ""
+        console.print(f"answers in {chat['turns']} turns of conversations: perplexity {_number(chat['value'])}{beside}")
+    if report["speed"]:
+        _print_speed(console, report["speed"])
+    if report["generation"]:
+        _print_generation(console, report["generation"])
+
+
+def _print_speed(console: Any, found: Mapping[str, Any]) -> None:
+    """Tokens per second, and how many times those of the other model they are."""
+    table = Table(
+        f"{found['runtime']}, {found['weights']}, {found['threads']} threads", "prefill, tokens/s", "decode, tokens/s",
+        "bytes read / token",
+    )  # fmt: skip
+    for one in (found["against"], found["model"]):
+        if one is not None:
+            table.add_row(
+                escape(one["model"]), f"{one['prefill']:.1f}", f"{one['decode']:.1f}", f"{one['bytes_per_token']:,}"
+            )
+    if found["against"] is not None:
+        table.add_section()
+        table.add_row(
+            "faster by", f"{found['prefill_speedup']:.3f}", f"{found['decode_speedup']:.3f}",
+            f"{found['bytes_ratio']:.3f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"{found['prompt_tokens']} tokens read, {found['new_tokens']} written, batch 1; medians of {found['rounds']} "
+        "rounds in turns"
+    )
+
+
+def _print_generation(console: Any, found: Mapping[str, Any]) -> None:
+    dense = found["dense_figures"] or {}
+    table = Table("what it writes", *found["figures"], *(f"dense, {mode}" for mode in dense))
+    columns = [*found["figures"].values(), *dense.values()]
+    for key, label in MEASURES:
+        table.add_row(label, *(_number(column[key]) for column in columns))
+    for key, label in (
+        ("dense_perplexity_by_quarter", "  by quarter"),
+        ("repetition_by_quarter", "repeated by quarter"),
+    ):
+        table.add_row(label, *(" ".join(map(_number, column[key] or ())) for column in columns))
+    if columns:
+        console.print(table)
+    if found["token_agreement"] is not None:
+        console.print(f"the dense model's greedy tokens that it would choose too: {found['token_agreement']:.1%}")
+    if found["cloze"]:
+        beside = f", dense {found['dense_cloze']['accuracy']:.1%}" if found["dense_cloze"] else ""
+        console.print(f"facts: {found['cloze']['accuracy']:.1%} of {found['cloze']['prompts']}{beside}")
+    for prompt, texts in list(found["samples"].get("greedy", {}).items())[:3]:
+        console.print(f"prompt: {one_line(prompt)}")
+        for name, text in texts.items():
+            console.print(f"  {name}: {one_line(text[:300])}")
+
+
+def print_ratings(found: Mapping[str, Any]) -> None:
+    """Mean ratings, win rates and agreement."""
+    console = console_for_tables()
+    console.print(f"{found['raters']} raters, {found['items']} questions; 95 % intervals over the questions")
+    for criterion in ("coherence", "accuracy"):
+        table = Table(criterion, "value", "from", "to")
+        for kind in ("mean", "win_rate"):
+            for name, value in found[criterion][kind].items():
+                label = f"mean of {name}" if kind == "mean" else name
+                table.add_row(escape(label), *(f"{value[key]:.2f}" for key in ("value", "low", "high")))
+        console.print(table)
+        alpha = found[criterion]["agreement"]
+        shown = "not known (each answer has one rating)" if alpha is None else f"{alpha:.2f}"
+        console.print(f"agreement of the raters (Krippendorff's alpha): {shown}")
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def _ratio(value: float | None, base: float | None) -> str:
+    return f"{value / base:.3f}" if value and base else "-"
+
+
+def _accuracy(found: Mapping[str, Any], key: str) -> str:
+    return "-" if found[key] is None else f"{found[key]:.3f} ± {found[key + '_stderr']:.3f}"

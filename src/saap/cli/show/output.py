@@ -1,0 +1,284 @@
+"""What the command line shows: progress, tables, answers. Only drawing, no figures of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from saap.core.errors import printable
+from saap.pipeline.shared.progress import Reporter, Silent
+
+if TYPE_CHECKING:
+    from saap.pipeline.prune.result import PruneReport, PruneResult
+    from saap.pipeline.recover.result import RecoverReport
+
+BAR_WIDTH = 24
+PLAIN_SECONDS = 15.0
+PLAIN_WIDTH = 140
+
+
+class PlainReporter:
+    """Plain lines for logs and pipes: one per stage, and one each 15 seconds inside a long one."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._title = ""
+        self._start = self._last = time.monotonic()
+
+    def stage(self, title: str) -> None:
+        """Print the stage's title."""
+        self._title, self._start = title, time.monotonic()
+        self._last = self._start
+        print(f"{title} ...", file=self._stream, flush=True)
+
+    def advance(self, done: int, total: int) -> None:
+        """Print how far the stage is and how long it will take, now and then."""
+        now = time.monotonic()
+        if now - self._last < PLAIN_SECONDS or done == 0:
+            return
+        self._last = now
+        left = (now - self._start) / done * (total - done)
+        print(f"  {self._title}: {done}/{total}, about {left:.0f} s left", file=self._stream, flush=True)
+
+    def note(self, text: str) -> None:
+        """Print a fact."""
+        print(f"  {text}", file=self._stream, flush=True)
+
+
+class RichReporter:
+    """One line per stage with a bar and the time left."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: TaskID | None = None
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            total = self._progress.tasks[self._task].total or 1
+            self._progress.update(self._task, total=total, completed=total)
+
+    def stage(self, title: str) -> None:
+        """Finish the last stage's line and begin another."""
+        self._finish()
+        self._task = self._progress.add_task(title, total=None)
+
+    def advance(self, done: int, total: int) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=done, total=total)
+
+    def note(self, text: str) -> None:
+        """Print a fact above the bars."""
+        self._progress.console.print(f"  {escape(text)}", highlight=False)
+
+    def close(self) -> None:
+        """Finish the last stage's line."""
+        self._finish()
+
+
+@contextmanager
+def make_reporter(*, quiet: bool, to_stderr: bool) -> Iterator[Reporter]:
+    """Progress on a terminal, plain lines elsewhere, nothing if quiet; on stderr when stdout carries JSON."""
+    stream = sys.stderr if to_stderr else sys.stdout
+    if quiet:
+        yield Silent()
+    elif stream.isatty():
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(BAR_WIDTH),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+        )
+        with Progress(*columns, console=Console(file=stream)) as progress:
+            reporter = RichReporter(progress)
+            yield reporter
+            reporter.close()
+    else:
+        yield PlainReporter(stream)
+
+
+def console_for_tables() -> Console:
+    """Stdout; wide where no terminal sets a width, so that nothing is folded in files and pipes."""
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+
+def print_structures(shown: Mapping[str, Any]) -> None:
+    """Table of the coupled structures of a model."""
+    console = console_for_tables()
+    console.print(
+        f"{escape(str(shown['model']))}: {shown['parameters']:,} parameters, {shown['block_parameters']:,} of them in "
+        f"{shown['blocks']} decoder blocks",
+        highlight=False,
+    )
+    table = Table("role", "groups", "units", "parameters / unit")
+    table.add_column("member", overflow="fold")
+    for heading in ("axis", "width", "side"):
+        table.add_column(heading)
+    for row in shown["roles"]:
+        for index, member in enumerate(row["members"]):
+            first = index == 0
+            table.add_row(
+                row["role"] if first else "",
+                str(row["groups"]) if first else "",
+                str(row["units"]) if first else "",
+                f"{row['parameters_per_unit']:,}" if first else "",
+                escape(member["tensor"]),
+                str(member["axis"]),
+                str(member["width"]),
+                member["side"],
+                end_section=index == len(row["members"]) - 1,
+            )
+    console.print(table)
+    for refusal in shown["refused"]:
+        console.print(f"not pruned: {escape(refusal['name'])}: {escape(refusal['reason'])}", highlight=False)
+
+
+def print_preview(shown: Mapping[str, Any]) -> None:
+    """What a dry run found."""
+    console = console_for_tables()
+    console.print(f"model: {escape(str(shown['model']))}, {shown['parameters']:,} parameters")
+    reachable = f"reachable with {', '.join(shown['roles'])}"
+    speedup = shown["settings"]["target_speedup"]
+    for target in shown["targets"]:
+        what = f"at least {target['removal']:,} parameters leave"
+        if speedup is not None:
+            what = f"decoding {speedup:g} times as fast in {shown['settings']['runtime']}"
+        console.print(f"target {escape(target['name'])}: {what}; {reachable}")
+    for name, tokens in shown["tokens"].items():
+        console.print(f"tokens for {name}: {tokens:,}")
+    table = Table("stage on this machine", "about s", "memory, GB", "disk, MB")
+    forecast = shown["forecast"]
+    for stage in forecast["stages"]:
+        seconds = "?" if stage["seconds"] is None else f"{stage['seconds']:.0f}"
+        disk = f"{stage['disk_bytes'] / 1e6:,.0f}" if stage["disk_bytes"] else ""
+        table.add_row(escape(stage["name"]), seconds, f"{stage['peak_resident_bytes'] / 1e9:.1f}", disk)
+    peak = f"{forecast['peak_resident_bytes'] / 1e9:.1f}"
+    table.add_row("all", f"{forecast['seconds']:.0f}", peak, f"{forecast['disk_bytes'] / 1e6:,.0f}")
+    console.print(table)
+    console.print("nothing was written.")
+
+
+def print_results(results: Sequence[PruneResult]) -> None:
+    """The summary of each result."""
+    console = console_for_tables()
+    for result in results:
+        _print_report(console, result.report)
+
+
+def _print_report(console: Console, report: PruneReport) -> None:
+    console.print()
+    console.print(f"[bold]{escape(report.path or 'pruned model')}[/bold]")
+    table = Table("", "dense", "pruned", "ratio")
+    for label, dense, pruned in (
+        ("parameters", report.parameters_dense, report.parameters),
+        ("in decoder blocks", report.block_parameters_dense, report.block_parameters),
+        (f"bytes ({report.dtype})", report.bytes_dense, report.bytes),
+    ):
+        table.add_row(label, f"{dense:,}", f"{pruned:,}", f"{pruned / dense:.3f}")
+    table.add_row(
+        f"perplexity ({escape(report.evaluation_text)})",
+        f"{report.perplexity_dense:.2f}",
+        f"{report.perplexity:.2f}",
+        f"{report.perplexity_ratio:.3f}",
+    )
+    console.print(table)
+    if report.speed is not None:
+        speed = report.speed
+        console.print(
+            f"speed of decoding: {speed['reached']:.2f} of the dense model's, asked {speed['asked']:g}, predicted "
+            f"{speed['predicted']:.2f}; {speed['dense_tokens_per_second']:.1f} -> {speed['tokens_per_second']:.1f} "
+            f"tokens/s in {speed['runtime']} ({speed['weights']}, {speed['threads']} threads)"
+        )
+    _print_structure(console, report)
+    if report.prompt:
+        console.print(f"prompt: {one_line(report.prompt)}")
+        console.print(f"  dense:  {one_line(report.answer_dense)}")
+        console.print(f"  pruned: {one_line(report.answer)}")
+    for finding in report.findings:
+        console.print(f"[yellow]look here:[/yellow] {escape(finding)}")
+    total = sum(stage.seconds for stage in report.stages)
+    peak = max((stage.peak_resident_bytes for stage in report.stages), default=0)
+    console.print(f"took {total:.0f} s, at most {peak / 1e9:.1f} GB of memory")
+    if report.load_lines:
+        console.print("open it with:")
+        for line in report.load_lines:
+            console.print(f"  {escape(line)}")
+
+
+def one_line(text: str) -> str:
+    """What a model or a folder says, on one line and without control characters and markup."""
+    return escape(" ".join(printable(text).split()))
+
+
+def _print_structure(console: Console, report: PruneReport) -> None:
+    """A bar of kept units for each layer and role."""
+    console.print("kept units per layer:")
+    for row in report.structure:
+        cells = []
+        for role, kept, units in row.parts:
+            filled = round(BAR_WIDTH * kept / units) if units else 0
+            cells.append(f"{role} {'█' * filled}{'░' * (BAR_WIDTH - filled)} {kept:>5}/{units}")
+        console.print(f"  {row.name:>6}  " + "   ".join(cells))
+
+
+def print_all_stages(results: Sequence[tuple[PruneReport, RecoverReport]]) -> None:
+    """The summary of each result that was pruned and then tuned."""
+    for pruned, tuned in results:
+        _print_report(console_for_tables(), dataclasses.replace(pruned, path=None, load_lines=()))
+        print_recovery(tuned)
+
+
+def print_recovery(report: RecoverReport) -> None:
+    """The summary of a recovery."""
+    console = console_for_tables()
+    console.print(f"\n[bold]{escape(report.path or 'tuned model')}[/bold]")
+    table = Table("", f"perplexity ({escape(report.evaluation_text)})", "ratio to dense")
+    dense = report.perplexity_dense
+    for label, value in (
+        ("dense", dense),
+        ("as it came", report.perplexity_before),
+        ("quantised", report.perplexity_quantised),
+        ("recovered", report.perplexity),
+    ):
+        if value is not None:
+            table.add_row(label, f"{value:.2f}", f"{value / dense:.3f}" if dense else "")
+    console.print(table)
+    if report.gap_closed is not None:
+        share = round(report.gap_closed, 2) + 0.0  # no minus sign before a zero
+        console.print(f"{share:.0%} of the gap in log-perplexity to the dense model is closed")
+    console.print(
+        f"validation {report.validation_before:.4f} -> {report.validation:.4f} (step {report.best_step} of "
+        f"{report.steps}); {report.tokens:,} tokens in {report.seconds:.0f} s; stopped by {report.stopped_by}"
+    )
+    packed = f"; packed {report.packed_bytes:,}" if report.packed_bytes is not None else ""
+    console.print(f"bytes of the weights: {report.bytes:,} ({report.dtype}){packed}")
+    if report.prompt:
+        console.print(f"prompt: {one_line(report.prompt)}")
+        answers = (("dense", report.answer_dense), ("as it came", report.answer_before), ("recovered", report.answer))
+        for label, answer in answers:
+            if answer:
+                console.print(f"  {label + ':':<11} {one_line(answer)}")
+    peak = max((stage.peak_resident_bytes for stage in report.stages), default=0)
+    console.print(f"took {sum(stage.seconds for stage in report.stages):.0f} s, at most {peak / 1e9:.1f} GB of memory")
+    if report.load_lines:
+        console.print("open it with:")
+        for line in report.load_lines:
+            console.print(f"  {escape(line)}")

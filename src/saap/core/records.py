@@ -1,0 +1,405 @@
+"""The nouns that the stages pass to each other: frozen, typed, each with a digest; no torch, no maths of the method.
+
+A record is identified by `digest`, the sha256 of its canonical JSON (arrays by their bytes). A stage that receives a
+record made for another input raises StaleInputError (see `require_same`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from saap.core.errors import StaleInputError
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+class Role(StrEnum):
+    """What a coupled group does in the model."""
+
+    FFN = "ffn"
+    ATTENTION = "attention"
+    QUERY = "query"
+    EXPERT = "expert"
+    HIDDEN = "hidden"
+
+    @property
+    def of_channels(self) -> bool:
+        """Whether its units are single channels, whose number is aligned."""
+        return self in (Role.FFN, Role.HIDDEN)
+
+
+class Side(StrEnum):
+    """Whether a member's axis produces the group's channels or contracts over them."""
+
+    PRODUCER = "producer"
+    CONSUMER = "consumer"
+
+
+class Layout(StrEnum):
+    """`adaptive`: each layer its own sizes. `uniform`: the same sizes everywhere, so the stock class can load it."""
+
+    ADAPTIVE = "adaptive"
+    UNIFORM = "uniform"
+
+
+def canonical(value: Any) -> Any:
+    """The JSON-able form of a record that its digest is taken of; arrays become their shape, type and sha256."""
+    if isinstance(value, np.ndarray):
+        raw = np.ascontiguousarray(value)
+        return [list(raw.shape), str(raw.dtype), hashlib.sha256(raw.tobytes()).hexdigest()]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        present = [f for f in dataclasses.fields(value) if f.compare and not _is_left_out(value, f)]
+        return {f.name: canonical(getattr(value, f.name)) for f in present}
+    if isinstance(value, Mapping):
+        return {str(key): canonical(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [canonical(item) for item in value]
+    return value
+
+
+# A field that came later and that most records do not use: at its default it has no part in the digest.
+_WHERE_USED = {"digest": "where used"}
+
+
+def _is_left_out(record: Any, item: dataclasses.Field[Any]) -> bool:
+    return item.metadata is not None and "digest" in item.metadata and getattr(record, item.name) == item.default
+
+
+def digest_of(value: Any) -> str:
+    """sha256 (hex) of the canonical JSON of `value`."""
+    text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def require_same(what: str, *, expected: str, found: str) -> None:
+    """Raise StaleInputError unless the two digests are equal."""
+    if expected != found:
+        raise StaleInputError(
+            f"{what} was made for digest {expected[:12]}, but this one is {found[:12]}",
+            "Run the earlier stage again for this input, or delete the stale stage file",
+        )
+
+
+class Digested:
+    """Mixin: `digest` of a frozen dataclass."""
+
+    __slots__ = ()
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the record's canonical JSON."""
+        return digest_of(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRef(Digested):
+    """Which weights: where they came from, and digests of the configuration and of the weights.
+
+    Only the digests count for equality of records, so a moved folder keeps its stage files.
+    """
+
+    source: str = field(compare=False)
+    revision: str | None = field(default=None, compare=False)
+    config_digest: str
+    weights_digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AxisSlice:
+    """Where the units of a group lie along one axis of one tensor.
+
+    Unit u covers `width` consecutive indices from `start(u)`. Starts advance by `stride`; where the tensor is made of
+    blocks (fused projections split over heads), they jump by `jump` after every `period` units instead.
+    part: where axis 0 of the tensor stacks several matrices (experts), the one that the units lie in.
+    """
+
+    tensor: str
+    axis: int
+    side: Side
+    offset: int
+    width: int
+    stride: int
+    period: int = 0
+    jump: int = 0
+    part: int | None = field(default=None, metadata=_WHERE_USED)
+
+    def start(self, unit: int) -> int:
+        """First index of `unit` along the axis."""
+        if self.period:
+            return self.offset + unit % self.period * self.stride + unit // self.period * self.jump
+        return self.offset + unit * self.stride
+
+    def rows(self, unit: int) -> range:
+        """The indices of `unit` along the axis."""
+        first = self.start(unit)
+        return range(first, first + self.width)
+
+    def indices(self, units: Iterable[int]) -> list[int]:
+        """The indices of all `units`, unit by unit."""
+        return [index for unit in units for index in self.rows(unit)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitAttribute:
+    """An integer attribute of a module that must follow the number of kept units: value = `per_unit` * kept.
+
+    attribute: its name; "config.NAME" means the module's own copy of the configuration.
+    """
+
+    module: str
+    attribute: str
+    per_unit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoupledGroup(Digested):
+    """Weight slices that must be removed together: `units` of them, numbered 0..units-1, over all `members`.
+
+    layer: index of the decoder block, -1 for groups of the whole model. name: unique, e.g. "layers.3.ffn".
+    attributes: integers that follow the number of kept units. scaled_norms: modules that take the RMS over the group's
+    axis; removal equals masking only if weight x (kept/n)^-0.5 and eps x n/kept. sliced_arguments: modules that
+    receive a tensor with one entry per unit from outside (ALiBi), which must be cut to the kept units at each call.
+    bundle: groups of the same one lie in parts of the same tensors or share the heads of one module evenly, so all of
+    them keep the same number of units, each its own choice; "" for a group by itself. least: units that must stay (as
+    many experts as a token is sent to).
+    """
+
+    layer: int
+    role: Role
+    name: str
+    units: int
+    members: tuple[AxisSlice, ...]
+    attributes: tuple[UnitAttribute, ...] = ()
+    scaled_norms: tuple[str, ...] = ()
+    sliced_arguments: tuple[str, ...] = ()
+    bundle: str = field(default="", metadata=_WHERE_USED)
+    least: int = field(default=0, metadata=_WHERE_USED)
+
+    @property
+    def consumers(self) -> tuple[AxisSlice, ...]:
+        """Members whose axis is contracted with the group's channels (down_proj, o_proj)."""
+        return tuple(member for member in self.members if member.side is Side.CONSUMER)
+
+    @property
+    def producers(self) -> tuple[AxisSlice, ...]:
+        """Members that make the group's channels (gate, up, q, k, v and their biases)."""
+        return tuple(member for member in self.members if member.side is Side.PRODUCER)
+
+    def others(self, units: Iterable[int]) -> list[int]:
+        """The units that are not among `units`, ascending: those that leave, of those that are kept."""
+        return sorted(set(range(self.units)) - set(units))
+
+    def parameters_per_unit(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Parameters that leave with one unit, when nothing else is pruned. shapes: of the model's tensors."""
+        return sum(
+            member.width * prod(shape) // shape[member.axis] // (1 if member.part is None else shape[0])
+            for member in self.members
+            for shape in [shapes[member.tensor]]
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigField:
+    """A configuration field that says a role's size in a stock model: value = `per_unit` * kept units."""
+
+    role: Role
+    name: str
+    per_unit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A part of the model that is not pruned, and why (the op or module that stopped the analysis)."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelGraph(Digested):
+    """The coupled groups of a model.
+
+    blocks: module paths of the decoder blocks in order. shapes: of every parameter by name (tied ones once).
+    config_fields: for the uniform layout; a role without one cannot be said in a stock configuration.
+    pinned_fields: configuration fields with the value they must keep when others change (head_dim).
+    """
+
+    model: ModelRef
+    blocks: tuple[str, ...]
+    groups: tuple[CoupledGroup, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    config_fields: tuple[ConfigField, ...] = ()
+    pinned_fields: Mapping[str, int] = field(default_factory=dict)
+    refused: tuple[Refusal, ...] = ()
+
+    def group(self, name: str) -> CoupledGroup:
+        """The group of that name. Raises KeyError."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(name)
+
+    def of_role(self, role: Role) -> tuple[CoupledGroup, ...]:
+        """All groups of `role`, in the order of the layers."""
+        return tuple(group for group in self.groups if group.role is role)
+
+    def in_block(self, layer: int) -> tuple[CoupledGroup, ...]:
+        """All groups inside decoder block `layer`."""
+        return tuple(group for group in self.groups if group.layer == layer)
+
+    def block_of(self, tensor: str) -> int:
+        """Index of the decoder block that holds the tensor, -1 if none does."""
+        for index, path in enumerate(self.blocks):
+            if tensor.startswith(path + "."):
+                return index
+        return -1
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole dense model."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of the decoder blocks of the dense model: the base of the pruning ratio."""
+        return sum(prod(shape) for name, shape in self.shapes.items() if self.block_of(name) >= 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CalibrationSet(Digested):
+    """Token ids of the calibration samples.
+
+    sources: what was asked for. tokens: (samples, length). ignored: ids that stand for images, of which no loss is
+    taken. inputs: for each sample what the model takes beside its ids (pixels), by name of the argument; () for text.
+    """
+
+    sources: tuple[str, ...]
+    seed: int
+    tokens: IntArray
+    ignored: tuple[int, ...] = field(default=(), metadata=_WHERE_USED)
+    inputs: tuple[Mapping[str, npt.NDArray[Any]], ...] = field(default=(), metadata=_WHERE_USED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GroupScores:
+    """Statistics over N samples of the importance of each unit of one group; all arrays (units,), float64.
+
+    vector, element: means. vector_m2, element_m2: sums of squared deviations. comoment: sum of the product of both
+    deviations. From them mean and variance of any fusion a*vector + b*element follow without a second pass.
+    """
+
+    vector: FloatArray
+    vector_m2: FloatArray
+    element: FloatArray
+    element_m2: FloatArray
+    comoment: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ImportanceScores(Digested):
+    """What estimation gives: statistics per group, for the graph and the calibration set that it names.
+
+    element_order: "1", "2" or "mixed". losses: mean loss of each sample in nats.
+    """
+
+    graph_digest: str
+    calibration_digest: str
+    samples: int
+    element_order: str
+    aggregation: str
+    losses: FloatArray
+    groups: Mapping[str, GroupScores]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class UnitScores:
+    """The one score that search uses for the units of a group: mean and variance over samples, arrays (units,).
+
+    Not negative and comparable over all groups, but for baselines whose own scale has a zero inside (FLAP).
+    """
+
+    mean: FloatArray
+    variance: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One structure that the search judged: its name and its measured loss (KL to the dense logits, nats/token)."""
+
+    name: str
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructurePlan(Digested):
+    """What stays. keep: group name -> kept unit indices, ascending; a group that is not named keeps everything.
+
+    dropped_blocks: decoder blocks that leave whole. parameters, block_parameters: predicted for the whole model and
+    for its blocks. trail: the candidates that were judged, best first.
+    """
+
+    graph_digest: str
+    layout: Layout
+    strategy: str
+    align: int
+    keep: Mapping[str, tuple[int, ...]]
+    dropped_blocks: tuple[int, ...] = ()
+    parameters: int
+    block_parameters: int
+    trail: tuple[Candidate, ...] = ()
+
+    def kept(self, group: CoupledGroup) -> tuple[int, ...]:
+        """Kept units of `group`."""
+        return self.keep.get(group.name, tuple(range(group.units)))
+
+    def removes_nothing(self, graph: ModelGraph) -> bool:
+        """Whether the plan keeps every unit of every group."""
+        return not self.dropped_blocks and all(len(self.kept(group)) == group.units for group in graph.groups)
+
+
+def kept_shapes(
+    graph: ModelGraph, keep: Mapping[str, tuple[int, ...] | int], dropped_blocks: Iterable[int] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors after removing what `keep` does not name; a value may be the count alone."""
+    dropped = set(dropped_blocks)
+    stacked: set[tuple[str, int, int]] = set()
+    shapes = {name: list(shape) for name, shape in graph.shapes.items() if graph.block_of(name) not in dropped}
+    for group in graph.groups:
+        if group.name in keep:
+            kept = keep[group.name]
+            gone = group.units - (kept if isinstance(kept, int) else len(kept))
+            for member in group.members:
+                place = (member.tensor, member.axis, member.offset)
+                if member.tensor in shapes and place not in stacked:
+                    shapes[member.tensor][member.axis] -= member.width * gone
+                if member.part is not None:
+                    stacked.add(place)  # all parts lose the same number
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def uneven_bundle(graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """Names of two groups of one bundle that would keep different numbers of units; empty if there are none."""
+    seen: dict[str, tuple[str, int]] = {}
+    for group in graph.groups:
+        kept = len(keep[group.name]) if group.name in keep else group.units
+        if group.bundle:
+            other, count = seen.setdefault(group.bundle, (group.name, kept))
+            if count != kept:
+                return other, group.name
+    return ()
+
+
+def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Number of elements of all tensors."""
+    return sum(prod(shape) for shape in shapes.values())

@@ -1,0 +1,299 @@
+"""Records on disk: the readable plan and the scores. Whole files or nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as tensors_to_bytes
+
+from saap.core.errors import PlanError, StaleInputError
+from saap.core.files import whole_file
+from saap.core.records import (
+    Candidate,
+    CoupledGroup,
+    FloatArray,
+    GroupScores,
+    ImportanceScores,
+    Layout,
+    ModelGraph,
+    StructurePlan,
+    count_parameters,
+    kept_shapes,
+)
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""A number of things in a file, exact as a float too."""
+Amount = Annotated[float, Field(ge=-1e100, le=1e100, allow_inf_nan=False)]
+"""A measured number in a file, small enough to be computed with."""
+STATISTICS = ("vector", "vector_m2", "element", "element_m2", "comoment")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or all of the new. Raises OutputError, and leaves no part."""
+    with whole_file(path) as part:
+        part.write_bytes(content)
+
+
+def faults_of(error: ValidationError) -> str:
+    """What is wrong with a file, in one line: the first five faults with their places."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)[:5]
+    return "; ".join(f"{'.'.join(map(str, fault['loc']))[:100] or 'file'}: {fault['msg']}" for fault in found)
+
+
+def write_scores(path: Path, scores: ImportanceScores) -> None:
+    """Write all statistics as safetensors: `GROUP/STATISTIC` (units,) float64, and `losses` (samples,)."""
+    tensors = {
+        f"{name}/{statistic}": np.ascontiguousarray(getattr(group, statistic))
+        for name, group in scores.groups.items()
+        for statistic in STATISTICS
+    }
+    tensors["losses"] = np.ascontiguousarray(scores.losses)
+    metadata = {
+        "graph_digest": scores.graph_digest,
+        "calibration_digest": scores.calibration_digest,
+        "samples": str(scores.samples),
+        "element_order": scores.element_order,
+        "aggregation": scores.aggregation,
+        "groups": json.dumps(list(scores.groups)),
+    }
+    write_whole(path, tensors_to_bytes(tensors, metadata))
+
+
+def read_scores(path: Path) -> ImportanceScores:
+    """Read what `write_scores` wrote. Raises StaleInputError if the file is damaged."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata()
+            groups = {}
+            samples = int(metadata["samples"])
+            if not 0 < samples < 2**53:
+                raise ValueError("its number of samples is impossible")
+            for name in json.loads(metadata["groups"]):
+                arrays = {statistic: _array(file, f"{name}/{statistic}") for statistic in STATISTICS}
+                if {array.shape for array in arrays.values()} != {(len(arrays["vector"]),)}:
+                    raise ValueError(f"the statistics of {name} are of different sizes")
+                groups[name] = GroupScores(**arrays)
+            return ImportanceScores(
+                graph_digest=metadata["graph_digest"],
+                calibration_digest=metadata["calibration_digest"],
+                samples=samples,
+                element_order=metadata["element_order"],
+                aggregation=metadata["aggregation"],
+                losses=_array(file, "losses"),
+                groups=groups,
+            )
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise StaleInputError(f"{path} holds no scores of this version ({error})", "Delete it") from None
+
+
+def _array(file: Any, name: str) -> FloatArray:
+    return np.asarray(file.get_tensor(name), dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanFile:
+    """A plan as a file says it, perhaps edited by a person.
+
+    keep: group name -> kept unit indices, or only their number where the file leaves the choice to the scores.
+    """
+
+    graph_digest: str
+    layout: Layout
+    strategy: str
+    align: int
+    keep: Mapping[str, tuple[int, ...] | int]
+    dropped_blocks: tuple[int, ...] = ()
+    trail: tuple[Candidate, ...] = ()
+
+    @property
+    def open_groups(self) -> tuple[str, ...]:
+        """Groups of which only the number of kept units is given."""
+        return tuple(name for name, kept in self.keep.items() if isinstance(kept, int))
+
+    def structure_plan(self, graph: ModelGraph, chosen: Mapping[str, tuple[int, ...]] | None = None) -> StructurePlan:
+        """The plan with the predicted sizes. chosen: kept units of the `open_groups`. Raises PlanError if some lack."""
+        keep: dict[str, tuple[int, ...]] = {}
+        for name, kept in self.keep.items():
+            units = (chosen or {}).get(name) if isinstance(kept, int) else kept
+            if units is None or (isinstance(kept, int) and len(units) != kept):
+                raise PlanError(f"The units of {name} are still to be chosen", "List them as `units`")
+            if len(units) < graph.group(name).units:
+                keep[name] = units
+        shapes = kept_shapes(graph, keep, self.dropped_blocks)
+        return StructurePlan(
+            graph_digest=graph.digest,
+            layout=self.layout,
+            strategy=self.strategy,
+            align=self.align,
+            keep=keep,
+            dropped_blocks=self.dropped_blocks,
+            parameters=count_parameters(shapes),
+            block_parameters=count_parameters({n: s for n, s in shapes.items() if graph.block_of(n) >= 0}),
+            trail=self.trail,
+        )
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GroupEntry(_Strict):
+    """One group of a plan file: how many of its units are kept, and which, as runs."""
+
+    kept: Count | None = None
+    of: Annotated[Count, Field(ge=1)] | None = None
+    units: str | None = None
+
+
+class TrailEntry(_Strict):
+    """One candidate of the search and its measured loss, None where that is not finite."""
+
+    name: str
+    loss: Amount | None
+
+
+class PlanDocument(_Strict):
+    """The content of a plan.json."""
+
+    format_version: Literal[1]
+    graph_digest: str = ""
+    layout: Layout = Layout.ADAPTIVE
+    strategy: str = "edited"
+    align: Annotated[int, Field(ge=1)] = 1
+    parameters: Count | None = None
+    block_parameters: Count | None = None
+    dropped_blocks: tuple[int, ...] = ()
+    groups: dict[str, GroupEntry]
+    trail: tuple[TrailEntry, ...] = ()
+
+
+def write_plan(path: Path, plan: StructurePlan, graph: ModelGraph) -> None:
+    """Write the plan so that a person can read and edit it: kept units of each group as runs, "0-3,5,7-12"."""
+    document = PlanDocument(
+        format_version=1,
+        graph_digest=plan.graph_digest,
+        layout=plan.layout,
+        strategy=plan.strategy,
+        align=plan.align,
+        parameters=plan.parameters,
+        block_parameters=plan.block_parameters,
+        dropped_blocks=plan.dropped_blocks,
+        groups={
+            group.name: GroupEntry(kept=len(plan.kept(group)), of=group.units, units=format_units(plan.kept(group)))
+            for group in graph.groups
+            if group.layer not in plan.dropped_blocks
+        },
+        trail=tuple(
+            TrailEntry(name=candidate.name, loss=candidate.loss if math.isfinite(candidate.loss) else None)
+            for candidate in plan.trail
+        ),
+    )
+    write_whole(path, (document.model_dump_json(indent=2) + "\n").encode())
+
+
+def read_plan_document(path: Path) -> PlanDocument:
+    """Read a plan without its model. Raises PlanError."""
+    try:
+        return PlanDocument.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise PlanError(f"The plan {path} cannot be read ({error.strerror})", "Give the path of a plan.json") from None
+    except ValidationError as error:
+        raise PlanError(f"{path} is no plan ({faults_of(error)})", "Correct these entries") from None
+
+
+def read_plan(path: Path, graph: ModelGraph) -> PlanFile:
+    """Read a plan and check it against the model's groups; a group that is not named keeps everything.
+
+    Raises PlanError with every fault: unknown groups, other sizes, units out of range or twice, a `kept` that
+    disagrees with `units`.
+    """
+    document = read_plan_document(path)
+    groups = {group.name: group for group in graph.groups}
+    faults_found: list[str] = []
+    keep: dict[str, tuple[int, ...] | int] = {}
+    for name, entry in document.groups.items():
+        group = groups.get(name)
+        try:
+            if group is None:
+                raise ValueError("the model has no such group")
+            keep[name] = _kept(entry, group)
+        except ValueError as error:
+            faults_found.append(f"{name}: {error}")
+    faults_found += [f"no block {layer}" for layer in document.dropped_blocks if not 0 <= layer < len(graph.blocks)]
+    if graph.blocks and set(range(len(graph.blocks))) <= set(document.dropped_blocks):
+        faults_found.append("dropped_blocks: no block would be left")
+    if faults_found:
+        raise PlanError(f"{path} does not fit the model ({'; '.join(faults_found)})", "Correct these entries")
+    return PlanFile(
+        graph_digest=document.graph_digest,
+        layout=document.layout,
+        strategy=document.strategy,
+        align=document.align,
+        keep=keep,
+        dropped_blocks=tuple(sorted(set(document.dropped_blocks))),
+        trail=tuple(
+            Candidate(name=entry.name, loss=math.inf if entry.loss is None else entry.loss) for entry in document.trail
+        ),
+    )
+
+
+def _kept(entry: GroupEntry, group: CoupledGroup) -> tuple[int, ...] | int:
+    if entry.of is not None and entry.of != group.units:
+        raise ValueError(f"it has {group.units} units, not {entry.of}")
+    if entry.units is None:
+        if entry.kept is None:
+            raise ValueError("neither kept nor units is given")
+        if entry.kept > group.units:
+            raise ValueError(f"kept {entry.kept} of {group.units}")
+        return entry.kept
+    units = parse_units(entry.units, group.units)
+    if entry.kept is not None and entry.kept != len(units):
+        raise ValueError(f"kept is {entry.kept} but {len(units)} units are listed; correct one, or delete `units`")
+    return units
+
+
+def _runs_of(indices: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Maximal runs (first, last) of ascending indices."""
+    first = last = None
+    for index in indices:
+        if first is None or last is None:
+            first = last = index
+        elif index == last + 1:
+            last = index
+        else:
+            yield first, last
+            first = last = index
+    if first is not None and last is not None:
+        yield first, last
+
+
+def format_units(units: Iterable[int]) -> str:
+    """Ascending indices as runs: (0, 1, 2, 5) -> "0-2,5"."""
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in _runs_of(units))
+
+
+def parse_units(text: str, count: int | None = None) -> tuple[int, ...]:
+    """The indices that `format_units` wrote, below `count` if that is given.
+
+    Raises ValueError on anything else, also on indices given twice.
+    """
+    units: list[int] = []
+    for part in text.replace(" ", "").split(",") if text.strip() else []:
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"{part!r} is no unit and no run of units such as 3-7")
+        run = range(int(first), int(last or first) + 1)
+        if not run or (units and run[0] <= units[-1]):
+            raise ValueError(f"{part!r} does not follow in ascending order")
+        if count is not None and run[-1] >= count:
+            raise ValueError(f"unit {run[-1]} of {count}")
+        units.extend(run)
+    return tuple(units)

@@ -1,0 +1,1 @@
+"""Pruned checkpoints on disk, and the code that opens them."""

@@ -1,0 +1,79 @@
+"""What belongs to a row of token ids beside the ids: the images of a model that reads them too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saap.core.records import CalibrationSet
+
+Inputs = Mapping[str, Tensor]
+
+
+# What configurations call the id that stands where a part of an image goes.
+_IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index")
+
+
+def image_token_ids(config: Any) -> tuple[int, ...]:
+    """Ids that stand for images in the tokens of a model; () for one that reads none."""
+    found = {getattr(config, name, None) for name in _IMAGE_TOKEN_NAMES}
+    return tuple(sorted(value for value in found if isinstance(value, int)))
+
+
+@contextmanager
+def with_images(model: nn.Module, sets: Iterable[CalibrationSet]) -> Iterator[None]:
+    """While it lasts, a forward of `model` on rows of `sets` is also given what belongs to these rows.
+
+    Rows are known by their ids; a batch with a row that belongs to no set goes on as it came.
+    """
+    table: dict[bytes, Inputs] = {}
+    for one in sets:
+        for row, inputs in zip(one.tokens, one.inputs, strict=False):
+            table[_key(torch.from_numpy(row))] = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    if not table:
+        yield
+        return
+
+    def hook(
+        module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        ids = arguments[0] if arguments else keywords.get("input_ids")
+        rows = [table.get(_key(row)) for row in ids] if isinstance(ids, Tensor) else []
+        found = [row for row in rows if row is not None]
+        if not found or len(found) < len(rows):
+            return arguments, keywords
+        return arguments, {**keywords, **_batch(found, next(module.parameters()))}
+
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _key(row: Tensor) -> bytes:
+    return row.detach().cpu().numpy().tobytes()
+
+
+def _batch(rows: list[Inputs], like: Tensor) -> dict[str, Tensor]:
+    """The rows' inputs one after the other along the first axis, on the device and in the type of the weights."""
+    return {
+        name: joined.to(like.device, like.dtype if joined.is_floating_point() else joined.dtype)
+        for name in rows[0]
+        for joined in [torch.cat(_of_one_size([row[name] for row in rows]))]
+    }
+
+
+def _of_one_size(tensors: list[Tensor]) -> list[Tensor]:
+    """Zeros at the ends of all axes but the first where rows differ: as processors fill up what has fewer images."""
+    sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    filled = []
+    for tensor in tensors:
+        room = tensor.new_zeros(len(tensor), *sizes)
+        room[(slice(None), *(slice(size) for size in tensor.shape[1:]))] = tensor
+        filled.append(room)
+    return filled

@@ -1,0 +1,133 @@
+"""A GGUF file in llama.cpp itself, for logits of every position. Needs the package llama-cpp-py-sync."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saap.core.errors import ModelError
+
+_WARNING = 3  # ggml's log levels: 1 debug or 2 information below, 4 error above
+_KEPT_LINES = 8
+_FLOAT32 = 0  # ggml_type
+
+
+def llama_cpp_is_installed() -> bool:
+    """Whether `LlamaCpp` can be used; nothing is loaded."""
+    return importlib.util.find_spec("llama_cpp_py_sync") is not None
+
+
+@functools.cache
+def _library() -> tuple[Any, Any, deque[str], Any]:
+    """The library, its foreign function interface, its last complaints, and the callback that collects them."""
+    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+    library, interface = get_lib(), get_ffi()
+    complaints: deque[str] = deque(maxlen=_KEPT_LINES)
+
+    def collect(level: int, text: Any, _: Any) -> None:
+        if int(level) >= _WARNING:
+            complaints.append(interface.string(text).decode(errors="replace").strip())
+
+    callback = interface.callback("ggml_log_callback", collect)
+    library.llama_log_set(callback, interface.NULL)
+    library.llama_backend_init()
+    return library, interface, complaints, callback
+
+
+class LlamaCpp:
+    """An open model with a context of its own; close it, or use it in a `with` statement.
+
+    exact: keep keys and values in float32 and use no flash attention, for comparisons. Raises ModelError if llama.cpp
+    refuses the file; its own words are in the message.
+    """
+
+    def __init__(self, path: Path, *, context: int = 512, threads: int = 1, exact: bool = False) -> None:
+        library, interface, complaints, _ = _library()
+        self._library, self._interface, self.context = library, interface, context
+        self._model = self._context = None
+        complaints.clear()
+        settings = library.llama_model_default_params()
+        settings.n_gpu_layers = 0
+        self._model = library.llama_model_load_from_file(str(path).encode(), settings)
+        if self._model == interface.NULL:
+            reason = next((line for line in complaints if "error loading" in line), " ".join(complaints))
+            raise ModelError(f"llama.cpp cannot open {path} ({reason})", "Report this model as a fault of the export")
+        wanted = library.llama_context_default_params()
+        wanted.n_ctx = wanted.n_batch = wanted.n_ubatch = context
+        wanted.n_seq_max = 1
+        wanted.n_threads = wanted.n_threads_batch = threads
+        if exact:
+            wanted.type_k = wanted.type_v = _FLOAT32
+            wanted.flash_attn_type = 0
+        self._context = library.llama_init_from_model(self._model, wanted)
+        if self._context == interface.NULL:
+            self.close()
+            raise ModelError(f"llama.cpp cannot run {path} ({' '.join(complaints)})", "Use a shorter context")
+        self._vocabulary = library.llama_model_get_vocab(self._model)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return int(self._library.llama_vocab_n_tokens(self._vocabulary))
+
+    def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
+        """Token ids of a text; special tokens that are written out in it are recognised."""
+        raw = text.encode()
+        room = self._interface.new("llama_token[]", len(raw) + 8)
+        found = self._library.llama_tokenize(self._vocabulary, raw, len(raw), room, len(raw) + 8, add_special, True)
+        return [int(room[index]) for index in range(found)]
+
+    def forget(self) -> None:
+        """Empty the cache of keys and values."""
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+
+    def feed(self, ids: Sequence[int], *, start: int = 0, every_position: bool = False) -> NDArray[np.float32]:
+        """Read tokens that follow `start` others. Returns logits (tokens, vocabulary), or of the last alone."""
+        count = len(ids)
+        batch = self._library.llama_batch_init(count, 0, 1)
+        try:
+            batch.n_tokens = count
+            for index, token in enumerate(ids):
+                batch.token[index], batch.pos[index] = int(token), start + index
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+                batch.logits[index] = every_position or index == count - 1
+            status = self._library.llama_decode(self._context, batch)
+        finally:
+            self._library.llama_batch_free(batch)
+        if status != 0:
+            raise ModelError(f"llama.cpp failed to read {count} tokens (code {status})", "Use a shorter context")
+        rows = count if every_position else 1
+        logits = self._library.llama_get_logits(self._context)
+        size = rows * self.vocabulary * np.dtype(np.float32).itemsize
+        values = np.frombuffer(self._interface.buffer(logits, size), dtype=np.float32)
+        return values.reshape(rows, self.vocabulary).copy()
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits (tokens, vocabulary) of a text that begins with nothing before it."""
+        self.forget()
+        return self.feed(ids, every_position=True)
+
+    def close(self) -> None:
+        """Free the memory."""
+        if self._context is not None and self._context != self._interface.NULL:
+            self._library.llama_free(self._context)
+        if self._model is not None and self._model != self._interface.NULL:
+            self._library.llama_model_free(self._model)
+        self._context = self._model = None
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

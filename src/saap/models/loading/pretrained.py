@@ -1,0 +1,296 @@
+"""Opening models and tokenizers, and digests of what was opened."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from saap.core.errors import ConfigurationError, ModelError, first_line
+from saap.core.records import ModelRef, digest_of
+from saap.models.checkpoint.groupwise_files import WeightOf, fill, open_empty, pack_linears, read_packed, stored_buffers
+from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, SaapPrunedConfig, auto_classes
+from saap.models.checkpoint.safetensor_files import TensorReader
+from saap.models.loading.devices import DeviceMap, check_known, pick_device, require_values, working_dtype
+from saap.models.loading.references import ResolvedModel, read_config, resolve_model
+from saap.models.walk.offload import offload, offloaded
+
+SAMPLED_VALUES = 4096
+# Fields of a configuration that say nothing about what the model computes.
+_INCIDENTAL_FIELDS = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def register_pruned_models() -> None:
+    """Let transformers' auto classes open pruned checkpoints without running the code in their folders."""
+    AutoConfig.register(MODEL_TYPE, SaapPrunedConfig, exist_ok=True)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings from transformers for a while."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_model(
+    resolved: ResolvedModel,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
+) -> Any:
+    """Read the weights: a transformers model in evaluation mode whose parameters want no gradient.
+
+    dtype: to compute in; None: float32 for 16 bit and GGUF sources (bfloat16 stays on CUDA), else the stored one.
+    device_map: puts the blocks on several devices in place of `device`, as accelerate names it.
+    Raises ModelError if the weights do not fit the configuration; nothing is initialised at random.
+    """
+    chosen = dtype if dtype is not None else working_dtype(device, resolved.dtype)
+    return _open(resolved, device, chosen, device_map)
+
+
+def _open(
+    resolved: ResolvedModel, device: torch.device, dtype: torch.dtype, device_map: DeviceMap | None = None
+) -> Any:
+    register_pruned_models()
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": resolved.trust_remote_code}
+    if device_map is not None:
+        options["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
+    if resolved.gguf_file is None:
+        options["use_safetensors"] = True  # pickle files that lie beside them are never read
+    if resolved.gguf_file is not None:
+        options["gguf_file"] = resolved.gguf_file
+        if hasattr(transformers, "GgufConfig"):  # older versions always dequantise
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        # the bar of the GGUF reader knows no switch
+        with quiet_transformers(), redirect_stderr(io.StringIO()) if resolved.gguf_file else nullcontext():
+            model, info = _auto_class(resolved).from_pretrained(resolved.folder, output_loading_info=True, **options)
+    except Exception as error:  # a configuration is code's input, and the code of each family refuses it in its own way
+        raise _unusable(resolved, error) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(
+            f"{resolved.source} lacks the weights {', '.join(missing[:3])}{more}", "Use a complete checkpoint"
+        )
+    if resolved.gguf_file is not None:
+        _forget_quantization(model)
+    if device_map is None:
+        model = model.to(device)
+    else:
+        require_values(model)
+    return model.eval().requires_grad_(False)
+
+
+def model_without_weights(resolved: ResolvedModel) -> Any:
+    """A model of the right classes and shapes on the meta device. Raises ModelError if no such model can be made."""
+    register_pruned_models()
+    options = {} if resolved.gguf_file is None else {"gguf_file": resolved.gguf_file}
+    trusted = resolved.trust_remote_code
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(resolved.folder, trust_remote_code=trusted, **options)
+            model = _auto_class(resolved).from_config(config, dtype=resolved.dtype, trust_remote_code=trusted)
+    except Exception as error:  # a configuration is code's input, and the code of each family refuses it in its own way
+        raise _unusable(resolved, error) from error
+    return model.eval().requires_grad_(False)
+
+
+def _unusable(resolved: ResolvedModel, error: Exception) -> ModelError:
+    reason = first_line(error)
+    return ModelError(
+        f"{resolved.source} cannot be opened as a causal language model ({reason})",
+        "Check that its files are complete and of such a model",
+    )
+
+
+def _auto_class(resolved: ResolvedModel) -> Any:
+    """The auto class that opens the model: for text, or for images and text where the family has no class for text."""
+    if resolved.gguf_file is not None:
+        return AutoModelForCausalLM
+    config = read_config(resolved.folder)
+    known = auto_classes(config.get("base_model_type", config["model_type"]))
+    return known[0][0] if known else AutoModelForCausalLM
+
+
+def _forget_quantization(model: Any) -> None:
+    """The weights are plain numbers now; the configuration must not call them quantised."""
+    for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if hasattr(holder, name):
+            delattr(holder, name)
+    model.is_quantized = False
+
+
+def load_tokenizer(resolved: ResolvedModel) -> Any | None:
+    """The tokenizer of the model, None if its folder has none. Raises ModelError if it cannot be read."""
+    options: dict[str, Any] = {"trust_remote_code": resolved.trust_remote_code}
+    if resolved.gguf_file is not None:
+        options["gguf_file"] = resolved.gguf_file
+    elif not any((resolved.folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    register_pruned_models()
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(resolved.folder, **options)
+    except Exception as error:  # tokenizer files are read by a library of another language, with errors of its own
+        reason = first_line(error)
+        raise ModelError(
+            f"The tokenizer of {resolved.source} cannot be read ({reason})", "Check its tokenizer files"
+        ) from error
+
+
+def load_processor(folder: Path) -> Any | None:
+    """What prepares images and text for the model in `folder`, None if it has none. Raises ModelError for bad files."""
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        return None
+    try:
+        with quiet_transformers():
+            processor = AutoProcessor.from_pretrained(folder)
+    except Exception as error:  # files of many makers, and packages that a family asks for
+        reason = first_line(error)
+        raise ModelError(f"The processor of {folder} cannot be opened ({reason})", "Check its files") from error
+    return processor if hasattr(processor, "image_processor") else None
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
+    device_map: DeviceMap | None = None,
+) -> Any:
+    """Open a model that saap has written, in either layout, or a stock one; no code of the folder is run.
+
+    dtype: None keeps the stored one. packed: of a model that `saap recover` has written; its linear layers then hold
+    the integers, scales and zero points instead of full weights. device_map: as transformers takes it, in place of
+    `device`; refused for packed weights. Returns a transformers model in evaluation mode.
+    Raises ModelError, ConfigurationError.
+    """
+    if device_map is not None:
+        check_known(device_map)
+        if packed:
+            raise ConfigurationError("Packed weights cannot lie on several devices", "Leave device_map or packed out")
+    resolved = resolve_model(path)
+    target = pick_device(device)
+    stored = torch.float32 if resolved.gguf_file is not None else resolved.dtype
+    chosen = dtype if dtype is not None else stored
+    if not packed:
+        return _open(resolved, target, chosen, device_map)
+    weights = read_packed(resolved.folder)
+    return load_groupwise(
+        resolved, lambda model: weights, lambda name, read: weights[name], device=target, dtype=chosen
+    )
+
+
+def load_groupwise(
+    resolved: ResolvedModel,
+    paths_of: Callable[[Any], Collection[str]],
+    weight_of: WeightOf,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Open a model some of whose linear layers hold packed weights, tensor by tensor where its files allow.
+
+    paths_of: which layers, given the model (perhaps without weights). weight_of: gives the packed weight of the module
+    at a path; its second argument reads the stored one, (out, in).
+    dtype: of everything else, and to compute in; None as in `load_model`. Raises ModelError.
+    """
+    register_pruned_models()
+    chosen = dtype if dtype is not None else working_dtype(device, resolved.dtype)
+    with quiet_transformers():
+        opened = open_empty(resolved, chosen)
+        if opened is not None:
+            return fill(*opened, paths_of(opened[0]), weight_of, device=device, dtype=chosen)
+    model = _open(resolved, torch.device("cpu"), chosen)
+    pack_linears(model, paths_of(model), weight_of, device)
+    return model.to(device)
+
+
+def open_skeleton(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, TensorReader]:
+    """A model whose weights are on the meta device, its buffers read, and a reader of its files.
+
+    Raises ModelError where they do not hold the model's weights name by name, so that it can only be opened whole.
+    """
+    register_pruned_models()
+    with quiet_transformers():
+        opened = open_empty(resolved, dtype)
+    if opened is None:
+        reason = (
+            "it is a GGUF file" if resolved.gguf_file is not None
+            else "it needs code of its own" if resolved.trust_remote_code
+            else "its files do not hold the weights by the names that the model has"
+        )  # fmt: skip
+        raise ModelError(
+            f"{resolved.source} cannot be read part by part ({reason})",
+            "Leave out --max-memory, or save it with save_pretrained and give that folder",
+        )
+    model, reader = opened
+    for name in stored_buffers(model):
+        holder, _, attribute = name.rpartition(".")
+        model.get_submodule(holder)._buffers[attribute] = reader.read(name)
+    return model, reader
+
+
+def load_offloaded(
+    resolved: ResolvedModel,
+    blocks_of: Callable[[nn.Module], Sequence[str]],
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """As `load_model`, but the weights stay in the files until they are used, see `saap.models.walk.offload`.
+
+    blocks_of: paths of the decoder blocks of a model. Raises ModelError, also if the files do not allow it.
+    """
+    model, reader = open_skeleton(resolved, dtype if dtype is not None else working_dtype(device, resolved.dtype))
+    offload(model, blocks_of(model), reader, device=device)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+    return model
+
+
+@torch.no_grad()
+def model_ref(model: nn.Module, source: str, revision: str | None = None) -> ModelRef:
+    """Which weights these are. The weights digest covers name, shape, dtype and a strided sample of each parameter."""
+    away = offloaded(model)
+    config = getattr(model, "config", None)
+    fields = config.to_dict() if config is not None and hasattr(config, "to_dict") else {"class": type(model).__name__}
+    kept = {name: str(value) for name, value in fields.items() if name not in _INCIDENTAL_FIELDS}
+    weights = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        weights.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        values = (parameter.detach() if away is None else away.value(parameter).to(parameter.dtype)).flatten()
+        sample = values[:: max(1, -(-len(values) // SAMPLED_VALUES))].contiguous().cpu()
+        weights.update(sample.view(torch.uint8).numpy().tobytes())
+    return ModelRef(source=source, revision=revision, config_digest=digest_of(kept), weights_digest=weights.hexdigest())

@@ -1,0 +1,1 @@
+"""What a structure means for modules: masks, norms, linear modules, least squares."""

@@ -1,0 +1,172 @@
+"""Second-order cost of removing units, and ridge refit of the matrix that reads them (pure functions of tensors)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saap.models.loading.precision import in_float64, widest_dtype
+
+ROUNDING = 1e-6
+"""An error below this share of the target's energy is the rounding of float32 moments."""
+
+
+SMALLEST = 1e-18
+"""What costs and scores are at least, so that their product can be compared."""
+
+
+@dataclass(slots=True)
+class Moments:
+    """Second moments over tokens of a module's input x and of the output t that it should give.
+
+    gram: (channels, channels) sum of x x^T. cross: (channels, outputs) sum of x t^T. energy: sum of |t|^2.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    energy: float = 0.0
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, channels: int, outputs: int, device: torch.device) -> Moments:
+        """Moments of no tokens, float32."""
+        return cls(torch.zeros(channels, channels, device=device), torch.zeros(channels, outputs, device=device))
+
+    def add(self, x: Tensor, target: Tensor) -> None:
+        """Add tokens. x: (tokens, channels), target: (tokens, outputs)."""
+        self.gram.addmm_(x.T, x)
+        self.cross.addmm_(x.T, target)
+        self.energy += float(target.square().sum(dtype=widest_dtype(target.device)))
+        self.tokens += len(x)
+
+    def take(self, other: Moments) -> None:
+        """Add another set of tokens, in place."""
+        self.gram += other.gram
+        self.cross += other.cross
+        self.energy += other.energy
+        self.tokens += other.tokens
+
+    def error(self, weight: Tensor) -> float:
+        """Squared error of the matrix `weight` (outputs, channels) on these tokens."""
+        w = in_float64(weight)
+        cross = float((w.T * in_float64(self.cross)).sum())
+        return self.energy - 2 * cross + float(((w @ in_float64(self.gram)) * w).sum())
+
+    def select(self, channels: Tensor) -> Moments:
+        """Moments of some channels only. channels: (kept,) indices."""
+        return Moments(self.gram[channels][:, channels], self.cross[channels], self.energy, self.tokens)
+
+
+def ridge_refit(weight: Tensor, fit: Moments, held: Moments, ridges: Sequence[float]) -> tuple[Tensor, float]:
+    """The matrix near `weight` that maps x to t best; how near is decided by held-out error.
+
+    weight: (outputs, channels). For each ridge r the W that minimises sum |t - W x|^2 + r mean(diag G) |W - weight|^2
+    over the tokens of `fit` is judged on those of `held`; the best r is then used on both together. `weight` itself
+    stays if none is better, or if its error is only rounding. Returns W and the held-out error of its ridge divided by
+    that of `weight`. `fit` becomes the moments of both: a large Gram matrix should not exist twice.
+    """
+    start = held.error(weight)
+    if start <= ROUNDING * held.energy:
+        return weight, 1.0
+    errors = {ridge: held.error(_ridge(weight, fit, ridge)) for ridge in ridges}
+    best = min(errors, key=errors.__getitem__)
+    if not errors[best] < start:
+        return weight, 1.0
+    share = fit.tokens / max(1, fit.tokens + held.tokens)
+    fit.take(held)
+    return _ridge(weight, fit, best * share).to(weight), max(0.0, errors[best]) / start
+
+
+def _ridge(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
+    """Weight + (T - weight G) (G + r mean(diag G))^-1 in float64, T = sum of t x^T."""
+    gram, dense = in_float64(moments.gram), in_float64(weight)
+    missing = in_float64(moments.cross) - gram @ dense.T
+    scale = gram.diagonal().mean().clamp_min(1e-30)
+    gram.diagonal().add_(max(ridge, 1e-9) * scale)
+    factor = torch.linalg.cholesky(gram)
+    return dense + torch.cholesky_solve(missing, factor).T
+
+
+def _shifted(gram: Tensor, shift: Tensor | float) -> Tensor:
+    shifted = gram.clone()
+    shifted.diagonal().add_(shift)
+    return shifted
+
+
+def compensated(weight: Tensor, gram: Tensor, kept: Tensor, *, ridge: float = 1e-2) -> Tensor:
+    """The matrix that gives nearly the outputs of `weight` from some of its input channels, zero for the others.
+
+    weight: (outputs, channels), gram: (channels, channels), kept: (kept channels,) indices. Minimises the squared
+    output error plus the ridge; equal to what the choice of `removal_order` leaves. Returns (outputs, channels).
+    """
+    g = in_float64(gram)
+    g, columns = _shifted(g, ridge * g.diagonal().mean()), kept.to(g.device)
+    factor = torch.linalg.cholesky(g[columns][:, columns])
+    result = torch.zeros_like(weight)
+    result[:, kept] = torch.cholesky_solve(g[columns] @ in_float64(weight).T, factor).T.to(weight)
+    return result
+
+
+def removal_order(
+    weight: Tensor,
+    gram: Tensor,
+    units: Tensor,
+    remove: int,
+    *,
+    ridge: float = 1e-2,
+    at_once: int = 32,
+    scores: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Greedy second-order order in which units leave, each time those that the others make good best.
+
+    weight: (outputs, channels) of the matrix that reads the channels. gram: (channels, channels) of its inputs.
+    units: (units, width) channel indices. remove: how many leave, `at_once` at a time; weight and inverse Gram matrix
+    are updated after each batch, in the type of `gram`: float32 is enough with the default ridge.
+    Cost of unit u: tr(W_u [G^-1]_uu^-1 W_u^T), the squared output error that stays
+    after all other columns have adjusted. Source: OBS (Hassibi and Stork 1993) in its structured form.
+    scores: (units,) importance of each unit for the loss; the cost is then the geometric mean of the two, so that a
+    unit leaves early only if both the neighbours can replace it and the loss asks little of it.
+    Returns (remove,) the units in the order of leaving and (remove,) what each costs, not decreasing.
+    """
+    w = weight.to(gram.dtype, copy=True)
+    inverse = torch.linalg.inv(_shifted(gram, ridge * gram.diagonal().mean()))
+    alive = torch.ones(len(units), dtype=torch.bool, device=w.device)
+    order: list[Tensor] = []
+    costs: list[Tensor] = []
+    left = remove
+    while left > 0:
+        cost = _unit_costs(w, inverse, units)
+        if scores is not None:
+            cost = (cost.clamp_min(SMALLEST) * scores.to(cost.dtype).clamp_min(SMALLEST)).sqrt()
+        cost[~alive] = torch.inf
+        chosen = cost.argsort()[: min(at_once, left)]
+        columns = units[chosen].flatten()
+        block = inverse[:, columns]
+        solved = torch.linalg.solve(block[columns], block.T)
+        w.addmm_(w[:, columns], solved, alpha=-1)
+        inverse.addmm_(block, solved, alpha=-1)
+        w[:, columns] = 0
+        inverse[columns] = 0
+        inverse[:, columns] = 0
+        inverse[columns, columns] = 1
+        alive[chosen] = False
+        order.append(chosen)
+        costs.append(cost[chosen])
+        left -= len(chosen)
+    if not order:
+        return torch.empty(0, dtype=torch.long, device=w.device), torch.empty(0, dtype=w.dtype, device=w.device)
+    return torch.cat(order), torch.cat(costs).cummax(0).values
+
+
+def _unit_costs(weight: Tensor, inverse: Tensor, units: Tensor) -> Tensor:
+    if units.shape[1] == 1:
+        columns = units[:, 0]
+        squares: Tensor = weight[:, columns].square().sum(0)
+        return squares / inverse.diagonal()[columns]
+    blocks = inverse[units.unsqueeze(-1), units.unsqueeze(1)]
+    slices = weight[:, units].transpose(0, 1)
+    solved: Tensor = torch.linalg.solve(blocks, slices.transpose(1, 2))
+    return (solved * slices.transpose(1, 2)).sum((1, 2))

@@ -1,0 +1,1 @@
+"""Running a model block by block, wherever its weights and activations are."""

@@ -1,0 +1,303 @@
+"""Models whose weights stay in their files and are in memory only while they are used.
+
+A decoder block is read when it is called and goes when another one is; so is the module that makes the logits. Of the
+table of input embeddings only the rows of the asked tokens are read. Everything that calls the blocks, above all the
+block walker, works with such a model as with any other. A weight that is not here has its shape, type and device, and
+no value: its entries are NaN and take no other values, so that a use of it cannot pass unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saap.models.checkpoint.safetensor_files import TensorEntry, TensorReader, write_tensors
+
+_ATTRIBUTE = "_offloaded_weights"
+# Modules outside the blocks with fewer bytes than this stay in memory.
+SMALL_BYTES = 16 * 2**20
+
+Read = Callable[[str], Tensor]
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """Modules whose weights come and go together: a decoder block, or the large ones around the blocks.
+
+    modules: by path. read: a stored weight by its name in `named_parameters`. changed: whether the weights in memory
+    differ from those.
+    """
+
+    modules: Mapping[str, nn.Module]
+    read: Read
+    changed: bool = False
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters by path and name, a tied one once."""
+        found: dict[nn.Parameter, str] = {}
+        for path, module in self.modules.items():
+            for name, parameter in module.named_parameters():
+                found.setdefault(parameter, f"{path}.{name}")
+        return {name: parameter for parameter, name in found.items()}
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """What the weights of this part take now: nothing while they are away."""
+        sizes = [parameter.untyped_storage().nbytes() for parameter in self.named_parameters().values()]
+        return sum(sizes) if any(size > 8 for size in sizes) else 0
+
+
+@dataclass(slots=True, eq=False)
+class OffloadedWeights:
+    """Where the weights of one model are. At most one part of it is in memory.
+
+    dtype: to compute in. blocks: paths of the decoder blocks. rounded: type of the values, where that is coarser.
+    written, folder: type and place of the files of changed parts, None as long as nothing may change. parts_read: how
+    many times a part was read.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    blocks: tuple[str, ...]
+    parts: list[Part] = field(default_factory=list)
+    rounded: torch.dtype | None = None
+    written: torch.dtype | None = None
+    folder: Path | None = None
+    parts_read: int = 0
+    _here: Part | None = None
+    _spare: list[Tensor] = field(default_factory=list)
+
+    @torch.no_grad()
+    def bring(self, part: Part) -> None:
+        """Have the weights of `part` in memory, and those of no other part."""
+        if self._here is part:
+            return
+        self.send_away()
+        self._here = part
+        self.parts_read += 1
+        needed = {parameter.shape for parameter in part.named_parameters().values()}
+        self._spare = [spare for spare in self._spare if spare.shape in needed]
+        for name, parameter in part.named_parameters().items():
+            stored = self._rounded(part.read(name))
+            parameter.data = self._room(stored).copy_(stored)
+        self._spare.clear()
+
+    @torch.no_grad()
+    def send_away(self) -> None:
+        """Take the weights that are in memory out of it; changed ones are written first."""
+        part, self._here = self._here, None
+        if part is None:
+            return
+        if part.changed:
+            self._write(part)
+        for parameter in part.named_parameters().values():
+            self._spare.append(parameter.data)
+            parameter.data = placeholder(parameter.shape, parameter.dtype, parameter.device)
+
+    def release(self) -> None:
+        """Have no part in memory."""
+        self.send_away()
+        self._spare.clear()
+
+    def part_of(self, name: str) -> Part | None:
+        """The part that the module or weight of that name belongs to; None where it is always in memory."""
+        return next((part for part in self.parts for path in part.modules if f"{name}.".startswith(f"{path}.")), None)
+
+    def value(self, parameter: Tensor) -> Tensor:
+        """What the model computes with: the parameter itself, or its stored value where it is away."""
+        for part in self.parts:
+            for name, held in part.named_parameters().items() if part is not self._here else ():
+                if held is parameter:
+                    return self._rounded(part.read(name))
+        return parameter
+
+    def always_here(self, model: nn.Module) -> list[nn.Parameter]:
+        """Parameters of the model that are in memory whichever part is."""
+        away = {parameter for part in self.parts for parameter in part.named_parameters().values()}
+        return [parameter for parameter in model.parameters() if parameter not in away]
+
+    def round_to(self, dtype: torch.dtype) -> None:
+        """From now on compute with the values that `dtype` can hold, of the weights that are read."""
+        self.send_away()
+        self.rounded = dtype
+
+    def _rounded(self, stored: Tensor) -> Tensor:
+        return stored.to(self.rounded) if self.rounded is not None and stored.is_floating_point() else stored
+
+    def _room(self, stored: Tensor) -> Tensor:
+        """Memory for a weight, if possible that of one that has just gone: new pages cost time."""
+        dtype = self.dtype if stored.is_floating_point() else stored.dtype
+        for index, spare in enumerate(self._spare):
+            if spare.shape == stored.shape and spare.dtype == dtype and spare.is_contiguous():
+                return self._spare.pop(index)
+        return torch.empty(stored.shape, dtype=dtype, device=self.device)
+
+    def _write(self, part: Part) -> None:
+        if self.folder is None or self.written is None:
+            raise RuntimeError(f"{next(iter(part.modules))} was changed, but there is no place for changed weights")
+        path = self.folder / f"{self.parts.index(part):05d}.safetensors"
+        entries = {
+            name: TensorEntry(dtype=self.written, shape=tuple(held.shape), make=partial(held.to, self.written))
+            for name, held in part.named_parameters().items()
+        }
+        write_tensors(path, entries, {"format": "pt"})
+        part.read, part.changed = TensorReader((path,)).read, False
+
+
+def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor that takes no memory; all its entries are one NaN, or zero where the type has none."""
+    value = float("nan") if dtype.is_floating_point else 0
+    return torch.full((1,) * len(shape), value, dtype=dtype, device=device).expand(tuple(shape))
+
+
+def offloaded(model: nn.Module) -> OffloadedWeights | None:
+    """Where the weights of `model` are; None for a model in memory."""
+    found = vars(model).get(_ATTRIBUTE)
+    return found if isinstance(found, OffloadedWeights) else None
+
+
+def bring(model: nn.Module, name: str) -> None:
+    """Have the weights of the part that the module or weight `name` belongs to in memory, to read or change them."""
+    weights = offloaded(model)
+    part = None if weights is None else weights.part_of(name)
+    if weights is not None and part is not None:
+        weights.bring(part)
+
+
+def mark_changed(model: nn.Module, name: str) -> None:
+    """The weights of the part that `name` belongs to, which is in memory, have been changed."""
+    weights = offloaded(model)
+    part = None if weights is None else weights.part_of(name)
+    if part is not None:
+        part.changed = True
+
+
+def lend(model: nn.Module, other: nn.Module) -> None:
+    """Let another model with the same paths compute with the weights of an offloaded one, part by part, in place."""
+    weights = offloaded(model)
+    if weights is None:
+        raise ValueError("the model is in memory")
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holder, _, attribute = name.rpartition(".")
+        other.get_submodule(holder)._parameters[attribute] = parameter
+    for part in weights.parts:
+        for path in part.modules:
+            _read_when_called(other.get_submodule(path), part, weights)
+    embedding = _input_embedding(model)
+    if embedding is not None:
+        path = next(path for path, module in model.named_modules() if module is embedding)
+        vars(other.get_submodule(path))["forward"] = embedding.forward
+
+
+@torch.no_grad()
+def offload(model: nn.Module, blocks: Sequence[str], reader: TensorReader, *, device: torch.device) -> OffloadedWeights:
+    """Let a model without weights (on the meta device) read them from its files as they are used, in place.
+
+    blocks: paths of the decoder blocks. Weights of small modules outside them are read now.
+    """
+    stored_names = _with_placeholders(model, device)
+    weights = OffloadedWeights(device, next(model.parameters()).dtype, tuple(blocks))
+    groups = [{path: model.get_submodule(path)} for path in blocks]
+    embedding, around = _input_embedding(model), _large_modules(model, blocks)
+    groups += [around] if around else []
+    for modules in groups:
+        part = _part(modules, stored_names, reader)
+        weights.parts.append(part)
+        for module in modules.values():
+            _read_when_called(module, part, weights)
+    if embedding is not None:
+        name = next(name for held, name in stored_names.items() if held is embedding.weight)
+        _look_up_rows(embedding, name, reader, weights)
+        if not any(held is embedding.weight for module in around.values() for held in module.parameters()):
+            weights.parts.append(_part({name.removesuffix(".weight"): embedding}, stored_names, reader))
+    for parameter in weights.always_here(model):
+        stored = reader.read(stored_names[parameter])
+        parameter.data = stored.to(device, weights.dtype if stored.is_floating_point() else None)
+    vars(model)[_ATTRIBUTE] = weights
+    return weights
+
+
+def _with_placeholders(model: nn.Module, device: torch.device) -> dict[nn.Parameter, str]:
+    """Replace all parameters, tied ones by one; returns the new ones with their first names."""
+    new: dict[nn.Parameter, nn.Parameter] = {}
+    names: dict[nn.Parameter, str] = {}
+    for name, old in list(model.named_parameters(remove_duplicate=False)):
+        if old not in new:
+            new[old] = nn.Parameter(placeholder(old.shape, old.dtype, device), requires_grad=False)
+            names[new[old]] = name
+        holder, _, attribute = name.rpartition(".")
+        model.get_submodule(holder)._parameters[attribute] = new[old]
+    return names
+
+
+def _part(modules: Mapping[str, nn.Module], stored: Mapping[nn.Parameter, str], reader: TensorReader) -> Part:
+    part = Part(modules, reader.read)
+    names = {name: stored[parameter] for name, parameter in part.named_parameters().items()}
+    part.read = lambda name: reader.read(names[name])
+    return part
+
+
+def _large_modules(model: nn.Module, blocks: Sequence[str]) -> dict[str, nn.Module]:
+    """Modules outside the blocks whose weights should not always be in memory, but for the input embedding.
+
+    They are one part, since the logits may need several of them at once for a gradient.
+    """
+    inside, embedding = tuple(f"{path}." for path in blocks), _input_embedding(model)
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if not f"{path}.".startswith(inside) and not module._modules and module is not embedding and _large(module)
+    }
+
+
+def _large(module: nn.Module) -> bool:
+    size = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+    return 0 < size >= SMALL_BYTES
+
+
+def _input_embedding(model: nn.Module) -> nn.Embedding | None:
+    """The table of input embeddings where it is so large that it should not be in memory."""
+    try:
+        found = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+    return found if isinstance(found, nn.Embedding) and _large(found) else None
+
+
+def _read_when_called(module: nn.Module, part: Part, weights: OffloadedWeights) -> None:
+    """As with accelerate's hooks, the module's own forward is wrapped: a block that is bypassed is not read."""
+    stock = module.forward
+
+    @wraps(stock)
+    def forward(*arguments: Any, **keywords: Any) -> Any:
+        weights.bring(part)
+        return stock(*arguments, **keywords)
+
+    module.forward = forward
+
+
+def _look_up_rows(embedding: nn.Embedding, name: str, reader: TensorReader, weights: OffloadedWeights) -> None:
+    """Let the embedding compute with a table of the rows alone that its tokens need."""
+    stock = embedding.forward
+
+    @wraps(stock)
+    def forward(tokens: Tensor) -> Tensor:
+        rows, places = torch.unique(tokens, return_inverse=True)
+        table = weights._rounded(reader.rows(name, rows.tolist())).to(weights.device, weights.dtype)
+        held, padding = embedding._parameters["weight"], embedding.padding_idx
+        embedding._parameters["weight"] = nn.Parameter(table, requires_grad=False)
+        embedding.padding_idx = None
+        try:
+            found: Tensor = stock(places)
+        finally:
+            embedding._parameters["weight"] = held
+            embedding.padding_idx = padding
+        return found
+
+    vars(embedding)["forward"] = forward

@@ -1,0 +1,59 @@
+"""Frozen weights split over the processes of a run (FSDP2): each keeps a part, and borrows the rest layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from saap.core.errors import ConfigurationError
+from saap.models.walk.processes import Processes
+
+
+def check_shardable(model: nn.Module, layers: Iterable[str]) -> None:
+    """Raise ConfigurationError if a layer may be left out for some tokens: the others would wait for its process.
+
+    layers: module paths. Layers that stand in a list with their like inside a block are taken for experts.
+    """
+    for path in layers:
+        names = path.split(".")
+        lists = [
+            ".".join(names[:end])
+            for end in range(1, len(names))
+            if isinstance(model.get_submodule(".".join(names[:end])), nn.ModuleList)
+        ]
+        if len(lists) > 1:  # the first is that of the blocks
+            raise ConfigurationError(
+                f"{lists[1]} holds layers that some tokens pass by, which cannot be split over processes",
+                "Leave out --shard",
+            )
+
+
+def shard_layers(layers: Iterable[nn.Module], device: torch.device, processes: Processes) -> None:
+    """Split the frozen weights of each layer, parameters and buffers, over the processes, in place.
+
+    What wants gradients stays whole in every process. A layer brings its weights together for its forward and again for
+    its backward, so all processes must call the same layers in the same order.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (processes.count,))
+    for layer in layers:
+        for name, buffer in list(layer.named_buffers(recurse=False)):
+            delattr(layer, name)
+            layer.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+        learned = {parameter for parameter in layer.parameters() if parameter.requires_grad}
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=learned)
+
+
+def bring_together(layer: nn.Module) -> None:
+    """Give a layer its whole weights for good, if they were split. All processes must take part."""
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(layer, FSDPModule):
+        layer.unshard()

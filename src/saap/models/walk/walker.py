@@ -1,0 +1,260 @@
+"""The stock model, block by block: the same modules, called with the arguments that the model itself would give them.
+
+The surroundings of the blocks (embeddings, masks, position encodings, final norm, head) are never re-implemented: they
+are run by a forward of the whole model in which every block is bypassed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saap.core.errors import UnsupportedModelError
+from saap.models.walk.arguments import without_cache
+
+
+@dataclass(frozen=True, slots=True)
+class BlockContext:
+    """What a block is called with besides its hidden states.
+
+    hidden_name: keyword under which the hidden states are given, None where they are the first positional argument.
+    """
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    hidden_name: str | None
+
+    def call(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+        """What `block` returns for `hidden` in this context."""
+        if self.hidden_name is None:
+            return block(hidden, *self.arguments, **self.keywords)
+        return block(*self.arguments, **{self.hidden_name: hidden}, **self.keywords)
+
+
+Contexts = Sequence[BlockContext]
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The input of block 0, (sequences, tokens, width), and the context of every block for a batch of that shape."""
+
+    hidden: Tensor
+    contexts: Contexts
+
+
+@contextmanager
+def inference_only(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients for the weights, for a while; each module's and weight's own state returns."""
+    training = [module for module in model.modules() if module.training]
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for module in training:
+        module.training = False
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in learned:
+            parameter.requires_grad_(True)
+
+
+class BlockWalker:
+    """Runs a causal language model block by block.
+
+    model: forward(input_ids) gives the logits, or an object with `logits`. block_paths: module paths of the decoder
+    blocks in their order. The weights of a block are touched in `run_block` and the backward of what it returned only.
+    Between two calls the model is as it was. products: the type in which `run_block` multiplies matrices, None for that
+    of the weights.
+    """
+
+    def __init__(self, model: nn.Module, block_paths: Sequence[str], *, products: torch.dtype | None = None) -> None:
+        self.model = model
+        self._products = products
+        self.paths = tuple(block_paths)
+        self.blocks: tuple[nn.Module, ...] = tuple(model.get_submodule(path) for path in block_paths)
+        self._options = without_cache(model)
+        self._extra_outputs: dict[type[nn.Module], int | None] = {}
+        self._checked = False
+
+    @torch.no_grad()
+    def start(self, input_ids: Tensor) -> Stream:
+        """Embed the tokens. input_ids: (sequences, tokens).
+
+        The forward is left before the last block, so that no logits are made; the first call first sends two tokens
+        all the way through. Raises UnsupportedModelError where the model changes the hidden states between two
+        blocks, or does not run each of them once, in order.
+        """
+        if not self._checked:
+            self._record(input_ids[:1, :2], to_the_end=True)
+            self._checked = True
+        return self._record(input_ids, to_the_end=False)
+
+    def _record(self, input_ids: Tensor, *, to_the_end: bool) -> Stream:
+        record = _Record(self.paths, self.blocks, to_the_end)
+        with ExitStack() as stack:
+            stack.enter_context(suppress(_AllSeen))
+            for block in self.blocks:
+                handle = block.register_forward_pre_hook(record.before_block, prepend=True, with_kwargs=True)
+                stack.callback(handle.remove)
+            self._bypassed(input_ids, None)
+        return Stream(record.first_input(), tuple(record.contexts))
+
+    def device(self, index: int) -> torch.device:
+        """Where block `index` computes: blocks may lie on several devices."""
+        return next(self.blocks[index].parameters()).device
+
+    def run_block(self, index: int, hidden: Tensor, contexts: Contexts) -> Tensor:
+        """Output of block `index`. hidden: (sequences, tokens, width), of the shape the contexts were recorded for."""
+        rounding = nullcontext() if self._products is None else torch.autocast(hidden.device.type, self._products)
+        with rounding:
+            return _first(contexts[index].call(self.blocks[index], hidden))
+
+    def backward_to_weights(
+        self, index: int, hidden: Tensor, contexts: Contexts, gradient: Tensor, weights: Mapping[str, nn.Parameter]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradients at the input of block `index`, run again under autograd, and of some of its weights, by name.
+
+        hidden: its input; gradient: at its output; both (sequences, tokens, width). Those of the weights are sums over
+        the sequences; zeros for a weight that was not used. None stays with its weight.
+        """
+        learned = {name: parameter.requires_grad for name, parameter in weights.items()}
+        try:
+            for parameter in weights.values():
+                parameter.requires_grad_(True)
+            with torch.enable_grad():
+                entry = hidden.detach().requires_grad_(True)
+                output = self.run_block(index, entry, contexts)
+                sources = [entry, *weights.values()]
+                result, *found = torch.autograd.grad(
+                    output, sources, gradient.to(output.device), materialize_grads=bool(weights)
+                )
+        finally:
+            for name, parameter in weights.items():
+                parameter.requires_grad_(learned[name])
+        return result, dict(zip(weights, found, strict=True))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the model makes of the last block's output. hidden: (sequences, tokens, width).
+
+        Differentiable with respect to `hidden`. Each token by itself, so any slice of the tokens may be given.
+        """
+        placeholder = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        output = self._bypassed(placeholder, hidden)
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}.forward returns {type(output).__name__}, which has no logits",
+                "Let it return the logits, or an object with `logits`",
+            )
+        return logits
+
+    def _bypassed(self, input_ids: Tensor, hidden: Tensor | None) -> Any:
+        """The model's output where every block returns `hidden`, or its own input if that is None."""
+        with ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(self._bypass(block, hidden))
+            return self.model(input_ids, **self._options)
+
+    @contextmanager
+    def _bypass(self, block: nn.Module, hidden: Tensor | None) -> Iterator[None]:
+        stock = block.forward
+        own = "forward" in vars(block)
+
+        def bypass(*arguments: Any, **keywords: Any) -> Any:
+            if type(block) not in self._extra_outputs:
+                with torch.no_grad():
+                    self._extra_outputs[type(block)] = _extra_outputs(stock(*arguments, **keywords))
+            extra = self._extra_outputs[type(block)]
+            given = hidden
+            if given is None:
+                _, given = _find_hidden(block, arguments, keywords)
+            return given if extra is None else (given, *[None] * extra)
+
+        block.forward = bypass
+        try:
+            yield
+        finally:
+            del block.forward
+            if own:
+                block.forward = stock
+
+
+class _AllSeen(Exception):  # noqa: N818 - not an error
+    """Ends the forward once every block has been called."""
+
+
+@dataclass(slots=True)
+class _Record:
+    """Collects hidden states and contexts as the blocks are called."""
+
+    paths: Sequence[str]
+    blocks: Sequence[nn.Module]
+    to_the_end: bool
+    contexts: list[BlockContext] = field(default_factory=list)
+    hidden: Tensor | None = None
+
+    def before_block(self, block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        turn = len(self.contexts)
+        if turn == len(self.blocks) or block is not self.blocks[turn]:
+            raise UnsupportedModelError(
+                f"Block call {turn + 1} of a forward is not that of block {turn + 1} of {len(self.blocks)}",
+                "Give a model that runs each of its blocks once, in order",
+            )
+        name, hidden = _find_hidden(block, arguments, keywords)
+        if self.hidden is None:
+            self.hidden = hidden
+        elif hidden is not self.hidden and not torch.equal(hidden.to(self.hidden.device), self.hidden):
+            raise UnsupportedModelError(
+                f"The hidden states change between {self.paths[turn - 1]} and the next block",
+                "Move that step into one of the two blocks",
+            )
+        others = {key: value for key, value in keywords.items() if key != name}
+        self.contexts.append(BlockContext(arguments if name else arguments[1:], others, name))
+        if len(self.contexts) == len(self.blocks) and not self.to_the_end:
+            raise _AllSeen
+
+    def first_input(self) -> Tensor:
+        if self.hidden is None or len(self.contexts) != len(self.paths):
+            raise UnsupportedModelError(
+                f"{len(self.contexts)} block calls were seen in one forward of a model with {len(self.paths)} blocks",
+                "Give a model that runs each of its blocks once, in order",
+            )
+        return self.hidden
+
+
+def _find_hidden(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[str | None, Tensor]:
+    """Keyword of the hidden states (None: the first positional argument), and the hidden states."""
+    if arguments:
+        name, hidden = None, arguments[0]
+    else:
+        name = next(key for key in inspect.signature(type(block).forward).parameters if key != "self")
+        hidden = keywords.get(name)
+    if not isinstance(hidden, Tensor):
+        raise UnsupportedModelError(
+            f"{type(block).__name__} does not take the hidden states as its first argument",
+            "Put them first in the signature of its forward",
+        )
+    return name, hidden
+
+
+def _first(output: Any) -> Tensor:
+    hidden = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(hidden, Tensor):
+        raise UnsupportedModelError(
+            f"A decoder block returns {type(hidden).__name__} instead of hidden states",
+            "Let it return the hidden states, or a tuple that begins with them",
+        )
+    return hidden
+
+
+def _extra_outputs(output: Any) -> int | None:
+    """How many values follow the hidden states; None where the block returns them alone."""
+    return len(output) - 1 if isinstance(output, (tuple, list)) else None

@@ -1,0 +1,1 @@
+"""`saap compare`: several methods at several ratios."""

@@ -1,0 +1,122 @@
+"""The dense and the pruned model answering the same prompt, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from saap.core.errors import ConfigurationError, ModelError
+from saap.evaluation.generation import prompt_ids
+from saap.models.loading.references import ResolvedModel, resolve_model
+from saap.models.walk.cached import CachedModel
+from saap.models.walk.probe import check_reads
+from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
+from saap.pipeline.shared.inputs import RunOptions, open_model
+from saap.settings.prune import check_seed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSettings:
+    """temperature 0: always the most likely token; above: sampled with `seed`. chat: use the chat template if any."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+    chat: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ConfigurationError(f"--max-tokens {self.max_tokens} is too small", "Give at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigurationError(f"--temperature {self.temperature:g} is out of range", "Give 0 or more")
+        check_seed(self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """A model with a tokenizer and the name it is shown by."""
+
+    label: str
+    model: Any
+    tokenizer: Any
+
+
+def open_speakers(
+    source: str, *, against: str | None = None, dense: bool = True, dense_revision: str | None = None,
+    dense_trust_remote_code: bool = False, device: str = "auto",
+) -> tuple[Speaker, ...]:  # fmt: skip
+    """The models that will answer: the dense one first (that of the manifest, or `against`), then `source`.
+
+    dense=False: `source` alone, as for a model that was never pruned and names no other. Raises ModelError if the dense
+    model is not here.
+    """
+    resolved = resolve_model(source)
+    choice = DenseChoice(source=against, revision=dense_revision, trust_remote_code=dense_trust_remote_code)
+    beside: tuple[Speaker, ...] = ()
+    if dense:
+        manifest = manifest_of(resolved)
+        try:
+            found = resolve_dense(choice, manifest)
+            beside = () if found is None else (_speaker("dense", found, device),)
+        except ModelError as error:
+            remedy = error.remedy if "--dense" in error.remedy else "Use --against MODEL or --no-dense"
+            raise ModelError(f"The dense model: {error.offender}", remedy) from None
+    return (*beside, _speaker("pruned" if beside else "answer", resolved, device))
+
+
+def _speaker(label: str, resolved: ResolvedModel, device: str) -> Speaker:
+    loaded = open_model(resolved, RunOptions(device=device))
+    if loaded.tokenizer is None:
+        raise ModelError(f"{resolved.source} has no tokenizer", "Put its tokenizer files beside the weights")
+    return Speaker(label, loaded.model, loaded.tokenizer)
+
+
+def answers(speakers: tuple[Speaker, ...], prompt: str, settings: GenerationSettings) -> Iterator[Mapping[str, str]]:
+    """All answers so far by label, again after each round of one token each, until all have ended."""
+    streams = {speaker.label: stream(speaker, prompt, settings) for speaker in speakers}
+    texts = dict.fromkeys(streams, "")
+    while streams:
+        for label, written in list(streams.items()):
+            text = next(written, None)
+            if text is None:
+                del streams[label]
+            else:
+                texts[label] = text
+        yield dict(texts)
+
+
+@torch.no_grad()
+def stream(speaker: Speaker, prompt: str, settings: GenerationSettings) -> Iterator[str]:
+    """The answer of one model so far, after each token, until it ends its text or has `max_tokens`."""
+    model, tokenizer = speaker.model, speaker.tokenizer
+    generator = torch.Generator().manual_seed(settings.seed)  # of the CPU: the same numbers for every device
+    ends = _end_tokens(model, tokenizer)
+    ids = prompt_ids(tokenizer, prompt, chat=settings.chat)
+    if not ids:
+        raise ConfigurationError("--prompt has no tokens", "Give a text that the model can continue")
+    check_reads(model, len(ids) + settings.max_tokens - 1, "Use fewer --max-tokens or a shorter prompt")
+    reader = CachedModel(model)
+    written: list[int] = []
+    while len(written) < settings.max_tokens:
+        token = choose(reader.feed(ids), settings.temperature, generator)
+        if token in ends:
+            return
+        written.append(token)
+        ids = [token]
+        yield tokenizer.decode(written, skip_special_tokens=True)
+
+
+def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
+    """The next token. logits: (vocabulary,). temperature 0 takes the most likely one."""
+    if temperature == 0:
+        return int(logits.argmax())
+    return int(torch.multinomial(torch.softmax(logits.float().cpu() / temperature, -1), 1, generator=generator))
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = stated if isinstance(stated, list) else [stated]
+    return {int(index) for index in (*listed, tokenizer.eos_token_id) if index is not None}

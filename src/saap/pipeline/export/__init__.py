@@ -1,0 +1,1 @@
+"""`saap export`: models in the formats of other programs."""

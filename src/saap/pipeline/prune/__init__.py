@@ -1,0 +1,1 @@
+"""`saap prune`: from a model to its pruned checkpoint."""

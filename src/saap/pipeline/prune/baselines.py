@@ -1,0 +1,108 @@
+"""Running a baseline in place of the method: its scores and rules become those of an ordinary run."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from saap.baselines.activations import activation_statistics, add_biases, compensating_biases
+from saap.baselines.methods import BASELINES, Measurements, Scores
+from saap.core.errors import ConfigurationError
+from saap.core.records import FloatArray, GroupScores, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
+from saap.pipeline.prune.generated_text import with_written
+from saap.pipeline.shared.context import Run
+from saap.settings.prune import Method, PruneConfig, unit_roles
+
+
+def for_method(config: PruneConfig) -> PruneConfig:
+    """The configuration with the rules of its method. Raises ConfigurationError for rules that contradict it."""
+    if config.method is Method.SAAP:
+        return config
+    baseline = BASELINES[config.method]
+    if config.layout is Layout.UNIFORM and baseline.compensates and not config.restore:
+        raise ConfigurationError(
+            f"--method {config.method} adds biases, which the stock class of --layout uniform has no place for",
+            "Use --layout adaptive, or --restore in place of the biases",
+        )
+    return config.model_copy(
+        update={
+            "strategy": baseline.strategy,
+            "roles": baseline.roles or config.roles,
+            "skip_layers": config.skip_layers
+            if config.skip_layers is not None or config.layout is Layout.UNIFORM
+            else baseline.skip_layers,
+        }
+    )
+
+
+def check_method(config: PruneConfig, graph: ModelGraph) -> None:
+    """Raise ConfigurationError if the method cannot score a group of the asked roles."""
+    if config.method in (Method.SAAP, Method.RANDOM):
+        return
+    roles = unit_roles(config.roles)
+    unscored = next((role for role in roles if role in (Role.QUERY, Role.EXPERT)), None)
+    if unscored is not None:
+        raise ConfigurationError(
+            f"--method {config.method} does not score units of the role {unscored}",
+            "Use --method saap or random, or leave this role out of --roles",
+        )
+    bundle = next((group.bundle for group in graph.groups if group.bundle and group.role in roles), None)
+    if bundle is not None:
+        raise ConfigurationError(
+            f"--method {config.method} scores matrices one by one, and {bundle} of this model stacks its experts",
+            "Use --method saap or random, or leave ffn out of --roles",
+        )
+
+
+def measurements(run: Run) -> Measurements:
+    """What the baselines measure, on the samples that the method's own scores are estimated on."""
+    return Measurements(
+        run.loaded.model, run.graph, with_written(run, "scored"), seed=run.config.seed,
+        progress=run.meter.reporter.advance,
+    )  # fmt: skip
+
+
+def baseline_scores(run: Run, calibration_digest: str, found: Measurements) -> ImportanceScores:
+    """The baseline's scores in the form of an estimation; they have no spread over samples."""
+    scores: Scores = BASELINES[run.config.method].scores(found)
+    return ImportanceScores(
+        graph_digest=run.graph.digest,
+        calibration_digest=calibration_digest,
+        samples=len(found.tokens),
+        element_order=str(run.config.method),
+        aggregation=str(run.config.aggregation),
+        losses=np.zeros(0),
+        groups={name: _without_spread(np.asarray(values, dtype=np.float64)) for name, values in scores.items()},
+    )
+
+
+def _without_spread(values: FloatArray) -> GroupScores:
+    zero = np.zeros_like(values)
+    return GroupScores(vector=values, vector_m2=zero, element=values, element_m2=zero, comoment=zero)
+
+
+def biases_for(
+    run: Run, model: nn.Module, plan: StructurePlan, found: Measurements | None = None
+) -> dict[str, torch.Tensor]:
+    """The biases by which the method makes up for what `plan` removes from the dense `model`; none for most methods.
+
+    found: what has been measured of it so far. A restoration makes up for the same and more, so there are none beside
+    it.
+    """
+    baseline = BASELINES.get(run.config.method)
+    if baseline is None or not baseline.compensates or run.config.restore or plan.removes_nothing(run.graph):
+        return {}
+    if found is not None:
+        means = found.activations.mean
+    else:
+        means = activation_statistics(model, run.graph, with_written(run, "scored")).mean
+    return compensating_biases(model, run.graph, plan.keep, means)
+
+
+def compensate(run: Run, model: nn.Module, biases: dict[str, torch.Tensor]) -> None:
+    """Put the biases into the cut model."""
+    made = add_biases(model, biases)
+    if made:
+        count = sum(bias.numel() for bias in biases.values())
+        run.meter.reporter.note(f"{count:,} parameters of compensating biases come on top of the plan")

@@ -1,0 +1,115 @@
+"""What a run gives back: the pruned model, its plan and the figures that were measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from saap.core.records import Candidate, ModelGraph, Role, StructurePlan
+from saap.pipeline.shared.meter import StageCost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerStructure:
+    """Kept units of one layer. parts: (role, kept, units) for each of its groups."""
+
+    name: str
+    parts: tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneReport:
+    """Figures of one result.
+
+    Bytes are of the weights in `dtype`, dense and pruned alike. Answers are greedy continuations of `prompt`. speed:
+    the fields of SpeedRecord where a speed-up was asked for.
+    """
+
+    model: str
+    path: str | None
+    target: str
+    layout: str
+    strategy: str
+    seed: int
+    pruning_ratio: float
+    parameters_dense: int
+    parameters: int
+    block_parameters_dense: int
+    block_parameters: int
+    bytes_dense: int
+    bytes: int
+    dtype: str
+    evaluation_text: str
+    evaluation_tokens: int
+    perplexity_dense: float
+    perplexity: float
+    prompt: str
+    answer_dense: str
+    answer: str
+    structure: tuple[LayerStructure, ...]
+    trail: tuple[Candidate, ...]
+    refit_errors: dict[str, float]
+    findings: tuple[str, ...]
+    stages: tuple[StageCost, ...]
+    load_lines: tuple[str, ...]
+    speed: dict[str, Any] | None = None
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """Perplexity of the pruned model over that of the dense one."""
+        return self.perplexity / self.perplexity_dense
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-able data."""
+        return {**dataclasses.asdict(self), "perplexity_ratio": self.perplexity_ratio}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneResult:
+    """A pruned model. path: its folder, None if it was not written."""
+
+    model: nn.Module
+    plan: StructurePlan
+    report: PruneReport
+    path: Path | None
+
+
+def structure_of(graph: ModelGraph, plan: StructurePlan) -> tuple[LayerStructure, ...]:
+    """Kept units of every layer, and of the whole model's groups, in a form that can be drawn."""
+    rows = []
+    for layer in range(-1, len(graph.blocks)):
+        groups = graph.in_block(layer)
+        if not groups or (layer < 0 and not any(group.name in plan.keep for group in groups)):
+            continue
+        gone = layer in plan.dropped_blocks
+        parts: list[tuple[str, int, int]] = []
+        for role in Role:
+            of_role = [group for group in groups if group.role is role]
+            if of_role:
+                kept = 0 if gone else sum(len(plan.kept(group)) for group in of_role)
+                parts.append((str(role), kept, sum(group.units for group in of_role)))
+        rows.append(LayerStructure(name="all" if layer < 0 else str(layer), parts=tuple(parts)))
+    return tuple(rows)
+
+
+def load_lines(path: Path, layout: str, auto_class: str = "AutoModelForCausalLM") -> tuple[str, ...]:
+    """The exact lines that open the result. auto_class: of transformers."""
+    name = str(path)
+    if layout == "uniform":
+        return (
+            f"from transformers import {auto_class}, AutoTokenizer",
+            f'model = {auto_class}.from_pretrained("{name}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        )
+    return (
+        "import saap",
+        f'model = saap.load("{name}")',
+        "# or, where saap is not installed:",
+        f"from transformers import {auto_class}, AutoTokenizer",
+        f'model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)',
+    )

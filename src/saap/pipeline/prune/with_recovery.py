@@ -1,0 +1,117 @@
+"""All three stages of the paper at once: discovery, estimation and recovery."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from saap._version import __version__
+from saap.core.errors import ConfigurationError
+from saap.core.records import digest_of
+from saap.data.training import TrainingData
+from saap.models.loading.pretrained import load_tokenizer
+from saap.models.loading.references import ResolvedModel, resolve_model
+from saap.models.walk.processes import Processes
+from saap.pipeline.prune.result import PruneReport
+from saap.pipeline.prune.run import run_prune
+from saap.pipeline.recover.context import read_data
+from saap.pipeline.recover.result import RecoverReport
+from saap.pipeline.recover.run import run_recover
+from saap.pipeline.shared.digests import model_digest, named_files
+from saap.pipeline.shared.inputs import RunOptions
+from saap.pipeline.shared.progress import Reporter
+from saap.pipeline.shared.targets import Target, finished_report, place_finished, plan_targets, work_path
+from saap.pipeline.shared.together import alone_in
+from saap.pipeline.shared.work import WorkFolder
+from saap.settings.prune import PruneConfig
+from saap.settings.recover import RecoverConfig
+
+
+def prune_and_recover(
+    source: str | Path, pruning: PruneConfig, recovery: RecoverConfig, options: RunOptions, reporter: Reporter
+) -> list[tuple[PruneReport, RecoverReport]]:
+    """Prune and tune: both reports for each target.
+
+    What the recovery would refuse is refused before anything is pruned. A run that was interrupted goes on from the
+    last finished stage. Raises SaapError.
+    """
+    if options.out is None:
+        raise ConfigurationError("--recover needs a folder", "Name it with --out DIR")
+    if options.max_memory is not None:
+        raise ConfigurationError(
+            "--max-memory does not hold for the tuning of --recover",
+            "Leave out one of them, and use `saap recover` later",
+        )
+    processes = Processes.found()
+    targets = plan_targets(pruning, options)
+    resolved, data = check_recovery(source, pruning, recovery, options)
+    processes.wait()  # until nobody looks any more at what is there
+    work = WorkFolder(work_path(options))
+    settings = [pruning.model_dump(mode="json"), recovery.model_dump(mode="json")]
+    same = [settings, named_files(settings), data.digest, str(source), options.revision, options.dtype, __version__]
+    processes.from_first(lambda: work.open(digest_of([*same, model_digest(resolved)])))
+    with alone_in(work, processes):
+        reports = _pruned(source, pruning, options, work, processes, reporter)
+        # the teacher is MODEL, whose code may be run or not
+        recovery = recovery.model_copy(update={"dense_trust_remote_code": options.trust_remote_code})
+        results = [
+            (report, _tuned(target, report, recovery, options, work, processes, reporter))
+            for target, report in zip(targets, reports, strict=True)
+        ]
+    processes.wait()
+    processes.from_first(lambda: work.close(keep=options.keep_work))
+    return results
+
+
+def _pruned(
+    source: str | Path, config: PruneConfig, options: RunOptions, work: WorkFolder, processes: Processes,
+    reporter: Reporter,
+) -> list[PruneReport]:  # fmt: skip
+    """Reports of the pruned models, which lie in the work folder; made unless they are there."""
+    saved = processes.from_first(lambda: work.read_json("pruned.json"))
+    if saved is None:
+        into = _inside(options, work, "pruned")
+        saved = [result.report.as_dict() for result in run_prune(source, config, into, reporter)]
+        processes.from_first(lambda: work.write_json("pruned.json", saved))
+    return TypeAdapter(list[PruneReport]).validate_python(saved)
+
+
+def _tuned(
+    target: Target, pruned: PruneReport, config: RecoverConfig, options: RunOptions, work: WorkFolder,
+    processes: Processes, reporter: Reporter,
+) -> RecoverReport:  # fmt: skip
+    """Tune the pruned model of one target and put it in its place, unless it is there."""
+    saved = processes.from_first(lambda: finished_report(work, target))
+    if saved is None:
+        name = f"tuned-{target.name}"
+        into = dataclasses.replace(_inside(options, work, name), revision=None)
+        made = run_recover(str(pruned.path), config, into, reporter).report
+        here, there = work.file(name), str(target.folder)
+        saved = made.as_dict() | {"path": there, "load_lines": [x.replace(str(here), there) for x in made.load_lines]}
+        processes.from_first(lambda: place_finished(work, target, here, saved))
+    return TypeAdapter(RecoverReport).validate_python(saved)
+
+
+def _inside(options: RunOptions, work: WorkFolder, name: str) -> RunOptions:
+    """The options of one stage: its result and its own stage files lie in the work folder, and go with that."""
+    return dataclasses.replace(
+        options, out=work.file(name), work_dir=work.file(f"{name}.stages"), keep_work=True, overwrite=True
+    )
+
+
+def check_recovery(
+    source: str | Path, pruning: PruneConfig, recovery: RecoverConfig, options: RunOptions
+) -> tuple[ResolvedModel, TrainingData]:
+    """Refuse now what the recovery of what `pruning` makes would refuse later. Raises SaapError.
+
+    Returns the model and what it will be trained on.
+    """
+    if pruning.align % recovery.group_size:
+        raise ConfigurationError(
+            f"--align {pruning.align} gives sizes that groups of {recovery.group_size} do not divide",
+            f"Use --align {recovery.group_size} or a multiple of it",
+        )
+    resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    return resolved, read_data(recovery, load_tokenizer(resolved))

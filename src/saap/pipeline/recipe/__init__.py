@@ -1,0 +1,1 @@
+"""`saap run`: a whole run from one YAML file."""

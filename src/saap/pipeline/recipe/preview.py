@@ -1,0 +1,103 @@
+"""A dry run of a recipe: the structure from tensors without values, so that a laptop can look at any model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from saap.core.records import ModelRef, count_parameters, kept_shapes
+from saap.core.storage import read_plan
+from saap.data.texts import check_source
+from saap.discovery import discover
+from saap.discovery.blocks import find_blocks
+from saap.evaluation.generation import BUNDLED
+from saap.models.checkpoint.groupwise_files import linears_inside
+from saap.models.loading.devices import pick_device, pick_dtype
+from saap.models.loading.pretrained import load_tokenizer, model_without_weights
+from saap.models.loading.references import resolve_configuration
+from saap.pipeline.evaluate.run import check_request
+from saap.pipeline.evaluate.speed import check_settings
+from saap.pipeline.prune.baselines import check_method, for_method
+from saap.pipeline.prune.decode_costs import speed_settings
+from saap.pipeline.shared.inputs import RunOptions
+from saap.pipeline.shared.legality import legal_sizes
+from saap.pipeline.shared.targets import plan_targets, with_budgets
+from saap.recovery.quantise import check_group_sizes
+from saap.settings.measure import ExportFormat
+from saap.settings.prune import PruneConfig
+from saap.settings.recipe import Recipe
+from saap.structure_search.plan import SearchSpace, check_reachable
+
+
+def preview_recipe(recipe: Recipe) -> dict[str, Any]:
+    """What `run_recipe` would do, after every check that needs neither weights nor data sets of the hub.
+
+    Returns JSON-able data: the model, and each step with its output and, of a pruned model, its size. Nothing is
+    written. Raises SaapError.
+    """
+    pick_device(recipe.device)
+    _check_texts(recipe)
+    resolved = resolve_configuration(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    dtype = pick_dtype(recipe.dtype, source=resolved.dtype)
+    load_tokenizer(resolved)
+    model = model_without_weights(resolved)
+    steps: list[dict[str, Any]] = []
+    if recipe.prune is not None:
+        steps += _pruned(recipe, for_method(recipe.prune), model, dtype)
+    if recipe.recover is not None:
+        if recipe.prune is None:
+            check_group_sizes(linears_inside(model, find_blocks(model)), recipe.recover.group_size)
+        steps.append({"name": "recover", "output": str(recipe.out / "recovered")})
+    steps += [{"name": f"eval.{name}", "output": str(recipe.out / "eval" / f"{name}.json")} for name in recipe.eval]
+    for name, request in recipe.export.items():
+        ending = ".gguf" if request.format is ExportFormat.GGUF else ""
+        steps.append({"name": f"export.{name}", "output": str(recipe.out / "export" / f"{name}{ending}")})
+    if recipe.report is not None:
+        steps.append({"name": "report", "output": str(recipe.out / "report" / "report.html")})
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"model": recipe.model, "class": type(model).__name__, "parameters": parameters, "steps": steps}
+
+
+def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Discovery and the reachability of each target, on the model without weights.
+
+    Of a target that is a speed, the size is not known before decoding was measured with weights.
+    """
+    if config.target_speedup is not None:
+        check_settings(speed_settings(config))
+    ref = ModelRef(source=recipe.model, revision=recipe.revision, config_digest="", weights_digest="")
+    graph = discover(model, ref)
+    check_method(config, graph)
+    targets = plan_targets(config, RunOptions(out=recipe.out / "pruned"), check=False)
+    space = SearchSpace(
+        roles=config.roles, layout=config.layout, align=config.align, skip_layers=config.skip_layers,
+        legal_sizes=legal_sizes(model, graph, config),
+    )  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for target in with_budgets(targets, config, graph, dtype):
+        row = {"name": "prune", "target": target.name, "output": str(target.folder)}
+        if config.target_speedup is not None:
+            rows.append({**row, "speedup": config.target_speedup, "runtime": str(config.runtime)})
+            continue
+        if target.budget is not None:
+            left = check_reachable(graph, target.budget, space).parameters
+        elif config.plan is not None:
+            given = read_plan(config.plan, graph)
+            left = count_parameters(kept_shapes(graph, given.keep, given.dropped_blocks))
+        size = {"parameters": left, "bytes": left * dtype.itemsize, "dtype": str(dtype).removeprefix("torch.")}
+        rows.append({**row, **size})
+    return rows
+
+
+def _check_texts(recipe: Recipe) -> None:
+    """Refuse names of texts and tasks that nothing stands behind."""
+    calibration = () if recipe.prune is None else recipe.prune.calibration
+    training = () if recipe.recover is None else recipe.recover.data
+    for source in (*calibration, *training):
+        check_source(source)
+    for request in recipe.eval.values():
+        check_request(request)
+        for source in request.texts:
+            if source != BUNDLED:
+                check_source(source)

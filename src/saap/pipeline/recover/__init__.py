@@ -1,0 +1,1 @@
+"""`saap recover`: from a pruned checkpoint to a fine-tuned one."""

@@ -1,0 +1,175 @@
+"""What the parts of a recovery share, and its preparation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from saap._version import __version__
+from saap.core.errors import ConfigurationError, SaapError
+from saap.core.manifest import RunManifest
+from saap.core.records import IntArray, digest_of
+from saap.data.samples import leading_ids, token_stream
+from saap.data.texts import evaluation_text
+from saap.data.training import TrainingData, training_data
+from saap.export.huggingface import check_output
+from saap.models.loading.devices import pick_device, pick_dtype
+from saap.models.loading.pretrained import load_tokenizer
+from saap.models.loading.references import ResolvedModel, resolve_model
+from saap.models.walk.processes import Processes
+from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
+from saap.pipeline.shared.digests import weights_digest
+from saap.pipeline.shared.inputs import EVALUATION_TOKENS, RunOptions
+from saap.pipeline.shared.meter import Meter
+from saap.pipeline.shared.progress import Reporter, Silent
+from saap.recovery.prepare import require_peft
+from saap.settings.recover import RecoverConfig, Tuning
+
+EVALUATION = "bundled text that is never calibrated on"
+DISTILLATION = 1.0
+"""Share of the divergence from the dense model in the loss, where there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """A run after its preparation: everything that can be refused has been checked, except the group sizes."""
+
+    source: str
+    config: RecoverConfig
+    options: RunOptions
+    resolved: ResolvedModel
+    tokenizer: Any
+    teacher: ResolvedModel | None
+    earlier: RunManifest | None
+    data: TrainingData
+    evaluation: IntArray
+    leading: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    processes: Processes
+    meter: Meter
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Perplexity on the evaluation text and answer to the short prompt."""
+
+    perplexity: float
+    prompt: str
+    answer: str
+
+
+def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: Reporter) -> Recovery:
+    """Check everything that can be checked without the weights. Raises SaapError."""
+    if options.out is not None:
+        check_output(options.out, 0, overwrite=options.overwrite)
+    if config.tuning is Tuning.LORA:
+        require_peft()
+    processes = Processes.found()
+    device = processes.device(pick_device(options.device))
+    _check_processes(config, options, processes.count)
+    meter = Meter(reporter if processes.first else Silent(), device)
+    with meter.stage("read the model's records and the training data"):
+        resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        tokenizer = load_tokenizer(resolved)
+        earlier = manifest_of(resolved)
+        config, teacher = _with_teacher(config, source, earlier, tokenizer, meter)
+        data = read_data(config, tokenizer)
+    return Recovery(
+        source=source, config=config, options=options, resolved=resolved, tokenizer=tokenizer, teacher=teacher,
+        earlier=earlier, data=data,
+        evaluation=token_stream([evaluation_text()], tokenizer)[:EVALUATION_TOKENS],
+        leading=leading_ids(tokenizer, bos=config.bos), device=device,
+        dtype=pick_dtype(options.dtype, source=resolved.dtype), processes=processes, meter=meter,
+    )  # fmt: skip
+
+
+def read_data(config: RecoverConfig, tokenizer: Any | None) -> TrainingData:
+    """The training data of a recovery. Raises TrainingDataError, CalibrationError."""
+    return training_data(
+        config.data, tokenizer, length=config.length, held=config.validation_samples, seed=config.seed, bos=config.bos
+    )
+
+
+def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> None:
+    """Raise ConfigurationError for what does not go with so many processes."""
+    if count > 1 and options.out is None and options.work_dir is None:
+        raise ConfigurationError("Several processes share no folder", "Name one with --work-dir or --out")
+    if count > config.batch:
+        raise ConfigurationError(
+            f"--batch {config.batch} is less than the {count} processes that share each batch",
+            f"Use --batch {count}, or a multiple of it",
+        )
+    if config.shard and count == 1:
+        raise ConfigurationError(
+            "--shard splits weights over several processes, and there is one",
+            "Start it with torchrun --nproc-per-node N -m saap recover ..., or leave out --shard",
+        )
+    if config.shard and config.batch % count:
+        raise ConfigurationError(
+            f"--batch {config.batch} is no multiple of the {count} processes, which need equal work with --shard",
+            f"Use a multiple of {count}",
+        )
+
+
+def _with_teacher(
+    config: RecoverConfig, source: str, earlier: RunManifest | None, tokenizer: Any, meter: Meter
+) -> tuple[RecoverConfig, ResolvedModel | None]:
+    """The settings with teacher and distillation as they will be, and the dense model if it is needed.
+
+    Unless it is named, the teacher is the model that the checkpoint was pruned from; where that is not on this machine,
+    there is none: nothing is downloaded unasked. Raises ConfigurationError where distillation was asked for and has no
+    teacher.
+    """
+    teacher = None
+    choice = DenseChoice.of(config, config.teacher)
+    if config.teacher is not None or config.distillation != 0:
+        try:
+            found = resolve_dense(choice, earlier)
+            teacher = None if found is None else _same_tokens(found, source, tokenizer)
+        except SaapError as error:
+            if config.teacher is not None:
+                raise
+            meter.reporter.note(f"the dense model teaches nothing: {error}")
+    if teacher is None and config.distillation:
+        raise ConfigurationError("--distillation has no teacher", "Name the dense model with --teacher MODEL")
+    share = config.distillation if config.distillation is not None else (DISTILLATION if teacher else 0.0)
+    known = {"teacher": None, "dense_revision": None} if teacher is None else {
+        "teacher": teacher.source, "dense_revision": teacher.revision,
+    }  # fmt: skip
+    return config.model_copy(update={**known, "distillation": share}), teacher
+
+
+def _same_tokens(dense: ResolvedModel, source: str, tokenizer: Any) -> ResolvedModel:
+    """The dense model again. Raises ConfigurationError if its tokenizer has other tokens."""
+    own = load_tokenizer(dense)
+    if own is not None and tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
+        raise ConfigurationError(
+            f"--teacher {dense.source} has another vocabulary than {source}", "Name the model that it was pruned from"
+        )
+    return dense
+
+
+def settings_digest(run: Recovery) -> str:
+    """Of what decides the course of a training; its end may be moved."""
+    settings = run.config.model_dump(mode="json", exclude={"max_minutes", "patience", "shard"})
+    return digest_of([settings, run.data.digest, weights_digest(run.resolved), __version__])
+
+
+def recorded(run: Recovery) -> tuple[State, State] | None:
+    """What the checkpoint's manifest says of the dense model and of the checkpoint itself, on the same text."""
+    earlier = run.earlier
+    if earlier is None or earlier.perplexity is None or earlier.answers is None or earlier.recovery is not None:
+        return None
+    figures, answers = earlier.perplexity, earlier.answers
+    led = bool(earlier.settings.get("bos"))  # manifests from before that setting: windows began with the text
+    if led is not run.config.bos and leading_ids(run.tokenizer):
+        return None
+    if figures.text != EVALUATION or figures.tokens != run.evaluation.size:
+        return None
+    return (
+        State(figures.before, answers.prompt, answers.dense),
+        State(figures.after, answers.prompt, answers.pruned),
+    )

@@ -1,0 +1,236 @@
+"""Recovery from a checkpoint to a tuned one: reading, quantising, training, merging, checking, writing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from saap.core.errors import ConfigurationError, ModelError, OutputError, SaapError
+from saap.discovery.blocks import find_blocks
+from saap.evaluation.perplexity import perplexity
+from saap.export.recovered import RecoveredParts, write_recovered
+from saap.models.checkpoint.groupwise import GroupwiseWeight
+from saap.models.checkpoint.groupwise_files import linears_inside
+from saap.models.loading.devices import quick_float32_products, rounded_products
+from saap.models.loading.pretrained import load, load_groupwise, load_model
+from saap.models.walk.probe import check_reads, read_at_once
+from saap.models.walk.sharding import check_shardable, shard_layers
+from saap.models.walk.walker import BlockWalker
+from saap.pipeline.recover.context import Recovery, State, prepare, recorded, settings_digest
+from saap.pipeline.recover.records import left_as_they_are, recovery_manifest, recovery_report
+from saap.pipeline.recover.result import RecoverReport, RecoverResult
+from saap.pipeline.shared.inputs import RunOptions
+from saap.pipeline.shared.outcome import greedy_answer
+from saap.pipeline.shared.progress import Reporter, Silent
+from saap.pipeline.shared.targets import work_path
+from saap.pipeline.shared.together import alone_in
+from saap.pipeline.shared.work import WorkFolder
+from saap.recovery.adapter import AdaptedLinear
+from saap.recovery.prepare import adapt, add_lora, merge, merge_lora, quantise_by_feedback
+from saap.recovery.quantise import check_group_sizes, quantise
+from saap.recovery.train import Report, Trainer, Training
+from saap.settings.recover import RecoverConfig, Tuning
+
+FEEDBACK_SAMPLES = 16
+CHECKED_TOKENS = 64
+# Largest difference of logits, in units of the largest one, that rounding to 16 bits may make.
+TOLERANCE = 0.1
+
+
+def run_recover(
+    source: str | Path, config: RecoverConfig, options: RunOptions, reporter: Reporter | None = None
+) -> RecoverResult:
+    """Tune a model and write it. Everything that can be refused is refused before the training. Raises SaapError."""
+    run = prepare(str(source), config, options, reporter if reporter is not None else Silent())
+    work = WorkFolder(work_path(options))
+    resumed = run.processes.from_first(lambda: work.open(settings_digest(run)))
+    if resumed:
+        run.meter.reporter.note(f"taking up the training in {work.path}")
+    with alone_in(work, run.processes), quick_float32_products():
+        try:
+            teacher, dense = _teacher(run)
+            model, handle, parameters, quantised = _model_to_train(run)
+        except SaapError:
+            if run.processes.first:
+                work.close(keep=resumed)  # a refusal leaves nothing behind
+            raise
+        before = _before(run)
+        if run.config.shard:
+            _shard(run, model, teacher)
+        quick = nullcontext() if run.config.exact_products else rounded_products(run.device)
+        with run.meter.stage("train"), quick:
+            training = Trainer(
+                BlockWalker(model, find_blocks(model)), parameters, run.data, run.config, folder=work.path,
+                processes=run.processes, report=Report(step=run.meter.reporter.advance, line=run.meter.reporter.note),
+                teacher=None if teacher is None else BlockWalker(teacher, find_blocks(teacher)),
+            ).run()  # fmt: skip
+        del teacher
+        packed: dict[str, GroupwiseWeight] = {}
+        with run.meter.stage("merge and measure"):
+            if handle is None:
+                packed = merge(model)
+            else:
+                model = merge_lora(handle)
+            after = _measure(run, model)
+        report = recovery_report(run, model, training, packed, (dense, before, quantised, after))
+        result = _finish(run, model, training, packed, report)
+    if run.processes.first:
+        work.close(keep=options.keep_work)
+    return result
+
+
+def _measure(run: Recovery, model: nn.Module) -> State:
+    value = perplexity(model, run.evaluation, batch=1, leading=run.leading).value
+    return State(value, *greedy_answer(model, run.tokenizer))
+
+
+def _shard(run: Recovery, model: nn.Module, teacher: nn.Module | None) -> None:
+    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    if teacher is not None:
+        layers += [teacher.get_submodule(path) for path in linears_inside(teacher, find_blocks(teacher))]
+    shard_layers(layers, run.device, run.processes)
+
+
+def _before(run: Recovery) -> State:
+    """The model as it came: from its record, or measured, for which it is opened whole and closed again."""
+    known = recorded(run)
+    if known is not None:
+        return known[1]
+    with run.meter.stage("measure the model as it is"):
+        return _measure(run, load_model(run.resolved, device=run.device))
+
+
+def _model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parameter], State | None]:
+    """The model, the handle of its LoRA layers if it has such, what is trained, and its state once quantised."""
+    config = run.config
+    if config.tuning is Tuning.LORA:
+        with run.meter.stage("load the model"):
+            model = load_model(run.resolved, device=run.device)
+            paths = linears_inside(model, find_blocks(model))
+            handle, parameters = add_lora(model, paths, rank=config.rank, alpha=config.alpha, seed=config.seed)
+        _check_fits(run, model)
+        return model, handle, parameters, None
+    with run.meter.stage(f"quantise to {config.bits} bits in groups of {config.group_size}"):
+        model = _quantised_model(run)
+        _check_fits(run, model)
+    with run.meter.stage("measure the quantised model"):
+        quantised = _measure(run, model)
+    parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=config.seed, scales=config.scales)
+    left = left_as_they_are(model)
+    if left:
+        run.meter.reporter.note(f"{len(left)} matrices of the blocks are no linear layers and stay as they are")
+    return model, None, parameters, quantised
+
+
+def _quantised_model(run: Recovery) -> Any:
+    config = run.config
+    make = partial(quantise, group_size=config.group_size, bits=config.bits)
+    if not config.error_feedback:
+        return load_groupwise(
+            run.resolved, partial(_fitting, config), lambda path, read: make(read()), device=run.device
+        )
+    model = load_model(run.resolved, device=run.device)
+    _fitting(config, model)
+    samples = [
+        torch.from_numpy(example.tokens).to(run.device).unsqueeze(0) for example in run.data.train[:FEEDBACK_SAMPLES]
+    ]
+    quantise_by_feedback(
+        model, find_blocks(model), samples, group_size=config.group_size, bits=config.bits,
+        progress=run.meter.reporter.advance,
+    )  # fmt: skip
+    return model
+
+
+def _fitting(config: RecoverConfig, model: nn.Module) -> Sequence[str]:
+    sizes = linears_inside(model, find_blocks(model))
+    if not sizes:
+        raise ModelError(
+            f"{type(model).__name__} has no linear layers in its blocks", "Use --tuning lora, or another model"
+        )
+    check_group_sizes(sizes, config.group_size)
+    if config.shard:
+        check_shardable(model, sizes)
+    return tuple(sizes)
+
+
+def _check_fits(run: Recovery, model: Any) -> None:
+    """Raise SaapError for training data with more tokens, or other ones, than the model reads."""
+    examples = [example.tokens for example in (*run.data.train, *run.data.held)]
+    check_reads(model, max(map(len, examples)), "Use a smaller --length")
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(int(tokens.max()) for tokens in examples)
+    if largest >= rows:
+        raise ModelError(
+            f"The tokenizer gave id {largest}, but the model's embedding has {rows} rows",
+            "Use the tokenizer that belongs to the model",
+        )
+
+
+def _teacher(run: Recovery) -> tuple[Any | None, State | None]:
+    """The dense model, if its predictions are learned from, and what is known of it."""
+    records = recorded(run)
+    known = None if records is None else records[0]
+    if run.teacher is None:
+        return None, known
+    with run.meter.stage("load the teacher"):
+        teacher = load_model(run.teacher, device=run.device)
+        _check_teacher(run, teacher)
+        _check_fits(run, teacher)
+        dense = known if known is not None else _measure(run, teacher)
+    return (teacher if run.config.distillation else None), dense
+
+
+def _check_teacher(run: Recovery, teacher: nn.Module) -> None:
+    if run.earlier is None or run.teacher is None:
+        return
+    expected, found = run.earlier.parameters.before, sum(value.numel() for value in teacher.parameters())
+    if found != expected:
+        raise ConfigurationError(
+            f"{run.teacher.source} has {found:,} parameters, but {run.source} was pruned from a model of {expected:,}",
+            "Name that model with --teacher, or use --distillation 0",
+        )
+
+
+def _finish(
+    run: Recovery, model: Any, training: Training, packed: dict[str, GroupwiseWeight], report: RecoverReport
+) -> RecoverResult:
+    out = run.options.out
+    if out is None:
+        return RecoverResult(model=model, report=report, training=training, path=None)
+    if run.processes.first:
+        with run.meter.stage("write the result and open it"):
+            expected = _few_logits(run, model)
+            base_type = str(getattr(model.config, "base_model_type", model.config.model_type))
+            parts = RecoveredParts(
+                manifest=recovery_manifest(run, model, training, packed, report),
+                base_model_type=base_type, packed=packed,
+                tokenizer=run.tokenizer,
+                source_folder=run.resolved.folder if run.resolved.gguf_file is None else None,
+            )  # fmt: skip
+            write_recovered(model, parts, out, dtype=run.dtype, overwrite=run.options.overwrite)
+            _check_same(expected, _few_logits(run, load(out, device=str(run.device))), out)
+    run.processes.wait()
+    return RecoverResult(model=model, report=report, training=training, path=out)
+
+
+@torch.no_grad()
+def _few_logits(run: Recovery, model: Any) -> torch.Tensor:
+    ids = torch.from_numpy(run.evaluation[: read_at_once(model, CHECKED_TOKENS)]).to(run.device).unsqueeze(0)
+    logits: torch.Tensor = model(ids).logits
+    return logits.float()
+
+
+def _check_same(expected: torch.Tensor, found: torch.Tensor, out: Path) -> None:
+    difference = float((expected - found).abs().max() / expected.abs().max())
+    if not difference <= TOLERANCE:
+        raise OutputError(
+            f"The model written to {out} computes something else than the one in memory (logits differ by "
+            f"{difference:.1e})",
+            "Use --dtype float32",
+        )

@@ -1,0 +1,1 @@
+"""What several commands need: inputs, memory, work folders, progress."""

@@ -1,0 +1,38 @@
+"""What the stages of a run share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from saap.core.records import ModelGraph
+from saap.models.walk.processes import Processes
+from saap.pipeline.shared.inputs import LoadedModel, RunOptions, TokenSets
+from saap.pipeline.shared.meter import Meter
+from saap.pipeline.shared.work import WorkFolder
+from saap.settings.prune import PruneConfig
+from saap.structure_search.plan import SearchSpace
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run after its preparation: everything that can be refused has been checked.
+
+    processes: that carry it out. The first one writes the stage files, and the others read them.
+    """
+
+    config: PruneConfig
+    options: RunOptions
+    loaded: LoadedModel
+    graph: ModelGraph
+    space: SearchSpace
+    tokens: TokenSets
+    work: WorkFolder
+    meter: Meter
+    processes: Processes = field(default_factory=Processes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.loaded.model.parameters()).device

@@ -1,0 +1,104 @@
+"""What was asked for: one target per result, checked before the expensive work."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saap.core.records import ModelGraph
+from saap.export.huggingface import check_output
+from saap.export.placing import place
+from saap.pipeline.shared.inputs import RunOptions
+from saap.pipeline.shared.work import WorkFolder
+from saap.settings.prune import PruneConfig
+from saap.structure_search.allocation import AnyBudget
+from saap.structure_search.objectives import Budget, budget_for_bytes, budget_for_parameters, budget_for_ratio
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One result that was asked for. name: of its stage files. budget: None where a plan is given.
+
+    folder: where the result goes, None to keep it in memory.
+    """
+
+    name: str
+    budget: AnyBudget | None
+    folder: Path | None
+
+
+def plan_targets(config: PruneConfig, options: RunOptions, *, check: bool = True) -> list[Target]:
+    """The targets with their folders, not yet with budgets: several ratios become one subfolder of `out` each.
+
+    Raises OutputError, if `check`, for a folder that holds something, unless `overwrite`, or cannot be written.
+    """
+    names = [f"{ratio:g}" for ratio in config.pruning_ratios] or ["target"]
+    targets = []
+    for name in names:
+        folder = options.out
+        if folder is not None and len(names) > 1:
+            folder = folder / name
+        targets.append(Target(name, None, folder))
+    for target in targets:
+        path = work_path(options)
+        done = path is not None and path.is_dir() and finished_report(WorkFolder(path), target) is not None
+        if check and target.folder is not None and not done:
+            check_output(target.folder, 0, overwrite=options.overwrite)
+    return targets
+
+
+def place_finished(work: WorkFolder, target: Target, folder: Path, report: Mapping[str, Any]) -> None:
+    """Put a whole result, which lies in `folder`, in the target's place, and record that just before.
+
+    Raises OutputError if that cannot be done; `folder` is then still there.
+    """
+    if target.folder is not None:
+        work.write_json(_finished_name(target), {"manifest": _manifest_digest(folder), "report": report})
+        place(folder, target.folder)
+
+
+def finished_report(work: WorkFolder, target: Target) -> dict[str, Any] | None:
+    """The report of a result that an interrupted run had already put in its place, None if it is not there."""
+    record = work.read_json(_finished_name(target))
+    if not isinstance(record, dict) or target.folder is None:
+        return None
+    there = _manifest_digest(target.folder)
+    return record.get("report") if there is not None and there == record.get("manifest") else None
+
+
+def _finished_name(target: Target) -> str:
+    return f"finished-{target.name}.json"
+
+
+def _manifest_digest(folder: Path) -> str | None:
+    file = folder / "saap" / "manifest.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def with_budgets(targets: Sequence[Target], config: PruneConfig, graph: ModelGraph, dtype: torch.dtype) -> list[Target]:
+    """The targets with the parameters that must leave. dtype: of the written weights. Raises TargetError."""
+    budgets: list[Budget]
+    if config.pruning_ratios:
+        budgets = [budget_for_ratio(graph, ratio) for ratio in config.pruning_ratios]
+    elif config.target_parameters is not None:
+        budgets = [budget_for_parameters(graph, config.target_parameters)]
+    elif config.target_bytes is not None:
+        budgets = [budget_for_bytes(graph, config.target_bytes, dtype.itemsize)]
+    else:
+        return list(targets)
+    return [dataclasses.replace(target, budget=budget) for target, budget in zip(targets, budgets, strict=True)]
+
+
+def work_path(options: RunOptions) -> Path | None:
+    """Where stage files lie: beside the output unless named; None where nothing is written."""
+    if options.work_dir is not None:
+        return options.work_dir
+    if options.out is None:
+        return None
+    return options.out.with_name(options.out.name + ".saap-work")

@@ -1,0 +1,104 @@
+"""The work folder: finished stages of a run, kept beside the output until the run succeeds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from saap.core.errors import OutputError, StaleInputError
+from saap.core.files import part_of
+from saap.core.storage import write_whole
+from saap.export.placing import remove_leftovers
+
+SETTINGS, LOCK = "settings.json", "lock"
+
+
+class WorkFolder:
+    """Stage files of one run. A rerun with the same settings and model finds them; another run is refused.
+
+    path: None for a folder that vanishes with the process.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._temporary = path is None
+        self.path = path if path is not None else Path(tempfile.mkdtemp(prefix="saap-"))
+        self._lock = FileLock(self.path / LOCK, blocking=False)
+
+    def open(self, settings_digest: str) -> bool:
+        """Create the folder, or take up an interrupted run. Returns whether there is something to take up.
+
+        Raises StaleInputError if the folder belongs to a run with other settings, OutputError if it cannot be made.
+        """
+        found = self.read_json(SETTINGS)
+        if found is not None:
+            digest = str(found.get("digest", "")) if isinstance(found, dict) else ""
+            if digest != settings_digest:
+                raise StaleInputError(
+                    f"{self.path} holds stages of a run with other settings or texts, another model or another "
+                    f"version of saap (digest {digest[:12]}, this run has {settings_digest[:12]})",
+                    "Delete that folder, or choose another --work-dir",
+                )
+            return True
+        if self.path.exists() and (not self.path.is_dir() or not self._is_of_no_use()):
+            raise OutputError(f"The work folder {self.path} exists and is of no run", "Choose another --work-dir")
+        self.write_json(SETTINGS, {"digest": settings_digest})
+        return False
+
+    def _is_of_no_use(self) -> bool:
+        """Whether a folder without settings is empty, but for what a process left that was killed at its beginning."""
+        return {part_of(self.path / SETTINGS), self.path / LOCK}.issuperset(self.path.iterdir())
+
+    def lock(self) -> None:
+        """Keep other runs out until `unlock`, or until the process ends, however it does.
+
+        Raises OutputError if another run is at work here. Does nothing where the file system knows no locks.
+        """
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise OutputError(
+                f"Another run is at work in {self.path}",
+                "Wait until it has ended, or choose another --out or --work-dir",
+            ) from None
+        except NotImplementedError:
+            return
+
+    def unlock(self) -> None:
+        """Let other runs in; nothing where this one has no lock."""
+        self._lock.release()
+
+    def file(self, name: str) -> Path:
+        """Path of a stage file."""
+        return self.path / name
+
+    def read_json(self, name: str) -> Any | None:
+        """Content of a finished stage file, None if the stage has not finished. Raises StaleInputError if damaged."""
+        path = self.file(name)
+        try:
+            return json.loads(path.read_text()) if path.is_file() else None
+        except (ValueError, RecursionError):
+            raise StaleInputError(f"{path} is damaged", "Delete the work folder and start again") from None
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a stage file at once or not at all."""
+        write_whole(self.file(name), json.dumps(content, indent=1).encode())
+
+    def close(self, *, keep: bool) -> None:
+        """After success: delete the folder unless `keep`; one without a name of its own always goes.
+
+        It gets another name first, so that a folder that is half deleted is never taken up.
+        """
+        if keep and not self._temporary:
+            return
+        going = self.path.with_name(f".{self.path.name}.old-{uuid.uuid4().hex[:8]}")
+        with suppress(OSError):
+            self.path.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
+        remove_leftovers(self.path)

@@ -1,0 +1,53 @@
+"""`saap report`: from a pruned model's folder or a comparison, and reports of `saap eval`, to one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from saap.core.errors import EvaluationError, OutputError
+from saap.core.manifest import read_manifest
+from saap.core.storage import write_whole
+from saap.reporting.comparison_page import comparison_page
+from saap.reporting.figures import write_figures
+from saap.reporting.inputs import COMPARISON, read_comparison, read_evaluation
+from saap.reporting.model_page import model_page
+from saap.reporting.page import Page, render
+from saap.reporting.write_tables import write_page_tables
+
+
+def build_page(source: Path, evaluations: Sequence[Path] = (), comparison: Path | None = None) -> Page:
+    """The report of a folder that `saap prune` or `saap compare` wrote.
+
+    evaluations: JSON files that `saap eval --out` wrote. comparison: a folder that `saap compare` wrote, whose
+    baselines are to be shown beside a pruned model. Raises SaapError for anything else.
+    """
+    reports = [read_evaluation(path) for path in evaluations]
+    beside = None if comparison is None else read_comparison(_comparison_file(comparison))
+    file = _comparison_file(source)
+    if file.name == COMPARISON and file.is_file():
+        if beside is not None:
+            raise EvaluationError(f"{source} is a comparison itself", "Leave out --compare, or name a pruned model")
+        return comparison_page(read_comparison(file), reports)
+    manifest = read_manifest(source)
+    if manifest is None:
+        raise EvaluationError(
+            f"{source} was written neither by `saap prune` nor by `saap compare`",
+            "Name a folder that one of them wrote",
+        )
+    return model_page(source, manifest, reports, beside)
+
+
+def write_page(page: Page, out: Path, figure_folder: Path | None) -> list[Path]:
+    """Write the page, and its figures and tables as files if a folder is named. Returns the paths."""
+    try:
+        write_whole(out, render(page).encode())
+        if figure_folder is None:
+            return [out]
+        return [out, *write_figures(page.figures, figure_folder), *write_page_tables(figure_folder, page)]
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written ({error.strerror})", "Choose another --out") from error
+
+
+def _comparison_file(place: Path) -> Path:
+    return place / COMPARISON if place.is_dir() else place

@@ -1,0 +1,1 @@
+"""The settings of every command: names, types, defaults, bounds and help."""

@@ -1,0 +1,146 @@
+"""Judging structures by what they do: the loss on held-out calibration samples, without any surgery."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from itertools import zip_longest
+
+import torch
+from torch import Tensor, nn
+
+from saap.core.records import ModelGraph
+from saap.models.structure.least_squares import compensated
+from saap.models.structure.linear import weight_out_in
+from saap.models.structure.masking import (
+    channel_mask,
+    consumer_masks,
+    gone_experts,
+    masked_channels,
+    narrowed,
+    never_chosen,
+    replaced_weights,
+    zeroed_parts,
+)
+from saap.models.walk.processes import Processes
+from saap.models.walk.walker import BlockWalker
+
+CACHED_WEIGHTS_BYTES = 2 * 10**9
+JUDGED_AT_ONCE = 8
+
+_Structure = tuple[dict[str, tuple[int, ...]], tuple[int, ...]]
+
+
+class StructureJudge:
+    """KL divergence from the dense model's next-token distribution to the pruned one's, in nats per token.
+
+    tokens: (sequences, length) ids that nothing was scored on. A removed unit is masked, which equals cutting it. Where
+    `grams` has a Gram matrix of a group's consumer inputs, the consumer also makes good what it can for the tokens as
+    weighted there, so that a structure is judged by about what restoration will leave of its loss.
+    ignored: ids whose prediction does not count.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ModelGraph,
+        tokens: Tensor,
+        grams: Mapping[str, Tensor] | None = None,
+        micro_batch: int = JUDGED_AT_ONCE,
+        *,
+        ignored: Collection[int] = (),
+        processes: Processes | None = None,
+    ) -> None:
+        self._model = model
+        self._graph = graph
+        self._units = {group.name: group.units for group in graph.groups}
+        self._grams = grams or {}
+        self._walker = BlockWalker(model, graph.blocks)
+        self._processes = processes or Processes()
+        counted = _counted(tokens, ignored)
+        self._predictions = int(counted.sum())
+        # Whole micro-batches go to a process, so that the losses do not depend on how many there are.
+        own = slice(self._processes.rank, None, self._processes.count)
+        self._batches, self._counted = (torch.split(one, micro_batch)[own] for one in (tokens, counted))
+        self._dense = [self._last_hidden(batch) for batch in self._batches]
+        self._weights: OrderedDict[tuple[str, tuple[int, ...]], Tensor] = OrderedDict()
+
+    def __call__(self, keep: Mapping[str, tuple[int, ...]], dropped_blocks: tuple[int, ...] = ()) -> float:
+        """Loss of the structure that keeps the units in `keep`. The first process asks, the others serve."""
+        self._asked((dict(keep), dropped_blocks))
+        return self._loss(keep, dropped_blocks)
+
+    def serve(self) -> None:
+        """Take part in all that the first process asks, until it is done."""
+        while (asked := self._asked(None)) is not None:
+            self._loss(*asked)
+
+    def done(self) -> None:
+        """Let those that serve go on."""
+        self._asked(None)
+
+    def _asked(self, structure: _Structure | None) -> _Structure | None:
+        return self._processes.from_first(lambda: structure)
+
+    @torch.no_grad()
+    def _loss(self, keep: Mapping[str, tuple[int, ...]], dropped_blocks: tuple[int, ...]) -> float:
+        skipped = [self._graph.blocks[layer] for layer in dropped_blocks]
+        losing = {name: kept for name, kept in keep.items() if len(kept) < self._units[name]}
+        masked = {name: kept for name, kept in losing.items() if name not in self._grams}
+        weights = {self._path(name): self._weight(name, kept) for name, kept in losing.items() if name in self._grams}
+        with (
+            masked_channels(self._model, consumer_masks(self._graph, masked), skipped),
+            zeroed_parts(self._model, self._graph, masked),
+            never_chosen(gone_experts(self._model, self._graph, masked)),
+            replaced_weights(self._model, weights),
+            narrowed(self._model, self._graph, masked),  # also what has just been replaced
+        ):
+            changed = [self._last_hidden(batch) for batch in self._batches]
+        rows = [
+            [self._row_divergence(*row) for row in zip(*batch, strict=True)]
+            for batch in zip(self._dense, changed, self._counted, strict=True)
+        ]
+        every = self._processes.gathered(rows)
+        batches = [batch for turn in zip_longest(*every, fillvalue=[]) for batch in turn]
+        return sum(value for batch in batches for value in batch) / self._predictions
+
+    def _row_divergence(self, dense: Tensor, hidden: Tensor, counted: Tensor) -> float:
+        """dense, hidden: (length, width). counted: (length,) bool."""
+        counted, hidden = counted.to(dense.device), hidden.to(dense.device)
+        return _divergence(self._walker.logits(dense[counted][None]), self._walker.logits(hidden[counted][None]))
+
+    def _path(self, name: str) -> str:
+        return self._graph.group(name).consumers[0].tensor.rpartition(".")[0]
+
+    def _weight(self, name: str, kept: tuple[int, ...]) -> Tensor:
+        """The consumer's compensated weight; the last ones are remembered, candidates share most of them."""
+        key = (name, kept)
+        if key not in self._weights:
+            weight = weight_out_in(self._model.get_submodule(self._path(name))).detach()
+            columns = channel_mask(self._graph.group(name), kept, weight.shape[1]).nonzero().flatten()
+            self._weights[key] = compensated(weight, self._grams[name], columns.to(weight.device))
+        self._weights.move_to_end(key)
+        while sum(w.numel() * w.element_size() for w in self._weights.values()) > CACHED_WEIGHTS_BYTES:
+            self._weights.popitem(last=False)
+        return self._weights[key]
+
+    @torch.no_grad()
+    def _last_hidden(self, batch: Tensor) -> Tensor:
+        stream = self._walker.start(batch)
+        hidden = stream.hidden
+        for layer in range(len(self._graph.blocks)):
+            hidden = self._walker.run_block(layer, hidden, stream.contexts)
+        return hidden
+
+
+def _counted(tokens: Tensor, ignored: Collection[int]) -> Tensor:
+    """Positions whose next token is not among `ignored` (places of an image): (sequences, length) bool."""
+    counted = torch.ones_like(tokens, dtype=torch.bool)
+    counted[:, :-1] = ~torch.isin(tokens[:, 1:], torch.tensor(list(ignored), dtype=torch.long, device=tokens.device))
+    return counted
+
+
+def _divergence(dense: Tensor, pruned: Tensor) -> float:
+    """Sum over tokens of KL(dense || pruned). Both (1, tokens, vocabulary) logits."""
+    dense, pruned = dense.float().log_softmax(-1), pruned.float().log_softmax(-1)
+    return float(torch.nn.functional.kl_div(pruned, dense, log_target=True, reduction="sum"))
