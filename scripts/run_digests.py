@@ -17,7 +17,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,32 +108,46 @@ def of_folder(folder: Path) -> dict[str, str]:
     return found
 
 
-def cases(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Names and digests, one after the other. folder: for what is written."""
+def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Names, and what gives the digest of each. folder: for what is written."""
     for family in MANY:
-        yield f"{family}, adaptive", in_memory(family, {})
+        yield f"{family}, adaptive", partial(in_memory, family, {})
     for family in ("llama", "qwen3", "gemma2"):
-        yield f"{family}, uniform, ffn", in_memory(family, {"layout": "uniform", "roles": ("ffn",)})
-    yield "mixtral, expert", in_memory("mixtral", {"roles": ("expert",)})
+        yield f"{family}, uniform, ffn", partial(in_memory, family, {"layout": "uniform", "roles": ("ffn",)})
+    yield "mixtral, expert", partial(in_memory, "mixtral", {"roles": ("expert",)})
     for name, changes in LLAMA.items():
-        yield f"llama, {name}", in_memory("llama", changes)
+        yield f"llama, {name}", partial(in_memory, "llama", changes)
     source, text = tiny.folder(folder / "dense"), tiny.text_file(folder / "text.txt")
     for name, flags in WRITTEN.items():
         given = [str(text) if flag == "TEXT" else flag for flag in flags]
         if not any(flag in given for flag in ("--pruning-ratio", "--target-params")):
             given += ["--pruning-ratio", "0.2"]
-        command("prune", source, "--out", folder / name, "--json", *given)
-        yield f"written, {name}", of_folder(folder / name)
-    given = ["--pruning-ratio", "0.2", "--json", *FAST]
-    command("prune", source, "--out", folder / "several", *given, processes=2)
-    yield "written, two processes", of_folder(folder / "several")
+        yield f"written, {name}", partial(pruned, folder / name, source, *given)
+    given = ["--pruning-ratio", "0.2", *FAST]
+    yield "written, two processes", partial(pruned, folder / "several", source, *given, processes=2)
     small = folder / "default text"
     for name, flags in {"groupwise": [], "feedback": ["--error-feedback"], "lora": ["--tuning", "lora"]}.items():
-        tuning = ["--data", text, "--max-steps", "3", "--length", "64", "--group-size", "16", "--json", *flags]
-        report = command("recover", small, "--out", folder / name, *tuning)
-        yield f"recovered, {name}", [of_folder(folder / name), report["perplexity"]]
+        tuning = ["--data", text, "--max-steps", "3", "--length", "64", "--group-size", "16", *flags]
+        yield f"recovered, {name}", partial(recovered, small, folder / name, *tuning)
+    yield "evaluated", partial(evaluated, small)
+
+
+def pruned(out: Path, *arguments: object, processes: int = 1) -> dict[str, str]:
+    """Of what `saap prune` writes."""
+    command("prune", *arguments, "--out", out, "--json", processes=processes)
+    return of_folder(out)
+
+
+def recovered(small: Path, out: Path, *arguments: object) -> list[Any]:
+    """Of what `saap recover` writes and measures."""
+    report = command("recover", small, "--out", out, "--json", *arguments)
+    return [of_folder(out), report["perplexity"]]
+
+
+def evaluated(small: Path) -> list[Any]:
+    """What `saap eval` measures."""
     report = command("eval", small, "--perplexity", "bundled", "--max-tokens", "4096", "--generation", "--json")
-    yield "evaluated", [report["perplexity"]["bundled"]["value"], report["generation"]["samples"]]
+    return [report["perplexity"]["bundled"]["value"], report["generation"]["samples"]]
 
 
 def main() -> None:
@@ -140,6 +155,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--compare", type=Path)
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="cases whose name contains it; `written` needs no other"
+    )
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -147,8 +165,10 @@ def main() -> None:
     found: dict[str, Any] = {}
     differing = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, value in cases(Path(folder)):
-            found[name] = value
+        for name, case in cases(Path(folder)):
+            if given.only not in name:
+                continue
+            found[name] = value = case()
             if given.compare is not None and expected.get(name) != value:
                 differing.append(name)
                 print(f"differs: {name}", flush=True)
