@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from pydantic import TypeAdapter
 from torch import nn
 
 from saap.core.errors import VerificationError, first_line
@@ -18,7 +16,6 @@ from saap.core.manifest import (
     PerplexityChange,
     RunManifest,
     SpeedRecord,
-    StageRecord,
     recorded_versions,
 )
 from saap.core.records import ImportanceScores, Layout, StructurePlan, count_parameters
@@ -137,7 +134,7 @@ def find_finished(run: Run, target: Target) -> PruneResult | None:
     saved = finished_report(run.work, target)
     if saved is None or target.folder is None:
         return None
-    report = TypeAdapter(PruneReport).validate_python(saved)
+    report = PruneReport.model_validate(saved)
     plan = read_plan(target.folder / "saap" / "plan.json", run.graph).structure_plan(run.graph)
     model = open_result(run, target.folder)
     return PruneResult(model=model, plan=plan, report=report, path=target.folder)
@@ -215,7 +212,7 @@ def _manifest(
         dtype=str(run.loaded.dtype).removeprefix("torch."),
         versions=recorded_versions(),
         digests=digests,
-        stages=tuple(StageRecord(**dataclasses.asdict(stage)) for stage in run.meter.stages),
+        stages=tuple(run.meter.stages),
         parameters=Change(before=run.graph.parameters, after=plan.parameters),
         block_parameters=Change(before=run.graph.block_parameters, after=plan.block_parameters),
         bytes=Change(before=run.graph.parameters * itemsize, after=plan.parameters * itemsize),

@@ -23,7 +23,7 @@ def check_fits(found: Forecast, run: Probed, out: Path | None) -> None:
         worst = max(found.stages, key=lambda stage: stage.peak_device_bytes)
         raise _too_little(worst.name, worst.peak_device_bytes, on_device, str(run.device), "Use --device cpu")
     free = device_memory.of_machine()
-    if free is None or found.peak_resident_bytes <= free:
+    if found.peak_resident_bytes <= free:
         return
     worst = max(found.stages, key=lambda stage: stage.peak_resident_bytes)
     others = [stage for stage in found.stages if not stage.name.startswith("cut")]
@@ -54,7 +54,7 @@ def check_weights_fit(source: str | Path, options: RunOptions) -> None:
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
     device = pick_device(options.device)
     free = device_memory.of_machine()
-    if resolved.gguf_file is not None or device.type != "cpu" or free is None:
+    if resolved.gguf_file is not None or device.type != "cpu":
         return
     stored = sum(file.stat().st_size for file in weight_files(resolved.folder))
     needed = stored // resolved.dtype.itemsize * working_dtype(device, resolved.dtype).itemsize

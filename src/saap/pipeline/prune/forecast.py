@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from saap.core.errors import TargetError
+from saap.core.manifest import StageRecord
 from saap.core.records import ModelGraph, Role, StructurePlan
 from saap.data.generated import random_starts, sample_from_model
 from saap.estimation.calibrate import estimate
@@ -34,7 +35,7 @@ from saap.pipeline.shared.inputs import (
     weighs_tokens,
 )
 from saap.pipeline.shared.memory import Sizes, gradients, restoration_spill
-from saap.pipeline.shared.meter import Meter, StageCost
+from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.outcome import greedy_answer
 from saap.pipeline.shared.targets import Target
 from saap.settings.prune import Method, PruneConfig, SkipLayers, unit_roles
@@ -116,7 +117,7 @@ class Peak:
     device: int = 0
 
     @classmethod
-    def of(cls, stage: StageCost) -> Peak:
+    def of(cls, stage: StageRecord) -> Peak:
         """Of a stage that has run."""
         return cls(stage.peak_resident_bytes, stage.peak_device_bytes)
 
@@ -148,7 +149,7 @@ class Probed:
     space: SearchSpace
     tokens: TokenSets
     targets: Sequence[Target]
-    done: Sequence[StageCost]
+    done: Sequence[StageRecord]
 
     @property
     def device(self) -> torch.device:
@@ -356,7 +357,7 @@ def _float_bytes(parameters: int, run: Probed) -> int:
     return parameters * next(run.loaded.model.parameters()).element_size()
 
 
-def _least(done: Sequence[StageCost], reading: _Rate) -> Peak:
+def _least(done: Sequence[StageRecord], reading: _Rate) -> Peak:
     """Bytes that stay while the model lies in memory: no stage can have a lower peak."""
     peaks = [reading.peak, *(Peak.of(stage) for stage in done[1:])]
     return Peak(min(peak.resident for peak in peaks), min(peak.device for peak in peaks))

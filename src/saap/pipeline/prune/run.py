@@ -287,7 +287,7 @@ def _dense_behaviour(run: Run) -> Behaviour:
     if saved is not None:
         return Behaviour(**saved)
     dense = observe(run.loaded.model, run.loaded.tokenizer, run.tokens, spill_of(run))
-    run.work.write_json("dense.json", dense.as_dict())
+    run.work.write_json("dense.json", dense.model_dump())
     return dense
 
 

@@ -23,6 +23,7 @@ from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_d
 from saap.pipeline.shared.digests import weights_digest
 from saap.pipeline.shared.inputs import EVALUATION_TOKENS, RunOptions
 from saap.pipeline.shared.meter import Meter
+from saap.pipeline.shared.outcome import Behaviour
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.recovery.prepare import require_peft
 from saap.settings.recover import RecoverConfig, Tuning
@@ -50,15 +51,6 @@ class Recovery:
     dtype: torch.dtype
     processes: Processes
     meter: Meter
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """Perplexity on the evaluation text and answer to the short prompt."""
-
-    perplexity: float
-    prompt: str
-    answer: str
 
 
 def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: Reporter) -> Recovery:
@@ -158,7 +150,7 @@ def settings_digest(run: Recovery) -> str:
     return digest_of([settings, run.data.digest, weights_digest(run.resolved), __version__])
 
 
-def recorded(run: Recovery) -> tuple[State, State] | None:
+def recorded(run: Recovery) -> tuple[Behaviour, Behaviour] | None:
     """What the checkpoint's manifest says of the dense model and of the checkpoint itself, on the same text."""
     earlier = run.earlier
     if earlier is None or earlier.perplexity is None or earlier.answers is None or earlier.recovery is not None:
@@ -170,6 +162,6 @@ def recorded(run: Recovery) -> tuple[State, State] | None:
     if figures.text != EVALUATION or figures.tokens != run.evaluation.size:
         return None
     return (
-        State(figures.before, answers.prompt, answers.dense),
-        State(figures.after, answers.prompt, answers.pruned),
+        Behaviour(perplexity=figures.before, prompt=answers.prompt, answer=answers.dense),
+        Behaviour(perplexity=figures.after, prompt=answers.prompt, answer=answers.pruned),
     )

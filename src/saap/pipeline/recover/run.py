@@ -22,11 +22,11 @@ from saap.models.loading.pretrained import load, load_groupwise, load_model
 from saap.models.walk.probe import check_reads, read_at_once
 from saap.models.walk.sharding import check_shardable, shard_layers
 from saap.models.walk.walker import BlockWalker
-from saap.pipeline.recover.context import Recovery, State, prepare, recorded, settings_digest
+from saap.pipeline.recover.context import Recovery, prepare, recorded, settings_digest
 from saap.pipeline.recover.records import left_as_they_are, recovery_manifest, recovery_report
 from saap.pipeline.recover.result import RecoverReport, RecoverResult
 from saap.pipeline.shared.inputs import RunOptions
-from saap.pipeline.shared.outcome import greedy_answer
+from saap.pipeline.shared.outcome import Behaviour, greedy_answer
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.targets import work_path
 from saap.pipeline.shared.together import alone_in
@@ -85,9 +85,10 @@ def run_recover(
     return result
 
 
-def _measure(run: Recovery, model: nn.Module) -> State:
+def _measure(run: Recovery, model: nn.Module) -> Behaviour:
     value = perplexity(model, run.evaluation, batch=1, leading=run.leading).value
-    return State(value, *greedy_answer(model, run.tokenizer))
+    prompt, answer = greedy_answer(model, run.tokenizer)
+    return Behaviour(perplexity=value, prompt=prompt, answer=answer)
 
 
 def _shard(run: Recovery, model: nn.Module, teacher: nn.Module | None) -> None:
@@ -97,7 +98,7 @@ def _shard(run: Recovery, model: nn.Module, teacher: nn.Module | None) -> None:
     shard_layers(layers, run.device, run.processes)
 
 
-def _before(run: Recovery) -> State:
+def _before(run: Recovery) -> Behaviour:
     """The model as it came: from its record, or measured, for which it is opened whole and closed again."""
     known = recorded(run)
     if known is not None:
@@ -106,7 +107,7 @@ def _before(run: Recovery) -> State:
         return _measure(run, load_model(run.resolved, device=run.device))
 
 
-def _model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parameter], State | None]:
+def _model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parameter], Behaviour | None]:
     """The model, the handle of its LoRA layers if it has such, what is trained, and its state once quantised."""
     config = run.config
     if config.tuning is Tuning.LORA:
@@ -172,7 +173,7 @@ def _check_fits(run: Recovery, model: Any) -> None:
         )
 
 
-def _teacher(run: Recovery) -> tuple[Any | None, State | None]:
+def _teacher(run: Recovery) -> tuple[Any | None, Behaviour | None]:
     """The dense model, if its predictions are learned from, and what is known of it."""
     records = recorded(run)
     known = None if records is None else records[0]

@@ -310,8 +310,7 @@ def restoration_spill(loaded: LoadedModel, config: PruneConfig, folder: Path) ->
     if not loaded.spills:
         return None if offloaded(loaded.model) is None else Spill(folder)
     device = next(loaded.model.parameters()).device
-    available = None if device.type == "cpu" else device_memory.of_machine()
-    fits = available is not None and captured(Sizes.of(loaded.model, device), config) < available
+    fits = device.type != "cpu" and captured(Sizes.of(loaded.model, device), config) < device_memory.of_machine()
     return HostSpill() if fits else Spill(folder)
 
 
