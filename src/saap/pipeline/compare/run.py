@@ -30,7 +30,7 @@ from saap.models.walk.probe import check_runs, trial_ids
 from saap.pipeline.compare.rows import RowKey, RowStore, file_name
 from saap.pipeline.evaluate.run import ask_tasks, check_request, finite, read_streams
 from saap.pipeline.prune.baselines import for_method, measurements
-from saap.pipeline.prune.generated_text import GENERATED, write_text
+from saap.pipeline.prune.generated_text import write_text
 from saap.pipeline.prune.planning import plans_for, scores_of
 from saap.pipeline.prune.run import cut_and_restore
 from saap.pipeline.shared.command_line import typed_command
@@ -39,6 +39,7 @@ from saap.pipeline.shared.inputs import LoadedModel, RunOptions, TokenSets, draw
 from saap.pipeline.shared.legality import check_walk, legal_sizes
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.progress import Reporter, Silent
+from saap.pipeline.shared.stages import DISCOVER, LOAD, MEASURE_DENSE, READ_TEXT, WRITE_TEXT
 from saap.pipeline.shared.targets import Target, with_budgets
 from saap.pipeline.shared.work import WorkFolder
 from saap.reporting.inputs import COMPARISON
@@ -122,9 +123,9 @@ def compare(
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(resolved)
     streams = read_streams(request.evaluation, tokenizer)
-    with meter.stage("load the model"):
+    with meter.stage(LOAD):
         loaded = open_model(source, options, tokenizer)
-    with meter.stage("discover the coupled structures"):
+    with meter.stage(DISCOVER):
         check_runs(loaded.model, trial_ids(loaded.model, max(request.evaluation.window, request.config.sample_length)))
         graph = discover(loaded.model, loaded.ref)
         check_walk(loaded.model, graph.blocks)
@@ -203,7 +204,7 @@ def _rows_of_seed(bench: _Bench, seed: int, options: RunOptions, dense: dict[str
 def _share(bench: _Bench, seed: int, options: RunOptions) -> _Shared:
     """The calibration of one seed, the same for every method."""
     config = bench.request.config.model_copy(update={"seed": seed, "restore": True})
-    with bench.meter.stage("read the calibration text"):
+    with bench.meter.stage(READ_TEXT):
         tokens: TokenSets = draw_tokens(bench.loaded, config, config.calibration)
     work = WorkFolder(bench.rows.folder / "work" / f"seed-{seed}")
     work.path.mkdir(parents=True, exist_ok=True)
@@ -224,8 +225,8 @@ def _make_rows(
     config = _config(bench.request, choice, shared.run.config.seed)
     work = WorkFolder(shared.run.work.path / file_name(choice.label))
     work.path.mkdir(parents=True, exist_ok=True)
-    if shared.run.work.file(GENERATED).exists():
-        shutil.copyfile(shared.run.work.file(GENERATED), work.file(GENERATED))
+    if shared.run.work.file(WRITE_TEXT.file).exists():
+        shutil.copyfile(shared.run.work.file(WRITE_TEXT.file), work.file(WRITE_TEXT.file))
     run = dataclasses.replace(
         shared.run, config=config, space=_space(config, bench.loaded, bench.graph), work=work, meter=bench.meter
     )
@@ -308,7 +309,7 @@ def _row(
 def _dense_row(bench: _Bench) -> dict[str, Any]:
     row = bench.rows.dense()
     if row is None:
-        with bench.meter.stage("measure the dense model"):
+        with bench.meter.stage(MEASURE_DENSE):
             found, speed, tasks = _measure(bench, bench.loaded.model, with_tasks=True)
         row = {
             "parameters": bench.graph.parameters,

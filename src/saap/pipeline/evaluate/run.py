@@ -44,6 +44,7 @@ from saap.pipeline.shared.command_line import typed_command
 from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model
 from saap.pipeline.shared.progress import Reporter, Silent
+from saap.pipeline.shared.stages import LOAD
 from saap.reporting.tables import names_apart
 from saap.settings.measure import EvalRequest, SpeedSettings
 from saap.settings.prune import RuntimeName, check_seed
@@ -112,7 +113,7 @@ def evaluate_model(
     reporter.stage("read the texts")
     streams = read_streams(request, tokenizer)
     conversations = () if request.chat is None else read_conversations(request.chat)
-    reporter.stage("load the model")
+    reporter.stage(LOAD.title)
     loaded = open_model(opened, options, tokenizer)
     check_prompts(loaded.model, loaded.tokenizer, prompts, request.generated_tokens)
     with quick_float32_products():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -33,6 +34,7 @@ from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.diagnosis import diagnose_importance, diagnose_memory, diagnose_result, diagnose_search
 from saap.pipeline.shared.memory import forget_changed, forget_weights, open_result, release, spill_of
 from saap.pipeline.shared.outcome import Behaviour, observe
+from saap.pipeline.shared.stages import CUT, MEASURE, TIME_RESULT
 from saap.pipeline.shared.targets import Target, finished_report, place_finished
 from saap.structure_search.decode_costs import TimeBudget
 
@@ -49,10 +51,15 @@ class Made:
     refit_errors: Mapping[str, float] = field(default_factory=dict)
 
 
+def _folder(run: Run, target: Target) -> Path:
+    """Where the model of a target lies until it is in its place."""
+    return run.work.file(CUT.file_of(target.name)).with_suffix("")
+
+
 def find_made(run: Run, target: Target) -> Made | None:
     """The target's model in the work folder, if an interrupted run had finished it."""
-    record = run.work.read_json(_record_name(target))
-    folder = run.work.file(_folder_name(target))
+    record = run.work.read_json(CUT.file_of(target.name))
+    folder = _folder(run, target)
     if record is None or not (folder / "config.json").exists():
         return None
     plan = read_plan(folder / "saap" / "plan.json", run.graph).structure_plan(run.graph)
@@ -81,9 +88,9 @@ def keep_made(
             graph=run.graph, plan=plan, structure=structure, manifest=_manifest(run, plan, scores, None),
             scores=scores, tokenizer=run.loaded.tokenizer, source_folder=run.loaded.folder,
         )  # fmt: skip
-        write_checkpoint(model, parts, run.work.file(_folder_name(target)), dtype=run.loaded.dtype, overwrite=True)
+        write_checkpoint(model, parts, _folder(run, target), dtype=run.loaded.dtype, overwrite=True)
         record = {"base_model_type": structure.base_model_type, "refit_errors": dict(refit_errors)}
-        run.work.write_json(_record_name(target), record)
+        run.work.write_json(CUT.file_of(target.name), record)
     return made
 
 
@@ -100,8 +107,8 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
 def finish(run: Run, target: Target, made: Made, scores: ImportanceScores, dense: Behaviour) -> PruneResult:
     """Measure the result, complete its records and put it in its place."""
-    written = run.work.file(_folder_name(target)) if target.folder is not None else None
-    with run.meter.stage("open the result and measure it"):
+    written = _folder(run, target) if target.folder is not None else None
+    with run.meter.stage(MEASURE):
         model = made.model
         if written is not None:
             expected = None if model is None else _few_logits(run, model)
@@ -118,7 +125,7 @@ def finish(run: Run, target: Target, made: Made, scores: ImportanceScores, dense
         pruned = observe(model, run.loaded.tokenizer, run.tokens, spill_of(run))
     speed = None
     if isinstance(target.budget, TimeBudget):
-        with run.meter.stage("measure the speed of the result"):
+        with run.meter.stage(TIME_RESULT):
             speed = reached_speed(run, target.budget, made.plan, model)
     report = _report(run, target, made, scores, (dense, pruned), speed)
     if written is not None and target.folder is not None:
@@ -138,14 +145,6 @@ def find_finished(run: Run, target: Target) -> PruneResult | None:
     plan = read_plan(target.folder / "saap" / "plan.json", run.graph).structure_plan(run.graph)
     model = open_result(run, target.folder)
     return PruneResult(model=model, plan=plan, report=report, path=target.folder)
-
-
-def _folder_name(target: Target) -> str:
-    return f"model-{target.name}"
-
-
-def _record_name(target: Target) -> str:
-    return f"model-{target.name}.json"
 
 
 @torch.no_grad()

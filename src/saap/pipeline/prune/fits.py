@@ -10,11 +10,13 @@ from saap.models.checkpoint.safetensor_files import weight_files
 from saap.models.loading import device_memory
 from saap.models.loading.devices import pick_device, working_dtype
 from saap.models.loading.references import resolve_model
-from saap.pipeline.prune.forecast import Forecast, Probed
+from saap.pipeline.prune.forecast import Forecast
+from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import RunOptions
+from saap.pipeline.shared.stages import RESTORE
 
 
-def check_fits(found: Forecast, run: Probed, out: Path | None) -> None:
+def check_fits(found: Forecast, run: Run, out: Path | None) -> None:
     """Raise ConfigurationError or OutputError if the run needs more memory or disk than there is, with the remedy."""
     if out is not None:
         check_place(out, found.disk_bytes)
@@ -26,7 +28,7 @@ def check_fits(found: Forecast, run: Probed, out: Path | None) -> None:
     if found.peak_resident_bytes <= free:
         return
     worst = max(found.stages, key=lambda stage: stage.peak_resident_bytes)
-    others = [stage for stage in found.stages if not stage.name.startswith("cut")]
+    others = [stage for stage in found.stages if stage.name != RESTORE.title]
     remedy = "Use a machine with more memory, or a smaller model"
     if max(stage.peak_resident_bytes for stage in others) <= free and run.config.restore:
         lacking = found.peak_resident_bytes - free

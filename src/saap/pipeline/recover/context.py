@@ -25,6 +25,7 @@ from saap.pipeline.shared.inputs import EVALUATION_TOKENS, RunOptions
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.outcome import Behaviour
 from saap.pipeline.shared.progress import Reporter, Silent
+from saap.pipeline.shared.stages import READ_RECORDS
 from saap.recovery.prepare import require_peft
 from saap.settings.recover import RecoverConfig, Tuning
 
@@ -63,7 +64,7 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
     device = processes.device(pick_device(options.device))
     _check_processes(config, options, processes.count)
     meter = Meter(reporter if processes.first else Silent(), device)
-    with meter.stage("read the model's records and the training data"):
+    with meter.stage(READ_RECORDS):
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
         tokenizer = load_tokenizer(resolved)
         earlier = manifest_of(resolved)

@@ -12,6 +12,7 @@ import torch
 from saap.core.manifest import StageRecord
 from saap.models.loading import device_memory
 from saap.pipeline.shared.progress import Reporter
+from saap.pipeline.shared.stages import Stage
 
 
 @dataclass(slots=True)
@@ -23,8 +24,10 @@ class Meter:
     stages: list[StageRecord] = field(default_factory=list)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Announce a stage and measure it."""
+    def stage(self, stage: Stage | str, detail: str = "") -> Iterator[None]:
+        """Announce a stage and measure it. detail: what tells several of the same title apart."""
+        name = stage if isinstance(stage, str) else stage.title
+        name += f" ({detail})" if detail else ""
         self.reporter.stage(name)
         device_memory.reset_peak(self.device)
         start = time.perf_counter()

@@ -15,6 +15,7 @@ from saap.core.records import ModelGraph
 from saap.export.huggingface import check_output
 from saap.export.placing import place
 from saap.pipeline.shared.inputs import RunOptions
+from saap.pipeline.shared.stages import MEASURE
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PruneConfig
 from saap.structure_search.allocation import AnyBudget
@@ -59,21 +60,17 @@ def place_finished(work: WorkFolder, target: Target, folder: Path, report: Mappi
     Raises OutputError if that cannot be done; `folder` is then still there.
     """
     if target.folder is not None:
-        work.write_json(_finished_name(target), {"manifest": _manifest_digest(folder), "report": report})
+        work.write_json(MEASURE.file_of(target.name), {"manifest": _manifest_digest(folder), "report": report})
         place(folder, target.folder)
 
 
 def finished_report(work: WorkFolder, target: Target) -> dict[str, Any] | None:
     """The report of a result that an interrupted run had already put in its place, None if it is not there."""
-    record = work.read_json(_finished_name(target))
+    record = work.read_json(MEASURE.file_of(target.name))
     if not isinstance(record, dict) or target.folder is None:
         return None
     there = _manifest_digest(target.folder)
     return record.get("report") if there is not None and there == record.get("manifest") else None
-
-
-def _finished_name(target: Target) -> str:
-    return f"finished-{target.name}.json"
 
 
 def _manifest_digest(folder: Path) -> str | None:
