@@ -185,7 +185,9 @@ def _plan(
     config, graph = run.config, run.graph
     if target.budget is None or measured is None:
         given = read_plan(config.plan or Path(), graph)
-        return plan_from_counts(graph, units, given.keep, given.dropped_blocks, layout=given.layout, align=given.align)
+        return plan_from_counts(
+            graph, units, given.keep(graph), given.dropped_blocks, layout=given.layout, align=given.align
+        )
     plan = search(
         graph,
         units,

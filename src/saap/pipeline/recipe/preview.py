@@ -84,7 +84,7 @@ def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype)
             left = check_reachable(graph, target.budget, space).parameters
         elif config.plan is not None:
             given = read_plan(config.plan, graph)
-            left = count_parameters(kept_shapes(graph, given.keep, given.dropped_blocks))
+            left = count_parameters(kept_shapes(graph, given.keep(graph), given.dropped_blocks))
         size = {"parameters": left, "bytes": left * dtype.itemsize, "dtype": str(dtype).removeprefix("torch.")}
         rows.append({**row, **size})
     return rows
