@@ -22,9 +22,8 @@ from saap.core.manifest import (
 from saap.core.records import ImportanceScores, Layout, StructurePlan, count_parameters
 from saap.core.storage import read_plan
 from saap.evaluation.perplexity import model_logits
-from saap.export.huggingface import CheckpointParts, modeling_code_digest, write_checkpoint
+from saap.export.huggingface import CheckpointParts, modeling_code_digest, write_checkpoint, write_records
 from saap.export.model_card import licence_of
-from saap.export.placing import complete_records
 from saap.models.checkpoint.differences import PrunedStructure, auto_class_name, dense_shapes
 from saap.models.walk.offload import offloaded
 from saap.pipeline.prune.result import PruneReport, PruneResult, load_lines, structure_of
@@ -129,7 +128,7 @@ def finish(run: Run, target: Target, made: Made, scores: ImportanceScores, dense
             speed = reached_speed(run, target.budget, made.plan, model)
     report = _report(run, target, made, scores, (dense, pruned), speed)
     if written is not None and target.folder is not None:
-        complete_records(written, _manifest(run, made.plan, scores, (dense, pruned), speed), made.base_model_type)
+        write_records(written, _manifest(run, made.plan, scores, (dense, pruned), speed), made.base_model_type)
         place_finished(run.work, target, written, report.as_dict())
         if offloaded(model) is not None:
             model = open_result(run, target.folder)  # its files have another place now

@@ -14,7 +14,7 @@ from saap.core.records import IntArray, digest_of
 from saap.data.samples import leading_ids, token_stream
 from saap.data.texts import evaluation_text
 from saap.data.training import TrainingData, training_data
-from saap.export.huggingface import check_output
+from saap.export.placing import check_output
 from saap.models.loading.devices import pick_device, pick_dtype
 from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import ResolvedModel, resolve_model

@@ -20,8 +20,8 @@ from saap.core.manifest import (
 )
 from saap.core.records import Layout, digest_of
 from saap.discovery.blocks import find_blocks
+from saap.export.huggingface import entry_bytes, stored_entries
 from saap.export.model_card import licence_of
-from saap.export.recovered import entry_bytes, stored_entries
 from saap.models.checkpoint.groupwise import GroupwiseWeight
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
 from saap.models.loading.devices import working_dtype
@@ -52,11 +52,11 @@ def recovery_report(
     dense, before, quantised, after = states
     out = run.options.out
     layout = Layout.ADAPTIVE if model.config.model_type == MODEL_TYPE else Layout.UNIFORM
-    parameters = sum(torch.Size(entry.shape).numel() for entry in stored_entries(model, run.dtype).values())
+    entries = stored_entries(model, run.dtype)
     return RecoverReport(
         model=run.source, path=None if out is None else str(out), tuning=str(run.config.tuning),
         bits=run.config.bits if packed else None, group_size=run.config.group_size if packed else None,
-        parameters=parameters, bytes=entry_bytes(stored_entries(model, run.dtype)),
+        parameters=sum(torch.Size(entry.shape).numel() for entry in entries.values()), bytes=entry_bytes(entries),
         packed_bytes=sum(weight.nbytes for weight in packed.values()) if packed else None,
         dtype=str(run.dtype).removeprefix("torch."), evaluation_text=EVALUATION,
         evaluation_tokens=int(run.evaluation.size), perplexity_dense=None if dense is None else dense.perplexity,

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from saap.core.records import ModelGraph
-from saap.export.huggingface import check_output
-from saap.export.placing import place
+from saap.export.placing import check_output, place
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.stages import MEASURE
 from saap.pipeline.shared.work import WorkFolder
