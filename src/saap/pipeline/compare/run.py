@@ -36,7 +36,7 @@ from saap.pipeline.prune.run import cut_and_restore
 from saap.pipeline.shared.command_line import typed_command
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, TokenSets, draw_tokens, open_model, place_of
-from saap.pipeline.shared.legality import check_walk, legal_sizes
+from saap.pipeline.shared.legality import check_walk, search_space
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import DISCOVER, LOAD, MEASURE_DENSE, READ_TEXT, WRITE_TEXT
@@ -45,29 +45,7 @@ from saap.pipeline.shared.work import WorkFolder
 from saap.reporting.inputs import COMPARISON
 from saap.settings.measure import CompareRequest
 from saap.settings.prune import MethodChoice, PruneConfig
-from saap.structure_search.plan import SearchSpace, check_reachable
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One pruned model. seconds: of the stages `score`, `search`, `make`; a shared pass counts for each that uses it.
-
-    ratios: perplexity over that of the dense model, by text. tokens_per_second: while the first text was read.
-    """
-
-    method: str
-    ratio: float
-    seed: int
-    restored: bool
-    pruning_ratio: float
-    parameters: int
-    perplexity: Mapping[str, Perplexity]
-    ratios: Mapping[str, float]
-    tasks: Mapping[str, TaskResult]
-    kept_accuracy: Mapping[str, float] | None
-    seconds: Mapping[str, float]
-    tokens_per_second: float | None
-    peak_resident_bytes: int
+from saap.structure_search.plan import check_reachable
 
 
 @dataclass(slots=True)
@@ -133,7 +111,7 @@ def compare(
             run_config = _config(request, choice, request.seeds[0])
             for target in _targets(run_config, graph, loaded):
                 if target.budget is not None:
-                    check_reachable(graph, target.budget, _space(run_config, loaded, graph))
+                    check_reachable(graph, target.budget, search_space(loaded.model, graph, run_config))
     rows = RowStore(out, request)
     rows.open(graph)
     bench = _Bench(loaded, graph, request, streams, meter, rows)
@@ -179,16 +157,6 @@ def _targets(config: PruneConfig, graph: ModelGraph, loaded: LoadedModel) -> lis
     return with_budgets(named, config, graph, loaded.dtype)
 
 
-def _space(config: PruneConfig, loaded: LoadedModel, graph: ModelGraph) -> SearchSpace:
-    return SearchSpace(
-        roles=config.roles,
-        layout=config.layout,
-        align=config.align,
-        skip_layers=config.skip_layers,
-        legal_sizes=legal_sizes(loaded.model, graph, config),
-    )
-
-
 def _rows_of_seed(bench: _Bench, seed: int, options: RunOptions, dense: dict[str, Any]) -> None:
     """Make the rows of one seed that are not there."""
     lacking = bench.rows.lacking(seed)
@@ -208,7 +176,7 @@ def _share(bench: _Bench, seed: int, options: RunOptions) -> _Shared:
         tokens: TokenSets = draw_tokens(bench.loaded, config, config.calibration)
     work = WorkFolder(bench.rows.folder / "work" / f"seed-{seed}")
     work.path.mkdir(parents=True, exist_ok=True)
-    space = _space(config, bench.loaded, bench.graph)
+    space = search_space(bench.loaded.model, bench.graph, config)
     run = Run(config, options, bench.loaded, bench.graph, space, tokens, work, bench.meter)
     write_text(run)
     return _Shared(run, measurements(run))
@@ -228,7 +196,11 @@ def _make_rows(
     if shared.run.work.file(WRITE_TEXT.file).exists():
         shutil.copyfile(shared.run.work.file(WRITE_TEXT.file), work.file(WRITE_TEXT.file))
     run = dataclasses.replace(
-        shared.run, config=config, space=_space(config, bench.loaded, bench.graph), work=work, meter=bench.meter
+        shared.run,
+        config=config,
+        space=search_space(bench.loaded.model, bench.graph, config),
+        work=work,
+        meter=bench.meter,
     )
     baseline = BASELINES.get(choice.method)
     found = shared.found if baseline is not None else None
@@ -262,7 +234,7 @@ def _make_alike(
     timed = {**seconds, "search": (time.perf_counter() - start) / len(targets)}
     for ratio, path in wanted.items():
         row = _row(bench, run, choice, plans[ratio], scores, found, ratio, timed, dense)
-        bench.rows.write(path, dataclasses.asdict(row))
+        bench.rows.write(path, row)
 
 
 def _row(
@@ -275,7 +247,11 @@ def _row(
     ratio: float,
     seconds: Mapping[str, float],
     dense: dict[str, Any],
-) -> Row:
+) -> dict[str, Any]:
+    """One pruned model, measured. `seconds`: of the stages score, search and make; a shared pass counts for each.
+
+    `ratios`: perplexity over that of the dense model, by text. `tokens_per_second`: while the first text was read.
+    """
     restored = run.config.restore
     start, before = time.perf_counter(), len(bench.meter.stages)
     label = f"{choice.label}, {ratio:g}{', restored' if restored else ''}"
@@ -289,21 +265,21 @@ def _row(
     if tasks:
         dense_tasks = {name: TaskResult(**values) for name, values in dense["tasks"].items()}
         kept = dataclasses.asdict(kept_accuracy(dense_tasks, tasks))
-    return Row(
-        method=choice.label,
-        ratio=ratio,
-        seed=run.config.seed,
-        restored=restored,
-        pruning_ratio=1 - plan.block_parameters / bench.graph.block_parameters,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        perplexity=found,
-        ratios={name: one.value / dense["perplexity"][name]["value"] for name, one in found.items()},
-        tasks=tasks,
-        kept_accuracy=kept,
-        seconds={**seconds, "make": made},
-        tokens_per_second=speed,
-        peak_resident_bytes=max(stage.peak_resident_bytes for stage in bench.meter.stages[before:]),
-    )
+    return {
+        "method": choice.label,
+        "ratio": ratio,
+        "seed": run.config.seed,
+        "restored": restored,
+        "pruning_ratio": 1 - plan.block_parameters / bench.graph.block_parameters,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "perplexity": {name: dataclasses.asdict(one) for name, one in found.items()},
+        "ratios": {name: one.value / dense["perplexity"][name]["value"] for name, one in found.items()},
+        "tasks": {name: dataclasses.asdict(one) for name, one in tasks.items()},
+        "kept_accuracy": kept,
+        "seconds": {**seconds, "make": made},
+        "tokens_per_second": speed,
+        "peak_resident_bytes": max(stage.peak_resident_bytes for stage in bench.meter.stages[before:]),
+    }
 
 
 def _dense_row(bench: _Bench) -> dict[str, Any]:

@@ -45,7 +45,7 @@ from saap.pipeline.shared.inputs import (
     open_model,
     place_of,
 )
-from saap.pipeline.shared.legality import check_walk, legal_sizes
+from saap.pipeline.shared.legality import check_walk, search_space
 from saap.pipeline.shared.memory import (
     check_disk,
     clear_spill,
@@ -215,13 +215,7 @@ def _prepare(
             check_walk(loaded.model, graph.blocks)
         check_method(config, graph)
         targets = with_budgets(targets, config, graph, loaded.dtype)
-        space = SearchSpace(
-            roles=config.roles,
-            layout=config.layout,
-            align=config.align,
-            skip_layers=config.skip_layers,
-            legal_sizes=legal_sizes(loaded.model, graph, config),
-        )
+        space = search_space(loaded.model, graph, config)
         for target in targets:
             if target.budget is not None:
                 check_reachable(graph, target.budget, space)

@@ -15,7 +15,7 @@ from saap.models.walk.layerwise import inputs_of_blocks
 from saap.models.walk.probe import trial_ids
 from saap.models.walk.walker import BlockWalker, inference_only
 from saap.settings.prune import PrunableRole, PruneConfig, unit_roles
-from saap.structure_search.plan import make_plan
+from saap.structure_search.plan import SearchSpace, make_plan
 
 # Rounding of a walk in half precision; a stream that blocks share in secret errs by far more.
 WALK_TOLERANCE = 0.02
@@ -48,6 +48,14 @@ def check_walk(model: nn.Module, blocks: Sequence[str]) -> None:
         raise UnsupportedModelError(
             f"The blocks of {name} give other logits one by one than in the whole model ({difference:.1e} off)", remedy
         )
+
+
+def search_space(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> SearchSpace:
+    """Which structures a run may choose. Raises LayoutError if a uniform layout allows none."""
+    return SearchSpace(
+        roles=config.roles, layout=config.layout, align=config.align, skip_layers=config.skip_layers,
+        legal_sizes=legal_sizes(model, graph, config),
+    )  # fmt: skip
 
 
 def legal_sizes(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> Mapping[Role, frozenset[int]] | None:
