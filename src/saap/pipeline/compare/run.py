@@ -21,13 +21,13 @@ from saap.core.storage import write_whole
 from saap.data.samples import leading_ids
 from saap.discovery import discover
 from saap.evaluation.bootstrap import kept_accuracy
-from saap.evaluation.perplexity import Perplexity, perplexity
+from saap.evaluation.perplexity import perplexity
 from saap.evaluation.zero_shot import TaskResult
 from saap.models.loading.devices import copied, quick_float32_products
 from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import resolve_model
 from saap.models.walk.probe import check_runs, trial_ids
-from saap.pipeline.compare.rows import RowKey, RowStore, file_name
+from saap.pipeline.compare.rows import RowStore, file_name
 from saap.pipeline.evaluate.run import ask_tasks, check_request, finite, read_streams
 from saap.pipeline.prune.baselines import for_method, measurements
 from saap.pipeline.prune.generated_text import write_text
@@ -166,7 +166,10 @@ def _rows_of_seed(bench: _Bench, seed: int, options: RunOptions, dense: dict[str
     for choice in bench.request.methods:
         here = {key: path for key, path in lacking.items() if key[0] == choice}
         if here:
-            _make_rows(bench, shared, choice, here, dense)
+            scored = _score(bench, shared, choice)
+            for restored in dict.fromkeys(restored for _, _, restored in here):
+                alike = {ratio: path for (_, ratio, kind), path in here.items() if kind is restored}
+                _make_rows(bench, scored.restoring(restored), alike, dense)
 
 
 def _share(bench: _Bench, seed: int, options: RunOptions) -> _Shared:
@@ -182,137 +185,116 @@ def _share(bench: _Bench, seed: int, options: RunOptions) -> _Shared:
     return _Shared(run, measurements(run))
 
 
-def _make_rows(
-    bench: _Bench,
-    shared: _Shared,
-    choice: MethodChoice,
-    wanted: Mapping[RowKey, Path],
-    dense: dict[str, Any],
-) -> None:
-    """Score and plan with one method, then make and measure each of its rows."""
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """A run of one method, whose units are scored. seconds: that this took, with passes that methods share."""
+
+    choice: MethodChoice
+    run: Run
+    scores: ImportanceScores
+    measured: Measurements | None
+    seconds: float
+
+    def restoring(self, restored: bool) -> _Scored:
+        """The same for models that are restored, or only cut."""
+        config = self.run.config.model_copy(update={"restore": restored})
+        return dataclasses.replace(self, run=dataclasses.replace(self.run, config=config))
+
+
+def _score(bench: _Bench, shared: _Shared, choice: MethodChoice) -> _Scored:
+    """Score the units with one method."""
     config = _config(bench.request, choice, shared.run.config.seed)
     work = WorkFolder(shared.run.work.path / file_name(choice.label))
     work.path.mkdir(parents=True, exist_ok=True)
     if shared.run.work.file(WRITE_TEXT.file).exists():
         shutil.copyfile(shared.run.work.file(WRITE_TEXT.file), work.file(WRITE_TEXT.file))
-    run = dataclasses.replace(
-        shared.run,
-        config=config,
-        space=search_space(bench.loaded.model, bench.graph, config),
-        work=work,
-        meter=bench.meter,
-    )
+    space = search_space(bench.loaded.model, bench.graph, config)
+    run = dataclasses.replace(shared.run, config=config, space=space, work=work)
     baseline = BASELINES.get(choice.method)
-    found = shared.found if baseline is not None else None
-    seconds = {"score": shared.measure(baseline.needs if baseline is not None else None)}
+    measured = None if baseline is None else shared.found
+    seconds = shared.measure(None if baseline is None else baseline.needs)
     start = time.perf_counter()
     with bench.meter.stage(f"{choice.label}: score"):
-        scores = scores_of(run, found)
-    seconds["score"] += time.perf_counter() - start
-    for restored in dict.fromkeys(restored for _, _, restored in wanted):
-        config = run.config.model_copy(update={"restore": restored})
-        asked = {ratio: path for (_, ratio, kind), path in wanted.items() if kind is restored}
-        _make_alike(bench, dataclasses.replace(run, config=config), choice, scores, found, asked, seconds, dense)
+        scores = scores_of(run, measured)
+    return _Scored(choice, run, scores, measured, seconds + time.perf_counter() - start)
 
 
-def _make_alike(
-    bench: _Bench,
-    run: Run,
-    choice: MethodChoice,
-    scores: ImportanceScores,
-    found: Measurements | None,
-    wanted: Mapping[float, Path],
-    seconds: Mapping[str, float],
-    dense: dict[str, Any],
-) -> None:
-    """The rows of one method that are all restored or all only cut; a search may plan for what comes after it."""
+def _make_rows(bench: _Bench, scored: _Scored, wanted: Mapping[float, Path], dense: dict[str, Any]) -> None:
+    """Plan, make and measure rows that are all restored or all only cut: a search may plan for what comes after it."""
+    run = scored.run
     every = zip(run.config.pruning_ratios, _targets(run.config, bench.graph, bench.loaded), strict=True)
     suffix = "-restored" if run.config.restore else ""
     targets = {r: dataclasses.replace(target, name=f"{target.name}{suffix}") for r, target in every if r in wanted}
     start = time.perf_counter()
-    plans = dict(zip(targets, plans_for(run, list(targets.values()), scores), strict=True))
-    timed = {**seconds, "search": (time.perf_counter() - start) / len(targets)}
+    plans = dict(zip(targets, plans_for(run, list(targets.values()), scored.scores), strict=True))
+    searching = (time.perf_counter() - start) / len(targets)
     for ratio, path in wanted.items():
-        row = _row(bench, run, choice, plans[ratio], scores, found, ratio, timed, dense)
-        bench.rows.write(path, row)
+        bench.rows.write(path, _row(bench, scored, plans[ratio], ratio, searching, dense))
 
 
 def _row(
-    bench: _Bench,
-    run: Run,
-    choice: MethodChoice,
-    plan: StructurePlan,
-    scores: ImportanceScores,
-    measured: Measurements | None,
-    ratio: float,
-    seconds: Mapping[str, float],
-    dense: dict[str, Any],
+    bench: _Bench, scored: _Scored, plan: StructurePlan, ratio: float, searching: float, dense: dict[str, Any]
 ) -> dict[str, Any]:
-    """One pruned model, measured. `seconds`: of the stages score, search and make; a shared pass counts for each.
+    """One pruned model, measured. `seconds`: of the stages; a shared pass counts for each method that uses it.
 
     `ratios`: perplexity over that of the dense model, by text. `tokens_per_second`: while the first text was read.
     """
-    restored = run.config.restore
+    run, label = scored.run, scored.choice.label
     start, before = time.perf_counter(), len(bench.meter.stages)
-    label = f"{choice.label}, {ratio:g}{', restored' if restored else ''}"
+    shown = f"{label}, {ratio:g}{', restored' if run.config.restore else ''}"
     model = copied(bench.loaded.model)
-    with bench.meter.stage(f"{label}: make"):
-        plan, _ = cut_and_restore(run, model, plan, scores, measured)
-    made = time.perf_counter() - start
-    with bench.meter.stage(f"{label}: measure"):
-        found, speed, tasks = _measure(bench, model, bench.request.asks_tasks(ratio))
+    with bench.meter.stage(f"{shown}: make"):
+        plan, _ = cut_and_restore(run, model, plan, scored.scores, scored.measured)
+    seconds = {"score": scored.seconds, "search": searching, "make": time.perf_counter() - start}
+    with bench.meter.stage(f"{shown}: measure"):
+        found = _measured(bench, model, bench.request.asks_tasks(ratio))
     kept = None
-    if tasks:
-        dense_tasks = {name: TaskResult(**values) for name, values in dense["tasks"].items()}
-        kept = dataclasses.asdict(kept_accuracy(dense_tasks, tasks))
+    if found["tasks"]:
+        both = ({name: TaskResult(**one) for name, one in tasks.items()} for tasks in (dense["tasks"], found["tasks"]))
+        kept = dataclasses.asdict(kept_accuracy(*both))
     return {
-        "method": choice.label,
+        "method": label,
         "ratio": ratio,
         "seed": run.config.seed,
-        "restored": restored,
+        "restored": run.config.restore,
         "pruning_ratio": 1 - plan.block_parameters / bench.graph.block_parameters,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "perplexity": {name: dataclasses.asdict(one) for name, one in found.items()},
-        "ratios": {name: one.value / dense["perplexity"][name]["value"] for name, one in found.items()},
-        "tasks": {name: dataclasses.asdict(one) for name, one in tasks.items()},
+        **found,
+        "ratios": {
+            text: one["value"] / dense["perplexity"][text]["value"] for text, one in found["perplexity"].items()
+        },
         "kept_accuracy": kept,
-        "seconds": {**seconds, "make": made},
-        "tokens_per_second": speed,
+        "seconds": seconds,
         "peak_resident_bytes": max(stage.peak_resident_bytes for stage in bench.meter.stages[before:]),
     }
 
 
 def _dense_row(bench: _Bench) -> dict[str, Any]:
     row = bench.rows.dense()
-    if row is None:
-        with bench.meter.stage(MEASURE_DENSE):
-            found, speed, tasks = _measure(bench, bench.loaded.model, with_tasks=True)
-        row = {
-            "parameters": bench.graph.parameters,
-            "block_parameters": bench.graph.block_parameters,
-            "perplexity": {name: dataclasses.asdict(one) for name, one in found.items()},
-            "tasks": {name: dataclasses.asdict(one) for name, one in tasks.items()},
-            "tokens_per_second": speed,
-        }
-        row = bench.rows.write_dense(row)
-    return row
+    if row is not None:
+        return row
+    with bench.meter.stage(MEASURE_DENSE):
+        found = _measured(bench, bench.loaded.model, with_tasks=True)
+    return bench.rows.write_dense({"block_parameters": bench.graph.block_parameters, **found})
 
 
-def _measure(
-    bench: _Bench, model: nn.Module, with_tasks: bool
-) -> tuple[dict[str, Perplexity], float | None, dict[str, TaskResult]]:
-    """Perplexities, tokens per second over the first text, and tasks of a model."""
+def _measured(bench: _Bench, model: nn.Module, with_tasks: bool) -> dict[str, Any]:
+    """Size, perplexities, tokens per second over the first text, and tasks of a model."""
     wanted = bench.request.evaluation
-    found: dict[str, Perplexity] = {}
+    texts: dict[str, Any] = {}
     speed = None
     for name, ids in bench.streams.items():
         start = time.perf_counter()
-        found[name] = perplexity(
+        found = perplexity(
             model, ids, window=wanted.window, stride=wanted.stride, max_tokens=wanted.max_tokens,
             leading=leading_ids(bench.loaded.tokenizer, bos=wanted.bos),
         )  # fmt: skip
-        speed = speed or found[name].tokens / (time.perf_counter() - start)
-    tasks: dict[str, TaskResult] = {}
-    if wanted.tasks and with_tasks:
-        tasks = ask_tasks(model, bench.loaded.tokenizer, wanted, bench.meter.reporter)
-    return found, speed, tasks
+        speed = speed or found.tokens / (time.perf_counter() - start)
+        texts[name] = dataclasses.asdict(found)
+    asked = wanted.tasks and with_tasks
+    tasks = ask_tasks(model, bench.loaded.tokenizer, wanted, bench.meter.reporter) if asked else {}
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "perplexity": texts,
+        "tasks": {name: dataclasses.asdict(one) for name, one in tasks.items()},
+        "tokens_per_second": speed,
+    }
