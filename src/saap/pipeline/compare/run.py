@@ -274,7 +274,8 @@ def _dense_row(bench: _Bench) -> dict[str, Any]:
         return row
     with bench.meter.stage(MEASURE_DENSE):
         found = _measured(bench, bench.loaded.model, with_tasks=True)
-    return bench.rows.write_dense({"block_parameters": bench.graph.block_parameters, **found})
+    sizes = {"parameters": bench.graph.parameters, "block_parameters": bench.graph.block_parameters}
+    return bench.rows.write_dense(found | sizes)
 
 
 def _measured(bench: _Bench, model: nn.Module, with_tasks: bool) -> dict[str, Any]:
