@@ -12,7 +12,7 @@ import gguf
 from saap.core.errors import ExportError
 from saap.export.gguf.architectures import ALL_BIASES, ARCHITECTURES, PER_LAYER, Architecture
 from saap.export.gguf.settings import Rope, faults, rope_of, sliding_window
-from saap.models.checkpoint.stored_tensors import Shape
+from saap.models.checkpoint.safetensor_files import Shape
 
 Kind = gguf.GGMLQuantizationType
 _Q, _K, _V, _O = (f"self_attn.{name}_proj" for name in "qkvo")

@@ -16,7 +16,7 @@ from torch import nn
 
 from saap.core.errors import ConfigurationError, ExportError, ModelError
 from saap.evaluation.speed import LlamaCppRuntime, Runtime, Speed, TransformersRuntime, measure_speeds, speed_up
-from saap.models.checkpoint.stored_tensors import ModelTensors, StoredTensors
+from saap.models.checkpoint.safetensor_files import ModelTensors, StoredTensors
 from saap.models.loading.llama_cpp import LlamaCpp, llama_cpp_is_installed
 from saap.models.walk.probe import check_reads
 from saap.pipeline.export.run import INSTALL, open_source
