@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -192,3 +193,13 @@ def recorded_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def typed_command() -> tuple[str, ...]:
+    """The arguments of `saap` as typed, if this process is the command line, else none.
+
+    That is the program `saap`, or what `python -m saap` runs, also under torchrun or accelerate launch.
+    """
+    program = Path(sys.argv[0])
+    is_ours = program.stem == "saap" or program.parts[-2:] == ("saap", "__main__.py")
+    return tuple(sys.argv[1:]) if is_ours else ()

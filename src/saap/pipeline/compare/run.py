@@ -15,7 +15,7 @@ from torch import nn
 
 from saap.baselines.methods import BASELINES, Measurements
 from saap.core.errors import ConfigurationError
-from saap.core.manifest import recorded_versions
+from saap.core.manifest import recorded_versions, typed_command
 from saap.core.records import ImportanceScores, IntArray, ModelGraph, StructurePlan
 from saap.core.storage import write_whole
 from saap.data.samples import leading_ids
@@ -33,7 +33,6 @@ from saap.pipeline.prune.baselines import for_method, measurements
 from saap.pipeline.prune.generated_text import write_text
 from saap.pipeline.prune.planning import plans_for, scores_of
 from saap.pipeline.prune.run import cut_and_restore
-from saap.pipeline.shared.command_line import typed_command
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, TokenSets, draw_tokens, open_model, place_of
 from saap.pipeline.shared.legality import check_walk, search_space

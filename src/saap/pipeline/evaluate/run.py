@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from saap.core.errors import CalibrationError, ConfigurationError, ModelError
-from saap.core.manifest import recorded_versions
+from saap.core.manifest import recorded_versions, typed_command
 from saap.core.records import IntArray
 from saap.core.storage import write_whole
 from saap.data.samples import leading_ids, token_stream
@@ -40,7 +40,6 @@ from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.probe import check_runs
 from saap.pipeline.evaluate.speed import Source, SpeedReport, check_settings, measure_beside
-from saap.pipeline.shared.command_line import typed_command
 from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model
 from saap.pipeline.shared.progress import Reporter, Silent

@@ -18,6 +18,7 @@ from saap.core.manifest import (
     RunManifest,
     SpeedRecord,
     recorded_versions,
+    typed_command,
 )
 from saap.core.records import ImportanceScores, Layout, StructurePlan, count_parameters
 from saap.core.storage import read_plan
@@ -28,7 +29,6 @@ from saap.models.checkpoint.differences import PrunedStructure, auto_class_name,
 from saap.models.walk.offload import offloaded
 from saap.pipeline.prune.result import PruneReport, PruneResult, load_lines, structure_of
 from saap.pipeline.prune.speed_target import diagnose_speed, reached_speed
-from saap.pipeline.shared.command_line import typed_command
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.diagnosis import diagnose_importance, diagnose_memory, diagnose_result, diagnose_search
 from saap.pipeline.shared.memory import forget_changed, forget_weights, open_result, release, spill_of

@@ -17,6 +17,7 @@ from saap.core.manifest import (
     RecoveryRecord,
     RunManifest,
     recorded_versions,
+    typed_command,
 )
 from saap.core.records import Layout, digest_of
 from saap.discovery.blocks import find_blocks
@@ -29,7 +30,6 @@ from saap.models.loading.references import read_config
 from saap.pipeline.prune.result import load_lines
 from saap.pipeline.recover.context import EVALUATION, Recovery
 from saap.pipeline.recover.result import RecoverReport, share_closed
-from saap.pipeline.shared.command_line import typed_command
 from saap.pipeline.shared.digests import weights_digest
 from saap.pipeline.shared.outcome import Behaviour
 from saap.recovery.train import Training
