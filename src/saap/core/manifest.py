@@ -64,7 +64,7 @@ class Change(_Frozen):
 
     @property
     def removed(self) -> float:
-        """The fraction that is gone."""
+        """The removed fraction."""
         return 1 - self.after / self.before if self.before else 0.0
 
 
@@ -87,7 +87,7 @@ class Answers(_Frozen):
 
 
 class SpeedRecord(_Frozen):
-    """Speed of decoding, batch 1, over that of the dense model: asked for, predicted by the plan, and measured."""
+    """Speed of decoding, batch 1, over that of the dense model: requested, predicted by the plan, and measured."""
 
     runtime: str
     weights: str
@@ -148,8 +148,7 @@ class RunManifest(_Frozen):
     command: the arguments as typed. settings: all settings with their defaults. versions: of the packages and Python.
     digests: of graph, calibration, scores and plan, and, in adaptive folders, of the code that opens them. bytes: of
     the weights in `dtype`, dense and pruned alike. answers: greedy ones to a short prompt. speed: where a
-    speed-up was asked for. recovery: of a model that
-    was tuned afterwards.
+    speed-up was requested. recovery: of a model that was tuned afterwards.
     """
 
     format_version: Literal[1] = 1

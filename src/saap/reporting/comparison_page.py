@@ -36,7 +36,7 @@ def ratio_section(comparison: Mapping[str, Any]) -> Section:
 
 
 def _task_sections(comparison: Mapping[str, Any]) -> list[Section]:
-    """Zero-shot accuracy at each ratio that tasks were asked at."""
+    """Zero-shot accuracy at each ratio with tasks."""
     sections = []
     for ratio in sorted({row["ratio"] for row in comparison["rows"] if row["tasks"]}):
         figure = drawn.kept_above_chance(comparison, ratio)

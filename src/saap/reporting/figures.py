@@ -139,7 +139,7 @@ def percent_ticks(axis: Any, places: Iterable[float]) -> None:
 
 
 def legend_outside(axis: Any) -> None:
-    """A legend where no line can run through it: a short one above, where a narrow screen shows it, others beside."""
+    """A legend where no line can run through it: above if it is short, for narrow screens, else at the side."""
     if len(axis.get_legend_handles_labels()[1]) <= 4:
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=9, borderaxespad=0.2, columnspacing=1.2)
     else:

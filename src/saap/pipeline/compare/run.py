@@ -18,17 +18,15 @@ from saap.core.errors import ConfigurationError
 from saap.core.manifest import recorded_versions, typed_command
 from saap.core.records import ImportanceScores, IntArray, ModelGraph, StructurePlan
 from saap.core.storage import write_whole
-from saap.data.samples import leading_ids
 from saap.discovery import discover
 from saap.evaluation.bootstrap import kept_accuracy
-from saap.evaluation.perplexity import perplexity
 from saap.evaluation.zero_shot import TaskResult
 from saap.models.loading.devices import copied, quick_float32_products
 from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import resolve_model
 from saap.models.walk.probe import check_runs, trial_ids
 from saap.pipeline.compare.rows import RowStore, file_name
-from saap.pipeline.evaluate.run import ask_tasks, check_request, finite, read_streams
+from saap.pipeline.evaluate.run import ask_tasks, check_request, finite, read_streams, requested_perplexity
 from saap.pipeline.prune.baselines import for_method, measurements
 from saap.pipeline.prune.generated_text import write_text
 from saap.pipeline.prune.planning import plans_for, scores_of
@@ -284,10 +282,7 @@ def _measured(bench: _Bench, model: nn.Module, with_tasks: bool) -> dict[str, An
     speed = None
     for name, ids in bench.streams.items():
         start = time.perf_counter()
-        found = perplexity(
-            model, ids, window=wanted.window, stride=wanted.stride, max_tokens=wanted.max_tokens,
-            leading=leading_ids(bench.loaded.tokenizer, bos=wanted.bos),
-        )  # fmt: skip
+        found = requested_perplexity(model, bench.loaded.tokenizer, wanted, ids)
         speed = speed or found.tokens / (time.perf_counter() - start)
         texts[name] = dataclasses.asdict(found)
     asked = wanted.tasks and with_tasks

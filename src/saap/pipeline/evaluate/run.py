@@ -1,4 +1,4 @@
-"""`saap eval`: every measurement of one model, and of the dense one beside it where that is asked for."""
+"""`saap eval`: every measurement of one model, and of the dense one where that is requested."""
 
 from __future__ import annotations
 
@@ -104,11 +104,11 @@ def evaluate_model(
     prompts = check_request(request)
     opened: nn.Module | ResolvedModel
     if isinstance(source, nn.Module):
-        opened, others = source, _other_models(request, None, bool(prompts), reporter)
+        opened, others = source, _other_models(request, None, reporter)
     else:
         opened = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(opened)
-        others = _other_models(request, opened, bool(prompts), reporter)
+        others = _other_models(request, opened, reporter)
     reporter.stage("read the texts")
     streams = read_streams(request, tokenizer)
     conversations = () if request.chat is None else read_conversations(request.chat)
@@ -143,11 +143,12 @@ class _Others:
     against: ResolvedModel | None = None
 
 
-def _other_models(request: EvalRequest, evaluated: ResolvedModel | None, writes: bool, reporter: Reporter) -> _Others:
-    """Find them all before any weights are read. writes: whether text is generated. Raises ModelError.
+def _other_models(request: EvalRequest, evaluated: ResolvedModel | None, reporter: Reporter) -> _Others:
+    """Find them all before any weights are read. Raises ModelError.
 
     A dense model that nobody has named is left out where it is not on this machine.
     """
+    writes = request.prompts is not None
     if request.dense is None and request.speed is None and not writes:
         return _Others()
     manifest = None if evaluated is None else manifest_of(evaluated)
@@ -165,7 +166,7 @@ def _other_models(request: EvalRequest, evaluated: ResolvedModel | None, writes:
 
 
 def check_request(request: EvalRequest) -> tuple[Prompt, ...]:
-    """Refuse what needs no model to be refused; the prompts that were asked for."""
+    """Refuse what needs no model to be refused. Returns the requested prompts."""
     if request.window < 2:
         raise ConfigurationError(f"--window {request.window} predicts nothing", "Give at least 2")
     if request.stride is not None and not 1 <= request.stride <= request.window:
@@ -224,10 +225,7 @@ def _measure(
         reporter.stage(f"perplexity of {loaded.ref.source} on {name}")
         first = torch.from_numpy(ids[None, : request.window]).to(next(model.parameters()).device)
         check_runs(model, first)
-        found[name] = perplexity(
-            model, ids, window=request.window, stride=request.stride, max_tokens=request.max_tokens,
-            leading=leading_ids(loaded.tokenizer, bos=request.bos),
-        )  # fmt: skip
+        found[name] = requested_perplexity(model, loaded.tokenizer, request, ids)
     tasks: dict[str, TaskResult] = {}
     if request.tasks:
         reporter.stage(f"zero-shot tasks of {loaded.ref.source}")
@@ -240,6 +238,14 @@ def _measure(
     return EvalReport(
         model=loaded.ref.source, revision=loaded.ref.revision, parameters=parameters, perplexity=found, tasks=tasks,
         chat=chat,
+    )  # fmt: skip
+
+
+def requested_perplexity(model: nn.Module, tokenizer: Any | None, request: EvalRequest, ids: IntArray) -> Perplexity:
+    """Perplexity in the windows of a request."""
+    return perplexity(
+        model, ids, window=request.window, stride=request.stride, max_tokens=request.max_tokens,
+        leading=leading_ids(tokenizer, bos=request.bos),
     )  # fmt: skip
 
 
@@ -293,7 +299,7 @@ def _speed(
     options: RunOptions,
     reporter: Reporter,
 ) -> SpeedReport:
-    """Tokens per second of the model, beside another one. dense: where that is loaded already."""
+    """Tokens per second of the model, compared with another one. dense: where that is loaded already."""
     in_memory = settings.runtime is RuntimeName.TRANSFORMERS
     given: Source = source if isinstance(source, nn.Module) else source.path
     other = others.against

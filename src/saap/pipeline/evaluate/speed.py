@@ -1,4 +1,4 @@
-"""How fast models are beside each other, in transformers or in llama.cpp."""
+"""How fast models are compared with each other, in transformers or in llama.cpp."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def check_settings(settings: SpeedSettings) -> None:
 
 
 def measure_beside(models: Sequence[tuple[str, Source]], settings: SpeedSettings) -> SpeedReport:
-    """Speed of the first model, and beside the second if there is one.
+    """Speed of the first model, compared with the second if there is one.
 
     models: (name, a model or what `saap prune` takes). A model in memory is measured as it is; llama.cpp gets a file in
     a temporary folder, and as many threads as torch. Raises ModelError, ExportError for what llama.cpp cannot compute.

@@ -35,7 +35,7 @@ FEW_UNITS = 4
 
 
 def speed_settings(config: PruneConfig, rounds: int = 7) -> SpeedSettings:
-    """How the speed that is asked for is measured: short prompts, since it is that of decoding."""
+    """How a requested speed is measured: short prompts, since it is that of decoding."""
     return SpeedSettings(
         runtime=config.runtime, gguf_type=config.gguf_type, prompt_tokens=8, new_tokens=16, rounds=rounds
     )

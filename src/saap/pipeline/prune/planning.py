@@ -114,7 +114,7 @@ def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> 
 
 
 def _weigh_tokens(run: Run) -> None:
-    """Put into the work folder what the loss feels of each unit token by token, if it is not there."""
+    """Put the token-level Fisher scores into the work folder, if they are not there."""
     path = run.work.file(WEIGH_TOKENS.file)
     if run.processes.from_first(path.exists):
         return
@@ -124,7 +124,7 @@ def _weigh_tokens(run: Run) -> None:
 
 
 def token_scores(run: Run, tokens: torch.Tensor, micro_batch: int, progress: Progress) -> dict[str, FloatArray]:
-    """By group, what the loss feels of each unit token by token."""
+    """By group, the token-level Fisher importance of each unit."""
     return felt_scores(
         run.loaded.model, run.graph, tokens, micro_batch=micro_batch, ignored=run.tokens.refit.ignored,
         spill=spill_of(run), progress=progress, processes=run.processes,
@@ -149,7 +149,7 @@ def scores_of_choice(run: Run, scores: ImportanceScores) -> dict[str, FloatArray
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """What the adaptive search knows of the model beside the scores."""
+    """What the adaptive search knows of the model besides the scores."""
 
     costs: SecondOrder | None
     judge: StructureJudge | None

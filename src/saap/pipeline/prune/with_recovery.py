@@ -32,7 +32,7 @@ def prune_and_recover(
 ) -> list[tuple[PruneReport, RecoverReport]]:
     """Prune and tune: both reports for each target.
 
-    What the recovery would refuse is refused before anything is pruned. A run that was interrupted goes on from the
+    What the recovery would refuse is refused before anything is pruned. A run that was interrupted resumes after the
     last finished stage. Raises SaapError.
     """
     if options.out is None:

@@ -1,4 +1,4 @@
-"""What a model and its family can do: asked before anything is pruned."""
+"""What a model and its family can do, checked before anything is pruned."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def legal_sizes(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> Map
 
     Sizes are tried by constructing the configuration: of roles that go by single channels the largest and the smallest
     first, and all between only where one of these is refused (the width that the number of heads must divide).
-    Raises LayoutError, with the reason of the first refusal, if no asked role can be made smaller.
+    Raises LayoutError, with the reason of the first refusal, if no requested role can be made smaller.
     """
     if config.layout is not Layout.UNIFORM:
         return None

@@ -1,4 +1,4 @@
-"""What was asked for: one target per result, checked before the expensive work."""
+"""The requested results: one target each, checked before the expensive work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from saap.structure_search.objectives import Budget, budget_for_bytes, budget_fo
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One result that was asked for. name: of its stage files. budget: None where a plan is given.
+    """One requested result. name: of its stage files. budget: None where a plan is given.
 
     folder: where the result goes, None to keep it in memory.
     """
@@ -78,7 +78,7 @@ def _manifest_digest(folder: Path) -> str | None:
 
 
 def with_budgets(targets: Sequence[Target], config: PruneConfig, graph: ModelGraph, dtype: torch.dtype) -> list[Target]:
-    """The targets with the parameters that must leave. dtype: of the written weights. Raises TargetError."""
+    """The targets with the parameters to be removed. dtype: of the written weights. Raises TargetError."""
     budgets: list[Budget]
     if config.pruning_ratios:
         budgets = [budget_for_ratio(graph, ratio) for ratio in config.pruning_ratios]
