@@ -92,7 +92,7 @@ FLAGS: list[Case] = [
     ((*RECOVER, "--shard"), "several processes"),
     (("recover", "MODEL"), "--out"),
     (EVAL, "nothing to measure"),
-    (("eval",), "no MODEL"),
+    (("eval",), "'MODEL'"),
     *[((*EVAL, *flags), offender) for flags, offender in (
         (("--perplexity", "bundled", "--window", "1"), "--window 1"),
         (("--perplexity", "bundled", "--window", "99999"), "fewer than one window"),
@@ -102,11 +102,10 @@ FLAGS: list[Case] = [
         (("--perplexity", "wikitext"), "wikitext2"),
         (("--tasks", "piqa", "--limit", "0"), "--limit 0"),
         (("--generation", "--tokens", "0"), "--tokens 0"), (("--prompts", "none.txt"), "none.txt"),
-        (("--chat", "none.jsonl"), "none.jsonl"), (("--human-ratings", "none.csv"), "MODEL"),
+        (("--chat", "none.jsonl"), "none.jsonl"),
         (("--perplexity", "bundled", "--dense", "no-such/model!"), "no-such/model!"),
         (("--generation", "--seed", "-1"), "--seed -1"),
     )],
-    (("eval", "--human-ratings", "none.csv", "--human-key", "none.json"), "none.json"),
     *[((*EXPORT, flag, value), offender) for flag, value, offender in (
         ("--format", "onnx", "'onnx'"), ("--quantization", "q9", "'q9'"), ("--out", "MODEL/config.json", "exists"),
         ("--push", "me/mine", "--push"),

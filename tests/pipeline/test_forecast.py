@@ -16,8 +16,10 @@ from saap.models.loading import device_memory
 from saap.models.walk import token_fisher as felt
 from saap.models.walk.token_fisher import measurable
 from saap.pipeline.prune import forecast as forecast_module
+from saap.pipeline.prune import planning
 from saap.pipeline.prune.fits import check_fits
 from saap.pipeline.prune.run import preview, run_prune
+from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import COST_TOKENS, COST_TOKENS_AT_ONCE, RunOptions
 from saap.settings.prune import PruneConfig
 from saap.structure_search import costs
@@ -68,7 +70,7 @@ def test_second_order_costs_are_scaled_to_all_their_text_and_modules(
             now[0] += seconds
             progress(done, batches + len(measurable(graph)))
 
-    monkeypatch.setattr(forecast_module, "second_order_costs", trial)
+    monkeypatch.setattr(planning, "second_order_costs", trial)
     monkeypatch.setattr(forecast_module, "perf_counter", lambda: now[0])
     text = str(tiny.text_file(tmp_path / "text.txt"))
     config = PruneConfig(pruning_ratios=(0.2,), calibration=(text,), **SETTINGS)
@@ -92,15 +94,15 @@ def test_a_model_without_measurable_modules_is_forecast(
     assert stage["seconds"] > 0
 
 
-def probed(peaks: dict[str, int], restore: bool = True) -> tuple[forecast_module.Forecast, forecast_module.Probed]:
+def probed(peaks: dict[str, int], restore: bool = True) -> tuple[forecast_module.Forecast, Run]:
     stages = tuple(
         forecast_module.StageForecast(name=name, seconds=1.0, peak_resident_bytes=peak) for name, peak in peaks.items()
     )
     found = forecast_module.Forecast(stages=stages, refit_tokens=8192, bytes_per_refit_token=1e6)
     config = PruneConfig(pruning_ratios=(0.2,), restore=restore)
-    nothing = dict.fromkeys(field.name for field in dataclasses.fields(forecast_module.Probed))
+    nothing = dict.fromkeys(field.name for field in dataclasses.fields(Run))
     loaded = SimpleNamespace(model=torch.nn.Linear(1, 1))
-    return found, forecast_module.Probed(**{**nothing, "config": config, "loaded": loaded})  # type: ignore[arg-type]
+    return found, Run(**{**nothing, "config": config, "loaded": loaded})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from saap.core.manifest import RunManifest
 from saap.data.samples import token_stream
 from saap.data.texts import evaluation_text
 from saap.evaluation.perplexity import perplexity
-from saap.export.recovered import stored_entries
+from saap.export.huggingface import stored_entries
 from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight
 from saap.models.checkpoint.groupwise_files import linears_inside, open_empty, pack_linears, read_packed
 from saap.models.loading.pretrained import load_groupwise, load_model

@@ -25,10 +25,7 @@ from saap.cli.speed_options import chosen_runtime
 
 
 def evaluate(
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="[MODEL]", help="Hub id, folder, .gguf file or `smollm2`; not needed for ratings."),
-    ] = None,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or `smollm2`.")],
     perplexity: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME|FILE", help="Text to read, repeatable: wikitext2, ptb, c4, bundled, or a file."),
@@ -74,44 +71,22 @@ def evaluate(
     ] = None,
     runtime: Runtime = None,
     quantization: SpeedQuantization = None,
-    human_kit: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a blinded page on which people rate the answers.")
-    ] = None,
-    beside: Annotated[
-        list[str] | None, typer.Option(metavar="MODEL", help="Another model for the page, repeatable.")
-    ] = None,
-    human_ratings: Annotated[
-        list[Path] | None, typer.Option(metavar="CSV", help="Ratings that the page saved, repeatable.")
-    ] = None,
-    human_key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Key of the page. [default: the one beside the ratings]")
-    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the report as JSON.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of sampled text and of the page's order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampled text.")] = 0,
     device: Device = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure MODEL: perplexity, zero-shot tasks, generation, conversations, speed, ratings by people."""
-    from saap.cli.show.evaluate import print_eval, print_ratings
+    """Measure MODEL: perplexity, zero-shot tasks, generation, conversations, speed."""
+    from saap.cli.show.evaluate import print_eval
     from saap.cli.show.output import make_reporter
     from saap.core.errors import ConfigurationError
-    from saap.pipeline.evaluate.run import evaluate_model, judge_ratings, write_report
+    from saap.pipeline.evaluate.run import evaluate_model, write_report
     from saap.pipeline.shared.inputs import RunOptions
     from saap.settings.measure import EvalRequest, SpeedSettings
 
-    if human_ratings:
-        if model is not None:
-            raise ConfigurationError("--human-ratings and MODEL were given together", "Leave out MODEL")
-        ratings = judge_ratings(human_ratings, human_key)
-        if out is not None:
-            write_report(out, ratings)
-        typer.echo(json.dumps(ratings, indent=1)) if as_json else print_ratings(ratings)
-        return
-    if model is None:
-        raise ConfigurationError("no MODEL was given", "Name a hub id, a folder or a .gguf file")
     measured_in, gguf_type = chosen_runtime(runtime, quantization, flag="--speed", given=speed)
     named = () if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
     request = EvalRequest(
@@ -119,14 +94,13 @@ def evaluate(
         tasks=named, task_data=task_data, limit=limit, rounded=rounded_tasks,
         prompts=prompts or ("bundled" if generation else None), generated_tokens=tokens, chat=chat, dense=dense,
         dense_revision=dense_revision, dense_trust_remote_code=dense_trust_remote_code,
-        beside=tuple(beside or ()), human_kit=human_kit, seed=seed, against=against,
+        seed=seed, against=against,
         speed=SpeedSettings(runtime=measured_in, gguf_type=gguf_type) if speed else None,
     )  # fmt: skip
     if request.names_nothing:
         raise ConfigurationError(
             "nothing to measure was named",
-            "Give some of --perplexity, --tasks, --generation, --prompts, --chat, --speed, --human-kit, "
-            "--human-ratings",
+            "Give some of --perplexity, --tasks, --generation, --prompts, --chat, --speed",
         )
     options = RunOptions(device=device, revision=revision, trust_remote_code=trust_remote_code)
     with make_reporter(quiet=quiet, to_stderr=as_json) as reporter:
@@ -137,5 +111,3 @@ def evaluate(
         typer.echo(json.dumps(report, indent=1))
     elif not quiet:
         print_eval(report)
-        if human_kit is not None:
-            typer.echo(f"wrote {human_kit}; keep the key beside it from the raters")

@@ -37,7 +37,7 @@ class EvalRequest(BaseModel):
     dense_revision, dense_trust_remote_code: of that model, or of `against` where only that is named; by default its
     revision is that of the manifest of the pruned one, and its code is not run. against_revision,
     against_trust_remote_code: of `against` where `dense` is another model.
-    beside: further models whose answers go into `human_kit`, a page to write. speed: how to measure tokens per second,
+    speed: how to measure tokens per second,
     None: not; against: the model to measure it beside, else `dense`, else the one that a pruned one was made from.
     """
 
@@ -58,8 +58,6 @@ class EvalRequest(BaseModel):
     dense: str | None = None
     dense_revision: str | None = None
     dense_trust_remote_code: bool = False
-    beside: tuple[str, ...] = ()
-    human_kit: Path | None = None
     speed: SpeedSettings | None = None
     against: str | None = None
     against_revision: str | None = None
@@ -74,7 +72,7 @@ class EvalRequest(BaseModel):
     @property
     def names_nothing(self) -> bool:
         """Whether there is nothing to measure."""
-        measured = (self.texts, self.tasks, self.prompts, self.chat, self.human_kit, self.speed)
+        measured = (self.texts, self.tasks, self.prompts, self.chat, self.speed)
         return not any(measured)
 
 

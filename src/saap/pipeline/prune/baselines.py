@@ -37,7 +37,7 @@ def for_method(config: PruneConfig) -> PruneConfig:
 
 
 def check_method(config: PruneConfig, graph: ModelGraph) -> None:
-    """Raise ConfigurationError if the method cannot score a group of the asked roles."""
+    """Raise ConfigurationError if the method cannot score a group of the requested roles."""
     if config.method in (Method.SAAP, Method.RANDOM):
         return
     roles = unit_roles(config.roles)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors.numpy import load_file, save
 
 from saap.baselines.methods import Measurements
-from saap.core.records import FloatArray, ImportanceScores, Role, StructurePlan, UnitScores, require_same
+from saap.core.records import (
+    CalibrationSet,
+    FloatArray,
+    ImportanceScores,
+    Role,
+    StructurePlan,
+    UnitScores,
+    require_same,
+)
 from saap.core.storage import read_plan, read_scores, write_plan, write_scores, write_whole
 from saap.estimation.calibrate import estimate
 from saap.estimation.selection import unit_scores
@@ -31,18 +40,20 @@ from saap.pipeline.shared.memory import (
     search_evaluations,
     spill_of,
 )
+from saap.pipeline.shared.stages import ESTIMATE, FIND_COSTS, SEARCH, WEIGH_TOKENS
 from saap.pipeline.shared.targets import Target
 from saap.settings.prune import Importance, Method, PrunableRole, unit_roles
 from saap.structure_search.costs import SecondOrder, second_order_costs
 from saap.structure_search.evaluator import JUDGED_AT_ONCE, StructureJudge
 from saap.structure_search.plan import plan_from_counts, search
 
-FELT = "felt.safetensors"
+Progress = Callable[[int, int], None]
+"""Called with what is done, and with all that is to be done."""
 
 
 def scores_of(run: Run, found: Measurements | None = None) -> ImportanceScores:
     """Scores of all units, from the work folder if they lie there. found: what the baselines have measured so far."""
-    path = run.work.file("scores.safetensors")
+    path = run.work.file(ESTIMATE.file)
     tokens = with_written(run, "scored").cpu().numpy()
     calibration = dataclasses.replace(run.tokens.scored, tokens=tokens)
     if run.processes.from_first(path.exists):
@@ -54,20 +65,19 @@ def scores_of(run: Run, found: Measurements | None = None) -> ImportanceScores:
         scores = run.processes.from_first(lambda: baseline_scores(run, calibration.digest, found or measurements(run)))
         run.processes.from_first(lambda: write_scores(path, scores))
         return scores
-    with run.tokens.images(run.loaded.model):
-        scores = estimate(
-            run.loaded.model,
-            run.graph,
-            calibration,
-            roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
-            element_order=run.config.element_score,
-            aggregation=run.config.aggregation,
-            spill=spill_of(run),
-            progress=run.meter.reporter.advance,
-            processes=run.processes,
-        )
+    scores = estimated(run, calibration)
     run.processes.from_first(lambda: write_scores(path, scores))
     return scores
+
+
+def estimated(run: Run, calibration: CalibrationSet) -> ImportanceScores:
+    """The scores of a run's own method, on these samples."""
+    with run.tokens.images(run.loaded.model):
+        return estimate(
+            run.loaded.model, run.graph, calibration, roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
+            element_order=run.config.element_score, aggregation=run.config.aggregation, spill=spill_of(run),
+            progress=run.meter.reporter.advance, processes=run.processes,
+        )  # fmt: skip
 
 
 def units_of(run: Run, scores: ImportanceScores) -> Mapping[str, UnitScores]:
@@ -78,7 +88,7 @@ def units_of(run: Run, scores: ImportanceScores) -> Mapping[str, UnitScores]:
 
 def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> list[StructurePlan]:
     """The searched or given plan of every target; the dense model is only measured, not changed."""
-    paths = {target.name: run.work.file(f"plan-{target.name}.json") for target in targets}
+    paths = {target.name: run.work.file(SEARCH.file_of(target.name)) for target in targets}
     found = run.processes.from_first(lambda: {name for name, path in paths.items() if path.exists()})
     units = units_of(run, scores)
     element = unit_scores(scores, run.graph, Importance.ELEMENT2, run.config.fusion_scope)
@@ -88,7 +98,7 @@ def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> 
         measured = _measure(run) if searched else None
         for target in targets:
             path = paths[target.name]
-            with run.meter.stage(f"search the structure{_label(targets, target)}"):
+            with run.meter.stage(SEARCH, target.name if len(targets) > 1 else ""):
                 if target.name in found:
                     plans.append(read_plan(path, run.graph).structure_plan(run.graph))
                     continue
@@ -104,30 +114,42 @@ def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> 
 
 
 def _weigh_tokens(run: Run) -> None:
-    """Put into the work folder what the loss feels of each unit token by token, if it is not there."""
-    path = run.work.file(FELT)
+    """Put the token-level Fisher scores into the work folder, if they are not there."""
+    path = run.work.file(WEIGH_TOKENS.file)
     if run.processes.from_first(path.exists):
         return
-    with run.meter.stage("weigh every unit token by token"):
-        tokens, rows = text_of_costs(run.tokens, run.device)
-        found = felt_scores(
-            run.loaded.model, run.graph, tokens, micro_batch=rows, ignored=run.tokens.refit.ignored,
-            spill=spill_of(run), progress=run.meter.reporter.advance, processes=run.processes,
-            products=quick_products(run.device, run.loaded.dtype),
-        )  # fmt: skip
+    with run.meter.stage(WEIGH_TOKENS):
+        found = token_scores(run, *text_of_costs(run.tokens, run.device), run.meter.reporter.advance)
         run.processes.from_first(lambda: write_whole(path, save(found)))
+
+
+def token_scores(run: Run, tokens: torch.Tensor, micro_batch: int, progress: Progress) -> dict[str, FloatArray]:
+    """By group, the token-level Fisher importance of each unit."""
+    return felt_scores(
+        run.loaded.model, run.graph, tokens, micro_batch=micro_batch, ignored=run.tokens.refit.ignored,
+        spill=spill_of(run), progress=progress, processes=run.processes,
+        products=quick_products(run.device, run.loaded.dtype),
+    )  # fmt: skip
+
+
+def unit_costs(run: Run, tokens: torch.Tensor, micro_batch: int, progress: Progress) -> SecondOrder:
+    """Second-order costs of all units."""
+    return second_order_costs(
+        run.loaded.model, run.graph, tokens, micro_batch=micro_batch, ignored=run.tokens.scored.ignored,
+        spill=spill_of(run), progress=progress, processes=run.processes,
+    )  # fmt: skip
 
 
 def scores_of_choice(run: Run, scores: ImportanceScores) -> dict[str, FloatArray]:
     """By group, what the restoration's choice of units weighs in: scores token by token, or else element-wise ones."""
-    path = run.work.file(FELT)
+    path = run.work.file(WEIGH_TOKENS.file)
     felt = load_file(path) if weighs_tokens(run.config) and path.exists() else {}
     return {name: group.element for name, group in scores.groups.items()} | felt
 
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """What the adaptive search knows of the model beside the scores."""
+    """What the adaptive search knows of the model besides the scores."""
 
     costs: SecondOrder | None
     judge: StructureJudge | None
@@ -141,13 +163,8 @@ def _measure(run: Run) -> _Measured:
     config, model, graph = run.config, run.loaded.model, run.graph
     costs = None
     if finds_costs(config, model, graph):
-        with run.meter.stage("find the second-order cost of every unit"):
-            tokens, rows = text_of_costs(run.tokens, run.device)
-            costs = second_order_costs(
-                model, graph, tokens, micro_batch=rows,
-                ignored=run.tokens.scored.ignored, spill=spill_of(run), progress=run.meter.reporter.advance,
-                processes=run.processes,
-            )  # fmt: skip
+        with run.meter.stage(FIND_COSTS):
+            costs = unit_costs(run, *text_of_costs(run.tokens, run.device), run.meter.reporter.advance)
     judge = None
     if needs_measuring(config) and (search_evaluations(run) or PrunableRole.BLOCK in config.roles):
         grams, held = None if costs is None else costs.grams, with_written(run, "held")
@@ -168,7 +185,9 @@ def _plan(
     config, graph = run.config, run.graph
     if target.budget is None or measured is None:
         given = read_plan(config.plan or Path(), graph)
-        return plan_from_counts(graph, units, given.keep, given.dropped_blocks, layout=given.layout, align=given.align)
+        return plan_from_counts(
+            graph, units, given.keep(graph), given.dropped_blocks, layout=given.layout, align=given.align
+        )
     plan = search(
         graph,
         units,
@@ -185,7 +204,3 @@ def _plan(
     if measured.judge is not None:
         measured.judge.done()
     return plan
-
-
-def _label(targets: Sequence[Target], target: Target) -> str:
-    return f" ({target.name})" if len(targets) > 1 else ""

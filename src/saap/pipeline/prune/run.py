@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -28,7 +29,7 @@ from saap.pipeline.prune.baselines import biases_for, check_method, compensate, 
 from saap.pipeline.prune.decode_costs import speed_settings
 from saap.pipeline.prune.finish import Made, find_made, keep_made
 from saap.pipeline.prune.fits import check_fits, check_weights_fit
-from saap.pipeline.prune.forecast import Probed, forecast
+from saap.pipeline.prune.forecast import forecast
 from saap.pipeline.prune.generated_text import refit_tokens, write_text
 from saap.pipeline.prune.planning import plans_for, scores_of, scores_of_choice
 from saap.pipeline.prune.result import PruneResult
@@ -44,7 +45,7 @@ from saap.pipeline.shared.inputs import (
     open_model,
     place_of,
 )
-from saap.pipeline.shared.legality import check_walk, legal_sizes
+from saap.pipeline.shared.legality import check_walk, search_space
 from saap.pipeline.shared.memory import (
     check_disk,
     clear_spill,
@@ -58,6 +59,7 @@ from saap.pipeline.shared.memory import (
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.progress import Reporter, Silent
+from saap.pipeline.shared.stages import DISCOVER, ESTIMATE, LOAD, MEASURE_DENSE, READ_TEXT, TIME_DECODING, making
 from saap.pipeline.shared.targets import Target, plan_targets, with_budgets, work_path
 from saap.pipeline.shared.together import (
     alone_in,
@@ -67,6 +69,7 @@ from saap.pipeline.shared.together import (
     shared_work,
     with_device_of,
 )
+from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PrunableRole, PruneConfig
 from saap.structure_search.objectives import Budget
 from saap.structure_search.plan import SearchSpace, check_reachable, with_units
@@ -142,13 +145,13 @@ def preview(
         check_weights_fit(source, options)
     prepared = _prepare(source, config, options, meter, Processes(), None, None)
     refuse_offloaded(prepared.loaded, "--dry-run")
-    tokens = prepared.tokens
-    probed = Probed(
-        config, prepared.loaded, prepared.graph, prepared.space, tokens, prepared.targets, tuple(meter.stages)
-    )
+    tokens, trials = prepared.tokens, Meter(Silent(), meter.device)
     meter.reporter.note("trying a part of each stage on this machine")
-    found = forecast(probed, Meter(Silent(), meter.device))
-    check_fits(found, probed, options.out)
+    with TemporaryDirectory(prefix="saap-") as folder:
+        work = WorkFolder(Path(folder))
+        run = Run(config, options, prepared.loaded, prepared.graph, prepared.space, tokens, work, trials)
+        found = forecast(run, prepared.targets, meter.stages)
+    check_fits(found, run, options.out)
     return {
         "forecast": found.as_dict(),
         "model": str(source),
@@ -196,15 +199,15 @@ def _prepare(
     targets = plan_targets(config, options)
     if config.target_speedup is not None:
         check_settings(speed_settings(config))
-    with meter.stage("load the model"):
+    with meter.stage(LOAD):
         loaded = open_within(source, config, options, tokenizer)
         _note_placement(loaded, options, meter)
-    with meter.stage("read the calibration text"):
+    with meter.stage(READ_TEXT):
         tokens = draw_tokens(loaded, config, calibration if calibration is not None else config.calibration)
     if loaded.fresh is None:
         with tokens.images(loaded.model):
             check_runs(loaded.model, tokens.longest(loaded.model))
-    with meter.stage("discover the coupled structures"):
+    with meter.stage(DISCOVER):
         skeleton = loaded.model if loaded.skeleton is None else loaded.skeleton
         graph = discover(skeleton, loaded.ref, finer_heads=PrunableRole.QUERY in config.roles)
         require_whole_blocks(loaded.model, graph.blocks)
@@ -212,20 +215,14 @@ def _prepare(
             check_walk(loaded.model, graph.blocks)
         check_method(config, graph)
         targets = with_budgets(targets, config, graph, loaded.dtype)
-        space = SearchSpace(
-            roles=config.roles,
-            layout=config.layout,
-            align=config.align,
-            skip_layers=config.skip_layers,
-            legal_sizes=legal_sizes(loaded.model, graph, config),
-        )
+        space = search_space(loaded.model, graph, config)
         for target in targets:
             if target.budget is not None:
                 check_reachable(graph, target.budget, space)
         if config.plan is not None:
             read_plan(config.plan, graph)
     if config.target_speedup is not None:
-        with meter.stage("measure what decoding costs"):
+        with meter.stage(TIME_DECODING):
             budget = processes.from_first(lambda: budget_for_speed(loaded.model, graph, space, config, meter.reporter))
             check_reachable(graph, budget, space)
             targets = [dataclasses.replace(target, budget=budget) for target in targets]
@@ -264,10 +261,10 @@ def _settings_digest(config: PruneConfig, prepared: _Prepared) -> str:
 def _all_targets(run: Run, targets: Sequence[Target]) -> list[PruneResult]:
     """Measure, score and plan with the dense model for all targets, then make them one by one."""
     meter = run.meter
-    with meter.stage("measure the dense model"):
+    with meter.stage(MEASURE_DENSE):
         dense = run.processes.from_first(lambda: _dense_behaviour(run))
     write_text(run)
-    with meter.stage("estimate the importance of every unit"):
+    with meter.stage(ESTIMATE):
         scores = scores_of(run)
     plans = plans_for(run, targets, scores)
     results = []
@@ -283,11 +280,11 @@ def _all_targets(run: Run, targets: Sequence[Target]) -> list[PruneResult]:
 
 
 def _dense_behaviour(run: Run) -> Behaviour:
-    saved = run.work.read_json("dense.json")
+    saved = run.work.read_json(MEASURE_DENSE.file)
     if saved is not None:
         return Behaviour(**saved)
     dense = observe(run.loaded.model, run.loaded.tokenizer, run.tokens, spill_of(run))
-    run.work.write_json("dense.json", dense.as_dict())
+    run.work.write_json(MEASURE_DENSE.file, dense.model_dump())
     return dense
 
 
@@ -297,7 +294,7 @@ def _make(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScore
     if found is not None:
         return found
     model = dense_copy(run, target.name, _itself if may_consume else copied)
-    with run.meter.stage(f"cut{' and restore' if run.config.restore else ''}, block by block"):
+    with run.meter.stage(making(run.config.restore)):
         plan, errors = cut_and_restore(run, model, plan, scores)
         structure = structure_of(model, run.graph, plan)
         if plan.layout is Layout.ADAPTIVE and target.folder is None and hasattr(model, "save_pretrained"):

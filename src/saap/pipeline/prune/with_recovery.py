@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from saap._version import __version__
 from saap.core.errors import ConfigurationError
 from saap.core.records import digest_of
@@ -34,7 +32,7 @@ def prune_and_recover(
 ) -> list[tuple[PruneReport, RecoverReport]]:
     """Prune and tune: both reports for each target.
 
-    What the recovery would refuse is refused before anything is pruned. A run that was interrupted goes on from the
+    What the recovery would refuse is refused before anything is pruned. A run that was interrupted resumes after the
     last finished stage. Raises SaapError.
     """
     if options.out is None:
@@ -75,7 +73,7 @@ def _pruned(
         into = _inside(options, work, "pruned")
         saved = [result.report.as_dict() for result in run_prune(source, config, into, reporter)]
         processes.from_first(lambda: work.write_json("pruned.json", saved))
-    return TypeAdapter(list[PruneReport]).validate_python(saved)
+    return [PruneReport.model_validate(report) for report in saved]
 
 
 def _tuned(
@@ -91,7 +89,7 @@ def _tuned(
         here, there = work.file(name), str(target.folder)
         saved = made.as_dict() | {"path": there, "load_lines": [x.replace(str(here), there) for x in made.load_lines]}
         processes.from_first(lambda: place_finished(work, target, here, saved))
-    return TypeAdapter(RecoverReport).validate_python(saved)
+    return RecoverReport.model_validate(saved)
 
 
 def _inside(options: RunOptions, work: WorkFolder, name: str) -> RunOptions:

@@ -21,13 +21,13 @@ from saap.pipeline.evaluate.speed import check_settings
 from saap.pipeline.prune.baselines import check_method, for_method
 from saap.pipeline.prune.decode_costs import speed_settings
 from saap.pipeline.shared.inputs import RunOptions
-from saap.pipeline.shared.legality import legal_sizes
+from saap.pipeline.shared.legality import search_space
 from saap.pipeline.shared.targets import plan_targets, with_budgets
 from saap.recovery.quantise import check_group_sizes
 from saap.settings.measure import ExportFormat
 from saap.settings.prune import PruneConfig
 from saap.settings.recipe import Recipe
-from saap.structure_search.plan import SearchSpace, check_reachable
+from saap.structure_search.plan import check_reachable
 
 
 def preview_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -70,10 +70,7 @@ def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype)
     graph = discover(model, ref)
     check_method(config, graph)
     targets = plan_targets(config, RunOptions(out=recipe.out / "pruned"), check=False)
-    space = SearchSpace(
-        roles=config.roles, layout=config.layout, align=config.align, skip_layers=config.skip_layers,
-        legal_sizes=legal_sizes(model, graph, config),
-    )  # fmt: skip
+    space = search_space(model, graph, config)
     rows: list[dict[str, Any]] = []
     for target in with_budgets(targets, config, graph, dtype):
         row = {"name": "prune", "target": target.name, "output": str(target.folder)}
@@ -84,7 +81,7 @@ def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype)
             left = check_reachable(graph, target.budget, space).parameters
         elif config.plan is not None:
             given = read_plan(config.plan, graph)
-            left = count_parameters(kept_shapes(graph, given.keep, given.dropped_blocks))
+            left = count_parameters(kept_shapes(graph, given.keep(graph), given.dropped_blocks))
         size = {"parameters": left, "bytes": left * dtype.itemsize, "dtype": str(dtype).removeprefix("torch.")}
         rows.append({**row, **size})
     return rows

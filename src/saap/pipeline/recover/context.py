@@ -14,7 +14,7 @@ from saap.core.records import IntArray, digest_of
 from saap.data.samples import leading_ids, token_stream
 from saap.data.texts import evaluation_text
 from saap.data.training import TrainingData, training_data
-from saap.export.huggingface import check_output
+from saap.export.placing import check_output
 from saap.models.loading.devices import pick_device, pick_dtype
 from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import ResolvedModel, resolve_model
@@ -23,7 +23,9 @@ from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_d
 from saap.pipeline.shared.digests import weights_digest
 from saap.pipeline.shared.inputs import EVALUATION_TOKENS, RunOptions
 from saap.pipeline.shared.meter import Meter
+from saap.pipeline.shared.outcome import Behaviour
 from saap.pipeline.shared.progress import Reporter, Silent
+from saap.pipeline.shared.stages import READ_RECORDS
 from saap.recovery.prepare import require_peft
 from saap.settings.recover import RecoverConfig, Tuning
 
@@ -52,15 +54,6 @@ class Recovery:
     meter: Meter
 
 
-@dataclass(frozen=True, slots=True)
-class State:
-    """Perplexity on the evaluation text and answer to the short prompt."""
-
-    perplexity: float
-    prompt: str
-    answer: str
-
-
 def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: Reporter) -> Recovery:
     """Check everything that can be checked without the weights. Raises SaapError."""
     if options.out is not None:
@@ -71,7 +64,7 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
     device = processes.device(pick_device(options.device))
     _check_processes(config, options, processes.count)
     meter = Meter(reporter if processes.first else Silent(), device)
-    with meter.stage("read the model's records and the training data"):
+    with meter.stage(READ_RECORDS):
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
         tokenizer = load_tokenizer(resolved)
         earlier = manifest_of(resolved)
@@ -158,7 +151,7 @@ def settings_digest(run: Recovery) -> str:
     return digest_of([settings, run.data.digest, weights_digest(run.resolved), __version__])
 
 
-def recorded(run: Recovery) -> tuple[State, State] | None:
+def recorded(run: Recovery) -> tuple[Behaviour, Behaviour] | None:
     """What the checkpoint's manifest says of the dense model and of the checkpoint itself, on the same text."""
     earlier = run.earlier
     if earlier is None or earlier.perplexity is None or earlier.answers is None or earlier.recovery is not None:
@@ -170,6 +163,6 @@ def recorded(run: Recovery) -> tuple[State, State] | None:
     if figures.text != EVALUATION or figures.tokens != run.evaluation.size:
         return None
     return (
-        State(figures.before, answers.prompt, answers.dense),
-        State(figures.after, answers.prompt, answers.pruned),
+        Behaviour(perplexity=figures.before, prompt=answers.prompt, answer=answers.dense),
+        Behaviour(perplexity=figures.after, prompt=answers.prompt, answer=answers.pruned),
     )

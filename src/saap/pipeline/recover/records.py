@@ -16,22 +16,22 @@ from saap.core.manifest import (
     CurvePoint,
     RecoveryRecord,
     RunManifest,
-    StageRecord,
     recorded_versions,
+    typed_command,
 )
 from saap.core.records import Layout, digest_of
 from saap.discovery.blocks import find_blocks
+from saap.export.huggingface import entry_bytes, stored_entries
 from saap.export.model_card import licence_of
-from saap.export.recovered import entry_bytes, stored_entries
 from saap.models.checkpoint.groupwise import GroupwiseWeight
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
 from saap.models.loading.devices import working_dtype
 from saap.models.loading.references import read_config
 from saap.pipeline.prune.result import load_lines
-from saap.pipeline.recover.context import EVALUATION, Recovery, State
+from saap.pipeline.recover.context import EVALUATION, Recovery
 from saap.pipeline.recover.result import RecoverReport, share_closed
-from saap.pipeline.shared.command_line import typed_command
 from saap.pipeline.shared.digests import weights_digest
+from saap.pipeline.shared.outcome import Behaviour
 from saap.recovery.train import Training
 
 
@@ -46,17 +46,17 @@ def left_as_they_are(model: nn.Module) -> tuple[str, ...]:
 
 def recovery_report(
     run: Recovery, model: Any, training: Training, packed: Mapping[str, GroupwiseWeight],
-    states: tuple[State | None, State, State | None, State],
+    states: tuple[Behaviour | None, Behaviour, Behaviour | None, Behaviour],
 ) -> RecoverReport:  # fmt: skip
     """The report. packed: none where nothing was quantised. states: dense, as it came, quantised, recovered."""
     dense, before, quantised, after = states
     out = run.options.out
     layout = Layout.ADAPTIVE if model.config.model_type == MODEL_TYPE else Layout.UNIFORM
-    parameters = sum(torch.Size(entry.shape).numel() for entry in stored_entries(model, run.dtype).values())
+    entries = stored_entries(model, run.dtype)
     return RecoverReport(
         model=run.source, path=None if out is None else str(out), tuning=str(run.config.tuning),
         bits=run.config.bits if packed else None, group_size=run.config.group_size if packed else None,
-        parameters=parameters, bytes=entry_bytes(stored_entries(model, run.dtype)),
+        parameters=sum(torch.Size(entry.shape).numel() for entry in entries.values()), bytes=entry_bytes(entries),
         packed_bytes=sum(weight.nbytes for weight in packed.values()) if packed else None,
         dtype=str(run.dtype).removeprefix("torch."), evaluation_text=EVALUATION,
         evaluation_tokens=int(run.evaluation.size), perplexity_dense=None if dense is None else dense.perplexity,
@@ -85,7 +85,7 @@ def recovery_manifest(
         examples=len(run.data.train), held_examples=len(run.data.held), processes=run.processes.count,
         device=str(run.device), dtype=str(working_dtype(run.device, run.resolved.dtype)).removeprefix("torch."),
         versions=recorded_versions(),
-        stages=tuple(StageRecord(**dataclasses.asdict(stage)) for stage in run.meter.stages),
+        stages=tuple(run.meter.stages),
         curve=tuple(CurvePoint(**dataclasses.asdict(point)) for point in training.points),
         validation_before=training.validation_before, validation=training.validation, best_step=training.best_step,
         tokens=training.tokens, seconds=training.seconds, stopped_by=training.stopped_by,

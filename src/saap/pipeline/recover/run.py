@@ -22,12 +22,22 @@ from saap.models.loading.pretrained import load, load_groupwise, load_model
 from saap.models.walk.probe import check_reads, read_at_once
 from saap.models.walk.sharding import check_shardable, shard_layers
 from saap.models.walk.walker import BlockWalker
-from saap.pipeline.recover.context import Recovery, State, prepare, recorded, settings_digest
+from saap.pipeline.recover.context import Recovery, prepare, recorded, settings_digest
 from saap.pipeline.recover.records import left_as_they_are, recovery_manifest, recovery_report
 from saap.pipeline.recover.result import RecoverReport, RecoverResult
 from saap.pipeline.shared.inputs import RunOptions
-from saap.pipeline.shared.outcome import greedy_answer
+from saap.pipeline.shared.outcome import Behaviour, greedy_answer
 from saap.pipeline.shared.progress import Reporter, Silent
+from saap.pipeline.shared.stages import (
+    LOAD,
+    LOAD_TEACHER,
+    MEASURE_BEFORE,
+    MEASURE_QUANTISED,
+    MERGE,
+    QUANTISE,
+    TRAIN,
+    WRITE,
+)
 from saap.pipeline.shared.targets import work_path
 from saap.pipeline.shared.together import alone_in
 from saap.pipeline.shared.work import WorkFolder
@@ -64,7 +74,7 @@ def run_recover(
         if run.config.shard:
             _shard(run, model, teacher)
         quick = nullcontext() if run.config.exact_products else rounded_products(run.device)
-        with run.meter.stage("train"), quick:
+        with run.meter.stage(TRAIN), quick:
             training = Trainer(
                 BlockWalker(model, find_blocks(model)), parameters, run.data, run.config, folder=work.path,
                 processes=run.processes, report=Report(step=run.meter.reporter.advance, line=run.meter.reporter.note),
@@ -72,7 +82,7 @@ def run_recover(
             ).run()  # fmt: skip
         del teacher
         packed: dict[str, GroupwiseWeight] = {}
-        with run.meter.stage("merge and measure"):
+        with run.meter.stage(MERGE):
             if handle is None:
                 packed = merge(model)
             else:
@@ -85,9 +95,10 @@ def run_recover(
     return result
 
 
-def _measure(run: Recovery, model: nn.Module) -> State:
+def _measure(run: Recovery, model: nn.Module) -> Behaviour:
     value = perplexity(model, run.evaluation, batch=1, leading=run.leading).value
-    return State(value, *greedy_answer(model, run.tokenizer))
+    prompt, answer = greedy_answer(model, run.tokenizer)
+    return Behaviour(perplexity=value, prompt=prompt, answer=answer)
 
 
 def _shard(run: Recovery, model: nn.Module, teacher: nn.Module | None) -> None:
@@ -97,29 +108,29 @@ def _shard(run: Recovery, model: nn.Module, teacher: nn.Module | None) -> None:
     shard_layers(layers, run.device, run.processes)
 
 
-def _before(run: Recovery) -> State:
+def _before(run: Recovery) -> Behaviour:
     """The model as it came: from its record, or measured, for which it is opened whole and closed again."""
     known = recorded(run)
     if known is not None:
         return known[1]
-    with run.meter.stage("measure the model as it is"):
+    with run.meter.stage(MEASURE_BEFORE):
         return _measure(run, load_model(run.resolved, device=run.device))
 
 
-def _model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parameter], State | None]:
+def _model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parameter], Behaviour | None]:
     """The model, the handle of its LoRA layers if it has such, what is trained, and its state once quantised."""
     config = run.config
     if config.tuning is Tuning.LORA:
-        with run.meter.stage("load the model"):
+        with run.meter.stage(LOAD):
             model = load_model(run.resolved, device=run.device)
             paths = linears_inside(model, find_blocks(model))
             handle, parameters = add_lora(model, paths, rank=config.rank, alpha=config.alpha, seed=config.seed)
         _check_fits(run, model)
         return model, handle, parameters, None
-    with run.meter.stage(f"quantise to {config.bits} bits in groups of {config.group_size}"):
+    with run.meter.stage(QUANTISE, f"{config.bits} bits in groups of {config.group_size}"):
         model = _quantised_model(run)
         _check_fits(run, model)
-    with run.meter.stage("measure the quantised model"):
+    with run.meter.stage(MEASURE_QUANTISED):
         quantised = _measure(run, model)
     parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=config.seed, scales=config.scales)
     left = left_as_they_are(model)
@@ -172,13 +183,13 @@ def _check_fits(run: Recovery, model: Any) -> None:
         )
 
 
-def _teacher(run: Recovery) -> tuple[Any | None, State | None]:
+def _teacher(run: Recovery) -> tuple[Any | None, Behaviour | None]:
     """The dense model, if its predictions are learned from, and what is known of it."""
     records = recorded(run)
     known = None if records is None else records[0]
     if run.teacher is None:
         return None, known
-    with run.meter.stage("load the teacher"):
+    with run.meter.stage(LOAD_TEACHER):
         teacher = load_model(run.teacher, device=run.device)
         _check_teacher(run, teacher)
         _check_fits(run, teacher)
@@ -204,7 +215,7 @@ def _finish(
     if out is None:
         return RecoverResult(model=model, report=report, training=training, path=None)
     if run.processes.first:
-        with run.meter.stage("write the result and open it"):
+        with run.meter.stage(WRITE):
             expected = _few_logits(run, model)
             base_type = str(getattr(model.config, "base_model_type", model.config.model_type))
             parts = RecoveredParts(

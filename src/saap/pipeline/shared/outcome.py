@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from saap.evaluation.generation import prompt_ids
@@ -24,17 +23,14 @@ OPENING = "The capital of France is"
 ANSWER_TOKENS = 32
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Behaviour:
+class Behaviour(BaseModel):
     """What a model does: perplexity on the evaluation text, and a greedy answer to `prompt` ('' without tokenizer)."""
+
+    model_config = ConfigDict(frozen=True)
 
     perplexity: float
     prompt: str
     answer: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able data."""
-        return dataclasses.asdict(self)
 
 
 def observe(model: nn.Module, tokenizer: Any | None, tokens: TokenSets, spill: Spill | None = None) -> Behaviour:
