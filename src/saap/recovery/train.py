@@ -151,7 +151,7 @@ class Trainer:
     def _keep(self, progress: Progress) -> None:
         if self.processes.first:
             save_state(self.folder / STATE, self.parameters, self.optimizer, progress)
-        self.processes.wait()
+        self.processes.barrier()
 
     def _step(self, progress: Progress) -> tuple[float, float, int]:
         """One step of the optimizer. Returns its loss, its learning rate and the tokens read by all processes."""
@@ -271,7 +271,7 @@ class Trainer:
                 save_parameters(self.folder / BEST, self.parameters)
         else:
             progress.without_best += 1
-        self.processes.wait()
+        self.processes.barrier()
         return value
 
 

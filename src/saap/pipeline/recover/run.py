@@ -49,7 +49,7 @@ def run_recover(
     """Tune a model and write it. Everything that can be refused is refused before the training. Raises SaapError."""
     run = prepare(str(source), config, options, reporter if reporter is not None else Silent())
     work = WorkFolder(work_path(options))
-    resumed = run.processes.from_first(lambda: work.open(settings_digest(run)))
+    resumed = run.processes.broadcast_result(lambda: work.open(settings_digest(run)))
     if resumed:
         run.meter.reporter.note(f"taking up the training in {work.path}")
     with alone_in(work, run.processes), quick_float32_products():
@@ -215,7 +215,7 @@ def _finish(
             )  # fmt: skip
             write_recovered(model, parts, out, dtype=run.dtype, overwrite=run.options.overwrite)
             _check_same(expected, _few_logits(run, load(out, device=str(run.device))), out)
-    run.processes.wait()
+    run.processes.barrier()
     return RecoverResult(model=model, report=report, training=training, path=out)
 
 
