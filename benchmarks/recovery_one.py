@@ -63,7 +63,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     processes = Processes()
     resolved = resolve_model(options.model)
     tokenizer = load_tokenizer(resolved)
-    data = training_data(options.data, tokenizer, length=options.length, held=1, seed=0)
+    data = training_data(options.data, tokenizer, length=options.length, held_out=1, seed=0)
     evaluation = token_stream(read_documents(WIKITEXT2), tokenizer)[: options.evaluation_tokens]
     config = RecoverConfig(
         tuning=options.kind, length=options.length, batch=options.batch, micro_batch=options.micro_batch,

@@ -13,7 +13,7 @@ from saap.core.errors import ConfigurationError
 from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight
 from saap.models.checkpoint.groupwise_files import linears_inside, packed_like, replace_module
 from saap.models.structure.linear import weight_out_in
-from saap.models.walk.sharding import bring_together
+from saap.models.walk.sharding import unshard
 from saap.models.walk.walker import BlockWalker
 from saap.recovery.adapter import AdaptedLinear
 from saap.recovery.quantise import quantise_with_feedback
@@ -33,7 +33,8 @@ def adapt(model: nn.Module, *, rank: int, alpha: float, seed: int, scales: bool 
         f"{path}.{name}": parameter
         for path, module in model.named_modules()
         if isinstance(module, AdaptedLinear)
-        for name, parameter in module.learned.items()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
     }
 
 
@@ -41,7 +42,7 @@ def merge(model: nn.Module) -> dict[str, GroupwiseWeight]:
     """Merge every adapter into its layer's scales and zero points, in place. Returns the packed weights by path."""
     for path, module in list(model.named_modules()):
         if isinstance(module, AdaptedLinear):
-            bring_together(module)
+            unshard(module)
             replace_module(model, path, module.merged())
     return {path: module.quantised for path, module in model.named_modules() if isinstance(module, GroupwiseLinear)}
 

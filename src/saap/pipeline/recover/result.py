@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from saap.pipeline.shared.meter import StageCost
-from saap.recovery.train import Training
+from saap.recovery.state import Training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,8 @@ from saap.pipeline.shared.work import WorkFolder
 from saap.recovery.adapter import AdaptedLinear
 from saap.recovery.prepare import adapt, add_lora, merge, merge_lora, quantise_by_feedback
 from saap.recovery.quantise import check_group_sizes, quantise
-from saap.recovery.train import Report, Trainer, Training
+from saap.recovery.state import Training
+from saap.recovery.train import Report, Trainer
 from saap.settings.recover import RecoverConfig, Tuning
 
 FEEDBACK_SAMPLES = 16
@@ -161,7 +162,7 @@ def _fitting(config: RecoverConfig, model: nn.Module) -> Sequence[str]:
 
 def _check_fits(run: Recovery, model: Any) -> None:
     """Raise SaapError for training data with more tokens, or other ones, than the model reads."""
-    examples = [example.tokens for example in (*run.data.train, *run.data.held)]
+    examples = [example.tokens for example in (*run.data.train, *run.data.held_out)]
     check_reads(model, max(map(len, examples)), "Use a smaller --length")
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(int(tokens.max()) for tokens in examples)
