@@ -14,7 +14,8 @@ from tests.data.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from tests.pipeline import tiny
 from torch import nn
 
-from saap.data.samples import SampleRequest, draw_sets, leading_ids, token_stream
+from saap.data.placement import SampleRequest
+from saap.data.samples import draw_sets, leading_ids, token_stream
 from saap.data.training import training_data
 from saap.evaluation.perplexity import perplexity
 from saap.pipeline.prune.generated_text import with_written

@@ -298,12 +298,10 @@ def test_malformed_rows_are_named(tmp_path: Path, content: str, message: str) ->
         training_data([file], byte_tokenizer(chat_template=CHAT_TEMPLATE), length=64, held_out=1, seed=0)
 
 
-def test_too_little_data_and_foreign_ids(tmp_path: Path) -> None:
+def test_too_little_data(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc" * 10)
     with pytest.raises(TrainingDataError, match="1 examples of 64 tokens"):
         training_data([tmp_path / "a.txt"], byte_tokenizer(), length=64, held_out=1, seed=0)
-    with pytest.raises(TrainingDataError, match="embedding has 5 rows"):
-        training_data([tmp_path / "a.txt"], byte_tokenizer(), length=10, held_out=1, seed=0, vocabulary=5)
 
 
 @pytest.mark.parametrize(

@@ -63,15 +63,14 @@ class TrainingData:
 
 
 def training_data(
-    sources: Sequence[str | Path], tokenizer: Any | None, *, length: int, held_out: int, seed: int,
-    vocabulary: int | None = None, bos: bool = True,
-) -> TrainingData:  # fmt: skip
+    sources: Sequence[str | Path], tokenizer: Any | None, *, length: int, held_out: int, seed: int, bos: bool = True
+) -> TrainingData:
     """Read all sources and hold some examples back.
 
     sources: as `read_documents` takes them (plain text is cut into blocks of `length` tokens that do not overlap), or a
     .jsonl file with `instruction`, `input`, `output` or with chat `messages` on each line, of which only the answers
     are learned. length: longer conversations are cut. held_out: examples for validation, at most a tenth, at least one.
-    vocabulary: rows of the model's embedding. bos: whether sequences begin with the tokenizer's leading ids.
+    bos: whether sequences begin with the tokenizer's leading ids.
     Raises TrainingDataError, CalibrationError.
     """
     if not sources:
@@ -82,12 +81,6 @@ def training_data(
         raise TrainingDataError(
             f"{', '.join(map(str, sources))} gives {len(examples)} examples of {length} tokens",
             "Give more data, or a smaller --length",
-        )
-    largest = max(int(example.tokens.max()) for example in examples)
-    if vocabulary is not None and largest >= vocabulary:
-        raise TrainingDataError(
-            f"The tokenizer gave id {largest}, but the model's embedding has {vocabulary} rows",
-            "Use the tokenizer that belongs to the model",
         )
     order = np.random.default_rng([seed, len(examples)]).permutation(len(examples))
     held_back = max(1, min(held_out, len(examples) // HELD_SHARE))
@@ -146,11 +139,6 @@ def _pieces(place: str, row: dict[str, Any], tokenizer: Any) -> list[tuple[str, 
         messages = _instruction(place, row)
         if not getattr(tokenizer, "chat_template", None):
             return _without_template(row, tokenizer)
-    elif not getattr(tokenizer, "chat_template", None):
-        raise TrainingDataError(
-            f"{place} has chat messages, but the model's tokenizer has no chat template",
-            "Give instruction, input and output instead, or a model with a chat template",
-        )
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
     if "assistant" not in roles:
         raise TrainingDataError(f"{place} has no message of the role `assistant`", "Give each conversation an answer")
@@ -184,8 +172,8 @@ def _with_template(place: str, messages: list[Any], roles: list[Any], tokenizer:
         if role != "assistant":
             continue
         asked, answered = messages[:index], messages[: index + 1]
-        before = template_text(place, asked, tokenizer, refusal=TrainingDataError, prompt=True) if asked else ""
-        after = template_text(place, answered, tokenizer, refusal=TrainingDataError)
+        before = template_text(place, asked, tokenizer, error=TrainingDataError, prompt=True) if asked else ""
+        after = template_text(place, answered, tokenizer, error=TrainingDataError)
         if not (before.startswith(done) and after.startswith(before)):
             raise TrainingDataError(
                 f"{place} cannot be cut into questions and answers: the chat template rewrites earlier turns",
