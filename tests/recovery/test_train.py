@@ -18,7 +18,7 @@ from saap.models.checkpoint.groupwise_files import linears_inside, pack_linears
 from saap.models.walk.processes import Processes
 from saap.models.walk.walker import BlockWalker
 from saap.recovery.objective import loss_and_gradient
-from saap.recovery.prepare import adapt, add_lora, merge, merge_lora, quantise_by_feedback
+from saap.recovery.prepare import adapt, add_lora, merge, quantise_by_feedback
 from saap.recovery.quantise import quantise
 from saap.recovery.schedule import Limits, learning_rate
 from saap.recovery.state import Training
@@ -199,7 +199,7 @@ def test_plain_lora_learns_and_merges(tmp_path: Path) -> None:
     ids = token_ids(2, 9)
     with torch.no_grad():
         before = model(ids).logits
-        after = merge_lora(handle)(ids).logits
+        after = handle.merge_and_unload()(ids).logits
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 

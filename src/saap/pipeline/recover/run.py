@@ -32,7 +32,7 @@ from saap.pipeline.shared.targets import work_path
 from saap.pipeline.shared.together import alone_in
 from saap.pipeline.shared.work import WorkFolder
 from saap.recovery.adapter import AdaptedLinear
-from saap.recovery.prepare import adapt, add_lora, merge, merge_lora, quantise_by_feedback
+from saap.recovery.prepare import adapt, add_lora, merge, quantise_by_feedback
 from saap.recovery.quantise import check_group_sizes, quantise
 from saap.recovery.state import Training
 from saap.recovery.train import Report, Trainer
@@ -77,7 +77,7 @@ def run_recover(
             if handle is None:
                 packed = merge(model)
             else:
-                model = merge_lora(handle)
+                model = handle.merge_and_unload()
             after = _measure(run, model)
         report = recovery_report(run, model, training, packed, (dense, before, quantised, after))
         result = _finish(run, model, training, packed, report)
