@@ -20,7 +20,7 @@ from resultsbook.models import VALIDATION, Dense, draw, masked_perplexity, measu
 
 from saap.baselines.activations import activation_statistics
 from saap.core.records import IntArray, Layout
-from saap.data.samples import SampleRequest
+from saap.data.placement import SampleRequest
 from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products
 from saap.settings.prune import Method

@@ -48,10 +48,10 @@ def estimate_once(options: argparse.Namespace) -> None:
     from saap.models.loading.devices import quick_float32_products
     from saap.models.loading.pretrained import load_model
     from saap.models.loading.references import resolve_model
-    from saap.models.walk.processes import Processes, together
+    from saap.models.walk.processes import Processes
 
     torch.set_num_threads(1)
-    with together(), quick_float32_products():
+    with quick_float32_products():
         processes = Processes.found()
         model = load_model(resolve_model(options.model), device=torch.device("cpu"), dtype=torch.float32)
         graph = discover(model)
@@ -60,7 +60,7 @@ def estimate_once(options: argparse.Namespace) -> None:
         samples = CalibrationSet(sources=("random",), seed=0, tokens=tokens)
         few = CalibrationSet(sources=("random",), seed=0, tokens=tokens[: 2 * processes.count])
         estimate(model, graph, few, processes=processes)
-        processes.wait()
+        processes.barrier()
         start = time.perf_counter()
         scores = estimate(model, graph, samples, processes=processes)
         seconds = time.perf_counter() - start

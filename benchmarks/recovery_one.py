@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from saap.models.loading.references import resolve_model
     from saap.models.walk.processes import Processes
     from saap.models.walk.walker import BlockWalker
-    from saap.recovery.prepare import merge, merge_lora
+    from saap.recovery.prepare import merge
     from saap.recovery.train import Report, Trainer
     from saap.settings.recover import RecoverConfig
 
@@ -63,7 +63,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     processes = Processes()
     resolved = resolve_model(options.model)
     tokenizer = load_tokenizer(resolved)
-    data = training_data(options.data, tokenizer, length=options.length, held=1, seed=0)
+    data = training_data(options.data, tokenizer, length=options.length, held_out=1, seed=0)
     evaluation = token_stream(read_documents(WIKITEXT2), tokenizer)[: options.evaluation_tokens]
     config = RecoverConfig(
         tuning=options.kind, length=options.length, batch=options.batch, micro_batch=options.micro_batch,
@@ -92,7 +92,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if handle is None:
         merge(model)
     else:
-        model = merge_lora(handle)
+        model = handle.merge_and_unload()
     answered = {}
     if options.task_data is not None:
         answered = evaluate_tasks(model, tokenizer, TASKS, data=options.task_data, limit=options.questions)

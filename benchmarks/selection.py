@@ -17,7 +17,8 @@ import torch
 from readme_tables import write_between_marks
 
 from saap.core.records import Layout, Role
-from saap.data.samples import SampleRequest, draw_sets, token_stream
+from saap.data.placement import SampleRequest
+from saap.data.samples import draw_sets, token_stream
 from saap.data.texts import read_documents
 from saap.discovery import discover
 from saap.estimation.calibrate import estimate

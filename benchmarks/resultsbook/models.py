@@ -16,7 +16,8 @@ from torch import nn
 from resultsbook.row import Request
 from resultsbook.store import ROOT
 from saap.core.records import CalibrationSet, IntArray, Layout, ModelGraph, StructurePlan, UnitScores
-from saap.data.samples import SampleRequest, draw_sets, leading_ids, token_stream
+from saap.data.placement import SampleRequest
+from saap.data.samples import draw_sets, leading_ids, token_stream
 from saap.data.texts import read_documents
 from saap.discovery import discover
 from saap.evaluation.perplexity import perplexity

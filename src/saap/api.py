@@ -19,7 +19,6 @@ from saap.evaluation.generation import BUNDLED
 from saap.models.loading.devices import computable, require_values
 from saap.models.loading.pretrained import model_ref
 from saap.models.walk.offload import offloaded
-from saap.models.walk.processes import together
 from saap.models.walk.spill import Spill
 from saap.pipeline.evaluate.run import EvalReport, evaluate_model
 from saap.pipeline.prune.result import PruneResult
@@ -196,8 +195,7 @@ def recover(
         work_dir=None if work_dir is None else Path(work_dir), keep_work=keep_work, device=device, dtype=dtype,
         revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    with together():
-        return run_recover(model, config, options, reporter)
+    return run_recover(model, config, options, reporter)
 
 
 def prune(
@@ -286,8 +284,7 @@ def prune(
         max_memory=max_memory,
         device_map=device_map,
     )
-    with together():
-        (result,) = run_prune(model_or_path, config, options, reporter, calibration=calibration, tokenizer=tokenizer)
+    (result,) = run_prune(model_or_path, config, options, reporter, calibration=calibration, tokenizer=tokenizer)
     return result
 
 

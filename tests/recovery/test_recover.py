@@ -157,6 +157,12 @@ def test_other_refusals(dense: Path, text: Path, tmp_path: Path) -> None:
     assert (out / "mine.txt").read_text() == "keep"
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(text: Path, tmp_path: Path) -> None:
+    small = tiny.folder(tmp_path / "small", vocab_size=100)
+    with pytest.raises(ModelError, match="embedding has 100 rows"):
+        saap.recover(small, data=[text], **QUICK)
+
+
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "saap", "recover", *map(str, arguments)]
 

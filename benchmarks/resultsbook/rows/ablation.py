@@ -15,7 +15,7 @@ from resultsbook.measures import mean_and_spread
 from resultsbook.models import RANKED_BEFORE, VALIDATION, Dense, draw, measured_text, on_device, open_dense
 from resultsbook.row import Cells, Experiment, Request, Row, Values
 from saap.core.records import ImportanceScores, Layout, StructurePlan, UnitScores
-from saap.data.samples import SampleRequest
+from saap.data.placement import SampleRequest
 from saap.estimation.calibrate import estimate
 from saap.estimation.selection import unit_scores
 from saap.evaluation.perplexity import perplexity

@@ -20,7 +20,7 @@ from resultsbook.measures import (
 from resultsbook.models import VALIDATION, Dense, draw, on_device, open_dense
 from resultsbook.row import Cells, Experiment, Request, Row, Values
 from saap.core.records import CoupledGroup, Role
-from saap.data.samples import SampleRequest
+from saap.data.placement import SampleRequest
 from saap.models.loading.devices import quick_float32_products
 from saap.reporting.figures import Figure
 from saap.settings.prune import ElementOrder

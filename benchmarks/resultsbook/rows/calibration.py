@@ -14,7 +14,7 @@ from resultsbook.row import Cells, Experiment, Request, Row, Values
 from resultsbook.training import trained_folder
 from saap.core.records import CalibrationSet, ImportanceScores
 from saap.data.generated import random_starts, sample_from_model
-from saap.data.samples import SampleRequest
+from saap.data.placement import SampleRequest
 from saap.data.texts import MIXED
 from saap.estimation.calibrate import estimate
 from saap.estimation.fusion import fuse

@@ -25,7 +25,7 @@ from resultsbook.models import (
 )
 from resultsbook.row import Cells, Experiment, Request, Row, Values
 from saap.core.records import FloatArray, ImportanceScores, Role, UnitScores
-from saap.data.samples import SampleRequest
+from saap.data.placement import SampleRequest
 from saap.estimation.calibrate import estimate
 from saap.estimation.fusion import FusionMethod, fuse
 from saap.estimation.selection import unit_scores

@@ -23,7 +23,7 @@ from resultsbook.models import (
 from resultsbook.row import Cells, Experiment, Request, Row, Values
 from resultsbook.training import trained_folder
 from saap.core.records import IntArray
-from saap.data.samples import SampleRequest
+from saap.data.placement import SampleRequest
 from saap.estimation.calibrate import estimate
 from saap.estimation.fusion import fuse
 from saap.evaluation.perplexity import perplexity

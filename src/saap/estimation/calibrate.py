@@ -89,7 +89,7 @@ def estimate(
                 _take(walk.alone(tokens[first:last], first, inputs), taps, aggregation, moments, losses)
                 if progress is not None:
                     progress(last - own.start, len(own))
-    found = processes.gathered((moments, losses))
+    found = processes.gather((moments, losses))
     return ImportanceScores(
         graph_digest=graph.digest,
         calibration_digest=calibration.digest,

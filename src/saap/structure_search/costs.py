@@ -126,7 +126,7 @@ def _walk_alone(
         leaving[group.name] = _leaving(weights[path], group, grams[group.name] / tokens.numel())
         if progress is not None:
             progress(batches + index + 1, steps)
-    every = {name: found for part in processes.gathered(leaving) for name, found in part.items()}
+    every = {name: found for part in processes.gather(leaving) for name, found in part.items()}
     return _Walked(every, grams)
 
 

@@ -80,7 +80,7 @@ class StructureJudge:
         self._asked(None)
 
     def _asked(self, structure: _Structure | None) -> _Structure | None:
-        return self._processes.from_first(lambda: structure)
+        return self._processes.broadcast_result(lambda: structure)
 
     @torch.no_grad()
     def _loss(self, keep: Mapping[str, tuple[int, ...]], dropped_blocks: tuple[int, ...]) -> float:
@@ -100,7 +100,7 @@ class StructureJudge:
             [self._row_divergence(*row) for row in zip(*batch, strict=True)]
             for batch in zip(self._dense, changed, self._counted, strict=True)
         ]
-        every = self._processes.gathered(rows)
+        every = self._processes.gather(rows)
         batches = [batch for turn in zip_longest(*every, fillvalue=[]) for batch in turn]
         return sum(value for batch in batches for value in batch) / self._predictions
 

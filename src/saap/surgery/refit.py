@@ -114,7 +114,7 @@ def refit(
     bias = consumer.module._parameters.get("bias")
     extra = 0 if bias is None else 1
     fit, judging = _moments(weight, extra, processes, sequences, taken, wanted, settings)
-    kept = processes.from_first(lambda: _choose(consumer, weight, fit, judging, plan, settings))
+    kept = processes.broadcast_result(lambda: _choose(consumer, weight, fit, judging, plan, settings))
     columns = _kept_columns(consumer, kept, plan, weight.shape[1], weight.device)
     if consumer.beside:
         cut_bundle(model, [consumer.group, *consumer.beside], plan)
@@ -131,8 +131,8 @@ def refit(
     new, error = start, 0.0
     if processes.first:
         new, error = ridge_refit(start, fit, judging, settings.ridges)
-    new = processes.of_first(new)
-    result.errors[consumer.path] = processes.from_first(lambda: error)
+    new = processes.broadcast(new)
+    result.errors[consumer.path] = processes.broadcast_result(lambda: error)
     weight_out_in(consumer.module).copy_(new[:, : len(columns)])
     if bias is not None:
         bias.copy_(new[:, -1])
@@ -177,7 +177,7 @@ def _summed(moments: Moments, processes: Processes) -> Moments:
     """Moments over the tokens of all processes."""
     if processes.count == 1:
         return moments
-    parts = processes.gathered((moments.energy, moments.tokens))
+    parts = processes.gather((moments.energy, moments.tokens))
     return Moments(
         processes.total(moments.gram),
         processes.total(moments.cross),

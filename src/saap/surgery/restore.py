@@ -103,7 +103,7 @@ def _consumers(
     by_path = {
         member.tensor.rpartition(".")[0]: group for group in groups for member in group.consumers if member.part is None
     }
-    ways = streams.processes.from_first(
+    ways = streams.processes.broadcast_result(
         lambda: residual_ways(streams.exact, layer, list(by_path), streams.dense[0][:1], streams.one)
     )
     consumers = []

@@ -49,7 +49,7 @@ def shard_layers(layers: Iterable[nn.Module], device: torch.device, processes: P
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=learned)
 
 
-def bring_together(layer: nn.Module) -> None:
+def unshard(layer: nn.Module) -> None:
     """Give a layer its whole weights for good, if they were split. All processes must take part."""
     if not dist.is_available() or not dist.is_initialized():
         return

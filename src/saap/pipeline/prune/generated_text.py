@@ -54,7 +54,7 @@ def with_written(run: Run, name: str) -> torch.Tensor:
 def write_text(run: Run) -> None:
     """Let the dense model write its part of the refit text, once; of several processes in the first."""
     if generated_sequences(run.loaded, run.config):
-        run.processes.from_first(lambda: _write_missing_text(run))
+        run.processes.broadcast_result(lambda: _write_missing_text(run))
 
 
 def _write_missing_text(run: Run) -> None:

@@ -56,17 +56,19 @@ def scores_of(run: Run, found: Measurements | None = None) -> ImportanceScores:
     path = run.work.file(ESTIMATE.file)
     tokens = with_written(run, "scored").cpu().numpy()
     calibration = dataclasses.replace(run.tokens.scored, tokens=tokens)
-    if run.processes.from_first(path.exists):
+    if run.processes.broadcast_result(path.exists):
         scores = read_scores(path)
         require_same("The file of scores", expected=scores.graph_digest, found=run.graph.digest)
         require_same("The file of scores", expected=scores.calibration_digest, found=calibration.digest)
         return scores
     if run.config.method is not Method.SAAP:
-        scores = run.processes.from_first(lambda: baseline_scores(run, calibration.digest, found or measurements(run)))
-        run.processes.from_first(lambda: write_scores(path, scores))
+        scores = run.processes.broadcast_result(
+            lambda: baseline_scores(run, calibration.digest, found or measurements(run))
+        )
+        run.processes.broadcast_result(lambda: write_scores(path, scores))
         return scores
     scores = estimated(run, calibration)
-    run.processes.from_first(lambda: write_scores(path, scores))
+    run.processes.broadcast_result(lambda: write_scores(path, scores))
     return scores
 
 
@@ -89,7 +91,7 @@ def units_of(run: Run, scores: ImportanceScores) -> Mapping[str, UnitScores]:
 def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> list[StructurePlan]:
     """The searched or given plan of every target; the dense model is only measured, not changed."""
     paths = {target.name: run.work.file(SEARCH.file_of(target.name)) for target in targets}
-    found = run.processes.from_first(lambda: {name for name, path in paths.items() if path.exists()})
+    found = run.processes.broadcast_result(lambda: {name for name, path in paths.items() if path.exists()})
     units = units_of(run, scores)
     element = unit_scores(scores, run.graph, Importance.ELEMENT2, run.config.fusion_scope)
     searched = any(target.budget and target.name not in found for target in targets)
@@ -105,8 +107,8 @@ def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> 
                 judge = measured.judge if measured is not None and target.budget is not None else None
                 if judge is not None and not run.processes.first:
                     judge.serve()
-                plan = run.processes.from_first(partial(_plan, run, target, units, element, measured))
-                run.processes.from_first(partial(write_plan, path, plan, run.graph))
+                plan = run.processes.broadcast_result(partial(_plan, run, target, units, element, measured))
+                run.processes.broadcast_result(partial(write_plan, path, plan, run.graph))
                 plans.append(plan)
         if weighs_tokens(run.config) and not all(plan.removes_nothing(run.graph) for plan in plans):
             _weigh_tokens(run)
@@ -116,11 +118,11 @@ def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> 
 def _weigh_tokens(run: Run) -> None:
     """Put the token-level Fisher scores into the work folder, if they are not there."""
     path = run.work.file(WEIGH_TOKENS.file)
-    if run.processes.from_first(path.exists):
+    if run.processes.broadcast_result(path.exists):
         return
     with run.meter.stage(WEIGH_TOKENS):
         found = token_scores(run, *text_of_costs(run.tokens, run.device), run.meter.reporter.advance)
-        run.processes.from_first(lambda: write_whole(path, save(found)))
+        run.processes.broadcast_result(lambda: write_whole(path, save(found)))
 
 
 def token_scores(run: Run, tokens: torch.Tensor, micro_batch: int, progress: Progress) -> dict[str, FloatArray]:

@@ -114,9 +114,9 @@ def run_prune(
     if options.max_memory is not None and options.out is None:
         raise _needs_folder()
     prepared = _prepare(source, config, options, meter, processes, calibration, tokenizer)
-    processes.wait()  # until nobody looks any more at what is there
+    processes.barrier()  # until nobody looks any more at what is there
     work = shared_work(processes, work_path(options))
-    if processes.from_first(lambda: work.open(_settings_digest(config, prepared))):
+    if processes.broadcast_result(lambda: work.open(_settings_digest(config, prepared))):
         meter.reporter.note(f"taking up the finished stages in {work.path}")
     run = Run(config, options, prepared.loaded, prepared.graph, prepared.space, prepared.tokens, work, meter, processes)
     with alone_in(work, processes), quick_float32_products():
@@ -124,8 +124,8 @@ def run_prune(
         check_disk(run, prepared.targets)
         clear_spill(run)
         results = _all_targets(run, prepared.targets)
-    processes.wait()
-    processes.from_first(lambda: work.close(keep=options.keep_work))
+    processes.barrier()
+    processes.broadcast_result(lambda: work.close(keep=options.keep_work))
     return results
 
 
@@ -223,7 +223,9 @@ def _prepare(
             read_plan(config.plan, graph)
     if config.target_speedup is not None:
         with meter.stage(TIME_DECODING):
-            budget = processes.from_first(lambda: budget_for_speed(loaded.model, graph, space, config, meter.reporter))
+            budget = processes.broadcast_result(
+                lambda: budget_for_speed(loaded.model, graph, space, config, meter.reporter)
+            )
             check_reachable(graph, budget, space)
             targets = [dataclasses.replace(target, budget=budget) for target in targets]
     return _Prepared(targets, loaded, graph, space, tokens)
@@ -262,7 +264,7 @@ def _all_targets(run: Run, targets: Sequence[Target]) -> list[PruneResult]:
     """Measure, score and plan with the dense model for all targets, then make them one by one."""
     meter = run.meter
     with meter.stage(MEASURE_DENSE):
-        dense = run.processes.from_first(lambda: _dense_behaviour(run))
+        dense = run.processes.broadcast_result(lambda: _dense_behaviour(run))
     write_text(run)
     with meter.stage(ESTIMATE):
         scores = scores_of(run)
@@ -290,7 +292,7 @@ def _dense_behaviour(run: Run) -> Behaviour:
 
 def _make(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScores, *, may_consume: bool) -> Made:
     """Cut and restore. may_consume: the dense model is not needed any more and may be changed in place."""
-    found = run.processes.from_first(lambda: find_made(run, target))
+    found = run.processes.broadcast_result(lambda: find_made(run, target))
     if found is not None:
         return found
     model = dense_copy(run, target.name, _itself if may_consume else copied)
@@ -310,7 +312,7 @@ def cut_and_restore(
     Returns the plan with the units that were kept in the end, and the held-out errors of the restoration.
     """
     errors: Mapping[str, float] = {}
-    biases = run.processes.from_first(lambda: biases_for(run, model, plan, found))
+    biases = run.processes.broadcast_result(lambda: biases_for(run, model, plan, found))
     if run.config.restore and not plan.removes_nothing(run.graph):
         tokens, settings = refit_tokens(run), restore_settings(run, scores)
         with run.tokens.images(model):

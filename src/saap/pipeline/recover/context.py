@@ -82,7 +82,12 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
 def read_data(config: RecoverConfig, tokenizer: Any | None) -> TrainingData:
     """The training data of a recovery. Raises TrainingDataError, CalibrationError."""
     return training_data(
-        config.data, tokenizer, length=config.length, held=config.validation_samples, seed=config.seed, bos=config.bos
+        config.data,
+        tokenizer,
+        length=config.length,
+        held_out=config.validation_samples,
+        seed=config.seed,
+        bos=config.bos,
     )
 
 

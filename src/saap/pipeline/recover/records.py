@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,6 @@ from saap.core.manifest import (
     Answers,
     BaseModelIdentity,
     Change,
-    CurvePoint,
     RecoveryRecord,
     RunManifest,
     recorded_versions,
@@ -32,7 +30,7 @@ from saap.pipeline.recover.context import EVALUATION, Recovery
 from saap.pipeline.recover.result import RecoverReport, share_closed
 from saap.pipeline.shared.digests import weights_digest
 from saap.pipeline.shared.outcome import Behaviour
-from saap.recovery.train import Training
+from saap.recovery.state import Training
 
 
 def left_as_they_are(model: nn.Module) -> tuple[str, ...]:
@@ -82,11 +80,11 @@ def recovery_manifest(
     record = RecoveryRecord(
         command=typed_command(),
         settings=run.config.model_dump(mode="json"), data=run.data.sources, data_digest=run.data.digest,
-        examples=len(run.data.train), held_examples=len(run.data.held), processes=run.processes.count,
+        examples=len(run.data.train), held_examples=len(run.data.held_out), processes=run.processes.count,
         device=str(run.device), dtype=str(working_dtype(run.device, run.resolved.dtype)).removeprefix("torch."),
         versions=recorded_versions(),
         stages=tuple(run.meter.stages),
-        curve=tuple(CurvePoint(**dataclasses.asdict(point)) for point in training.points),
+        curve=tuple(training.points),
         validation_before=training.validation_before, validation=training.validation, best_step=training.best_step,
         tokens=training.tokens, seconds=training.seconds, stopped_by=training.stopped_by,
         packed_bytes=report.packed_bytes, left_as_they_are=left_as_they_are(model) if packed else (),

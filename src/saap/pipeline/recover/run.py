@@ -42,9 +42,10 @@ from saap.pipeline.shared.targets import work_path
 from saap.pipeline.shared.together import alone_in
 from saap.pipeline.shared.work import WorkFolder
 from saap.recovery.adapter import AdaptedLinear
-from saap.recovery.prepare import adapt, add_lora, merge, merge_lora, quantise_by_feedback
+from saap.recovery.prepare import adapt, add_lora, merge, quantise_by_feedback
 from saap.recovery.quantise import check_group_sizes, quantise
-from saap.recovery.train import Report, Trainer, Training
+from saap.recovery.state import Training
+from saap.recovery.train import Report, Trainer
 from saap.settings.recover import RecoverConfig, Tuning
 
 FEEDBACK_SAMPLES = 16
@@ -59,7 +60,7 @@ def run_recover(
     """Tune a model and write it. Everything that can be refused is refused before the training. Raises SaapError."""
     run = prepare(str(source), config, options, reporter if reporter is not None else Silent())
     work = WorkFolder(work_path(options))
-    resumed = run.processes.from_first(lambda: work.open(settings_digest(run)))
+    resumed = run.processes.broadcast_result(lambda: work.open(settings_digest(run)))
     if resumed:
         run.meter.reporter.note(f"taking up the training in {work.path}")
     with alone_in(work, run.processes), quick_float32_products():
@@ -86,7 +87,7 @@ def run_recover(
             if handle is None:
                 packed = merge(model)
             else:
-                model = merge_lora(handle)
+                model = handle.merge_and_unload()
             after = _measure(run, model)
         report = recovery_report(run, model, training, packed, (dense, before, quantised, after))
         result = _finish(run, model, training, packed, report)
@@ -172,7 +173,7 @@ def _fitting(config: RecoverConfig, model: nn.Module) -> Sequence[str]:
 
 def _check_fits(run: Recovery, model: Any) -> None:
     """Raise SaapError for training data with more tokens, or other ones, than the model reads."""
-    examples = [example.tokens for example in (*run.data.train, *run.data.held)]
+    examples = [example.tokens for example in (*run.data.train, *run.data.held_out)]
     check_reads(model, max(map(len, examples)), "Use a smaller --length")
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(int(tokens.max()) for tokens in examples)
@@ -226,7 +227,7 @@ def _finish(
             )  # fmt: skip
             write_recovered(model, parts, out, dtype=run.dtype, overwrite=run.options.overwrite)
             _check_same(expected, _few_logits(run, load(out, device=str(run.device))), out)
-    run.processes.wait()
+    run.processes.barrier()
     return RecoverResult(model=model, report=report, training=training, path=out)
 
 

@@ -15,7 +15,8 @@ from saap.core.errors import CalibrationError
 from saap.core.records import CalibrationSet, IntArray, ModelGraph, ModelRef
 from saap.data.generated import random_starts, sample_from_model
 from saap.data.pairs import draw_pairs, pairs_file
-from saap.data.samples import Calibration, SampleRequest, check_vocabulary, draw_sets, leading_ids, token_stream
+from saap.data.placement import SampleRequest
+from saap.data.samples import Calibration, check_vocabulary, draw_sets, leading_ids, token_stream
 from saap.data.texts import evaluation_text
 from saap.evaluation.perplexity import default_window
 from saap.models.loading.devices import computable, pick_device, pick_dtype, require_values

@@ -58,13 +58,13 @@ def shared_work(processes: Processes, path: Path | None) -> WorkFolder:
     if processes.count == 1:
         return WorkFolder(path)
     made = WorkFolder(path) if processes.first else None
-    where = processes.from_first(lambda: path if made is None else made.path)
+    where = processes.broadcast_result(lambda: path if made is None else made.path)
     return made if made is not None else WorkFolder(where)
 
 
 def shared_result(run: Run, target: Target) -> PruneResult | None:
     """The target's result in each process, if an interrupted run had already put it in its place."""
-    there = run.processes.from_first(lambda: finished_report(run.work, target) is not None)
+    there = run.processes.broadcast_result(lambda: finished_report(run.work, target) is not None)
     return find_finished(run, target) if there else None
 
 
@@ -74,10 +74,10 @@ def finish_together(run: Run, target: Target, made: Made, scores: ImportanceScor
         return finish(run, target, made, scores, dense)
     if run.processes.first:
         result = finish(run, target, made, scores, dense)
-        run.processes.wait()
+        run.processes.barrier()
         return result
     made.model = None
-    run.processes.wait()
+    run.processes.barrier()
     opened = find_finished(run, target)
     if opened is None:
         raise VerificationError(
@@ -90,7 +90,7 @@ def finish_together(run: Run, target: Target, made: Made, scores: ImportanceScor
 @contextmanager
 def alone_in(work: WorkFolder, processes: Processes) -> Iterator[None]:
     """While it lasts, no other run works in the folder. Raises OutputError in all processes if one does already."""
-    processes.from_first(work.lock)
+    processes.broadcast_result(work.lock)
     try:
         yield
     finally:
