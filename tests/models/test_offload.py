@@ -17,6 +17,7 @@ from saap.estimation.calibrate import estimate
 from saap.models.loading.pretrained import load_model, load_offloaded, model_ref
 from saap.models.loading.references import resolve_model
 from saap.models.walk import offload as offload_module
+from saap.models.walk.backend import Backend
 from saap.models.walk.offload import OffloadedWeights, bring, mark_changed, offloaded
 from saap.models.walk.spill import Spill
 
@@ -111,9 +112,9 @@ def test_scores_are_those_of_the_model_in_memory(
     tokens = np.random.default_rng(0).integers(2, 60, (5, 16))
     calibration = CalibrationSet(sources=("random",), seed=0, tokens=tokens)
     before = weights.parts_read
-    found = estimate(away, graph, calibration, roles=roles, micro_batch=2, spill=Spill(tmp_path / "spill"))
+    found = estimate(Backend(away, graph, spill=Spill(tmp_path / "spill")), calibration, roles=roles, micro_batch=2)
     reads = weights.parts_read - before
-    expected = estimate(here, graph, calibration, roles=roles, micro_batch=2)
+    expected = estimate(Backend(here, graph), calibration, roles=roles, micro_batch=2)
     assert found.digest == expected.digest
     assert most_parts() == 1
     blocks = len(graph.blocks)
@@ -122,9 +123,9 @@ def test_scores_are_those_of_the_model_in_memory(
 
 
 def test_spilled_tensors_come_back(tmp_path: Path) -> None:
-    kept = Spill(tmp_path / "spill").empty()
     tensors = [torch.randn(3, 4), torch.arange(5), torch.randn(2, 2).bfloat16().T, torch.zeros(0, 3)]
-    for tensor in tensors:
+    kept = Spill(tmp_path / "spill").keep(tensors[:2])
+    for tensor in tensors[2:]:
         kept.append(tensor)
     assert len(kept) == 4
     for found, tensor in zip(kept, tensors, strict=True):

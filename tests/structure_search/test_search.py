@@ -113,32 +113,37 @@ def test_unreachable_target_names_the_reachable() -> None:
 def test_adaptive_takes_the_candidate_with_the_least_measured_loss() -> None:
     wanted = {f"layers.{layer}.ffn" for layer in (0, 1)}
 
-    def judge(keep, dropped) -> float:
+    def evaluator(keep, dropped) -> float:
         return float(
             sum(CHANNELS - len(kept) for name, kept in keep.items() if name.endswith("ffn") and name not in wanted)
         ) + sum(HEADS - len(kept) for name, kept in keep.items() if name.endswith("attention"))
 
     budget = budget_for_ratio(GRAPH, 0.1)
     start = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE)
-    found = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, judge=judge, evaluations=60)
-    assert judge(found.keep, ()) < judge(start.keep, ())
-    assert found.trail[0].loss == pytest.approx(judge(found.keep, ()))
+    found = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, evaluator=evaluator, evaluations=60)
+    assert evaluator(found.keep, ()) < evaluator(start.keep, ())
+    assert found.trail[0].loss == pytest.approx(evaluator(found.keep, ()))
     names = {candidate.name for candidate in found.trail}
     assert {"volatility-z", "volatility-cv", "importance"} <= names
-    again = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, judge=judge, evaluations=60)
+    again = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, evaluator=evaluator, evaluations=60)
     assert again == found
 
 
 def test_blocks_are_dropped_by_measured_loss() -> None:
-    def judge(keep, dropped) -> float:
+    def evaluator(keep, dropped) -> float:
         return 0.0 if dropped == (3,) else 1.0 + sum(dropped)
 
     budget = budget_for_ratio(GRAPH, 0.3)
-    alone = search(GRAPH, SCORES, budget, space(roles=(PrunableRole.BLOCK,)), Strategy.ADAPTIVE, judge=judge)
+    alone = search(GRAPH, SCORES, budget, space(roles=(PrunableRole.BLOCK,)), Strategy.ADAPTIVE, evaluator=evaluator)
     assert alone.dropped_blocks == (0, 3)
     assert GRAPH.block_parameters - alone.block_parameters >= budget.removal
     mixed = search(
-        GRAPH, SCORES, budget, space(roles=(PrunableRole.BLOCK, PrunableRole.FFN)), Strategy.UNIFORM, judge=judge
+        GRAPH,
+        SCORES,
+        budget,
+        space(roles=(PrunableRole.BLOCK, PrunableRole.FFN)),
+        Strategy.UNIFORM,
+        evaluator=evaluator,
     )
     assert mixed.dropped_blocks == (3,)
     assert not any(name.startswith("layers.3.") for name in mixed.keep)

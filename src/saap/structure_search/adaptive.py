@@ -15,7 +15,7 @@ from saap.structure_search.costs import SecondOrder
 from saap.structure_search.slots import Slot
 from saap.structure_search.strategies import STRATEGIES, Proposal, Scores, importance_order, module_shares
 
-Judge = Callable[[Mapping[str, tuple[int, ...]]], float]
+Evaluator = Callable[[Mapping[str, tuple[int, ...]]], float]
 
 # Sparing both ends was measured to beat every rule driven by importance (SmolLM2: first 4 and last 2 of 30 layers).
 FIRST_SHARE, LAST_SHARE = 4 / 30, 2 / 30
@@ -57,7 +57,7 @@ def adaptive(
     *,
     element_scores: Scores | None,
     costs: SecondOrder | None,
-    judge: Judge | None,
+    evaluator: Evaluator | None,
     evaluations: int,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
@@ -65,19 +65,19 @@ def adaptive(
     """The candidate with the least measured loss, and the trail of all that were measured, best first.
 
     element_scores: of the element-wise importance alone, whose order of units competes with that of `scores`.
-    costs: second-order costs, from which the best unmeasured proposal follows. judge: loss of a structure given its
+    costs: second-order costs, from which the best unmeasured proposal follows. evaluator: loss of a structure given its
     kept units; None, or `evaluations` below 2, takes the first start unmeasured.
     The starts come first, one for each order of units; then, in the order of the best of them, the named candidates and
     an evolution from the best candidate, in which a child that is better becomes the parent.
     """
     ranking = _ranking(slots, costs)
     starts = _starts(graph, slots, scores, budget, element_scores, costs, ranking)
-    if judge is None or evaluations < 2:
+    if evaluator is None or evaluations < 2:
         return starts[0], ()
     measured: list[tuple[float, Proposal]] = []
 
     def measure(proposal: Proposal) -> float:
-        loss = judge(proposal.keep(slots))
+        loss = evaluator(proposal.keep(slots))
         measured.append((loss, proposal))
         if progress is not None:
             progress(len(measured), evaluations)

@@ -29,7 +29,7 @@ from saap.structure_search.slots import Slot, build_slots, required_step
 from saap.structure_search.strategies import STRATEGIES, Proposal, importance_order
 
 Scores = Mapping[str, UnitScores]
-Judge = Callable[[Mapping[str, tuple[int, ...]], tuple[int, ...]], float]
+Evaluator = Callable[[Mapping[str, tuple[int, ...]], tuple[int, ...]], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,19 +61,19 @@ def search(
     *,
     element_scores: Scores | None = None,
     costs: SecondOrder | None = None,
-    judge: Judge | None = None,
+    evaluator: Evaluator | None = None,
     evaluations: int = 0,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> StructurePlan:
     """Decide how much each module gives and which units go.
 
-    element_scores (of the element-wise importance alone) and costs (second-order): for the adaptive strategy. judge:
-    measured loss of (kept units, dropped blocks); only the adaptive strategy and the role `block` ask it,
+    element_scores (of the element-wise importance alone) and costs (second-order): for the adaptive strategy.
+    evaluator: measured loss of (kept units, dropped blocks); only the adaptive strategy and the role `block` call it,
     `evaluations` times at most for the former, once per block for the latter.
     Raises TargetError if the budget cannot be reached.
     """
-    dropped = _blocks_to_drop(graph, scores, budget, space, judge)
+    dropped = _blocks_to_drop(graph, scores, budget, space, evaluator)
     left = dataclasses.replace(budget, removal=budget.removal - budget.removed(graph, {}, dropped))
     keep: dict[str, tuple[int, ...]] = {}
     trail: tuple[Candidate, ...] = ()
@@ -87,7 +87,7 @@ def search(
                 left,
                 element_scores=element_scores,
                 costs=costs,
-                judge=None if judge is None else partial(_judged, judge, dropped),
+                evaluator=None if evaluator is None else partial(_without_blocks, evaluator, dropped),
                 evaluations=evaluations,
                 seed=seed,
                 progress=progress,
@@ -103,8 +103,8 @@ def search(
     return make_plan(graph, keep, dropped, layout=space.layout, strategy=strategy, align=space.align, trail=trail)
 
 
-def _judged(judge: Judge, dropped: tuple[int, ...], keep: Mapping[str, tuple[int, ...]]) -> float:
-    return judge(keep, dropped)
+def _without_blocks(evaluator: Evaluator, dropped: tuple[int, ...], keep: Mapping[str, tuple[int, ...]]) -> float:
+    return evaluator(keep, dropped)
 
 
 def make_plan(
@@ -229,7 +229,7 @@ def _single(
 
 
 def _blocks_to_drop(
-    graph: ModelGraph, scores: Scores, budget: AnyBudget, space: SearchSpace, judge: Judge | None
+    graph: ModelGraph, scores: Scores, budget: AnyBudget, space: SearchSpace, evaluator: Evaluator | None
 ) -> tuple[int, ...]:
     """Whole blocks that leave: as many as fit into the budget, or, alone, until it is reached.
 
@@ -240,7 +240,7 @@ def _blocks_to_drop(
         return ()
     skipped = set() if space.skip_layers is None else set(space.skip_layers.layers(len(graph.blocks)))
     eligible = [layer for layer in range(len(graph.blocks)) if layer not in skipped]
-    losses = {layer: _block_loss(graph, scores, layer, judge) for layer in eligible}
+    losses = {layer: _block_loss(graph, scores, layer, evaluator) for layer in eligible}
     alone = len(space.roles) == 1
     dropped: list[int] = []
     for layer in sorted(eligible, key=lambda layer: losses[layer])[: len(graph.blocks) - 1]:
@@ -255,7 +255,7 @@ def _blocks_to_drop(
     return tuple(sorted(dropped))
 
 
-def _block_loss(graph: ModelGraph, scores: Scores, layer: int, judge: Judge | None) -> float:
-    if judge is not None:
-        return judge({}, (layer,))
+def _block_loss(graph: ModelGraph, scores: Scores, layer: int, evaluator: Evaluator | None) -> float:
+    if evaluator is not None:
+        return evaluator({}, (layer,))
     return float(np.mean([scores[group.name].mean.mean() for group in graph.in_block(layer) if group.name in scores]))

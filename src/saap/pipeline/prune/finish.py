@@ -34,7 +34,7 @@ from saap.pipeline.prune.speed_target import diagnose_speed, reached_speed
 from saap.pipeline.shared.command_line import typed_command
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.diagnosis import diagnose_importance, diagnose_memory, diagnose_result, diagnose_search
-from saap.pipeline.shared.memory import forget_changed, forget_weights, open_result, release, spill_of
+from saap.pipeline.shared.memory import forget_changed, forget_weights, open_result, release
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.targets import Target, finished_report, place_finished
 from saap.structure_search.decode_costs import TimeBudget
@@ -118,7 +118,7 @@ def finish(run: Run, target: Target, made: Made, scores: ImportanceScores, dense
             _check_same(expected, _logits_of_written(run, model, target), target)
         if model is None:
             raise VerificationError("The pruned model is neither in memory nor in the work folder", "Run again")
-        pruned = observe(model, run.loaded.tokenizer, run.tokens, spill_of(run))
+        pruned = observe(model, run.loaded.tokenizer, run.tokens, run.spill)
     speed = None
     if isinstance(target.budget, TimeBudget):
         with run.meter.stage("measure the speed of the result"):

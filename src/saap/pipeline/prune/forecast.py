@@ -17,11 +17,12 @@ from saap.core.errors import TargetError
 from saap.core.records import ModelGraph, Role, StructurePlan
 from saap.data.generated import random_starts, sample_from_model
 from saap.estimation.calibrate import estimate
-from saap.estimation.token_fisher import felt_scores
+from saap.estimation.token_fisher import token_fisher_scores
 from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products, quick_products
+from saap.models.walk.backend import Backend
+from saap.models.walk.consumers import sole_consumers
 from saap.models.walk.spill import Spill
-from saap.models.walk.token_fisher import measurable
 from saap.pipeline.shared.inputs import (
     GENERATION_BATCH,
     LoadedModel,
@@ -155,6 +156,11 @@ class Probed:
         """Where the model lies."""
         return next(self.loaded.model.parameters()).device
 
+    @property
+    def backend(self) -> Backend:
+        """The model, and how the trials run it."""
+        return Backend(self.loaded.model, self.graph)
+
 
 def forecast(run: Probed, meter: Meter) -> Forecast:
     """Try a part of each stage on the model, which is of no use afterwards, and scale it to the whole."""
@@ -172,14 +178,14 @@ def forecast(run: Probed, meter: Meter) -> Forecast:
             stages.append(_costs(run, meter))
         candidates = config.effort_settings.search_evaluations + 1 if needs_measuring(config) else 0
         seconds = candidates * run.tokens.held.tokens.size * reading.seconds
-        felt = [_felt(run, meter)] if weighs_tokens(config) else []
+        weighing = [_token_fisher(run, meter)] if weighs_tokens(config) else []
         restoring, peak, per_token = _restoration(run, meter, base)
         needed_again = len(run.targets) > 1 or config.target_speedup is not None  # so the dense model stays whole
         copies = _float_bytes(graph.parameters, run) if needed_again else 0
         for target in run.targets:
             label = f" ({target.name})" if len(run.targets) > 1 else ""
             stages.append(_stage(f"search the structure{label}", seconds, reading.peak))
-        stages += felt
+        stages += weighing
         for target in run.targets:
             left = _left(run, target)
             name = f"cut{' and restore' if config.restore else ''}, block by block"
@@ -250,7 +256,7 @@ def _estimation(run: Probed, meter: Meter, reading: _Rate) -> StageForecast:
     few = dataclasses.replace(scored, tokens=scored.tokens[:PROBED_SAMPLES], inputs=scored.inputs[:PROBED_SAMPLES])
     with meter.stage("try: estimate"), run.tokens.images(run.loaded.model):
         estimate(
-            run.loaded.model, run.graph, few, roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
+            run.backend, few, roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
             element_order=run.config.element_score, aggregation=run.config.aggregation,
         )  # fmt: skip
     tried = meter.stages[-1]
@@ -263,40 +269,38 @@ def _costs(run: Probed, meter: Meter) -> StageForecast:
     tokens, rows = text_of_costs(run.tokens, run.device)
     batches = -(-len(tokens) // rows)
     walked = min(PROBED_COST_BATCHES, batches)
-    modules = measurable(run.graph)
+    modules = list(sole_consumers(run.graph).values())
     ordered = sum(group.layer == modules[0].layer for group in modules)
     times: list[float] = []
 
     def stop(done: int, total: int) -> None:
         times.append(perf_counter())
-        if done == walked + ordered:
+        if len(times) > walked + ordered:
             raise _EnoughError
 
     with meter.stage("try: find costs"), suppress(_EnoughError), run.tokens.images(run.loaded.model):
         times.append(perf_counter())
-        second_order_costs(
-            run.loaded.model, run.graph, tokens[: walked * rows], micro_batch=rows, ignored=run.tokens.scored.ignored,
-            progress=stop,
-        )  # fmt: skip
+        backend = dataclasses.replace(run.backend, progress=stop)
+        second_order_costs(backend, tokens[: walked * rows], micro_batch=rows, ignored=run.tokens.scored.ignored)
     walking = times[walked] - times[walked - 1]
     ordering = (times[walked + ordered] - times[walked]) / max(1, ordered)  # none where nothing is measurable
     seconds = walking * batches + ordering * len(modules)
     return _stage("find the second-order cost of every unit", seconds, Peak.of(meter.stages[-1]))
 
 
-def _felt(run: Probed, meter: Meter) -> StageForecast:
-    """Scores token by token: the walk over a few micro-batches."""
+def _token_fisher(run: Probed, meter: Meter) -> StageForecast:
+    """Token-level Fisher importance: the walk over a few micro-batches."""
     tokens, rows = text_of_costs(run.tokens, run.device)
     batches = -(-len(tokens) // rows)
     walked = min(PROBED_COST_BATCHES, batches)
     times: list[float] = []
     with meter.stage("try: weigh tokens"), run.tokens.images(run.loaded.model):
         times.append(perf_counter())
-        felt_scores(
-            run.loaded.model, run.graph, tokens[: walked * rows], micro_batch=rows, ignored=run.tokens.refit.ignored,
+        backend = dataclasses.replace(
+            run.backend, products=quick_products(run.device, run.loaded.dtype),
             progress=lambda _done, _total: times.append(perf_counter()),
-            products=quick_products(run.device, run.loaded.dtype),
         )  # fmt: skip
+        token_fisher_scores(backend, tokens[: walked * rows], micro_batch=rows, ignored=run.tokens.refit.ignored)
     seconds = (times[walked] - times[walked - 1]) * batches
     return _stage("weigh every unit token by token", seconds, Peak.of(meter.stages[-1]))
 
@@ -318,14 +322,13 @@ def _restoration(run: Probed, meter: Meter, base: Peak) -> tuple[float, Peak, fl
         if done == probed:
             raise _EnoughError
 
-    settings = RestoreSettings(
-        second_order=needed.second_order and chooses_units(run.config),
-        products=quick_products(run.device, run.loaded.dtype),
-    )
+    settings = RestoreSettings(second_order=needed.second_order and chooses_units(run.config))
     with TemporaryDirectory(prefix="saap-") as folder:
         spill = restoration_spill(run.loaded, run.config, Path(folder))
         with meter.stage("try: restore"), suppress(_EnoughError), run.tokens.images(run.loaded.model):
-            restore(run.loaded.model, run.graph, _even_plan(run), tokens, settings, stop, spill=spill)
+            products = quick_products(run.device, run.loaded.dtype)
+            backend = dataclasses.replace(run.backend, spill=spill, products=products, progress=stop)
+            restore(backend, _even_plan(run), tokens, settings)
     tried = Peak.of(meter.stages[-1])
     scale = needed.refit_sequences * needed.refit_length / tokens.numel()
     # what is kept elsewhere grows with the tokens there: in the host's memory, or on the disk

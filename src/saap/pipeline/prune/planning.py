@@ -15,7 +15,7 @@ from saap.core.records import FloatArray, ImportanceScores, Role, StructurePlan,
 from saap.core.storage import read_plan, read_scores, write_plan, write_scores, write_whole
 from saap.estimation.calibrate import estimate
 from saap.estimation.selection import unit_scores
-from saap.estimation.token_fisher import felt_scores
+from saap.estimation.token_fisher import token_fisher_scores
 from saap.models.loading.devices import quick_products
 from saap.pipeline.prune.baselines import baseline_scores, measurements
 from saap.pipeline.prune.generated_text import with_written
@@ -27,17 +27,14 @@ from saap.pipeline.shared.inputs import (
     text_of_costs,
     weighs_tokens,
 )
-from saap.pipeline.shared.memory import (
-    search_evaluations,
-    spill_of,
-)
+from saap.pipeline.shared.memory import search_evaluations
 from saap.pipeline.shared.targets import Target
 from saap.settings.prune import Importance, Method, PrunableRole, unit_roles
 from saap.structure_search.costs import SecondOrder, second_order_costs
-from saap.structure_search.evaluator import JUDGED_AT_ONCE, StructureJudge
+from saap.structure_search.evaluator import EVALUATED_AT_ONCE, StructureEvaluator
 from saap.structure_search.plan import plan_from_counts, search
 
-FELT = "felt.safetensors"
+FISHER = "token_fisher.safetensors"
 
 
 def scores_of(run: Run, found: Measurements | None = None) -> ImportanceScores:
@@ -56,15 +53,11 @@ def scores_of(run: Run, found: Measurements | None = None) -> ImportanceScores:
         return scores
     with run.tokens.images(run.loaded.model):
         scores = estimate(
-            run.loaded.model,
-            run.graph,
+            run.backend,
             calibration,
             roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
             element_order=run.config.element_score,
             aggregation=run.config.aggregation,
-            spill=spill_of(run),
-            progress=run.meter.reporter.advance,
-            processes=run.processes,
         )
     run.processes.from_first(lambda: write_scores(path, scores))
     return scores
@@ -92,9 +85,9 @@ def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> 
                 if target.name in found:
                     plans.append(read_plan(path, run.graph).structure_plan(run.graph))
                     continue
-                judge = measured.judge if measured is not None and target.budget is not None else None
-                if judge is not None and not run.processes.first:
-                    judge.serve()
+                evaluator = measured.evaluator if measured is not None and target.budget is not None else None
+                if evaluator is not None and not run.processes.first:
+                    evaluator.serve()
                 plan = run.processes.from_first(partial(_plan, run, target, units, element, measured))
                 run.processes.from_first(partial(write_plan, path, plan, run.graph))
                 plans.append(plan)
@@ -104,25 +97,22 @@ def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> 
 
 
 def _weigh_tokens(run: Run) -> None:
-    """Put into the work folder what the loss feels of each unit token by token, if it is not there."""
-    path = run.work.file(FELT)
+    """Put the token-level Fisher importance of each unit into the work folder, if it is not there."""
+    path = run.work.file(FISHER)
     if run.processes.from_first(path.exists):
         return
     with run.meter.stage("weigh every unit token by token"):
         tokens, rows = text_of_costs(run.tokens, run.device)
-        found = felt_scores(
-            run.loaded.model, run.graph, tokens, micro_batch=rows, ignored=run.tokens.refit.ignored,
-            spill=spill_of(run), progress=run.meter.reporter.advance, processes=run.processes,
-            products=quick_products(run.device, run.loaded.dtype),
-        )  # fmt: skip
+        backend = dataclasses.replace(run.backend, products=quick_products(run.device, run.loaded.dtype))
+        found = token_fisher_scores(backend, tokens, micro_batch=rows, ignored=run.tokens.refit.ignored)
         run.processes.from_first(lambda: write_whole(path, save(found)))
 
 
 def scores_of_choice(run: Run, scores: ImportanceScores) -> dict[str, FloatArray]:
-    """By group, what the restoration's choice of units weighs in: scores token by token, or else element-wise ones."""
-    path = run.work.file(FELT)
-    felt = load_file(path) if weighs_tokens(run.config) and path.exists() else {}
-    return {name: group.element for name, group in scores.groups.items()} | felt
+    """By group, what the choice of units weighs in: token-level Fisher importance, or else the element-wise scores."""
+    path = run.work.file(FISHER)
+    fisher = load_file(path) if weighs_tokens(run.config) and path.exists() else {}
+    return {name: group.element for name, group in scores.groups.items()} | fisher
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +120,11 @@ class _Measured:
     """What the adaptive search knows of the model beside the scores."""
 
     costs: SecondOrder | None
-    judge: StructureJudge | None
+    evaluator: StructureEvaluator | None
 
 
 def _measure(run: Run) -> _Measured:
-    """Second-order costs for the adaptive strategy, and the judge if structures are to be measured.
+    """Second-order costs for the adaptive strategy, and the evaluator if structures are to be measured.
 
     Gram matrices larger than the weights are not collected: the search then masks without compensation.
     """
@@ -143,19 +133,13 @@ def _measure(run: Run) -> _Measured:
     if finds_costs(config, model, graph):
         with run.meter.stage("find the second-order cost of every unit"):
             tokens, rows = text_of_costs(run.tokens, run.device)
-            costs = second_order_costs(
-                model, graph, tokens, micro_batch=rows,
-                ignored=run.tokens.scored.ignored, spill=spill_of(run), progress=run.meter.reporter.advance,
-                processes=run.processes,
-            )  # fmt: skip
-    judge = None
+            costs = second_order_costs(run.backend, tokens, micro_batch=rows, ignored=run.tokens.scored.ignored)
+    evaluator = None
     if needs_measuring(config) and (search_evaluations(run) or PrunableRole.BLOCK in config.roles):
         grams, held = None if costs is None else costs.grams, with_written(run, "held")
-        at_once = JUDGED_AT_ONCE if run.loaded.fresh is None else len(held)
-        judge = StructureJudge(
-            model, graph, held, grams, at_once, ignored=run.tokens.held.ignored, processes=run.processes
-        )
-    return _Measured(costs, judge)
+        at_once = EVALUATED_AT_ONCE if run.loaded.fresh is None else len(held)
+        evaluator = StructureEvaluator(run.backend, held, grams, at_once, ignored=run.tokens.held.ignored)
+    return _Measured(costs, evaluator)
 
 
 def _plan(
@@ -177,13 +161,13 @@ def _plan(
         config.strategy,
         element_scores=element if chooses_units(config) else None,
         costs=measured.costs,
-        judge=measured.judge,
+        evaluator=measured.evaluator,
         evaluations=search_evaluations(run),
         seed=config.seed,
         progress=run.meter.reporter.advance,
     )
-    if measured.judge is not None:
-        measured.judge.done()
+    if measured.evaluator is not None:
+        measured.evaluator.done()
     return plan
 
 
