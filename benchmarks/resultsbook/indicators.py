@@ -16,7 +16,7 @@ from saap.estimation.selection import unit_scores
 from saap.models.walk.backend import Backend
 from saap.settings.prune import ElementOrder, FusionScope, Importance, Method
 from saap.structure_search.costs import second_order_costs
-from saap.structure_search.stability import relative_volatility, standardised_fluctuation
+from saap.structure_search.strategies import relative_volatility, standardised_fluctuation
 
 ByGroup = Mapping[str, FloatArray]
 ELEMENTS = {

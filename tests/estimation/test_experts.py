@@ -21,7 +21,7 @@ from saap.settings.prune import ElementOrder, PrunableRole, Strategy
 from saap.structure_search.evaluator import StructureEvaluator
 from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace, make_plan, plan_from_counts, search
-from saap.structure_search.slots import build_slots
+from saap.structure_search.variables import build_variables
 from saap.surgery.cut import cut
 
 SAMPLES, LENGTH = 3, 9
@@ -148,7 +148,7 @@ def test_plans_that_stacked_matrices_cannot_follow_are_refused(
 
 
 def test_sizes_of_experts_keep_whole_strides(mixtral: tuple[Any, ModelGraph]) -> None:
-    slots = build_slots(mixtral[1], roles=[Role.FFN, Role.HIDDEN], layout=Layout.ADAPTIVE, align=4)
+    slots = build_variables(mixtral[1], roles=[Role.FFN, Role.HIDDEN], layout=Layout.ADAPTIVE, align=4)
     assert [slot.name for slot in slots] == ["layers.0.ffn", "layers.1.ffn", "hidden"]
     assert all(size % 8 == 0 for slot in slots for size in slot.sizes)
 

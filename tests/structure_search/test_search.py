@@ -9,7 +9,7 @@ from tests.structure_search.synthetic import CHANNELS, HEADS, graph, scores
 from saap.core.errors import PlanError, TargetError
 from saap.core.records import Layout, Role, UnitScores, count_parameters, kept_shapes
 from saap.settings.prune import PrunableRole, SkipLayers, Strategy
-from saap.structure_search.allocation import steps_by_score, steps_by_share, take_steps
+from saap.structure_search.allocation import SearchProblem
 from saap.structure_search.objectives import (
     Budget,
     budget_for_bytes,
@@ -18,8 +18,8 @@ from saap.structure_search.objectives import (
     header_bytes,
 )
 from saap.structure_search.plan import SearchSpace, make_plan, plan_from_counts, search
-from saap.structure_search.slots import build_slots
-from saap.structure_search.stability import relative_volatility, standardised_fluctuation
+from saap.structure_search.strategies import relative_volatility, standardised_fluctuation
+from saap.structure_search.variables import build_variables
 
 GRAPH = graph()
 SCORES = scores(GRAPH)
@@ -33,8 +33,8 @@ def space(roles=FFN_AND_ATTENTION, layout=Layout.ADAPTIVE, align=8, skip_layers=
 def largest_step(of: SearchSpace) -> int:
     roles = [Role(role.value) for role in of.roles if role is not PrunableRole.BLOCK]
     return max(
-        slot.parameters_per_unit * slot.step
-        for slot in build_slots(GRAPH, roles=roles, layout=of.layout, align=of.align)
+        variable.parameters_per_unit * variable.step
+        for variable in build_variables(GRAPH, roles=roles, layout=of.layout, align=of.align)
     )
 
 
@@ -199,12 +199,12 @@ def test_a_plan_of_everything_removes_nothing() -> None:
     assert search(GRAPH, SCORES, Budget(removal=0), space(), Strategy.ADAPTIVE).removes_nothing(GRAPH)
 
 
-def test_steps_of_a_slot_come_in_order_whatever_their_price() -> None:
-    slots = build_slots(GRAPH, roles=[Role.FFN], layout=Layout.ADAPTIVE, align=16)
-    steps = steps_by_score(slots, lambda name: np.sort(SCORES[name].mean))
-    sizes = take_steps(GRAPH, slots, steps, Budget(removal=5000))
+def test_decrements_of_a_variable_come_in_order_whatever_their_cost() -> None:
+    variables = build_variables(GRAPH, roles=[Role.FFN], layout=Layout.ADAPTIVE, align=16)
+    large, small = (SearchProblem(GRAPH, variables, SCORES, Budget(removal=removal)) for removal in (5000, 500))
+    sizes = large.sizes(large.by_score(lambda name: np.sort(SCORES[name].mean)))
     assert all(size % 16 == 0 for size in sizes)
-    assert take_steps(GRAPH, slots, steps_by_share(slots, [1, 0, 0, 0, 0, 0]), Budget(removal=500))[1:] == (64,) * 5
+    assert small.sizes(small.by_share([1, 0, 0, 0, 0, 0]))[1:] == (64,) * 5
 
 
 def test_modules_of_different_size_have_no_uniform_size() -> None:
@@ -213,5 +213,5 @@ def test_modules_of_different_size_have_no_uniform_size() -> None:
 
     other = dataclasses.replace(GRAPH, groups=(*GRAPH.groups[2:], dataclasses.replace(small, units=32)))
     with pytest.raises(TargetError, match="adaptive"):
-        build_slots(other, roles=[Role.FFN], layout=Layout.UNIFORM, align=1)
+        build_variables(other, roles=[Role.FFN], layout=Layout.UNIFORM, align=1)
     assert isinstance(SCORES["hidden"], UnitScores)

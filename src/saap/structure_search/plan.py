@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,14 +22,14 @@ from saap.core.records import (
     kept_shapes,
     uneven_bundle,
 )
+from saap.models.walk.backend import Progress, silent
 from saap.settings.prune import PrunableRole, SkipLayers, Strategy, unit_roles
-from saap.structure_search.adaptive import adaptive, spared_ends
-from saap.structure_search.allocation import AnyBudget
+from saap.structure_search.adaptive import adaptive, protected_layers
+from saap.structure_search.allocation import AnyBudget, Proposal, Scores, SearchProblem
 from saap.structure_search.costs import SecondOrder
-from saap.structure_search.slots import Slot, build_slots, required_step
-from saap.structure_search.strategies import STRATEGIES, Proposal, importance_order
+from saap.structure_search.strategies import STRATEGIES, importance_order
+from saap.structure_search.variables import build_variables, required_step
 
-Scores = Mapping[str, UnitScores]
 Evaluator = Callable[[Mapping[str, tuple[int, ...]], tuple[int, ...]], float]
 
 
@@ -64,9 +65,9 @@ def search(
     evaluator: Evaluator | None = None,
     evaluations: int = 0,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> StructurePlan:
-    """Decide how much each module gives and which units go.
+    """Decide how many units each module keeps, and which.
 
     element_scores (of the element-wise importance alone) and costs (second-order): for the adaptive strategy.
     evaluator: measured loss of (kept units, dropped blocks); only the adaptive strategy and the role `block` call it,
@@ -78,13 +79,10 @@ def search(
     keep: dict[str, tuple[int, ...]] = {}
     trail: tuple[Candidate, ...] = ()
     while left.removal > 0:
+        problem = _problem(graph, scores, left, space, dropped)
         if strategy is Strategy.ADAPTIVE:
-            slots = _slots(graph, space, dropped, spare=False)
             proposal, trail = adaptive(
-                graph,
-                slots,
-                scores,
-                left,
+                problem,
                 element_scores=element_scores,
                 costs=costs,
                 evaluator=None if evaluator is None else partial(_without_blocks, evaluator, dropped),
@@ -93,18 +91,46 @@ def search(
                 progress=progress,
             )
         else:
-            slots, proposal = _single(graph, scores, left, space, strategy, dropped)
-        keep = proposal.keep(slots)
+            problem, proposal = _single(problem, space, strategy, dropped)
+        keep = proposal.keep(problem.variables)
         missing = budget.removal - budget.removed(graph, keep, dropped)
         if missing <= 0:
             break
-        # Channels of the whole model also lie in the blocks that are dropped: ask for what was counted twice.
+        # Channels of the whole model also lie in the blocks that are dropped: request what was counted twice.
         left = dataclasses.replace(left, removal=left.removal + missing)
     return make_plan(graph, keep, dropped, layout=space.layout, strategy=strategy, align=space.align, trail=trail)
 
 
 def _without_blocks(evaluator: Evaluator, dropped: tuple[int, ...], keep: Mapping[str, tuple[int, ...]]) -> float:
     return evaluator(keep, dropped)
+
+
+def _problem(
+    graph: ModelGraph, scores: Scores, budget: AnyBudget, space: SearchSpace, skipped: Collection[int]
+) -> SearchProblem:
+    """The problem outside `skipped` layers, and those that the space skips."""
+    layers = {*skipped} if space.skip_layers is None else {*skipped, *space.skip_layers.layers(len(graph.blocks))}
+    variables = build_variables(
+        graph,
+        roles=unit_roles(space.roles),
+        layout=space.layout,
+        align=space.align,
+        skipped_layers=layers,
+        legal_sizes=space.legal_sizes,
+    )
+    return SearchProblem(graph, variables, scores, budget)
+
+
+def _single(
+    whole: SearchProblem, space: SearchSpace, strategy: Strategy, dropped: tuple[int, ...]
+) -> tuple[SearchProblem, Proposal]:
+    """One strategy's proposal; with both ends protected by default, unless the budget cannot be met so."""
+    if space.skip_layers is None and space.layout is Layout.ADAPTIVE:
+        skipped = {*dropped, *protected_layers(len(whole.graph.blocks))}
+        with suppress(TargetError):
+            problem = _problem(whole.graph, whole.scores, whole.budget, space, skipped)
+            return problem, STRATEGIES[strategy](problem)
+    return whole, STRATEGIES[strategy](whole)
 
 
 def make_plan(
@@ -196,36 +222,6 @@ def plan_from_counts(
             f"Name blocks from 0 to {len(graph.blocks) - 1}",
         )
     return make_plan(graph, chosen, tuple(sorted(dropped_blocks)), layout=layout, strategy="edited plan", align=align)
-
-
-def _slots(graph: ModelGraph, space: SearchSpace, dropped: Sequence[int], *, spare: bool) -> tuple[Slot, ...]:
-    skipped = set(dropped)
-    if space.skip_layers is not None:
-        skipped |= set(space.skip_layers.layers(len(graph.blocks)))
-    elif spare and space.layout is Layout.ADAPTIVE:
-        skipped |= set(spared_ends(len(graph.blocks)))
-    return build_slots(
-        graph,
-        roles=unit_roles(space.roles),
-        layout=space.layout,
-        align=space.align,
-        skipped_layers=skipped,
-        legal_sizes=space.legal_sizes,
-    )
-
-
-def _single(
-    graph: ModelGraph, scores: Scores, budget: AnyBudget, space: SearchSpace, strategy: Strategy, dropped: Sequence[int]
-) -> tuple[tuple[Slot, ...], Proposal]:
-    """One strategy's proposal; where the ends are spared by default and it cannot be reached so, without sparing."""
-    slots = _slots(graph, space, dropped, spare=True)
-    try:
-        return slots, STRATEGIES[strategy](graph, slots, scores, budget)
-    except TargetError:
-        if space.skip_layers is not None:
-            raise
-        slots = _slots(graph, space, dropped, spare=False)
-        return slots, STRATEGIES[strategy](graph, slots, scores, budget)
 
 
 def _blocks_to_drop(
