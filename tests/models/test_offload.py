@@ -18,7 +18,7 @@ from saap.models.loading.pretrained import load_model, load_offloaded, model_ref
 from saap.models.loading.references import resolve_model
 from saap.models.walk import offload as offload_module
 from saap.models.walk.backend import Backend
-from saap.models.walk.offload import OffloadedWeights, bring, mark_changed, offloaded
+from saap.models.walk.offload import OffloadedWeights, mark_changed, offloaded, onload
 from saap.models.walk.spill import Spill
 
 CPU = torch.device("cpu")
@@ -47,13 +47,13 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
 def most_parts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Largest number of parts that were in memory whenever one had been read."""
     counts = [0]
-    stock = OffloadedWeights.bring
+    stock = OffloadedWeights.onload
 
     def counted(self: OffloadedWeights, part: offload_module.Part) -> None:
         stock(self, part)
         counts.append(sum(other.bytes_in_memory > 0 for other in self.parts))
 
-    monkeypatch.setattr(OffloadedWeights, "bring", counted)
+    monkeypatch.setattr(OffloadedWeights, "onload", counted)
     return lambda: max(counts)
 
 
@@ -79,7 +79,7 @@ def test_a_weight_that_is_away_has_no_value_and_cannot_be_written(tmp_path: Path
     with pytest.raises(RuntimeError), torch.no_grad():
         weight.copy_(torch.ones_like(weight))
     assert torch.equal(weights.value(weight), here.get_parameter(name))
-    bring(away, name)
+    onload(away, name)
     assert torch.equal(weight, here.get_parameter(name))
 
 
@@ -89,7 +89,7 @@ def test_changed_weights_are_written_and_read_again(tmp_path: Path) -> None:
     weights.folder, weights.written = tmp_path / "changed", torch.float32
     name = "model.layers.1.mlp.down_proj.weight"
     for model in (here, away):
-        bring(model, name)
+        onload(model, name)
         with torch.no_grad():
             model.get_parameter(name).mul_(2)
         mark_changed(model, name)

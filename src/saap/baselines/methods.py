@@ -50,8 +50,9 @@ class Measurements:
 class Baseline:
     """One published method.
 
-    scores: units of low score leave first. strategy: how the budget is shared. skip_layers: None spares the ends as
-    LLM-Pruner does (4 first and 2 last of 30). roles: None leaves them to the caller. compensates: FLAP's biases.
+    scores: units of low score are removed first. strategy: how the budget is shared. skip_layers: None protects the
+    ends as LLM-Pruner does (4 first and 2 last of 30). roles: None leaves them to the caller. compensates: by FLAP's
+    biases. needs: what of the measurements, for their timing.
     """
 
     scores: Callable[[Measurements], Scores]

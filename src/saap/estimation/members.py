@@ -15,7 +15,7 @@ from saap.models.structure.linear import contracted_axis, owner
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One member of one group: some channels of a matrix, with their biases where those leave too.
+    """One member of one group: some channels of a matrix, with their biases where those are removed too.
 
     position: of the part among the group's parts. axis: of the matrix. channels, biases: (units, width) indices of
     the matrix' axis and of the bias.

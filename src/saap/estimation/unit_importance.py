@@ -173,7 +173,7 @@ class UnitImportance(Observer):
 
     def result(self) -> tuple[FloatArray, dict[str, GroupScores]]:
         """Losses of all samples, and the statistics of every group."""
-        return np.concatenate(self._losses), {name: one.scores() for name, one in self._moments.items()}
+        return np.concatenate(self._losses), {name: one.scores for name, one in self._moments.items()}
 
 
 def stacked_scores(

@@ -54,7 +54,7 @@ class WeightedGrams(Observer):
     """Gram matrices of what the consumers of groups read, and the order of removal that follows from each.
 
     A token weighs as much as the mean squared entry, at the module's output, of its own summed-loss gradient. With
-    spilled activations each matrix goes as soon as the units are in order, while the weights of their block are here.
+    spilled activations the units are put in order, and the matrix freed, while their block's weights are in memory.
     """
 
     def __init__(self, backend: Backend, tokens: int) -> None:

@@ -227,7 +227,7 @@ def plan_from_counts(
 def _blocks_to_drop(
     graph: ModelGraph, scores: Scores, budget: AnyBudget, space: SearchSpace, evaluator: Evaluator | None
 ) -> tuple[int, ...]:
-    """Whole blocks that leave: as many as fit into the budget, or, alone, until it is reached.
+    """Whole blocks to drop: as many as fit into the budget, or, alone, until it is reached.
 
     Ordered by the measured loss of dropping each block alone, or by the mean importance of its units.
     Raises TargetError if even all blocks but one are not enough.

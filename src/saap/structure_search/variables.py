@@ -71,7 +71,7 @@ def build_variables(
 
 
 def required_step(graph: ModelGraph, group: CoupledGroup) -> int:
-    """Of what number kept units must be a multiple, whatever alignment is asked for."""
+    """Of what number kept units must be a multiple, whatever alignment is requested."""
     stacked = any(len(graph.shapes[member.tensor]) > 2 and member.axis for member in group.members)
     return STACKED_STEP if stacked else 1
 

@@ -99,7 +99,7 @@ class Observer(Protocol):
         return
 
     def close_block(self, layer: int) -> None:
-        """Called once all samples have gone back through a block, while its weights are here; with a spill only."""
+        """Called once all samples have gone back through a block, its weights being in memory; with a spill only."""
         return
 
 

@@ -96,7 +96,7 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
     away = offloaded(model)
     if away is not None:
         away.round_to(dtype)
-    for parameter in model.parameters() if away is None else away.always_here(model):
+    for parameter in model.parameters() if away is None else away.always_onloaded(model):
         if parameter.dtype.is_floating_point and parameter.dtype != dtype:
             parameter.copy_(parameter.to(dtype).to(parameter.dtype))
 
