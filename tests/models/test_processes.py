@@ -21,7 +21,7 @@ def test_a_process_alone_has_nobody_to_wait_for() -> None:
     assert (alone, alone.first, alone.device(torch.device("cpu"))) == (Processes(), True, torch.device("cpu"))
     values = torch.arange(3.0)
     assert torch.equal(alone.total(values), values)
-    assert torch.equal(alone.of_first(values), values)
+    assert torch.equal(alone.broadcast(values), values)
     assert (alone.from_first(lambda: 7), alone.gathered("part")) == (7, ["part"])
     alone.wait()
 

@@ -132,7 +132,7 @@ class Refit:
         new, error = start, 0.0
         if processes.first:
             new, error = ridge_refit(start, fit, held_out, self.settings.ridges)
-        new = processes.of_first(new)
+        new = processes.broadcast(new)
         self.result.errors[consumer.path] = processes.from_first(lambda: error)
         weight_out_in(consumer.module).copy_(new[:, : len(columns)])
         if bias is not None:

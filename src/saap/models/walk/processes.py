@@ -1,7 +1,7 @@
 """Several processes that work on one run: each takes a part, sums make the parts one, and the failure of one ends all.
 
 They are started by `torchrun` or `accelerate launch`, and speak through torch.distributed: gloo, and nccl for tensors
-on CUDA. Every exchange begins with a roll call. A process that fails goes to the next roll call and says why, so that
+on CUDA. Every exchange begins with a barrier. A process that fails goes to the next barrier and says why, so that
 nobody waits for it and all end with the same message.
 """
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 # A process may search or write for hours while the others wait; one that died is noticed by its closed connection.
 _PATIENCE = timedelta(days=7)
 _ASSEMBLY = timedelta(minutes=10)
-_FAREWELL = timedelta(seconds=5)
+_SHUTDOWN = timedelta(seconds=5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +75,20 @@ class Processes:
 
     def total(self, values: Tensor) -> Tensor:
         """Sum of the tensor over all processes, the same in each; the tensor itself may be overwritten."""
-        if self.count == 1:
-            return values
-        self.wait()
-        summed = _reachable(values)
-        _exchange(dist.all_reduce, summed)
-        return summed.to(values.device)
+        return self._exchanged(values, dist.all_reduce)
 
-    def of_first(self, values: Tensor) -> Tensor:
+    def broadcast(self, values: Tensor) -> Tensor:
         """The first one's tensor, in each; those of the others are only of its shape and may be overwritten."""
+        return self._exchanged(values, dist.broadcast, 0)
+
+    def _exchanged(self, values: Tensor, operation: Callable[..., Any], *arguments: int) -> Tensor:
         if self.count == 1:
             return values
         self.wait()
-        sent = _reachable(values)
-        _exchange(dist.broadcast, sent, 0)
-        return sent.to(values.device)
+        # in one piece, and on a device that the exchange can read
+        reachable = (values if values.device.type in ("cpu", "cuda") else values.cpu()).contiguous()
+        _exchange(operation, reachable, *arguments)
+        return reachable.to(values.device)
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What `make` returns in the first process, where alone it is called."""
@@ -111,7 +110,7 @@ class Processes:
 
     def wait(self) -> None:
         """Until all are here. If one of them has failed, this process ends with its message."""
-        if self.count > 1 and _roll_call(failed=False):
+        if self.count > 1 and _barrier(failed=False):
             raise _EndedElsewhereError(_first_failure(self, None))
 
 
@@ -140,7 +139,7 @@ def together() -> Iterator[None]:
         with suppress(_EndedElsewhereError, ConfigurationError):  # the others may have ended already
             processes = Processes.found()
             if processes.count > 1:
-                _roll_call(failed=True)
+                _barrier(failed=True)
                 _first_failure(processes, own)
         raise
 
@@ -148,7 +147,7 @@ def together() -> Iterator[None]:
 def end_together() -> None:
     """Wait until all processes that are left have come to their end."""
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(torch.zeros(1), async_op=True).wait(_FAREWELL)
+        dist.all_reduce(torch.zeros(1), async_op=True).wait(_SHUTDOWN)
 
 
 def _number(variable: str, default: int) -> int:
@@ -172,12 +171,7 @@ def _begin(rank: int, count: int) -> None:
         ) from None
 
 
-def _reachable(values: Tensor) -> Tensor:
-    """The tensor where the exchange can read it: in one piece, and not on devices that have none."""
-    return values.contiguous() if values.device.type in ("cpu", "cuda") else values.cpu().contiguous()
-
-
-def _roll_call(*, failed: bool) -> bool:
+def _barrier(*, failed: bool) -> bool:
     """Whether any process has failed."""
     failures = torch.tensor([int(failed)])
     _exchange(dist.all_reduce, failures)

@@ -26,7 +26,7 @@ def refit_tokens(run: Run) -> torch.Tensor:
 
 
 def _written(run: Run) -> torch.Tensor | None:
-    """What the model wrote, (sequences, length) in a random order; the last HELD_WRITTEN only judge structures."""
+    """What the model wrote, (sequences, length) in a random order; the last HELD_WRITTEN only evaluate structures."""
     saved = run.work.file(GENERATED)
     if not saved.exists():
         return None

@@ -115,7 +115,7 @@ class TokenSets:
 
 
 def text_of_costs(tokens: TokenSets, device: torch.device) -> tuple[torch.Tensor, int]:
-    """The calibration text (sequences, length) for what is felt token by token, and the rows of a micro-batch.
+    """The calibration text (sequences, length) for token-level sensitivities, and the rows of a micro-batch.
 
     A part of the restoration's: longer than the scored samples, in tokens, without which a Gram matrix makes units look
     cheap, and in context, without which heads do. Where there is less of it, the scored samples have to do.
@@ -159,7 +159,7 @@ def open_model(
 
 
 def needs_measuring(config: PruneConfig) -> bool:
-    """Whether the search will judge structures on held-out samples."""
+    """Whether the search will evaluate structures on held-out samples."""
     if config.method is not Method.SAAP:
         return False
     by_search = config.strategy is Strategy.ADAPTIVE and config.effort_settings.search_evaluations > 0
@@ -182,7 +182,7 @@ def finds_costs(config: PruneConfig, model: nn.Module, graph: ModelGraph) -> boo
 def weighs_tokens(config: PruneConfig) -> bool:
     """Whether the choice of units weighs what the loss feels of them token by token, on text of the restoration.
 
-    Only for the default calibration, whose search goes without second-order costs, which are felt token by token too.
+    Only for the default calibration, whose search goes without second-order costs, which are token-level too.
     """
     chosen = chooses_units(config) and config.effort_settings.second_order
     return chosen and config.restore and not config.trusts_calibration
