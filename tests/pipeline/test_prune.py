@@ -89,11 +89,14 @@ def test_several_ratios_share_one_estimation(source: Path, tmp_path: Path, monke
 def test_a_search_counts_on_the_compensation_only_where_it_comes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 
-    def evaluator(backend: Backend, tokens: torch.Tensor, grams: object, *rest, **named) -> StructureEvaluator:
-        given.append(grams is not None)
-        return StructureEvaluator(backend, tokens, grams, *rest, **named)
+    class Watched(StructureEvaluator):
+        def __init__(
+            self, backend: Backend, tokens: torch.Tensor, grams: dict[str, torch.Tensor] | None, *rest, **named
+        ) -> None:
+            given.append(grams is not None)
+            super().__init__(backend, tokens, grams, *rest, **named)
 
-    monkeypatch.setattr(planning, "StructureEvaluator", evaluator)
+    monkeypatch.setattr(planning, "StructureEvaluator", Watched)
     for restores in (False, True):
         settings = SETTINGS | {"effort": "default", "calibration": ["novels"]}
         saap.prune(source, pruning_ratio=0.2, restore=restores, **settings)

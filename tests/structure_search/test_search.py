@@ -9,6 +9,7 @@ from tests.structure_search.synthetic import CHANNELS, HEADS, graph, scores
 from saap.core.errors import PlanError, TargetError
 from saap.core.records import Layout, Role, UnitScores, count_parameters, kept_shapes
 from saap.settings.prune import PrunableRole, SkipLayers, Strategy
+from saap.structure_search.adaptive import SearchGuide
 from saap.structure_search.allocation import SearchProblem
 from saap.structure_search.objectives import (
     Budget,
@@ -118,14 +119,14 @@ def test_adaptive_takes_the_candidate_with_the_least_measured_loss() -> None:
             sum(CHANNELS - len(kept) for name, kept in keep.items() if name.endswith("ffn") and name not in wanted)
         ) + sum(HEADS - len(kept) for name, kept in keep.items() if name.endswith("attention"))
 
-    budget = budget_for_ratio(GRAPH, 0.1)
+    budget, guide = budget_for_ratio(GRAPH, 0.1), SearchGuide(evaluator=evaluator, evaluations=60)
     start = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE)
-    found = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, evaluator=evaluator, evaluations=60)
+    found = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, guide)
     assert evaluator(found.keep, ()) < evaluator(start.keep, ())
     assert found.trail[0].loss == pytest.approx(evaluator(found.keep, ()))
     names = {candidate.name for candidate in found.trail}
     assert {"volatility-z", "volatility-cv", "importance"} <= names
-    again = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, evaluator=evaluator, evaluations=60)
+    again = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, guide)
     assert again == found
 
 
@@ -133,8 +134,8 @@ def test_blocks_are_dropped_by_measured_loss() -> None:
     def evaluator(keep, dropped) -> float:
         return 0.0 if dropped == (3,) else 1.0 + sum(dropped)
 
-    budget = budget_for_ratio(GRAPH, 0.3)
-    alone = search(GRAPH, SCORES, budget, space(roles=(PrunableRole.BLOCK,)), Strategy.ADAPTIVE, evaluator=evaluator)
+    budget, guide = budget_for_ratio(GRAPH, 0.3), SearchGuide(evaluator=evaluator)
+    alone = search(GRAPH, SCORES, budget, space(roles=(PrunableRole.BLOCK,)), Strategy.ADAPTIVE, guide)
     assert alone.dropped_blocks == (0, 3)
     assert GRAPH.block_parameters - alone.block_parameters >= budget.removal
     mixed = search(
@@ -143,7 +144,7 @@ def test_blocks_are_dropped_by_measured_loss() -> None:
         budget,
         space(roles=(PrunableRole.BLOCK, PrunableRole.FFN)),
         Strategy.UNIFORM,
-        evaluator=evaluator,
+        guide,
     )
     assert mixed.dropped_blocks == (3,)
     assert not any(name.startswith("layers.3.") for name in mixed.keep)

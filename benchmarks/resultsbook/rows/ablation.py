@@ -23,6 +23,7 @@ from saap.models.loading.devices import quick_float32_products
 from saap.models.walk.backend import Backend
 from saap.reporting.figures import Figure
 from saap.settings.prune import EFFORTS, Effort, FusionScope, Importance, PrunableRole, Strategy
+from saap.structure_search.adaptive import SearchGuide
 from saap.structure_search.costs import SecondOrder, second_order_costs
 from saap.structure_search.evaluator import StructureEvaluator
 from saap.structure_search.objectives import budget_for_ratio
@@ -133,11 +134,13 @@ def plan_without(prepared: Prepared, name: str, candidates: int, seed: int) -> S
         budget_for_ratio(graph, RATIO),
         space,
         Strategy.ADAPTIVE,
-        element_scores=prepared.element,
-        costs=None if name == "module-ratios" else prepared.costs,
-        evaluator=prepared.evaluator if measured else None,
-        evaluations=candidates if measured else 0,
-        seed=seed,
+        SearchGuide(
+            element_scores=prepared.element,
+            costs=None if name == "module-ratios" else prepared.costs,
+            evaluator=prepared.evaluator if measured else None,
+            evaluations=candidates if measured else 0,
+            seed=seed,
+        ),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from saap.structure_search.costs import SecondOrder
 from saap.structure_search.strategies import STRATEGIES, importance_order, module_shares
 from saap.structure_search.variables import DecisionVariable
 
-Evaluator = Callable[[Mapping[str, tuple[int, ...]]], float]
+Evaluator = Callable[[Mapping[str, tuple[int, ...]], tuple[int, ...]], float]
 
 # Protecting both ends was measured to beat every rule driven by importance (SmolLM2: first 4 and last 2 of 30 layers).
 FIRST_SHARE, LAST_SHARE = 4 / 30, 2 / 30
@@ -43,34 +44,40 @@ def uniform_shares(graph: ModelGraph, variables: Sequence[DecisionVariable], *, 
     ]
 
 
-def adaptive(
-    problem: SearchProblem,
-    *,
-    element_scores: Scores | None,
-    costs: SecondOrder | None,
-    evaluator: Evaluator | None,
-    evaluations: int,
-    seed: int,
-    progress: Progress = silent,
-) -> tuple[Proposal, tuple[Candidate, ...]]:
-    """The candidate with the least measured loss, and the trail of all that were measured, best first.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchGuide:
+    """What the adaptive strategy goes by, beyond the scores.
 
     element_scores: of the element-wise importance alone, whose order of units competes with that of the scores.
     costs: second-order costs, from which the best unmeasured proposal follows. evaluator: loss of a structure given its
-    kept units; None, or `evaluations` below 2, takes the first start unmeasured.
+    kept units and dropped blocks; None, or `evaluations` below 2, takes the first start unmeasured.
+    """
+
+    element_scores: Scores | None = None
+    costs: SecondOrder | None = None
+    evaluator: Evaluator | None = None
+    evaluations: int = 0
+    seed: int = 0
+    progress: Progress = silent
+
+
+def adaptive(problem: SearchProblem, guide: SearchGuide) -> tuple[Proposal, tuple[Candidate, ...]]:
+    """The candidate with the least measured loss, and the trail of all that were measured, best first.
+
     The starts come first, one for each order of units; then, in the order of the best of them, the named candidates and
     an evolution from the best candidate, in which a child that is better becomes the parent.
     """
-    ranking = _ranking(problem, costs)
-    starts = _starts(problem, element_scores, costs, ranking)
+    ranking = _ranking(problem, guide.costs)
+    starts = _starts(problem, guide, ranking)
+    evaluator, evaluations = guide.evaluator, guide.evaluations
     if evaluator is None or evaluations < 2:
         return starts[0], ()
     measured: list[tuple[float, Proposal]] = []
 
     def measure(proposal: Proposal) -> float:
-        loss = evaluator(proposal.keep(problem.variables))
+        loss = evaluator(proposal.keep(problem.variables), problem.dropped)
         measured.append((loss, proposal))
-        progress(len(measured), evaluations)
+        guide.progress(len(measured), evaluations)
         return loss
 
     for start in starts[:evaluations]:
@@ -81,7 +88,7 @@ def adaptive(
             measure(proposal)
     best_loss, best = min(measured, key=lambda pair: pair[0])
     decrements = ranking if ranking is not None and best is starts[0] else problem.by_share(_shares(problem, best))
-    generator, parent, failures = np.random.default_rng(seed), np.zeros(WAVES + 1), 0
+    generator, parent, failures = np.random.default_rng(guide.seed), np.zeros(WAVES + 1), 0
     while len(measured) < evaluations and failures < 20:
         genes = parent + generator.normal(0, MUTATION_SCALE, WAVES + 1)
         child = problem.propose(f"evolution {len(measured)}", _mutated(problem, decrements, genes), orders)
@@ -107,24 +114,19 @@ def _ranking(problem: SearchProblem, costs: SecondOrder | None) -> list[Decremen
     return problem.by_score(lambda name: costs.scores[name].mean[costs.orders[name]])
 
 
-def _starts(
-    problem: SearchProblem,
-    element_scores: Scores | None,
-    costs: SecondOrder | None,
-    ranking: Sequence[Decrement] | None,
-) -> list[Proposal]:
+def _starts(problem: SearchProblem, guide: SearchGuide, ranking: Sequence[Decrement] | None) -> list[Proposal]:
     """The most promising first: one global ranking by second-order cost; the element-wise order; that of the scores.
 
     The others take FFN first and protect both ends.
     """
     starts = []
-    if ranking is not None and costs is not None:
-        starts.append(problem.propose("second-order cost", ranking, {**costs.orders}))
+    if ranking is not None and guide.costs is not None:
+        starts.append(problem.propose("second-order cost", ranking, {**guide.costs.orders}))
     only_attention = all(variable.of_heads for variable in problem.variables)
     shares = uniform_shares(problem.graph, problem.variables, attention=1.0 if only_attention else 0.0)
     name, decrements = "uniform, ends spared", problem.by_share(shares)
-    if element_scores is not None:
-        orders = importance_order(element_scores)
+    if guide.element_scores is not None:
+        orders = importance_order(guide.element_scores)
         starts.append(problem.propose(f"{name}, element-wise order", decrements, orders))
     return [*starts, problem.propose(name, decrements, importance_order(problem.scores))]
 

@@ -46,12 +46,16 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class SearchProblem:
-    """Sizes of the variables are wanted that meet the budget, and an order of the units."""
+    """Sizes of the variables are wanted that meet the budget, and an order of the units.
+
+    dropped: blocks that are removed as a whole, whatever the sizes.
+    """
 
     graph: ModelGraph
     variables: tuple[DecisionVariable, ...]
     scores: Scores
     budget: AnyBudget
+    dropped: tuple[int, ...] = ()
 
     def propose(self, name: str, decrements: Sequence[Decrement], orders: Orders) -> Proposal:
         """The proposal that follows from these decrements. Raises TargetError."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -22,15 +21,11 @@ from saap.core.records import (
     kept_shapes,
     uneven_bundle,
 )
-from saap.models.walk.backend import Progress, silent
 from saap.settings.prune import PrunableRole, SkipLayers, Strategy, unit_roles
-from saap.structure_search.adaptive import adaptive, protected_layers
+from saap.structure_search.adaptive import Evaluator, SearchGuide, adaptive, protected_layers
 from saap.structure_search.allocation import AnyBudget, Proposal, Scores, SearchProblem
-from saap.structure_search.costs import SecondOrder
 from saap.structure_search.strategies import STRATEGIES, importance_order
 from saap.structure_search.variables import build_variables, required_step
-
-Evaluator = Callable[[Mapping[str, tuple[int, ...]], tuple[int, ...]], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,39 +54,24 @@ def search(
     budget: AnyBudget,
     space: SearchSpace,
     strategy: Strategy,
-    *,
-    element_scores: Scores | None = None,
-    costs: SecondOrder | None = None,
-    evaluator: Evaluator | None = None,
-    evaluations: int = 0,
-    seed: int = 0,
-    progress: Progress = silent,
+    guide: SearchGuide | None = None,
 ) -> StructurePlan:
     """Decide how many units each module keeps, and which.
 
-    element_scores (of the element-wise importance alone) and costs (second-order): for the adaptive strategy.
-    evaluator: measured loss of (kept units, dropped blocks); only the adaptive strategy and the role `block` call it,
-    `evaluations` times at most for the former, once per block for the latter.
+    guide: for the adaptive strategy, and its evaluator, called once per block, for the role `block`.
     Raises TargetError if the budget cannot be reached.
     """
-    dropped = _blocks_to_drop(graph, scores, budget, space, evaluator)
+    guide = guide or SearchGuide()
+    dropped = _blocks_to_drop(graph, scores, budget, space, guide.evaluator)
     left = dataclasses.replace(budget, removal=budget.removal - budget.removed(graph, {}, dropped))
     keep: dict[str, tuple[int, ...]] = {}
     trail: tuple[Candidate, ...] = ()
     while left.removal > 0:
         problem = _problem(graph, scores, left, space, dropped)
         if strategy is Strategy.ADAPTIVE:
-            proposal, trail = adaptive(
-                problem,
-                element_scores=element_scores,
-                costs=costs,
-                evaluator=None if evaluator is None else partial(_without_blocks, evaluator, dropped),
-                evaluations=evaluations,
-                seed=seed,
-                progress=progress,
-            )
+            proposal, trail = adaptive(problem, guide)
         else:
-            problem, proposal = _single(problem, space, strategy, dropped)
+            problem, proposal = _single(problem, space, strategy)
         keep = proposal.keep(problem.variables)
         missing = budget.removal - budget.removed(graph, keep, dropped)
         if missing <= 0:
@@ -101,34 +81,33 @@ def search(
     return make_plan(graph, keep, dropped, layout=space.layout, strategy=strategy, align=space.align, trail=trail)
 
 
-def _without_blocks(evaluator: Evaluator, dropped: tuple[int, ...], keep: Mapping[str, tuple[int, ...]]) -> float:
-    return evaluator(keep, dropped)
-
-
 def _problem(
-    graph: ModelGraph, scores: Scores, budget: AnyBudget, space: SearchSpace, skipped: Collection[int]
+    graph: ModelGraph,
+    scores: Scores,
+    budget: AnyBudget,
+    space: SearchSpace,
+    dropped: tuple[int, ...],
+    protected: Collection[int] = (),
 ) -> SearchProblem:
-    """The problem outside `skipped` layers, and those that the space skips."""
-    layers = {*skipped} if space.skip_layers is None else {*skipped, *space.skip_layers.layers(len(graph.blocks))}
+    """The problem outside layers that are dropped, protected, or skipped by the space."""
+    skipped = () if space.skip_layers is None else space.skip_layers.layers(len(graph.blocks))
     variables = build_variables(
         graph,
         roles=unit_roles(space.roles),
         layout=space.layout,
         align=space.align,
-        skipped_layers=layers,
+        skipped_layers={*dropped, *protected, *skipped},
         legal_sizes=space.legal_sizes,
     )
-    return SearchProblem(graph, variables, scores, budget)
+    return SearchProblem(graph, variables, scores, budget, dropped)
 
 
-def _single(
-    whole: SearchProblem, space: SearchSpace, strategy: Strategy, dropped: tuple[int, ...]
-) -> tuple[SearchProblem, Proposal]:
+def _single(whole: SearchProblem, space: SearchSpace, strategy: Strategy) -> tuple[SearchProblem, Proposal]:
     """One strategy's proposal; with both ends protected by default, unless the budget cannot be met so."""
     if space.skip_layers is None and space.layout is Layout.ADAPTIVE:
-        skipped = {*dropped, *protected_layers(len(whole.graph.blocks))}
+        protected = protected_layers(len(whole.graph.blocks))
         with suppress(TargetError):
-            problem = _problem(whole.graph, whole.scores, whole.budget, space, skipped)
+            problem = _problem(whole.graph, whole.scores, whole.budget, space, whole.dropped, protected)
             return problem, STRATEGIES[strategy](problem)
     return whole, STRATEGIES[strategy](whole)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +29,8 @@ from saap.pipeline.shared.inputs import (
 from saap.pipeline.shared.memory import search_evaluations
 from saap.pipeline.shared.targets import Target
 from saap.settings.prune import Importance, Method, PrunableRole, unit_roles
-from saap.structure_search.costs import SecondOrder, second_order_costs
+from saap.structure_search.adaptive import SearchGuide
+from saap.structure_search.costs import second_order_costs
 from saap.structure_search.evaluator import EVALUATED_AT_ONCE, StructureEvaluator
 from saap.structure_search.plan import plan_from_counts, search
 
@@ -78,17 +78,17 @@ def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> 
     searched = any(target.budget and target.name not in found for target in targets)
     plans = []
     with run.tokens.images(run.loaded.model):
-        measured = _measure(run) if searched else None
+        guide = _guide(run, element) if searched else None
         for target in targets:
             path = paths[target.name]
             with run.meter.stage(f"search the structure{_label(targets, target)}"):
                 if target.name in found:
                     plans.append(read_plan(path, run.graph).structure_plan(run.graph))
                     continue
-                evaluator = measured.evaluator if measured is not None and target.budget is not None else None
-                if evaluator is not None and not run.processes.first:
+                evaluator = guide.evaluator if guide is not None and target.budget is not None else None
+                if isinstance(evaluator, StructureEvaluator) and not run.processes.first:
                     evaluator.serve()
-                plan = run.processes.from_first(partial(_plan, run, target, units, element, measured))
+                plan = run.processes.from_first(partial(_plan, run, target, units, guide))
                 run.processes.from_first(partial(write_plan, path, plan, run.graph))
                 plans.append(plan)
         if weighs_tokens(run.config) and not all(plan.removes_nothing(run.graph) for plan in plans):
@@ -115,59 +115,39 @@ def scores_of_choice(run: Run, scores: ImportanceScores) -> dict[str, FloatArray
     return {name: group.element for name, group in scores.groups.items()} | fisher
 
 
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """What the adaptive search knows of the model beside the scores."""
-
-    costs: SecondOrder | None
-    evaluator: StructureEvaluator | None
-
-
-def _measure(run: Run) -> _Measured:
+def _guide(run: Run, element: Mapping[str, UnitScores]) -> SearchGuide:
     """Second-order costs for the adaptive strategy, and the evaluator if structures are to be measured.
 
     Gram matrices larger than the weights are not collected: the search then masks without compensation.
     """
     config, model, graph = run.config, run.loaded.model, run.graph
-    costs = None
+    evaluations, costs, evaluator = search_evaluations(run), None, None
     if finds_costs(config, model, graph):
         with run.meter.stage("find the second-order cost of every unit"):
             tokens, rows = text_of_costs(run.tokens, run.device)
             costs = second_order_costs(run.backend, tokens, micro_batch=rows, ignored=run.tokens.scored.ignored)
-    evaluator = None
-    if needs_measuring(config) and (search_evaluations(run) or PrunableRole.BLOCK in config.roles):
+    if needs_measuring(config) and (evaluations or PrunableRole.BLOCK in config.roles):
         grams, held = None if costs is None else costs.grams, with_written(run, "held")
         at_once = EVALUATED_AT_ONCE if run.loaded.fresh is None else len(held)
         evaluator = StructureEvaluator(run.backend, held, grams, at_once, ignored=run.tokens.held.ignored)
-    return _Measured(costs, evaluator)
-
-
-def _plan(
-    run: Run,
-    target: Target,
-    units: Mapping[str, UnitScores],
-    element: Mapping[str, UnitScores],
-    measured: _Measured | None,
-) -> StructurePlan:
-    config, graph = run.config, run.graph
-    if target.budget is None or measured is None:
-        given = read_plan(config.plan or Path(), graph)
-        return plan_from_counts(graph, units, given.keep, given.dropped_blocks, layout=given.layout, align=given.align)
-    plan = search(
-        graph,
-        units,
-        target.budget,
-        run.space,
-        config.strategy,
+    return SearchGuide(
         element_scores=element if chooses_units(config) else None,
-        costs=measured.costs,
-        evaluator=measured.evaluator,
-        evaluations=search_evaluations(run),
+        costs=costs,
+        evaluator=evaluator,
+        evaluations=evaluations,
         seed=config.seed,
         progress=run.meter.reporter.advance,
     )
-    if measured.evaluator is not None:
-        measured.evaluator.done()
+
+
+def _plan(run: Run, target: Target, units: Mapping[str, UnitScores], guide: SearchGuide | None) -> StructurePlan:
+    config, graph = run.config, run.graph
+    if target.budget is None or guide is None:
+        given = read_plan(config.plan or Path(), graph)
+        return plan_from_counts(graph, units, given.keep, given.dropped_blocks, layout=given.layout, align=given.align)
+    plan = search(graph, units, target.budget, run.space, config.strategy, guide)
+    if isinstance(guide.evaluator, StructureEvaluator):
+        guide.evaluator.done()
     return plan
 
 
