@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from saap.core.errors import UnsupportedModelError
 from saap.core.records import AxisSlice, CoupledGroup, ModelGraph, Role, Side
 from saap.models.structure.linear import contracted_axis, owner
+from saap.models.walk.consumers import unit_channels
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,8 @@ def _add_part(
 ) -> bool:
     """Add one member. Returns whether it makes the group's channels, where it does not read them."""
     module, _ = owner(model, member.tensor)
-    channels = _index(member, group.units, module)
+    device = next(module.parameters()).device
+    channels = unit_channels(member, group.units, device)
     if member.part is not None:
         part = Part(group.name, position, member.axis - 1, channels)
         found.stacked.setdefault(member.tensor, {}).setdefault(member.part, []).append(part)
@@ -100,7 +101,7 @@ def _add_part(
     path = member.tensor.rpartition(".")[0]
     produces = member.axis != contracted_axis(module)
     bias = biases.get((path, _place(member))) if produces else None
-    of_bias = None if bias is None else _index(bias, group.units, module)
+    of_bias = None if bias is None else unit_channels(bias, group.units, device)
     found.linear.setdefault(path, []).append(Part(group.name, position, member.axis, channels, of_bias))
     return produces
 
@@ -124,8 +125,3 @@ def _linear_members(
 
 def _place(member: AxisSlice) -> tuple[int, ...]:
     return (member.offset, member.width, member.stride, member.period, member.jump)
-
-
-def _index(member: AxisSlice, units: int, module: nn.Module) -> Tensor:
-    index = torch.tensor(member.indices(range(units)), dtype=torch.long)
-    return index.view(units, member.width).to(next(module.parameters()).device)

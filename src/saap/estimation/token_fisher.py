@@ -10,7 +10,7 @@ from torch import Tensor
 from saap.core.records import FloatArray
 from saap.models.structure.linear import weight_out_in
 from saap.models.walk.backend import Backend
-from saap.models.walk.consumers import channels_of_units, sole_consumers
+from saap.models.walk.consumers import sole_consumers, unit_channels
 from saap.models.walk.observer import Observation, Observer, Signal
 from saap.models.walk.processes import Processes
 from saap.models.walk.walk import walk
@@ -28,7 +28,7 @@ class TokenFisher(Observer):
     def __init__(self, backend: Backend, tokens: int) -> None:
         self._model, self._tokens = backend.model, tokens
         self._groups = sole_consumers(backend.graph)
-        self._units = {path: channels_of_units(group) for path, group in self._groups.items()}
+        self._units = {path: unit_channels(one.consumers[0], one.units) for path, one in self._groups.items()}
         self._sums = {path: torch.zeros(len(rows), device=backend.device) for path, rows in self._units.items()}
         self.needs = dict.fromkeys(self._groups, Signal.INPUT | Signal.OUTPUT_GRADIENT)
 

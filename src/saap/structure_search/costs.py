@@ -21,7 +21,7 @@ from saap.core.records import IntArray, ModelGraph, UnitScores
 from saap.models.structure.least_squares import removal_order
 from saap.models.structure.linear import weight_out_in
 from saap.models.walk.backend import Backend
-from saap.models.walk.consumers import channels_of_units, sole_consumers
+from saap.models.walk.consumers import sole_consumers, unit_channels
 from saap.models.walk.observer import Observation, Observer, Signal
 from saap.models.walk.processes import Processes
 from saap.models.walk.walk import walk
@@ -99,7 +99,8 @@ class WeightedGrams(Observer):
     def _order(self, path: str, gram: Tensor) -> tuple[Tensor, Tensor]:
         """The units of a group in the order of removal, and the weighted squared error of each."""
         group, weight = self._groups[path], self._weight(path)
-        units, at_once = channels_of_units(group).to(weight.device), max(1, group.units // CURVE_STEPS)
+        units = unit_channels(group.consumers[0], group.units, weight.device)
+        at_once = max(1, group.units // CURVE_STEPS)
         return removal_order(weight, gram / self._tokens, units, group.units, at_once=at_once)
 
     def merge(self, processes: Processes) -> None:

@@ -15,6 +15,7 @@ from saap.models.structure.least_squares import Moments, removal_order, ridge_re
 from saap.models.structure.linear import weight_out_in
 from saap.models.structure.masking import channel_mask
 from saap.models.walk.backend import Backend
+from saap.models.walk.consumers import unit_channels
 from saap.models.walk.offload import mark_changed
 from saap.models.walk.residual import ResidualEntry
 from saap.models.walk.spill import Tensors
@@ -191,8 +192,7 @@ class Refit:
         alone = not consumer.bundle and len({member.tensor for member in group.consumers}) == 1
         if not (alone and settings.second_order and removed and kept):
             return kept
-        rows = [[row for member in group.consumers for row in member.rows(unit)] for unit in range(group.units)]
-        units = torch.tensor(rows, device=weight.device)
+        units = torch.cat([unit_channels(member, group.units, weight.device) for member in group.consumers], dim=1)
         channels = weight.shape[1]
         gram = fit.gram[:channels, :channels] + held_out.gram[:channels, :channels]
         scores = None

@@ -1,11 +1,11 @@
-"""The modules that read the channels of coupled groups."""
+"""Channels of units as indices, and the modules that read them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from saap.core.records import CoupledGroup, ModelGraph, Role
+from saap.core.records import AxisSlice, CoupledGroup, ModelGraph, Role
 
 
 def sole_consumers(graph: ModelGraph) -> dict[str, CoupledGroup]:
@@ -20,6 +20,6 @@ def sole_consumers(graph: ModelGraph) -> dict[str, CoupledGroup]:
     }
 
 
-def channels_of_units(group: CoupledGroup) -> Tensor:
-    """Input channels of each unit in the group's first consumer: (units, width)."""
-    return torch.tensor([list(group.consumers[0].rows(unit)) for unit in range(group.units)])
+def unit_channels(member: AxisSlice, units: int, device: torch.device | None = None) -> Tensor:
+    """Indices of each unit along the member's axis: (units, width)."""
+    return torch.tensor([list(member.rows(unit)) for unit in range(units)], dtype=torch.long, device=device)
