@@ -34,6 +34,7 @@ from saap.core.records import CalibrationSet
 from saap.estimation.calibrate import estimate
 from saap.models.loading.pretrained import load_model
 from saap.models.loading.references import resolve_model
+from saap.models.walk.backend import Backend
 from saap.models.walk.walker import inference_only
 
 MEASUREMENTS = ("graph", "time", "memory")
@@ -63,7 +64,7 @@ def measure_time(options: argparse.Namespace) -> dict[str, float]:
     few = CalibrationSet(sources=("random",), seed=0, tokens=samples.tokens[: max(2, rows)])
     passes: dict[str, Callable[[CalibrationSet], object]] = {
         "plain": lambda tokens: plain_pass(model, tokens.tokens, rows),
-        "estimation": lambda tokens: estimate(model, graph, tokens, micro_batch=rows),
+        "estimation": lambda tokens: estimate(Backend(model, graph), tokens, micro_batch=rows),
     }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in passes}
     for run in passes.values():
@@ -102,7 +103,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, float]:
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     with Peak() as peak:
-        estimate(model, graph, samples, micro_batch=options.micro_batch)
+        estimate(Backend(model, graph), samples, micro_batch=options.micro_batch)
     above = peak.bytes - peak.at_rest
     return {
         "weight_bytes": weights,

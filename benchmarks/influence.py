@@ -23,6 +23,7 @@ from saap.core.records import IntArray, Layout
 from saap.data.placement import SampleRequest
 from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products
+from saap.models.walk.backend import Backend
 from saap.settings.prune import Method
 from saap.structure_search.plan import make_plan
 
@@ -47,7 +48,9 @@ def measure() -> dict[str, Any]:
         whole = perplexity(dense.model, text, leading=dense.leading).value
         for samples, length, seed in DRAWS:
             drawn = draw(dense, VALIDATION, [SampleRequest("scored", samples, length)], seed)["scored"]
-            influence = activation_statistics(dense.model, dense.graph, torch.from_numpy(drawn.tokens)).influence
+            influence = activation_statistics(
+                Backend(dense.model, dense.graph), torch.from_numpy(drawn.tokens)
+            ).influence
             order = [int(block) for block in np.argsort(influence)]
             sets = [sorted(order[:REMOVED]), sorted([*order[: REMOVED - 1], order[REMOVED]])]
             for blocks in sets:

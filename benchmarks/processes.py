@@ -48,6 +48,7 @@ def estimate_once(options: argparse.Namespace) -> None:
     from saap.models.loading.devices import quick_float32_products
     from saap.models.loading.pretrained import load_model
     from saap.models.loading.references import resolve_model
+    from saap.models.walk.backend import Backend
     from saap.models.walk.processes import Processes
 
     torch.set_num_threads(1)
@@ -59,10 +60,10 @@ def estimate_once(options: argparse.Namespace) -> None:
         tokens = np.random.default_rng(0).integers(5, model.config.vocab_size, shape)
         samples = CalibrationSet(sources=("random",), seed=0, tokens=tokens)
         few = CalibrationSet(sources=("random",), seed=0, tokens=tokens[: 2 * processes.count])
-        estimate(model, graph, few, processes=processes)
+        estimate(Backend(model, graph, processes), few)
         processes.barrier()
         start = time.perf_counter()
-        scores = estimate(model, graph, samples, processes=processes)
+        scores = estimate(Backend(model, graph, processes), samples)
         seconds = time.perf_counter() - start
         if processes.first:
             write_scores(options.part.with_suffix(".safetensors"), scores)

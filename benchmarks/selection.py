@@ -26,6 +26,7 @@ from saap.estimation.selection import unit_scores
 from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products
 from saap.models.structure.masking import masked
+from saap.models.walk.backend import Backend
 from saap.pipeline.shared.inputs import RunOptions, open_model
 from saap.settings.prune import ElementOrder, FusionScope, Importance, PrunableRole, Strategy
 from saap.structure_search.objectives import budget_for_ratio
@@ -60,7 +61,7 @@ def main() -> None:
     with quick_float32_products():
         dense = perplexity(loaded.model, test).value
         scores = {
-            order: estimate(loaded.model, graph, tokens["scored"], roles=[Role.FFN], element_order=order)
+            order: estimate(Backend(loaded.model, graph), tokens["scored"], roles=[Role.FFN], element_order=order)
             for order in ElementOrder
         }
         for strategy, importance in ROWS:
@@ -72,7 +73,7 @@ def main() -> None:
             start = time.perf_counter()
             model = copy.deepcopy(loaded.model)
             refit = torch.from_numpy(tokens["refit"].tokens)
-            restore(model, graph, plan, refit, RestoreSettings(second_order=False))
+            restore(Backend(model, graph), plan, refit, RestoreSettings(second_order=False))
             cut(model, graph, plan)
             seconds = time.perf_counter() - start
             row = {

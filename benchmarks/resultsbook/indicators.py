@@ -13,9 +13,10 @@ from saap.core.records import CalibrationSet, FloatArray, ImportanceScores
 from saap.estimation.calibrate import estimate
 from saap.estimation.fusion import fuse
 from saap.estimation.selection import unit_scores
+from saap.models.walk.backend import Backend
 from saap.settings.prune import ElementOrder, FusionScope, Importance, Method
 from saap.structure_search.costs import second_order_costs
-from saap.structure_search.stability import relative_volatility, standardised_fluctuation
+from saap.structure_search.strategies import relative_volatility, standardised_fluctuation
 
 ByGroup = Mapping[str, FloatArray]
 ELEMENTS = {
@@ -29,7 +30,9 @@ STABILITY = ("volatility-z", "volatility-cv")
 
 def all_estimates(dense: Dense, tokens: CalibrationSet) -> dict[ElementOrder, ImportanceScores]:
     """One estimation for each order of the element-wise importance."""
-    return {order: estimate(dense.model, dense.graph, tokens, element_order=order) for order in ELEMENTS.values()}
+    return {
+        order: estimate(Backend(dense.model, dense.graph), tokens, element_order=order) for order in ELEMENTS.values()
+    }
 
 
 def all_indicators(
@@ -53,9 +56,9 @@ def all_indicators(
         "volatility-cv": {n: relative_volatility(u.mean, u.variance) for n, u in fused.items()},
     }
     ids = on_device(tokens, dense.model)
-    costs = second_order_costs(dense.model, graph, ids)
+    costs = second_order_costs(Backend(dense.model, graph), ids)
     found["second-order cost"] = {name: units.mean for name, units in costs.scores.items()}
-    measured = Measurements(dense.model, graph, ids)
+    measured = Measurements(Backend(dense.model, graph), ids)
     for method in (Method.MAGNITUDE, Method.WANDA_SP, Method.FLAP, Method.RANDOM):
         found[str(method)] = {name: np.asarray(v, np.float64) for name, v in BASELINES[method].scores(measured).items()}
     return found

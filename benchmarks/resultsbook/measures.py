@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from scipy import stats
 
-from saap.core.records import FloatArray, GroupScores, ImportanceScores
+from saap.core.records import FloatArray, ImportanceScores
 from saap.estimation.statistics import Moments, merge
 
 Pairs = Sequence[tuple[FloatArray, FloatArray]]
@@ -122,7 +122,7 @@ def log_histogram(values: FloatArray, edges: FloatArray) -> list[float]:
 def merged_scores(first: ImportanceScores, second: ImportanceScores) -> ImportanceScores:
     """Scores over the samples of both, as one estimation over all of them would give."""
     groups = {
-        name: merge(_moments(scores, first.samples), _moments(second.groups[name], second.samples)).scores()
+        name: merge(Moments(first.samples, scores), Moments(second.samples, second.groups[name])).scores
         for name, scores in first.groups.items()
     }
     return dataclasses.replace(
@@ -131,7 +131,3 @@ def merged_scores(first: ImportanceScores, second: ImportanceScores) -> Importan
         losses=np.concatenate([first.losses, second.losses]),
         groups=groups,
     )
-
-
-def _moments(scores: GroupScores, samples: int) -> Moments:
-    return Moments(samples, scores.vector, scores.vector_m2, scores.element, scores.element_m2, scores.comoment)

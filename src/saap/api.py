@@ -18,6 +18,7 @@ from saap.estimation.selection import unit_scores
 from saap.evaluation.generation import BUNDLED
 from saap.models.loading.devices import computable, require_values
 from saap.models.loading.pretrained import model_ref
+from saap.models.walk.backend import Backend
 from saap.models.walk.offload import offloaded
 from saap.models.walk.spill import Spill
 from saap.pipeline.evaluate.run import EvalReport, evaluate_model
@@ -95,13 +96,11 @@ def estimate(
     tokens = calibration_set(calibration, tokenizer, samples=samples, length=sample_length, seed=seed, bos=bos)
     with TemporaryDirectory(prefix="saap-") as folder:
         return _estimate(
-            opened,
-            graph,
+            Backend(opened, graph, spill=Spill(Path(folder)) if offloaded(opened) is not None else None),
             tokens,
             roles=[Role(role) for role in roles],
             element_order=ElementOrder(element_order),
             aggregation=Aggregation(aggregation),
-            spill=Spill(Path(folder)) if offloaded(opened) is not None else None,
         )
 
 

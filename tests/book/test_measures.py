@@ -26,6 +26,7 @@ from saap.core.records import CalibrationSet
 from saap.discovery import discover
 from saap.estimation.calibrate import estimate
 from saap.models.loading.pretrained import model_ref
+from saap.models.walk.backend import Backend
 
 
 def test_rank_correlation_by_hand():
@@ -97,7 +98,7 @@ def test_scores_of_two_parts_are_those_of_the_whole():
     tokens = torch.randint(0, tiny.VOCABULARY, (5, 16), generator=torch.Generator().manual_seed(0)).numpy()
 
     def scores(rows: np.ndarray):
-        return estimate(model, graph, CalibrationSet(sources=("made",), seed=0, tokens=rows), micro_batch=1)
+        return estimate(Backend(model, graph), CalibrationSet(sources=("made",), seed=0, tokens=rows), micro_batch=1)
 
     whole, merged = scores(tokens), merged_scores(scores(tokens[:2]), scores(tokens[2:]))
     assert merged.samples == 5

@@ -242,8 +242,7 @@ def test_activations_go_to_the_host_or_where_it_is_small_to_the_disk(
         )
         spill = memory.restoration_spill(loaded, PruneConfig(pruning_ratios=(0.2,)), tmp_path)
         assert isinstance(spill, kind)
-        kept = spill.empty()
-        kept.append(torch.arange(6).reshape(2, 3).to("lazy"))
+        kept = spill.keep([torch.arange(6).reshape(2, 3).to("lazy")])
         assert kept[0].device.type == "lazy"
         assert kept[0].cpu().tolist() == [[0, 1, 2], [3, 4, 5]]
 

@@ -20,10 +20,12 @@ from saap.estimation.calibrate import estimate
 from saap.estimation.selection import unit_scores
 from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products
+from saap.models.walk.backend import Backend
 from saap.reporting.figures import Figure
 from saap.settings.prune import EFFORTS, Effort, FusionScope, Importance, PrunableRole, Strategy
+from saap.structure_search.adaptive import SearchGuide
 from saap.structure_search.costs import SecondOrder, second_order_costs
-from saap.structure_search.evaluator import StructureJudge
+from saap.structure_search.evaluator import StructureEvaluator
 from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace, search
 from saap.surgery.cut import cut
@@ -51,7 +53,7 @@ class Prepared:
     units: Mapping[str, UnitScores]
     element: Mapping[str, UnitScores]
     costs: SecondOrder
-    judge: StructureJudge
+    evaluator: StructureEvaluator
     refit: torch.Tensor
 
 
@@ -106,15 +108,15 @@ def prepare(dense: Dense, chosen: Values, seed: int) -> Prepared:
     ]
     samples = draw(dense, VALIDATION, requests, seed)
     drawn = {name: on_device(found, dense.model) for name, found in samples.items()}
-    scores = estimate(dense.model, dense.graph, samples["scored"])
-    costs = second_order_costs(dense.model, dense.graph, drawn["refit"], micro_batch=1)
+    scores = estimate(Backend(dense.model, dense.graph), samples["scored"])
+    costs = second_order_costs(Backend(dense.model, dense.graph), drawn["refit"], micro_batch=1)
     return Prepared(
         dense=dense,
         scores=scores,
         units=unit_scores(scores, dense.graph, Importance.FUSED, FusionScope.LAYER_ROLE),
         element=unit_scores(scores, dense.graph, Importance.ELEMENT2, FusionScope.LAYER_ROLE),
         costs=costs,
-        judge=StructureJudge(dense.model, dense.graph, drawn["held"], costs.grams),
+        evaluator=StructureEvaluator(Backend(dense.model, dense.graph), drawn["held"], costs.grams),
         refit=drawn["refit"],
     )
 
@@ -132,11 +134,13 @@ def plan_without(prepared: Prepared, name: str, candidates: int, seed: int) -> S
         budget_for_ratio(graph, RATIO),
         space,
         Strategy.ADAPTIVE,
-        element_scores=prepared.element,
-        costs=None if name == "module-ratios" else prepared.costs,
-        judge=prepared.judge if measured else None,
-        evaluations=candidates if measured else 0,
-        seed=seed,
+        SearchGuide(
+            element_scores=prepared.element,
+            costs=None if name == "module-ratios" else prepared.costs,
+            evaluator=prepared.evaluator if measured else None,
+            evaluations=candidates if measured else 0,
+            seed=seed,
+        ),
     )
 
 
@@ -150,7 +154,7 @@ def made(prepared: Prepared, plan: StructurePlan, name: str) -> nn.Module:
             scores=None if name == "local-choice" else elements,
             residual_target=name != "residual-target",
         )
-        restore(model, prepared.dense.graph, plan, prepared.refit, how)
+        restore(Backend(model, prepared.dense.graph), plan, prepared.refit, how)
     cut(model, prepared.dense.graph, plan)
     return model
 

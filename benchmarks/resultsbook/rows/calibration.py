@@ -20,6 +20,7 @@ from saap.estimation.calibrate import estimate
 from saap.estimation.fusion import fuse
 from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products
+from saap.models.walk.backend import Backend
 from saap.reporting.figures import Figure
 from saap.settings.prune import FusionScope
 
@@ -141,7 +142,7 @@ def scores_up_to(
     if found is not None and done >= wanted:
         return found if done == wanted else scores_up_to(dense, samples, None, wanted)
     part = CalibrationSet(sources=samples.sources, seed=samples.seed, tokens=samples.tokens[done:wanted])
-    more = estimate(dense.model, dense.graph, part)
+    more = estimate(Backend(dense.model, dense.graph), part)
     return more if found is None else merged_scores(found, more)
 
 

@@ -31,6 +31,7 @@ from saap.estimation.fusion import FusionMethod, fuse
 from saap.estimation.selection import unit_scores
 from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products
+from saap.models.walk.backend import Backend
 from saap.reporting.figures import Figure
 from saap.settings.prune import FusionScope, Importance, Strategy
 
@@ -62,7 +63,7 @@ def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Valu
     tokens = draw(dense, VALIDATION, [samples], seed=0)["scored"]
     with quick_float32_products():
         start = time.perf_counter()
-        scores = estimate(dense.model, dense.graph, tokens)
+        scores = estimate(Backend(dense.model, dense.graph), tokens)
         seconds = time.perf_counter() - start
         every = all_importances(dense, scores)
         text = measured_text(dense, "wikitext2", chosen["measured tokens"])

@@ -28,6 +28,7 @@ from saap.estimation.calibrate import estimate
 from saap.estimation.fusion import fuse
 from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products
+from saap.models.walk.backend import Backend
 from saap.pipeline.shared.inputs import RunOptions, open_model
 from saap.reporting.figures import Figure
 from saap.settings.prune import FusionScope
@@ -87,7 +88,7 @@ def measure(request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, Valu
 def _cut(dense: Dense, texts: Mapping[str, IntArray], calibration: str, chosen: Values) -> dict[str, float]:
     request = SampleRequest("scored", chosen["samples"], chosen["sample length"])
     samples = draw(dense, files_of(calibration, list(texts)), [request], chosen["seed"])["scored"]
-    scores = estimate(dense.model, dense.graph, samples)
+    scores = estimate(Backend(dense.model, dense.graph), samples)
     plan = plan_for(dense, fuse(scores, dense.graph, FusionScope.LAYER_ROLE), RATIO)
     return {language: masked_perplexity(dense, plan, ids) for language, ids in texts.items()}
 

@@ -1,4 +1,4 @@
-"""What "enough" means: every target becomes the number of parameters that must leave."""
+"""What "enough" means: every target becomes the number of parameters to remove."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from saap.core.records import ModelGraph, count_parameters, kept_shapes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """At least `removal` parameters must leave: of the decoder blocks, or (`whole_model`) of the whole model."""
+    """At least `removal` parameters must be removed: of the decoder blocks, or (`whole_model`) of the whole model."""
 
     removal: int
     whole_model: bool = False
@@ -21,7 +21,7 @@ class Budget:
     def removed(
         self, graph: ModelGraph, keep: Mapping[str, tuple[int, ...] | int], dropped_blocks: Iterable[int] = ()
     ) -> int:
-        """Parameters that count and leave with this structure."""
+        """Parameters that count and that this structure removes."""
         shapes = kept_shapes(graph, keep, dropped_blocks)
         if self.whole_model:
             return graph.parameters - count_parameters(shapes)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -22,14 +22,10 @@ from saap.core.records import (
     uneven_bundle,
 )
 from saap.settings.prune import PrunableRole, SkipLayers, Strategy, unit_roles
-from saap.structure_search.adaptive import adaptive, spared_ends
-from saap.structure_search.allocation import AnyBudget
-from saap.structure_search.costs import SecondOrder
-from saap.structure_search.slots import Slot, build_slots, required_step
-from saap.structure_search.strategies import STRATEGIES, Proposal, importance_order
-
-Scores = Mapping[str, UnitScores]
-Judge = Callable[[Mapping[str, tuple[int, ...]], tuple[int, ...]], float]
+from saap.structure_search.adaptive import Evaluator, SearchGuide, adaptive, protected_layers
+from saap.structure_search.allocation import AnyBudget, Proposal, Scores, SearchProblem
+from saap.structure_search.strategies import STRATEGIES, importance_order
+from saap.structure_search.variables import build_variables, required_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,53 +54,62 @@ def search(
     budget: AnyBudget,
     space: SearchSpace,
     strategy: Strategy,
-    *,
-    element_scores: Scores | None = None,
-    costs: SecondOrder | None = None,
-    judge: Judge | None = None,
-    evaluations: int = 0,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    guide: SearchGuide | None = None,
 ) -> StructurePlan:
-    """Decide how much each module gives and which units go.
+    """Decide how many units each module keeps, and which.
 
-    element_scores (of the element-wise importance alone) and costs (second-order): for the adaptive strategy. judge:
-    measured loss of (kept units, dropped blocks); only the adaptive strategy and the role `block` ask it,
-    `evaluations` times at most for the former, once per block for the latter.
+    guide: for the adaptive strategy, and its evaluator, called once per block, for the role `block`.
     Raises TargetError if the budget cannot be reached.
     """
-    dropped = _blocks_to_drop(graph, scores, budget, space, judge)
+    guide = guide or SearchGuide()
+    dropped = _blocks_to_drop(graph, scores, budget, space, guide.evaluator)
     left = dataclasses.replace(budget, removal=budget.removal - budget.removed(graph, {}, dropped))
     keep: dict[str, tuple[int, ...]] = {}
     trail: tuple[Candidate, ...] = ()
     while left.removal > 0:
+        problem = _problem(graph, scores, left, space, dropped)
         if strategy is Strategy.ADAPTIVE:
-            slots = _slots(graph, space, dropped, spare=False)
-            proposal, trail = adaptive(
-                graph,
-                slots,
-                scores,
-                left,
-                element_scores=element_scores,
-                costs=costs,
-                judge=None if judge is None else partial(_judged, judge, dropped),
-                evaluations=evaluations,
-                seed=seed,
-                progress=progress,
-            )
+            proposal, trail = adaptive(problem, guide)
         else:
-            slots, proposal = _single(graph, scores, left, space, strategy, dropped)
-        keep = proposal.keep(slots)
+            problem, proposal = _single(problem, space, strategy)
+        keep = proposal.keep(problem.variables)
         missing = budget.removal - budget.removed(graph, keep, dropped)
         if missing <= 0:
             break
-        # Channels of the whole model also lie in the blocks that are dropped: ask for what was counted twice.
+        # Channels of the whole model also lie in the blocks that are dropped: request what was counted twice.
         left = dataclasses.replace(left, removal=left.removal + missing)
     return make_plan(graph, keep, dropped, layout=space.layout, strategy=strategy, align=space.align, trail=trail)
 
 
-def _judged(judge: Judge, dropped: tuple[int, ...], keep: Mapping[str, tuple[int, ...]]) -> float:
-    return judge(keep, dropped)
+def _problem(
+    graph: ModelGraph,
+    scores: Scores,
+    budget: AnyBudget,
+    space: SearchSpace,
+    dropped: tuple[int, ...],
+    protected: Collection[int] = (),
+) -> SearchProblem:
+    """The problem outside layers that are dropped, protected, or skipped by the space."""
+    skipped = () if space.skip_layers is None else space.skip_layers.layers(len(graph.blocks))
+    variables = build_variables(
+        graph,
+        roles=unit_roles(space.roles),
+        layout=space.layout,
+        align=space.align,
+        skipped_layers={*dropped, *protected, *skipped},
+        legal_sizes=space.legal_sizes,
+    )
+    return SearchProblem(graph, variables, scores, budget, dropped)
+
+
+def _single(whole: SearchProblem, space: SearchSpace, strategy: Strategy) -> tuple[SearchProblem, Proposal]:
+    """One strategy's proposal; with both ends protected by default, unless the budget cannot be met so."""
+    if space.skip_layers is None and space.layout is Layout.ADAPTIVE:
+        protected = protected_layers(len(whole.graph.blocks))
+        with suppress(TargetError):
+            problem = _problem(whole.graph, whole.scores, whole.budget, space, whole.dropped, protected)
+            return problem, STRATEGIES[strategy](problem)
+    return whole, STRATEGIES[strategy](whole)
 
 
 def make_plan(
@@ -198,40 +203,10 @@ def plan_from_counts(
     return make_plan(graph, chosen, tuple(sorted(dropped_blocks)), layout=layout, strategy="edited plan", align=align)
 
 
-def _slots(graph: ModelGraph, space: SearchSpace, dropped: Sequence[int], *, spare: bool) -> tuple[Slot, ...]:
-    skipped = set(dropped)
-    if space.skip_layers is not None:
-        skipped |= set(space.skip_layers.layers(len(graph.blocks)))
-    elif spare and space.layout is Layout.ADAPTIVE:
-        skipped |= set(spared_ends(len(graph.blocks)))
-    return build_slots(
-        graph,
-        roles=unit_roles(space.roles),
-        layout=space.layout,
-        align=space.align,
-        skipped_layers=skipped,
-        legal_sizes=space.legal_sizes,
-    )
-
-
-def _single(
-    graph: ModelGraph, scores: Scores, budget: AnyBudget, space: SearchSpace, strategy: Strategy, dropped: Sequence[int]
-) -> tuple[tuple[Slot, ...], Proposal]:
-    """One strategy's proposal; where the ends are spared by default and it cannot be reached so, without sparing."""
-    slots = _slots(graph, space, dropped, spare=True)
-    try:
-        return slots, STRATEGIES[strategy](graph, slots, scores, budget)
-    except TargetError:
-        if space.skip_layers is not None:
-            raise
-        slots = _slots(graph, space, dropped, spare=False)
-        return slots, STRATEGIES[strategy](graph, slots, scores, budget)
-
-
 def _blocks_to_drop(
-    graph: ModelGraph, scores: Scores, budget: AnyBudget, space: SearchSpace, judge: Judge | None
+    graph: ModelGraph, scores: Scores, budget: AnyBudget, space: SearchSpace, evaluator: Evaluator | None
 ) -> tuple[int, ...]:
-    """Whole blocks that leave: as many as fit into the budget, or, alone, until it is reached.
+    """Whole blocks to drop: as many as fit into the budget, or, alone, until it is reached.
 
     Ordered by the measured loss of dropping each block alone, or by the mean importance of its units.
     Raises TargetError if even all blocks but one are not enough.
@@ -240,7 +215,7 @@ def _blocks_to_drop(
         return ()
     skipped = set() if space.skip_layers is None else set(space.skip_layers.layers(len(graph.blocks)))
     eligible = [layer for layer in range(len(graph.blocks)) if layer not in skipped]
-    losses = {layer: _block_loss(graph, scores, layer, judge) for layer in eligible}
+    losses = {layer: _block_loss(graph, scores, layer, evaluator) for layer in eligible}
     alone = len(space.roles) == 1
     dropped: list[int] = []
     for layer in sorted(eligible, key=lambda layer: losses[layer])[: len(graph.blocks) - 1]:
@@ -255,7 +230,7 @@ def _blocks_to_drop(
     return tuple(sorted(dropped))
 
 
-def _block_loss(graph: ModelGraph, scores: Scores, layer: int, judge: Judge | None) -> float:
-    if judge is not None:
-        return judge({}, (layer,))
+def _block_loss(graph: ModelGraph, scores: Scores, layer: int, evaluator: Evaluator | None) -> float:
+    if evaluator is not None:
+        return evaluator({}, (layer,))
     return float(np.mean([scores[group.name].mean.mean() for group in graph.in_block(layer) if group.name in scores]))

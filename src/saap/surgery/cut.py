@@ -17,7 +17,7 @@ from saap.models.checkpoint.differences import PrunedStructure, argument_slice, 
 from saap.models.checkpoint.modeling_pruned import ArgumentSlice, ConstantOutput, resize, set_attribute
 from saap.models.structure.norms import constant_share, scaled_weight
 from saap.models.walk.arguments import unit_axis
-from saap.models.walk.offload import bring, mark_changed
+from saap.models.walk.offload import mark_changed, onload
 from saap.surgery.depth import drop_blocks
 
 
@@ -55,7 +55,7 @@ def cut_group(model: nn.Module, group: CoupledGroup, kept: Sequence[int]) -> Non
     if len(kept) == group.units:
         return
     slices = _argument_slices(model, group, kept or (0,))
-    bring(model, group.members[0].tensor)
+    onload(model, group.members[0].tensor)
     if not kept:
         _empty(model, group)
     for (tensor, axis), members in _by_axis(group.members).items():
@@ -89,7 +89,7 @@ def cut_bundle(model: nn.Module, groups: Sequence[CoupledGroup], plan: Structure
 
     groups: all groups of one bundle; they keep the same number. Raises PlanError if they would keep nothing.
     """
-    bring(model, groups[0].members[0].tensor)
+    onload(model, groups[0].members[0].tensor)
     places: dict[tuple[str, int], dict[int, list[AxisSlice]]] = defaultdict(lambda: defaultdict(list))
     owners: dict[int, CoupledGroup] = {}
     for group in groups:

@@ -31,7 +31,7 @@ from saap.pipeline.prune.result import PruneReport, PruneResult, load_lines, str
 from saap.pipeline.prune.speed_target import diagnose_speed, reached_speed
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.diagnosis import diagnose_importance, diagnose_memory, diagnose_result, diagnose_search
-from saap.pipeline.shared.memory import forget_changed, forget_weights, open_result, release, spill_of
+from saap.pipeline.shared.memory import forget_changed, forget_weights, open_result, release
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.stages import CUT, MEASURE, TIME_RESULT
 from saap.pipeline.shared.targets import Target, finished_report, place_finished
@@ -99,7 +99,7 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
     away = offloaded(model)
     if away is not None:
         away.round_to(dtype)
-    for parameter in model.parameters() if away is None else away.always_here(model):
+    for parameter in model.parameters() if away is None else away.always_onloaded(model):
         if parameter.dtype.is_floating_point and parameter.dtype != dtype:
             parameter.copy_(parameter.to(dtype).to(parameter.dtype))
 
@@ -121,7 +121,7 @@ def finish(run: Run, target: Target, made: Made, scores: ImportanceScores, dense
             _check_same(expected, _logits_of_written(run, model, target), target)
         if model is None:
             raise VerificationError("The pruned model is neither in memory nor in the work folder", "Run again")
-        pruned = observe(model, run.loaded.tokenizer, run.tokens, spill_of(run))
+        pruned = observe(model, run.loaded.tokenizer, run.tokens, run.spill)
     speed = None
     if isinstance(target.budget, TimeBudget):
         with run.meter.stage(TIME_RESULT):

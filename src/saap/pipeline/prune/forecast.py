@@ -17,8 +17,8 @@ from saap.core.records import StructurePlan
 from saap.data.generated import random_starts, sample_from_model
 from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products, quick_products
+from saap.models.walk.consumers import sole_consumers
 from saap.models.walk.spill import Spill
-from saap.models.walk.token_fisher import measurable
 from saap.pipeline.prune.planning import estimated, token_scores, unit_costs
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import (
@@ -273,7 +273,7 @@ class _Trial:
 
 def _costs(run: Run) -> StageForecast:
     """Second-order costs: the walk over a few micro-batches, and the order of the units of one block."""
-    modules = measurable(run.graph)
+    modules = list(sole_consumers(run.graph).values())
     ordered = sum(group.layer == modules[0].layer for group in modules)
     with run.meter.stage("try: find costs"), suppress(_EnoughError), run.tokens.images(run.loaded.model):
         trial = _Trial.of(run, ordered)
@@ -308,13 +308,12 @@ def _restoration(run: Run, targets: Sequence[Target], base: Peak) -> tuple[float
         if done == probed:
             raise _EnoughError
 
-    settings = RestoreSettings(
-        second_order=needed.second_order and chooses_units(run.config),
-        products=quick_products(run.device, run.loaded.dtype),
-    )
+    settings = RestoreSettings(second_order=needed.second_order and chooses_units(run.config))
     spill = restoration_spill(run.loaded, run.config, run.work.file("spill"))
     with run.meter.stage("try: restore"), suppress(_EnoughError), run.tokens.images(run.loaded.model):
-        restore(run.loaded.model, run.graph, _even_plan(run, targets), tokens, settings, stop, spill=spill)
+        products = quick_products(run.device, run.loaded.dtype)
+        backend = dataclasses.replace(run.backend, spill=spill, products=products, progress=stop)
+        restore(backend, _even_plan(run, targets), tokens, settings)
     tried = Peak.of(run.meter.stages[-1])
     scale = needed.refit_sequences * needed.refit_length / tokens.numel()
     # what is kept elsewhere grows with the tokens there: in the host's memory, or on the disk

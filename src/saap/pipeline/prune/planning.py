@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from saap.core.records import (
 from saap.core.storage import read_plan, read_scores, write_plan, write_scores, write_whole
 from saap.estimation.calibrate import estimate
 from saap.estimation.selection import unit_scores
-from saap.estimation.token_fisher import felt_scores
+from saap.estimation.token_fisher import token_fisher_scores
 from saap.models.loading.devices import quick_products
 from saap.pipeline.prune.baselines import baseline_scores, measurements
 from saap.pipeline.prune.generated_text import with_written
@@ -36,15 +35,13 @@ from saap.pipeline.shared.inputs import (
     text_of_costs,
     weighs_tokens,
 )
-from saap.pipeline.shared.memory import (
-    search_evaluations,
-    spill_of,
-)
+from saap.pipeline.shared.memory import search_evaluations
 from saap.pipeline.shared.stages import ESTIMATE, FIND_COSTS, SEARCH, WEIGH_TOKENS
 from saap.pipeline.shared.targets import Target
 from saap.settings.prune import Importance, Method, PrunableRole, unit_roles
+from saap.structure_search.adaptive import SearchGuide
 from saap.structure_search.costs import SecondOrder, second_order_costs
-from saap.structure_search.evaluator import JUDGED_AT_ONCE, StructureJudge
+from saap.structure_search.evaluator import EVALUATED_AT_ONCE, StructureEvaluator
 from saap.structure_search.plan import plan_from_counts, search
 
 Progress = Callable[[int, int], None]
@@ -76,9 +73,8 @@ def estimated(run: Run, calibration: CalibrationSet) -> ImportanceScores:
     """The scores of a run's own method, on these samples."""
     with run.tokens.images(run.loaded.model):
         return estimate(
-            run.loaded.model, run.graph, calibration, roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
-            element_order=run.config.element_score, aggregation=run.config.aggregation, spill=spill_of(run),
-            progress=run.meter.reporter.advance, processes=run.processes,
+            run.backend, calibration, roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
+            element_order=run.config.element_score, aggregation=run.config.aggregation,
         )  # fmt: skip
 
 
@@ -97,17 +93,17 @@ def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> 
     searched = any(target.budget and target.name not in found for target in targets)
     plans = []
     with run.tokens.images(run.loaded.model):
-        measured = _measure(run) if searched else None
+        guide = _guide(run, element) if searched else None
         for target in targets:
             path = paths[target.name]
             with run.meter.stage(SEARCH, target.name if len(targets) > 1 else ""):
                 if target.name in found:
                     plans.append(read_plan(path, run.graph).structure_plan(run.graph))
                     continue
-                judge = measured.judge if measured is not None and target.budget is not None else None
-                if judge is not None and not run.processes.first:
-                    judge.serve()
-                plan = run.processes.broadcast_result(partial(_plan, run, target, units, element, measured))
+                evaluator = guide.evaluator if guide is not None and target.budget is not None else None
+                if isinstance(evaluator, StructureEvaluator) and not run.processes.first:
+                    evaluator.serve()
+                plan = run.processes.broadcast_result(partial(_plan, run, target, units, guide))
                 run.processes.broadcast_result(partial(write_plan, path, plan, run.graph))
                 plans.append(plan)
         if weighs_tokens(run.config) and not all(plan.removes_nothing(run.graph) for plan in plans):
@@ -116,7 +112,7 @@ def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> 
 
 
 def _weigh_tokens(run: Run) -> None:
-    """Put the token-level Fisher scores into the work folder, if they are not there."""
+    """Put the token-level Fisher importance of each unit into the work folder, if it is not there."""
     path = run.work.file(WEIGH_TOKENS.file)
     if run.processes.broadcast_result(path.exists):
         return
@@ -127,82 +123,56 @@ def _weigh_tokens(run: Run) -> None:
 
 def token_scores(run: Run, tokens: torch.Tensor, micro_batch: int, progress: Progress) -> dict[str, FloatArray]:
     """By group, the token-level Fisher importance of each unit."""
-    return felt_scores(
-        run.loaded.model, run.graph, tokens, micro_batch=micro_batch, ignored=run.tokens.refit.ignored,
-        spill=spill_of(run), progress=progress, processes=run.processes,
-        products=quick_products(run.device, run.loaded.dtype),
-    )  # fmt: skip
+    products = quick_products(run.device, run.loaded.dtype)
+    backend = dataclasses.replace(run.backend, products=products, progress=progress)
+    return token_fisher_scores(backend, tokens, micro_batch=micro_batch, ignored=run.tokens.refit.ignored)
 
 
 def unit_costs(run: Run, tokens: torch.Tensor, micro_batch: int, progress: Progress) -> SecondOrder:
     """Second-order costs of all units."""
-    return second_order_costs(
-        run.loaded.model, run.graph, tokens, micro_batch=micro_batch, ignored=run.tokens.scored.ignored,
-        spill=spill_of(run), progress=progress, processes=run.processes,
-    )  # fmt: skip
+    backend = dataclasses.replace(run.backend, progress=progress)
+    return second_order_costs(backend, tokens, micro_batch=micro_batch, ignored=run.tokens.scored.ignored)
 
 
 def scores_of_choice(run: Run, scores: ImportanceScores) -> dict[str, FloatArray]:
-    """By group, what the restoration's choice of units weighs in: scores token by token, or else element-wise ones."""
+    """By group, what the choice of units weighs in: token-level Fisher importance, or else the element-wise scores."""
     path = run.work.file(WEIGH_TOKENS.file)
-    felt = load_file(path) if weighs_tokens(run.config) and path.exists() else {}
-    return {name: group.element for name, group in scores.groups.items()} | felt
+    fisher = load_file(path) if weighs_tokens(run.config) and path.exists() else {}
+    return {name: group.element for name, group in scores.groups.items()} | fisher
 
 
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """What the adaptive search knows of the model besides the scores."""
-
-    costs: SecondOrder | None
-    judge: StructureJudge | None
-
-
-def _measure(run: Run) -> _Measured:
-    """Second-order costs for the adaptive strategy, and the judge if structures are to be measured.
+def _guide(run: Run, element: Mapping[str, UnitScores]) -> SearchGuide:
+    """Second-order costs for the adaptive strategy, and the evaluator if structures are to be measured.
 
     Gram matrices larger than the weights are not collected: the search then masks without compensation.
     """
     config, model, graph = run.config, run.loaded.model, run.graph
-    costs = None
+    evaluations, costs, evaluator = search_evaluations(run), None, None
     if finds_costs(config, model, graph):
         with run.meter.stage(FIND_COSTS):
             costs = unit_costs(run, *text_of_costs(run.tokens, run.device), run.meter.reporter.advance)
-    judge = None
-    if needs_measuring(config) and (search_evaluations(run) or PrunableRole.BLOCK in config.roles):
+    if needs_measuring(config) and (evaluations or PrunableRole.BLOCK in config.roles):
         grams, held = None if costs is None else costs.grams, with_written(run, "held")
-        at_once = JUDGED_AT_ONCE if run.loaded.fresh is None else len(held)
-        judge = StructureJudge(
-            model, graph, held, grams, at_once, ignored=run.tokens.held.ignored, processes=run.processes
-        )
-    return _Measured(costs, judge)
+        at_once = EVALUATED_AT_ONCE if run.loaded.fresh is None else len(held)
+        evaluator = StructureEvaluator(run.backend, held, grams, at_once, ignored=run.tokens.held.ignored)
+    return SearchGuide(
+        element_scores=element if chooses_units(config) else None,
+        costs=costs,
+        evaluator=evaluator,
+        evaluations=evaluations,
+        seed=config.seed,
+        progress=run.meter.reporter.advance,
+    )
 
 
-def _plan(
-    run: Run,
-    target: Target,
-    units: Mapping[str, UnitScores],
-    element: Mapping[str, UnitScores],
-    measured: _Measured | None,
-) -> StructurePlan:
+def _plan(run: Run, target: Target, units: Mapping[str, UnitScores], guide: SearchGuide | None) -> StructurePlan:
     config, graph = run.config, run.graph
-    if target.budget is None or measured is None:
+    if target.budget is None or guide is None:
         given = read_plan(config.plan or Path(), graph)
         return plan_from_counts(
             graph, units, given.keep(graph), given.dropped_blocks, layout=given.layout, align=given.align
         )
-    plan = search(
-        graph,
-        units,
-        target.budget,
-        run.space,
-        config.strategy,
-        element_scores=element if chooses_units(config) else None,
-        costs=measured.costs,
-        judge=measured.judge,
-        evaluations=search_evaluations(run),
-        seed=config.seed,
-        progress=run.meter.reporter.advance,
-    )
-    if measured.judge is not None:
-        measured.judge.done()
+    plan = search(graph, units, target.budget, run.space, config.strategy, guide)
+    if isinstance(guide.evaluator, StructureEvaluator):
+        guide.evaluator.done()
     return plan

@@ -54,7 +54,6 @@ from saap.pipeline.shared.memory import (
     refuse_offloaded,
     require_alone,
     restoration_spill,
-    spill_of,
 )
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.outcome import Behaviour, observe
@@ -285,7 +284,7 @@ def _dense_behaviour(run: Run) -> Behaviour:
     saved = run.work.read_json(MEASURE_DENSE.file)
     if saved is not None:
         return Behaviour(**saved)
-    dense = observe(run.loaded.model, run.loaded.tokenizer, run.tokens, spill_of(run))
+    dense = observe(run.loaded.model, run.loaded.tokenizer, run.tokens, run.spill)
     run.work.write_json(MEASURE_DENSE.file, dense.model_dump())
     return dense
 
@@ -314,18 +313,11 @@ def cut_and_restore(
     errors: Mapping[str, float] = {}
     biases = run.processes.broadcast_result(lambda: biases_for(run, model, plan, found))
     if run.config.restore and not plan.removes_nothing(run.graph):
-        tokens, settings = refit_tokens(run), restore_settings(run, scores)
+        spill = restoration_spill(run.loaded, run.config, run.work.file("spill"))
+        products = quick_products(run.device, run.loaded.dtype)
+        backend = dataclasses.replace(run.backend, model=model, spill=spill, products=products)
         with run.tokens.images(model):
-            restoration = restore(
-                model,
-                run.graph,
-                plan,
-                tokens,
-                settings,
-                run.meter.reporter.advance,
-                run.processes,
-                spill=restoration_spill(run.loaded, run.config, run.work.file("spill")),
-            )
+            restoration = restore(backend, plan, refit_tokens(run), restore_settings(run, scores))
         plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
     cut(model, run.graph, plan)
     compensate(run, model, biases)
@@ -334,10 +326,9 @@ def cut_and_restore(
 
 def restore_settings(run: Run, scores: ImportanceScores) -> RestoreSettings:
     """How the run restores. The second-order choice of units weighs scores in."""
-    products = quick_products(run.device, run.loaded.dtype)
     if not (chooses_units(run.config) and run.config.effort_settings.second_order):
-        return RestoreSettings(second_order=False, products=products)
-    return RestoreSettings(scores=scores_of_choice(run, scores), products=products)
+        return RestoreSettings(second_order=False)
+    return RestoreSettings(scores=scores_of_choice(run, scores))
 
 
 def _itself(model: nn.Module) -> nn.Module:

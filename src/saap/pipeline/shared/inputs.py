@@ -116,7 +116,7 @@ class TokenSets:
 
 
 def text_of_costs(tokens: TokenSets, device: torch.device) -> tuple[torch.Tensor, int]:
-    """The calibration text (sequences, length) for token-level scores, and the rows of a micro-batch.
+    """The calibration text (sequences, length) for token-level sensitivities, and the rows of a micro-batch.
 
     A part of the restoration's: longer than the scored samples, in tokens, without which a Gram matrix makes units look
     cheap, and in context, without which heads do. Where there is less of it, the scored samples have to do.

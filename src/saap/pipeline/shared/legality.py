@@ -11,7 +11,6 @@ from saap.core.errors import LayoutError, SaapError, UnsupportedModelError, firs
 from saap.core.records import Layout, ModelGraph, Role
 from saap.evaluation.perplexity import model_logits
 from saap.models.checkpoint.stock_config import uniform_config
-from saap.models.walk.layerwise import inputs_of_blocks
 from saap.models.walk.probe import trial_ids
 from saap.models.walk.walker import BlockWalker, inference_only
 from saap.settings.prune import PrunableRole, PruneConfig, unit_roles
@@ -36,7 +35,7 @@ def check_walk(model: nn.Module, blocks: Sequence[str]) -> None:
             walker = BlockWalker(model, blocks)
             stream = walker.start(ids)
             for _ in range(2):  # a block that remembers its last call gives something else the second time
-                _, hidden = inputs_of_blocks(walker, stream)
+                hidden = walker.run_blocks(stream)
             found = walker.logits(hidden[1:, :5]).float().to(expected.device)
             difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
     except SaapError:

@@ -300,11 +300,6 @@ def check_disk(run: Run, targets: Sequence[Target]) -> None:
     check_place(run.options.out, needed)
 
 
-def spill_of(run: Run) -> Spill | None:
-    """Where a run keeps activations: in its work folder if the weights are in their files, else in memory."""
-    return Spill(run.work.file("spill")) if offloaded(run.loaded.model) is not None else None
-
-
 def restoration_spill(loaded: LoadedModel, config: PruneConfig, folder: Path) -> Spill | HostSpill | None:
     """Where the restoration keeps its activations: with the weights (None), in the host's memory, or in a folder."""
     if not loaded.spills:

@@ -43,7 +43,7 @@ ESTIMATE = Stage(
 FIND_COSTS = Stage("find the second-order cost of every unit", ("model", "graph", "tokens"), ("costs",))
 SEARCH = Stage("search the structure", ("graph", "scores"), ("plan",), "plan-{target}.json")
 WEIGH_TOKENS = Stage(
-    "weigh every unit token by token", ("model", "graph", "tokens"), ("token scores",), "felt.safetensors"
+    "weigh every unit token by token", ("model", "graph", "tokens"), ("token scores",), "token_fisher.safetensors"
 )
 CUT = Stage("cut, block by block", ("model", "plan"), ("pruned model",), "model-{target}.json")
 RESTORE = Stage(

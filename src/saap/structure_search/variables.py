@@ -1,7 +1,7 @@
-"""What the search may change: slots whose number of units it sets.
+"""What the search may change: decision variables, each a number of units to keep.
 
-In the adaptive layout each module is a slot, as are the experts of one module together, whose matrices are stacked; in
-the uniform layout all modules of a role form one slot, since they share their size.
+In the adaptive layout each module has a variable, as have the experts of one module together, whose matrices are
+stacked; in the uniform layout all modules of a role share one, since they share their size.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ STACKED_STEP = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slot:
+class DecisionVariable:
     """One size that the search sets for all `groups` together.
 
     units: of each group. sizes: the legal numbers of kept units, from all of them downwards; multiples of `step`
-    after the first. parameters_per_unit: leave when every group of the slot gives one unit and nothing else is pruned.
+    after the first. parameters_per_unit: removed when every group loses one unit and nothing else is pruned.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Slot:
         return self.role in (Role.ATTENTION, Role.QUERY)
 
 
-def build_slots(
+def build_variables(
     graph: ModelGraph,
     *,
     roles: Iterable[Role],
@@ -47,16 +47,16 @@ def build_slots(
     align: int,
     skipped_layers: Iterable[int] = (),
     legal_sizes: Mapping[Role, Collection[int]] | None = None,
-) -> tuple[Slot, ...]:
-    """Slots of the groups of `roles` outside `skipped_layers`.
+) -> tuple[DecisionVariable, ...]:
+    """Variables of the groups of `roles` outside `skipped_layers`.
 
     align: FFN and hidden channels stay in multiples of it (and of 8 where experts are stacked); attention goes by whole
     KV groups. The uniform layout cannot skip layers. legal_sizes: the only sizes that groups of a role may have beside
     their own.
-    Raises TargetError if no group of a role can give anything.
+    Raises TargetError if no group of a role can lose anything.
     """
     skipped = set(skipped_layers)
-    slots: list[Slot] = []
+    found: list[DecisionVariable] = []
     for role in roles:
         groups = [group for group in graph.of_role(role) if group.layer not in skipped]
         if not groups:
@@ -66,12 +66,12 @@ def build_slots(
             )
         bundles = [tuple(groups)] if layout is Layout.UNIFORM else _bundles(groups)
         legal = None if legal_sizes is None else legal_sizes.get(role, ())
-        slots += [_slot(graph, bundle, align, legal) for bundle in bundles]
-    return tuple(slots)
+        found += [_variable(graph, bundle, align, legal) for bundle in bundles]
+    return tuple(found)
 
 
 def required_step(graph: ModelGraph, group: CoupledGroup) -> int:
-    """Of what number kept units must be a multiple, whatever alignment is asked for."""
+    """Of what number kept units must be a multiple, whatever alignment is requested."""
     stacked = any(len(graph.shapes[member.tensor]) > 2 and member.axis for member in group.members)
     return STACKED_STEP if stacked else 1
 
@@ -83,7 +83,9 @@ def _bundles(groups: Iterable[CoupledGroup]) -> list[tuple[CoupledGroup, ...]]:
     return [tuple(bundle) for bundle in found.values()]
 
 
-def _slot(graph: ModelGraph, groups: tuple[CoupledGroup, ...], align: int, legal: Collection[int] | None) -> Slot:
+def _variable(
+    graph: ModelGraph, groups: tuple[CoupledGroup, ...], align: int, legal: Collection[int] | None
+) -> DecisionVariable:
     first = groups[0]
     if len({group.units for group in groups}) > 1:
         raise TargetError(
@@ -92,7 +94,7 @@ def _slot(graph: ModelGraph, groups: tuple[CoupledGroup, ...], align: int, legal
         )
     step = math.lcm(align, required_step(graph, first)) if first.role.of_channels else 1
     smaller = range((first.units - 1) // step * step, max(0, first.least - 1), -step)
-    return Slot(
+    return DecisionVariable(
         name=(first.bundle or first.name) if len({group.layer for group in groups}) == 1 else str(first.role),
         role=first.role,
         groups=groups,

@@ -9,9 +9,10 @@ import torch
 from tests import families
 
 from saap.discovery import discover
-from saap.estimation.token_fisher import felt_scores
+from saap.estimation.token_fisher import token_fisher_scores
+from saap.models.walk.backend import Backend
+from saap.models.walk.consumers import sole_consumers
 from saap.models.walk.spill import Spill
-from saap.models.walk.token_fisher import readers
 
 
 def by_scaling(model: Any, tokens: torch.Tensor, path: str, units: list[list[int]]) -> np.ndarray:
@@ -45,8 +46,8 @@ def by_scaling(model: Any, tokens: torch.Tensor, path: str, units: list[list[int
 def test_scores_are_squared_derivatives_by_the_unit_at_each_token(family: str) -> None:
     model = families.build(family)
     graph, tokens = discover(model), families.token_ids(3, 10)
-    found = felt_scores(model, graph, tokens, micro_batch=2)
-    for path, group in readers(graph).items():
+    found = token_fisher_scores(Backend(model, graph), tokens, micro_batch=2)
+    for path, group in sole_consumers(graph).items():
         units = [list(group.consumers[0].rows(unit)) for unit in range(group.units)]
         assert found[group.name] == pytest.approx(by_scaling(model, tokens, path, units), rel=1e-3), path
 
@@ -54,8 +55,8 @@ def test_scores_are_squared_derivatives_by_the_unit_at_each_token(family: str) -
 def test_one_block_at_a_time_gives_the_same(tmp_path: Path) -> None:
     model = families.build("llama")
     graph, tokens = discover(model), families.token_ids(5, 10)
-    alone = felt_scores(model, graph, tokens, micro_batch=1)
-    together = felt_scores(model, graph, tokens, micro_batch=2, spill=Spill(tmp_path))
+    alone = token_fisher_scores(Backend(model, graph), tokens, micro_batch=1)
+    together = token_fisher_scores(Backend(model, graph, spill=Spill(tmp_path)), tokens, micro_batch=2)
     assert alone.keys() == together.keys()
     for name, scores in alone.items():
         assert together[name] == pytest.approx(scores, rel=1e-3), name
@@ -64,8 +65,8 @@ def test_one_block_at_a_time_gives_the_same(tmp_path: Path) -> None:
 def test_multiplying_in_bfloat16_changes_them_little() -> None:
     model = families.build("llama").float()
     graph, tokens = discover(model), families.token_ids(5, 10)
-    exact = felt_scores(model, graph, tokens)
-    rounded = felt_scores(model, graph, tokens, products=torch.bfloat16)
+    exact = token_fisher_scores(Backend(model, graph), tokens)
+    rounded = token_fisher_scores(Backend(model, graph, products=torch.bfloat16), tokens)
     for name, scores in exact.items():
         assert not np.array_equal(rounded[name], scores)
         assert rounded[name] == pytest.approx(scores, rel=0.1, abs=0.01 * float(scores.max())), name
