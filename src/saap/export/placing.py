@@ -53,10 +53,10 @@ def whole_folder(out: Path) -> Iterator[Path]:
         _exchange(part, out)
         _flush(out.absolute().parent)
         remove_leftovers(out)
-    except OSError as error:
-        raise OutputError(
-            f"{out} cannot be written ({error.strerror or error})", "Free some space, or choose another --out"
-        ) from error
+    except (OSError, OutputError) as error:
+        cause = error.__cause__ if isinstance(error, OutputError) else error  # of a file inside
+        reason = getattr(cause, "strerror", None) or cause
+        raise OutputError(f"{out} cannot be written ({reason})", "Free some space, or choose another --out") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
