@@ -132,7 +132,7 @@ def test_without_the_dense_model_the_text_alone_teaches(text: Path, tmp_path: Pa
             notes.append(text)
 
     result = saap.recover(small, data=[text], out=tmp_path / "tuned", reporter=Notes(), **QUICK)
-    assert "the dense model teaches nothing: The folder" in notes[0]
+    assert "no distillation from the dense model: The folder" in notes[0]
     manifest = RunManifest.model_validate_json((tmp_path / "tuned" / "saap" / "manifest.json").read_bytes())
     assert manifest.recovery is not None
     assert (manifest.recovery.settings["teacher"], manifest.recovery.settings["distillation"]) == (None, 0)
@@ -188,7 +188,7 @@ def test_on_the_command_line_a_killed_run_goes_on(dense: Path, text: Path, tmp_p
     resumed = subprocess.run(
         command(dense, "--out", tmp_path / "cut", *flags), capture_output=True, text=True, check=False
     )
-    assert "going on after step" in resumed.stdout, resumed.stdout + resumed.stderr
+    assert "resuming after step" in resumed.stdout, resumed.stdout + resumed.stderr
     curves = [
         json.loads((tmp_path / name / "saap" / "manifest.json").read_text())["recovery"]["curve"]
         for name in ("whole", "cut")

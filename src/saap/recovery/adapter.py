@@ -36,36 +36,24 @@ class AdaptedLinear(GroupwiseLinear):
         scale_delta = nn.Parameter(torch.zeros_like(weight.zero)) if scales else None
         self.register_parameter("scale_delta", scale_delta)
 
+    def _learned_scale(self) -> Tensor:
+        """The scales (out, groups), of values that float16 has; the gradient passes as if they were not rounded."""
+        if self.scale_delta is None:
+            return self.scale
+        scale = self.scale.to(self.scale_delta.dtype) * (1 + self.scale_delta)
+        return scale + (scale.detach().half() - scale.detach())
+
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: (..., in). Returns (..., out)."""
         # the product B A is small, so it joins the zero points here rather than the outputs of every token
         zero = self.zero + self.scaling * (self.second @ self.first)
-        scale = self.scale if self.scale_delta is None else scale_with_delta(self.scale, self.scale_delta)
-        outputs = groupwise_product(inputs, replace(self.quantised, scale=scale, zero=zero))
+        outputs = groupwise_product(inputs, replace(self.quantised, scale=self._learned_scale(), zero=zero))
         return outputs if self.bias is None else outputs + self.bias
 
+    @torch.no_grad()
     def merged(self) -> GroupwiseLinear:
-        """The same function without an adapter."""
-        weight = self.quantised
-        if self.scale_delta is not None:
-            weight = replace(weight, scale=scale_with_delta(weight.scale, self.scale_delta).detach().half())
-        zero = merged_zero(weight.zero, self.first, self.second, self.scaling)
-        return GroupwiseLinear(weight.with_zero(zero), self.bias, transposed=self.transposed)
-
-
-def scale_with_delta(scale: Tensor, scale_delta: Tensor) -> Tensor:
-    """The scales s (1 + scale_delta), of values that float16 has; the gradient passes as if they were not rounded.
-
-    scale: (out, groups) float16. scale_delta: (out, groups). Returns the type of `scale_delta`.
-    """
-    changed = scale.to(scale_delta.dtype) * (1 + scale_delta)
-    return changed + (changed.detach().half() - changed.detach())
-
-
-@torch.no_grad()
-def merged_zero(zero: Tensor, first: Tensor, second: Tensor, scaling: float) -> Tensor:
-    """The zero points z + scaling * B A, summed in float64 (on the CPU: not every device has it) and returned so.
-
-    zero: (out, groups). first: A, (rank, groups). second: B, (out, rank).
-    """
-    return zero.cpu().double() + scaling * (second.cpu().double() @ first.cpu().double())
+        """The same function without an adapter, its zero points summed in float64."""
+        product = self.second.cpu().double() @ self.first.cpu().double()  # not every device has float64
+        zero = (self.zero.cpu().double() + self.scaling * product).to(self.zero)
+        weight = replace(self.quantised, scale=self._learned_scale().half(), zero=zero)
+        return GroupwiseLinear(weight, self.bias, transposed=self.transposed)

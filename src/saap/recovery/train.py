@@ -96,7 +96,7 @@ class Trainer:
                 self._write(STATE, self.state, training)
                 self.report.line(_line(point, share))
         read_state(self.folder / BEST, self.parameters)
-        training.stopped_by = stopped_by
+        training.stopped_by, training.seconds = stopped_by, round(training.seconds, 3)
         return training
 
     def _since(self, clock: float) -> float:
@@ -108,7 +108,7 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / STATE).is_file():
             training = read_state(self.folder / STATE, self.state)
-            self.report.line(f"going on after step {training.step}")
+            self.report.line(f"resuming after step {training.step}")
             return training
         training = Training()
         self._validate(training)

@@ -8,7 +8,7 @@ made, neither forward nor backward.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,10 +55,6 @@ class GroupwiseWeight:
         for rows, values in _row_chunks(self.packed, self.scale, self.zero, self.bits, self.group_size, dtype):
             matrix[rows] = values
         return matrix
-
-    def with_zero(self, zero: Tensor) -> GroupwiseWeight:
-        """The same codes and scales with other zero points (out, groups)."""
-        return replace(self, zero=zero.to(self.zero))
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -36,7 +36,7 @@ DISTILLATION = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """A run after its preparation: everything that can be refused has been checked, except the group sizes."""
+    """A run after its preparation: everything has been checked but what needs the model itself, as the group sizes."""
 
     source: str
     config: RecoverConfig
@@ -115,22 +115,24 @@ def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> 
 def _with_teacher(
     config: RecoverConfig, source: str, earlier: RunManifest | None, tokenizer: Any, meter: Meter
 ) -> tuple[RecoverConfig, ResolvedModel | None]:
-    """The settings with teacher and distillation as they will be, and the dense model if it is needed.
+    """The settings with teacher and distillation filled in, and the dense model if it is needed.
 
-    Unless it is named, the teacher is the model that the checkpoint was pruned from; where that is not on this machine,
-    there is none: nothing is downloaded unasked. Raises ConfigurationError where distillation was asked for and has no
+    Unless it is specified, the teacher is the model that the checkpoint was pruned from; where that is not on this
+    machine, there is none: nothing is downloaded. Raises ConfigurationError for requested distillation without a
     teacher.
     """
     teacher = None
     choice = DenseChoice.of(config, config.teacher)
     if config.teacher is not None or config.distillation != 0:
         try:
-            found = resolve_dense(choice, earlier)
-            teacher = None if found is None else _same_tokens(found, source, tokenizer)
+            teacher = resolve_dense(choice, earlier)
+            if teacher is not None:
+                _check_same_tokens(teacher, source, tokenizer)
         except SaapError as error:
             if config.teacher is not None:
                 raise
-            meter.reporter.note(f"the dense model teaches nothing: {error}")
+            teacher = None
+            meter.reporter.note(f"no distillation from the dense model: {error}")
     if teacher is None and config.distillation:
         raise ConfigurationError("--distillation has no teacher", "Name the dense model with --teacher MODEL")
     share = config.distillation if config.distillation is not None else (DISTILLATION if teacher else 0.0)
@@ -140,14 +142,12 @@ def _with_teacher(
     return config.model_copy(update={**known, "distillation": share}), teacher
 
 
-def _same_tokens(dense: ResolvedModel, source: str, tokenizer: Any) -> ResolvedModel:
-    """The dense model again. Raises ConfigurationError if its tokenizer has other tokens."""
+def _check_same_tokens(dense: ResolvedModel, source: str, tokenizer: Any) -> None:
     own = load_tokenizer(dense)
     if own is not None and tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
         raise ConfigurationError(
             f"--teacher {dense.source} has another vocabulary than {source}", "Name the model that it was pruned from"
         )
-    return dense
 
 
 def settings_digest(run: Recovery) -> str:

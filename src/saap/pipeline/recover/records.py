@@ -32,6 +32,9 @@ from saap.pipeline.shared.digests import weights_digest
 from saap.pipeline.shared.outcome import Behaviour
 from saap.recovery.state import Training
 
+SUMMARY = {"validation_before", "validation", "best_step", "tokens", "seconds", "stopped_by"}
+"""Fields of a Training that report and manifest repeat."""
+
 
 def left_as_they_are(model: nn.Module) -> tuple[str, ...]:
     """Names of the matrices in the decoder blocks that are no linear layers."""
@@ -44,10 +47,10 @@ def left_as_they_are(model: nn.Module) -> tuple[str, ...]:
 
 def recovery_report(
     run: Recovery, model: Any, training: Training, packed: Mapping[str, GroupwiseWeight],
-    states: tuple[Behaviour | None, Behaviour, Behaviour | None, Behaviour],
+    measured: Mapping[str, Behaviour],
 ) -> RecoverReport:  # fmt: skip
-    """The report. packed: none where nothing was quantised. states: dense, as it came, quantised, recovered."""
-    dense, before, quantised, after = states
+    """The report. packed: empty where nothing was quantised. measured: before, recovered; dense, quantised if known."""
+    before, after, dense = measured["before"], measured["recovered"], measured.get("dense")
     out = run.options.out
     layout = Layout.ADAPTIVE if model.config.model_type == MODEL_TYPE else Layout.UNIFORM
     entries = stored_entries(model, run.dtype)
@@ -58,25 +61,20 @@ def recovery_report(
         packed_bytes=sum(weight.nbytes for weight in packed.values()) if packed else None,
         dtype=str(run.dtype).removeprefix("torch."), evaluation_text=EVALUATION,
         evaluation_tokens=int(run.evaluation.size), perplexity_dense=None if dense is None else dense.perplexity,
-        perplexity_before=before.perplexity, perplexity_quantised=None if quantised is None else quantised.perplexity,
+        perplexity_before=before.perplexity,
+        perplexity_quantised=measured["quantised"].perplexity if "quantised" in measured else None,
         perplexity=after.perplexity,
         gap_closed=None if dense is None else share_closed(dense.perplexity, before.perplexity, after.perplexity),
-        validation_before=training.validation_before, validation=training.validation, best_step=training.best_step,
-        steps=training.points[-1].step if training.points else 0, tokens=training.tokens,
-        seconds=round(training.seconds, 3), stopped_by=training.stopped_by, prompt=before.prompt,
+        **training.model_dump(include=SUMMARY), steps=training.step, prompt=before.prompt,
         answer_dense=None if dense is None else dense.answer, answer_before=before.answer, answer=after.answer,
         stages=tuple(run.meter.stages), load_lines=() if out is None else load_lines(out, str(layout)),
     )  # fmt: skip
 
 
 def recovery_manifest(
-    run: Recovery, model: Any, training: Training, packed: Mapping[str, GroupwiseWeight], report: RecoverReport
+    run: Recovery, model: Any, training: Training, report: RecoverReport, measured: Mapping[str, Behaviour]
 ) -> RunManifest:
     """The manifest of the model that was tuned, with the record of this recovery."""
-    figures = {
-        "dense": report.perplexity_dense, "before": report.perplexity_before,
-        "quantised": report.perplexity_quantised, "recovered": report.perplexity,
-    }  # fmt: skip
     record = RecoveryRecord(
         command=typed_command(),
         settings=run.config.model_dump(mode="json"), data=run.data.sources, data_digest=run.data.digest,
@@ -85,11 +83,10 @@ def recovery_manifest(
         versions=recorded_versions(),
         stages=tuple(run.meter.stages),
         curve=tuple(training.points),
-        validation_before=training.validation_before, validation=training.validation, best_step=training.best_step,
-        tokens=training.tokens, seconds=training.seconds, stopped_by=training.stopped_by,
-        packed_bytes=report.packed_bytes, left_as_they_are=left_as_they_are(model) if packed else (),
+        **training.model_dump(include=SUMMARY), packed_bytes=report.packed_bytes,
+        left_as_they_are=() if report.packed_bytes is None else left_as_they_are(model),
         evaluation=report.evaluation_text, evaluation_tokens=report.evaluation_tokens,
-        perplexity={name: value for name, value in figures.items() if value is not None},
+        perplexity={name: one.perplexity for name, one in measured.items()},
     )  # fmt: skip
     answers = Answers(
         prompt=report.prompt, dense=report.answer_dense or "", pruned=report.answer_before, recovered=report.answer

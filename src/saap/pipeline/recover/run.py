@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from saap.core.errors import ConfigurationError, ModelError, OutputError, SaapError
+from saap.core.manifest import RunManifest
 from saap.discovery.blocks import find_blocks
 from saap.evaluation.perplexity import perplexity
 from saap.export.recovered import RecoveredParts, write_recovered
@@ -24,7 +25,7 @@ from saap.models.walk.sharding import check_shardable, shard_layers
 from saap.models.walk.walker import BlockWalker
 from saap.pipeline.recover.context import Recovery, prepare, recorded, settings_digest
 from saap.pipeline.recover.records import left_as_they_are, recovery_manifest, recovery_report
-from saap.pipeline.recover.result import RecoverReport, RecoverResult
+from saap.pipeline.recover.result import RecoverResult
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.outcome import Behaviour, greedy_answer
 from saap.pipeline.shared.progress import Reporter, Silent
@@ -44,7 +45,6 @@ from saap.pipeline.shared.work import WorkFolder
 from saap.recovery.adapter import AdaptedLinear
 from saap.recovery.prepare import adapt, add_lora, merge, quantise_by_feedback
 from saap.recovery.quantise import check_group_sizes, quantise
-from saap.recovery.state import Training
 from saap.recovery.train import Report, Trainer
 from saap.settings.recover import RecoverConfig, Tuning
 
@@ -62,7 +62,7 @@ def run_recover(
     work = WorkFolder(work_path(options))
     resumed = run.processes.broadcast_result(lambda: work.open(settings_digest(run)))
     if resumed:
-        run.meter.reporter.note(f"taking up the training in {work.path}")
+        run.meter.reporter.note(f"resuming the training in {work.path}")
     with alone_in(work, run.processes), quick_float32_products():
         try:
             teacher, dense = _teacher(run)
@@ -89,8 +89,14 @@ def run_recover(
             else:
                 model = handle.merge_and_unload()
             after = _measure(run, model)
-        report = recovery_report(run, model, training, packed, (dense, before, quantised, after))
-        result = _finish(run, model, training, packed, report)
+        behaviours = {"dense": dense, "before": before, "quantised": quantised, "recovered": after}
+        measured = {name: found for name, found in behaviours.items() if found is not None}
+        report = recovery_report(run, model, training, packed, measured)
+        result = RecoverResult(model=model, report=report, training=training, path=run.options.out)
+        if result.path is not None and run.processes.first:
+            manifest = recovery_manifest(run, model, training, report, measured)
+            _write(run, model, manifest, packed, result.path)
+        run.processes.barrier()
     if run.processes.first:
         work.close(keep=options.keep_work)
     return result
@@ -209,36 +215,17 @@ def _check_teacher(run: Recovery, teacher: nn.Module) -> None:
         )
 
 
-def _finish(
-    run: Recovery, model: Any, training: Training, packed: dict[str, GroupwiseWeight], report: RecoverReport
-) -> RecoverResult:
-    out = run.options.out
-    if out is None:
-        return RecoverResult(model=model, report=report, training=training, path=None)
-    if run.processes.first:
-        with run.meter.stage(WRITE):
-            expected = _few_logits(run, model)
-            base_type = str(getattr(model.config, "base_model_type", model.config.model_type))
-            parts = RecoveredParts(
-                manifest=recovery_manifest(run, model, training, packed, report),
-                base_model_type=base_type, packed=packed,
-                tokenizer=run.tokenizer,
-                source_folder=run.resolved.folder if run.resolved.gguf_file is None else None,
-            )  # fmt: skip
-            write_recovered(model, parts, out, dtype=run.dtype, overwrite=run.options.overwrite)
-            _check_same(expected, _few_logits(run, load(out, device=str(run.device))), out)
-    run.processes.barrier()
-    return RecoverResult(model=model, report=report, training=training, path=out)
-
-
-@torch.no_grad()
-def _few_logits(run: Recovery, model: Any) -> torch.Tensor:
-    ids = torch.from_numpy(run.evaluation[: read_at_once(model, CHECKED_TOKENS)]).to(run.device).unsqueeze(0)
-    logits: torch.Tensor = model(ids).logits
-    return logits.float()
-
-
-def _check_same(expected: torch.Tensor, found: torch.Tensor, out: Path) -> None:
+def _write(run: Recovery, model: Any, manifest: RunManifest, packed: dict[str, GroupwiseWeight], out: Path) -> None:
+    """Write the folder, and compare what opens from it with the model in memory. Raises OutputError."""
+    with run.meter.stage(WRITE):
+        parts = RecoveredParts(
+            manifest=manifest, packed=packed, tokenizer=run.tokenizer,
+            base_model_type=str(getattr(model.config, "base_model_type", model.config.model_type)),
+            source_folder=run.resolved.folder if run.resolved.gguf_file is None else None,
+        )  # fmt: skip
+        expected = _few_logits(run, model)
+        write_recovered(model, parts, out, dtype=run.dtype, overwrite=run.options.overwrite)
+        found = _few_logits(run, load(out, device=str(run.device)))
     difference = float((expected - found).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
         raise OutputError(
@@ -246,3 +233,10 @@ def _check_same(expected: torch.Tensor, found: torch.Tensor, out: Path) -> None:
             f"{difference:.1e})",
             "Use --dtype float32",
         )
+
+
+@torch.no_grad()
+def _few_logits(run: Recovery, model: Any) -> torch.Tensor:
+    ids = torch.from_numpy(run.evaluation[: read_at_once(model, CHECKED_TOKENS)]).to(run.device).unsqueeze(0)
+    logits: torch.Tensor = model(ids).logits
+    return logits.float()

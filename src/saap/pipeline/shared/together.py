@@ -30,7 +30,7 @@ def with_device_of(processes: Processes, source: str | Path | nn.Module, options
 
 
 def check_device_map(options: RunOptions, source: str | Path | nn.Module, processes: Processes) -> None:
-    """Raise ConfigurationError for a device map that is unknown, or that something else speaks against."""
+    """Raise ConfigurationError for a device map that is unknown, or does not go with another option."""
     places = spread_over(source) if isinstance(source, nn.Module) else None
     if processes.count > 1 and (options.device_map is not None or places is not None):
         raise ConfigurationError(
@@ -40,25 +40,21 @@ def check_device_map(options: RunOptions, source: str | Path | nn.Module, proces
     if options.device_map is None:
         return
     check_known(options.device_map)
-    against = {
-        "the model is in memory already": (
-            isinstance(source, nn.Module),
-            "Load it with that device_map, or give its folder",
-        ),
-        "--device names one device": (options.device != "auto", "Leave one of the two out"),
-        "--max-memory leaves the weights in their files": (options.max_memory is not None, "Leave one of the two out"),
-    }
-    for reason, (given, remedy) in against.items():
-        if given:
-            raise ConfigurationError(f"--device-map cannot be used, since {reason}", remedy)
+    reason, remedy = "", "Leave one of the two out"
+    if isinstance(source, nn.Module):
+        reason, remedy = "the model is in memory already", "Load it with that device_map, or give its folder"
+    elif options.device != "auto":
+        reason = "--device names one device"
+    elif options.max_memory is not None:
+        reason = "--max-memory leaves the weights in their files"
+    if reason:
+        raise ConfigurationError(f"--device-map cannot be used, since {reason}", remedy)
 
 
 def shared_work(processes: Processes, path: Path | None) -> WorkFolder:
-    """The same work folder in all processes; one without a name of its own is made by the first."""
-    if processes.count == 1:
-        return WorkFolder(path)
+    """The same work folder in all processes; the first one makes it, and a temporary one where `path` is None."""
     made = WorkFolder(path) if processes.first else None
-    where = processes.broadcast_result(lambda: path if made is None else made.path)
+    where = processes.broadcast_result(lambda: None if made is None else made.path)
     return made if made is not None else WorkFolder(where)
 
 
