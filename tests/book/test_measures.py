@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from resultsbook.measures import (
+from lab.measures import (
     as_bits,
     chi_square_distance,
     correlation_interval,
@@ -61,7 +61,7 @@ def test_reliability_is_the_root_of_the_spearman_brown_formula():
 
 
 def test_sets_of_units_come_back_from_their_bits():
-    assert as_bits({0, 5, 1535})[-2:] == "21"
+    assert len(as_bits(range(0, 1536, 5))) < 60
     assert from_bits(as_bits({0, 5, 1535})) == {0, 5, 1535}
     assert from_bits(as_bits(())) == frozenset()
 
