@@ -63,7 +63,7 @@ def cells_of(experiment: Experiment, request: Request) -> list[str]:
 def request_of(given: argparse.Namespace) -> Request:
     results = (given.out or QUICK) / "results" if given.out or given.quick else RESULTS
     options = {name: value for name, _, value in (setting.partition("=") for setting in given.set)}
-    return Request(quick=given.quick, work=given.work, results=results, model=given.model, given=options)
+    return Request(quick=given.quick, work=given.work.resolve(), results=results, model=given.model, given=options)
 
 
 def flags_of(given: argparse.Namespace, experiment: Experiment) -> list[str]:

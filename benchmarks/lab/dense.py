@@ -45,10 +45,10 @@ class Dense:
         """The model itself."""
         return self.loaded.model
 
-    @property
-    def leading(self) -> tuple[int, ...]:
-        """Ids that each window of a text begins with."""
-        return leading_ids(self.loaded.tokenizer)
+    def perplexity(self, text: IntArray, model: nn.Module | None = None) -> float:
+        """Perplexity on a text; model: another one with the same tokenizer."""
+        leading = leading_ids(self.loaded.tokenizer)
+        return perplexity(self.model if model is None else model, text, leading=leading).value
 
     @property
     def align(self) -> int:
@@ -91,7 +91,7 @@ def plan_for(
 def masked_perplexity(dense: Dense, plan: StructurePlan, text: IntArray) -> float:
     """Perplexity of the model without what the plan removes; nothing is restored."""
     with masked(dense.model, dense.graph, plan):
-        return perplexity(dense.model, text, leading=dense.leading).value
+        return dense.perplexity(text)
 
 
 def removed_units(plan: StructurePlan, graph: ModelGraph) -> set[tuple[str, int]]:

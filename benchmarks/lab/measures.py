@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import zlib
 from collections.abc import Collection, Sequence
 
 import numpy as np
 from scipy import stats
 
-from saap.core.records import FloatArray, GroupScores, ImportanceScores
-from saap.estimation.statistics import Moments, merge
+from saap.core.records import FloatArray
 
 Pairs = Sequence[tuple[FloatArray, FloatArray]]
 
@@ -121,21 +119,3 @@ def log_histogram(values: FloatArray, edges: FloatArray) -> list[float]:
     logs = np.clip(np.log10(values[values > 0]), edges[0], edges[-1])
     counts, _ = np.histogram(logs, bins=edges)
     return [float(count) for count in counts / max(1, len(logs))]
-
-
-def merged_scores(first: ImportanceScores, second: ImportanceScores) -> ImportanceScores:
-    """Scores over the samples of both, as one estimation over all of them would give."""
-    groups = {
-        name: merge(_moments(scores, first.samples), _moments(second.groups[name], second.samples)).scores()
-        for name, scores in first.groups.items()
-    }
-    return dataclasses.replace(
-        first,
-        samples=first.samples + second.samples,
-        losses=np.concatenate([first.losses, second.losses]),
-        groups=groups,
-    )
-
-
-def _moments(scores: GroupScores, samples: int) -> Moments:
-    return Moments(samples, scores.vector, scores.vector_m2, scores.element, scores.element_m2, scores.comoment)

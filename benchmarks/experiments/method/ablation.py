@@ -19,7 +19,6 @@ from saap.core.records import ImportanceScores, Layout, StructurePlan, UnitScore
 from saap.data.samples import SampleRequest
 from saap.estimation.calibrate import estimate
 from saap.estimation.selection import unit_scores
-from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products
 from saap.reporting.figures import Figure
 from saap.settings.prune import EFFORTS, Effort, FusionScope, Importance, PrunableRole, Strategy
@@ -78,7 +77,7 @@ def measure(request: Request, wanted: Sequence[str]) -> Measured:
     dense = open_dense(request.model)
     with quick_float32_products():
         texts = {name: measured_text(dense, name, chosen["measured tokens"]) for name in TEXTS}
-        whole = {name: perplexity(dense.model, text, leading=dense.leading).value for name, text in texts.items()}
+        whole = {name: dense.perplexity(text) for name, text in texts.items()}
         for seed in chosen["seeds"]:
             names = [name for name in WITHOUT if f"{name}-{seed}" in wanted]
             if not names:
@@ -90,10 +89,7 @@ def measure(request: Request, wanted: Sequence[str]) -> Measured:
                 if kind not in plans:
                     plans[kind] = plan_without(prepared, kind, chosen["candidates"], seed)
                 model = made(prepared, plans[kind], name)
-                ratios = {
-                    label: perplexity(model, text, leading=dense.leading).value / whole[label]
-                    for label, text in texts.items()
-                }
+                ratios = {label: dense.perplexity(text, model) / whole[label] for label, text in texts.items()}
                 yield f"{name}-{seed}", {"ratio": ratios, "removed": removed_share(dense, plans[kind])}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,7 @@ from lab.measures import mean_and_spread
 from lab.training import trained_folder
 from torch import Tensor, nn
 
-from saap.core.records import IntArray, ModelGraph, Role
-from saap.evaluation.perplexity import perplexity
+from saap.core.records import ModelGraph, Role
 from saap.models.loading.devices import quick_float32_products
 from saap.models.structure.linear import weight_out_in
 from saap.models.structure.masking import replaced_weights
@@ -58,21 +57,16 @@ def measure(request: Request, wanted: Sequence[str]) -> Measured:
         model: nn.Module = dense.model
         if kind == "pruned":
             model = open_model(str(pruned_folder(request)), RunOptions(device="cpu")).model
+        weights = reading_weights(model, dense.graph)
         with quick_float32_products():
-            yield from _of_model(model, reading_weights(model, dense.graph), text, dense.leading, names)
-
-
-def _of_model(
-    model: nn.Module, weights: Mapping[str, Tensor], text: IntArray, leading: Sequence[int], names: Sequence[str]
-) -> Measured:
-    before = perplexity(model, text, leading=leading).value
-    for cell in names:
-        order, _, size = cell.partition("-")[2].rpartition("-")
-        rounded = {path: in_order(weight, order, int(size)) for path, weight in weights.items()}
-        with replaced_weights(model, rounded):
-            after = perplexity(model, text, leading=leading).value
-        errors = [relative_error(weights[path], weight) for path, weight in rounded.items()]
-        yield cell, {"error": sum(errors) / len(errors), "ratio": after / before, "matrices": len(errors)}
+            before = dense.perplexity(text, model)
+            for cell in names:
+                order, _, size = cell.partition("-")[2].rpartition("-")
+                rounded = {path: in_order(weight, order, int(size)) for path, weight in weights.items()}
+                with replaced_weights(model, rounded):
+                    after = dense.perplexity(text, model)
+                errors = [relative_error(weights[path], weight) for path, weight in rounded.items()]
+                yield cell, {"error": sum(errors) / len(errors), "ratio": after / before, "matrices": len(errors)}
 
 
 def reading_weights(model: nn.Module, graph: ModelGraph) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +12,16 @@ from harness.charts import lines
 from harness.experiment import Cells, Experiment, Measured, Request, Values
 from lab.commands import VALIDATION
 from lab.dense import Dense, draw, masked_perplexity, measured_text, open_dense, plan_for
-from lab.measures import as_bits, from_bits, geometric_mean, jaccard, mean_and_spread, merged_scores
+from lab.measures import as_bits, from_bits, geometric_mean, jaccard, mean_and_spread
 from lab.texts import TEXTS
 from lab.training import trained_folder
 
-from saap.core.records import CalibrationSet, ImportanceScores, ModelGraph, Role, StructurePlan
+from saap.core.records import CalibrationSet, ModelGraph, Role, StructurePlan
 from saap.data.generated import random_starts, sample_from_model
 from saap.data.samples import SampleRequest
 from saap.data.texts import MIXED
 from saap.estimation.calibrate import estimate
 from saap.estimation.fusion import fuse
-from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products
 from saap.reporting.figures import Figure
 from saap.settings.prune import FusionScope
@@ -92,16 +92,16 @@ def measure(request: Request, wanted: Sequence[str]) -> Measured:
 def _of_model(request: Request, dense: Dense, wanted: Sequence[str]) -> Measured:
     tokens = settings(request)["measured tokens"]
     texts = {name: measured_text(dense, name, tokens) for name in TEXTS}
-    whole = {name: perplexity(dense.model, text, leading=dense.leading).value for name, text in texts.items()}
-    so_far: dict[tuple[int, str, int], ImportanceScores] = {}
+    whole = {name: dense.perplexity(text) for name, text in texts.items()}
     drawn: dict[tuple[int, str, int], CalibrationSet] = {}
     for name in wanted:
         setting, seed = _parse(name)
         key = (setting.length, setting.kind, seed)
         if key not in drawn:
             drawn[key] = samples_of(request, dense, setting, seed)
-        so_far[key] = scores_up_to(dense, drawn[key], so_far.get(key), setting.samples)
-        plan = plan_for(dense, fuse(so_far[key], dense.graph, FusionScope.LAYER_ROLE), RATIO)
+        first = dataclasses.replace(drawn[key], tokens=drawn[key].tokens[: setting.samples])
+        scores = estimate(dense.model, dense.graph, first)
+        plan = plan_for(dense, fuse(scores, dense.graph, FusionScope.LAYER_ROLE), RATIO)
         ratios = {text: masked_perplexity(dense, plan, ids) / whole[text] for text, ids in texts.items()}
         yield name, {"ratio": ratios, "removed": as_bits(numbered(dense.graph, plan))}
 
@@ -136,18 +136,6 @@ def samples_of(request: Request, dense: Dense, setting: Setting, seed: int) -> C
         return CalibrationSet(sources=(GENERATED,), seed=seed, tokens=ids)
     source = VALIDATION if setting.kind == WIKITEXT2 else setting.kind
     return draw(dense, source, [SampleRequest("scored", most, setting.length)], seed)["scored"]
-
-
-def scores_up_to(
-    dense: Dense, samples: CalibrationSet, found: ImportanceScores | None, wanted: int
-) -> ImportanceScores:
-    """Scores of the first `wanted` samples; found: of fewer of them, to go on from."""
-    done = 0 if found is None else found.samples
-    if found is not None and done >= wanted:
-        return found if done == wanted else scores_up_to(dense, samples, None, wanted)
-    part = CalibrationSet(sources=samples.sources, seed=samples.seed, tokens=samples.tokens[done:wanted])
-    more = estimate(dense.model, dense.graph, part)
-    return more if found is None else merged_scores(found, more)
 
 
 def summarise(cells: Cells) -> dict[str, Any]:

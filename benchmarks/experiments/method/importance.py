@@ -21,7 +21,6 @@ from saap.data.samples import SampleRequest
 from saap.estimation.calibrate import estimate
 from saap.estimation.fusion import FusionMethod, fuse
 from saap.estimation.selection import unit_scores
-from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products
 from saap.reporting.figures import Figure
 from saap.settings.prune import FusionScope, Importance, Strategy
@@ -58,11 +57,7 @@ def measure(request: Request, wanted: Sequence[str]) -> Measured:
         seconds = time.perf_counter() - start
         every = all_importances(dense, scores)
         text = measured_text(dense, "wikitext2", chosen["measured tokens"])
-        whole = (
-            perplexity(dense.model, text, leading=dense.leading).value
-            if any("perplexity" in name for name in wanted)
-            else 0.0
-        )
+        whole = dense.perplexity(text) if any("perplexity" in name for name in wanted) else 0.0
         for name in wanted:
             if name == "distributions":
                 yield name, distributions(dense, every)

@@ -13,7 +13,6 @@ from lab.dense import Dense, draw, masked_perplexity, measured_text, on_device, 
 from saap.baselines.activations import activation_statistics
 from saap.core.records import IntArray, Layout
 from saap.data.samples import SampleRequest
-from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products
 from saap.settings.prune import Method
 from saap.structure_search.plan import make_plan
@@ -44,7 +43,7 @@ def measure(request: Request, wanted: Sequence[str]) -> Measured:
     text, removed = measured_text(dense, "wikitext2", chosen["measured tokens"]), chosen["removed"]
     ratios: dict[str, float] = {}
     with quick_float32_products():
-        whole = perplexity(dense.model, text, leading=dense.leading).value
+        whole = dense.perplexity(text)
         for cell in wanted:
             samples, length, seed = DRAWS[cell]
             drawn = draw(dense, VALIDATION, [SampleRequest("scored", samples, length)], seed)["scored"]

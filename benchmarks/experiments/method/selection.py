@@ -14,7 +14,6 @@ from saap.core.records import Role
 from saap.data.samples import SampleRequest
 from saap.estimation.calibrate import estimate
 from saap.estimation.selection import unit_scores
-from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products
 from saap.settings.prune import ElementOrder, FusionScope, Importance, Strategy
 from saap.surgery.cut import cut
@@ -58,7 +57,7 @@ def measure(request: Request, wanted: Sequence[str]) -> Measured:
     text = measured_text(dense, "wikitext2", chosen["measured tokens"])
     estimates: dict[ElementOrder, Any] = {}
     with quick_float32_products():
-        whole = perplexity(dense.model, text, leading=dense.leading).value
+        whole = dense.perplexity(text)
         for cell in wanted:
             strategy, importance = CHOICES[cell]
             order = ORDERS.get(importance, ElementOrder.SECOND)
@@ -73,7 +72,7 @@ def measure(request: Request, wanted: Sequence[str]) -> Measured:
             refit = on_device(tokens["refit"], model)
             restore(model, dense.graph, plan, refit, RestoreSettings(second_order=False))
             cut(model, dense.graph, plan)
-            restored = perplexity(model, text, leading=dense.leading).value
+            restored = dense.perplexity(text, model)
             yield cell, {"ratio_without_restoration": without / whole, "ratio_with_restoration": restored / whole}
 
 

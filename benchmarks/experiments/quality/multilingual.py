@@ -18,7 +18,6 @@ from saap.core.records import IntArray
 from saap.data.samples import SampleRequest
 from saap.estimation.calibrate import estimate
 from saap.estimation.fusion import fuse
-from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products
 from saap.pipeline.shared.inputs import RunOptions, open_model
 from saap.reporting.figures import Figure
@@ -66,7 +65,7 @@ def measure(request: Request, wanted: Sequence[str]) -> Measured:
         for language in chosen["languages"]
     }
     with quick_float32_products():
-        whole = {language: perplexity(dense.model, ids, leading=dense.leading).value for language, ids in texts.items()}
+        whole = {language: dense.perplexity(ids) for language, ids in texts.items()}
         for cell in wanted:
             state, _, calibration = cell.partition("-")
             if state == "cut":
@@ -98,7 +97,7 @@ def _restored(
         arguments += ["--calibration", file]
     name = f"multilingual-{'trial' if request.quick else 'pruned'}-{calibration}"
     pruned: nn.Module = open_model(str(made_by_saap(request, name, arguments)), RunOptions(device="cpu")).model
-    return {language: perplexity(pruned, ids, leading=dense.leading).value for language, ids in texts.items()}
+    return {language: dense.perplexity(ids, pruned) for language, ids in texts.items()}
 
 
 def summarise(cells: Cells) -> dict[str, Any]:

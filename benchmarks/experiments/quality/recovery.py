@@ -14,19 +14,21 @@ from lab.texts import INSTRUCTIONS, perplexities, texts
 
 MINUTES = 20
 STATES = ("dense", "pruned", "quantised", "recovered", "dense tuned alike")
+FEW_STEPS = ["--max-steps", "2", "--length", "64", "--validation-samples", "1"]
 UNTRAINED = ["--max-steps", "1", "--learning-rate", "1e-12", "--length", "64", "--batch", "1"]
 """A rate of almost nothing: the zero points and scales of the first choice are written."""
 
 
 def settings(request: Request) -> Values:
-    return {"model": request.model, "minutes": 0.5 if request.quick else MINUTES, "effort": "fast"}
+    return {"model": request.model, "minutes": MINUTES, "effort": "fast"}
 
 
 def measure(request: Request, wanted: Sequence[str]) -> Measured:
     """PRUNED and the dense model are tuned alike, both taught by the dense model."""
     sources = request.given.get("data", "mixed").split(",")
-    shared = [word for source in sources for word in ("--data", source)] + ["--teacher", request.model]
-    flags = [*shared, "--max-minutes", f"{settings(request)['minutes']:g}"]
+    files = [str(Path(source).resolve()) if Path(source).is_file() else source for source in sources]
+    shared = [word for source in files for word in ("--data", source)] + ["--teacher", request.model]
+    flags = [*shared, *(FEW_STEPS if request.quick else ["--max-minutes", str(MINUTES)])]
     pruned = pruned_folder(request, "--effort", "fast", name="fast")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
