@@ -91,7 +91,7 @@ def test_irregular_places_have_no_description() -> None:
 def test_slices_of_different_units_never_overlap(offset: int, width: int, period: int, units: int, slack: int) -> None:
     stride = width + slack
     member = slice_of(Pattern(offset, width, stride, period, period * stride + slack))
-    indices = member.indices(range(units))
+    indices = member.indices(range(units)).tolist()
     assert len(set(indices)) == len(indices) == units * width
     assert indices == sorted(indices)
-    assert all(list(member.rows(unit)) == member.indices([unit]) for unit in range(units))
+    assert all(list(member.rows(unit)) == member.indices([unit]).tolist() for unit in range(units))

@@ -13,6 +13,7 @@ from torch import nn
 
 from saap.core.errors import PlanError
 from saap.core.records import CalibrationSet, CoupledGroup, Layout, ModelGraph, Role, UnitScores
+from saap.core.storage import PlanFile
 from saap.discovery import discover
 from saap.estimation.calibrate import estimate
 from saap.models.structure.masking import masked
@@ -142,8 +143,9 @@ def test_plans_that_stacked_matrices_cannot_follow_are_refused(
     mixtral: tuple[Any, ModelGraph], counts: dict[int, int], problem: str
 ) -> None:
     keep = {f"layers.0.ffn.expert.{expert}": count for expert, count in counts.items()}
+    given = PlanFile(graph_digest="", layout=Layout.ADAPTIVE, strategy="", align=1, keep=keep)
     with pytest.raises(PlanError, match=problem):
-        plan_from_counts(mixtral[1], {}, keep, (), layout=Layout.ADAPTIVE, align=1)
+        plan_from_counts(mixtral[1], {}, given)
 
 
 def test_sizes_of_experts_keep_whole_strides(mixtral: tuple[Any, ModelGraph]) -> None:

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from tests.structure_search.synthetic import CHANNELS, HEADS, graph, scores
 
 from saap.core.errors import PlanError, TargetError
-from saap.core.records import Layout, Role, UnitScores, count_parameters, kept_shapes
+from saap.core.records import Layout, Role, UnitScores, count_parameters
+from saap.core.storage import PlanFile
+from saap.models.structure.keep_index import KeepIndex
 from saap.settings.prune import PrunableRole, SkipLayers, Strategy
 from saap.structure_search.allocation import steps_by_score, steps_by_share, take_steps
 from saap.structure_search.objectives import (
@@ -62,7 +64,7 @@ def test_removes_what_is_asked_and_at_most_a_step_more(ratio, align, strategy, l
     plan = search(GRAPH, SCORES, budget, of, strategy)
     removed = GRAPH.block_parameters - plan.block_parameters
     assert budget.removal <= removed < budget.removal + largest_step(of)
-    shapes = kept_shapes(GRAPH, plan.keep)
+    shapes = KeepIndex.of(GRAPH, plan.keep).shapes
     assert plan.parameters == count_parameters(shapes)
     for name, kept in plan.keep.items():
         if name.endswith("ffn"):
@@ -150,7 +152,7 @@ def test_hidden_channels_count_exactly(roles) -> None:
     budget = budget_for_ratio(GRAPH, 0.25)
     of = space(roles=tuple(PrunableRole(role) for role in roles), align=2)
     plan = search(GRAPH, SCORES, budget, of, Strategy.UNIFORM)
-    shapes = kept_shapes(GRAPH, plan.keep, plan.dropped_blocks)
+    shapes = KeepIndex.of(GRAPH, plan.keep, plan.dropped_blocks).shapes
     inside = {name: shape for name, shape in shapes.items() if name.startswith("blocks.")}
     assert plan.block_parameters == count_parameters(inside)
     assert GRAPH.block_parameters - plan.block_parameters >= budget.removal
@@ -173,9 +175,12 @@ def test_targets_in_parameters_and_bytes() -> None:
 
 
 def test_edited_plan() -> None:
-    plan = plan_from_counts(
-        GRAPH, SCORES, {"layers.1.ffn": 40, "layers.2.ffn": (1, 5, 3)}, [], layout=Layout.ADAPTIVE, align=1
-    )
+    def edited(keep, dropped=()) -> PlanFile:
+        return PlanFile(
+            graph_digest="", layout=Layout.ADAPTIVE, strategy="", align=1, keep=keep, dropped_blocks=tuple(dropped)
+        )
+
+    plan = plan_from_counts(GRAPH, SCORES, edited({"layers.1.ffn": 40, "layers.2.ffn": (1, 5, 3)}))
     assert plan.keep["layers.2.ffn"] == (1, 3, 5)
     best = np.sort(np.argsort(SCORES["layers.1.ffn"].mean, kind="stable")[-40:])
     assert plan.keep["layers.1.ffn"] == tuple(best.tolist())
@@ -186,7 +191,7 @@ def test_edited_plan() -> None:
         ({}, [6]),
     ):
         with pytest.raises(PlanError):
-            plan_from_counts(GRAPH, SCORES, keep, dropped, layout=Layout.ADAPTIVE, align=1)
+            plan_from_counts(GRAPH, SCORES, edited(keep, dropped))
 
 
 def test_a_plan_of_everything_removes_nothing() -> None:

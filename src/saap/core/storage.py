@@ -25,8 +25,6 @@ from saap.core.records import (
     Layout,
     ModelGraph,
     StructurePlan,
-    count_parameters,
-    kept_shapes,
 )
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -117,28 +115,6 @@ class PlanFile:
     def open_groups(self) -> tuple[str, ...]:
         """Groups of which only the number of kept units is given."""
         return tuple(name for name, kept in self.keep.items() if isinstance(kept, int))
-
-    def structure_plan(self, graph: ModelGraph, chosen: Mapping[str, tuple[int, ...]] | None = None) -> StructurePlan:
-        """The plan with the predicted sizes. chosen: kept units of the `open_groups`. Raises PlanError if some lack."""
-        keep: dict[str, tuple[int, ...]] = {}
-        for name, kept in self.keep.items():
-            units = (chosen or {}).get(name) if isinstance(kept, int) else kept
-            if units is None or (isinstance(kept, int) and len(units) != kept):
-                raise PlanError(f"The units of {name} are still to be chosen", "List them as `units`")
-            if len(units) < graph.group(name).units:
-                keep[name] = units
-        shapes = kept_shapes(graph, keep, self.dropped_blocks)
-        return StructurePlan(
-            graph_digest=graph.digest,
-            layout=self.layout,
-            strategy=self.strategy,
-            align=self.align,
-            keep=keep,
-            dropped_blocks=self.dropped_blocks,
-            parameters=count_parameters(shapes),
-            block_parameters=count_parameters({n: s for n, s in shapes.items() if graph.block_of(n) >= 0}),
-            trail=self.trail,
-        )
 
 
 class _Strict(BaseModel):

@@ -28,4 +28,4 @@ def query_heads(group: TracedGroup) -> TracedGroup | None:
 
 
 def _heads(member: AxisSlice, unit: int, width: int) -> AxisSlice:
-    return replace(member, offset=member.start(unit), width=width, stride=width, period=0, jump=0)
+    return replace(member, offset=member.rows(unit).start, width=width, stride=width, period=0, jump=0)

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from saap.core.errors import CalibrationError
 from saap.core.records import CoupledGroup, FloatArray, StructurePlan
 from saap.models.loading.precision import at_least_float32
+from saap.models.structure.keep_index import KeepIndex
 from saap.models.structure.least_squares import Moments, removal_order, ridge_refit
-from saap.models.structure.linear import weight_out_in
-from saap.models.structure.masking import channel_mask
+from saap.models.structure.linear import contracted_axis, weight_out_in
 from saap.models.walk.offload import mark_changed
 from saap.models.walk.processes import Processes
 from saap.models.walk.residual import ResidualEntry
 from saap.models.walk.spill import Tensors
-from saap.surgery.cut import cut_bundle, cut_group
+from saap.surgery.cut import cut_groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,12 +115,10 @@ def refit(
     extra = 0 if bias is None else 1
     fit, judging = _moments(weight, extra, processes, sequences, taken, wanted, settings)
     kept = processes.from_first(lambda: _choose(consumer, weight, fit, judging, plan, settings))
-    columns = _kept_columns(consumer, kept, plan, weight.shape[1], weight.device)
-    if consumer.beside:
-        cut_bundle(model, [consumer.group, *consumer.beside], plan)
-    elif kept != tuple(range(consumer.group.units)):
-        cut_group(model, consumer.group, kept)
-    result.keep |= {consumer.group.name: kept, **{one.name: plan.kept(one) for one in consumer.beside}}
+    keep = {consumer.group.name: kept, **{one.name: plan.kept(one) for one in consumer.beside}}
+    columns = _kept_columns(consumer, keep, weight.device)
+    cut_groups(model, [consumer.group, *consumer.beside], keep)
+    result.keep |= keep
     if not kept:  # nothing is left to refit: the module gives its bias
         gone = weight.new_zeros(weight.shape[0], 0)
         return (_given(read[..., :0], gone, bias) for read in taken)
@@ -190,14 +188,13 @@ def _with_ones(x: Tensor, extra: int) -> Tensor:
     return torch.cat([x, x.new_ones(len(x), 1)], dim=1) if extra else x
 
 
-def _kept_columns(
-    consumer: Consumer, kept: Sequence[int], plan: StructurePlan, channels: int, device: torch.device
-) -> Tensor:
+def _kept_columns(consumer: Consumer, keep: Mapping[str, tuple[int, ...]], device: torch.device) -> Tensor:
     """Input channels of the consumer that stay, ascending: (kept channels,)."""
-    mask = channel_mask(consumer.group, kept, channels, f"{consumer.path}.weight")
-    for one in consumer.beside:
-        mask &= channel_mask(one, plan.kept(one), channels, f"{consumer.path}.weight")
-    return mask.nonzero().flatten().to(device)
+    tensor, axis = f"{consumer.path}.weight", contracted_axis(consumer.module)
+    assert axis is not None
+    shapes = {tensor: tuple(consumer.module.get_parameter("weight").shape)}
+    index = KeepIndex(shapes, ((group, keep[group.name]) for group in (consumer.group, *consumer.beside)))
+    return torch.from_numpy(index.axis(tensor, axis).kept()).to(device)
 
 
 def _choose(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from saap.core.records import CoupledGroup, ModelGraph, Role, StructurePlan
 from saap.models.loading.precision import at_least_float32
+from saap.models.structure.keep_index import require_possible
 from saap.models.structure.linear import weight_out_in
 from saap.models.walk.capture import capture
 from saap.models.walk.layerwise import passed, started
@@ -22,7 +23,7 @@ from saap.models.walk.processes import Processes
 from saap.models.walk.residual import ResidualEntry, residual_ways
 from saap.models.walk.spill import HostSpill, NewTensors, Spill, Tensors, held
 from saap.models.walk.walker import BlockWalker, Contexts
-from saap.surgery.cut import cut_bundle, cut_group
+from saap.surgery.cut import cut_groups
 from saap.surgery.refit import Consumer, Restoration, RestoreSettings, Wanted, refit, require_sequences
 
 Progress = Callable[[int, int], None]
@@ -66,9 +67,10 @@ def restore(
     output plus the gap between the dense and the pruned residual stream so far.
     processes: that run a part of the sequences each; the first one chooses and refits, from the moments of all. spill:
     where the activations of all sequences are kept, None for the memory of the model.
-    Raises CalibrationError for a single sequence.
+    Raises CalibrationError for a single sequence, PlanError for a plan that the model cannot follow.
     """
     require_sequences(len(tokens))
+    require_possible(graph, plan.keep, plan.dropped_blocks)
     walker = BlockWalker(model, graph.blocks, products=settings.products)
     new: NewTensors = list if spill is None else spill.empty
     streams = _start(BlockWalker(model, graph.blocks), tokens, settings.micro_batch, new, processes or Processes())
@@ -140,7 +142,7 @@ def _restore_block(
     for group in graph.in_block(layer):
         if group.name not in result.keep:
             result.keep[group.name] = plan.kept(group)
-            cut_group(walker.model, group, plan.kept(group))
+            cut_groups(walker.model, [group], plan.keep)
     if pruned_next is None:
         pruned_next = _run(walker, layer, streams.pruned, streams)
     streams.dense, streams.pruned = dense_next, pruned_next
@@ -168,12 +170,11 @@ def _cut_stacked(model: nn.Module, graph: ModelGraph, plan: StructurePlan, layer
             bundles.setdefault(group.bundle, []).append(group)
     for groups in bundles.values():
         result.keep |= {group.name: plan.kept(group) for group in groups}
-        if len(plan.kept(groups[0])) < groups[0].units:
-            cut_bundle(model, groups, plan)
+        cut_groups(model, groups, plan.keep)
     for group in graph.in_block(layer):
         if group.role is Role.EXPERT:
             result.keep[group.name] = plan.kept(group)
-            cut_group(model, group, plan.kept(group))
+            cut_groups(model, [group], plan.keep)
 
 
 def _run(walker: BlockWalker, layer: int, hidden: Tensors, streams: _Streams) -> Tensors:

@@ -38,6 +38,7 @@ from saap.pipeline.shared.memory import forget_changed, forget_weights, open_res
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.targets import Target, finished_report, place_finished
 from saap.structure_search.decode_costs import TimeBudget
+from saap.structure_search.plan import complete_plan
 
 CHECKED_TOKENS = 64
 
@@ -58,7 +59,7 @@ def find_made(run: Run, target: Target) -> Made | None:
     folder = run.work.file(_folder_name(target))
     if record is None or not (folder / "config.json").exists():
         return None
-    plan = read_plan(folder / "saap" / "plan.json", run.graph).structure_plan(run.graph)
+    plan = complete_plan(run.graph, read_plan(folder / "saap" / "plan.json", run.graph))
     return Made(plan=plan, base_model_type=record["base_model_type"], model=None, refit_errors=record["refit_errors"])
 
 
@@ -138,7 +139,7 @@ def find_finished(run: Run, target: Target) -> PruneResult | None:
     if saved is None or target.folder is None:
         return None
     report = TypeAdapter(PruneReport).validate_python(saved)
-    plan = read_plan(target.folder / "saap" / "plan.json", run.graph).structure_plan(run.graph)
+    plan = complete_plan(run.graph, read_plan(target.folder / "saap" / "plan.json", run.graph))
     model = open_result(run, target.folder)
     return PruneResult(model=model, plan=plan, report=report, path=target.folder)
 

@@ -35,7 +35,7 @@ from saap.pipeline.shared.targets import Target
 from saap.settings.prune import Importance, Method, PrunableRole, unit_roles
 from saap.structure_search.costs import SecondOrder, second_order_costs
 from saap.structure_search.evaluator import JUDGED_AT_ONCE, StructureJudge
-from saap.structure_search.plan import plan_from_counts, search
+from saap.structure_search.plan import complete_plan, plan_from_counts, search
 
 FELT = "felt.safetensors"
 
@@ -90,7 +90,7 @@ def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> 
             path = paths[target.name]
             with run.meter.stage(f"search the structure{_label(targets, target)}"):
                 if target.name in found:
-                    plans.append(read_plan(path, run.graph).structure_plan(run.graph))
+                    plans.append(complete_plan(run.graph, read_plan(path, run.graph)))
                     continue
                 judge = measured.judge if measured is not None and target.budget is not None else None
                 if judge is not None and not run.processes.first:
@@ -168,7 +168,7 @@ def _plan(
     config, graph = run.config, run.graph
     if target.budget is None or measured is None:
         given = read_plan(config.plan or Path(), graph)
-        return plan_from_counts(graph, units, given.keep, given.dropped_blocks, layout=given.layout, align=given.align)
+        return plan_from_counts(graph, units, given)
     plan = search(
         graph,
         units,
