@@ -160,13 +160,25 @@ class UnitAttribute:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SlicedArgument:
+    """A tensor with one entry per unit that a module is given at each call (ALiBi): to be cut to the kept units.
+
+    axis: where the units lie. per_sample: the axis holds the units of each sample, sample by sample.
+    """
+
+    module: str
+    argument: str
+    axis: int
+    per_sample: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CoupledGroup(Digested):
     """Weight slices that must be removed together: `units` of them, numbered 0..units-1, over all `members`.
 
     layer: index of the decoder block, -1 for groups of the whole model. name: unique, e.g. "layers.3.ffn".
     attributes: integers that follow the number of kept units. scaled_norms: modules that take the RMS over the group's
-    axis; removal equals masking only if weight x (kept/n)^-0.5 and eps x n/kept. sliced_arguments: modules that
-    receive a tensor with one entry per unit from outside (ALiBi), which must be cut to the kept units at each call.
+    axis; removal equals masking only if weight x (kept/n)^-0.5 and eps x n/kept.
     bundle: groups of the same one lie in parts of the same tensors or share the heads of one module evenly, so all of
     them keep the same number of units, each its own choice; "" for a group by itself. least: units that must stay (as
     many experts as a token is sent to).
@@ -179,7 +191,7 @@ class CoupledGroup(Digested):
     members: tuple[AxisSlice, ...]
     attributes: tuple[UnitAttribute, ...] = ()
     scaled_norms: tuple[str, ...] = ()
-    sliced_arguments: tuple[str, ...] = ()
+    sliced_arguments: tuple[SlicedArgument, ...] = ()
     bundle: str = field(default="", metadata=_WHERE_USED)
     least: int = field(default=0, metadata=_WHERE_USED)
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from saap.core.errors import PlanError, UnsupportedModelError
 from saap.core.records import AxisSlice, CoupledGroup, ModelGraph, Role, Side, StructurePlan
-from saap.models.checkpoint.differences import PrunedStructure, argument_slice, epsilon_name, structure_of
-from saap.models.checkpoint.modeling_pruned import ArgumentSlice, ConstantOutput, resize, set_attribute
+from saap.models.checkpoint.differences import (
+    PrunedStructure,
+    argument_hook,
+    argument_slice,
+    epsilon_name,
+    structure_of,
+)
+from saap.models.checkpoint.modeling_pruned import ConstantOutput, resize, set_attribute
 from saap.models.structure.keep_index import KeepIndex, Shape, require_possible
 from saap.models.structure.linear import owner
 from saap.models.structure.norms import constant_share, scaled_weight
-from saap.models.walk.arguments import unit_axis
 from saap.models.walk.offload import bring, mark_changed
 from saap.surgery.depth import drop_blocks
 
@@ -54,9 +57,6 @@ def cut_groups(model: nn.Module, groups: Sequence[CoupledGroup], keep: Mapping[s
     chosen = [(group, kept) for group, kept in chosen if len(kept) < group.units]
     if not chosen:
         return
-    slices: dict[str, ArgumentSlice] = {}
-    for group, kept in chosen:
-        slices |= _argument_slices(model, group, kept or (0,))
     bring(model, groups[0].members[0].tensor)
     index = KeepIndex(_present_shapes(model, groups), chosen)
     for group, kept in chosen:
@@ -68,16 +68,17 @@ def cut_groups(model: nn.Module, groups: Sequence[CoupledGroup], keep: Mapping[s
         for attribute in group.attributes:
             value = attribute.per_unit * max(len(kept), 1)
             set_attribute(model.get_submodule(attribute.module), attribute.attribute, value)
+        for sliced in group.sliced_arguments:
+            module = model.get_submodule(sliced.module)
+            earlier = argument_slice(module)
+            if earlier is None:
+                hook = argument_hook(module, sliced, group.units, kept or (0,))
+                module.register_forward_pre_hook(hook, with_kwargs=True)
+            else:
+                earlier.kept = [earlier.kept[unit] for unit in kept or (0,)]
         shares |= dict.fromkeys(group.scaled_norms if kept else (), len(kept) / group.units)
     for norm, share in shares.items():
         rescale_norm(model.get_submodule(norm), share, norm)
-    for path, hook in slices.items():
-        module = model.get_submodule(path)
-        earlier = argument_slice(module)
-        if earlier is not None:
-            earlier.kept = [earlier.kept[unit] for unit in hook.kept]
-        else:
-            module.register_forward_pre_hook(hook, with_kwargs=True)
     mark_changed(model, groups[0].members[0].tensor)
 
 
@@ -186,45 +187,3 @@ def _constant(module: nn.Module, members: Sequence[AxisSlice]) -> ConstantOutput
         width = module.get_parameter("weight").shape[1 - consumed[0].axis]
         return ConstantOutput(width, module._parameters.get("bias"))
     return ConstantOutput(sum(member.width for member in weight))
-
-
-def _argument_slices(model: nn.Module, group: CoupledGroup, kept: Sequence[int]) -> dict[str, ArgumentSlice]:
-    """Hooks for the modules that get a tensor with one entry per unit; which argument it is, one small batch shows.
-
-    The batch has one sample more than there are units, so that no other axis can be mistaken for theirs.
-    """
-    found: dict[str, ArgumentSlice] = {}
-    if not group.sliced_arguments:
-        return found
-    samples = group.units + 1
-
-    def watch(path: str, module: nn.Module) -> Any:
-        signature = inspect.signature(module.forward)
-
-        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            for argument, value in signature.bind(*arguments, **keywords).arguments.items():
-                place = unit_axis(value, samples=samples, units=group.units)
-                if place is not None:
-                    found[path] = ArgumentSlice(
-                        module, argument=argument, axis=place[0], per_sample=place[1], units=group.units, kept=kept
-                    )
-
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(watch(path, module), with_kwargs=True)
-        for path, module in ((path, model.get_submodule(path)) for path in group.sliced_arguments)
-    ]
-    try:
-        device = next(model.parameters()).device
-        model(torch.zeros(samples, 3, dtype=torch.long, device=device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    missing = set(group.sliced_arguments) - set(found)
-    if missing:
-        raise UnsupportedModelError(
-            f"{', '.join(sorted(missing))} got no argument with one entry per unit of {group.name}",
-            "Prune without the role attention",
-        )
-    return found

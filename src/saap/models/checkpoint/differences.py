@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from saap.core.records import Digested, ModelGraph, StructurePlan
+from saap.core.records import Digested, ModelGraph, SlicedArgument, StructurePlan
 from saap.models.checkpoint.modeling_pruned import (
     AUTO_CLASSES,
     FIRST_FORMAT_VERSION,
@@ -145,6 +145,13 @@ def _added_biases(
         name
         for name, _ in model.named_parameters()
         if name.endswith(".bias") and name not in stock and name.removesuffix(".bias") not in constant
+    )
+
+
+def argument_hook(module: nn.Module, sliced: SlicedArgument, units: int, kept: Sequence[int]) -> ArgumentSlice:
+    """The hook that cuts an argument of the module to the kept ones of its units."""
+    return ArgumentSlice(
+        module, argument=sliced.argument, axis=sliced.axis, per_sample=sliced.per_sample, units=units, kept=kept
     )
 
 
