@@ -136,7 +136,7 @@ class AxisSlice:
 
     def indices(self, units: Iterable[int] | IntArray) -> IntArray:
         """The indices of all `units` along the axis, unit by unit."""
-        numbers = np.fromiter(units, np.int64)
+        numbers = units if isinstance(units, np.ndarray) else np.fromiter(units, np.int64)
         block, place = divmod(numbers, self.period) if self.period else (0, numbers)
         starts = self.offset + place * self.stride + block * self.jump
         return (starts[:, None] + np.arange(self.width)).ravel()
@@ -149,7 +149,7 @@ class AxisSlice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitAttribute:
-    """An integer attribute of a module that must follow the number of kept units: value = `per_unit` * kept.
+    """An integer attribute of a module that must follow the number of kept units.
 
     attribute: its name; "config.NAME" means the module's own copy of the configuration.
     """
@@ -157,6 +157,10 @@ class UnitAttribute:
     module: str
     attribute: str
     per_unit: int
+
+    def value(self, kept: int) -> int:
+        """What it says of so many kept units. Where none is, what lies between the constants sees one unit of zeros."""
+        return self.per_unit * max(kept, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

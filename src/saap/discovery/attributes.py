@@ -253,7 +253,7 @@ def _following(model: nn.Module, attribute: UnitAttribute, units: int) -> Iterat
     try:
         if config:
             module.config = copy.deepcopy(before)
-        setattr(module.config if config else module, name, attribute.per_unit * units)
+        setattr(module.config if config else module, name, attribute.value(units))
         yield
     finally:
         setattr(module, config or name, before)

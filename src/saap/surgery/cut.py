@@ -66,8 +66,8 @@ def cut_groups(model: nn.Module, groups: Sequence[CoupledGroup], keep: Mapping[s
     shares: dict[str, float] = {}
     for group, kept in chosen:
         for attribute in group.attributes:
-            value = attribute.per_unit * max(len(kept), 1)
-            set_attribute(model.get_submodule(attribute.module), attribute.attribute, value)
+            module = model.get_submodule(attribute.module)
+            set_attribute(module, attribute.attribute, attribute.value(len(kept)))
         for sliced in group.sliced_arguments:
             module = model.get_submodule(sliced.module)
             earlier = argument_slice(module)

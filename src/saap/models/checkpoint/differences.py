@@ -214,14 +214,13 @@ def _attributes(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> dic
     for group in graph.groups:
         if group.layer in plan.dropped_blocks or len(plan.kept(group)) == group.units:
             continue
-        paths = [attribute.module for attribute in group.attributes]
-        names = _names_after(graph, plan, [*paths, *group.scaled_norms])
+        modules = [*(attribute.module for attribute in group.attributes), *group.scaled_norms]
+        paths = _names_after(graph, plan, modules)
         for attribute in group.attributes:
-            if attribute.module in names:
-                path = names[attribute.module]
-                value = read_attribute(model.get_submodule(path), attribute.attribute)
-                found.setdefault(path, {})[attribute.attribute] = value
-        for path in (names[norm] for norm in group.scaled_norms if norm in names):
+            if attribute.module in paths:
+                value = attribute.value(len(plan.kept(group)))
+                found.setdefault(paths[attribute.module], {})[attribute.attribute] = value
+        for path in (paths[norm] for norm in group.scaled_norms if norm in paths):
             module = model.get_submodule(path)
             name = epsilon_name(module)
             if name is not None and not isinstance(module, ConstantOutput):

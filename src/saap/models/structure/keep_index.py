@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
 
@@ -84,13 +85,13 @@ class KeepIndex(Mapping[str, Mapping[int, KeptAxis]]):
 
     def __init__(self, shapes: Mapping[str, Shape], choices: Iterable[tuple[Coupled, Kept]]) -> None:
         self._before = shapes
-        self._losses: dict[str, dict[int, list[_Loss]]] = {}
+        self._losses: dict[str, dict[int, list[tuple[AxisSlice, _Choice]]]] = {}
         for group, kept in choices:
-            count = kept if isinstance(kept, int) else len(kept)
-            for member in group.members if count < group.units else ():
+            choice = _Choice(group.units, kept)
+            for member in group.members if choice.lost else ():
                 if member.tensor in shapes:
                     axes = self._losses.setdefault(member.tensor, {})
-                    axes.setdefault(member.axis, []).append(_Loss(member, group.units, kept, count))
+                    axes.setdefault(member.axis, []).append((member, choice))
 
     @classmethod
     def of(cls, graph: ModelGraph, keep: Mapping[str, Kept], dropped_blocks: Iterable[int] = ()) -> KeepIndex:
@@ -113,8 +114,8 @@ class KeepIndex(Mapping[str, Mapping[int, KeptAxis]]):
     def axis(self, tensor: str, axis: int) -> KeptAxis:
         """What stays of any axis, also of one that loses nothing."""
         removed: dict[int | None, list[IntArray]] = {}
-        for loss in self._losses.get(tensor, {}).get(axis, ()):
-            removed.setdefault(loss.member.part, []).append(loss.indices())
+        for member, choice in self._losses.get(tensor, {}).get(axis, ()):
+            removed.setdefault(member.part, []).append(member.indices(choice.removed))
         found = {part: np.unique(np.concatenate(indices)) for part, indices in removed.items()}
         return KeptAxis(axis=axis, size=self._before[tensor][axis], removed=found or {None: np.empty(0, np.int64)})
 
@@ -122,8 +123,8 @@ class KeepIndex(Mapping[str, Mapping[int, KeptAxis]]):
         """Shape of a tensor after the removal."""
         shape = list(self._before[tensor])
         for axis, losses in self._losses.get(tensor, {}).items():
-            # All parts of a stack lose the same number.
-            shape[axis] -= sum(loss.length for loss in losses if loss.member.part == losses[0].member.part)
+            part = losses[0][0].part  # all parts of a stack lose the same number
+            shape[axis] -= sum(member.width * choice.lost for member, choice in losses if member.part == part)
         return tuple(shape)
 
     @property
@@ -132,22 +133,18 @@ class KeepIndex(Mapping[str, Mapping[int, KeptAxis]]):
         return {tensor: self.shape(tensor) for tensor in self._before}
 
 
-@dataclass(frozen=True, slots=True)
-class _Loss:
-    """What a member's axis loses. count: of the kept units."""
+class _Choice:
+    """The kept units of one group, and what follows for the others. lost: their number."""
 
-    member: AxisSlice
-    units: int
-    kept: Kept
-    count: int
+    def __init__(self, units: int, kept: Kept) -> None:
+        self._units, self._kept = units, kept
+        self.lost = units - (kept if isinstance(kept, int) else len(kept))
 
-    @property
-    def length(self) -> int:
-        return self.member.width * (self.units - self.count)
-
-    def indices(self) -> IntArray:
-        kept = range(self.kept) if isinstance(self.kept, int) else self.kept
-        return self.member.indices(np.delete(np.arange(self.units), list(kept)))
+    @cached_property
+    def removed(self) -> IntArray:
+        """Units that are not kept, ascending."""
+        kept = range(self._kept) if isinstance(self._kept, int) else self._kept
+        return np.delete(np.arange(self._units), np.fromiter(kept, np.int64))
 
 
 def require_possible(graph: ModelGraph, keep: Mapping[str, Sequence[int]], dropped_blocks: Sequence[int] = ()) -> None:
