@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from tests.structure_search.synthetic import CHANNELS, HEADS, graph, scores
 
 from saap.core.errors import PlanError, TargetError
-from saap.core.records import Layout, Role, UnitScores, count_parameters, kept_shapes
+from saap.core.records import Layout, Role, UnitScores, count_parameters
+from saap.models.structure.keep_index import KeepIndex
 from saap.settings.prune import PrunableRole, SkipLayers, Strategy
 from saap.structure_search.adaptive import SearchGuide
 from saap.structure_search.allocation import SearchProblem
@@ -63,7 +64,7 @@ def test_removes_what_is_asked_and_at_most_a_step_more(ratio, align, strategy, l
     plan = search(GRAPH, SCORES, budget, of, strategy)
     removed = GRAPH.block_parameters - plan.block_parameters
     assert budget.removal <= removed < budget.removal + largest_step(of)
-    shapes = kept_shapes(GRAPH, plan.keep)
+    shapes = KeepIndex.of(GRAPH, plan.keep).shapes
     assert plan.parameters == count_parameters(shapes)
     for name, kept in plan.keep.items():
         if name.endswith("ffn"):
@@ -156,7 +157,7 @@ def test_hidden_channels_count_exactly(roles) -> None:
     budget = budget_for_ratio(GRAPH, 0.25)
     of = space(roles=tuple(PrunableRole(role) for role in roles), align=2)
     plan = search(GRAPH, SCORES, budget, of, Strategy.UNIFORM)
-    shapes = kept_shapes(GRAPH, plan.keep, plan.dropped_blocks)
+    shapes = KeepIndex.of(GRAPH, plan.keep, plan.dropped_blocks).shapes
     inside = {name: shape for name, shape in shapes.items() if name.startswith("blocks.")}
     assert plan.block_parameters == count_parameters(inside)
     assert GRAPH.block_parameters - plan.block_parameters >= budget.removal

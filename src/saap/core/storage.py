@@ -25,8 +25,6 @@ from saap.core.records import (
     Layout,
     ModelGraph,
     StructurePlan,
-    count_parameters,
-    kept_shapes,
 )
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -154,28 +152,10 @@ class PlanDocument(_Strict):
             raise ValueError("; ".join(faults))
         return keep
 
-    def structure_plan(self, graph: ModelGraph) -> StructurePlan:
-        """The plan with the predicted sizes. Raises PlanError where only the number of a group's units is given."""
-        keep: dict[str, tuple[int, ...]] = {}
-        for name, units in self.keep(graph).items():
-            if isinstance(units, int):
-                raise PlanError(f"The units of {name} are still to be chosen", "List them as `units`")
-            if len(units) < graph.group(name).units:
-                keep[name] = units
-        shapes = kept_shapes(graph, keep, self.dropped_blocks)
-        return StructurePlan(
-            graph_digest=graph.digest,
-            layout=self.layout,
-            strategy=self.strategy,
-            align=self.align,
-            keep=keep,
-            dropped_blocks=self.dropped_blocks,
-            parameters=count_parameters(shapes),
-            block_parameters=count_parameters({n: s for n, s in shapes.items() if graph.block_of(n) >= 0}),
-            trail=tuple(
-                Candidate(name=entry.name, loss=math.inf if entry.loss is None else entry.loss) for entry in self.trail
-            ),
-        )
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The trail of the search."""
+        return tuple(Candidate(name=one.name, loss=math.inf if one.loss is None else one.loss) for one in self.trail)
 
 
 def write_plan(path: Path, plan: StructurePlan, graph: ModelGraph) -> None:

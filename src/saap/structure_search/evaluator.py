@@ -9,18 +9,10 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
+from saap.models.structure.keep_index import KeepIndex
 from saap.models.structure.least_squares import compensated
 from saap.models.structure.linear import weight_out_in
-from saap.models.structure.masking import (
-    channel_mask,
-    consumer_masks,
-    gone_experts,
-    masked_channels,
-    narrowed,
-    never_chosen,
-    replaced_weights,
-    zeroed_parts,
-)
+from saap.models.structure.masking import masked_units, replaced_weights
 from saap.models.walk.backend import Backend
 
 CACHED_WEIGHTS_BYTES = 2 * 10**9
@@ -78,16 +70,12 @@ class StructureEvaluator:
 
     @torch.no_grad()
     def _loss(self, keep: Mapping[str, tuple[int, ...]], dropped_blocks: tuple[int, ...]) -> float:
-        skipped = [self._graph.blocks[layer] for layer in dropped_blocks]
         losing = {name: kept for name, kept in keep.items() if len(kept) < self._units[name]}
         masked = {name: kept for name, kept in losing.items() if name not in self._grams}
         weights = {self._path(name): self._weight(name, kept) for name, kept in losing.items() if name in self._grams}
         with (
-            masked_channels(self._model, consumer_masks(self._graph, masked), skipped),
-            zeroed_parts(self._model, self._graph, masked),
-            never_chosen(gone_experts(self._model, self._graph, masked)),
             replaced_weights(self._model, weights),
-            narrowed(self._model, self._graph, masked),  # also what has just been replaced
+            masked_units(self._model, self._graph, masked, dropped_blocks),  # hidden channels in the others' place too
         ):
             changed = self._last_hidden()
         rows = [
@@ -111,8 +99,9 @@ class StructureEvaluator:
         key = (name, kept)
         if key not in self._weights:
             weight = weight_out_in(self._model.get_submodule(self._path(name))).detach()
-            columns = channel_mask(self._graph.group(name), kept, weight.shape[1]).nonzero().flatten()
-            self._weights[key] = compensated(weight, self._grams[name], columns.to(weight.device))
+            consumer = self._graph.group(name).consumers[0]
+            columns = KeepIndex.of(self._graph, {name: kept})[consumer.tensor][consumer.axis].kept()
+            self._weights[key] = compensated(weight, self._grams[name], torch.from_numpy(columns).to(weight.device))
         self._weights.move_to_end(key)
         while sum(w.numel() * w.element_size() for w in self._weights.values()) > CACHED_WEIGHTS_BYTES:
             self._weights.popitem(last=False)

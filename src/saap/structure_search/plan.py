@@ -18,9 +18,9 @@ from saap.core.records import (
     StructurePlan,
     UnitScores,
     count_parameters,
-    kept_shapes,
-    uneven_bundle,
 )
+from saap.core.storage import PlanDocument
+from saap.models.structure.keep_index import KeepIndex, Kept, require_possible
 from saap.settings.prune import PrunableRole, SkipLayers, Strategy, unit_roles
 from saap.structure_search.adaptive import Evaluator, SearchGuide, adaptive, protected_layers
 from saap.structure_search.allocation import AnyBudget, Proposal, Scores, SearchProblem
@@ -125,8 +125,7 @@ def make_plan(
     """A plan with its predicted numbers of parameters; groups that keep all their units need not be named."""
     units = {group.name: group.units for group in graph.groups}
     keep = {name: kept for name, kept in keep.items() if len(kept) < units[name]}
-    shapes = kept_shapes(graph, keep, dropped_blocks)
-    inside = {name: shape for name, shape in shapes.items() if graph.block_of(name) >= 0}
+    shapes = KeepIndex.of(graph, keep, dropped_blocks).shapes
     return StructurePlan(
         graph_digest=graph.digest,
         layout=layout,
@@ -135,7 +134,7 @@ def make_plan(
         keep=keep,
         dropped_blocks=tuple(dropped_blocks),
         parameters=count_parameters(shapes),
-        block_parameters=count_parameters(inside),
+        block_parameters=count_parameters(graph.in_blocks(shapes)),
         trail=trail,
     )
 
@@ -149,58 +148,45 @@ def with_units(graph: ModelGraph, plan: StructurePlan, keep: Mapping[str, tuple[
     )  # fmt: skip
 
 
-def plan_from_counts(
-    graph: ModelGraph,
-    scores: Scores,
-    keep: Mapping[str, tuple[int, ...] | int],
-    dropped_blocks: Sequence[int],
-    *,
-    layout: Layout,
-    align: int,
-) -> StructurePlan:
-    """A plan that a person edited: kept units as they are, or a number of units that the scores' order fills.
+def complete_plan(graph: ModelGraph, given: PlanDocument) -> StructurePlan:
+    """The plan of a file that lists all kept units. Raises PlanError if it gives the number alone of some."""
+    keep: dict[str, tuple[int, ...]] = {}
+    for name, kept in given.keep(graph).items():
+        if isinstance(kept, int):
+            raise PlanError(f"The units of {name} are still to be chosen", "List them as `units`")
+        keep[name] = kept
+    return make_plan(
+        graph, keep, given.dropped_blocks, layout=given.layout, strategy=given.strategy, align=given.align,
+        trail=given.candidates,
+    )  # fmt: skip
 
-    Raises PlanError for a group the model does not have, or units out of range.
+
+def plan_from_counts(
+    graph: ModelGraph, scores: Scores, keep: Mapping[str, Kept], dropped_blocks: Sequence[int], *, layout: Layout,
+    align: int,
+) -> StructurePlan:  # fmt: skip
+    """A plan that a person edited. keep: units by group, or a number of units that the scores' order fills.
+
+    Raises PlanError where the model cannot lose what the plan leaves out.
     """
-    known = {group.name: group for group in graph.groups}
     orders = importance_order(scores)
+    units = {group.name: group.units for group in graph.groups}
     chosen: dict[str, tuple[int, ...]] = {}
     for name, kept in keep.items():
-        if name not in known:
-            raise PlanError(f"the plan names group {name!r}, which the model does not have", "See `saap inspect MODEL`")
-        units = known[name].units
         if isinstance(kept, int):
-            if not 0 <= kept <= units:
-                raise PlanError(f"the plan keeps {kept} units of {name}, which has {units}", f"Give 0 to {units}")
-            order = orders[name] if name in orders else np.arange(units)[::-1]
-            kept = tuple(sorted(int(unit) for unit in order[units - kept :]))
-        if any(not 0 <= unit < units for unit in kept) or len(set(kept)) < len(kept):
-            raise PlanError(
-                f"the plan's units of {name} are not distinct numbers from 0 to {units - 1}", "Correct them"
-            )
-        if len(kept) < known[name].least:
-            raise PlanError(
-                f"the plan keeps {len(kept)} units of {name}",
-                f"Keep {known[name].least}: each token is sent to so many",
-            )
+            order = orders[name] if name in orders else np.arange(units.get(name, 0))[::-1]
+            kept = order[::-1][:kept].tolist()
         chosen[name] = tuple(sorted(kept))
-        step = required_step(graph, known[name])
-        if len(kept) < units and len(kept) % step:
+    require_possible(graph, chosen, dropped_blocks)
+    for name, kept in chosen.items():
+        count, step = keep[name], required_step(graph, graph.group(name))
+        if isinstance(count, int) and count != len(kept):
+            raise PlanError(f"The plan keeps {count} units of {name}, which has {units[name]}", "Keep no more of them")
+        if len(kept) < units[name] and len(kept) % step:
             raise PlanError(
-                f"the plan keeps {len(kept)} units of {name}, whose matrices are stacked", f"Keep a multiple of {step}"
+                f"The plan keeps {len(kept)} units of {name}, whose matrices are stacked", f"Keep a multiple of {step}"
             )
-    uneven = uneven_bundle(graph, chosen)
-    if uneven:
-        raise PlanError(
-            f"the plan keeps different numbers of units of {' and '.join(uneven)}, which share their tensors",
-            "Keep the same number of units of both",
-        )
-    if any(not 0 <= layer < len(graph.blocks) for layer in dropped_blocks):
-        raise PlanError(
-            f"the plan drops blocks {list(dropped_blocks)}, but the model has {len(graph.blocks)}",
-            f"Name blocks from 0 to {len(graph.blocks) - 1}",
-        )
-    return make_plan(graph, chosen, tuple(sorted(dropped_blocks)), layout=layout, strategy="edited plan", align=align)
+    return make_plan(graph, chosen, dropped_blocks, layout=layout, strategy="edited plan", align=align)
 
 
 def _blocks_to_drop(

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from saap.core.errors import CalibrationError
 from saap.core.records import CoupledGroup, FloatArray, StructurePlan
 from saap.models.loading.precision import at_least_float32
+from saap.models.structure.keep_index import KeepIndex
 from saap.models.structure.least_squares import Moments, removal_order, ridge_refit
-from saap.models.structure.linear import weight_out_in
-from saap.models.structure.masking import channel_mask
+from saap.models.structure.linear import contracted_axis, weight_out_in
 from saap.models.walk.backend import Backend
 from saap.models.walk.consumers import unit_channels
 from saap.models.walk.offload import mark_changed
 from saap.models.walk.residual import ResidualEntry
 from saap.models.walk.spill import Tensors
-from saap.surgery.cut import cut_bundle, cut_group
+from saap.surgery.cut import cut_groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,12 +114,10 @@ class Refit:
         bias = consumer.module._parameters.get("bias")
         fit, held_out = self._moments(weight, bias, inputs, target)
         kept = processes.broadcast_result(lambda: self._choose(consumer, weight, fit, held_out))
-        columns = self._kept_columns(consumer, kept, weight)
-        if consumer.bundle:
-            cut_bundle(model, [group, *consumer.bundle], self.plan)
-        elif kept != tuple(range(group.units)):
-            cut_group(model, group, kept)
-        self.result.keep |= {group.name: kept, **{one.name: self.plan.kept(one) for one in consumer.bundle}}
+        keep = {group.name: kept, **{one.name: self.plan.kept(one) for one in consumer.bundle}}
+        columns = _kept_columns(consumer, keep, weight.device)
+        cut_groups(model, [group, *consumer.bundle], keep)
+        self.result.keep |= keep
         if not kept:  # nothing is left to fit: the module gives its bias
             nothing = weight.new_zeros(weight.shape[0], 0)
             return (_given(x[..., :0], nothing, bias) for x in inputs)
@@ -176,14 +174,6 @@ class Refit:
             sum(tokens for _, tokens in parts),
         )
 
-    def _kept_columns(self, consumer: Consumer, kept: Sequence[int], weight: Tensor) -> Tensor:
-        """Input channels of the consumer that stay, ascending: (kept channels,)."""
-        tensor, channels = f"{consumer.path}.weight", weight.shape[1]
-        mask = channel_mask(consumer.group, kept, channels, tensor)
-        for one in consumer.bundle:
-            mask &= channel_mask(one, self.plan.kept(one), channels, tensor)
-        return mask.nonzero().flatten().to(weight.device)
-
     def _choose(self, consumer: Consumer, weight: Tensor, fit: Moments, held_out: Moments) -> tuple[int, ...]:
         """The units that stay: the plan's own, or as many by second-order cost."""
         group, settings = consumer.group, self.settings
@@ -204,6 +194,15 @@ class Refit:
             weight, gram, units, removed, ridge=settings.choice_ridge, at_once=at_once, scores=scores
         )
         return tuple(group.others(order.tolist()))
+
+
+def _kept_columns(consumer: Consumer, keep: Mapping[str, tuple[int, ...]], device: torch.device) -> Tensor:
+    """Input channels of the consumer that stay, ascending: (kept channels,)."""
+    tensor, axis = f"{consumer.path}.weight", contracted_axis(consumer.module)
+    assert axis is not None
+    shapes = {tensor: tuple(consumer.module.get_parameter("weight").shape)}
+    index = KeepIndex(shapes, ((group, keep[group.name]) for group in (consumer.group, *consumer.bundle)))
+    return torch.from_numpy(index.axis(tensor, axis).kept()).to(device)
 
 
 def _given(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from saap.core.records import CoupledGroup, Role, StructurePlan
 from saap.models.loading.precision import at_least_float32
+from saap.models.structure.keep_index import require_possible
 from saap.models.structure.linear import weight_out_in
 from saap.models.walk.backend import Backend
 from saap.models.walk.capture import capture
 from saap.models.walk.residual import ResidualEntry, residual_paths
 from saap.models.walk.spill import Tensors
 from saap.models.walk.walk import embed, run_block
-from saap.surgery.cut import cut_bundle, cut_group
+from saap.surgery.cut import cut_groups
 from saap.surgery.refit import (
     Consumer,
     ReconstructionTarget,
@@ -42,9 +43,10 @@ def restore(backend: Backend, plan: StructurePlan, tokens: Tensor, settings: Res
     output plus the gap between the dense and the pruned residual stream so far.
     Of the processes of the backend each runs a part of the sequences; the first one chooses and fits, from the moments
     of all. Its products count for forward passes; moments and solutions are of float32 and more.
-    Raises CalibrationError for a single sequence.
+    Raises CalibrationError for a single sequence, PlanError for a plan that the model cannot follow.
     """
     require_sequences(len(tokens))
+    require_possible(backend.graph, plan.keep, plan.dropped_blocks)
     walk = _Reconstruction(backend, plan, tokens, settings)
     for layer in range(len(backend.graph.blocks)):
         walk.pass_block(layer)
@@ -108,9 +110,8 @@ class _Reconstruction:
         self.dense, self.pruned = dense_next, pruned_next
 
     def _cut(self, group: CoupledGroup) -> None:
-        kept = self.plan.kept(group)
-        self.refit.result.keep[group.name] = kept
-        cut_group(self.model, group, kept)
+        self.refit.result.keep[group.name] = self.plan.kept(group)
+        cut_groups(self.model, [group], self.plan.keep)
 
     def _move(self, device: torch.device) -> None:
         """Have both streams on a device: that of the next block, where the model lies on several."""
@@ -160,8 +161,7 @@ class _Reconstruction:
                 bundles.setdefault(group.bundle, []).append(group)
         for bundle in bundles.values():
             self.refit.result.keep |= {group.name: self.plan.kept(group) for group in bundle}
-            if len(self.plan.kept(bundle[0])) < bundle[0].units:
-                cut_bundle(self.model, bundle, self.plan)
+            cut_groups(self.model, bundle, self.plan.keep)
         for group in groups:
             if group.role is Role.EXPERT:
                 self._cut(group)

@@ -36,6 +36,7 @@ from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.stages import CUT, MEASURE, TIME_RESULT
 from saap.pipeline.shared.targets import Target, finished_report, place_finished
 from saap.structure_search.decode_costs import TimeBudget
+from saap.structure_search.plan import complete_plan
 
 CHECKED_TOKENS = 64
 
@@ -61,7 +62,7 @@ def find_made(run: Run, target: Target) -> Made | None:
     folder = _folder(run, target)
     if record is None or not (folder / "config.json").exists():
         return None
-    plan = read_plan(folder / "saap" / "plan.json", run.graph).structure_plan(run.graph)
+    plan = complete_plan(run.graph, read_plan(folder / "saap" / "plan.json", run.graph))
     return Made(plan=plan, base_model_type=record["base_model_type"], model=None, refit_errors=record["refit_errors"])
 
 
@@ -141,7 +142,7 @@ def find_finished(run: Run, target: Target) -> PruneResult | None:
     if saved is None or target.folder is None:
         return None
     report = PruneReport.model_validate(saved)
-    plan = read_plan(target.folder / "saap" / "plan.json", run.graph).structure_plan(run.graph)
+    plan = complete_plan(run.graph, read_plan(target.folder / "saap" / "plan.json", run.graph))
     model = open_result(run, target.folder)
     return PruneResult(model=model, plan=plan, report=report, path=target.folder)
 

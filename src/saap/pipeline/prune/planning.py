@@ -42,7 +42,7 @@ from saap.settings.prune import Importance, Method, PrunableRole, unit_roles
 from saap.structure_search.adaptive import SearchGuide
 from saap.structure_search.costs import SecondOrder, second_order_costs
 from saap.structure_search.evaluator import EVALUATED_AT_ONCE, StructureEvaluator
-from saap.structure_search.plan import plan_from_counts, search
+from saap.structure_search.plan import complete_plan, plan_from_counts, search
 
 Progress = Callable[[int, int], None]
 """Called with what is done, and with all that is to be done."""
@@ -98,7 +98,7 @@ def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> 
             path = paths[target.name]
             with run.meter.stage(SEARCH, target.name if len(targets) > 1 else ""):
                 if target.name in found:
-                    plans.append(read_plan(path, run.graph).structure_plan(run.graph))
+                    plans.append(complete_plan(run.graph, read_plan(path, run.graph)))
                     continue
                 evaluator = guide.evaluator if guide is not None and target.budget is not None else None
                 if isinstance(evaluator, StructureEvaluator) and not run.processes.first:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from saap.core.records import ModelRef, count_parameters, kept_shapes
+from saap.core.records import ModelRef, count_parameters
 from saap.core.storage import read_plan
 from saap.data.texts import check_source
 from saap.discovery import discover
@@ -16,6 +16,7 @@ from saap.models.checkpoint.groupwise_files import linears_inside
 from saap.models.loading.devices import pick_device, pick_dtype
 from saap.models.loading.pretrained import load_tokenizer, model_without_weights
 from saap.models.loading.references import resolve_configuration
+from saap.models.structure.keep_index import KeepIndex
 from saap.pipeline.evaluate.run import check_request
 from saap.pipeline.evaluate.speed import check_settings
 from saap.pipeline.prune.baselines import check_method, for_method
@@ -81,7 +82,7 @@ def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype)
             left = check_reachable(graph, target.budget, space).parameters
         elif config.plan is not None:
             given = read_plan(config.plan, graph)
-            left = count_parameters(kept_shapes(graph, given.keep(graph), given.dropped_blocks))
+            left = count_parameters(KeepIndex.of(graph, given.keep(graph), given.dropped_blocks).shapes)
         size = {"parameters": left, "bytes": left * dtype.itemsize, "dtype": str(dtype).removeprefix("torch.")}
         rows.append({**row, **size})
     return rows
