@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -227,7 +228,7 @@ def test_q4_1_blocks_are_what_gguf_reads() -> None:
     weight = quantise(random(6, 128) * 0.02, group_size=32, bits=4)
     blocks = q4_1_blocks(weight).numpy()
     read = torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_1))
-    expected = weight.with_zero(weight.zero.half().float()).dequantised()
+    expected = replace(weight, zero=weight.zero.half().float()).dequantised()
     torch.testing.assert_close(read, expected, rtol=0, atol=1e-7)
     with pytest.raises(ModelError, match="group-size 32"):
         q4_1_blocks(quantise(random(6, 128), group_size=16, bits=4))

@@ -141,9 +141,9 @@ class Trainer:
         losses = torch.zeros(len(examples), dtype=widest_dtype(self.device), device=self.device)
         own = range(self.processes.rank, len(examples), self.processes.count)
         for start in range(0, len(own), self.config.micro_batch):
-            places = list(own[start : start + self.config.micro_batch])
-            ids, learned = self._padded([examples[place] for place in places])
-            losses[places] = self._gradients(ids, learned, predictions).to(losses.device)
+            part = own[start : start + self.config.micro_batch]
+            ids, learned = self._padded([examples[place] for place in part])
+            losses[part.start : part.stop : part.step] = self._gradients(ids, learned, predictions).to(losses.device)
         losses = self.processes.total(losses)
         self._sum_gradients()
         norm = clip_grad_norm_(self.parameters.values(), self.config.clip, foreach=False)
