@@ -29,9 +29,10 @@ STYLE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One figure. draw: onto a matplotlib axis. text: what it shows, in words, for those who cannot see it.
+    """One figure. draw: onto a matplotlib axis, which then gets a legend if it has several labels.
 
-    name: becomes that of files and anchors; whatever it is made of, letters, digits and hyphens are left of it.
+    text: what it shows, in words, for those who cannot see it. name: becomes that of files and anchors; only letters,
+    digits and hyphens are kept of it.
     """
 
     name: str
@@ -60,7 +61,9 @@ def _canvas(figure: Figure) -> Iterator[Any]:
         ) from error
     with rc_context(STYLE):
         canvas = Canvas(figsize=(SIZE[0], figure.height))
-        figure.draw(canvas.subplots())
+        axis = canvas.subplots()
+        figure.draw(axis)
+        _add_legend(axis)
         _make_printable(canvas)
         yield canvas
 
@@ -102,9 +105,8 @@ def write_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for figure in figures:
-        svg = folder / f"{figure.name}.svg"
+        svg, png = (folder / f"{figure.name}.{ending}" for ending in ("svg", "png"))
         svg.write_text(to_svg(figure, ink="black"), encoding="utf-8")
-        png = folder / f"{figure.name}.png"
         with _canvas(figure) as canvas:
             canvas.savefig(png, format="png", dpi=200, transparent=False, facecolor="white")
         paths += [svg, png]
@@ -138,9 +140,12 @@ def percent_ticks(axis: Any, places: Iterable[float]) -> None:
     axis.set(xlabel="removed of the blocks' parameters")
 
 
-def legend_outside(axis: Any) -> None:
+def _add_legend(axis: Any) -> None:
     """A legend where no line can run through it: above if it is short, for narrow screens, else at the side."""
-    if len(axis.get_legend_handles_labels()[1]) <= 4:
+    labels = axis.get_legend_handles_labels()[1]
+    if len(labels) < 2:
+        return
+    if len(labels) <= 4:
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=9, borderaxespad=0.2, columnspacing=1.2)
     else:
         axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8.5, borderaxespad=0)
