@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.pipeline import tiny
@@ -11,11 +12,21 @@ from tests.pipeline import tiny
 from saap.cli import app as cli
 from saap.cli.parsing import parse_methods, parse_seeds
 from saap.core.errors import ConfigurationError, StaleInputError, TargetError
-from saap.pipeline.compare.run import compare
+from saap.core.evaluation_records import Comparison
+from saap.pipeline.compare import run
 from saap.pipeline.shared.inputs import RunOptions
 from saap.reporting.tables import comparison_table, write_tables
 from saap.settings.measure import CompareRequest, EvalRequest
 from saap.settings.prune import Method, MethodChoice, PruneConfig
+
+
+def compare(*arguments: Any) -> dict[str, Any]:
+    """The content of `comparison.json`, as it is returned and as it lies in the folder."""
+    result = run.compare(*arguments)
+    assert Comparison.model_validate_json((arguments[-1] / "comparison.json").read_bytes()) == result
+    content: dict[str, Any] = result.model_dump(mode="json")
+    return content
+
 
 METHODS = (Method.SAAP, Method.LLM_PRUNER_ELEMENT1, Method.FLAP, Method.MAGNITUDE)
 
@@ -118,9 +129,9 @@ def test_rows_of_other_settings_are_not_taken_for_these(source, done) -> None:
 def test_tables(done) -> None:
     folder, result = done
     out = folder / "out"
-    headings, rows = comparison_table(result)
+    headings, rows = comparison_table(Comparison.model_validate(result))
     assert all(len(row) == len(headings) for row in rows)
-    paths = write_tables(out, result)
+    paths = write_tables(out, Comparison.model_validate(result))
     assert {path.suffix for path in paths} == {".csv", ".md", ".tex"}
     read = list(csv.reader((out / "comparison.csv").read_text().splitlines()))
     assert read == [headings, *rows]

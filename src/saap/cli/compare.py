@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -93,7 +92,7 @@ def compare(
         result = run_compare(model, request, RunOptions(device=device), out, reporter)
     written = write_tables(out, result)
     if as_json:
-        typer.echo(json.dumps(result, indent=1))
+        typer.echo(result.model_dump_json(indent=1))
     elif not quiet:
         print_comparison(result)
         typer.echo(f"wrote {', '.join(str(path) for path in written)}")

@@ -60,8 +60,8 @@ def perplexity_by_ratio(comparison: Comparison, text: str, restored: bool) -> Fi
             )  # fmt: skip
         axis.set(ylabel="perplexity / dense", yscale="log")
         percent_ticks(axis, [ratio for _, ratio, _, _ in points])
-        means = [mean for _, _, mean, _ in points] or [1.0]
-        plain_ticks(axis.yaxis, min(means), max(means))
+        values = [mean for _, _, mean, _ in points] or [1.0]
+        plain_ticks(axis.yaxis, min(values), max(values))
 
     name = f"ratio-{'restored' if restored else 'cut'}-{short(text)}"
     said = caption("perplexity_by_ratio", text=short(text), restored=restored, methods=len(shown))

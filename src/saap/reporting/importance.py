@@ -128,7 +128,7 @@ def spearman(first: FloatArray, second: FloatArray) -> float:
         ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
         if len(counts) == 1:
             return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def agreement(view: GroupView) -> Agreement:

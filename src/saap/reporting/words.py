@@ -23,7 +23,7 @@ def words(block: str, **values: Any) -> str:
     return " ".join("".join(template.blocks[block](template.new_context(values))).split())
 
 
-def caption(block: str, **values: Any) -> dict[str, str]:
+def caption(block: str, **values: Any) -> dict[str, Any]:
     """The title of a figure and its text: what it shows, for those who cannot see it."""
     title, _, text = words(block, **values).partition(" || ")
     return {"title": title, "text": text}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -46,7 +45,7 @@ def check_settings(settings: SpeedSettings) -> None:
             raise ExportError("Running llama.cpp needs the package llama-cpp-py-sync", INSTALL)
 
 
-def measure_beside(models: Sequence[tuple[str, Source]], settings: SpeedSettings) -> SpeedReport:
+def compare_speeds(models: Sequence[tuple[str, Source]], settings: SpeedSettings) -> SpeedReport:
     """Speed of the first model, compared with the second if there is one.
 
     models: (name, a model or what `saap prune` takes). A model in memory is measured as it is; llama.cpp gets a file in
@@ -56,25 +55,23 @@ def measure_beside(models: Sequence[tuple[str, Source]], settings: SpeedSettings
     with ExitStack() as stack:
         opened = [stack.enter_context(opened_in(model, settings)) for _, model in models]
         speeds = timed(opened, settings)
-    found = [
+    first, *others = [
         ModelSpeed(model=name, prefill=speed.prefill, decode=speed.decode, bytes_per_token=one.bytes_per_token)
         for (name, _), speed, one in zip(models, speeds, opened, strict=True)
     ]
-    report = SpeedReport(
+    compared: dict[str, Any] = {}
+    if others:
+        ratio = speed_up(speeds[0], speeds[1])
+        compared = {"against": others[0], "prefill_speedup": ratio.prefill, "decode_speedup": ratio.decode}
+        compared["bytes_ratio"] = others[0].bytes_per_token / first.bytes_per_token
+    return SpeedReport(
         runtime=str(settings.runtime), weights=weights_name(models[0][1], settings),
         threads=torch.get_num_threads(), prompt_tokens=settings.prompt_tokens,
-        new_tokens=settings.new_tokens, rounds=settings.rounds, model=found[0],
+        new_tokens=settings.new_tokens, rounds=settings.rounds, model=first, **compared,
     )  # fmt: skip
-    if len(found) == 1:
-        return report
-    ratio = speed_up(speeds[0], speeds[1])
-    compared = {"against": found[1], "prefill_speedup": ratio.prefill, "decode_speedup": ratio.decode}
-    compared["bytes_ratio"] = found[1].bytes_per_token / found[0].bytes_per_token
-    return report.model_copy(update=compared)
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(NamedTuple):
     """A model in its runtime. bytes_per_token: of the weights that a token reads. vocabulary: tokens that it knows."""
 
     runtime: Runtime
@@ -114,28 +111,29 @@ def weights_name(source: Source, settings: SpeedSettings) -> str:
 @contextmanager
 def opened_in(source: Source, settings: SpeedSettings) -> Iterator[Opened]:
     """The model in the runtime of the settings. Raises ModelError, ExportError."""
+    tokens = settings.prompt_tokens + settings.new_tokens
     if settings.runtime is RuntimeName.TRANSFORMERS:
-        model = source if isinstance(source, nn.Module) else open_model(source, RunOptions(device="cpu")).model
+        model: Any = source if isinstance(source, nn.Module) else open_model(source, RunOptions(device="cpu")).model
         embedding = getattr(model, "get_input_embeddings", lambda: None)()
         if not isinstance(embedding, nn.Embedding) or not hasattr(model, "generate"):
             raise ModelError(
-                f"The speed of {type(model).__name__} cannot be measured, since it is no model of transformers that "
-                "generates", "Leave the speed out",
-            )  # fmt: skip
-        check_reads(
-            model, settings.prompt_tokens + settings.new_tokens, "Measure speed with fewer tokens, or leave it out"
-        )
-        yield Opened(TransformersRuntime(model), _bytes_of_model(model), embedding.num_embeddings)
+                f"{type(model).__name__} is no model of transformers that generates", "Leave the speed out"
+            )
+        check_reads(model, tokens, "Measure speed with fewer tokens, or leave it out")
+        # an embedding's rows are looked up, not read, unless it is the output's weight too
+        output = model.get_output_embeddings()
+        looked_up = embedding.weight if output is None or output.weight is not embedding.weight else None
+        read = sum(p.numel() * p.element_size() for p in model.parameters() if p is not looked_up)
+        yield Opened(TransformersRuntime(model), read, embedding.num_embeddings)
         return
     with tempfile.TemporaryDirectory(prefix="saap-speed-") as folder:
         file = Path(folder) / "model.gguf"
-        plan = write_without_tokenizer(source, file, settings.gguf_type)
-        context = settings.prompt_tokens + settings.new_tokens + 1
-        with LlamaCpp(file, context=context, threads=torch.get_num_threads()) as opened:
+        plan = _write_without_tokenizer(source, file, settings.gguf_type)
+        with LlamaCpp(file, context=tokens + 1, threads=torch.get_num_threads()) as opened:
             yield Opened(LlamaCppRuntime(opened), plan.bytes_per_token, opened.vocabulary)
 
 
-def write_without_tokenizer(source: Source, file: Path, gguf_type: GgufType) -> GgufPlan:
+def _write_without_tokenizer(source: Source, file: Path, gguf_type: GgufType) -> GgufPlan:
     """Write the weights as GGUF with numbers for tokens, which is enough to measure. Raises ExportError."""
     from saap.export.gguf.plan import plan_gguf
     from saap.export.gguf.tokenizer import no_tokenizer
@@ -151,11 +149,3 @@ def write_without_tokenizer(source: Source, file: Path, gguf_type: GgufType) -> 
     check_file(file, plan.weight_bytes, overwrite=True)
     write_gguf(file, plan, tensors, no_tokenizer())
     return plan
-
-
-def _bytes_of_model(model: Any) -> int:
-    """Bytes of the weights that one token reads: all but the embedding, unless that is the output's weight too."""
-    parameters: Mapping[str, Any] = dict(model.named_parameters())
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    looked_up = embedding.weight if output is None or output.weight is not embedding.weight else None
-    return sum(p.numel() * p.element_size() for p in parameters.values() if p is not looked_up)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from pydantic import BaseModel
 
 from saap._version import __version__
 from saap.core.records import digest_of
@@ -22,9 +22,7 @@ from saap.pipeline.shared.progress import Reporter
 from saap.pipeline.shared.targets import plan_targets
 from saap.reporting.report import build_page, write_page
 from saap.settings.measure import EvalRequest, ExportFormat, ExportRequest
-from saap.settings.prune import PruneConfig
 from saap.settings.recipe import Recipe
-from saap.settings.recover import RecoverConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,122 +41,108 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """A model that later steps take. folder: inside the folder of each step, '' for the only one."""
+    """A model that later steps take. folder: inside the folder of each step, '' for the only one.
+
+    digest: '' where none is wanted. options: how it is opened, and where the next step writes.
+    """
 
     source: str
     folder: str
     digest: str
-    needs: tuple[str, ...]
+    options: RunOptions
+    needs: tuple[str, ...] = ()
+
+    def step(
+        self, name: str, settings: Any, outputs: Iterable[Path], run: Callable[[Reporter], Any], *more: str
+    ) -> Step:
+        """A step for this model. settings: as plain data. more: names of further steps that it needs."""
+        return Step(
+            name=f"{name} ({self.folder})" if self.folder else name,
+            digest=digest_of([self.digest, settings, named_files(settings)]) if self.digest else "",
+            needs=(*self.needs, *more), outputs=tuple(outputs), run=run,
+        )  # fmt: skip
+
+    def made_by(self, step: Step, source: Path, folder: str, digest: str) -> _Subject:
+        """The model that a step writes: opened without the revision and the trust of the first one."""
+        options = dataclasses.replace(self.options, revision=None, trust_remote_code=False)
+        return _Subject(str(source), folder, digest, options, (step.name,))
 
 
-def recipe_steps(recipe: Recipe) -> list[Step]:
-    """All steps in order. Reads the model's weights and the named files for their digests. Raises ModelError."""
-    resolved = resolve_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    common = [__version__, recipe.dtype, recipe.trust_remote_code]
-    subjects = [_Subject(recipe.model, "", digest_of([*common, model_digest(resolved)]), ())]
-    steps: list[Step] = []
+def recipe_steps(recipe: Recipe, *, digests: bool = True) -> list[Step]:
+    """All steps in order.
+
+    digests: read the model's weights and the files that settings name for them; else they are ''. Raises ModelError.
+    """
+    whole = ""
+    if digests:
+        resolved = resolve_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+        whole = digest_of([__version__, recipe.dtype, recipe.trust_remote_code, model_digest(resolved)])
+    options = RunOptions(
+        overwrite=True, device=recipe.device, dtype=recipe.dtype, revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+    )  # fmt: skip
+    model = _Subject(recipe.model, "", whole, options)
+    steps, subjects = [], [model]
     if recipe.prune is not None:
-        step, subjects = _prune_step(recipe, recipe.prune, subjects[0])
+        into = dataclasses.replace(options, out=recipe.out / "pruned")
+        targets = plan_targets(recipe.prune, into, check=False)
+        folders = {target.name: target.folder for target in targets if target.folder is not None}
+        run = partial(run_prune, recipe.model, recipe.prune, into)
+        step = model.step("prune", recipe.prune.model_dump(mode="json"), folders.values(), run)
         steps.append(step)
+        subjects = [
+            model.made_by(step, path, name if len(folders) > 1 else "", digest_of([step.digest, name]) if whole else "")
+            for name, path in folders.items()
+        ]
     if recipe.recover is not None:
-        recoveries = [_recover_step(recipe, recipe.recover, subject) for subject in subjects]
-        steps += [step for step, _ in recoveries]
-        subjects = [subject for _, subject in recoveries]
-    for subject in subjects:
-        measured = [_eval_step(recipe, subject, name, request) for name, request in recipe.eval.items()]
-        steps += measured
-        steps += [_export_step(recipe, subject, name, request) for name, request in recipe.export.items()]
-        if recipe.report is not None:
-            steps.append(_report_step(recipe, subject, measured))
+        untuned, subjects = subjects, []
+        for subject in untuned:
+            out = recipe.out / "recovered" / subject.folder
+            run = partial(run_recover, subject.source, recipe.recover, dataclasses.replace(subject.options, out=out))
+            steps.append(subject.step("recover", recipe.recover.model_dump(mode="json"), [out], run))
+            subjects.append(subject.made_by(steps[-1], out, subject.folder, steps[-1].digest))
+    return steps + [step for subject in subjects for step in _uses(recipe, subject)]
+
+
+def _uses(recipe: Recipe, subject: _Subject) -> list[Step]:
+    """The steps that take a finished model: eval, export, report."""
+    steps = []
+    for name, request in recipe.eval.items():
+        out = recipe.out / "eval" / subject.folder / f"{name}.json"
+        run = partial(_evaluate, subject, request, out)
+        steps.append(subject.step(f"eval.{name}", request.model_dump(mode="json"), [out], run))
+    measured = list(steps)
+    for name, wanted in recipe.export.items():
+        as_folder = wanted.format is ExportFormat.DECILM
+        out = recipe.out / "export" / subject.folder / (name if as_folder else f"{name}.gguf")
+        run = partial(_export, subject, wanted, out)
+        steps.append(subject.step(f"export.{name}", wanted.model_dump(mode="json"), [out], run))
+    if recipe.report is not None:
+        folder = recipe.out / "report" / subject.folder
+        figures = folder / "figures" if recipe.report.figures else None
+        reports = [path for step in measured for path in step.outputs]
+        outputs = [folder / "report.html", *([] if figures is None else [figures])]
+        basis = [[step.digest for step in measured], figures is None]
+        run = partial(_report, Path(subject.source), reports, outputs[0], figures)
+        steps.append(subject.step("report", basis, outputs, run, *(step.name for step in measured)))
     return steps
 
 
-def _prune_step(recipe: Recipe, config: PruneConfig, subject: _Subject) -> tuple[Step, list[_Subject]]:
-    options = _options(recipe, recipe.out / "pruned")
-    folders = {
-        target.name: target.folder
-        for target in plan_targets(config, RunOptions(out=options.out, overwrite=True), check=False)
-        if target.folder is not None
-    }
-    step = Step(
-        name="prune", digest=_digest(subject.digest, config), needs=(), outputs=tuple(folders.values()),
-        run=lambda reporter: run_prune(recipe.model, config, options, reporter),
-    )  # fmt: skip
-    made = [
-        _Subject(str(folder), name if len(folders) > 1 else "", digest_of([step.digest, name]), ("prune",))
-        for name, folder in folders.items()
-    ]
-    return step, made
+def _evaluate(subject: _Subject, request: EvalRequest, out: Path, reporter: Reporter) -> None:
+    write_report(out, evaluate_model(subject.source, request, subject.options, reporter).as_dict())
 
 
-def _recover_step(recipe: Recipe, config: RecoverConfig, subject: _Subject) -> tuple[Step, _Subject]:
-    out = recipe.out / "recovered" / subject.folder
-    options = _options(recipe, out, of_hub=not subject.needs)
-    step = Step(
-        name=_name("recover", subject), digest=_digest(subject.digest, config), needs=subject.needs, outputs=(out,),
-        run=lambda reporter: run_recover(subject.source, config, options, reporter),
-    )  # fmt: skip
-    return step, _Subject(str(out), subject.folder, step.digest, (step.name,))
-
-
-def _eval_step(recipe: Recipe, subject: _Subject, name: str, request: EvalRequest) -> Step:
-    out = recipe.out / "eval" / subject.folder / f"{name}.json"
-    options = _options(recipe, None, of_hub=not subject.needs)
-
-    def measure(reporter: Reporter) -> None:
-        write_report(out, evaluate_model(subject.source, request, options, reporter).as_dict())
-
-    return Step(
-        name=_name(f"eval.{name}", subject), digest=_digest(subject.digest, request), needs=subject.needs,
-        outputs=(out,), run=measure,
+def _export(subject: _Subject, request: ExportRequest, out: Path, reporter: Reporter) -> None:
+    revision = subject.options.revision
+    if request.format is ExportFormat.DECILM:
+        export_decilm(subject.source, out, overwrite=True, revision=revision)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    export_gguf(
+        subject.source, out, quantization=request.quantization, verify=request.verify, overwrite=True,
+        revision=revision, reporter=reporter,
     )  # fmt: skip
 
 
-def _export_step(recipe: Recipe, subject: _Subject, name: str, request: ExportRequest) -> Step:
-    revision = None if subject.needs else recipe.revision
-    as_folder = request.format is ExportFormat.DECILM
-    out = recipe.out / "export" / subject.folder / (name if as_folder else f"{name}.gguf")
-
-    def export(reporter: Reporter) -> None:
-        if as_folder:
-            export_decilm(subject.source, out, overwrite=True, revision=revision)
-            return
-        out.parent.mkdir(parents=True, exist_ok=True)
-        export_gguf(
-            subject.source, out, quantization=request.quantization, verify=request.verify, overwrite=True,
-            revision=revision, reporter=reporter,
-        )  # fmt: skip
-
-    return Step(
-        name=_name(f"export.{name}", subject), digest=_digest(subject.digest, request), needs=subject.needs,
-        outputs=(out,), run=export,
-    )  # fmt: skip
-
-
-def _report_step(recipe: Recipe, subject: _Subject, measured: list[Step]) -> Step:
-    folder = recipe.out / "report" / subject.folder
-    figures = folder / "figures" if recipe.report is not None and recipe.report.figures else None
-    reports = [path for step in measured for path in step.outputs]
-    return Step(
-        name=_name("report", subject),
-        digest=digest_of([subject.digest, [step.digest for step in measured], figures is None]),
-        needs=(*subject.needs, *(step.name for step in measured)),
-        outputs=(folder / "report.html", *([] if figures is None else [figures])),
-        run=lambda reporter: write_page(build_page(Path(subject.source), reports), folder / "report.html", figures),
-    )  # fmt: skip
-
-
-def _name(step: str, subject: _Subject) -> str:
-    return f"{step} ({subject.folder})" if subject.folder else step
-
-
-def _options(recipe: Recipe, out: Path | None, *, of_hub: bool = True) -> RunOptions:
-    return RunOptions(
-        out=out, overwrite=True, device=recipe.device, dtype=recipe.dtype,
-        revision=recipe.revision if of_hub else None, trust_remote_code=recipe.trust_remote_code and of_hub,
-    )  # fmt: skip
-
-
-def _digest(before: str, settings: BaseModel) -> str:
-    values = settings.model_dump(mode="json")
-    return digest_of([before, values, named_files(values)])
+def _report(source: Path, evaluations: Sequence[Path], out: Path, figures: Path | None, reporter: Reporter) -> None:
+    write_page(build_page(source, evaluations), out, figures)

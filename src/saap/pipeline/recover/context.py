@@ -53,6 +53,27 @@ class Recovery:
     processes: Processes
     meter: Meter
 
+    @property
+    def digest(self) -> str:
+        """Of what decides the course of the training; its end may be moved."""
+        settings = self.config.model_dump(mode="json", exclude={"max_minutes", "patience", "shard"})
+        return digest_of([settings, self.data.digest, weights_digest(self.resolved), __version__])
+
+    def recorded(self) -> tuple[Behaviour, Behaviour] | None:
+        """What the checkpoint's manifest says of the dense model and of the checkpoint itself, on the same text."""
+        earlier = self.earlier
+        if earlier is None or earlier.perplexity is None or earlier.answers is None or earlier.recovery is not None:
+            return None
+        found, answers = earlier.perplexity, earlier.answers
+        led = bool(earlier.settings.get("bos"))  # manifests from before that setting: windows began with the text
+        other_windows = led is not self.config.bos and bool(leading_ids(self.tokenizer))
+        if other_windows or found.text != EVALUATION or found.tokens != self.evaluation.size:
+            return None
+        return (
+            Behaviour(perplexity=found.before, prompt=answers.prompt, answer=answers.dense),
+            Behaviour(perplexity=found.after, prompt=answers.prompt, answer=answers.pruned),
+        )
+
 
 def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: Reporter) -> Recovery:
     """Check everything that can be checked without the weights. Raises SaapError."""
@@ -82,34 +103,36 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
 def read_data(config: RecoverConfig, tokenizer: Any | None) -> TrainingData:
     """The training data of a recovery. Raises TrainingDataError, CalibrationError."""
     return training_data(
-        config.data,
-        tokenizer,
-        length=config.length,
-        held_out=config.validation_samples,
-        seed=config.seed,
+        config.data, tokenizer, length=config.length, held_out=config.validation_samples, seed=config.seed,
         bos=config.bos,
-    )
+    )  # fmt: skip
 
 
 def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> None:
     """Raise ConfigurationError for what does not go with so many processes."""
-    if count > 1 and options.out is None and options.work_dir is None:
-        raise ConfigurationError("Several processes share no folder", "Name one with --work-dir or --out")
-    if count > config.batch:
-        raise ConfigurationError(
+    for wrong, offender, remedy in (
+        (
+            count > 1 and options.out is None and options.work_dir is None,
+            "Several processes share no folder", "Name one with --work-dir or --out",
+        ),
+        (
+            count > config.batch,
             f"--batch {config.batch} is less than the {count} processes that share each batch",
             f"Use --batch {count}, or a multiple of it",
-        )
-    if config.shard and count == 1:
-        raise ConfigurationError(
+        ),
+        (
+            config.shard and count == 1,
             "--shard splits weights over several processes, and there is one",
             "Start it with torchrun --nproc-per-node N -m saap recover ..., or leave out --shard",
-        )
-    if config.shard and config.batch % count:
-        raise ConfigurationError(
+        ),
+        (
+            config.shard and config.batch % count != 0,
             f"--batch {config.batch} is no multiple of the {count} processes, which need equal work with --shard",
             f"Use a multiple of {count}",
-        )
+        ),
+    ):  # fmt: skip
+        if wrong:
+            raise ConfigurationError(offender, remedy)
 
 
 def _with_teacher(
@@ -122,52 +145,24 @@ def _with_teacher(
     teacher.
     """
     teacher = None
-    choice = DenseChoice.of(config, config.teacher)
     if config.teacher is not None or config.distillation != 0:
         try:
-            teacher = resolve_dense(choice, earlier)
-            if teacher is not None:
-                _check_same_tokens(teacher, source, tokenizer)
+            teacher = resolve_dense(DenseChoice.of(config, config.teacher), earlier)
+            own = None if teacher is None or tokenizer is None else load_tokenizer(teacher)
+            if teacher is not None and own is not None and own.get_vocab() != tokenizer.get_vocab():
+                raise ConfigurationError(
+                    f"--teacher {teacher.source} has another vocabulary than {source}",
+                    "Name the model that it was pruned from",
+                )
         except SaapError as error:
             if config.teacher is not None:
                 raise
             teacher = None
             meter.reporter.note(f"no distillation from the dense model: {error}")
-    if teacher is None and config.distillation:
-        raise ConfigurationError("--distillation has no teacher", "Name the dense model with --teacher MODEL")
-    share = config.distillation if config.distillation is not None else (DISTILLATION if teacher else 0.0)
-    known = {"teacher": None, "dense_revision": None} if teacher is None else {
-        "teacher": teacher.source, "dense_revision": teacher.revision,
-    }  # fmt: skip
-    return config.model_copy(update={**known, "distillation": share}), teacher
-
-
-def _check_same_tokens(dense: ResolvedModel, source: str, tokenizer: Any) -> None:
-    own = load_tokenizer(dense)
-    if own is not None and tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
-        raise ConfigurationError(
-            f"--teacher {dense.source} has another vocabulary than {source}", "Name the model that it was pruned from"
-        )
-
-
-def settings_digest(run: Recovery) -> str:
-    """Of what decides the course of a training; its end may be moved."""
-    settings = run.config.model_dump(mode="json", exclude={"max_minutes", "patience", "shard"})
-    return digest_of([settings, run.data.digest, weights_digest(run.resolved), __version__])
-
-
-def recorded(run: Recovery) -> tuple[Behaviour, Behaviour] | None:
-    """What the checkpoint's manifest says of the dense model and of the checkpoint itself, on the same text."""
-    earlier = run.earlier
-    if earlier is None or earlier.perplexity is None or earlier.answers is None or earlier.recovery is not None:
-        return None
-    figures, answers = earlier.perplexity, earlier.answers
-    led = bool(earlier.settings.get("bos"))  # manifests from before that setting: windows began with the text
-    if led is not run.config.bos and leading_ids(run.tokenizer):
-        return None
-    if figures.text != EVALUATION or figures.tokens != run.evaluation.size:
-        return None
-    return (
-        Behaviour(perplexity=figures.before, prompt=answers.prompt, answer=answers.dense),
-        Behaviour(perplexity=figures.after, prompt=answers.prompt, answer=answers.pruned),
-    )
+    share = config.distillation
+    if teacher is None:
+        if share:
+            raise ConfigurationError("--distillation has no teacher", "Name the dense model with --teacher MODEL")
+        return config.model_copy(update={"teacher": None, "dense_revision": None, "distillation": 0.0}), None
+    known = {"teacher": teacher.source, "dense_revision": teacher.revision}
+    return config.model_copy(update={**known, "distillation": DISTILLATION if share is None else share}), teacher
