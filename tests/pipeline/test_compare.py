@@ -15,7 +15,7 @@ from saap.core.errors import ConfigurationError, StaleInputError, TargetError
 from saap.core.evaluation_records import Comparison
 from saap.pipeline.compare import run
 from saap.pipeline.shared.inputs import RunOptions
-from saap.reporting.tables import comparison_table, write_tables
+from saap.reporting.comparison import comparison_table, write_tables
 from saap.settings.measure import CompareRequest, EvalRequest
 from saap.settings.prune import Method, MethodChoice, PruneConfig
 

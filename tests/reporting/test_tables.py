@@ -8,8 +8,9 @@ from scipy import stats
 from tests.reporting.comparison import comparison
 
 from saap.core.evaluation_records import Comparison
+from saap.reporting.comparison import comparison_table, ratio_table, task_table
 from saap.reporting.importance import GroupView, agreement, spearman
-from saap.reporting.tables import comparison_table, ratio_table, task_table, to_csv, to_latex, to_markdown
+from saap.reporting.tables import to_csv, to_latex, to_markdown
 
 record = Comparison.model_validate
 

@@ -15,7 +15,8 @@ from lab.commands import TEST, VALIDATION
 
 from saap.core.evaluation_records import Comparison, TaskResult
 from saap.evaluation.bootstrap import kept_difference, usual_answers
-from saap.reporting.tables import comparison_table, ratio_table, task_table, to_markdown
+from saap.reporting.comparison import comparison_table, ratio_table, task_table
+from saap.reporting.tables import to_markdown
 
 # LLM-Pruner and Wanda-sp are at their best on this model when they keep attention whole, so they are shown so, and
 # with attention too.

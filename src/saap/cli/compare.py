@@ -63,7 +63,7 @@ def compare(
     from saap.core.errors import ConfigurationError
     from saap.pipeline.compare.run import compare as run_compare
     from saap.pipeline.shared.inputs import RunOptions
-    from saap.reporting.tables import write_tables
+    from saap.reporting.comparison import write_tables
     from saap.settings.measure import CompareRequest, EvalRequest
     from saap.settings.prune import Effort, PruneConfig
 

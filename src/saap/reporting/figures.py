@@ -1,14 +1,21 @@
-"""What a figure is, and how matplotlib draws it: for the page (SVG that follows the page's colours) and for files."""
+"""What a figure is, and how matplotlib draws it: for the page (SVG that follows the page's colours) and for files.
+
+What it says stands in `words.jinja`, apart from what is measured and drawn.
+"""
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from saap.core.errors import EvaluationError, printable
 
@@ -48,6 +55,26 @@ class Figure:
 def slug(text: str) -> str:
     """A name for files and anchors."""
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    source = (resources.files("saap.reporting") / "words.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
+    environment.filters |= {"n": lambda value, form: format(value, form)}
+    return environment.from_string(source)
+
+
+def words(block: str, **values: Any) -> str:
+    """A block of the template as one line. Escaping is left to the page, as for all that is shown."""
+    template = _template()
+    return " ".join("".join(template.blocks[block](template.new_context(values))).split())
+
+
+def caption(block: str, **values: Any) -> dict[str, Any]:
+    """The title of a figure and its text: what it shows, for those who cannot see it."""
+    title, _, text = words(block, **values).partition(" || ")
+    return {"title": title, "text": text}
 
 
 @contextmanager

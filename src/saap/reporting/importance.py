@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from saap.core.errors import EvaluationError, PlanError
-from saap.core.records import FloatArray, ImportanceScores, Role
+from saap.core.records import CoupledGroup, FloatArray, ImportanceScores, ModelGraph, ModelRef, Role, UnitScores
 from saap.core.storage import STATISTICS, PlanDocument, parse_units, read_scores
-from saap.estimation.fusion import closed_form_sigma, fused
+from saap.estimation.fusion import fuse
 from saap.settings.prune import FusionScope
 
 LARGEST = 1e100
@@ -27,10 +26,6 @@ Agreement = dict[str, float | None]
 removed by score `a` alone; None where nothing is removed.
 """
 _PLACE = re.compile(rf"(layers\.(?P<layer>[0-9]{{1,6}})\.)?(?P<role>{'|'.join(Role)})(\.|$)", re.ASCII)
-_SCOPE_KEYS: Mapping[FusionScope, tuple[str, ...]] = {
-    FusionScope.GLOBAL: (), FusionScope.ROLE: ("role",), FusionScope.LAYER: ("layer",),
-    FusionScope.LAYER_ROLE: ("layer", "role"),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,30 +77,32 @@ def read_views(file: Path, groups: Mapping[str, PlanGroup], scope: str) -> list[
     """
     scores = read_scores(file)
     try:
-        key = _SCOPE_KEYS[FusionScope(scope)]
         kept = {name: _kept(scores, name, group) for name, group in groups.items() if name in scores.groups}
+        fused = _fused(scores, {name: groups[name] for name in kept if groups[name].layer >= 0}, FusionScope(scope))
     except ValueError as error:
         raise EvaluationError(
             f"{file} does not fit the plan and the manifest beside it ({error})", "Use the folder as it was written"
         ) from None
-    shared: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
-    for name in kept:
-        if groups[name].layer >= 0:
-            shared[tuple(getattr(groups[name], part) for part in key)].append(name)
-    views = {}
-    for names in shared.values():
-        vector, element = (
-            closed_form_sigma(np.concatenate([getattr(scores.groups[name], kind) for name in names]))
-            for kind in ("vector", "element")
+    return [
+        GroupView(
+            name=name, layer=groups[name].layer, role=groups[name].role, vector=scores.groups[name].vector,
+            element=scores.groups[name].element, fused=unit.mean, fluctuation=unit.variance, kept=kept[name],
         )
-        for name in names:
-            found, group = scores.groups[name], groups[name]
-            unit = fused(found, vector, element, max(scores.samples, 2))
-            views[name] = GroupView(
-                name=name, layer=group.layer, role=group.role, vector=found.vector, element=found.element,
-                fused=unit.mean, fluctuation=unit.variance, kept=kept[name],
-            )  # fmt: skip
-    return [views[name] for name in kept if name in views]
+        for name, unit in fused.items()
+    ]  # fmt: skip
+
+
+def _fused(scores: ImportanceScores, groups: Mapping[str, PlanGroup], scope: FusionScope) -> dict[str, UnitScores]:
+    """The fusion of the run, in the order of the groups."""
+    scored = tuple(
+        CoupledGroup(layer=group.layer, role=Role(group.role), name=name, units=group.of, members=())
+        for name, group in groups.items()
+    )
+    model = ModelRef(source="", config_digest="", weights_digest="")
+    graph = ModelGraph(model=model, blocks=(), groups=scored, shapes={})
+    samples = max(scores.samples, 2)  # of one sample there is no spread, which is then 0
+    found = fuse(dataclasses.replace(scores, graph_digest=graph.digest, samples=samples), graph, scope)
+    return {name: found[name] for name in groups}
 
 
 def _kept(scores: ImportanceScores, name: str, group: PlanGroup) -> Mask:

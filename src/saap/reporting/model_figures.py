@@ -10,9 +10,8 @@ import numpy as np
 from saap.core.evaluation_records import ModelSpeed, TaskResult
 from saap.core.manifest import StageRecord
 from saap.core.records import FloatArray
-from saap.reporting.figures import COLOURS, INK, Figure, label_bars, name_rows, plain_ticks, rows_height
+from saap.reporting.figures import COLOURS, INK, Figure, caption, label_bars, name_rows, plain_ticks, rows_height
 from saap.reporting.importance import Agreement, GroupView, PlanGroup
-from saap.reporting.words import caption
 
 POINTS = 800
 """At most so many points in a scatter: more only make the page heavy."""

@@ -11,13 +11,12 @@ from saap.core.evaluation_records import Comparison, EvalReport
 from saap.core.manifest import RunManifest
 from saap.core.storage import TrailEntry, read_plan_document
 from saap.reporting import model_figures as drawn
-from saap.reporting.comparison_page import ratio_section
-from saap.reporting.figures import Figure
+from saap.reporting.comparison import ratio_section
+from saap.reporting.figures import Figure, words
 from saap.reporting.importance import Agreement, GroupView, PlanGroup, agreement, plan_groups, read_views
 from saap.reporting.page import Page, Section
 from saap.reporting.sections import environment_section, evaluation_sections
 from saap.reporting.tables import Table, number
-from saap.reporting.words import words
 from saap.settings.prune import FusionScope
 
 ENOUGH = 200

@@ -10,9 +10,9 @@ from typing import Any
 
 from saap.core.evaluation_records import EvalReport, GenerationReport, ModelSpeed, Perplexity, SpeedReport, TaskResult
 from saap.reporting import model_figures
+from saap.reporting.figures import words
 from saap.reporting.page import Section
 from saap.reporting.tables import names_apart, number, short
-from saap.reporting.words import words
 
 MEASURES = (
     ("distinct_1", "distinct words, %", 100), ("distinct_2", "distinct pairs, %", 100),

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from saap.core.evaluation_records import Comparison
-from saap.reporting.tables import comparison_table
+from saap.reporting.comparison import comparison_table
 
 
 def print_comparison(comparison: Comparison) -> None:

@@ -26,7 +26,7 @@ from saap.evaluation.zero_shot import check_tasks, evaluate_tasks
 from saap.models.loading.devices import quick_float32_products, rounded_products
 from saap.models.loading.references import ResolvedModel
 from saap.models.walk.probe import check_runs
-from saap.pipeline.evaluate.speed import check_settings, compare_speeds
+from saap.pipeline.evaluate.speed import Source, check_settings, compare_speeds
 from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model, resolve_with_tokenizer
 from saap.pipeline.shared.progress import Reporter, Silent
@@ -55,7 +55,7 @@ def evaluate_model(
     reporter.stage("read the texts")
     streams = read_streams(request, tokenizer)
     conversations = () if request.chat is None else texts.read_conversations(request.chat)
-    run = _Evaluation(request, reporter, streams, conversations, prompts)
+    run = _Evaluation(request, options, reporter, streams, conversations, prompts)
     reporter.stage(LOAD.title)
     loaded = open_model(opened, options, tokenizer)
     run.check_prompts(loaded, loaded.tokenizer)
@@ -72,13 +72,7 @@ def evaluate_model(
         if request.prompts is not None:
             more["generation"] = run.generate(loaded, dense)
         if request.speed is not None:
-            other: LoadedModel | ResolvedModel | None = speed_ref
-            if speed_ref is not None:
-                reporter.stage(f"load {speed_ref.source} to measure speed against")
-                if request.speed.runtime is RuntimeName.TRANSFORMERS:
-                    other = dense if dense is not None and speed_ref == dense_ref else open_model(speed_ref, options)
-            reporter.stage(f"speed in {request.speed.runtime}")
-            more["speed"] = _speed(opened, loaded, other, request.speed)
+            more["speed"] = run.compare_speeds(opened, loaded, speed_ref, dense if speed_ref == dense_ref else None)
     return report.model_copy(update={**more, "command": typed_command(), "versions": recorded_versions()})
 
 
@@ -168,6 +162,7 @@ class _Evaluation:
     """What is measured of the model and of the dense one alike."""
 
     request: EvalRequest
+    options: RunOptions
     reporter: Reporter
     streams: Mapping[str, IntArray]
     conversations: Sequence[Sequence[dict[str, Any]]]
@@ -225,22 +220,23 @@ class _Evaluation:
             samples=samples,
         )
 
-
-def _speed(
-    source: nn.Module | ResolvedModel, loaded: LoadedModel, other: LoadedModel | ResolvedModel | None,
-    settings: SpeedSettings,
-) -> SpeedReport:  # fmt: skip
-    """Tokens per second of the model, compared with another one, which is loaded if it is measured in memory."""
-    refs = [(loaded.ref.source, loaded.ref.revision)]
-    models = [loaded.model if settings.runtime is RuntimeName.TRANSFORMERS or isinstance(source, nn.Module)
-              else source.path]  # fmt: skip
-    if isinstance(other, LoadedModel):
-        refs.append((other.ref.source, other.ref.revision))
-        models.append(other.model)
-    elif other is not None:
-        refs.append((other.source, other.revision))
-        models.append(other.path)
-    return compare_speeds(list(zip(names_apart(refs), models, strict=True)), settings)
+    def compare_speeds(
+        self, opened: nn.Module | ResolvedModel, loaded: LoadedModel, other: ResolvedModel | None,
+        other_loaded: LoadedModel | None,
+    ) -> SpeedReport:  # fmt: skip
+        """Tokens per second of the model, compared with another one. other_loaded: the same, if it is there already."""
+        settings = self.request.speed or SpeedSettings()
+        in_memory = settings.runtime is RuntimeName.TRANSFORMERS
+        refs = [(loaded.ref.source, loaded.ref.revision)]
+        models: list[Source] = [opened.path if isinstance(opened, ResolvedModel) and not in_memory else loaded.model]
+        if other is not None:
+            self.reporter.stage(f"load {other.source} to measure speed against")
+            if in_memory and other_loaded is None:
+                other_loaded = open_model(other, self.options)
+            refs.append((other.source, other.revision))
+            models.append(other_loaded.model if in_memory and other_loaded is not None else other.path)
+        self.reporter.stage(f"speed in {settings.runtime}")
+        return compare_speeds(list(zip(names_apart(refs), models, strict=True)), settings)
 
 
 def write_report(path: Path, data: Mapping[str, Any]) -> None:
