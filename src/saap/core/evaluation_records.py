@@ -213,6 +213,11 @@ class StageSeconds(_Record):
     search: Annotated[Amount, Field(ge=0)]
     make: Annotated[Amount, Field(ge=0)]
 
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.score + self.search + self.make
+
 
 class ComparisonRow(ComparedModel):
     """A pruned model of a comparison.

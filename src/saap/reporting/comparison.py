@@ -11,19 +11,8 @@ from typing import Any
 import numpy as np
 
 from saap.core.evaluation_records import ComparedModel, Comparison, ComparisonRow, EvalReport
-from saap.reporting.figures import (
-    COLOURS,
-    INK,
-    MARKERS,
-    Figure,
-    caption,
-    label_bars,
-    name_rows,
-    percent_ticks,
-    plain_ticks,
-    rows_height,
-    words,
-)
+from saap.reporting import figures as fig
+from saap.reporting.figures import COLOURS, INK, Figure, caption, words
 from saap.reporting.page import Page, Section
 from saap.reporting.sections import environment_section, evaluation_sections
 from saap.reporting.tables import Table, number, short, write_table
@@ -90,8 +79,8 @@ def ratio_section(comparison: Comparison) -> Section:
         figures += [] if gain is None else [gain]
         for restored in kinds:
             how = "reconstructed" if restored else "cut only"
-            caption = f"{short(text)}, perplexity / dense, {how}; bold: best of a column"
-            tables.append((caption, ratio_table(comparison, text, restored)))
+            heading = f"{short(text)}, perplexity / dense, {how}; bold: best of a column"
+            tables.append((heading, ratio_table(comparison, text, restored)))
     title = "Perplexity by pruning ratio"
     return Section(name="ratios", title=title, figures=figures, tables=tables, lowest_is_best=True)
 
@@ -124,7 +113,7 @@ def look(method: str, methods: Sequence[str]) -> dict[str, Any]:
     """A colour and a marker that a method has in every figure of its comparison."""
     place = methods.index(method)
     turn = place // len(COLOURS)  # the second method of a colour has another marker than the first
-    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[(place + 3 * turn) % len(MARKERS)]}
+    return {"color": COLOURS[place % len(COLOURS)], "marker": fig.MARKERS[(place + 3 * turn) % len(fig.MARKERS)]}
 
 
 def _known_ratios(rows: Sequence[ComparisonRow], text: str) -> np.ndarray[Any, Any]:
@@ -150,9 +139,9 @@ def perplexity_by_ratio(comparison: Comparison, text: str, restored: bool) -> Fi
                 capsize=2, linewidth=width, zorder=order,
             )  # fmt: skip
         axis.set(ylabel="perplexity / dense", yscale="log")
-        percent_ticks(axis, [ratio for _, ratio, _, _ in points])
+        fig.percent_ticks(axis, [ratio for _, ratio, _, _ in points])
         values = [mean for _, _, mean, _ in points] or [1.0]
-        plain_ticks(axis.yaxis, min(values), max(values))
+        fig.plain_ticks(axis.yaxis, min(values), max(values))
 
     name = f"ratio-{'restored' if restored else 'cut'}-{short(text)}"
     said = caption("perplexity_by_ratio", text=short(text), restored=restored, methods=len(shown))
@@ -176,14 +165,14 @@ def reconstruction_gain(comparison: Comparison, text: str, ratio: float) -> Figu
         axis.hlines(places, restored, cut, color=INK, alpha=0.4, linewidth=1.5, zorder=1)
         for (_, colour, mark, label), values in zip(KINDS, (cut, restored), strict=True):
             axis.scatter(values, places, color=colour, marker=mark, label=label, zorder=2)
-        name_rows(axis, order)
+        fig.name_rows(axis, order)
         axis.set(xlabel="perplexity / dense")
         if max(cut) > 4 * min(restored):
             axis.set(xscale="log")
-            plain_ticks(axis.xaxis, min(restored), max(cut))
+            fig.plain_ticks(axis.xaxis, min(restored), max(cut))
 
     said = caption("gain", text=short(text), ratio=ratio, best=order[0], before=cut[0], after=restored[0])
-    return Figure(name=f"gain-{short(text)}", **said, draw=draw, height=rows_height(len(order)))
+    return Figure(name=f"gain-{short(text)}", **said, draw=draw, height=fig.rows_height(len(order)))
 
 
 def kept_above_chance(comparison: Comparison, ratio: float) -> Figure | None:
@@ -204,11 +193,11 @@ def kept_above_chance(comparison: Comparison, ratio: float) -> Figure | None:
                 sides = np.maximum(0, [value - low, high - value])
                 axis.errorbar(value, places, xerr=sides, fmt=mark, color=colour, label=label, capsize=3)
         axis.axvline(100, color=INK, linestyle=":", linewidth=1, label="dense")
-        name_rows(axis, [name for *_, name in rows])
+        fig.name_rows(axis, [name for *_, name in rows])
         axis.set(xlabel="% of the dense accuracy above chance")
 
     said = caption("kept", ratio=ratio, tasks=comparison.dense.tasks)
-    return Figure(name=f"kept-{ratio:g}", **said, draw=draw, height=rows_height(len(rows))) if rows else None
+    return Figure(name=f"kept-{ratio:g}", **said, draw=draw, height=fig.rows_height(len(rows))) if rows else None
 
 
 def speed_by_ratio(comparison: Comparison) -> Figure | None:
@@ -224,7 +213,7 @@ def speed_by_ratio(comparison: Comparison) -> Figure | None:
             style = look(method, comparison.methods)
             axis.scatter(ratios, np.array(speeds) / dense, **style, s=28, alpha=0.8, label=method)
         axis.axhline(1, color=INK, linestyle=":", linewidth=1)
-        percent_ticks(axis, [ratio for _, ratio, _ in points])
+        fig.percent_ticks(axis, [ratio for _, ratio, _ in points])
         axis.set(ylabel="tokens per second / dense")
 
     return Figure(name="speed", **caption("speed_by_ratio", dense=dense), draw=draw)
@@ -237,17 +226,17 @@ def seconds_by_method(comparison: Comparison, ratio: float) -> Figure:
 
     def draw(axis: Any) -> None:
         left = np.zeros(len(rows))
-        for index, stage in enumerate(("score", "search", "make")):
+        for colour, stage in zip(COLOURS, ("score", "search", "make"), strict=False):
             values = np.array([getattr(row.seconds, stage) for row in rows])
-            bars = axis.barh(range(len(rows)), values, left=left, color=COLOURS[index], label=stage)
+            bars = axis.barh(range(len(rows)), values, left=left, color=colour, label=stage)
             left = left + values
-        memory = [row.peak_resident_bytes / 1e9 for row in rows]
-        label_bars(axis, bars, [f"{seconds:,.0f} s, {size:.1f} GB" for seconds, size in zip(left, memory, strict=True)])
-        name_rows(axis, [row.method for row in rows])
+        labels = [f"{row.seconds.total:,.0f} s, {row.peak_resident_bytes / 1e9:.1f} GB" for row in rows]
+        fig.label_bars(axis, bars, labels)
+        fig.name_rows(axis, [row.method for row in rows])
         axis.set(xlabel="seconds", xlim=(0, 1.4 * max(left, default=0) or 1))
 
     said = caption("cost", ratio=ratio, restored=restored)
-    return Figure(name="cost", **said, draw=draw, height=rows_height(len(rows)))
+    return Figure(name="cost", **said, draw=draw, height=fig.rows_height(len(rows)))
 
 
 def task_table(comparison: Comparison, ratio: float) -> Table:
@@ -284,7 +273,7 @@ def comparison_table(comparison: Comparison) -> Table:
         columns.append([task, number(result.acc), *map(_cell, found)])
     columns += [["kept above chance", "1.000", *map(_kept, groups)]] if dense.tasks else []
     speeds = [_cell([row.tokens_per_second for row in same], 0) for same in groups]
-    seconds = [_cell([row.seconds.score + row.seconds.search + row.seconds.make for row in same], 0) for same in groups]
+    seconds = [_cell([row.seconds.total for row in same], 0) for same in groups]
     memory = [number(max(row.peak_resident_bytes for row in same) / 1e9, 1) for same in groups]
     columns += [["tokens/s", number(dense.tokens_per_second, 0), *speeds], ["seconds", "", *seconds],
                 ["memory, GB", "", *memory]]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -54,17 +55,16 @@ def open_speakers(
     model is not here.
     """
     resolved = resolve_model(source)
+    if not dense:
+        return (_speaker("answer", resolved, device),)
     choice = DenseChoice(source=against, revision=dense_revision, trust_remote_code=dense_trust_remote_code)
-    beside: tuple[Speaker, ...] = ()
-    if dense:
-        manifest = manifest_of(resolved)
-        try:
-            found = resolve_dense(choice, manifest)
-            beside = () if found is None else (_speaker("dense", found, device),)
-        except ModelError as error:
-            remedy = error.remedy if "--dense" in error.remedy else "Use --against MODEL or --no-dense"
-            raise ModelError(f"The dense model: {error.offender}", remedy) from None
-    return (*beside, _speaker("pruned" if beside else "answer", resolved, device))
+    try:
+        found = resolve_dense(choice, manifest_of(resolved))
+        others = () if found is None else (_speaker("dense", found, device),)
+    except ModelError as error:
+        remedy = error.remedy if "--dense" in error.remedy else "Use --against MODEL or --no-dense"
+        raise ModelError(f"The dense model: {error.offender}", remedy) from None
+    return (*others, _speaker("pruned" if others else "answer", resolved, device))
 
 
 def _speaker(label: str, resolved: ResolvedModel, device: str) -> Speaker:
@@ -76,15 +76,10 @@ def _speaker(label: str, resolved: ResolvedModel, device: str) -> Speaker:
 
 def answers(speakers: tuple[Speaker, ...], prompt: str, settings: GenerationSettings) -> Iterator[Mapping[str, str]]:
     """All answers so far by label, again after each round of one token each, until all have ended."""
-    streams = {speaker.label: stream(speaker, prompt, settings) for speaker in speakers}
-    texts = dict.fromkeys(streams, "")
-    while streams:
-        for label, written in list(streams.items()):
-            text = next(written, None)
-            if text is None:
-                del streams[label]
-            else:
-                texts[label] = text
+    labels = [speaker.label for speaker in speakers]
+    texts = dict.fromkeys(labels, "")
+    for written in zip_longest(*(stream(speaker, prompt, settings) for speaker in speakers)):
+        texts |= {label: text for label, text in zip(labels, written, strict=True) if text is not None}
         yield dict(texts)
 
 

@@ -38,7 +38,6 @@ DISTILLATION = 1.0
 class Recovery:
     """A run after its preparation: everything has been checked but what needs the model itself, as the group sizes."""
 
-    source: str
     config: RecoverConfig
     options: RunOptions
     resolved: ResolvedModel
@@ -92,7 +91,7 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
         config, teacher = _with_teacher(config, source, earlier, tokenizer, meter)
         data = read_data(config, tokenizer)
     return Recovery(
-        source=source, config=config, options=options, resolved=resolved, tokenizer=tokenizer, teacher=teacher,
+        config=config, options=options, resolved=resolved, tokenizer=tokenizer, teacher=teacher,
         earlier=earlier, data=data,
         evaluation=token_stream([evaluation_text()], tokenizer)[:EVALUATION_TOKENS],
         leading=leading_ids(tokenizer, bos=config.bos), device=device,

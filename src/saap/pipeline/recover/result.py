@@ -121,7 +121,7 @@ def recovery_report(
     value = {name: one.perplexity for name, one in measured.items()}
     gap_closed = share_closed(value["dense"], value["before"], value["recovered"]) if "dense" in value else None
     return RecoverReport(
-        model=run.source, path=None if out is None else str(out), tuning=str(config.tuning),
+        model=run.resolved.source, path=None if out is None else str(out), tuning=str(config.tuning),
         bits=config.bits if packed else None, group_size=config.group_size if packed else None,
         parameters=sum(torch.Size(entry.shape).numel() for entry in entries.values()), bytes=entry_bytes(entries),
         packed_bytes=sum(weight.nbytes for weight in packed.values()) if packed else None,
@@ -164,7 +164,7 @@ def _plain_manifest(run: Recovery, report: RecoverReport) -> RunManifest:
     same, size = (Change(before=count, after=count) for count in (report.parameters, report.bytes))
     return RunManifest(
         base=BaseModelIdentity(
-            source=run.source, revision=run.options.revision, config_digest=digest_of(config),
+            source=run.resolved.source, revision=run.options.revision, config_digest=digest_of(config),
             weights_digest=weights_digest(resolved), licence=licence_of(resolved.folder),
         ),
         settings={}, seed=run.config.seed, layout=Layout.UNIFORM, device=str(run.device), dtype=report.dtype,

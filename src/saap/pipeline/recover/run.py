@@ -103,7 +103,7 @@ def _teacher(run: Recovery) -> tuple[Any | None, Behaviour | None]:
         found = sum(value.numel() for value in teacher.parameters())
         if run.earlier is not None and found != run.earlier.parameters.before:
             raise ConfigurationError(
-                f"{run.teacher.source} has {found:,} parameters, but {run.source} was pruned from a model of "
+                f"{run.teacher.source} has {found:,} parameters, but {run.resolved.source} was pruned from a model of "
                 f"{run.earlier.parameters.before:,}",
                 "Name that model with --teacher, or use --distillation 0",
             )
