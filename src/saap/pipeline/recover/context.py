@@ -58,16 +58,16 @@ class Recovery:
         settings = self.config.model_dump(mode="json", exclude={"max_minutes", "patience", "shard"})
         return digest_of([settings, self.data.digest, weights_digest(self.resolved), __version__])
 
-    def recorded(self) -> tuple[Behaviour, Behaviour] | None:
+    def recorded(self) -> tuple[Behaviour | None, Behaviour | None]:
         """What the checkpoint's manifest says of the dense model and of the checkpoint itself, on the same text."""
         earlier = self.earlier
         if earlier is None or earlier.perplexity is None or earlier.answers is None or earlier.recovery is not None:
-            return None
+            return None, None
         found, answers = earlier.perplexity, earlier.answers
         led = bool(earlier.settings.get("bos"))  # manifests from before that setting: windows began with the text
         other_windows = led is not self.config.bos and bool(leading_ids(self.tokenizer))
         if other_windows or found.text != EVALUATION or found.tokens != self.evaluation.size:
-            return None
+            return None, None
         return (
             Behaviour(perplexity=found.before, prompt=answers.prompt, answer=answers.dense),
             Behaviour(perplexity=found.after, prompt=answers.prompt, answer=answers.pruned),

@@ -55,14 +55,17 @@ def run_recover(
     if resumed:
         run.meter.reporter.note(f"resuming the training in {work.path}")
     with alone_in(work, run.processes), quick_float32_products():
+        dense, before = run.recorded()
         try:
-            teacher, dense = _teacher(run)
+            teacher, dense = _teacher(run, dense)
             model, handle, parameters, quantised = _model_to_train(run)
         except SaapError:
             if run.processes.first:
                 work.close(keep=resumed)  # a refusal leaves nothing behind
             raise
-        before = _before(run)
+        if before is None:
+            with run.meter.stage(stages.MEASURE_BEFORE):
+                before = _measure(run, load_model(run.resolved, device=run.device))
         training = _trained(run, model, teacher, parameters, work.path)
         del teacher
         with run.meter.stage(stages.MERGE):
@@ -92,10 +95,8 @@ def _linears(model: nn.Module) -> dict[str, int]:
     return linears_inside(model, find_blocks(model))
 
 
-def _teacher(run: Recovery) -> tuple[Any | None, Behaviour | None]:
-    """The dense model, if its predictions are learned from, and what is known of it."""
-    records = run.recorded()
-    dense = None if records is None else records[0]
+def _teacher(run: Recovery, dense: Behaviour | None) -> tuple[Any | None, Behaviour | None]:
+    """The dense model, if its predictions are learned from, and what is known of it. dense: from the records."""
     if run.teacher is None:
         return None, dense
     with run.meter.stage(stages.LOAD_TEACHER):
@@ -173,15 +174,6 @@ def _check_fits(run: Recovery, model: Any) -> None:
             f"The tokenizer gave id {largest}, but the model's embedding has {rows} rows",
             "Use the tokenizer that belongs to the model",
         )
-
-
-def _before(run: Recovery) -> Behaviour:
-    """The model as it came: from its record, or measured, for which it is opened whole and closed again."""
-    known = run.recorded()
-    if known is not None:
-        return known[1]
-    with run.meter.stage(stages.MEASURE_BEFORE):
-        return _measure(run, load_model(run.resolved, device=run.device))
 
 
 def _trained(
