@@ -109,29 +109,17 @@ def read_data(config: RecoverConfig, tokenizer: Any | None) -> TrainingData:
 
 def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> None:
     """Raise ConfigurationError for what does not go with so many processes."""
-    for wrong, offender, remedy in (
-        (
-            count > 1 and options.out is None and options.work_dir is None,
-            "Several processes share no folder", "Name one with --work-dir or --out",
-        ),
-        (
-            count > config.batch,
-            f"--batch {config.batch} is less than the {count} processes that share each batch",
-            f"Use --batch {count}, or a multiple of it",
-        ),
-        (
-            config.shard and count == 1,
-            "--shard splits weights over several processes, and there is one",
-            "Start it with torchrun --nproc-per-node N -m saap recover ..., or leave out --shard",
-        ),
-        (
-            config.shard and config.batch % count != 0,
-            f"--batch {config.batch} is no multiple of the {count} processes, which need equal work with --shard",
-            f"Use a multiple of {count}",
-        ),
-    ):  # fmt: skip
-        if wrong:
-            raise ConfigurationError(offender, remedy)
+    if count > 1 and options.out is None and options.work_dir is None:
+        raise ConfigurationError("Several processes share no folder", "Name one with --work-dir or --out")
+    if count > config.batch:
+        offender = f"--batch {config.batch} is less than the {count} processes that share each batch"
+        raise ConfigurationError(offender, f"Use --batch {count}, or a multiple of it")
+    if config.shard and count == 1:
+        remedy = "Start it with torchrun --nproc-per-node N -m saap recover ..., or leave out --shard"
+        raise ConfigurationError("--shard splits weights over several processes, and there is one", remedy)
+    if config.shard and config.batch % count:
+        offender = f"--batch {config.batch} is no multiple of the {count} processes, which need equal work with --shard"
+        raise ConfigurationError(offender, f"Use a multiple of {count}")
 
 
 def _with_teacher(
@@ -149,10 +137,8 @@ def _with_teacher(
             teacher = resolve_dense(DenseChoice.of(config, config.teacher), earlier)
             own = None if teacher is None or tokenizer is None else load_tokenizer(teacher)
             if teacher is not None and own is not None and own.get_vocab() != tokenizer.get_vocab():
-                raise ConfigurationError(
-                    f"--teacher {teacher.source} has another vocabulary than {source}",
-                    "Name the model that it was pruned from",
-                )
+                offender = f"--teacher {teacher.source} has another vocabulary than {source}"
+                raise ConfigurationError(offender, "Name the model that it was pruned from")
         except SaapError as error:
             if config.teacher is not None:
                 raise

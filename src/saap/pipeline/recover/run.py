@@ -103,9 +103,9 @@ def _teacher(run: Recovery, dense: Behaviour | None) -> tuple[Any | None, Behavi
         teacher = load_model(run.teacher, device=run.device)
         found = sum(value.numel() for value in teacher.parameters())
         if run.earlier is not None and found != run.earlier.parameters.before:
+            expected = f"{run.resolved.source} was pruned from a model of {run.earlier.parameters.before:,}"
             raise ConfigurationError(
-                f"{run.teacher.source} has {found:,} parameters, but {run.resolved.source} was pruned from a model of "
-                f"{run.earlier.parameters.before:,}",
+                f"{run.teacher.source} has {found:,} parameters, but {expected}",
                 "Name that model with --teacher, or use --distillation 0",
             )
         _check_fits(run, teacher)
@@ -170,10 +170,8 @@ def _check_fits(run: Recovery, model: Any) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(int(tokens.max()) for tokens in examples)
     if largest >= rows:
-        raise ModelError(
-            f"The tokenizer gave id {largest}, but the model's embedding has {rows} rows",
-            "Use the tokenizer that belongs to the model",
-        )
+        offender = f"The tokenizer gave id {largest}, but the model's embedding has {rows} rows"
+        raise ModelError(offender, "Use the tokenizer that belongs to the model")
 
 
 def _trained(
@@ -206,11 +204,8 @@ def _write(run: Recovery, model: Any, manifest: RunManifest, packed: dict[str, G
         found = _few_logits(run, load(out, device=str(run.device)))
     difference = float((expected - found).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
-        raise OutputError(
-            f"The model written to {out} computes something else than the one in memory (logits differ by "
-            f"{difference:.1e})",
-            "Use --dtype float32",
-        )
+        offender = f"The model written to {out} does not compute what the one in memory does"
+        raise OutputError(f"{offender} (logits differ by {difference:.1e})", "Use --dtype float32")
 
 
 @torch.no_grad()
