@@ -32,7 +32,8 @@ def test_json_is_one_object_with_the_promised_fields(capsys, tmp_path, source) -
     prompts.write_text('{"prompt": "The house"}\n{"prompt": "The capital is", "answer": "a"}\n')
     code, out, _ = run(
         capsys, "eval", source, "--perplexity", "bundled", "--window", "64", "--stride", "32", "--max-tokens", "256",
-        "--tasks", "made", "--task-data", tmp_path, "--prompts", prompts, "--tokens", "8", "--dense", source, "--json",
+        "--tasks", "made", "--task-data", tmp_path, "--prompts", prompts, "--max-new-tokens", "8", "--dense", source,
+        "--json",
         "--out", tmp_path / "report.json",
     )  # fmt: skip
     shown = json.loads(out)
@@ -85,7 +86,19 @@ def test_people_rate_on_the_page_and_the_ratings_are_judged(capsys, tmp_path, so
     prompts = tmp_path / "p.txt"
     prompts.write_text("The house\nA river\n")
     page = tmp_path / "kit.html"
-    kit = ["eval", source, "--dense", other, "--prompts", prompts, "--tokens", "6", "--human-kit", page, "--quiet"]
+    kit = [
+        "eval",
+        source,
+        "--dense",
+        other,
+        "--prompts",
+        prompts,
+        "--max-new-tokens",
+        "6",
+        "--human-kit",
+        page,
+        "--quiet",
+    ]
     assert run(capsys, *kit)[0] == 0
     assert str(source) not in page.read_text()
     seen = browser.look(page, 360, tmp_path, RATE)

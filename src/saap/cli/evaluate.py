@@ -6,136 +6,80 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from saap.cli.flags import Argument
+from saap.core.errors import ConfigurationError
+from saap.settings.measure import WRITING, EvalRequest
+from saap.settings.run import OPENS, OUTPUT, Display, RunOptions
+from saap.settings.setting import Flag, Only, Settings
 
-from saap.cli.options import (
-    AsJson,
-    Bos,
-    DenseRevision,
-    DenseTrustRemoteCode,
-    Device,
-    Quiet,
-    Revision,
-    RoundedTasks,
-    Runtime,
-    SpeedQuantization,
-    TrustRemoteCode,
-)
-from saap.cli.speed_options import chosen_runtime
+
+class EvalOutput(Settings):
+    """What the command line adds to a request."""
+
+    generation: Annotated[
+        bool, Flag(help="Let the model write, and measure what it writes and knows.", panel=WRITING)
+    ] = False
+    human_ratings: Annotated[
+        tuple[Path, ...],
+        Flag(help="Ratings that the page saved, repeatable.", panel=WRITING, metavar="CSV", repeat=True),
+    ] = ()
+    human_key: Annotated[
+        Path | None,
+        Flag(help="Key of the page.", panel=WRITING, metavar="FILE", default="the one in the folder of the ratings"),
+    ] = None
+    out: Annotated[
+        Path | None,
+        Flag(
+            help="Also write the report as JSON.", panel=OUTPUT, name="output_file", short="-o", aliases=("out",),
+            metavar="FILE",
+        ),
+    ] = None  # fmt: skip
 
 
 def evaluate(
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="[MODEL]", help="Hub id, folder, .gguf file or `smollm2`; not needed for ratings."),
-    ] = None,
-    perplexity: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME|FILE", help="Text to read, repeatable: wikitext2, ptb, c4, bundled, or a file."),
-    ] = None,
-    window: Annotated[int, typer.Option(help="Tokens of each window that perplexity is measured in.")] = 512,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens from one window's start to the next's. [default: the window]")
-    ] = None,
-    bos: Bos = True,
-    max_tokens: Annotated[int | None, typer.Option(help="Read only the first tokens of each text.")] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(metavar="TASK[,TASK...]", help="Zero-shot tasks, or `paper` for the seven of the SAAP paper."),
-    ] = None,
-    task_data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder with TASK.SPLIT.jsonl files, instead of the hub.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N questions of each task.")] = None,
-    rounded_tasks: RoundedTasks = False,
-    generation: Annotated[
-        bool, typer.Option("--generation", help="Let the model write, and measure what it writes and knows.")
-    ] = False,
-    prompts: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Prompts in place of the bundled ones: .txt, or .jsonl with prompt, answer."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to write for each prompt.")] = 128,
-    chat: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Conversations (.jsonl with messages) to measure answers of.")
-    ] = None,
-    dense: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="Measure this one beside it. [generation: the one it was made from]"),
-    ] = None,
-    dense_revision: DenseRevision = None,
-    dense_trust_remote_code: DenseTrustRemoteCode = False,
-    speed: Annotated[
-        bool, typer.Option("--speed", help="Tokens per second of reading and of writing (batch 1).")
-    ] = False,
-    against: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="Measure speed beside this one. [default: the one it was made from]"),
-    ] = None,
-    runtime: Runtime = None,
-    quantization: SpeedQuantization = None,
-    human_kit: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a blinded page on which people rate the answers.")
-    ] = None,
-    beside: Annotated[
-        list[str] | None, typer.Option(metavar="MODEL", help="Another model for the page, repeatable.")
-    ] = None,
-    human_ratings: Annotated[
-        list[Path] | None, typer.Option(metavar="CSV", help="Ratings that the page saved, repeatable.")
-    ] = None,
-    human_key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Key of the page. [default: the one beside the ratings]")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the report as JSON.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of sampled text and of the page's order.")] = 0,
-    device: Device = "auto",
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    request: EvalRequest,
+    output: EvalOutput,
+    options: Annotated[RunOptions, Only(OPENS)],
+    display: Display,
+    model: Annotated[str | None, Argument("Hub id, folder, .gguf file or `smollm2`; not needed for ratings.")] = None,
 ) -> None:
     """Measure MODEL: perplexity, zero-shot tasks, generation, conversations, speed, ratings by people."""
-    from saap.cli.show.evaluate import print_eval, print_ratings
-    from saap.cli.show.output import make_reporter
-    from saap.core.errors import ConfigurationError
-    from saap.pipeline.evaluate.run import evaluate_model, judge_ratings, write_report
-    from saap.pipeline.shared.inputs import RunOptions
-    from saap.settings.measure import EvalRequest, SpeedSettings
-
-    if human_ratings:
-        if model is not None:
-            raise ConfigurationError("--human-ratings and MODEL were given together", "Leave out MODEL")
-        ratings = judge_ratings(human_ratings, human_key)
-        if out is not None:
-            write_report(out, ratings)
-        typer.echo(json.dumps(ratings, indent=1)) if as_json else print_ratings(ratings)
+    if output.human_ratings:
+        _rate(model, output, display)
         return
     if model is None:
         raise ConfigurationError("no MODEL was given", "Name a hub id, a folder or a .gguf file")
-    measured_in, gguf_type = chosen_runtime(runtime, quantization, flag="--speed", given=speed)
-    named = () if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
-    request = EvalRequest(
-        texts=tuple(perplexity or ()), window=window, stride=stride, bos=bos, max_tokens=max_tokens,
-        tasks=named, task_data=task_data, limit=limit, rounded=rounded_tasks,
-        prompts=prompts or ("bundled" if generation else None), generated_tokens=tokens, chat=chat, dense=dense,
-        dense_revision=dense_revision, dense_trust_remote_code=dense_trust_remote_code,
-        beside=tuple(beside or ()), human_kit=human_kit, seed=seed, against=against,
-        speed=SpeedSettings(runtime=measured_in, gguf_type=gguf_type) if speed else None,
-    )  # fmt: skip
+    if output.generation and request.prompts is None:
+        request = request.model_copy(update={"prompts": "bundled"})
     if request.names_nothing:
         raise ConfigurationError(
             "nothing to measure was named",
             "Give some of --perplexity, --tasks, --generation, --prompts, --chat, --speed, --human-kit, "
             "--human-ratings",
         )
-    options = RunOptions(device=device, revision=revision, trust_remote_code=trust_remote_code)
-    with make_reporter(quiet=quiet, to_stderr=as_json) as reporter:
+    from saap.cli.show.evaluate import print_eval
+    from saap.cli.show.output import make_reporter
+    from saap.pipeline.evaluate.run import evaluate_model, write_report
+
+    with make_reporter(quiet=display.quiet, to_stderr=display.as_json) as reporter:
         report = evaluate_model(model, request, options, reporter).as_dict()
-    if out is not None:
-        write_report(out, report)
-    if as_json:
-        typer.echo(json.dumps(report, indent=1))
-    elif not quiet:
+    if output.out is not None:
+        write_report(output.out, report)
+    if display.as_json:
+        print(json.dumps(report, indent=1))
+    elif not display.quiet:
         print_eval(report)
-        if human_kit is not None:
-            typer.echo(f"wrote {human_kit}; keep the key beside it from the raters")
+        if request.human_kit is not None:
+            print(f"wrote {request.human_kit}; keep the key beside it from the raters")
+
+
+def _rate(model: str | None, output: EvalOutput, display: Display) -> None:
+    from saap.cli.show.evaluate import print_ratings
+    from saap.pipeline.evaluate.run import judge_ratings, write_report
+
+    if model is not None:
+        raise ConfigurationError("--human-ratings and MODEL were given together", "Leave out MODEL")
+    ratings = judge_ratings(output.human_ratings, output.human_key)
+    if output.out is not None:
+        write_report(output.out, ratings)
+    print(json.dumps(ratings, indent=1)) if display.as_json else print_ratings(ratings)

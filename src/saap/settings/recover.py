@@ -1,17 +1,22 @@
 """The settings of `saap recover`: one place for names, defaults and their reasons."""
 
-from __future__ import annotations
-
 from enum import StrEnum
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import Field, model_validator
 
 from saap.core.errors import ConfigurationError
-from saap.settings.prune import check_seed
+from saap.settings.prune import BOS
+from saap.settings.setting import AtLeast1, Flag, Names, Positive, Seed, Settings, one_of
 
 DEFAULT_MINUTES = 20.0
 LEGAL_BITS = (2, 3, 4, 8)
 LEGAL_GROUP_SIZES = (16, 32, 64, 128)
+DATA, QUANTISED, TEACHER, TRAINING, STOP = (
+    "Data", "Adapters and quantised weights", "Teacher", "Training", "End and validation",
+)  # fmt: skip
+DENSE_REVISION = "Branch, tag or commit of the dense model."
+DENSE_CODE = "Run code that the dense model's repository ships."
 
 
 class Tuning(StrEnum):
@@ -21,85 +26,109 @@ class Tuning(StrEnum):
     LORA = "lora"
 
 
-class RecoverConfig(BaseModel):
+class RecoverConfig(Settings):
     """Everything that decides the result of `saap recover`, checked before any model is loaded.
 
     batch: one sequence, since many small steps learn more from the tokens of twenty minutes than a quarter as many of
     four sequences (SmolLM2). alpha and length: usual values, not tuned. The first limit that is reached ends the
-    training; with none given it is DEFAULT_MINUTES. scales: whether the scales are learned besides the zero
-    points. teacher: None for the dense model that the checkpoint was pruned from, if it is on this machine.
-    dense_revision, dense_trust_remote_code: of the teacher; by default its revision is that of the checkpoint's
-    manifest, and its code is not run.
-    distillation: share of the divergence from the teacher in the loss; None for 1 where there is a teacher and 0 where
-    there is none. bos: whether each sequence begins with the tokenizer's BOS token, if it puts one before texts.
-    exact_products: no float32 factor is rounded to bfloat16 while training. patience: validations
-    without a new best, 0 never stops early. shard: whether the frozen weights of model and teacher are split over the
-    processes; it changes no result.
+    training; with none given it is DEFAULT_MINUTES. teacher: None for the dense model that the checkpoint was pruned
+    from, if it is on this machine. distillation: None for 1 where there is a teacher and 0 where there is none.
+    shard changes no result.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    data: tuple[str, ...] = ("mixed",)
-    tuning: Tuning = Tuning.GROUPWISE
-    bits: int = 4
-    group_size: int = 32
-    error_feedback: bool = False
-    rank: int = 16
-    alpha: float = 16.0
-    scales: bool = True
-    teacher: str | None = None
-    dense_revision: str | None = None
-    dense_trust_remote_code: bool = False
-    distillation: float | None = None
-    length: int = 512
-    bos: bool = True
-    batch: int = 1
-    micro_batch: int = 1
-    learning_rate: float = 1e-3
-    warm_up: float = 0.05
-    clip: float = 1.0
-    max_steps: int | None = None
-    max_tokens: int | None = None
-    max_minutes: float | None = None
-    validate_every: int = 60
-    validation_samples: int = 8
-    patience: int = 5
-    gradient_checkpointing: bool = True
-    exact_products: bool = False
-    shard: bool = False
-    seed: int = 0
+    data: Annotated[
+        tuple[str, ...],
+        Names,
+        Field(min_length=1),
+        Flag(
+            help="Text to learn from, repeatable: .txt, .jsonl with text, instructions or chats.", panel=DATA,
+            metavar="NAME|FILE", repeat=True,
+        ),
+    ] = ("mixed",)  # fmt: skip
+    tuning: Annotated[
+        Tuning,
+        Flag(help="groupwise: adapters on quantised weights; lora: plain LoRA in full precision.", panel=QUANTISED),
+    ] = Tuning.GROUPWISE
+    bits: Annotated[int, one_of(*LEGAL_BITS), Flag(help="Bits of a weight: 2, 3, 4 or 8.", panel=QUANTISED)] = 4
+    group_size: Annotated[
+        int,
+        one_of(*LEGAL_GROUP_SIZES),
+        Flag(help="Inputs that share a scale and a zero point: 16, 32, 64 or 128.", panel=QUANTISED),
+    ] = 32
+    error_feedback: Annotated[
+        bool, Flag(help="Quantise by GPTQ: later columns compensate for earlier ones.", panel=QUANTISED)
+    ] = False
+    rank: Annotated[AtLeast1, Flag(help="Rank of the adapters.", panel=QUANTISED)] = 16
+    alpha: Annotated[Positive, Flag(help="The adapters' product is scaled by alpha / rank.", panel=QUANTISED)] = 16.0
+    scales: Annotated[bool, Flag(help="Learn the scales besides the zero points.", panel=QUANTISED)] = True
+    teacher: Annotated[
+        str | None,
+        Flag(
+            help="The dense model to learn from.", panel=TEACHER, name="dense", metavar="MODEL",
+            default="what MODEL was pruned from",
+        ),
+    ] = None  # fmt: skip
+    dense_revision: Annotated[
+        str | None, Flag(help=DENSE_REVISION, panel=TEACHER, default="as MODEL's manifest says")
+    ] = None
+    dense_trust_remote_code: Annotated[bool, Flag(help=DENSE_CODE, panel=TEACHER)] = False
+    distillation: Annotated[
+        Annotated[float, Field(ge=0, le=1)] | None,
+        Flag(
+            help="Share of the divergence from the teacher in the loss, 0 to 1.", panel=TEACHER,
+            default="1, without a teacher 0",
+        ),
+    ] = None  # fmt: skip
+    length: Annotated[
+        int,
+        Field(ge=16),
+        Flag(help="Tokens of a block of text; longer conversations are cut.", panel=DATA, name="max_seq_length"),
+    ] = 512
+    bos: Annotated[bool, Flag(help=BOS, panel=DATA)] = True
+    batch: Annotated[
+        AtLeast1, Flag(help="Sequences of a step, over all processes.", panel=TRAINING, name="batch_size")
+    ] = 1
+    micro_batch: Annotated[
+        AtLeast1, Flag(help="Sequences that are computed at once.", panel=TRAINING, name="micro_batch_size")
+    ] = 1
+    learning_rate: Annotated[Positive, Flag(help="The highest learning rate.", panel=TRAINING)] = 1e-3
+    warm_up: Annotated[
+        float,
+        Field(ge=0, lt=1),
+        Flag(help="Share of the training on which the learning rate rises.", panel=TRAINING, name="warmup_ratio"),
+    ] = 0.05
+    clip: Annotated[
+        Positive, Flag(help="Longer gradients are shortened to this norm.", panel=TRAINING, name="max_grad_norm")
+    ] = 1.0
+    max_steps: Annotated[AtLeast1 | None, Flag(help="Stop after so many steps.", panel=STOP)] = None
+    max_tokens: Annotated[AtLeast1 | None, Flag(help="Read at most so many tokens, then stop.", panel=STOP)] = None
+    max_minutes: Annotated[
+        Positive | None,
+        Flag(
+            help="Stop after so many minutes of training.", panel=STOP,
+            default=f"{DEFAULT_MINUTES:g} without a limit",
+        ),
+    ] = None  # fmt: skip
+    validate_every: Annotated[
+        AtLeast1, Flag(help="Steps between two validations; the state is saved then.", panel=STOP)
+    ] = 60
+    validation_samples: Annotated[AtLeast1, Flag(help="Sequences that are held out for validation.", panel=STOP)] = 8
+    patience: Annotated[
+        int,
+        Field(ge=0),
+        Flag(help="Stop after so many validations without a new best; 0 never.", panel=STOP),
+    ] = 5
+    gradient_checkpointing: Annotated[
+        bool, Flag(help="Compute activations again, or keep them all: quicker, more memory.", panel=TRAINING)
+    ] = True
+    exact_products: Annotated[bool, Flag(help="Train in full float32 on the CPU too: slower.", panel=TRAINING)] = False
+    shard: Annotated[
+        bool, Flag(help="Split frozen weights over the processes (FSDP): slower, less memory.", panel=TRAINING)
+    ] = False
+    seed: Annotated[Seed, Flag(help="Seed of every random choice.", panel=TRAINING)] = 0
 
     @model_validator(mode="after")
-    def _check(self) -> RecoverConfig:
-        if self.bits not in LEGAL_BITS:
-            raise ConfigurationError(f"--bits {self.bits} is not possible", f"Use {', '.join(map(str, LEGAL_BITS))}")
-        if self.group_size not in LEGAL_GROUP_SIZES:
-            raise ConfigurationError(
-                f"--group-size {self.group_size} is not possible", f"Use {', '.join(map(str, LEGAL_GROUP_SIZES))}"
-            )
-        for flag, value, least in (
-            ("--rank", self.rank, 1), ("--length", self.length, 16), ("--batch", self.batch, 1),
-            ("--micro-batch", self.micro_batch, 1), ("--max-steps", self.max_steps, 1),
-            ("--max-tokens", self.max_tokens, 1), ("--validate-every", self.validate_every, 1),
-            ("--validation-samples", self.validation_samples, 1), ("--patience", self.patience, 0),
-        ):  # fmt: skip
-            if value is not None and value < least:
-                raise ConfigurationError(f"{flag} {value} is too small", f"Give at least {least}")
-        for flag, number in (
-            ("--learning-rate", self.learning_rate), ("--alpha", self.alpha), ("--clip", self.clip),
-            ("--max-minutes", self.max_minutes),
-        ):  # fmt: skip
-            if number is not None and not 0 < number < float("inf"):
-                raise ConfigurationError(f"{flag} {number:g} is out of range", "Give a number above 0")
-        check_seed(self.seed)
-        if self.distillation is not None and not 0 <= self.distillation <= 1:
-            raise ConfigurationError(f"--distillation {self.distillation:g} is out of range", "Give 0 to 1")
-        if not 0 <= self.warm_up < 1:
-            raise ConfigurationError(f"--warm-up {self.warm_up:g} is out of range", "Give at least 0 and below 1")
-        return self
-
-    @model_validator(mode="after")
-    def _check_tuning(self) -> RecoverConfig:
+    def _check_tuning(self) -> Self:
         for flag, given in (("--error-feedback", self.error_feedback), ("--shard", self.shard)):
             if given and self.tuning is Tuning.LORA:
                 raise ConfigurationError(
