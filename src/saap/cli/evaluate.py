@@ -8,32 +8,25 @@ from typing import Annotated
 
 from saap.cli.flags import Argument
 from saap.core.errors import ConfigurationError
-from saap.settings.measure import WRITING, EvalRequest
-from saap.settings.run import OPENS, OUTPUT, Display, RunOptions
-from saap.settings.setting import Flag, Only, Settings
+from saap.settings.measure import EvalRequest, writing_flag
+from saap.settings.run import OPENS, Display, RunOptions, output_flag
+from saap.settings.setting import Only, Settings
 
 
 class EvalOutput(Settings):
     """What the command line adds to a request."""
 
-    generation: Annotated[
-        bool, Flag(help="Let the model write, and measure what it writes and knows.", panel=WRITING)
-    ] = False
+    generation: Annotated[bool, writing_flag("Let the model write, and measure what it writes and knows.")] = False
     human_ratings: Annotated[
-        tuple[Path, ...],
-        Flag(help="Ratings that the page saved, repeatable.", panel=WRITING, metavar="CSV", repeat=True),
+        tuple[Path, ...], writing_flag("Ratings that the page saved, repeatable.", metavar="CSV", repeat=True)
     ] = ()
     human_key: Annotated[
-        Path | None,
-        Flag(help="Key of the page.", panel=WRITING, metavar="FILE", default="the one in the folder of the ratings"),
+        Path | None, writing_flag("Key of the page.", metavar="FILE", default="the one in the folder of the ratings")
     ] = None
     out: Annotated[
         Path | None,
-        Flag(
-            help="Also write the report as JSON.", panel=OUTPUT, name="output_file", short="-o", aliases=("out",),
-            metavar="FILE",
-        ),
-    ] = None  # fmt: skip
+        output_flag("Also write the report as JSON.", name="output_file", short="-o", aliases=("out",), metavar="FILE"),
+    ] = None
 
 
 def evaluate(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 from saap.cli.flags import Argument
 from saap.core.errors import ConfigurationError
 from saap.settings.measure import ExportFormat, ExportRequest
-from saap.settings.run import OPENS, RESULT, Display, RunOptions
-from saap.settings.setting import Flag, Only, Settings
+from saap.settings.run import OPENS, Display, RunOptions, result_flag
+from saap.settings.setting import Only, Settings
 
 if TYPE_CHECKING:
     from saap.pipeline.export.run import GgufExport
@@ -21,16 +21,18 @@ class ExportTarget(Settings):
 
     out: Annotated[
         Path | None,
-        Flag(
-            help="File or folder to write. [required unless --push]", panel=RESULT, name="output", short="-o",
-            aliases=("out",), metavar="PATH",
+        result_flag(
+            "File or folder to write. [required unless --push]",
+            name="output",
+            short="-o",
+            aliases=("out",),
+            metavar="PATH",
         ),
-    ] = None  # fmt: skip
-    push: Annotated[
-        str | None,
-        Flag(help="Upload the folder MODEL to the hub as it is.", panel=RESULT, metavar="OWNER/NAME"),
     ] = None
-    private: Annotated[bool, Flag(help="With --push: a repository that only you see.", panel=RESULT)] = False
+    push: Annotated[str | None, result_flag("Upload the folder MODEL to the hub as it is.", metavar="OWNER/NAME")] = (
+        None
+    )
+    private: Annotated[bool, result_flag("With --push: a repository that only you see.")] = False
 
 
 def export(

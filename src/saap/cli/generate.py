@@ -9,28 +9,25 @@ from typing import Annotated
 
 from saap.cli.flags import Argument
 from saap.core.errors import ConfigurationError
-from saap.settings.measure import DENSE, WRITING, GenerationSettings
+from saap.settings.measure import GenerationSettings, dense_flag, writing_flag
 from saap.settings.recover import DENSE_CODE, DENSE_REVISION
 from saap.settings.run import OPENS, Display, RunOptions
-from saap.settings.setting import Flag, Only, Settings
+from saap.settings.setting import Only, Settings
 
 
 class Question(Settings):
     """What is answered, and by which models."""
 
-    prompt: Annotated[str, Flag(help="What to answer, a user's turn for a chat model. [required]", panel=WRITING)] = ""
+    prompt: Annotated[str, writing_flag("What to answer, a user's turn for a chat model. [required]")] = ""
     dense: Annotated[
         str | None,
-        Flag(
-            help="The dense model to compare with.", panel=DENSE, metavar="MODEL", old=("against",),
-            default="what MODEL was pruned from",
+        dense_flag(
+            "The dense model to compare with.", metavar="MODEL", old=("against",), default="what MODEL was pruned from"
         ),
-    ] = None  # fmt: skip
-    no_dense: Annotated[bool, Flag(help="Show MODEL alone.", panel=DENSE)] = False
-    dense_revision: Annotated[
-        str | None, Flag(help=DENSE_REVISION, panel=DENSE, default="as MODEL's manifest says")
     ] = None
-    dense_trust_remote_code: Annotated[bool, Flag(help=DENSE_CODE, panel=DENSE)] = False
+    no_dense: Annotated[bool, dense_flag("Show MODEL alone.")] = False
+    dense_revision: Annotated[str | None, dense_flag(DENSE_REVISION, default="as MODEL's manifest says")] = None
+    dense_trust_remote_code: Annotated[bool, dense_flag(DENSE_CODE)] = False
 
 
 def generate(

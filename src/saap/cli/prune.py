@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from saap.cli.flags import Model
 from saap.core.errors import ConfigurationError
 from saap.settings.prune import PruneConfig
 from saap.settings.recover import RecoverConfig
-from saap.settings.run import Display, RunOptions
+from saap.settings.run import Display, RunOptions, output_flag
 from saap.settings.setting import Flag, Names, Positive, Settings
 
 if TYPE_CHECKING:
     from saap.pipeline.shared.progress import Reporter
+
+
+recovery_flag = partial(Flag, panel="Recovery")
 
 
 class Stages(Settings):
@@ -22,15 +26,12 @@ class Stages(Settings):
     recover: Annotated[
         tuple[str, ...],
         Names,
-        Flag(
-            help="Then tune the result on this data, as `saap recover`; repeatable.", panel="Recovery",
-            metavar="NAME|FILE", repeat=True,
+        recovery_flag(
+            "Then tune the result on this data, as `saap recover`; repeatable.", metavar="NAME|FILE", repeat=True
         ),
-    ] = ()  # fmt: skip
-    recover_minutes: Annotated[
-        Positive | None, Flag(help="Minutes of that tuning.", panel="Recovery", default="20")
-    ] = None
-    dry_run: Annotated[bool, Flag(help="Stop before the estimation; say what would be done.", panel="Output")] = False
+    ] = ()
+    recover_minutes: Annotated[Positive | None, recovery_flag("Minutes of that tuning.", default="20")] = None
+    dry_run: Annotated[bool, output_flag("Stop before the estimation; say what would be done.")] = False
 
 
 def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions, display: Display) -> None:

@@ -19,13 +19,11 @@ class RecipeChanges(Settings):
     changes: Annotated[
         tuple[str, ...],
         Flag(
-            help="Put VALUE (YAML) in place of what RECIPE says, repeatable.", flag="--set", metavar="A.B=VALUE",
+            "Put VALUE (YAML) in place of what RECIPE says, repeatable.", flag="--set", metavar="A.B=VALUE",
             repeat=True, panel="Recipe",
         ),
     ] = ()  # fmt: skip
-    dry_run: Annotated[
-        bool, Flag(help="Check everything, without weights; say what would be done.", panel="Recipe")
-    ] = False
+    dry_run: Annotated[bool, Flag("Check everything, without weights; say what would be done.", panel="Recipe")] = False
 
 
 def run(

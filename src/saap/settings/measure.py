@@ -1,6 +1,7 @@
 """What measuring, comparing, generating and exporting are asked for: names that commands and recipes share."""
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -22,8 +23,13 @@ from saap.settings.setting import AtLeast1, Commas, Different, Flag, Names, Only
 
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The seven tasks of the SAAP paper, by the names of lm-evaluation-harness; `paper` stands for them."""
-PERPLEXITY, TASKS, WRITING, DENSE, SPEED = "Perplexity", "Zero-shot tasks", "Generation", "Dense model", "Speed"
-COMPARED, FORMAT = "Comparison", "Format"
+perplexity_flag = partial(Flag, panel="Perplexity")
+tasks_flag = partial(Flag, panel="Zero-shot tasks")
+writing_flag = partial(Flag, panel="Generation")
+dense_flag = partial(Flag, panel="Dense model")
+speed_flag = partial(Flag, panel="Speed")
+compared_flag = partial(Flag, panel="Comparison")
+format_flag = partial(Flag, panel="Format")
 FIVE_METHODS = "saap,llm-pruner-element2,flap,wanda-sp,magnitude"
 MAX_NEW_TOKENS = "Tokens to write for each prompt, at most."
 
@@ -31,11 +37,11 @@ MAX_NEW_TOKENS = "Tokens to write for each prompt, at most."
 class SpeedSettings(Settings):
     """How speed is measured, in rounds in which the models take turns."""
 
-    runtime: Annotated[RuntimeName, Flag(help="Where speed is measured.", panel=SPEED)] = RuntimeName.TRANSFORMERS
-    gguf_type: Annotated[GgufType, Flag(help=GGUF_TYPE, panel=SPEED, old=("quantization",))] = GgufType.F16
-    prompt_tokens: Annotated[AtLeast1, Flag(help="Tokens of the prompt.", panel=SPEED)] = 128
-    new_tokens: Annotated[AtLeast1, Flag(help="Tokens that are written.", panel=SPEED)] = 32
-    rounds: Annotated[AtLeast1, Flag(help="Measurements, of which the median counts.", panel=SPEED)] = 5
+    runtime: Annotated[RuntimeName, speed_flag("Where speed is measured.")] = RuntimeName.TRANSFORMERS
+    gguf_type: Annotated[GgufType, speed_flag(GGUF_TYPE, old=("quantization",))] = GgufType.F16
+    prompt_tokens: Annotated[AtLeast1, speed_flag("Tokens of the prompt.")] = 128
+    new_tokens: Annotated[AtLeast1, speed_flag("Tokens that are written.")] = 32
+    rounds: Annotated[AtLeast1, speed_flag("Measurements, of which the median counts.")] = 5
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -55,84 +61,73 @@ class EvalRequest(Settings):
     texts: Annotated[
         tuple[str, ...],
         Names,
-        Flag(
-            help="Text to read, repeatable: wikitext2, ptb, c4, bundled, or a file.", panel=PERPLEXITY,
-            flag="--perplexity", metavar="NAME|FILE", repeat=True,
+        perplexity_flag(
+            "Text to read, repeatable: wikitext2, ptb, c4, bundled, or a file.",
+            flag="--perplexity",
+            metavar="NAME|FILE",
+            repeat=True,
         ),
-    ] = ()  # fmt: skip
-    window: Annotated[
-        int, Field(ge=2), Flag(help="Tokens of each window that perplexity is measured in.", panel=PERPLEXITY)
-    ] = 512
+    ] = ()
+    window: Annotated[int, Field(ge=2), perplexity_flag("Tokens of each window that perplexity is measured in.")] = 512
     stride: Annotated[
-        AtLeast1 | None,
-        Flag(help="Tokens from one window's start to the next's.", panel=PERPLEXITY, default="the window"),
+        AtLeast1 | None, perplexity_flag("Tokens from one window's start to the next's.", default="the window")
     ] = None
-    bos: Annotated[bool, Flag(help=BOS, panel=PERPLEXITY)] = True
+    bos: Annotated[bool, perplexity_flag(BOS)] = True
     max_tokens: Annotated[
-        Annotated[int, Field(ge=2)] | None, Flag(help="Read at most so many tokens of each text.", panel=PERPLEXITY)
+        Annotated[int, Field(ge=2)] | None, perplexity_flag("Read at most so many tokens of each text.")
     ] = None
     tasks: Annotated[
         tuple[str, ...],
         Commas,
-        Flag(
-            help="Tasks of lm-evaluation-harness, or `paper` for the seven of the SAAP paper.", panel=TASKS,
-            metavar="TASK[,TASK...]",
+        tasks_flag(
+            "Tasks of lm-evaluation-harness, or `paper` for the seven of the SAAP paper.", metavar="TASK[,TASK...]"
         ),
-    ] = ()  # fmt: skip
+    ] = ()
     task_data: Annotated[
-        Path | None,
-        Flag(help="Folder with TASK.SPLIT.jsonl files, instead of the hub.", panel=TASKS, metavar="DIR"),
+        Path | None, tasks_flag("Folder with TASK.SPLIT.jsonl files, instead of the hub.", metavar="DIR")
     ] = None
-    limit: Annotated[int | None, Flag(help="Only the first N questions of each task.", panel=TASKS)] = None
+    limit: Annotated[int | None, tasks_flag("Only the first N questions of each task.")] = None
     rounded: Annotated[
         bool,
-        Flag(
-            help="Round products to bfloat16 while tasks are scored, which can be quicker.", panel=TASKS,
-            name="rounded_tasks", aliases=("rounded",),
+        tasks_flag(
+            "Round products to bfloat16 while tasks are scored, which can be quicker.",
+            name="rounded_tasks",
+            aliases=("rounded",),
         ),
-    ] = False  # fmt: skip
+    ] = False
     prompts: Annotated[
         str | None,
-        Flag(
-            help="Prompts in place of the bundled ones: .txt, or .jsonl with prompt, answer.", panel=WRITING,
-            metavar="FILE",
-        ),
-    ] = None  # fmt: skip
-    generated_tokens: Annotated[
-        AtLeast1, Flag(help=MAX_NEW_TOKENS, panel=WRITING, name="max_new_tokens", old=("tokens",))
-    ] = 128
+        writing_flag("Prompts in place of the bundled ones: .txt, or .jsonl with prompt, answer.", metavar="FILE"),
+    ] = None
+    generated_tokens: Annotated[AtLeast1, writing_flag(MAX_NEW_TOKENS, name="max_new_tokens", old=("tokens",))] = 128
     chat: Annotated[
-        Path | None,
-        Flag(help="Conversations (.jsonl with messages) to measure answers of.", panel=WRITING, metavar="FILE"),
+        Path | None, writing_flag("Conversations (.jsonl with messages) to measure answers of.", metavar="FILE")
     ] = None
     dense: Annotated[
         str | None,
-        Flag(
-            help="The dense model to compare with.", panel=DENSE, metavar="MODEL",
+        dense_flag(
+            "The dense model to compare with.",
+            metavar="MODEL",
             default="generation and speed: the one MODEL was pruned from",
         ),
-    ] = None  # fmt: skip
-    dense_revision: Annotated[
-        str | None, Flag(help=DENSE_REVISION, panel=DENSE, default="as MODEL's manifest says")
     ] = None
-    dense_trust_remote_code: Annotated[bool, Flag(help=DENSE_CODE, panel=DENSE)] = False
+    dense_revision: Annotated[str | None, dense_flag(DENSE_REVISION, default="as MODEL's manifest says")] = None
+    dense_trust_remote_code: Annotated[bool, dense_flag(DENSE_CODE)] = False
     beside: Annotated[
-        tuple[str, ...],
-        Flag(help="Another model for the page, repeatable.", panel=WRITING, metavar="MODEL", repeat=True),
+        tuple[str, ...], writing_flag("Another model for the page, repeatable.", metavar="MODEL", repeat=True)
     ] = ()
     human_kit: Annotated[
-        Path | None,
-        Flag(help="Write a blinded page on which people rate the answers.", panel=WRITING, metavar="FILE"),
+        Path | None, writing_flag("Write a blinded page on which people rate the answers.", metavar="FILE")
     ] = None
     speed: Annotated[
         SpeedSettings | None,
-        Flag(help="Tokens per second of prefill and of decoding (batch 1).", panel=SPEED),
+        speed_flag("Tokens per second of prefill and of decoding (batch 1)."),
         Only(("runtime", "gguf_type")),
     ] = None
     against: Annotated[str | None, Flag(instead="--dense")] = None
     against_revision: Annotated[str | None, Flag(instead="--dense-revision")] = None
     against_trust_remote_code: Annotated[bool, Flag(instead="--dense-trust-remote-code")] = False
-    seed: Annotated[Seed, Flag(help="Seed of sampled text and of the page's order.", panel=WRITING)] = 0
+    seed: Annotated[Seed, writing_flag("Seed of sampled text and of the page's order.")] = 0
 
     @field_validator("tasks")
     @classmethod
@@ -157,12 +152,10 @@ class EvalRequest(Settings):
 class GenerationSettings(Settings):
     """How a model answers a prompt. temperature 0: always the most likely token; above: sampled with `seed`."""
 
-    max_tokens: Annotated[AtLeast1, Flag(help=MAX_NEW_TOKENS, panel=WRITING, name="max_new_tokens")] = 128
-    temperature: Annotated[
-        float, Field(ge=0), Flag(help="0: always the most likely token; above: sampled.", panel=WRITING)
-    ] = 0.0
-    seed: Annotated[Seed, Flag(help="Seed of the sampling.", panel=WRITING)] = 0
-    chat: Annotated[bool, Flag(help="Use the chat template, or continue the text itself.", panel=WRITING)] = True
+    max_tokens: Annotated[AtLeast1, writing_flag(MAX_NEW_TOKENS, name="max_new_tokens")] = 128
+    temperature: Annotated[float, Field(ge=0), writing_flag("0: always the most likely token; above: sampled.")] = 0.0
+    seed: Annotated[Seed, writing_flag("Seed of the sampling.")] = 0
+    chat: Annotated[bool, writing_flag("Use the chat template, or continue the text itself.")] = True
 
 
 def _no_ratios(given: Any) -> Any:
@@ -190,52 +183,52 @@ class CompareRequest(Settings):
         tuple[MethodChoice, ...],
         Commas,
         Different,
-        Flag(
-            help="Methods, each METHOD or METHOD@ROLE+ROLE to prune these only.",
-            panel=COMPARED,
-            metavar="M[,M...]",
-            default=FIVE_METHODS,
+        compared_flag(
+            "Methods, each METHOD or METHOD@ROLE+ROLE to prune these only.", metavar="M[,M...]", default=FIVE_METHODS
         ),
     ] = Field(default_factory=lambda: tuple(MethodChoice(method=Method(name)) for name in FIVE_METHODS.split(",")))
     config: Annotated[
         PruneConfig,
         Only(
             (
-                "pruning_ratios", "calibration", "samples", "sample_length", "refit_tokens", "bos", "roles", "align",
+                "pruning_ratios",
+                "calibration",
+                "samples",
+                "sample_length",
+                "refit_tokens",
+                "bos",
+                "roles",
+                "align",
                 "effort",
             ),
             {"pruning_ratios": "0.1,0.2,0.3"},
         ),
-    ]  # fmt: skip
+    ]
     seeds: Annotated[
-        tuple[Seed, ...],
-        Commas,
-        Different,
-        Flag(help="Seeds of the calibration samples.", panel=COMPARED, metavar="N[,N...]"),
+        tuple[Seed, ...], Commas, Different, compared_flag("Seeds of the calibration samples.", metavar="N[,N...]")
     ] = (0,)
     restorations: Annotated[
         tuple[bool, ...],
         BeforeValidator(_restorations),
-        Flag(
-            help="Least-squares reconstruction by saap, for every method: both, yes or no.", panel=COMPARED,
-            name="restore", metavar="both|yes|no", default="both",
+        compared_flag(
+            "Least-squares reconstruction by saap, for every method: both, yes or no.",
+            name="restore",
+            metavar="both|yes|no",
+            default="both",
         ),
-    ] = (False, True)  # fmt: skip
+    ] = (False, True)
     evaluation: Annotated[
         EvalRequest,
         Only(
-            ("texts", "window", "bos", "max_tokens", "tasks", "task_data", "limit", "rounded"), {"texts": ("bundled",)}
+            ("texts", "window", "bos", "max_tokens", "tasks", "task_data", "limit", "rounded"), {"texts": ("bundled")}
         ),
     ]
     task_ratios: Annotated[
         tuple[Ratio, ...] | None,
         Commas,
         BeforeValidator(_no_ratios),
-        Flag(
-            help="Ask the tasks at these ratios only, or `none`.", panel=COMPARED, metavar="R[,R...]",
-            default="at all",
-        ),
-    ] = None  # fmt: skip
+        compared_flag("Ask the tasks at these ratios only, or `none`.", metavar="R[,R...]", default="at all"),
+    ] = None
 
     def asks_tasks(self, ratio: float) -> bool:
         """Whether a model pruned by `ratio` answers the tasks."""
@@ -253,8 +246,7 @@ class ExportRequest(Settings):
     """What to export: the format, and for GGUF the type of the weights and whether llama.cpp checks the file."""
 
     format: Annotated[
-        ExportFormat,
-        Flag(help="gguf, for llama.cpp and Ollama; decilm, a folder for vLLM (not tried there).", panel=FORMAT),
+        ExportFormat, format_flag("gguf, for llama.cpp and Ollama; decilm, a folder for vLLM (not tried there).")
     ] = ExportFormat.GGUF
-    quantization: Annotated[GgufType, Flag(help="Of the weights in GGUF.", panel=FORMAT)] = GgufType.F16
-    verify: Annotated[bool, Flag(help="Compare the file in llama.cpp with transformers.", panel=FORMAT)] = True
+    quantization: Annotated[GgufType, format_flag("Of the weights in GGUF.")] = GgufType.F16
+    verify: Annotated[bool, format_flag("Compare the file in llama.cpp with transformers.")] = True

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol, Self
 
@@ -23,7 +24,9 @@ from saap.settings.setting import (
     Settings,
 )
 
-TARGET, TEXT, SEARCH = "Target", "Calibration text", "Method and search"
+target_flag = partial(Flag, panel="Target")
+text_flag = partial(Flag, panel="Calibration text")
+search_flag = partial(Flag, panel="Method and search")
 BOS = "Begin each window of text with the tokenizer's BOS token, if it puts one before texts."
 GGUF_TYPE = "Of the weights in llama.cpp."
 
@@ -232,84 +235,68 @@ class PruneConfig(Settings):
         tuple[Ratio, ...],
         Commas,
         Different,
-        Flag(
-            help="Fraction of the decoder blocks' parameters to remove; several share one estimation.", panel=TARGET,
-            name="pruning_ratio", metavar="R[,R...]",
+        target_flag(
+            "Fraction of the decoder blocks' parameters to remove; several share one estimation.",
+            name="pruning_ratio",
+            metavar="R[,R...]",
         ),
-    ] = ()  # fmt: skip
+    ] = ()
     target_parameters: Annotated[
-        Parameters | None,
-        Flag(help="Parameters of the whole model that may stay, e.g. 100M.", panel=TARGET, name="target_params"),
+        Parameters | None, target_flag("Parameters of the whole model that may stay, e.g. 100M.", name="target_params")
     ] = None
     target_bytes: Annotated[
-        Bytes | None,
-        Flag(help="Bytes of the weights as written, e.g. 200MB.", panel=TARGET, name="target_size", metavar="BYTES"),
+        Bytes | None, target_flag("Bytes of the weights as written, e.g. 200MB.", name="target_size", metavar="BYTES")
     ] = None
     target_speedup: Annotated[
-        Annotated[float, Field(gt=1)] | None,
-        Flag(help="Decoding (batch 1) this many times as fast, e.g. 1.3.", panel=TARGET),
+        Annotated[float, Field(gt=1)] | None, target_flag("Decoding (batch 1) this many times as fast, e.g. 1.3.")
     ] = None
-    runtime: Annotated[RuntimeName, Flag(help="Where that speed is measured.", panel=TARGET)] = RuntimeName.TRANSFORMERS
-    gguf_type: Annotated[GgufType, Flag(help=GGUF_TYPE, panel=TARGET, old=("quantization",))] = GgufType.F16
-    plan: Annotated[
-        Path | None, Flag(help="A plan.json to carry out, edited or not.", panel=TARGET, metavar="FILE")
-    ] = None
+    runtime: Annotated[RuntimeName, target_flag("Where that speed is measured.")] = RuntimeName.TRANSFORMERS
+    gguf_type: Annotated[GgufType, target_flag(GGUF_TYPE, old=("quantization",))] = GgufType.F16
+    plan: Annotated[Path | None, target_flag("A plan.json to carry out, edited or not.", metavar="FILE")] = None
     calibration: Annotated[
         tuple[str, ...],
         Names,
         Field(min_length=1),
-        Flag(
-            help="Text to calibrate on, repeatable: .txt, .jsonl, a bundled name or a data set.", panel=TEXT,
-            metavar="NAME|FILE", repeat=True,
+        text_flag(
+            "Text to calibrate on, repeatable: .txt, .jsonl, a bundled name or a data set.",
+            metavar="NAME|FILE",
+            repeat=True,
         ),
-    ] = ("mixed",)  # fmt: skip
-    samples: Annotated[
-        int, Field(ge=2), Flag(help="Calibration samples for the scores.", panel=TEXT, name="num_samples")
-    ] = 50
-    sample_length: Annotated[int, Field(ge=8), Flag(help="Tokens of each calibration sample.", panel=TEXT)] = 128
+    ] = ("mixed",)
+    samples: Annotated[int, Field(ge=2), text_flag("Calibration samples for the scores.", name="num_samples")] = 50
+    sample_length: Annotated[int, Field(ge=8), text_flag("Tokens of each calibration sample.")] = 128
     refit_tokens: Annotated[
         Annotated[int, Field(ge=1024)] | None,
-        Flag(help="Tokens for the least-squares reconstruction.", panel=TEXT, default="set by --effort"),
+        text_flag("Tokens for the least-squares reconstruction.", default="set by --effort"),
     ] = None
-    bos: Annotated[bool, Flag(help=BOS, panel=TEXT)] = True
-    method: Annotated[Method, Flag(help="The method that decides: saap, or a baseline.", panel=SEARCH)] = Method.SAAP
+    bos: Annotated[bool, text_flag(BOS)] = True
+    method: Annotated[Method, search_flag("The method that decides: saap, or a baseline.")] = Method.SAAP
     layout: Annotated[
-        Layout,
-        Flag(help="adaptive: each layer its own sizes; uniform: equal sizes, opens as the stock class.", panel=SEARCH),
+        Layout, search_flag("adaptive: each layer its own sizes; uniform: equal sizes, opens as the stock class.")
     ] = Layout.ADAPTIVE
     roles: Annotated[
-        tuple[PrunableRole, ...], Commas, Field(min_length=1),
-        Flag(help="What may be removed.", panel=SEARCH, metavar="ROLE[,ROLE...]"),
-    ] = (PrunableRole.FFN, PrunableRole.ATTENTION)  # fmt: skip
+        tuple[PrunableRole, ...],
+        Commas,
+        Field(min_length=1),
+        search_flag("What may be removed.", metavar="ROLE[,ROLE...]"),
+    ] = (PrunableRole.FFN, PrunableRole.ATTENTION)
     skip_layers: Annotated[
         SkipLayers | None,
         BeforeValidator(_ends),
-        Flag(
-            help="Blocks at the ends to protect: auto, or e.g. first:4,last:2.",
-            panel=SEARCH,
-            default="auto",
-            metavar="ENDS",
-        ),
+        search_flag("Blocks at the ends to protect: auto, or e.g. first:4,last:2.", default="auto", metavar="ENDS"),
     ] = None
-    align: Annotated[AtLeast1, Flag(help="Kept channels are a multiple of this.", panel=SEARCH)] = 32
-    strategy: Annotated[Strategy, Flag(help="How much is removed from each module.", panel=SEARCH)] = Strategy.ADAPTIVE
-    importance: Annotated[Importance, Flag(help="Score of a unit.", panel=SEARCH)] = Importance.FUSED
-    element_order: Annotated[ElementOrder, Flag(help="Terms of the element-wise score.", panel=SEARCH)] = (
-        ElementOrder.SECOND
-    )
-    aggregation: Annotated[Aggregation, Flag(help="How a unit's members combine.", panel=SEARCH)] = Aggregation.SUM
-    fusion_scope: Annotated[FusionScope, Flag(help="Who shares the fusion's uncertainties.", panel=SEARCH)] = (
-        FusionScope.LAYER_ROLE
-    )
+    align: Annotated[AtLeast1, search_flag("Kept channels are a multiple of this.")] = 32
+    strategy: Annotated[Strategy, search_flag("How much is removed from each module.")] = Strategy.ADAPTIVE
+    importance: Annotated[Importance, search_flag("Score of a unit.")] = Importance.FUSED
+    element_order: Annotated[ElementOrder, search_flag("Terms of the element-wise score.")] = ElementOrder.SECOND
+    aggregation: Annotated[Aggregation, search_flag("How a unit's members combine.")] = Aggregation.SUM
+    fusion_scope: Annotated[FusionScope, search_flag("Who shares the fusion's uncertainties.")] = FusionScope.LAYER_ROLE
     restore: Annotated[
         bool,
-        Flag(
-            help="Least-squares reconstruction of the consumers, or cut only.", panel=SEARCH,
-            default="restore, baselines not",
-        ),
-    ] = True  # fmt: skip
-    effort: Annotated[Effort, Flag(help="Time for search and reconstruction.", panel=SEARCH)] = Effort.DEFAULT
-    seed: Annotated[Seed, Flag(help="Seed of every random choice.", panel=SEARCH)] = 0
+        search_flag("Least-squares reconstruction of the consumers, or cut only.", default="restore, baselines not"),
+    ] = True
+    effort: Annotated[Effort, search_flag("Time for search and reconstruction.")] = Effort.DEFAULT
+    seed: Annotated[Seed, search_flag("Seed of every random choice.")] = 0
 
     @model_validator(mode="before")
     @classmethod

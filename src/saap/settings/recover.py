@@ -1,6 +1,7 @@
 """The settings of `saap recover`: one place for names, defaults and their reasons."""
 
 from enum import StrEnum
+from functools import partial
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -12,9 +13,11 @@ from saap.settings.setting import AtLeast1, Flag, Names, Positive, Seed, Setting
 DEFAULT_MINUTES = 20.0
 LEGAL_BITS = (2, 3, 4, 8)
 LEGAL_GROUP_SIZES = (16, 32, 64, 128)
-DATA, QUANTISED, TEACHER, TRAINING, STOP = (
-    "Data", "Adapters and quantised weights", "Teacher", "Training", "End and validation",
-)  # fmt: skip
+data_flag = partial(Flag, panel="Data")
+quantised_flag = partial(Flag, panel="Adapters and quantised weights")
+teacher_flag = partial(Flag, panel="Teacher")
+training_flag = partial(Flag, panel="Training")
+stop_flag = partial(Flag, panel="End and validation")
 DENSE_REVISION = "Branch, tag or commit of the dense model."
 DENSE_CODE = "Run code that the dense model's repository ships."
 
@@ -40,92 +43,69 @@ class RecoverConfig(Settings):
         tuple[str, ...],
         Names,
         Field(min_length=1),
-        Flag(
-            help="Text to learn from, repeatable: .txt, .jsonl with text, instructions or chats.", panel=DATA,
-            metavar="NAME|FILE", repeat=True,
+        data_flag(
+            "Text to learn from, repeatable: .txt, .jsonl with text, instructions or chats.",
+            metavar="NAME|FILE",
+            repeat=True,
         ),
-    ] = ("mixed",)  # fmt: skip
+    ] = ("mixed",)
     tuning: Annotated[
-        Tuning,
-        Flag(help="groupwise: adapters on quantised weights; lora: plain LoRA in full precision.", panel=QUANTISED),
+        Tuning, quantised_flag("groupwise: adapters on quantised weights; lora: plain LoRA in full precision.")
     ] = Tuning.GROUPWISE
-    bits: Annotated[int, one_of(*LEGAL_BITS), Flag(help="Bits of a weight: 2, 3, 4 or 8.", panel=QUANTISED)] = 4
+    bits: Annotated[int, one_of(*LEGAL_BITS), quantised_flag("Bits of a weight: 2, 3, 4 or 8.")] = 4
     group_size: Annotated[
         int,
         one_of(*LEGAL_GROUP_SIZES),
-        Flag(help="Inputs that share a scale and a zero point: 16, 32, 64 or 128.", panel=QUANTISED),
+        quantised_flag("Inputs that share a scale and a zero point: 16, 32, 64 or 128."),
     ] = 32
-    error_feedback: Annotated[
-        bool, Flag(help="Quantise by GPTQ: later columns compensate for earlier ones.", panel=QUANTISED)
-    ] = False
-    rank: Annotated[AtLeast1, Flag(help="Rank of the adapters.", panel=QUANTISED)] = 16
-    alpha: Annotated[Positive, Flag(help="The adapters' product is scaled by alpha / rank.", panel=QUANTISED)] = 16.0
-    scales: Annotated[bool, Flag(help="Learn the scales besides the zero points.", panel=QUANTISED)] = True
+    error_feedback: Annotated[bool, quantised_flag("Quantise by GPTQ: later columns compensate for earlier ones.")] = (
+        False
+    )
+    rank: Annotated[AtLeast1, quantised_flag("Rank of the adapters.")] = 16
+    alpha: Annotated[Positive, quantised_flag("The adapters' product is scaled by alpha / rank.")] = 16.0
+    scales: Annotated[bool, quantised_flag("Learn the scales besides the zero points.")] = True
     teacher: Annotated[
         str | None,
-        Flag(
-            help="The dense model to learn from.", panel=TEACHER, name="dense", metavar="MODEL",
-            default="what MODEL was pruned from",
+        teacher_flag(
+            "The dense model to learn from.", name="dense", metavar="MODEL", default="what MODEL was pruned from"
         ),
-    ] = None  # fmt: skip
-    dense_revision: Annotated[
-        str | None, Flag(help=DENSE_REVISION, panel=TEACHER, default="as MODEL's manifest says")
     ] = None
-    dense_trust_remote_code: Annotated[bool, Flag(help=DENSE_CODE, panel=TEACHER)] = False
+    dense_revision: Annotated[str | None, teacher_flag(DENSE_REVISION, default="as MODEL's manifest says")] = None
+    dense_trust_remote_code: Annotated[bool, teacher_flag(DENSE_CODE)] = False
     distillation: Annotated[
         Annotated[float, Field(ge=0, le=1)] | None,
-        Flag(
-            help="Share of the divergence from the teacher in the loss, 0 to 1.", panel=TEACHER,
-            default="1, without a teacher 0",
-        ),
-    ] = None  # fmt: skip
+        teacher_flag("Share of the divergence from the teacher in the loss, 0 to 1.", default="1, without a teacher 0"),
+    ] = None
     length: Annotated[
-        int,
-        Field(ge=16),
-        Flag(help="Tokens of a block of text; longer conversations are cut.", panel=DATA, name="max_seq_length"),
+        int, Field(ge=16), data_flag("Tokens of a block of text; longer conversations are cut.", name="max_seq_length")
     ] = 512
-    bos: Annotated[bool, Flag(help=BOS, panel=DATA)] = True
-    batch: Annotated[
-        AtLeast1, Flag(help="Sequences of a step, over all processes.", panel=TRAINING, name="batch_size")
-    ] = 1
-    micro_batch: Annotated[
-        AtLeast1, Flag(help="Sequences that are computed at once.", panel=TRAINING, name="micro_batch_size")
-    ] = 1
-    learning_rate: Annotated[Positive, Flag(help="The highest learning rate.", panel=TRAINING)] = 1e-3
+    bos: Annotated[bool, data_flag(BOS)] = True
+    batch: Annotated[AtLeast1, training_flag("Sequences of a step, over all processes.", name="batch_size")] = 1
+    micro_batch: Annotated[AtLeast1, training_flag("Sequences that are computed at once.", name="micro_batch_size")] = 1
+    learning_rate: Annotated[Positive, training_flag("The highest learning rate.")] = 1e-3
     warm_up: Annotated[
         float,
         Field(ge=0, lt=1),
-        Flag(help="Share of the training on which the learning rate rises.", panel=TRAINING, name="warmup_ratio"),
+        training_flag("Share of the training on which the learning rate rises.", name="warmup_ratio"),
     ] = 0.05
-    clip: Annotated[
-        Positive, Flag(help="Longer gradients are shortened to this norm.", panel=TRAINING, name="max_grad_norm")
-    ] = 1.0
-    max_steps: Annotated[AtLeast1 | None, Flag(help="Stop after so many steps.", panel=STOP)] = None
-    max_tokens: Annotated[AtLeast1 | None, Flag(help="Read at most so many tokens, then stop.", panel=STOP)] = None
+    clip: Annotated[Positive, training_flag("Longer gradients are shortened to this norm.", name="max_grad_norm")] = 1.0
+    max_steps: Annotated[AtLeast1 | None, stop_flag("Stop after so many steps.")] = None
+    max_tokens: Annotated[AtLeast1 | None, stop_flag("Read at most so many tokens, then stop.")] = None
     max_minutes: Annotated[
         Positive | None,
-        Flag(
-            help="Stop after so many minutes of training.", panel=STOP,
-            default=f"{DEFAULT_MINUTES:g} without a limit",
-        ),
-    ] = None  # fmt: skip
-    validate_every: Annotated[
-        AtLeast1, Flag(help="Steps between two validations; the state is saved then.", panel=STOP)
-    ] = 60
-    validation_samples: Annotated[AtLeast1, Flag(help="Sequences that are held out for validation.", panel=STOP)] = 8
-    patience: Annotated[
-        int,
-        Field(ge=0),
-        Flag(help="Stop after so many validations without a new best; 0 never.", panel=STOP),
-    ] = 5
+        stop_flag("Stop after so many minutes of training.", default=f"{DEFAULT_MINUTES:g} without a limit"),
+    ] = None
+    validate_every: Annotated[AtLeast1, stop_flag("Steps between two validations; the state is saved then.")] = 60
+    validation_samples: Annotated[AtLeast1, stop_flag("Sequences that are held out for validation.")] = 8
+    patience: Annotated[int, Field(ge=0), stop_flag("Stop after so many validations without a new best; 0 never.")] = 5
     gradient_checkpointing: Annotated[
-        bool, Flag(help="Compute activations again, or keep them all: quicker, more memory.", panel=TRAINING)
+        bool, training_flag("Compute activations again, or keep them all: quicker, more memory.")
     ] = True
-    exact_products: Annotated[bool, Flag(help="Train in full float32 on the CPU too: slower.", panel=TRAINING)] = False
-    shard: Annotated[
-        bool, Flag(help="Split frozen weights over the processes (FSDP): slower, less memory.", panel=TRAINING)
-    ] = False
-    seed: Annotated[Seed, Flag(help="Seed of every random choice.", panel=TRAINING)] = 0
+    exact_products: Annotated[bool, training_flag("Train in full float32 on the CPU too: slower.")] = False
+    shard: Annotated[bool, training_flag("Split frozen weights over the processes (FSDP): slower, less memory.")] = (
+        False
+    )
+    seed: Annotated[Seed, training_flag("Seed of every random choice.")] = 0
 
     @model_validator(mode="after")
     def _check_tuning(self) -> Self:

@@ -1,11 +1,15 @@
 """Where and how a run works: the settings that commands share, and what each prints."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from saap.settings.setting import Bytes, Flag, Settings
 
-RESULT, MODEL, OUTPUT = "Result", "Model and device", "Output"
+OUTPUT = "Output"
+result_flag = partial(Flag, panel="Result")
+model_flag = partial(Flag, panel="Model and device")
+output_flag = partial(Flag, panel=OUTPUT)
 
 
 class RunOptions(Settings):
@@ -17,38 +21,27 @@ class RunOptions(Settings):
     """
 
     out: Annotated[
-        Path | None,
-        Flag(help="Folder to write.", panel=RESULT, name="output_dir", short="-o", aliases=("out",), metavar="DIR"),
+        Path | None, result_flag("Folder to write.", name="output_dir", short="-o", aliases=("out",), metavar="DIR")
     ] = None
-    overwrite: Annotated[bool, Flag(help="Replace the folder if it exists.", panel=RESULT)] = False
+    overwrite: Annotated[bool, result_flag("Replace the folder if it exists.")] = False
     work_dir: Annotated[
-        Path | None,
-        Flag(help="Where finished stages are kept.", panel=RESULT, metavar="DIR", default="OUTPUT_DIR.saap-work"),
+        Path | None, result_flag("Where finished stages are kept.", metavar="DIR", default="OUTPUT_DIR.saap-work")
     ] = None
-    keep_work: Annotated[bool, Flag(help="Keep the stage files after success.", panel=RESULT)] = False
-    device: Annotated[str, Flag(help="auto, cpu, cuda, cuda:N or mps.", panel=MODEL, metavar="DEVICE")] = "auto"
+    keep_work: Annotated[bool, result_flag("Keep the stage files after success.")] = False
+    device: Annotated[str, model_flag("auto, cpu, cuda, cuda:N or mps.", metavar="DEVICE")] = "auto"
     dtype: Annotated[
         str,
-        Flag(
-            help="auto, float32, float16 or bfloat16: of the written weights, or to compute in if none are.",
-            panel=MODEL,
-            metavar="DTYPE",
+        model_flag(
+            "auto, float32, float16 or bfloat16: of the written weights, or to compute in if none are.", metavar="DTYPE"
         ),
     ] = "auto"
     max_memory: Annotated[
         Bytes | None,
-        Flag(
-            help="Most that may be resident, e.g. 6GB; blocks are read when needed for it.",
-            panel=MODEL, metavar="BYTES",
-        ),
-    ] = None  # fmt: skip
-    device_map: Annotated[
-        str | None, Flag(help="Blocks over several devices: auto, balanced or sequential.", panel=MODEL)
+        model_flag("Most that may be resident, e.g. 6GB; blocks are read when needed for it.", metavar="BYTES"),
     ] = None
-    revision: Annotated[str | None, Flag(help="Branch, tag or commit of a hub model.", panel=MODEL, metavar="REF")] = (
-        None
-    )
-    trust_remote_code: Annotated[bool, Flag(help="Run code that the model repository ships.", panel=MODEL)] = False
+    device_map: Annotated[str | None, model_flag("Blocks over several devices: auto, balanced or sequential.")] = None
+    revision: Annotated[str | None, model_flag("Branch, tag or commit of a hub model.", metavar="REF")] = None
+    trust_remote_code: Annotated[bool, model_flag("Run code that the model repository ships.")] = False
 
 
 OPENS = ("device", "dtype", "revision", "trust_remote_code")
@@ -58,5 +51,5 @@ OPENS = ("device", "dtype", "revision", "trust_remote_code")
 class Display(Settings):
     """What a command prints."""
 
-    as_json: Annotated[bool, Flag(help="Print exactly one JSON object on stdout.", panel=OUTPUT, name="json")] = False
-    quiet: Annotated[bool, Flag(help="Print no progress.", panel=OUTPUT)] = False
+    as_json: Annotated[bool, output_flag("Print exactly one JSON object on stdout.", name="json")] = False
+    quiet: Annotated[bool, output_flag("Print no progress.")] = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ _BYTE_UNITS: Mapping[str, int] = {
 _NUMBER = re.compile(r"-?[0-9.]+")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Flag:
     """What a field says of itself besides its type, default and bounds.
 
@@ -36,6 +36,7 @@ class Flag:
     """
 
     help: str = ""
+    _: KW_ONLY
     panel: str = ""
     name: str | None = None
     flag: str | None = None
