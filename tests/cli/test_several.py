@@ -108,7 +108,7 @@ def test_only_the_first_process_speaks(several: Results) -> None:
     [
         ("error", "error: Calibration sample 2 is bad. Mend it.\n"),
         ("later", "error: The first process is unwell. Mend it.\n"),
-        ("refused", "error: Invalid value for '--samples': "),
+        ("refused", "error: --num-samples 'many' is not a number"),
         ("dry", "error: --dry-run tries one process alone. Start it without torchrun or accelerate launch.\n"),
     ],
 )

@@ -31,8 +31,8 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("command", "arguments", "remedy"),
     [
         ("compare", COMPARE, "Use shorter samples or windows"),
-        ("recover", TRAIN, "Use a smaller --length"),
-        ("recover", [*TRAIN, "--tuning", "lora"], "Use a smaller --length"),
+        ("recover", TRAIN, "Use a smaller --max-seq-length"),
+        ("recover", [*TRAIN, "--tuning", "lora"], "Use a smaller --max-seq-length"),
         ("eval", ["--generation", "--max-new-tokens", "64"], "Use fewer --max-new-tokens or shorter prompts"),
         ("eval", ["--speed"], "Measure speed with fewer tokens, or leave it out"),
         ("generate", ["--prompt", "The house", "--max-new-tokens", "64", "--no-dense"], "Use fewer --max-new-tokens"),

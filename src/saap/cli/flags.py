@@ -110,12 +110,16 @@ def command(function: Callable[..., None], name: str) -> click.Command:
 
     @click.pass_context
     def carry_out(context: click.Context, /, **given: Any) -> None:
-        values = _values(context, models)
+        values = _values(models)
+        seen: dict[tuple[str, ...], str] = {}
         for option in options.values():
             key = str(option.name)
             if context.get_parameter_source(key) is ParameterSource.COMMANDLINE:
                 if option.needs is not None and not given[option.needs.strip("-")]:
                     raise ConfigurationError(f"{option.flag} does nothing by itself", f"Add {option.needs}")
+                other = seen.setdefault(option.places[0], option.flag)
+                if other != option.flag:
+                    raise ConfigurationError(f"{other} and {option.flag} are the same flag", "Give one of the two")
                 _put(values, option, given[key])
         made = {parameter: kind(**values[parameter]) for parameter, (kind, _) in models.items()}
         arguments = {key: value for key, value in given.items() if key in hints and key not in models}
@@ -152,7 +156,7 @@ def _is_model(setting: Setting) -> bool:
     return setting.inner is not None and not setting.several and setting.shown.metavar is None
 
 
-def _values(context: click.Context, models: Mapping[str, tuple[type[Settings], Only | None]]) -> dict[str, Any]:
+def _values(models: Mapping[str, tuple[type[Settings], Only | None]]) -> dict[str, Any]:
     """The defaults that the command has of its own; all others are those of the models."""
 
     def of(kind: type[BaseModel], only: Only | None) -> dict[str, Any]:

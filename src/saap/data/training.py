@@ -81,7 +81,7 @@ def training_data(
     if len(examples) < 2:
         raise TrainingDataError(
             f"{', '.join(map(str, sources))} gives {len(examples)} examples of {length} tokens",
-            "Give more data, or a smaller --length",
+            "Give more data, or a smaller --max-seq-length",
         )
     largest = max(int(example.tokens.max()) for example in examples)
     if vocabulary is not None and largest >= vocabulary:
@@ -134,7 +134,7 @@ def _conversations(path: Path, tokenizer: Any | None, length: int, leading: Sequ
             examples.append(Example(tokens[:length], learned[:length]))
     if not examples:
         raise TrainingDataError(
-            f"No conversation of {path} has an answer within its first {length} tokens", "Use a larger --length"
+            f"No conversation of {path} has an answer within its first {length} tokens", "Use a larger --max-seq-length"
         )
     return examples
 

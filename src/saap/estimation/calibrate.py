@@ -65,7 +65,7 @@ def estimate(
     """
     samples, length = calibration.tokens.shape
     if samples < 2:
-        raise CalibrationError("Fluctuation over samples needs two of them", "Use --samples 2 or more")
+        raise CalibrationError("Fluctuation over samples needs two of them", "Use --num-samples 2 or more")
     rows = micro_batch or max(1, TOKENS_AT_ONCE // length)
     tokens = torch.from_numpy(calibration.tokens).to(next(model.parameters()).device)
     taps = make_taps(model, graph, [group for group in graph.groups if group.role in roles])
