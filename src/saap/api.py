@@ -110,8 +110,11 @@ def _with_settings(function: Callable[..., Result]) -> Callable[..., Result]:
         if unknown:
             raise TypeError(f"{function.__name__}() takes no argument named {', '.join(sorted(unknown))}")
         values: dict[str, Any] = {name: dict(only.defaults) for name, (_, only) in models.items()}
-        for name in given.keys() - own_names:
-            place = places[name]
+        taken: dict[tuple[str, ...], str] = {}
+        for name, place in [(name, places[name]) for name in given if name not in own_names]:
+            other = taken.setdefault((place.parameter, *place.fields), name)
+            if other != name:
+                raise ConfigurationError(f"{other} and {name} are the same setting", "Give one of the two")
             if name in place.setting.old:
                 message = f"{name} is now {place.setting.name}; the old name will be gone in the next release"
                 warnings.warn(message, FutureWarning, stacklevel=2)
