@@ -23,10 +23,10 @@ unit: .venv/.ready-dev
 docs: .venv/.ready-dev ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-results: .venv/.ready-dev ## measure what the results book lacks (hours; goes on where it was stopped), then its pages
+results: .venv/.ready-dev ## measure what the results lack (hours; goes on where it was stopped), then its pages
 	$(BIN)/python benchmarks/book.py run
 
-results-quick: .venv/.ready-dev ## a trial of every row on little of everything, in out/results-quick
+results-quick: .venv/.ready-dev ## a smoke run of every experiment on little of everything, in out/results-quick
 	$(BIN)/python benchmarks/book.py run --quick
 
 .venv/.ready: $(SETUP_INPUTS)

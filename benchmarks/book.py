@@ -1,12 +1,13 @@
-"""The results book: every claim and every open question as a row that anyone can measure again.
+"""The results book: every claim and every open question as an experiment that anyone can run again.
 
-    python benchmarks/book.py list                       # the rows, and what of them has been measured
-    python benchmarks/book.py run [ROW ...] [--quick]    # measure what is missing, then write the pages
-    python benchmarks/book.py render                     # only the pages, from what has been measured
-    python benchmarks/book.py measure ROW                # the missing cells of one row, in this process
+    python benchmarks/book.py list                                # the experiments, and what of them has been measured
+    python benchmarks/book.py run [NAME ...] [--quick]            # measure what is missing, then write the pages
+    python benchmarks/book.py render                              # only the pages, from what has been measured
+    python benchmarks/book.py measure NAME [--cells CELL ...]     # in this process; cells again that are there already
+    python benchmarks/book.py unpack DIR                          # the comparison as a folder of `saap compare`
 
-A run that was stopped goes on: finished cells stay. Pages, charts and the values behind them are in docs/results, with
---quick (little of everything, to try it) in out/results-quick.
+A run that was stopped goes on: finished cells stay. Cells are kept in benchmarks/results, pages and charts in
+docs/results, with --quick (little of everything, to try it) both in out/results-quick.
 """
 
 from __future__ import annotations
@@ -14,49 +15,82 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from resultsbook.driver import measure_row, run_row, state_of
-from resultsbook.pages import write_pages
-from resultsbook.registry import ROWS
-from resultsbook.row import Request
-from resultsbook.store import ROOT
+from experiments.quality.comparison import unpack
+from experiments.registry import EXPERIMENTS
+from harness.driver import measure, run, state_of
+from harness.experiment import Experiment, Request
+from harness.pages import write_pages
+from harness.store import RESULTS, ROOT
 
-RESULTS, QUICK_RESULTS = ROOT / "docs" / "results", ROOT / "out" / "results-quick"
+PAGES, QUICK = ROOT / "docs" / "results", ROOT / "out" / "results-quick"
+BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    names = [row.name for row in ROWS]
-    for name in ("list", "run", "render", "measure"):
+    for name in ("list", "run", "render", "measure", "unpack"):
         command = commands.add_parser(name)
-        command.add_argument("--quick", action="store_true", help="a trial on little of everything")
-        command.add_argument("--out", type=Path, metavar="DIR", help="where pages and values go")
+        if name == "run":
+            command.add_argument("names", nargs="*", metavar="NAME", choices=[*BY_NAME, []])
+        if name == "measure":
+            command.add_argument("names", nargs=1, metavar="NAME", choices=BY_NAME)
+            command.add_argument("--cells", nargs="+", metavar="CELL", help="these, also if they are there")
+        if name == "unpack":
+            command.add_argument("folder", type=Path, metavar="DIR")
+        command.add_argument("--quick", action="store_true", help="a smoke run on little of everything")
+        command.add_argument("--out", type=Path, metavar="DIR", help="for pages and results")
         command.add_argument("--work", type=Path, metavar="DIR", default=ROOT / "out" / "book", help="for models")
         command.add_argument("--model", default="smollm2")
-        if name == "run":
-            command.add_argument("rows", nargs="*", metavar="ROW", choices=[*names, []])
-        if name == "measure":
-            command.add_argument("rows", nargs=1, metavar="ROW", choices=names)
-    return parser.parse_args()
+        command.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="of an experiment")
+    given = parser.parse_args()
+    chosen = [BY_NAME[name] for name in getattr(given, "names", ())] or EXPERIMENTS
+    known = {option for experiment in chosen for option in experiment.options}
+    for setting in given.set:
+        name, mark, _ = setting.partition("=")
+        if not mark or name not in known:
+            parser.error(f"--set {setting}: options are {', '.join(sorted(known)) or 'none'}, as OPTION=VALUE")
+    unknown = set(getattr(given, "cells", None) or ()) - set(cells_of(chosen[0], request_of(given)))
+    if unknown:
+        parser.error(f"{chosen[0].name} has no cell {', '.join(sorted(unknown))}")
+    return given
+
+
+def cells_of(experiment: Experiment, request: Request) -> list[str]:
+    return [*experiment.cells(request), *experiment.extra]
+
+
+def request_of(given: argparse.Namespace) -> Request:
+    results = (given.out or QUICK) / "results" if given.out or given.quick else RESULTS
+    options = {name: value for name, _, value in (setting.partition("=") for setting in given.set)}
+    return Request(quick=given.quick, work=given.work.resolve(), results=results, model=given.model, given=options)
+
+
+def flags_of(given: argparse.Namespace, experiment: Experiment) -> list[str]:
+    """What this command was given, for a process that measures one experiment."""
+    flags = ["--work", str(given.work), "--model", given.model, *(["--quick"] if given.quick else [])]
+    flags += ["--out", str(given.out)] if given.out else []
+    options = [setting for setting in given.set if setting.partition("=")[0] in experiment.options]
+    return [*flags, *(word for setting in options for word in ("--set", setting))]
 
 
 def main() -> None:
     given = parse()
-    request = Request(quick=given.quick, work=given.work, model=given.model)
-    out = given.out or (QUICK_RESULTS if given.quick else RESULTS)
-    chosen = [row for row in ROWS if not getattr(given, "rows", None) or row.name in given.rows]
+    request = request_of(given)
+    pages = given.out or (QUICK if given.quick else PAGES)
+    chosen = [BY_NAME[name] for name in getattr(given, "names", ())] or EXPERIMENTS
     if given.command == "list":
-        for row in chosen:
-            state = state_of(row, request, out)
-            print(f"{row.name}: {len(state.found)} of {len(state.found) + len(state.missing)}; {row.question}")
-        return
-    if given.command == "measure":
-        measure_row(chosen[0], request, out)
-        return
-    if given.command == "run":
-        for row in chosen:
-            run_row(row, request, out)
-    write_pages(ROWS, request, out)
+        for experiment in chosen:
+            state = state_of(experiment, request)
+            print(f"{experiment.name}: {len(state.found)} of {len(state.found) + len(state.missing)} cells")
+    elif given.command == "measure":
+        measure(chosen[0], request, given.cells)
+    elif given.command == "unpack":
+        unpack(request, given.folder)
+    else:
+        for experiment in chosen if given.command == "run" else ():
+            run(experiment, request, flags_of(given, experiment))
+        write_pages(EXPERIMENTS, request, pages)
 
 
 if __name__ == "__main__":

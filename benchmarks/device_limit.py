@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from shapes import SHAPES, byte_tokenizer, write_checkpoint
+from lab.checkpoints import SHAPES, byte_tokenizer, write_checkpoint
 
 from saap.models.loading import device_memory, devices
 from saap.pipeline.prune.run import run_prune

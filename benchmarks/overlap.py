@@ -13,7 +13,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from prune import as_text, records, texts
+from lab.texts import records, texts
 
 from saap.data.texts import KINDS, Purpose, bundled_conversations, bundled_text, read_documents
 
@@ -47,11 +47,11 @@ def main() -> None:
     parser.add_argument("--instructions", type=Path)
     parser.add_argument("--words", type=int, default=10)
     given = parser.parse_args()
-    named = texts(given.instructions)
+    named = {} if given.instructions is None else {"instructions": str(given.instructions)}
     with tempfile.TemporaryDirectory() as temporary:
         measured = {
-            name: runs("\n\n".join(read_documents(as_text(file, Path(temporary)))), given.words)
-            for name, file in named.items()
+            name: runs("\n\n".join(read_documents(file)), given.words)
+            for name, file in texts(named, Path(temporary)).items()
         }
     for kind in KINDS:
         own = runs(bundled_text(kind, Purpose.CALIBRATION), given.words)

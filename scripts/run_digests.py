@@ -128,7 +128,8 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     small = folder / "default text"
     for name, flags in {"groupwise": [], "feedback": ["--error-feedback"], "lora": ["--tuning", "lora"]}.items():
         tuning = ["--data", text, "--max-steps", "3", "--length", "64", "--group-size", "16", *flags]
-        yield f"recovered, {name}", partial(recovered, small, folder / name, *tuning)
+        make = partial(pruned, small, source, *given)
+        yield f"recovered, {name}", partial(recovered, make, small, folder / name, *tuning)
     yield "evaluated", partial(evaluated, small)
 
 
@@ -138,8 +139,10 @@ def pruned(out: Path, *arguments: object, processes: int = 1) -> dict[str, str]:
     return of_folder(out)
 
 
-def recovered(small: Path, out: Path, *arguments: object) -> list[Any]:
-    """Of what `saap recover` writes and measures."""
+def recovered(make_small: Callable[[], Any], small: Path, out: Path, *arguments: object) -> list[Any]:
+    """Of what `saap recover` writes and measures. make_small: writes the pruned model, unless another case has."""
+    if not small.exists():
+        make_small()
     report = command("recover", small, "--out", out, "--json", *arguments)
     return [of_folder(out), report["perplexity"]]
 
@@ -156,7 +159,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--compare", type=Path)
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="cases whose name contains it; `written` needs no other"
+        "--only", default="", metavar="TEXT", help="cases whose name contains it; `evaluated` needs `written`"
     )
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"

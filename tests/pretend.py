@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -151,10 +152,12 @@ def pretended_devices(*, float64: bool = True, limit: int | None = None) -> Iter
         return made if device is None else made.to(device)
 
     torch.tensor = tensor  # its own way to another device passes by the fallback
+    torch.lazy = SimpleNamespace()  # torch.utils.checkpoint looks for a module of each device
     try:
         yield accelerator
     finally:
         torch.tensor = stock
+        del torch.lazy
         library._destroy()
         _present = None
 

@@ -25,8 +25,8 @@ from saap.estimation.calibrate import estimate as _estimate
 from saap.estimation.selection import unit_scores
 from saap.models.loading.devices import computable, require_values
 from saap.models.loading.pretrained import model_ref
+from saap.models.walk.backend import Backend
 from saap.models.walk.offload import offloaded
-from saap.models.walk.processes import together
 from saap.models.walk.spill import Spill
 from saap.pipeline.evaluate.run import EvalReport, evaluate_model
 from saap.pipeline.prune.result import PruneResult
@@ -55,9 +55,6 @@ _SCORED = Only(
 _SEARCHED = Only(
     ("pruning_ratios", "strategy", "importance", "fusion_scope", "layout", "roles", "skip_layers", "align"),
     {"strategy": "uniform"},
-)
-_EVALUATED = tuple(
-    setting.field for setting in settings_of(EvalRequest) if setting.field not in ("beside", "human_kit")
 )
 _TUNED_IN = Only(("out", "overwrite", "work_dir", "keep_work", *OPENS))
 
@@ -178,13 +175,11 @@ def estimate(
     )
     with TemporaryDirectory(prefix="saap-") as folder:
         return _estimate(
-            opened,
-            graph,
+            Backend(opened, graph, spill=Spill(Path(folder)) if offloaded(opened) is not None else None),
             tokens,
             roles=unit_roles(config.roles),
             element_order=config.element_order,
             aggregation=config.aggregation,
-            spill=Spill(Path(folder)) if offloaded(opened) is not None else None,
         )
 
 
@@ -213,8 +208,7 @@ def recover(
     model: a folder that `prune` has written, or anything else that `saap recover` takes. The arguments are the flags
     of `saap recover`. Raises SaapError.
     """
-    with together():
-        return run_recover(model, config, options, reporter)
+    return run_recover(model, config, options, reporter)
 
 
 @_with_settings
@@ -240,15 +234,14 @@ def prune(
         raise ConfigurationError("prune() takes one pruning_ratio", "Call it for each, or use `saap prune`")
     named = (str(calibration),) if isinstance(calibration, (str, Path)) else (GIVEN,)
     config = config.model_copy(update={"calibration": named})
-    with together():
-        (result,) = run_prune(model_or_path, config, options, reporter, calibration=calibration, tokenizer=tokenizer)
+    (result,) = run_prune(model_or_path, config, options, reporter, calibration=calibration, tokenizer=tokenizer)
     return result
 
 
 @_with_settings
 def evaluate(
     model_or_path: str | Path | nn.Module,
-    request: Annotated[EvalRequest, Only(_EVALUATED, {"texts": ("bundled",)})],
+    request: Annotated[EvalRequest, Only((), {"texts": ("bundled",)})],
     options: Annotated[RunOptions, Only(OPENS)],
     *,
     tokenizer: Any | None = None,

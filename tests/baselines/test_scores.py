@@ -23,6 +23,7 @@ from saap.baselines.llm_pruner import Taylor, taylor_channels, taylor_scores, we
 from saap.baselines.weights import magnitude_scores, random_scores
 from saap.discovery import discover
 from saap.models.loading.pretrained import model_ref
+from saap.models.walk.backend import Backend
 from saap.settings.prune import Method
 
 WEIGHT = torch.tensor([[1.0, -2.0], [3.0, 0.5]], dtype=torch.float64)
@@ -47,7 +48,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def gradients(model, graph, tokens):
-    return weight_gradients(model, graph, tokens)
+    return weight_gradients(Backend(model, graph), tokens)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def test_wanda_and_flap_by_hand() -> None:
 
 
 def test_statistics_are_those_of_the_inputs_and_blocks(model, graph, tokens) -> None:
-    found = activation_statistics(model, graph, tokens)
+    found = activation_statistics(Backend(model, graph), tokens)
     path = "model.layers.1.mlp.down_proj"
     seen, streams = [], []
     handles = [
@@ -151,7 +152,7 @@ def test_statistics_are_those_of_the_inputs_and_blocks(model, graph, tokens) -> 
 
 
 def test_heads_take_wandas_sum_and_flaps_mean_of_standardised_channels(model, graph, tokens) -> None:
-    found = activation_statistics(model, graph, tokens)
+    found = activation_statistics(Backend(model, graph), tokens)
     path = "model.layers.0.self_attn.o_proj"
     weight = model.get_submodule(path).weight
     wanda = weight.abs().mean(0) * found.square[path].sqrt()
@@ -163,7 +164,7 @@ def test_heads_take_wandas_sum_and_flaps_mean_of_standardised_channels(model, gr
 
 
 def test_biases_keep_the_mean_output_of_what_is_removed(model, graph, tokens) -> None:
-    found = activation_statistics(model, graph, tokens)
+    found = activation_statistics(Backend(model, graph), tokens)
     keep = {"layers.0.ffn": tuple(range(3, 80))}
     biases = compensating_biases(model, graph, keep, found.mean)
     assert list(biases) == ["model.layers.0.mlp.down_proj"]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pytest
-from resultsbook.driver import measure_row, run_row, state_of
-from resultsbook.row import Experiment, Request, Row, Source
-from resultsbook.store import cell_file
+from harness.driver import measure, run, state_of
+from harness.experiment import Experiment, Request
+from harness.store import rounded, write_json
 
 CELLS = ("first", "second", "third")
 
@@ -22,11 +21,8 @@ class Measuring:
         self.fails_at = fails_at
         self.asked: list[str] = []
         self.experiment = Experiment(
-            cells=lambda request: CELLS, settings=lambda request: settings or {"tokens": 8}, measure=self.measure
-        )
-        self.row = Row(
-            name="made", title="Made", question="?", summarise=dict, figures=lambda summary: (),
-            experiment=self.experiment,
+            name="made", cells=lambda request: CELLS, settings=lambda request: settings or {"tokens": 8},
+            measure=self.measure,
         )  # fmt: skip
 
     def measure(self, request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, dict]]:
@@ -39,48 +35,81 @@ class Measuring:
 
 @pytest.fixture
 def request_(tmp_path) -> Request:
-    return Request(quick=True, work=tmp_path / "work")
+    return Request(quick=True, work=tmp_path / "work", results=tmp_path)
 
 
-def test_an_interrupted_row_goes_on_with_the_next_cell(request_, tmp_path):
+def test_an_interrupted_experiment_goes_on_with_the_next_cell(request_):
     stopped = Measuring(fails_at="second")
     with pytest.raises(KeyboardInterrupt):
-        measure_row(stopped.row, request_, tmp_path)
-    state = state_of(stopped.row, request_, tmp_path)
+        measure(stopped.experiment, request_)
+    state = state_of(stopped.experiment, request_)
     assert (list(state.found), state.missing, state.complete) == (["first"], ("second", "third"), False)
     again = Measuring()
-    measure_row(again.row, request_, tmp_path)
+    measure(again.experiment, request_)
     assert again.asked == ["second", "third"]
-    state = state_of(again.row, request_, tmp_path)
+    state = state_of(again.experiment, request_)
     assert state.complete
     assert [record["values"]["value"] for record in state.found.values()] == [0, 1, 2]
 
 
 def test_a_cell_says_where_it_was_measured_and_with_what(request_, tmp_path):
-    measure_row(Measuring().row, request_, tmp_path)
-    record = json.loads(cell_file(tmp_path, "made", "first").read_text())
-    assert record["settings"] == {"tokens": 8}
-    assert record["environment"]["versions"]["torch"]
-    assert record["seconds"] >= 0
+    measure(Measuring().experiment, request_)
+    content = json.loads((tmp_path / "made.json").read_text())
+    assert content["settings"] == {"tokens": 8}
+    assert content["environments"][content["cells"]["first"]["environment"]]["versions"]["torch"]
+    assert content["cells"]["first"]["seconds"] >= 0
 
 
-def test_cells_of_other_settings_are_measured_again(request_, tmp_path):
-    measure_row(Measuring().row, request_, tmp_path)
+def test_cells_of_other_settings_are_measured_again(request_):
+    measure(Measuring().experiment, request_)
     other = Measuring(settings={"tokens": 16})
-    assert state_of(other.row, request_, tmp_path).missing == CELLS
+    assert state_of(other.experiment, request_).missing == CELLS
 
 
-def test_a_file_that_was_cut_off_is_not_left_as_a_cell(request_, tmp_path):
-    measure_row(Measuring().row, request_, tmp_path)
-    assert {path.name for path in cell_file(tmp_path, "made", "first").parent.iterdir()} == {
-        f"{name}.json" for name in CELLS
-    }
+def test_a_cell_can_be_measured_again(request_):
+    measure(Measuring().experiment, request_)
+    again = Measuring()
+    measure(again.experiment, request_, ["second"])
+    assert again.asked == ["second"]
+    assert state_of(again.experiment, request_).complete
 
 
-def test_other_benchmarks_are_not_run_for_a_trial_nor_by_hand(request_, tmp_path, capsys):
-    source = Source(file="not-there.json", command="python benchmarks/not-there.py THING", by_hand=True)
-    row = dataclasses.replace(Measuring().row, experiment=None, sources={"one": source})
-    run_row(row, request_, tmp_path)
+def test_no_other_file_is_left(request_, tmp_path):
+    measure(Measuring().experiment, request_)
+    assert {path.name for path in tmp_path.iterdir()} == {"made.json"}
+
+
+def test_an_experiment_may_have_a_file_for_each_cell(request_, tmp_path):
+    experiment = dataclasses.replace(Measuring().experiment, own_files=True)
+    measure(experiment, request_)
+    assert json.loads((tmp_path / "third.json").read_text()) == {"value": 2}
+    assert state_of(experiment, request_).complete
+
+
+def test_a_page_needs_the_cells_of_the_experiments_that_it_reads(request_):
+    measure(Measuring().experiment, request_)
+    other = Experiment(name="other", cells=lambda request: ["own"], measure=Measuring().measure)
+    both = dataclasses.replace(Measuring().experiment, reads=(other,))
+    assert state_of(both, request_).missing == ("own",)
+
+
+def test_what_only_a_person_can_name_is_asked_for(request_, capsys):
+    experiment = dataclasses.replace(Measuring().experiment, options={"tasks": "DIR"}, needs=("tasks",))
+    run(experiment, request_, [])
+    assert "run by hand: python benchmarks/book.py run made --set tasks=DIR" in capsys.readouterr().out
+
+
+def test_an_experiment_without_a_small_version_is_not_tried(request_, capsys):
+    run(dataclasses.replace(Measuring().experiment, smoke=False), request_, [])
     assert capsys.readouterr().out == ""
-    run_row(row, dataclasses.replace(request_, quick=False), Path(tmp_path))
-    assert "to be run by hand: python benchmarks/not-there.py THING" in capsys.readouterr().out
+
+
+def test_lists_of_numbers_take_one_line_and_come_back(tmp_path):
+    value = {"numbers": [1.5, 2.0], "texts": ["a, [b]", "c"], "rows": [{"x": [1, 2]}], "none": []}
+    write_json(tmp_path / "file.json", value)
+    text = (tmp_path / "file.json").read_text()
+    assert json.loads(text) == value
+    assert '"numbers": [1.5, 2.0]' in text
+    assert rounded({"x": [1 / 3, 12345678912.0], "n": None, "ok": True}) == {
+        "x": [0.333333333, 12345678900.0], "n": None, "ok": True,
+    }  # fmt: skip

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from resultsbook.effects import RemovalEffects, sampled_units, spread_layers
+from lab.effects import RemovalEffects, sampled_units, spread_layers
 from tests.families import build
 
 from saap.core.records import Layout

@@ -9,17 +9,18 @@ import runpy
 from pathlib import Path
 
 import pytest
-from resultsbook.driver import measure_row, state_of
-from resultsbook.pages import write_pages
-from resultsbook.registry import ROWS
-from resultsbook.row import Request, Row
-from resultsbook.rows.boundaries import channel_order, in_order, relative_error
-from resultsbook.rows.generation import TASKS, facts
-from resultsbook.store import ROOT
+from experiments.method.boundaries import channel_order, in_order, relative_error
+from experiments.quality.comparison import packed, unpack, unpacked
+from experiments.quality.generation import TASKS, facts
+from experiments.registry import EXPERIMENTS
+from harness.driver import measure, state_of
+from harness.experiment import Experiment, Request
+from harness.pages import summary_of, write_pages
+from harness.store import RESULTS, ROOT
 from tests.book.test_pages import numbers_without_source
 from tests.pipeline import tiny
 
-EXPERIMENTS = [row for row in ROWS if row.experiment is not None]
+TRIED = [one for one in EXPERIMENTS if one.smoke and one.name != "accelerator"]
 FEW = {"families": ("bloom",), "calibration": 10}
 """Cells that are enough to see a row run: by name, or so many of the first."""
 
@@ -28,44 +29,55 @@ FEW = {"families": ("bloom",), "calibration": 10}
 def trial(tmp_path_factory) -> Request:
     folder = tmp_path_factory.mktemp("trial")
     model = tiny.folder(folder / "tiny", layers=6)
-    return Request(quick=True, work=folder / "work", model=str(model))
+    return Request(quick=True, work=folder / "work", results=folder / "results", model=str(model))
 
 
-def shortened(row: Row) -> Row:
-    """The row with few of its cells."""
-    few = FEW.get(row.name)
-    if few is None or row.experiment is None:
-        return row
-    every = row.experiment.cells
+def shortened(experiment: Experiment) -> Experiment:
+    """The experiment with few of its cells."""
+    few = FEW.get(experiment.name)
+    if few is None:
+        return experiment
 
     def cells(request: Request) -> list[str]:
         if isinstance(few, tuple):
             return list(few)
-        names = list(every(request))
-        return [name for name in names if name.startswith("large")][:few] + [n for n in names if n.startswith("small")][
-            :few
-        ]
+        names = list(experiment.cells(request))
+        of_each = [[name for name in names if name.startswith(kind)][:few] for kind in ("large", "small")]
+        return [*of_each[0], *of_each[1]]
 
-    return dataclasses.replace(row, experiment=dataclasses.replace(row.experiment, cells=cells))
+    return dataclasses.replace(experiment, cells=cells)
 
 
-@pytest.mark.parametrize("row", EXPERIMENTS, ids=lambda row: row.name)
-def test_a_trial_of_the_row_gives_its_page(row, trial, tmp_path):
-    row = shortened(row)
-    measure_row(row, trial, tmp_path)
-    assert state_of(row, trial, tmp_path).complete
-    write_pages([row], trial, tmp_path)
-    page = (tmp_path / f"{row.name}.md").read_text()
+@pytest.mark.parametrize("experiment", TRIED, ids=lambda one: one.name)
+def test_a_smoke_run_gives_the_page(experiment, trial, tmp_path):
+    experiment = shortened(experiment)
+    measure(experiment, trial)
+    summary = summary_of(experiment, state_of(experiment, trial))
+    assert summary is not None
+    write_pages([experiment], trial, tmp_path)
+    page = (tmp_path / f"{experiment.name}.md").read_text()
     said = re.search(r'!!! abstract "Finding"\n\n    (.*)\n', page)
-    summary = json.loads((tmp_path / f"{row.name}.json").read_text())["summary"]
     assert said
     assert numbers_without_source(said[1], summary) == []
     assert said[1] in (tmp_path / "index.md").read_text()
     charts = re.findall(r"\(figures/(.*?)\.svg\)", page)
-    assert charts
+    assert len(charts) == len(experiment.figures(summary))
     assert all((tmp_path / "figures" / f"{name}.svg").read_text().startswith("<svg") for name in charts)
     assert "| |" not in page.replace("|  |", "")
     assert str(Path(trial.work)) not in page
+
+
+def test_the_comparison_comes_back_as_a_folder(tmp_path):
+    row = {"tasks": {"one": {"correct": [0, 1, 1], "correct_norm": None}}, "method": "flap"}
+    assert packed(row)["tasks"]["one"]["correct"] == "011"
+    assert unpacked(packed(row)) == row
+    unpack(Request(quick=False, work=tmp_path, results=RESULTS), tmp_path / "compare")
+    whole = json.loads((tmp_path / "compare" / "comparison.json").read_text())
+    rows = [json.loads(file.read_text()) for file in (tmp_path / "compare" / "rows").glob("*-seed0.json")]
+    assert len(rows) == len(whole["rows"])
+    assert all(row in whole["rows"] for row in rows)
+    answers = [answer for row in rows for task in row["tasks"].values() for answer in task["correct"]]
+    assert set(answers) == {0, 1}
 
 
 def test_open_questions_have_short_answers():

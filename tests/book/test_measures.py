@@ -4,8 +4,7 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from resultsbook.measures import (
+from lab.measures import (
     as_bits,
     chi_square_distance,
     correlation_interval,
@@ -13,19 +12,12 @@ from resultsbook.measures import (
     jaccard,
     log_histogram,
     mean_and_spread,
-    merged_scores,
     rank_correlation,
     rank_correlation_inside,
     rank_correlation_overall,
     reliability,
     variance_slope,
 )
-from tests.pipeline import tiny
-
-from saap.core.records import CalibrationSet
-from saap.discovery import discover
-from saap.estimation.calibrate import estimate
-from saap.models.loading.pretrained import model_ref
 
 
 def test_rank_correlation_by_hand():
@@ -61,7 +53,7 @@ def test_reliability_is_the_root_of_the_spearman_brown_formula():
 
 
 def test_sets_of_units_come_back_from_their_bits():
-    assert as_bits({0, 5, 1535})[-2:] == "21"
+    assert len(as_bits(range(0, 1536, 5))) < 60
     assert from_bits(as_bits({0, 5, 1535})) == {0, 5, 1535}
     assert from_bits(as_bits(())) == frozenset()
 
@@ -89,21 +81,3 @@ def test_squared_normal_residuals_pass_and_equal_importances_do_not():
 def test_a_histogram_counts_all_positive_values():
     shares = log_histogram(np.array([1e-9, 1e-3, 0.5, 100.0, 0.0]), np.array([-4.0, -2.0, 0.0]))
     assert shares == [0.5, 0.5]
-
-
-def test_scores_of_two_parts_are_those_of_the_whole():
-    model = tiny.model(layers=2)
-    graph = discover(model, model_ref(model, "tiny", None))
-    tokens = torch.randint(0, tiny.VOCABULARY, (5, 16), generator=torch.Generator().manual_seed(0)).numpy()
-
-    def scores(rows: np.ndarray):
-        return estimate(model, graph, CalibrationSet(sources=("made",), seed=0, tokens=rows), micro_batch=1)
-
-    whole, merged = scores(tokens), merged_scores(scores(tokens[:2]), scores(tokens[2:]))
-    assert merged.samples == 5
-    np.testing.assert_allclose(merged.losses, whole.losses)
-    for name, group in whole.groups.items():
-        for field in ("vector", "vector_m2", "element", "element_m2", "comoment"):
-            np.testing.assert_allclose(
-                getattr(merged.groups[name], field), getattr(group, field), rtol=1e-9, atol=1e-20
-            )

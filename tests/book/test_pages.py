@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from resultsbook.driver import State, state_of
-from resultsbook.pages import (
-    TEMPLATES,
-    decision,
-    finding,
-    index_page,
-    product_defaults,
-    row_page,
-    summary_of,
-    unfinished_page,
-)
-from resultsbook.registry import ROWS
-from resultsbook.row import Request
+from experiments.registry import EXPERIMENTS
+from harness.driver import State, state_of
+from harness.experiment import Request
+from harness.pages import TEMPLATES, block, index_page, page_of, product_defaults, summary_of
+from harness.store import RESULTS
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "docs" / "results"
-REQUEST = Request(quick=False, work=ROOT / "out" / "book")
-STATES = {row.name: state_of(row, REQUEST, RESULTS) for row in ROWS}
-MEASURED = [row for row in ROWS if STATES[row.name].complete]
+PAGES = ROOT / "docs" / "results"
+REQUEST = Request(quick=False, work=ROOT / "out" / "book", results=RESULTS)
+STATES = {one.name: state_of(one, REQUEST) for one in EXPERIMENTS}
+MEASURED = [one for one in EXPERIMENTS if STATES[one.name].complete]
+
+
+@cache
+def summary(name: str) -> Any:
+    """The figures of a page, once for all tests."""
+    return summary_of(next(one for one in EXPERIMENTS if one.name == name), STATES[name])
+
+
 # Names that hold a digit and mean no quantity.
 NAMES = re.compile(r"WikiText-2|q8_0|q4_1|f16|`[^`]*`")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?: %)?")
@@ -39,7 +39,7 @@ def values_in(data: Any) -> Iterator[float]:
     if isinstance(data, dict):
         for item in data.values():
             yield from values_in(item)
-    elif isinstance(data, list):
+    elif isinstance(data, list | tuple):
         for item in data:
             yield from values_in(item)
     elif isinstance(data, str):
@@ -79,60 +79,55 @@ def test_the_check_sees_a_wrong_number():
     assert typed_digits("{% block finding %}{% endblock %}{% block decision %}8{% endblock %}") == ["8"]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_no_number_of_a_finding_is_typed(row):
-    assert typed_digits((TEMPLATES / f"{row.name}.md.jinja").read_text()) == []
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda one: one.name)
+def test_no_number_of_a_finding_is_typed(experiment):
+    assert typed_digits((TEMPLATES / f"{experiment.name}.md.jinja").read_text()) == []
 
 
-@pytest.mark.parametrize("row", MEASURED, ids=lambda row: row.name)
-def test_the_numbers_in_the_prose_are_those_of_the_json(row):
-    page = (RESULTS / f"{row.name}.md").read_text(encoding="utf-8")
-    said = re.search(r'!!! abstract "Finding"\n\n    (.*)\n', page)
-    data = json.loads((RESULTS / f"{row.name}.json").read_text())
-    assert said
-    assert NUMBER.findall(NAMES.sub("", said[1])), "a finding without a figure"
-    assert numbers_without_source(said[1], data["summary"]) == []
-    decided = decision(row, data["summary"])
-    assert decided in page
-    assert numbers_without_source(decided, [data["summary"], product_defaults()]) == []
-
-
-@pytest.mark.parametrize("row", MEASURED, ids=lambda row: row.name)
-def test_the_committed_page_is_what_the_measured_values_give(row):
-    state = STATES[row.name]
-    summary = json.loads(json.dumps(summary_of(row, state)))
-    kept = json.loads((RESULTS / f"{row.name}.json").read_text())["summary"]
-    assert list(values_in(kept)) == pytest.approx(list(values_in(summary)), rel=1e-9)
-    figures = row.figures(summary)
-    assert (RESULTS / f"{row.name}.md").read_text(encoding="utf-8").rstrip() == row_page(
-        row, REQUEST, state, summary, figures
-    ).rstrip()
-    assert all((RESULTS / "figures" / f"{figure.name}.svg").is_file() for figure in figures)
+@pytest.mark.parametrize("experiment", MEASURED, ids=lambda one: one.name)
+def test_the_page_says_what_was_measured(experiment):
+    found = summary(experiment.name)
+    finding, decision = (block(experiment, name, found) for name in ("finding", "decision"))
+    assert NUMBER.findall(NAMES.sub("", finding)), "a finding without a figure"
+    assert numbers_without_source(finding, found) == []
+    assert numbers_without_source(decision, [found, product_defaults()]) == []
+    page = (PAGES / f"{experiment.name}.md").read_text(encoding="utf-8")
+    assert finding in page
+    assert decision in page
+    assert page.rstrip() == page_of(experiment, REQUEST, STATES[experiment.name], found).rstrip()
+    assert all((PAGES / "figures" / f"{one.name}.svg").is_file() for one in experiment.figures(found))
 
 
 def test_the_index_says_what_the_pages_say():
-    told, decided = {}, {}
-    for row in MEASURED:
-        summary = summary_of(row, STATES[row.name])
-        told[row.name], decided[row.name] = finding(row, summary), decision(row, summary)
-    page = index_page(ROWS, told, decided, REQUEST)
-    assert (RESULTS / "index.md").read_text(encoding="utf-8").rstrip() == page.rstrip()
+    told, decided = (
+        {one.name: block(one, name, summary(one.name)) for one in MEASURED} for name in ("finding", "decision")
+    )
+    page = index_page(EXPERIMENTS, told, decided, quick=False)
+    assert (PAGES / "index.md").read_text(encoding="utf-8").rstrip() == page.rstrip()
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row not in MEASURED], ids=lambda row: row.name)
-def test_what_is_not_measured_is_said(row):
-    page = unfinished_page(row, STATES[row.name])
+@pytest.mark.parametrize("experiment", [one for one in EXPERIMENTS if one not in MEASURED], ids=lambda one: one.name)
+def test_what_is_not_measured_is_said(experiment):
+    page = page_of(experiment, REQUEST, STATES[experiment.name], None)
     assert '!!! warning "Not measured yet"\n\n    Nothing has been' in page or "    Measured in part" in page
-    assert (RESULTS / f"{row.name}.md").read_text(encoding="utf-8").rstrip() == page.rstrip()
+    assert (PAGES / f"{experiment.name}.md").read_text(encoding="utf-8").rstrip() == page.rstrip()
 
 
 def test_a_page_says_how_much_is_there():
-    first, second, third, *_ = ROWS[0].sources
-    assert "1 of 3 steps" in unfinished_page(ROWS[0], State(found={third: {}}, missing=(first, second)))
+    state = State(found={"third": {}}, missing=("first", "second"))
+    assert "1 of 3 steps" in page_of(EXPERIMENTS[0], REQUEST, state, None)
 
 
-def test_every_row_has_its_place_in_the_site():
+def test_every_experiment_has_its_place_in_the_site():
     site = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader=yaml.BaseLoader)
     listed = next(part["Results"] for part in site["nav"] if "Results" in part)
     pages = [entry if isinstance(entry, str) else next(iter(entry.values())) for entry in listed]
-    assert pages == ["results/index.md", *(f"results/{row.name}.md" for row in ROWS)]
+    assert pages == ["results/index.md", *(f"results/{one.name}.md" for one in EXPERIMENTS)]
+
+
+def test_no_result_and_no_chart_is_left_that_nothing_shows():
+    files = {"dense", "device-limit"} | {one.name for one in EXPERIMENTS if not one.own_files}
+    files |= {name for one in EXPERIMENTS if one.own_files for name in (*one.cells(REQUEST), *one.extra)}
+    assert {path.stem for path in RESULTS.glob("*.json")} <= files
+    drawn = {chart.name for one in MEASURED for chart in one.figures(summary(one.name))}
+    assert {path.stem for path in (PAGES / "figures").iterdir()} == drawn

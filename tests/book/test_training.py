@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from resultsbook.training import FAMILIES, TRIAL, batches, configuration, make_tokenizer, rate_at, train
+from lab.training import FAMILIES, TRIAL, batches, configuration, make_tokenizer, rate_at, train
 from transformers import AutoModelForCausalLM
 
 

@@ -23,7 +23,7 @@ import torch
 from saap.cli import app as cli
 from saap.cli.show.output import PlainReporter
 from saap.core.errors import NonFiniteLossError
-from saap.estimation import calibrate
+from saap.estimation.unit_importance import UnitImportance
 from saap.models.loading import device_memory
 from saap.models.walk import offload
 from saap.pipeline.prune import run as run_module
@@ -79,7 +79,7 @@ def carry_out(job: dict[str, Any], counted: Path, rank: int = 0) -> None:
     for name in ("replace", "rename"):
         events.watch(Path, name)
     if rank:
-        events.watch(calibrate, "_take")
+        events.watch(UnitImportance, "observe_loss")
     if job.get("offloaded"):
         count_as_large()
     if job.get("largest_file"):

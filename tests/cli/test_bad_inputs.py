@@ -95,7 +95,7 @@ FLAGS: list[Case] = [
     ((*RECOVER, "--shard"), "several processes"),
     (("recover", "MODEL"), "--output-dir"),
     (EVAL, "nothing to measure"),
-    (("eval",), "no MODEL"),
+    (("eval",), "'MODEL'"),
     *[((*EVAL, *flags), offender) for flags, offender in (
         (("--perplexity", "bundled", "--window", "1"), "--window 1"),
         (("--perplexity", "bundled", "--window", "99999"), "fewer than one window"),
@@ -105,11 +105,10 @@ FLAGS: list[Case] = [
         (("--perplexity", "wikitext"), "wikitext2"),
         (("--tasks", "piqa", "--limit", "0"), "--limit 0"),
         (("--generation", "--max-new-tokens", "0"), "--max-new-tokens 0"), (("--prompts", "none.txt"), "none.txt"),
-        (("--chat", "none.jsonl"), "none.jsonl"), (("--human-ratings", "none.csv"), "MODEL"),
+        (("--chat", "none.jsonl"), "none.jsonl"),
         (("--perplexity", "bundled", "--dense", "no-such/model!"), "no-such/model!"),
         (("--generation", "--seed", "-1"), "--seed -1"),
     )],
-    (("eval", "--human-ratings", "none.csv", "--human-key", "none.json"), "none.json"),
     *[((*EXPORT, flag, value), offender) for flag, value, offender in (
         ("--format", "onnx", "'onnx'"), ("--quantization", "q9", "'q9'"), ("--out", "MODEL/config.json", "exists"),
         ("--push", "me/mine", "--push"),

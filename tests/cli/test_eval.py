@@ -1,4 +1,4 @@
-"""`saap eval` as a user types it, and the page for raters in a browser."""
+"""`saap eval` as a user types it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tests import browser
 from tests.command import run
 from tests.pipeline import tiny
-
-RATE = """(page, window) => {
-  const press = (key) => page.dispatchEvent(new window.KeyboardEvent("keydown", { key, bubbles: true }));
-  page.getElementById("rater").value = "me";
-  for (const section of page.querySelectorAll("section"))
-    for (const box of section.querySelectorAll('input[value="4"]')) box.checked = true;
-  press("n");
-  return { csv: window.eval("rows()"), shown: [...page.querySelectorAll("section")].map((section) => !section.hidden) };
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +48,6 @@ def test_json_is_one_object_with_the_promised_fields(capsys, tmp_path, source) -
         (["--tasks", "arc_esay"], "Did you mean arc_easy"),
         (["--chat", "none.jsonl"], "none.jsonl"),
         (["--prompts", "none.txt"], "none.txt"),
-        (["--human-ratings", "r.csv"], "given together"),
         (["--generation", "--dense", "no/where/at/all"], "no/where/at/all"),
     ],
 )
@@ -78,36 +67,3 @@ def test_a_text_shorter_than_a_window_and_a_model_without_tokenizer(capsys, tmp_
     tiny.model().save_pretrained(bare)
     code, _, error = run(capsys, "eval", bare, "--perplexity", "bundled", "--quiet")
     assert (code, "no tokenizer" in error) == (2, True)
-
-
-@pytest.mark.skipif(not browser.CHROMIUM, reason="no Chromium is installed")
-def test_people_rate_on_the_page_and_the_ratings_are_judged(capsys, tmp_path, source) -> None:
-    other = tiny.folder(tmp_path / "other", layers=2)
-    prompts = tmp_path / "p.txt"
-    prompts.write_text("The house\nA river\n")
-    page = tmp_path / "kit.html"
-    kit = [
-        "eval",
-        source,
-        "--dense",
-        other,
-        "--prompts",
-        prompts,
-        "--max-new-tokens",
-        "6",
-        "--human-kit",
-        page,
-        "--quiet",
-    ]
-    assert run(capsys, *kit)[0] == 0
-    assert str(source) not in page.read_text()
-    seen = browser.look(page, 360, tmp_path, RATE)
-    assert (seen["overflow"] <= 0, seen["console"]) == (True, [])
-    assert seen["extra"]["shown"] == [False, True]
-    ratings = tmp_path / "ratings.csv"
-    ratings.write_text(seen["extra"]["csv"])
-    code, out, _ = run(capsys, "eval", "--human-ratings", ratings, "--json")
-    found = json.loads(out)
-    assert (code, found["raters"], found["items"]) == (0, 1, 2)
-    assert {mean["value"] for mean in found["coherence"]["mean"].values()} == {4.0}
-    assert run(capsys, *kit)[0] == 2

@@ -106,14 +106,14 @@ def test_plan(tmp_path: Path, graph: saap.ModelGraph, plan: Any) -> None:
     file.write_text(json.dumps(plan))
     with suppress(SaapError):
         read = read_plan(file, graph)
-        assert all(kept is not None for kept in read.keep.values())
+        assert all(kept is not None for kept in read.keep(graph).values())
 
 
 READERS: list[Callable[[Path], object]] = [
     read_documents,
     read_conversations,
     lambda file: token_stream(read_documents(file, tokenizer=tiny_tokenizer()), tiny_tokenizer()),
-    lambda file: training_data([file], tiny_tokenizer(), length=16, held=1, seed=0),
+    lambda file: training_data([file], tiny_tokenizer(), length=16, held_out=1, seed=0),
 ]
 TOKENIZERS: list[Any] = []
 

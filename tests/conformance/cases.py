@@ -132,7 +132,7 @@ def difference(first: Tensor, second: Tensor) -> float:
 
 def write(model: Any, graph: ModelGraph, plan: StructurePlan, structure: PrunedStructure, out: Path) -> Path:
     parts = CheckpointParts(graph=graph, plan=plan, structure=structure, manifest=manifest(plan.layout))
-    return write_checkpoint(model, parts, out, dtype=torch.float64).path
+    return write_checkpoint(model, parts, out, dtype=torch.float64)
 
 
 def opened(folder: Path) -> Any:

@@ -6,16 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saap.core.errors import CalibrationError
-from saap.data.placement import Demand, parts_by_weight, place, share_rows
+from saap.data.placement import SampleRequest, parts_by_weight, place, share_rows
 
 
 def generator(seed: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(seed))
-
-
-def demand(name: str, sequences: int, length: int, *, held_out: bool = False, at_least: int | None = None) -> Demand:
-    least = sequences if at_least is None else at_least
-    return Demand(name=name, sequences=sequences, length=length, held_out=held_out, at_least=least)
 
 
 def covered(starts: list[int], length: int) -> set[int]:
@@ -34,23 +29,27 @@ def test_parts_by_weight():
     seed=st.integers(0, 2**32),
 )
 def test_windows_that_fit_never_overlap(sizes, spare, seed):
-    demands = [demand(str(index), *size[:2], held_out=size[2]) for index, size in enumerate(sizes)]
-    tokens = sum(one.tokens for one in demands) + spare
-    starts = place("text", tokens, demands, generator(seed))
-    used = [token for one in demands for start in starts[one.name] for token in range(start, start + one.length)]
+    requests = [SampleRequest(str(index), *size[:2], held_out=size[2]) for index, size in enumerate(sizes)]
+    tokens = sum(one.tokens for one in requests) + spare
+    starts = place("text", tokens, requests, generator(seed))
+    used = [token for one in requests for start in starts[one.name] for token in range(start, start + one.length)]
     assert len(used) == len(set(used)) == tokens - spare
     assert all(0 <= token < tokens for token in used)
-    assert [len(starts[one.name]) for one in demands] == [one.sequences for one in demands]
+    assert [len(starts[one.name]) for one in requests] == [one.sequences for one in requests]
 
 
 def test_every_place_is_reached():
-    firsts = {place("text", 10, [demand("a", 1, 4)], generator(seed))["a"][0] for seed in range(200)}
+    firsts = {place("text", 10, [SampleRequest("a", 1, 4)], generator(seed))["a"][0] for seed in range(200)}
     assert firsts == set(range(7))
 
 
 def test_a_short_text_is_shared_but_never_with_what_is_held_out():
-    demands = [demand("scored", 10, 8), demand("held", 4, 8, held_out=True), demand("refit", 5, 16)]
-    starts = place("text", 120, demands, generator())
+    requests = [
+        SampleRequest("scored", 10, 8),
+        SampleRequest("held", 4, 8, held_out=True),
+        SampleRequest("refit", 5, 16),
+    ]
+    starts = place("text", 120, requests, generator())
     held, scored, refit = (
         covered(starts[name], length) for name, length in (("held", 8), ("scored", 8), ("refit", 16))
     )
@@ -61,26 +60,26 @@ def test_a_short_text_is_shared_but_never_with_what_is_held_out():
 
 
 def test_a_set_may_be_smaller_where_the_request_allows_it():
-    demands = [demand("held", 4, 8, held_out=True), demand("refit", 100, 16, at_least=5)]
-    assert len(place("text", 120, demands, generator())["refit"]) == 5
+    requests = [SampleRequest("held", 4, 8, held_out=True), SampleRequest("refit", 100, 16, at_least=5)]
+    assert len(place("text", 120, requests, generator())["refit"]) == 5
     with pytest.raises(CalibrationError, match=r"text has 111 tokens, but at least 112 are needed \(held 4 x 8, refit"):
-        place("text", 111, demands, generator())
+        place("text", 111, requests, generator())
 
 
 def test_a_held_out_set_leaves_the_others_what_they_insist_on():
-    demands = [demand("scored", 10, 8), demand("held", 4, 8, held_out=True, at_least=1)]
-    starts = place("text", 100, demands, generator())
+    requests = [SampleRequest("scored", 10, 8), SampleRequest("held", 4, 8, held_out=True, at_least=1)]
+    starts = place("text", 100, requests, generator())
     assert {name: len(found) for name, found in starts.items()} == {"scored": 10, "held": 2}
     assert not covered(starts["held"], 8) & covered(starts["scored"], 8)
     with pytest.raises(CalibrationError, match="at least 88 are needed"):
-        place("text", 87, demands, generator())
+        place("text", 87, requests, generator())
 
 
 def test_a_text_that_is_too_short_names_tokens_needed_and_found():
     with pytest.raises(CalibrationError, match=r"short has 1,000 tokens, but at least 1,280 are needed"):
-        place("short", 1000, [demand("samples", 10, 128)], generator())
+        place("short", 1000, [SampleRequest("samples", 10, 128)], generator())
     with pytest.raises(CalibrationError, match="at least 16 are needed"):
-        place("short", 10, [demand("held", 2, 8, held_out=True)], generator())
+        place("short", 10, [SampleRequest("held", 2, 8, held_out=True)], generator())
 
 
 def rows_of(tokens: np.ndarray, width: int) -> set[int]:
@@ -89,8 +88,12 @@ def rows_of(tokens: np.ndarray, width: int) -> set[int]:
 
 def test_rows_go_to_the_sets_whole_where_there_are_enough():
     ids = np.arange(40 * 8).reshape(40, 8)
-    demands = [demand("scored", 10, 8), demand("held", 4, 4, held_out=True), demand("refit", 5, 16)]
-    sets = share_rows(ids, demands, generator())
+    requests = [
+        SampleRequest("scored", 10, 8),
+        SampleRequest("held", 4, 4, held_out=True),
+        SampleRequest("refit", 5, 16),
+    ]
+    sets = share_rows(ids, requests, generator())
     assert {name: tokens.shape for name, tokens in sets.items()} == {
         "scored": (10, 8),
         "held": (4, 4),
@@ -102,14 +105,20 @@ def test_rows_go_to_the_sets_whole_where_there_are_enough():
 
 def test_few_rows_are_shared_but_never_with_what_is_held_out():
     ids = np.arange(12 * 8).reshape(12, 8)
-    demands = [demand("scored", 50, 8), demand("held", 16, 8, held_out=True), demand("refit", 64, 16)]
-    sets = share_rows(ids, demands, generator())
+    requests = [
+        SampleRequest("scored", 50, 8),
+        SampleRequest("held", 16, 8, held_out=True),
+        SampleRequest("refit", 64, 16),
+    ]
+    sets = share_rows(ids, requests, generator())
     assert {name: tokens.shape for name, tokens in sets.items()} == {"scored": (9, 8), "held": (3, 8), "refit": (9, 8)}
     assert not rows_of(sets["held"], 8) & (rows_of(sets["scored"], 8) | rows_of(sets["refit"], 8))
 
 
 def test_long_rows_are_cut_first():
-    sets = share_rows(np.arange(1000)[None], [demand("a", 3, 100), demand("b", 2, 100, held_out=True)], generator())
+    sets = share_rows(
+        np.arange(1000)[None], [SampleRequest("a", 3, 100), SampleRequest("b", 2, 100, held_out=True)], generator()
+    )
     assert sets["a"].shape == (3, 100)
     assert (np.diff(sets["a"], axis=1) == 1).all()
     assert not set(sets["a"].reshape(-1)) & set(sets["b"].reshape(-1))
@@ -117,4 +126,8 @@ def test_long_rows_are_cut_first():
 
 def test_too_few_rows_are_refused():
     with pytest.raises(CalibrationError, match=r"2 rows\. Give at least 3"):
-        share_rows(np.zeros((2, 8), dtype=np.int64), [demand("a", 2, 8), demand("b", 2, 8, held_out=True)], generator())
+        share_rows(
+            np.zeros((2, 8), dtype=np.int64),
+            [SampleRequest("a", 2, 8), SampleRequest("b", 2, 8, held_out=True)],
+            generator(),
+        )

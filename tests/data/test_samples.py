@@ -8,7 +8,8 @@ import torch
 from tests.data.byte_tokenizer import byte_tokenizer
 
 from saap.core.errors import CalibrationError
-from saap.data.samples import SampleRequest, calibration_set, draw_sets, token_stream
+from saap.data.placement import SampleRequest
+from saap.data.samples import calibration_set, draw_sets, token_stream
 from saap.data.texts import KINDS, read_documents
 
 TOKENIZER = byte_tokenizer()

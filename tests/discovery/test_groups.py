@@ -81,7 +81,7 @@ def test_masking_the_consumers_is_masking_the_whole_group(family: str, role: Rol
 def test_the_attributes_that_follow_the_heads_are_found(family: str) -> None:
     for group in graph_of(family).of_role(Role.ATTENTION):
         assert {item.attribute: item.per_unit for item in group.attributes} == ATTRIBUTES.get(family, {})
-        sliced = [path.rpartition(".")[2] for path in group.sliced_arguments]
+        sliced = [sliced.module.rpartition(".")[2] for sliced in group.sliced_arguments]
         assert sliced == ([SLICED[family]] if family in SLICED else [])
 
 

@@ -7,24 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saap.core.records import AxisSlice, Side
-from saap.discovery.slices import Pattern, patterns_of
+from saap.discovery.slices import slices_of
 
 
-def slice_of(pattern: Pattern) -> AxisSlice:
-    return AxisSlice(
-        tensor="w",
-        axis=0,
-        side=Side.PRODUCER,
-        offset=pattern.offset,
-        width=pattern.width,
-        stride=pattern.stride,
-        period=pattern.period,
-        jump=pattern.jump,
-    )
+def described(rows: list[list[int]]) -> list[AxisSlice] | None:
+    return slices_of(np.array(rows), "w", 0, Side.PRODUCER)
 
 
-def rows_of(patterns: list[Pattern], units: int) -> list[list[int]]:
-    return [sorted(index for pattern in patterns for index in slice_of(pattern).rows(unit)) for unit in range(units)]
+def rows_of(slices: list[AxisSlice], units: int) -> list[list[int]]:
+    return [sorted(index for one in slices for index in one.rows(unit)) for unit in range(units)]
 
 
 @given(
@@ -43,9 +34,9 @@ def test_fused_projections_are_described_exactly(parts: list[int], units: int, i
             [start + unit * width + place for start, width in zip(starts, parts, strict=True) for place in range(width)]
             for unit in range(units)
         ]
-    patterns = patterns_of(np.array(rows))
-    assert patterns is not None
-    assert rows_of(patterns, units) == rows
+    slices = described(rows)
+    assert slices is not None
+    assert rows_of(slices, units) == rows
 
 
 @given(
@@ -63,22 +54,22 @@ def test_blocks_of_units_are_described_by_period_and_jump(
         [offset + unit // period * jump + unit % period * width + place for place in range(width)]
         for unit in range(units)
     ]
-    patterns = patterns_of(np.array(rows))
-    assert patterns is not None
-    assert rows_of(patterns, units) == rows
-    assert [pattern.period for pattern in patterns] == [period]
+    slices = described(rows)
+    assert slices is not None
+    assert rows_of(slices, units) == rows
+    assert [one.period for one in slices] == [period]
 
 
 @given(st.lists(st.integers(0, 200), min_size=4, max_size=12, unique=True))
 def test_whatever_is_described_is_described_exactly(indices: list[int]) -> None:
     rows = [[index] for index in sorted(indices)]
-    patterns = patterns_of(np.array(rows))
-    if patterns is not None:
-        assert rows_of(patterns, len(rows)) == rows
+    slices = described(rows)
+    if slices is not None:
+        assert rows_of(slices, len(rows)) == rows
 
 
 def test_irregular_places_have_no_description() -> None:
-    assert patterns_of(np.array([[0], [1], [5], [7], [20]])) is None
+    assert described([[0], [1], [5], [7], [20]]) is None
 
 
 @given(
@@ -90,8 +81,11 @@ def test_irregular_places_have_no_description() -> None:
 )
 def test_slices_of_different_units_never_overlap(offset: int, width: int, period: int, units: int, slack: int) -> None:
     stride = width + slack
-    member = slice_of(Pattern(offset, width, stride, period, period * stride + slack))
-    indices = member.indices(range(units))
+    member = AxisSlice(
+        tensor="w", axis=0, side=Side.PRODUCER, offset=offset, width=width, stride=stride,
+        period=period, jump=period * stride + slack,
+    )  # fmt: skip
+    indices = member.indices(range(units)).tolist()
     assert len(set(indices)) == len(indices) == units * width
     assert indices == sorted(indices)
-    assert all(list(member.rows(unit)) == member.indices([unit]) for unit in range(units))
+    assert all(list(member.rows(unit)) == member.indices([unit]).tolist() for unit in range(units))

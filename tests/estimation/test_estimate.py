@@ -15,6 +15,7 @@ from saap.core.records import AxisSlice, CalibrationSet, CoupledGroup, ModelGrap
 from saap.discovery import discover
 from saap.estimation.calibrate import estimate
 from saap.models.structure.linear import contracted_axis, owner
+from saap.models.walk.backend import Backend
 from saap.settings.prune import Aggregation, ElementOrder
 
 SAMPLES, LENGTH = 5, 9
@@ -87,7 +88,9 @@ def check(
     roles: Collection[Role] = (Role.FFN, Role.ATTENTION),
 ) -> None:
     samples = calibration()
-    scores = estimate(model, graph, samples, roles=roles, element_order=order, aggregation=aggregation, micro_batch=2)
+    scores = estimate(
+        Backend(model, graph), samples, roles=roles, element_order=order, aggregation=aggregation, micro_batch=2
+    )
     wanted = [group for group in graph.groups if group.role in roles]
     assert list(scores.groups) == [group.name for group in wanted]
     tokens = torch.from_numpy(samples.tokens)
@@ -134,7 +137,7 @@ def test_hidden_channels_when_asked_for() -> None:
 def test_micro_batches_do_not_change_the_result() -> None:
     model = build("llama")
     graph, samples = graph_of("llama", model), calibration()
-    one, three = (estimate(model, graph, samples, micro_batch=rows) for rows in (1, 3))
+    one, three = (estimate(Backend(model, graph), samples, micro_batch=rows) for rows in (1, 3))
     for name, scores in one.groups.items():
         for field in ("vector", "vector_m2", "element", "element_m2", "comoment"):
             first, second = getattr(scores, field), getattr(three.groups[name], field)
@@ -144,7 +147,9 @@ def test_micro_batches_do_not_change_the_result() -> None:
 def test_the_same_bits_twice() -> None:
     model = build("phi3")
     graph = graph_of("phi3", model)
-    assert estimate(model, graph, calibration()).digest == estimate(model, graph, calibration()).digest
+    assert (
+        estimate(Backend(model, graph), calibration()).digest == estimate(Backend(model, graph), calibration()).digest
+    )
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -152,7 +157,8 @@ def test_the_model_is_left_as_it_was() -> None:
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     graph, samples = graph_of("gpt2", model), calibration()
     seen: list[tuple[int, int]] = []
-    estimate(model, graph, samples, micro_batch=2, progress=lambda done, total: seen.append((done, total)))
+    backend = Backend(model, graph, progress=lambda done, total: seen.append((done, total)))
+    estimate(backend, samples, micro_batch=2)
     assert seen == [(2, 5), (4, 5), (5, 5)]
     assert model.training
     for name, parameter in model.named_parameters():
@@ -164,7 +170,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_own_model() -> None:
     model = OwnModel().requires_grad_(False)
-    scores = estimate(model, graph_of("own", model), calibration())
+    scores = estimate(Backend(model, graph_of("own", model)), calibration())
     rows = []
     for tokens in torch.from_numpy(calibration().tokens):
         _, gradients = weight_gradients(model, tokens)
@@ -177,8 +183,8 @@ def test_own_model() -> None:
 def test_bfloat16_agrees_with_float32() -> None:
     model = build("llama").float()
     graph = graph_of("llama", model)
-    exact = estimate(model, graph, calibration())
-    rough = estimate(model.bfloat16(), graph, calibration())
+    exact = estimate(Backend(model, graph), calibration())
+    rough = estimate(Backend(model.bfloat16(), graph), calibration())
     for name, scores in exact.groups.items():
         assert np.corrcoef(scores.element, rough.groups[name].element)[0, 1] > 0.98
 
@@ -191,19 +197,19 @@ def test_a_loss_that_is_no_number_names_the_sample() -> None:
     samples.tokens[:] = samples.tokens % 90
     samples.tokens[3, 2] = 95
     with pytest.raises(NonFiniteLossError, match="sample 3 is nan"):
-        estimate(model, graph_of("own", model), samples, micro_batch=2)
+        estimate(Backend(model, graph_of("own", model)), samples, micro_batch=2)
 
 
 def test_one_sample_has_no_fluctuation() -> None:
     model = OwnModel()
     with pytest.raises(CalibrationError, match="two"):
-        estimate(model, graph_of("own", model), calibration(samples=1))
+        estimate(Backend(model, graph_of("own", model)), calibration(samples=1))
 
 
 def test_samples_of_one_token_predict_nothing() -> None:
     model = OwnModel()
     with pytest.raises(CalibrationError, match="one token"):
-        estimate(model, graph_of("own", model), calibration(length=1))
+        estimate(Backend(model, graph_of("own", model)), calibration(length=1))
 
 
 def test_a_group_without_linear_members_is_refused() -> None:
@@ -218,7 +224,7 @@ def test_a_group_without_linear_members_is_refused() -> None:
     )
     graph = ModelGraph(model=graph.model, blocks=graph.blocks, groups=(odd,), shapes=graph.shapes)
     with pytest.raises(UnsupportedModelError, match="odd"):
-        estimate(model, graph, calibration())
+        estimate(Backend(model, graph), calibration())
 
 
 def test_a_module_that_runs_twice_is_refused() -> None:
@@ -226,7 +232,7 @@ def test_a_module_that_runs_twice_is_refused() -> None:
     block = model.blocks[0]
     block.forward = lambda states, scale: states + block.down(torch.tanh(block.up(states) + block.up(2 * states)))
     with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.up runs twice"):
-        estimate(model, graph_of("own", model), calibration())
+        estimate(Backend(model, graph_of("own", model)), calibration())
 
 
 def test_an_output_changed_in_place_is_refused() -> None:
@@ -234,4 +240,4 @@ def test_an_output_changed_in_place_is_refused() -> None:
     block = model.blocks[0]
     block.forward = lambda states, scale: states + block.down(block.up(states).mul_(2))
     with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.up is changed in place"):
-        estimate(model, graph_of("own", model), calibration())
+        estimate(Backend(model, graph_of("own", model)), calibration())

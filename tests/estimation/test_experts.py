@@ -16,11 +16,12 @@ from saap.core.records import CalibrationSet, CoupledGroup, Layout, ModelGraph, 
 from saap.discovery import discover
 from saap.estimation.calibrate import estimate
 from saap.models.structure.masking import masked
+from saap.models.walk.backend import Backend
 from saap.settings.prune import ElementOrder, PrunableRole, Strategy
-from saap.structure_search.evaluator import StructureJudge
+from saap.structure_search.evaluator import StructureEvaluator
 from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace, make_plan, plan_from_counts, search
-from saap.structure_search.slots import build_slots
+from saap.structure_search.variables import build_variables
 from saap.surgery.cut import cut
 
 SAMPLES, LENGTH = 3, 9
@@ -41,7 +42,7 @@ def test_scores_of_experts_are_those_of_the_definitions(mixtral: tuple[Any, Mode
     model, graph = mixtral
     tokens = families.token_ids(SAMPLES, LENGTH)
     calibration = CalibrationSet(sources=("random",), seed=0, tokens=tokens.numpy())
-    scores = estimate(model, graph, calibration, element_order=order)
+    scores = estimate(Backend(model, graph), calibration, element_order=order)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     for group in experts(graph, 1):
         vector, element = torch.zeros(group.units).double(), torch.zeros(group.units).double()
@@ -64,7 +65,7 @@ def test_scores_of_whole_experts_are_sums_over_all_their_weights(mixtral: tuple[
     model, graph = mixtral
     tokens = families.token_ids(SAMPLES, LENGTH)
     calibration = CalibrationSet(sources=("random",), seed=0, tokens=tokens.numpy())
-    scores = estimate(model, graph, calibration, roles=[Role.EXPERT])
+    scores = estimate(Backend(model, graph), calibration, roles=[Role.EXPERT])
     assert set(scores.groups) == {"layers.0.expert", "layers.1.expert"}
     for group in graph.of_role(Role.EXPERT):
         vector, element = torch.zeros(4).double(), torch.zeros(4).double()
@@ -83,7 +84,7 @@ def test_scores_of_whole_experts_are_sums_over_all_their_weights(mixtral: tuple[
 def test_the_judge_sees_what_is_left_when_experts_are_gone(mixtral: tuple[Any, ModelGraph]) -> None:
     model, graph = mixtral
     tokens = families.token_ids(2, LENGTH)
-    judge = StructureJudge(model, graph, tokens)
+    judge = StructureEvaluator(Backend(model, graph), tokens)
     keep = {"layers.0.expert": (0, 2), "layers.1.expert": (1, 2, 3)}
     plan = make_plan(graph, keep, (), layout=Layout.ADAPTIVE, strategy="by hand", align=1)
     pruned = copy.deepcopy(model)
@@ -102,7 +103,7 @@ def test_an_expert_that_is_never_used_scores_zero(mixtral: tuple[Any, ModelGraph
         _first_two(states),
     )
     calibration = CalibrationSet(sources=("random",), seed=0, tokens=families.token_ids(2, LENGTH).numpy())
-    scores = estimate(model, graph, calibration, roles=[Role.FFN])
+    scores = estimate(Backend(model, graph), calibration, roles=[Role.FFN])
     used = [bool(scores.groups[group.name].element.any()) for group in experts(graph)]
     assert used == [True, True, False, False]
 
@@ -147,7 +148,7 @@ def test_plans_that_stacked_matrices_cannot_follow_are_refused(
 
 
 def test_sizes_of_experts_keep_whole_strides(mixtral: tuple[Any, ModelGraph]) -> None:
-    slots = build_slots(mixtral[1], roles=[Role.FFN, Role.HIDDEN], layout=Layout.ADAPTIVE, align=4)
+    slots = build_variables(mixtral[1], roles=[Role.FFN, Role.HIDDEN], layout=Layout.ADAPTIVE, align=4)
     assert [slot.name for slot in slots] == ["layers.0.ffn", "layers.1.ffn", "hidden"]
     assert all(size % 8 == 0 for slot in slots for size in slot.sizes)
 
@@ -166,7 +167,7 @@ def test_the_judge_sees_the_masked_experts_and_leaves_the_weights(mixtral: tuple
     keep = {group.name: tuple(range(number, 80, 2)) for number, group in enumerate(experts(graph)[:2])}
     keep |= {group.name: tuple(range(40)) for group in experts(graph)[2:]}
     tokens = families.token_ids(2, LENGTH)
-    loss = StructureJudge(model, graph, tokens)(keep)
+    loss = StructureEvaluator(Backend(model, graph), tokens)(keep)
     plan = make_plan(graph, keep, (), layout=Layout.ADAPTIVE, strategy="by hand", align=1)
     dense = model(tokens, use_cache=False).logits
     with masked(model, graph, plan):

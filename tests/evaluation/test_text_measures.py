@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from saap.evaluation.text_measures import agreement, distinct, parts, repetition
+from saap.evaluation.generation import agreement, distinct, parts, repetition
 
 
 def test_distinct_ngrams_of_all_sequences_together():

@@ -53,4 +53,4 @@ def adaptive_folder(
     parts = CheckpointParts(
         graph=graph, plan=plan, structure=cut(model, graph, plan), manifest=manifest(), tokenizer=tiny.tokenizer()
     )
-    return write_checkpoint(model, parts, at / "out", dtype=torch.float32).path
+    return write_checkpoint(model, parts, at / "out", dtype=torch.float32)

@@ -16,9 +16,8 @@ from saap.core.records import (
     Role,
     Side,
     StructurePlan,
-    count_parameters,
-    kept_shapes,
 )
+from saap.structure_search.plan import make_plan
 
 HIDDEN, LAYERS, KV, REPEAT, HEAD, FFN, VOCABULARY = 24, 3, 2, 2, 8, 40, 64
 
@@ -91,17 +90,7 @@ def plan_of(
     dropped: tuple[int, ...] = (),
     layout: Layout = Layout.ADAPTIVE,
 ) -> StructurePlan:
-    shapes = kept_shapes(graph, keep, dropped)
-    return StructurePlan(
-        graph_digest=graph.digest,
-        layout=layout,
-        strategy="by hand",
-        align=1,
-        keep=keep,
-        dropped_blocks=dropped,
-        parameters=count_parameters(shapes),
-        block_parameters=count_parameters({n: s for n, s in shapes.items() if graph.block_of(n) >= 0}),
-    )
+    return make_plan(graph, keep, dropped, layout=layout, strategy="by hand", align=1)
 
 
 def _group(layer: int, role: Role, units: int, members: tuple[AxisSlice, ...]) -> CoupledGroup:

@@ -20,8 +20,9 @@ from saap.core.manifest import BaseModelIdentity, Change, PerplexityChange, RunM
 from saap.core.records import Layout, ModelGraph, StructurePlan
 from saap.export import huggingface
 from saap.export.config_files import with_both_rope_spellings
-from saap.export.huggingface import CheckpointParts, check_output, weight_bytes, write_checkpoint
+from saap.export.huggingface import CheckpointParts, entry_bytes, stored_entries, write_checkpoint
 from saap.export.model_card import escape, licence_of, model_card
+from saap.export.placing import check_output
 from saap.models.checkpoint import modeling_pruned
 from saap.models.checkpoint.differences import mark_pruned
 from saap.models.loading.pretrained import load
@@ -118,7 +119,7 @@ def test_weights_are_written_in_the_dtype_asked_for_and_the_model_keeps_its_own(
     assert model.dtype == torch.float64
     assert load(tmp_path / "out", device="cpu").dtype == torch.bfloat16
     stored = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert 0 < stored - weight_bytes(model, torch.bfloat16) < 8192
+    assert 0 < stored - entry_bytes(stored_entries(model, torch.bfloat16)) < 8192
 
 
 def test_shards_are_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

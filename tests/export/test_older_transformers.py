@@ -60,7 +60,7 @@ def uniform_folder(at: Path, name: str) -> Path:
     parts = CheckpointParts(
         graph=graph, plan=plan, structure=cut(model, graph, plan), manifest=manifest(Layout.UNIFORM)
     )
-    return write_checkpoint(model, parts, at / "out", dtype=torch.float32).path
+    return write_checkpoint(model, parts, at / "out", dtype=torch.float32)
 
 
 def test_both_layouts_open_in_an_older_version(tmp_path: Path, older: dict[str, str]) -> None:

@@ -17,7 +17,8 @@ from saap.estimation.calibrate import estimate
 from saap.models.loading.pretrained import load_model, load_offloaded, model_ref
 from saap.models.loading.references import resolve_model
 from saap.models.walk import offload as offload_module
-from saap.models.walk.offload import OffloadedWeights, bring, mark_changed, offloaded
+from saap.models.walk.backend import Backend
+from saap.models.walk.offload import OffloadedWeights, mark_changed, offloaded, onload
 from saap.models.walk.spill import Spill
 
 CPU = torch.device("cpu")
@@ -46,13 +47,13 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
 def most_parts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Largest number of parts that were in memory whenever one had been read."""
     counts = [0]
-    stock = OffloadedWeights.bring
+    stock = OffloadedWeights.onload
 
     def counted(self: OffloadedWeights, part: offload_module.Part) -> None:
         stock(self, part)
         counts.append(sum(other.bytes_in_memory > 0 for other in self.parts))
 
-    monkeypatch.setattr(OffloadedWeights, "bring", counted)
+    monkeypatch.setattr(OffloadedWeights, "onload", counted)
     return lambda: max(counts)
 
 
@@ -78,7 +79,7 @@ def test_a_weight_that_is_away_has_no_value_and_cannot_be_written(tmp_path: Path
     with pytest.raises(RuntimeError), torch.no_grad():
         weight.copy_(torch.ones_like(weight))
     assert torch.equal(weights.value(weight), here.get_parameter(name))
-    bring(away, name)
+    onload(away, name)
     assert torch.equal(weight, here.get_parameter(name))
 
 
@@ -88,7 +89,7 @@ def test_changed_weights_are_written_and_read_again(tmp_path: Path) -> None:
     weights.folder, weights.written = tmp_path / "changed", torch.float32
     name = "model.layers.1.mlp.down_proj.weight"
     for model in (here, away):
-        bring(model, name)
+        onload(model, name)
         with torch.no_grad():
             model.get_parameter(name).mul_(2)
         mark_changed(model, name)
@@ -111,9 +112,9 @@ def test_scores_are_those_of_the_model_in_memory(
     tokens = np.random.default_rng(0).integers(2, 60, (5, 16))
     calibration = CalibrationSet(sources=("random",), seed=0, tokens=tokens)
     before = weights.parts_read
-    found = estimate(away, graph, calibration, roles=roles, micro_batch=2, spill=Spill(tmp_path / "spill"))
+    found = estimate(Backend(away, graph, spill=Spill(tmp_path / "spill")), calibration, roles=roles, micro_batch=2)
     reads = weights.parts_read - before
-    expected = estimate(here, graph, calibration, roles=roles, micro_batch=2)
+    expected = estimate(Backend(here, graph), calibration, roles=roles, micro_batch=2)
     assert found.digest == expected.digest
     assert most_parts() == 1
     blocks = len(graph.blocks)
@@ -122,9 +123,9 @@ def test_scores_are_those_of_the_model_in_memory(
 
 
 def test_spilled_tensors_come_back(tmp_path: Path) -> None:
-    kept = Spill(tmp_path / "spill").empty()
     tensors = [torch.randn(3, 4), torch.arange(5), torch.randn(2, 2).bfloat16().T, torch.zeros(0, 3)]
-    for tensor in tensors:
+    kept = Spill(tmp_path / "spill").keep(tensors[:2])
+    for tensor in tensors[2:]:
         kept.append(tensor)
     assert len(kept) == 4
     for found, tensor in zip(kept, tensors, strict=True):

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saap.core.errors import CalibrationError, ConfigurationError
-from saap.models.walk.processes import Processes, together
+from saap.core.errors import ConfigurationError
+from saap.models.walk.processes import Processes
 
 
 @pytest.mark.parametrize("items", [0, 1, 3, 4, 10, 11])
@@ -21,14 +21,9 @@ def test_a_process_alone_has_nobody_to_wait_for() -> None:
     assert (alone, alone.first, alone.device(torch.device("cpu"))) == (Processes(), True, torch.device("cpu"))
     values = torch.arange(3.0)
     assert torch.equal(alone.total(values), values)
-    assert torch.equal(alone.of_first(values), values)
-    assert (alone.from_first(lambda: 7), alone.gathered("part")) == (7, ["part"])
-    alone.wait()
-
-
-def test_its_errors_are_its_own() -> None:
-    with pytest.raises(CalibrationError, match="too short"), together():
-        raise CalibrationError("The text is too short", "Give more")
+    assert torch.equal(alone.broadcast(values), values)
+    assert (alone.broadcast_result(lambda: 7), alone.gather("part")) == (7, ["part"])
+    alone.barrier()
 
 
 @pytest.mark.parametrize(
@@ -45,5 +40,5 @@ def test_an_odd_environment_is_refused(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigurationError, match=message), together():
+    with pytest.raises(ConfigurationError, match=message):
         Processes.found()

@@ -8,36 +8,36 @@ from tests import families
 from torch import nn
 
 from saap.discovery import discover
-from saap.models.walk.residual import ResidualEntry, Way, residual_ways
+from saap.models.walk.residual import ResidualEntry, ResidualPath, residual_paths
 from saap.models.walk.walker import BlockWalker
 
 
-def ways_of(name: str) -> tuple[torch.nn.Module, list[Way]]:
+def paths_of(name: str) -> tuple[torch.nn.Module, list[ResidualPath]]:
     model = families.build(name)
     graph = discover(model)
     walker = BlockWalker(model, graph.blocks)
     stream = walker.start(families.token_ids(1, 12))
     paths = [m.tensor.rpartition(".")[0] for group in graph.in_block(0) for m in group.consumers]
     with torch.no_grad():
-        found = residual_ways(walker, 0, paths, stream.hidden, stream.contexts)
-    assert {way.path for way in found} == set(paths)
+        found = residual_paths(walker, 0, paths, stream.hidden, stream.contexts)
+    assert {one.module for one in found} == set(paths)
     return model, found
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt2", "phi3"])
 def test_a_plain_residual_connection_adds_the_output(name: str) -> None:
-    _, ways = ways_of(name)
-    assert [way.gain for way in ways] == [pytest.approx(1.0, abs=1e-6)] * 2
-    assert [way.norm for way in ways] == [None, None]
+    _, found = paths_of(name)
+    assert [one.gain for one in found] == [pytest.approx(1.0, abs=1e-6)] * 2
+    assert [one.norm for one in found] == [None, None]
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2", "glm4"])
 def test_a_norm_in_between_is_found_without_knowing_the_family(name: str) -> None:
-    model, ways = ways_of(name)
-    assert [way.gain for way in ways] == [pytest.approx(1.0, abs=1e-4)] * 2
-    for way in ways:
-        assert way.norm is not None
-        assert "norm" in type(model.get_submodule(way.norm)).__name__.lower()
+    model, found = paths_of(name)
+    assert [one.gain for one in found] == [pytest.approx(1.0, abs=1e-4)] * 2
+    for one in found:
+        assert one.norm is not None
+        assert "norm" in type(model.get_submodule(one.norm)).__name__.lower()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2"])
@@ -48,15 +48,15 @@ def test_the_rounding_of_a_large_stream_hides_nothing(name: str) -> None:
     stream = walker.start(families.token_ids(1, 12))
     paths = [m.tensor.rpartition(".")[0] for group in graph.in_block(0) for m in group.consumers]
     with torch.no_grad():
-        ways = residual_ways(walker, 0, paths, 30 * stream.hidden / stream.hidden.std(), stream.contexts)
-    assert [way.gain for way in ways] == [pytest.approx(1.0, abs=1e-2)] * 2
+        found = residual_paths(walker, 0, paths, 30 * stream.hidden / stream.hidden.std(), stream.contexts)
+    assert [one.gain for one in found] == [pytest.approx(1.0, abs=1e-2)] * 2
 
 
 def test_a_token_without_output_asks_for_nothing() -> None:
-    model, ways = ways_of("gemma2")
+    model, found = paths_of("gemma2")
     dense = torch.randn(1, 3, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     dense[0, 1] = 0
-    entry = ResidualEntry.along(ways[1], model, dense)
+    entry = ResidualEntry.along(found[1], model, dense)
     assert entry is not None
     with torch.no_grad():
         weights, target = entry.token_weights(dense), entry.target(dense, torch.ones_like(dense))
@@ -66,17 +66,17 @@ def test_a_token_without_output_asks_for_nothing() -> None:
 
 
 def test_a_scaled_residual_connection_has_its_factor() -> None:
-    _, ways = ways_of("granite")
-    assert all(way.gain is not None and way.norm is None for way in ways)
+    _, found = paths_of("granite")
+    assert all(one.gain is not None and one.norm is None for one in found)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_the_target_closes_a_small_gap(name: str) -> None:
-    model, ways = ways_of(name)
+    model, found = paths_of(name)
     generator = torch.Generator().manual_seed(0)
     width = model.config.hidden_size
     dense = torch.randn(2, 5, width, generator=generator)
-    entry = ResidualEntry.along(ways[1], model, dense)
+    entry = ResidualEntry.along(found[1], model, dense)
     assert entry is not None
     with torch.no_grad():
         gap = 1e-3 * torch.randn(2, 5, width, generator=generator)

@@ -13,7 +13,7 @@ from torch.multiprocessing.spawn import spawn
 from saap.core.errors import ConfigurationError
 from saap.models.checkpoint.groupwise import GroupwiseLinear
 from saap.models.walk.processes import Processes
-from saap.models.walk.sharding import bring_together, check_shardable, shard_layers
+from saap.models.walk.sharding import check_shardable, shard_layers, unshard
 from saap.recovery.adapter import AdaptedLinear
 from saap.recovery.quantise import quantise
 
@@ -54,7 +54,7 @@ def work(rank: int, folder: str) -> None:
     found: dict[str, Any] = {**outcome(layer), "held": held}
     with torch.no_grad():
         found["plain"] = float((plain(torch.ones(64)) - before(torch.ones(64))).abs().max())
-    bring_together(layer)
+    unshard(layer)
     merged = layer.merged()
     found |= {"codes": merged.quantised.codes(), "zero": merged.zero, "scale": merged.scale, "bias": merged.bias}
     torch.save(found, Path(folder) / f"{rank}.pt")

@@ -21,8 +21,7 @@ from saap.core.records import (
     Role,
     Side,
     StructurePlan,
-    count_parameters,
-    kept_shapes,
+    UnitScores,
 )
 from saap.core.storage import (
     format_units,
@@ -32,6 +31,7 @@ from saap.core.storage import (
     write_plan,
     write_scores,
 )
+from saap.structure_search.plan import complete_plan, make_plan, plan_from_counts
 
 
 def tiny_graph() -> ModelGraph:
@@ -51,17 +51,8 @@ def tiny_graph() -> ModelGraph:
 
 def tiny_plan(graph: ModelGraph) -> StructurePlan:
     keep = {"layers.0.ffn": (0, 1, 2, 5, 7)}
-    shapes = kept_shapes(graph, keep)
-    return StructurePlan(
-        graph_digest=graph.digest,
-        layout=Layout.ADAPTIVE,
-        strategy="adaptive",
-        align=1,
-        keep=keep,
-        parameters=count_parameters(shapes),
-        block_parameters=count_parameters(shapes),
-        trail=(Candidate(name="uniform", loss=0.5),),
-    )
+    trail = (Candidate(name="uniform", loss=0.5),)
+    return make_plan(graph, keep, (), layout=Layout.ADAPTIVE, strategy="adaptive", align=1, trail=trail)
 
 
 def edited(path: Path, **entry: object) -> Path:
@@ -82,17 +73,20 @@ def test_a_plan_is_readable_and_comes_back(plan_file: Path) -> None:
     graph = tiny_graph()
     entry = json.loads(plan_file.read_text())["groups"]["layers.0.ffn"]
     assert entry == {"kept": 5, "of": 10, "units": "0-2,5,7"}
-    read = read_plan(plan_file, graph).structure_plan(graph)
+    read = complete_plan(graph, read_plan(plan_file, graph))
     assert read == tiny_plan(graph)
 
 
 def test_a_count_alone_is_left_to_the_scores(plan_file: Path) -> None:
     graph = tiny_graph()
     read = read_plan(edited(plan_file, kept=4), graph)
-    assert read.open_groups == ("layers.0.ffn",)
+    assert read.keep(graph)["layers.0.ffn"] == 4
     with pytest.raises(PlanError, match=r"layers\.0\.ffn are still to be chosen"):
-        read.structure_plan(graph)
-    assert read.structure_plan(graph, {"layers.0.ffn": (1, 2, 3, 4)}).parameters == 6 * 4 + 6 * 10
+        complete_plan(graph, read)
+    scores = {"layers.0.ffn": UnitScores(mean=np.arange(10.0), variance=np.zeros(10))}
+    plan = plan_from_counts(graph, scores, read.keep(graph), (), layout=read.layout, align=read.align)
+    assert plan.keep["layers.0.ffn"] == (6, 7, 8, 9)
+    assert plan.parameters == 6 * 4 + 6 * 10
 
 
 @pytest.mark.parametrize(

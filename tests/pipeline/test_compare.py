@@ -12,8 +12,7 @@ from saap.cli import app as cli
 from saap.core.errors import ConfigurationError, StaleInputError, TargetError
 from saap.pipeline.compare.run import compare
 from saap.pipeline.shared.inputs import RunOptions
-from saap.reporting.tables import comparison_table
-from saap.reporting.write_tables import write_tables
+from saap.reporting.tables import comparison_table, write_tables
 from saap.settings.measure import CompareRequest, EvalRequest
 from saap.settings.prune import Method, MethodChoice, PruneConfig
 

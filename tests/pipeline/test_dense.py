@@ -167,7 +167,6 @@ def test_code_is_run_of_the_model_alone_that_it_was_allowed_for(
     for arguments in (
         ["eval", small, *TEXT, "--dense", folder],
         ["eval", small, "--speed", "--against", folder],
-        ["eval", small, *TEXT, "--human-kit", tmp_path / "kit.html", "--beside", folder],
         ["recover", small, *tuned, "--teacher", folder],
     ):
         code, _, error = run(capsys, *arguments, "--trust-remote-code")
@@ -197,26 +196,13 @@ def test_what_is_said_of_one_model_does_not_hold_for_the_one_that_a_manifest_nam
     assert (found["speed"]["against"]["model"], mark.exists()) == (str(folder), True)
 
 
-def test_answers_of_a_model_with_code_of_its_own_are_asked_for_as_the_refusal_says(
-    capsys: pytest.CaptureFixture[str], small: Path, own_code: tuple[Path, Path], tmp_path: Path
-) -> None:
-    folder, kit = own_code[0], tmp_path / "kit.html"
-    written = ["--human-kit", kit, "--tokens", "2"]
-    _, _, error = run(capsys, "eval", small, *written, "--beside", folder)
-    assert "make it MODEL with --trust-remote-code or --dense with --dense-trust-remote-code" in error
-    code, _, error = run(capsys, "eval", folder, *written, "--trust-remote-code", "--beside", small)
-    assert (code, kit.exists()) == (0, True), error
-
-
 def test_two_revisions_of_one_model_are_two_models(
     capsys: pytest.CaptureFixture[str], asked: list[Any], small: Path, tmp_path: Path
 ) -> None:
-    report, kit, page = (tmp_path / name for name in ("eval.json", "kit.html", "page.html"))
-    settings = ["--dense", NAME, "--dense-revision", "old", "--speed", "--human-kit", kit, "--tokens", "2"]
+    report, page = tmp_path / "eval.json", tmp_path / "page.html"
+    settings = ["--dense", NAME, "--dense-revision", "old", "--speed"]
     found = evaluated(capsys, NAME, *TEXT, *settings, "--out", report)
     assert (found["speed"]["model"]["model"], found["speed"]["against"]["model"]) == (NAME, f"{NAME}@old")
-    key = (tmp_path / "kit.key.json").read_text()
-    assert (f'"{NAME}"' in key, f'"{NAME}@old"' in key) == (True, True)
     code, _, error = run(capsys, "report", small, "--eval", report, "--out", page)
     assert code == 0, error
     for name, part in (("dense", found), ("dense@old", found["dense"])):

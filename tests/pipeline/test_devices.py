@@ -21,6 +21,7 @@ from saap.core.errors import ConfigurationError, ModelError
 from saap.core.records import Layout
 from saap.discovery import discover
 from saap.models.loading.devices import copied, require_values, require_whole_blocks
+from saap.models.walk.backend import Backend
 from saap.models.walk.processes import Processes
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.together import check_device_map
@@ -94,10 +95,10 @@ def test_a_dropped_block_at_the_border_of_two_devices() -> None:
     graph = discover(one)
     keep = {group.name: tuple(range(0, group.units, 2)) for group in graph.groups if group.role == "ffn"}
     plan = make_plan(graph, keep, (1,), layout=Layout.ADAPTIVE, strategy="test", align=1)
-    restore(one, graph, plan, text, RestoreSettings())
+    restore(Backend(one, graph), plan, text, RestoreSettings())
     with pretended_devices():
         other = spread(families.build("llama"), first=1)
-        restore(other, graph, plan, text.to(FIRST), RestoreSettings())
+        restore(Backend(other, graph), plan, text.to(FIRST), RestoreSettings())
         for name, parameter in other.named_parameters():
             assert torch.equal(parameter.cpu(), one.get_parameter(name)), name
 

@@ -10,14 +10,16 @@ import torch
 from tests.pipeline import tiny
 
 from saap.core.errors import ConfigurationError, OutputError
-from saap.core.records import ModelGraph
 from saap.discovery import discover
+from saap.estimation import token_fisher
 from saap.models.loading import device_memory
-from saap.models.walk import token_fisher as felt
-from saap.models.walk.token_fisher import measurable
+from saap.models.walk.backend import Backend
+from saap.models.walk.consumers import sole_consumers
 from saap.pipeline.prune import forecast as forecast_module
+from saap.pipeline.prune import planning
 from saap.pipeline.prune.fits import check_fits
 from saap.pipeline.prune.run import preview, run_prune
+from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import COST_TOKENS, COST_TOKENS_AT_ONCE, RunOptions
 from saap.settings.prune import PruneConfig
 from saap.structure_search import costs
@@ -59,32 +61,30 @@ def test_second_order_costs_are_scaled_to_all_their_text_and_modules(
     """Batches of 5 s after a first of 9 s, and modules of 3 s each: the clock of the trial goes by these."""
     now, walked = [0.0], []
 
-    def trial(
-        model: Any, graph: ModelGraph, tokens: torch.Tensor, *, micro_batch: int, progress: Any, **rest: Any
-    ) -> None:
-        batches = len(tokens) // micro_batch
+    def trial(backend: Backend, tokens: torch.Tensor, *, micro_batch: int, **rest: Any) -> None:
+        batches, modules = len(tokens) // micro_batch, len(sole_consumers(backend.graph))
         walked.append(batches)
-        for done, seconds in enumerate([9.0, 5.0, *[3.0] * len(measurable(graph))], start=1):
+        for done, seconds in enumerate([9.0, 5.0, *[3.0] * modules], start=1):
             now[0] += seconds
-            progress(done, batches + len(measurable(graph)))
+            backend.progress(done, batches + modules)
 
-    monkeypatch.setattr(forecast_module, "second_order_costs", trial)
+    monkeypatch.setattr(planning, "second_order_costs", trial)
     monkeypatch.setattr(forecast_module, "perf_counter", lambda: now[0])
     text = str(tiny.text_file(tmp_path / "text.txt"))
     config = PruneConfig(pruning_ratios=(0.2,), calibration=(text,), **SETTINGS)
     shown = preview(source, config, RunOptions())
     (stage,) = [one for one in shown["forecast"]["stages"] if "second-order" in one["name"]]
     batches = -(-min(shown["tokens"]["restoration"], COST_TOKENS) // COST_TOKENS_AT_ONCE)
-    modules = len(measurable(discover(tiny.model())))
+    modules = len(sole_consumers(discover(tiny.model())))
     assert walked == [2]
     assert stage["seconds"] == pytest.approx(5.0 * batches + 3.0 * modules)
 
 
-def test_a_model_without_measurable_modules_is_forecast(
+def test_a_model_without_sole_consumers_is_forecast(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (felt, costs, forecast_module):
-        monkeypatch.setattr(module, "measurable", lambda graph: [])
+    for module in (token_fisher, costs, forecast_module):
+        monkeypatch.setattr(module, "sole_consumers", lambda graph: {})
     text = str(tiny.text_file(tmp_path / "text.txt"))
     config = PruneConfig(pruning_ratios=(0.2,), calibration=(text,), **SETTINGS)
     stages = preview(source, config, RunOptions())["forecast"]["stages"]
@@ -92,15 +92,15 @@ def test_a_model_without_measurable_modules_is_forecast(
     assert stage["seconds"] > 0
 
 
-def probed(peaks: dict[str, int], restore: bool = True) -> tuple[forecast_module.Forecast, forecast_module.Probed]:
+def probed(peaks: dict[str, int], restore: bool = True) -> tuple[forecast_module.Forecast, Run]:
     stages = tuple(
         forecast_module.StageForecast(name=name, seconds=1.0, peak_resident_bytes=peak) for name, peak in peaks.items()
     )
     found = forecast_module.Forecast(stages=stages, refit_tokens=8192, bytes_per_refit_token=1e6)
     config = PruneConfig(pruning_ratios=(0.2,), restore=restore)
-    nothing = dict.fromkeys(field.name for field in dataclasses.fields(forecast_module.Probed))
+    nothing = dict.fromkeys(field.name for field in dataclasses.fields(Run))
     loaded = SimpleNamespace(model=torch.nn.Linear(1, 1))
-    return found, forecast_module.Probed(**{**nothing, "config": config, "loaded": loaded})  # type: ignore[arg-type]
+    return found, Run(**{**nothing, "config": config, "loaded": loaded})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

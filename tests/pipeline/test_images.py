@@ -18,9 +18,10 @@ import saap
 from saap.core.errors import CalibrationError
 from saap.core.records import CalibrationSet
 from saap.data.pairs import draw_pairs
-from saap.data.samples import SampleRequest
+from saap.data.placement import SampleRequest
 from saap.estimation.calibrate import estimate
 from saap.models.loading.images import with_images
+from saap.models.walk.backend import Backend
 
 SETTINGS: dict[str, Any] = {"samples": 8, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
 REQUESTS = [SampleRequest("scored", 4, 64), SampleRequest("held", 1, 64, held_out=True, at_least=1)]
@@ -67,14 +68,14 @@ def test_the_loss_of_a_sample_is_that_of_its_text_given_its_image(family: str, t
         samples = drawn(family, tmp_path)["scored"]
     graph = saap.discover(model)
     with with_images(model, [samples]):
-        scores = estimate(model, graph, samples, micro_batch=2)
+        scores = estimate(Backend(model, graph), samples, micro_batch=2)
     for row, given, found in zip(samples.tokens, samples.inputs, scores.losses, strict=True):
         ids = torch.from_numpy(row).unsqueeze(0)
         logits = model(ids, **{name: torch.from_numpy(value) for name, value in given.items()}, use_cache=False).logits
         losses = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
         expected = float(losses[ids[0, 1:] != IMAGE].sum() / (len(row) - 1))
         assert found == pytest.approx(expected, rel=1e-4)
-    blind = estimate(model, graph, samples, micro_batch=2)
+    blind = estimate(Backend(model, graph), samples, micro_batch=2)
     assert np.abs(blind.losses - scores.losses).max() > 1e-4
     assert not model._forward_pre_hooks
 

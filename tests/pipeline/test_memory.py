@@ -39,13 +39,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Everything counts as large and the process as empty; how many parts are in memory after each is brought."""
     found: list[int] = []
-    stock = OffloadedWeights.bring
+    stock = OffloadedWeights.onload
 
     def counted(self: OffloadedWeights, part: offload_module.Part) -> None:
         stock(self, part)
         found.append(sum(other.bytes_in_memory > 0 for other in self.parts))
 
-    monkeypatch.setattr(OffloadedWeights, "bring", counted)
+    monkeypatch.setattr(OffloadedWeights, "onload", counted)
     monkeypatch.setattr(offload_module, "SMALL_BYTES", 0)
     monkeypatch.setattr(memory, "RESERVE_BYTES", 0)
     monkeypatch.setattr(device_memory, "of_process", lambda: 0)

@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import saap
 from saap.core.errors import CalibrationError, LayoutError, OutputError, StaleInputError, TargetError
 from saap.discovery import discover
+from saap.models.walk.backend import Backend
 from saap.pipeline.prune import planning
 from saap.pipeline.prune import run as run_module
 from saap.pipeline.prune.run import RunOptions, run_prune
 from saap.pipeline.shared import inputs
 from saap.settings.prune import PruneConfig
-from saap.structure_search.evaluator import StructureJudge
+from saap.structure_search.evaluator import StructureEvaluator
 
 SETTINGS = {"samples": 6, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
 
@@ -87,11 +88,14 @@ def test_several_ratios_share_one_estimation(source: Path, tmp_path: Path, monke
 def test_a_search_counts_on_the_compensation_only_where_it_comes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 
-    def judge(model: nn.Module, graph: object, tokens: torch.Tensor, grams: object, *rest, **named) -> StructureJudge:
-        given.append(grams is not None)
-        return StructureJudge(model, graph, tokens, grams, *rest, **named)
+    class Watched(StructureEvaluator):
+        def __init__(
+            self, backend: Backend, tokens: torch.Tensor, grams: dict[str, torch.Tensor] | None, *rest, **named
+        ) -> None:
+            given.append(grams is not None)
+            super().__init__(backend, tokens, grams, *rest, **named)
 
-    monkeypatch.setattr(planning, "StructureJudge", judge)
+    monkeypatch.setattr(planning, "StructureEvaluator", Watched)
     for restores in (False, True):
         settings = SETTINGS | {"effort": "default", "calibration": ["novels"]}
         saap.prune(source, pruning_ratio=0.2, restore=restores, **settings)
@@ -101,15 +105,15 @@ def test_a_search_counts_on_the_compensation_only_where_it_comes(source: Path, m
 @pytest.mark.parametrize(
     ("samples", "refit_tokens", "expected"), [(6, 1024, (2, 512)), (6, 4096, (3, 512)), (40, 1024, (40, 32))]
 )
-def test_costs_are_felt_on_the_text_of_the_restoration(
+def test_costs_are_measured_on_the_text_of_the_restoration(
     source: Path, monkeypatch: pytest.MonkeyPatch, samples: int, refit_tokens: int, expected: tuple[int, int]
 ) -> None:
     seen = []
     stock = planning.second_order_costs
 
-    def costs(model: nn.Module, graph: object, tokens: torch.Tensor, **named) -> object:
+    def costs(backend: Backend, tokens: torch.Tensor, **named) -> object:
         seen.append((tuple(tokens.shape), named["micro_batch"]))
-        return stock(model, graph, tokens, **named)
+        return stock(backend, tokens, **named)
 
     monkeypatch.setattr(planning, "second_order_costs", costs)
     monkeypatch.setattr(inputs, "COST_TOKENS", 3 * 512 + 1)
@@ -243,11 +247,11 @@ def test_units_are_weighed_token_by_token_on_the_default_calibration(source: Pat
         kept[name] = [stage.name for stage in result.report.stages]
     assert "weigh every unit token by token" not in kept["own"]
     assert "weigh every unit token by token" in kept["default"]
-    assert not (tmp_path / "own.saap-work" / "felt.safetensors").exists()
-    felt = load_file(tmp_path / "default.saap-work" / "felt.safetensors")
+    assert not (tmp_path / "own.saap-work" / "token_fisher.safetensors").exists()
+    fisher = load_file(tmp_path / "default.saap-work" / "token_fisher.safetensors")
     groups = [group for group in discover(tiny.model()).groups if group.layer >= 0]
-    assert {name: len(scores) for name, scores in felt.items()} == {group.name: group.units for group in groups}
-    assert all((scores > 0).all() for scores in felt.values())
+    assert {name: len(scores) for name, scores in fisher.items()} == {group.name: group.units for group in groups}
+    assert all((scores > 0).all() for scores in fisher.values())
 
 
 def test_the_model_writes_half_of_the_best_refit_text(source: Path, tmp_path: Path) -> None:

@@ -146,7 +146,6 @@ def test_a_baseline_does_not_restore_unless_told_to() -> None:
         ("model: m\nout: o\neval: {a: {speed: {gguf_type: q9}}}\n", ["eval.a.speed.gguf_type"]),
         ("model: m\nout: o\nprune: {target_speedup: 0.5}\n", ["prune.target_speedup 0.5"]),
         ("model: m\nout: o\nprune: {pruning_ratios: [0.2]}\nrecover: {distillation: 2}\n", ["recover.distillation 2"]),
-        ("model: m\nout: o\neval: {a: {human_kit: page.html}}\n", ["saap eval --human-kit"]),
         ("model: m\nout: o\nexport: {a: {quantization: q9}}\n", ["export.a.quantization"]),
         ("model: m\nout: o\n", ["names no step"]),
         ("model: m\nout: o\nreport: {}\nexport: {a: {}}\n", ["not pruned"]),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.pipeline import tiny
 
-from saap.pipeline.shared.command_line import typed_command
+from saap.core.manifest import typed_command
 
 
 @pytest.mark.parametrize("program", ["/usr/bin/saap", "saap.exe", "lib/saap/__main__.py"])

@@ -17,7 +17,8 @@ import saap
 from saap.core.errors import TargetError
 from saap.core.records import Role
 from saap.models.structure.masking import masked
-from saap.structure_search.evaluator import StructureJudge
+from saap.models.walk.backend import Backend
+from saap.structure_search.evaluator import StructureEvaluator
 from saap.surgery.cut import cut
 
 SETTINGS: dict[str, Any] = {"samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 4, "effort": "fast"}
@@ -101,7 +102,7 @@ def test_the_judge_sees_the_narrower_stream_as_the_cut_leaves_it(family: str) ->
         assert torch.equal(model(tokens, use_cache=False).logits, before)
     dense, left = (one.float().log_softmax(-1) for one in (before, after))
     expected = torch.nn.functional.kl_div(left, dense, log_target=True, reduction="sum") / tokens.numel()
-    assert StructureJudge(model, graph, tokens)(keep) == pytest.approx(float(expected), rel=1e-3)
+    assert StructureEvaluator(Backend(model, graph), tokens)(keep) == pytest.approx(float(expected), rel=1e-3)
 
 
 @pytest.mark.parametrize(("family", "norm"), [("gpt2", "ln_1"), ("opt", "self_attn_layer_norm")])

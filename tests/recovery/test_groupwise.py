@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,23 +152,23 @@ def test_scales_learn_the_gradient_of_their_formula_and_merge_exactly(
     layer = AdaptedLinear(plain, rank=2, alpha=4, generator=torch.Generator().manual_seed(0), scales=True)
     layer.double()
     layer.zero = layer.zero.double()
-    assert layer.growth is not None
-    layer.growth.data = random(11, 4, seed=5).double() * 0.2
+    assert layer.scale_delta is not None
+    layer.scale_delta.data = random(11, 4, seed=5).double() * 0.2
     layer.second.data = random(11, 2, seed=3).double()
     inputs, gradient = random(2, 5, 64, seed=4).double(), random(2, 5, 11, seed=2).double()
     outputs = layer(inputs)
     outputs.backward(gradient)
-    rounded = (plain.scale.double() * (1 + layer.growth.detach())).half()
-    straight_through = plain.scale.double() * (layer.growth - layer.growth.detach())
+    rounded = (plain.scale.double() * (1 + layer.scale_delta.detach())).half()
+    straight_through = plain.scale.double() * (layer.scale_delta - layer.scale_delta.detach())
     scale = (rounded.double() + straight_through).unsqueeze(-1)
-    found = layer.growth.grad
-    layer.growth.grad = None
+    found = layer.scale_delta.grad
+    layer.scale_delta.grad = None
     codes = plain.quantised.codes().unflatten(1, (-1, 16)).double()
     zero = plain.zero.double() + 2 * layer.second.detach() @ layer.first.detach()
     expected = inputs @ (codes * scale + zero.unsqueeze(-1)).flatten(1).T
     torch.testing.assert_close(outputs, expected, rtol=1e-10, atol=1e-10)
     expected.backward(gradient)
-    torch.testing.assert_close(found, layer.growth.grad, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found, layer.scale_delta.grad, rtol=1e-8, atol=1e-8)
     merged = layer.merged()
     assert type(merged) is GroupwiseLinear
     assert torch.equal(merged.scale, rounded)
@@ -227,7 +228,7 @@ def test_q4_1_blocks_are_what_gguf_reads() -> None:
     weight = quantise(random(6, 128) * 0.02, group_size=32, bits=4)
     blocks = q4_1_blocks(weight).numpy()
     read = torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_1))
-    expected = weight.with_zero(weight.zero.half().float()).dequantised()
+    expected = replace(weight, zero=weight.zero.half().float()).dequantised()
     torch.testing.assert_close(read, expected, rtol=0, atol=1e-7)
     with pytest.raises(ModelError, match="group-size 32"):
         q4_1_blocks(quantise(random(6, 128), group_size=16, bits=4))

@@ -24,7 +24,7 @@ from saap.core.manifest import RunManifest
 from saap.data.samples import token_stream
 from saap.data.texts import evaluation_text
 from saap.evaluation.perplexity import perplexity
-from saap.export.recovered import stored_entries
+from saap.export.huggingface import stored_entries
 from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight
 from saap.models.checkpoint.groupwise_files import linears_inside, open_empty, pack_linears, read_packed
 from saap.models.loading.pretrained import load_groupwise, load_model
@@ -132,7 +132,7 @@ def test_without_the_dense_model_the_text_alone_teaches(text: Path, tmp_path: Pa
             notes.append(text)
 
     result = saap.recover(small, data=[text], out=tmp_path / "tuned", reporter=Notes(), **QUICK)
-    assert "the dense model teaches nothing: The folder" in notes[0]
+    assert "no distillation from the dense model: The folder" in notes[0]
     manifest = RunManifest.model_validate_json((tmp_path / "tuned" / "saap" / "manifest.json").read_bytes())
     assert manifest.recovery is not None
     assert (manifest.recovery.settings["teacher"], manifest.recovery.settings["distillation"]) == (None, 0)
@@ -155,6 +155,12 @@ def test_other_refusals(dense: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no packed weights"):
         saap.load(dense, packed=True)
     assert (out / "mine.txt").read_text() == "keep"
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(text: Path, tmp_path: Path) -> None:
+    small = tiny.folder(tmp_path / "small", vocab_size=100)
+    with pytest.raises(ModelError, match="embedding has 100 rows"):
+        saap.recover(small, data=[text], **QUICK)
 
 
 def command(*arguments: object) -> list[str]:
@@ -182,7 +188,7 @@ def test_on_the_command_line_a_killed_run_goes_on(dense: Path, text: Path, tmp_p
     resumed = subprocess.run(
         command(dense, "--out", tmp_path / "cut", *flags), capture_output=True, text=True, check=False
     )
-    assert "going on after step" in resumed.stdout, resumed.stdout + resumed.stderr
+    assert "resuming after step" in resumed.stdout, resumed.stdout + resumed.stderr
     curves = [
         json.loads((tmp_path / name / "saap" / "manifest.json").read_text())["recovery"]["curve"]
         for name in ("whole", "cut")

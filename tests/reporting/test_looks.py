@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from saap.reporting.comparison_figures import _look
+from saap.reporting.comparison_figures import look
 from saap.reporting.figures import Figure, to_svg
 
 
 def test_more_methods_than_colours_still_look_different() -> None:
     methods = [f"method {number}" for number in range(20)]
-    looks = {tuple(_look(method, methods).values()) for method in methods}
+    looks = {tuple(look(method, methods).values()) for method in methods}
     assert len(looks) == len(methods)
 
 

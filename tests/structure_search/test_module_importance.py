@@ -15,8 +15,8 @@ from saap.core.records import GroupScores, ImportanceScores, ModelGraph, Role
 from saap.estimation.fusion import fuse
 from saap.estimation.selection import unit_scores
 from saap.settings.prune import FusionScope, Importance, Strategy
-from saap.structure_search.slots import build_slots
 from saap.structure_search.strategies import module_importance, module_shares
+from saap.structure_search.variables import build_variables
 
 RANKING = {Strategy.IMPORTANCE: 0.04, Strategy.VOLATILITY_Z: 0.1, Strategy.VOLATILITY_CV: 0.1}
 """By strategy, a ratio at which modules of few units differ in what they give."""
@@ -91,11 +91,11 @@ def test_modules_rank_as_their_importances_do(importance: Importance, scope: Fus
     of = graph()
     scales = {f"layers.{layer}.ffn": 10.0**-layer for layer in range(6)}
     units = unit_scores(drawn(of, scales), of, importance, scope)
-    slots = build_slots(of, roles=[Role.FFN], layout=saap.Layout.ADAPTIVE, align=1)
-    worth = module_importance(slots, units)
+    variables = build_variables(of, roles=[Role.FFN], layout=saap.Layout.ADAPTIVE, align=1)
+    worth = module_importance(variables, units)
     assert (worth > 0).all()
     assert (np.diff(worth) < 0).all()
-    assert (np.diff(module_shares(slots, units, spread=0.3)) > 0).all()
+    assert (np.diff(module_shares(variables, units, spread=0.3)) > 0).all()
 
 
 @pytest.mark.parametrize("scope", FusionScope)

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from tests.structure_search.synthetic import CHANNELS, HEADS, graph, scores
 
 from saap.core.errors import PlanError, TargetError
-from saap.core.records import Layout, Role, UnitScores, count_parameters, kept_shapes
+from saap.core.records import Layout, Role, UnitScores, count_parameters
+from saap.models.structure.keep_index import KeepIndex
 from saap.settings.prune import PrunableRole, SkipLayers, Strategy
-from saap.structure_search.allocation import steps_by_score, steps_by_share, take_steps
+from saap.structure_search.adaptive import SearchGuide
+from saap.structure_search.allocation import SearchProblem
 from saap.structure_search.objectives import (
     Budget,
     budget_for_bytes,
@@ -18,8 +20,8 @@ from saap.structure_search.objectives import (
     header_bytes,
 )
 from saap.structure_search.plan import SearchSpace, make_plan, plan_from_counts, search
-from saap.structure_search.slots import build_slots
-from saap.structure_search.stability import relative_volatility, standardised_fluctuation
+from saap.structure_search.strategies import relative_volatility, standardised_fluctuation
+from saap.structure_search.variables import build_variables
 
 GRAPH = graph()
 SCORES = scores(GRAPH)
@@ -33,8 +35,8 @@ def space(roles=FFN_AND_ATTENTION, layout=Layout.ADAPTIVE, align=8, skip_layers=
 def largest_step(of: SearchSpace) -> int:
     roles = [Role(role.value) for role in of.roles if role is not PrunableRole.BLOCK]
     return max(
-        slot.parameters_per_unit * slot.step
-        for slot in build_slots(GRAPH, roles=roles, layout=of.layout, align=of.align)
+        variable.parameters_per_unit * variable.step
+        for variable in build_variables(GRAPH, roles=roles, layout=of.layout, align=of.align)
     )
 
 
@@ -62,7 +64,7 @@ def test_removes_what_is_asked_and_at_most_a_step_more(ratio, align, strategy, l
     plan = search(GRAPH, SCORES, budget, of, strategy)
     removed = GRAPH.block_parameters - plan.block_parameters
     assert budget.removal <= removed < budget.removal + largest_step(of)
-    shapes = kept_shapes(GRAPH, plan.keep)
+    shapes = KeepIndex.of(GRAPH, plan.keep).shapes
     assert plan.parameters == count_parameters(shapes)
     for name, kept in plan.keep.items():
         if name.endswith("ffn"):
@@ -113,32 +115,37 @@ def test_unreachable_target_names_the_reachable() -> None:
 def test_adaptive_takes_the_candidate_with_the_least_measured_loss() -> None:
     wanted = {f"layers.{layer}.ffn" for layer in (0, 1)}
 
-    def judge(keep, dropped) -> float:
+    def evaluator(keep, dropped) -> float:
         return float(
             sum(CHANNELS - len(kept) for name, kept in keep.items() if name.endswith("ffn") and name not in wanted)
         ) + sum(HEADS - len(kept) for name, kept in keep.items() if name.endswith("attention"))
 
-    budget = budget_for_ratio(GRAPH, 0.1)
+    budget, guide = budget_for_ratio(GRAPH, 0.1), SearchGuide(evaluator=evaluator, evaluations=60)
     start = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE)
-    found = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, judge=judge, evaluations=60)
-    assert judge(found.keep, ()) < judge(start.keep, ())
-    assert found.trail[0].loss == pytest.approx(judge(found.keep, ()))
+    found = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, guide)
+    assert evaluator(found.keep, ()) < evaluator(start.keep, ())
+    assert found.trail[0].loss == pytest.approx(evaluator(found.keep, ()))
     names = {candidate.name for candidate in found.trail}
     assert {"volatility-z", "volatility-cv", "importance"} <= names
-    again = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, judge=judge, evaluations=60)
+    again = search(GRAPH, SCORES, budget, space(), Strategy.ADAPTIVE, guide)
     assert again == found
 
 
 def test_blocks_are_dropped_by_measured_loss() -> None:
-    def judge(keep, dropped) -> float:
+    def evaluator(keep, dropped) -> float:
         return 0.0 if dropped == (3,) else 1.0 + sum(dropped)
 
-    budget = budget_for_ratio(GRAPH, 0.3)
-    alone = search(GRAPH, SCORES, budget, space(roles=(PrunableRole.BLOCK,)), Strategy.ADAPTIVE, judge=judge)
+    budget, guide = budget_for_ratio(GRAPH, 0.3), SearchGuide(evaluator=evaluator)
+    alone = search(GRAPH, SCORES, budget, space(roles=(PrunableRole.BLOCK,)), Strategy.ADAPTIVE, guide)
     assert alone.dropped_blocks == (0, 3)
     assert GRAPH.block_parameters - alone.block_parameters >= budget.removal
     mixed = search(
-        GRAPH, SCORES, budget, space(roles=(PrunableRole.BLOCK, PrunableRole.FFN)), Strategy.UNIFORM, judge=judge
+        GRAPH,
+        SCORES,
+        budget,
+        space(roles=(PrunableRole.BLOCK, PrunableRole.FFN)),
+        Strategy.UNIFORM,
+        guide,
     )
     assert mixed.dropped_blocks == (3,)
     assert not any(name.startswith("layers.3.") for name in mixed.keep)
@@ -150,7 +157,7 @@ def test_hidden_channels_count_exactly(roles) -> None:
     budget = budget_for_ratio(GRAPH, 0.25)
     of = space(roles=tuple(PrunableRole(role) for role in roles), align=2)
     plan = search(GRAPH, SCORES, budget, of, Strategy.UNIFORM)
-    shapes = kept_shapes(GRAPH, plan.keep, plan.dropped_blocks)
+    shapes = KeepIndex.of(GRAPH, plan.keep, plan.dropped_blocks).shapes
     inside = {name: shape for name, shape in shapes.items() if name.startswith("blocks.")}
     assert plan.block_parameters == count_parameters(inside)
     assert GRAPH.block_parameters - plan.block_parameters >= budget.removal
@@ -194,12 +201,12 @@ def test_a_plan_of_everything_removes_nothing() -> None:
     assert search(GRAPH, SCORES, Budget(removal=0), space(), Strategy.ADAPTIVE).removes_nothing(GRAPH)
 
 
-def test_steps_of_a_slot_come_in_order_whatever_their_price() -> None:
-    slots = build_slots(GRAPH, roles=[Role.FFN], layout=Layout.ADAPTIVE, align=16)
-    steps = steps_by_score(slots, lambda name: np.sort(SCORES[name].mean))
-    sizes = take_steps(GRAPH, slots, steps, Budget(removal=5000))
+def test_decrements_of_a_variable_come_in_order_whatever_their_cost() -> None:
+    variables = build_variables(GRAPH, roles=[Role.FFN], layout=Layout.ADAPTIVE, align=16)
+    large, small = (SearchProblem(GRAPH, variables, SCORES, Budget(removal=removal)) for removal in (5000, 500))
+    sizes = large.sizes(large.by_score(lambda name: np.sort(SCORES[name].mean)))
     assert all(size % 16 == 0 for size in sizes)
-    assert take_steps(GRAPH, slots, steps_by_share(slots, [1, 0, 0, 0, 0, 0]), Budget(removal=500))[1:] == (64,) * 5
+    assert small.sizes(small.by_share([1, 0, 0, 0, 0, 0]))[1:] == (64,) * 5
 
 
 def test_modules_of_different_size_have_no_uniform_size() -> None:
@@ -208,5 +215,5 @@ def test_modules_of_different_size_have_no_uniform_size() -> None:
 
     other = dataclasses.replace(GRAPH, groups=(*GRAPH.groups[2:], dataclasses.replace(small, units=32)))
     with pytest.raises(TargetError, match="adaptive"):
-        build_slots(other, roles=[Role.FFN], layout=Layout.UNIFORM, align=1)
+        build_variables(other, roles=[Role.FFN], layout=Layout.UNIFORM, align=1)
     assert isinstance(SCORES["hidden"], UnitScores)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from torch import nn
 from saap.core.errors import CalibrationError
 from saap.core.records import Layout, ModelGraph, StructurePlan
 from saap.discovery import discover
+from saap.models.walk.backend import Backend
 from saap.structure_search.plan import make_plan
 from saap.surgery.cut import cut
-from saap.surgery.refit import RestoreSettings, held_sequences
+from saap.surgery.refit import RestoreSettings, held_out_sequences
 from saap.surgery.restore import restore
 
 FAMILIES = ("llama", "gemma2", "gpt2", "opt", "gpt_neox", "phi3", "bloom")
@@ -41,7 +43,7 @@ def test_restoration_comes_closer_to_the_dense_model(name: str) -> None:
     plan = half_plan(graph)
     plain, restored = copy.deepcopy(dense), copy.deepcopy(dense)
     cut(plain, graph, plan)
-    result = restore(restored, graph, plan, tokens(), RestoreSettings(second_order=False))
+    result = restore(Backend(restored, graph), plan, tokens(), RestoreSettings(second_order=False))
     cut(restored, graph, plan)
     assert all(error <= 1.0 for error in result.errors.values())
     unseen = torch.randint(2, 128, (8, 16), generator=torch.Generator().manual_seed(1))
@@ -58,7 +60,7 @@ def test_passes_that_multiply_in_bfloat16_restore_nearly_as_well(name: str) -> N
     distances = {}
     for products in (None, torch.bfloat16):
         model = copy.deepcopy(dense)
-        restore(model, graph, plan, tokens(), RestoreSettings(second_order=False, products=products))
+        restore(Backend(model, graph, products=products), plan, tokens(), RestoreSettings(second_order=False))
         cut(model, graph, plan)
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
         distances[products] = distance(model, dense, unseen)
@@ -74,7 +76,7 @@ def test_the_gap_of_the_residual_stream_helps_the_whole_and_not_the_single_matri
     distances = {}
     for aims in (True, False):
         model = copy.deepcopy(dense)
-        restore(model, graph, plan, tokens(), RestoreSettings(second_order=False, residual_target=aims))
+        restore(Backend(model, graph), plan, tokens(), RestoreSettings(second_order=False, residual_target=aims))
         cut(model, graph, plan)
         distances[aims] = distance(model, dense, unseen)
     assert distances[True] != distances[False]
@@ -87,7 +89,7 @@ def test_unpruned_blocks_before_the_first_cut_are_left_alone() -> None:
     last = f"layers.{len(graph.blocks) - 1}.ffn"
     plan = make_plan(graph, {last: (0, 1, 2)}, (), layout=Layout.ADAPTIVE, strategy="test", align=1)
     model = copy.deepcopy(dense)
-    restore(model, graph, plan, tokens(), RestoreSettings())
+    restore(Backend(model, graph), plan, tokens(), RestoreSettings())
     for (name, before), after in zip(dense.named_parameters(), model.parameters(), strict=True):
         if graph.block_of(name) < len(graph.blocks) - 1:
             assert torch.equal(before, after), name
@@ -98,7 +100,7 @@ def test_second_order_choice_keeps_the_plans_counts() -> None:
     graph = discover(dense)
     plan = half_plan(graph)
     model = copy.deepcopy(dense)
-    result = restore(model, graph, plan, tokens(), RestoreSettings(second_order=True))
+    result = restore(Backend(model, graph), plan, tokens(), RestoreSettings(second_order=True))
     for name, kept in plan.keep.items():
         assert len(result.keep[name]) == len(kept)
     assert any(result.keep[name] != kept for name, kept in plan.keep.items())
@@ -110,7 +112,7 @@ def test_the_scores_weigh_in_on_the_second_order_choice() -> None:
     plan = half_plan(graph)
     favoured = {g.name: np.where(np.arange(g.units) < g.units // 2, 1.0, 1e-12) for g in graph.groups}
     settings = RestoreSettings(second_order=True, scores=favoured)
-    kept = restore(model, graph, plan, tokens(), settings).keep
+    kept = restore(Backend(model, graph), plan, tokens(), settings).keep
     assert all(kept[name] == tuple(range(len(plan.keep[name]))) for name in plan.keep)
 
 
@@ -118,19 +120,19 @@ def test_the_scores_weigh_in_on_the_second_order_choice() -> None:
 def test_sequences_of_one_micro_batch_fit_and_choose_the_ridge(rows: int) -> None:
     dense = build("llama")
     graph = discover(dense)
-    result = restore(dense, graph, half_plan(graph), tokens(rows, 128), RestoreSettings(second_order=False))
+    result = restore(Backend(dense, graph), half_plan(graph), tokens(rows, 128), RestoreSettings(second_order=False))
     assert min(result.errors.values()) < 1.0
 
 
 def test_how_many_sequences_judge() -> None:
-    assert [held_sequences(n, 0.125) for n in (2, 3, 4, 7, 8, 16, 32, 256)] == [1, 1, 2, 3, 4, 4, 4, 32]
+    assert [held_out_sequences(n, 0.125) for n in (2, 3, 4, 7, 8, 16, 32, 256)] == [1, 1, 2, 3, 4, 4, 4, 32]
 
 
 def test_a_single_sequence_is_refused() -> None:
     dense = build("llama")
     graph = discover(dense)
     with pytest.raises(CalibrationError, match="has 1 sequence of text"):
-        restore(dense, graph, half_plan(graph), tokens(1), RestoreSettings())
+        restore(Backend(dense, graph), half_plan(graph), tokens(1), RestoreSettings())
 
 
 class Recording:
@@ -139,8 +141,8 @@ class Recording:
     def __init__(self) -> None:
         self.made: list[list[torch.Tensor]] = []
 
-    def empty(self) -> list[torch.Tensor]:
-        self.made.append([])
+    def keep(self, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        self.made.append(list(tensors))
         return self.made[-1]
 
 
@@ -150,6 +152,7 @@ def test_only_what_a_bfloat16_model_computes_is_of_bfloat16(name: str) -> None:
     dense = build(name).bfloat16()
     graph = discover(dense)
     spill = Recording()
-    restore(dense, graph, half_plan(graph), tokens(), RestoreSettings(second_order=False), spill=spill)  # type: ignore[arg-type]
+    backend = Backend(dense, graph, spill=spill)  # type: ignore[arg-type]
+    restore(backend, half_plan(graph), tokens(), RestoreSettings(second_order=False))
     exact = sum(made[0].dtype == torch.float32 for made in spill.made if made)
     assert exact >= 3 * len([group for group in graph.groups if group.layer >= 0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,10 @@ from saap.baselines.weights import block_groups, of_units
 from saap.core.records import AxisSlice, CoupledGroup, FloatArray, ModelGraph, Role
 from saap.models.loading.precision import widened
 from saap.models.structure.linear import weight_out_in
-from saap.models.walk.capture import capture
-from saap.models.walk.walker import BlockWalker, inference_only
+from saap.models.walk.backend import Backend
+from saap.models.walk.observer import Observation, Observer, Signal
+from saap.models.walk.processes import Processes
+from saap.models.walk.walk import walk
 
 MICRO_BATCH = 4
 
@@ -31,43 +34,54 @@ class ActivationStatistics:
     influence: FloatArray
 
 
-@torch.no_grad()
-def activation_statistics(
-    model: nn.Module, graph: ModelGraph, tokens: Tensor, progress: Callable[[int, int], None] | None = None
-) -> ActivationStatistics:
-    """One forward walk over `tokens` (samples, length)."""
-    paths: dict[int, list[str]] = {}
-    for group in block_groups(graph):
-        for member in group.consumers:
-            path = member.tensor.rpartition(".")[0]
-            paths.setdefault(group.layer, [])
-            if path not in paths[group.layer]:
-                paths[group.layer].append(path)
-    sums: dict[str, tuple[Tensor, Tensor, int]] = {}
-    cosines = np.zeros(len(graph.blocks))
-    walker = BlockWalker(model, graph.blocks)
-    batches = torch.split(tokens, MICRO_BATCH)
-    with inference_only(model):
-        for index, batch in enumerate(batches):
-            stream = walker.start(batch)
-            hidden = stream.hidden
-            for layer in range(len(walker.paths)):
-                with capture(model, paths.get(layer, [])) as seen:
-                    after = walker.run_block(layer, hidden, stream.contexts)
-                before = hidden.to(after.device).float()
-                cosines[layer] += float(widened(nn.functional.cosine_similarity(before, after.float(), dim=-1)).sum())
-                for path, taken in seen.items():
-                    inputs = widened(taken.input.flatten(0, -2))
-                    first, second, count = sums.get(path, (0.0, 0.0, 0))
-                    sums[path] = (first + inputs.sum(0), second + inputs.square().sum(0), count + len(inputs))
-                hidden = after
-            if progress is not None:
-                progress(index + 1, len(batches))
-    return ActivationStatistics(
-        mean={path: first / count for path, (first, _, count) in sums.items()},
-        square={path: second / count for path, (_, second, count) in sums.items()},
-        influence=1 - cosines / tokens.numel(),
-    )
+class ActivationObserver(Observer):
+    """Collects the statistics in one forward walk."""
+
+    def __init__(self, graph: ModelGraph) -> None:
+        members = [member for group in block_groups(graph) for member in group.consumers]
+        modules = dict.fromkeys((member.tensor.rpartition(".")[0] for member in members), Signal.INPUT)
+        self.needs = modules | dict.fromkeys(graph.blocks, Signal.INPUT | Signal.OUTPUT)
+        self._blocks = graph.blocks
+        self._sums: dict[str, tuple[Any, ...]] = {}
+
+    def observe(self, seen: Observation) -> None:
+        """Add the tokens of one module, or of one block."""
+        if seen.site in self._blocks:
+            before, after = seen.x.to(seen.y.device).float(), seen.y.float()
+            cosines = widened(nn.functional.cosine_similarity(before, after, dim=-1))
+            self._add(seen.site, float(cosines.sum()), seen.batch.tokens.numel())
+        else:
+            x = widened(seen.x.flatten(0, -2))
+            self._add(seen.site, x.sum(0), x.square().sum(0), len(x))
+
+    def _add(self, site: str, *values: Tensor | float) -> None:
+        before = self._sums.get(site, (0.0,) * len(values))
+        self._sums[site] = tuple(sum(pair) for pair in zip(before, values, strict=True))
+
+    def merge(self, processes: Processes) -> None:
+        """Sums over the tokens of all processes."""
+        parts = processes.gather(self._sums)
+        self._sums = {}
+        for part in parts:
+            for site, values in part.items():
+                self._add(site, *values)
+
+    def result(self) -> ActivationStatistics:
+        """The means."""
+        modules = {site: values for site, values in self._sums.items() if site not in self._blocks}
+        cosines = [self._sums[block] for block in self._blocks]
+        return ActivationStatistics(
+            mean={path: first / count for path, (first, _, count) in modules.items()},
+            square={path: second / count for path, (_, second, count) in modules.items()},
+            influence=1 - np.array([total / count for total, count in cosines]),
+        )
+
+
+def activation_statistics(backend: Backend, tokens: Tensor) -> ActivationStatistics:
+    """One forward walk over `tokens` (samples, length), for all methods that look at activations."""
+    found = ActivationObserver(backend.graph)
+    walk(backend, tokens, [found], micro_batch=MICRO_BATCH, backward=False)
+    return found.result()
 
 
 def wanda_channels(weight: Tensor, square: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ instead of one pass each; the numbers are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from saap.baselines.weights import along_axis, block_groups, scored_members, sum_members
 from saap.core.records import FloatArray, ModelGraph
 from saap.models.loading.precision import at_least_float32
-from saap.models.walk.layerwise import inputs_of_blocks
-from saap.models.walk.loss import loss_and_gradient
-from saap.models.walk.walker import BlockWalker, inference_only
+from saap.models.walk.backend import Backend
+from saap.models.walk.observer import Observation, Observer, Signal
+from saap.models.walk.processes import Processes
+from saap.models.walk.walk import walk
 
 
 class Taylor(StrEnum):
@@ -39,53 +40,42 @@ class WeightGradients:
     square: Mapping[str, Tensor]
 
 
-@torch.no_grad()
-def weight_gradients(
-    model: nn.Module, graph: ModelGraph, tokens: Tensor, progress: Callable[[int, int], None] | None = None
-) -> WeightGradients:
+class AveragedGradients(Observer):
     """Gradients of the scored weights of all decoder blocks; they take 8 bytes for each of these weights.
 
-    tokens: (samples, length). The loss of a sample is the mean over its predicted tokens. The model is left as it was.
-    Raises NonFiniteLossError.
+    The loss of a sample is the mean over its predicted tokens; a micro-batch must be one sample. samples: of all.
     """
-    by_block: dict[int, set[str]] = {}
-    for group in block_groups(graph):
-        for member in scored_members(graph, group):
-            by_block.setdefault(graph.block_of(member.tensor), set()).add(member.tensor)
-    parameters = dict(model.named_parameters())
-    mean: dict[str, Tensor] = {}
-    square: dict[str, Tensor] = {}
-    walker = BlockWalker(model, graph.blocks)
-    with inference_only(model):
-        for sample in range(len(tokens)):
-            for name, gradient in _sample_gradients(walker, tokens[sample : sample + 1], sample, by_block, parameters):
-                # small addends would be lost in the sums of a bfloat16 model
-                gradient = at_least_float32(gradient)
-                if name not in mean:
-                    mean[name], square[name] = torch.zeros_like(gradient), torch.zeros_like(gradient)
-                mean[name].add_(gradient, alpha=1 / len(tokens))
-                square[name].addcmul_(gradient, gradient, value=1 / len(tokens))
-            if progress is not None:
-                progress(sample + 1, len(tokens))
-    return WeightGradients(mean, square)
+
+    def __init__(self, graph: ModelGraph, samples: int) -> None:
+        tensors = {member.tensor for group in block_groups(graph) for member in scored_members(graph, group)}
+        self.needs = dict.fromkeys(sorted(tensors), Signal.WEIGHT_GRADIENT)
+        self._share = 1 / samples
+        self._mean: dict[str, Tensor] = {}
+        self._square: dict[str, Tensor] = {}
+
+    def observe(self, seen: Observation) -> None:
+        """Add one sample's gradient of one weight."""
+        gradient = at_least_float32(seen.dw)  # small addends would be lost in the sums of a bfloat16 model
+        if seen.site not in self._mean:
+            self._mean[seen.site], self._square[seen.site] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        self._mean[seen.site].add_(gradient, alpha=self._share)
+        self._square[seen.site].addcmul_(gradient, gradient, value=self._share)
+
+    def merge(self, processes: Processes) -> None:
+        """Sums over the samples of all processes."""
+        self._mean = {name: processes.total(mean) for name, mean in self._mean.items()}
+        self._square = {name: processes.total(square) for name, square in self._square.items()}
+
+    def result(self) -> WeightGradients:
+        """Both means."""
+        return WeightGradients(self._mean, self._square)
 
 
-def _sample_gradients(
-    walker: BlockWalker,
-    tokens: Tensor,
-    sample: int,
-    by_block: Mapping[int, set[str]],
-    parameters: Mapping[str, nn.Parameter],
-) -> list[tuple[str, Tensor]]:
-    stream = walker.start(tokens)
-    inputs, hidden = inputs_of_blocks(walker, stream)
-    _, gradient = loss_and_gradient(walker, hidden, tokens, first_sample=sample)
-    found: list[tuple[str, Tensor]] = []
-    for layer in reversed(range(len(walker.paths))):
-        weights = {name: parameters[name] for name in sorted(by_block.get(layer, ()))}
-        gradient, gradients = walker.backward_to_weights(layer, inputs.pop(), stream.contexts, gradient, weights)
-        found += gradients.items()
-    return found
+def weight_gradients(backend: Backend, tokens: Tensor) -> WeightGradients:
+    """Averaged gradients over `tokens` (samples, length): see `AveragedGradients`. Raises NonFiniteLossError."""
+    gradients = AveragedGradients(backend.graph, len(tokens))
+    walk(backend, tokens, [gradients], micro_batch=1)
+    return gradients.result()
 
 
 def taylor_channels(weight: Tensor, mean: Tensor, square: Tensor, axis: int, kind: Taylor) -> Tensor:

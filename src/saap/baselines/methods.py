@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from saap.baselines.activations import (
     ActivationStatistics,
@@ -18,10 +18,10 @@ from saap.baselines.activations import (
 )
 from saap.baselines.llm_pruner import Taylor, WeightGradients, taylor_scores, weight_gradients
 from saap.baselines.weights import magnitude_scores, random_scores
-from saap.core.records import FloatArray, ModelGraph
+from saap.core.records import FloatArray
+from saap.models.walk.backend import Backend
 from saap.settings.prune import Method, PrunableRole, SkipLayers, Strategy
 
-Progress = Callable[[int, int], None]
 Scores = Mapping[str, FloatArray]
 
 
@@ -31,29 +31,28 @@ class Measurements:
     tokens: (samples, length) ids, the same as the method under test calibrates on.
     """
 
-    def __init__(
-        self, model: nn.Module, graph: ModelGraph, tokens: Tensor, *, seed: int = 0, progress: Progress | None = None
-    ) -> None:
-        self.model, self.graph, self.tokens = model, graph, tokens
-        self.seed, self.progress = seed, progress
+    def __init__(self, backend: Backend, tokens: Tensor, *, seed: int = 0) -> None:
+        self.backend, self.tokens, self.seed = backend, tokens, seed
+        self.model, self.graph = backend.model, backend.graph
 
     @cached_property
     def gradients(self) -> WeightGradients:
         """Gradients of the weights, for all of LLM-Pruner's importances."""
-        return weight_gradients(self.model, self.graph, self.tokens, self.progress)
+        return weight_gradients(self.backend, self.tokens)
 
     @cached_property
     def activations(self) -> ActivationStatistics:
         """Statistics of the activations, for Wanda-sp, FLAP and block influence."""
-        return activation_statistics(self.model, self.graph, self.tokens, self.progress)
+        return activation_statistics(self.backend, self.tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Baseline:
     """One published method.
 
-    scores: units of low score leave first. strategy: how the budget is shared. skip_layers: None spares the ends as
-    LLM-Pruner does (4 first and 2 last of 30). roles: None leaves them to the caller. compensates: FLAP's biases.
+    scores: units of low score are removed first. strategy: how the budget is shared. skip_layers: None protects the
+    ends as LLM-Pruner does (4 first and 2 last of 30). roles: None leaves them to the caller. compensates: by FLAP's
+    biases. needs: what of the measurements, for their timing.
     """
 
     scores: Callable[[Measurements], Scores]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from saap.core.records import AxisSlice, CoupledGroup, FloatArray, ModelGraph
 from saap.models.loading.precision import widened
+from saap.models.walk.consumers import unit_channels
 
 
 def scored_members(graph: ModelGraph, group: CoupledGroup) -> tuple[AxisSlice, ...]:
@@ -35,8 +36,7 @@ def along_axis(values: Tensor, axis: int) -> Tensor:
 
 def of_units(channels: Tensor, member: AxisSlice, units: int) -> Tensor:
     """Sum over each unit's channels. channels: (size of the member's axis,). Returns (units,)."""
-    index = torch.tensor([list(member.rows(unit)) for unit in range(units)], device=channels.device)
-    return channels[index].sum(1)
+    return channels[unit_channels(member, units, channels.device)].sum(1)
 
 
 def random_scores(graph: ModelGraph, seed: int) -> dict[str, FloatArray]:

@@ -24,7 +24,7 @@ def compare(
     from saap.cli.show.compare import print_comparison
     from saap.cli.show.output import make_reporter
     from saap.pipeline.compare.run import compare as run_compare
-    from saap.reporting.write_tables import write_tables
+    from saap.reporting.tables import write_tables
 
     with make_reporter(quiet=display.quiet, to_stderr=display.as_json) as reporter:
         result = run_compare(model, request, options, options.out, reporter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -63,7 +64,7 @@ class Change(_Frozen):
 
     @property
     def removed(self) -> float:
-        """The fraction that is gone."""
+        """The removed fraction."""
         return 1 - self.after / self.before if self.before else 0.0
 
 
@@ -86,7 +87,7 @@ class Answers(_Frozen):
 
 
 class SpeedRecord(_Frozen):
-    """Speed of decoding, batch 1, over that of the dense model: asked for, predicted by the plan, and measured."""
+    """Speed of decoding, batch 1, over that of the dense model: requested, predicted by the plan, and measured."""
 
     runtime: str
     weights: str
@@ -147,8 +148,7 @@ class RunManifest(_Frozen):
     command: the arguments as typed. settings: all settings with their defaults. versions: of the packages and Python.
     digests: of graph, calibration, scores and plan, and, in adaptive folders, of the code that opens them. bytes: of
     the weights in `dtype`, dense and pruned alike. answers: greedy ones to a short prompt. speed: where a
-    speed-up was asked for. recovery: of a model that
-    was tuned afterwards.
+    speed-up was requested. recovery: of a model that was tuned afterwards.
     """
 
     format_version: Literal[1] = 1
@@ -192,3 +192,13 @@ def recorded_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def typed_command() -> tuple[str, ...]:
+    """The arguments of `saap` as typed, if this process is the command line, else none.
+
+    That is the program `saap`, or what `python -m saap` runs, also under torchrun or accelerate launch.
+    """
+    program = Path(sys.argv[0])
+    is_ours = program.stem == "saap" or program.parts[-2:] == ("saap", "__main__.py")
+    return tuple(sys.argv[1:]) if is_ours else ()

@@ -99,8 +99,8 @@ class ModelRef(Digested):
 class AxisSlice:
     """Where the units of a group lie along one axis of one tensor.
 
-    Unit u covers `width` consecutive indices from `start(u)`. Starts advance by `stride`; where the tensor is made of
-    blocks (fused projections split over heads), they jump by `jump` after every `period` units instead.
+    Unit u covers `width` consecutive indices. Their first ones advance by `stride` from `offset`; where the tensor is
+    made of blocks (fused projections split over heads), they jump by `jump` after every `period` units instead.
     part: where axis 0 of the tensor stacks several matrices (experts), the one that the units lie in.
     """
 
@@ -114,25 +114,22 @@ class AxisSlice:
     jump: int = 0
     part: int | None = field(default=None, metadata=_WHERE_USED)
 
-    def start(self, unit: int) -> int:
-        """First index of `unit` along the axis."""
-        if self.period:
-            return self.offset + unit % self.period * self.stride + unit // self.period * self.jump
-        return self.offset + unit * self.stride
+    def indices(self, units: Iterable[int] | IntArray) -> IntArray:
+        """The indices of all `units` along the axis, unit by unit."""
+        numbers = units if isinstance(units, np.ndarray) else np.fromiter(units, np.int64)
+        block, place = divmod(numbers, self.period) if self.period else (0, numbers)
+        starts = self.offset + place * self.stride + block * self.jump
+        return (starts[:, None] + np.arange(self.width)).ravel()
 
     def rows(self, unit: int) -> range:
         """The indices of `unit` along the axis."""
-        first = self.start(unit)
+        first = int(self.indices([unit])[0])
         return range(first, first + self.width)
-
-    def indices(self, units: Iterable[int]) -> list[int]:
-        """The indices of all `units`, unit by unit."""
-        return [index for unit in units for index in self.rows(unit)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitAttribute:
-    """An integer attribute of a module that must follow the number of kept units: value = `per_unit` * kept.
+    """An integer attribute of a module that must follow the number of kept units.
 
     attribute: its name; "config.NAME" means the module's own copy of the configuration.
     """
@@ -141,6 +138,23 @@ class UnitAttribute:
     attribute: str
     per_unit: int
 
+    def value(self, kept: int) -> int:
+        """What it says of so many kept units. Where none is, what lies between the constants sees one unit of zeros."""
+        return self.per_unit * max(kept, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlicedArgument:
+    """A tensor with one entry per unit that a module is given at each call (ALiBi): to be cut to the kept units.
+
+    axis: where the units lie. per_sample: the axis holds the units of each sample, sample by sample.
+    """
+
+    module: str
+    argument: str
+    axis: int
+    per_sample: bool
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoupledGroup(Digested):
@@ -148,8 +162,7 @@ class CoupledGroup(Digested):
 
     layer: index of the decoder block, -1 for groups of the whole model. name: unique, e.g. "layers.3.ffn".
     attributes: integers that follow the number of kept units. scaled_norms: modules that take the RMS over the group's
-    axis; removal equals masking only if weight x (kept/n)^-0.5 and eps x n/kept. sliced_arguments: modules that
-    receive a tensor with one entry per unit from outside (ALiBi), which must be cut to the kept units at each call.
+    axis; removal equals masking only if weight x (kept/n)^-0.5 and eps x n/kept.
     bundle: groups of the same one lie in parts of the same tensors or share the heads of one module evenly, so all of
     them keep the same number of units, each its own choice; "" for a group by itself. least: units that must stay (as
     many experts as a token is sent to).
@@ -162,7 +175,7 @@ class CoupledGroup(Digested):
     members: tuple[AxisSlice, ...]
     attributes: tuple[UnitAttribute, ...] = ()
     scaled_norms: tuple[str, ...] = ()
-    sliced_arguments: tuple[str, ...] = ()
+    sliced_arguments: tuple[SlicedArgument, ...] = ()
     bundle: str = field(default="", metadata=_WHERE_USED)
     least: int = field(default=0, metadata=_WHERE_USED)
 
@@ -245,15 +258,28 @@ class ModelGraph(Digested):
                 return index
         return -1
 
+    def name_without(self, dropped: Iterable[int], name: str) -> str | None:
+        """The name that a module or parameter has once blocks are dropped; None inside one of them."""
+        gone = set(dropped)
+        for index, path in enumerate(self.blocks):
+            if name == path or name.startswith(path + "."):
+                number = index - sum(layer < index for layer in gone)
+                return None if index in gone else f"{path.rpartition('.')[0]}.{number}{name[len(path) :]}"
+        return name
+
+    def in_blocks(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Those of the tensors that lie in decoder blocks."""
+        return {name: shape for name, shape in shapes.items() if self.block_of(name) >= 0}
+
     @property
     def parameters(self) -> int:
         """Parameters of the whole dense model."""
-        return sum(prod(shape) for shape in self.shapes.values())
+        return count_parameters(self.shapes)
 
     @property
     def block_parameters(self) -> int:
         """Parameters of the decoder blocks of the dense model: the base of the pruning ratio."""
-        return sum(prod(shape) for name, shape in self.shapes.items() if self.block_of(name) >= 0)
+        return count_parameters(self.in_blocks(self.shapes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -346,38 +372,6 @@ class StructurePlan(Digested):
     def removes_nothing(self, graph: ModelGraph) -> bool:
         """Whether the plan keeps every unit of every group."""
         return not self.dropped_blocks and all(len(self.kept(group)) == group.units for group in graph.groups)
-
-
-def kept_shapes(
-    graph: ModelGraph, keep: Mapping[str, tuple[int, ...] | int], dropped_blocks: Iterable[int] = ()
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors after removing what `keep` does not name; a value may be the count alone."""
-    dropped = set(dropped_blocks)
-    stacked: set[tuple[str, int, int]] = set()
-    shapes = {name: list(shape) for name, shape in graph.shapes.items() if graph.block_of(name) not in dropped}
-    for group in graph.groups:
-        if group.name in keep:
-            kept = keep[group.name]
-            gone = group.units - (kept if isinstance(kept, int) else len(kept))
-            for member in group.members:
-                place = (member.tensor, member.axis, member.offset)
-                if member.tensor in shapes and place not in stacked:
-                    shapes[member.tensor][member.axis] -= member.width * gone
-                if member.part is not None:
-                    stacked.add(place)  # all parts lose the same number
-    return {name: tuple(shape) for name, shape in shapes.items()}
-
-
-def uneven_bundle(graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """Names of two groups of one bundle that would keep different numbers of units; empty if there are none."""
-    seen: dict[str, tuple[str, int]] = {}
-    for group in graph.groups:
-        kept = len(keep[group.name]) if group.name in keep else group.units
-        if group.bundle:
-            other, count = seen.setdefault(group.bundle, (group.name, kept))
-            if count != kept:
-                return other, group.name
-    return ()
 
 
 def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:

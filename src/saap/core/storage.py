@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as tensors_to_bytes
 
@@ -25,8 +25,6 @@ from saap.core.records import (
     Layout,
     ModelGraph,
     StructurePlan,
-    count_parameters,
-    kept_shapes,
 )
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -98,49 +96,6 @@ def _array(file: Any, name: str) -> FloatArray:
     return np.asarray(file.get_tensor(name), dtype=np.float64)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanFile:
-    """A plan as a file says it, perhaps edited by a person.
-
-    keep: group name -> kept unit indices, or only their number where the file leaves the choice to the scores.
-    """
-
-    graph_digest: str
-    layout: Layout
-    strategy: str
-    align: int
-    keep: Mapping[str, tuple[int, ...] | int]
-    dropped_blocks: tuple[int, ...] = ()
-    trail: tuple[Candidate, ...] = ()
-
-    @property
-    def open_groups(self) -> tuple[str, ...]:
-        """Groups of which only the number of kept units is given."""
-        return tuple(name for name, kept in self.keep.items() if isinstance(kept, int))
-
-    def structure_plan(self, graph: ModelGraph, chosen: Mapping[str, tuple[int, ...]] | None = None) -> StructurePlan:
-        """The plan with the predicted sizes. chosen: kept units of the `open_groups`. Raises PlanError if some lack."""
-        keep: dict[str, tuple[int, ...]] = {}
-        for name, kept in self.keep.items():
-            units = (chosen or {}).get(name) if isinstance(kept, int) else kept
-            if units is None or (isinstance(kept, int) and len(units) != kept):
-                raise PlanError(f"The units of {name} are still to be chosen", "List them as `units`")
-            if len(units) < graph.group(name).units:
-                keep[name] = units
-        shapes = kept_shapes(graph, keep, self.dropped_blocks)
-        return StructurePlan(
-            graph_digest=graph.digest,
-            layout=self.layout,
-            strategy=self.strategy,
-            align=self.align,
-            keep=keep,
-            dropped_blocks=self.dropped_blocks,
-            parameters=count_parameters(shapes),
-            block_parameters=count_parameters({n: s for n, s in shapes.items() if graph.block_of(n) >= 0}),
-            trail=self.trail,
-        )
-
-
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -161,7 +116,7 @@ class TrailEntry(_Strict):
 
 
 class PlanDocument(_Strict):
-    """The content of a plan.json."""
+    """The content of a plan.json, perhaps edited by a person; a group that is not named keeps everything."""
 
     format_version: Literal[1]
     graph_digest: str = ""
@@ -170,9 +125,37 @@ class PlanDocument(_Strict):
     align: Annotated[int, Field(ge=1)] = 1
     parameters: Count | None = None
     block_parameters: Count | None = None
-    dropped_blocks: tuple[int, ...] = ()
+    dropped_blocks: Annotated[tuple[int, ...], AfterValidator(lambda blocks: tuple(sorted(set(blocks))))] = ()
     groups: dict[str, GroupEntry]
     trail: tuple[TrailEntry, ...] = ()
+
+    def keep(self, graph: ModelGraph) -> dict[str, tuple[int, ...] | int]:
+        """Kept unit indices of each named group, or only their number where the file leaves the choice to the scores.
+
+        Raises ValueError with every fault: unknown groups, other sizes, units out of range or twice, a `kept` that
+        disagrees with `units`.
+        """
+        groups = {group.name: group for group in graph.groups}
+        faults: list[str] = []
+        keep: dict[str, tuple[int, ...] | int] = {}
+        for name, entry in self.groups.items():
+            try:
+                if name not in groups:
+                    raise ValueError("the model has no such group")
+                keep[name] = _kept(entry, groups[name])
+            except ValueError as error:
+                faults.append(f"{name}: {error}")
+        faults += [f"no block {layer}" for layer in self.dropped_blocks if not 0 <= layer < len(graph.blocks)]
+        if graph.blocks and set(range(len(graph.blocks))) <= set(self.dropped_blocks):
+            faults.append("dropped_blocks: no block would be left")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return keep
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The trail of the search."""
+        return tuple(Candidate(name=one.name, loss=math.inf if one.loss is None else one.loss) for one in self.trail)
 
 
 def write_plan(path: Path, plan: StructurePlan, graph: ModelGraph) -> None:
@@ -209,40 +192,14 @@ def read_plan_document(path: Path) -> PlanDocument:
         raise PlanError(f"{path} is no plan ({faults_of(error)})", "Correct these entries") from None
 
 
-def read_plan(path: Path, graph: ModelGraph) -> PlanFile:
-    """Read a plan and check it against the model's groups; a group that is not named keeps everything.
-
-    Raises PlanError with every fault: unknown groups, other sizes, units out of range or twice, a `kept` that
-    disagrees with `units`.
-    """
+def read_plan(path: Path, graph: ModelGraph) -> PlanDocument:
+    """Read a plan and check it against the model's groups. Raises PlanError with every fault."""
     document = read_plan_document(path)
-    groups = {group.name: group for group in graph.groups}
-    faults_found: list[str] = []
-    keep: dict[str, tuple[int, ...] | int] = {}
-    for name, entry in document.groups.items():
-        group = groups.get(name)
-        try:
-            if group is None:
-                raise ValueError("the model has no such group")
-            keep[name] = _kept(entry, group)
-        except ValueError as error:
-            faults_found.append(f"{name}: {error}")
-    faults_found += [f"no block {layer}" for layer in document.dropped_blocks if not 0 <= layer < len(graph.blocks)]
-    if graph.blocks and set(range(len(graph.blocks))) <= set(document.dropped_blocks):
-        faults_found.append("dropped_blocks: no block would be left")
-    if faults_found:
-        raise PlanError(f"{path} does not fit the model ({'; '.join(faults_found)})", "Correct these entries")
-    return PlanFile(
-        graph_digest=document.graph_digest,
-        layout=document.layout,
-        strategy=document.strategy,
-        align=document.align,
-        keep=keep,
-        dropped_blocks=tuple(sorted(set(document.dropped_blocks))),
-        trail=tuple(
-            Candidate(name=entry.name, loss=math.inf if entry.loss is None else entry.loss) for entry in document.trail
-        ),
-    )
+    try:
+        document.keep(graph)
+    except ValueError as error:
+        raise PlanError(f"{path} does not fit the model ({error})", "Correct these entries") from None
+    return document
 
 
 def _kept(entry: GroupEntry, group: CoupledGroup) -> tuple[int, ...] | int:
@@ -260,24 +217,13 @@ def _kept(entry: GroupEntry, group: CoupledGroup) -> tuple[int, ...] | int:
     return units
 
 
-def _runs_of(indices: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Maximal runs (first, last) of ascending indices."""
-    first = last = None
-    for index in indices:
-        if first is None or last is None:
-            first = last = index
-        elif index == last + 1:
-            last = index
-        else:
-            yield first, last
-            first = last = index
-    if first is not None and last is not None:
-        yield first, last
-
-
 def format_units(units: Iterable[int]) -> str:
     """Ascending indices as runs: (0, 1, 2, 5) -> "0-2,5"."""
-    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in _runs_of(units))
+    runs = [
+        [unit for _, unit in run]
+        for _, run in groupby(enumerate(units), key=lambda place_and_unit: place_and_unit[1] - place_and_unit[0])
+    ]
+    return ",".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def parse_units(text: str, count: int | None = None) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ import numpy as np
 
 from saap.core.errors import CalibrationError, first_line
 from saap.core.records import CalibrationSet, IntArray
-from saap.data.placement import Demand, share_rows
-from saap.data.samples import SampleRequest
+from saap.data.placement import SampleRequest, share_rows
 from saap.data.texts import read_rows
 
 MOST_PAIRS = 1024
@@ -97,11 +96,8 @@ def draw_pairs(
         rows.append(np.concatenate([one.ids, np.take(filling, range(start, start + room), mode="wrap")]))
         inputs.append({name: _lengthened(value, len(one.ids), room) for name, value in one.inputs.items()})
     ids = np.stack(rows)
-    demands = [
-        Demand(name=r.name, sequences=max(2, -(-r.sequences * r.length // length)), length=1, held_out=r.held_out,
-               at_least=1) for r in requests
-    ]  # fmt: skip
-    shares = share_rows(np.arange(len(ids)).reshape(-1, 1), demands, generator)
+    rows_for = [replace(one, sequences=max(2, -(-one.tokens // length)), length=1, at_least=1) for one in requests]
+    shares = share_rows(np.arange(len(ids)).reshape(-1, 1), rows_for, generator)
     return {
         name: CalibrationSet(
             sources=(str(path),), seed=seed, tokens=ids[places[:, 0]], ignored=image_ids,

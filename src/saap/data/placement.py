@@ -13,20 +13,34 @@ from saap.core.records import IntArray
 HELD_OUT_SHARE = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
-    """Windows that one text is to give to the set `name`; see SampleRequest for the fields."""
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """A set to draw: `sequences` windows of `length` tokens.
+
+    held_out: no token of it is ever in another set; the others share tokens when the text is too short for all.
+    at_least: accept this many sequences when the text is too short for more; None insists on `sequences`.
+    """
 
     name: str
     sequences: int
     length: int
-    held_out: bool
-    at_least: int
+    held_out: bool = False
+    at_least: int | None = None
 
     @property
     def tokens(self) -> int:
-        """How many tokens that is."""
+        """Tokens of all windows."""
         return self.sequences * self.length
+
+    @property
+    def least(self) -> int:
+        """The fewest sequences that will do."""
+        return self.sequences if self.at_least is None else min(self.at_least, self.sequences)
+
+    def part(self, sequences: int) -> SampleRequest:
+        """What falls to one of several texts, of which it is to give `sequences`."""
+        share = -(-self.least * sequences // max(1, self.sequences))
+        return replace(self, sequences=sequences, at_least=share)
 
 
 def parts_by_weight(count: int, weights: Sequence[int]) -> list[int]:
@@ -39,44 +53,46 @@ def parts_by_weight(count: int, weights: Sequence[int]) -> list[int]:
     return parts
 
 
-def place(text: str, tokens: int, demands: Sequence[Demand], generator: np.random.Generator) -> dict[str, list[int]]:
+def place(
+    text: str, tokens: int, requests: Sequence[SampleRequest], generator: np.random.Generator
+) -> dict[str, list[int]]:
     """First tokens of all windows, by set.
 
-    text: its name, for errors. tokens: its length. If all demands fit, no two windows overlap and every such
+    text: its name, for errors. tokens: its length. If all requests fit, no two windows overlap and every such
     arrangement is equally likely. Otherwise the held-out sets take the end of the text, and each of the others lies in
     the rest without regard to its fellows. Raises CalibrationError if that is too short as well.
     """
-    if sum(demand.tokens for demand in demands) <= tokens:
-        return _spread(0, tokens, demands, generator)
-    others = [demand for demand in demands if not demand.held_out]
-    rest = max((demand.at_least * demand.length for demand in others), default=0)
-    held: list[Demand] = []
-    for demand in (one for one in demands if one.held_out):
+    if sum(request.tokens for request in requests) <= tokens:
+        return _spread(0, tokens, requests, generator)
+    others = [request for request in requests if not request.held_out]
+    rest = max((request.least * request.length for request in others), default=0)
+    held: list[SampleRequest] = []
+    for request in (one for one in requests if one.held_out):
         used = sum(one.tokens for one in held)
-        held.append(_fit(text, tokens, tokens - rest - used, demand, demands))
-    rest = tokens - sum(demand.tokens for demand in held)
+        held.append(_fit(text, tokens, tokens - rest - used, request, requests))
+    rest = tokens - sum(request.tokens for request in held)
     starts = _spread(rest, tokens, held, generator)
-    for demand in others:
-        starts |= _spread(0, rest, [_fit(text, tokens, rest, demand, demands)], generator)
+    for request in others:
+        starts |= _spread(0, rest, [_fit(text, tokens, rest, request, requests)], generator)
     return starts
 
 
-def share_rows(ids: IntArray, demands: Sequence[Demand], generator: np.random.Generator) -> dict[str, IntArray]:
+def share_rows(ids: IntArray, requests: Sequence[SampleRequest], generator: np.random.Generator) -> dict[str, IntArray]:
     """Rows of given token ids (rows, length) dealt to the sets, each cut to windows of its length (see `draw_sets`).
 
     Raises CalibrationError if there are too few rows for a held-out set and two samples of the others.
     """
-    longest = max(demand.length for demand in demands)
+    longest = max(request.length for request in requests)
     if ids.shape[1] >= 2 * longest:
         pieces = ids.shape[1] // longest
         ids = ids[:, : pieces * longest].reshape(-1, longest)
-    lengths = {demand.name: min(demand.length, ids.shape[1]) for demand in demands}
+    lengths = {request.name: min(request.length, ids.shape[1]) for request in requests}
     # Rows shorter than asked: more of them, for as many tokens.
-    windows = {demand.name: -(-demand.tokens // lengths[demand.name]) for demand in demands}
+    windows = {request.name: -(-request.tokens // lengths[request.name]) for request in requests}
     needed = {name: -(-count // (ids.shape[1] // lengths[name])) for name, count in windows.items()}
     order = generator.permutation(len(ids))
     enough = sum(needed.values()) <= len(ids)
-    held = [demand.name for demand in demands if demand.held_out]
+    held = [request.name for request in requests if request.held_out]
     for name in held if not enough else ():
         needed[name] = min(needed[name], max(1, len(ids) // (HELD_OUT_SHARE * len(held))))
     rest = len(ids) - sum(needed[name] for name in held)
@@ -84,41 +100,43 @@ def share_rows(ids: IntArray, demands: Sequence[Demand], generator: np.random.Ge
         raise CalibrationError(f"the token ids have {len(ids)} rows", f"Give at least {2 + len(held)}")
     taken: dict[str, IntArray] = {}
     used = 0
-    for demand in sorted(demands, key=lambda one: not one.held_out):
-        shares = not enough and not demand.held_out
-        rows = order[-min(rest, needed[demand.name]) :] if shares else order[used : used + needed[demand.name]]
+    for request in sorted(requests, key=lambda one: not one.held_out):
+        shares = not enough and not request.held_out
+        rows = order[-min(rest, needed[request.name]) :] if shares else order[used : used + needed[request.name]]
         used += 0 if shares else len(rows)
-        length = lengths[demand.name]
+        length = lengths[request.name]
         whole = ids.shape[1] // length * length
-        taken[demand.name] = ids[rows, :whole].reshape(-1, length)[: windows[demand.name]]
+        taken[request.name] = ids[rows, :whole].reshape(-1, length)[: windows[request.name]]
     return taken
 
 
-def _fit(text: str, tokens: int, room: int, demand: Demand, demands: Sequence[Demand]) -> Demand:
-    """The demand, made small enough for `room` tokens."""
-    fitting = min(demand.sequences, max(0, room) // demand.length)
-    if fitting < demand.at_least:
-        raise _too_short(text, tokens, demands)
-    return replace(demand, sequences=fitting)
+def _fit(text: str, tokens: int, room: int, request: SampleRequest, requests: Sequence[SampleRequest]) -> SampleRequest:
+    """The request, made small enough for `room` tokens."""
+    fitting = min(request.sequences, max(0, room) // request.length)
+    if fitting < request.least:
+        raise _too_short(text, tokens, requests)
+    return replace(request, sequences=fitting)
 
 
-def _too_short(text: str, tokens: int, demands: Sequence[Demand]) -> CalibrationError:
-    held = sum(demand.at_least * demand.length for demand in demands if demand.held_out)
-    others = [demand.at_least * demand.length for demand in demands if not demand.held_out]
-    parts = ", ".join(f"{demand.name} {demand.sequences} x {demand.length}" for demand in demands)
+def _too_short(text: str, tokens: int, requests: Sequence[SampleRequest]) -> CalibrationError:
+    held = sum(request.least * request.length for request in requests if request.held_out)
+    others = [request.least * request.length for request in requests if not request.held_out]
+    parts = ", ".join(f"{request.name} {request.sequences} x {request.length}" for request in requests)
     return CalibrationError(
         f"{text} has {tokens:,} tokens, but at least {held + max(others, default=0):,} are needed ({parts})",
         "Give a longer text, or ask for fewer or shorter samples",
     )
 
 
-def _spread(first: int, end: int, demands: Sequence[Demand], generator: np.random.Generator) -> dict[str, list[int]]:
-    """Non-overlapping windows of all demands at random places of first..end: random order, random gaps."""
-    owners = [demand for demand in demands for _ in range(demand.sequences)]
+def _spread(
+    first: int, end: int, requests: Sequence[SampleRequest], generator: np.random.Generator
+) -> dict[str, list[int]]:
+    """Non-overlapping windows of all requests at random places of first..end: random order, random gaps."""
+    owners = [request for request in requests for _ in range(request.sequences)]
     order = generator.permutation(len(owners))
-    free = end - first - sum(demand.tokens for demand in demands)
+    free = end - first - sum(request.tokens for request in requests)
     gaps = np.sort(generator.integers(0, free + 1, size=len(owners)))
-    starts: dict[str, list[int]] = {demand.name: [] for demand in demands}
+    starts: dict[str, list[int]] = {request.name: [] for request in requests}
     taken = first
     for gap, window in zip(gaps, order, strict=True):
         starts[owners[window].name].append(taken + int(gap))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from saap.core.errors import CalibrationError
 from saap.core.records import CalibrationSet, IntArray
-from saap.data.placement import Demand, parts_by_weight, place, share_rows
+from saap.data.placement import SampleRequest, parts_by_weight, place, share_rows
 from saap.data.texts import KINDS, MIXED, names_a_source, read_documents
 
 if TYPE_CHECKING:
@@ -21,27 +21,6 @@ Calibration: TypeAlias = "str | Path | Sequence[str | Path] | Sequence[Sequence[
 
 GIVEN_TEXTS = "given texts"
 GIVEN_IDS = "given token ids"
-
-
-@dataclass(frozen=True, slots=True)
-class SampleRequest:
-    """A set to draw: `sequences` windows of `length` tokens.
-
-    held_out: no token of it is ever in another set; the others share tokens when the text is too short for all.
-    at_least: accept this many sequences when the text is too short for more; None insists on `sequences`.
-    """
-
-    name: str
-    sequences: int
-    length: int
-    held_out: bool = False
-    at_least: int | None = None
-
-    def part(self, sequences: int) -> Demand:
-        """What falls to one of several texts, of which it is to give `sequences`."""
-        least = self.sequences if self.at_least is None else min(self.at_least, self.sequences)
-        share = -(-least * sequences // max(1, self.sequences))
-        return Demand(name=self.name, sequences=sequences, length=self.length, held_out=self.held_out, at_least=share)
 
 
 def token_stream(texts: Sequence[str], tokenizer: Any | None) -> IntArray:
@@ -102,7 +81,7 @@ def draw_sets(
     ids = _given_ids(calibration)
     if ids is not None:
         names: tuple[str, ...] = (GIVEN_IDS,)
-        windows = share_rows(ids, [request.part(request.sequences) for request in requests], generator)
+        windows = share_rows(ids, requests, generator)
     else:
         sources = _sources(calibration, tokenizer)
         names = tuple(sources)
@@ -162,8 +141,8 @@ def _from_texts(
         weights = [KINDS.get(kind, 1) for kind in streams] if len(streams) > 1 else [1]
         by_kind = {name: parts_by_weight(parts[index], weights) for name, parts in by_source.items()}
         for position, (text, stream) in enumerate(streams.items()):
-            demands = [request.part(by_kind[request.name][position]) for request in requests]
-            for name, starts in place(text, len(stream), demands, generator).items():
+            parts = [request.part(by_kind[request.name][position]) for request in requests]
+            for name, starts in place(text, len(stream), parts, generator).items():
                 length = next(request.length for request in requests if request.name == name)
                 windows[name].extend(stream[start : start + length] for start in starts)
     # Mixed, so that the first or last part of a set is not one kind of text alone.

@@ -7,6 +7,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
 from importlib import resources
@@ -14,8 +15,6 @@ from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-
-from pydantic import BaseModel, ConfigDict
 
 from saap.core.errors import CalibrationError, SaapError
 
@@ -35,40 +34,24 @@ class Purpose(StrEnum):
     EVALUATION = "evaluation"
 
 
-class DataSet(BaseModel):
-    """Where a public data set lies and which part serves which purpose. rows: how many of the first rows, None all."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSet:
+    """Where a public data set lies; its split `train` is for calibration. rows: so many of the first, None all."""
 
     path: str
-    name: str | None = None
+    name: str
     revision: str | None = None
-    column: str
-    splits: dict[Purpose, str]
+    column: str = "text"
+    evaluation_split: str = "test"
     rows: int | None = None
 
 
 DATA_SETS = {
-    "wikitext2": DataSet(
-        path="Salesforce/wikitext",
-        name="wikitext-2-raw-v1",
-        column="text",
-        splits={Purpose.CALIBRATION: "train", Purpose.EVALUATION: "test"},
-    ),
+    "wikitext2": DataSet(path="Salesforce/wikitext", name="wikitext-2-raw-v1"),
     "ptb": DataSet(
-        path="ptb-text-only/ptb_text_only",
-        name="penn_treebank",
-        revision="refs/convert/parquet",
-        column="sentence",
-        splits={Purpose.CALIBRATION: "train", Purpose.EVALUATION: "test"},
+        path="ptb-text-only/ptb_text_only", name="penn_treebank", revision="refs/convert/parquet", column="sentence"
     ),
-    "c4": DataSet(
-        path="allenai/c4",
-        name="en",
-        column="text",
-        splits={Purpose.CALIBRATION: "train", Purpose.EVALUATION: "validation"},
-        rows=2000,
-    ),
+    "c4": DataSet(path="allenai/c4", name="en", evaluation_split="validation", rows=2000),
 }
 
 
@@ -90,7 +73,8 @@ def read_documents(
     elif isinstance(source, str) and name in DATA_SETS:
         documents = _download(name, DATA_SETS[name], purpose)
     elif Path(source).is_file():
-        documents = _read_file(Path(source), tokenizer)
+        path = Path(source)
+        documents = _rows_to_documents(path, tokenizer) if ".jsonl" in path.suffixes else (_file_text(path),)
     else:
         raise _unknown(name)
     if not any(document.strip() for document in documents):
@@ -132,9 +116,14 @@ def bundled_text(kind: str, purpose: Purpose, tokenizer: Any | None = None) -> s
     Conversations are plain text, instruction and answer; every second one is written with the chat template of
     `tokenizer` if it has one, for a model that answers is asked in either form.
     """
-    if kind == CONVERSATIONS:
-        return _mixed_conversations(bundled_conversations(purpose), tokenizer)
-    return _bundled(f"{kind}.{purpose}.txt.bz2")
+    if kind != CONVERSATIONS:
+        return _bundled(f"{kind}.{purpose}.txt.bz2")
+    conversations = bundled_conversations(purpose)
+    plain = ["\n".join(message["content"] for message in messages) for messages in conversations]
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        return "\n\n".join(plain)
+    written = [str(tokenizer.apply_chat_template(messages, tokenize=False)) for messages in conversations[1::2]]
+    return "\n\n".join(plain[::2]) + "\n\n" + "".join(written)
 
 
 def bundled_conversations(purpose: Purpose) -> list[list[dict[str, str]]]:
@@ -146,22 +135,9 @@ def _bundled(name: str) -> str:
     return bz2.decompress((resources.files("saap.data") / "bundled" / name).read_bytes()).decode()
 
 
-def _mixed_conversations(conversations: list[list[dict[str, str]]], tokenizer: Any | None) -> str:
-    plain = ["\n".join(message["content"] for message in messages) for messages in conversations]
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-        return "\n\n".join(plain)
-    written = [str(tokenizer.apply_chat_template(messages, tokenize=False)) for messages in conversations[1::2]]
-    return "\n\n".join(plain[::2]) + "\n\n" + "".join(written)
-
-
-def evaluation_text(kind: str = MIXED) -> str:
-    """A bundled text that is never calibrated on: one of KINDS, or `mixed`, the first part of each."""
-    if kind == MIXED:
-        parts = (bundled_text(one, Purpose.EVALUATION)[:MIXED_EVALUATION_CHARACTERS] for one in KINDS)
-        return "\n\n".join(parts)
-    if kind not in KINDS:
-        raise _unknown(kind)
-    return bundled_text(kind, Purpose.EVALUATION)
+def evaluation_text() -> str:
+    """A bundled text that is never calibrated on: the first part of each of KINDS."""
+    return "\n\n".join(bundled_text(kind, Purpose.EVALUATION)[:MIXED_EVALUATION_CHARACTERS] for kind in KINDS)
 
 
 def _unknown(name: str) -> CalibrationError:
@@ -181,13 +157,20 @@ def _unknown(name: str) -> CalibrationError:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a .jsonl file, each with the words that say where it stands. Raises CalibrationError."""
-    return _rows(path, _file_text(path))
-
-
-def _read_file(path: Path, tokenizer: Any | None) -> tuple[str, ...]:
-    text = _file_text(path)
-    return _rows_to_documents(path, text, tokenizer) if ".jsonl" in path.suffixes else (text,)
+    """The objects of a .jsonl file, each with its place in words. Raises CalibrationError."""
+    # Not splitlines(): JSON strings may hold line separators that are not line breaks of the file.
+    for number, line in enumerate(_file_text(path).split("\n"), start=1):
+        place = f"{path}, line {number},"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or type(error).__name__
+            raise CalibrationError(f"{place} is not JSON ({reason})", "Fix or remove the line") from error
+        if not isinstance(row, dict):
+            raise CalibrationError(f"{place} is not a JSON object", 'Write it as {"text": "..."}')
+        yield place, row
 
 
 def _file_text(path: Path) -> str:
@@ -202,14 +185,14 @@ def _file_text(path: Path) -> str:
         raise CalibrationError(f"{path} is not UTF-8 at byte {error.start}", "Convert it to UTF-8") from error
 
 
-def _rows_to_documents(path: Path, text: str, tokenizer: Any | None) -> tuple[str, ...]:
+def _rows_to_documents(path: Path, tokenizer: Any | None) -> tuple[str, ...]:
     texts: list[str] = []
     conversations: list[str] = []
-    for place, row in _rows(path, text):
+    for place, row in read_rows(path):
         if isinstance(row.get("text"), str):
             texts.append(row["text"])
         elif isinstance(row.get("messages"), list):
-            conversations.append(_written_out(place, row["messages"], tokenizer))
+            conversations.append(template_text(place, row["messages"], tokenizer, error=CalibrationError))
         else:
             raise CalibrationError(
                 f"{place} has neither a string `text` nor a list `messages`", "Give each line one of the two"
@@ -218,45 +201,25 @@ def _rows_to_documents(path: Path, text: str, tokenizer: Any | None) -> tuple[st
     return (*texts, "".join(conversations)) if conversations else tuple(texts)
 
 
-def _rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Not splitlines(): JSON strings may hold line separators that are not line breaks of the file.
-    for number, line in enumerate(text.split("\n"), start=1):
-        place = f"{path}, line {number},"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", None) or type(error).__name__
-            raise CalibrationError(f"{place} is not JSON ({reason})", "Mend or remove the line") from error
-        if not isinstance(row, dict):
-            raise CalibrationError(f"{place} is not a JSON object", 'Write it as {"text": "..."}')
-        yield place, row
-
-
-def _written_out(place: str, messages: list[Any], tokenizer: Any | None) -> str:
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-        raise CalibrationError(
-            f"{place} has chat messages, but the model's tokenizer has no chat template",
-            "Give a file with `text` rows, or a model with a chat template",
-        )
-    return template_text(place, messages, tokenizer, refusal=CalibrationError)
-
-
 def template_text(
-    place: str, messages: list[Any], tokenizer: Any, *, refusal: type[SaapError], prompt: bool = False
+    place: str, messages: list[Any], tokenizer: Any | None, *, error: type[SaapError], prompt: bool = False
 ) -> str:
     """Messages as the tokenizer's chat template writes them. prompt: with the beginning of an answer at the end.
 
-    Raises `refusal`, naming `place`, if they do not fit the template.
+    Raises `error`, naming `place`, if there is no template or they do not fit it.
     """
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        raise error(
+            f"{place} has chat messages, but the model's tokenizer has no chat template",
+            "Give rows without `messages`, or a model with a chat template",
+        )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-    except Exception as error:  # templates are programs of the model's makers: they may raise anything
-        raise refusal(
-            f"{place} does not fit the chat template ({type(error).__name__}: {error})",
+    except Exception as caught:  # templates are programs of their own: they may raise anything
+        raise error(
+            f"{place} does not fit the chat template ({type(caught).__name__}: {caught})",
             "Give each message a `role` and a `content` that the template knows",
-        ) from error
+        ) from caught
 
 
 def _download(name: str, data_set: DataSet, purpose: Purpose) -> tuple[str, ...]:
@@ -272,7 +235,7 @@ def _download(name: str, data_set: DataSet, purpose: Purpose) -> tuple[str, ...]
             data_set.path,
             data_set.name,
             revision=data_set.revision,
-            split=data_set.splits[purpose],
+            split="train" if purpose is Purpose.CALIBRATION else data_set.evaluation_split,
             streaming=data_set.rows is not None,
         )
         return tuple(str(row[data_set.column]) for row in islice(rows, data_set.rows))

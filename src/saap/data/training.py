@@ -34,18 +34,18 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingData:
-    """train: to learn from. held: to judge by, never learned. sources: their names. seed: of split and order."""
+    """train: to learn from. held_out: for validation, never learned. sources: their names. seed: of split and order."""
 
     sources: tuple[str, ...]
     train: tuple[Example, ...]
-    held: tuple[Example, ...]
+    held_out: tuple[Example, ...]
     seed: int
 
     @property
     def digest(self) -> str:
         """sha256 over all tokens, what is learned of them, and the seed."""
-        parts = [digest_of([one.tokens, one.learned.astype(np.int64)]) for one in (*self.train, *self.held)]
-        return digest_of([parts, len(self.held), self.seed])
+        parts = [digest_of([one.tokens, one.learned.astype(np.int64)]) for one in (*self.train, *self.held_out)]
+        return digest_of([parts, len(self.held_out), self.seed])
 
     def step_indices(self, step: int, batch: int) -> list[int]:
         """Indices into `train` of the examples of one step; a function of seed and step alone, so nothing is stored.
@@ -63,15 +63,14 @@ class TrainingData:
 
 
 def training_data(
-    sources: Sequence[str | Path], tokenizer: Any | None, *, length: int, held: int, seed: int,
-    vocabulary: int | None = None, bos: bool = True,
-) -> TrainingData:  # fmt: skip
+    sources: Sequence[str | Path], tokenizer: Any | None, *, length: int, held_out: int, seed: int, bos: bool = True
+) -> TrainingData:
     """Read all sources and hold some examples back.
 
     sources: as `read_documents` takes them (plain text is cut into blocks of `length` tokens that do not overlap), or a
     .jsonl file with `instruction`, `input`, `output` or with chat `messages` on each line, of which only the answers
-    are learned. length: longer conversations are cut. held: examples for validation, at most a tenth, at least one.
-    vocabulary: rows of the model's embedding. bos: whether sequences begin with the tokenizer's leading ids.
+    are learned. length: longer conversations are cut. held_out: examples for validation, at most a tenth, at least one.
+    bos: whether sequences begin with the tokenizer's leading ids.
     Raises TrainingDataError, CalibrationError.
     """
     if not sources:
@@ -83,18 +82,12 @@ def training_data(
             f"{', '.join(map(str, sources))} gives {len(examples)} examples of {length} tokens",
             "Give more data, or a smaller --max-seq-length",
         )
-    largest = max(int(example.tokens.max()) for example in examples)
-    if vocabulary is not None and largest >= vocabulary:
-        raise TrainingDataError(
-            f"The tokenizer gave id {largest}, but the model's embedding has {vocabulary} rows",
-            "Use the tokenizer that belongs to the model",
-        )
     order = np.random.default_rng([seed, len(examples)]).permutation(len(examples))
-    held_back = max(1, min(held, len(examples) // HELD_SHARE))
+    held_back = max(1, min(held_out, len(examples) // HELD_SHARE))
     return TrainingData(
         sources=tuple(str(source) for source in sources),
         train=tuple(examples[index] for index in order[held_back:]),
-        held=tuple(examples[index] for index in order[:held_back]),
+        held_out=tuple(examples[index] for index in order[:held_back]),
         seed=seed,
     )
 
@@ -146,11 +139,6 @@ def _pieces(place: str, row: dict[str, Any], tokenizer: Any) -> list[tuple[str, 
         messages = _instruction(place, row)
         if not getattr(tokenizer, "chat_template", None):
             return _without_template(row, tokenizer)
-    elif not getattr(tokenizer, "chat_template", None):
-        raise TrainingDataError(
-            f"{place} has chat messages, but the model's tokenizer has no chat template",
-            "Give instruction, input and output instead, or a model with a chat template",
-        )
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
     if "assistant" not in roles:
         raise TrainingDataError(f"{place} has no message of the role `assistant`", "Give each conversation an answer")
@@ -184,8 +172,8 @@ def _with_template(place: str, messages: list[Any], roles: list[Any], tokenizer:
         if role != "assistant":
             continue
         asked, answered = messages[:index], messages[: index + 1]
-        before = template_text(place, asked, tokenizer, refusal=TrainingDataError, prompt=True) if asked else ""
-        after = template_text(place, answered, tokenizer, refusal=TrainingDataError)
+        before = template_text(place, asked, tokenizer, error=TrainingDataError, prompt=True) if asked else ""
+        after = template_text(place, answered, tokenizer, error=TrainingDataError)
         if not (before.startswith(done) and after.startswith(before)):
             raise TrainingDataError(
                 f"{place} cannot be cut into questions and answers: the chat template rewrites earlier turns",

@@ -13,12 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from saap.core.errors import first_line
-from saap.core.records import Role, UnitAttribute
+from saap.core.records import Role, SlicedArgument, UnitAttribute
 from saap.discovery.groups import TracedGroup
 from saap.discovery.instance import TOKENS, Instance
-from saap.discovery.repeat import Checked
-from saap.models.checkpoint.differences import epsilon_name
-from saap.models.checkpoint.modeling_pruned import ArgumentSlice
+from saap.models.checkpoint.differences import argument_hook, epsilon_name
 from saap.models.structure.linear import contracted_axis
 from saap.models.walk.arguments import unit_axis
 
@@ -27,26 +25,28 @@ TOLERANCE = 1e-5
 MOST_ATTRIBUTES = 3
 
 
-def checked(instance: Instance, number: int) -> Checked:
+def checked(instance: Instance, number: int) -> TracedGroup:
     """The group with what its removal needs; refused if removal cannot be made equal to masking."""
     group = instance.groups[number]
     if group.refusal is not None or group.units == 1:
-        return Checked(group=group)
+        return group
     stiff = [path for path in group.scaled_norms if not _can_take_up(instance.model.get_submodule(path))]
     if stiff:
-        reason = f"the norm {stiff[0]} has no weight or no epsilon attribute that could take up removed channels"
-        return Checked(group=replace(group, refusal=reason))
+        return group.refuse(
+            f"the norm {stiff[0]} has no weight or no epsilon attribute that could take up removed channels"
+        )
     try:
-        found = _hidden(instance, number) if group.role is Role.HIDDEN else _in_block(instance, number)
+        found = (_hidden if group.role is Role.HIDDEN else _in_block)(_Search(instance, number))
     except _NoEffectError:
-        reason = "its block computes the same with its units masked, so what their removal needs cannot be tried"
-        return Checked(group=replace(group, refusal=reason))
+        return group.refuse(
+            "its block computes the same with its units masked, so what their removal needs cannot be tried"
+        )
     except Exception as error:  # the model's own code fails in its own way
-        reason = f"a small random model of its classes ends with {type(error).__name__}: {first_line(error)}"
-        return Checked(group=replace(group, refusal=reason))
+        return group.refuse(
+            f"a small random model of its classes ends with {type(error).__name__}: {first_line(error)}"
+        )
     if found is None:
-        reason = "removing its units is not the same as masking them, whichever sizes of the module follow"
-        return Checked(group=replace(group, refusal=reason))
+        return group.refuse("removing its units is not the same as masking them, whichever sizes of the module follow")
     return found
 
 
@@ -54,50 +54,20 @@ def _can_take_up(norm: nn.Module) -> bool:
     return norm._parameters.get("weight") is not None and epsilon_name(norm) is not None
 
 
-def _hidden(instance: Instance, number: int) -> Checked | None:
+def _hidden(search: _Search) -> TracedGroup | None:
     """Hidden channels: every block at once; attributes of their number follow only where it does not work without."""
-    group = instance.groups[number]
-    try:
-        if _hidden_follow(instance, number, ()):
-            return Checked(group=group)
-        failure = None
-    except Exception as error:  # a size that is written down somewhere
-        failure = error
-    candidates = _of_value(instance.model, group.units)
-    if not _hidden_works(instance, number, candidates):
-        if failure is not None:
+    if search.works():
+        return search.group
+    failure, candidates = search.failure, _of_value(search.model, search.group.units)
+    if not search.works(candidates):
+        if failure is not None:  # a size that is written down somewhere
             raise failure
         return None
     for name in dict.fromkeys(item.attribute for item in candidates):
         fewer = [item for item in candidates if item.attribute != name]
-        if _hidden_works(instance, number, fewer):
+        if search.works(fewer):
             candidates = fewer
-    return Checked(group=group, attributes=tuple(candidates))
-
-
-def _hidden_works(instance: Instance, number: int, attributes: Sequence[UnitAttribute]) -> bool:
-    try:
-        return _hidden_follow(instance, number, attributes)
-    except Exception:  # sizes that do not fit: not these attributes
-        return False
-
-
-def _hidden_follow(instance: Instance, number: int, attributes: Sequence[UnitAttribute]) -> bool:
-    """Whether removal of hidden channels equals masking them when the attributes follow."""
-    last = instance.blocks[-1]
-    units = instance.units_of(number)
-    with instance.norms_without_statistic(number):
-        for kept in _removals(units):
-            with instance.masked(number, kept, consumers_only=False):
-                expected = instance.output_of(last)[..., [units.index(unit) for unit in kept]]
-            with ExitStack() as stack:
-                stack.enter_context(instance.removed(number, kept))
-                for item in attributes:
-                    module = instance.model.get_submodule(item.module)
-                    stack.enter_context(_changed(module, item.attribute, len(kept)))
-                if not _equal(instance.output_of(last), expected):
-                    return False
-    return True
+    return replace(search.group, attributes=tuple(candidates))
 
 
 def _of_value(model: nn.Module, value: int) -> list[UnitAttribute]:
@@ -111,30 +81,24 @@ def _of_value(model: nn.Module, value: int) -> list[UnitAttribute]:
     ]
 
 
-def _in_block(instance: Instance, number: int) -> Checked | None:
-    group = instance.groups[number]
-    search = _Search(instance, number)
-    sliced = _sliced_arguments(instance, group)
-    counts = _counts(search, group)
-    if counts and search.works(counts, {}):
-        return Checked(group=group, attributes=counts)
-    if search.works((), {}):
-        return Checked(group=group)
-    read = [item for item in search.candidates if search.is_read(item)]
-    for arguments in [{}, sliced] if sliced else [{}]:
+def _in_block(search: _Search) -> TracedGroup | None:
+    group, candidates = search.group, _candidates(search.model, search.group)
+    sliced = _sliced_arguments(search.instance, group)
+    if group.role is Role.EXPERT:
+        # All that say how many experts there are follow, as one way to compute needs what another does not.
+        own = (item for item in candidates if not item.attribute.startswith("config."))
+        counts = tuple(item for item in own if item.per_unit == 1)
+        if counts and search.works(counts):
+            return replace(group, attributes=counts)
+    if search.works():
+        return group
+    read = [item for item in candidates if search.is_read(item)]
+    for arguments in dict.fromkeys([(), sliced]):
         for count in range(0 if arguments else 1, MOST_ATTRIBUTES + 1):
             for attributes in combinations(read, count):
                 if search.works(attributes, arguments):
-                    return Checked(group=group, attributes=attributes, sliced_arguments=tuple(arguments))
+                    return replace(group, attributes=attributes, sliced_arguments=arguments)
     return None
-
-
-def _counts(search: _Search, group: TracedGroup) -> tuple[UnitAttribute, ...]:
-    """Attributes that say how many experts there are: all follow, as one way to compute needs what another does not."""
-    if group.role is not Role.EXPERT:
-        return ()
-    own = (item for item in search.candidates if not item.attribute.startswith("config."))
-    return tuple(item for item in own if item.per_unit == 1)
 
 
 class _NoEffectError(Exception):
@@ -142,65 +106,70 @@ class _NoEffectError(Exception):
 
 
 class _Search:
-    """Removal of units of one group in one block, with candidate attributes set."""
+    """Removal of units of one group, with attributes set; compared by the output of its block, or of the last one.
+
+    failure: what the model's code raised in the last removal, if it did.
+    """
 
     def __init__(self, instance: Instance, number: int) -> None:
-        self.instance, self.number = instance, number
-        group = instance.groups[number]
-        assert group.block is not None
-        self.block = group.block
-        self.inputs = instance.inputs_of(group.block)
-        self.candidates = _candidates(instance.model, group)
+        self.instance, self.number, self.model = instance, number, instance.model
+        self.group = group = instance.groups[number]
+        self.failure: Exception | None = None
+        self._block = group.block or instance.blocks[-1]
+        # Hidden channels also lie in what the block is given.
+        self._inputs = None if group.block is None else instance.inputs_of(self._block)
+        self._expected: list[tuple[list[int], Tensor]] = []
+        units = instance.units_of(number)
         with instance.norms_without_statistic(number):
-            self.whole = instance.call(self.block, *self.inputs)
-            self.expected: list[tuple[list[int], Tensor]] = []
-            for kept in _removals(instance.units_of(number), group.least):
-                with instance.masked(number, kept, consumers_only=not group.scaled_norms):
-                    output = instance.call(self.block, *self.inputs)
-                self.expected.append((kept, output))
-            if all(_equal(output, self.whole) for _, output in self.expected):
-                raise _NoEffectError
+            self._whole = self._output()
+            for kept in _removals(units, group.least):
+                consumers_only = group.block is not None and not group.scaled_norms
+                with instance.masked(number, kept, consumers_only=consumers_only):
+                    self._expected.append((kept, self._output()))
+        if group.block is None:
+            places = [[units.index(unit) for unit in kept] for kept, _ in self._expected]
+            self._expected = [(kept, out[..., at]) for (kept, out), at in zip(self._expected, places, strict=True)]
+        elif all(_equal(output, self._whole) for _, output in self._expected):
+            raise _NoEffectError
+
+    def _output(self) -> Tensor:
+        return self.instance.call(self._block, *(self._inputs or self.instance.inputs_of(self._block)))
 
     def is_read(self, attribute: UnitAttribute) -> bool:
         """Whether the block computes something else, or fails, when the attribute alone says one unit less."""
-        module = self.instance.model.get_submodule(attribute.module)
-        units = self.instance.groups[self.number].units
         with (
             self.instance.norms_without_statistic(self.number),
-            _changed(module, attribute.attribute, attribute.per_unit * (units - 1)),
+            _following(self.model, attribute, self.group.units - 1),
         ):
             try:
-                return not _equal(self.instance.call(self.block, *self.inputs), self.whole)
+                return not _equal(self._output(), self._whole)
             except Exception:  # a size that does not fit any more
                 return True
 
-    def works(self, attributes: Sequence[UnitAttribute], arguments: dict[str, tuple[str, int, bool]]) -> bool:
+    def works(self, attributes: Sequence[UnitAttribute] = (), arguments: Sequence[SlicedArgument] = ()) -> bool:
         """Whether every removal equals masking when the attributes follow and the arguments are cut."""
-        return all(self._difference(kept, output, attributes, arguments) for kept, output in self.expected)
+        return all(self._agrees(kept, output, attributes, arguments) for kept, output in self._expected)
 
-    def _difference(
+    def _agrees(
         self,
         kept: list[int],
         expected: Tensor,
         attributes: Sequence[UnitAttribute],
-        arguments: dict[str, tuple[str, int, bool]],
+        arguments: Sequence[SlicedArgument],
     ) -> bool:
-        model, units = self.instance.model, self.instance.groups[self.number].units
         with ExitStack() as stack:
             stack.enter_context(self.instance.norms_without_statistic(self.number))
             stack.enter_context(self.instance.removed(self.number, kept))
             for attribute in attributes:
-                module = model.get_submodule(attribute.module)
-                stack.enter_context(_changed(module, attribute.attribute, attribute.per_unit * len(kept)))
-            for path, (argument, axis, per_sample) in arguments.items():
-                module = model.get_submodule(path)
-                hook = ArgumentSlice(
-                    module, argument=argument, axis=axis, per_sample=per_sample, units=units, kept=kept
-                )
+                stack.enter_context(_following(self.model, attribute, len(kept)))
+            for sliced in arguments:
+                module = self.model.get_submodule(sliced.module)
+                hook = argument_hook(module, sliced, self.group.units, kept)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             try:
-                return _equal(self.instance.call(self.block, *self.inputs), expected)
-            except Exception:  # sizes that do not fit: not these attributes
+                return _equal(self._output(), expected)
+            except Exception as error:  # sizes that do not fit: not these attributes
+                self.failure = error
                 return False
 
 
@@ -255,10 +224,13 @@ def _parents(path: str, block: str) -> Iterator[str]:
         yield path
 
 
-def _sliced_arguments(instance: Instance, group: TracedGroup) -> dict[str, tuple[str, int, bool]]:
-    """Innermost module around the members that gets a tensor with one entry per unit: path -> argument and its axis."""
+def _sliced_arguments(instance: Instance, group: TracedGroup) -> tuple[SlicedArgument, ...]:
+    """The argument with one entry per unit that the innermost module around the members gets, if there is one.
+
+    The batch has one sample more than there are units, so that no other axis can be mistaken for theirs.
+    """
     if group.role is not Role.ATTENTION:
-        return {}
+        return ()
     samples = group.units + (1 if group.units + 1 != TOKENS else 2)
     around = _common_module(group)
     for path in (around, *_parents(around, group.block or "")):
@@ -268,28 +240,20 @@ def _sliced_arguments(instance: Instance, group: TracedGroup) -> dict[str, tuple
         for name, value in given.items():
             place = unit_axis(value, samples=samples, units=group.units)
             if place is not None:
-                return {path: (name, *place)}
-    return {}
+                return (SlicedArgument(module=path, argument=name, axis=place[0], per_sample=place[1]),)
+    return ()
 
 
 @contextmanager
-def _changed(module: nn.Module, name: str, value: int) -> Iterator[None]:
-    """Set an attribute for a while; `config.NAME` in a copy of the module's configuration."""
-    holder: Any = module
-    if name.startswith("config."):
-        name = name.removeprefix("config.")
-        before = module.config
-        holder = copy.deepcopy(before)
-        module.config = holder
-        try:
-            setattr(holder, name, value)
-            yield
-        finally:
-            module.config = before
-        return
-    before = getattr(module, name)
-    setattr(module, name, value)
+def _following(model: nn.Module, attribute: UnitAttribute, units: int) -> Iterator[None]:
+    """An attribute says this number of units for a while; `config.NAME` in a copy of the module's configuration."""
+    module = model.get_submodule(attribute.module)
+    config, _, name = attribute.attribute.rpartition(".")
+    before = getattr(module, config or name)
     try:
+        if config:
+            module.config = copy.deepcopy(before)
+        setattr(module.config if config else module, name, attribute.value(units))
         yield
     finally:
-        setattr(module, name, before)
+        setattr(module, config or name, before)

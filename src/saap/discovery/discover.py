@@ -13,10 +13,9 @@ from saap.discovery.attributes import checked
 from saap.discovery.blocks import alike, find_blocks, require_own_weights
 from saap.discovery.groups import TracedGroup, traced_groups
 from saap.discovery.instance import Instance, SmallModelError, small_instance
-from saap.discovery.interleaved import one_of_each_block
-from saap.discovery.query_heads import query_heads
 from saap.discovery.reduce import ReducedModel, reduced
-from saap.discovery.repeat import Checked, Naming, check_last_of_each_kind, everywhere, with_hidden_checked
+from saap.discovery.regrouping import one_of_each_block, query_heads
+from saap.discovery.repeat import Naming, check_last_of_each_kind, everywhere, with_hidden_checked
 from saap.discovery.trace import Trace, trace
 from saap.models.checkpoint.stock_config import config_fields
 from saap.models.loading.pretrained import model_ref, quiet_transformers
@@ -60,32 +59,27 @@ def of_structure(model: nn.Module, ref: ModelRef, *, finer_heads: bool) -> Model
             f"Nothing of {type(model).__name__} can be pruned ({reasons})",
             "Use a model whose blocks are made of operations that discovery knows",
         )
-    graph = ModelGraph(
-        model=ref,
-        blocks=blocks,
-        groups=groups,
-        shapes=shapes,
-        refused=refused,
-    )
+    graph = ModelGraph(model=ref, blocks=blocks, groups=groups, shapes=shapes, refused=refused)
     fields, pinned = config_fields(model, graph)
     return replace(graph, config_fields=fields, pinned_fields=pinned)
 
 
-def _needs(copy: ReducedModel, groups: Sequence[TracedGroup], blocks: set[str | None]) -> list[Checked]:
-    """What removal needs, for the groups of the given blocks and the hidden one; refused where it does not work."""
+def _needs(copy: ReducedModel, groups: Sequence[TracedGroup], blocks: set[str | None]) -> list[TracedGroup]:
+    """The groups of the given blocks and the hidden one with what removal needs; refused where it does not work."""
     numbers = [number for number, group in enumerate(groups) if group.block in blocks]
     try:
         instance = small_instance(copy, groups)
     except SmallModelError as error:
-        reason = str(error)
-        return [Checked(group=replace(groups[number], refusal=groups[number].refusal or reason)) for number in numbers]
+        return [groups[number].refuse(str(error)) for number in numbers]
     return [_checked_or_joined(copy, groups, instance, number) for number in numbers]
 
 
-def _checked_or_joined(copy: ReducedModel, groups: Sequence[TracedGroup], instance: Instance, number: int) -> Checked:
+def _checked_or_joined(
+    copy: ReducedModel, groups: Sequence[TracedGroup], instance: Instance, number: int
+) -> TracedGroup:
     """What removal of single units needs, or of one unit from each block of a tensor where single ones cannot go."""
     found = checked(instance, number)
-    joined = one_of_each_block(groups[number]) if found.group.refusal is not None else None
+    joined = one_of_each_block(groups[number]) if found.refusal is not None else None
     if joined is None or groups[number].refusal is not None:
         return found
     changed = [joined if place == number else group for place, group in enumerate(groups)]
@@ -93,7 +87,7 @@ def _checked_or_joined(copy: ReducedModel, groups: Sequence[TracedGroup], instan
         again = checked(small_instance(copy, changed), number)
     except SmallModelError:
         return found
-    return again if again.group.refusal is None else found
+    return again if again.refusal is None else found
 
 
 def _trace(model: nn.Module, blocks: Sequence[str], kept: Sequence[int]) -> tuple[ReducedModel, Trace]:

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from saap.core.records import AxisSlice, IntArray, Role, Side
-from saap.discovery.experts import expert_members
-from saap.discovery.slices import Pattern, patterns_of
+from saap.core.records import AxisSlice, Role, Side, SlicedArgument, UnitAttribute
+from saap.discovery.slices import slices_of
 from saap.discovery.tags import Units
 from saap.discovery.trace import Trace
 
@@ -26,6 +25,7 @@ class TracedGroup:
     where they belong to no group. refusal: why the group cannot be pruned. parts: where the members stack so many
     matrices along axis 0 (experts), each of which can lose units of its own; else 0. least: units that must stay.
     shares: where each unit is one head of each of so many KV groups, whose members follow each other in equal numbers.
+    attributes, sliced_arguments: what follows the number of kept units, once removal has been tried.
     """
 
     block: str | None
@@ -38,6 +38,12 @@ class TracedGroup:
     parts: int = 0
     least: int = 0
     shares: int = 0
+    attributes: tuple[UnitAttribute, ...] = ()
+    sliced_arguments: tuple[SlicedArgument, ...] = ()
+
+    def refuse(self, reason: str) -> TracedGroup:
+        """The group with the reason why it cannot be pruned, if there is none yet."""
+        return replace(self, refusal=self.refusal or reason)
 
 
 def traced_groups(trace: Trace, blocks: Sequence[str]) -> list[TracedGroup]:
@@ -71,14 +77,42 @@ def traced_groups(trace: Trace, blocks: Sequence[str]) -> list[TracedGroup]:
 
 
 def _expert_groups(trace: Trace, units: Units, blocks: Sequence[str]) -> list[TracedGroup]:
+    """Whole experts: the matrices stacked along one axis, and the rows of the router that chooses among them.
+
+    That stack and router belong together cannot be seen in the trace, since the choice depends on data; it follows from
+    their sizes, and removal is compared with masking on a small model as for any other group.
+    """
     found = []
     for block in blocks:
-        members, least = expert_members(trace, units, block)
-        if members:
-            count = len(trace.axes[members[0].tensor][members[0].axis])
+        axes, least = _router_and_stacks(trace, units, block)
+        if axes:
+            count = len(trace.axes[axes[0][0]][axes[0][1]])
+            members = tuple(
+                AxisSlice(tensor=name, axis=axis, side=Side.PRODUCER, offset=0, width=1, stride=1)
+                for name, axis in axes
+            )
             refusal = None if least < count else "each token is sent to all experts"
             found.append(TracedGroup(block, Role.EXPERT, count, members, refusal=refusal, least=least))
     return found
+
+
+def _router_and_stacks(trace: Trace, units: Units, block: str) -> tuple[list[Axis], int]:
+    """Axes along which the experts of a block lie, and how many experts a token is sent to; none if it has none."""
+    stacked = set(trace.space.marked("stacked").tolist())
+    inside = {name: axes for name, axes in trace.axes.items() if name.startswith(f"{block}.")}
+    stacks = {name: axes[0] for name, axes in inside.items() if len(axes) > 2 and stacked >= set(axes[0].tolist())}
+    for choice in trace.space.choices:
+        chosen = set(units.of(choice.channels).tolist()) - {-1}
+        size = len(choice.channels)
+        routers = [
+            (name, axis)
+            for name, axes in inside.items()
+            for axis, tags in enumerate(axes)
+            if name not in stacks and len(tags) == size and chosen >= set(units.of(tags).tolist())
+        ]
+        if stacks and routers and all(len(tags) == size for tags in stacks.values()):
+            return [*routers, *((name, 0) for name in stacks)], choice.count
+    return [], 0
 
 
 def _units_on(trace: Trace, units: Units, axis: Axis) -> set[int]:
@@ -142,11 +176,12 @@ def _group(
         refusal = refusal or "its channels meet in a product of activations without softmax"
     members: list[AxisSlice] = []
     for axis in cluster[0]:
-        patterns = _patterns([unit[axis] for unit in cluster])
-        if patterns is None:
+        rows = [unit[axis] for unit in cluster]
+        even = len({len(row) for row in rows}) == 1
+        slices = slices_of(np.array(rows, np.int64), *axis, sides.get(axis, Side.PRODUCER)) if even else None
+        if slices is None:
             refusal = refusal or f"its units have no regular places on axis {axis[1]} of {axis[0]}"
-            continue
-        members += [pattern.of(*axis, sides.get(axis, Side.PRODUCER)) for pattern in patterns]
+        members += slices or []
     norms, problem = _norms(trace, units, set(ids))
     parts = 0 if block is None else _parts(trace, members)
     if parts is None or (parts and norms):
@@ -164,13 +199,6 @@ def _parts(trace: Trace, members: Sequence[AxisSlice]) -> int | None:
         for member in members
     }
     return sizes.pop() if len(sizes) == 1 else None
-
-
-def _patterns(rows: list[list[int]]) -> list[Pattern] | None:
-    if len({len(row) for row in rows}) > 1:
-        return None
-    indices: IntArray = np.array(rows, dtype=np.int64)
-    return patterns_of(indices)
 
 
 def _norms(trace: Trace, units: Units, group: set[int]) -> tuple[tuple[str, ...], str | None]:
@@ -218,7 +246,7 @@ def _reached(groups: list[TracedGroup], trace: Trace) -> list[TracedGroup]:
     if not trace.unused:
         return groups
     reason = f"{min(trace.unused)} is not reached by text and may write into them"
-    return [replace(group, refusal=group.refusal or reason) if group.role is Role.HIDDEN else group for group in groups]
+    return [group.refuse(reason) if group.role is Role.HIDDEN else group for group in groups]
 
 
 def _leading_out(groups: list[TracedGroup]) -> list[TracedGroup]:
@@ -232,7 +260,7 @@ def _leading_out(groups: list[TracedGroup]) -> list[TracedGroup]:
     }
     reason = "its channels lead into attention, not out of the block"
     return [
-        replace(group, refusal=group.refusal or reason, label=group.members[0].tensor.rpartition(".")[0])
+        replace(group.refuse(reason), label=group.members[0].tensor.rpartition(".")[0])
         if group.role is Role.FFN
         and any((member.tensor, 1 - member.axis) in heads for member in group.members if member.side is Side.CONSUMER)
         else group

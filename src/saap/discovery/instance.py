@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from saap.core.errors import first_line
-from saap.core.records import IntArray, Role
+from saap.core.records import AxisSlice, Role, Side
 from saap.discovery.groups import TracedGroup
 from saap.discovery.reduce import ReducedModel, reduced
 from saap.models.checkpoint.modeling_pruned import resize
+from saap.models.structure.keep_index import KeepIndex
 from saap.models.structure.masking import never_chosen
 from saap.models.walk.arguments import without_cache
 
@@ -47,19 +48,19 @@ class Instance:
     def __init__(self, copy: ReducedModel, groups: Sequence[TracedGroup], start: Kept) -> None:
         twin = reduced(copy.model, copy.blocks, range(len(copy.blocks)))
         self.model, self.blocks, self.groups, self.start = twin.model, twin.blocks, groups, start
-        self._sizes = {name: tuple(parameter.shape) for name, parameter in twin.model.named_parameters()}
-        self._members = {
-            number: _indices_by_axis(group)
-            for number, group in enumerate(groups)
-            if group.refusal is None or number in start
-        }
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in twin.model.named_parameters()}
+        self._present = self._index(start)
         self._fill()
+
+    def _index(self, kept: Kept) -> KeepIndex:
+        """What stays of the traced model's tensors. kept: by number of the group."""
+        return KeepIndex(self._shapes, ((self.groups[number], units) for number, units in kept.items()))
 
     def _fill(self) -> None:
         """Give every parameter its small size and random values; what is never reached stays untouched."""
         generator = torch.Generator().manual_seed(0)
         for name, parameter in self.model.named_parameters():
-            shape = [len(self._present(name, axis)) for axis in range(parameter.ndim)]
+            shape = self._present.shape(name)
             values = torch.zeros(shape, dtype=torch.float64)
             reached = values if name.startswith(tuple(path + "." for path in self.blocks)) else values[:FILLED_ROWS]
             reached.normal_(generator=generator)
@@ -75,23 +76,13 @@ class Instance:
                 if buffer is not None and buffer.is_floating_point():
                     module._buffers[name] = buffer.double()
 
-    def _present(self, tensor: str, axis: int) -> IntArray:
-        """Indices of the original axis that this instance has."""
-        stays = np.ones(self._sizes[tensor][axis], dtype=bool)
-        for number, kept in self.start.items():
-            indices = self._members[number].get((tensor, axis))
-            if indices is not None:
-                stays[np.delete(indices, list(kept), axis=0)] = False
-        return np.flatnonzero(stays)
-
-    def _places(self, number: int, units: Sequence[int]) -> dict[tuple[str, int], Tensor]:
-        """Indices in this instance of the given units of a group, by tensor and axis."""
-        return {
-            (tensor, axis): torch.from_numpy(
-                np.searchsorted(self._present(tensor, axis), np.sort(indices[list(units)], axis=None))
-            )
-            for (tensor, axis), indices in self._members[number].items()
-        }
+    def _staying(self, number: int, kept: Sequence[int]) -> Iterator[tuple[AxisSlice, nn.Parameter, Tensor]]:
+        """A member for each axis of a group, its parameter, and the places in this instance that stay."""
+        index = self._index({**self.start, number: kept})
+        for (tensor, axis), member in {(one.tensor, one.axis): one for one in self.groups[number].members}.items():
+            here = self._present.axis(tensor, axis).kept()
+            places = np.searchsorted(here, index.axis(tensor, axis).kept())
+            yield member, self.model.get_parameter(tensor), torch.from_numpy(places)
 
     def units_of(self, number: int) -> list[int]:
         """Units of a group that this instance has."""
@@ -103,36 +94,26 @@ class Instance:
 
         Experts are never chosen instead.
         """
-        gone = [unit for unit in self.units_of(number) if unit not in kept]
-        if self.groups[number].role is Role.EXPERT:
-            routers = {
-                self.model.get_parameter(tensor): places
-                for (tensor, _), places in self._places(number, gone).items()
-                if self.model.get_parameter(tensor).ndim == 2
-            }
-            with never_chosen(routers):
-                yield
-            return
-        consumed = {(member.tensor, member.axis) for member in self.groups[number].members if member.side == "consumer"}
+        never: dict[nn.Parameter, Tensor] = {}
         with ExitStack() as stack:
-            for (tensor, axis), places in self._places(number, gone).items():
-                if not consumers_only or (tensor, axis) in consumed:
-                    parameter = self.model.get_parameter(tensor)
+            for member, parameter, places in self._staying(number, kept):
+                gone = torch.ones(parameter.shape[member.axis], dtype=torch.bool).index_fill(0, places, False)
+                if self.groups[number].role is Role.EXPERT:
+                    if parameter.ndim == 2:
+                        never[parameter] = gone.nonzero().flatten()
+                elif not consumers_only or member.side is Side.CONSUMER:
                     stack.callback(setattr, parameter, "data", parameter.data)
-                    parameter.data = parameter.data.index_fill(axis, places, 0.0)
+                    parameter.data = parameter.data.index_fill(member.axis, gone.nonzero().flatten(), 0.0)
+            stack.enter_context(never_chosen(never))
             yield
 
     @contextmanager
     def removed(self, number: int, kept: Sequence[int]) -> Iterator[None]:
         """Take the units of a group out that are not kept, and nothing else."""
-        gone = [unit for unit in self.units_of(number) if unit not in kept]
         with ExitStack() as stack:
-            for (tensor, axis), places in self._places(number, gone).items():
-                parameter = self.model.get_parameter(tensor)
-                stays = torch.ones(parameter.shape[axis], dtype=torch.bool)
-                stays[places] = False
+            for member, parameter, places in self._staying(number, kept):
                 stack.callback(resize, self.model, parameter, parameter.data)
-                resize(self.model, parameter, parameter.data.index_select(axis, stays.nonzero().flatten()))
+                resize(self.model, parameter, parameter.data.index_select(member.axis, places))
             yield
 
     @contextmanager
@@ -219,12 +200,3 @@ def small_instance(copy: ReducedModel, groups: Sequence[TracedGroup]) -> Instanc
 
 def _few(units: int, wanted: int) -> list[int]:
     return sorted({int(unit) for unit in np.linspace(0, units - 1, min(units, wanted))})
-
-
-def _indices_by_axis(group: TracedGroup) -> dict[tuple[str, int], IntArray]:
-    """Indices of each unit by tensor and axis, (units, indices)."""
-    found: dict[tuple[str, int], list[IntArray]] = {}
-    for member in group.members:
-        indices: IntArray = np.array([list(member.rows(unit)) for unit in range(group.units)], dtype=np.int64)
-        found.setdefault((member.tensor, member.axis), []).append(indices)
-    return {key: np.concatenate(parts, axis=1) for key, parts in found.items()}

@@ -6,7 +6,6 @@ tie what they sum over, reductions are noted. An operation without a rule stops 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saap.discovery.tags import UNTAGGED, Choice, ParameterTags, Reduction, TagSpace, finest, together
+from saap.discovery.tags import UNTAGGED, Choice, ParameterTags, Reduction, TagSpace, finest
 
 Rule = Callable[["Step"], Any]
 
@@ -44,44 +43,11 @@ class Step:
     def values(self) -> Iterator[Tensor | ParameterTags]:
         """All tensors among the arguments."""
         for value in (*self.positional, *self.keywords.values()):
-            yield from (item for item in _flat(value) if isinstance(item, (Tensor, ParameterTags)))
+            yield from (item for item in flat(value) if isinstance(item, (Tensor, ParameterTags)))
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments, parameters as activations."""
         return [value.as_activation() if isinstance(value, ParameterTags) else value for value in self.values()]
-
-
-def tags_after(step: Step) -> Any:
-    """Tags of the result of `step`, in the structure of the result."""
-    values = list(step.values())
-    if step.output is None:  # an assertion
-        return None
-    parameters = any(isinstance(value, ParameterTags) for value in values)
-    tagged = parameters or any(isinstance(value, Tensor) and bool((value >= 0).any()) for value in values)
-    rule = (PARAMETER_RULES if parameters else RULES).get(step.name)
-    # What is made without channels may be filled through a view of it: those share memory as they do in the model.
-    if not tagged and rule not in (_move, _view):
-        return untagged(step.output)
-    if rule is None and _is_pointwise(step):
-        rule = _elementwise
-    if rule is not None:
-        try:
-            result = rule(step)
-            if step.in_place:
-                _write(step.positional[0], result)
-            return result
-        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError):
-            pass  # the operation is used in a way that its rule does not cover: refused below, by name
-    for value in values:
-        for axis in value.axes if isinstance(value, ParameterTags) else (value,):
-            step.space.stop(axis, f"the operation {step.name} in {step.module or 'the model'} has no rule")
-    return untagged(step.output)
-
-
-def _write(target: Tensor, result: Tensor) -> None:
-    """An operation in place also fills the tensor that it changes, and what that is a view of."""
-    if bool((target < 0).any()):
-        target.copy_(torch.where(target < 0, result, target))
 
 
 def untagged(output: Any) -> Any:
@@ -91,19 +57,13 @@ def untagged(output: Any) -> Any:
     return [untagged(item) for item in output] if isinstance(output, (list, tuple)) else None
 
 
-def _flat(value: Any) -> Iterator[Any]:
+def flat(value: Any) -> Iterator[Any]:
+    """What lies in nested lists, one by one."""
     if isinstance(value, (list, tuple)):
         for item in value:
-            yield from _flat(item)
+            yield from flat(item)
     else:
         yield value
-
-
-def _is_pointwise(step: Step) -> bool:
-    """Whether the operation works element by element; torch says so of some of its overloads alone."""
-    packet = getattr(step.target, "overloadpacket", None)
-    overloads = () if packet is None else (getattr(packet, name) for name in packet.overloads())
-    return isinstance(step.output, Tensor) and any(torch.Tag.pointwise in each.tags for each in overloads)
 
 
 def _same(step: Step) -> Any:
@@ -140,7 +100,8 @@ def _pad(step: Step) -> Tensor:
     return torch.nn.functional.pad(step.positional[0], step.named["pad"], value=UNTAGGED)
 
 
-def _elementwise(step: Step) -> Tensor:
+def elementwise(step: Step) -> Tensor:
+    """What meets at one element leaves together."""
     shape = tuple(step.output.shape)
     tagged = [tags for tags in step.tensors() if bool((tags >= 0).any())]
     if len(tagged) > 1:
@@ -164,7 +125,7 @@ def _mix(step: Step) -> Tensor:
 def _reduce(step: Step) -> Any:
     """A statistic over some axes; it stays with a unit that it does not leave. max and min of two tensors are none."""
     if "other" in step.named:
-        return _elementwise(step)
+        return elementwise(step)
     tags: Tensor = step.positional[0]
     dims = step.named.get("dim")
     chosen = range(tags.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
@@ -196,46 +157,16 @@ def _norm(step: Step) -> Tensor:
     return tags
 
 
-def contract(space: TagSpace, first: Tensor, second: Tensor) -> Tensor:
-    """Tags of first @ second, both activations: all channels that are summed over, and the result, become one unit.
-
-    first: (..., m, k), second: (..., k, n). Returns (..., m, n).
-    """
-    batch = together(first[..., 0, 0], second[..., 0, 0])[0].shape
-    first, second = first.expand(*batch, *first.shape[-2:]), second.expand(*batch, *second.shape[-2:])
-    second = _without_common(second)
-    space.tie_along(first, -1)
-    space.tie_along(second, -2)
-    rows, columns = together(first[..., :1], second.amax(-2, keepdim=True))
-    space.tie(rows, columns)
-    if bool((rows >= 0).any()) and bool((columns >= 0).any()):
-        space.mark("product", rows)
-    # The finer tags are kept, so that channels stay told apart in what follows.
-    fine, coarse = finest([rows, columns])
-    return torch.where(fine < 0, coarse, fine)
-
-
-def _without_common(tags: Tensor) -> Tensor:
-    """The tags without channels that matrices have in common which differ otherwise: those stay when one head leaves.
-
-    Such are the rotary keys of latent attention, the same for all heads. tags: (..., k, n).
-    """
-    matrices = tags.flatten(0, -3) if tags.ndim > 2 else ()
-    seen = Counter(tag for channels in {frozenset(matrix.unique().tolist()) for matrix in matrices} for tag in channels)
-    common = torch.tensor([tag for tag, count in seen.items() if count > 1], dtype=torch.long)
-    return tags.masked_fill(torch.isin(tags, common), UNTAGGED)
-
-
 def _matmul(step: Step) -> Tensor:
     first, second = step.positional[:2]
     if first.ndim < 2 or second.ndim < 2:
         raise ValueError("a vector")
-    return contract(step.space, first, second)
+    return step.space.contract(first, second)
 
 
 def _baddbmm(step: Step) -> Tensor:
     added, first, second = step.positional[:3]
-    product = contract(step.space, first, second)
+    product = step.space.contract(first, second)
     step.space.tie_shared(added.expand(product.shape), product)
     return product
 
@@ -245,9 +176,9 @@ def _attention(step: Step) -> Tensor:
     repeats = query.shape[-3] // key.shape[-3]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
-    scores = contract(step.space, query, key.transpose(-1, -2))
+    scores = step.space.contract(query, key.transpose(-1, -2))
     step.space.mark("softmax", scores)
-    return contract(step.space, scores, value)
+    return step.space.contract(scores, value)
 
 
 def _einsum(step: Step) -> Tensor:
@@ -268,8 +199,8 @@ def _einsum(step: Step) -> Tensor:
         lengths = [torch.Size(size[axis] for axis in part).numel() for part in parts]
         return tags.permute(order).reshape(lengths)
 
-    product = contract(
-        step.space, arranged(first, left, batch, rows, summed), arranged(second, right, batch, summed, columns)
+    product = step.space.contract(
+        arranged(first, left, batch, rows, summed), arranged(second, right, batch, summed, columns)
     )
     axes = batch + rows + columns
     return product.reshape([size[axis] for axis in axes]).permute([axes.index(axis) for axis in result])
@@ -375,7 +306,7 @@ def _split_parameter(step: Step) -> Any:
     if step.name == "select":
         rest = axes[:dim] + axes[dim + 1 :]
         return rest[0] if len(rest) == 1 else ParameterTags(tuple(rest))
-    pieces = [ParameterTags((*axes[:dim], piece, *axes[dim + 1 :])) for piece in _flat(moved)]
+    pieces = [ParameterTags((*axes[:dim], piece, *axes[dim + 1 :])) for piece in flat(moved)]
     return pieces[0] if isinstance(moved, Tensor) else pieces
 
 
@@ -412,7 +343,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_SAME, _same),
     **dict.fromkeys(_MADE_ANEW, _made_anew),
     **dict.fromkeys(_MOVE, _move),
-    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **dict.fromkeys(_ELEMENTWISE, elementwise),
     **dict.fromkeys(_REDUCE, _reduce),
     **dict.fromkeys(("view", "reshape", "reshape_as", "_unsafe_view", "view_as"), _view),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
@@ -439,3 +370,5 @@ PARAMETER_RULES: dict[str, Rule] = {
     "embedding": _embedding,
     "index": _parameter_position,
 }
+# What is made without channels may be filled through a view of it: those share memory as they do in the model.
+SHARING_MEMORY: tuple[Rule, ...] = (_move, _view)

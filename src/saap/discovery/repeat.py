@@ -8,20 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from saap.core.errors import UnsupportedModelError
-from saap.core.records import AxisSlice, CoupledGroup, Refusal, Role, UnitAttribute
+from saap.core.records import CoupledGroup, Refusal, Role
 from saap.discovery.groups import TracedGroup
 from saap.discovery.reduce import ReducedModel
 
 HIDDEN_NAME = "hidden"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checked:
-    """A traced group with what physical removal needs, as found on a small instance."""
-
-    group: TracedGroup
-    attributes: tuple[UnitAttribute, ...] = ()
-    sliced_arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +55,10 @@ def with_hidden_checked(groups: Sequence[TracedGroup], naming: Naming) -> list[T
         return all(places(group, kind[0]) == places(group, kind[-1]) for kind in naming.kinds)
 
     reason = "it meets blocks that look alike in different places"
-    return [
-        group if group.block is not None or group.refusal or agrees(group) else replace(group, refusal=reason)
-        for group in groups
-    ]
+    return [group if group.block is not None or agrees(group) else group.refuse(reason) for group in groups]
 
 
-def everywhere(checked: Sequence[Checked], naming: Naming, order: Sequence[str]) -> list[CoupledGroup | Refusal]:
+def everywhere(checked: Sequence[TracedGroup], naming: Naming, order: Sequence[str]) -> list[CoupledGroup | Refusal]:
     """The groups of every block in the order of the layers, and the hidden group.
 
     checked: groups of the first block of each kind and the hidden one. order: names of the model's parameters.
@@ -79,21 +67,19 @@ def everywhere(checked: Sequence[Checked], naming: Naming, order: Sequence[str])
     kind_of = {index: kind for kind in naming.kinds for index in kind}
     for index, path in enumerate(naming.blocks):
         first = naming.traced_path(kind_of[index][0])
-        here = [item for item in checked if item.group.block == first]
-        counts = Counter(item.group.role for item in here if item.group.label is None)
+        here = [group for group in checked if group.block == first]
+        counts = Counter(group.role for group in here if group.label is None)
         seen: Counter[Role] = Counter()
-        for item in here:
-            role = item.group.role
-            suffix = f".{seen[role]}" if counts[role] > 1 else ""
-            seen[role] += item.group.label is None
-            found += _in_block(item, first, path, index, f"layers.{index}.{role}{suffix}")
-    found += [_hidden(item, naming, order) for item in checked if item.group.block is None]
+        for group in here:
+            suffix = f".{seen[group.role]}" if counts[group.role] > 1 else ""
+            seen[group.role] += group.label is None
+            found += _in_block(_moved(group, first, path), index, f"layers.{index}.{group.role}{suffix}")
+    found += [_hidden(group, naming, order) for group in checked if group.block is None]
     return found
 
 
-def _in_block(item: Checked, first: str, path: str, index: int, name: str) -> list[CoupledGroup | Refusal]:
-    """The group as it lies in one block, or one group for each of the matrices or KV groups that it lies in."""
-    group = _moved(item.group, first, path)
+def _in_block(group: TracedGroup, index: int, name: str) -> list[CoupledGroup | Refusal]:
+    """The group in one block, or one group for each of the matrices or KV groups that it lies in."""
     if group.refusal is not None:
         return [Refusal(name=group.label or name, reason=group.refusal)]
     found = CoupledGroup(
@@ -102,54 +88,38 @@ def _in_block(item: Checked, first: str, path: str, index: int, name: str) -> li
         name=name,
         units=group.units,
         members=group.members,
-        attributes=tuple(replace(found, module=_renamed(found.module, first, path)) for found in item.attributes),
+        attributes=group.attributes,
         scaled_norms=group.scaled_norms,
-        sliced_arguments=tuple(_renamed(module, first, path) for module in item.sliced_arguments),
+        sliced_arguments=group.sliced_arguments,
         least=group.least,
     )
     if group.shares:
         each = len(found.members) // group.shares
-        return [
-            replace(
-                found, name=f"{name}.{share}", bundle=name, members=found.members[share * each : (share + 1) * each]
-            )
-            for share in range(group.shares)
-        ]
-    if not group.parts:
-        return [found]
-    return [
-        replace(
-            found,
-            name=f"{name}.expert.{part}",
-            bundle=name,
-            members=tuple(replace(member, part=part) for member in found.members),
-        )
-        for part in range(group.parts)
-    ]
+        shared = [found.members[first : first + each] for first in range(0, len(found.members), each)]
+        return [replace(found, name=f"{name}.{n}", bundle=name, members=own) for n, own in enumerate(shared)]
+    parts = [tuple(replace(member, part=part) for member in found.members) for part in range(group.parts)]
+    bundle = [replace(found, name=f"{name}.expert.{n}", bundle=name, members=own) for n, own in enumerate(parts)]
+    return [*bundle] if group.parts else [found]
 
 
-def _hidden(item: Checked, naming: Naming, order: Sequence[str]) -> CoupledGroup | Refusal:
-    group = item.group
+def _hidden(group: TracedGroup, naming: Naming, order: Sequence[str]) -> CoupledGroup | Refusal:
     if group.refusal is not None:
         return Refusal(name=HIDDEN_NAME, reason=group.refusal)
     places = {name: place for place, name in enumerate(order)}
-    members = {_key(member): member for member in _all_blocks(group.members, naming)}
-    norms = dict.fromkeys(_all_paths(group.scaled_norms, naming))
+    members = dict.fromkeys(
+        replace(member, tensor=name) for member in group.members for name in _all_paths([member.tensor], naming)
+    )
     return CoupledGroup(
         layer=-1,
         role=Role.HIDDEN,
         name=HIDDEN_NAME,
         units=group.units,
-        members=tuple(sorted(members.values(), key=lambda member: places[member.tensor])),
+        members=tuple(sorted(members, key=lambda member: places[member.tensor])),
         attributes=tuple(
-            replace(found, module=path) for found in item.attributes for path in _all_paths([found.module], naming)
+            replace(found, module=path) for found in group.attributes for path in _all_paths([found.module], naming)
         ),
-        scaled_norms=tuple(norms),
+        scaled_norms=tuple(dict.fromkeys(_all_paths(group.scaled_norms, naming))),
     )
-
-
-def _all_blocks(members: Iterable[AxisSlice], naming: Naming) -> list[AxisSlice]:
-    return [replace(member, tensor=name) for member in members for name in _all_paths([member.tensor], naming)]
 
 
 def _all_paths(names: Iterable[str], naming: Naming) -> list[str]:
@@ -172,6 +142,10 @@ def _moved(group: TracedGroup, old: str, new: str) -> TracedGroup:
         block=new,
         members=tuple(replace(member, tensor=_renamed(member.tensor, old, new)) for member in group.members),
         scaled_norms=tuple(_renamed(norm, old, new) for norm in group.scaled_norms),
+        attributes=tuple(replace(found, module=_renamed(found.module, old, new)) for found in group.attributes),
+        sliced_arguments=tuple(
+            replace(found, module=_renamed(found.module, old, new)) for found in group.sliced_arguments
+        ),
         refusal=None if group.refusal is None else re.sub(re.escape(old) + r"(?!\d)", new, group.refusal),
         label=None if group.label is None else _renamed(group.label, old, new),
     )
@@ -179,7 +153,3 @@ def _moved(group: TracedGroup, old: str, new: str) -> TracedGroup:
 
 def _renamed(name: str, old: str, new: str) -> str:
     return new + name[len(old) :] if name == old or name.startswith(old + ".") else name
-
-
-def _key(member: AxisSlice) -> tuple[str, int, int]:
-    return (member.tensor, member.axis, member.offset)

@@ -2,50 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
 from saap.core.records import AxisSlice, IntArray, Side
 
 
-@dataclass(frozen=True, slots=True)
-class Pattern:
-    """Unit u covers `width` indices from offset + (u % period) * stride + (u // period) * jump; period 0: one block."""
+def slices_of(indices: IntArray, tensor: str, axis: int, side: Side) -> list[AxisSlice] | None:
+    """Describe where the units lie along an axis of a tensor.
 
-    offset: int
-    width: int
-    stride: int
-    period: int = 0
-    jump: int = 0
-
-    def of(self, tensor: str, axis: int, side: Side) -> AxisSlice:
-        """The units at these places of one axis of one tensor."""
-        return AxisSlice(
-            tensor=tensor,
-            axis=axis,
-            side=side,
-            offset=self.offset,
-            width=self.width,
-            stride=self.stride,
-            period=self.period,
-            jump=self.jump,
-        )
-
-
-def patterns_of(indices: IntArray) -> list[Pattern] | None:
-    """Describe where the units lie along an axis.
-
-    indices: (units, width), ascending in each row. Returns one pattern for each run of consecutive indices that a
-    unit has, or one for each index where the runs differ between units; None if no affine description exists.
+    indices: (units, width), ascending in each row. Returns one slice for each run of consecutive indices that a unit
+    has, or one for each index where the runs differ between units; None if no affine description exists.
     """
-    runs = _common_runs(indices)
-    starts = [(indices[:, first], last - first + 1) for first, last in runs]
-    found = [_pattern(offsets, width) for offsets, width in starts]
-    if any(pattern is None for pattern in found):
-        found = [_pattern(indices[:, place], 1) for place in range(indices.shape[1])]
-    patterns = [pattern for pattern in found if pattern is not None]
-    return patterns if len(patterns) == len(found) else None
+    somewhere = AxisSlice(tensor=tensor, axis=axis, side=side, offset=0, width=1, stride=1)
+    for runs in (_common_runs(indices), [(place, place) for place in range(indices.shape[1])]):
+        found = [_at(somewhere, indices[:, first], last - first + 1) for first, last in runs]
+        slices = [one for one in found if one is not None]
+        if len(slices) == len(runs):
+            return slices
+    return None
 
 
 def _common_runs(indices: IntArray) -> list[tuple[int, int]]:
@@ -56,16 +32,12 @@ def _common_runs(indices: IntArray) -> list[tuple[int, int]]:
     return list(zip(firsts, lasts, strict=True))
 
 
-def _pattern(starts: IntArray, width: int) -> Pattern | None:
-    offset = int(starts[0])
-    if len(starts) == 1:
-        return Pattern(offset, width, width)
-    stride = int(starts[1] - starts[0])
-    jumps = np.flatnonzero(np.diff(starts) != stride)
-    if not len(jumps):
-        return Pattern(offset, width, stride)
-    period = int(jumps[0]) + 1
-    jump = int(starts[period] - starts[0])
-    units = np.arange(len(starts))
-    expected = offset + units % period * stride + units // period * jump
-    return Pattern(offset, width, stride, period, jump) if np.array_equal(starts, expected) else None
+def _at(somewhere: AxisSlice, starts: IntArray, width: int) -> AxisSlice | None:
+    """The slice whose units begin at `starts`; None where they are not regular."""
+    steps = np.diff(starts)
+    stride = int(steps[0]) if len(steps) else width
+    jumps = np.flatnonzero(steps != stride)
+    period = int(jumps[0]) + 1 if len(jumps) else 0
+    jump = int(starts[period] - starts[0]) if period else 0
+    found = replace(somewhere, offset=int(starts[0]), width=width, stride=stride, period=period, jump=jump)
+    return found if np.array_equal(found.indices(range(len(starts)))[::width], starts) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,6 +91,24 @@ class TagSpace:
         size = tags.shape[dim]
         if size > 1:
             self.tie(tags.narrow(dim, 0, size - 1), tags.narrow(dim, 1, size - 1))
+
+    def contract(self, first: Tensor, second: Tensor) -> Tensor:
+        """Tags of first @ second, both activations: all channels that are summed over, and the result, become one unit.
+
+        first: (..., m, k), second: (..., k, n). Returns (..., m, n).
+        """
+        batch = together(first[..., 0, 0], second[..., 0, 0])[0].shape
+        first, second = first.expand(*batch, *first.shape[-2:]), second.expand(*batch, *second.shape[-2:])
+        second = _without_common(second)
+        self.tie_along(first, -1)
+        self.tie_along(second, -2)
+        rows, columns = together(first[..., :1], second.amax(-2, keepdim=True))
+        self.tie(rows, columns)
+        if bool((rows >= 0).any()) and bool((columns >= 0).any()):
+            self.mark("product", rows)
+        # The finer tags are kept, so that channels stay told apart in what follows.
+        fine, coarse = finest([rows, columns])
+        return torch.where(fine < 0, coarse, fine)
 
     def mark(self, name: str, tags: Tensor) -> None:
         """Remember that these channels were seen in the part that `name` says."""
@@ -192,6 +211,17 @@ def together(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Both tensors, broadcast to one shape."""
     shape = torch.empty(first.shape, device="meta").add(torch.empty(second.shape, device="meta")).shape
     return first.expand(shape), second.expand(shape)
+
+
+def _without_common(tags: Tensor) -> Tensor:
+    """The tags without channels that matrices have in common which differ otherwise: those stay when one head leaves.
+
+    Such are the rotary keys of latent attention, the same for all heads. tags: (..., k, n).
+    """
+    matrices = tags.flatten(0, -3) if tags.ndim > 2 else ()
+    seen = Counter(tag for channels in {frozenset(matrix.unique().tolist()) for matrix in matrices} for tag in channels)
+    common = torch.tensor([tag for tag, count in seen.items() if count > 1], dtype=torch.long)
+    return tags.masked_fill(torch.isin(tags, common), UNTAGGED)
 
 
 def _pairs(first: Tensor, second: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from saap.core.errors import UnsupportedModelError, first_line
-from saap.discovery.operations import Step, tags_after, untagged
+from saap.discovery.operations import PARAMETER_RULES, RULES, SHARING_MEMORY, Step, elementwise, untagged
 from saap.discovery.tags import ParameterTags, TagSpace
 from saap.models.walk.arguments import without_cache
 from saap.models.walk.probe import failure, not_running
@@ -149,7 +149,7 @@ class _Walk:
             square=_is_square(node.args[0] if node.args else None),
             constant=lambda name: self._constant_argument(node, name),
         )
-        return tags_after(step)
+        return _tags_after(step)
 
     def _value(self, argument: Any) -> Any:
         if isinstance(argument, Node):
@@ -182,6 +182,45 @@ class _Walk:
         ):
             return self._constant(value.args[0])
         return None
+
+
+def _tags_after(step: Step) -> Any:
+    """Tags of the result of `step`, in the structure of the result."""
+    values = list(step.values())
+    if step.output is None:  # an assertion
+        return None
+    parameters = any(isinstance(value, ParameterTags) for value in values)
+    tagged = parameters or any(isinstance(value, Tensor) and bool((value >= 0).any()) for value in values)
+    rule = (PARAMETER_RULES if parameters else RULES).get(step.name)
+    if not tagged and rule not in SHARING_MEMORY:
+        return untagged(step.output)
+    if rule is None and _is_pointwise(step):
+        rule = elementwise
+    if rule is not None:
+        try:
+            result = rule(step)
+            if step.in_place:
+                _write(step.positional[0], result)
+            return result
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError):
+            pass  # the operation is used in a way that its rule does not cover: refused below, by name
+    for value in values:
+        for axis in value.axes if isinstance(value, ParameterTags) else (value,):
+            step.space.stop(axis, f"the operation {step.name} in {step.module or 'the model'} has no rule")
+    return untagged(step.output)
+
+
+def _write(target: Tensor, result: Tensor) -> None:
+    """An operation in place also fills the tensor that it changes, and what that is a view of."""
+    if bool((target < 0).any()):
+        target.copy_(torch.where(target < 0, result, target))
+
+
+def _is_pointwise(step: Step) -> bool:
+    """Whether the operation works element by element; torch says so of some of its overloads alone."""
+    packet = getattr(step.target, "overloadpacket", None)
+    overloads = () if packet is None else (getattr(packet, name) for name in packet.overloads())
+    return isinstance(step.output, Tensor) and any(torch.Tag.pointwise in each.tags for each in overloads)
 
 
 def _operation(target: Any) -> str:

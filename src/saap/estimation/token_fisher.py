@@ -1,60 +1,61 @@
-"""Importance of units token by token: what the loss feels of each at every place of a text."""
+"""Token-level Fisher importance: how sensitive the loss is to each unit at every single token of a text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from saap.core.records import FloatArray, ModelGraph
+from saap.core.records import FloatArray
 from saap.models.structure.linear import weight_out_in
+from saap.models.walk.backend import Backend
+from saap.models.walk.consumers import sole_consumers, unit_channels
+from saap.models.walk.observer import Observation, Observer, Signal
 from saap.models.walk.processes import Processes
-from saap.models.walk.spill import Spill
-from saap.models.walk.token_fisher import channels_of_units, in_blocks, readers, walk_felt
-from saap.models.walk.walker import BlockWalker, inference_only
+from saap.models.walk.walk import walk
 
 
-@torch.no_grad()
-def felt_scores(
-    model: nn.Module,
-    graph: ModelGraph,
-    tokens: Tensor,
-    *,
-    micro_batch: int = 4,
-    ignored: Collection[int] = (),
-    spill: Spill | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    processes: Processes | None = None,
-    products: torch.dtype | None = None,
-) -> dict[str, FloatArray]:
+class TokenFisher(Observer):
     """By group, for each unit the mean over tokens of (g_t W_u x_tu)^2: (units,).
 
-    tokens: (sequences, length) ids. x_tu is what the module that reads the group's channels takes from unit u at token
-    t, W_u its columns, g_t the gradient of the sequence's loss at its output: to first order, what the loss changes if
-    the unit is silent at that token alone. The element-wise score squares the sum over a sample's tokens instead, in
-    which they cancel each other. Only groups whose channels one module reads have these scores.
-    ignored: ids of which no loss is taken. spill: see `walk_felt`. processes: that take a part of the sequences each;
-    all get the whole result. products: the type in which blocks multiply matrices, None for that of the weights. The
-    model is left as it was. Raises NonFiniteLossError.
+    x_tu is what the module that reads the group's channels takes from unit u at token t, W_u its columns, g_t the
+    gradient of the sequence's summed loss at its output: to first order, what the loss changes if the unit is silent at
+    that token alone. The element-wise score squares the sum over a sample's tokens instead, in which they cancel each
+    other. Only groups whose channels one module reads have these scores.
     """
-    processes = processes or Processes()
-    by_path = readers(graph)
-    walker = BlockWalker(model, graph.blocks, products=products)
-    units = {path: channels_of_units(group) for path, group in by_path.items()}
-    sums = {path: torch.zeros(len(rows), device=tokens.device) for path, rows in units.items()}
 
-    def add(path: str, x: Tensor, gradient: Tensor) -> None:
-        felt = (gradient @ weight_out_in(model.get_submodule(path)).float()) * x
-        of_units = felt[:, units[path].to(felt.device)].sum(-1)
-        sums[path] += of_units.square().sum(0).to(tokens.device)
+    def __init__(self, backend: Backend, tokens: int) -> None:
+        self._model, self._tokens = backend.model, tokens
+        self._groups = sole_consumers(backend.graph)
+        self._units = {path: unit_channels(one.consumers[0], one.units) for path, one in self._groups.items()}
+        self._sums = {path: torch.zeros(len(rows), device=backend.device) for path, rows in self._units.items()}
+        self.needs = dict.fromkeys(self._groups, Signal.INPUT | Signal.OUTPUT_GRADIENT)
 
-    own = processes.share(len(tokens)) if spill is None else range(len(tokens))
-    with inference_only(model):
-        walk_felt(
-            walker, tokens[own.start : own.stop], in_blocks(by_path, len(graph.blocks)), add,
-            micro_batch=micro_batch, ignored=ignored, spill=spill, progress=progress,
-        )  # fmt: skip
-    if spill is None:
-        sums = {path: processes.total(found) for path, found in sums.items()}
-    return {by_path[path].name: (found / tokens.numel()).cpu().numpy() for path, found in sums.items()}
+    def observe(self, seen: Observation) -> None:
+        """Add the squares of one module's tokens."""
+        x = seen.x.flatten(0, -2).float()
+        gradient = seen.dy.flatten(0, -2).float() * seen.batch.predictions
+        change = (gradient @ weight_out_in(self._model.get_submodule(seen.site)).float()) * x
+        of_units = change[:, self._units[seen.site].to(change.device)].sum(-1)
+        self._sums[seen.site] += of_units.square().sum(0).to(self._sums[seen.site].device)
+
+    def merge(self, processes: Processes) -> None:
+        """Sums over the tokens of all processes."""
+        self._sums = {path: processes.total(found) for path, found in self._sums.items()}
+
+    def result(self) -> dict[str, FloatArray]:
+        """The means, by group."""
+        return {self._groups[path].name: (one / self._tokens).cpu().numpy() for path, one in self._sums.items()}
+
+
+def token_fisher_scores(
+    backend: Backend, tokens: Tensor, *, micro_batch: int = 4, ignored: Collection[int] = ()
+) -> dict[str, FloatArray]:
+    """Token-level Fisher importance by group, over `tokens` (sequences, length): see `TokenFisher`.
+
+    ignored: ids of which no loss is taken. Raises NonFiniteLossError.
+    """
+    fisher = TokenFisher(backend, tokens.numel())
+    walk(backend, tokens, [fisher], micro_batch=micro_batch, ignored=ignored)
+    return fisher.result()

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from saap.core.errors import EvaluationError, ModelError
 from saap.evaluation.perplexity import model_logits
-from saap.evaluation.text_measures import agreement, distinct, parts, repetition
 from saap.models.walk.probe import check_reads
 
 BUNDLED = "bundled"
@@ -259,3 +258,35 @@ def cloze(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt]) -> ClozeF
 
 def _answer_ids(tokenizer: Any, answer: str) -> list[int]:
     return list(tokenizer(f" {answer.strip()}", add_special_tokens=False)["input_ids"])
+
+
+def _ngrams(sequence: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(sequence[start : start + n]) for start in range(len(sequence) - n + 1)]
+
+
+def distinct(sequences: Sequence[Sequence[int]], n: int) -> float:
+    """Distinct n-grams over all n-grams of all sequences together, 0 without any (Li et al. 2016)."""
+    found = [gram for sequence in sequences for gram in _ngrams(sequence, n)]
+    return len(set(found)) / len(found) if found else 0.0
+
+
+def repetition(sequences: Sequence[Sequence[int]], n: int = 4) -> float:
+    """Mean over the sequences of 1 - distinct n-grams / n-grams of the sequence (seq-rep-n, Welleck et al. 2020).
+
+    Sequences shorter than n tokens do not count; 0 without any longer one.
+    """
+    shares = [1 - len(set(grams)) / len(grams) for sequence in sequences if (grams := _ngrams(sequence, n))]
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def agreement(first: Sequence[int], second: Sequence[int]) -> float:
+    """Share of positions at which two sequences of one length hold the same token. Raises ValueError."""
+    if len(first) != len(second) or not first:
+        raise ValueError(f"sequences of {len(first)} and {len(second)} tokens")
+    return sum(one == other for one, other in zip(first, second, strict=True)) / len(first)
+
+
+def parts(sequence: Sequence[int], count: int) -> list[Sequence[int]]:
+    """`sequence` cut into `count` parts of equal length; what is left over at the end goes."""
+    length = len(sequence) // count
+    return [sequence[index * length : (index + 1) * length] for index in range(count)]

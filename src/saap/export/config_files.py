@@ -23,7 +23,7 @@ from saap.models.checkpoint.differences import (
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, pruned_classes
 from saap.models.checkpoint.stock_config import stock_model, uniform_config
 from saap.models.walk.arguments import without_cache
-from saap.models.walk.offload import lend, offloaded
+from saap.models.walk.offload import offloaded, share_weights
 
 ADAPTIVE_REMEDY = "Use --layout adaptive"
 # Room for other rounding in buffers made in another dtype; a wrong scale is far above it.
@@ -124,7 +124,7 @@ def _difference(stock: Any, model: Any, changed: Weights) -> float:
     changed: weights in place of the model's own, by their first names; none where those stay in files.
     """
     if offloaded(model) is not None:
-        lend(model, stock)
+        share_weights(model, stock)
     else:
         own = dict(model.state_dict(keep_vars=True))
         first = {id(parameter): name for name, parameter in model.named_parameters()}

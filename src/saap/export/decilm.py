@@ -19,10 +19,9 @@ from saap.core.errors import ExportError
 from saap.core.manifest import read_manifest
 from saap.export import configuration_decilm
 from saap.export.config_files import with_both_rope_spellings
-from saap.export.huggingface import check_output, whole_folder
 from saap.export.model_card import model_card
-from saap.models.checkpoint.safetensor_files import INDEX_NAME
-from saap.models.checkpoint.stored_tensors import Shape
+from saap.export.placing import check_output, whole_folder
+from saap.models.checkpoint.safetensor_files import INDEX_NAME, Shape
 
 MODEL_TYPES = ("llama", "mistral")
 _BLOCK = "model.layers.{}."

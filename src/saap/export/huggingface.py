@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from saap.core.errors import OutputError
 from saap.core.manifest import RunManifest
 from saap.core.records import ImportanceScores, Layout, ModelGraph, StructurePlan
-from saap.core.storage import write_plan, write_scores
+from saap.core.storage import write_plan, write_scores, write_whole
 from saap.export.config_files import adaptive_config, stock_config, with_both_rope_spellings
 from saap.export.model_card import model_card
-from saap.export.placing import check_place, remove_leftovers
+from saap.export.placing import check_output, whole_folder
 from saap.models.checkpoint import modeling_pruned
 from saap.models.checkpoint.differences import PrunedStructure
-from saap.models.checkpoint.safetensor_files import TensorEntry, write_tensors
+from saap.models.checkpoint.groupwise import GroupwiseLinear
+from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
+from saap.models.checkpoint.safetensor_files import INDEX_NAME, TensorEntry, write_tensors
 from saap.models.walk.offload import OffloadedWeights, offloaded
 
 SHARD_SIZE = "2GB"
@@ -40,14 +38,6 @@ _IMAGE_FILES = (
     "chat_template.json",
 )
 _LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WrittenCheckpoint:
-    """A finished folder. weight_bytes: size of its safetensors files."""
-
-    path: Path
-    weight_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,27 +55,49 @@ class CheckpointParts:
 
 def write_checkpoint(
     model: nn.Module, parts: CheckpointParts, out: Path, *, dtype: torch.dtype, overwrite: bool = False
-) -> WrittenCheckpoint:
-    """Write the pruned `model` (not changed) with weights in `dtype`, in the plan's layout.
+) -> Path:
+    """Write the pruned `model` (not changed) with weights in `dtype`, in the plan's layout. Returns `out`.
 
-    Everything is written to a sibling folder, flushed, and renamed. Raises OutputError if `out` exists (and not
-    `overwrite`), cannot be written or does not fit on the disk; LayoutError if the layout cannot express the plan.
+    Raises OutputError if `out` exists (and not `overwrite`), cannot be written or does not fit on the disk; LayoutError
+    if the layout cannot express the plan.
     """
-    check_output(out, weight_bytes(model, dtype), overwrite=overwrite)
+    check_output(out, entry_bytes(stored_entries(model, dtype)), overwrite=overwrite)
+    changed: Mapping[str, Tensor] = {}
     if parts.plan.layout is Layout.UNIFORM:
         config, changed = stock_config(model, parts.graph, parts.plan, parts.structure)
     else:
-        changed = {}
         config = adaptive_config(model, parts.structure)
+    entries = stored_entries(model, dtype, changed)
+    with model_folder(out, model, config, dtype, entries, parts.tokenizer, parts.source_folder) as folder:
+        write_records(folder, parts.manifest, parts.structure.base_model_type)
+        write_plan(folder / "saap" / "plan.json", parts.plan, parts.graph)
+        if parts.scores is not None:
+            write_scores(folder / "saap" / "scores.safetensors", parts.scores)
+    return out
+
+
+@contextmanager
+def model_folder(
+    out: Path, model: nn.Module, config: Any, dtype: torch.dtype, entries: Mapping[str, TensorEntry],
+    tokenizer: Any | None, source_folder: Path | None,
+) -> Iterator[Path]:  # fmt: skip
+    """A folder that transformers opens, to add records to; it is at `out`, whole, when the block ends well.
+
+    source_folder: of the model that this one was made from, for its licence files. Raises OutputError.
+    """
     with whole_folder(out) as folder:
         write_config(config, folder, dtype)
-        if parts.plan.layout is Layout.ADAPTIVE:
+        if config.model_type == MODEL_TYPE:
             shutil.copyfile(modeling_pruned.__file__, folder / Path(modeling_pruned.__file__).name)
-        _write_weights(model, folder, dtype, changed)
-        write_companions(model, parts.tokenizer, parts.source_folder, folder)
-        _write_records(parts, folder)
-    written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    return WrittenCheckpoint(path=out, weight_bytes=written)
+        _write_shards(entries, folder)
+        write_companions(model, tokenizer, source_folder, folder)
+        yield folder
+
+
+def write_records(folder: Path, manifest: RunManifest, base_model_type: str) -> None:
+    """Write manifest and model card into a checkpoint folder."""
+    write_whole(folder / "saap" / "manifest.json", (manifest.model_dump_json(indent=2) + "\n").encode())
+    write_whole(folder / "README.md", model_card(manifest, base_model_type).encode())
 
 
 def modeling_code_digest() -> str:
@@ -93,75 +105,44 @@ def modeling_code_digest() -> str:
     return hashlib.sha256(Path(modeling_pruned.__file__).read_bytes()).hexdigest()
 
 
-def check_output(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
-    """Raise OutputError now if `out` could not be written later. needed_bytes: of the weights."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise OutputError(f"{out} exists and is no folder", "Choose another --out")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise OutputError(f"The folder {out} exists", "Choose another --out, or use --overwrite")
-        if not (out / "config.json").is_file():
-            raise OutputError(f"The folder {out} holds something that is no model", "Choose another --out")
-    check_place(out, needed_bytes)
+def stored_entries(
+    model: nn.Module, dtype: torch.dtype, changed: Mapping[str, Tensor] | None = None
+) -> dict[str, TensorEntry]:
+    """Every tensor of a plain checkpoint of `model` by name, each made when it is written.
 
+    Of tied tensors the first name only: the loader ties them again. Packed layers give their full weight under the name
+    that it had. changed: in place of the model's own, by name.
+    """
+    away = offloaded(model)
 
-def weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of the model's weights when written in `dtype`; tied ones count once."""
-    return sum(
-        tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
-        for tensor in _tensors(model).values()
-    )
+    def entry(tensor: Tensor) -> TensorEntry:
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        return TensorEntry(dtype=kept, shape=tuple(tensor.shape), make=partial(_value, tensor, kept, away))
 
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Everything to write by name; of tied tensors the first name only, the loader ties them again."""
+    entries: dict[str, TensorEntry] = {}
+    packed = {path: module for path, module in model.named_modules() if isinstance(module, GroupwiseLinear)}
     seen: set[int] = set()
-    found: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+        path, _, attribute = name.rpartition(".")
+        if path in packed and attribute in ("packed", "scale", "zero"):
+            shape = packed[path].quantised.shape
+            stored = shape[::-1] if packed[path].transposed else shape
+            entries[f"{path}.weight"] = TensorEntry(
+                dtype=dtype, shape=stored, make=partial(packed[path].stored_weight, dtype)
+            )
+        elif id(tensor) not in seen:
             seen.add(id(tensor))
-            found[name] = tensor
-    return found
+            entries[name] = entry(tensor)
+    return entries | {name: entry(tensor) for name, tensor in (changed or {}).items()}
 
 
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that takes its place when the block ends well, and vanishes when it does not."""
-    part = out.with_name(f".{out.name}.part-{uuid.uuid4().hex[:8]}")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        for path in [*part.rglob("*"), part]:
-            _flush(path)
-        if out.exists():
-            old = out.with_name(f".{out.name}.old-{uuid.uuid4().hex[:8]}")
-            out.rename(old)
-            try:
-                part.rename(out)
-            except BaseException:
-                old.rename(out)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            part.rename(out)
-        _flush(out.absolute().parent)
-        remove_leftovers(out)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"{out} cannot be written ({reason})", "Free some space, or choose another --out") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+def _value(tensor: Tensor, dtype: torch.dtype, away: OffloadedWeights | None) -> Tensor:
+    return (tensor if away is None else away.value(tensor)).detach().to(dtype)
 
 
-def _flush(path: Path) -> None:
-    """Force a file or folder to the disk, where the system can."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def entry_bytes(entries: Mapping[str, TensorEntry]) -> int:
+    """Bytes of all of them as written."""
+    return sum(torch.Size(entry.shape).numel() * entry.dtype.itemsize for entry in entries.values())
 
 
 def write_config(config: Any, folder: Path, dtype: torch.dtype) -> None:
@@ -174,35 +155,15 @@ def write_config(config: Any, folder: Path, dtype: torch.dtype) -> None:
     file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_weights(model: nn.Module, folder: Path, dtype: torch.dtype, changed: Mapping[str, Tensor]) -> None:
-    """Shard by shard, so that no second copy of the model is held; weights that are in files one by one.
-
-    changed: in place of the model's own, by name.
-    """
-    tensors, away = {**_tensors(model), **changed}, offloaded(model)
-    sizes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()} if away else tensors
+def _write_shards(entries: Mapping[str, TensorEntry], folder: Path) -> None:
+    """Tensor by tensor, so that no second copy of the model is held."""
+    sizes = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_SIZE)
     for file, names in split.filename_to_tensors.items():
-        if away is not None:
-            entries = {name: _entry(tensors[name], away, dtype) for name in names}
-            write_tensors(folder / file, entries, {"format": "pt"})
-            continue
-        shard = {
-            name: tensors[name]
-            .detach()
-            .to(device="cpu", dtype=dtype if tensors[name].is_floating_point() else None)
-            .contiguous()
-            for name in names
-        }
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        write_tensors(folder / file, {name: entries[name] for name in names}, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _entry(tensor: Tensor, away: OffloadedWeights, dtype: torch.dtype) -> TensorEntry:
-    kept = dtype if tensor.is_floating_point() else tensor.dtype
-    return TensorEntry(dtype=kept, shape=tuple(tensor.shape), make=lambda: away.value(tensor).detach().to(kept))
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _use_the_old_tokenizer_name(file: Path) -> None:
@@ -227,14 +188,3 @@ def write_companions(model: nn.Module, tokenizer: Any | None, source_folder: Pat
             for file in source_folder.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)
-
-
-def _write_records(parts: CheckpointParts, folder: Path) -> None:
-    card = model_card(parts.manifest, parts.structure.base_model_type)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    records = folder / "saap"
-    records.mkdir()
-    (records / "manifest.json").write_text(parts.manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    write_plan(records / "plan.json", parts.plan, parts.graph)
-    if parts.scores is not None:
-        write_scores(records / "scores.safetensors", parts.scores)

@@ -7,12 +7,11 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from saap.core.errors import OutputError
-from saap.core.manifest import RunManifest
-from saap.core.storage import write_whole
-from saap.export.model_card import model_card
 
 _SPARE_BYTES = 64 * 1024**2
 
@@ -30,10 +29,36 @@ def check_place(out: Path, needed_bytes: int) -> None:
         )
 
 
-def complete_records(folder: Path, manifest: RunManifest, base_model_type: str) -> None:
-    """Write the final manifest and model card into a checkpoint folder."""
-    write_whole(folder / "saap" / "manifest.json", (manifest.model_dump_json(indent=2) + "\n").encode())
-    write_whole(folder / "README.md", model_card(manifest, base_model_type).encode())
+def check_output(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
+    """Raise OutputError now if a folder could not be written at `out` later. needed_bytes: of the weights."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise OutputError(f"{out} exists and is no folder", "Choose another --out")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise OutputError(f"The folder {out} exists", "Choose another --out, or use --overwrite")
+        if not (out / "config.json").is_file():
+            raise OutputError(f"The folder {out} holds something that is no model", "Choose another --out")
+    check_place(out, needed_bytes)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes its place when the block ends well, and vanishes when it does not."""
+    part = _beside(out, "part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        for path in [*part.rglob("*"), part]:
+            _flush(path)
+        _exchange(part, out)
+        _flush(out.absolute().parent)
+        remove_leftovers(out)
+    except (OSError, OutputError) as error:
+        cause = error.__cause__ if isinstance(error, OutputError) else error  # of a file inside
+        reason = getattr(cause, "strerror", None) or cause
+        raise OutputError(f"{out} cannot be written ({reason})", "Free some space, or choose another --out") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def place(folder: Path, out: Path) -> None:
@@ -41,22 +66,45 @@ def place(folder: Path, out: Path) -> None:
 
     Raises OutputError if that cannot be done; `folder` is then still there.
     """
-    mark = uuid.uuid4().hex[:8]
-    part, old = out.with_name(f".{out.name}.part-{mark}"), out.with_name(f".{out.name}.old-{mark}")
+    part = _beside(out, "part")
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         shutil.move(folder, part)
-        if out.exists():
-            out.rename(old)
-        part.rename(out)
+        _exchange(part, out)
     except OSError as error:
         if part.exists():
             shutil.move(part, folder)
-        if old.exists() and not out.exists():
-            old.rename(out)
         raise OutputError(f"{out} cannot be written ({error.strerror or error})", "Choose another --out") from error
-    shutil.rmtree(old, ignore_errors=True)
     remove_leftovers(out)
+
+
+def _beside(out: Path, what: str) -> Path:
+    return out.with_name(f".{out.name}.{what}-{uuid.uuid4().hex[:8]}")
+
+
+def _exchange(part: Path, out: Path) -> None:
+    """Let a folder take the place of `out`; what was there comes back if that fails, and is deleted otherwise."""
+    old = _beside(out, "old")
+    if out.exists():
+        out.rename(old)
+    try:
+        part.rename(out)
+    except BaseException:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Force a file or folder to the disk, where the system can."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def remove_leftovers(out: Path) -> None:

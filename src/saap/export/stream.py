@@ -9,7 +9,7 @@ itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from saap.core.records import ModelGraph, Role, StructurePlan
-from saap.models.checkpoint.differences import renumbered
 from saap.models.structure.norms import constant_share, scaled_weight
 
 Weights = Mapping[str, Tensor]
@@ -34,7 +33,7 @@ def smaller_streams(model: nn.Module, graph: ModelGraph, plan: StructurePlan) ->
         return
     factor = (len(plan.kept(group)) / group.units) ** 0.5
     norms = _names(group.scaled_norms, graph, plan)
-    writers = _names({member.tensor: None for member in group.producers}, graph, plan)
+    writers = _names(dict.fromkeys(member.tensor for member in group.producers), graph, plan)
     writers = [name for name in writers if name.rpartition(".")[0] not in norms]
     inside = [name for name in writers if any(name.startswith(f"{block}.") for block in graph.blocks)]
     outer = [name for name in writers if name not in inside]
@@ -51,10 +50,10 @@ def smaller_streams(model: nn.Module, graph: ModelGraph, plan: StructurePlan) ->
     yield changed
 
 
-def _names(names: Any, graph: ModelGraph, plan: StructurePlan) -> list[str]:
+def _names(names: Iterable[str], graph: ModelGraph, plan: StructurePlan) -> list[str]:
     """The names as they are after the cut."""
-    left = (name for name in names if graph.block_of(name) not in plan.dropped_blocks)
-    return [renumbered(name, graph.blocks, plan.dropped_blocks) for name in left]
+    new = (graph.name_without(plan.dropped_blocks, name) for name in names)
+    return [name for name in new if name is not None]
 
 
 def _rescaled(model: nn.Module, norms: Sequence[str], factor: float) -> dict[str, Tensor]:

@@ -17,11 +17,11 @@ class AdaptedLinear(GroupwiseLinear):
     A (rank, groups), B (out, rank), float32. B A has one number for each output and group, which is what a zero point
     is, so the adapter merges into the zero points without loss. B starts at zero: at first nothing changes.
     Source: SAAP, group-wise fine-tuning; the same form as QA-LoRA (Xu et al. 2023).
-    scales: whether each scale is learned as well, as s (1 + growth) rounded to float16; growth (out, groups) starts at
-    zero. What is computed with is already rounded, so the merged scale is the very same.
+    scales: whether each scale is learned as well, as s (1 + scale_delta) rounded to float16; scale_delta (out, groups)
+    starts at zero. What is computed with is already rounded, so the merged scale is the very same.
     """
 
-    growth: nn.Parameter | None
+    scale_delta: nn.Parameter | None
 
     def __init__(
         self, layer: GroupwiseLinear, *, rank: int, alpha: float, generator: torch.Generator, scales: bool = False
@@ -33,45 +33,27 @@ class AdaptedLinear(GroupwiseLinear):
         first = torch.randn(rank, weight.zero.shape[1], generator=generator) / math.sqrt(self.in_features)
         self.first = nn.Parameter(first.to(weight.zero.device))
         self.second = nn.Parameter(torch.zeros(self.out_features, rank, device=weight.zero.device))
-        growth = nn.Parameter(torch.zeros_like(weight.zero)) if scales else None
-        self.register_parameter("growth", growth)
+        scale_delta = nn.Parameter(torch.zeros_like(weight.zero)) if scales else None
+        self.register_parameter("scale_delta", scale_delta)
 
-    @property
-    def learned(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name."""
-        growth = {} if self.growth is None else {"growth": self.growth}
-        return {"first": self.first, "second": self.second, **growth}
+    def _learned_scale(self) -> Tensor:
+        """The scales (out, groups), of values that float16 has; the gradient passes as if they were not rounded."""
+        if self.scale_delta is None:
+            return self.scale
+        scale = self.scale.to(self.scale_delta.dtype) * (1 + self.scale_delta)
+        return scale + (scale.detach().half() - scale.detach())
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: (..., in). Returns (..., out)."""
         # the product B A is small, so it joins the zero points here rather than the outputs of every token
         zero = self.zero + self.scaling * (self.second @ self.first)
-        scale = self.scale if self.growth is None else grown_scale(self.scale, self.growth)
-        outputs = groupwise_product(inputs, replace(self.quantised, scale=scale, zero=zero))
+        outputs = groupwise_product(inputs, replace(self.quantised, scale=self._learned_scale(), zero=zero))
         return outputs if self.bias is None else outputs + self.bias
 
+    @torch.no_grad()
     def merged(self) -> GroupwiseLinear:
-        """The same function without an adapter."""
-        weight = self.quantised
-        if self.growth is not None:
-            weight = replace(weight, scale=grown_scale(weight.scale, self.growth).detach().half())
-        zero = merged_zero(weight.zero, self.first, self.second, self.scaling)
-        return GroupwiseLinear(weight.with_zero(zero), self.bias, transposed=self.transposed)
-
-
-def grown_scale(scale: Tensor, growth: Tensor) -> Tensor:
-    """The scales s (1 + growth), of values that float16 has; the gradient passes as if they were not rounded.
-
-    scale: (out, groups) float16. growth: (out, groups). Returns the type of `growth`.
-    """
-    grown = scale.to(growth.dtype) * (1 + growth)
-    return grown + (grown.detach().half() - grown.detach())
-
-
-@torch.no_grad()
-def merged_zero(zero: Tensor, first: Tensor, second: Tensor, scaling: float) -> Tensor:
-    """The zero points z + scaling * B A, summed in float64 (on the CPU: not every device has it) and returned so.
-
-    zero: (out, groups). first: A, (rank, groups). second: B, (out, rank).
-    """
-    return zero.cpu().double() + scaling * (second.cpu().double() @ first.cpu().double())
+        """The same function without an adapter, its zero points summed in float64."""
+        product = self.second.cpu().double() @ self.first.cpu().double()  # not every device has float64
+        zero = (self.zero.cpu().double() + self.scaling * product).to(self.zero)
+        weight = replace(self.quantised, scale=self._learned_scale().half(), zero=zero)
+        return GroupwiseLinear(weight, self.bias, transposed=self.transposed)

@@ -31,10 +31,9 @@ def loss_and_gradient(
     model for the same tokens; the loss of a token is then (1 - weight) (-log p) + weight KL(teacher || model), without
     it -log p. Returns sums over the learned tokens in nats, (samples,) of `widest_dtype`, not divided.
     """
-    wanted = learned[:, 1:]
-    samples, places = wanted.nonzero(as_tuple=True)
-    rows, targets = hidden[samples, places].detach(), tokens[:, 1:][wanted]
-    taught = None if teacher is None else teacher[1][samples, places]
+    samples, places = learned[:, 1:].nonzero(as_tuple=True)
+    rows, targets = hidden[samples, places].detach(), tokens[:, 1:][learned[:, 1:]]
+    teacher_rows = None if teacher is None else teacher[1][samples, places]
     losses = torch.zeros(len(hidden), dtype=widest_dtype(hidden.device), device=hidden.device)
     gradient = torch.zeros_like(hidden) if with_gradient else None
     start, at_once = 0, 16
@@ -43,11 +42,12 @@ def loss_and_gradient(
         part = rows[start:stop].unsqueeze(0).requires_grad_(with_gradient)
         with torch.set_grad_enabled(with_gradient):
             logits = walker.logits(part)
-        goal = None
-        if teacher is not None and taught is not None:
+        soft_targets = None
+        if teacher is not None and teacher_rows is not None:
             with torch.no_grad():
-                goal = teacher[0].logits(taught[start:stop].unsqueeze(0))[0].float().softmax(-1).to(logits.device)
-        values, slope = token_losses(logits.detach()[0], targets[start:stop].to(logits.device), goal, weight)
+                soft_targets = teacher[0].logits(teacher_rows[start:stop].unsqueeze(0))[0]
+            soft_targets = soft_targets.float().softmax(-1).to(logits.device)
+        values, slope = token_losses(logits.detach()[0], targets[start:stop].to(logits.device), soft_targets, weight)
         losses.index_add_(0, samples[start:stop], values.to(losses))
         if gradient is not None:
             (found,) = torch.autograd.grad(logits, part, slope.div_(predictions).to(logits.dtype).unsqueeze(0))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from saap.core.errors import ConfigurationError
 from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight
-from saap.models.checkpoint.groupwise_files import linears_inside, packed_like, replace_module
+from saap.models.checkpoint.groupwise_files import linears_inside, pack_linear
 from saap.models.structure.linear import weight_out_in
-from saap.models.walk.sharding import bring_together
+from saap.models.walk.sharding import unshard
 from saap.models.walk.walker import BlockWalker
 from saap.recovery.adapter import AdaptedLinear
 from saap.recovery.quantise import quantise_with_feedback
@@ -28,12 +28,13 @@ def adapt(model: nn.Module, *, rank: int, alpha: float, seed: int, scales: bool 
     for path, module in list(model.named_modules()):
         if isinstance(module, GroupwiseLinear):
             adapted = AdaptedLinear(module, rank=rank, alpha=alpha, generator=generator, scales=scales)
-            replace_module(model, path, adapted)
+            model.set_submodule(path, adapted)
     return {
         f"{path}.{name}": parameter
         for path, module in model.named_modules()
         if isinstance(module, AdaptedLinear)
-        for name, parameter in module.learned.items()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
     }
 
 
@@ -41,8 +42,8 @@ def merge(model: nn.Module) -> dict[str, GroupwiseWeight]:
     """Merge every adapter into its layer's scales and zero points, in place. Returns the packed weights by path."""
     for path, module in list(model.named_modules()):
         if isinstance(module, AdaptedLinear):
-            bring_together(module)
-            replace_module(model, path, module.merged())
+            unshard(module)
+            model.set_submodule(path, module.merged())
     return {path: module.quantised for path, module in model.named_modules() if isinstance(module, GroupwiseLinear)}
 
 
@@ -57,7 +58,7 @@ def add_lora(
 ) -> tuple[Any, dict[str, nn.Parameter]]:
     """Plain LoRA on the linear layers at these paths, in place, with peft.
 
-    Returns its handle for `merge_lora` and the trained parameters by name.
+    Returns its handle, whose `merge_and_unload` gives the plain model, and the trained parameters by name.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -67,11 +68,6 @@ def add_lora(
             model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(paths))
         )
     return handle, {name: value for name, value in model.named_parameters() if value.requires_grad}
-
-
-def merge_lora(handle: Any) -> Any:
-    """The plain model with what LoRA learned added to its weights."""
-    return handle.merge_and_unload()
 
 
 @torch.no_grad()
@@ -94,9 +90,9 @@ def quantise_by_feedback(
     for layer in range(len(blocks)):
         grams = _grams(walker, layer, hidden, [stream.contexts for stream in streams])
         for name, gram in grams.items():
-            module = model.get_submodule(name)
-            weight = quantise_with_feedback(weight_out_in(module), gram, group_size=group_size, bits=bits)
-            replace_module(model, name, packed_like(module, weight, module._parameters.get("bias")))
+            stored = weight_out_in(model.get_submodule(name))
+            weight = quantise_with_feedback(stored, gram, group_size=group_size, bits=bits)
+            pack_linear(model, name, weight, gram.device)
         hidden = [walker.run_block(layer, one, stream.contexts) for one, stream in zip(hidden, streams, strict=True)]
         progress(layer + 1, len(blocks))
 

@@ -1,101 +1,63 @@
-"""The state of a training on disk: enough to go on as if nothing had happened."""
+"""The state of a training on disk: enough to resume as if nothing had happened."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from saap.core.errors import StaleInputError
+from saap.core.manifest import CurvePoint
 from saap.models.checkpoint.safetensor_files import TensorEntry, write_tensors
 
-STATE, BEST = "state.safetensors", "best.safetensors"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
+class Training(BaseModel):
+    """What a training has done so far.
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossPoint:
-    """One step. loss: mean over its learned tokens. validation: -log p over the held examples, where it was measured.
-
-    tokens, seconds: so far. rate: learning rate of the step.
+    validation: of the best parameters so far, those after `best_step` (0: before the first step). without_best:
+    validations since then. stopped_by: what ended the training, in words; '' while it runs.
     """
-
-    step: int
-    tokens: int
-    loss: float
-    rate: float
-    seconds: float
-    validation: float | None = None
-
-
-@dataclass(slots=True)
-class Progress:
-    """Where a training is. best_step: whose parameters are the best so far, 0 those before the first step."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    first_validation: float = float("nan")
-    best_validation: float = float("inf")
+    validation_before: float = float("inf")
+    validation: float = float("inf")
     best_step: int = 0
     without_best: int = 0
-    points: list[LossPoint] = field(default_factory=list)
+    points: list[CurvePoint] = []
+    stopped_by: str = ""
 
 
-def save_parameters(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Write the trained parameters alone."""
-    write_tensors(path, {name: TensorEntry.of(value.detach()) for name, value in parameters.items()}, {"format": "pt"})
-
-
-def load_parameters(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Read what `save_parameters` wrote into the parameters, in place. Raises StaleInputError."""
-    _read(path, {name: value.data for name, value in parameters.items()})
-
-
-def save_state(
-    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, progress: Progress
-) -> None:
-    """Write parameters, the optimizer's moments and the progress, whole or not at all."""
-    tensors = {name: value.detach() for name, value in parameters.items()}
-    steps = 0
-    for name, value in parameters.items():
-        moments = optimizer.state[value]
-        tensors |= {f"{name}/{moment}": moments[moment] for moment in _MOMENTS}
-        steps = int(moments["step"])
-    entries = {name: TensorEntry.of(value) for name, value in tensors.items()}
-    record = {"optimizer_steps": steps, "progress": dataclasses.asdict(progress)}
-    write_tensors(path, entries, {"format": "pt", "saap": json.dumps(record)})
-
-
-def load_state(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress | None:
-    """Go back to a saved state; None if there is none. Raises StaleInputError if the file is of something else."""
-    if not path.is_file():
-        return None
-    targets = {name: value.data for name, value in parameters.items()}
-    for name, value in parameters.items():
-        optimizer.state[value] = {moment: torch.zeros_like(value) for moment in _MOMENTS}
-        targets |= {f"{name}/{moment}": optimizer.state[value][moment] for moment in _MOMENTS}
-    record = json.loads(_read(path, targets)["saap"])
+def optimizer_tensors(optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The state of the optimizer by name, which it updates in place; zero before its first step."""
     for value in parameters.values():
-        optimizer.state[value]["step"] = torch.tensor(float(record["optimizer_steps"]))
-    saved = record["progress"]
-    return Progress(**{**saved, "points": [LossPoint(**point) for point in saved["points"]]})
+        moments = {"exp_avg": torch.zeros_like(value), "exp_avg_sq": torch.zeros_like(value)}
+        optimizer.state[value] = {"step": torch.zeros(()), **moments}
+    return {
+        f"{name}/{key}": tensor for name, value in parameters.items() for key, tensor in optimizer.state[value].items()
+    }
 
 
-def _read(path: Path, targets: Mapping[str, Tensor]) -> dict[str, Any]:
+def write_state(path: Path, tensors: Mapping[str, Tensor], training: Training) -> None:
+    """Write tensors and the training they belong to, whole or not at all. Raises OutputError."""
+    entries = {name: TensorEntry.of(tensor) for name, tensor in tensors.items()}
+    write_tensors(path, entries, {"format": "pt", "training": training.model_dump_json()})
+
+
+@torch.no_grad()
+def read_state(path: Path, tensors: Mapping[str, Tensor]) -> Training:
+    """Read what `write_state` wrote into the tensors, in place. Raises StaleInputError for a file of something else."""
     try:
         with safe_open(path, framework="pt") as file:
-            if set(file.keys()) != set(targets):
+            if set(file.keys()) != set(tensors):
                 raise ValueError("it is of other parameters")
-            for name, target in targets.items():
-                target.copy_(file.get_tensor(name))
-            return dict(file.metadata() or {})
+            for name, tensor in tensors.items():
+                tensor.copy_(file.get_tensor(name))
+            return Training.model_validate_json((file.metadata() or {}).get("training", ""))
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise StaleInputError(f"{path} is no state of this training ({error})", "Delete it") from None

@@ -7,51 +7,66 @@ from typing import Any
 
 import numpy as np
 
-from saap.reporting.figures import COLOURS, INK, MARKERS, Figure, legend_outside, plain_ticks
+from saap.reporting.figures import (
+    COLOURS,
+    INK,
+    MARKERS,
+    Figure,
+    label_bars,
+    legend_outside,
+    name_rows,
+    percent_ticks,
+    plain_ticks,
+    rows_height,
+)
 from saap.reporting.tables import measured_at, merged_over_seeds, short
 
 OURS = "saap"
 STEPS = ("score", "search", "make")
+KINDS = ((False, COLOURS[1], "o", "cut only"), (True, COLOURS[2], "D", "restored"))
+"""Whether a model is restored, and how that is drawn."""
 
 
-def _methods(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(row["method"] for row in rows))
-
-
-def _look(method: str, methods: Sequence[str]) -> dict[str, Any]:
+def look(method: str, methods: Sequence[str]) -> dict[str, Any]:
     """A colour and a marker that a method has in every figure of its comparison."""
     place = methods.index(method)
     turn = place // len(COLOURS)  # the second method of a colour has another marker than the first
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[(place + 3 * turn) % len(MARKERS)]}
 
 
+def _methods(comparison: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["method"] for row in comparison["rows"]))
+
+
+def _known_ratios(rows: Sequence[Mapping[str, Any]], text: str) -> np.ndarray[Any, Any]:
+    """Perplexities over that of the dense model, of the rows where both are finite."""
+    return np.array([row["ratios"][text] for row in rows if row["ratios"][text]])
+
+
 def perplexity_by_ratio(comparison: Mapping[str, Any], text: str, restored: bool) -> Figure:
     """Perplexity over dense against the pruning ratio, one line a method."""
-    methods = _methods(comparison["rows"])
-    lines: dict[str, list[tuple[float, np.ndarray[Any, Any]]]] = {}
-    for entry in merged_over_seeds(comparison["rows"]):
-        values = np.array([row["ratios"][text] for row in entry["rows"] if row["ratios"][text]])
-        if entry["restored"] is restored and len(values):
-            lines.setdefault(entry["method"], []).append((entry["ratio"], values))
-    ratios = sorted({ratio for points in lines.values() for ratio, _ in points})
-    means = [float(values.mean()) for points in lines.values() for _, values in points] or [1.0]
+    methods = _methods(comparison)
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for (method, ratio, kind), rows in sorted(
+        merged_over_seeds(comparison["rows"]).items(), key=lambda item: (methods.index(item[0][0]), item[0][1])
+    ):
+        values = _known_ratios(rows, text)
+        if kind is restored and len(values):
+            spread = values.std(ddof=1) if len(values) > 1 else 0.0
+            lines.setdefault(method, []).append((100 * ratio, values.mean(), spread))
 
     def draw(axis: Any) -> None:
-        from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
-
-        for method, points in lines.items():
-            points.sort(key=lambda point: point[0])
+        points = [point for line in lines.values() for point in line] or [(0.0, 1.0, 0.0)]
+        for method, line in lines.items():
+            ratios, means, spreads = zip(*line, strict=True)
+            size, width, order = (7, 2.6, 3) if method == OURS else (4.5, 1.1, 2)
             axis.errorbar(
-                [100 * ratio for ratio, _ in points], [values.mean() for _, values in points],
-                yerr=[values.std(ddof=1) if len(values) > 1 else 0 for _, values in points],
-                **_look(method, methods), markersize=7 if method == OURS else 4.5, label=method, capsize=2,
-                linewidth=2.6 if method == OURS else 1.1, zorder=3 if method == OURS else 2,
+                ratios, means, yerr=spreads, **look(method, methods), markersize=size, label=method, capsize=2,
+                linewidth=width, zorder=order,
             )  # fmt: skip
-        axis.set(xlabel="removed of the blocks' parameters", ylabel="perplexity / dense", yscale="log")
-        axis.xaxis.set_major_locator(FixedLocator([100 * ratio for ratio in ratios]))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_formatter(PercentFormatter(decimals=0))
-        plain_ticks(axis.yaxis, min(means), max(means))
+        axis.set(ylabel="perplexity / dense", yscale="log")
+        percent_ticks(axis, (ratio for ratio, _, _ in points))
+        plain_ticks(axis.yaxis, min(mean for _, mean, _ in points), max(mean for _, mean, _ in points))
         legend_outside(axis)
 
     with_restoration = "with restoration by saap for every method" if restored else "cut only"
@@ -67,10 +82,10 @@ def perplexity_by_ratio(comparison: Mapping[str, Any], text: str, restored: bool
 def restoration_gain(comparison: Mapping[str, Any], text: str, ratio: float) -> Figure | None:
     """What selection and what restoration brings at one ratio: cut only and restored, one row a method."""
     found: dict[str, dict[bool, float]] = {}
-    for entry in merged_over_seeds(comparison["rows"]):
-        values = [row["ratios"][text] for row in entry["rows"] if row["ratios"][text]]
-        if entry["ratio"] == ratio and values:
-            found.setdefault(entry["method"], {})[entry["restored"]] = float(np.mean(values))
+    for (method, its_ratio, kind), rows in merged_over_seeds(comparison["rows"]).items():
+        values = _known_ratios(rows, text)
+        if its_ratio == ratio and len(values):
+            found.setdefault(method, {})[kind] = float(values.mean())
     both = {method: pair for method, pair in found.items() if len(pair) == 2}
     if not both:
         return None
@@ -78,17 +93,15 @@ def restoration_gain(comparison: Mapping[str, Any], text: str, ratio: float) -> 
 
     def draw(axis: Any) -> None:
         places = np.arange(len(order))
-        restored, cut = ([both[method][kind] for method in order] for kind in (True, False))
-        axis.hlines(places, restored, cut, color=INK, alpha=0.4, linewidth=1.5, zorder=1)
-        axis.scatter(cut, places, color=COLOURS[1], marker="o", label="cut only", zorder=2)
-        axis.scatter(restored, places, color=COLOURS[2], marker="D", label="restored", zorder=2)
-        axis.set_yticks(places, order)
-        axis.invert_yaxis()
+        values = {restored: [both[method][restored] for method in order] for restored in (False, True)}
+        axis.hlines(places, values[True], values[False], color=INK, alpha=0.4, linewidth=1.5, zorder=1)
+        for restored, colour, mark, label in KINDS:
+            axis.scatter(values[restored], places, color=colour, marker=mark, label=label, zorder=2)
+        name_rows(axis, order)
         axis.set(xlabel="perplexity / dense")
-        if max(cut) > 4 * min(restored):
+        if max(values[False]) > 4 * min(values[True]):
             axis.set(xscale="log")
-            plain_ticks(axis.xaxis, min(restored), max(cut))
-        axis.grid(visible=False, axis="y")
+            plain_ticks(axis.xaxis, min(values[True]), max(values[False]))
         legend_outside(axis)
 
     best = order[0]
@@ -98,7 +111,7 @@ def restoration_gain(comparison: Mapping[str, Any], text: str, ratio: float) -> 
         title=f"{short(text)}: selection and restoration told apart, {ratio:.0%} removed",
         text=f"The circles compare what the methods choose, the lines show what restoration brings back. {said}",
         draw=draw,
-        height=0.9 + 0.27 * len(order),
+        height=rows_height(len(order)),
     )
 
 
@@ -108,37 +121,27 @@ def kept_above_chance(comparison: Mapping[str, Any], ratio: float) -> Figure | N
     if not rows:
         return None
     rows = sorted(rows, key=lambda row: -row["kept_accuracy"]["value"])
-    labels = [f"{row['method']}{', restored' if row['restored'] else ''}" for row in rows]
 
     def draw(axis: Any) -> None:
-        places = np.arange(len(rows))
-        for restored, colour, mark, label in (
-            (False, COLOURS[1], "o", "cut only"),
-            (True, COLOURS[2], "D", "restored"),
-        ):
-            here = [place for place in places if rows[place]["restored"] is restored]
+        for restored, colour, mark, label in KINDS:
+            here = [place for place, row in enumerate(rows) if row["restored"] is restored]
             kept = [rows[place]["kept_accuracy"] for place in here]
             if kept:
-                sides = [[100 * max(0, one["value"] - one["low"]) for one in kept],
-                         [100 * max(0, one["high"] - one["value"]) for one in kept]]  # fmt: skip
+                sides = [[100 * max(0, sign * (one[end] - one["value"])) for one in kept]
+                         for sign, end in ((-1, "low"), (1, "high"))]  # fmt: skip
                 axis.errorbar([100 * one["value"] for one in kept], here, xerr=sides, fmt=mark, color=colour,
                               label=label, capsize=3)  # fmt: skip
         axis.axvline(100, color=INK, linestyle=":", linewidth=1, label="dense")
-        axis.set_yticks(places, labels)
-        axis.invert_yaxis()
+        name_rows(axis, [f"{row['method']}{', restored' if row['restored'] else ''}" for row in rows])
         axis.set(xlabel="% of the dense accuracy above chance")
-        axis.grid(visible=False, axis="y")
         legend_outside(axis)
 
-    names = ", ".join(rows[0]["tasks"])
     text = (
-        f"Sum over {names} of what a model answers better than guessing, relative to the dense model; whiskers are "
-        "95 % intervals of a paired bootstrap over the questions."
+        f"Sum over {', '.join(rows[0]['tasks'])} of what a model answers better than guessing, relative to the dense "
+        "model; whiskers are 95 % intervals of a paired bootstrap over the questions."
     )
-    return Figure(
-        name="kept", title=f"Zero-shot accuracy kept, {ratio:.0%} removed", text=text, draw=draw,
-        height=0.9 + 0.27 * len(rows),
-    )  # fmt: skip
+    title = f"Zero-shot accuracy kept, {ratio:.0%} removed"
+    return Figure(name="kept", title=title, text=text, draw=draw, height=rows_height(len(rows)))
 
 
 def speed_by_ratio(comparison: Mapping[str, Any]) -> Figure | None:
@@ -147,19 +150,16 @@ def speed_by_ratio(comparison: Mapping[str, Any]) -> Figure | None:
     rows = [row for row in comparison["rows"] if row["tokens_per_second"]]
     if not dense or not rows:
         return None
-    methods = _methods(comparison["rows"])
+    methods = _methods(comparison)
 
     def draw(axis: Any) -> None:
-        from matplotlib.ticker import FixedLocator, PercentFormatter
-
         for method in methods:
             mine = [row for row in rows if row["method"] == method]
             axis.scatter([100 * row["ratio"] for row in mine], [row["tokens_per_second"] / dense for row in mine],
-                         **_look(method, methods), s=28, alpha=0.8, label=method)  # fmt: skip
+                         **look(method, methods), s=28, alpha=0.8, label=method)  # fmt: skip
         axis.axhline(1, color=INK, linestyle=":", linewidth=1)
-        axis.xaxis.set_major_locator(FixedLocator(sorted({100 * row["ratio"] for row in rows})))
-        axis.xaxis.set_major_formatter(PercentFormatter(decimals=0))
-        axis.set(xlabel="removed of the blocks' parameters", ylabel="tokens per second / dense")
+        percent_ticks(axis, (100 * row["ratio"] for row in rows))
+        axis.set(ylabel="tokens per second / dense")
         legend_outside(axis)
 
     text = (
@@ -175,23 +175,19 @@ def seconds_by_method(comparison: Mapping[str, Any], ratio: float) -> Figure:
     rows = [row for row in measured_at(comparison, ratio) if row["restored"] is restored]
 
     def draw(axis: Any) -> None:
-        places, left = np.arange(len(rows)), np.zeros(len(rows))
+        left = np.zeros(len(rows))
         for index, step in enumerate(STEPS):
             values = np.array([row["seconds"][step] for row in rows])
-            bars = axis.barh(places, values, left=left, color=COLOURS[index], label=step)
+            bars = axis.barh(range(len(rows)), values, left=left, color=COLOURS[index], label=step)
             left = left + values
-        labels = [f"{seconds:,.0f} s, {row['peak_resident_bytes'] / 1e9:.1f} GB"
-                  for seconds, row in zip(left, rows, strict=True)]  # fmt: skip
-        axis.bar_label(bars, labels=labels, padding=3, fontsize=8.5)
-        axis.set_yticks(places, [row["method"] for row in rows])
-        axis.invert_yaxis()
+        memory = [row["peak_resident_bytes"] / 1e9 for row in rows]
+        label_bars(axis, bars, [f"{seconds:,.0f} s, {size:.1f} GB" for seconds, size in zip(left, memory, strict=True)])
+        name_rows(axis, [row["method"] for row in rows])
         axis.set(xlabel="seconds", xlim=(0, 1.4 * max(left, default=0) or 1))
-        axis.grid(visible=False, axis="y")
         legend_outside(axis)
 
     text = (
         f"At {ratio:.0%} removed{', with restoration' if restored else ''}: scoring the units, searching the "
         "structure, and cutting and restoring; peak memory of the process. A pass that methods share counts for each."
     )
-    return Figure(name="cost", title="Time and memory by method", text=text, draw=draw,
-                  height=0.9 + 0.27 * len(rows))  # fmt: skip
+    return Figure(name="cost", title="Time and memory by method", text=text, draw=draw, height=rows_height(len(rows)))

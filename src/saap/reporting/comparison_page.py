@@ -1,4 +1,4 @@
-"""The page about a comparison, and the part of it that stands beside a pruned model."""
+"""The page about a comparison, and the part of it that is shown with a pruned model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from saap.reporting import comparison_figures as drawn
 from saap.reporting.figures import Figure
+from saap.reporting.inputs import Evaluation
 from saap.reporting.page import Page, Section
 from saap.reporting.sections import environment_section, evaluation_sections
 from saap.reporting.tables import comparison_table, number, ratio_table, short, task_table
@@ -15,40 +16,36 @@ from saap.reporting.tables import comparison_table, number, ratio_table, short, 
 
 def ratio_section(comparison: Mapping[str, Any]) -> Section:
     """Perplexity against the pruning ratio for all methods, and what restoration brings."""
-    texts = list(comparison["dense"]["perplexity"])
-    kinds = sorted({bool(row["restored"]) for row in comparison["rows"]})
+    kinds = sorted({row["restored"] for row in comparison["rows"]})
     figures: list[Figure | None] = []
-    for text in texts:
+    tables = []
+    for text in comparison["dense"]["perplexity"]:
         figures += [drawn.perplexity_by_ratio(comparison, text, restored) for restored in kinds]
         figures.append(drawn.restoration_gain(comparison, text, middle_ratio(comparison)))
+        for restored in kinds:
+            how = "restored" if restored else "cut only"
+            caption = f"{short(text)}, perplexity / dense, {how}; bold: best of a column"
+            tables.append((caption, ratio_table(comparison, text, restored)))
     return Section(
         name="ratios",
         title="Perplexity by pruning ratio",
-        figures=tuple(figure for figure in figures if figure is not None),
-        tables=tuple(
-            (
-                f"{short(text)}, perplexity / dense, {'restored' if restored else 'cut only'}; bold: best of a column",
-                ratio_table(comparison, text, restored),
-            )
-            for text in texts
-            for restored in kinds
-        ),
+        figures=[figure for figure in figures if figure is not None],
+        tables=tables,
         lowest_is_best=True,
     )
 
 
-def task_sections(comparison: Mapping[str, Any]) -> list[Section]:
-    """Zero-shot accuracy at each ratio that tasks were asked at."""
+def _task_sections(comparison: Mapping[str, Any]) -> list[Section]:
+    """Zero-shot accuracy at each ratio with tasks."""
     sections = []
-    asked = sorted({row["ratio"] for row in comparison["rows"] if row["tasks"]})
-    for ratio in asked:
+    for ratio in sorted({row["ratio"] for row in comparison["rows"] if row["tasks"]}):
         figure = drawn.kept_above_chance(comparison, ratio)
         sections.append(
             Section(
                 name=f"tasks-{ratio:g}".replace(".", "-"),
                 title=f"Questions answered without examples, {ratio:.0%} removed",
-                figures=() if figure is None else (dataclasses.replace(figure, name=f"{figure.name}-{ratio:g}"),),
-                tables=(("Accuracy and standard error", task_table(comparison, ratio)),),
+                figures=[] if figure is None else [dataclasses.replace(figure, name=f"{figure.name}-{ratio:g}")],
+                tables=[("Accuracy and standard error", task_table(comparison, ratio))],
             )
         )
     return sections
@@ -60,41 +57,37 @@ def middle_ratio(comparison: Mapping[str, Any]) -> float:
     return 0.2 if 0.2 in ratios else ratios[len(ratios) // 2]
 
 
-def comparison_page(comparison: Mapping[str, Any], reports: Sequence[Mapping[str, Any]]) -> Page:
+def comparison_page(comparison: Mapping[str, Any], reports: Sequence[Evaluation]) -> Page:
     """The page of a whole comparison. reports: of `saap eval`."""
-    text = next(iter(comparison["dense"]["perplexity"]))
-    methods = list(dict.fromkeys(row["method"] for row in comparison["rows"]))
-    ratios = sorted({row["ratio"] for row in comparison["rows"]})
+    dense, rows = comparison["dense"], comparison["rows"]
+    text = next(iter(dense["perplexity"]))
+    methods, ratios = {row["method"] for row in rows}, sorted({row["ratio"] for row in rows})
     speed = drawn.speed_by_ratio(comparison)
     cost = drawn.seconds_by_method(comparison, middle_ratio(comparison))
     sections = [
         ratio_section(comparison),
-        *task_sections(comparison),
+        *_task_sections(comparison),
         Section(
             name="cost",
             title="Speed, time and memory",
-            figures=(*(() if speed is None else (speed,)), cost),
-            tables=(("Every row", comparison_table(comparison)),),
+            figures=[cost] if speed is None else [speed, cost],
+            tables=[("Every row", comparison_table(comparison))],
         ),
         *evaluation_sections(reports),
         environment_section(
-            [comparison.get("command", ()), *(report.get("command", ()) for report in reports)],
+            [comparison["command"], *(report.command for report in reports)],
             comparison["versions"],
             comparison["settings"],
         ),
     ]
-    tiles = (
+    tiles = [
         (str(len(methods)), "methods"),
         (", ".join(f"{ratio:.0%}" for ratio in ratios), "of the blocks removed"),
-        (f"{comparison['dense']['parameters']:,}", "parameters of the dense model"),
-        (number(comparison["dense"]["perplexity"][text]["value"], 2), f"its perplexity on {short(text)}"),
-    )
-    return Page(
-        title=f"Methods compared on {comparison['model']}",
-        summary=_summary(comparison, text, len(methods)),
-        tiles=tiles,
-        sections=tuple(sections),
-    )
+        (f"{dense['parameters']:,}", "parameters of the dense model"),
+        (number(dense["perplexity"][text]["value"], 2), f"its perplexity on {short(text)}"),
+    ]
+    title, summary = f"Methods compared on {comparison['model']}", _summary(comparison, text, len(methods))
+    return Page(title=title, summary=summary, tiles=tiles, sections=sections)
 
 
 def _summary(comparison: Mapping[str, Any], text: str, methods: int) -> str:

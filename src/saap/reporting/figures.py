@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +111,35 @@ def write_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
     return paths
 
 
+def name_rows(axis: Any, names: Sequence[str]) -> None:
+    """Names at the left of horizontal bars or points, from top to bottom."""
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.grid(visible=False, axis="y")
+
+
+def rows_height(rows: int) -> float:
+    """Height of a figure with so many horizontal bars."""
+    return 0.9 + 0.27 * rows
+
+
+def label_bars(axis: Any, bars: Any, labels: Sequence[str]) -> None:
+    """What is written at the end of horizontal bars."""
+    axis.bar_label(bars, labels=labels, padding=3, fontsize=8.5)
+
+
+def percent_ticks(axis: Any, places: Iterable[float]) -> None:
+    """Shares of removed parameters along the x axis. places: in percent."""
+    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+
+    axis.xaxis.set_major_locator(FixedLocator(sorted(set(places))))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(PercentFormatter(decimals=0))
+    axis.set(xlabel="removed of the blocks' parameters")
+
+
 def legend_outside(axis: Any) -> None:
-    """A legend where no line can run through it: a short one above, where a narrow screen shows it, others beside."""
+    """A legend where no line can run through it: above if it is short, for narrow screens, else at the side."""
     if len(axis.get_legend_handles_labels()[1]) <= 4:
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=9, borderaxespad=0.2, columnspacing=1.2)
     else:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
 
 import jinja2
 
@@ -27,10 +27,10 @@ class Section:
 
     name: str
     title: str
-    paragraphs: tuple[str, ...] = ()
-    figures: tuple[Figure, ...] = ()
-    tables: tuple[tuple[str, Table], ...] = ()
-    answers: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
+    paragraphs: Sequence[str] = ()
+    figures: Sequence[Figure] = ()
+    tables: Sequence[tuple[str, Table]] = ()
+    answers: Sequence[tuple[str, tuple[tuple[str, str], ...]]] = ()
     code: str = ""
     lowest_is_best: bool = False
     fold_tables: bool = False
@@ -42,8 +42,8 @@ class Page:
 
     title: str
     summary: str
-    tiles: tuple[tuple[str, str], ...]
-    sections: tuple[Section, ...]
+    tiles: Sequence[tuple[str, str]]
+    sections: Sequence[Section]
 
     @property
     def figures(self) -> list[Figure]:
@@ -56,39 +56,11 @@ def render(page: Page) -> str:
     template = (resources.files("saap.reporting") / "page.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(template).render(
-        title=page.title,
-        summary=page.summary,
-        tiles=[{"value": value, "label": label} for value, label in page.tiles],
-        sections=[_section(section) for section in page.sections],
-        version=__version__,
+        page=page, svg=to_svg, lowest=lowest_of_columns, long=LONG, version=__version__
     )
 
 
-def _section(section: Section) -> dict[str, Any]:
-    return {
-        "name": section.name,
-        "title": section.title,
-        "paragraphs": section.paragraphs,
-        "figures": [
-            {"name": figure.name, "title": figure.title, "text": figure.text, "svg": to_svg(figure)}
-            for figure in section.figures
-        ],
-        "tables": [_table(caption, table, section) for caption, table in section.tables],
-        "answers": [{"prompt": prompt, "texts": texts} for prompt, texts in section.answers],
-        "code": section.code,
-    }
-
-
-def _table(caption: str, table: Table, section: Section) -> dict[str, Any]:
-    best = _lowest(table) if section.lowest_is_best else set()
-    rows = [
-        [{"text": text, "best": (row, column) in best} for column, text in enumerate(cells)]
-        for row, cells in enumerate(table[1])
-    ]
-    return {"caption": caption, "headings": table[0], "rows": rows, "folded": section.fold_tables or len(rows) > LONG}
-
-
-def _lowest(table: Table) -> set[tuple[int, int]]:
+def lowest_of_columns(table: Table) -> set[tuple[int, int]]:
     """Row and column of the least number in each column after the first; what follows a number is its spread."""
     found = set()
     for column in range(1, len(table[0])):

@@ -9,24 +9,24 @@ from saap.core.errors import EvaluationError, OutputError
 from saap.core.manifest import read_manifest
 from saap.core.storage import write_whole
 from saap.reporting.comparison_page import comparison_page
-from saap.reporting.figures import write_figures
+from saap.reporting.figures import slug, write_figures
 from saap.reporting.inputs import COMPARISON, read_comparison, read_evaluation
 from saap.reporting.model_page import model_page
 from saap.reporting.page import Page, render
-from saap.reporting.write_tables import write_page_tables
+from saap.reporting.tables import write_table
 
 
 def build_page(source: Path, evaluations: Sequence[Path] = (), comparison: Path | None = None) -> Page:
     """The report of a folder that `saap prune` or `saap compare` wrote.
 
     evaluations: JSON files that `saap eval --out` wrote. comparison: a folder that `saap compare` wrote, whose
-    baselines are to be shown beside a pruned model. Raises SaapError for anything else.
+    baselines are to be shown with a pruned model. Raises SaapError for anything else.
     """
     reports = [read_evaluation(path) for path in evaluations]
-    beside = None if comparison is None else read_comparison(_comparison_file(comparison))
+    baselines = None if comparison is None else read_comparison(_comparison_file(comparison))
     file = _comparison_file(source)
     if file.name == COMPARISON and file.is_file():
-        if beside is not None:
+        if baselines is not None:
             raise EvaluationError(f"{source} is a comparison itself", "Leave out --compare, or name a pruned model")
         return comparison_page(read_comparison(file), reports)
     manifest = read_manifest(source)
@@ -35,7 +35,7 @@ def build_page(source: Path, evaluations: Sequence[Path] = (), comparison: Path 
             f"{source} was written neither by `saap prune` nor by `saap compare`",
             "Name a folder that one of them wrote",
         )
-    return model_page(source, manifest, reports, beside)
+    return model_page(source, manifest, reports, baselines)
 
 
 def write_page(page: Page, out: Path, figure_folder: Path | None) -> list[Path]:
@@ -44,7 +44,12 @@ def write_page(page: Page, out: Path, figure_folder: Path | None) -> list[Path]:
         write_whole(out, render(page).encode())
         if figure_folder is None:
             return [out]
-        return [out, *write_figures(page.figures, figure_folder), *write_page_tables(figure_folder, page)]
+        written = [out, *write_figures(page.figures, figure_folder)]
+        for section in page.sections:
+            for caption, table in section.tables:
+                name = f"{section.name}-{slug(caption).lower()[:60].rstrip('-')}"
+                written += write_table(table, figure_folder / name, ("md", "tex"))
+        return written
     except OSError as error:
         raise OutputError(f"{out} cannot be written ({error.strerror})", "Choose another --out") from error
 

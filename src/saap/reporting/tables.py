@@ -7,9 +7,12 @@ import io
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from saap.core.storage import write_whole
 
 Table = tuple[list[str], list[list[str]]]
 """Headings and rows."""
@@ -27,18 +30,18 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.2e}"
 
 
-def merged_over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry for each method, ratio and restoration: the rows of its seeds, in the order of their first row."""
-    grouped: defaultdict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
+Row = Mapping[str, Any]
+
+
+def merged_over_seeds(rows: Sequence[Row]) -> Mapping[tuple[str, float, bool], list[Row]]:
+    """The rows of all seeds by method, ratio and whether they are restored, in the order of their first row."""
+    grouped: defaultdict[tuple[str, float, bool], list[Row]] = defaultdict(list)
     for row in rows:
         grouped[row["method"], row["ratio"], row["restored"]].append(row)
-    return [
-        {"method": method, "ratio": ratio, "restored": restored, "rows": same}
-        for (method, ratio, restored), same in grouped.items()
-    ]
+    return grouped
 
 
-def measured_at(comparison: Mapping[str, Any], ratio: float) -> list[Mapping[str, Any]]:
+def measured_at(comparison: Mapping[str, Any], ratio: float) -> list[Row]:
     """The rows of one pruning ratio, of the first seed alone where there are several."""
     rows = [row for row in comparison["rows"] if row["ratio"] == ratio]
     return [row for row in rows if row["seed"] == rows[0]["seed"]]
@@ -60,14 +63,6 @@ def _with_error(result: Mapping[str, Any]) -> str:
     return f"{result['acc']:.3f} ± {result['acc_stderr']:.3f}"
 
 
-def mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation; None where a value lacks, no deviation for a single one."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return None, None
-    return float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None
-
-
 def comparison_table(comparison: Mapping[str, Any]) -> Table:
     """Every method, ratio and restoration with all that was measured; means over the seeds, ± their deviation."""
     texts = list(comparison["dense"]["perplexity"])
@@ -82,10 +77,9 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
     first += [number(dense["tasks"][task]["acc"]) for task in tasks] + (["1.000"] if tasks else [])
     first += [number(dense["tokens_per_second"], 0), "", ""]
     rows = [first]
-    for entry in merged_over_seeds(comparison["rows"]):
-        same = entry["rows"]
-        cells = [entry["method"], f"{entry['ratio']:g}", "yes" if entry["restored"] else "no"]
-        cells += [f"{mean_and_spread([row['pruning_ratio'] for row in same])[0]:.1%}", f"{same[0]['parameters']:,}"]
+    for (method, ratio, restored), same in merged_over_seeds(comparison["rows"]).items():
+        cells = [method, f"{ratio:g}", "yes" if restored else "no"]
+        cells += [f"{np.mean([row['pruning_ratio'] for row in same]):.1%}", f"{same[0]['parameters']:,}"]
         for text in texts:
             cells.append(_cell([row["perplexity"][text]["value"] for row in same], 2))
             cells.append(_cell([row["ratios"][text] for row in same]))
@@ -101,14 +95,15 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
 
 def ratio_table(comparison: Mapping[str, Any], text: str, restored: bool) -> Table:
     """Methods by ratios: perplexity over that of the dense model on one text."""
-    entries = [entry for entry in merged_over_seeds(comparison["rows"]) if entry["restored"] is restored]
-    ratios = sorted({entry["ratio"] for entry in entries})
     found = {
-        (entry["method"], entry["ratio"]): _cell([row["ratios"][text] for row in entry["rows"]]) for entry in entries
+        (method, ratio): _cell([row["ratios"][text] for row in same])
+        for (method, ratio, kind), same in merged_over_seeds(comparison["rows"]).items()
+        if kind is restored
     }
-    methods = list(dict.fromkeys(entry["method"] for entry in entries))
+    ratios = sorted({ratio for _, ratio in found})
     return ["method", *(f"{ratio:.0%}" for ratio in ratios)], [
-        [method, *(found.get((method, ratio), "") for ratio in ratios)] for method in methods
+        [method, *(found.get((method, ratio), "") for ratio in ratios)]
+        for method in dict.fromkeys(method for method, _ in found)
     ]
 
 
@@ -127,17 +122,19 @@ def names_apart(models: Sequence[tuple[str, str | None]]) -> list[str]:
 
 
 def _cell(values: Sequence[float | None], digits: int = 3) -> str:
-    mean, spread = mean_and_spread(values)
-    return number(mean, digits) + ("" if spread is None else f" ± {number(spread, digits)}")
+    """Mean ± sample deviation of several seeds; empty where a value lacks, no deviation for a single one."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return ""
+    spread = f" ± {number(float(np.std(known, ddof=1)), digits)}" if len(known) > 1 else ""
+    return number(float(np.mean(known)), digits) + spread
 
 
-def _kept(rows: Sequence[Mapping[str, Any]]) -> str:
+def _kept(rows: Sequence[Row]) -> str:
     if len(rows) > 1 or rows[0]["kept_accuracy"] is None:
         return _cell([None if row["kept_accuracy"] is None else row["kept_accuracy"]["value"] for row in rows])
     kept = rows[0]["kept_accuracy"]
-    if kept["value"] is None:
-        return ""
-    return f"{number(kept['value'])} ({number(kept['low'])} to {number(kept['high'])})"
+    return "" if kept["value"] is None else f"{number(kept['value'])} ({number(kept['low'])} to {number(kept['high'])})"
 
 
 def to_csv(table: Table) -> str:
@@ -174,3 +171,19 @@ def to_latex(table: Table) -> str:
         rf"\begin{{tabular}}{{{columns}}}" + "\n\\toprule\n" + line(table[0]) + "\\midrule\n" + body
         + "\\bottomrule\n\\end{tabular}\n"
     )  # fmt: skip
+
+
+WRITERS = {"csv": to_csv, "md": to_markdown, "tex": to_latex}
+
+
+def write_table(table: Table, path: Path, endings: Sequence[str] = tuple(WRITERS)) -> list[Path]:
+    """Write a table in several forms. path: of the files, without their endings."""
+    paths = [path.with_name(f"{path.name}.{ending}") for ending in endings]
+    for ending, file in zip(endings, paths, strict=True):
+        write_whole(file, WRITERS[ending](table).encode())
+    return paths
+
+
+def write_tables(folder: Path, comparison: Mapping[str, Any]) -> list[Path]:
+    """comparison.csv, .md and .tex in `folder`."""
+    return write_table(comparison_table(comparison), folder / "comparison")

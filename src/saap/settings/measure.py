@@ -55,7 +55,7 @@ class EvalRequest(Settings):
     dense_revision, dense_trust_remote_code: of `dense`, or of `against` where only that is specified; by default the
     revision of the manifest of the pruned model, and no code of its own. against: the model that speed is compared
     with, else `dense`, else the one that a pruned one was made from. against_revision, against_trust_remote_code: of
-    `against` where `dense` is another model. beside: further models whose answers go into `human_kit`, a page to write.
+    `against` where `dense` is another model.
     """
 
     texts: Annotated[
@@ -113,12 +113,6 @@ class EvalRequest(Settings):
     ] = None
     dense_revision: Annotated[str | None, dense_flag(DENSE_REVISION, default="as MODEL's manifest says")] = None
     dense_trust_remote_code: Annotated[bool, dense_flag(DENSE_CODE)] = False
-    beside: Annotated[
-        tuple[str, ...], writing_flag("Another model for the page, repeatable.", metavar="MODEL", repeat=True)
-    ] = ()
-    human_kit: Annotated[
-        Path | None, writing_flag("Write a blinded page on which people rate the answers.", metavar="FILE")
-    ] = None
     speed: Annotated[
         SpeedSettings | None,
         speed_flag("Tokens per second of prefill and of decoding (batch 1)."),
@@ -127,7 +121,7 @@ class EvalRequest(Settings):
     against: Annotated[str | None, Flag(instead="--dense")] = None
     against_revision: Annotated[str | None, Flag(instead="--dense-revision")] = None
     against_trust_remote_code: Annotated[bool, Flag(instead="--dense-trust-remote-code")] = False
-    seed: Annotated[Seed, writing_flag("Seed of sampled text and of the page's order.")] = 0
+    seed: Annotated[Seed, writing_flag("Seed of sampled text.")] = 0
 
     @field_validator("tasks")
     @classmethod
@@ -145,7 +139,7 @@ class EvalRequest(Settings):
     @property
     def names_nothing(self) -> bool:
         """Whether there is nothing to measure."""
-        measured = (self.texts, self.tasks, self.prompts, self.chat, self.human_kit, self.speed)
+        measured = (self.texts, self.tasks, self.prompts, self.chat, self.speed)
         return not any(measured)
 
 

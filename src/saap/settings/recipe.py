@@ -224,10 +224,6 @@ def _check_together(recipe: Recipe, where: str) -> None:
     for name, request in recipe.eval.items():
         if request.names_nothing:
             raise ConfigurationError(f"{where}, eval.{name} measures nothing", "Give texts, tasks, prompts or speed")
-        if request.human_kit is not None:
-            raise ConfigurationError(
-                f"{where}, eval.{name}: a page for raters is made once, by hand", "Use `saap eval --human-kit`"
-            )
     pruning, tuning = recipe.prune, recipe.recover
     if pruning is not None and tuning is not None and pruning.align % tuning.group_size:
         raise ConfigurationError(

@@ -4,98 +4,94 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from saap.core.records import Candidate, IntArray, ModelGraph
+from saap.core.records import Candidate, ModelGraph
+from saap.models.walk.backend import Progress, silent
 from saap.settings.prune import Strategy
-from saap.structure_search.allocation import AnyBudget, Step, steps_by_score, steps_by_share, take_steps
+from saap.structure_search.allocation import Decrement, Orders, Proposal, Scores, SearchProblem
 from saap.structure_search.costs import SecondOrder
-from saap.structure_search.slots import Slot
-from saap.structure_search.strategies import STRATEGIES, Proposal, Scores, importance_order, module_shares
+from saap.structure_search.strategies import STRATEGIES, importance_order, module_shares
+from saap.structure_search.variables import DecisionVariable
 
-Judge = Callable[[Mapping[str, tuple[int, ...]]], float]
+Evaluator = Callable[[Mapping[str, tuple[int, ...]], tuple[int, ...]], float]
 
-# Sparing both ends was measured to beat every rule driven by importance (SmolLM2: first 4 and last 2 of 30 layers).
+# Protecting both ends was measured to beat every rule driven by importance (SmolLM2: first 4 and last 2 of 30 layers).
 FIRST_SHARE, LAST_SHARE = 4 / 30, 2 / 30
 ATTENTION_SHARES = (0.0, 1.0)
-SPREADS = (0.3,)
+SPREAD = 0.3
 WAVES = 4
 MUTATION_SCALE = 0.3
+LEAST_SHARE = 0.02
+"""What a module that loses nothing counts as losing, so that the evolution can ask it for something."""
 
 
-def spared_ends(blocks: int) -> tuple[int, ...]:
-    """Layers at both ends that give least by default."""
+def protected_layers(blocks: int) -> tuple[int, ...]:
+    """Layers at both ends that lose least by default."""
     first, last = round(FIRST_SHARE * blocks), round(LAST_SHARE * blocks)
     return tuple(layer for layer in range(blocks) if layer < first or layer >= blocks - last)
 
 
-def uniform_shares(graph: ModelGraph, slots: Sequence[Slot], *, attention: float, spare: bool) -> list[float]:
-    """Share of each slot under the uniform rule: 1, `attention` for attention modules, 0 at spared ends."""
-    spared = set(spared_ends(len(graph.blocks))) if spare else set()
+def uniform_shares(graph: ModelGraph, variables: Sequence[DecisionVariable], *, attention: float) -> list[float]:
+    """Share of each variable under the uniform rule: 1, `attention` for attention modules, 0 at protected layers."""
+    protected = set(protected_layers(len(graph.blocks)))
     return [
-        0.0 if all(group.layer in spared for group in slot.groups) else attention if slot.of_heads else 1.0
-        for slot in slots
+        0.0 if all(group.layer in protected for group in one.groups) else attention if one.of_heads else 1.0
+        for one in variables
     ]
 
 
-def default_proposal(
-    graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: AnyBudget, *, name: str = "uniform, ends spared"
-) -> Proposal:
-    """The start of the search, and its whole answer where nothing may be measured: FFN first, both ends spared."""
-    only_attention = all(slot.of_heads for slot in slots)
-    shares = uniform_shares(graph, slots, attention=1.0 if only_attention else 0.0, spare=True)
-    return _by_shares(name, graph, slots, budget, shares, importance_order(scores))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchGuide:
+    """What the adaptive strategy goes by, beyond the scores.
+
+    element_scores: of the element-wise importance alone, whose order of units competes with that of the scores.
+    costs: second-order costs, from which the best unmeasured proposal follows. evaluator: loss of a structure given its
+    kept units and dropped blocks; None, or `evaluations` below 2, takes the first start unmeasured.
+    """
+
+    element_scores: Scores | None = None
+    costs: SecondOrder | None = None
+    evaluator: Evaluator | None = None
+    evaluations: int = 0
+    seed: int = 0
+    progress: Progress = silent
 
 
-def adaptive(
-    graph: ModelGraph,
-    slots: Sequence[Slot],
-    scores: Scores,
-    budget: AnyBudget,
-    *,
-    element_scores: Scores | None,
-    costs: SecondOrder | None,
-    judge: Judge | None,
-    evaluations: int,
-    seed: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[Proposal, tuple[Candidate, ...]]:
+def adaptive(problem: SearchProblem, guide: SearchGuide) -> tuple[Proposal, tuple[Candidate, ...]]:
     """The candidate with the least measured loss, and the trail of all that were measured, best first.
 
-    element_scores: of the element-wise importance alone, whose order of units competes with that of `scores`.
-    costs: second-order costs, from which the best unmeasured proposal follows. judge: loss of a structure given its
-    kept units; None, or `evaluations` below 2, takes the first start unmeasured.
     The starts come first, one for each order of units; then, in the order of the best of them, the named candidates and
     an evolution from the best candidate, in which a child that is better becomes the parent.
     """
-    ranking = _ranking(slots, costs)
-    starts = _starts(graph, slots, scores, budget, element_scores, costs, ranking)
-    if judge is None or evaluations < 2:
+    ranking = _ranking(problem, guide.costs)
+    starts = _starts(problem, guide, ranking)
+    evaluator, evaluations = guide.evaluator, guide.evaluations
+    if evaluator is None or evaluations < 2:
         return starts[0], ()
     measured: list[tuple[float, Proposal]] = []
 
     def measure(proposal: Proposal) -> float:
-        loss = judge(proposal.keep(slots))
+        loss = evaluator(proposal.keep(problem.variables), problem.dropped)
         measured.append((loss, proposal))
-        if progress is not None:
-            progress(len(measured), evaluations)
+        guide.progress(len(measured), evaluations)
         return loss
 
     for start in starts[:evaluations]:
         measure(start)
     orders = min(measured, key=lambda pair: pair[0])[1].orders
-    for proposal in _named(graph, slots, scores, budget, orders):
+    for proposal in _named(problem, orders):
         if len(measured) < evaluations and not _repeats(proposal, measured):
             measure(proposal)
     best_loss, best = min(measured, key=lambda pair: pair[0])
-    steps = ranking if ranking is not None and best is starts[0] else steps_by_share(slots, _shares(slots, best.sizes))
-    generator, parent, failures = np.random.default_rng(seed), np.zeros(WAVES + 1), 0
+    decrements = ranking if ranking is not None and best is starts[0] else problem.by_share(_shares(problem, best))
+    generator, parent, failures = np.random.default_rng(guide.seed), np.zeros(WAVES + 1), 0
     while len(measured) < evaluations and failures < 20:
         genes = parent + generator.normal(0, MUTATION_SCALE, WAVES + 1)
-        sizes = take_steps(graph, slots, _repriced(graph, slots, steps, genes), budget)
-        child = Proposal(name=f"evolution {len(measured)}", sizes=sizes, orders=orders)
+        child = problem.propose(f"evolution {len(measured)}", _mutated(problem, decrements, genes), orders)
         if _repeats(child, measured):
             failures += 1
             continue
@@ -110,84 +106,67 @@ def _repeats(proposal: Proposal, measured: Sequence[tuple[float, Proposal]]) -> 
     return any(one.orders is proposal.orders and one.sizes == proposal.sizes for _, one in measured)
 
 
-def _by_shares(
-    name: str,
-    graph: ModelGraph,
-    slots: Sequence[Slot],
-    budget: AnyBudget,
-    shares: Sequence[float],
-    orders: Mapping[str, IntArray],
-) -> Proposal:
-    sizes = take_steps(graph, slots, steps_by_share(slots, shares), budget)
-    return Proposal(name=name, sizes=sizes, orders=orders)
-
-
-def _ranking(slots: Sequence[Slot], costs: SecondOrder | None) -> list[Step] | None:
-    """Steps of all slots priced by second-order cost per parameter, where that is known for all of them."""
-    groups = [group.name for slot in slots for group in slot.groups]
+def _ranking(problem: SearchProblem, costs: SecondOrder | None) -> list[Decrement] | None:
+    """Decrements of all variables by second-order cost per parameter, where that is known for all of them."""
+    groups = [group.name for variable in problem.variables for group in variable.groups]
     if costs is None or any(name not in costs.orders for name in groups):
         return None
-    return steps_by_score(slots, lambda name: costs.scores[name].mean[costs.orders[name]])
+    return problem.by_score(lambda name: costs.scores[name].mean[costs.orders[name]])
 
 
-def _starts(
-    graph: ModelGraph,
-    slots: Sequence[Slot],
-    scores: Scores,
-    budget: AnyBudget,
-    element_scores: Scores | None,
-    costs: SecondOrder | None,
-    ranking: Sequence[Step] | None,
-) -> list[Proposal]:
-    """The most promising first: one global ranking by second-order cost; the element-wise order; that of the scores."""
+def _starts(problem: SearchProblem, guide: SearchGuide, ranking: Sequence[Decrement] | None) -> list[Proposal]:
+    """The most promising first: one global ranking by second-order cost; the element-wise order; that of the scores.
+
+    The others take FFN first and protect both ends.
+    """
     starts = []
-    if ranking is not None and costs is not None:
-        sizes = take_steps(graph, slots, ranking, budget)
-        starts.append(Proposal(name="second-order cost", sizes=sizes, orders={**costs.orders}))
-    if element_scores is not None:
-        name = "uniform, ends spared, element-wise order"
-        starts.append(default_proposal(graph, slots, element_scores, budget, name=name))
-    return [*starts, default_proposal(graph, slots, scores, budget)]
+    if ranking is not None and guide.costs is not None:
+        starts.append(problem.propose("second-order cost", ranking, {**guide.costs.orders}))
+    only_attention = all(variable.of_heads for variable in problem.variables)
+    shares = uniform_shares(problem.graph, problem.variables, attention=1.0 if only_attention else 0.0)
+    name, decrements = "uniform, ends spared", problem.by_share(shares)
+    if guide.element_scores is not None:
+        orders = importance_order(guide.element_scores)
+        starts.append(problem.propose(f"{name}, element-wise order", decrements, orders))
+    return [*starts, problem.propose(name, decrements, importance_order(problem.scores))]
 
 
-def _named(
-    graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: AnyBudget, orders: Mapping[str, IntArray]
-) -> list[Proposal]:
+def _named(problem: SearchProblem, orders: Orders) -> list[Proposal]:
     """Uniform plans with shares of attention, module importance, the literal readings.
 
-    orders: of the units in the plans that only say how much each module gives.
+    orders: of the units in the plans that only say how much each module loses.
     """
-    proposals = []
-    has_attention = any(slot.of_heads for slot in slots)
-    for attention in ATTENTION_SHARES if has_attention else (1.0,):
-        shares = uniform_shares(graph, slots, attention=attention, spare=True)
-        name = f"uniform, attention {attention:g}, ends spared"
-        proposals.append(_by_shares(name, graph, slots, budget, shares, orders))
-    for spread in SPREADS:
-        shares = module_shares(slots, scores, spread=spread, attention=0.3)
-        name = f"module importance, spread {spread:g}"
-        proposals.append(_by_shares(name, graph, slots, budget, shares, orders))
-    for strategy in (Strategy.IMPORTANCE, Strategy.VOLATILITY_Z, Strategy.VOLATILITY_CV):
-        proposals.append(STRATEGIES[strategy](graph, slots, scores, budget))
-    return proposals
+    has_attention = any(variable.of_heads for variable in problem.variables)
+    shares = {
+        f"uniform, attention {attention:g}, ends spared": uniform_shares(
+            problem.graph, problem.variables, attention=attention
+        )
+        for attention in (ATTENTION_SHARES if has_attention else (1.0,))
+    }
+    by_module = module_shares(problem.variables, problem.scores, spread=SPREAD, attention=0.3)
+    shares[f"module importance, spread {SPREAD:g}"] = by_module
+    literal = (Strategy.IMPORTANCE, Strategy.VOLATILITY_Z, Strategy.VOLATILITY_CV)
+    return [
+        *(problem.propose(name, problem.by_share(each), orders) for name, each in shares.items()),
+        *(STRATEGIES[strategy](problem) for strategy in literal),
+    ]
 
 
-def _shares(slots: Sequence[Slot], sizes: Sequence[int]) -> list[float]:
-    """What each slot gives under a plan, with a little for those that give nothing, so that the evolution can ask."""
-    return [max((slot.units - size) / slot.units, 0.02) for slot, size in zip(slots, sizes, strict=True)]
+def _shares(problem: SearchProblem, best: Proposal) -> list[float]:
+    """What each variable loses under a proposal, at least a little."""
+    each = zip(problem.variables, best.sizes, strict=True)
+    return [max((variable.units - size) / variable.units, LEAST_SHARE) for variable, size in each]
 
 
-def _repriced(
-    graph: ModelGraph, slots: Sequence[Slot], steps: Sequence[Step], genes: np.ndarray[Any, Any]
-) -> list[Step]:
-    """The same steps at other prices: a factor for attention, and one that varies slowly over the depth.
+def _mutated(problem: SearchProblem, decrements: Sequence[Decrement], genes: np.ndarray[Any, Any]) -> list[Decrement]:
+    """The same decrements at other costs: a factor for attention, and one that varies slowly over the depth.
 
     genes: (1 + WAVES,) logarithms; a gene of a wave is the amplitude of a cosine over the depth of the model.
     """
-    depth = max(1, len(graph.blocks))
-    shifts = []
-    for slot in slots:
-        place = (np.mean([group.layer for group in slot.groups]) + 0.5) / depth
+    depth = max(1, len(problem.graph.blocks))
+    factors = []
+    for variable in problem.variables:
+        place = (np.mean([group.layer for group in variable.groups]) + 0.5) / depth
         waves = sum(gene * np.cos(np.pi * (index + 1) * place) for index, gene in enumerate(genes[1:]))
-        shifts.append(float(np.exp(waves + (genes[0] if slot.of_heads else 0.0))))
-    return [dataclasses.replace(step, price=step.price * shifts[step.slot]) for step in steps]
+        factors.append(float(np.exp(waves + (genes[0] if variable.of_heads else 0.0))))
+    return [dataclasses.replace(one, cost=one.cost * factors[one.variable]) for one in decrements]

@@ -1,114 +1,136 @@
-"""How much each slot gives: pure arithmetic of steps and budgets."""
+"""How the budget is shared among the decision variables: pure arithmetic of decrements."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from saap.core.records import FloatArray, ModelGraph, Role
+import numpy as np
+
+from saap.core.records import FloatArray, IntArray, ModelGraph, Role, UnitScores
 from saap.structure_search.decode_costs import TimeBudget
 from saap.structure_search.objectives import Budget
-from saap.structure_search.slots import Slot
+from saap.structure_search.variables import DecisionVariable
 
-Counts = dict[str, int]
 AnyBudget = Budget | TimeBudget
+Scores = Mapping[str, UnitScores]
+Orders = Mapping[str, IntArray]
+"""By group, its units from the first to be removed to the last."""
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One aligned step of one slot: its size after the step, and the price that orders steps of all slots."""
+class Decrement:
+    """One aligned step down of one variable: its size afterwards, and the cost that orders those of all variables."""
 
-    price: float
-    slot: int
+    cost: float
+    variable: int
     kept: int
 
 
-def removed_by(graph: ModelGraph, slots: Sequence[Slot], sizes: Sequence[int], budget: AnyBudget) -> int:
-    """What counts and leaves when slot i keeps `sizes[i]` units; exact where groups share tensors."""
-    if isinstance(budget, TimeBudget) or any(slot.role in (Role.HIDDEN, Role.EXPERT) for slot in slots):
-        return budget.removed(graph, counts_of(slots, sizes))
-    return sum(slot.parameters_per_unit * (slot.units - size) for slot, size in zip(slots, sizes, strict=True))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """A structure that a strategy proposes. sizes: kept units of each variable."""
+
+    name: str
+    sizes: tuple[int, ...]
+    orders: Orders
+
+    def keep(self, variables: Sequence[DecisionVariable]) -> dict[str, tuple[int, ...]]:
+        """Kept unit indices of every group, ascending."""
+        keep = {}
+        for variable, size in zip(variables, self.sizes, strict=True):
+            for group in variable.groups:
+                keep[group.name] = tuple(np.sort(self.orders[group.name][variable.units - size :]).tolist())
+        return keep
 
 
-def take_steps(graph: ModelGraph, slots: Sequence[Slot], steps: Sequence[Step], budget: AnyBudget) -> tuple[int, ...]:
-    """Sizes of the slots after taking the cheapest steps until the budget is met.
+@dataclass(frozen=True, slots=True)
+class SearchProblem:
+    """Sizes of the variables are wanted that meet the budget, and an order of the units.
 
-    The steps of one slot are taken in the order of their sizes whatever their prices. So at least what is asked
-    leaves and at most one step more; steps that turn out not to be needed are given back, the largest first.
-    Raises TargetError, naming what can be reached, if all steps together are not enough.
+    dropped: blocks that are removed as a whole, whatever the sizes.
     """
-    sizes = [slot.units for slot in slots]
-    removed = 0
-    for step in sorted(steps, key=lambda step: (step.price, step.slot, -step.kept)):
-        if removed >= budget.removal:
-            break
-        if step.kept < sizes[step.slot]:
-            sizes[step.slot] = step.kept
-            removed = removed_by(graph, slots, sizes, budget)
-    if removed < budget.removal:
-        raise budget.unreachable(graph, removed, "with these roles, skipped layers and alignment")
-    return tuple(_give_back(graph, slots, sizes, budget))
 
+    graph: ModelGraph
+    variables: tuple[DecisionVariable, ...]
+    scores: Scores
+    budget: AnyBudget
+    dropped: tuple[int, ...] = ()
 
-def _give_back(graph: ModelGraph, slots: Sequence[Slot], sizes: list[int], budget: AnyBudget) -> list[int]:
-    """Undo single steps, the largest first, as long as enough stays removed."""
-    while True:
-        best: tuple[int, int, int] | None = None
-        removed = removed_by(graph, slots, sizes, budget)
-        for index, slot in enumerate(slots):
-            position = slot.sizes.index(sizes[index])
-            if position == 0:
-                continue
-            trial = [*sizes]
-            trial[index] = slot.sizes[position - 1]
-            remaining = removed_by(graph, slots, trial, budget)
-            if remaining >= budget.removal and (best is None or removed - remaining > best[0]):
-                best = (removed - remaining, index, trial[index])
-        if best is None:
-            return sizes
-        sizes[best[1]] = best[2]
+    def propose(self, name: str, decrements: Sequence[Decrement], orders: Orders) -> Proposal:
+        """The proposal that follows from these decrements. Raises TargetError."""
+        return Proposal(name=name, sizes=self.sizes(decrements), orders=orders)
 
+    def removed(self, sizes: Sequence[int]) -> int:
+        """What counts for the budget and is removed at these sizes; exact where groups share tensors."""
+        each = list(zip(self.variables, sizes, strict=True))
+        shared = any(variable.role in (Role.HIDDEN, Role.EXPERT) for variable in self.variables)
+        if shared or isinstance(self.budget, TimeBudget):
+            counts = {group.name: size for variable, size in each for group in variable.groups}
+            return self.budget.removed(self.graph, counts)
+        return sum(variable.parameters_per_unit * (variable.units - size) for variable, size in each)
 
-def steps_by_share(slots: Sequence[Slot], shares: Sequence[float], *, round_down: bool = False) -> list[Step]:
-    """Steps priced so that each slot gives units in proportion to its share; a share of 0 gives only at last.
+    def sizes(self, decrements: Sequence[Decrement]) -> tuple[int, ...]:
+        """Sizes of the variables after the cheapest decrements until the budget is met.
 
-    round_down: a slot gives a step once its share covers all of it, not already from half of it on. This matters where
-    a slot has few units: a fifth of three KV groups is none of them, not one.
-    """
-    steps = []
-    for index, (slot, share) in enumerate(zip(slots, shares, strict=True)):
-        for kept in slot.sizes[1:]:
-            given = (slot.units - kept - (0 if round_down else slot.step / 2)) / slot.units
-            steps.append(Step(given / share if share > 0 else 1e6 + given, index, kept))
-    return steps
+        Those of one variable are taken in the order of its sizes whatever their costs. So at least what is requested is
+        removed and at most one decrement more; those that turn out not to be needed are undone, the largest first.
+        Raises TargetError, naming what can be reached, if all decrements together are not enough.
+        """
+        sizes, removed = [variable.units for variable in self.variables], 0
+        for one in sorted(decrements, key=lambda one: (one.cost, one.variable, -one.kept)):
+            if removed >= self.budget.removal:
+                break
+            if one.kept < sizes[one.variable]:
+                sizes[one.variable] = one.kept
+                removed = self.removed(sizes)
+        if removed < self.budget.removal:
+            raise self.budget.unreachable(self.graph, removed, "with these roles, skipped layers and alignment")
+        return tuple(self._without_needless(sizes))
 
+    def _without_needless(self, sizes: list[int]) -> list[int]:
+        """Undo single decrements, the largest first, as long as enough stays removed."""
+        while True:
+            best: tuple[int, list[int]] | None = None
+            removed = self.removed(sizes)
+            for index, variable in enumerate(self.variables):
+                position = variable.sizes.index(sizes[index])
+                if position == 0:
+                    continue
+                trial = [*sizes[:index], variable.sizes[position - 1], *sizes[index + 1 :]]
+                remaining = self.removed(trial)
+                if remaining >= self.budget.removal and (best is None or removed - remaining > best[0]):
+                    best = (removed - remaining, trial)
+            if best is None:
+                return sizes
+            sizes = best[1]
 
-def steps_by_score(slots: Sequence[Slot], sorted_scores: Callable[[str], FloatArray]) -> list[Step]:
-    """Steps priced by the score per parameter that leaves with them: a global ranking.
+    def by_share(self, shares: Sequence[float], *, round_down: bool = False) -> list[Decrement]:
+        """Decrements by which each variable loses units in proportion to its share; with a share of 0 only at last.
 
-    sorted_scores: name of a group -> its units' scores in the order of removal.
-    """
-    steps = []
-    for index, slot in enumerate(slots):
-        totals = sum((sorted_scores(group.name) for group in slot.groups[1:]), sorted_scores(slot.groups[0].name))
-        previous, highest = slot.units, -float("inf")
-        for kept in slot.sizes[1:]:
-            gone = totals[slot.units - previous : slot.units - kept]
-            highest = max(highest, float(gone.mean()) / slot.parameters_per_unit)
-            steps.append(Step(highest, index, kept))
-            previous = kept
-    return steps
+        round_down: a variable takes a decrement once its share covers all of it, not already from half of it on. This
+        matters where there are few units: a fifth of three KV groups is none of them, not one.
+        """
+        found = []
+        for index, (variable, share) in enumerate(zip(self.variables, shares, strict=True)):
+            for kept in variable.sizes[1:]:
+                lost = (variable.units - kept - (0 if round_down else variable.step / 2)) / variable.units
+                found.append(Decrement(lost / share if share > 0 else 1e6 + lost, index, kept))
+        return found
 
+    def by_score(self, sorted_scores: Callable[[str], FloatArray]) -> list[Decrement]:
+        """Decrements by the score per parameter that is removed with them: a global ranking.
 
-def counts_of(slots: Sequence[Slot], sizes: Sequence[int]) -> Counts:
-    """Kept units by name of group."""
-    return {group.name: size for slot, size in zip(slots, sizes, strict=True) for group in slot.groups}
-
-
-def keep_of(counts: Mapping[str, int], orders: Callable[[str], Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Kept unit indices, ascending. orders: name of a group -> its units from the first to leave to the last."""
-    keep = {}
-    for name, kept in counts.items():
-        order = [int(unit) for unit in orders(name)]
-        keep[name] = tuple(sorted(order[len(order) - kept :]))
-    return keep
+        sorted_scores: name of a group -> its units' scores in the order of removal.
+        """
+        found = []
+        for index, variable in enumerate(self.variables):
+            first, *others = (sorted_scores(group.name) for group in variable.groups)
+            totals = sum(others, first)
+            previous, highest = variable.units, -float("inf")
+            for kept in variable.sizes[1:]:
+                removed = totals[variable.units - previous : variable.units - kept]
+                highest = max(highest, float(removed.mean()) / variable.parameters_per_unit)
+                found.append(Decrement(highest, index, kept))
+                previous = kept
+        return found

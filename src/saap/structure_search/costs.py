@@ -1,42 +1,42 @@
-"""Second-order cost of every unit: what its removal costs the loss once the others have made up for it.
+"""Second-order cost of every unit: what its removal costs the loss once the others have compensated for it.
 
 One walk over the calibration samples collects, on the way back, for the module that reads a group's channels, the Gram
-matrix of its inputs, where each token weighs as much as the loss feels an error of the module's output there. Tokens
-differ in both by orders of magnitude (a first token may have huge outputs that the loss hardly feels), so the mean
-error times the mean sensitivity would be far off. The greedy removal order on the Gram matrix gives the squared error
-of each further unit; half of it is a loss change in nats, comparable over layers and roles, also where a norm stands
-between the module and the residual stream.
+matrix of its inputs, where each token weighs as much as the loss is sensitive to the module's output there. Tokens
+differ in both by orders of magnitude (a first token may have huge outputs that hardly matter), so the mean error times
+the mean sensitivity would be far off. The greedy removal order on the Gram matrix gives the squared error of each
+further unit; half of it is a loss change in nats, comparable over layers and roles, also where a norm stands between
+the module and the residual stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from saap.core.records import CoupledGroup, IntArray, ModelGraph, UnitScores
+from saap.core.records import IntArray, ModelGraph, UnitScores
 from saap.models.structure.least_squares import removal_order
 from saap.models.structure.linear import weight_out_in
+from saap.models.walk.backend import Backend
+from saap.models.walk.consumers import sole_consumers, unit_channels
+from saap.models.walk.observer import Observation, Observer, Signal
 from saap.models.walk.processes import Processes
-from saap.models.walk.spill import Spill
-from saap.models.walk.token_fisher import Visit, channels_of_units, in_blocks, measurable, readers, walk_felt
-from saap.models.walk.walker import BlockWalker, inference_only
+from saap.models.walk.walk import walk
 
 CURVE_STEPS = 32
-"""Batches in which the units of a module leave: fine enough for the steps of a plan."""
-
-_Leaving = tuple[Tensor, Tensor]
+"""Batches in which the units of a module are removed: fine enough for the steps of a plan."""
 
 
 @dataclass(frozen=True, slots=True)
 class SecondOrder:
     """What the walk found, by group.
 
-    grams: of the inputs of the group's consumer, (channels, channels), each token weighted by how much the loss feels
-    it. scores: cost of each unit in nats per token, given that all cheaper ones of its module are gone. orders: units
-    in the order of leaving.
+    grams: of the inputs of the group's consumer, (channels, channels), each token weighted by the sensitivity of the
+    loss there; none with spilled activations. scores: cost of each unit in nats per token, given that all cheaper ones
+    of its module are removed. orders: units in the order of removal.
     """
 
     grams: Mapping[str, Tensor]
@@ -45,138 +45,94 @@ class SecondOrder:
 
 
 def gram_bytes(graph: ModelGraph) -> int:
-    """Memory of the Gram matrices of all measurable groups."""
-    sizes = [graph.shapes[group.consumers[0].tensor][group.consumers[0].axis] for group in measurable(graph)]
-    return sum(4 * size * size for size in sizes)
+    """Memory of the Gram matrices of all groups that have costs."""
+    members = [group.consumers[0] for group in sole_consumers(graph).values()]
+    return sum(4 * graph.shapes[member.tensor][member.axis] ** 2 for member in members)
+
+
+class WeightedGrams(Observer):
+    """Gram matrices of what the consumers of groups read, and the order of removal that follows from each.
+
+    A token weighs as much as the mean squared entry, at the module's output, of its own summed-loss gradient. With
+    spilled activations the units are put in order, and the matrix freed, while their block's weights are in memory.
+    """
+
+    def __init__(self, backend: Backend, tokens: int) -> None:
+        self._backend, self._tokens = backend, tokens
+        self._groups = sole_consumers(backend.graph)
+        self._grams = {} if backend.spill is not None else {path: self._empty(path) for path in self._groups}
+        self._removed: dict[str, tuple[Tensor, Tensor]] = {}
+        self._walked = 0
+        self.needs = dict.fromkeys(self._groups, Signal.INPUT | Signal.OUTPUT_GRADIENT)
+
+    def reporting(self) -> Backend:
+        """The backend for the walk; its progress leaves room for the modules that are then put in order."""
+        backend, modules = self._backend, len(self._backend.processes.share(len(self._grams)))
+
+        def progress(done: int, total: int) -> None:
+            self._walked = total
+            backend.progress(done, total + modules)
+
+        return dataclasses.replace(backend, progress=progress)
+
+    def _weight(self, path: str) -> Tensor:
+        return weight_out_in(self._backend.model.get_submodule(path))
+
+    def _empty(self, path: str) -> Tensor:
+        weight = self._weight(path)
+        return torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
+
+    def observe(self, seen: Observation) -> None:
+        """Add one module's tokens."""
+        gradient = seen.dy.flatten(0, -2).float() * seen.batch.predictions
+        x = seen.x.flatten(0, -2).float() * gradient.square().mean(-1, keepdim=True).sqrt()
+        if seen.site not in self._grams:
+            self._grams[seen.site] = self._empty(seen.site)
+        self._grams[seen.site].addmm_(x.T, x)
+
+    def close_block(self, layer: int) -> None:
+        """Put the units of a block in order."""
+        for path, group in self._groups.items():
+            if group.layer == layer and path in self._grams:
+                self._removed[path] = self._order(path, self._grams.pop(path))
+
+    def _order(self, path: str, gram: Tensor) -> tuple[Tensor, Tensor]:
+        """The units of a group in the order of removal, and the weighted squared error of each."""
+        group, weight = self._groups[path], self._weight(path)
+        units = unit_channels(group.consumers[0], group.units, weight.device)
+        at_once = max(1, group.units // CURVE_STEPS)
+        return removal_order(weight, gram / self._tokens, units, group.units, at_once=at_once)
+
+    def merge(self, processes: Processes) -> None:
+        """Sum the matrices over all processes."""
+        self._grams = {path: processes.total(gram) for path, gram in self._grams.items()}
+
+    def result(self) -> SecondOrder:
+        """The matrices that are left, the costs and the orders; each process puts a part of the modules in order."""
+        processes, ordered = self._backend.processes, {}
+        own = processes.share(len(self._grams))
+        for index, path in enumerate(list(self._grams)[own.start : own.stop]):
+            ordered[path] = self._order(path, self._grams[path])
+            self._backend.progress(self._walked + index + 1, self._walked + len(own))
+        self._removed |= {path: found for part in processes.gather(ordered) for path, found in part.items()}
+        scores, orders = {}, {}
+        for path, group in self._groups.items():
+            order, costs = self._removed[path]
+            nats = torch.empty_like(costs)
+            nats[order] = 0.5 * costs
+            scores[group.name] = UnitScores(mean=nats.cpu().numpy(), variance=torch.zeros_like(nats).cpu().numpy())
+            orders[group.name] = order.cpu().numpy()
+        return SecondOrder({self._groups[path].name: gram for path, gram in self._grams.items()}, scores, orders)
 
 
 @torch.no_grad()
 def second_order_costs(
-    model: nn.Module,
-    graph: ModelGraph,
-    tokens: Tensor,
-    *,
-    micro_batch: int = 4,
-    ignored: Collection[int] = (),
-    spill: Spill | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    processes: Processes | None = None,
+    backend: Backend, tokens: Tensor, *, micro_batch: int = 4, ignored: Collection[int] = ()
 ) -> SecondOrder:
-    """Collect felt Gram matrices on `tokens` (sequences, length), then order the units of every module.
+    """Collect weighted Gram matrices on `tokens` (sequences, length), then order the units of every module.
 
-    ignored: ids of which no loss is taken. spill: where the inputs of the blocks are kept if all sequences are to walk
-    one block at a time, in this process alone; the Gram matrices are then not kept. processes: that take a part of the
-    sequences and then of the modules each; all get the whole result. progress: of this one's part. The model is left as
-    it was. Raises NonFiniteLossError.
+    ignored: ids of which no loss is taken. Raises NonFiniteLossError.
     """
-    processes = processes or Processes()
-    by_path = readers(graph)
-    walker = BlockWalker(model, graph.blocks)
-    with inference_only(model):
-        if spill is not None:
-            found = _walk_together(walker, tokens, micro_batch, by_path, ignored, spill, progress)
-        else:
-            found = _walk_alone(walker, tokens, micro_batch, by_path, ignored, processes, progress)
-    scores, orders = {}, {}
-    for group in by_path.values():
-        order, costs = found.leaving[group.name]
-        nats = torch.empty_like(costs)
-        nats[order] = 0.5 * costs
-        scores[group.name] = UnitScores(mean=nats.cpu().numpy(), variance=torch.zeros_like(nats).cpu().numpy())
-        orders[group.name] = order.cpu().numpy()
-    return SecondOrder(found.grams, scores, orders)
-
-
-@dataclass(frozen=True, slots=True)
-class _Walked:
-    """leaving: by group. grams: by group, where they were kept."""
-
-    leaving: Mapping[str, _Leaving]
-    grams: Mapping[str, Tensor]
-
-
-def _walk_alone(
-    walker: BlockWalker,
-    tokens: Tensor,
-    micro_batch: int,
-    by_path: Mapping[str, CoupledGroup],
-    ignored: Collection[int],
-    processes: Processes,
-    progress: Callable[[int, int], None] | None,
-) -> _Walked:
-    """Each micro-batch through all blocks by itself."""
-    weights = {path: weight_out_in(walker.model.get_submodule(path)) for path in by_path}
-    grams = {by_path[path].name: _zero_gram(weight) for path, weight in weights.items()}
-    sequences, modules = processes.share(len(tokens)), processes.share(len(by_path))
-    batches = -(-len(sequences) // micro_batch)
-    steps = batches + len(modules)
-
-    def walked(done: int, _total: int) -> None:
-        if progress is not None:
-            progress(done, steps)
-
-    walk_felt(
-        walker, tokens[sequences.start : sequences.stop], in_blocks(by_path, len(walker.paths)),
-        _adding(by_path, grams), micro_batch=micro_batch, ignored=ignored, progress=walked,
-    )  # fmt: skip
-    grams = {name: processes.total(gram) for name, gram in grams.items()}
-    leaving: dict[str, _Leaving] = {}
-    for index, path in enumerate(list(by_path)[modules.start : modules.stop]):
-        group = by_path[path]
-        leaving[group.name] = _leaving(weights[path], group, grams[group.name] / tokens.numel())
-        if progress is not None:
-            progress(batches + index + 1, steps)
-    every = {name: found for part in processes.gathered(leaving) for name, found in part.items()}
-    return _Walked(every, grams)
-
-
-def _zero_gram(weight: Tensor) -> Tensor:
-    return torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
-
-
-def _leaving(weight: Tensor, group: CoupledGroup, gram: Tensor) -> _Leaving:
-    """The units of a group in the order of leaving, and the felt squared error of each. gram: mean over tokens."""
-    units = channels_of_units(group).to(weight.device)
-    at_once = max(1, group.units // CURVE_STEPS)
-    return removal_order(weight, gram, units, group.units, at_once=at_once)
-
-
-def _walk_together(
-    walker: BlockWalker,
-    tokens: Tensor,
-    micro_batch: int,
-    by_path: Mapping[str, CoupledGroup],
-    ignored: Collection[int],
-    spill: Spill,
-    progress: Callable[[int, int], None] | None,
-) -> _Walked:
-    """All micro-batches through one block before the next; the units of a block are put in order while it is there."""
-    leaving: dict[str, _Leaving] = {}
-    grams: dict[str, Tensor] = {}
-    by_layer = in_blocks(by_path, len(walker.paths))
-
-    def order_units(layer: int) -> None:
-        for path in by_layer[layer]:
-            group = by_path[path]
-            weight = weight_out_in(walker.model.get_submodule(path))
-            leaving[group.name] = _leaving(weight, group, grams.pop(group.name) / tokens.numel())
-
-    walk_felt(
-        walker, tokens, by_layer, _adding(by_path, grams),
-        micro_batch=micro_batch, ignored=ignored, spill=spill, left=order_units, progress=progress,
-    )  # fmt: skip
-    return _Walked(leaving, {})
-
-
-def _adding(by_path: Mapping[str, CoupledGroup], grams: dict[str, Tensor]) -> Visit:
-    """Adds what a module reads to its group's Gram matrix.
-
-    A token weighs as much as the mean squared entry, at the module's output, of its own summed-loss gradient.
-    """
-
-    def add(path: str, x: Tensor, gradient: Tensor) -> None:
-        x = x * gradient.square().mean(-1, keepdim=True).sqrt()
-        gram = grams.setdefault(by_path[path].name, x.new_zeros(x.shape[1], x.shape[1]))
-        gram.addmm_(x.T, x)
-
-    return add
+    grams = WeightedGrams(backend, tokens.numel())
+    walk(grams.reporting(), tokens, [grams], micro_batch=micro_batch, ignored=ignored)
+    return grams.result()

@@ -1,4 +1,4 @@
-"""What decoding costs: measured shares of the dense model's time, and budgets that follow from an asked speed-up."""
+"""What decoding costs: measured shares of the dense model's time, and budgets that follow from a requested speed-up."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def curve_through(points: Sequence[Point]) -> tuple[Point, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeBudget:
-    """At least `removal` of the dense model's time for one decoding step must leave, in billionths of it.
+    """At least `removal` of the dense model's time for one decoding step must be saved, in billionths of it.
 
-    savings: group -> what leaves when it keeps 0, 1, ... units. layers: of the groups. block: what leaves with a block.
+    savings: group -> what is saved when it keeps 0, 1, ... units. layers: of the groups. block: saved with each block.
     """
 
     removal: int
@@ -60,11 +60,11 @@ class TimeBudget:
     def removed(
         self, graph: ModelGraph, keep: Mapping[str, tuple[int, ...] | int], dropped_blocks: Iterable[int] = ()
     ) -> int:
-        """Billionths of the time that leave with this structure."""
-        gone = set(dropped_blocks)
-        saved = len(gone) * self.block
+        """Billionths of the time that this structure saves."""
+        dropped = set(dropped_blocks)
+        saved = len(dropped) * self.block
         for name, kept in keep.items():
-            if name in self.savings and self.layers[name] not in gone:
+            if name in self.savings and self.layers[name] not in dropped:
                 saved += self.savings[name][kept if isinstance(kept, int) else len(kept)]
         return saved
 
@@ -74,9 +74,9 @@ class TimeBudget:
 
     def unreachable(self, graph: ModelGraph, removed: int, how: str) -> TargetError:
         """The refusal of a budget of which at most `removed` can be reached."""
-        asked, largest = WHOLE / (WHOLE - self.removal), WHOLE / (WHOLE - removed)
+        requested, largest = WHOLE / (WHOLE - self.removal), WHOLE / (WHOLE - removed)
         return TargetError(
-            f"a speed-up of {asked:.2f} cannot be reached {how}; the largest is {int(largest * 100) / 100:g}",
+            f"a speed-up of {requested:.2f} cannot be reached {how}; the largest is {int(largest * 100) / 100:g}",
             "Ask for less, or allow more roles or layers",
         )
 

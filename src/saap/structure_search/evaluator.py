@@ -1,4 +1,4 @@
-"""Judging structures by what they do: the loss on held-out calibration samples, without any surgery."""
+"""Structures evaluated by what they do: the loss on held-out calibration samples, without any surgery."""
 
 from __future__ import annotations
 
@@ -7,100 +7,82 @@ from collections.abc import Collection, Mapping
 from itertools import zip_longest
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from saap.core.records import ModelGraph
+from saap.models.structure.keep_index import KeepIndex
 from saap.models.structure.least_squares import compensated
 from saap.models.structure.linear import weight_out_in
-from saap.models.structure.masking import (
-    channel_mask,
-    consumer_masks,
-    gone_experts,
-    masked_channels,
-    narrowed,
-    never_chosen,
-    replaced_weights,
-    zeroed_parts,
-)
-from saap.models.walk.processes import Processes
-from saap.models.walk.walker import BlockWalker
+from saap.models.structure.masking import masked_units, replaced_weights
+from saap.models.walk.backend import Backend
 
 CACHED_WEIGHTS_BYTES = 2 * 10**9
-JUDGED_AT_ONCE = 8
+EVALUATED_AT_ONCE = 8
 
 _Structure = tuple[dict[str, tuple[int, ...]], tuple[int, ...]]
 
 
-class StructureJudge:
+class StructureEvaluator:
     """KL divergence from the dense model's next-token distribution to the pruned one's, in nats per token.
 
     tokens: (sequences, length) ids that nothing was scored on. A removed unit is masked, which equals cutting it. Where
-    `grams` has a Gram matrix of a group's consumer inputs, the consumer also makes good what it can for the tokens as
-    weighted there, so that a structure is judged by about what restoration will leave of its loss.
+    `grams` has a Gram matrix of a group's consumer inputs, the consumer also compensates for the tokens as weighted
+    there, so that a structure is evaluated by about what the reconstruction will leave of its loss.
     ignored: ids whose prediction does not count.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        graph: ModelGraph,
+        backend: Backend,
         tokens: Tensor,
         grams: Mapping[str, Tensor] | None = None,
-        micro_batch: int = JUDGED_AT_ONCE,
+        micro_batch: int = EVALUATED_AT_ONCE,
         *,
         ignored: Collection[int] = (),
-        processes: Processes | None = None,
     ) -> None:
-        self._model = model
-        self._graph = graph
-        self._units = {group.name: group.units for group in graph.groups}
+        self._model, self._graph, self._processes = backend.model, backend.graph, backend.processes
+        self._walker = backend.walker()
+        self._units = {group.name: group.units for group in backend.graph.groups}
         self._grams = grams or {}
-        self._walker = BlockWalker(model, graph.blocks)
-        self._processes = processes or Processes()
         counted = _counted(tokens, ignored)
         self._predictions = int(counted.sum())
         # Whole micro-batches go to a process, so that the losses do not depend on how many there are.
         own = slice(self._processes.rank, None, self._processes.count)
         self._batches, self._counted = (torch.split(one, micro_batch)[own] for one in (tokens, counted))
-        self._dense = [self._last_hidden(batch) for batch in self._batches]
+        self._dense = self._last_hidden()
         self._weights: OrderedDict[tuple[str, tuple[int, ...]], Tensor] = OrderedDict()
 
     def __call__(self, keep: Mapping[str, tuple[int, ...]], dropped_blocks: tuple[int, ...] = ()) -> float:
-        """Loss of the structure that keeps the units in `keep`. The first process asks, the others serve."""
-        self._asked((dict(keep), dropped_blocks))
+        """Loss of the structure that keeps the units in `keep`. The first process calls, the others serve."""
+        self._broadcast((dict(keep), dropped_blocks))
         return self._loss(keep, dropped_blocks)
 
     def serve(self) -> None:
-        """Take part in all that the first process asks, until it is done."""
-        while (asked := self._asked(None)) is not None:
-            self._loss(*asked)
+        """Take part in every evaluation of the first process, until it is done."""
+        while (structure := self._broadcast(None)) is not None:
+            self._loss(*structure)
 
     def done(self) -> None:
-        """Let those that serve go on."""
-        self._asked(None)
+        """Let those that serve continue."""
+        self._broadcast(None)
 
-    def _asked(self, structure: _Structure | None) -> _Structure | None:
-        return self._processes.from_first(lambda: structure)
+    def _broadcast(self, structure: _Structure | None) -> _Structure | None:
+        return self._processes.broadcast_result(lambda: structure)
 
     @torch.no_grad()
     def _loss(self, keep: Mapping[str, tuple[int, ...]], dropped_blocks: tuple[int, ...]) -> float:
-        skipped = [self._graph.blocks[layer] for layer in dropped_blocks]
         losing = {name: kept for name, kept in keep.items() if len(kept) < self._units[name]}
         masked = {name: kept for name, kept in losing.items() if name not in self._grams}
         weights = {self._path(name): self._weight(name, kept) for name, kept in losing.items() if name in self._grams}
         with (
-            masked_channels(self._model, consumer_masks(self._graph, masked), skipped),
-            zeroed_parts(self._model, self._graph, masked),
-            never_chosen(gone_experts(self._model, self._graph, masked)),
             replaced_weights(self._model, weights),
-            narrowed(self._model, self._graph, masked),  # also what has just been replaced
+            masked_units(self._model, self._graph, masked, dropped_blocks),  # hidden channels in the others' place too
         ):
-            changed = [self._last_hidden(batch) for batch in self._batches]
+            changed = self._last_hidden()
         rows = [
             [self._row_divergence(*row) for row in zip(*batch, strict=True)]
             for batch in zip(self._dense, changed, self._counted, strict=True)
         ]
-        every = self._processes.gathered(rows)
+        every = self._processes.gather(rows)
         batches = [batch for turn in zip_longest(*every, fillvalue=[]) for batch in turn]
         return sum(value for batch in batches for value in batch) / self._predictions
 
@@ -117,20 +99,18 @@ class StructureJudge:
         key = (name, kept)
         if key not in self._weights:
             weight = weight_out_in(self._model.get_submodule(self._path(name))).detach()
-            columns = channel_mask(self._graph.group(name), kept, weight.shape[1]).nonzero().flatten()
-            self._weights[key] = compensated(weight, self._grams[name], columns.to(weight.device))
+            consumer = self._graph.group(name).consumers[0]
+            columns = KeepIndex.of(self._graph, {name: kept})[consumer.tensor][consumer.axis].kept()
+            self._weights[key] = compensated(weight, self._grams[name], torch.from_numpy(columns).to(weight.device))
         self._weights.move_to_end(key)
         while sum(w.numel() * w.element_size() for w in self._weights.values()) > CACHED_WEIGHTS_BYTES:
             self._weights.popitem(last=False)
         return self._weights[key]
 
     @torch.no_grad()
-    def _last_hidden(self, batch: Tensor) -> Tensor:
-        stream = self._walker.start(batch)
-        hidden = stream.hidden
-        for layer in range(len(self._graph.blocks)):
-            hidden = self._walker.run_block(layer, hidden, stream.contexts)
-        return hidden
+    def _last_hidden(self) -> list[Tensor]:
+        """The last block's output for each micro-batch."""
+        return [self._walker.run_blocks(self._walker.start(batch)) for batch in self._batches]
 
 
 def _counted(tokens: Tensor, ignored: Collection[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What "enough" means: every target becomes the number of parameters that must leave."""
+"""What "enough" means: every target becomes the number of parameters to remove."""
 
 from __future__ import annotations
 
@@ -8,25 +8,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from saap.core.errors import TargetError
-from saap.core.records import ModelGraph, count_parameters, kept_shapes
+from saap.core.records import ModelGraph, count_parameters
+from saap.models.structure.keep_index import KeepIndex, Kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """At least `removal` parameters must leave: of the decoder blocks, or (`whole_model`) of the whole model."""
+    """At least `removal` parameters must be removed: of the decoder blocks, or (`whole_model`) of the whole model."""
 
     removal: int
     whole_model: bool = False
 
-    def removed(
-        self, graph: ModelGraph, keep: Mapping[str, tuple[int, ...] | int], dropped_blocks: Iterable[int] = ()
-    ) -> int:
+    def removed(self, graph: ModelGraph, keep: Mapping[str, Kept], dropped_blocks: Iterable[int] = ()) -> int:
         """Parameters that count and leave with this structure."""
-        shapes = kept_shapes(graph, keep, dropped_blocks)
+        shapes = KeepIndex.of(graph, keep, dropped_blocks).shapes
         if self.whole_model:
             return graph.parameters - count_parameters(shapes)
-        inside = {name: shape for name, shape in shapes.items() if graph.block_of(name) >= 0}
-        return graph.block_parameters - count_parameters(inside)
+        return graph.block_parameters - count_parameters(graph.in_blocks(shapes))
 
     def unreachable(self, graph: ModelGraph, removed: int, how: str) -> TargetError:
         """The refusal of a budget of which at most `removed` can be reached."""

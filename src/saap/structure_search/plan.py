@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -18,18 +18,14 @@ from saap.core.records import (
     StructurePlan,
     UnitScores,
     count_parameters,
-    kept_shapes,
-    uneven_bundle,
 )
+from saap.core.storage import PlanDocument
+from saap.models.structure.keep_index import KeepIndex, Kept, require_possible
 from saap.settings.prune import PrunableRole, SkipLayers, Strategy, unit_roles
-from saap.structure_search.adaptive import adaptive, spared_ends
-from saap.structure_search.allocation import AnyBudget
-from saap.structure_search.costs import SecondOrder
-from saap.structure_search.slots import Slot, build_slots, required_step
-from saap.structure_search.strategies import STRATEGIES, Proposal, importance_order
-
-Scores = Mapping[str, UnitScores]
-Judge = Callable[[Mapping[str, tuple[int, ...]], tuple[int, ...]], float]
+from saap.structure_search.adaptive import Evaluator, SearchGuide, adaptive, protected_layers
+from saap.structure_search.allocation import AnyBudget, Proposal, Scores, SearchProblem
+from saap.structure_search.strategies import STRATEGIES, importance_order
+from saap.structure_search.variables import build_variables, required_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,53 +54,62 @@ def search(
     budget: AnyBudget,
     space: SearchSpace,
     strategy: Strategy,
-    *,
-    element_scores: Scores | None = None,
-    costs: SecondOrder | None = None,
-    judge: Judge | None = None,
-    evaluations: int = 0,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    guide: SearchGuide | None = None,
 ) -> StructurePlan:
-    """Decide how much each module gives and which units go.
+    """Decide how many units each module keeps, and which.
 
-    element_scores (of the element-wise importance alone) and costs (second-order): for the adaptive strategy. judge:
-    measured loss of (kept units, dropped blocks); only the adaptive strategy and the role `block` ask it,
-    `evaluations` times at most for the former, once per block for the latter.
+    guide: for the adaptive strategy, and its evaluator, called once per block, for the role `block`.
     Raises TargetError if the budget cannot be reached.
     """
-    dropped = _blocks_to_drop(graph, scores, budget, space, judge)
+    guide = guide or SearchGuide()
+    dropped = _blocks_to_drop(graph, scores, budget, space, guide.evaluator)
     left = dataclasses.replace(budget, removal=budget.removal - budget.removed(graph, {}, dropped))
     keep: dict[str, tuple[int, ...]] = {}
     trail: tuple[Candidate, ...] = ()
     while left.removal > 0:
+        problem = _problem(graph, scores, left, space, dropped)
         if strategy is Strategy.ADAPTIVE:
-            slots = _slots(graph, space, dropped, spare=False)
-            proposal, trail = adaptive(
-                graph,
-                slots,
-                scores,
-                left,
-                element_scores=element_scores,
-                costs=costs,
-                judge=None if judge is None else partial(_judged, judge, dropped),
-                evaluations=evaluations,
-                seed=seed,
-                progress=progress,
-            )
+            proposal, trail = adaptive(problem, guide)
         else:
-            slots, proposal = _single(graph, scores, left, space, strategy, dropped)
-        keep = proposal.keep(slots)
+            problem, proposal = _single(problem, space, strategy)
+        keep = proposal.keep(problem.variables)
         missing = budget.removal - budget.removed(graph, keep, dropped)
         if missing <= 0:
             break
-        # Channels of the whole model also lie in the blocks that are dropped: ask for what was counted twice.
+        # Channels of the whole model also lie in the blocks that are dropped: request what was counted twice.
         left = dataclasses.replace(left, removal=left.removal + missing)
     return make_plan(graph, keep, dropped, layout=space.layout, strategy=strategy, align=space.align, trail=trail)
 
 
-def _judged(judge: Judge, dropped: tuple[int, ...], keep: Mapping[str, tuple[int, ...]]) -> float:
-    return judge(keep, dropped)
+def _problem(
+    graph: ModelGraph,
+    scores: Scores,
+    budget: AnyBudget,
+    space: SearchSpace,
+    dropped: tuple[int, ...],
+    protected: Collection[int] = (),
+) -> SearchProblem:
+    """The problem outside layers that are dropped, protected, or skipped by the space."""
+    skipped = () if space.skip_layers is None else space.skip_layers.layers(len(graph.blocks))
+    variables = build_variables(
+        graph,
+        roles=unit_roles(space.roles),
+        layout=space.layout,
+        align=space.align,
+        skipped_layers={*dropped, *protected, *skipped},
+        legal_sizes=space.legal_sizes,
+    )
+    return SearchProblem(graph, variables, scores, budget, dropped)
+
+
+def _single(whole: SearchProblem, space: SearchSpace, strategy: Strategy) -> tuple[SearchProblem, Proposal]:
+    """One strategy's proposal; with both ends protected by default, unless the budget cannot be met so."""
+    if space.skip_layers is None and space.layout is Layout.ADAPTIVE:
+        protected = protected_layers(len(whole.graph.blocks))
+        with suppress(TargetError):
+            problem = _problem(whole.graph, whole.scores, whole.budget, space, whole.dropped, protected)
+            return problem, STRATEGIES[strategy](problem)
+    return whole, STRATEGIES[strategy](whole)
 
 
 def make_plan(
@@ -120,8 +125,7 @@ def make_plan(
     """A plan with its predicted numbers of parameters; groups that keep all their units need not be named."""
     units = {group.name: group.units for group in graph.groups}
     keep = {name: kept for name, kept in keep.items() if len(kept) < units[name]}
-    shapes = kept_shapes(graph, keep, dropped_blocks)
-    inside = {name: shape for name, shape in shapes.items() if graph.block_of(name) >= 0}
+    shapes = KeepIndex.of(graph, keep, dropped_blocks).shapes
     return StructurePlan(
         graph_digest=graph.digest,
         layout=layout,
@@ -130,7 +134,7 @@ def make_plan(
         keep=keep,
         dropped_blocks=tuple(dropped_blocks),
         parameters=count_parameters(shapes),
-        block_parameters=count_parameters(inside),
+        block_parameters=count_parameters(graph.in_blocks(shapes)),
         trail=trail,
     )
 
@@ -144,94 +148,51 @@ def with_units(graph: ModelGraph, plan: StructurePlan, keep: Mapping[str, tuple[
     )  # fmt: skip
 
 
-def plan_from_counts(
-    graph: ModelGraph,
-    scores: Scores,
-    keep: Mapping[str, tuple[int, ...] | int],
-    dropped_blocks: Sequence[int],
-    *,
-    layout: Layout,
-    align: int,
-) -> StructurePlan:
-    """A plan that a person edited: kept units as they are, or a number of units that the scores' order fills.
+def complete_plan(graph: ModelGraph, given: PlanDocument) -> StructurePlan:
+    """The plan of a file that lists all kept units. Raises PlanError if it gives the number alone of some."""
+    keep: dict[str, tuple[int, ...]] = {}
+    for name, kept in given.keep(graph).items():
+        if isinstance(kept, int):
+            raise PlanError(f"The units of {name} are still to be chosen", "List them as `units`")
+        keep[name] = kept
+    return make_plan(
+        graph, keep, given.dropped_blocks, layout=given.layout, strategy=given.strategy, align=given.align,
+        trail=given.candidates,
+    )  # fmt: skip
 
-    Raises PlanError for a group the model does not have, or units out of range.
+
+def plan_from_counts(
+    graph: ModelGraph, scores: Scores, keep: Mapping[str, Kept], dropped_blocks: Sequence[int], *, layout: Layout,
+    align: int,
+) -> StructurePlan:  # fmt: skip
+    """A plan that a person edited. keep: units by group, or a number of units that the scores' order fills.
+
+    Raises PlanError where the model cannot lose what the plan leaves out.
     """
-    known = {group.name: group for group in graph.groups}
     orders = importance_order(scores)
+    units = {group.name: group.units for group in graph.groups}
     chosen: dict[str, tuple[int, ...]] = {}
     for name, kept in keep.items():
-        if name not in known:
-            raise PlanError(f"the plan names group {name!r}, which the model does not have", "See `saap inspect MODEL`")
-        units = known[name].units
         if isinstance(kept, int):
-            if not 0 <= kept <= units:
-                raise PlanError(f"the plan keeps {kept} units of {name}, which has {units}", f"Give 0 to {units}")
-            order = orders[name] if name in orders else np.arange(units)[::-1]
-            kept = tuple(sorted(int(unit) for unit in order[units - kept :]))
-        if any(not 0 <= unit < units for unit in kept) or len(set(kept)) < len(kept):
-            raise PlanError(
-                f"the plan's units of {name} are not distinct numbers from 0 to {units - 1}", "Correct them"
-            )
-        if len(kept) < known[name].least:
-            raise PlanError(
-                f"the plan keeps {len(kept)} units of {name}",
-                f"Keep {known[name].least}: each token is sent to so many",
-            )
+            order = orders[name] if name in orders else np.arange(units.get(name, 0))[::-1]
+            kept = order[::-1][:kept].tolist()
         chosen[name] = tuple(sorted(kept))
-        step = required_step(graph, known[name])
-        if len(kept) < units and len(kept) % step:
+    require_possible(graph, chosen, dropped_blocks)
+    for name, kept in chosen.items():
+        count, step = keep[name], required_step(graph, graph.group(name))
+        if isinstance(count, int) and count != len(kept):
+            raise PlanError(f"The plan keeps {count} units of {name}, which has {units[name]}", "Keep no more of them")
+        if len(kept) < units[name] and len(kept) % step:
             raise PlanError(
-                f"the plan keeps {len(kept)} units of {name}, whose matrices are stacked", f"Keep a multiple of {step}"
+                f"The plan keeps {len(kept)} units of {name}, whose matrices are stacked", f"Keep a multiple of {step}"
             )
-    uneven = uneven_bundle(graph, chosen)
-    if uneven:
-        raise PlanError(
-            f"the plan keeps different numbers of units of {' and '.join(uneven)}, which share their tensors",
-            "Keep the same number of units of both",
-        )
-    if any(not 0 <= layer < len(graph.blocks) for layer in dropped_blocks):
-        raise PlanError(
-            f"the plan drops blocks {list(dropped_blocks)}, but the model has {len(graph.blocks)}",
-            f"Name blocks from 0 to {len(graph.blocks) - 1}",
-        )
-    return make_plan(graph, chosen, tuple(sorted(dropped_blocks)), layout=layout, strategy="edited plan", align=align)
-
-
-def _slots(graph: ModelGraph, space: SearchSpace, dropped: Sequence[int], *, spare: bool) -> tuple[Slot, ...]:
-    skipped = set(dropped)
-    if space.skip_layers is not None:
-        skipped |= set(space.skip_layers.layers(len(graph.blocks)))
-    elif spare and space.layout is Layout.ADAPTIVE:
-        skipped |= set(spared_ends(len(graph.blocks)))
-    return build_slots(
-        graph,
-        roles=unit_roles(space.roles),
-        layout=space.layout,
-        align=space.align,
-        skipped_layers=skipped,
-        legal_sizes=space.legal_sizes,
-    )
-
-
-def _single(
-    graph: ModelGraph, scores: Scores, budget: AnyBudget, space: SearchSpace, strategy: Strategy, dropped: Sequence[int]
-) -> tuple[tuple[Slot, ...], Proposal]:
-    """One strategy's proposal; where the ends are spared by default and it cannot be reached so, without sparing."""
-    slots = _slots(graph, space, dropped, spare=True)
-    try:
-        return slots, STRATEGIES[strategy](graph, slots, scores, budget)
-    except TargetError:
-        if space.skip_layers is not None:
-            raise
-        slots = _slots(graph, space, dropped, spare=False)
-        return slots, STRATEGIES[strategy](graph, slots, scores, budget)
+    return make_plan(graph, chosen, dropped_blocks, layout=layout, strategy="edited plan", align=align)
 
 
 def _blocks_to_drop(
-    graph: ModelGraph, scores: Scores, budget: AnyBudget, space: SearchSpace, judge: Judge | None
+    graph: ModelGraph, scores: Scores, budget: AnyBudget, space: SearchSpace, evaluator: Evaluator | None
 ) -> tuple[int, ...]:
-    """Whole blocks that leave: as many as fit into the budget, or, alone, until it is reached.
+    """Whole blocks to drop: as many as fit into the budget, or, alone, until it is reached.
 
     Ordered by the measured loss of dropping each block alone, or by the mean importance of its units.
     Raises TargetError if even all blocks but one are not enough.
@@ -240,7 +201,7 @@ def _blocks_to_drop(
         return ()
     skipped = set() if space.skip_layers is None else set(space.skip_layers.layers(len(graph.blocks)))
     eligible = [layer for layer in range(len(graph.blocks)) if layer not in skipped]
-    losses = {layer: _block_loss(graph, scores, layer, judge) for layer in eligible}
+    losses = {layer: _block_loss(graph, scores, layer, evaluator) for layer in eligible}
     alone = len(space.roles) == 1
     dropped: list[int] = []
     for layer in sorted(eligible, key=lambda layer: losses[layer])[: len(graph.blocks) - 1]:
@@ -255,7 +216,7 @@ def _blocks_to_drop(
     return tuple(sorted(dropped))
 
 
-def _block_loss(graph: ModelGraph, scores: Scores, layer: int, judge: Judge | None) -> float:
-    if judge is not None:
-        return judge({}, (layer,))
+def _block_loss(graph: ModelGraph, scores: Scores, layer: int, evaluator: Evaluator | None) -> float:
+    if evaluator is not None:
+        return evaluator({}, (layer,))
     return float(np.mean([scores[group.name].mean.mean() for group in graph.in_block(layer) if group.name in scores]))

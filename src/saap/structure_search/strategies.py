@@ -1,38 +1,40 @@
 """Strategies: from scores and a budget to sizes of modules and an order of their units.
 
-A strategy is a function (graph, slots, scores, budget) -> Proposal and one entry in STRATEGIES.
+A strategy is a function of a search problem that gives a proposal, and one entry in STRATEGIES. SAAP states the idea of
+stability, not its formulas: units whose importance fluctuates most over samples are unstable. The two indicators below
+are our readings of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from saap.core.records import FloatArray, IntArray, ModelGraph, Role, UnitScores
+from saap.core.records import FloatArray, IntArray, UnitScores
 from saap.settings.prune import Strategy
-from saap.structure_search.allocation import AnyBudget, counts_of, keep_of, steps_by_score, steps_by_share, take_steps
-from saap.structure_search.slots import Slot
-from saap.structure_search.stability import relative_volatility, standardised_fluctuation
-
-Scores = Mapping[str, UnitScores]
+from saap.structure_search.allocation import Orders, Proposal, Scores, SearchProblem
+from saap.structure_search.variables import DecisionVariable
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proposal:
-    """A structure that a strategy proposes.
+def standardised_fluctuation(variance: FloatArray) -> FloatArray:
+    """Reading 1: fluctuation standardised inside its layer, A = (M - mean M) / std M; zeros if all are equal.
 
-    sizes: kept units of each slot. orders: group name -> its units from the first to leave to the last.
+    variance: (units,), M over samples of the units of one module. Returns (units,).
     """
+    spread = variance.std()
+    if spread == 0:
+        return np.zeros_like(variance)
+    return np.asarray((variance - variance.mean()) / spread)
 
-    name: str
-    sizes: tuple[int, ...]
-    orders: Mapping[str, IntArray]
 
-    def keep(self, slots: Sequence[Slot]) -> dict[str, tuple[int, ...]]:
-        """Kept unit indices of every group of the slots."""
-        return keep_of(counts_of(slots, self.sizes), lambda name: self.orders[name].tolist())
+def relative_volatility(mean: FloatArray, variance: FloatArray) -> FloatArray:
+    """Reading 2: coefficient of variation sqrt(M) / mean; 0 where a unit has neither mean nor variance.
+
+    mean (not negative), variance: (units,) over samples. Returns (units,).
+    """
+    deviation = np.sqrt(np.maximum(variance, 0.0))
+    return np.divide(deviation, mean, out=np.where(deviation > 0, np.inf, 0.0), where=mean > 0)
 
 
 def importance_order(scores: Scores) -> dict[str, IntArray]:
@@ -40,79 +42,66 @@ def importance_order(scores: Scores) -> dict[str, IntArray]:
     return {name: np.argsort(score.mean, kind="stable") for name, score in scores.items()}
 
 
-def volatility_order(scores: Scores, indicator: Callable[[UnitScores], FloatArray]) -> dict[str, IntArray]:
-    """Units from the most to the least volatile: the literal rule."""
-    return {name: np.argsort(-indicator(score), kind="stable") for name, score in scores.items()}
-
-
-def module_importance(slots: Sequence[Slot], scores: Scores) -> FloatArray:
-    """Importance of each slot as a whole: the score of its units per parameter, (slots,)."""
+def module_importance(variables: Sequence[DecisionVariable], scores: Scores) -> FloatArray:
+    """Importance of what each variable sizes as a whole: the score of its units per parameter, (variables,)."""
     return np.array(
         [
-            np.mean([scores[group.name].mean.mean() for group in slot.groups])
-            * len(slot.groups)
-            / slot.parameters_per_unit
-            for slot in slots
+            np.mean([scores[group.name].mean.mean() for group in variable.groups])
+            * len(variable.groups)
+            / variable.parameters_per_unit
+            for variable in variables
         ]
     )
 
 
-def module_shares(slots: Sequence[Slot], scores: Scores, *, spread: float, attention: float = 1.0) -> list[float]:
-    """Share of its units that each slot gives, relative to the others: exp(-spread * z).
+def module_shares(
+    variables: Sequence[DecisionVariable], scores: Scores, *, spread: float, attention: float = 1.0
+) -> list[float]:
+    """Share of its units that each variable loses, relative to the others: exp(-spread * z).
 
     z: log of the module's importance, standardised over the modules of its role. scores: not negative. attention:
     factor on the shares of attention modules. A spread of 0 is the uniform rule.
     """
-    values = np.log(np.maximum(module_importance(slots, scores), 1e-300))
-    shares = np.ones(len(slots))
-    for role in {slot.role for slot in slots}:
-        where = np.array([slot.role is role for slot in slots])
+    values = np.log(np.maximum(module_importance(variables, scores), 1e-300))
+    shares = np.ones(len(variables))
+    for role in {variable.role for variable in variables}:
+        where = np.array([variable.role is role for variable in variables])
         deviation = values[where] - values[where].mean()
         scale = deviation.std()
         shares[where] = np.exp(-spread * deviation / scale) if scale > 0 else 1.0
-        if role in (Role.ATTENTION, Role.QUERY):
-            shares[where] *= attention
+    shares[[variable.of_heads for variable in variables]] *= attention
     return shares.tolist()
 
 
-def uniform(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: AnyBudget) -> Proposal:
+def uniform(problem: SearchProblem) -> Proposal:
     """The same share from every module, rounded down to whole units, the least important units of each."""
-    steps = steps_by_share(slots, [1.0] * len(slots), round_down=True)
-    return Proposal(name="uniform", sizes=take_steps(graph, slots, steps, budget), orders=importance_order(scores))
+    decrements = problem.by_share([1.0] * len(problem.variables), round_down=True)
+    return problem.propose("uniform", decrements, importance_order(problem.scores))
 
 
-def importance(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: AnyBudget) -> Proposal:
+def importance(problem: SearchProblem) -> Proposal:
     """One global ranking of all units by their score per parameter."""
-    orders = importance_order(scores)
-    steps = steps_by_score(slots, lambda name: scores[name].mean[orders[name]])
-    return Proposal(name="importance", sizes=take_steps(graph, slots, steps, budget), orders=orders)
+    orders = importance_order(problem.scores)
+    decrements = problem.by_score(lambda name: problem.scores[name].mean[orders[name]])
+    return problem.propose("importance", decrements, orders)
 
 
-def volatility_z(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: AnyBudget) -> Proposal:
-    """SAAP read literally (1): the greatest standardised fluctuation leaves first; modules share by importance."""
-    orders = volatility_order(scores, lambda score: standardised_fluctuation(score.variance))
-    return _literal("volatility-z", graph, slots, scores, budget, orders)
+def volatility_z(problem: SearchProblem) -> Proposal:
+    """SAAP read literally (1): the greatest standardised fluctuation is removed first; modules share by importance."""
+    return _literal("volatility-z", problem, lambda score: standardised_fluctuation(score.variance))
 
 
-def volatility_cv(graph: ModelGraph, slots: Sequence[Slot], scores: Scores, budget: AnyBudget) -> Proposal:
-    """SAAP read literally (2): the greatest coefficient of variation leaves first; modules share by importance."""
-    orders = volatility_order(scores, lambda score: relative_volatility(score.mean, score.variance))
-    return _literal("volatility-cv", graph, slots, scores, budget, orders)
+def volatility_cv(problem: SearchProblem) -> Proposal:
+    """SAAP read literally (2): the greatest coefficient of variation is removed first; modules share by importance."""
+    return _literal("volatility-cv", problem, lambda score: relative_volatility(score.mean, score.variance))
 
 
-def _literal(
-    name: str,
-    graph: ModelGraph,
-    slots: Sequence[Slot],
-    scores: Scores,
-    budget: AnyBudget,
-    orders: Mapping[str, IntArray],
-) -> Proposal:
-    steps = steps_by_share(slots, module_shares(slots, scores, spread=0.3))
-    return Proposal(name=name, sizes=take_steps(graph, slots, steps, budget), orders=orders)
+def _literal(name: str, problem: SearchProblem, indicator: Callable[[UnitScores], FloatArray]) -> Proposal:
+    orders: Orders = {group: np.argsort(-indicator(score), kind="stable") for group, score in problem.scores.items()}
+    return problem.propose(name, problem.by_share(module_shares(problem.variables, problem.scores, spread=0.3)), orders)
 
 
-STRATEGIES: Mapping[Strategy, Callable[[ModelGraph, Sequence[Slot], Scores, AnyBudget], Proposal]] = {
+STRATEGIES: Mapping[Strategy, Callable[[SearchProblem], Proposal]] = {
     Strategy.UNIFORM: uniform,
     Strategy.IMPORTANCE: importance,
     Strategy.VOLATILITY_Z: volatility_z,

@@ -103,22 +103,6 @@ def _print_generation(console: Any, found: Mapping[str, Any]) -> None:
             console.print(f"  {name}: {one_line(text[:300])}")
 
 
-def print_ratings(found: Mapping[str, Any]) -> None:
-    """Mean ratings, win rates and agreement."""
-    console = console_for_tables()
-    console.print(f"{found['raters']} raters, {found['items']} questions; 95 % intervals over the questions")
-    for criterion in ("coherence", "accuracy"):
-        table = Table(criterion, "value", "from", "to")
-        for kind in ("mean", "win_rate"):
-            for name, value in found[criterion][kind].items():
-                label = f"mean of {name}" if kind == "mean" else name
-                table.add_row(escape(label), *(f"{value[key]:.2f}" for key in ("value", "low", "high")))
-        console.print(table)
-        alpha = found[criterion]["agreement"]
-        shown = "not known (each answer has one rating)" if alpha is None else f"{alpha:.2f}"
-        console.print(f"agreement of the raters (Krippendorff's alpha): {shown}")
-
-
 def _number(value: float | None) -> str:
     if value is None:
         return "-"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -242,7 +241,7 @@ def _print_structure(console: Console, report: PruneReport) -> None:
 def print_all_stages(results: Sequence[tuple[PruneReport, RecoverReport]]) -> None:
     """The summary of each result that was pruned and then tuned."""
     for pruned, tuned in results:
-        _print_report(console_for_tables(), dataclasses.replace(pruned, path=None, load_lines=()))
+        _print_report(console_for_tables(), pruned.model_copy(update={"path": None, "load_lines": ()}))
         print_recovery(tuned)
 
 

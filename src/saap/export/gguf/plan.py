@@ -12,7 +12,7 @@ import gguf
 from saap.core.errors import ExportError
 from saap.export.gguf.architectures import ALL_BIASES, ARCHITECTURES, PER_LAYER, Architecture
 from saap.export.gguf.settings import Rope, faults, rope_of, sliding_window
-from saap.models.checkpoint.stored_tensors import Shape
+from saap.models.checkpoint.safetensor_files import Shape
 
 Kind = gguf.GGMLQuantizationType
 _Q, _K, _V, _O = (f"self_attn.{name}_proj" for name in "qkvo")
@@ -187,7 +187,7 @@ class _Plan:
         """With the stand-ins that llama.cpp needs.
 
         It takes the head size from the first layer, so that one must have attention, and it forgets the attention of a
-        layer without FFN. The stand-ins have zero output weights; a bias that was left in such a module stays.
+        layer without FFN. The stand-ins have zero output weights; a bias that such a module still has is kept.
         """
         block = _BLOCK.format(layer)
         heads, kv_heads, ffn = sizes.heads, sizes.kv_heads, sizes.ffn
@@ -221,7 +221,7 @@ class _Plan:
             )
 
     def _check_structure(self) -> None:
-        """What an adaptive checkpoint changes beside its sizes must be sayable."""
+        """Refuse what an adaptive checkpoint changes besides its sizes and llama.cpp has no field for."""
         structure = getattr(self.config, "pruned_structure", None) or {}
         odd = sorted(structure.get("sliced_arguments", {}))
         odd += [
@@ -322,7 +322,7 @@ class _Plan:
         return tuple(found)
 
     def _is_left_out(self, source: str) -> bool:
-        """Whether it is the norm before an attention that is gone, which llama.cpp does not expect."""
+        """Whether it is the norm before a removed attention, which llama.cpp does not expect."""
         return any(
             not sizes.heads and source == f"{_BLOCK.format(layer)}input_layernorm.weight"
             for layer, sizes in enumerate(self.blocks)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from saap.core.records import Digested, ModelGraph, StructurePlan
+from saap.core.records import Digested, ModelGraph, SlicedArgument, StructurePlan
 from saap.models.checkpoint.modeling_pruned import (
     AUTO_CLASSES,
     FIRST_FORMAT_VERSION,
@@ -75,16 +75,6 @@ def removed_modules(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if isinstance(module, ConstantOutput)]
 
 
-def renumbered(name: str, blocks: tuple[str, ...], dropped: Iterable[int]) -> str:
-    """The name that a module or parameter has once the blocks before it are gone. name: not inside a dropped block."""
-    gone = set(dropped)
-    for index, path in enumerate(blocks):
-        if name == path or name.startswith(path + "."):
-            new = index - sum(1 for layer in gone if layer < index)
-            return f"{path.rpartition('.')[0]}.{new}{name[len(path) :]}"
-    return name
-
-
 def read_attribute(module: nn.Module, name: str) -> Any:
     """Value of an attribute as UnitAttribute names it: `config.NAME` is in the module's copy of the configuration."""
     holder: Any = module
@@ -100,11 +90,14 @@ def epsilon_name(norm: nn.Module) -> str | None:
 
 def dense_shapes(graph: ModelGraph, plan: StructurePlan) -> dict[str, tuple[int, ...]]:
     """Shapes of the dense model's parameters, without the plan's dropped blocks, by their names after the cut."""
-    return {
-        renumbered(name, graph.blocks, plan.dropped_blocks): shape
-        for name, shape in graph.shapes.items()
-        if graph.block_of(name) not in plan.dropped_blocks
-    }
+    names = _names_after(graph, plan, graph.shapes)
+    return {new: graph.shapes[name] for name, new in names.items()}
+
+
+def _names_after(graph: ModelGraph, plan: StructurePlan, names: Iterable[str]) -> dict[str, str]:
+    """Names after the cut, by the old ones; without those inside dropped blocks."""
+    found = {name: graph.name_without(plan.dropped_blocks, name) for name in names}
+    return {name: new for name, new in found.items() if new is not None}
 
 
 def structure_of(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> PrunedStructure:
@@ -146,16 +139,19 @@ def _added_biases(
 ) -> tuple[str, ...]:
     """Biases that the stock class lacks: those that the dense model had not, and those that it had been given."""
     given = earlier.get("added_biases", ()) if earlier is not None else ()
-    before = {
-        renumbered(name, graph.blocks, plan.dropped_blocks)
-        for name in given
-        if graph.block_of(name) not in plan.dropped_blocks
-    }
+    before = set(_names_after(graph, plan, given).values())
     stock = set(dense_shapes(graph, plan)) - before
     return tuple(
         name
         for name, _ in model.named_parameters()
         if name.endswith(".bias") and name not in stock and name.removesuffix(".bias") not in constant
+    )
+
+
+def argument_hook(module: nn.Module, sliced: SlicedArgument, units: int, kept: Sequence[int]) -> ArgumentSlice:
+    """The hook that cuts an argument of the module to the kept ones of its units."""
+    return ArgumentSlice(
+        module, argument=sliced.argument, axis=sliced.axis, per_sample=sliced.per_sample, units=units, kept=kept
     )
 
 
@@ -172,13 +168,10 @@ def _add_earlier(
     attributes: dict[str, dict[str, float]],
 ) -> None:
     """What an earlier pruning of the same model changed and this one did not touch."""
-    for name, shape in earlier["shapes"].items():
-        if graph.block_of(name) not in plan.dropped_blocks:
-            shapes.setdefault(renumbered(name, graph.blocks, plan.dropped_blocks), tuple(shape))
-    for path, values in earlier["attributes"].items():
-        if graph.block_of(path) not in plan.dropped_blocks:
-            known = attributes.setdefault(renumbered(path, graph.blocks, plan.dropped_blocks), {})
-            attributes[renumbered(path, graph.blocks, plan.dropped_blocks)] = {**values, **known}
+    for name, new in _names_after(graph, plan, earlier["shapes"]).items():
+        shapes.setdefault(new, tuple(earlier["shapes"][name]))
+    for path, new in _names_after(graph, plan, earlier["attributes"]).items():
+        attributes[new] = {**earlier["attributes"][path], **attributes.get(new, {})}
 
 
 def mark_pruned(model: nn.Module, structure: PrunedStructure) -> None:
@@ -221,16 +214,13 @@ def _attributes(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> dic
     for group in graph.groups:
         if group.layer in plan.dropped_blocks or len(plan.kept(group)) == group.units:
             continue
+        modules = [*(attribute.module for attribute in group.attributes), *group.scaled_norms]
+        paths = _names_after(graph, plan, modules)
         for attribute in group.attributes:
-            if graph.block_of(attribute.module) in plan.dropped_blocks:
-                continue
-            path = renumbered(attribute.module, graph.blocks, plan.dropped_blocks)
-            value = read_attribute(model.get_submodule(path), attribute.attribute)
-            found.setdefault(path, {})[attribute.attribute] = value
-        for norm in group.scaled_norms:
-            if graph.block_of(norm) in plan.dropped_blocks:
-                continue
-            path = renumbered(norm, graph.blocks, plan.dropped_blocks)
+            if attribute.module in paths:
+                value = attribute.value(len(plan.kept(group)))
+                found.setdefault(paths[attribute.module], {})[attribute.attribute] = value
+        for path in (paths[norm] for norm in group.scaled_norms if norm in paths):
             module = model.get_submodule(path)
             name = epsilon_name(module)
             if name is not None and not isinstance(module, ConstantOutput):

@@ -8,7 +8,7 @@ made, neither forward nor backward.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,10 +55,6 @@ class GroupwiseWeight:
         for rows, values in _row_chunks(self.packed, self.scale, self.zero, self.bits, self.group_size, dtype):
             matrix[rows] = values
         return matrix
-
-    def with_zero(self, zero: Tensor) -> GroupwiseWeight:
-        """The same codes and scales with other zero points (out, groups)."""
-        return replace(self, zero=zero.to(self.zero))
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -149,11 +145,11 @@ class _GroupwiseProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        packed, scale, zero, *_ = ctx.saved_tensors
+        packed, scale, zero, kept = ctx.saved_tensors  # read once: checkpointing recomputes them
         bits, group_size = ctx.layout
         _, _, needs_scale, needs_zero, *_ = ctx.needs_input_grad
         flat = gradients[0].reshape(-1, gradients[0].shape[-1])
-        kept = flat if ctx.saved_tensors[3] is None else ctx.saved_tensors[3].reshape(len(flat), -1)
+        kept = flat if kept is None else kept.reshape(len(flat), -1)
         by_inputs = flat.new_zeros(len(flat), scale.shape[1] * group_size)
         by_scale = torch.empty_like(scale) if needs_scale else None
         by_zero = torch.empty_like(zero) if needs_scale else None

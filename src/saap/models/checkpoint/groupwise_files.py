@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from saap.core.errors import ModelError
 from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight
 from saap.models.checkpoint.safetensor_files import TensorEntry, TensorReader, weight_files, write_tensors
 from saap.models.loading.references import ResolvedModel
-from saap.models.structure.linear import contracted_axis, linear_modules, weight_out_in
+from saap.models.structure.linear import contracted_axis, linear_modules, owner, weight_out_in
 
 PACKED_FILE = "packed.safetensors"
 """In the folder `saap` of a checkpoint, where no loader of plain weights looks."""
 Q4_1_GROUP = 32
+_PARTS = ("packed", "scale", "zero")
 
 WeightOf = Callable[[str, Callable[[], Tensor]], GroupwiseWeight]
 
@@ -31,7 +33,7 @@ def write_packed(path: Path, weights: Mapping[str, GroupwiseWeight]) -> None:
     """Write packed weights by module path, tensor by tensor: `PATH.packed`, `PATH.scale` and `PATH.zero`."""
     entries: dict[str, TensorEntry] = {}
     for name, weight in weights.items():
-        for part in ("packed", "scale", "zero"):
+        for part in _PARTS:
             entries[f"{name}.{part}"] = TensorEntry.of(getattr(weight, part))
     formats = {name: [weight.bits, weight.group_size] for name, weight in weights.items()}
     write_tensors(path, entries, {"format": "pt", "groupwise": json.dumps(formats)})
@@ -42,19 +44,21 @@ def read_packed(folder: str | Path) -> dict[str, GroupwiseWeight]:
     path = Path(folder) / "saap" / PACKED_FILE
     if not path.is_file():
         raise ModelError(f"{folder} has no packed weights", "Give a folder that `saap recover` has written")
+    with _opened(path) as (file, formats):
+        return {
+            name: GroupwiseWeight(
+                **{part: file.get_tensor(f"{name}.{part}") for part in _PARTS}, bits=bits, group_size=group_size
+            )
+            for name, (bits, group_size) in formats.items()
+        }
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, tuple[int, int]]]]:
+    """A file of packed weights, open, with the bits and group size of each by name. Raises ModelError if damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            formats = json.loads(file.metadata()["groupwise"])
-            return {
-                name: GroupwiseWeight(
-                    packed=file.get_tensor(f"{name}.packed"),
-                    scale=file.get_tensor(f"{name}.scale"),
-                    zero=file.get_tensor(f"{name}.zero"),
-                    bits=bits,
-                    group_size=group_size,
-                )
-                for name, (bits, group_size) in formats.items()
-            }
+            yield file, json.loads(file.metadata()["groupwise"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path} is damaged ({error})", "Copy the file again") from None
 
@@ -77,38 +81,29 @@ def q4_1_blocks(weight: GroupwiseWeight) -> Tensor:
 class PackedMatrices:
     """The packed weights of a checkpoint folder that are Q4_1 already, read a few rows at a time.
 
-    refused: why none of them is, where the folder has packed weights of other bits or group sizes; None otherwise.
-    Raises ModelError for a damaged file.
+    names: of the weights, as in a plain checkpoint. refused: why none of them is, where the folder has packed weights
+    of other bits or group sizes; None otherwise. Raises ModelError for a damaged file.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "saap" / PACKED_FILE
-        self._formats: dict[str, tuple[int, int]] = {}
+        self.names: set[str] = set()
         self.refused: str | None = None
         if not self._path.is_file():
             return
-        try:
-            with safe_open(self._path, framework="pt") as file:
-                formats = json.loads(file.metadata()["groupwise"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{self._path} is damaged ({error})", "Copy the file again") from None
-        for path, (bits, group_size) in formats.items():
-            if (bits, group_size) == (4, Q4_1_GROUP):
-                self._formats[f"{path}.weight"] = (bits, group_size)
-            else:
-                self.refused = f"{PACKED_FILE} has {bits} bits in groups of {group_size}"
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of the weights, as in a plain checkpoint."""
-        return frozenset(self._formats)
+        with _opened(self._path) as (_, formats):
+            for path, (bits, group_size) in formats.items():
+                if (bits, group_size) == (4, Q4_1_GROUP):
+                    self.names.add(f"{path}.weight")
+                else:
+                    self.refused = f"{PACKED_FILE} has {bits} bits in groups of {group_size}"
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows first..last-1 of a weight as blocks, see `q4_1_blocks`."""
-        path, (bits, group_size) = name.removesuffix(".weight"), self._formats[name]
+        path = name.removesuffix(".weight")
         with safe_open(self._path, framework="pt") as file:
-            parts = {part: file.get_slice(f"{path}.{part}")[first:last] for part in ("packed", "scale", "zero")}
-        return q4_1_blocks(GroupwiseWeight(**parts, bits=bits, group_size=group_size))
+            parts = {part: file.get_slice(f"{path}.{part}")[first:last] for part in _PARTS}
+        return q4_1_blocks(GroupwiseWeight(**parts, bits=4, group_size=Q4_1_GROUP))
 
 
 def linears_inside(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
@@ -121,24 +116,20 @@ def linears_inside(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
     }
 
 
-def packed_like(module: nn.Module, weight: GroupwiseWeight, bias: nn.Parameter | None) -> GroupwiseLinear:
-    """The packed layer that replaces a linear one."""
-    return GroupwiseLinear(weight, bias, transposed=contracted_axis(module) == 0)
-
-
-def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` where the model has another one."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+def pack_linear(
+    model: nn.Module, path: str, weight: GroupwiseWeight, device: torch.device, bias: nn.Parameter | None = None
+) -> None:
+    """Replace the linear layer at a path by one of packed weights, in place. bias: None for that of the layer."""
+    module = model.get_submodule(path)
+    bias = bias if bias is not None else module._parameters.get("bias")
+    model.set_submodule(path, GroupwiseLinear(weight, bias, transposed=contracted_axis(module) == 0).to(device))
 
 
 @torch.no_grad()
 def pack_linears(model: nn.Module, paths: Collection[str], weight_of: WeightOf, device: torch.device) -> None:
     """Replace the linear layers at these paths of a loaded model one by one, in place."""
     for path in paths:
-        module = model.get_submodule(path)
-        weight = weight_of(path, partial(weight_out_in, module))
-        replace_module(model, path, packed_like(module, weight, module._parameters.get("bias")).to(device))
+        pack_linear(model, path, weight_of(path, partial(weight_out_in, model.get_submodule(path))), device)
 
 
 def open_empty(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, TensorReader] | None:
@@ -184,25 +175,24 @@ def fill(
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     for path in paths:
-        module = model.get_submodule(path)
-        weight = weight_of(path, partial(_out_in, read, f"{path}.weight", contracted_axis(module)))
+        transposed = contracted_axis(model.get_submodule(path)) == 0
+        weight = weight_of(path, partial(_out_in, read, f"{path}.weight", transposed=transposed))
         bias = nn.Parameter(read(f"{path}.bias"), requires_grad=False) if "bias" in reader.names(path) else None
-        replace_module(model, path, packed_like(module, weight, bias).to(device))
+        pack_linear(model, path, weight, device, bias)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
-            holder, _, attribute = name.rpartition(".")
-            filled = nn.Parameter(read(name), requires_grad=False)
-            model.get_submodule(holder)._parameters[attribute] = filled
+            holder, attribute = owner(model, name)
+            holder._parameters[attribute] = nn.Parameter(read(name), requires_grad=False)
     for name in stored_buffers(model):
-        holder, _, attribute = name.rpartition(".")
-        if not isinstance(model.get_submodule(holder), GroupwiseLinear):
-            model.get_submodule(holder)._buffers[attribute] = reader.read(name)
+        holder, attribute = owner(model, name)
+        if not isinstance(holder, GroupwiseLinear):
+            holder._buffers[attribute] = reader.read(name)
     model.tie_weights()
     return model.to(device)
 
 
-def _out_in(read: Callable[[str], Tensor], name: str, axis: int | None) -> Tensor:
-    return read(name).T if axis == 0 else read(name)
+def _out_in(read: Callable[[str], Tensor], name: str, *, transposed: bool) -> Tensor:
+    return read(name).T if transposed else read(name)
 
 
 def stored_buffers(model: nn.Module) -> dict[str, Tensor]:

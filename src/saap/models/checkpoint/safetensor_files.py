@@ -1,4 +1,4 @@
-"""Safetensors files: checks that need only their headers, and reading and writing tensor by tensor."""
+"""Stored weights: checks of safetensors files by their headers, and reading and writing tensor by tensor."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from saap.core.errors import ModelError
 from saap.core.files import whole_file
@@ -27,11 +28,16 @@ _DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
+    "C64": torch.complex64,
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+Shape = tuple[int, ...]
 _DOWNLOAD_AGAIN = "Download or copy the file again"
 
 
@@ -109,10 +115,21 @@ def _checked_end(entry: dict[str, Any]) -> int:
     return int(end)
 
 
+class StoredTensors(Protocol):
+    """Where an export takes its weights from. shapes: of every tensor by its name in transformers."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Sizes of all tensors."""
+
+    def rows(self, name: str, rows: range) -> torch.Tensor:
+        """Consecutive rows of a tensor along its first axis, on the CPU, in the stored dtype."""
+
+
 class TensorReader:
     """Reads single tensors of safetensors files into memory of their own, so that no file stays mapped."""
 
-    def __init__(self, files: tuple[Path, ...]) -> None:
+    def __init__(self, files: Sequence[Path]) -> None:
         self._places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
         for file in files:
             header = read_header(file)
@@ -121,7 +138,12 @@ class TensorReader:
             for name, entry in header.items():
                 self._places[name] = (file, data, entry)
 
-    def shape(self, name: str) -> tuple[int, ...] | None:
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Sizes of all tensors, from the headers."""
+        return {name: tuple(entry["shape"]) for name, (_, _, entry) in self._places.items()}
+
+    def shape(self, name: str) -> Shape | None:
         """Shape of a tensor, None if there is none of that name."""
         return tuple(self._places[name][2]["shape"]) if name in self._places else None
 
@@ -129,40 +151,54 @@ class TensorReader:
         """Names of the tensors of one module, without its path."""
         return frozenset(name.removeprefix(f"{module}.") for name in self._places if name.startswith(f"{module}."))
 
-    def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        """Some rows of a tensor along its first axis, in the given order. Raises ModelError as `read` does."""
-        file, data, entry = self._place(name)
-        count, *rest = entry["shape"]
-        first, end = entry["data_offsets"]
-        size = (end - first) // max(1, count)
-        content = bytearray(size * len(rows))
-        with file.open("rb") as stream:
-            for place, row in enumerate(rows):
-                if not 0 <= row < count:
-                    raise IndexError(f"{name} has {count} rows, not one of number {row}")
-                stream.seek(data + first + row * size)
-                if stream.readinto(memoryview(content)[place * size : (place + 1) * size]) != size:
-                    raise ModelError(f"{file} is truncated", _DOWNLOAD_AGAIN)
-        return torch.frombuffer(content, dtype=_DTYPES[entry["dtype"]]).reshape(len(rows), *rest)
-
-    def _place(self, name: str) -> tuple[Path, int, dict[str, Any]]:
-        if name not in self._places:
-            raise ModelError(f"The checkpoint lacks the weight {name}", "Use a complete checkpoint")
-        return self._places[name]
-
     def read(self, name: str) -> torch.Tensor:
         """The tensor of that name, on the CPU in its stored type. Raises ModelError if it is missing or cut off."""
-        file, data, entry = self._place(name)
-        first, end = entry["data_offsets"]
+        return self._from_bytes(name, None)
+
+    def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """Some rows of a tensor along its first axis, in the given order. Raises ModelError as `read` does."""
+        return self._from_bytes(name, rows)
+
+    def _from_bytes(self, name: str, rows: Sequence[int] | None) -> torch.Tensor:
+        if name not in self._places:
+            raise ModelError(f"The checkpoint lacks the weight {name}", "Use a complete checkpoint")
+        file, data, entry = self._places[name]
+        shape, (first, end) = tuple(entry["shape"]), entry["data_offsets"]
+        spans = [(first, end)]
+        if rows is not None:
+            count, size = shape[0], (end - first) // max(1, shape[0])
+            wrong = [row for row in rows if not 0 <= row < count]
+            if wrong:
+                raise IndexError(f"{name} has {count} rows, not one of number {wrong[0]}")
+            runs = [(rows[0], rows[-1] + 1)] if isinstance(rows, range) and rows else [(row, row + 1) for row in rows]
+            spans = [(first + start * size, first + stop * size) for start, stop in runs]
+            shape = (len(rows), *shape[1:])
+        content = bytearray(sum(stop - start for start, stop in spans))
+        place = 0
         with file.open("rb") as stream:
-            stream.seek(data + first)
-            content = bytearray(end - first)
-            if stream.readinto(content) != len(content):
-                raise ModelError(f"{file} is truncated", _DOWNLOAD_AGAIN)
+            for start, stop in spans:
+                stream.seek(data + start)
+                if stream.readinto(memoryview(content)[place : place + stop - start]) != stop - start:
+                    raise ModelError(f"{file} is truncated", _DOWNLOAD_AGAIN)
+                place += stop - start
         dtype = _DTYPES[entry["dtype"]]
-        if not content:
-            return torch.empty(entry["shape"], dtype=dtype)
-        return torch.frombuffer(content, dtype=dtype).reshape(entry["shape"])
+        return torch.frombuffer(content, dtype=dtype).reshape(shape) if content else torch.empty(shape, dtype=dtype)
+
+
+class ModelTensors:
+    """Tensors of a loaded model; of tied ones only the first name counts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Sizes of all parameters."""
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def rows(self, name: str, rows: range) -> torch.Tensor:
+        """These rows of the parameter."""
+        return self._tensors[name][rows.start : rows.stop].cpu()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

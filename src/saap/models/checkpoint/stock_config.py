@@ -16,8 +16,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from saap.core.errors import LayoutError
-from saap.core.records import ConfigField, ModelGraph, Role, StructurePlan, kept_shapes
+from saap.core.records import ConfigField, ModelGraph, Role, StructurePlan
 from saap.models.checkpoint.modeling_pruned import auto_classes
+from saap.models.structure.keep_index import KeepIndex
 from saap.models.walk.arguments import without_cache
 
 Shapes = dict[str, tuple[int, ...]]
@@ -150,9 +151,11 @@ def _size_of(role: Role, graph: ModelGraph, plan: StructurePlan) -> int | None:
 
 
 def _compare(built: Shapes, graph: ModelGraph, plan: StructurePlan, family: str) -> None:
-    wanted = _renumbered(kept_shapes(graph, plan.keep, plan.dropped_blocks), graph, plan.dropped_blocks)
+    pruned = KeepIndex.of(graph, plan.keep)
+    names = {name: graph.name_without(plan.dropped_blocks, name) for name in graph.shapes}
+    wanted = {new: pruned.shape(name) for name, new in names.items() if new is not None}
     if len(built) > len(wanted):  # the configuration still counts the dropped blocks
-        wanted = kept_shapes(graph, plan.keep)
+        wanted = pruned.shapes
     wrong = [name for name in wanted if built.get(name) != wanted[name]]
     if wrong or len(built) != len(wanted):
         name = wrong[0] if wrong else next(name for name in built if name not in wanted)
@@ -160,19 +163,6 @@ def _compare(built: Shapes, graph: ModelGraph, plan: StructurePlan, family: str)
             f"The stock {family} would give {name} the sizes {built.get(name)}, not {wanted.get(name)}",
             _can_hold(graph),
         )
-
-
-def _renumbered(shapes: Shapes, graph: ModelGraph, dropped: tuple[int, ...]) -> Shapes:
-    """Names with the blocks counted anew."""
-    renamed: Shapes = {}
-    for name, shape in shapes.items():
-        block = graph.block_of(name)
-        if block >= 0:
-            path = graph.blocks[block]
-            number = block - sum(1 for layer in dropped if layer < block)
-            name = f"{path.rpartition('.')[0]}.{number}{name[len(path) :]}"
-        renamed[name] = shape
-    return renamed
 
 
 def _can_hold(graph: ModelGraph) -> str:
@@ -242,7 +232,7 @@ def _fields_of(
     def fits(fields: Sequence[ConfigField], size: int) -> bool | None:
         """Whether exactly the group's sizes follow; None where the class refuses."""
         built = built_with(fields, size)
-        wanted = kept_shapes(graph, {group.name: size for group in groups})
+        wanted = KeepIndex.of(graph, {group.name: size for group in groups}).shapes
         return None if built is None else all(wanted.get(name) == shape for name, shape in built.items())
 
     run = shapes_of(lambda: config, True) is not None

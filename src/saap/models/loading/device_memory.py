@@ -1,9 +1,12 @@
-"""Memory of accelerators and of the machine: what is free, and the most that was taken."""
+"""Memory of accelerators, of the machine and of this process: what is free, and the most that was taken."""
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -14,34 +17,41 @@ def of_device(device: torch.device) -> int | None:
     return torch.mps.recommended_max_memory() if device.type == "mps" else None
 
 
+def of_machine() -> int:
+    """Memory that this process has or could get without swapping."""
+    return int(psutil.virtual_memory().available) + of_process()
+
+
+def of_process() -> int:
+    """Resident memory of this process now."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def reset_peak(device: torch.device) -> None:
-    """Start a new peak where the device keeps one (CUDA)."""
+    """Start new peaks where that is possible: of a CUDA device, and of the process on Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    if sys.platform == "linux":
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak(device: torch.device) -> int:
+def peak_of_device(device: torch.device) -> int:
     """The most bytes that tensors took on an accelerator since `reset_peak`; on mps what its allocator holds."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return torch.mps.driver_allocated_memory() if device.type == "mps" else 0
 
 
-def of_machine() -> int | None:
-    """Memory that this process has or could get without swapping; None where the system does not say."""
-    free, own = _bytes_of("/proc/meminfo", "MemAvailable"), _bytes_of("/proc/self/status", "VmRSS")
-    return None if free is None or own is None else free + own
+def peak_of_process() -> int:
+    """The most resident bytes of the process, on Linux since `reset_peak`, elsewhere since its start."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    if sys.platform == "linux":  # psutil does not give this figure, which alone can be reset
+        with suppress(OSError, StopIteration):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    import resource
 
-
-def of_process() -> int:
-    """Memory of this process now; 0 where the system does not say."""
-    return _bytes_of("/proc/self/status", "VmRSS") or 0
-
-
-def _bytes_of(file: str, field: str) -> int | None:
-    """A field of a file of Linux that counts in kB; None where there is none."""
-    try:
-        fields = dict(line.split(":", 1) for line in Path(file).read_text().splitlines())
-        return int(fields[field].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

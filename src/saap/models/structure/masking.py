@@ -10,28 +10,70 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from saap.core.records import CoupledGroup, ModelGraph, Role, StructurePlan
+from saap.core.records import ModelGraph, Role, StructurePlan
+from saap.models.structure.keep_index import KeepIndex
 from saap.models.structure.linear import weight_out_in
 
 
-def channel_mask(group: CoupledGroup, kept: Sequence[int], width: int, consumer: str | None = None) -> Tensor:
-    """Mask over the input channels of a module that reads a group: (width,), True for channels that stay.
+@contextmanager
+def masked(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Iterator[None]:
+    """Inside the context the model computes what the plan's cut would, with its weights untouched.
 
-    width: input size of the module. consumer: which tensor, by default the first consumer's.
+    Where a norm spans the axis of a group inside a block it still sees the removed channels: there the result is only
+    near that of the cut.
     """
-    tensor = group.consumers[0].tensor if consumer is None else consumer
-    mask = torch.ones(width, dtype=torch.bool)
-    for member in group.consumers:
-        if member.tensor == tensor:
-            mask[member.indices(range(group.units))] = False
-            mask[member.indices(kept)] = True
-    return mask
+    with masked_units(model, graph, plan.keep, plan.dropped_blocks):
+        yield
 
 
-def _zero_channels(mask: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+@contextmanager
+def masked_units(
+    model: nn.Module,
+    graph: ModelGraph,
+    keep: Mapping[str, tuple[int, ...]],
+    dropped_blocks: Sequence[int] = (),
+) -> Iterator[None]:
+    """As `masked`, for kept units by group. Weights that are changed for a while get their values back.
+
+    Units are zeroed in the inputs of the linear modules that read them. Matrices of a stack (experts) and what makes
+    hidden channels are zeroed themselves, and whole experts are never chosen. Norms still take their statistic over
+    all hidden channels, which is what the cut reproduces by rescaling them.
+    """
+    index = KeepIndex.of(graph, keep)
+    never: dict[nn.Parameter, Tensor] = {}
+    with torch.no_grad(), ExitStack() as stack:
+        for layer in dropped_blocks:
+            block = model.get_submodule(graph.blocks[layer])
+            stack.callback(block.register_forward_hook(_pass_through).remove)
+        for (tensor, axis), role in _axes_to_mask(graph, keep).items():
+            lost = index[tensor][axis]
+            if role is Role.EXPERT:
+                if len(graph.shapes[tensor]) == 2:
+                    never[model.get_parameter(tensor)] = torch.from_numpy(lost.removed[None])
+            elif lost.stacked or role is Role.HIDDEN:
+                stack.enter_context(lost.zeroed(model.get_parameter(tensor).data))
+            else:
+                hook = _zero_channels(torch.from_numpy(lost.removed[None]))
+                module = model.get_submodule(tensor.rpartition(".")[0])
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+        stack.enter_context(never_chosen(never))
+        yield
+
+
+def _axes_to_mask(graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]) -> dict[tuple[str, int], Role]:
+    """The axes where removed units are masked, with their role: of consumers, but of hidden channels and experts."""
+    return {
+        (member.tensor, member.axis): group.role
+        for group in graph.groups
+        if len(keep.get(group.name, range(group.units))) < group.units
+        for member in (group.producers if group.role in (Role.HIDDEN, Role.EXPERT) else group.consumers)
+    }
+
+
+def _zero_channels(removed: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         activation = arguments[0]
-        return (activation * mask.to(activation.device, activation.dtype), *arguments[1:])
+        return (activation.index_fill(-1, removed.to(activation.device), 0), *arguments[1:])
 
     return hook
 
@@ -39,76 +81,6 @@ def _zero_channels(mask: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple
 def _pass_through(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
     hidden = arguments[0]
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-
-@contextmanager
-def masked_channels(model: nn.Module, masks: Mapping[str, Tensor], skipped: Sequence[str] = ()) -> Iterator[None]:
-    """Zero input channels of linear modules for a while.
-
-    masks: module path -> (channels,) boolean mask of what stays. skipped: paths of blocks that pass their input on.
-    """
-    handles = [
-        model.get_submodule(path).register_forward_pre_hook(_zero_channels(mask)) for path, mask in masks.items()
-    ]
-    handles += [model.get_submodule(path).register_forward_hook(_pass_through) for path in skipped]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def consumer_masks(graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Masks by module path for every consumer of the groups in `keep` that lose something.
-
-    Consumers that are parts of a stacked tensor are no modules: see `zeroed_parts`.
-    """
-    masks: dict[str, Tensor] = {}
-    for group in graph.groups:
-        kept = keep.get(group.name)
-        if kept is None or len(kept) == group.units or group.layer < 0:
-            continue
-        for member in group.consumers:
-            if member.part is not None:
-                continue
-            path = member.tensor.rpartition(".")[0]
-            mask = channel_mask(group, kept, graph.shapes[member.tensor][member.axis], member.tensor)
-            masks[path] = masks[path] & mask if path in masks else mask
-    return masks
-
-
-@contextmanager
-def zeroed_parts(model: nn.Module, graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
-    """Zero, for a while, what reads the removed channels in each part of a stacked tensor (experts)."""
-    with torch.no_grad(), ExitStack() as stack:
-        for group in graph.groups:
-            gone = group.others(keep.get(group.name, range(group.units)))
-            for member in group.consumers if gone else ():
-                if member.part is None:
-                    continue
-                matrix = model.get_parameter(member.tensor).data[member.part]
-                index = torch.tensor(member.indices(gone), device=matrix.device)
-                before = matrix.index_select(member.axis - 1, index)
-                stack.callback(matrix.index_copy_, member.axis - 1, index, before)
-                matrix.index_fill_(member.axis - 1, index, 0.0)
-        yield
-
-
-@contextmanager
-def narrowed(model: nn.Module, graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
-    """Zero, for a while, what makes the hidden channels that `keep` leaves out, so that the residual stream lacks them.
-
-    The norms still take their statistic over all channels, which is what the cut reproduces by rescaling them.
-    """
-    with torch.no_grad(), ExitStack() as stack:
-        for group in graph.of_role(Role.HIDDEN):
-            gone = group.others(keep.get(group.name, range(group.units)))
-            for member in group.producers if gone else ():
-                weight = model.get_parameter(member.tensor).data
-                index = torch.tensor(member.indices(gone), device=weight.device)
-                stack.callback(weight.index_copy_, member.axis, index, weight.index_select(member.axis, index))
-                weight.index_fill_(member.axis, index, 0.0)
-        yield
 
 
 class _NeverChosen(TorchFunctionMode):
@@ -129,41 +101,11 @@ class _NeverChosen(TorchFunctionMode):
 
 @contextmanager
 def never_chosen(routers: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Routers choose among the other experts for a while. routers: weight (experts, width) -> experts that are gone."""
+    """Routers choose among the other experts for a while. routers: weight (experts, width) -> removed experts."""
     if not routers:
         yield
         return
     with _NeverChosen(routers):
-        yield
-
-
-def gone_experts(
-    model: nn.Module, graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]
-) -> dict[nn.Parameter, Tensor]:
-    """For `never_chosen`: the routers' weights and the experts that `keep` leaves out."""
-    found: dict[nn.Parameter, Tensor] = {}
-    for group in graph.of_role(Role.EXPERT):
-        gone = group.others(keep.get(group.name, range(group.units)))
-        for member in group.members if gone else ():
-            if len(graph.shapes[member.tensor]) == 2:
-                found[model.get_parameter(member.tensor)] = torch.tensor(gone)
-    return found
-
-
-@contextmanager
-def masked(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Iterator[None]:
-    """Inside the context the model computes what the plan's cut would, with its weights untouched.
-
-    Where a norm spans the axis of a group inside a block it still sees the removed channels: there the result is only
-    near that of the cut.
-    """
-    skipped = [graph.blocks[layer] for layer in plan.dropped_blocks]
-    with (
-        masked_channels(model, consumer_masks(graph, plan.keep), skipped),
-        zeroed_parts(model, graph, plan.keep),
-        never_chosen(gone_experts(model, graph, plan.keep)),
-        narrowed(model, graph, plan.keep),
-    ):
         yield
 
 

@@ -7,10 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-from saap.models.walk.walker import BlockWalker, Contexts
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,27 +46,3 @@ def capture(model: nn.Module, paths: Sequence[str], *, stop: bool = False) -> It
     finally:
         for handle in handles:
             handle.remove()
-
-
-@dataclass(frozen=True, slots=True)
-class InputAndGradient:
-    """Input of a linear module at one call, and the gradient at its output: (sequences, tokens, channels)."""
-
-    input: Tensor
-    gradient: Tensor
-
-
-def backward_to_outputs(
-    walker: BlockWalker, layer: int, paths: Sequence[str], hidden: Tensor, contexts: Contexts, gradient: Tensor
-) -> tuple[Tensor, dict[str, InputAndGradient]]:
-    """Gradients at the input of a block and at the outputs of its modules at `paths`; the block is run again.
-
-    hidden: its input; gradient: at its output; both (sequences, tokens, width).
-    """
-    with torch.enable_grad(), capture(walker.model, paths) as seen:
-        entry = hidden.detach().requires_grad_(True)
-        output = walker.run_block(layer, entry, contexts)
-        sources = [entry, *(taken.output for taken in seen.values())]
-        before, *found = torch.autograd.grad(output, sources, gradient.to(output.device), materialize_grads=True)
-    each = zip(seen.items(), found, strict=True)
-    return before, {path: InputAndGradient(taken.input.detach(), one) for (path, taken), one in each}

@@ -1,9 +1,9 @@
 """Models whose weights stay in their files and are in memory only while they are used.
 
-A decoder block is read when it is called and goes when another one is; so is the module that makes the logits. Of the
-table of input embeddings only the rows of the asked tokens are read. Everything that calls the blocks, above all the
-block walker, works with such a model as with any other. A weight that is not here has its shape, type and device, and
-no value: its entries are NaN and take no other values, so that a use of it cannot pass unnoticed.
+A decoder block is onloaded when it is called and offloaded when another one is; so is the module that makes the logits.
+Of the table of input embeddings only the rows of the given tokens are read. Everything that calls the blocks, above all
+the block walker, works with such a model as with any other. An offloaded weight has its shape, type and device, and no
+value: its entries are NaN and take no other values, so that a use of it cannot pass unnoticed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Part:
 
     @property
     def bytes_in_memory(self) -> int:
-        """What the weights of this part take now: nothing while they are away."""
+        """What the weights of this part take now: nothing while they are offloaded."""
         sizes = [parameter.untyped_storage().nbytes() for parameter in self.named_parameters().values()]
         return sum(sizes) if any(size > 8 for size in sizes) else 0
 
@@ -70,16 +70,16 @@ class OffloadedWeights:
     written: torch.dtype | None = None
     folder: Path | None = None
     parts_read: int = 0
-    _here: Part | None = None
+    _onloaded: Part | None = None
     _spare: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
-    def bring(self, part: Part) -> None:
+    def onload(self, part: Part) -> None:
         """Have the weights of `part` in memory, and those of no other part."""
-        if self._here is part:
+        if self._onloaded is part:
             return
-        self.send_away()
-        self._here = part
+        self.offload()
+        self._onloaded = part
         self.parts_read += 1
         needed = {parameter.shape for parameter in part.named_parameters().values()}
         self._spare = [spare for spare in self._spare if spare.shape in needed]
@@ -89,9 +89,9 @@ class OffloadedWeights:
         self._spare.clear()
 
     @torch.no_grad()
-    def send_away(self) -> None:
+    def offload(self) -> None:
         """Take the weights that are in memory out of it; changed ones are written first."""
-        part, self._here = self._here, None
+        part, self._onloaded = self._onloaded, None
         if part is None:
             return
         if part.changed:
@@ -102,7 +102,7 @@ class OffloadedWeights:
 
     def release(self) -> None:
         """Have no part in memory."""
-        self.send_away()
+        self.offload()
         self._spare.clear()
 
     def part_of(self, name: str) -> Part | None:
@@ -110,28 +110,28 @@ class OffloadedWeights:
         return next((part for part in self.parts for path in part.modules if f"{name}.".startswith(f"{path}.")), None)
 
     def value(self, parameter: Tensor) -> Tensor:
-        """What the model computes with: the parameter itself, or its stored value where it is away."""
+        """What the model computes with: the parameter itself, or its stored value where it is offloaded."""
         for part in self.parts:
-            for name, held in part.named_parameters().items() if part is not self._here else ():
-                if held is parameter:
+            for name, weight in part.named_parameters().items() if part is not self._onloaded else ():
+                if weight is parameter:
                     return self._rounded(part.read(name))
         return parameter
 
-    def always_here(self, model: nn.Module) -> list[nn.Parameter]:
+    def always_onloaded(self, model: nn.Module) -> list[nn.Parameter]:
         """Parameters of the model that are in memory whichever part is."""
         away = {parameter for part in self.parts for parameter in part.named_parameters().values()}
         return [parameter for parameter in model.parameters() if parameter not in away]
 
     def round_to(self, dtype: torch.dtype) -> None:
         """From now on compute with the values that `dtype` can hold, of the weights that are read."""
-        self.send_away()
+        self.offload()
         self.rounded = dtype
 
     def _rounded(self, stored: Tensor) -> Tensor:
         return stored.to(self.rounded) if self.rounded is not None and stored.is_floating_point() else stored
 
     def _room(self, stored: Tensor) -> Tensor:
-        """Memory for a weight, if possible that of one that has just gone: new pages cost time."""
+        """Memory for a weight, if possible that of one just offloaded: new pages cost time."""
         dtype = self.dtype if stored.is_floating_point() else stored.dtype
         for index, spare in enumerate(self._spare):
             if spare.shape == stored.shape and spare.dtype == dtype and spare.is_contiguous():
@@ -143,8 +143,8 @@ class OffloadedWeights:
             raise RuntimeError(f"{next(iter(part.modules))} was changed, but there is no place for changed weights")
         path = self.folder / f"{self.parts.index(part):05d}.safetensors"
         entries = {
-            name: TensorEntry(dtype=self.written, shape=tuple(held.shape), make=partial(held.to, self.written))
-            for name, held in part.named_parameters().items()
+            name: TensorEntry(dtype=self.written, shape=tuple(weight.shape), make=partial(weight.to, self.written))
+            for name, weight in part.named_parameters().items()
         }
         write_tensors(path, entries, {"format": "pt"})
         part.read, part.changed = TensorReader((path,)).read, False
@@ -162,12 +162,12 @@ def offloaded(model: nn.Module) -> OffloadedWeights | None:
     return found if isinstance(found, OffloadedWeights) else None
 
 
-def bring(model: nn.Module, name: str) -> None:
+def onload(model: nn.Module, name: str) -> None:
     """Have the weights of the part that the module or weight `name` belongs to in memory, to read or change them."""
     weights = offloaded(model)
     part = None if weights is None else weights.part_of(name)
     if weights is not None and part is not None:
-        weights.bring(part)
+        weights.onload(part)
 
 
 def mark_changed(model: nn.Module, name: str) -> None:
@@ -178,7 +178,7 @@ def mark_changed(model: nn.Module, name: str) -> None:
         part.changed = True
 
 
-def lend(model: nn.Module, other: nn.Module) -> None:
+def share_weights(model: nn.Module, other: nn.Module) -> None:
     """Let another model with the same paths compute with the weights of an offloaded one, part by part, in place."""
     weights = offloaded(model)
     if weights is None:
@@ -216,7 +216,7 @@ def offload(model: nn.Module, blocks: Sequence[str], reader: TensorReader, *, de
         _look_up_rows(embedding, name, reader, weights)
         if not any(held is embedding.weight for module in around.values() for held in module.parameters()):
             weights.parts.append(_part({name.removesuffix(".weight"): embedding}, stored_names, reader))
-    for parameter in weights.always_here(model):
+    for parameter in weights.always_onloaded(model):
         stored = reader.read(stored_names[parameter])
         parameter.data = stored.to(device, weights.dtype if stored.is_floating_point() else None)
     vars(model)[_ATTRIBUTE] = weights
@@ -276,7 +276,7 @@ def _read_when_called(module: nn.Module, part: Part, weights: OffloadedWeights) 
 
     @wraps(stock)
     def forward(*arguments: Any, **keywords: Any) -> Any:
-        weights.bring(part)
+        weights.onload(part)
         return stock(*arguments, **keywords)
 
     module.forward = forward

@@ -1,16 +1,13 @@
-"""Several processes that work on one run: each takes a part, sums make the parts one, and the failure of one ends all.
+"""The processes of a run, started by `torchrun` or `accelerate launch`: the share of each, and what they exchange.
 
-They are started by `torchrun` or `accelerate launch`, and speak through torch.distributed: gloo, and nccl for tensors
-on CUDA. Every exchange begins with a roll call. A process that fails goes to the next roll call and says why, so that
-nobody waits for it and all end with the same message.
+Exchanges go through torch.distributed: gloo, and nccl for tensors on CUDA. The launcher ends all processes when one
+fails; one that waits for the failed process gets a ProcessError as soon as the connection closes.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,19 +17,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from saap.core.errors import ConfigurationError, ProcessError, SaapError
+from saap.core.errors import ConfigurationError, ProcessError
 
 T = TypeVar("T")
 
-# A process may search or write for hours while the others wait; one that died is noticed by its closed connection.
+# A process may search or write for hours while the others wait.
 _PATIENCE = timedelta(days=7)
 _ASSEMBLY = timedelta(minutes=10)
-_FAREWELL = timedelta(seconds=5)
+_CLAIM = timedelta(minutes=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """The processes of a run; the default is this one alone. rank: number of this one. local: among its machine's."""
+    """The processes of a run; by default only this one. rank: its number. local: its number on this machine."""
 
     rank: int = 0
     count: int = 1
@@ -51,7 +48,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this one writes files and speaks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def device(self, chosen: torch.device) -> torch.device:
@@ -77,78 +74,48 @@ class Processes:
         """Sum of the tensor over all processes, the same in each; the tensor itself may be overwritten."""
         if self.count == 1:
             return values
-        self.wait()
         summed = _reachable(values)
         _exchange(dist.all_reduce, summed)
         return summed.to(values.device)
 
-    def of_first(self, values: Tensor) -> Tensor:
-        """The first one's tensor, in each; those of the others are only of its shape and may be overwritten."""
+    def broadcast(self, values: Tensor) -> Tensor:
+        """The first process' tensor, in each; those of the others give the shape and may be overwritten."""
         if self.count == 1:
             return values
-        self.wait()
         sent = _reachable(values)
         _exchange(dist.broadcast, sent, 0)
         return sent.to(values.device)
 
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns in the first process, where alone it is called."""
+    def broadcast_result(self, make: Callable[[], T]) -> T:
+        """What `make` returns in the first process, the only one that calls it."""
         made: list[Any] = [make() if self.first else None]
         if self.count > 1:
-            self.wait()
             _exchange(dist.broadcast_object_list, made, 0)
         result: T = made[0]
         return result
 
-    def gathered(self, part: T) -> list[T]:
+    def gather(self, part: T) -> list[T]:
         """The parts of all processes by rank, the same in each."""
         if self.count == 1:
             return [part]
-        self.wait()
         parts: list[Any] = [None] * self.count
         _exchange(dist.all_gather_object, parts, part)
         return parts
 
-    def wait(self) -> None:
-        """Until all are here. If one of them has failed, this process ends with its message."""
-        if self.count > 1 and _roll_call(failed=False):
-            raise _EndedElsewhereError(_first_failure(self, None))
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        if self.count > 1:
+            _exchange(dist.all_reduce, torch.zeros(1))
 
 
-class _EndedElsewhereError(Exception):
-    """Carries the error of another process past everything that handles errors of this one."""
-
-    def __init__(self, error: SaapError) -> None:
-        super().__init__(error)
-        self.error = error
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """Everything inside fails in all processes if it fails in one.
-
-    A process that did not fail itself raises the error of the first one that did; of an error that is no SaapError it
-    raises ProcessError. Must not be nested.
-    """
+def first_to_fail() -> bool:
+    """Whether this process is the first of its run to ask, which is to report the error for all."""
     try:
-        yield
-        if dist.is_available() and dist.is_initialized():
-            Processes.found().wait()
-    except _EndedElsewhereError as ended:
-        raise ended.error from None
-    except Exception as own:
-        with suppress(_EndedElsewhereError, ConfigurationError):  # the others may have ended already
-            processes = Processes.found()
-            if processes.count > 1:
-                _roll_call(failed=True)
-                _first_failure(processes, own)
-        raise
-
-
-def end_together() -> None:
-    """Wait until all processes that are left have come to their end."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(torch.zeros(1), async_op=True).wait(_FAREWELL)
+        store, *_ = next(rendezvous("env://", timeout=_CLAIM))
+        asked: int = store.add("saap/failed", 1)
+    except (ValueError, RuntimeError):  # there are no others, or the first process took the store along
+        return os.environ.get("RANK", "0") == "0"
+    return asked == 1
 
 
 def _number(variable: str, default: int) -> int:
@@ -173,43 +140,15 @@ def _begin(rank: int, count: int) -> None:
 
 
 def _reachable(values: Tensor) -> Tensor:
-    """The tensor where the exchange can read it: in one piece, and not on devices that have none."""
+    """The tensor where the exchange can read it: contiguous, on the CPU or CUDA."""
     return values.contiguous() if values.device.type in ("cpu", "cuda") else values.cpu().contiguous()
-
-
-def _roll_call(*, failed: bool) -> bool:
-    """Whether any process has failed."""
-    failures = torch.tensor([int(failed)])
-    _exchange(dist.all_reduce, failures)
-    return bool(failures.item())
-
-
-def _first_failure(processes: Processes, own: Exception | None) -> SaapError:
-    reports: list[Any] = [None] * processes.count
-    _exchange(dist.all_gather_object, reports, None if own is None else _told(processes.rank, own))
-    failures: list[SaapError] = [report for report in reports if report is not None]
-    return failures[0]
-
-
-def _told(rank: int, error: Exception) -> SaapError:
-    """The error as others can be told of it."""
-    if isinstance(error, SaapError):
-        with suppress(Exception):  # one that cannot be sent is told in words
-            pickle.dumps(error)
-            return error
-    return ProcessError(
-        f"Process {rank} failed ({type(error).__name__}: {error})",
-        "See its own message; the same command goes on from the last finished stage",
-    )
 
 
 def _exchange(operation: Callable[..., Any], *arguments: Any) -> None:
     try:
         operation(*arguments)
     except RuntimeError as error:
-        raise _EndedElsewhereError(
-            ProcessError(
-                f"Another process of this run has ended ({str(error).splitlines()[0]})",
-                "See what it said, if anything; the same command goes on from the last finished stage",
-            )
+        raise ProcessError(
+            f"Another process of this run has ended ({str(error).splitlines()[0]})",
+            "See what it said, if anything; the same command resumes from the last finished stage",
         ) from None

@@ -20,13 +20,13 @@ _SMALLEST_SCALE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """The way of one module's output y into the block's output: gain * y, or gain * norm(y); without gain neither.
+class ResidualPath:
+    """How one module's output y enters the block's output: as gain * y, or gain * norm(y); without gain neither.
 
-    path, norm: module paths.
+    module, norm: paths.
     """
 
-    path: str
+    module: str
     gain: float | None
     norm: str | None = None
 
@@ -44,14 +44,14 @@ class ResidualEntry:
     scale: Tensor | None = None
 
     @classmethod
-    def along(cls, way: Way, model: nn.Module, like: Tensor) -> ResidualEntry | None:
-        """The entry by a way; None where it is unknown. like: (..., width), of the outputs' type and device."""
-        if way.gain is None:
+    def along(cls, path: ResidualPath, model: nn.Module, like: Tensor) -> ResidualEntry | None:
+        """The entry along a path; None where it is unknown. like: (..., width), of the outputs' type and device."""
+        if path.gain is None:
             return None
-        if way.norm is None:
-            return cls(way.gain)
-        norm = copy.deepcopy(model.get_submodule(way.norm)).to(torch.promote_types(like.dtype, torch.float32))
-        return cls(way.gain, norm, _scale(norm, at_least_float32(like)))
+        if path.norm is None:
+            return cls(path.gain)
+        norm = copy.deepcopy(model.get_submodule(path.norm)).to(torch.promote_types(like.dtype, torch.float32))
+        return cls(path.gain, norm, _scale(norm, at_least_float32(like)))
 
     def added(self, output: Tensor) -> Tensor:
         """What an output adds to the stream; both (..., width)."""
@@ -59,7 +59,7 @@ class ResidualEntry:
         return self.gain * passed
 
     def token_weights(self, output: Tensor) -> Tensor:
-        """How much the stream feels an error of each token's output, (..., 1), float32; 0 for an output of zero.
+        """How sensitive the stream is to an error of each token's output, (..., 1), float32; 0 for an output of zero.
 
         All 1 where no norm is in between.
         """
@@ -92,9 +92,9 @@ def _scale(norm: nn.Module, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def residual_ways(
+def residual_paths(
     walker: BlockWalker, layer: int, paths: Sequence[str], hidden: Tensor, contexts: Contexts
-) -> list[Way]:
+) -> list[ResidualPath]:
     """How the output of each module at `paths` enters the block's output, in the order in which they run.
 
     The gain is g where an extra output e changes the block's output by g * e while the outputs of the modules that
@@ -105,7 +105,7 @@ def residual_ways(
     with capture(walker.model, paths) as seen, _readers(walker, layer, seen) as readers:
         before = walker.run_block(layer, hidden, contexts)
     order = list(seen)
-    ways: list[Way] = []
+    found: list[ResidualPath] = []
     for position, path in enumerate(order):
         later = {other: seen[other].output for other in order[position + 1 :]}
 
@@ -118,12 +118,12 @@ def residual_ways(
             return _multiple(change, extra)
 
         output, norm = seen[path].output, readers.get(path)
-        found = gain(path, output)
-        if found is None and norm is not None and _only_scales(walker.model.get_submodule(norm), output):
-            ways.append(Way(path, gain(norm, walker.model.get_submodule(norm)(output)), norm))
+        plain = gain(path, output)
+        if plain is None and norm is not None and _only_scales(walker.model.get_submodule(norm), output):
+            found.append(ResidualPath(path, gain(norm, walker.model.get_submodule(norm)(output)), norm))
         else:
-            ways.append(Way(path, found))
-    return ways
+            found.append(ResidualPath(path, plain))
+    return found
 
 
 @contextmanager

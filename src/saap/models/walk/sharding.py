@@ -1,4 +1,4 @@
-"""Frozen weights split over the processes of a run (FSDP2): each keeps a part, and borrows the rest layer by layer."""
+"""Frozen weights sharded over the processes of a run (FSDP2), gathered layer by layer."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def check_shardable(model: nn.Module, layers: Iterable[str]) -> None:
 
 
 def shard_layers(layers: Iterable[nn.Module], device: torch.device, processes: Processes) -> None:
-    """Split the frozen weights of each layer, parameters and buffers, over the processes, in place.
+    """Shard the frozen weights of each layer, parameters and buffers, over the processes, in place.
 
-    What wants gradients stays whole in every process. A layer brings its weights together for its forward and again for
-    its backward, so all processes must call the same layers in the same order.
+    What is trained stays whole in every process. A layer gathers its weights for its forward and again for its
+    backward, so all processes must call the same layers in the same order.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -49,7 +49,7 @@ def shard_layers(layers: Iterable[nn.Module], device: torch.device, processes: P
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=learned)
 
 
-def bring_together(layer: nn.Module) -> None:
+def unshard(layer: nn.Module) -> None:
     """Give a layer its whole weights for good, if they were split. All processes must take part."""
     if not dist.is_available() or not dist.is_initialized():
         return

@@ -29,13 +29,11 @@ class Tensors(Protocol):
     def __iter__(self) -> Iterator[Tensor]: ...
 
 
-NewTensors = Callable[[], Tensors]
-"""Makes an empty sequence: `list`, or the `empty` of a Spill."""
+Keep = Callable[[Iterable[Tensor]], Tensors]
+"""Makes a sequence of tensors, each taken when the one before is kept: `list`, or the `keep` of a spill."""
 
 
-def held(new: NewTensors, tensors: Iterable[Tensor]) -> Tensors:
-    """A new sequence of these tensors, each of which is made when the one before is kept."""
-    kept = new()
+def _filled(kept: Tensors, tensors: Iterable[Tensor]) -> Tensors:
     for tensor in tensors:
         kept.append(tensor)
     return kept
@@ -50,21 +48,22 @@ class Spill:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def empty(self) -> Tensors:
-        """A new sequence. Raises OutputError if its file cannot be made."""
+    def keep(self, tensors: Iterable[Tensor]) -> Tensors:
+        """A new sequence. Raises OutputError if its file cannot be written."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            return _SpilledTensors(self._folder / f"{uuid.uuid4().hex}.spill")
+            kept = _SpilledTensors(self._folder / f"{uuid.uuid4().hex}.spill")
         except OSError as error:
             raise _unwritable(self._folder, error) from error
+        return _filled(kept, tensors)
 
 
 class HostSpill:
     """Sequences of tensors in the memory of the host, in place of that of an accelerator."""
 
-    def empty(self) -> Tensors:
+    def keep(self, tensors: Iterable[Tensor]) -> Tensors:
         """A new sequence."""
-        return _HostTensors()
+        return _filled(_HostTensors(), tensors)
 
 
 class _HostTensors:

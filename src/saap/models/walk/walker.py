@@ -117,6 +117,13 @@ class BlockWalker:
         with rounding:
             return _first(contexts[index].call(self.blocks[index], hidden))
 
+    def run_blocks(self, stream: Stream) -> Tensor:
+        """Output of the last block."""
+        hidden = stream.hidden
+        for index in range(len(self.blocks)):
+            hidden = self.run_block(index, hidden, stream.contexts)
+        return hidden
+
     def backward_to_weights(
         self, index: int, hidden: Tensor, contexts: Contexts, gradient: Tensor, weights: Mapping[str, nn.Parameter]
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -56,7 +56,7 @@ class RowStore:
             )
 
     def dense(self) -> dict[str, Any] | None:
-        """The row of the dense model; None if it is not there, or without the tasks that are asked for."""
+        """The row of the dense model; None if it is not there, or without the requested tasks."""
         path = self.folder / "rows" / DENSE
         if not path.exists():
             return None
@@ -76,11 +76,11 @@ class RowStore:
         write_whole(path, (json.dumps(finite(dict(row)), indent=1) + "\n").encode())
 
     def lacking(self, seed: int) -> dict[RowKey, Path]:
-        """The rows of `seed` that are asked for and not there, with the files that they belong in."""
+        """The requested rows of `seed` that are not there, with the files that they belong in."""
         return {key: path for key, path in self._wanted(seed).items() if not self._is_finished(path, key[1])}
 
     def finished(self) -> list[dict[str, Any]]:
-        """All rows that are there, those that were asked for first."""
+        """All rows that are there, requested ones first."""
         asked = [path for seed in self.request.seeds for path in self._wanted(seed).values()]
         others = sorted(set((self.folder / "rows").glob("*.json")) - {*asked, self.folder / "rows" / DENSE})
         return [json.loads(path.read_text()) for path in (*asked, *others)]

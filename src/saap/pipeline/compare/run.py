@@ -15,58 +15,34 @@ from torch import nn
 
 from saap.baselines.methods import BASELINES, Measurements
 from saap.core.errors import ConfigurationError
-from saap.core.manifest import recorded_versions
+from saap.core.manifest import recorded_versions, typed_command
 from saap.core.records import ImportanceScores, IntArray, ModelGraph, StructurePlan
 from saap.core.storage import write_whole
-from saap.data.samples import leading_ids
 from saap.discovery import discover
 from saap.evaluation.bootstrap import kept_accuracy
-from saap.evaluation.perplexity import Perplexity, perplexity
 from saap.evaluation.zero_shot import TaskResult
 from saap.models.loading.devices import copied, quick_float32_products
 from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import resolve_model
 from saap.models.walk.probe import check_runs, trial_ids
-from saap.pipeline.compare.rows import RowKey, RowStore, file_name
-from saap.pipeline.evaluate.run import ask_tasks, check_request, finite, read_streams
+from saap.pipeline.compare.rows import RowStore, file_name
+from saap.pipeline.evaluate.run import ask_tasks, check_request, finite, read_streams, requested_perplexity
 from saap.pipeline.prune.baselines import for_method, measurements
-from saap.pipeline.prune.generated_text import GENERATED, write_text
+from saap.pipeline.prune.generated_text import write_text
 from saap.pipeline.prune.planning import plans_for, scores_of
 from saap.pipeline.prune.run import cut_and_restore
-from saap.pipeline.shared.command_line import typed_command
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, TokenSets, draw_tokens, open_model, place_of
-from saap.pipeline.shared.legality import check_walk, legal_sizes
+from saap.pipeline.shared.legality import check_walk, search_space
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.progress import Reporter, Silent
+from saap.pipeline.shared.stages import DISCOVER, LOAD, MEASURE_DENSE, READ_TEXT, WRITE_TEXT
 from saap.pipeline.shared.targets import Target, with_budgets
 from saap.pipeline.shared.work import WorkFolder
 from saap.reporting.inputs import COMPARISON
 from saap.settings.measure import CompareRequest
 from saap.settings.prune import MethodChoice, PruneConfig
-from saap.structure_search.plan import SearchSpace, check_reachable
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One pruned model. seconds: of the stages `score`, `search`, `make`; a shared pass counts for each that uses it.
-
-    ratios: perplexity over that of the dense model, by text. tokens_per_second: while the first text was read.
-    """
-
-    method: str
-    ratio: float
-    seed: int
-    restored: bool
-    pruning_ratio: float
-    parameters: int
-    perplexity: Mapping[str, Perplexity]
-    ratios: Mapping[str, float]
-    tasks: Mapping[str, TaskResult]
-    kept_accuracy: Mapping[str, float] | None
-    seconds: Mapping[str, float]
-    tokens_per_second: float | None
-    peak_resident_bytes: int
+from saap.structure_search.plan import check_reachable
 
 
 @dataclass(slots=True)
@@ -122,9 +98,9 @@ def compare(
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(resolved)
     streams = read_streams(request.evaluation, tokenizer)
-    with meter.stage("load the model"):
+    with meter.stage(LOAD):
         loaded = open_model(source, options, tokenizer)
-    with meter.stage("discover the coupled structures"):
+    with meter.stage(DISCOVER):
         check_runs(loaded.model, trial_ids(loaded.model, max(request.evaluation.window, request.config.sample_length)))
         graph = discover(loaded.model, loaded.ref)
         check_walk(loaded.model, graph.blocks)
@@ -132,7 +108,7 @@ def compare(
             run_config = _config(request, choice, request.seeds[0])
             for target in _targets(run_config, graph, loaded):
                 if target.budget is not None:
-                    check_reachable(graph, target.budget, _space(run_config, loaded, graph))
+                    check_reachable(graph, target.budget, search_space(loaded.model, graph, run_config))
     rows = RowStore(out, request)
     rows.open(graph)
     bench = _Bench(loaded, graph, request, streams, meter, rows)
@@ -178,16 +154,6 @@ def _targets(config: PruneConfig, graph: ModelGraph, loaded: LoadedModel) -> lis
     return with_budgets(named, config, graph, loaded.dtype)
 
 
-def _space(config: PruneConfig, loaded: LoadedModel, graph: ModelGraph) -> SearchSpace:
-    return SearchSpace(
-        roles=config.roles,
-        layout=config.layout,
-        align=config.align,
-        skip_layers=config.skip_layers,
-        legal_sizes=legal_sizes(loaded.model, graph, config),
-    )
-
-
 def _rows_of_seed(bench: _Bench, seed: int, options: RunOptions, dense: dict[str, Any]) -> None:
     """Make the rows of one seed that are not there."""
     lacking = bench.rows.lacking(seed)
@@ -197,145 +163,133 @@ def _rows_of_seed(bench: _Bench, seed: int, options: RunOptions, dense: dict[str
     for choice in bench.request.methods:
         here = {key: path for key, path in lacking.items() if key[0] == choice}
         if here:
-            _make_rows(bench, shared, choice, here, dense)
+            scored = _score(bench, shared, choice)
+            for restored in dict.fromkeys(restored for _, _, restored in here):
+                alike = {ratio: path for (_, ratio, kind), path in here.items() if kind is restored}
+                _make_rows(bench, scored.restoring(restored), alike, dense)
 
 
 def _share(bench: _Bench, seed: int, options: RunOptions) -> _Shared:
     """The calibration of one seed, the same for every method."""
     config = bench.request.config.model_copy(update={"seed": seed, "restore": True})
-    with bench.meter.stage("read the calibration text"):
+    with bench.meter.stage(READ_TEXT):
         tokens: TokenSets = draw_tokens(bench.loaded, config, config.calibration)
     work = WorkFolder(bench.rows.folder / "work" / f"seed-{seed}")
     work.path.mkdir(parents=True, exist_ok=True)
-    space = _space(config, bench.loaded, bench.graph)
+    space = search_space(bench.loaded.model, bench.graph, config)
     run = Run(config, options, bench.loaded, bench.graph, space, tokens, work, bench.meter)
     write_text(run)
     return _Shared(run, measurements(run))
 
 
-def _make_rows(
-    bench: _Bench,
-    shared: _Shared,
-    choice: MethodChoice,
-    wanted: Mapping[RowKey, Path],
-    dense: dict[str, Any],
-) -> None:
-    """Score and plan with one method, then make and measure each of its rows."""
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """A run of one method, whose units are scored. seconds: that this took, with passes that methods share."""
+
+    choice: MethodChoice
+    run: Run
+    scores: ImportanceScores
+    measured: Measurements | None
+    seconds: float
+
+    def restoring(self, restored: bool) -> _Scored:
+        """The same for models that are restored, or only cut."""
+        config = self.run.config.model_copy(update={"restore": restored})
+        return dataclasses.replace(self, run=dataclasses.replace(self.run, config=config))
+
+
+def _score(bench: _Bench, shared: _Shared, choice: MethodChoice) -> _Scored:
+    """Score the units with one method."""
     config = _config(bench.request, choice, shared.run.config.seed)
     work = WorkFolder(shared.run.work.path / file_name(choice.label))
     work.path.mkdir(parents=True, exist_ok=True)
-    if shared.run.work.file(GENERATED).exists():
-        shutil.copyfile(shared.run.work.file(GENERATED), work.file(GENERATED))
-    run = dataclasses.replace(
-        shared.run, config=config, space=_space(config, bench.loaded, bench.graph), work=work, meter=bench.meter
-    )
+    if shared.run.work.file(WRITE_TEXT.file).exists():
+        shutil.copyfile(shared.run.work.file(WRITE_TEXT.file), work.file(WRITE_TEXT.file))
+    space = search_space(bench.loaded.model, bench.graph, config)
+    run = dataclasses.replace(shared.run, config=config, space=space, work=work)
     baseline = BASELINES.get(choice.method)
-    found = shared.found if baseline is not None else None
-    seconds = {"score": shared.measure(baseline.needs if baseline is not None else None)}
+    measured = None if baseline is None else shared.found
+    seconds = shared.measure(None if baseline is None else baseline.needs)
     start = time.perf_counter()
     with bench.meter.stage(f"{choice.label}: score"):
-        scores = scores_of(run, found)
-    seconds["score"] += time.perf_counter() - start
-    for restored in dict.fromkeys(restored for _, _, restored in wanted):
-        config = run.config.model_copy(update={"restore": restored})
-        asked = {ratio: path for (_, ratio, kind), path in wanted.items() if kind is restored}
-        _make_alike(bench, dataclasses.replace(run, config=config), choice, scores, found, asked, seconds, dense)
+        scores = scores_of(run, measured)
+    return _Scored(choice, run, scores, measured, seconds + time.perf_counter() - start)
 
 
-def _make_alike(
-    bench: _Bench,
-    run: Run,
-    choice: MethodChoice,
-    scores: ImportanceScores,
-    found: Measurements | None,
-    wanted: Mapping[float, Path],
-    seconds: Mapping[str, float],
-    dense: dict[str, Any],
-) -> None:
-    """The rows of one method that are all restored or all only cut; a search may plan for what comes after it."""
+def _make_rows(bench: _Bench, scored: _Scored, wanted: Mapping[float, Path], dense: dict[str, Any]) -> None:
+    """Plan, make and measure rows that are all restored or all only cut: a search may plan for what comes after it."""
+    run = scored.run
     every = zip(run.config.pruning_ratios, _targets(run.config, bench.graph, bench.loaded), strict=True)
     suffix = "-restored" if run.config.restore else ""
     targets = {r: dataclasses.replace(target, name=f"{target.name}{suffix}") for r, target in every if r in wanted}
     start = time.perf_counter()
-    plans = dict(zip(targets, plans_for(run, list(targets.values()), scores), strict=True))
-    timed = {**seconds, "search": (time.perf_counter() - start) / len(targets)}
+    plans = dict(zip(targets, plans_for(run, list(targets.values()), scored.scores), strict=True))
+    searching = (time.perf_counter() - start) / len(targets)
     for ratio, path in wanted.items():
-        row = _row(bench, run, choice, plans[ratio], scores, found, ratio, timed, dense)
-        bench.rows.write(path, dataclasses.asdict(row))
+        bench.rows.write(path, _row(bench, scored, plans[ratio], ratio, searching, dense))
 
 
 def _row(
-    bench: _Bench,
-    run: Run,
-    choice: MethodChoice,
-    plan: StructurePlan,
-    scores: ImportanceScores,
-    measured: Measurements | None,
-    ratio: float,
-    seconds: Mapping[str, float],
-    dense: dict[str, Any],
-) -> Row:
-    restored = run.config.restore
+    bench: _Bench, scored: _Scored, plan: StructurePlan, ratio: float, searching: float, dense: dict[str, Any]
+) -> dict[str, Any]:
+    """One pruned model, measured. `seconds`: of the stages; a shared pass counts for each method that uses it.
+
+    `ratios`: perplexity over that of the dense model, by text. `tokens_per_second`: while the first text was read.
+    """
+    run, label = scored.run, scored.choice.label
     start, before = time.perf_counter(), len(bench.meter.stages)
-    label = f"{choice.label}, {ratio:g}{', restored' if restored else ''}"
+    shown = f"{label}, {ratio:g}{', restored' if run.config.restore else ''}"
     model = copied(bench.loaded.model)
-    with bench.meter.stage(f"{label}: make"):
-        plan, _ = cut_and_restore(run, model, plan, scores, measured)
-    made = time.perf_counter() - start
-    with bench.meter.stage(f"{label}: measure"):
-        found, speed, tasks = _measure(bench, model, bench.request.asks_tasks(ratio))
+    with bench.meter.stage(f"{shown}: make"):
+        plan, _ = cut_and_restore(run, model, plan, scored.scores, scored.measured)
+    seconds = {"score": scored.seconds, "search": searching, "make": time.perf_counter() - start}
+    with bench.meter.stage(f"{shown}: measure"):
+        found = _measured(bench, model, bench.request.asks_tasks(ratio))
     kept = None
-    if tasks:
-        dense_tasks = {name: TaskResult(**values) for name, values in dense["tasks"].items()}
-        kept = dataclasses.asdict(kept_accuracy(dense_tasks, tasks))
-    return Row(
-        method=choice.label,
-        ratio=ratio,
-        seed=run.config.seed,
-        restored=restored,
-        pruning_ratio=1 - plan.block_parameters / bench.graph.block_parameters,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        perplexity=found,
-        ratios={name: one.value / dense["perplexity"][name]["value"] for name, one in found.items()},
-        tasks=tasks,
-        kept_accuracy=kept,
-        seconds={**seconds, "make": made},
-        tokens_per_second=speed,
-        peak_resident_bytes=max(stage.peak_resident_bytes for stage in bench.meter.stages[before:]),
-    )
+    if found["tasks"]:
+        both = ({name: TaskResult(**one) for name, one in tasks.items()} for tasks in (dense["tasks"], found["tasks"]))
+        kept = dataclasses.asdict(kept_accuracy(*both))
+    return {
+        "method": label,
+        "ratio": ratio,
+        "seed": run.config.seed,
+        "restored": run.config.restore,
+        "pruning_ratio": 1 - plan.block_parameters / bench.graph.block_parameters,
+        **found,
+        "ratios": {
+            text: one["value"] / dense["perplexity"][text]["value"] for text, one in found["perplexity"].items()
+        },
+        "kept_accuracy": kept,
+        "seconds": seconds,
+        "peak_resident_bytes": max(stage.peak_resident_bytes for stage in bench.meter.stages[before:]),
+    }
 
 
 def _dense_row(bench: _Bench) -> dict[str, Any]:
     row = bench.rows.dense()
-    if row is None:
-        with bench.meter.stage("measure the dense model"):
-            found, speed, tasks = _measure(bench, bench.loaded.model, with_tasks=True)
-        row = {
-            "parameters": bench.graph.parameters,
-            "block_parameters": bench.graph.block_parameters,
-            "perplexity": {name: dataclasses.asdict(one) for name, one in found.items()},
-            "tasks": {name: dataclasses.asdict(one) for name, one in tasks.items()},
-            "tokens_per_second": speed,
-        }
-        row = bench.rows.write_dense(row)
-    return row
+    if row is not None:
+        return row
+    with bench.meter.stage(MEASURE_DENSE):
+        found = _measured(bench, bench.loaded.model, with_tasks=True)
+    sizes = {"parameters": bench.graph.parameters, "block_parameters": bench.graph.block_parameters}
+    return bench.rows.write_dense(found | sizes)
 
 
-def _measure(
-    bench: _Bench, model: nn.Module, with_tasks: bool
-) -> tuple[dict[str, Perplexity], float | None, dict[str, TaskResult]]:
-    """Perplexities, tokens per second over the first text, and tasks of a model."""
+def _measured(bench: _Bench, model: nn.Module, with_tasks: bool) -> dict[str, Any]:
+    """Size, perplexities, tokens per second over the first text, and tasks of a model."""
     wanted = bench.request.evaluation
-    found: dict[str, Perplexity] = {}
+    texts: dict[str, Any] = {}
     speed = None
     for name, ids in bench.streams.items():
         start = time.perf_counter()
-        found[name] = perplexity(
-            model, ids, window=wanted.window, stride=wanted.stride, max_tokens=wanted.max_tokens,
-            leading=leading_ids(bench.loaded.tokenizer, bos=wanted.bos),
-        )  # fmt: skip
-        speed = speed or found[name].tokens / (time.perf_counter() - start)
-    tasks: dict[str, TaskResult] = {}
-    if wanted.tasks and with_tasks:
-        tasks = ask_tasks(model, bench.loaded.tokenizer, wanted, bench.meter.reporter)
-    return found, speed, tasks
+        found = requested_perplexity(model, bench.loaded.tokenizer, wanted, ids)
+        speed = speed or found.tokens / (time.perf_counter() - start)
+        texts[name] = dataclasses.asdict(found)
+    asked = wanted.tasks and with_tasks
+    tasks = ask_tasks(model, bench.loaded.tokenizer, wanted, bench.meter.reporter) if asked else {}
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "perplexity": texts,
+        "tasks": {name: dataclasses.asdict(one) for name, one in tasks.items()},
+        "tokens_per_second": speed,
+    }

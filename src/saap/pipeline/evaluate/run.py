@@ -1,4 +1,4 @@
-"""`saap eval`: every measurement of one model, and of the dense one beside it where that is asked for."""
+"""`saap eval`: every measurement of one model, and of the dense one where that is requested."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from saap.core.errors import CalibrationError, ConfigurationError, EvaluationError, ModelError, OutputError
-from saap.core.manifest import recorded_versions
-from saap.core.records import IntArray, ModelRef
+from saap.core.errors import CalibrationError, ConfigurationError, ModelError
+from saap.core.manifest import recorded_versions, typed_command
+from saap.core.records import IntArray
 from saap.core.storage import write_whole
 from saap.data.samples import leading_ids, token_stream
 from saap.data.texts import Purpose, evaluation_text, read_conversations, read_documents
@@ -33,7 +33,6 @@ from saap.evaluation.generation import (
     token_agreement,
     write,
 )
-from saap.evaluation.human import build_kit, judge, key_path, read_key, read_ratings
 from saap.evaluation.perplexity import Perplexity, perplexity
 from saap.evaluation.zero_shot import TaskResult, check_tasks, evaluate_tasks, mean_accuracy
 from saap.models.loading.devices import quick_float32_products, rounded_products
@@ -41,10 +40,10 @@ from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.probe import check_runs
 from saap.pipeline.evaluate.speed import Source, SpeedReport, check_settings, measure_beside
-from saap.pipeline.shared.command_line import typed_command
-from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_beside, resolve_dense
+from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model
 from saap.pipeline.shared.progress import Reporter, Silent
+from saap.pipeline.shared.stages import LOAD
 from saap.reporting.tables import names_apart
 from saap.settings.measure import EvalRequest, SpeedSettings
 from saap.settings.prune import RuntimeName
@@ -105,15 +104,15 @@ def evaluate_model(
     prompts = check_request(request)
     opened: nn.Module | ResolvedModel
     if isinstance(source, nn.Module):
-        opened, others = source, _other_models(request, None, bool(prompts), reporter)
+        opened, others = source, _other_models(request, None, reporter)
     else:
         opened = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(opened)
-        others = _other_models(request, opened, bool(prompts), reporter)
+        others = _other_models(request, opened, reporter)
     reporter.stage("read the texts")
     streams = read_streams(request, tokenizer)
     conversations = () if request.chat is None else read_conversations(request.chat)
-    reporter.stage("load the model")
+    reporter.stage(LOAD.title)
     loaded = open_model(opened, options, tokenizer, computes_in_dtype=True)
     check_prompts(loaded.model, loaded.tokenizer, prompts, request.generated_tokens)
     with quick_float32_products():
@@ -132,29 +131,26 @@ def evaluate_model(
         if request.speed is not None:
             speed = _speed(opened, loaded, others, dense, request.speed, options, reporter)
             report = dataclasses.replace(report, speed=speed)
-        if request.human_kit is not None:
-            _write_kit(loaded, (dense, *others.beside), prompts, request, options, reporter)
     command = typed_command()
     return dataclasses.replace(report, command=command, versions=recorded_versions())
 
 
 @dataclass(frozen=True, slots=True)
 class _Others:
-    """The models besides the evaluated one. against: to measure speed beside. beside: for the page of answers."""
+    """The models besides the evaluated one. against: to compare its speed with."""
 
-    dense: ResolvedModel | None
-    against: ResolvedModel | None
-    beside: tuple[ResolvedModel, ...]
+    dense: ResolvedModel | None = None
+    against: ResolvedModel | None = None
 
 
-def _other_models(request: EvalRequest, evaluated: ResolvedModel | None, writes: bool, reporter: Reporter) -> _Others:
-    """Find them all before any weights are read. writes: whether text is generated. Raises ModelError.
+def _other_models(request: EvalRequest, evaluated: ResolvedModel | None, reporter: Reporter) -> _Others:
+    """Find them all before any weights are read. Raises ModelError.
 
     A dense model that nobody has named is left out where it is not on this machine.
     """
-    beside = tuple(resolve_beside(name) for name in request.beside)
+    writes = request.prompts is not None
     if request.dense is None and request.speed is None and not writes:
-        return _Others(None, None, beside)
+        return _Others()
     manifest = None if evaluated is None else manifest_of(evaluated)
     choice, other = DenseChoice.pair(request)
     dense = None
@@ -166,39 +162,15 @@ def _other_models(request: EvalRequest, evaluated: ResolvedModel | None, writes:
             if request.dense is not None:
                 raise
             reporter.note(f"nothing is measured of the dense model: {error}")
-    return _Others(dense, against if against is not None else dense, beside)
-
-
-def judge_ratings(ratings: Sequence[Path], key: Path | None) -> dict[str, Any]:
-    """What people's ratings say; key: None looks for the only KIT.key.json beside the first file.
-
-    Raises EvaluationError.
-    """
-    if key is None:
-        found = sorted(ratings[0].parent.glob("*.key.json"))
-        if len(found) != 1:
-            raise EvaluationError(
-                f"{len(found)} files KIT.key.json lie beside {ratings[0]}", "Name the page's own with --human-key"
-            )
-        (key,) = found
-    known = read_key(key)
-    return judge([rating for path in ratings for rating in read_ratings(path, known)])
+    return _Others(dense, dense if against is None else against)
 
 
 def check_request(request: EvalRequest) -> tuple[Prompt, ...]:
-    """Refuse what needs no model to be refused; the prompts that were asked for."""
+    """Refuse what needs no model to be refused. Returns the requested prompts."""
     _check_speed(request)
     if request.tasks:
         check_tasks(request.tasks, request.task_data, request.limit)
-    if request.human_kit is not None:
-        for path in (request.human_kit, key_path(request.human_kit)):
-            if path.exists():
-                raise OutputError(f"{path} exists", "Choose another --human-kit, since a new key would not fit it")
-    wanted = request.prompts is not None or request.human_kit is not None
-    prompts = read_prompts(request.prompts or BUNDLED) if wanted else ()
-    if request.human_kit is not None and not any(prompt.answer is None for prompt in prompts):
-        raise EvaluationError(f"{request.prompts} has no open prompts", "Give prompts without `answer`")
-    return prompts
+    return () if request.prompts is None else read_prompts(request.prompts)
 
 
 def _check_speed(request: EvalRequest) -> None:
@@ -223,7 +195,7 @@ def read_streams(request: EvalRequest, tokenizer: Any | None) -> dict[str, IntAr
                 "Give a longer text or a smaller --window",
             )
         streams[name] = ids
-    if tokenizer is None and (request.tasks or request.chat or request.prompts or request.human_kit):
+    if tokenizer is None and (request.tasks or request.chat or request.prompts):
         token_stream((), tokenizer)
     return streams
 
@@ -242,10 +214,7 @@ def _measure(
         reporter.stage(f"perplexity of {loaded.ref.source} on {name}")
         first = torch.from_numpy(ids[None, : request.window]).to(next(model.parameters()).device)
         check_runs(model, first)
-        found[name] = perplexity(
-            model, ids, window=request.window, stride=request.stride, max_tokens=request.max_tokens,
-            leading=leading_ids(loaded.tokenizer, bos=request.bos),
-        )  # fmt: skip
+        found[name] = requested_perplexity(model, loaded.tokenizer, request, ids)
     tasks: dict[str, TaskResult] = {}
     if request.tasks:
         reporter.stage(f"zero-shot tasks of {loaded.ref.source}")
@@ -258,6 +227,14 @@ def _measure(
     return EvalReport(
         model=loaded.ref.source, revision=loaded.ref.revision, parameters=parameters, perplexity=found, tasks=tasks,
         chat=chat,
+    )  # fmt: skip
+
+
+def requested_perplexity(model: nn.Module, tokenizer: Any | None, request: EvalRequest, ids: IntArray) -> Perplexity:
+    """Perplexity in the windows of a request."""
+    return perplexity(
+        model, ids, window=request.window, stride=request.stride, max_tokens=request.max_tokens,
+        leading=leading_ids(tokenizer, bos=request.bos),
     )  # fmt: skip
 
 
@@ -311,7 +288,7 @@ def _speed(
     options: RunOptions,
     reporter: Reporter,
 ) -> SpeedReport:
-    """Tokens per second of the model, beside another one. dense: where that is loaded already."""
+    """Tokens per second of the model, compared with another one. dense: where that is loaded already."""
     in_memory = settings.runtime is RuntimeName.TRANSFORMERS
     given: Source = source if isinstance(source, nn.Module) else source.path
     other = others.against
@@ -324,35 +301,6 @@ def _speed(
         models.append((names[1], dense.model if in_memory and dense is not None else other.path))
     reporter.stage(f"speed in {settings.runtime}")
     return measure_beside(models, settings)
-
-
-def _write_kit(
-    loaded: LoadedModel,
-    others: Sequence[LoadedModel | ResolvedModel | None],
-    prompts: Sequence[Prompt],
-    request: EvalRequest,
-    options: RunOptions,
-    reporter: Reporter,
-) -> None:
-    """Write the page and, beside it, its key."""
-    if request.human_kit is None:
-        return
-    opens = [prompt.prompt for prompt in prompts if prompt.answer is None]
-    answers: dict[str, dict[str, str]] = {}
-    sources = [source for source in (loaded, *others) if source is not None]
-    refs: list[ModelRef | ResolvedModel] = [x.ref if isinstance(x, LoadedModel) else x for x in sources]
-    for name, source in zip(names_apart([(ref.source, ref.revision) for ref in refs]), sources, strict=True):
-        if isinstance(source, LoadedModel):
-            one = source
-        else:
-            one = open_model(source, options)
-            check_prompts(one.model, one.tokenizer, prompts, request.generated_tokens)
-        reporter.stage(f"answers of {name}")
-        written = write(one.model, one.tokenizer, opens, tokens=request.generated_tokens, sampled=False)
-        answers[name] = {text.prompt: text.text for text in written}
-    kit = build_kit(answers, seed=request.seed)
-    write_whole(key_path(request.human_kit), (kit.key.model_dump_json(indent=1) + "\n").encode())
-    write_whole(request.human_kit, kit.page.encode())
 
 
 def finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How fast models are beside each other, in transformers or in llama.cpp."""
+"""How fast models are compared with each other, in transformers or in llama.cpp."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from saap.core.errors import ExportError, ModelError
 from saap.evaluation.speed import LlamaCppRuntime, Runtime, Speed, TransformersRuntime, measure_speeds, speed_up
-from saap.models.checkpoint.stored_tensors import ModelTensors, StoredTensors
+from saap.models.checkpoint.safetensor_files import ModelTensors, StoredTensors
 from saap.models.loading.llama_cpp import LlamaCpp, llama_cpp_is_installed
 from saap.models.walk.probe import check_reads
 from saap.pipeline.export.run import INSTALL, open_source
@@ -75,18 +75,18 @@ def check_settings(settings: SpeedSettings) -> None:
 
 
 def measure_beside(models: Sequence[tuple[str, Source]], settings: SpeedSettings) -> SpeedReport:
-    """Speed of the first model, and beside the second if there is one.
+    """Speed of the first model, compared with the second if there is one.
 
     models: (name, a model or what `saap prune` takes). A model in memory is measured as it is; llama.cpp gets a file in
     a temporary folder, and as many threads as torch. Raises ModelError, ExportError for what llama.cpp cannot compute.
     """
     check_settings(settings)
     with ExitStack() as stack:
-        opened = [stack.enter_context(runtime_of(model, settings)) for _, model in models]
-        speeds = speeds_of([runtime for runtime, _, _ in opened], settings, _prompt(opened, settings))
+        opened = [stack.enter_context(opened_in(model, settings)) for _, model in models]
+        speeds = timed(opened, settings)
     found = [
-        ModelSpeed(model=name, prefill=speed.prefill, decode=speed.decode, bytes_per_token=read)
-        for (name, _), speed, (_, read, _) in zip(models, speeds, opened, strict=True)
+        ModelSpeed(model=name, prefill=speed.prefill, decode=speed.decode, bytes_per_token=one.bytes_per_token)
+        for (name, _), speed, one in zip(models, speeds, opened, strict=True)
     ]
     report = SpeedReport(
         runtime=str(settings.runtime), weights=weights_name(models[0][1], settings),
@@ -102,9 +102,20 @@ def measure_beside(models: Sequence[tuple[str, Source]], settings: SpeedSettings
     )  # fmt: skip
 
 
-def speeds_of(runtimes: Sequence[Runtime], settings: SpeedSettings, prompt: Sequence[int]) -> list[Speed]:
-    """Speed of each runtime, measured in turns, with torch's own default precision of products."""
-    named = {str(index): runtime for index, runtime in enumerate(runtimes)}
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model in its runtime. bytes_per_token: of the weights that a token reads. vocabulary: tokens that it knows."""
+
+    runtime: Runtime
+    bytes_per_token: int
+    vocabulary: int
+
+
+def timed(models: Sequence[Opened], settings: SpeedSettings) -> list[Speed]:
+    """Speed of each model, measured in turns, with torch's own default precision of products."""
+    vocabulary = min(one.vocabulary for one in models)
+    prompt = [index * 7 % vocabulary for index in range(1, settings.prompt_tokens + 1)]  # any ids are as fast
+    named = {str(index): one.runtime for index, one in enumerate(models)}
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -116,18 +127,9 @@ def speeds_of(runtimes: Sequence[Runtime], settings: SpeedSettings, prompt: Sequ
 
 def pair_of_speeds(first: Source, second: Source, settings: SpeedSettings) -> tuple[Speed, Speed]:
     """Speeds of two models in turns."""
-    with runtime_of(first, settings) as (one, _, vocabulary), runtime_of(second, settings) as (other, _, _):
-        found = speeds_of([one, other], settings, prompt_of(vocabulary, settings.prompt_tokens))
-    return found[0], found[1]
-
-
-def prompt_of(vocabulary: int, length: int) -> list[int]:
-    """Some ids of the vocabulary: which ones does not matter to the speed."""
-    return [index * 7 % vocabulary for index in range(1, length + 1)]
-
-
-def _prompt(opened: Sequence[tuple[Runtime, int, int]], settings: SpeedSettings) -> list[int]:
-    return prompt_of(min(vocabulary for _, _, vocabulary in opened), settings.prompt_tokens)
+    with opened_in(first, settings) as one, opened_in(second, settings) as other:
+        fast, slow = timed([one, other], settings)
+    return fast, slow
 
 
 def weights_name(source: Source, settings: SpeedSettings) -> str:
@@ -139,8 +141,8 @@ def weights_name(source: Source, settings: SpeedSettings) -> str:
 
 
 @contextmanager
-def runtime_of(source: Source, settings: SpeedSettings) -> Iterator[tuple[Runtime, int, int]]:
-    """The model in its runtime, the bytes of weights that a token reads, and the number of tokens it knows."""
+def opened_in(source: Source, settings: SpeedSettings) -> Iterator[Opened]:
+    """The model in the runtime of the settings. Raises ModelError, ExportError."""
     if settings.runtime is RuntimeName.TRANSFORMERS:
         model = source if isinstance(source, nn.Module) else open_model(source, RunOptions(device="cpu")).model
         embedding = getattr(model, "get_input_embeddings", lambda: None)()
@@ -152,14 +154,14 @@ def runtime_of(source: Source, settings: SpeedSettings) -> Iterator[tuple[Runtim
         check_reads(
             model, settings.prompt_tokens + settings.new_tokens, "Measure speed with fewer tokens, or leave it out"
         )
-        yield TransformersRuntime(model), _bytes_of_model(model), embedding.num_embeddings
+        yield Opened(TransformersRuntime(model), _bytes_of_model(model), embedding.num_embeddings)
         return
     with tempfile.TemporaryDirectory(prefix="saap-speed-") as folder:
         file = Path(folder) / "model.gguf"
         plan = write_without_tokenizer(source, file, settings.gguf_type)
         context = settings.prompt_tokens + settings.new_tokens + 1
         with LlamaCpp(file, context=context, threads=torch.get_num_threads()) as opened:
-            yield LlamaCppRuntime(opened), plan.bytes_per_token, opened.vocabulary
+            yield Opened(LlamaCppRuntime(opened), plan.bytes_per_token, opened.vocabulary)
 
 
 def write_without_tokenizer(source: Source, file: Path, gguf_type: GgufType) -> GgufPlan:

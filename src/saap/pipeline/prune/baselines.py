@@ -10,6 +10,7 @@ from saap.baselines.activations import activation_statistics, add_biases, compen
 from saap.baselines.methods import BASELINES, Measurements, Scores
 from saap.core.errors import ConfigurationError
 from saap.core.records import FloatArray, GroupScores, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
+from saap.models.walk.backend import Backend
 from saap.pipeline.prune.generated_text import with_written
 from saap.pipeline.shared.context import Run
 from saap.settings.prune import Method, PruneConfig, unit_roles
@@ -37,7 +38,7 @@ def for_method(config: PruneConfig) -> PruneConfig:
 
 
 def check_method(config: PruneConfig, graph: ModelGraph) -> None:
-    """Raise ConfigurationError if the method cannot score a group of the asked roles."""
+    """Raise ConfigurationError if the method cannot score a group of the requested roles."""
     if config.method in (Method.SAAP, Method.RANDOM):
         return
     roles = unit_roles(config.roles)
@@ -57,10 +58,8 @@ def check_method(config: PruneConfig, graph: ModelGraph) -> None:
 
 def measurements(run: Run) -> Measurements:
     """What the baselines measure, on the samples that the method's own scores are estimated on."""
-    return Measurements(
-        run.loaded.model, run.graph, with_written(run, "scored"), seed=run.config.seed,
-        progress=run.meter.reporter.advance,
-    )  # fmt: skip
+    backend = Backend(run.loaded.model, run.graph, progress=run.meter.reporter.advance)
+    return Measurements(backend, with_written(run, "scored"), seed=run.config.seed)
 
 
 def baseline_scores(run: Run, calibration_digest: str, found: Measurements) -> ImportanceScores:
@@ -96,7 +95,7 @@ def biases_for(
     if found is not None:
         means = found.activations.mean
     else:
-        means = activation_statistics(model, run.graph, with_written(run, "scored")).mean
+        means = activation_statistics(Backend(model, run.graph), with_written(run, "scored")).mean
     return compensating_biases(model, run.graph, plan.keep, means)
 
 

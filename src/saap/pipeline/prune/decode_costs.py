@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from saap.core.errors import TargetError
+from saap.core.errors import OutputError, TargetError
 from saap.core.manifest import recorded_versions
 from saap.core.records import Layout, ModelGraph, Role, StructurePlan, digest_of
 from saap.core.storage import write_whole
 from saap.evaluation.speed import speed_up
 from saap.models.checkpoint.differences import mark_pruned
 from saap.models.loading.devices import copied
-from saap.pipeline.evaluate.speed import pair_of_speeds, prompt_of, runtime_of, speeds_of, weights_name
+from saap.pipeline.evaluate.speed import opened_in, pair_of_speeds, timed, weights_name
 from saap.pipeline.shared.progress import Reporter
 from saap.settings.measure import SpeedSettings
 from saap.settings.prune import PrunableRole, PruneConfig, RuntimeName, unit_roles
@@ -28,6 +27,7 @@ from saap.structure_search.plan import make_plan
 from saap.surgery.cut import cut
 
 FORMAT = 1
+_COSTS = TypeAdapter(DecodeCosts)
 FRACTIONS = (0.7, 0.4)
 """Of its units that every group of a role keeps in the trials, beside the least possible."""
 FEW_UNITS = 4
@@ -35,7 +35,7 @@ FEW_UNITS = 4
 
 
 def speed_settings(config: PruneConfig, rounds: int = 7) -> SpeedSettings:
-    """How the speed that is asked for is measured: short prompts, since it is that of decoding."""
+    """How a requested speed is measured: short prompts, since it is that of decoding."""
     return SpeedSettings(
         runtime=config.runtime, gguf_type=config.gguf_type, prompt_tokens=8, new_tokens=16, rounds=rounds
     )
@@ -56,11 +56,10 @@ def decode_costs(model: nn.Module, graph: ModelGraph, config: PruneConfig, repor
     trials = _trials(graph, config)
     points: dict[Role, list[tuple[float, float]]] = {}
     block = None
-    with runtime_of(model, settings) as (dense, _, vocabulary):
-        prompt = prompt_of(vocabulary, settings.prompt_tokens)
+    with opened_in(model, settings) as dense:
         for done, (role, fraction, plan) in enumerate(trials):
-            with runtime_of(_trial(model, graph, plan), settings) as (runtime, _, _):
-                trial, whole = speeds_of([runtime, dense], settings, prompt)
+            with opened_in(_trial(model, graph, plan), settings) as smaller:
+                trial, whole = timed([smaller, dense], settings)
             saved = 1 - 1 / speed_up(trial, whole).decode
             if role is None:
                 block = saved / len(plan.dropped_blocks)
@@ -157,21 +156,15 @@ def machine(device: torch.device) -> dict[str, str | int]:
 
 def _read(file: Path) -> DecodeCosts | None:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        curves = {
-            Role(role): tuple((float(x), float(y)) for x, y in points) for role, points in found["curves"].items()
-        }
-        return DecodeCosts(curves=curves, block=found["block"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _COSTS.validate_json(file.read_bytes())
+    except (OSError, ValidationError):
         return None
 
 
 def _write(file: Path, costs: DecodeCosts, reporter: Reporter) -> None:
     """Keep the table; a cache that cannot be written costs the next run its time and nothing else."""
-    content: dict[str, Any] = {"curves": costs.curves, "block": costs.block}
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, (json.dumps(content, indent=1) + "\n").encode())
+        write_whole(file, _COSTS.dump_json(costs, indent=1))
         reporter.note(f"time of decoding measured and kept in {file}")
-    except OSError as error:
-        reporter.note(f"the time of decoding was measured but not kept ({error.strerror})")
+    except OutputError as error:
+        reporter.note(f"the time of decoding was measured but not kept: {error}")

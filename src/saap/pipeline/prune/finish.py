@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter
 from torch import nn
 
 from saap.core.errors import VerificationError, first_line
@@ -18,26 +17,26 @@ from saap.core.manifest import (
     PerplexityChange,
     RunManifest,
     SpeedRecord,
-    StageRecord,
     recorded_versions,
+    typed_command,
 )
 from saap.core.records import ImportanceScores, Layout, StructurePlan, count_parameters
 from saap.core.storage import read_plan
 from saap.evaluation.perplexity import model_logits
-from saap.export.huggingface import CheckpointParts, modeling_code_digest, write_checkpoint
+from saap.export.huggingface import CheckpointParts, modeling_code_digest, write_checkpoint, write_records
 from saap.export.model_card import licence_of
-from saap.export.placing import complete_records
 from saap.models.checkpoint.differences import PrunedStructure, auto_class_name, dense_shapes
 from saap.models.walk.offload import offloaded
 from saap.pipeline.prune.result import PruneReport, PruneResult, load_lines, structure_of
 from saap.pipeline.prune.speed_target import diagnose_speed, reached_speed
-from saap.pipeline.shared.command_line import typed_command
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.diagnosis import diagnose_importance, diagnose_memory, diagnose_result, diagnose_search
-from saap.pipeline.shared.memory import forget_changed, forget_weights, open_result, release, spill_of
+from saap.pipeline.shared.memory import forget_changed, forget_weights, open_result, release
 from saap.pipeline.shared.outcome import Behaviour, observe
+from saap.pipeline.shared.stages import CUT, MEASURE, TIME_RESULT
 from saap.pipeline.shared.targets import Target, finished_report, place_finished
 from saap.structure_search.decode_costs import TimeBudget
+from saap.structure_search.plan import complete_plan
 
 CHECKED_TOKENS = 64
 
@@ -52,13 +51,18 @@ class Made:
     refit_errors: Mapping[str, float] = field(default_factory=dict)
 
 
+def _folder(run: Run, target: Target) -> Path:
+    """Where the model of a target lies until it is in its place."""
+    return run.work.file(CUT.file_of(target.name)).with_suffix("")
+
+
 def find_made(run: Run, target: Target) -> Made | None:
     """The target's model in the work folder, if an interrupted run had finished it."""
-    record = run.work.read_json(_record_name(target))
-    folder = run.work.file(_folder_name(target))
+    record = run.work.read_json(CUT.file_of(target.name))
+    folder = _folder(run, target)
     if record is None or not (folder / "config.json").exists():
         return None
-    plan = read_plan(folder / "saap" / "plan.json", run.graph).structure_plan(run.graph)
+    plan = complete_plan(run.graph, read_plan(folder / "saap" / "plan.json", run.graph))
     return Made(plan=plan, base_model_type=record["base_model_type"], model=None, refit_errors=record["refit_errors"])
 
 
@@ -84,9 +88,9 @@ def keep_made(
             graph=run.graph, plan=plan, structure=structure, manifest=_manifest(run, plan, scores, None),
             scores=scores, tokenizer=run.loaded.tokenizer, source_folder=run.loaded.folder,
         )  # fmt: skip
-        write_checkpoint(model, parts, run.work.file(_folder_name(target)), dtype=run.loaded.dtype, overwrite=True)
+        write_checkpoint(model, parts, _folder(run, target), dtype=run.loaded.dtype, overwrite=True)
         record = {"base_model_type": structure.base_model_type, "refit_errors": dict(refit_errors)}
-        run.work.write_json(_record_name(target), record)
+        run.work.write_json(CUT.file_of(target.name), record)
     return made
 
 
@@ -96,15 +100,15 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
     away = offloaded(model)
     if away is not None:
         away.round_to(dtype)
-    for parameter in model.parameters() if away is None else away.always_here(model):
+    for parameter in model.parameters() if away is None else away.always_onloaded(model):
         if parameter.dtype.is_floating_point and parameter.dtype != dtype:
             parameter.copy_(parameter.to(dtype).to(parameter.dtype))
 
 
 def finish(run: Run, target: Target, made: Made, scores: ImportanceScores, dense: Behaviour) -> PruneResult:
     """Measure the result, complete its records and put it in its place."""
-    written = run.work.file(_folder_name(target)) if target.folder is not None else None
-    with run.meter.stage("open the result and measure it"):
+    written = _folder(run, target) if target.folder is not None else None
+    with run.meter.stage(MEASURE):
         model = made.model
         if written is not None:
             expected = None if model is None else _few_logits(run, model)
@@ -118,14 +122,14 @@ def finish(run: Run, target: Target, made: Made, scores: ImportanceScores, dense
             _check_same(expected, _logits_of_written(run, model, target), target)
         if model is None:
             raise VerificationError("The pruned model is neither in memory nor in the work folder", "Run again")
-        pruned = observe(model, run.loaded.tokenizer, run.tokens, spill_of(run))
+        pruned = observe(model, run.loaded.tokenizer, run.tokens, run.spill)
     speed = None
     if isinstance(target.budget, TimeBudget):
-        with run.meter.stage("measure the speed of the result"):
+        with run.meter.stage(TIME_RESULT):
             speed = reached_speed(run, target.budget, made.plan, model)
     report = _report(run, target, made, scores, (dense, pruned), speed)
     if written is not None and target.folder is not None:
-        complete_records(written, _manifest(run, made.plan, scores, (dense, pruned), speed), made.base_model_type)
+        write_records(written, _manifest(run, made.plan, scores, (dense, pruned), speed), made.base_model_type)
         place_finished(run.work, target, written, report.as_dict())
         if offloaded(model) is not None:
             model = open_result(run, target.folder)  # its files have another place now
@@ -137,18 +141,10 @@ def find_finished(run: Run, target: Target) -> PruneResult | None:
     saved = finished_report(run.work, target)
     if saved is None or target.folder is None:
         return None
-    report = TypeAdapter(PruneReport).validate_python(saved)
-    plan = read_plan(target.folder / "saap" / "plan.json", run.graph).structure_plan(run.graph)
+    report = PruneReport.model_validate(saved)
+    plan = complete_plan(run.graph, read_plan(target.folder / "saap" / "plan.json", run.graph))
     model = open_result(run, target.folder)
     return PruneResult(model=model, plan=plan, report=report, path=target.folder)
-
-
-def _folder_name(target: Target) -> str:
-    return f"model-{target.name}"
-
-
-def _record_name(target: Target) -> str:
-    return f"model-{target.name}.json"
 
 
 @torch.no_grad()
@@ -215,7 +211,7 @@ def _manifest(
         dtype=str(run.loaded.dtype).removeprefix("torch."),
         versions=recorded_versions(),
         digests=digests,
-        stages=tuple(StageRecord(**dataclasses.asdict(stage)) for stage in run.meter.stages),
+        stages=tuple(run.meter.stages),
         parameters=Change(before=run.graph.parameters, after=plan.parameters),
         block_parameters=Change(before=run.graph.block_parameters, after=plan.block_parameters),
         bytes=Change(before=run.graph.parameters * itemsize, after=plan.parameters * itemsize),

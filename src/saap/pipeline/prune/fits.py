@@ -10,11 +10,13 @@ from saap.models.checkpoint.safetensor_files import weight_files
 from saap.models.loading import device_memory
 from saap.models.loading.devices import pick_device, working_dtype
 from saap.models.loading.references import resolve_model
-from saap.pipeline.prune.forecast import Forecast, Probed
+from saap.pipeline.prune.forecast import Forecast
+from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import RunOptions
+from saap.pipeline.shared.stages import RESTORE
 
 
-def check_fits(found: Forecast, run: Probed, out: Path | None) -> None:
+def check_fits(found: Forecast, run: Run, out: Path | None) -> None:
     """Raise ConfigurationError or OutputError if the run needs more memory or disk than there is, with the remedy."""
     if out is not None:
         check_place(out, found.disk_bytes)
@@ -23,10 +25,10 @@ def check_fits(found: Forecast, run: Probed, out: Path | None) -> None:
         worst = max(found.stages, key=lambda stage: stage.peak_device_bytes)
         raise _too_little(worst.name, worst.peak_device_bytes, on_device, str(run.device), "Use --device cpu")
     free = device_memory.of_machine()
-    if free is None or found.peak_resident_bytes <= free:
+    if found.peak_resident_bytes <= free:
         return
     worst = max(found.stages, key=lambda stage: stage.peak_resident_bytes)
-    others = [stage for stage in found.stages if not stage.name.startswith("cut")]
+    others = [stage for stage in found.stages if stage.name != RESTORE.title]
     remedy = "Use a machine with more memory, or a smaller model"
     if max(stage.peak_resident_bytes for stage in others) <= free and run.config.restore:
         lacking = found.peak_resident_bytes - free
@@ -54,7 +56,7 @@ def check_weights_fit(source: str | Path, options: RunOptions) -> None:
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
     device = pick_device(options.device)
     free = device_memory.of_machine()
-    if resolved.gguf_file is not None or device.type != "cpu" or free is None:
+    if resolved.gguf_file is not None or device.type != "cpu":
         return
     stored = sum(file.stat().st_size for file in weight_files(resolved.folder))
     needed = stored // resolved.dtype.itemsize * working_dtype(device, resolved.dtype).itemsize

@@ -5,27 +5,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
 import torch
 
 from saap.core.errors import TargetError
-from saap.core.records import ModelGraph, Role, StructurePlan
+from saap.core.manifest import StageRecord
+from saap.core.records import StructurePlan
 from saap.data.generated import random_starts, sample_from_model
-from saap.estimation.calibrate import estimate
-from saap.estimation.token_fisher import felt_scores
 from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products, quick_products
+from saap.models.walk.consumers import sole_consumers
 from saap.models.walk.spill import Spill
-from saap.models.walk.token_fisher import measurable
+from saap.pipeline.prune.planning import estimated, token_scores, unit_costs
+from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import (
     GENERATION_BATCH,
-    LoadedModel,
-    TokenSets,
     chooses_units,
     finds_costs,
     generated_sequences,
@@ -34,13 +31,23 @@ from saap.pipeline.shared.inputs import (
     weighs_tokens,
 )
 from saap.pipeline.shared.memory import Sizes, gradients, restoration_spill
-from saap.pipeline.shared.meter import Meter, StageCost
 from saap.pipeline.shared.outcome import greedy_answer
+from saap.pipeline.shared.stages import (
+    ESTIMATE,
+    FIND_COSTS,
+    MEASURE,
+    MEASURE_DENSE,
+    SEARCH,
+    TIME_RESULT,
+    WEIGH_TOKENS,
+    WRITE_TEXT,
+    Stage,
+    making,
+)
 from saap.pipeline.shared.targets import Target
-from saap.settings.prune import Method, PruneConfig, SkipLayers, unit_roles
-from saap.structure_search.costs import second_order_costs
+from saap.settings.prune import Method, SkipLayers
 from saap.structure_search.objectives import Budget
-from saap.structure_search.plan import SearchSpace, check_reachable
+from saap.structure_search.plan import check_reachable
 from saap.surgery.refit import RestoreSettings
 from saap.surgery.restore import restore
 
@@ -116,7 +123,7 @@ class Peak:
     device: int = 0
 
     @classmethod
-    def of(cls, stage: StageCost) -> Peak:
+    def of(cls, stage: StageRecord) -> Peak:
         """Of a stage that has run."""
         return cls(stage.peak_resident_bytes, stage.peak_device_bytes)
 
@@ -127,10 +134,10 @@ class Peak:
         return Peak(self.resident, self.device + weights)
 
 
-def _stage(name: str, seconds: float | None, peak: Peak, disk_bytes: int = 0) -> StageForecast:
+def _stage(stage: Stage, seconds: float | None, peak: Peak, disk_bytes: int = 0, detail: str = "") -> StageForecast:
     return StageForecast(
-        name=name, seconds=seconds, peak_resident_bytes=peak.resident, disk_bytes=disk_bytes,
-        peak_device_bytes=peak.device,
+        name=stage.title + (f" ({detail})" if detail else ""), seconds=seconds, peak_resident_bytes=peak.resident,
+        disk_bytes=disk_bytes, peak_device_bytes=peak.device,
     )  # fmt: skip
 
 
@@ -138,59 +145,42 @@ class _EnoughError(Exception):
     """Ends a trial after its first blocks."""
 
 
-@dataclass(frozen=True, slots=True)
-class Probed:
-    """A run that was prepared and whose model may be spoilt by trials. done: costs of the stages so far."""
+def forecast(run: Run, targets: Sequence[Target], done: Sequence[StageRecord]) -> Forecast:
+    """Try a part of each stage on the run's model, which is of no use afterwards, and scale it to the whole.
 
-    config: PruneConfig
-    loaded: LoadedModel
-    graph: ModelGraph
-    space: SearchSpace
-    tokens: TokenSets
-    targets: Sequence[Target]
-    done: Sequence[StageCost]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lies."""
-        return next(self.loaded.model.parameters()).device
-
-
-def forecast(run: Probed, meter: Meter) -> Forecast:
-    """Try a part of each stage on the model, which is of no use afterwards, and scale it to the whole."""
+    done: the stages so far.
+    """
     config, graph = run.config, run.graph
     with quick_float32_products():
-        reading, answering = _reading(run, meter)
+        reading, answering = _reading(run)
+        measuring = reading.seconds * run.tokens.evaluation.size + answering
         stages = [
-            *(_stage(stage.name, stage.seconds, Peak.of(stage)) for stage in run.done),
-            _measuring(run, "measure the dense model", reading, answering),
-            *_writing(run, meter),
-            _estimation(run, meter, reading),
+            *(StageForecast(**one.model_dump()) for one in done),
+            _stage(MEASURE_DENSE, measuring, reading.peak),
+            *_writing(run),
+            _estimation(run, reading),
         ]
-        base = _least(run.done, reading)
+        base = _least(done, reading)
         if finds_costs(config, run.loaded.model, graph):
-            stages.append(_costs(run, meter))
+            stages.append(_costs(run))
         candidates = config.effort_settings.search_evaluations + 1 if needs_measuring(config) else 0
         seconds = candidates * run.tokens.held.tokens.size * reading.seconds
-        felt = [_felt(run, meter)] if weighs_tokens(config) else []
-        restoring, peak, per_token = _restoration(run, meter, base)
-        needed_again = len(run.targets) > 1 or config.target_speedup is not None  # so the dense model stays whole
+        weighing = [_token_scores(run)] if weighs_tokens(config) else []
+        restoring, peak, per_token = _restoration(run, targets, base)
+        needed_again = len(targets) > 1 or config.target_speedup is not None  # so the dense model stays whole
         copies = _float_bytes(graph.parameters, run) if needed_again else 0
-        for target in run.targets:
-            label = f" ({target.name})" if len(run.targets) > 1 else ""
-            stages.append(_stage(f"search the structure{label}", seconds, reading.peak))
-        stages += felt
-        for target in run.targets:
+        for target in targets:
+            stages.append(_stage(SEARCH, seconds, reading.peak, detail=target.name if len(targets) > 1 else ""))
+        stages += weighing
+        for target in targets:
             left = _left(run, target)
-            name = f"cut{' and restore' if config.restore else ''}, block by block"
             written = left * run.loaded.dtype.itemsize
-            stages.append(_stage(name, restoring, peak.plus(copies, run.device), written))
-            again = _measuring(run, "open the result and measure it", reading, answering)
+            stages.append(_stage(making(config.restore), restoring, peak.plus(copies, run.device), written))
             mapped = _float_bytes(left, run) + written if run.device.type == "cpu" else 0  # of the file
             opened = reading.peak.plus(copies + mapped, run.device)
-            stages.append(_stage(again.name, again.seconds, opened))
+            stages.append(_stage(MEASURE, measuring, opened))
             if config.target_speedup is not None:
-                stages.append(_stage("measure the speed of the result", None, opened))
+                stages.append(_stage(TIME_RESULT, None, opened))
     needed = config.effort_settings
     return Forecast(
         stages=tuple(stages), refit_tokens=needed.refit_sequences * needed.refit_length, bytes_per_refit_token=per_token
@@ -205,103 +195,103 @@ class _Rate:
     peak: Peak
 
 
-def _reading(run: Probed, meter: Meter) -> tuple[_Rate, float]:
+def _reading(run: Run) -> tuple[_Rate, float]:
     """The forward pass, and the seconds of a short greedy answer."""
     tokens = run.tokens.evaluation[:PROBED_TOKENS]
     perplexity(run.loaded.model, tokens[:512], leading=run.tokens.leading)  # the first pass is slower than all others
-    with meter.stage("try: read"):
+    with run.meter.stage("try: read"):
         perplexity(run.loaded.model, tokens, leading=run.tokens.leading)
-    read = meter.stages[-1]
-    with meter.stage("try: answer"):
+    read = run.meter.stages[-1]
+    with run.meter.stage("try: answer"):
         greedy_answer(run.loaded.model, run.loaded.tokenizer)
-    return _Rate(read.seconds / len(tokens), Peak.of(read)), meter.stages[-1].seconds
+    return _Rate(read.seconds / len(tokens), Peak.of(read)), run.meter.stages[-1].seconds
 
 
-def _measuring(run: Probed, name: str, reading: _Rate, answering: float) -> StageForecast:
-    seconds = reading.seconds * run.tokens.evaluation.size + answering
-    return _stage(name, seconds, reading.peak)
-
-
-def _writing(run: Probed, meter: Meter) -> list[StageForecast]:
+def _writing(run: Run) -> list[StageForecast]:
     """The text that the model writes itself, from a few of its steps."""
     wanted = generated_sequences(run.loaded, run.config)
     if not wanted:
         return []
-    batch = min(wanted, GENERATION_BATCH)
-    with meter.stage("try: write text"):
-        sample_from_model(
-            run.loaded.model, sequences=batch, length=PROBED_STEPS, batch=batch, seed=run.config.seed,
-            starts=random_starts(
-                run.loaded.tokenizer, sequences=batch, seed=run.config.seed, leading=run.tokens.leading
-            ),
-        )  # fmt: skip
-    tried = meter.stages[-1]
+    batch, seed = min(wanted, GENERATION_BATCH), run.config.seed
+    starts = random_starts(run.loaded.tokenizer, sequences=batch, seed=seed, leading=run.tokens.leading)
+    with run.meter.stage("try: write text"):
+        sample_from_model(run.loaded.model, sequences=batch, length=PROBED_STEPS, batch=batch, seed=seed, starts=starts)
+    tried = run.meter.stages[-1]
     steps = run.config.effort_settings.refit_length * -(-wanted // batch)
-    return [_stage("let the model write text of its own", tried.seconds / PROBED_STEPS * steps, Peak.of(tried))]
+    return [_stage(WRITE_TEXT, tried.seconds / PROBED_STEPS * steps, Peak.of(tried))]
 
 
-def _estimation(run: Probed, meter: Meter, reading: _Rate) -> StageForecast:
-    name = "estimate the importance of every unit"
+def _estimation(run: Run, reading: _Rate) -> StageForecast:
     scored = run.tokens.scored
-    units = sum(group.units for group in run.graph.groups)
     if run.config.method is not Method.SAAP:
         kept = gradients(Sizes.of(run.loaded.model, run.device).values, run.config)
-        return _stage(name, None, reading.peak.plus(kept, run.device))
+        return _stage(ESTIMATE, None, reading.peak.plus(kept, run.device))
     few = dataclasses.replace(scored, tokens=scored.tokens[:PROBED_SAMPLES], inputs=scored.inputs[:PROBED_SAMPLES])
-    with meter.stage("try: estimate"), run.tokens.images(run.loaded.model):
-        estimate(
-            run.loaded.model, run.graph, few, roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
-            element_order=run.config.element_score, aggregation=run.config.aggregation,
-        )  # fmt: skip
-    tried = meter.stages[-1]
+    with run.meter.stage("try: estimate"):
+        estimated(run, few)
+    tried = run.meter.stages[-1]
     seconds = tried.seconds / len(few.tokens) * len(scored.tokens)
-    return _stage(name, seconds, Peak.of(tried), units * _STATISTICS_BYTES)
+    units = sum(group.units for group in run.graph.groups)
+    return _stage(ESTIMATE, seconds, Peak.of(tried), units * _STATISTICS_BYTES)
 
 
-def _costs(run: Probed, meter: Meter) -> StageForecast:
-    """Second-order costs: the walk over a few micro-batches, and the order of the units of one block."""
-    tokens, rows = text_of_costs(run.tokens, run.device)
-    batches = -(-len(tokens) // rows)
-    walked = min(PROBED_COST_BATCHES, batches)
-    modules = measurable(run.graph)
-    ordered = sum(group.layer == modules[0].layer for group in modules)
-    times: list[float] = []
+@dataclass(slots=True)
+class _Trial:
+    """A walk over the first micro-batches of the text of costs, and as many steps after it as `after` says.
 
-    def stop(done: int, total: int) -> None:
-        times.append(perf_counter())
-        if done == walked + ordered:
+    batches: of the whole walk. times: when each step ended, the first being the start.
+    """
+
+    tokens: torch.Tensor
+    rows: int
+    batches: int
+    after: int = 0
+    times: list[float] = field(default_factory=lambda: [perf_counter()])
+
+    @classmethod
+    def of(cls, run: Run, after: int = 0) -> _Trial:
+        """On the text that the run will take."""
+        tokens, rows = text_of_costs(run.tokens, run.device)
+        return cls(tokens[: PROBED_COST_BATCHES * rows], rows, -(-len(tokens) // rows), after)
+
+    @property
+    def walked(self) -> int:
+        """Micro-batches of the trial."""
+        return min(PROBED_COST_BATCHES, self.batches)
+
+    def step(self, done: int, total: int) -> None:
+        """A step has ended."""
+        self.times.append(perf_counter())
+        if self.after and done == self.walked + self.after:
             raise _EnoughError
 
-    with meter.stage("try: find costs"), suppress(_EnoughError), run.tokens.images(run.loaded.model):
-        times.append(perf_counter())
-        second_order_costs(
-            run.loaded.model, run.graph, tokens[: walked * rows], micro_batch=rows, ignored=run.tokens.scored.ignored,
-            progress=stop,
-        )  # fmt: skip
-    walking = times[walked] - times[walked - 1]
-    ordering = (times[walked + ordered] - times[walked]) / max(1, ordered)  # none where nothing is measurable
-    seconds = walking * batches + ordering * len(modules)
-    return _stage("find the second-order cost of every unit", seconds, Peak.of(meter.stages[-1]))
+    @property
+    def walking(self) -> float:
+        """Seconds of the whole walk by its last micro-batch, since the first is slower than the others."""
+        return (self.times[self.walked] - self.times[self.walked - 1]) * self.batches
 
 
-def _felt(run: Probed, meter: Meter) -> StageForecast:
+def _costs(run: Run) -> StageForecast:
+    """Second-order costs: the walk over a few micro-batches, and the order of the units of one block."""
+    modules = list(sole_consumers(run.graph).values())
+    ordered = sum(group.layer == modules[0].layer for group in modules)
+    with run.meter.stage("try: find costs"), suppress(_EnoughError), run.tokens.images(run.loaded.model):
+        trial = _Trial.of(run, ordered)
+        unit_costs(run, trial.tokens, trial.rows, trial.step)
+    ordering = trial.times[trial.walked + ordered] - trial.times[trial.walked]
+    seconds = trial.walking + ordering * len(modules) / max(1, ordered)  # there may be none that is measurable
+    return _stage(FIND_COSTS, seconds, Peak.of(run.meter.stages[-1]))
+
+
+def _token_scores(run: Run) -> StageForecast:
     """Scores token by token: the walk over a few micro-batches."""
-    tokens, rows = text_of_costs(run.tokens, run.device)
-    batches = -(-len(tokens) // rows)
-    walked = min(PROBED_COST_BATCHES, batches)
-    times: list[float] = []
-    with meter.stage("try: weigh tokens"), run.tokens.images(run.loaded.model):
-        times.append(perf_counter())
-        felt_scores(
-            run.loaded.model, run.graph, tokens[: walked * rows], micro_batch=rows, ignored=run.tokens.refit.ignored,
-            progress=lambda _done, _total: times.append(perf_counter()),
-            products=quick_products(run.device, run.loaded.dtype),
-        )  # fmt: skip
-    seconds = (times[walked] - times[walked - 1]) * batches
-    return _stage("weigh every unit token by token", seconds, Peak.of(meter.stages[-1]))
+    with run.meter.stage("try: weigh tokens"), run.tokens.images(run.loaded.model):
+        trial = _Trial.of(run)
+        token_scores(run, trial.tokens, trial.rows, trial.step)
+    return _stage(WEIGH_TOKENS, trial.walking, Peak.of(run.meter.stages[-1]))
 
 
-def _restoration(run: Probed, meter: Meter, base: Peak) -> tuple[float, Peak, float]:
+def _restoration(run: Run, targets: Sequence[Target], base: Peak) -> tuple[float, Peak, float]:
     """The first blocks of the restoration, with as many of its tokens as a short trial may have; spoils the model.
 
     Returns its seconds, its peak, and the bytes of the resident peak for each token. base: without it.
@@ -318,45 +308,43 @@ def _restoration(run: Probed, meter: Meter, base: Peak) -> tuple[float, Peak, fl
         if done == probed:
             raise _EnoughError
 
-    settings = RestoreSettings(
-        second_order=needed.second_order and chooses_units(run.config),
-        products=quick_products(run.device, run.loaded.dtype),
-    )
-    with TemporaryDirectory(prefix="saap-") as folder:
-        spill = restoration_spill(run.loaded, run.config, Path(folder))
-        with meter.stage("try: restore"), suppress(_EnoughError), run.tokens.images(run.loaded.model):
-            restore(run.loaded.model, run.graph, _even_plan(run), tokens, settings, stop, spill=spill)
-    tried = Peak.of(meter.stages[-1])
+    settings = RestoreSettings(second_order=needed.second_order and chooses_units(run.config))
+    spill = restoration_spill(run.loaded, run.config, run.work.file("spill"))
+    with run.meter.stage("try: restore"), suppress(_EnoughError), run.tokens.images(run.loaded.model):
+        products = quick_products(run.device, run.loaded.dtype)
+        backend = dataclasses.replace(run.backend, spill=spill, products=products, progress=stop)
+        restore(backend, _even_plan(run, targets), tokens, settings)
+    tried = Peak.of(run.meter.stages[-1])
     scale = needed.refit_sequences * needed.refit_length / tokens.numel()
     # what is kept elsewhere grows with the tokens there: in the host's memory, or on the disk
     grows = Peak(tried.resident - base.resident, tried.device - base.device)
     resident = base.resident + int(max(0, grows.resident) * (1 if isinstance(spill, Spill) else scale))
     device = base.device + int(max(0, grows.device) * (1 if spill is not None else scale))
-    seconds = meter.stages[-1].seconds / probed * blocks * scale
+    seconds = run.meter.stages[-1].seconds / probed * blocks * scale
     return seconds, Peak(resident, device), max(0, grows.resident) / tokens.numel()
 
 
-def _even_plan(run: Probed) -> StructurePlan:
+def _even_plan(run: Run, targets: Sequence[Target]) -> StructurePlan:
     """A plan in which the first block gives its share as well, as most blocks do."""
     space = dataclasses.replace(run.space, skip_layers=SkipLayers())
-    budget = next((target.budget for target in run.targets if target.budget is not None), Budget(removal=0))
+    budget = next((target.budget for target in targets if target.budget is not None), Budget(removal=0))
     try:
         return check_reachable(run.graph, budget, space)
     except TargetError:
         return check_reachable(run.graph, Budget(removal=0), space)
 
 
-def _left(run: Probed, target: Target) -> int:
+def _left(run: Run, target: Target) -> int:
     if target.budget is None:
         return run.graph.parameters
     return check_reachable(run.graph, target.budget, run.space).parameters
 
 
-def _float_bytes(parameters: int, run: Probed) -> int:
+def _float_bytes(parameters: int, run: Run) -> int:
     return parameters * next(run.loaded.model.parameters()).element_size()
 
 
-def _least(done: Sequence[StageCost], reading: _Rate) -> Peak:
+def _least(done: Sequence[StageRecord], reading: _Rate) -> Peak:
     """Bytes that stay while the model lies in memory: no stage can have a lower peak."""
     peaks = [reading.peak, *(Peak.of(stage) for stage in done[1:])]
     return Peak(min(peak.resident for peak in peaks), min(peak.device for peak in peaks))

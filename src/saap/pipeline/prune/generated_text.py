@@ -10,8 +10,8 @@ import torch
 from saap.core.storage import write_whole
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import generated_sequences, write_refit_text
+from saap.pipeline.shared.stages import WRITE_TEXT
 
-GENERATED = "generated.npy"
 HELD_WRITTEN = 4
 
 
@@ -26,8 +26,8 @@ def refit_tokens(run: Run) -> torch.Tensor:
 
 
 def _written(run: Run) -> torch.Tensor | None:
-    """What the model wrote, (sequences, length) in a random order; the last HELD_WRITTEN only judge structures."""
-    saved = run.work.file(GENERATED)
+    """What the model wrote, (sequences, length) in a random order; the last HELD_WRITTEN only evaluate structures."""
+    saved = run.work.file(WRITE_TEXT.file)
     if not saved.exists():
         return None
     written = torch.from_numpy(np.load(saved, allow_pickle=False))
@@ -54,13 +54,13 @@ def with_written(run: Run, name: str) -> torch.Tensor:
 def write_text(run: Run) -> None:
     """Let the dense model write its part of the refit text, once; of several processes in the first."""
     if generated_sequences(run.loaded, run.config):
-        run.processes.from_first(lambda: _write_missing_text(run))
+        run.processes.broadcast_result(lambda: _write_missing_text(run))
 
 
 def _write_missing_text(run: Run) -> None:
-    if run.work.file(GENERATED).exists():
+    if run.work.file(WRITE_TEXT.file).exists():
         return
-    with run.meter.stage("let the model write text of its own"):
+    with run.meter.stage(WRITE_TEXT):
         content = io.BytesIO()
         np.save(content, write_refit_text(run.loaded, run.config, run.meter.reporter.advance), allow_pickle=False)
-        write_whole(run.work.file(GENERATED), content.getvalue())
+        write_whole(run.work.file(WRITE_TEXT.file), content.getvalue())

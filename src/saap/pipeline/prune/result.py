@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from saap.core.manifest import StageRecord
 from saap.core.records import Candidate, ModelGraph, Role, StructurePlan
-from saap.pipeline.shared.meter import StageCost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,13 +21,14 @@ class LayerStructure:
     parts: tuple[tuple[str, int, int], ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PruneReport:
+class PruneReport(BaseModel):
     """Figures of one result.
 
     Bytes are of the weights in `dtype`, dense and pruned alike. Answers are greedy continuations of `prompt`. speed:
-    the fields of SpeedRecord where a speed-up was asked for.
+    the fields of SpeedRecord where a speed-up was requested.
     """
+
+    model_config = ConfigDict(frozen=True)
 
     model: str
     path: str | None
@@ -54,7 +55,7 @@ class PruneReport:
     trail: tuple[Candidate, ...]
     refit_errors: dict[str, float]
     findings: tuple[str, ...]
-    stages: tuple[StageCost, ...]
+    stages: tuple[StageRecord, ...]
     load_lines: tuple[str, ...]
     speed: dict[str, Any] | None = None
 
@@ -65,7 +66,7 @@ class PruneReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-able data."""
-        return {**dataclasses.asdict(self), "perplexity_ratio": self.perplexity_ratio}
+        return {**self.model_dump(), "perplexity_ratio": self.perplexity_ratio}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -28,7 +29,7 @@ from saap.pipeline.prune.baselines import biases_for, check_method, compensate, 
 from saap.pipeline.prune.decode_costs import speed_settings
 from saap.pipeline.prune.finish import Made, find_made, keep_made
 from saap.pipeline.prune.fits import check_fits, check_weights_fit
-from saap.pipeline.prune.forecast import Probed, forecast
+from saap.pipeline.prune.forecast import forecast
 from saap.pipeline.prune.generated_text import refit_tokens, write_text
 from saap.pipeline.prune.planning import plans_for, scores_of, scores_of_choice
 from saap.pipeline.prune.result import PruneResult
@@ -44,7 +45,7 @@ from saap.pipeline.shared.inputs import (
     open_model,
     place_of,
 )
-from saap.pipeline.shared.legality import check_walk, legal_sizes
+from saap.pipeline.shared.legality import check_walk, search_space
 from saap.pipeline.shared.memory import (
     check_disk,
     clear_spill,
@@ -53,11 +54,11 @@ from saap.pipeline.shared.memory import (
     refuse_offloaded,
     require_alone,
     restoration_spill,
-    spill_of,
 )
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.progress import Reporter, Silent
+from saap.pipeline.shared.stages import DISCOVER, ESTIMATE, LOAD, MEASURE_DENSE, READ_TEXT, TIME_DECODING, making
 from saap.pipeline.shared.targets import Target, plan_targets, with_budgets, work_path
 from saap.pipeline.shared.together import (
     alone_in,
@@ -67,6 +68,7 @@ from saap.pipeline.shared.together import (
     shared_work,
     with_device_of,
 )
+from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PrunableRole, PruneConfig
 from saap.structure_search.objectives import Budget
 from saap.structure_search.plan import SearchSpace, check_reachable, with_units
@@ -111,9 +113,9 @@ def run_prune(
     if options.max_memory is not None and options.out is None:
         raise _needs_folder()
     prepared = _prepare(source, config, options, meter, processes, calibration, tokenizer)
-    processes.wait()  # until nobody looks any more at what is there
+    processes.barrier()  # until nobody looks any more at what is there
     work = shared_work(processes, work_path(options))
-    if processes.from_first(lambda: work.open(_settings_digest(config, prepared))):
+    if processes.broadcast_result(lambda: work.open(_settings_digest(config, prepared))):
         meter.reporter.note(f"taking up the finished stages in {work.path}")
     run = Run(config, options, prepared.loaded, prepared.graph, prepared.space, prepared.tokens, work, meter, processes)
     with alone_in(work, processes), quick_float32_products():
@@ -121,8 +123,8 @@ def run_prune(
         check_disk(run, prepared.targets)
         clear_spill(run)
         results = _all_targets(run, prepared.targets)
-    processes.wait()
-    processes.from_first(lambda: work.close(keep=options.keep_work))
+    processes.barrier()
+    processes.broadcast_result(lambda: work.close(keep=options.keep_work))
     return results
 
 
@@ -142,13 +144,13 @@ def preview(
         check_weights_fit(source, options)
     prepared = _prepare(source, config, options, meter, Processes(), None, None)
     refuse_offloaded(prepared.loaded, "--dry-run")
-    tokens = prepared.tokens
-    probed = Probed(
-        config, prepared.loaded, prepared.graph, prepared.space, tokens, prepared.targets, tuple(meter.stages)
-    )
+    tokens, trials = prepared.tokens, Meter(Silent(), meter.device)
     meter.reporter.note("trying a part of each stage on this machine")
-    found = forecast(probed, Meter(Silent(), meter.device))
-    check_fits(found, probed, options.out)
+    with TemporaryDirectory(prefix="saap-") as folder:
+        work = WorkFolder(Path(folder))
+        run = Run(config, options, prepared.loaded, prepared.graph, prepared.space, tokens, work, trials)
+        found = forecast(run, prepared.targets, meter.stages)
+    check_fits(found, run, options.out)
     return {
         "forecast": found.as_dict(),
         "model": str(source),
@@ -195,15 +197,15 @@ def _prepare(
     targets = plan_targets(config, options)
     if config.target_speedup is not None:
         check_settings(speed_settings(config))
-    with meter.stage("load the model"):
+    with meter.stage(LOAD):
         loaded = open_within(source, config, options, tokenizer)
         _note_placement(loaded, options, meter)
-    with meter.stage("read the calibration text"):
+    with meter.stage(READ_TEXT):
         tokens = draw_tokens(loaded, config, calibration if calibration is not None else config.calibration)
     if loaded.fresh is None:
         with tokens.images(loaded.model):
             check_runs(loaded.model, tokens.longest(loaded.model))
-    with meter.stage("discover the coupled structures"):
+    with meter.stage(DISCOVER):
         skeleton = loaded.model if loaded.skeleton is None else loaded.skeleton
         graph = discover(skeleton, loaded.ref, finer_heads=PrunableRole.QUERY in config.roles)
         require_whole_blocks(loaded.model, graph.blocks)
@@ -211,21 +213,17 @@ def _prepare(
             check_walk(loaded.model, graph.blocks)
         check_method(config, graph)
         targets = with_budgets(targets, config, graph, loaded.dtype)
-        space = SearchSpace(
-            roles=config.roles,
-            layout=config.layout,
-            align=config.align,
-            skip_layers=config.skip_layers,
-            legal_sizes=legal_sizes(loaded.model, graph, config),
-        )
+        space = search_space(loaded.model, graph, config)
         for target in targets:
             if target.budget is not None:
                 check_reachable(graph, target.budget, space)
         if config.plan is not None:
             read_plan(config.plan, graph)
     if config.target_speedup is not None:
-        with meter.stage("measure what decoding costs"):
-            budget = processes.from_first(lambda: budget_for_speed(loaded.model, graph, space, config, meter.reporter))
+        with meter.stage(TIME_DECODING):
+            budget = processes.broadcast_result(
+                lambda: budget_for_speed(loaded.model, graph, space, config, meter.reporter)
+            )
             check_reachable(graph, budget, space)
             targets = [dataclasses.replace(target, budget=budget) for target in targets]
     return _Prepared(targets, loaded, graph, space, tokens)
@@ -263,10 +261,10 @@ def _settings_digest(config: PruneConfig, prepared: _Prepared) -> str:
 def _all_targets(run: Run, targets: Sequence[Target]) -> list[PruneResult]:
     """Measure, score and plan with the dense model for all targets, then make them one by one."""
     meter = run.meter
-    with meter.stage("measure the dense model"):
-        dense = run.processes.from_first(lambda: _dense_behaviour(run))
+    with meter.stage(MEASURE_DENSE):
+        dense = run.processes.broadcast_result(lambda: _dense_behaviour(run))
     write_text(run)
-    with meter.stage("estimate the importance of every unit"):
+    with meter.stage(ESTIMATE):
         scores = scores_of(run)
     plans = plans_for(run, targets, scores)
     results = []
@@ -282,21 +280,21 @@ def _all_targets(run: Run, targets: Sequence[Target]) -> list[PruneResult]:
 
 
 def _dense_behaviour(run: Run) -> Behaviour:
-    saved = run.work.read_json("dense.json")
+    saved = run.work.read_json(MEASURE_DENSE.file)
     if saved is not None:
         return Behaviour(**saved)
-    dense = observe(run.loaded.model, run.loaded.tokenizer, run.tokens, spill_of(run))
-    run.work.write_json("dense.json", dense.as_dict())
+    dense = observe(run.loaded.model, run.loaded.tokenizer, run.tokens, run.spill)
+    run.work.write_json(MEASURE_DENSE.file, dense.model_dump())
     return dense
 
 
 def _make(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScores, *, may_consume: bool) -> Made:
     """Cut and restore. may_consume: the dense model is not needed any more and may be changed in place."""
-    found = run.processes.from_first(lambda: find_made(run, target))
+    found = run.processes.broadcast_result(lambda: find_made(run, target))
     if found is not None:
         return found
     model = dense_copy(run, target.name, _itself if may_consume else copied)
-    with run.meter.stage(f"cut{' and restore' if run.config.restore else ''}, block by block"):
+    with run.meter.stage(making(run.config.restore)):
         plan, errors = cut_and_restore(run, model, plan, scores)
         structure = structure_of(model, run.graph, plan)
         if plan.layout is Layout.ADAPTIVE and target.folder is None and hasattr(model, "save_pretrained"):
@@ -312,20 +310,13 @@ def cut_and_restore(
     Returns the plan with the units that were kept in the end, and the held-out errors of the restoration.
     """
     errors: Mapping[str, float] = {}
-    biases = run.processes.from_first(lambda: biases_for(run, model, plan, found))
+    biases = run.processes.broadcast_result(lambda: biases_for(run, model, plan, found))
     if run.config.restore and not plan.removes_nothing(run.graph):
-        tokens, settings = refit_tokens(run), restore_settings(run, scores)
+        spill = restoration_spill(run.loaded, run.config, run.work.file("spill"))
+        products = quick_products(run.device, run.loaded.dtype)
+        backend = dataclasses.replace(run.backend, model=model, spill=spill, products=products)
         with run.tokens.images(model):
-            restoration = restore(
-                model,
-                run.graph,
-                plan,
-                tokens,
-                settings,
-                run.meter.reporter.advance,
-                run.processes,
-                spill=restoration_spill(run.loaded, run.config, run.work.file("spill")),
-            )
+            restoration = restore(backend, plan, refit_tokens(run), restore_settings(run, scores))
         plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
     cut(model, run.graph, plan)
     compensate(run, model, biases)
@@ -334,10 +325,9 @@ def cut_and_restore(
 
 def restore_settings(run: Run, scores: ImportanceScores) -> RestoreSettings:
     """How the run restores. The second-order choice of units weighs scores in."""
-    products = quick_products(run.device, run.loaded.dtype)
     if not (chooses_units(run.config) and run.config.effort_settings.second_order):
-        return RestoreSettings(second_order=False, products=products)
-    return RestoreSettings(scores=scores_of_choice(run, scores), products=products)
+        return RestoreSettings(second_order=False)
+    return RestoreSettings(scores=scores_of_choice(run, scores))
 
 
 def _itself(model: nn.Module) -> nn.Module:

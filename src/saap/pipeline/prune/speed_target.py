@@ -1,4 +1,4 @@
-"""An asked speed-up: the budget that the search gets for it, and what was reached in the end."""
+"""A requested speed-up: the budget that the search gets for it, and what was reached in the end."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ ROUNDS = 21
 def budget_for_speed(
     model: nn.Module, graph: ModelGraph, space: SearchSpace, config: PruneConfig, reporter: Reporter
 ) -> TimeBudget:
-    """The budget for the asked speed-up, from the measured costs of decoding.
+    """The budget for the requested speed-up, from the measured costs of decoding.
 
-    A plan of the asked speed, made without scores, is then measured itself: it shows that the runtime computes such a
-    model, and corrects the costs by what they are off where modules of several roles shrink together.
+    A plan of the requested speed, made without scores, is then measured itself: it shows that the runtime computes
+    such a model, and corrects the costs by what they are off where modules of several roles shrink together.
     Raises TargetError for what cannot be reached, ModelError, ExportError for what the runtime cannot compute.
     """
     budget = budget_for_speedup(graph, decode_costs(model, graph, config, reporter), config.target_speedup or 1.0)
@@ -38,7 +38,7 @@ def budget_for_speed(
 
 
 def reached_speed(run: Run, budget: TimeBudget, plan: StructurePlan, pruned: nn.Module) -> SpeedRecord:
-    """Speed of the result beside the dense model, measured in turns."""
+    """Speed of the result compared with the dense model, measured in turns."""
     settings = speed_settings(run.config, ROUNDS)
     fast, slow = pair_of_speeds(pruned, run.loaded.model, settings)
     return SpeedRecord(
@@ -54,7 +54,7 @@ def reached_speed(run: Run, budget: TimeBudget, plan: StructurePlan, pruned: nn.
 
 
 def diagnose_speed(speed: SpeedRecord | None) -> list[str]:
-    """A sentence where the reached speed is not the asked one."""
+    """A sentence where the reached speed is not the requested one."""
     if speed is None or abs(speed.reached / speed.asked - 1) <= LARGEST_DEVIATION:
         return []
     return [

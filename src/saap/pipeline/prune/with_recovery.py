@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from saap._version import __version__
 from saap.core.errors import ConfigurationError
 from saap.core.records import digest_of
@@ -34,7 +32,7 @@ def prune_and_recover(
 ) -> list[tuple[PruneReport, RecoverReport]]:
     """Prune and tune: both reports for each target.
 
-    What the recovery would refuse is refused before anything is pruned. A run that was interrupted goes on from the
+    What the recovery would refuse is refused before anything is pruned. A run that was interrupted resumes after the
     last finished stage. Raises SaapError.
     """
     if options.out is None:
@@ -47,11 +45,11 @@ def prune_and_recover(
     processes = Processes.found()
     targets = plan_targets(pruning, options)
     resolved, data = check_recovery(source, pruning, recovery, options)
-    processes.wait()  # until nobody looks any more at what is there
+    processes.barrier()  # until nobody looks any more at what is there
     work = WorkFolder(work_path(options))
     settings = [pruning.model_dump(mode="json"), recovery.model_dump(mode="json")]
     same = [settings, named_files(settings), data.digest, str(source), options.revision, options.dtype, __version__]
-    processes.from_first(lambda: work.open(digest_of([*same, model_digest(resolved)])))
+    processes.broadcast_result(lambda: work.open(digest_of([*same, model_digest(resolved)])))
     with alone_in(work, processes):
         reports = _pruned(source, pruning, options, work, processes, reporter)
         # the teacher is MODEL, whose code may be run or not
@@ -60,8 +58,8 @@ def prune_and_recover(
             (report, _tuned(target, report, recovery, options, work, processes, reporter))
             for target, report in zip(targets, reports, strict=True)
         ]
-    processes.wait()
-    processes.from_first(lambda: work.close(keep=options.keep_work))
+    processes.barrier()
+    processes.broadcast_result(lambda: work.close(keep=options.keep_work))
     return results
 
 
@@ -70,12 +68,12 @@ def _pruned(
     reporter: Reporter,
 ) -> list[PruneReport]:  # fmt: skip
     """Reports of the pruned models, which lie in the work folder; made unless they are there."""
-    saved = processes.from_first(lambda: work.read_json("pruned.json"))
+    saved = processes.broadcast_result(lambda: work.read_json("pruned.json"))
     if saved is None:
         into = _inside(options, work, "pruned")
         saved = [result.report.as_dict() for result in run_prune(source, config, into, reporter)]
-        processes.from_first(lambda: work.write_json("pruned.json", saved))
-    return TypeAdapter(list[PruneReport]).validate_python(saved)
+        processes.broadcast_result(lambda: work.write_json("pruned.json", saved))
+    return [PruneReport.model_validate(report) for report in saved]
 
 
 def _tuned(
@@ -83,15 +81,15 @@ def _tuned(
     processes: Processes, reporter: Reporter,
 ) -> RecoverReport:  # fmt: skip
     """Tune the pruned model of one target and put it in its place, unless it is there."""
-    saved = processes.from_first(lambda: finished_report(work, target))
+    saved = processes.broadcast_result(lambda: finished_report(work, target))
     if saved is None:
         name = f"tuned-{target.name}"
         into = dataclasses.replace(_inside(options, work, name), revision=None)
         made = run_recover(str(pruned.path), config, into, reporter).report
         here, there = work.file(name), str(target.folder)
         saved = made.as_dict() | {"path": there, "load_lines": [x.replace(str(here), there) for x in made.load_lines]}
-        processes.from_first(lambda: place_finished(work, target, here, saved))
-    return TypeAdapter(RecoverReport).validate_python(saved)
+        processes.broadcast_result(lambda: place_finished(work, target, here, saved))
+    return RecoverReport.model_validate(saved)
 
 
 def _inside(options: RunOptions, work: WorkFolder, name: str) -> RunOptions:

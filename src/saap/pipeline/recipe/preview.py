@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from saap.core.records import ModelRef, count_parameters, kept_shapes
+from saap.core.records import ModelRef, count_parameters
 from saap.core.storage import read_plan
 from saap.data.texts import check_source
 from saap.discovery import discover
@@ -16,18 +16,19 @@ from saap.models.checkpoint.groupwise_files import linears_inside
 from saap.models.loading.devices import pick_device, pick_dtype
 from saap.models.loading.pretrained import load_tokenizer, model_without_weights
 from saap.models.loading.references import resolve_configuration
+from saap.models.structure.keep_index import KeepIndex
 from saap.pipeline.evaluate.run import check_request
 from saap.pipeline.evaluate.speed import check_settings
 from saap.pipeline.prune.baselines import check_method, for_method
 from saap.pipeline.prune.decode_costs import speed_settings
 from saap.pipeline.shared.inputs import RunOptions
-from saap.pipeline.shared.legality import legal_sizes
+from saap.pipeline.shared.legality import search_space
 from saap.pipeline.shared.targets import plan_targets, with_budgets
 from saap.recovery.quantise import check_group_sizes
 from saap.settings.measure import ExportFormat
 from saap.settings.prune import PruneConfig
 from saap.settings.recipe import Recipe
-from saap.structure_search.plan import SearchSpace, check_reachable
+from saap.structure_search.plan import check_reachable
 
 
 def preview_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -70,10 +71,7 @@ def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype)
     graph = discover(model, ref)
     check_method(config, graph)
     targets = plan_targets(config, RunOptions(out=recipe.out / "pruned"), check=False)
-    space = SearchSpace(
-        roles=config.roles, layout=config.layout, align=config.align, skip_layers=config.skip_layers,
-        legal_sizes=legal_sizes(model, graph, config),
-    )  # fmt: skip
+    space = search_space(model, graph, config)
     rows: list[dict[str, Any]] = []
     for target in with_budgets(targets, config, graph, dtype):
         row = {"name": "prune", "target": target.name, "output": str(target.folder)}
@@ -84,7 +82,7 @@ def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype)
             left = check_reachable(graph, target.budget, space).parameters
         elif config.plan is not None:
             given = read_plan(config.plan, graph)
-            left = count_parameters(kept_shapes(graph, given.keep, given.dropped_blocks))
+            left = count_parameters(KeepIndex.of(graph, given.keep(graph), given.dropped_blocks).shapes)
         size = {"parameters": left, "bytes": left * dtype.itemsize, "dtype": str(dtype).removeprefix("torch.")}
         rows.append({**row, **size})
     return rows

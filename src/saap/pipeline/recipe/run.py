@@ -14,7 +14,7 @@ from saap.models.loading.references import resolve_model
 from saap.pipeline.evaluate.run import check_request
 from saap.pipeline.recipe.steps import Step, recipe_steps
 from saap.pipeline.recover.context import read_data
-from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_beside, resolve_dense
+from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.shared.digests import tree_digest
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.work import WorkFolder
@@ -67,8 +67,6 @@ def _check_inputs(recipe: Recipe) -> None:
     for request in recipe.eval.values():
         check_request(request)
         choices += DenseChoice.pair(request)
-        for name in request.beside:
-            resolve_beside(name)
     for choice in choices:
         if choice is not None and choice.source is not None:  # one that only a manifest names may be missing
             resolve_dense(choice, manifest)

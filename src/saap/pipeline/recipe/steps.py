@@ -22,7 +22,9 @@ from saap.pipeline.shared.progress import Reporter
 from saap.pipeline.shared.targets import plan_targets
 from saap.reporting.report import build_page, write_page
 from saap.settings.measure import EvalRequest, ExportFormat, ExportRequest
+from saap.settings.prune import PruneConfig
 from saap.settings.recipe import Recipe
+from saap.settings.recover import RecoverConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +53,17 @@ class _Subject:
 
 def recipe_steps(recipe: Recipe) -> list[Step]:
     """All steps in order. Reads the model's weights and the named files for their digests. Raises ModelError."""
-    steps: list[Step] = []
     resolved = resolve_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     common = [__version__, recipe.dtype, recipe.trust_remote_code]
     subjects = [_Subject(recipe.model, "", digest_of([*common, model_digest(resolved)]), ())]
+    steps: list[Step] = []
     if recipe.prune is not None:
-        subjects = _add_prune(steps, recipe, subjects[0])
+        step, subjects = _prune_step(recipe, recipe.prune, subjects[0])
+        steps.append(step)
     if recipe.recover is not None:
-        subjects = [_add_recover(steps, recipe, subject) for subject in subjects]
+        recoveries = [_recover_step(recipe, recipe.recover, subject) for subject in subjects]
+        steps += [step for step, _ in recoveries]
+        subjects = [subject for _, subject in recoveries]
     for subject in subjects:
         measured = [_eval_step(recipe, subject, name, request) for name, request in recipe.eval.items()]
         steps += measured
@@ -68,40 +73,32 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
     return steps
 
 
-def _add_prune(steps: list[Step], recipe: Recipe, subject: _Subject) -> list[_Subject]:
-    config = recipe.prune
-    if config is None:
-        return [subject]
+def _prune_step(recipe: Recipe, config: PruneConfig, subject: _Subject) -> tuple[Step, list[_Subject]]:
     options = _options(recipe, recipe.out / "pruned")
-    targets = plan_targets(config, RunOptions(out=options.out, overwrite=True), check=False)
-    digest = _digest(subject.digest, config)
+    folders = {
+        target.name: target.folder
+        for target in plan_targets(config, RunOptions(out=options.out, overwrite=True), check=False)
+        if target.folder is not None
+    }
     step = Step(
-        name="prune", digest=digest, needs=(), outputs=tuple(t.folder for t in targets if t.folder is not None),
+        name="prune", digest=_digest(subject.digest, config), needs=(), outputs=tuple(folders.values()),
         run=lambda reporter: run_prune(recipe.model, config, options, reporter),
     )  # fmt: skip
-    steps.append(step)
-    return [
-        _Subject(
-            str(target.folder), target.name if len(targets) > 1 else "", digest_of([digest, target.name]), ("prune",)
-        )
-        for target in targets
+    made = [
+        _Subject(str(folder), name if len(folders) > 1 else "", digest_of([step.digest, name]), ("prune",))
+        for name, folder in folders.items()
     ]
+    return step, made
 
 
-def _add_recover(steps: list[Step], recipe: Recipe, subject: _Subject) -> _Subject:
-    config = recipe.recover
-    if config is None:
-        return subject
-    options = _options(recipe, recipe.out / "recovered" / subject.folder, of_hub=not subject.needs)
-    name = _name("recover", subject)
-    digest = _digest(subject.digest, config)
-    steps.append(
-        Step(
-            name=name, digest=digest, needs=subject.needs, outputs=(recipe.out / "recovered" / subject.folder,),
-            run=lambda reporter: run_recover(subject.source, config, options, reporter),
-        )
+def _recover_step(recipe: Recipe, config: RecoverConfig, subject: _Subject) -> tuple[Step, _Subject]:
+    out = recipe.out / "recovered" / subject.folder
+    options = _options(recipe, out, of_hub=not subject.needs)
+    step = Step(
+        name=_name("recover", subject), digest=_digest(subject.digest, config), needs=subject.needs, outputs=(out,),
+        run=lambda reporter: run_recover(subject.source, config, options, reporter),
     )  # fmt: skip
-    return _Subject(str(options.out), subject.folder, digest, (name,))
+    return step, _Subject(str(out), subject.folder, step.digest, (step.name,))
 
 
 def _eval_step(recipe: Recipe, subject: _Subject, name: str, request: EvalRequest) -> Step:
@@ -119,27 +116,22 @@ def _eval_step(recipe: Recipe, subject: _Subject, name: str, request: EvalReques
 
 def _export_step(recipe: Recipe, subject: _Subject, name: str, request: ExportRequest) -> Step:
     revision = None if subject.needs else recipe.revision
-    out = recipe.out / "export" / subject.folder / name
-    if request.format is ExportFormat.DECILM:
+    as_folder = request.format is ExportFormat.DECILM
+    out = recipe.out / "export" / subject.folder / (name if as_folder else f"{name}.gguf")
 
-        def to_folder(reporter: Reporter) -> None:
+    def export(reporter: Reporter) -> None:
+        if as_folder:
             export_decilm(subject.source, out, overwrite=True, revision=revision)
+            return
+        out.parent.mkdir(parents=True, exist_ok=True)
+        export_gguf(
+            subject.source, out, quantization=request.quantization, verify=request.verify, overwrite=True,
+            revision=revision, reporter=reporter,
+        )  # fmt: skip
 
-        outputs, carry_out = (out,), to_folder
-    else:
-        file = out.with_name(f"{name}.gguf")
-
-        def to_file(reporter: Reporter) -> None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            export_gguf(
-                subject.source, file, quantization=request.quantization, verify=request.verify, overwrite=True,
-                revision=revision, reporter=reporter,
-            )  # fmt: skip
-
-        outputs, carry_out = (file,), to_file
     return Step(
         name=_name(f"export.{name}", subject), digest=_digest(subject.digest, request), needs=subject.needs,
-        outputs=outputs, run=carry_out,
+        outputs=(out,), run=export,
     )  # fmt: skip
 
 

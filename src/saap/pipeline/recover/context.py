@@ -14,7 +14,7 @@ from saap.core.records import IntArray, digest_of
 from saap.data.samples import leading_ids, token_stream
 from saap.data.texts import evaluation_text
 from saap.data.training import TrainingData, training_data
-from saap.export.huggingface import check_output
+from saap.export.placing import check_output
 from saap.models.loading.devices import pick_device, pick_dtype
 from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import ResolvedModel, resolve_model
@@ -23,7 +23,9 @@ from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_d
 from saap.pipeline.shared.digests import weights_digest
 from saap.pipeline.shared.inputs import EVALUATION_TOKENS, RunOptions
 from saap.pipeline.shared.meter import Meter
+from saap.pipeline.shared.outcome import Behaviour
 from saap.pipeline.shared.progress import Reporter, Silent
+from saap.pipeline.shared.stages import READ_RECORDS
 from saap.recovery.prepare import require_peft
 from saap.settings.recover import RecoverConfig, Tuning
 
@@ -34,7 +36,7 @@ DISTILLATION = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """A run after its preparation: everything that can be refused has been checked, except the group sizes."""
+    """A run after its preparation: everything has been checked but what needs the model itself, as the group sizes."""
 
     source: str
     config: RecoverConfig
@@ -52,15 +54,6 @@ class Recovery:
     meter: Meter
 
 
-@dataclass(frozen=True, slots=True)
-class State:
-    """Perplexity on the evaluation text and answer to the short prompt."""
-
-    perplexity: float
-    prompt: str
-    answer: str
-
-
 def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: Reporter) -> Recovery:
     """Check everything that can be checked without the weights. Raises SaapError."""
     if options.out is not None:
@@ -71,7 +64,7 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
     device = processes.device(pick_device(options.device))
     _check_processes(config, options, processes.count)
     meter = Meter(reporter if processes.first else Silent(), device)
-    with meter.stage("read the model's records and the training data"):
+    with meter.stage(READ_RECORDS):
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
         tokenizer = load_tokenizer(resolved)
         earlier = manifest_of(resolved)
@@ -89,7 +82,12 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
 def read_data(config: RecoverConfig, tokenizer: Any | None) -> TrainingData:
     """The training data of a recovery. Raises TrainingDataError, CalibrationError."""
     return training_data(
-        config.data, tokenizer, length=config.length, held=config.validation_samples, seed=config.seed, bos=config.bos
+        config.data,
+        tokenizer,
+        length=config.length,
+        held_out=config.validation_samples,
+        seed=config.seed,
+        bos=config.bos,
     )
 
 
@@ -117,22 +115,24 @@ def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> 
 def _with_teacher(
     config: RecoverConfig, source: str, earlier: RunManifest | None, tokenizer: Any, meter: Meter
 ) -> tuple[RecoverConfig, ResolvedModel | None]:
-    """The settings with teacher and distillation as they will be, and the dense model if it is needed.
+    """The settings with teacher and distillation filled in, and the dense model if it is needed.
 
-    Unless it is named, the teacher is the model that the checkpoint was pruned from; where that is not on this machine,
-    there is none: nothing is downloaded unasked. Raises ConfigurationError where distillation was asked for and has no
+    Unless it is specified, the teacher is the model that the checkpoint was pruned from; where that is not on this
+    machine, there is none: nothing is downloaded. Raises ConfigurationError for requested distillation without a
     teacher.
     """
     teacher = None
     choice = DenseChoice.of(config, config.teacher)
     if config.teacher is not None or config.distillation != 0:
         try:
-            found = resolve_dense(choice, earlier)
-            teacher = None if found is None else _same_tokens(found, source, tokenizer)
+            teacher = resolve_dense(choice, earlier)
+            if teacher is not None:
+                _check_same_tokens(teacher, source, tokenizer)
         except SaapError as error:
             if config.teacher is not None:
                 raise
-            meter.reporter.note(f"the dense model teaches nothing: {error}")
+            teacher = None
+            meter.reporter.note(f"no distillation from the dense model: {error}")
     if teacher is None and config.distillation:
         raise ConfigurationError("--distillation has no teacher", "Name the dense model with --dense MODEL")
     share = config.distillation if config.distillation is not None else (DISTILLATION if teacher else 0.0)
@@ -142,14 +142,12 @@ def _with_teacher(
     return config.model_copy(update={**known, "distillation": share}), teacher
 
 
-def _same_tokens(dense: ResolvedModel, source: str, tokenizer: Any) -> ResolvedModel:
-    """The dense model again. Raises ConfigurationError if its tokenizer has other tokens."""
+def _check_same_tokens(dense: ResolvedModel, source: str, tokenizer: Any) -> None:
     own = load_tokenizer(dense)
     if own is not None and tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
         raise ConfigurationError(
             f"--dense {dense.source} has another vocabulary than {source}", "Name the model that it was pruned from"
         )
-    return dense
 
 
 def settings_digest(run: Recovery) -> str:
@@ -158,7 +156,7 @@ def settings_digest(run: Recovery) -> str:
     return digest_of([settings, run.data.digest, weights_digest(run.resolved), __version__])
 
 
-def recorded(run: Recovery) -> tuple[State, State] | None:
+def recorded(run: Recovery) -> tuple[Behaviour, Behaviour] | None:
     """What the checkpoint's manifest says of the dense model and of the checkpoint itself, on the same text."""
     earlier = run.earlier
     if earlier is None or earlier.perplexity is None or earlier.answers is None or earlier.recovery is not None:
@@ -170,6 +168,6 @@ def recorded(run: Recovery) -> tuple[State, State] | None:
     if figures.text != EVALUATION or figures.tokens != run.evaluation.size:
         return None
     return (
-        State(figures.before, answers.prompt, answers.dense),
-        State(figures.after, answers.prompt, answers.pruned),
+        Behaviour(perplexity=figures.before, prompt=answers.prompt, answer=answers.dense),
+        Behaviour(perplexity=figures.after, prompt=answers.prompt, answer=answers.pruned),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,26 +12,28 @@ from saap.core.manifest import (
     Answers,
     BaseModelIdentity,
     Change,
-    CurvePoint,
     RecoveryRecord,
     RunManifest,
-    StageRecord,
     recorded_versions,
+    typed_command,
 )
 from saap.core.records import Layout, digest_of
 from saap.discovery.blocks import find_blocks
+from saap.export.huggingface import entry_bytes, stored_entries
 from saap.export.model_card import licence_of
-from saap.export.recovered import entry_bytes, stored_entries
 from saap.models.checkpoint.groupwise import GroupwiseWeight
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
 from saap.models.loading.devices import working_dtype
 from saap.models.loading.references import read_config
 from saap.pipeline.prune.result import load_lines
-from saap.pipeline.recover.context import EVALUATION, Recovery, State
+from saap.pipeline.recover.context import EVALUATION, Recovery
 from saap.pipeline.recover.result import RecoverReport, share_closed
-from saap.pipeline.shared.command_line import typed_command
 from saap.pipeline.shared.digests import weights_digest
-from saap.recovery.train import Training
+from saap.pipeline.shared.outcome import Behaviour
+from saap.recovery.state import Training
+
+SUMMARY = {"validation_before", "validation", "best_step", "tokens", "seconds", "stopped_by"}
+"""Fields of a Training that report and manifest repeat."""
 
 
 def left_as_they_are(model: nn.Module) -> tuple[str, ...]:
@@ -46,52 +47,46 @@ def left_as_they_are(model: nn.Module) -> tuple[str, ...]:
 
 def recovery_report(
     run: Recovery, model: Any, training: Training, packed: Mapping[str, GroupwiseWeight],
-    states: tuple[State | None, State, State | None, State],
+    measured: Mapping[str, Behaviour],
 ) -> RecoverReport:  # fmt: skip
-    """The report. packed: none where nothing was quantised. states: dense, as it came, quantised, recovered."""
-    dense, before, quantised, after = states
+    """The report. packed: empty where nothing was quantised. measured: before, recovered; dense, quantised if known."""
+    before, after, dense = measured["before"], measured["recovered"], measured.get("dense")
     out = run.options.out
     layout = Layout.ADAPTIVE if model.config.model_type == MODEL_TYPE else Layout.UNIFORM
-    parameters = sum(torch.Size(entry.shape).numel() for entry in stored_entries(model, run.dtype).values())
+    entries = stored_entries(model, run.dtype)
     return RecoverReport(
         model=run.source, path=None if out is None else str(out), tuning=str(run.config.tuning),
         bits=run.config.bits if packed else None, group_size=run.config.group_size if packed else None,
-        parameters=parameters, bytes=entry_bytes(stored_entries(model, run.dtype)),
+        parameters=sum(torch.Size(entry.shape).numel() for entry in entries.values()), bytes=entry_bytes(entries),
         packed_bytes=sum(weight.nbytes for weight in packed.values()) if packed else None,
         dtype=str(run.dtype).removeprefix("torch."), evaluation_text=EVALUATION,
         evaluation_tokens=int(run.evaluation.size), perplexity_dense=None if dense is None else dense.perplexity,
-        perplexity_before=before.perplexity, perplexity_quantised=None if quantised is None else quantised.perplexity,
+        perplexity_before=before.perplexity,
+        perplexity_quantised=measured["quantised"].perplexity if "quantised" in measured else None,
         perplexity=after.perplexity,
         gap_closed=None if dense is None else share_closed(dense.perplexity, before.perplexity, after.perplexity),
-        validation_before=training.validation_before, validation=training.validation, best_step=training.best_step,
-        steps=training.points[-1].step if training.points else 0, tokens=training.tokens,
-        seconds=round(training.seconds, 3), stopped_by=training.stopped_by, prompt=before.prompt,
+        **training.model_dump(include=SUMMARY), steps=training.step, prompt=before.prompt,
         answer_dense=None if dense is None else dense.answer, answer_before=before.answer, answer=after.answer,
         stages=tuple(run.meter.stages), load_lines=() if out is None else load_lines(out, str(layout)),
     )  # fmt: skip
 
 
 def recovery_manifest(
-    run: Recovery, model: Any, training: Training, packed: Mapping[str, GroupwiseWeight], report: RecoverReport
+    run: Recovery, model: Any, training: Training, report: RecoverReport, measured: Mapping[str, Behaviour]
 ) -> RunManifest:
     """The manifest of the model that was tuned, with the record of this recovery."""
-    figures = {
-        "dense": report.perplexity_dense, "before": report.perplexity_before,
-        "quantised": report.perplexity_quantised, "recovered": report.perplexity,
-    }  # fmt: skip
     record = RecoveryRecord(
         command=typed_command(),
         settings=run.config.model_dump(mode="json"), data=run.data.sources, data_digest=run.data.digest,
-        examples=len(run.data.train), held_examples=len(run.data.held), processes=run.processes.count,
+        examples=len(run.data.train), held_examples=len(run.data.held_out), processes=run.processes.count,
         device=str(run.device), dtype=str(working_dtype(run.device, run.resolved.dtype)).removeprefix("torch."),
         versions=recorded_versions(),
-        stages=tuple(StageRecord(**dataclasses.asdict(stage)) for stage in run.meter.stages),
-        curve=tuple(CurvePoint(**dataclasses.asdict(point)) for point in training.points),
-        validation_before=training.validation_before, validation=training.validation, best_step=training.best_step,
-        tokens=training.tokens, seconds=training.seconds, stopped_by=training.stopped_by,
-        packed_bytes=report.packed_bytes, left_as_they_are=left_as_they_are(model) if packed else (),
+        stages=tuple(run.meter.stages),
+        curve=tuple(training.points),
+        **training.model_dump(include=SUMMARY), packed_bytes=report.packed_bytes,
+        left_as_they_are=() if report.packed_bytes is None else left_as_they_are(model),
         evaluation=report.evaluation_text, evaluation_tokens=report.evaluation_tokens,
-        perplexity={name: value for name, value in figures.items() if value is not None},
+        perplexity={name: one.perplexity for name, one in measured.items()},
     )  # fmt: skip
     answers = Answers(
         prompt=report.prompt, dense=report.answer_dense or "", pruned=report.answer_before, recovered=report.answer

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from saap.pipeline.shared.meter import StageCost
-from saap.recovery.train import Training
+from saap.core.manifest import StageRecord
+from saap.recovery.state import Training
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecoverReport:
+class RecoverReport(BaseModel):
     """Figures of a recovery.
 
     perplexity_before: of the model as it came; perplexity_quantised: before training, None where nothing was
     quantised; perplexity_dense, answer_dense: of the model that it was pruned from, where known. gap_closed: see
     `share_closed`. bytes: of the plain weights in `dtype`; packed_bytes: of integers, scales and zero points.
     """
+
+    model_config = ConfigDict(frozen=True)
 
     model: str
     path: str | None
@@ -50,17 +51,17 @@ class RecoverReport:
     answer_dense: str | None
     answer_before: str
     answer: str
-    stages: tuple[StageCost, ...]
+    stages: tuple[StageRecord, ...]
     load_lines: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-able data."""
-        return dataclasses.asdict(self)
+        return self.model_dump()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoverResult:
-    """A tuned model; its linear layers are packed unless plain LoRA was asked for. path: its folder, if written."""
+    """A tuned model; its linear layers are packed unless plain LoRA was requested. path: its folder, if written."""
 
     model: nn.Module
     report: RecoverReport

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from saap.core.errors import ConfigurationError, ModelError, OutputError, SaapError
+from saap.core.manifest import RunManifest
 from saap.discovery.blocks import find_blocks
 from saap.evaluation.perplexity import perplexity
 from saap.export.recovered import RecoveredParts, write_recovered
@@ -22,19 +23,29 @@ from saap.models.loading.pretrained import load, load_groupwise, load_model
 from saap.models.walk.probe import check_reads, read_at_once
 from saap.models.walk.sharding import check_shardable, shard_layers
 from saap.models.walk.walker import BlockWalker
-from saap.pipeline.recover.context import Recovery, State, prepare, recorded, settings_digest
+from saap.pipeline.recover.context import Recovery, prepare, recorded, settings_digest
 from saap.pipeline.recover.records import left_as_they_are, recovery_manifest, recovery_report
-from saap.pipeline.recover.result import RecoverReport, RecoverResult
+from saap.pipeline.recover.result import RecoverResult
 from saap.pipeline.shared.inputs import RunOptions
-from saap.pipeline.shared.outcome import greedy_answer
+from saap.pipeline.shared.outcome import Behaviour, greedy_answer
 from saap.pipeline.shared.progress import Reporter, Silent
+from saap.pipeline.shared.stages import (
+    LOAD,
+    LOAD_TEACHER,
+    MEASURE_BEFORE,
+    MEASURE_QUANTISED,
+    MERGE,
+    QUANTISE,
+    TRAIN,
+    WRITE,
+)
 from saap.pipeline.shared.targets import work_path
 from saap.pipeline.shared.together import alone_in
 from saap.pipeline.shared.work import WorkFolder
 from saap.recovery.adapter import AdaptedLinear
-from saap.recovery.prepare import adapt, add_lora, merge, merge_lora, quantise_by_feedback
+from saap.recovery.prepare import adapt, add_lora, merge, quantise_by_feedback
 from saap.recovery.quantise import check_group_sizes, quantise
-from saap.recovery.train import Report, Trainer, Training
+from saap.recovery.train import Report, Trainer
 from saap.settings.recover import RecoverConfig, Tuning
 
 FEEDBACK_SAMPLES = 16
@@ -49,9 +60,9 @@ def run_recover(
     """Tune a model and write it. Everything that can be refused is refused before the training. Raises SaapError."""
     run = prepare(str(source), config, options, reporter if reporter is not None else Silent())
     work = WorkFolder(work_path(options))
-    resumed = run.processes.from_first(lambda: work.open(settings_digest(run)))
+    resumed = run.processes.broadcast_result(lambda: work.open(settings_digest(run)))
     if resumed:
-        run.meter.reporter.note(f"taking up the training in {work.path}")
+        run.meter.reporter.note(f"resuming the training in {work.path}")
     with alone_in(work, run.processes), quick_float32_products():
         try:
             teacher, dense = _teacher(run)
@@ -64,7 +75,7 @@ def run_recover(
         if run.config.shard:
             _shard(run, model, teacher)
         quick = nullcontext() if run.config.exact_products else rounded_products(run.device)
-        with run.meter.stage("train"), quick:
+        with run.meter.stage(TRAIN), quick:
             training = Trainer(
                 BlockWalker(model, find_blocks(model)), parameters, run.data, run.config, folder=work.path,
                 processes=run.processes, report=Report(step=run.meter.reporter.advance, line=run.meter.reporter.note),
@@ -72,22 +83,29 @@ def run_recover(
             ).run()  # fmt: skip
         del teacher
         packed: dict[str, GroupwiseWeight] = {}
-        with run.meter.stage("merge and measure"):
+        with run.meter.stage(MERGE):
             if handle is None:
                 packed = merge(model)
             else:
-                model = merge_lora(handle)
+                model = handle.merge_and_unload()
             after = _measure(run, model)
-        report = recovery_report(run, model, training, packed, (dense, before, quantised, after))
-        result = _finish(run, model, training, packed, report)
+        behaviours = {"dense": dense, "before": before, "quantised": quantised, "recovered": after}
+        measured = {name: found for name, found in behaviours.items() if found is not None}
+        report = recovery_report(run, model, training, packed, measured)
+        result = RecoverResult(model=model, report=report, training=training, path=run.options.out)
+        if result.path is not None and run.processes.first:
+            manifest = recovery_manifest(run, model, training, report, measured)
+            _write(run, model, manifest, packed, result.path)
+        run.processes.barrier()
     if run.processes.first:
         work.close(keep=options.keep_work)
     return result
 
 
-def _measure(run: Recovery, model: nn.Module) -> State:
+def _measure(run: Recovery, model: nn.Module) -> Behaviour:
     value = perplexity(model, run.evaluation, batch=1, leading=run.leading).value
-    return State(value, *greedy_answer(model, run.tokenizer))
+    prompt, answer = greedy_answer(model, run.tokenizer)
+    return Behaviour(perplexity=value, prompt=prompt, answer=answer)
 
 
 def _shard(run: Recovery, model: nn.Module, teacher: nn.Module | None) -> None:
@@ -97,29 +115,29 @@ def _shard(run: Recovery, model: nn.Module, teacher: nn.Module | None) -> None:
     shard_layers(layers, run.device, run.processes)
 
 
-def _before(run: Recovery) -> State:
+def _before(run: Recovery) -> Behaviour:
     """The model as it came: from its record, or measured, for which it is opened whole and closed again."""
     known = recorded(run)
     if known is not None:
         return known[1]
-    with run.meter.stage("measure the model as it is"):
+    with run.meter.stage(MEASURE_BEFORE):
         return _measure(run, load_model(run.resolved, device=run.device))
 
 
-def _model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parameter], State | None]:
+def _model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parameter], Behaviour | None]:
     """The model, the handle of its LoRA layers if it has such, what is trained, and its state once quantised."""
     config = run.config
     if config.tuning is Tuning.LORA:
-        with run.meter.stage("load the model"):
+        with run.meter.stage(LOAD):
             model = load_model(run.resolved, device=run.device)
             paths = linears_inside(model, find_blocks(model))
             handle, parameters = add_lora(model, paths, rank=config.rank, alpha=config.alpha, seed=config.seed)
         _check_fits(run, model)
         return model, handle, parameters, None
-    with run.meter.stage(f"quantise to {config.bits} bits in groups of {config.group_size}"):
+    with run.meter.stage(QUANTISE, f"{config.bits} bits in groups of {config.group_size}"):
         model = _quantised_model(run)
         _check_fits(run, model)
-    with run.meter.stage("measure the quantised model"):
+    with run.meter.stage(MEASURE_QUANTISED):
         quantised = _measure(run, model)
     parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=config.seed, scales=config.scales)
     left = left_as_they_are(model)
@@ -161,7 +179,7 @@ def _fitting(config: RecoverConfig, model: nn.Module) -> Sequence[str]:
 
 def _check_fits(run: Recovery, model: Any) -> None:
     """Raise SaapError for training data with more tokens, or other ones, than the model reads."""
-    examples = [example.tokens for example in (*run.data.train, *run.data.held)]
+    examples = [example.tokens for example in (*run.data.train, *run.data.held_out)]
     check_reads(model, max(map(len, examples)), "Use a smaller --max-seq-length")
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(int(tokens.max()) for tokens in examples)
@@ -172,13 +190,13 @@ def _check_fits(run: Recovery, model: Any) -> None:
         )
 
 
-def _teacher(run: Recovery) -> tuple[Any | None, State | None]:
+def _teacher(run: Recovery) -> tuple[Any | None, Behaviour | None]:
     """The dense model, if its predictions are learned from, and what is known of it."""
     records = recorded(run)
     known = None if records is None else records[0]
     if run.teacher is None:
         return None, known
-    with run.meter.stage("load the teacher"):
+    with run.meter.stage(LOAD_TEACHER):
         teacher = load_model(run.teacher, device=run.device)
         _check_teacher(run, teacher)
         _check_fits(run, teacher)
@@ -197,36 +215,17 @@ def _check_teacher(run: Recovery, teacher: nn.Module) -> None:
         )
 
 
-def _finish(
-    run: Recovery, model: Any, training: Training, packed: dict[str, GroupwiseWeight], report: RecoverReport
-) -> RecoverResult:
-    out = run.options.out
-    if out is None:
-        return RecoverResult(model=model, report=report, training=training, path=None)
-    if run.processes.first:
-        with run.meter.stage("write the result and open it"):
-            expected = _few_logits(run, model)
-            base_type = str(getattr(model.config, "base_model_type", model.config.model_type))
-            parts = RecoveredParts(
-                manifest=recovery_manifest(run, model, training, packed, report),
-                base_model_type=base_type, packed=packed,
-                tokenizer=run.tokenizer,
-                source_folder=run.resolved.folder if run.resolved.gguf_file is None else None,
-            )  # fmt: skip
-            write_recovered(model, parts, out, dtype=run.dtype, overwrite=run.options.overwrite)
-            _check_same(expected, _few_logits(run, load(out, device=str(run.device))), out)
-    run.processes.wait()
-    return RecoverResult(model=model, report=report, training=training, path=out)
-
-
-@torch.no_grad()
-def _few_logits(run: Recovery, model: Any) -> torch.Tensor:
-    ids = torch.from_numpy(run.evaluation[: read_at_once(model, CHECKED_TOKENS)]).to(run.device).unsqueeze(0)
-    logits: torch.Tensor = model(ids).logits
-    return logits.float()
-
-
-def _check_same(expected: torch.Tensor, found: torch.Tensor, out: Path) -> None:
+def _write(run: Recovery, model: Any, manifest: RunManifest, packed: dict[str, GroupwiseWeight], out: Path) -> None:
+    """Write the folder, and compare what opens from it with the model in memory. Raises OutputError."""
+    with run.meter.stage(WRITE):
+        parts = RecoveredParts(
+            manifest=manifest, packed=packed, tokenizer=run.tokenizer,
+            base_model_type=str(getattr(model.config, "base_model_type", model.config.model_type)),
+            source_folder=run.resolved.folder if run.resolved.gguf_file is None else None,
+        )  # fmt: skip
+        expected = _few_logits(run, model)
+        write_recovered(model, parts, out, dtype=run.dtype, overwrite=run.options.overwrite)
+        found = _few_logits(run, load(out, device=str(run.device)))
     difference = float((expected - found).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
         raise OutputError(
@@ -234,3 +233,10 @@ def _check_same(expected: torch.Tensor, found: torch.Tensor, out: Path) -> None:
             f"{difference:.1e})",
             "Use --dtype float32",
         )
+
+
+@torch.no_grad()
+def _few_logits(run: Recovery, model: Any) -> torch.Tensor:
+    ids = torch.from_numpy(run.evaluation[: read_at_once(model, CHECKED_TOKENS)]).to(run.device).unsqueeze(0)
+    logits: torch.Tensor = model(ids).logits
+    return logits.float()

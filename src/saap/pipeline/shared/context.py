@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 import torch
 
 from saap.core.records import ModelGraph
+from saap.models.walk.backend import Backend
+from saap.models.walk.offload import offloaded
 from saap.models.walk.processes import Processes
+from saap.models.walk.spill import Spill
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, TokenSets
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.work import WorkFolder
@@ -36,3 +39,14 @@ class Run:
     def device(self) -> torch.device:
         """Where the model lies."""
         return next(self.loaded.model.parameters()).device
+
+    @property
+    def spill(self) -> Spill | None:
+        """Where activations are kept: in the work folder if the weights are in their files, None for memory."""
+        return Spill(self.work.file("spill")) if offloaded(self.loaded.model) is not None else None
+
+    @property
+    def backend(self) -> Backend:
+        """The dense model, and how the stages run it."""
+        advance = self.meter.reporter.advance
+        return Backend(self.loaded.model, self.graph, self.processes, self.spill, progress=advance)

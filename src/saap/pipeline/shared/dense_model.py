@@ -67,12 +67,3 @@ def resolve_dense(choice: DenseChoice, manifest: RunManifest | None) -> Resolved
         return resolve_model(source, revision, choice.trust_remote_code, fetch=choice.source is not None)
     except ModelError as error:
         raise ModelError(error.offender, error.remedy.replace("--trust-", "--dense-trust-")) from None
-
-
-def resolve_beside(name: str) -> ResolvedModel:
-    """A further model for the page of answers, whose code is never run. Raises ModelError."""
-    try:
-        return resolve_model(name)
-    except ModelError as error:
-        places = "make it MODEL with --trust-remote-code or --dense with --dense-trust-remote-code"
-        raise ModelError(error.offender, error.remedy.replace("use --trust-remote-code", places)) from None

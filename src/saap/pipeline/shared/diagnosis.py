@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from saap.core.manifest import StageRecord
 from saap.core.records import Candidate, FloatArray, ImportanceScores, ModelGraph, StructurePlan
-from saap.pipeline.shared.meter import StageCost
 
 
 def diagnose_importance(scores: ImportanceScores) -> list[str]:
@@ -78,7 +78,7 @@ def diagnose_search(trail: Sequence[Candidate]) -> list[str]:
     return []
 
 
-def diagnose_memory(stages: Sequence[StageCost], weights_bytes: int) -> list[str]:
+def diagnose_memory(stages: Sequence[StageRecord], weights_bytes: int) -> list[str]:
     """Signs of a memory problem: a stage that needed many times the weights."""
     heavy = [stage for stage in stages if stage.peak_resident_bytes > 12 * weights_bytes + 4 * 10**9]
     return [

@@ -15,7 +15,8 @@ from saap.core.errors import CalibrationError
 from saap.core.records import CalibrationSet, IntArray, ModelGraph, ModelRef
 from saap.data.generated import random_starts, sample_from_model
 from saap.data.pairs import draw_pairs, pairs_file
-from saap.data.samples import Calibration, SampleRequest, check_vocabulary, draw_sets, leading_ids, token_stream
+from saap.data.placement import SampleRequest
+from saap.data.samples import Calibration, check_vocabulary, draw_sets, leading_ids, token_stream
 from saap.data.texts import evaluation_text
 from saap.evaluation.perplexity import default_window
 from saap.models.loading.devices import computable, pick_device, pick_dtype, require_values
@@ -66,8 +67,8 @@ class LoadedModel:
 class TokenSets:
     """Token ids for each use.
 
-    scored: importance. held: judging structures. refit: restoration. evaluation: (tokens,) of a text that nothing was
-    calibrated on, named `evaluation_name`. leading: ids that each window of a text begins with.
+    scored: importance. held: evaluating structures. refit: restoration. evaluation: (tokens,) of a text that nothing
+    was calibrated on, named `evaluation_name`. leading: ids that each window of a text begins with.
     """
 
     scored: CalibrationSet
@@ -94,7 +95,7 @@ class TokenSets:
 
 
 def text_of_costs(tokens: TokenSets, device: torch.device) -> tuple[torch.Tensor, int]:
-    """The calibration text (sequences, length) for what is felt token by token, and the rows of a micro-batch.
+    """The calibration text (sequences, length) for token-level sensitivities, and the rows of a micro-batch.
 
     A part of the restoration's: longer than the scored samples, in tokens, without which a Gram matrix makes units look
     cheap, and in context, without which heads do. Where there is less of it, the scored samples have to do.
@@ -146,7 +147,7 @@ def open_model(
 
 
 def needs_measuring(config: PruneConfig) -> bool:
-    """Whether the search will judge structures on held-out samples."""
+    """Whether the search will evaluate structures on held-out samples."""
     if config.method is not Method.SAAP:
         return False
     by_search = config.strategy is Strategy.ADAPTIVE and config.effort_settings.search_evaluations > 0
@@ -167,9 +168,9 @@ def finds_costs(config: PruneConfig, model: nn.Module, graph: ModelGraph) -> boo
 
 
 def weighs_tokens(config: PruneConfig) -> bool:
-    """Whether the choice of units weighs what the loss feels of them token by token, on text of the restoration.
+    """Whether the choice of units weighs in their token-level sensitivity, on text of the restoration.
 
-    Only for the default calibration, whose search goes without second-order costs, which are felt token by token too.
+    Only for the default calibration, whose search goes without second-order costs, which are token-level too.
     """
     chosen = chooses_units(config) and config.effort_settings.second_order
     return chosen and config.restore and not config.trusts_calibration

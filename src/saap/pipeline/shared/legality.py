@@ -1,4 +1,4 @@
-"""What a model and its family can do: asked before anything is pruned."""
+"""What a model and its family can do, checked before anything is pruned."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from saap.core.errors import LayoutError, SaapError, UnsupportedModelError, firs
 from saap.core.records import Layout, ModelGraph, Role
 from saap.evaluation.perplexity import model_logits
 from saap.models.checkpoint.stock_config import uniform_config
-from saap.models.walk.layerwise import inputs_of_blocks
 from saap.models.walk.probe import trial_ids
 from saap.models.walk.walker import BlockWalker, inference_only
 from saap.settings.prune import PrunableRole, PruneConfig, unit_roles
-from saap.structure_search.plan import make_plan
+from saap.structure_search.plan import SearchSpace, make_plan
 
 # Rounding of a walk in half precision; a stream that blocks share in secret errs by far more.
 WALK_TOLERANCE = 0.02
@@ -36,7 +35,7 @@ def check_walk(model: nn.Module, blocks: Sequence[str]) -> None:
             walker = BlockWalker(model, blocks)
             stream = walker.start(ids)
             for _ in range(2):  # a block that remembers its last call gives something else the second time
-                _, hidden = inputs_of_blocks(walker, stream)
+                hidden = walker.run_blocks(stream)
             found = walker.logits(hidden[1:, :5]).float().to(expected.device)
             difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
     except SaapError:
@@ -50,12 +49,20 @@ def check_walk(model: nn.Module, blocks: Sequence[str]) -> None:
         )
 
 
+def search_space(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> SearchSpace:
+    """Which structures a run may choose. Raises LayoutError if a uniform layout allows none."""
+    return SearchSpace(
+        roles=config.roles, layout=config.layout, align=config.align, skip_layers=config.skip_layers,
+        legal_sizes=legal_sizes(model, graph, config),
+    )  # fmt: skip
+
+
 def legal_sizes(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> Mapping[Role, frozenset[int]] | None:
     """By role, the numbers of kept units that a uniform plan may have; None for the adaptive layout, which takes all.
 
     Sizes are tried by constructing the configuration: of roles that go by single channels the largest and the smallest
     first, and all between only where one of these is refused (the width that the number of heads must divide).
-    Raises LayoutError, with the reason of the first refusal, if no asked role can be made smaller.
+    Raises LayoutError, with the reason of the first refusal, if no requested role can be made smaller.
     """
     if config.layout is not Layout.UNIFORM:
         return None

@@ -121,7 +121,7 @@ def captured(sizes: Sizes, config: PruneConfig) -> int:
 
 
 def _weights(sizes: Sizes, config: PruneConfig) -> int:
-    """Of the dense model, and of a result beside it where that is needed for another."""
+    """Of the dense model, and of a result as well where the dense one is needed for another."""
     results = 2 if len(config.pruning_ratios) > 1 or config.target_speedup is not None else 1
     return results * sizes.weights
 
@@ -300,18 +300,12 @@ def check_disk(run: Run, targets: Sequence[Target]) -> None:
     check_place(run.options.out, needed)
 
 
-def spill_of(run: Run) -> Spill | None:
-    """Where a run keeps activations: in its work folder if the weights are in their files, else in memory."""
-    return Spill(run.work.file("spill")) if offloaded(run.loaded.model) is not None else None
-
-
 def restoration_spill(loaded: LoadedModel, config: PruneConfig, folder: Path) -> Spill | HostSpill | None:
-    """Where the restoration keeps its activations: beside the weights (None), in the host's memory, or in a folder."""
+    """Where the restoration keeps its activations: with the weights (None), in the host's memory, or in a folder."""
     if not loaded.spills:
         return None if offloaded(loaded.model) is None else Spill(folder)
     device = next(loaded.model.parameters()).device
-    available = None if device.type == "cpu" else device_memory.of_machine()
-    fits = available is not None and captured(Sizes.of(loaded.model, device), config) < available
+    fits = device.type != "cpu" and captured(Sizes.of(loaded.model, device), config) < device_memory.of_machine()
     return HostSpill() if fits else Spill(folder)
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from saap.evaluation.generation import prompt_ids
 from saap.evaluation.perplexity import perplexity
-from saap.models.walk.layerwise import walked_logits
 from saap.models.walk.offload import offloaded
 from saap.models.walk.probe import positions
 from saap.models.walk.spill import Spill
+from saap.models.walk.walk import layerwise_logits
+from saap.models.walk.walker import BlockWalker
 from saap.pipeline.shared.inputs import TokenSets
 
 QUESTION = "What is the capital of France?"
@@ -24,17 +24,14 @@ OPENING = "The capital of France is"
 ANSWER_TOKENS = 32
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Behaviour:
+class Behaviour(BaseModel):
     """What a model does: perplexity on the evaluation text, and a greedy answer to `prompt` ('' without tokenizer)."""
+
+    model_config = ConfigDict(frozen=True)
 
     perplexity: float
     prompt: str
     answer: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able data."""
-        return dataclasses.asdict(self)
 
 
 def observe(model: nn.Module, tokenizer: Any | None, tokens: TokenSets, spill: Spill | None = None) -> Behaviour:
@@ -44,7 +41,7 @@ def observe(model: nn.Module, tokenizer: Any | None, tokens: TokenSets, spill: S
     """
     away = offloaded(model)
     if away is not None and spill is not None:
-        read = partial(walked_logits, model, away.blocks, spill=spill)
+        read = partial(layerwise_logits, BlockWalker(model, away.blocks), keep=spill.keep)
         value = perplexity(model, tokens.evaluation, leading=tokens.leading, read=read).value
         return Behaviour(perplexity=value, prompt="", answer="")
     value = perplexity(model, tokens.evaluation, leading=tokens.leading).value

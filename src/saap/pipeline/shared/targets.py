@@ -1,4 +1,4 @@
-"""What was asked for: one target per result, checked before the expensive work."""
+"""The requested results: one target each, checked before the expensive work."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from saap.core.records import ModelGraph
-from saap.export.huggingface import check_output
-from saap.export.placing import place
+from saap.export.placing import check_output, place
 from saap.pipeline.shared.inputs import RunOptions
+from saap.pipeline.shared.stages import MEASURE
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PruneConfig
 from saap.structure_search.allocation import AnyBudget
@@ -23,7 +23,7 @@ from saap.structure_search.objectives import Budget, budget_for_bytes, budget_fo
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One result that was asked for. name: of its stage files. budget: None where a plan is given.
+    """One requested result. name: of its stage files. budget: None where a plan is given.
 
     folder: where the result goes, None to keep it in memory.
     """
@@ -59,21 +59,17 @@ def place_finished(work: WorkFolder, target: Target, folder: Path, report: Mappi
     Raises OutputError if that cannot be done; `folder` is then still there.
     """
     if target.folder is not None:
-        work.write_json(_finished_name(target), {"manifest": _manifest_digest(folder), "report": report})
+        work.write_json(MEASURE.file_of(target.name), {"manifest": _manifest_digest(folder), "report": report})
         place(folder, target.folder)
 
 
 def finished_report(work: WorkFolder, target: Target) -> dict[str, Any] | None:
     """The report of a result that an interrupted run had already put in its place, None if it is not there."""
-    record = work.read_json(_finished_name(target))
+    record = work.read_json(MEASURE.file_of(target.name))
     if not isinstance(record, dict) or target.folder is None:
         return None
     there = _manifest_digest(target.folder)
     return record.get("report") if there is not None and there == record.get("manifest") else None
-
-
-def _finished_name(target: Target) -> str:
-    return f"finished-{target.name}.json"
 
 
 def _manifest_digest(folder: Path) -> str | None:
@@ -82,7 +78,7 @@ def _manifest_digest(folder: Path) -> str | None:
 
 
 def with_budgets(targets: Sequence[Target], config: PruneConfig, graph: ModelGraph, dtype: torch.dtype) -> list[Target]:
-    """The targets with the parameters that must leave. dtype: of the written weights. Raises TargetError."""
+    """The targets with the parameters to be removed. dtype: of the written weights. Raises TargetError."""
     budgets: list[Budget]
     if config.pruning_ratios:
         budgets = [budget_for_ratio(graph, ratio) for ratio in config.pruning_ratios]

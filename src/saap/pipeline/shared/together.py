@@ -29,7 +29,7 @@ def with_device_of(processes: Processes, source: str | Path | nn.Module, options
 
 
 def check_device_map(options: RunOptions, source: str | Path | nn.Module, processes: Processes) -> None:
-    """Raise ConfigurationError for a device map that is unknown, or that something else speaks against."""
+    """Raise ConfigurationError for a device map that is unknown, or does not go with another option."""
     places = spread_over(source) if isinstance(source, nn.Module) else None
     if processes.count > 1 and (options.device_map is not None or places is not None):
         raise ConfigurationError(
@@ -39,31 +39,27 @@ def check_device_map(options: RunOptions, source: str | Path | nn.Module, proces
     if options.device_map is None:
         return
     check_known(options.device_map)
-    against = {
-        "the model is in memory already": (
-            isinstance(source, nn.Module),
-            "Load it with that device_map, or give its folder",
-        ),
-        "--device names one device": (options.device != "auto", "Leave one of the two out"),
-        "--max-memory leaves the weights in their files": (options.max_memory is not None, "Leave one of the two out"),
-    }
-    for reason, (given, remedy) in against.items():
-        if given:
-            raise ConfigurationError(f"--device-map cannot be used, since {reason}", remedy)
+    reason, remedy = "", "Leave one of the two out"
+    if isinstance(source, nn.Module):
+        reason, remedy = "the model is in memory already", "Load it with that device_map, or give its folder"
+    elif options.device != "auto":
+        reason = "--device names one device"
+    elif options.max_memory is not None:
+        reason = "--max-memory leaves the weights in their files"
+    if reason:
+        raise ConfigurationError(f"--device-map cannot be used, since {reason}", remedy)
 
 
 def shared_work(processes: Processes, path: Path | None) -> WorkFolder:
-    """The same work folder in all processes; one without a name of its own is made by the first."""
-    if processes.count == 1:
-        return WorkFolder(path)
+    """The same work folder in all processes; the first one makes it, and a temporary one where `path` is None."""
     made = WorkFolder(path) if processes.first else None
-    where = processes.from_first(lambda: path if made is None else made.path)
+    where = processes.broadcast_result(lambda: None if made is None else made.path)
     return made if made is not None else WorkFolder(where)
 
 
 def shared_result(run: Run, target: Target) -> PruneResult | None:
     """The target's result in each process, if an interrupted run had already put it in its place."""
-    there = run.processes.from_first(lambda: finished_report(run.work, target) is not None)
+    there = run.processes.broadcast_result(lambda: finished_report(run.work, target) is not None)
     return find_finished(run, target) if there else None
 
 
@@ -73,10 +69,10 @@ def finish_together(run: Run, target: Target, made: Made, scores: ImportanceScor
         return finish(run, target, made, scores, dense)
     if run.processes.first:
         result = finish(run, target, made, scores, dense)
-        run.processes.wait()
+        run.processes.barrier()
         return result
     made.model = None
-    run.processes.wait()
+    run.processes.barrier()
     opened = find_finished(run, target)
     if opened is None:
         raise VerificationError(
@@ -89,7 +85,7 @@ def finish_together(run: Run, target: Target, made: Made, scores: ImportanceScor
 @contextmanager
 def alone_in(work: WorkFolder, processes: Processes) -> Iterator[None]:
     """While it lasts, no other run works in the folder. Raises OutputError in all processes if one does already."""
-    processes.from_first(work.lock)
+    processes.broadcast_result(work.lock)
     try:
         yield
     finally:

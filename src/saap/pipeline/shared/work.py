@@ -32,7 +32,7 @@ class WorkFolder:
         self._lock = FileLock(self.path / LOCK, blocking=False)
 
     def open(self, settings_digest: str) -> bool:
-        """Create the folder, or take up an interrupted run. Returns whether there is something to take up.
+        """Create the folder, or resume an interrupted run. Returns whether there is something to resume.
 
         Raises StaleInputError if the folder belongs to a run with other settings, OutputError if it cannot be made.
         """
@@ -93,7 +93,7 @@ class WorkFolder:
     def close(self, *, keep: bool) -> None:
         """After success: delete the folder unless `keep`; one without a name of its own always goes.
 
-        It gets another name first, so that a folder that is half deleted is never taken up.
+        It gets another name first, so that a folder that is half deleted is never resumed.
         """
         if keep and not self._temporary:
             return

@@ -1,0 +1,1 @@
+"""The experiments, one module each, by what they ask about."""

@@ -1,0 +1,58 @@
+"""Size of a report page, and how long a browser takes to open it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.experiment import Cells, Experiment, Measured, Request
+from lab.commands import quickly_pruned
+
+from experiments.quality.comparison import unpack
+
+CLOCK = "<script>addEventListener('load', () => {document.title = 'opened in ' + performance.now()})</script>"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+ROUNDS = 5
+
+
+def measure(request: Request, wanted: Sequence[str]) -> Measured:
+    """The page of a pruned model with the comparison. What is opened is a copy with a script of one line at its end."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        raise SystemExit(f"none of {', '.join(BROWSERS)} is installed")
+    with tempfile.TemporaryDirectory() as temporary:
+        page, compared = Path(temporary) / "page.html", Path(temporary) / "compare"
+        unpack(request, compared)
+        pruned = quickly_pruned(request, "adaptive", "0.2")
+        report = ["report", str(pruned), "--compare", str(compared), "--out", str(page)]
+        subprocess.run([sys.executable, "-m", "saap", *report], check=True)
+        size, text = page.stat().st_size, page.read_text(encoding="utf-8")
+        page.write_text(text.replace("</body>", f"{CLOCK}</body>"), encoding="utf-8")
+        times = [milliseconds(browser, page) for _ in range(ROUNDS)]
+    yield "page", {"bytes": size, "seconds": statistics.median(times) / 1000}
+
+
+def milliseconds(browser: str, page: Path) -> float:
+    """From the start of the navigation to the load event, by the page's own clock, which writes it into the title."""
+    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"<title>opened in ([\d.]+)</title>", shown)
+    if found is None:
+        raise SystemExit(f"{browser} did not come to the end of loading {page}")
+    return float(found[1])
+
+
+def summarise(cells: Cells) -> dict[str, Any]:
+    return {"megabytes": cells["page"]["bytes"] / 1e6, "seconds": cells["page"]["seconds"], "rounds": ROUNDS}
+
+
+EXPERIMENT = Experiment(
+    name="report-page", cells=lambda request: ["page"], measure=measure, summarise=summarise, smoke=False
+)

@@ -1,0 +1,136 @@
+"""Prefill and decode speed of pruned folders compared with the dense model, in llama.cpp and in transformers.
+
+Speed-ups are medians of the rounds' ratios. A decoded token reads every weight once (the embedding too, since it is the
+output's weight), so that the ratio of the bytes is the speed-up of a runtime that does nothing else.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness.charts import lines
+from harness.experiment import Cells, Experiment, Measured, Request, Values
+from lab.commands import made_by_saap, quickly_pruned
+
+from saap.core.manifest import RunManifest
+from saap.pipeline.evaluate.speed import Source, measure_beside
+from saap.pipeline.shared.inputs import RunOptions, open_model
+from saap.reporting.figures import Figure
+from saap.settings.measure import SpeedSettings
+from saap.settings.prune import GgufType, RuntimeName
+
+PAPER_SPEEDUP = 1.05
+"""The paper's gain in token generation, pruned over dense."""
+RUNTIMES = {
+    "f16": (RuntimeName.LLAMA_CPP, GgufType.F16),
+    "q8_0": (RuntimeName.LLAMA_CPP, GgufType.Q8_0),
+    "q4_1": (RuntimeName.LLAMA_CPP, GgufType.Q4_1),
+    "float32": (RuntimeName.TRANSFORMERS, GgufType.F16),
+}
+"""By the type of the weights; transformers has float32."""
+PRUNED = ("adaptive/0.2", "adaptive/0.4", "uniform/0.2", "uniform/0.4")
+REQUESTED = ("asked/llama.cpp", "asked/transformers")
+"""Pruned for a speed, in a runtime."""
+TARGET_SPEEDUP = 1.3
+THREADS, ROUNDS, NEW_TOKENS = 2, 7, 32
+
+
+def cells(request: Request) -> list[str]:
+    measured = [f"{weights} {folder}" for weights in RUNTIMES for folder in PRUNED]
+    return [*measured, *(f"float32 {folder}" for folder in REQUESTED), *REQUESTED]
+
+
+def settings(request: Request) -> Values:
+    return {"dense": request.model, "threads": THREADS, "rounds": ROUNDS, "tokens written": NEW_TOKENS}
+
+
+def folder_of(request: Request, name: str) -> Path:
+    """A pruned folder, made if it is not there."""
+    kind, _, value = name.partition("/")
+    if kind != "asked":
+        return quickly_pruned(request, kind, value)
+    flags = ["--target-speedup", TARGET_SPEEDUP, "--runtime", value, "--effort", "fast"]
+    return made_by_saap(request, name, ["prune", request.model, *flags])
+
+
+def measure(request: Request, wanted: Sequence[str]) -> Measured:
+    """To be run on a machine that does nothing else: the dense model and the pruned one take turns."""
+    torch.set_num_threads(THREADS)
+    for cell in wanted:
+        weights, _, name = cell.rpartition(" ")
+        folder = folder_of(request, name)
+        manifest = RunManifest.model_validate_json((folder / "saap" / "manifest.json").read_bytes())
+        known = {"layout": str(manifest.layout), "removed": manifest.block_parameters.removed}
+        if weights:
+            yield cell, {**known, **measured(request, folder, *RUNTIMES[weights])}
+        elif manifest.speed is not None:
+            yield cell, {**known, **manifest.speed.model_dump()}
+
+
+def measured(request: Request, folder: Path, runtime: RuntimeName, kind: GgufType) -> dict[str, Any]:
+    """Speeds of a folder and of the dense model, and their ratios."""
+    chosen = SpeedSettings(runtime=runtime, gguf_type=kind, rounds=ROUNDS, new_tokens=NEW_TOKENS)
+    dense: Source = request.model
+    if runtime is RuntimeName.TRANSFORMERS:
+        dense = open_model(request.model, RunOptions(device="cpu")).model
+    report = measure_beside([(str(folder), str(folder)), ("dense", dense)], chosen)
+    assert report.against is not None
+    assert report.decode_speedup is not None
+    assert report.bytes_ratio is not None
+    return {
+        "runtime": report.runtime, "weights": report.weights,
+        "prefill_dense": report.against.prefill, "prefill": report.model.prefill,
+        "prefill_speedup": report.prefill_speedup,
+        "decode_dense": report.against.decode, "decode": report.model.decode, "decode_speedup": report.decode_speedup,
+        "bytes_dense": report.against.bytes_per_token, "bytes": report.model.bytes_per_token,
+        "bytes_ratio": report.bytes_ratio, "over_bytes": report.decode_speedup / report.bytes_ratio,
+    }  # fmt: skip
+
+
+def dense_decoding(found: Cells, types: Sequence[str]) -> dict[str, float]:
+    """Tokens/s of the dense model by type of the weights, of the rounds that they share; for other pages."""
+    speeds: Mapping[str, list[float]] = {
+        weights: [found[f"{weights} {folder}"]["decode_dense"] for folder in PRUNED] for weights in types
+    }
+    return {weights: statistics.median(values) for weights, values in speeds.items()}
+
+
+def summarise(found: Cells) -> dict[str, Any]:
+    rows = [found[f"{weights} {folder}"] for weights in RUNTIMES for folder in (*PRUNED, *REQUESTED)
+            if f"{weights} {folder}" in found]  # fmt: skip
+    near = [row for row in rows if abs(row["removed"] - 0.2) < 0.01]
+    gains = {kind: [row["decode_speedup"] for row in near if row["weights"] == kind] for kind in ("f16", "float32")}
+    requested = [found[folder] for folder in REQUESTED]
+    return {
+        "rows": rows,
+        "paper_speedup": PAPER_SPEEDUP,
+        "removed": min(row["removed"] for row in near),
+        "llama_cpp": [min(gains["f16"]), max(gains["f16"])],
+        "transformers": [min(gains["float32"]), max(gains["float32"])],
+        "requested": requested,
+        "worst_of_requested": max(abs(row["reached"] / row["asked"] - 1) for row in requested),
+    }
+
+
+def figures(summary: Values) -> Sequence[Figure]:
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for row in sorted(summary["rows"], key=lambda row: float(row["removed"])):
+        label = f"{row['runtime']} {row['weights']}, {row['layout']}"
+        places, values = series.setdefault(label, ([], []))
+        places.append(100 * row["removed"])
+        values.append(row["decode_speedup"])
+    figure = lines(
+        "speed", "Decoding against what is removed",
+        "Speed-up of decoding one token at a time against the share of the blocks that is removed.",
+        series, x="% of the decoder blocks removed", y="decode, pruned / dense",
+    )  # fmt: skip
+    return (figure,)
+
+
+EXPERIMENT = Experiment(
+    name="speed", cells=cells, settings=settings, measure=measure, summarise=summarise, figures=figures, smoke=False
+)

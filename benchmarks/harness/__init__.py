@@ -1,0 +1,1 @@
+"""What all experiments share: their definition, cells on disk, the driver, pages and charts."""

@@ -1,0 +1,157 @@
+"""The pages of the book: every number comes from the measured values, through a template."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from harness.driver import State, state_of
+from harness.experiment import Experiment, Request
+from saap.core.files import whole_file
+from saap.reporting.figures import Figure, to_svg
+from saap.settings.prune import EFFORTS, Effort, PruneConfig
+from saap.settings.recover import DEFAULT_MINUTES, RecoverConfig
+
+TEMPLATES = Path(__file__).parent / "templates"
+NOTHING = "\N{EN DASH}"
+LONG_DECIMAL = re.compile(r"-?\d+\.\d{3,}")
+BEFORE = {
+    "pruned_before": "The pruned model was made when the default calibration had fewer instructions with answers and "
+    "articles than now.",
+    "ranked_before": "The candidates whose shares follow the importance of whole modules were others when this was "
+    "measured: it was negative, so that important modules gave more.",
+}
+"""What several pages say of figures that are older than the code."""
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with so many decimals; of three significant digits where it is large, a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    """A share as a percentage."""
+    return NOTHING if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f} %"
+
+
+def interval(pair: Sequence[float], digits: int = 2) -> str:
+    """An interval."""
+    return f"{number(pair[0], digits)} to {number(pair[1], digits)}"
+
+
+def templates() -> jinja2.Environment:
+    """The environment of all templates; a name that is not there is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters |= {"n": number, "pct": percent, "interval": interval}
+    environment.globals |= BEFORE
+    return environment
+
+
+def block(experiment: Experiment, name: str, summary: Mapping[str, Any] | None = None) -> str:
+    """A block of the experiment's template as one line; empty where the template has none of that name.
+
+    name: `title`, `question`, `limits` (what the page does not say), `finding` (the sentence that answers the
+    question) or `decision` (what the product's defaults take from it); the last two need the summary.
+    """
+    template = templates().get_template(f"{experiment.name}.md.jinja")
+    if name not in template.blocks:
+        return ""
+    context = template.new_context({"s": summary or {}, "defaults": product_defaults()})
+    return " ".join("".join(template.blocks[name](context)).split())
+
+
+def product_defaults() -> dict[str, Any]:
+    """The settings of `saap prune` and `saap recover` for which nothing is said, as the program has them."""
+    prune = {name: one.default for name, one in PruneConfig.model_fields.items()}
+    recover = {name: one.default for name, one in RecoverConfig.model_fields.items()}
+    effort = EFFORTS[Effort.DEFAULT].model_dump()
+    return {"prune": prune, "recover": recover, "effort": effort, "minutes": DEFAULT_MINUTES}
+
+
+def page_of(experiment: Experiment, request: Request, state: State, summary: Mapping[str, Any] | None) -> str:
+    """The page of an experiment: what was found, or, without a summary, what is missing."""
+    said = {name: block(experiment, name) for name in ("title", "question", "limits")}
+    if summary is None:
+        return templates().get_template("unfinished.md.jinja").render(**said, experiment=experiment, state=state)
+    template = templates().get_template(f"{experiment.name}.md.jinja")
+    return template.render(
+        **said,
+        s=summary,
+        experiment=experiment,
+        finding=block(experiment, "finding", summary),
+        decision=block(experiment, "decision", summary),
+        figures=experiment.figures(summary),
+        settings=experiment.settings(request),
+        environments=_environments(state),
+        seconds=sum(record.get("seconds", 0.0) for record in state.found.values()),
+    )
+
+
+def _environments(state: State) -> list[str]:
+    """What is known of the machines that measured, each once."""
+    said = []
+    for record in state.found.values():
+        known = record.get("environment")
+        if known:
+            parts = [f"{known[name]} {name}" for name in ("cores", "threads") if name in known]
+            parts += [f"{name} {known[name]}" for name in ("machine", "python") if name in known]
+            parts += [f"{name} {version}" for name, version in known.get("versions", {}).items()]
+            said.append(", ".join(parts))
+    return list(dict.fromkeys(said))
+
+
+def summary_of(experiment: Experiment, state: State) -> dict[str, Any] | None:
+    """The figures of an experiment's page; None if it lacks a cell."""
+    if not state.complete:
+        return None
+    return experiment.summarise({name: record["values"] for name, record in state.found.items()})
+
+
+def write_pages(experiments: Sequence[Experiment], request: Request, out: Path) -> None:
+    """The page and the charts of every experiment, and the index."""
+    told, decided = {}, {}
+    for experiment in experiments:
+        state = state_of(experiment, request)
+        summary = summary_of(experiment, state)
+        _write(out / f"{experiment.name}.md", page_of(experiment, request, state, summary))
+        if summary is not None:
+            for figure in experiment.figures(summary):
+                _write(out / "figures" / f"{figure.name}.svg", compact_svg(figure))
+            told[experiment.name] = block(experiment, "finding", summary)
+            decided[experiment.name] = block(experiment, "decision", summary)
+    _write(out / "index.md", index_page(experiments, told, decided, quick=request.quick))
+
+
+def compact_svg(figure: Figure) -> str:
+    """The figure with places to a hundredth of a point, which nobody sees."""
+    return LONG_DECIMAL.sub(lambda found: f"{float(found[0]):.2f}", to_svg(figure, ink="black"))
+
+
+def index_page(
+    experiments: Sequence[Experiment], told: Mapping[str, str], decided: Mapping[str, str], *, quick: bool
+) -> str:
+    """All questions with their findings, and the defaults that follow them.
+
+    told, decided: findings and decisions by experiment; those without a finding have not been measured.
+    """
+    titles = {experiment.name: block(experiment, "title") for experiment in experiments}
+    return templates().get_template("index.md.jinja").render(titles=titles, told=told, decided=decided, quick=quick)
+
+
+def _write(path: Path, text: str) -> None:
+    with whole_file(path) as part:
+        part.write_text(text.rstrip("\n") + "\n", encoding="utf-8")

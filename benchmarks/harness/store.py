@@ -1,0 +1,105 @@
+"""Cells on disk: one file for each experiment, written whole after each cell, with settings and environments."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.experiment import Experiment, Request
+from saap.core.files import whole_file
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("saap", "torch", "transformers", "numpy", "scipy")
+DIGITS = 9
+"""Significant digits that are kept of a measured number."""
+_PLAIN_LIST = re.compile(r"\[\n([^\[\]{}]*)\n\s*\]")
+
+Record = Mapping[str, Any]
+"""values: of a cell. environment, seconds: where it was measured and how long it took, where that is known."""
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor and load of this machine."""
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+        "load": round(os.getloadavg()[0], 1),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` so that a reader sees the old file or the new one; lists of plain values take one line."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    text = _PLAIN_LIST.sub(lambda found: "[" + re.sub(r",\n\s*", ", ", found[1].strip()) + "]", text)
+    with whole_file(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def rounded(value: Any) -> Any:
+    """The same values with as many digits as are kept."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, Mapping):
+        return {name: rounded(one) for name, one in value.items()}
+    return [rounded(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def result_file(results: Path, experiment: Experiment, cell: str) -> Path:
+    """The file that holds a cell."""
+    return results / f"{cell if experiment.own_files else experiment.name}.json"
+
+
+def finished_cells(experiment: Experiment, request: Request) -> dict[str, Record]:
+    """Records of the cells that were measured with the present settings, in the experiment's order."""
+    names = [*experiment.cells(request), *experiment.extra]
+    if experiment.own_files:
+        files = {name: result_file(request.results, experiment, name) for name in names}
+        values = {name: read_json(file) for name, file in files.items() if file.is_file()}
+        return {name: {"values": one, "environment": one.get("environment")} for name, one in values.items()}
+    content = _content(experiment, request)
+    return {
+        name: {**content["cells"][name], "environment": content["environments"][content["cells"][name]["environment"]]}
+        for name in names
+        if name in content["cells"]
+    }
+
+
+def write_cell(experiment: Experiment, request: Request, cell: str, values: Mapping[str, Any], seconds: float) -> None:
+    """Keep what a cell has found."""
+    file = result_file(request.results, experiment, cell)
+    if experiment.own_files:
+        write_json(file, values)
+        return
+    content = _content(experiment, request)
+    here = environment()
+    if here not in content["environments"]:
+        content["environments"].append(here)
+    content["cells"][cell] = {
+        "seconds": round(seconds, 1),
+        "environment": content["environments"].index(here),
+        "values": rounded(values),
+    }
+    write_json(file, content)
+
+
+def _content(experiment: Experiment, request: Request) -> dict[str, Any]:
+    """What the file of an experiment holds; no cells where they were measured with other settings."""
+    file = result_file(request.results, experiment, "")
+    settings = json.loads(json.dumps(experiment.settings(request)))
+    content: dict[str, Any] = read_json(file) if file.is_file() else {}
+    return content if content.get("settings") == settings else {"settings": settings, "environments": [], "cells": {}}

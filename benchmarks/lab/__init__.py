@@ -1,0 +1,1 @@
+"""What experiments work with: models, texts, checkpoints, measures, and commands of saap."""

@@ -1,0 +1,121 @@
+"""Measures that several rows need: pure functions of arrays and sets."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from scipy import stats
+
+from saap.core.records import FloatArray
+
+Pairs = Sequence[tuple[FloatArray, FloatArray]]
+
+
+def rank_correlation(first: FloatArray, second: FloatArray) -> float:
+    """Spearman's coefficient; 0 where one of the two is constant, as it then says nothing."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return 0.0
+    return float(stats.spearmanr(first, second).statistic)
+
+
+def rank_correlation_inside(groups: Pairs) -> float:
+    """Mean over the groups of the rank correlation inside each: how well one order follows the other there."""
+    return float(np.mean([rank_correlation(first, second) for first, second in groups]))
+
+
+def rank_correlation_overall(groups: Pairs) -> float:
+    """Rank correlation over the units of all groups together."""
+    return rank_correlation(np.concatenate([a for a, _ in groups]), np.concatenate([b for _, b in groups]))
+
+
+def correlation_interval(groups: Pairs, *, seed: int = 0, draws: int = 1000) -> tuple[float, float]:
+    """95 % percentile interval of `rank_correlation_inside` when the units of each group are drawn again."""
+    generator = np.random.default_rng(seed)
+    total = np.zeros(draws)
+    for first, second in groups:
+        drawn = generator.integers(len(first), size=(draws, len(first)))
+        total += _row_correlation(stats.rankdata(first[drawn], axis=1), stats.rankdata(second[drawn], axis=1))
+    low, high = np.quantile(total / len(groups), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _row_correlation(first: FloatArray, second: FloatArray) -> FloatArray:
+    """Pearson's coefficient of each row; 0 where one of the two is constant."""
+    first = first - first.mean(1, keepdims=True)
+    second = second - second.mean(1, keepdims=True)
+    scale = np.sqrt((first**2).sum(1) * (second**2).sum(1))
+    return np.asarray(np.divide((first * second).sum(1), scale, out=np.zeros(len(first)), where=scale > 0))
+
+
+def reliability(first_half: FloatArray, second_half: FloatArray) -> float:
+    """Rank correlation that a perfect predictor could reach with a quantity as noisy as the mean of two halves.
+
+    The Spearman-Brown formula gives the reliability r of the whole from the correlation of its halves; the ceiling is
+    its root. 0 where the halves do not agree.
+    """
+    halves = rank_correlation(first_half, second_half)
+    return float(np.sqrt(max(0.0, 2 * halves / (1 + halves)))) if halves > -1 else 0.0
+
+
+def jaccard(first: Collection[object], second: Collection[object]) -> float:
+    """Size of the intersection over that of the union; 1 for two empty sets."""
+    one, other = set(first), set(second)
+    return len(one & other) / len(one | other) if one | other else 1.0
+
+
+def as_bits(units: Collection[int]) -> str:
+    """A set of unit numbers as compressed bits, one each, in base64: short enough to keep."""
+    bits = np.zeros(max(units, default=-1) + 1, dtype=bool)
+    bits[list(units)] = True
+    return base64.b64encode(zlib.compress(np.packbits(bits).tobytes(), 9)).decode()
+
+
+def from_bits(text: str) -> frozenset[int]:
+    """The set that `as_bits` wrote."""
+    packed = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
+    return frozenset(np.flatnonzero(np.unpackbits(packed)).tolist())
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of perplexity ratios: the mean in log-perplexity."""
+    return float(np.exp(np.mean(np.log(values))))
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 of a single value)."""
+    array = np.asarray(values, dtype=np.float64)
+    return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else 0.0
+
+
+def variance_slope(mean: FloatArray, variance: FloatArray) -> float:
+    """Slope of log variance over log mean, by least squares over units where both are positive.
+
+    0: the spread over samples is the same for small and large units (homoscedastic); 2: it grows in proportion to them.
+    """
+    positive = (mean > 0) & (variance > 0)
+    x, y = np.log(mean[positive]), np.log(variance[positive])
+    if len(x) < 2 or np.ptp(x) == 0:
+        return float("nan")
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def chi_square_distance(importances: FloatArray) -> float:
+    """Kolmogorov-Smirnov distance of I / mean(I) from the chi-square distribution with one degree of freedom.
+
+    The uncertainty weighing of Kendall et al. is the likelihood of normal residuals r with r^2 = I and one variance
+    sigma^2 = mean(I) for all: then I / sigma^2 is so distributed. importances: (units,) of one scope, not negative.
+    """
+    mean = importances.mean()
+    if mean <= 0:
+        return 1.0
+    return float(stats.kstest(importances / mean, stats.chi2(1).cdf).statistic)
+
+
+def log_histogram(values: FloatArray, edges: FloatArray) -> list[float]:
+    """Share of the positive values between consecutive edges of log10; what lies outside counts at the ends."""
+    logs = np.clip(np.log10(values[values > 0]), edges[0], edges[-1])
+    counts, _ = np.histogram(logs, bins=edges)
+    return [float(count) for count in counts / max(1, len(logs))]

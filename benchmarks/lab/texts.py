@@ -1,0 +1,51 @@
+"""Texts that nothing is calibrated on, and perplexities of folders on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from harness.store import ROOT
+
+import saap
+
+DATA = ROOT / "benchmarks" / "data"
+TEXTS = {
+    "wikitext2": DATA / "wikitext2" / "test.jsonl.gz",
+    "novel": DATA / "novel.txt.gz",
+    "addresses": DATA / "addresses.txt.gz",
+}
+TOKENS = {"wikitext2": 16384, "novel": 8192, "addresses": 8192, "instructions": 8192}
+"""How much of each text is measured."""
+INSTRUCTIONS = {"instructions": "FILE"}
+"""The option of experiments that also measure 400 instruction records, which are not shipped."""
+RECORDS = 400
+
+
+def texts(given: Mapping[str, str], folder: Path) -> dict[str, Path]:
+    """All texts by name; records of instructions, if a file of them is given, as plain text in `folder`."""
+    if "instructions" not in given:
+        return dict(TEXTS)
+    written = folder / "instructions.txt"
+    rows = records(Path(given["instructions"]))
+    parts = [[row["instruction"], row.get("input", ""), row["output"]] for row in rows]
+    written.write_text("\n\n".join("\n".join(filter(None, one)) for one in parts), encoding="utf-8")
+    return {**TEXTS, "instructions": written}
+
+
+def records(file: Path) -> list[dict[str, str]]:
+    """The records of a .jsonl file that are measured."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:RECORDS]]
+
+
+def perplexities(
+    model: str | Path, named: Mapping[str, Path], *, bos: bool = True, most: int = 2**30
+) -> dict[str, float]:
+    """Perplexity of a model on each text. most: tokens, fewer than usual to try it."""
+    found = {}
+    for name, file in named.items():
+        report = saap.evaluate(str(model), texts=[file], max_tokens=min(most, TOKENS[name]), bos=bos)
+        (value,) = report.perplexity.values()
+        found[name] = value.value
+    return found

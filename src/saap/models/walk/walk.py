@@ -1,0 +1,200 @@
+"""One walk over the blocks for all observers: forward, or forward and back, however weights and activations lie.
+
+Of a forward pass only the blocks' inputs are kept; on the way back each block runs again under autograd. So besides the
+weights there are in memory: the block inputs of one micro-batch, one block's activations, one weight gradient. No
+weight ever holds a gradient. Where activations are spilled, all micro-batches walk through one block before the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saap.models.walk.backend import Backend
+from saap.models.walk.capture import Capture, capture
+from saap.models.walk.loss import loss_and_gradient
+from saap.models.walk.observer import Batch, Needs, Observation, Observer, Signal, showing
+from saap.models.walk.spill import Keep, Tensors
+from saap.models.walk.walker import BlockWalker, Contexts, inference_only
+
+
+@torch.no_grad()
+def walk(
+    backend: Backend,
+    tokens: Tensor,
+    observers: Sequence[Observer],
+    *,
+    micro_batch: int,
+    backward: bool = True,
+    ignored: Collection[int] = (),
+) -> None:
+    """Show the observers all micro-batches of `tokens` (samples, length); each process walks its part of them.
+
+    backward: also go back, by the gradient of each sample's own loss, the mean over its predicted tokens. ignored:
+    labels of which no loss is taken. Progress is in samples, with a spill in blocks. The model is left as it was.
+    Raises NonFiniteLossError, UnsupportedModelError.
+    """
+    own = backend.processes.share(len(tokens))
+    starts = own[::micro_batch]
+    batches = [Batch(tokens[first : min(first + micro_batch, own.stop)], first) for first in starts]
+    needs = [_needs(backend, observers, layer) for layer in range(len(backend.graph.blocks))]
+    one = _Walk(backend, backend.walker(), observers, needs, backward, frozenset(ignored))
+    with inference_only(backend.model):
+        if backend.spill is not None:
+            one.through(batches, backend.spill.keep, backend.spill.keep)
+        else:
+            keep_inputs = _Slots(len(one.walker.blocks) + 1).keep if backward else list
+            for batch in batches:
+                one.through([batch], keep_inputs, list)
+                backend.progress(batch.first + len(batch.tokens) - own.start, len(own))
+    for observer in observers:
+        observer.merge(backend.processes)
+
+
+def _needs(backend: Backend, observers: Sequence[Observer], layer: int) -> Needs:
+    """What all observers together need of a block."""
+    found: dict[str, Signal] = {}
+    for observer in observers:
+        for site, signals in observer.needs.items():
+            if backend.graph.block_of(f"{site}.") == layer:
+                found[site] = found.get(site, Signal(0)) | signals
+    return found
+
+
+class _Slots:
+    """Room for the inputs of all blocks for one micro-batch, in one piece that all micro-batches use.
+
+    Tensors of their own, made between the temporary ones of the blocks, would leave the heap in fragments.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._next = 0
+        self._store: Tensor | None = None
+
+    def keep(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Copies, each valid until `count` others were made. None may be larger than the first of all."""
+        return [self._copy(tensor) for tensor in tensors]
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if self._store is None:
+            self._store = tensor.new_empty(self._count, *tensor.shape)
+        slot = self._store[self._next, : len(tensor)]
+        self._next = (self._next + 1) % self._count
+        return slot.copy_(tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """A walk over the blocks of one model. needs: what all observers together need of each block."""
+
+    backend: Backend
+    walker: BlockWalker
+    observers: Sequence[Observer]
+    needs: Sequence[Needs]
+    backward: bool
+    ignored: frozenset[int]
+
+    def through(self, batches: Sequence[Batch], keep_inputs: Keep, keep: Keep) -> None:
+        """Micro-batches through all blocks, side by side, and back."""
+        blocks = range(len(self.walker.blocks))
+        lowest = min((layer for layer in blocks if self.needs[layer]), default=len(blocks))
+        steps = 2 * len(blocks) - lowest if self.backward else len(blocks)
+        hidden, contexts = embed(self.walker, [batch.tokens for batch in batches], keep_inputs)
+        inputs = []
+        for layer in blocks:
+            if self.backward:
+                inputs.append(hidden)
+                hidden = run_block(self.walker, layer, hidden, contexts, keep_inputs)
+            else:
+                every = zip(batches, hidden, contexts, strict=True)
+                hidden = keep(self._forward(layer, *each) for each in every)
+            self._report(layer + 1, steps)
+        if not self.backward:
+            return
+        gradients = keep(map(self._gradient, batches, hidden))
+        del hidden
+        for layer in reversed(range(lowest, len(blocks))):
+            back = zip(batches, inputs.pop(), contexts, gradients, strict=True)
+            gradients = keep(self._back(layer, *each) for each in back)
+            if self.backend.spill is not None:
+                for observer in self.observers:
+                    observer.close_block(layer)
+            self._report(steps + lowest - layer, steps)
+
+    def _report(self, done: int, steps: int) -> None:
+        if self.backend.spill is not None:
+            self.backend.progress(done, steps)
+
+    def _show(self, seen: Observation) -> None:
+        for observer in self.observers:
+            if seen.site in observer.needs:
+                observer.observe(seen)
+
+    def _forward(self, layer: int, batch: Batch, hidden: Tensor, contexts: Contexts) -> Tensor:
+        block, needs = self.walker.paths[layer], self.needs[layer]
+        with capture(self.walker.model, [site for site in needs if site != block]) as found:
+            after = self.walker.run_block(layer, hidden, contexts)
+        if block in needs:
+            found[block] = Capture(hidden, after)
+        for site, one in found.items():
+            seen = Observation(site, batch)
+            seen.x, seen.y = one.input, one.output
+            self._show(seen)
+        return after
+
+    def _gradient(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Gradient of each sample's loss at the last block's output."""
+        losses, gradient = loss_and_gradient(
+            self.walker, hidden, batch.tokens, first_sample=batch.first, ignored=self.ignored
+        )
+        for observer in self.observers:
+            observer.observe_loss(batch, losses)
+        return gradient
+
+    def _back(self, layer: int, batch: Batch, entry: Tensor, contexts: Contexts, gradient: Tensor) -> Tensor:
+        """Gradient at the input of a block, from that at its output."""
+        needs = self.needs[layer]
+        modules = {site: signals for site, signals in needs.items() if Signal.WEIGHT_GRADIENT not in signals}
+        weights = {site: self.walker.model.get_parameter(site) for site in needs if site not in modules}
+        with showing(self.walker.model, modules, batch, self._show):
+            before, found = self.walker.backward_to_weights(layer, entry, contexts, gradient, weights)
+        for name, of_weight in found.items():
+            seen = Observation(name, batch)
+            seen.dw = of_weight
+            self._show(seen)
+        for observer in self.observers:
+            observer.leave_block(layer, batch)
+        return before
+
+
+def embed(walker: BlockWalker, batches: Iterable[Tensor], keep: Keep) -> tuple[Tensors, list[Contexts]]:
+    """What goes into the first block for each batch of ids (sequences, tokens), and the contexts of the batches."""
+    contexts: list[Contexts] = []
+
+    def started() -> Iterator[Tensor]:
+        for batch in batches:
+            stream = walker.start(batch)
+            contexts.append(stream.contexts)
+            yield stream.hidden
+
+    return keep(started()), contexts
+
+
+def run_block(walker: BlockWalker, layer: int, hidden: Tensors, contexts: Sequence[Contexts], keep: Keep) -> Tensors:
+    """What a block makes of the hidden states of each batch."""
+    return keep(walker.run_block(layer, *each) for each in zip(hidden, contexts, strict=True))
+
+
+@torch.no_grad()
+def layerwise_logits(walker: BlockWalker, batches: Sequence[Tensor], *, keep: Keep) -> Iterator[Tensor]:
+    """Logits (sequences, tokens, vocabulary) of each batch of ids, in order; all batches walk one block at a time."""
+    hidden, contexts = embed(walker, batches, keep)
+    for layer in range(len(walker.blocks)):
+        hidden = run_block(walker, layer, hidden, contexts, keep)
+    for last in hidden:
+        with torch.no_grad():
+            yield walker.logits(last)
