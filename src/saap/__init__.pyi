@@ -328,7 +328,7 @@ def evaluate(
     speed: Tokens per second of prefill and of decoding (batch 1).
     runtime: Where speed is measured.
     gguf_type: Of the weights in llama.cpp.
-    seed: Seed of sampled text and of the page's order.
+    seed: Seed of sampled text.
     device: auto, cpu, cuda, cuda:N or mps.
     dtype: auto, float32, float16 or bfloat16: of the written weights, or to compute in if none are.
     revision: Branch, tag or commit of a hub model.
