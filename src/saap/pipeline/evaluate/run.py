@@ -33,7 +33,7 @@ from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import LOAD
 from saap.reporting.tables import names_apart
 from saap.settings.measure import EvalRequest, SpeedSettings
-from saap.settings.prune import RuntimeName, check_seed
+from saap.settings.prune import RuntimeName
 
 
 def evaluate_model(
@@ -57,7 +57,7 @@ def evaluate_model(
     conversations = () if request.chat is None else texts.read_conversations(request.chat)
     run = _Evaluation(request, options, reporter, streams, conversations, prompts)
     reporter.stage(LOAD.title)
-    loaded = open_model(opened, options, tokenizer)
+    loaded = open_model(opened, options, tokenizer, computes_in_dtype=True)
     run.check_prompts(loaded, loaded.tokenizer)
     more: dict[str, Any] = {}
     with quick_float32_products():
@@ -65,7 +65,7 @@ def evaluate_model(
         dense = None
         if dense_ref is not None and (prompts or request.dense is not None):
             reporter.stage(f"load the dense model {dense_ref.source}")
-            dense = open_model(dense_ref, options)
+            dense = open_model(dense_ref, options, computes_in_dtype=True)
             run.check_prompts(dense, dense.tokenizer or loaded.tokenizer)
             if request.dense is not None:
                 more["dense"] = run.measure(dense)
@@ -102,17 +102,6 @@ def _other_models(
 
 def check_request(request: EvalRequest) -> tuple[generation.Prompt, ...]:
     """Refuse what needs no model to be refused. Returns the requested prompts."""
-    if request.window < 2:
-        raise ConfigurationError(f"--window {request.window} predicts nothing", "Give at least 2")
-    if request.stride is not None and not 1 <= request.stride <= request.window:
-        raise ConfigurationError(
-            f"--stride {request.stride} does not fit --window {request.window}", f"Give 1 to {request.window}"
-        )
-    if request.max_tokens is not None and request.max_tokens < 2:
-        raise ConfigurationError(f"--max-tokens {request.max_tokens} predicts nothing", "Give at least 2")
-    check_seed(request.seed)
-    if request.generated_tokens < 1:
-        raise ConfigurationError(f"--tokens {request.generated_tokens} writes nothing", "Give at least 1")
     if request.speed is not None:
         check_settings(request.speed)
     elif request.against is not None:
@@ -232,7 +221,7 @@ class _Evaluation:
         if other is not None:
             self.reporter.stage(f"load {other.source} to measure speed against")
             if in_memory and other_loaded is None:
-                other_loaded = open_model(other, self.options)
+                other_loaded = open_model(other, self.options, computes_in_dtype=True)
             refs.append((other.source, other.revision))
             models.append(other_loaded.model if in_memory and other_loaded is not None else other.path)
         self.reporter.stage(f"speed in {settings.runtime}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -164,7 +163,7 @@ class _Subject:
 
     def made_by(self, step: Step, source: Path, folder: str, digest: str) -> _Subject:
         """The model that a step writes: opened without the revision and the trust of the first one."""
-        options = dataclasses.replace(self.options, revision=None, trust_remote_code=False)
+        options = self.options.model_copy(update={"revision": None, "trust_remote_code": False})
         return _Subject(str(source), folder, digest, options, (step.name,))
 
 
@@ -184,7 +183,7 @@ def recipe_steps(recipe: Recipe, *, digests: bool = True) -> list[Step]:
     model = _Subject(recipe.model, "", whole, options)
     steps, subjects = [], [model]
     if recipe.prune is not None:
-        into = dataclasses.replace(options, out=recipe.out / "pruned")
+        into = options.model_copy(update={"out": recipe.out / "pruned"})
         targets = plan_targets(recipe.prune, into, check=False)
         folders = {target.name: target.folder for target in targets if target.folder is not None}
         run: Callable[[Reporter], Any] = partial(run_prune, recipe.model, recipe.prune, into)
@@ -198,7 +197,8 @@ def recipe_steps(recipe: Recipe, *, digests: bool = True) -> list[Step]:
         untuned, subjects = subjects, []
         for subject in untuned:
             out = recipe.out / "recovered" / subject.folder
-            run = partial(run_recover, subject.source, recipe.recover, dataclasses.replace(subject.options, out=out))
+            into = subject.options.model_copy(update={"out": out})
+            run = partial(run_recover, subject.source, recipe.recover, into)
             steps.append(subject.step("recover", recipe.recover.model_dump(mode="json"), [out], run))
             subjects.append(subject.made_by(steps[-1], out, subject.folder, steps[-1].digest))
     return steps + [step for subject in subjects for step in _uses(recipe, subject)]

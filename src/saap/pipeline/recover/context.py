@@ -112,13 +112,15 @@ def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> 
     if count > 1 and options.out is None and options.work_dir is None:
         raise ConfigurationError("Several processes share no folder", "Name one with --work-dir or --out")
     if count > config.batch:
-        offender = f"--batch {config.batch} is less than the {count} processes that share each batch"
-        raise ConfigurationError(offender, f"Use --batch {count}, or a multiple of it")
+        offender = f"--batch-size {config.batch} is less than the {count} processes that share each batch"
+        raise ConfigurationError(offender, f"Use --batch-size {count}, or a multiple of it")
     if config.shard and count == 1:
         remedy = "Start it with torchrun --nproc-per-node N -m saap recover ..., or leave out --shard"
         raise ConfigurationError("--shard splits weights over several processes, and there is one", remedy)
     if config.shard and config.batch % count:
-        offender = f"--batch {config.batch} is no multiple of the {count} processes, which need equal work with --shard"
+        offender = (
+            f"--batch-size {config.batch} is no multiple of the {count} processes, which need equal work with --shard"
+        )
         raise ConfigurationError(offender, f"Use a multiple of {count}")
 
 
@@ -137,7 +139,7 @@ def _with_teacher(
             teacher = resolve_dense(DenseChoice.of(config, config.teacher), earlier)
             own = None if teacher is None or tokenizer is None else load_tokenizer(teacher)
             if teacher is not None and own is not None and own.get_vocab() != tokenizer.get_vocab():
-                offender = f"--teacher {teacher.source} has another vocabulary than {source}"
+                offender = f"--dense {teacher.source} has another vocabulary than {source}"
                 raise ConfigurationError(offender, "Name the model that it was pruned from")
         except SaapError as error:
             if config.teacher is not None:
@@ -147,7 +149,7 @@ def _with_teacher(
     share = config.distillation
     if teacher is None:
         if share:
-            raise ConfigurationError("--distillation has no teacher", "Name the dense model with --teacher MODEL")
+            raise ConfigurationError("--distillation has no teacher", "Name the dense model with --dense MODEL")
         return config.model_copy(update={"teacher": None, "dense_revision": None, "distillation": 0.0}), None
     known = {"teacher": teacher.source, "dense_revision": teacher.revision}
     return config.model_copy(update={**known, "distillation": DISTILLATION if share is None else share}), teacher
