@@ -28,22 +28,15 @@ class Speaker:
     tokenizer: Any
 
 
-def open_speakers(
-    source: str, *, against: str | None = None, dense: bool = True, dense_revision: str | None = None,
-    dense_trust_remote_code: bool = False, options: RunOptions | None = None,
-) -> tuple[Speaker, ...]:  # fmt: skip
-    """The models that will answer: the dense one first (that of the manifest, or `against`), then `source`.
+def open_speakers(source: str, choice: DenseChoice | None, options: RunOptions) -> tuple[Speaker, ...]:
+    """The models that will answer: the dense one first (that of the manifest, or the chosen one), then `source`.
 
-    dense=False: `source` alone, as for a model that was never pruned and names no other. Raises ModelError if the dense
-    model is not here.
+    choice: None for `source` alone, as for a model that was never pruned and names no other. Raises ModelError if the
+    dense model is not here.
     """
-    options = options if options is not None else RunOptions()
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    if not dense:
-        return (_speaker("answer", resolved, options),)
-    choice = DenseChoice(source=against, revision=dense_revision, trust_remote_code=dense_trust_remote_code)
     try:
-        found = resolve_dense(choice, manifest_of(resolved))
+        found = None if choice is None else resolve_dense(choice, manifest_of(resolved))
         others = () if found is None else (_speaker("dense", found, options),)
     except ModelError as error:
         remedy = error.remedy if "--dense" in error.remedy else "Use --dense MODEL or --no-dense"
