@@ -157,8 +157,6 @@ class _Bench:
             return row
         with self.meter.stage(MEASURE_DENSE):
             found = self._measured(self.loaded.model, with_tasks=True)
-        # sizes by the graph count shared weights once
-        found["parameters"] = self.graph.parameters
         return self.rows.write_dense(DenseRow(**found, block_parameters=self.graph.block_parameters))
 
     def make_rows(self, seed: int, options: RunOptions, dense: DenseRow) -> None:

@@ -217,7 +217,8 @@ class _Evaluation:
         settings = self.request.speed or SpeedSettings()
         in_memory = settings.runtime is RuntimeName.TRANSFORMERS
         refs = [(loaded.ref.source, loaded.ref.revision)]
-        models: list[Source] = [opened.path if isinstance(opened, ResolvedModel) and not in_memory else loaded.model]
+        given = opened.path if isinstance(opened, ResolvedModel) else opened
+        models: list[Source] = [loaded.model if in_memory else given]
         if other is not None:
             self.reporter.stage(f"load {other.source} to measure speed against")
             if in_memory and other_loaded is None:
