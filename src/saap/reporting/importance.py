@@ -81,7 +81,7 @@ def read_views(file: Path, groups: Mapping[str, PlanGroup], scope: str) -> list[
         fused = _fused(scores, {name: groups[name] for name in kept if groups[name].layer >= 0}, FusionScope(scope))
     except ValueError as error:
         raise EvaluationError(
-            f"{file} does not fit the plan and the manifest beside it ({error})", "Use the folder as it was written"
+            f"{file} does not fit the plan and the manifest next to it ({error})", "Use the folder as it was written"
         ) from None
     return [
         GroupView(

@@ -28,7 +28,7 @@ RowKey = tuple[MethodChoice, float, bool]
 
 @dataclass(frozen=True, slots=True)
 class RowStore:
-    """Finished rows of one comparison in `folder`; those of other methods, ratios and seeds may lie beside them."""
+    """Finished rows of one comparison in `folder`; those of other methods, ratios and seeds may lie there too."""
 
     folder: Path
     request: CompareRequest

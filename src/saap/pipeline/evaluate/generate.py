@@ -47,7 +47,7 @@ def open_speakers(source: str, choice: DenseChoice | None, options: RunOptions) 
 def _speaker(label: str, resolved: ResolvedModel, options: RunOptions) -> Speaker:
     loaded = open_model(resolved, options, computes_in_dtype=True)
     if loaded.tokenizer is None:
-        raise ModelError(f"{resolved.source} has no tokenizer", "Put its tokenizer files beside the weights")
+        raise ModelError(f"{resolved.source} has no tokenizer", "Put its tokenizer files into the same folder")
     return Speaker(label, loaded.model, loaded.tokenizer)
 
 
