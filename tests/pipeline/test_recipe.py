@@ -63,7 +63,7 @@ def test_every_recipe_runs_dry_on_the_shape_of_its_model(
     monkeypatch.setattr(recipe_preview, "discover", lambda model, ref: kept(file.stem, found or stock(model, ref)))
     SHAPES[file.stem].save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
-    recipe = read_recipe(file, [f"model={tmp_path / 'model'}", f"out={tmp_path / 'out'}"])
+    recipe = read_recipe(file, [f"model={tmp_path / 'model'}", f"output_dir={tmp_path / 'out'}"])
     shown = preview_recipe(recipe)
     pruned = shown["steps"][0]
     assert pruned["name"] == "prune"
