@@ -17,10 +17,10 @@ from saap._version import __version__
 if TYPE_CHECKING:
     from saap.api import discover, estimate, evaluate, prune, recover, search
     from saap.core.errors import SaapError
+    from saap.core.evaluation_records import EvalReport
     from saap.core.records import CoupledGroup, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
     from saap.models.checkpoint.differences import removed_modules
     from saap.models.loading.pretrained import load
-    from saap.pipeline.evaluate.run import EvalReport
     from saap.pipeline.export.run import GgufExport, export_decilm, export_gguf, push
     from saap.pipeline.prune.result import PruneReport, PruneResult
     from saap.pipeline.recover.result import RecoverReport, RecoverResult
@@ -36,7 +36,7 @@ _HOMES = {
     "export_decilm": "saap.pipeline.export.run",
     "push": "saap.pipeline.export.run",
     "GgufExport": "saap.pipeline.export.run",
-    "EvalReport": "saap.pipeline.evaluate.run",
+    "EvalReport": "saap.core.evaluation_records",
     "load": "saap.models.loading.pretrained",
     "removed_modules": "saap.models.checkpoint.differences",
     "PruneReport": "saap.pipeline.prune.result",

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from saap.core.errors import ConfigurationError
+from saap.core.evaluation_records import EvalReport
 from saap.core.records import ImportanceScores, Layout, ModelGraph, Role, StructurePlan
 from saap.data.samples import Calibration, calibration_set
 from saap.discovery import discover as _discover
@@ -21,7 +22,7 @@ from saap.models.loading.pretrained import model_ref
 from saap.models.walk.backend import Backend
 from saap.models.walk.offload import offloaded
 from saap.models.walk.spill import Spill
-from saap.pipeline.evaluate.run import EvalReport, evaluate_model
+from saap.pipeline.evaluate.run import evaluate_model
 from saap.pipeline.prune.result import PruneResult
 from saap.pipeline.prune.run import run_prune
 from saap.pipeline.recover.result import RecoverResult

@@ -13,8 +13,8 @@ from harness.experiment import Cells, Experiment, Measured, Request, Values
 from harness.store import ROOT, finished_cells, read_json, write_json
 from lab.commands import TEST, VALIDATION
 
+from saap.core.evaluation_records import TaskResult
 from saap.evaluation.bootstrap import kept_difference, usual_answers
-from saap.evaluation.zero_shot import TaskResult
 from saap.reporting.tables import comparison_table, ratio_table, task_table, to_markdown
 
 # LLM-Pruner and Wanda-sp are at their best on this model when they keep attention whole, so they are shown so, and

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,7 +76,7 @@ def _written(loaded: LoadedModel, dense: LoadedModel, opens: Sequence[str], toke
     figures, example = {}, ""
     for mode in MODES:
         texts = write(loaded.model, dense.tokenizer, opens, tokens=tokens, sampled=mode == "sampled")
-        figures[mode] = dataclasses.asdict(generation_figures(texts, dense.model, dense.tokenizer))
+        figures[mode] = generation_figures(texts, dense.model, dense.tokenizer).model_dump(mode="json")
         example = example or texts[0].text
     return {"figures": figures, "prompt": opens[0], "example": example}
 

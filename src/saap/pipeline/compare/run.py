@@ -15,12 +15,12 @@ from torch import nn
 
 from saap.baselines.methods import BASELINES, Measurements
 from saap.core.errors import ConfigurationError
+from saap.core.evaluation_records import TaskResult
 from saap.core.manifest import recorded_versions, typed_command
 from saap.core.records import ImportanceScores, IntArray, ModelGraph, StructurePlan
 from saap.core.storage import write_whole
 from saap.discovery import discover
 from saap.evaluation.bootstrap import kept_accuracy
-from saap.evaluation.zero_shot import TaskResult
 from saap.models.loading.devices import copied, quick_float32_products
 from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import resolve_model
@@ -248,7 +248,7 @@ def _row(
     kept = None
     if found["tasks"]:
         both = ({name: TaskResult(**one) for name, one in tasks.items()} for tasks in (dense["tasks"], found["tasks"]))
-        kept = dataclasses.asdict(kept_accuracy(*both))
+        kept = kept_accuracy(*both).model_dump()
     return {
         "method": label,
         "ratio": ratio,
@@ -257,12 +257,18 @@ def _row(
         "pruning_ratio": 1 - plan.block_parameters / bench.graph.block_parameters,
         **found,
         "ratios": {
-            text: one["value"] / dense["perplexity"][text]["value"] for text, one in found["perplexity"].items()
+            text: _quotient(one["value"], dense["perplexity"][text]["value"])
+            for text, one in found["perplexity"].items()
         },
         "kept_accuracy": kept,
         "seconds": seconds,
         "peak_resident_bytes": max(stage.peak_resident_bytes for stage in bench.meter.stages[before:]),
     }
+
+
+def _quotient(value: float | None, of_dense: float | None) -> float | None:
+    """One perplexity over the other; None where one is not finite."""
+    return None if value is None or of_dense is None else value / of_dense
 
 
 def _dense_row(bench: _Bench) -> dict[str, Any]:
@@ -284,12 +290,12 @@ def _measured(bench: _Bench, model: nn.Module, with_tasks: bool) -> dict[str, An
         start = time.perf_counter()
         found = requested_perplexity(model, bench.loaded.tokenizer, wanted, ids)
         speed = speed or found.tokens / (time.perf_counter() - start)
-        texts[name] = dataclasses.asdict(found)
+        texts[name] = found.model_dump(mode="json")
     asked = wanted.tasks and with_tasks
     tasks = ask_tasks(model, bench.loaded.tokenizer, wanted, bench.meter.reporter) if asked else {}
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "perplexity": texts,
-        "tasks": {name: dataclasses.asdict(one) for name, one in tasks.items()},
+        "tasks": {name: one.model_dump(mode="json") for name, one in tasks.items()},
         "tokens_per_second": speed,
     }

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,22 @@ import torch
 from torch import nn
 
 from saap.core.errors import CalibrationError, ConfigurationError, ModelError
+from saap.core.evaluation_records import (
+    EvalReport,
+    GenerationFigures,
+    GenerationReport,
+    Perplexity,
+    SpeedReport,
+    TaskResult,
+)
 from saap.core.manifest import recorded_versions, typed_command
 from saap.core.records import IntArray
 from saap.core.storage import write_whole
 from saap.data.samples import leading_ids, token_stream
 from saap.data.texts import Purpose, evaluation_text, read_conversations, read_documents
-from saap.evaluation.chat import ChatPerplexity, chat_perplexity
+from saap.evaluation.chat import chat_perplexity
 from saap.evaluation.generation import (
     BUNDLED,
-    ClozeFigures,
-    GenerationFigures,
     Prompt,
     check_prompts,
     cloze,
@@ -33,13 +38,13 @@ from saap.evaluation.generation import (
     token_agreement,
     write,
 )
-from saap.evaluation.perplexity import Perplexity, perplexity
-from saap.evaluation.zero_shot import TaskResult, check_tasks, evaluate_tasks, mean_accuracy
+from saap.evaluation.perplexity import perplexity
+from saap.evaluation.zero_shot import check_tasks, evaluate_tasks
 from saap.models.loading.devices import quick_float32_products, rounded_products
 from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.probe import check_runs
-from saap.pipeline.evaluate.speed import Source, SpeedReport, check_settings, measure_beside
+from saap.pipeline.evaluate.speed import Source, check_settings, measure_beside
 from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model
 from saap.pipeline.shared.progress import Reporter, Silent
@@ -49,43 +54,6 @@ from saap.settings.measure import EvalRequest, SpeedSettings
 from saap.settings.prune import RuntimeName, check_seed
 
 MODES = ("greedy", "sampled")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationReport:
-    """What a model wrote, by mode, and what was measured of it. samples: of each mode, prompt -> model -> text."""
-
-    figures: Mapping[str, GenerationFigures]
-    dense_figures: Mapping[str, GenerationFigures] | None
-    token_agreement: float | None
-    cloze: ClozeFigures | None
-    dense_cloze: ClozeFigures | None
-    samples: Mapping[str, Mapping[str, Mapping[str, str]]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalReport:
-    """What was measured of a model, by the name of the text or task. dense: the same of the dense model, if named."""
-
-    model: str
-    parameters: int
-    perplexity: dict[str, Perplexity] = field(default_factory=dict)
-    tasks: dict[str, TaskResult] = field(default_factory=dict)
-    generation: GenerationReport | None = None
-    chat: ChatPerplexity | None = None
-    speed: SpeedReport | None = None
-    dense: EvalReport | None = None
-    command: tuple[str, ...] = ()
-    versions: dict[str, str] = field(default_factory=dict)
-    revision: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able data; numbers that are not finite become None, which JSON can say."""
-        data = finite(dataclasses.asdict(self))
-        for part, report in ((data, self), (data["dense"], self.dense)):
-            if report is not None and report.tasks:
-                part["tasks_mean"] = mean_accuracy(report.tasks)
-        return dict(data)
 
 
 def evaluate_model(
@@ -123,16 +91,15 @@ def evaluate_model(
             dense = open_model(others.dense, options)
             check_prompts(dense.model, dense.tokenizer or loaded.tokenizer, prompts, request.generated_tokens)
             if request.dense is not None:
-                dense_report = _measure(dense, request, streams, conversations, reporter)
-                report = dataclasses.replace(report, dense=dense_report)
+                of_dense = _measure(dense, request, streams, conversations, reporter)
+                report = report.model_copy(update={"dense": of_dense})
         if request.prompts is not None:
             generation = _generation(loaded, dense, prompts, request, reporter)
-            report = dataclasses.replace(report, generation=generation)
+            report = report.model_copy(update={"generation": generation})
         if request.speed is not None:
             speed = _speed(opened, loaded, others, dense, request.speed, options, reporter)
-            report = dataclasses.replace(report, speed=speed)
-    command = typed_command()
-    return dataclasses.replace(report, command=command, versions=recorded_versions())
+            report = report.model_copy(update={"speed": speed})
+    return report.model_copy(update={"command": typed_command(), "versions": recorded_versions()})
 
 
 @dataclass(frozen=True, slots=True)

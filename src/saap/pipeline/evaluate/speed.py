@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from saap.core.errors import ConfigurationError, ExportError, ModelError
+from saap.core.evaluation_records import ModelSpeed, SpeedReport
 from saap.evaluation.speed import LlamaCppRuntime, Runtime, Speed, TransformersRuntime, measure_speeds, speed_up
 from saap.models.checkpoint.safetensor_files import ModelTensors, StoredTensors
 from saap.models.loading.llama_cpp import LlamaCpp, llama_cpp_is_installed
@@ -28,41 +28,6 @@ if TYPE_CHECKING:
     from saap.export.gguf.plan import GgufPlan
 
 Source = str | Path | nn.Module
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpeed:
-    """Tokens per second of reading a prompt and of writing; bytes of the weights that each written token reads."""
-
-    model: str
-    prefill: float
-    decode: float
-    bytes_per_token: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpeedReport:
-    """Speed of a model, and how many times that of another one it is; None where there is no other.
-
-    weights: type of the weights that are computed with. speedups: medians of the rounds' ratios. bytes_ratio: bytes per
-    token of the other model over those of this one: the decoding speed-up of a runtime that does nothing but read.
-    """
-
-    runtime: str
-    weights: str
-    threads: int
-    prompt_tokens: int
-    new_tokens: int
-    rounds: int
-    model: ModelSpeed
-    against: ModelSpeed | None = None
-    prefill_speedup: float | None = None
-    decode_speedup: float | None = None
-    bytes_ratio: float | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able data."""
-        return dataclasses.asdict(self)
 
 
 def check_settings(settings: SpeedSettings) -> None:
@@ -103,10 +68,9 @@ def measure_beside(models: Sequence[tuple[str, Source]], settings: SpeedSettings
     if len(found) == 1:
         return report
     ratio = speed_up(speeds[0], speeds[1])
-    return dataclasses.replace(
-        report, against=found[1], prefill_speedup=ratio.prefill, decode_speedup=ratio.decode,
-        bytes_ratio=found[1].bytes_per_token / found[0].bytes_per_token,
-    )  # fmt: skip
+    compared = {"against": found[1], "prefill_speedup": ratio.prefill, "decode_speedup": ratio.decode}
+    compared["bytes_ratio"] = found[1].bytes_per_token / found[0].bytes_per_token
+    return report.model_copy(update=compared)
 
 
 @dataclass(frozen=True, slots=True)
