@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from saap.core.errors import SaapError
     from saap.core.evaluation_records import EvalReport
     from saap.core.records import CoupledGroup, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
+    from saap.export.gguf.write import GgufExport
     from saap.models.checkpoint.differences import removed_modules
     from saap.models.loading.pretrained import load
-    from saap.pipeline.export.run import GgufExport, export_decilm, export_gguf, push
+    from saap.pipeline.export.run import export_decilm, export_gguf, push
     from saap.pipeline.prune.result import PruneReport, PruneResult
     from saap.pipeline.recover.result import RecoverReport, RecoverResult
 
@@ -35,7 +36,7 @@ _HOMES = {
     "export_gguf": "saap.pipeline.export.run",
     "export_decilm": "saap.pipeline.export.run",
     "push": "saap.pipeline.export.run",
-    "GgufExport": "saap.pipeline.export.run",
+    "GgufExport": "saap.export.gguf.write",
     "EvalReport": "saap.core.evaluation_records",
     "load": "saap.models.loading.pretrained",
     "removed_modules": "saap.models.checkpoint.differences",

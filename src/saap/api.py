@@ -41,11 +41,11 @@ from saap.settings.prune import (
     Method,
     PrunableRole,
     PruneConfig,
-    RuntimeName,
     SkipLayers,
     Strategy,
 )
 from saap.settings.recover import RecoverConfig, Tuning
+from saap.settings.registry import RuntimeName
 from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace
 from saap.structure_search.plan import search as _search

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from saap.settings.prune import GgufType, RuntimeName
+    from saap.settings.prune import GgufType
+    from saap.settings.registry import RuntimeName
 
 
 def chosen_runtime(
@@ -17,7 +18,8 @@ def chosen_runtime(
     """
     from saap.cli.parsing import choice
     from saap.core.errors import ConfigurationError
-    from saap.settings.prune import GgufType, RuntimeName
+    from saap.settings.prune import GgufType
+    from saap.settings.registry import RuntimeName
 
     if not given and (runtime or quantization):
         raise ConfigurationError("--runtime and --quantization measure nothing by themselves", f"Add {flag}")

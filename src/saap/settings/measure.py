@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from saap.settings.prune import GgufType, MethodChoice, PruneConfig, RuntimeName
+from saap.settings.prune import GgufType, MethodChoice, PruneConfig
+from saap.settings.registry import ExportFormat, RuntimeName
 
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The seven tasks of the SAAP paper, by the names of lm-evaluation-harness; `paper` stands for them."""
@@ -96,13 +96,6 @@ class CompareRequest:
     def asks_tasks(self, ratio: float) -> bool:
         """Whether a model pruned by `ratio` answers the tasks."""
         return bool(self.evaluation.tasks) and (self.task_ratios is None or ratio in self.task_ratios)
-
-
-class ExportFormat(StrEnum):
-    """What a model can be written as."""
-
-    GGUF = "gguf"
-    DECILM = "decilm"
 
 
 class ExportRequest(BaseModel):

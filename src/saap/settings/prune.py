@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from saap.core.errors import ConfigurationError
 from saap.core.records import Layout, Role
+from saap.settings.registry import RuntimeName
 
 
 class Importance(StrEnum):
@@ -71,13 +72,6 @@ class Method(StrEnum):
     WANDA_SP = "wanda-sp"
     FLAP = "flap"
     BLOCK_INFLUENCE = "block-influence"
-
-
-class RuntimeName(StrEnum):
-    """Which program computes the model where its speed is measured."""
-
-    TRANSFORMERS = "transformers"
-    LLAMA_CPP = "llama.cpp"
 
 
 class GgufType(StrEnum):

@@ -39,19 +39,20 @@ from saap.evaluation.generation import (
     write,
 )
 from saap.evaluation.perplexity import perplexity
+from saap.evaluation.speed import Source
 from saap.evaluation.zero_shot import check_tasks, evaluate_tasks
 from saap.models.loading.devices import quick_float32_products, rounded_products
 from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.probe import check_runs
-from saap.pipeline.evaluate.speed import Source, check_settings, measure_beside
+from saap.pipeline.evaluate.speed import check_settings, measure_beside
 from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import LOAD
 from saap.reporting.tables import names_apart
 from saap.settings.measure import EvalRequest, SpeedSettings
-from saap.settings.prune import RuntimeName, check_seed
+from saap.settings.prune import check_seed
 
 MODES = ("greedy", "sampled")
 
@@ -267,7 +268,7 @@ def _speed(
     reporter: Reporter,
 ) -> SpeedReport:
     """Tokens per second of the model, compared with another one. dense: where that is loaded already."""
-    in_memory = settings.runtime is RuntimeName.TRANSFORMERS
+    in_memory: bool = settings.runtime.load().in_memory
     given: Source = source if isinstance(source, nn.Module) else source.path
     other = others.against
     names = names_apart([(ref.source, ref.revision) for ref in (loaded.ref, other) if ref is not None])

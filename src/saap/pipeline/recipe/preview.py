@@ -25,7 +25,6 @@ from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.legality import search_space
 from saap.pipeline.shared.targets import plan_targets, with_budgets
 from saap.recovery.quantise import check_group_sizes
-from saap.settings.measure import ExportFormat
 from saap.settings.prune import PruneConfig
 from saap.settings.recipe import Recipe
 from saap.structure_search.plan import check_reachable
@@ -52,8 +51,8 @@ def preview_recipe(recipe: Recipe) -> dict[str, Any]:
         steps.append({"name": "recover", "output": str(recipe.out / "recovered")})
     steps += [{"name": f"eval.{name}", "output": str(recipe.out / "eval" / f"{name}.json")} for name in recipe.eval]
     for name, request in recipe.export.items():
-        ending = ".gguf" if request.format is ExportFormat.GGUF else ""
-        steps.append({"name": f"export.{name}", "output": str(recipe.out / "export" / f"{name}{ending}")})
+        file = recipe.out / "export" / f"{name}{request.format.suffix}"
+        steps.append({"name": f"export.{name}", "output": str(file)})
     if recipe.report is not None:
         steps.append({"name": "report", "output": str(recipe.out / "report" / "report.html")})
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -13,7 +13,7 @@ from saap._version import __version__
 from saap.core.records import digest_of
 from saap.models.loading.references import resolve_model
 from saap.pipeline.evaluate.run import evaluate_model, write_report
-from saap.pipeline.export.run import export_decilm, export_gguf
+from saap.pipeline.export.run import export_model
 from saap.pipeline.prune.run import run_prune
 from saap.pipeline.recover.run import run_recover
 from saap.pipeline.shared.digests import model_digest, named_files
@@ -21,7 +21,7 @@ from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.progress import Reporter
 from saap.pipeline.shared.targets import plan_targets
 from saap.reporting.report import build_page, write_page
-from saap.settings.measure import EvalRequest, ExportFormat, ExportRequest
+from saap.settings.measure import EvalRequest, ExportRequest
 from saap.settings.prune import PruneConfig
 from saap.settings.recipe import Recipe
 from saap.settings.recover import RecoverConfig
@@ -116,18 +116,10 @@ def _eval_step(recipe: Recipe, subject: _Subject, name: str, request: EvalReques
 
 def _export_step(recipe: Recipe, subject: _Subject, name: str, request: ExportRequest) -> Step:
     revision = None if subject.needs else recipe.revision
-    as_folder = request.format is ExportFormat.DECILM
-    out = recipe.out / "export" / subject.folder / (name if as_folder else f"{name}.gguf")
+    out = recipe.out / "export" / subject.folder / f"{name}{request.format.suffix}"
 
     def export(reporter: Reporter) -> None:
-        if as_folder:
-            export_decilm(subject.source, out, overwrite=True, revision=revision)
-            return
-        out.parent.mkdir(parents=True, exist_ok=True)
-        export_gguf(
-            subject.source, out, quantization=request.quantization, verify=request.verify, overwrite=True,
-            revision=revision, reporter=reporter,
-        )  # fmt: skip
+        export_model(subject.source, out, request, overwrite=True, revision=revision, reporter=reporter)
 
     return Step(
         name=_name(f"export.{name}", subject), digest=_digest(subject.digest, request), needs=subject.needs,
