@@ -32,7 +32,7 @@ _HOMES = {
     "RecoverResult": "saap.pipeline.recover.result",
     "RecoverReport": "saap.pipeline.recover.result",
     "EvalReport": "saap.core.evaluation_records",
-    "GgufExport": "saap.pipeline.export.run",
+    "GgufExport": "saap.export.gguf.write",
     "ModelGraph": "saap.core.records",
     "CoupledGroup": "saap.core.records",
     "ImportanceScores": "saap.core.records",

@@ -17,9 +17,9 @@ from saap.core.records import StructurePlan as StructurePlan
 from saap.core.roles import Layout as Layout
 from saap.core.roles import Role as Role
 from saap.data.samples import Calibration
+from saap.export.gguf.write import GgufExport as GgufExport
 from saap.models.checkpoint.differences import removed_modules as removed_modules
 from saap.models.loading.pretrained import load as load
-from saap.pipeline.export.run import GgufExport as GgufExport
 from saap.pipeline.export.run import export_decilm as export_decilm
 from saap.pipeline.export.run import export_gguf as export_gguf
 from saap.pipeline.export.run import push as push
@@ -37,10 +37,10 @@ from saap.settings.prune import (
     Importance,
     Method,
     PrunableRole,
-    RuntimeName,
     Strategy,
 )
 from saap.settings.recover import Tuning
+from saap.settings.registry import RuntimeName
 
 def estimate(
     model: str | Path | nn.Module,

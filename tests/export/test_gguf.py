@@ -22,9 +22,9 @@ from saap.cli import app as cli
 from saap.core.errors import ExportError, OutputError, SaapError
 from saap.data.texts import evaluation_text
 from saap.export.gguf import write
+from saap.export.gguf.architectures import llama3_factors
 from saap.export.gguf.fields import Field, read_fields
 from saap.export.gguf.modelfile import chat_template, modelfile
-from saap.export.gguf.settings import llama3_factors
 from saap.export.gguf.tokenizer import fields_from_gguf, fields_from_huggingface
 from saap.models.loading.llama_cpp import LlamaCpp
 from saap.pipeline.export.run import export_gguf

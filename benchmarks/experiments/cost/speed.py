@@ -17,11 +17,13 @@ from harness.experiment import Cells, Experiment, Measured, Request, Values
 from lab.commands import made_by_saap, quickly_pruned
 
 from saap.core.manifest import RunManifest
-from saap.pipeline.evaluate.speed import Source, compare_speeds
+from saap.evaluation.speed import Source
+from saap.pipeline.evaluate.speed import compare_speeds
 from saap.pipeline.shared.inputs import RunOptions, open_model
 from saap.reporting.figures import Figure
 from saap.settings.measure import SpeedSettings
-from saap.settings.prune import GgufType, RuntimeName
+from saap.settings.prune import GgufType
+from saap.settings.registry import RuntimeName
 
 PAPER_SPEEDUP = 1.05
 """The paper's gain in token generation, pruned over dense."""

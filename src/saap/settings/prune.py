@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from saap.core.errors import ConfigurationError
 from saap.core.roles import Layout, Role
+from saap.settings.registry import RuntimeName
 from saap.settings.setting import (
     AtLeast1,
     Bytes,
@@ -90,13 +91,6 @@ class Method(StrEnum):
     WANDA_SP = "wanda-sp"
     FLAP = "flap"
     BLOCK_INFLUENCE = "block-influence"
-
-
-class RuntimeName(StrEnum):
-    """Which program computes the model where its speed is measured."""
-
-    TRANSFORMERS = "transformers"
-    LLAMA_CPP = "llama.cpp"
 
 
 class GgufType(StrEnum):

@@ -9,8 +9,10 @@ from typing import Any
 
 import gguf
 
-from saap.core.errors import ExportError
+from saap.core.errors import ExportError, ModelError
 from saap.export.gguf.fields import Field, read_fields
+from saap.export.source import ExportSource
+from saap.models.loading.references import PACKAGED_MODELS, packaged_file
 
 _KEYS = gguf.Keys.Tokenizer
 _TYPES = gguf.GGUFValueType
@@ -26,6 +28,32 @@ PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
     (_WORDS.format(digits=r"\p{N}{1,3}"),): "llama-bpe",
     (_WORDS.format(digits=r"\p{N}"),): "qwen2",
 }
+
+
+def tokenizer_fields(source: ExportSource, rows: int) -> tuple[Sequence[Field], str]:
+    """The tokenizer's fields, from the GGUF file that the model came from if it is here and has the same tokens.
+
+    rows: of the embedding. The second result says where they came from. Raises ExportError.
+    """
+    file = _source_gguf(source)
+    if file is not None and source.tokenizer is not None:
+        fields = fields_from_gguf(file, source.tokenizer.get_vocab(), rows)
+        if fields is not None:
+            return fields, file.name
+    return fields_from_huggingface(source.tokenizer, rows), "the model's folder"
+
+
+def _source_gguf(source: ExportSource) -> Path | None:
+    """The GGUF file that is the source, or that the source was pruned from."""
+    if source.resolved.gguf_file is not None:
+        return source.resolved.path
+    base = "" if source.manifest is None else source.manifest.base.source
+    if base in PACKAGED_MODELS:
+        try:
+            return packaged_file(base)
+        except ModelError:
+            return None
+    return Path(base) if base.endswith(".gguf") and Path(base).is_file() else None
 
 
 def fields_from_gguf(path: Path, known: Mapping[str, int], rows: int) -> tuple[Field, ...] | None:
@@ -78,8 +106,13 @@ def fields_from_huggingface(tokenizer: Any | None, vocabulary: int) -> tuple[Fie
     tokens = [texts.get(index, f"[PAD{index}]") for index in range(vocabulary)]
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
     by_pieces = bool(model.get("byte_fallback"))
-    kinds = [_kind(index, texts, added, model, by_pieces) for index in range(vocabulary)]
+    unknown = model.get("unk_token") if by_pieces else None
+    kinds = [_kind(texts.get(index), added.get(index), unknown, by_pieces) for index in range(vocabulary)]
     kind_fields = _pieces(described, tokens, merges) if by_pieces else _bytes(described, merges)
+    if not merges:
+        raise ExportError(
+            "The tokenizer has no merges, without which llama.cpp cannot cut text", "Check its tokenizer.json"
+        )
     return (
         *kind_fields,
         _array(_KEYS.LIST, tokens, _TYPES.STRING),
@@ -92,19 +125,16 @@ def _array(key: str, values: Sequence[Any], element: Any) -> Field:
     return Field(key, values, _TYPES.ARRAY, element)
 
 
-def _kind(
-    index: int, texts: Mapping[int, str], added: Mapping[int, Mapping[str, Any]], model: Mapping[str, Any], pieces: bool
-) -> int:
-    if index not in texts:
+def _kind(text: str | None, added: Mapping[str, Any] | None, unknown: str | None, by_pieces: bool) -> int:
+    """The type of a token. text: None for an unused one. added: its entry among the added tokens."""
+    if text is None:
         return int(gguf.TokenType.UNUSED)
-    if pieces and texts[index] == model.get("unk_token"):
+    if text == unknown:
         return int(gguf.TokenType.UNKNOWN)
-    if index in added:
-        return int(gguf.TokenType.CONTROL if added[index]["special"] else gguf.TokenType.USER_DEFINED)
-    text = texts[index]
-    if pieces and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-        return int(gguf.TokenType.BYTE)
-    return int(gguf.TokenType.NORMAL)
+    if added is not None:
+        return int(gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED)
+    is_byte = by_pieces and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+    return int(gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL)
 
 
 def _bytes(described: Mapping[str, Any], merges: Sequence[str]) -> tuple[Field, ...]:

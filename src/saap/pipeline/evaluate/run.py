@@ -22,18 +22,18 @@ from saap.data.samples import leading_ids, token_stream
 from saap.evaluation import generation
 from saap.evaluation.chat import chat_perplexity
 from saap.evaluation.perplexity import perplexity
+from saap.evaluation.speed import Source
 from saap.evaluation.zero_shot import check_tasks, evaluate_tasks
 from saap.models.loading.devices import quick_float32_products, rounded_products
 from saap.models.loading.references import ResolvedModel
 from saap.models.walk.probe import check_runs
-from saap.pipeline.evaluate.speed import Source, check_settings, compare_speeds
+from saap.pipeline.evaluate.speed import compare_speeds
 from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model, resolve_with_tokenizer
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import LOAD
 from saap.reporting.tables import names_apart
 from saap.settings.measure import EvalRequest, SpeedSettings
-from saap.settings.prune import RuntimeName
 
 
 def evaluate_model(
@@ -103,7 +103,7 @@ def _other_models(
 def check_request(request: EvalRequest) -> tuple[generation.Prompt, ...]:
     """Refuse what needs no model to be refused. Returns the requested prompts."""
     if request.speed is not None:
-        check_settings(request.speed)
+        request.speed.runtime.check()
     elif request.against is not None:
         raise ConfigurationError("--against has nothing to be measured", "Add --speed, or use --dense")
     if request.tasks:
@@ -215,7 +215,7 @@ class _Evaluation:
     ) -> SpeedReport:  # fmt: skip
         """Tokens per second of the model, compared with another one. other_loaded: the same, if it is there already."""
         settings = self.request.speed or SpeedSettings()
-        in_memory = settings.runtime is RuntimeName.TRANSFORMERS
+        in_memory: bool = settings.runtime.load().in_memory
         refs = [(loaded.ref.source, loaded.ref.revision)]
         given = opened.path if isinstance(opened, ResolvedModel) else opened
         models: list[Source] = [loaded.model if in_memory else given]

@@ -7,7 +7,7 @@ from torch import nn
 
 from saap.core.manifest import SpeedRecord
 from saap.core.records import ModelGraph, StructurePlan
-from saap.evaluation.speed import speed_up
+from saap.evaluation.speed import speed_ups
 from saap.pipeline.evaluate.speed import pair_of_speeds, weights_name
 from saap.pipeline.prune.decode_costs import decode_costs, speed_settings, trial_speedup
 from saap.pipeline.shared.context import Run
@@ -47,7 +47,7 @@ def reached_speed(run: Run, budget: TimeBudget, plan: StructurePlan, pruned: nn.
         threads=torch.get_num_threads(),
         asked=run.config.target_speedup or 1.0,
         predicted=budget.speedup(run.graph, plan),
-        reached=speed_up(fast, slow).decode,
+        reached=speed_ups(fast, slow)[1],
         dense_tokens_per_second=slow.decode,
         tokens_per_second=fast.decode,
     )

@@ -18,7 +18,6 @@ from saap.models.loading.pretrained import load_tokenizer, model_without_weights
 from saap.models.loading.references import resolve_configuration
 from saap.models.structure.keep_index import KeepIndex
 from saap.pipeline.evaluate.run import check_request
-from saap.pipeline.evaluate.speed import check_settings
 from saap.pipeline.prune.baselines import check_method, for_method
 from saap.pipeline.prune.decode_costs import speed_settings
 from saap.pipeline.recipe.run import recipe_steps
@@ -59,7 +58,7 @@ def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype)
     Of a target that is a speed, the size is not known before decoding was measured with weights.
     """
     if config.target_speedup is not None:
-        check_settings(speed_settings(config))
+        speed_settings(config).runtime.check()
     ref = ModelRef(source=recipe.model, revision=recipe.revision, config_digest="", weights_digest="")
     graph = discover(model, ref)
     check_method(config, graph)

@@ -17,7 +17,7 @@ from saap.export.placing import check_place
 from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import resolve_model
 from saap.pipeline.evaluate.run import check_request, evaluate_model, write_report
-from saap.pipeline.export.run import export_decilm, export_gguf
+from saap.pipeline.export.run import export_model
 from saap.pipeline.prune.run import run_prune
 from saap.pipeline.recover.context import read_data
 from saap.pipeline.recover.run import run_recover
@@ -28,7 +28,7 @@ from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.targets import plan_targets
 from saap.pipeline.shared.work import WorkFolder
 from saap.reporting.report import build_page, write_page
-from saap.settings.measure import EvalRequest, ExportFormat, ExportRequest
+from saap.settings.measure import EvalRequest, ExportRequest
 from saap.settings.recipe import Recipe
 
 STATE = "recipe.json"
@@ -213,8 +213,7 @@ def _uses(recipe: Recipe, subject: _Subject) -> list[Step]:
         steps.append(subject.step(f"eval.{name}", request.model_dump(mode="json"), [out], run))
     measured = list(steps)
     for name, wanted in recipe.export.items():
-        as_folder = wanted.format is ExportFormat.DECILM
-        out = recipe.out / "export" / subject.folder / (name if as_folder else f"{name}.gguf")
+        out = recipe.out / "export" / subject.folder / f"{name}{wanted.format.suffix}"
         run = partial(_export, subject, wanted, out)
         steps.append(subject.step(f"export.{name}", wanted.model_dump(mode="json"), [out], run))
     if recipe.report is not None:
@@ -234,14 +233,7 @@ def _evaluate(subject: _Subject, request: EvalRequest, out: Path, reporter: Repo
 
 def _export(subject: _Subject, request: ExportRequest, out: Path, reporter: Reporter) -> None:
     revision = subject.options.revision
-    if request.format is ExportFormat.DECILM:
-        export_decilm(subject.source, out, overwrite=True, revision=revision)
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    export_gguf(
-        subject.source, out, quantization=request.quantization, verify=request.verify, overwrite=True,
-        revision=revision, reporter=reporter,
-    )  # fmt: skip
+    export_model(subject.source, out, request, overwrite=True, revision=revision, reporter=reporter)
 
 
 def _report(source: Path, evaluations: Sequence[Path], out: Path, figures: Path | None, reporter: Reporter) -> None:

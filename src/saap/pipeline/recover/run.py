@@ -15,7 +15,7 @@ from saap.core.errors import ConfigurationError, ModelError, OutputError, SaapEr
 from saap.core.manifest import RunManifest
 from saap.discovery.blocks import find_blocks
 from saap.evaluation.perplexity import perplexity
-from saap.export.recovered import RecoveredParts, write_recovered
+from saap.export.huggingface import RecoveredParts, write_recovered
 from saap.models.checkpoint.groupwise import GroupwiseWeight
 from saap.models.checkpoint.groupwise_files import linears_inside
 from saap.models.loading.devices import quick_float32_products, rounded_products
