@@ -69,7 +69,7 @@ def test_the_rank_correlation_is_scipys() -> None:
 
 def test_units_that_change_sides_by_the_fusion() -> None:
     view = GroupView(
-        name="layers.0.ffn", layer=0, role="ffn", vector=np.array([4.0, 3, 2, 1]), element=np.array([1.0, 2, 3, 4]),
+        layer=0, role="ffn", vector=np.array([4.0, 3, 2, 1]), element=np.array([1.0, 2, 3, 4]),
         fused=np.array([1.0, 3, 2, 4]), fluctuation=np.zeros(4), kept=np.array([False, True, False, True]),
     )  # fmt: skip
     found = agreement(view)

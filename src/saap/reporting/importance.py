@@ -57,10 +57,9 @@ class GroupView:
     """Scores of one module's units, all (units,).
 
     vector, element, fused: importance. fluctuation: variance over samples of the fused score. kept: True for units
-    that stay.
+    that are kept.
     """
 
-    name: str
     layer: int
     role: str
     vector: FloatArray
@@ -85,7 +84,7 @@ def read_views(file: Path, groups: Mapping[str, PlanGroup], scope: str) -> list[
         ) from None
     return [
         GroupView(
-            name=name, layer=groups[name].layer, role=groups[name].role, vector=scores.groups[name].vector,
+            layer=groups[name].layer, role=groups[name].role, vector=scores.groups[name].vector,
             element=scores.groups[name].element, fused=unit.mean, fluctuation=unit.variance, kept=kept[name],
         )
         for name, unit in fused.items()
