@@ -76,7 +76,7 @@ def write(
     kind = request.quantization
     packed = PackedMatrices(source.resolved.folder) if kind is GgufType.Q4_1 else None
     plan = plan_gguf(source.config, source.tensors.shapes, kind, packed.names if packed is not None else ())
-    said = dict(plan.fields)
+    said: dict[str, Any] = dict(plan.fields)
     tokenizer, origin = tokenizer_fields(source, said["vocab_size"])
     check_file(out, plan.weight_bytes, overwrite=overwrite)
     agreement, same = None, None
