@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
-
 from saap.core.errors import ExportError
 from saap.export import configuration_decilm
-from saap.export.huggingface import copy_matching, with_both_rope_spellings, write_json
+from saap.export.huggingface import copy_matching, entry_bytes, with_both_rope_spellings, write_json, write_shards
 from saap.export.model_card import model_card
 from saap.export.placing import check_output, whole_folder
 from saap.export.source import Exported, ExportSource, Progress
-from saap.models.checkpoint.safetensor_files import INDEX_NAME, weight_files
+from saap.models.checkpoint.safetensor_files import TensorEntry
 from saap.settings.measure import ExportRequest
 
 MODEL_TYPES = ("llama", "mistral")
@@ -38,7 +36,7 @@ _LOADING = (
 
 
 def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite: bool, progress: Progress) -> Exported:
-    """Write the folder, one file of weights at a time; `out` appears whole or not at all.
+    """Write the folder, one tensor at a time; `out` appears whole or not at all.
 
     Every layer must have all its query heads or no attention. Raises ExportError, naming the layers, OutputError.
     """
@@ -46,26 +44,25 @@ def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite:
         raise ExportError(
             f"{source.resolved.source} is a GGUF file, which holds no safetensors", "Prune it first, export the folder"
         )
-    folder = source.resolved.folder
-    files = weight_files(folder)
-    blocks = block_configs(source)
-    check_output(out, sum(file.stat().st_size for file in files), overwrite=overwrite)
+    blocks, tensors = block_configs(source), source.tensors
     left_out = {
         f"{_BLOCK.format(layer)}{_NORM_OF[part]}.weight"
         for layer, block in enumerate(blocks)
         for part in _NORM_OF
         if block[part]["no_op"]
     }
+    entries = {
+        name: TensorEntry(
+            dtype=tensors.rows(name, range(0)).dtype, shape=shape, make=partial(tensors.rows, name, range(shape[0]))
+        )
+        for name, shape in tensors.shapes.items()
+        if name not in left_out
+    }
+    check_output(out, entry_bytes(entries), overwrite=overwrite)
     with whole_folder(out) as part:
         progress.stage(f"write {out.name}")
-        for file in files:
-            _copy_weights(file, part / file.name, left_out)
-        if (folder / INDEX_NAME).exists():
-            index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-            for name in left_out:
-                index["weight_map"].pop(name, None)
-            write_json(part / INDEX_NAME, index)
-        copy_matching(folder, part, _KEPT_PATTERNS)
+        write_shards(entries, part)
+        copy_matching(source.resolved.folder, part, _KEPT_PATTERNS)
         shutil.copyfile(_CODE, part / _CODE.name)
         write_json(part / "config.json", _config_fields(source.config, blocks))
         if source.manifest is not None:
@@ -102,33 +99,17 @@ def block_configs(source: ExportSource) -> list[dict[str, dict[str, Any]]]:
         attention["n_heads_in_group"] = heads // kv_heads if kv_heads else None
         ffn = {"no_op": not rows["ffn"], "replace_with_linear": False, "intermediate_size": rows["ffn"] or None}
         found.append({"attention": attention, "ffn": ffn})
-    faults += _other_faults(config)
+    changed = getattr(config, "pruned_structure", None) or {}
+    faults += [f"{path} gives a bias alone" for path, kept in changed.get("constant", {}).items() if kept["bias"]]
+    for path, values in changed.get("attributes", {}).items():
+        if any("eps" in name for name in values):
+            faults.append(f"{path} has a norm epsilon of its own")
+    if getattr(config, "sliding_window", None) is not None:
+        faults.append("it attends to a sliding window")
     if faults:
         more = f" and {len(faults) - 6} more" if len(faults) > 6 else ""
         raise ExportError(f"vLLM's DeciLM cannot hold this model: {', '.join(faults[:6])}{more}", _REMEDY)
     return found
-
-
-def _other_faults(config: Any) -> list[str]:
-    structure = getattr(config, "pruned_structure", None) or {}
-    faults = [f"{path} gives a bias alone" for path, kept in structure.get("constant", {}).items() if kept["bias"]]
-    faults += [
-        f"{path} has a norm epsilon of its own"
-        for path, values in structure.get("attributes", {}).items()
-        if any("eps" in name for name in values)
-    ]
-    if getattr(config, "sliding_window", None) is not None:
-        faults.append("it attends to a sliding window")
-    return faults
-
-
-def _copy_weights(file: Path, target: Path, left_out: set[str]) -> None:
-    with safe_open(file, framework="pt") as stored:
-        names = list(stored.keys())
-        if not left_out.intersection(names):
-            shutil.copyfile(file, target)
-            return
-        save_file({name: stored.get_tensor(name) for name in names if name not in left_out}, target, {"format": "pt"})
 
 
 def _config_fields(config: Any, blocks: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _model_folder(
         _write_config(config, folder, dtype)
         if config.model_type == MODEL_TYPE:
             shutil.copyfile(modeling_pruned.__file__, folder / Path(modeling_pruned.__file__).name)
-        _write_shards(entries, folder)
+        write_shards(entries, folder)
         write_companions(model, parts, folder)
         write_records(folder, parts.manifest, base_model_type)
         yield folder
@@ -233,8 +233,8 @@ def with_both_rope_spellings(fields: dict[str, Any]) -> dict[str, Any]:
     return {**old, **fields}
 
 
-def _write_shards(entries: Mapping[str, TensorEntry], folder: Path) -> None:
-    """Tensor by tensor, so that no second copy of the model is held."""
+def write_shards(entries: Mapping[str, TensorEntry], folder: Path) -> None:
+    """Write tensor by tensor, so that no second copy of the model is held."""
     sizes = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_SIZE)
     for file, names in split.filename_to_tensors.items():

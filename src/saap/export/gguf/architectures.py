@@ -56,8 +56,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
 }
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
-WriterFields = list[tuple[str, Any]]
-"""(method of GGUFWriter without its `add_`, argument), in the order of the file."""
+WriterFields = list[tuple[Any, ...]]
+"""(method of GGUFWriter without its `add_`, its arguments ...), in the order of the file."""
 
 
 def faults(config: Any, architecture: Architecture, head_size: int) -> list[str]:

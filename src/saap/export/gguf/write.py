@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from saap.core.errors import ExportError
 from saap.core.files import whole_file
 from saap.core.storage import write_whole
+from saap.export.gguf.architectures import WriterFields
 from saap.export.gguf.check import Agreement, check_in_llama_cpp
-from saap.export.gguf.fields import Field
 from saap.export.gguf.modelfile import modelfile
 from saap.export.gguf.plan import GgufPlan, PlannedTensor, plan_gguf
 from saap.export.gguf.tokenizer import tokenizer_fields
@@ -76,13 +76,14 @@ def write(
     kind = request.quantization
     packed = PackedMatrices(source.resolved.folder) if kind is GgufType.Q4_1 else None
     plan = plan_gguf(source.config, source.tensors.shapes, kind, packed.names if packed is not None else ())
-    said = dict(plan.fields)
+    said: dict[str, Any] = dict(plan.fields)
     tokenizer, origin = tokenizer_fields(source, said["vocab_size"])
     check_file(out, plan.weight_bytes, overwrite=overwrite)
     agreement, same = None, None
     with whole_file(out, remedy="Choose another --out") as part:
         progress.stage(f"write {out.name}")
-        write_gguf(part, plan, source.tensors, tokenizer, _description(source), packed, progress.advance)
+        fields = [*_description(source), *plan.fields, *tokenizer]
+        write_gguf(part, plan, source.tensors, fields, packed, progress.advance)
         if request.verify:
             progress.stage("compare it in llama.cpp with transformers")
             agreement, same = check_in_llama_cpp(source, part, said["context_length"])
@@ -103,7 +104,7 @@ def write(
     return done.model_copy(update={"notes": tuple(_notes(done))})
 
 
-def _description(source: ExportSource) -> list[tuple[str, Any]]:
+def _description(source: ExportSource) -> WriterFields:
     """Name and licence, as far as they are known."""
     if source.manifest is None:
         return [("type", "model"), ("name", Path(source.resolved.source).name)]
@@ -140,22 +141,19 @@ def write_gguf(
     path: Path,
     plan: GgufPlan,
     tensors: StoredTensors,
-    tokenizer: Sequence[Field],
-    description: Sequence[tuple[str, Any]] = (),
+    fields: WriterFields,
     packed: PackedMatrices | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write the file; memory holds a few rows and the tokenizer's fields.
 
-    tokenizer: its fields. description: further (method of GGUFWriter, argument) pairs: name, licence, origin.
-    packed: where the blocks are that the plan copies.
+    fields: all of the file: name and licence, the plan's, the tokenizer's. packed: where the blocks are that the plan
+    copies.
     """
     writer = gguf.GGUFWriter(path, plan.architecture)
     try:
-        for name, value in (*description, *plan.fields):
-            getattr(writer, f"add_{name}")(value)
-        for field in tokenizer:
-            writer.add_key_value(field.key, field.value, field.kind, field.element)
+        for method, *arguments in fields:
+            getattr(writer, f"add_{method}")(*arguments)
         for tensor in plan.tensors:
             shape = gguf.quant_shape_to_byte_shape(tensor.shape, tensor.kind)
             writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), tensor.nbytes, raw_dtype=tensor.kind)

@@ -13,7 +13,6 @@ from torch import nn
 
 from saap.evaluation.speed import Source
 from saap.export.gguf.plan import GgufPlan, plan_gguf
-from saap.export.gguf.tokenizer import no_tokenizer
 from saap.export.gguf.write import write_gguf
 from saap.export.placing import check_place
 from saap.export.source import open_source
@@ -70,5 +69,5 @@ def write_without_tokenizer(source: Source, file: Path, gguf_type: str) -> GgufP
         config, tensors = opened.config, opened.tensors
     plan = plan_gguf(config, tensors.shapes, gguf_type)
     check_place(file, plan.weight_bytes)
-    write_gguf(file, plan, tensors, no_tokenizer())
+    write_gguf(file, plan, tensors, [*plan.fields, ("tokenizer_model", "no_vocab")])
     return plan
