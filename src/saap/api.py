@@ -13,8 +13,8 @@ from saap.core.errors import ConfigurationError
 from saap.core.records import ImportanceScores, Layout, ModelGraph, Role, StructurePlan
 from saap.data.samples import Calibration, calibration_set
 from saap.discovery import discover as _discover
-from saap.estimation.calibrate import estimate as _estimate
-from saap.estimation.selection import unit_scores
+from saap.estimation.estimate import estimate as _estimate
+from saap.estimation.estimate import unit_scores
 from saap.evaluation.generation import BUNDLED
 from saap.models.loading.devices import computable, require_values
 from saap.models.loading.pretrained import model_ref
@@ -36,16 +36,14 @@ from saap.settings.prune import (
     ElementOrder,
     FusionScope,
     GgufType,
-    Importance,
-    Method,
     PrunableRole,
     PruneConfig,
     RuntimeName,
     SkipLayers,
-    Strategy,
 )
 from saap.settings.recover import RecoverConfig, Tuning
-from saap.structure_search.objectives import budget_for_ratio
+from saap.settings.registry import Importance, Method, Strategy
+from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.plan import SearchSpace
 from saap.structure_search.plan import search as _search
 

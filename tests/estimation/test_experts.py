@@ -14,14 +14,15 @@ from torch import nn
 from saap.core.errors import PlanError
 from saap.core.records import CalibrationSet, CoupledGroup, Layout, ModelGraph, Role, UnitScores
 from saap.discovery import discover
-from saap.estimation.calibrate import estimate
+from saap.estimation.estimate import estimate
 from saap.models.structure.masking import masked
 from saap.models.walk.backend import Backend
-from saap.settings.prune import ElementOrder, PrunableRole, Strategy
+from saap.settings.prune import ElementOrder, PrunableRole
+from saap.settings.registry import Strategy
+from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.evaluator import StructureEvaluator
-from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace, make_plan, plan_from_counts, search
-from saap.structure_search.variables import build_variables
+from saap.structure_search.problem import build_variables
 from saap.surgery.cut import cut
 
 SAMPLES, LENGTH = 3, 9

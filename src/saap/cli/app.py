@@ -163,7 +163,8 @@ def prune(
     from saap.cli.parsing import choice, parse_bytes, parse_count, parse_ratios, parse_roles, parse_skip_layers
     from saap.core.errors import ConfigurationError
     from saap.core.records import Layout
-    from saap.settings.prune import Aggregation, Effort, FusionScope, Importance, Method, PruneConfig, Strategy
+    from saap.settings.prune import Aggregation, Effort, FusionScope, PruneConfig
+    from saap.settings.registry import Importance, Method, Strategy
 
     if out is None and not dry_run:
         raise ConfigurationError("--out is missing", "Name the folder to write with --out DIR, or use --dry-run")

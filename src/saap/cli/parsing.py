@@ -9,7 +9,8 @@ from enum import StrEnum
 from typing import TypeVar
 
 from saap.core.errors import ConfigurationError
-from saap.settings.prune import Method, MethodChoice, PrunableRole, SkipLayers, check_seed
+from saap.settings.prune import MethodChoice, PrunableRole, SkipLayers, check_seed
+from saap.settings.registry import Method
 
 Choice = TypeVar("Choice", bound=StrEnum)
 

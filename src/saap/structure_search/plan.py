@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from saap.core.errors import PlanError, TargetError
-from saap.core.records import (
-    Candidate,
-    Layout,
-    ModelGraph,
-    Role,
-    StructurePlan,
-    UnitScores,
-    count_parameters,
-)
+from saap.core.records import Candidate, Layout, ModelGraph, Role, StructurePlan, UnitScores, count_parameters
 from saap.core.storage import PlanDocument
 from saap.models.structure.keep_index import KeepIndex, Kept, require_possible
-from saap.settings.prune import PrunableRole, SkipLayers, Strategy, unit_roles
-from saap.structure_search.adaptive import Evaluator, SearchGuide, adaptive, protected_layers
-from saap.structure_search.allocation import AnyBudget, Proposal, Scores, SearchProblem
-from saap.structure_search.strategies import STRATEGIES, importance_order
-from saap.structure_search.variables import build_variables, required_step
+from saap.settings.prune import PrunableRole, SkipLayers, unit_roles
+from saap.settings.registry import Strategy
+from saap.structure_search.budget import AnyBudget
+from saap.structure_search.problem import (
+    Evaluator,
+    Proposal,
+    Scores,
+    SearchGuide,
+    SearchProblem,
+    build_variables,
+    importance_order,
+    required_step,
+)
+from saap.structure_search.strategies import protected_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,10 @@ class SearchSpace:
     align: int
     skip_layers: SkipLayers | None = None
     legal_sizes: Mapping[Role, Collection[int]] | None = None
+
+    def skipped(self, graph: ModelGraph) -> tuple[int, ...]:
+        """The layers that lose nothing on request."""
+        return () if self.skip_layers is None else self.skip_layers.layers(len(graph.blocks))
 
 
 def check_reachable(graph: ModelGraph, budget: AnyBudget, space: SearchSpace) -> StructurePlan:
@@ -58,58 +62,37 @@ def search(
 ) -> StructurePlan:
     """Decide how many units each module keeps, and which.
 
-    guide: for the adaptive strategy, and its evaluator, called once per block, for the role `block`.
+    guide: for strategies that measure, and its evaluator, called once per block, for the role `block`.
     Raises TargetError if the budget cannot be reached.
     """
     guide = guide or SearchGuide()
     dropped = _blocks_to_drop(graph, scores, budget, space, guide.evaluator)
-    left = dataclasses.replace(budget, removal=budget.removal - budget.removed(graph, {}, dropped))
+    remaining = dataclasses.replace(budget, removal=budget.removal - budget.removed(graph, {}, dropped))
     keep: dict[str, tuple[int, ...]] = {}
     trail: tuple[Candidate, ...] = ()
-    while left.removal > 0:
-        problem = _problem(graph, scores, left, space, dropped)
-        if strategy is Strategy.ADAPTIVE:
-            proposal, trail = adaptive(problem, guide)
-        else:
-            problem, proposal = _single(problem, space, strategy)
-        keep = proposal.keep(problem.variables)
+
+    def solved(skipped: Collection[int]) -> tuple[dict[str, tuple[int, ...]], tuple[Candidate, ...]]:
+        variables = build_variables(
+            graph, roles=unit_roles(space.roles), layout=space.layout, align=space.align,
+            skipped_layers={*dropped, *skipped}, legal_sizes=space.legal_sizes,
+        )  # fmt: skip
+        proposal: Proposal = strategy.load()(SearchProblem(graph, variables, scores, remaining, dropped, guide))
+        return proposal.keep(variables), proposal.trail
+
+    while remaining.removal > 0:
+        protects = strategy is not Strategy.ADAPTIVE and space.skip_layers is None and space.layout is Layout.ADAPTIVE
+        try:  # both ends are protected by default, unless the budget cannot be met so
+            keep, trail = solved(protected_layers(len(graph.blocks)) if protects else space.skipped(graph))
+        except TargetError:
+            if not protects:
+                raise
+            keep, trail = solved(())
         missing = budget.removal - budget.removed(graph, keep, dropped)
         if missing <= 0:
             break
         # Channels of the whole model also lie in the blocks that are dropped: request what was counted twice.
-        left = dataclasses.replace(left, removal=left.removal + missing)
+        remaining = dataclasses.replace(remaining, removal=remaining.removal + missing)
     return make_plan(graph, keep, dropped, layout=space.layout, strategy=strategy, align=space.align, trail=trail)
-
-
-def _problem(
-    graph: ModelGraph,
-    scores: Scores,
-    budget: AnyBudget,
-    space: SearchSpace,
-    dropped: tuple[int, ...],
-    protected: Collection[int] = (),
-) -> SearchProblem:
-    """The problem outside layers that are dropped, protected, or skipped by the space."""
-    skipped = () if space.skip_layers is None else space.skip_layers.layers(len(graph.blocks))
-    variables = build_variables(
-        graph,
-        roles=unit_roles(space.roles),
-        layout=space.layout,
-        align=space.align,
-        skipped_layers={*dropped, *protected, *skipped},
-        legal_sizes=space.legal_sizes,
-    )
-    return SearchProblem(graph, variables, scores, budget, dropped)
-
-
-def _single(whole: SearchProblem, space: SearchSpace, strategy: Strategy) -> tuple[SearchProblem, Proposal]:
-    """One strategy's proposal; with both ends protected by default, unless the budget cannot be met so."""
-    if space.skip_layers is None and space.layout is Layout.ADAPTIVE:
-        protected = protected_layers(len(whole.graph.blocks))
-        with suppress(TargetError):
-            problem = _problem(whole.graph, whole.scores, whole.budget, space, whole.dropped, protected)
-            return problem, STRATEGIES[strategy](problem)
-    return whole, STRATEGIES[strategy](whole)
 
 
 def make_plan(
@@ -137,15 +120,6 @@ def make_plan(
         block_parameters=count_parameters(graph.in_blocks(shapes)),
         trail=trail,
     )
-
-
-def with_units(graph: ModelGraph, plan: StructurePlan, keep: Mapping[str, tuple[int, ...]]) -> StructurePlan:
-    """The plan with other units of the same groups, where `keep` names them."""
-    chosen = {name: keep.get(name, kept) for name, kept in plan.keep.items()}
-    return make_plan(
-        graph, chosen, plan.dropped_blocks, layout=plan.layout, strategy=plan.strategy, align=plan.align,
-        trail=plan.trail,
-    )  # fmt: skip
 
 
 def complete_plan(graph: ModelGraph, given: PlanDocument) -> StructurePlan:
@@ -199,8 +173,7 @@ def _blocks_to_drop(
     """
     if PrunableRole.BLOCK not in space.roles:
         return ()
-    skipped = set() if space.skip_layers is None else set(space.skip_layers.layers(len(graph.blocks)))
-    eligible = [layer for layer in range(len(graph.blocks)) if layer not in skipped]
+    eligible = [layer for layer in range(len(graph.blocks)) if layer not in space.skipped(graph)]
     losses = {layer: _block_loss(graph, scores, layer, evaluator) for layer in eligible}
     alone = len(space.roles) == 1
     dropped: list[int] = []
