@@ -40,7 +40,7 @@ def estimate(
     """
     samples, length = calibration.tokens.shape
     if samples < 2:
-        raise CalibrationError("Fluctuation over samples needs two of them", "Use --samples 2 or more")
+        raise CalibrationError("Fluctuation over samples needs two of them", "Use --num-samples 2 or more")
     graph, scoring = backend.graph, _scoring(importance)
     groups = [group for group in graph.groups if group.role in roles]
     observer: ScoreObserver
