@@ -30,9 +30,9 @@ def walked(backend: Backend, *observers: Observer) -> None:
 def test_several_observers_listen_in_one_walk(spilled: bool, tmp_path: Path) -> None:
     model = families.build("llama")
     backend = Backend(model, discover(model), spill=Spill(tmp_path) if spilled else None)
-    fisher, grams = TokenFisher(backend, TOKENS.numel()), WeightedGrams(backend, TOKENS.numel())
+    fisher, grams = TokenFisher(backend, TOKENS.numel()), WeightedGrams(backend, TOKENS)
     walked(backend, fisher, grams)
-    alone = TokenFisher(backend, TOKENS.numel()), WeightedGrams(backend, TOKENS.numel())
+    alone = TokenFisher(backend, TOKENS.numel()), WeightedGrams(backend, TOKENS)
     for one in alone:
         walked(backend, one)
     for name, scores in alone[0].result().items():

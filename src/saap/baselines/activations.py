@@ -1,9 +1,7 @@
 """Baselines that look at activations, all by one forward pass: Wanda-sp, FLAP, block influence."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -65,7 +63,7 @@ class ActivationStatistics(Observer):
             else:
                 self.mean[site], self.square[site] = (one / count for one in sums)
 
-    def result(self) -> ActivationStatistics:
+    def result(self) -> Self:
         """The means."""
         return self
 

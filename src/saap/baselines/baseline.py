@@ -1,7 +1,5 @@
 """What a baseline is, what it may measure of the dense model, and which weights its units have."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -5,10 +5,9 @@ of two samples cancel in the first-order terms. Deviation: both gradients come f
 instead of one pass each; the numbers are the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -57,7 +56,7 @@ class AveragedGradients(Observer):
         self.mean = {name: processes.total(mean) for name, mean in self.mean.items()}
         self.square = {name: processes.total(square) for name, square in self.square.items()}
 
-    def result(self) -> AveragedGradients:
+    def result(self) -> Self:
         """Both means."""
         return self
 

@@ -1,7 +1,5 @@
 """Baselines that need no text: random numbers, and the size of the weights."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from saap.baselines.baseline import Baseline, along_axis, sum_members

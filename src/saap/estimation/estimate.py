@@ -1,7 +1,5 @@
 """The estimation: one pass over the calibration samples that scores every unit, and the score that the search uses."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import torch

@@ -7,8 +7,6 @@ The minimised sum itself is no importance of a whole module: its logarithms make
 below one nat, as those of real models are, so it can be neither shared out nor divided. See `fused`.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 

@@ -4,8 +4,6 @@ W is a weight, L_n the loss of one sample, P = W * dL_n/dW their product element
 loss that disappears when the element is set to zero.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,10 +1,9 @@
 """Statistics of scores over samples, and the observer that keeps them in a walk."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
+from typing import Self
 
 import numpy as np
 from torch import Tensor
@@ -27,7 +26,7 @@ class Moments:
     products: FloatArray
 
     @classmethod
-    def of(cls, vector: FloatArray, element: FloatArray) -> Moments:
+    def of(cls, vector: FloatArray, element: FloatArray) -> Self:
         """Moments of a single sample."""
         return cls(1, np.stack([vector, element]), np.zeros((2, 2, len(vector))))
 

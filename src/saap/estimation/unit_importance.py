@@ -1,7 +1,5 @@
 """The observer behind SAAP's importance: which weights of the coupled groups are scored, and how in a walk."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

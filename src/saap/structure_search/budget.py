@@ -1,12 +1,11 @@
 """What "enough" means: every target becomes parameters, or shares of the decoding time, that must be removed."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -139,7 +138,7 @@ class TimeBudget:
             "Ask for less, or allow more roles or layers",
         )
 
-    def corrected(self, *, predicted: float, measured: float) -> TimeBudget:
+    def corrected(self, *, predicted: float, measured: float) -> Self:
         """With all savings scaled so that a plan whose speed-up was `predicted` gets the `measured` one.
 
         A measurement that is far off says more about other work on the machine than about the model, so the factor

@@ -1,7 +1,5 @@
 """Structures evaluated by what they do: the loss on held-out calibration samples, without any surgery."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from itertools import zip_longest

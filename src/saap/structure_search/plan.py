@@ -1,7 +1,5 @@
 """The stage: scores, graph and budget in, structure plan out."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,13 +51,9 @@ def check_reachable(graph: ModelGraph, budget: AnyBudget, space: SearchSpace) ->
 
 
 def search(
-    graph: ModelGraph,
-    scores: Scores,
-    budget: AnyBudget,
-    space: SearchSpace,
-    strategy: Strategy,
+    graph: ModelGraph, scores: Scores, budget: AnyBudget, space: SearchSpace, strategy: Strategy,
     guide: SearchGuide | None = None,
-) -> StructurePlan:
+) -> StructurePlan:  # fmt: skip
     """Decide how many units each module keeps, and which.
 
     guide: for strategies that measure, and its evaluator, called once per block, for the role `block`.
@@ -70,6 +64,7 @@ def search(
     remaining = dataclasses.replace(budget, removal=budget.removal - budget.removed(graph, {}, dropped))
     keep: dict[str, tuple[int, ...]] = {}
     trail: tuple[Candidate, ...] = ()
+    protects = strategy is not Strategy.ADAPTIVE and space.skip_layers is None and space.layout is Layout.ADAPTIVE
 
     def solved(skipped: Collection[int]) -> tuple[dict[str, tuple[int, ...]], tuple[Candidate, ...]]:
         variables = build_variables(
@@ -80,57 +75,42 @@ def search(
         return proposal.keep(variables), proposal.trail
 
     while remaining.removal > 0:
-        protects = strategy is not Strategy.ADAPTIVE and space.skip_layers is None and space.layout is Layout.ADAPTIVE
         try:  # both ends are protected by default, unless the budget cannot be met so
             keep, trail = solved(protected_layers(len(graph.blocks)) if protects else space.skipped(graph))
         except TargetError:
             if not protects:
                 raise
             keep, trail = solved(())
-        missing = budget.removal - budget.removed(graph, keep, dropped)
-        if missing <= 0:
-            break
         # Channels of the whole model also lie in the blocks that are dropped: request what was counted twice.
-        remaining = dataclasses.replace(remaining, removal=remaining.removal + missing)
+        missing = max(0, budget.removal - budget.removed(graph, keep, dropped))
+        remaining = dataclasses.replace(remaining, removal=remaining.removal + missing if missing else 0)
     return make_plan(graph, keep, dropped, layout=space.layout, strategy=strategy, align=space.align, trail=trail)
 
 
 def make_plan(
-    graph: ModelGraph,
-    keep: Mapping[str, tuple[int, ...]],
-    dropped_blocks: Sequence[int],
-    *,
-    layout: Layout,
-    strategy: str,
-    align: int,
-    trail: tuple[Candidate, ...] = (),
-) -> StructurePlan:
+    graph: ModelGraph, keep: Mapping[str, tuple[int, ...]], dropped_blocks: Sequence[int], *, layout: Layout,
+    strategy: str, align: int, trail: tuple[Candidate, ...] = (),
+) -> StructurePlan:  # fmt: skip
     """A plan with its predicted numbers of parameters; groups that keep all their units need not be named."""
     units = {group.name: group.units for group in graph.groups}
     keep = {name: kept for name, kept in keep.items() if len(kept) < units[name]}
     shapes = KeepIndex.of(graph, keep, dropped_blocks).shapes
     return StructurePlan(
-        graph_digest=graph.digest,
-        layout=layout,
-        strategy=str(strategy),
-        align=align,
-        keep=keep,
-        dropped_blocks=tuple(dropped_blocks),
-        parameters=count_parameters(shapes),
-        block_parameters=count_parameters(graph.in_blocks(shapes)),
-        trail=trail,
-    )
+        graph_digest=graph.digest, layout=layout, strategy=str(strategy), align=align, keep=keep,
+        dropped_blocks=tuple(dropped_blocks), parameters=count_parameters(shapes),
+        block_parameters=count_parameters(graph.in_blocks(shapes)), trail=trail,
+    )  # fmt: skip
 
 
 def complete_plan(graph: ModelGraph, given: PlanDocument) -> StructurePlan:
     """The plan of a file that lists all kept units. Raises PlanError if it gives the number alone of some."""
-    keep: dict[str, tuple[int, ...]] = {}
-    for name, kept in given.keep(graph).items():
-        if isinstance(kept, int):
-            raise PlanError(f"The units of {name} are still to be chosen", "List them as `units`")
-        keep[name] = kept
+    keep = given.keep(graph)
+    left_open = [name for name, kept in keep.items() if isinstance(kept, int)]
+    if left_open:
+        raise PlanError(f"The units of {left_open[0]} are still to be chosen", "List them as `units`")
+    chosen = {name: kept for name, kept in keep.items() if not isinstance(kept, int)}
     return make_plan(
-        graph, keep, given.dropped_blocks, layout=given.layout, strategy=given.strategy, align=given.align,
+        graph, chosen, given.dropped_blocks, layout=given.layout, strategy=given.strategy, align=given.align,
         trail=given.candidates,
     )  # fmt: skip
 
@@ -143,20 +123,19 @@ def plan_from_counts(
 
     Raises PlanError where the model cannot lose what the plan leaves out.
     """
-    orders = importance_order(scores)
-    units = {group.name: group.units for group in graph.groups}
+    orders, groups = importance_order(scores), {group.name: group for group in graph.groups}
     chosen: dict[str, tuple[int, ...]] = {}
     for name, kept in keep.items():
         if isinstance(kept, int):
-            order = orders[name] if name in orders else np.arange(units.get(name, 0))[::-1]
-            kept = order[::-1][:kept].tolist()
+            order = orders[name][::-1] if name in orders else np.arange(groups[name].units if name in groups else 0)
+            kept = order[:kept].tolist()
         chosen[name] = tuple(sorted(kept))
     require_possible(graph, chosen, dropped_blocks)
     for name, kept in chosen.items():
-        count, step = keep[name], required_step(graph, graph.group(name))
+        count, step, units = keep[name], required_step(graph, groups[name]), groups[name].units
         if isinstance(count, int) and count != len(kept):
-            raise PlanError(f"The plan keeps {count} units of {name}, which has {units[name]}", "Keep no more of them")
-        if len(kept) < units[name] and len(kept) % step:
+            raise PlanError(f"The plan keeps {count} units of {name}, which has {units}", "Keep no more of them")
+        if len(kept) < units and len(kept) % step:
             raise PlanError(
                 f"The plan keeps {len(kept)} units of {name}, whose matrices are stacked", f"Keep a multiple of {step}"
             )
@@ -174,10 +153,16 @@ def _blocks_to_drop(
     if PrunableRole.BLOCK not in space.roles:
         return ()
     eligible = [layer for layer in range(len(graph.blocks)) if layer not in space.skipped(graph)]
-    losses = {layer: _block_loss(graph, scores, layer, evaluator) for layer in eligible}
+
+    def loss(layer: int) -> float:
+        if evaluator is not None:
+            return evaluator({}, (layer,))
+        scored = [scores[group.name] for group in graph.in_block(layer) if group.name in scores]
+        return float(np.mean([score.mean.mean() for score in scored]))
+
     alone = len(space.roles) == 1
     dropped: list[int] = []
-    for layer in sorted(eligible, key=lambda layer: losses[layer])[: len(graph.blocks) - 1]:
+    for layer in sorted(eligible, key=loss)[: len(graph.blocks) - 1]:
         if budget.removed(graph, {}, dropped) >= budget.removal:
             break
         if not alone and budget.removed(graph, {}, [*dropped, layer]) > budget.removal:
@@ -187,9 +172,3 @@ def _blocks_to_drop(
     if alone and removed < budget.removal:
         raise budget.unreachable(graph, removed, "by dropping whole blocks")
     return tuple(sorted(dropped))
-
-
-def _block_loss(graph: ModelGraph, scores: Scores, layer: int, evaluator: Evaluator | None) -> float:
-    if evaluator is not None:
-        return evaluator({}, (layer,))
-    return float(np.mean([scores[group.name].mean.mean() for group in graph.in_block(layer) if group.name in scores]))

@@ -4,8 +4,6 @@ In the adaptive layout each module has a variable, as have the experts of one mo
 stacked; in the uniform layout all modules of a role share one, since they share their size.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +34,6 @@ class DecisionVariable:
     after the first. parameters_per_unit: removed when every group loses one unit and nothing else is pruned.
     """
 
-    name: str
     role: Role
     groups: tuple[CoupledGroup, ...]
     units: int
@@ -51,14 +48,9 @@ class DecisionVariable:
 
 
 def build_variables(
-    graph: ModelGraph,
-    *,
-    roles: Iterable[Role],
-    layout: Layout,
-    align: int,
-    skipped_layers: Collection[int] = (),
+    graph: ModelGraph, *, roles: Iterable[Role], layout: Layout, align: int, skipped_layers: Collection[int] = (),
     legal_sizes: Mapping[Role, Collection[int]] | None = None,
-) -> tuple[DecisionVariable, ...]:
+) -> tuple[DecisionVariable, ...]:  # fmt: skip
     """Variables of the groups of `roles` outside `skipped_layers`.
 
     align: FFN and hidden channels stay in multiples of it (and of 8 where experts are stacked); attention goes by whole
@@ -100,14 +92,10 @@ def _variable(
     step = math.lcm(align, required_step(graph, first)) if first.role.of_channels else 1
     smaller = range((first.units - 1) // step * step, max(0, first.least - 1), -step)
     return DecisionVariable(
-        name=(first.bundle or first.name) if len({group.layer for group in groups}) == 1 else str(first.role),
-        role=first.role,
-        groups=tuple(groups),
-        units=first.units,
-        step=step,
+        role=first.role, groups=tuple(groups), units=first.units, step=step,
         sizes=(first.units, *(size for size in smaller if legal is None or size in legal)),
         parameters_per_unit=sum(group.parameters_per_unit(graph.shapes) for group in groups),
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,6 @@ SAAP states the idea of stability, not its formulas: units whose importance fluc
 The two indicators below are our readings of it. The default strategy chooses among the others by measured loss.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,8 +30,6 @@ WAVES = 4
 MUTATION_SCALE = 0.3
 LEAST_SHARE = 0.02
 """What a module that loses nothing counts as losing, so that the evolution can remove something from it."""
-
-Measured = list[tuple[float, Proposal]]
 
 
 def uniform(problem: SearchProblem) -> Proposal:
@@ -121,7 +117,10 @@ def adaptive(problem: SearchProblem) -> Proposal:
     evaluator, evaluations = guide.evaluator, guide.evaluations
     if evaluator is None or evaluations < 2:
         return starts[0]
-    measured: Measured = []
+    measured: list[tuple[float, Proposal]] = []
+
+    def repeats(proposal: Proposal) -> bool:
+        return any(one.orders is proposal.orders and one.sizes == proposal.sizes for _, one in measured)
 
     def measure(proposal: Proposal) -> float:
         loss = evaluator(proposal.keep(problem.variables), problem.dropped)
@@ -133,15 +132,17 @@ def adaptive(problem: SearchProblem) -> Proposal:
         measure(start)
     orders = min(measured, key=lambda pair: pair[0])[1].orders
     for proposal in _named(problem, orders):
-        if len(measured) < evaluations and not _repeats(proposal, measured):
+        if len(measured) < evaluations and not repeats(proposal):
             measure(proposal)
     best_loss, best = min(measured, key=lambda pair: pair[0])
-    decrements = ranking if ranking is not None and best is starts[0] else problem.by_share(_shares(problem, best))
+    pairs = zip(problem.variables, best.sizes, strict=True)
+    shares = [max((variable.units - size) / variable.units, LEAST_SHARE) for variable, size in pairs]
+    decrements = ranking if ranking is not None and best is starts[0] else problem.by_share(shares)
     generator, parent, failures = np.random.default_rng(guide.seed), np.zeros(WAVES + 1), 0
     while len(measured) < evaluations and failures < 20:
         genes = parent + generator.normal(0, MUTATION_SCALE, WAVES + 1)
         child = problem.propose(f"evolution {len(measured)}", _mutated(problem, decrements, genes), orders)
-        if _repeats(child, measured):
+        if repeats(child):
             failures += 1
             continue
         loss = measure(child)
@@ -149,10 +150,6 @@ def adaptive(problem: SearchProblem) -> Proposal:
             best_loss, best, parent = loss, child, genes
     trail = sorted((Candidate(name=proposal.name, loss=loss) for loss, proposal in measured), key=lambda c: c.loss)
     return dataclasses.replace(best, trail=tuple(trail))
-
-
-def _repeats(proposal: Proposal, measured: Measured) -> bool:
-    return any(one.orders is proposal.orders and one.sizes == proposal.sizes for _, one in measured)
 
 
 def protected_layers(blocks: int) -> tuple[int, ...]:
@@ -211,12 +208,6 @@ def _named(problem: SearchProblem, orders: Orders) -> list[Proposal]:
         *(problem.propose(name, problem.by_share(each), orders) for name, each in shares.items()),
         *(strategy(problem) for strategy in (importance, volatility_z, volatility_cv)),
     ]
-
-
-def _shares(problem: SearchProblem, best: Proposal) -> list[float]:
-    """What each variable loses under a proposal, at least a little."""
-    each = zip(problem.variables, best.sizes, strict=True)
-    return [max((variable.units - size) / variable.units, LEAST_SHARE) for variable, size in each]
 
 
 def _mutated(problem: SearchProblem, decrements: Sequence[Decrement], genes: np.ndarray[Any, Any]) -> list[Decrement]:
