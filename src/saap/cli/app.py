@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from importlib import import_module
 
@@ -38,10 +39,14 @@ class Commands(click.Group):
         """The command of that name."""
         if cmd_name not in COMMANDS:
             return None
-        from saap.cli.flags import command
-
         module, _ = COMMANDS[cmd_name]
-        return command(getattr(import_module(f"saap.cli.{module}"), module), cmd_name)
+        gc.disable()  # imports make many objects and no garbage
+        try:
+            from saap.cli.flags import command
+
+            return command(getattr(import_module(f"saap.cli.{module}"), module), cmd_name)
+        finally:
+            gc.enable()
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list without importing any of them."""
