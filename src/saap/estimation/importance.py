@@ -6,11 +6,12 @@ loss that disappears when the element is set to zero.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from saap.core.records import CoupledGroup, FloatArray, ImportanceScores, ModelGraph, UnitScores
+from saap.core.records import CoupledGroup, ImportanceScores, ModelGraph, UnitScores
 from saap.estimation.statistics import ScoreObserver
 from saap.models.loading.precision import at_least_float32
 from saap.models.walk.backend import Backend
@@ -100,18 +101,15 @@ def aggregate(members: Tensor, aggregation: Aggregation, last: int) -> Tensor:
     return members.sum(0) if aggregation is Aggregation.SUM else members.prod(0)
 
 
-def element_units(scores: ImportanceScores, graph: ModelGraph, scope: FusionScope) -> Mapping[str, UnitScores]:
-    """Mean and variance over samples of the element-wise score, by group."""
-    return {name: _spread(group.element, group.element_m2, scores) for name, group in scores.groups.items()}
-
-
-def vector_units(scores: ImportanceScores, graph: ModelGraph, scope: FusionScope) -> Mapping[str, UnitScores]:
-    """Mean and variance over samples of the vector-wise score, by group."""
-    return {name: _spread(group.vector, group.vector_m2, scores) for name, group in scores.groups.items()}
-
-
-def _spread(mean: FloatArray, m2: FloatArray, scores: ImportanceScores) -> UnitScores:
-    return UnitScores(mean=mean, variance=m2 / max(scores.samples - 1, 1))
+def measured_units(
+    scores: ImportanceScores, graph: ModelGraph, scope: FusionScope, *, statistic: str = "element"
+) -> Mapping[str, UnitScores]:
+    """Mean and variance over samples of one measured score, `element` or `vector`, by group."""
+    freedom = max(scores.samples - 1, 1)
+    return {
+        name: UnitScores(mean=getattr(group, statistic), variance=getattr(group, f"{statistic}_m2") / freedom)
+        for name, group in scores.groups.items()
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,10 +123,10 @@ class Scoring:
 
     element: ElementScore | None = None
     observer: Callable[[Backend, Sequence[CoupledGroup]], ScoreObserver] | None = None
-    units: Callable[[ImportanceScores, ModelGraph, FusionScope], Mapping[str, UnitScores]] = element_units
+    units: Callable[[ImportanceScores, ModelGraph, FusionScope], Mapping[str, UnitScores]] = measured_units
 
 
-VECTOR = Scoring(units=vector_units)
+VECTOR = Scoring(units=partial(measured_units, statistic="vector"))
 ELEMENT1 = Scoring(element=first_order)
 ELEMENT2 = Scoring(element=second_order)
 MIXED = Scoring(element=mixed_orders)

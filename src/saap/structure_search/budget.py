@@ -63,7 +63,7 @@ def budget_for_parameters(graph: ModelGraph, target: int) -> Budget:
 
 
 def header_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Bytes that a safetensors file takes beside its tensors: an upper bound from the names and shapes."""
+    """Bytes that a safetensors file takes besides its tensors: an upper bound from the names and shapes."""
     placed = {"dtype": "BF16", "data_offsets": [2**40, 2**40]}
     return 72 + len(json.dumps({name: {**placed, "shape": list(shape)} for name, shape in shapes.items()}))
 

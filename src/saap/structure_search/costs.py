@@ -23,7 +23,7 @@ from saap.models.walk.processes import Processes
 from saap.models.walk.walk import walk
 
 CURVE_STEPS = 32
-"""Batches in which the units of a module are removed: fine enough for the steps of a plan."""
+"""Batches in which the units of a module are removed: fine enough for the decrements of a plan."""
 
 
 @dataclass(frozen=True, slots=True)

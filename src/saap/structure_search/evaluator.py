@@ -29,14 +29,9 @@ class StructureEvaluator:
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        tokens: Tensor,
-        grams: Mapping[str, Tensor] | None = None,
-        micro_batch: int = EVALUATED_AT_ONCE,
-        *,
-        ignored: Collection[int] = (),
-    ) -> None:
+        self, backend: Backend, tokens: Tensor, grams: Mapping[str, Tensor] | None = None,
+        micro_batch: int = EVALUATED_AT_ONCE, *, ignored: Collection[int] = (),
+    ) -> None:  # fmt: skip
         self._model, self._graph, self._processes = backend.model, backend.graph, backend.processes
         self._walker, self._grams = backend.walker(), grams or {}
         self._units = {group.name: group.units for group in backend.graph.groups}

@@ -30,7 +30,7 @@ from saap.structure_search.strategies import protected_layers
 class SearchSpace:
     """What may change, and how. skip_layers None: the search decides about the ends.
 
-    legal_sizes: by role, the only sizes that may be chosen beside the dense one; None: all.
+    legal_sizes: by role, the only sizes that may be chosen besides the dense one; None: all.
     """
 
     roles: tuple[PrunableRole, ...]

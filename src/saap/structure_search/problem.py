@@ -54,7 +54,7 @@ def build_variables(
     """Variables of the groups of `roles` outside `skipped_layers`.
 
     align: FFN and hidden channels stay in multiples of it (and of 8 where experts are stacked); attention goes by whole
-    KV groups. The uniform layout cannot skip layers. legal_sizes: the only sizes that groups of a role may have beside
+    KV groups. The uniform layout cannot skip layers. legal_sizes: the only sizes that groups of a role may have besides
     their own. Raises TargetError if no group of a role can lose anything.
     """
     found: list[DecisionVariable] = []

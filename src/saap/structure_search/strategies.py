@@ -186,7 +186,7 @@ def _starts(problem: SearchProblem, ranking: Sequence[Decrement] | None) -> list
         starts.append(problem.propose("second-order cost", ranking, {**guide.costs.orders}))
     only_attention = all(variable.of_heads for variable in problem.variables)
     shares = uniform_shares(problem.graph, problem.variables, attention=1.0 if only_attention else 0.0)
-    name, decrements = "uniform, ends spared", problem.by_share(shares)
+    name, decrements = "uniform, ends protected", problem.by_share(shares)
     if guide.element_scores is not None:
         orders = importance_order(guide.element_scores)
         starts.append(problem.propose(f"{name}, element-wise order", decrements, orders))
@@ -199,9 +199,10 @@ def _named(problem: SearchProblem, orders: Orders) -> list[Proposal]:
     orders: of the units in the plans that only say how much each module loses.
     """
     variables = problem.variables
+    portions = (0.0, 1.0) if any(variable.of_heads for variable in variables) else (1.0,)
     shares = {
-        f"uniform, attention {attention:g}, ends spared": uniform_shares(problem.graph, variables, attention=attention)
-        for attention in ((0.0, 1.0) if any(variable.of_heads for variable in variables) else (1.0,))
+        f"uniform, attention {portion:g}, ends protected": uniform_shares(problem.graph, variables, attention=portion)
+        for portion in portions
     }
     shares[f"module importance, spread {SPREAD:g}"] = module_shares(variables, problem.scores, attention=0.3)
     return [
