@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -156,22 +157,18 @@ class UnitImportance(ScoreObserver):
         """
         weight, predictions = self._model.get_parameter(seen.site).detach(), seen.batch.predictions
 
+        @lru_cache(maxsize=1)
         def product(place: int) -> Tensor:
             return at_least_float32(weight[place]) * at_least_float32(seen.dw[place])
 
-        places: dict[int | None, list[Part]] = {}
-        for part in self._parts[seen.site]:
-            places.setdefault(part.place, []).append(part)
-        for place, parts in places.items():
-            if place is None:
-                flat = [product(matrix).reshape(1, -1) for matrix in range(len(weight))]
-                change = torch.cat([one.sum(1) for one in flat])[None]
-                element = torch.cat([self._element(one, predictions, 0) for one in flat])[None]
-                yield from ((part, (change, element)) for part in parts)
-                continue
-            of_matrix = product(place)
-            for part in parts:
-                change, element = of_matrix.sum(1 - part.axis), self._element(of_matrix, predictions, part.axis)
+        for part in sorted(self._parts[seen.site], key=lambda part: part.place or 0):
+            if part.place is None:
+                flat = (product(place).reshape(1, -1) for place in range(len(weight)))
+                both = [(one.sum(1), self._element(one, predictions, 0)) for one in flat]
+                yield part, (torch.cat([change for change, _ in both])[None], torch.cat([one for _, one in both])[None])
+            else:
+                change = product(part.place).sum(1 - part.axis)
+                element = self._element(product(part.place), predictions, part.axis)
                 yield part, (units_of(change[None], part.channels), units_of(element[None], part.channels))
 
     def leave_block(self, layer: int, batch: Batch) -> None:
