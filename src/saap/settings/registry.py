@@ -63,7 +63,7 @@ class Importance(Registered):
 
 
 class Strategy(Registered):
-    """How the search decides what is removed from each module: a function from a `SearchProblem` to a `Proposal`."""
+    """How the search decides how much of each module is removed: a function from a `SearchProblem` to a `Proposal`."""
 
     ADAPTIVE = "adaptive", "saap.structure_search.strategies.adaptive", "the candidate with the least measured loss"
     IMPORTANCE = "importance", "saap.structure_search.strategies.importance", "one global ranking of all units"
