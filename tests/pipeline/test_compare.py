@@ -15,7 +15,8 @@ from saap.pipeline.compare import run
 from saap.pipeline.shared.inputs import RunOptions
 from saap.reporting.comparison import comparison_table, write_tables
 from saap.settings.measure import CompareRequest, EvalRequest
-from saap.settings.prune import Method, MethodChoice, PruneConfig
+from saap.settings.prune import MethodChoice, PruneConfig
+from saap.settings.registry import Method
 
 
 def compare(*arguments: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from saap.baselines.methods import BASELINES, Measurements
+from saap.baselines.baseline import Measurements
 from saap.core.errors import ConfigurationError
 from saap.core.evaluation_records import COMPARISON, Comparison, ComparisonRow, DenseRow, StageSeconds
 from saap.core.manifest import recorded_versions, typed_command
@@ -24,7 +24,7 @@ from saap.models.loading.devices import copied, quick_float32_products
 from saap.models.walk.probe import check_runs, trial_ids
 from saap.pipeline.compare.rows import RowStore, file_name
 from saap.pipeline.evaluate.run import ask_tasks, check_request, read_streams, requested_perplexity
-from saap.pipeline.prune.baselines import for_method, measurements
+from saap.pipeline.prune.baselines import baseline_of, for_method, measurements
 from saap.pipeline.prune.generated_text import write_text
 from saap.pipeline.prune.planning import plans_for, scores_of
 from saap.pipeline.prune.run import cut_and_restore
@@ -192,18 +192,18 @@ class _Bench:
             shutil.copyfile(shared.run.work.file(WRITE_TEXT.file), work.file(WRITE_TEXT.file))
         space = search_space(self.loaded.model, self.graph, config)
         run = dataclasses.replace(shared.run, config=config, space=space, work=work)
-        baseline = BASELINES.get(choice.method)
-        needs = None if baseline is None else baseline.needs
-        if needs is not None and needs not in shared.seconds:
+        baseline = baseline_of(choice.method)
+        needs = "" if baseline is None or baseline.measure is None else getattr(baseline.measure, "__name__", "text")
+        if baseline is not None and needs and needs not in shared.seconds:
             start = time.perf_counter()
             with self.meter.stage(f"measure the {needs} for the baselines"):
-                getattr(shared.found, needs)
+                shared.found.of(baseline)
             shared.seconds[needs] = time.perf_counter() - start
         measured = None if baseline is None else shared.found
         start = time.perf_counter()
         with self.meter.stage(f"{choice.label}: score"):
             scores = scores_of(run, measured)
-        seconds = time.perf_counter() - start + (0.0 if needs is None else shared.seconds[needs])
+        seconds = time.perf_counter() - start + shared.seconds.get(needs, 0.0)
         return _Scored(choice.label, run, scores, measured, seconds)
 
     def _make_alike(self, scored: _Scored, restored: bool, paths: Mapping[float, Path], dense: DenseRow) -> None:
