@@ -13,8 +13,7 @@ import torch
 from saap.core.manifest import RunManifest
 from saap.export.huggingface import entry_bytes, model_folder, stored_entries, write_records
 from saap.export.placing import check_output
-from saap.models.checkpoint.groupwise import GroupwiseWeight
-from saap.models.checkpoint.groupwise_files import PACKED_FILE, write_packed
+from saap.models.checkpoint.groupwise import PACKED_FILE, GroupwiseWeight, write_packed
 
 KEPT_RECORDS = ("plan.json", "scores.safetensors")
 """Files of the source's folder `saap` that still hold of the tuned model."""

@@ -15,7 +15,7 @@ from saap.core.errors import OutputError
 from saap.export.gguf.fields import Field
 from saap.export.gguf.plan import GgufPlan, PlannedTensor
 from saap.export.placing import check_place
-from saap.models.checkpoint.groupwise_files import PackedMatrices
+from saap.models.checkpoint.groupwise import PackedMatrices
 from saap.models.checkpoint.safetensor_files import StoredTensors
 
 CHUNK_VALUES = 2**20
@@ -86,7 +86,7 @@ def _chunks(tensor: PlannedTensor, tensors: StoredTensors, packed: PackedMatrice
         if tensor.source is None:
             values = np.zeros((last - first, *tensor.shape[1:]), dtype=np.float32)
         else:
-            values = tensors.rows(tensor.source, range(first, last)).to(torch.float32).numpy()
+            values = tensors.read(tensor.source)[first:last].to("cpu", torch.float32).numpy()
         if tensor.head_rows:
             values = interleaved(values, tensor.head_rows)
         if tensor.offset:

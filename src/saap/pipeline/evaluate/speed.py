@@ -16,7 +16,7 @@ from torch import nn
 
 from saap.core.errors import ConfigurationError, ExportError, ModelError
 from saap.evaluation.speed import LlamaCppRuntime, Runtime, Speed, TransformersRuntime, measure_speeds, speed_up
-from saap.models.checkpoint.safetensor_files import ModelTensors, StoredTensors
+from saap.models.checkpoint.safetensor_files import StoredTensors
 from saap.models.loading.llama_cpp import LlamaCpp, llama_cpp_is_installed
 from saap.models.walk.probe import check_reads
 from saap.pipeline.export.run import INSTALL, open_source
@@ -177,9 +177,8 @@ def write_without_tokenizer(source: Source, file: Path, gguf_type: GgufType) -> 
     from saap.export.gguf.tokenizer import no_tokenizer
     from saap.export.gguf.write import check_file, write_gguf
 
-    tensors: StoredTensors
     if isinstance(source, nn.Module):
-        config, tensors = source.config, ModelTensors(source)
+        config, tensors = source.config, StoredTensors.of_model(source)
     else:
         opened = open_source(source, None)
         config, tensors = opened.config, opened.tensors

@@ -19,9 +19,9 @@ from saap.data.texts import evaluation_text
 from saap.evaluation.agreement import Agreement, compare_with_llama_cpp
 from saap.export.push import push_folder
 from saap.models.checkpoint.differences import auto_class_name
-from saap.models.checkpoint.groupwise_files import PackedMatrices
+from saap.models.checkpoint.groupwise import PackedMatrices
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
-from saap.models.checkpoint.safetensor_files import ModelTensors, StoredTensors, TensorReader, weight_files
+from saap.models.checkpoint.safetensor_files import StoredTensors, weight_files
 from saap.models.loading.llama_cpp import LlamaCpp, llama_cpp_is_installed
 from saap.models.loading.pretrained import load_model, load_tokenizer, quiet_transformers, register_pruned_models
 from saap.models.loading.references import PACKAGED_MODELS, ResolvedModel, packaged_file, read_config, resolve_model
@@ -159,7 +159,7 @@ def export_decilm(source: str | Path, out: str | Path, *, overwrite: bool = Fals
         )
     files = weight_files(resolved.folder)
     config = _config(resolved)
-    blocks = block_configs(config, TensorReader(files).shapes)
+    blocks = block_configs(config, StoredTensors.in_files(files).shapes)
     write_decilm(resolved.folder, files, config, blocks, Path(out), overwrite=overwrite)
     return Path(out)
 
@@ -192,8 +192,9 @@ def open_source(source: str | Path, revision: str | None) -> ExportSource:
     tokenizer = load_tokenizer(resolved)
     if resolved.gguf_file is not None:
         model = load_model(resolved, device=torch.device("cpu"), dtype=torch.float32)
-        return ExportSource(resolved, model.config, ModelTensors(model), tokenizer, model)
-    return ExportSource(resolved, _config(resolved), TensorReader(weight_files(resolved.folder)), tokenizer, None)
+        return ExportSource(resolved, model.config, StoredTensors.of_model(model), tokenizer, model)
+    tensors = StoredTensors.in_files(weight_files(resolved.folder))
+    return ExportSource(resolved, _config(resolved), tensors, tokenizer, None)
 
 
 def _config(resolved: ResolvedModel) -> Any:
