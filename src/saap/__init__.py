@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from saap.api import discover, estimate, evaluate, prune, recover, search
     from saap.core.errors import SaapError
     from saap.core.records import CoupledGroup, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
-    from saap.models.checkpoint.differences import removed_modules
+    from saap.models.checkpoint.pruned_structure import removed_modules
     from saap.models.loading.pretrained import load
     from saap.pipeline.evaluate.run import EvalReport
     from saap.pipeline.export.run import GgufExport, export_decilm, export_gguf, push
@@ -38,7 +38,7 @@ _HOMES = {
     "GgufExport": "saap.pipeline.export.run",
     "EvalReport": "saap.pipeline.evaluate.run",
     "load": "saap.models.loading.pretrained",
-    "removed_modules": "saap.models.checkpoint.differences",
+    "removed_modules": "saap.models.checkpoint.pruned_structure",
     "PruneReport": "saap.pipeline.prune.result",
     "PruneResult": "saap.pipeline.prune.result",
     "RecoverReport": "saap.pipeline.recover.result",

@@ -16,7 +16,7 @@ from saap.core.errors import first_line
 from saap.core.records import Role, SlicedArgument, UnitAttribute
 from saap.discovery.groups import TracedGroup
 from saap.discovery.instance import TOKENS, Instance
-from saap.models.checkpoint.differences import argument_hook, epsilon_name
+from saap.models.checkpoint.pruned_structure import argument_hook, epsilon_name
 from saap.models.structure.linear import contracted_axis
 from saap.models.walk.arguments import unit_axis
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,14 +14,13 @@ from torch import nn
 from saap.core.errors import LayoutError, OutputError, first_line
 from saap.core.records import ModelGraph, Role, StructurePlan
 from saap.export.stream import Weights, smaller_streams
-from saap.models.checkpoint.differences import (
+from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, pruned_classes
+from saap.models.checkpoint.pruned_structure import (
     EPSILON_NAMES,
     PrunedStructure,
     epsilon_name,
     pruned_fields,
-    read_attribute,
 )
-from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, pruned_classes
 from saap.models.checkpoint.stock_config import stock_model, uniform_config
 from saap.models.walk.arguments import without_cache
 from saap.models.walk.offload import offloaded, share_weights
@@ -93,7 +93,7 @@ def _check_attributes(
         for name, value in attributes.items():
             if path in without_epsilon_of and name in EPSILON_NAMES:
                 continue
-            found = read_attribute(stock.get_submodule(path), name)
+            found = attrgetter(name)(stock.get_submodule(path))
             if abs(found - value) > 1e-6 * abs(value):
                 raise LayoutError(f"The stock class would set {path}.{name} to {found}, not {value}", ADAPTIVE_REMEDY)
 

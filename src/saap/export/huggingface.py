@@ -23,9 +23,9 @@ from saap.export.config_files import adaptive_config, stock_config, with_both_ro
 from saap.export.model_card import model_card
 from saap.export.placing import check_output, whole_folder
 from saap.models.checkpoint import modeling_pruned
-from saap.models.checkpoint.differences import PrunedStructure
 from saap.models.checkpoint.groupwise import GroupwiseLinear
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
+from saap.models.checkpoint.pruned_structure import PrunedStructure
 from saap.models.checkpoint.safetensor_files import INDEX_NAME, TensorEntry, write_tensors
 from saap.models.walk.offload import OffloadedWeights, offloaded
 

@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 from saap.core.errors import ConfigurationError, ModelError, first_line
 from saap.core.records import ModelRef, digest_of
 from saap.models.checkpoint.groupwise import WeightOf, pack_linears, read_packed
-from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, SaapPrunedConfig, auto_classes
+from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, SaapPrunedConfig
+from saap.models.checkpoint.pruned_structure import auto_class
 from saap.models.checkpoint.safetensor_files import StoredTensors, weight_files
 from saap.models.loading.devices import DeviceMap, check_known, pick_device, require_values, working_dtype
 from saap.models.loading.references import ResolvedModel, read_config, resolve_model
@@ -139,8 +140,7 @@ def _auto_class(resolved: ResolvedModel) -> Any:
     if resolved.gguf_file is not None:
         return AutoModelForCausalLM
     config = read_config(resolved.folder)
-    known = auto_classes(config.get("base_model_type", config["model_type"]))
-    return known[0][0] if known else AutoModelForCausalLM
+    return auto_class(config.get("base_model_type", config["model_type"]))
 
 
 def _forget_quantization(model: Any) -> None:

@@ -18,9 +18,9 @@ from saap.data.samples import token_stream
 from saap.data.texts import evaluation_text
 from saap.evaluation.agreement import Agreement, compare_with_llama_cpp
 from saap.export.push import push_folder
-from saap.models.checkpoint.differences import auto_class_name
 from saap.models.checkpoint.groupwise import PackedMatrices
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
+from saap.models.checkpoint.pruned_structure import auto_class
 from saap.models.checkpoint.safetensor_files import StoredTensors, weight_files
 from saap.models.loading.llama_cpp import LlamaCpp, llama_cpp_is_installed
 from saap.models.loading.pretrained import load_model, load_tokenizer, quiet_transformers, register_pruned_models
@@ -182,7 +182,7 @@ def opening_lines(folder: str | Path, repository: str) -> tuple[str, ...]:
     """The lines that open a checkpoint folder once it lies in a repository of the hub."""
     config = read_config(Path(folder))
     pruned = config["model_type"] == MODEL_TYPE
-    name = auto_class_name(config["base_model_type"] if pruned else config["model_type"])
+    name = auto_class(config["base_model_type"] if pruned else config["model_type"]).__name__
     return load_lines(Path(repository), "adaptive" if pruned else "uniform", name)
 
 
