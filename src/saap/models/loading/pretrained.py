@@ -31,14 +31,7 @@ from saap.models.walk.offload import offload, offloaded
 SAMPLED_VALUES = 4096
 # Fields of a configuration that say nothing about what the model computes.
 _INCIDENTAL_FIELDS = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-)
+TOKENIZER_FILES = ("tokenizer*.json", "tokenizer.model", "vocab.*", "spiece.model")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -156,7 +149,7 @@ def load_tokenizer(resolved: ResolvedModel) -> Any | None:
     options: dict[str, Any] = {"trust_remote_code": resolved.trust_remote_code}
     if resolved.gguf_file is not None:
         options["gguf_file"] = resolved.gguf_file
-    elif not any((resolved.folder / name).exists() for name in TOKENIZER_FILES):
+    elif not any(file for pattern in TOKENIZER_FILES for file in resolved.folder.glob(pattern)):
         return None
     return _read(AutoTokenizer, "tokenizer", resolved.source, resolved.folder, options)
 
