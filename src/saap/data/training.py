@@ -80,7 +80,7 @@ def training_data(
     if len(examples) < 2:
         raise TrainingDataError(
             f"{', '.join(map(str, sources))} gives {len(examples)} examples of {length} tokens",
-            "Give more data, or a smaller --length",
+            "Give more data, or a smaller --max-seq-length",
         )
     order = np.random.default_rng([seed, len(examples)]).permutation(len(examples))
     held_back = max(1, min(held_out, len(examples) // HELD_SHARE))
@@ -127,7 +127,7 @@ def _conversations(path: Path, tokenizer: Any | None, length: int, leading: Sequ
             examples.append(Example(tokens[:length], learned[:length]))
     if not examples:
         raise TrainingDataError(
-            f"No conversation of {path} has an answer within its first {length} tokens", "Use a larger --length"
+            f"No conversation of {path} has an answer within its first {length} tokens", "Use a larger --max-seq-length"
         )
     return examples
 
@@ -171,8 +171,8 @@ def _with_template(place: str, messages: list[Any], roles: list[Any], tokenizer:
     for index, role in enumerate(roles):
         if role != "assistant":
             continue
-        asked, answered = messages[:index], messages[: index + 1]
-        before = template_text(place, asked, tokenizer, error=TrainingDataError, prompt=True) if asked else ""
+        question, answered = messages[:index], messages[: index + 1]
+        before = template_text(place, question, tokenizer, error=TrainingDataError, prompt=True) if question else ""
         after = template_text(place, answered, tokenizer, error=TrainingDataError)
         if not (before.startswith(done) and after.startswith(before)):
             raise TrainingDataError(
@@ -187,7 +187,7 @@ def _with_template(place: str, messages: list[Any], roles: list[Any], tokenizer:
 def _joined(
     pieces: list[tuple[str, bool]], tokenizer: Any, leading: Sequence[int]
 ) -> tuple[IntArray, np.ndarray[Any, np.dtype[np.bool_]]]:
-    """Every piece tokenised by itself, as a prompt is when the model is asked, after the leading ids.
+    """Every piece tokenised by itself, as a prompt is in a chat, after the leading ids.
 
     Many chat templates write these themselves.
     """
