@@ -19,8 +19,7 @@ from saap.data.training import training_data
 from saap.discovery.blocks import find_blocks
 from saap.evaluation.perplexity import perplexity
 from saap.evaluation.zero_shot import evaluate_tasks
-from saap.models.checkpoint.groupwise import GroupwiseLinear
-from saap.models.checkpoint.groupwise_files import linears_inside
+from saap.models.checkpoint.groupwise import GroupwiseLinear, linears_inside
 from saap.models.loading.devices import rounded_products
 from saap.models.loading.pretrained import load_groupwise, load_model, load_tokenizer
 from saap.models.loading.references import resolve_model

@@ -23,7 +23,7 @@ _HOMES = {
     "recover": "saap.api",
     "evaluate": "saap.api",
     "load": "saap.models.loading.pretrained",
-    "removed_modules": "saap.models.checkpoint.differences",
+    "removed_modules": "saap.models.checkpoint.pruned_structure",
     "export_gguf": "saap.pipeline.export.run",
     "export_decilm": "saap.pipeline.export.run",
     "push": "saap.pipeline.export.run",

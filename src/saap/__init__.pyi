@@ -18,7 +18,7 @@ from saap.core.roles import Layout as Layout
 from saap.core.roles import Role as Role
 from saap.data.samples import Calibration
 from saap.export.gguf.write import GgufExport as GgufExport
-from saap.models.checkpoint.differences import removed_modules as removed_modules
+from saap.models.checkpoint.pruned_structure import removed_modules as removed_modules
 from saap.models.loading.pretrained import load as load
 from saap.pipeline.export.run import export_decilm as export_decilm
 from saap.pipeline.export.run import export_gguf as export_gguf

@@ -21,7 +21,7 @@ from saap.core.errors import LayoutError
 from saap.core.records import CoupledGroup, Layout, ModelGraph, Role, StructurePlan
 from saap.discovery import discover
 from saap.export.huggingface import CheckpointParts, write_checkpoint
-from saap.models.checkpoint.differences import PrunedStructure
+from saap.models.checkpoint.pruned_structure import PrunedStructure
 from saap.models.loading.pretrained import load
 from saap.models.structure.masking import masked
 from saap.surgery.cut import cut

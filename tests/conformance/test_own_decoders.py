@@ -26,7 +26,7 @@ from tests.families import randomised
 
 from saap.core.records import ModelGraph, Role
 from saap.discovery import discover
-from saap.models.checkpoint.differences import structure_of
+from saap.models.checkpoint.pruned_structure import structure_of
 from saap.models.loading.pretrained import load
 from saap.models.walk.backend import Backend
 from saap.surgery.cut import cut

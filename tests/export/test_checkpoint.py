@@ -29,7 +29,7 @@ from saap.export.huggingface import (
 from saap.export.model_card import escape, licence_of, model_card
 from saap.export.placing import check_output
 from saap.models.checkpoint import modeling_pruned
-from saap.models.checkpoint.differences import mark_pruned
+from saap.models.checkpoint.pruned_structure import mark_pruned
 from saap.models.loading.pretrained import load
 from saap.surgery.cut import cut
 

@@ -16,7 +16,7 @@ from tests.export.gguf_models import adaptive_folder, family_folder
 from saap.cli import app as cli
 from saap.core.errors import ModelError
 from saap.export.gguf.write import interleaved
-from saap.models.checkpoint.groupwise_files import linears_inside, read_packed, write_packed
+from saap.models.checkpoint.groupwise import linears_inside, read_packed, write_packed
 from saap.models.loading.pretrained import load
 from saap.pipeline.export.run import export_gguf
 from saap.recovery.quantise import quantise

@@ -44,7 +44,7 @@ def test_a_hub_id_without_a_connection_asks_for_a_folder(monkeypatch: pytest.Mon
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError
 
-    monkeypatch.setattr(references.huggingface_hub.HfApi, "list_repo_files", unreachable)
+    monkeypatch.setattr(references.huggingface_hub.HfApi, "repo_info", unreachable)
     with pytest.raises(ModelError, match=r"no folder nobody/nothing-at-all.*cannot be reached"):
         resolve_model("nobody/nothing-at-all")
 
@@ -53,15 +53,19 @@ def test_a_model_that_must_be_here_is_not_looked_for_on_the_hub(monkeypatch: pyt
     def asked(*_: object, **__: object) -> list[str]:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr(references.huggingface_hub.HfApi, "list_repo_files", asked)
+    monkeypatch.setattr(references.huggingface_hub.HfApi, "repo_info", asked)
     with pytest.raises(ModelError, match="it has not been downloaded"):
         resolve_model("someone/never-downloaded", fetch=False)
 
 
-def test_a_hub_repository_with_pickles_only_is_refused_before_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = ["config.json", "pytorch_model.bin"]
-    monkeypatch.setattr(references.huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: files)
-    with pytest.raises(ModelError, match="some/model has no safetensors weights"):
+def test_a_hub_repository_with_pickles_only_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_weights(source: str, *, allow_patterns: list[str], **_: object) -> str:
+        assert not {"*", "*.bin"} & set(allow_patterns)
+        (folder / "model.safetensors").unlink()
+        return str(folder)
+
+    monkeypatch.setattr(references.huggingface_hub, "snapshot_download", without_weights)
+    with pytest.raises(ModelError, match=r"has no model\.safetensors.*with safetensors weights"):
         resolve_model("some/model")
 
 
@@ -95,7 +99,7 @@ def test_a_truncated_file_is_named(folder: Path, size: int) -> None:
 def test_a_header_whose_sizes_disagree_is_refused(folder: Path) -> None:
     header = json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
-    with pytest.raises(ModelError, match="damaged header"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged"):
         resolve_model(folder)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 from tests.command import run
 from tests.pipeline import tiny
@@ -50,16 +51,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
+def unreachable(*_: object, **__: object) -> None:
+    raise OfflineModeIsEnabled
+
+
 @pytest.fixture
 def asked(made: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The hub is that cache; what would be asked of the real one is noted down."""
     questions: list[Any] = []
 
-    def unreachable(*given: object, **more: object) -> None:
-        questions.append(given[1:])
-        raise ConnectionError
+    def noted(*_: object, repo_id: str, **__: object) -> None:
+        questions.append(repo_id)
+        unreachable()
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", noted)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(made))
     return questions
 
@@ -71,7 +76,7 @@ def small_once(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ratio = ["--pruning-ratio", "0.2", "--align", "16", "--calibration", "novels"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(made))
-        patch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: 1 / 0)
+        patch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
         words = ["saap", "prune", NAME, "--revision", "old", *ratio, *FAST, "--out", str(out), "--quiet"]
         patch.setattr("sys.argv", words)
         with pytest.raises(SystemExit) as left:

@@ -7,8 +7,7 @@ import torch
 from tests.families import FAMILIES, FLOAT32_ATTENTION, token_ids
 from tests.recovery.tiny import blocks, build
 
-from saap.models.checkpoint.groupwise import GroupwiseLinear
-from saap.models.checkpoint.groupwise_files import linears_inside, pack_linears
+from saap.models.checkpoint.groupwise import GroupwiseLinear, linears_inside, pack_linears
 from saap.recovery.prepare import adapt, merge
 from saap.recovery.quantise import quantise
 

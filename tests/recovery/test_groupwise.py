@@ -16,9 +16,11 @@ from saap.models.checkpoint.groupwise import (
     groupwise_product,
     pack,
     pooled,
+    q4_1_blocks,
+    read_packed,
     unpack,
+    write_packed,
 )
-from saap.models.checkpoint.groupwise_files import q4_1_blocks, read_packed, write_packed
 from saap.recovery.adapter import AdaptedLinear
 from saap.recovery.quantise import check_group_sizes, quantise, quantise_with_feedback
 from saap.settings.recover import LEGAL_BITS, LEGAL_GROUP_SIZES

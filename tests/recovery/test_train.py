@@ -13,8 +13,7 @@ from tests.recovery.tiny import blocks, build
 
 from saap.core.errors import ConfigurationError, NonFiniteLossError, StaleInputError, TrainingDataError
 from saap.data.training import Example, TrainingData, training_data
-from saap.models.checkpoint.groupwise import GroupwiseLinear
-from saap.models.checkpoint.groupwise_files import linears_inside, pack_linears
+from saap.models.checkpoint.groupwise import GroupwiseLinear, linears_inside, pack_linears
 from saap.models.walk.processes import Processes
 from saap.models.walk.walker import BlockWalker
 from saap.recovery.objective import loss_and_gradient

@@ -18,7 +18,7 @@ import saap
 from experiments.cost import speed
 from saap.core.errors import GroupSizeError
 from saap.discovery.blocks import find_blocks
-from saap.models.checkpoint.groupwise_files import linears_inside
+from saap.models.checkpoint.groupwise import linears_inside
 from saap.recovery.quantise import check_group_sizes
 from saap.reporting.figures import Figure
 

@@ -18,8 +18,8 @@ from saap.core.errors import first_line
 from saap.core.records import AxisSlice, CoupledGroup, ModelGraph, ModelRef, Role, SlicedArgument, UnitAttribute
 from saap.discovery.blocks import holder, with_blocks
 from saap.discovery.groups import TracedGroup, one_of_each_block, slices_of
-from saap.models.checkpoint.differences import argument_hook, epsilon_name
 from saap.models.checkpoint.modeling_pruned import resize, set_attribute
+from saap.models.checkpoint.pruned_structure import argument_hook, epsilon_name
 from saap.models.structure.keep_index import KeepIndex
 from saap.models.structure.linear import contracted_axis
 from saap.models.structure.masking import masked_units

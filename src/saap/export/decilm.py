@@ -52,9 +52,7 @@ def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite:
         if block[part]["no_op"]
     }
     entries = {
-        name: TensorEntry(
-            dtype=tensors.rows(name, range(0)).dtype, shape=shape, make=partial(tensors.rows, name, range(shape[0]))
-        )
+        name: TensorEntry(dtype=tensors.read(name).dtype, shape=shape, make=partial(tensors.read, name))
         for name, shape in tensors.shapes.items()
         if name not in left_out
     }

@@ -24,10 +24,9 @@ from saap.export.model_card import model_card
 from saap.export.placing import check_output, whole_folder
 from saap.export.uniform_layout import stock_config
 from saap.models.checkpoint import modeling_pruned
-from saap.models.checkpoint.differences import PrunedStructure, pruned_fields
-from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight
-from saap.models.checkpoint.groupwise_files import PACKED_FILE, write_packed
+from saap.models.checkpoint.groupwise import PACKED_FILE, GroupwiseLinear, GroupwiseWeight, write_packed
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, pruned_classes
+from saap.models.checkpoint.pruned_structure import PrunedStructure, pruned_fields
 from saap.models.checkpoint.safetensor_files import INDEX_NAME, TensorEntry, write_tensors
 from saap.models.walk.offload import OffloadedWeights, offloaded
 

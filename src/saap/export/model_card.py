@@ -10,7 +10,7 @@ import jinja2
 from huggingface_hub import ModelCardData, metadata_load
 
 from saap.core.manifest import RunManifest
-from saap.models.checkpoint.differences import auto_class_name
+from saap.models.checkpoint.pruned_structure import auto_class
 
 # What the hub calls the task of models that another auto class than the usual one opens.
 _TASKS = {"AutoModelForImageTextToText": "image-text-to-text"}
@@ -38,14 +38,14 @@ def licence_of(folder: Path) -> str | None:
 
 def model_card(manifest: RunManifest, base_model_type: str, *, loading: str | None = None) -> str:
     """The card of a pruned model as Markdown with YAML front matter. loading: how to open it, if not as usual."""
-    base, auto_class = manifest.base, auto_class_name(base_model_type)
+    base, opener = manifest.base, auto_class(base_model_type).__name__
     is_pruned = manifest.parameters.after < manifest.parameters.before or manifest.recovery is None
     # a hub id says more than its last part; the path of a folder is nobody else's business
     named_by_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base.source) is not None and not Path(base.source).exists()
     data = ModelCardData(
         base_model=base.source if named_by_id else None,
         library_name="transformers",
-        pipeline_tag=_TASKS.get(auto_class, "text-generation"),
+        pipeline_tag=_TASKS.get(opener, "text-generation"),
         license=base.licence,
         tags=["saap", *(["pruned", "structured-pruning", manifest.layout.value] if is_pruned else [])],
     )
@@ -55,6 +55,6 @@ def model_card(manifest: RunManifest, base_model_type: str, *, loading: str | No
     name = Path(base.source).name
     return environment.from_string(template).render(
         manifest=manifest, front_matter=data.to_yaml(), name=name, full_name=base.source if named_by_id else name,
-        base_model_type=base_model_type, auto_class=auto_class, loading=loading, pruned=is_pruned,
+        base_model_type=base_model_type, auto_class=opener, loading=loading, pruned=is_pruned,
         data=", ".join(Path(text).name for text in manifest.recovery.data) if manifest.recovery else "",
     )  # fmt: skip

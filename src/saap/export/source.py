@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from saap.core.errors import ModelError
 from saap.core.manifest import RunManifest, read_manifest
-from saap.models.checkpoint.safetensor_files import ModelTensors, StoredTensors, TensorReader, weight_files
+from saap.models.checkpoint.safetensor_files import StoredTensors, weight_files
 from saap.models.loading.pretrained import load_model, load_tokenizer, quiet_transformers, register_pruned_models
 from saap.models.loading.references import ResolvedModel, resolve_model
 
@@ -72,9 +72,11 @@ def open_source(source: str | Path, revision: str | None = None) -> ExportSource
     resolved = resolve_model(source, revision=revision)
     if resolved.gguf_file is not None:
         model = load_model(resolved, device=torch.device("cpu"), dtype=torch.float32)
-        opened = ExportSource(config=model.config, tensors=ModelTensors(model), resolved=resolved, loaded=model)
+        opened = ExportSource(
+            config=model.config, tensors=StoredTensors.of_model(model), resolved=resolved, loaded=model
+        )
     else:
-        files = TensorReader(weight_files(resolved.folder))
+        files = StoredTensors.in_files(weight_files(resolved.folder))
         manifest = read_manifest(resolved.folder)
         opened = ExportSource(config=_config(resolved), tensors=files, resolved=resolved, manifest=manifest)
     return replace(opened, tokenizer=load_tokenizer(resolved))

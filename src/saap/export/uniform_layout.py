@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from saap.core.errors import LayoutError, first_line
 from saap.core.records import ModelGraph, Role, StructurePlan
-from saap.models.checkpoint.differences import EPSILON_NAMES, PrunedStructure, epsilon_name, read_attribute
+from saap.models.checkpoint.pruned_structure import EPSILON_NAMES, PrunedStructure, epsilon_name
 from saap.models.checkpoint.stock_config import stock_model, uniform_config
 from saap.models.structure.norms import constant_share, scaled_weight
 from saap.models.walk.arguments import without_cache
@@ -78,7 +79,7 @@ def _check_attributes(
         for name, value in attributes.items():
             if path in without_epsilon_of and name in EPSILON_NAMES:
                 continue
-            found = read_attribute(stock.get_submodule(path), name)
+            found = attrgetter(name)(stock.get_submodule(path))
             if abs(found - value) > 1e-6 * abs(value):
                 raise LayoutError(f"The stock class would set {path}.{name} to {found}, not {value}", ADAPTIVE_REMEDY)
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saap.core.errors import ConfigurationError
-from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight
-from saap.models.checkpoint.groupwise_files import linears_inside, pack_linear
+from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight, linears_inside, pack_linear
 from saap.models.structure.linear import weight_out_in
 from saap.models.walk.sharding import unshard
 from saap.models.walk.walker import BlockWalker

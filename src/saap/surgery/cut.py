@@ -10,14 +10,14 @@ from torch import nn
 
 from saap.core.errors import PlanError, UnsupportedModelError
 from saap.core.records import AxisSlice, CoupledGroup, ModelGraph, Role, Side, StructurePlan
-from saap.models.checkpoint.differences import (
+from saap.models.checkpoint.modeling_pruned import ConstantOutput, resize, set_attribute
+from saap.models.checkpoint.pruned_structure import (
     PrunedStructure,
     argument_hook,
     argument_slice,
     epsilon_name,
     structure_of,
 )
-from saap.models.checkpoint.modeling_pruned import ConstantOutput, resize, set_attribute
 from saap.models.structure.keep_index import KeepIndex, Shape, require_possible
 from saap.models.structure.linear import owner
 from saap.models.structure.norms import constant_share, scaled_weight

@@ -21,7 +21,7 @@ from saap.export.gguf.plan import GgufPlan, PlannedTensor, plan_gguf
 from saap.export.gguf.tokenizer import tokenizer_fields
 from saap.export.placing import check_file
 from saap.export.source import Exported, ExportSource, Progress
-from saap.models.checkpoint.groupwise_files import PackedMatrices
+from saap.models.checkpoint.groupwise import PackedMatrices
 from saap.models.checkpoint.safetensor_files import StoredTensors
 from saap.models.loading.llama_cpp import llama_cpp_is_installed
 from saap.settings.measure import ExportRequest
@@ -187,7 +187,7 @@ def _chunks(tensor: PlannedTensor, tensors: StoredTensors, packed: PackedMatrice
         if tensor.packed and tensor.source is not None and packed is not None:
             values = packed.rows(tensor.source, first, last).numpy()
         elif tensor.source is not None:
-            values = tensors.rows(tensor.source, range(first, last)).to(torch.float32).numpy()
+            values = tensors.read(tensor.source)[first:last].to("cpu", torch.float32).numpy()
         if tensor.head_rows:
             values = interleaved(values, tensor.head_rows)
         if tensor.offset:

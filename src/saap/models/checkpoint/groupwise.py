@@ -1,4 +1,4 @@
-"""Weights as small integers with a scale and a zero point for each group of inputs, and the layer that reads them.
+"""Weights as small integers with a scale and a zero point for each group of inputs: the layer, and the file.
 
 A weight W (out x in) is split along its inputs into groups of L. Group g of output o holds the codes q of b bits, and
 W = s * q + z with one scale s and one zero point z each. Codes stay packed: no full-precision copy of a whole matrix is
@@ -7,13 +7,25 @@ made, neither forward nor backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial, reduce
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from saap.core.errors import ModelError
+from saap.models.checkpoint.safetensor_files import TensorEntry, open_safetensors, write_tensors
+from saap.models.structure.linear import contracted_axis, linear_modules, weight_out_in
+
+PACKED_FILE = "packed.safetensors"
+"""In the folder `saap` of a checkpoint, where no loader of plain weights looks."""
+Q4_1_GROUP = 32
+_PARTS = ("packed", "scale", "zero")
 # Values of the matrix that exist in full precision at once: few enough to stay in a processor's cache; elsewhere few
 # enough not to matter beside the activations.
 VALUES_AT_ONCE, VALUES_ON_ACCELERATORS = 2**18, 2**24
@@ -69,10 +81,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     for plane in _PLANES[bits]:
         part = (codes.to(torch.uint8) >> shift) & (2**plane - 1)
         parts = part.chunk(8 // plane, dim=-1)
-        joined = parts[0].clone()
-        for index, one in enumerate(parts[1:], start=1):
-            joined |= one << (plane * index)
-        planes.append(joined)
+        planes.append(reduce(torch.bitwise_or, (one << (plane * index) for index, one in enumerate(parts))))
         shift += plane
     return torch.cat(planes, dim=-1)
 
@@ -91,12 +100,10 @@ def unpack(packed: Tensor, bits: int, group_size: int) -> Tensor:
 
 
 def _codes_of_plane(packed: Tensor, plane: int) -> Iterator[Tensor]:
-    count, mask = 8 // plane, 2**plane - 1
-    for index in range(count):
-        if index == count - 1:
-            yield packed >> (plane * index) if index else packed
-        else:
-            yield (packed >> (plane * index) if index else packed) & mask
+    last = 8 // plane - 1
+    for index in range(last + 1):
+        shifted = packed >> (plane * index) if index else packed
+        yield shifted if index == last else shifted & (2**plane - 1)
 
 
 def _row_chunks(
@@ -239,3 +246,117 @@ class GroupwiseLinear(nn.Module):
         self.scale = scale.to(self.packed.device)
         self.zero = zero.to(self.packed.device)
         return self
+
+
+def linears_inside(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
+    """Path and input size of every linear layer inside the decoder blocks at these paths."""
+    inside = tuple(f"{block}." for block in blocks)
+    return {
+        path: weight_out_in(module).shape[1]
+        for path, module in linear_modules(model).items()
+        if path.startswith(inside)
+    }
+
+
+WeightOf = Callable[[str, Callable[[], Tensor]], GroupwiseWeight]
+"""Gives the packed weight of the layer at a path; its second argument reads the stored one, (out, in)."""
+
+
+def pack_linear(model: nn.Module, path: str, weight: GroupwiseWeight, device: torch.device) -> None:
+    """Replace the linear layer at a path by one of packed weights, in place."""
+    module = model.get_submodule(path)
+    packed = GroupwiseLinear(weight, module._parameters.get("bias"), transposed=contracted_axis(module) == 0)
+    model.set_submodule(path, packed.to(device))
+
+
+@torch.no_grad()
+def pack_linears(
+    model: nn.Module,
+    paths: Collection[str],
+    weight_of: WeightOf,
+    device: torch.device,
+    stored: Callable[[str], Tensor] | None = None,
+) -> None:
+    """Replace the linear layers at these paths one by one, in place.
+
+    stored: gives the weight of a layer, (out, in); None for a model whose weights are in memory.
+    """
+    read = stored or (lambda path: weight_out_in(model.get_submodule(path)))
+    for path in paths:
+        pack_linear(model, path, weight_of(path, partial(read, path)), device)
+
+
+def write_packed(path: Path, weights: Mapping[str, GroupwiseWeight]) -> None:
+    """Write packed weights by module path, tensor by tensor: `PATH.packed`, `PATH.scale` and `PATH.zero`."""
+    parts = {f"{name}.{part}": getattr(weight, part) for name, weight in weights.items() for part in _PARTS}
+    formats = {name: [weight.bits, weight.group_size] for name, weight in weights.items()}
+    entries = {name: TensorEntry.of(tensor) for name, tensor in parts.items()}
+    write_tensors(path, entries, {"format": "pt", "groupwise": json.dumps(formats)})
+
+
+def read_packed(folder: str | Path) -> dict[str, GroupwiseWeight]:
+    """The packed weights of a checkpoint folder by module path. Raises ModelError if it has none, or not whole."""
+    path = Path(folder) / "saap" / PACKED_FILE
+    if not path.is_file():
+        raise ModelError(f"{folder} has no packed weights", "Give a folder that `saap recover` has written")
+    with _packed_file(path) as (file, formats):
+        return {
+            name: GroupwiseWeight(
+                **{part: file.get_tensor(f"{name}.{part}") for part in _PARTS}, bits=bits, group_size=size
+            )
+            for name, (bits, size) in formats.items()
+        }
+
+
+@contextmanager
+def _packed_file(path: Path) -> Iterator[tuple[Any, dict[str, tuple[int, int]]]]:
+    """A file of packed weights, open, with the bits and group size of each by name. Raises ModelError if damaged."""
+    with open_safetensors(path) as file:
+        try:
+            formats = json.loads(file.metadata()["groupwise"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{path} is damaged ({error})", "Copy the file again") from None
+        yield file, formats
+
+
+def q4_1_blocks(weight: GroupwiseWeight) -> Tensor:
+    """The weight as GGUF blocks of type Q4_1, (out, in / 32 * 20) uint8.
+
+    A block of 32 weights is its scale and its minimum in float16 and 16 bytes of codes. The codes and scales are the
+    very same; the minimum is the zero point rounded to float16. Raises ModelError for other bits or group sizes.
+    """
+    if weight.bits != 4 or weight.group_size != Q4_1_GROUP:
+        raise ModelError(
+            f"A weight of {weight.bits} bits in groups of {weight.group_size} is no Q4_1",
+            f"Recover with --bits 4 --group-size {Q4_1_GROUP}",
+        )
+    numbers = torch.stack([weight.scale, weight.zero.half()], dim=-1).contiguous().view(torch.uint8)
+    return torch.cat([numbers, weight.packed], dim=-1).flatten(1)
+
+
+class PackedMatrices:
+    """The packed weights of a checkpoint folder that are Q4_1 already, read a few rows at a time.
+
+    names: of the weights, as in a plain checkpoint. refused: why none of them is, where the folder has packed weights
+    of other bits or group sizes; None otherwise. Raises ModelError for a damaged file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "saap" / PACKED_FILE
+        self.names: set[str] = set()
+        self.refused: str | None = None
+        if not self._path.is_file():
+            return
+        with _packed_file(self._path) as (_, formats):
+            for path, (bits, size) in formats.items():
+                if (bits, size) == (4, Q4_1_GROUP):
+                    self.names.add(f"{path}.weight")
+                else:
+                    self.refused = f"{PACKED_FILE} has {bits} bits in groups of {size}"
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first..last-1 of a weight as blocks, see `q4_1_blocks`."""
+        path = name.removesuffix(".weight")
+        with open_safetensors(self._path) as file:
+            parts = {part: file.get_slice(f"{path}.{part}")[first:last] for part in _PARTS}
+        return q4_1_blocks(GroupwiseWeight(**parts, bits=4, group_size=Q4_1_GROUP))

@@ -8,47 +8,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import combinations
+from dataclasses import dataclass
+from itertools import combinations, islice
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from saap.core.errors import LayoutError
 from saap.core.records import ConfigField, ModelGraph, Role, StructurePlan
-from saap.models.checkpoint.modeling_pruned import auto_classes
-from saap.models.structure.keep_index import KeepIndex
+from saap.models.checkpoint.pruned_structure import auto_class
+from saap.models.structure.keep_index import KeepIndex, Shape
 from saap.models.walk.arguments import without_cache
-
-Shapes = dict[str, tuple[int, ...]]
-Builder = Callable[[Callable[[], Any], bool], Shapes | None]
-"""Gives the shapes of the model of a configuration; None where its class refuses it, or the model, run, fails."""
 
 MOST_FIELDS = 3
 MOST_SIZES = 8
 ADAPTIVE_REMEDY = "Use --layout adaptive"
 # The width of one head: classes derive it from hidden size and heads unless the configuration gives it.
 HEAD_WIDTH = "head_dim"
-
-
-def config_fields(model: nn.Module, graph: ModelGraph) -> tuple[tuple[ConfigField, ...], Mapping[str, int]]:
-    """The configuration fields that say each role's size, and those to pin to their value when others change.
-
-    A role whose size no combination of fields can say is left out, as is every role of a model without a
-    transformers configuration.
-    """
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "to_dict"):
-        return (), {}
-    pinned = _pinned(text_part(config))
-    probe = _shallow(model, config, graph)
-    if probe is None:
-        return (), {}
-    small, shapes_of = probe
-    found = [field for role in Role for field in _fields_of(role, small, graph, pinned, shapes_of)]
-    narrower = any(field.role is not Role.FFN for field in found)
-    return tuple(found), pinned if narrower else {}
 
 
 def text_part(config: Any) -> Any:
@@ -90,89 +67,68 @@ def _other_lists(config_class: type) -> list[str]:
 
 def stock_model(config: Any) -> Any:
     """A model of the class that transformers opens folders of this configuration with; its weights mean nothing yet."""
-    known = auto_classes(str(getattr(config, "model_type", "")))
-    return (known[0][0] if known else AutoModelForCausalLM).from_config(config)
+    return auto_class(str(getattr(config, "model_type", ""))).from_config(config)
 
 
-def uniform_config(config: Any, graph: ModelGraph, plan: StructurePlan) -> Any:
-    """A copy of `config` whose stock model has exactly the shapes that the plan leaves.
+@dataclass(frozen=True, slots=True)
+class _Builder:
+    """Builds models without weights from changed copies of a configuration.
 
-    config: of the dense model, or of one that has already lost the plan's dropped blocks. Raises LayoutError if the
-    plan gives the layers different sizes, or the family cannot be built with these sizes; it says what can.
+    pinned: fields that keep their value when others change. depth: number of layers, of which the copies have `kept`.
     """
+
+    make: Callable[[Any], Any]
+    config: Any
+    pinned: Mapping[str, int]
+    depth: int = 1
+    kept: int = 1
+
+    def changed(self, fields: Sequence[ConfigField], sizes: Mapping[Role, int]) -> Any:
+        """A copy with the fields of each role at its number of kept units."""
+        changed = copy.deepcopy(self.config)
+        text = text_part(changed)
+        if self.kept < self.depth:
+            keep_layers(text, range(self.kept), self.depth)
+        for name, value in self.pinned.items():
+            setattr(text, name, value)
+        for field in fields:
+            setattr(text, field.name, field.per_unit * sizes[field.role])
+        return changed
+
+    def shapes(
+        self, fields: Sequence[ConfigField], sizes: Mapping[Role, int], *, run: bool = False
+    ) -> dict[str, Shape] | str:
+        """Shapes of the parameters, or why the classes refuse the sizes. run: the model on a few tokens, too."""
+        try:
+            with torch.device("meta"):
+                changed = self.changed(fields, sizes)
+                model = self.make(type(changed).from_dict(changed.to_dict()))  # made anew, so that its class judges it
+                if run:
+                    text_part(model.config)._attn_implementation = "eager"  # fused kernels take what it refuses
+                    ids = torch.zeros((1, 4), dtype=torch.long)
+                    model(ids, attention_mask=torch.ones_like(ids), **without_cache(model))
+        except Exception as error:  # every class has its own way to refuse sizes
+            return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def config_fields(model: nn.Module, graph: ModelGraph) -> tuple[tuple[ConfigField, ...], Mapping[str, int]]:
+    """The configuration fields that say each role's size, and those to pin to their value when others change.
+
+    A role whose size no combination of fields can say is left out, as is every role of a model without a
+    transformers configuration.
+    """
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
-        raise LayoutError("The model has no transformers configuration", ADAPTIVE_REMEDY)
-    sizes = {role: size for role in Role if (size := _size_of(role, graph, plan)) is not None}
-    fields = [field for field in graph.config_fields if field.role in sizes]
-    unsaid = [str(role) for role in sizes if all(field.role is not role for field in fields)]
-    if unsaid:
-        raise LayoutError(f"{_family(config)} has no configuration for fewer {unsaid[0]} units", _can_hold(graph))
-    changed = _changed(config, graph.pinned_fields if sizes else {}, fields, sizes)
-    built, reason = _built(lambda: stock_model(_valid(changed)))
-    if built is None:
-        wanted = ", ".join(f"{size} {role} units" for role, size in sizes.items())
-        raise LayoutError(
-            f"{_family(config)} cannot be built with {wanted}: {reason}",
-            _nearest(config, graph, sizes) or _can_hold(graph),
-        )
-    _compare(built, graph, plan, _family(config))
-    return changed
-
-
-def _nearest(config: Any, graph: ModelGraph, sizes: Mapping[Role, int]) -> str | None:
-    """The sizes next to a single one that the family refuses, as a remedy."""
-    if len(sizes) > 1:
-        return None
-    ((role, size),) = sizes.items()
-    fields = [field for field in graph.config_fields if field.role is role]
-    small = _shortened(config, len(graph.blocks), 1)
-
-    def legal(other: int) -> bool:
-        changed = _changed(small, graph.pinned_fields, fields, {role: other})
-        return _built(lambda: stock_model(_valid(changed)))[0] is not None
-
-    below = next((other for other in range(size - 1, 0, -1) if legal(other)), None)
-    above = next((other for other in range(size + 1, graph.of_role(role)[0].units) if legal(other)), None)
-    near = " or ".join(str(other) for other in (below, above) if other is not None)
-    return f"{ADAPTIVE_REMEDY}, or keep {near} {role} units in every layer" if near else None
-
-
-def _size_of(role: Role, graph: ModelGraph, plan: StructurePlan) -> int | None:
-    """Units that the plan keeps in each group of the role; None where it keeps all."""
-    groups = [group for group in graph.of_role(role) if group.layer not in plan.dropped_blocks]
-    sizes = sorted({len(plan.kept(group)) for group in groups})
-    if all(len(plan.kept(group)) == group.units for group in groups):
-        return None
-    if len(sizes) > 1:
-        raise LayoutError(
-            f"The plan keeps different numbers of {role} units: {sizes[0]} to {sizes[-1]}", ADAPTIVE_REMEDY
-        )
-    return sizes[0]
-
-
-def _compare(built: Shapes, graph: ModelGraph, plan: StructurePlan, family: str) -> None:
-    pruned = KeepIndex.of(graph, plan.keep)
-    names = {name: graph.name_without(plan.dropped_blocks, name) for name in graph.shapes}
-    wanted = {new: pruned.shape(name) for name, new in names.items() if new is not None}
-    if len(built) > len(wanted):  # the configuration still counts the dropped blocks
-        wanted = pruned.shapes
-    wrong = [name for name in wanted if built.get(name) != wanted[name]]
-    if wrong or len(built) != len(wanted):
-        name = wrong[0] if wrong else next(name for name in built if name not in wanted)
-        raise LayoutError(
-            f"The stock {family} would give {name} the sizes {built.get(name)}, not {wanted.get(name)}",
-            _can_hold(graph),
-        )
-
-
-def _can_hold(graph: ModelGraph) -> str:
-    roles = [str(role) for role in Role if any(field.role is role for field in graph.config_fields)]
-    held = f"of {' and '.join(roles)} it can hold some sizes" if roles else "it can hold no other sizes"
-    return f"{ADAPTIVE_REMEDY}; as a stock model {held}"
-
-
-def _family(config: Any) -> str:
-    return str(getattr(config, "model_type", None) or type(config).__name__)
+        return (), {}
+    pinned, depth = _pinned(text_part(config)), len(graph.blocks)
+    for kept in (1, depth):  # a shallow model is built sooner, if the classes take one
+        stock = _Builder(type(model), config, {}, depth, kept).shapes((), {})
+        if not isinstance(stock, str) and stock.items() <= graph.shapes.items():
+            builder = _Builder(type(model), config, pinned, depth, kept)
+            found = [field for role in Role for field in _fields_of(role, builder, graph)]
+            return tuple(found), pinned if any(field.role is not Role.FFN for field in found) else {}
+    return (), {}
 
 
 def _pinned(config: Any) -> dict[str, int]:
@@ -186,70 +142,40 @@ def _pinned(config: Any) -> dict[str, int]:
     return {HEAD_WIDTH: width} if isinstance(width, int) else {}
 
 
-def _valid(config: Any) -> Any:
-    """The configuration made anew from its fields, so that its class judges them."""
-    return type(config).from_dict(config.to_dict())
-
-
-def _shallow(model: nn.Module, config: Any, graph: ModelGraph) -> tuple[Any, Builder] | None:
-    """A configuration of few blocks that gives the graph's shapes, and the way to build it; None if there is none."""
-    depth = len(graph.blocks)
-
-    def shapes_of(changed: Callable[[], Any], run: bool) -> Shapes | None:
-        return _built(lambda: type(model)(_valid(changed())), run=run)[0]
-
-    for kept in (1, depth):
-        try:
-            small = _shortened(config, depth, kept)
-        except Exception:  # a class that takes no other number of layers
-            continue
-        built = shapes_of(lambda: small, False)  # noqa: B023 - called at once
-        if built and all(graph.shapes.get(name) == shape for name, shape in built.items()):
-            return small, shapes_of
-    return None
-
-
-def _shortened(config: Any, depth: int, kept: int) -> Any:
-    """A copy of the configuration of `depth` blocks with the first `kept` alone."""
-    small = copy.deepcopy(config)
-    if kept < depth:
-        keep_layers(text_part(small), range(kept), depth)
-    return small
-
-
-def _fields_of(
-    role: Role, config: Any, graph: ModelGraph, pinned: Mapping[str, int], shapes_of: Builder
-) -> list[ConfigField]:
+def _fields_of(role: Role, builder: _Builder, graph: ModelGraph) -> list[ConfigField]:
     groups = graph.of_role(role)
     if not groups or len({group.units for group in groups}) > 1:
         return []
     units = groups[0].units
     owned = {member.tensor for group in groups for member in group.members}
 
-    def built_with(fields: Sequence[ConfigField], size: int, run: bool = False) -> Shapes | None:
-        return shapes_of(lambda: _changed(config, pinned, fields, {role: size}), run)
-
     def fits(fields: Sequence[ConfigField], size: int) -> bool | None:
         """Whether exactly the group's sizes follow; None where the class refuses."""
-        built = built_with(fields, size)
+        built = builder.shapes(fields, {role: size})
         wanted = KeepIndex.of(graph, {group.name: size for group in groups}).shapes
-        return None if built is None else all(wanted.get(name) == shape for name, shape in built.items())
+        return None if isinstance(built, str) else built.items() <= wanted.items()
 
-    run = shapes_of(lambda: config, True) is not None
+    runs = not isinstance(builder.shapes((), {}, run=True), str)
     for size in _sizes(role, units):
         useful, silent = [], []
-        for field in _candidates(role, config, units):
-            built = built_with([field], size)
+        for field in _candidates(role, builder.changed((), {}), units):
+            built = builder.shapes([field], {role: size})
             # A field may also bring in tensors that the model does not have (OPT's projections); `fits` refuses those.
-            changed = {name for name, shape in (built or {}).items() if graph.shapes.get(name, shape) != shape}
-            if not built or (changed and changed <= owned):
+            shapes = {} if isinstance(built, str) else built
+            changed = {name for name, shape in shapes.items() if graph.shapes.get(name, shape) != shape}
+            if not shapes or (changed and changed <= owned):
                 useful.append(field)
             elif not changed:  # it may still have to agree with one of the others
                 silent.append(field)
         for fields in (found for count in range(1, MOST_FIELDS + 1) for found in combinations(useful, count)):
             if fits(fields, size) and all(fits(fields, other) is not False for other in _sizes(role, units)):
                 choices = [list(fields), *([*fields, other] for other in silent)]
-                return next((choice for choice in choices if not run or built_with(choice, size, run)), [])
+                working = (
+                    choice
+                    for choice in choices
+                    if not runs or not isinstance(builder.shapes(choice, {role: size}, run=True), str)
+                )
+                return next(working, [])
     return []
 
 
@@ -274,26 +200,67 @@ def _candidates(role: Role, config: Any, units: int) -> list[ConfigField]:
     ]
 
 
-def _changed(config: Any, pinned: Mapping[str, int], fields: Sequence[ConfigField], sizes: Mapping[Role, int]) -> Any:
-    """A copy of the configuration with the fields of each role at its number of kept units."""
-    changed = copy.deepcopy(config)
-    text = text_part(changed)
-    for name, value in pinned.items():
-        setattr(text, name, value)
-    for field in fields:
-        setattr(text, field.name, field.per_unit * sizes[field.role])
-    return changed
+def uniform_config(config: Any, graph: ModelGraph, plan: StructurePlan) -> Any:
+    """A copy of `config` whose stock model has exactly the shapes that the plan leaves.
+
+    config: of the dense model, or of one that has already lost the plan's dropped blocks. Raises LayoutError if the
+    plan gives the layers different sizes, or the family cannot be built with these sizes; it says what can.
+    """
+    if not hasattr(config, "to_dict"):
+        raise LayoutError("The model has no transformers configuration", ADAPTIVE_REMEDY)
+    family = str(getattr(config, "model_type", None) or type(config).__name__)
+    sizes = {role: size for role in Role if (size := _size_of(role, graph, plan)) is not None}
+    roles = list(dict.fromkeys(field.role for field in graph.config_fields))
+    held = f"of {' and '.join(roles)} it can hold some sizes" if roles else "it can hold no other sizes"
+    remedy = f"{ADAPTIVE_REMEDY}; as a stock model {held}"
+    unsaid = [role for role in sizes if role not in roles]
+    if unsaid:
+        raise LayoutError(f"{family} has no configuration for fewer {unsaid[0]} units", remedy)
+    fields = [field for field in graph.config_fields if field.role in sizes]
+    builder = _Builder(stock_model, config, graph.pinned_fields if sizes else {})
+    built = builder.shapes(fields, sizes)
+    if isinstance(built, str):
+        wanted = ", ".join(f"{size} {role} units" for role, size in sizes.items())
+        near = _nearest(config, graph, sizes)
+        raise LayoutError(
+            f"{family} cannot be built with {wanted}: {built}",
+            f"{ADAPTIVE_REMEDY}, or keep {near} units in every layer" if near else remedy,
+        )
+    pruned = KeepIndex.of(graph, plan.keep)
+    names = {name: graph.name_without(plan.dropped_blocks, name) for name in graph.shapes}
+    shapes = {new: pruned.shape(name) for name, new in names.items() if new is not None}
+    if len(built) > len(shapes):  # the configuration still counts the dropped blocks
+        shapes = pruned.shapes
+    wrong = next((name for name in {**shapes, **built} if built.get(name) != shapes.get(name)), None)
+    if wrong is not None:
+        raise LayoutError(
+            f"The stock {family} would give {wrong} the sizes {built.get(wrong)}, not {shapes.get(wrong)}", remedy
+        )
+    return builder.changed(fields, sizes)
 
 
-def _built(build: Callable[[], nn.Module], *, run: bool = False) -> tuple[Shapes | None, str]:
-    """Shapes of a model built without weights, or None and why it cannot be built, or run on a few tokens."""
-    try:
-        with torch.device("meta"):
-            model: Any = build()
-            if run:
-                text_part(model.config)._attn_implementation = "eager"  # fused kernels take what it refuses
-                ids = torch.zeros((1, 4), dtype=torch.long)
-                model(ids, attention_mask=torch.ones_like(ids), **without_cache(model))
-    except Exception as error:  # every class has its own way to refuse sizes
-        return None, (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, ""
+def _size_of(role: Role, graph: ModelGraph, plan: StructurePlan) -> int | None:
+    """Units that the plan keeps in each group of the role; None where it keeps all."""
+    groups = [group for group in graph.of_role(role) if group.layer not in plan.dropped_blocks]
+    sizes = sorted({len(plan.kept(group)) for group in groups})
+    if all(len(plan.kept(group)) == group.units for group in groups):
+        return None
+    if len(sizes) > 1:
+        raise LayoutError(
+            f"The plan keeps different numbers of {role} units: {sizes[0]} to {sizes[-1]}", ADAPTIVE_REMEDY
+        )
+    return sizes[0]
+
+
+def _nearest(config: Any, graph: ModelGraph, sizes: Mapping[Role, int]) -> str | None:
+    """The sizes next to a single one that the family refuses."""
+    if len(sizes) > 1:
+        return None
+    ((role, size),) = sizes.items()
+    fields = [field for field in graph.config_fields if field.role is role]
+    builder = _Builder(stock_model, config, graph.pinned_fields, len(graph.blocks), 1)
+    near = []
+    for side in (range(size - 1, 0, -1), range(size + 1, graph.of_role(role)[0].units)):
+        legal = (other for other in side if not isinstance(builder.shapes(fields, {role: other}), str))
+        near += [str(other) for other in islice(legal, 1)]
+    return f"{' or '.join(near)} {role}" if near else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -26,14 +26,12 @@ def pick_device(name: str = "auto") -> torch.device:
     available = _available()
     if name == "auto":
         return torch.device(next(kind for kind, there in available.items() if there))
-    try:
+    with suppress(RuntimeError):  # a name that torch does not know
         device = torch.device(name)
-    except RuntimeError:
-        raise ConfigurationError(f"--device {name} is no device", "Use auto, cpu, cuda, cuda:N or mps") from None
-    too_high = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    if not available.get(device.type, False) or too_high:
-        raise ConfigurationError(f"--device {name} is not available on this machine", "Use --device auto or cpu")
-    return device
+        there = device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+        if there and available.get(device.type, False):
+            return device
+    raise ConfigurationError(f"--device {name} is not available on this machine", "Use auto, cpu, cuda, cuda:N or mps")
 
 
 def _available() -> dict[str, bool]:
@@ -136,20 +134,10 @@ def quick_products(device: torch.device, written: torch.dtype) -> torch.dtype | 
 
 
 @contextmanager
-def quick_float32_products() -> Iterator[None]:
-    """Let the CPU multiply float32 matrices by its quicker library for a while, if that is as exact.
-
-    torch reaches it by a setting that on some processors rounds to bfloat16; a trial on this one decides. On an AMD
-    processor without such instructions it doubles the speed. Other devices are not touched.
-    """
+def _float32_products(precision: str | None) -> Iterator[None]:
+    """Another precision of torch's float32 products for a while; None changes nothing."""
     before = torch.get_float32_matmul_precision()
-    generator = torch.Generator().manual_seed(0)
-    left, right = torch.rand(256, 256, generator=generator), torch.rand(256, 256, generator=generator)
-    exact = left.double() @ right.double()
-    torch.set_float32_matmul_precision("medium")
-    error = float(((left @ right).double() - exact).norm() / exact.norm())
-    if error > 1e-6 or torch.cuda.is_available():
-        torch.set_float32_matmul_precision(before)
+    torch.set_float32_matmul_precision(precision or before)
     try:
         yield
     finally:
@@ -157,16 +145,25 @@ def quick_float32_products() -> Iterator[None]:
 
 
 @contextmanager
-def rounded_products(device: torch.device) -> Iterator[None]:
+def quick_float32_products() -> Iterator[None]:
+    """Let the CPU multiply float32 matrices by its quicker library for a while, if that is as exact.
+
+    torch reaches it by a setting that on some processors rounds to bfloat16; a trial on this one decides. On an AMD
+    processor without such instructions it doubles the speed. Other devices are not touched.
+    """
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.rand(256, 256, generator=generator), torch.rand(256, 256, generator=generator)
+    exact = left.double() @ right.double()
+    with _float32_products("medium"):
+        error = float(((left @ right).double() - exact).norm() / exact.norm())
+    with _float32_products("medium" if error <= 1e-6 and not torch.cuda.is_available() else None):
+        yield
+
+
+def rounded_products(device: torch.device) -> AbstractContextManager[None]:
     """Let the CPU multiply float32 matrices through bfloat16 for a while where that is quicker (torch's `medium`).
 
     Factors are rounded, sums are not: the usual precision of training, and quicker on processors with matrix units.
     Others compute as before. Other devices are not touched.
     """
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cpu" and not torch.cuda.is_available():
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return _float32_products("medium" if device.type == "cpu" and not torch.cuda.is_available() else None)

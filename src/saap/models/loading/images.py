@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from saap.core.records import CalibrationSet
 
 Inputs = Mapping[str, Tensor]
-
-
 # What configurations call the id that stands where a part of an image goes.
 _IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index")
 
@@ -38,14 +36,12 @@ def with_images(model: nn.Module, sets: Iterable[CalibrationSet]) -> Iterator[No
         yield
         return
 
-    def hook(
-        module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any] | None:
         ids = arguments[0] if arguments else keywords.get("input_ids")
         rows = [table.get(_key(row)) for row in ids] if isinstance(ids, Tensor) else []
         found = [row for row in rows if row is not None]
         if not found or len(found) < len(rows):
-            return arguments, keywords
+            return None
         return arguments, {**keywords, **_batch(found, next(module.parameters()))}
 
     handle = model.register_forward_pre_hook(hook, with_kwargs=True)
@@ -60,20 +56,19 @@ def _key(row: Tensor) -> bytes:
 
 
 def _batch(rows: list[Inputs], like: Tensor) -> dict[str, Tensor]:
-    """The rows' inputs one after the other along the first axis, on the device and in the type of the weights."""
-    return {
-        name: joined.to(like.device, like.dtype if joined.is_floating_point() else joined.dtype)
-        for name in rows[0]
-        for joined in [torch.cat(_of_one_size([row[name] for row in rows]))]
-    }
+    """The rows' inputs one after the other along the first axis, on the device and in the type of the weights.
 
-
-def _of_one_size(tensors: list[Tensor]) -> list[Tensor]:
-    """Zeros at the ends of all axes but the first where rows differ: as processors fill up what has fewer images."""
-    sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-    filled = []
-    for tensor in tensors:
-        room = tensor.new_zeros(len(tensor), *sizes)
-        room[(slice(None), *(slice(size) for size in tensor.shape[1:]))] = tensor
-        filled.append(room)
-    return filled
+    Where rows differ, zeros fill the ends of all other axes, as processors fill up what has fewer images.
+    """
+    batch: dict[str, Tensor] = {}
+    for name in rows[0]:
+        tensors = [row[name] for row in rows]
+        sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+        joined = tensors[0].new_zeros(sum(map(len, tensors)), *sizes)
+        start = 0
+        for tensor in tensors:
+            rows_of = slice(start, start + len(tensor))
+            joined[(rows_of, *(slice(size) for size in tensor.shape[1:]))] = tensor
+            start = rows_of.stop
+        batch[name] = joined.to(like.device, like.dtype if joined.is_floating_point() else joined.dtype)
+    return batch

@@ -6,8 +6,8 @@ import functools
 import importlib.util
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ def _library() -> tuple[Any, Any, deque[str], Any]:
 
 
 class LlamaCpp:
-    """An open model with a context of its own; close it, or use it in a `with` statement.
+    """An open model with a context of its own, for the length of a `with` statement.
 
     exact: keep keys and values in float32 and use no flash attention, for comparisons. Raises ModelError if llama.cpp
     refuses the file; its own words are in the message.
@@ -52,15 +52,16 @@ class LlamaCpp:
 
     def __init__(self, path: Path, *, context: int = 512, threads: int = 1, exact: bool = False) -> None:
         library, interface, complaints, _ = _library()
-        self._library, self._interface, self.context = library, interface, context
-        self._model = self._context = None
+        self._library, self._interface = library, interface
+        self._resources = ExitStack()
         complaints.clear()
         settings = library.llama_model_default_params()
         settings.n_gpu_layers = 0
-        self._model = library.llama_model_load_from_file(str(path).encode(), settings)
-        if self._model == interface.NULL:
+        model = library.llama_model_load_from_file(str(path).encode(), settings)
+        if model == interface.NULL:
             reason = next((line for line in complaints if "error loading" in line), " ".join(complaints))
             raise ModelError(f"llama.cpp cannot open {path} ({reason})", "Report this model as a fault of the export")
+        self._resources.callback(library.llama_model_free, model)
         wanted = library.llama_context_default_params()
         wanted.n_ctx = wanted.n_batch = wanted.n_ubatch = context
         wanted.n_seq_max = 1
@@ -68,11 +69,18 @@ class LlamaCpp:
         if exact:
             wanted.type_k = wanted.type_v = _FLOAT32
             wanted.flash_attn_type = 0
-        self._context = library.llama_init_from_model(self._model, wanted)
+        self._context = library.llama_init_from_model(model, wanted)
         if self._context == interface.NULL:
-            self.close()
+            self._resources.close()
             raise ModelError(f"llama.cpp cannot run {path} ({' '.join(complaints)})", "Use a shorter context")
-        self._vocabulary = library.llama_model_get_vocab(self._model)
+        self._resources.callback(library.llama_free, self._context)
+        self._vocabulary = library.llama_model_get_vocab(model)
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._resources.close()
 
     @property
     def vocabulary(self) -> int:
@@ -115,19 +123,3 @@ class LlamaCpp:
         """Logits (tokens, vocabulary) of a text that begins with nothing before it."""
         self.forget()
         return self.feed(ids, every_position=True)
-
-    def close(self) -> None:
-        """Free the memory."""
-        if self._context is not None and self._context != self._interface.NULL:
-            self._library.llama_free(self._context)
-        if self._model is not None and self._model != self._interface.NULL:
-            self._library.llama_model_free(self._model)
-        self._context = self._model = None
-
-    def __enter__(self) -> LlamaCpp:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -6,25 +6,19 @@ import torch
 from torch import Tensor
 
 
-def has_float64(device: torch.device) -> bool:
-    """Whether tensors of float64 can be made on the device."""
-    if device.type in ("cpu", "cuda", "meta"):
-        return True
-    try:
-        torch.zeros(1, dtype=torch.float64, device=device)
-    except (TypeError, RuntimeError):
-        return False
-    return True
-
-
 def widest_dtype(device: torch.device) -> torch.dtype:
     """The type for sums over many tokens: float64, or float32 where the device has none."""
-    return torch.float64 if has_float64(device) else torch.float32
+    if device.type not in ("cpu", "cuda", "meta"):
+        try:
+            torch.zeros(1, dtype=torch.float64, device=device)
+        except (TypeError, RuntimeError):
+            return torch.float32
+    return torch.float64
 
 
 def in_float64(tensor: Tensor) -> Tensor:
     """The tensor in float64, on the CPU if its device has none."""
-    return (tensor if has_float64(tensor.device) else tensor.cpu()).double()
+    return (tensor if widest_dtype(tensor.device) == torch.float64 else tensor.cpu()).double()
 
 
 def widened(tensor: Tensor) -> Tensor:

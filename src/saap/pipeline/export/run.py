@@ -11,8 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from saap.core.errors import ModelError, OutputError, first_line
 from saap.export.placing import check_file, check_output
 from saap.export.source import Exported, open_source
-from saap.models.checkpoint.differences import auto_class_name
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
+from saap.models.checkpoint.pruned_structure import auto_class
 from saap.models.loading.references import read_config, resolve_model
 from saap.pipeline.prune.result import load_lines
 from saap.pipeline.shared.progress import Reporter, Silent
@@ -115,5 +115,5 @@ def opening_lines(folder: str | Path, repository: str) -> tuple[str, ...]:
     """The lines that open a checkpoint folder once it lies in a repository of the hub."""
     config = read_config(Path(folder))
     pruned = config["model_type"] == MODEL_TYPE
-    name = auto_class_name(config["base_model_type"] if pruned else config["model_type"])
+    name = auto_class(config["base_model_type"] if pruned else config["model_type"]).__name__
     return load_lines(Path(repository), "adaptive" if pruned else "uniform", name)

@@ -16,7 +16,7 @@ from saap.core.manifest import recorded_versions
 from saap.core.records import Layout, ModelGraph, Role, StructurePlan, digest_of
 from saap.core.storage import write_whole
 from saap.evaluation.speed import speed_ups
-from saap.models.checkpoint.differences import mark_pruned
+from saap.models.checkpoint.pruned_structure import mark_pruned
 from saap.models.loading.devices import copied
 from saap.pipeline.evaluate.speed import opened_in, pair_of_speeds, timed, weights_name
 from saap.pipeline.shared.progress import Reporter

@@ -25,7 +25,7 @@ from saap.core.storage import read_plan
 from saap.evaluation.perplexity import model_logits
 from saap.export.huggingface import CheckpointParts, modeling_code_digest, write_checkpoint, write_records
 from saap.export.model_card import licence_of
-from saap.models.checkpoint.differences import PrunedStructure, auto_class_name, dense_shapes
+from saap.models.checkpoint.pruned_structure import PrunedStructure, auto_class, dense_shapes
 from saap.models.walk.offload import offloaded
 from saap.pipeline.prune.result import PruneReport, PruneResult, load_lines, structure_of
 from saap.pipeline.prune.speed_target import diagnose_speed, reached_speed
@@ -268,5 +268,5 @@ def _report(
         stages=tuple(run.meter.stages),
         load_lines=()
         if target.folder is None
-        else load_lines(target.folder, str(plan.layout), auto_class_name(made.base_model_type)),
+        else load_lines(target.folder, str(plan.layout), auto_class(made.base_model_type).__name__),
     )

@@ -19,7 +19,7 @@ from saap.core.storage import read_plan
 from saap.data.samples import Calibration
 from saap.discovery import discover
 from saap.discovery.summary import summarise
-from saap.models.checkpoint.differences import mark_pruned, structure_of
+from saap.models.checkpoint.pruned_structure import mark_pruned, structure_of
 from saap.models.loading.devices import copied, quick_float32_products, quick_products, require_whole_blocks
 from saap.models.loading.pretrained import quiet_transformers
 from saap.models.walk.probe import check_runs

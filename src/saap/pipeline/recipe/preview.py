@@ -12,10 +12,10 @@ from saap.data.texts import check_source
 from saap.discovery import discover
 from saap.discovery.blocks import find_blocks
 from saap.evaluation.generation import BUNDLED
-from saap.models.checkpoint.groupwise_files import linears_inside
+from saap.models.checkpoint.groupwise import linears_inside
 from saap.models.loading.devices import pick_device, pick_dtype
 from saap.models.loading.pretrained import load_tokenizer, model_without_weights
-from saap.models.loading.references import resolve_configuration
+from saap.models.loading.references import resolve_model
 from saap.models.structure.keep_index import KeepIndex
 from saap.pipeline.evaluate.run import check_request
 from saap.pipeline.prune.baselines import check_method, for_method
@@ -38,7 +38,7 @@ def preview_recipe(recipe: Recipe) -> dict[str, Any]:
     """
     pick_device(recipe.device)
     _check_texts(recipe)
-    resolved = resolve_configuration(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    resolved = resolve_model(recipe.model, recipe.revision, recipe.trust_remote_code, weights=False)
     dtype = pick_dtype(recipe.dtype, source=resolved.dtype)
     load_tokenizer(resolved)
     model = model_without_weights(resolved)

@@ -16,8 +16,7 @@ from saap.core.manifest import RunManifest
 from saap.discovery.blocks import find_blocks
 from saap.evaluation.perplexity import perplexity
 from saap.export.huggingface import RecoveredParts, write_recovered
-from saap.models.checkpoint.groupwise import GroupwiseWeight
-from saap.models.checkpoint.groupwise_files import linears_inside
+from saap.models.checkpoint.groupwise import GroupwiseWeight, linears_inside
 from saap.models.loading.devices import quick_float32_products, rounded_products
 from saap.models.loading.pretrained import load, load_groupwise, load_model
 from saap.models.walk.probe import check_reads, read_at_once

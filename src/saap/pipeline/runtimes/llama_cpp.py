@@ -16,7 +16,7 @@ from saap.export.gguf.plan import GgufPlan, plan_gguf
 from saap.export.gguf.write import write_gguf
 from saap.export.placing import check_place
 from saap.export.source import open_source
-from saap.models.checkpoint.safetensor_files import ModelTensors, StoredTensors
+from saap.models.checkpoint.safetensor_files import StoredTensors
 from saap.models.loading.llama_cpp import LlamaCpp
 from saap.settings.measure import SpeedSettings
 
@@ -63,7 +63,7 @@ def write_without_tokenizer(source: Source, file: Path, gguf_type: str) -> GgufP
     """Write the weights as GGUF with numbers for tokens, which is enough to measure. Raises ExportError."""
     tensors: StoredTensors
     if isinstance(source, nn.Module):
-        config, tensors = source.config, ModelTensors(source)
+        config, tensors = source.config, StoredTensors.of_model(source)
     else:
         opened = open_source(source)
         config, tensors = opened.config, opened.tensors

@@ -1,0 +1,185 @@
+"""What an adaptive checkpoint records: how a pruned model differs from the stock class built from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from saap.core.records import ModelGraph, SlicedArgument, StructurePlan
+from saap.models.checkpoint.modeling_pruned import (
+    AUTO_CLASSES,
+    FIRST_FORMAT_VERSION,
+    SECOND_FORMAT_VERSION,
+    ArgumentSlice,
+    ConstantOutput,
+    SaapPrunedConfig,
+    SaapPrunedForCausalLM,
+    auto_classes,
+    pruned_classes,
+)
+
+EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrunedStructure:
+    """Sizes and attributes that the stock configuration cannot say.
+
+    base_model_type: the stock model's type. shapes: of every parameter that lost something. attributes: module path
+    -> name -> value (heads, norm epsilons). constant: modules that lost all inputs or outputs: path -> width of their
+    output and whether a bias stays. sliced_arguments: module path -> the argument with one entry per head and the
+    kept heads. added_biases: biases of linear modules that the stock class lacks. Dropped blocks are not here: the
+    configuration says how many blocks there are, names count them anew.
+    """
+
+    base_model_type: str
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    constant: Mapping[str, Mapping[str, int | bool]] = field(default_factory=dict)
+    sliced_arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    added_biases: tuple[str, ...] = ()
+
+    def to_config(self) -> dict[str, Any]:
+        """The `pruned_structure` field of config.json, in the oldest format that can say it."""
+        fields = asdict(self)
+        del fields["base_model_type"]
+        if not self.added_biases:
+            del fields["added_biases"]
+        return {"format_version": SECOND_FORMAT_VERSION if self.added_biases else FIRST_FORMAT_VERSION, **fields}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the stock class loads the model as it is."""
+        return not (self.shapes or self.attributes or self.constant or self.sliced_arguments or self.added_biases)
+
+
+def structure_of(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> PrunedStructure:
+    """Describe a model that was cut by `plan`; everything is read from the model itself.
+
+    graph: of the dense model, which may have been pruned before. model: with the plan's dropped blocks already removed.
+    """
+    config: Any = getattr(model, "config", None)
+    earlier: Mapping[str, Any] = getattr(config, "pruned_structure", None) or {}
+    dense, modules = dense_shapes(graph, plan), dict(model.named_modules())
+    present = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(shape) for name, shape in _renamed(graph, plan, earlier.get("shapes", {})).items()}
+    shapes |= {name: shape for name, shape in present.items() if shape != dense.get(name, shape)}
+    constant: dict[str, dict[str, int | bool]] = {
+        path: {"width": module.width, "bias": module.bias is not None}
+        for path, module in modules.items()
+        if isinstance(module, ConstantOutput)
+    }
+    hooks = {path: argument_slice(module) for path, module in modules.items()}
+    stock = dense.keys() - _renamed(graph, plan, dict.fromkeys(earlier.get("added_biases", ()))).keys()
+    biases = [name for name in present if name.endswith(".bias") and name.removesuffix(".bias") not in constant]
+    return PrunedStructure(
+        base_model_type=str(getattr(config, "base_model_type" if earlier else "model_type", "")),
+        shapes=shapes,
+        attributes=_attributes(model, graph, plan, _renamed(graph, plan, earlier.get("attributes", {}))),
+        constant=constant,
+        sliced_arguments={path: hook.describe() for path, hook in hooks.items() if hook is not None},
+        added_biases=tuple(name for name in biases if name not in stock),
+    )
+
+
+def dense_shapes(graph: ModelGraph, plan: StructurePlan) -> dict[str, tuple[int, ...]]:
+    """Shapes of the dense model's parameters, without the plan's dropped blocks, by their names after the cut."""
+    return _renamed(graph, plan, graph.shapes)
+
+
+def _renamed(graph: ModelGraph, plan: StructurePlan, values: Mapping[str, Value]) -> dict[str, Value]:
+    """The values by the names after the cut, without those inside dropped blocks."""
+    names = {name: graph.name_without(plan.dropped_blocks, name) for name in values}
+    return {new: values[name] for name, new in names.items() if new is not None}
+
+
+def _attributes(
+    model: nn.Module, graph: ModelGraph, plan: StructurePlan, earlier: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """The attributes that follow the kept units, the epsilons of rescaled norms, and what was changed before."""
+    found = {path: dict(values) for path, values in earlier.items()}
+    for group in graph.groups:
+        kept = len(plan.kept(group))
+        if group.layer in plan.dropped_blocks or kept == group.units:
+            continue
+        for attribute in group.attributes:
+            path = graph.name_without(plan.dropped_blocks, attribute.module)
+            if path is not None:
+                found.setdefault(path, {})[attribute.attribute] = attribute.value(kept)
+        for path in _renamed(graph, plan, dict.fromkeys(group.scaled_norms)):
+            module = model.get_submodule(path)
+            name = epsilon_name(module)
+            if name is not None and not isinstance(module, ConstantOutput):
+                found.setdefault(path, {})[name] = getattr(module, name)
+    return found
+
+
+def epsilon_name(norm: nn.Module) -> str | None:
+    """Name of the attribute that holds a norm's epsilon; None if there is none."""
+    return next((name for name in EPSILON_NAMES if hasattr(norm, name)), None)
+
+
+def argument_hook(module: nn.Module, sliced: SlicedArgument, units: int, kept: Sequence[int]) -> ArgumentSlice:
+    """The hook that cuts an argument of the module to the kept ones of its units."""
+    return ArgumentSlice(
+        module, argument=sliced.argument, axis=sliced.axis, per_sample=sliced.per_sample, units=units, kept=kept
+    )
+
+
+def argument_slice(module: nn.Module) -> ArgumentSlice | None:
+    """The hook that cuts an argument of the module to the kept heads, if it has one."""
+    return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, ArgumentSlice)), None)
+
+
+def removed_modules(model: nn.Module) -> list[str]:
+    """Paths of the modules of a pruned model that have lost all their weights.
+
+    An adapter has nothing to hold on to there: where peft's `target_modules` are named, these go into its
+    `exclude_modules`.
+    """
+    return [path for path, module in model.named_modules() if isinstance(module, ConstantOutput)]
+
+
+def auto_class(base_model_type: str) -> Any:
+    """The auto class of transformers that opens models of this type, the one for text where it knows none."""
+    known = auto_classes(base_model_type)
+    return known[0][0] if known else AutoModelForCausalLM
+
+
+def mark_pruned(model: nn.Module, structure: PrunedStructure) -> None:
+    """Let `save_pretrained` of a cut transformers model write a folder that opens again, in place.
+
+    The model gets the class that an adaptive checkpoint has, and its configuration the `pruned_structure`. A model
+    whose class transformers' auto classes do not know stays as it is.
+    """
+    config: Any = getattr(model, "config", None)
+    try:
+        config_class, model_class = pruned_classes(structure.base_model_type)
+    except ValueError:
+        return
+    if not issubclass(model_class, type(model)):
+        return
+    config.__class__ = config_class
+    model.__class__ = model_class
+    for name, value in pruned_fields(structure).items():
+        setattr(config, name, value)
+
+
+def pruned_fields(structure: PrunedStructure) -> dict[str, Any]:
+    """The fields by which the configuration of an adaptive checkpoint differs from the stock one."""
+    module = SaapPrunedConfig.__module__.rpartition(".")[2]
+    known = auto_classes(structure.base_model_type) or AUTO_CLASSES[:1]
+    return {
+        "base_model_type": structure.base_model_type,
+        "pruned_structure": structure.to_config(),
+        "architectures": [SaapPrunedForCausalLM.__name__],
+        "auto_map": {
+            "AutoConfig": f"{module}.{SaapPrunedConfig.__name__}",
+            **{auto.__name__: f"{module}.{SaapPrunedForCausalLM.__name__}" for auto, _ in known},
+        },
+    }
