@@ -11,13 +11,12 @@ from saap.settings.prune import (
     BOS,
     GGUF_TYPE,
     GgufType,
-    Method,
     MethodChoice,
     PruneConfig,
     check_gguf_type,
 )
 from saap.settings.recover import DENSE_CODE, DENSE_REVISION
-from saap.settings.registry import ExportFormat, RuntimeName
+from saap.settings.registry import ExportFormat, Method, RuntimeName
 from saap.settings.setting import AtLeast1, Commas, Different, Flag, Names, Only, Ratio, Seed, Settings
 
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")

@@ -22,7 +22,7 @@ from saap.pipeline.evaluate.speed import opened_in, pair_of_speeds, timed, weigh
 from saap.pipeline.shared.progress import Reporter
 from saap.settings.measure import SpeedSettings
 from saap.settings.prune import PrunableRole, PruneConfig, unit_roles
-from saap.structure_search.decode_costs import DecodeCosts, curve_through
+from saap.structure_search.budget import DecodeCosts, curve_through
 from saap.structure_search.plan import make_plan
 from saap.surgery.cut import cut
 

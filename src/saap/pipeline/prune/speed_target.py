@@ -13,7 +13,7 @@ from saap.pipeline.prune.decode_costs import decode_costs, speed_settings, trial
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.progress import Reporter
 from saap.settings.prune import PruneConfig
-from saap.structure_search.decode_costs import TimeBudget, budget_for_speedup, corrected
+from saap.structure_search.budget import TimeBudget, budget_for_speedup
 from saap.structure_search.plan import SearchSpace, check_reachable
 
 LARGEST_DEVIATION = 0.1
@@ -34,7 +34,7 @@ def budget_for_speed(
     plan = check_reachable(graph, budget, space)
     predicted, measured = budget.speedup(graph, plan), trial_speedup(model, graph, plan, speed_settings(config, ROUNDS))
     reporter.note(f"a plan of the speed {predicted:.3f} by the table has the speed {measured:.3f}")
-    return corrected(budget, predicted=predicted, measured=measured)
+    return budget.corrected(predicted=predicted, measured=measured)
 
 
 def reached_speed(run: Run, budget: TimeBudget, plan: StructurePlan, pruned: nn.Module) -> SpeedRecord:

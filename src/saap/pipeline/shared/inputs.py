@@ -24,7 +24,8 @@ from saap.models.loading.images import image_token_ids, with_images
 from saap.models.loading.pretrained import load_model, load_processor, load_tokenizer, model_ref
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.probe import read_at_once
-from saap.settings.prune import Importance, Method, PrunableRole, PruneConfig, Strategy
+from saap.settings.prune import PrunableRole, PruneConfig
+from saap.settings.registry import Importance, Method, Strategy
 from saap.settings.run import RunOptions as RunOptions
 from saap.structure_search.costs import gram_bytes
 from saap.surgery.refit import require_sequences
