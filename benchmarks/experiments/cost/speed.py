@@ -18,7 +18,7 @@ from lab.commands import made_by_saap, quickly_pruned
 
 from saap.core.manifest import RunManifest
 from saap.evaluation.speed import Source
-from saap.pipeline.evaluate.speed import measure_beside
+from saap.pipeline.evaluate.speed import compare_speeds
 from saap.pipeline.shared.inputs import RunOptions, open_model
 from saap.reporting.figures import Figure
 from saap.settings.measure import SpeedSettings
@@ -79,7 +79,7 @@ def measured(request: Request, folder: Path, runtime: RuntimeName, kind: GgufTyp
     dense: Source = request.model
     if runtime is RuntimeName.TRANSFORMERS:
         dense = open_model(request.model, RunOptions(device="cpu")).model
-    report = measure_beside([(str(folder), str(folder)), ("dense", dense)], chosen)
+    report = compare_speeds([(str(folder), str(folder)), ("dense", dense)], chosen)
     assert report.against is not None
     assert report.decode_speedup is not None
     assert report.bytes_ratio is not None

@@ -1,4 +1,4 @@
-"""What an evaluation measures, as `saap eval` writes it into a report file and the pages read it again.
+"""What an evaluation measures, as `saap eval` and `saap compare` write it into files and the pages read it again.
 
 Fields with a default may lack in a file: pages need only the others. Needs pydantic alone, no torch.
 """
@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from saap.core.storage import Amount, Count
 
+COMPARISON = "comparison.json"
 Share = Annotated[Amount, Field(ge=0, le=1)]
 Positive = Annotated[Amount, Field(gt=0)]
 
@@ -187,3 +188,76 @@ class EvalReport(_Record):
     def as_dict(self) -> dict[str, Any]:
         """The content of the report file; numbers that are not finite are None, which JSON can say."""
         return self.model_dump(mode="json")
+
+
+class ComparedModel(_Record):
+    """What `saap compare` measures of every model. tokens_per_second: while the first text was read."""
+
+    parameters: Count
+    perplexity: Annotated[dict[str, Perplexity], Field(min_length=1)]
+    tasks: dict[str, TaskResult]
+    tokens_per_second: Positive | None
+
+
+class DenseRow(ComparedModel):
+    """The dense model of a comparison. asked: how the tasks were posed, None if they were not."""
+
+    block_parameters: Count = 0
+    asked: dict[str, Any] | None = None
+
+
+class StageSeconds(_Record):
+    """What making a pruned model took; a pass that methods share counts for each of them."""
+
+    score: Annotated[Amount, Field(ge=0)]
+    search: Annotated[Amount, Field(ge=0)]
+    make: Annotated[Amount, Field(ge=0)]
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.score + self.search + self.make
+
+
+class ComparisonRow(ComparedModel):
+    """A pruned model of a comparison.
+
+    ratio: the requested pruning ratio; pruning_ratio: the one that was reached. ratios: perplexity over that of the
+    dense model, by text. kept_accuracy: share of the dense accuracy above chance.
+    """
+
+    method: str
+    ratio: Share
+    seed: Count
+    restored: bool
+    pruning_ratio: Amount
+    ratios: dict[str, Positive | None]
+    kept_accuracy: Interval | None
+    seconds: StageSeconds
+    peak_resident_bytes: Count
+
+
+class Comparison(_Record):
+    """The content of `comparison.json`."""
+
+    model: str
+    dense: DenseRow
+    rows: Annotated[tuple[ComparisonRow, ...], Field(min_length=1)]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    command: tuple[str, ...] = ()
+
+    def at_ratio(self, ratio: float) -> list[ComparisonRow]:
+        """The rows of one pruning ratio, of the first seed alone where there are several."""
+        rows = [row for row in self.rows if row.ratio == ratio]
+        return [row for row in rows if row.seed == rows[0].seed]
+
+    @property
+    def ratios(self) -> list[float]:
+        """The pruning ratios, ascending."""
+        return sorted({row.ratio for row in self.rows})
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods, in the order of their first row."""
+        return list(dict.fromkeys(row.method for row in self.rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
 import torch
 
@@ -13,35 +14,33 @@ from saap.settings.measure import SpeedSettings
 
 
 def check_settings(settings: SpeedSettings) -> None:
-    """Refuse a runtime whose packages are missing. Raises ConfigurationError."""
+    """Raise ConfigurationError for a runtime whose packages are missing."""
     settings.runtime.check()
 
 
-def measure_beside(models: Sequence[tuple[str, Source]], settings: SpeedSettings) -> SpeedReport:
+def compare_speeds(models: Sequence[tuple[str, Source]], settings: SpeedSettings) -> SpeedReport:
     """Speed of the first model, compared with the second if there is one.
 
     models: (name, a model or what `saap prune` takes). Raises ModelError, ExportError for what the runtime cannot
-    compute.
+    compute, ConfigurationError where one of its packages is missing.
     """
-    check_settings(settings)
     with ExitStack() as stack:
         opened = [stack.enter_context(opened_in(model, settings)) for _, model in models]
         speeds = timed(opened, settings)
-    found = [
+    first, *others = [
         ModelSpeed(model=name, prefill=speed.prefill, decode=speed.decode, bytes_per_token=one.bytes_per_token)
         for (name, _), speed, one in zip(models, speeds, opened, strict=True)
     ]
-    report = SpeedReport(
+    compared: dict[str, Any] = {}
+    if others:
+        prefill, decode = speed_ups(speeds[0], speeds[1])
+        ratio = others[0].bytes_per_token / first.bytes_per_token
+        compared = {"against": others[0], "prefill_speedup": prefill, "decode_speedup": decode, "bytes_ratio": ratio}
+    return SpeedReport(
         runtime=str(settings.runtime), weights=weights_name(models[0][1], settings),
         threads=torch.get_num_threads(), prompt_tokens=settings.prompt_tokens,
-        new_tokens=settings.new_tokens, rounds=settings.rounds, model=found[0],
+        new_tokens=settings.new_tokens, rounds=settings.rounds, model=first, **compared,
     )  # fmt: skip
-    if len(found) == 1:
-        return report
-    prefill, decode = speed_ups(speeds[0], speeds[1])
-    ratio = found[1].bytes_per_token / found[0].bytes_per_token
-    compared = {"against": found[1], "prefill_speedup": prefill, "decode_speedup": decode, "bytes_ratio": ratio}
-    return report.model_copy(update=compared)
 
 
 def timed(models: Sequence[Runtime], settings: SpeedSettings) -> list[Speed]:

@@ -111,6 +111,16 @@ def place_of(source: str | Path | nn.Module, options: RunOptions) -> torch.devic
     return next(source.parameters()).device if isinstance(source, nn.Module) else pick_device(options.device)
 
 
+def resolve_with_tokenizer(
+    source: str | Path | nn.Module, options: RunOptions, tokenizer: Any | None
+) -> tuple[nn.Module | ResolvedModel, Any | None]:
+    """The model without its weights read, and its tokenizer unless one is given. Raises ModelError."""
+    if isinstance(source, nn.Module):
+        return source, tokenizer
+    resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    return resolved, tokenizer if tokenizer is not None else load_tokenizer(resolved)
+
+
 def open_model(
     source: str | Path | nn.Module | ResolvedModel,
     options: RunOptions,
