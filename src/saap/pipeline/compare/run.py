@@ -16,7 +16,7 @@ from torch import nn
 from saap.baselines.methods import BASELINES, Measurements
 from saap.core.errors import ConfigurationError
 from saap.core.manifest import recorded_versions, typed_command
-from saap.core.records import ImportanceScores, IntArray, ModelGraph, StructurePlan
+from saap.core.records import FloatArray, ImportanceScores, IntArray, ModelGraph, StructurePlan
 from saap.core.storage import write_whole
 from saap.discovery import discover
 from saap.evaluation.bootstrap import kept_accuracy
@@ -28,16 +28,16 @@ from saap.models.walk.probe import check_runs, trial_ids
 from saap.pipeline.compare.rows import RowStore, file_name
 from saap.pipeline.evaluate.run import ask_tasks, check_request, finite, read_streams, requested_perplexity
 from saap.pipeline.prune.baselines import for_method, measurements
-from saap.pipeline.prune.generated_text import write_text
-from saap.pipeline.prune.planning import plans_for, scores_of
-from saap.pipeline.prune.run import cut_and_restore
+from saap.pipeline.prune.making import cut_and_restore
+from saap.pipeline.prune.steps import carry_out, plans_for, with_written_text
 from saap.pipeline.shared.context import Run
-from saap.pipeline.shared.inputs import LoadedModel, RunOptions, TokenSets, draw_tokens, open_model, place_of
+from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model, place_of
 from saap.pipeline.shared.legality import check_walk, search_space
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.progress import Reporter, Silent
-from saap.pipeline.shared.stages import DISCOVER, LOAD, MEASURE_DENSE, READ_TEXT, WRITE_TEXT
+from saap.pipeline.shared.stages import DISCOVER, LOAD, MEASURE_DENSE, READ_TEXT
 from saap.pipeline.shared.targets import Target, with_budgets
+from saap.pipeline.shared.tokens import TokenSets, draw_tokens
 from saap.pipeline.shared.work import WorkFolder
 from saap.reporting.inputs import COMPARISON
 from saap.settings.measure import CompareRequest
@@ -177,8 +177,7 @@ def _share(bench: _Bench, seed: int, options: RunOptions) -> _Shared:
     work = WorkFolder(bench.rows.folder / "work" / f"seed-{seed}")
     work.path.mkdir(parents=True, exist_ok=True)
     space = search_space(bench.loaded.model, bench.graph, config)
-    run = Run(config, options, bench.loaded, bench.graph, space, tokens, work, bench.meter)
-    write_text(run)
+    run = with_written_text(Run(config, options, bench.loaded, bench.graph, space, tokens, work, bench.meter))
     return _Shared(run, measurements(run))
 
 
@@ -189,7 +188,6 @@ class _Scored:
     choice: MethodChoice
     run: Run
     scores: ImportanceScores
-    measured: Measurements | None
     seconds: float
 
     def restoring(self, restored: bool) -> _Scored:
@@ -203,17 +201,14 @@ def _score(bench: _Bench, shared: _Shared, choice: MethodChoice) -> _Scored:
     config = _config(bench.request, choice, shared.run.config.seed)
     work = WorkFolder(shared.run.work.path / file_name(choice.label))
     work.path.mkdir(parents=True, exist_ok=True)
-    if shared.run.work.file(WRITE_TEXT.file).exists():
-        shutil.copyfile(shared.run.work.file(WRITE_TEXT.file), work.file(WRITE_TEXT.file))
     space = search_space(bench.loaded.model, bench.graph, config)
-    run = dataclasses.replace(shared.run, config=config, space=space, work=work)
+    run = dataclasses.replace(shared.run, config=config, space=space, work=work, measurements=shared.found)
     baseline = BASELINES.get(choice.method)
-    measured = None if baseline is None else shared.found
     seconds = shared.measure(None if baseline is None else baseline.needs)
     start = time.perf_counter()
     with bench.meter.stage(f"{choice.label}: score"):
-        scores = scores_of(run, measured)
-    return _Scored(choice, run, scores, measured, seconds + time.perf_counter() - start)
+        scores = carry_out(run, ("scores",))["scores", ""]
+    return _Scored(choice, run, scores, seconds + time.perf_counter() - start)
 
 
 def _make_rows(bench: _Bench, scored: _Scored, wanted: Mapping[float, Path], dense: dict[str, Any]) -> None:
@@ -223,14 +218,20 @@ def _make_rows(bench: _Bench, scored: _Scored, wanted: Mapping[float, Path], den
     suffix = "-restored" if run.config.restore else ""
     targets = {r: dataclasses.replace(target, name=f"{target.name}{suffix}") for r, target in every if r in wanted}
     start = time.perf_counter()
-    plans = dict(zip(targets, plans_for(run, list(targets.values()), scored.scores), strict=True))
+    plans, token_scores = plans_for(run, list(targets.values()), scored.scores)
     searching = (time.perf_counter() - start) / len(targets)
     for ratio, path in wanted.items():
-        bench.rows.write(path, _row(bench, scored, plans[ratio], ratio, searching, dense))
+        plan = plans[targets[ratio].name]
+        bench.rows.write(path, _row(bench, scored, (plan, token_scores), ratio, searching, dense))
 
 
 def _row(
-    bench: _Bench, scored: _Scored, plan: StructurePlan, ratio: float, searching: float, dense: dict[str, Any]
+    bench: _Bench,
+    scored: _Scored,
+    searched: tuple[StructurePlan, Mapping[str, FloatArray] | None],
+    ratio: float,
+    searching: float,
+    dense: dict[str, Any],
 ) -> dict[str, Any]:
     """One pruned model, measured. `seconds`: of the stages; a shared pass counts for each method that uses it.
 
@@ -241,7 +242,7 @@ def _row(
     shown = f"{label}, {ratio:g}{', restored' if run.config.restore else ''}"
     model = copied(bench.loaded.model)
     with bench.meter.stage(f"{shown}: make"):
-        plan, _ = cut_and_restore(run, model, plan, scored.scores, scored.measured)
+        plan, _ = cut_and_restore(run, model, searched[0], scored.scores, searched[1])
     seconds = {"score": scored.seconds, "search": searching, "make": time.perf_counter() - start}
     with bench.meter.stage(f"{shown}: measure"):
         found = _measured(bench, model, bench.request.asks_tasks(ratio))

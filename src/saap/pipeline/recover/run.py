@@ -40,7 +40,6 @@ from saap.pipeline.shared.stages import (
     WRITE,
 )
 from saap.pipeline.shared.targets import work_path
-from saap.pipeline.shared.together import alone_in
 from saap.pipeline.shared.work import WorkFolder
 from saap.recovery.adapter import AdaptedLinear
 from saap.recovery.prepare import adapt, add_lora, merge, quantise_by_feedback
@@ -63,7 +62,7 @@ def run_recover(
     resumed = run.processes.broadcast_result(lambda: work.open(settings_digest(run)))
     if resumed:
         run.meter.reporter.note(f"resuming the training in {work.path}")
-    with alone_in(work, run.processes), quick_float32_products():
+    with work.alone(run.processes), quick_float32_products():
         try:
             teacher, dense = _teacher(run)
             model, handle, parameters, quantised = _model_to_train(run)
