@@ -28,13 +28,13 @@ def _importance(scores: ImportanceScores) -> list[str]:
     if units and silent > 0.05 * units:
         findings.append(
             f"{silent / units:.0%} of the units have importance 0: the calibration text never uses them; "
-            "calibrate on more or more varied text (--calibration, --samples)."
+            "calibrate on more or more varied text (--calibration, --num-samples)."
         )
     errors = [_relative_error(group.element, group.element_m2, scores.samples) for group in scores.groups.values()]
     if errors and float(np.median(errors)) > 0.5:
         findings.append(
             "the importance scores are noisy: their error over samples exceeds half of their spread over units; "
-            f"use more samples than {scores.samples} (--samples)."
+            f"use more samples than {scores.samples} (--num-samples)."
         )
     return findings
 
@@ -90,7 +90,7 @@ def _cost(run: Run, measured: Measured) -> list[str]:
         )
     return findings + [
         f"stage {stage.name!r} used {stage.peak_resident_bytes / 1e9:.1f} GB, over 12 times the weights: "
-        "lower --refit-tokens or --samples."
+        "lower --refit-tokens or --num-samples."
         for stage in run.meter.stages
         if stage.peak_resident_bytes > 12 * weights + 4 * 10**9
     ]

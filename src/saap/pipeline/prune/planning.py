@@ -3,37 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from saap.core.records import FloatArray, ImportanceScores, IntArray, Role, StructurePlan, UnitScores, require_same
+from saap.core.records import FloatArray, ImportanceScores, IntArray, Role, StructurePlan, require_same
 from saap.core.storage import read_plan, read_scores
+from saap.data.generated import random_starts, sample_from_model
 from saap.estimation.calibrate import estimate
 from saap.estimation.selection import unit_scores
 from saap.estimation.token_fisher import token_fisher_scores
 from saap.models.loading.devices import quick_products
 from saap.models.walk.offload import offloaded
+from saap.models.walk.probe import read_at_once
 from saap.pipeline.prune.baselines import baseline_scores
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.targets import Target
-from saap.pipeline.shared.tokens import COST_TOKENS_AT_ONCE, chooses_units, generate_text
+from saap.pipeline.shared.tokens import COST_TOKENS_AT_ONCE, chooses_units, generated_sequences
 from saap.settings.prune import Importance, Method, unit_roles
 from saap.structure_search.adaptive import SearchGuide
 from saap.structure_search.costs import SecondOrder, second_order_costs
 from saap.structure_search.evaluator import EVALUATED_AT_ONCE, StructureEvaluator
+from saap.structure_search.objectives import Budget
 from saap.structure_search.plan import complete_plan, plan_from_counts, search
 
+GENERATION_BATCH = 32
 SEARCH_SHARE = 0.2
 READING_TOKENS = 256
 """Reading a block takes about as long as passing so many tokens through it."""
 
 
 def write_text(run: Run) -> IntArray:
-    """The dense model's own part of the calibration text, written in the first process."""
-    return run.processes.broadcast_result(lambda: generate_text(run.loaded, run.config, run.meter.reporter.advance))
+    """The dense model's own part of the calibration text (sequences, length), written in the first process.
+
+    It begins with random tokens: what the model writes covers what it knows; the bundled texts are a part of that.
+    """
+    model, tokenizer, seed = run.loaded.model, run.loaded.tokenizer, run.config.seed
+    wanted, length = generated_sequences(run.loaded, run.config), run.config.effort_settings.refit_length
+    return run.processes.broadcast_result(
+        lambda: sample_from_model(
+            model, sequences=wanted, length=read_at_once(model, length), batch=GENERATION_BATCH, seed=seed,
+            starts=random_starts(tokenizer, sequences=wanted, seed=seed, leading=run.tokens.leading),
+            progress=run.meter.reporter.advance,
+        )
+    )  # fmt: skip
 
 
 def measure_dense(run: Run) -> Behaviour:
@@ -108,19 +122,15 @@ def search_plan(
     units = unit_scores(scores, graph, importance, config.fusion_scope)
 
     def decide() -> StructurePlan:
-        if target.budget is None:
-            return _given_plan(run, units)
+        if target.plan is not None:
+            kept, dropped, layout = target.plan.keep(graph), target.plan.dropped_blocks, target.plan.layout
+            return plan_from_counts(graph, units, kept, dropped, layout=layout, align=target.plan.align)
+        element = unit_scores(scores, graph, Importance.ELEMENT2, config.fusion_scope)
         guide = SearchGuide(
-            element_scores=unit_scores(scores, graph, Importance.ELEMENT2, config.fusion_scope)
-            if chooses_units(config)
-            else None,
-            costs=costs,
-            evaluator=evaluator,
-            evaluations=search_evaluations(run),
-            seed=config.seed,
-            progress=run.meter.reporter.advance,
-        )
-        plan = search(graph, units, target.budget, run.space, config.strategy, guide)
+            element_scores=element if chooses_units(config) else None, costs=costs, evaluator=evaluator,
+            evaluations=search_evaluations(run), seed=config.seed, progress=run.meter.reporter.advance,
+        )  # fmt: skip
+        plan = search(graph, units, target.budget or Budget(removal=0), run.space, config.strategy, guide)
         if evaluator is not None:
             evaluator.done()
         return plan
@@ -134,13 +144,6 @@ def search_plan(
 def read_whole_plan(run: Run, path: Path) -> StructurePlan:
     """The plan of a file that saap wrote."""
     return complete_plan(run.graph, read_plan(path, run.graph))
-
-
-def _given_plan(run: Run, units: Mapping[str, UnitScores]) -> StructurePlan:
-    given = read_plan(run.config.plan or Path(), run.graph)
-    return plan_from_counts(
-        run.graph, units, given.keep(run.graph), given.dropped_blocks, layout=given.layout, align=given.align
-    )
 
 
 def search_evaluations(run: Run) -> int:

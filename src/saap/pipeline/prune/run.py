@@ -62,12 +62,14 @@ def run_prune(
     calibration: in place of the configuration's names, e.g. texts or token ids. Everything that can be refused is
     refused before the estimation begins. Of several processes each gets the results. Raises SaapError.
     """
+    if options.max_memory is not None and options.out is None:
+        raise _needs_folder()
     processes = Processes.found()
     run = _prepare(source, config, options, reporter, processes, calibration, tokenizer)
     work, meter = run.work, run.meter
     processes.barrier()  # until nobody looks any more at what is there
     if processes.broadcast_result(lambda: work.open(_settings_digest(run))):
-        meter.reporter.note(f"taking up the finished stages in {work.path}")
+        meter.reporter.note(f"resuming the finished stages in {work.path}")
     with work.alone(processes), quick_float32_products():
         if processes.count > 1 and run.loaded.fresh is not None:
             raise ConfigurationError(
@@ -122,10 +124,9 @@ def preview(
     }
 
 
-def inspect_model(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect_model(source: str, options: RunOptions) -> dict[str, Any]:
     """The coupled structures of a model as JSON-able data: sizes, rows per role, what is not pruned and why."""
-    options = RunOptions(revision=revision, trust_remote_code=trust_remote_code, device="cpu")
-    loaded = open_model(source, options)
+    loaded = open_model(source, options, computes_in_dtype=True)
     graph = discover(loaded.model, loaded.ref, finer_heads=True)
     return {
         "model": source,
@@ -169,7 +170,7 @@ def _prepare(
             if target.budget is not None:
                 check_reachable(graph, target.budget, space)
         if config.plan is not None:
-            read_plan(config.plan, graph)
+            targets = [dataclasses.replace(targets[0], plan=read_plan(config.plan, graph))]
     if config.target_speedup is not None:
         with meter.stage(TIME_DECODING):
             budget = processes.broadcast_result(
@@ -183,12 +184,16 @@ def _prepare(
 
 def _check_placement(loaded: LoadedModel, options: RunOptions, meter: Meter) -> None:
     """Say what does not lie in the memory of the model. Raises ConfigurationError if the result has no place."""
-    if options.out is None and (options.max_memory is not None or loaded.fresh is not None):
-        raise ConfigurationError("A run of limited memory needs a folder for its result", "Name it with --out DIR")
     if loaded.fresh is not None:
+        if options.out is None:
+            raise _needs_folder()
         meter.reporter.note("the weights stay in their files and are read block by block")
     if loaded.spills:
         meter.reporter.note("the activations of the restoration are kept outside the memory of the weights")
+
+
+def _needs_folder() -> ConfigurationError:
+    return ConfigurationError("A run of limited memory needs a folder for its result", "Name it with --out DIR")
 
 
 def _discovered(loaded: LoadedModel, config: PruneConfig) -> ModelGraph:

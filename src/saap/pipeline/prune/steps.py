@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import load_file, save
@@ -37,8 +36,7 @@ from saap.pipeline.shared.tokens import finds_costs, generated_sequences, needs_
 from saap.settings.prune import PrunableRole
 
 
-@dataclass(frozen=True, slots=True)
-class FileOf:
+class FileOf(NamedTuple):
     """How a stage's result gets into its file in the work folder, and out of it."""
 
     read: Callable[[Run, Path], Any]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,28 +16,7 @@ from saap.models.loading.devices import check_known, computable, pick_device, pi
 from saap.models.loading.pretrained import load_model, load_tokenizer, model_ref
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.processes import Processes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
-    """Where and how a run works; nothing here changes the result except `dtype`, that of the written weights.
-
-    max_memory: bytes that the run may take where it computes: of an accelerator (None: what is free there), or resident
-    of the process (None: any number). Where the weights therefore stay in their files, the search measures fewer
-    candidates, and the model writes no text of its own to be calibrated on.
-    device_map: puts the blocks on several devices, by one of accelerate's strategies (auto, balanced, sequential).
-    """
-
-    out: Path | None = None
-    overwrite: bool = False
-    work_dir: Path | None = None
-    keep_work: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
-    revision: str | None = None
-    trust_remote_code: bool = False
-    max_memory: int | None = None
-    device_map: str | None = None
+from saap.settings.run import RunOptions as RunOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,13 +67,19 @@ def check_devices(options: RunOptions, source: str | Path | nn.Module, processes
             raise ConfigurationError(f"--device-map cannot be used, since {reason}", "Leave one of the two out")
     if processes.count == 1 or loaded:
         return options
-    return dataclasses.replace(options, device=str(processes.device(pick_device(options.device))))
+    return options.model_copy(update={"device": str(processes.device(pick_device(options.device)))})
 
 
 def open_model(
-    source: str | Path | nn.Module | ResolvedModel, options: RunOptions, tokenizer: Any | None = None
+    source: str | Path | nn.Module | ResolvedModel,
+    options: RunOptions,
+    tokenizer: Any | None = None,
+    *,
+    computes_in_dtype: bool = False,
 ) -> LoadedModel:
     """Load what `source` names, or take a loaded model as it is (it is never changed).
+
+    computes_in_dtype: `options.dtype` is that to compute in, where nothing is written.
 
     A model that was resolved before keeps its own revision and permission to run code, whatever `options` say.
     Raises ModelError for everything that is wrong with it, before weights are read where that can be seen.
@@ -109,12 +93,14 @@ def open_model(
     if not isinstance(resolved, ResolvedModel):
         resolved = resolve_model(resolved, revision=options.revision, trust_remote_code=options.trust_remote_code)
     device = pick_device(options.device)
-    model = load_model(resolved, device=device, device_map=options.device_map)
+    written = pick_dtype(options.dtype, source=resolved.dtype)
+    dtype = written if computes_in_dtype and options.dtype != "auto" else None
+    model = load_model(resolved, device=device, dtype=dtype, device_map=options.device_map)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer if tokenizer is not None else load_tokenizer(resolved),
         ref=model_ref(model, resolved.source, resolved.revision),
-        dtype=pick_dtype(options.dtype, source=resolved.dtype),
+        dtype=written,
         owned=True,
         folder=resolved.folder,
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from saap.core.records import ModelGraph
+from saap.core.storage import PlanDocument
 from saap.export.placing import check_output, place
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.stages import PLACE
@@ -25,12 +26,13 @@ from saap.structure_search.objectives import Budget, budget_for_bytes, budget_fo
 class Target:
     """One requested result. name: of its stage files. budget: None where a plan is given.
 
-    folder: where the result goes, None to keep it in memory.
+    folder: where the result goes, None to keep it in memory. plan: the given one, read after discovery.
     """
 
     name: str
     budget: AnyBudget | None
     folder: Path | None
+    plan: PlanDocument | None = None
 
 
 def plan_targets(config: PruneConfig, options: RunOptions, *, check: bool = True) -> list[Target]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import nn
 
 from saap.core.errors import CalibrationError
 from saap.core.records import CalibrationSet, IntArray, ModelGraph
-from saap.data.generated import random_starts, sample_from_model
 from saap.data.pairs import draw_pairs, pairs_file
 from saap.data.placement import SampleRequest
 from saap.data.samples import Calibration, check_vocabulary, draw_sets, leading_ids, token_stream
@@ -32,7 +30,6 @@ from saap.surgery.refit import require_sequences
 EVALUATION_TOKENS = 8192
 # Of a model whose weights are read from its files: such a model is large, and every token takes long.
 OFFLOADED_EVALUATION_TOKENS = 1024
-GENERATION_BATCH = 32
 HELD_WRITTEN = 4
 """Sequences of the model's own text that only evaluate structures."""
 COST_TOKENS = 32_768
@@ -140,23 +137,6 @@ def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:
     settings = config.effort_settings
     wanted = min(settings.generated_sequences, settings.refit_sequences // 2)
     return 0 if config.trusts_calibration or not able else wanted
-
-
-def generate_text(loaded: LoadedModel, config: PruneConfig, progress: Callable[[int, int], None]) -> IntArray:
-    """Sequences (sequences, length) of ids, written by the dense model from random first tokens.
-
-    What the model writes covers what it knows; the bundled texts are a part of that.
-    """
-    wanted, leading = generated_sequences(loaded, config), leading_ids(loaded.tokenizer, bos=config.bos)
-    return sample_from_model(
-        loaded.model,
-        sequences=wanted,
-        length=read_at_once(loaded.model, config.effort_settings.refit_length),
-        batch=GENERATION_BATCH,
-        seed=config.seed,
-        starts=random_starts(loaded.tokenizer, sequences=wanted, seed=config.seed, leading=leading),
-        progress=progress,
-    )
 
 
 def draw_tokens(loaded: LoadedModel, config: PruneConfig, calibration: Calibration) -> TokenSets:
