@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from importlib import import_module
 
@@ -38,10 +39,14 @@ class Commands(click.Group):
         """The command of that name."""
         if cmd_name not in COMMANDS:
             return None
-        from saap.cli.flags import command
-
         module, _ = COMMANDS[cmd_name]
-        return command(getattr(import_module(f"saap.cli.{module}"), module), cmd_name)
+        gc.disable()  # imports make many objects and no garbage
+        try:
+            from saap.cli.flags import command
+
+            return command(getattr(import_module(f"saap.cli.{module}"), module), cmd_name)
+        finally:
+            gc.enable()
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list without importing any of them."""
@@ -54,11 +59,11 @@ app = Commands(
     help="Structured pruning of language models: a checkpoint in, a smaller one that opens everywhere out.",
     context_settings={"max_content_width": 110},
 )
-click.version_option(__version__, message="%(version)s", help="Print the version and leave.")(app)
+click.version_option(__version__, message="%(version)s", help="Print the version and exit.")(app)
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 2 input that the user can mend, 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 2 input that the user can fix, 130 interrupted."""
     try:
         with one_of_several(sys.argv[1:]):
             code = app(sys.argv[1:] or ["--help"], prog_name="saap", standalone_mode=False)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 from saap.cli.flags import Model
 from saap.core.errors import ConfigurationError
 from saap.settings.prune import PruneConfig
-from saap.settings.recover import RecoverConfig
 from saap.settings.run import Display, RunOptions, output_flag
 from saap.settings.setting import Flag, Names, Positive, Settings
 
 if TYPE_CHECKING:
     from saap.pipeline.shared.progress import Reporter
+    from saap.settings.recover import RecoverConfig
 
 
 recovery_flag = partial(Flag, panel="Recovery")
@@ -50,6 +50,8 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
         if stages.dry_run:
             _preview(model, config, options, reporter, as_json=display.as_json)
         elif stages.recover:
+            from saap.settings.recover import RecoverConfig
+
             tuning = RecoverConfig(data=stages.recover, max_minutes=stages.recover_minutes, bos=config.bos)
             _prune_and_recover(model, config, tuning, options, reporter, display)
         else:
