@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 from pathlib import Path
 
@@ -77,14 +76,14 @@ def test_rows_of_earlier_passes_stay_and_tasks_can_be_asked_later(source, tmp_pa
     plain = request_for(tmp_path, methods=one, config=config, restorations=(False,), task_ratios=())
     first = compare(source, plain, RunOptions(device="cpu"), tmp_path / "out")
     assert (len(first["rows"]), first["rows"][0]["tasks"]) == (1, {})
-    other = dataclasses.replace(plain, methods=(MethodChoice(method=Method.RANDOM),))
+    other = plain.model_copy(update={"methods": (MethodChoice(method=Method.RANDOM),)})
     second = compare(source, other, RunOptions(device="cpu"), tmp_path / "out")
     assert [row["method"] for row in second["rows"]] == ["random", "magnitude"]
-    with_tasks = dataclasses.replace(plain, task_ratios=(0.1,))
+    with_tasks = plain.model_copy(update={"task_ratios": (0.1,)})
     third = compare(source, with_tasks, RunOptions(device="cpu"), tmp_path / "out")
     assert [list(row["tasks"]) for row in third["rows"]] == [["made"], []]
     assert third["rows"][0]["ratios"] == first["rows"][0]["ratios"]
-    strange = dataclasses.replace(plain, task_ratios=(0.3,))
+    strange = plain.model_copy(update={"task_ratios": (0.3,)})
     with pytest.raises(ConfigurationError, match="which is not compared"):
         compare(source, strange, RunOptions(device="cpu"), tmp_path / "out")
 
