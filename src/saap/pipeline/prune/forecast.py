@@ -85,7 +85,8 @@ def forecast(run: Run) -> Forecast:
     """All stages of a prepared run: those that it has behind it, and the others by formulas."""
     done = [StageForecast(**stage.model_dump()) for stage in run.meter.stages]
     ahead = [stage for stage in requested_stages(run) if stage not in (*stages.PREPARE, stages.PLACE)]
-    sizes, seconds_of_token = Sizes.of(run.loaded.model, run.device), _seconds_of_token(run)
+    sizes = dataclasses.replace(Sizes.of(run.loaded.model, run.device), pages=0)  # those of the result are added
+    seconds_of_token = _seconds_of_token(run)
     tokens, targets = _tokens(run), {target.name: target for target in run.targets}
     needs, base = stage_needs(sizes, run.config), device_memory.of_process()
     captured = 0 if run.loaded.spills else sizes.captured_activations(run.config)
