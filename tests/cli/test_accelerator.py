@@ -183,8 +183,7 @@ def test_weights_that_do_not_fit_stay_in_their_files(
     monkeypatch.setattr(devices, "_available", lambda: {"lazy": True, "cpu": True})
     expected = run(capsys, "prune", source, *FAST, "--out", tmp_path / "cpu", "--device", "cpu")
     monkeypatch.setattr(memory, "RESERVE_BYTES", 0)
-    for name, need in (("spilled_need", 3), ("offloaded_need", 2)):
-        monkeypatch.setattr(memory, name, lambda sizes, config, need=need: need)
+    monkeypatch.setattr(memory.Needs, "of", lambda sizes, config: memory.Needs(3, 3, 2))
     with pretended_devices(float64=False) as whole, monkeypatch.context() as patched:
         patched.setattr(device_memory, "of_device", lambda device: 2)
         run(capsys, "prune", source, *FAST, "--out", tmp_path / "files")
