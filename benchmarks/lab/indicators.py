@@ -8,13 +8,13 @@ import numpy as np
 
 from lab.dense import Dense, on_device
 from lab.measures import chi_square_distance, variance_slope
-from saap.baselines.methods import BASELINES, Measurements
+from saap.baselines.baseline import Measurements
 from saap.core.records import CalibrationSet, FloatArray, ImportanceScores
-from saap.estimation.calibrate import estimate
+from saap.estimation.estimate import estimate, unit_scores
 from saap.estimation.fusion import fuse
-from saap.estimation.selection import unit_scores
 from saap.models.walk.backend import Backend
-from saap.settings.prune import ElementOrder, FusionScope, Importance, Method
+from saap.settings.prune import ElementOrder, FusionScope
+from saap.settings.registry import Importance, Method
 from saap.structure_search.costs import second_order_costs
 from saap.structure_search.strategies import relative_volatility, standardised_fluctuation
 
@@ -60,7 +60,7 @@ def all_indicators(
     found["second-order cost"] = {name: units.mean for name, units in costs.scores.items()}
     measured = Measurements(Backend(dense.model, graph), ids)
     for method in (Method.MAGNITUDE, Method.WANDA_SP, Method.FLAP, Method.RANDOM):
-        found[str(method)] = {name: np.asarray(v, np.float64) for name, v in BASELINES[method].scores(measured).items()}
+        found[str(method)] = {name: np.asarray(v, np.float64) for name, v in measured.scores(method.load()).items()}
     return found
 
 

@@ -28,19 +28,9 @@ from saap.pipeline.prune.result import PruneResult as PruneResult
 from saap.pipeline.recover.result import RecoverReport as RecoverReport
 from saap.pipeline.recover.result import RecoverResult as RecoverResult
 from saap.pipeline.shared.progress import Reporter
-from saap.settings.prune import (
-    Aggregation,
-    Effort,
-    ElementOrder,
-    FusionScope,
-    GgufType,
-    Importance,
-    Method,
-    PrunableRole,
-    RuntimeName,
-    Strategy,
-)
+from saap.settings.prune import Aggregation, Effort, ElementOrder, FusionScope, GgufType, PrunableRole, RuntimeName
 from saap.settings.recover import Tuning
+from saap.settings.registry import Importance, Method, Strategy
 
 def estimate(
     model: str | Path | nn.Module,
@@ -51,6 +41,7 @@ def estimate(
     sample_length: int = 128,
     bos: bool = True,
     roles: PrunableRole | str | Sequence[PrunableRole | str] = (PrunableRole.FFN, PrunableRole.ATTENTION),
+    importance: Importance | str = Importance.FUSED,
     element_order: ElementOrder | str = ElementOrder.SECOND,
     aggregation: Aggregation | str = Aggregation.SUM,
     seed: int = 0,
@@ -68,6 +59,7 @@ def estimate(
     sample_length: Tokens of each calibration sample.
     bos: Begin each window of text with the tokenizer's BOS token, if it puts one before texts.
     roles: What may be removed.
+    importance: Score of a unit.
     element_order: Terms of the element-wise score.
     aggregation: How a unit's members combine.
     seed: Seed of every random choice.

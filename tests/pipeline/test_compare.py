@@ -13,7 +13,8 @@ from saap.pipeline.compare.run import compare
 from saap.pipeline.shared.inputs import RunOptions
 from saap.reporting.tables import comparison_table, write_tables
 from saap.settings.measure import CompareRequest, EvalRequest
-from saap.settings.prune import Method, MethodChoice, PruneConfig
+from saap.settings.prune import MethodChoice, PruneConfig
+from saap.settings.registry import Method
 
 METHODS = (Method.SAAP, Method.LLM_PRUNER_ELEMENT1, Method.FLAP, Method.MAGNITUDE)
 

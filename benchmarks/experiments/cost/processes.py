@@ -25,7 +25,7 @@ from harness.store import ROOT
 from saap.core.records import CalibrationSet
 from saap.core.storage import read_scores, write_scores
 from saap.discovery import discover
-from saap.estimation.calibrate import estimate
+from saap.estimation.estimate import estimate
 from saap.models.loading.devices import quick_float32_products
 from saap.models.loading.pretrained import load_model
 from saap.models.loading.references import resolve_model

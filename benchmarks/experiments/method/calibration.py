@@ -20,7 +20,7 @@ from saap.core.records import CalibrationSet, ModelGraph, Role, StructurePlan
 from saap.data.generated import random_starts, sample_from_model
 from saap.data.placement import SampleRequest
 from saap.data.texts import MIXED
-from saap.estimation.calibrate import estimate
+from saap.estimation.estimate import estimate
 from saap.estimation.fusion import fuse
 from saap.models.loading.devices import quick_float32_products
 from saap.models.walk.backend import Backend

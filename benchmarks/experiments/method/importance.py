@@ -18,13 +18,13 @@ from lab.measures import jaccard, log_histogram, rank_correlation_inside, rank_c
 
 from saap.core.records import FloatArray, ImportanceScores, Role, UnitScores
 from saap.data.placement import SampleRequest
-from saap.estimation.calibrate import estimate
-from saap.estimation.fusion import FusionMethod, fuse
-from saap.estimation.selection import unit_scores
+from saap.estimation.estimate import estimate, unit_scores
+from saap.estimation.fusion import closed_form_sigma, fuse, learned_sigma
 from saap.models.loading.devices import quick_float32_products
 from saap.models.walk.backend import Backend
 from saap.reporting.figures import Figure
-from saap.settings.prune import FusionScope, Importance, Strategy
+from saap.settings.prune import FusionScope
+from saap.settings.registry import Importance, Strategy
 
 RATIO = 0.2
 EDGES = np.linspace(-4, 2, 25)
@@ -106,8 +106,8 @@ def relative(units: Units, names: Sequence[str]) -> FloatArray:
 def fusion_cost(dense: Dense, scores: ImportanceScores, estimation_seconds: float) -> dict[str, Any]:
     """Time and memory of the fusion alone, beside the estimation that it follows. memory: peak of new arrays."""
     found: dict[str, Any] = {"estimation_seconds": estimation_seconds}
-    for method in FusionMethod:
-        found[f"{method}_seconds"] = _median_seconds(partial(fuse, scores, dense.graph, method=method))
+    for name, sigma_of in {"closed": closed_form_sigma, "learned": learned_sigma}.items():
+        found[f"{name}_seconds"] = _median_seconds(partial(fuse, scores, dense.graph, sigma_of=sigma_of))
     tracemalloc.start()
     fuse(scores, dense.graph)
     found["peak_bytes"] = tracemalloc.get_traced_memory()[1]

@@ -10,12 +10,12 @@ from harness.experiment import Cells, Experiment, Measured, Request, Values
 from lab.commands import VALIDATION
 from lab.dense import Dense, draw, masked_perplexity, measured_text, on_device, open_dense
 
-from saap.baselines.activations import activation_statistics
+from saap.baselines.activations import activations
 from saap.core.records import IntArray, Layout
 from saap.data.placement import SampleRequest
 from saap.models.loading.devices import quick_float32_products
 from saap.models.walk.backend import Backend
-from saap.settings.prune import Method
+from saap.settings.registry import Method
 from saap.structure_search.plan import make_plan
 
 DRAWS = {
@@ -48,9 +48,7 @@ def measure(request: Request, wanted: Sequence[str]) -> Measured:
         for cell in wanted:
             samples, length, seed = DRAWS[cell]
             drawn = draw(dense, VALIDATION, [SampleRequest("scored", samples, length)], seed)["scored"]
-            influence = activation_statistics(
-                Backend(dense.model, dense.graph), on_device(drawn, dense.model)
-            ).influence
+            influence = activations(Backend(dense.model, dense.graph), on_device(drawn, dense.model)).influence
             order = [int(block) for block in np.argsort(influence)]
             sets = [sorted(order[:removed]), sorted([*order[: removed - 1], order[removed]])]
             for blocks in sets:

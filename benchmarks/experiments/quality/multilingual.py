@@ -16,7 +16,7 @@ from torch import nn
 
 from saap.core.records import IntArray
 from saap.data.placement import SampleRequest
-from saap.estimation.calibrate import estimate
+from saap.estimation.estimate import estimate
 from saap.estimation.fusion import fuse
 from saap.models.loading.devices import quick_float32_products
 from saap.models.walk.backend import Backend

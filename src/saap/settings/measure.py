@@ -12,13 +12,13 @@ from saap.settings.prune import (
     BOS,
     GGUF_TYPE,
     GgufType,
-    Method,
     MethodChoice,
     PruneConfig,
     RuntimeName,
     check_gguf_type,
 )
 from saap.settings.recover import DENSE_CODE, DENSE_REVISION
+from saap.settings.registry import Method
 from saap.settings.setting import AtLeast1, Commas, Different, Flag, Names, Only, Ratio, Seed, Settings
 
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")

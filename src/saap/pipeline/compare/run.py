@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from saap.baselines.methods import BASELINES, Measurements
+from saap.baselines.baseline import Baseline, Measurements
 from saap.core.errors import ConfigurationError
 from saap.core.manifest import recorded_versions, typed_command
 from saap.core.records import FloatArray, ImportanceScores, IntArray, ModelGraph, StructurePlan
@@ -27,7 +27,7 @@ from saap.models.loading.references import resolve_model
 from saap.models.walk.probe import check_runs, trial_ids
 from saap.pipeline.compare.rows import RowStore, file_name
 from saap.pipeline.evaluate.run import ask_tasks, check_request, finite, read_streams, requested_perplexity
-from saap.pipeline.prune.baselines import for_method, measurements
+from saap.pipeline.prune.baselines import baseline_of, for_method, measurements
 from saap.pipeline.prune.making import cut_and_restore
 from saap.pipeline.prune.steps import carry_out, plans_for, with_written_text
 from saap.pipeline.shared.context import Run
@@ -53,14 +53,15 @@ class _Shared:
     found: Measurements
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def measure(self, name: str | None) -> float:
-        """Make a pass if nobody has; the seconds it took whoever made it."""
-        if name is None:
+    def measure(self, baseline: Baseline | None) -> float:
+        """Make the baseline's pass if nobody has; the seconds it took whoever made it."""
+        if baseline is None or baseline.measure is None:
             return 0.0
+        name = getattr(baseline.measure, "__name__", "text")
         if name not in self.seconds:
             start = time.perf_counter()
             with self.run.meter.stage(f"measure the {name} for the baselines"):
-                getattr(self.found, name)
+                self.found.of(baseline)
             self.seconds[name] = time.perf_counter() - start
         return self.seconds[name]
 
@@ -203,8 +204,7 @@ def _score(bench: _Bench, shared: _Shared, choice: MethodChoice) -> _Scored:
     work.path.mkdir(parents=True, exist_ok=True)
     space = search_space(bench.loaded.model, bench.graph, config)
     run = dataclasses.replace(shared.run, config=config, space=space, work=work, measurements=shared.found)
-    baseline = BASELINES.get(choice.method)
-    seconds = shared.measure(None if baseline is None else baseline.needs)
+    seconds = shared.measure(baseline_of(choice.method))
     start = time.perf_counter()
     with bench.meter.stage(f"{choice.label}: score"):
         scores = carry_out(run, ("scores",))["scores", ""]

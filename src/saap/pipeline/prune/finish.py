@@ -21,7 +21,7 @@ from saap.pipeline.prune.speed_target import reached_speed
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.targets import Target, finished_report, place_finished
-from saap.structure_search.decode_costs import TimeBudget
+from saap.structure_search.budget import TimeBudget
 
 CHECKED_TOKENS = 64
 

@@ -25,7 +25,7 @@ from saap.pipeline.shared.outcome import ANSWER_TOKENS
 from saap.pipeline.shared.stages import Stage, steps_of
 from saap.pipeline.shared.targets import Target
 from saap.pipeline.shared.tokens import generated_sequences, needs_measuring
-from saap.settings.prune import Method
+from saap.settings.registry import Method
 from saap.structure_search.plan import check_reachable
 
 TIMED_TOKENS = 1024

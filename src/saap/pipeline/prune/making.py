@@ -29,7 +29,6 @@ from saap.pipeline.shared.memory import restoration_spill
 from saap.pipeline.shared.stages import CUT
 from saap.pipeline.shared.targets import Target
 from saap.pipeline.shared.tokens import chooses_units
-from saap.structure_search.plan import with_units
 from saap.surgery.cut import cut
 from saap.surgery.refit import RestoreSettings
 from saap.surgery.restore import restore
@@ -125,7 +124,8 @@ def cut_and_restore(
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(run.config.seed))
         with run.tokens.images(model):
             restoration = restore(backend, plan, tokens[order.to(tokens.device)], settings)
-        plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
+        keep = {name: restoration.keep.get(name, kept) for name, kept in plan.keep.items()}
+        plan, errors = dataclasses.replace(plan, keep=keep), restoration.errors
     cut(model, run.graph, plan)
     compensate(run, model, biases)
     return plan, errors

@@ -10,8 +10,7 @@ import torch
 from saap.core.records import FloatArray, ImportanceScores, IntArray, Role, StructurePlan, require_same
 from saap.core.storage import read_plan, read_scores
 from saap.data.generated import random_starts, sample_from_model
-from saap.estimation.calibrate import estimate
-from saap.estimation.selection import unit_scores
+from saap.estimation.estimate import estimate, unit_scores
 from saap.estimation.token_fisher import token_fisher_scores
 from saap.models.loading.devices import quick_products
 from saap.models.walk.offload import offloaded
@@ -21,12 +20,13 @@ from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.targets import Target
 from saap.pipeline.shared.tokens import COST_TOKENS_AT_ONCE, chooses_units, generated_sequences
-from saap.settings.prune import Importance, Method, unit_roles
-from saap.structure_search.adaptive import SearchGuide
+from saap.settings.prune import unit_roles
+from saap.settings.registry import Importance, Method
+from saap.structure_search.budget import Budget
 from saap.structure_search.costs import SecondOrder, second_order_costs
 from saap.structure_search.evaluator import EVALUATED_AT_ONCE, StructureEvaluator
-from saap.structure_search.objectives import Budget
 from saap.structure_search.plan import complete_plan, plan_from_counts, search
+from saap.structure_search.problem import SearchGuide
 
 GENERATION_BATCH = 32
 SEARCH_SHARE = 0.2
@@ -64,7 +64,8 @@ def estimate_scores(run: Run) -> ImportanceScores:
     with run.tokens.images(run.loaded.model):
         return estimate(
             run.backend, run.tokens.scored, roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
-            element_order=run.config.element_score, aggregation=run.config.aggregation,
+            importance=run.config.importance, element_order=run.config.element_order,
+            aggregation=run.config.aggregation,
         )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ from saap.pipeline.shared.targets import plan_targets, with_budgets, work_path
 from saap.pipeline.shared.tokens import draw_tokens, needs_measuring
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PrunableRole, PruneConfig
-from saap.structure_search.objectives import Budget
+from saap.structure_search.budget import Budget
 from saap.structure_search.plan import check_reachable
 
 __all__ = ["RunOptions", "inspect_model", "preview", "run_prune"]

@@ -22,11 +22,10 @@ from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.progress import Reporter
 from saap.settings.measure import SpeedSettings
 from saap.settings.prune import PrunableRole, PruneConfig, RuntimeName, unit_roles
-from saap.structure_search.decode_costs import (
+from saap.structure_search.budget import (
     DecodeCosts,
     TimeBudget,
     budget_for_speedup,
-    corrected,
     curve_through,
     trial_structures,
 )
@@ -59,7 +58,7 @@ def budget_for_speed(
     plan = check_reachable(graph, budget, space)
     predicted, measured = budget.speedup(graph, plan), trial_speedup(model, graph, plan, speed_settings(config, ROUNDS))
     reporter.note(f"a plan of the speed {predicted:.3f} by the table has the speed {measured:.3f}")
-    return corrected(budget, predicted=predicted, measured=measured)
+    return budget.corrected(predicted=predicted, measured=measured)
 
 
 def reached_speed(run: Run, budget: TimeBudget, plan: StructurePlan, pruned: nn.Module) -> SpeedRecord:

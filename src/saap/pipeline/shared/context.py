@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from saap.baselines.methods import Measurements
+from saap.baselines.baseline import Measurements
 from saap.core.records import ModelGraph
 from saap.models.walk.backend import Backend
 from saap.models.walk.offload import offloaded

@@ -29,7 +29,8 @@ from saap.pipeline.shared import stages
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model
 from saap.pipeline.shared.stages import Stage
 from saap.pipeline.shared.tokens import COST_TOKENS_AT_ONCE, chooses_units
-from saap.settings.prune import Method, PrunableRole, PruneConfig
+from saap.settings.prune import PrunableRole, PruneConfig
+from saap.settings.registry import Method
 
 RESERVE_BYTES = 500 * 10**6
 """What is taken without a model: by libraries that are not loaded yet, or by the work space of an accelerator's."""
@@ -124,10 +125,10 @@ def stage_needs(sizes: Sizes, config: PruneConfig) -> Mapping[Stage, int]:
     backward = sizes.scoring(config) + inputs_of_blocks
     # Gram matrices of what a consumer reads, their factors in double precision, and what it should give
     solving = 36 * sizes.widest**2 + 28 * sizes.widest * sizes.width
-    sums = 8 * sizes.values if config.method.startswith("llm-pruner") else 0  # two of each gradient, in float32
+    kept = 0 if config.method is Method.SAAP else int(config.method.load().bytes_per_weight) * sizes.values
     return {
         stages.MEASURE_DENSE: measuring,
-        stages.ESTIMATE: backward + sums,
+        stages.ESTIMATE: backward + kept,
         stages.FIND_COSTS: backward + _costs(sizes, config),
         stages.EVALUATE_DENSE: measuring,
         stages.SEARCH: measuring,

@@ -23,7 +23,8 @@ from saap.models.loading.images import image_token_ids, with_images
 from saap.models.loading.pretrained import load_processor
 from saap.models.walk.probe import read_at_once
 from saap.pipeline.shared.inputs import LoadedModel
-from saap.settings.prune import Importance, Method, PrunableRole, PruneConfig, Strategy
+from saap.settings.prune import PrunableRole, PruneConfig
+from saap.settings.registry import Importance, Method, Strategy
 from saap.structure_search.costs import gram_bytes
 from saap.surgery.refit import require_sequences
 
