@@ -26,7 +26,7 @@ from lab.checkpoints import SHAPES, byte_tokenizer, write_checkpoint
 
 from saap.models.loading import device_memory, devices
 from saap.pipeline.prune.run import run_prune
-from saap.pipeline.shared import inputs, memory
+from saap.pipeline.shared import memory, tokens
 from saap.pipeline.shared.inputs import RunOptions
 from saap.settings.prune import Effort, PruneConfig
 
@@ -47,11 +47,8 @@ def sizes(layers: int, itemsize: int = 2) -> memory.Sizes:
 
 def needs(of: memory.Sizes, config: PruneConfig) -> dict[str, int]:
     """Bytes by what is kept on the device."""
-    return {
-        "weights and activations": memory.resident_need(of, config),
-        "weights": memory.spilled_need(of, config),
-        "one block": memory.offloaded_need(of, config),
-    }
+    found = memory.Needs.of(of, config)
+    return {"weights and activations": found.resident, "weights": found.spilled, "one block": found.offloaded}
 
 
 def measured(folder: Path, config: PruneConfig, limit: int) -> dict[str, Any]:
@@ -64,7 +61,7 @@ def measured(folder: Path, config: PruneConfig, limit: int) -> dict[str, Any]:
     pretend = import_module("tests.pretend")  # a part of the tests, which are not typed
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(devices, "_available", return_value={"lazy": True}))
-        stack.enter_context(mock.patch.object(inputs, "EVALUATION_TOKENS", MEASURED_TOKENS))
+        stack.enter_context(mock.patch.object(tokens, "EVALUATION_TOKENS", MEASURED_TOKENS))
         stack.enter_context(mock.patch.object(device_memory, "of_device", return_value=limit))
         card = stack.enter_context(pretend.pretended_devices(float64=True, limit=limit))
         (result,) = run_prune(source, config, RunOptions(out=folder / "out"))

@@ -29,7 +29,7 @@ from saap.models.walk import offload
 from saap.pipeline.prune import run as run_module
 from saap.pipeline.recover import context as recovery_context
 from saap.pipeline.recover import run as recover
-from saap.pipeline.shared import inputs, memory, outcome
+from saap.pipeline.shared import memory, outcome, tokens
 from saap.settings import recover as recovery_config
 from saap.settings.recover import RecoverConfig
 
@@ -63,9 +63,7 @@ def count_as_large() -> None:
     """A limit of one byte keeps the weights of the smallest model in their files."""
     offload.SMALL_BYTES = memory.RESERVE_BYTES = 0
     device_memory.of_process = lambda: 0
-    memory.resident_need = lambda sizes, config: 2
-    memory.spilled_need = lambda sizes, config: 2
-    memory.offloaded_need = lambda sizes, config: 1
+    memory.Needs.of = lambda sizes, config: memory.Needs(2, 2, 1)
 
 
 def carry_out(job: dict[str, Any], counted: Path, rank: int = 0) -> None:
@@ -141,7 +139,7 @@ def main() -> None:
 
     run_module.discover = discover_once
     # what is measured of a result does not matter here
-    inputs.EVALUATION_TOKENS = recovery_context.EVALUATION_TOKENS = 512
+    tokens.EVALUATION_TOKENS = recovery_context.EVALUATION_TOKENS = 512
     recover.greedy_answer = outcome.greedy_answer = lambda model, tokenizer: ("", "")
     # `prune --recover` knows a limit in minutes only; after some steps it ends the same each time
     recovery_config.RecoverConfig = partial(RecoverConfig, **wanted["tuning"])

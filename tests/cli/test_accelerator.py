@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from saap.models.loading import device_memory, devices
 from saap.models.loading.pretrained import model_ref
 from saap.models.walk.spill import HostSpill, Spill
 from saap.pipeline.recover import context as recovery_context
-from saap.pipeline.shared import inputs, memory, outcome
+from saap.pipeline.shared import memory, outcome, tokens
 from saap.pipeline.shared.inputs import LoadedModel
 from saap.settings.prune import PruneConfig
 
@@ -55,7 +55,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def little_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (inputs, recovery_context):
+    for module in (tokens, recovery_context):
         monkeypatch.setattr(module, "EVALUATION_TOKENS", 600)
     monkeypatch.setattr(outcome, "ANSWER_TOKENS", 4)
 
@@ -183,8 +183,7 @@ def test_weights_that_do_not_fit_stay_in_their_files(
     monkeypatch.setattr(devices, "_available", lambda: {"lazy": True, "cpu": True})
     expected = run(capsys, "prune", source, *FAST, "--out", tmp_path / "cpu", "--device", "cpu")
     monkeypatch.setattr(memory, "RESERVE_BYTES", 0)
-    for name, need in (("spilled_need", 3), ("offloaded_need", 2)):
-        monkeypatch.setattr(memory, name, lambda sizes, config, need=need: need)
+    monkeypatch.setattr(memory.Needs, "of", lambda sizes, config: memory.Needs(3, 3, 2))
     with pretended_devices(float64=False) as whole, monkeypatch.context() as patched:
         patched.setattr(device_memory, "of_device", lambda device: 2)
         run(capsys, "prune", source, *FAST, "--out", tmp_path / "files")
@@ -254,12 +253,12 @@ def test_a_restoration_of_7b_fits_into_24_gb_by_the_formula() -> None:
         blocks=32, vocabulary=32000, heads=32, values=6_476_005_376,
     )  # fmt: skip
 
-    def gigabytes(need: Callable[..., int], **choices: Any) -> float:
+    def gigabytes(need: str, **choices: Any) -> float:
         config = PruneConfig(pruning_ratios=(0.2,), **choices)
-        return round((memory.RESERVE_BYTES + need(sizes, config)) / 10**9, 1)
+        return round((memory.RESERVE_BYTES + getattr(memory.Needs.of(sizes, config), need)) / 10**9, 1)
 
-    assert gigabytes(memory.resident_need) == 66.5
-    assert gigabytes(memory.spilled_need) == 20.6  # a card of 24 GB has room for it
-    assert gigabytes(memory.offloaded_need) == gigabytes(memory.offloaded_need, calibration=("text.txt",)) == 7.6
-    assert gigabytes(memory.spilled_need, calibration=("text.txt",)) == 28.3
-    assert gigabytes(memory.spilled_need, method="llm-pruner-mixed") == 66.6
+    assert gigabytes("resident") == 66.5
+    assert gigabytes("spilled") == 20.6  # a card of 24 GB has room for it
+    assert gigabytes("offloaded") == gigabytes("offloaded", calibration=("text.txt",)) == 7.6
+    assert gigabytes("spilled", calibration=("text.txt",)) == 28.3
+    assert gigabytes("spilled", method="llm-pruner-mixed") == 66.6

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +17,8 @@ from saap.data.placement import SampleRequest
 from saap.data.samples import draw_sets, leading_ids, token_stream
 from saap.data.training import training_data
 from saap.evaluation.perplexity import perplexity
-from saap.pipeline.prune.generated_text import with_written
-from saap.pipeline.shared.inputs import LoadedModel, draw_tokens
+from saap.pipeline.shared.inputs import LoadedModel
+from saap.pipeline.shared.tokens import draw_tokens
 from saap.settings.prune import PruneConfig
 
 PLAIN, LED = byte_tokenizer(), byte_tokenizer(bos=True)
@@ -108,16 +107,9 @@ def test_all_sets_of_a_run_and_what_the_model_writes_itself(tmp_path: Path) -> N
     for name in ("scored", "held", "refit"):
         assert (getattr(tokens, name).tokens[:, 0] == BOS).all()
     assert draw_tokens(loaded, config.model_copy(update={"bos": False}), "novels").leading == ()
-    written = np.tile(np.arange(2, 66), (12, 1))
+    written = np.tile(np.arange(2, 66), (12, 8))
     written[:, 0] = BOS
-    np.save(tmp_path / "generated.npy", written)
-    run = SimpleNamespace(
-        tokens=tokens,
-        device=torch.device("cpu"),
-        config=config,
-        work=SimpleNamespace(file=lambda name: tmp_path / name),
-    )
-    mixed = with_written(run, "scored")  # type: ignore[arg-type]
+    mixed = tokens.with_written(written, seed=0).scored.tokens
     assert (mixed[:, 0] == BOS).all()
     assert not (mixed[:, 1:] == BOS).any()
 

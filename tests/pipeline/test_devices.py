@@ -23,8 +23,7 @@ from saap.discovery import discover
 from saap.models.loading.devices import copied, require_values, require_whole_blocks
 from saap.models.walk.backend import Backend
 from saap.models.walk.processes import Processes
-from saap.pipeline.shared.inputs import RunOptions
-from saap.pipeline.shared.together import check_device_map
+from saap.pipeline.shared.inputs import RunOptions, check_devices
 from saap.structure_search.plan import make_plan
 from saap.surgery.refit import RestoreSettings
 from saap.surgery.restore import restore
@@ -139,9 +138,9 @@ def test_a_block_on_two_devices_is_refused() -> None:
 def test_several_processes_need_the_whole_model_each() -> None:
     two = Processes(rank=0, count=2)
     with pytest.raises(ConfigurationError, match="each of 2 processes holds the whole model"):
-        check_device_map(RunOptions(device_map="auto"), "model", two)
+        check_devices(RunOptions(device_map="auto"), "model", two)
     with pretended_devices(), pytest.raises(ConfigurationError, match="each of 2 processes holds the whole model"):
-        check_device_map(RunOptions(), spread(families.build("llama")), two)
+        check_devices(RunOptions(), spread(families.build("llama")), two)
 
 
 def test_the_pretended_devices_refuse_each_other() -> None:

@@ -10,19 +10,13 @@ import torch
 from tests.pipeline import tiny
 
 from saap.core.errors import ConfigurationError, OutputError
-from saap.discovery import discover
-from saap.estimation import token_fisher
 from saap.models.loading import device_memory
-from saap.models.walk.backend import Backend
-from saap.models.walk.consumers import sole_consumers
 from saap.pipeline.prune import forecast as forecast_module
-from saap.pipeline.prune import planning
-from saap.pipeline.prune.fits import check_fits
+from saap.pipeline.prune.forecast import check_fits
 from saap.pipeline.prune.run import preview, run_prune
 from saap.pipeline.shared.context import Run
-from saap.pipeline.shared.inputs import COST_TOKENS, COST_TOKENS_AT_ONCE, RunOptions
+from saap.pipeline.shared.inputs import RunOptions
 from saap.settings.prune import PruneConfig
-from saap.structure_search import costs
 
 SETTINGS = {"samples": 6, "sample_length": 32, "align": 8, "effort": "fast", "refit_tokens": 8192}
 
@@ -51,48 +45,43 @@ def test_the_stages_are_those_of_the_run(source: Path, tmp_path: Path, kind: str
 def test_every_ratio_is_made_and_measured(source: Path, tmp_path: Path) -> None:
     config = PruneConfig(pruning_ratios=(0.1, 0.3), restore=False, **SETTINGS)
     stages = preview(source, config, RunOptions(out=tmp_path / "out"))["forecast"]["stages"]
-    assert sum(stage["name"] == "cut, block by block" for stage in stages) == 2
+    assert sum(stage["name"].startswith("cut, block by block (") for stage in stages) == 2
     assert sum(stage["name"].startswith("search the structure (") for stage in stages) == 2
 
 
-def test_second_order_costs_are_scaled_to_all_their_text_and_modules(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("more", "stage", "passes"),
+    [
+        ({"calibration": ("novels",)}, "find the second-order cost of every unit", 3.5 * 8192),
+        ({"calibration": ("novels",), "refit_tokens": 65536}, "find the second-order cost of every unit", 3.5 * 32768),
+        ({"calibration": ("novels",), "effort": "default"}, "search the structure", 16 * 128 * 12),
+        ({}, "weigh every unit token by token", 3.5 * 8192),
+        ({"restore": False}, "cut, block by block", 0),
+    ],
+)
+def test_seconds_follow_from_the_tokens_and_the_time_of_one(
+    source: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], stage: str, passes: float
 ) -> None:
-    """Batches of 5 s after a first of 9 s, and modules of 3 s each: the clock of the trial goes by these."""
-    now, walked = [0.0], []
-
-    def trial(backend: Backend, tokens: torch.Tensor, *, micro_batch: int, **rest: Any) -> None:
-        batches, modules = len(tokens) // micro_batch, len(sole_consumers(backend.graph))
-        walked.append(batches)
-        for done, seconds in enumerate([9.0, 5.0, *[3.0] * modules], start=1):
-            now[0] += seconds
-            backend.progress(done, batches + modules)
-
-    monkeypatch.setattr(planning, "second_order_costs", trial)
-    monkeypatch.setattr(forecast_module, "perf_counter", lambda: now[0])
-    text = str(tiny.text_file(tmp_path / "text.txt"))
-    config = PruneConfig(pruning_ratios=(0.2,), calibration=(text,), **SETTINGS)
-    shown = preview(source, config, RunOptions())
-    (stage,) = [one for one in shown["forecast"]["stages"] if "second-order" in one["name"]]
-    batches = -(-min(shown["tokens"]["restoration"], COST_TOKENS) // COST_TOKENS_AT_ONCE)
-    modules = len(sole_consumers(discover(tiny.model())))
-    assert walked == [2]
-    assert stage["seconds"] == pytest.approx(5.0 * batches + 3.0 * modules)
-
-
-def test_a_model_without_sole_consumers_is_forecast(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in (token_fisher, costs, forecast_module):
-        monkeypatch.setattr(module, "sole_consumers", lambda graph: {})
-    text = str(tiny.text_file(tmp_path / "text.txt"))
-    config = PruneConfig(pruning_ratios=(0.2,), calibration=(text,), **SETTINGS)
+    monkeypatch.setattr(forecast_module, "_seconds_of_token", lambda run: 0.5)
+    config = PruneConfig(pruning_ratios=(0.2,), **{**SETTINGS, **more})
     stages = preview(source, config, RunOptions())["forecast"]["stages"]
-    (stage,) = [one for one in stages if "second-order" in one["name"]]
-    assert stage["seconds"] > 0
+    assert [one["seconds"] for one in stages if one["name"] == stage] == [0.5 * passes]
 
 
-def probed(peaks: dict[str, int], restore: bool = True) -> tuple[forecast_module.Forecast, Run]:
+def test_what_the_restoration_takes_grows_with_its_text(source: Path) -> None:
+    peaks = {}
+    for tokens in (1024, 65536):
+        config = PruneConfig(pruning_ratios=(0.2,), **{**SETTINGS, "refit_tokens": tokens})
+        stages = preview(source, config, RunOptions())["forecast"]["stages"]
+        peaks[tokens] = {stage["name"]: stage["peak_resident_bytes"] for stage in stages}
+    name = "cut and restore, block by block"
+    by_token = 4 * (16 * 32 + 2 * 96)
+    assert peaks[65536][name] - peaks[1024][name] == pytest.approx(64512 * by_token, rel=0.2)
+
+
+def probed(
+    peaks: dict[str, int], restore: bool = True, out: Path | None = None
+) -> tuple[forecast_module.Forecast, Run]:
     stages = tuple(
         forecast_module.StageForecast(name=name, seconds=1.0, peak_resident_bytes=peak) for name, peak in peaks.items()
     )
@@ -100,7 +89,7 @@ def probed(peaks: dict[str, int], restore: bool = True) -> tuple[forecast_module
     config = PruneConfig(pruning_ratios=(0.2,), restore=restore)
     nothing = dict.fromkeys(field.name for field in dataclasses.fields(Run))
     loaded = SimpleNamespace(model=torch.nn.Linear(1, 1))
-    return found, Run(**{**nothing, "config": config, "loaded": loaded})  # type: ignore[arg-type]
+    return found, Run(**{**nothing, "config": config, "loaded": loaded, "options": RunOptions(out=out)})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -118,9 +107,9 @@ def test_too_little_memory_names_the_flag_that_helps(
     monkeypatch.setattr(device_memory, "of_machine", lambda: free)
     found, run = probed({"load the model": others, "cut and restore, block by block": 92 * 10**8}, restore)
     with pytest.raises(ConfigurationError, match=remedy):
-        check_fits(found, run, None)
+        check_fits(found, run)
     monkeypatch.setattr(device_memory, "of_machine", lambda: 93 * 10**8)
-    check_fits(found, run, None)
+    check_fits(found, run)
 
 
 def test_too_little_memory_of_an_accelerator_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,22 +118,22 @@ def test_too_little_memory_of_an_accelerator_names_it(monkeypatch: pytest.Monkey
     found = dataclasses.replace(found, stages=(stage,))
     monkeypatch.setattr(device_memory, "of_device", lambda device: 9 * 10**9)
     with pytest.raises(ConfigurationError, match=r"'load the model' needs 9\.2 GB .* 9\.0 GB are free on cpu"):
-        check_fits(found, run, None)
+        check_fits(found, run)
     monkeypatch.setattr(device_memory, "of_device", lambda device: 10**10)
-    check_fits(found, run, None)
+    check_fits(found, run)
 
 
 def test_weights_that_do_not_fit_are_not_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_memory, "of_machine", lambda: 1000)
-    with pytest.raises(ConfigurationError, match="The weights of"):
+    with pytest.raises(ConfigurationError, match=r"The model .* needs"):
         preview(source, PruneConfig(pruning_ratios=(0.2,), **SETTINGS), RunOptions())
 
 
 def test_too_little_disk_is_refused(tmp_path: Path) -> None:
-    found, run = probed({"load the model": 1})
+    found, run = probed({"load the model": 1}, out=tmp_path / "out")
     stage = dataclasses.replace(found.stages[0], disk_bytes=10**18)
     with pytest.raises(OutputError, match="MB free"):
-        check_fits(dataclasses.replace(found, stages=(stage,)), run, tmp_path / "out")
+        check_fits(dataclasses.replace(found, stages=(stage,)), run)
 
 
 def test_memory_of_this_machine() -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from saap.core.storage import read_scores
 from saap.models.loading import device_memory
 from saap.models.walk import offload as offload_module
 from saap.models.walk.offload import OffloadedWeights
+from saap.pipeline.prune import planning
 from saap.pipeline.prune.run import run_prune
 from saap.pipeline.shared import memory
-from saap.pipeline.shared.inputs import OFFLOADED_EVALUATION_TOKENS, RunOptions
+from saap.pipeline.shared.inputs import RunOptions
+from saap.pipeline.shared.tokens import OFFLOADED_EVALUATION_TOKENS
 from saap.settings.prune import PruneConfig
 
 SETTINGS = {"samples": 6, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
@@ -49,9 +51,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(offload_module, "SMALL_BYTES", 0)
     monkeypatch.setattr(memory, "RESERVE_BYTES", 0)
     monkeypatch.setattr(device_memory, "of_process", lambda: 0)
-    monkeypatch.setattr(memory, "resident_need", lambda sizes, config: 2)
-    monkeypatch.setattr(memory, "spilled_need", lambda sizes, config: 2)
-    monkeypatch.setattr(memory, "offloaded_need", lambda sizes, config: 1)
+    monkeypatch.setattr(memory.Needs, "of", lambda sizes, config: memory.Needs(2, 2, 1))
     yield found
     assert max(found, default=0) <= 1
 
@@ -104,7 +104,7 @@ def test_several_ratios(source: Path, tmp_path: Path, counts: list[int]) -> None
 def test_the_search_measures_as_many_candidates_as_the_tokens_allow(
     source: Path, tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "READING_TOKENS", 0)
+    monkeypatch.setattr(planning, "READING_TOKENS", 0)
     given = {**SETTINGS, "effort": "default", "samples": 100, "sample_length": 128, "roles": ("ffn",)}
     result = saap.prune(source, pruning_ratio=0.2, out=tmp_path / "many", max_memory=1, **given)
     assert len(result.plan.trail) == int(0.2 * 4 * 100 * 128 / (16 * 128)) - 1  # 4
@@ -165,12 +165,13 @@ def test_needs_grow_with_what_is_asked() -> None:
         weights=27 * 10**9, block=810 * 10**6, around=10**9, matrix=180 * 10**6, widest=11008, width=4096, blocks=32,
         vocabulary=32000, heads=32, values=65 * 10**8,
     )  # fmt: skip
-    need: Callable[..., int] = memory.offloaded_need
-    cut, restored = (need(sizes, PruneConfig(pruning_ratios=(0.2,), restore=restore)) for restore in (False, True))
-    assert cut < 2 * 10**9 < restored < 8 * 10**9
-    assert memory.resident_need(sizes, PruneConfig(pruning_ratios=(0.2,), restore=False)) > sizes.weights
-    baselines = [PruneConfig(pruning_ratios=(0.2,), method=method) for method in ("flap", "llm-pruner-mixed")]
-    without, with_gradients = (memory.spilled_need(sizes, config) for config in baselines)
+
+    def needs(**choices: Any) -> memory.Needs:
+        return memory.Needs.of(sizes, PruneConfig(pruning_ratios=(0.2,), **choices))
+
+    assert needs(restore=False).offloaded < 2 * 10**9 < needs(restore=True).offloaded < 8 * 10**9
+    assert needs(restore=False).resident > sizes.weights
+    without, with_gradients = (needs(method=method).spilled for method in ("flap", "llm-pruner-mixed"))
     assert without < sizes.weights + 8 * sizes.values <= with_gradients
 
 
@@ -186,8 +187,8 @@ def test_weights_count_once_where_the_run_fits(source: Path, tmp_path: Path, mon
         return stock(*arguments, **named)
 
     monkeypatch.setattr(memory, "open_model", reading)
-    for name in ("resident_need", "spilled_need"):
-        monkeypatch.setattr(memory, name, lambda sizes, config: weights + 10**8)
+    needs = memory.Needs(weights + 10**8, weights + 10**8, 1)
+    monkeypatch.setattr(memory.Needs, "of", lambda sizes, config: needs)
     config = PruneConfig(pruning_ratios=(0.2,), **SETTINGS)
     limit = memory.RESERVE_BYTES + weights + 3 * 10**8
     assert not memory.open_within(source, config, RunOptions(max_memory=limit), None).spills

@@ -17,10 +17,9 @@ import saap
 from saap.core.errors import CalibrationError, LayoutError, OutputError, StaleInputError, TargetError
 from saap.discovery import discover
 from saap.models.walk.backend import Backend
-from saap.pipeline.prune import planning
-from saap.pipeline.prune import run as run_module
+from saap.pipeline.prune import making, planning
 from saap.pipeline.prune.run import RunOptions, run_prune
-from saap.pipeline.shared import inputs
+from saap.pipeline.shared import tokens as token_sets
 from saap.settings.prune import PruneConfig
 from saap.structure_search.evaluator import StructureEvaluator
 
@@ -116,7 +115,7 @@ def test_costs_are_measured_on_the_text_of_the_restoration(
         return stock(backend, tokens, **named)
 
     monkeypatch.setattr(planning, "second_order_costs", costs)
-    monkeypatch.setattr(inputs, "COST_TOKENS", 3 * 512 + 1)
+    monkeypatch.setattr(token_sets, "COST_TOKENS", 3 * 512 + 1)
     settings = SETTINGS | {"samples": samples, "refit_tokens": refit_tokens, "calibration": ["novels"]}
     saap.prune(source, pruning_ratio=0.2, **settings)
     assert seen == [(expected, 512 // expected[1])]
@@ -185,7 +184,7 @@ def test_an_interrupted_run_is_taken_up(
     whole = run_prune(source, config, RunOptions(out=tmp_path / "whole"))[0]
     holder, name = {
         "search": (planning, "search"),
-        "restore": (run_module, "restore"),
+        "restore": (making, "restore"),
         "observe_after": (finish_module, "observe"),
     }[stage]
 

@@ -18,7 +18,7 @@ from saap.core.errors import ConfigurationError, SaapError, TargetError
 from saap.core.manifest import RunManifest
 from saap.evaluation.speed import Runtime, Speed
 from saap.pipeline.evaluate import speed
-from saap.pipeline.prune import decode_costs
+from saap.pipeline.prune import speed_target
 from saap.pipeline.prune.run import preview, run_prune
 from saap.pipeline.shared.inputs import RunOptions
 from saap.settings.prune import PruneConfig
@@ -98,7 +98,7 @@ def test_an_unwritable_cache_is_no_reason_to_fail(
 
 def test_a_relative_cache_folder_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "somewhere")
-    assert decode_costs.cache_folder() == Path.home() / ".cache" / "saap" / "decode-costs"
+    assert speed_target.cache_folder() == Path.home() / ".cache" / "saap" / "decode-costs"
 
 
 def test_a_dry_run_measures_and_writes_nothing(
@@ -147,7 +147,7 @@ def test_what_llama_cpp_cannot_compute_is_refused_before_the_estimation(
 
 def test_a_speed_is_reached_in_llama_cpp_too(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(decode_costs.DecodeCosts, "saved", lambda self, role, fraction: (1 - fraction) * 0.3)
+    monkeypatch.setattr(speed_target.DecodeCosts, "saved", lambda self, role, fraction: (1 - fraction) * 0.3)
     monkeypatch.setattr("saap.pipeline.prune.speed_target.trial_speedup", lambda *given: 1.05)
     result = saap.prune(source, target_speedup=1.05, runtime="llama.cpp", quantization="f32", **FAST)
     found = result.report.speed

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from saap.pipeline.shared.stages import PRUNE, RECOVER, Stage
+from saap.pipeline.shared.stages import (
+    CUT,
+    ESTIMATE,
+    MEASURE,
+    PLACE,
+    PRUNE,
+    RECOVER,
+    RESTORE,
+    SEARCH,
+    Stage,
+    outstanding,
+    steps_of,
+)
 
 
 @pytest.mark.parametrize("stages", [PRUNE, RECOVER], ids=["prune", "recover"])
@@ -12,12 +24,26 @@ def test_a_stage_needs_what_earlier_ones_give(stages: tuple[Stage, ...]) -> None
     known = {"MODEL", "DATA"}
     for stage in stages:
         assert set(stage.needs) <= known, stage.title
-        known |= set(stage.gives)
+        known.add(stage.gives)
     assert len({stage.title for stage in stages}) == len(stages)
 
 
 def test_what_takes_long_is_kept_for_an_interrupted_run() -> None:
-    kept = [stage.title for stage in PRUNE if stage.resumable]
+    kept = [stage.title for stage in PRUNE if stage.file]
     assert {"estimate the importance of every unit", "search the structure"} <= set(kept)
-    files = {stage.file for stage in PRUNE if stage.resumable}
+    files = {stage.file for stage in PRUNE if stage.file}
     assert len(files) == len(kept) - 1  # a model is made with or without restoration
+
+
+def test_an_interrupted_run_carries_out_what_is_still_needed() -> None:
+    steps = steps_of([stage for stage in PRUNE if stage is not CUT], ["0.1", "0.3"])
+    shared = [step.stage for step in steps if not step.target]
+    assert shared == [stage for stage in PRUNE if not stage.per_target]
+    assert [step.target for step in steps if step.stage is RESTORE] == ["0.1", "0.3"]
+    finished = [step for step in steps if (step.stage, step.target) == (PLACE, "0.1")]
+    made = [step for step in steps if (step.stage, step.target) == (RESTORE, "0.3")]
+    left = outstanding(steps, [*finished, *made], ["result"])
+    assert {step.stage for step in left if step.target == "0.1"} == {PLACE}
+    assert SEARCH not in {step.stage for step in left}
+    assert {ESTIMATE, RESTORE, MEASURE} <= {step.stage for step in left}
+    assert outstanding(steps, steps, ["result"]) == [step for step in steps if step.stage is PLACE]

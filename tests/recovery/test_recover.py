@@ -28,8 +28,8 @@ from saap.export.huggingface import stored_entries
 from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight, linears_inside, pack_linears, read_packed
 from saap.models.loading.pretrained import load_groupwise, load_model, open_skeleton
 from saap.models.loading.references import resolve_model
-from saap.pipeline.shared.inputs import EVALUATION_TOKENS
 from saap.pipeline.shared.progress import Silent
+from saap.pipeline.shared.tokens import EVALUATION_TOKENS
 from saap.recovery.quantise import quantise
 
 QUICK = {"length": 32, "batch": 4, "max_steps": 4, "validate_every": 2, "validation_samples": 2, "rank": 4}

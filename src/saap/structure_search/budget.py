@@ -18,6 +18,10 @@ WHOLE = 10**9
 """Time of one decoding step of the dense model; whole numbers, so that sums do not depend on their order."""
 
 LARGEST_CORRECTION = 0.15
+FRACTIONS = (0.7, 0.4)
+"""Of its units that every group of a role keeps in the trials, in addition to the least possible."""
+FEW_UNITS = 4
+"""Groups of so many units or fewer are tried at every number of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,3 +172,30 @@ def budget_for_speedup(graph: ModelGraph, costs: DecodeCosts, speedup: float) ->
     layers = {group.name: group.layer for group in graph.groups}
     block = round(WHOLE * (costs.block or 0.0))
     return TimeBudget(removal=math.ceil(WHOLE * (1 - 1 / speedup)), savings=savings, layers=layers, block=block)
+
+
+def trial_structures(
+    graph: ModelGraph, roles: Iterable[Role], align: int
+) -> list[tuple[Role, float, dict[str, tuple[int, ...]]]]:
+    """What is cut to measure the costs: (role, fraction of its units that is kept, kept units by group).
+
+    Raises TargetError for a role that no group of the model has.
+    """
+    found = []
+    for role in roles:
+        groups = graph.of_role(role)
+        if not groups:
+            raise TargetError(f"no {role} groups can be pruned in this model", "Leave this role out of --roles")
+        step = align if role.of_channels else 1
+        sizes = {
+            tuple(max(min(step, g.units), round(g.units * share / step) * step) for g in groups) for share in FRACTIONS
+        }
+        sizes.add(tuple(min(step, g.units) for g in groups))
+        if max(group.units for group in groups) <= FEW_UNITS:
+            sizes |= {tuple(min(size, g.units) for g in groups) for size in range(1, FEW_UNITS)}
+        units = sum(group.units for group in groups)
+        for kept in sorted(sizes, reverse=True):
+            if sum(kept) < units:
+                keep = {group.name: tuple(range(size)) for group, size in zip(groups, kept, strict=True)}
+                found.append((role, sum(kept) / units, keep))
+    return found

@@ -16,7 +16,7 @@ from saap.baselines.baseline import Measurements
 from saap.core.errors import ConfigurationError
 from saap.core.evaluation_records import COMPARISON, Comparison, ComparisonRow, DenseRow, StageSeconds
 from saap.core.manifest import recorded_versions, typed_command
-from saap.core.records import ImportanceScores, IntArray, ModelGraph, StructurePlan
+from saap.core.records import FloatArray, ImportanceScores, IntArray, ModelGraph, StructurePlan
 from saap.core.storage import write_whole
 from saap.discovery import discover
 from saap.evaluation.bootstrap import kept_accuracy
@@ -25,23 +25,16 @@ from saap.models.walk.probe import check_runs, trial_ids
 from saap.pipeline.compare.rows import RowStore, file_name
 from saap.pipeline.evaluate.run import ask_tasks, check_request, read_streams, requested_perplexity
 from saap.pipeline.prune.baselines import baseline_of, for_method, measurements
-from saap.pipeline.prune.generated_text import write_text
-from saap.pipeline.prune.planning import plans_for, scores_of
-from saap.pipeline.prune.run import cut_and_restore
+from saap.pipeline.prune.making import cut_and_restore
+from saap.pipeline.prune.steps import carry_out, plans_for, with_written_text
 from saap.pipeline.shared.context import Run
-from saap.pipeline.shared.inputs import (
-    LoadedModel,
-    RunOptions,
-    draw_tokens,
-    open_model,
-    place_of,
-    resolve_with_tokenizer,
-)
+from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model, place_of, resolve_with_tokenizer
 from saap.pipeline.shared.legality import check_walk, search_space
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.progress import Reporter, Silent
-from saap.pipeline.shared.stages import DISCOVER, LOAD, MEASURE_DENSE, READ_TEXT, WRITE_TEXT
+from saap.pipeline.shared.stages import DISCOVER, LOAD, MEASURE_DENSE, READ_TEXT
 from saap.pipeline.shared.targets import Target, with_budgets
+from saap.pipeline.shared.tokens import draw_tokens
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.measure import CompareRequest
 from saap.settings.prune import MethodChoice, PruneConfig
@@ -135,7 +128,6 @@ class _Scored:
     label: str
     run: Run
     scores: ImportanceScores
-    measured: Measurements | None
     seconds: float
 
 
@@ -179,8 +171,7 @@ class _Bench:
         work = WorkFolder(self.rows.folder / "work" / f"seed-{seed}")
         work.path.mkdir(parents=True, exist_ok=True)
         space = search_space(self.loaded.model, self.graph, config)
-        run = Run(config, options, self.loaded, self.graph, space, tokens, work, self.meter)
-        write_text(run)
+        run = with_written_text(Run(config, options, self.loaded, self.graph, space, tokens, work, self.meter))
         return _Seed(run, measurements(run))
 
     def _score(self, shared: _Seed, choice: MethodChoice) -> _Scored:
@@ -188,10 +179,8 @@ class _Bench:
         config = _config(self.request, choice, shared.run.config.seed)
         work = WorkFolder(shared.run.work.path / file_name(choice.label))
         work.path.mkdir(parents=True, exist_ok=True)
-        if shared.run.work.file(WRITE_TEXT.file).exists():
-            shutil.copyfile(shared.run.work.file(WRITE_TEXT.file), work.file(WRITE_TEXT.file))
         space = search_space(self.loaded.model, self.graph, config)
-        run = dataclasses.replace(shared.run, config=config, space=space, work=work)
+        run = dataclasses.replace(shared.run, config=config, space=space, work=work, measurements=shared.found)
         baseline = baseline_of(choice.method)
         needs = "" if baseline is None or baseline.measure is None else getattr(baseline.measure, "__name__", "text")
         if baseline is not None and needs and needs not in shared.seconds:
@@ -199,12 +188,11 @@ class _Bench:
             with self.meter.stage(f"measure the {needs} for the baselines"):
                 shared.found.of(baseline)
             shared.seconds[needs] = time.perf_counter() - start
-        measured = None if baseline is None else shared.found
         start = time.perf_counter()
         with self.meter.stage(f"{choice.label}: score"):
-            scores = scores_of(run, measured)
+            scores = carry_out(run, ("scores",))["scores", ""]
         seconds = time.perf_counter() - start + shared.seconds.get(needs, 0.0)
-        return _Scored(choice.label, run, scores, measured, seconds)
+        return _Scored(choice.label, run, scores, seconds)
 
     def _make_alike(self, scored: _Scored, restored: bool, paths: Mapping[float, Path], dense: DenseRow) -> None:
         """Plan, make and measure rows that are all restored or all only cut: a search may plan for what follows it."""
@@ -218,13 +206,19 @@ class _Bench:
             if ratio in paths
         }
         start = time.perf_counter()
-        plans = dict(zip(targets, plans_for(run, list(targets.values()), scored.scores), strict=True))
+        plans, token_scores = plans_for(run, list(targets.values()), scored.scores)
         searching = (time.perf_counter() - start) / len(targets)
         for ratio, path in paths.items():
-            self.rows.write(path, self._row(scored, plans[ratio], ratio, searching, dense))
+            searched = plans[targets[ratio].name], token_scores
+            self.rows.write(path, self._row(scored, searched, ratio, searching, dense))
 
     def _row(
-        self, scored: _Scored, plan: StructurePlan, ratio: float, searching: float, dense: DenseRow
+        self,
+        scored: _Scored,
+        searched: tuple[StructurePlan, Mapping[str, FloatArray] | None],
+        ratio: float,
+        searching: float,
+        dense: DenseRow,
     ) -> ComparisonRow:
         """One pruned model, measured. searching: seconds of its search."""
         config = scored.run.config
@@ -232,7 +226,7 @@ class _Bench:
         shown = f"{scored.label}, {ratio:g}{', restored' if config.restore else ''}"
         model = copied(self.loaded.model)
         with self.meter.stage(f"{shown}: make"):
-            plan, _ = cut_and_restore(scored.run, model, plan, scored.scores, scored.measured)
+            plan, _ = cut_and_restore(scored.run, model, searched[0], scored.scores, searched[1])
         seconds = StageSeconds(score=scored.seconds, search=searching, make=time.perf_counter() - start)
         with self.meter.stage(f"{shown}: measure"):
             found = self._measured(model, self.request.asks_tasks(ratio))

@@ -8,9 +8,8 @@ from torch import nn
 
 from saap.baselines.baseline import Baseline, Measurements, add_biases
 from saap.core.errors import ConfigurationError
-from saap.core.records import FloatArray, GroupScores, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
+from saap.core.records import GroupScores, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
 from saap.models.walk.backend import Backend
-from saap.pipeline.prune.generated_text import with_written
 from saap.pipeline.shared.context import Run
 from saap.settings.prune import PruneConfig, unit_roles
 from saap.settings.registry import Method
@@ -65,43 +64,35 @@ def check_method(config: PruneConfig, graph: ModelGraph) -> None:
 
 def measurements(run: Run) -> Measurements:
     """What the baselines measure, on the samples that the method's own scores are estimated on."""
+    if run.measurements is not None:
+        return run.measurements
     backend = Backend(run.loaded.model, run.graph, progress=run.meter.reporter.advance)
-    return Measurements(backend, with_written(run, "scored"), seed=run.config.seed)
+    return Measurements(backend, run.tokens.tensor("scored", run.device), seed=run.config.seed)
 
 
-def baseline_scores(run: Run, calibration_digest: str, found: Measurements) -> ImportanceScores:
+def baseline_scores(run: Run) -> ImportanceScores:
     """The baseline's scores in the form of an estimation; they have no spread over samples."""
-    scores = found.scores(run.config.method.load())
+    groups = {}
+    for name, scores in measurements(run).scores(run.config.method.load()).items():
+        values = np.asarray(scores, dtype=np.float64)
+        zero = np.zeros_like(values)
+        groups[name] = GroupScores(vector=values, vector_m2=zero, element=values, element_m2=zero, comoment=zero)
     return ImportanceScores(
-        graph_digest=run.graph.digest,
-        calibration_digest=calibration_digest,
-        samples=len(found.tokens),
-        element_order=str(run.config.method),
-        aggregation=str(run.config.aggregation),
-        losses=np.zeros(0),
-        groups={name: _without_spread(np.asarray(values, dtype=np.float64)) for name, values in scores.items()},
-    )
+        graph_digest=run.graph.digest, calibration_digest=run.tokens.scored.digest,
+        samples=len(run.tokens.scored.tokens), element_order=str(run.config.method),
+        aggregation=str(run.config.aggregation), losses=np.zeros(0), groups=groups,
+    )  # fmt: skip
 
 
-def _without_spread(values: FloatArray) -> GroupScores:
-    zero = np.zeros_like(values)
-    return GroupScores(vector=values, vector_m2=zero, element=values, element_m2=zero, comoment=zero)
+def biases_for(run: Run, model: nn.Module, plan: StructurePlan) -> dict[str, torch.Tensor]:
+    """The biases by which the method compensates for what `plan` removes from the dense `model`; most have none.
 
-
-def biases_for(
-    run: Run, model: nn.Module, plan: StructurePlan, found: Measurements | None = None
-) -> dict[str, torch.Tensor]:
-    """The biases by which the method makes up for what `plan` removes from the dense `model`; none for most methods.
-
-    found: what has been measured of it so far. A restoration makes up for the same and more, so there are none beside
-    it.
+    A restoration compensates for the same and more, so there are none with it.
     """
     baseline = baseline_of(run.config.method)
     if baseline is None or not baseline.compensation or run.config.restore or plan.removes_nothing(run.graph):
         return {}
-    backend = Backend(model, run.graph)
-    measured = (found or Measurements(backend, with_written(run, "scored"))).of(baseline)
-    return baseline.compensation(backend, measured, plan.keep)
+    return baseline.compensation(Backend(model, run.graph), measurements(run).of(baseline), plan.keep)
 
 
 def compensate(run: Run, model: nn.Module, biases: dict[str, torch.Tensor]) -> None:

@@ -1,150 +1,107 @@
-"""From a cut model to a result: keep it safe, measure it, write its records, put it in its place."""
+"""From a made model to a result: open what was written, measure it, complete its records, put it in its place."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from saap.core.errors import VerificationError, first_line
-from saap.core.manifest import (
-    Answers,
-    BaseModelIdentity,
-    Change,
-    PerplexityChange,
-    RunManifest,
-    SpeedRecord,
-    recorded_versions,
-    typed_command,
-)
-from saap.core.records import ImportanceScores, Layout, StructurePlan, count_parameters
-from saap.core.storage import read_plan
+from saap.core.manifest import RunManifest, SpeedRecord
+from saap.core.records import ImportanceScores
 from saap.evaluation.perplexity import model_logits
-from saap.export.huggingface import CheckpointParts, modeling_code_digest, write_checkpoint, write_records
-from saap.export.model_card import licence_of
-from saap.models.checkpoint.pruned_structure import PrunedStructure, auto_class, dense_shapes
-from saap.models.walk.offload import offloaded
+from saap.export.huggingface import write_records
+from saap.models.checkpoint.pruned_structure import auto_class
+from saap.models.walk.offload import offloaded, placeholder
+from saap.pipeline.prune.diagnosis import findings_of
+from saap.pipeline.prune.making import Made, forget_changed, made_folder, open_result, release
+from saap.pipeline.prune.planning import read_whole_plan
+from saap.pipeline.prune.records import Measured, manifest_of_run
 from saap.pipeline.prune.result import PruneReport, PruneResult, load_lines, structure_of
-from saap.pipeline.prune.speed_target import diagnose_speed, reached_speed
+from saap.pipeline.prune.speed_target import reached_speed
 from saap.pipeline.shared.context import Run
-from saap.pipeline.shared.diagnosis import diagnose_importance, diagnose_memory, diagnose_result, diagnose_search
-from saap.pipeline.shared.memory import forget_changed, forget_weights, open_result, release
 from saap.pipeline.shared.outcome import Behaviour, observe
-from saap.pipeline.shared.stages import CUT, MEASURE, TIME_RESULT
 from saap.pipeline.shared.targets import Target, finished_report, place_finished
 from saap.structure_search.budget import TimeBudget
-from saap.structure_search.plan import complete_plan
 
 CHECKED_TOKENS = 64
 
 
-@dataclass(slots=True)
-class Made:
-    """A model that was cut and restored. model: None where it was found in the work folder, to be opened later."""
+def measure_result(run: Run, target: Target, made: Made) -> Behaviour | None:
+    """What the result does, opened from its folder; of several processes the first alone opens what it has written."""
+    if target.folder is not None:
+        model, made.model = made.model, None
+        if not run.processes.first:
+            return None
+        expected = None if model is None else _few_logits(run, model)
+        if model is not None:
+            release(model)
+        if model is run.loaded.model and run.loaded.fresh is None:
+            _forget_weights(model)  # the run holds it to its end
+        del model
+        forget_changed(run, target)
+        made.model = open_result(run, made_folder(run, target))
+        _check_same(expected, _logits_of_written(run, made.model, target), target)
+    return observe(_model_of(made), run.loaded.tokenizer, run.tokens, run.spill)
 
-    plan: StructurePlan
-    base_model_type: str
-    model: nn.Module | None
-    refit_errors: Mapping[str, float] = field(default_factory=dict)
 
-
-def _folder(run: Run, target: Target) -> Path:
-    """Where the model of a target lies until it is in its place."""
-    return run.work.file(CUT.file_of(target.name)).with_suffix("")
-
-
-def find_made(run: Run, target: Target) -> Made | None:
-    """The target's model in the work folder, if an interrupted run had finished it."""
-    record = run.work.read_json(CUT.file_of(target.name))
-    folder = _folder(run, target)
-    if record is None or not (folder / "config.json").exists():
+def time_result(run: Run, target: Target, made: Made, pruned: Behaviour | None) -> SpeedRecord | None:
+    """The speed of the result, where it was measured and one was requested."""
+    if pruned is None or not isinstance(target.budget, TimeBudget):
         return None
-    plan = complete_plan(run.graph, read_plan(folder / "saap" / "plan.json", run.graph))
-    return Made(plan=plan, base_model_type=record["base_model_type"], model=None, refit_errors=record["refit_errors"])
+    return reached_speed(run, target.budget, made.plan, _model_of(made))
 
 
-def keep_made(
-    run: Run, target: Target, model: nn.Module, plan: StructurePlan, structure: PrunedStructure,
-    refit_errors: Mapping[str, float], scores: ImportanceScores,
-) -> Made:  # fmt: skip
-    """Check the parameter count and, where the result is to be written, write it into the work folder.
-
-    The weights are rounded to the written type, so that what is measured is what is written.
-    """
-    new = set(structure.added_biases) - set(dense_shapes(run.graph, plan))
-    counted = count_parameters({name: tuple(p.shape) for name, p in model.named_parameters() if name not in new})
-    if counted != plan.parameters:
-        raise VerificationError(
-            f"The pruned model has {counted:,} parameters, but the plan predicts {plan.parameters:,}",
-            "Report this model and command as a fault of saap",
-        )
-    made = Made(plan=plan, base_model_type=structure.base_model_type, model=model, refit_errors=refit_errors)
-    if target.folder is not None and run.processes.first:
-        round_weights(model, run.loaded.dtype)
-        parts = CheckpointParts(
-            graph=run.graph, plan=plan, structure=structure, manifest=_manifest(run, plan, scores, None),
-            scores=scores, tokenizer=run.loaded.tokenizer, source_folder=run.loaded.folder,
-        )  # fmt: skip
-        write_checkpoint(model, parts, _folder(run, target), dtype=run.loaded.dtype, overwrite=True)
-        record = {"base_model_type": structure.base_model_type, "refit_errors": dict(refit_errors)}
-        run.work.write_json(CUT.file_of(target.name), record)
-    return made
-
-
-@torch.no_grad()
-def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round the floating-point weights to the values that `dtype` can hold, in place, without changing their type."""
-    away = offloaded(model)
-    if away is not None:
-        away.round_to(dtype)
-    for parameter in model.parameters() if away is None else away.always_onloaded(model):
-        if parameter.dtype.is_floating_point and parameter.dtype != dtype:
-            parameter.copy_(parameter.to(dtype).to(parameter.dtype))
-
-
-def finish(run: Run, target: Target, made: Made, scores: ImportanceScores, dense: Behaviour) -> PruneResult:
-    """Measure the result, complete its records and put it in its place."""
-    written = _folder(run, target) if target.folder is not None else None
-    with run.meter.stage(MEASURE):
-        model = made.model
-        if written is not None:
-            expected = None if model is None else _few_logits(run, model)
-            if model is not None:
-                release(model)
-            if model is run.loaded.model and run.loaded.fresh is None:
-                forget_weights(model)  # the run holds it to its end
-            made.model = model = None
-            forget_changed(run, target.name)
-            model = open_result(run, written)
-            _check_same(expected, _logits_of_written(run, model, target), target)
-        if model is None:
-            raise VerificationError("The pruned model is neither in memory nor in the work folder", "Run again")
-        pruned = observe(model, run.loaded.tokenizer, run.tokens, run.spill)
-    speed = None
-    if isinstance(target.budget, TimeBudget):
-        with run.meter.stage(TIME_RESULT):
-            speed = reached_speed(run, target.budget, made.plan, model)
-    report = _report(run, target, made, scores, (dense, pruned), speed)
-    if written is not None and target.folder is not None:
-        write_records(written, _manifest(run, made.plan, scores, (dense, pruned), speed), made.base_model_type)
-        place_finished(run.work, target, written, report.as_dict())
+def place_result(
+    run: Run,
+    target: Target,
+    scores: ImportanceScores,
+    dense: Behaviour,
+    made: Made,
+    pruned: Behaviour | None,
+    speed: SpeedRecord | None,
+) -> PruneResult:
+    """The result with its records, in its place; the other processes open what the first has put there."""
+    if pruned is None:
+        run.processes.barrier()
+        if finished_report(run.work, target) is None:
+            raise VerificationError(
+                f"{target.folder} has not been seen by process {run.processes.rank}",
+                "Let all processes work on one file system",
+            )
+        return read_result(run, target)
+    measured, model = Measured(dense, pruned, speed), _model_of(made)
+    manifest = manifest_of_run(run, made.plan, scores, measured)
+    report = _report(run, target, made, manifest, findings_of(run, made, scores, measured))
+    if target.folder is not None:
+        folder = made_folder(run, target)
+        write_records(folder, manifest, made.base_model_type)
+        place_finished(run.work, target, folder, report.as_dict())
         if offloaded(model) is not None:
             model = open_result(run, target.folder)  # its files have another place now
+        run.processes.barrier()
     return PruneResult(model=model, plan=made.plan, report=report, path=target.folder)
 
 
-def find_finished(run: Run, target: Target) -> PruneResult | None:
-    """The target's result, if an interrupted run had already put it in its place."""
-    saved = finished_report(run.work, target)
-    if saved is None or target.folder is None:
-        return None
-    report = PruneReport.model_validate(saved)
-    plan = complete_plan(run.graph, read_plan(target.folder / "saap" / "plan.json", run.graph))
-    model = open_result(run, target.folder)
-    return PruneResult(model=model, plan=plan, report=report, path=target.folder)
+def read_result(run: Run, target: Target) -> PruneResult:
+    """The target's result, which has been put in its place."""
+    folder = target.folder
+    if folder is None:
+        raise VerificationError("A result in memory cannot be read", "Run again")
+    report = PruneReport.model_validate(finished_report(run.work, target))
+    plan = read_whole_plan(run, folder / "saap" / "plan.json")
+    return PruneResult(model=open_result(run, folder), plan=plan, report=report, path=folder)
+
+
+def _model_of(made: Made) -> nn.Module:
+    if made.model is None:
+        raise VerificationError("The pruned model is neither in memory nor in the work folder", "Run again")
+    return made.model
+
+
+def _forget_weights(model: nn.Module) -> None:
+    """Free the memory of a model that something else still holds; it keeps shapes, types and devices."""
+    for parameter in model.parameters():
+        parameter.data = placeholder(parameter.shape, parameter.dtype, parameter.device)
 
 
 @torch.no_grad()
@@ -176,97 +133,23 @@ def _check_same(expected: torch.Tensor | None, found: torch.Tensor, target: Targ
         )
 
 
-def _manifest(
-    run: Run,
-    plan: StructurePlan,
-    scores: ImportanceScores,
-    behaviour: tuple[Behaviour, Behaviour] | None,
-    speed: SpeedRecord | None = None,
-) -> RunManifest:
-    itemsize = run.loaded.dtype.itemsize
-    folder = run.loaded.folder
-    perplexity = answers = None
-    if behaviour is not None:
-        dense, pruned = behaviour
-        answers = Answers(prompt=dense.prompt, dense=dense.answer, pruned=pruned.answer)
-        perplexity = PerplexityChange(
-            text=run.tokens.evaluation_name,
-            tokens=int(run.tokens.evaluation.size),
-            before=dense.perplexity,
-            after=pruned.perplexity,
-        )
-    digests = {
-        "graph": run.graph.digest, "calibration": run.tokens.scored.digest,
-        "scores": scores.digest, "plan": plan.digest,
-    }  # fmt: skip
-    if plan.layout is Layout.ADAPTIVE:
-        digests["modeling_code"] = modeling_code_digest()
-    return RunManifest(
-        base=BaseModelIdentity.of(run.graph.model, licence_of(folder) if folder is not None else None),
-        command=typed_command(),
-        settings=run.config.model_dump(mode="json"),
-        seed=run.config.seed,
-        layout=plan.layout,
-        device=str(run.device),
-        dtype=str(run.loaded.dtype).removeprefix("torch."),
-        versions=recorded_versions(),
-        digests=digests,
-        stages=tuple(run.meter.stages),
-        parameters=Change(before=run.graph.parameters, after=plan.parameters),
-        block_parameters=Change(before=run.graph.block_parameters, after=plan.block_parameters),
-        bytes=Change(before=run.graph.parameters * itemsize, after=plan.parameters * itemsize),
-        perplexity=perplexity,
-        answers=answers,
-        speed=speed,
-    )
-
-
-def _report(
-    run: Run,
-    target: Target,
-    made: Made,
-    scores: ImportanceScores,
-    behaviour: tuple[Behaviour, Behaviour],
-    speed: SpeedRecord | None,
-) -> PruneReport:
-    graph, plan, (dense, pruned) = run.graph, made.plan, behaviour
-    itemsize = run.loaded.dtype.itemsize
-    findings = [
-        *diagnose_importance(scores),
-        *diagnose_search(plan.trail),
-        *diagnose_result(graph, plan, pruned.perplexity / dense.perplexity, made.refit_errors, run.config.restore),
-        *diagnose_speed(speed),
-        *diagnose_memory(run.meter.stages, graph.parameters * itemsize),
-    ]
+def _report(run: Run, target: Target, made: Made, manifest: RunManifest, findings: list[str]) -> PruneReport:
+    """The same figures as the manifest's, with the structure and what looks wrong."""
+    plan, folder, perplexity, answers = made.plan, target.folder, manifest.perplexity, manifest.answers
+    if perplexity is None or answers is None:
+        raise VerificationError("The result has not been measured", "Run again")
+    lines = () if folder is None else load_lines(folder, str(plan.layout), auto_class(made.base_model_type).__name__)
     return PruneReport(
-        model=graph.model.source,
-        path=None if target.folder is None else str(target.folder),
-        target=target.name,
-        layout=str(plan.layout),
-        strategy=plan.strategy,
-        seed=run.config.seed,
-        pruning_ratio=1 - plan.block_parameters / graph.block_parameters,
-        parameters_dense=graph.parameters,
-        parameters=plan.parameters,
-        block_parameters_dense=graph.block_parameters,
-        block_parameters=plan.block_parameters,
-        bytes_dense=graph.parameters * itemsize,
-        bytes=plan.parameters * itemsize,
-        dtype=str(run.loaded.dtype).removeprefix("torch."),
-        evaluation_text=run.tokens.evaluation_name,
-        evaluation_tokens=int(run.tokens.evaluation.size),
-        perplexity_dense=dense.perplexity,
-        perplexity=pruned.perplexity,
-        prompt=dense.prompt,
-        answer_dense=dense.answer,
-        answer=pruned.answer,
-        speed=None if speed is None else speed.model_dump(),
-        structure=structure_of(graph, plan),
-        trail=plan.trail,
-        refit_errors=dict(made.refit_errors),
-        findings=tuple(findings),
-        stages=tuple(run.meter.stages),
-        load_lines=()
-        if target.folder is None
-        else load_lines(target.folder, str(plan.layout), auto_class(made.base_model_type).__name__),
-    )
+        model=manifest.base.source, path=None if folder is None else str(folder), target=target.name,
+        layout=str(plan.layout), strategy=plan.strategy, seed=manifest.seed,
+        pruning_ratio=manifest.block_parameters.removed,
+        parameters_dense=manifest.parameters.before, parameters=manifest.parameters.after,
+        block_parameters_dense=manifest.block_parameters.before, block_parameters=manifest.block_parameters.after,
+        bytes_dense=manifest.bytes.before, bytes=manifest.bytes.after, dtype=manifest.dtype,
+        evaluation_text=perplexity.text, evaluation_tokens=perplexity.tokens,
+        perplexity_dense=perplexity.before, perplexity=perplexity.after,
+        prompt=answers.prompt, answer_dense=answers.dense, answer=answers.pruned,
+        speed=None if manifest.speed is None else manifest.speed.model_dump(),
+        structure=structure_of(run.graph, plan), trail=plan.trail, refit_errors=dict(made.refit_errors),
+        findings=tuple(findings), stages=manifest.stages, load_lines=lines,
+    )  # fmt: skip

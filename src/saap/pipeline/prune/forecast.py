@@ -1,71 +1,46 @@
-"""What a run will take on this machine, from short trials of its own stages; and whether that fits."""
+"""What a run will take on this machine, by formulas from sizes and one measured speed; and whether that fits."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-
-from saap.core.errors import TargetError
-from saap.core.manifest import StageRecord
-from saap.core.records import StructurePlan
-from saap.data.generated import random_starts, sample_from_model
+from saap.core.errors import ConfigurationError
 from saap.evaluation.perplexity import perplexity
-from saap.models.loading.devices import quick_float32_products, quick_products
-from saap.models.walk.consumers import sole_consumers
-from saap.models.walk.spill import Spill
-from saap.pipeline.prune.planning import estimated, token_scores, unit_costs
+from saap.export.placing import check_place
+from saap.models.checkpoint.safetensor_files import weight_files
+from saap.models.loading import device_memory
+from saap.models.loading.devices import pick_device, quick_float32_products, working_dtype
+from saap.models.loading.references import resolve_model
+from saap.pipeline.prune.planning import search_evaluations
+from saap.pipeline.prune.steps import requested_stages
+from saap.pipeline.shared import stages
 from saap.pipeline.shared.context import Run
-from saap.pipeline.shared.inputs import (
-    GENERATION_BATCH,
-    chooses_units,
-    finds_costs,
-    generated_sequences,
-    needs_measuring,
-    text_of_costs,
-    weighs_tokens,
-)
-from saap.pipeline.shared.memory import Sizes, gradients, restoration_spill
-from saap.pipeline.shared.outcome import greedy_answer
-from saap.pipeline.shared.stages import (
-    ESTIMATE,
-    FIND_COSTS,
-    MEASURE,
-    MEASURE_DENSE,
-    SEARCH,
-    TIME_RESULT,
-    WEIGH_TOKENS,
-    WRITE_TEXT,
-    Stage,
-    making,
-)
+from saap.pipeline.shared.inputs import RunOptions
+from saap.pipeline.shared.memory import Sizes, refit_tokens, stage_needs
+from saap.pipeline.shared.outcome import ANSWER_TOKENS
+from saap.pipeline.shared.stages import Stage, steps_of
 from saap.pipeline.shared.targets import Target
-from saap.settings.prune import SkipLayers
+from saap.pipeline.shared.tokens import generated_sequences, needs_measuring
 from saap.settings.registry import Method
-from saap.structure_search.budget import Budget
 from saap.structure_search.plan import check_reachable
-from saap.surgery.refit import RestoreSettings
-from saap.surgery.restore import restore
 
-PROBED_SAMPLES = 4
-PROBED_TOKENS = 2048
-PROBED_REFIT_TOKENS = 8192
-PROBED_BLOCKS = 2
-"""Of the restoration. Only after the first one are there two residual streams, the dense and the pruned."""
-PROBED_STEPS = 24
-PROBED_COST_BATCHES = 2
-"""Of the walk for second-order costs, the first of which is slower than the others."""
+TIMED_TOKENS = 1024
+PASSES = {stages.ESTIMATE: 4.7, stages.FIND_COSTS: 3.5, stages.WEIGH_TOKENS: 3.5, stages.RESTORE: 3.7}
+"""Time of a token in a stage, over that of its forward pass: back, gradients of weights, Gram matrices, two streams."""
+STEP_TOKENS = 8
+"""A step of writing takes about as long as reading so many tokens at once."""
+SOLVING = 10
+"""Products of matrices as wide as what a consumer reads that its least-squares problem takes, about."""
 _STATISTICS_BYTES = 5 * 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageForecast:
-    """What a stage will take. seconds: None where no short trial tells. disk_bytes: that it leaves on the disk.
+    """What a stage will take. seconds: None where no formula tells. disk_bytes: that it leaves on the disk.
 
     peak_device_bytes: of an accelerator.
     """
@@ -85,20 +60,10 @@ class Forecast:
     refit_tokens: int
     bytes_per_refit_token: float
 
-    @property
-    def seconds(self) -> float:
-        """Of all stages that could be forecast."""
-        return sum(stage.seconds or 0.0 for stage in self.stages)
-
-    @property
-    def peak_resident_bytes(self) -> int:
-        """Of the stage that needs most."""
-        return max(stage.peak_resident_bytes for stage in self.stages)
-
-    @property
-    def peak_device_bytes(self) -> int:
-        """Of the stage that needs most of an accelerator."""
-        return max(stage.peak_device_bytes for stage in self.stages)
+    def worst(self, resource: str) -> StageForecast:
+        """The stage that needs most of a resource, by the name of its field."""
+        worst: StageForecast = max(self.stages, key=lambda stage: getattr(stage, resource))
+        return worst
 
     @property
     def disk_bytes(self) -> int:
@@ -106,246 +71,132 @@ class Forecast:
         return sum(stage.disk_bytes for stage in self.stages)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able data."""
+        """JSON-able data: the stages, the sum of what adds up and the peaks."""
         return {
             "stages": [dataclasses.asdict(stage) for stage in self.stages],
-            "seconds": self.seconds,
-            "peak_resident_bytes": self.peak_resident_bytes,
-            "peak_device_bytes": self.peak_device_bytes,
+            "seconds": sum(stage.seconds or 0.0 for stage in self.stages),
             "disk_bytes": self.disk_bytes,
+            "peak_resident_bytes": self.worst("peak_resident_bytes").peak_resident_bytes,
+            "peak_device_bytes": self.worst("peak_device_bytes").peak_device_bytes,
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Peak:
-    """The most bytes that lie in the memory of the process, and on an accelerator."""
+def forecast(run: Run) -> Forecast:
+    """All stages of a prepared run: those that it has behind it, and the others by formulas."""
+    done = [StageForecast(**stage.model_dump()) for stage in run.meter.stages]
+    ahead = [stage for stage in requested_stages(run) if stage not in (*stages.PREPARE, stages.PLACE)]
+    sizes = dataclasses.replace(Sizes.of(run.loaded.model, run.device), pages=0)  # those of the result are added
+    seconds_of_token = _seconds_of_token(run)
+    tokens, targets = _tokens(run), {target.name: target for target in run.targets}
+    needs, base = stage_needs(sizes, run.config), device_memory.of_process()
+    captured = 0 if run.loaded.spills else sizes.captured_activations(run.config)
+    kept = sizes.weights if len(targets) > 1 or run.config.target_speedup is not None else 0  # the dense model
+    on_device = run.device.type != "cpu"
+    found = []
+    for step in steps_of(ahead, list(targets)):
+        stage = step.stage
+        taken = needs.get(stage, 0) + (captured if stage is stages.RESTORE else 0)
+        left = _parameters_left(run, targets[step.target]) if stage.per_target else 0
+        if stage in (stages.CUT, stages.RESTORE):
+            taken += kept
+        if stage in (stages.MEASURE, stages.TIME_RESULT):
+            taken += kept + left * run.loaded.dtype.itemsize  # the file is mapped while it is read
+        seconds = None if stage not in tokens else tokens[stage] * seconds_of_token * PASSES.get(stage, 1.0)
+        if stage is stages.RESTORE and seconds is not None:
+            products = SOLVING * sizes.blocks * sizes.widest**3 / sum(p.numel() for p in run.loaded.model.parameters())
+            seconds += products * seconds_of_token
+        found.append(
+            StageForecast(
+                name=step.title,
+                seconds=seconds,
+                peak_resident_bytes=base + (0 if on_device else taken),
+                peak_device_bytes=sizes.weights + taken if on_device else 0,
+                disk_bytes=_disk(run, stage, left),
+            )
+        )
+    per_token = 0.0 if run.loaded.spills or on_device else float(sizes.captured_by_token)
+    return Forecast(stages=(*done, *found), refit_tokens=refit_tokens(run.config), bytes_per_refit_token=per_token)
 
-    resident: int
-    device: int = 0
 
-    @classmethod
-    def of(cls, stage: StageRecord) -> Peak:
-        """Of a stage that has run."""
-        return cls(stage.peak_resident_bytes, stage.peak_device_bytes)
-
-    def plus(self, weights: int, device: torch.device) -> Peak:
-        """With further weights where the model lies."""
-        if device.type == "cpu":
-            return Peak(self.resident + weights, self.device)
-        return Peak(self.resident, self.device + weights)
-
-
-def _stage(stage: Stage, seconds: float | None, peak: Peak, disk_bytes: int = 0, detail: str = "") -> StageForecast:
-    return StageForecast(
-        name=stage.title + (f" ({detail})" if detail else ""), seconds=seconds, peak_resident_bytes=peak.resident,
-        disk_bytes=disk_bytes, peak_device_bytes=peak.device,
-    )  # fmt: skip
-
-
-class _EnoughError(Exception):
-    """Ends a trial after its first blocks."""
-
-
-def forecast(run: Run, targets: Sequence[Target], done: Sequence[StageRecord]) -> Forecast:
-    """Try a part of each stage on the run's model, which is of no use afterwards, and scale it to the whole.
-
-    done: the stages so far.
-    """
-    config, graph = run.config, run.graph
+def _seconds_of_token(run: Run) -> float:
+    """The time of one token in a forward pass, measured."""
+    tokens = run.tokens.evaluation[:TIMED_TOKENS]
     with quick_float32_products():
-        reading, answering = _reading(run)
-        measuring = reading.seconds * run.tokens.evaluation.size + answering
-        stages = [
-            *(StageForecast(**one.model_dump()) for one in done),
-            _stage(MEASURE_DENSE, measuring, reading.peak),
-            *_writing(run),
-            _estimation(run, reading),
-        ]
-        base = _least(done, reading)
-        if finds_costs(config, run.loaded.model, graph):
-            stages.append(_costs(run))
-        candidates = config.effort_settings.search_evaluations + 1 if needs_measuring(config) else 0
-        seconds = candidates * run.tokens.held.tokens.size * reading.seconds
-        weighing = [_token_scores(run)] if weighs_tokens(config) else []
-        restoring, peak, per_token = _restoration(run, targets, base)
-        needed_again = len(targets) > 1 or config.target_speedup is not None  # so the dense model stays whole
-        copies = _float_bytes(graph.parameters, run) if needed_again else 0
-        for target in targets:
-            stages.append(_stage(SEARCH, seconds, reading.peak, detail=target.name if len(targets) > 1 else ""))
-        stages += weighing
-        for target in targets:
-            left = _left(run, target)
-            written = left * run.loaded.dtype.itemsize
-            stages.append(_stage(making(config.restore), restoring, peak.plus(copies, run.device), written))
-            mapped = _float_bytes(left, run) + written if run.device.type == "cpu" else 0  # of the file
-            opened = reading.peak.plus(copies + mapped, run.device)
-            stages.append(_stage(MEASURE, measuring, opened))
-            if config.target_speedup is not None:
-                stages.append(_stage(TIME_RESULT, None, opened))
-    needed = config.effort_settings
-    return Forecast(
-        stages=tuple(stages), refit_tokens=needed.refit_sequences * needed.refit_length, bytes_per_refit_token=per_token
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Rate:
-    """Seconds for one token of a forward pass, and the peak while it runs."""
-
-    seconds: float
-    peak: Peak
-
-
-def _reading(run: Run) -> tuple[_Rate, float]:
-    """The forward pass, and the seconds of a short greedy answer."""
-    tokens = run.tokens.evaluation[:PROBED_TOKENS]
-    perplexity(run.loaded.model, tokens[:512], leading=run.tokens.leading)  # the first pass is slower than all others
-    with run.meter.stage("try: read"):
+        perplexity(run.loaded.model, tokens[:128], leading=run.tokens.leading)  # the first pass is slower
+        start = perf_counter()
         perplexity(run.loaded.model, tokens, leading=run.tokens.leading)
-    read = run.meter.stages[-1]
-    with run.meter.stage("try: answer"):
-        greedy_answer(run.loaded.model, run.loaded.tokenizer)
-    return _Rate(read.seconds / len(tokens), Peak.of(read)), run.meter.stages[-1].seconds
+    return (perf_counter() - start) / len(tokens)
 
 
-def _writing(run: Run) -> list[StageForecast]:
-    """The text that the model writes itself, from a few of its steps."""
-    wanted = generated_sequences(run.loaded, run.config)
-    if not wanted:
-        return []
-    batch, seed = min(wanted, GENERATION_BATCH), run.config.seed
-    starts = random_starts(run.loaded.tokenizer, sequences=batch, seed=seed, leading=run.tokens.leading)
-    with run.meter.stage("try: write text"):
-        sample_from_model(run.loaded.model, sequences=batch, length=PROBED_STEPS, batch=batch, seed=seed, starts=starts)
-    tried = run.meter.stages[-1]
-    steps = run.config.effort_settings.refit_length * -(-wanted // batch)
-    return [_stage(WRITE_TEXT, tried.seconds / PROBED_STEPS * steps, Peak.of(tried))]
+def _tokens(run: Run) -> dict[Stage, float]:
+    """How many tokens each stage passes through the model, as often as it does. Baselines' scores have no formula."""
+    config, tokens = run.config, run.tokens
+    measured = tokens.evaluation.size + STEP_TOKENS * ANSWER_TOKENS * (run.loaded.tokenizer is not None)
+    held = tokens.held.tokens.size if needs_measuring(config) else 0
+    found: dict[Stage, float] = {
+        stages.WRITE_TEXT: generated_sequences(run.loaded, config) * config.effort_settings.refit_length,
+        stages.MEASURE_DENSE: measured,
+        stages.FIND_COSTS: tokens.costs.size,
+        stages.EVALUATE_DENSE: held,
+        stages.SEARCH: held * search_evaluations(run),
+        stages.WEIGH_TOKENS: tokens.costs.size,
+        stages.CUT: 0,
+        stages.RESTORE: refit_tokens(config),
+        stages.MEASURE: measured,
+    }
+    return found if config.method is not Method.SAAP else found | {stages.ESTIMATE: tokens.scored.tokens.size}
 
 
-def _estimation(run: Run, reading: _Rate) -> StageForecast:
-    scored = run.tokens.scored
-    if run.config.method is not Method.SAAP:
-        kept = gradients(Sizes.of(run.loaded.model, run.device).values, run.config)
-        return _stage(ESTIMATE, None, reading.peak.plus(kept, run.device))
-    few = dataclasses.replace(scored, tokens=scored.tokens[:PROBED_SAMPLES], inputs=scored.inputs[:PROBED_SAMPLES])
-    with run.meter.stage("try: estimate"):
-        estimated(run, few)
-    tried = run.meter.stages[-1]
-    seconds = tried.seconds / len(few.tokens) * len(scored.tokens)
-    units = sum(group.units for group in run.graph.groups)
-    return _stage(ESTIMATE, seconds, Peak.of(tried), units * _STATISTICS_BYTES)
-
-
-@dataclass(slots=True)
-class _Trial:
-    """A walk over the first micro-batches of the text of costs, and as many steps after it as `after` says.
-
-    batches: of the whole walk. times: when each step ended, the first being the start.
-    """
-
-    tokens: torch.Tensor
-    rows: int
-    batches: int
-    after: int = 0
-    times: list[float] = field(default_factory=lambda: [perf_counter()])
-
-    @classmethod
-    def of(cls, run: Run, after: int = 0) -> _Trial:
-        """On the text that the run will take."""
-        tokens, rows = text_of_costs(run.tokens, run.device)
-        return cls(tokens[: PROBED_COST_BATCHES * rows], rows, -(-len(tokens) // rows), after)
-
-    @property
-    def walked(self) -> int:
-        """Micro-batches of the trial."""
-        return min(PROBED_COST_BATCHES, self.batches)
-
-    def step(self, done: int, total: int) -> None:
-        """A step has ended."""
-        self.times.append(perf_counter())
-        if self.after and done == self.walked + self.after:
-            raise _EnoughError
-
-    @property
-    def walking(self) -> float:
-        """Seconds of the whole walk by its last micro-batch, since the first is slower than the others."""
-        return (self.times[self.walked] - self.times[self.walked - 1]) * self.batches
-
-
-def _costs(run: Run) -> StageForecast:
-    """Second-order costs: the walk over a few micro-batches, and the order of the units of one block."""
-    modules = list(sole_consumers(run.graph).values())
-    ordered = sum(group.layer == modules[0].layer for group in modules)
-    with run.meter.stage("try: find costs"), suppress(_EnoughError), run.tokens.images(run.loaded.model):
-        trial = _Trial.of(run, ordered)
-        unit_costs(run, trial.tokens, trial.rows, trial.step)
-    ordering = trial.times[trial.walked + ordered] - trial.times[trial.walked]
-    seconds = trial.walking + ordering * len(modules) / max(1, ordered)  # there may be none that is measurable
-    return _stage(FIND_COSTS, seconds, Peak.of(run.meter.stages[-1]))
-
-
-def _token_scores(run: Run) -> StageForecast:
-    """Scores token by token: the walk over a few micro-batches."""
-    with run.meter.stage("try: weigh tokens"), run.tokens.images(run.loaded.model):
-        trial = _Trial.of(run)
-        token_scores(run, trial.tokens, trial.rows, trial.step)
-    return _stage(WEIGH_TOKENS, trial.walking, Peak.of(run.meter.stages[-1]))
-
-
-def _restoration(run: Run, targets: Sequence[Target], base: Peak) -> tuple[float, Peak, float]:
-    """The first blocks of the restoration, with as many of its tokens as a short trial may have; spoils the model.
-
-    Returns its seconds, its peak, and the bytes of the resident peak for each token. base: without it.
-    """
-    if not run.config.restore:
-        return 0.0, base, 0.0
-    tokens = run.tokens.tensor("refit", run.device)
-    tokens = tokens[: max(2, min(len(tokens), PROBED_REFIT_TOKENS // tokens.shape[1]))]
-    needed = run.config.effort_settings
-    blocks = len(run.graph.blocks)
-    probed = min(PROBED_BLOCKS, blocks)
-
-    def stop(done: int, total: int) -> None:
-        if done == probed:
-            raise _EnoughError
-
-    settings = RestoreSettings(second_order=needed.second_order and chooses_units(run.config))
-    spill = restoration_spill(run.loaded, run.config, run.work.file("spill"))
-    with run.meter.stage("try: restore"), suppress(_EnoughError), run.tokens.images(run.loaded.model):
-        products = quick_products(run.device, run.loaded.dtype)
-        backend = dataclasses.replace(run.backend, spill=spill, products=products, progress=stop)
-        restore(backend, _even_plan(run, targets), tokens, settings)
-    tried = Peak.of(run.meter.stages[-1])
-    scale = needed.refit_sequences * needed.refit_length / tokens.numel()
-    # what is kept elsewhere grows with the tokens there: in the host's memory, or on the disk
-    grows = Peak(tried.resident - base.resident, tried.device - base.device)
-    resident = base.resident + int(max(0, grows.resident) * (1 if isinstance(spill, Spill) else scale))
-    device = base.device + int(max(0, grows.device) * (1 if spill is not None else scale))
-    seconds = run.meter.stages[-1].seconds / probed * blocks * scale
-    return seconds, Peak(resident, device), max(0, grows.resident) / tokens.numel()
-
-
-def _even_plan(run: Run, targets: Sequence[Target]) -> StructurePlan:
-    """A plan in which the first block gives its share as well, as most blocks do."""
-    space = dataclasses.replace(run.space, skip_layers=SkipLayers())
-    budget = next((target.budget for target in targets if target.budget is not None), Budget(removal=0))
-    try:
-        return check_reachable(run.graph, budget, space)
-    except TargetError:
-        return check_reachable(run.graph, Budget(removal=0), space)
-
-
-def _left(run: Run, target: Target) -> int:
+def _parameters_left(run: Run, target: Target) -> int:
     if target.budget is None:
         return run.graph.parameters
     return check_reachable(run.graph, target.budget, run.space).parameters
 
 
-def _float_bytes(parameters: int, run: Run) -> int:
-    return parameters * next(run.loaded.model.parameters()).element_size()
+def _disk(run: Run, stage: Stage, left: int) -> int:
+    """Bytes of the scores, and of a result of so many parameters."""
+    if stage is stages.ESTIMATE:
+        return _STATISTICS_BYTES * sum(group.units for group in run.graph.groups)
+    return left * run.loaded.dtype.itemsize if stage in (stages.CUT, stages.RESTORE) else 0
 
 
-def _least(done: Sequence[StageRecord], reading: _Rate) -> Peak:
-    """Bytes that stay while the model lies in memory: no stage can have a lower peak."""
-    peaks = [reading.peak, *(Peak.of(stage) for stage in done[1:])]
-    return Peak(min(peak.resident for peak in peaks), min(peak.device for peak in peaks))
+def check_fits(found: Forecast, run: Run) -> None:
+    """Raise ConfigurationError or OutputError if the run needs more memory or disk than there is, with the remedy."""
+    if run.options.out is not None:
+        check_place(run.options.out, found.disk_bytes)
+    available, worst = device_memory.of_device(run.device), found.worst("peak_device_bytes")
+    if available is not None and worst.peak_device_bytes > available:
+        what = f"The stage {worst.name!r}"
+        raise _too_little(what, worst.peak_device_bytes, available, f" on {run.device}", "Use --device cpu")
+    free, worst = device_memory.of_machine(), found.worst("peak_resident_bytes")
+    if worst.peak_resident_bytes <= free:
+        return
+    others = [stage for stage in found.stages if not stage.name.startswith(stages.RESTORE.title)]
+    remedy = "Use a machine with more memory, or a smaller model"
+    if max(stage.peak_resident_bytes for stage in others) <= free and run.config.restore:
+        lacking, each = worst.peak_resident_bytes - free, found.bytes_per_refit_token
+        fewer = (found.refit_tokens - int(lacking / each) - 1) // 1024 * 1024 if each else 0
+        remedy = f"Use --refit-tokens {fewer}" if fewer >= 1024 else "Use --no-restore"
+    raise _too_little(f"The stage {worst.name!r}", worst.peak_resident_bytes, free, "", remedy)
+
+
+def check_weights_fit(source: str | Path, options: RunOptions) -> None:
+    """Raise ConfigurationError, before they are read, if the weights alone need more memory than there is.
+
+    Only for safetensors on the CPU: of other files the size in memory is not known before they are read.
+    """
+    resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    device, free = pick_device(options.device), device_memory.of_machine()
+    if resolved.gguf_file is not None or device.type != "cpu":
+        return
+    stored = sum(file.stat().st_size for file in weight_files(resolved.folder))
+    needed = stored // resolved.dtype.itemsize * working_dtype(device, resolved.dtype).itemsize
+    if needed > free:
+        remedy = "Use a machine with more memory, or a smaller model"
+        raise _too_little(f"The model {source}", needed, free, "", remedy)
+
+
+def _too_little(what: str, needed: int, free: int, where: str, remedy: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{what} needs {needed / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB are free{where}", remedy
+    )

@@ -20,7 +20,6 @@ from saap.pipeline.shared.digests import model_digest, named_files
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.progress import Reporter
 from saap.pipeline.shared.targets import Target, finished_report, place_finished, plan_targets, work_path
-from saap.pipeline.shared.together import alone_in
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PruneConfig
 from saap.settings.recover import RecoverConfig
@@ -49,7 +48,7 @@ def prune_and_recover(
     settings = [pruning.model_dump(mode="json"), recovery.model_dump(mode="json")]
     same = [settings, named_files(settings), data.digest, str(source), options.revision, options.dtype, __version__]
     processes.broadcast_result(lambda: work.open(digest_of([*same, model_digest(resolved)])))
-    with alone_in(work, processes):
+    with work.alone(processes):
         reports = _pruned(source, pruning, options, work, processes, reporter)
         # the teacher is MODEL, whose code may be run or not
         recovery = recovery.model_copy(update={"dense_trust_remote_code": options.trust_remote_code})

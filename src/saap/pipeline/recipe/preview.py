@@ -19,7 +19,7 @@ from saap.models.loading.references import resolve_model
 from saap.models.structure.keep_index import KeepIndex
 from saap.pipeline.evaluate.run import check_request
 from saap.pipeline.prune.baselines import check_method, for_method
-from saap.pipeline.prune.decode_costs import speed_settings
+from saap.pipeline.prune.speed_target import speed_settings
 from saap.pipeline.recipe.run import recipe_steps
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.legality import search_space

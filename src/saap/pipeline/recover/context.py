@@ -21,11 +21,12 @@ from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.processes import Processes
 from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.shared.digests import weights_digest
-from saap.pipeline.shared.inputs import EVALUATION_TOKENS, RunOptions
+from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.outcome import Behaviour
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import READ_RECORDS
+from saap.pipeline.shared.tokens import EVALUATION_TOKENS
 from saap.recovery.prepare import require_peft
 from saap.settings.recover import RecoverConfig, Tuning
 

@@ -29,7 +29,6 @@ from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.outcome import Behaviour, greedy_answer
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.targets import work_path
-from saap.pipeline.shared.together import alone_in
 from saap.pipeline.shared.work import WorkFolder
 from saap.recovery.adapter import AdaptedLinear
 from saap.recovery.prepare import adapt, add_lora, merge, quantise_by_feedback
@@ -53,7 +52,7 @@ def run_recover(
     resumed = run.processes.broadcast_result(lambda: work.open(run.digest))
     if resumed:
         run.meter.reporter.note(f"resuming the training in {work.path}")
-    with alone_in(work, run.processes), quick_float32_products():
+    with work.alone(run.processes), quick_float32_products():
         dense, before = run.recorded()
         try:
             teacher, dense = _teacher(run, dense)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from saap.baselines.baseline import Measurements
 from saap.core.records import ModelGraph
 from saap.models.walk.backend import Backend
 from saap.models.walk.offload import offloaded
 from saap.models.walk.processes import Processes
 from saap.models.walk.spill import Spill
-from saap.pipeline.shared.inputs import LoadedModel, RunOptions, TokenSets
+from saap.pipeline.shared.inputs import LoadedModel, RunOptions
 from saap.pipeline.shared.meter import Meter
+from saap.pipeline.shared.targets import Target
+from saap.pipeline.shared.tokens import TokenSets
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PruneConfig
 from saap.structure_search.plan import SearchSpace
@@ -22,7 +26,8 @@ from saap.structure_search.plan import SearchSpace
 class Run:
     """A run after its preparation: everything that can be refused has been checked.
 
-    processes: that carry it out. The first one writes the stage files, and the others read them.
+    processes: that carry it out. The first one writes the stage files, and the others read them. measurements: what
+    baselines have measured of the dense model so far, where several share it.
     """
 
     config: PruneConfig
@@ -34,6 +39,8 @@ class Run:
     work: WorkFolder
     meter: Meter
     processes: Processes = field(default_factory=Processes)
+    targets: Sequence[Target] = ()
+    measurements: Measurements | None = None
 
     @property
     def device(self) -> torch.device:

@@ -17,7 +17,7 @@ from saap.models.walk.probe import positions
 from saap.models.walk.spill import Spill
 from saap.models.walk.walk import layerwise_logits
 from saap.models.walk.walker import BlockWalker
-from saap.pipeline.shared.inputs import TokenSets
+from saap.pipeline.shared.tokens import TokenSets
 
 QUESTION = "What is the capital of France?"
 OPENING = "The capital of France is"

@@ -1,78 +1,120 @@
 """The stages of pruning and of recovery, in order: what each is called, needs and gives, and what is kept of it.
 
-Progress shows their titles, the manifest records them, the forecast goes through them, and an interrupted run looks for
-their files in its work folder.
+Progress shows their titles and the manifest records them. The run of `saap prune` and its forecast go through the same
+steps, and an interrupted run carries out those alone whose results something still needs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One stage. needs, gives: what it reads and makes, by name. MODEL and DATA come from the user.
 
-    file: of its result in the work folder, of one target where it says so; '' if an interrupted run makes it again.
+    file: of its result in the work folder; '' if an interrupted run makes it again. per_target: made for each target,
+    whose name is in that of the file.
     """
 
     title: str
     needs: tuple[str, ...]
-    gives: tuple[str, ...]
+    gives: str
     file: str = ""
+    per_target: bool = False
 
     def file_of(self, target: str) -> str:
         """The name of its file for one target."""
         return self.file.format(target=target)
 
-    @property
-    def resumable(self) -> bool:
-        """Whether an interrupted run finds what this stage has made."""
-        return bool(self.file)
 
-
-LOAD = Stage("load the model", ("MODEL",), ("model",))
-READ_TEXT = Stage("read the calibration text", ("model", "DATA"), ("tokens",))
-DISCOVER = Stage("discover the coupled structures", ("model",), ("graph",))
-TIME_DECODING = Stage("measure what decoding costs", ("model", "graph"), ("budget",))
-MEASURE_DENSE = Stage("measure the dense model", ("model", "tokens"), ("dense figures",), "dense.json")
-WRITE_TEXT = Stage("let the model write text of its own", ("model",), ("written text",), "generated.npy")
-ESTIMATE = Stage(
-    "estimate the importance of every unit", ("model", "graph", "tokens"), ("scores",), "scores.safetensors"
-)
-FIND_COSTS = Stage("find the second-order cost of every unit", ("model", "graph", "tokens"), ("costs",))
-SEARCH = Stage("search the structure", ("graph", "scores"), ("plan",), "plan-{target}.json")
+LOAD = Stage("load the model", ("MODEL",), "model")
+READ_TEXT = Stage("read the calibration text", ("model", "DATA"), "tokens")
+DISCOVER = Stage("discover the coupled structures", ("model",), "graph")
+TIME_DECODING = Stage("measure what decoding costs", ("model", "graph"), "budget")
+WRITE_TEXT = Stage("let the model write text of its own", ("model", "tokens"), "written text", "generated.npy")
+MEASURE_DENSE = Stage("measure the dense model", ("model", "tokens"), "dense figures", "dense.json")
+ESTIMATE = Stage("estimate the importance of every unit", ("model", "graph", "tokens"), "scores", "scores.safetensors")
+FIND_COSTS = Stage("find the second-order cost of every unit", ("model", "graph", "tokens"), "costs")
+EVALUATE_DENSE = Stage("evaluate the dense model for the search", ("model", "tokens", "costs"), "evaluator")
+SEARCH = Stage("search the structure", ("graph", "scores", "costs", "evaluator"), "plan", "plan-{target}.json", True)
 WEIGH_TOKENS = Stage(
-    "weigh every unit token by token", ("model", "graph", "tokens"), ("token scores",), "token_fisher.safetensors"
+    "weigh every unit token by token", ("model", "graph", "tokens"), "token scores", "token_fisher.safetensors"
 )
-CUT = Stage("cut, block by block", ("model", "plan"), ("pruned model",), "model-{target}.json")
+CUT = Stage("cut, block by block", ("model", "plan", "scores"), "pruned model", "model-{target}.json", True)
 RESTORE = Stage(
-    "cut and restore, block by block", ("model", "plan", "scores", "tokens"), ("pruned model",), "model-{target}.json"
+    "cut and restore, block by block", (*CUT.needs, "token scores", "tokens"), "pruned model", CUT.file, True
 )
-MEASURE = Stage(
-    "open the result and measure it", ("pruned model", "dense figures"), ("report",), "finished-{target}.json"
-)
-TIME_RESULT = Stage("measure the speed of the result", ("pruned model", "model"), ("speed",))
+MEASURE = Stage("open the result and measure it", ("pruned model", "tokens"), "figures", per_target=True)
+TIME_RESULT = Stage("measure the speed of the result", ("model", "pruned model", "figures"), "speed", per_target=True)
+PLACE = Stage(
+    "put the result in its place",
+    ("scores", "dense figures", "pruned model", "figures", "speed"), "result", "finished-{target}.json", True,
+)  # fmt: skip
 
+PREPARE = (LOAD, READ_TEXT, DISCOVER, TIME_DECODING)
+"""What `saap prune` does before its work folder is opened; a refusal comes here."""
 PRUNE = (
-    LOAD, READ_TEXT, DISCOVER, TIME_DECODING, MEASURE_DENSE, WRITE_TEXT, ESTIMATE, FIND_COSTS, SEARCH, WEIGH_TOKENS,
-    CUT, RESTORE, MEASURE, TIME_RESULT,
+    *PREPARE, WRITE_TEXT, MEASURE_DENSE, ESTIMATE, FIND_COSTS, EVALUATE_DENSE, SEARCH, WEIGH_TOKENS, CUT, RESTORE,
+    MEASURE, TIME_RESULT, PLACE,
 )  # fmt: skip
 """All stages of `saap prune`; a run leaves out those that its settings do not ask for."""
 
-READ_RECORDS = Stage("read the model's records and the training data", ("MODEL", "DATA"), ("examples",))
-LOAD_TEACHER = Stage("load the teacher", ("MODEL",), ("teacher",))
-QUANTISE = Stage("quantise the weights", ("MODEL", "examples"), ("model",))
-MEASURE_QUANTISED = Stage("measure the quantised model", ("model",), ("quantised figures",))
-MEASURE_BEFORE = Stage("measure the model as it is", ("MODEL",), ("figures",))
-TRAIN = Stage("train", ("model", "examples"), ("adapters",), "state.safetensors")
-MERGE = Stage("merge and measure", ("model", "adapters"), ("tuned model",))
-WRITE = Stage("write the result and open it", ("tuned model",), ("folder",))
+READ_RECORDS = Stage("read the model's records and the training data", ("MODEL", "DATA"), "examples")
+LOAD_TEACHER = Stage("load the teacher", ("MODEL",), "teacher")
+QUANTISE = Stage("quantise the weights", ("MODEL", "examples"), "model")
+MEASURE_QUANTISED = Stage("measure the quantised model", ("model",), "quantised figures")
+MEASURE_BEFORE = Stage("measure the model as it is", ("MODEL",), "figures")
+TRAIN = Stage("train", ("model", "examples"), "adapters", "state.safetensors")
+MERGE = Stage("merge and measure", ("model", "adapters"), "tuned model")
+WRITE = Stage("write the result and open it", ("tuned model",), "folder")
 
 RECOVER = (READ_RECORDS, LOAD_TEACHER, LOAD, QUANTISE, MEASURE_QUANTISED, MEASURE_BEFORE, TRAIN, MERGE, WRITE)
 """All stages of `saap recover`; the weights are either quantised while they are read or loaded as they are."""
 
 
-def making(restores: bool) -> Stage:
-    """The stage in which a model is made by its plan."""
-    return RESTORE if restores else CUT
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A stage of one run, for one target where it has such. detail: tells several of the same title apart."""
+
+    stage: Stage
+    target: str = ""
+    detail: str = ""
+
+    @property
+    def title(self) -> str:
+        """The title of its stage with the detail."""
+        return self.stage.title + (f" ({self.detail})" if self.detail else "")
+
+    @property
+    def gives(self) -> tuple[str, str]:
+        """The name of its result, and of what target that is."""
+        return self.stage.gives, self.target
+
+    @property
+    def needs(self) -> set[tuple[str, str]]:
+        """What it may need: of all targets, or of its own."""
+        return {(name, target) for name in self.stage.needs for target in ("", self.target)}
+
+
+def steps_of(stages: Sequence[Stage], targets: Sequence[str]) -> list[Step]:
+    """The steps of a run in order: stages in a row that are made for each target go target by target."""
+    steps: list[Step] = []
+    for each, group in groupby(stages, key=lambda stage: stage.per_target):
+        row = list(group)
+        for target in targets if each else [""]:
+            steps += [Step(stage, target, target if len(targets) > 1 else "") for stage in row]
+    return steps
+
+
+def outstanding(steps: Sequence[Step], done: Collection[Step], wanted: Collection[str]) -> list[Step]:
+    """Steps whose results are `wanted`, or needed by others that are not `done`; of a finished one it is only read."""
+    found: list[Step] = []
+    needed = {(name, step.target) for name in wanted for step in steps}
+    for step in reversed(steps):
+        if step.gives in needed:
+            found.append(step)
+            needed |= set() if step in done else step.needs
+    return found[::-1]

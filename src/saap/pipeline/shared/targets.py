@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from saap.core.records import ModelGraph
+from saap.core.storage import PlanDocument
 from saap.export.placing import check_output, place
 from saap.pipeline.shared.inputs import RunOptions
-from saap.pipeline.shared.stages import MEASURE
+from saap.pipeline.shared.stages import PLACE
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PruneConfig
 from saap.structure_search.budget import (
@@ -30,12 +31,13 @@ from saap.structure_search.budget import (
 class Target:
     """One requested result. name: of its stage files. budget: None where a plan is given.
 
-    folder: where the result goes, None to keep it in memory.
+    folder: where the result goes, None to keep it in memory. plan: the given one, read after discovery.
     """
 
     name: str
     budget: AnyBudget | None
     folder: Path | None
+    plan: PlanDocument | None = None
 
 
 def plan_targets(config: PruneConfig, options: RunOptions, *, check: bool = True) -> list[Target]:
@@ -44,14 +46,9 @@ def plan_targets(config: PruneConfig, options: RunOptions, *, check: bool = True
     Raises OutputError, if `check`, for a folder that holds something, unless `overwrite`, or cannot be written.
     """
     names = [f"{ratio:g}" for ratio in config.pruning_ratios] or ["target"]
-    targets = []
-    for name in names:
-        folder = options.out
-        if folder is not None and len(names) > 1:
-            folder = folder / name
-        targets.append(Target(name, None, folder))
+    out, path = options.out, work_path(options)
+    targets = [Target(name, None, out / name if out is not None and len(names) > 1 else out) for name in names]
     for target in targets:
-        path = work_path(options)
         done = path is not None and path.is_dir() and finished_report(WorkFolder(path), target) is not None
         if check and target.folder is not None and not done:
             check_output(target.folder, 0, overwrite=options.overwrite)
@@ -64,13 +61,13 @@ def place_finished(work: WorkFolder, target: Target, folder: Path, report: Mappi
     Raises OutputError if that cannot be done; `folder` is then still there.
     """
     if target.folder is not None:
-        work.write_json(MEASURE.file_of(target.name), {"manifest": _manifest_digest(folder), "report": report})
+        work.write_json(PLACE.file_of(target.name), {"manifest": _manifest_digest(folder), "report": report})
         place(folder, target.folder)
 
 
 def finished_report(work: WorkFolder, target: Target) -> dict[str, Any] | None:
     """The report of a result that an interrupted run had already put in its place, None if it is not there."""
-    record = work.read_json(MEASURE.file_of(target.name))
+    record = work.read_json(PLACE.file_of(target.name))
     if not isinstance(record, dict) or target.folder is None:
         return None
     there = _manifest_digest(target.folder)
@@ -84,16 +81,15 @@ def _manifest_digest(folder: Path) -> str | None:
 
 def with_budgets(targets: Sequence[Target], config: PruneConfig, graph: ModelGraph, dtype: torch.dtype) -> list[Target]:
     """The targets with the parameters to be removed. dtype: of the written weights. Raises TargetError."""
-    budgets: list[Budget]
+    budgets: list[Budget] = []
     if config.pruning_ratios:
         budgets = [budget_for_ratio(graph, ratio) for ratio in config.pruning_ratios]
     elif config.target_parameters is not None:
         budgets = [budget_for_parameters(graph, config.target_parameters)]
     elif config.target_bytes is not None:
         budgets = [budget_for_bytes(graph, config.target_bytes, dtype.itemsize)]
-    else:
-        return list(targets)
-    return [dataclasses.replace(target, budget=budget) for target, budget in zip(targets, budgets, strict=True)]
+    pairs = zip(targets, budgets, strict=True) if budgets else [(target, None) for target in targets]
+    return [dataclasses.replace(target, budget=budget) for target, budget in pairs]
 
 
 def work_path(options: RunOptions) -> Path | None:

@@ -6,7 +6,9 @@ import json
 import shutil
 import tempfile
 import uuid
-from contextlib import suppress
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from saap.core.errors import OutputError, StaleInputError
 from saap.core.files import part_of
 from saap.core.storage import write_whole
 from saap.export.placing import remove_leftovers
+from saap.models.walk.processes import Processes
 
 SETTINGS, LOCK = "settings.json", "lock"
 
@@ -23,13 +26,22 @@ SETTINGS, LOCK = "settings.json", "lock"
 class WorkFolder:
     """Stage files of one run. A rerun with the same settings and model finds them; another run is refused.
 
-    path: None for a folder that vanishes with the process.
+    path: None for a folder that vanishes with this object.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._temporary = path is None
         self.path = path if path is not None else Path(tempfile.mkdtemp(prefix="saap-"))
+        if self._temporary:
+            weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         self._lock = FileLock(self.path / LOCK, blocking=False)
+
+    @classmethod
+    def shared(cls, path: Path | None, processes: Processes) -> WorkFolder:
+        """The same folder in all processes, of which the first one makes a temporary one."""
+        made = cls(path) if processes.first else None
+        where = processes.broadcast_result(lambda: None if made is None else made.path)
+        return cls(where) if made is None else made
 
     def open(self, settings_digest: str) -> bool:
         """Create the folder, or resume an interrupted run. Returns whether there is something to resume.
@@ -55,11 +67,19 @@ class WorkFolder:
         """Whether a folder without settings is empty, but for what a process left that was killed at its beginning."""
         return {part_of(self.path / SETTINGS), self.path / LOCK}.issuperset(self.path.iterdir())
 
-    def lock(self) -> None:
-        """Keep other runs out until `unlock`, or until the process ends, however it does.
+    @contextmanager
+    def alone(self, processes: Processes) -> Iterator[None]:
+        """While it lasts, no other run works in the folder, however this one ends.
 
-        Raises OutputError if another run is at work here. Does nothing where the file system knows no locks.
+        Raises OutputError in all processes if one does already. File systems that know no locks let both work.
         """
+        processes.broadcast_result(self._acquire)
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _acquire(self) -> None:
         try:
             self._lock.acquire()
         except Timeout:
@@ -69,10 +89,6 @@ class WorkFolder:
             ) from None
         except NotImplementedError:
             return
-
-    def unlock(self) -> None:
-        """Let other runs in; nothing where this one has no lock."""
-        self._lock.release()
 
     def file(self, name: str) -> Path:
         """Path of a stage file."""

@@ -1,0 +1,162 @@
+"""How each stage of a run is carried out, and the loop over the declared list of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors.numpy import load_file, save
+
+from saap.core.records import FloatArray, ImportanceScores, IntArray, StructurePlan
+from saap.core.storage import write_plan, write_scores, write_whole
+from saap.pipeline.prune.finish import measure_result, place_result, read_result, time_result
+from saap.pipeline.prune.making import is_made, make_model, read_made
+from saap.pipeline.prune.planning import (
+    estimate_scores,
+    evaluate_dense,
+    find_costs,
+    measure_dense,
+    read_run_scores,
+    read_whole_plan,
+    search_evaluations,
+    search_plan,
+    weigh_tokens,
+    write_text,
+)
+from saap.pipeline.shared import stages
+from saap.pipeline.shared.context import Run
+from saap.pipeline.shared.outcome import Behaviour
+from saap.pipeline.shared.stages import Stage, Step, outstanding, steps_of
+from saap.pipeline.shared.targets import Target, finished_report
+from saap.pipeline.shared.tokens import finds_costs, generated_sequences, needs_measuring, weighs_tokens
+from saap.settings.prune import PrunableRole
+
+
+class FileOf(NamedTuple):
+    """How a stage's result gets into its file in the work folder, and out of it."""
+
+    read: Callable[[Run, Path], Any]
+    write: Callable[[Run, Path, Any], None]
+
+
+def _write_array(run: Run, path: Path, array: IntArray) -> None:
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    write_whole(path, content.getvalue())
+
+
+ACTIONS: Mapping[Stage, Callable[..., Any]] = {
+    stages.WRITE_TEXT: write_text,
+    stages.MEASURE_DENSE: measure_dense,
+    stages.ESTIMATE: estimate_scores,
+    stages.FIND_COSTS: find_costs,
+    stages.EVALUATE_DENSE: evaluate_dense,
+    stages.SEARCH: search_plan,
+    stages.WEIGH_TOKENS: weigh_tokens,
+    stages.CUT: make_model,
+    stages.RESTORE: make_model,
+    stages.MEASURE: measure_result,
+    stages.TIME_RESULT: time_result,
+    stages.PLACE: place_result,
+}
+"""By stage, a function of the run, the target where the stage has one, and what the stage needs beyond the run."""
+
+FILES: Mapping[Stage, FileOf] = {
+    stages.WRITE_TEXT: FileOf(lambda run, path: np.load(path, allow_pickle=False), _write_array),
+    stages.MEASURE_DENSE: FileOf(
+        lambda run, path: Behaviour.model_validate(run.work.read_json(path.name)),
+        lambda run, path, found: run.work.write_json(path.name, found.model_dump()),
+    ),
+    stages.ESTIMATE: FileOf(read_run_scores, lambda run, path, scores: write_scores(path, scores)),
+    stages.SEARCH: FileOf(read_whole_plan, lambda run, path, plan: write_plan(path, plan, run.graph)),
+    stages.WEIGH_TOKENS: FileOf(
+        lambda run, path: load_file(path), lambda run, path, found: write_whole(path, save(found))
+    ),
+}
+"""Of the stages whose result is one file. A made model and a result in its place are folders."""
+
+_OF_THE_RUN = {stage.gives for stage in stages.PREPARE}
+
+
+def requested_stages(run: Run) -> list[Stage]:
+    """Those stages, in order, that the settings of a run ask for."""
+    config, searches = run.config, any(target.budget is not None for target in run.targets)
+    evaluates = search_evaluations(run) > 0 or PrunableRole.BLOCK in config.roles
+    removes = any(target.budget is not None and target.budget.removal > 0 for target in run.targets)
+    optional = {
+        stages.TIME_DECODING: config.target_speedup is not None,
+        stages.WRITE_TEXT: generated_sequences(run.loaded, config) > 0,
+        stages.FIND_COSTS: searches and finds_costs(config, run.loaded.model, run.graph),
+        stages.EVALUATE_DENSE: searches and needs_measuring(config) and evaluates,
+        stages.WEIGH_TOKENS: removes and weighs_tokens(config),
+        stages.CUT: not config.restore,
+        stages.RESTORE: config.restore,
+        stages.TIME_RESULT: config.target_speedup is not None,
+    }
+    return [stage for stage in stages.PRUNE if optional.get(stage, True)]
+
+
+def carry_out(run: Run, wanted: Sequence[str], given: Mapping[str, Any] | None = None) -> Mapping[tuple[str, str], Any]:
+    """Carry out what has to be done for the results `wanted`, or read it where an interrupted run has done it.
+
+    given: results that are known. Returns each wanted result by its name and that of its target.
+    """
+    targets = {target.name: target for target in run.targets}
+    values: dict[tuple[str, str], Any] = {(name, ""): value for name, value in (given or {}).items()}
+    known = {*_OF_THE_RUN, *(given or {})}
+    steps = steps_of([stage for stage in requested_stages(run) if stage.gives not in known], list(targets))
+    done = run.processes.broadcast_result(lambda: [step for step in steps if _is_done(run, step, targets)])
+    left = outstanding(steps, done, wanted)
+    for number, step in enumerate(left, start=1):
+        with run.meter.stage(step.title):
+            about = [targets[step.target]] if step.stage.per_target else []
+            if step in done:
+                values[step.gives] = _read(run, step, *about)
+            else:
+                values[step.gives] = _make(run, step, about, values)
+        needed = {need for later in left[number:] for need in later.needs}
+        values = {key: value for key, value in values.items() if key in needed or key[0] in wanted}
+    return values
+
+
+def _make(run: Run, step: Step, about: list[Target], values: Mapping[tuple[str, str], Any]) -> Any:
+    needs = [name for name in step.stage.needs if name not in _OF_THE_RUN]
+    found = (values.get((name, step.target), values.get((name, ""))) for name in needs)
+    made = ACTIONS[step.stage](run, *about, *found)
+    if step.stage in FILES:
+        path = run.work.file(step.stage.file_of(step.target))
+        run.processes.broadcast_result(lambda: FILES[step.stage].write(run, path, made))
+    return made
+
+
+def _read(run: Run, step: Step, *about: Target) -> Any:
+    if step.stage in FILES:
+        return FILES[step.stage].read(run, run.work.file(step.stage.file_of(step.target)))
+    return (read_result if step.stage is stages.PLACE else read_made)(run, *about)
+
+
+def _is_done(run: Run, step: Step, targets: Mapping[str, Target]) -> bool:
+    if step.stage is stages.PLACE:
+        return finished_report(run.work, targets[step.target]) is not None
+    if step.stage in (stages.CUT, stages.RESTORE):
+        return is_made(run, targets[step.target])
+    return step.stage in FILES and run.work.file(step.stage.file_of(step.target)).exists()
+
+
+def with_written_text(run: Run) -> Run:
+    """The run with the dense model's own text among what it calibrates on, where its settings ask for that."""
+    written = carry_out(run, ("written text",)).get(("written text", ""))
+    tokens = run.tokens if written is None else run.tokens.with_written(written, run.config.seed)
+    return dataclasses.replace(run, tokens=tokens)
+
+
+def plans_for(
+    run: Run, targets: Sequence[Target], scores: ImportanceScores
+) -> tuple[dict[str, StructurePlan], Mapping[str, FloatArray] | None]:
+    """The plan of each target, and the token-level importance that the choice of units weighs in, if any."""
+    found = carry_out(dataclasses.replace(run, targets=targets), ("plan", "token scores"), {"scores": scores})
+    return {target.name: found["plan", target.name] for target in targets}, found.get(("token scores", ""))
