@@ -18,7 +18,7 @@ from saap.models.loading.pretrained import load_model, load_offloaded, model_ref
 from saap.models.loading.references import resolve_model
 from saap.models.walk import offload as offload_module
 from saap.models.walk.backend import Backend
-from saap.models.walk.offload import OffloadedWeights, mark_changed, offloaded, onload
+from saap.models.walk.offload import OffloadedWeights, offloaded, onload
 from saap.models.walk.spill import Spill
 
 CPU = torch.device("cpu")
@@ -89,10 +89,9 @@ def test_changed_weights_are_written_and_read_again(tmp_path: Path) -> None:
     weights.folder, weights.written = tmp_path / "changed", torch.float32
     name = "model.layers.1.mlp.down_proj.weight"
     for model in (here, away):
-        onload(model, name)
+        onload(model, name, change=True)
         with torch.no_grad():
             model.get_parameter(name).mul_(2)
-        mark_changed(model, name)
     tokens = torch.arange(2, 14).reshape(1, 12)
     for _ in range(2):
         assert torch.equal(logits(away, tokens), logits(here, tokens))

@@ -13,8 +13,8 @@ from saap.core.errors import ConfigurationError, OutputError
 from saap.discovery import discover
 from saap.estimation import token_fisher
 from saap.models.loading import device_memory
+from saap.models.structure.keep_index import sole_consumers
 from saap.models.walk.backend import Backend
-from saap.models.walk.consumers import sole_consumers
 from saap.pipeline.prune import forecast as forecast_module
 from saap.pipeline.prune import planning
 from saap.pipeline.prune.fits import check_fits

@@ -9,7 +9,7 @@ from tests.recovery.tiny import blocks, build
 
 from saap.models.checkpoint.groupwise import GroupwiseLinear
 from saap.models.checkpoint.groupwise_files import linears_inside, pack_linears
-from saap.recovery.prepare import adapt, merge
+from saap.recovery.adapter import adapt, merge
 from saap.recovery.quantise import quantise
 
 

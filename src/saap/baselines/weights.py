@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saap.core.records import AxisSlice, CoupledGroup, FloatArray, ModelGraph
 from saap.models.loading.precision import widened
-from saap.models.walk.consumers import unit_channels
+from saap.models.structure.keep_index import unit_channels
 
 
 def scored_members(graph: ModelGraph, group: CoupledGroup) -> tuple[AxisSlice, ...]:

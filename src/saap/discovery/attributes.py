@@ -18,7 +18,6 @@ from saap.discovery.groups import TracedGroup
 from saap.discovery.instance import TOKENS, Instance
 from saap.models.checkpoint.differences import argument_hook, epsilon_name
 from saap.models.structure.linear import contracted_axis
-from saap.models.walk.arguments import unit_axis
 
 # Some models compute attention in float32 whatever their dtype; a size that does not follow errs by far more.
 TOLERANCE = 1e-5
@@ -238,10 +237,22 @@ def _sliced_arguments(instance: Instance, group: TracedGroup) -> tuple[SlicedArg
         arguments, keywords = instance.inputs_of(path, samples)
         given = inspect.signature(module.forward).bind(*arguments, **keywords).arguments
         for name, value in given.items():
-            place = unit_axis(value, samples=samples, units=group.units)
+            place = _unit_axis(value, samples=samples, units=group.units)
             if place is not None:
                 return (SlicedArgument(module=path, argument=name, axis=place[0], per_sample=place[1]),)
     return ()
+
+
+def _unit_axis(value: object, *, samples: int, units: int) -> tuple[int, bool] | None:
+    """(axis, whether it runs over samples too) of the axis of `value` that has one entry per unit; None if none has.
+
+    samples: of the batch that the value belongs to, not equal to `units`.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 3:
+        return None
+    if value.shape[0] in (units, samples * units):
+        return 0, value.shape[0] != units
+    return (1, False) if value.ndim == 4 and value.shape[1] == units else None
 
 
 @contextmanager

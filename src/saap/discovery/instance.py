@@ -17,7 +17,7 @@ from saap.discovery.reduce import ReducedModel, reduced
 from saap.models.checkpoint.modeling_pruned import resize
 from saap.models.structure.keep_index import KeepIndex
 from saap.models.structure.masking import never_chosen
-from saap.models.walk.arguments import without_cache
+from saap.models.walk.walker import without_cache
 
 Kept = Mapping[int, Sequence[int]]
 

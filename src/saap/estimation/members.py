@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from saap.core.errors import UnsupportedModelError
 from saap.core.records import AxisSlice, CoupledGroup, ModelGraph, Role, Side
+from saap.models.structure.keep_index import unit_channels
 from saap.models.structure.linear import contracted_axis, owner
-from saap.models.walk.consumers import unit_channels
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from saap.core.errors import CalibrationError
 from saap.core.records import Digested, IntArray, digest_of
-from saap.models.walk.arguments import without_cache
 from saap.models.walk.probe import read_at_once
+from saap.models.walk.walker import without_cache
 
 # Logits of one forward pass, in float32: they are the largest tensor of an evaluation.
 LOGITS_BYTES = 2**28

@@ -22,8 +22,8 @@ from saap.models.checkpoint.differences import (
 )
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, pruned_classes
 from saap.models.checkpoint.stock_config import stock_model, uniform_config
-from saap.models.walk.arguments import without_cache
 from saap.models.walk.offload import offloaded, share_weights
+from saap.models.walk.walker import without_cache
 
 ADAPTIVE_REMEDY = "Use --layout adaptive"
 # Room for other rounding in buffers made in another dtype; a wrong scale is far above it.

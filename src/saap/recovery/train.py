@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,15 +19,33 @@ from saap.core.errors import NonFiniteLossError
 from saap.core.manifest import CurvePoint
 from saap.data.training import Example, TrainingData
 from saap.models.loading.precision import widest_dtype
+from saap.models.walk.loss import learned_losses
 from saap.models.walk.processes import Processes
 from saap.models.walk.walker import BlockWalker
-from saap.recovery.objective import loss_and_gradient
-from saap.recovery.schedule import Limits, learning_rate
 from saap.recovery.state import Training, optimizer_tensors, read_state, write_state
 from saap.settings.recover import RecoverConfig
 
 BETAS = (0.9, 0.95)
 STATE, BEST = "state.safetensors", "best.safetensors"
+LEAST_SHARE = 1e-3
+
+
+def share_done(config: RecoverConfig, steps: int, tokens: int, seconds: float) -> float:
+    """How much of the training is done by its nearest limit: 1 at the end and beyond."""
+    limits = (config.max_steps, config.max_tokens, None if config.minutes is None else 60 * config.minutes)
+    done = zip((steps, tokens, seconds), limits, strict=True)
+    return min(1.0, max((value / limit for value, limit in done if limit is not None), default=0.0))
+
+
+def learning_rate(peak: float, share: float, warm_up: float) -> float:
+    """Linear from 0 to `peak` over the first `warm_up` of the training, then half a cosine down to 0.
+
+    share: of the training, 0 to 1. Source: SGDR (Loshchilov & Hutter 2017), one cycle.
+    """
+    share = max(share, LEAST_SHARE)
+    if share < warm_up:
+        return peak * share / warm_up
+    return peak * 0.5 * (1 + math.cos(math.pi * (share - warm_up) / (1 - warm_up)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,15 +77,12 @@ class Trainer:
     ) -> None:
         self.walker, self.parameters, self.data, self.config = walker, dict(parameters), data, config
         self.folder, self.processes, self.report, self.teacher = folder, processes, report, teacher
-        seconds = None if config.minutes is None else 60 * config.minutes
-        self.limits = Limits(steps=config.max_steps, tokens=config.max_tokens, seconds=seconds)
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=0.0, betas=BETAS, weight_decay=0.0, foreach=False
         )
-        self.state: dict[str, Tensor] = {
-            **self.parameters, **optimizer_tensors(self.optimizer, self.parameters)
-        }  # fmt: skip
+        moments = optimizer_tensors(self.optimizer, self.parameters)
+        self.state: dict[str, Tensor] = {**self.parameters, **moments}
 
     def run(self) -> Training:
         """Train until a limit is reached or the validation loss stops falling, and take the best parameters.
@@ -80,7 +96,7 @@ class Trainer:
             training.step += 1
             training.tokens += tokens
             training.seconds += self._since(clock)
-            share = self.limits.share(training.step, training.tokens, training.seconds)
+            share = share_done(self.config, training.step, training.tokens, training.seconds)
             validation = None
             if share >= 1 or training.step % self.config.validate_every == 0:
                 clock = time.perf_counter()
@@ -117,15 +133,15 @@ class Trainer:
 
     def _stopped(self, training: Training) -> str:
         """What ends the training here, in words; '' if nothing does."""
-        limits = self.limits
-        if limits.share(training.step, training.tokens, training.seconds) < 1:
-            patience = self.config.patience
-            return "validation, which fell no more" if patience and training.without_best >= patience else ""
-        if limits.steps is not None and training.step >= limits.steps:
-            return f"the limit of {limits.steps} steps"
-        if limits.tokens is not None and training.tokens >= limits.tokens:
-            return f"the limit of {limits.tokens:,} tokens"
-        return f"the limit of {(limits.seconds or 0) / 60:g} minutes"
+        config = self.config
+        if share_done(config, training.step, training.tokens, training.seconds) < 1:
+            stale = config.patience and training.without_best >= config.patience
+            return "validation, which fell no more" if stale else ""
+        if config.max_steps is not None and training.step >= config.max_steps:
+            return f"the limit of {config.max_steps} steps"
+        if config.max_tokens is not None and training.tokens >= config.max_tokens:
+            return f"the limit of {config.max_tokens:,} tokens"
+        return f"the limit of {config.minutes or 0:g} minutes"
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], training: Training) -> None:
         if self.processes.first:
@@ -149,7 +165,7 @@ class Trainer:
         norm = clip_grad_norm_(self.parameters.values(), self.config.clip, foreach=False)
         self._require_finite(training, losses, indices, float(norm))
         seconds = training.seconds * (1 + 1 / training.step) if training.step else 0.0
-        share = self.limits.share(training.step + 1, training.tokens + tokens, seconds)
+        share = share_done(self.config, training.step + 1, training.tokens + tokens, seconds)
         rate = learning_rate(self.config.learning_rate, share, self.config.warm_up)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -170,7 +186,7 @@ class Trainer:
             with torch.no_grad():
                 teacher = self.teacher, self._forward(self.teacher, ids)
         hidden = self._forward(self.walker, ids)
-        losses, gradient = loss_and_gradient(
+        losses, gradient = learned_losses(
             self.walker, hidden, ids, learned, predictions=predictions, teacher=teacher,
             weight=self.config.distillation or 0.0,
         )  # fmt: skip
@@ -180,15 +196,11 @@ class Trainer:
     def _forward(self, walker: BlockWalker, ids: Tensor) -> Tensor:
         """Output of the last block, which keeps a graph where gradients are on."""
         stream = walker.start(ids)
-        hidden = stream.hidden
-        again = self.config.gradient_checkpointing and torch.is_grad_enabled()
+        if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
+            return walker.run_blocks(stream)
+        hidden, run = stream.hidden, partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for layer in range(len(walker.blocks)):
-            if again:
-                hidden = checkpoint(
-                    walker.run_block, layer, hidden, stream.contexts, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                hidden = walker.run_block(layer, hidden, stream.contexts)
+            hidden = run(walker.run_block, layer, hidden, stream.contexts)
         return hidden
 
     def _sum_gradients(self) -> None:
@@ -221,7 +233,7 @@ class Trainer:
             # a process without an example of its own reads the first as well: layers may be split over all
             ids, learned = self._padded([examples[place if place < len(examples) else 0]])
             hidden = self._forward(self.walker, ids)
-            losses, _ = loss_and_gradient(self.walker, hidden, ids, learned, predictions=1, with_gradient=False)
+            losses, _ = learned_losses(self.walker, hidden, ids, learned, predictions=1)
             if place < len(examples):
                 total += losses.sum().to(total.device)
         value = float(self.processes.total(total)) / sum(int(example.learned.sum()) for example in examples)

@@ -19,7 +19,7 @@ from saap.core.errors import LayoutError
 from saap.core.records import ConfigField, ModelGraph, Role, StructurePlan
 from saap.models.checkpoint.modeling_pruned import auto_classes
 from saap.models.structure.keep_index import KeepIndex
-from saap.models.walk.arguments import without_cache
+from saap.models.walk.walker import without_cache
 
 Shapes = dict[str, tuple[int, ...]]
 Builder = Callable[[Callable[[], Any], bool], Shapes | None]

@@ -17,8 +17,7 @@ from saap.core.records import StructurePlan
 from saap.data.generated import random_starts, sample_from_model
 from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products, quick_products
-from saap.models.walk.consumers import sole_consumers
-from saap.models.walk.spill import Spill
+from saap.models.structure.keep_index import sole_consumers
 from saap.pipeline.prune.planning import estimated, token_scores, unit_costs
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import (
@@ -48,8 +47,7 @@ from saap.pipeline.shared.targets import Target
 from saap.settings.prune import Method, SkipLayers
 from saap.structure_search.objectives import Budget
 from saap.structure_search.plan import check_reachable
-from saap.surgery.refit import RestoreSettings
-from saap.surgery.restore import restore
+from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
 PROBED_SAMPLES = 4
 PROBED_TOKENS = 2048
@@ -308,17 +306,19 @@ def _restoration(run: Run, targets: Sequence[Target], base: Peak) -> tuple[float
         if done == probed:
             raise _EnoughError
 
-    settings = RestoreSettings(second_order=needed.second_order and chooses_units(run.config))
+    settings = ReconstructionSettings(second_order=needed.second_order and chooses_units(run.config))
     spill = restoration_spill(run.loaded, run.config, run.work.file("spill"))
     with run.meter.stage("try: restore"), suppress(_EnoughError), run.tokens.images(run.loaded.model):
         products = quick_products(run.device, run.loaded.dtype)
         backend = dataclasses.replace(run.backend, spill=spill, products=products, progress=stop)
-        restore(backend, _even_plan(run, targets), tokens, settings)
+        reconstruct(backend, _even_plan(run, targets), tokens, settings)
     tried = Peak.of(run.meter.stages[-1])
     scale = needed.refit_sequences * needed.refit_length / tokens.numel()
     # what is kept elsewhere grows with the tokens there: in the host's memory, or on the disk
     grows = Peak(tried.resident - base.resident, tried.device - base.device)
-    resident = base.resident + int(max(0, grows.resident) * (1 if isinstance(spill, Spill) else scale))
+    resident = base.resident + int(
+        max(0, grows.resident) * (1 if spill is not None and spill.folder is not None else scale)
+    )
     device = base.device + int(max(0, grows.device) * (1 if spill is not None else scale))
     seconds = run.meter.stages[-1].seconds / probed * blocks * scale
     return seconds, Peak(resident, device), max(0, grows.resident) / tokens.numel()

@@ -73,8 +73,7 @@ from saap.settings.prune import PrunableRole, PruneConfig
 from saap.structure_search.objectives import Budget
 from saap.structure_search.plan import SearchSpace, check_reachable, with_units
 from saap.surgery.cut import cut
-from saap.surgery.refit import RestoreSettings
-from saap.surgery.restore import restore
+from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
 __all__ = ["RunOptions", "inspect_model", "preview", "run_prune"]
 
@@ -317,18 +316,18 @@ def cut_and_restore(
         products = quick_products(run.device, run.loaded.dtype)
         backend = dataclasses.replace(run.backend, model=model, spill=spill, products=products)
         with run.tokens.images(model):
-            restoration = restore(backend, plan, refit_tokens(run), restore_settings(run, scores))
+            restoration = reconstruct(backend, plan, refit_tokens(run), restore_settings(run, scores))
         plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
     cut(model, run.graph, plan)
     compensate(run, model, biases)
     return plan, errors
 
 
-def restore_settings(run: Run, scores: ImportanceScores) -> RestoreSettings:
+def restore_settings(run: Run, scores: ImportanceScores) -> ReconstructionSettings:
     """How the run restores. The second-order choice of units weighs scores in."""
     if not (chooses_units(run.config) and run.config.effort_settings.second_order):
-        return RestoreSettings(second_order=False)
-    return RestoreSettings(scores=scores_of_choice(run, scores))
+        return ReconstructionSettings(second_order=False)
+    return ReconstructionSettings(scores=scores_of_choice(run, scores))
 
 
 def _itself(model: nn.Module) -> nn.Module:

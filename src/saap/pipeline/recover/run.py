@@ -21,7 +21,6 @@ from saap.models.checkpoint.groupwise_files import linears_inside
 from saap.models.loading.devices import quick_float32_products, rounded_products
 from saap.models.loading.pretrained import load, load_groupwise, load_model
 from saap.models.walk.probe import check_reads, read_at_once
-from saap.models.walk.sharding import check_shardable, shard_layers
 from saap.models.walk.walker import BlockWalker
 from saap.pipeline.recover.context import Recovery, prepare, recorded, settings_digest
 from saap.pipeline.recover.records import left_as_they_are, recovery_manifest, recovery_report
@@ -42,9 +41,9 @@ from saap.pipeline.shared.stages import (
 from saap.pipeline.shared.targets import work_path
 from saap.pipeline.shared.together import alone_in
 from saap.pipeline.shared.work import WorkFolder
-from saap.recovery.adapter import AdaptedLinear
-from saap.recovery.prepare import adapt, add_lora, merge, quantise_by_feedback
-from saap.recovery.quantise import check_group_sizes, quantise
+from saap.recovery.adapter import AdaptedLinear, adapt, add_lora, merge
+from saap.recovery.quantise import check_group_sizes, quantise, quantise_by_feedback
+from saap.recovery.sharding import check_shardable, shard_layers
 from saap.recovery.train import Report, Trainer
 from saap.settings.recover import RecoverConfig, Tuning
 

@@ -26,7 +26,7 @@ from saap.models.loading.devices import pick_device, pick_dtype, spread_over, wo
 from saap.models.loading.pretrained import load, load_offloaded, load_tokenizer, model_ref, open_skeleton
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.offload import offloaded, placeholder
-from saap.models.walk.spill import HostSpill, Spill
+from saap.models.walk.spill import Spill
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import COST_TOKENS_AT_ONCE, LoadedModel, RunOptions, chooses_units, open_model
 from saap.pipeline.shared.targets import Target
@@ -288,7 +288,7 @@ def _gigabytes(count: int) -> str:
 def check_disk(run: Run, targets: Sequence[Target]) -> None:
     """Raise OutputError if the disk cannot hold what is to lie there: results, changed blocks, spilled activations."""
     spill = restoration_spill(run.loaded, run.config, run.work.file("spill"))
-    if run.options.out is None or not isinstance(spill, Spill):
+    if run.options.out is None or spill is None or spill.folder is None:
         return
     sizes = Sizes.of(run.loaded.model, run.device)
     needed = captured(sizes, run.config)
@@ -300,13 +300,13 @@ def check_disk(run: Run, targets: Sequence[Target]) -> None:
     check_place(run.options.out, needed)
 
 
-def restoration_spill(loaded: LoadedModel, config: PruneConfig, folder: Path) -> Spill | HostSpill | None:
+def restoration_spill(loaded: LoadedModel, config: PruneConfig, folder: Path) -> Spill | None:
     """Where the restoration keeps its activations: with the weights (None), in the host's memory, or in a folder."""
     if not loaded.spills:
         return None if offloaded(loaded.model) is None else Spill(folder)
     device = next(loaded.model.parameters()).device
     fits = device.type != "cpu" and captured(Sizes.of(loaded.model, device), config) < device_memory.of_machine()
-    return HostSpill() if fits else Spill(folder)
+    return Spill(None if fits else folder)
 
 
 def require_alone(run: Run) -> None:
@@ -357,7 +357,7 @@ def release(model: nn.Module) -> None:
     """Have no weights of a model in memory that are in files as well: it may outlive its last use."""
     weights = offloaded(model)
     if weights is not None:
-        weights.release()
+        weights.offload()
 
 
 def forget_weights(model: nn.Module) -> None:
