@@ -20,8 +20,7 @@ from saap.models.walk.processes import Processes
 from saap.models.walk.walker import BlockWalker
 from saap.recovery.adapter import adapt, add_lora, merge
 from saap.recovery.quantise import quantise, quantise_by_feedback
-from saap.recovery.state import Training
-from saap.recovery.train import Report, Trainer, learning_rate, share_done
+from saap.recovery.train import Report, Trainer, Training, learning_rate, share_done
 from saap.settings.recover import RecoverConfig
 
 CPU = torch.device("cpu")

@@ -130,7 +130,7 @@ def test_sequences_of_one_micro_batch_fit_and_choose_the_ridge(rows: int) -> Non
 
 
 def test_how_many_sequences_judge() -> None:
-    assert [held_out_sequences(n, 0.125) for n in (2, 3, 4, 7, 8, 16, 32, 256)] == [1, 1, 2, 3, 4, 4, 4, 32]
+    assert [held_out_sequences(n) for n in (2, 3, 4, 7, 8, 16, 32, 256)] == [1, 1, 2, 3, 4, 4, 4, 32]
 
 
 def test_a_single_sequence_is_refused() -> None:

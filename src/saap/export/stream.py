@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from saap.core.records import ModelGraph, Role, StructurePlan
-from saap.models.structure.norms import constant_share, scaled_weight
+from saap.models.structure.norms import scaled_weight
 
 Weights = Mapping[str, Tensor]
 
@@ -59,10 +59,9 @@ def _names(names: Iterable[str], graph: ModelGraph, plan: StructurePlan) -> list
 def _rescaled(model: nn.Module, norms: Sequence[str], factor: float) -> dict[str, Tensor]:
     found = {}
     for path in norms:
-        constant = constant_share(model.get_submodule(path))
-        weight = model.get_parameter(f"{path}.weight")
-        if constant is not None:
-            found[f"{path}.weight"] = scaled_weight(weight.data, constant, factor)
+        weight = scaled_weight(model.get_submodule(path), factor)
+        if weight is not None:
+            found[f"{path}.weight"] = weight
     return found
 
 

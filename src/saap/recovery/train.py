@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The training loop, and its state on disk: enough to resume as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from saap.core.errors import NonFiniteLossError
+from saap.core.errors import NonFiniteLossError, StaleInputError
 from saap.core.manifest import CurvePoint
 from saap.data.training import Example, TrainingData
+from saap.models.checkpoint.safetensor_files import TensorEntry, write_tensors
 from saap.models.loading.precision import widest_dtype
 from saap.models.walk.loss import learned_losses
 from saap.models.walk.processes import Processes
 from saap.models.walk.walker import BlockWalker
-from saap.recovery.state import Training, optimizer_tensors, read_state, write_state
 from saap.settings.recover import RecoverConfig
 
 BETAS = (0.9, 0.95)
@@ -56,6 +58,24 @@ class Report:
     line: Callable[[str], None]
 
 
+class Training(BaseModel):
+    """What a training has done so far.
+
+    validation: of the best parameters so far, those after `best_step` (0: before the first step). without_best:
+    validations since then. stopped_by: what ended the training, in words; '' while it runs.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    validation_before: float = float("inf")
+    validation: float = float("inf")
+    best_step: int = 0
+    without_best: int = 0
+    points: list[CurvePoint] = []
+    stopped_by: str = ""
+
+
 class Trainer:
     """Trains `parameters` of the walker's model with AdamW; everything else stays as it is.
 
@@ -81,7 +101,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=0.0, betas=BETAS, weight_decay=0.0, foreach=False
         )
-        moments = optimizer_tensors(self.optimizer, self.parameters)
+        moments = _optimizer_tensors(self.optimizer, self.parameters)
         self.state: dict[str, Tensor] = {**self.parameters, **moments}
 
     def run(self) -> Training:
@@ -111,7 +131,7 @@ class Trainer:
             if validation is not None:
                 self._write(STATE, self.state, training)
                 self.report.line(_line(point, share))
-        read_state(self.folder / BEST, self.parameters)
+        _read_state(self.folder / BEST, self.parameters)
         training.stopped_by, training.seconds = stopped_by, round(training.seconds, 3)
         return training
 
@@ -123,7 +143,7 @@ class Trainer:
     def _begin(self) -> Training:
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / STATE).is_file():
-            training = read_state(self.folder / STATE, self.state)
+            training = _read_state(self.folder / STATE, self.state)
             self.report.line(f"resuming after step {training.step}")
             return training
         training = Training()
@@ -145,7 +165,7 @@ class Trainer:
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], training: Training) -> None:
         if self.processes.first:
-            write_state(self.folder / name, tensors, training)
+            _write_state(self.folder / name, tensors, training)
         self.processes.barrier()
 
     def _step(self, training: Training) -> tuple[float, float, int]:
@@ -257,3 +277,33 @@ def _line(point: CurvePoint, share: float) -> str:
         f"step {point.step}: loss {point.loss:.4f}, validation {point.validation:.4f}, {speed:.0f} tokens/s, "
         f"about {left:.0f} s left"
     )
+
+
+def _optimizer_tensors(optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The state of the optimizer by name, which it updates in place; zero before its first step."""
+    for value in parameters.values():
+        moments = {"exp_avg": torch.zeros_like(value), "exp_avg_sq": torch.zeros_like(value)}
+        optimizer.state[value] = {"step": torch.zeros(()), **moments}
+    return {
+        f"{name}/{key}": tensor for name, value in parameters.items() for key, tensor in optimizer.state[value].items()
+    }
+
+
+def _write_state(path: Path, tensors: Mapping[str, Tensor], training: Training) -> None:
+    """Write tensors and the training they belong to, whole or not at all. Raises OutputError."""
+    entries = {name: TensorEntry.of(tensor) for name, tensor in tensors.items()}
+    write_tensors(path, entries, {"format": "pt", "training": training.model_dump_json()})
+
+
+@torch.no_grad()
+def _read_state(path: Path, tensors: Mapping[str, Tensor]) -> Training:
+    """Read what `_write_state` wrote into the tensors, in place. Raises StaleInputError for another file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != set(tensors):
+                raise ValueError("it is of other parameters")
+            for name, tensor in tensors.items():
+                tensor.copy_(file.get_tensor(name))
+            return Training.model_validate_json((file.metadata() or {}).get("training", ""))
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise StaleInputError(f"{path} is no state of this training ({error})", "Delete it") from None

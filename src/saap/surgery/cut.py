@@ -14,14 +14,13 @@ from saap.models.checkpoint.differences import (
     PrunedStructure,
     argument_hook,
     argument_slice,
-    epsilon_name,
     structure_of,
 )
 from saap.models.checkpoint.modeling_pruned import ConstantOutput, resize, set_attribute
 from saap.models.checkpoint.stock_config import keep_layers, text_part
 from saap.models.structure.keep_index import KeepIndex, Shape, require_possible
 from saap.models.structure.linear import owner
-from saap.models.structure.norms import constant_share, scaled_weight
+from saap.models.structure.norms import rescale_norm
 from saap.models.walk.offload import onload
 
 BLOCK_NUMBER_NAMES = ("layer_idx", "layer_id", "layer_number")
@@ -82,7 +81,7 @@ def cut_groups(model: nn.Module, groups: Sequence[CoupledGroup], keep: Mapping[s
                 earlier.kept = [earlier.kept[unit] for unit in kept or (0,)]
         shares |= dict.fromkeys(group.scaled_norms if kept else (), len(kept) / group.units)
     for norm, share in shares.items():
-        _rescale_norm(model.get_submodule(norm), share, norm)
+        rescale_norm(model.get_submodule(norm), share, norm)
 
 
 def _present_shapes(model: nn.Module, groups: Iterable[CoupledGroup]) -> dict[str, Shape]:
@@ -110,30 +109,6 @@ def _select(model: nn.Module, index: KeepIndex, produced: Mapping[str, int]) -> 
             resize(model, parameter, data)
         elif isinstance(module, ConstantOutput) and produced.get(tensor) in axes:
             module.width = index.shape(tensor)[produced[tensor]]
-
-
-def _rescale_norm(norm: nn.Module, share: float, name: str) -> None:
-    """Make an RMS norm over the kept channels equal to the one over all channels with the others zero.
-
-    With sum of squares S over n channels: x / sqrt(S/n + e) = share^-0.5 x / sqrt(S/kept + e/share), share = kept/n.
-    So the effective scale is multiplied by share^-0.5 and epsilon by 1/share. How the scale depends on the weight
-    (w, or 1 + w as in some families) is measured on the module. Raises UnsupportedModelError where it has no weight.
-    """
-    epsilon = epsilon_name(norm)
-    weight = norm._parameters.get("weight")
-    if weight is None or epsilon is None:
-        raise UnsupportedModelError(
-            f"The norm {name} has no weight or no epsilon that could take up the removed channels",
-            "Prune without the role hidden",
-        )
-    constant = constant_share(norm)
-    if constant is None:
-        raise UnsupportedModelError(
-            f"The scale of the norm {name} is no affine function of its weight", "Prune without the role that it spans"
-        )
-    weight.data = scaled_weight(weight.data, constant, share**-0.5)
-    value = getattr(norm, epsilon)
-    setattr(norm, epsilon, (torch.finfo(weight.dtype).eps if value is None else value) / share)
 
 
 def _drop_blocks(model: nn.Module, blocks: Sequence[str], dropped: Sequence[int]) -> None:

@@ -21,36 +21,36 @@ from saap.models.structure.keep_index import KeepIndex, require_possible, unit_c
 from saap.models.structure.least_squares import Moments, removal_order, ridge_fit
 from saap.models.structure.linear import contracted_axis, weight_out_in
 from saap.models.walk.backend import Backend
-from saap.models.walk.observer import capture
+from saap.models.walk.observer import Signal, capture
 from saap.models.walk.offload import onload
 from saap.models.walk.residual import ResidualPath, residual_paths
 from saap.models.walk.spill import Tensors
 from saap.models.walk.walk import embed, run_block
 from saap.surgery.cut import cut_groups
 
+RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+"""Tried for each matrix, relative to the mean of the Gram matrix' diagonal."""
+CHOICE_RIDGE = 1e-2
+HELD_OUT_SHARE = 0.125
 HELD_OUT_AT_LEAST = 4
 """Sequences that choose the ridge, where there are twice as many: fewer tell too little."""
+MICRO_BATCH = 4
+"""Sequences at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReconstructionSettings:
     """How the reconstruction works.
 
-    ridges: tried for each matrix, relative to the mean of the Gram matrix' diagonal. held_out_share: part of the
-    sequences that only chooses the ridge (see `held_out_sequences`). second_order: choose units by the pruned stream's
-    Gram matrix at the plan's counts instead of taking the plan's own units. scores: by group, the importance of its
-    units (units,), which that choice weighs in as well. residual_target: aim at the dense residual stream, the error
-    so far included; False aims at the dense module's output alone, to measure the difference; tokens weigh the
-    same in both. micro_batch: sequences at a time.
+    second_order: choose units by the pruned stream's Gram matrix at the plan's counts instead of taking the plan's own
+    units. scores: by group, the importance of its units (units,), which that choice weighs in as well. residual_target:
+    aim at the dense residual stream, the error so far included; False aims at the dense module's output alone, to
+    measure the difference; tokens weigh the same in both.
     """
 
-    ridges: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-    held_out_share: float = 0.125
     second_order: bool = True
-    choice_ridge: float = 1e-2
     scores: Mapping[str, FloatArray] | None = None
     residual_target: bool = True
-    micro_batch: int = 4
 
 
 @dataclass(slots=True)
@@ -61,9 +61,9 @@ class Reconstruction:
     errors: dict[str, float] = field(default_factory=dict)
 
 
-def held_out_sequences(sequences: int, share: float) -> int:
+def held_out_sequences(sequences: int) -> int:
     """How many of the sequences only choose the ridge; at least one stays to fit. sequences: two or more."""
-    return max(round(sequences * share), min(HELD_OUT_AT_LEAST, sequences // 2))
+    return max(round(sequences * HELD_OUT_SHARE), min(HELD_OUT_AT_LEAST, sequences // 2))
 
 
 def require_sequences(sequences: int) -> None:
@@ -111,14 +111,6 @@ class _Consumer:
     residual: ResidualPath | None
     bundle: tuple[CoupledGroup, ...]
 
-    def kept_columns(self, keep: Mapping[str, tuple[int, ...]], device: torch.device) -> Tensor:
-        """Its input channels that stay, ascending: (kept channels,)."""
-        tensor, axis = f"{self.path}.weight", contracted_axis(self.module)
-        assert axis is not None
-        shapes = {tensor: tuple(self.module.get_parameter("weight").shape)}
-        index = KeepIndex(shapes, ((group, keep[group.name]) for group in (self.group, *self.bundle)))
-        return torch.from_numpy(index.axis(tensor, axis).kept()).to(device)
-
 
 class _BlockByBlock:
     """The hidden states before the current block, in the dense and in the pruned model, of this process' micro-batches.
@@ -132,7 +124,7 @@ class _BlockByBlock:
         self.processes, self.keep, self.walker = backend.processes, backend.keep, backend.walker()
         self.exact = dataclasses.replace(backend, products=None).walker()
         self.sequences, self.result = len(tokens), Reconstruction()
-        batches = torch.split(tokens, settings.micro_batch)
+        batches = torch.split(tokens, MICRO_BATCH)
         own = self.processes.share(len(batches))
         self.dense, self.contexts = embed(self.exact, batches[own.start : own.stop], self.keep)
         self.pruned = self.dense
@@ -154,11 +146,12 @@ class _BlockByBlock:
         return run_block(self.walker, layer, hidden, self.contexts, self.keep)
 
     def _reconstruct(self, layer: int, groups: Sequence[CoupledGroup]) -> None:
-        device, both = self.walker.device(layer), self.dense is self.pruned
+        device, both = next(self.walker.blocks[layer].parameters()).device, self.dense is self.pruned
         self.dense = self._moved(self.dense, device)
         self.pruned = self.dense if both else self._moved(self.pruned, device)
         consumers = self._consumers(layer, groups)
-        dense_next, dense_outputs = self._dense_pass(layer, [consumer.path for consumer in consumers])
+        paths = [consumer.path for consumer in consumers]
+        dense_next, dense_outputs = self._captured(layer, self.dense, paths, Signal.OUTPUT)
         self._cut_stacked(groups)
         pruned_next = self._fit_consumers(layer, consumers, dense_outputs)
         for group in groups:
@@ -192,27 +185,18 @@ class _BlockByBlock:
             consumers.append(_Consumer(path, module, group, residual, tuple(bundle)))
         return consumers
 
-    def _dense_pass(self, layer: int, paths: Sequence[str]) -> tuple[Tensors, dict[str, Tensors]]:
-        """The dense block's output, and what each of its consumers gives."""
-        outputs = {path: self.keep(()) for path in paths}
+    def _captured(
+        self, layer: int, hidden: Tensors, paths: Sequence[str], *signals: Signal, stop: bool = False
+    ) -> tuple[Tensors, dict[tuple[str, Signal], Tensors]]:
+        """The block's output, and what the modules at `paths` read or give; stop: leave the block after the first."""
         after = self.keep(())
-        for hidden, context in zip(self.dense, self.contexts, strict=True):
-            with capture(self.model, paths) as seen:
-                after.append(self.walker.run_block(layer, hidden, context))
-            for path, one in seen.items():
-                outputs[path].append(one.output)
-        return after, outputs
-
-    def _pruned_pass(self, layer: int, path: str, *, to_the_end: bool) -> tuple[Tensors, Tensors, Tensors]:
-        """What a consumer reads in the pruned stream; to the end also what it gives, and what the block gives."""
-        inputs, outputs, after = (self.keep(()) for _ in range(3))
-        for hidden, context in zip(self.pruned, self.contexts, strict=True):
-            with capture(self.model, [path], stop=not to_the_end) as seen:
-                after.append(self.walker.run_block(layer, hidden, context))
-            inputs.append(seen[path].input)
-            if to_the_end:
-                outputs.append(seen[path].output)
-        return inputs, outputs, after
+        found = {(path, signal): self.keep(()) for path in paths for signal in signals}
+        for one, context in zip(hidden, self.contexts, strict=True):
+            with capture(self.model, paths, stop=stop) as seen:
+                after.append(self.walker.run_block(layer, one, context))
+            for (path, signal), tensors in found.items():
+                tensors.append(seen[path].input if signal is Signal.INPUT else seen[path].output)
+        return after, found
 
     def _cut(self, groups: Sequence[CoupledGroup]) -> None:
         self.result.keep |= {group.name: self.plan.kept(group) for group in groups}
@@ -231,7 +215,7 @@ class _BlockByBlock:
                 self._cut([group])
 
     def _fit_consumers(
-        self, layer: int, consumers: Sequence[_Consumer], dense_outputs: dict[str, Tensors]
+        self, layer: int, consumers: Sequence[_Consumer], dense_outputs: dict[tuple[str, Signal], Tensors]
     ) -> Tensors | None:
         """Fit one consumer after the other. Returns the block's new output where it follows without another run.
 
@@ -242,20 +226,21 @@ class _BlockByBlock:
         errors = self.keep(at_least_float32(dense) - at_least_float32(pruned) for dense, pruned in both)
         pruned_next: Tensors | None = None
         for consumer in consumers:
-            last = consumer is consumers[-1]
-            inputs, outputs, after = self._pruned_pass(layer, consumer.path, to_the_end=last)
-            dense, residual = dense_outputs.pop(consumer.path), consumer.residual
+            path, residual, last = consumer.path, consumer.residual, consumer is consumers[-1]
+            signals = (Signal.INPUT, Signal.OUTPUT) if last else (Signal.INPUT,)
+            after, seen = self._captured(layer, self.pruned, [path], *signals, stop=not last)
+            dense = dense_outputs.pop((path, Signal.OUTPUT))
             targets, weights = dense, None
             if residual is not None and self.settings.residual_target:
                 targets = self.keep(residual.target(*each) for each in zip(dense, errors, strict=True))
             if residual is not None and residual.norm is not None:
                 weights = [residual.token_weights(one) for one in dense]
-            fresh = self.keep(self._fit(consumer, inputs, targets, weights))
+            fresh = self.keep(self._fit(consumer, seen.pop((path, Signal.INPUT)), targets, weights))
             if residual is None:
                 continue
             errors = self.keep(_residual_errors(residual, errors, dense, targets, fresh))
             if last:
-                changes = zip(after, fresh, outputs, strict=True)
+                changes = zip(after, fresh, seen[path, Signal.OUTPUT], strict=True)
                 pruned_next = self.keep(_exchanged(residual, *change) for change in changes)
         return pruned_next
 
@@ -273,7 +258,10 @@ class _BlockByBlock:
         fit, held_out = self._moments(weight, bias, inputs, targets, token_weights)
         kept = processes.broadcast_result(lambda: self._choose(consumer, weight, fit, held_out))
         keep = {group.name: kept, **{one.name: self.plan.kept(one) for one in consumer.bundle}}
-        columns = consumer.kept_columns(keep, weight.device)
+        tensor, axis = f"{consumer.path}.weight", contracted_axis(consumer.module) or 0
+        shapes = {tensor: tuple(consumer.module.get_parameter("weight").shape)}
+        index = KeepIndex(shapes, ((one, keep[one.name]) for one in (group, *consumer.bundle)))
+        columns = torch.from_numpy(index.axis(tensor, axis).kept()).to(weight.device)
         cut_groups(self.model, [group, *consumer.bundle], keep)
         self.result.keep |= keep
         if not kept:  # nothing is left to fit: the module gives its bias
@@ -288,7 +276,7 @@ class _BlockByBlock:
         held_out = held_out.select(chosen)
         new, error = start, 0.0
         if processes.first:
-            new, error = ridge_fit(start, fit, held_out, self.settings.ridges)
+            new, error = ridge_fit(start, fit, held_out, RIDGES)
         new = processes.broadcast(new)
         self.result.errors[consumer.path] = processes.broadcast_result(lambda: error)
         onload(self.model, consumer.path, change=True)
@@ -302,10 +290,10 @@ class _BlockByBlock:
         token_weights: Sequence[Tensor] | None,
     ) -> tuple[Moments, Moments]:  # fmt: skip
         """Moments of the sequences to fit on, and of those that are held out, over all processes."""
-        at_once, extra = self.settings.micro_batch, 0 if bias is None else 1
-        held_out_from = self.sequences - held_out_sequences(self.sequences, self.settings.held_out_share)
-        fit, held_out = (Moments.empty(weight.shape[1] + extra, weight.shape[0], weight.device) for _ in range(2))
-        own = self.processes.share(-(-self.sequences // at_once))
+        channels = weight.shape[1] + (0 if bias is None else 1)
+        fit, held_out = (Moments.empty(channels, weight.shape[0], weight.device) for _ in range(2))
+        held_out_from = self.sequences - held_out_sequences(self.sequences)
+        own = self.processes.share(-(-self.sequences // MICRO_BATCH))
         for place, (index, read, target) in enumerate(zip(own, inputs, targets, strict=True)):
             x, t = read.flatten(0, -2).float(), target.flatten(0, -2).float()
             if bias is not None:
@@ -313,8 +301,9 @@ class _BlockByBlock:
             if token_weights is not None:
                 weights = token_weights[place].flatten(0, -2)
                 x, t = x * weights, t * weights
-            here = min(at_once, self.sequences - index * at_once)
-            fitted = len(x) * min(max(0, held_out_from - index * at_once), here) // here
+            first = index * MICRO_BATCH
+            here = min(MICRO_BATCH, self.sequences - first)
+            fitted = len(x) * min(max(0, held_out_from - first), here) // here
             for moments, rows in ((fit, slice(fitted)), (held_out, slice(fitted, None))):
                 if len(x[rows]):
                     moments.add(x[rows], t[rows])
@@ -336,9 +325,7 @@ class _BlockByBlock:
             values = torch.as_tensor(settings.scores[group.name])
             scores = (values / values.mean().clamp_min(1e-30)).to(weight)
         at_once = 32 if units.shape[1] == 1 else 1
-        order, _ = removal_order(
-            weight, gram, units, removed, ridge=settings.choice_ridge, at_once=at_once, scores=scores
-        )
+        order, _ = removal_order(weight, gram, units, removed, ridge=CHOICE_RIDGE, at_once=at_once, scores=scores)
         return tuple(group.others(order.tolist()))
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, partial
 from itertools import pairwise
 from typing import Protocol
 
@@ -84,13 +84,14 @@ class KeepIndex(Mapping[str, Mapping[int, KeptAxis]]):
 
     def __init__(self, shapes: Mapping[str, Shape], choices: Iterable[tuple[Coupled, Kept]]) -> None:
         self._before = shapes
-        self._losses: dict[str, dict[int, list[tuple[AxisSlice, _Choice]]]] = {}
+        self._losses: dict[str, dict[int, list[tuple[AxisSlice, int, Callable[[], IntArray]]]]] = {}
         for group, kept in choices:
-            choice = _Choice(group.units, kept)
-            for member in group.members if choice.lost else ():
+            lost = group.units - (kept if isinstance(kept, int) else len(kept))
+            removed = cache(partial(_removed, group.units, kept))
+            for member in group.members if lost else ():
                 if member.tensor in shapes:
                     axes = self._losses.setdefault(member.tensor, {})
-                    axes.setdefault(member.axis, []).append((member, choice))
+                    axes.setdefault(member.axis, []).append((member, lost, removed))
 
     @classmethod
     def of(cls, graph: ModelGraph, keep: Mapping[str, Kept], dropped_blocks: Iterable[int] = ()) -> KeepIndex:
@@ -113,8 +114,8 @@ class KeepIndex(Mapping[str, Mapping[int, KeptAxis]]):
     def axis(self, tensor: str, axis: int) -> KeptAxis:
         """What stays of any axis, also of one that loses nothing."""
         removed: dict[int | None, list[IntArray]] = {}
-        for member, choice in self._losses.get(tensor, {}).get(axis, ()):
-            removed.setdefault(member.part, []).append(member.indices(choice.removed))
+        for member, _, units in self._losses.get(tensor, {}).get(axis, ()):
+            removed.setdefault(member.part, []).append(member.indices(units()))
         found = {part: np.unique(np.concatenate(indices)) for part, indices in removed.items()}
         return KeptAxis(axis=axis, size=self._before[tensor][axis], removed=found or {None: np.empty(0, np.int64)})
 
@@ -123,7 +124,7 @@ class KeepIndex(Mapping[str, Mapping[int, KeptAxis]]):
         shape = list(self._before[tensor])
         for axis, losses in self._losses.get(tensor, {}).items():
             part = losses[0][0].part  # all parts of a stack lose the same number
-            shape[axis] -= sum(member.width * choice.lost for member, choice in losses if member.part == part)
+            shape[axis] -= sum(member.width * lost for member, lost, _ in losses if member.part == part)
         return tuple(shape)
 
     @property
@@ -132,18 +133,9 @@ class KeepIndex(Mapping[str, Mapping[int, KeptAxis]]):
         return {tensor: self.shape(tensor) for tensor in self._before}
 
 
-class _Choice:
-    """The kept units of one group, and what follows for the others. lost: their number."""
-
-    def __init__(self, units: int, kept: Kept) -> None:
-        self._units, self._kept = units, kept
-        self.lost = units - (kept if isinstance(kept, int) else len(kept))
-
-    @cached_property
-    def removed(self) -> IntArray:
-        """Units that are not kept, ascending."""
-        kept = range(self._kept) if isinstance(self._kept, int) else self._kept
-        return np.delete(np.arange(self._units), np.fromiter(kept, np.int64))
+def _removed(units: int, kept: Kept) -> IntArray:
+    """Units that are not kept, ascending."""
+    return np.delete(np.arange(units), np.fromiter(range(kept) if isinstance(kept, int) else kept, np.int64))
 
 
 def require_possible(graph: ModelGraph, keep: Mapping[str, Sequence[int]], dropped_blocks: Sequence[int] = ()) -> None:

@@ -155,66 +155,49 @@ def observing_gradients(model: nn.Module, needs: Needs, batch: Batch, show: Show
 
     Raises UnsupportedModelError for a module that ran twice, or whose gradients are missing.
     """
-    watched = {model.get_submodule(path): _Watched(path, signals, batch, show) for path, signals in needs.items()}
-    with (
-        hooked({module: one.before for module, one in watched.items()}, before=True),
-        hooked({module: one.after for module, one in watched.items()}),
-    ):
-        yield
-        for one in watched.values():
-            if one.seen is not None:
-                raise UnsupportedModelError(
-                    f"The output of {one.path} is changed in place or not used, so its gradient cannot be seen",
-                    "Use operations that make new tensors, or leave out the role it belongs to with --roles",
-                )
+    ran: set[str] = set()
+    entries: dict[str, Tensor] = {}
+    pending: dict[str, Observation] = {}  # until their gradients are known
 
-
-@dataclass(slots=True)
-class _Watched:
-    """One module, watched while its block runs. seen: what is not shown yet, since gradients are missing."""
-
-    path: str
-    signals: Signal
-    batch: Batch
-    show: Show
-    seen: Observation | None = None
-    entry: Tensor | None = None
-    runs: int = 0
-
-    def before(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Forward pre-hook. The input goes on as an alias, whose gradient is that of this module alone."""
-        self.runs += 1
-        if self.runs > 1:
+    def before(path: str, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if path in ran:
             raise UnsupportedModelError(
-                f"{self.path} runs twice in one forward, so its gradient is not that of one call",
+                f"{path} runs twice in one forward, so its gradient is not that of one call",
                 "Leave out the role it belongs to with --roles",
             )
-        self.seen = Observation(self.path, self.batch)
-        self.seen.x = arguments[0].detach()
-        if Signal.INPUT_GRADIENT not in self.signals:
+        ran.add(path)
+        pending[path] = Observation(path, batch)
+        pending[path].x = arguments[0].detach()
+        if Signal.INPUT_GRADIENT not in needs[path]:
             return arguments
-        self.entry = arguments[0].view_as(arguments[0])
-        return (self.entry, *arguments[1:])
+        entries[path] = arguments[0].view_as(arguments[0])  # an alias, whose gradient is that of this module alone
+        return (entries[path], *arguments[1:])
 
-    def after(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        """Forward hook. Shows the observation once the gradients are known."""
-        if self.seen is None:
+    def after(path: str, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        if Signal.OUTPUT in needs[path]:
+            pending[path].y = output.detach()
+        watched = [output, entries.pop(path)] if path in entries else [output]
+        register_multi_grad_hook(watched, partial(complete, pending[path], output._version))
+
+    def complete(seen: Observation, version: int, gradients: Sequence[Tensor | None]) -> None:
+        found = [gradient for gradient in gradients if gradient is not None]
+        changed = Signal.OUTPUT in needs[seen.site] and seen.y._version != version
+        if changed or len(found) < len(gradients):
             return
-        version = output._version
-        if Signal.OUTPUT in self.signals:
-            self.seen.y = output.detach()
+        seen.dy = found[0]
+        if len(found) > 1:
+            seen.dx = found[1]
+        del pending[seen.site]
+        show(seen)
 
-        def complete(gradients: Sequence[Tensor | None]) -> None:
-            seen, found = self.seen, [gradient for gradient in gradients if gradient is not None]
-            if seen is None or len(found) < len(gradients):
-                return
-            if Signal.OUTPUT in self.signals and seen.y._version != version:
-                return
-            seen.dy = found[0]
-            if len(found) > 1:
-                seen.dx = found[1]
-            self.seen = None
-            self.show(seen)
-
-        register_multi_grad_hook([output] if self.entry is None else [output, self.entry], complete)
-        self.entry = None
+    modules = {path: model.get_submodule(path) for path in needs}
+    with (
+        hooked({module: partial(before, path) for path, module in modules.items()}, before=True),
+        hooked({module: partial(after, path) for path, module in modules.items()}),
+    ):
+        yield
+    if pending:
+        raise UnsupportedModelError(
+            f"The output of {next(iter(pending))} is changed in place or not used, so its gradient cannot be seen",
+            "Use operations that make new tensors, or leave out the role it belongs to with --roles",
+        )

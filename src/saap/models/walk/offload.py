@@ -50,12 +50,6 @@ class Part:
         """The stored value of a parameter."""
         return self.reader.read(self.stored_names.get(name, name))
 
-    @property
-    def bytes_in_memory(self) -> int:
-        """What the weights of this part take now: nothing while they are offloaded."""
-        sizes = [parameter.untyped_storage().nbytes() for parameter in self.named_parameters().values()]
-        return sum(sizes) if any(size > 8 for size in sizes) else 0
-
 
 @dataclass(slots=True, eq=False)
 class OffloadedWeights:

@@ -40,7 +40,7 @@ class Processes:
         """Those that `torchrun` or `accelerate launch` started, or this one alone. Raises ConfigurationError."""
         initialised = dist.is_available() and dist.is_initialized()
         count = dist.get_world_size() if initialised else _number("WORLD_SIZE", 1)
-        if count == 1:
+        if count <= 1:
             return cls()
         rank = dist.get_rank() if initialised else _number("RANK", 0)
         if not initialised:
@@ -104,8 +104,7 @@ class Processes:
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
-        if self.count > 1:
-            _exchange(dist.all_reduce, torch.zeros(1))
+        self.total(torch.zeros(1))
 
 
 def first_to_fail() -> bool:

@@ -103,7 +103,7 @@ def residual_paths(
         # Also above the rounding of the stream in bfloat16, which may be far larger than this output.
         extra *= torch.maximum(output.std(), 4 * before.std()).clamp_min(1e-6)
         fixed = {path: output + extra, **later}
-        with hooked({model.get_submodule(one): partial(_fixed_output, value) for one, value in fixed.items()}):
+        with hooked({model.get_submodule(one): lambda *_, value=value: value for one, value in fixed.items()}):
             change = walker.run_block(layer, hidden, contexts) - before
         return _multiple(change, extra)
 
@@ -125,10 +125,6 @@ def _find_consumer(
     for producer, captured in seen.items():
         if arguments and arguments[0] is captured.output:
             consumers.setdefault(producer, path)
-
-
-def _fixed_output(value: Tensor, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-    return value
 
 
 def _only_scales(norm: nn.Module, output: Tensor) -> bool:

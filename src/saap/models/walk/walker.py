@@ -51,30 +51,13 @@ def inference_only(model: nn.Module) -> Iterator[None]:
         switch(True)
 
 
-@dataclass(frozen=True, slots=True)
-class BlockContext:
-    """What a block is called with besides its hidden states.
-
-    hidden_name: keyword under which the hidden states are given, None where they are the first positional argument.
-    """
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-    hidden_name: str | None
-
-    def call(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        """What `block` returns for `hidden` in this context."""
-        if self.hidden_name is None:
-            return block(hidden, *self.arguments, **self.keywords)
-        return block(*self.arguments, **{self.hidden_name: hidden}, **self.keywords)
-
-
-Contexts = Sequence[BlockContext]
+Contexts = Sequence[Callable[[Tensor], Any]]
+"""Each block's call by its hidden states alone: the block with all other arguments that the model gives it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The input of block 0, (sequences, tokens, width), and the context of every block for a batch of that shape."""
+    """The input of block 0, (sequences, tokens, width), and the contexts of the blocks for a batch of that shape."""
 
     hidden: Tensor
     contexts: Contexts
@@ -117,7 +100,7 @@ class BlockWalker:
 
     def _record(self, input_ids: Tensor, *, to_the_end: bool) -> Stream:
         entries: list[Tensor] = []
-        contexts: list[BlockContext] = []
+        contexts: list[Callable[[Tensor], Any]] = []
         count = len(self.blocks)
 
         def before_block(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -134,7 +117,7 @@ class BlockWalker:
                     "Move that step into one of the two blocks",
                 )
             others = {key: value for key, value in keywords.items() if key != name}
-            contexts.append(BlockContext(arguments if name else arguments[1:], others, name))
+            contexts.append(partial(_call, block, name, arguments[0 if name else 1 :], others))
             if turn + 1 == count and not to_the_end:
                 raise _AllSeen
 
@@ -150,15 +133,11 @@ class BlockWalker:
             )
         return Stream(entries[0], tuple(contexts))
 
-    def device(self, index: int) -> torch.device:
-        """Where block `index` computes: blocks may lie on several devices."""
-        return next(self.blocks[index].parameters()).device
-
     def run_block(self, index: int, hidden: Tensor, contexts: Contexts) -> Tensor:
         """Output of block `index`. hidden: (sequences, tokens, width), of the shape the contexts were recorded for."""
         rounding = nullcontext() if self._products is None else torch.autocast(hidden.device.type, self._products)
         with rounding:
-            output = contexts[index].call(self.blocks[index], hidden)
+            output = contexts[index](hidden)
         after = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(after, Tensor):
             raise UnsupportedModelError(
@@ -180,22 +159,20 @@ class BlockWalker:
         """Gradients at the input of block `index`, run again under autograd, and of some of its weights, by name.
 
         hidden: its input; gradient: at its output; both (sequences, tokens, width). Those of the weights are sums over
-        the sequences; zeros for a weight that was not used. None stays with its weight.
+        the sequences; zeros for a weight that was not used. weights: without gradients before and after.
         """
-        learned = {name: parameter.requires_grad for name, parameter in weights.items()}
         try:
             for parameter in weights.values():
                 parameter.requires_grad_(True)
             with torch.enable_grad():
                 entry = hidden.detach().requires_grad_(True)
                 output = self.run_block(index, entry, contexts)
-                sources = [entry, *weights.values()]
                 result, *found = torch.autograd.grad(
-                    output, sources, gradient.to(output.device), materialize_grads=bool(weights)
+                    output, [entry, *weights.values()], gradient.to(output.device), materialize_grads=bool(weights)
                 )
         finally:
-            for name, parameter in weights.items():
-                parameter.requires_grad_(learned[name])
+            for parameter in weights.values():
+                parameter.requires_grad_(False)
         return result, dict(zip(weights, found, strict=True))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -237,6 +214,12 @@ class BlockWalker:
         extra = self._extra_outputs[kind]
         given = _find_hidden(block, arguments, keywords)[1] if hidden is None else hidden
         return given if extra is None else (given, *[None] * extra)
+
+
+def _call(
+    block: nn.Module, name: str | None, arguments: tuple[Any, ...], keywords: dict[str, Any], hidden: Tensor
+) -> Any:
+    return block(hidden, *arguments, **keywords) if name is None else block(*arguments, **{name: hidden}, **keywords)
 
 
 def _find_hidden(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[str | None, Tensor]:

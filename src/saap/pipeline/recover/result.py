@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from saap.core.manifest import StageRecord
-from saap.recovery.state import Training
+from saap.recovery.train import Training
 
 
 class RecoverReport(BaseModel):
