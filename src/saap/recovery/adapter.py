@@ -70,17 +70,14 @@ def adapt(model: nn.Module, *, rank: int, alpha: float, seed: int, scales: bool 
     scales: whether the layers' scales are learned too.
     """
     generator = torch.Generator().manual_seed(seed)
+    learned: dict[str, nn.Parameter] = {}
     for path, module in list(model.named_modules()):
         if isinstance(module, GroupwiseLinear):
             adapted = AdaptedLinear(module, rank=rank, alpha=alpha, generator=generator, scales=scales)
             model.set_submodule(path, adapted)
-    return {
-        f"{path}.{name}": parameter
-        for path, module in model.named_modules()
-        if isinstance(module, AdaptedLinear)
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad
-    }
+            own = adapted.named_parameters(recurse=False)
+            learned |= {f"{path}.{name}": parameter for name, parameter in own if parameter.requires_grad}
+    return learned
 
 
 def merge(model: nn.Module) -> dict[str, GroupwiseWeight]:

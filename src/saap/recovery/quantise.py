@@ -60,16 +60,16 @@ def quantise(weight: Tensor, *, group_size: int, bits: int) -> GroupwiseWeight:
         part = weight[start : start + step].float().reshape(-1, groups, group_size)
         codes, scale, zero = _best_grid(part, bits)
         packed.append(pack(codes, bits))
-        scales.append(scale.half())
+        scales.append(scale)
         zeros.append(zero)
-    scale, zero = torch.cat(scales), torch.cat(zeros)
-    _require_finite(scale, zero)
-    return GroupwiseWeight(packed=torch.cat(packed), scale=scale, zero=zero, bits=bits, group_size=group_size)
+    return _finite_weight(torch.cat(packed), torch.cat(scales), torch.cat(zeros), bits, group_size)
 
 
-def _require_finite(scale: Tensor, zero: Tensor) -> None:
+def _finite_weight(packed: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> GroupwiseWeight:
+    scale = scale.half()
     if not (bool(scale.isfinite().all()) and bool(zero.isfinite().all())):
         raise ModelError("A weight is not finite, or too large for a float16 scale", "Use another checkpoint")
+    return GroupwiseWeight(packed=packed, scale=scale, zero=zero, bits=bits, group_size=group_size)
 
 
 def _best_grid(part: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,10 +139,8 @@ def quantise_with_feedback(weight: Tensor, gram: Tensor, *, group_size: int, bit
             work[:, column:stop] -= error * factor[column, column:stop]
             errors[:, column - start] = error.squeeze(1)
         work[:, stop:] -= errors @ factor[start:stop, stop:]
-    scale, zero = torch.cat(scales, dim=1), torch.cat(zeros, dim=1)
-    _require_finite(scale.half(), zero)
     grouped = codes.reshape(len(codes), -1, group_size)
-    return GroupwiseWeight(packed=pack(grouped, bits), scale=scale.half(), zero=zero, bits=bits, group_size=group_size)
+    return _finite_weight(pack(grouped, bits), torch.cat(scales, dim=1), torch.cat(zeros, dim=1), bits, group_size)
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:

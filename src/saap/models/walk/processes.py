@@ -111,10 +111,10 @@ def first_to_fail() -> bool:
     """Whether this process is the first of its run to ask, which is to report the error for all."""
     try:
         store, *_ = next(rendezvous("env://", timeout=_CLAIM))
-        asked: int = store.add("saap/failed", 1)
+        order: int = store.add("saap/failed", 1)
     except (ValueError, RuntimeError):  # there are no others, or the first process took the store along
         return os.environ.get("RANK", "0") == "0"
-    return asked == 1
+    return order == 1
 
 
 def _number(variable: str, default: int) -> int:
