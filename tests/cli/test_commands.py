@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.pipeline import tiny
 
-FAST = ["--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "8"]
+FAST = ["--effort", "fast", "--num-samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +26,10 @@ def saap(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_help_names_every_flag() -> None:
     shown = saap("prune", "--help").stdout
     for flag in (
-        "--out", "--overwrite", "--work-dir", "--keep-work", "--pruning-ratio", "--target-params", "--target-size",
-        "--target-speedup", "--runtime", "--quantization",
-        "--calibration", "--samples", "--sample-length", "--refit-tokens", "--layout", "--roles", "--skip-layers",
+        "--output-dir", "--overwrite", "--work-dir", "--keep-work", "--pruning-ratio", "--target-params",
+        "--target-size",
+        "--target-speedup", "--runtime", "--gguf-type",
+        "--calibration", "--num-samples", "--sample-length", "--refit-tokens", "--layout", "--roles", "--skip-layers",
         "--align", "--strategy", "--importance", "--fusion-scope", "--no-restore", "--effort", "--seed", "--device",
         "--dtype", "--revision", "--trust-remote-code", "--dry-run", "--json", "--quiet", "--plan",
     ):  # fmt: skip

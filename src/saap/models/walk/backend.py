@@ -38,6 +38,11 @@ class Backend:
     progress: Progress = silent
 
     @property
+    def device(self) -> torch.device:
+        """Where the model begins."""
+        return next(self.model.parameters()).device
+
+    @property
     def keep(self) -> Keep:
         """Keeps activations where there is room for them."""
         return list if self.spill is None else self.spill.keep
