@@ -92,7 +92,7 @@ def plan_for(
 
 def masked_perplexity(dense: Dense, plan: StructurePlan, text: IntArray) -> float:
     """Perplexity of the model without what the plan removes; nothing is restored."""
-    with masked(dense.model, dense.graph, plan):
+    with masked(dense.model, dense.graph, plan.keep, plan.dropped_blocks):
         return dense.perplexity(text)
 
 

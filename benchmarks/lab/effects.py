@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saap.core.records import FloatArray, ModelGraph
-from saap.models.structure.masking import masked_units
+from saap.models.structure.masking import masked
 from saap.models.walk.walker import BlockWalker, inference_only
 
 
@@ -49,7 +49,7 @@ class RemovalEffects:
         """The effect of removing `unit` of `group`, a group of this block."""
         kept = tuple(other for other in range(self._graph.group(group).units) if other != unit)
         loss, divergence = [], []
-        with torch.no_grad(), inference_only(self._model), masked_units(self._model, self._graph, {group: kept}):
+        with torch.no_grad(), inference_only(self._model), masked(self._model, self._graph, {group: kept}):
             for sample, logs in enumerate(self._predictions()):
                 loss.append(self._loss(logs, sample))
                 dense = self._dense[sample]

@@ -25,7 +25,7 @@ from saap.models.loading.pretrained import load_groupwise, load_model, load_toke
 from saap.models.loading.references import resolve_model
 from saap.models.walk.processes import Processes
 from saap.models.walk.walker import BlockWalker
-from saap.recovery.prepare import adapt, add_lora, merge
+from saap.recovery.adapter import adapt, add_lora, merge
 from saap.recovery.quantise import quantise
 from saap.recovery.train import Report, Trainer
 from saap.settings.recover import RecoverConfig, Tuning

@@ -6,10 +6,8 @@ import torch
 from lab.effects import RemovalEffects, sampled_units, spread_layers
 from tests.families import build
 
-from saap.core.records import Layout
 from saap.discovery import discover
 from saap.models.structure.masking import masked
-from saap.structure_search.plan import make_plan
 
 
 @pytest.mark.parametrize(("family", "role"), [("llama", "ffn"), ("llama", "attention"), ("gpt2", "ffn")])
@@ -28,7 +26,7 @@ def test_the_effect_is_that_of_the_masked_model(family, role):
 
     dense = log_probabilities()
     keep = {group.name: tuple(range(1, group.units))}
-    with masked(model, graph, make_plan(graph, keep, (), layout=Layout.ADAPTIVE, strategy="test", align=1)):
+    with masked(model, graph, keep):
         without = log_probabilities()
     effect = RemovalEffects(model, graph, 1, tokens).of(group.name, 0)
     np.testing.assert_allclose(effect.loss, losses(without) - losses(dense), atol=1e-6)

@@ -167,7 +167,7 @@ def masked_logits(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> T
             for path in group.scaled_norms:
                 spanned = next(m for m in group.members if m.tensor == f"{path}.weight")
                 mute_norm(reference.get_submodule(path), torch.tensor(spanned.indices(removed)))
-    with masked(reference, graph, plan):
+    with masked(reference, graph, plan.keep, plan.dropped_blocks):
         return logits(reference)
 
 

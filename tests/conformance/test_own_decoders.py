@@ -30,8 +30,7 @@ from saap.models.checkpoint.pruned_structure import structure_of
 from saap.models.loading.pretrained import load
 from saap.models.walk.backend import Backend
 from saap.surgery.cut import cut
-from saap.surgery.refit import RestoreSettings
-from saap.surgery.restore import restore
+from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -97,7 +96,7 @@ def test_restored_they_come_nearer_and_open_again(variant: str, second_order: bo
     only_cut, restored = copy.deepcopy(model), copy.deepcopy(model)
     cut(only_cut, graph, plan)
     tokens = torch.randint(2, model.config.vocab_size, (16, 12), generator=torch.Generator().manual_seed(2))
-    result = restore(Backend(restored, graph), plan, tokens, RestoreSettings(second_order=second_order))
+    result = reconstruct(Backend(restored, graph), plan, tokens, ReconstructionSettings(second_order=second_order))
     assert {path.rpartition(".")[2] for path in result.errors} == {"reply", "wring"}
     chosen = plan_for(graph, Case("restored", lambda _: {name: result.keep[name] for name in plan.keep}))
     cut(restored, graph, chosen)

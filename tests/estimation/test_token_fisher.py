@@ -10,8 +10,8 @@ from tests import families
 
 from saap.discovery import discover
 from saap.estimation.token_fisher import token_fisher_scores
+from saap.models.structure.keep_index import sole_consumers
 from saap.models.walk.backend import Backend
-from saap.models.walk.consumers import sole_consumers
 from saap.models.walk.spill import Spill
 
 

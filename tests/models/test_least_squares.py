@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from saap.models.structure.least_squares import Moments, compensated, removal_order, ridge_refit
+from saap.models.structure.least_squares import Moments, compensated, removal_order, ridge_fit
 
 
 def moments(x: torch.Tensor, target: torch.Tensor) -> Moments:
@@ -25,7 +25,7 @@ def test_refit_recovers_a_linear_map() -> None:
     torch.manual_seed(0)
     x, true = torch.randn(400, 6), torch.randn(3, 6)
     target = x @ true.T
-    new, error = ridge_refit(
+    new, error = ridge_fit(
         torch.zeros(3, 6), moments(x[:300], target[:300]), moments(x[300:], target[300:]), (1e-8, 1.0)
     )
     torch.testing.assert_close(new, true, atol=1e-4, rtol=1e-4)
@@ -37,7 +37,7 @@ def test_refit_keeps_the_weight_when_nothing_is_better() -> None:
     x, weight = torch.randn(20, 6), torch.randn(3, 6)
     noise = torch.randn(20, 3)
     held = torch.randn(100, 6)
-    new, error = ridge_refit(weight, moments(x, x @ weight.T + noise), moments(held, held @ weight.T), (1e-6, 1e-3))
+    new, error = ridge_fit(weight, moments(x, x @ weight.T + noise), moments(held, held @ weight.T), (1e-6, 1e-3))
     assert torch.equal(new, weight)
     assert error == 1.0
 

@@ -13,9 +13,9 @@ from torch.multiprocessing.spawn import spawn
 from saap.core.errors import ConfigurationError
 from saap.models.checkpoint.groupwise import GroupwiseLinear
 from saap.models.walk.processes import Processes
-from saap.models.walk.sharding import check_shardable, shard_layers, unshard
 from saap.recovery.adapter import AdaptedLinear
 from saap.recovery.quantise import quantise
+from saap.recovery.sharding import check_shardable, shard_layers, unshard
 
 COUNT = 2
 FROZEN = ("packed", "scale", "zero", "bias")

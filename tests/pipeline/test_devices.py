@@ -25,8 +25,7 @@ from saap.models.walk.backend import Backend
 from saap.models.walk.processes import Processes
 from saap.pipeline.shared.inputs import RunOptions, check_devices
 from saap.structure_search.plan import make_plan
-from saap.surgery.refit import RestoreSettings
-from saap.surgery.restore import restore
+from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
 SETTINGS = {"pruning_ratio": 0.3, "samples": 4, "sample_length": 16, "refit_tokens": 1024, "effort": "fast", "align": 8}
 TEXT = np.random.default_rng(0).integers(2, tiny.VOCABULARY, (64, 128))
@@ -94,10 +93,10 @@ def test_a_dropped_block_at_the_border_of_two_devices() -> None:
     graph = discover(one)
     keep = {group.name: tuple(range(0, group.units, 2)) for group in graph.groups if group.role == "ffn"}
     plan = make_plan(graph, keep, (1,), layout=Layout.ADAPTIVE, strategy="test", align=1)
-    restore(Backend(one, graph), plan, text, RestoreSettings())
+    reconstruct(Backend(one, graph), plan, text, ReconstructionSettings())
     with pretended_devices():
         other = spread(families.build("llama"), first=1)
-        restore(Backend(other, graph), plan, text.to(FIRST), RestoreSettings())
+        reconstruct(Backend(other, graph), plan, text.to(FIRST), ReconstructionSettings())
         for name, parameter in other.named_parameters():
             assert torch.equal(parameter.cpu(), one.get_parameter(name)), name
 

@@ -97,7 +97,7 @@ def test_the_judge_sees_the_narrower_stream_as_the_cut_leaves_it(family: str) ->
     cut(pruned, graph, plan)
     with torch.no_grad():
         before, after = (one(tokens, use_cache=False).logits for one in (model, pruned))
-        with masked(model, graph, plan):
+        with masked(model, graph, plan.keep, plan.dropped_blocks):
             torch.testing.assert_close(model(tokens, use_cache=False).logits, after, rtol=1e-4, atol=1e-4)
         assert torch.equal(model(tokens, use_cache=False).logits, before)
     dense, left = (one.float().log_softmax(-1) for one in (before, after))

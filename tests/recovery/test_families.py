@@ -8,7 +8,7 @@ from tests.families import FAMILIES, FLOAT32_ATTENTION, token_ids
 from tests.recovery.tiny import blocks, build
 
 from saap.models.checkpoint.groupwise import GroupwiseLinear, linears_inside, pack_linears
-from saap.recovery.prepare import adapt, merge
+from saap.recovery.adapter import adapt, merge
 from saap.recovery.quantise import quantise
 
 

@@ -14,14 +14,12 @@ from tests.recovery.tiny import blocks, build
 from saap.core.errors import ConfigurationError, NonFiniteLossError, StaleInputError, TrainingDataError
 from saap.data.training import Example, TrainingData, training_data
 from saap.models.checkpoint.groupwise import GroupwiseLinear, linears_inside, pack_linears
+from saap.models.walk.loss import learned_losses
 from saap.models.walk.processes import Processes
 from saap.models.walk.walker import BlockWalker
-from saap.recovery.objective import loss_and_gradient
-from saap.recovery.prepare import adapt, add_lora, merge, quantise_by_feedback
-from saap.recovery.quantise import quantise
-from saap.recovery.schedule import Limits, learning_rate
-from saap.recovery.state import Training
-from saap.recovery.train import Report, Trainer
+from saap.recovery.adapter import adapt, add_lora, merge
+from saap.recovery.quantise import quantise, quantise_by_feedback
+from saap.recovery.train import Report, Trainer, Training, learning_rate, share_done
 from saap.settings.recover import RecoverConfig
 
 CPU = torch.device("cpu")
@@ -172,7 +170,7 @@ def test_distillation_equals_its_formula() -> None:
         for layer in range(len(walker.blocks)):
             state = walker.run_block(layer, state, stream.contexts)
         hidden.append(state.detach())
-    losses, gradient = loss_and_gradient(
+    losses, gradient = learned_losses(
         walkers[0], hidden[0], ids, learned, predictions=1, teacher=(walkers[1], hidden[1]), weight=0.3
     )
     entry = hidden[0].clone().requires_grad_(True)
@@ -224,8 +222,8 @@ def test_schedule() -> None:
     assert rates[100] == pytest.approx(0, abs=1e-12)
     assert rates[5] == pytest.approx(0.5)
     assert rates[55] == pytest.approx(0.5)
-    assert Limits(steps=10, tokens=1000).share(5, 800, 1e9) == 0.8
-    assert Limits(seconds=60).share(5, 800, 120) == 1
+    assert share_done(RecoverConfig(max_steps=10, max_tokens=1000), 5, 800, 1e9) == 0.8
+    assert share_done(RecoverConfig(max_minutes=1), 5, 800, 120) == 1
 
 
 def test_every_pass_takes_every_example_once() -> None:

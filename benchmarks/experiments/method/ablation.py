@@ -29,8 +29,7 @@ from saap.structure_search.evaluator import StructureEvaluator
 from saap.structure_search.plan import SearchSpace, search
 from saap.structure_search.problem import SearchGuide
 from saap.surgery.cut import cut
-from saap.surgery.refit import RestoreSettings
-from saap.surgery.restore import restore
+from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
 RATIO = 0.2
 TEXTS = ("wikitext2", "novel")
@@ -146,12 +145,12 @@ def made(prepared: Prepared, plan: StructurePlan, name: str) -> nn.Module:
     model = copy.deepcopy(prepared.dense.model)
     if name != "restoration":
         elements = {group: scores.element for group, scores in prepared.scores.groups.items()}
-        how = RestoreSettings(
+        how = ReconstructionSettings(
             second_order=name != "local-choice",
             scores=None if name == "local-choice" else elements,
             residual_target=name != "residual-target",
         )
-        restore(Backend(model, prepared.dense.graph), plan, prepared.refit, how)
+        reconstruct(Backend(model, prepared.dense.graph), plan, prepared.refit, how)
     cut(model, prepared.dense.graph, plan)
     return model
 

@@ -18,8 +18,7 @@ from saap.models.walk.backend import Backend
 from saap.settings.prune import ElementOrder, FusionScope
 from saap.settings.registry import Importance, Strategy
 from saap.surgery.cut import cut
-from saap.surgery.refit import RestoreSettings
-from saap.surgery.restore import restore
+from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
 CHOICES = {
     f"{strategy}-{importance}": (strategy, importance)
@@ -71,7 +70,7 @@ def measure(request: Request, wanted: Sequence[str]) -> Measured:
             without = masked_perplexity(dense, plan, text)
             model = copy.deepcopy(dense.model)
             refit = on_device(tokens["refit"], model)
-            restore(Backend(model, dense.graph), plan, refit, RestoreSettings(second_order=False))
+            reconstruct(Backend(model, dense.graph), plan, refit, ReconstructionSettings(second_order=False))
             cut(model, dense.graph, plan)
             restored = dense.perplexity(text, model)
             yield cell, {"ratio_without_restoration": without / whole, "ratio_with_restoration": restored / whole}

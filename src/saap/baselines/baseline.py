@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from saap.core.records import AxisSlice, CoupledGroup, FloatArray, ModelGraph
+from saap.models.structure.keep_index import unit_channels
 from saap.models.walk.backend import Backend
-from saap.models.walk.consumers import unit_channels
 from saap.settings.prune import PrunableRole, SkipLayers
 from saap.settings.registry import Strategy
 

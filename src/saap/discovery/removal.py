@@ -22,8 +22,8 @@ from saap.models.checkpoint.modeling_pruned import resize, set_attribute
 from saap.models.checkpoint.pruned_structure import argument_hook, epsilon_name
 from saap.models.structure.keep_index import KeepIndex
 from saap.models.structure.linear import contracted_axis
-from saap.models.structure.masking import masked_units
-from saap.models.walk.arguments import unit_axis, without_cache
+from saap.models.structure.masking import masked
+from saap.models.walk.walker import without_cache
 
 # Some models compute attention in float32 whatever their dtype; a size that does not follow errs by far more.
 TOLERANCE = 1e-5
@@ -216,7 +216,7 @@ class _Trial:
         self._whole = self._output()
         self._expected: list[tuple[list[int], Tensor]] = []
         for kept in (units[:1] + units[2:], units[-max(1, group.least) :]):
-            with masked_units(small.model, self._graph, self._keep(kept)):
+            with masked(small.model, self._graph, self._keep(kept)):
                 output = self._output()
             self._expected.append((kept, output[..., kept] if hidden else output))
         self.without_effect = not hidden and all(_equal(output, self._whole) for _, output in self._expected)
@@ -363,7 +363,19 @@ def _sliced_arguments(small: _SmallModel, group: TracedGroup, around: Sequence[s
         arguments, keywords = small.arguments_of(path, samples)
         given = inspect.signature(small.model.get_submodule(path).forward).bind(*arguments, **keywords).arguments
         for name, value in given.items():
-            place = unit_axis(value, samples=samples, units=group.units)
+            place = _unit_axis(value, samples=samples, units=group.units)
             if place is not None:
                 return (SlicedArgument(module=path, argument=name, axis=place[0], per_sample=place[1]),)
     return ()
+
+
+def _unit_axis(value: object, *, samples: int, units: int) -> tuple[int, bool] | None:
+    """(axis, whether it runs over samples too) of the axis of `value` that has one entry per unit; None if none has.
+
+    samples: of the batch that the value belongs to, not equal to `units`.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 3:
+        return None
+    if value.shape[0] in (units, samples * units):
+        return 0, value.shape[0] != units
+    return (1, False) if value.ndim == 4 and value.shape[1] == units else None

@@ -18,8 +18,8 @@ from torch.fx import Node
 from saap.core.errors import UnsupportedModelError, first_line
 from saap.discovery.operations import Operation, tags_after, untagged
 from saap.discovery.tags import UNTAGGED, ParameterTags, TagSpace
-from saap.models.walk.arguments import without_cache
 from saap.models.walk.probe import failure, not_running
+from saap.models.walk.walker import without_cache
 
 TRACED_TOKENS = 3
 # Operations that give their first argument's values.

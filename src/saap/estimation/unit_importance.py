@@ -20,9 +20,9 @@ from saap.estimation.importance import (
 )
 from saap.estimation.statistics import ScoreObserver
 from saap.models.loading.precision import at_least_float32
+from saap.models.structure.keep_index import unit_channels
 from saap.models.structure.linear import contracted_axis, owner
 from saap.models.walk.backend import Backend
-from saap.models.walk.consumers import unit_channels
 from saap.models.walk.observer import Batch, Observation, Signal
 from saap.settings.prune import Aggregation
 

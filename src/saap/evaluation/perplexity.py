@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from saap.core.errors import CalibrationError
 from saap.core.evaluation_records import Perplexity
 from saap.core.records import IntArray, digest_of
-from saap.models.walk.arguments import without_cache
 from saap.models.walk.probe import read_at_once
-from saap.models.walk.walker import inference_only
+from saap.models.walk.walker import inference_only, without_cache
 
 # Logits of one forward pass, in float32: they are the largest tensor of an evaluation.
 LOGITS_BYTES = 2**28

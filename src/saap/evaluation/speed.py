@@ -5,14 +5,16 @@ The runtimes to compare run in turns, so that a busy machine slows all of them a
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from saap.core.errors import ConfigurationError
 
@@ -41,6 +43,31 @@ class Runtime(Protocol):
 
     def step(self, token: int) -> int:
         """Read one more token and return the most likely next one."""
+
+
+class CachedModel:
+    """A transformers model with its cache of keys and values, whose argument has the name that its version knows."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._cache: Any = None
+        known = inspect.signature(model.forward).parameters
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self._name = "cache" if "cache" in known else "past_key_values"
+
+    def forget(self) -> None:
+        """Start a new sequence."""
+        self._cache = None
+
+    @torch.no_grad()
+    def feed(self, ids: Sequence[int]) -> Tensor:
+        """Read further tokens. Returns the logits (vocabulary,) of what follows them."""
+        inputs = torch.tensor([list(ids)], device=self._device)
+        output = self._model(inputs, **{self._name: self._cache}, use_cache=True, **self._options)
+        self._cache = output[self._name]
+        logits: Tensor = output.logits[0, -1]
+        return logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,9 +23,9 @@ from saap.core.errors import LayoutError, first_line
 from saap.core.records import ModelGraph, Role, StructurePlan
 from saap.models.checkpoint.pruned_structure import EPSILON_NAMES, PrunedStructure, epsilon_name
 from saap.models.checkpoint.stock_config import stock_model, uniform_config
-from saap.models.structure.norms import constant_share, scaled_weight
-from saap.models.walk.arguments import without_cache
+from saap.models.structure.norms import scaled_weight
 from saap.models.walk.offload import offloaded, share_weights
+from saap.models.walk.walker import without_cache
 
 ADAPTIVE_REMEDY = "Use --layout adaptive"
 # Room for other rounding in buffers made in another dtype; a wrong scale is far above it.
@@ -165,10 +165,9 @@ def _names(names: Iterable[str], graph: ModelGraph, plan: StructurePlan) -> list
 def _rescaled(model: nn.Module, norms: Sequence[str], factor: float) -> dict[str, Tensor]:
     found = {}
     for path in norms:
-        constant = constant_share(model.get_submodule(path))
-        weight = model.get_parameter(f"{path}.weight")
-        if constant is not None:
-            found[f"{path}.weight"] = scaled_weight(weight.data, constant, factor)
+        weight = scaled_weight(model.get_submodule(path), factor)
+        if weight is not None:
+            found[f"{path}.weight"] = weight
     return found
 
 

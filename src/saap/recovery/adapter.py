@@ -1,14 +1,19 @@
-"""The group-wise low-rank adapter, and its exact merge into the zero points."""
+"""What is trained: group-wise adapters, which merge into the zero points without loss, or plain LoRA."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saap.models.checkpoint.groupwise import GroupwiseLinear, groupwise_product
+from saap.core.errors import ConfigurationError
+from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight, groupwise_product
+from saap.recovery.sharding import unshard
 
 
 class AdaptedLinear(GroupwiseLinear):
@@ -57,3 +62,51 @@ class AdaptedLinear(GroupwiseLinear):
         zero = (self.zero.cpu().double() + self.scaling * product).to(self.zero)
         weight = replace(self.quantised, scale=self._learned_scale().half(), zero=zero)
         return GroupwiseLinear(weight, self.bias, transposed=self.transposed)
+
+
+def adapt(model: nn.Module, *, rank: int, alpha: float, seed: int, scales: bool = False) -> dict[str, nn.Parameter]:
+    """Give every quantised layer an adapter, in place. Returns the adapters' parameters by name.
+
+    scales: whether the layers' scales are learned too.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    learned: dict[str, nn.Parameter] = {}
+    for path, module in list(model.named_modules()):
+        if isinstance(module, GroupwiseLinear):
+            adapted = AdaptedLinear(module, rank=rank, alpha=alpha, generator=generator, scales=scales)
+            model.set_submodule(path, adapted)
+            own = adapted.named_parameters(recurse=False)
+            learned |= {f"{path}.{name}": parameter for name, parameter in own if parameter.requires_grad}
+    return learned
+
+
+def merge(model: nn.Module) -> dict[str, GroupwiseWeight]:
+    """Merge every adapter into its layer's scales and zero points, in place. Returns the packed weights by path."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, AdaptedLinear):
+            unshard(module)
+            model.set_submodule(path, module.merged())
+    return {path: module.quantised for path, module in model.named_modules() if isinstance(module, GroupwiseLinear)}
+
+
+def require_peft() -> None:
+    """Raise ConfigurationError now if plain LoRA could not be made later."""
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigurationError("Plain LoRA needs the package peft", "Run pip install 'saap[recover]'")
+
+
+def add_lora(
+    model: Any, paths: Collection[str], *, rank: int, alpha: float, seed: int
+) -> tuple[Any, dict[str, nn.Parameter]]:
+    """Plain LoRA on the linear layers at these paths, in place, with peft.
+
+    Returns its handle, whose `merge_and_unload` gives the plain model, and the trained parameters by name.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        handle = get_peft_model(
+            model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(paths))
+        )
+    return handle, {name: value for name, value in model.named_parameters() if value.requires_grad}

@@ -1,19 +1,22 @@
-"""Choosing codes, scales and zero points (pure functions of tensors)."""
+"""Group-wise quantisation: the choice of codes, scales and zero points, by itself or with error feedback."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saap.core.errors import GroupSizeError, ModelError
-from saap.models.checkpoint.groupwise import VALUES_AT_ONCE, GroupwiseWeight, pack
+from saap.models.checkpoint.groupwise import VALUES_AT_ONCE, GroupwiseWeight, linears_inside, pack, pack_linear
 from saap.models.loading.precision import in_float64
+from saap.models.structure.linear import weight_out_in
+from saap.models.walk.observer import capture
+from saap.models.walk.walker import BlockWalker
 from saap.settings.recover import LEGAL_GROUP_SIZES
 
-REFITS = 2
-"""Least-squares refits of scale and zero point after each first choice of codes."""
+GRID_FITS = 2
+"""Least-squares fits of scale and zero point after each first choice of codes."""
 LISTED = 6
 """Matrices that a refusal names."""
 DAMPING = 0.01
@@ -42,7 +45,7 @@ def quantise(weight: Tensor, *, group_size: int, bits: int) -> GroupwiseWeight:
     """The codes, scales and zero points of least squared error that a short search finds.
 
     weight: (out, in), in a multiple of group_size. Several steps (the range of the group split into more or fewer
-    parts) are tried for each group; after each, scale and zero point are refitted to the codes by least squares, the
+    parts) are tried for each group; after each, scale and zero point are fitted to the codes by least squares, the
     scale rounded to float16, and the best by group is kept. A group that lies on a grid of `bits` bits with a float16
     scale comes out exact.
     Raises GroupSizeError, and ModelError for values that are not finite or too large.
@@ -56,43 +59,38 @@ def quantise(weight: Tensor, *, group_size: int, bits: int) -> GroupwiseWeight:
         part = weight[start : start + step].float().reshape(-1, groups, group_size)
         codes, scale, zero = _best_grid(part, bits)
         packed.append(pack(codes, bits))
-        scales.append(scale.half())
+        scales.append(scale)
         zeros.append(zero)
-    scale, zero = torch.cat(scales), torch.cat(zeros)
-    _require_finite(scale, zero)
-    return GroupwiseWeight(packed=torch.cat(packed), scale=scale, zero=zero, bits=bits, group_size=group_size)
+    return _finite_weight(torch.cat(packed), torch.cat(scales), torch.cat(zeros), bits, group_size)
 
 
-def _require_finite(scale: Tensor, zero: Tensor) -> None:
+def _finite_weight(packed: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> GroupwiseWeight:
+    scale = scale.half()
     if not (bool(scale.isfinite().all()) and bool(zero.isfinite().all())):
         raise ModelError("A weight is not finite, or too large for a float16 scale", "Use another checkpoint")
-
-
-def _spans(bits: int) -> list[float]:
-    """How many steps the range of a group is split into, over the candidates: first the plain one, 2^bits - 1."""
-    top = 2**bits - 1
-    fewer = [top - 1] if top > 3 else []
-    return [top, *fewer, top * 1.08, top * 1.18, *([top * 1.35] if top <= 7 else [])]
+    return GroupwiseWeight(packed=packed, scale=scale, zero=zero, bits=bits, group_size=group_size)
 
 
 def _best_grid(part: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """part: (rows, groups, L) float32. Returns codes uint8 of that shape, scale and zero (rows, groups) float32."""
     top = 2**bits - 1
+    # Into how many steps the range of a group is split: first the plain number.
+    spans = [top, *([top - 1] if top > 3 else []), top * 1.08, top * 1.18, *([top * 1.35] if top <= 7 else [])]
     low, high = part.amin(-1), part.amax(-1)
     best_error = torch.full_like(low, torch.inf)
     best_codes = torch.zeros_like(part)
     best_scale, best_zero = torch.zeros_like(low), part.mean(-1)
-    for span in _spans(bits):
+    for span in spans:
         scale = _rounded((high - low) / span)
         zero = low + (high - low - scale * top).clamp_min(0) / 2
-        for _ in range(REFITS + 1):
+        for _ in range(GRID_FITS + 1):
             codes = _codes(part, scale, zero, top)
             error = (part - codes * scale.unsqueeze(-1) - zero.unsqueeze(-1)).square_().sum(-1)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
             best_codes = torch.where(better.unsqueeze(-1), codes, best_codes)
-            scale, zero = _refit(part, codes)
+            scale, zero = _fit_grid(part, codes)
     return best_codes.to(torch.uint8), best_scale, best_zero
 
 
@@ -101,7 +99,7 @@ def _codes(part: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
     return ((part - zero.unsqueeze(-1)) / safe.unsqueeze(-1)).round_().clamp_(0, top)
 
 
-def _refit(part: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+def _fit_grid(part: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Scale (rounded to float16) and zero point of least squared error for given codes."""
     code_mean, mean = codes.mean(-1, keepdim=True), part.mean(-1, keepdim=True)
     centred = codes - code_mean
@@ -115,7 +113,7 @@ def _rounded(scale: Tensor) -> Tensor:
 
 
 def quantise_with_feedback(weight: Tensor, gram: Tensor, *, group_size: int, bits: int) -> GroupwiseWeight:
-    """Quantise column by column; what one column loses is made up for by those after it.
+    """Quantise column by column; those after a column compensate for its error.
 
     weight: (out, in). gram: (in, in) sum of x x^T over calibration tokens. Minimises |(W - Q) X|^2 greedily; scale and
     zero point of a group are chosen when its first column is reached.
@@ -140,10 +138,8 @@ def quantise_with_feedback(weight: Tensor, gram: Tensor, *, group_size: int, bit
             work[:, column:stop] -= error * factor[column, column:stop]
             errors[:, column - start] = error.squeeze(1)
         work[:, stop:] -= errors @ factor[start:stop, stop:]
-    scale, zero = torch.cat(scales, dim=1), torch.cat(zeros, dim=1)
-    _require_finite(scale.half(), zero)
     grouped = codes.reshape(len(codes), -1, group_size)
-    return GroupwiseWeight(packed=pack(grouped, bits), scale=scale.half(), zero=zero, bits=bits, group_size=group_size)
+    return _finite_weight(pack(grouped, bits), torch.cat(scales, dim=1), torch.cat(zeros, dim=1), bits, group_size)
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
@@ -154,3 +150,37 @@ def _inverse_factor(gram: Tensor) -> Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor.float().to(gram.device)
+
+
+@torch.no_grad()
+def quantise_by_feedback(
+    model: nn.Module,
+    blocks: Sequence[str],
+    samples: Sequence[Tensor],
+    *,
+    group_size: int,
+    bits: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Quantise a loaded model with error feedback, in place and block by block.
+
+    samples: token ids, (1, length) each. A block sees what the quantised blocks before it put out.
+    """
+    walker = BlockWalker(model, blocks)
+    streams = [walker.start(sample) for sample in samples]
+    contexts, hidden = [stream.contexts for stream in streams], [stream.hidden for stream in streams]
+    for layer, block in enumerate(blocks):
+        sizes = linears_inside(model, [block])
+        grams = {path: torch.zeros(size, size, device=hidden[0].device) for path, size in sizes.items()}
+        for one, context in zip(hidden, contexts, strict=True):
+            with capture(model, list(sizes)) as seen:
+                walker.run_block(layer, one, context)
+            for path, call in seen.items():
+                flat = call.input.reshape(-1, call.input.shape[-1]).float()
+                grams[path].addmm_(flat.T, flat)
+        for path, gram in grams.items():  # zero for a layer that no token reaches
+            stored = weight_out_in(model.get_submodule(path))
+            weight = quantise_with_feedback(stored, gram, group_size=group_size, bits=bits)
+            pack_linear(model, path, weight, gram.device)
+        hidden = [walker.run_block(layer, *each) for each in zip(hidden, contexts, strict=True)]
+        progress(layer + 1, len(blocks))

@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The training loop, and its state on disk: enough to resume as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -6,27 +6,48 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from saap.core.errors import NonFiniteLossError
+from saap.core.errors import NonFiniteLossError, StaleInputError
 from saap.core.manifest import CurvePoint
 from saap.data.training import Example, TrainingData
+from saap.models.checkpoint.safetensor_files import TensorEntry, write_tensors
 from saap.models.loading.precision import widest_dtype
+from saap.models.walk.loss import learned_losses
 from saap.models.walk.processes import Processes
 from saap.models.walk.walker import BlockWalker
-from saap.recovery.objective import loss_and_gradient
-from saap.recovery.schedule import Limits, learning_rate
-from saap.recovery.state import Training, optimizer_tensors, read_state, write_state
 from saap.settings.recover import RecoverConfig
 
 BETAS = (0.9, 0.95)
 STATE, BEST = "state.safetensors", "best.safetensors"
+LEAST_SHARE = 1e-3
+
+
+def share_done(config: RecoverConfig, steps: int, tokens: int, seconds: float) -> float:
+    """How much of the training is done by its nearest limit: 1 at the end and beyond."""
+    limits = (config.max_steps, config.max_tokens, None if config.minutes is None else 60 * config.minutes)
+    done = zip((steps, tokens, seconds), limits, strict=True)
+    return min(1.0, max((value / limit for value, limit in done if limit is not None), default=0.0))
+
+
+def learning_rate(peak: float, share: float, warm_up: float) -> float:
+    """Linear from 0 to `peak` over the first `warm_up` of the training, then half a cosine down to 0.
+
+    share: of the training, 0 to 1. Source: SGDR (Loshchilov & Hutter 2017), one cycle.
+    """
+    share = max(share, LEAST_SHARE)
+    if share < warm_up:
+        return peak * share / warm_up
+    return peak * 0.5 * (1 + math.cos(math.pi * (share - warm_up) / (1 - warm_up)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +56,24 @@ class Report:
 
     step: Callable[[int, int], None]
     line: Callable[[str], None]
+
+
+class Training(BaseModel):
+    """What a training has done so far.
+
+    validation: of the best parameters so far, those after `best_step` (0: before the first step). without_best:
+    validations since then. stopped_by: what ended the training, in words; '' while it runs.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    validation_before: float = float("inf")
+    validation: float = float("inf")
+    best_step: int = 0
+    without_best: int = 0
+    points: list[CurvePoint] = []
+    stopped_by: str = ""
 
 
 class Trainer:
@@ -58,15 +97,12 @@ class Trainer:
     ) -> None:
         self.walker, self.parameters, self.data, self.config = walker, dict(parameters), data, config
         self.folder, self.processes, self.report, self.teacher = folder, processes, report, teacher
-        seconds = None if config.minutes is None else 60 * config.minutes
-        self.limits = Limits(steps=config.max_steps, tokens=config.max_tokens, seconds=seconds)
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=0.0, betas=BETAS, weight_decay=0.0, foreach=False
         )
-        self.state: dict[str, Tensor] = {
-            **self.parameters, **optimizer_tensors(self.optimizer, self.parameters)
-        }  # fmt: skip
+        moments = _optimizer_tensors(self.optimizer, self.parameters)
+        self.state: dict[str, Tensor] = {**self.parameters, **moments}
 
     def run(self) -> Training:
         """Train until a limit is reached or the validation loss stops falling, and take the best parameters.
@@ -80,7 +116,7 @@ class Trainer:
             training.step += 1
             training.tokens += tokens
             training.seconds += self._since(clock)
-            share = self.limits.share(training.step, training.tokens, training.seconds)
+            share = share_done(self.config, training.step, training.tokens, training.seconds)
             validation = None
             if share >= 1 or training.step % self.config.validate_every == 0:
                 clock = time.perf_counter()
@@ -95,7 +131,7 @@ class Trainer:
             if validation is not None:
                 self._write(STATE, self.state, training)
                 self.report.line(_line(point, share))
-        read_state(self.folder / BEST, self.parameters)
+        _read_state(self.folder / BEST, self.parameters)
         training.stopped_by, training.seconds = stopped_by, round(training.seconds, 3)
         return training
 
@@ -107,7 +143,7 @@ class Trainer:
     def _begin(self) -> Training:
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / STATE).is_file():
-            training = read_state(self.folder / STATE, self.state)
+            training = _read_state(self.folder / STATE, self.state)
             self.report.line(f"resuming after step {training.step}")
             return training
         training = Training()
@@ -117,19 +153,19 @@ class Trainer:
 
     def _stopped(self, training: Training) -> str:
         """What ends the training here, in words; '' if nothing does."""
-        limits = self.limits
-        if limits.share(training.step, training.tokens, training.seconds) < 1:
-            patience = self.config.patience
-            return "validation, which fell no more" if patience and training.without_best >= patience else ""
-        if limits.steps is not None and training.step >= limits.steps:
-            return f"the limit of {limits.steps} steps"
-        if limits.tokens is not None and training.tokens >= limits.tokens:
-            return f"the limit of {limits.tokens:,} tokens"
-        return f"the limit of {(limits.seconds or 0) / 60:g} minutes"
+        config = self.config
+        if share_done(config, training.step, training.tokens, training.seconds) < 1:
+            stale = config.patience and training.without_best >= config.patience
+            return "validation, which fell no more" if stale else ""
+        if config.max_steps is not None and training.step >= config.max_steps:
+            return f"the limit of {config.max_steps} steps"
+        if config.max_tokens is not None and training.tokens >= config.max_tokens:
+            return f"the limit of {config.max_tokens:,} tokens"
+        return f"the limit of {config.minutes or 0:g} minutes"
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], training: Training) -> None:
         if self.processes.first:
-            write_state(self.folder / name, tensors, training)
+            _write_state(self.folder / name, tensors, training)
         self.processes.barrier()
 
     def _step(self, training: Training) -> tuple[float, float, int]:
@@ -149,7 +185,7 @@ class Trainer:
         norm = clip_grad_norm_(self.parameters.values(), self.config.clip, foreach=False)
         self._require_finite(training, losses, indices, float(norm))
         seconds = training.seconds * (1 + 1 / training.step) if training.step else 0.0
-        share = self.limits.share(training.step + 1, training.tokens + tokens, seconds)
+        share = share_done(self.config, training.step + 1, training.tokens + tokens, seconds)
         rate = learning_rate(self.config.learning_rate, share, self.config.warm_up)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -170,7 +206,7 @@ class Trainer:
             with torch.no_grad():
                 teacher = self.teacher, self._forward(self.teacher, ids)
         hidden = self._forward(self.walker, ids)
-        losses, gradient = loss_and_gradient(
+        losses, gradient = learned_losses(
             self.walker, hidden, ids, learned, predictions=predictions, teacher=teacher,
             weight=self.config.distillation or 0.0,
         )  # fmt: skip
@@ -180,15 +216,11 @@ class Trainer:
     def _forward(self, walker: BlockWalker, ids: Tensor) -> Tensor:
         """Output of the last block, which keeps a graph where gradients are on."""
         stream = walker.start(ids)
-        hidden = stream.hidden
-        again = self.config.gradient_checkpointing and torch.is_grad_enabled()
+        if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
+            return walker.run_blocks(stream)
+        hidden, run = stream.hidden, partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for layer in range(len(walker.blocks)):
-            if again:
-                hidden = checkpoint(
-                    walker.run_block, layer, hidden, stream.contexts, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                hidden = walker.run_block(layer, hidden, stream.contexts)
+            hidden = run(walker.run_block, layer, hidden, stream.contexts)
         return hidden
 
     def _sum_gradients(self) -> None:
@@ -221,7 +253,7 @@ class Trainer:
             # a process without an example of its own reads the first as well: layers may be split over all
             ids, learned = self._padded([examples[place if place < len(examples) else 0]])
             hidden = self._forward(self.walker, ids)
-            losses, _ = loss_and_gradient(self.walker, hidden, ids, learned, predictions=1, with_gradient=False)
+            losses, _ = learned_losses(self.walker, hidden, ids, learned, predictions=1)
             if place < len(examples):
                 total += losses.sum().to(total.device)
         value = float(self.processes.total(total)) / sum(int(example.learned.sum()) for example in examples)
@@ -245,3 +277,33 @@ def _line(point: CurvePoint, share: float) -> str:
         f"step {point.step}: loss {point.loss:.4f}, validation {point.validation:.4f}, {speed:.0f} tokens/s, "
         f"about {left:.0f} s left"
     )
+
+
+def _optimizer_tensors(optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The state of the optimizer by name, which it updates in place; zero before its first step."""
+    for value in parameters.values():
+        moments = {"exp_avg": torch.zeros_like(value), "exp_avg_sq": torch.zeros_like(value)}
+        optimizer.state[value] = {"step": torch.zeros(()), **moments}
+    return {
+        f"{name}/{key}": tensor for name, value in parameters.items() for key, tensor in optimizer.state[value].items()
+    }
+
+
+def _write_state(path: Path, tensors: Mapping[str, Tensor], training: Training) -> None:
+    """Write tensors and the training they belong to, whole or not at all. Raises OutputError."""
+    entries = {name: TensorEntry.of(tensor) for name, tensor in tensors.items()}
+    write_tensors(path, entries, {"format": "pt", "training": training.model_dump_json()})
+
+
+@torch.no_grad()
+def _read_state(path: Path, tensors: Mapping[str, Tensor]) -> Training:
+    """Read what `_write_state` wrote into the tensors, in place. Raises StaleInputError for another file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != set(tensors):
+                raise ValueError("it is of other parameters")
+            for name, tensor in tensors.items():
+                tensor.copy_(file.get_tensor(name))
+            return Training.model_validate_json((file.metadata() or {}).get("training", ""))
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise StaleInputError(f"{path} is no state of this training ({error})", "Delete it") from None

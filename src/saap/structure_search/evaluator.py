@@ -10,7 +10,7 @@ from torch import Tensor
 from saap.models.structure.keep_index import KeepIndex
 from saap.models.structure.least_squares import compensated
 from saap.models.structure.linear import weight_out_in
-from saap.models.structure.masking import masked_units, replaced_weights
+from saap.models.structure.masking import masked, replaced_weights
 from saap.models.walk.backend import Backend
 
 CACHED_WEIGHTS_BYTES = 2 * 10**9
@@ -63,11 +63,11 @@ class StructureEvaluator:
     @torch.no_grad()
     def _loss(self, keep: _Keep, dropped_blocks: tuple[int, ...]) -> float:
         losing = {name: kept for name, kept in keep.items() if len(kept) < self._units[name]}
-        masked = {name: kept for name, kept in losing.items() if name not in self._grams}
+        others = {name: kept for name, kept in losing.items() if name not in self._grams}
         weights = dict(self._compensated(name, kept) for name, kept in losing.items() if name in self._grams)
         with (
             replaced_weights(self._model, weights),
-            masked_units(self._model, self._graph, masked, dropped_blocks),  # hidden channels in the others' place too
+            masked(self._model, self._graph, others, dropped_blocks),  # hidden channels in the others' place too
         ):
             changed = self._last_hidden()
         rows = [

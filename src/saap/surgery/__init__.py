@@ -1,1 +1,1 @@
-"""Cutting what a plan does not keep, and restoring what remains."""
+"""Cutting what a plan removes, and least-squares reconstruction of what remains."""

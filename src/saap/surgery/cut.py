@@ -8,21 +8,23 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from saap.core.errors import PlanError, UnsupportedModelError
+from saap.core.errors import PlanError, UnsupportedModelError, first_line
 from saap.core.records import AxisSlice, CoupledGroup, ModelGraph, Role, Side, StructurePlan
 from saap.models.checkpoint.modeling_pruned import ConstantOutput, resize, set_attribute
 from saap.models.checkpoint.pruned_structure import (
     PrunedStructure,
     argument_hook,
     argument_slice,
-    epsilon_name,
     structure_of,
 )
+from saap.models.checkpoint.stock_config import keep_layers, text_part
 from saap.models.structure.keep_index import KeepIndex, Shape, require_possible
 from saap.models.structure.linear import owner
-from saap.models.structure.norms import constant_share, scaled_weight
-from saap.models.walk.offload import mark_changed, onload
-from saap.surgery.depth import drop_blocks
+from saap.models.structure.norms import rescale_norm
+from saap.models.walk.offload import onload
+
+BLOCK_NUMBER_NAMES = ("layer_idx", "layer_id", "layer_number")
+"""Attributes that hold a block's own number."""
 
 
 @torch.no_grad()
@@ -42,7 +44,7 @@ def cut(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> PrunedStruc
         if not _are_cut(model, graph, groups, plan):
             cut_groups(model, groups, plan.keep)
     if plan.dropped_blocks:
-        drop_blocks(model, graph.blocks, plan.dropped_blocks)
+        _drop_blocks(model, graph.blocks, plan.dropped_blocks)
     return structure_of(model, graph, plan)
 
 
@@ -53,11 +55,12 @@ def cut_groups(model: nn.Module, groups: Sequence[CoupledGroup], keep: Mapping[s
     A group that keeps nothing leaves constants behind: its consumers give their bias or zeros, exactly as if its
     channels were masked. Norms over the axis are rescaled so that removal equals masking.
     """
-    chosen = [(group, keep[group.name]) for group in groups if group.name in keep]
-    chosen = [(group, kept) for group, kept in chosen if len(kept) < group.units]
+    chosen = [
+        (group, keep[group.name]) for group in groups if len(keep.get(group.name, range(group.units))) < group.units
+    ]
     if not chosen:
         return
-    onload(model, groups[0].members[0].tensor)
+    onload(model, groups[0].members[0].tensor, change=True)
     index = KeepIndex(_present_shapes(model, groups), chosen)
     for group, kept in chosen:
         if not kept:
@@ -79,7 +82,6 @@ def cut_groups(model: nn.Module, groups: Sequence[CoupledGroup], keep: Mapping[s
         shares |= dict.fromkeys(group.scaled_norms if kept else (), len(kept) / group.units)
     for norm, share in shares.items():
         rescale_norm(model.get_submodule(norm), share, norm)
-    mark_changed(model, groups[0].members[0].tensor)
 
 
 def _present_shapes(model: nn.Module, groups: Iterable[CoupledGroup]) -> dict[str, Shape]:
@@ -109,28 +111,32 @@ def _select(model: nn.Module, index: KeepIndex, produced: Mapping[str, int]) -> 
             module.width = index.shape(tensor)[produced[tensor]]
 
 
-def rescale_norm(norm: nn.Module, share: float, name: str) -> None:
-    """Make an RMS norm over the kept channels equal to the one over all channels with the others zero.
-
-    With sum of squares S over n channels: x / sqrt(S/n + e) = share^-0.5 x / sqrt(S/kept + e/share), share = kept/n.
-    So the effective scale is multiplied by share^-0.5 and epsilon by 1/share. How the scale depends on the weight
-    (w, or 1 + w as in some families) is measured on the module. Raises UnsupportedModelError where it has no weight.
-    """
-    epsilon = epsilon_name(norm)
-    weight = norm._parameters.get("weight")
-    if weight is None or epsilon is None:
-        raise UnsupportedModelError(
-            f"The norm {name} has no weight or no epsilon that could take up the removed channels",
-            "Prune without the role hidden",
-        )
-    constant = constant_share(norm)
-    if constant is None:
-        raise UnsupportedModelError(
-            f"The scale of the norm {name} is no affine function of its weight", "Prune without the role that it spans"
-        )
-    weight.data = scaled_weight(weight.data, constant, share**-0.5)
-    value = getattr(norm, epsilon)
-    setattr(norm, epsilon, (torch.finfo(weight.dtype).eps if value is None else value) / share)
+def _drop_blocks(model: nn.Module, blocks: Sequence[str], dropped: Sequence[int]) -> None:
+    """Take blocks out of the model, number the others anew and shorten its configuration, in place."""
+    parent = blocks[0].rpartition(".")[0]
+    container = model.get_submodule(parent)
+    remedy = "Prune without the role block"
+    if not isinstance(container, nn.ModuleList) or any(path.rpartition(".")[0] != parent for path in blocks):
+        raise UnsupportedModelError("The decoder blocks are not members of one list", remedy)
+    kept = [layer for layer in range(len(blocks)) if layer not in dropped]
+    config = getattr(model, "config", None)
+    if config is not None:
+        decoder = text_part(config)
+        if getattr(decoder, "num_hidden_layers", None) != len(blocks):
+            raise UnsupportedModelError(f"The configuration does not say that there are {len(blocks)} blocks", remedy)
+        try:
+            keep_layers(decoder, kept, len(blocks))
+        except Exception as error:  # classes that take no other number of layers
+            raise UnsupportedModelError(
+                f"The configuration does not take another number of layers ({first_line(error)})", remedy
+            ) from error
+    for layer in sorted(set(dropped), reverse=True):
+        del container[layer]
+    for new, old in enumerate(kept):
+        for module in container[new].modules():
+            for name in BLOCK_NUMBER_NAMES:
+                if vars(module).get(name) == old:
+                    setattr(module, name, new)
 
 
 def _require_own_axes(graph: ModelGraph, plan: StructurePlan) -> None:
@@ -176,14 +182,10 @@ def _empty(model: nn.Module, group: CoupledGroup, index: KeepIndex) -> None:
         covered = all(index.shape(member.tensor)[member.axis] == 0 for member in members)
         if set(module._parameters) - {"weight", "bias"} or module._modules or not covered:
             raise PlanError(f"{path} cannot lose all its channels", f"Keep at least one unit of {group.name}")
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, _constant(module, members))
-
-
-def _constant(module: nn.Module, members: Sequence[AxisSlice]) -> ConstantOutput:
-    weight = [member for member in members if member.tensor.endswith(".weight")]
-    consumed = [member for member in weight if member.side is Side.CONSUMER]
-    if consumed:
-        width = module.get_parameter("weight").shape[1 - consumed[0].axis]
-        return ConstantOutput(width, module._parameters.get("bias"))
-    return ConstantOutput(sum(member.width for member in weight))
+        of_weight = [member for member in members if member.tensor.endswith(".weight")]
+        constant = ConstantOutput(sum(member.width for member in of_weight))
+        consumed = [member for member in of_weight if member.side is Side.CONSUMER]
+        if consumed:
+            width = module.get_parameter("weight").shape[1 - consumed[0].axis]
+            constant = ConstantOutput(width, module._parameters.get("bias"))
+        model.set_submodule(path, constant)

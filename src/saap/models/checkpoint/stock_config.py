@@ -19,7 +19,7 @@ from saap.core.errors import LayoutError
 from saap.core.records import ConfigField, ModelGraph, Role, StructurePlan
 from saap.models.checkpoint.pruned_structure import auto_class
 from saap.models.structure.keep_index import KeepIndex, Shape
-from saap.models.walk.arguments import without_cache
+from saap.models.walk.walker import without_cache
 
 MOST_FIELDS = 3
 MOST_SIZES = 8

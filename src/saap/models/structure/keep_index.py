@@ -1,11 +1,11 @@
-"""What stays of every tensor, axis by axis: made from groups and their kept units, read by all that cut or mask."""
+"""Kept indices of every tensor, axis by axis: made from groups and their kept units, read by all that cut or mask."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, partial
 from itertools import pairwise
 from typing import Protocol
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saap.core.errors import PlanError
-from saap.core.records import AxisSlice, CoupledGroup, IntArray, ModelGraph
+from saap.core.records import AxisSlice, CoupledGroup, IntArray, ModelGraph, Role
 
 Shape = tuple[int, ...]
 Kept = Sequence[int] | int
@@ -25,12 +25,10 @@ class Coupled(Protocol):
     """Slices that lose units together: a coupled group, or one that discovery still checks."""
 
     @property
-    def units(self) -> int:
-        """How many units there are."""
+    def units(self) -> int: ...  # noqa: D102
 
     @property
-    def members(self) -> tuple[AxisSlice, ...]:
-        """Where they lie."""
+    def members(self) -> tuple[AxisSlice, ...]: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +56,9 @@ class KeptAxis:
         """The tensor cut to what stays; all parts of a stack keep the same number."""
         if not self.stacked:
             return tensor.index_select(self.axis, _index(self.kept(), tensor))
-        matrices = (matrix.index_select(self.axis - 1, _index(self.kept(p), tensor)) for p, matrix in enumerate(tensor))
-        return torch.stack(list(matrices))
+        return torch.stack(
+            [matrix.index_select(self.axis - 1, _index(self.kept(p), tensor)) for p, matrix in enumerate(tensor)]
+        )
 
     @contextmanager
     def zeroed(self, tensor: Tensor) -> Iterator[None]:
@@ -85,13 +84,14 @@ class KeepIndex(Mapping[str, Mapping[int, KeptAxis]]):
 
     def __init__(self, shapes: Mapping[str, Shape], choices: Iterable[tuple[Coupled, Kept]]) -> None:
         self._before = shapes
-        self._losses: dict[str, dict[int, list[tuple[AxisSlice, _Choice]]]] = {}
+        self._losses: dict[str, dict[int, list[tuple[AxisSlice, int, Callable[[], IntArray]]]]] = {}
         for group, kept in choices:
-            choice = _Choice(group.units, kept)
-            for member in group.members if choice.lost else ():
+            lost = group.units - (kept if isinstance(kept, int) else len(kept))
+            removed = cache(partial(_removed, group.units, kept))
+            for member in group.members if lost else ():
                 if member.tensor in shapes:
                     axes = self._losses.setdefault(member.tensor, {})
-                    axes.setdefault(member.axis, []).append((member, choice))
+                    axes.setdefault(member.axis, []).append((member, lost, removed))
 
     @classmethod
     def of(cls, graph: ModelGraph, keep: Mapping[str, Kept], dropped_blocks: Iterable[int] = ()) -> KeepIndex:
@@ -114,8 +114,8 @@ class KeepIndex(Mapping[str, Mapping[int, KeptAxis]]):
     def axis(self, tensor: str, axis: int) -> KeptAxis:
         """What stays of any axis, also of one that loses nothing."""
         removed: dict[int | None, list[IntArray]] = {}
-        for member, choice in self._losses.get(tensor, {}).get(axis, ()):
-            removed.setdefault(member.part, []).append(member.indices(choice.removed))
+        for member, _, units in self._losses.get(tensor, {}).get(axis, ()):
+            removed.setdefault(member.part, []).append(member.indices(units()))
         found = {part: np.unique(np.concatenate(indices)) for part, indices in removed.items()}
         return KeptAxis(axis=axis, size=self._before[tensor][axis], removed=found or {None: np.empty(0, np.int64)})
 
@@ -124,7 +124,7 @@ class KeepIndex(Mapping[str, Mapping[int, KeptAxis]]):
         shape = list(self._before[tensor])
         for axis, losses in self._losses.get(tensor, {}).items():
             part = losses[0][0].part  # all parts of a stack lose the same number
-            shape[axis] -= sum(member.width * choice.lost for member, choice in losses if member.part == part)
+            shape[axis] -= sum(member.width * lost for member, lost, _ in losses if member.part == part)
         return tuple(shape)
 
     @property
@@ -133,35 +133,24 @@ class KeepIndex(Mapping[str, Mapping[int, KeptAxis]]):
         return {tensor: self.shape(tensor) for tensor in self._before}
 
 
-class _Choice:
-    """The kept units of one group, and what follows for the others. lost: their number."""
-
-    def __init__(self, units: int, kept: Kept) -> None:
-        self._units, self._kept = units, kept
-        self.lost = units - (kept if isinstance(kept, int) else len(kept))
-
-    @cached_property
-    def removed(self) -> IntArray:
-        """Units that are not kept, ascending."""
-        kept = range(self._kept) if isinstance(self._kept, int) else self._kept
-        return np.delete(np.arange(self._units), np.fromiter(kept, np.int64))
+def _removed(units: int, kept: Kept) -> IntArray:
+    """Units that are not kept, ascending."""
+    return np.delete(np.arange(units), np.fromiter(range(kept) if isinstance(kept, int) else kept, np.int64))
 
 
 def require_possible(graph: ModelGraph, keep: Mapping[str, Sequence[int]], dropped_blocks: Sequence[int] = ()) -> None:
     """Raise PlanError unless the model can lose what `keep` leaves out, and the blocks."""
-    groups = {group.name: group for group in graph.groups}
-    unknown = sorted(set(keep) - set(groups))
+    unknown = sorted(set(keep) - {group.name for group in graph.groups})
     if unknown:
         raise PlanError(
             f"The plan names groups that the model does not have: {', '.join(unknown)}", "See `saap inspect MODEL`"
         )
-    for name, kept in keep.items():
-        _require_units(groups[name], kept)
     counts: dict[str, tuple[str, int]] = {}
     for group in graph.groups:
-        kept_count = len(keep.get(group.name, range(group.units)))
-        other, count = counts.setdefault(group.bundle or group.name, (group.name, kept_count))
-        if count != kept_count:
+        kept = keep.get(group.name, range(group.units))
+        _require_units(group, kept)
+        other, count = counts.setdefault(group.bundle or group.name, (group.name, len(kept)))
+        if count != len(kept):
             raise PlanError(
                 f"The plan keeps different numbers of units of {other} and {group.name}, which share their tensors",
                 "Keep the same number of units of both",
@@ -180,11 +169,23 @@ def _require_units(group: CoupledGroup, kept: Sequence[int]) -> None:
         raise PlanError(
             f"The plan's units of {group.name} are not ascending numbers from 0 to {group.units - 1}", "Correct them"
         )
-    if len(kept) < group.least:
-        raise PlanError(
-            f"The plan keeps {len(kept)} units of {group.name}", f"Keep {group.least}: each token is sent to so many"
-        )
-    if not kept and group.bundle:
-        raise PlanError(f"{group.name} and the groups beside it cannot lose all units", "Keep at least one of each")
-    if not kept and group.layer < 0:
-        raise PlanError(f"The plan keeps nothing of {group.name}", "Keep at least one unit of it")
+    least = max(group.least, 1 if group.bundle or group.layer < 0 else 0)
+    if len(kept) < least:
+        raise PlanError(f"The plan keeps {len(kept)} units of {group.name}", f"Keep at least {least} of them")
+
+
+def sole_consumers(graph: ModelGraph) -> dict[str, CoupledGroup]:
+    """Groups inside blocks whose channels are read by exactly one module, by the path of that module."""
+    return {
+        group.consumers[0].tensor.rpartition(".")[0]: group
+        for group in graph.groups
+        if group.layer >= 0
+        and group.role is not Role.QUERY
+        and len(group.consumers) == 1
+        and group.consumers[0].part is None
+    }
+
+
+def unit_channels(member: AxisSlice, units: int, device: torch.device | None = None) -> Tensor:
+    """Indices of each unit along the member's axis: (units, width)."""
+    return torch.as_tensor(member.indices(range(units)).reshape(units, member.width), device=device)

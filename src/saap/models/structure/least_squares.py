@@ -1,4 +1,4 @@
-"""Second-order cost of removing units, and ridge refit of the matrix that reads them (pure functions of tensors)."""
+"""Removing units of a linear map and compensating by least squares (pure functions of tensors)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from saap.models.loading.precision import in_float64, widest_dtype
+from saap.models.walk.processes import Processes
 
 ROUNDING = 1e-6
 """An error below this share of the target's energy is the rounding of float32 moments."""
-
-
 SMALLEST = 1e-18
 """What costs and scores are at least, so that their product can be compared."""
 
@@ -49,6 +48,11 @@ class Moments:
         self.energy += other.energy
         self.tokens += other.tokens
 
+    def total(self, processes: Processes) -> Moments:
+        """Moments over the tokens of all processes; these may be overwritten."""
+        energies, tokens = zip(*processes.gather((self.energy, self.tokens)), strict=True)
+        return Moments(processes.total(self.gram), processes.total(self.cross), sum(energies), sum(tokens))
+
     def error(self, weight: Tensor) -> float:
         """Squared error of the matrix `weight` (outputs, channels) on these tokens."""
         w = in_float64(weight)
@@ -60,23 +64,23 @@ class Moments:
         return Moments(self.gram[channels][:, channels], self.cross[channels], self.energy, self.tokens)
 
 
-def ridge_refit(weight: Tensor, fit: Moments, held: Moments, ridges: Sequence[float]) -> tuple[Tensor, float]:
+def ridge_fit(weight: Tensor, fit: Moments, held_out: Moments, ridges: Sequence[float]) -> tuple[Tensor, float]:
     """The matrix near `weight` that maps x to t best; how near is decided by held-out error.
 
     weight: (outputs, channels). For each ridge r the W that minimises sum |t - W x|^2 + r mean(diag G) |W - weight|^2
-    over the tokens of `fit` is judged on those of `held`; the best r is then used on both together. `weight` itself
-    stays if none is better, or if its error is only rounding. Returns W and the held-out error of its ridge divided by
-    that of `weight`. `fit` becomes the moments of both: a large Gram matrix should not exist twice.
+    over the tokens of `fit` is evaluated on those of `held_out`; the best r is then used on both together. `weight`
+    itself stays if none is better, or if its error is only rounding. Returns W and the held-out error of its ridge
+    divided by that of `weight`. `fit` becomes the moments of both: a large Gram matrix should not exist twice.
     """
-    start = held.error(weight)
-    if start <= ROUNDING * held.energy:
+    start = held_out.error(weight)
+    if start <= ROUNDING * held_out.energy:
         return weight, 1.0
-    errors = {ridge: held.error(_ridge(weight, fit, ridge)) for ridge in ridges}
+    errors = {ridge: held_out.error(_ridge(weight, fit, ridge)) for ridge in ridges}
     best = min(errors, key=errors.__getitem__)
     if not errors[best] < start:
         return weight, 1.0
-    share = fit.tokens / max(1, fit.tokens + held.tokens)
-    fit.take(held)
+    share = fit.tokens / max(1, fit.tokens + held_out.tokens)
+    fit.take(held_out)
     return _ridge(weight, fit, best * share).to(weight), max(0.0, errors[best]) / start
 
 
@@ -86,14 +90,13 @@ def _ridge(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
     missing = in_float64(moments.cross) - gram @ dense.T
     scale = gram.diagonal().mean().clamp_min(1e-30)
     gram.diagonal().add_(max(ridge, 1e-9) * scale)
-    factor = torch.linalg.cholesky(gram)
-    return dense + torch.cholesky_solve(missing, factor).T
+    return dense + torch.cholesky_solve(missing, torch.linalg.cholesky(gram)).T
 
 
-def _shifted(gram: Tensor, shift: Tensor | float) -> Tensor:
-    shifted = gram.clone()
-    shifted.diagonal().add_(shift)
-    return shifted
+def _damped(gram: Tensor, ridge: float) -> Tensor:
+    damped = gram.clone()
+    damped.diagonal().add_(ridge * gram.diagonal().mean())
+    return damped
 
 
 def compensated(weight: Tensor, gram: Tensor, kept: Tensor, *, ridge: float = 1e-2) -> Tensor:
@@ -102,8 +105,7 @@ def compensated(weight: Tensor, gram: Tensor, kept: Tensor, *, ridge: float = 1e
     weight: (outputs, channels), gram: (channels, channels), kept: (kept channels,) indices. Minimises the squared
     output error plus the ridge; equal to what the choice of `removal_order` leaves. Returns (outputs, channels).
     """
-    g = in_float64(gram)
-    g, columns = _shifted(g, ridge * g.diagonal().mean()), kept.to(g.device)
+    g, columns = _damped(in_float64(gram), ridge), kept.to(gram.device)
     factor = torch.linalg.cholesky(g[columns][:, columns])
     result = torch.zeros_like(weight)
     result[:, kept] = torch.cholesky_solve(g[columns] @ in_float64(weight).T, factor).T.to(weight)
@@ -120,29 +122,28 @@ def removal_order(
     at_once: int = 32,
     scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Greedy second-order order in which units leave, each time those that the others make good best.
+    """Greedy second-order order of removal, each time the units that the others compensate for best.
 
     weight: (outputs, channels) of the matrix that reads the channels. gram: (channels, channels) of its inputs.
-    units: (units, width) channel indices. remove: how many leave, `at_once` at a time; weight and inverse Gram matrix
-    are updated after each batch, in the type of `gram`: float32 is enough with the default ridge.
+    units: (units, width) channel indices. remove: how many to remove, `at_once` at a time; weight and inverse Gram
+    matrix are updated after each batch, in the type of `gram`: float32 is enough with the default ridge.
     Cost of unit u: tr(W_u [G^-1]_uu^-1 W_u^T), the squared output error that stays
     after all other columns have adjusted. Source: OBS (Hassibi and Stork 1993) in its structured form.
     scores: (units,) importance of each unit for the loss; the cost is then the geometric mean of the two, so that a
-    unit leaves early only if both the neighbours can replace it and the loss asks little of it.
-    Returns (remove,) the units in the order of leaving and (remove,) what each costs, not decreasing.
+    unit is removed early only if the neighbours can replace it and the loss is not sensitive to it.
+    Returns (remove,) the units in the order of removal and (remove,) the cost of each, not decreasing.
     """
     w = weight.to(gram.dtype, copy=True)
-    inverse = torch.linalg.inv(_shifted(gram, ridge * gram.diagonal().mean()))
+    inverse = torch.linalg.inv(_damped(gram, ridge))
     alive = torch.ones(len(units), dtype=torch.bool, device=w.device)
-    order: list[Tensor] = []
-    costs: list[Tensor] = []
-    left = remove
-    while left > 0:
+    order = [torch.empty(0, dtype=torch.long, device=w.device)]
+    costs = [torch.empty(0, dtype=w.dtype, device=w.device)]
+    for start in range(0, remove, at_once):
         cost = _unit_costs(w, inverse, units)
         if scores is not None:
             cost = (cost.clamp_min(SMALLEST) * scores.to(cost.dtype).clamp_min(SMALLEST)).sqrt()
         cost[~alive] = torch.inf
-        chosen = cost.argsort()[: min(at_once, left)]
+        chosen = cost.argsort()[: min(at_once, remove - start)]
         columns = units[chosen].flatten()
         block = inverse[:, columns]
         solved = torch.linalg.solve(block[columns], block.T)
@@ -155,9 +156,6 @@ def removal_order(
         alive[chosen] = False
         order.append(chosen)
         costs.append(cost[chosen])
-        left -= len(chosen)
-    if not order:
-        return torch.empty(0, dtype=torch.long, device=w.device), torch.empty(0, dtype=w.dtype, device=w.device)
     return torch.cat(order), torch.cat(costs).cummax(0).values
 
 

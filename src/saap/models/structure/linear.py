@@ -5,18 +5,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-_CONTRACTED_AXIS: tuple[tuple[type[nn.Module], int], ...] = ((nn.Linear, 1), (Conv1D, 0))
-
 
 def contracted_axis(module: nn.Module) -> int | None:
     """Axis of `module.weight` that is contracted with the input: 1 for (out, in), 0 for (in, out).
 
     None for a module that is not linear-like.
     """
-    for kind, axis in _CONTRACTED_AXIS:
-        if isinstance(module, kind):
-            return axis
-    return None
+    if isinstance(module, nn.Linear):
+        return 1
+    return 0 if isinstance(module, Conv1D) else None
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -34,8 +31,7 @@ def owner(model: nn.Module, tensor_name: str) -> tuple[nn.Module, str]:
 
 def weight_out_in(module: nn.Module) -> Tensor:
     """A view of the weight as (out, in). Raises TypeError for a module that is not linear-like."""
-    axis = contracted_axis(module)
-    weight = module.weight
+    axis, weight = contracted_axis(module), module.weight
     if axis is None or not isinstance(weight, Tensor):
         raise TypeError(f"{type(module).__name__} is not a linear-like module")
     return weight if axis == 1 else weight.T

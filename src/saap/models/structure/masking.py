@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from saap.core.records import ModelGraph, Role, StructurePlan
+from saap.core.records import ModelGraph, Role
 from saap.models.structure.keep_index import KeepIndex
 from saap.models.structure.linear import weight_out_in
 
 
 @contextmanager
-def masked(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Iterator[None]:
-    """Inside the context the model computes what the plan's cut would, with its weights untouched.
-
-    Where a norm spans the axis of a group inside a block it still sees the removed channels: there the result is only
-    near that of the cut.
-    """
-    with masked_units(model, graph, plan.keep, plan.dropped_blocks):
-        yield
-
-
-@contextmanager
-def masked_units(
-    model: nn.Module,
-    graph: ModelGraph,
-    keep: Mapping[str, tuple[int, ...]],
-    dropped_blocks: Sequence[int] = (),
+def masked(
+    model: nn.Module, graph: ModelGraph, keep: Mapping[str, tuple[int, ...]], dropped_blocks: Sequence[int] = ()
 ) -> Iterator[None]:
-    """As `masked`, for kept units by group. Weights that are changed for a while get their values back.
+    """Inside the context the model computes what the cut to these kept units and blocks would. keep: by group.
 
     Units are zeroed in the inputs of the linear modules that read them. Matrices of a stack (experts) and what makes
-    hidden channels are zeroed themselves, and whole experts are never chosen. Norms still take their statistic over
-    all hidden channels, which is what the cut reproduces by rescaling them.
+    hidden channels are zeroed themselves, for a while, and whole experts are never chosen. Norms still take their
+    statistic over all hidden channels, which is what the cut reproduces by rescaling them; where a norm spans the axis
+    of a group inside a block the result is only near that of the cut.
     """
     index = KeepIndex.of(graph, keep)
     never: dict[nn.Parameter, Tensor] = {}
@@ -53,7 +41,7 @@ def masked_units(
             elif lost.stacked or role is Role.HIDDEN:
                 stack.enter_context(lost.zeroed(model.get_parameter(tensor).data))
             else:
-                hook = _zero_channels(torch.from_numpy(lost.removed[None]))
+                hook = partial(_zero_channels, torch.from_numpy(lost.removed[None]))
                 module = model.get_submodule(tensor.rpartition(".")[0])
                 stack.callback(module.register_forward_pre_hook(hook).remove)
         stack.enter_context(never_chosen(never))
@@ -70,17 +58,13 @@ def _axes_to_mask(graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]) -> dic
     }
 
 
-def _zero_channels(removed: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        activation = arguments[0]
-        return (activation.index_fill(-1, removed.to(activation.device), 0), *arguments[1:])
-
-    return hook
+def _zero_channels(removed: Tensor, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    activation = arguments[0]
+    return (activation.index_fill(-1, removed.to(activation.device), 0), *arguments[1:])
 
 
 def _pass_through(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-    hidden = arguments[0]
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    return (arguments[0], *output[1:]) if isinstance(output, tuple) else arguments[0]
 
 
 class _NeverChosen(TorchFunctionMode):
@@ -99,26 +83,17 @@ class _NeverChosen(TorchFunctionMode):
         return result
 
 
-@contextmanager
-def never_chosen(routers: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+def never_chosen(routers: Mapping[nn.Parameter, Tensor]) -> AbstractContextManager[Any]:
     """Routers choose among the other experts for a while. routers: weight (experts, width) -> removed experts."""
-    if not routers:
-        yield
-        return
-    with _NeverChosen(routers):
-        yield
+    return _NeverChosen(routers) if routers else nullcontext()
 
 
 @contextmanager
 def replaced_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Other weights in linear-like modules for a while. weights: module path -> (outputs, inputs)."""
-    kept: dict[str, Tensor] = {}
-    try:
+    with ExitStack() as stack:
         for path, weight in weights.items():
-            view = weight_out_in(model.get_submodule(path))
-            kept[path] = view.data.clone()
-            view.data.copy_(weight)
+            view = weight_out_in(model.get_submodule(path)).data
+            stack.callback(view.copy_, view.clone())
+            view.copy_(weight)
         yield
-    finally:
-        for path, weight in kept.items():
-            weight_out_in(model.get_submodule(path)).data.copy_(weight)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from saap.core.errors import UnsupportedModelError
+from saap.models.checkpoint.pruned_structure import epsilon_name
 from saap.models.loading.precision import in_float64
 
 
 @torch.no_grad()
-def constant_share(norm: nn.Module) -> float | None:
-    """A where the scale of a norm with a weight is proportional to A + (1 - A) w; None where it is not of this form.
+def scaled_weight(norm: nn.Module, factor: float) -> Tensor | None:
+    """The weight that multiplies a norm's scale by `factor`; None where the scale is no A + (1 - A) w for a number A.
 
-    Found by running the norm with w = 0 and w = 1.
+    A is found by running the norm with w = 0 and w = 1.
     """
     weight = norm._parameters["weight"]
     assert weight is not None
@@ -27,12 +29,26 @@ def constant_share(norm: nn.Module) -> float | None:
     constant = round(float(ratio.mean()), 2)
     if not torch.allclose(ratio, torch.full_like(ratio, constant), atol=1e-2) or constant >= 1:
         return None
-    return constant
-
-
-def scaled_weight(weight: Tensor, constant: float, factor: float) -> Tensor:
-    """The weight that multiplies a norm's scale, constant + (1 - constant) w, by `factor`; of the same type."""
-    new = in_float64(weight) * factor
+    new = in_float64(before) * factor
     if constant:
         new += constant * (factor - 1) / (1 - constant)
-    return new.to(weight)
+    return new.to(before)
+
+
+def rescale_norm(norm: nn.Module, share: float, name: str) -> None:
+    """Make an RMS norm over the kept channels equal to the one over all channels with the others zero.
+
+    With sum of squares S over n channels: x / sqrt(S/n + e) = share^-0.5 x / sqrt(S/kept + e/share), share = kept/n.
+    So the effective scale is multiplied by share^-0.5 and epsilon by 1/share. Raises UnsupportedModelError where the
+    norm has no weight or epsilon, or its scale is no affine function of the weight.
+    """
+    epsilon, weight = epsilon_name(norm), norm._parameters.get("weight")
+    scaled = None if weight is None else scaled_weight(norm, share**-0.5)
+    if weight is None or epsilon is None or scaled is None:
+        raise UnsupportedModelError(
+            f"The norm {name} has no weight and epsilon that could compensate for removed channels",
+            "Prune without the role that it spans (hidden)",
+        )
+    weight.data = scaled
+    value = getattr(norm, epsilon)
+    setattr(norm, epsilon, (torch.finfo(weight.dtype).eps if value is None else value) / share)

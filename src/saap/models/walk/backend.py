@@ -10,7 +10,7 @@ from torch import nn
 
 from saap.core.records import ModelGraph
 from saap.models.walk.processes import Processes
-from saap.models.walk.spill import HostSpill, Keep, Spill
+from saap.models.walk.spill import Keep, Spill
 from saap.models.walk.walker import BlockWalker
 
 Progress = Callable[[int, int], None]
@@ -33,7 +33,7 @@ class Backend:
     model: nn.Module
     graph: ModelGraph
     processes: Processes = field(default_factory=Processes)
-    spill: Spill | HostSpill | None = None
+    spill: Spill | None = None
     products: torch.dtype | None = None
     progress: Progress = silent
 

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from saap.core.errors import CalibrationError, NonFiniteLossError
+from saap.models.loading.precision import widest_dtype
 from saap.models.walk.walker import BlockWalker
 
 TOKENS_AT_ONCE = 64
 """So many tokens' logits exist at once: 12 MB each for float32 and a vocabulary of 49152."""
+LOGITS_AT_ONCE = 2**22
+"""So many logits exist at once in training: 16 MB in float32, whatever the vocabulary."""
 
 
-def loss_and_gradient(
+def sample_losses(
     walker: BlockWalker,
     hidden: Tensor,
     labels: Tensor,
@@ -23,7 +26,7 @@ def loss_and_gradient(
     tokens_at_once: int = TOKENS_AT_ONCE,
     ignored: Collection[int] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each sample, and the gradient of its own loss at the last block's output.
+    """Mean loss of each calibration sample, and the gradient of its own loss at the last block's output.
 
     hidden: (samples, tokens, width) output of the last block. labels: (samples, tokens), the tokens that were read;
     each is predicted from the position before it. first_sample: number of the first sample, for the message.
@@ -37,13 +40,16 @@ def loss_and_gradient(
         raise CalibrationError("A calibration sample of one token predicts nothing", "Use --sample-length 2 or more")
     gradient = torch.zeros_like(hidden)
     losses = torch.zeros(samples, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    ignored_labels = torch.tensor(list(ignored), dtype=labels.dtype, device=labels.device)
     for sample in range(samples):
         for start in range(0, length - 1, tokens_at_once):
             stop = min(start + tokens_at_once, length - 1)
-            likelihood, gradient[sample, start:stop] = _likelihood_and_gradient(
-                walker, hidden[sample, start:stop], labels[sample, start + 1 : stop + 1], length - 1, ignored
+            targets = labels[sample, start + 1 : stop + 1]
+            left_out = torch.isin(targets, ignored_labels) if ignored else None
+            values, gradient[sample, start:stop], _ = _losses_and_gradient(
+                walker, hidden[sample, start:stop], targets, length - 1, left_out=left_out
             )
-            losses[sample] -= likelihood.to(losses.device)
+            losses[sample] += values.sum().to(losses.device)
     losses /= length - 1
     for sample, loss in enumerate(losses.tolist()):
         if not loss - loss == 0:
@@ -54,42 +60,82 @@ def loss_and_gradient(
     return losses, gradient
 
 
-def _likelihood_and_gradient(
-    walker: BlockWalker, hidden: Tensor, targets: Tensor, predictions: int, ignored: Collection[int]
+def learned_losses(
+    walker: BlockWalker,
+    hidden: Tensor,
+    tokens: Tensor,
+    learned: Tensor,
+    *,
+    predictions: int,
+    teacher: tuple[BlockWalker, Tensor] | None = None,
+    weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the targets' log-likelihoods, and the gradient of their share of a mean loss over `predictions`.
+    """Summed loss of each training sample, and the gradient of their sum over `predictions` at the last block's output.
 
-    hidden: (tokens, width). targets: (tokens,). The logits and one more tensor of their size exist, not more: the
-    slope d loss / d logits = (softmax - one-hot) / predictions takes the storage of the log-softmax.
+    hidden: (samples, length, width) output of the last block. tokens: (samples, length). learned: (samples, length)
+    bool, which tokens are to be predicted from the position before. teacher: walker and last hidden states of the dense
+    model for the same tokens; the loss of a token is then (1 - weight) (-log p) + weight KL(teacher || model), without
+    it -log p. Returns sums over the learned tokens in nats, (samples,) of `widest_dtype`, not divided; the gradient is
+    zero where gradients are off.
     """
-    part = hidden.detach().unsqueeze(0).requires_grad_(True)
-    with torch.enable_grad():
+    samples, places = learned[:, 1:].nonzero(as_tuple=True)
+    rows, targets = hidden[samples, places], tokens[:, 1:][learned[:, 1:]]
+    losses = torch.zeros(len(hidden), dtype=widest_dtype(hidden.device), device=hidden.device)
+    gradient = torch.zeros_like(hidden)
+    start, at_once = 0, 16
+    while start < len(rows):
+        part = slice(start, min(start + at_once, len(rows)))
+        soft_targets = None
+        if teacher is not None:
+            with torch.no_grad():
+                logits = teacher[0].logits(teacher[1][samples[part], places[part]].unsqueeze(0))[0]
+            soft_targets = logits.float().softmax(-1)
+        values, found, vocabulary = _losses_and_gradient(
+            walker, rows[part], targets[part], predictions, soft_targets=soft_targets, weight=weight,
+            with_gradient=torch.is_grad_enabled(),
+        )  # fmt: skip
+        losses.index_add_(0, samples[part], values.to(losses))
+        gradient[samples[part], places[part]] = found
+        start, at_once = part.stop, max(1, LOGITS_AT_ONCE // vocabulary)
+    return losses, gradient
+
+
+def _losses_and_gradient(
+    walker: BlockWalker,
+    hidden: Tensor,
+    targets: Tensor,
+    predictions: int,
+    *,
+    left_out: Tensor | None = None,
+    soft_targets: Tensor | None = None,
+    weight: float = 0.0,
+    with_gradient: bool = True,
+) -> tuple[Tensor, Tensor, int]:
+    """Loss of each token, the gradient of their sum over `predictions`, and the size of the vocabulary.
+
+    hidden: (tokens, width). targets, left_out: (tokens,); tokens that are left out have no loss. soft_targets: (tokens,
+    vocabulary) probabilities q of the teacher. With p of the model the loss is (1 - weight) (-log p[target]) +
+    weight sum_v q (log q - log p), its slope by the logits p - (1 - weight) onehot - weight q, float32 at least. The
+    logits and one more tensor of their size exist, not more: the slope takes the storage of the log-softmax.
+    """
+    part = hidden.detach().unsqueeze(0).requires_grad_(with_gradient)
+    with torch.set_grad_enabled(with_gradient):
         logits = walker.logits(part)
-    losses, slope = token_losses(logits.detach()[0], targets.to(logits.device))
-    if ignored:
-        without = torch.isin(targets.to(logits.device), torch.tensor(list(ignored), device=logits.device))
-        losses, slope = losses.masked_fill(without, 0.0), slope.masked_fill_(without.unsqueeze(-1), 0.0)
-    likelihood = -losses.sum()
-    (gradient,) = torch.autograd.grad(logits, part, slope.div_(predictions).to(logits.dtype).unsqueeze(0))
-    return likelihood, gradient[0]
-
-
-def token_losses(
-    logits: Tensor, targets: Tensor, goal: Tensor | None = None, weight: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Loss of each token and its slope.
-
-    logits: (tokens, vocabulary). targets: (tokens,). goal: (tokens, vocabulary) probabilities of the teacher. Returns
-    (tokens,) (1 - weight) (-log p[target]) + weight sum_v goal (log goal - log p), and its gradient by the logits,
-    p - (1 - weight) onehot - weight goal, float32 at least.
-    """
-    log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    index = targets.unsqueeze(-1)
+    log_p = logits.detach()[0].log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    index = targets.to(logits.device).unsqueeze(-1)
     losses = -log_p.gather(-1, index).squeeze(-1)
-    if goal is None:
-        slope = log_p.exp_()
-        return losses, slope.scatter_add_(-1, index, torch.full_like(index, -1, dtype=slope.dtype))
-    divergence = torch.xlogy(goal, goal).sum(-1) - (goal * log_p).sum(-1)
-    slope = log_p.exp_().sub_(goal, alpha=weight)
-    slope.scatter_add_(-1, index, torch.full_like(index, weight - 1, dtype=slope.dtype))
-    return (1 - weight) * losses + weight * divergence, slope
+    if soft_targets is None:
+        slope, share = log_p.exp_(), 1.0
+    else:
+        q, share = soft_targets.to(logits.device), 1 - weight
+        losses = share * losses + weight * (torch.xlogy(q, q).sum(-1) - (q * log_p).sum(-1))
+        slope = log_p.exp_().sub_(q, alpha=weight)
+    slope.scatter_add_(-1, index, torch.full_like(index, -share, dtype=slope.dtype))
+    if left_out is not None:
+        without = left_out.to(logits.device)
+        losses, slope = losses.masked_fill(without, 0.0), slope.masked_fill_(without.unsqueeze(-1), 0.0)
+    gradient = torch.zeros_like(hidden)
+    if with_gradient:
+        (found,) = torch.autograd.grad(logits, part, slope.div_(predictions).to(logits.dtype).unsqueeze(0))
+        gradient = found[0]
+    return losses, gradient, logits.shape[-1]

@@ -1,15 +1,17 @@
-"""What methods want to know of a model while it runs: observers, and the hooks that show them linear modules."""
+"""Observers, which reduce what modules compute in a walk, and the hooks that show them linear modules."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Flag, auto
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
 
 from saap.core.errors import UnsupportedModelError
 from saap.models.walk.processes import Processes
@@ -44,16 +46,14 @@ class Batch:
     def by_sample(self, activation: Tensor, site: str) -> Tensor:
         """View an activation as (samples, tokens, channels). Raises UnsupportedModelError where samples are mixed."""
         samples, length = self.tokens.shape
-        if activation.dim() >= 3 and activation.shape[0] == samples:
-            return activation.reshape(samples, -1, activation.shape[-1])
-        if activation.dim() == 2 and activation.shape[0] == samples * length:
-            return activation.reshape(samples, length, activation.shape[-1])
-        if samples == 1:
-            return activation.reshape(1, -1, activation.shape[-1])
-        raise UnsupportedModelError(
-            f"{site} sees tokens of {samples} samples mixed in a tensor of shape {tuple(activation.shape)}",
-            "Score one sample at a time (micro_batch=1)",
-        )
+        whole = activation.dim() >= 3 and activation.shape[0] == samples
+        flat = activation.dim() == 2 and activation.shape[0] == samples * length
+        if not (whole or flat or samples == 1):
+            raise UnsupportedModelError(
+                f"{site} sees tokens of {samples} samples mixed in a tensor of shape {tuple(activation.shape)}",
+                "Score one sample at a time (micro_batch=1)",
+            )
+        return activation.reshape(samples, length if flat else -1, activation.shape[-1])
 
 
 @dataclass(slots=True)
@@ -91,7 +91,7 @@ class Observer(Protocol):
         """What was found."""
 
     def observe_loss(self, batch: Batch, losses: Tensor) -> None:
-        """Take in the loss of each sample, (samples,), before the way back."""
+        """Take in the loss of each sample, (samples,), before the backward pass."""
         return
 
     def leave_block(self, layer: int, batch: Batch) -> None:
@@ -107,78 +107,97 @@ Show = Callable[[Observation], None]
 
 
 @contextmanager
-def showing(model: nn.Module, needs: Needs, batch: Batch, show: Show) -> Iterator[None]:
-    """Hooks on the modules of one block; inside the context the block runs once, forward and back."""
-    watched, handles = [], []
+def hooked(hooks: Mapping[nn.Module, Callable[..., Any]], *, before: bool = False) -> Iterator[None]:
+    """Forward hooks on modules for a while. before: hooks that run before the forward."""
+    handles = [
+        module.register_forward_pre_hook(hook) if before else module.register_forward_hook(hook)
+        for module, hook in hooks.items()
+    ]
     try:
-        for path, signals in needs.items():
-            module, one = model.get_submodule(path), _Watched(path, signals, batch, show)
-            watched.append(one)
-            handles.append(module.register_forward_pre_hook(one.before))
-            handles.append(module.register_forward_hook(one.after))
         yield
-        for one in watched:
-            one.finish()
     finally:
         for handle in handles:
             handle.remove()
 
 
-@dataclass(slots=True)
-class _Watched:
-    """One module, watched while its block runs. An observation is shown when the last needed signal has come."""
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """Input and output of a linear module at one call: (sequences, tokens, channels)."""
 
-    path: str
-    signals: Signal
-    batch: Batch
-    show: Show
-    _seen: Observation | None = None
-    _runs: int = 0
-    _version: int = 0
+    input: Tensor
+    output: Tensor
 
-    def before(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Forward pre-hook. The input goes on as an alias, whose gradient is that of this module alone."""
-        self._runs += 1
-        if self._runs > 1:
+
+class _StopBlockError(Exception):
+    """Ends a block's forward once the module of interest has run."""
+
+
+@contextmanager
+def capture(model: nn.Module, paths: Sequence[str], *, stop: bool = False) -> Iterator[dict[str, Capture]]:
+    """Record input and output of the modules at `paths` in the order in which they run.
+
+    stop: leave the forward as soon as the first of them has run (the `with` body ends there).
+    """
+    seen: dict[str, Capture] = {}
+
+    def record(path: str, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        seen[path] = Capture(arguments[0], output)
+        if stop:
+            raise _StopBlockError
+
+    with suppress(_StopBlockError), hooked({model.get_submodule(path): partial(record, path) for path in paths}):
+        yield seen
+
+
+@contextmanager
+def observing_gradients(model: nn.Module, needs: Needs, batch: Batch, show: Show) -> Iterator[None]:
+    """Show observations of modules of one block; inside the context the block runs once, forward and backward.
+
+    Raises UnsupportedModelError for a module that ran twice, or whose gradients are missing.
+    """
+    ran: set[str] = set()
+    entries: dict[str, Tensor] = {}
+    pending: dict[str, Observation] = {}  # until their gradients are known
+
+    def before(path: str, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if path in ran:
             raise UnsupportedModelError(
-                f"{self.path} runs twice in one forward, so its gradient is not that of one call",
+                f"{path} runs twice in one forward, so its gradient is not that of one call",
                 "Leave out the role it belongs to with --roles",
             )
-        self._seen = Observation(self.path, self.batch)
-        self._seen.x = arguments[0].detach()
-        if Signal.INPUT_GRADIENT not in self.signals:
+        ran.add(path)
+        pending[path] = Observation(path, batch)
+        pending[path].x = arguments[0].detach()
+        if Signal.INPUT_GRADIENT not in needs[path]:
             return arguments
-        alias = arguments[0].view_as(arguments[0])
-        alias.register_hook(self._on_input_gradient)
-        return (alias, *arguments[1:])
+        entries[path] = arguments[0].view_as(arguments[0])  # an alias, whose gradient is that of this module alone
+        return (entries[path], *arguments[1:])
 
-    def after(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        """Forward hook."""
-        if self._seen is not None and Signal.OUTPUT in self.signals:
-            self._seen.y, self._version = output.detach(), output._version
-        output.register_hook(self._on_output_gradient)  # type: ignore[no-untyped-call]
+    def after(path: str, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        if Signal.OUTPUT in needs[path]:
+            pending[path].y = output.detach()
+        watched = [output, entries.pop(path)] if path in entries else [output]
+        register_multi_grad_hook(watched, partial(complete, pending[path], output._version))
 
-    def finish(self) -> None:
-        """After the way back. Raises UnsupportedModelError if the module ran but its gradients are missing."""
-        if self._seen is not None:
-            raise UnsupportedModelError(
-                f"The output of {self.path} is changed in place or not used, so its gradient cannot be seen",
-                "Use operations that make new tensors, or leave out the role it belongs to with --roles",
-            )
-
-    def _on_output_gradient(self, gradient: Tensor) -> None:
-        seen = self._seen
-        if seen is None or (Signal.OUTPUT in self.signals and seen.y._version != self._version):
+    def complete(seen: Observation, version: int, gradients: Sequence[Tensor | None]) -> None:
+        found = [gradient for gradient in gradients if gradient is not None]
+        changed = Signal.OUTPUT in needs[seen.site] and seen.y._version != version
+        if changed or len(found) < len(gradients):
             return
-        seen.dy = gradient
-        if Signal.INPUT_GRADIENT not in self.signals:
-            self._complete(seen)
+        seen.dy = found[0]
+        if len(found) > 1:
+            seen.dx = found[1]
+        del pending[seen.site]
+        show(seen)
 
-    def _on_input_gradient(self, gradient: Tensor) -> None:
-        if self._seen is not None and hasattr(self._seen, "dy"):
-            self._seen.dx = gradient
-            self._complete(self._seen)
-
-    def _complete(self, seen: Observation) -> None:
-        self._seen = None
-        self.show(seen)
+    modules = {path: model.get_submodule(path) for path in needs}
+    with (
+        hooked({module: partial(before, path) for path, module in modules.items()}, before=True),
+        hooked({module: partial(after, path) for path, module in modules.items()}),
+    ):
+        yield
+    if pending:
+        raise UnsupportedModelError(
+            f"The output of {next(iter(pending))} is changed in place or not used, so its gradient cannot be seen",
+            "Use operations that make new tensors, or leave out the role it belongs to with --roles",
+        )

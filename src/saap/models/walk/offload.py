@@ -8,7 +8,7 @@ value: its entries are NaN and take no other values, so that a use of it cannot 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import swap_tensors
 
 from saap.models.checkpoint.safetensor_files import StoredTensors, TensorEntry, write_tensors
 
@@ -23,19 +24,18 @@ _ATTRIBUTE = "_offloaded_weights"
 # Modules outside the blocks with fewer bytes than this stay in memory.
 SMALL_BYTES = 16 * 2**20
 
-Read = Callable[[str], Tensor]
-
 
 @dataclass(slots=True, eq=False)
 class Part:
     """Modules whose weights come and go together: a decoder block, or the large ones around the blocks.
 
-    modules: by path. read: a stored weight by its name in `named_parameters`. changed: whether the weights in memory
-    differ from those.
+    modules: by path. files: the stored weights. stored_names: there, by the names in `named_parameters`. changed:
+    whether the weights in memory differ from the stored ones.
     """
 
     modules: Mapping[str, nn.Module]
-    read: Read
+    files: StoredTensors
+    stored_names: Mapping[str, str] = field(default_factory=dict)
     changed: bool = False
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -46,11 +46,9 @@ class Part:
                 found.setdefault(parameter, f"{path}.{name}")
         return {name: parameter for parameter, name in found.items()}
 
-    @property
-    def bytes_in_memory(self) -> int:
-        """What the weights of this part take now: nothing while they are offloaded."""
-        sizes = [parameter.untyped_storage().nbytes() for parameter in self.named_parameters().values()]
-        return sum(sizes) if any(size > 8 for size in sizes) else 0
+    def read(self, name: str) -> Tensor:
+        """The stored value of a parameter."""
+        return self.files.read(self.stored_names.get(name, name))
 
 
 @dataclass(slots=True, eq=False)
@@ -71,71 +69,63 @@ class OffloadedWeights:
     folder: Path | None = None
     parts_read: int = 0
     _onloaded: Part | None = None
-    _spare: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
     def onload(self, part: Part) -> None:
         """Have the weights of `part` in memory, and those of no other part."""
         if self._onloaded is part:
             return
-        self.offload()
+        parameters = part.named_parameters()
+        needed = {parameter.shape for parameter in parameters.values()}
+        spare = [tensor for tensor in self.offload() if tensor.shape in needed]
         self._onloaded = part
         self.parts_read += 1
-        needed = {parameter.shape for parameter in part.named_parameters().values()}
-        self._spare = [spare for spare in self._spare if spare.shape in needed]
-        for name, parameter in part.named_parameters().items():
-            stored = self._rounded(part.read(name))
-            parameter.data = self._room(stored).copy_(stored)
-        self._spare.clear()
+        for name, parameter in parameters.items():
+            stored = self.round(part.read(name))
+            parameter.data = self._room(stored, spare).copy_(stored)
 
     @torch.no_grad()
-    def offload(self) -> None:
-        """Take the weights that are in memory out of it; changed ones are written first."""
+    def offload(self) -> list[Tensor]:
+        """Have no part in memory; changed weights are written first. Returns the memory of those offloaded."""
         part, self._onloaded = self._onloaded, None
         if part is None:
-            return
+            return []
         if part.changed:
             self._write(part)
+        spare = []
         for parameter in part.named_parameters().values():
-            self._spare.append(parameter.data)
+            spare.append(parameter.data)
             parameter.data = placeholder(parameter.shape, parameter.dtype, parameter.device)
-
-    def release(self) -> None:
-        """Have no part in memory."""
-        self.offload()
-        self._spare.clear()
-
-    def part_of(self, name: str) -> Part | None:
-        """The part that the module or weight of that name belongs to; None where it is always in memory."""
-        return next((part for part in self.parts for path in part.modules if f"{name}.".startswith(f"{path}.")), None)
+        return spare
 
     def value(self, parameter: Tensor) -> Tensor:
         """What the model computes with: the parameter itself, or its stored value where it is offloaded."""
         for part in self.parts:
             for name, weight in part.named_parameters().items() if part is not self._onloaded else ():
                 if weight is parameter:
-                    return self._rounded(part.read(name))
+                    return self.round(part.read(name))
         return parameter
 
     def always_onloaded(self, model: nn.Module) -> list[nn.Parameter]:
         """Parameters of the model that are in memory whichever part is."""
-        away = {parameter for part in self.parts for parameter in part.named_parameters().values()}
-        return [parameter for parameter in model.parameters() if parameter not in away]
+        others = {parameter for part in self.parts for parameter in part.named_parameters().values()}
+        return [parameter for parameter in model.parameters() if parameter not in others]
 
     def round_to(self, dtype: torch.dtype) -> None:
         """From now on compute with the values that `dtype` can hold, of the weights that are read."""
         self.offload()
         self.rounded = dtype
 
-    def _rounded(self, stored: Tensor) -> Tensor:
+    def round(self, stored: Tensor) -> Tensor:
+        """A stored weight in the type of the values to compute with."""
         return stored.to(self.rounded) if self.rounded is not None and stored.is_floating_point() else stored
 
-    def _room(self, stored: Tensor) -> Tensor:
+    def _room(self, stored: Tensor, spare: list[Tensor]) -> Tensor:
         """Memory for a weight, if possible that of one just offloaded: new pages cost time."""
         dtype = self.dtype if stored.is_floating_point() else stored.dtype
-        for index, spare in enumerate(self._spare):
-            if spare.shape == stored.shape and spare.dtype == dtype and spare.is_contiguous():
-                return self._spare.pop(index)
+        for index, tensor in enumerate(spare):
+            if tensor.shape == stored.shape and tensor.dtype == dtype and tensor.is_contiguous():
+                return spare.pop(index)
         return torch.empty(stored.shape, dtype=dtype, device=self.device)
 
     def _write(self, part: Part) -> None:
@@ -147,7 +137,7 @@ class OffloadedWeights:
             for name, weight in part.named_parameters().items()
         }
         write_tensors(path, entries, {"format": "pt"})
-        part.read, part.changed = StoredTensors.in_files((path,)).read, False
+        part.files, part.stored_names, part.changed = StoredTensors.in_files((path,)), {}, False
 
 
 def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -162,20 +152,17 @@ def offloaded(model: nn.Module) -> OffloadedWeights | None:
     return found if isinstance(found, OffloadedWeights) else None
 
 
-def onload(model: nn.Module, name: str) -> None:
-    """Have the weights of the part that the module or weight `name` belongs to in memory, to read or change them."""
+def onload(model: nn.Module, name: str, *, change: bool = False) -> None:
+    """Have the weights of the part that the module or weight `name` belongs to in memory.
+
+    change: whether they are about to be changed. A model in memory, and parts that always are, stay as they are.
+    """
     weights = offloaded(model)
-    part = None if weights is None else weights.part_of(name)
+    parts = [] if weights is None else weights.parts
+    part = next((part for part in parts for path in part.modules if f"{name}.".startswith(f"{path}.")), None)
     if weights is not None and part is not None:
         weights.onload(part)
-
-
-def mark_changed(model: nn.Module, name: str) -> None:
-    """The weights of the part that `name` belongs to, which is in memory, have been changed."""
-    weights = offloaded(model)
-    part = None if weights is None else weights.part_of(name)
-    if part is not None:
-        part.changed = True
+        part.changed |= change
 
 
 def share_weights(model: nn.Module, other: nn.Module) -> None:
@@ -201,59 +188,41 @@ def offload(model: nn.Module, blocks: Sequence[str], files: StoredTensors, *, de
 
     blocks: paths of the decoder blocks. Weights of small modules outside them are read now.
     """
-    stored_names = _with_placeholders(model, device)
     weights = OffloadedWeights(device, next(model.parameters()).dtype, tuple(blocks))
-    groups = [{path: model.get_submodule(path)} for path in blocks]
-    embedding, around = _input_embedding(model), _large_modules(model, blocks)
-    groups += [around] if around else []
-    for modules in groups:
-        part = _part(modules, stored_names, files)
+    stored_names: dict[Tensor, str] = {}
+    for name, parameter in list(model.named_parameters()):
+        new = placeholder(parameter.shape, parameter.dtype, device)
+        swap_tensors(parameter, nn.Parameter(new, requires_grad=False))  # type: ignore[no-untyped-call]
+        stored_names[parameter] = name
+
+    def add(modules: Mapping[str, nn.Module]) -> Part:
+        part = Part(modules, files)
+        part.stored_names = {name: stored_names[parameter] for name, parameter in part.named_parameters().items()}
         weights.parts.append(part)
+        return part
+
+    embedding = _input_embedding(model)
+    # Modules outside the blocks are one part: the logits may need several of them at once for a gradient.
+    inside = tuple(f"{path}." for path in blocks)
+    around = {
+        path: module
+        for path, module in model.named_modules()
+        if not f"{path}.".startswith(inside) and not module._modules and module is not embedding and _large(module)
+    }
+    for modules in [*({path: model.get_submodule(path)} for path in blocks), *([around] if around else [])]:
+        part = add(modules)
         for module in modules.values():
             _read_when_called(module, part, weights)
     if embedding is not None:
-        name = next(name for held, name in stored_names.items() if held is embedding.weight)
+        name = stored_names[embedding.weight]
         _look_up_rows(embedding, name, files, weights)
-        if not any(held is embedding.weight for module in around.values() for held in module.parameters()):
-            weights.parts.append(_part({name.removesuffix(".weight"): embedding}, stored_names, files))
+        if not any(weight is embedding.weight for module in around.values() for weight in module.parameters()):
+            add({name.removesuffix(".weight"): embedding})
     for parameter in weights.always_onloaded(model):
         stored = files.read(stored_names[parameter])
         parameter.data = stored.to(device, weights.dtype if stored.is_floating_point() else stored.dtype, copy=True)
     vars(model)[_ATTRIBUTE] = weights
     return weights
-
-
-def _with_placeholders(model: nn.Module, device: torch.device) -> dict[nn.Parameter, str]:
-    """Replace all parameters, tied ones by one; returns the new ones with their first names."""
-    new: dict[nn.Parameter, nn.Parameter] = {}
-    names: dict[nn.Parameter, str] = {}
-    for name, old in list(model.named_parameters(remove_duplicate=False)):
-        if old not in new:
-            new[old] = nn.Parameter(placeholder(old.shape, old.dtype, device), requires_grad=False)
-            names[new[old]] = name
-        holder, _, attribute = name.rpartition(".")
-        model.get_submodule(holder)._parameters[attribute] = new[old]
-    return names
-
-
-def _part(modules: Mapping[str, nn.Module], stored: Mapping[nn.Parameter, str], files: StoredTensors) -> Part:
-    part = Part(modules, files.read)
-    names = {name: stored[parameter] for name, parameter in part.named_parameters().items()}
-    part.read = lambda name: files.read(names[name])
-    return part
-
-
-def _large_modules(model: nn.Module, blocks: Sequence[str]) -> dict[str, nn.Module]:
-    """Modules outside the blocks whose weights should not always be in memory, but for the input embedding.
-
-    They are one part, since the logits may need several of them at once for a gradient.
-    """
-    inside, embedding = tuple(f"{path}." for path in blocks), _input_embedding(model)
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if not f"{path}.".startswith(inside) and not module._modules and module is not embedding and _large(module)
-    }
 
 
 def _large(module: nn.Module) -> bool:
@@ -284,20 +253,18 @@ def _read_when_called(module: nn.Module, part: Part, weights: OffloadedWeights) 
 
 def _look_up_rows(embedding: nn.Embedding, name: str, files: StoredTensors, weights: OffloadedWeights) -> None:
     """Let the embedding compute with a table of the rows alone that its tokens need."""
-    stock = embedding.forward
 
-    @wraps(stock)
     def forward(tokens: Tensor) -> Tensor:
         rows, places = torch.unique(tokens, return_inverse=True)
-        table = weights._rounded(files.read(name)[rows.cpu()]).to(weights.device, weights.dtype)
-        held, padding = embedding._parameters["weight"], embedding.padding_idx
+        table = weights.round(files.read(name)[rows.cpu()]).to(weights.device, weights.dtype)
+        whole, padding = embedding._parameters["weight"], embedding.padding_idx
         embedding._parameters["weight"] = nn.Parameter(table, requires_grad=False)
         embedding.padding_idx = None
         try:
             found: Tensor = stock(places)
         finally:
-            embedding._parameters["weight"] = held
-            embedding.padding_idx = padding
+            embedding._parameters["weight"], embedding.padding_idx = whole, padding
         return found
 
-    vars(embedding)["forward"] = forward
+    stock = embedding.forward
+    vars(embedding)["forward"] = wraps(stock)(forward)

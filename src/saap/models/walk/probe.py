@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from saap.core.errors import UnsupportedModelError, first_line
-from saap.models.walk.arguments import without_cache
-from saap.models.walk.walker import inference_only
+from saap.models.walk.walker import inference_only, without_cache
 
 FEW_TOKENS = 4
 SHORTER = "Use shorter samples or windows"
@@ -18,8 +17,8 @@ SHORTER = "Use shorter samples or windows"
 def positions(model: nn.Module) -> int | None:
     """How many tokens the model reads at once by its configuration; None where that says nothing."""
     config: Any = getattr(model, "config", None)
-    find = getattr(config, "get_text_config", None)
-    stated = getattr(config if find is None else find(), "max_position_embeddings", None)
+    find = getattr(config, "get_text_config", lambda: config)
+    stated = getattr(find(), "max_position_embeddings", None)
     return stated if isinstance(stated, int) and stated > 0 else None
 
 
@@ -45,9 +44,9 @@ def trial_ids(model: nn.Module, tokens: int) -> Tensor:
 
 
 def check_reads(model: nn.Module, tokens: int, remedy: str = SHORTER) -> None:
-    """Refuse a model that fails to read so many tokens at once, tried where its configuration does not promise it.
+    """Raise UnsupportedModelError if the model fails to read so many tokens at once.
 
-    Raises UnsupportedModelError.
+    Tried where its configuration does not promise it.
     """
     if tokens > (positions(model) or 0):
         check_runs(model, trial_ids(model, tokens), remedy)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,8 +22,7 @@ from saap.core.errors import ConfigurationError, ProcessError
 
 T = TypeVar("T")
 
-# A process may search or write for hours while the others wait.
-_PATIENCE = timedelta(days=7)
+_PATIENCE = timedelta(days=7)  # a process may search or write for hours while the others wait
 _ASSEMBLY = timedelta(minutes=10)
 _CLAIM = timedelta(minutes=1)
 
@@ -38,13 +38,14 @@ class Processes:
     @classmethod
     def found(cls) -> Processes:
         """Those that `torchrun` or `accelerate launch` started, or this one alone. Raises ConfigurationError."""
-        if dist.is_available() and dist.is_initialized():
-            count, rank = dist.get_world_size(), dist.get_rank()
-        else:
-            count, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
-            if count > 1:
-                _begin(rank, count)
-        return cls(rank, count, _number("LOCAL_RANK", rank)) if count > 1 else cls()
+        initialised = dist.is_available() and dist.is_initialized()
+        count = dist.get_world_size() if initialised else _number("WORLD_SIZE", 1)
+        if count <= 1:
+            return cls()
+        rank = dist.get_rank() if initialised else _number("RANK", 0)
+        if not initialised:
+            _begin(rank, count)
+        return cls(rank, count, _number("LOCAL_RANK", rank))
 
     @property
     def first(self) -> bool:
@@ -57,8 +58,7 @@ class Processes:
             return chosen
         if self.local >= torch.cuda.device_count():
             raise ConfigurationError(
-                f"Process {self.local + 1} of this machine has no CUDA device of its own, there are "
-                f"{torch.cuda.device_count()}",
+                f"Process {self.local + 1} of this machine has no device of its own, {torch.cuda.device_count()} exist",
                 "Start as many processes as there are devices, or use --device cpu",
             )
         torch.cuda.set_device(self.local)
@@ -72,25 +72,25 @@ class Processes:
 
     def total(self, values: Tensor) -> Tensor:
         """Sum of the tensor over all processes, the same in each; the tensor itself may be overwritten."""
-        if self.count == 1:
-            return values
-        summed = _reachable(values)
-        _exchange(dist.all_reduce, summed)
-        return summed.to(values.device)
+        return self._exchanged(dist.all_reduce, values)
 
     def broadcast(self, values: Tensor) -> Tensor:
         """The first process' tensor, in each; those of the others give the shape and may be overwritten."""
+        return self._exchanged(partial(dist.broadcast, src=0), values)
+
+    def _exchanged(self, operation: Callable[[Tensor], Any], values: Tensor) -> Tensor:
         if self.count == 1:
             return values
-        sent = _reachable(values)
-        _exchange(dist.broadcast, sent, 0)
+        sent = (values if values.device.type in ("cpu", "cuda") else values.cpu()).contiguous()
+        _exchange(operation, sent)
         return sent.to(values.device)
 
     def broadcast_result(self, make: Callable[[], T]) -> T:
         """What `make` returns in the first process, the only one that calls it."""
+        if self.count == 1:
+            return make()
         made: list[Any] = [make() if self.first else None]
-        if self.count > 1:
-            _exchange(dist.broadcast_object_list, made, 0)
+        _exchange(dist.broadcast_object_list, made, 0)
         result: T = made[0]
         return result
 
@@ -104,18 +104,17 @@ class Processes:
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
-        if self.count > 1:
-            _exchange(dist.all_reduce, torch.zeros(1))
+        self.total(torch.zeros(1))
 
 
 def first_to_fail() -> bool:
     """Whether this process is the first of its run to ask, which is to report the error for all."""
     try:
         store, *_ = next(rendezvous("env://", timeout=_CLAIM))
-        asked: int = store.add("saap/failed", 1)
+        order: int = store.add("saap/failed", 1)
     except (ValueError, RuntimeError):  # there are no others, or the first process took the store along
         return os.environ.get("RANK", "0") == "0"
-    return asked == 1
+    return order == 1
 
 
 def _number(variable: str, default: int) -> int:
@@ -137,11 +136,6 @@ def _begin(rank: int, count: int) -> None:
             f"WORLD_SIZE says that there are {count} processes, but they do not find each other ({error})",
             "Start them with torchrun or accelerate launch",
         ) from None
-
-
-def _reachable(values: Tensor) -> Tensor:
-    """The tensor where the exchange can read it: contiguous, on the CPU or CUDA."""
-    return values.contiguous() if values.device.type in ("cpu", "cuda") else values.cpu().contiguous()
 
 
 def _exchange(operation: Callable[..., Any], *arguments: Any) -> None:

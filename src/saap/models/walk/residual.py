@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from saap.models.loading.precision import at_least_float32, in_float64
-from saap.models.walk.capture import Capture, capture
+from saap.models.walk.observer import Capture, capture, hooked
 from saap.models.walk.walker import BlockWalker, Contexts
 
 _SMALLEST_SCALE = 0.1
@@ -21,37 +21,23 @@ _SMALLEST_SCALE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class ResidualPath:
-    """How one module's output y enters the block's output: as gain * y, or gain * norm(y); without gain neither.
+    """How a module's output y adds to the residual stream: as gain * y, or gain * norm(y).
 
-    module, norm: paths.
-    """
-
-    module: str
-    gain: float | None
-    norm: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ResidualEntry:
-    """How a module's output y adds to the residual stream: gain * y, or gain * norm(y).
-
-    norm: a module with norm(y) = c * scale * y, where c is a number for each token, of float32 at least; scale:
-    (width,).
+    norm_path: of the norm's module. norm: a copy of it in float32 at least, with norm(y) = c * scale * y, where c is a
+    number for each token; scale: (width,). Both are set by `loaded`.
     """
 
     gain: float
+    norm_path: str | None = None
     norm: nn.Module | None = None
     scale: Tensor | None = None
 
-    @classmethod
-    def along(cls, path: ResidualPath, model: nn.Module, like: Tensor) -> ResidualEntry | None:
-        """The entry along a path; None where it is unknown. like: (..., width), of the outputs' type and device."""
-        if path.gain is None:
-            return None
-        if path.norm is None:
-            return cls(path.gain)
-        norm = copy.deepcopy(model.get_submodule(path.norm)).to(torch.promote_types(like.dtype, torch.float32))
-        return cls(path.gain, norm, _scale(norm, at_least_float32(like)))
+    def loaded(self, model: nn.Module, like: Tensor) -> ResidualPath:
+        """The path with its norm. like: (..., width), of the outputs' type and device."""
+        if self.norm_path is None:
+            return self
+        norm = copy.deepcopy(model.get_submodule(self.norm_path)).to(torch.promote_types(like.dtype, torch.float32))
+        return replace(self, norm=norm, scale=_scale(norm, at_least_float32(like)))
 
     def added(self, output: Tensor) -> Tensor:
         """What an output adds to the stream; both (..., width)."""
@@ -70,17 +56,17 @@ class ResidualEntry:
         weights: Tensor = passed.norm(dim=-1, keepdim=True) / scaled.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         return weights
 
-    def target(self, dense: Tensor, gap: Tensor) -> Tensor:
-        """What the module should put out where the dense one gives `dense` and the stream lacks `gap`; (..., width).
+    def target(self, dense: Tensor, lacking: Tensor) -> Tensor:
+        """What the module should give where the dense one gives `dense` and the stream lacks `lacking`; (..., width).
 
-        Behind a norm: of the length of the dense output, up to what the gap adds.
+        Behind a norm: of the length of the dense output, up to what is lacking.
         """
         if self.scale is None:
-            return dense + gap / self.gain
+            return dense + lacking / self.gain
         weights = self.token_weights(dense)
         least = _SMALLEST_SCALE * self.scale.square().mean().sqrt()
         scale = torch.where(self.scale < 0, -1.0, 1.0) * self.scale.abs().clamp_min(least)
-        change = torch.where(weights > 0, gap / (self.gain * weights * scale), 0.0)
+        change = torch.where(weights > 0, lacking / (self.gain * weights * scale), 0.0)
         return dense + change
 
 
@@ -94,61 +80,51 @@ def _scale(norm: nn.Module, like: Tensor) -> Tensor:
 @torch.no_grad()
 def residual_paths(
     walker: BlockWalker, layer: int, paths: Sequence[str], hidden: Tensor, contexts: Contexts
-) -> list[ResidualPath]:
+) -> dict[str, ResidualPath | None]:
     """How the output of each module at `paths` enters the block's output, in the order in which they run.
 
-    The gain is g where an extra output e changes the block's output by g * e while the outputs of the modules that
-    run later are held (1 for a plain residual connection). Where it is no multiple of e, the same is tried for the
-    module that the output goes into, if that is a norm without centring. hidden: (sequences, tokens, width), with the
-    contexts of a batch of that shape.
+    None where that is unknown. The gain is g where an extra output e changes the block's output by g * e while the
+    outputs of the modules that run later are held (1 for a plain residual connection). Where it is no multiple of e,
+    the same is tried for the module that the output goes into, if that is a norm without centring. hidden: (sequences,
+    tokens, width), with the contexts of a batch of that shape.
     """
-    with capture(walker.model, paths) as seen, _readers(walker, layer, seen) as readers:
-        before = walker.run_block(layer, hidden, contexts)
+    model, consumers, found = walker.model, dict[str, str](), dict[str, ResidualPath | None]()
+    with capture(model, paths) as seen:
+        hooks = {
+            module: partial(_find_consumer, f"{walker.paths[layer]}.{name}", seen, consumers)
+            for name, module in walker.blocks[layer].named_modules()
+            if name and not module._modules
+        }
+        with hooked(hooks, before=True):
+            before = walker.run_block(layer, hidden, contexts)
+
+    def gain(path: str, output: Tensor, later: Mapping[str, Tensor]) -> float | None:
+        extra = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+        # Also above the rounding of the stream in bfloat16, which may be far larger than this output.
+        extra *= torch.maximum(output.std(), 4 * before.std()).clamp_min(1e-6)
+        fixed = {path: output + extra, **later}
+        with hooked({model.get_submodule(one): lambda *_, value=value: value for one, value in fixed.items()}):
+            change = walker.run_block(layer, hidden, contexts) - before
+        return _multiple(change, extra)
+
     order = list(seen)
-    found: list[ResidualPath] = []
     for position, path in enumerate(order):
         later = {other: seen[other].output for other in order[position + 1 :]}
-
-        def gain(entering: str, output: Tensor, held: Mapping[str, Tensor] = later) -> float | None:
-            extra = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
-            # Also above the rounding of the stream in bfloat16, which may be far larger than this output.
-            extra *= torch.maximum(output.std(), 4 * before.std()).clamp_min(1e-6)
-            with _fixed_outputs(walker.model, {entering: output + extra, **held}):
-                change = walker.run_block(layer, hidden, contexts) - before
-            return _multiple(change, extra)
-
-        output, norm = seen[path].output, readers.get(path)
-        plain = gain(path, output)
-        if plain is None and norm is not None and _only_scales(walker.model.get_submodule(norm), output):
-            found.append(ResidualPath(path, gain(norm, walker.model.get_submodule(norm)(output)), norm))
-        else:
-            found.append(ResidualPath(path, plain))
+        output, norm, consumer = seen[path].output, None, consumers.get(path)
+        size = gain(path, output, later)
+        if size is None and consumer is not None and _only_scales(model.get_submodule(consumer), output):
+            norm, size = consumer, gain(consumer, model.get_submodule(consumer)(output), later)
+        found[path] = None if size is None else ResidualPath(size, norm)
     return found
 
 
-@contextmanager
-def _readers(walker: BlockWalker, layer: int, seen: Mapping[str, Capture]) -> Iterator[dict[str, str]]:
-    """Find, while a block runs, the module without parts that each captured output goes into, by path."""
-    readers: dict[str, str] = {}
-
-    def hook_for(reader: str) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            for path, taken in seen.items():
-                if arguments and arguments[0] is taken.output:
-                    readers.setdefault(path, reader)
-
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(hook_for(f"{walker.paths[layer]}.{name}"))
-        for name, module in walker.blocks[layer].named_modules()
-        if name and not module._modules
-    ]
-    try:
-        yield readers
-    finally:
-        for handle in handles:
-            handle.remove()
+def _find_consumer(
+    path: str, seen: Mapping[str, Capture], consumers: dict[str, str], module: nn.Module, arguments: tuple[Any, ...]
+) -> None:
+    """Hook that finds the module without parts that each captured output goes into, by path."""
+    for producer, captured in seen.items():
+        if arguments and arguments[0] is captured.output:
+            consumers.setdefault(producer, path)
 
 
 def _only_scales(norm: nn.Module, output: Tensor) -> bool:
@@ -165,22 +141,10 @@ def _only_scales(norm: nn.Module, output: Tensor) -> bool:
 
 
 def _multiple(change: Tensor, extra: Tensor) -> float | None:
+    """The number whose multiple of `extra` a change is, if there is one."""
     if change.shape != extra.shape:
         return None
     change, extra = in_float64(change), in_float64(extra)
     factor = float((change * extra).sum() / extra.square().sum())
     rest = float((change - factor * extra).norm() / extra.norm())
     return factor if abs(factor) > 1e-3 and rest < 1e-2 * abs(factor) else None
-
-
-@contextmanager
-def _fixed_outputs(model: nn.Module, outputs: dict[str, Tensor]) -> Iterator[None]:
-    def hook_for(value: Tensor) -> Any:
-        return lambda module, arguments, output: value
-
-    handles = [model.get_submodule(path).register_forward_hook(hook_for(value)) for path, value in outputs.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

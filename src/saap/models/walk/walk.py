@@ -8,15 +8,13 @@ weight ever holds a gradient. Where activations are spilled, all micro-batches w
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from saap.models.walk.backend import Backend
-from saap.models.walk.capture import Capture, capture
-from saap.models.walk.loss import loss_and_gradient
-from saap.models.walk.observer import Batch, Needs, Observation, Observer, Signal, showing
+from saap.models.walk.backend import Backend, Progress, silent
+from saap.models.walk.loss import sample_losses
+from saap.models.walk.observer import Batch, Capture, Observation, Observer, Signal, capture, observing_gradients
 from saap.models.walk.spill import Keep, Tensors
 from saap.models.walk.walker import BlockWalker, Contexts, inference_only
 
@@ -38,30 +36,18 @@ def walk(
     Raises NonFiniteLossError, UnsupportedModelError.
     """
     own = backend.processes.share(len(tokens))
-    starts = own[::micro_batch]
-    batches = [Batch(tokens[first : min(first + micro_batch, own.stop)], first) for first in starts]
-    needs = [_needs(backend, observers, layer) for layer in range(len(backend.graph.blocks))]
-    one = _Walk(backend, backend.walker(), observers, needs, backward, frozenset(ignored))
+    batches = [Batch(tokens[first : min(first + micro_batch, own.stop)], first) for first in own[::micro_batch]]
+    one = _Walk(backend, backend.walker(), observers, backward, ignored)
     with inference_only(backend.model):
         if backend.spill is not None:
-            one.through(batches, backend.spill.keep, backend.spill.keep)
+            one.run(batches, backend.keep, backend.keep, backend.progress)
         else:
             keep_inputs = _Slots(len(one.walker.blocks) + 1).keep if backward else list
             for batch in batches:
-                one.through([batch], keep_inputs, list)
+                one.run([batch], keep_inputs, list, silent)
                 backend.progress(batch.first + len(batch.tokens) - own.start, len(own))
     for observer in observers:
         observer.merge(backend.processes)
-
-
-def _needs(backend: Backend, observers: Sequence[Observer], layer: int) -> Needs:
-    """What all observers together need of a block."""
-    found: dict[str, Signal] = {}
-    for observer in observers:
-        for site, signals in observer.needs.items():
-            if backend.graph.block_of(f"{site}.") == layer:
-                found[site] = found.get(site, Signal(0)) | signals
-    return found
 
 
 class _Slots:
@@ -71,8 +57,7 @@ class _Slots:
     """
 
     def __init__(self, count: int) -> None:
-        self._count = count
-        self._next = 0
+        self._count, self._next = count, 0
         self._store: Tensor | None = None
 
     def keep(self, tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -87,18 +72,27 @@ class _Slots:
         return slot.copy_(tensor)
 
 
-@dataclass(frozen=True, slots=True)
 class _Walk:
     """A walk over the blocks of one model. needs: what all observers together need of each block."""
 
-    backend: Backend
-    walker: BlockWalker
-    observers: Sequence[Observer]
-    needs: Sequence[Needs]
-    backward: bool
-    ignored: frozenset[int]
+    def __init__(
+        self,
+        backend: Backend,
+        walker: BlockWalker,
+        observers: Sequence[Observer],
+        backward: bool,
+        ignored: Collection[int],
+    ) -> None:
+        self.walker, self.observers, self.backward, self.ignored = walker, observers, backward, ignored
+        self.layered = backend.spill is not None
+        self.needs: list[dict[str, Signal]] = [{} for _ in walker.blocks]
+        for observer in observers:
+            for site, signals in observer.needs.items():
+                layer = backend.graph.block_of(f"{site}.")
+                if layer >= 0:
+                    self.needs[layer][site] = self.needs[layer].get(site, Signal(0)) | signals
 
-    def through(self, batches: Sequence[Batch], keep_inputs: Keep, keep: Keep) -> None:
+    def run(self, batches: Sequence[Batch], keep_inputs: Keep, keep: Keep, progress: Progress) -> None:
         """Micro-batches through all blocks, side by side, and back."""
         blocks = range(len(self.walker.blocks))
         lowest = min((layer for layer in blocks if self.needs[layer]), default=len(blocks))
@@ -112,7 +106,7 @@ class _Walk:
             else:
                 every = zip(batches, hidden, contexts, strict=True)
                 hidden = keep(self._forward(layer, *each) for each in every)
-            self._report(layer + 1, steps)
+            progress(layer + 1, steps)
         if not self.backward:
             return
         gradients = keep(map(self._gradient, batches, hidden))
@@ -120,14 +114,9 @@ class _Walk:
         for layer in reversed(range(lowest, len(blocks))):
             back = zip(batches, inputs.pop(), contexts, gradients, strict=True)
             gradients = keep(self._back(layer, *each) for each in back)
-            if self.backend.spill is not None:
-                for observer in self.observers:
-                    observer.close_block(layer)
-            self._report(steps + lowest - layer, steps)
-
-    def _report(self, done: int, steps: int) -> None:
-        if self.backend.spill is not None:
-            self.backend.progress(done, steps)
+            for observer in self.observers if self.layered else ():
+                observer.close_block(layer)
+            progress(steps + lowest - layer, steps)
 
     def _show(self, seen: Observation) -> None:
         for observer in self.observers:
@@ -148,7 +137,7 @@ class _Walk:
 
     def _gradient(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Gradient of each sample's loss at the last block's output."""
-        losses, gradient = loss_and_gradient(
+        losses, gradient = sample_losses(
             self.walker, hidden, batch.tokens, first_sample=batch.first, ignored=self.ignored
         )
         for observer in self.observers:
@@ -160,7 +149,7 @@ class _Walk:
         needs = self.needs[layer]
         modules = {site: signals for site, signals in needs.items() if Signal.WEIGHT_GRADIENT not in signals}
         weights = {site: self.walker.model.get_parameter(site) for site in needs if site not in modules}
-        with showing(self.walker.model, modules, batch, self._show):
+        with observing_gradients(self.walker.model, modules, batch, self._show):
             before, found = self.walker.backward_to_weights(layer, entry, contexts, gradient, weights)
         for name, of_weight in found.items():
             seen = Observation(name, batch)

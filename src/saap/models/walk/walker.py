@@ -9,43 +9,27 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from saap.core.errors import UnsupportedModelError
-from saap.models.walk.arguments import without_cache
+
+ONCE = "Give a model that runs each of its blocks once, in order"
 
 
-@dataclass(frozen=True, slots=True)
-class BlockContext:
-    """What a block is called with besides its hidden states.
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """Keywords that keep a forward on token ids free of a key-value cache.
 
-    hidden_name: keyword under which the hidden states are given, None where they are the first positional argument.
+    Some forwards of transformers pass `use_cache` on among other keywords, without a parameter of that name.
     """
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-    hidden_name: str | None
-
-    def call(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        """What `block` returns for `hidden` in this context."""
-        if self.hidden_name is None:
-            return block(hidden, *self.arguments, **self.keywords)
-        return block(*self.arguments, **{self.hidden_name: hidden}, **self.keywords)
-
-
-Contexts = Sequence[BlockContext]
-
-
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """The input of block 0, (sequences, tokens, width), and the context of every block for a batch of that shape."""
-
-    hidden: Tensor
-    contexts: Contexts
+    named = inspect.signature(model.forward).parameters
+    others = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in named.values())
+    passed_on = others and hasattr(getattr(model, "config", None), "use_cache")
+    return {"use_cache": False} if "use_cache" in named or passed_on else {}
 
 
 @contextmanager
@@ -53,17 +37,34 @@ def inference_only(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients for the weights, for a while; each module's and weight's own state returns."""
     training = [module for module in model.modules() if module.training]
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for module in training:
-        module.training = False
-    for parameter in learned:
-        parameter.requires_grad_(False)
+
+    def switch(on: bool) -> None:
+        for module in training:
+            module.training = on
+        for parameter in learned:
+            parameter.requires_grad_(on)
+
+    switch(False)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
-        for parameter in learned:
-            parameter.requires_grad_(True)
+        switch(True)
+
+
+Contexts = Sequence[Callable[[Tensor], Any]]
+"""Each block's call by its hidden states alone: the block with all other arguments that the model gives it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The input of block 0, (sequences, tokens, width), and the contexts of the blocks for a batch of that shape."""
+
+    hidden: Tensor
+    contexts: Contexts
+
+
+class _AllSeen(Exception):  # noqa: N818 - not an error
+    """Ends the forward once every block has been called."""
 
 
 class BlockWalker:
@@ -77,9 +78,9 @@ class BlockWalker:
 
     def __init__(self, model: nn.Module, block_paths: Sequence[str], *, products: torch.dtype | None = None) -> None:
         self.model = model
-        self._products = products
         self.paths = tuple(block_paths)
         self.blocks: tuple[nn.Module, ...] = tuple(model.get_submodule(path) for path in block_paths)
+        self._products = products
         self._options = without_cache(model)
         self._extra_outputs: dict[type[nn.Module], int | None] = {}
         self._checked = False
@@ -98,24 +99,52 @@ class BlockWalker:
         return self._record(input_ids, to_the_end=False)
 
     def _record(self, input_ids: Tensor, *, to_the_end: bool) -> Stream:
-        record = _Record(self.paths, self.blocks, to_the_end)
+        entries: list[Tensor] = []
+        contexts: list[Callable[[Tensor], Any]] = []
+        count = len(self.blocks)
+
+        def before_block(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            turn = len(contexts)
+            if turn == count or block is not self.blocks[turn]:
+                raise UnsupportedModelError(
+                    f"Block call {turn + 1} of a forward is not that of block {turn + 1} of {count}", ONCE
+                )
+            name, hidden = _find_hidden(block, arguments, keywords)
+            entries.append(hidden)
+            if hidden is not entries[0] and not torch.equal(hidden.to(entries[0].device), entries[0]):
+                raise UnsupportedModelError(
+                    f"The hidden states change between {self.paths[turn - 1]} and the next block",
+                    "Move that step into one of the two blocks",
+                )
+            others = {key: value for key, value in keywords.items() if key != name}
+            contexts.append(partial(_call, block, name, arguments[0 if name else 1 :], others))
+            if turn + 1 == count and not to_the_end:
+                raise _AllSeen
+
         with ExitStack() as stack:
             stack.enter_context(suppress(_AllSeen))
             for block in self.blocks:
-                handle = block.register_forward_pre_hook(record.before_block, prepend=True, with_kwargs=True)
+                handle = block.register_forward_pre_hook(before_block, prepend=True, with_kwargs=True)
                 stack.callback(handle.remove)
             self._bypassed(input_ids, None)
-        return Stream(record.first_input(), tuple(record.contexts))
-
-    def device(self, index: int) -> torch.device:
-        """Where block `index` computes: blocks may lie on several devices."""
-        return next(self.blocks[index].parameters()).device
+        if len(contexts) != count:
+            raise UnsupportedModelError(
+                f"{len(contexts)} block calls were seen in one forward of a model with {count} blocks", ONCE
+            )
+        return Stream(entries[0], tuple(contexts))
 
     def run_block(self, index: int, hidden: Tensor, contexts: Contexts) -> Tensor:
         """Output of block `index`. hidden: (sequences, tokens, width), of the shape the contexts were recorded for."""
         rounding = nullcontext() if self._products is None else torch.autocast(hidden.device.type, self._products)
         with rounding:
-            return _first(contexts[index].call(self.blocks[index], hidden))
+            output = contexts[index](hidden)
+        after = output[0] if isinstance(output, (tuple, list)) else output
+        if not isinstance(after, Tensor):
+            raise UnsupportedModelError(
+                f"A decoder block returns {type(after).__name__} instead of hidden states",
+                "Let it return the hidden states, or a tuple that begins with them",
+            )
+        return after
 
     def run_blocks(self, stream: Stream) -> Tensor:
         """Output of the last block."""
@@ -130,22 +159,20 @@ class BlockWalker:
         """Gradients at the input of block `index`, run again under autograd, and of some of its weights, by name.
 
         hidden: its input; gradient: at its output; both (sequences, tokens, width). Those of the weights are sums over
-        the sequences; zeros for a weight that was not used. None stays with its weight.
+        the sequences; zeros for a weight that was not used. weights: without gradients before and after.
         """
-        learned = {name: parameter.requires_grad for name, parameter in weights.items()}
         try:
             for parameter in weights.values():
                 parameter.requires_grad_(True)
             with torch.enable_grad():
                 entry = hidden.detach().requires_grad_(True)
                 output = self.run_block(index, entry, contexts)
-                sources = [entry, *weights.values()]
                 result, *found = torch.autograd.grad(
-                    output, sources, gradient.to(output.device), materialize_grads=bool(weights)
+                    output, [entry, *weights.values()], gradient.to(output.device), materialize_grads=bool(weights)
                 )
         finally:
-            for name, parameter in weights.items():
-                parameter.requires_grad_(learned[name])
+            for parameter in weights.values():
+                parameter.requires_grad_(False)
         return result, dict(zip(weights, found, strict=True))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -165,76 +192,34 @@ class BlockWalker:
 
     def _bypassed(self, input_ids: Tensor, hidden: Tensor | None) -> Any:
         """The model's output where every block returns `hidden`, or its own input if that is None."""
-        with ExitStack() as stack:
-            for block in self.blocks:
-                stack.enter_context(self._bypass(block, hidden))
-            return self.model(input_ids, **self._options)
-
-    @contextmanager
-    def _bypass(self, block: nn.Module, hidden: Tensor | None) -> Iterator[None]:
-        stock = block.forward
-        own = "forward" in vars(block)
-
-        def bypass(*arguments: Any, **keywords: Any) -> Any:
-            if type(block) not in self._extra_outputs:
-                with torch.no_grad():
-                    self._extra_outputs[type(block)] = _extra_outputs(stock(*arguments, **keywords))
-            extra = self._extra_outputs[type(block)]
-            given = hidden
-            if given is None:
-                _, given = _find_hidden(block, arguments, keywords)
-            return given if extra is None else (given, *[None] * extra)
-
-        block.forward = bypass
+        stock = [(block, block.forward, "forward" in vars(block)) for block in self.blocks]
         try:
-            yield
+            for block, forward, _ in stock:
+                block.forward = partial(self._bypass, block, forward, hidden)
+            return self.model(input_ids, **self._options)
         finally:
-            del block.forward
-            if own:
-                block.forward = stock
+            for block, forward, own in stock:
+                vars(block).pop("forward", None)
+                if own:
+                    block.forward = forward
+
+    def _bypass(
+        self, block: nn.Module, forward: Callable[..., Any], hidden: Tensor | None, *arguments: Any, **keywords: Any
+    ) -> Any:
+        kind = type(block)
+        if kind not in self._extra_outputs:  # how many values follow the hidden states, None if they are alone
+            with torch.no_grad():
+                output = forward(*arguments, **keywords)
+            self._extra_outputs[kind] = len(output) - 1 if isinstance(output, (tuple, list)) else None
+        extra = self._extra_outputs[kind]
+        given = _find_hidden(block, arguments, keywords)[1] if hidden is None else hidden
+        return given if extra is None else (given, *[None] * extra)
 
 
-class _AllSeen(Exception):  # noqa: N818 - not an error
-    """Ends the forward once every block has been called."""
-
-
-@dataclass(slots=True)
-class _Record:
-    """Collects hidden states and contexts as the blocks are called."""
-
-    paths: Sequence[str]
-    blocks: Sequence[nn.Module]
-    to_the_end: bool
-    contexts: list[BlockContext] = field(default_factory=list)
-    hidden: Tensor | None = None
-
-    def before_block(self, block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        turn = len(self.contexts)
-        if turn == len(self.blocks) or block is not self.blocks[turn]:
-            raise UnsupportedModelError(
-                f"Block call {turn + 1} of a forward is not that of block {turn + 1} of {len(self.blocks)}",
-                "Give a model that runs each of its blocks once, in order",
-            )
-        name, hidden = _find_hidden(block, arguments, keywords)
-        if self.hidden is None:
-            self.hidden = hidden
-        elif hidden is not self.hidden and not torch.equal(hidden.to(self.hidden.device), self.hidden):
-            raise UnsupportedModelError(
-                f"The hidden states change between {self.paths[turn - 1]} and the next block",
-                "Move that step into one of the two blocks",
-            )
-        others = {key: value for key, value in keywords.items() if key != name}
-        self.contexts.append(BlockContext(arguments if name else arguments[1:], others, name))
-        if len(self.contexts) == len(self.blocks) and not self.to_the_end:
-            raise _AllSeen
-
-    def first_input(self) -> Tensor:
-        if self.hidden is None or len(self.contexts) != len(self.paths):
-            raise UnsupportedModelError(
-                f"{len(self.contexts)} block calls were seen in one forward of a model with {len(self.paths)} blocks",
-                "Give a model that runs each of its blocks once, in order",
-            )
-        return self.hidden
+def _call(
+    block: nn.Module, name: str | None, arguments: tuple[Any, ...], keywords: dict[str, Any], hidden: Tensor
+) -> Any:
+    return block(hidden, *arguments, **keywords) if name is None else block(*arguments, **{name: hidden}, **keywords)
 
 
 def _find_hidden(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[str | None, Tensor]:
@@ -250,18 +235,3 @@ def _find_hidden(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[st
             "Put them first in the signature of its forward",
         )
     return name, hidden
-
-
-def _first(output: Any) -> Tensor:
-    hidden = output[0] if isinstance(output, (tuple, list)) else output
-    if not isinstance(hidden, Tensor):
-        raise UnsupportedModelError(
-            f"A decoder block returns {type(hidden).__name__} instead of hidden states",
-            "Let it return the hidden states, or a tuple that begins with them",
-        )
-    return hidden
-
-
-def _extra_outputs(output: Any) -> int | None:
-    """How many values follow the hidden states; None where the block returns them alone."""
-    return len(output) - 1 if isinstance(output, (tuple, list)) else None

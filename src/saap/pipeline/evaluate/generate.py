@@ -11,8 +11,8 @@ import torch
 
 from saap.core.errors import ConfigurationError, ModelError
 from saap.evaluation.generation import prompt_ids
+from saap.evaluation.speed import CachedModel
 from saap.models.loading.references import ResolvedModel, resolve_model
-from saap.models.walk.cached import CachedModel
 from saap.models.walk.probe import check_reads
 from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.shared.inputs import RunOptions, open_model

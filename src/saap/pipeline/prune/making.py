@@ -30,8 +30,7 @@ from saap.pipeline.shared.stages import CUT
 from saap.pipeline.shared.targets import Target
 from saap.pipeline.shared.tokens import chooses_units
 from saap.surgery.cut import cut
-from saap.surgery.refit import RestoreSettings
-from saap.surgery.restore import restore
+from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
 
 @dataclass(slots=True)
@@ -113,17 +112,17 @@ def cut_and_restore(
     errors: Mapping[str, float] = {}
     biases = run.processes.broadcast_result(lambda: biases_for(run, model, plan))
     if run.config.restore and not plan.removes_nothing(run.graph):
-        settings = RestoreSettings(second_order=False)
+        settings = ReconstructionSettings(second_order=False)
         if chooses_units(run.config) and run.config.effort_settings.second_order:
             element = {name: group.element for name, group in scores.groups.items()}
-            settings = RestoreSettings(scores=element | dict(token_scores or {}))
+            settings = ReconstructionSettings(scores=element | dict(token_scores or {}))
         spill = restoration_spill(run.loaded, run.config, run.work.file("spill"))
         products = quick_products(run.device, run.loaded.dtype)
         backend = dataclasses.replace(run.backend, model=model, spill=spill, products=products)
         tokens = run.tokens.tensor("refit", run.device)
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(run.config.seed))
         with run.tokens.images(model):
-            restoration = restore(backend, plan, tokens[order.to(tokens.device)], settings)
+            restoration = reconstruct(backend, plan, tokens[order.to(tokens.device)], settings)
         keep = {name: restoration.keep.get(name, kept) for name, kept in plan.keep.items()}
         plan, errors = dataclasses.replace(plan, keep=keep), restoration.errors
     cut(model, run.graph, plan)
@@ -148,7 +147,7 @@ def release(model: nn.Module) -> None:
     """Have no weights of a model in memory that are in files as well: it may outlive its last use."""
     weights = offloaded(model)
     if weights is not None:
-        weights.release()
+        weights.offload()
 
 
 def forget_changed(run: Run, target: Target) -> None:

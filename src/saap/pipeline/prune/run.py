@@ -21,7 +21,6 @@ from saap.models.loading.devices import quick_float32_products, require_whole_bl
 from saap.models.loading.pretrained import quiet_transformers
 from saap.models.walk.probe import check_runs
 from saap.models.walk.processes import Processes
-from saap.models.walk.spill import Spill
 from saap.pipeline.evaluate.speed import check_settings
 from saap.pipeline.prune.baselines import check_method, for_method
 from saap.pipeline.prune.forecast import check_fits, check_weights_fit, forecast
@@ -225,7 +224,7 @@ def _settings_digest(run: Run) -> str:
 def _check_disk(run: Run) -> None:
     """Raise OutputError if the disk cannot hold what is to lie there: results, changed blocks, spilled activations."""
     spill = restoration_spill(run.loaded, run.config, run.work.file("spill"))
-    if run.options.out is None or not isinstance(spill, Spill):
+    if run.options.out is None or spill is None or spill.folder is None:
         return
     sizes = Sizes.of(run.loaded.model, run.device)
     needed = sizes.captured_activations(run.config)

@@ -27,7 +27,7 @@ from saap.pipeline.shared.outcome import Behaviour
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import READ_RECORDS
 from saap.pipeline.shared.tokens import EVALUATION_TOKENS
-from saap.recovery.prepare import require_peft
+from saap.recovery.adapter import require_peft
 from saap.settings.recover import RecoverConfig, Tuning
 
 EVALUATION = "bundled text that is never calibrated on"

@@ -34,7 +34,7 @@ from saap.pipeline.prune.result import load_lines
 from saap.pipeline.recover.context import EVALUATION, Recovery
 from saap.pipeline.shared.digests import weights_digest
 from saap.pipeline.shared.outcome import Behaviour
-from saap.recovery.state import Training
+from saap.recovery.train import Training
 
 SUMMARY = {"validation_before", "validation", "best_step", "tokens", "seconds", "stopped_by"}
 """Fields of a Training that report and manifest repeat."""

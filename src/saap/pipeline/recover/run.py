@@ -20,7 +20,6 @@ from saap.models.checkpoint.groupwise import GroupwiseWeight, linears_inside
 from saap.models.loading.devices import quick_float32_products, rounded_products
 from saap.models.loading.pretrained import load, load_groupwise, load_model
 from saap.models.walk.probe import check_reads, read_at_once
-from saap.models.walk.sharding import check_shardable, shard_layers
 from saap.models.walk.walker import BlockWalker
 from saap.pipeline.recover.context import Recovery, prepare
 from saap.pipeline.recover.result import RecoverResult, not_quantised, recovery_manifest, recovery_report
@@ -30,11 +29,10 @@ from saap.pipeline.shared.outcome import Behaviour, greedy_answer
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.targets import work_path
 from saap.pipeline.shared.work import WorkFolder
-from saap.recovery.adapter import AdaptedLinear
-from saap.recovery.prepare import adapt, add_lora, merge, quantise_by_feedback
-from saap.recovery.quantise import check_group_sizes, quantise
-from saap.recovery.state import Training
-from saap.recovery.train import Report, Trainer
+from saap.recovery.adapter import AdaptedLinear, adapt, add_lora, merge
+from saap.recovery.quantise import check_group_sizes, quantise, quantise_by_feedback
+from saap.recovery.sharding import check_shardable, shard_layers
+from saap.recovery.train import Report, Trainer, Training
 from saap.settings.recover import RecoverConfig, Tuning
 
 FEEDBACK_SAMPLES = 16

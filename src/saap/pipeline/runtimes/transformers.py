@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from saap.core.errors import ModelError
-from saap.evaluation.speed import Source
-from saap.models.walk.cached import CachedModel
+from saap.evaluation.speed import CachedModel, Source
 from saap.models.walk.probe import check_reads
 from saap.pipeline.shared.inputs import RunOptions, open_model
 from saap.settings.measure import SpeedSettings

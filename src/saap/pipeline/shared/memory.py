@@ -24,7 +24,7 @@ from saap.models.loading.devices import pick_device, pick_dtype, working_dtype
 from saap.models.loading.pretrained import load_offloaded, load_tokenizer, model_ref, open_skeleton
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.offload import offloaded
-from saap.models.walk.spill import HostSpill, Spill
+from saap.models.walk.spill import Spill
 from saap.pipeline.shared import stages
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model
 from saap.pipeline.shared.stages import Stage
@@ -279,10 +279,10 @@ def _gigabytes(count: int) -> str:
     return f"{-(-count // 10**8) / 10:g}GB"
 
 
-def restoration_spill(loaded: LoadedModel, config: PruneConfig, folder: Path) -> Spill | HostSpill | None:
+def restoration_spill(loaded: LoadedModel, config: PruneConfig, folder: Path) -> Spill | None:
     """Where the restoration keeps its activations: with the weights (None), in the host's memory, or in a folder."""
     if not loaded.spills:
         return None if offloaded(loaded.model) is None else Spill(folder)
     device = next(loaded.model.parameters()).device
     captured = Sizes.of(loaded.model, device).captured_activations(config)
-    return HostSpill() if device.type != "cpu" and captured < device_memory.of_machine() else Spill(folder)
+    return Spill(None if device.type != "cpu" and captured < device_memory.of_machine() else folder)

@@ -26,7 +26,7 @@ from saap.pipeline.shared.inputs import LoadedModel
 from saap.settings.prune import PrunableRole, PruneConfig
 from saap.settings.registry import Importance, Method, Strategy
 from saap.structure_search.costs import gram_bytes
-from saap.surgery.refit import require_sequences
+from saap.surgery.reconstruct import require_sequences
 
 EVALUATION_TOKENS = 8192
 # Of a model whose weights are read from its files: such a model is large, and every token takes long.

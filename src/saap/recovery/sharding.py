@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from saap.core.errors import ConfigurationError
@@ -19,11 +18,8 @@ def check_shardable(model: nn.Module, layers: Iterable[str]) -> None:
     """
     for path in layers:
         names = path.split(".")
-        lists = [
-            ".".join(names[:end])
-            for end in range(1, len(names))
-            if isinstance(model.get_submodule(".".join(names[:end])), nn.ModuleList)
-        ]
+        parents = [".".join(names[:end]) for end in range(1, len(names))]
+        lists = [parent for parent in parents if isinstance(model.get_submodule(parent), nn.ModuleList)]
         if len(lists) > 1:  # the first is that of the blocks
             raise ConfigurationError(
                 f"{lists[1]} holds layers that some tokens pass by, which cannot be split over processes",
@@ -50,10 +46,7 @@ def shard_layers(layers: Iterable[nn.Module], device: torch.device, processes: P
 
 
 def unshard(layer: nn.Module) -> None:
-    """Give a layer its whole weights for good, if they were split. All processes must take part."""
-    if not dist.is_available() or not dist.is_initialized():
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    if isinstance(layer, FSDPModule):
-        layer.unshard()
+    """Give a layer its whole weights for good, if they were sharded. All processes must take part."""
+    whole = getattr(layer, "unshard", None)  # FSDP2 gives it to the layers that it shards
+    if callable(whole):
+        whole()

@@ -1,0 +1,350 @@
+"""Least-squares reconstruction: cut and compensate in one walk over the blocks.
+
+Each block is finished before the next: its units are chosen, its consumers are fitted again so that the residual stream
+comes back to the dense one, and its members are cut. So one copy of the weights is enough: a block is still dense
+when the dense stream passes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from saap.core.errors import CalibrationError
+from saap.core.records import CoupledGroup, FloatArray, Role, StructurePlan
+from saap.models.loading.precision import at_least_float32
+from saap.models.structure.keep_index import KeepIndex, require_possible, unit_channels
+from saap.models.structure.least_squares import Moments, removal_order, ridge_fit
+from saap.models.structure.linear import contracted_axis, weight_out_in
+from saap.models.walk.backend import Backend
+from saap.models.walk.observer import Signal, capture
+from saap.models.walk.offload import onload
+from saap.models.walk.residual import ResidualPath, residual_paths
+from saap.models.walk.spill import Tensors
+from saap.models.walk.walk import embed, run_block
+from saap.surgery.cut import cut_groups
+
+RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+"""Tried for each matrix, relative to the mean of the Gram matrix' diagonal."""
+CHOICE_RIDGE = 1e-2
+HELD_OUT_SHARE = 0.125
+HELD_OUT_AT_LEAST = 4
+"""Sequences that choose the ridge, where there are twice as many: fewer tell too little."""
+MICRO_BATCH = 4
+"""Sequences at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReconstructionSettings:
+    """How the reconstruction works.
+
+    second_order: choose units by the pruned stream's Gram matrix at the plan's counts instead of taking the plan's own
+    units. scores: by group, the importance of its units (units,), which that choice weighs in as well. residual_target:
+    aim at the dense residual stream, the error so far included; False aims at the dense module's output alone, to
+    measure the difference; tokens weigh the same in both.
+    """
+
+    second_order: bool = True
+    scores: Mapping[str, FloatArray] | None = None
+    residual_target: bool = True
+
+
+@dataclass(slots=True)
+class Reconstruction:
+    """What was done. keep: the final kept units by group. errors: held-out error of each matrix relative to before."""
+
+    keep: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+def held_out_sequences(sequences: int) -> int:
+    """How many of the sequences only choose the ridge; at least one stays to fit. sequences: two or more."""
+    return max(round(sequences * HELD_OUT_SHARE), min(HELD_OUT_AT_LEAST, sequences // 2))
+
+
+def require_sequences(sequences: int) -> None:
+    """Raise CalibrationError for a single sequence, of which none would be left to choose the ridge."""
+    if sequences < 2:
+        raise CalibrationError(
+            f"The least-squares reconstruction has {sequences} sequence of text, but it fits on some and chooses the "
+            "ridge on others",
+            "Give more calibration text, or use --no-restore",
+        )
+
+
+@torch.no_grad()
+def reconstruct(
+    backend: Backend, plan: StructurePlan, tokens: Tensor, settings: ReconstructionSettings
+) -> Reconstruction:
+    """Choose, fit and cut, block by block, in place.
+
+    tokens: (sequences, length) ids of its text. Groups inside blocks that the plan drops, and groups of the whole
+    model, are left for `cut`. Every consumer is fitted again, in pruned and in whole blocks, to the dense module's
+    output plus the error of the pruned residual stream so far.
+    Of the processes of the backend each runs a part of the sequences; the first one chooses and fits, from the moments
+    of all. Its products count for forward passes; moments and solutions are of float32 and more.
+    Raises CalibrationError for a single sequence, PlanError for a plan that the model cannot follow.
+    """
+    require_sequences(len(tokens))
+    require_possible(backend.graph, plan.keep, plan.dropped_blocks)
+    walk = _BlockByBlock(backend, plan, tokens, settings)
+    for layer in range(len(backend.graph.blocks)):
+        walk.run_block(layer)
+        backend.progress(layer + 1, len(backend.graph.blocks))
+    return walk.result
+
+
+@dataclass(frozen=True, slots=True)
+class _Consumer:
+    """A linear module that reads the channels of a group, and how its output enters the residual stream, if known.
+
+    bundle: the other groups of the group's bundle, whose channels it reads too (query heads of other KV groups).
+    """
+
+    path: str
+    module: nn.Module
+    group: CoupledGroup
+    residual: ResidualPath | None
+    bundle: tuple[CoupledGroup, ...]
+
+
+class _BlockByBlock:
+    """The hidden states before the current block, in the dense and in the pruned model, of this process' micro-batches.
+
+    exact: walks without rounding, for trials. one: contexts of a batch of one sequence, for them too. apart: whether
+    the two models differ so far. sequences: of all processes.
+    """
+
+    def __init__(self, backend: Backend, plan: StructurePlan, tokens: Tensor, settings: ReconstructionSettings) -> None:
+        self.model, self.graph, self.plan, self.settings = backend.model, backend.graph, plan, settings
+        self.processes, self.keep, self.walker = backend.processes, backend.keep, backend.walker()
+        self.exact = dataclasses.replace(backend, products=None).walker()
+        self.sequences, self.result = len(tokens), Reconstruction()
+        batches = torch.split(tokens, MICRO_BATCH)
+        own = self.processes.share(len(batches))
+        self.dense, self.contexts = embed(self.exact, batches[own.start : own.stop], self.keep)
+        self.pruned = self.dense
+        self.one = self.exact.start(tokens[:1]).contexts
+        self.apart = False
+
+    def run_block(self, layer: int) -> None:
+        """Finish one block."""
+        groups = self.graph.in_block(layer)
+        if layer in self.plan.dropped_blocks:
+            self.dense, self.apart = self._run(layer, self.dense), True
+        elif self.apart or any(len(self.plan.kept(group)) < group.units for group in groups):
+            self.apart = True
+            self._reconstruct(layer, groups)
+        else:
+            self.dense = self.pruned = self._run(layer, self.dense)
+
+    def _run(self, layer: int, hidden: Tensors) -> Tensors:
+        return run_block(self.walker, layer, hidden, self.contexts, self.keep)
+
+    def _reconstruct(self, layer: int, groups: Sequence[CoupledGroup]) -> None:
+        device, both = next(self.walker.blocks[layer].parameters()).device, self.dense is self.pruned
+        self.dense = self._moved(self.dense, device)
+        self.pruned = self.dense if both else self._moved(self.pruned, device)
+        consumers = self._consumers(layer, groups)
+        paths = [consumer.path for consumer in consumers]
+        dense_next, dense_outputs = self._captured(layer, self.dense, paths, Signal.OUTPUT)
+        self._cut_stacked(groups)
+        pruned_next = self._fit_consumers(layer, consumers, dense_outputs)
+        for group in groups:
+            if group.name not in self.result.keep:
+                self._cut([group])
+        if pruned_next is None:
+            pruned_next = self._run(layer, self.pruned)
+        self.dense, self.pruned = dense_next, pruned_next
+
+    def _moved(self, hidden: Tensors, device: torch.device) -> Tensors:
+        """Hidden states of all batches, which lie together, on a device: that of the next block."""
+        if not len(hidden) or hidden[0].device == device:
+            return hidden
+        return self.keep(one.to(device) for one in hidden)
+
+    def _consumers(self, layer: int, groups: Sequence[CoupledGroup]) -> list[_Consumer]:
+        """The block's consumers in the order in which they run."""
+        # Query heads lie in the same channels as their KV groups: of the two, those that lose something.
+        groups = [one for one in groups if one.role is not Role.QUERY or len(self.plan.kept(one)) < one.units]
+        members = [(member, group) for group in groups for member in group.consumers if member.part is None]
+        by_path = {member.tensor.rpartition(".")[0]: group for member, group in members}
+        found = self.processes.broadcast_result(
+            lambda: residual_paths(self.exact, layer, list(by_path), self.dense[0][:1], self.one)
+        )
+        consumers = []
+        for path, residual in found.items():
+            module, group = self.model.get_submodule(path), by_path[path]
+            bundle = [other for other in groups if other.bundle and other.bundle == group.bundle and other != group]
+            if residual is not None:
+                residual = residual.loaded(self.model, weight_out_in(module)[:, 0])
+            consumers.append(_Consumer(path, module, group, residual, tuple(bundle)))
+        return consumers
+
+    def _captured(
+        self, layer: int, hidden: Tensors, paths: Sequence[str], *signals: Signal, stop: bool = False
+    ) -> tuple[Tensors, dict[tuple[str, Signal], Tensors]]:
+        """The block's output, and what the modules at `paths` read or give; stop: leave the block after the first."""
+        after = self.keep(())
+        found = {(path, signal): self.keep(()) for path in paths for signal in signals}
+        for one, context in zip(hidden, self.contexts, strict=True):
+            with capture(self.model, paths, stop=stop) as seen:
+                after.append(self.walker.run_block(layer, one, context))
+            for (path, signal), tensors in found.items():
+                tensors.append(seen[path].input if signal is Signal.INPUT else seen[path].output)
+        return after, found
+
+    def _cut(self, groups: Sequence[CoupledGroup]) -> None:
+        self.result.keep |= {group.name: self.plan.kept(group) for group in groups}
+        cut_groups(self.model, groups, self.plan.keep)
+
+    def _cut_stacked(self, groups: Sequence[CoupledGroup]) -> None:
+        """Cut stacked matrices (experts), which are not fitted again, before what is fitted compensates for them."""
+        bundles: dict[str, list[CoupledGroup]] = {}
+        for group in groups:
+            if group.bundle and group.role is not Role.QUERY:
+                bundles.setdefault(group.bundle, []).append(group)
+        for bundle in bundles.values():
+            self._cut(bundle)
+        for group in groups:
+            if group.role is Role.EXPERT:
+                self._cut([group])
+
+    def _fit_consumers(
+        self, layer: int, consumers: Sequence[_Consumer], dense_outputs: dict[tuple[str, Signal], Tensors]
+    ) -> Tensors | None:
+        """Fit one consumer after the other. Returns the block's new output where it follows without another run.
+
+        The error of the pruned stream, and all that is compared with it, is of float32 at least: in the bfloat16 of a
+        model it would be lost in rounding.
+        """
+        both = zip(self.dense, self.pruned, strict=True)
+        errors = self.keep(at_least_float32(dense) - at_least_float32(pruned) for dense, pruned in both)
+        pruned_next: Tensors | None = None
+        for consumer in consumers:
+            path, residual, last = consumer.path, consumer.residual, consumer is consumers[-1]
+            signals = (Signal.INPUT, Signal.OUTPUT) if last else (Signal.INPUT,)
+            after, seen = self._captured(layer, self.pruned, [path], *signals, stop=not last)
+            dense = dense_outputs.pop((path, Signal.OUTPUT))
+            targets, weights = dense, None
+            if residual is not None and self.settings.residual_target:
+                targets = self.keep(residual.target(*each) for each in zip(dense, errors, strict=True))
+            if residual is not None and residual.norm is not None:
+                weights = [residual.token_weights(one) for one in dense]
+            fresh = self.keep(self._fit(consumer, seen.pop((path, Signal.INPUT)), targets, weights))
+            if residual is None:
+                continue
+            errors = self.keep(_residual_errors(residual, errors, dense, targets, fresh))
+            if last:
+                changes = zip(after, fresh, seen[path, Signal.OUTPUT], strict=True)
+                pruned_next = self.keep(_exchanged(residual, *change) for change in changes)
+        return pruned_next
+
+    def _fit(
+        self, consumer: _Consumer, inputs: Tensors, targets: Tensors, token_weights: Sequence[Tensor] | None
+    ) -> Iterator[Tensor]:
+        """Choose the group's units, cut it, fit the consumer. Returns the consumer's new outputs, batch by batch.
+
+        inputs, targets: what the consumer reads and should give in the micro-batches of this process. token_weights:
+        how much each token's error weighs, (..., 1); None for all the same.
+        """
+        processes, group = self.processes, consumer.group
+        weight = weight_out_in(consumer.module).float().clone()
+        bias = consumer.module._parameters.get("bias")
+        fit, held_out = self._moments(weight, bias, inputs, targets, token_weights)
+        kept = processes.broadcast_result(lambda: self._choose(consumer, weight, fit, held_out))
+        keep = {group.name: kept, **{one.name: self.plan.kept(one) for one in consumer.bundle}}
+        tensor, axis = f"{consumer.path}.weight", contracted_axis(consumer.module) or 0
+        shapes = {tensor: tuple(consumer.module.get_parameter("weight").shape)}
+        index = KeepIndex(shapes, ((one, keep[one.name]) for one in (group, *consumer.bundle)))
+        columns = torch.from_numpy(index.axis(tensor, axis).kept()).to(weight.device)
+        cut_groups(self.model, [group, *consumer.bundle], keep)
+        self.result.keep |= keep
+        if not kept:  # nothing is left to fit: the module gives its bias
+            nothing = weight.new_zeros(weight.shape[0], 0)
+            return (_linear(x[..., :0], nothing, bias) for x in inputs)
+        start, chosen = weight, columns
+        if bias is not None:
+            start = torch.cat([weight, bias.float().unsqueeze(1)], dim=1)
+            chosen = torch.cat([columns, columns.new_tensor([weight.shape[1]])])
+        start = start[:, chosen]
+        fit = fit.select(chosen)  # one after the other: both are large
+        held_out = held_out.select(chosen)
+        new, error = start, 0.0
+        if processes.first:
+            new, error = ridge_fit(start, fit, held_out, RIDGES)
+        new = processes.broadcast(new)
+        self.result.errors[consumer.path] = processes.broadcast_result(lambda: error)
+        onload(self.model, consumer.path, change=True)
+        weight_out_in(consumer.module).copy_(new[:, : len(columns)])
+        if bias is not None:
+            bias.copy_(new[:, -1])
+        return (_linear(x[..., columns], new[:, : len(columns)], bias) for x in inputs)
+
+    def _moments(
+        self, weight: Tensor, bias: Tensor | None, inputs: Tensors, targets: Tensors,
+        token_weights: Sequence[Tensor] | None,
+    ) -> tuple[Moments, Moments]:  # fmt: skip
+        """Moments of the sequences to fit on, and of those that are held out, over all processes."""
+        channels = weight.shape[1] + (0 if bias is None else 1)
+        fit, held_out = (Moments.empty(channels, weight.shape[0], weight.device) for _ in range(2))
+        held_out_from = self.sequences - held_out_sequences(self.sequences)
+        own = self.processes.share(-(-self.sequences // MICRO_BATCH))
+        for place, (index, read, target) in enumerate(zip(own, inputs, targets, strict=True)):
+            x, t = read.flatten(0, -2).float(), target.flatten(0, -2).float()
+            if bias is not None:
+                x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+            if token_weights is not None:
+                weights = token_weights[place].flatten(0, -2)
+                x, t = x * weights, t * weights
+            first = index * MICRO_BATCH
+            here = min(MICRO_BATCH, self.sequences - first)
+            fitted = len(x) * min(max(0, held_out_from - first), here) // here
+            for moments, rows in ((fit, slice(fitted)), (held_out, slice(fitted, None))):
+                if len(x[rows]):
+                    moments.add(x[rows], t[rows])
+        return fit.total(self.processes), held_out.total(self.processes)
+
+    def _choose(self, consumer: _Consumer, weight: Tensor, fit: Moments, held_out: Moments) -> tuple[int, ...]:
+        """The units that stay: the plan's own, or as many by second-order cost."""
+        group, settings = consumer.group, self.settings
+        kept = self.plan.kept(group)
+        removed = group.units - len(kept)
+        alone = not consumer.bundle and len({member.tensor for member in group.consumers}) == 1
+        if not (alone and settings.second_order and removed and kept):
+            return kept
+        units = torch.cat([unit_channels(member, group.units, weight.device) for member in group.consumers], dim=1)
+        channels = weight.shape[1]
+        gram = fit.gram[:channels, :channels] + held_out.gram[:channels, :channels]
+        scores = None
+        if settings.scores is not None:
+            values = torch.as_tensor(settings.scores[group.name])
+            scores = (values / values.mean().clamp_min(1e-30)).to(weight)
+        at_once = 32 if units.shape[1] == 1 else 1
+        order, _ = removal_order(weight, gram, units, removed, ridge=CHOICE_RIDGE, at_once=at_once, scores=scores)
+        return tuple(group.others(order.tolist()))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What a linear module with these weights gives, in at least float32: differences are taken of it."""
+    x = at_least_float32(x)
+    return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _exchanged(residual: ResidualPath, after: Tensor, fresh: Tensor, old: Tensor) -> Tensor:
+    """A block's output once a module gives `fresh` in place of `old`."""
+    return (after + residual.added(fresh) - residual.added(at_least_float32(old))).to(after.dtype)
+
+
+def _residual_errors(
+    residual: ResidualPath, errors: Tensors, dense: Tensors, targets: Tensors, fresh: Tensors
+) -> Iterator[Tensor]:
+    """The error of the residual stream once the module gives `fresh` where the dense one gives `dense`."""
+    if residual.norm is None:
+        return (residual.added(target - now) for target, now in zip(targets, fresh, strict=True))
+    batches = zip(errors, dense, fresh, strict=True)
+    return (error + residual.added(at_least_float32(one)) - residual.added(now) for error, one, now in batches)
