@@ -6,8 +6,8 @@
     python benchmarks/book.py measure NAME [--cells CELL ...]     # in this process; cells again that are there already
     python benchmarks/book.py unpack DIR                          # the comparison as a folder of `saap compare`
 
-A run that was stopped goes on: finished cells stay. Cells are kept in benchmarks/results, pages and charts in
-docs/results, with --quick (little of everything, to try it) both in out/results-quick.
+A run that was stopped is resumed: finished cells stay. Cells are kept in benchmarks/results, pages and charts in
+docs/results, with --quick (a smoke run on little of everything) both in out/results-quick.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from experiments.quality.comparison import unpack
 from experiments.registry import EXPERIMENTS
 from harness.driver import measure, run, state_of
-from harness.experiment import Experiment, Request
+from harness.experiment import Request
 from harness.pages import write_pages
 from harness.store import RESULTS, ROOT
 
@@ -26,7 +26,8 @@ PAGES, QUICK = ROOT / "docs" / "results", ROOT / "out" / "results-quick"
 BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
 
 
-def parse() -> argparse.Namespace:
+def parse() -> tuple[argparse.Namespace, Request]:
+    """The command line, and how to measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("list", "run", "render", "measure", "unpack"):
@@ -44,53 +45,36 @@ def parse() -> argparse.Namespace:
         command.add_argument("--model", default="smollm2")
         command.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="of an experiment")
     given = parser.parse_args()
-    chosen = [BY_NAME[name] for name in getattr(given, "names", ())] or EXPERIMENTS
-    known = {option for experiment in chosen for option in experiment.options}
-    for setting in given.set:
-        name, mark, _ = setting.partition("=")
-        if not mark or name not in known:
-            parser.error(f"--set {setting}: options are {', '.join(sorted(known)) or 'none'}, as OPTION=VALUE")
-    unknown = set(getattr(given, "cells", None) or ()) - set(cells_of(chosen[0], request_of(given)))
-    if unknown:
-        parser.error(f"{chosen[0].name} has no cell {', '.join(sorted(unknown))}")
-    return given
-
-
-def cells_of(experiment: Experiment, request: Request) -> list[str]:
-    return [*experiment.cells(request), *experiment.extra]
-
-
-def request_of(given: argparse.Namespace) -> Request:
+    given.chosen = [BY_NAME[name] for name in getattr(given, "names", ())] or EXPERIMENTS
+    known = {option for experiment in given.chosen for option in experiment.options}
+    options = dict(setting.partition("=")[::2] for setting in given.set)
+    if not set(options) <= known:
+        parser.error(f"--set takes OPTION=VALUE; options are {', '.join(sorted(known)) or 'none'}")
     results = (given.out or QUICK) / "results" if given.out or given.quick else RESULTS
-    options = {name: value for name, _, value in (setting.partition("=") for setting in given.set)}
-    return Request(quick=given.quick, work=given.work.resolve(), results=results, model=given.model, given=options)
-
-
-def flags_of(given: argparse.Namespace, experiment: Experiment) -> list[str]:
-    """What this command was given, for a process that measures one experiment."""
-    flags = ["--work", str(given.work), "--model", given.model, *(["--quick"] if given.quick else [])]
-    flags += ["--out", str(given.out)] if given.out else []
-    options = [setting for setting in given.set if setting.partition("=")[0] in experiment.options]
-    return [*flags, *(word for setting in options for word in ("--set", setting))]
+    request = Request(
+        quick=given.quick, work=given.work.resolve(), results=results, model=given.model, given=options
+    )  # fmt: skip
+    first = given.chosen[0]
+    unknown = set(getattr(given, "cells", None) or ()) - {*first.names(request), *first.extra}
+    if unknown:
+        parser.error(f"{first.name} has no cell {', '.join(sorted(unknown))}")
+    return given, request
 
 
 def main() -> None:
-    given = parse()
-    request = request_of(given)
-    pages = given.out or (QUICK if given.quick else PAGES)
-    chosen = [BY_NAME[name] for name in getattr(given, "names", ())] or EXPERIMENTS
+    given, request = parse()
     if given.command == "list":
-        for experiment in chosen:
+        for experiment in given.chosen:
             state = state_of(experiment, request)
             print(f"{experiment.name}: {len(state.found)} of {len(state.found) + len(state.missing)} cells")
     elif given.command == "measure":
-        measure(chosen[0], request, given.cells)
+        measure(given.chosen[0], request, given.cells)
     elif given.command == "unpack":
         unpack(request, given.folder)
     else:
-        for experiment in chosen if given.command == "run" else ():
-            run(experiment, request, flags_of(given, experiment))
-        write_pages(EXPERIMENTS, request, pages)
+        for experiment in given.chosen if given.command == "run" else ():
+            run(experiment, request)
+        write_pages(EXPERIMENTS, request, given.out or (QUICK if given.quick else PAGES))
 
 
 if __name__ == "__main__":

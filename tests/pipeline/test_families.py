@@ -14,6 +14,7 @@ import torch
 from tests.conformance import every_family
 from tests.conformance.every_family import attempt, build, configuration, prune
 from tests.pipeline import tiny
+from tests.processes import python
 from torch import nn
 
 import saap
@@ -128,8 +129,7 @@ for folder in sys.argv[1:]:
 def test_tracing_prints_nothing(tmp_path: Path) -> None:
     """Neither warnings of a configuration and of an export, nor the graph where an export fails."""
     folders = [folder_of(family, tmp_path / family) for family in ("gemma4_text", "recurrent_gemma", "longcat_flash")]
-    command = [sys.executable, "-c", DISCOVER, *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = python(DISCOVER, *folders)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
