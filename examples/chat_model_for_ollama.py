@@ -26,9 +26,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     pruned, tuned = given.output_dir / "pruned", given.output_dir / "tuned"
     # `mixed` calibrates on conversations as well; the chat template of the model is applied to them.
-    saap.prune(given.model, pruning_ratio=given.pruning_ratio, effort=given.effort, calibration="mixed", out=pruned)
+    saap.prune(
+        given.model, pruning_ratio=given.pruning_ratio, effort=given.effort, calibration="mixed", output_dir=pruned
+    )
     # Groups of 32 with 4 bits are what q4_1 of llama.cpp holds: the tuned integers are copied as they are.
-    saap.recover(pruned, data=["conversations"], group_size=32, bits=4, max_minutes=given.max_minutes, out=tuned)
+    saap.recover(pruned, data=["conversations"], group_size=32, bits=4, max_minutes=given.max_minutes, output_dir=tuned)
     written = saap.export_gguf(tuned, given.output_dir / "model.gguf", quantization="q4_1")
     print(f"{written.path}: {written.bytes / 1e6:.0f} MB, {written.modelfile}")
 

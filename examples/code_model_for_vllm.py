@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         calibration.write_text("\n".join(json.dumps({"text": file.read_text()}) for file in given.code))
         result = saap.prune(
             given.model, pruning_ratio=given.pruning_ratio, effort=given.effort, layout="uniform",
-            calibration=calibration, out=given.output_dir,
+            calibration=calibration, output_dir=given.output_dir,
         )  # fmt: skip
     print(f"{result.report.pruning_ratio:.1%} of the decoder blocks removed")
 

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     result = saap.prune(
         given.model, pruning_ratio=given.pruning_ratio, effort=given.effort, roles=["expert"], layout="uniform",
-        out=given.output_dir,
+        output_dir=given.output_dir,
     )  # fmt: skip
     kept = {name: len(units) for name, units in result.plan.keep.items()}
     print("\n".join(f"{name}: {count} experts kept" for name, count in kept.items()))

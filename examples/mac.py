@@ -25,10 +25,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     device = "mps" if torch.backends.mps.is_available() else "auto"
     pruned = given.output_dir / "pruned"
-    saap.prune(given.model, pruning_ratio=given.pruning_ratio, effort=given.effort, device=device, out=pruned)
+    saap.prune(given.model, pruning_ratio=given.pruning_ratio, effort=given.effort, device=device, output_dir=pruned)
     # The memory of a Mac is shared between processor and GPU: one short sequence a step leaves room for other programs.
     result = saap.recover(
-        pruned, length=256, batch=1, max_minutes=given.max_minutes, device=device, out=given.output_dir / "tuned"
+        pruned,
+        max_seq_length=256,
+        batch_size=1,
+        max_minutes=given.max_minutes,
+        device=device,
+        output_dir=given.output_dir / "tuned",
     )
     print(f"perplexity {result.report.perplexity_before:.2f} -> {result.report.perplexity:.2f}")
 

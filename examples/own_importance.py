@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given.output_dir.parent.mkdir(parents=True, exist_ok=True)
     file = given.output_dir.with_suffix(".plan.json")
     write_plan(file, plan, graph)
-    result = saap.prune(given.model, plan=file, effort=given.effort, out=given.output_dir)
+    result = saap.prune(given.model, plan=file, effort=given.effort, output_dir=given.output_dir)
     print(f"{result.report.pruning_ratio:.1%} of the decoder blocks removed by {file}")
 
 

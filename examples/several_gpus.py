@@ -28,12 +28,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     pruned = given.output_dir / "pruned"
     saap.prune(
-        given.model, pruning_ratio=given.pruning_ratio, effort=given.effort, device_map=given.device_map, out=pruned
+        given.model,
+        pruning_ratio=given.pruning_ratio,
+        effort=given.effort,
+        device_map=given.device_map,
+        output_dir=pruned,
     )
     # `shard` splits the frozen weights of the model and its teacher over the processes.
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     result = saap.recover(
-        pruned, batch=processes, shard=processes > 1, max_minutes=given.max_minutes, out=given.output_dir / "tuned"
+        pruned,
+        batch_size=processes,
+        shard=processes > 1,
+        max_minutes=given.max_minutes,
+        output_dir=given.output_dir / "tuned",
     )
     if os.environ.get("RANK", "0") == "0":
         print(f"perplexity {result.report.perplexity_before:.2f} -> {result.report.perplexity:.2f}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -78,7 +79,7 @@ def product_defaults() -> dict[str, Any]:
     """The settings of `saap prune` and `saap recover` for which nothing is said, as the program has them."""
     prune = {name: one.default for name, one in PruneConfig.model_fields.items()}
     recover = {name: one.default for name, one in RecoverConfig.model_fields.items()}
-    effort = EFFORTS[Effort.DEFAULT].model_dump()
+    effort = dataclasses.asdict(EFFORTS[Effort.DEFAULT])
     return {"prune": prune, "recover": recover, "effort": effort, "minutes": DEFAULT_MINUTES}
 
 

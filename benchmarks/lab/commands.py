@@ -120,6 +120,6 @@ def quickly_pruned(request: Request, layout: str, ratio: str) -> Path:
 def recovered_folder(request: Request, minutes: float) -> Path:
     """The pruned model after that many minutes of tuning on the default data."""
     source = pruned_folder(request)
-    few = ["--max-steps", "2", "--length", "64", "--validation-samples", "1"]
+    few = ["--max-steps", "2", "--max-seq-length", "64", "--validation-samples", "1"]
     flags = few if request.quick else ["--max-minutes", f"{minutes:g}"]
     return made_by_saap(request, f"{source.name}-recovered", "recover", source, *flags)

@@ -1,29 +1,19 @@
 """saap: structured pruning of language models with structural importance awareness.
 
     import saap
-    result = saap.prune("smollm2", pruning_ratio=0.2, out="small")
+    result = saap.prune("smollm2", pruning_ratio=0.2, output_dir="small")
     model = saap.load("small")
 
-Names are imported when they are first used, so that `import saap` is quick and loads no torch.
+Names are imported when they are first used, so that `import saap` is quick and loads no torch. What editors show of
+them is in `__init__.pyi`, which `scripts/api_stub.py` makes from the settings.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saap._version import __version__
-
-if TYPE_CHECKING:
-    from saap.api import discover, estimate, evaluate, prune, recover, search
-    from saap.core.errors import SaapError
-    from saap.core.records import CoupledGroup, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
-    from saap.models.checkpoint.differences import removed_modules
-    from saap.models.loading.pretrained import load
-    from saap.pipeline.evaluate.run import EvalReport
-    from saap.pipeline.export.run import GgufExport, export_decilm, export_gguf, push
-    from saap.pipeline.prune.result import PruneReport, PruneResult
-    from saap.pipeline.recover.result import RecoverReport, RecoverResult
 
 _HOMES = {
     "discover": "saap.api",
@@ -32,53 +22,27 @@ _HOMES = {
     "prune": "saap.api",
     "recover": "saap.api",
     "evaluate": "saap.api",
+    "load": "saap.models.loading.pretrained",
+    "removed_modules": "saap.models.checkpoint.differences",
     "export_gguf": "saap.pipeline.export.run",
     "export_decilm": "saap.pipeline.export.run",
     "push": "saap.pipeline.export.run",
-    "GgufExport": "saap.pipeline.export.run",
-    "EvalReport": "saap.pipeline.evaluate.run",
-    "load": "saap.models.loading.pretrained",
-    "removed_modules": "saap.models.checkpoint.differences",
-    "PruneReport": "saap.pipeline.prune.result",
     "PruneResult": "saap.pipeline.prune.result",
-    "RecoverReport": "saap.pipeline.recover.result",
+    "PruneReport": "saap.pipeline.prune.result",
     "RecoverResult": "saap.pipeline.recover.result",
-    "SaapError": "saap.core.errors",
+    "RecoverReport": "saap.pipeline.recover.result",
+    "EvalReport": "saap.pipeline.evaluate.run",
+    "GgufExport": "saap.pipeline.export.run",
+    "ModelGraph": "saap.core.records",
     "CoupledGroup": "saap.core.records",
     "ImportanceScores": "saap.core.records",
-    "Layout": "saap.core.records",
-    "ModelGraph": "saap.core.records",
-    "Role": "saap.core.records",
     "StructurePlan": "saap.core.records",
+    "Role": "saap.core.roles",
+    "Layout": "saap.core.roles",
+    "SaapError": "saap.core.errors",
 }
 
-__all__ = [
-    "discover",
-    "estimate",
-    "search",
-    "prune",
-    "recover",
-    "evaluate",
-    "load",
-    "removed_modules",
-    "export_gguf",
-    "export_decilm",
-    "push",
-    "PruneResult",
-    "PruneReport",
-    "RecoverResult",
-    "RecoverReport",
-    "EvalReport",
-    "GgufExport",
-    "ModelGraph",
-    "CoupledGroup",
-    "ImportanceScores",
-    "StructurePlan",
-    "Role",
-    "Layout",
-    "SaapError",
-    "__version__",
-]
+__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

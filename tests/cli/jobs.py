@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 RECOVER = [
-    "--length", "32", "--batch", "2", "--max-steps", "6", "--validate-every", "2", "--validation-samples", "1",
+    "--max-seq-length", "32", "--batch-size", "2",
+    "--max-steps", "6", "--validate-every", "2", "--validation-samples", "1",
     "--rank", "2",
 ]  # fmt: skip
 TUNING = {
     "group_size": 16, "length": 32, "batch": 2, "max_steps": 4, "validate_every": 2, "validation_samples": 1, "rank": 2,
 }  # fmt: skip
-PRUNE = ["--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "8"]
+PRUNE = ["--effort", "fast", "--num-samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "8"]
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Runner:
     def recover(self, out: Path) -> list[str]:
         """The arguments of a short tuning, in which the model teaches its quantised self."""
         start = ["recover", str(self.source), "--out", str(out), "--data", str(self.text)]
-        return [*start, "--teacher", str(self.source), *RECOVER]
+        return [*start, "--dense", str(self.source), *RECOVER]
 
     def all_stages(self, out: Path, *more: str) -> list[str]:
         """The arguments of a short run with two ratios whose results are tuned, by TUNING."""

@@ -22,7 +22,7 @@ from saap.cli import app as cli
 from saap.pipeline.prune import run as run_module
 
 RATIO = ("--pruning-ratio", "0.2")
-ON_ANY_TEXT = ("prune", "MODEL", "--out", "OUT", "--effort", "fast", "--samples", "4", "--sample-length", "32",
+ON_ANY_TEXT = ("prune", "MODEL", "--out", "OUT", "--effort", "fast", "--num-samples", "4", "--sample-length", "32",
          "--refit-tokens", "1024", "--align", "8")  # fmt: skip
 PRUNE = (*ON_ANY_TEXT, "--calibration", "TEXT")
 RECOVER = ("recover", "MODEL", "--out", "OUT", "--group-size", "16")
@@ -35,13 +35,13 @@ Case = tuple[tuple[str, ...], str]
 FLAGS: list[Case] = [
     (("prnue", "MODEL"), "prnue"),
     (PRUNE, "no target was given"),
-    (("prune", "MODEL", *RATIO), "--out is missing"),
+    (("prune", "MODEL", *RATIO), "--output-dir is missing"),
     (("prune",), "MODEL"),
     ((*PRUNE, *RATIO, "--target-params", "1M"), "--pruning-ratio and --target-params"),
     *[((*PRUNE, "--pruning-ratio", text), offender) for text, offender in (
         ("1.2", "1.2 is out of range"), ("1", "1 is out of range"), ("-0.1", "-0.1 is out of range"),
         ("nan", "nan is out of range"), ("inf", "inf is out of range"), ("many", "'many' is not a number"),
-        ("", "'' is not a number"), ("0.2,", "'0.2,' is not a number"), ("0.2,0.2", "same ratio twice"),
+        ("", "'' is not a number"), ("0.2,", "'0.2,' is not a number"), ("0.2,0.2", "same value twice"),
     )],
     *[((*PRUNE, "--target-params", text), text) for text in ("5 apples", "-5M", "1e6", "1.5.2M")],
     ((*PRUNE, "--target-params", "0"), "--target-params 0"),
@@ -54,7 +54,8 @@ FLAGS: list[Case] = [
         ("--strategy", "best", "'best'"), ("--importance", "taylor", "'taylor'"),
         ("--fusion-scope", "block", "'block'"),
         ("--aggregation", "mean", "'mean'"), ("--effort", "extreme", "'extreme'"), ("--method", "flaq", "mean flap?"),
-        ("--samples", "1", "--samples 1"), ("--samples", "x", "--samples"),
+        ("--num-samples", "1", "--num-samples 1"),
+        ("--num-samples", "x", "--num-samples 'x'"),
         ("--sample-length", "4", "--sample-length 4"),
         ("--refit-tokens", "10", "--refit-tokens 10"), ("--align", "0", "--align 0"), ("--seed", "-1", "--seed -1"),
         ("--seed", "99999999999999999999", "--seed 9999"), ("--device", "tpu", "tpu"),
@@ -78,19 +79,21 @@ FLAGS: list[Case] = [
     *[((*RECOVER, flag, value), offender) for flag, value, offender in (
         ("--bits", "5", "--bits 5"), ("--group-size", "20", "--group-size 20"), ("--rank", "0", "--rank 0"),
         ("--alpha", "-1", "--alpha -1"), ("--distillation", "2", "--distillation 2"),
-        ("--distillation", "0.5", "has no teacher"), ("--warm-up", "1.5", "--warm-up 1.5"), ("--clip", "0", "--clip 0"),
-        ("--length", "4", "--length 4"), ("--batch", "0", "--batch 0"), ("--micro-batch", "0", "--micro-batch 0"),
+        ("--distillation", "0.5", "has no teacher"), ("--warmup-ratio", "1.5", "--warmup-ratio 1.5"),
+        ("--max-grad-norm", "0", "--max-grad-norm 0"),
+        ("--max-seq-length", "4", "--max-seq-length 4"), ("--batch-size", "0", "--batch-size 0"),
+        ("--micro-batch-size", "0", "--micro-batch-size 0"),
         ("--learning-rate", "0", "--learning-rate 0"), ("--learning-rate", "nan", "--learning-rate nan"),
         ("--max-steps", "0", "--max-steps 0"), ("--max-tokens", "0", "--max-tokens 0"),
         ("--max-minutes", "-1", "--max-minutes -1"), ("--validate-every", "0", "--validate-every 0"),
         ("--validation-samples", "0", "--validation-samples 0"), ("--patience", "-1", "--patience -1"),
         ("--tuning", "qlora", "'qlora'"), ("--data", "novel", "Did you mean novels"), ("--seed", "-1", "--seed -1"),
-        ("--out", "MODEL", "exists"), ("--device", "tpu", "tpu"), ("--teacher", "no-such/teacher!", "no-such/teacher!"),
+        ("--out", "MODEL", "exists"), ("--device", "tpu", "tpu"), ("--dense", "no-such/teacher!", "no-such/teacher!"),
     )],
     ((*RECOVER, "--tuning", "lora", "--error-feedback"), "--error-feedback"),
     ((*RECOVER, "--tuning", "lora", "--shard"), "--shard"),
     ((*RECOVER, "--shard"), "several processes"),
-    (("recover", "MODEL"), "--out"),
+    (("recover", "MODEL"), "--output-dir"),
     (EVAL, "nothing to measure"),
     (("eval",), "'MODEL'"),
     *[((*EVAL, *flags), offender) for flags, offender in (
@@ -101,7 +104,7 @@ FLAGS: list[Case] = [
         (("--perplexity", "bundled", "--max-tokens", "0"), "--max-tokens 0"),
         (("--perplexity", "wikitext"), "wikitext2"),
         (("--tasks", "piqa", "--limit", "0"), "--limit 0"),
-        (("--generation", "--tokens", "0"), "--tokens 0"), (("--prompts", "none.txt"), "none.txt"),
+        (("--generation", "--max-new-tokens", "0"), "--max-new-tokens 0"), (("--prompts", "none.txt"), "none.txt"),
         (("--chat", "none.jsonl"), "none.jsonl"),
         (("--perplexity", "bundled", "--dense", "no-such/model!"), "no-such/model!"),
         (("--generation", "--seed", "-1"), "--seed -1"),
@@ -110,17 +113,17 @@ FLAGS: list[Case] = [
         ("--format", "onnx", "'onnx'"), ("--quantization", "q9", "'q9'"), ("--out", "MODEL/config.json", "exists"),
         ("--push", "me/mine", "--push"),
     )],
-    (("export", "MODEL"), "--out"),
+    (("export", "MODEL"), "--output"),
     *[((*GENERATE, flag, value), offender) for flag, value, offender in (
-        ("--prompt", " ", "--prompt is empty"), ("--against", "MODEL", "--against"), ("--max-tokens", "0", "0"),
+        ("--prompt", " ", "--prompt is empty"), ("--dense", "MODEL", "--dense"), ("--max-new-tokens", "0", "0"),
         ("--temperature", "-1", "-1"), ("--temperature", "nan", "nan"), ("--device", "tpu", "tpu"),
         ("--seed", "-1", "--seed -1"),
     )],
     *[((*COMPARE, flag, value), offender) for flag, value, offender in (
         ("--methods", "saap,flaq", "'flaq'"), ("--methods", "flap,flap", "twice"), ("--methods", "flap@fnn", "ffn"),
-        ("--seeds", "a", "'a'"), ("--seeds", "1,1", "twice"), ("--seeds", "-1", "--seed -1"),
+        ("--seeds", "a", "'a'"), ("--seeds", "1,1", "twice"), ("--seeds", "-1", "--seeds -1"),
         ("--restore", "maybe", "'maybe'"),
-        ("--pruning-ratios", "2", "2 is out of range"), ("--perplexity", "nothing", "nothing"),
+        ("--pruning-ratio", "2", "2 is out of range"), ("--perplexity", "nothing", "nothing"),
     )],
     (("report", "MODEL"), "neither by"),
     (("report", "none"), "none"),

@@ -11,7 +11,7 @@ import pytest
 from tests.pipeline import tiny
 from tests.processes import saap
 
-FAST = ["--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "8"]
+FAST = ["--effort", "fast", "--num-samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_names_every_flag() -> None:
     shown = saap("prune", "--help").stdout
     for flag in (
-        "--out", "--overwrite", "--work-dir", "--keep-work", "--pruning-ratio", "--target-params", "--target-size",
-        "--target-speedup", "--runtime", "--quantization",
-        "--calibration", "--samples", "--sample-length", "--refit-tokens", "--layout", "--roles", "--skip-layers",
+        "--output-dir", "--overwrite", "--work-dir", "--keep-work", "--pruning-ratio", "--target-params",
+        "--target-size",
+        "--target-speedup", "--runtime", "--gguf-type",
+        "--calibration", "--num-samples", "--sample-length", "--refit-tokens", "--layout", "--roles", "--skip-layers",
         "--align", "--strategy", "--importance", "--fusion-scope", "--no-restore", "--effort", "--seed", "--device",
         "--dtype", "--revision", "--trust-remote-code", "--dry-run", "--json", "--quiet", "--plan",
     ):  # fmt: skip

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.command import run
 from tests.pipeline import tiny
 
-FAST = ["--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "8"]
+FAST = ["--effort", "fast", "--num-samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ OTHER_VERSION = "import saap._version; saap._version.__version__ = '99.0'; from 
 def test_stage_files_of_another_version_are_not_taken_up(capsys, tmp_path, source, command) -> None:
     short = {
         "prune": ["--pruning-ratio", "0.2", *FAST, "--calibration", "novels"],
-        "recover": ["--data", "novels", "--length", "32", "--max-steps", "1", "--validation-samples", "1"],
+        "recover": ["--data", "novels", "--max-seq-length", "32", "--max-steps", "1", "--validation-samples", "1"],
     }  # fmt: skip
     arguments = [command, source, *short[command], "--keep-work", "--overwrite", "--out", tmp_path / "out"]
     assert run(capsys, *arguments)[0] == 0

@@ -22,7 +22,8 @@ def test_json_is_one_object_with_the_promised_fields(capsys, tmp_path, source) -
     prompts.write_text('{"prompt": "The house"}\n{"prompt": "The capital is", "answer": "a"}\n')
     code, out, _ = run(
         capsys, "eval", source, "--perplexity", "bundled", "--window", "64", "--stride", "32", "--max-tokens", "256",
-        "--tasks", "made", "--task-data", tmp_path, "--prompts", prompts, "--tokens", "8", "--dense", source, "--json",
+        "--tasks", "made", "--task-data", tmp_path, "--prompts", prompts, "--max-new-tokens", "8", "--dense", source,
+        "--json",
         "--out", tmp_path / "report.json",
     )  # fmt: skip
     shown = json.loads(out)

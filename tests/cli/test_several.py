@@ -16,7 +16,7 @@ from tests.pipeline import tiny
 from saap.core.records import FloatArray, ImportanceScores
 from saap.core.storage import read_scores
 
-SEARCHED = ["--effort", "default", "--samples", "10", "--refit-tokens", "8192", "--json"]
+SEARCHED = ["--effort", "default", "--num-samples", "10", "--refit-tokens", "8192", "--json"]
 Results = dict[str, tuple[Path, dict[str, Any]]]
 
 
@@ -37,15 +37,15 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Results:
     for count in (1, 2, 4):
         job(f"searched {count}", *SEARCHED, processes=count)
     job("whole")
-    job("few 1", "--samples", "3")
-    job("few 4", "--samples", "3", processes=4)
+    job("few 1", "--num-samples", "3")
+    job("few 4", "--num-samples", "3", processes=4)
     bad = {"processes": 2, "rank": 1, "at": 1}
     job("error", **bad, error="Calibration sample 2 is bad")
     job("killed", **bad, signal=int(signal.SIGKILL))
     job("later", processes=2, at=40, error="The first process is unwell")
     job("after killed", after="killed", processes=2)
     job("after later", after="later")
-    job("refused", "--samples", "many", processes=2)
+    job("refused", "--num-samples", "many", processes=2)
     job("dry", "--dry-run", processes=2)
     outs = {name: one.pop("out") for name, one in jobs.items()}
     results = runner.run(*jobs.values())
@@ -108,7 +108,7 @@ def test_only_the_first_process_speaks(several: Results) -> None:
     [
         ("error", "error: Calibration sample 2 is bad. Mend it.\n"),
         ("later", "error: The first process is unwell. Mend it.\n"),
-        ("refused", "error: Invalid value for '--samples': "),
+        ("refused", "error: --num-samples 'many' is not a number"),
         ("dry", "error: --dry-run tries one process alone. Start it without torchrun or accelerate launch.\n"),
     ],
 )

@@ -31,9 +31,9 @@ def run(monkeypatch) -> Callable[..., None]:
         stock = getattr(saap, name)
         monkeypatch.setattr(saap, name, lambda *given, **chosen: stock(*given, **{**settings, **chosen}))
 
-    little("prune", samples=4, sample_length=32, refit_tokens=1024)
-    little("estimate", samples=4, sample_length=32)
-    little("recover", max_steps=2, length=32, validation_samples=1)
+    little("prune", num_samples=4, sample_length=32, refit_tokens=1024)
+    little("estimate", num_samples=4, sample_length=32)
+    little("recover", max_steps=2, max_seq_length=32, validation_samples=1)
 
     def start(name: str, *arguments: object) -> None:
         runpy.run_path(str(EXAMPLES / name))["main"]([str(argument) for argument in arguments])

@@ -28,7 +28,7 @@ def test_nothing_heavy_is_loaded(statement):
 @pytest.mark.parametrize("arguments", ["--help", "prune --help", "run --help", "--version"])
 def test_help_loads_nothing_heavy(arguments):
     call = f"from saap.cli.app import app; app({arguments.split()!r}, standalone_mode=False)"
-    assert loaded_by(call) <= {"pydantic"}  # newer versions of typer read the options' types with it
+    assert loaded_by(call) <= {"pydantic"}  # the settings are its models
 
 
 def test_every_public_name_exists():

@@ -9,7 +9,6 @@ import pytest
 from tests.pipeline import tiny
 
 from saap.cli import app as cli
-from saap.cli.parsing import parse_methods, parse_seeds
 from saap.core.errors import ConfigurationError, StaleInputError, TargetError
 from saap.pipeline.compare.run import compare
 from saap.pipeline.shared.inputs import RunOptions
@@ -94,14 +93,14 @@ def test_a_comparison_without_tasks_takes_some_up_later_and_no_others(source, tm
     one = (MethodChoice(method=Method.MAGNITUDE),)
     asking = request_for(tmp_path, methods=one, restorations=(False,), task_ratios=(0.1,))
     bare = asking.evaluation.model_copy(update={"tasks": (), "task_data": None})
-    first = compare(source, dataclasses.replace(asking, evaluation=bare), RunOptions(device="cpu"), tmp_path / "out")
+    first = compare(source, asking.model_copy(update={"evaluation": bare}), RunOptions(device="cpu"), tmp_path / "out")
     assert (first["dense"]["tasks"], [row["tasks"] for row in first["rows"]]) == ({}, [{}, {}])
     untouched = next((tmp_path / "out" / "rows").glob("magnitude-0.2-*"))
     before = untouched.stat().st_mtime_ns
     later = compare(source, asking, RunOptions(device="cpu"), tmp_path / "out")
     assert [list(row["tasks"]) for row in (later["dense"], *later["rows"])] == [["made"], ["made"], []]
     assert untouched.stat().st_mtime_ns == before
-    fewer = dataclasses.replace(asking, evaluation=asking.evaluation.model_copy(update={"limit": 2}))
+    fewer = asking.model_copy(update={"evaluation": asking.evaluation.model_copy(update={"limit": 2})})
     with pytest.raises(
         StaleInputError, match=r"made from files, all questions; this run asks .* the first 2 questions"
     ):
@@ -132,12 +131,12 @@ def test_refusals_come_before_the_model_is_read(tmp_path) -> None:
     with pytest.raises(ConfigurationError, match="no text"):
         compare(nowhere, request, RunOptions(), tmp_path / "out")
     with pytest.raises(ConfigurationError, match="Did you mean flap"):
-        parse_methods("saap,flop")
+        request_for(tmp_path, methods="saap,flop")
     with pytest.raises(ConfigurationError, match="twice"):
-        parse_methods("saap,saap")
-    with pytest.raises(ConfigurationError, match="whole numbers"):
-        parse_seeds("0,x")
-    assert parse_methods("flap@ffn")[0].label == "flap@ffn"
+        request_for(tmp_path, methods="saap,saap")
+    with pytest.raises(ConfigurationError, match="whole number"):
+        request_for(tmp_path, seeds="0,x")
+    assert request_for(tmp_path, methods="flap@ffn").methods[0].label == "flap@ffn"
 
 
 def test_a_ratio_that_one_method_cannot_reach_is_refused_first(source, tmp_path) -> None:
@@ -149,7 +148,7 @@ def test_a_ratio_that_one_method_cannot_reach_is_refused_first(source, tmp_path)
 
 def test_the_command(source, tmp_path, capsys, monkeypatch) -> None:
     arguments = [
-        "compare", source, "--out", tmp_path / "c", "--methods", "magnitude,random", "--pruning-ratios", "0.1",
+        "compare", source, "--out", tmp_path / "c", "--methods", "magnitude,random", "--pruning-ratio", "0.1",
         "--restore", "no", "--window", "64", "--max-tokens", "256", "--samples", "4", "--sample-length", "32",
         "--refit-tokens", "1024", "--align", "8", "--effort", "fast", "--json",
     ]  # fmt: skip

@@ -141,7 +141,7 @@ def test_the_dense_model_is_not_downloaded_unasked(
     assert (found["generation"]["dense_figures"], found["speed"]["against"]) == (None, None)
     assert f"nothing is measured of the dense model: There is no folder {NAME}" in found["notes"]
     code, _, error = run(capsys, "generate", small, "--prompt", "The house")
-    assert (code, "--against MODEL or --no-dense" in error) == (2, True)
+    assert (code, "--dense MODEL or --no-dense" in error) == (2, True)
     assert asked == []
     code, _, error = run(capsys, "eval", small, "--speed", "--dense", NAME)
     assert (code, NAME in error, len(asked)) == (2, True, 1)

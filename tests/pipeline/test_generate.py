@@ -12,7 +12,11 @@ from tests.pipeline import tiny
 from saap.cli import app as cli
 from saap.core.errors import ConfigurationError, ModelError
 from saap.evaluation.generation import prompt_ids
-from saap.pipeline.evaluate.generate import GenerationSettings, Speaker, answers, choose, open_speakers, stream
+from saap.pipeline.evaluate.generate import Speaker, answers, choose, open_speakers, stream
+from saap.settings.measure import GenerationSettings
+from saap.settings.run import RunOptions
+
+CPU = RunOptions(device="cpu")
 
 
 def speaker(label: str = "answer", layers: int = 2) -> Speaker:
@@ -55,20 +59,18 @@ def test_sampling_follows_the_seed_and_the_temperature() -> None:
 
 def test_the_dense_model_is_the_one_of_the_manifest(tmp_path: Path) -> None:
     folder = adaptive_folder(tmp_path, "llama", ffn={0: (1, 2)}, attention={})
-    with pytest.raises(
-        ModelError, match=r"dense model.*--against MODEL"
-    ):  # its manifest names a model that is not here
-        open_speakers(str(folder), device="cpu")
-    assert [one.label for one in open_speakers(str(folder), dense=False, device="cpu")] == ["answer"]
+    with pytest.raises(ModelError, match=r"dense model.*--dense MODEL"):  # its manifest names a model that is not here
+        open_speakers(str(folder), options=CPU)
+    assert [one.label for one in open_speakers(str(folder), dense=False, options=CPU)] == ["answer"]
     dense = family_folder(tmp_path / "whole", "llama")
     record = folder / "saap" / "manifest.json"
     fields = json.loads(record.read_text())
     fields["base"]["source"] = str(dense)
     record.write_text(json.dumps(fields))
-    first, second = open_speakers(str(folder), device="cpu")
+    first, second = open_speakers(str(folder), options=CPU)
     assert (first.label, second.label) == ("dense", "pruned")
     assert first.model.num_parameters() > second.model.num_parameters()
-    assert [one.label for one in open_speakers(str(dense), device="cpu")] == ["answer"]
+    assert [one.label for one in open_speakers(str(dense), options=CPU)] == ["answer"]
 
 
 @pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}])
@@ -87,9 +89,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         shown = capsys.readouterr()
         return int(left.value.code or 0), shown.out, shown.err
 
-    code, text, _ = run("--prompt", "Once", "--max-tokens", "4", "--device", "cpu")
+    code, text, _ = run("--prompt", "Once", "--max-new-tokens", "4", "--device", "cpu")
     assert (code, text.startswith("answer: ")) == (0, True)
-    code, text, _ = run("--prompt", "Once", "--max-tokens", "4", "--against", str(source), "--json", "--device", "cpu")
+    code, text, _ = run(
+        "--prompt", "Once", "--max-new-tokens", "4", "--dense", str(source), "--json", "--device", "cpu"
+    )
     shown = json.loads(text)
     assert shown["dense"] == shown["pruned"] != ""
     code, _, error = run("--prompt", " ")

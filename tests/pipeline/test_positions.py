@@ -31,11 +31,11 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("command", "arguments", "remedy"),
     [
         ("compare", COMPARE, "Use shorter samples or windows"),
-        ("recover", TRAIN, "Use a smaller --length"),
-        ("recover", [*TRAIN, "--tuning", "lora"], "Use a smaller --length"),
-        ("eval", ["--generation", "--tokens", "64"], "Use fewer --tokens or shorter prompts"),
+        ("recover", TRAIN, "Use a smaller --max-seq-length"),
+        ("recover", [*TRAIN, "--tuning", "lora"], "Use a smaller --max-seq-length"),
+        ("eval", ["--generation", "--max-new-tokens", "64"], "Use fewer --max-new-tokens or shorter prompts"),
         ("eval", ["--speed"], "Measure speed with fewer tokens, or leave it out"),
-        ("generate", ["--prompt", "The house", "--max-tokens", "64", "--no-dense"], "Use fewer --max-tokens"),
+        ("generate", ["--prompt", "The house", "--max-new-tokens", "64", "--no-dense"], "Use fewer --max-new-tokens"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(
@@ -54,7 +54,7 @@ def test_what_fits_runs(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     prompts.write_text("The house\n")
     code, _, error = run(capsys, "recover", few, *TRAIN, "--length", POSITIONS, "--out", tmp_path / "tuned")
     assert code == 0, error
-    code, _, error = run(capsys, "eval", tmp_path / "tuned", "--prompts", prompts, "--tokens", "8")
+    code, _, error = run(capsys, "eval", tmp_path / "tuned", "--prompts", prompts, "--max-new-tokens", "8")
     assert code == 0, error
-    code, _, error = run(capsys, "generate", few, "--prompt", "The house", "--max-tokens", "32", "--no-dense")
+    code, _, error = run(capsys, "generate", few, "--prompt", "The house", "--max-new-tokens", "32", "--no-dense")
     assert code == 0, error

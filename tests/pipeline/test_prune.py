@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -209,7 +208,7 @@ def test_an_interrupted_run_is_taken_up(
 def test_stale_stage_files_are_refused(source: Path, tmp_path: Path) -> None:
     config = PruneConfig(pruning_ratios=(0.2,), **SETTINGS)
     run_prune(source, config, RunOptions(out=tmp_path / "o", keep_work=True))
-    other = dataclasses.replace(RunOptions(out=tmp_path / "o", keep_work=True), overwrite=True)
+    other = RunOptions(out=tmp_path / "o", keep_work=True, overwrite=True)
     with pytest.raises(StaleInputError, match="digest"):
         run_prune(source, PruneConfig(pruning_ratios=(0.2,), **{**SETTINGS, "seed": 9}), other)
 

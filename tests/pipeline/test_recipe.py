@@ -127,9 +127,15 @@ def test_a_baseline_does_not_restore_unless_told_to() -> None:
 @pytest.mark.parametrize(
     ("text", "offenders"),
     [
-        ("model: m\nout: o\nprune: {pruning_ratio: 1, smples: 3}\n", ["did you mean pruning_ratios", "prune.smples"]),
-        ("modle: m\nout: o\nprune: {pruning_ratios: [0.2]}\n", ["modle is unknown, did you mean model?", "model:"]),
-        ("model: m\nout: o\nprune: {pruning_ratios: [1.2]}\n", ["prune: --pruning-ratio 1.2"]),
+        (
+            "model: m\nout: o\nprune: {pruning_ratio: 1, smples: 3}\n",
+            ["prune.pruning_ratio 1 is out of range", "prune.smples is unknown, did you mean num_samples?"],
+        ),
+        (
+            "modle: m\nout: o\nprune: {pruning_ratios: [0.2]}\n",
+            ["modle is unknown, did you mean model?", "model is missing"],
+        ),
+        ("model: m\nout: o\nprune: {pruning_ratios: [1.2]}\n", ["prune.pruning_ratio 1.2"]),
         ("model: m\nout: o\nprune: {}\n", ["prune: no target was given"]),
         ("model: m\nout: o\nprune: 0.2\n", ["prune: give settings"]),
         ("model: m\nout: o\nprune: {pruning_ratios: [0.2], skip_layers: {frist: 2}}\n", ["did you mean first?"]),
@@ -138,8 +144,8 @@ def test_a_baseline_does_not_restore_unless_told_to() -> None:
         ("model: m\nout: o\neval: {a: {}}\n", ["eval.a measures nothing"]),
         ("model: m\nout: o\neval: {a: {speed: {runtme: llama.cpp}}}\n", ["eval.a.speed.runtme", "mean runtime?"]),
         ("model: m\nout: o\neval: {a: {speed: {gguf_type: q9}}}\n", ["eval.a.speed.gguf_type"]),
-        ("model: m\nout: o\nprune: {target_speedup: 0.5}\n", ["prune: --target-speedup 0.5"]),
-        ("model: m\nout: o\nprune: {pruning_ratios: [0.2]}\nrecover: {distillation: 2}\n", ["--distillation 2"]),
+        ("model: m\nout: o\nprune: {target_speedup: 0.5}\n", ["prune.target_speedup 0.5"]),
+        ("model: m\nout: o\nprune: {pruning_ratios: [0.2]}\nrecover: {distillation: 2}\n", ["recover.distillation 2"]),
         ("model: m\nout: o\nexport: {a: {quantization: q9}}\n", ["export.a.quantization"]),
         ("model: m\nout: o\n", ["names no step"]),
         ("model: m\nout: o\nreport: {}\nexport: {a: {}}\n", ["not pruned"]),

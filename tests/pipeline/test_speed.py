@@ -187,7 +187,7 @@ def test_the_table_shows_the_base_of_a_pruned_folder(
     ("arguments", "offender"),
     [
         (["--speed", "--runtime", "onnx"], "'onnx'"),
-        (["--speed", "--quantization", "f16"], "--quantization is of files for llama.cpp"),
+        (["--speed", "--gguf-type", "q8_0"], "--gguf-type is of files for llama.cpp"),
         (["--perplexity", "bundled", "--runtime", "llama.cpp"], "Add --speed"),
         (["--perplexity", "bundled", "--against", "smollm2"], "--against has nothing to be measured"),
         (["--speed", "--against", "nowhere/at/all"], "nowhere/at/all"),
@@ -223,4 +223,4 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SaapError, match=r"llama-cpp-py-sync.*saap\[gguf\]"):
         speed.check_settings(speed.SpeedSettings(runtime=speed.RuntimeName.LLAMA_CPP))
     with pytest.raises(ConfigurationError, match="--rounds 0"):
-        speed.check_settings(speed.SpeedSettings(rounds=0))
+        speed.SpeedSettings(rounds=0)

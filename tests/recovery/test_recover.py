@@ -121,7 +121,7 @@ def test_without_the_dense_model_the_text_alone_teaches(text: Path, tmp_path: Pa
     with pytest.raises(ConfigurationError, match=r"other has .* parameters, but .*small was pruned from a model of"):
         saap.recover(small, data=[text], out=tmp_path / "tuned", teacher=other, **QUICK)
     dense.rename(tmp_path / "gone")
-    with pytest.raises(ConfigurationError, match=r"--distillation has no teacher.*--teacher"):
+    with pytest.raises(ConfigurationError, match=r"--distillation has no teacher.*--dense"):
         saap.recover(small, data=[text], out=tmp_path / "tuned", distillation=0.5, **QUICK)
     notes: list[str] = []
 

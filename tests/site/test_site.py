@@ -104,11 +104,16 @@ def test_nothing_is_loaded_from_elsewhere(pages):
 
 def test_the_reference_has_every_public_name_and_command(built, pages):
     documented = set().union(*(page.anchors for page in pages.values()))
-    records = {"ModelGraph", "CoupledGroup", "ImportanceScores", "StructurePlan", "Role", "Layout"}
-    names = {f"saap.{name}" for name in saap.__all__ if name not in {*records, "SaapError", "__version__"}}
+    records = {"ModelGraph", "CoupledGroup", "ImportanceScores", "StructurePlan"}
+    words = {"Role", "Layout"}
+    names = {f"saap.{name}" for name in saap.__all__ if name not in {*records, *words, "SaapError", "__version__"}}
     names |= {f"saap.core.records.{name}" for name in records} | {"saap.core.errors.SaapError"}
+    names |= {f"saap.core.roles.{name}" for name in words}
     assert names - documented == set()
     commands = (built[0] / "reference" / "commands.html").read_text(encoding="utf-8")
     for command in ("prune", "recover", "eval", "compare", "export", "report", "run", "inspect", "generate", "demo"):
         assert f"<code>saap {command}</code>" in commands
     assert "--pruning-ratio" in commands
+    settings = (built[0] / "reference" / "settings.html").read_text(encoding="utf-8")
+    for name in ("pruning_ratio", "max_grad_norm", "max_new_tokens", "output_dir"):
+        assert f"<code>{name}</code>" in settings

@@ -26,8 +26,8 @@ from lab.texts import TEXTS
 from transformers import LlamaConfig
 
 PRUNE = ["--pruning-ratio", "0.2"]
-SMOKE_PRUNE = ["--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024"]
-RECOVER, SMOKE_RECOVER = ["--max-minutes", "2"], ["--max-steps", "2", "--length", "32"]
+SMOKE_PRUNE = ["--effort", "fast", "--num-samples", "4", "--sample-length", "32", "--refit-tokens", "1024"]
+RECOVER, SMOKE_RECOVER = ["--max-minutes", "2"], ["--max-steps", "2", "--max-seq-length", "32"]
 STAGE = ("name", "seconds", "peak_resident_bytes", "peak_device_bytes")
 OPTIONS = {"model": "FILE.gguf"}
 EXTRA = ("real",)

@@ -17,8 +17,8 @@ from lab.commands import saap
 
 RECIPES = ROOT / "recipes"
 SMALL = {
-    "prune": ["effort=fast", "samples=4", "refit_tokens=2048"],
-    "recover": ["max_steps=2", "length=128", "validate_every=1", "validation_samples=2"],
+    "prune": ["effort=fast", "num_samples=4", "refit_tokens=2048"],
+    "recover": ["max_steps=2", "max_seq_length=128", "validate_every=1", "validation_samples=2"],
     "eval": ["texts=[bundled]", "tasks=[]", "window=128", "max_tokens=1024"],
 }
 CELLS = sorted(file.stem for file in RECIPES.glob("*.yaml"))

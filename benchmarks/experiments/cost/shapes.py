@@ -20,7 +20,7 @@ from saap.models.loading.pretrained import open_skeleton
 from saap.models.loading.references import resolve_model
 
 FLAGS = [
-    "--pruning-ratio", "0.2", "--samples", "10", "--sample-length", "64", "--effort", "fast", "--no-restore",
+    "--pruning-ratio", "0.2", "--num-samples", "10", "--sample-length", "64", "--effort", "fast", "--no-restore",
     "--max-memory", "6GB",
 ]  # fmt: skip
 SETTINGS = {"flags": " ".join(FLAGS)}

@@ -25,7 +25,7 @@ SETTINGS = {
 
 def measure(request: Request, wanted: Names) -> Measured:
     flags = flags_from(
-        request.settings, pruning_ratios="pruning ratio", calibration="calibration", samples="samples",
+        request.settings, pruning_ratio="pruning ratio", calibration="calibration", num_samples="samples",
         sample_length="sample length", perplexity="measured on", window="window", max_tokens="measured tokens",
     )  # fmt: skip
     rows = compared(request.model, {"no": wanted}, "--seeds", "0", *flags)["rows"]

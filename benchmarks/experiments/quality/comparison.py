@@ -56,7 +56,7 @@ def measure(request: Request, wanted: Names) -> Measured:
     if not (folder / "rows").is_dir():
         unpack(request, folder)
     flags = flags_from(
-        request.settings, calibration="calibration", samples="samples", sample_length="sample length",
+        request.settings, calibration="calibration", num_samples="samples", sample_length="sample length",
         refit_tokens="refit tokens", effort="effort", perplexity="measured on", window="window",
         max_tokens="measured tokens", tasks="tasks", limit="questions of a task",
     )  # fmt: skip
@@ -64,7 +64,7 @@ def measure(request: Request, wanted: Names) -> Measured:
     for methods, ratios, task_ratio in PASSES:
         names = [name for name in names_of(methods, ratios) if name in wanted]
         if names:
-            own = ["--methods", ",".join(methods), "--pruning-ratios", ",".join(ratios), "--task-ratios", task_ratio]
+            own = ["--methods", ",".join(methods), "--pruning-ratio", ",".join(ratios), "--task-ratios", task_ratio]
             in_own_process(run_here, ["compare", request.model, "--out", str(folder), *own, *flags])
             for name in names:
                 yield name, packed(read_json(folder / "rows" / f"{name}.json"))

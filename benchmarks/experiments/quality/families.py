@@ -33,10 +33,10 @@ SETTINGS = {
 
 def measure(request: Request, wanted: Names) -> Measured:
     flags = flags_from(
-        request.settings, calibration="calibration", samples="samples", refit_tokens="refit tokens", effort="effort",
+        request.settings, calibration="calibration", num_samples="samples", refit_tokens="refit tokens", effort="effort",
         perplexity="measured on", max_tokens="measured tokens",
     )  # fmt: skip
-    flags += ["--pruning-ratios", ",".join(map(str, RATIOS.values())), "--sample-length", "64", "--align", "16"]
+    flags += ["--pruning-ratio", ",".join(map(str, RATIOS.values())), "--sample-length", "64", "--align", "16"]
     for family in wanted:
         found = compared(str(trained_folder(request, family)), {"both": METHODS}, *flags, "--window", 128)
         (dense,) = found["dense"]["perplexity"].values()

@@ -72,7 +72,7 @@ def train(model: str, length: int, steps: int, **chosen: Any) -> tuple[saap.Reco
     chosen = {"validate_every": steps, "max_steps": steps, **chosen}
     with Peak() as peak:
         done = saap.recover(
-            model, length=length, validation_samples=1, patience=0, distillation=0.0, device="cpu", **chosen
+            model, max_seq_length=length, validation_samples=1, patience=0, distillation=0.0, device="cpu", **chosen
         )
     stages = [stage for stage in done.report.stages if stage.name not in (MEASURE_BEFORE.title, MERGE.title)]
     return done, {
@@ -122,7 +122,18 @@ def weights_on(grid: str, request: Request) -> str:
             train_into(folder, "llama", request.size(TRIAL, SMALL), short=request.quick)
         return str(folder)
     steps, length = request.size("4", "40"), str(request.settings["length"])
-    flags = ["--data", "mixed", "--tuning", "lora", "--max-steps", steps, "--dtype", "float32", "--length", length]
+    flags = [
+        "--data",
+        "mixed",
+        "--tuning",
+        "lora",
+        "--max-steps",
+        steps,
+        "--dtype",
+        "float32",
+        "--max-seq-length",
+        length,
+    ]
     name = f"off-grid-{steps}-{Path(request.model).name}"
     return str(made_by_saap(request, name, "recover", request.model, *flags))
 

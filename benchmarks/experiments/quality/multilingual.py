@@ -42,7 +42,7 @@ def measure(request: Request, wanted: Names) -> Measured:
     # a trial takes a small model that was trained here: it prunes once per language
     model = str(trained_folder(request, "llama")) if request.quick else multilingual_model(request)
     flags = flags_from(
-        chosen, pruning_ratio="pruning ratio", effort="effort", samples="samples", sample_length="sample length",
+        chosen, pruning_ratio="pruning ratio", effort="effort", num_samples="samples", sample_length="sample length",
         refit_tokens="refit tokens",
     )  # fmt: skip
     with opened(model) as dense:

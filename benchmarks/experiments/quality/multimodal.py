@@ -180,7 +180,7 @@ def told(model: nn.Module, processor: Any, pictures: Sequence[Picture]) -> dict[
 def measure(request: Request, wanted: Names) -> Measured:
     """What each model tells, and how many tensors outside the decoder are the same bit by bit."""
     chosen, dense = request.settings, str(trained_reader(request))
-    flags = flags_from(chosen, samples="samples", sample_length="sample length", refit_tokens="refit tokens")
+    flags = flags_from(chosen, num_samples="samples", sample_length="sample length", refit_tokens="refit tokens")
     flags += ["--align", "16", *request.size(["--effort", "fast"], [])]
     processor = transformers.AutoProcessor.from_pretrained(dense)
     pictures, kind = drawn_pictures(chosen["pictures to describe"], seed=2), request.size("trial", "pruned")

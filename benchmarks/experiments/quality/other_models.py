@@ -19,7 +19,7 @@ SETTINGS = {
 
 def measure(request: Request, wanted: Names) -> Measured:
     flags = flags_from(
-        request.settings, pruning_ratios="pruning ratio", calibration="calibration", samples="samples",
+        request.settings, pruning_ratio="pruning ratio", calibration="calibration", num_samples="samples",
         sample_length="sample length", refit_tokens="refit tokens", effort="effort", window="window",
         max_tokens="measured tokens",
     )  # fmt: skip

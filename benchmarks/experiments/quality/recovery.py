@@ -13,8 +13,8 @@ from lab.texts import INSTRUCTIONS, perplexities, texts
 
 MINUTES = 20
 STATES = ("dense", "pruned", "quantised", "recovered", "dense tuned alike")
-FEW_STEPS = ["--max-steps", "2", "--length", "64", "--validation-samples", "1"]
-UNTRAINED = ["--max-steps", "1", "--learning-rate", "1e-12", "--length", "64", "--batch", "1"]
+FEW_STEPS = ["--max-steps", "2", "--max-seq-length", "64", "--validation-samples", "1"]
+UNTRAINED = ["--max-steps", "1", "--learning-rate", "1e-12", "--max-seq-length", "64", "--batch-size", "1"]
 """A rate of almost nothing: the zero points and scales of the first choice are written."""
 CELLS = STATES
 OPTIONS = {**INSTRUCTIONS, "data": "FILE|NAME,..."}
@@ -25,7 +25,7 @@ def measure(request: Request, wanted: Names) -> Measured:
     """PRUNED and the dense model are tuned alike, both taught by the dense model."""
     sources = request.given.get("data", "mixed").split(",")
     files = [str(Path(source).resolve()) if Path(source).is_file() else source for source in sources]
-    shared = [word for source in files for word in ("--data", source)] + ["--teacher", request.model]
+    shared = [word for source in files for word in ("--data", source)] + ["--dense", request.model]
     flags = [*shared, *request.size(FEW_STEPS, ["--max-minutes", str(MINUTES)])]
     pruned = pruned_folder(request, "--effort", "fast", name="fast")
     tuned = {

@@ -6,72 +6,71 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from saap.cli.options import AsJson, Quiet, Revision
+from saap.cli.flags import Argument
+from saap.core.errors import ConfigurationError
+from saap.settings.measure import ExportFormat, ExportRequest
+from saap.settings.run import OPENS, Display, RunOptions, result_flag
+from saap.settings.setting import Only, Settings
 
 if TYPE_CHECKING:
     from saap.pipeline.export.run import GgufExport
 
 
-def export(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder that saap wrote, or any model that `saap prune` takes.")
-    ],
+class ExportTarget(Settings):
+    """Where an exported model goes."""
+
     out: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="File or folder to write. [required unless --push]")
-    ] = None,
-    to: Annotated[
-        str,
-        typer.Option("--format", help="gguf, for llama.cpp and Ollama; decilm, a folder for vLLM (not tried there)."),
-    ] = "gguf",
-    quantization: Annotated[
-        str, typer.Option(help="Of the weights in GGUF: f32, f16, bf16, q8_0, q4_0 or q4_1.")
-    ] = "f16",
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare the file in llama.cpp with transformers.")
-    ] = True,
-    push: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder MODEL to the hub as it is.")
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="With --push: a repository that only you see.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace PATH if it exists.")] = False,
-    revision: Revision = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+        Path | None,
+        result_flag(
+            "File or folder to write. [required unless --push]",
+            name="output",
+            short="-o",
+            aliases=("out",),
+            metavar="PATH",
+        ),
+    ] = None
+    push: Annotated[str | None, result_flag("Upload the folder MODEL to the hub as it is.", metavar="OWNER/NAME")] = (
+        None
+    )
+    private: Annotated[bool, result_flag("With --push: a repository that only you see.")] = False
+
+
+def export(
+    model: Annotated[str, Argument("Folder that saap wrote, or any model that `saap prune` takes.")],
+    target: ExportTarget,
+    request: ExportRequest,
+    options: Annotated[RunOptions, Only(("overwrite", *OPENS))],
+    display: Display,
 ) -> None:
     """Write MODEL in the format of another program, and check it there."""
-    from saap.cli.parsing import choice
     from saap.cli.show.output import make_reporter
-    from saap.core.errors import ConfigurationError
-    from saap.pipeline.export.run import export_decilm, export_gguf, opening_lines
-    from saap.pipeline.export.run import push as push_to_hub
-    from saap.settings.measure import ExportFormat
-    from saap.settings.prune import GgufType
+    from saap.pipeline.export.run import export_decilm, export_gguf, opening_lines, push
 
-    if push is not None and out is None:
-        with make_reporter(quiet=quiet, to_stderr=as_json) as reporter:
-            address = push_to_hub(model, push, private=private, reporter=reporter)
-        if as_json:
-            print(json.dumps({"address": address}))
-        elif not quiet:
-            print(f"uploaded {model} to {address}", "open it with:", sep="\n")
-            print(*(f"  {line}" for line in opening_lines(model, push)), sep="\n")
-        return
-    if out is None or push is not None:
-        raise ConfigurationError("One of --out and --push is needed", "Write with --out first, then --push the folder")
-    if choice("--format", to, ExportFormat) is ExportFormat.DECILM:
-        path = export_decilm(model, out, overwrite=overwrite, revision=revision)
-        print(json.dumps({"path": str(path)}) if as_json else f"vllm serve {path} --trust-remote-code   # not tried")
-        return
-    kind = choice("--quantization", quantization, GgufType)
-    with make_reporter(quiet=quiet, to_stderr=as_json) as reporter:
+    with make_reporter(quiet=display.quiet, to_stderr=display.as_json) as reporter:
+        if target.push is not None and target.out is None:
+            address = push(model, target.push, private=target.private, reporter=reporter)
+            if display.as_json:
+                print(json.dumps({"address": address}))
+            elif not display.quiet:
+                print(f"uploaded {model} to {address}", "open it with:", sep="\n")
+                print(*(f"  {line}" for line in opening_lines(model, target.push)), sep="\n")
+            return
+        if target.out is None or target.push is not None:
+            raise ConfigurationError(
+                "One of --output and --push is needed", "Write with -o first, then --push the folder"
+            )
+        if request.format is ExportFormat.DECILM:
+            path = export_decilm(model, target.out, overwrite=options.overwrite, revision=options.revision)
+            shown = json.dumps({"path": str(path)})
+            print(shown if display.as_json else f"vllm serve {path} --trust-remote-code   # not tried")
+            return
         done = export_gguf(
-            model, out, quantization=kind, overwrite=overwrite, verify=verify, revision=revision, reporter=reporter
-        )
-    if as_json:
+            model, target.out, quantization=request.quantization, overwrite=options.overwrite, verify=request.verify,
+            revision=options.revision, reporter=reporter,
+        )  # fmt: skip
+    if display.as_json:
         print(json.dumps(done.as_dict(), indent=1))
-    elif not quiet:
+    elif not display.quiet:
         _show(done)
 
 

@@ -7,49 +7,51 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Annotated
 
-import typer
+from saap.cli.flags import Argument
+from saap.core.errors import ConfigurationError
+from saap.settings.measure import GenerationSettings, dense_flag, writing_flag
+from saap.settings.recover import DENSE_CODE, DENSE_REVISION
+from saap.settings.run import OPENS, Display, RunOptions
+from saap.settings.setting import Only, Settings
 
-from saap.cli.options import AsJson, DenseRevision, DenseTrustRemoteCode, Device
+
+class Question(Settings):
+    """What is answered, and by which models."""
+
+    prompt: Annotated[str, writing_flag("What to answer, a user's turn for a chat model. [required]")] = ""
+    dense: Annotated[
+        str | None,
+        dense_flag(
+            "The dense model to compare with.", metavar="MODEL", old=("against",), default="what MODEL was pruned from"
+        ),
+    ] = None
+    no_dense: Annotated[bool, dense_flag("Show MODEL alone.")] = False
+    dense_revision: Annotated[str | None, dense_flag(DENSE_REVISION, default="as MODEL's manifest says")] = None
+    dense_trust_remote_code: Annotated[bool, dense_flag(DENSE_CODE)] = False
 
 
 def generate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder that saap wrote, or any model that `saap prune` takes.")
-    ],
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to answer, a user's turn for a chat model.")],
-    against: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="The model to show beside it. [default: the one it was pruned from]"),
-    ] = None,
-    dense_revision: DenseRevision = None,
-    dense_trust_remote_code: DenseTrustRemoteCode = False,
-    no_dense: Annotated[bool, typer.Option("--no-dense", help="Show MODEL alone.")] = False,
-    max_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of the answer, at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0: always the most likely token; above: sampled.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    no_chat: Annotated[
-        bool, typer.Option("--no-chat", help="Continue the text itself, without the chat template.")
-    ] = False,
-    device: Device = "auto",
-    as_json: AsJson = False,
+    model: Annotated[str, Argument("Folder that saap wrote, or any model that `saap prune` takes.")],
+    question: Question,
+    settings: GenerationSettings,
+    options: Annotated[RunOptions, Only(OPENS)],
+    display: Annotated[Display, Only(("as_json",))],
 ) -> None:
-    """Let MODEL answer a prompt, beside the dense model that it was pruned from."""
-    from saap.core.errors import ConfigurationError
-    from saap.pipeline.evaluate.generate import GenerationSettings, answers, open_speakers
+    """Let MODEL answer a prompt, and the dense model that it was pruned from."""
+    from saap.pipeline.evaluate.generate import answers, open_speakers
 
-    if no_dense and against is not None:
-        raise ConfigurationError("--no-dense and --against were given together", "Give one of the two")
-    settings = GenerationSettings(max_tokens=max_tokens, temperature=temperature, seed=seed, chat=not no_chat)
-    if not prompt.strip():
+    if question.no_dense and question.dense is not None:
+        raise ConfigurationError("--no-dense and --dense were given together", "Give one of the two")
+    if not question.prompt.strip():
         raise ConfigurationError("--prompt is empty", "Give a text to answer")
     speakers = open_speakers(
-        model, against=against, dense=not no_dense, dense_revision=dense_revision,
-        dense_trust_remote_code=dense_trust_remote_code, device=device,
+        model, against=question.dense, dense=not question.no_dense, dense_revision=question.dense_revision,
+        dense_trust_remote_code=question.dense_trust_remote_code, options=options,
     )  # fmt: skip
-    rounds = answers(speakers, prompt, settings)
-    if as_json:
+    rounds = answers(speakers, question.prompt, settings)
+    if display.as_json:
         *_, last = [{speaker.label: "" for speaker in speakers}, *rounds]
-        print(json.dumps({"prompt": prompt, **last}, ensure_ascii=False, indent=1))
+        print(json.dumps({"prompt": question.prompt, **last}, ensure_ascii=False, indent=1))
     elif sys.stdout.isatty():
         _draw(rounds)
     else:

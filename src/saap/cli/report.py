@@ -5,32 +5,47 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+import click
+
+from saap.cli.flags import Argument
+from saap.settings.setting import Flag, Settings
+
+
+class PageSettings(Settings):
+    """What a page shows, and where it is written."""
+
+    out: Annotated[
+        Path | None,
+        Flag(
+            "Page to write.", name="output_file", short="-o", aliases=("out",), metavar="FILE",
+            default="DIR-report.html",
+        ),
+    ] = None  # fmt: skip
+    evaluations: Annotated[
+        tuple[Path, ...],
+        Flag("Report of `saap eval -o FILE`, repeatable.", flag="--eval", metavar="FILE", repeat=True),
+    ] = ()
+    comparison: Annotated[
+        Path | None,
+        Flag("Show a pruned model versus the baselines of a `saap compare`.", flag="--compare", metavar="DIR"),
+    ] = None
+    figures: Annotated[
+        Path | None,
+        Flag("Also write every figure as SVG and PNG, every table as Markdown and LaTeX.", metavar="DIR"),
+    ] = None
+    open_page: Annotated[bool, Flag("Open the page in the browser.", name="open")] = False
 
 
 def report(
-    source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `saap prune` or `saap compare` wrote.")],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Page to write. [default: DIR-report.html]")] = None,
-    evaluation: Annotated[
-        list[Path] | None, typer.Option("--eval", metavar="FILE", help="Report of `saap eval --out`, repeatable.")
-    ] = None,
-    comparison: Annotated[
-        Path | None,
-        typer.Option("--compare", metavar="DIR", help="Show the baselines of a `saap compare` beside a pruned model."),
-    ] = None,
-    figures: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Also write every figure as SVG and PNG, every table as Markdown and LaTeX."),
-    ] = None,
-    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    directory: Annotated[Path, Argument("Folder that `saap prune` or `saap compare` wrote.")], page: PageSettings
 ) -> None:
     """Write one self-contained HTML page about a pruned model or a comparison."""
     from saap.reporting.report import build_page, write_page
 
-    folder = source if source.is_dir() else source.parent
-    target = out if out is not None else folder.absolute().with_name(folder.absolute().name + "-report.html")
-    written = write_page(build_page(source, evaluation or (), comparison), target, figures)
-    for path in written:
-        typer.echo(f"wrote {path}")
-    if open_page:
-        typer.launch(str(target))
+    source = Path(directory)
+    folder = (source if source.is_dir() else source.parent).absolute()
+    target = page.out if page.out is not None else folder.with_name(folder.name + "-report.html")
+    for path in write_page(build_page(source, page.evaluations, page.comparison), target, page.figures):
+        print(f"wrote {path}")
+    if page.open_page:
+        click.launch(str(target))

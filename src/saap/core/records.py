@@ -19,24 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from saap.core.errors import StaleInputError
+from saap.core.roles import Layout as Layout
+from saap.core.roles import Role as Role
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-
-
-class Role(StrEnum):
-    """What a coupled group does in the model."""
-
-    FFN = "ffn"
-    ATTENTION = "attention"
-    QUERY = "query"
-    EXPERT = "expert"
-    HIDDEN = "hidden"
-
-    @property
-    def of_channels(self) -> bool:
-        """Whether its units are single channels, whose number is aligned."""
-        return self in (Role.FFN, Role.HIDDEN)
 
 
 class Side(StrEnum):
@@ -44,13 +31,6 @@ class Side(StrEnum):
 
     PRODUCER = "producer"
     CONSUMER = "consumer"
-
-
-class Layout(StrEnum):
-    """`adaptive`: each layer its own sizes. `uniform`: the same sizes everywhere, so the stock class can load it."""
-
-    ADAPTIVE = "adaptive"
-    UNIFORM = "uniform"
 
 
 def canonical(value: Any) -> Any:

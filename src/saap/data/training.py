@@ -80,7 +80,7 @@ def training_data(
     if len(examples) < 2:
         raise TrainingDataError(
             f"{', '.join(map(str, sources))} gives {len(examples)} examples of {length} tokens",
-            "Give more data, or a smaller --length",
+            "Give more data, or a smaller --max-seq-length",
         )
     order = np.random.default_rng([seed, len(examples)]).permutation(len(examples))
     held_back = max(1, min(held_out, len(examples) // HELD_SHARE))
@@ -127,7 +127,7 @@ def _conversations(path: Path, tokenizer: Any | None, length: int, leading: Sequ
             examples.append(Example(tokens[:length], learned[:length]))
     if not examples:
         raise TrainingDataError(
-            f"No conversation of {path} has an answer within its first {length} tokens", "Use a larger --length"
+            f"No conversation of {path} has an answer within its first {length} tokens", "Use a larger --max-seq-length"
         )
     return examples
 

@@ -37,7 +37,7 @@ def estimate(
     """
     samples, length = calibration.tokens.shape
     if samples < 2:
-        raise CalibrationError("Fluctuation over samples needs two of them", "Use --samples 2 or more")
+        raise CalibrationError("Fluctuation over samples needs two of them", "Use --num-samples 2 or more")
     graph = backend.graph
     parts = scored_parts(backend.model, graph, [group for group in graph.groups if group.role in roles])
     one_by_one = bool(parts.stacked or parts.whole)

@@ -117,7 +117,7 @@ def check_prompts(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], t
         + (tokens if one.answer is None else len(_answer_ids(tokenizer, one.answer)))
         for one in prompts
     ]
-    check_reads(model, max(lengths, default=0), "Use fewer --tokens or shorter prompts")
+    check_reads(model, max(lengths, default=0), "Use fewer --max-new-tokens or shorter prompts")
 
 
 @torch.no_grad()

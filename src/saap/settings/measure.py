@@ -1,73 +1,140 @@
-"""What measuring, comparing and exporting are asked for: one place for the names that commands and recipes share."""
+"""What measuring, comparing, generating and exporting are asked for: names that commands and recipes share."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from saap.settings.prune import GgufType, MethodChoice, PruneConfig, RuntimeName
+from saap.core.errors import ConfigurationError
+from saap.settings.prune import (
+    BOS,
+    GGUF_TYPE,
+    GgufType,
+    Method,
+    MethodChoice,
+    PruneConfig,
+    RuntimeName,
+    check_gguf_type,
+)
+from saap.settings.recover import DENSE_CODE, DENSE_REVISION
+from saap.settings.setting import AtLeast1, Commas, Different, Flag, Names, Only, Ratio, Seed, Settings
 
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The seven tasks of the SAAP paper, by the names of lm-evaluation-harness; `paper` stands for them."""
+perplexity_flag = partial(Flag, panel="Perplexity")
+tasks_flag = partial(Flag, panel="Zero-shot tasks")
+writing_flag = partial(Flag, panel="Generation")
+dense_flag = partial(Flag, panel="Dense model")
+speed_flag = partial(Flag, panel="Speed")
+compared_flag = partial(Flag, panel="Comparison")
+format_flag = partial(Flag, panel="Format")
+FIVE_METHODS = "saap,llm-pruner-element2,flap,wanda-sp,magnitude"
+MAX_NEW_TOKENS = "Tokens to write for each prompt, at most."
 
 
-class SpeedSettings(BaseModel):
-    """How speed is measured. gguf_type: of the weights in llama.cpp. rounds: in which the models take turns."""
+class SpeedSettings(Settings):
+    """How speed is measured, in rounds in which the models take turns."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    runtime: Annotated[RuntimeName, speed_flag("Where speed is measured.")] = RuntimeName.TRANSFORMERS
+    gguf_type: Annotated[GgufType, speed_flag(GGUF_TYPE, old=("quantization",))] = GgufType.F16
+    prompt_tokens: Annotated[AtLeast1, speed_flag("Tokens of the prompt.")] = 128
+    new_tokens: Annotated[AtLeast1, speed_flag("Tokens that are written.")] = 32
+    rounds: Annotated[AtLeast1, speed_flag("Measurements, of which the median counts.")] = 5
 
-    runtime: RuntimeName = RuntimeName.TRANSFORMERS
-    gguf_type: GgufType = GgufType.F16
-    prompt_tokens: int = 128
-    new_tokens: int = 32
-    rounds: int = 5
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_gguf_type(self)
+        return self
 
 
-class EvalRequest(BaseModel):
-    """What to measure.
+class EvalRequest(Settings):
+    """What to measure of a model, and of the dense model that it is compared with.
 
-    texts: names of data sets, files, or `bundled`. window, stride: of the perplexity; stride None is the window; bos:
-    whether each window begins with the tokenizer's BOS token, if it puts one before texts.
-    max_tokens: only the first of each text. tasks: zero-shot tasks, from the hub or from files in `task_data`; limit:
-    only the first questions; rounded: round products to bfloat16 meanwhile. prompts: a file or `bundled`, to generate
-    from and to ask facts of. chat: a file of conversations. dense: the model that a pruned one is compared with.
-    dense_revision, dense_trust_remote_code: of that model, or of `against` where only that is named; by default its
-    revision is that of the manifest of the pruned one, and its code is not run. against_revision,
-    against_trust_remote_code: of `against` where `dense` is another model.
-    speed: how to measure tokens per second,
-    None: not; against: the model to measure it beside, else `dense`, else the one that a pruned one was made from.
+    dense_revision, dense_trust_remote_code: of `dense`, or of `against` where only that is specified; by default the
+    revision of the manifest of the pruned model, and no code of its own. against: the model that speed is compared
+    with, else `dense`, else the one that a pruned one was made from. against_revision, against_trust_remote_code: of
+    `against` where `dense` is another model.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    texts: tuple[str, ...] = ()
-    window: int = 512
-    stride: int | None = None
-    bos: bool = True
-    max_tokens: int | None = None
-    tasks: tuple[str, ...] = ()
-    task_data: Path | None = None
-    limit: int | None = None
-    rounded: bool = False
-    prompts: str | None = None
-    generated_tokens: int = 128
-    chat: Path | None = None
-    dense: str | None = None
-    dense_revision: str | None = None
-    dense_trust_remote_code: bool = False
-    speed: SpeedSettings | None = None
-    against: str | None = None
-    against_revision: str | None = None
-    against_trust_remote_code: bool = False
-    seed: int = 0
+    texts: Annotated[
+        tuple[str, ...],
+        Names,
+        perplexity_flag(
+            "Text to read, repeatable: wikitext2, ptb, c4, bundled, or a file.",
+            flag="--perplexity",
+            metavar="NAME|FILE",
+            repeat=True,
+        ),
+    ] = ()
+    window: Annotated[int, Field(ge=2), perplexity_flag("Tokens of each window that perplexity is measured in.")] = 512
+    stride: Annotated[
+        AtLeast1 | None, perplexity_flag("Tokens from one window's start to the next's.", default="the window")
+    ] = None
+    bos: Annotated[bool, perplexity_flag(BOS)] = True
+    max_tokens: Annotated[
+        Annotated[int, Field(ge=2)] | None, perplexity_flag("Read at most so many tokens of each text.")
+    ] = None
+    tasks: Annotated[
+        tuple[str, ...],
+        Commas,
+        tasks_flag(
+            "Tasks of lm-evaluation-harness, or `paper` for the seven of the SAAP paper.", metavar="TASK[,TASK...]"
+        ),
+    ] = ()
+    task_data: Annotated[
+        Path | None, tasks_flag("Folder with TASK.SPLIT.jsonl files, instead of the hub.", metavar="DIR")
+    ] = None
+    limit: Annotated[int | None, tasks_flag("Only the first N questions of each task.")] = None
+    rounded: Annotated[
+        bool,
+        tasks_flag(
+            "Round products to bfloat16 while tasks are scored, which can be quicker.",
+            name="rounded_tasks",
+            aliases=("rounded",),
+        ),
+    ] = False
+    prompts: Annotated[
+        str | None,
+        writing_flag("Prompts in place of the bundled ones: .txt, or .jsonl with prompt, answer.", metavar="FILE"),
+    ] = None
+    generated_tokens: Annotated[AtLeast1, writing_flag(MAX_NEW_TOKENS, name="max_new_tokens", old=("tokens",))] = 128
+    chat: Annotated[
+        Path | None, writing_flag("Conversations (.jsonl with messages) to measure answers of.", metavar="FILE")
+    ] = None
+    dense: Annotated[
+        str | None,
+        dense_flag(
+            "The dense model to compare with.",
+            metavar="MODEL",
+            default="generation and speed: the one MODEL was pruned from",
+        ),
+    ] = None
+    dense_revision: Annotated[str | None, dense_flag(DENSE_REVISION, default="as MODEL's manifest says")] = None
+    dense_trust_remote_code: Annotated[bool, dense_flag(DENSE_CODE)] = False
+    speed: Annotated[
+        SpeedSettings | None,
+        speed_flag("Tokens per second of prefill and of decoding (batch 1)."),
+        Only(("runtime", "gguf_type")),
+    ] = None
+    against: Annotated[str | None, Flag(instead="--dense")] = None
+    against_revision: Annotated[str | None, Flag(instead="--dense-revision")] = None
+    against_trust_remote_code: Annotated[bool, Flag(instead="--dense-trust-remote-code")] = False
+    seed: Annotated[Seed, writing_flag("Seed of sampled text.")] = 0
 
     @field_validator("tasks")
     @classmethod
     def _paper(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
         return PAPER_TASKS if tasks == ("paper",) else tasks
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.stride is not None and self.stride > self.window:
+            raise ConfigurationError(
+                f"--stride {self.stride} does not fit --window {self.window}", f"Give 1 to {self.window}"
+            )
+        return self
 
     @property
     def names_nothing(self) -> bool:
@@ -76,22 +143,86 @@ class EvalRequest(BaseModel):
         return not any(measured)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompareRequest:
+class GenerationSettings(Settings):
+    """How a model answers a prompt. temperature 0: always the most likely token; above: sampled with `seed`."""
+
+    max_tokens: Annotated[AtLeast1, writing_flag(MAX_NEW_TOKENS, name="max_new_tokens")] = 128
+    temperature: Annotated[float, Field(ge=0), writing_flag("0: always the most likely token; above: sampled.")] = 0.0
+    seed: Annotated[Seed, writing_flag("Seed of the sampling.")] = 0
+    chat: Annotated[bool, writing_flag("Use the chat template, or continue the text itself.")] = True
+
+
+def _no_ratios(given: Any) -> Any:
+    return () if given == "none" else given
+
+
+def _restorations(given: Any) -> Any:
+    """Both, yes or no, as False and True."""
+    known = {"both": (False, True), "yes": (True,), "no": (False,)}
+    if isinstance(given, str) and given not in known:
+        raise ValueError("is unknown", f"It takes {', '.join(known)}")
+    return known[given] if isinstance(given, str) else given
+
+
+class CompareRequest(Settings):
     """What to compare.
 
     methods: each with the roles that it may prune, None for the configuration's. config: of the method under test;
     its calibration and its ratios are everybody's. restorations: False cuts only (FLAP adds its biases), True also
-    restores. evaluation: the texts and tasks to measure on. task_ratios: ask the tasks at these pruning ratios only,
-    None for all of them: tasks take far longer than perplexity.
+    reconstructs. evaluation: the texts and tasks to measure on. task_ratios: None for all of them: tasks take far
+    longer than perplexity.
     """
 
-    methods: tuple[MethodChoice, ...]
-    config: PruneConfig
-    seeds: tuple[int, ...] = (0,)
-    restorations: tuple[bool, ...] = (False, True)
-    evaluation: EvalRequest
-    task_ratios: tuple[float, ...] | None = None
+    methods: Annotated[
+        tuple[MethodChoice, ...],
+        Commas,
+        Different,
+        compared_flag(
+            "Methods, each METHOD or METHOD@ROLE+ROLE to prune these only.", metavar="M[,M...]", default=FIVE_METHODS
+        ),
+    ] = Field(default_factory=lambda: tuple(MethodChoice(method=Method(name)) for name in FIVE_METHODS.split(",")))
+    config: Annotated[
+        PruneConfig,
+        Only(
+            (
+                "pruning_ratios",
+                "calibration",
+                "samples",
+                "sample_length",
+                "refit_tokens",
+                "bos",
+                "roles",
+                "align",
+                "effort",
+            ),
+            {"pruning_ratios": "0.1,0.2,0.3"},
+        ),
+    ]
+    seeds: Annotated[
+        tuple[Seed, ...], Commas, Different, compared_flag("Seeds of the calibration samples.", metavar="N[,N...]")
+    ] = (0,)
+    restorations: Annotated[
+        tuple[bool, ...],
+        BeforeValidator(_restorations),
+        compared_flag(
+            "Least-squares reconstruction by saap, for every method: both, yes or no.",
+            name="restore",
+            metavar="both|yes|no",
+            default="both",
+        ),
+    ] = (False, True)
+    evaluation: Annotated[
+        EvalRequest,
+        Only(
+            ("texts", "window", "bos", "max_tokens", "tasks", "task_data", "limit", "rounded"), {"texts": ("bundled")}
+        ),
+    ]
+    task_ratios: Annotated[
+        tuple[Ratio, ...] | None,
+        Commas,
+        BeforeValidator(_no_ratios),
+        compared_flag("Ask the tasks at these ratios only, or `none`.", metavar="R[,R...]", default="at all"),
+    ] = None
 
     def asks_tasks(self, ratio: float) -> bool:
         """Whether a model pruned by `ratio` answers the tasks."""
@@ -105,11 +236,11 @@ class ExportFormat(StrEnum):
     DECILM = "decilm"
 
 
-class ExportRequest(BaseModel):
+class ExportRequest(Settings):
     """What to export: the format, and for GGUF the type of the weights and whether llama.cpp checks the file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format: ExportFormat = ExportFormat.GGUF
-    quantization: GgufType = GgufType.F16
-    verify: bool = True
+    format: Annotated[
+        ExportFormat, format_flag("gguf, for llama.cpp and Ollama; decilm, a folder for vLLM (not tried there).")
+    ] = ExportFormat.GGUF
+    quantization: Annotated[GgufType, format_flag("Of the weights in GGUF.")] = GgufType.F16
+    verify: Annotated[bool, format_flag("Compare the file in llama.cpp with transformers.")] = True

@@ -1,15 +1,34 @@
 """The settings of `saap prune`: one place for names, defaults and their reasons."""
 
-from __future__ import annotations
-
+import re
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from saap.core.errors import ConfigurationError
-from saap.core.records import Layout, Role
+from saap.core.roles import Layout, Role
+from saap.settings.setting import (
+    AtLeast1,
+    Bytes,
+    Commas,
+    Different,
+    Flag,
+    Names,
+    Parameters,
+    Ratio,
+    Seed,
+    Settings,
+)
+
+target_flag = partial(Flag, panel="Target")
+text_flag = partial(Flag, panel="Calibration text")
+search_flag = partial(Flag, panel="Method and search")
+BOS = "Begin each window of text with the tokenizer's BOS token, if it puts one before texts."
+GGUF_TYPE = "Of the weights in llama.cpp."
 
 
 class Importance(StrEnum):
@@ -115,19 +134,19 @@ def unit_roles(roles: tuple[PrunableRole, ...]) -> tuple[Role, ...]:
     return tuple(Role(role.value) for role in roles if role is not PrunableRole.BLOCK)
 
 
-def check_seed(seed: int) -> None:
-    """Raise ConfigurationError for a seed that a generator of random numbers does not take."""
-    if not 0 <= seed < 2**32:
-        raise ConfigurationError(f"--seed {seed} is out of range", "Give a whole number from 0 to 4294967295")
-
-
-class MethodChoice(BaseModel):
+class MethodChoice(Settings):
     """A method of a comparison, and the roles that it may prune; None leaves them to the comparison."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method
     roles: tuple[PrunableRole, ...] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_label(cls, given: Any) -> Any:
+        if not isinstance(given, str):
+            return given
+        method, mark, roles = given.partition("@")
+        return {"method": method, "roles": roles.split("+") if mark else None}
 
     @property
     def label(self) -> str:
@@ -135,10 +154,8 @@ class MethodChoice(BaseModel):
         return str(self.method) if self.roles is None else f"{self.method}@{'+'.join(self.roles)}"
 
 
-class SkipLayers(BaseModel):
+class SkipLayers(Settings):
     """Decoder blocks at both ends that give nothing."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     first: Annotated[int, Field(ge=0)] = 0
     last: Annotated[int, Field(ge=0)] = 0
@@ -148,7 +165,23 @@ class SkipLayers(BaseModel):
         return tuple(layer for layer in range(blocks) if layer < self.first or layer >= blocks - self.last)
 
 
-class EffortSettings(BaseModel):
+def _ends(given: Any) -> Any:
+    """`auto` (None: the search decides), `first:4,last:2`, or the two numbers."""
+    if isinstance(given, tuple) and len(given) == 2:
+        return {"first": given[0], "last": given[1]}
+    if not isinstance(given, (str, tuple)):
+        return given
+    ends: dict[str, str] = {}
+    for part in [] if given == "auto" else str(given).split(","):
+        match = re.fullmatch(r"\s*(first|last):([0-9]+)\s*", part)
+        if match is None or match[1] in ends:
+            raise ValueError("is not understood", "Write `auto`, e.g. `first:4,last:2`, or in Python (4, 2)")
+        ends[match[1]] = match[2]
+    return ends or None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EffortSettings:
     """What an effort level buys.
 
     refit_sequences x refit_length: tokens of the restoration. search_evaluations: candidates that the search may
@@ -156,8 +189,6 @@ class EffortSettings(BaseModel):
     module by the pruned stream's own second-order statistics instead of the scores. generated_sequences: how many
     sequences the model itself writes for the default calibration.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     refit_sequences: int
     refit_length: int = 512
@@ -175,54 +206,108 @@ EFFORTS: dict[Effort, EffortSettings] = {
 }
 
 
-class PruneConfig(BaseModel):
+class MeasuredIn(Protocol):
+    """Settings that say where speed is measured."""
+
+    @property
+    def runtime(self) -> RuntimeName: ...  # noqa: D102
+    @property
+    def gguf_type(self) -> GgufType: ...  # noqa: D102
+
+
+def check_gguf_type(settings: MeasuredIn) -> None:
+    """Refuse a type of GGUF weights for a runtime that reads none. Raises ConfigurationError."""
+    if settings.gguf_type is not GgufType.F16 and settings.runtime is not RuntimeName.LLAMA_CPP:
+        raise ConfigurationError(
+            f"--gguf-type is of files for llama.cpp, not of {settings.runtime}",
+            "Add --runtime llama.cpp, or leave it out",
+        )
+
+
+class PruneConfig(Settings):
     """Everything that decides the result of `saap prune`, checked before any model is loaded.
 
-    Exactly one of pruning_ratios, target_parameters (whole model), target_bytes (weights as written) and target_speedup
-    (of decoding, batch 1, in `runtime`; `gguf_type`: of the weights in llama.cpp).
-    skip_layers None leaves the ends to the search. refit_tokens None takes the effort level's. bos: whether windows of
-    text begin with the tokenizer's BOS token, if it puts one before texts. method: a baseline
-    brings its own strategy and scores.
+    Exactly one target is given: pruning ratios, parameters, bytes, a speed-up, or a plan. skip_layers None leaves the
+    ends to the search. A baseline brings its own strategy and scores.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    method: Method = Method.SAAP
-    pruning_ratios: tuple[float, ...] = ()
-    target_parameters: int | None = None
-    target_bytes: int | None = None
-    target_speedup: float | None = None
-    runtime: RuntimeName = RuntimeName.TRANSFORMERS
-    gguf_type: GgufType = GgufType.F16
-    plan: Path | None = None
-    calibration: tuple[str, ...] = ("mixed",)
-    samples: int = 50
-    sample_length: int = 128
-    refit_tokens: int | None = None
-    bos: bool = True
-    layout: Layout = Layout.ADAPTIVE
-    roles: tuple[PrunableRole, ...] = (PrunableRole.FFN, PrunableRole.ATTENTION)
-    skip_layers: SkipLayers | None = None
-    align: int = 32
-    strategy: Strategy = Strategy.ADAPTIVE
-    importance: Importance = Importance.FUSED
-    element_order: ElementOrder = ElementOrder.SECOND
-    aggregation: Aggregation = Aggregation.SUM
-    fusion_scope: FusionScope = FusionScope.LAYER_ROLE
-    restore: bool = True
-    effort: Effort = Effort.DEFAULT
-    seed: int = 0
+    pruning_ratios: Annotated[
+        tuple[Ratio, ...],
+        Commas,
+        Different,
+        target_flag(
+            "Fraction of the decoder blocks' parameters to remove; several share one estimation.",
+            name="pruning_ratio",
+            metavar="R[,R...]",
+        ),
+    ] = ()
+    target_parameters: Annotated[
+        Parameters | None, target_flag("Parameters of the whole model that may stay, e.g. 100M.", name="target_params")
+    ] = None
+    target_bytes: Annotated[
+        Bytes | None, target_flag("Bytes of the weights as written, e.g. 200MB.", name="target_size", metavar="BYTES")
+    ] = None
+    target_speedup: Annotated[
+        Annotated[float, Field(gt=1)] | None, target_flag("Decoding (batch 1) this many times as fast, e.g. 1.3.")
+    ] = None
+    runtime: Annotated[RuntimeName, target_flag("Where that speed is measured.")] = RuntimeName.TRANSFORMERS
+    gguf_type: Annotated[GgufType, target_flag(GGUF_TYPE, old=("quantization",))] = GgufType.F16
+    plan: Annotated[Path | None, target_flag("A plan.json to carry out, edited or not.", metavar="FILE")] = None
+    calibration: Annotated[
+        tuple[str, ...],
+        Names,
+        Field(min_length=1),
+        text_flag(
+            "Text to calibrate on, repeatable: .txt, .jsonl, a bundled name or a data set.",
+            metavar="NAME|FILE",
+            repeat=True,
+        ),
+    ] = ("mixed",)
+    samples: Annotated[int, Field(ge=2), text_flag("Calibration samples for the scores.", name="num_samples")] = 50
+    sample_length: Annotated[int, Field(ge=8), text_flag("Tokens of each calibration sample.")] = 128
+    refit_tokens: Annotated[
+        Annotated[int, Field(ge=1024)] | None,
+        text_flag("Tokens for the least-squares reconstruction.", default="set by --effort"),
+    ] = None
+    bos: Annotated[bool, text_flag(BOS)] = True
+    method: Annotated[Method, search_flag("The method that decides: saap, or a baseline.")] = Method.SAAP
+    layout: Annotated[
+        Layout, search_flag("adaptive: each layer its own sizes; uniform: equal sizes, opens as the stock class.")
+    ] = Layout.ADAPTIVE
+    roles: Annotated[
+        tuple[PrunableRole, ...],
+        Commas,
+        Field(min_length=1),
+        search_flag("What may be removed.", metavar="ROLE[,ROLE...]"),
+    ] = (PrunableRole.FFN, PrunableRole.ATTENTION)
+    skip_layers: Annotated[
+        SkipLayers | None,
+        BeforeValidator(_ends),
+        search_flag("Blocks at the ends to protect: auto, or e.g. first:4,last:2.", default="auto", metavar="ENDS"),
+    ] = None
+    align: Annotated[AtLeast1, search_flag("Kept channels are a multiple of this.")] = 32
+    strategy: Annotated[Strategy, search_flag("How much is removed from each module.")] = Strategy.ADAPTIVE
+    importance: Annotated[Importance, search_flag("Score of a unit.")] = Importance.FUSED
+    element_order: Annotated[ElementOrder, search_flag("Terms of the element-wise score.")] = ElementOrder.SECOND
+    aggregation: Annotated[Aggregation, search_flag("How a unit's members combine.")] = Aggregation.SUM
+    fusion_scope: Annotated[FusionScope, search_flag("Who shares the fusion's uncertainties.")] = FusionScope.LAYER_ROLE
+    restore: Annotated[
+        bool,
+        search_flag("Least-squares reconstruction of the consumers, or cut only.", default="restore, baselines not"),
+    ] = True
+    effort: Annotated[Effort, search_flag("Time for search and reconstruction.")] = Effort.DEFAULT
+    seed: Annotated[Seed, search_flag("Seed of every random choice.")] = 0
 
     @model_validator(mode="before")
     @classmethod
     def _restore_by_method(cls, given: Any) -> Any:
         """Baselines run as they were published, so only our own method restores without being told to."""
-        if isinstance(given, dict) and "restore" not in given:
+        if isinstance(given, dict) and given.get("restore") is None:
             return {**given, "restore": given.get("method", Method.SAAP) == Method.SAAP}
         return given
 
     @model_validator(mode="after")
-    def _check(self) -> PruneConfig:
+    def _check(self) -> Self:
         targets = {
             "--pruning-ratio": bool(self.pruning_ratios),
             "--target-params": self.target_parameters is not None,
@@ -234,25 +319,6 @@ class PruneConfig(BaseModel):
         if len(given) != 1:
             problem = f"{' and '.join(given)} were given together" if given else "no target was given"
             raise ConfigurationError(problem, f"Give exactly one of {', '.join(targets)}")
-        for ratio in self.pruning_ratios:
-            if not 0 <= ratio < 1:
-                raise ConfigurationError(
-                    f"--pruning-ratio {ratio:g} is out of range", "Give a fraction of at least 0 and below 1, e.g. 0.2"
-                )
-        if len(set(self.pruning_ratios)) < len(self.pruning_ratios):
-            raise ConfigurationError("--pruning-ratio names the same ratio twice", "Name each ratio once")
-        for flag, value, least in (
-            ("--samples", self.samples, 2), ("--sample-length", self.sample_length, 8), ("--align", self.align, 1),
-            ("--refit-tokens", self.refit_tokens, 1024), ("--target-params", self.target_parameters, 1),
-            ("--target-size", self.target_bytes, 1),
-        ):  # fmt: skip
-            if value is not None and value < least:
-                raise ConfigurationError(f"{flag} {value} is too small", f"Give at least {least}")
-        check_seed(self.seed)
-        if not self.roles:
-            raise ConfigurationError("--roles is empty", f"Name some of {', '.join(PrunableRole)}")
-        if not self.calibration:
-            raise ConfigurationError("--calibration is empty", "Name a text file, a data set or `mixed`")
         if self.skip_layers is not None and self.layout is Layout.UNIFORM and self.skip_layers != SkipLayers():
             raise ConfigurationError(
                 "--skip-layers cannot be combined with --layout uniform, where all layers share their sizes",
@@ -261,7 +327,7 @@ class PruneConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _check_heads(self) -> PruneConfig:
+    def _check_heads(self) -> Self:
         if {PrunableRole.ATTENTION, PrunableRole.QUERY} <= set(self.roles):
             raise ConfigurationError(
                 "The roles attention and query cannot be combined: a KV group leaves with its query heads",
@@ -270,13 +336,16 @@ class PruneConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _check_speedup(self) -> PruneConfig:
+    def _check_runtime(self) -> Self:
+        if self.target_speedup is None and self.model_fields_set & {"runtime", "gguf_type"}:
+            raise ConfigurationError("--runtime and --gguf-type measure nothing by themselves", "Add --target-speedup")
+        check_gguf_type(self)
+        return self
+
+    @model_validator(mode="after")
+    def _check_speedup(self) -> Self:
         if self.target_speedup is None:
             return self
-        if not 1 < self.target_speedup < float("inf"):
-            raise ConfigurationError(
-                f"--target-speedup {self.target_speedup:g} is out of range", "Give a number above 1, e.g. 1.3"
-            )
         unmeasured = [role for role in (PrunableRole.HIDDEN, PrunableRole.EXPERT) if role in self.roles]
         if unmeasured:
             raise ConfigurationError(
@@ -286,7 +355,7 @@ class PruneConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _check_method(self) -> PruneConfig:
+    def _check_method(self) -> Self:
         own = {
             "--strategy": self.strategy is not Strategy.ADAPTIVE,
             "--importance": self.importance is not Importance.FUSED,
@@ -326,4 +395,4 @@ class PruneConfig(BaseModel):
         if self.refit_tokens is None:
             return settings
         length = min(settings.refit_length, self.refit_tokens // 2)
-        return settings.model_copy(update={"refit_sequences": self.refit_tokens // length, "refit_length": length})
+        return replace(settings, refit_sequences=self.refit_tokens // length, refit_length=length)

@@ -1,65 +1,59 @@
 """Recipes: a whole run in one YAML file, in the words of the configurations that the commands use."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from saap.core.errors import ConfigurationError
-from saap.settings.measure import EvalRequest, ExportRequest, SpeedSettings
-from saap.settings.prune import PruneConfig, SkipLayers
+from saap.settings.measure import EvalRequest, ExportRequest
+from saap.settings.prune import PruneConfig
 from saap.settings.recover import RecoverConfig
+from saap.settings.setting import Flag, Settings, faults, settings_of
 
 LARGEST_BYTES = 1_000_000
 THE_MODEL = "${model}"
 _STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-class ReportRequest(BaseModel):
+class ReportRequest(Settings):
     """The page about the result. figures: also as files of their own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     figures: bool = False
 
 
-class Recipe(BaseModel):
+class Recipe(Settings):
     """A run from a model to what is made of it.
 
     out: the folder of all results. Steps run in the order prune, recover, eval, export, report; one that is not named
     is left out. eval and export: by a name of one's own, which becomes that of the file. `${model}` as a value stands
-    for `model`, e.g. as the teacher, which then has its revision and trust too. Relative paths start where the command
-    is run, as on the command line.
+    for `model`, e.g. as the dense one, which then has its revision and trust too. Relative paths start where the
+    command is run, as on the command line.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     model: Annotated[str, Field(min_length=1)]
-    out: Path
+    out: Annotated[Path, Flag(name="output_dir", aliases=("out",))]
     revision: str | None = None
     trust_remote_code: bool = False
     device: str = "auto"
     dtype: str = "auto"
     prune: PruneConfig | None = None
     recover: RecoverConfig | None = None
-    eval: dict[str, EvalRequest] = {}
-    export: dict[str, ExportRequest] = {}
+    eval: dict[str, EvalRequest] = Field(default_factory=dict)
+    export: dict[str, ExportRequest] = Field(default_factory=dict)
     report: ReportRequest | None = None
 
 
-_SECTIONS: Mapping[str, type[BaseModel]] = {
+_SECTIONS: Mapping[str, type[Settings]] = {
     "prune": PruneConfig, "recover": RecoverConfig, "eval": EvalRequest, "export": ExportRequest,
     "report": ReportRequest,
 }  # fmt: skip
 _NAMED = ("eval", "export")
 _WithDense = TypeVar("_WithDense", RecoverConfig, EvalRequest)
-_INNER: Mapping[str, type[BaseModel]] = {"skip_layers": SkipLayers, "speed": SpeedSettings}
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
@@ -96,7 +90,7 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
         raise ConfigurationError(f"The recipe {path} has {len(raw):,} bytes", f"Use at most {LARGEST_BYTES:,}")
     tree = _parsed(raw, str(path))
     if not isinstance(tree, dict):
-        raise ConfigurationError(f"{path} is no recipe", "Begin it with `model:` and `out:`")
+        raise ConfigurationError(f"{path} is no recipe", "Begin it with `model:` and `output_dir:`")
     for setting in settings:
         _put(tree, setting)
     return recipe_from(tree, str(path))
@@ -105,27 +99,27 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
 def recipe_from(tree: Mapping[str, Any], where: str) -> Recipe:
     """A recipe from plain data. where: names it in refusals. Raises ConfigurationError."""
     tree = _with_model(tree, tree.get("model"))
-    faults: list[str] = []
+    wrong: list[str] = []
     sections: dict[str, Any] = {}
     for name, kind in _SECTIONS.items():
         given = tree.get(name)
         if given is None:
             continue
         if name not in _NAMED:
-            sections[name] = _checked(kind, given, name, where, faults)
+            sections[name] = _checked(kind, given, name, where, wrong)
         elif not isinstance(given, Mapping):
-            faults.append(f"{name}: give names, each with settings of its own")
+            wrong.append(f"{name}: give names, each with settings of its own")
         else:
-            faults += [f"{name}.{key}: no name for a file" for key in given if not _STEP_NAME.fullmatch(str(key))]
+            wrong += [f"{name}.{key}: no name for a file" for key in given if not _STEP_NAME.fullmatch(str(key))]
             sections[name] = {
-                str(key): _checked(kind, one, f"{name}.{key}", where, faults)
+                str(key): _checked(kind, one, f"{name}.{key}", where, wrong)
                 for key, one in given.items()
                 if one is not None
             }
     rest = {key: value for key, value in tree.items() if key not in _SECTIONS}
-    whole = _checked(Recipe, rest, "", where, faults)
-    if faults:
-        raise ConfigurationError(f"{where} is no recipe that can be run ({'; '.join(faults)})", "Correct these entries")
+    whole = _checked(Recipe, rest, "", where, wrong)
+    if wrong:
+        raise ConfigurationError(f"{where} is no recipe that can be run ({'; '.join(wrong)})", "Correct these entries")
     recipe: Recipe = whole.model_copy(update=sections)
     _check_together(recipe, where)
     evals = {
@@ -174,7 +168,7 @@ def _put(tree: dict[str, Any], setting: str) -> None:
     path, mark, text = setting.partition("=")
     names = path.strip().split(".")
     if not mark or not all(names):
-        raise ConfigurationError(f"--set {setting!r} is not understood", "Write it like prune.samples=20")
+        raise ConfigurationError(f"--set {setting!r} is not understood", "Write it like prune.num_samples=20")
     inner = tree
     for depth, name in enumerate(names[:-1]):
         found = inner.get(name)
@@ -196,33 +190,29 @@ def _with_model(value: Any, model: Any) -> Any:
     return model if value == THE_MODEL else value
 
 
-def _checked(kind: type[BaseModel], given: Any, place: str, where: str, faults: list[str]) -> Any:
-    """The section as `kind`; what is wrong with it is added to `faults`."""
+def _checked(kind: type[Settings], given: Any, place: str, where: str, wrong: list[str]) -> Any:
+    """The section as `kind`; what is wrong with it is added to `wrong`."""
     if not isinstance(given, Mapping):
-        faults.append(f"{place}: give settings such as {next(iter(kind.model_fields))}, each on a line of its own")
+        wrong.append(f"{place}: give settings such as {settings_of(kind)[0].name}, each on a line of its own")
         return None
+    within = f"{place}." if place else ""
+    for setting in settings_of(kind):
+        for old in {*setting.old} & {*given}:
+            message = (
+                f"{where}: {within}{old} is now {within}{setting.name}; the old name will be gone in the next release"
+            )
+            warnings.warn(message, FutureWarning, stacklevel=2)
     try:
         return kind.model_validate(dict(given))
     except ConfigurationError as error:
-        within = f"{where}, {place}: " if place else f"{where}: "
-        raise ConfigurationError(f"{within}{error.offender}", error.remedy) from None
+        raise ConfigurationError(f"{where}{', ' * bool(place)}{place}: {error.offender}", error.remedy) from None
     except ValidationError as error:
-        for fault in error.errors():
-            faults.append(_said(fault, kind, place))
+        wrong += [
+            f"{within}{problem}, {remedy[:1].lower()}{remedy[1:]}" for problem, remedy in faults(error, kind, given)
+        ]
     except RecursionError:
-        faults.append(f"{place or 'file'}: it contains itself")
+        wrong.append(f"{place or 'file'}: it contains itself")
     return None
-
-
-def _said(fault: Any, kind: type[BaseModel], place: str) -> str:
-    path = ".".join([*([place] if place else []), *map(str, fault["loc"])])
-    if fault["type"] == "extra_forbidden":
-        fields: Iterable[str] = (kind if len(fault["loc"]) == 1 else _INNER[str(fault["loc"][0])]).model_fields
-        if kind is Recipe:
-            fields = [*fields, *_SECTIONS]
-        near = get_close_matches(str(fault["loc"][-1]), list(dict.fromkeys(fields)), n=1)
-        return f"{path} is unknown" + (f", did you mean {near[0]}?" if near else "")
-    return f"{path}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
 
 
 def _check_together(recipe: Recipe, where: str) -> None:

@@ -1,17 +1,25 @@
 """The settings of `saap recover`: one place for names, defaults and their reasons."""
 
-from __future__ import annotations
-
 from enum import StrEnum
+from functools import partial
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import Field, model_validator
 
 from saap.core.errors import ConfigurationError
-from saap.settings.prune import check_seed
+from saap.settings.prune import BOS
+from saap.settings.setting import AtLeast1, Flag, Names, Positive, Seed, Settings, one_of
 
 DEFAULT_MINUTES = 20.0
 LEGAL_BITS = (2, 3, 4, 8)
 LEGAL_GROUP_SIZES = (16, 32, 64, 128)
+data_flag = partial(Flag, panel="Data")
+quantised_flag = partial(Flag, panel="Adapters and quantised weights")
+teacher_flag = partial(Flag, panel="Teacher")
+training_flag = partial(Flag, panel="Training")
+stop_flag = partial(Flag, panel="End and validation")
+DENSE_REVISION = "Branch, tag or commit of the dense model."
+DENSE_CODE = "Run code that the dense model's repository ships."
 
 
 class Tuning(StrEnum):
@@ -21,85 +29,86 @@ class Tuning(StrEnum):
     LORA = "lora"
 
 
-class RecoverConfig(BaseModel):
+class RecoverConfig(Settings):
     """Everything that decides the result of `saap recover`, checked before any model is loaded.
 
     batch: one sequence, since many small steps learn more from the tokens of twenty minutes than a quarter as many of
     four sequences (SmolLM2). alpha and length: usual values, not tuned. The first limit that is reached ends the
-    training; with none given it is DEFAULT_MINUTES. scales: whether the scales are learned besides the zero
-    points. teacher: None for the dense model that the checkpoint was pruned from, if it is on this machine.
-    dense_revision, dense_trust_remote_code: of the teacher; by default its revision is that of the checkpoint's
-    manifest, and its code is not run.
-    distillation: share of the divergence from the teacher in the loss; None for 1 where there is a teacher and 0 where
-    there is none. bos: whether each sequence begins with the tokenizer's BOS token, if it puts one before texts.
-    exact_products: no float32 factor is rounded to bfloat16 while training. patience: validations
-    without a new best, 0 never stops early. shard: whether the frozen weights of model and teacher are split over the
-    processes; it changes no result.
+    training; with none given it is DEFAULT_MINUTES. teacher: None for the dense model that the checkpoint was pruned
+    from, if it is on this machine. distillation: None for 1 where there is a teacher and 0 where there is none.
+    shard changes no result.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    data: tuple[str, ...] = ("mixed",)
-    tuning: Tuning = Tuning.GROUPWISE
-    bits: int = 4
-    group_size: int = 32
-    error_feedback: bool = False
-    rank: int = 16
-    alpha: float = 16.0
-    scales: bool = True
-    teacher: str | None = None
-    dense_revision: str | None = None
-    dense_trust_remote_code: bool = False
-    distillation: float | None = None
-    length: int = 512
-    bos: bool = True
-    batch: int = 1
-    micro_batch: int = 1
-    learning_rate: float = 1e-3
-    warm_up: float = 0.05
-    clip: float = 1.0
-    max_steps: int | None = None
-    max_tokens: int | None = None
-    max_minutes: float | None = None
-    validate_every: int = 60
-    validation_samples: int = 8
-    patience: int = 5
-    gradient_checkpointing: bool = True
-    exact_products: bool = False
-    shard: bool = False
-    seed: int = 0
+    data: Annotated[
+        tuple[str, ...],
+        Names,
+        Field(min_length=1),
+        data_flag(
+            "Text to learn from, repeatable: .txt, .jsonl with text, instructions or chats.",
+            metavar="NAME|FILE",
+            repeat=True,
+        ),
+    ] = ("mixed",)
+    tuning: Annotated[
+        Tuning, quantised_flag("groupwise: adapters on quantised weights; lora: plain LoRA in full precision.")
+    ] = Tuning.GROUPWISE
+    bits: Annotated[int, one_of(*LEGAL_BITS), quantised_flag("Bits of a weight: 2, 3, 4 or 8.")] = 4
+    group_size: Annotated[
+        int,
+        one_of(*LEGAL_GROUP_SIZES),
+        quantised_flag("Inputs that share a scale and a zero point: 16, 32, 64 or 128."),
+    ] = 32
+    error_feedback: Annotated[bool, quantised_flag("Quantise by GPTQ: later columns compensate for earlier ones.")] = (
+        False
+    )
+    rank: Annotated[AtLeast1, quantised_flag("Rank of the adapters.")] = 16
+    alpha: Annotated[Positive, quantised_flag("The adapters' product is scaled by alpha / rank.")] = 16.0
+    scales: Annotated[bool, quantised_flag("Learn the scales besides the zero points.")] = True
+    teacher: Annotated[
+        str | None,
+        teacher_flag(
+            "The dense model to learn from.", name="dense", metavar="MODEL", default="what MODEL was pruned from"
+        ),
+    ] = None
+    dense_revision: Annotated[str | None, teacher_flag(DENSE_REVISION, default="as MODEL's manifest says")] = None
+    dense_trust_remote_code: Annotated[bool, teacher_flag(DENSE_CODE)] = False
+    distillation: Annotated[
+        Annotated[float, Field(ge=0, le=1)] | None,
+        teacher_flag("Share of the divergence from the teacher in the loss, 0 to 1.", default="1, without a teacher 0"),
+    ] = None
+    length: Annotated[
+        int, Field(ge=16), data_flag("Tokens of a block of text; longer conversations are cut.", name="max_seq_length")
+    ] = 512
+    bos: Annotated[bool, data_flag(BOS)] = True
+    batch: Annotated[AtLeast1, training_flag("Sequences of a step, over all processes.", name="batch_size")] = 1
+    micro_batch: Annotated[AtLeast1, training_flag("Sequences that are computed at once.", name="micro_batch_size")] = 1
+    learning_rate: Annotated[Positive, training_flag("The highest learning rate.")] = 1e-3
+    warm_up: Annotated[
+        float,
+        Field(ge=0, lt=1),
+        training_flag("Share of the training on which the learning rate rises.", name="warmup_ratio"),
+    ] = 0.05
+    clip: Annotated[Positive, training_flag("Longer gradients are shortened to this norm.", name="max_grad_norm")] = 1.0
+    max_steps: Annotated[AtLeast1 | None, stop_flag("Stop after so many steps.")] = None
+    max_tokens: Annotated[AtLeast1 | None, stop_flag("Read at most so many tokens, then stop.")] = None
+    max_minutes: Annotated[
+        Positive | None,
+        stop_flag("Stop after so many minutes of training.", default=f"{DEFAULT_MINUTES:g} without a limit"),
+    ] = None
+    validate_every: Annotated[AtLeast1, stop_flag("Steps between two validations; the state is saved then.")] = 60
+    validation_samples: Annotated[AtLeast1, stop_flag("Sequences that are held out for validation.")] = 8
+    patience: Annotated[int, Field(ge=0), stop_flag("Stop after so many validations without a new best; 0 never.")] = 5
+    gradient_checkpointing: Annotated[
+        bool, training_flag("Compute activations again, or keep them all: quicker, more memory.")
+    ] = True
+    exact_products: Annotated[bool, training_flag("Train in full float32 on the CPU too: slower.")] = False
+    shard: Annotated[bool, training_flag("Split frozen weights over the processes (FSDP): slower, less memory.")] = (
+        False
+    )
+    seed: Annotated[Seed, training_flag("Seed of every random choice.")] = 0
 
     @model_validator(mode="after")
-    def _check(self) -> RecoverConfig:
-        if self.bits not in LEGAL_BITS:
-            raise ConfigurationError(f"--bits {self.bits} is not possible", f"Use {', '.join(map(str, LEGAL_BITS))}")
-        if self.group_size not in LEGAL_GROUP_SIZES:
-            raise ConfigurationError(
-                f"--group-size {self.group_size} is not possible", f"Use {', '.join(map(str, LEGAL_GROUP_SIZES))}"
-            )
-        for flag, value, least in (
-            ("--rank", self.rank, 1), ("--length", self.length, 16), ("--batch", self.batch, 1),
-            ("--micro-batch", self.micro_batch, 1), ("--max-steps", self.max_steps, 1),
-            ("--max-tokens", self.max_tokens, 1), ("--validate-every", self.validate_every, 1),
-            ("--validation-samples", self.validation_samples, 1), ("--patience", self.patience, 0),
-        ):  # fmt: skip
-            if value is not None and value < least:
-                raise ConfigurationError(f"{flag} {value} is too small", f"Give at least {least}")
-        for flag, number in (
-            ("--learning-rate", self.learning_rate), ("--alpha", self.alpha), ("--clip", self.clip),
-            ("--max-minutes", self.max_minutes),
-        ):  # fmt: skip
-            if number is not None and not 0 < number < float("inf"):
-                raise ConfigurationError(f"{flag} {number:g} is out of range", "Give a number above 0")
-        check_seed(self.seed)
-        if self.distillation is not None and not 0 <= self.distillation <= 1:
-            raise ConfigurationError(f"--distillation {self.distillation:g} is out of range", "Give 0 to 1")
-        if not 0 <= self.warm_up < 1:
-            raise ConfigurationError(f"--warm-up {self.warm_up:g} is out of range", "Give at least 0 and below 1")
-        return self
-
-    @model_validator(mode="after")
-    def _check_tuning(self) -> RecoverConfig:
+    def _check_tuning(self) -> Self:
         for flag, given in (("--error-feedback", self.error_feedback), ("--shard", self.shard)):
             if given and self.tuning is Tuning.LORA:
                 raise ConfigurationError(

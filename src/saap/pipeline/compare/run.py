@@ -136,7 +136,7 @@ def _check(request: CompareRequest) -> None:
     strange = [ratio for ratio in request.task_ratios or () if ratio not in request.config.pruning_ratios]
     if strange:
         raise ConfigurationError(
-            f"--task-ratios names {strange[0]:g}, which is not compared", "Name some of --pruning-ratios, or none"
+            f"--task-ratios names {strange[0]:g}, which is not compared", "Name some of --pruning-ratio, or none"
         )
     if not request.evaluation.texts:
         raise ConfigurationError("no text to measure perplexity on was named", "Give --perplexity NAME|FILE")

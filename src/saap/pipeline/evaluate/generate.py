@@ -15,24 +15,7 @@ from saap.models.walk.cached import CachedModel
 from saap.models.walk.probe import check_reads
 from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.shared.inputs import RunOptions, open_model
-from saap.settings.prune import check_seed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationSettings:
-    """temperature 0: always the most likely token; above: sampled with `seed`. chat: use the chat template if any."""
-
-    max_tokens: int = 128
-    temperature: float = 0.0
-    seed: int = 0
-    chat: bool = True
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ConfigurationError(f"--max-tokens {self.max_tokens} is too small", "Give at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigurationError(f"--temperature {self.temperature:g} is out of range", "Give 0 or more")
-        check_seed(self.seed)
+from saap.settings.measure import GenerationSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,29 +29,30 @@ class Speaker:
 
 def open_speakers(
     source: str, *, against: str | None = None, dense: bool = True, dense_revision: str | None = None,
-    dense_trust_remote_code: bool = False, device: str = "auto",
+    dense_trust_remote_code: bool = False, options: RunOptions | None = None,
 ) -> tuple[Speaker, ...]:  # fmt: skip
     """The models that will answer: the dense one first (that of the manifest, or `against`), then `source`.
 
     dense=False: `source` alone, as for a model that was never pruned and names no other. Raises ModelError if the dense
     model is not here.
     """
-    resolved = resolve_model(source)
+    options = options if options is not None else RunOptions()
+    resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
     choice = DenseChoice(source=against, revision=dense_revision, trust_remote_code=dense_trust_remote_code)
     beside: tuple[Speaker, ...] = ()
     if dense:
         manifest = manifest_of(resolved)
         try:
             found = resolve_dense(choice, manifest)
-            beside = () if found is None else (_speaker("dense", found, device),)
+            beside = () if found is None else (_speaker("dense", found, options),)
         except ModelError as error:
-            remedy = error.remedy if "--dense" in error.remedy else "Use --against MODEL or --no-dense"
+            remedy = error.remedy if "--dense" in error.remedy else "Use --dense MODEL or --no-dense"
             raise ModelError(f"The dense model: {error.offender}", remedy) from None
-    return (*beside, _speaker("pruned" if beside else "answer", resolved, device))
+    return (*beside, _speaker("pruned" if beside else "answer", resolved, options))
 
 
-def _speaker(label: str, resolved: ResolvedModel, device: str) -> Speaker:
-    loaded = open_model(resolved, RunOptions(device=device))
+def _speaker(label: str, resolved: ResolvedModel, options: RunOptions) -> Speaker:
+    loaded = open_model(resolved, options, computes_in_dtype=True)
     if loaded.tokenizer is None:
         raise ModelError(f"{resolved.source} has no tokenizer", "Put its tokenizer files beside the weights")
     return Speaker(label, loaded.model, loaded.tokenizer)
@@ -97,7 +81,7 @@ def stream(speaker: Speaker, prompt: str, settings: GenerationSettings) -> Itera
     ids = prompt_ids(tokenizer, prompt, chat=settings.chat)
     if not ids:
         raise ConfigurationError("--prompt has no tokens", "Give a text that the model can continue")
-    check_reads(model, len(ids) + settings.max_tokens - 1, "Use fewer --max-tokens or a shorter prompt")
+    check_reads(model, len(ids) + settings.max_tokens - 1, "Use fewer --max-new-tokens or a shorter prompt")
     reader = CachedModel(model)
     written: list[int] = []
     while len(written) < settings.max_tokens:

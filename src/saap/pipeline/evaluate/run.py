@@ -46,7 +46,7 @@ from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import LOAD
 from saap.reporting.tables import names_apart
 from saap.settings.measure import EvalRequest, SpeedSettings
-from saap.settings.prune import RuntimeName, check_seed
+from saap.settings.prune import RuntimeName
 
 MODES = ("greedy", "sampled")
 
@@ -113,14 +113,14 @@ def evaluate_model(
     streams = read_streams(request, tokenizer)
     conversations = () if request.chat is None else read_conversations(request.chat)
     reporter.stage(LOAD.title)
-    loaded = open_model(opened, options, tokenizer)
+    loaded = open_model(opened, options, tokenizer, computes_in_dtype=True)
     check_prompts(loaded.model, loaded.tokenizer, prompts, request.generated_tokens)
     with quick_float32_products():
         report = _measure(loaded, request, streams, conversations, reporter)
         dense = None
         if others.dense is not None and (prompts or request.dense is not None):
             reporter.stage(f"load the dense model {others.dense.source}")
-            dense = open_model(others.dense, options)
+            dense = open_model(others.dense, options, computes_in_dtype=True)
             check_prompts(dense.model, dense.tokenizer or loaded.tokenizer, prompts, request.generated_tokens)
             if request.dense is not None:
                 dense_report = _measure(dense, request, streams, conversations, reporter)
@@ -167,17 +167,6 @@ def _other_models(request: EvalRequest, evaluated: ResolvedModel | None, reporte
 
 def check_request(request: EvalRequest) -> tuple[Prompt, ...]:
     """Refuse what needs no model to be refused. Returns the requested prompts."""
-    if request.window < 2:
-        raise ConfigurationError(f"--window {request.window} predicts nothing", "Give at least 2")
-    if request.stride is not None and not 1 <= request.stride <= request.window:
-        raise ConfigurationError(
-            f"--stride {request.stride} does not fit --window {request.window}", f"Give 1 to {request.window}"
-        )
-    if request.max_tokens is not None and request.max_tokens < 2:
-        raise ConfigurationError(f"--max-tokens {request.max_tokens} predicts nothing", "Give at least 2")
-    check_seed(request.seed)
-    if request.generated_tokens < 1:
-        raise ConfigurationError(f"--tokens {request.generated_tokens} writes nothing", "Give at least 1")
     _check_speed(request)
     if request.tasks:
         check_tasks(request.tasks, request.task_data, request.limit)
@@ -308,7 +297,7 @@ def _speed(
     if other is not None:
         reporter.stage(f"load {other.source} to measure speed against")
         if in_memory and (dense is None or other != others.dense):
-            dense = open_model(other, options)
+            dense = open_model(other, options, computes_in_dtype=True)
         models.append((names[1], dense.model if in_memory and dense is not None else other.path))
     reporter.stage(f"speed in {settings.runtime}")
     return measure_beside(models, settings)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from saap.core.errors import ConfigurationError, ExportError, ModelError
+from saap.core.errors import ExportError, ModelError
 from saap.evaluation.speed import LlamaCppRuntime, Runtime, Speed, TransformersRuntime, measure_speeds, speed_up
 from saap.models.checkpoint.safetensor_files import ModelTensors, StoredTensors
 from saap.models.loading.llama_cpp import LlamaCpp, llama_cpp_is_installed
@@ -67,13 +67,6 @@ class SpeedReport:
 
 def check_settings(settings: SpeedSettings) -> None:
     """Refuse what needs no model to be refused. Raises ConfigurationError, ExportError for a missing package."""
-    for flag, value in (
-        ("--prompt-tokens", settings.prompt_tokens),
-        ("--new-tokens", settings.new_tokens),
-        ("--rounds", settings.rounds),
-    ):
-        if value < 1:
-            raise ConfigurationError(f"{flag} {value} is too small", "Give at least 1")
     if settings.runtime is RuntimeName.LLAMA_CPP:
         if importlib.util.find_spec("gguf") is None:
             raise ExportError("Writing files for llama.cpp needs the package gguf", INSTALL)

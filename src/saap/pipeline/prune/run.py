@@ -171,10 +171,9 @@ def preview(
     }
 
 
-def inspect_model(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect_model(source: str, options: RunOptions) -> dict[str, Any]:
     """The coupled structures of a model as JSON-able data: sizes, rows per role, what is not pruned and why."""
-    options = RunOptions(revision=revision, trust_remote_code=trust_remote_code, device="cpu")
-    loaded = open_model(source, options)
+    loaded = open_model(source, options, computes_in_dtype=True)
     graph = discover(loaded.model, loaded.ref, finer_heads=True)
     return {
         "model": source,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from saap._version import __version__
@@ -84,7 +83,7 @@ def _tuned(
     saved = processes.broadcast_result(lambda: finished_report(work, target))
     if saved is None:
         name = f"tuned-{target.name}"
-        into = dataclasses.replace(_inside(options, work, name), revision=None)
+        into = _inside(options, work, name).model_copy(update={"revision": None})
         made = run_recover(str(pruned.path), config, into, reporter).report
         here, there = work.file(name), str(target.folder)
         saved = made.as_dict() | {"path": there, "load_lines": [x.replace(str(here), there) for x in made.load_lines]}
@@ -94,9 +93,8 @@ def _tuned(
 
 def _inside(options: RunOptions, work: WorkFolder, name: str) -> RunOptions:
     """The options of one stage: its result and its own stage files lie in the work folder, and go with that."""
-    return dataclasses.replace(
-        options, out=work.file(name), work_dir=work.file(f"{name}.stages"), keep_work=True, overwrite=True
-    )
+    inside = {"out": work.file(name), "work_dir": work.file(f"{name}.stages"), "keep_work": True, "overwrite": True}
+    return options.model_copy(update=inside)
 
 
 def check_recovery(

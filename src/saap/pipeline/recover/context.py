@@ -97,8 +97,8 @@ def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> 
         raise ConfigurationError("Several processes share no folder", "Name one with --work-dir or --out")
     if count > config.batch:
         raise ConfigurationError(
-            f"--batch {config.batch} is less than the {count} processes that share each batch",
-            f"Use --batch {count}, or a multiple of it",
+            f"--batch-size {config.batch} is less than the {count} processes that share each batch",
+            f"Use --batch-size {count}, or a multiple of it",
         )
     if config.shard and count == 1:
         raise ConfigurationError(
@@ -107,7 +107,7 @@ def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> 
         )
     if config.shard and config.batch % count:
         raise ConfigurationError(
-            f"--batch {config.batch} is no multiple of the {count} processes, which need equal work with --shard",
+            f"--batch-size {config.batch} is no multiple of the {count} processes, which need equal work with --shard",
             f"Use a multiple of {count}",
         )
 
@@ -134,7 +134,7 @@ def _with_teacher(
             teacher = None
             meter.reporter.note(f"no distillation from the dense model: {error}")
     if teacher is None and config.distillation:
-        raise ConfigurationError("--distillation has no teacher", "Name the dense model with --teacher MODEL")
+        raise ConfigurationError("--distillation has no teacher", "Name the dense model with --dense MODEL")
     share = config.distillation if config.distillation is not None else (DISTILLATION if teacher else 0.0)
     known = {"teacher": None, "dense_revision": None} if teacher is None else {
         "teacher": teacher.source, "dense_revision": teacher.revision,
@@ -146,7 +146,7 @@ def _check_same_tokens(dense: ResolvedModel, source: str, tokenizer: Any) -> Non
     own = load_tokenizer(dense)
     if own is not None and tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
         raise ConfigurationError(
-            f"--teacher {dense.source} has another vocabulary than {source}", "Name the model that it was pruned from"
+            f"--dense {dense.source} has another vocabulary than {source}", "Name the model that it was pruned from"
         )
 
 

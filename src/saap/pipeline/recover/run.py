@@ -180,7 +180,7 @@ def _fitting(config: RecoverConfig, model: nn.Module) -> Sequence[str]:
 def _check_fits(run: Recovery, model: Any) -> None:
     """Raise SaapError for training data with more tokens, or other ones, than the model reads."""
     examples = [example.tokens for example in (*run.data.train, *run.data.held_out)]
-    check_reads(model, max(map(len, examples)), "Use a smaller --length")
+    check_reads(model, max(map(len, examples)), "Use a smaller --max-seq-length")
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(int(tokens.max()) for tokens in examples)
     if largest >= rows:
@@ -211,7 +211,7 @@ def _check_teacher(run: Recovery, teacher: nn.Module) -> None:
     if found != expected:
         raise ConfigurationError(
             f"{run.teacher.source} has {found:,} parameters, but {run.source} was pruned from a model of {expected:,}",
-            "Name that model with --teacher, or use --distillation 0",
+            "Name that model with --dense, or use --distillation 0",
         )
 
 

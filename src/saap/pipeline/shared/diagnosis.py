@@ -19,7 +19,7 @@ def diagnose_importance(scores: ImportanceScores) -> list[str]:
     if units and silent > 0.05 * units:
         findings.append(
             f"{silent / units:.0%} of the units have importance 0: the calibration text never uses them; "
-            "calibrate on more or more varied text (--calibration, --samples)."
+            "calibrate on more or more varied text (--calibration, --num-samples)."
         )
     unstable = [
         _split_disagreement(group.element, group.element_m2, scores.samples) for group in scores.groups.values()
@@ -27,7 +27,7 @@ def diagnose_importance(scores: ImportanceScores) -> list[str]:
     if unstable and float(np.median(unstable)) > 0.5:
         findings.append(
             "the importance scores are noisy: their error over samples exceeds half of their spread over units; "
-            f"use more samples than {scores.samples} (--samples)."
+            f"use more samples than {scores.samples} (--num-samples)."
         )
     return findings
 
@@ -83,6 +83,6 @@ def diagnose_memory(stages: Sequence[StageRecord], weights_bytes: int) -> list[s
     heavy = [stage for stage in stages if stage.peak_resident_bytes > 12 * weights_bytes + 4 * 10**9]
     return [
         f"stage {stage.name!r} used {stage.peak_resident_bytes / 1e9:.1f} GB, over 12 times the weights: "
-        "lower --refit-tokens or --samples."
+        "lower --refit-tokens or --num-samples."
         for stage in heavy
     ]

@@ -25,6 +25,7 @@ from saap.models.loading.pretrained import load_model, load_processor, load_toke
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.probe import read_at_once
 from saap.settings.prune import Importance, Method, PrunableRole, PruneConfig, Strategy
+from saap.settings.run import RunOptions as RunOptions
 from saap.structure_search.costs import gram_bytes
 from saap.surgery.refit import require_sequences
 
@@ -36,28 +37,6 @@ COST_TOKENS = 32_768
 """The most that second-order costs are taken from."""
 COST_TOKENS_AT_ONCE = 512
 """Of one micro-batch of that walk, which keeps the memory of its way back small."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
-    """Where and how a run works; nothing here changes the result except `dtype`, that of the written weights.
-
-    max_memory: bytes that the run may take where it computes: of an accelerator (None: what is free there), or resident
-    of the process (None: any number). Where the weights therefore stay in their files, the search measures fewer
-    candidates, and the model writes no text of its own to be calibrated on.
-    device_map: puts the blocks on several devices, by one of accelerate's strategies (auto, balanced, sequential).
-    """
-
-    out: Path | None = None
-    overwrite: bool = False
-    work_dir: Path | None = None
-    keep_work: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
-    revision: str | None = None
-    trust_remote_code: bool = False
-    max_memory: int | None = None
-    device_map: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,9 +111,15 @@ def place_of(source: str | Path | nn.Module, options: RunOptions) -> torch.devic
 
 
 def open_model(
-    source: str | Path | nn.Module | ResolvedModel, options: RunOptions, tokenizer: Any | None = None
+    source: str | Path | nn.Module | ResolvedModel,
+    options: RunOptions,
+    tokenizer: Any | None = None,
+    *,
+    computes_in_dtype: bool = False,
 ) -> LoadedModel:
     """Load what `source` names, or take a loaded model as it is (it is never changed).
+
+    computes_in_dtype: `options.dtype` is that to compute in, where nothing is written.
 
     A model that was resolved before keeps its own revision and permission to run code, whatever `options` say.
     Raises ModelError for everything that is wrong with it, before weights are read where that can be seen.
@@ -148,12 +133,14 @@ def open_model(
     if not isinstance(resolved, ResolvedModel):
         resolved = resolve_model(resolved, revision=options.revision, trust_remote_code=options.trust_remote_code)
     device = pick_device(options.device)
-    model = load_model(resolved, device=device, device_map=options.device_map)
+    written = pick_dtype(options.dtype, source=resolved.dtype)
+    dtype = written if computes_in_dtype and options.dtype != "auto" else None
+    model = load_model(resolved, device=device, dtype=dtype, device_map=options.device_map)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer if tokenizer is not None else load_tokenizer(resolved),
         ref=model_ref(model, resolved.source, resolved.revision),
-        dtype=pick_dtype(options.dtype, source=resolved.dtype),
+        dtype=written,
         owned=True,
         folder=resolved.folder,
     )

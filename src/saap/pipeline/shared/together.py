@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ def with_device_of(processes: Processes, source: str | Path | nn.Module, options
     """The options with the device of this process, unless the model lies somewhere already."""
     if processes.count == 1 or isinstance(source, nn.Module):
         return options
-    return dataclasses.replace(options, device=str(processes.device(pick_device(options.device))))
+    return options.model_copy(update={"device": str(processes.device(pick_device(options.device)))})
 
 
 def check_device_map(options: RunOptions, source: str | Path | nn.Module, processes: Processes) -> None:

@@ -1,0 +1,282 @@
+"""What all settings share: how a field is shown and named, and how a wrong value is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from saap.core.errors import ConfigurationError
+
+_COUNT_UNITS: Mapping[str, int] = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+_BYTE_UNITS: Mapping[str, int] = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+}  # fmt: skip
+_NUMBER = re.compile(r"-?[0-9.]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """What a field says of itself besides its type, default and bounds.
+
+    help: one line. panel: the heading of the help under which it stands. name: in recipes, in Python and, with dashes,
+    on the command line; None for the field's own. flag: on the command line, where that is another. short: one letter.
+    aliases: further names that stay; old: names that warn, as does the field's own where `name` is another.
+    metavar, default: how value and default are shown, where type and default don't say it. repeat: given once for each
+    of several values. instead: of a setting that goes, the one to use.
+    """
+
+    help: str = ""
+    _: KW_ONLY
+    panel: str = ""
+    name: str | None = None
+    flag: str | None = None
+    short: str | None = None
+    aliases: tuple[str, ...] = ()
+    old: tuple[str, ...] = ()
+    metavar: str | None = None
+    default: str | None = None
+    repeat: bool = False
+    instead: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Only:
+    """Which fields of a model a command or function takes, where it does not take all; defaults: of its own."""
+
+    fields: tuple[str, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """A field of a model, by all its names. name: in recipes and Python. flag: on the command line, with dashes."""
+
+    field: str
+    info: FieldInfo
+    shown: Flag
+
+    @property
+    def name(self) -> str:
+        """The name in recipes and in Python."""
+        return self.shown.name or self.field
+
+    @property
+    def flag(self) -> str:
+        """The name on the command line."""
+        return self.shown.flag or "--" + self.name.replace("_", "-")
+
+    @property
+    def old(self) -> tuple[str, ...]:
+        """Names of earlier releases."""
+        own = () if self.field in (self.name, *self.shown.aliases) else (self.field,)
+        return tuple(dict.fromkeys([*own, *self.shown.old]))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that a value may be given by."""
+        return (self.name, self.field, *self.shown.aliases, *self.old)
+
+    @property
+    def kind(self) -> type[Any]:
+        """The type of the value, or of each of several; without None."""
+        found: type[Any] = _kind(self.info.annotation)
+        return found
+
+    @property
+    def inner(self) -> type[BaseModel] | None:
+        """The model of a value, or of each of several, that has settings of its own."""
+        return self.kind if isinstance(self.kind, type) and issubclass(self.kind, BaseModel) else None
+
+    @property
+    def several(self) -> bool:
+        """Whether the value is a tuple of values."""
+        return any(get_origin(part) is tuple for part in _alternatives(self.info.annotation))
+
+
+class Settings(BaseModel):
+    """Checked, immutable settings. Every name of a field is taken; a wrong value is one sentence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+    def __init__(self, **given: Any) -> None:
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise _refusal(error, type(self), given) from None
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # models inside models are read without it
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_any_name(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        fields: dict[Any, Any] = {name: setting.field for setting in settings_of(cls) for name in setting.names}
+        taken: dict[Any, Any] = {}
+        for name in given:
+            other = taken.setdefault(fields.get(name, name), name)
+            if other != name:
+                raise ConfigurationError(f"{other} and {name} are the same setting", "Give one of the two")
+        return {fields.get(name, name): value for name, value in given.items()}
+
+
+@cache
+def settings_of(model: type[BaseModel], only: tuple[str, ...] = ()) -> tuple[Setting, ...]:
+    """The fields of a model in order, or only those."""
+    return tuple(
+        Setting(field=name, info=info, shown=next((part for part in info.metadata if isinstance(part, Flag)), Flag()))
+        for name, info in model.model_fields.items()
+        if not only or name in only
+    )
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [inner for part in get_args(annotation) if part is not type(None) for inner in _alternatives(part)]
+    return [annotation]
+
+
+def _kind(annotation: Any) -> Any:
+    first = _alternatives(annotation)[0]
+    return _kind(get_args(first)[0]) if get_origin(first) is tuple else first
+
+
+# How a wrong value is refused.
+
+
+def faults(
+    error: ValidationError, model: type[BaseModel], given: Mapping[str, Any], *, as_flags: bool = False
+) -> Iterator[tuple[str, str]]:
+    """What is wrong and what to do about it, once for each wrong value.
+
+    as_flags: fields are called by their flags, else by their path in a recipe.
+    """
+    for fault in error.errors():
+        owner, setting, names = _place(model, fault["loc"])
+        name = setting.flag if as_flags and setting is not None else ".".join(names)
+        if fault["type"] == "extra_forbidden":
+            known = [other for one in settings_of(owner) for other in one.names]
+            near = get_close_matches(str(fault["loc"][-1]), known, n=1)
+            canonical = next((one.name for one in settings_of(owner) if near and near[0] in one.names), None)
+            yield f"{name} is unknown", f"Did you mean {canonical}?" if canonical else "Leave it out"
+        elif fault["type"] == "missing":
+            yield f"{name} is missing", "Give it a value"
+        else:
+            whole = next((given[other] for other in setting.names if other in given), None) if setting else None
+            problem, remedy = _said(fault, whole)
+            yield f"{name} {problem}", remedy
+
+
+def _place(model: type[BaseModel], location: Sequence[int | str]) -> tuple[type[BaseModel], Setting | None, list[str]]:
+    """The model that a location lies in, its field, and the names on the way; not into models of a list."""
+    owner, names = model, list[str]()
+    setting: Setting | None = None
+    for part in location:
+        if setting is not None and setting.several:
+            break
+        inner = None if setting is None else setting.inner
+        owner = owner if inner is None else inner
+        setting = next((one for one in settings_of(owner) if one.field == part), None)
+        names.append(str(part) if setting is None else setting.name)
+    return owner, setting, names
+
+
+def _said(fault: ErrorDetails, whole: Any) -> tuple[str, str]:
+    """Problem and remedy of one wrong value. whole: the text or list that it was a part of."""
+    value, context, kind = fault["input"], fault.get("ctx", {}), fault["type"]
+    if kind in ("enum", "too_short") and value in ("", (), []) and whole in ("", (), []):
+        return "is empty", "Give at least one value"
+    text = whole if isinstance(whole, str) and value == "" else value
+    quoted = text if _NUMBER.fullmatch(str(text)) else repr(text)
+    bounds = {
+        "greater_than_equal": "Give at least {ge:g}", "greater_than": "Give more than {gt:g}",
+        "less_than_equal": "Give at most {le:g}", "less_than": "Give less than {lt:g}",
+        "finite_number": "Give a number",
+    }  # fmt: skip
+    if kind in bounds:
+        return f"{value} is out of range", bounds[kind].format(**context)
+    if kind == "value_error":
+        problem, *remedy = context["error"].args
+        return f"{quoted} {problem}", remedy[0] if remedy else "Correct it"
+    if kind in ("enum", "literal_error"):
+        names = re.findall(r"'([^']*)'", context["expected"])
+        near = get_close_matches(str(value), names, n=1)
+        hint = f"Did you mean {near[0]}? It takes" if near else "It takes"
+        return f"{quoted} is unknown", f"{hint} {', '.join(names)}"
+    if kind.startswith(("int", "float")):
+        return f"{quoted} is not a number", "Write a whole number" if kind.startswith("int") else "Write it like 0.2"
+    return f"{quoted}: {fault['msg'][:1].lower()}{fault['msg'][1:]}", "Correct it"
+
+
+def _refusal(error: ValidationError, model: type[BaseModel], given: Mapping[str, Any]) -> ConfigurationError:
+    found = list(faults(error, model, given, as_flags=True))
+    if len(found) == 1:
+        return ConfigurationError(*found[0])
+    return ConfigurationError("; ".join(problem for problem, _ in found), ". ".join(remedy for _, remedy in found))
+
+
+# Types of values that several models share.
+
+
+def _parts(given: Any) -> Any:
+    """Words separated by commas, or one value alone, as a list."""
+    if isinstance(given, str):
+        return [part.strip() for part in given.split(",")]
+    return [given] if isinstance(given, (int, float)) else given
+
+
+def _one_or_several(given: Any) -> Any:
+    listed = (given,) if isinstance(given, (str, Path)) else given
+    return [str(one) if isinstance(one, Path) else one for one in listed] if isinstance(listed, Sequence) else listed
+
+
+def _different(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("names the same value twice", "Name each once")
+    return values
+
+
+def _scaled(units: Mapping[str, int], example: str) -> BeforeValidator:
+    def scaled(given: Any) -> Any:
+        if not isinstance(given, str):
+            return given
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", given)
+        if match is None or match[2].upper() not in units:
+            raise ValueError("is not a number with a unit", f"Write it like {example}")
+        return round(float(match[1]) * units[match[2].upper()])
+
+    return BeforeValidator(scaled)
+
+
+def one_of(*legal: int) -> AfterValidator:
+    """A check that a number is one of these."""
+
+    def check(value: int) -> int:
+        if value not in legal:
+            raise ValueError("is not possible", f"Use {', '.join(map(str, legal))}")
+        return value
+
+    return AfterValidator(check)
+
+
+Commas = BeforeValidator(_parts)
+Names = BeforeValidator(_one_or_several)
+Different = AfterValidator(_different)
+AtLeast1 = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Parameters = Annotated[int, _scaled(_COUNT_UNITS, "100M"), Field(ge=1)]
+Bytes = Annotated[int, _scaled(_BYTE_UNITS, "80MB"), Field(ge=1)]
