@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_minutes=given.max_minutes,
         device=device,
         output_dir=given.output_dir / "tuned",
-    )
+    )  # fmt: skip
     print(f"perplexity {result.report.perplexity_before:.2f} -> {result.report.perplexity:.2f}")
 
 

@@ -18,7 +18,7 @@ TIMEOUT = 600
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([
     "transformers.models.llama.modeling_llama", "saap.pipeline.prune.run", "saap.pipeline.recover.run",
-    "saap.cli.app", "tests.processes",
+    "saap.cli.app", "tests.processes", "pytest",
 ])  # fmt: skip
 
 
@@ -82,8 +82,13 @@ def start(*arguments: object, code: str | None = None, environment: dict[str, st
 
 
 def _carry_out(words: list[str], code: str | None, environment: dict[str, str], folder: Path) -> None:
+    from importlib import import_module
+
+    from tests import found
+
     from saap.cli import app
 
+    discover = import_module("saap.discovery.discover")
     os.environ.clear()
     os.environ.update(environment)
     for number, name in ((1, "out"), (2, "err")):
@@ -91,6 +96,8 @@ def _carry_out(words: list[str], code: str | None, environment: dict[str, str], 
     sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = words
+    if code is None:
+        discover.of_structure = found.remembering(discover.of_structure)
     try:
         if code is None:
             app.main()

@@ -22,6 +22,8 @@ from harness.store import ROOT
 from saap.cli import app as cli
 
 T = TypeVar("T")
+IMPORTS = ["transformers.models.llama.modeling_llama", "saap.pipeline.prune.run", "saap.pipeline.recover.run", "pytest"]
+"""What processes find imported; pytest, since it starts them in a smoke run."""
 VALIDATION = "benchmarks/data/wikitext2/validation.jsonl.gz"
 TEST = "benchmarks/data/wikitext2/test.jsonl.gz"
 """Specified from the root, where commands run: their records name no place of the machine."""
@@ -34,7 +36,7 @@ def in_own_process(work: Callable[..., T], *arguments: object, start: str = "for
     """
     context = multiprocessing.get_context(start)
     if start == "forkserver":
-        context.set_forkserver_preload(["torch", "transformers", "saap.pipeline.prune.run", "lab.commands"])
+        context.set_forkserver_preload(IMPORTS)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(work, *arguments).result()
 

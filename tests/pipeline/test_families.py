@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +152,13 @@ def test_a_model_that_is_built_and_not_saved_is_no_model_that_is_not_built(
     assert (found["outcome"], "no room" in found["message"]) == ("raised", True)
 
 
+SWEEP = f"import runpy; runpy.run_path({str(ROOT / 'scripts' / 'family_sweep.py')!r}, run_name='__main__')"
+
+
 def test_a_sweep_shows_what_was_printed_and_fails_for_it(tmp_path: Path) -> None:
     results = tmp_path / "results.json"
     works = {"outcome": "works", "seconds": 1.0}
     for noise, code in (({}, 0), ({"printed": "a trace"}, 1)):
         results.write_text(json.dumps({"llama": {"adaptive": {**works, **noise}, "uniform": works}}))
-        words = [sys.executable, "scripts/family_sweep.py", "--results", str(results), "llama"]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = python(SWEEP, "--results", results, "llama")
         assert (done.returncode, "a trace" in done.stdout) == (code, bool(noise)), done.stderr

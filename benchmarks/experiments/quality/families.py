@@ -33,8 +33,8 @@ SETTINGS = {
 
 def measure(request: Request, wanted: Names) -> Measured:
     flags = flags_from(
-        request.settings, calibration="calibration", num_samples="samples", refit_tokens="refit tokens", effort="effort",
-        perplexity="measured on", max_tokens="measured tokens",
+        request.settings, calibration="calibration", num_samples="samples", refit_tokens="refit tokens",
+        effort="effort", perplexity="measured on", max_tokens="measured tokens",
     )  # fmt: skip
     flags += ["--pruning-ratio", ",".join(map(str, RATIOS.values())), "--sample-length", "64", "--align", "16"]
     for family in wanted:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from experiments.quality.comparison import unpack
 from experiments.registry import EXPERIMENTS
+
 from harness.driver import measure, run, state_of
 from harness.experiment import Request
 from harness.pages import write_pages
@@ -62,6 +63,7 @@ def parse() -> tuple[argparse.Namespace, Request]:
 
 
 def main() -> None:
+    """Carry out the command line."""
     given, request = parse()
     if given.command == "list":
         for experiment in given.chosen:
@@ -75,7 +77,3 @@ def main() -> None:
         for experiment in given.chosen if given.command == "run" else ():
             run(experiment, request)
         write_pages(EXPERIMENTS, request, given.out or (QUICK if given.quick else PAGES))
-
-
-if __name__ == "__main__":
-    main()
