@@ -7,21 +7,19 @@ counts. To be run while the machine does nothing else: it needs as many idle cor
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
+import socket
 import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
 from harness.experiment import Cells, Measured, Names, Request, Scaled, Values
-from harness.store import ROOT
+from lab.commands import in_own_process
 
 from experiments.cost.estimation_cost import first, opened
-from saap.core.storage import read_scores, write_scores
+from saap.core.records import ImportanceScores
 from saap.estimation.calibrate import estimate
 from saap.models.loading.devices import quick_float32_products
 from saap.models.walk.processes import Processes
@@ -30,36 +28,37 @@ COUNTS = (1, 2)
 STATISTICS = ("vector", "vector_m2", "element", "element_m2", "comoment")
 CELLS = ["estimation"]
 SETTINGS = {
-    "model": "{model}", "samples": Scaled(4, 50), "length": Scaled(32, 128),
-    "rounds": Scaled(1, 2),
+    "model": "{model}", "samples": Scaled(4, 50), "length": Scaled(32, 128), "rounds": Scaled(1, 2),
 }  # fmt: skip
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    chosen = request.settings
     seconds: dict[str, list[float]] = {str(count): [] for count in COUNTS}
-    with tempfile.TemporaryDirectory() as folder:
-        parts = {count: Path(folder) / f"{count}.json" for count in COUNTS}
-        for _ in range(chosen["rounds"]):
-            for count, part in parts.items():
-                start_processes(chosen, count, part)
-                seconds[str(count)].append(float(json.loads(part.read_text())["seconds"]))
-        one, other = (read_scores(part.with_suffix(".safetensors")).groups for part in parts.values())
+    scores: list[ImportanceScores] = []
+    for _ in range(request.settings["rounds"]):
+        for count in COUNTS:
+            took, found = estimate_in(count, request.settings)
+            seconds[str(count)].append(took)
+            scores.append(found)
+    one, other = (found.groups for found in scores[-2:])
     pairs = [(getattr(one[group], name), getattr(other[group], name)) for group in one for name in STATISTICS]
     difference = max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs)
     yield "estimation", {"seconds": seconds, "largest_difference": difference}
 
 
-def start_processes(chosen: Values, count: int, part: Path) -> None:
-    """Estimate in so many processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__]
-    path = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    subprocess.run([*command, json.dumps(chosen), str(part)], check=True, env=environment)
+def estimate_in(count: int, chosen: Values) -> tuple[float, ImportanceScores]:
+    """Seconds and scores of the estimation in so many processes."""
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        port = trial.getsockname()[1]
+    together = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with ThreadPoolExecutor(count) as pool:
+        return next(iter(pool.map(partial(in_own_process, estimate_once, chosen, together), range(count))))
 
 
-def estimate_once(chosen: Values, part: Path) -> None:
-    """What each process does; the first one writes the seconds, and the scores next to them."""
+def estimate_once(chosen: Values, together: dict[str, str], rank: int) -> tuple[float, ImportanceScores]:
+    """What each process does."""
+    os.environ |= {**together, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     with quick_float32_products():
         processes = Processes.found()
@@ -68,10 +67,7 @@ def estimate_once(chosen: Values, part: Path) -> None:
         processes.barrier()
         start = time.perf_counter()
         scores = estimate(backend, samples)
-        seconds = time.perf_counter() - start
-        if processes.first:
-            write_scores(part.with_suffix(".safetensors"), scores)
-            part.write_text(json.dumps({"seconds": seconds}))
+        return time.perf_counter() - start, scores
 
 
 def summarise(cells: Cells) -> Values:
@@ -80,7 +76,3 @@ def summarise(cells: Cells) -> Values:
         "seconds": least, "speedup": {count: least["1"] / seconds for count, seconds in least.items()},
         "most": max(least, key=int), "difference": cells["estimation"]["largest_difference"],
     }  # fmt: skip
-
-
-if __name__ == "__main__":
-    estimate_once(json.loads(sys.argv[1]), Path(sys.argv[2]))

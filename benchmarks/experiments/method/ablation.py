@@ -35,9 +35,9 @@ MEASURED = ("wikitext2", "novel")
 WITHOUT = {
     "everything": "nothing is taken away",
     "search": "the first candidate, unmeasured, in place of the best of those measured",
-    "module-ratios": "the same share in every module that is not spared, unmeasured",
+    "module-ratios": "the same share in every module that is not protected, unmeasured",
     "local-choice": "the plan's own units, by importance, in place of the second-order choice on the pruned stream",
-    "residual-target": "the dense module's output alone as the target of the restoration",
+    "residual-target": "the dense module's output alone as the target of the reconstruction",
     "restoration": "cut only",
 }
 
