@@ -59,11 +59,11 @@ app = Commands(
     help="Structured pruning of language models: a checkpoint in, a smaller one that opens everywhere out.",
     context_settings={"max_content_width": 110},
 )
-click.version_option(__version__, message="%(version)s", help="Print the version and leave.")(app)
+click.version_option(__version__, message="%(version)s", help="Print the version and exit.")(app)
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 2 input that the user can mend, 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 2 input that the user can fix, 130 interrupted."""
     try:
         with one_of_several(sys.argv[1:]):
             code = app(sys.argv[1:] or ["--help"], prog_name="saap", standalone_mode=False)

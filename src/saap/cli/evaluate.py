@@ -35,7 +35,7 @@ def evaluate(
         request = request.model_copy(update={"prompts": "bundled"})
     if request.names_nothing:
         raise ConfigurationError(
-            "nothing to measure was named",
+            "nothing to measure was requested",
             "Give some of --perplexity, --tasks, --generation, --prompts, --chat, --speed",
         )
     from saap.cli.show.evaluate import print_eval

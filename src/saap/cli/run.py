@@ -13,7 +13,7 @@ from saap.settings.run import Display
 from saap.settings.setting import Flag, Settings
 
 
-class RecipeChanges(Settings):
+class RecipeOptions(Settings):
     """What `saap run` does with a recipe."""
 
     changes: Annotated[
@@ -28,7 +28,7 @@ class RecipeChanges(Settings):
 
 def run(
     recipe: Annotated[Path, Argument("YAML file; see the folder `recipes` for some.")],
-    asked: RecipeChanges,
+    options: RecipeOptions,
     display: Display,
 ) -> None:
     """Carry out a recipe: prune, recover, eval, export and report in one file; what is done already is kept."""
@@ -36,10 +36,10 @@ def run(
 
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always", FutureWarning)
-        read = read_recipe(Path(recipe), asked.changes)
+        read = read_recipe(Path(recipe), options.changes)
     for warning in found:
         print(f"warning: {warning.message}", file=sys.stderr)
-    if asked.dry_run:
+    if options.dry_run:
         from saap.cli.show.recipe import print_recipe_preview
         from saap.pipeline.recipe.preview import preview_recipe
 

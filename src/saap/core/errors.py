@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class SaapError(Exception):
-    """Base of all errors that a user can mend.
+    """Base of all errors that a user can fix.
 
     offender: what was wrong (a file, a flag, a layer). remedy: what to do about it, an imperative clause.
     """
@@ -64,7 +64,7 @@ class TrainingDataError(SaapError):
 
 
 class TargetError(SaapError):
-    """The asked reduction is out of range or cannot be reached."""
+    """The requested reduction is out of range or cannot be reached."""
 
 
 class PlanError(SaapError):
@@ -92,4 +92,4 @@ class OutputError(SaapError):
 
 
 class ExportError(SaapError):
-    """The model cannot be said in the format that was asked for, or the written file computes something else."""
+    """The requested format cannot hold the model, or the written file computes something else."""

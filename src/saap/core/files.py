@@ -17,7 +17,7 @@ def part_of(path: Path) -> Path:
 
 @contextmanager
 def whole_file(path: Path, *, remedy: str = "Free some space there, or choose another place") -> Iterator[Path]:
-    """A file beside `path` to write, which takes its place when the block ends well, and vanishes when it does not.
+    """A temporary file to write, which replaces `path` when the block succeeds and is deleted when it fails.
 
     Folders above it are made. Raises OutputError, with `remedy`, for what the system refuses.
     """

@@ -190,11 +190,11 @@ class CoupledGroup(Digested):
         return tuple(member for member in self.members if member.side is Side.PRODUCER)
 
     def others(self, units: Iterable[int]) -> list[int]:
-        """The units that are not among `units`, ascending: those that leave, of those that are kept."""
+        """The units that are not among `units`, ascending: the removed ones, given the kept ones."""
         return sorted(set(range(self.units)) - set(units))
 
     def parameters_per_unit(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Parameters that leave with one unit, when nothing else is pruned. shapes: of the model's tensors."""
+        """Parameters removed with one unit, when nothing else is pruned. shapes: of the model's tensors."""
         return sum(
             member.width * prod(shape) // shape[member.axis] // (1 if member.part is None else shape[0])
             for member in self.members
@@ -260,11 +260,11 @@ class ModelGraph(Digested):
 
     def name_without(self, dropped: Iterable[int], name: str) -> str | None:
         """The name that a module or parameter has once blocks are dropped; None inside one of them."""
-        gone = set(dropped)
+        removed = set(dropped)
         for index, path in enumerate(self.blocks):
             if name == path or name.startswith(path + "."):
-                number = index - sum(layer < index for layer in gone)
-                return None if index in gone else f"{path.rpartition('.')[0]}.{number}{name[len(path) :]}"
+                number = index - sum(layer < index for layer in removed)
+                return None if index in removed else f"{path.rpartition('.')[0]}.{number}{name[len(path) :]}"
         return name
 
     def in_blocks(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -286,8 +286,8 @@ class ModelGraph(Digested):
 class CalibrationSet(Digested):
     """Token ids of the calibration samples.
 
-    sources: what was asked for. tokens: (samples, length). ignored: ids that stand for images, of which no loss is
-    taken. inputs: for each sample what the model takes beside its ids (pixels), by name of the argument; () for text.
+    sources: as requested. tokens: (samples, length). ignored: ids that stand for images, which have no
+    loss. inputs: for each sample what the model takes besides its ids (pixels), by name of the argument; () for text.
     """
 
     sources: tuple[str, ...]
@@ -341,7 +341,7 @@ class UnitScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One structure that the search judged: its name and its measured loss (KL to the dense logits, nats/token)."""
+    """One structure that the search evaluated: its name and its measured loss (KL to the dense logits, nats/token)."""
 
     name: str
     loss: float
@@ -349,10 +349,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructurePlan(Digested):
-    """What stays. keep: group name -> kept unit indices, ascending; a group that is not named keeps everything.
+    """What is kept. keep: group name -> kept unit indices, ascending; a group that is not listed keeps all.
 
-    dropped_blocks: decoder blocks that leave whole. parameters, block_parameters: predicted for the whole model and
-    for its blocks. trail: the candidates that were judged, best first.
+    dropped_blocks: decoder blocks that are removed whole. parameters, block_parameters: predicted for the whole
+    model and for its blocks. trail: the evaluated candidates, best first.
     """
 
     graph_digest: str

@@ -116,7 +116,7 @@ class TrailEntry(_Strict):
 
 
 class PlanDocument(_Strict):
-    """The content of a plan.json, perhaps edited by a person; a group that is not named keeps everything."""
+    """The content of a plan.json, perhaps edited by a person; a group that is not listed keeps all."""
 
     format_version: Literal[1]
     graph_digest: str = ""

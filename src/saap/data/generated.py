@@ -28,7 +28,7 @@ def sample_from_model(
     """Token ids (sequences, length) sampled from the model's own distribution, `batch` sequences at a time.
 
     starts: what the sequences begin with, one after the other and again from the first, all of one length. End-of-text
-    tokens are ordinary tokens, after which it goes on. padding: an id that the model's generation needs to know but
+    tokens are ordinary tokens, which end nothing. padding: an id that the model's generation needs to know but
     never uses here.
     The same seed, batch and device give the same ids; the global random state is left as it was.
     progress: called with (sequences done, sequences).

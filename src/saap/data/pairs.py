@@ -30,7 +30,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    """ids: (tokens,). inputs: what the model takes beside them; those of shape (1, tokens) go token by token."""
+    """ids: (tokens,). inputs: what the model takes besides them; those of shape (1, tokens) go token by token."""
 
     ids: IntArray
     inputs: Mapping[str, np.ndarray[Any, Any]]
@@ -141,9 +141,9 @@ def _prompt(text: str, processor: Any) -> str:
     if mark in text or str(processor.image_token) in text:
         return text
     if getattr(processor, "chat_template", None):
-        asked = {"role": "user", "content": [{"type": "image"}]}
-        said = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-        return str(processor.apply_chat_template([asked, said], tokenize=False))
+        question = {"role": "user", "content": [{"type": "image"}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+        return str(processor.apply_chat_template([question, answer], tokenize=False))
     return f"{mark}\n{text}"
 
 

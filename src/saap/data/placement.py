@@ -38,7 +38,7 @@ class SampleRequest:
         return self.sequences if self.at_least is None else min(self.at_least, self.sequences)
 
     def part(self, sequences: int) -> SampleRequest:
-        """What falls to one of several texts, of which it is to give `sequences`."""
+        """The share of one of several texts, which provides `sequences`."""
         share = -(-self.least * sequences // max(1, self.sequences))
         return replace(self, sequences=sequences, at_least=share)
 
@@ -87,7 +87,7 @@ def share_rows(ids: IntArray, requests: Sequence[SampleRequest], generator: np.r
         pieces = ids.shape[1] // longest
         ids = ids[:, : pieces * longest].reshape(-1, longest)
     lengths = {request.name: min(request.length, ids.shape[1]) for request in requests}
-    # Rows shorter than asked: more of them, for as many tokens.
+    # Rows shorter than requested: more of them, for as many tokens.
     windows = {request.name: -(-request.tokens // lengths[request.name]) for request in requests}
     needed = {name: -(-count // (ids.shape[1] // lengths[name])) for name, count in windows.items()}
     order = generator.permutation(len(ids))
@@ -124,7 +124,7 @@ def _too_short(text: str, tokens: int, requests: Sequence[SampleRequest]) -> Cal
     parts = ", ".join(f"{request.name} {request.sequences} x {request.length}" for request in requests)
     return CalibrationError(
         f"{text} has {tokens:,} tokens, but at least {held + max(others, default=0):,} are needed ({parts})",
-        "Give a longer text, or ask for fewer or shorter samples",
+        "Give a longer text, or request fewer or shorter samples",
     )
 
 

@@ -20,7 +20,7 @@ from saap.core.errors import CalibrationError, SaapError
 
 MIXED = "mixed"
 CONVERSATIONS = "conversations"
-# Bundled kinds with their weights in `mixed`: more of what a model knows is asked for in the last two.
+# Bundled kinds with their weights in `mixed`: the last two test more of what a model knows.
 KINDS: Mapping[str, int] = MappingProxyType({"novels": 1, "speeches": 1, "encyclopaedia": 3, CONVERSATIONS: 4})
 FILE_ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 # Of each kind, in the mixed evaluation text: about 8,000 tokens in all, so a prefix of it is not one kind alone.

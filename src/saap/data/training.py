@@ -171,8 +171,8 @@ def _with_template(place: str, messages: list[Any], roles: list[Any], tokenizer:
     for index, role in enumerate(roles):
         if role != "assistant":
             continue
-        asked, answered = messages[:index], messages[: index + 1]
-        before = template_text(place, asked, tokenizer, error=TrainingDataError, prompt=True) if asked else ""
+        question, answered = messages[:index], messages[: index + 1]
+        before = template_text(place, question, tokenizer, error=TrainingDataError, prompt=True) if question else ""
         after = template_text(place, answered, tokenizer, error=TrainingDataError)
         if not (before.startswith(done) and after.startswith(before)):
             raise TrainingDataError(
@@ -187,7 +187,7 @@ def _with_template(place: str, messages: list[Any], roles: list[Any], tokenizer:
 def _joined(
     pieces: list[tuple[str, bool]], tokenizer: Any, leading: Sequence[int]
 ) -> tuple[IntArray, np.ndarray[Any, np.dtype[np.bool_]]]:
-    """Every piece tokenised by itself, as a prompt is when the model is asked, after the leading ids.
+    """Every piece tokenised by itself, as a prompt is in a chat, after the leading ids.
 
     Many chat templates write these themselves.
     """

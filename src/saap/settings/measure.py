@@ -1,4 +1,4 @@
-"""What measuring, comparing, generating and exporting are asked for: names that commands and recipes share."""
+"""Settings of eval, compare, generate and export, which commands and recipes share."""
 
 from enum import StrEnum
 from functools import partial
@@ -221,7 +221,7 @@ class CompareRequest(Settings):
         tuple[Ratio, ...] | None,
         Commas,
         BeforeValidator(_no_ratios),
-        compared_flag("Ask the tasks at these ratios only, or `none`.", metavar="R[,R...]", default="at all"),
+        compared_flag("Run the tasks at these ratios only, or `none`.", metavar="R[,R...]", default="at all"),
     ] = None
 
     def asks_tasks(self, ratio: float) -> bool:

@@ -68,7 +68,7 @@ class FusionScope(StrEnum):
 
 
 class Strategy(StrEnum):
-    """How the search decides what each module gives."""
+    """How the search decides how much of each module is removed."""
 
     ADAPTIVE = "adaptive"
     IMPORTANCE = "importance"
@@ -111,7 +111,7 @@ class GgufType(StrEnum):
 
 
 class Effort(StrEnum):
-    """How much time search and restoration may take."""
+    """How much time search and least-squares reconstruction may take."""
 
     FAST = "fast"
     DEFAULT = "default"
@@ -155,7 +155,7 @@ class MethodChoice(Settings):
 
 
 class SkipLayers(Settings):
-    """Decoder blocks at both ends that give nothing."""
+    """Decoder blocks at both ends that are protected."""
 
     first: Annotated[int, Field(ge=0)] = 0
     last: Annotated[int, Field(ge=0)] = 0
@@ -184,9 +184,9 @@ def _ends(given: Any) -> Any:
 class EffortSettings:
     """What an effort level buys.
 
-    refit_sequences x refit_length: tokens of the restoration. search_evaluations: candidates that the search may
-    measure. held_sequences x held_length: tokens each of them is measured on. second_order: choose the units of a
-    module by the pruned stream's own second-order statistics instead of the scores. generated_sequences: how many
+    refit_sequences x refit_length: tokens of the least-squares reconstruction. search_evaluations: candidates that the
+    search may measure. held_sequences x held_length: tokens each of them is measured on. second_order: choose the units
+    of a module by the pruned stream's own second-order statistics instead of the scores. generated_sequences: how many
     sequences the model itself writes for the default calibration.
     """
 
@@ -330,7 +330,7 @@ class PruneConfig(Settings):
     def _check_heads(self) -> Self:
         if {PrunableRole.ATTENTION, PrunableRole.QUERY} <= set(self.roles):
             raise ConfigurationError(
-                "The roles attention and query cannot be combined: a KV group leaves with its query heads",
+                "The roles attention and query cannot be combined: a KV group is removed with its query heads",
                 "Name one of the two in --roles",
             )
         return self
@@ -382,15 +382,15 @@ class PruneConfig(Settings):
     def trusts_calibration(self) -> bool:
         """Whether the pruned model is meant for text like the calibration's: a text of the user's own, not `mixed`.
 
-        Second-order costs say how much each module gives by what is predictable on the calibration text. They win there
-        and lose on other kinds of text (SmolLM2, 20 %), so the default calibration, which stands for every kind, goes
-        without them.
+        Second-order costs say how much of each module is removed by what is predictable on the calibration text. They
+        win there and lose on other kinds of text (SmolLM2, 20 %), so the default calibration, which stands for every
+        kind, goes without them.
         """
         return self.calibration != ("mixed",)
 
     @property
     def effort_settings(self) -> EffortSettings:
-        """The effort level's settings, with the refit tokens that were asked for."""
+        """The effort level's settings, with the requested refit tokens."""
         settings = EFFORTS[self.effort]
         if self.refit_tokens is None:
             return settings

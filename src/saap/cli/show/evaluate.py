@@ -17,7 +17,7 @@ MEASURES = (
 
 
 def print_eval(report: Mapping[str, Any]) -> None:
-    """Tables of all that was measured, with the dense model beside it where that was measured too."""
+    """Tables of all that was measured, compared with the dense model where that was measured too."""
     console = console_for_tables()
     dense = report["dense"]
     console.print(f"[bold]{escape(report['model'])}[/bold]: {report['parameters']:,} parameters")
@@ -47,8 +47,8 @@ def print_eval(report: Mapping[str, Any]) -> None:
         console.print(table)
     if report["chat"]:
         chat = report["chat"]
-        beside = f", dense {_number(dense['chat']['value'])}" if dense else ""
-        console.print(f"answers in {chat['turns']} turns of conversations: perplexity {_number(chat['value'])}{beside}")
+        versus = f", dense {_number(dense['chat']['value'])}" if dense else ""
+        console.print(f"answers in {chat['turns']} turns of conversations: perplexity {_number(chat['value'])}{versus}")
     if report["speed"]:
         _print_speed(console, report["speed"])
     if report["generation"]:
@@ -95,8 +95,8 @@ def _print_generation(console: Any, found: Mapping[str, Any]) -> None:
     if found["token_agreement"] is not None:
         console.print(f"the dense model's greedy tokens that it would choose too: {found['token_agreement']:.1%}")
     if found["cloze"]:
-        beside = f", dense {found['dense_cloze']['accuracy']:.1%}" if found["dense_cloze"] else ""
-        console.print(f"facts: {found['cloze']['accuracy']:.1%} of {found['cloze']['prompts']}{beside}")
+        versus = f", dense {found['dense_cloze']['accuracy']:.1%}" if found["dense_cloze"] else ""
+        console.print(f"facts: {found['cloze']['accuracy']:.1%} of {found['cloze']['prompts']}{versus}")
     for prompt, texts in list(found["samples"].get("greedy", {}).items())[:3]:
         console.print(f"prompt: {one_line(prompt)}")
         for name, text in texts.items():

@@ -157,7 +157,7 @@ def print_preview(shown: Mapping[str, Any]) -> None:
     reachable = f"reachable with {', '.join(shown['roles'])}"
     speedup = shown["settings"]["target_speedup"]
     for target in shown["targets"]:
-        what = f"at least {target['removal']:,} parameters leave"
+        what = f"at least {target['removal']:,} parameters are removed"
         if speedup is not None:
             what = f"decoding {speedup:g} times as fast in {shown['settings']['runtime']}"
         console.print(f"target {escape(target['name'])}: {what}; {reachable}")
@@ -202,7 +202,7 @@ def _print_report(console: Console, report: PruneReport) -> None:
     if report.speed is not None:
         speed = report.speed
         console.print(
-            f"speed of decoding: {speed['reached']:.2f} of the dense model's, asked {speed['asked']:g}, predicted "
+            f"speed of decoding: {speed['reached']:.2f} of the dense model's, requested {speed['asked']:g}, predicted "
             f"{speed['predicted']:.2f}; {speed['dense_tokens_per_second']:.1f} -> {speed['tokens_per_second']:.1f} "
             f"tokens/s in {speed['runtime']} ({speed['weights']}, {speed['threads']} threads)"
         )
