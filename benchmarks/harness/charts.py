@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saap.reporting.figures import COLOURS, MARKERS, Figure, legend_outside, plain_ticks
+from saap.reporting.figures import COLOURS, MARKERS, Figure, plain_ticks
 
 Line = tuple[Sequence[float], Sequence[float]]
 
@@ -34,8 +34,6 @@ def lines(
             axis.minorticks_off()
         axis.set_xlabel(x)
         axis.set_ylabel(y)
-        if len(series) > 1:
-            legend_outside(axis)
 
     return Figure(name=name, title=title, text=text, draw=draw)
 
@@ -63,8 +61,6 @@ def bars(
         axis.set_yticks(list(places), list(labels))
         axis.invert_yaxis()
         axis.set_xlabel(x)
-        if len(values) > 1:
-            legend_outside(axis)
 
     return Figure(
         name=name, title=title, text=text, draw=draw, height=1.0 + 0.32 * len(labels) * max(1, len(values) / 2)

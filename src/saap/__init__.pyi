@@ -9,6 +9,7 @@ from torch import nn
 from saap._version import __version__ as __version__
 from saap.api import discover as discover
 from saap.core.errors import SaapError as SaapError
+from saap.core.evaluation_records import EvalReport as EvalReport
 from saap.core.records import CoupledGroup as CoupledGroup
 from saap.core.records import ImportanceScores as ImportanceScores
 from saap.core.records import ModelGraph as ModelGraph
@@ -16,10 +17,9 @@ from saap.core.records import StructurePlan as StructurePlan
 from saap.core.roles import Layout as Layout
 from saap.core.roles import Role as Role
 from saap.data.samples import Calibration
+from saap.export.gguf.write import GgufExport as GgufExport
 from saap.models.checkpoint.differences import removed_modules as removed_modules
 from saap.models.loading.pretrained import load as load
-from saap.pipeline.evaluate.run import EvalReport as EvalReport
-from saap.pipeline.export.run import GgufExport as GgufExport
 from saap.pipeline.export.run import export_decilm as export_decilm
 from saap.pipeline.export.run import export_gguf as export_gguf
 from saap.pipeline.export.run import push as push
@@ -28,19 +28,9 @@ from saap.pipeline.prune.result import PruneResult as PruneResult
 from saap.pipeline.recover.result import RecoverReport as RecoverReport
 from saap.pipeline.recover.result import RecoverResult as RecoverResult
 from saap.pipeline.shared.progress import Reporter
-from saap.settings.prune import (
-    Aggregation,
-    Effort,
-    ElementOrder,
-    FusionScope,
-    GgufType,
-    Importance,
-    Method,
-    PrunableRole,
-    RuntimeName,
-    Strategy,
-)
+from saap.settings.prune import Aggregation, Effort, ElementOrder, FusionScope, GgufType, PrunableRole
 from saap.settings.recover import Tuning
+from saap.settings.registry import Importance, Method, RuntimeName, Strategy
 
 def estimate(
     model: str | Path | nn.Module,
@@ -51,6 +41,7 @@ def estimate(
     sample_length: int = 128,
     bos: bool = True,
     roles: PrunableRole | str | Sequence[PrunableRole | str] = (PrunableRole.FFN, PrunableRole.ATTENTION),
+    importance: Importance | str = Importance.FUSED,
     element_order: ElementOrder | str = ElementOrder.SECOND,
     aggregation: Aggregation | str = Aggregation.SUM,
     seed: int = 0,
@@ -68,6 +59,7 @@ def estimate(
     sample_length: Tokens of each calibration sample.
     bos: Begin each window of text with the tokenizer's BOS token, if it puts one before texts.
     roles: What may be removed.
+    importance: Score of a unit.
     element_order: Terms of the element-wise score.
     aggregation: How a unit's members combine.
     seed: Seed of every random choice.

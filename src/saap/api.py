@@ -18,17 +18,18 @@ from pydantic import BaseModel
 from torch import nn
 
 from saap.core.errors import ConfigurationError
+from saap.core.evaluation_records import EvalReport
 from saap.core.records import ImportanceScores, ModelGraph, StructurePlan
 from saap.data.samples import Calibration, calibration_set
 from saap.discovery import discover as _discover
-from saap.estimation.calibrate import estimate as _estimate
-from saap.estimation.selection import unit_scores
+from saap.estimation.estimate import estimate as _estimate
+from saap.estimation.estimate import unit_scores
 from saap.models.loading.devices import computable, require_values
 from saap.models.loading.pretrained import model_ref
 from saap.models.walk.backend import Backend
 from saap.models.walk.offload import offloaded
 from saap.models.walk.spill import Spill
-from saap.pipeline.evaluate.run import EvalReport, evaluate_model
+from saap.pipeline.evaluate.run import evaluate_model
 from saap.pipeline.prune.result import PruneResult
 from saap.pipeline.prune.run import run_prune
 from saap.pipeline.recover.result import RecoverResult
@@ -41,7 +42,7 @@ from saap.settings.prune import PruneConfig, unit_roles
 from saap.settings.recover import RecoverConfig
 from saap.settings.run import OPENS, RunOptions
 from saap.settings.setting import Only, Setting, Settings, settings_of
-from saap.structure_search.objectives import budget_for_ratio
+from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.plan import SearchSpace
 from saap.structure_search.plan import search as _search
 
@@ -49,7 +50,7 @@ Result = TypeVar("Result")
 GIVEN = "given from Python"
 """What stands in the records for texts or token ids that have no name."""
 _SCORED = Only(
-    ("samples", "sample_length", "roles", "element_order", "aggregation", "seed", "bos"),
+    ("samples", "sample_length", "roles", "importance", "element_order", "aggregation", "seed", "bos"),
     {"pruning_ratios": 0, "restore": False},
 )
 _SEARCHED = Only(
@@ -178,6 +179,7 @@ def estimate(
             Backend(opened, graph, spill=Spill(Path(folder)) if offloaded(opened) is not None else None),
             tokens,
             roles=unit_roles(config.roles),
+            importance=config.importance,
             element_order=config.element_order,
             aggregation=config.aggregation,
         )

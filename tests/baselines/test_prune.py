@@ -9,7 +9,7 @@ from tests.pipeline import tiny
 import saap
 from saap.core.errors import ConfigurationError
 from saap.evaluation.perplexity import model_logits
-from saap.settings.prune import Method
+from saap.settings.registry import Method
 
 SETTINGS = {"effort": "fast", "samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8}
 

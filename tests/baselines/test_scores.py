@@ -9,8 +9,7 @@ from tests.families import build, token_ids
 from torch import nn
 
 from saap.baselines.activations import (
-    activation_statistics,
-    add_biases,
+    activations,
     compensating_biases,
     flap_channels,
     flap_scores,
@@ -19,12 +18,13 @@ from saap.baselines.activations import (
     wanda_channels,
     wanda_scores,
 )
-from saap.baselines.llm_pruner import Taylor, taylor_channels, taylor_scores, weight_gradients
+from saap.baselines.baseline import add_biases
+from saap.baselines.llm_pruner import gradients as averaged_gradients
+from saap.baselines.llm_pruner import taylor_channels, taylor_scores
 from saap.baselines.weights import magnitude_scores, random_scores
 from saap.discovery import discover
 from saap.models.loading.pretrained import model_ref
 from saap.models.walk.backend import Backend
-from saap.settings.prune import Method
 
 WEIGHT = torch.tensor([[1.0, -2.0], [3.0, 0.5]], dtype=torch.float64)
 MEAN = torch.tensor([[0.5, 1.0], [-1.0, 2.0]], dtype=torch.float64)
@@ -48,17 +48,17 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def gradients(model, graph, tokens):
-    return weight_gradients(Backend(model, graph), tokens)
+    return averaged_gradients(Backend(model, graph), tokens)
 
 
 @pytest.mark.parametrize(
     ("kind", "columns"),
     [
         # w g = [[0.5, -2], [-3, 1]]; w^2 h = [[1, 8], [27, 1]]
-        (Taylor.VECTOR, [abs(0.5 - 3), abs(-2 + 1)]),
-        (Taylor.ELEMENT1, [0.5 + 3, 2 + 1]),
-        (Taylor.ELEMENT2, [1 + 27, 8 + 1]),
-        (Taylor.MIXED, [abs(0.5 - 0.5) + abs(-3 - 13.5), abs(-2 - 4) + abs(1 - 0.5)]),
+        ("vectorize", [abs(0.5 - 3), abs(-2 + 1)]),
+        ("param_first", [0.5 + 3, 2 + 1]),
+        ("param_second", [1 + 27, 8 + 1]),
+        ("param_mix", [abs(0.5 - 0.5) + abs(-3 - 13.5), abs(-2 - 4) + abs(1 - 0.5)]),
     ],
 )
 def test_llm_pruner_by_hand(kind, columns) -> None:
@@ -66,7 +66,7 @@ def test_llm_pruner_by_hand(kind, columns) -> None:
 
 
 def test_llm_pruner_counts_rows_too() -> None:
-    assert taylor_channels(WEIGHT, MEAN, SQUARE, 0, Taylor.VECTOR).tolist() == pytest.approx([1.5, 2.0])
+    assert taylor_channels(WEIGHT, MEAN, SQUARE, 0, "vectorize").tolist() == pytest.approx([1.5, 2.0])
 
 
 def test_gradients_are_those_of_autograd(model, gradients, tokens) -> None:
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_autograd(model, gradients, tokens) -> None:
 
 
 def test_llm_pruner_sums_channels_and_members(model, graph, gradients) -> None:
-    scores = taylor_scores(model, graph, gradients, Taylor.ELEMENT1)
+    scores = taylor_scores(Backend(model, graph), gradients, 0, "param_first")
     ffn = model.model.layers[1].mlp
     expected = sum(
         (weight * gradients.mean[f"model.layers.1.mlp.{name}.weight"]).abs().sum(axis)
@@ -101,7 +101,7 @@ def test_llm_pruner_sums_channels_and_members(model, graph, gradients) -> None:
 
 
 def test_magnitude_is_the_sum_of_squares_over_members(model, graph) -> None:
-    scores = magnitude_scores(model, graph)
+    scores = magnitude_scores(Backend(model, graph), None, 0)
     ffn, attention = model.model.layers[0].mlp, model.model.layers[0].self_attn
     expected = (
         ffn.gate_proj.weight[5].square().sum() + ffn.up_proj.weight[5].square().sum()
@@ -116,8 +116,9 @@ def test_magnitude_is_the_sum_of_squares_over_members(model, graph) -> None:
     assert scores["layers.0.attention"][1] == pytest.approx(float(expected))
 
 
-def test_random_scores_follow_the_seed(graph) -> None:
-    first, again, other = random_scores(graph, 0), random_scores(graph, 0), random_scores(graph, 1)
+def test_random_scores_follow_the_seed(model, graph) -> None:
+    backend = Backend(model, graph)
+    first, again, other = (random_scores(backend, None, seed) for seed in (0, 0, 1))
     assert all((first[name] == again[name]).all() for name in first)
     assert not (first["layers.0.ffn"] == other["layers.0.ffn"]).all()
     assert "hidden" not in first
@@ -132,7 +133,7 @@ def test_wanda_and_flap_by_hand() -> None:
 
 
 def test_statistics_are_those_of_the_inputs_and_blocks(model, graph, tokens) -> None:
-    found = activation_statistics(Backend(model, graph), tokens)
+    found = activations(Backend(model, graph), tokens)
     path = "model.layers.1.mlp.down_proj"
     seen, streams = [], []
     handles = [
@@ -148,25 +149,26 @@ def test_statistics_are_those_of_the_inputs_and_blocks(model, graph, tokens) -> 
     before, after = streams[0][0], streams[0][1][0] if isinstance(streams[0][1], tuple) else streams[0][1]
     dots = (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1))
     assert found.influence[1] == pytest.approx(1 - float(dots.mean()))
-    assert (influence_scores(graph, found)["layers.1.ffn"] == found.influence[1]).all()
+    assert (influence_scores(Backend(model, graph), found, 0)["layers.1.ffn"] == found.influence[1]).all()
 
 
 def test_heads_take_wandas_sum_and_flaps_mean_of_standardised_channels(model, graph, tokens) -> None:
-    found = activation_statistics(Backend(model, graph), tokens)
+    found = activations(Backend(model, graph), tokens)
     path = "model.layers.0.self_attn.o_proj"
     weight = model.get_submodule(path).weight
     wanda = weight.abs().mean(0) * found.square[path].sqrt()
-    assert wanda_scores(model, graph, found)["layers.0.attention"][2] == pytest.approx(float(wanda[48:72].sum()))
+    backend = Backend(model, graph)
+    assert wanda_scores(backend, found, 0)["layers.0.attention"][2] == pytest.approx(float(wanda[48:72].sum()))
     fluctuation = ((found.square[path] - found.mean[path] ** 2) * weight.square().sum(0)) ** 2
     z = (fluctuation - fluctuation.mean()) / fluctuation.std()
     per_unit = graph.group("layers.0.attention").parameters_per_unit(graph.shapes)
-    assert flap_scores(model, graph, found)["layers.0.attention"][2] / per_unit == pytest.approx(float(z[48:72].mean()))
+    assert flap_scores(backend, found, 0)["layers.0.attention"][2] / per_unit == pytest.approx(float(z[48:72].mean()))
 
 
 def test_biases_keep_the_mean_output_of_what_is_removed(model, graph, tokens) -> None:
-    found = activation_statistics(Backend(model, graph), tokens)
+    found = activations(Backend(model, graph), tokens)
     keep = {"layers.0.ffn": tuple(range(3, 80))}
-    biases = compensating_biases(model, graph, keep, found.mean)
+    biases = compensating_biases(Backend(model, graph), found, keep)
     assert list(biases) == ["model.layers.0.mlp.down_proj"]
     module = nn.Linear(80, 48, bias=False).double()
     module.weight.data.copy_(model.model.layers[0].mlp.down_proj.weight)
@@ -174,12 +176,6 @@ def test_biases_keep_the_mean_output_of_what_is_removed(model, graph, tokens) ->
     masked = mean.clone()
     masked[:3] = 0
     holder = nn.ModuleDict({"down": module})
-    assert add_biases(holder, {"down": biases["model.layers.0.mlp.down_proj"]}) == ("down.bias",)
+    assert add_biases(holder, {"down": biases["model.layers.0.mlp.down_proj"]}) == 48
     torch.testing.assert_close(module(masked), mean @ module.weight.T, rtol=1e-5, atol=1e-6)
-    assert add_biases(holder, {"down": torch.ones(48)}) == ()
-
-
-def test_every_baseline_has_an_entry() -> None:
-    from saap.baselines.methods import BASELINES
-
-    assert set(BASELINES) == set(Method) - {Method.SAAP}
+    assert add_biases(holder, {"down": torch.ones(48)}) == 0

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saap.core.records import AxisSlice, Side
-from saap.discovery.slices import slices_of
+from saap.discovery.groups import slices_of
 
 
 def described(rows: list[list[int]]) -> list[AxisSlice] | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from saap.core.errors import CalibrationError, NonFiniteLossError, UnsupportedModelError
 from saap.core.records import AxisSlice, CalibrationSet, CoupledGroup, ModelGraph, Role
 from saap.discovery import discover
-from saap.estimation.calibrate import estimate
+from saap.estimation.estimate import estimate
 from saap.models.structure.linear import contracted_axis, owner
 from saap.models.walk.backend import Backend
 from saap.settings.prune import Aggregation, ElementOrder

@@ -14,14 +14,15 @@ from torch import nn
 from saap.core.errors import PlanError
 from saap.core.records import CalibrationSet, CoupledGroup, Layout, ModelGraph, Role, UnitScores
 from saap.discovery import discover
-from saap.estimation.calibrate import estimate
+from saap.estimation.estimate import estimate
 from saap.models.structure.masking import masked
 from saap.models.walk.backend import Backend
-from saap.settings.prune import ElementOrder, PrunableRole, Strategy
+from saap.settings.prune import ElementOrder, PrunableRole
+from saap.settings.registry import Strategy
+from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.evaluator import StructureEvaluator
-from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace, make_plan, plan_from_counts, search
-from saap.structure_search.variables import build_variables
+from saap.structure_search.problem import build_variables
 from saap.surgery.cut import cut
 
 SAMPLES, LENGTH = 3, 9
@@ -148,9 +149,13 @@ def test_plans_that_stacked_matrices_cannot_follow_are_refused(
 
 
 def test_sizes_of_experts_keep_whole_strides(mixtral: tuple[Any, ModelGraph]) -> None:
-    slots = build_variables(mixtral[1], roles=[Role.FFN, Role.HIDDEN], layout=Layout.ADAPTIVE, align=4)
-    assert [slot.name for slot in slots] == ["layers.0.ffn", "layers.1.ffn", "hidden"]
-    assert all(size % 8 == 0 for slot in slots for size in slot.sizes)
+    variables = build_variables(mixtral[1], roles=[Role.FFN, Role.HIDDEN], layout=Layout.ADAPTIVE, align=4)
+    assert [{group.bundle or group.name for group in variable.groups} for variable in variables] == [
+        {"layers.0.ffn"},
+        {"layers.1.ffn"},
+        {"hidden"},
+    ]
+    assert all(size % 8 == 0 for variable in variables for size in variable.sizes)
 
 
 def test_experts_that_would_keep_nothing_are_refused(mixtral: tuple[Any, ModelGraph]) -> None:

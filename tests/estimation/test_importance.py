@@ -6,12 +6,14 @@ import torch
 from saap.estimation.importance import (
     aggregate,
     channel_change,
-    element_importance,
+    first_order,
+    mixed_orders,
+    second_order,
     units_of,
     vector_importance,
     weight_product,
 )
-from saap.settings.prune import Aggregation, ElementOrder
+from saap.settings.prune import Aggregation
 
 
 def linear_case() -> tuple[torch.Tensor, ...]:
@@ -51,21 +53,21 @@ def test_element_orders_by_hand(axis: int) -> None:
     p = torch.tensor([[1.0, -2.0, 0.5], [0.25, 0.0, 3.0]], dtype=torch.float64)
     predictions = 4
     terms = {
-        ElementOrder.FIRST: p.abs(),
-        ElementOrder.SECOND: 2 * p**2,
-        ElementOrder.MIXED: torch.tensor([[1.0, 10.0, 0.0], [0.125, 0.0, 15.0]], dtype=torch.float64),
+        first_order: p.abs(),
+        second_order: 2 * p**2,
+        mixed_orders: torch.tensor([[1.0, 10.0, 0.0], [0.125, 0.0, 15.0]], dtype=torch.float64),
     }
-    for order, expected in terms.items():
+    for score, expected in terms.items():
         before = p.clone()
-        found = element_importance(p, predictions, order, axis, torch.empty_like(p))
-        torch.testing.assert_close(found, expected.sum(1 - axis))
+        torch.testing.assert_close(score(p, predictions, axis), expected.sum(1 - axis))
         assert torch.equal(p, before)
 
 
 def test_second_order_is_half_the_fisher_estimate_of_the_loss_change() -> None:
     w, gradient, predictions = torch.tensor([[2.0]]), torch.tensor([[0.3]]), 5
-    found = element_importance(w * gradient, predictions, ElementOrder.SECOND, 0, torch.empty(1, 1))
-    torch.testing.assert_close(found, 0.5 * w[0] ** 2 * predictions * gradient[0] ** 2)
+    torch.testing.assert_close(
+        second_order(w * gradient, predictions, 0), 0.5 * w[0] ** 2 * predictions * gradient[0] ** 2
+    )
 
 
 def test_units_gather_their_channels() -> None:

@@ -76,6 +76,16 @@ def test_a_text_that_falls_apart_is_seen_by_quarter() -> None:
     assert figures.tokens == 12
 
 
+def test_quarters_leave_out_what_is_left_over() -> None:
+    tokenizer = tiny.tokenizer()
+    last = tokenizer("The house")["input_ids"][-1]
+    likely = [(last + step) % tiny.VOCABULARY for step in range(1, 13)]
+    figures = generation_figures([Written(prompt="The house", text="", ids=(*likely, 5, 5))], Counting(), tokenizer)
+    assert figures.dense_perplexity_by_quarter == pytest.approx((2, 2, 2, 2), rel=1e-4)
+    assert figures.dense_perplexity is not None
+    assert figures.dense_perplexity > 2
+
+
 def test_cloze_counts_the_answers_that_the_model_would_give() -> None:
     tokenizer = tiny.tokenizer()
     right = tokenizer.decode([(tokenizer("ab")["input_ids"][-1] + 1) % tiny.VOCABULARY]).strip()

@@ -8,10 +8,12 @@ import torch
 from tests.export.gguf_models import family_folder
 
 from saap.core.errors import ConfigurationError
-from saap.evaluation.speed import LlamaCppRuntime, TransformersRuntime, measure_speeds
+from saap.evaluation.speed import measure_speeds
 from saap.models.loading.llama_cpp import LlamaCpp
 from saap.models.loading.pretrained import load
 from saap.pipeline.export.run import export_gguf
+from saap.pipeline.runtimes.llama_cpp import LlamaCppRuntime
+from saap.pipeline.runtimes.transformers import TransformersRuntime
 
 PROMPT = [5, 9, 14, 3, 22, 31]
 

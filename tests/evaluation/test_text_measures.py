@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from saap.evaluation.generation import agreement, distinct, parts, repetition
+from saap.evaluation.generation import distinct, repetition
 
 
 def test_distinct_ngrams_of_all_sequences_together():
@@ -15,13 +15,3 @@ def test_repetition_is_the_mean_over_sequences():
     # 1 2 1 2 1: bigrams 12 21 12 21, half of them new; 1 2 3: all new; [4] has none
     assert repetition([[1, 2, 1, 2, 1], [1, 2, 3], [4]], n=2) == pytest.approx((0.5 + 0.0) / 2)
     assert repetition([], n=4) == 0.0
-
-
-def test_agreement():
-    assert agreement([1, 2, 3, 4], [1, 0, 3, 0]) == 0.5
-    with pytest.raises(ValueError, match="1 and 2 tokens"):
-        agreement([1], [1, 2])
-
-
-def test_parts_drop_what_is_left_over():
-    assert parts([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4]]

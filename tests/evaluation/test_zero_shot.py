@@ -7,8 +7,9 @@ import datasets
 import pytest
 from tests.pipeline import tiny
 
-from saap.core.errors import EvaluationError
-from saap.evaluation.zero_shot import check_tasks, evaluate_tasks, local_file, mean_accuracy, read_records
+from saap.core.errors import CalibrationError, EvaluationError
+from saap.core.evaluation_records import EvalReport
+from saap.evaluation.zero_shot import check_tasks, evaluate_tasks, local_file, read_records
 
 QUESTIONS = [
     ("What do bees make?", ["Honey", "Stone from old walls", "Rain"], 0),
@@ -107,7 +108,9 @@ def test_limit_takes_the_first_and_test_comes_before_validation(model, tmp_path)
     (two,) = evaluate_tasks(*model, ["made"], data=tmp_path, limit=2).values()
     assert (all_rows.questions, two.questions) == (3, 2)
     assert two.correct == all_rows.correct[:2]
-    assert mean_accuracy({"a": all_rows})["acc"] == all_rows.acc
+    mean = EvalReport(model="tiny", tasks={"a": all_rows}).tasks_mean
+    assert mean is not None
+    assert mean["acc"] == all_rows.acc
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,7 @@ def test_limit_takes_the_first_and_test_comes_before_validation(model, tmp_path)
         ("{", "line 2, is not JSON"),
         ({"query": "a", "choices": ["b", "c"]}, "label"),
         ({"query": "a", "choices": ["b", "c"], "label": 2}, "label 2"),
-        ({"query": "a", "choices": ["b"], "label": 0}, "two choices"),
+        ({"query": "a", "choices": ["b"], "label": 0}, "at least 2 items"),
         ({"query": 1, "choices": ["b", "c"], "label": 0}, "query"),
         ({"query": "a", "label": 0}, "`query` and `choices`"),
         ({"contexts": ["a", "b"], "continuation": "c", "label": 0}, "another kind"),
@@ -124,7 +127,7 @@ def test_limit_takes_the_first_and_test_comes_before_validation(model, tmp_path)
 )
 def test_a_malformed_record_is_named_by_file_and_line(tmp_path, row, reason) -> None:
     path = write(tmp_path, "made.test.jsonl", [local_rows()[0], row])
-    with pytest.raises(EvaluationError, match="line 2") as caught:
+    with pytest.raises((EvaluationError, CalibrationError), match="line 2") as caught:
         read_records(path)
     assert str(path) in str(caught.value)
     assert reason in str(caught.value)

@@ -19,8 +19,13 @@ from saap.core.errors import ModelError, OutputError
 from saap.core.manifest import BaseModelIdentity, Change, PerplexityChange, RunManifest, recorded_versions
 from saap.core.records import Layout, ModelGraph, StructurePlan
 from saap.export import huggingface
-from saap.export.config_files import with_both_rope_spellings
-from saap.export.huggingface import CheckpointParts, entry_bytes, stored_entries, write_checkpoint
+from saap.export.huggingface import (
+    CheckpointParts,
+    entry_bytes,
+    stored_entries,
+    with_both_rope_spellings,
+    write_checkpoint,
+)
 from saap.export.model_card import escape, licence_of, model_card
 from saap.export.placing import check_output
 from saap.models.checkpoint import modeling_pruned

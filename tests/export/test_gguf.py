@@ -22,9 +22,9 @@ from saap.cli import app as cli
 from saap.core.errors import ExportError, OutputError, SaapError
 from saap.data.texts import evaluation_text
 from saap.export.gguf import write
+from saap.export.gguf.architectures import llama3_factors
 from saap.export.gguf.fields import Field, read_fields
 from saap.export.gguf.modelfile import chat_template, modelfile
-from saap.export.gguf.settings import llama3_factors
 from saap.export.gguf.tokenizer import fields_from_gguf, fields_from_huggingface
 from saap.models.loading.llama_cpp import LlamaCpp
 from saap.pipeline.export.run import export_gguf
@@ -311,8 +311,8 @@ def test_llama_cpp_cuts_text_like_the_tokenizer(tmp_path: Path, made: Any) -> No
             assert runtime.tokenize(text) == tokenizer(text, add_special_tokens=False).input_ids
     again = fields_from_gguf(done.path, tokenizer.get_vocab(), rows)
     assert again is not None
-    written = {field.key: field.value for field in fields_from_huggingface(tokenizer, rows)}
-    assert {field.key: field.value for field in again} == written
+    written = fields_from_huggingface(tokenizer, rows)
+    assert [field.value for field in again] == [value for _, value in written]
     assert fields_from_gguf(done.path, {**tokenizer.get_vocab(), "<unknown>": 1}, rows) is None
 
 
@@ -349,8 +349,7 @@ CHATML = (
 
 def test_the_chat_template_is_carried_over(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(chat_template=CHATML)
-    fields = {field.key: field.value for field in fields_from_huggingface(tokenizer, 256)}
-    assert fields["tokenizer.chat_template"] == CHATML
+    assert dict(fields_from_huggingface(tokenizer, 256))["chat_template"] == CHATML
     template = chat_template(tokenizer)
     assert template is not None
     assert template.startswith('{{- range $index, $message := .Messages }}{{ if eq .Role "system" }}<|system|>')

@@ -99,4 +99,4 @@ def test_one_of_two(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, tmp_path, *arguments) == 2
-    assert "--out and --push" in capsys.readouterr().err
+    assert "--output and --push" in capsys.readouterr().err

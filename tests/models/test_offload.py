@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from saap.core.records import CalibrationSet, Role
 from saap.discovery import discover
 from saap.discovery.blocks import find_blocks
-from saap.estimation.calibrate import estimate
+from saap.estimation.estimate import estimate
 from saap.models.loading.pretrained import load_model, load_offloaded, model_ref
 from saap.models.loading.references import resolve_model
 from saap.models.walk import offload as offload_module

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests import families
 
-from saap.baselines.activations import ActivationObserver
+from saap.baselines.activations import ActivationStatistics
 from saap.discovery import discover
 from saap.estimation.token_fisher import TokenFisher
 from saap.models.walk.backend import Backend
@@ -30,9 +30,9 @@ def walked(backend: Backend, *observers: Observer) -> None:
 def test_several_observers_listen_in_one_walk(spilled: bool, tmp_path: Path) -> None:
     model = families.build("llama")
     backend = Backend(model, discover(model), spill=Spill(tmp_path) if spilled else None)
-    fisher, grams = TokenFisher(backend, TOKENS.numel()), WeightedGrams(backend, TOKENS.numel())
+    fisher, grams = TokenFisher(backend, TOKENS.numel()), WeightedGrams(backend, TOKENS)
     walked(backend, fisher, grams)
-    alone = TokenFisher(backend, TOKENS.numel()), WeightedGrams(backend, TOKENS.numel())
+    alone = TokenFisher(backend, TOKENS.numel()), WeightedGrams(backend, TOKENS)
     for one in alone:
         walked(backend, one)
     for name, scores in alone[0].result().items():
@@ -49,6 +49,6 @@ def test_progress_is_in_samples_or_in_blocks(spilled: bool, tmp_path: Path) -> N
     model, seen = families.build("llama"), []
     spill = Spill(tmp_path) if spilled else None
     backend = Backend(model, discover(model), spill=spill, progress=lambda *step: seen.append(step))
-    walk(backend, TOKENS, [ActivationObserver(backend.graph)], micro_batch=2, backward=False)
+    walk(backend, TOKENS, [ActivationStatistics(backend.graph)], micro_batch=2, backward=False)
     blocks = len(backend.graph.blocks)
     assert seen == ([(one + 1, blocks) for one in range(blocks)] if spilled else [(2, 5), (4, 5), (5, 5)])

@@ -1,20 +1,31 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.pipeline import tiny
 
 from saap.cli import app as cli
 from saap.core.errors import ConfigurationError, StaleInputError, TargetError
-from saap.pipeline.compare.run import compare
+from saap.core.evaluation_records import Comparison
+from saap.pipeline.compare import run
 from saap.pipeline.shared.inputs import RunOptions
-from saap.reporting.tables import comparison_table, write_tables
+from saap.reporting.comparison import comparison_table, write_tables
 from saap.settings.measure import CompareRequest, EvalRequest
-from saap.settings.prune import Method, MethodChoice, PruneConfig
+from saap.settings.prune import MethodChoice, PruneConfig
+from saap.settings.registry import Method
+
+
+def compare(*arguments: Any) -> dict[str, Any]:
+    """The content of `comparison.json`, as it is returned and as it lies in the folder."""
+    result = run.compare(*arguments)
+    assert Comparison.model_validate_json((arguments[-1] / "comparison.json").read_bytes()) == result
+    content: dict[str, Any] = result.model_dump(mode="json")
+    return content
+
 
 METHODS = (Method.SAAP, Method.LLM_PRUNER_ELEMENT1, Method.FLAP, Method.MAGNITUDE)
 
@@ -77,14 +88,14 @@ def test_rows_of_earlier_passes_stay_and_tasks_can_be_asked_later(source, tmp_pa
     plain = request_for(tmp_path, methods=one, config=config, restorations=(False,), task_ratios=())
     first = compare(source, plain, RunOptions(device="cpu"), tmp_path / "out")
     assert (len(first["rows"]), first["rows"][0]["tasks"]) == (1, {})
-    other = dataclasses.replace(plain, methods=(MethodChoice(method=Method.RANDOM),))
+    other = plain.model_copy(update={"methods": (MethodChoice(method=Method.RANDOM),)})
     second = compare(source, other, RunOptions(device="cpu"), tmp_path / "out")
     assert [row["method"] for row in second["rows"]] == ["random", "magnitude"]
-    with_tasks = dataclasses.replace(plain, task_ratios=(0.1,))
+    with_tasks = plain.model_copy(update={"task_ratios": (0.1,)})
     third = compare(source, with_tasks, RunOptions(device="cpu"), tmp_path / "out")
     assert [list(row["tasks"]) for row in third["rows"]] == [["made"], []]
     assert third["rows"][0]["ratios"] == first["rows"][0]["ratios"]
-    strange = dataclasses.replace(plain, task_ratios=(0.3,))
+    strange = plain.model_copy(update={"task_ratios": (0.3,)})
     with pytest.raises(ConfigurationError, match="which is not compared"):
         compare(source, strange, RunOptions(device="cpu"), tmp_path / "out")
 
@@ -117,9 +128,9 @@ def test_rows_of_other_settings_are_not_taken_for_these(source, done) -> None:
 def test_tables(done) -> None:
     folder, result = done
     out = folder / "out"
-    headings, rows = comparison_table(result)
+    headings, rows = comparison_table(Comparison.model_validate(result))
     assert all(len(row) == len(headings) for row in rows)
-    paths = write_tables(out, result)
+    paths = write_tables(out, Comparison.model_validate(result))
     assert {path.suffix for path in paths} == {".csv", ".md", ".tex"}
     read = list(csv.reader((out / "comparison.csv").read_text().splitlines()))
     assert read == [headings, *rows]

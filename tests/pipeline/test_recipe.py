@@ -18,8 +18,7 @@ from saap.core.records import ModelGraph
 from saap.pipeline.recipe import preview as recipe_preview
 from saap.pipeline.recipe import run as recipe_run
 from saap.pipeline.recipe.preview import preview_recipe
-from saap.pipeline.recipe.run import run_recipe
-from saap.pipeline.recipe.steps import Step, recipe_steps
+from saap.pipeline.recipe.run import Step, recipe_steps, run_recipe
 from saap.settings.measure import SpeedSettings
 from saap.settings.prune import PruneConfig
 from saap.settings.recipe import Recipe, read_recipe, recipe_from
@@ -64,7 +63,7 @@ def test_every_recipe_runs_dry_on_the_shape_of_its_model(
     monkeypatch.setattr(recipe_preview, "discover", lambda model, ref: kept(file.stem, found or stock(model, ref)))
     SHAPES[file.stem].save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
-    recipe = read_recipe(file, [f"model={tmp_path / 'model'}", f"out={tmp_path / 'out'}"])
+    recipe = read_recipe(file, [f"model={tmp_path / 'model'}", f"output_dir={tmp_path / 'out'}"])
     shown = preview_recipe(recipe)
     pruned = shown["steps"][0]
     assert pruned["name"] == "prune"
@@ -251,15 +250,15 @@ def test_finished_steps_are_kept_and_what_follows_a_change_is_made_again(made: _
 
 
 def test_an_interrupted_step_is_made_again(made: _Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock: Callable[..., None] = recipe_run._State.finish
+    stock: Callable[..., None] = recipe_run._State.record
 
-    def stop(self: object, step: Step) -> None:
-        if step.name == "recover":
+    def stop(self: object, step: Step, *, done: bool) -> None:
+        if step.name == "recover" and done:
             raise KeyboardInterrupt
-        stock(self, step)
+        stock(self, step, done=done)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe_run._State, "finish", stop)
+        patch.setattr(recipe_run._State, "record", stop)
         with pytest.raises(KeyboardInterrupt):
             carry_out(made)
     assert carry_out(made) == ["recover", "eval.a"]

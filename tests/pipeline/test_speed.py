@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from saap.pipeline.prune import decode_costs
 from saap.pipeline.prune.run import preview, run_prune
 from saap.pipeline.shared.inputs import RunOptions
 from saap.settings.prune import PruneConfig
+from saap.settings.registry import RuntimeName
 
 FAST: dict[str, Any] = {"samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
 REST = 20_000
@@ -219,8 +221,8 @@ def test_refusals_of_prune(
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "llama_cpp_is_installed", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("llama_cpp") else name)
     with pytest.raises(SaapError, match=r"llama-cpp-py-sync.*saap\[gguf\]"):
-        speed.check_settings(speed.SpeedSettings(runtime=speed.RuntimeName.LLAMA_CPP))
+        speed.check_settings(speed.SpeedSettings(runtime=RuntimeName.LLAMA_CPP))
     with pytest.raises(ConfigurationError, match="--rounds 0"):
         speed.SpeedSettings(rounds=0)

@@ -14,7 +14,7 @@ from tests.reporting.comparison import comparison, recovery_record, task
 import saap
 from saap.cli import app as cli
 from saap.core.errors import EvaluationError, ModelError
-from saap.reporting.page import Section, render
+from saap.reporting.page import Page, Section, render
 from saap.reporting.report import build_page, write_page
 
 needs_browser = pytest.mark.skipif(not browser.CHROMIUM, reason="no Chromium is installed")
@@ -86,11 +86,8 @@ def check_in_browser(page: Path, folder: Path, charts: int) -> None:
         assert (seen["unlabelled"], seen["resources"]) == (0, 0)
 
 
-@needs_browser
-def test_a_model_page_in_a_browser(model_folder, evaluation, tmp_path) -> None:
-    out = tmp_path / "page.html"
-    page = build_page(model_folder, [evaluation], comparison_folder(tmp_path))
-    write_page(page, out, None)
+def test_a_model_page(model_folder, evaluation, tmp_path) -> None:
+    page, out = model_page(model_folder, evaluation, tmp_path)
     assert [section.name for section in page.sections] == [
         "structure", "importance", "ratios", "perplexity", "tasks", "answers", "speed", "answer", "stages",
         "environment",
@@ -104,20 +101,35 @@ def test_a_model_page_in_a_browser(model_folder, evaluation, tmp_path) -> None:
     assert "Because &amp; so." in content
     assert "saap eval small --tasks arc_easy" in content
     assert "the dense model 50% and the pruned model 25%" in content
-    check_in_browser(out, tmp_path, len(page.figures))
+    assert "||" not in content
+
+
+def model_page(folder: Path, evaluation: Path, at: Path) -> tuple[Page, Path]:
+    page = build_page(folder, [evaluation], comparison_folder(at))
+    write_page(page, at / "page.html", None)
+    return page, at / "page.html"
 
 
 @needs_browser
-def test_a_comparison_page_in_a_browser(tmp_path) -> None:
-    out = tmp_path / "page.html"
+def test_a_model_page_in_a_browser(model_folder, evaluation, tmp_path) -> None:
+    page, out = model_page(model_folder, evaluation, tmp_path)
+    check_in_browser(out, tmp_path, len(page.figures))
+
+
+def test_a_comparison_page(tmp_path) -> None:
     page = build_page(comparison_folder(tmp_path))
-    write_page(page, out, None)
     assert "3 methods" in page.summary
     assert "saap stays nearest with 1.40 times its perplexity" in page.summary
     names = [figure.name for figure in page.figures]
     assert names == ["ratio-cut-text-txt", "ratio-restored-text-txt", "gain-text-txt", "kept-0-1", "kept-0-2", "speed",
                      "cost"]  # fmt: skip
-    check_in_browser(out, tmp_path, len(names))
+
+
+@needs_browser
+def test_a_comparison_page_in_a_browser(tmp_path) -> None:
+    page = build_page(comparison_folder(tmp_path))
+    write_page(page, tmp_path / "page.html", None)
+    check_in_browser(tmp_path / "page.html", tmp_path, len(page.figures))
 
 
 def test_the_best_of_a_column_is_marked_and_long_tables_are_folded(tmp_path) -> None:

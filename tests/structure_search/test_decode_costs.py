@@ -5,8 +5,9 @@ from tests.structure_search import synthetic
 
 from saap.core.errors import TargetError
 from saap.core.records import Layout, Role
-from saap.settings.prune import PrunableRole, Strategy
-from saap.structure_search.decode_costs import WHOLE, DecodeCosts, budget_for_speedup, corrected, curve_through
+from saap.settings.prune import PrunableRole
+from saap.settings.registry import Strategy
+from saap.structure_search.budget import WHOLE, DecodeCosts, budget_for_speedup, curve_through
 from saap.structure_search.plan import SearchSpace, search
 
 GRAPH = synthetic.graph()
@@ -73,8 +74,8 @@ def test_a_measured_plan_corrects_the_costs() -> None:
     budget = budget_for_speedup(GRAPH, COSTS, 1.25)
     plan = search(GRAPH, SCORES, budget, space(), Strategy.UNIFORM)
     predicted = budget.speedup(GRAPH, plan)
-    better = corrected(budget, predicted=predicted, measured=1.24)
+    better = budget.corrected(predicted=predicted, measured=1.24)
     assert better.speedup(GRAPH, plan) == pytest.approx(1.24, abs=1e-6)
     assert better.removal == budget.removal
-    wild = corrected(budget, predicted=predicted, measured=1.0)
+    wild = budget.corrected(predicted=predicted, measured=1.0)
     assert wild.removed(GRAPH, plan.keep) == pytest.approx(0.85 * budget.removed(GRAPH, plan.keep), abs=20)

@@ -12,11 +12,12 @@ from tests.structure_search.synthetic import graph
 
 import saap
 from saap.core.records import GroupScores, ImportanceScores, ModelGraph, Role
+from saap.estimation.estimate import unit_scores
 from saap.estimation.fusion import fuse
-from saap.estimation.selection import unit_scores
-from saap.settings.prune import FusionScope, Importance, Strategy
+from saap.settings.prune import FusionScope
+from saap.settings.registry import Importance, Strategy
+from saap.structure_search.problem import build_variables
 from saap.structure_search.strategies import module_importance, module_shares
-from saap.structure_search.variables import build_variables
 
 RANKING = {Strategy.IMPORTANCE: 0.04, Strategy.VOLATILITY_Z: 0.1, Strategy.VOLATILITY_CV: 0.1}
 """By strategy, a ratio at which modules of few units differ in what they give."""
@@ -95,7 +96,7 @@ def test_modules_rank_as_their_importances_do(importance: Importance, scope: Fus
     worth = module_importance(variables, units)
     assert (worth > 0).all()
     assert (np.diff(worth) < 0).all()
-    assert (np.diff(module_shares(variables, units, spread=0.3)) > 0).all()
+    assert (np.diff(module_shares(variables, units)) > 0).all()
 
 
 @pytest.mark.parametrize("scope", FusionScope)

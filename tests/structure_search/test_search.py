@@ -9,10 +9,9 @@ from tests.structure_search.synthetic import CHANNELS, HEADS, graph, scores
 from saap.core.errors import PlanError, TargetError
 from saap.core.records import Layout, Role, UnitScores, count_parameters
 from saap.models.structure.keep_index import KeepIndex
-from saap.settings.prune import PrunableRole, SkipLayers, Strategy
-from saap.structure_search.adaptive import SearchGuide
-from saap.structure_search.allocation import SearchProblem
-from saap.structure_search.objectives import (
+from saap.settings.prune import PrunableRole, SkipLayers
+from saap.settings.registry import Strategy
+from saap.structure_search.budget import (
     Budget,
     budget_for_bytes,
     budget_for_parameters,
@@ -20,8 +19,8 @@ from saap.structure_search.objectives import (
     header_bytes,
 )
 from saap.structure_search.plan import SearchSpace, make_plan, plan_from_counts, search
+from saap.structure_search.problem import SearchGuide, SearchProblem, build_variables
 from saap.structure_search.strategies import relative_volatility, standardised_fluctuation
-from saap.structure_search.variables import build_variables
 
 GRAPH = graph()
 SCORES = scores(GRAPH)

@@ -21,7 +21,7 @@ from lab.memory import Peak
 from experiments.quality import comparison
 from saap.core.records import CalibrationSet
 from saap.discovery import discover
-from saap.estimation.calibrate import estimate
+from saap.estimation.estimate import estimate
 from saap.models.loading.pretrained import load_model
 from saap.models.loading.references import resolve_model
 from saap.models.walk.backend import Backend

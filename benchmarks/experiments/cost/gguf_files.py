@@ -19,7 +19,7 @@ import saap.export.gguf.tokenizer
 import saap.export.gguf.write
 from saap.data.samples import token_stream
 from saap.data.texts import read_documents
-from saap.evaluation.agreement import compare_with_llama_cpp
+from saap.export.gguf.check import compare_with_llama_cpp
 from saap.models.loading.llama_cpp import LlamaCpp
 from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import resolve_model

@@ -20,7 +20,7 @@ from lab.commands import in_own_process
 
 from experiments.cost.estimation_cost import first, opened
 from saap.core.records import ImportanceScores
-from saap.estimation.calibrate import estimate
+from saap.estimation.estimate import estimate
 from saap.models.loading.devices import quick_float32_products
 from saap.models.walk.processes import Processes
 

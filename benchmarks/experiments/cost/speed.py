@@ -16,10 +16,12 @@ from harness.experiment import Cells, Figures, Measured, Names, Request, Values
 from lab.commands import made_by_saap, quickly_pruned
 
 from saap.core.manifest import RunManifest
-from saap.pipeline.evaluate.speed import Source, measure_beside
+from saap.evaluation.speed import Source
+from saap.pipeline.evaluate.speed import compare_speeds
 from saap.pipeline.shared.inputs import RunOptions, open_model
 from saap.settings.measure import SpeedSettings
-from saap.settings.prune import GgufType, RuntimeName
+from saap.settings.prune import GgufType
+from saap.settings.registry import RuntimeName
 
 PAPER_SPEEDUP = 1.05
 """The paper's gain in token generation, pruned over dense."""
@@ -75,7 +77,7 @@ def measured(request: Request, folder: Path, runtime: RuntimeName, kind: GgufTyp
     dense: Source = request.model
     if runtime is RuntimeName.TRANSFORMERS:
         dense = open_model(request.model, RunOptions(device="cpu")).model
-    report = measure_beside([(str(folder), str(folder)), ("dense", dense)], chosen)
+    report = compare_speeds([(str(folder), str(folder)), ("dense", dense)], chosen)
     names = ("runtime", "weights", "prefill_speedup", "decode_speedup", "bytes_ratio")
     found: dict[str, Any] = {name: getattr(report, name) for name in names}
     assert report.against is not None

@@ -17,15 +17,15 @@ from torch import nn
 
 from saap.core.records import ImportanceScores, Layout, StructurePlan, UnitScores
 from saap.data.placement import SampleRequest
-from saap.estimation.calibrate import estimate
-from saap.estimation.selection import unit_scores
+from saap.estimation.estimate import estimate, unit_scores
 from saap.models.walk.backend import Backend
-from saap.settings.prune import EFFORTS, Effort, FusionScope, Importance, PrunableRole, Strategy
-from saap.structure_search.adaptive import SearchGuide
+from saap.settings.prune import EFFORTS, Effort, FusionScope, PrunableRole
+from saap.settings.registry import Importance, Strategy
+from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.costs import SecondOrder, second_order_costs
 from saap.structure_search.evaluator import StructureEvaluator
-from saap.structure_search.objectives import budget_for_ratio
 from saap.structure_search.plan import SearchSpace, search
+from saap.structure_search.problem import SearchGuide
 from saap.surgery.cut import cut
 from saap.surgery.refit import RestoreSettings
 from saap.surgery.restore import restore

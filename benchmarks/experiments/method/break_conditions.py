@@ -24,15 +24,15 @@ from lab.measures import (
 )
 from torch import Tensor, nn
 
-from saap.baselines.methods import BASELINES, Measurements
+from saap.baselines.baseline import Measurements
 from saap.core.records import CalibrationSet, CoupledGroup, FloatArray, ImportanceScores, ModelGraph, Role
 from saap.data.placement import SampleRequest
-from saap.estimation.calibrate import estimate
+from saap.estimation.estimate import estimate, unit_scores
 from saap.estimation.fusion import fuse
-from saap.estimation.selection import unit_scores
 from saap.models.structure.masking import masked_units
 from saap.models.walk.walker import BlockWalker, inference_only
-from saap.settings.prune import ElementOrder, FusionScope, Importance, Method
+from saap.settings.prune import ElementOrder, FusionScope
+from saap.settings.registry import Importance, Method
 from saap.structure_search.costs import second_order_costs
 from saap.structure_search.strategies import relative_volatility, standardised_fluctuation
 
@@ -119,7 +119,7 @@ def all_indicators(
         "volatility-cv": {n: relative_volatility(u.mean, u.variance) for n, u in fused.items()},
         "second-order cost": {n: u.mean for n, u in second_order_costs(dense.backend, ids).scores.items()},
         **{
-            str(method): {name: np.asarray(v, np.float64) for name, v in BASELINES[method].scores(measured).items()}
+            str(method): {name: np.asarray(v, np.float64) for name, v in measured.scores(method.load()).items()}
             for method in BASELINE_METHODS
         },
     }

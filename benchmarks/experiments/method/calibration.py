@@ -20,7 +20,7 @@ from saap.core.records import CalibrationSet, Role, StructurePlan
 from saap.data.generated import random_starts, sample_from_model
 from saap.data.placement import SampleRequest
 from saap.data.texts import MIXED
-from saap.estimation.calibrate import estimate
+from saap.estimation.estimate import estimate
 from saap.estimation.fusion import fuse
 from saap.settings.prune import FusionScope
 

@@ -18,10 +18,10 @@ from lab.measures import jaccard, log_histogram, rank_correlation_inside, rank_c
 
 from saap.core.records import FloatArray, ImportanceScores, Role, UnitScores
 from saap.data.placement import SampleRequest
-from saap.estimation.calibrate import estimate
-from saap.estimation.fusion import FusionMethod, fuse
-from saap.estimation.selection import unit_scores
-from saap.settings.prune import FusionScope, Importance, Strategy
+from saap.estimation.estimate import estimate, unit_scores
+from saap.estimation.fusion import closed_form_sigma, fuse, learned_sigma
+from saap.settings.prune import FusionScope
+from saap.settings.registry import Importance, Strategy
 
 RATIO = 0.2
 EDGES = np.linspace(-4, 2, 25)
@@ -94,7 +94,8 @@ def relative(units: Units, names: Names) -> FloatArray:
 
 def fusion_cost(dense: Dense, scores: ImportanceScores) -> Values:
     """Time and memory of the fusion alone. peak_bytes: of new arrays."""
-    calls = {f"{method}_seconds": partial(fuse, scores, dense.graph, method=method) for method in FusionMethod}
+    ways = {"closed": closed_form_sigma, "learned": learned_sigma}
+    calls = {f"{name}_seconds": partial(fuse, scores, dense.graph, sigma_of=one) for name, one in ways.items()}
     found = {name: statistics.median(timeit.repeat(call, repeat=ROUNDS, number=1)) for name, call in calls.items()}
     tracemalloc.start()
     fuse(scores, dense.graph)

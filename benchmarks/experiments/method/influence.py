@@ -7,10 +7,10 @@ from harness.experiment import Cells, Measured, Names, Request, Scaled, Values
 from lab.commands import VALIDATION
 from lab.dense import opened, wikitext2
 
-from saap.baselines.activations import activation_statistics
+from saap.baselines.activations import activations
 from saap.core.records import Layout
 from saap.data.placement import SampleRequest
-from saap.settings.prune import Method
+from saap.settings.registry import Method
 from saap.structure_search.plan import make_plan
 
 DRAWS = {
@@ -34,7 +34,7 @@ def measure(request: Request, wanted: Names) -> Measured:
         for cell in wanted:
             samples, length, seed = DRAWS[cell]
             drawn = dense.samples(VALIDATION, [SampleRequest("scored", samples, length)], seed)["scored"]
-            influence = activation_statistics(dense.backend, dense.ids(drawn)).influence
+            influence = activations(dense.backend, dense.ids(drawn)).influence
             order = [int(block) for block in np.argsort(influence)]
             sets = [sorted(order[:removed]), sorted([*order[: removed - 1], order[removed]])]
             for blocks in sets:

@@ -10,10 +10,10 @@ from lab.dense import opened, wikitext2
 
 from saap.core.records import ImportanceScores, Role
 from saap.data.placement import SampleRequest
-from saap.estimation.calibrate import estimate
-from saap.estimation.selection import unit_scores
+from saap.estimation.estimate import estimate, unit_scores
 from saap.models.walk.backend import Backend
-from saap.settings.prune import ElementOrder, FusionScope, Importance, Strategy
+from saap.settings.prune import ElementOrder, FusionScope
+from saap.settings.registry import Importance, Strategy
 from saap.surgery.cut import cut
 from saap.surgery.refit import RestoreSettings
 from saap.surgery.restore import restore

@@ -10,9 +10,10 @@ from harness.experiment import Cells, Measured, Names, Request, Values, experime
 from harness.store import finished_cells, read_json, write_json
 from lab.commands import TEST, VALIDATION, flags_from, in_own_process, run_here
 
+from saap.core.evaluation_records import Comparison, TaskResult
 from saap.evaluation.bootstrap import kept_difference, usual_answers
-from saap.evaluation.zero_shot import TaskResult
-from saap.reporting.tables import comparison_table, ratio_table, task_table, to_markdown
+from saap.reporting.comparison import comparison_table, ratio_table, task_table
+from saap.reporting.tables import to_markdown
 
 # LLM-Pruner and Wanda-sp are at their best on this model when they keep attention whole, so they are shown so, and
 # with attention too.
@@ -129,16 +130,17 @@ def best_baseline(rows: Sequence[Values], *, restored: bool) -> dict[str, Any]:
 
 def summarise(found: Cells) -> Values:
     whole = comparison_of({name: unpacked(cell) for name, cell in found.items()})
+    tables = Comparison.model_validate(whole)
     ratios = sorted({row["ratio"] for row in whole["rows"]})
     # Our default reconstructs, so a user's first comparison is it against the baselines as they were published.
     sides = {"nobody": (False, False), "all": (True, True), "ours": (True, False)}
     return {
-        "cut": to_markdown(ratio_table(whole, TEST, False)),
-        "restored": to_markdown(ratio_table(whole, TEST, True)),
+        "cut": to_markdown(ratio_table(tables, TEST, False)),
+        "restored": to_markdown(ratio_table(tables, TEST, True)),
         "against": {who: [quotient(whole, ratio, *both) for ratio in ratios] for who, both in sides.items()},
-        "tasks": to_markdown(task_table(whole, float(TASK_RATIO))),
+        "tasks": to_markdown(task_table(tables, float(TASK_RATIO))),
         "differences": differences(whole),
-        "all": to_markdown(comparison_table(whole)),
+        "all": to_markdown(comparison_table(tables)),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -59,7 +58,7 @@ def measure(request: Request, wanted: Names) -> Measured:
             known = {name: cloze(model, dense.tokenizer, asked) for name, asked in questions.items()}
             yield state, {
                 "figures": {
-                    mode: dataclasses.asdict(generation_figures(written, dense.model, dense.tokenizer))
+                    mode: generation_figures(written, dense.model, dense.tokenizer).model_dump(mode="json")
                     for mode, written in texts.items()
                 },
                 "prompt": opens[0],

@@ -11,7 +11,7 @@ from lab.texts import DATA
 from lab.training import trained_folder
 
 from saap.data.placement import SampleRequest
-from saap.estimation.calibrate import estimate
+from saap.estimation.estimate import estimate
 from saap.estimation.fusion import fuse
 from saap.pipeline.shared.inputs import RunOptions, open_model
 from saap.settings.prune import FusionScope

@@ -1,41 +1,31 @@
-"""What a walk over the text tells the methods that look at activations: Wanda-sp, FLAP, block influence."""
-
-from __future__ import annotations
+"""Baselines that look at activations, all by one forward pass: Wanda-sp, FLAP, block influence."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saap.baselines.weights import block_groups, of_units
-from saap.core.records import AxisSlice, CoupledGroup, FloatArray, ModelGraph, Role
+from saap.baselines.baseline import Baseline, block_groups, of_units
+from saap.core.records import CoupledGroup, FloatArray, ModelGraph, Role
 from saap.models.loading.precision import widened
 from saap.models.structure.linear import weight_out_in
 from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Observation, Observer, Signal
 from saap.models.walk.processes import Processes
 from saap.models.walk.walk import walk
+from saap.settings.prune import PrunableRole, SkipLayers
+from saap.settings.registry import Strategy
 
 MICRO_BATCH = 4
 
 
-@dataclass(frozen=True, slots=True)
-class ActivationStatistics:
+class ActivationStatistics(Observer):
     """By module path of a consumer: `mean` and `square`, the mean of its inputs and of their squares, (channels,).
 
     influence: 1 - mean cosine of a block's input and output, (blocks,).
     """
-
-    mean: Mapping[str, Tensor]
-    square: Mapping[str, Tensor]
-    influence: FloatArray
-
-
-class ActivationObserver(Observer):
-    """Collects the statistics in one forward walk."""
 
     def __init__(self, graph: ModelGraph) -> None:
         members = [member for group in block_groups(graph) for member in group.consumers]
@@ -43,6 +33,9 @@ class ActivationObserver(Observer):
         self.needs = modules | dict.fromkeys(graph.blocks, Signal.INPUT | Signal.OUTPUT)
         self._blocks = graph.blocks
         self._sums: dict[str, tuple[Any, ...]] = {}
+        self.mean: dict[str, Tensor] = {}
+        self.square: dict[str, Tensor] = {}
+        self.influence: FloatArray = np.zeros(len(graph.blocks))
 
     def observe(self, seen: Observation) -> None:
         """Add the tokens of one module, or of one block."""
@@ -59,29 +52,43 @@ class ActivationObserver(Observer):
         self._sums[site] = tuple(sum(pair) for pair in zip(before, values, strict=True))
 
     def merge(self, processes: Processes) -> None:
-        """Sums over the tokens of all processes."""
-        parts = processes.gather(self._sums)
-        self._sums = {}
+        """Means over the tokens of all processes."""
+        parts, self._sums = processes.gather(self._sums), {}
         for part in parts:
             for site, values in part.items():
                 self._add(site, *values)
+        for site, (*sums, count) in self._sums.items():
+            if site in self._blocks:
+                self.influence[self._blocks.index(site)] = 1 - sums[0] / count
+            else:
+                self.mean[site], self.square[site] = (one / count for one in sums)
 
-    def result(self) -> ActivationStatistics:
+    def result(self) -> Self:
         """The means."""
-        modules = {site: values for site, values in self._sums.items() if site not in self._blocks}
-        cosines = [self._sums[block] for block in self._blocks]
-        return ActivationStatistics(
-            mean={path: first / count for path, (first, _, count) in modules.items()},
-            square={path: second / count for path, (_, second, count) in modules.items()},
-            influence=1 - np.array([total / count for total, count in cosines]),
-        )
+        return self
 
 
-def activation_statistics(backend: Backend, tokens: Tensor) -> ActivationStatistics:
-    """One forward walk over `tokens` (samples, length), for all methods that look at activations."""
-    found = ActivationObserver(backend.graph)
+def activations(backend: Backend, tokens: Tensor) -> ActivationStatistics:
+    """One forward walk over `tokens` (samples, length)."""
+    found = ActivationStatistics(backend.graph)
     walk(backend, tokens, [found], micro_batch=MICRO_BATCH, backward=False)
-    return found.result()
+    return found
+
+
+def _consumer_scores(
+    backend: Backend, channels: Callable[[CoupledGroup, str, Tensor], Tensor]
+) -> dict[str, FloatArray]:
+    """Sum over the units' input channels in all consumers. channels: of (group, path, weight), by input channel."""
+    scores: dict[str, FloatArray] = {}
+    for group in block_groups(backend.graph):
+        found = []
+        for member in group.consumers:
+            path = member.tensor.rpartition(".")[0]
+            weight = weight_out_in(backend.model.get_submodule(path)).detach()
+            found.append(of_units(channels(group, path, weight), member, group.units).cpu())
+        if found:
+            scores[group.name] = torch.stack(found).sum(0).numpy()
+    return scores
 
 
 def wanda_channels(weight: Tensor, square: Tensor) -> Tensor:
@@ -91,6 +98,15 @@ def wanda_channels(weight: Tensor, square: Tensor) -> Tensor:
     Source: Wanda (Sun et al. 2024) summed over structures, as FLAP (An et al. 2024) describes the baseline Wanda-sp.
     """
     return widened(weight).abs().mean(0) * square.sqrt()
+
+
+def wanda_scores(backend: Backend, found: ActivationStatistics, seed: int) -> dict[str, FloatArray]:
+    """Wanda-sp: the metric summed over each unit's channels.
+
+    Deviation: all modules are scored on the dense model's activations, the published code goes on from each pruned
+    layer.
+    """
+    return _consumer_scores(backend, lambda _, path, weight: wanda_channels(weight, found.square[path]))
 
 
 def flap_channels(weight: Tensor, mean: Tensor, square: Tensor) -> Tensor:
@@ -103,101 +119,58 @@ def flap_channels(weight: Tensor, mean: Tensor, square: Tensor) -> Tensor:
 
 def standardised(values: Tensor) -> Tensor:
     """(values - mean) / standard deviation over a module's channels, 0 where they are all equal (FLAP)."""
-    deviation = values - values.mean()
-    scale = values.std()
+    deviation, scale = values - values.mean(), values.std()
     return deviation / scale if float(scale) > 0 else torch.zeros_like(values)
 
 
-def wanda_scores(model: nn.Module, graph: ModelGraph, found: ActivationStatistics) -> dict[str, FloatArray]:
-    """Wanda-sp: the metric summed over each unit's channels.
-
-    Deviation: all modules are scored on the dense model's activations, the published code goes on from each pruned
-    layer.
-    """
-    return _consumer_scores(model, graph, found, lambda _, weight, mean, square: wanda_channels(weight, square))
-
-
-def flap_scores(model: nn.Module, graph: ModelGraph, found: ActivationStatistics) -> dict[str, FloatArray]:
+def flap_scores(backend: Backend, found: ActivationStatistics, seed: int) -> dict[str, FloatArray]:
     """FLAP: the fluctuation standardised over each module's channels, then its mean over a unit's channels.
 
     As in its published code, the fluctuations of attention are squared first. Times the unit's parameters, since the
     global ranking that takes it compares scores per parameter, while FLAP's compares the standardised fluctuations.
     """
 
-    def metric(role: Role, weight: Tensor, mean: Tensor, square: Tensor) -> Tensor:
-        fluctuation = flap_channels(weight, mean, square)
-        return standardised(fluctuation.square() if role is Role.ATTENTION else fluctuation)
+    def channels(group: CoupledGroup, path: str, weight: Tensor) -> Tensor:
+        fluctuation = flap_channels(weight, found.mean[path], found.square[path])
+        return standardised(fluctuation.square() if group.role is Role.ATTENTION else fluctuation)
 
-    scores = _consumer_scores(model, graph, found, metric)
-    return {
-        name: values / _width(graph.group(name)) * graph.group(name).parameters_per_unit(graph.shapes)
-        for name, values in scores.items()
-    }
-
-
-def influence_scores(graph: ModelGraph, found: ActivationStatistics) -> dict[str, FloatArray]:
-    """Block influence (ShortGPT, Men et al. 2024): every unit of a block has the block's 1 - cos(input, output)."""
-    return {group.name: np.full(group.units, found.influence[group.layer]) for group in block_groups(graph)}
+    scores = {}
+    for name, values in _consumer_scores(backend, channels).items():
+        group = backend.graph.group(name)
+        width = sum(member.width for member in group.consumers)
+        scores[name] = values / width * group.parameters_per_unit(backend.graph.shapes)
+    return scores
 
 
 def compensating_biases(
-    model: nn.Module, graph: ModelGraph, keep: Mapping[str, tuple[int, ...]], means: Mapping[str, Tensor]
+    backend: Backend, found: ActivationStatistics, keep: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
     """FLAP's bias compensation: what the removed channels put out on average, by module path of a dense consumer.
 
-    means: of the consumers' inputs. Each bias is sum_{j removed} W_ij mean_j, (out,), float32.
+    Each bias is sum_{j removed} W_ij mean_j, (out,), float32.
     """
     biases: dict[str, Tensor] = {}
-    for group in block_groups(graph):
-        kept = keep.get(group.name)
-        if kept is None or len(kept) == group.units:
-            continue
-        removed = group.others(kept)
-        for member in group.consumers:
+    for group in block_groups(backend.graph):
+        removed = group.others(keep.get(group.name, range(group.units)))
+        for member in group.consumers if removed else ():
             path = member.tensor.rpartition(".")[0]
-            weight = widened(weight_out_in(model.get_submodule(path)).detach())
+            weight = widened(weight_out_in(backend.model.get_submodule(path)).detach())
             index = torch.tensor(member.indices(removed), device=weight.device)
-            bias = weight[:, index] @ means[path].to(weight)[index]
+            bias = weight[:, index] @ found.mean[path].to(weight)[index]
             biases[path] = biases.get(path, torch.zeros_like(bias, dtype=torch.float32)) + bias.float()
     return biases
 
 
-@torch.no_grad()
-def add_biases(model: nn.Module, biases: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Add to the biases of linear modules, in place. Returns the names of biases that had not been there."""
-    made = []
-    for path, bias in biases.items():
-        module = model.get_submodule(path)
-        present = module._parameters.get("bias")
-        if present is not None:
-            present.add_(bias.to(present))
-        else:
-            weight = module.get_parameter("weight")
-            module.register_parameter("bias", nn.Parameter(bias.to(weight), requires_grad=weight.requires_grad))
-            made.append(f"{path}.bias")
-    return tuple(made)
+def influence_scores(backend: Backend, found: ActivationStatistics, seed: int) -> dict[str, FloatArray]:
+    """Block influence (ShortGPT, Men et al. 2024): every unit of a block has the block's 1 - cos(input, output)."""
+    return {group.name: np.full(group.units, found.influence[group.layer]) for group in block_groups(backend.graph)}
 
 
-def _width(group: CoupledGroup) -> int:
-    return sum(member.width for member in group.consumers)
-
-
-def _consumer_scores(
-    model: nn.Module,
-    graph: ModelGraph,
-    found: ActivationStatistics,
-    metric: Callable[[Role, Tensor, Tensor, Tensor], Tensor],
-) -> dict[str, FloatArray]:
-    """Sum over the units' input channels in all consumers. metric: of (role, weight, mean, square) by input channel."""
-
-    def of(member: AxisSlice, group: CoupledGroup) -> Tensor:
-        path = member.tensor.rpartition(".")[0]
-        weight = weight_out_in(model.get_submodule(path)).detach()
-        channels = metric(group.role, weight, found.mean[path], found.square[path])
-        return of_units(channels, member, group.units).cpu()
-
-    return {
-        group.name: torch.stack([of(member, group) for member in group.consumers]).sum(0).numpy()
-        for group in block_groups(graph)
-        if group.consumers
-    }
+WANDA_SP = Baseline(scores=wanda_scores, measure=activations, skip_layers=SkipLayers())
+FLAP = Baseline(
+    scores=flap_scores, measure=activations, strategy=Strategy.IMPORTANCE, skip_layers=SkipLayers(),
+    compensation=compensating_biases,
+)  # fmt: skip
+BLOCK_INFLUENCE = Baseline(
+    scores=influence_scores, measure=activations, skip_layers=SkipLayers(), roles=(PrunableRole.BLOCK,)
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 from saap.cli.flags import Model
@@ -24,13 +23,13 @@ def compare(
     from saap.cli.show.compare import print_comparison
     from saap.cli.show.output import make_reporter
     from saap.pipeline.compare.run import compare as run_compare
-    from saap.reporting.tables import write_tables
+    from saap.reporting.comparison import write_tables
 
     with make_reporter(quiet=display.quiet, to_stderr=display.as_json) as reporter:
         result = run_compare(model, request, options, options.out, reporter)
     written = write_tables(options.out, result)
     if display.as_json:
-        print(json.dumps(result, indent=1))
+        print(result.model_dump_json(indent=1))
     elif not display.quiet:
         print_comparison(result)
         print(f"wrote {', '.join(str(path) for path in written)}")

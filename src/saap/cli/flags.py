@@ -63,7 +63,8 @@ class Option(click.Option):
 
     def _complete(self, context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
         before, comma, last = begun.rpartition(",") if self.setting.several else ("", "", begun)
-        return [CompletionItem(before + comma + choice) for choice in _choices(self.setting) if choice.startswith(last)]
+        choices = [choice for choice in _choices(self.setting) if choice.startswith(last)]
+        return [CompletionItem(before + comma + one, help=getattr(one, "summary", None)) for one in choices]
 
 
 class Command(click.Command):

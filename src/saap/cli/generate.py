@@ -39,15 +39,16 @@ def generate(
 ) -> None:
     """Let MODEL answer a prompt, and the dense model that it was pruned from."""
     from saap.pipeline.evaluate.generate import answers, open_speakers
+    from saap.pipeline.shared.dense_model import DenseChoice
 
     if question.no_dense and question.dense is not None:
         raise ConfigurationError("--no-dense and --dense were given together", "Give one of the two")
     if not question.prompt.strip():
         raise ConfigurationError("--prompt is empty", "Give a text to answer")
-    speakers = open_speakers(
-        model, against=question.dense, dense=not question.no_dense, dense_revision=question.dense_revision,
-        dense_trust_remote_code=question.dense_trust_remote_code, options=options,
-    )  # fmt: skip
+    choice = DenseChoice(
+        source=question.dense, revision=question.dense_revision, trust_remote_code=question.dense_trust_remote_code
+    )
+    speakers = open_speakers(model, None if question.no_dense else choice, options)
     rounds = answers(speakers, question.prompt, settings)
     if display.as_json:
         *_, last = [{speaker.label: "" for speaker in speakers}, *rounds]

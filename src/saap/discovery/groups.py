@@ -3,266 +3,282 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from saap.core.records import AxisSlice, Role, Side, SlicedArgument, UnitAttribute
-from saap.discovery.slices import slices_of
-from saap.discovery.tags import Units
+from saap.core.records import AxisSlice, CoupledGroup, IntArray, Refusal, Role, Side
+from saap.discovery.blocks import holder
 from saap.discovery.trace import Trace
 
 Axis = tuple[str, int]
+Cluster = Sequence[dict[Axis, list[int]]]
+"""Units that lie on the same axes, each as its indices by axis."""
 
 
-@dataclass(frozen=True, slots=True)
-class TracedGroup:
-    """A coupled group of the traced model, or channels that are refused.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedGroup(CoupledGroup):
+    """A coupled group of the traced copy, or channels that are refused.
 
-    block: the path of its block, None for the hidden channels. label: path of the module whose channels are refused,
-    where they belong to no group. refusal: why the group cannot be pruned. parts: where the members stack so many
-    matrices along axis 0 (experts), each of which can lose units of its own; else 0. least: units that must stay.
-    shares: where each unit is one head of each of so many KV groups, whose members follow each other in equal numbers.
-    attributes, sliced_arguments: what follows the number of kept units, once removal has been tried.
+    layer: of the copy. refusal: why the group cannot be pruned, "" if it can. label: path of the module whose channels
+    are refused, where they belong to no group. parts: where the members stack so many matrices along axis 0 (experts),
+    each of which can lose units of its own; else 0. shares: where each unit is one head of each of so many KV groups,
+    whose members follow each other in equal numbers.
     """
 
-    block: str | None
-    role: Role
-    units: int
-    members: tuple[AxisSlice, ...]
-    scaled_norms: tuple[str, ...] = ()
-    refusal: str | None = None
-    label: str | None = None
+    name: str = ""
+    units: int = 0
+    members: tuple[AxisSlice, ...] = ()
+    refusal: str = ""
+    label: str = ""
     parts: int = 0
-    least: int = 0
     shares: int = 0
-    attributes: tuple[UnitAttribute, ...] = ()
-    sliced_arguments: tuple[SlicedArgument, ...] = ()
 
     def refuse(self, reason: str) -> TracedGroup:
         """The group with the reason why it cannot be pruned, if there is none yet."""
         return replace(self, refusal=self.refusal or reason)
 
-
-def traced_groups(trace: Trace, blocks: Sequence[str]) -> list[TracedGroup]:
-    """All groups that have both producers and consumers; those that are not understood carry a refusal."""
-    units = trace.space.units()
-    marks = {name: set(units.of(trace.space.marked(name)).tolist()) for name in ("softmax", "product")}
-    consumed = trace.space.marked("consumed")
-    made = np.union1d(trace.space.marked("produced"), trace.space.marked("embedded"))
-    sides = {
-        (name, axis): Side.CONSUMER
-        for name, axes in trace.axes.items()
-        for axis, tags in enumerate(axes)
-        if np.isin(tags.numpy(), consumed).any() and not np.isin(tags.numpy(), made).any()
-    }
-    found: list[TracedGroup] = []
-    reported: set[int] = set()
-    for axes, members in _clusters(units, trace.axes).items():
-        if not any(axis in sides for axis in axes) or all(axis in sides for axis in axes):
-            continue
-        place = _place([name for name, _ in axes], blocks)
-        if place is None:
-            continue
-        block = None if place == "" else place
-        found.append(_group(trace, units, marks, sides, block, members))
-        reported |= _units_on(trace, units, axes[0])
-    for group in _expert_groups(trace, units, blocks):
-        found.append(group)
-        reported |= {root for member in group.members for root in _units_on(trace, units, (member.tensor, member.axis))}
-    found = _reached(_one_hidden(_leading_out(found), blocks), trace)
-    return [*found, *_stopped(trace, units, reported, blocks)]
+    def settled(self, name: str, layer: int) -> list[CoupledGroup | Refusal]:
+        """The group under its name, or one for each of the matrices or KV groups that it lies in, or its refusal."""
+        if self.refusal:
+            return [Refusal(name=name, reason=self.refusal)]
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(CoupledGroup)}
+        group = CoupledGroup(**values | {"name": name, "layer": layer})
+        if self.shares:
+            each = len(self.members) // self.shares
+            own = [(f"{name}.{n}", self.members[n * each : (n + 1) * each]) for n in range(self.shares)]
+        else:
+            parts = range(self.parts)
+            own = [(f"{name}.expert.{n}", tuple(replace(m, part=n) for m in self.members)) for n in parts]
+        return [replace(group, name=part, bundle=name, members=members) for part, members in own] or [group]
 
 
-def _expert_groups(trace: Trace, units: Units, blocks: Sequence[str]) -> list[TracedGroup]:
-    """Whole experts: the matrices stacked along one axis, and the rows of the router that chooses among them.
+class Grouping:
+    """Reads the coupled groups off a trace.
 
-    That stack and router belong together cannot be seen in the trace, since the choice depends on data; it follows from
-    their sizes, and removal is compared with masking on a small model as for any other group.
+    rows: the unit of each index, by axis. consumers: axes whose channels are consumed and made nowhere. stacked: how
+    many matrices a tensor stacks along axis 0.
     """
-    found = []
-    for block in blocks:
-        axes, least = _router_and_stacks(trace, units, block)
-        if axes:
-            count = len(trace.axes[axes[0][0]][axes[0][1]])
-            members = tuple(
-                AxisSlice(tensor=name, axis=axis, side=Side.PRODUCER, offset=0, width=1, stride=1)
-                for name, axis in axes
-            )
-            refusal = None if least < count else "each token is sent to all experts"
-            found.append(TracedGroup(block, Role.EXPERT, count, members, refusal=refusal, least=least))
-    return found
 
+    def __init__(self, trace: Trace, blocks: Sequence[str]) -> None:
+        self.trace, self.blocks, self.units = trace, blocks, trace.space.units()
+        tags = {(name, axis): row.numpy() for name, axes in trace.axes.items() for axis, row in enumerate(axes)}
+        self.rows = {axis: self.units.of(row) for axis, row in tags.items()}
+        marked = trace.space.marked
+        self.softmax, self.product = (set(self.units.of(marked(name)).tolist()) for name in ("softmax", "product"))
+        consumed, made, stacked = marked("consumed"), marked("produced", "embedded"), marked("stacked")
+        self.consumers = {a for a, row in tags.items() if np.isin(row, consumed).any() and not np.isin(row, made).any()}
+        self.stacked = {
+            name: len(row) for (name, axis), row in tags.items() if not axis and np.isin(row, stacked).all()
+        }
 
-def _router_and_stacks(trace: Trace, units: Units, block: str) -> tuple[list[Axis], int]:
-    """Axes along which the experts of a block lie, and how many experts a token is sent to; none if it has none."""
-    stacked = set(trace.space.marked("stacked").tolist())
-    inside = {name: axes for name, axes in trace.axes.items() if name.startswith(f"{block}.")}
-    stacks = {name: axes[0] for name, axes in inside.items() if len(axes) > 2 and stacked >= set(axes[0].tolist())}
-    for choice in trace.space.choices:
-        chosen = set(units.of(choice.channels).tolist()) - {-1}
-        size = len(choice.channels)
-        routers = [
-            (name, axis)
-            for name, axes in inside.items()
-            for axis, tags in enumerate(axes)
-            if name not in stacks and len(tags) == size and chosen >= set(units.of(tags).tolist())
-        ]
-        if stacks and routers and all(len(tags) == size for tags in stacks.values()):
-            return [*routers, *((name, 0) for name in stacks)], choice.count
-    return [], 0
+    def groups(self) -> list[TracedGroup]:
+        """All groups that have both producers and consumers; those that are not understood carry a refusal."""
+        found, reported = [], set[int]()
+        for cluster in self._clusters():
+            group = self._group(cluster)
+            if group is not None:
+                found.append(group)
+                reported |= set(self.rows[next(iter(cluster[0]))].tolist())
+        for group in self._experts():
+            found.append(group)
+            reported |= {unit for member in group.members for unit in self.rows[member.tensor, member.axis].tolist()}
+        return [*self._one_hidden(_leading_out(found)), *self._stopped(reported)]
 
+    def _clusters(self) -> list[Cluster]:
+        units: dict[int, dict[Axis, list[int]]] = defaultdict(dict)
+        for axis, row in self.rows.items():
+            for index, unit in enumerate(row.tolist()):
+                units[unit].setdefault(axis, []).append(index)
+        clusters: dict[tuple[Axis, ...], list[dict[Axis, list[int]]]] = defaultdict(list)
+        for indices in units.values():
+            clusters[tuple(indices)].append(indices)
+        return list(clusters.values())
 
-def _units_on(trace: Trace, units: Units, axis: Axis) -> set[int]:
-    return set(units.of(trace.axes[axis[0]][axis[1]]).tolist())
+    def _group(self, cluster: Cluster) -> TracedGroup | None:
+        """The group of units on the same axes; None where they are not both made and consumed, or in no block."""
+        axes = list(cluster[0])
+        consuming = [axis for axis in axes if axis in self.consumers]
+        layers = {holder(self.blocks, name) for name, _ in axes}
+        if len(consuming) in (0, len(axes)) or layers == {-1}:
+            return None
+        layer = layers.pop() if len(layers) == 1 else -1
+        cluster = sorted(cluster, key=lambda unit: unit[consuming[0]])
+        ids = [int(self.rows[consuming[0]][unit[consuming[0]][0]]) for unit in cluster]
+        attention = set(ids) <= self.softmax & self.product
+        role = Role.ATTENTION if attention else Role.HIDDEN if layer < 0 else Role.FFN
+        problems = [self.units.stops.get(unit) or self.units.spread.get(unit, "") for unit in ids]
+        if role is Role.FFN and set(ids) & self.product:
+            problems.append("its channels meet in a product of activations without softmax")
+        members: list[AxisSlice] = []
+        for axis in axes:
+            rows = [unit[axis] for unit in cluster]
+            even = len({len(row) for row in rows}) == 1
+            side = Side.CONSUMER if axis in self.consumers else Side.PRODUCER
+            slices = slices_of(np.array(rows, np.int64), *axis, side) if even else None
+            if slices is None:
+                problems.append(f"its units have no regular places on axis {axis[1]} of {axis[0]}")
+            members += slices or []
+        norms, problem = self._norms(set(ids))
+        parts = {self.stacked.get(member.tensor, 0) if member.axis else 0 for member in members}
+        if layer >= 0 and (len(parts) != 1 or (norms and parts != {0})):
+            problem = problem or "its experts share a matrix or a norm, so they cannot choose channels of their own"
+        matrices = parts.pop() if layer >= 0 and len(parts) == 1 else 0
+        found = TracedGroup(layer=layer, role=role, units=len(cluster), members=tuple(members), parts=matrices)
+        return replace(found, scaled_norms=norms, refusal=next(filter(None, [*problems, problem]), ""))
 
+    def _norms(self, group: set[int]) -> tuple[tuple[str, ...], str]:
+        """Norms that take a statistic over several of the group's units: those to rescale, or why that fails."""
+        scaled: dict[str, None] = {}
+        for reduction in self.trace.space.reductions:
+            rows = [set(row) for row in self.units.of(reduction.channels).tolist()]
+            across = [row for row in rows if len(row) > 1 and row & group]
+            if across and (reduction.kind != "rms" or any(row != group for row in across)):
+                return (), f"{reduction.kind} in {reduction.module or 'the model'} is a statistic over its channels"
+            if across:
+                scaled[reduction.module] = None
+        return tuple(scaled), ""
 
-def _stopped(trace: Trace, units: Units, reported: set[int], blocks: Sequence[str]) -> list[TracedGroup]:
-    """Channels inside blocks that went into an operation without a rule before they made up a group."""
-    found: dict[str, TracedGroup] = {}
-    for name, axes in trace.axes.items():
-        block = next((path for path in blocks if name.startswith(path + ".")), None)
-        roots = {root for tags in axes for root in units.of(tags).tolist()}
-        for root in sorted(roots & set(units.stops) - reported) if block is not None else ():
-            label = name.rpartition(".")[0]
-            found.setdefault(label, TracedGroup(block, Role.FFN, 0, (), (), units.stops[root], label))
-    return list(found.values())
+    def _experts(self) -> Iterator[TracedGroup]:
+        """Whole experts: the matrices stacked along one axis, and the rows of the router that chooses among them.
 
+        That stack and router belong together cannot be seen in the trace, since the choice depends on data; it follows
+        from their sizes, and removal is compared with masking on a small model as for any other group.
+        """
+        for layer, block in enumerate(self.blocks):
+            rows = {axis: row for axis, row in self.rows.items() if axis[0].startswith(f"{block}.")}
+            stacks = {name: size for name, size in self.stacked.items() if (name, 2) in rows}
+            for choice in self.trace.space.choices:
+                chosen, count = {*self.units.of(choice.channels).tolist()}, len(choice.channels)
+                routers = [
+                    axis
+                    for axis, row in rows.items()
+                    if axis[0] not in stacks and len(row) == count and chosen >= set(row.tolist())
+                ]
+                if routers and set(stacks.values()) == {count}:
+                    members = tuple(
+                        AxisSlice(tensor=name, axis=axis, side=Side.PRODUCER, offset=0, width=1, stride=1)
+                        for name, axis in (*routers, *((name, 0) for name in stacks))
+                    )
+                    found = TracedGroup(layer=layer, role=Role.EXPERT, units=count, members=members, least=choice.count)
+                    yield found if choice.count < count else found.refuse("each token is sent to all experts")
+                    break
 
-def _clusters(
-    units: Units, axes: Mapping[str, tuple[Tensor, ...]]
-) -> dict[tuple[Axis, ...], list[dict[Axis, list[int]]]]:
-    """Units that lie on the same axes, each as its indices by axis; units on one axis alone are left out."""
-    keys = [(name, axis) for name, parts in axes.items() for axis in range(len(parts))]
-    roots = {key: units.of(axes[key[0]][key[1]]) for key in keys}
-    owners = [np.unique(roots[key]) for key in keys if len(roots[key])]
-    values, counts = np.unique(np.concatenate(owners), return_counts=True)
-    several = values[counts > 1]
-    indices: dict[int, dict[Axis, list[int]]] = defaultdict(dict)
-    for key in keys:
-        for index in np.flatnonzero(np.isin(roots[key], several)):
-            indices[int(roots[key][index])].setdefault(key, []).append(int(index))
-    clusters: dict[tuple[Axis, ...], list[dict[Axis, list[int]]]] = defaultdict(list)
-    for unit in indices.values():
-        clusters[tuple(unit)].append(unit)
-    return clusters
+    def _one_hidden(self, groups: list[TracedGroup]) -> list[TracedGroup]:
+        """The groups with at most one hidden group, which runs through all blocks; heads of several are refused."""
+        found = [group for group in groups if group.layer >= 0]
+        across = [group for group in groups if group.role is Role.HIDDEN]
+        whole = []
+        for group in (group for group in groups if group.layer < 0):
+            layers = sorted({holder(self.blocks, member.tensor) for member in group.members} - {-1})
+            if group.role is Role.ATTENTION:
+                reason = "its heads are tied to those of other blocks"
+                found += [TracedGroup(layer=layer, role=group.role, refusal=reason) for layer in layers]
+            elif len(layers) == len(self.blocks):
+                whole.append(group)
+        if len(whole) != 1:
+            reason = "the channels between the blocks are not one group that runs through all of them"
+            whole = [replace(group, refusal=reason) for group in across[:1]]
+        if self.trace.unused:
+            reason = f"{min(self.trace.unused)} is not reached by text and may write into them"
+            whole = [group.refuse(reason) for group in whole]
+        return [*found, *whole]
 
-
-def _place(tensors: Sequence[str], blocks: Sequence[str]) -> str | None:
-    """The block that holds all tensors, "" for groups across blocks, None for groups outside of all blocks."""
-    held = {next((block for block in blocks if name.startswith(block + ".")), "") for name in tensors}
-    if held == {""}:
-        return None
-    return held.pop() if len(held) == 1 else ""
-
-
-def _group(
-    trace: Trace,
-    units: Units,
-    marks: Mapping[str, set[int]],
-    sides: Mapping[Axis, Side],
-    block: str | None,
-    cluster: list[dict[Axis, list[int]]],
-) -> TracedGroup:
-    anchor = next(axis for axis in cluster[0] if axis in sides)
-    cluster = sorted(cluster, key=lambda unit: unit[anchor])
-    ids = [int(units.roots[trace.axes[anchor[0]][anchor[1]][unit[anchor][0]]]) for unit in cluster]
-    attention = set(ids) <= marks["softmax"] & marks["product"]
-    role = Role.ATTENTION if attention else Role.HIDDEN if block is None else Role.FFN
-    refusal = next((why for unit in ids if (why := units.stops.get(unit) or units.spread.get(unit))), None)
-    if block is not None and not attention and set(ids) & marks["product"]:
-        refusal = refusal or "its channels meet in a product of activations without softmax"
-    members: list[AxisSlice] = []
-    for axis in cluster[0]:
-        rows = [unit[axis] for unit in cluster]
-        even = len({len(row) for row in rows}) == 1
-        slices = slices_of(np.array(rows, np.int64), *axis, sides.get(axis, Side.PRODUCER)) if even else None
-        if slices is None:
-            refusal = refusal or f"its units have no regular places on axis {axis[1]} of {axis[0]}"
-        members += slices or []
-    norms, problem = _norms(trace, units, set(ids))
-    parts = 0 if block is None else _parts(trace, members)
-    if parts is None or (parts and norms):
-        problem = problem or "its experts share a matrix or a norm, so they cannot choose channels of their own"
-    return TracedGroup(block, role, len(cluster), tuple(members), norms, refusal or problem, parts=parts or 0)
-
-
-def _parts(trace: Trace, members: Sequence[AxisSlice]) -> int | None:
-    """How many matrices the members stack along axis 0; 0 if they stack none, None if only some of them do."""
-    stacked = trace.space.marked("stacked")
-    sizes = {
-        len(trace.axes[member.tensor][0])
-        if member.axis and np.isin(trace.axes[member.tensor][0].numpy(), stacked).all()
-        else 0
-        for member in members
-    }
-    return sizes.pop() if len(sizes) == 1 else None
-
-
-def _norms(trace: Trace, units: Units, group: set[int]) -> tuple[tuple[str, ...], str | None]:
-    """Norms that take a statistic over several of the group's units: those to rescale, or why that cannot be done."""
-    scaled: list[str] = []
-    for reduction in trace.space.reductions:
-        rows = units.of(reduction.channels)
-        across = [row for row in rows if len(np.unique(row)) > 1 and set(row.tolist()) & group]
-        if not across:
-            continue
-        whole = all(set(row.tolist()) == group for row in across)
-        if reduction.kind != "rms" or not whole:
-            return (), f"{reduction.kind} in {reduction.module or 'the model'} is a statistic over its channels"
-        if reduction.module not in scaled:
-            scaled.append(reduction.module)
-    return tuple(scaled), None
-
-
-def _one_hidden(groups: list[TracedGroup], blocks: Sequence[str]) -> list[TracedGroup]:
-    """Hidden channels run through all blocks; channels between some of them alone are no hidden group."""
-    across = [group for group in groups if group.block is None and group.role is Role.HIDDEN]
-    whole = [
-        group
-        for group in across
-        if all(any(member.tensor.startswith(block + ".") for member in group.members) for block in blocks)
-    ]
-    others = [group for group in groups if group.block is not None]
-    for group in groups:
-        others += _shared_heads(group, blocks) if group.block is None and group.role is Role.ATTENTION else []
-    if len(whole) == 1:
-        return [*others, *whole]
-    reason = "the channels between the blocks are not one group that runs through all of them"
-    return [*others, *(replace(group, refusal=reason) for group in across[:1])]
-
-
-def _shared_heads(group: TracedGroup, blocks: Sequence[str]) -> list[TracedGroup]:
-    """Refuse heads of several blocks, in each of them."""
-    over = [block for block in blocks if any(member.tensor.startswith(block + ".") for member in group.members)]
-    reason = "its heads are tied to those of other blocks"
-    return [TracedGroup(block, Role.ATTENTION, 0, (), (), reason) for block in over]
-
-
-def _reached(groups: list[TracedGroup], trace: Trace) -> list[TracedGroup]:
-    """Refuse hidden channels where a part of the model was not seen, which may read or write them too."""
-    if not trace.unused:
-        return groups
-    reason = f"{min(trace.unused)} is not reached by text and may write into them"
-    return [group.refuse(reason) if group.role is Role.HIDDEN else group for group in groups]
+    def _stopped(self, reported: set[int]) -> list[TracedGroup]:
+        """Channels inside blocks that went into an operation without a rule before they made up a group."""
+        found: dict[str, TracedGroup] = {}
+        for name, axes in self.trace.axes.items():
+            layer, label = holder(self.blocks, name), name.rpartition(".")[0]
+            units = {unit for axis in range(len(axes)) for unit in self.rows[name, axis].tolist()}
+            stopped = sorted(units & set(self.units.stops) - reported)
+            if layer >= 0 and stopped:
+                reason = self.units.stops[stopped[0]]
+                found.setdefault(label, TracedGroup(layer=layer, role=Role.FFN, refusal=reason, label=label))
+        return list(found.values())
 
 
 def _leading_out(groups: list[TracedGroup]) -> list[TracedGroup]:
     """Refuse an inner rank of attention: its consumers do not lead out of the block but into the heads."""
-    heads = {
-        (member.tensor, member.axis)
-        for group in groups
-        if group.role is Role.ATTENTION
-        for member in group.members
-        if member.side is Side.PRODUCER
-    }
+    heads = {(m.tensor, m.axis) for group in groups if group.role is Role.ATTENTION for m in group.producers}
     reason = "its channels lead into attention, not out of the block"
     return [
         replace(group.refuse(reason), label=group.members[0].tensor.rpartition(".")[0])
-        if group.role is Role.FFN
-        and any((member.tensor, 1 - member.axis) in heads for member in group.members if member.side is Side.CONSUMER)
+        if group.role is Role.FFN and any((member.tensor, 1 - member.axis) in heads for member in group.consumers)
         else group
         for group in groups
     ]
+
+
+def query_heads(group: TracedGroup) -> TracedGroup | None:
+    """The query heads of attention: unit u is head u of each KV group. None where each group has one head.
+
+    Channels of queries are those members that are wider than keys and values, by the number of heads in a group. That
+    follows from sizes alone; removal is compared with masking on a small model as for any other group.
+    """
+    narrow = min((member.width for member in group.members), default=0)
+    wide = [member for member in group.members if member.width > narrow]
+    widths = {member.width for member in wide}
+    if group.refusal or group.role is not Role.ATTENTION or len(widths) != 1:
+        return None
+    heads, rest = divmod(widths.pop(), narrow)
+    if rest or not any(member.side is Side.CONSUMER for member in wide):
+        return None
+    members = tuple(
+        replace(member, offset=member.rows(unit).start, width=narrow, stride=narrow, period=0, jump=0)
+        for unit in range(group.units)
+        for member in wide
+    )
+    owners = {member.tensor.rpartition(".")[0] for member in wide}
+    norms = tuple(norm for norm in group.scaled_norms if norm in owners)
+    return replace(group, role=Role.QUERY, units=heads, members=members, scaled_norms=norms, shares=group.units)
+
+
+def one_of_each_block(group: TracedGroup) -> TracedGroup | None:
+    """The group with coarser units: together, those at the same place of each block of a tensor.
+
+    A module that reshapes a fused projection into a fixed number of blocks can lose one head of each block, but none
+    alone. None where no member is made of blocks, or of blocks of several sizes.
+    """
+    periods = {member.period for member in group.members if member.period}
+    period = periods.pop() if len(periods) == 1 else 0
+    if not 1 < period < group.units or group.units % period:
+        return None
+    rows: dict[tuple[str, int, Side], list[list[int]]] = {}
+    for member in group.members:
+        places = rows.setdefault((member.tensor, member.axis, member.side), [[] for _ in range(period)])
+        for unit in range(group.units):
+            places[unit % period] += member.rows(unit)
+    found = [slices_of(np.sort(np.array(places, np.int64), axis=1), *where) for where, places in rows.items()]
+    members = tuple(member for slices in found if slices is not None for member in slices)
+    return None if None in found else replace(group, units=period, members=members)
+
+
+def slices_of(indices: IntArray, tensor: str, axis: int, side: Side) -> list[AxisSlice] | None:
+    """Describe where the units lie along an axis of a tensor.
+
+    indices: (units, width), ascending in each row. Returns one slice for each run of consecutive indices that a unit
+    has, or one for each index where the runs differ between units; None if no affine description exists.
+    """
+    breaks = np.flatnonzero((np.diff(indices, axis=1) != 1).any(axis=0)) + 1
+    for places in (breaks, range(1, indices.shape[1])):
+        runs = np.split(indices, places, axis=1)
+        slices = [found for run in runs if (found := _slice_of(run, tensor, axis, side)) is not None]
+        if len(slices) == len(runs):
+            return slices
+    return None
+
+
+def _slice_of(run: IntArray, tensor: str, axis: int, side: Side) -> AxisSlice | None:
+    """The slice with these consecutive indices, (units, width); None where the units are not regular."""
+    starts, (units, width) = run[:, 0], run.shape
+    steps = np.diff(starts)
+    stride = int(steps[0]) if units > 1 else width
+    jumps = np.flatnonzero(steps != stride)
+    period = int(jumps[0]) + 1 if len(jumps) else 0
+    offset, jump = int(starts[0]), int(starts[period] - starts[0])
+    found = AxisSlice(
+        tensor=tensor, axis=axis, side=side, offset=offset, width=width, stride=stride, period=period, jump=jump
+    )
+    return found if np.array_equal(found.indices(range(units)), run.ravel()) else None

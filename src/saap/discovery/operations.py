@@ -6,184 +6,239 @@ tie what they sum over, reductions are noted. An operation without a rule stops 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves, tree_map
 
+from saap.core.errors import UnsupportedModelError
 from saap.discovery.tags import UNTAGGED, Choice, ParameterTags, Reduction, TagSpace, finest
 
-Rule = Callable[["Step"], Any]
+Rule = Callable[["Operation"], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One operation with tags in place of tensors.
+class Operation:
+    """One operation of the graph, with tags in place of tensors.
 
-    in_place: whether it changes its first argument. positional, keywords: as in the graph. named: all arguments by
-    their names in the operation's schema. output: the result as the graph knows it (meta tensors). module: path of the
-    module that it belongs to. square: whether the first argument is a square. constant: gives the value of an argument
-    that does not depend on the input, else None.
+    arguments, keywords: as in the graph. named: all arguments by their names in the operation's schema. output: the
+    result as the graph knows it (meta tensors). module: path of the module that it belongs to. constants: values of
+    nodes that do not depend on the input.
     """
 
-    space: TagSpace
-    name: str
-    target: Any
-    in_place: bool
-    positional: tuple[Any, ...]
-    keywords: dict[str, Any]
-    named: dict[str, Any]
-    output: Any
-    module: str
-    square: bool
-    constant: Callable[[str], Any]
+    def __init__(self, node: Node, space: TagSpace, tags: Mapping[Node, Any], constants: Mapping[Node, Tensor]) -> None:
+        self.node, self.space, self.constants = node, space, constants
+        self.name = operation_name(node)
+        self.output: Any = node.meta.get("val")
+        modules = node.meta.get("nn_module_stack") or {}
+        self.module = str(next(reversed(modules.values()))[0]) if modules else ""
+        self.arguments: Any = map_arg(node.args, tags.get)
+        self.keywords: Any = map_arg(node.kwargs, tags.get)
+        expected = getattr(getattr(node.target, "_schema", None), "arguments", ())
+        self.named = {each.name: each.default_value for each in expected if each.has_default_value()}
+        self.named |= {each.name: value for each, value in zip(expected, self.arguments, strict=False)} | self.keywords
 
-    def values(self) -> Iterator[Tensor | ParameterTags]:
+    @property
+    def first(self) -> Any:
+        """The first argument."""
+        return self.arguments[0]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether it changes its first argument."""
+        return bool(getattr(getattr(self.node.target, "_schema", None), "is_mutable", False))
+
+    @property
+    def where(self) -> str:
+        """The operation and its module, for a sentence."""
+        return f"{self.name} in {self.module or 'the model'}"
+
+    def run(self, *arguments: Any, **keywords: Any) -> Any:
+        """The operation itself, on these arguments."""
+        return self.node.target(*arguments, **keywords)  # type: ignore[operator]
+
+    def tensors(self) -> list[Tensor | ParameterTags]:
         """All tensors among the arguments."""
-        for value in (*self.positional, *self.keywords.values()):
-            yield from (item for item in flat(value) if isinstance(item, (Tensor, ParameterTags)))
+        every = tree_leaves((self.arguments, self.keywords))
+        return [value for value in every if isinstance(value, (Tensor, ParameterTags))]
 
-    def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments, parameters as activations."""
-        return [value.as_activation() if isinstance(value, ParameterTags) else value for value in self.values()]
+
+def operation_name(node: Node) -> str:
+    """Name of what a node calls, without the underscore of operations in place."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return str(getattr(node.target, "__name__", node.target))
+    name: str = schema.name.split("::")[1]
+    return name.rstrip("_") if not name.startswith("__") else name
+
+
+def tags_after(operation: Operation) -> Any:
+    """Tags of the result of an operation, in the structure of the result.
+
+    Raises UnsupportedModelError if the size of the result depends on data.
+    """
+    sizes = [size for item in tree_leaves(operation.output) for size in getattr(item, "shape", ())]
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        raise UnsupportedModelError(
+            f"The size of what {operation.where} gives depends on the text",
+            "Use a model whose tensors have sizes that follow from its input's",
+        )
+    if operation.output is None:  # an assertion
+        return None
+    tensors = operation.tensors()
+    parameters = any(isinstance(value, ParameterTags) for value in tensors)
+    tagged = parameters or any(_is_tagged(value) for value in tensors)
+    rule = (PARAMETER_RULES if parameters else RULES).get(operation.name)
+    if not tagged and rule not in SHARING_MEMORY:
+        return untagged(operation.output)
+    if rule is None and _is_pointwise(operation):
+        rule = _elementwise
+    if rule is not None:
+        try:
+            result = rule(operation)
+            if operation.in_place and bool((operation.first < 0).any()):  # it fills what this is a view of too
+                operation.first.copy_(torch.where(operation.first < 0, result, operation.first))
+            return result
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError):
+            pass  # the operation is used in a way that its rule does not cover: refused below, by name
+    for value in tensors:
+        for axis in value.axes if isinstance(value, ParameterTags) else (value,):
+            operation.space.stop(axis, f"the operation {operation.where} has no rule")
+    return untagged(operation.output)
 
 
 def untagged(output: Any) -> Any:
     """Empty tags in the structure of `output`."""
-    if isinstance(output, Tensor):
-        return torch.full(tuple(output.shape), UNTAGGED)
-    return [untagged(item) for item in output] if isinstance(output, (list, tuple)) else None
+    return tree_map(lambda item: torch.full(item.shape, UNTAGGED) if isinstance(item, Tensor) else None, output)
 
 
-def flat(value: Any) -> Iterator[Any]:
-    """What lies in nested lists, one by one."""
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from flat(item)
-    else:
-        yield value
+def _is_tagged(tags: Tensor | ParameterTags) -> bool:
+    return isinstance(tags, ParameterTags) or bool((tags >= 0).any())
 
 
-def _same(step: Step) -> Any:
-    return step.positional[0]
+def _is_pointwise(operation: Operation) -> bool:
+    """Whether the operation works element by element; torch says so of some of its overloads alone."""
+    packet = getattr(operation.node.target, "overloadpacket", None)
+    overloads = () if packet is None else (getattr(packet, name) for name in packet.overloads())
+    return isinstance(operation.output, Tensor) and any(torch.Tag.pointwise in each.tags for each in overloads)
 
 
-def _made_anew(step: Step) -> Any:
-    """A tensor that has no more than shape and type of the one that it is made from."""
-    return untagged(step.output)
+def _same(operation: Operation) -> Any:
+    return operation.first
 
 
-def _move(step: Step) -> Any:
-    return step.target(*step.positional, **step.keywords)
+def _move(operation: Operation) -> Any:
+    return operation.run(*operation.arguments, **operation.keywords)
 
 
-def _view(step: Step) -> Tensor:
-    tags: Tensor = step.positional[0]
-    return tags.reshape(tuple(step.output.shape))
+def _item(operation: Operation) -> Any:
+    whole, place = operation.arguments
+    return whole[place]
 
 
-def _view_as_complex(step: Step) -> Tensor:
-    """Real and imaginary part are channels that leave together."""
-    tags: Tensor = step.positional[0]
-    step.space.tie_along(tags, -1)
-    return tags.select(-1, 0)
+def _view(operation: Operation) -> Any:
+    return operation.first.reshape(operation.output.shape)
 
 
-def _view_as_real(step: Step) -> Tensor:
-    tags: Tensor = step.positional[0]
-    return tags.unsqueeze(-1).expand(tuple(step.output.shape))
+def _view_as_complex(operation: Operation) -> Any:
+    """Real and imaginary part are channels that are removed together."""
+    operation.space.tie_along(operation.first, -1)
+    return operation.first.select(-1, 0)
 
 
-def _pad(step: Step) -> Tensor:
-    return torch.nn.functional.pad(step.positional[0], step.named["pad"], value=UNTAGGED)
-
-
-def elementwise(step: Step) -> Tensor:
-    """What meets at one element leaves together."""
-    shape = tuple(step.output.shape)
-    tagged = [tags for tags in step.tensors() if bool((tags >= 0).any())]
-    if len(tagged) > 1:
-        tagged = finest(tagged)
-    result = tagged[0].expand(shape)
-    for tags in tagged[1:]:
-        step.space.tie_shared(tags.expand(shape), result)
+def _elementwise(operation: Operation) -> Tensor:
+    """What meets at one element is removed together."""
+    shape = operation.output.shape
+    activations = [item.as_activation() if isinstance(item, ParameterTags) else item for item in operation.tensors()]
+    result, *others = finest([tags for tags in activations if _is_tagged(tags)])
+    result = result.expand(shape)
+    for tags in others:
+        operation.space.tie_shared(tags.expand(shape), result)
         result = torch.where(result < 0, tags, result)
     return result
 
 
-def _mix(step: Step) -> Tensor:
+def _mix(operation: Operation) -> Any:
     """Softmax, cumulative sums: every channel along the axis has a part in all others."""
-    tags: Tensor = step.positional[0]
-    step.space.tie_along(tags, step.named["dim"])
-    if "softmax" in step.name:
-        step.space.mark("softmax", tags)
-    return tags
+    operation.space.tie_along(operation.first, operation.named["dim"])
+    if "softmax" in operation.name:
+        operation.space.mark("softmax", operation.first)
+    return operation.first
 
 
-def _reduce(step: Step) -> Any:
+def _reduce(operation: Operation) -> Any:
     """A statistic over some axes; it stays with a unit that it does not leave. max and min of two tensors are none."""
-    if "other" in step.named:
-        return elementwise(step)
-    tags: Tensor = step.positional[0]
-    dims = step.named.get("dim")
+    if "other" in operation.named:
+        return _elementwise(operation)
+    tags: Tensor = operation.first
+    dims = operation.named.get("dim")
     chosen = range(tags.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     axes = sorted(axis % tags.ndim for axis in chosen)
-    keep = bool(step.named.get("keepdim"))
+    keep = bool(operation.named.get("keepdim"))
     low, high = tags.amin(axes, keepdim=keep), tags.amax(axes, keepdim=keep)
-    if isinstance(step.output, Tensor) and torch.equal(low, high):
+    if isinstance(operation.output, Tensor) and torch.equal(low, high):
         return low
-    others = [axis for axis in range(tags.ndim) if axis not in axes]
-    channels = tags.permute(*others, *axes).flatten(len(others)).flatten(0, -2) if others else tags.reshape(1, -1)
-    kind = "rms" if step.name == "mean" and step.square else step.name
-    _note_reduction(step, kind, channels)
-    return untagged(step.output)
+    last = tags.movedim(axes, list(range(-len(axes), 0)))
+    squares = operation.name == "mean" and _is_square(operation.node.args[0])
+    _note_reduction(operation, "rms" if squares else operation.name, last.flatten(-len(axes)))
+    return untagged(operation.output)
 
 
-def _note_reduction(step: Step, kind: str, channels: Tensor) -> None:
-    step.space.reductions.append(Reduction(kind, step.module, torch.unique(channels, dim=0)))
+def _note_reduction(operation: Operation, kind: str, channels: Tensor) -> None:
+    """channels: (..., channels), what the statistics are over."""
+    rows = torch.unique(channels.reshape(-1, channels.shape[-1]), dim=0)
+    operation.space.reductions.append(Reduction(kind, operation.module, rows))
 
 
-def _norm(step: Step) -> Tensor:
-    tags: Tensor = step.positional[0]
-    axes = len(step.named["normalized_shape"])
-    _note_reduction(step, "rms" if step.name == "rms_norm" else step.name, tags.flatten(-axes).flatten(0, -2))
+def _is_square(argument: Any) -> bool:
+    """Whether a node of the graph is x^2, possibly after a change of type."""
+    while isinstance(argument, Node) and operation_name(argument) in ("to", "_to_copy", "float"):
+        argument = argument.args[0]
+    if not isinstance(argument, Node) or argument.op != "call_function":
+        return False
+    name, (base, *others) = operation_name(argument), argument.args
+    return name == "square" or (name == "pow" and others == [2]) or (name == "mul" and others[0] is base)
+
+
+def _norm(operation: Operation) -> Tensor:
+    tags: Tensor = operation.first
+    kind = "rms" if operation.name == "rms_norm" else operation.name
+    _note_reduction(operation, kind, tags.flatten(-len(operation.named["normalized_shape"])))
     for name in ("weight", "bias"):
-        parameter = step.named.get(name)
+        parameter = operation.named.get(name)
         if isinstance(parameter, Tensor):
-            step.space.tie_shared(parameter.expand(tags.shape), tags)
+            operation.space.tie_shared(parameter.expand(tags.shape), tags)
             tags = torch.where(tags < 0, parameter.expand(tags.shape), tags)
     return tags
 
 
-def _matmul(step: Step) -> Tensor:
-    first, second = step.positional[:2]
+def _matmul(operation: Operation) -> Tensor:
+    """The product of two activations, and what is added to it."""
+    *added, first, second = operation.arguments
     if first.ndim < 2 or second.ndim < 2:
         raise ValueError("a vector")
-    return step.space.contract(first, second)
-
-
-def _baddbmm(step: Step) -> Tensor:
-    added, first, second = step.positional[:3]
-    product = step.space.contract(first, second)
-    step.space.tie_shared(added.expand(product.shape), product)
+    product = operation.space.contract(first, second)
+    for tags in added:
+        operation.space.tie_shared(tags.expand(product.shape), product)
     return product
 
 
-def _attention(step: Step) -> Tensor:
-    query, key, value = (step.named[name] for name in ("query", "key", "value"))
+def _attention(operation: Operation) -> Tensor:
+    query, key, value = (operation.named[name] for name in ("query", "key", "value"))
     repeats = query.shape[-3] // key.shape[-3]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
-    scores = step.space.contract(query, key.transpose(-1, -2))
-    step.space.mark("softmax", scores)
-    return step.space.contract(scores, value)
+    scores = operation.space.contract(query, key.transpose(-1, -2))
+    operation.space.mark("softmax", scores)
+    return operation.space.contract(scores, value)
 
 
-def _einsum(step: Step) -> Tensor:
+def _einsum(operation: Operation) -> Tensor:
     """Two activations: brought to the form of a batched product and back."""
-    equation, (first, second) = step.positional[0].replace(" ", ""), step.positional[1]
+    equation, (first, second) = operation.first.replace(" ", ""), operation.arguments[1]
     inputs, result = equation.split("->")
     left, right = inputs.split(",")
     batch = [axis for axis in left if axis in right and axis in result]
@@ -196,179 +251,143 @@ def _einsum(step: Step) -> Tensor:
 
     def arranged(tags: Tensor, axes: str, *parts: list[str]) -> Tensor:
         order = [axes.index(axis) for part in parts for axis in part]
-        lengths = [torch.Size(size[axis] for axis in part).numel() for part in parts]
-        return tags.permute(order).reshape(lengths)
+        return tags.permute(order).reshape([torch.Size(size[axis] for axis in part).numel() for part in parts])
 
-    product = step.space.contract(
-        arranged(first, left, batch, rows, summed), arranged(second, right, batch, summed, columns)
-    )
+    one, other = arranged(first, left, batch, rows, summed), arranged(second, right, batch, summed, columns)
     axes = batch + rows + columns
-    return product.reshape([size[axis] for axis in axes]).permute([axes.index(axis) for axis in result])
+    product = operation.space.contract(one, other).reshape([size[axis] for axis in axes])
+    return product.permute([axes.index(axis) for axis in result])
 
 
-def _index(step: Step) -> Tensor:
+def _index(operation: Operation) -> Any:
     """Positions picked by data keep their channels; a constant index is carried out."""
-    tags: Tensor = step.positional[0]
-    places = step.positional[1]
-    known = step.constant("indices")
-    if known is not None:
-        picked_tags: Tensor = step.target(tags, known)
-        return picked_tags
+    tags: Tensor = operation.first
+    places: Any = operation.node.args[1]
+    known = [place if place is None else operation.constants.get(place) for place in places]
     picked = [axis for axis, place in enumerate(places) if place is not None]
+    if all(known[axis] is not None for axis in picked):
+        return operation.run(tags, known)
     if picked != list(range(len(picked))):
         raise ValueError("axes between others")
-    rest = tags.flatten(0, len(picked) - 1)
-    if not torch.equal(rest, rest[:1].expand(rest.shape)):
+    return _any_along(tags.flatten(0, len(picked) - 1), 0)[0].expand(operation.output.shape)
+
+
+def _any_along(tags: Tensor, dim: int) -> Tensor:
+    """The tags at one place along `dim`, of which data decides: all must have the same channels."""
+    place = tags.narrow(dim, 0, 1)
+    if not torch.equal(tags, place.expand(tags.shape)):
         raise ValueError("different channels at different places")
-    return rest[0].expand(tuple(step.output.shape))
+    return place
 
 
-def _choose(step: Step) -> Any:
-    """Which channels go on depends on the data, so none of them can be taken out by its place alone."""
-    count = step.named.get("k")
+def _choose(operation: Operation) -> Any:
+    """Which channels go on depends on the data, so none of them can be removed by its place alone."""
+    count = operation.named.get("k")
     if isinstance(count, int):
-        step.space.choices.append(Choice(count, _seen_along(step.positional[0], step.named["dim"])))
-    step.space.stop(step.positional[0], f"{step.name} in {step.module or 'the model'} chooses among its channels")
-    return untagged(step.output)
+        rows = torch.unique(operation.first.movedim(operation.named["dim"], -1).flatten(0, -2), dim=0)
+        operation.space.choices.append(Choice(count, rows[0] if len(rows) == 1 else rows[0][:0]))
+    operation.space.stop(operation.first, f"{operation.where} chooses among its channels")
+    return untagged(operation.output)
 
 
-def _seen_along(tags: Tensor, dim: int) -> Tensor:
-    """Tags along an axis, where they are the same at all other places."""
-    rows: Tensor = torch.unique(tags.movedim(dim, -1).flatten(0, -2), dim=0)
-    first: Tensor = rows[0]
-    return first if len(rows) == 1 else first[:0]
+def _product_with_parameter(operation: Operation) -> Any:
+    """The input's channels meet the axis of the parameter that is summed over; its other one makes the output's.
 
-
-def _gather(step: Step) -> Tensor:
-    tags: Tensor = step.positional[0]
-    dim: int = step.named["dim"]
-    first: Tensor = tags.narrow(dim, 0, 1)
-    if not torch.equal(tags, first.expand(tags.shape)):
-        raise ValueError("different channels at different places")
-    return first.expand(tuple(step.output.shape))
-
-
-def _linear_to(step: Step, inputs: Tensor, contracted: Tensor, produced: Tensor, bias: Any) -> Tensor:
+    In a grouped product each token meets the matrix of its expert; the matrices are stacked along the first axis.
+    """
+    named, bias = operation.named, None
+    if operation.name == "linear":
+        inputs, (produced, contracted), bias = named["input"], named["weight"].axes, named.get("bias")
+    elif operation.name == "addmm":
+        inputs, (contracted, produced), bias = named["mat1"], named["mat2"].axes, named["self"]
+    elif "grouped" in operation.name:
+        inputs, (stack, contracted, produced) = operation.first, operation.arguments[1].axes
+        operation.space.mark("stacked", stack)
+    else:
+        inputs, (contracted, produced) = operation.first, operation.arguments[1].axes
     if isinstance(inputs, ParameterTags):
         raise ValueError("a product of parameters")
-    step.space.tie(inputs, contracted.expand(inputs.shape))
-    step.space.mark("consumed", contracted)
-    step.space.mark("produced", produced)
+    operation.space.tie(inputs, contracted.expand(inputs.shape))
+    operation.space.mark("consumed", contracted)
+    operation.space.mark("produced", produced)
     if isinstance(bias, Tensor):
-        step.space.tie(produced, bias)
-    return produced.expand(tuple(step.output.shape))
+        operation.space.tie(produced, bias)
+    return produced.expand(operation.output.shape)
 
 
-def _linear(step: Step) -> Tensor:
-    produced, contracted = step.named["weight"].axes
-    return _linear_to(step, step.named["input"], contracted, produced, step.named.get("bias"))
+def _embedding(operation: Operation) -> Any:
+    channels = operation.named["weight"].axes[1]
+    operation.space.mark("embedded", channels)
+    return channels.expand(operation.output.shape)
 
 
-def _addmm(step: Step) -> Tensor:
-    contracted, produced = step.named["mat2"].axes
-    return _linear_to(step, step.named["mat1"], contracted, produced, step.named["self"])
+def _permute_parameter(operation: Operation) -> ParameterTags:
+    axes = operation.first.axes
+    numbered = torch.empty(tuple(range(len(axes))), device="meta")  # the size of each axis is its number
+    moved = operation.run(numbered, *operation.arguments[1:], **operation.keywords)
+    return ParameterTags(tuple(axes[number] for number in moved.shape))
 
 
-def _parameter_matmul(step: Step) -> Tensor:
-    contracted, produced = step.positional[1].axes
-    return _linear_to(step, step.positional[0], contracted, produced, None)
-
-
-def _grouped_product(step: Step) -> Tensor:
-    """Each token times the matrix of its expert; the matrices are stacked along the first axis."""
-    stack, contracted, produced = step.positional[1].axes
-    step.space.mark("stacked", stack)
-    return _linear_to(step, step.positional[0], contracted, produced, None)
-
-
-def _embedding(step: Step) -> Tensor:
-    channels: Tensor = step.named["weight"].axes[1]
-    step.space.mark("embedded", channels)
-    return channels.expand(tuple(step.output.shape))
-
-
-def _permute_parameter(step: Step) -> ParameterTags:
-    axes = step.positional[0].axes
-    if step.name == "permute":
-        return ParameterTags(tuple(axes[dim] for dim in step.named["dims"]))
-    first, second = (step.named["dim0"], step.named["dim1"]) if step.name == "transpose" else (-1, -2)
-    order = list(range(len(axes)))
-    order[first], order[second] = order[second], order[first]
-    return ParameterTags(tuple(axes[dim] for dim in order))
-
-
-def _split_parameter(step: Step) -> Any:
+def _split_parameter(operation: Operation) -> Any:
     """slice, select, split, chunk: the operation runs on the tags of the axis that it acts on."""
-    axes = list(step.positional[0].axes)
-    dim = step.named["dim"] % len(axes)
-    keywords = {name: value for name, value in step.named.items() if name not in ("self", "dim")}
-    moved = step.target(axes[dim], **keywords, dim=0)
-    if step.name == "select":
-        rest = axes[:dim] + axes[dim + 1 :]
-        return rest[0] if len(rest) == 1 else ParameterTags(tuple(rest))
-    pieces = [ParameterTags((*axes[:dim], piece, *axes[dim + 1 :])) for piece in flat(moved)]
+    axes = operation.first.axes
+    dim = operation.named["dim"] % len(axes)
+    before, after = axes[:dim], axes[dim + 1 :]
+    keywords = {name: value for name, value in operation.named.items() if name not in ("self", "dim")}
+    moved = operation.run(axes[dim], **keywords, dim=0)
+    if operation.name == "select":
+        rest = before + after
+        return rest[0] if len(rest) == 1 else ParameterTags(rest)
+    pieces = [ParameterTags((*before, piece, *after)) for piece in tree_leaves(moved)]
     return pieces[0] if isinstance(moved, Tensor) else pieces
 
 
-def _parameter_position(step: Step) -> Tensor:
+def _parameter_position(operation: Operation) -> Any:
     """A table of positions, indexed by data: its last axis holds the channels."""
-    if not isinstance(step.positional[0], ParameterTags) or step.output.shape[-1] != step.positional[0].shape[-1]:
+    table = operation.first
+    if not isinstance(table, ParameterTags) or operation.output.shape[-1] != table.shape[-1]:
         raise ValueError("not a table")
-    return step.positional[0].axes[-1].expand(tuple(step.output.shape))
+    return table.axes[-1].expand(operation.output.shape)
 
 
-_SAME = (
-    "alias", "clone", "contiguous", "detach", "dropout", "float", "lift_fresh_copy", "masked_fill", "_to_copy", "to",
-    "tril", "triu", "type_as",
-)  # fmt: skip
-_MADE_ANEW = (
-    "empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like",
-)  # fmt: skip
-_MOVE = (
-    "broadcast_to", "cat", "chunk", "diagonal", "expand", "expand_as", "flatten", "flip", "index_select", "movedim",
-    "mT", "narrow", "numpy_T", "permute", "repeat", "repeat_interleave", "roll", "select", "slice", "split",
-    "split_with_sizes", "squeeze", "stack", "swapaxes", "swapdims", "t", "tensor_split", "transpose", "unbind",
-    "unflatten", "unfold", "unsqueeze",
-)  # fmt: skip
-_ELEMENTWISE = (
-    "absolute", "copy", "divide", "floor_divide", "hardswish", "log_sigmoid", "multiply", "negative", "special_expit",
-    "subtract",
-)  # fmt: skip
-_REDUCE = (
-    "amax", "amin", "any", "linalg_vector_norm", "logsumexp", "max", "mean", "min", "norm", "std", "sum", "var",
-    "var_mean",
-)  # fmt: skip
+def _by_name(*rules: tuple[str, Rule]) -> dict[str, Rule]:
+    return {name: rule for names, rule in rules for name in names.split()}
 
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(_SAME, _same),
-    **dict.fromkeys(_MADE_ANEW, _made_anew),
-    **dict.fromkeys(_MOVE, _move),
-    **dict.fromkeys(_ELEMENTWISE, elementwise),
-    **dict.fromkeys(_REDUCE, _reduce),
-    **dict.fromkeys(("view", "reshape", "reshape_as", "_unsafe_view", "view_as"), _view),
-    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
-    **dict.fromkeys(("softmax", "_softmax", "log_softmax", "cumsum", "cumprod"), _mix),
-    **dict.fromkeys(("layer_norm", "rms_norm"), _norm),
-    **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
-    "baddbmm": _baddbmm,
-    "scaled_dot_product_attention": _attention,
-    "einsum": _einsum,
-    "index": _index,
-    "gather": _gather,
-    "topk": _choose,
-    "view_as_complex": _view_as_complex,
-    "view_as_real": _view_as_real,
-}
-PARAMETER_RULES: dict[str, Rule] = {
-    **dict.fromkeys(("alias", "clone", "contiguous", "detach", "to", "_to_copy"), _same),
-    **dict.fromkeys(("t", "mT", "numpy_T", "transpose", "permute"), _permute_parameter),
-    **dict.fromkeys(("slice", "select", "split", "split_with_sizes", "chunk", "narrow"), _split_parameter),
-    **dict.fromkeys(("mm", "matmul"), _parameter_matmul),
-    **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped_product),
-    "linear": _linear,
-    "addmm": _addmm,
-    "embedding": _embedding,
-    "index": _parameter_position,
-}
+
+RULES = _by_name(
+    ("alias clone contiguous detach dropout float lift_fresh_copy masked_fill _to_copy to tril triu type_as", _same),
+    # No more than shape and type is taken from their argument.
+    ("empty_like full_like new_empty new_full new_ones new_zeros ones_like zeros_like", lambda op: untagged(op.output)),
+    (
+        "broadcast_to cat chunk diagonal expand expand_as flatten flip index_select movedim mT narrow numpy_T permute",
+        _move,
+    ),
+    ("repeat repeat_interleave roll select slice split split_with_sizes squeeze stack swapaxes swapdims t", _move),
+    ("tensor_split transpose unbind unflatten unfold unsqueeze", _move),
+    ("getitem", _item),
+    ("view reshape reshape_as _unsafe_view view_as", _view),
+    ("view_as_complex", _view_as_complex),
+    ("view_as_real", lambda op: op.first.unsqueeze(-1).expand(op.output.shape)),
+    ("pad constant_pad_nd", lambda op: torch.nn.functional.pad(op.first, op.named["pad"], value=UNTAGGED)),
+    ("absolute copy divide floor_divide hardswish log_sigmoid multiply negative special_expit subtract", _elementwise),
+    ("amax amin any linalg_vector_norm logsumexp max mean min norm std sum var var_mean", _reduce),
+    ("softmax _softmax log_softmax cumsum cumprod", _mix),
+    ("layer_norm rms_norm", _norm),
+    ("matmul bmm mm baddbmm", _matmul),
+    ("scaled_dot_product_attention", _attention),
+    ("einsum", _einsum),
+    ("index", _index),
+    ("gather", lambda op: _any_along(op.first, op.named["dim"]).expand(op.output.shape)),
+    ("topk", _choose),
+)
+PARAMETER_RULES = _by_name(
+    ("alias clone contiguous detach to _to_copy", _same),
+    ("t mT numpy_T transpose permute", _permute_parameter),
+    ("slice select split split_with_sizes chunk narrow", _split_parameter),
+    ("linear addmm mm matmul grouped_mm _grouped_mm grouped_mm_fallback", _product_with_parameter),
+    ("getitem", _item),
+    ("embedding", _embedding),
+    ("index", _parameter_position),
+)
 # What is made without channels may be filled through a view of it: those share memory as they do in the model.
-SHARING_MEMORY: tuple[Rule, ...] = (_move, _view)
+SHARING_MEMORY: tuple[Rule, ...] = (_move, _item, _view)

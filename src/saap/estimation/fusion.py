@@ -7,34 +7,22 @@ The minimised sum itself is no importance of a whole module: its logarithms make
 below one nat, as those of real models are, so it can be neither shared out nor divided. See `fused`.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from enum import StrEnum
 
 import numpy as np
 
-from saap.core.records import (
-    CoupledGroup,
-    FloatArray,
-    GroupScores,
-    ImportanceScores,
-    ModelGraph,
-    UnitScores,
-    require_same,
-)
+from saap.core.records import FloatArray, GroupScores, ImportanceScores, ModelGraph, UnitScores, require_same
+from saap.estimation.importance import Scoring
 from saap.settings.prune import FusionScope
 
 _LEAST_MEAN = 1e-100
 """Stands for a mean of zero, whose sigma would be zero."""
-
-
-class FusionMethod(StrEnum):
-    """How the uncertainties are found; both minimise the same function."""
-
-    CLOSED = "closed"
-    LEARNED = "learned"
+_SHARED: Mapping[FusionScope, tuple[str, ...]] = {
+    FusionScope.GLOBAL: (), FusionScope.ROLE: ("role",), FusionScope.LAYER: ("layer",),
+    FusionScope.LAYER_ROLE: ("layer", "role"),
+}  # fmt: skip
+"""What groups that share a pair of sigmas have in common."""
 
 
 def closed_form_sigma(importances: FloatArray) -> float:
@@ -78,29 +66,11 @@ def fused(scores: GroupScores, sigma_vector: float, sigma_element: float, sample
     return UnitScores(mean=mean, variance=np.maximum(m2, 0) / (samples - 1))
 
 
-def _scope_key(group: CoupledGroup, scope: FusionScope) -> tuple[object, ...]:
-    match scope:
-        case FusionScope.GLOBAL:
-            return ()
-        case FusionScope.ROLE:
-            return (group.role,)
-        case FusionScope.LAYER:
-            return (group.layer,)
-        case FusionScope.LAYER_ROLE:
-            return (group.layer, group.role)
-
-
-_SIGMA: Mapping[FusionMethod, Callable[[FloatArray], float]] = {
-    FusionMethod.CLOSED: closed_form_sigma,
-    FusionMethod.LEARNED: learned_sigma,
-}
-
-
 def fuse(
     scores: ImportanceScores,
     graph: ModelGraph,
     scope: FusionScope = FusionScope.LAYER_ROLE,
-    method: FusionMethod = FusionMethod.CLOSED,
+    sigma_of: Callable[[FloatArray], float] = closed_form_sigma,
 ) -> dict[str, UnitScores]:
     """Fused score of every scored group by its name; one pair of sigmas for all units that share a scope.
 
@@ -110,12 +80,14 @@ def fuse(
     shared: defaultdict[tuple[object, ...], list[str]] = defaultdict(list)
     for group in graph.groups:
         if group.name in scores.groups:
-            shared[_scope_key(group, scope)].append(group.name)
+            shared[tuple(getattr(group, part) for part in _SHARED[scope])].append(group.name)
     result: dict[str, UnitScores] = {}
-    sigma = _SIGMA[method]
     for names in shared.values():
-        vector = sigma(np.concatenate([scores.groups[name].vector for name in names]))
-        element = sigma(np.concatenate([scores.groups[name].element for name in names]))
+        vector = sigma_of(np.concatenate([scores.groups[name].vector for name in names]))
+        element = sigma_of(np.concatenate([scores.groups[name].element for name in names]))
         for name in names:
             result[name] = fused(scores.groups[name], vector, element, scores.samples)
     return result
+
+
+FUSED = Scoring(units=fuse)

@@ -1,16 +1,28 @@
-"""Importance of channels and units (pure functions of tensors).
+"""Importance of channels and units (pure functions of tensors), and what an importance consists of.
 
 W is a weight, L_n the loss of one sample, P = W * dL_n/dW their product element by element: to first order P is the
 loss that disappears when the element is set to zero.
 """
 
-from __future__ import annotations
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from saap.core.records import CoupledGroup, ImportanceScores, ModelGraph, UnitScores
+from saap.estimation.statistics import ScoreObserver
 from saap.models.loading.precision import at_least_float32
-from saap.settings.prune import Aggregation, ElementOrder
+from saap.models.walk.backend import Backend
+from saap.settings.prune import Aggregation, ElementOrder, FusionScope
+
+ElementScore = Callable[[Tensor, int, int], Tensor]
+"""Element-wise importance of one sample, summed over each channel's elements: of (P, predictions, axis).
+
+P: a matrix; it may not be changed. predictions: tokens that the loss is the mean over. axis: the one that numbers the
+channels. Returns (channels,).
+"""
 
 
 def channel_change(activation: Tensor, gradient: Tensor) -> Tensor:
@@ -34,25 +46,33 @@ def weight_product(weight: Tensor, activation: Tensor, gradient: Tensor, contrac
     return torch.mul(left.T @ right, weight, out=out)
 
 
-def element_importance(product: Tensor, predictions: int, order: ElementOrder, axis: int, scratch: Tensor) -> Tensor:
-    """Element-wise importance of one sample, summed over each channel's elements: sum_i |P_i - 1/2 W_i^2 H_ii|.
+def first_order(product: Tensor, predictions: int, axis: int) -> Tensor:
+    """Sum of |P_i|, an `ElementScore`."""
+    return _norm(product, 1, axis)
 
-    product: P, a matrix; axis: the one that numbers the channels. H_ii = T (dL_n/dW_i)^2, the Fisher diagonal where
-    the loss is the mean over T = `predictions` tokens, so W_i^2 H_ii = T P_i^2. Order 1 keeps the first term, order 2
-    the second, mixed both. scratch: of the same shape as P; it is overwritten, `product` is not.
-    Source: SAAP, fine-grained importance. Returns (channels,).
+
+def second_order(product: Tensor, predictions: int, axis: int) -> Tensor:
+    """Sum of 1/2 W_i^2 H_ii, an `ElementScore`.
+
+    H_ii = T (dL_n/dW_i)^2, the Fisher diagonal where the loss is the mean over T = `predictions` tokens, so that
+    W_i^2 H_ii = T P_i^2.
     """
-    if order is ElementOrder.FIRST:
-        return _norm(product, 1, axis)
-    if order is ElementOrder.SECOND:
-        return _norm(product, 2, axis).square_().mul_(predictions / 2)
-    torch.mul(product, product, out=scratch).mul_(-predictions / 2).add_(product)
-    return _norm(scratch, 1, axis)
+    return _norm(product, 2, axis).square_().mul_(predictions / 2)
+
+
+def mixed_orders(product: Tensor, predictions: int, axis: int) -> Tensor:
+    """Sum of |P_i - 1/2 W_i^2 H_ii|, an `ElementScore`. Source: SAAP, fine-grained importance."""
+    return _norm(torch.mul(product, product).mul_(-predictions / 2).add_(product), 1, axis)
 
 
 def _norm(matrix: Tensor, power: int, axis: int) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(matrix, ord=power, dim=1 - axis)
     return norm
+
+
+ELEMENT_SCORES: Mapping[ElementOrder, ElementScore] = {
+    ElementOrder.FIRST: first_order, ElementOrder.SECOND: second_order, ElementOrder.MIXED: mixed_orders,
+}  # fmt: skip
 
 
 def units_of(channels: Tensor, index: Tensor) -> Tensor:
@@ -74,12 +94,39 @@ def vector_importance(changes: Tensor, aggregation: Aggregation, last: int) -> T
 
 def aggregate(members: Tensor, aggregation: Aggregation, last: int) -> Tensor:
     """One score per unit from those in each member. members: (members, samples, units), not negative."""
-    match aggregation:
-        case Aggregation.SUM:
-            return members.sum(0)
-        case Aggregation.PROD:
-            return members.prod(0)
-        case Aggregation.MAX:
-            return members.amax(0)
-        case Aggregation.LAST:
-            return members[last]
+    if aggregation is Aggregation.LAST:
+        return members[last]
+    if aggregation is Aggregation.MAX:
+        return members.amax(0)
+    return members.sum(0) if aggregation is Aggregation.SUM else members.prod(0)
+
+
+def measured_units(
+    scores: ImportanceScores, graph: ModelGraph, scope: FusionScope, *, statistic: str = "element"
+) -> Mapping[str, UnitScores]:
+    """Mean and variance over samples of one measured score, `element` or `vector`, by group."""
+    freedom = max(scores.samples - 1, 1)
+    return {
+        name: UnitScores(mean=getattr(group, statistic), variance=getattr(group, f"{statistic}_m2") / freedom)
+        for name, group in scores.groups.items()
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoring:
+    """What the name of an importance stands for: what the estimation measures, and the score that the search uses.
+
+    element: the element-wise score that is measured with the vector-wise one, None for the configured order.
+    observer: of the model and the groups to score, measures something else in place of the two.
+    units: from what was measured, one score per unit.
+    """
+
+    element: ElementScore | None = None
+    observer: Callable[[Backend, Sequence[CoupledGroup]], ScoreObserver] | None = None
+    units: Callable[[ImportanceScores, ModelGraph, FusionScope], Mapping[str, UnitScores]] = measured_units
+
+
+VECTOR = Scoring(units=partial(measured_units, statistic="vector"))
+ELEMENT1 = Scoring(element=first_order)
+ELEMENT2 = Scoring(element=second_order)
+MIXED = Scoring(element=mixed_orders)

@@ -1,26 +1,42 @@
-"""Streaming statistics of two scores over samples."""
+"""Statistics of scores over samples, and the observer that keeps them in a walk."""
 
-from __future__ import annotations
-
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
+from typing import Self
 
 import numpy as np
+from torch import Tensor
 
-from saap.core.records import FloatArray, GroupScores
+from saap.core.errors import NonFiniteLossError
+from saap.core.records import CoupledGroup, FloatArray, GroupScores
+from saap.models.walk.observer import Batch, Observer
+from saap.models.walk.processes import Processes
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Statistics over `samples` samples of a group's units."""
+    """Statistics over samples of two scores of a group's units.
+
+    mean: (2, units). products: (2, 2, units), sums of the products of two deviations from the mean.
+    """
 
     samples: int
-    scores: GroupScores
+    mean: FloatArray
+    products: FloatArray
 
     @classmethod
-    def of(cls, vector: FloatArray, element: FloatArray) -> Moments:
+    def of(cls, vector: FloatArray, element: FloatArray) -> Self:
         """Moments of a single sample."""
-        zero = np.zeros_like(vector)
-        return cls(1, GroupScores(vector=vector, vector_m2=zero, element=element, element_m2=zero, comoment=zero))
+        return cls(1, np.stack([vector, element]), np.zeros((2, 2, len(vector))))
+
+    @property
+    def scores(self) -> GroupScores:
+        """The statistics by their names."""
+        (vector, element), ((vector_m2, comoment), (_, element_m2)) = self.mean, self.products
+        return GroupScores(
+            vector=vector, vector_m2=vector_m2, element=element, element_m2=element_m2, comoment=comoment
+        )
 
 
 def merge(one: Moments, other: Moments) -> Moments:
@@ -28,16 +44,53 @@ def merge(one: Moments, other: Moments) -> Moments:
 
     Source: Chan, Golub and LeVeque 1983, and the same for the product of two deviations.
     """
-    first, second = one.scores, other.scores
-    samples = one.samples + other.samples
+    samples, difference = one.samples + other.samples, other.mean - one.mean
     share = other.samples / samples
-    weight = one.samples * share
-    vector, element = second.vector - first.vector, second.element - first.element
-    scores = GroupScores(
-        vector=first.vector + vector * share,
-        vector_m2=first.vector_m2 + second.vector_m2 + vector * vector * weight,
-        element=first.element + element * share,
-        element_m2=first.element_m2 + second.element_m2 + element * element * weight,
-        comoment=first.comoment + second.comoment + vector * element * weight,
-    )
-    return Moments(samples, scores)
+    between = difference[:, None] * difference * (one.samples * share)
+    return Moments(samples, one.mean + difference * share, one.products + other.products + between)
+
+
+class ScoreObserver(Observer):
+    """Keeps the losses, and the statistics of the scores that `observe` of a subclass hands to `add`.
+
+    one_by_one: whether a micro-batch must be one sample.
+    """
+
+    one_by_one = False
+
+    def __init__(self, groups: Iterable[CoupledGroup]) -> None:
+        self._names = [group.name for group in groups]
+        self._moments: dict[str, Moments] = {}
+        self._losses: list[FloatArray] = []
+
+    def add(self, name: str, batch: Batch, element: Tensor, vector: Tensor | None = None) -> None:
+        """Add the scores of a group's units for the samples of a micro-batch.
+
+        element, vector: (samples, units), not negative; where there is one score alone, it stands for both.
+        Raises NonFiniteLossError.
+        """
+        each = [(element if one is None else one).cpu().double().numpy() for one in (vector, element)]
+        for offset, sample in enumerate(zip(*each, strict=True)):
+            if not np.isfinite(sample).all():
+                raise NonFiniteLossError(
+                    f"The importance of {name} for calibration sample {batch.first + offset} is not a finite number",
+                    "Compute in float32 (--dtype float32) and check the text of that sample",
+                )
+            found = Moments.of(*sample)
+            self._moments[name] = merge(self._moments[name], found) if name in self._moments else found
+
+    def observe_loss(self, batch: Batch, losses: Tensor) -> None:
+        """Keep the losses."""
+        self._losses.append(losses.cpu().double().numpy())
+
+    def merge(self, processes: Processes) -> None:
+        """Moments over the samples of all processes; one without samples has none."""
+        found = processes.gather((self._moments, self._losses))
+        self._losses = [losses for _, parts in found for losses in parts]
+        every = [moments for moments, _ in found if moments]
+        scored = [name for name in self._names if every and name in every[0]]
+        self._moments = {name: reduce(merge, [one[name] for one in every]) for name in scored}
+
+    def result(self) -> tuple[FloatArray, dict[str, GroupScores]]:
+        """Losses of all samples, and the statistics of every group that was scored."""
+        return np.concatenate(self._losses), {name: one.scores for name, one in self._moments.items()}

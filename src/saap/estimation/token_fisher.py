@@ -1,13 +1,12 @@
 """Token-level Fisher importance: how sensitive the loss is to each unit at every single token of a text."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from saap.core.records import FloatArray
+from saap.estimation.importance import units_of
 from saap.models.structure.linear import weight_out_in
 from saap.models.walk.backend import Backend
 from saap.models.walk.consumers import sole_consumers, unit_channels
@@ -37,8 +36,8 @@ class TokenFisher(Observer):
         x = seen.x.flatten(0, -2).float()
         gradient = seen.dy.flatten(0, -2).float() * seen.batch.predictions
         change = (gradient @ weight_out_in(self._model.get_submodule(seen.site)).float()) * x
-        of_units = change[:, self._units[seen.site].to(change.device)].sum(-1)
-        self._sums[seen.site] += of_units.square().sum(0).to(self._sums[seen.site].device)
+        of_units, sums = units_of(change, self._units[seen.site].to(change.device)), self._sums[seen.site]
+        sums += of_units.square().sum(0).to(sums.device)
 
     def merge(self, processes: Processes) -> None:
         """Sums over the tokens of all processes."""

@@ -1,229 +1,202 @@
-"""The observer that scores every unit, sample by sample."""
+"""The observer behind SAAP's importance: which weights of the coupled groups are scored, and how in a walk."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saap.core.errors import NonFiniteLossError
-from saap.core.records import FloatArray, GroupScores
+from saap.core.errors import UnsupportedModelError
+from saap.core.records import AxisSlice, CoupledGroup, ModelGraph, Role, Side
 from saap.estimation.importance import (
+    ElementScore,
     aggregate,
     channel_change,
-    element_importance,
     units_of,
     vector_importance,
     weight_product,
 )
-from saap.estimation.members import GroupParts, Part, ScoredParts
-from saap.estimation.statistics import Moments, merge
-from saap.models.structure.linear import contracted_axis
-from saap.models.walk.observer import Batch, Needs, Observation, Observer, Signal
-from saap.models.walk.processes import Processes
-from saap.settings.prune import Aggregation, ElementOrder
+from saap.estimation.statistics import ScoreObserver
+from saap.models.loading.precision import at_least_float32
+from saap.models.structure.linear import contracted_axis, owner
+from saap.models.walk.backend import Backend
+from saap.models.walk.consumers import unit_channels
+from saap.models.walk.observer import Batch, Observation, Signal
+from saap.settings.prune import Aggregation
+
+PartScores = tuple[Tensor, Tensor]
+"""Signed sums of P and element-wise importance of one part in one micro-batch, both (samples, units)."""
 
 
 @dataclass(frozen=True, slots=True)
-class PartScores:
-    """Signed sums of P and element-wise importance of one part in one micro-batch, both (samples, units)."""
+class Part:
+    """One member of one group: some channels of a matrix, with their biases where those are removed too.
 
-    change: Tensor
-    element: Tensor
-
-
-class Scratch:
-    """Two matrices of any needed shape, of which only the largest is ever allocated."""
-
-    def __init__(self) -> None:
-        self._stores: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
-
-    def like(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Two matrices of the weight's shape in at least float32, which stay valid until the next call."""
-        kind = torch.promote_types(weight.dtype, torch.float32)
-        key = (kind, weight.device)
-        if key not in self._stores or self._stores[key][0].numel() < weight.numel():
-            self._stores.pop(key, None)
-            self._stores[key] = (
-                torch.empty(weight.numel(), dtype=kind, device=weight.device),
-                torch.empty(weight.numel(), dtype=kind, device=weight.device),
-            )
-        first, second = (store[: weight.numel()].view(weight.shape) for store in self._stores[key])
-        return first, second
-
-
-class UnitImportance(Observer):
-    """Vector-wise and element-wise importance of every unit: mean and spread over samples.
-
-    Linear modules are scored from activations and their gradients, for all samples of a micro-batch; matrices in
-    stacks from the gradient of the weight, which is a sum over samples, so that a micro-batch must be one of them.
+    position: among the group's parts. channels, biases: (units, width) indices of the matrix' axis and of the bias.
+    consumes: whether it reads the group's channels. place: of the matrix in a stacked tensor; None in one whose
+    matrices are the units.
     """
 
-    def __init__(self, model: nn.Module, parts: ScoredParts, order: ElementOrder, aggregation: Aggregation) -> None:
-        self._model, self._parts, self._order, self._aggregation = model, parts, order, aggregation
-        self._scratch = Scratch()
+    group: str
+    position: int
+    axis: int
+    channels: Tensor
+    consumes: bool
+    place: int | None = None
+    biases: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupParts:
+    """The parts of one group. last: the last that reads its channels. first_block: where a walk back completes it."""
+
+    units: int
+    count: int
+    last: int
+    first_block: int
+
+
+class UnitImportance(ScoreObserver):
+    """Vector-wise and element-wise importance of every unit.
+
+    Scored are members in linear-like modules inside decoder blocks: weights, and the biases of the same channels as
+    parts of them; and members in stacked tensors. Weights of norms, embeddings and the head are not. Linear modules are
+    scored from activations and their gradients, for all samples of a micro-batch; matrices in stacks from the gradient
+    of the weight, which is a sum over samples. A group without any scored member raises UnsupportedModelError.
+    """
+
+    def __init__(
+        self, backend: Backend, groups: Sequence[CoupledGroup], element: ElementScore, aggregation: Aggregation
+    ) -> None:
+        super().__init__(groups)
+        self._model, self._element, self._aggregation = backend.model, element, aggregation
+        self._parts: dict[str, list[Part]] = {}
+        self._groups = {group.name: self._find_parts(backend.graph, group) for group in groups}
+        self._products: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._waiting: dict[tuple[str, int], dict[int, PartScores]] = {}
-        self._moments: dict[str, Moments] = {}
-        self._losses: list[FloatArray] = []
-        stacks = dict.fromkeys([*parts.stacked, *parts.whole], Signal.WEIGHT_GRADIENT)
-        self.needs: Needs = {path: self._signals(path) for path in parts.linear} | stacks
+        self.needs = {site: _signals(site in backend.graph.shapes, parts) for site, parts in self._parts.items()}
+        self.one_by_one = any(Signal.WEIGHT_GRADIENT in signals for signals in self.needs.values())
 
-    def _signals(self, path: str) -> Signal:
-        needed = Signal.INPUT | Signal.OUTPUT_GRADIENT
-        consumers, producers = self._sides(path)
-        if consumers:
-            needed |= Signal.INPUT_GRADIENT
-        return needed | Signal.OUTPUT if producers else needed
-
-    def _sides(self, path: str) -> tuple[list[Part], list[Part]]:
-        """Parts of a linear module that read their group's channels, and parts that make them."""
-        contracted, parts = contracted_axis(self._model.get_submodule(path)), self._parts.linear[path]
-        return [one for one in parts if one.axis == contracted], [one for one in parts if one.axis != contracted]
-
-    def observe_loss(self, batch: Batch, losses: Tensor) -> None:
-        """Keep the losses."""
-        self._losses.append(losses.cpu().double().numpy())
+    def _find_parts(self, graph: ModelGraph, group: CoupledGroup) -> GroupParts:
+        members = [member for member in group.members if _is_scored(self._model, graph, group, member)]
+        if not members:
+            raise UnsupportedModelError(
+                f"{group.name} has no member in a linear module, so its units cannot be scored",
+                "Leave out its role with --roles",
+            )
+        last, whole = 0, group.role is Role.EXPERT
+        for position, member in enumerate(members):
+            device = self._model.get_parameter(member.tensor).device
+            path, consumes, biases = member.tensor.rpartition(".")[0], member.side is Side.CONSUMER, None
+            last = position if consumes or whole else last
+            bias = dataclasses.replace(member, tensor=f"{path}.bias", axis=0)
+            if not consumes and bias in group.members:
+                biases = unit_channels(bias, group.units, device)
+            channels = unit_channels(member, group.units, device)
+            axis = member.axis if member.part is None else member.axis - 1
+            site = path if member.part is None and not whole else member.tensor
+            part = Part(group.name, position, axis, channels, consumes, member.part, biases)
+            self._parts.setdefault(site, []).append(part)
+        return GroupParts(group.units, len(members), last, min(graph.block_of(one.tensor) for one in members))
 
     def observe(self, seen: Observation) -> None:
         """Score all parts of one module or stack, for the samples of one micro-batch."""
-        site, predictions = seen.site, seen.batch.predictions
-        scored: dict[tuple[str, int], PartScores] = {}
-        if site in self._parts.linear:
-            scored = self._linear_scores(seen)
-        else:
-            weight = self._model.get_parameter(site).detach()
-            if site in self._parts.stacked:
-                scored = stacked_scores(weight, seen.dw, self._parts.stacked[site], predictions, self._order)
-            if site in self._parts.whole:
-                scored[self._parts.whole[site]] = whole_scores(weight, seen.dw, predictions, self._order)
-        for (group, position), scores in scored.items():
-            self._waiting.setdefault((group, seen.batch.first), {})[position] = scores
+        stacked = Signal.WEIGHT_GRADIENT in self.needs[seen.site]
+        for part, scores in self._in_stack(seen) if stacked else self._in_linear(seen):
+            self._waiting.setdefault((part.group, seen.batch.first), {})[part.position] = scores
 
-    def _linear_scores(self, seen: Observation) -> dict[tuple[str, int], PartScores]:
-        batch, site = seen.batch, seen.site
-        consumers, producers = self._sides(site)
-        x, dy = batch.by_sample(seen.x, site), batch.by_sample(seen.dy, site)
-        elements = self._elements(seen, x, dy)
-        scored = {}
-        if consumers:
-            change = channel_change(x, batch.by_sample(seen.dx, site))
-            for part in consumers:
-                scored[part.group, part.position] = PartScores(
-                    units_of(change, part.channels), units_of(elements[part.axis], part.channels)
-                )
-        if producers:
-            change = channel_change(batch.by_sample(seen.y, site), dy)
-            bias = self._model.get_submodule(site).bias
-            bias_change = dy.sum(1, dtype=change.dtype) * bias if isinstance(bias, Tensor) else None
-            change = change if bias_change is None else change - bias_change
-            for part in producers:
-                of_part, element = units_of(change, part.channels), units_of(elements[part.axis], part.channels)
-                if part.biases is not None and bias_change is not None:
-                    of_part = of_part + units_of(bias_change, part.biases)
-                    element = element + units_of(self._bias_elements(bias_change, batch), part.biases)
-                scored[part.group, part.position] = PartScores(of_part, element)
-        return scored
+    def _in_linear(self, seen: Observation) -> Iterator[tuple[Part, PartScores]]:
+        batch, parts, module = seen.batch, self._parts[seen.site], self._model.get_submodule(seen.site)
+        x, dy = batch.by_sample(seen.x, seen.site), batch.by_sample(seen.dy, seen.site)
+        elements = self._elements(module, seen, x, dy)
+        changes: dict[bool, Tensor] = {}  # of the channels that are read, and of those that are made
+        of_bias = None
+        if any(part.consumes for part in parts):
+            changes[True] = channel_change(x, batch.by_sample(seen.dx, seen.site))
+        if not all(part.consumes for part in parts):
+            changes[False] = channel_change(batch.by_sample(seen.y, seen.site), dy)
+            if isinstance(module.bias, Tensor):
+                of_bias = dy.sum(1, dtype=changes[False].dtype) * module.bias
+                changes[False] = changes[False] - of_bias
+        for part in parts:
+            change = units_of(changes[part.consumes], part.channels)
+            element = units_of(elements[part.axis], part.channels)
+            if part.biases is not None and of_bias is not None:
+                change = change + units_of(of_bias, part.biases)
+                bias_elements = self._element(of_bias.reshape(-1, 1), batch.predictions, 0).view_as(of_bias)
+                element = element + units_of(bias_elements, part.biases)
+            yield part, (change, element)
 
-    def _elements(self, seen: Observation, x: Tensor, dy: Tensor) -> dict[int, Tensor]:
+    def _elements(self, module: nn.Module, seen: Observation, x: Tensor, dy: Tensor) -> dict[int, Tensor]:
         """Element-wise importance of the channels along each needed axis of the weight, (samples, channels)."""
-        module = self._model.get_submodule(seen.site)
         weight, contracted = module.get_parameter("weight"), contracted_axis(module)
-        product, scratch = self._scratch.like(weight)
-        axes = {part.axis for part in self._parts.linear[seen.site]}
+        product = self._product_like(weight)
+        axes = {part.axis for part in self._parts[seen.site]}
         result = {axis: product.new_empty(len(x), weight.shape[axis]) for axis in axes}
         for sample in range(len(x)):
             weight_product(weight, x[sample], dy[sample], contracted or 0, product)
             for axis, rows in result.items():
-                rows[sample] = element_importance(product, seen.batch.predictions, self._order, axis, scratch)
+                rows[sample] = self._element(product, seen.batch.predictions, axis)
         return result
 
-    def _bias_elements(self, change: Tensor, batch: Batch) -> Tensor:
-        """Element-wise importance of each element of a bias. change: P of it; both (samples, channels)."""
-        product = change.reshape(-1, 1)
-        scratch = torch.empty_like(product)
-        return element_importance(product, batch.predictions, self._order, 0, scratch).view_as(change)
+    def _product_like(self, weight: Tensor) -> Tensor:
+        """Room for P of a weight; only that of the largest is ever allocated."""
+        key = (torch.promote_types(weight.dtype, torch.float32), weight.device)
+        if key not in self._products or self._products[key].numel() < weight.numel():
+            self._products.pop(key, None)
+            self._products[key] = torch.empty(weight.numel(), dtype=key[0], device=key[1])
+        return self._products[key][: weight.numel()].view(weight.shape)
+
+    def _in_stack(self, seen: Observation) -> Iterator[tuple[Part, PartScores]]:
+        """Scores of channels in the matrices of a stack (experts, rows, columns), or of each matrix as one unit.
+
+        An expert that no token of the sample went to has no gradient and scores zero, so that the mean over samples
+        counts how often it is used.
+        """
+        weight, predictions = self._model.get_parameter(seen.site).detach(), seen.batch.predictions
+
+        @lru_cache(maxsize=1)
+        def product(place: int) -> Tensor:
+            return at_least_float32(weight[place]) * at_least_float32(seen.dw[place])
+
+        for part in sorted(self._parts[seen.site], key=lambda part: part.place or 0):
+            if part.place is None:
+                flat = (product(place).reshape(1, -1) for place in range(len(weight)))
+                both = [(one.sum(1), self._element(one, predictions, 0)) for one in flat]
+                yield part, (torch.cat([change for change, _ in both])[None], torch.cat([one for _, one in both])[None])
+            else:
+                change = product(part.place).sum(1 - part.axis)
+                element = self._element(product(part.place), predictions, part.axis)
+                yield part, (units_of(change[None], part.channels), units_of(element[None], part.channels))
 
     def leave_block(self, layer: int, batch: Batch) -> None:
         """Add the scores of groups that are complete to the statistics."""
-        for name, group in self._parts.groups.items():
+        for name, group in self._groups.items():
             if group.first_block == layer:
                 parts = self._waiting.pop((name, batch.first), {})
-                self._add(name, _group_scores(parts, group, len(batch.tokens), self._aggregation), batch.first)
-
-    def _add(self, name: str, scores: tuple[FloatArray, FloatArray], first: int) -> None:
-        for offset, (vector, element) in enumerate(zip(*scores, strict=True)):
-            if not (np.isfinite(vector).all() and np.isfinite(element).all()):
-                raise NonFiniteLossError(
-                    f"The importance of {name} for calibration sample {first + offset} is not a finite number",
-                    "Compute in float32 (--dtype float32) and check the text of that sample",
-                )
-            sample = Moments.of(vector, element)
-            self._moments[name] = merge(self._moments[name], sample) if name in self._moments else sample
-
-    def merge(self, processes: Processes) -> None:
-        """Moments over the samples of all processes; one without samples has none."""
-        found = processes.gather((self._moments, self._losses))
-        self._losses = [losses for _, parts in found for losses in parts]
-        every = [moments for moments, _ in found if moments]
-        self._moments = {name: reduce(merge, [one[name] for one in every]) for name in self._parts.groups}
-
-    def result(self) -> tuple[FloatArray, dict[str, GroupScores]]:
-        """Losses of all samples, and the statistics of every group."""
-        return np.concatenate(self._losses), {name: one.scores for name, one in self._moments.items()}
+                # a part that did not run (an expert without tokens) changes nothing and scores zero
+                nothing = torch.zeros(len(batch.tokens), group.units, dtype=torch.float64)
+                changes, elements = [nothing] * group.count, [nothing] * group.count
+                for position, (change, element) in parts.items():
+                    changes[position], elements[position] = change.cpu().double(), element.cpu().double()
+                vector = vector_importance(torch.stack(changes), self._aggregation, group.last)
+                self.add(name, batch, aggregate(torch.stack(elements), self._aggregation, group.last), vector)
 
 
-def stacked_scores(
-    weight: Tensor, gradient: Tensor, parts: Mapping[int, Sequence[Part]], predictions: int, order: ElementOrder
-) -> dict[tuple[str, int], PartScores]:
-    """Scores of all parts in one stacked weight for one sample, by group and position of the part.
-
-    weight, gradient: (experts, rows, columns), gradient = dL_n/dW of the sample's loss. An expert that no token of the
-    sample went to has no gradient and scores zero, so that the mean over samples counts how often it is used.
-    predictions: tokens that the loss is the mean over.
-    """
-    kind = torch.promote_types(weight.dtype, torch.float32)
-    found: dict[tuple[str, int], PartScores] = {}
-    for place, here in parts.items():
-        product = weight[place].to(kind) * gradient[place].to(kind)
-        scratch = torch.empty_like(product)
-        for part in here:
-            change = product.sum(1 - part.axis).unsqueeze(0)
-            element = element_importance(product, predictions, order, part.axis, scratch).unsqueeze(0)
-            found[part.group, part.position] = PartScores(
-                units_of(change, part.channels), units_of(element, part.channels)
-            )
-    return found
+def _is_scored(model: nn.Module, graph: ModelGraph, group: CoupledGroup, member: AxisSlice) -> bool:
+    if group.role is Role.EXPERT:
+        return len(graph.shapes[member.tensor]) > 2
+    module, attribute = owner(model, member.tensor)
+    linear = attribute == "weight" and contracted_axis(module) is not None
+    return graph.block_of(member.tensor) >= 0 and (linear or member.part is not None)
 
 
-def whole_scores(weight: Tensor, gradient: Tensor, predictions: int, order: ElementOrder) -> PartScores:
-    """Scores of each matrix of a stacked weight as one unit, for one sample; arguments as in `stacked_scores`.
-
-    Sums over all elements of the matrix, so an expert that few tokens go to has little of either.
-    """
-    kind = torch.promote_types(weight.dtype, torch.float32)
-    changes, elements = [], []
-    for matrix, slope in zip(weight, gradient, strict=True):
-        product = (matrix.to(kind) * slope.to(kind)).reshape(1, -1)
-        changes.append(product.sum(1))
-        elements.append(element_importance(product, predictions, order, 0, torch.empty_like(product)))
-    return PartScores(torch.cat(changes).unsqueeze(0), torch.cat(elements).unsqueeze(0))
-
-
-def _group_scores(
-    parts: Mapping[int, PartScores], group: GroupParts, samples: int, aggregation: Aggregation
-) -> tuple[FloatArray, FloatArray]:
-    """Vector-wise and element-wise importance, both (samples, units), from a group's parts.
-
-    A part that did not run (an expert without tokens) changes nothing and scores zero.
-    """
-    nothing = torch.zeros(samples, group.units, dtype=torch.float64)
-    changes, elements = [nothing] * group.parts, [nothing] * group.parts
-    for position, scores in parts.items():
-        changes[position] = scores.change.cpu().double()
-        elements[position] = scores.element.cpu().double()
-    vector = vector_importance(torch.stack(changes), aggregation, group.last)
-    return vector.numpy(), aggregate(torch.stack(elements), aggregation, group.last).numpy()
+def _signals(stacked: bool, parts: Sequence[Part]) -> Signal:
+    if stacked:
+        return Signal.WEIGHT_GRADIENT
+    needed = Signal.INPUT | Signal.OUTPUT_GRADIENT
+    if any(part.consumes for part in parts):
+        needed |= Signal.INPUT_GRADIENT
+    return needed if all(part.consumes for part in parts) else needed | Signal.OUTPUT

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from saap.evaluation.zero_shot import TaskResult
+from saap.core.evaluation_records import Interval, TaskResult
+from saap.core.records import FloatArray
 
 DRAWS = 2000
 NORMALISED = ("hellaswag", "arc_challenge", "openbookqa")
 """Tasks whose usual figure is acc_norm; of the others it is acc."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
-    """An estimate and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
+Answers = Sequence[Sequence[int]]
+"""Right (1) or wrong (0): one sequence of questions for each task."""
 
 
 def usual_answers(name: str, result: TaskResult) -> tuple[int, ...]:
@@ -30,68 +23,47 @@ def usual_answers(name: str, result: TaskResult) -> tuple[int, ...]:
     return result.correct if normalised is None else normalised
 
 
-def kept_accuracy(
-    dense: Mapping[str, TaskResult], pruned: Mapping[str, TaskResult], *, seed: int = 0, draws: int = DRAWS
-) -> Interval:
-    """How much of the dense model's accuracy above chance is kept: sum over tasks of (acc - chance), pruned over dense.
-
-    Interval: percentile bootstrap over the questions of each task, the same draw for both models. Raises ValueError
-    for other tasks or questions.
-    """
+def kept_accuracy(dense: Mapping[str, TaskResult], pruned: Mapping[str, TaskResult]) -> Interval:
+    """How much of the dense model's accuracy above chance is kept, see `kept_share`; of the same tasks for both."""
     return kept_share(
         [usual_answers(name, result) for name, result in dense.items()],
         [usual_answers(name, pruned[name]) for name in dense],
         [result.chance for result in dense.values()],
-        seed=seed,
-        draws=draws,
     )
 
 
-def kept_share(
-    dense: Sequence[Sequence[int]],
-    pruned: Sequence[Sequence[int]],
-    chance: Sequence[float],
-    *,
-    seed: int = 0,
-    draws: int = DRAWS,
-) -> Interval:
-    """The same of plain 0/1 answers: one sequence of questions for each task. chance: by task."""
-    above = _above_chance([dense, pruned], chance, seed=seed, draws=draws)
+def kept_share(dense: Answers, pruned: Answers, chance: Sequence[float]) -> Interval:
+    """Sum over tasks of (accuracy - chance), pruned over dense. chance: by task.
+
+    Interval: percentile bootstrap over the questions of each task, the same draw for both models. Raises ValueError
+    for other numbers of tasks or questions.
+    """
+    above = _above_chance([dense, pruned], chance)
     return _interval(above[0], above[1])
 
 
-def kept_difference(
-    dense: Sequence[Sequence[int]],
-    first: Sequence[Sequence[int]],
-    second: Sequence[Sequence[int]],
-    chance: Sequence[float],
-    *,
-    seed: int = 0,
-    draws: int = DRAWS,
-) -> Interval:
+def kept_difference(dense: Answers, first: Answers, second: Answers, chance: Sequence[float]) -> Interval:
     """How much more of the dense model's accuracy above chance `first` keeps than `second`, from the same draws.
 
     An interval without 0 says that the two differ by more than the choice of questions.
     """
-    above = _above_chance([dense, first, second], chance, seed=seed, draws=draws)
+    above = _above_chance([dense, first, second], chance)
     return _interval(above[0], above[1] - above[2])
 
 
-def _above_chance(
-    models: Sequence[Sequence[Sequence[int]]], chance: Sequence[float], *, seed: int, draws: int
-) -> np.ndarray[Any, Any]:
-    """Sum over the tasks of accuracy - chance, (models, 1 + draws): of all questions, then of each draw."""
-    generator = np.random.default_rng(seed)
-    above = np.zeros((len(models), 1 + draws))
+def _above_chance(models: Sequence[Answers], chance: Sequence[float]) -> FloatArray:
+    """Sum over the tasks of accuracy - chance, (models, 1 + DRAWS): of all questions, then of each draw."""
+    generator = np.random.default_rng(0)
+    above = np.zeros((len(models), 1 + DRAWS))
     for *answered, guess in zip(*models, chance, strict=True):
         answers = np.array(answered, dtype=float)
-        index = generator.integers(0, answers.shape[1], (draws, answers.shape[1]))
+        index = generator.integers(0, answers.shape[1], (DRAWS, answers.shape[1]))
         above[:, 0] += answers.mean(1) - guess
         above[:, 1:] += answers[:, index].mean(2) - guess
     return above
 
 
-def _interval(base: np.ndarray[Any, Any], part: np.ndarray[Any, Any]) -> Interval:
+def _interval(base: FloatArray, part: FloatArray) -> Interval:
     """The quotient part / base with the middle 95 % of its draws; NaN where the base has nothing above chance."""
     if base[0] <= 0:
         return Interval(value=float("nan"), low=float("nan"), high=float("nan"))

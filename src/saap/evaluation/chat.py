@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from saap.core.errors import EvaluationError
+from saap.core.evaluation_records import ChatPerplexity
 from saap.evaluation.generation import continuation_nll
 from saap.models.walk.probe import read_at_once
 
 Conversation = Sequence[dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatPerplexity:
-    """value: exp(nll). nll: mean over the `tokens` tokens of the assistant's turns (`turns` of them), in nats."""
-
-    value: float
-    nll: float
-    tokens: int
-    turns: int
 
 
 def answer_spans(tokenizer: Any, conversation: Conversation) -> Iterator[tuple[list[int], list[int]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from saap.core.errors import EvaluationError, ModelError
+from saap.core.evaluation_records import ClozeFigures, GenerationFigures
+from saap.data.texts import read_rows
 from saap.evaluation.perplexity import model_logits
 from saap.models.walk.probe import check_reads
 
@@ -41,64 +42,32 @@ class Written:
     ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationFigures:
-    """Measures of the continuations of all open prompts in one mode.
-
-    distinct_1..3: distinct n-grams over all. repetition: seq-rep-4. tokens: mean length. dense_perplexity: of the
-    continuations under the dense model, given their prompts. dense_perplexity_by_quarter, repetition_by_quarter: the
-    same over the first to the last quarter of each: text that falls apart gets worse along the way.
-    """
-
-    distinct_1: float
-    distinct_2: float
-    distinct_3: float
-    repetition: float
-    tokens: float
-    dense_perplexity: float | None
-    dense_perplexity_by_quarter: tuple[float, ...] | None
-    repetition_by_quarter: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClozeFigures:
-    """Facts: how many of `prompts` the model continues with the answer, and the mean log-likelihood of the answers.
-
-    An answer counts if each of its tokens is the most likely one. answer_nll: nats per token.
-    """
-
-    accuracy: float
-    answer_nll: float
-    prompts: int
-    correct: tuple[int, ...]
-
-
 def read_prompts(source: str | Path) -> tuple[Prompt, ...]:
     """The prompts of a file, or `bundled` ones.
 
-    .txt: one prompt a line. .jsonl: an object with `prompt` and perhaps `answer` a line. Raises EvaluationError.
+    .txt: one prompt a line. .jsonl: an object with `prompt` and perhaps `answer` a line. Raises EvaluationError, and
+    CalibrationError for what is not JSON.
     """
-    if str(source) == BUNDLED:
-        lines = (resources.files("saap.evaluation") / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-        return tuple(Prompt.model_validate_json(line) for line in lines)
-    path = Path(source)
+    path = Path(str(resources.files("saap.evaluation") / "prompts.jsonl")) if str(source) == BUNDLED else Path(source)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".jsonl":
+            found = tuple(_checked_prompt(place, row) for place, row in read_rows(path))
+        else:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            found = tuple(Prompt(prompt=line) for line in lines if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"the prompts {path} cannot be read ({error})", "Give a UTF-8 .txt or .jsonl") from error
-    found = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            found.append(Prompt.model_validate(json.loads(line)) if path.suffix == ".jsonl" else Prompt(prompt=line))
-        except (json.JSONDecodeError, ValidationError):
-            raise EvaluationError(
-                f"{path}, line {number}, is no prompt", 'Write it as {"prompt": "...", "answer": "..."}'
-            ) from None
     if not found:
         raise EvaluationError(f"{path} has no prompts", "Give one a line")
-    return tuple(found)
+    return found
+
+
+def _checked_prompt(place: str, row: dict[str, Any]) -> Prompt:
+    try:
+        return Prompt.model_validate(row)
+    except ValidationError:
+        remedy = 'Write it as {"prompt": "...", "answer": "..."}'
+        raise EvaluationError(f"{place} is no prompt", remedy) from None
 
 
 def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = True) -> list[int]:
@@ -122,7 +91,7 @@ def check_prompts(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], t
 
 @torch.no_grad()
 def write(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, tokens: int, sampled: bool, seed: int = 0, chat: bool = True
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, tokens: int, sampled: bool, seed: int = 0
 ) -> list[Written]:
     """Continuations of at most `tokens` tokens: greedy, or sampled at temperature 1 from the top 95 % of the mass.
 
@@ -133,16 +102,15 @@ def write(
         raise ModelError(f"{type(model).__name__} has no `generate`", "Use a transformers model")
     device = next(model.parameters()).device
     end = tokenizer.eos_token_id
+    padding = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    sampling = {"temperature": 1.0, "top_p": TOP_P, "top_k": 0} if sampled else {}
     written = []
     for index, prompt in enumerate(prompts):
-        ids = torch.tensor([prompt_ids(tokenizer, prompt, chat=chat)], device=device)
+        ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
         torch.manual_seed(seed + index)
-        options: dict[str, Any] = {"do_sample": False}
-        if sampled:
-            options = {"do_sample": True, "temperature": 1.0, "top_p": TOP_P, "top_k": 0}
         made = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
-            pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id, **options,
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=padding,
+            do_sample=sampled, **sampling,
         )[0, ids.shape[1] :].tolist()  # fmt: skip
         if end in made:
             made = made[: made.index(end)]
@@ -177,62 +145,52 @@ def generation_figures(
     written: Sequence[Written],
     dense: nn.Module | None,
     tokenizer: Any,
-    *,
-    chat: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> GenerationFigures:
-    """Measures of what a model wrote. dense: the dense model, None leaves out what it judges."""
+    """Measures of what a model wrote. dense: the dense model, None leaves out what it evaluates."""
     sequences = [one.ids for one in written]
-    quarters = [parts(ids, QUARTERS) for ids in sequences if len(ids) >= QUARTERS]
     losses: list[Tensor] = []
-    if dense is not None:
-        for index, one in enumerate(written):
-            if one.ids:
-                losses.append(continuation_nll(dense, prompt_ids(tokenizer, one.prompt, chat=chat), one.ids))
-            if progress is not None:
-                progress(index + 1, len(written))
+    for index, one in enumerate(written if dense is not None else ()):
+        if one.ids and dense is not None:
+            losses.append(continuation_nll(dense, prompt_ids(tokenizer, one.prompt), one.ids))
+        if progress is not None:
+            progress(index + 1, len(written))
+    loss_quarters = [_quarters(loss) for loss in losses if len(loss) >= QUARTERS]
+    text_quarters = [_quarters(ids) for ids in sequences if len(ids) >= QUARTERS]
     return GenerationFigures(
         distinct_1=distinct(sequences, 1),
         distinct_2=distinct(sequences, 2),
         distinct_3=distinct(sequences, 3),
         repetition=repetition(sequences),
         tokens=sum(len(ids) for ids in sequences) / max(1, len(sequences)),
-        dense_perplexity=_perplexity(losses),
-        dense_perplexity_by_quarter=_by_quarter(losses),
-        repetition_by_quarter=tuple(repetition([each[index] for each in quarters]) for index in range(QUARTERS)),
+        dense_perplexity=_perplexity(losses) if losses else None,
+        dense_perplexity_by_quarter=tuple(map(_perplexity, zip(*loss_quarters, strict=True))) or None,
+        repetition_by_quarter=tuple(repetition([each[index] for each in text_quarters]) for index in range(QUARTERS)),
     )
 
 
-def _perplexity(losses: Sequence[Tensor]) -> float | None:
-    return math.exp(float(torch.cat(list(losses)).mean())) if losses else None
+def _perplexity(losses: Sequence[Tensor]) -> float:
+    return math.exp(float(torch.cat(list(losses)).mean()))
 
 
-def _by_quarter(losses: Sequence[Tensor]) -> tuple[float, ...] | None:
-    long = [loss for loss in losses if len(loss) >= QUARTERS]
-    if not long:
-        return None
-    size = [len(loss) // QUARTERS for loss in long]
-    pieces = [
-        torch.cat([loss[index * n : (index + 1) * n] for loss, n in zip(long, size, strict=True)])
-        for index in range(QUARTERS)
-    ]
-    return tuple(math.exp(float(piece.mean())) for piece in pieces)
+def _quarters(sequence: Any) -> list[Any]:
+    """Four parts of equal length; what is left over at the end goes."""
+    length = len(sequence) // QUARTERS
+    return [sequence[index * length : (index + 1) * length] for index in range(QUARTERS)]
 
 
-def token_agreement(
-    model: nn.Module, dense_written: Sequence[Written], tokenizer: Any, *, chat: bool = True
-) -> float | None:
+def token_agreement(model: nn.Module, dense_written: Sequence[Written], tokenizer: Any) -> float | None:
     """Share of the dense model's greedy tokens that `model` also finds the most likely, given the dense model's text.
 
     None if the dense model wrote nothing.
     """
-    wanted: list[int] = []
-    found: list[int] = []
-    for one in dense_written:
-        if one.ids:
-            wanted += one.ids
-            found += followed_by(model, prompt_ids(tokenizer, one.prompt, chat=chat), one.ids)
-    return agreement(wanted, found) if wanted else None
+    equal = [
+        found == wanted
+        for one in dense_written
+        if one.ids
+        for found, wanted in zip(followed_by(model, prompt_ids(tokenizer, one.prompt), one.ids), one.ids, strict=True)
+    ]
+    return sum(equal) / len(equal) if equal else None
 
 
 def cloze(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt]) -> ClozeFigures | None:
@@ -240,12 +198,11 @@ def cloze(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt]) -> ClozeF
     correct: list[int] = []
     losses: list[Tensor] = []
     for prompt in prompts:
-        if prompt.answer is None:
-            continue
-        answer = _answer_ids(tokenizer, prompt.answer)
-        context = prompt_ids(tokenizer, prompt.prompt.rstrip(), chat=False)
-        correct.append(int(followed_by(model, context, answer) == answer))
-        losses.append(continuation_nll(model, context, answer))
+        if prompt.answer is not None:
+            answer = _answer_ids(tokenizer, prompt.answer)
+            context = prompt_ids(tokenizer, prompt.prompt.rstrip(), chat=False)
+            correct.append(int(followed_by(model, context, answer) == answer))
+            losses.append(continuation_nll(model, context, answer))
     if not correct:
         return None
     return ClozeFigures(
@@ -277,16 +234,3 @@ def repetition(sequences: Sequence[Sequence[int]], n: int = 4) -> float:
     """
     shares = [1 - len(set(grams)) / len(grams) for sequence in sequences if (grams := _ngrams(sequence, n))]
     return sum(shares) / len(shares) if shares else 0.0
-
-
-def agreement(first: Sequence[int], second: Sequence[int]) -> float:
-    """Share of positions at which two sequences of one length hold the same token. Raises ValueError."""
-    if len(first) != len(second) or not first:
-        raise ValueError(f"sequences of {len(first)} and {len(second)} tokens")
-    return sum(one == other for one, other in zip(first, second, strict=True)) / len(first)
-
-
-def parts(sequence: Sequence[int], count: int) -> list[Sequence[int]]:
-    """`sequence` cut into `count` parts of equal length; what is left over at the end goes."""
-    length = len(sequence) // count
-    return [sequence[index * length : (index + 1) * length] for index in range(count)]

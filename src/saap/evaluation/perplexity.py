@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from saap.core.errors import CalibrationError
-from saap.core.records import Digested, IntArray, digest_of
+from saap.core.evaluation_records import Perplexity
+from saap.core.records import IntArray, digest_of
 from saap.models.walk.arguments import without_cache
 from saap.models.walk.probe import read_at_once
+from saap.models.walk.walker import inference_only
 
 # Logits of one forward pass, in float32: they are the largest tensor of an evaluation.
 LOGITS_BYTES = 2**28
@@ -23,24 +23,6 @@ WINDOW = 512
 
 Reader = Callable[[Sequence[Tensor]], Iterator[Tensor]]
 """From batches of token ids (sequences, tokens) to their logits."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Perplexity(Digested):
-    """value: exp(nll). nll: mean negative log-likelihood in nats over the predicted tokens, `tokens` of them.
-
-    window: tokens per window; the first of each is context only. stride: from one window's start to the next's; where
-    it is less than the window, each token is predicted once, in the first window that holds it. text_digest: of all
-    token ids that were read. leading: ids (BOS) that each window begins with, which are no part of the text.
-    """
-
-    value: float
-    nll: float
-    tokens: int
-    window: int
-    stride: int
-    text_digest: str
-    leading: int = 0
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -103,7 +85,7 @@ def perplexity(
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64)
     predicted = 0
-    with _evaluating(model):
+    with inference_only(model):
         batches = list(_batches(ids, size, stride, _windows_at_once(model, window, batch), leading))
         inputs = [windows.to(device) for windows, _ in batches]
         found = (model_logits(model, one) for one in inputs) if read is None else read(inputs)
@@ -163,14 +145,3 @@ def model_logits(model: nn.Module, ids: Tensor) -> Tensor:
     logits = getattr(output, "logits", output)
     tensor: Tensor = logits[0] if isinstance(logits, tuple) else logits
     return tensor
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

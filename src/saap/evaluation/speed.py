@@ -9,57 +9,38 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Protocol
+
+from torch import nn
 
 from saap.core.errors import ConfigurationError
-from saap.models.loading.llama_cpp import LlamaCpp
-from saap.models.walk.cached import CachedModel
+
+Source = str | Path | nn.Module
+"""A model to measure: where it lies, or itself."""
 
 
 class Runtime(Protocol):
-    """Something that reads tokens and keeps what it needs of them for the next ones."""
+    """A model, open in a program that reads tokens and keeps what it needs of them for the next ones.
+
+    A class of the registry `saap.settings.registry.RuntimeName` also has `package`, the one whose version its speed
+    depends on; `in_memory`, whether it takes a model that is loaded already; `weights(source, settings)`, their type;
+    and the context manager `opened(source, settings)`.
+    """
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the weights that one token reads."""
 
     def read(self, ids: Sequence[int]) -> int:
         """Forget everything, read the tokens, and return the most likely next one."""
 
     def step(self, token: int) -> int:
         """Read one more token and return the most likely next one."""
-
-
-class TransformersRuntime:
-    """A transformers model with its cache of keys and values."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model.eval()
-        self._reader = CachedModel(model)
-
-    def read(self, ids: Sequence[int]) -> int:
-        """Read a prompt into an empty cache."""
-        self._reader.forget()
-        return int(self._reader.feed(ids).argmax())  # waits for the device
-
-    def step(self, token: int) -> int:
-        """Read one more token."""
-        return int(self._reader.feed([token]).argmax())
-
-
-class LlamaCppRuntime:
-    """A GGUF file in llama.cpp; its context must hold prompt and answer."""
-
-    def __init__(self, model: LlamaCpp) -> None:
-        self._model = model
-        self._length = 0
-
-    def read(self, ids: Sequence[int]) -> int:
-        """Read a prompt into an empty cache."""
-        self._model.forget()
-        self._length = len(ids)
-        return int(self._model.feed(ids)[-1].argmax())
-
-    def step(self, token: int) -> int:
-        """Read one more token."""
-        self._length += 1
-        return int(self._model.feed([token], start=self._length - 1)[-1].argmax())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,30 +55,15 @@ class Speed:
     read_seconds: tuple[float, ...]
     step_seconds: tuple[float, ...]
 
-    @property
-    def rounds(self) -> int:
-        """How often it was measured."""
-        return len(self.read_seconds)
 
+def speed_ups(faster: Speed, than: Speed) -> tuple[float, float]:
+    """How many times as fast, of prefill and of decode: the median of the ratios of each round.
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpeedUp:
-    """How many times as fast: of prefill and of decode."""
-
-    prefill: float
-    decode: float
-
-
-def speed_up(faster: Speed, than: Speed) -> SpeedUp:
-    """Speed over speed: the median of the ratios of each round, in which both met the same other work."""
-    return SpeedUp(
-        prefill=_median_ratio(than.read_seconds, faster.read_seconds),
-        decode=_median_ratio(than.step_seconds, faster.step_seconds),
-    )
-
-
-def _median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    return statistics.median(one / other for one, other in zip(above, below, strict=True))
+    In a round both met the same other work.
+    """
+    pairs = ((than.read_seconds, faster.read_seconds), (than.step_seconds, faster.step_seconds))
+    prefill, decode = (statistics.median(a / b for a, b in zip(above, below, strict=True)) for above, below in pairs)
+    return prefill, decode
 
 
 def measure_speeds(

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
-
 from saap.core.errors import ExportError
-from saap.core.manifest import read_manifest
 from saap.export import configuration_decilm
-from saap.export.config_files import with_both_rope_spellings
+from saap.export.huggingface import copy_matching, entry_bytes, with_both_rope_spellings, write_json, write_shards
 from saap.export.model_card import model_card
 from saap.export.placing import check_output, whole_folder
-from saap.models.checkpoint.safetensor_files import INDEX_NAME, Shape
+from saap.export.source import Exported, ExportSource, Progress
+from saap.models.checkpoint.safetensor_files import TensorEntry
+from saap.settings.measure import ExportRequest
 
 MODEL_TYPES = ("llama", "mistral")
+_CODE = Path(configuration_decilm.__file__)
 _BLOCK = "model.layers.{}."
 _NORM_OF = {"attention": "input_layernorm", "ffn": "post_attention_layernorm"}
 _KEPT_PATTERNS = (
@@ -36,16 +35,52 @@ _LOADING = (
 )
 
 
-def block_configs(config: Any, shapes: Mapping[str, Shape]) -> list[dict[str, dict[str, Any]]]:
+def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite: bool, progress: Progress) -> Exported:
+    """Write the folder, one tensor at a time; `out` appears whole or not at all.
+
+    Every layer must have all its query heads or no attention. Raises ExportError, naming the layers, OutputError.
+    """
+    if source.resolved.gguf_file is not None:
+        raise ExportError(
+            f"{source.resolved.source} is a GGUF file, which holds no safetensors", "Prune it first, export the folder"
+        )
+    blocks, tensors = block_configs(source), source.tensors
+    left_out = {
+        f"{_BLOCK.format(layer)}{_NORM_OF[part]}.weight"
+        for layer, block in enumerate(blocks)
+        for part in _NORM_OF
+        if block[part]["no_op"]
+    }
+    entries = {
+        name: TensorEntry(
+            dtype=tensors.rows(name, range(0)).dtype, shape=shape, make=partial(tensors.rows, name, range(shape[0]))
+        )
+        for name, shape in tensors.shapes.items()
+        if name not in left_out
+    }
+    check_output(out, entry_bytes(entries), overwrite=overwrite)
+    with whole_folder(out) as part:
+        progress.stage(f"write {out.name}")
+        write_shards(entries, part)
+        copy_matching(source.resolved.folder, part, _KEPT_PATTERNS)
+        shutil.copyfile(_CODE, part / _CODE.name)
+        write_json(part / "config.json", _config_fields(source.config, blocks))
+        if source.manifest is not None:
+            card = model_card(source.manifest, source.model_type, loading=_LOADING)
+            (part / "README.md").write_text(card, encoding="utf-8")
+    return Exported(path=out, notes=(f"vllm serve {out} --trust-remote-code   # not tried",))
+
+
+def block_configs(source: ExportSource) -> list[dict[str, dict[str, Any]]]:
     """What each layer is, in the words of DeciLM's configuration.
 
-    config: of transformers, also of an adaptive checkpoint. shapes: of the stored tensors. Raises ExportError, naming
-    every layer at fault, if vLLM's class cannot hold the model.
+    Raises ExportError, naming every layer at fault, if vLLM's class cannot hold the model.
     """
-    model_type = getattr(config, "base_model_type", None) or config.model_type
-    if model_type not in MODEL_TYPES:
+    config, shapes = source.config, source.tensors.shapes
+    if source.model_type not in MODEL_TYPES:
         raise ExportError(
-            f"Models of type {model_type} cannot be written as DeciLM", f"Types that can: {', '.join(MODEL_TYPES)}"
+            f"Models of type {source.model_type} cannot be written as DeciLM",
+            f"Types that can: {', '.join(MODEL_TYPES)}",
         )
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     found: list[dict[str, dict[str, Any]]] = []
@@ -64,79 +99,28 @@ def block_configs(config: Any, shapes: Mapping[str, Shape]) -> list[dict[str, di
         attention["n_heads_in_group"] = heads // kv_heads if kv_heads else None
         ffn = {"no_op": not rows["ffn"], "replace_with_linear": False, "intermediate_size": rows["ffn"] or None}
         found.append({"attention": attention, "ffn": ffn})
-    faults += _other_faults(config)
+    changed = getattr(config, "pruned_structure", None) or {}
+    faults += [f"{path} gives a bias alone" for path, kept in changed.get("constant", {}).items() if kept["bias"]]
+    for path, values in changed.get("attributes", {}).items():
+        if any("eps" in name for name in values):
+            faults.append(f"{path} has a norm epsilon of its own")
+    if getattr(config, "sliding_window", None) is not None:
+        faults.append("it attends to a sliding window")
     if faults:
         more = f" and {len(faults) - 6} more" if len(faults) > 6 else ""
         raise ExportError(f"vLLM's DeciLM cannot hold this model: {', '.join(faults[:6])}{more}", _REMEDY)
     return found
 
 
-def _other_faults(config: Any) -> list[str]:
-    structure = getattr(config, "pruned_structure", None) or {}
-    faults = [f"{path} gives a bias alone" for path, kept in structure.get("constant", {}).items() if kept["bias"]]
-    faults += [
-        f"{path} has a norm epsilon of its own"
-        for path, values in structure.get("attributes", {}).items()
-        if any("eps" in name for name in values)
-    ]
-    if getattr(config, "sliding_window", None) is not None:
-        faults.append("it attends to a sliding window")
-    return faults
-
-
-def write_decilm(
-    folder: Path, files: Sequence[Path], config: Any, blocks: Sequence[Mapping[str, Any]], out: Path, *, overwrite: bool
-) -> None:
-    """Write the folder, one file of weights at a time; `out` appears whole or not at all.
-
-    folder: of the checkpoint, files: its safetensors. blocks: of `block_configs`. Raises OutputError.
-    """
-    check_output(out, sum(file.stat().st_size for file in files), overwrite=overwrite)
-    manifest = read_manifest(folder)
-    left_out = {
-        f"{_BLOCK.format(layer)}{_NORM_OF[part]}.weight"
-        for layer, block in enumerate(blocks)
-        for part in _NORM_OF
-        if block[part]["no_op"]
-    }
-    with whole_folder(out) as part:
-        for file in files:
-            _copy_weights(file, part / file.name, left_out)
-        if (folder / INDEX_NAME).exists():
-            index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-            for name in left_out:
-                index["weight_map"].pop(name, None)
-            (part / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for pattern in _KEPT_PATTERNS:
-            for file in folder.glob(pattern):
-                shutil.copyfile(file, part / file.name)
-        code = Path(configuration_decilm.__file__)
-        shutil.copyfile(code, part / code.name)
-        fields = _config_fields(config, blocks)
-        (part / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if manifest is not None:
-            card = model_card(manifest, getattr(config, "base_model_type", config.model_type), loading=_LOADING)
-            (part / "README.md").write_text(card, encoding="utf-8")
-
-
-def _copy_weights(file: Path, target: Path, left_out: set[str]) -> None:
-    with safe_open(file, framework="pt") as stored:
-        names = list(stored.keys())
-        if not left_out.intersection(names):
-            shutil.copyfile(file, target)
-            return
-        save_file({name: stored.get_tensor(name) for name in names if name not in left_out}, target, {"format": "pt"})
-
-
-def _config_fields(config: Any, blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _config_fields(config: Any, blocks: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     fields = with_both_rope_spellings(json.loads(config.to_json_string(use_diff=False)))
     for name in ("pruned_structure", "base_model_type", "_name_or_path", "sliding_window"):
         fields.pop(name, None)
-    code = Path(configuration_decilm.__file__).stem
+    made = configuration_decilm.DeciLMConfig
     return {
         **fields,
-        "model_type": configuration_decilm.DeciLMConfig.model_type,
+        "model_type": made.model_type,
         "architectures": ["DeciLMForCausalLM"],
-        "auto_map": {"AutoConfig": f"{code}.{configuration_decilm.DeciLMConfig.__name__}"},
-        "block_configs": list(blocks),
+        "auto_map": {"AutoConfig": f"{_CODE.stem}.{made.__name__}"},
+        "block_configs": blocks,
     }

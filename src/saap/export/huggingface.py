@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,41 +16,57 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
+from saap.core.errors import OutputError
 from saap.core.manifest import RunManifest
 from saap.core.records import ImportanceScores, Layout, ModelGraph, StructurePlan
 from saap.core.storage import write_plan, write_scores, write_whole
-from saap.export.config_files import adaptive_config, stock_config, with_both_rope_spellings
 from saap.export.model_card import model_card
 from saap.export.placing import check_output, whole_folder
+from saap.export.uniform_layout import stock_config
 from saap.models.checkpoint import modeling_pruned
-from saap.models.checkpoint.differences import PrunedStructure
-from saap.models.checkpoint.groupwise import GroupwiseLinear
-from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
+from saap.models.checkpoint.differences import PrunedStructure, pruned_fields
+from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight
+from saap.models.checkpoint.groupwise_files import PACKED_FILE, write_packed
+from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, pruned_classes
 from saap.models.checkpoint.safetensor_files import INDEX_NAME, TensorEntry, write_tensors
 from saap.models.walk.offload import OffloadedWeights, offloaded
 
 SHARD_SIZE = "2GB"
 # How a model that reads images cuts them up and writes them into a prompt.
-_IMAGE_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "chat_template.json",
-)
+_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+                "chat_template.json")  # fmt: skip
 _LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 
 
+KEPT_RECORDS = ("plan.json", "scores.safetensors")
+"""Files of the source's folder `saap` that still hold of a tuned model."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointParts:
-    """What goes into a folder besides the weights. source_folder: of the dense model, for its licence files."""
+class FolderParts:
+    """What goes into any folder besides the weights. source_folder: of the model that this one was made from."""
+
+    manifest: RunManifest
+    tokenizer: Any | None = None
+    source_folder: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointParts(FolderParts):
+    """What goes into the folder of a pruned model besides the weights."""
 
     graph: ModelGraph
     plan: StructurePlan
     structure: PrunedStructure
-    manifest: RunManifest
     scores: ImportanceScores | None = None
-    tokenizer: Any | None = None
-    source_folder: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveredParts(FolderParts):
+    """What goes into the folder of a tuned model. packed: by module path, none for one that was not quantised."""
+
+    base_model_type: str
+    packed: Mapping[str, GroupwiseWeight]
 
 
 def write_checkpoint(
@@ -66,31 +82,46 @@ def write_checkpoint(
     if parts.plan.layout is Layout.UNIFORM:
         config, changed = stock_config(model, parts.graph, parts.plan, parts.structure)
     else:
-        config = adaptive_config(model, parts.structure)
+        config = _adaptive_config(model, parts.structure)
     entries = stored_entries(model, dtype, changed)
-    with model_folder(out, model, config, dtype, entries, parts.tokenizer, parts.source_folder) as folder:
-        write_records(folder, parts.manifest, parts.structure.base_model_type)
+    with _model_folder(out, model, config, dtype, entries, parts, parts.structure.base_model_type) as folder:
         write_plan(folder / "saap" / "plan.json", parts.plan, parts.graph)
         if parts.scores is not None:
             write_scores(folder / "saap" / "scores.safetensors", parts.scores)
     return out
 
 
-@contextmanager
-def model_folder(
-    out: Path, model: nn.Module, config: Any, dtype: torch.dtype, entries: Mapping[str, TensorEntry],
-    tokenizer: Any | None, source_folder: Path | None,
-) -> Iterator[Path]:  # fmt: skip
-    """A folder that transformers opens, to add records to; it is at `out`, whole, when the block ends well.
+def write_recovered(
+    model: Any, parts: RecoveredParts, out: Path, *, dtype: torch.dtype, overwrite: bool = False
+) -> None:
+    """Write the tuned `model` (adapters merged) whole or not at all; no second copy of it is held.
 
-    source_folder: of the model that this one was made from, for its licence files. Raises OutputError.
+    Raises OutputError if `out` exists (and not `overwrite`), cannot be written or does not fit on the disk.
     """
+    entries = stored_entries(model, dtype)
+    needed = entry_bytes(entries) + sum(weight.nbytes for weight in parts.packed.values())
+    check_output(out, needed, overwrite=overwrite)
+    with _model_folder(out, model, model.config, dtype, entries, parts, parts.base_model_type) as folder:
+        for name in KEPT_RECORDS:
+            if parts.source_folder is not None and (parts.source_folder / "saap" / name).is_file():
+                shutil.copyfile(parts.source_folder / "saap" / name, folder / "saap" / name)
+        if parts.packed:
+            write_packed(folder / "saap" / PACKED_FILE, parts.packed)
+
+
+@contextmanager
+def _model_folder(
+    out: Path, model: nn.Module, config: Any, dtype: torch.dtype, entries: Mapping[str, TensorEntry],
+    parts: FolderParts, base_model_type: str,
+) -> Iterator[Path]:  # fmt: skip
+    """A folder that transformers opens, to add records to; it is at `out`, whole, when the block ends well."""
     with whole_folder(out) as folder:
-        write_config(config, folder, dtype)
+        _write_config(config, folder, dtype)
         if config.model_type == MODEL_TYPE:
             shutil.copyfile(modeling_pruned.__file__, folder / Path(modeling_pruned.__file__).name)
-        _write_shards(entries, folder)
-        write_companions(model, tokenizer, source_folder, folder)
+        write_shards(entries, folder)
+        write_companions(model, parts, folder)
+        write_records(folder, parts.manifest, base_model_type)
         yield folder
 
 
@@ -145,25 +176,83 @@ def entry_bytes(entries: Mapping[str, TensorEntry]) -> int:
     return sum(torch.Size(entry.shape).numel() * entry.dtype.itemsize for entry in entries.values())
 
 
-def write_config(config: Any, folder: Path, dtype: torch.dtype) -> None:
+def _write_config(config: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write config.json so that older and newer versions of transformers read it."""
     config.save_pretrained(folder)
     file = folder / "config.json"
     fields = with_both_rope_spellings(json.loads(file.read_text(encoding="utf-8")))
     fields.pop("_name_or_path", None)
     fields["dtype"] = str(dtype).removeprefix("torch.")
-    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(file, fields)
 
 
-def _write_shards(entries: Mapping[str, TensorEntry], folder: Path) -> None:
-    """Tensor by tensor, so that no second copy of the model is held."""
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a file of a model folder as transformers does."""
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_matching(source: Path, folder: Path, patterns: Iterable[str]) -> None:
+    """Copy the files of one folder whose names match into another."""
+    for pattern in patterns:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def _adaptive_config(model: nn.Module, structure: PrunedStructure) -> Any:
+    """The model's own configuration marked as pruned, with the sizes that it cannot say in `pruned_structure`.
+
+    Raises OutputError if transformers' auto classes do not know the model, so that nothing could open the folder.
+    """
+    own: Any = getattr(model, "config", None)
+    try:
+        config_class, _ = pruned_classes(structure.base_model_type)
+    except ValueError:
+        raise OutputError(
+            f"A model of class {type(model).__name__} cannot be opened from a folder",
+            "Register its classes with AutoConfig and AutoModelForCausalLM, or prune without --out",
+        ) from None
+    return config_class.from_dict({**own.to_dict(), "model_type": MODEL_TYPE, **pruned_fields(structure)})
+
+
+def with_both_rope_spellings(fields: dict[str, Any]) -> dict[str, Any]:
+    """config.json with the rotary embedding as `rope_parameters` and also as `rope_theta` and `rope_scaling`.
+
+    Older readers know only the latter. fields: of a configuration in the new spelling, else returned as they are.
+    """
+    rope = fields.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return fields
+    if any(isinstance(value, dict) for value in rope.values()):
+        bases = {kind: value.get("rope_theta") for kind, value in rope.items() if isinstance(value, dict)}
+        old = {"rope_theta": bases.get("full_attention"), "rope_local_base_freq": bases.get("sliding_attention")}
+        return {**{name: value for name, value in old.items() if value is not None}, **fields}
+    old = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if rope.get("rope_type", "default") != "default":
+        old["rope_scaling"] = {name: value for name, value in rope.items() if name not in old}
+    return {**old, **fields}
+
+
+def write_shards(entries: Mapping[str, TensorEntry], folder: Path) -> None:
+    """Write tensor by tensor, so that no second copy of the model is held."""
     sizes = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_SIZE)
     for file, names in split.filename_to_tensors.items():
         write_tensors(folder / file, {name: entries[name] for name in names}, {"format": "pt"})
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_json(folder / INDEX_NAME, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
+def write_companions(model: nn.Module, parts: FolderParts, folder: Path) -> None:
+    """Write generation settings, tokenizer, and the source's image settings and licence files."""
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.to_json_file(folder / "generation_config.json")
+    if parts.tokenizer is not None:
+        parts.tokenizer.save_pretrained(folder)
+        _use_the_old_tokenizer_name(folder / "tokenizer_config.json")
+    if parts.source_folder is not None:
+        copy_matching(parts.source_folder, folder, (*_LEGAL_FILES, *_IMAGE_FILES))
 
 
 def _use_the_old_tokenizer_name(file: Path) -> None:
@@ -173,18 +262,3 @@ def _use_the_old_tokenizer_name(file: Path) -> None:
         if fields.get("tokenizer_class") == "TokenizersBackend":
             fields["tokenizer_class"] = "PreTrainedTokenizerFast"
             file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_companions(model: nn.Module, tokenizer: Any | None, source_folder: Path | None, folder: Path) -> None:
-    """Write generation settings, tokenizer, and the source's image settings and licence files."""
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation.to_json_file(folder / "generation_config.json")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-        _use_the_old_tokenizer_name(folder / "tokenizer_config.json")
-    if source_folder is not None:
-        for pattern in (*_LEGAL_FILES, *_IMAGE_FILES):
-            for file in source_folder.glob(pattern):
-                if file.is_file():
-                    shutil.copyfile(file, folder / file.name)

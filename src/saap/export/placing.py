@@ -41,6 +41,15 @@ def check_output(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
     check_place(out, needed_bytes)
 
 
+def check_file(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
+    """Raise OutputError now if the file could not be written later."""
+    if out.is_dir():
+        raise OutputError(f"{out} is a folder", "Name the file to write, e.g. --out model.gguf")
+    if out.exists() and not overwrite:
+        raise OutputError(f"The file {out} exists", "Choose another --out, or use --overwrite")
+    check_place(out, needed_bytes)
+
+
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """A new folder beside `out` that takes its place when the block ends well, and vanishes when it does not."""
@@ -50,9 +59,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
         yield part
         for path in [*part.rglob("*"), part]:
             _flush(path)
-        _exchange(part, out)
+        place(part, out)
         _flush(out.absolute().parent)
-        remove_leftovers(out)
     except (OSError, OutputError) as error:
         cause = error.__cause__ if isinstance(error, OutputError) else error  # of a file inside
         reason = getattr(cause, "strerror", None) or cause

@@ -1,14 +1,21 @@
-"""What a figure is, and how matplotlib draws it: for the page (SVG that follows the page's colours) and for files."""
+"""What a figure is, and how matplotlib draws it: for the page (SVG that follows the page's colours) and for files.
+
+What it says stands in `words.jinja`, apart from what is measured and drawn.
+"""
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from saap.core.errors import EvaluationError, printable
 
@@ -29,9 +36,10 @@ STYLE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One figure. draw: onto a matplotlib axis. text: what it shows, in words, for those who cannot see it.
+    """One figure. draw: onto a matplotlib axis, which then gets a legend if it has several labels.
 
-    name: becomes that of files and anchors; whatever it is made of, letters, digits and hyphens are left of it.
+    text: what it shows, in words, for those who cannot see it. name: becomes that of files and anchors; only letters,
+    digits and hyphens are kept of it.
     """
 
     name: str
@@ -49,6 +57,26 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
 
 
+@functools.cache
+def _template() -> jinja2.Template:
+    source = (resources.files("saap.reporting") / "words.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
+    environment.filters |= {"n": lambda value, form: format(value, form)}
+    return environment.from_string(source)
+
+
+def words(block: str, **values: Any) -> str:
+    """A block of the template as one line. Escaping is left to the page, as for all that is shown."""
+    template = _template()
+    return " ".join("".join(template.blocks[block](template.new_context(values))).split())
+
+
+def caption(block: str, **values: Any) -> dict[str, Any]:
+    """The title of a figure and its text: what it shows, for those who cannot see it."""
+    title, _, text = words(block, **values).partition(" || ")
+    return {"title": title, "text": text}
+
+
 @contextmanager
 def _canvas(figure: Figure) -> Iterator[Any]:
     try:
@@ -60,7 +88,9 @@ def _canvas(figure: Figure) -> Iterator[Any]:
         ) from error
     with rc_context(STYLE):
         canvas = Canvas(figsize=(SIZE[0], figure.height))
-        figure.draw(canvas.subplots())
+        axis = canvas.subplots()
+        figure.draw(axis)
+        _add_legend(axis)
         _make_printable(canvas)
         yield canvas
 
@@ -102,9 +132,8 @@ def write_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for figure in figures:
-        svg = folder / f"{figure.name}.svg"
+        svg, png = (folder / f"{figure.name}.{ending}" for ending in ("svg", "png"))
         svg.write_text(to_svg(figure, ink="black"), encoding="utf-8")
-        png = folder / f"{figure.name}.png"
         with _canvas(figure) as canvas:
             canvas.savefig(png, format="png", dpi=200, transparent=False, facecolor="white")
         paths += [svg, png]
@@ -138,9 +167,12 @@ def percent_ticks(axis: Any, places: Iterable[float]) -> None:
     axis.set(xlabel="removed of the blocks' parameters")
 
 
-def legend_outside(axis: Any) -> None:
+def _add_legend(axis: Any) -> None:
     """A legend where no line can run through it: above if it is short, for narrow screens, else at the side."""
-    if len(axis.get_legend_handles_labels()[1]) <= 4:
+    labels = axis.get_legend_handles_labels()[1]
+    if len(labels) < 2:
+        return
+    if len(labels) <= 4:
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=9, borderaxespad=0.2, columnspacing=1.2)
     else:
         axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8.5, borderaxespad=0)

@@ -7,23 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from saap.core.evaluation_records import ModelSpeed, TaskResult
 from saap.core.manifest import StageRecord
-from saap.reporting.figures import (
-    COLOURS,
-    INK,
-    Figure,
-    label_bars,
-    legend_outside,
-    name_rows,
-    plain_ticks,
-    rows_height,
-)
-from saap.reporting.importance import Agreement, GroupView
-from saap.reporting.inputs import ModelSpeed, PlanGroup, TaskAccuracy
+from saap.core.records import FloatArray
+from saap.reporting.figures import COLOURS, INK, Figure, caption, label_bars, name_rows, plain_ticks, rows_height
+from saap.reporting.importance import Agreement, GroupView, PlanGroup
 
 POINTS = 800
 """At most so many points in a scatter: more only make the page heavy."""
 SCORES = ("vector", "element", "fused")
+MARKS = "os^"
 
 
 def structure(groups: Sequence[PlanGroup]) -> Figure:
@@ -37,140 +30,112 @@ def structure(groups: Sequence[PlanGroup]) -> Figure:
         axis.set(xlabel="layer", ylabel=f"{role} units", xlim=(-0.7, max(layers) + 0.7))
         axis.grid(visible=False, axis="x")
         axis.locator_params(axis="y", integer=True)
-        legend_outside(axis)
 
     least = min(groups, key=lambda group: group.kept / max(1, group.of))
-    text = (
-        f"Bars of kept units in each of {len(groups)} layers. {sum(kept) / max(1, sum(of)):.0%} of all {role} units "
-        f"stay; layer {least.layer} keeps the least, {least.kept:,} of {least.of:,}."
-    )
-    return Figure(name=f"structure-{role}", title=f"Kept {role} units by layer", text=text, draw=draw, height=2.8)
+    share = sum(kept) / max(1, sum(of))
+    said = caption("structure", role=role, layers=len(groups), share=share, least=least)
+    return Figure(name=f"structure-{role}", **said, draw=draw, height=2.8)
 
 
-def importance_by_layer(views: Sequence[GroupView]) -> Figure:
+def importance_figures(views: Sequence[GroupView], found: Sequence[Agreement]) -> list[Figure]:
+    """All figures about the scores of one role. views, found: one a layer."""
+    changes = any(one["fused, not element"] is not None for one in found)
+    return [
+        _by_layer(views), _distribution(views), _rank_agreement(views, found),
+        *([_changed_sides(views, found)] if changes else []), _fluctuation(views),
+    ]  # fmt: skip
+
+
+def _joined(views: Sequence[GroupView], score: str) -> Any:
+    """One array of a role, (units of all layers,)."""
+    return np.concatenate([getattr(view, score) for view in views])
+
+
+def _by_layer(views: Sequence[GroupView]) -> Figure:
     """Median and middle 80 % of each score by layer, each score divided by its median over all layers."""
     role, layers = views[0].role, [view.layer for view in views]
-    ends = np.cumsum([len(view.fused) for view in views])[:-1]
-    bands = {}
+    bands: dict[str, FloatArray] = {}
     for name in SCORES:
-        values = np.concatenate([getattr(view, name) for view in views])
-        parts = np.split(values / (float(np.median(values)) or 1.0), ends)
-        bands[name] = np.stack([np.percentile(part, [10, 50, 90]) for part in parts], axis=1)
+        middle = float(np.median(_joined(views, name))) or 1.0
+        bands[name] = np.array([np.percentile(getattr(view, name) / middle, [10, 50, 90]) for view in views]).T
 
     def draw(axis: Any) -> None:
-        for index, (name, (low, middle, high)) in enumerate(bands.items()):
-            axis.fill_between(layers, low, high, color=COLOURS[index], alpha=0.14, linewidth=0)
-            axis.plot(layers, middle, "os^"[index] + "-", color=COLOURS[index], label=name, markersize=3.5)
+        for (name, (low, median, high)), mark, colour in zip(bands.items(), MARKS, COLOURS, strict=False):
+            axis.fill_between(layers, low, high, color=colour, alpha=0.14, linewidth=0)
+            axis.plot(layers, median, f"{mark}-", color=colour, label=name, markersize=3.5)
         axis.set(xlabel="layer", ylabel="importance / median", yscale="log", xlim=(-0.7, max(layers) + 0.7))
         every = np.concatenate(list(bands.values()))
         plain_ticks(axis.yaxis, max(float(every.min()), 1e-2), float(every.max()))
-        legend_outside(axis)
 
-    text = (
-        f"Lines: the median {role} unit of each layer; bands: the middle 80 % of its units. Each score is divided by "
-        "its median over all layers, so 1 is an ordinary unit."
-    )
-    title = f"Importance of {role} units by layer, before and after fusion"
-    return Figure(name=f"by-layer-{role}", title=title, text=text, draw=draw)
+    return Figure(name=f"by-layer-{role}", **caption("by_layer", role=role), draw=draw)
 
 
-def importance_distribution(views: Sequence[GroupView]) -> Figure:
+def _distribution(views: Sequence[GroupView]) -> Figure:
     """Distributions of the scores over the units, before and after fusion, each divided by its median."""
     role = views[0].role
-    logs = {}
-    for name in SCORES:
-        values = np.concatenate([getattr(view, name) for view in views])
-        positive = values[values > 0]
-        if len(positive):
-            logs[name] = np.log10(positive / np.median(positive))
+    positive = {name: values[values > 0] for name in SCORES if (values := _joined(views, name)).max() > 0}
+    logs = {name: np.log10(values / np.median(values)) for name, values in positive.items()}
 
     def draw(axis: Any) -> None:
         low = min((np.percentile(values, 0.5) for values in logs.values()), default=-1.0)
         high = max((np.percentile(values, 99.5) for values in logs.values()), default=1.0)
         bins = np.linspace(low, high, 60).tolist()
-        for index, (name, values) in enumerate(logs.items()):
-            axis.hist(values, bins=bins, histtype="step", color=COLOURS[index], linewidth=1.6, label=name)
+        for (name, values), colour in zip(logs.items(), COLOURS, strict=False):
+            axis.hist(values, bins=bins, histtype="step", color=colour, linewidth=1.6, label=name)
         axis.set(xlabel="importance / median, power of ten", ylabel="units")
-        legend_outside(axis)
 
-    text = (
-        f"Histograms of the vector-wise, the element-wise and the fused importance of all {role} units, each divided "
-        "by its median. A narrow peak means that the score tells the units little apart; the outermost 0.5 % at each "
-        "end are left out."
-    )
-    title = f"Distribution of the importance of {role} units"
-    return Figure(name=f"distribution-{role}", title=title, text=text, draw=draw)
+    return Figure(name=f"distribution-{role}", **caption("distribution", role=role), draw=draw)
 
 
-def rank_agreement(views: Sequence[GroupView], found: Sequence[Agreement]) -> Figure:
+def _rank_agreement(views: Sequence[GroupView], found: Sequence[Agreement]) -> Figure:
     """Rank correlations by layer."""
     role, layers = views[0].role, [view.layer for view in views]
-    pairs = {"vector, element": "vector_element", "vector, fused": "vector_fused", "element, fused": "element_fused"}
 
     def draw(axis: Any) -> None:
-        for index, (label, pair) in enumerate(pairs.items()):
-            values = [getattr(one, pair) for one in found]
-            axis.plot(layers, values, "os^"[index] + "-", color=COLOURS[index], markersize=4, label=label)
+        for pair, mark, colour in zip(list(found[0])[:3], MARKS, COLOURS, strict=False):
+            label = pair.replace(" ~", ",")
+            axis.plot(layers, [one[pair] for one in found], f"{mark}-", color=colour, markersize=4, label=label)
         axis.set(xlabel="layer", ylabel="rank correlation", ylim=(None, 1.02))
-        legend_outside(axis)
 
-    text = "Spearman's rank correlation between two scores in each layer; 1 means the same order."
-    title = f"Do the scores order the {role} units alike?"
-    return Figure(name=f"agreement-{role}", title=title, text=text, draw=draw)
+    return Figure(name=f"agreement-{role}", **caption("agreement", role=role), draw=draw)
 
 
-def changed_sides(views: Sequence[GroupView], found: Sequence[Agreement]) -> Figure:
+def _changed_sides(views: Sequence[GroupView], found: Sequence[Agreement]) -> Figure:
     """By layer, the share of removed units that one score alone would have kept."""
     role = views[0].role
-    changed = [
-        (view.layer, 100 * (one.changed_from_vector or 0), 100 * one.changed)
-        for view, one in zip(views, found, strict=True)
-        if one.changed is not None
-    ]
-    layers, *shares = zip(*changed, strict=True)
+    keys = ("fused, not vector", "fused, not element")
+    changed = [(view.layer, one) for view, one in zip(views, found, strict=True) if one[keys[0]] is not None]
+    layers = np.array([layer for layer, _ in changed])
+    vector, element = (np.array([100 * (one[key] or 0) for _, one in changed]) for key in keys)
 
     def draw(axis: Any) -> None:
-        for index, name in enumerate(("vector", "element")):
-            places = np.array(layers) + (index - 0.5) * 0.4
-            axis.bar(places, shares[index], 0.4, color=COLOURS[index], label=f"{name} alone")
+        axis.bar(layers - 0.2, vector, 0.4, color=COLOURS[0], label="vector alone")
+        axis.bar(layers + 0.2, element, 0.4, color=COLOURS[1], label="element alone")
         axis.set(xlabel="layer", ylabel="% of the removed units")
         axis.grid(visible=False, axis="x")
-        legend_outside(axis)
 
-    text = (
-        f"Of the units that the fused score would remove, those that one score alone would keep: on average "
-        f"{np.mean(shares[0]):.0f} % against the coarse score (vector) and {np.mean(shares[1]):.0f} % against the fine "
-        "score (element)."
-    )
-    title = f"{role} units that change sides by the fusion"
-    return Figure(name=f"changed-{role}", title=title, text=text, draw=draw, height=2.8)
+    said = caption("changed", role=role, vector=vector.mean(), element=element.mean())
+    return Figure(name=f"changed-{role}", **said, draw=draw, height=2.8)
 
 
-def fluctuation(views: Sequence[GroupView]) -> Figure:
+def _fluctuation(views: Sequence[GroupView]) -> Figure:
     """Fluctuation against importance, removed units apart."""
     role = views[0].role
-    mean, variance, kept = (
-        np.concatenate([getattr(view, name) for view in views]) for name in ("fused", "fluctuation", "kept")
-    )
-    spread = np.sqrt(variance)
+    mean, kept = _joined(views, "fused"), _joined(views, "kept")
+    spread = np.sqrt(_joined(views, "fluctuation"))
     chosen = np.random.default_rng(0).permutation(len(mean))[:POINTS]
 
     def draw(axis: Any) -> None:
         shown = np.isin(np.arange(len(mean)), chosen) & (spread > 0) & (mean > 0)
-        for stays, colour, mark, label in ((True, COLOURS[0], "o", "kept"), (False, COLOURS[1], "x", "removed")):
-            here, width = shown & (kept == stays), 0 if mark == "o" else 0.8
-            axis.scatter(
-                mean[here], spread[here], s=9, marker=mark, color=colour, alpha=0.55, label=label, linewidths=width
-            )
+        for stays, colour, mark, width, label in ((True, COLOURS[0], "o", 0, "kept"),
+                                                  (False, COLOURS[1], "x", 0.8, "removed")):  # fmt: skip
+            here = shown & (kept == stays)
+            style = {"s": 9, "marker": mark, "color": colour, "alpha": 0.55, "linewidths": width}
+            axis.scatter(mean[here], spread[here], label=label, **style)
         axis.set(xlabel="fused importance", ylabel="fluctuation (deviation)", xscale="log", yscale="log")
-        legend_outside(axis)
 
-    text = (
-        f"Each point is one of {min(len(mean), POINTS):,} units drawn at random: how far its fused importance moves "
-        "from sample to sample, against the importance itself. Points that rise to the right say that what fluctuates "
-        "is also important, so that removing the most volatile units first would remove vital ones."
-    )
-    return Figure(name=f"fluctuation-{role}", title=f"Fluctuation against importance, {role}", text=text, draw=draw)
+    said = caption("fluctuation", role=role, points=len(chosen))
+    return Figure(name=f"fluctuation-{role}", **said, draw=draw)
 
 
 def trail(candidates: Sequence[tuple[str, float]]) -> Figure:
@@ -186,92 +151,78 @@ def trail(candidates: Sequence[tuple[str, float]]) -> Figure:
         scale = "log" if max(losses) > 20 * min(losses) else "linear"
         axis.set(xlabel="KL to the dense model, nats per token", xscale=scale)
 
-    text = f"{len(names)} candidates were tried; the best is “{names[0]}” with {losses[0]:.3f} nats per token."
-    return Figure(name="trail", title="Candidates of the search", text=text, draw=draw, height=rows_height(len(names)))
+    said = caption("trail", count=len(names), best=names[0], loss=losses[0])
+    return Figure(name="trail", **said, draw=draw, height=rows_height(len(names)))
 
 
-def accuracy(tasks: Mapping[str, Mapping[str, TaskAccuracy]]) -> Figure:
+def accuracy(tasks: Mapping[str, Mapping[str, TaskResult]]) -> Figure:
     """Accuracy with standard errors, by model and task."""
-    names = list(next(iter(tasks.values())))
+    first = next(iter(tasks.values()))
     width = 0.8 / len(tasks)
 
     def draw(axis: Any) -> None:
         for index, (model, found) in enumerate(tasks.items()):
-            places = np.arange(len(names)) + (index - (len(tasks) - 1) / 2) * width
-            values, errors = zip(*((found[name].acc, found[name].acc_stderr) for name in names), strict=True)
+            places = np.arange(len(first)) + (index - (len(tasks) - 1) / 2) * width
+            values, errors = zip(*((found[name].acc, found[name].acc_stderr) for name in first), strict=True)
             colour = COLOURS[index % len(COLOURS)]
             axis.bar(places, values, width, yerr=errors, label=model, capsize=3, color=colour, ecolor=INK)
-        axis.set_xticks(np.arange(len(names)), names)
-        for place, name in enumerate(names):
-            chance = next(iter(tasks.values()))[name].chance
+        axis.set_xticks(np.arange(len(first)), list(first))
+        for place, task in enumerate(first.values()):
             label = {} if place else {"label": "chance"}
-            axis.plot([place - 0.45, place + 0.45], [chance, chance], linestyle=":", color=INK, **label)
+            axis.plot([place - 0.45, place + 0.45], [task.chance] * 2, linestyle=":", color=INK, **label)
         axis.grid(visible=False, axis="x")
         axis.set(ylabel="accuracy")
-        legend_outside(axis)
 
-    text = f"Accuracy of {', '.join(tasks)} on {', '.join(names)}, with standard errors; dotted: guessing."
-    return Figure(name="accuracy", title="Zero-shot accuracy", text=text, draw=draw)
+    return Figure(name="accuracy", **caption("accuracy", models=tasks, tasks=first), draw=draw)
 
 
 def speeds(models: Mapping[str, ModelSpeed]) -> Figure:
     """Tokens per second by the name of the model; the first is what the others are compared with."""
-    kinds = {"reading": "prefill", "writing": "decode"}
     base = next(iter(models))
+    found = {phase: {name: getattr(one, phase) for name, one in models.items()} for phase in ("prefill", "decode")}
 
     def draw(axis: Any) -> None:
         from matplotlib.ticker import FuncFormatter
 
-        # reading is many times quicker than writing, so each is shown relative to the first model
-        for index, (model, speed) in enumerate(models.items()):
-            places = np.arange(len(kinds)) + (index - (len(models) - 1) / 2) * 0.8 / len(models)
-            values = [getattr(speed, kind) for kind in kinds.values()]
-            shares = [value / getattr(models[base], kind) for value, kind in zip(values, kinds.values(), strict=True)]
+        # prefill is many times quicker than decode, so each is shown relative to the first model
+        for index, model in enumerate(models):
+            places = np.arange(len(found)) + (index - (len(models) - 1) / 2) * 0.8 / len(models)
+            shares = [values[model] / values[base] for values in found.values()]
             bars = axis.barh(places, shares, 0.8 / len(models), color=COLOURS[index % len(COLOURS)], label=model)
-            label_bars(axis, bars, [f"{value:,.0f}/s" for value in values])
-        name_rows(axis, list(kinds))
+            label_bars(axis, bars, [f"{values[model]:,.0f}/s" for values in found.values()])
+        name_rows(axis, list(found))
         axis.margins(x=0.12)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} x"))
         axis.set(xlabel=f"speed / {base}")
-        legend_outside(axis)
 
-    said = [
-        f"{label}: {', '.join(f'{model} {getattr(speed, kind):,.0f}' for model, speed in models.items())}"
-        for label, kind in kinds.items()
-    ]
-    text = f"Tokens per second. {'; '.join(said)}."
-    return Figure(name="speed", title="Speed", text=text, draw=draw, height=rows_height(len(kinds) * len(models)))
+    return Figure(name="speed", **caption("speeds", speeds=found), draw=draw, height=rows_height(2 * len(models)))
 
 
 def stages(costs: Sequence[StageRecord]) -> Figure:
     """Seconds and peak memory of each stage."""
+    memory = [cost.peak_resident_bytes / 1e9 for cost in costs]
 
     def draw(axis: Any) -> None:
         bars = axis.barh(range(len(costs)), [cost.seconds for cost in costs], color=COLOURS[0])
-        labels = [f"{cost.seconds:,.1f} s, {cost.peak_resident_bytes / 1e9:.1f} GB" for cost in costs]
+        labels = [f"{cost.seconds:,.1f} s, {size:.1f} GB" for cost, size in zip(costs, memory, strict=True)]
         label_bars(axis, bars, labels)
         name_rows(axis, [cost.name for cost in costs])
         axis.margins(x=0.22)
         axis.set(xlabel="seconds")
 
-    total, peak = sum(cost.seconds for cost in costs), max(cost.peak_resident_bytes for cost in costs)
-    text = f"{len(costs)} stages, {total:,.0f} seconds in all, never more than {peak / 1e9:.1f} GB of memory."
-    title = "Time and peak memory of each stage"
-    return Figure(name="stages", title=title, text=text, draw=draw, height=rows_height(len(costs)))
+    seconds = sum(cost.seconds for cost in costs)
+    said = caption("stages", count=len(costs), seconds=seconds, gigabytes=max(memory))
+    return Figure(name="stages", **said, draw=draw, height=rows_height(len(costs)))
 
 
 def losses(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     """Loss curves of a recovery. curves: label -> (step, loss)."""
 
     def draw(axis: Any) -> None:
-        for index, (label, points) in enumerate(curves.items()):
+        for (label, points), mark, colour in zip(curves.items(), MARKS, COLOURS, strict=False):
             steps, values = zip(*points, strict=True)
-            mark = "" if len(points) > 40 else "os"[index % 2]
-            axis.plot(steps, values, f"{mark}-", color=COLOURS[index], label=label, markersize=4)
+            style = f"{'' if len(points) > 40 else mark}-"
+            axis.plot(steps, values, style, color=colour, label=label, markersize=4)
         axis.set(xlabel="step", ylabel="loss, nats per token")
-        legend_outside(axis)
 
-    text = "Loss over the steps of the recovery: " + ", ".join(
-        f"{label} from {points[0][1]:.2f} to {points[-1][1]:.2f}" for label, points in curves.items()
-    )
-    return Figure(name="losses", title="Loss of the recovery", text=text, draw=draw)
+    return Figure(name="losses", **caption("losses", curves=curves), draw=draw)

@@ -1,19 +1,27 @@
-"""`saap report`: from a pruned model's folder or a comparison, and reports of `saap eval`, to one page."""
+"""`saap report`: from a pruned model's folder or a comparison, and reports of `saap eval`, to one page.
+
+The files may come from anybody: what is shown of them is of the right type, and small enough to be drawn.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from saap.core.errors import EvaluationError, OutputError
+from saap.core.evaluation_records import COMPARISON, Comparison, EvalReport
 from saap.core.manifest import read_manifest
-from saap.core.storage import write_whole
-from saap.reporting.comparison_page import comparison_page
+from saap.core.storage import faults_of, write_whole
+from saap.reporting.comparison import comparison_page
 from saap.reporting.figures import slug, write_figures
-from saap.reporting.inputs import COMPARISON, read_comparison, read_evaluation
 from saap.reporting.model_page import model_page
 from saap.reporting.page import Page, render
 from saap.reporting.tables import write_table
+
+_Record = TypeVar("_Record", bound=BaseModel)
 
 
 def build_page(source: Path, evaluations: Sequence[Path] = (), comparison: Path | None = None) -> Page:
@@ -22,13 +30,13 @@ def build_page(source: Path, evaluations: Sequence[Path] = (), comparison: Path 
     evaluations: JSON files that `saap eval --out` wrote. comparison: a folder that `saap compare` wrote, whose
     baselines are to be shown with a pruned model. Raises SaapError for anything else.
     """
-    reports = [read_evaluation(path) for path in evaluations]
-    baselines = None if comparison is None else read_comparison(_comparison_file(comparison))
+    reports = [_read(EvalReport, path, "report of `saap eval`", "Give the file that it wrote") for path in evaluations]
+    baselines = None if comparison is None else _read_comparison(_comparison_file(comparison))
     file = _comparison_file(source)
     if file.name == COMPARISON and file.is_file():
         if baselines is not None:
             raise EvaluationError(f"{source} is a comparison itself", "Leave out --compare, or name a pruned model")
-        return comparison_page(read_comparison(file), reports)
+        return comparison_page(_read_comparison(file), reports)
     manifest = read_manifest(source)
     if manifest is None:
         raise EvaluationError(
@@ -36,6 +44,31 @@ def build_page(source: Path, evaluations: Sequence[Path] = (), comparison: Path 
             "Name a folder that one of them wrote",
         )
     return model_page(source, manifest, reports, baselines)
+
+
+def _comparison_file(place: Path) -> Path:
+    return place / COMPARISON if place.is_dir() else place
+
+
+def _read_comparison(path: Path) -> Comparison:
+    """Also checks that every row has the texts of the dense model, and its tasks if it has any."""
+    remedy = "Name a folder that `saap compare` wrote"
+    comparison = _read(Comparison, path, "comparison", remedy)
+    dense = comparison.dense
+    for number, row in enumerate(comparison.rows):
+        lacking = [text for text in dense.perplexity if text not in row.perplexity.keys() & row.ratios.keys()]
+        lacking += [task for task in dense.tasks if row.tasks and task not in row.tasks]
+        if lacking:
+            raise EvaluationError(f"{path} is no comparison (rows.{number} lacks {lacking[0]!r})", remedy)
+    return comparison
+
+
+def _read(kind: type[_Record], path: Path, what: str, remedy: str) -> _Record:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = faults_of(error) if isinstance(error, ValidationError) else error.strerror
+        raise EvaluationError(f"{path} is no {what} ({reason})", remedy) from None
 
 
 def write_page(page: Page, out: Path, figure_folder: Path | None) -> list[Path]:
@@ -52,7 +85,3 @@ def write_page(page: Page, out: Path, figure_folder: Path | None) -> list[Path]:
         return written
     except OSError as error:
         raise OutputError(f"{out} cannot be written ({error.strerror})", "Choose another --out") from error
-
-
-def _comparison_file(place: Path) -> Path:
-    return place / COMPARISON if place.is_dir() else place

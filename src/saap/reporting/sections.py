@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from saap.core.evaluation_records import EvalReport, GenerationReport, ModelSpeed, Perplexity, SpeedReport, TaskResult
 from saap.reporting import model_figures
-from saap.reporting.inputs import Evaluation, Generation, Measured, ModelSpeed, Speed
+from saap.reporting.figures import words
 from saap.reporting.page import Section
 from saap.reporting.tables import names_apart, number, short
 
-MODES = ("greedy", "sampled")
 MEASURES = (
     ("distinct_1", "distinct words, %", 100), ("distinct_2", "distinct pairs, %", 100),
     ("distinct_3", "distinct triples, %", 100), ("repetition", "repeated, %", 100), ("tokens", "tokens", 1),
@@ -20,96 +21,83 @@ MEASURES = (
 )  # fmt: skip
 
 
-def evaluation_sections(reports: Sequence[Evaluation]) -> list[Section]:
+def evaluation_sections(reports: Sequence[EvalReport]) -> list[Section]:
     """Perplexities, tasks, text and speed of `saap eval`, with the dense model where it was measured."""
     parts = [part for report in reports for part in (report.dense, report) if part is not None]
-    columns: dict[str, Measured] = {}
+    perplexity: defaultdict[str, dict[str, Perplexity]] = defaultdict(dict)
+    tasks: defaultdict[str, dict[str, TaskResult]] = defaultdict(dict)
     for label, part in zip(_labels(parts), parts, strict=True):
-        known = columns.setdefault(label, Measured(model=label, perplexity={}, tasks={}))
-        known.perplexity |= part.perplexity
-        known.tasks |= part.tasks
-    return [
-        *_perplexity_sections(columns),
-        *_task_sections(columns),
-        *(section for report in reports for section in _writing_sections(report.generation)),
+        perplexity[label] |= part.perplexity
+        tasks[label] |= part.tasks
+    generations = [_generation_section(report.generation) for report in reports if report.generation is not None]
+    sections = [
+        _perplexity_section(perplexity),
+        _task_section({model: found for model, found in tasks.items() if found}),
+        *generations,
         *(_speed_section(report.speed) for report in reports if report.speed is not None),
     ]
+    return [section for section in sections if section is not None]
 
 
-def _labels(measured: Sequence[Measured | ModelSpeed]) -> list[str]:
+def _labels(measured: Sequence[EvalReport | ModelSpeed]) -> list[str]:
     """What to call each model: the last part of its name where no other ends alike, and what tells revisions apart."""
     models = [(one.model, getattr(one, "revision", None)) for one in measured]
     alike = len({short(name) for name, _ in models}) < len({name for name, _ in models})
     return names_apart(models if alike else [(short(name), revision) for name, revision in models])
 
 
-def _perplexity_sections(columns: Mapping[str, Measured]) -> list[Section]:
-    texts = list(dict.fromkeys(text for part in columns.values() for text in part.perplexity))
-    if not texts:
-        return []
+def _perplexity_section(found: Mapping[str, Mapping[str, Perplexity]]) -> Section | None:
+    texts = list(dict.fromkeys(text for values in found.values() for text in values))
     rows = [
-        [name, *(number(part.perplexity[text].value, 2) if text in part.perplexity else "" for text in texts)]
-        for name, part in columns.items()
+        [model, *(number(values[text].value, 2) if text in values else "" for text in texts)]
+        for model, values in found.items()
     ]
-    table = ["model", *map(short, texts)], rows
-    return [Section(name="perplexity", title="Perplexity", tables=[("Lower is better", table)])]
+    tables = [("Lower is better", (["model", *map(short, texts)], rows))]
+    return Section(name="perplexity", title="Perplexity", tables=tables) if texts else None
 
 
-def _task_sections(columns: Mapping[str, Measured]) -> list[Section]:
-    tested = {name: part.tasks for name, part in columns.items() if part.tasks}
+def _task_section(tested: Mapping[str, Mapping[str, TaskResult]]) -> Section | None:
     if not tested:
-        return []
+        return None
     names = list(next(iter(tested.values())))
     common = {model: tasks for model, tasks in tested.items() if list(tasks) == names}
     rows = [
         [name, *(f"{tasks[name].acc:.3f} ± {tasks[name].acc_stderr:.3f}" for tasks in common.values())]
         for name in names
     ]
-    return [
-        Section(
-            name="tasks",
-            title="Questions answered without examples",
-            figures=[model_figures.accuracy(common)],
-            tables=[("Accuracy and standard error", (["task", *common], rows))],
-        )
-    ]
+    return Section(
+        name="tasks", title="Questions answered without examples", figures=[model_figures.accuracy(common)],
+        tables=[("Accuracy and standard error", (["task", *common], rows))],
+    )  # fmt: skip
 
 
-def _writing_sections(generation: Generation | None) -> list[Section]:
+def _generation_section(generation: GenerationReport) -> Section | None:
     """What the models wrote, measured and side by side."""
-    if generation is None:
-        return []
-    rows = []
-    for mode in MODES:
-        for name, figures in (("dense", generation.dense_figures), ("pruned", generation.figures)):
-            if figures and mode in figures:
-                values = [(getattr(figures[mode], key), factor) for key, _, factor in MEASURES]
-                cells = [number(None if value is None else value * factor, 1) for value, factor in values]
-                rows.append([f"{name}, {mode}", *cells])
-    words = []
+    rows = [
+        [f"{name}, {mode}", *(number(getattr(figures[mode], key), 1, factor) for key, _, factor in MEASURES)]
+        for mode in ("greedy", "sampled")
+        for name, figures in (("dense", generation.dense_figures or {}), ("pruned", generation.figures))
+        if mode in figures
+    ]
+    said = []
     if generation.token_agreement is not None:
-        words.append(
-            f"Reading what the dense model wrote, the pruned one would have gone on with the same token in "
-            f"{generation.token_agreement:.0%} of the places."
-        )
+        said.append(words("token_agreement", share=generation.token_agreement))
     facts = {name: one for name, one in (("dense", generation.dense_cloze), ("pruned", generation.cloze)) if one}
     if facts:
-        asked = next(iter(facts.values())).prompts
-        said = " and ".join(f"the {name} model {one.accuracy:.0%}" for name, one in facts.items())
-        words.append(f"Of the facts that were asked ({asked} sentences to complete), {said} were completed rightly.")
+        accuracies = {name: one.accuracy for name, one in facts.items()}
+        said.append(words("facts", prompts=next(iter(facts.values())).prompts, facts=accuracies))
     answers = [
         (prompt, tuple((name, texts[name]) for name in ("dense", "pruned") if name in texts))
         for prompt, texts in generation.samples.get("greedy", {}).items()
     ]
-    if not rows and not answers:
-        return []
     caption = "What was written: variety, repetition, and how likely the dense model finds it"
     tables = [(caption, (["model, mode", *(label for _, label, _ in MEASURES)], rows))] if rows else []
     title = "Answers side by side"
-    return [Section(name="answers", title=title, paragraphs=words, tables=tables, answers=answers)]
+    section = Section(name="answers", title=title, paragraphs=said, tables=tables, answers=answers)
+    return section if rows or answers else None
 
 
-def _speed_section(speed: Speed) -> Section:
+def _speed_section(speed: SpeedReport) -> Section:
     """Tokens per second; the model that it is compared with comes first."""
     measured = [one for one in (speed.against, speed.model) if one is not None]
     models = dict(zip(_labels(measured), measured, strict=True))
@@ -117,9 +105,9 @@ def _speed_section(speed: Speed) -> Section:
         [name, number(one.prefill, 1), number(one.decode, 1), f"{one.bytes_per_token:,}"]
         for name, one in zip(_labels(measured), measured, strict=True)
     ]
-    caption = f"Tokens per second in {speed.runtime}, one sequence, weights {speed.weights}, {speed.threads} threads"
-    table = ["model", "reading", "writing", "bytes read per written token"], rows
-    return Section(name="speed", title="Speed", figures=[model_figures.speeds(models)], tables=[(caption, table)])
+    table = ["model", "prefill", "decode", "bytes read per written token"], rows
+    tables = [(words("speed_table", speed=speed), table)]
+    return Section(name="speed", title="Speed", figures=[model_figures.speeds(models)], tables=tables)
 
 
 def environment_section(

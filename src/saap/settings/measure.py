@@ -1,6 +1,5 @@
 """Settings of eval, compare, generate and export, which commands and recipes share."""
 
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -12,13 +11,12 @@ from saap.settings.prune import (
     BOS,
     GGUF_TYPE,
     GgufType,
-    Method,
     MethodChoice,
     PruneConfig,
-    RuntimeName,
     check_gguf_type,
 )
 from saap.settings.recover import DENSE_CODE, DENSE_REVISION
+from saap.settings.registry import ExportFormat, Method, RuntimeName
 from saap.settings.setting import AtLeast1, Commas, Different, Flag, Names, Only, Ratio, Seed, Settings
 
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -229,18 +227,9 @@ class CompareRequest(Settings):
         return bool(self.evaluation.tasks) and (self.task_ratios is None or ratio in self.task_ratios)
 
 
-class ExportFormat(StrEnum):
-    """What a model can be written as."""
-
-    GGUF = "gguf"
-    DECILM = "decilm"
-
-
 class ExportRequest(Settings):
     """What to export: the format, and for GGUF the type of the weights and whether llama.cpp checks the file."""
 
-    format: Annotated[
-        ExportFormat, format_flag("gguf, for llama.cpp and Ollama; decilm, a folder for vLLM (not tried there).")
-    ] = ExportFormat.GGUF
+    format: Annotated[ExportFormat, format_flag(f"{ExportFormat.summaries()}.")] = ExportFormat.GGUF
     quantization: Annotated[GgufType, format_flag("Of the weights in GGUF.")] = GgufType.F16
     verify: Annotated[bool, format_flag("Compare the file in llama.cpp with transformers.")] = True

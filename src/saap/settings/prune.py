@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from saap.core.errors import ConfigurationError
 from saap.core.roles import Layout, Role
+from saap.settings.registry import Importance, Method, RuntimeName, Strategy
 from saap.settings.setting import (
     AtLeast1,
     Bytes,
@@ -29,16 +30,6 @@ text_flag = partial(Flag, panel="Calibration text")
 search_flag = partial(Flag, panel="Method and search")
 BOS = "Begin each window of text with the tokenizer's BOS token, if it puts one before texts."
 GGUF_TYPE = "Of the weights in llama.cpp."
-
-
-class Importance(StrEnum):
-    """Which score orders the units of a module."""
-
-    VECTOR = "vector"
-    ELEMENT1 = "element1"
-    ELEMENT2 = "element2"
-    MIXED = "mixed"
-    FUSED = "fused"
 
 
 class ElementOrder(StrEnum):
@@ -65,38 +56,6 @@ class FusionScope(StrEnum):
     ROLE = "role"
     LAYER = "layer"
     LAYER_ROLE = "layer-role"
-
-
-class Strategy(StrEnum):
-    """How the search decides how much of each module is removed."""
-
-    ADAPTIVE = "adaptive"
-    IMPORTANCE = "importance"
-    UNIFORM = "uniform"
-    VOLATILITY_Z = "volatility-z"
-    VOLATILITY_CV = "volatility-cv"
-
-
-class Method(StrEnum):
-    """Which method decides: SAAP, or a baseline with its own scores and rules."""
-
-    SAAP = "saap"
-    RANDOM = "random"
-    MAGNITUDE = "magnitude"
-    LLM_PRUNER_VECTOR = "llm-pruner-vector"
-    LLM_PRUNER_ELEMENT1 = "llm-pruner-element1"
-    LLM_PRUNER_ELEMENT2 = "llm-pruner-element2"
-    LLM_PRUNER_MIXED = "llm-pruner-mixed"
-    WANDA_SP = "wanda-sp"
-    FLAP = "flap"
-    BLOCK_INFLUENCE = "block-influence"
-
-
-class RuntimeName(StrEnum):
-    """Which program computes the model where its speed is measured."""
-
-    TRANSFORMERS = "transformers"
-    LLAMA_CPP = "llama.cpp"
 
 
 class GgufType(StrEnum):
@@ -367,16 +326,6 @@ class PruneConfig(Settings):
                 "Leave out one of the two",
             )
         return self
-
-    @property
-    def element_score(self) -> ElementOrder:
-        """The order of the element-wise score that has to be estimated."""
-        named = {
-            Importance.ELEMENT1: ElementOrder.FIRST,
-            Importance.ELEMENT2: ElementOrder.SECOND,
-            Importance.MIXED: ElementOrder.MIXED,
-        }
-        return named.get(self.importance, self.element_order)
 
     @property
     def trusts_calibration(self) -> bool:

@@ -1,19 +1,15 @@
 """Second-order cost of every unit: what its removal costs the loss once the others have compensated for it.
 
-One walk over the calibration samples collects, on the way back, for the module that reads a group's channels, the Gram
-matrix of its inputs, where each token weighs as much as the loss is sensitive to the module's output there. Tokens
-differ in both by orders of magnitude (a first token may have huge outputs that hardly matter), so the mean error times
-the mean sensitivity would be far off. The greedy removal order on the Gram matrix gives the squared error of each
-further unit; half of it is a loss change in nats, comparable over layers and roles, also where a norm stands between
-the module and the residual stream.
+A walk collects, for the module that reads a group's channels, the Gram matrix of its inputs, each token weighted by the
+sensitivity of the loss to the module's output there: tokens differ in both by orders of magnitude. The greedy removal
+order on it gives the squared error of each further unit; half of that is a loss change in nats, comparable over layers.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +23,7 @@ from saap.models.walk.processes import Processes
 from saap.models.walk.walk import walk
 
 CURVE_STEPS = 32
-"""Batches in which the units of a module are removed: fine enough for the steps of a plan."""
+"""Batches in which the units of a module are removed: fine enough for the decrements of a plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,23 +53,17 @@ class WeightedGrams(Observer):
     spilled activations the units are put in order, and the matrix freed, while their block's weights are in memory.
     """
 
-    def __init__(self, backend: Backend, tokens: int) -> None:
+    def __init__(self, backend: Backend, tokens: Tensor) -> None:
         self._backend, self._tokens = backend, tokens
         self._groups = sole_consumers(backend.graph)
         self._grams = {} if backend.spill is not None else {path: self._empty(path) for path in self._groups}
         self._removed: dict[str, tuple[Tensor, Tensor]] = {}
-        self._walked = 0
         self.needs = dict.fromkeys(self._groups, Signal.INPUT | Signal.OUTPUT_GRADIENT)
 
-    def reporting(self) -> Backend:
-        """The backend for the walk; its progress leaves room for the modules that are then put in order."""
-        backend, modules = self._backend, len(self._backend.processes.share(len(self._grams)))
-
-        def progress(done: int, total: int) -> None:
-            self._walked = total
-            backend.progress(done, total + modules)
-
-        return dataclasses.replace(backend, progress=progress)
+    @property
+    def own(self) -> range:
+        """The modules, by number, that this process puts in order after the walk."""
+        return self._backend.processes.share(len(self._grams))
 
     def _weight(self, path: str) -> Tensor:
         return weight_out_in(self._backend.model.get_submodule(path))
@@ -101,7 +91,7 @@ class WeightedGrams(Observer):
         group, weight = self._groups[path], self._weight(path)
         units = unit_channels(group.consumers[0], group.units, weight.device)
         at_once = max(1, group.units // CURVE_STEPS)
-        return removal_order(weight, gram / self._tokens, units, group.units, at_once=at_once)
+        return removal_order(weight, gram / self._tokens.numel(), units, group.units, at_once=at_once)
 
     def merge(self, processes: Processes) -> None:
         """Sum the matrices over all processes."""
@@ -109,18 +99,19 @@ class WeightedGrams(Observer):
 
     def result(self) -> SecondOrder:
         """The matrices that are left, the costs and the orders; each process puts a part of the modules in order."""
-        processes, ordered = self._backend.processes, {}
-        own = processes.share(len(self._grams))
-        for index, path in enumerate(list(self._grams)[own.start : own.stop]):
+        processes, own, ordered = self._backend.processes, self.own, {}
+        walked = len(processes.share(len(self._tokens)))
+        for done, path in enumerate(list(self._grams)[own.start : own.stop], walked + 1):
             ordered[path] = self._order(path, self._grams[path])
-            self._backend.progress(self._walked + index + 1, self._walked + len(own))
+            self._backend.progress(done, walked + len(own))
         self._removed |= {path: found for part in processes.gather(ordered) for path, found in part.items()}
         scores, orders = {}, {}
         for path, group in self._groups.items():
             order, costs = self._removed[path]
             nats = torch.empty_like(costs)
             nats[order] = 0.5 * costs
-            scores[group.name] = UnitScores(mean=nats.cpu().numpy(), variance=torch.zeros_like(nats).cpu().numpy())
+            mean = nats.cpu().numpy()
+            scores[group.name] = UnitScores(mean=mean, variance=np.zeros_like(mean))
             orders[group.name] = order.cpu().numpy()
         return SecondOrder({self._groups[path].name: gram for path, gram in self._grams.items()}, scores, orders)
 
@@ -133,6 +124,8 @@ def second_order_costs(
 
     ignored: ids of which no loss is taken. Raises NonFiniteLossError.
     """
-    grams = WeightedGrams(backend, tokens.numel())
-    walk(grams.reporting(), tokens, [grams], micro_batch=micro_batch, ignored=ignored)
+    grams = WeightedGrams(backend, tokens)
+    later = len(grams.own)
+    walking = dataclasses.replace(backend, progress=lambda done, total: backend.progress(done, total + later))
+    walk(walking, tokens, [grams], micro_batch=micro_batch, ignored=ignored)
     return grams.result()

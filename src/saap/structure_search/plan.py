@@ -1,38 +1,36 @@
 """The stage: scores, graph and budget in, structure plan out."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from saap.core.errors import PlanError, TargetError
-from saap.core.records import (
-    Candidate,
-    Layout,
-    ModelGraph,
-    Role,
-    StructurePlan,
-    UnitScores,
-    count_parameters,
-)
+from saap.core.records import Candidate, Layout, ModelGraph, Role, StructurePlan, UnitScores, count_parameters
 from saap.core.storage import PlanDocument
 from saap.models.structure.keep_index import KeepIndex, Kept, require_possible
-from saap.settings.prune import PrunableRole, SkipLayers, Strategy, unit_roles
-from saap.structure_search.adaptive import Evaluator, SearchGuide, adaptive, protected_layers
-from saap.structure_search.allocation import AnyBudget, Proposal, Scores, SearchProblem
-from saap.structure_search.strategies import STRATEGIES, importance_order
-from saap.structure_search.variables import build_variables, required_step
+from saap.settings.prune import PrunableRole, SkipLayers, unit_roles
+from saap.settings.registry import Strategy
+from saap.structure_search.budget import AnyBudget
+from saap.structure_search.problem import (
+    Evaluator,
+    Proposal,
+    Scores,
+    SearchGuide,
+    SearchProblem,
+    build_variables,
+    importance_order,
+    required_step,
+)
+from saap.structure_search.strategies import protected_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpace:
     """What may change, and how. skip_layers None: the search decides about the ends.
 
-    legal_sizes: by role, the only sizes that may be chosen beside the dense one; None: all.
+    legal_sizes: by role, the only sizes that may be chosen besides the dense one; None: all.
     """
 
     roles: tuple[PrunableRole, ...]
@@ -40,6 +38,10 @@ class SearchSpace:
     align: int
     skip_layers: SkipLayers | None = None
     legal_sizes: Mapping[Role, Collection[int]] | None = None
+
+    def skipped(self, graph: ModelGraph) -> tuple[int, ...]:
+        """The layers that lose nothing on request."""
+        return () if self.skip_layers is None else self.skip_layers.layers(len(graph.blocks))
 
 
 def check_reachable(graph: ModelGraph, budget: AnyBudget, space: SearchSpace) -> StructurePlan:
@@ -49,114 +51,66 @@ def check_reachable(graph: ModelGraph, budget: AnyBudget, space: SearchSpace) ->
 
 
 def search(
-    graph: ModelGraph,
-    scores: Scores,
-    budget: AnyBudget,
-    space: SearchSpace,
-    strategy: Strategy,
+    graph: ModelGraph, scores: Scores, budget: AnyBudget, space: SearchSpace, strategy: Strategy,
     guide: SearchGuide | None = None,
-) -> StructurePlan:
+) -> StructurePlan:  # fmt: skip
     """Decide how many units each module keeps, and which.
 
-    guide: for the adaptive strategy, and its evaluator, called once per block, for the role `block`.
+    guide: for strategies that measure, and its evaluator, called once per block, for the role `block`.
     Raises TargetError if the budget cannot be reached.
     """
     guide = guide or SearchGuide()
     dropped = _blocks_to_drop(graph, scores, budget, space, guide.evaluator)
-    left = dataclasses.replace(budget, removal=budget.removal - budget.removed(graph, {}, dropped))
+    remaining = dataclasses.replace(budget, removal=budget.removal - budget.removed(graph, {}, dropped))
     keep: dict[str, tuple[int, ...]] = {}
     trail: tuple[Candidate, ...] = ()
-    while left.removal > 0:
-        problem = _problem(graph, scores, left, space, dropped)
-        if strategy is Strategy.ADAPTIVE:
-            proposal, trail = adaptive(problem, guide)
-        else:
-            problem, proposal = _single(problem, space, strategy)
-        keep = proposal.keep(problem.variables)
-        missing = budget.removal - budget.removed(graph, keep, dropped)
-        if missing <= 0:
-            break
+    protects = strategy is not Strategy.ADAPTIVE and space.skip_layers is None and space.layout is Layout.ADAPTIVE
+
+    def solved(skipped: Collection[int]) -> tuple[dict[str, tuple[int, ...]], tuple[Candidate, ...]]:
+        variables = build_variables(
+            graph, roles=unit_roles(space.roles), layout=space.layout, align=space.align,
+            skipped_layers={*dropped, *skipped}, legal_sizes=space.legal_sizes,
+        )  # fmt: skip
+        proposal: Proposal = strategy.load()(SearchProblem(graph, variables, scores, remaining, dropped, guide))
+        return proposal.keep(variables), proposal.trail
+
+    while remaining.removal > 0:
+        try:  # both ends are protected by default, unless the budget cannot be met so
+            keep, trail = solved(protected_layers(len(graph.blocks)) if protects else space.skipped(graph))
+        except TargetError:
+            if not protects:
+                raise
+            keep, trail = solved(())
         # Channels of the whole model also lie in the blocks that are dropped: request what was counted twice.
-        left = dataclasses.replace(left, removal=left.removal + missing)
+        missing = max(0, budget.removal - budget.removed(graph, keep, dropped))
+        remaining = dataclasses.replace(remaining, removal=remaining.removal + missing if missing else 0)
     return make_plan(graph, keep, dropped, layout=space.layout, strategy=strategy, align=space.align, trail=trail)
 
 
-def _problem(
-    graph: ModelGraph,
-    scores: Scores,
-    budget: AnyBudget,
-    space: SearchSpace,
-    dropped: tuple[int, ...],
-    protected: Collection[int] = (),
-) -> SearchProblem:
-    """The problem outside layers that are dropped, protected, or skipped by the space."""
-    skipped = () if space.skip_layers is None else space.skip_layers.layers(len(graph.blocks))
-    variables = build_variables(
-        graph,
-        roles=unit_roles(space.roles),
-        layout=space.layout,
-        align=space.align,
-        skipped_layers={*dropped, *protected, *skipped},
-        legal_sizes=space.legal_sizes,
-    )
-    return SearchProblem(graph, variables, scores, budget, dropped)
-
-
-def _single(whole: SearchProblem, space: SearchSpace, strategy: Strategy) -> tuple[SearchProblem, Proposal]:
-    """One strategy's proposal; with both ends protected by default, unless the budget cannot be met so."""
-    if space.skip_layers is None and space.layout is Layout.ADAPTIVE:
-        protected = protected_layers(len(whole.graph.blocks))
-        with suppress(TargetError):
-            problem = _problem(whole.graph, whole.scores, whole.budget, space, whole.dropped, protected)
-            return problem, STRATEGIES[strategy](problem)
-    return whole, STRATEGIES[strategy](whole)
-
-
 def make_plan(
-    graph: ModelGraph,
-    keep: Mapping[str, tuple[int, ...]],
-    dropped_blocks: Sequence[int],
-    *,
-    layout: Layout,
-    strategy: str,
-    align: int,
-    trail: tuple[Candidate, ...] = (),
-) -> StructurePlan:
+    graph: ModelGraph, keep: Mapping[str, tuple[int, ...]], dropped_blocks: Sequence[int], *, layout: Layout,
+    strategy: str, align: int, trail: tuple[Candidate, ...] = (),
+) -> StructurePlan:  # fmt: skip
     """A plan with its predicted numbers of parameters; groups that keep all their units need not be named."""
     units = {group.name: group.units for group in graph.groups}
     keep = {name: kept for name, kept in keep.items() if len(kept) < units[name]}
     shapes = KeepIndex.of(graph, keep, dropped_blocks).shapes
     return StructurePlan(
-        graph_digest=graph.digest,
-        layout=layout,
-        strategy=str(strategy),
-        align=align,
-        keep=keep,
-        dropped_blocks=tuple(dropped_blocks),
-        parameters=count_parameters(shapes),
-        block_parameters=count_parameters(graph.in_blocks(shapes)),
-        trail=trail,
-    )
-
-
-def with_units(graph: ModelGraph, plan: StructurePlan, keep: Mapping[str, tuple[int, ...]]) -> StructurePlan:
-    """The plan with other units of the same groups, where `keep` names them."""
-    chosen = {name: keep.get(name, kept) for name, kept in plan.keep.items()}
-    return make_plan(
-        graph, chosen, plan.dropped_blocks, layout=plan.layout, strategy=plan.strategy, align=plan.align,
-        trail=plan.trail,
+        graph_digest=graph.digest, layout=layout, strategy=str(strategy), align=align, keep=keep,
+        dropped_blocks=tuple(dropped_blocks), parameters=count_parameters(shapes),
+        block_parameters=count_parameters(graph.in_blocks(shapes)), trail=trail,
     )  # fmt: skip
 
 
 def complete_plan(graph: ModelGraph, given: PlanDocument) -> StructurePlan:
     """The plan of a file that lists all kept units. Raises PlanError if it gives the number alone of some."""
-    keep: dict[str, tuple[int, ...]] = {}
-    for name, kept in given.keep(graph).items():
-        if isinstance(kept, int):
-            raise PlanError(f"The units of {name} are still to be chosen", "List them as `units`")
-        keep[name] = kept
+    keep = given.keep(graph)
+    left_open = [name for name, kept in keep.items() if isinstance(kept, int)]
+    if left_open:
+        raise PlanError(f"The units of {left_open[0]} are still to be chosen", "List them as `units`")
+    chosen = {name: kept for name, kept in keep.items() if not isinstance(kept, int)}
     return make_plan(
-        graph, keep, given.dropped_blocks, layout=given.layout, strategy=given.strategy, align=given.align,
+        graph, chosen, given.dropped_blocks, layout=given.layout, strategy=given.strategy, align=given.align,
         trail=given.candidates,
     )  # fmt: skip
 
@@ -169,20 +123,19 @@ def plan_from_counts(
 
     Raises PlanError where the model cannot lose what the plan leaves out.
     """
-    orders = importance_order(scores)
-    units = {group.name: group.units for group in graph.groups}
+    orders, groups = importance_order(scores), {group.name: group for group in graph.groups}
     chosen: dict[str, tuple[int, ...]] = {}
     for name, kept in keep.items():
         if isinstance(kept, int):
-            order = orders[name] if name in orders else np.arange(units.get(name, 0))[::-1]
-            kept = order[::-1][:kept].tolist()
+            order = orders[name][::-1] if name in orders else np.arange(groups[name].units if name in groups else 0)
+            kept = order[:kept].tolist()
         chosen[name] = tuple(sorted(kept))
     require_possible(graph, chosen, dropped_blocks)
     for name, kept in chosen.items():
-        count, step = keep[name], required_step(graph, graph.group(name))
+        count, step, units = keep[name], required_step(graph, groups[name]), groups[name].units
         if isinstance(count, int) and count != len(kept):
-            raise PlanError(f"The plan keeps {count} units of {name}, which has {units[name]}", "Keep no more of them")
-        if len(kept) < units[name] and len(kept) % step:
+            raise PlanError(f"The plan keeps {count} units of {name}, which has {units}", "Keep no more of them")
+        if len(kept) < units and len(kept) % step:
             raise PlanError(
                 f"The plan keeps {len(kept)} units of {name}, whose matrices are stacked", f"Keep a multiple of {step}"
             )
@@ -199,12 +152,17 @@ def _blocks_to_drop(
     """
     if PrunableRole.BLOCK not in space.roles:
         return ()
-    skipped = set() if space.skip_layers is None else set(space.skip_layers.layers(len(graph.blocks)))
-    eligible = [layer for layer in range(len(graph.blocks)) if layer not in skipped]
-    losses = {layer: _block_loss(graph, scores, layer, evaluator) for layer in eligible}
+    eligible = [layer for layer in range(len(graph.blocks)) if layer not in space.skipped(graph)]
+
+    def loss(layer: int) -> float:
+        if evaluator is not None:
+            return evaluator({}, (layer,))
+        scored = [scores[group.name] for group in graph.in_block(layer) if group.name in scores]
+        return float(np.mean([score.mean.mean() for score in scored]))
+
     alone = len(space.roles) == 1
     dropped: list[int] = []
-    for layer in sorted(eligible, key=lambda layer: losses[layer])[: len(graph.blocks) - 1]:
+    for layer in sorted(eligible, key=loss)[: len(graph.blocks) - 1]:
         if budget.removed(graph, {}, dropped) >= budget.removal:
             break
         if not alone and budget.removed(graph, {}, [*dropped, layer]) > budget.removal:
@@ -214,9 +172,3 @@ def _blocks_to_drop(
     if alone and removed < budget.removal:
         raise budget.unreachable(graph, removed, "by dropping whole blocks")
     return tuple(sorted(dropped))
-
-
-def _block_loss(graph: ModelGraph, scores: Scores, layer: int, evaluator: Evaluator | None) -> float:
-    if evaluator is not None:
-        return evaluator({}, (layer,))
-    return float(np.mean([scores[group.name].mean.mean() for group in graph.in_block(layer) if group.name in scores]))

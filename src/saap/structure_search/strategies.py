@@ -1,76 +1,35 @@
-"""Strategies: from scores and a budget to sizes of modules and an order of their units.
+"""Strategies: from a search problem to sizes of modules and an order of their units.
 
-A strategy is a function of a search problem that gives a proposal, and one entry in STRATEGIES. SAAP states the idea of
-stability, not its formulas: units whose importance fluctuates most over samples are unstable. The two indicators below
-are our readings of it.
+SAAP states the idea of stability, not its formulas: units whose importance fluctuates most over samples are unstable.
+The two indicators below are our readings of it. The default strategy chooses among the others by measured loss.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from saap.core.records import FloatArray, IntArray, UnitScores
-from saap.settings.prune import Strategy
-from saap.structure_search.allocation import Orders, Proposal, Scores, SearchProblem
-from saap.structure_search.variables import DecisionVariable
+from saap.core.records import Candidate, FloatArray, ModelGraph, UnitScores
+from saap.structure_search.problem import (
+    DecisionVariable,
+    Decrement,
+    Orders,
+    Proposal,
+    Scores,
+    SearchProblem,
+    importance_order,
+)
 
+SPREAD = 0.3
+"""How much the shares of modules differ by their importance."""
 
-def standardised_fluctuation(variance: FloatArray) -> FloatArray:
-    """Reading 1: fluctuation standardised inside its layer, A = (M - mean M) / std M; zeros if all are equal.
-
-    variance: (units,), M over samples of the units of one module. Returns (units,).
-    """
-    spread = variance.std()
-    if spread == 0:
-        return np.zeros_like(variance)
-    return np.asarray((variance - variance.mean()) / spread)
-
-
-def relative_volatility(mean: FloatArray, variance: FloatArray) -> FloatArray:
-    """Reading 2: coefficient of variation sqrt(M) / mean; 0 where a unit has neither mean nor variance.
-
-    mean (not negative), variance: (units,) over samples. Returns (units,).
-    """
-    deviation = np.sqrt(np.maximum(variance, 0.0))
-    return np.divide(deviation, mean, out=np.where(deviation > 0, np.inf, 0.0), where=mean > 0)
-
-
-def importance_order(scores: Scores) -> dict[str, IntArray]:
-    """Units from the least to the most important."""
-    return {name: np.argsort(score.mean, kind="stable") for name, score in scores.items()}
-
-
-def module_importance(variables: Sequence[DecisionVariable], scores: Scores) -> FloatArray:
-    """Importance of what each variable sizes as a whole: the score of its units per parameter, (variables,)."""
-    return np.array(
-        [
-            np.mean([scores[group.name].mean.mean() for group in variable.groups])
-            * len(variable.groups)
-            / variable.parameters_per_unit
-            for variable in variables
-        ]
-    )
-
-
-def module_shares(
-    variables: Sequence[DecisionVariable], scores: Scores, *, spread: float, attention: float = 1.0
-) -> list[float]:
-    """Share of its units that each variable loses, relative to the others: exp(-spread * z).
-
-    z: log of the module's importance, standardised over the modules of its role. scores: not negative. attention:
-    factor on the shares of attention modules. A spread of 0 is the uniform rule.
-    """
-    values = np.log(np.maximum(module_importance(variables, scores), 1e-300))
-    shares = np.ones(len(variables))
-    for role in {variable.role for variable in variables}:
-        where = np.array([variable.role is role for variable in variables])
-        deviation = values[where] - values[where].mean()
-        scale = deviation.std()
-        shares[where] = np.exp(-spread * deviation / scale) if scale > 0 else 1.0
-    shares[[variable.of_heads for variable in variables]] *= attention
-    return shares.tolist()
+# Protecting both ends was measured to beat every rule driven by importance (SmolLM2: first 4 and last 2 of 30 layers).
+FIRST_SHARE, LAST_SHARE = 4 / 30, 2 / 30
+WAVES = 4
+MUTATION_SCALE = 0.3
+LEAST_SHARE = 0.02
+"""What a module that loses nothing counts as losing, so that the evolution can remove something from it."""
 
 
 def uniform(problem: SearchProblem) -> Proposal:
@@ -98,12 +57,169 @@ def volatility_cv(problem: SearchProblem) -> Proposal:
 
 def _literal(name: str, problem: SearchProblem, indicator: Callable[[UnitScores], FloatArray]) -> Proposal:
     orders: Orders = {group: np.argsort(-indicator(score), kind="stable") for group, score in problem.scores.items()}
-    return problem.propose(name, problem.by_share(module_shares(problem.variables, problem.scores, spread=0.3)), orders)
+    return problem.propose(name, problem.by_share(module_shares(problem.variables, problem.scores)), orders)
 
 
-STRATEGIES: Mapping[Strategy, Callable[[SearchProblem], Proposal]] = {
-    Strategy.UNIFORM: uniform,
-    Strategy.IMPORTANCE: importance,
-    Strategy.VOLATILITY_Z: volatility_z,
-    Strategy.VOLATILITY_CV: volatility_cv,
-}
+def standardised_fluctuation(variance: FloatArray) -> FloatArray:
+    """Reading 1: fluctuation standardised inside its layer, A = (M - mean M) / std M; zeros if all are equal.
+
+    variance: (units,), M over samples of the units of one module. Returns (units,).
+    """
+    spread = variance.std()
+    if spread == 0:
+        return np.zeros_like(variance)
+    return np.asarray((variance - variance.mean()) / spread)
+
+
+def relative_volatility(mean: FloatArray, variance: FloatArray) -> FloatArray:
+    """Reading 2: coefficient of variation sqrt(M) / mean; 0 where a unit has neither mean nor variance.
+
+    mean (not negative), variance: (units,) over samples. Returns (units,).
+    """
+    deviation = np.sqrt(np.maximum(variance, 0.0))
+    return np.divide(deviation, mean, out=np.where(deviation > 0, np.inf, 0.0), where=mean > 0)
+
+
+def module_importance(variables: Sequence[DecisionVariable], scores: Scores) -> FloatArray:
+    """Importance of what each variable sizes as a whole: the score of its units per parameter, (variables,)."""
+    values = []
+    for variable in variables:
+        mean = np.mean([scores[group.name].mean.mean() for group in variable.groups])
+        values.append(mean * len(variable.groups) / variable.parameters_per_unit)
+    return np.array(values)
+
+
+def module_shares(variables: Sequence[DecisionVariable], scores: Scores, *, attention: float = 1.0) -> list[float]:
+    """Share of its units that each variable loses, relative to the others: exp(-SPREAD * z).
+
+    z: log of the module's importance, standardised over the modules of its role. scores: not negative. attention:
+    factor on the shares of attention modules.
+    """
+    values = np.log(np.maximum(module_importance(variables, scores), 1e-300))
+    shares = np.ones(len(variables))
+    for role in {variable.role for variable in variables}:
+        where = np.array([variable.role is role for variable in variables])
+        deviation = values[where] - values[where].mean()
+        scale = deviation.std()
+        shares[where] = np.exp(-SPREAD * deviation / scale) if scale > 0 else 1.0
+    shares[[variable.of_heads for variable in variables]] *= attention
+    return shares.tolist()
+
+
+def adaptive(problem: SearchProblem) -> Proposal:
+    """The candidate with the least measured loss, with the trail of all that were measured.
+
+    The starts come first, one for each order of units; then, in the order of the best of them, the named candidates and
+    an evolution from the best candidate, in which a child that is better becomes the parent.
+    """
+    guide, ranking = problem.guide, _ranking(problem)
+    starts = _starts(problem, ranking)
+    evaluator, evaluations = guide.evaluator, guide.evaluations
+    if evaluator is None or evaluations < 2:
+        return starts[0]
+    measured: list[tuple[float, Proposal]] = []
+
+    def repeats(proposal: Proposal) -> bool:
+        return any(one.orders is proposal.orders and one.sizes == proposal.sizes for _, one in measured)
+
+    def measure(proposal: Proposal) -> float:
+        loss = evaluator(proposal.keep(problem.variables), problem.dropped)
+        measured.append((loss, proposal))
+        guide.progress(len(measured), evaluations)
+        return loss
+
+    for start in starts[:evaluations]:
+        measure(start)
+    orders = min(measured, key=lambda pair: pair[0])[1].orders
+    for proposal in _named(problem, orders):
+        if len(measured) < evaluations and not repeats(proposal):
+            measure(proposal)
+    best_loss, best = min(measured, key=lambda pair: pair[0])
+    pairs = zip(problem.variables, best.sizes, strict=True)
+    shares = [max((variable.units - size) / variable.units, LEAST_SHARE) for variable, size in pairs]
+    decrements = ranking if ranking is not None and best is starts[0] else problem.by_share(shares)
+    generator, parent, failures = np.random.default_rng(guide.seed), np.zeros(WAVES + 1), 0
+    while len(measured) < evaluations and failures < 20:
+        genes = parent + generator.normal(0, MUTATION_SCALE, WAVES + 1)
+        child = problem.propose(f"evolution {len(measured)}", _mutated(problem, decrements, genes), orders)
+        if repeats(child):
+            failures += 1
+            continue
+        loss = measure(child)
+        if loss < best_loss:
+            best_loss, best, parent = loss, child, genes
+    trail = sorted((Candidate(name=proposal.name, loss=loss) for loss, proposal in measured), key=lambda c: c.loss)
+    return dataclasses.replace(best, trail=tuple(trail))
+
+
+def protected_layers(blocks: int) -> tuple[int, ...]:
+    """Layers at both ends that lose least by default."""
+    first, last = round(FIRST_SHARE * blocks), round(LAST_SHARE * blocks)
+    return tuple(layer for layer in range(blocks) if layer < first or layer >= blocks - last)
+
+
+def uniform_shares(graph: ModelGraph, variables: Sequence[DecisionVariable], *, attention: float) -> list[float]:
+    """Share of each variable under the uniform rule: 1, `attention` for attention modules, 0 at protected layers."""
+    protected = set(protected_layers(len(graph.blocks)))
+    return [
+        0.0 if all(group.layer in protected for group in one.groups) else attention if one.of_heads else 1.0
+        for one in variables
+    ]
+
+
+def _ranking(problem: SearchProblem) -> list[Decrement] | None:
+    """Decrements of all variables by second-order cost per parameter, where that is known for all of them."""
+    costs = problem.guide.costs
+    groups = [group.name for variable in problem.variables for group in variable.groups]
+    if costs is None or any(name not in costs.orders for name in groups):
+        return None
+    return problem.by_score(lambda name: costs.scores[name].mean[costs.orders[name]])
+
+
+def _starts(problem: SearchProblem, ranking: Sequence[Decrement] | None) -> list[Proposal]:
+    """The most promising first: one global ranking by second-order cost; the element-wise order; that of the scores.
+
+    The others take FFN first and protect both ends.
+    """
+    starts, guide = [], problem.guide
+    if ranking is not None and guide.costs is not None:
+        starts.append(problem.propose("second-order cost", ranking, {**guide.costs.orders}))
+    only_attention = all(variable.of_heads for variable in problem.variables)
+    shares = uniform_shares(problem.graph, problem.variables, attention=1.0 if only_attention else 0.0)
+    name, decrements = "uniform, ends protected", problem.by_share(shares)
+    if guide.element_scores is not None:
+        orders = importance_order(guide.element_scores)
+        starts.append(problem.propose(f"{name}, element-wise order", decrements, orders))
+    return [*starts, problem.propose(name, decrements, importance_order(problem.scores))]
+
+
+def _named(problem: SearchProblem, orders: Orders) -> list[Proposal]:
+    """Uniform plans with shares of attention, module importance, the literal readings.
+
+    orders: of the units in the plans that only say how much each module loses.
+    """
+    variables = problem.variables
+    portions = (0.0, 1.0) if any(variable.of_heads for variable in variables) else (1.0,)
+    shares = {
+        f"uniform, attention {portion:g}, ends protected": uniform_shares(problem.graph, variables, attention=portion)
+        for portion in portions
+    }
+    shares[f"module importance, spread {SPREAD:g}"] = module_shares(variables, problem.scores, attention=0.3)
+    return [
+        *(problem.propose(name, problem.by_share(each), orders) for name, each in shares.items()),
+        *(strategy(problem) for strategy in (importance, volatility_z, volatility_cv)),
+    ]
+
+
+def _mutated(problem: SearchProblem, decrements: Sequence[Decrement], genes: np.ndarray[Any, Any]) -> list[Decrement]:
+    """The same decrements at other costs: a factor for attention, and one that varies slowly over the depth.
+
+    genes: (1 + WAVES,) logarithms; a gene of a wave is the amplitude of a cosine over the depth of the model.
+    """
+    depth = max(1, len(problem.graph.blocks))
+    factors = []
+    for variable in problem.variables:
+        place = (np.mean([group.layer for group in variable.groups]) + 0.5) / depth
+        waves = sum(gene * np.cos(np.pi * (index + 1) * place) for index, gene in enumerate(genes[1:]))
+        factors.append(float(np.exp(waves + (genes[0] if variable.of_heads else 0.0))))
+    return [dataclasses.replace(one, cost=one.cost * factors[one.variable]) for one in decrements]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from saap.reporting.tables import comparison_table
+from saap.core.evaluation_records import Comparison
+from saap.reporting.comparison import comparison_table
 
 
-def print_comparison(comparison: Mapping[str, Any]) -> None:
+def print_comparison(comparison: Comparison) -> None:
     """The table of all rows, as wide as it is."""
     headings, rows = comparison_table(comparison)
     table = Table(*map(escape, headings), box=box.SIMPLE_HEAD)

@@ -5,21 +5,17 @@ gguf.GGUFReader keeps several arrays for each token, three times the size of the
 
 from __future__ import annotations
 
-import struct
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import gguf
+import numpy as np
 
 _TYPES = gguf.GGUFValueType
 _VERSIONS = (2, 3)
-_FORMATS = {
-    _TYPES.UINT8: "<B", _TYPES.INT8: "<b", _TYPES.UINT16: "<H", _TYPES.INT16: "<h", _TYPES.UINT32: "<I",
-    _TYPES.INT32: "<i", _TYPES.FLOAT32: "<f", _TYPES.BOOL: "<?", _TYPES.UINT64: "<Q", _TYPES.INT64: "<q",
-    _TYPES.FLOAT64: "<d",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,35 +31,29 @@ class Field:
 def read_fields(path: Path) -> Iterator[Field]:
     """The fields of a file in order. Raises ValueError if it is no little-endian GGUF file of a known version."""
     with path.open("rb") as file:
-        magic, version, _, count = struct.unpack("<IIQQ", _exactly(file, 24))
+        magic, version = _values(file, _TYPES.UINT32, 2)
+        _, count = _values(file, _TYPES.UINT64, 2)
         if magic != gguf.GGUF_MAGIC or version not in _VERSIONS:
             raise ValueError(f"{path} is no GGUF file of version {' or '.join(map(str, _VERSIONS))}")
         for _ in range(count):
-            key = _text(file)
-            kind = _TYPES(_number(file, "<I"))
-            element = None
+            (key,) = _values(file, _TYPES.STRING, 1)
+            kind = _TYPES(*_values(file, _TYPES.UINT32, 1))
             if kind is _TYPES.ARRAY:
-                element = _TYPES(_number(file, "<I"))
-                value = [_value(file, element) for _ in range(_number(file, "<Q"))]
+                element = _TYPES(*_values(file, _TYPES.UINT32, 1))
+                yield Field(key, _values(file, element, *_values(file, _TYPES.UINT64, 1)), kind, element)
             else:
-                value = _value(file, kind)
-            yield Field(key, value, kind, element)
+                (value,) = _values(file, kind, 1)
+                yield Field(key, value, kind)
 
 
-def _value(file: BinaryIO, kind: Any) -> Any:
-    return _text(file) if kind is _TYPES.STRING else _number(file, _FORMATS[kind])
+def _values(file: BinaryIO, kind: Any, count: int) -> list[Any]:
+    if kind is _TYPES.STRING:
+        return [_bytes(file, *_values(file, _TYPES.UINT64, 1)).decode("utf-8") for _ in range(count)]
+    number = np.dtype(gguf.GGUFReader.gguf_scalar_to_np[kind]).newbyteorder("<")
+    return list(np.frombuffer(_bytes(file, count * number.itemsize), number).tolist())
 
 
-def _number(file: BinaryIO, code: str) -> Any:
-    return struct.unpack(code, _exactly(file, struct.calcsize(code)))[0]
-
-
-def _text(file: BinaryIO) -> str:
-    return _exactly(file, _number(file, "<Q")).decode("utf-8")
-
-
-def _exactly(file: BinaryIO, count: int) -> bytes:
-    found = file.read(count)
-    if len(found) < count:
+def _bytes(file: BinaryIO, count: int) -> bytes:
+    if file.tell() + count > os.fstat(file.fileno()).st_size:
         raise ValueError("the file ends too early")
-    return found
+    return file.read(count)

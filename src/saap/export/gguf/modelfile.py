@@ -20,7 +20,9 @@ def modelfile(file: Path, tokenizer: Any | None, *, context: int) -> str:
     template = chat_template(tokenizer) if tokenizer is not None else None
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')
-    lines += [f'PARAMETER stop "{text}"' for text in _stops(tokenizer)]
+    stop = getattr(tokenizer, "eos_token", None)
+    if isinstance(stop, str) and '"' not in stop:
+        lines.append(f'PARAMETER stop "{stop}"')
     return "\n".join(lines) + "\n"
 
 
@@ -29,20 +31,18 @@ def chat_template(tokenizer: Any) -> str | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
     user = {"role": "user", "content": _USER}
-    answer = {"role": "assistant", "content": _ANSWER}
-    again = {"role": "user", "content": _AGAIN}
-    turns = _pieces(tokenizer, [user, answer, again], (_USER, _ANSWER, _AGAIN))
+    dialogue = [user, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _AGAIN}]
+    turns = _pieces(tokenizer, dialogue, (_USER, _ANSWER, _AGAIN))
     if turns is None or any('"""' in piece or "{{" in piece for piece in turns):
         return None
     before, to_answer, after_answer, end = turns
     if to_answer != end:  # the answer of a past turn begins as the one to be written
         return None
     system = _pieces(tokenizer, [{"role": "system", "content": _SYSTEM}, user], (_SYSTEM, _USER))
-    opening = before if system is None else system[0]
-    after_system = "" if system is None else system[1]
+    opening, after_system = ("", "") if system is None else system[:2]
     parts = [
         '{{- range $index, $message := .Messages }}{{ if eq .Role "system" }}',
-        opening if system is not None else "",
+        opening,
         '{{ .Content }}{{ else if eq .Role "user" }}{{ if eq $index 0 }}',
         before,
         '{{ else if eq (index $.Messages 0).Role "system" }}{{ if eq $index 1 }}',
@@ -72,8 +72,3 @@ def _pieces(tokenizer: Any, messages: Sequence[dict[str, str]], marks: Sequence[
             return None
         pieces.append(piece)
     return [*pieces, rest]
-
-
-def _stops(tokenizer: Any | None) -> list[str]:
-    text = getattr(tokenizer, "eos_token", None)
-    return [text] if isinstance(text, str) and '"' not in text else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -10,8 +10,16 @@ from typing import Any
 import gguf
 
 from saap.core.errors import ExportError
-from saap.export.gguf.architectures import ALL_BIASES, ARCHITECTURES, PER_LAYER, Architecture
-from saap.export.gguf.settings import Rope, faults, rope_of, sliding_window
+from saap.export.gguf.architectures import (
+    ALL_BIASES,
+    ARCHITECTURES,
+    PER_LAYER,
+    Architecture,
+    WriterFields,
+    faults,
+    rope_fields,
+    sliding_window,
+)
 from saap.models.checkpoint.safetensor_files import Shape
 
 Kind = gguf.GGMLQuantizationType
@@ -87,11 +95,10 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufPlan:
-    """A whole file. fields: (method of GGUFWriter, its argument), in order."""
+    """A whole file, without what it says of the tokenizer."""
 
     architecture: str
-    blocks: tuple[BlockSizes, ...]
-    fields: tuple[tuple[str, Any], ...]
+    fields: WriterFields
     tensors: tuple[PlannedTensor, ...]
     quantization: Quantization
 
@@ -118,264 +125,208 @@ def plan_gguf(
     bits, as when it was tuned. Raises ExportError, naming every layer at fault, if llama.cpp cannot compute the same.
     """
     model_type = getattr(config, "base_model_type", None) or config.model_type
-    architecture = ARCHITECTURES.get(model_type)
-    if architecture is None:
+    if model_type not in ARCHITECTURES:
         raise ExportError(
             f"Models of type {model_type} cannot be written as GGUF by saap",
             f"Types that can: {', '.join(ARCHITECTURES)}; for a uniform layout use llama.cpp's own converter",
         )
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    found = faults(config, architecture, head_size)
-    if found:
-        raise ExportError(f"llama.cpp has no {model_type} with {'; '.join(found)}", "Use the folder with transformers")
     kinds = QUANTIZATIONS[quantization]
     if packed:
         kinds = replace(kinds, vocabulary=Kind.F16, least_agreement=LEAST_OF_PACKED)
-    plan = _Plan(config, shapes, architecture, head_size, kinds, packed)
-    return plan.finished(quantization)
+    planner = _Planner(config, shapes, ARCHITECTURES[model_type], kinds, packed)
+    found = faults(config, planner.family, planner.head_size)
+    if found:
+        raise ExportError(f"llama.cpp has no {model_type} with {'; '.join(found)}", "Use the folder with transformers")
+    planner.check()
+    tensors = planner.tensors()
+    _check_blocks(tensors, quantization)
+    return GgufPlan(architecture=planner.name, fields=planner.fields(), tensors=tensors, quantization=kinds)
 
 
-class _Plan:
-    """Collects fields and tensors, and every fault, of one file."""
+class _Planner:
+    """Fields and tensors of one file."""
 
     def __init__(
         self,
         config: Any,
         shapes: Mapping[str, Shape],
-        architecture: Architecture,
-        head_size: int,
+        family: Architecture,
         kinds: Quantization,
         packed: Collection[str],
     ) -> None:
-        self.packed = packed
-        self.config, self.shapes, self.head_size, self.kinds = config, shapes, head_size, kinds
-        self.family = architecture
-        self.layers: int = config.num_hidden_layers
-        self.hidden = shapes["model.embed_tokens.weight"][1]
-        stored = [self._stored_sizes(layer) for layer in range(self.layers)]
-        self.added_biases = self._added_biases()
+        self.config, self.shapes, self.family, self.kinds, self.packed = config, shapes, family, kinds, packed
+        self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.rows, self.hidden = shapes["model.embed_tokens.weight"]
+        self.changed: Mapping[str, Any] = getattr(config, "pruned_structure", None) or {}
+        layers = range(config.num_hidden_layers)
+        stored = [self._stored_sizes(_BLOCK.format(layer)) for layer in layers]
+        places = {f"{_BLOCK.format(layer)}{module}.bias" for layer in layers for module in ALL_BIASES}
+        usual = tuple(f"{module}.bias" for module in family.biases)
+        self.added_biases = [name for name in shapes if name in places and not name.endswith(usual)]
         self.per_layer = len(set(stored)) > 1 or 0 in (stored[0].heads, stored[0].ffn)
-        self.per_layer |= bool(self.added_biases) and architecture.fits_per_layer
-        self.name = PER_LAYER if self.per_layer else architecture.name
-        self.blocks = tuple(self._written(layer, sizes) for layer, sizes in enumerate(stored))
-        self.rope: Rope = rope_of(config, head_size)
+        self.per_layer |= bool(self.added_biases) and family.fits_per_layer
+        self.name = PER_LAYER if self.per_layer else family.name
+        self.blocks = [self._with_stand_ins(layer, sizes) for layer, sizes in enumerate(stored)]
 
-    def finished(self, quantization: str) -> GgufPlan:
-        self._check_layers()
-        self._check_structure()
-        tensors = self._tensors()
-        _check_blocks(tensors, quantization)
-        return GgufPlan(
-            architecture=self.name,
-            blocks=self.blocks,
-            fields=tuple(self._fields()),
-            tensors=tensors,
-            quantization=self.kinds,
-        )
+    def _stored_sizes(self, block: str) -> BlockSizes:
+        heads, kv_heads, ffn = (self.shapes.get(f"{block}{module}.weight", (0,))[0] for module in (_Q, _K, _GATE))
+        return BlockSizes(heads=heads // self.head_size, kv_heads=kv_heads // self.head_size, ffn=ffn)
 
-    def _rows(self, layer: int, module: str) -> int:
-        return self.shapes.get(f"{_BLOCK.format(layer)}{module}.weight", (0,))[0]
-
-    def _stored_sizes(self, layer: int) -> BlockSizes:
-        return BlockSizes(
-            heads=self._rows(layer, _Q) // self.head_size,
-            kv_heads=self._rows(layer, _K) // self.head_size,
-            ffn=self._rows(layer, _GATE),
-        )
-
-    def _written(self, layer: int, sizes: BlockSizes) -> BlockSizes:
-        """With the stand-ins that llama.cpp needs.
+    def _with_stand_ins(self, layer: int, sizes: BlockSizes) -> BlockSizes:
+        """The sizes that llama.cpp needs.
 
         It takes the head size from the first layer, so that one must have attention, and it forgets the attention of a
-        layer without FFN. The stand-ins have zero output weights; a bias that such a module still has is kept.
+        layer without FFN. The stand-ins have zero output weights; a bias that such a module still has is kept. An FFN
+        that stands for none has as few channels as the quantisation's blocks allow.
         """
-        block = _BLOCK.format(layer)
-        heads, kv_heads, ffn = sizes.heads, sizes.kv_heads, sizes.ffn
-        if not heads and (layer == 0 or f"{block}{_O}.bias" in self.shapes):
+        heads, kv_heads = sizes.heads, sizes.kv_heads
+        if not heads and (layer == 0 or f"{_BLOCK.format(layer)}{_O}.bias" in self.shapes):
             heads = kv_heads = 1
-        return BlockSizes(heads=heads, kv_heads=kv_heads, ffn=ffn or _stand_in_width(self.kinds))
+        ffn = sizes.ffn or int(gguf.GGML_QUANT_SIZES[self.kinds.matrices][0])
+        return BlockSizes(heads=heads, kv_heads=kv_heads, ffn=ffn)
 
-    def _added_biases(self) -> list[str]:
-        """Biases of the layers for which the architecture itself has no place."""
-        places = {f"{_BLOCK.format(layer)}{module}.bias" for layer in range(self.layers) for module in ALL_BIASES}
-        usual = tuple(f"{module}.bias" for module in self.family.biases)
-        return [name for name in self.shapes if name in places and not name.endswith(usual)]
-
-    def _check_layers(self) -> None:
-        if self.added_biases and not self.per_layer:
-            raise ExportError(
-                f"llama.cpp's {self.family.name} has no place for the biases {_some(self.added_biases)}",
+    def check(self) -> None:
+        """Refuse what the architecture has no place or no field for. Raises ExportError."""
+        usual = max(self.blocks, key=self.blocks.count)
+        uneven = [b.heads > 0 and (not b.kv_heads or b.heads % b.kv_heads > 0) for b in self.blocks]
+        # what an adaptive checkpoint changes besides its sizes
+        changed = [*sorted(self.changed.get("sliced_arguments", {}))]
+        for path, values in self.changed.get("attributes", {}).items():
+            changed += [f"{path}.{name}" for name in values if name not in (*_EPSILONS, *_DERIVED)]
+        if not self.per_layer:
+            _refuse(
+                self.added_biases,
+                f"llama.cpp's {self.family.name} has no place for the biases {{}}",
                 "Prune with --restore, which makes up for what leaves without adding biases",
             )
-        if self.per_layer and not self.family.fits_per_layer:
-            usual = max(self.blocks, key=self.blocks.count)
-            others = [str(layer) for layer, sizes in enumerate(self.blocks) if sizes != usual]
-            raise ExportError(
-                f"llama.cpp has no {self.family.name} whose layers differ (layers {_some(others)})",
+        elif not self.family.fits_per_layer:
+            _refuse(
+                [str(layer) for layer, sizes in enumerate(self.blocks) if sizes != usual],
+                f"llama.cpp has no {self.family.name} whose layers differ (layers {{}})",
                 "Prune with --layout uniform",
             )
-        uneven = [str(i) for i, b in enumerate(self.blocks) if b.heads and (not b.kv_heads or b.heads % b.kv_heads)]
-        if uneven:
-            raise ExportError(
-                f"Query heads are no multiple of KV heads in the layers {_some(uneven)}", "Prune whole KV groups"
-            )
-
-    def _check_structure(self) -> None:
-        """Refuse what an adaptive checkpoint changes besides its sizes and llama.cpp has no field for."""
-        structure = getattr(self.config, "pruned_structure", None) or {}
-        odd = sorted(structure.get("sliced_arguments", {}))
-        odd += [
-            f"{path}.{name}"
-            for path, values in structure.get("attributes", {}).items()
-            for name in values
-            if name not in (*_EPSILONS, *_DERIVED)
-        ]
-        if odd:
-            raise ExportError(f"llama.cpp cannot be told of {_some(odd)}", "Prune with --layout uniform")
+        _refuse(
+            [str(layer) for layer, is_uneven in enumerate(uneven) if is_uneven],
+            "Query heads are no multiple of KV heads in the layers {}",
+            "Prune whole KV groups",
+        )
+        _refuse(changed, "llama.cpp cannot be told of {}", "Prune with --layout uniform")
 
     def _epsilon(self) -> float:
-        changed: dict[str, float] = {
+        own: dict[str, float] = {
             path: float(value)
-            for path, values in (getattr(self.config, "pruned_structure", None) or {}).get("attributes", {}).items()
+            for path, values in self.changed.get("attributes", {}).items()
             for name, value in values.items()
             if name in _EPSILONS
         }
-        usual = float(self.config.rms_norm_eps)
-        norms = [name for name in self.shapes if name.endswith("norm.weight")]
-        epsilons = {changed.get(name.removesuffix(".weight"), usual) for name in norms}
-        if len(epsilons) > 1:
-            spread = f"{min(epsilons):.2e} to {max(epsilons):.2e}"
-            raise ExportError(
-                f"The norms have different epsilons, {spread} ({_some(list(changed))})",
-                "Prune all of the hidden width or none of it",
-            )
+        norms = [name.removesuffix(".weight") for name in self.shapes if name.endswith("norm.weight")]
+        epsilons = {own.get(norm, float(self.config.rms_norm_eps)) for norm in norms}
+        spread = f"{min(epsilons):.2e} to {max(epsilons):.2e}"
+        _refuse(
+            list(own) if len(epsilons) > 1 else [],
+            f"The norms have different epsilons, {spread} ({{}})",
+            "Prune all of the hidden width or none of it",
+        )
         return epsilons.pop()
 
-    def _fields(self) -> list[tuple[str, Any]]:
-        config = self.config
-        window = sliding_window(config)
+    def fields(self) -> WriterFields:
+        """What the file says of the model. Raises ExportError for norms whose epsilons differ."""
+        config, window = self.config, sliding_window(self.config)
         context = int(config.max_position_embeddings)
         if window is not None and not self.family.window_period:
             context = min(context, window)  # up to here the sliding window hides nothing
-        said: list[tuple[str, Any]] = [
+        sizes: dict[str, Any] = {
+            "feed_forward_length": [block.ffn for block in self.blocks],
+            "head_count": [block.heads for block in self.blocks],
+            "head_count_kv": [block.kv_heads for block in self.blocks],
+        }
+        fields: WriterFields = [
             ("file_type", int(self.kinds.file_type)),
             ("quantization_version", gguf.GGML_QUANT_VERSION),
-            ("vocab_size", self.shapes["model.embed_tokens.weight"][0]),
+            ("vocab_size", self.rows),
             ("context_length", context),
             ("embedding_length", self.hidden),
-            ("block_count", self.layers),
-            ("feed_forward_length", self._each(lambda sizes: sizes.ffn)),
-            ("head_count", self._each(lambda sizes: sizes.heads)),
-            ("head_count_kv", self._each(lambda sizes: sizes.kv_heads)),
+            ("block_count", len(self.blocks)),
+            *((name, each if self.per_layer else each[0]) for name, each in sizes.items()),
             ("key_length", self.head_size),
             ("value_length", self.head_size),
             ("layer_norm_rms_eps", self._epsilon()),
-            ("rope_dimension_count", self.head_size),
-            ("rope_freq_base", self.rope.base),
+            *rope_fields(config, self.head_size)[0],
         ]
-        said += [
-            (f"rope_scaling_{name}", gguf.RopeScalingType(value) if name == "type" else value)
-            for name, value in self.rope.settings.items()
-        ]
-        if self.rope.local_base is not None:
-            said.append(("rope_freq_base_swa", self.rope.local_base))
         if self.family.window_period and window is not None:
-            said.append(("sliding_window", window))
+            fields.append(("sliding_window", window))
         if self.family.soft_capped:
-            said.append(("attn_logit_softcapping", float(config.attn_logit_softcapping)))
-            said.append(("final_logit_softcapping", float(config.final_logit_softcapping)))
-        return said
+            fields.append(("attn_logit_softcapping", float(config.attn_logit_softcapping)))
+            fields.append(("final_logit_softcapping", float(config.final_logit_softcapping)))
+        return fields
 
-    def _each(self, size: Callable[[BlockSizes], int]) -> int | list[int]:
-        sizes = [size(block) for block in self.blocks]
-        return sizes if self.per_layer else sizes[0]
-
-    def _tensors(self) -> tuple[PlannedTensor, ...]:
+    def tensors(self) -> tuple[PlannedTensor, ...]:
+        """All tensors of the file in order. Raises ExportError for those that the architecture has no place for."""
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
-        names = gguf.get_tensor_name_map(arch, self.layers)
-        found, unknown = [], []
-        factors = self.rope.factors
+        names = gguf.get_tensor_name_map(arch, len(self.blocks))
+        # llama.cpp expects no norm before a removed attention
+        left_out = {
+            f"{_BLOCK.format(layer)}input_layernorm.weight" for layer, b in enumerate(self.blocks) if not b.heads
+        }
+        if getattr(self.config, "tie_word_embeddings", False):
+            left_out.add("lm_head.weight")
+        sources = {name: shape for name, shape in self.shapes.items() if name not in left_out}
+        unknown = [source for source in sources if names.get_name(source, _SUFFIXES) is None]
+        _refuse(unknown, f"llama.cpp's {self.name} has no place for {{}}", "Use the folder with transformers")
+        factors = rope_fields(self.config, self.head_size)[1]
+        found = []
         if factors is not None:
             found.append(
                 PlannedTensor(
                     name="rope_freqs.weight", source=None, shape=(len(factors),), kind=Kind.F32, values=factors
                 )
             )
-        tied = getattr(self.config, "tie_word_embeddings", False)
-        for source, shape in self.shapes.items():
-            if (source == "lm_head.weight" and tied) or self._is_left_out(source):
-                continue
-            name = names.get_name(source, _SUFFIXES)
-            if name is None:
-                unknown.append(source)
-            else:
-                found.append(self._tensor(name, source, shape))
-        if unknown:
-            raise ExportError(
-                f"llama.cpp's {self.name} has no place for {_some(unknown)}", "Use the folder with transformers"
-            )
+        found += [self._tensor(names.get_name(name, _SUFFIXES), name, shape) for name, shape in sources.items()]
         for layer, sizes in enumerate(self.blocks):
-            found += [
-                self._tensor(names.get_name(source, _SUFFIXES), None, shape)
-                for source, shape in self._stand_ins(layer, sizes)
-            ]
+            for module, shape in self._module_shapes(sizes).items():
+                source = f"{_BLOCK.format(layer)}{module}.weight"
+                if source not in self.shapes:
+                    found.append(self._tensor(names.get_name(source, _SUFFIXES), None, shape))
         return tuple(found)
 
-    def _is_left_out(self, source: str) -> bool:
-        """Whether it is the norm before a removed attention, which llama.cpp does not expect."""
-        return any(
-            not sizes.heads and source == f"{_BLOCK.format(layer)}input_layernorm.weight"
-            for layer, sizes in enumerate(self.blocks)
-        )
-
-    def _stand_ins(self, layer: int, sizes: BlockSizes) -> list[tuple[str, Shape]]:
-        block, width = _BLOCK.format(layer), self.head_size
-        wanted: dict[str, Shape] = {_GATE: (sizes.ffn, self.hidden), _UP: (sizes.ffn, self.hidden)}
-        wanted[_DOWN] = (self.hidden, sizes.ffn)
+    def _module_shapes(self, sizes: BlockSizes) -> dict[str, Shape]:
+        ffn, attention, kv = (sizes.ffn, self.hidden), sizes.heads * self.head_size, sizes.kv_heads * self.head_size
+        shapes: dict[str, Shape] = {_GATE: ffn, _UP: ffn, _DOWN: ffn[::-1]}
         if sizes.heads:
-            wanted |= {_Q: (sizes.heads * width, self.hidden), _O: (self.hidden, sizes.heads * width)}
-            wanted |= dict.fromkeys((_K, _V), (sizes.kv_heads * width, self.hidden))
-        return [
-            (f"{block}{module}.weight", shape)
-            for module, shape in wanted.items()
-            if f"{block}{module}.weight" not in self.shapes
-        ]
+            shapes |= {_Q: (attention, self.hidden), _O: (self.hidden, attention)}
+            shapes |= dict.fromkeys((_K, _V), (kv, self.hidden))
+        return shapes
 
     def _tensor(self, name: str, source: str | None, shape: Shape) -> PlannedTensor:
-        vector = len(shape) == 1
         vocabulary = name in ("token_embd.weight", "output.weight")
         rotated = name.split(".")[-2] in ("attn_q", "attn_k") and source is not None
         return PlannedTensor(
             name=name,
             source=source,
             shape=shape,
-            kind=Kind.F32 if vector else self.kinds.vocabulary if vocabulary else self.kinds.matrices,
+            kind=Kind.F32 if len(shape) == 1 else self.kinds.vocabulary if vocabulary else self.kinds.matrices,
             head_rows=self.head_size if rotated and (self.family.interleaved or self.per_layer) else 0,
             offset=self.family.norm_offset if name.endswith("norm.weight") else 0.0,
             packed=source in self.packed,
         )
 
 
-def _stand_in_width(kinds: Quantization) -> int:
-    """Channels of an FFN that stands for none: as few as the quantisation's blocks allow."""
-    return int(gguf.GGML_QUANT_SIZES[kinds.matrices][0])
-
-
 def _check_blocks(tensors: Sequence[PlannedTensor], quantization: str) -> None:
+    sizes = [int(gguf.GGML_QUANT_SIZES[tensor.kind][0]) for tensor in tensors]
     wrong = [
         f"{tensor.source or tensor.name} ({tensor.shape[-1]})"
-        for tensor in tensors
-        if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[tensor.kind][0]
+        for tensor, size in zip(tensors, sizes, strict=True)
+        if tensor.shape[-1] % size
     ]
-    if wrong:
-        block = max(gguf.GGML_QUANT_SIZES[tensor.kind][0] for tensor in tensors)
-        raise ExportError(
-            f"{len(wrong)} tensors have an input size that the blocks of {quantization} ({block}) do not divide: "
-            f"{_some(wrong)}",
-            f"Prune with --align {block}, or use --quantization f16",
-        )
+    _refuse(
+        wrong,
+        f"{len(wrong)} tensors have an input size that the blocks of {quantization} ({max(sizes)}) do not divide: {{}}",
+        f"Prune with --align {max(sizes)}, or use --quantization f16",
+    )
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more
+def _refuse(offenders: Sequence[str], problem: str, remedy: str) -> None:
+    """Raise ExportError if there are any; they stand at `{}` of the problem."""
+    if offenders:
+        more = f" and {len(offenders) - 8} more" if len(offenders) > 8 else ""
+        raise ExportError(problem.format(", ".join(offenders[:8]) + more), remedy)

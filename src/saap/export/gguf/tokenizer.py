@@ -9,11 +9,12 @@ from typing import Any
 
 import gguf
 
-from saap.core.errors import ExportError
+from saap.core.errors import ExportError, ModelError
+from saap.export.gguf.architectures import WriterFields
 from saap.export.gguf.fields import Field, read_fields
+from saap.export.source import ExportSource
+from saap.models.loading.references import PACKAGED_MODELS, packaged_file
 
-_KEYS = gguf.Keys.Tokenizer
-_TYPES = gguf.GGUFValueType
 # LLaMA 3, Qwen 2 and the like differ in how many digits make a piece.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|"
@@ -28,6 +29,37 @@ PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
 }
 
 
+def tokenizer_fields(source: ExportSource, rows: int) -> tuple[WriterFields, str]:
+    """The tokenizer's fields, from the GGUF file that the model came from if it is here and has the same tokens.
+
+    rows: of the embedding. The second result says where they came from. Raises ExportError.
+    """
+    file = _source_gguf(source)
+    if file is not None and source.tokenizer is not None:
+        fields = fields_from_gguf(file, source.tokenizer.get_vocab(), rows)
+        if fields is not None:
+            return [("key_value", f.key, f.value, f.kind, f.element) for f in fields], file.name
+    made = fields_from_huggingface(source.tokenizer, rows)
+    if not all(values for _, values in made if isinstance(values, list)):
+        raise ExportError(
+            "The tokenizer has no merges, without which llama.cpp cannot cut text", "Check its tokenizer.json"
+        )
+    return made, "the model's folder"
+
+
+def _source_gguf(source: ExportSource) -> Path | None:
+    """The GGUF file that is the source, or that the source was pruned from."""
+    if source.resolved.gguf_file is not None:
+        return source.resolved.path
+    base = "" if source.manifest is None else source.manifest.base.source
+    if base in PACKAGED_MODELS:
+        try:
+            return packaged_file(base)
+        except ModelError:
+            return None
+    return Path(base) if base.endswith(".gguf") and Path(base).is_file() else None
+
+
 def fields_from_gguf(path: Path, known: Mapping[str, int], rows: int) -> tuple[Field, ...] | None:
     """The tokenizer of another GGUF file as it is; None if it is not the model's own.
 
@@ -37,18 +69,13 @@ def fields_from_gguf(path: Path, known: Mapping[str, int], rows: int) -> tuple[F
         fields = tuple(field for field in read_fields(path) if field.key.startswith("tokenizer."))
     except (ValueError, KeyError):
         return None
-    tokens = next((field.value for field in fields if field.key == _KEYS.LIST), ())
+    tokens = next((field.value for field in fields if field.key == gguf.Keys.Tokenizer.LIST), ())
     if len(tokens) != rows or any(index >= rows or tokens[index] != text for text, index in known.items()):
         return None
     return fields
 
 
-def no_tokenizer() -> tuple[Field, ...]:
-    """Fields that say so: llama.cpp then takes and gives numbers."""
-    return (Field(_KEYS.MODEL, "no_vocab", _TYPES.STRING),)
-
-
-def fields_from_huggingface(tokenizer: Any | None, vocabulary: int) -> tuple[Field, ...]:
+def fields_from_huggingface(tokenizer: Any | None, vocabulary: int) -> WriterFields:
     """The tokenizer of a folder, with unused tokens up to the rows of the embedding.
 
     Raises ExportError: there is none, it is of a kind that llama.cpp cannot follow, it has more tokens than rows.
@@ -78,36 +105,25 @@ def fields_from_huggingface(tokenizer: Any | None, vocabulary: int) -> tuple[Fie
     tokens = [texts.get(index, f"[PAD{index}]") for index in range(vocabulary)]
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
     by_pieces = bool(model.get("byte_fallback"))
-    kinds = [_kind(index, texts, added, model, by_pieces) for index in range(vocabulary)]
+    unknown = model.get("unk_token") if by_pieces else None
+    kinds = [_kind(texts.get(index), added.get(index), unknown, by_pieces) for index in range(vocabulary)]
     kind_fields = _pieces(described, tokens, merges) if by_pieces else _bytes(described, merges)
-    return (
-        *kind_fields,
-        _array(_KEYS.LIST, tokens, _TYPES.STRING),
-        _array(_KEYS.TOKEN_TYPE, kinds, _TYPES.INT32),
-        *_special(tokenizer),
-    )
+    return [*kind_fields, ("token_list", tokens), ("token_types", kinds), *_special(tokenizer)]
 
 
-def _array(key: str, values: Sequence[Any], element: Any) -> Field:
-    return Field(key, values, _TYPES.ARRAY, element)
-
-
-def _kind(
-    index: int, texts: Mapping[int, str], added: Mapping[int, Mapping[str, Any]], model: Mapping[str, Any], pieces: bool
-) -> int:
-    if index not in texts:
+def _kind(text: str | None, added: Mapping[str, Any] | None, unknown: str | None, by_pieces: bool) -> int:
+    """The type of a token. text: None for an unused one. added: its entry among the added tokens."""
+    if text is None:
         return int(gguf.TokenType.UNUSED)
-    if pieces and texts[index] == model.get("unk_token"):
+    if text == unknown:
         return int(gguf.TokenType.UNKNOWN)
-    if index in added:
-        return int(gguf.TokenType.CONTROL if added[index]["special"] else gguf.TokenType.USER_DEFINED)
-    text = texts[index]
-    if pieces and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-        return int(gguf.TokenType.BYTE)
-    return int(gguf.TokenType.NORMAL)
+    if added is not None:
+        return int(gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED)
+    is_byte = by_pieces and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+    return int(gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL)
 
 
-def _bytes(described: Mapping[str, Any], merges: Sequence[str]) -> tuple[Field, ...]:
+def _bytes(described: Mapping[str, Any], merges: Sequence[str]) -> WriterFields:
     """Byte-level BPE: merges in order, and how text is cut before."""
     cuts = tuple(_cuts(described.get("pre_tokenizer")))
     name = PRE_TOKENIZERS.get(cuts)
@@ -117,11 +133,7 @@ def _bytes(described: Mapping[str, Any], merges: Sequence[str]) -> tuple[Field, 
             f"llama.cpp's way to cut text like this tokenizer is not known to saap ({shown})",
             "Export the uniform layout with llama.cpp's own converter",
         )
-    return (
-        Field(_KEYS.MODEL, "gpt2", _TYPES.STRING),
-        Field(_KEYS.PRE, name, _TYPES.STRING),
-        _array(_KEYS.MERGES, merges, _TYPES.STRING),
-    )
+    return [("tokenizer_model", "gpt2"), ("tokenizer_pre", name), ("token_merges", merges)]
 
 
 def _cuts(step: Mapping[str, Any] | None) -> Iterator[str]:
@@ -144,7 +156,7 @@ def _cuts(step: Mapping[str, Any] | None) -> Iterator[str]:
         yield step["type"]
 
 
-def _pieces(described: Mapping[str, Any], tokens: Sequence[str], merges: Sequence[str]) -> tuple[Field, ...]:
+def _pieces(described: Mapping[str, Any], tokens: Sequence[str], merges: Sequence[str]) -> WriterFields:
     """BPE over pieces of text with single bytes to fall back on: llama.cpp merges the pair of the greatest score first.
 
     So a token's score is minus the rank of the merge that makes it.
@@ -152,12 +164,13 @@ def _pieces(described: Mapping[str, Any], tokens: Sequence[str], merges: Sequenc
     rank: dict[str, int] = {}
     for index, merge in enumerate(merges):
         rank.setdefault(merge.replace(" ", ""), index)
-    return (
-        Field(_KEYS.MODEL, "llama", _TYPES.STRING),
-        Field(_KEYS.PRE, "default", _TYPES.STRING),
-        _array(_KEYS.SCORES, [-float(rank.get(token, len(merges))) for token in tokens], _TYPES.FLOAT32),
-        Field(_KEYS.ADD_PREFIX, _adds_a_space(described), _TYPES.BOOL),
-    )
+    scores = [-float(rank.get(token, len(merges))) for token in tokens]
+    return [
+        ("tokenizer_model", "llama"),
+        ("tokenizer_pre", "default"),
+        ("token_scores", scores),
+        ("add_space_prefix", _adds_a_space(described)),
+    ]
 
 
 def _adds_a_space(described: Mapping[str, Any]) -> bool:
@@ -169,17 +182,16 @@ def _adds_a_space(described: Mapping[str, Any]) -> bool:
     )
 
 
-def _special(tokenizer: Any) -> Iterator[Field]:
-    keys = {"bos": _KEYS.BOS_ID, "eos": _KEYS.EOS_ID, "unk": _KEYS.UNK_ID, "pad": _KEYS.PAD_ID}
-    for name, key in keys.items():
+def _special(tokenizer: Any) -> Iterator[tuple[str, Any]]:
+    for name in ("bos", "eos", "unk", "pad"):
         index = getattr(tokenizer, f"{name}_token_id", None)
         if index is not None:
-            yield Field(key, int(index), _TYPES.UINT32)
+            yield f"{name}_token_id", int(index)
     sample = list(tokenizer("a").input_ids)
-    yield Field(_KEYS.ADD_BOS, sample[:1] == [tokenizer.bos_token_id], _TYPES.BOOL)
-    yield Field(_KEYS.ADD_EOS, sample[-1:] == [tokenizer.eos_token_id], _TYPES.BOOL)
+    yield "add_bos_token", sample[:1] == [tokenizer.bos_token_id]
+    yield "add_eos_token", sample[-1:] == [tokenizer.eos_token_id]
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     if template:
-        yield Field(_KEYS.CHAT_TEMPLATE, template, _TYPES.STRING)
+        yield "chat_template", template

@@ -1,8 +1,8 @@
-"""Writing a planned GGUF file, a few rows at a time."""
+"""Writing a model as GGUF, a few rows at a time, with an Ollama Modelfile beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +11,149 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saap.core.errors import OutputError
-from saap.export.gguf.fields import Field
-from saap.export.gguf.plan import GgufPlan, PlannedTensor
-from saap.export.placing import check_place
+from saap.core.errors import ExportError
+from saap.core.files import whole_file
+from saap.core.storage import write_whole
+from saap.export.gguf.architectures import WriterFields
+from saap.export.gguf.check import Agreement, check_in_llama_cpp
+from saap.export.gguf.modelfile import modelfile
+from saap.export.gguf.plan import GgufPlan, PlannedTensor, plan_gguf
+from saap.export.gguf.tokenizer import tokenizer_fields
+from saap.export.placing import check_file
+from saap.export.source import Exported, ExportSource, Progress
 from saap.models.checkpoint.groupwise_files import PackedMatrices
 from saap.models.checkpoint.safetensor_files import StoredTensors
+from saap.models.loading.llama_cpp import llama_cpp_is_installed
+from saap.settings.measure import ExportRequest
+from saap.settings.prune import GgufType
 
 CHUNK_VALUES = 2**20
 
 
-def check_file(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
-    """Raise OutputError now if the file could not be written later."""
-    if out.is_dir():
-        raise OutputError(f"{out} is a folder", "Name the file to write, e.g. --out model.gguf")
-    if out.exists() and not overwrite:
-        raise OutputError(f"The file {out} exists", "Choose another --out, or use --overwrite")
-    check_place(out, needed_bytes)
+class GgufExport(Exported):
+    """A written GGUF file.
+
+    architecture: llama.cpp's. tokenizer: where its tokenizer came from. agreement: with the transformers model in
+    float32, None if it was not checked. same_tokens: whether both tokenizers cut the checked text alike.
+    packed_matrices: how many were copied from the integers of `saap recover`; not_packed: why none was, where there are
+    such integers.
+    """
+
+    modelfile: Path
+    bytes: int
+    architecture: str
+    quantization: str
+    tokenizer: str
+    agreement: Agreement | None = None
+    same_tokens: bool | None = None
+    packed_matrices: int = 0
+    not_packed: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The export as JSON-able data."""
+        data, found = Exported.as_dict(self), self.agreement
+        del data["agreement"]
+        data["checked_tokens"] = None if found is None else found.tokens
+        data["equal_predictions"] = None if found is None else found.share
+        data["divergence"] = None if found is None else found.divergence
+        return data
+
+
+def write(
+    source: ExportSource, out: Path, request: ExportRequest, *, overwrite: bool, progress: Progress
+) -> GgufExport:
+    """Write the file `out`, which appears only when it has passed the check, and a Modelfile.
+
+    request.verify: open the file in llama.cpp and compare its logits on a text with those of transformers. With q4_1, a
+    folder that `saap recover` has written (4 bits, groups of 32) gives its very integers. Raises ExportError, naming
+    the layers, if llama.cpp cannot compute the same, OutputError.
+    """
+    if request.verify and not llama_cpp_is_installed():
+        raise ExportError(
+            "Checking the file needs the package llama-cpp-py-sync",
+            "Run pip install 'saap[gguf]', or use --no-verify",
+        )
+    kind = request.quantization
+    packed = PackedMatrices(source.resolved.folder) if kind is GgufType.Q4_1 else None
+    plan = plan_gguf(source.config, source.tensors.shapes, kind, packed.names if packed is not None else ())
+    said: dict[str, Any] = dict(plan.fields)
+    tokenizer, origin = tokenizer_fields(source, said["vocab_size"])
+    check_file(out, plan.weight_bytes, overwrite=overwrite)
+    agreement, same = None, None
+    with whole_file(out, remedy="Choose another --out") as part:
+        progress.stage(f"write {out.name}")
+        fields = [*_description(source), *plan.fields, *tokenizer]
+        write_gguf(part, plan, source.tensors, fields, packed, progress.advance)
+        if request.verify:
+            progress.stage("compare it in llama.cpp with transformers")
+            agreement, same = check_in_llama_cpp(source, part, said["context_length"])
+            if not agreement.share >= plan.quantization.least_agreement:
+                raise ExportError(
+                    f"In llama.cpp {out.name} predicts the same next token as transformers for only "
+                    f"{agreement.share:.1%} of {agreement.tokens} tokens, so it is not kept",
+                    "Report this model as a fault of saap",
+                )
+    beside = out.with_name(f"{out.stem}.Modelfile")
+    write_whole(beside, modelfile(out, source.tokenizer, context=said["context_length"]).encode())
+    done = GgufExport(
+        path=out, modelfile=beside, bytes=out.stat().st_size, architecture=plan.architecture, quantization=kind.value,
+        tokenizer=origin, agreement=agreement, same_tokens=same,
+        packed_matrices=sum(tensor.packed for tensor in plan.tensors),
+        not_packed=None if packed is None else packed.refused,
+    )  # fmt: skip
+    return done.model_copy(update={"notes": tuple(_notes(done))})
+
+
+def _description(source: ExportSource) -> WriterFields:
+    """Name and licence, as far as they are known."""
+    if source.manifest is None:
+        return [("type", "model"), ("name", Path(source.resolved.source).name)]
+    base = source.manifest.base
+    licence = [] if base.licence is None else [("license", base.licence)]
+    return [("type", "model"), ("name", f"{Path(base.source).name}, pruned"), *licence]
+
+
+def _notes(done: GgufExport) -> Iterator[str]:
+    """What the user is told."""
+    size = f"{done.bytes / 1e6:,.1f} MB"
+    yield f"{done.path}: {size}, {done.quantization}, architecture {done.architecture} of llama.cpp"
+    yield f"tokenizer from {done.tokenizer}"
+    if done.packed_matrices:
+        yield f"{done.packed_matrices} matrices hold the very integers and scales that `saap recover` has found"
+    if done.not_packed is not None:
+        yield f"look here: {done.not_packed}, which is no Q4_1, so the weights were quantised anew"
+    found = done.agreement
+    if found is None:
+        yield "not checked in llama.cpp"
+    else:
+        yield (
+            f"checked in llama.cpp: the same next token as transformers for {found.share:.2%} of {found.tokens} "
+            f"tokens, divergence {found.divergence:.1e} nats"
+        )
+    if done.same_tokens is False:
+        yield "look here: llama.cpp cuts the checked text into other tokens than the model's own tokenizer"
+    yield "run it with:"
+    yield f"  llama-cli -m {done.path}"
+    yield f"  ollama create {done.path.stem} -f {done.modelfile}"
 
 
 def write_gguf(
     path: Path,
     plan: GgufPlan,
     tensors: StoredTensors,
-    fields: Sequence[Field],
-    description: Sequence[tuple[str, Any]] = (),
+    fields: WriterFields,
     packed: PackedMatrices | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write the file; memory holds a few rows and the tokenizer's fields.
 
-    fields: of the tokenizer. description: further (method of GGUFWriter, argument) pairs: name, licence, origin.
-    packed: where the blocks are that the plan copies.
+    fields: all of the file: name and licence, the plan's, the tokenizer's. packed: where the blocks are that the plan
+    copies.
     """
     writer = gguf.GGUFWriter(path, plan.architecture)
     try:
-        for name, value in (*description, *plan.fields):
-            getattr(writer, f"add_{name}")(value)
-        for field in fields:
-            writer.add_key_value(field.key, field.value, field.kind, field.element)
+        for method, *arguments in fields:
+            getattr(writer, f"add_{method}")(*arguments)
         for tensor in plan.tensors:
             shape = gguf.quant_shape_to_byte_shape(tensor.shape, tensor.kind)
             writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), tensor.nbytes, raw_dtype=tensor.kind)
@@ -79,19 +183,17 @@ def _chunks(tensor: PlannedTensor, tensors: StoredTensors, packed: PackedMatrice
         step = max(1, step // tensor.head_rows) * tensor.head_rows
     for first in range(0, count, step):
         last = min(first + step, count)
+        values: NDArray[Any] = np.zeros((last - first, *tensor.shape[1:]), dtype=np.float32)
         if tensor.packed and tensor.source is not None and packed is not None:
-            blocks = packed.rows(tensor.source, first, last).numpy()
-            yield np.ascontiguousarray(interleaved(blocks, tensor.head_rows) if tensor.head_rows else blocks)
-            continue
-        if tensor.source is None:
-            values = np.zeros((last - first, *tensor.shape[1:]), dtype=np.float32)
-        else:
+            values = packed.rows(tensor.source, first, last).numpy()
+        elif tensor.source is not None:
             values = tensors.rows(tensor.source, range(first, last)).to(torch.float32).numpy()
         if tensor.head_rows:
             values = interleaved(values, tensor.head_rows)
         if tensor.offset:
             values = values + np.float32(tensor.offset)
-        yield gguf.quantize(np.ascontiguousarray(values), tensor.kind)
+        values = np.ascontiguousarray(values)
+        yield values if tensor.packed else gguf.quantize(values, tensor.kind)
 
 
 def interleaved(rows: NDArray[Any], head_rows: int) -> NDArray[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -27,48 +28,35 @@ class Speaker:
     tokenizer: Any
 
 
-def open_speakers(
-    source: str, *, against: str | None = None, dense: bool = True, dense_revision: str | None = None,
-    dense_trust_remote_code: bool = False, options: RunOptions | None = None,
-) -> tuple[Speaker, ...]:  # fmt: skip
-    """The models that will answer: the dense one first (that of the manifest, or `against`), then `source`.
+def open_speakers(source: str, choice: DenseChoice | None, options: RunOptions) -> tuple[Speaker, ...]:
+    """The models that will answer: the dense one first (that of the manifest, or the chosen one), then `source`.
 
-    dense=False: `source` alone, as for a model that was never pruned and names no other. Raises ModelError if the dense
-    model is not here.
+    choice: None for `source` alone, as for a model that was never pruned and names no other. Raises ModelError if the
+    dense model is not here.
     """
-    options = options if options is not None else RunOptions()
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    choice = DenseChoice(source=against, revision=dense_revision, trust_remote_code=dense_trust_remote_code)
-    beside: tuple[Speaker, ...] = ()
-    if dense:
-        manifest = manifest_of(resolved)
-        try:
-            found = resolve_dense(choice, manifest)
-            beside = () if found is None else (_speaker("dense", found, options),)
-        except ModelError as error:
-            remedy = error.remedy if "--dense" in error.remedy else "Use --dense MODEL or --no-dense"
-            raise ModelError(f"The dense model: {error.offender}", remedy) from None
-    return (*beside, _speaker("pruned" if beside else "answer", resolved, options))
+    try:
+        found = None if choice is None else resolve_dense(choice, manifest_of(resolved))
+        others = () if found is None else (_speaker("dense", found, options),)
+    except ModelError as error:
+        remedy = error.remedy if "--dense" in error.remedy else "Use --dense MODEL or --no-dense"
+        raise ModelError(f"The dense model: {error.offender}", remedy) from None
+    return (*others, _speaker("pruned" if others else "answer", resolved, options))
 
 
 def _speaker(label: str, resolved: ResolvedModel, options: RunOptions) -> Speaker:
     loaded = open_model(resolved, options, computes_in_dtype=True)
     if loaded.tokenizer is None:
-        raise ModelError(f"{resolved.source} has no tokenizer", "Put its tokenizer files beside the weights")
+        raise ModelError(f"{resolved.source} has no tokenizer", "Put its tokenizer files into the same folder")
     return Speaker(label, loaded.model, loaded.tokenizer)
 
 
 def answers(speakers: tuple[Speaker, ...], prompt: str, settings: GenerationSettings) -> Iterator[Mapping[str, str]]:
     """All answers so far by label, again after each round of one token each, until all have ended."""
-    streams = {speaker.label: stream(speaker, prompt, settings) for speaker in speakers}
-    texts = dict.fromkeys(streams, "")
-    while streams:
-        for label, written in list(streams.items()):
-            text = next(written, None)
-            if text is None:
-                del streams[label]
-            else:
-                texts[label] = text
+    labels = [speaker.label for speaker in speakers]
+    texts = dict.fromkeys(labels, "")
+    for written in zip_longest(*(stream(speaker, prompt, settings) for speaker in speakers)):
+        texts |= {label: text for label, text in zip(labels, written, strict=True) if text is not None}
         yield dict(texts)
 
 

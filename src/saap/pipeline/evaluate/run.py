@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,77 +13,27 @@ import torch
 from torch import nn
 
 from saap.core.errors import CalibrationError, ConfigurationError, ModelError
+from saap.core.evaluation_records import EvalReport, GenerationReport, Perplexity, SpeedReport, TaskResult
 from saap.core.manifest import recorded_versions, typed_command
 from saap.core.records import IntArray
 from saap.core.storage import write_whole
+from saap.data import texts
 from saap.data.samples import leading_ids, token_stream
-from saap.data.texts import Purpose, evaluation_text, read_conversations, read_documents
-from saap.evaluation.chat import ChatPerplexity, chat_perplexity
-from saap.evaluation.generation import (
-    BUNDLED,
-    ClozeFigures,
-    GenerationFigures,
-    Prompt,
-    check_prompts,
-    cloze,
-    generation_figures,
-    read_prompts,
-    token_agreement,
-    write,
-)
-from saap.evaluation.perplexity import Perplexity, perplexity
-from saap.evaluation.zero_shot import TaskResult, check_tasks, evaluate_tasks, mean_accuracy
+from saap.evaluation import generation
+from saap.evaluation.chat import chat_perplexity
+from saap.evaluation.perplexity import perplexity
+from saap.evaluation.speed import Source
+from saap.evaluation.zero_shot import check_tasks, evaluate_tasks
 from saap.models.loading.devices import quick_float32_products, rounded_products
-from saap.models.loading.pretrained import load_tokenizer
-from saap.models.loading.references import ResolvedModel, resolve_model
+from saap.models.loading.references import ResolvedModel
 from saap.models.walk.probe import check_runs
-from saap.pipeline.evaluate.speed import Source, SpeedReport, check_settings, measure_beside
+from saap.pipeline.evaluate.speed import compare_speeds
 from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
-from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model
+from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model, resolve_with_tokenizer
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import LOAD
 from saap.reporting.tables import names_apart
 from saap.settings.measure import EvalRequest, SpeedSettings
-from saap.settings.prune import RuntimeName
-
-MODES = ("greedy", "sampled")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationReport:
-    """What a model wrote, by mode, and what was measured of it. samples: of each mode, prompt -> model -> text."""
-
-    figures: Mapping[str, GenerationFigures]
-    dense_figures: Mapping[str, GenerationFigures] | None
-    token_agreement: float | None
-    cloze: ClozeFigures | None
-    dense_cloze: ClozeFigures | None
-    samples: Mapping[str, Mapping[str, Mapping[str, str]]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalReport:
-    """What was measured of a model, by the name of the text or task. dense: the same of the dense model, if named."""
-
-    model: str
-    parameters: int
-    perplexity: dict[str, Perplexity] = field(default_factory=dict)
-    tasks: dict[str, TaskResult] = field(default_factory=dict)
-    generation: GenerationReport | None = None
-    chat: ChatPerplexity | None = None
-    speed: SpeedReport | None = None
-    dense: EvalReport | None = None
-    command: tuple[str, ...] = ()
-    versions: dict[str, str] = field(default_factory=dict)
-    revision: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able data; numbers that are not finite become None, which JSON can say."""
-        data = finite(dataclasses.asdict(self))
-        for part, report in ((data, self), (data["dense"], self.dense)):
-            if report is not None and report.tasks:
-                part["tasks_mean"] = mean_accuracy(report.tasks)
-        return dict(data)
 
 
 def evaluate_model(
@@ -102,56 +50,43 @@ def evaluate_model(
     """
     reporter = reporter if reporter is not None else Silent()
     prompts = check_request(request)
-    opened: nn.Module | ResolvedModel
-    if isinstance(source, nn.Module):
-        opened, others = source, _other_models(request, None, reporter)
-    else:
-        opened = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
-        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(opened)
-        others = _other_models(request, opened, reporter)
+    opened, tokenizer = resolve_with_tokenizer(source, options, tokenizer)
+    dense_ref, speed_ref = _other_models(request, opened, reporter)
     reporter.stage("read the texts")
     streams = read_streams(request, tokenizer)
-    conversations = () if request.chat is None else read_conversations(request.chat)
+    conversations = () if request.chat is None else texts.read_conversations(request.chat)
+    run = _Evaluation(request, options, reporter, streams, conversations, prompts)
     reporter.stage(LOAD.title)
     loaded = open_model(opened, options, tokenizer, computes_in_dtype=True)
-    check_prompts(loaded.model, loaded.tokenizer, prompts, request.generated_tokens)
+    run.check_prompts(loaded, loaded.tokenizer)
+    more: dict[str, Any] = {}
     with quick_float32_products():
-        report = _measure(loaded, request, streams, conversations, reporter)
+        report = run.measure(loaded)
         dense = None
-        if others.dense is not None and (prompts or request.dense is not None):
-            reporter.stage(f"load the dense model {others.dense.source}")
-            dense = open_model(others.dense, options, computes_in_dtype=True)
-            check_prompts(dense.model, dense.tokenizer or loaded.tokenizer, prompts, request.generated_tokens)
+        if dense_ref is not None and (prompts or request.dense is not None):
+            reporter.stage(f"load the dense model {dense_ref.source}")
+            dense = open_model(dense_ref, options, computes_in_dtype=True)
+            run.check_prompts(dense, dense.tokenizer or loaded.tokenizer)
             if request.dense is not None:
-                dense_report = _measure(dense, request, streams, conversations, reporter)
-                report = dataclasses.replace(report, dense=dense_report)
+                more["dense"] = run.measure(dense)
         if request.prompts is not None:
-            generation = _generation(loaded, dense, prompts, request, reporter)
-            report = dataclasses.replace(report, generation=generation)
+            more["generation"] = run.generate(loaded, dense)
         if request.speed is not None:
-            speed = _speed(opened, loaded, others, dense, request.speed, options, reporter)
-            report = dataclasses.replace(report, speed=speed)
-    command = typed_command()
-    return dataclasses.replace(report, command=command, versions=recorded_versions())
+            more["speed"] = run.compare_speeds(opened, loaded, speed_ref, dense if speed_ref == dense_ref else None)
+    return report.model_copy(update={**more, "command": typed_command(), "versions": recorded_versions()})
 
 
-@dataclass(frozen=True, slots=True)
-class _Others:
-    """The models besides the evaluated one. against: to compare its speed with."""
-
-    dense: ResolvedModel | None = None
-    against: ResolvedModel | None = None
-
-
-def _other_models(request: EvalRequest, evaluated: ResolvedModel | None, reporter: Reporter) -> _Others:
-    """Find them all before any weights are read. Raises ModelError.
+def _other_models(
+    request: EvalRequest, evaluated: nn.Module | ResolvedModel, reporter: Reporter
+) -> tuple[ResolvedModel | None, ResolvedModel | None]:
+    """The dense model and the one to compare speed with, found before any weights are read. Raises ModelError.
 
     A dense model that nobody has named is left out where it is not on this machine.
     """
     writes = request.prompts is not None
     if request.dense is None and request.speed is None and not writes:
-        return _Others()
-    manifest = None if evaluated is None else manifest_of(evaluated)
+        return None, None
+    manifest = manifest_of(evaluated) if isinstance(evaluated, ResolvedModel) else None
     choice, other = DenseChoice.pair(request)
     dense = None
     against = None if other is None else resolve_dense(other, manifest)
@@ -162,72 +97,37 @@ def _other_models(request: EvalRequest, evaluated: ResolvedModel | None, reporte
             if request.dense is not None:
                 raise
             reporter.note(f"nothing is measured of the dense model: {error}")
-    return _Others(dense, dense if against is None else against)
+    return dense, dense if against is None else against
 
 
-def check_request(request: EvalRequest) -> tuple[Prompt, ...]:
+def check_request(request: EvalRequest) -> tuple[generation.Prompt, ...]:
     """Refuse what needs no model to be refused. Returns the requested prompts."""
-    _check_speed(request)
-    if request.tasks:
-        check_tasks(request.tasks, request.task_data, request.limit)
-    return () if request.prompts is None else read_prompts(request.prompts)
-
-
-def _check_speed(request: EvalRequest) -> None:
     if request.speed is not None:
-        check_settings(request.speed)
+        request.speed.runtime.check()
     elif request.against is not None:
         raise ConfigurationError("--against has nothing to be measured", "Add --speed, or use --dense")
+    if request.tasks:
+        check_tasks(request.tasks, request.task_data, request.limit)
+    return () if request.prompts is None else generation.read_prompts(request.prompts)
 
 
 def read_streams(request: EvalRequest, tokenizer: Any | None) -> dict[str, IntArray]:
     """Token ids of the texts by name. Raises CalibrationError."""
     streams = {}
     for name in request.texts:
-        if name == BUNDLED:
-            documents: tuple[str, ...] = (evaluation_text(),)
+        if name == generation.BUNDLED:
+            documents = [texts.evaluation_text()]
         else:
-            documents = read_documents(name, tokenizer=tokenizer, purpose=Purpose.EVALUATION)
-        ids = token_stream(documents, tokenizer)
-        if len(ids) < request.window:
+            documents = list(texts.read_documents(name, tokenizer=tokenizer, purpose=texts.Purpose.EVALUATION))
+        streams[name] = token_stream(documents, tokenizer)
+        if len(streams[name]) < request.window:
             raise CalibrationError(
-                f"{name} has {len(ids):,} tokens, fewer than one window of {request.window}",
+                f"{name} has {len(streams[name]):,} tokens, fewer than one window of {request.window}",
                 "Give a longer text or a smaller --window",
             )
-        streams[name] = ids
     if tokenizer is None and (request.tasks or request.chat or request.prompts):
-        token_stream((), tokenizer)
+        token_stream((), tokenizer)  # refuses a missing tokenizer
     return streams
-
-
-def _measure(
-    loaded: LoadedModel,
-    request: EvalRequest,
-    streams: Mapping[str, IntArray],
-    conversations: Sequence[Sequence[dict[str, Any]]],
-    reporter: Reporter,
-) -> EvalReport:
-    """Perplexities, tasks and conversations of one model."""
-    model = loaded.model
-    found = {}
-    for name, ids in streams.items():
-        reporter.stage(f"perplexity of {loaded.ref.source} on {name}")
-        first = torch.from_numpy(ids[None, : request.window]).to(next(model.parameters()).device)
-        check_runs(model, first)
-        found[name] = requested_perplexity(model, loaded.tokenizer, request, ids)
-    tasks: dict[str, TaskResult] = {}
-    if request.tasks:
-        reporter.stage(f"zero-shot tasks of {loaded.ref.source}")
-        tasks = ask_tasks(model, loaded.tokenizer, request, reporter)
-    chat = None
-    if conversations:
-        reporter.stage(f"conversations of {loaded.ref.source}")
-        chat = chat_perplexity(model, loaded.tokenizer, conversations)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return EvalReport(
-        model=loaded.ref.source, revision=loaded.ref.revision, parameters=parameters, perplexity=found, tasks=tasks,
-        chat=chat,
-    )  # fmt: skip
 
 
 def requested_perplexity(model: nn.Module, tokenizer: Any | None, request: EvalRequest, ids: IntArray) -> Perplexity:
@@ -246,70 +146,87 @@ def ask_tasks(model: nn.Module, tokenizer: Any, request: EvalRequest, reporter: 
         )
 
 
-def _generation(
-    loaded: LoadedModel, dense: LoadedModel | None, prompts: Sequence[Prompt], request: EvalRequest, reporter: Reporter
-) -> GenerationReport:
-    opens = [prompt.prompt for prompt in prompts if prompt.answer is None]
-    figures: dict[str, GenerationFigures] = {}
-    dense_figures: dict[str, GenerationFigures] = {}
-    samples: dict[str, dict[str, dict[str, str]]] = {}
-    agreed = None
-    judge_model = None if dense is None else dense.model
-    for mode in MODES if opens else ():
-        for name, one, found in (("pruned", loaded, figures), ("dense", dense, dense_figures)):
-            if one is None:
-                continue
-            reporter.stage(f"let {one.ref.source} write, {mode}")
-            written = write(
-                one.model, loaded.tokenizer, opens, tokens=request.generated_tokens, sampled=mode == "sampled",
-                seed=request.seed,
-            )  # fmt: skip
-            found[mode] = generation_figures(written, judge_model, loaded.tokenizer, progress=reporter.advance)
-            for text in written:
-                samples.setdefault(mode, {}).setdefault(text.prompt, {})[name] = text.text
-            if one is dense and mode == "greedy":
-                agreed = token_agreement(loaded.model, written, loaded.tokenizer)
-    return GenerationReport(
-        figures=figures,
-        dense_figures=dense_figures or None,
-        token_agreement=agreed,
-        cloze=cloze(loaded.model, loaded.tokenizer, prompts),
-        dense_cloze=None if judge_model is None else cloze(judge_model, loaded.tokenizer, prompts),
-        samples=samples,
-    )
+@dataclass(frozen=True, slots=True)
+class _Evaluation:
+    """What is measured of the model and of the dense one alike."""
 
+    request: EvalRequest
+    options: RunOptions
+    reporter: Reporter
+    streams: Mapping[str, IntArray]
+    conversations: Sequence[Sequence[dict[str, Any]]]
+    prompts: Sequence[generation.Prompt]
 
-def _speed(
-    source: nn.Module | ResolvedModel,
-    loaded: LoadedModel,
-    others: _Others,
-    dense: LoadedModel | None,
-    settings: SpeedSettings,
-    options: RunOptions,
-    reporter: Reporter,
-) -> SpeedReport:
-    """Tokens per second of the model, compared with another one. dense: where that is loaded already."""
-    in_memory = settings.runtime is RuntimeName.TRANSFORMERS
-    given: Source = source if isinstance(source, nn.Module) else source.path
-    other = others.against
-    names = names_apart([(ref.source, ref.revision) for ref in (loaded.ref, other) if ref is not None])
-    models: list[tuple[str, Source]] = [(names[0], loaded.model if in_memory else given)]
-    if other is not None:
-        reporter.stage(f"load {other.source} to measure speed against")
-        if in_memory and (dense is None or other != others.dense):
-            dense = open_model(other, options, computes_in_dtype=True)
-        models.append((names[1], dense.model if in_memory and dense is not None else other.path))
-    reporter.stage(f"speed in {settings.runtime}")
-    return measure_beside(models, settings)
+    def check_prompts(self, loaded: LoadedModel, tokenizer: Any) -> None:
+        """Refuse a model that cannot read the longest prompt and what follows it."""
+        generation.check_prompts(loaded.model, tokenizer, self.prompts, self.request.generated_tokens)
 
+    def measure(self, loaded: LoadedModel) -> EvalReport:
+        """Perplexities, tasks and conversations of one model."""
+        model, tokenizer, name = loaded.model, loaded.tokenizer, loaded.ref.source
+        found: dict[str, Any] = {"perplexity": {}}
+        for text, ids in self.streams.items():
+            self.reporter.stage(f"perplexity of {name} on {text}")
+            check_runs(model, torch.from_numpy(ids[None, : self.request.window]).to(next(model.parameters()).device))
+            found["perplexity"][text] = requested_perplexity(model, tokenizer, self.request, ids)
+        if self.request.tasks:
+            self.reporter.stage(f"zero-shot tasks of {name}")
+            found["tasks"] = ask_tasks(model, tokenizer, self.request, self.reporter)
+        if self.conversations:
+            self.reporter.stage(f"conversations of {name}")
+            found["chat"] = chat_perplexity(model, tokenizer, self.conversations)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return EvalReport(model=name, revision=loaded.ref.revision, parameters=parameters, **found)
 
-def finite(value: Any) -> Any:
-    """The same data with None in place of numbers that are not finite, which JSON cannot say."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    def generate(self, loaded: LoadedModel, dense: LoadedModel | None) -> GenerationReport:
+        """What the models write, and the facts that they know. The dense model evaluates both."""
+        tokenizer, evaluator = loaded.tokenizer, None if dense is None else dense.model
+        opens = [prompt.prompt for prompt in self.prompts if prompt.answer is None]
+        models = {"pruned": loaded} if dense is None else {"pruned": loaded, "dense": dense}
+        figures: dict[str, dict[str, Any]] = {name: {} for name in models}
+        samples: dict[str, dict[str, dict[str, str]]] = {}
+        agreed = None
+        for mode in ("greedy", "sampled") if opens else ():
+            for name, one in models.items():
+                self.reporter.stage(f"let {one.ref.source} write, {mode}")
+                written = generation.write(
+                    one.model, tokenizer, opens, tokens=self.request.generated_tokens, sampled=mode == "sampled",
+                    seed=self.request.seed,
+                )  # fmt: skip
+                figures[name][mode] = generation.generation_figures(
+                    written, evaluator, tokenizer, progress=self.reporter.advance
+                )
+                for text in written:
+                    samples.setdefault(mode, {}).setdefault(text.prompt, {})[name] = text.text
+                if one is dense and mode == "greedy":
+                    agreed = generation.token_agreement(loaded.model, written, tokenizer)
+        return GenerationReport(
+            figures=figures["pruned"],
+            dense_figures=figures.get("dense") or None,
+            token_agreement=agreed,
+            cloze=generation.cloze(loaded.model, tokenizer, self.prompts),
+            dense_cloze=None if evaluator is None else generation.cloze(evaluator, tokenizer, self.prompts),
+            samples=samples,
+        )
+
+    def compare_speeds(
+        self, opened: nn.Module | ResolvedModel, loaded: LoadedModel, other: ResolvedModel | None,
+        other_loaded: LoadedModel | None,
+    ) -> SpeedReport:  # fmt: skip
+        """Tokens per second of the model, compared with another one. other_loaded: the same, if it is there already."""
+        settings = self.request.speed or SpeedSettings()
+        in_memory: bool = settings.runtime.load().in_memory
+        refs = [(loaded.ref.source, loaded.ref.revision)]
+        given = opened.path if isinstance(opened, ResolvedModel) else opened
+        models: list[Source] = [loaded.model if in_memory else given]
+        if other is not None:
+            self.reporter.stage(f"load {other.source} to measure speed against")
+            if in_memory and other_loaded is None:
+                other_loaded = open_model(other, self.options, computes_in_dtype=True)
+            refs.append((other.source, other.revision))
+            models.append(other_loaded.model if in_memory and other_loaded is not None else other.path)
+        self.reporter.stage(f"speed in {settings.runtime}")
+        return compare_speeds(list(zip(names_apart(refs), models, strict=True)), settings)
 
 
 def write_report(path: Path, data: Mapping[str, Any]) -> None:

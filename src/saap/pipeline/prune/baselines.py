@@ -6,22 +6,28 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.baselines.activations import activation_statistics, add_biases, compensating_biases
-from saap.baselines.methods import BASELINES, Measurements, Scores
+from saap.baselines.baseline import Baseline, Measurements, add_biases
 from saap.core.errors import ConfigurationError
 from saap.core.records import FloatArray, GroupScores, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
 from saap.models.walk.backend import Backend
 from saap.pipeline.prune.generated_text import with_written
 from saap.pipeline.shared.context import Run
-from saap.settings.prune import Method, PruneConfig, unit_roles
+from saap.settings.prune import PruneConfig, unit_roles
+from saap.settings.registry import Method
+
+
+def baseline_of(method: Method) -> Baseline | None:
+    """The baseline of that name; None for SAAP itself."""
+    baseline: Baseline | None = None if method is Method.SAAP else method.load()
+    return baseline
 
 
 def for_method(config: PruneConfig) -> PruneConfig:
     """The configuration with the rules of its method. Raises ConfigurationError for rules that contradict it."""
-    if config.method is Method.SAAP:
+    baseline = baseline_of(config.method)
+    if baseline is None:
         return config
-    baseline = BASELINES[config.method]
-    if config.layout is Layout.UNIFORM and baseline.compensates and not config.restore:
+    if config.layout is Layout.UNIFORM and baseline.compensation and not config.restore:
         raise ConfigurationError(
             f"--method {config.method} adds biases, which the stock class of --layout uniform has no place for",
             "Use --layout adaptive, or --restore in place of the biases",
@@ -39,7 +45,8 @@ def for_method(config: PruneConfig) -> PruneConfig:
 
 def check_method(config: PruneConfig, graph: ModelGraph) -> None:
     """Raise ConfigurationError if the method cannot score a group of the requested roles."""
-    if config.method in (Method.SAAP, Method.RANDOM):
+    baseline = baseline_of(config.method)
+    if baseline is None or baseline.any_units:
         return
     roles = unit_roles(config.roles)
     unscored = next((role for role in roles if role in (Role.QUERY, Role.EXPERT)), None)
@@ -64,7 +71,7 @@ def measurements(run: Run) -> Measurements:
 
 def baseline_scores(run: Run, calibration_digest: str, found: Measurements) -> ImportanceScores:
     """The baseline's scores in the form of an estimation; they have no spread over samples."""
-    scores: Scores = BASELINES[run.config.method].scores(found)
+    scores = found.scores(run.config.method.load())
     return ImportanceScores(
         graph_digest=run.graph.digest,
         calibration_digest=calibration_digest,
@@ -89,19 +96,16 @@ def biases_for(
     found: what has been measured of it so far. A restoration makes up for the same and more, so there are none beside
     it.
     """
-    baseline = BASELINES.get(run.config.method)
-    if baseline is None or not baseline.compensates or run.config.restore or plan.removes_nothing(run.graph):
+    baseline = baseline_of(run.config.method)
+    if baseline is None or not baseline.compensation or run.config.restore or plan.removes_nothing(run.graph):
         return {}
-    if found is not None:
-        means = found.activations.mean
-    else:
-        means = activation_statistics(Backend(model, run.graph), with_written(run, "scored")).mean
-    return compensating_biases(model, run.graph, plan.keep, means)
+    backend = Backend(model, run.graph)
+    measured = (found or Measurements(backend, with_written(run, "scored"))).of(baseline)
+    return baseline.compensation(backend, measured, plan.keep)
 
 
 def compensate(run: Run, model: nn.Module, biases: dict[str, torch.Tensor]) -> None:
     """Put the biases into the cut model."""
-    made = add_biases(model, biases)
-    if made:
-        count = sum(bias.numel() for bias in biases.values())
+    count = add_biases(model, biases)
+    if count:
         run.meter.reporter.note(f"{count:,} parameters of compensating biases come on top of the plan")

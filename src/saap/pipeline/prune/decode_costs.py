@@ -15,14 +15,14 @@ from saap.core.errors import OutputError, TargetError
 from saap.core.manifest import recorded_versions
 from saap.core.records import Layout, ModelGraph, Role, StructurePlan, digest_of
 from saap.core.storage import write_whole
-from saap.evaluation.speed import speed_up
+from saap.evaluation.speed import speed_ups
 from saap.models.checkpoint.differences import mark_pruned
 from saap.models.loading.devices import copied
 from saap.pipeline.evaluate.speed import opened_in, pair_of_speeds, timed, weights_name
 from saap.pipeline.shared.progress import Reporter
 from saap.settings.measure import SpeedSettings
-from saap.settings.prune import PrunableRole, PruneConfig, RuntimeName, unit_roles
-from saap.structure_search.decode_costs import DecodeCosts, curve_through
+from saap.settings.prune import PrunableRole, PruneConfig, unit_roles
+from saap.structure_search.budget import DecodeCosts, curve_through
 from saap.structure_search.plan import make_plan
 from saap.surgery.cut import cut
 
@@ -60,7 +60,7 @@ def decode_costs(model: nn.Module, graph: ModelGraph, config: PruneConfig, repor
         for done, (role, fraction, plan) in enumerate(trials):
             with opened_in(_trial(model, graph, plan), settings) as smaller:
                 trial, whole = timed([smaller, dense], settings)
-            saved = 1 - 1 / speed_up(trial, whole).decode
+            saved = 1 - 1 / speed_ups(trial, whole)[1]
             if role is None:
                 block = saved / len(plan.dropped_blocks)
             else:
@@ -73,7 +73,7 @@ def decode_costs(model: nn.Module, graph: ModelGraph, config: PruneConfig, repor
 
 def trial_speedup(model: nn.Module, graph: ModelGraph, plan: StructurePlan, settings: SpeedSettings) -> float:
     """Speed of decoding of a copy that is cut by the plan, over that of the model."""
-    return speed_up(*pair_of_speeds(_trial(model, graph, plan), model, settings)).decode
+    return speed_ups(*pair_of_speeds(_trial(model, graph, plan), model, settings))[1]
 
 
 def _trials(graph: ModelGraph, config: PruneConfig) -> list[tuple[Role | None, float, StructurePlan]]:
@@ -131,7 +131,7 @@ def _cache_file(model: nn.Module, graph: ModelGraph, config: PruneConfig, settin
         "shapes": graph.shapes,
         "groups": [[group.name, group.units] for group in graph.groups],
         "runtime": settings.runtime,
-        "version": versions.get("llama-cpp-py-sync" if settings.runtime is RuntimeName.LLAMA_CPP else "torch", ""),
+        "version": versions.get(settings.runtime.load().package, ""),
         "weights": weights_name(model, settings),
         "roles": sorted(config.roles),
         "align": config.align,

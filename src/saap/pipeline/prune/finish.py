@@ -35,7 +35,7 @@ from saap.pipeline.shared.memory import forget_changed, forget_weights, open_res
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.stages import CUT, MEASURE, TIME_RESULT
 from saap.pipeline.shared.targets import Target, finished_report, place_finished
-from saap.structure_search.decode_costs import TimeBudget
+from saap.structure_search.budget import TimeBudget
 from saap.structure_search.plan import complete_plan
 
 CHECKED_TOKENS = 64

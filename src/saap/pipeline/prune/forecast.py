@@ -45,8 +45,9 @@ from saap.pipeline.shared.stages import (
     making,
 )
 from saap.pipeline.shared.targets import Target
-from saap.settings.prune import Method, SkipLayers
-from saap.structure_search.objectives import Budget
+from saap.settings.prune import SkipLayers
+from saap.settings.registry import Method
+from saap.structure_search.budget import Budget
 from saap.structure_search.plan import check_reachable
 from saap.surgery.refit import RestoreSettings
 from saap.surgery.restore import restore

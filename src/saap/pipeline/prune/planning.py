@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.numpy import load_file, save
 
-from saap.baselines.methods import Measurements
+from saap.baselines.baseline import Measurements
 from saap.core.records import (
     CalibrationSet,
     FloatArray,
@@ -21,8 +21,7 @@ from saap.core.records import (
     require_same,
 )
 from saap.core.storage import read_plan, read_scores, write_plan, write_scores, write_whole
-from saap.estimation.calibrate import estimate
-from saap.estimation.selection import unit_scores
+from saap.estimation.estimate import estimate, unit_scores
 from saap.estimation.token_fisher import token_fisher_scores
 from saap.models.loading.devices import quick_products
 from saap.pipeline.prune.baselines import baseline_scores, measurements
@@ -38,11 +37,12 @@ from saap.pipeline.shared.inputs import (
 from saap.pipeline.shared.memory import search_evaluations
 from saap.pipeline.shared.stages import ESTIMATE, FIND_COSTS, SEARCH, WEIGH_TOKENS
 from saap.pipeline.shared.targets import Target
-from saap.settings.prune import Importance, Method, PrunableRole, unit_roles
-from saap.structure_search.adaptive import SearchGuide
+from saap.settings.prune import PrunableRole, unit_roles
+from saap.settings.registry import Importance, Method
 from saap.structure_search.costs import SecondOrder, second_order_costs
 from saap.structure_search.evaluator import EVALUATED_AT_ONCE, StructureEvaluator
 from saap.structure_search.plan import complete_plan, plan_from_counts, search
+from saap.structure_search.problem import SearchGuide
 
 Progress = Callable[[int, int], None]
 """Called with what is done, and with all that is to be done."""
@@ -74,7 +74,8 @@ def estimated(run: Run, calibration: CalibrationSet) -> ImportanceScores:
     with run.tokens.images(run.loaded.model):
         return estimate(
             run.backend, calibration, roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
-            element_order=run.config.element_score, aggregation=run.config.aggregation,
+            importance=run.config.importance, element_order=run.config.element_order,
+            aggregation=run.config.aggregation,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from saap._version import __version__
-from saap.baselines.methods import Measurements
+from saap.baselines.baseline import Measurements
 from saap.core.errors import ConfigurationError
 from saap.core.records import ImportanceScores, Layout, ModelGraph, StructurePlan, digest_of
 from saap.core.storage import read_plan
@@ -70,8 +70,8 @@ from saap.pipeline.shared.together import (
 )
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PrunableRole, PruneConfig
-from saap.structure_search.objectives import Budget
-from saap.structure_search.plan import SearchSpace, check_reachable, with_units
+from saap.structure_search.budget import Budget
+from saap.structure_search.plan import SearchSpace, check_reachable
 from saap.surgery.cut import cut
 from saap.surgery.refit import RestoreSettings
 from saap.surgery.restore import restore
@@ -317,7 +317,8 @@ def cut_and_restore(
         backend = dataclasses.replace(run.backend, model=model, spill=spill, products=products)
         with run.tokens.images(model):
             restoration = restore(backend, plan, refit_tokens(run), restore_settings(run, scores))
-        plan, errors = with_units(run.graph, plan, restoration.keep), restoration.errors
+        keep = {name: restoration.keep.get(name, kept) for name, kept in plan.keep.items()}
+        plan, errors = dataclasses.replace(plan, keep=keep), restoration.errors
     cut(model, run.graph, plan)
     compensate(run, model, biases)
     return plan, errors

@@ -7,13 +7,13 @@ from torch import nn
 
 from saap.core.manifest import SpeedRecord
 from saap.core.records import ModelGraph, StructurePlan
-from saap.evaluation.speed import speed_up
+from saap.evaluation.speed import speed_ups
 from saap.pipeline.evaluate.speed import pair_of_speeds, weights_name
 from saap.pipeline.prune.decode_costs import decode_costs, speed_settings, trial_speedup
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.progress import Reporter
 from saap.settings.prune import PruneConfig
-from saap.structure_search.decode_costs import TimeBudget, budget_for_speedup, corrected
+from saap.structure_search.budget import TimeBudget, budget_for_speedup
 from saap.structure_search.plan import SearchSpace, check_reachable
 
 LARGEST_DEVIATION = 0.1
@@ -34,7 +34,7 @@ def budget_for_speed(
     plan = check_reachable(graph, budget, space)
     predicted, measured = budget.speedup(graph, plan), trial_speedup(model, graph, plan, speed_settings(config, ROUNDS))
     reporter.note(f"a plan of the speed {predicted:.3f} by the table has the speed {measured:.3f}")
-    return corrected(budget, predicted=predicted, measured=measured)
+    return budget.corrected(predicted=predicted, measured=measured)
 
 
 def reached_speed(run: Run, budget: TimeBudget, plan: StructurePlan, pruned: nn.Module) -> SpeedRecord:
@@ -47,7 +47,7 @@ def reached_speed(run: Run, budget: TimeBudget, plan: StructurePlan, pruned: nn.
         threads=torch.get_num_threads(),
         asked=run.config.target_speedup or 1.0,
         predicted=budget.speedup(run.graph, plan),
-        reached=speed_up(fast, slow).decode,
+        reached=speed_ups(fast, slow)[1],
         dense_tokens_per_second=slow.decode,
         tokens_per_second=fast.decode,
     )

@@ -18,14 +18,13 @@ from saap.models.loading.pretrained import load_tokenizer, model_without_weights
 from saap.models.loading.references import resolve_configuration
 from saap.models.structure.keep_index import KeepIndex
 from saap.pipeline.evaluate.run import check_request
-from saap.pipeline.evaluate.speed import check_settings
 from saap.pipeline.prune.baselines import check_method, for_method
 from saap.pipeline.prune.decode_costs import speed_settings
+from saap.pipeline.recipe.run import recipe_steps
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.legality import search_space
 from saap.pipeline.shared.targets import plan_targets, with_budgets
 from saap.recovery.quantise import check_group_sizes
-from saap.settings.measure import ExportFormat
 from saap.settings.prune import PruneConfig
 from saap.settings.recipe import Recipe
 from saap.structure_search.plan import check_reachable
@@ -43,19 +42,12 @@ def preview_recipe(recipe: Recipe) -> dict[str, Any]:
     dtype = pick_dtype(recipe.dtype, source=resolved.dtype)
     load_tokenizer(resolved)
     model = model_without_weights(resolved)
-    steps: list[dict[str, Any]] = []
-    if recipe.prune is not None:
-        steps += _pruned(recipe, for_method(recipe.prune), model, dtype)
-    if recipe.recover is not None:
-        if recipe.prune is None:
-            check_group_sizes(linears_inside(model, find_blocks(model)), recipe.recover.group_size)
-        steps.append({"name": "recover", "output": str(recipe.out / "recovered")})
-    steps += [{"name": f"eval.{name}", "output": str(recipe.out / "eval" / f"{name}.json")} for name in recipe.eval]
-    for name, request in recipe.export.items():
-        ending = ".gguf" if request.format is ExportFormat.GGUF else ""
-        steps.append({"name": f"export.{name}", "output": str(recipe.out / "export" / f"{name}{ending}")})
-    if recipe.report is not None:
-        steps.append({"name": "report", "output": str(recipe.out / "report" / "report.html")})
+    if recipe.recover is not None and recipe.prune is None:
+        check_group_sizes(linears_inside(model, find_blocks(model)), recipe.recover.group_size)
+    steps = [] if recipe.prune is None else _pruned(recipe, for_method(recipe.prune), model, dtype)
+    for step in recipe_steps(recipe, digests=False):
+        if step.name != "prune":
+            steps.append({"name": step.name, "output": str(step.outputs[0])})
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"model": recipe.model, "class": type(model).__name__, "parameters": parameters, "steps": steps}
 
@@ -66,7 +58,7 @@ def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype)
     Of a target that is a speed, the size is not known before decoding was measured with weights.
     """
     if config.target_speedup is not None:
-        check_settings(speed_settings(config))
+        speed_settings(config).runtime.check()
     ref = ModelRef(source=recipe.model, revision=recipe.revision, config_digest="", weights_digest="")
     graph = discover(model, ref)
     check_method(config, graph)

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from enum import StrEnum
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from saap._version import __version__
 from saap.core.errors import OutputError, StaleInputError
+from saap.core.records import digest_of
 from saap.export.placing import check_place
 from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import resolve_model
-from saap.pipeline.evaluate.run import check_request
-from saap.pipeline.recipe.steps import Step, recipe_steps
+from saap.pipeline.evaluate.run import check_request, evaluate_model, write_report
+from saap.pipeline.export.run import export_model
+from saap.pipeline.prune.run import run_prune
 from saap.pipeline.recover.context import read_data
+from saap.pipeline.recover.run import run_recover
 from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
-from saap.pipeline.shared.digests import tree_digest
+from saap.pipeline.shared.digests import model_digest, named_files, tree_digest
+from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.progress import Reporter, Silent
+from saap.pipeline.shared.targets import plan_targets
 from saap.pipeline.shared.work import WorkFolder
+from saap.reporting.report import build_page, write_page
+from saap.settings.measure import EvalRequest, ExportRequest
 from saap.settings.recipe import Recipe
 
 STATE = "recipe.json"
-
-
-class Fate(StrEnum):
-    """What happens to a step."""
-
-    KEPT = "kept"
-    MADE = "made"
 
 
 def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -42,17 +46,17 @@ def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, An
     steps = recipe_steps(recipe)
     state = _State(recipe.out)
     check_place(recipe.out / STATE, 0)
-    fates = state.fates(steps)
+    kept = state.finished(steps)
     shown = []
     for step in steps:
-        if fates[step.name] is Fate.KEPT:
+        if step.name in kept:
             reporter.note(f"{step.name} is done already")
         else:
-            state.begin(step)
+            state.record(step, done=False)
             step.run(reporter)
-            state.finish(step)
+            state.record(step, done=True)
         outputs = [str(path) for path in step.outputs]
-        shown.append({"name": step.name, "fate": str(fates[step.name]), "outputs": outputs})
+        shown.append({"name": step.name, "fate": "kept" if step.name in kept else "made", "outputs": outputs})
     return {"out": str(recipe.out), "steps": shown}
 
 
@@ -72,46 +76,165 @@ def _check_inputs(recipe: Recipe) -> None:
             resolve_dense(choice, manifest)
 
 
+class _Record(BaseModel):
+    """A step that was begun; once it is done, with the digests of its outputs by their paths in the folder."""
+
+    digest: str
+    done: bool = False
+    outputs: dict[str, str] = {}
+
+
 class _State:
-    """The record of finished steps in the folder of a recipe."""
+    """The records of steps in the folder of a recipe."""
 
     def __init__(self, out: Path) -> None:
-        self._out = out
-        self._file = WorkFolder(out)
-        known = self._file.read_json(STATE)
-        steps = known.get("steps") if isinstance(known, dict) else {}
-        if not isinstance(steps, dict) or not all(isinstance(entry, dict) for entry in steps.values()):
-            raise StaleInputError(f"{out / STATE} is no record of a recipe", "Choose another `out`")
-        self._steps: dict[str, dict[str, Any]] = dict(steps)
+        self._out, self._file = out, WorkFolder(out)
+        try:
+            known = self._file.read_json(STATE)
+            self._steps = {} if known is None else _STEPS.validate_python(known)["steps"]
+        except (ValidationError, KeyError):
+            raise StaleInputError(f"{out / STATE} is no record of a recipe", "Choose another `out`") from None
 
-    def fates(self, steps: Sequence[Step]) -> dict[str, Fate]:
-        """Which steps are done. Raises OutputError for outputs that are in the way and not of this recipe."""
-        fates: dict[str, Fate] = {}
+    def finished(self, steps: Sequence[Step]) -> set[str]:
+        """Names of the steps that are done. Raises OutputError for outputs in the way that are not of this recipe."""
+        kept: set[str] = set()
         for step in steps:
-            entry = self._steps.get(step.name, {})
+            entry = self._steps.get(step.name, _Record(digest="", done=True))
             there = [path for path in step.outputs if path.exists()]
-            begun = bool(entry) and not entry.get("done")
-            recorded = entry.get("outputs") or {}
-            ours = begun or all(recorded.get(str(path.relative_to(self._out))) == tree_digest(path) for path in there)
-            if not ours:
+            # what a step that was interrupted has left may be replaced
+            if entry.done and any(entry.outputs.get(self._name(path)) != tree_digest(path) for path in there):
                 raise OutputError(
                     f"{there[0]} is there, and not as this recipe wrote it", "Move it away, or choose another `out`"
                 )
-            done = entry.get("done") and entry.get("digest") == step.digest and len(there) == len(step.outputs)
-            stays = done and all(fates[name] is Fate.KEPT for name in step.needs)
-            fates[step.name] = Fate.KEPT if stays else Fate.MADE
-        return fates
+            same = entry.done and entry.digest == step.digest and len(there) == len(step.outputs)
+            if same and kept.issuperset(step.needs):
+                kept.add(step.name)
+        return kept
 
-    def begin(self, step: Step) -> None:
-        """Record that the outputs of a step may be incomplete, or of other settings, from now on."""
-        self._steps[step.name] = {"digest": step.digest, "done": False}
-        self._write()
+    def record(self, step: Step, *, done: bool) -> None:
+        """Record that a step is done, or that its outputs may be incomplete or of other settings from now on."""
+        outputs = {self._name(path): tree_digest(path) for path in step.outputs} if done else {}
+        self._steps[step.name] = _Record(digest=step.digest, done=done, outputs=outputs)
+        self._file.write_json(STATE, _STEPS.dump_python({"steps": self._steps}))
 
-    def finish(self, step: Step) -> None:
-        """Record a finished step with the digests of what it wrote."""
-        outputs = {str(path.relative_to(self._out)): tree_digest(path) for path in step.outputs}
-        self._steps[step.name] = {"digest": step.digest, "done": True, "outputs": outputs}
-        self._write()
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self._out))
 
-    def _write(self) -> None:
-        self._file.write_json(STATE, {"steps": self._steps})
+
+_STEPS = TypeAdapter(dict[str, dict[str, _Record]])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step for one model. digest: of its settings and of all that it is made from. needs: names of earlier steps.
+
+    outputs: files or folders that it writes. run: carries it out; what lies at `outputs` may be replaced then.
+    """
+
+    name: str
+    digest: str
+    needs: tuple[str, ...]
+    outputs: tuple[Path, ...]
+    run: Callable[[Reporter], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """A model that later steps take. folder: inside the folder of each step, '' for the only one.
+
+    digest: '' where none is wanted. options: how it is opened, and where the next step writes.
+    """
+
+    source: str
+    folder: str
+    digest: str
+    options: RunOptions
+    needs: tuple[str, ...] = ()
+
+    def step(
+        self, name: str, settings: Any, outputs: Iterable[Path], run: Callable[[Reporter], Any], *more: str
+    ) -> Step:
+        """A step for this model. settings: as plain data. more: names of further steps that it needs."""
+        return Step(
+            name=f"{name} ({self.folder})" if self.folder else name,
+            digest=digest_of([self.digest, settings, named_files(settings)]) if self.digest else "",
+            needs=(*self.needs, *more), outputs=tuple(outputs), run=run,
+        )  # fmt: skip
+
+    def made_by(self, step: Step, source: Path, folder: str, digest: str) -> _Subject:
+        """The model that a step writes: opened without the revision and the trust of the first one."""
+        options = self.options.model_copy(update={"revision": None, "trust_remote_code": False})
+        return _Subject(str(source), folder, digest, options, (step.name,))
+
+
+def recipe_steps(recipe: Recipe, *, digests: bool = True) -> list[Step]:
+    """All steps in order.
+
+    digests: read the model's weights and the files that settings name for them; else they are ''. Raises ModelError.
+    """
+    whole = ""
+    if digests:
+        resolved = resolve_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+        whole = digest_of([__version__, recipe.dtype, recipe.trust_remote_code, model_digest(resolved)])
+    options = RunOptions(
+        overwrite=True, device=recipe.device, dtype=recipe.dtype, revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+    )  # fmt: skip
+    model = _Subject(recipe.model, "", whole, options)
+    steps, subjects = [], [model]
+    if recipe.prune is not None:
+        into = options.model_copy(update={"out": recipe.out / "pruned"})
+        targets = plan_targets(recipe.prune, into, check=False)
+        folders = {target.name: target.folder for target in targets if target.folder is not None}
+        run: Callable[[Reporter], Any] = partial(run_prune, recipe.model, recipe.prune, into)
+        step = model.step("prune", recipe.prune.model_dump(mode="json"), folders.values(), run)
+        steps.append(step)
+        subjects = [
+            model.made_by(step, path, name if len(folders) > 1 else "", digest_of([step.digest, name]) if whole else "")
+            for name, path in folders.items()
+        ]
+    if recipe.recover is not None:
+        untuned, subjects = subjects, []
+        for subject in untuned:
+            out = recipe.out / "recovered" / subject.folder
+            into = subject.options.model_copy(update={"out": out})
+            run = partial(run_recover, subject.source, recipe.recover, into)
+            steps.append(subject.step("recover", recipe.recover.model_dump(mode="json"), [out], run))
+            subjects.append(subject.made_by(steps[-1], out, subject.folder, steps[-1].digest))
+    return steps + [step for subject in subjects for step in _uses(recipe, subject)]
+
+
+def _uses(recipe: Recipe, subject: _Subject) -> list[Step]:
+    """The steps that take a finished model: eval, export, report."""
+    steps = []
+    for name, request in recipe.eval.items():
+        out = recipe.out / "eval" / subject.folder / f"{name}.json"
+        run: Callable[[Reporter], Any] = partial(_evaluate, subject, request, out)
+        steps.append(subject.step(f"eval.{name}", request.model_dump(mode="json"), [out], run))
+    measured = list(steps)
+    for name, wanted in recipe.export.items():
+        out = recipe.out / "export" / subject.folder / f"{name}{wanted.format.suffix}"
+        run = partial(_export, subject, wanted, out)
+        steps.append(subject.step(f"export.{name}", wanted.model_dump(mode="json"), [out], run))
+    if recipe.report is not None:
+        folder = recipe.out / "report" / subject.folder
+        figures = folder / "figures" if recipe.report.figures else None
+        reports = [path for step in measured for path in step.outputs]
+        outputs = [folder / "report.html", *([] if figures is None else [figures])]
+        basis = [[step.digest for step in measured], figures is None]
+        run = partial(_report, Path(subject.source), reports, outputs[0], figures)
+        steps.append(subject.step("report", basis, outputs, run, *(step.name for step in measured)))
+    return steps
+
+
+def _evaluate(subject: _Subject, request: EvalRequest, out: Path, reporter: Reporter) -> None:
+    write_report(out, evaluate_model(subject.source, request, subject.options, reporter).as_dict())
+
+
+def _export(subject: _Subject, request: ExportRequest, out: Path, reporter: Reporter) -> None:
+    revision = subject.options.revision
+    export_model(subject.source, out, request, overwrite=True, revision=revision, reporter=reporter)
+
+
+def _report(source: Path, evaluations: Sequence[Path], out: Path, figures: Path | None, reporter: Reporter) -> None:
+    write_page(build_page(source, evaluations), out, figures)

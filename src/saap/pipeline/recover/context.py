@@ -38,7 +38,6 @@ DISTILLATION = 1.0
 class Recovery:
     """A run after its preparation: everything has been checked but what needs the model itself, as the group sizes."""
 
-    source: str
     config: RecoverConfig
     options: RunOptions
     resolved: ResolvedModel
@@ -52,6 +51,27 @@ class Recovery:
     dtype: torch.dtype
     processes: Processes
     meter: Meter
+
+    @property
+    def digest(self) -> str:
+        """Of what decides the course of the training; its end may be moved."""
+        settings = self.config.model_dump(mode="json", exclude={"max_minutes", "patience", "shard"})
+        return digest_of([settings, self.data.digest, weights_digest(self.resolved), __version__])
+
+    def recorded(self) -> tuple[Behaviour | None, Behaviour | None]:
+        """What the checkpoint's manifest says of the dense model and of the checkpoint itself, on the same text."""
+        earlier = self.earlier
+        if earlier is None or earlier.perplexity is None or earlier.answers is None or earlier.recovery is not None:
+            return None, None
+        found, answers = earlier.perplexity, earlier.answers
+        led = bool(earlier.settings.get("bos"))  # manifests from before that setting: windows began with the text
+        other_windows = led is not self.config.bos and bool(leading_ids(self.tokenizer))
+        if other_windows or found.text != EVALUATION or found.tokens != self.evaluation.size:
+            return None, None
+        return (
+            Behaviour(perplexity=found.before, prompt=answers.prompt, answer=answers.dense),
+            Behaviour(perplexity=found.after, prompt=answers.prompt, answer=answers.pruned),
+        )
 
 
 def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: Reporter) -> Recovery:
@@ -71,7 +91,7 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
         config, teacher = _with_teacher(config, source, earlier, tokenizer, meter)
         data = read_data(config, tokenizer)
     return Recovery(
-        source=source, config=config, options=options, resolved=resolved, tokenizer=tokenizer, teacher=teacher,
+        config=config, options=options, resolved=resolved, tokenizer=tokenizer, teacher=teacher,
         earlier=earlier, data=data,
         evaluation=token_stream([evaluation_text()], tokenizer)[:EVALUATION_TOKENS],
         leading=leading_ids(tokenizer, bos=config.bos), device=device,
@@ -82,13 +102,9 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
 def read_data(config: RecoverConfig, tokenizer: Any | None) -> TrainingData:
     """The training data of a recovery. Raises TrainingDataError, CalibrationError."""
     return training_data(
-        config.data,
-        tokenizer,
-        length=config.length,
-        held_out=config.validation_samples,
-        seed=config.seed,
+        config.data, tokenizer, length=config.length, held_out=config.validation_samples, seed=config.seed,
         bos=config.bos,
-    )
+    )  # fmt: skip
 
 
 def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> None:
@@ -96,20 +112,16 @@ def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> 
     if count > 1 and options.out is None and options.work_dir is None:
         raise ConfigurationError("Several processes share no folder", "Name one with --work-dir or --out")
     if count > config.batch:
-        raise ConfigurationError(
-            f"--batch-size {config.batch} is less than the {count} processes that share each batch",
-            f"Use --batch-size {count}, or a multiple of it",
-        )
+        offender = f"--batch-size {config.batch} is less than the {count} processes that share each batch"
+        raise ConfigurationError(offender, f"Use --batch-size {count}, or a multiple of it")
     if config.shard and count == 1:
-        raise ConfigurationError(
-            "--shard splits weights over several processes, and there is one",
-            "Start it with torchrun --nproc-per-node N -m saap recover ..., or leave out --shard",
-        )
+        remedy = "Start it with torchrun --nproc-per-node N -m saap recover ..., or leave out --shard"
+        raise ConfigurationError("--shard splits weights over several processes, and there is one", remedy)
     if config.shard and config.batch % count:
-        raise ConfigurationError(
-            f"--batch-size {config.batch} is no multiple of the {count} processes, which need equal work with --shard",
-            f"Use a multiple of {count}",
+        offender = (
+            f"--batch-size {config.batch} is no multiple of the {count} processes, which need equal work with --shard"
         )
+        raise ConfigurationError(offender, f"Use a multiple of {count}")
 
 
 def _with_teacher(
@@ -122,52 +134,22 @@ def _with_teacher(
     teacher.
     """
     teacher = None
-    choice = DenseChoice.of(config, config.teacher)
     if config.teacher is not None or config.distillation != 0:
         try:
-            teacher = resolve_dense(choice, earlier)
-            if teacher is not None:
-                _check_same_tokens(teacher, source, tokenizer)
+            teacher = resolve_dense(DenseChoice.of(config, config.teacher), earlier)
+            own = None if teacher is None or tokenizer is None else load_tokenizer(teacher)
+            if teacher is not None and own is not None and own.get_vocab() != tokenizer.get_vocab():
+                offender = f"--dense {teacher.source} has another vocabulary than {source}"
+                raise ConfigurationError(offender, "Name the model that it was pruned from")
         except SaapError as error:
             if config.teacher is not None:
                 raise
             teacher = None
             meter.reporter.note(f"no distillation from the dense model: {error}")
-    if teacher is None and config.distillation:
-        raise ConfigurationError("--distillation has no teacher", "Name the dense model with --dense MODEL")
-    share = config.distillation if config.distillation is not None else (DISTILLATION if teacher else 0.0)
-    known = {"teacher": None, "dense_revision": None} if teacher is None else {
-        "teacher": teacher.source, "dense_revision": teacher.revision,
-    }  # fmt: skip
-    return config.model_copy(update={**known, "distillation": share}), teacher
-
-
-def _check_same_tokens(dense: ResolvedModel, source: str, tokenizer: Any) -> None:
-    own = load_tokenizer(dense)
-    if own is not None and tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
-        raise ConfigurationError(
-            f"--dense {dense.source} has another vocabulary than {source}", "Name the model that it was pruned from"
-        )
-
-
-def settings_digest(run: Recovery) -> str:
-    """Of what decides the course of a training; its end may be moved."""
-    settings = run.config.model_dump(mode="json", exclude={"max_minutes", "patience", "shard"})
-    return digest_of([settings, run.data.digest, weights_digest(run.resolved), __version__])
-
-
-def recorded(run: Recovery) -> tuple[Behaviour, Behaviour] | None:
-    """What the checkpoint's manifest says of the dense model and of the checkpoint itself, on the same text."""
-    earlier = run.earlier
-    if earlier is None or earlier.perplexity is None or earlier.answers is None or earlier.recovery is not None:
-        return None
-    figures, answers = earlier.perplexity, earlier.answers
-    led = bool(earlier.settings.get("bos"))  # manifests from before that setting: windows began with the text
-    if led is not run.config.bos and leading_ids(run.tokenizer):
-        return None
-    if figures.text != EVALUATION or figures.tokens != run.evaluation.size:
-        return None
-    return (
-        Behaviour(perplexity=figures.before, prompt=answers.prompt, answer=answers.dense),
-        Behaviour(perplexity=figures.after, prompt=answers.prompt, answer=answers.pruned),
-    )
+    share = config.distillation
+    if teacher is None:
+        if share:
+            raise ConfigurationError("--distillation has no teacher", "Name the dense model with --dense MODEL")
+        return config.model_copy(update={"teacher": None, "dense_revision": None, "distillation": 0.0}), None
+    known = {"teacher": teacher.source, "dense_revision": teacher.revision}
+    return config.model_copy(update={**known, "distillation": DISTILLATION if share is None else share}), teacher

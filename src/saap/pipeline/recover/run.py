@@ -15,7 +15,7 @@ from saap.core.errors import ConfigurationError, ModelError, OutputError, SaapEr
 from saap.core.manifest import RunManifest
 from saap.discovery.blocks import find_blocks
 from saap.evaluation.perplexity import perplexity
-from saap.export.recovered import RecoveredParts, write_recovered
+from saap.export.huggingface import RecoveredParts, write_recovered
 from saap.models.checkpoint.groupwise import GroupwiseWeight
 from saap.models.checkpoint.groupwise_files import linears_inside
 from saap.models.loading.devices import quick_float32_products, rounded_products
@@ -23,28 +23,19 @@ from saap.models.loading.pretrained import load, load_groupwise, load_model
 from saap.models.walk.probe import check_reads, read_at_once
 from saap.models.walk.sharding import check_shardable, shard_layers
 from saap.models.walk.walker import BlockWalker
-from saap.pipeline.recover.context import Recovery, prepare, recorded, settings_digest
-from saap.pipeline.recover.records import left_as_they_are, recovery_manifest, recovery_report
-from saap.pipeline.recover.result import RecoverResult
+from saap.pipeline.recover.context import Recovery, prepare
+from saap.pipeline.recover.result import RecoverResult, not_quantised, recovery_manifest, recovery_report
+from saap.pipeline.shared import stages
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.outcome import Behaviour, greedy_answer
 from saap.pipeline.shared.progress import Reporter, Silent
-from saap.pipeline.shared.stages import (
-    LOAD,
-    LOAD_TEACHER,
-    MEASURE_BEFORE,
-    MEASURE_QUANTISED,
-    MERGE,
-    QUANTISE,
-    TRAIN,
-    WRITE,
-)
 from saap.pipeline.shared.targets import work_path
 from saap.pipeline.shared.together import alone_in
 from saap.pipeline.shared.work import WorkFolder
 from saap.recovery.adapter import AdaptedLinear
 from saap.recovery.prepare import adapt, add_lora, merge, quantise_by_feedback
 from saap.recovery.quantise import check_group_sizes, quantise
+from saap.recovery.state import Training
 from saap.recovery.train import Report, Trainer
 from saap.settings.recover import RecoverConfig, Tuning
 
@@ -60,46 +51,37 @@ def run_recover(
     """Tune a model and write it. Everything that can be refused is refused before the training. Raises SaapError."""
     run = prepare(str(source), config, options, reporter if reporter is not None else Silent())
     work = WorkFolder(work_path(options))
-    resumed = run.processes.broadcast_result(lambda: work.open(settings_digest(run)))
+    resumed = run.processes.broadcast_result(lambda: work.open(run.digest))
     if resumed:
         run.meter.reporter.note(f"resuming the training in {work.path}")
     with alone_in(work, run.processes), quick_float32_products():
+        dense, before = run.recorded()
         try:
-            teacher, dense = _teacher(run)
+            teacher, dense = _teacher(run, dense)
             model, handle, parameters, quantised = _model_to_train(run)
         except SaapError:
             if run.processes.first:
                 work.close(keep=resumed)  # a refusal leaves nothing behind
             raise
-        before = _before(run)
-        if run.config.shard:
-            _shard(run, model, teacher)
-        quick = nullcontext() if run.config.exact_products else rounded_products(run.device)
-        with run.meter.stage(TRAIN), quick:
-            training = Trainer(
-                BlockWalker(model, find_blocks(model)), parameters, run.data, run.config, folder=work.path,
-                processes=run.processes, report=Report(step=run.meter.reporter.advance, line=run.meter.reporter.note),
-                teacher=None if teacher is None else BlockWalker(teacher, find_blocks(teacher)),
-            ).run()  # fmt: skip
+        if before is None:
+            with run.meter.stage(stages.MEASURE_BEFORE):
+                before = _measure(run, load_model(run.resolved, device=run.device))
+        training = _trained(run, model, teacher, parameters, work.path)
         del teacher
-        packed: dict[str, GroupwiseWeight] = {}
-        with run.meter.stage(MERGE):
-            if handle is None:
-                packed = merge(model)
-            else:
-                model = handle.merge_and_unload()
+        with run.meter.stage(stages.MERGE):
+            packed = merge(model) if handle is None else {}
+            model = model if handle is None else handle.merge_and_unload()
             after = _measure(run, model)
         behaviours = {"dense": dense, "before": before, "quantised": quantised, "recovered": after}
         measured = {name: found for name, found in behaviours.items() if found is not None}
         report = recovery_report(run, model, training, packed, measured)
-        result = RecoverResult(model=model, report=report, training=training, path=run.options.out)
-        if result.path is not None and run.processes.first:
+        if options.out is not None and run.processes.first:
             manifest = recovery_manifest(run, model, training, report, measured)
-            _write(run, model, manifest, packed, result.path)
+            _write(run, model, manifest, packed, options.out)
         run.processes.barrier()
     if run.processes.first:
         work.close(keep=options.keep_work)
-    return result
+    return RecoverResult(model=model, report=report, training=training, path=options.out)
 
 
 def _measure(run: Recovery, model: nn.Module) -> Behaviour:
@@ -108,39 +90,47 @@ def _measure(run: Recovery, model: nn.Module) -> Behaviour:
     return Behaviour(perplexity=value, prompt=prompt, answer=answer)
 
 
-def _shard(run: Recovery, model: nn.Module, teacher: nn.Module | None) -> None:
-    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
-    if teacher is not None:
-        layers += [teacher.get_submodule(path) for path in linears_inside(teacher, find_blocks(teacher))]
-    shard_layers(layers, run.device, run.processes)
+def _linears(model: nn.Module) -> dict[str, int]:
+    """Path and input size of the linear layers in the decoder blocks."""
+    return linears_inside(model, find_blocks(model))
 
 
-def _before(run: Recovery) -> Behaviour:
-    """The model as it came: from its record, or measured, for which it is opened whole and closed again."""
-    known = recorded(run)
-    if known is not None:
-        return known[1]
-    with run.meter.stage(MEASURE_BEFORE):
-        return _measure(run, load_model(run.resolved, device=run.device))
+def _teacher(run: Recovery, dense: Behaviour | None) -> tuple[Any | None, Behaviour | None]:
+    """The dense model, if its predictions are learned from, and what is known of it. dense: from the records."""
+    if run.teacher is None:
+        return None, dense
+    with run.meter.stage(stages.LOAD_TEACHER):
+        teacher = load_model(run.teacher, device=run.device)
+        found = sum(value.numel() for value in teacher.parameters())
+        if run.earlier is not None and found != run.earlier.parameters.before:
+            expected = f"{run.resolved.source} was pruned from a model of {run.earlier.parameters.before:,}"
+            raise ConfigurationError(
+                f"{run.teacher.source} has {found:,} parameters, but {expected}",
+                "Name that model with --dense, or use --distillation 0",
+            )
+        _check_fits(run, teacher)
+        dense = dense if dense is not None else _measure(run, teacher)
+    return (teacher if run.config.distillation else None), dense
 
 
 def _model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parameter], Behaviour | None]:
     """The model, the handle of its LoRA layers if it has such, what is trained, and its state once quantised."""
     config = run.config
     if config.tuning is Tuning.LORA:
-        with run.meter.stage(LOAD):
+        with run.meter.stage(stages.LOAD):
             model = load_model(run.resolved, device=run.device)
-            paths = linears_inside(model, find_blocks(model))
-            handle, parameters = add_lora(model, paths, rank=config.rank, alpha=config.alpha, seed=config.seed)
+            handle, parameters = add_lora(
+                model, _linears(model), rank=config.rank, alpha=config.alpha, seed=config.seed
+            )
         _check_fits(run, model)
         return model, handle, parameters, None
-    with run.meter.stage(QUANTISE, f"{config.bits} bits in groups of {config.group_size}"):
+    with run.meter.stage(stages.QUANTISE, f"{config.bits} bits in groups of {config.group_size}"):
         model = _quantised_model(run)
         _check_fits(run, model)
-    with run.meter.stage(MEASURE_QUANTISED):
+    with run.meter.stage(stages.MEASURE_QUANTISED):
         quantised = _measure(run, model)
     parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=config.seed, scales=config.scales)
-    left = left_as_they_are(model)
+    left = not_quantised(model)
     if left:
         run.meter.reporter.note(f"{len(left)} matrices of the blocks are no linear layers and stay as they are")
     return model, None, parameters, quantised
@@ -148,25 +138,21 @@ def _model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parame
 
 def _quantised_model(run: Recovery) -> Any:
     config = run.config
-    make = partial(quantise, group_size=config.group_size, bits=config.bits)
+    sizes = {"group_size": config.group_size, "bits": config.bits}
     if not config.error_feedback:
         return load_groupwise(
-            run.resolved, partial(_fitting, config), lambda path, read: make(read()), device=run.device
+            run.resolved, partial(_fitting, config), lambda path, read: quantise(read(), **sizes), device=run.device
         )
     model = load_model(run.resolved, device=run.device)
     _fitting(config, model)
-    samples = [
-        torch.from_numpy(example.tokens).to(run.device).unsqueeze(0) for example in run.data.train[:FEEDBACK_SAMPLES]
-    ]
-    quantise_by_feedback(
-        model, find_blocks(model), samples, group_size=config.group_size, bits=config.bits,
-        progress=run.meter.reporter.advance,
-    )  # fmt: skip
+    samples = [torch.from_numpy(one.tokens).to(run.device).unsqueeze(0) for one in run.data.train[:FEEDBACK_SAMPLES]]
+    quantise_by_feedback(model, find_blocks(model), samples, **sizes, progress=run.meter.reporter.advance)
     return model
 
 
 def _fitting(config: RecoverConfig, model: nn.Module) -> Sequence[str]:
-    sizes = linears_inside(model, find_blocks(model))
+    """The layers to quantise. Raises SaapError for those that the settings do not fit."""
+    sizes = _linears(model)
     if not sizes:
         raise ModelError(
             f"{type(model).__name__} has no linear layers in its blocks", "Use --tuning lora, or another model"
@@ -184,40 +170,30 @@ def _check_fits(run: Recovery, model: Any) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(int(tokens.max()) for tokens in examples)
     if largest >= rows:
-        raise ModelError(
-            f"The tokenizer gave id {largest}, but the model's embedding has {rows} rows",
-            "Use the tokenizer that belongs to the model",
-        )
+        offender = f"The tokenizer gave id {largest}, but the model's embedding has {rows} rows"
+        raise ModelError(offender, "Use the tokenizer that belongs to the model")
 
 
-def _teacher(run: Recovery) -> tuple[Any | None, Behaviour | None]:
-    """The dense model, if its predictions are learned from, and what is known of it."""
-    records = recorded(run)
-    known = None if records is None else records[0]
-    if run.teacher is None:
-        return None, known
-    with run.meter.stage(LOAD_TEACHER):
-        teacher = load_model(run.teacher, device=run.device)
-        _check_teacher(run, teacher)
-        _check_fits(run, teacher)
-        dense = known if known is not None else _measure(run, teacher)
-    return (teacher if run.config.distillation else None), dense
-
-
-def _check_teacher(run: Recovery, teacher: nn.Module) -> None:
-    if run.earlier is None or run.teacher is None:
-        return
-    expected, found = run.earlier.parameters.before, sum(value.numel() for value in teacher.parameters())
-    if found != expected:
-        raise ConfigurationError(
-            f"{run.teacher.source} has {found:,} parameters, but {run.source} was pruned from a model of {expected:,}",
-            "Name that model with --dense, or use --distillation 0",
-        )
+def _trained(
+    run: Recovery, model: nn.Module, teacher: nn.Module | None, parameters: dict[str, nn.Parameter], folder: Path
+) -> Training:
+    if run.config.shard:
+        layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+        layers += [] if teacher is None else [teacher.get_submodule(path) for path in _linears(teacher)]
+        shard_layers(layers, run.device, run.processes)
+    quick = nullcontext() if run.config.exact_products else rounded_products(run.device)
+    reporter = run.meter.reporter
+    with run.meter.stage(stages.TRAIN), quick:
+        return Trainer(
+            BlockWalker(model, find_blocks(model)), parameters, run.data, run.config, folder=folder,
+            processes=run.processes, report=Report(step=reporter.advance, line=reporter.note),
+            teacher=None if teacher is None else BlockWalker(teacher, find_blocks(teacher)),
+        ).run()  # fmt: skip
 
 
 def _write(run: Recovery, model: Any, manifest: RunManifest, packed: dict[str, GroupwiseWeight], out: Path) -> None:
     """Write the folder, and compare what opens from it with the model in memory. Raises OutputError."""
-    with run.meter.stage(WRITE):
+    with run.meter.stage(stages.WRITE):
         parts = RecoveredParts(
             manifest=manifest, packed=packed, tokenizer=run.tokenizer,
             base_model_type=str(getattr(model.config, "base_model_type", model.config.model_type)),
@@ -228,11 +204,8 @@ def _write(run: Recovery, model: Any, manifest: RunManifest, packed: dict[str, G
         found = _few_logits(run, load(out, device=str(run.device)))
     difference = float((expected - found).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
-        raise OutputError(
-            f"The model written to {out} computes something else than the one in memory (logits differ by "
-            f"{difference:.1e})",
-            "Use --dtype float32",
-        )
+        offender = f"The model written to {out} does not compute what the one in memory does"
+        raise OutputError(f"{offender} (logits differ by {difference:.1e})", "Use --dtype float32")
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ from saap.models.loading.images import image_token_ids, with_images
 from saap.models.loading.pretrained import load_model, load_processor, load_tokenizer, model_ref
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.probe import read_at_once
-from saap.settings.prune import Importance, Method, PrunableRole, PruneConfig, Strategy
+from saap.settings.prune import PrunableRole, PruneConfig
+from saap.settings.registry import Importance, Method, Strategy
 from saap.settings.run import RunOptions as RunOptions
 from saap.structure_search.costs import gram_bytes
 from saap.surgery.refit import require_sequences
@@ -108,6 +109,16 @@ def text_of_costs(tokens: TokenSets, device: torch.device) -> tuple[torch.Tensor
 def place_of(source: str | Path | nn.Module, options: RunOptions) -> torch.device:
     """Where the run computes: where a given model lies, or the chosen device. Raises ConfigurationError."""
     return next(source.parameters()).device if isinstance(source, nn.Module) else pick_device(options.device)
+
+
+def resolve_with_tokenizer(
+    source: str | Path | nn.Module, options: RunOptions, tokenizer: Any | None
+) -> tuple[nn.Module | ResolvedModel, Any | None]:
+    """The model without its weights read, and its tokenizer unless one is given. Raises ModelError."""
+    if isinstance(source, nn.Module):
+        return source, tokenizer
+    resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    return resolved, tokenizer if tokenizer is not None else load_tokenizer(resolved)
 
 
 def open_model(

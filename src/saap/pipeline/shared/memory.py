@@ -30,7 +30,8 @@ from saap.models.walk.spill import HostSpill, Spill
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import COST_TOKENS_AT_ONCE, LoadedModel, RunOptions, chooses_units, open_model
 from saap.pipeline.shared.targets import Target
-from saap.settings.prune import Method, PrunableRole, PruneConfig
+from saap.settings.prune import PrunableRole, PruneConfig
+from saap.settings.registry import Method
 
 RESERVE_BYTES = 500 * 10**6
 """What is taken without a model: by libraries that are not loaded yet, or by the work space of an accelerator's."""
@@ -135,8 +136,8 @@ def _costs(sizes: Sizes, config: PruneConfig) -> int:
 
 
 def gradients(values: int, config: PruneConfig) -> int:
-    """Bytes of what LLM-Pruner keeps of each weight of the blocks: two sums in float32; 0 for other methods."""
-    return 8 * values if config.method.startswith("llm-pruner") else 0
+    """Bytes of what a baseline keeps of each weight of the blocks (LLM-Pruner: two sums in float32)."""
+    return 0 if config.method is Method.SAAP else int(config.method.load().bytes_per_weight) * values
 
 
 def offloaded_need(sizes: Sizes, config: PruneConfig) -> int:

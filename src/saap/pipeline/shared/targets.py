@@ -17,8 +17,13 @@ from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.stages import MEASURE
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PruneConfig
-from saap.structure_search.allocation import AnyBudget
-from saap.structure_search.objectives import Budget, budget_for_bytes, budget_for_parameters, budget_for_ratio
+from saap.structure_search.budget import (
+    AnyBudget,
+    Budget,
+    budget_for_bytes,
+    budget_for_parameters,
+    budget_for_ratio,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,49 +1,35 @@
-"""config.json of both layouts."""
+"""The uniform layout: a stock configuration with the plan's sizes, tried before anything is written.
+
+Of n hidden channels k are left. The cut makes up for the missing ones in each norm, with epsilon n/k times as large.
+Where the stock class keeps its own epsilon, the same is computed with the whole stream sqrt(k/n) as large: a norm then
+divides by what it divided by before, up to that factor. So what writes into the stream is multiplied by it; of a norm
+between a writer and the stream the scale is multiplied instead. A class that scales its embeddings by the root of the
+width does that part itself.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 
-from saap.core.errors import LayoutError, OutputError, first_line
+from saap.core.errors import LayoutError, first_line
 from saap.core.records import ModelGraph, Role, StructurePlan
-from saap.export.stream import Weights, smaller_streams
-from saap.models.checkpoint.differences import (
-    EPSILON_NAMES,
-    PrunedStructure,
-    epsilon_name,
-    pruned_fields,
-    read_attribute,
-)
-from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, pruned_classes
+from saap.models.checkpoint.differences import EPSILON_NAMES, PrunedStructure, epsilon_name, read_attribute
 from saap.models.checkpoint.stock_config import stock_model, uniform_config
+from saap.models.structure.norms import constant_share, scaled_weight
 from saap.models.walk.arguments import without_cache
 from saap.models.walk.offload import offloaded, share_weights
 
 ADAPTIVE_REMEDY = "Use --layout adaptive"
 # Room for other rounding in buffers made in another dtype; a wrong scale is far above it.
 TOLERANCE = 1e-2
-
-
-def adaptive_config(model: nn.Module, structure: PrunedStructure) -> Any:
-    """The model's own configuration marked as pruned, with the sizes that it cannot say in `pruned_structure`.
-
-    Raises OutputError if transformers' auto classes do not know the model, so that nothing could open the folder.
-    """
-    own: Any = getattr(model, "config", None)
-    try:
-        config_class, _ = pruned_classes(structure.base_model_type)
-    except ValueError:
-        raise OutputError(
-            f"A model of class {type(model).__name__} cannot be opened from a folder",
-            "Register its classes with AutoConfig and AutoModelForCausalLM, or prune without --out",
-        ) from None
-    return config_class.from_dict({**own.to_dict(), "model_type": MODEL_TYPE, **pruned_fields(structure)})
+Weights = Mapping[str, Tensor]
 
 
 def stock_config(
@@ -51,9 +37,8 @@ def stock_config(
 ) -> tuple[Any, Weights]:
     """A stock configuration with the plan's sizes, whose class computes what the pruned model does.
 
-    The second result are weights to write in place of the model's own (see `saap.export.stream`), mostly none. All is
-    tried on a few tokens before anything is written. Raises LayoutError if the family's configuration cannot say the
-    plan.
+    The second result are weights to write in place of the model's own (see above), mostly none. Raises LayoutError
+    if the family's configuration cannot say the plan.
     """
     config = uniform_config(getattr(model, "config", None), graph, plan)
     special = sorted({*structure.constant, *structure.sliced_arguments, *structure.added_biases})
@@ -142,19 +127,76 @@ def _difference(stock: Any, model: Any, changed: Weights) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
 
 
-def with_both_rope_spellings(fields: dict[str, Any]) -> dict[str, Any]:
-    """config.json with the rotary embedding as `rope_parameters` and also as `rope_theta` and `rope_scaling`.
+@torch.no_grad()
+def smaller_streams(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Iterator[Weights]:
+    """Weights in place of the pruned model's own, by name, for each way to scale the embedding: with it, or without.
 
-    Older readers know only the latter. fields: of a configuration in the new spelling, else returned as they are.
+    Nothing where the plan keeps all hidden channels. Which way is right is for the caller to measure.
     """
-    rope = fields.get("rope_parameters")
-    if not isinstance(rope, dict):
-        return fields
-    if any(isinstance(value, dict) for value in rope.values()):
-        bases = {kind: value.get("rope_theta") for kind, value in rope.items() if isinstance(value, dict)}
-        old = {"rope_theta": bases.get("full_attention"), "rope_local_base_freq": bases.get("sliding_attention")}
-        return {**{name: value for name, value in old.items() if value is not None}, **fields}
-    old = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-    if rope.get("rope_type", "default") != "default":
-        old["rope_scaling"] = {name: value for name, value in rope.items() if name not in old}
-    return {**old, **fields}
+    group = next((group for group in graph.of_role(Role.HIDDEN) if len(plan.kept(group)) < group.units), None)
+    if group is None:
+        return
+    factor = (len(plan.kept(group)) / group.units) ** 0.5
+    norms = _names(group.scaled_norms, graph, plan)
+    writers = _names(dict.fromkeys(member.tensor for member in group.producers), graph, plan)
+    writers = [name for name in writers if name.rpartition(".")[0] not in norms]
+    inside = [name for name in writers if any(name.startswith(f"{block}.") for block in graph.blocks)]
+    outer = [name for name in writers if name not in inside]
+    behind = _behind_writers(model, norms, inside)
+    changed = {name: model.get_parameter(name) * factor for name in inside}
+    changed |= _rescaled(model, behind, factor)
+    last = [path for path in norms if not any(path.startswith(f"{block}.") for block in graph.blocks)]
+    tied = _has_tied_head(model, outer)
+    yield {
+        **changed,
+        **{name: model.get_parameter(name) * factor for name in outer},
+        **(_rescaled(model, last, 1 / factor) if tied else {}),
+    }
+    yield changed
+
+
+def _names(names: Iterable[str], graph: ModelGraph, plan: StructurePlan) -> list[str]:
+    """The names as they are after the cut."""
+    new = (graph.name_without(plan.dropped_blocks, name) for name in names)
+    return [name for name in new if name is not None]
+
+
+def _rescaled(model: nn.Module, norms: Sequence[str], factor: float) -> dict[str, Tensor]:
+    found = {}
+    for path in norms:
+        constant = constant_share(model.get_submodule(path))
+        weight = model.get_parameter(f"{path}.weight")
+        if constant is not None:
+            found[f"{path}.weight"] = scaled_weight(weight.data, constant, factor)
+    return found
+
+
+def _has_tied_head(model: nn.Module, names: Sequence[str]) -> bool:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return any(model.get_parameter(name) is getattr(head, "weight", None) for name in names)
+
+
+def _behind_writers(model: nn.Module, norms: Sequence[str], writers: Sequence[str]) -> list[str]:
+    """Norms whose input is what a writer puts out, as a few tokens show."""
+    outputs: list[Tensor] = []
+    behind: list[str] = []
+
+    def wrote(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.append(output)
+
+    def watch(path: str) -> Any:
+        def reads(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            read = arguments[0]
+            if any(read.shape == output.shape and torch.equal(read, output) for output in outputs):
+                behind.append(path)
+
+        return reads
+
+    with ExitStack() as stack:
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in writers):
+            stack.callback(model.get_submodule(path).register_forward_hook(wrote).remove)
+        for path in norms:
+            stack.callback(model.get_submodule(path).register_forward_pre_hook(watch(path)).remove)
+        model(torch.arange(4, device=next(model.parameters()).device).unsqueeze(0), use_cache=False)
+    return behind

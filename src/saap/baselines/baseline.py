@@ -1,0 +1,119 @@
+"""What a baseline is, what it may measure of the dense model, and which weights its units have."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saap.core.records import AxisSlice, CoupledGroup, FloatArray, ModelGraph
+from saap.models.walk.backend import Backend
+from saap.models.walk.consumers import unit_channels
+from saap.settings.prune import PrunableRole, SkipLayers
+from saap.settings.registry import Strategy
+
+Scores = Mapping[str, FloatArray]
+"""By group, one number for each unit; units of low score are removed first."""
+Measure = Callable[[Backend, Tensor], Any]
+"""A pass of the dense model over tokens (samples, length)."""
+Compensation = Callable[[Backend, Any, Mapping[str, tuple[int, ...]]], dict[str, Tensor]]
+"""Biases by path of their module, from the dense model, what was measured, and the kept units."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """One published method.
+
+    scores: of the dense model, what `measure` found in a pass over the text, and a seed. strategy: how the budget is
+    shared. skip_layers: None protects the ends as LLM-Pruner does (4 first and 2 last of 30). roles: None leaves them
+    to the caller. compensation: biases in place of a reconstruction. any_units: whether query heads, whole experts and
+    stacked matrices are scored too. bytes_per_weight: what the pass keeps for each weight of the blocks.
+    """
+
+    scores: Callable[[Backend, Any, int], Scores]
+    measure: Measure | None = None
+    strategy: Strategy = Strategy.UNIFORM
+    skip_layers: SkipLayers | None = None
+    roles: tuple[PrunableRole, ...] | None = None
+    compensation: Compensation | None = None
+    any_units: bool = False
+    bytes_per_weight: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """The dense model, and what the baselines have measured of it; each pass over the text is made only once.
+
+    tokens: (samples, length) ids, the same as the method under test calibrates on.
+    """
+
+    backend: Backend
+    tokens: Tensor
+    seed: int = 0
+    _made: dict[Measure, Any] = field(default_factory=dict)
+
+    def of(self, baseline: Baseline) -> Any:
+        """What the baseline measures; the pass is made now if it has not been before."""
+        if baseline.measure is None:
+            return None
+        if baseline.measure not in self._made:
+            self._made[baseline.measure] = baseline.measure(self.backend, self.tokens)
+        return self._made[baseline.measure]
+
+    def scores(self, baseline: Baseline) -> Scores:
+        """The baseline's scores, by group."""
+        return baseline.scores(self.backend, self.of(baseline), self.seed)
+
+
+def scored_members(graph: ModelGraph, group: CoupledGroup) -> list[AxisSlice]:
+    """The group's matrices inside decoder blocks; biases and norms are not scored, as in LLM-Pruner."""
+    return [one for one in group.members if len(graph.shapes[one.tensor]) > 1 and graph.block_of(one.tensor) >= 0]
+
+
+def block_groups(graph: ModelGraph) -> list[CoupledGroup]:
+    """The groups that lie in decoder blocks and have something to score; none of a stack of experts."""
+    return [group for group in graph.groups if group.layer >= 0 and not group.bundle and scored_members(graph, group)]
+
+
+def of_units(channels: Tensor, member: AxisSlice, units: int) -> Tensor:
+    """Sum over each unit's channels. channels: (size of the member's axis,). Returns (units,)."""
+    return channels[unit_channels(member, units, channels.device)].sum(1)
+
+
+@torch.no_grad()
+def sum_members(
+    model: nn.Module, graph: ModelGraph, channels: Callable[[AxisSlice, Tensor], Tensor]
+) -> dict[str, FloatArray]:
+    """Scores of the units of all groups in blocks, summed over their members.
+
+    channels: of a member and its weight, one value for each index of the member's axis.
+    """
+    scores: dict[str, FloatArray] = {}
+    for group in block_groups(graph):
+        total = torch.zeros(group.units, dtype=torch.float64)
+        for member in scored_members(graph, group):
+            values = channels(member, model.get_parameter(member.tensor))
+            total += of_units(values.cpu().double(), member, group.units)
+        scores[group.name] = total.numpy()
+    return scores
+
+
+def along_axis(values: Tensor, axis: int) -> Tensor:
+    """Sum over all other axes. values: of two axes or more. Returns (size of the axis,)."""
+    return values.sum(dim=[other for other in range(values.ndim) if other != axis])
+
+
+@torch.no_grad()
+def add_biases(model: nn.Module, biases: Mapping[str, Tensor]) -> int:
+    """Add to the biases of linear modules, in place. Returns how many numbers had not been there."""
+    added = 0
+    for path, bias in biases.items():
+        module, present = model.get_submodule(path), getattr(model.get_submodule(path), "bias", None)
+        if isinstance(present, Tensor):
+            present.add_(bias.to(present))
+        else:
+            weight = module.get_parameter("weight")
+            module.bias = nn.Parameter(bias.to(weight), requires_grad=weight.requires_grad)
+            added += bias.numel()
+    return added

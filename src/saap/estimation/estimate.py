@@ -1,0 +1,76 @@
+"""The estimation: one pass over the calibration samples that scores every unit, and the score that the search uses."""
+
+from collections.abc import Collection, Mapping
+
+import torch
+
+from saap.core.errors import CalibrationError, UnsupportedModelError
+from saap.core.records import CalibrationSet, ImportanceScores, ModelGraph, Role, UnitScores
+from saap.estimation.importance import ELEMENT_SCORES, Scoring
+from saap.estimation.statistics import ScoreObserver
+from saap.estimation.unit_importance import UnitImportance
+from saap.models.walk.backend import Backend
+from saap.models.walk.walk import walk
+from saap.settings.prune import Aggregation, ElementOrder, FusionScope
+from saap.settings.registry import Importance
+
+TOKENS_AT_ONCE = 256
+"""Tokens of a micro-batch. More are no faster on a CPU, and each costs the inputs of all blocks in memory."""
+
+
+def estimate(
+    backend: Backend,
+    calibration: CalibrationSet,
+    *,
+    roles: Collection[Role] = (Role.FFN, Role.ATTENTION),
+    importance: Importance = Importance.FUSED,
+    element_order: ElementOrder = ElementOrder.SECOND,
+    aggregation: Aggregation = Aggregation.SUM,
+    micro_batch: int | None = None,
+) -> ImportanceScores:
+    """Vector-wise and element-wise importance of every unit of the groups of `roles`: mean and spread over samples.
+
+    One pass gives both. The importance of each sample is that of its own loss, the mean over its predicted tokens;
+    samples are then averaged. Members in linear modules of the decoder blocks are scored, biases with their channels.
+    importance: one that measures something of its own gives it in place of the two. micro_batch: samples at a time, by
+    default as many as fit into 256 tokens; it does not change the result. Groups in stacked tensors (experts) take one.
+    Raises CalibrationError for less than two samples, NonFiniteLossError, UnsupportedModelError.
+    """
+    samples, length = calibration.tokens.shape
+    if samples < 2:
+        raise CalibrationError("Fluctuation over samples needs two of them", "Use --num-samples 2 or more")
+    graph, scoring = backend.graph, _scoring(importance)
+    groups = [group for group in graph.groups if group.role in roles]
+    observer: ScoreObserver
+    if scoring.observer is not None:
+        observer = scoring.observer(backend, groups)
+    else:
+        element = scoring.element or ELEMENT_SCORES[element_order]
+        observer = UnitImportance(backend, groups, element, aggregation)
+    rows = 1 if observer.one_by_one else micro_batch or max(1, TOKENS_AT_ONCE // length)
+    tokens = torch.from_numpy(calibration.tokens).to(backend.device)
+    walk(backend, tokens, [observer], micro_batch=rows, ignored=calibration.ignored)
+    losses, found = observer.result()
+    unscored = next((group.name for group in groups if group.name not in found), None)
+    if unscored is not None:
+        raise UnsupportedModelError(
+            f"The importance {importance} does not score {unscored}", "Leave out its role with --roles"
+        )
+    own = scoring.element or scoring.observer
+    return ImportanceScores(
+        graph_digest=graph.digest, calibration_digest=calibration.digest, samples=samples,
+        element_order=str(importance if own else element_order), aggregation=str(aggregation),
+        losses=losses, groups=found,
+    )  # fmt: skip
+
+
+def unit_scores(
+    scores: ImportanceScores, graph: ModelGraph, importance: Importance, scope: FusionScope
+) -> Mapping[str, UnitScores]:
+    """Mean and variance over samples of the chosen importance, by group. scope: of the fusion."""
+    return _scoring(importance).units(scores, graph, scope)
+
+
+def _scoring(importance: Importance) -> Scoring:
+    scoring: Scoring = importance.load()
+    return scoring

@@ -1,0 +1,1 @@
+"""Programs that compute a model where its speed is measured, one module each."""

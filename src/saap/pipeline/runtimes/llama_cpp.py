@@ -1,0 +1,73 @@
+"""A model in llama.cpp, from a file in a temporary folder, with as many threads as torch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import nn
+
+from saap.evaluation.speed import Source
+from saap.export.gguf.plan import GgufPlan, plan_gguf
+from saap.export.gguf.write import write_gguf
+from saap.export.placing import check_place
+from saap.export.source import open_source
+from saap.models.checkpoint.safetensor_files import ModelTensors, StoredTensors
+from saap.models.loading.llama_cpp import LlamaCpp
+from saap.settings.measure import SpeedSettings
+
+
+class LlamaCppRuntime:
+    """See `saap.evaluation.speed.Runtime`. The context of the model must hold prompt and answer."""
+
+    package = "llama-cpp-py-sync"
+    in_memory = False
+
+    def __init__(self, model: LlamaCpp, bytes_per_token: int = 0) -> None:
+        self._model, self._length = model, 0
+        self.vocabulary, self.bytes_per_token = model.vocabulary, bytes_per_token
+
+    @staticmethod
+    def weights(source: Source, settings: SpeedSettings) -> str:
+        """The type of the weights that are computed with."""
+        return str(settings.gguf_type)
+
+    @classmethod
+    @contextmanager
+    def opened(cls, source: Source, settings: SpeedSettings) -> Iterator[Self]:
+        """Write and open the file. Raises ModelError, ExportError for what llama.cpp cannot compute."""
+        context = settings.prompt_tokens + settings.new_tokens + 1
+        with tempfile.TemporaryDirectory(prefix="saap-speed-") as folder:
+            file = Path(folder) / "model.gguf"
+            plan = write_without_tokenizer(source, file, settings.gguf_type)
+            with LlamaCpp(file, context=context, threads=torch.get_num_threads()) as model:
+                yield cls(model, plan.bytes_per_token)
+
+    def read(self, ids: Sequence[int]) -> int:
+        """Read a prompt into an empty cache."""
+        self._model.forget()
+        self._length = len(ids)
+        return int(self._model.feed(ids)[-1].argmax())
+
+    def step(self, token: int) -> int:
+        """Read one more token."""
+        self._length += 1
+        return int(self._model.feed([token], start=self._length - 1)[-1].argmax())
+
+
+def write_without_tokenizer(source: Source, file: Path, gguf_type: str) -> GgufPlan:
+    """Write the weights as GGUF with numbers for tokens, which is enough to measure. Raises ExportError."""
+    tensors: StoredTensors
+    if isinstance(source, nn.Module):
+        config, tensors = source.config, ModelTensors(source)
+    else:
+        opened = open_source(source)
+        config, tensors = opened.config, opened.tensors
+    plan = plan_gguf(config, tensors.shapes, gguf_type)
+    check_place(file, plan.weight_bytes)
+    write_gguf(file, plan, tensors, [*plan.fields, ("tokenizer_model", "no_vocab")])
+    return plan

@@ -1,0 +1,70 @@
+"""A transformers model with its cache of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from saap.core.errors import ModelError
+from saap.evaluation.speed import Source
+from saap.models.walk.cached import CachedModel
+from saap.models.walk.probe import check_reads
+from saap.pipeline.shared.inputs import RunOptions, open_model
+from saap.settings.measure import SpeedSettings
+
+
+class TransformersRuntime:
+    """See `saap.evaluation.speed.Runtime`. A model in memory is measured as it is, any other on the CPU."""
+
+    package = "torch"
+    in_memory = True
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+        self._reader = CachedModel(model)
+
+    @staticmethod
+    def weights(source: Source, settings: SpeedSettings) -> str:
+        """The type of the weights that are computed with."""
+        dtype = next(source.parameters()).dtype if isinstance(source, nn.Module) else torch.float32
+        return str(dtype).removeprefix("torch.")
+
+    @classmethod
+    @contextmanager
+    def opened(cls, source: Source, settings: SpeedSettings) -> Iterator[Self]:
+        """Open the model. Raises ModelError for one that does not generate, UnsupportedModelError."""
+        model: Any = source if isinstance(source, nn.Module) else open_model(source, RunOptions(device="cpu")).model
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        if not isinstance(embedding, nn.Embedding) or not hasattr(model, "generate"):
+            raise ModelError(
+                f"The speed of {type(model).__name__} cannot be measured, since it is no model of transformers that "
+                "generates", "Leave the speed out",
+            )  # fmt: skip
+        tokens = settings.prompt_tokens + settings.new_tokens
+        check_reads(model, tokens, "Measure speed with fewer tokens, or leave it out")
+        yield cls(model)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the weights that one token reads: all but an embedding that is not the output's weight too."""
+        embedding, output = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        looked_up = embedding.weight if output is None or output.weight is not embedding.weight else None
+        return sum(p.numel() * p.element_size() for p in self.model.parameters() if p is not looked_up)
+
+    def read(self, ids: Sequence[int]) -> int:
+        """Read a prompt into an empty cache."""
+        self._reader.forget()
+        return int(self._reader.feed(ids).argmax())  # waits for the device
+
+    def step(self, token: int) -> int:
+        """Read one more token."""
+        return int(self._reader.feed([token]).argmax())

@@ -1,0 +1,106 @@
+"""What is chosen by name and can be added to: importances, strategies, methods, export formats, runtimes for speed.
+
+Each is one line. The code behind a name is imported when it is used, so that names and help cost nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from enum import StrEnum
+from typing import Any, Self
+
+from saap.core.errors import ConfigurationError
+
+
+class Registered(StrEnum):
+    """A name, the code behind it ("package.module.attribute"), what it is in a few words, and what it needs.
+
+    needs: packages of the extra `saap[gguf]`, by the names that pip knows. suffix: of the file that is written, '' for
+    a folder.
+    """
+
+    code: str
+    summary: str
+    needs: tuple[str, ...]
+    suffix: str
+
+    def __new__(
+        cls, name: str, code: str = "", summary: str = "", needs: tuple[str, ...] = (), suffix: str = ""
+    ) -> Self:
+        """Make a member whose value is its name."""
+        member = str.__new__(cls, name)
+        member._value_ = name
+        member.code, member.summary, member.needs, member.suffix = code, summary, needs, suffix
+        return member
+
+    def check(self) -> None:
+        """Raise ConfigurationError if a package that it needs is not installed; nothing is imported."""
+        for package in self.needs:
+            if importlib.util.find_spec(package.replace("-", "_")) is None:
+                raise ConfigurationError(f"{self} needs the package {package}", "Run pip install 'saap[gguf]'")
+
+    def load(self) -> Any:
+        """The code behind the name, imported. Raises ConfigurationError as `check` does."""
+        self.check()
+        module, _, attribute = self.code.rpartition(".")
+        return getattr(importlib.import_module(module), attribute)
+
+    @classmethod
+    def summaries(cls) -> str:
+        """All names, with what they are: the help of a flag that takes one."""
+        return "; ".join(f"{member}, {member.summary}" for member in cls)
+
+
+class Importance(Registered):
+    """Which score orders the units of a module: a `Scoring` of `saap.estimation.importance`."""
+
+    FUSED = "fused", "saap.estimation.fusion.FUSED", "vector-wise and element-wise, weighed by learned uncertainties"
+    VECTOR = "vector", "saap.estimation.importance.VECTOR", "first order, signed over all weights of a unit"
+    ELEMENT1 = "element1", "saap.estimation.importance.ELEMENT1", "first order, absolute over weights"
+    ELEMENT2 = "element2", "saap.estimation.importance.ELEMENT2", "second order over weights (Fisher diagonal)"
+    MIXED = "mixed", "saap.estimation.importance.MIXED", "both orders over weights, absolute"
+
+
+class Strategy(Registered):
+    """How the search decides how much of each module is removed: a function from a `SearchProblem` to a `Proposal`."""
+
+    ADAPTIVE = "adaptive", "saap.structure_search.strategies.adaptive", "the candidate with the least measured loss"
+    IMPORTANCE = "importance", "saap.structure_search.strategies.importance", "one global ranking of all units"
+    UNIFORM = "uniform", "saap.structure_search.strategies.uniform", "the same share from every module"
+    VOLATILITY_Z = "volatility-z", "saap.structure_search.strategies.volatility_z", "greatest standardised fluctuation"
+    VOLATILITY_CV = "volatility-cv", "saap.structure_search.strategies.volatility_cv", "greatest relative volatility"
+
+
+class Method(Registered):
+    """Which method decides: SAAP, or a `Baseline` of `saap.baselines.baseline` with its own scores and rules."""
+
+    SAAP = "saap", "saap.pipeline.prune.run.run_prune", "importance fusion, structure search and reconstruction"
+    RANDOM = "random", "saap.baselines.weights.RANDOM", "random scores"
+    MAGNITUDE = "magnitude", "saap.baselines.weights.MAGNITUDE", "squares of the weights"
+    LLM_PRUNER_VECTOR = "llm-pruner-vector", "saap.baselines.llm_pruner.VECTOR", "LLM-Pruner, vector-wise"
+    LLM_PRUNER_ELEMENT1 = "llm-pruner-element1", "saap.baselines.llm_pruner.ELEMENT1", "LLM-Pruner, first order"
+    LLM_PRUNER_ELEMENT2 = "llm-pruner-element2", "saap.baselines.llm_pruner.ELEMENT2", "LLM-Pruner, second order"
+    LLM_PRUNER_MIXED = "llm-pruner-mixed", "saap.baselines.llm_pruner.MIXED", "LLM-Pruner, both orders"
+    WANDA_SP = "wanda-sp", "saap.baselines.activations.WANDA_SP", "Wanda summed over structures"
+    FLAP = "flap", "saap.baselines.activations.FLAP", "fluctuation of inputs, with compensating biases"
+    BLOCK_INFLUENCE = "block-influence", "saap.baselines.activations.BLOCK_INFLUENCE", "ShortGPT: whole blocks"
+
+
+class ExportFormat(Registered):
+    """What a model can be written as. code: a function like `saap.export.decilm.write`."""
+
+    GGUF = "gguf", "saap.export.gguf.write.write", "for llama.cpp and Ollama", ("gguf",), ".gguf"
+    DECILM = "decilm", "saap.export.decilm.write", "a folder for vLLM (not tried there)"
+
+
+class RuntimeName(Registered):
+    """Which program computes the model where its speed is measured. code: a class like `TransformersRuntime`."""
+
+    TRANSFORMERS = "transformers", "saap.pipeline.runtimes.transformers.TransformersRuntime", "PyTorch"
+    LLAMA_CPP = (
+        "llama.cpp",
+        "saap.pipeline.runtimes.llama_cpp.LlamaCppRuntime",
+        "with weights of a GGUF type",
+        ("gguf", "llama-cpp-py-sync"),
+    )
