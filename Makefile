@@ -40,7 +40,7 @@ results-quick: .venv/.ready-dev ## a smoke run of every experiment on little of 
 	@touch .venv/.ready $@
 
 gpu: .venv/.ready-dev ## what only an accelerator can show (20 minutes on one card; goes on where it was stopped)
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/book.py run accelerator
 
 clean:
 	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

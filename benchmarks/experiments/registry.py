@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-from harness.experiment import Experiment
-
-from experiments.cost import (
-    accelerator,
-    cost,
-    estimation_cost,
-    faults,
-    forecast,
-    gguf_files,
-    processes,
-    recipes,
-    report_page,
-    shapes,
-    speed,
-)
-from experiments.method import ablation, boundaries, break_conditions, calibration, importance, influence, selection
-from experiments.quality import (
-    baselines,
-    comparison,
-    families,
-    generation,
-    group_sizes,
-    multilingual,
-    multimodal,
-    other_models,
-    perplexity,
-    recovery,
-)
+from harness.experiment import experiment
 
 MODULES = (
-    perplexity, comparison, baselines, influence, other_models, selection, importance, break_conditions, ablation,
-    calibration, families, multilingual, multimodal, recovery, group_sizes, boundaries, generation, estimation_cost,
-    cost, shapes, speed, processes, accelerator, forecast, faults, recipes, gguf_files, report_page,
+    "quality.perplexity", "quality.comparison", "quality.baselines", "method.influence", "quality.other_models",
+    "method.selection", "method.importance", "method.break_conditions", "method.ablation", "method.calibration",
+    "quality.families", "quality.multilingual", "quality.multimodal", "quality.recovery", "quality.group_sizes",
+    "method.boundaries", "quality.generation", "method.overlap", "cost.estimation_cost", "cost.cost", "cost.shapes",
+    "cost.speed", "cost.processes", "cost.accelerator", "cost.device_limit", "cost.forecast", "cost.faults",
+    "cost.recipes", "cost.gguf_files", "cost.report_page",
 )  # fmt: skip
 
-EXPERIMENTS: list[Experiment] = [module.EXPERIMENT for module in MODULES]
+EXPERIMENTS = [experiment(name) for name in MODULES]

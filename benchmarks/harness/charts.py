@@ -1,4 +1,4 @@
-"""Charts that several rows need."""
+"""Charts that several experiments need."""
 
 from __future__ import annotations
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.experiment import Experiment, Request
-from harness.store import ROOT, Record, finished_cells, write_cell
+from lab.commands import in_own_process
 
-SCRIPT = ROOT / "benchmarks" / "book.py"
+from harness.experiment import Experiment, Names, Request
+from harness.experiment import experiment as experiment_of
+from harness.store import Record, finished_cells, write_cell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,45 +19,45 @@ class State:
     found: dict[str, Record]
     missing: tuple[str, ...]
 
-    @property
-    def complete(self) -> bool:
-        """Whether the page can be written."""
-        return not self.missing
-
 
 def state_of(experiment: Experiment, request: Request) -> State:
     """What there is of an experiment and of those that its page reads."""
     found: dict[str, Record] = {}
     missing: list[str] = []
     for one in (experiment, *experiment.reads):
-        cells = finished_cells(one, request)
-        found |= cells
-        missing += [name for name in one.cells(request) if name not in cells]
+        found |= finished_cells(one, request)
+        missing += missing_cells(one, request)
     return State(found=found, missing=tuple(missing))
 
 
 def missing_cells(experiment: Experiment, request: Request) -> list[str]:
     """The cells of the experiment itself that are to be measured."""
     found = finished_cells(experiment, request)
-    return [name for name in experiment.cells(request) if name not in found]
+    return [name for name in experiment.names(request) if name not in found]
 
 
-def run(experiment: Experiment, request: Request, flags: Sequence[str]) -> None:
-    """Measure what is missing in a process of its own, which gets the flags of this one."""
+def run(experiment: Experiment, request: Request) -> None:
+    """Measure what is missing in a process of its own."""
     lacking = [name for name in experiment.needs if name not in request.given]
     if not missing_cells(experiment, request):
         print(f"{experiment.name}: complete")
     elif lacking:
-        asked = " ".join(f"--set {name}={experiment.options[name]}" for name in lacking)
-        print(f"{experiment.name}: to be run by hand: python benchmarks/book.py run {experiment.name} {asked}")
+        options = " ".join(f"--set {name}={experiment.options[name]}" for name in lacking)
+        print(f"{experiment.name}: to be run by hand: python benchmarks/book.py run {experiment.name} {options}")
     elif experiment.smoke or not request.quick:
-        subprocess.run([sys.executable, str(SCRIPT), "measure", experiment.name, *flags], check=True)
+        in_own_process(measure_missing, experiment.module, request)
 
 
-def measure(experiment: Experiment, request: Request, cells: Sequence[str] | None = None) -> None:
+def measure_missing(module: str, request: Request) -> None:
+    """Measure here what is missing of the experiment of a module."""
+    measure(experiment_of(module), request)
+
+
+def measure(experiment: Experiment, request: Request, cells: Names | None = None) -> None:
     """Measure cells here, one after the other, each kept as soon as it is known; without `cells` the missing ones."""
     start = time.perf_counter()
-    for name, values in experiment.measure(request, missing_cells(experiment, request) if cells is None else cells):
+    wanted = missing_cells(experiment, request) if cells is None else cells
+    for name, values in experiment.measure(experiment.bound(request), wanted):
         seconds = time.perf_counter() - start
         write_cell(experiment, request, name, values, seconds)
         print(f"{experiment.name}: {name} ({seconds:.0f} s)", flush=True)

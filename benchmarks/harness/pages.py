@@ -96,7 +96,7 @@ def page_of(experiment: Experiment, request: Request, state: State, summary: Map
         finding=block(experiment, "finding", summary),
         decision=block(experiment, "decision", summary),
         figures=experiment.figures(summary),
-        settings=experiment.settings(request),
+        settings=experiment.chosen(request),
         environments=_environments(state),
         seconds=sum(record.get("seconds", 0.0) for record in state.found.values()),
     )
@@ -117,9 +117,9 @@ def _environments(state: State) -> list[str]:
 
 def summary_of(experiment: Experiment, state: State) -> dict[str, Any] | None:
     """The figures of an experiment's page; None if it lacks a cell."""
-    if not state.complete:
+    if state.missing:
         return None
-    return experiment.summarise({name: record["values"] for name, record in state.found.items()})
+    return dict(experiment.summarise({name: record["values"] for name, record in state.found.items()}))
 
 
 def write_pages(experiments: Sequence[Experiment], request: Request, out: Path) -> None:

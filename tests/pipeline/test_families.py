@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from tests.conformance import every_family
 from tests.conformance.every_family import attempt, build, configuration, prune
 from tests.pipeline import tiny
+from tests.processes import python
 from torch import nn
 
 import saap
@@ -128,8 +127,7 @@ for folder in sys.argv[1:]:
 def test_tracing_prints_nothing(tmp_path: Path) -> None:
     """Neither warnings of a configuration and of an export, nor the graph where an export fails."""
     folders = [folder_of(family, tmp_path / family) for family in ("gemma4_text", "recurrent_gemma", "longcat_flash")]
-    command = [sys.executable, "-c", DISCOVER, *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = python(DISCOVER, *folders)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -154,11 +152,13 @@ def test_a_model_that_is_built_and_not_saved_is_no_model_that_is_not_built(
     assert (found["outcome"], "no room" in found["message"]) == ("raised", True)
 
 
+SWEEP = f"import runpy; runpy.run_path({str(ROOT / 'scripts' / 'family_sweep.py')!r}, run_name='__main__')"
+
+
 def test_a_sweep_shows_what_was_printed_and_fails_for_it(tmp_path: Path) -> None:
     results = tmp_path / "results.json"
     works = {"outcome": "works", "seconds": 1.0}
     for noise, code in (({}, 0), ({"printed": "a trace"}, 1)):
         results.write_text(json.dumps({"llama": {"adaptive": {**works, **noise}, "uniform": works}}))
-        words = [sys.executable, "scripts/family_sweep.py", "--results", str(results), "llama"]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = python(SWEEP, "--results", results, "llama")
         assert (done.returncode, "a trace" in done.stdout) == (code, bool(noise)), done.stderr

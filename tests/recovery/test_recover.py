@@ -2,15 +2,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from tests import processes
 from tests.command import run
 from tests.data.byte_tokenizer import byte_tokenizer
 from tests.pipeline import tiny
@@ -162,37 +160,21 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(text: Path, tmp_
         saap.recover(small, data=[text], **QUICK)
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "saap", "recover", *map(str, arguments)]
-
-
 def test_on_the_command_line_a_killed_run_goes_on(dense: Path, text: Path, tmp_path: Path) -> None:
-    flags = ["--data", text, *FLAGS[:4], "--max-steps", "60", *FLAGS[6:], "--patience", "0"]
-    whole = subprocess.run(
-        command(dense, "--out", tmp_path / "whole", "--json", *flags), capture_output=True, text=True, check=False
-    )
+    flags = ["--data", text, *FLAGS[:4], "--max-steps", "30", *FLAGS[6:], "--patience", "0"]
+    whole = processes.saap("recover", dense, "--out", tmp_path / "whole", "--json", *flags)
     assert whole.returncode == 0, whole.stderr
     report = json.loads(whole.stdout)
-    assert report["steps"] == 60
-    killed = subprocess.Popen(
-        command(dense, "--out", tmp_path / "cut", *flags), stdout=subprocess.PIPE, text=True, bufsize=1
-    )
-    assert killed.stdout is not None
-    for line in killed.stdout:
-        if "step 4:" in line:
-            killed.send_signal(signal.SIGKILL)
-            break
-    killed.wait()
+    assert report["steps"] == 30
+    processes.start("recover", dense, "--out", tmp_path / "cut", *flags).kill_at("step 4:")
     assert not (tmp_path / "cut").exists()
-    resumed = subprocess.run(
-        command(dense, "--out", tmp_path / "cut", *flags), capture_output=True, text=True, check=False
-    )
+    resumed = processes.saap("recover", dense, "--out", tmp_path / "cut", *flags)
     assert "resuming after step" in resumed.stdout, resumed.stdout + resumed.stderr
     curves = [
         json.loads((tmp_path / name / "saap" / "manifest.json").read_text())["recovery"]["curve"]
         for name in ("whole", "cut")
     ]
-    assert len(curves[0]) == len(curves[1]) == 60
+    assert len(curves[0]) == len(curves[1]) == 30
     assert max(abs(one["loss"] - other["loss"]) for one, other in zip(*curves, strict=True)) <= 1e-6
 
 
@@ -204,9 +186,7 @@ def test_other_settings_do_not_take_up_a_training(dense: Path, text: Path, tmp_p
 
 
 def test_refusal_on_the_command_line(dense: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        command(dense, "--out", tmp_path / "a", "--bits", "5"), capture_output=True, text=True, check=False
-    )
+    done = processes.saap("recover", dense, "--out", tmp_path / "a", "--bits", "5")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --bits 5 is not possible. Use 2, 3, 4, 8.\n"
 
@@ -220,26 +200,19 @@ def test_refusal_on_the_command_line(dense: Path, tmp_path: Path) -> None:
     ],
 )
 def test_prune_refuses_before_it_prunes(dense: Path, tmp_path: Path, flags: list[str], message: str) -> None:
-    words = [sys.executable, "-m", "saap", "prune", str(dense), "--pruning-ratio", "0.2", "--out"]
-    done = subprocess.run([*words, str(tmp_path / "small"), *flags], capture_output=True, text=True, check=False)
+    done = processes.saap("prune", dense, "--pruning-ratio", "0.2", "--out", tmp_path / "small", *flags)
     assert (done.returncode, done.stdout.strip()) == (2, "")
     assert done.stderr.startswith(f"error: {message}")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_two_processes_give_the_losses_of_one(dense: Path, text: Path, tmp_path: Path) -> None:
-    flags = ["--data", str(text), *FLAGS, "--device", "cpu", "--teacher", str(dense)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
-    recover = [*launch, "-m", "saap", "recover", str(dense), *flags, "--out"]
-    runs = {
-        "one": command(dense, *flags, "--out", tmp_path / "one"),
-        "two": [*recover, str(tmp_path / "two")],
-        "shards": [*recover, str(tmp_path / "shards"), "--shard"],
-    }
+    flags = ["--data", text, *FLAGS, "--device", "cpu", "--teacher", dense]
     curves = {}
-    for name, words in runs.items():
-        done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
+    for name, count, more in (("one", 1, []), ("two", 2, []), ("shards", 2, ["--shard"])):
+        arguments = ["recover", dense, *flags, "--out", tmp_path / name, *more]
+        for done in processes.saap_in_several(count, *arguments) if count > 1 else [processes.saap(*arguments)]:
+            assert done.returncode == 0, done.stderr[-2000:]
         manifest = json.loads((tmp_path / name / "saap" / "manifest.json").read_text())
         curves[name] = manifest["recovery"]["curve"]
         assert manifest["recovery"]["processes"] == (1 if name == "one" else 2)
@@ -256,12 +229,10 @@ def test_two_processes_give_the_losses_of_one(dense: Path, text: Path, tmp_path:
 
 def test_prune_with_recover_runs_all_three_stages(dense: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
-    words = [
-        sys.executable, "-m", "saap", "prune", str(dense), "--pruning-ratio", "0.2", "--out", str(out),
-        "--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024",
-        "--recover", str(text), "--recover-minutes", "0.02", "--json",
-    ]  # fmt: skip
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = processes.saap(
+        "prune", dense, "--pruning-ratio", "0.2", "--out", out, "--effort", "fast", "--samples", "4",
+        "--sample-length", "32", "--refit-tokens", "1024", "--recover", text, "--recover-minutes", "0.02", "--json",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["pruned"]["pruning_ratio"] >= 0.2

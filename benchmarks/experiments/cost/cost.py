@@ -7,45 +7,39 @@ less; memory is that above the process before it opens the model.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from harness.charts import lines
-from harness.experiment import Cells, Experiment, Measured, Request, Values
-from lab.checkpoints import Shape, write_checkpoint
+from harness.experiment import Cells, Figures, Measured, Names, Request, Values
+from lab.checkpoints import llama, write_checkpoint
 from lab.commands import in_own_process
-from lab.memory import status
 
+from saap.models.loading.device_memory import of_process
 from saap.models.loading.references import resolve_model
 from saap.pipeline.prune.run import run_prune
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.memory import limits
-from saap.reporting.figures import Figure
 from saap.settings.prune import Effort, PruneConfig
 
 VOCABULARY = 2048
 ESTIMATION = "estimate the importance of every unit"
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One run. layers: of the shape. samples: of 64 tokens each."""
 
     layers: int = 16
     samples: int = 16
     ratio: float = 0.2
 
-    @property
-    def name(self) -> str:
-        """Part of a cell's name."""
-        return f"{self.layers} layers, {self.samples} samples, ratio {self.ratio:g}"
+    def cell(self, place: str) -> str:
+        """The name of its cell."""
+        return f"{self.layers} layers, {self.samples} samples, ratio {self.ratio:g}, {place}"
 
 
 CURVES = {
@@ -55,28 +49,26 @@ CURVES = {
 }
 TITLES = {"layers": "layers (model size)", "samples": "samples of 64 tokens", "ratio": "pruning ratio"}
 PLACES = ("in memory", "offloaded")
-CELLS = {f"{point.name}, {place}": (point, place) for curve in CURVES.values() for point in curve for place in PLACES}
-FIGURES = {
+RUNS = {point.cell(place): (point, place) for curve in CURVES.values() for point in curve for place in PLACES}
+CELLS = list(RUNS)
+SMOKE = False
+MEASURED = {
     "processor_seconds": ("processor time, s", 1.0),
     "estimation_bytes": ("memory of the estimation, MB", 1e6),
     "peak_bytes": ("peak memory, MB", 1e6),
 }
 
 
-def shape_of(layers: int) -> Shape:
-    return Shape(hidden=256, ffn=704, layers=layers, heads=8, vocabulary=VOCABULARY)
-
-
-def measure(request: Request, wanted: Sequence[str]) -> Measured:
+def measure(request: Request, wanted: Names) -> Measured:
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for layers in {point.layers for point, _ in CELLS.values()}:
-            (folder / str(layers)).mkdir()
-            write_checkpoint(shape_of(layers), folder / str(layers), dtype=torch.float32)
+        for layers in {point.layers for point, _ in RUNS.values()}:
+            write_checkpoint(llama(256, 704, layers, 8, VOCABULARY), folder / str(layers), dtype=torch.float32)
         run_one(Point(), False, folder)  # loads all that a run imports, for the forked processes as well
         for cell in wanted:
-            point, place = CELLS[cell]
-            yield cell, {**in_own_process(run_one, point, place == "offloaded", folder, start="fork"), **asdict(point)}
+            point, place = RUNS[cell]
+            found = in_own_process(run_one, point, place == "offloaded", folder, start="fork")
+            yield cell, {**found, **point._asdict()}
 
 
 def run_one(point: Point, offloaded: bool, folder: Path) -> dict[str, float]:
@@ -90,63 +82,47 @@ def run_one(point: Point, offloaded: bool, folder: Path) -> dict[str, float]:
     limit = None
     if offloaded:  # half of what it takes in memory, so that weights stay in their files
         limit = sum(limits(resolve_model(source), config, torch.float32, torch.device("cpu"))) // 2
-    empty, before, start = status("VmRSS"), os.times(), time.perf_counter()
+    empty, used, start = of_process(), time.process_time(), time.perf_counter()
     with TemporaryDirectory(dir=folder) as temporary:
         options = RunOptions(out=Path(temporary) / "out", max_memory=limit, device="cpu")
         (result,) = run_prune(source, config, options, calibration=tokens)
-    after = os.times()
     stages = {stage.name.split(",")[0]: stage.peak_resident_bytes for stage in result.report.stages}
     return {
-        "seconds": time.perf_counter() - start,
-        "processor_seconds": after.user + after.system - before.user - before.system,
-        "peak_bytes": max(stages.values()) - empty,
-        "estimation_bytes": stages[ESTIMATION] - empty,
-    }
+        "seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - used,
+        "peak_bytes": max(stages.values()) - empty, "estimation_bytes": stages[ESTIMATION] - empty,
+    }  # fmt: skip
 
 
-def exponent(places: Sequence[float], values: Sequence[float]) -> float:
-    """Slope of a straight line through the logarithms (least squares)."""
-    return float(np.polyfit(np.log(places), np.log(values), 1)[0])
-
-
-def summarise(cells: Cells) -> dict[str, Any]:
+def summarise(cells: Cells) -> Values:
     rows: list[dict[str, Any]] = []
     for name, points in CURVES.items():
         places = [float(getattr(point, name)) for point in points]
-        for figure, (label, unit) in FIGURES.items():
-            curves = {place: [cells[f"{point.name}, {place}"][figure] / unit for point in points] for place in PLACES}
-            exponents = {place: exponent(places, values) for place, values in curves.items()}
+        for figure, (label, unit) in MEASURED.items():
+            curves = {place: [cells[point.cell(place)][figure] / unit for point in points] for place in PLACES}
+            # slopes of straight lines through the logarithms
+            slopes = {place: float(np.polyfit(np.log(places), np.log(y), 1)[0]) for place, y in curves.items()}
             rows.append({
                 "varied": name, "title": TITLES[name], "places": places, "figure": figure, "label": label,
-                "curves": curves, "exponents": exponents,
+                "curves": curves, "exponents": slopes,
             })  # fmt: skip
-    by_layers = {row["figure"]: row for row in rows if row["varied"] == "layers"}
+    by_layers = {row["figure"]: row["exponents"] for row in rows if row["varied"] == "layers"}
     times = [row["curves"] for row in rows if row["figure"] == "processor_seconds"]
     pairs = [pair for curves in times for pair in zip(*(curves[place] for place in PLACES), strict=True)]
     return {
-        "rows": rows,
-        "memory": by_layers["peak_bytes"]["exponents"],
-        "time": by_layers["processor_seconds"]["exponents"],
+        "rows": rows, "memory": by_layers["peak_bytes"], "time": by_layers["processor_seconds"],
         "longer": max(offloaded / here - 1 for here, offloaded in pairs),
-    }
+    }  # fmt: skip
 
 
-def figures(summary: Values) -> Sequence[Figure]:
+def figures(summary: Values) -> Figures:
     drawn = []
     for row in summary["rows"]:
-        if row["figure"] != "estimation_bytes":
-            series = {
-                f"{place}, x^{row['exponents'][place]:.2f}": (row["places"], row["curves"][place]) for place in PLACES
-            }
-            kind = "time" if row["figure"] == "processor_seconds" else "memory"
+        kind = {"processor_seconds": "time", "peak_bytes": "memory"}.get(row["figure"])
+        if kind:
             drawn.append(lines(
                 f"cost-{row['varied']}-{kind}", f"{kind.capitalize()} against {row['title']}",
                 f"{row['label']} against {row['title']}, in memory and offloaded.",
-                series, x=row["title"], y=row["label"], ticks=True,
+                {f"{p}, x^{row['exponents'][p]:.2f}": (row["places"], row["curves"][p]) for p in PLACES},
+                x=row["title"], y=row["label"], ticks=True,
             ))  # fmt: skip
     return drawn
-
-
-EXPERIMENT = Experiment(
-    name="cost", cells=lambda request: list(CELLS), measure=measure, summarise=summarise, figures=figures, smoke=False
-)

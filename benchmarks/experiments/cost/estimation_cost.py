@@ -1,116 +1,102 @@
 """What the estimation costs: time against a plain forward and backward pass, memory above the loaded model.
 
 Random token ids; float32. Time: estimation and loss.backward() with weight gradients over the same tokens in the same
-batches, interleaved, medians. Memory: a process of its own; peak resident size while estimating, minus that of the
-loaded model at rest (every weight touched, freed heap given back), relative to the bytes of the weights.
+batches, in turns. Memory: a process of its own; peak resident size while estimating, minus that of the loaded model at
+rest (every weight touched, freed heap given back), relative to the bytes of the weights.
 """
 
 from __future__ import annotations
 
-import pickle
-import statistics
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from harness.charts import bars
-from harness.experiment import Cells, Experiment, Measured, Request, Values
+from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import in_own_process
-from lab.dense import open_dense
-from lab.memory import Peak, give_back
+from lab.memory import Peak
 
 from experiments.quality import comparison
 from saap.core.records import CalibrationSet
+from saap.discovery import discover
 from saap.estimation.estimate import estimate
 from saap.models.loading.pretrained import load_model
 from saap.models.loading.references import resolve_model
 from saap.models.walk.backend import Backend
+from saap.models.walk.processes import Processes
 from saap.models.walk.walker import inference_only
-from saap.reporting.figures import Figure
+
+CELLS = ["time", "memory"]
+READS = ("quality.comparison",)
+SMOKE = False
+SETTINGS = {
+    "model": "{model}", "samples": Scaled(4, 50), "length": Scaled(32, 128), "micro batch": 2,
+    "threads": 2, "rounds": 1,
+}  # fmt: skip
 
 
-def settings(request: Request) -> Values:
-    quick = request.quick
-    return {
-        "model": request.model, "samples": 4 if quick else 50, "length": 32 if quick else 128, "micro batch": 2,
-        "threads": 2, "rounds": 1,
-    }  # fmt: skip
-
-
-def measure(request: Request, wanted: Sequence[str]) -> Measured:
-    chosen = settings(request)
-    request.work.mkdir(parents=True, exist_ok=True)
-    graph = request.work / "graph.pickle"
-    graph.write_bytes(pickle.dumps(in_own_process(graph_of, request.model)))
-    works: dict[str, Callable[..., dict[str, float]]] = {"time": time_of, "memory": memory_of}
+def measure(request: Request, wanted: Names) -> Measured:
+    works: dict[str, Callable[[Values], dict[str, float]]] = {"time": time_of, "memory": memory_of}
     for cell in wanted:
-        yield cell, in_own_process(works[cell], graph, chosen)
+        yield cell, in_own_process(works[cell], request.settings)
 
 
-def graph_of(model: str) -> Any:
-    return open_dense(model).graph
-
-
-def opened(chosen: Values) -> tuple[Any, CalibrationSet]:
-    """The model in float32 and random samples."""
-    torch.set_num_threads(chosen["threads"])
+def opened(chosen: Values, processes: Processes | None = None) -> tuple[Backend, CalibrationSet]:
+    """The model in float32 with its structures, and random samples."""
     model: Any = load_model(resolve_model(chosen["model"]), device=torch.device("cpu"), dtype=torch.float32)
     shape = chosen["samples"], chosen["length"]
     tokens = np.random.default_rng(0).integers(5, model.config.vocab_size, shape)
-    return model, CalibrationSet(sources=("random",), seed=0, tokens=tokens)
+    backend = Backend(model, discover(model), processes or Processes())
+    return backend, CalibrationSet(sources=("random",), seed=0, tokens=tokens)
 
 
-def time_of(graph_file: Path, chosen: Values) -> dict[str, float]:
-    model, samples = opened(chosen)
-    graph, rows = pickle.loads(graph_file.read_bytes()), chosen["micro batch"]
-    few = CalibrationSet(sources=("random",), seed=0, tokens=samples.tokens[: max(2, rows)])
-    passes: dict[str, Callable[[CalibrationSet], object]] = {
-        "plain": lambda tokens: plain_pass(model, tokens.tokens, rows),
-        "estimation": lambda tokens: estimate(Backend(model, graph), tokens, micro_batch=rows),
-    }
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in passes}
-    for run in passes.values():
-        run(few)
-    for _ in range(chosen["rounds"]):
-        for name, run in passes.items():
-            start = time.perf_counter(), time.process_time()
-            run(samples)
-            seconds[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
-            model.zero_grad(set_to_none=True)
-    (plain, plain_cpu), (ours, ours_cpu) = (
-        tuple(statistics.median(column) for column in zip(*pairs, strict=True)) for pairs in seconds.values()
-    )
+def first(samples: CalibrationSet, count: int) -> CalibrationSet:
+    """So many of the samples, for a pass that warms up."""
+    return CalibrationSet(sources=samples.sources, seed=0, tokens=samples.tokens[:count])
+
+
+def time_of(chosen: Values) -> dict[str, float]:
+    torch.set_num_threads(chosen["threads"])
+    backend, samples = opened(chosen)
+    rows = chosen["micro batch"]
+
+    def plain(samples: CalibrationSet) -> None:
+        backend.model.requires_grad_(True)
+        for batch in torch.split(torch.from_numpy(samples.tokens), rows):
+            backend.model(batch, labels=batch, use_cache=False).loss.backward()
+        backend.model.zero_grad(set_to_none=True)
+
+    def ours(samples: CalibrationSet) -> object:
+        return estimate(backend, samples, micro_batch=rows)
+
+    passes: dict[str, Callable[[CalibrationSet], object]] = {"plain": plain, "estimation": ours}
+    seconds, used = {}, {}
+    for name, run in passes.items():
+        run(first(samples, rows))
+        start, before = time.perf_counter(), time.process_time()
+        run(samples)
+        seconds[name], used[name] = time.perf_counter() - start, time.process_time() - before
     return {
-        "plain_seconds": plain, "estimation_seconds": ours,
-        "time_ratio": ours / plain, "cpu_ratio": ours_cpu / plain_cpu,
+        **{f"{name}_seconds": value for name, value in seconds.items()},
+        "time_ratio": seconds["estimation"] / seconds["plain"], "cpu_ratio": used["estimation"] / used["plain"],
     }  # fmt: skip
 
 
-def plain_pass(model: torch.nn.Module, tokens: np.ndarray, rows: int) -> None:
-    model.requires_grad_(True)
-    for batch in torch.split(torch.from_numpy(tokens), rows):
-        model(batch, labels=batch, use_cache=False).loss.backward()
-
-
-def memory_of(graph_file: Path, chosen: Values) -> dict[str, float]:
-    model, samples = opened(chosen)
-    model.requires_grad_(False)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    with inference_only(model):
-        for parameter in model.parameters():
-            parameter.sum()
-    graph = pickle.loads(graph_file.read_bytes())
-    give_back()
+def memory_of(chosen: Values) -> dict[str, float]:
+    torch.set_num_threads(chosen["threads"])
+    backend, samples = opened(chosen)
+    backend.model.requires_grad_(False)
+    with inference_only(backend.model):
+        weights = sum(parameter.nbytes for parameter in backend.model.parameters() if parameter.sum() is not None)
     with Peak() as peak:
-        estimate(Backend(model, graph), samples, micro_batch=chosen["micro batch"])
+        estimate(backend, samples, micro_batch=chosen["micro batch"])
     above = peak.bytes - peak.before
     return {"weight_bytes": weights, "above_bytes": above, "memory_ratio": above / weights}
 
 
-def summarise(cells: Cells) -> dict[str, Any]:
+def summarise(cells: Cells) -> Values:
     scored = {
         row["method"]: row["seconds"]["score"]
         for row in comparison.rows_of(cells)
@@ -119,28 +105,16 @@ def summarise(cells: Cells) -> dict[str, Any]:
     quickest = min((method for method in scored if method != "saap"), key=lambda method: float(scored[method]))
     head = cells[comparison.HEAD]["settings"]
     return {
-        **cells["time"],
-        **cells["memory"],
-        "score_seconds": scored,
-        "ours_seconds": scored["saap"],
-        "quickest": quickest,
-        "quickest_seconds": scored[quickest],
-        "samples": head["samples"],
-        "sample_length": head["sample_length"],
-    }
+        **cells["time"], **cells["memory"], "score_seconds": scored, "ours_seconds": scored["saap"],
+        "quickest": quickest, "quickest_seconds": scored[quickest],
+        "samples": head["samples"], "sample_length": head["sample_length"],
+    }  # fmt: skip
 
 
-def figures(summary: Values) -> Sequence[Figure]:
-    methods = list(summary["score_seconds"])
-    figure = bars(
+def figures(summary: Values) -> Figures:
+    scored = summary["score_seconds"]
+    return [bars(
         "estimation-cost", "Seconds to score every unit",
         "Seconds that each method takes to score all units from the same calibration samples.",
-        {"seconds": [summary["score_seconds"][method] for method in methods]}, methods, x="seconds",
-    )  # fmt: skip
-    return (figure,)
-
-
-EXPERIMENT = Experiment(
-    name="estimation-cost", cells=lambda request: ["time", "memory"], settings=settings, measure=measure,
-    summarise=summarise, figures=figures, reads=(comparison.EXPERIMENT,), smoke=False,
-)  # fmt: skip
+        {"seconds": list(scored.values())}, list(scored), x="seconds",
+    )]  # fmt: skip

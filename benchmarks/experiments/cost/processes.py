@@ -7,106 +7,72 @@ counts. To be run while the machine does nothing else: it needs as many idle cor
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
+import socket
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
-from harness.experiment import Cells, Experiment, Measured, Request, Values
-from harness.store import ROOT
+from harness.experiment import Cells, Measured, Names, Request, Scaled, Values
+from lab.commands import in_own_process
 
-from saap.core.records import CalibrationSet
-from saap.core.storage import read_scores, write_scores
-from saap.discovery import discover
+from experiments.cost.estimation_cost import first, opened
+from saap.core.records import ImportanceScores
 from saap.estimation.estimate import estimate
 from saap.models.loading.devices import quick_float32_products
-from saap.models.loading.pretrained import load_model
-from saap.models.loading.references import resolve_model
-from saap.models.walk.backend import Backend
 from saap.models.walk.processes import Processes
 
 COUNTS = (1, 2)
 STATISTICS = ("vector", "vector_m2", "element", "element_m2", "comoment")
+CELLS = ["estimation"]
+SETTINGS = {
+    "model": "{model}", "samples": Scaled(4, 50), "length": Scaled(32, 128), "rounds": Scaled(1, 2),
+}  # fmt: skip
 
 
-def settings(request: Request) -> Values:
-    return {
-        "model": request.model, "samples": 4 if request.quick else 50, "length": 32 if request.quick else 128,
-        "rounds": 1 if request.quick else 2,
-    }  # fmt: skip
-
-
-def measure(request: Request, wanted: Sequence[str]) -> Measured:
-    chosen = settings(request)
+def measure(request: Request, wanted: Names) -> Measured:
     seconds: dict[str, list[float]] = {str(count): [] for count in COUNTS}
-    with tempfile.TemporaryDirectory() as folder:
-        parts = {count: Path(folder) / f"{count}.json" for count in COUNTS}
-        for _ in range(chosen["rounds"]):
-            for count, part in parts.items():
-                seconds[str(count)].append(run(chosen, count, part))
-        difference = largest_difference(*(part.with_suffix(".safetensors") for part in parts.values()))
+    scores: list[ImportanceScores] = []
+    for _ in range(request.settings["rounds"]):
+        for count in COUNTS:
+            took, found = estimate_in(count, request.settings)
+            seconds[str(count)].append(took)
+            scores.append(found)
+    one, other = (found.groups for found in scores[-2:])
+    pairs = [(getattr(one[group], name), getattr(other[group], name)) for group in one for name in STATISTICS]
+    difference = max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs)
     yield "estimation", {"seconds": seconds, "largest_difference": difference}
 
 
-def run(chosen: Values, count: int, part: Path) -> float:
-    """Seconds of the estimation in so many processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__]
-    path = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    subprocess.run([*command, json.dumps(chosen), str(part)], check=True, env=environment)
-    return float(json.loads(part.read_text())["seconds"])
+def estimate_in(count: int, chosen: Values) -> tuple[float, ImportanceScores]:
+    """Seconds and scores of the estimation in so many processes."""
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        port = trial.getsockname()[1]
+    together = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with ThreadPoolExecutor(count) as pool:
+        return next(iter(pool.map(partial(in_own_process, estimate_once, chosen, together), range(count))))
 
 
-def estimate_once(chosen: Values, part: Path) -> None:
-    """What each process does; the first one writes the seconds, and the scores next to them."""
+def estimate_once(chosen: Values, together: dict[str, str], rank: int) -> tuple[float, ImportanceScores]:
+    """What each process does."""
+    os.environ |= {**together, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     with quick_float32_products():
         processes = Processes.found()
-        model: Any = load_model(resolve_model(chosen["model"]), device=torch.device("cpu"), dtype=torch.float32)
-        graph = discover(model)
-        shape = chosen["samples"], chosen["length"]
-        tokens = np.random.default_rng(0).integers(5, model.config.vocab_size, shape)
-        samples = CalibrationSet(sources=("random",), seed=0, tokens=tokens)
-        few = CalibrationSet(sources=("random",), seed=0, tokens=tokens[: 2 * processes.count])
-        estimate(Backend(model, graph, processes), few)
+        backend, samples = opened(chosen, processes)
+        estimate(backend, first(samples, 2 * processes.count))
         processes.barrier()
         start = time.perf_counter()
-        scores = estimate(Backend(model, graph, processes), samples)
-        seconds = time.perf_counter() - start
-        if processes.first:
-            write_scores(part.with_suffix(".safetensors"), scores)
-            part.write_text(json.dumps({"seconds": seconds}))
+        scores = estimate(backend, samples)
+        return time.perf_counter() - start, scores
 
 
-def largest_difference(first: Path, second: Path) -> float:
-    """Of all statistics, relative to the largest of its group."""
-    one, other = read_scores(first).groups, read_scores(second).groups
-    pairs = [(getattr(one[group], name), getattr(other[group], name)) for group in one for name in STATISTICS]
-    return max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs)
-
-
-def summarise(cells: Cells) -> dict[str, Any]:
-    found = cells["estimation"]
-    least = {count: min(seconds) for count, seconds in found["seconds"].items()}
-    speedups = {count: least["1"] / seconds for count, seconds in least.items()}
+def summarise(cells: Cells) -> Values:
+    least = {count: min(seconds) for count, seconds in cells["estimation"]["seconds"].items()}
     return {
-        "seconds": least,
-        "speedup": speedups,
-        "most": max(least, key=int),
-        "difference": found["largest_difference"],
-    }
-
-
-EXPERIMENT = Experiment(
-    name="processes", cells=lambda request: ["estimation"], settings=settings, measure=measure, summarise=summarise
-)
-
-if __name__ == "__main__":
-    estimate_once(json.loads(sys.argv[1]), Path(sys.argv[2]))
+        "seconds": least, "speedup": {count: least["1"] / seconds for count, seconds in least.items()},
+        "most": max(least, key=int), "difference": cells["estimation"]["largest_difference"],
+    }  # fmt: skip

@@ -8,21 +8,21 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
-from harness.experiment import Cells, Experiment, Measured, Request, Values
+from harness.experiment import Cells, Measured, Names, Request, Values
 from harness.store import ROOT
 from lab.commands import saap
 
 RECIPES = ROOT / "recipes"
 SMALL = {
-    "prune": ["effort=fast", "samples=4", "refit_tokens=2048"],
-    "recover": ["max_steps=2", "length=128", "validate_every=1", "validation_samples=2"],
+    "prune": ["effort=fast", "num_samples=4", "refit_tokens=2048"],
+    "recover": ["max_steps=2", "max_seq_length=128", "validate_every=1", "validation_samples=2"],
     "eval": ["texts=[bundled]", "tasks=[]", "window=128", "max_tokens=1024"],
 }
+CELLS = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+SMOKE = False
 
 
 def replaced(recipe: Path, model: str, out: Path) -> list[str]:
@@ -30,50 +30,38 @@ def replaced(recipe: Path, model: str, out: Path) -> list[str]:
     steps = yaml.safe_load(recipe.read_text())
     chosen = [f"model={model}", f"out={out}"]
     for name, values in SMALL.items():
-        for section in [f"eval.{key}" for key in steps.get("eval", {})] if name == "eval" else [name]:
-            if name in steps:
-                chosen += [f"{section}.{value}" for value in values]
+        sections = [f"eval.{key}" for key in steps.get("eval", {})] if name == "eval" else [name]
+        chosen += [f"{section}.{value}" for section in sections for value in values if name in steps]
     return [word for setting in chosen for word in ("--set", setting)]
 
 
-def measure(request: Request, wanted: Sequence[str]) -> Measured:
+def measure(request: Request, wanted: Names) -> Measured:
+    """Seconds, steps and perplexities of each recipe, and what a second run did."""
     for name in wanted:
         with tempfile.TemporaryDirectory() as folder:
-            yield name, run(RECIPES / f"{name}.yaml", request.model, Path(folder) / "out")
+            out, recipe = Path(folder) / "out", RECIPES / f"{name}.yaml"
+            command = ["run", recipe, *replaced(recipe, request.model, out)]
+            start = time.perf_counter()
+            first = saap(*command)
+            seconds, again = time.perf_counter() - start, saap(*command)
+            yield name, {
+                "seconds": round(seconds, 1),
+                "steps": {step["name"]: step["fate"] for step in first["steps"]},
+                "second_run": sorted({step["fate"] for step in again["steps"]}),
+                "perplexity": {
+                    file.stem: {text: v["value"] for text, v in json.loads(file.read_text())["perplexity"].items()}
+                    for file in sorted((out / "eval").glob("*.json"))
+                },
+            }  # fmt: skip
 
 
-def run(recipe: Path, model: str, out: Path) -> Values:
-    """Seconds, steps and perplexities of a recipe, and what a second run did."""
-    command = ["run", recipe, *replaced(recipe, model, out)]
-    start = time.perf_counter()
-    first = saap(*command)
-    seconds = time.perf_counter() - start
-    again = saap(*command)
-    return {
-        "seconds": round(seconds, 1),
-        "steps": {step["name"]: step["fate"] for step in first["steps"]},
-        "second_run": sorted({step["fate"] for step in again["steps"]}),
-        "perplexity": {
-            file.stem: {name: text["value"] for name, text in json.loads(file.read_text())["perplexity"].items()}
-            for file in sorted((out / "eval").glob("*.json"))
-        },
-    }
-
-
-def summarise(cells: Cells) -> dict[str, Any]:
+def summarise(cells: Cells) -> Values:
     rows = {
         name: {
-            "made": [step for step, fate in cells[name]["steps"].items() if fate == "made"],
-            "second_run": cells[name]["second_run"],
-            "seconds": cells[name]["seconds"],
-            "perplexity": sorted({v for texts in cells[name]["perplexity"].values() for v in texts.values()}),
+            "made": [step for step, fate in cell["steps"].items() if fate == "made"],
+            "second_run": cell["second_run"], "seconds": cell["seconds"],
+            "perplexity": sorted({v for texts in cell["perplexity"].values() for v in texts.values()}),
         }
-        for name in sorted(cells)
-    }
+        for name, cell in sorted(cells.items())
+    }  # fmt: skip
     return {"rows": rows, "count": len(rows), "kept": sum(row["second_run"] == ["kept"] for row in rows.values())}
-
-
-EXPERIMENT = Experiment(
-    name="recipes", cells=lambda request: sorted(file.stem for file in RECIPES.glob("*.yaml")), measure=measure,
-    summarise=summarise, smoke=False,
-)  # fmt: skip

@@ -6,23 +6,22 @@ import re
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from harness.experiment import Cells, Experiment, Measured, Request
-from lab.commands import quickly_pruned
+from harness.experiment import Cells, Measured, Names, Request, Values
+from lab.commands import in_own_process, quickly_pruned, run_here
 
 from experiments.quality.comparison import unpack
 
 CLOCK = "<script>addEventListener('load', () => {document.title = 'opened in ' + performance.now()})</script>"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ROUNDS = 5
+CELLS = ["page"]
+SMOKE = False
 
 
-def measure(request: Request, wanted: Sequence[str]) -> Measured:
+def measure(request: Request, wanted: Names) -> Measured:
     """The page of a pruned model with the comparison. What is opened is a copy with a script of one line at its end."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
@@ -31,8 +30,7 @@ def measure(request: Request, wanted: Sequence[str]) -> Measured:
         page, compared = Path(temporary) / "page.html", Path(temporary) / "compare"
         unpack(request, compared)
         pruned = quickly_pruned(request, "adaptive", "0.2")
-        report = ["report", str(pruned), "--compare", str(compared), "--out", str(page)]
-        subprocess.run([sys.executable, "-m", "saap", *report], check=True)
+        in_own_process(run_here, ["report", str(pruned), "--compare", str(compared), "--out", str(page)])
         size, text = page.stat().st_size, page.read_text(encoding="utf-8")
         page.write_text(text.replace("</body>", f"{CLOCK}</body>"), encoding="utf-8")
         times = [milliseconds(browser, page) for _ in range(ROUNDS)]
@@ -49,10 +47,5 @@ def milliseconds(browser: str, page: Path) -> float:
     return float(found[1])
 
 
-def summarise(cells: Cells) -> dict[str, Any]:
+def summarise(cells: Cells) -> Values:
     return {"megabytes": cells["page"]["bytes"] / 1e6, "seconds": cells["page"]["seconds"], "rounds": ROUNDS}
-
-
-EXPERIMENT = Experiment(
-    name="report-page", cells=lambda request: ["page"], measure=measure, summarise=summarise, smoke=False
-)

@@ -7,20 +7,18 @@ output's weight), so that the ratio of the bytes is the speed-up of a runtime th
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness.charts import lines
-from harness.experiment import Cells, Experiment, Measured, Request, Values
+from harness.experiment import Cells, Figures, Measured, Names, Request, Values
 from lab.commands import made_by_saap, quickly_pruned
 
 from saap.core.manifest import RunManifest
 from saap.evaluation.speed import Source
 from saap.pipeline.evaluate.speed import compare_speeds
 from saap.pipeline.shared.inputs import RunOptions, open_model
-from saap.reporting.figures import Figure
 from saap.settings.measure import SpeedSettings
 from saap.settings.prune import GgufType
 from saap.settings.registry import RuntimeName
@@ -41,13 +39,13 @@ TARGET_SPEEDUP = 1.3
 THREADS, ROUNDS, NEW_TOKENS = 2, 7, 32
 
 
-def cells(request: Request) -> list[str]:
+def cells(request: Request) -> Names:
     measured = [f"{weights} {folder}" for weights in RUNTIMES for folder in PRUNED]
     return [*measured, *(f"float32 {folder}" for folder in REQUESTED), *REQUESTED]
 
 
-def settings(request: Request) -> Values:
-    return {"dense": request.model, "threads": THREADS, "rounds": ROUNDS, "tokens written": NEW_TOKENS}
+SMOKE = False
+SETTINGS = {"dense": "{model}", "threads": THREADS, "rounds": ROUNDS, "tokens written": NEW_TOKENS}
 
 
 def folder_of(request: Request, name: str) -> Path:
@@ -56,10 +54,10 @@ def folder_of(request: Request, name: str) -> Path:
     if kind != "asked":
         return quickly_pruned(request, kind, value)
     flags = ["--target-speedup", TARGET_SPEEDUP, "--runtime", value, "--effort", "fast"]
-    return made_by_saap(request, name, ["prune", request.model, *flags])
+    return made_by_saap(request, name, "prune", request.model, *flags)
 
 
-def measure(request: Request, wanted: Sequence[str]) -> Measured:
+def measure(request: Request, wanted: Names) -> Measured:
     """To be run on a machine that does nothing else: the dense model and the pruned one take turns."""
     torch.set_num_threads(THREADS)
     for cell in wanted:
@@ -73,37 +71,32 @@ def measure(request: Request, wanted: Sequence[str]) -> Measured:
             yield cell, {**known, **manifest.speed.model_dump()}
 
 
-def measured(request: Request, folder: Path, runtime: RuntimeName, kind: GgufType) -> dict[str, Any]:
+def measured(request: Request, folder: Path, runtime: RuntimeName, kind: GgufType) -> Values:
     """Speeds of a folder and of the dense model, and their ratios."""
     chosen = SpeedSettings(runtime=runtime, gguf_type=kind, rounds=ROUNDS, new_tokens=NEW_TOKENS)
     dense: Source = request.model
     if runtime is RuntimeName.TRANSFORMERS:
         dense = open_model(request.model, RunOptions(device="cpu")).model
     report = compare_speeds([(str(folder), str(folder)), ("dense", dense)], chosen)
+    names = ("runtime", "weights", "prefill_speedup", "decode_speedup", "bytes_ratio")
+    found: dict[str, Any] = {name: getattr(report, name) for name in names}
     assert report.against is not None
-    assert report.decode_speedup is not None
-    assert report.bytes_ratio is not None
-    return {
-        "runtime": report.runtime, "weights": report.weights,
-        "prefill_dense": report.against.prefill, "prefill": report.model.prefill,
-        "prefill_speedup": report.prefill_speedup,
-        "decode_dense": report.against.decode, "decode": report.model.decode, "decode_speedup": report.decode_speedup,
-        "bytes_dense": report.against.bytes_per_token, "bytes": report.model.bytes_per_token,
-        "bytes_ratio": report.bytes_ratio, "over_bytes": report.decode_speedup / report.bytes_ratio,
-    }  # fmt: skip
+    for suffix, one in (("", report.model), ("_dense", report.against)):
+        found |= {f"prefill{suffix}": one.prefill, f"decode{suffix}": one.decode, f"bytes{suffix}": one.bytes_per_token}
+    return {**found, "over_bytes": found["decode_speedup"] / found["bytes_ratio"]}
 
 
-def dense_decoding(found: Cells, types: Sequence[str]) -> dict[str, float]:
+def dense_decoding(found: Cells, types: Names) -> dict[str, float]:
     """Tokens/s of the dense model by type of the weights, of the rounds that they share; for other pages."""
-    speeds: Mapping[str, list[float]] = {
-        weights: [found[f"{weights} {folder}"]["decode_dense"] for folder in PRUNED] for weights in types
+    return {
+        weights: statistics.median(found[f"{weights} {folder}"]["decode_dense"] for folder in PRUNED)
+        for weights in types
     }
-    return {weights: statistics.median(values) for weights, values in speeds.items()}
 
 
-def summarise(found: Cells) -> dict[str, Any]:
-    rows = [found[f"{weights} {folder}"] for weights in RUNTIMES for folder in (*PRUNED, *REQUESTED)
-            if f"{weights} {folder}" in found]  # fmt: skip
+def summarise(found: Cells) -> Values:
+    names = (f"{weights} {folder}" for weights in RUNTIMES for folder in (*PRUNED, *REQUESTED))
+    rows = [found[name] for name in names if name in found]
     near = [row for row in rows if abs(row["removed"] - 0.2) < 0.01]
     gains = {kind: [row["decode_speedup"] for row in near if row["weights"] == kind] for kind in ("f16", "float32")}
     requested = [found[folder] for folder in REQUESTED]
@@ -118,21 +111,14 @@ def summarise(found: Cells) -> dict[str, Any]:
     }
 
 
-def figures(summary: Values) -> Sequence[Figure]:
+def figures(summary: Values) -> Figures:
     series: dict[str, tuple[list[float], list[float]]] = {}
     for row in sorted(summary["rows"], key=lambda row: float(row["removed"])):
-        label = f"{row['runtime']} {row['weights']}, {row['layout']}"
-        places, values = series.setdefault(label, ([], []))
+        places, values = series.setdefault(f"{row['runtime']} {row['weights']}, {row['layout']}", ([], []))
         places.append(100 * row["removed"])
         values.append(row["decode_speedup"])
-    figure = lines(
+    return [lines(
         "speed", "Decoding against what is removed",
         "Speed-up of decoding one token at a time against the share of the blocks that is removed.",
         series, x="% of the decoder blocks removed", y="decode, pruned / dense",
-    )  # fmt: skip
-    return (figure,)
-
-
-EXPERIMENT = Experiment(
-    name="speed", cells=cells, settings=settings, measure=measure, summarise=summarise, figures=figures, smoke=False
-)
+    )]  # fmt: skip

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from harness.charts import bars
-from harness.experiment import Cells, Experiment, Measured, Request, Values
+from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import VALIDATION
-from lab.dense import Dense, draw, measured_text, on_device, open_dense
+from lab.dense import Dense, Ratios, opened
 from lab.measures import mean_and_spread
+from lab.texts import TEXTS
 from torch import nn
 
 from saap.core.records import ImportanceScores, Layout, StructurePlan, UnitScores
 from saap.data.placement import SampleRequest
 from saap.estimation.estimate import estimate, unit_scores
-from saap.models.loading.devices import quick_float32_products
 from saap.models.walk.backend import Backend
-from saap.reporting.figures import Figure
 from saap.settings.prune import EFFORTS, Effort, FusionScope, PrunableRole
 from saap.settings.registry import Importance, Strategy
 from saap.structure_search.budget import budget_for_ratio
@@ -32,13 +30,13 @@ from saap.surgery.cut import cut
 from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
 RATIO = 0.2
-TEXTS = ("wikitext2", "novel")
+MEASURED = ("wikitext2", "novel")
 WITHOUT = {
     "everything": "nothing is taken away",
     "search": "the first candidate, unmeasured, in place of the best of those measured",
-    "module-ratios": "the same share in every module that is not spared, unmeasured",
+    "module-ratios": "the same share in every module that is not protected, unmeasured",
     "local-choice": "the plan's own units, by importance, in place of the second-order choice on the pruned stream",
-    "residual-target": "the dense module's output alone as the target of the restoration",
+    "residual-target": "the dense module's output alone as the target of the reconstruction",
     "restoration": "cut only",
 }
 
@@ -50,35 +48,30 @@ class Prepared:
     dense: Dense
     scores: ImportanceScores
     units: Mapping[str, UnitScores]
-    element: Mapping[str, UnitScores]
     costs: SecondOrder
     evaluator: StructureEvaluator
-    refit: torch.Tensor
+    text: torch.Tensor
 
 
-def settings(request: Request) -> Values:
-    quick = request.quick
-    effort = EFFORTS[Effort.DEFAULT]
-    return {
-        "model": request.model, "calibration": VALIDATION, "seeds": [0] if quick else [0, 1, 2], "pruning ratio": RATIO,
-        "samples": 4 if quick else 50, "sample length": 32 if quick else 128,
-        "candidates": 3 if quick else effort.search_evaluations,
-        "held-out samples": 2 if quick else effort.held_sequences,
-        "refit sequences": 4 if quick else 32, "refit length": 64 if quick else 512,
-        "measured tokens": 512 if quick else 8192,
-    }  # fmt: skip
+EFFORT = EFFORTS[Effort.DEFAULT]
+SETTINGS = {
+    "model": "{model}", "calibration": VALIDATION, "seeds": Scaled([0], [0, 1, 2]),
+    "pruning ratio": RATIO, "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
+    "candidates": Scaled(3, EFFORT.search_evaluations),
+    "held-out samples": Scaled(2, EFFORT.held_sequences),
+    "refit sequences": Scaled(4, 32), "refit length": Scaled(64, 512),
+    "measured tokens": Scaled(512, 8192),
+}  # fmt: skip
 
 
-def cells(request: Request) -> Sequence[str]:
-    return [f"{name}-{seed}" for seed in settings(request)["seeds"] for name in WITHOUT]
+def cells(request: Request) -> Names:
+    return [f"{name}-{seed}" for seed in request.settings["seeds"] for name in WITHOUT]
 
 
-def measure(request: Request, wanted: Sequence[str]) -> Measured:
-    chosen = settings(request)
-    dense = open_dense(request.model)
-    with quick_float32_products():
-        texts = {name: measured_text(dense, name, chosen["measured tokens"]) for name in TEXTS}
-        whole = {name: dense.perplexity(text) for name, text in texts.items()}
+def measure(request: Request, wanted: Names) -> Measured:
+    chosen = request.settings
+    with opened(request.model) as dense:
+        ratios = Ratios(dense, chosen["measured tokens"], {name: TEXTS[name] for name in MEASURED})
         for seed in chosen["seeds"]:
             names = [name for name in WITHOUT if f"{name}-{seed}" in wanted]
             if not names:
@@ -89,82 +82,65 @@ def measure(request: Request, wanted: Sequence[str]) -> Measured:
                 kind = name if name in ("search", "module-ratios") else "everything"
                 if kind not in plans:
                     plans[kind] = plan_without(prepared, kind, chosen["candidates"], seed)
-                model = made(prepared, plans[kind], name)
-                ratios = {label: dense.perplexity(text, model) / whole[label] for label, text in texts.items()}
-                yield f"{name}-{seed}", {"ratio": ratios, "removed": removed_share(dense, plans[kind])}
+                removed = 1 - plans[kind].block_parameters / dense.graph.block_parameters
+                yield f"{name}-{seed}", {"ratio": ratios.of(made(prepared, plans[kind], name)), "removed": removed}
 
 
 def prepare(dense: Dense, chosen: Values, seed: int) -> Prepared:
-    """Scores, costs, judge and refit text, as a run calibrated on text of the user's own has them."""
+    """Scores, costs, evaluator and text of the reconstruction, as a run calibrated on a file has them."""
     length = chosen["sample length"]
-    requests = [
+    samples = dense.samples(VALIDATION, [
         SampleRequest("scored", chosen["samples"], length),
         SampleRequest("held", chosen["held-out samples"], length, held_out=True),
         SampleRequest("refit", chosen["refit sequences"], chosen["refit length"]),
-    ]
-    samples = draw(dense, VALIDATION, requests, seed)
-    drawn = {name: on_device(found, dense.model) for name, found in samples.items()}
-    scores = estimate(Backend(dense.model, dense.graph), samples["scored"])
-    costs = second_order_costs(Backend(dense.model, dense.graph), drawn["refit"], micro_batch=1)
+    ], seed)  # fmt: skip
+    scores, text = estimate(dense.backend, samples["scored"]), dense.ids(samples["refit"])
+    costs = second_order_costs(dense.backend, text, micro_batch=1)
     return Prepared(
-        dense=dense,
-        scores=scores,
+        dense=dense, scores=scores, costs=costs, text=text,
         units=unit_scores(scores, dense.graph, Importance.FUSED, FusionScope.LAYER_ROLE),
-        element=unit_scores(scores, dense.graph, Importance.ELEMENT2, FusionScope.LAYER_ROLE),
-        costs=costs,
-        evaluator=StructureEvaluator(Backend(dense.model, dense.graph), drawn["held"], costs.grams),
-        refit=drawn["refit"],
-    )
+        evaluator=StructureEvaluator(dense.backend, dense.ids(samples["held"]), costs.grams),
+    )  # fmt: skip
 
 
 def plan_without(prepared: Prepared, name: str, candidates: int, seed: int) -> StructurePlan:
     """The plan of the default search, or of it without the search, or without the modules' own ratios."""
-    graph = prepared.dense.graph
+    dense, measured = prepared.dense, name == "everything"
     space = SearchSpace(
-        roles=(PrunableRole.FFN, PrunableRole.ATTENTION), layout=Layout.ADAPTIVE, align=prepared.dense.align
-    )
-    measured = name == "everything"
+        roles=(PrunableRole.FFN, PrunableRole.ATTENTION), layout=Layout.ADAPTIVE, align=dense.align
+    )  # fmt: skip
+    guide = SearchGuide(
+        element_scores=unit_scores(prepared.scores, dense.graph, Importance.ELEMENT2, FusionScope.LAYER_ROLE),
+        costs=None if name == "module-ratios" else prepared.costs,
+        evaluator=prepared.evaluator if measured else None, evaluations=candidates if measured else 0, seed=seed,
+    )  # fmt: skip
     return search(
-        graph,
-        prepared.units,
-        budget_for_ratio(graph, RATIO),
-        space,
-        Strategy.ADAPTIVE,
-        SearchGuide(
-            element_scores=prepared.element,
-            costs=None if name == "module-ratios" else prepared.costs,
-            evaluator=prepared.evaluator if measured else None,
-            evaluations=candidates if measured else 0,
-            seed=seed,
-        ),
-    )
+        dense.graph, prepared.units, budget_for_ratio(dense.graph, RATIO), space, Strategy.ADAPTIVE, guide
+    )  # fmt: skip
 
 
 def made(prepared: Prepared, plan: StructurePlan, name: str) -> nn.Module:
-    """The pruned model, with what `name` says left out."""
-    model = copy.deepcopy(prepared.dense.model)
+    """The pruned model, without what `name` says."""
+    dense, local = prepared.dense, name != "local-choice"
+    model = copy.deepcopy(dense.model)
     if name != "restoration":
         elements = {group: scores.element for group, scores in prepared.scores.groups.items()}
         how = ReconstructionSettings(
-            second_order=name != "local-choice",
-            scores=None if name == "local-choice" else elements,
-            residual_target=name != "residual-target",
+            second_order=local, scores=elements if local else None, residual_target=name != "residual-target"
         )
-        reconstruct(Backend(model, prepared.dense.graph), plan, prepared.refit, how)
-    cut(model, prepared.dense.graph, plan)
+        reconstruct(Backend(model, dense.graph), plan, prepared.text, how)
+    cut(model, dense.graph, plan)
     return model
 
 
-def removed_share(dense: Dense, plan: StructurePlan) -> float:
-    """Share of the blocks' parameters that leaves."""
-    return 1 - plan.block_parameters / dense.graph.block_parameters
-
-
-def summarise(cells: Cells) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in WITHOUT:
-        same = [cell for label, cell in cells.items() if label.rpartition("-")[0] == name]
-        found[name] = {text: mean_and_spread([cell["ratio"][text] for cell in same]) for text in TEXTS}
+def summarise(cells: Cells) -> Values:
+    found = {
+        name: {
+            text: mean_and_spread([one["ratio"][text] for cell, one in cells.items() if cell.startswith(f"{name}-")])
+            for text in MEASURED
+        }
+        for name in WITHOUT
+    }
     full = found["everything"]["wikitext2"][0]
     loss = {name: values["wikitext2"][0] / full for name, values in found.items() if name != "everything"}
     most, least = max(loss, key=lambda name: loss[name]), min(loss, key=lambda name: loss[name])
@@ -174,17 +150,11 @@ def summarise(cells: Cells) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def figures(summary: Values) -> Sequence[Figure]:
+def figures(summary: Values) -> Figures:
     names = list(summary["variants"])
-    values = {text: [summary["variants"][name][text][0] for name in names] for text in TEXTS}
-    figure = bars(
+    return [bars(
         "ablation", "What each addition is worth",
         "Perplexity of the pruned over that of the dense model, with one addition taken away at a time.",
-        values, [name if name == "everything" else f"without {name}" for name in names], x="perplexity / dense",
-    )  # fmt: skip
-    return (figure,)
-
-
-EXPERIMENT = Experiment(
-    name="ablation", cells=cells, settings=settings, measure=measure, summarise=summarise, figures=figures
-)
+        {text: [summary["variants"][name][text][0] for name in names] for text in MEASURED},
+        [name if name == "everything" else f"without {name}" for name in names], x="perplexity / dense",
+    )]  # fmt: skip

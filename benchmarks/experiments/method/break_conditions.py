@@ -3,47 +3,60 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from harness.charts import bars
-from harness.experiment import Cells, Experiment, Measured, Request, Values
+from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import VALIDATION
-from lab.dense import Dense, draw, on_device, open_dense
-from lab.effects import RemovalEffects, sampled_units, spread_layers
-from lab.indicators import FLUCTUATION, FUSED, STABILITY, all_estimates, all_indicators, residuals
+from lab.dense import Dense, opened
 from lab.measures import (
+    chi_square_distance,
     correlation_interval,
     rank_correlation_inside,
     rank_correlation_overall,
     reliability,
+    sampled_units,
+    spread_layers,
+    variance_slope,
 )
+from torch import Tensor, nn
 
-from saap.core.records import CoupledGroup, FloatArray, Role
+from saap.baselines.baseline import Measurements
+from saap.core.records import CalibrationSet, CoupledGroup, FloatArray, ImportanceScores, ModelGraph, Role
 from saap.data.placement import SampleRequest
-from saap.models.loading.devices import quick_float32_products
-from saap.reporting.figures import Figure
-from saap.settings.prune import ElementOrder
+from saap.estimation.estimate import estimate, unit_scores
+from saap.estimation.fusion import fuse
+from saap.models.structure.masking import masked
+from saap.models.walk.walker import BlockWalker, inference_only
+from saap.settings.prune import ElementOrder, FusionScope
+from saap.settings.registry import Importance, Method
+from saap.structure_search.costs import second_order_costs
+from saap.structure_search.strategies import relative_volatility, standardised_fluctuation
 
 ROLES = ("ffn", "attention")
+BASELINE_METHODS = (Method.MAGNITUDE, Method.WANDA_SP, Method.FLAP, Method.RANDOM)
+ELEMENTS = {
+    "element-wise, order 1": ElementOrder.FIRST,
+    "element-wise, order 2": ElementOrder.SECOND,
+    "element-wise, mixed": ElementOrder.MIXED,
+}
+STABILITY = ("volatility-z", "volatility-cv")
+ByGroup = Mapping[str, FloatArray]
+SETTINGS = {
+    "model": "{model}", "calibration": VALIDATION, "seed": 0,
+    "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
+    "samples of the effect": Scaled(2, 16),
+    "FFN layers": Scaled(2, 10), "FFN units of a layer": Scaled(4, 32),
+    "attention layers": Scaled(2, 30),
+}  # fmt: skip
 
 
-def settings(request: Request) -> Values:
-    quick = request.quick
-    return {
-        "model": request.model, "calibration": VALIDATION, "seed": 0,
-        "samples": 4 if quick else 50, "sample length": 32 if quick else 128,
-        "samples of the effect": 2 if quick else 16,
-        "FFN layers": 2 if quick else 10, "FFN units of a layer": 4 if quick else 32,
-        "attention layers": 2 if quick else 30,
-    }  # fmt: skip
-
-
-def cells(request: Request) -> Sequence[str]:
-    chosen = settings(request)
-    ffn = [f"ffn-{index:02d}" for index in range(chosen["FFN layers"])]
-    return ("indicators", *ffn, *(f"attention-{index:02d}" for index in range(chosen["attention layers"])))
+def cells(request: Request) -> Names:
+    layers = {"ffn": request.settings["FFN layers"], "attention": request.settings["attention layers"]}
+    return ["indicators", *(f"{role}-{index:02d}" for role, count in layers.items() for index in range(count))]
 
 
 def groups_of(dense: Dense, chosen: Values) -> dict[str, CoupledGroup]:
@@ -56,125 +69,200 @@ def groups_of(dense: Dense, chosen: Values) -> dict[str, CoupledGroup]:
     return found
 
 
-def measure(request: Request, wanted: Sequence[str]) -> Measured:
-    chosen = settings(request)
-    dense = open_dense(request.model)
-    drawn = draw(
-        dense, VALIDATION,
-        [
+def measure(request: Request, wanted: Names) -> Measured:
+    chosen = request.settings
+    with opened(request.model) as dense:
+        drawn = dense.samples(VALIDATION, [
             SampleRequest("scored", chosen["samples"], chosen["sample length"]),
             SampleRequest("held", chosen["samples of the effect"], chosen["sample length"], held_out=True),
-        ], seed=0,
-    )  # fmt: skip
-    groups = groups_of(dense, chosen)
-    units = {
-        cell: sampled_units(group.units, chosen["FFN units of a layer"], seed=group.layer)
-        for cell, group in groups.items()
-    }
-    with quick_float32_products():
+        ])  # fmt: skip
+        groups = groups_of(dense, chosen)
+        units = {
+            cell: sampled_units(group.units, chosen["FFN units of a layer"], seed=group.layer)
+            for cell, group in groups.items()
+        }
         for name in wanted:
             if name == "indicators":
-                estimates = all_estimates(dense, drawn["scored"])
-                every = all_indicators(dense, drawn["scored"], estimates)
-                yield (
-                    name,
-                    {
-                        "indicators": {
-                            indicator: {
-                                cell: values[group.name][units[cell]].tolist() for cell, group in groups.items()
-                            }
-                            for indicator, values in every.items()
-                        },
-                        "residuals": residuals(estimates[ElementOrder.SECOND]),
+                estimates = {
+                    order: estimate(dense.backend, drawn["scored"], element_order=order) for order in ELEMENTS.values()
+                }
+                yield name, {
+                    "indicators": {
+                        indicator: {cell: values[one.name][units[cell]].tolist() for cell, one in groups.items()}
+                        for indicator, values in all_indicators(dense, drawn["scored"], estimates).items()
                     },
-                )
+                    "residuals": residuals(estimates[ElementOrder.SECOND]),
+                }  # fmt: skip
             elif name in groups:
-                yield name, effects_of(dense, groups[name], units[name], drawn["held"])
+                yield name, effects_of(dense, groups[name], units[name], dense.ids(drawn["held"]))
             else:
                 yield name, {"units": [], "loss": [], "divergence": []}
 
 
-def effects_of(dense: Dense, group: CoupledGroup, units: Sequence[int], held: Any) -> Values:
-    """Loss change and divergence of removing each of the units, over either half of the samples."""
-    effects = RemovalEffects(dense.model, dense.graph, group.layer, on_device(held, dense.model))
-    found = [effects.of(group.name, unit) for unit in units]
+def all_indicators(
+    dense: Dense, tokens: CalibrationSet, estimates: Mapping[ElementOrder, ImportanceScores]
+) -> dict[str, ByGroup]:
+    """Every indicator of a unit's worth that the project knows: by indicator and group, (units,) values."""
+    graph, scores, ids = dense.graph, estimates[ElementOrder.SECOND], dense.ids(tokens)
+    fused = fuse(scores, graph, FusionScope.LAYER_ROLE)
+    elements = {
+        name: unit_scores(estimates[order], graph, Importance.ELEMENT2, FusionScope.GLOBAL)
+        for name, order in ELEMENTS.items()
+    }
+    measured = Measurements(dense.backend, ids)
     return {
-        "group": group.name,
-        "units": list(units),
-        "loss": [halves(effect.loss) for effect in found],
-        "divergence": [halves(effect.divergence) for effect in found],
+        "vector-wise": {n: g.vector for n, g in scores.groups.items()},
+        **{name: {n: u.mean for n, u in units.items()} for name, units in elements.items()},
+        "fused": {n: u.mean for n, u in fused.items()},
+        "fluctuation": {n: u.variance for n, u in fused.items()},
+        "volatility-z": {n: standardised_fluctuation(u.variance) for n, u in fused.items()},
+        "volatility-cv": {n: relative_volatility(u.mean, u.variance) for n, u in fused.items()},
+        "second-order cost": {n: u.mean for n, u in second_order_costs(dense.backend, ids).scores.items()},
+        **{
+            str(method): {name: np.asarray(v, np.float64) for name, v in measured.scores(method.load()).items()}
+            for method in BASELINE_METHODS
+        },
     }
 
 
-def halves(by_sample: FloatArray) -> list[float]:
-    """Means over every other sample and over the rest: their mean is that over all, their agreement its reliability."""
-    return [float(by_sample[::2].mean()), float(by_sample[1::2].mean())]
+def residuals(scores: ImportanceScores) -> dict[str, dict[str, float]]:
+    """How far the importances are from what the uncertainty weighing assumes, by granularity: means over the modules.
 
-
-def summarise(cells: Cells) -> dict[str, Any]:
-    indicators = cells["indicators"]["indicators"]
-    found: dict[str, Any] = {"residuals": cells["indicators"]["residuals"], "roles": {}, "seeds": [0]}
-    for role in ROLES:
-        measured = {name: cell for name, cell in cells.items() if name.startswith(role) and cell["units"]}
-        if measured:
-            found["roles"][role] = role_summary(measured, indicators)
-    ffn = found["roles"]["ffn"]["indicators"]
-    best = max((name for name in ffn), key=lambda name: ffn[name]["divergence"])
-    found |= {
-        "best": best,
-        "best_correlation": ffn[best]["divergence"],
-        "best_interval": ffn[best]["interval"],
-        "fused": ffn[FUSED]["divergence"],
-        "fluctuation": ffn[FLUCTUATION]["divergence"],
-        "stability": {name: ffn[name]["divergence"] for name in STABILITY},
-        "assumed_variation": math.sqrt(2),
-        "units": sum(role["units"] for role in found["roles"].values()),
-    }
+    distance: Kolmogorov-Smirnov, of the importances over their mean from chi-square with one degree of freedom.
+    variation: their standard deviation over their mean, the root of 2 if the assumption held. slope: of the log of a
+    unit's variance over samples on the log of its mean, 0 if it held.
+    """
+    found = {}
+    for name in ("vector", "element"):
+        means = [getattr(group, name) for group in scores.groups.values()]
+        spreads = [getattr(group, f"{name}_m2") / (scores.samples - 1) for group in scores.groups.values()]
+        slopes = [variance_slope(mean, spread) for mean, spread in zip(means, spreads, strict=True)]
+        found[name] = {
+            "distance": float(np.mean([chi_square_distance(mean) for mean in means])),
+            "variation": float(np.mean([mean.std() / mean.mean() for mean in means if mean.mean() > 0])),
+            "slope": float(np.nanmean(slopes)),
+        }
     return found
 
 
+class RemovalEffects:
+    """Removes units of one decoder block, one at a time, and looks at the loss.
+
+    tokens: (samples, length) ids. The block's input and the dense predictions are kept, so that each unit costs a run
+    from that block to the end.
+    """
+
+    def __init__(self, model: nn.Module, graph: ModelGraph, layer: int, tokens: Tensor) -> None:
+        self._model, self._graph, self._layer, self._tokens = model, graph, layer, tokens
+        self._walker = BlockWalker(model, graph.blocks)
+        with torch.no_grad(), inference_only(model):
+            stream = self._walker.start(tokens)
+            self._contexts, hidden = stream.contexts, stream.hidden
+            for index in range(layer):
+                hidden = self._walker.run_block(index, hidden, self._contexts)
+            self._entry = hidden
+            self._dense = list(self._predictions())
+        self._dense_loss = np.array([self._loss(logs, sample) for sample, logs in enumerate(self._dense)])
+
+    def of(self, group: str, unit: int) -> tuple[FloatArray, FloatArray]:
+        """What removing `unit` of `group`, a group of this block, does by sample, in nats per predicted token.
+
+        Returns two arrays (samples,): the change of the mean negative log-likelihood, and the divergence of the
+        predictions from the dense model's.
+        """
+        kept = tuple(other for other in range(self._graph.group(group).units) if other != unit)
+        loss, divergence = [], []
+        with torch.no_grad(), inference_only(self._model), masked(self._model, self._graph, {group: kept}):
+            for sample, logs in enumerate(self._predictions()):
+                loss.append(self._loss(logs, sample))
+                dense = self._dense[sample]
+                apart = nn.functional.kl_div(logs, dense, log_target=True, reduction="sum")
+                divergence.append(float(apart) / len(dense))
+        return np.array(loss) - self._dense_loss, np.array(divergence)
+
+    def _predictions(self) -> Iterator[Tensor]:
+        """Log-probabilities of the next token, sample by sample: (length - 1, vocabulary)."""
+        hidden = self._entry
+        for index in range(self._layer, len(self._graph.blocks)):
+            hidden = self._walker.run_block(index, hidden, self._contexts)
+        for row in range(len(hidden)):
+            yield self._walker.logits(hidden[row : row + 1])[0, :-1].float().log_softmax(-1)
+
+    def _loss(self, logs: Tensor, sample: int) -> float:
+        wanted = self._tokens[sample, 1:].unsqueeze(-1).to(logs.device)
+        return -float(logs.gather(-1, wanted).double().mean())
+
+
+def effects_of(dense: Dense, group: CoupledGroup, units: Sequence[int], held_out: Tensor) -> Values:
+    """Loss change and divergence of removing each of the units.
+
+    Of each two means, over every other sample and over the rest: their agreement is the reliability.
+    """
+    effects = RemovalEffects(dense.model, dense.graph, group.layer, held_out)
+    found: dict[str, list[list[float]]] = {"loss": [], "divergence": []}
+    for unit in units:
+        for name, by_sample in zip(found, effects.of(group.name, unit), strict=True):
+            found[name].append([float(by_sample[::2].mean()), float(by_sample[1::2].mean())])
+    return {"group": group.name, "units": list(units), **found}
+
+
+def summarise(cells: Cells) -> Values:
+    roles = {}
+    for role in ROLES:
+        measured = {name: cell for name, cell in cells.items() if name.startswith(role) and cell["units"]}
+        if measured:
+            roles[role] = role_summary(measured, cells["indicators"]["indicators"])
+    ffn = roles["ffn"]["indicators"]
+    best = next(iter(ffn))
+    return {
+        "residuals": cells["indicators"]["residuals"], "roles": roles,
+        "best": best, "best_correlation": ffn[best]["divergence"], "best_interval": ffn[best]["interval"],
+        "fused": ffn["fused"]["divergence"], "fluctuation": ffn["fluctuation"]["divergence"],
+        "stability": {name: ffn[name]["divergence"] for name in STABILITY},
+        "assumed_variation": math.sqrt(2),
+        "units": sum(role["units"] for role in roles.values()),
+    }  # fmt: skip
+
+
 def role_summary(measured: Cells, indicators: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
-    """Rank correlations of every indicator with the effects of one role, inside the modules and over all units."""
-    loss = {name: np.array(cell["loss"]) for name, cell in measured.items()}
-    apart = {name: np.array(cell["divergence"]) for name, cell in measured.items()}
+    """Rank correlations of every indicator with the effects of one role, inside the modules and over all units.
+
+    The ceilings are what a perfect indicator could reach, as the effect itself is measured on few samples.
+    """
+    effects = {
+        name: {cell: np.array(one[name]) for cell, one in measured.items()} for name in ("loss", "divergence")
+    }  # fmt: skip
     table: dict[str, dict[str, Any]] = {}
     for indicator, values in indicators.items():
-        scores = {name: np.array(values[name]) for name in measured}
-        with_divergence = [(scores[name], apart[name].mean(1)) for name in measured]
+        with_divergence, with_loss = (
+            [(np.array(values[cell]), effects[name][cell].mean(1)) for cell in measured]
+            for name in ("divergence", "loss")
+        )
         table[indicator] = {
             "divergence": rank_correlation_inside(with_divergence),
             "interval": list(correlation_interval(with_divergence)),
             "divergence_overall": rank_correlation_overall(with_divergence),
-            "loss": rank_correlation_inside([(scores[name], loss[name].mean(1)) for name in measured]),
+            "loss": rank_correlation_inside(with_loss),
         }
-    return {
-        "units": sum(len(values) for values in loss.values()),
-        "modules": len(measured),
-        "indicators": dict(sorted(table.items(), key=lambda item: -item[1]["divergence"])),
-        "ceiling_loss": _ceiling(loss),
-        "ceiling_divergence": _ceiling(apart),
-        "loss_falls": float(np.mean(np.concatenate([values.mean(1) for values in loss.values()]) < 0)),
+    ceilings = {
+        f"ceiling_{name}": float(np.mean([reliability(each[:, 0], each[:, 1]) for each in found.values()]))
+        for name, found in effects.items()
     }
+    return {
+        "units": sum(len(each) for each in effects["loss"].values()), "modules": len(measured), **ceilings,
+        "indicators": dict(sorted(table.items(), key=lambda item: -item[1]["divergence"])),
+        "loss_falls": float(np.mean(np.concatenate([each.mean(1) for each in effects["loss"].values()]) < 0)),
+    }  # fmt: skip
 
 
-def _ceiling(effects: Mapping[str, Any]) -> float:
-    """What a perfect indicator could reach, as the effect itself is measured on few samples."""
-    return float(np.mean([reliability(one[:, 0], one[:, 1]) for one in effects.values()]))
-
-
-def figures(summary: Values) -> Sequence[Figure]:
+def figures(summary: Values) -> Figures:
+    inside = "inside the modules"
     return [
         bars(
             f"break-conditions-{role}", f"Which indicator predicts the true effect: {role}",
             f"Rank correlation of each indicator with the divergence that a unit's removal causes, {role}.",
-            {"inside the modules": [one["divergence"] for one in found["indicators"].values()]},
-            list(found["indicators"]), x="rank correlation",
-            errors={"inside the modules": [tuple(one["interval"]) for one in found["indicators"].values()]},
+            {inside: [one["divergence"] for one in found["indicators"].values()]}, list(found["indicators"]),
+            x="rank correlation", errors={inside: [tuple(one["interval"]) for one in found["indicators"].values()]},
         )
         for role, found in summary["roles"].items()
     ]  # fmt: skip
-
-
-EXPERIMENT = Experiment(
-    name="break-conditions", cells=cells, settings=settings, measure=measure, summarise=summarise, figures=figures
-)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
-from harness.experiment import Cells, Experiment, Measured, Request, Values
+from harness.experiment import Cells, Measured, Names, Request, Scaled, Values
 from lab.commands import VALIDATION
-from lab.dense import Dense, draw, masked_perplexity, measured_text, on_device, open_dense
+from lab.dense import opened, wikitext2
 
 from saap.baselines.activations import activations
-from saap.core.records import IntArray, Layout
+from saap.core.records import Layout
 from saap.data.placement import SampleRequest
-from saap.models.loading.devices import quick_float32_products
-from saap.models.walk.backend import Backend
 from saap.settings.registry import Method
 from saap.structure_search.plan import make_plan
 
@@ -23,54 +18,38 @@ DRAWS = {
     for samples, length, seed in ((64, 128, 0), (64, 128, 1), (64, 128, 2), (16, 512, 0))
 }
 """Samples, tokens of a sample, seed."""
+CELLS = list(DRAWS)
+SETTINGS = {
+    "model": "{model}", "calibration": VALIDATION, "removed": Scaled(1, 6),
+    "measured tokens": Scaled(512, 16384),
+}  # fmt: skip
 
 
-def settings(request: Request) -> Values:
-    return {
-        "model": request.model, "calibration": VALIDATION, "removed": 1 if request.quick else 6,
-        "measured tokens": 512 if request.quick else 16384,
-    }  # fmt: skip
-
-
-def without(dense: Dense, blocks: Sequence[int], text: IntArray) -> float:
-    """Perplexity of the model without these blocks."""
-    plan = make_plan(dense.graph, {}, blocks, layout=Layout.ADAPTIVE, strategy=Method.BLOCK_INFLUENCE, align=1)
-    return masked_perplexity(dense, plan, text)
-
-
-def measure(request: Request, wanted: Sequence[str]) -> Measured:
+def measure(request: Request, wanted: Names) -> Measured:
     """The blocks of each draw, and those with the next one in place of the last, since both may be as good as equal."""
-    chosen, dense = settings(request), open_dense(request.model)
-    text, removed = measured_text(dense, "wikitext2", chosen["measured tokens"]), chosen["removed"]
-    ratios: dict[str, float] = {}
-    with quick_float32_products():
-        whole = dense.perplexity(text)
+    removed = request.settings["removed"]
+    known: dict[str, float] = {}
+    with opened(request.model) as dense:
+        ratios = wikitext2(dense, request.settings["measured tokens"])
         for cell in wanted:
             samples, length, seed = DRAWS[cell]
-            drawn = draw(dense, VALIDATION, [SampleRequest("scored", samples, length)], seed)["scored"]
-            influence = activations(Backend(dense.model, dense.graph), on_device(drawn, dense.model)).influence
+            drawn = dense.samples(VALIDATION, [SampleRequest("scored", samples, length)], seed)["scored"]
+            influence = activations(dense.backend, dense.ids(drawn)).influence
             order = [int(block) for block in np.argsort(influence)]
             sets = [sorted(order[:removed]), sorted([*order[: removed - 1], order[removed]])]
             for blocks in sets:
-                if str(blocks) not in ratios:
-                    ratios[str(blocks)] = without(dense, blocks, text) / whole
+                if str(blocks) not in known:
+                    plan = make_plan(
+                        dense.graph, {}, blocks, layout=Layout.ADAPTIVE, strategy=Method.BLOCK_INFLUENCE, align=1
+                    )
+                    known[str(blocks)] = ratios.masked(plan)["wikitext2"]
             borders = [float(influence[order[place]]) for place in (removed - 1, removed)]
-            yield cell, {"sets": sets, "borders": borders, "ratios": [ratios[str(blocks)] for blocks in sets]}
+            yield cell, {"sets": sets, "borders": borders, "ratios": [known[str(blocks)] for blocks in sets]}
 
 
-def summarise(cells: Cells) -> dict[str, Any]:
-    ratios = {
-        str(blocks): ratio
-        for cell in cells.values()
-        for blocks, ratio in zip(cell["sets"], cell["ratios"], strict=True)
-    }
-    firsts = [str(cell["sets"][0]) for cell in cells.values()]
+def summarise(cells: Cells) -> Values:
+    ratios = [ratio for cell in cells.values() for ratio in cell["ratios"]]
     return {
-        "draws": dict(cells), "ratios": [min(ratios.values()), max(ratios.values())], "count": len(cells),
-        "different": len(set(firsts)),
+        "draws": cells, "ratios": [min(ratios), max(ratios)], "count": len(cells),
+        "different": len({str(cell["sets"][0]) for cell in cells.values()}),
     }  # fmt: skip
-
-
-EXPERIMENT = Experiment(
-    name="influence", cells=lambda request: list(DRAWS), settings=settings, measure=measure, summarise=summarise
-)

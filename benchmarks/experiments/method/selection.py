@@ -3,94 +3,79 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
 
-from harness.experiment import Cells, Experiment, Measured, Request, Values
+from harness.experiment import Cells, Measured, Names, Request, Scaled, Values
 from lab.commands import VALIDATION
-from lab.dense import draw, masked_perplexity, measured_text, on_device, open_dense, plan_for
+from lab.dense import opened, wikitext2
 
-from saap.core.records import Role
+from saap.core.records import ImportanceScores, Role
 from saap.data.placement import SampleRequest
 from saap.estimation.estimate import estimate, unit_scores
-from saap.models.loading.devices import quick_float32_products
 from saap.models.walk.backend import Backend
 from saap.settings.prune import ElementOrder, FusionScope
 from saap.settings.registry import Importance, Strategy
 from saap.surgery.cut import cut
 from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
+EQUAL_SHARES = (Importance.VECTOR, Importance.ELEMENT1, Importance.ELEMENT2, Importance.MIXED, Importance.FUSED)
+FUSED = (Strategy.IMPORTANCE, Strategy.VOLATILITY_Z, Strategy.VOLATILITY_CV)
 CHOICES = {
     f"{strategy}-{importance}": (strategy, importance)
     for strategy, importance in (
-        (Strategy.UNIFORM, Importance.VECTOR),
-        (Strategy.UNIFORM, Importance.ELEMENT1),
-        (Strategy.UNIFORM, Importance.ELEMENT2),
-        (Strategy.UNIFORM, Importance.MIXED),
-        (Strategy.UNIFORM, Importance.FUSED),
-        (Strategy.IMPORTANCE, Importance.FUSED),
-        (Strategy.VOLATILITY_Z, Importance.FUSED),
-        (Strategy.VOLATILITY_CV, Importance.FUSED),
+        *((Strategy.UNIFORM, importance) for importance in EQUAL_SHARES),
+        *((strategy, Importance.FUSED) for strategy in FUSED),
     )
 }
 ORDERS = {Importance.ELEMENT1: ElementOrder.FIRST, Importance.MIXED: ElementOrder.MIXED}
 RATIO = 0.2
+CELLS = list(CHOICES)
+SETTINGS = {
+    "model": "{model}", "calibration": VALIDATION, "seed": 0, "pruning ratio": RATIO,
+    "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
+    "refit sequences": Scaled(2, 16), "refit length": Scaled(64, 512),
+    "measured tokens": Scaled(512, 8192),
+}  # fmt: skip
 
 
-def settings(request: Request) -> Values:
-    quick = request.quick
-    return {
-        "model": request.model, "calibration": VALIDATION, "seed": 0, "pruning ratio": RATIO,
-        "samples": 4 if quick else 50, "sample length": 32 if quick else 128,
-        "refit sequences": 2 if quick else 16, "refit length": 64 if quick else 512,
-        "measured tokens": 512 if quick else 8192,
-    }  # fmt: skip
-
-
-def measure(request: Request, wanted: Sequence[str]) -> Measured:
+def measure(request: Request, wanted: Names) -> Measured:
     """One estimation for each element order is shared by all cells."""
-    chosen, dense = settings(request), open_dense(request.model)
-    samples = SampleRequest("scored", chosen["samples"], chosen["sample length"])
-    tokens = draw(
-        dense, VALIDATION, [samples, SampleRequest("refit", chosen["refit sequences"], chosen["refit length"])], seed=0
-    )
-    text = measured_text(dense, "wikitext2", chosen["measured tokens"])
-    estimates: dict[ElementOrder, Any] = {}
-    with quick_float32_products():
-        whole = dense.perplexity(text)
+    chosen = request.settings
+    estimates: dict[ElementOrder, ImportanceScores] = {}
+    with opened(request.model) as dense:
+        tokens = dense.samples(VALIDATION, [
+            SampleRequest("scored", chosen["samples"], chosen["sample length"]),
+            SampleRequest("refit", chosen["refit sequences"], chosen["refit length"]),
+        ])  # fmt: skip
+        ratios = wikitext2(dense, chosen["measured tokens"])
         for cell in wanted:
             strategy, importance = CHOICES[cell]
             order = ORDERS.get(importance, ElementOrder.SECOND)
             if order not in estimates:
-                estimates[order] = estimate(
-                    Backend(dense.model, dense.graph), tokens["scored"], roles=[Role.FFN], element_order=order
-                )
+                estimates[order] = estimate(dense.backend, tokens["scored"], roles=[Role.FFN], element_order=order)
             units = unit_scores(estimates[order], dense.graph, importance, FusionScope.LAYER_ROLE)
-            plan = plan_for(dense, units, RATIO, strategy)
-            without = masked_perplexity(dense, plan, text)
+            plan = dense.plan(units, RATIO, strategy)
+            without = ratios.masked(plan)["wikitext2"]
             model = copy.deepcopy(dense.model)
-            refit = on_device(tokens["refit"], model)
-            reconstruct(Backend(model, dense.graph), plan, refit, ReconstructionSettings(second_order=False))
+            reconstruct(
+                Backend(model, dense.graph),
+                plan,
+                dense.ids(tokens["refit"]),
+                ReconstructionSettings(second_order=False),
+            )
             cut(model, dense.graph, plan)
-            restored = dense.perplexity(text, model)
-            yield cell, {"ratio_without_restoration": without / whole, "ratio_with_restoration": restored / whole}
+            yield cell, {"ratio_without_restoration": without, "ratio_with_restoration": ratios.of(model)["wikitext2"]}
 
 
-def summarise(cells: Cells) -> dict[str, Any]:
+def summarise(cells: Cells) -> Values:
     rows = [
         {"strategy": str(strategy), "importance": str(importance), **cells[name]}
         for name, (strategy, importance) in CHOICES.items()
     ]
-    usual = [row for row in rows if not row["strategy"].startswith("volatility")]
-    literal = [row for row in rows if row["strategy"].startswith("volatility")]
-    figure = "ratio_with_restoration"
+    by_kind: dict[bool, list[float]] = {False: [], True: []}
+    for row in rows:
+        by_kind[row["strategy"].startswith("volatility")].append(row["ratio_with_restoration"])
     return {
         "rows": rows,
-        "usual": [min(row[figure] for row in usual), max(row[figure] for row in usual)],
-        "literal": [min(row[figure] for row in literal), max(row[figure] for row in literal)],
+        "usual": [min(by_kind[False]), max(by_kind[False])],
+        "literal": [min(by_kind[True]), max(by_kind[True])],
     }
-
-
-EXPERIMENT = Experiment(
-    name="selection", cells=lambda request: list(CHOICES), settings=settings, measure=measure, summarise=summarise
-)

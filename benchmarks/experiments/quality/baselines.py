@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-from harness.experiment import Cells, Experiment, Measured, Request, Values
-from lab.commands import TEST, VALIDATION, compared
+from harness.experiment import Cells, Measured, Names, Request, Values
+from lab.commands import TEST, VALIDATION, compared, flags_from
 
 TOLERANCE = 0.05
 PUBLISHED = {
@@ -18,45 +15,32 @@ PUBLISHED = {
     "block-influence": 2.94,
 }
 """Ratios of the methods' own code, run by hand with the same protocol; inputs of this experiment, not its output."""
+CELLS = list(PUBLISHED)
+SMOKE = False
+SETTINGS = {
+    "model": "{model}", "calibration": VALIDATION, "samples": 64, "sample length": 128, "pruning ratio": 0.2,
+    "measured on": TEST, "measured tokens": 16384, "window": 512, "seeds": [0],
+}  # fmt: skip
 
 
-def settings(request: Request) -> Values:
-    return {
-        "model": request.model, "calibration": VALIDATION, "samples": 64, "sample length": 128, "pruning ratio": 0.2,
-        "measured on": TEST, "measured tokens": 16384, "window": 512, "seeds": [0],
-    }  # fmt: skip
-
-
-def measure(request: Request, wanted: Sequence[str]) -> Measured:
-    chosen = settings(request)
-    whole = compared(
-        request.model, {"no": wanted}, "--pruning-ratios", chosen["pruning ratio"],
-        "--seeds", ",".join(map(str, chosen["seeds"])), "--calibration", VALIDATION, "--samples", chosen["samples"],
-        "--sample-length", chosen["sample length"], "--perplexity", TEST, "--window", chosen["window"],
-        "--max-tokens", chosen["measured tokens"],
+def measure(request: Request, wanted: Names) -> Measured:
+    flags = flags_from(
+        request.settings, pruning_ratio="pruning ratio", calibration="calibration", num_samples="samples",
+        sample_length="sample length", perplexity="measured on", window="window", max_tokens="measured tokens",
     )  # fmt: skip
+    rows = compared(request.model, {"no": wanted}, "--seeds", "0", *flags)["rows"]
     for method in wanted:
-        rows = [row for row in whole["rows"] if row["method"] == method]
-        yield (
-            method,
-            {"ratios": [row["ratios"][TEST] for row in rows], "removed": [row["pruning_ratio"] for row in rows]},
-        )
+        own = [row for row in rows if row["method"] == method]
+        yield method, {"ratios": [r["ratios"][TEST] for r in own], "removed": [r["pruning_ratio"] for r in own]}
 
 
-def summarise(cells: Cells) -> dict[str, Any]:
+def summarise(cells: Cells) -> Values:
     methods = {
         method: {
-            "published": expected,
-            "ratios": cells[method]["ratios"],
+            "published": expected, "ratios": cells[method]["ratios"],
             "quotient": sum(cells[method]["ratios"]) / len(cells[method]["ratios"]) / expected,
         }
         for method, expected in PUBLISHED.items()
-    }
+    }  # fmt: skip
     near = sum(abs(one["quotient"] - 1) <= TOLERANCE for one in methods.values())
     return {"methods": methods, "tolerance": TOLERANCE, "near": near, "count": len(methods)}
-
-
-EXPERIMENT = Experiment(
-    name="baselines", cells=lambda request: list(PUBLISHED), settings=settings, measure=measure, summarise=summarise,
-    smoke=False,
-)  # fmt: skip

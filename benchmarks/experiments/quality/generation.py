@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from harness.charts import bars
-from harness.experiment import Cells, Experiment, Measured, Request, Values
+from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import pruned_folder, recovered_folder
 from lab.texts import DATA
 
-from saap.evaluation.generation import (
-    BUNDLED,
-    Prompt,
-    cloze,
-    generation_figures,
-    read_prompts,
-    token_agreement,
-    write,
-)
+from saap.evaluation.generation import BUNDLED, Prompt, cloze, generation_figures, read_prompts, token_agreement, write
 from saap.models.loading.devices import quick_float32_products
-from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model
-from saap.reporting.figures import Figure
+from saap.pipeline.shared.inputs import RunOptions, open_model
 
 STATES = ("dense", "pruned", "recovered")
-MODES = ("greedy", "sampled")
+MODES = {"greedy": False, "sampled": True}
 TASKS = ("arc_easy", "openbookqa")
 """Their questions whose answer is short, asked without the choices."""
-
-
-def settings(request: Request) -> Values:
-    return {
-        "model": request.model, "prompts": BUNDLED, "tokens": 8 if request.quick else 128, "seed": 0,
-        "open prompts": 1 if request.quick else 12, "minutes of recovery": 20,
-        "sets of questions": [BUNDLED, *TASKS], "questions of a set": 4 if request.quick else 200,
-    }  # fmt: skip
-
-
-def cells(request: Request) -> Sequence[str]:
-    return STATES
+CELLS = STATES
+SETTINGS = {
+    "model": "{model}", "prompts": BUNDLED, "tokens": Scaled(8, 128), "seed": 0,
+    "open prompts": Scaled(1, 12), "minutes of recovery": 20,
+    "sets of questions": [BUNDLED, *TASKS], "questions of a set": Scaled(4, 200),
+}  # fmt: skip
 
 
 def facts(limit: int) -> dict[str, list[Prompt]]:
@@ -51,79 +35,68 @@ def facts(limit: int) -> dict[str, list[Prompt]]:
     }
 
 
-def measure(request: Request, wanted: Sequence[str]) -> Measured:
-    chosen = settings(request)
+def measure(request: Request, wanted: Names) -> Measured:
+    """Figures of what each model writes, by mode, its first answer as it stands, and what it knows."""
+    chosen = request.settings
     dense = open_model(request.model, RunOptions(device="cpu"))
-    prompts = read_prompts(BUNDLED)
-    opens = [prompt.prompt for prompt in prompts if prompt.answer is None][: chosen["open prompts"]]
+    opens = [prompt.prompt for prompt in read_prompts(BUNDLED) if prompt.answer is None][: chosen["open prompts"]]
     questions = facts(chosen["questions of a set"])
     with quick_float32_products():
         by_dense = write(dense.model, dense.tokenizer, opens, tokens=chosen["tokens"], sampled=False)
         for state in wanted:
-            loaded = dense if state == "dense" else open_model(_folder(request, state), RunOptions(device="cpu"))
-            agreed = token_agreement(loaded.model, by_dense, dense.tokenizer)
-            yield state, {**_written(loaded, dense, opens, chosen["tokens"]), "agreement": agreed,
-                          "facts": _known(loaded, dense, questions)}  # fmt: skip
-
-
-def _folder(request: Request, state: str) -> str:
-    minutes = settings(request)["minutes of recovery"]
-    return str(pruned_folder(request) if state == "pruned" else recovered_folder(request, minutes))
-
-
-def _written(loaded: LoadedModel, dense: LoadedModel, opens: Sequence[str], tokens: int) -> dict[str, Any]:
-    """Measures of what a model writes, by mode, and the first answer as it stands."""
-    figures, example = {}, ""
-    for mode in MODES:
-        texts = write(loaded.model, dense.tokenizer, opens, tokens=tokens, sampled=mode == "sampled")
-        figures[mode] = generation_figures(texts, dense.model, dense.tokenizer).model_dump(mode="json")
-        example = example or texts[0].text
-    return {"figures": figures, "prompt": opens[0], "example": example}
-
-
-def _known(loaded: LoadedModel, dense: LoadedModel, questions: Mapping[str, Sequence[Prompt]]) -> dict[str, Any]:
-    found = {}
-    for name, asked in questions.items():
-        figures = cloze(loaded.model, dense.tokenizer, asked)
-        if figures is not None:
-            found[name] = {
-                "accuracy": figures.accuracy, "answer_nll": figures.answer_nll, "questions": figures.prompts,
+            model = dense.model
+            if state != "dense":
+                recovered = state == "recovered"
+                folder = (
+                    recovered_folder(request, chosen["minutes of recovery"]) if recovered else pruned_folder(request)
+                )
+                model = open_model(str(folder), RunOptions(device="cpu")).model
+            texts = {
+                mode: write(model, dense.tokenizer, opens, tokens=chosen["tokens"], sampled=sampled)
+                for mode, sampled in MODES.items()
+            }
+            known = {name: cloze(model, dense.tokenizer, asked) for name, asked in questions.items()}
+            yield state, {
+                "figures": {
+                    mode: generation_figures(written, dense.model, dense.tokenizer).model_dump(mode="json")
+                    for mode, written in texts.items()
+                },
+                "prompt": opens[0],
+                "example": next(written[0].text for written in texts.values() if written[0].text),
+                "agreement": token_agreement(model, by_dense, dense.tokenizer),
+                "facts": {
+                    name: {"accuracy": one.accuracy, "answer_nll": one.answer_nll, "questions": one.prompts}
+                    for name, one in known.items() if one is not None
+                },
             }  # fmt: skip
-    return found
 
 
-def _over_tasks(cell: Values, figure: str) -> float:
-    """Mean of a figure of the tasks' questions, every question alike."""
-    found = [cell["facts"][task] for task in TASKS]
-    return float(np.average([one[figure] for one in found], weights=[one["questions"] for one in found]))
+def over_tasks(states: Cells, figure: str) -> Mapping[str, float]:
+    """By state, the mean of a figure of the tasks' questions, every question alike."""
+
+    def mean(found: Sequence[Values]) -> float:
+        return float(np.average([one[figure] for one in found], weights=[one["questions"] for one in found]))
+
+    return {state: mean([cell["facts"][task] for task in TASKS]) for state, cell in states.items()}
 
 
-def summarise(cells: Cells) -> dict[str, Any]:
-    states = {state: dict(cells[state]) for state in STATES}
-    greedy = {state: cell["figures"]["greedy"] for state, cell in states.items()}
+def summarise(cells: Cells) -> Values:
+    states = {state: cells[state] for state in STATES}
     return {
         "states": states,
-        "repetition": {state: one["repetition"] for state, one in greedy.items()},
-        "sampled_perplexity": {state: cell["figures"]["sampled"]["dense_perplexity"] for state, cell in states.items()},
+        "repetition": {state: cell["figures"]["greedy"]["repetition"] for state, cell in states.items()},
         "known": {state: cell["facts"][BUNDLED]["accuracy"] for state, cell in states.items()},
-        "asked": {state: _over_tasks(cell, "accuracy") for state, cell in states.items()},
-        "answer_nll": {state: _over_tasks(cell, "answer_nll") for state, cell in states.items()},
+        "asked": over_tasks(states, "accuracy"),
+        "answer_nll": over_tasks(states, "answer_nll"),
         "sets": {name: one["questions"] for name, one in states["dense"]["facts"].items()},
-        "seeds": [0],
     }
 
 
-def figures(summary: Values) -> Sequence[Figure]:
+def figures(summary: Values) -> Figures:
     names = list(summary["sets"])
-    values = {state: [cell["facts"][name]["accuracy"] for name in names] for state, cell in summary["states"].items()}
-    figure = bars(
+    return [bars(
         "generation-facts", "Facts that are continued rightly",
         "Share of the open questions that the dense, the pruned and the recovered model continue with the answer.",
-        values, names, x="share of the questions",
-    )  # fmt: skip
-    return (figure,)
-
-
-EXPERIMENT = Experiment(
-    name="generation", cells=cells, settings=settings, measure=measure, summarise=summarise, figures=figures
-)
+        {state: [cell["facts"][name]["accuracy"] for name in names] for state, cell in summary["states"].items()},
+        names, x="share of the questions",
+    )]  # fmt: skip

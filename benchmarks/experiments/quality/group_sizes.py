@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from harness.charts import lines
-from harness.experiment import Cells, Experiment, Measured, Request, Values
+from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import in_own_process, made_by_saap, pruned_folder
-from lab.one_training import Training, train
+from lab.memory import Peak
+from lab.texts import TEXTS
 from lab.training import TRIAL, Size, train_into
 
 import saap
@@ -19,8 +21,10 @@ from experiments.cost import speed
 from saap.core.errors import GroupSizeError
 from saap.discovery.blocks import find_blocks
 from saap.models.checkpoint.groupwise import linears_inside
+from saap.models.loading.pretrained import load_tokenizer
+from saap.models.loading.references import resolve_model
+from saap.pipeline.shared.stages import MEASURE_BEFORE, MERGE
 from saap.recovery.quantise import check_group_sizes
-from saap.reporting.figures import Figure
 
 GROUP_SIZES = (16, 32, 64, 128)
 PLAIN = "plain LoRA"
@@ -28,44 +32,84 @@ GRIDS = OWN_GRID, OFF_GRID, TRAINED_HERE = ("4 bits, 32", "none", "none, a small
 SMALL = Size(layers=4, width=256, inner=1024, steps=300)
 """Of sizes that every group size divides."""
 COST_STEPS, COST_ROUNDS = 8, 3
-COSTS = {"groupwise": (False, True), "groupwise, no scales": (False, False), PLAIN: (True, True)}
-"""Whether it is plain LoRA, and whether scales are trained."""
+COSTS: dict[str, dict[str, Any]] = {
+    "groupwise": {}, "groupwise, no scales": {"scales": False}, PLAIN: {"tuning": "lora"},
+}  # fmt: skip
+"""Settings of `saap.recover`."""
+UNTRAINED = {"max_steps": 1, "learning_rate": 1e-12}
 UNPACKED, PACKED = "f16", "q4_1"
 """Types of llama.cpp: of merged weights, and the one that holds groups of 32 as they are."""
+TASKS, QUESTIONS = ("arc_easy", "piqa"), 500
+OPTIONS = {"tasks": "DIR"}
+READS = ("cost.speed",)
+SMOKE = False
+SETTINGS = {
+    "model": "{model}", "length": Scaled(64, 512), "tokens": Scaled(256, 16384),
+    "evaluated tokens": Scaled(1024, 4096),
+}  # fmt: skip
 
 
-def settings(request: Request) -> Values:
-    quick = request.quick
-    return {
-        "model": request.model, "length": 64 if quick else 512, "tokens": 256 if quick else 16384,
-        "evaluated tokens": 1024 if quick else 4096,
-    }  # fmt: skip
-
-
-def cells(request: Request) -> list[str]:
+def cells(request: Request) -> Names:
     kinds = [*map(str, GROUP_SIZES), PLAIN]
     return [f"{grid} | {kind}" for grid in GRIDS for kind in kinds] + [f"cost | {kind}" for kind in COSTS]
 
 
-def measure(request: Request, wanted: Sequence[str]) -> Measured:
+def measure(request: Request, wanted: Names) -> Measured:
     """Equal tokens without a teacher, each training in a process of its own."""
-    chosen = settings(request)
     for cell in wanted:
         grid, _, kind = cell.partition(" | ")
         if grid == "cost":
             yield cell, cost_of(request, kind)
-            continue
-        model = weights_on(grid, request)
-        refused = None if kind == PLAIN else refusal(model, int(kind))
-        if refused:
-            yield cell, {"refused": refused}
-            continue
-        found = in_own_process(train, Training(
-            model=model, plain=kind == PLAIN, steps=chosen["tokens"] // chosen["length"], length=chosen["length"],
-            evaluation_tokens=chosen["evaluated tokens"], group_size=32 if kind == PLAIN else int(kind),
-            tasks=request.given.get("tasks") if grid == OFF_GRID else None,
-        ))  # fmt: skip
-        yield cell, {**found, "seconds_a_step": statistics.median(found.pop("step_seconds"))}
+        else:
+            model = weights_on(grid, request)
+            refused = None if kind == PLAIN else refusal(model, int(kind))
+            tasks = request.given.get("tasks") if grid == OFF_GRID else None
+            yield cell, {"refused": refused} if refused else in_own_process(tuned, request.settings, model, kind, tasks)
+
+
+def train(model: str, length: int, steps: int, **chosen: Any) -> tuple[saap.RecoverResult, Values]:
+    """One tuning without a teacher, and its peak memory above that before it and seconds of its steps."""
+    chosen = {"validate_every": steps, "max_steps": steps, **chosen}
+    with Peak() as peak:
+        done = saap.recover(
+            model, max_seq_length=length, validation_samples=1, patience=0, distillation=0.0, device="cpu", **chosen
+        )
+    stages = [stage for stage in done.report.stages if stage.name not in (MEASURE_BEFORE.title, MERGE.title)]
+    return done, {
+        "peak_bytes": max(stage.peak_resident_bytes for stage in stages) - peak.before,
+        "step_seconds": [later.seconds - earlier.seconds for earlier, later in pairwise(done.training.points)][:-1],
+    }  # fmt: skip
+
+
+def tuned(chosen: Values, model: str, kind: str, tasks: str | None) -> Values:
+    """A model tuned with groups of a size or by plain LoRA: perplexities, accuracies, memory and time."""
+    how: dict[str, Any] = {"tuning": "lora"} if kind == PLAIN else {"group_size": int(kind)}
+    steps, tokenizer = chosen["tokens"] // chosen["length"], load_tokenizer(resolve_model(model))
+
+    def perplexity(model: torch.nn.Module) -> float:
+        report = saap.evaluate(
+            model, texts=[TEXTS["wikitext2"]], tokenizer=tokenizer, max_tokens=chosen["evaluated tokens"]
+        )
+        return next(iter(report.perplexity.values())).value
+
+    done, cost = train(model, chosen["length"], steps, **how)
+    linears: list[Any] = [
+        done.model.get_submodule(path) for path in linears_inside(done.model, find_blocks(done.model))
+    ]
+    found = {
+        "peak_bytes": cost["peak_bytes"], "seconds_a_step": statistics.median(cost["step_seconds"]),
+        "weight_bytes": done.report.packed_bytes or sum(linear.weight.nbytes for linear in linears),
+        "perplexity": perplexity(done.model),
+        "perplexity_quantised": None if kind == PLAIN else perplexity(
+            train(model, chosen["length"], 1, **{**how, **UNTRAINED})[0].model
+        ),
+    }  # fmt: skip
+    if tasks is None:
+        return found
+    answered = saap.evaluate(
+        done.model, texts=[], tokenizer=tokenizer, tasks=TASKS, task_data=tasks, limit=QUESTIONS
+    ).tasks  # fmt: skip
+    return {**found, "tasks": {n: {"acc": one.acc, "acc_stderr": one.acc_stderr} for n, one in answered.items()}}
 
 
 def weights_on(grid: str, request: Request) -> str:
@@ -73,14 +117,25 @@ def weights_on(grid: str, request: Request) -> str:
     if grid == OWN_GRID:
         return request.model
     if grid == TRAINED_HERE:
-        folder = request.work / f"group-sizes-{'quick' if request.quick else 'small'}"
+        folder = request.work / f"group-sizes-{request.size('quick', 'small')}"
         if not (folder / "config.json").is_file():
-            train_into(folder, "llama", TRIAL if request.quick else SMALL, short=request.quick)
+            train_into(folder, "llama", request.size(TRIAL, SMALL), short=request.quick)
         return str(folder)
-    steps, length = "4" if request.quick else "40", str(settings(request)["length"])
-    tuned = ["--tuning", "lora", "--max-steps", steps, "--dtype", "float32", "--length", length]
+    steps, length = request.size("4", "40"), str(request.settings["length"])
+    flags = [
+        "--data",
+        "mixed",
+        "--tuning",
+        "lora",
+        "--max-steps",
+        steps,
+        "--dtype",
+        "float32",
+        "--max-seq-length",
+        length,
+    ]
     name = f"off-grid-{steps}-{Path(request.model).name}"
-    return str(made_by_saap(request, name, ["recover", request.model, "--data", "mixed", *tuned]))
+    return str(made_by_saap(request, name, "recover", request.model, *flags))
 
 
 def refusal(model: str, group_size: int) -> str | None:
@@ -93,20 +148,24 @@ def refusal(model: str, group_size: int) -> str | None:
     return None
 
 
-def cost_of(request: Request, kind: str) -> dict[str, Any]:
+def cost_of(request: Request, kind: str) -> Values:
     """Peak memory above the imports and seconds of a step, of the pruned model: medians of the rounds."""
     model = str(pruned_folder(request, "--effort", "fast", name="fast"))
-    chosen, steps = settings(request), 4 if request.quick else COST_STEPS
-    plain, scales = COSTS[kind]
-    training = Training(model=model, plain=plain, scales=scales, steps=steps, length=chosen["length"], threads=1)
-    runs = [in_own_process(train, training) for _ in range(1 if request.quick else COST_ROUNDS)]
+    steps, length = request.size(4, COST_STEPS), request.settings["length"]
+    runs = [in_own_process(cost_once, model, length, steps, COSTS[kind]) for _ in range(request.size(1, COST_ROUNDS))]
     return {
         "peak_bytes": statistics.median(run["peak_bytes"] for run in runs),
         "seconds_a_step": statistics.median(value for run in runs for value in run["step_seconds"]),
     }
 
 
-def summarise(found: Cells) -> dict[str, Any]:
+def cost_once(model: str, length: int, steps: int, how: dict[str, Any]) -> Values:
+    """Memory and seconds of one training on one thread."""
+    torch.set_num_threads(1)
+    return train(model, length, steps, **how)[1]
+
+
+def summarise(found: Cells) -> Values:
     of = {tuple(name.split(" | ")): cell for name, cell in found.items() if " | " in name}
     rows = [
         {"source_grid": grid, "group_size": kind, **cell}
@@ -118,11 +177,12 @@ def summarise(found: Cells) -> dict[str, Any]:
     best = min(grouped, key=lambda row: float(row["perplexity"]))
     largest = max(grouped, key=lambda row: int(row["group_size"]))
     cost = {kind: of["cost", kind] for kind in COSTS}
+    ratios = {"memory_ratio": "peak_bytes", "time_ratio": "seconds_a_step"}
     return {
         "rows": rows,
         "refused": {(cell["refused"], kind): None for (_, kind), cell in of.items() if "refused" in cell},
         "tasks": list(plain.get("tasks", {})),
-        "zero_shot": {row["group_size"]: _mean_accuracy(row) for row in off_grid if row.get("tasks")},
+        "zero_shot": {row["group_size"]: mean_accuracy(row) for row in off_grid if row.get("tasks")},
         "decode": speed.dense_decoding(found, (UNPACKED, PACKED)),
         "best": best,
         "largest": largest,
@@ -131,41 +191,29 @@ def summarise(found: Cells) -> dict[str, Any]:
         "largest_over_best": largest["perplexity"] / best["perplexity"],
         "bytes_saved": 1 - largest["weight_bytes"] / best["weight_bytes"],
         "cost": {
-            kind: {
-                **one,
-                "memory_ratio": one["peak_bytes"] / cost[PLAIN]["peak_bytes"],
-                "time_ratio": one["seconds_a_step"] / cost[PLAIN]["seconds_a_step"],
-            }
+            kind: {**one, **{ratio: one[name] / cost[PLAIN][name] for ratio, name in ratios.items()}}
             for kind, one in cost.items()
         },
     }
 
 
-def _mean_accuracy(row: Values) -> list[float]:
+def mean_accuracy(row: Values) -> list[float]:
     """Mean accuracy over the tasks of a row, and its standard error."""
     tasks = row["tasks"].values()
     spread = math.sqrt(sum(task["acc_stderr"] ** 2 for task in tasks)) / len(tasks)
     return [sum(task["acc"] for task in tasks) / len(tasks), spread]
 
 
-def figures(summary: Values) -> Sequence[Figure]:
+def figures(summary: Values) -> Figures:
     series = {}
     for grid in GRIDS:
         rows = [row for row in summary["rows"] if row["source_grid"] == grid and row["group_size"] != PLAIN]
-        plain = summary["plain_perplexity"][grid]
-        places = [float(row["group_size"]) for row in rows]
-        series[f"tuned, grid: {grid}"] = (places, [row["perplexity"] / plain for row in rows])
-        series[f"only quantised, grid: {grid}"] = (places, [row["perplexity_quantised"] / plain for row in rows])
-    figure = lines(
+        places, plain = [float(row["group_size"]) for row in rows], summary["plain_perplexity"][grid]
+        for label, name in (("tuned", "perplexity"), ("only quantised", "perplexity_quantised")):
+            series[f"{label}, grid: {grid}"] = (places, [row[name] / plain for row in rows])
+    return [lines(
         "group-sizes", "Perplexity against the group size",
         "Perplexity on WikiText-2 of the quantised model, over that of plain LoRA on the same weights, against the "
         "number of inputs that share a scale.",
         series, x="inputs that share a scale and a zero point", y="perplexity / plain LoRA", log="x", ticks=True,
-    )  # fmt: skip
-    return (figure,)
-
-
-EXPERIMENT = Experiment(
-    name="group-sizes", cells=cells, settings=settings, measure=measure, summarise=summarise, figures=figures,
-    options={"tasks": "DIR"}, reads=(speed.EXPERIMENT,), smoke=False,
-)  # fmt: skip
+    )]  # fmt: skip

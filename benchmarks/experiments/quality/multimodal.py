@@ -1,109 +1,230 @@
-"""Image and text: the decoder of a model that reads images, pruned by text alone or by pairs."""
+"""Image and text: the decoder of a model that reads images, pruned by text alone or by pairs.
+
+The model is small and trained here to say what drawn pictures show: real weights, made in minutes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from harness.charts import lines
-from harness.experiment import Cells, Experiment, Measured, Request, Values
-from lab.commands import made_by_saap
-from lab.pictures import FULL, TRIAL, described_pictures, told, trained_reader, write_pairs
-from torch import nn
+from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
+from lab.commands import flags_from, made_by_saap
+from lab.training import END, Size, fit, make_tokenizer, save_trained
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
 
 from saap.pipeline.shared.inputs import RunOptions, open_model
-from saap.reporting.figures import Figure
 
 CALIBRATIONS = {"descriptions": "the descriptions alone", "pairs": "pictures with their descriptions"}
 DECODER = ("language_model.", "lm_head.")
-RATIOS = (0.3, 0.6)
+COLOURS = {
+    "red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (230, 210, 50),
+    "white": (245, 245, 245), "violet": (150, 60, 190),
+}  # fmt: skip
+SHAPES = ("square", "circle", "triangle")
+PLACES = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
+FACTS = (*COLOURS, *SHAPES, "top", "bottom", "left", "right")
+"""The words of a description that only the picture tells."""
+PIXELS, PATCH = 32, 8
+THINGS, NOISE = 3, 40
+VOCABULARY, IGNORED = 384, -100
+FULL = Size(layers=4, width=64, inner=256, batch=32, steps=1000, rate=2e-3)
+TRIAL = Size(layers=3, width=32, inner=128, batch=4, steps=8, rate=2e-3)
+"""Of the text decoder."""
+Picture = tuple[Image.Image, str]
+"""A drawn picture and its description, three things in the order of their places."""
+SETTINGS = {
+    "model": Scaled(*(
+        f"LLaVA of {size.layers} layers, width {size.width}, FFN {size.inner}, a CLIP tower of 3 layers"
+        for size in (TRIAL, FULL)
+    )),
+    "training": Scaled(*(f"{size.steps} steps of {size.batch} drawn pictures" for size in (TRIAL, FULL))),
+    "pruning ratios": Scaled([0.3], [0.3, 0.6]),
+    "pairs": Scaled(200, 1000), "pictures to describe": Scaled(16, 400),
+    "samples": Scaled(4, 50), "sample length": 32, "refit tokens": 2048, "seed": 0,
+}  # fmt: skip
 
 
-def settings(request: Request) -> Values:
-    size = TRIAL if request.quick else FULL
-    return {
-        "model": f"LLaVA of {size.layers} layers, width {size.width}, FFN {size.inner}, a CLIP tower of 3 layers",
-        "training": f"{size.steps} steps of {size.batch} drawn pictures",
-        "pruning ratios": list(RATIOS[: 1 if request.quick else None]),
-        "pairs": 200 if request.quick else 1000, "pictures to describe": 16 if request.quick else 400,
-        "samples": 4 if request.quick else 50, "sample length": 32, "refit tokens": 2048,
-        "seed": 0,
-    }  # fmt: skip
-
-
-def cells(request: Request) -> Sequence[str]:
-    ratios = settings(request)["pruning ratios"]
+def cells(request: Request) -> Names:
+    ratios = request.settings["pruning ratios"]
     return ["dense", *(f"{calibration}-{ratio}" for calibration in CALIBRATIONS for ratio in ratios)]
 
 
-def measure(request: Request, wanted: Sequence[str]) -> Measured:
-    chosen = settings(request)
-    dense = trained_reader(request)
+def drawn_picture(generator: np.random.Generator) -> Picture:
+    """A picture of three things in different corners, on a dark ground of some shade, with noise."""
+    ground = int(generator.integers(0, 40))
+    image = Image.new("RGB", (PIXELS, PIXELS), (ground, ground, ground))
+    pen = ImageDraw.Draw(image)
+    words = []
+    for corner in sorted(generator.choice(len(PLACES), size=THINGS, replace=False)):
+        place, (column, row) = list(PLACES.items())[corner]
+        colour, shape = str(generator.choice(list(COLOURS))), str(generator.choice(SHAPES))
+        left, top = (half * PIXELS // 2 + int(generator.integers(1, 5)) for half in (column, row))
+        right, bottom = left + 10, top + 10
+        if shape == "square":
+            pen.rectangle((left, top, right, bottom), fill=COLOURS[colour])
+        elif shape == "circle":
+            pen.ellipse((left, top, right, bottom), fill=COLOURS[colour])
+        else:
+            pen.polygon([(left, bottom), (right, bottom), ((left + right) // 2, top)], fill=COLOURS[colour])
+        words.append(f"a {colour} {shape} at the {place}")
+    noisy = np.asarray(image, dtype=np.int16) + generator.normal(0, NOISE, (PIXELS, PIXELS, 3)).astype(np.int16)
+    text = f"There is {', '.join(words[:-1])} and {words[-1]}."
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), text
+
+
+def drawn_pictures(count: int, seed: int) -> list[Picture]:
+    """As many pictures; another seed gives others."""
+    generator = np.random.default_rng(seed)
+    return [drawn_picture(generator) for _ in range(count)]
+
+
+def make_processor() -> Any:
+    """The processor of the model: a tokenizer of descriptions, and images as they are."""
+    things = itertools.product(COLOURS, SHAPES, PLACES)
+    text = "\n".join(f"There is a {c} {s} at the {p}, a {c} {s} at the {p} and a {c}." for c, s, p in things)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=make_tokenizer(text, VOCABULARY).backend_tokenizer,
+        eos_token=END, bos_token=END, pad_token=END, extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+    crop = {"height": PIXELS, "width": PIXELS}
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": PIXELS}, crop_size=crop)
+    return transformers.LlavaProcessor(
+        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def configuration(size: Size, tokenizer: Any) -> Any:
+    """A LLaVA of a CLIP tower and a LLaMA decoder."""
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=PIXELS,
+        patch_size=PATCH, projection_dim=32,
+    )  # fmt: skip
+    text = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=size.width, intermediate_size=size.inner, num_hidden_layers=size.layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(PIXELS // PATCH) ** 2, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def encoded(pictures: Sequence[Picture], processor: Any) -> dict[str, Tensor]:
+    """What the model takes for a batch of pictures, and `labels`: the descriptions alone."""
+    images, texts = [image for image, _ in pictures], [f"<image>\n{text}" for _, text in pictures]
+    made = dict(processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt"))
+    special = torch.tensor(processor.tokenizer.all_special_ids)
+    made["labels"] = made["input_ids"].masked_fill(torch.isin(made["input_ids"], special), IGNORED)
+    return made
+
+
+def batches(processor: Any, size: Size) -> Iterator[dict[str, Tensor]]:
+    """Pictures to learn from, all of them new."""
+    generator = np.random.default_rng(0)
+    for _ in range(size.steps):
+        yield encoded([drawn_picture(generator) for _ in range(size.batch)], processor)
+
+
+def trained_reader(request: Request) -> Path:
+    """The folder of the trained model, made if it is not there."""
+    size = request.size(TRIAL, FULL)
+    folder = request.work / f"picture-reader-{request.size('trial', 'trained')}"
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(0)
+        processor = make_processor()
+        model = transformers.AutoModelForImageTextToText.from_config(configuration(size, processor.tokenizer))
+        save_trained(folder, "pictures", fit(model, batches(processor, size), size), model, processor)
+    return folder
+
+
+def write_pairs(folder: Path, count: int) -> dict[str, Path]:
+    """By calibration, a file of image-text pairs with its images, and one of the descriptions alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = drawn_pictures(count, seed=1)
+    for number, (image, _) in enumerate(pictures):
+        image.save(folder / f"{number}.png")
+    rows = [json.dumps({"image": f"{number}.png", "text": text}) for number, (_, text) in enumerate(pictures)]
+    files = {"pairs": folder / "pairs.jsonl", "descriptions": folder / "descriptions.txt"}
+    files["pairs"].write_text("\n".join(rows))
+    files["descriptions"].write_text("\n".join(text for _, text in pictures))
+    return files
+
+
+@torch.no_grad()
+def told(model: nn.Module, processor: Any, pictures: Sequence[Picture]) -> dict[str, float]:
+    """How well the model describes pictures.
+
+    perplexity: of the descriptions. facts: share of the words that only the picture tells which it puts first, given
+    the words before.
+    """
+    batch = encoded(pictures, processor)
+    labels = batch.pop("labels")[:, 1:]
+    logits = model(**batch).logits[:, :-1].float()
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+    facts = torch.tensor([processor.tokenizer.convert_tokens_to_ids(f"Ġ{word}") for word in FACTS])
+    asked = torch.isin(labels, facts)
+    right = (logits.argmax(-1) == labels) & asked
+    return {"perplexity": float(loss.exp()), "facts": float(right.sum() / asked.sum())}
+
+
+def measure(request: Request, wanted: Names) -> Measured:
+    """What each model tells, and how many tensors outside the decoder are the same bit by bit."""
+    chosen, dense = request.settings, str(trained_reader(request))
+    flags = flags_from(chosen, num_samples="samples", sample_length="sample length", refit_tokens="refit tokens")
+    flags += ["--align", "16", *request.size(["--effort", "fast"], [])]
     processor = transformers.AutoProcessor.from_pretrained(dense)
-    pictures = described_pictures(chosen["pictures to describe"], seed=2)
-    kind = "trial" if request.quick else "pruned"
-    pairs, descriptions = write_pairs(request.work / f"pictures-{kind}", chosen["pairs"])
-    whole = open_model(str(dense), RunOptions(device="cpu")).model
+    pictures, kind = drawn_pictures(chosen["pictures to describe"], seed=2), request.size("trial", "pruned")
+    files = write_pairs(request.work / f"pictures-{kind}", chosen["pairs"])
+    whole = open_model(dense, RunOptions(device="cpu")).model
+    before = {n: v for n, v in whole.state_dict().items() if not any(part in n for part in DECODER)}
     for cell in wanted:
         model = whole
         if cell != "dense":
             calibration, _, ratio = cell.partition("-")
-            file = pairs if calibration == "pairs" else descriptions
-            arguments = [
-                "prune", str(dense), "--pruning-ratio", ratio, "--calibration", str(file), "--align", "16",
-                "--samples", str(chosen["samples"]), "--sample-length", str(chosen["sample length"]),
-                "--refit-tokens", str(chosen["refit tokens"]), *(["--effort", "fast"] if request.quick else []),
-            ]  # fmt: skip
-            folder = made_by_saap(request, f"picture-reader-{kind}-{cell}", arguments)
+            prune = ["prune", dense, "--pruning-ratio", ratio, "--calibration", files[calibration].resolve(), *flags]
+            folder = made_by_saap(request, f"picture-reader-{kind}-{cell}", *prune)
             model = open_model(str(folder), RunOptions(device="cpu")).model
-        yield cell, {**told(model, processor, pictures), **other_tensors(whole, model)}
+        after = model.state_dict()
+        same = sum(name in after and torch.equal(tensor, after[name]) for name, tensor in before.items())
+        found = {"other_tensors": len(before), "other_tensors_same": same}
+        yield cell, {**told(model, processor, pictures), **found}
 
 
-def other_tensors(dense: nn.Module, pruned: nn.Module) -> dict[str, Any]:
-    """The tensors that do not belong to the text decoder: how many there are, and how many are the same bit by bit."""
-    before, after = dense.state_dict(), pruned.state_dict()
-    names = [name for name in before if not any(part in name for part in DECODER)]
-    same = sum(name in after and torch.equal(before[name], after[name]) for name in names)
-    return {"other_tensors": len(names), "other_tensors_same": same}
-
-
-def summarise(cells: Cells) -> dict[str, Any]:
-    dense = dict(cells["dense"])
+def summarise(cells: Cells) -> Values:
     table = {
-        calibration: {
-            name.rpartition("-")[2]: dict(cell) for name, cell in cells.items() if name.startswith(calibration)
-        }
+        calibration: {name.rpartition("-")[2]: cell for name, cell in cells.items() if name.startswith(calibration)}
         for calibration in CALIBRATIONS
     }
     ratios = list(table["pairs"])
-    pruned = [cell for name, cell in cells.items() if name != "dense"]
     little, much = (
         {"ratio": float(ratio), **{calibration: rows[ratio]["facts"] for calibration, rows in table.items()}}
         for ratio in (ratios[0], ratios[-1])
     )
     return {
-        "dense": dense, "table": table, "meaning": CALIBRATIONS,
-        "little": little, "much": much,
-        "other_tensors": dense["other_tensors"],
-        "other_tensors_same": min(cell["other_tensors_same"] for cell in pruned), "seeds": [0],
+        "dense": cells["dense"], "table": table, "meaning": CALIBRATIONS, "little": little, "much": much,
+        "other_tensors": cells["dense"]["other_tensors"],
+        "other_tensors_same": min(cell["other_tensors_same"] for cell in cells.values()),
     }  # fmt: skip
 
 
-def figures(summary: Values) -> Sequence[Figure]:
+def figures(summary: Values) -> Figures:
+    dense = summary["dense"]["facts"]
     series = {
-        calibration: ([0.0, *map(float, rows)], [summary["dense"]["facts"], *(row["facts"] for row in rows.values())])
+        calibration: ([0.0, *map(float, rows)], [dense, *(row["facts"] for row in rows.values())])
         for calibration, rows in summary["table"].items()
     }
-    figure = lines(
+    return [lines(
         "multimodal", "What is named rightly",
         "Share of the words that only the picture tells which the model puts first, against the pruning ratio.",
         series, x="pruning ratio", y="share", ticks=True,
-    )  # fmt: skip
-    return (figure,)
-
-
-EXPERIMENT = Experiment(
-    name="multimodal", cells=cells, settings=settings, measure=measure, summarise=summarise, figures=figures
-)
+    )]  # fmt: skip

@@ -4,39 +4,37 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.experiment import Cells, Experiment, Measured, Request, Values
+from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import pruned_folder, saap
 from lab.texts import INSTRUCTIONS, perplexities, texts
 
 MINUTES = 20
 STATES = ("dense", "pruned", "quantised", "recovered", "dense tuned alike")
-FEW_STEPS = ["--max-steps", "2", "--length", "64", "--validation-samples", "1"]
-UNTRAINED = ["--max-steps", "1", "--learning-rate", "1e-12", "--length", "64", "--batch", "1"]
+FEW_STEPS = ["--max-steps", "2", "--max-seq-length", "64", "--validation-samples", "1"]
+UNTRAINED = ["--max-steps", "1", "--learning-rate", "1e-12", "--max-seq-length", "64", "--batch-size", "1"]
 """A rate of almost nothing: the zero points and scales of the first choice are written."""
+CELLS = STATES
+OPTIONS = {**INSTRUCTIONS, "data": "FILE|NAME,..."}
+SETTINGS = {"model": "{model}", "minutes": MINUTES, "effort": "fast"}
 
 
-def settings(request: Request) -> Values:
-    return {"model": request.model, "minutes": MINUTES, "effort": "fast"}
-
-
-def measure(request: Request, wanted: Sequence[str]) -> Measured:
+def measure(request: Request, wanted: Names) -> Measured:
     """PRUNED and the dense model are tuned alike, both taught by the dense model."""
     sources = request.given.get("data", "mixed").split(",")
     files = [str(Path(source).resolve()) if Path(source).is_file() else source for source in sources]
-    shared = [word for source in files for word in ("--data", source)] + ["--teacher", request.model]
-    flags = [*shared, *(FEW_STEPS if request.quick else ["--max-minutes", str(MINUTES)])]
+    shared = [word for source in files for word in ("--data", source)] + ["--dense", request.model]
+    flags = [*shared, *request.size(FEW_STEPS, ["--max-minutes", str(MINUTES)])]
     pruned = pruned_folder(request, "--effort", "fast", name="fast")
+    tuned = {
+        "quantised": (pruned, [*shared, *UNTRAINED]),
+        "recovered": (pruned, flags),
+        "dense tuned alike": (Path(request.model), flags),
+    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        tuned = {
-            "quantised": (pruned, [*shared, *UNTRAINED]),
-            "recovered": (pruned, flags),
-            "dense tuned alike": (Path(request.model), flags),
-        }
         named = texts(request.given, folder)
         for state in wanted:
             found: dict[str, Any] = {}
@@ -45,14 +43,12 @@ def measure(request: Request, wanted: Sequence[str]) -> Measured:
                 source, own = tuned[state]
                 report = saap("recover", source, "--out", folder / state, *own)
                 model = folder / state
-                found = {
-                    "command": " ".join(["saap recover PRUNED", *(Path(word).name for word in own)]),
-                    "tokens": report["tokens"], "seconds": report["seconds"],
-                }  # fmt: skip
-            yield state, {**found, "perplexity": perplexities(model, named, most=1024 if request.quick else 2**30)}
+                command = " ".join(["saap recover PRUNED", *(Path(word).name for word in own)])
+                found = {"command": command, "tokens": report["tokens"], "seconds": report["seconds"]}
+            yield state, {**found, "perplexity": perplexities(model, named, most=request.size(1024, 2**30))}
 
 
-def summarise(cells: Cells) -> dict[str, Any]:
+def summarise(cells: Cells) -> Values:
     found = {state: cells[state]["perplexity"] for state in STATES}
     logs = {state: {name: math.log(value) for name, value in each.items()} for state, each in found.items()}
     means = {state: sum(each.values()) / len(each) for state, each in logs.items()}
@@ -71,9 +67,3 @@ def summarise(cells: Cells) -> dict[str, Any]:
 def closed(logs: Values) -> float:
     """Share of the gap in log-perplexity between the pruned and the dense model that is closed."""
     return float((logs["pruned"] - logs["recovered"]) / (logs["pruned"] - logs["dense"]))
-
-
-EXPERIMENT = Experiment(
-    name="recovery", cells=lambda request: STATES, settings=settings, measure=measure, summarise=summarise,
-    options={**INSTRUCTIONS, "data": "FILE|NAME,..."},
-)  # fmt: skip

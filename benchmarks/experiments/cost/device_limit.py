@@ -1,0 +1,88 @@
+"""Four layers of LLaMA-7B on a pretended accelerator of limited memory; all 32 by the formula.
+
+The pretended device (tests/pretend.py) counts what lies on it and refuses more than its limit: 24 GB less what the
+other 28 layers take in bfloat16. The four layers lie there in float32, as a CPU computes. The run has effort `fast`
+and few tokens: activations of the reconstruction are kept elsewhere, so its peak depends on the micro-batch, not on
+how many tokens there are. The formula is given for that run and for effort `default`.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
+from unittest import mock
+
+import torch
+from harness.experiment import Cells, Measured, Names, Request, Values
+from lab.checkpoints import SHAPES, parameters_of, skeleton, write_checkpoint
+from transformers import LlamaConfig
+
+from saap.models.loading import device_memory, devices
+from saap.pipeline.prune.run import run_prune
+from saap.pipeline.shared import memory
+from saap.pipeline.shared.inputs import RunOptions
+from saap.settings.prune import Effort, PruneConfig
+
+LAYERS, CARD, MEASURED_TOKENS, REFIT_TOKENS = 4, 24 * 10**9, 1024, 4096
+CELLS = ["device-limit"]
+OPTIONS = {"refit-tokens": "N"}
+OWN_FILES = True
+SMOKE = False
+
+
+def layers_of_7b(layers: int) -> LlamaConfig:
+    shape = copy.deepcopy(SHAPES["7b"])
+    shape.num_hidden_layers = layers
+    return shape
+
+
+def needs(layers: int, config: PruneConfig, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+    """Bytes by what is kept on the device, of LLaMA-7B with so many layers."""
+    sizes = memory.Sizes.of(skeleton(layers_of_7b(layers)).to(dtype), torch.device("cuda"))
+    found = memory.Needs.of(sizes, config)
+    return {
+        "weights and activations": found.resident, "weights": found.spilled, "one block": found.offloaded,
+    }  # fmt: skip
+
+
+def measured(folder: Path, config: PruneConfig, limit: int) -> Values:
+    """Peak bytes on the device, over the stages that this process carries out."""
+    source = folder / "dense"
+    if not (source / "tokenizer.json").exists():
+        write_checkpoint(layers_of_7b(LAYERS), source)
+    pretend = import_module("tests.pretend")  # a part of the tests, which are not typed
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(devices, "_available", return_value={"lazy": True}))
+        stack.enter_context(mock.patch.object(token_sets, "EVALUATION_TOKENS", MEASURED_TOKENS))
+        stack.enter_context(mock.patch.object(device_memory, "of_device", return_value=limit))
+        card = stack.enter_context(pretend.pretended_devices(float64=True, limit=limit))
+        (result,) = run_prune(source, config, RunOptions(out=folder / "out"))
+        stages = [stage.name for stage in result.report.stages]
+        return {"peak": card.peak, "pruning_ratio": result.report.pruning_ratio, "stages": stages}
+
+
+def measure(request: Request, wanted: Names) -> Measured:
+    tokens = int(request.given.get("refit-tokens", REFIT_TOKENS))
+    tried = PruneConfig(
+        pruning_ratios=(0.2,), effort=Effort.FAST, refit_tokens=tokens, samples=4, sample_length=64
+    )  # fmt: skip
+    default = PruneConfig(pruning_ratios=(0.2,))
+    limit = CARD - 2 * (parameters_of(SHAPES["7b"])[0] - parameters_of(layers_of_7b(LAYERS))[0])
+    found = measured(request.work / "device-limit", tried, limit)
+    yield "device-limit", {
+        "layers": LAYERS, "refit_tokens": tokens, "limit": limit, **found,
+        "formula": {
+            "that run": needs(LAYERS, tried, torch.float32),
+            "4 layers, bfloat16, effort default": needs(LAYERS, default),
+            "32 layers, bfloat16, effort default": needs(32, default),
+        },
+        "reserve": memory.RESERVE_BYTES,
+        "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def summarise(cells: Cells) -> Values:
+    found = cells["device-limit"]
+    return {**found, "peak_gb": found["peak"] / 1e9, "limit_gb": found["limit"] / 1e9}

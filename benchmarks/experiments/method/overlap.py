@@ -1,0 +1,50 @@
+"""Words in a row that the bundled calibration texts share with the texts on which pruned models are measured."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+
+from harness.experiment import Cells, Measured, Names, Request, Values
+from lab.texts import INSTRUCTIONS, records, texts
+
+from saap.data.texts import KINDS, Purpose, bundled_conversations, bundled_text, read_documents
+
+LENGTH = 10
+Run = tuple[str, ...]
+CELLS = list(KINDS)
+OPTIONS = INSTRUCTIONS
+SETTINGS = {"words in a row": LENGTH}
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, without case and punctuation."""
+    return re.findall(r"\w+", text.lower())
+
+
+def runs(text: str) -> set[Run]:
+    """All runs of so many words."""
+    found = words(text)
+    return {tuple(found[start : start + LENGTH]) for start in range(len(found) - LENGTH + 1)}
+
+
+def measure(request: Request, wanted: Names) -> Measured:
+    """How many runs of each bundled text stand in each measured one; of conversations also equal questions."""
+    with tempfile.TemporaryDirectory() as temporary:
+        named = texts(request.given, Path(temporary))
+        measured = {name: runs("\n\n".join(read_documents(file))) for name, file in named.items()}
+    for kind in wanted:
+        own = runs(bundled_text(kind, Purpose.CALIBRATION))
+        found = {"runs": len(own), "shared": {name: len(own & other) for name, other in measured.items()}}
+        if kind == "conversations" and "instructions" in request.given:
+            asked = {tuple(words(chat[0]["content"])) for chat in bundled_conversations(Purpose.CALIBRATION)}
+            rows = records(Path(request.given["instructions"]))
+            theirs = {tuple(words(f"{row['instruction']} {row.get('input', '')}")) for row in rows}
+            found["same_questions"] = len(asked & theirs)
+        yield kind, found
+
+
+def summarise(cells: Cells) -> Values:
+    shared = {kind: sum(cell["shared"].values()) for kind, cell in cells.items()}
+    return {"rows": cells, "runs": sum(cell["runs"] for cell in cells.values()), "shared": sum(shared.values())}
