@@ -22,6 +22,7 @@ from transformers import LlamaConfig
 from saap.models.loading import device_memory, devices
 from saap.pipeline.prune.run import run_prune
 from saap.pipeline.shared import memory
+from saap.pipeline.shared import tokens as token_sets
 from saap.pipeline.shared.inputs import RunOptions
 from saap.settings.prune import Effort, PruneConfig
 
