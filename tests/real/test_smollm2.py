@@ -12,7 +12,7 @@ import pytest
 from tests.command import run
 
 import saap
-from saap.pipeline.shared import inputs
+from saap.pipeline.shared import tokens
 
 pytestmark = [
     pytest.mark.real,
@@ -45,7 +45,7 @@ def test_prune_as_a_user_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measured on half of the text that a user's run takes, which is most of its time."""
-    monkeypatch.setattr(inputs, "EVALUATION_TOKENS", inputs.EVALUATION_TOKENS // 2)
+    monkeypatch.setattr(tokens, "EVALUATION_TOKENS", tokens.EVALUATION_TOKENS // 2)
     out = tmp_path / "small"
     command = ["prune", "smollm2", "--pruning-ratio", "0.2", "--output-dir", out]
     quick = ["--effort", "fast", "--num-samples", "8", "--refit-tokens", "4096", "--json"]

@@ -17,7 +17,7 @@ from saap.settings.prune import (
 )
 from saap.settings.recover import DENSE_CODE, DENSE_REVISION
 from saap.settings.registry import ExportFormat, Method, RuntimeName
-from saap.settings.setting import AtLeast1, Commas, Different, Flag, Names, Only, Ratio, Seed, Settings
+from saap.settings.setting import AtLeast1, Commas, Different, Flag, Names, Only, Ratio, Seed, Settings, Source
 
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The seven tasks of the SAAP paper, by the names of lm-evaluation-harness; `paper` stands for them."""
@@ -94,7 +94,7 @@ class EvalRequest(Settings):
         ),
     ] = False
     prompts: Annotated[
-        str | None,
+        Source | None,
         writing_flag("Prompts in place of the bundled ones: .txt, or .jsonl with prompt, answer.", metavar="FILE"),
     ] = None
     generated_tokens: Annotated[AtLeast1, writing_flag(MAX_NEW_TOKENS, name="max_new_tokens", old=("tokens",))] = 128
@@ -102,7 +102,7 @@ class EvalRequest(Settings):
         Path | None, writing_flag("Conversations (.jsonl with messages) to measure answers of.", metavar="FILE")
     ] = None
     dense: Annotated[
-        str | None,
+        Source | None,
         dense_flag(
             "The dense model to compare with.",
             metavar="MODEL",
@@ -116,7 +116,7 @@ class EvalRequest(Settings):
         speed_flag("Tokens per second of prefill and of decoding (batch 1)."),
         Only(("runtime", "gguf_type")),
     ] = None
-    against: Annotated[str | None, Flag(instead="--dense")] = None
+    against: Annotated[Source | None, Flag(instead="--dense")] = None
     against_revision: Annotated[str | None, Flag(instead="--dense-revision")] = None
     against_trust_remote_code: Annotated[bool, Flag(instead="--dense-trust-remote-code")] = False
     seed: Annotated[Seed, writing_flag("Seed of sampled text.")] = 0

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from saap.core.errors import ConfigurationError
 from saap.settings.prune import BOS
-from saap.settings.setting import AtLeast1, Flag, Names, Positive, Seed, Settings, one_of
+from saap.settings.setting import AtLeast1, Flag, Names, Positive, Seed, Settings, Source, one_of
 
 DEFAULT_MINUTES = 20.0
 LEGAL_BITS = (2, 3, 4, 8)
@@ -65,7 +65,7 @@ class RecoverConfig(Settings):
     alpha: Annotated[Positive, quantised_flag("The adapters' product is scaled by alpha / rank.")] = 16.0
     scales: Annotated[bool, quantised_flag("Learn the scales besides the zero points.")] = True
     teacher: Annotated[
-        str | None,
+        Source | None,
         teacher_flag(
             "The dense model to learn from.", name="dense", metavar="MODEL", default="what MODEL was pruned from"
         ),

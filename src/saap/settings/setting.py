@@ -274,6 +274,8 @@ def one_of(*legal: int) -> AfterValidator:
 Commas = BeforeValidator(_parts)
 Names = BeforeValidator(_one_or_several)
 Different = AfterValidator(_different)
+Source = Annotated[str, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)]
+"""A model or a file by its name or path."""
 AtLeast1 = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
