@@ -58,3 +58,22 @@ def model_card(manifest: RunManifest, base_model_type: str, *, loading: str | No
         base_model_type=base_model_type, auto_class=opener, loading=loading, pruned=is_pruned,
         data=", ".join(Path(text).name for text in manifest.recovery.data) if manifest.recovery else "",
     )  # fmt: skip
+
+
+def load_lines(path: Path, layout: str, auto_class: str = "AutoModelForCausalLM") -> tuple[str, ...]:
+    """The exact lines that open the result. auto_class: of transformers."""
+    name = str(path)
+    if layout == "uniform":
+        return (
+            f"from transformers import {auto_class}, AutoTokenizer",
+            f'model = {auto_class}.from_pretrained("{name}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        )
+    return (
+        "import saap",
+        f'model = saap.load("{name}")',
+        "# or, where saap is not installed:",
+        f"from transformers import {auto_class}, AutoTokenizer",
+        f'model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)',
+    )

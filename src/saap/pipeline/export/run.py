@@ -9,12 +9,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from saap.core.errors import ModelError, OutputError, first_line
+from saap.export.model_card import load_lines
 from saap.export.placing import check_file, check_output
 from saap.export.source import Exported, open_source
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
 from saap.models.checkpoint.pruned_structure import auto_class
 from saap.models.loading.references import read_config, resolve_model
-from saap.pipeline.prune.result import load_lines
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.settings.measure import ExportRequest
 from saap.settings.prune import GgufType

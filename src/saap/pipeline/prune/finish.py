@@ -10,13 +10,14 @@ from saap.core.manifest import RunManifest, SpeedRecord
 from saap.core.records import ImportanceScores
 from saap.evaluation.perplexity import model_logits
 from saap.export.huggingface import write_records
+from saap.export.model_card import load_lines
 from saap.models.checkpoint.pruned_structure import auto_class
 from saap.models.walk.offload import offloaded, placeholder
 from saap.pipeline.prune.diagnosis import findings_of
 from saap.pipeline.prune.making import Made, forget_changed, made_folder, open_result, release
 from saap.pipeline.prune.planning import read_whole_plan
 from saap.pipeline.prune.records import Measured, manifest_of_run
-from saap.pipeline.prune.result import PruneReport, PruneResult, load_lines, structure_of
+from saap.pipeline.prune.result import PruneReport, PruneResult, structure_of
 from saap.pipeline.prune.speed_target import reached_speed
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour, observe

@@ -95,22 +95,3 @@ def structure_of(graph: ModelGraph, plan: StructurePlan) -> tuple[LayerStructure
                 parts.append((str(role), kept, sum(group.units for group in of_role)))
         rows.append(LayerStructure(name="all" if layer < 0 else str(layer), parts=tuple(parts)))
     return tuple(rows)
-
-
-def load_lines(path: Path, layout: str, auto_class: str = "AutoModelForCausalLM") -> tuple[str, ...]:
-    """The exact lines that open the result. auto_class: of transformers."""
-    name = str(path)
-    if layout == "uniform":
-        return (
-            f"from transformers import {auto_class}, AutoTokenizer",
-            f'model = {auto_class}.from_pretrained("{name}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        )
-    return (
-        "import saap",
-        f'model = saap.load("{name}")',
-        "# or, where saap is not installed:",
-        f"from transformers import {auto_class}, AutoTokenizer",
-        f'model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)',
-    )

@@ -25,12 +25,11 @@ from saap.core.manifest import (
 from saap.core.records import Layout, digest_of
 from saap.discovery.blocks import find_blocks
 from saap.export.huggingface import entry_bytes, stored_entries
-from saap.export.model_card import licence_of
+from saap.export.model_card import licence_of, load_lines
 from saap.models.checkpoint.groupwise import GroupwiseWeight
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
 from saap.models.loading.devices import working_dtype
 from saap.models.loading.references import read_config
-from saap.pipeline.prune.result import load_lines
 from saap.pipeline.recover.context import EVALUATION, Recovery
 from saap.pipeline.shared.digests import weights_digest
 from saap.pipeline.shared.outcome import Behaviour
