@@ -7,12 +7,12 @@ from typing import Annotated
 from saap.cli.flags import Model
 from saap.core.errors import ConfigurationError
 from saap.settings.measure import CompareRequest
-from saap.settings.run import OPENS, Display, RunOptions
+from saap.settings.run import READS, Display, RunOptions
 from saap.settings.setting import Only
 
 
 def compare(
-    model: Model, request: CompareRequest, options: Annotated[RunOptions, Only(("out", *OPENS))], display: Display
+    model: Model, request: CompareRequest, options: Annotated[RunOptions, Only(("out", *READS))], display: Display
 ) -> None:
     """Compare methods on MODEL: same calibration, same number of parameters, one table.
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from saap.cli.flags import Argument
 from saap.core.errors import ConfigurationError
 from saap.settings.measure import ExportRequest
-from saap.settings.run import OPENS, Display, RunOptions, result_flag
+from saap.settings.run import Display, RunOptions, result_flag
 from saap.settings.setting import Only, Settings
 
 
@@ -36,7 +36,7 @@ def export(
     model: Annotated[str, Argument("Folder that saap wrote, or any model that `saap prune` takes.")],
     target: ExportTarget,
     request: ExportRequest,
-    options: Annotated[RunOptions, Only(("overwrite", *OPENS))],
+    options: Annotated[RunOptions, Only(("overwrite", "revision"))],
     display: Display,
 ) -> None:
     """Write MODEL in the format of another program, and check it there."""

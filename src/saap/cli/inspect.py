@@ -6,13 +6,13 @@ import json
 from typing import Annotated
 
 from saap.cli.flags import Model
-from saap.settings.run import OPENS, Display, RunOptions
+from saap.settings.run import READS, Display, RunOptions
 from saap.settings.setting import Only
 
 
 def inspect(
     model: Model,
-    options: Annotated[RunOptions, Only(OPENS, {"device": "cpu"})],
+    options: Annotated[RunOptions, Only(READS, {"device": "cpu"})],
     display: Annotated[Display, Only(("as_json",))],
 ) -> None:
     """Show the coupled structures of MODEL: per role the groups, their units, members and parameters."""

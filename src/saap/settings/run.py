@@ -44,8 +44,10 @@ class RunOptions(Settings):
     trust_remote_code: Annotated[bool, model_flag("Run code that the model repository ships.")] = False
 
 
-OPENS = ("device", "dtype", "revision", "trust_remote_code")
-"""What every command takes that opens a model."""
+READS = ("device", "revision", "trust_remote_code")
+"""What a command takes that opens a model."""
+OPENS = (*READS, "dtype")
+"""What it takes where the type to compute in, or to write, can be chosen too."""
 
 
 class Display(Settings):
