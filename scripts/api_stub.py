@@ -54,7 +54,7 @@ def _function(name: str, function: Callable[..., Any], words: dict[str, str]) ->
     models = {place.parameter for place in places}
     own = [one for one in inspect.signature(function).parameters.values() if one.name not in models]
     names = {one.name for one in own}
-    settings = [place for place in places if place.setting.name not in names and not place.setting.shown.instead]
+    settings = [place for place in places if place.setting.name not in names]
     lines = [_own(one) for one in own if one.kind is not one.KEYWORD_ONLY]
     lines.append("*")
     lines += [f"{place.setting.name}: {_type(place.setting, words)} = {_default(place, words)}" for place in settings]

@@ -62,7 +62,7 @@ def settings_page() -> str:
         first, _, rest = str(model.__doc__).partition("\n\n")
         lines += ["", f"## {title}", "", first, "", " ".join(rest.split()), ""]
         lines += ["| name | flag | type | default | |", "| --- | --- | --- | --- | --- |"]
-        lines += [_row(setting) for setting in settings_of(model) if not setting.shown.instead]
+        lines += [_row(setting) for setting in settings_of(model)]
     return "\n".join(lines) + "\n"
 
 

@@ -16,7 +16,6 @@ from tests.command import run
 from tests.pipeline import tiny
 
 from saap.cli import app as cli
-from saap.settings.recipe import read_recipe
 
 FAST = ["--effort", "fast", "--samples", "4", "--sample-length", "32", "--refit-tokens", "1024", "--no-restore"]
 NAME = "some/dense"
@@ -171,7 +170,7 @@ def test_code_is_run_of_the_model_alone_that_it_was_allowed_for(
     tuned = ["--out", tmp_path / "tuned", "--data", "novels", *SHORT]
     for arguments in (
         ["eval", small, *TEXT, "--dense", folder],
-        ["eval", small, "--speed", "--against", folder],
+        ["eval", small, "--speed", "--dense", folder],
         ["recover", small, *tuned, "--teacher", folder],
     ):
         code, _, error = run(capsys, *arguments, "--trust-remote-code")
@@ -194,10 +193,9 @@ def test_what_is_said_of_one_model_does_not_hold_for_the_one_that_a_manifest_nam
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The house\n")
     writing = ["--prompts", prompts, "--tokens", "2", "--speed"]
-    found = evaluated(capsys, foreign, *writing, "--against", NAME, "--dense-trust-remote-code")
-    assert (found["generation"]["dense_figures"], mark.exists()) == (None, False)
-    assert found["speed"]["against"]["model"] == NAME
-    found = evaluated(capsys, foreign, *writing, "--against", folder, "--dense-trust-remote-code")
+    found = evaluated(capsys, foreign, *writing, "--dense", NAME, "--dense-trust-remote-code")
+    assert (found["speed"]["against"]["model"], mark.exists()) == (NAME, False)
+    found = evaluated(capsys, foreign, *writing, "--dense", folder, "--dense-trust-remote-code")
     assert (found["speed"]["against"]["model"], mark.exists()) == (str(folder), True)
 
 
@@ -239,24 +237,10 @@ def test_a_recipe_for_a_pruned_model_keeps_to_the_revision_of_its_manifest(
     carried_out(capsys, file)
     found = json.loads((out / "eval" / "own.json").read_text())
     assert found["dense"]["revision"] == "old"
-    speed = f"speed: {{new_tokens: 1}}, against: nobody/nothing, dense: {NAME}"
+    speed = "speed: {new_tokens: 1}, dense: nobody/nothing"
     file.write_text(f"model: {small}\nout: {tmp_path / 'other'}\neval:\n  own: {{{speed}}}\n")
     code, _, error = run(capsys, "run", file, "--quiet")
     assert (code, "nobody/nothing" in error, (tmp_path / "other" / "eval").exists()) == (2, True, False), error
-
-
-def test_a_recipe_measures_speed_against_its_own_model_beside_another_dense_one(
-    capsys: pytest.CaptureFixture[str], own_code: tuple[Path, Path], tmp_path: Path
-) -> None:
-    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
-    step = f"{{speed: {{new_tokens: 1, rounds: 1}}, dense: {NAME}, against: '${{model}}'}}"
-    head = f"model: {own_code[0]}\ntrust_remote_code: true\nout: {out}\n"
-    file.write_text(f"{head}eval:\n  own: {step}\n")
-    carried_out(capsys, file)
-    found = json.loads((out / "eval" / "own.json").read_text())["speed"]
-    assert found["against"]["model"] == str(own_code[0])
-    recipe = read_recipe(file, ["revision=old"])
-    assert (recipe.eval["own"].against_revision, recipe.eval["own"].dense_revision) == ("old", None)
 
 
 def test_a_recipe_opens_its_own_model_as_the_dense_one(

@@ -79,10 +79,10 @@ def test_a_dry_run_knows_speeds_and_experts(tmp_path: Path) -> None:
     families.configuration("mixtral").save_pretrained(source)
     tree = {
         "model": source, "out": str(tmp_path / "out"), "prune": {**SMALL, "roles": ["ffn"]},
-        "eval": {"fast": {"speed": {"rounds": 2}, "against": "${model}"}},
+        "eval": {"fast": {"speed": {"rounds": 2}, "dense": "${model}"}},
     }  # fmt: skip
     recipe = recipe_from(tree, "r")
-    assert (recipe.eval["fast"].speed, recipe.eval["fast"].against) == (SpeedSettings(rounds=2), source)
+    assert (recipe.eval["fast"].speed, recipe.eval["fast"].dense) == (SpeedSettings(rounds=2), source)
     pruned, measured = preview_recipe(recipe)["steps"]
     assert 0 < pruned["parameters"] < preview_recipe(recipe)["parameters"]
     assert measured["name"] == "eval.fast"
@@ -91,9 +91,9 @@ def test_a_dry_run_knows_speeds_and_experts(tmp_path: Path) -> None:
     assert (pruned["speedup"], pruned["runtime"]) == (1.2, "transformers")
     with pytest.raises(ConfigurationError, match="stacks its experts"):
         preview_recipe(recipe_from({**tree, "prune": {**SMALL, "method": "flap"}}, "r"))
-    without = {"a": {"texts": ["bundled"], "against": source}}
-    with pytest.raises(ConfigurationError, match="--against has nothing"):
-        preview_recipe(recipe_from({**tree, "eval": without}, "r"))
+    with pytest.warns(FutureWarning, match="eval.a.against is now eval.a.dense"):
+        old = recipe_from({**tree, "eval": {"a": {"texts": ["bundled"], "against": source}}}, "r")
+    assert old.eval["a"].dense == source
 
 
 def test_there_is_a_recipe_for_each_shape() -> None:

@@ -161,7 +161,7 @@ def test_the_command_measures_beside_another_model(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, runtime: str
 ) -> None:
     folder = adaptive_folder(tmp_path, "llama", ffn={0: tuple(range(40)), 2: EMPTY}, attention={1: (0, 2)})
-    arguments = ["eval", folder, "--speed", "--against", tmp_path / "dense", "--runtime", runtime, "--json"]
+    arguments = ["eval", folder, "--speed", "--dense", tmp_path / "dense", "--runtime", runtime, "--json"]
     code, out, _ = run(capsys, *arguments, *(["--quantization", "f32"] if runtime == "llama.cpp" else []))
     assert code == 0
     found = json.loads(out)["speed"]
@@ -191,8 +191,8 @@ def test_the_table_shows_the_base_of_a_pruned_folder(
         (["--speed", "--runtime", "onnx"], "'onnx'"),
         (["--speed", "--gguf-type", "q8_0"], "--gguf-type is of files for llama.cpp"),
         (["--perplexity", "bundled", "--runtime", "llama.cpp"], "Add --speed"),
-        (["--perplexity", "bundled", "--against", "smollm2"], "--against has nothing to be measured"),
         (["--speed", "--against", "nowhere/at/all"], "nowhere/at/all"),
+        (["--speed", "--against", "smollm2", "--dense", "smollm2"], "--against and --dense are the same flag"),
     ],
 )
 def test_refusals(capsys: pytest.CaptureFixture[str], source: Path, arguments: list[str], offender: str) -> None:

@@ -57,7 +57,7 @@ class Option(click.Option):
         if setting.kind is Path:
             extra["type"] = click.Path()
         super().__init__(
-            declared, help=_help(setting, default), hidden=old is not None or setting.shown.instead is not None,
+            declared, help=_help(setting, default), hidden=old is not None,
             multiple=setting.shown.repeat, default=None, shell_complete=self._complete, **extra,
         )  # fmt: skip
 
@@ -173,9 +173,9 @@ def _values(models: Mapping[str, tuple[type[Settings], Only | None]]) -> dict[st
 
 def _put(values: dict[str, Any], option: Option, value: Any) -> None:
     setting = option.setting
-    if option.warn or setting.shown.instead:
+    if option.warn:
         click.echo(
-            f"warning: {option.flag} is now {setting.shown.instead or setting.flag}; "
+            f"warning: {option.flag} is now {setting.flag}; "
             "the old name will be gone in the next release", err=True,
         )  # fmt: skip
     for *way, last in option.places:

@@ -50,10 +50,8 @@ class SpeedSettings(Settings):
 class EvalRequest(Settings):
     """What to measure of a model, and of the dense model that it is compared with.
 
-    dense_revision, dense_trust_remote_code: of `dense`, or of `against` where only that is specified; by default the
-    revision of the manifest of the pruned model, and no code of its own. against: the model that speed is compared
-    with, else `dense`, else the one that a pruned one was made from. against_revision, against_trust_remote_code: of
-    `against` where `dense` is another model.
+    dense_revision, dense_trust_remote_code: of `dense`; by default the revision of the manifest of the pruned model,
+    and no code of its own.
     """
 
     texts: Annotated[
@@ -105,6 +103,7 @@ class EvalRequest(Settings):
         Source | None,
         dense_flag(
             "The dense model to compare with.",
+            old=("against",),
             metavar="MODEL",
             default="generation and speed: the one MODEL was pruned from",
         ),
@@ -116,9 +115,6 @@ class EvalRequest(Settings):
         speed_flag("Tokens per second of prefill and of decoding (batch 1)."),
         Only(("runtime", "gguf_type")),
     ] = None
-    against: Annotated[Source | None, Flag(instead="--dense")] = None
-    against_revision: Annotated[str | None, Flag(instead="--dense-revision")] = None
-    against_trust_remote_code: Annotated[bool, Flag(instead="--dense-trust-remote-code")] = False
     seed: Annotated[Seed, writing_flag("Seed of sampled text.")] = 0
 
     @field_validator("tasks")

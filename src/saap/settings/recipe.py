@@ -122,10 +122,7 @@ def recipe_from(tree: Mapping[str, Any], where: str) -> Recipe:
         raise ConfigurationError(f"{where} is no recipe that can be run ({'; '.join(wrong)})", "Correct these entries")
     recipe: Recipe = whole.model_copy(update=sections)
     _check_together(recipe, where)
-    evals = {
-        name: _with_own_against(recipe, _with_own_dense(recipe, request, request.dense or request.against))
-        for name, request in recipe.eval.items()
-    }
+    evals = {name: _with_own_dense(recipe, request, request.dense) for name, request in recipe.eval.items()}
     tuning = recipe.recover and _with_own_dense(recipe, recipe.recover, recipe.recover.teacher)
     return recipe.model_copy(update={"eval": evals, "recover": tuning})
 
@@ -137,17 +134,7 @@ def _with_own_dense(recipe: Recipe, section: _WithDense, dense: str | None) -> _
     """
     if dense != recipe.model and (dense is not None or recipe.prune is None):
         return section
-    return _opened_as_the_recipe_does(recipe, section, "dense")
-
-
-def _with_own_against(recipe: Recipe, request: EvalRequest) -> EvalRequest:
-    """The same of the model that speed is measured against, beside another dense one."""
-    return request if request.against != recipe.model else _opened_as_the_recipe_does(recipe, request, "against")
-
-
-def _opened_as_the_recipe_does(recipe: Recipe, section: _WithDense, which: str) -> _WithDense:
-    """The step with the recipe's revision and trust for its model `which`, unless it says something else."""
-    names = {f"{which}_{name}": name for name in ("revision", "trust_remote_code")}
+    names = {f"dense_{name}": name for name in ("revision", "trust_remote_code")}
     return section.model_copy(
         update={own: getattr(section, own) or getattr(recipe, name) for own, name in names.items()}
     )

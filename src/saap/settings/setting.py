@@ -32,7 +32,7 @@ class Flag:
     on the command line; None for the field's own. flag: on the command line, where that is another. short: one letter.
     aliases: further names that stay; old: names that warn, as does the field's own where `name` is another.
     metavar, default: how value and default are shown, where type and default don't say it. repeat: given once for each
-    of several values. instead: of a setting that goes, the one to use.
+    of several values.
     """
 
     help: str = ""
@@ -46,7 +46,6 @@ class Flag:
     metavar: str | None = None
     default: str | None = None
     repeat: bool = False
-    instead: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

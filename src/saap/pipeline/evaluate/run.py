@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from saap.core.errors import CalibrationError, ConfigurationError, ModelError
+from saap.core.errors import CalibrationError, ModelError
 from saap.core.evaluation_records import EvalReport, GenerationReport, Perplexity, SpeedReport, TaskResult
 from saap.core.manifest import recorded_versions, typed_command
 from saap.core.records import IntArray
@@ -51,7 +51,7 @@ def evaluate_model(
     reporter = reporter if reporter is not None else Silent()
     prompts = check_request(request)
     opened, tokenizer = resolve_with_tokenizer(source, options, tokenizer)
-    dense_ref, speed_ref = _other_models(request, opened, reporter)
+    dense_ref = _dense_model(request, opened, reporter)
     reporter.stage("read the texts")
     streams = read_streams(request, tokenizer)
     conversations = () if request.chat is None else texts.read_conversations(request.chat)
@@ -72,40 +72,33 @@ def evaluate_model(
         if request.prompts is not None:
             more["generation"] = run.generate(loaded, dense)
         if request.speed is not None:
-            more["speed"] = run.compare_speeds(opened, loaded, speed_ref, dense if speed_ref == dense_ref else None)
+            more["speed"] = run.compare_speeds(opened, loaded, dense_ref, dense)
     return report.model_copy(update={**more, "command": typed_command(), "versions": recorded_versions()})
 
 
-def _other_models(
+def _dense_model(
     request: EvalRequest, evaluated: nn.Module | ResolvedModel, reporter: Reporter
-) -> tuple[ResolvedModel | None, ResolvedModel | None]:
-    """The dense model and the one to compare speed with, found before any weights are read. Raises ModelError.
+) -> ResolvedModel | None:
+    """The dense model, found before any weights are read. Raises ModelError.
 
-    A dense model that nobody has named is left out where it is not on this machine.
+    One that only a manifest names is left out where it is not on this machine.
     """
-    writes = request.prompts is not None
-    if request.dense is None and request.speed is None and not writes:
-        return None, None
+    if request.dense is None and request.speed is None and request.prompts is None:
+        return None
     manifest = manifest_of(evaluated) if isinstance(evaluated, ResolvedModel) else None
-    choice, other = DenseChoice.pair(request)
-    dense = None
-    against = None if other is None else resolve_dense(other, manifest)
-    if request.dense is not None or writes or against is None:
-        try:
-            dense = resolve_dense(choice, manifest)
-        except ModelError as error:
-            if request.dense is not None:
-                raise
-            reporter.note(f"nothing is measured of the dense model: {error}")
-    return dense, dense if against is None else against
+    try:
+        return resolve_dense(DenseChoice.of(request, request.dense), manifest)
+    except ModelError as error:
+        if request.dense is not None:
+            raise
+        reporter.note(f"nothing is measured of the dense model: {error}")
+        return None
 
 
 def check_request(request: EvalRequest) -> tuple[generation.Prompt, ...]:
     """Refuse what needs no model to be refused. Returns the requested prompts."""
     if request.speed is not None:
         request.speed.runtime.check()
-    elif request.against is not None:
-        raise ConfigurationError("--against has nothing to be measured", "Add --speed, or use --dense")
     if request.tasks:
         check_tasks(request.tasks, request.task_data, request.limit)
     return () if request.prompts is None else generation.read_prompts(request.prompts)
@@ -210,21 +203,21 @@ class _Evaluation:
         )
 
     def compare_speeds(
-        self, opened: nn.Module | ResolvedModel, loaded: LoadedModel, other: ResolvedModel | None,
-        other_loaded: LoadedModel | None,
+        self, opened: nn.Module | ResolvedModel, loaded: LoadedModel, dense_ref: ResolvedModel | None,
+        dense: LoadedModel | None,
     ) -> SpeedReport:  # fmt: skip
-        """Tokens per second of the model, compared with another one. other_loaded: the same, if it is there already."""
+        """Tokens per second of the model, compared with the dense one. dense: where it has been opened already."""
         settings = self.request.speed or SpeedSettings()
         in_memory: bool = settings.runtime.load().in_memory
         refs = [(loaded.ref.source, loaded.ref.revision)]
         given = opened.path if isinstance(opened, ResolvedModel) else opened
         models: list[Source] = [loaded.model if in_memory else given]
-        if other is not None:
-            self.reporter.stage(f"load {other.source} to measure speed against")
-            if in_memory and other_loaded is None:
-                other_loaded = open_model(other, self.options, computes_in_dtype=True)
-            refs.append((other.source, other.revision))
-            models.append(other_loaded.model if in_memory and other_loaded is not None else other.path)
+        if dense_ref is not None:
+            if in_memory and dense is None:
+                self.reporter.stage(f"load the dense model {dense_ref.source}")
+                dense = open_model(dense_ref, self.options, computes_in_dtype=True)
+            refs.append((dense_ref.source, dense_ref.revision))
+            models.append(dense.model if in_memory and dense is not None else dense_ref.path)
         self.reporter.stage(f"speed in {settings.runtime}")
         return compare_speeds(list(zip(names_apart(refs), models, strict=True)), settings)
 

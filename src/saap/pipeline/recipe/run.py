@@ -64,15 +64,15 @@ def _check_inputs(recipe: Recipe) -> None:
     """Refuse what a later step would refuse, as far as that needs no result of an earlier one."""
     resolved = resolve_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     manifest = manifest_of(resolved) if recipe.prune is None else None  # of what is pruned here there is none yet
-    choices: list[DenseChoice | None] = []
+    choices: list[DenseChoice] = []
     if recipe.recover is not None:
         read_data(recipe.recover, load_tokenizer(resolved))
         choices.append(DenseChoice.of(recipe.recover, recipe.recover.teacher))
     for request in recipe.eval.values():
         check_request(request)
-        choices += DenseChoice.pair(request)
+        choices.append(DenseChoice.of(request, request.dense))
     for choice in choices:
-        if choice is not None and choice.source is not None:  # one that only a manifest names may be missing
+        if choice.source is not None:  # one that only a manifest names may be missing
             resolve_dense(choice, manifest)
 
 

@@ -28,24 +28,6 @@ class DenseChoice:
         """What the settings of a step say of its dense model, which they call by `source`."""
         return cls(source=source, revision=settings.dense_revision, trust_remote_code=settings.dense_trust_remote_code)
 
-    @classmethod
-    def pair(cls, request: EvalRequest) -> tuple[DenseChoice, DenseChoice | None]:
-        """The dense model, and the one that speed is measured against where that is specified.
-
-        The settings of `dense` hold for `against` where only that is specified; they never hold for a model that
-        nobody but a manifest names beside it.
-        """
-        if request.against is None:
-            return cls.of(request, request.dense), None
-        named = cls.of(request, request.against)
-        if request.dense == request.against:
-            return named, named
-        other = cls(
-            source=request.against, revision=request.against_revision,
-            trust_remote_code=request.against_trust_remote_code,
-        )  # fmt: skip
-        return (cls(), named) if request.dense is None else (cls.of(request, request.dense), other)
-
 
 def manifest_of(resolved: ResolvedModel) -> RunManifest | None:
     """The manifest of a model that saap has written, None for any other. Raises ModelError for a damaged one."""
