@@ -28,9 +28,6 @@ from saap.models.walk.spill import Tensors
 from saap.models.walk.walk import embed, run_block
 from saap.surgery.cut import cut_groups
 
-RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-"""Tried for each matrix, relative to the mean of the Gram matrix' diagonal."""
-CHOICE_RIDGE = 1e-2
 HELD_OUT_SHARE = 0.125
 HELD_OUT_AT_LEAST = 4
 """Sequences that choose the ridge, where there are twice as many: fewer tell too little."""
@@ -276,7 +273,7 @@ class _BlockByBlock:
         held_out = held_out.select(chosen)
         new, error = start, 0.0
         if processes.first:
-            new, error = ridge_fit(start, fit, held_out, RIDGES)
+            new, error = ridge_fit(start, fit, held_out)
         new = processes.broadcast(new)
         self.result.errors[consumer.path] = processes.broadcast_result(lambda: error)
         onload(self.model, consumer.path, change=True)
@@ -325,7 +322,7 @@ class _BlockByBlock:
             values = torch.as_tensor(settings.scores[group.name])
             scores = (values / values.mean().clamp_min(1e-30)).to(weight)
         at_once = 32 if units.shape[1] == 1 else 1
-        order, _ = removal_order(weight, gram, units, removed, ridge=CHOICE_RIDGE, at_once=at_once, scores=scores)
+        order, _ = removal_order(weight, gram, units, removed, at_once=at_once, scores=scores)
         return tuple(group.others(order.tolist()))
 
 

@@ -13,6 +13,10 @@ from saap.models.walk.processes import Processes
 
 ROUNDING = 1e-6
 """An error below this share of the target's energy is the rounding of float32 moments."""
+RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+"""Tried for each matrix, relative to the mean of the Gram matrix' diagonal."""
+CHOICE_RIDGE = 1e-2
+"""Where nothing held out decides it."""
 SMALLEST = 1e-18
 """What costs and scores are at least, so that their product can be compared."""
 
@@ -64,7 +68,9 @@ class Moments:
         return Moments(self.gram[channels][:, channels], self.cross[channels], self.energy, self.tokens)
 
 
-def ridge_fit(weight: Tensor, fit: Moments, held_out: Moments, ridges: Sequence[float]) -> tuple[Tensor, float]:
+def ridge_fit(
+    weight: Tensor, fit: Moments, held_out: Moments, ridges: Sequence[float] = RIDGES
+) -> tuple[Tensor, float]:
     """The matrix near `weight` that maps x to t best; how near is decided by held-out error.
 
     weight: (outputs, channels). For each ridge r the W that minimises sum |t - W x|^2 + r mean(diag G) |W - weight|^2
@@ -99,7 +105,7 @@ def _damped(gram: Tensor, ridge: float) -> Tensor:
     return damped
 
 
-def compensated(weight: Tensor, gram: Tensor, kept: Tensor, *, ridge: float = 1e-2) -> Tensor:
+def compensated(weight: Tensor, gram: Tensor, kept: Tensor, *, ridge: float = CHOICE_RIDGE) -> Tensor:
     """The matrix that gives nearly the outputs of `weight` from some of its input channels, zero for the others.
 
     weight: (outputs, channels), gram: (channels, channels), kept: (kept channels,) indices. Minimises the squared
@@ -118,7 +124,7 @@ def removal_order(
     units: Tensor,
     remove: int,
     *,
-    ridge: float = 1e-2,
+    ridge: float = CHOICE_RIDGE,
     at_once: int = 32,
     scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:

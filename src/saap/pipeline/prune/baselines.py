@@ -45,15 +45,20 @@ def for_method(config: PruneConfig) -> PruneConfig:
 def check_method(config: PruneConfig, graph: ModelGraph) -> None:
     """Raise ConfigurationError if the method cannot score a group of the requested roles."""
     baseline = baseline_of(config.method)
-    if baseline is None or baseline.any_units:
+    if baseline is None:
         return
     roles = unit_roles(config.roles)
-    unscored = next((role for role in roles if role in (Role.QUERY, Role.EXPERT)), None)
+    unscored_roles = (Role.HIDDEN,) if baseline.any_units else (Role.HIDDEN, Role.QUERY, Role.EXPERT)
+    unscored = next((role for role in roles if role in unscored_roles), None)
     if unscored is not None:
         raise ConfigurationError(
             f"--method {config.method} does not score units of the role {unscored}",
-            "Use --method saap or random, or leave this role out of --roles",
+            "Use --method saap, or leave this role out of --roles"
+            if unscored is Role.HIDDEN
+            else "Use --method saap or random, or leave this role out of --roles",
         )
+    if baseline.any_units:
+        return
     bundle = next((group.bundle for group in graph.groups if group.bundle and group.role in roles), None)
     if bundle is not None:
         raise ConfigurationError(
