@@ -33,9 +33,9 @@ class Sizes:
     """Bytes of weights in memory, and lengths. block: of the largest. around: of the modules outside the blocks.
 
     matrix: bytes of the largest matrix of a block. widest: its longer side. width: of the residual stream.
-    vocabulary: 0 where the configuration does not say. heads: query heads of a block. values: how
-    many numbers the matrices of all blocks have. pages: of files, which count as memory of the process while weights are read from them; 0 on an
-    accelerator.
+    vocabulary: 0 where the configuration does not say. heads: query heads of a block. values: how many numbers the
+    matrices of all blocks have. pages: of files, which count as memory of the process while weights are read from them;
+    0 on an accelerator.
     """
 
     weights: int
