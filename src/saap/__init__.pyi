@@ -59,8 +59,8 @@ def estimate(
     sample_length: Tokens of each calibration sample.
     bos: Begin each window of text with the tokenizer's BOS token, if it puts one before texts.
     roles: What may be removed.
-    importance: Score of a unit.
-    element_order: Terms of the element-wise score.
+    importance: Score that orders the units of a module.
+    element_order: Taylor terms of the element-wise part of `fused`.
     aggregation: How a unit's members combine.
     seed: Seed of every random choice.
     max_memory: Most that may be resident, e.g. 6GB; blocks are read when needed for it.
@@ -90,7 +90,7 @@ def search(
     skip_layers: Blocks at the ends to protect: auto, or e.g. first:4,last:2.
     align: Kept channels are a multiple of this.
     strategy: How much is removed from each module.
-    importance: Score of a unit.
+    importance: Score that orders the units of a module.
     fusion_scope: Who shares the fusion's uncertainties.
     """
 
@@ -161,8 +161,8 @@ def prune(
     skip_layers: Blocks at the ends to protect: auto, or e.g. first:4,last:2.
     align: Kept channels are a multiple of this.
     strategy: How much is removed from each module.
-    importance: Score of a unit.
-    element_order: Terms of the element-wise score.
+    importance: Score that orders the units of a module.
+    element_order: Taylor terms of the element-wise part of `fused`.
     aggregation: How a unit's members combine.
     fusion_scope: Who shares the fusion's uncertainties.
     restore: Least-squares reconstruction of the consumers, or cut only.

@@ -246,8 +246,10 @@ class PruneConfig(Settings):
     ] = None
     align: Annotated[AtLeast1, search_flag("Kept channels are a multiple of this.")] = 32
     strategy: Annotated[Strategy, search_flag("How much is removed from each module.")] = Strategy.ADAPTIVE
-    importance: Annotated[Importance, search_flag("Score of a unit.")] = Importance.FUSED
-    element_order: Annotated[ElementOrder, search_flag("Terms of the element-wise score.")] = ElementOrder.SECOND
+    importance: Annotated[Importance, search_flag("Score that orders the units of a module.")] = Importance.FUSED
+    element_order: Annotated[ElementOrder, search_flag("Taylor terms of the element-wise part of `fused`.")] = (
+        ElementOrder.SECOND
+    )
     aggregation: Annotated[Aggregation, search_flag("How a unit's members combine.")] = Aggregation.SUM
     fusion_scope: Annotated[FusionScope, search_flag("Who shares the fusion's uncertainties.")] = FusionScope.LAYER_ROLE
     restore: Annotated[
