@@ -21,15 +21,12 @@ def sample_from_model(
     batch: int,
     seed: int,
     starts: Sequence[Sequence[int]],
-    padding: int = 0,
-    temperature: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> IntArray:
     """Token ids (sequences, length) sampled from the model's own distribution, `batch` sequences at a time.
 
     starts: what the sequences begin with, one after the other and again from the first, all of one length. End-of-text
-    tokens are ordinary tokens, which end nothing. padding: an id that the model's generation needs to know but
-    never uses here.
+    tokens are ordinary tokens, which end nothing.
     The same seed, batch and device give the same ids; the global random state is left as it was.
     progress: called with (sequences done, sequences).
     Raises CalibrationError for a model that cannot generate.
@@ -51,12 +48,12 @@ def sample_from_model(
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=length - prompt.shape[1],
                 do_sample=True,
-                temperature=temperature,
+                temperature=1.0,
                 top_k=0,
                 top_p=1.0,
                 repetition_penalty=1.0,
                 eos_token_id=None,
-                pad_token_id=padding,
+                pad_token_id=0,  # has to be known, and is never used
                 use_cache=True,
                 # Growing caches are copied for every token; models that fix the sizes of everything can do without.
                 cache_implementation="static" if getattr(model, "_can_compile_fullgraph", False) else None,
