@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+import saap.cli.recover  # before the change to RecoverConfig below: its flags are those of the class  # noqa: F401
 from saap.cli import app as cli
 from saap.cli.show.output import PlainReporter
 from saap.core.errors import NonFiniteLossError

@@ -55,7 +55,7 @@ class Runner:
         warm_up = self.prune(self.folder / "never", "--dry-run")
         Path(f"{base}.json").write_text(json.dumps({"warm_up": warm_up, "tuning": TUNING, "jobs": jobs}))
         command = [sys.executable, str(Path(__file__).with_name("forked.py")), f"{base}.json", f"{base}.done"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False, env=environment)
         assert done.returncode == 0, done.stderr
         results = json.loads(Path(f"{base}.done").read_text())

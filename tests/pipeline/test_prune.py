@@ -184,7 +184,7 @@ def test_an_interrupted_run_is_taken_up(
     whole = run_prune(source, config, RunOptions(out=tmp_path / "whole"))[0]
     holder, name = {
         "search": (planning, "search"),
-        "restore": (making, "restore"),
+        "restore": (making, "reconstruct"),
         "observe_after": (finish_module, "observe"),
     }[stage]
 

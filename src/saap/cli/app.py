@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -28,8 +29,19 @@ COMMANDS = {
 """The module of each, imported when it is called, and its line in the list."""
 
 
+class Interrupted(Exception):  # noqa: N818 - no error
+    """The user has stopped a command."""
+
+
 class Commands(click.Group):
     """The list of commands, which imports only the one that is called."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Call the command. Raises Interrupted, where click would write an empty line first."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names in the order in which a reader meets them."""
@@ -72,7 +84,7 @@ def main() -> None:
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx is not None else "saap"
         leave(2, f"error: {error.format_message().rstrip('.')}. See `{command} --help`.")
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort, Interrupted):
         code = INTERRUPTED
     if code == INTERRUPTED:
         leave(INTERRUPTED, "interrupted: finished stages are kept; the same command resumes from there.")

@@ -29,6 +29,7 @@ def one_of_several(arguments: Sequence[str]) -> Iterator[None]:
         yield
         return
     first = os.environ.get("RANK", "0").strip() == "0"
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch warns of each process that ends before another
     with Path(os.devnull).open("w") as nowhere:
         out, err = (sys.stdout, sys.stderr) if first else (nowhere, nowhere)
         with redirect_stdout(out), redirect_stderr(err):
