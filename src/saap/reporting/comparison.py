@@ -254,7 +254,7 @@ def task_table(comparison: Comparison, ratio: float) -> Table:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Every method, ratio and restoration with all that was measured; means over the seeds, ± their deviation."""
+    """Every method, ratio and reconstruction with all that was measured; means over the seeds, ± their deviation."""
     dense = comparison.dense
     groups = list(merged_over_seeds(comparison.rows).values())
     columns = [

@@ -53,7 +53,7 @@ def compare(
     *,
     tokenizer: Any | None = None,
 ) -> Comparison:
-    """Prune with every method, ratio, seed and restoration, measure each, and write it all to `out`.
+    """Prune with every method, ratio, seed and reconstruction, measure each, and write it all to `out`.
 
     A row that is finished is not made again when the same comparison is started once more; finished rows of other
     methods, ratios and seeds that lie in `out` belong to the result too. Returns the content of `comparison.json`.

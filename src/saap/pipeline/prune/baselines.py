@@ -92,7 +92,7 @@ def baseline_scores(run: Run) -> ImportanceScores:
 def biases_for(run: Run, model: nn.Module, plan: StructurePlan) -> dict[str, torch.Tensor]:
     """The biases by which the method compensates for what `plan` removes from the dense `model`; most have none.
 
-    A restoration compensates for the same and more, so there are none with it.
+    A reconstruction compensates for the same and more, so there are none with it.
     """
     baseline = baseline_of(run.config.method)
     if baseline is None or not baseline.compensation or run.config.restore or plan.removes_nothing(run.graph):

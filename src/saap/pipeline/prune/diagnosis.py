@@ -16,7 +16,7 @@ LARGEST_DEVIATION = 0.1
 
 
 def findings_of(run: Run, made: Made, scores: ImportanceScores, measured: Measured) -> list[str]:
-    """Signs that scores, search, restoration, speed or memory were not as they should be."""
+    """Signs that scores, search, reconstruction, speed or memory were not as they should be."""
     return [*_importance(scores), *_search(made), *_quality(run, made, measured), *_cost(run, measured)]
 
 
@@ -50,13 +50,13 @@ def _search(made: Made) -> list[str]:
     if made.plan.trail and made.plan.trail[0].loss > 2.0:
         return [
             f"the best structure found is {made.plan.trail[0].loss:.1f} nats per token away from the dense model "
-            "before restoration: prune less, or allow more roles and layers."
+            "before reconstruction: prune less, or allow more roles and layers."
         ]
     return []
 
 
 def _quality(run: Run, made: Made, measured: Measured) -> list[str]:
-    """A perplexity that grew beyond what the removed share explains, or a restoration that failed."""
+    """A perplexity that grew beyond what the removed share explains, or a reconstruction that failed."""
     findings = []
     removed = 1 - made.plan.block_parameters / run.graph.block_parameters
     growth = measured.pruned.perplexity / measured.dense.perplexity
@@ -73,7 +73,7 @@ def _quality(run: Run, made: Made, measured: Measured) -> list[str]:
     useless, every = sum(error >= 1.0 for error in made.refit_errors.values()), len(made.refit_errors)
     if useless > every / 2:
         findings.append(
-            f"restoration helped in only {every - useless} of {every} modules: "
+            f"reconstruction helped in only {every - useless} of {every} modules: "
             "the refit text is too short or too uniform (--refit-tokens, --calibration)."
         )
     return findings

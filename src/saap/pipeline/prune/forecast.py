@@ -54,7 +54,7 @@ class StageForecast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """All stages in order. refit_tokens: of the restoration, each of which adds `bytes_per_refit_token` to its peak."""
+    """All stages in order. refit_tokens: of the reconstruction; each adds `bytes_per_refit_token` to its peak."""
 
     stages: tuple[StageForecast, ...]
     refit_tokens: int

@@ -107,7 +107,7 @@ def cut_and_restore(
     """Carry out the plan on `model`, a dense one, in place.
 
     token_scores: the importance that the choice of units weighs in, in place of the element-wise scores.
-    Returns the plan with the units that were kept in the end, and the held-out errors of the restoration.
+    Returns the plan with the units that were kept in the end, and the held-out errors of the reconstruction.
     """
     errors: Mapping[str, float] = {}
     biases = run.processes.broadcast_result(lambda: biases_for(run, model, plan))
@@ -122,9 +122,9 @@ def cut_and_restore(
         tokens = run.tokens.tensor("refit", run.device)
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(run.config.seed))
         with run.tokens.images(model):
-            restoration = reconstruct(backend, plan, tokens[order.to(tokens.device)], settings)
-        keep = {name: restoration.keep.get(name, kept) for name, kept in plan.keep.items()}
-        plan, errors = dataclasses.replace(plan, keep=keep), restoration.errors
+            reconstruction = reconstruct(backend, plan, tokens[order.to(tokens.device)], settings)
+        keep = {name: reconstruction.keep.get(name, kept) for name, kept in plan.keep.items()}
+        plan, errors = dataclasses.replace(plan, keep=keep), reconstruction.errors
     cut(model, run.graph, plan)
     compensate(run, model, biases)
     return plan, errors

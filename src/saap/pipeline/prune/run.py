@@ -117,7 +117,7 @@ def preview(
         "tokens": {
             "importance": tokens.scored.tokens.size,
             "search": tokens.held.tokens.size if needs_measuring(run.config) else 0,
-            "restoration": tokens.refit.tokens.size if run.config.restore else 0,
+            "reconstruction": tokens.refit.tokens.size if run.config.restore else 0,
             "evaluation": tokens.evaluation.size,
         },
         "settings": run.config.model_dump(mode="json"),
@@ -189,7 +189,7 @@ def _check_placement(loaded: LoadedModel, options: RunOptions, meter: Meter) -> 
             raise _needs_folder()
         meter.reporter.note("the weights stay in their files and are read block by block")
     if loaded.spills:
-        meter.reporter.note("the activations of the restoration are kept outside the memory of the weights")
+        meter.reporter.note("the activations of the reconstruction are kept outside the memory of the weights")
 
 
 def _needs_folder() -> ConfigurationError:

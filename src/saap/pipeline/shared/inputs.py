@@ -25,7 +25,7 @@ class LoadedModel:
 
     folder: where it came from, for the licence files. fresh, skeleton: where the weights stay in their files, a
     function that opens it again, and the model without weights, for discovery. spills: whether the activations of the
-    restoration would not fit beside the weights.
+    reconstruction would not fit beside the weights.
     """
 
     model: nn.Module

@@ -83,7 +83,7 @@ def limits(resolved: ResolvedModel, config: PruneConfig, dtype: torch.dtype, dev
 
 
 def _spilling(loaded: LoadedModel, config: PruneConfig, base: int, limit: int | None) -> LoadedModel:
-    """The model in memory, with whether the activations of the restoration have to be kept elsewhere.
+    """The model in memory, with whether the activations of the reconstruction have to be kept elsewhere.
 
     base: bytes that are taken without the model. limit: bytes for all of the run; None for what the device has.
     """
@@ -138,7 +138,7 @@ def _gigabytes(count: int) -> str:
 
 
 def restoration_spill(loaded: LoadedModel, config: PruneConfig, folder: Path) -> Spill | None:
-    """Where the restoration keeps its activations: with the weights (None), in the host's memory, or in a folder."""
+    """Where the reconstruction keeps its activations: with the weights (None), in the host's memory, or in a folder."""
     if not loaded.spills:
         return None if offloaded(loaded.model) is None else Spill(folder)
     device = next(loaded.model.parameters()).device

@@ -21,7 +21,7 @@ from saap.settings.prune import PruneConfig
 from saap.settings.registry import Method
 
 WINDOW_TOKENS = 2048
-"""Tokens of a batch of windows of a measured text, and of one of the sequences of a restoration."""
+"""Tokens of a batch of windows of a measured text, and of one of the sequences of a reconstruction."""
 WINDOW = 512
 """Tokens of one of them."""
 HEAD_WIDTH = 64
@@ -82,7 +82,7 @@ class Sizes:
         return 4 * tokens * (12 * self.width + 4 * self.widest + 2 * min(tokens, length) * self.heads)
 
     def captured_activations(self, config: PruneConfig) -> int:
-        """What the restoration captures of one block, over all of its text."""
+        """What the reconstruction captures of one block, over all of its text."""
         return config.restore * refit_tokens(config) * self.captured_by_token
 
     @property
@@ -103,12 +103,12 @@ class Sizes:
 
 
 def refit_tokens(config: PruneConfig) -> int:
-    """How many tokens the restoration is fitted on."""
+    """How many tokens the reconstruction is fitted on."""
     return config.effort_settings.refit_sequences * config.effort_settings.refit_length
 
 
 def stage_needs(sizes: Sizes, config: PruneConfig) -> Mapping[Stage, int]:
-    """Bytes that each stage takes beside the weights, the captured activations of the restoration left out."""
+    """Bytes that each stage takes beside the weights, the captured activations of the reconstruction left out."""
     windows = sizes.block_activations(WINDOW_TOKENS)
     measuring = windows + sizes.logits + sizes.pages
     inputs_of_blocks = sizes.blocks * max(COST_TOKENS_AT_ONCE, config.sample_length) * sizes.width * 4
@@ -140,8 +140,8 @@ def _costs(sizes: Sizes, config: PruneConfig) -> int:
 class Needs(NamedTuple):
     """Bytes that a run takes beyond the empty process.
 
-    resident: with all in memory. spilled: with the activations of the restoration kept elsewhere, but for those of one
-    micro-batch. offloaded: with at most one block in memory as well.
+    resident: with all in memory. spilled: with the activations of the reconstruction kept elsewhere, but for those of
+    one micro-batch. offloaded: with at most one block in memory as well.
     """
 
     resident: int

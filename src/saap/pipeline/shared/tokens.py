@@ -43,7 +43,7 @@ COST_TOKENS_AT_ONCE = 512
 class TokenSets:
     """Token ids for each use.
 
-    scored: importance. held: evaluating structures. refit: restoration. costs: (sequences, length) for token-level
+    scored: importance. held: evaluating structures. refit: reconstruction. costs: (sequences, length) for token-level
     sensitivities. evaluation: (tokens,) of a text that nothing was calibrated on, named `evaluation_name`. leading: ids
     that each window of a text begins with.
     """
@@ -72,7 +72,7 @@ class TokenSets:
         return torch.from_numpy(max(rows, key=lambda row: row.shape[1])).to(next(model.parameters()).device)
 
     def with_written(self, written: IntArray, seed: int) -> TokenSets:
-        """Half of what is scored and held, and a part of the restoration's, replaced by text of the model's own.
+        """Half of what is scored and held, and a part of the reconstruction's, replaced by text of the model's own.
 
         written: (sequences, length); the last HELD_WRITTEN of a random order only evaluate structures.
         """
@@ -119,7 +119,7 @@ def finds_costs(config: PruneConfig, model: nn.Module, graph: ModelGraph) -> boo
 
 
 def weighs_tokens(config: PruneConfig) -> bool:
-    """Whether the choice of units weighs in their token-level sensitivity, on text of the restoration.
+    """Whether the choice of units weighs in their token-level sensitivity, on text of the reconstruction.
 
     Only for the default calibration, whose search goes without second-order costs, which are token-level too.
     """
@@ -130,7 +130,7 @@ def weighs_tokens(config: PruneConfig) -> bool:
 def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:
     """How many sequences of the refit text the model writes itself: only for the default calibration.
 
-    None for a baseline without restoration, which refits nothing.
+    None for a baseline without reconstruction, which refits nothing.
     """
     if config.method is not Method.SAAP and not config.restore:
         return 0
@@ -176,7 +176,7 @@ def draw_tokens(loaded: LoadedModel, config: PruneConfig, calibration: Calibrati
 
 
 def _text_of_costs(scored: IntArray, refit: IntArray) -> IntArray:
-    """A part of the restoration's text, or the scored samples where there are more of them.
+    """A part of the reconstruction's text, or the scored samples where there are more of them.
 
     It is longer than these in tokens, without which a Gram matrix makes units look cheap, and in context, without
     which heads do.
