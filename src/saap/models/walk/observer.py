@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from functools import partial
@@ -177,7 +177,8 @@ def observing_gradients(model: nn.Module, needs: Needs, batch: Batch, show: Show
         if Signal.OUTPUT in needs[path]:
             pending[path].y = output.detach()
         watched = [output, entries.pop(path)] if path in entries else [output]
-        register_multi_grad_hook(watched, partial(complete, pending[path], output._version))
+        hook = register_multi_grad_hook(watched, partial(complete, pending[path], output._version))
+        hooks.callback(hook.remove)  # else it and the graph of the block keep each other alive
 
     def complete(seen: Observation, version: int, gradients: Sequence[Tensor | None]) -> None:
         found = [gradient for gradient in gradients if gradient is not None]
@@ -192,6 +193,7 @@ def observing_gradients(model: nn.Module, needs: Needs, batch: Batch, show: Show
 
     modules = {path: model.get_submodule(path) for path in needs}
     with (
+        ExitStack() as hooks,
         hooked({module: partial(before, path) for path, module in modules.items()}, before=True),
         hooked({module: partial(after, path) for path, module in modules.items()}),
     ):
