@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel
 from torch import nn
@@ -41,7 +41,7 @@ from saap.settings.measure import EvalRequest
 from saap.settings.prune import PruneConfig, unit_roles
 from saap.settings.recover import RecoverConfig
 from saap.settings.run import OPENS, RunOptions
-from saap.settings.setting import Only, Setting, Settings, settings_of
+from saap.settings.setting import Only, Setting, models_of, settings_of
 from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.plan import SearchSpace
 from saap.structure_search.plan import search as _search
@@ -72,32 +72,20 @@ class Place:
 
 def places_of(function: Callable[..., Any]) -> list[Place]:
     """The settings that a public function takes by name, in order."""
-    return [place for name, (kind, only) in _models(function).items() for place in _places(name, kind, only, ())]
-
-
-def _models(function: Callable[..., Any]) -> dict[str, tuple[type[Settings], Only]]:
-    """The parameters that are models, and which of their fields are taken."""
-    found = {}
-    for name, declared in inspect.signature(function, eval_str=True).parameters.items():
-        hint = declared.annotation
-        kind, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        if isinstance(kind, type) and issubclass(kind, Settings):
-            found[name] = kind, next((note for note in notes if isinstance(note, Only)), Only(()))
-    return found
+    return [place for name, (kind, only) in models_of(function).items() for place in _places(name, kind, only, ())]
 
 
 def _places(parameter: str, kind: type[BaseModel], only: Only, outer: tuple[str, ...]) -> Iterator[Place]:
     for setting in settings_of(kind, only.fields):
         default = only.defaults.get(setting.field, setting.info.get_default(call_default_factory=True))
         yield Place(parameter, (*outer, setting.field), setting, default)
-        inner = next((note for note in setting.info.metadata if isinstance(note, Only)), None)
-        if inner is not None and setting.inner is not None:
-            yield from _places(parameter, setting.inner, inner, (*outer, setting.field))
+        if setting.only is not None and setting.inner is not None:
+            yield from _places(parameter, setting.inner, setting.only, (*outer, setting.field))
 
 
 def _with_settings(function: Callable[..., Result]) -> Callable[..., Result]:
     """A function that takes the fields of its models by name. Unknown names are a TypeError that lists them."""
-    models = _models(function)
+    models = models_of(function)
     own = [one for name, one in inspect.signature(function).parameters.items() if name not in models]
     own_names = {one.name for one in own}
     places = {name: place for place in places_of(function) for name in place.setting.names if name not in own_names}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import click
 from click.core import ParameterSource
@@ -16,9 +16,8 @@ from pydantic import BaseModel
 
 from saap.core.errors import ConfigurationError
 from saap.settings.run import OUTPUT
-from saap.settings.setting import Only, Setting, Settings, settings_of
+from saap.settings.setting import Only, Setting, Settings, models_of, settings_of
 
-Note = TypeVar("Note")
 WIDTH = 110
 LONGEST_CHOICE = 48
 """Letters of all choices in one metavar; where there are more, the help lists them."""
@@ -93,20 +92,19 @@ class PositionalArgument(click.Argument):
 
 def command(function: Callable[..., None], name: str) -> click.Command:
     """A command from a function: each parameter that is of settings becomes flags, each other one is positional."""
-    hints = get_type_hints(function, include_extras=True)
     parameters: list[click.Parameter] = []
-    models: dict[str, tuple[type[Settings], Only | None]] = {}
     options: dict[str, Option] = {}
-    for parameter, declared in inspect.signature(function).parameters.items():
-        kind, notes = _annotated(hints[parameter])
-        if isinstance(kind, type) and issubclass(kind, Settings):
-            models[parameter] = kind, _noted(notes, Only)
-            _add_flags(options, kind, (parameter,), models[parameter][1])
+    models = models_of(function)
+    for parameter, declared in inspect.signature(function, eval_str=True).parameters.items():
+        if parameter in models:
+            kind, only = models[parameter]
+            _add_flags(options, kind, (parameter,), only)
         else:
-            note = _noted(notes, Argument)
+            notes = getattr(declared.annotation, "__metadata__", ())
+            text = next((note.help for note in notes if isinstance(note, Argument)), "")
             required = declared.default is inspect.Parameter.empty
-            text = "" if note is None else note.help
             parameters.append(PositionalArgument(parameter, text, required=required))
+    positional = {str(parameter.name) for parameter in parameters}
     parameters += options.values()
 
     @click.pass_context
@@ -123,7 +121,7 @@ def command(function: Callable[..., None], name: str) -> click.Command:
                     raise ConfigurationError(f"{other} and {option.flag} are the same flag", "Give one of the two")
                 _put(values, option, given[key])
         made = {parameter: kind(**values[parameter]) for parameter, (kind, _) in models.items()}
-        arguments = {key: value for key, value in given.items() if key in hints and key not in models}
+        arguments = {key: value for key, value in given.items() if key in positional}
         function(**arguments, **made)
 
     return Command(
@@ -133,15 +131,14 @@ def command(function: Callable[..., None], name: str) -> click.Command:
 
 
 def _add_flags(
-    options: dict[str, Option], kind: type[BaseModel], place: tuple[str, ...], only: Only | None,
+    options: dict[str, Option], kind: type[BaseModel], place: tuple[str, ...], only: Only,
     needs: str | None = None,
 ) -> None:  # fmt: skip
     """Add the flags of a model, and of the models inside it. needs: the flag without which they are of no use."""
-    for setting in settings_of(kind, only.fields if only is not None else ()):
+    for setting in settings_of(kind, only.fields):
         here = (*place, setting.field)
         if not _is_model(setting) or setting.shown.help:
-            default = None if only is None else only.defaults.get(setting.field)
-            made = [Option(setting, default=default)]
+            made = [Option(setting, default=only.defaults.get(setting.field))]
             made += [Option(setting, old=name) for name in setting.shown.aliases]
             made += [Option(setting, old=name, warn=True) for name in setting.old]
             for option in made:
@@ -149,7 +146,7 @@ def _add_flags(
                 options.setdefault(option.flag, option).places.append(here)
         if _is_model(setting) and setting.inner is not None:
             switch = setting.flag if setting.shown.help else needs
-            _add_flags(options, setting.inner, here, _noted(setting.info.metadata, Only), switch)
+            _add_flags(options, setting.inner, here, setting.only or Only(), switch)
 
 
 def _is_model(setting: Setting) -> bool:
@@ -157,15 +154,14 @@ def _is_model(setting: Setting) -> bool:
     return setting.inner is not None and not setting.several and setting.shown.metavar is None
 
 
-def _values(models: Mapping[str, tuple[type[Settings], Only | None]]) -> dict[str, Any]:
+def _values(models: Mapping[str, tuple[type[Settings], Only]]) -> dict[str, Any]:
     """The defaults that the command has of its own; all others are those of the models."""
 
-    def of(kind: type[BaseModel], only: Only | None) -> dict[str, Any]:
-        found = dict(only.defaults) if only is not None else {}
+    def of(kind: type[BaseModel], only: Only) -> dict[str, Any]:
+        found = dict(only.defaults)
         for setting in settings_of(kind):
-            inner, part = setting.inner, _noted(setting.info.metadata, Only)
-            if inner is not None and part is not None and setting.info.is_required():
-                found[setting.field] = of(inner, part)
+            if setting.inner is not None and setting.only is not None and setting.info.is_required():
+                found[setting.field] = of(setting.inner, setting.only)
         return found
 
     return {parameter: of(kind, only) for parameter, (kind, only) in models.items()}
@@ -186,17 +182,6 @@ def _put(values: dict[str, Any], option: Option, value: Any) -> None:
             inner.setdefault(last, {})
         else:
             inner[last] = value
-
-
-def _annotated(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    if get_origin(hint) is not Annotated:
-        return hint, ()
-    kind, *notes = get_args(hint)
-    return kind, tuple(notes)
-
-
-def _noted(notes: Any, kind: type[Note]) -> Note | None:
-    return next((note for note in notes if isinstance(note, kind)), None)
 
 
 def _choices(setting: Setting) -> tuple[str, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -50,9 +51,9 @@ class Flag:
 
 @dataclass(frozen=True, slots=True)
 class Only:
-    """Which fields of a model a command or function takes, where it does not take all; defaults: of its own."""
+    """Which fields of a model a command or function takes, () for all; defaults: of its own."""
 
-    fields: tuple[str, ...]
+    fields: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -97,6 +98,11 @@ class Setting:
         return self.kind if isinstance(self.kind, type) and issubclass(self.kind, BaseModel) else None
 
     @property
+    def only(self) -> Only | None:
+        """Which fields of the model inside are taken together with this one; None for none."""
+        return next((note for note in self.info.metadata if isinstance(note, Only)), None)
+
+    @property
     def several(self) -> bool:
         """Whether the value is a tuple of values."""
         return any(get_origin(part) is tuple for part in _alternatives(self.info.annotation))
@@ -137,6 +143,18 @@ def settings_of(model: type[BaseModel], only: tuple[str, ...] = ()) -> tuple[Set
         for name, info in model.model_fields.items()
         if not only or name in only
     )
+
+
+def models_of(function: Callable[..., Any]) -> dict[str, tuple[type[Settings], Only]]:
+    """The parameters of a function that are settings, and which of their fields it takes."""
+    found = {}
+    for name, declared in inspect.signature(function, eval_str=True).parameters.items():
+        kind, *notes = (
+            get_args(declared.annotation) if get_origin(declared.annotation) is Annotated else (declared.annotation,)
+        )
+        if isinstance(kind, type) and issubclass(kind, Settings):
+            found[name] = kind, next((note for note in notes if isinstance(note, Only)), Only())
+    return found
 
 
 def _alternatives(annotation: Any) -> list[Any]:
