@@ -9,10 +9,10 @@ from saap.estimation.importance import (
     first_order,
     mixed_orders,
     second_order,
-    units_of,
     vector_importance,
     weight_product,
 )
+from saap.models.structure.keep_index import units_of
 from saap.settings.prune import Aggregation
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saap.baselines.baseline import Baseline, block_groups, of_units
+from saap.baselines.baseline import Baseline, block_groups
 from saap.core.records import CoupledGroup, FloatArray, ModelGraph, Role
 from saap.models.loading.precision import widened
+from saap.models.structure.keep_index import unit_channels, units_of
 from saap.models.structure.linear import weight_out_in
 from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Observation, Observer, Signal
@@ -85,7 +86,8 @@ def _consumer_scores(
         for member in group.consumers:
             path = member.tensor.rpartition(".")[0]
             weight = weight_out_in(backend.model.get_submodule(path)).detach()
-            found.append(of_units(channels(group, path, weight), member, group.units).cpu())
+            index = unit_channels(member, group.units, weight.device)
+            found.append(units_of(channels(group, path, weight), index).cpu())
         if found:
             scores[group.name] = torch.stack(found).sum(0).numpy()
     return scores

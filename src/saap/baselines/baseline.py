@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saap.core.records import AxisSlice, CoupledGroup, FloatArray, ModelGraph
-from saap.models.structure.keep_index import unit_channels
+from saap.core.records import AxisSlice, CoupledGroup, FloatArray, ModelGraph, Role
+from saap.models.structure.keep_index import unit_channels, units_of
 from saap.models.walk.backend import Backend
 from saap.settings.prune import PrunableRole, SkipLayers
 from saap.settings.registry import Strategy
@@ -27,8 +27,9 @@ class Baseline:
 
     scores: of the dense model, what `measure` found in a pass over the text, and a seed. strategy: how the budget is
     shared. skip_layers: None protects the ends as LLM-Pruner does (4 first and 2 last of 30). roles: None leaves them
-    to the caller. compensation: biases in place of a reconstruction. any_units: whether query heads, whole experts and
-    stacked matrices are scored too. bytes_per_weight: what the pass keeps for each weight of the blocks.
+    to the caller. compensation: biases in place of a reconstruction. scored: roles whose units it can score; one that
+    scores whole experts scores matrices in stacks as well. bytes_per_weight: what the pass keeps for each weight of the
+    blocks.
     """
 
     scores: Callable[[Backend, Any, int], Scores]
@@ -37,7 +38,7 @@ class Baseline:
     skip_layers: SkipLayers | None = None
     roles: tuple[PrunableRole, ...] | None = None
     compensation: Compensation | None = None
-    any_units: bool = False
+    scored: frozenset[Role] = frozenset({Role.FFN, Role.ATTENTION})
     bytes_per_weight: int = 0
 
 
@@ -76,11 +77,6 @@ def block_groups(graph: ModelGraph) -> list[CoupledGroup]:
     return [group for group in graph.groups if group.layer >= 0 and not group.bundle and scored_members(graph, group)]
 
 
-def of_units(channels: Tensor, member: AxisSlice, units: int) -> Tensor:
-    """Sum over each unit's channels. channels: (size of the member's axis,). Returns (units,)."""
-    return channels[unit_channels(member, units, channels.device)].sum(1)
-
-
 @torch.no_grad()
 def sum_members(
     model: nn.Module, graph: ModelGraph, channels: Callable[[AxisSlice, Tensor], Tensor]
@@ -94,7 +90,7 @@ def sum_members(
         total = torch.zeros(group.units, dtype=torch.float64)
         for member in scored_members(graph, group):
             values = channels(member, model.get_parameter(member.tensor))
-            total += of_units(values.cpu().double(), member, group.units)
+            total += units_of(values.cpu().double(), unit_channels(member, group.units))
         scores[group.name] = total.numpy()
     return scores
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from saap.baselines.baseline import Baseline, along_axis, sum_members
-from saap.core.records import FloatArray
+from saap.core.records import FloatArray, Role
 from saap.models.loading.precision import widened
 from saap.models.walk.backend import Backend
 
@@ -24,5 +24,5 @@ def magnitude_scores(backend: Backend, measured: None, seed: int) -> dict[str, F
     )
 
 
-RANDOM = Baseline(scores=random_scores, any_units=True)
+RANDOM = Baseline(scores=random_scores, scored=frozenset(Role) - {Role.HIDDEN})
 MAGNITUDE = Baseline(scores=magnitude_scores)

@@ -75,11 +75,6 @@ ELEMENT_SCORES: Mapping[ElementOrder, ElementScore] = {
 }  # fmt: skip
 
 
-def units_of(channels: Tensor, index: Tensor) -> Tensor:
-    """Sum over the channels of each unit. channels: (..., channels), index: (units, width). Returns (..., units)."""
-    return channels[..., index].sum(-1)
-
-
 def vector_importance(changes: Tensor, aggregation: Aggregation, last: int) -> Tensor:
     """Vector-wise importance: |sum of P over all weights of the unit|, over all members for the aggregation `sum`.
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from saap.core.records import FloatArray
-from saap.estimation.importance import units_of
-from saap.models.structure.keep_index import sole_consumers, unit_channels
+from saap.models.structure.keep_index import sole_consumers, unit_channels, units_of
 from saap.models.structure.linear import weight_out_in
 from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Observation, Observer, Signal

@@ -14,13 +14,12 @@ from saap.estimation.importance import (
     ElementScore,
     aggregate,
     channel_change,
-    units_of,
     vector_importance,
     weight_product,
 )
 from saap.estimation.statistics import ScoreObserver
 from saap.models.loading.precision import at_least_float32
-from saap.models.structure.keep_index import unit_channels
+from saap.models.structure.keep_index import unit_channels, units_of
 from saap.models.structure.linear import contracted_axis, owner
 from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Batch, Observation, Signal

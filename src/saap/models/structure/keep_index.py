@@ -189,3 +189,8 @@ def sole_consumers(graph: ModelGraph) -> dict[str, CoupledGroup]:
 def unit_channels(member: AxisSlice, units: int, device: torch.device | None = None) -> Tensor:
     """Indices of each unit along the member's axis: (units, width)."""
     return torch.as_tensor(member.indices(range(units)).reshape(units, member.width), device=device)
+
+
+def units_of(channels: Tensor, index: Tensor) -> Tensor:
+    """Sum over the channels of each unit. channels: (..., channels), index: (units, width). Returns (..., units)."""
+    return channels[..., index].sum(-1)

@@ -48,23 +48,24 @@ def check_method(config: PruneConfig, graph: ModelGraph) -> None:
     if baseline is None:
         return
     roles = unit_roles(config.roles)
-    unscored_roles = (Role.HIDDEN,) if baseline.any_units else (Role.HIDDEN, Role.QUERY, Role.EXPERT)
-    unscored = next((role for role in roles if role in unscored_roles), None)
+    unscored = next((role for role in roles if role not in baseline.scored), None)
     if unscored is not None:
         raise ConfigurationError(
             f"--method {config.method} does not score units of the role {unscored}",
-            "Use --method saap, or leave this role out of --roles"
-            if unscored is Role.HIDDEN
-            else "Use --method saap or random, or leave this role out of --roles",
+            f"Use --method {_methods_for(unscored)}, or leave this role out of --roles",
         )
-    if baseline.any_units:
-        return
     bundle = next((group.bundle for group in graph.groups if group.bundle and group.role in roles), None)
-    if bundle is not None:
+    if bundle is not None and Role.EXPERT not in baseline.scored:
         raise ConfigurationError(
             f"--method {config.method} scores matrices one by one, and {bundle} of this model stacks its experts",
-            "Use --method saap or random, or leave ffn out of --roles",
+            f"Use --method {_methods_for(Role.EXPERT)}, or leave ffn out of --roles",
         )
+
+
+def _methods_for(role: Role) -> str:
+    """The methods that score units of a role, in words."""
+    found = ((method, baseline_of(method)) for method in Method)
+    return " or ".join(method for method, baseline in found if baseline is None or role in baseline.scored)
 
 
 def measurements(run: Run) -> Measurements:
