@@ -77,6 +77,17 @@ class PerplexityChange(_Frozen):
     after: Perplexity
 
 
+class KindChange(PerplexityChange):
+    """The same of one kind of text. bits_per_byte: that a byte of it costs the dense model."""
+
+    bits_per_byte: Amount
+
+    @property
+    def ratio(self) -> float:
+        """Perplexity after over before."""
+        return self.after / self.before
+
+
 class Answers(_Frozen):
     """Greedy answers to `prompt`; '' where there is none."""
 
@@ -148,7 +159,7 @@ class RunManifest(_Frozen):
     command: the arguments as typed. settings: all settings with their defaults. versions: of the packages and Python.
     digests: of graph, calibration, scores and plan, and, in adaptive folders, of the code that opens them. bytes: of
     the weights in `dtype`, dense and pruned alike. answers: greedy ones to a short prompt. speed: where a
-    speed-up was requested. recovery: of a model that was tuned afterwards.
+    speed-up was requested. kinds: the perplexity on each kind of text. recovery: of a model that was tuned afterwards.
     """
 
     format_version: Literal[1] = 1
@@ -166,6 +177,7 @@ class RunManifest(_Frozen):
     block_parameters: Change
     bytes: Change
     perplexity: PerplexityChange | None = None
+    kinds: tuple[KindChange, ...] = ()
     answers: Answers | None = None
     speed: SpeedRecord | None = None
     recovery: RecoveryRecord | None = None

@@ -64,11 +64,12 @@ def draw_sets(
     seed: int,
     vocabulary: int | None = None,
     bos: bool = True,
+    kind_weights: Mapping[str, int] = KINDS,
 ) -> dict[str, CalibrationSet]:
     """Sets of windows from one calibration, by the requests' names.
 
     calibration: names and files as `read_documents` takes them; texts (strings with white space that are no file);
-    or token ids (rows, length). Each source gives an equal part of each set, the kinds of `mixed` by their weights.
+    or token ids (rows, length). Each source gives an equal part of each set, the kinds of `mixed` by `kind_weights`.
     Windows of texts lie at random places, chosen by `seed`, and do not overlap; if a text is too short for all sets,
     those that are not held out share its tokens. Each begins with the `leading_ids`, unless `bos` is False. Rows of
     token ids go to the sets whole, as they are, and are cut to the requested length; where they are too few, held-out
@@ -85,7 +86,7 @@ def draw_sets(
     else:
         sources = _sources(calibration, tokenizer)
         names = tuple(sources)
-        windows = _from_texts(sources, requests, leading_ids(tokenizer, bos=bos), generator)
+        windows = _from_texts(sources, requests, leading_ids(tokenizer, bos=bos), generator, kind_weights)
     check_vocabulary(windows, vocabulary, tokenizer)
     return {name: CalibrationSet(sources=names, seed=seed, tokens=tokens) for name, tokens in windows.items()}
 
@@ -109,6 +110,12 @@ def calibration_set(
     return CalibrationSet(sources=(GIVEN_IDS,), seed=seed, tokens=ids)
 
 
+def includes_mixed(calibration: Calibration) -> bool:
+    """Whether `mixed` is the calibration or one of its sources."""
+    given = [calibration] if isinstance(calibration, str) else calibration
+    return isinstance(given, Sequence) and any(isinstance(item, str) and item == MIXED for item in given)
+
+
 def _sources(calibration: Any, tokenizer: Any | None) -> dict[str, dict[str, IntArray]]:
     """Per source, its token streams by kind."""
     given = [calibration] if isinstance(calibration, (str, Path)) else list(calibration)
@@ -130,12 +137,13 @@ def _from_texts(
     requests: Sequence[SampleRequest],
     leading: Sequence[int],
     generator: np.random.Generator,
+    kind_weights: Mapping[str, int],
 ) -> dict[str, IntArray]:
     bodies = [replace(request, length=request.length - len(leading)) for request in requests]
     windows: dict[str, list[IntArray]] = {request.name: [] for request in requests}
     by_source = [parts_by_weight(request.sequences, [1] * len(sources)) for request in requests]
     for index, streams in enumerate(sources.values()):
-        weights = [KINDS.get(kind, 1) for kind in streams] if len(streams) > 1 else [1]
+        weights = [kind_weights.get(kind, 1) for kind in streams] if len(streams) > 1 else [1]
         by_kind = [parts_by_weight(parts[index], weights) for parts in by_source]
         for position, (text, stream) in enumerate(streams.items()):
             parts = [body.part(counts[position]) for body, counts in zip(bodies, by_kind, strict=True)]

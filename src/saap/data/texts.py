@@ -21,8 +21,14 @@ from saap.core.errors import CalibrationError, SaapError, first_line
 
 MIXED = "mixed"
 CONVERSATIONS = "conversations"
-# Bundled kinds with their weights in `mixed`: the last two test more of what a model knows.
-KINDS: Mapping[str, int] = MappingProxyType({"novels": 1, "speeches": 1, "encyclopaedia": 3, CONVERSATIONS: 4})
+GENERAL: Mapping[str, int] = MappingProxyType({"novels": 2, "speeches": 2, "encyclopaedia": 6, CONVERSATIONS: 8})
+"""Bundled kinds of general English, with their weights in `mixed`: the last two test more of what a model knows."""
+KINDS: Mapping[str, int] = MappingProxyType(
+    {**GENERAL, "code": 6, "mathematics": 4, "french": 3, "german": 3, "spanish": 3, "chinese": 3}
+)
+"""All bundled kinds, with their weights in `mixed` for a model that knows each of them well."""
+KNOWN_WELL, UNKNOWN = 1.2, 2.0
+"""Bits per byte of a kind of text up to which it has its whole weight, and from which on it has none."""
 FILE_ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 # Of each kind, in the mixed evaluation text: about 8,000 tokens in all, so a prefix of it is not one kind alone.
 MIXED_EVALUATION_CHARACTERS = 9_000
@@ -141,8 +147,19 @@ def _bundled(name: str) -> str:
 
 
 def evaluation_text() -> str:
-    """A bundled text that is never calibrated on: the first part of each of KINDS."""
-    return "\n\n".join(bundled_text(kind, Purpose.EVALUATION)[:MIXED_EVALUATION_CHARACTERS] for kind in KINDS)
+    """A bundled text that is never calibrated on: the first part of each of GENERAL."""
+    return "\n\n".join(bundled_text(kind, Purpose.EVALUATION)[:MIXED_EVALUATION_CHARACTERS] for kind in GENERAL)
+
+
+def kind_weights(bits_per_byte: Mapping[str, float]) -> dict[str, int]:
+    """The weights of KINDS in `mixed` for a model, by how well it predicts each kind.
+
+    Text that a model does not know teaches the reconstruction nothing worth keeping, and takes the place of other text.
+    bits_per_byte: of the model on each kind, comparable over tokenizers. A model that knows none has the plain weights.
+    """
+    known = {kind: min(1.0, max(0.0, (UNKNOWN - bits_per_byte[kind]) / (UNKNOWN - KNOWN_WELL))) for kind in KINDS}
+    weights = {kind: round(10 * weight * known[kind]) for kind, weight in KINDS.items()}
+    return weights if any(weights.values()) else dict(KINDS)
 
 
 def _unknown(name: str) -> CalibrationError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -69,12 +69,32 @@ def perplexity(
     Raises CalibrationError if there are fewer than 2 tokens, or window is less than 2, or stride is not
     from 1 to the tokens of the text in a window.
     """
-    ids = torch.as_tensor(np.asarray(token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids)).reshape(-1)
-    ids = ids[:max_tokens].long()
+    found = perplexities(
+        model, {"": token_ids}, window=window, stride=stride, batch=batch, max_tokens=max_tokens, leading=leading,
+        read=read,
+    )  # fmt: skip
+    return found[""]
+
+
+@torch.no_grad()
+def perplexities(
+    model: nn.Module,
+    texts: Mapping[str, IntArray | Tensor],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    batch: int = 4,
+    max_tokens: int | None = None,
+    leading: Sequence[int] = (),
+    read: Reader | None = None,
+) -> dict[str, Perplexity]:
+    """Perplexity of several texts, ids (n,) by name; see `perplexity`. `read` gets the windows of all of them."""
     window = default_window(model) if window is None else window
-    if len(ids) < 2 or window < 2:
+    ids = {name: _stream(text)[:max_tokens] for name, text in texts.items()}
+    shortest = min(map(len, ids.values()))
+    if shortest < 2 or window < 2:
         raise CalibrationError(
-            f"perplexity needs windows and a text of at least 2 tokens, not {window} and {len(ids)}",
+            f"perplexity needs windows and a text of at least 2 tokens, not {window} and {shortest}",
             "Give a longer text or window",
         )
     size = window - len(leading)
@@ -85,23 +105,43 @@ def perplexity(
     if isinstance(vocabulary, int):
         batch = max(1, min(batch, LOGITS_BYTES // (4 * window * vocabulary)))
     device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64)
-    predicted = 0
+    total = {name: torch.zeros((), dtype=torch.float64) for name in ids}
+    predicted = dict.fromkeys(ids, 0)
     with inference_only(model):
-        batches = list(_batches(ids, size, stride, batch, leading))
-        inputs = [windows.to(device) for windows, _ in batches]
-        found = (model_logits(model, one) for one in inputs) if read is None else read(inputs)
-        for (windows, context), all_logits in zip(batches, found, strict=True):
+        batches = [(name, *one) for name, text in ids.items() for one in _batches(text, size, stride, batch, leading)]
+        inputs = [windows.to(device) for _, windows, _ in batches]
+        outputs = (model_logits(model, one) for one in inputs) if read is None else read(inputs)
+        for (name, windows, context), all_logits in zip(batches, outputs, strict=True):
             logits = all_logits[:, context - 1 : -1]
             targets = windows[:, context:].to(logits.device)
-            total += token_nll(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
-            predicted += targets.numel()
-    nll = float(total) / predicted
-    value = math.exp(nll) if nll < math.log(np.finfo(np.float64).max) else math.inf
-    return Perplexity(
-        value=value if not math.isnan(nll) else math.nan, nll=nll, tokens=predicted, window=window, stride=stride,
-        text_digest=digest_of(ids.numpy()), leading=len(leading),
-    )  # fmt: skip
+            total[name] += token_nll(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+            predicted[name] += targets.numel()
+    return {
+        name: Perplexity(
+            value=_exponential(float(total[name]) / predicted[name]), nll=float(total[name]) / predicted[name],
+            tokens=predicted[name], window=window, stride=stride, text_digest=digest_of(text.numpy()),
+            leading=len(leading),
+        )
+        for name, text in ids.items()
+    }  # fmt: skip
+
+
+def joint_perplexity(found: Iterable[Perplexity]) -> float:
+    """The perplexity of several texts together, each predicted token counted once."""
+    parts = list(found)
+    return _exponential(sum(one.nll * one.tokens for one in parts) / sum(one.tokens for one in parts))
+
+
+def _stream(text: IntArray | Tensor) -> Tensor:
+    ids = torch.as_tensor(np.asarray(text.cpu() if isinstance(text, Tensor) else text))
+    return ids.reshape(-1).long()
+
+
+def _exponential(nll: float) -> float:
+    """exp(nll): infinite where no float is as large, not a number where the loss is none."""
+    if math.isnan(nll):
+        return math.nan
+    return math.exp(nll) if nll < math.log(np.finfo(np.float64).max) else math.inf
 
 
 def _batches(ids: Tensor, size: int, stride: int, batch: int, leading: Sequence[int]) -> Iterator[tuple[Tensor, int]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from saap.core.errors import printable
 from saap.core.evaluation_records import ModelSpeed, TaskResult
-from saap.core.manifest import StageRecord
+from saap.core.manifest import KindChange, StageRecord
 from saap.core.records import FloatArray
 from saap.reporting.figures import COLOURS, INK, Figure, label_bars, name_rows, plain_ticks
 from saap.reporting.importance import ModuleScores, PlanGroup
@@ -35,6 +35,21 @@ def structure(groups: Sequence[PlanGroup]) -> Figure:
     least = min(groups, key=lambda group: group.kept / max(1, group.of))
     said = {"role": role, "layers": len(groups), "share": sum(kept) / max(1, sum(of)), "least": least}
     return Figure.of(f"structure-{role}", "structure", draw, height=2.8, said=said)
+
+
+def kinds(changes: Sequence[KindChange]) -> Figure:
+    """Perplexity of the pruned over that of the dense model on each kind of text."""
+
+    def draw(axis: Any) -> None:
+        bars = axis.barh(range(len(changes)), [one.ratio for one in changes], color=COLOURS[0])
+        label_bars(axis, bars, [f"{one.ratio:.2f}" for one in changes])
+        name_rows(axis, [one.text for one in changes])
+        axis.axvline(1, color=INK, linewidth=0.8)
+        axis.margins(x=0.12)
+        axis.set(xlabel="perplexity / that of the dense model")
+
+    ordered = sorted(changes, key=lambda one: one.ratio)
+    return Figure.of("kinds", "kinds", draw, rows=len(changes), said={"best": ordered[0], "worst": ordered[-1]})
 
 
 def importance_figures(role: str, modules: Sequence[ModuleScores]) -> list[Figure]:

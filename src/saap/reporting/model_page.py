@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from saap.core.evaluation_records import Comparison, EvalReport
-from saap.core.manifest import RunManifest, StageRecord
+from saap.core.manifest import KindChange, RunManifest, StageRecord
 from saap.core.storage import read_plan_document
 from saap.reporting import model_figures as drawn
 from saap.reporting.comparison_page import ratio_section
@@ -39,6 +39,7 @@ def model_page(
     measured = [(entry.name, entry.loss) for entry in plan.trail if entry.loss is not None]
     sections = [
         _structure_section([group for group in groups.values() if group.layer >= 0], plan.dropped_blocks),
+        *([_kinds_section(manifest.kinds)] if manifest.kinds else []),
         *([_importance_section(modules)] if modules else []),
         *([_search_section(measured)] if measured else []),
         *([] if comparison is None else [ratio_section(comparison)]),
@@ -62,6 +63,16 @@ def _tiles(manifest: RunManifest) -> list[tuple[str, str]]:
         *ratio,
         (f"{seconds:,.0f} s" if seconds < 300 else f"{seconds / 60:,.0f} min", "to make it"),
     ]
+
+
+def _kinds_section(kinds: Sequence[KindChange]) -> Section:
+    """What was kept and lost, kind of text by kind."""
+    rows = [[one.text, *(f"{value:.2f}" for value in (one.before, one.after, one.ratio))] for one in kinds]
+    table = ("Perplexity by kind of text", (["kind of text", "dense", "pruned", "ratio"], rows))
+    return Section(
+        name="kinds", title="What is kept of each kind of text", paragraphs=[words("by_kind")],
+        figures=[drawn.kinds(kinds)], tables=[table],
+    )  # fmt: skip
 
 
 def _structure_section(groups: Sequence[PlanGroup], dropped: Sequence[int]) -> Section:

@@ -199,6 +199,8 @@ def _print_report(console: Console, report: PruneReport) -> None:
         f"{report.perplexity_ratio:.3f}",
     )
     console.print(table)
+    if report.kinds:
+        _print_kinds(console, report)
     if report.speed is not None:
         speed = report.speed
         console.print(
@@ -220,6 +222,14 @@ def _print_report(console: Console, report: PruneReport) -> None:
         console.print("open it with:")
         for line in report.load_lines:
             console.print(f"  {escape(line)}")
+
+
+def _print_kinds(console: Console, report: PruneReport) -> None:
+    """What was kept and lost, kind of text by kind."""
+    table = Table("kind of text", "dense", "pruned", "ratio", title="perplexity by kind of text", title_justify="left")
+    for kind in report.kinds:
+        table.add_row(kind.text, f"{kind.before:.2f}", f"{kind.after:.2f}", f"{kind.ratio:.2f}")
+    console.print(table)
 
 
 def one_line(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 from saap.core.errors import VerificationError, first_line
-from saap.core.manifest import Answers, PerplexityChange, SpeedRecord
+from saap.core.manifest import Answers, KindChange, PerplexityChange, SpeedRecord
 from saap.core.records import ImportanceScores
+from saap.data.texts import UNKNOWN
 from saap.evaluation.perplexity import model_logits
 from saap.export.huggingface import write_records
 from saap.export.model_card import load_lines
@@ -25,9 +27,12 @@ from saap.pipeline.prune.speed_target import reached_speed
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.targets import Target, finished_report, place_finished
+from saap.pipeline.shared.tokens import HELD_OUT, bytes_per_token
 from saap.structure_search.budget import TimeBudget
 
 CHECKED_TOKENS = 64
+LARGEST_LOSS = 1.75
+"""Of a kind of text in nats, over the median of all kinds."""
 LARGEST_DEVIATION = 0.1
 """Of the reached speed-up from the requested one."""
 
@@ -72,12 +77,20 @@ def place_result(
             )
         return read_result(run, target)
     plan, tokens, model, path = made.plan, run.tokens, _model_of(made), target.folder
-    perplexity = PerplexityChange(
-        text=tokens.evaluation_name, tokens=tokens.evaluation.size, before=dense.perplexity, after=pruned.perplexity
-    )
+    text, size = tokens.measured
+    perplexity = PerplexityChange(text=text, tokens=size, before=dense.perplexity, after=pruned.perplexity)
+    kinds = tuple(
+        KindChange(
+            text=kind, tokens=ids.size, before=dense.kinds[kind], after=pruned.kinds[kind],
+            bits_per_byte=math.log2(dense.kinds[kind]) / bytes_per_token(ids, run.loaded.tokenizer),
+        )
+        for kind, ids in tokens.evaluation.items()
+        if kind != HELD_OUT
+    )  # fmt: skip
     answers = Answers(prompt=dense.prompt, dense=dense.answer, pruned=pruned.answer)
-    measured = {"perplexity": perplexity, "answers": answers, "speed": speed}
+    measured = {"perplexity": perplexity, "kinds": kinds, "answers": answers, "speed": speed}
     manifest = manifest_of_run(run, plan, scores).model_copy(update=measured)
+    findings = findings_of(run, made, scores, perplexity, speed) + uneven_losses(kinds)
     report = PruneReport(
         model=manifest.base.source, path=None if path is None else str(path), target=target.name,
         layout=str(plan.layout), strategy=plan.strategy, seed=manifest.seed,
@@ -87,9 +100,9 @@ def place_result(
         bytes_dense=manifest.bytes.before, bytes=manifest.bytes.after, dtype=manifest.dtype,
         evaluation_text=perplexity.text, evaluation_tokens=perplexity.tokens,
         perplexity_dense=perplexity.before, perplexity=perplexity.after,
-        prompt=answers.prompt, answer_dense=answers.dense, answer=answers.pruned,
+        kinds=kinds, prompt=answers.prompt, answer_dense=answers.dense, answer=answers.pruned,
         speed=None if speed is None else speed.model_dump(), structure=structure_of(run.graph, plan), trail=plan.trail,
-        refit_errors=dict(made.refit_errors), findings=tuple(findings_of(run, made, scores, perplexity, speed)),
+        refit_errors=dict(made.refit_errors), findings=tuple(findings),
         stages=manifest.stages,
         load_lines=()
         if path is None
@@ -181,6 +194,21 @@ def findings_of(
         "lower --refit-tokens or --num-samples."
         for stage in run.meter.stages
         if stage.peak_resident_bytes > most
+    ]
+
+
+def uneven_losses(kinds: Sequence[KindChange]) -> list[str]:
+    """A sentence on each kind of text that lost far more than the others, and how to keep it.
+
+    Of the kinds that the dense model knows: what it cannot read has nothing to lose.
+    """
+    growth = {one.text: math.log(one.ratio) for one in kinds if one.bits_per_byte < UNKNOWN}
+    usual = float(np.median(list(growth.values()))) if growth else 0.0
+    return [
+        f"the perplexity of {kind} grew {math.exp(lost):.1f} times, that of most kinds of text {math.exp(usual):.1f} "
+        f"times: if the model is for it, calibrate on more of it with --calibration mixed --calibration {kind}."
+        for kind, lost in growth.items()
+        if lost > max(LARGEST_LOSS * usual, math.log(1.3))
     ]
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
 from saap.core.errors import ConfigurationError
 from saap.evaluation.perplexity import perplexity
 from saap.export.placing import check_place
@@ -115,7 +117,7 @@ def forecast(run: Run) -> Forecast:
 
 def _seconds_of_token(run: Run) -> float:
     """The time of one token in a forward pass, measured."""
-    tokens = run.tokens.evaluation[:TIMED_TOKENS]
+    tokens = np.concatenate(list(run.tokens.evaluation.values()))[:TIMED_TOKENS]
     with quick_float32_products():
         perplexity(run.loaded.model, tokens[:128], leading=run.tokens.leading)  # the first pass is slower
         start = perf_counter()
@@ -126,11 +128,12 @@ def _seconds_of_token(run: Run) -> float:
 def _tokens(run: Run) -> dict[Stage, float]:
     """Tokens of each stage, times what one takes there over its forward pass: back, gradients, Gram matrices."""
     config, tokens = run.config, run.tokens
-    measured = tokens.evaluation.size + STEP_TOKENS * ANSWER_TOKENS * (run.loaded.tokenizer is not None)
+    evaluated = sum(ids.size for ids in tokens.evaluation.values())
+    answer = STEP_TOKENS * ANSWER_TOKENS * (run.loaded.tokenizer is not None)
     held = tokens.held.tokens.size if needs_measuring(config) else 0
     found: dict[Stage, float] = {
         stages.WRITE_TEXT: generated_sequences(run.loaded, config) * config.effort_settings.refit_length,
-        stages.MEASURE_DENSE: measured,
+        stages.MEASURE_DENSE: answer + (0 if tokens.dense else evaluated),
         stages.ESTIMATE: 4.7 * tokens.scored.tokens.size,
         stages.FIND_COSTS: 3.5 * tokens.costs.tokens.size,
         stages.EVALUATE_DENSE: held,
@@ -138,7 +141,7 @@ def _tokens(run: Run) -> dict[Stage, float]:
         stages.WEIGH_TOKENS: 3.5 * tokens.costs.tokens.size,
         stages.CUT: 0,
         stages.RESTORE: 3.7 * refit_tokens(config),
-        stages.MEASURE: measured,
+        stages.MEASURE: answer + evaluated,
     }
     if config.method is not Method.SAAP:
         del found[stages.ESTIMATE]  # baselines' scores have no formula

@@ -51,7 +51,7 @@ def write_text(run: Run) -> IntArray:
 def measure_dense(run: Run) -> Behaviour:
     """What the dense model does, measured in the first process."""
     return run.processes.broadcast_result(
-        lambda: observe(run.loaded.model, run.loaded.tokenizer, run.tokens, run.spill)
+        lambda: observe(run.loaded.model, run.loaded.tokenizer, run.tokens, run.spill, run.tokens.dense)
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from saap.core.manifest import StageRecord
+from saap.core.manifest import KindChange, StageRecord
 from saap.core.records import Candidate, ModelGraph, Role, StructurePlan
 
 
@@ -24,8 +24,8 @@ class LayerStructure:
 class PruneReport(BaseModel):
     """Figures of one result.
 
-    Bytes are of the weights in `dtype`, dense and pruned alike. Answers are greedy continuations of `prompt`. speed:
-    the fields of SpeedRecord where a speed-up was requested.
+    Bytes are of the weights in `dtype`, dense and pruned alike. Answers are greedy continuations of `prompt`. kinds:
+    the perplexity on each kind of text. speed: the fields of SpeedRecord where a speed-up was requested.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -48,6 +48,7 @@ class PruneReport(BaseModel):
     evaluation_tokens: int
     perplexity_dense: float
     perplexity: float
+    kinds: tuple[KindChange, ...] = ()
     prompt: str
     answer_dense: str
     answer: str

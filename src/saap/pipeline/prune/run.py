@@ -117,7 +117,7 @@ def preview(
             "importance": tokens.scored.tokens.size,
             "search": tokens.held.tokens.size if needs_measuring(run.config) else 0,
             "reconstruction": tokens.refit.tokens.size if run.config.restore else 0,
-            "evaluation": tokens.evaluation.size,
+            "evaluation": sum(ids.size for ids in tokens.evaluation.values()),
         },
         "settings": run.config.model_dump(mode="json"),
     }
@@ -162,7 +162,7 @@ def _prepare(
     if loaded.spills:
         meter.reporter.note("the activations of the reconstruction are kept outside the memory of the weights")
     with meter.stage(READ_TEXT):
-        tokens = draw_tokens(loaded, config, calibration if calibration is not None else config.calibration)
+        tokens = draw_tokens(loaded, config, calibration if calibration is not None else config.calibration, processes)
     if loaded.fresh is None:
         with tokens.images(loaded.model):
             check_runs(loaded.model, tokens.longest(loaded.model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,8 @@ from saap._version import __version__
 from saap.core.errors import ConfigurationError, SaapError
 from saap.core.manifest import RunManifest
 from saap.core.records import IntArray, digest_of
-from saap.data.samples import leading_ids, token_stream
-from saap.data.texts import evaluation_text
+from saap.data.samples import leading_ids
+from saap.data.texts import GENERAL
 from saap.data.training import TrainingData, training_data
 from saap.export.placing import check_output
 from saap.models.loading.devices import pick_device, pick_dtype
@@ -26,11 +27,10 @@ from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.outcome import Behaviour
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import READ_RECORDS
-from saap.pipeline.shared.tokens import EVALUATION_TOKENS
+from saap.pipeline.shared.tokens import EVALUATION, evaluation_sets
 from saap.recovery.adapter import require_peft
 from saap.settings.recover import RecoverConfig, Tuning
 
-EVALUATION = "bundled text that is never calibrated on"
 DISTILLATION = 1.0
 """Share of the divergence from the dense model in the loss, where there is one."""
 
@@ -46,7 +46,7 @@ class Recovery:
     teacher: ResolvedModel | None
     earlier: RunManifest | None
     data: TrainingData
-    evaluation: IntArray
+    evaluation: Mapping[str, IntArray]
     leading: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype
@@ -59,6 +59,11 @@ class Recovery:
         settings = self.config.model_dump(mode="json", exclude={"max_minutes", "patience", "shard"})
         return digest_of([settings, self.data.digest, weights_digest(self.resolved), __version__])
 
+    @property
+    def evaluation_tokens(self) -> int:
+        """Tokens of the texts that perplexity is measured on."""
+        return sum(ids.size for ids in self.evaluation.values())
+
     def recorded(self) -> tuple[Behaviour | None, Behaviour | None]:
         """What the checkpoint's manifest says of the dense model and of the checkpoint itself, on the same text."""
         earlier = self.earlier
@@ -67,7 +72,7 @@ class Recovery:
         found, answers = earlier.perplexity, earlier.answers
         led = bool(earlier.settings.get("bos"))  # manifests from before that setting: windows began with the text
         other_windows = led is not self.config.bos and bool(leading_ids(self.tokenizer))
-        if other_windows or found.text != EVALUATION or found.tokens != self.evaluation.size:
+        if other_windows or found.text != EVALUATION or found.tokens != self.evaluation_tokens:
             return None, None
         return (
             Behaviour(perplexity=found.before, prompt=answers.prompt, answer=answers.dense),
@@ -94,7 +99,7 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
     return Recovery(
         config=config, options=options, resolved=resolved, tokenizer=tokenizer, teacher=teacher,
         earlier=earlier, data=data,
-        evaluation=token_stream([evaluation_text()], tokenizer)[:EVALUATION_TOKENS],
+        evaluation={kind: ids for kind, ids in evaluation_sets(tokenizer).items() if kind in GENERAL},
         leading=leading_ids(tokenizer, bos=config.bos), device=device,
         dtype=pick_dtype(options.dtype, source=resolved.dtype), processes=processes, meter=meter,
     )  # fmt: skip

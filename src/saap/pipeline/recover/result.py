@@ -30,9 +30,10 @@ from saap.models.checkpoint.groupwise import GroupwiseWeight
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
 from saap.models.loading.devices import working_dtype
 from saap.models.loading.references import read_config
-from saap.pipeline.recover.context import EVALUATION, Recovery
+from saap.pipeline.recover.context import Recovery
 from saap.pipeline.shared.digests import weights_digest
 from saap.pipeline.shared.outcome import Behaviour
+from saap.pipeline.shared.tokens import EVALUATION
 from saap.recovery.train import Training
 
 SUMMARY = {"validation_before", "validation", "best_step", "tokens", "seconds", "stopped_by"}
@@ -125,7 +126,7 @@ def recovery_report(
         parameters=sum(torch.Size(entry.shape).numel() for entry in entries.values()), bytes=entry_bytes(entries),
         packed_bytes=sum(weight.nbytes for weight in packed.values()) if packed else None,
         dtype=str(run.dtype).removeprefix("torch."), evaluation_text=EVALUATION,
-        evaluation_tokens=int(run.evaluation.size), perplexity_dense=value.get("dense"),
+        evaluation_tokens=run.evaluation_tokens, perplexity_dense=value.get("dense"),
         perplexity_before=value["before"], perplexity_quantised=value.get("quantised"), perplexity=value["recovered"],
         gap_closed=gap_closed, **training.model_dump(include=SUMMARY), steps=training.step,
         prompt=measured["before"].prompt, answer_dense=measured["dense"].answer if "dense" in measured else None,

@@ -14,7 +14,7 @@ from torch import nn
 from saap.core.errors import ConfigurationError, ModelError, OutputError, SaapError
 from saap.core.manifest import RunManifest
 from saap.discovery.blocks import find_blocks
-from saap.evaluation.perplexity import perplexity
+from saap.evaluation.perplexity import joint_perplexity, perplexities
 from saap.export.huggingface import RecoveredParts, write_recovered
 from saap.models.checkpoint.groupwise import GroupwiseWeight, linears_inside
 from saap.models.loading.devices import quick_float32_products, rounded_products
@@ -81,7 +81,7 @@ def run_recover(
 
 
 def _measure(run: Recovery, model: nn.Module) -> Behaviour:
-    value = perplexity(model, run.evaluation, batch=1, leading=run.leading).value
+    value = joint_perplexity(perplexities(model, run.evaluation, batch=1, leading=run.leading).values())
     prompt, answer = greedy_answer(model, run.tokenizer)
     return Behaviour(perplexity=value, prompt=prompt, answer=answer)
 
@@ -206,6 +206,10 @@ def _write(run: Recovery, model: Any, manifest: RunManifest, packed: dict[str, G
 
 @torch.no_grad()
 def _few_logits(run: Recovery, model: Any) -> torch.Tensor:
-    ids = torch.from_numpy(run.evaluation[: read_at_once(model, CHECKED_TOKENS)]).to(run.device).unsqueeze(0)
+    ids = (
+        torch.from_numpy(next(iter(run.evaluation.values()))[: read_at_once(model, CHECKED_TOKENS)])
+        .to(run.device)
+        .unsqueeze(0)
+    )
     logits: torch.Tensor = model(ids).logits
     return logits.float()

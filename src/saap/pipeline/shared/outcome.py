@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from saap.core.evaluation_records import Perplexity
+from saap.data.texts import GENERAL
 from saap.evaluation.generation import prompt_ids
-from saap.evaluation.perplexity import perplexity
-from saap.models.walk.offload import offloaded
+from saap.evaluation.perplexity import joint_perplexity, perplexities
 from saap.models.walk.probe import positions
 from saap.models.walk.spill import Spill
-from saap.models.walk.walk import layerwise_logits
-from saap.models.walk.walker import BlockWalker
-from saap.pipeline.shared.tokens import TokenSets
+from saap.pipeline.shared.tokens import TokenSets, reader_of
 
 QUESTION = "What is the capital of France?"
 OPENING = "The capital of France is"
@@ -25,26 +24,37 @@ ANSWER_TOKENS = 32
 
 
 class Behaviour(BaseModel):
-    """What a model does: perplexity on the evaluation text, and a greedy answer to `prompt` ('' without tokenizer)."""
+    """What a model does: perplexities on the evaluation texts, and a greedy answer to `prompt` ('' without tokenizer).
+
+    kinds: perplexity on each kind of text. perplexity: on those of general English together.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     perplexity: float
     prompt: str
     answer: str
+    kinds: dict[str, float] = {}
 
 
-def observe(model: nn.Module, tokenizer: Any | None, tokens: TokenSets, spill: Spill | None = None) -> Behaviour:
-    """Perplexity and a greedy answer of `model`.
+def observe(
+    model: nn.Module,
+    tokenizer: Any | None,
+    tokens: TokenSets,
+    spill: Spill | None = None,
+    known: Mapping[str, Perplexity] | None = None,
+) -> Behaviour:
+    """Perplexities and a greedy answer of `model`.
 
-    spill: for a model whose weights are in files. It gives no answer, of which each token would read all of them.
+    known: its perplexities, where they were measured already. spill: for a model whose weights are in files. It gives
+    no answer, of which each token would read all of them.
     """
-    away, read = offloaded(model), None
-    if away is not None and spill is not None:
-        read = partial(layerwise_logits, BlockWalker(model, away.blocks), keep=spill.keep)
-    value = perplexity(model, tokens.evaluation, leading=tokens.leading, read=read).value
+    read = None if spill is None else reader_of(model, spill.keep)
+    found = known or perplexities(model, tokens.evaluation, leading=tokens.leading, read=read)
+    value = joint_perplexity(one for kind, one in found.items() if kind in GENERAL or len(found) == 1)
     prompt, answer = greedy_answer(model, tokenizer if read is None else None)
-    return Behaviour(perplexity=value, prompt=prompt, answer=answer)
+    kinds = {kind: one.value for kind, one in found.items()}
+    return Behaviour(perplexity=value, prompt=prompt, answer=answer, kinds=kinds)
 
 
 @torch.no_grad()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +16,33 @@ import torch
 from torch import nn
 
 from saap.core.errors import CalibrationError
+from saap.core.evaluation_records import Perplexity
 from saap.core.records import CalibrationSet, IntArray, ModelGraph
 from saap.data.pairs import draw_pairs, pairs_file
 from saap.data.placement import SampleRequest
-from saap.data.samples import Calibration, check_vocabulary, draw_sets, leading_ids, token_stream
-from saap.data.texts import evaluation_text
-from saap.evaluation.perplexity import default_window
+from saap.data.samples import Calibration, check_vocabulary, draw_sets, includes_mixed, leading_ids, token_stream
+from saap.data.texts import GENERAL, KINDS, Purpose, bundled_text, kind_weights
+from saap.evaluation.perplexity import Reader, default_window, perplexities
 from saap.models.loading.images import image_token_ids, with_images
 from saap.models.loading.pretrained import load_processor
-from saap.models.walk.probe import read_at_once
+from saap.models.walk.offload import offloaded
+from saap.models.walk.probe import check_runs, read_at_once
+from saap.models.walk.processes import Processes
+from saap.models.walk.spill import Keep
+from saap.models.walk.walk import layerwise_logits
+from saap.models.walk.walker import BlockWalker
 from saap.pipeline.shared.inputs import LoadedModel
 from saap.settings.prune import PrunableRole, PruneConfig
 from saap.settings.registry import Importance, Method, Strategy
 from saap.structure_search.costs import gram_bytes
 from saap.surgery.reconstruct import require_sequences
 
-EVALUATION_TOKENS = 8192
-# Of a model whose weights are read from its files: such a model is large, and every token takes long.
-OFFLOADED_EVALUATION_TOKENS = 1024
+EVALUATION_TOKENS, KIND_TOKENS = 1024, 512
+"""Of each kind of text in GENERAL, and of each of the others, that the dense and the pruned model are measured on."""
+EVALUATION, HELD_OUT = "bundled text that is never calibrated on", "held-out calibration samples"
+"""What models are measured on with a tokenizer, and without."""
+OFFLOADED_SHARE = 4
+"""A model whose weights are read from its files is measured on a part: it is large, and every token takes long."""
 HELD_WRITTEN = 4
 """Sequences of the model's own text that only evaluate structures."""
 COST_TOKENS = 32_768
@@ -57,13 +69,19 @@ class TokenSets:
     held: CalibrationSet
     refit: CalibrationSet
     costs: CalibrationSet
-    evaluation: IntArray
-    evaluation_name: str
+    evaluation: Mapping[str, IntArray]
+    dense: Mapping[str, Perplexity] = field(default_factory=dict)
     leading: tuple[int, ...] = ()
 
     def images(self, model: nn.Module) -> AbstractContextManager[None]:
         """While it lasts, the model is given the images that belong to rows of these sets."""
         return with_images(model, (self.scored, self.held, self.refit))
+
+    @property
+    def measured(self) -> tuple[str, int]:
+        """The name of the text whose perplexity stands for a model, and its tokens: the kinds of general English."""
+        general = [ids.size for kind, ids in self.evaluation.items() if kind in GENERAL]
+        return (EVALUATION, sum(general)) if general else (HELD_OUT, self.evaluation[HELD_OUT].size)
 
     def tensor(self, name: str, device: torch.device) -> torch.Tensor:
         """The set of that name as (sequences, length) ids on a device."""
@@ -72,7 +90,7 @@ class TokenSets:
 
     def longest(self, model: nn.Module) -> torch.Tensor:
         """One sequence (1, length) as long as any that the model is to read, on its device."""
-        window = self.evaluation[None, : default_window(model)]
+        window = max(self.evaluation.values(), key=len)[None, : default_window(model)]
         rows = [*(one.tokens[:1] for one in (self.scored, self.held, self.refit)), window]
         return torch.from_numpy(max(rows, key=lambda row: row.shape[1])).to(next(model.parameters()).device)
 
@@ -145,8 +163,52 @@ def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:
     return 0 if config.trusts_calibration or not able else wanted
 
 
-def draw_tokens(loaded: LoadedModel, config: PruneConfig, calibration: Calibration) -> TokenSets:
-    """All token sets of a run; no token lies in two of them where the text suffices. Raises CalibrationError."""
+def evaluation_sets(tokenizer: Any, *, offloaded: bool = False) -> dict[str, IntArray]:
+    """By kind, the ids (tokens,) of the bundled text that dense and pruned models are measured on."""
+    share = OFFLOADED_SHARE if offloaded else 1
+    return {
+        kind: token_stream([bundled_text(kind, Purpose.EVALUATION)], tokenizer)[
+            : (EVALUATION_TOKENS if kind in GENERAL else KIND_TOKENS) // share
+        ]
+        for kind in KINDS
+    }
+
+
+def reader_of(model: nn.Module, keep: Keep = list) -> Reader | None:
+    """How a model whose weights are in files reads all windows: block by block. None for one in memory."""
+    away = offloaded(model)
+    return None if away is None else partial(layerwise_logits, BlockWalker(model, away.blocks), keep=keep)
+
+
+def _of_the_dense(
+    loaded: LoadedModel, evaluation: Mapping[str, IntArray], leading: Sequence[int], processes: Processes
+) -> dict[str, Perplexity]:
+    """The perplexities of the dense model by kind, measured in the first process."""
+    model = loaded.model
+    if loaded.fresh is None:
+        ids = torch.from_numpy(evaluation[next(iter(GENERAL))][None, : default_window(model)])
+        check_runs(model, ids.to(next(model.parameters()).device))
+    return processes.broadcast_result(lambda: perplexities(model, evaluation, leading=leading, read=reader_of(model)))
+
+
+def bytes_per_token(ids: IntArray, tokenizer: Any) -> float:
+    """Of the text that these ids (tokens,) are."""
+    return len(tokenizer.decode(ids).encode()) / len(ids)
+
+
+def draw_tokens(
+    loaded: LoadedModel, config: PruneConfig, calibration: Calibration, processes: Processes | None = None
+) -> TokenSets:
+    """All token sets of a run; no token lies in two of them where the text suffices. Raises CalibrationError.
+
+    The kinds of `mixed` are weighed by how well the dense model knows each of them, which the first of the processes
+    measures.
+    """
+    evaluation = (
+        {} if loaded.tokenizer is None else evaluation_sets(loaded.tokenizer, offloaded=loaded.fresh is not None)
+    )
+    leading, weights = leading_ids(loaded.tokenizer, bos=config.bos), KINDS
+    dense: Mapping[str, Perplexity] = {}
     settings = config.effort_settings
     refit_length, held_length = (read_at_once(loaded.model, n) for n in (settings.refit_length, settings.held_length))
     refit_sequences = (settings.refit_sequences - generated_sequences(loaded, config)) * settings.refit_length
@@ -164,19 +226,24 @@ def draw_tokens(loaded: LoadedModel, config: PruneConfig, calibration: Calibrati
         sets = draw_pairs(file, processor, requests, image_ids=image_ids, seed=config.seed)
         check_vocabulary({name: one.tokens for name, one in sets.items()}, rows, loaded.tokenizer)
     else:
-        sets = draw_sets(calibration, loaded.tokenizer, requests, seed=config.seed, vocabulary=rows, bos=config.bos)
+        if evaluation and includes_mixed(calibration):
+            dense = _of_the_dense(loaded, evaluation, leading, processes or Processes())
+            bits = {
+                kind: dense[kind].nll / math.log(2) / bytes_per_token(ids, loaded.tokenizer)
+                for kind, ids in evaluation.items()
+            }
+            weights = kind_weights(bits)
+        sets = draw_sets(
+            calibration, loaded.tokenizer, requests, seed=config.seed, vocabulary=rows, bos=config.bos,
+            kind_weights=weights,
+        )  # fmt: skip
     if config.restore:
         require_sequences(len(sets["refit"].tokens))
     if loaded.tokenizer is None:
-        evaluation, name = sets["held"].tokens.reshape(-1), "held-out calibration samples"
-    else:
-        most = EVALUATION_TOKENS if loaded.fresh is None else OFFLOADED_EVALUATION_TOKENS
-        evaluation = token_stream([evaluation_text()], loaded.tokenizer)[:most]
-        name = "bundled text that is never calibrated on"
+        evaluation = {HELD_OUT: sets["held"].tokens.reshape(-1)}
     return TokenSets(
         scored=sets["scored"], held=sets["held"], refit=sets["refit"],
-        costs=_text_of_costs(sets["scored"], sets["refit"]), evaluation=evaluation,
-        evaluation_name=name, leading=leading_ids(loaded.tokenizer, bos=config.bos),
+        costs=_text_of_costs(sets["scored"], sets["refit"]), evaluation=evaluation, dense=dense, leading=leading,
     )  # fmt: skip
 
 
