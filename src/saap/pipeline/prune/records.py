@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 from saap.core.manifest import (
@@ -15,8 +17,8 @@ from saap.core.manifest import (
     typed_command,
 )
 from saap.core.records import ImportanceScores, Layout, StructurePlan
-from saap.export.huggingface import modeling_code_digest
 from saap.export.model_card import licence_of
+from saap.models.checkpoint import modeling_pruned
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour
 
@@ -38,7 +40,7 @@ def manifest_of_run(
         "graph": graph.digest, "calibration": tokens.scored.digest, "scores": scores.digest, "plan": plan.digest,
     }  # fmt: skip
     if plan.layout is Layout.ADAPTIVE:
-        digests["modeling_code"] = modeling_code_digest()
+        digests["modeling_code"] = hashlib.sha256(Path(modeling_pruned.__file__).read_bytes()).hexdigest()
     manifest = RunManifest(
         base=BaseModelIdentity.of(graph.model, licence_of(folder) if folder is not None else None),
         command=typed_command(), settings=run.config.model_dump(mode="json"), seed=run.config.seed,
