@@ -15,7 +15,7 @@ from harness.driver import State, state_of
 from harness.experiment import Experiment, Request
 from saap.core.files import whole_file
 from saap.reporting.figures import Figure, to_svg
-from saap.settings.prune import EFFORTS, Effort, PruneConfig
+from saap.settings.prune import PRESETS, Preset, PruneConfig
 from saap.settings.recover import DEFAULT_MINUTES, RecoverConfig
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -79,7 +79,7 @@ def product_defaults() -> dict[str, Any]:
     """The settings of `saap prune` and `saap recover` for which nothing is said, as the program has them."""
     prune = {name: one.default for name, one in PruneConfig.model_fields.items()}
     recover = {name: one.default for name, one in RecoverConfig.model_fields.items()}
-    effort = dataclasses.asdict(EFFORTS[Effort.DEFAULT])
+    effort = dataclasses.asdict(PRESETS[Preset.DEFAULT])
     return {"prune": prune, "recover": recover, "effort": effort, "minutes": DEFAULT_MINUTES}
 
 

@@ -28,7 +28,7 @@ from saap.pipeline.prune.result import PruneResult as PruneResult
 from saap.pipeline.recover.result import RecoverReport as RecoverReport
 from saap.pipeline.recover.result import RecoverResult as RecoverResult
 from saap.pipeline.shared.progress import Reporter
-from saap.settings.prune import Aggregation, Effort, ElementOrder, FusionScope, GgufType, PrunableRole
+from saap.settings.prune import Aggregation, ElementOrder, FusionScope, GgufType, Preset, PrunableRole
 from saap.settings.recover import Tuning
 from saap.settings.registry import Importance, Method, RuntimeName, Strategy
 
@@ -38,10 +38,10 @@ def estimate(
     calibration: Calibration,
     *,
     num_samples: int = 50,
-    sample_length: int = 128,
+    sample_length: int | None = None,
     bos: bool = True,
     roles: PrunableRole | str | Sequence[PrunableRole | str] = (PrunableRole.FFN, PrunableRole.ATTENTION),
-    importance: Importance | str = Importance.FUSED,
+    importance: Importance | str = Importance.TOKEN_FISHER,
     element_order: ElementOrder | str = ElementOrder.SECOND,
     aggregation: Aggregation | str = Aggregation.SUM,
     seed: int = 0,
@@ -59,7 +59,7 @@ def estimate(
     sample_length: Tokens of each calibration sample.
     bos: Begin each window of text with the tokenizer's BOS token, if it puts one before texts.
     roles: What may be removed.
-    importance: Score that orders the units of a module.
+    importance: Score that the choice of a module's units weighs.
     element_order: Taylor terms of the element-wise part of `fused`.
     aggregation: How a unit's members combine.
     seed: Seed of every random choice.
@@ -76,7 +76,7 @@ def search(
     skip_layers: tuple[int, int] | str | None = None,
     align: int = 32,
     strategy: Strategy | str = "uniform",
-    importance: Importance | str = Importance.FUSED,
+    importance: Importance | str = Importance.TOKEN_FISHER,
     fusion_scope: FusionScope | str = FusionScope.LAYER_ROLE,
 ) -> StructurePlan:
     """A structure plan from scores alone, without measuring candidates (SAAP, adaptive structure search).
@@ -90,7 +90,7 @@ def search(
     skip_layers: Blocks at the ends to protect: auto, or e.g. first:4,last:2.
     align: Kept channels are a multiple of this.
     strategy: How much is removed from each module.
-    importance: Score that orders the units of a module.
+    importance: Score that the choice of a module's units weighs.
     fusion_scope: Who shares the fusion's uncertainties.
     """
 
@@ -105,7 +105,7 @@ def prune(
     gguf_type: GgufType | str = GgufType.F16,
     plan: str | Path | None = None,
     num_samples: int = 50,
-    sample_length: int = 128,
+    sample_length: int | None = None,
     refit_tokens: int | None = None,
     bos: bool = True,
     method: Method | str = Method.SAAP,
@@ -114,12 +114,12 @@ def prune(
     skip_layers: tuple[int, int] | str | None = None,
     align: int = 32,
     strategy: Strategy | str = Strategy.ADAPTIVE,
-    importance: Importance | str = Importance.FUSED,
+    importance: Importance | str = Importance.TOKEN_FISHER,
     element_order: ElementOrder | str = ElementOrder.SECOND,
     aggregation: Aggregation | str = Aggregation.SUM,
     fusion_scope: FusionScope | str = FusionScope.LAYER_ROLE,
     restore: bool = ...,
-    effort: Effort | str = Effort.DEFAULT,
+    preset: Preset | str = Preset.DEFAULT,
     seed: int = 0,
     output_dir: str | Path | None = None,
     overwrite: bool = False,
@@ -161,12 +161,12 @@ def prune(
     skip_layers: Blocks at the ends to protect: auto, or e.g. first:4,last:2.
     align: Kept channels are a multiple of this.
     strategy: How much is removed from each module.
-    importance: Score that orders the units of a module.
+    importance: Score that the choice of a module's units weighs.
     element_order: Taylor terms of the element-wise part of `fused`.
     aggregation: How a unit's members combine.
     fusion_scope: Who shares the fusion's uncertainties.
     restore: Least-squares reconstruction of the consumers, or cut only.
-    effort: Time for search and reconstruction.
+    preset: paper: the paper's stages; the others: ours, in little to much time.
     seed: Seed of every random choice.
     output_dir: Folder to write.
     overwrite: Replace the folder if it exists.

@@ -160,7 +160,12 @@ def estimate(
         loaded = open_within(model, config, options, tokenizer)
         opened, tokenizer = loaded.model, loaded.tokenizer
     tokens = calibration_set(
-        calibration, tokenizer, samples=config.samples, length=config.sample_length, seed=config.seed, bos=config.bos
+        calibration,
+        tokenizer,
+        samples=config.samples,
+        length=config.preset_settings.sample_length,
+        seed=config.seed,
+        bos=config.bos,
     )
     with TemporaryDirectory(prefix="saap-") as folder:
         return _estimate(

@@ -24,7 +24,7 @@ from saap.models.loading.references import resolve_model
 from saap.pipeline.prune.run import run_prune
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.memory import limits
-from saap.settings.prune import Effort, PruneConfig
+from saap.settings.prune import Preset, PruneConfig
 
 VOCABULARY = 2048
 ESTIMATION = "estimate the importance of every unit"
@@ -75,7 +75,7 @@ def run_one(point: Point, offloaded: bool, folder: Path) -> dict[str, float]:
     """One run, and what it took."""
     tokens = np.random.default_rng(0).integers(17, VOCABULARY, (point.samples + 64, 64))
     config = PruneConfig(
-        pruning_ratios=(point.ratio,), samples=point.samples, sample_length=64, effort=Effort.FAST, refit_tokens=1024,
+        pruning_ratios=(point.ratio,), samples=point.samples, sample_length=64, preset=Preset.FAST, refit_tokens=1024,
         calibration=("given from Python",),
     )  # fmt: skip
     source = folder / str(point.layers)

@@ -24,7 +24,7 @@ from saap.pipeline.prune.run import run_prune
 from saap.pipeline.shared import memory
 from saap.pipeline.shared import tokens as token_sets
 from saap.pipeline.shared.inputs import RunOptions
-from saap.settings.prune import Effort, PruneConfig
+from saap.settings.prune import Preset, PruneConfig
 
 LAYERS, CARD, MEASURED_TOKENS, REFIT_TOKENS = 4, 24 * 10**9, 1024, 4096
 CELLS = ["device-limit"]
@@ -67,7 +67,7 @@ def measured(folder: Path, config: PruneConfig, limit: int) -> Values:
 def measure(request: Request, wanted: Names) -> Measured:
     tokens = int(request.given.get("refit-tokens", REFIT_TOKENS))
     tried = PruneConfig(
-        pruning_ratios=(0.2,), effort=Effort.FAST, refit_tokens=tokens, samples=4, sample_length=64
+        pruning_ratios=(0.2,), preset=Preset.FAST, refit_tokens=tokens, samples=4, sample_length=64
     )  # fmt: skip
     default = PruneConfig(pruning_ratios=(0.2,))
     limit = CARD - 2 * (parameters_of(SHAPES["7b"])[0] - parameters_of(layers_of_7b(LAYERS))[0])

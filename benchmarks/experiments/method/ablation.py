@@ -19,7 +19,7 @@ from saap.core.records import ImportanceScores, Layout, StructurePlan, UnitScore
 from saap.data.placement import SampleRequest
 from saap.estimation.estimate import estimate, unit_scores
 from saap.models.walk.backend import Backend
-from saap.settings.prune import EFFORTS, Effort, FusionScope, PrunableRole
+from saap.settings.prune import PRESETS, FusionScope, Preset, PrunableRole
 from saap.settings.registry import Importance, Strategy
 from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.costs import SecondOrder, second_order_costs
@@ -53,12 +53,12 @@ class Prepared:
     text: torch.Tensor
 
 
-EFFORT = EFFORTS[Effort.DEFAULT]
+DEFAULTS = PRESETS[Preset.DEFAULT]
 SETTINGS = {
     "model": "{model}", "calibration": VALIDATION, "seeds": Scaled([0], [0, 1, 2]),
     "pruning ratio": RATIO, "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
-    "candidates": Scaled(3, EFFORT.search_evaluations),
-    "held-out samples": Scaled(2, EFFORT.held_sequences),
+    "candidates": Scaled(3, DEFAULTS.search_evaluations),
+    "held-out samples": Scaled(2, DEFAULTS.held_sequences),
     "refit sequences": Scaled(4, 32), "refit length": Scaled(64, 512),
     "measured tokens": Scaled(512, 8192),
 }  # fmt: skip
@@ -110,7 +110,6 @@ def plan_without(prepared: Prepared, name: str, candidates: int, seed: int) -> S
         roles=(PrunableRole.FFN, PrunableRole.ATTENTION), layout=Layout.ADAPTIVE, align=dense.align
     )  # fmt: skip
     guide = SearchGuide(
-        element_scores=unit_scores(prepared.scores, dense.graph, Importance.ELEMENT2, FusionScope.LAYER_ROLE),
         costs=None if name == "module-ratios" else prepared.costs,
         evaluator=prepared.evaluator if measured else None, evaluations=candidates if measured else 0, seed=seed,
     )  # fmt: skip

@@ -14,14 +14,14 @@ RATIO = 0.2
 
 
 def demo(
-    config: Annotated[PruneConfig, Only(("effort",), {"pruning_ratios": RATIO, "effort": "fast"})],
+    config: Annotated[PruneConfig, Only(("preset",), {"pruning_ratios": RATIO, "preset": "fast"})],
     options: Annotated[RunOptions, Only(("out",), {"out": Path("demo/smollm2-small"), "overwrite": True})],
 ) -> None:
     """Prune a small real model (SmolLM2-135M from its Python wheel) by 20 % and show what came out."""
     from saap.cli.show.output import make_reporter
 
     print(
-        f"$ saap prune smollm2 --pruning-ratio {RATIO} --effort {config.effort} -o {options.out} --overwrite",
+        f"$ saap prune smollm2 --pruning-ratio {RATIO} --preset {config.preset} -o {options.out} --overwrite",
         flush=True,
     )
     with make_reporter(quiet=False, to_stderr=False) as reporter:

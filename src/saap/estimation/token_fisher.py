@@ -1,59 +1,48 @@
 """Token-level Fisher importance: how sensitive the loss is to each unit at every single token of a text."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from saap.core.records import FloatArray
+from saap.core.records import CoupledGroup
+from saap.estimation.importance import Scoring, second_order
+from saap.estimation.unit_importance import UnitImportance
 from saap.models.structure.keep_index import sole_consumers, unit_channels, units_of
 from saap.models.structure.linear import weight_out_in
 from saap.models.walk.backend import Backend
-from saap.models.walk.observer import Observation, Observer, Signal
-from saap.models.walk.processes import Processes
-from saap.models.walk.walk import walk
+from saap.models.walk.observer import Observation, Signal
+from saap.settings.prune import Aggregation
 
 
-class TokenFisher(Observer):
-    """By group, for each unit the mean over tokens of (g_t W_u x_tu)^2: (units,).
+class TokenFisher(UnitImportance):
+    """For each unit half the mean over a sample's tokens of (g_t W_u x_tu)^2, in nats per token: (samples, units).
 
     x_tu is what the module that reads the group's channels takes from unit u at token t, W_u its columns, g_t the
-    gradient of the sequence's summed loss at its output: to first order, what the loss changes if the unit is silent at
-    that token alone. The element-wise score squares the sum over a sample's tokens instead, in which they cancel each
-    other. Only groups whose channels one module reads have these scores.
+    gradient of the sequence's summed loss at its output: the loss that the unit's silence at that token alone costs, by
+    the Fisher information. The element-wise score squares the sum over a sample's tokens instead, in which they cancel
+    each other; it is taken, of second order, of groups whose channels several modules read, and of experts.
     """
 
-    def __init__(self, backend: Backend, tokens: int) -> None:
-        self._model, self._tokens = backend.model, tokens
-        self._groups = sole_consumers(backend.graph)
-        self._units = {path: unit_channels(one.consumers[0], one.units) for path, one in self._groups.items()}
-        self._sums = {path: torch.zeros(len(rows), device=backend.device) for path, rows in self._units.items()}
-        self.needs = dict.fromkeys(self._groups, Signal.INPUT | Signal.OUTPUT_GRADIENT)
+    def __init__(self, backend: Backend, groups: Sequence[CoupledGroup]) -> None:
+        names = {group.name for group in groups}
+        self._sole = {path: one for path, one in sole_consumers(backend.graph).items() if one.name in names}
+        own = {group.name for group in self._sole.values()}
+        super().__init__(backend, [one for one in groups if one.name not in own], second_order, Aggregation.SUM)
+        self._names = [group.name for group in groups]
+        self._channels = {path: unit_channels(one.consumers[0], one.units) for path, one in self._sole.items()}
+        for path in self._sole:
+            self.needs[path] = self.needs.get(path, Signal(0)) | Signal.INPUT | Signal.OUTPUT_GRADIENT
 
     def observe(self, seen: Observation) -> None:
-        """Add the squares of one module's tokens."""
-        x = seen.x.flatten(0, -2).float()
-        gradient = seen.dy.flatten(0, -2).float() * seen.batch.predictions
-        change = (gradient @ weight_out_in(self._model.get_submodule(seen.site)).float()) * x
-        of_units, sums = units_of(change, self._units[seen.site].to(change.device)), self._sums[seen.site]
-        sums += of_units.square().sum(0).to(sums.device)
-
-    def merge(self, processes: Processes) -> None:
-        """Sums over the tokens of all processes."""
-        self._sums = {path: processes.total(found) for path, found in self._sums.items()}
-
-    def result(self) -> dict[str, FloatArray]:
-        """The means, by group."""
-        return {self._groups[path].name: (one / self._tokens).cpu().numpy() for path, one in self._sums.items()}
+        """Score the units that one module reads, and the parts of other groups in it."""
+        if seen.site in self._parts:
+            super().observe(seen)
+        if seen.site not in self._sole:
+            return
+        batch, weight = seen.batch, weight_out_in(self._model.get_submodule(seen.site)).float()
+        x, dy = (batch.by_sample(one, seen.site).float() for one in (seen.x, seen.dy))
+        change = ((dy * batch.predictions) @ weight) * x
+        of_units = units_of(change.flatten(0, 1), self._channels[seen.site].to(change.device))
+        squares = of_units.view(*change.shape[:2], -1).square()
+        self.add(self._sole[seen.site].name, batch, 0.5 * squares.mean(1))
 
 
-def token_fisher_scores(
-    backend: Backend, tokens: Tensor, *, micro_batch: int = 4, ignored: Collection[int] = ()
-) -> dict[str, FloatArray]:
-    """Token-level Fisher importance by group, over `tokens` (sequences, length): see `TokenFisher`.
-
-    ignored: ids of which no loss is taken. Raises NonFiniteLossError.
-    """
-    fisher = TokenFisher(backend, tokens.numel())
-    walk(backend, tokens, [fisher], micro_batch=micro_batch, ignored=ignored)
-    return fisher.result()
+TOKEN_FISHER = Scoring(observer=TokenFisher)

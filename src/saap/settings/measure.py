@@ -187,7 +187,7 @@ class CompareRequest(Settings):
                 "bos",
                 "roles",
                 "align",
-                "effort",
+                "preset",
             ),
             {"pruning_ratios": "0.1,0.2,0.3"},
         ),

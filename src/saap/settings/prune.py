@@ -69,9 +69,10 @@ class GgufType(StrEnum):
     Q4_1 = "q4_1"
 
 
-class Effort(StrEnum):
-    """How much time search and least-squares reconstruction may take."""
+class Preset(StrEnum):
+    """Settings that go together: the paper's stages, or ours by the time that they may take."""
 
+    PAPER = "paper"
     FAST = "fast"
     DEFAULT = "default"
     BEST = "best"
@@ -140,29 +141,35 @@ def _ends(given: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EffortSettings:
-    """What an effort level buys.
+class PresetSettings:
+    """What a preset buys.
 
-    refit_sequences x refit_length: tokens of the least-squares reconstruction. search_evaluations: candidates that the
-    search may measure. held_sequences x held_length: tokens each of them is measured on. second_order: choose the units
-    of a module by the pruned stream's own second-order statistics instead of the scores. generated_sequences: how many
-    sequences the model itself writes for the default calibration.
+    sample_length: tokens of each calibration sample. refit_sequences x refit_length: tokens of the least-squares
+    reconstruction. search_evaluations: candidates that the search may measure. held_sequences x held_length: tokens
+    each of them is measured on. generated_sequences: how many sequences of `mixed` the model itself writes.
     """
+
+    sample_length: int = 128
 
     refit_sequences: int
     refit_length: int = 512
     search_evaluations: int
     held_sequences: int
     held_length: int = 128
-    second_order: bool = True
     generated_sequences: int = 0
 
 
-EFFORTS: dict[Effort, EffortSettings] = {
-    Effort.FAST: EffortSettings(refit_sequences=16, search_evaluations=0, held_sequences=8),
-    Effort.DEFAULT: EffortSettings(refit_sequences=256, search_evaluations=12, held_sequences=16),
-    Effort.BEST: EffortSettings(refit_sequences=384, search_evaluations=32, held_sequences=24, generated_sequences=64),
+PRESETS: dict[Preset, PresetSettings] = {
+    Preset.PAPER: PresetSettings(refit_sequences=256, search_evaluations=0, held_sequences=8),
+    Preset.FAST: PresetSettings(refit_sequences=16, search_evaluations=0, held_sequences=8),
+    Preset.DEFAULT: PresetSettings(sample_length=512, refit_sequences=256, search_evaluations=12, held_sequences=16),
+    Preset.BEST: PresetSettings(
+        sample_length=512, refit_sequences=384, search_evaluations=32, held_sequences=24, generated_sequences=64
+    ),
 }
+OF_THE_PAPER = {"importance": Importance.FUSED, "strategy": Strategy.STABILITY, "restore": False}
+"""What the preset `paper` sets, unless it is given: the fused score orders units, module importance decides how much
+each module gives, the stability indicator which units are unstable; nothing compensates before the recovery."""
 
 
 class MeasuredIn(Protocol):
@@ -223,10 +230,12 @@ class PruneConfig(Settings):
         ),
     ] = ("mixed",)
     samples: Annotated[int, Field(ge=2), text_flag("Calibration samples for the scores.", name="num_samples")] = 50
-    sample_length: Annotated[int, Field(ge=8), text_flag("Tokens of each calibration sample.")] = 128
+    sample_length: Annotated[
+        Annotated[int, Field(ge=8)] | None, text_flag("Tokens of each calibration sample.", default="set by --preset")
+    ] = None
     refit_tokens: Annotated[
         Annotated[int, Field(ge=1024)] | None,
-        text_flag("Tokens for the least-squares reconstruction.", default="set by --effort"),
+        text_flag("Tokens for the least-squares reconstruction.", default="set by --preset"),
     ] = None
     bos: Annotated[bool, text_flag(BOS)] = True
     method: Annotated[Method, search_flag("The method that decides: saap, or a baseline.")] = Method.SAAP
@@ -246,7 +255,9 @@ class PruneConfig(Settings):
     ] = None
     align: Annotated[AtLeast1, search_flag("Kept channels are a multiple of this.")] = 32
     strategy: Annotated[Strategy, search_flag("How much is removed from each module.")] = Strategy.ADAPTIVE
-    importance: Annotated[Importance, search_flag("Score that orders the units of a module.")] = Importance.FUSED
+    importance: Annotated[Importance, search_flag("Score that the choice of a module's units weighs.")] = (
+        Importance.TOKEN_FISHER
+    )
     element_order: Annotated[ElementOrder, search_flag("Taylor terms of the element-wise part of `fused`.")] = (
         ElementOrder.SECOND
     )
@@ -256,16 +267,21 @@ class PruneConfig(Settings):
         bool,
         search_flag("Least-squares reconstruction of the consumers, or cut only.", default="restore, baselines not"),
     ] = True
-    effort: Annotated[Effort, search_flag("Time for search and reconstruction.")] = Effort.DEFAULT
+    preset: Annotated[
+        Preset, search_flag("paper: the paper's stages; the others: ours, in little to much time.", aliases=("effort",))
+    ] = Preset.DEFAULT
     seed: Annotated[Seed, search_flag("Seed of every random choice.")] = 0
 
     @model_validator(mode="before")
     @classmethod
-    def _restore_by_method(cls, given: Any) -> Any:
-        """Baselines run as they were published, so only our own method restores without being told to."""
-        if isinstance(given, dict) and given.get("restore") is None:
-            return {**given, "restore": given.get("method", Method.SAAP) == Method.SAAP}
-        return given
+    def _by_method_and_preset(cls, given: Any) -> Any:
+        """Baselines and the paper's stages run as published: only our own method restores without being told to."""
+        if not isinstance(given, dict):
+            return given
+        ours = given.get("method", Method.SAAP) == Method.SAAP
+        preset = given.get("preset", given.get("effort"))
+        defaults = OF_THE_PAPER if ours and preset == Preset.PAPER else {"restore": ours}
+        return {**given, **{name: value for name, value in defaults.items() if given.get(name) is None}}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -319,7 +335,7 @@ class PruneConfig(Settings):
     def _check_method(self) -> Self:
         own = {
             "--strategy": self.strategy is not Strategy.ADAPTIVE,
-            "--importance": self.importance is not Importance.FUSED,
+            "--importance": self.importance is not Importance.TOKEN_FISHER,
         }
         given = [name for name, is_given in own.items() if is_given]
         if self.method is not Method.SAAP and given:
@@ -327,6 +343,21 @@ class PruneConfig(Settings):
                 f"--method {self.method} has rules of its own, so {' and '.join(given)} cannot be chosen",
                 "Leave out one of the two",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_importance(self) -> Self:
+        """Refuse settings of a score that is not the one."""
+        taylor = [Importance(name) for name in Importance if name != Importance.TOKEN_FISHER]
+        readers: dict[str, list[Importance]] = {
+            "element_order": [Importance.FUSED], "fusion_scope": [Importance.FUSED], "aggregation": taylor,
+        }  # fmt: skip
+        for name, scores in readers.items():
+            if name in self.model_fields_set and self.importance not in scores and self.method is Method.SAAP:
+                raise ConfigurationError(
+                    f"--{name.replace('_', '-')} changes nothing of the importance {self.importance}",
+                    f"Add --importance {' or '.join(scores)}, or leave it out",
+                )
         return self
 
     @property
@@ -340,9 +371,11 @@ class PruneConfig(Settings):
         return self.calibration != ("mixed",)
 
     @property
-    def effort_settings(self) -> EffortSettings:
-        """The effort level's settings, with the requested refit tokens."""
-        settings = EFFORTS[self.effort]
+    def preset_settings(self) -> PresetSettings:
+        """The preset's settings, with the requested length of samples and refit tokens."""
+        settings = PRESETS[self.preset]
+        if self.sample_length is not None:
+            settings = replace(settings, sample_length=self.sample_length)
         if self.refit_tokens is None:
             return settings
         length = min(settings.refit_length, self.refit_tokens // 2)

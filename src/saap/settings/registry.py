@@ -55,6 +55,11 @@ class Registered(StrEnum):
 class Importance(Registered):
     """Which score orders the units of a module: a `Scoring` of `saap.estimation.importance`."""
 
+    TOKEN_FISHER = (
+        "token-fisher",
+        "saap.estimation.token_fisher.TOKEN_FISHER",
+        "squared change of the loss, token by token (Fisher information)",
+    )
     FUSED = "fused", "saap.estimation.fusion.FUSED", "vector-wise and element-wise, weighed by learned uncertainties"
     VECTOR = "vector", "saap.estimation.importance.VECTOR", "first order, signed over all weights of a unit"
     ELEMENT1 = "element1", "saap.estimation.importance.ELEMENT1", "first order, absolute over weights"
@@ -68,6 +73,7 @@ class Strategy(Registered):
     ADAPTIVE = "adaptive", "saap.structure_search.strategies.adaptive", "the candidate with the least measured loss"
     IMPORTANCE = "importance", "saap.structure_search.strategies.importance", "one global ranking of all units"
     UNIFORM = "uniform", "saap.structure_search.strategies.uniform", "the same share from every module"
+    STABILITY = "stability", "saap.structure_search.strategies.stability", "the least important of the unstable half"
     VOLATILITY_Z = "volatility-z", "saap.structure_search.strategies.volatility_z", "greatest standardised fluctuation"
     VOLATILITY_CV = "volatility-cv", "saap.structure_search.strategies.volatility_cv", "greatest relative volatility"
 

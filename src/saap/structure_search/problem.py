@@ -69,12 +69,10 @@ class Proposal:
 class SearchGuide:
     """What a strategy may go by, beyond the scores.
 
-    element_scores: of the element-wise importance alone, whose order of units competes with that of the scores.
     costs: second-order costs, from which the best unmeasured proposal follows. evaluator: measures structures; None, or
     `evaluations` below 2, takes the first start unmeasured.
     """
 
-    element_scores: Scores | None = None
     costs: SecondOrder | None = None
     evaluator: Evaluator | None = None
     evaluations: int = 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from saap.core.records import Candidate, FloatArray, ModelGraph, UnitScores
+from saap.core.records import Candidate, FloatArray, IntArray, ModelGraph, UnitScores
 from saap.structure_search.problem import (
     DecisionVariable,
     Decrement,
@@ -44,6 +44,18 @@ def importance(problem: SearchProblem) -> Proposal:
     orders = importance_order(problem.scores)
     decrements = problem.by_score(lambda name: problem.scores[name].mean[orders[name]])
     return problem.propose("importance", decrements, orders)
+
+
+def stability(problem: SearchProblem) -> Proposal:
+    """SAAP's stages: modules share by their importance; of each, the least important of its unstable units go first.
+
+    Unstable is the half whose adaptive stability indicator is greater, read as `relative_volatility`.
+    """
+    orders: dict[str, IntArray] = {}
+    for group, score in problem.scores.items():
+        volatility = relative_volatility(score.mean, score.variance)
+        orders[group] = np.lexsort((score.mean, volatility < np.median(volatility)))
+    return problem.propose("stability", problem.by_share(module_shares(problem.variables, problem.scores)), orders)
 
 
 def volatility_z(problem: SearchProblem) -> Proposal:
@@ -184,9 +196,6 @@ def _starts(problem: SearchProblem, ranking: Sequence[Decrement] | None) -> list
     only_attention = all(variable.of_heads for variable in problem.variables)
     shares = uniform_shares(problem.graph, problem.variables, attention=1.0 if only_attention else 0.0)
     name, decrements = "uniform, ends protected", problem.by_share(shares)
-    if guide.element_scores is not None:
-        orders = importance_order(guide.element_scores)
-        starts.append(problem.propose(f"{name}, element-wise order", decrements, orders))
     return [*starts, problem.propose(name, decrements, importance_order(problem.scores))]
 
 

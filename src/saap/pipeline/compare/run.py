@@ -16,7 +16,7 @@ from saap.baselines.baseline import Measurements
 from saap.core.errors import ConfigurationError
 from saap.core.evaluation_records import COMPARISON, Comparison, ComparisonRow, DenseRow, StageSeconds
 from saap.core.manifest import recorded_versions, typed_command
-from saap.core.records import FloatArray, ImportanceScores, IntArray, ModelGraph, StructurePlan
+from saap.core.records import ImportanceScores, IntArray, ModelGraph, StructurePlan
 from saap.core.storage import write_whole
 from saap.discovery import discover
 from saap.evaluation.bootstrap import kept_accuracy
@@ -66,7 +66,10 @@ def compare(
     with meter.stage(LOAD):
         loaded = open_model(opened, options, tokenizer)
     with meter.stage(DISCOVER):
-        check_runs(loaded.model, trial_ids(loaded.model, max(request.evaluation.window, request.config.sample_length)))
+        check_runs(
+            loaded.model,
+            trial_ids(loaded.model, max(request.evaluation.window, request.config.preset_settings.sample_length)),
+        )
         graph = discover(loaded.model, loaded.ref)
         check_walk(loaded.model, graph.blocks)
         for choice in request.methods:
@@ -205,16 +208,16 @@ class _Bench:
             if ratio in paths
         }
         start = time.perf_counter()
-        plans, token_scores = plans_for(run, list(targets.values()), scored.scores)
+        plans = plans_for(run, list(targets.values()), scored.scores)
         searching = (time.perf_counter() - start) / len(targets)
         for ratio, path in paths.items():
-            searched = plans[targets[ratio].name], token_scores
-            self.rows.write(path, self._row(scored, searched, ratio, searching, dense))
+            plan = plans[targets[ratio].name]
+            self.rows.write(path, self._row(scored, plan, ratio, searching, dense))
 
     def _row(
         self,
         scored: _Scored,
-        searched: tuple[StructurePlan, Mapping[str, FloatArray] | None],
+        planned: StructurePlan,
         ratio: float,
         searching: float,
         dense: DenseRow,
@@ -225,7 +228,7 @@ class _Bench:
         shown = f"{scored.label}, {ratio:g}{', restored' if config.restore else ''}"
         model = copied(self.loaded.model)
         with self.meter.stage(f"{shown}: make"):
-            plan, _ = cut_and_restore(scored.run, model, searched[0], scored.scores, searched[1])
+            plan, _ = cut_and_restore(scored.run, model, planned, scored.scores)
         seconds = StageSeconds(score=scored.seconds, search=searching, make=time.perf_counter() - start)
         with self.meter.stage(f"{shown}: measure"):
             found = self._measured(model, self.request.asks_tasks(ratio))

@@ -171,7 +171,7 @@ def findings_of(
         )
     elif growth > 1 + 10 * removed:
         more = (
-            "use --effort best or more refit text (--refit-tokens)" if run.config.restore else "leave out --no-restore"
+            "use --preset best or more refit text (--refit-tokens)" if run.config.restore else "leave out --no-restore"
         )
         findings.append(
             f"perplexity grew {growth:.1f} times for {removed:.0%} removed, more than usual: the importance scores may "

@@ -26,7 +26,7 @@ from saap.pipeline.shared.memory import Sizes, refit_tokens, stage_needs
 from saap.pipeline.shared.outcome import ANSWER_TOKENS
 from saap.pipeline.shared.stages import Stage, steps_of
 from saap.pipeline.shared.tokens import generated_sequences, needs_measuring
-from saap.settings.registry import Method
+from saap.settings.registry import Importance, Method
 from saap.structure_search.plan import check_reachable
 
 TIMED_TOKENS = 1024
@@ -132,13 +132,12 @@ def _tokens(run: Run) -> dict[Stage, float]:
     answer = STEP_TOKENS * ANSWER_TOKENS * (run.loaded.tokenizer is not None)
     held = tokens.held.tokens.size if needs_measuring(config) else 0
     found: dict[Stage, float] = {
-        stages.WRITE_TEXT: generated_sequences(run.loaded, config) * config.effort_settings.refit_length,
+        stages.WRITE_TEXT: generated_sequences(run.loaded, config) * config.preset_settings.refit_length,
         stages.MEASURE_DENSE: answer + (0 if tokens.dense else evaluated),
-        stages.ESTIMATE: 4.7 * tokens.scored.tokens.size,
+        stages.ESTIMATE: (3.5 if config.importance is Importance.TOKEN_FISHER else 4.7) * tokens.scored.tokens.size,
         stages.FIND_COSTS: 3.5 * tokens.costs.tokens.size,
         stages.EVALUATE_DENSE: held,
         stages.SEARCH: held * search_evaluations(run),
-        stages.WEIGH_TOKENS: 3.5 * tokens.costs.tokens.size,
         stages.CUT: 0,
         stages.RESTORE: 3.7 * refit_tokens(config),
         stages.MEASURE: answer + evaluated,

@@ -15,7 +15,7 @@ from torch import nn
 from saap.baselines.baseline import add_biases
 from saap.core.errors import VerificationError
 from saap.core.manifest import BaseModelIdentity, Change, RunManifest, recorded_versions, typed_command
-from saap.core.records import FloatArray, ImportanceScores, Layout, StructurePlan, count_parameters
+from saap.core.records import ImportanceScores, Layout, StructurePlan, count_parameters
 from saap.discovery.blocks import find_blocks
 from saap.export.huggingface import CheckpointParts, write_checkpoint
 from saap.export.model_card import licence_of
@@ -26,7 +26,7 @@ from saap.models.loading.pretrained import load, load_offloaded
 from saap.models.loading.references import resolve_model
 from saap.models.walk.offload import offloaded
 from saap.pipeline.prune.baselines import biases_for
-from saap.pipeline.prune.planning import read_whole_plan
+from saap.pipeline.prune.planning import chosen_scores, read_whole_plan
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.memory import restoration_spill
 from saap.pipeline.shared.stages import CUT
@@ -81,13 +81,10 @@ def manifest_of_run(run: Run, plan: StructurePlan, scores: ImportanceScores) -> 
     )  # fmt: skip
 
 
-def make_model(
-    run: Run, target: Target, plan: StructurePlan, scores: ImportanceScores,
-    token_scores: Mapping[str, FloatArray] | None = None,
-) -> Made:  # fmt: skip
+def make_model(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScores) -> Made:
     """The model of one target; where the dense one is not needed any more, that is changed in place."""
     model = _dense_copy(run, target)
-    plan, errors = cut_and_restore(run, model, plan, scores, token_scores)
+    plan, errors = cut_and_restore(run, model, plan, scores)
     structure = structure_of(model, run.graph, plan)
     if plan.layout is Layout.ADAPTIVE and target.folder is None and hasattr(model, "save_pretrained"):
         mark_pruned(model, structure)
@@ -117,21 +114,19 @@ def _check_count(run: Run, model: nn.Module, plan: StructurePlan, structure: Pru
 
 
 def cut_and_restore(
-    run: Run, model: nn.Module, plan: StructurePlan, scores: ImportanceScores,
-    token_scores: Mapping[str, FloatArray] | None = None,
-) -> tuple[StructurePlan, Mapping[str, float]]:  # fmt: skip
+    run: Run, model: nn.Module, plan: StructurePlan, scores: ImportanceScores
+) -> tuple[StructurePlan, Mapping[str, float]]:
     """Carry out the plan on `model`, a dense one, in place.
 
-    token_scores: the importance that the choice of units weighs in, in place of the element-wise scores.
     Returns the plan with the units that were kept in the end, and the held-out errors of the reconstruction.
     """
     errors: Mapping[str, float] = {}
     biases = run.processes.broadcast_result(lambda: biases_for(run, model, plan))
     if run.config.restore and not plan.removes_nothing(run.graph):
         settings = ReconstructionSettings(second_order=False)
-        if chooses_units(run.config) and run.config.effort_settings.second_order:
-            element = {name: group.element for name, group in scores.groups.items()}
-            settings = ReconstructionSettings(scores=element | dict(token_scores or {}))
+        if chooses_units(run.config):
+            means = {name: score.mean for name, score in chosen_scores(run, scores).items()}
+            settings = ReconstructionSettings(scores=means)
         spill = restoration_spill(run.loaded, run.config, run.work.file("spill"))
         products = quick_products(run.device, run.loaded.dtype)
         backend = dataclasses.replace(run.backend, model=model, spill=spill, products=products)

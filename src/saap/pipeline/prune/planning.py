@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
-from saap.core.records import FloatArray, ImportanceScores, IntArray, Role, StructurePlan, require_same
+from saap.core.records import ImportanceScores, IntArray, Role, StructurePlan, UnitScores, require_same
 from saap.core.storage import read_plan, read_scores
 from saap.data.generated import random_starts, sample_from_model
 from saap.estimation.estimate import estimate, unit_scores
-from saap.estimation.token_fisher import token_fisher_scores
 from saap.models.loading.devices import quick_products
 from saap.models.walk.offload import offloaded
 from saap.models.walk.probe import read_at_once
@@ -17,7 +17,7 @@ from saap.pipeline.prune.baselines import baseline_scores
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.targets import Target
-from saap.pipeline.shared.tokens import chooses_units, costs_at_once, generated_sequences
+from saap.pipeline.shared.tokens import costs_at_once, generated_sequences
 from saap.settings.prune import unit_roles
 from saap.settings.registry import Importance, Method
 from saap.structure_search.budget import Budget
@@ -38,7 +38,7 @@ def write_text(run: Run) -> IntArray:
     It begins with random tokens: what the model writes covers what it knows; the bundled texts are a part of that.
     """
     model, tokenizer, seed = run.loaded.model, run.loaded.tokenizer, run.config.seed
-    wanted, length = generated_sequences(run.loaded, run.config), run.config.effort_settings.refit_length
+    wanted, length = generated_sequences(run.loaded, run.config), run.config.preset_settings.refit_length
     return run.processes.broadcast_result(
         lambda: sample_from_model(
             model, sequences=wanted, length=read_at_once(model, length), batch=GENERATION_BATCH, seed=seed,
@@ -59,9 +59,11 @@ def estimate_scores(run: Run) -> ImportanceScores:
     """Scores of all units by the method of the run."""
     if run.config.method is not Method.SAAP:
         return run.processes.broadcast_result(lambda: baseline_scores(run))
-    config = run.config
+    config, backend = run.config, run.backend
+    if config.importance is Importance.TOKEN_FISHER:  # the others are sums that cancel, which rounding disturbs
+        backend = dataclasses.replace(backend, products=quick_products(run.device, run.loaded.dtype))
     return estimate(
-        run.backend, run.tokens.scored, roles=unit_roles(config.roles) or [Role.FFN, Role.ATTENTION],
+        backend, run.tokens.scored, roles=unit_roles(config.roles) or [Role.FFN, Role.ATTENTION],
         importance=config.importance, element_order=config.element_order, aggregation=config.aggregation,
     )  # fmt: skip
 
@@ -80,13 +82,6 @@ def find_costs(run: Run) -> SecondOrder:
     return second_order_costs(run.backend, tokens, micro_batch=costs_at_once(costs), ignored=costs.ignored)
 
 
-def weigh_tokens(run: Run) -> dict[str, FloatArray]:
-    """By group, the token-level Fisher importance of each unit."""
-    tokens, costs = run.tokens.tensor("costs", run.device), run.tokens.costs
-    backend = dataclasses.replace(run.backend, products=quick_products(run.device, run.loaded.dtype))
-    return token_fisher_scores(backend, tokens, micro_batch=costs_at_once(costs), ignored=costs.ignored)
-
-
 def evaluate_dense(run: Run, costs: SecondOrder | None) -> StructureEvaluator:
     """What structures are evaluated by, with the dense model's predictions."""
     held = run.tokens.tensor("held", run.device)
@@ -95,24 +90,25 @@ def evaluate_dense(run: Run, costs: SecondOrder | None) -> StructureEvaluator:
     return StructureEvaluator(run.backend, held, grams, at_once, ignored=run.tokens.held.ignored)
 
 
+def chosen_scores(run: Run, scores: ImportanceScores) -> Mapping[str, UnitScores]:
+    """By group, the score of each unit that the settings name; a baseline's are taken as they are."""
+    importance = run.config.importance if run.config.method is Method.SAAP else Importance.ELEMENT1
+    return unit_scores(scores, run.graph, importance, run.config.fusion_scope)
+
+
 def search_plan(
     run: Run, target: Target, scores: ImportanceScores, costs: SecondOrder | None, evaluator: StructureEvaluator | None
 ) -> StructurePlan:
-    """The searched or given plan of a target; of several processes the first one decides, and the others evaluate.
-
-    A baseline's scores are taken as they are.
-    """
+    """The searched or given plan of a target; of several processes the first one decides, and the others evaluate."""
     config, graph = run.config, run.graph
-    importance = config.importance if config.method is Method.SAAP else Importance.ELEMENT1
-    units = unit_scores(scores, graph, importance, config.fusion_scope)
+    units = chosen_scores(run, scores)
 
     def decide() -> StructurePlan:
         if target.plan is not None:
             return complete_plan(graph, target.plan, units)
-        element = unit_scores(scores, graph, Importance.ELEMENT2, config.fusion_scope)
         guide = SearchGuide(
-            element_scores=element if chooses_units(config) else None, costs=costs, evaluator=evaluator,
-            evaluations=search_evaluations(run), seed=config.seed, progress=run.meter.reporter.advance,
+            costs=costs, evaluator=evaluator, evaluations=search_evaluations(run), seed=config.seed,
+            progress=run.meter.reporter.advance,
         )  # fmt: skip
         plan = search(graph, units, target.budget or Budget(removal=0), run.space, config.strategy, guide)
         if evaluator is not None:
@@ -136,7 +132,7 @@ def search_evaluations(run: Run) -> int:
     estimation, their number follows from the tokens: the estimation passes its tokens about four times through each
     block (forward, again, back, gradients of weights) and reads it twice; a candidate passes its own once.
     """
-    wanted = run.config.effort_settings.search_evaluations
+    wanted = run.config.preset_settings.search_evaluations
     if offloaded(run.loaded.model) is None:
         return wanted
     if any(member.part is not None for group in run.graph.groups for member in group.members):

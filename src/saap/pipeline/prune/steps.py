@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import load_file, save
 
-from saap.core.records import FloatArray, ImportanceScores, IntArray, StructurePlan
+from saap.core.records import ImportanceScores, IntArray, StructurePlan
 from saap.core.storage import write_plan, write_scores, write_whole
 from saap.pipeline.prune import finish, making, planning
 from saap.pipeline.shared import stages
@@ -20,7 +19,7 @@ from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour
 from saap.pipeline.shared.stages import Stage, Step, outstanding, steps_of
 from saap.pipeline.shared.targets import Target, finished_report
-from saap.pipeline.shared.tokens import finds_costs, generated_sequences, needs_measuring, weighs_tokens
+from saap.pipeline.shared.tokens import finds_costs, generated_sequences, needs_measuring
 from saap.settings.prune import PrunableRole
 
 
@@ -57,11 +56,6 @@ ACTIONS: Mapping[Stage, Action] = {
     stages.SEARCH: Action(
         planning.search_plan, planning.read_whole_plan, lambda run, path, plan: write_plan(path, plan, run.graph)
     ),
-    stages.WEIGH_TOKENS: Action(
-        planning.weigh_tokens,
-        lambda run, path: load_file(path),
-        lambda run, path, found: write_whole(path, save(found)),
-    ),
     stages.CUT: Action(making.make_model, making.read_made),
     stages.RESTORE: Action(making.make_model, making.read_made),
     stages.MEASURE: Action(finish.measure_result),
@@ -76,13 +70,11 @@ def requested_stages(run: Run) -> list[Stage]:
     """Those stages, in order, that the settings of a run ask for."""
     config, searches = run.config, any(target.budget is not None for target in run.targets)
     evaluates = planning.search_evaluations(run) > 0 or PrunableRole.BLOCK in config.roles
-    removes = any(target.budget is not None and target.budget.removal > 0 for target in run.targets)
     optional = {
         stages.TIME_DECODING: config.target_speedup is not None,
         stages.WRITE_TEXT: generated_sequences(run.loaded, config) > 0,
         stages.FIND_COSTS: searches and finds_costs(config, run.loaded.model, run.graph),
         stages.EVALUATE_DENSE: searches and needs_measuring(config) and evaluates,
-        stages.WEIGH_TOKENS: removes and weighs_tokens(config),
         stages.CUT: not config.restore,
         stages.RESTORE: config.restore,
         stages.TIME_RESULT: config.target_speedup is not None,
@@ -143,9 +135,7 @@ def with_written_text(run: Run) -> Run:
     return dataclasses.replace(run, tokens=tokens)
 
 
-def plans_for(
-    run: Run, targets: Sequence[Target], scores: ImportanceScores
-) -> tuple[dict[str, StructurePlan], Mapping[str, FloatArray] | None]:
-    """The plan of each target, and the token-level importance that the choice of units weighs in, if any."""
-    found = carry_out(dataclasses.replace(run, targets=targets), ("plan", "token scores"), {"scores": scores})
-    return {target.name: found["plan", target.name] for target in targets}, found.get(("token scores", ""))
+def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> dict[str, StructurePlan]:
+    """The plan of each target."""
+    found = carry_out(dataclasses.replace(run, targets=targets), ("plan",), {"scores": scores})
+    return {target.name: found["plan", target.name] for target in targets}

@@ -100,8 +100,8 @@ class Sizes:
 
     def scoring(self, config: PruneConfig) -> int:
         """Activations under autograd, two matrices for the gradient of a weight, and some tokens' logits."""
-        tokens = max(COST_TOKENS_AT_ONCE, config.sample_length)
-        return self.block_activations(tokens, max(WINDOW, config.sample_length)) + 3 * self.matrix
+        tokens = max(COST_TOKENS_AT_ONCE, config.preset_settings.sample_length)
+        return self.block_activations(tokens, max(WINDOW, config.preset_settings.sample_length)) + 3 * self.matrix
 
     @property
     def logits(self) -> int:
@@ -112,14 +112,14 @@ class Sizes:
 
 def refit_tokens(config: PruneConfig) -> int:
     """How many tokens the reconstruction is fitted on."""
-    return config.effort_settings.refit_sequences * config.effort_settings.refit_length
+    return config.preset_settings.refit_sequences * config.preset_settings.refit_length
 
 
 def stage_needs(sizes: Sizes, config: PruneConfig) -> Mapping[Stage, int]:
     """Bytes that each stage takes beside the weights, the captured activations of the reconstruction left out."""
     windows = sizes.block_activations(WINDOW_TOKENS)
     measuring = windows + sizes.logits + sizes.pages
-    inputs_of_blocks = sizes.blocks * max(COST_TOKENS_AT_ONCE, config.sample_length) * sizes.width * 4
+    inputs_of_blocks = sizes.blocks * max(COST_TOKENS_AT_ONCE, config.preset_settings.sample_length) * sizes.width * 4
     backward = sizes.scoring(config) + inputs_of_blocks
     # Gram matrices of what a consumer reads, their factors in double precision, and what it should give
     solving = 36 * sizes.widest**2 + 28 * sizes.widest * sizes.width
@@ -130,7 +130,6 @@ def stage_needs(sizes: Sizes, config: PruneConfig) -> Mapping[Stage, int]:
         stages.FIND_COSTS: backward + _costs(sizes, config),
         stages.EVALUATE_DENSE: measuring,
         stages.SEARCH: measuring,
-        stages.WEIGH_TOKENS: backward,
         stages.RESTORE: windows + solving if config.restore else 0,
         stages.MEASURE: measuring,
         stages.TIME_RESULT: measuring,

@@ -40,13 +40,8 @@ ESTIMATE = Stage("estimate the importance of every unit", ("model", "graph", "to
 FIND_COSTS = Stage("find the second-order cost of every unit", ("model", "graph", "tokens"), "costs")
 EVALUATE_DENSE = Stage("evaluate the dense model for the search", ("model", "tokens", "costs"), "evaluator")
 SEARCH = Stage("search the structure", ("graph", "scores", "costs", "evaluator"), "plan", "plan-{target}.json", True)
-WEIGH_TOKENS = Stage(
-    "weigh every unit token by token", ("model", "graph", "tokens"), "token scores", "token_fisher.safetensors"
-)
 CUT = Stage("cut, block by block", ("model", "plan", "scores"), "pruned model", "model-{target}.json", True)
-RESTORE = Stage(
-    "cut and restore, block by block", (*CUT.needs, "token scores", "tokens"), "pruned model", CUT.file, True
-)
+RESTORE = Stage("cut and restore, block by block", (*CUT.needs, "tokens"), "pruned model", CUT.file, True)
 MEASURE = Stage("open the result and measure it", ("pruned model", "tokens"), "figures", per_target=True)
 TIME_RESULT = Stage("measure the speed of the result", ("model", "pruned model", "figures"), "speed", per_target=True)
 PLACE = Stage(
@@ -57,7 +52,7 @@ PLACE = Stage(
 PREPARE = (LOAD, READ_TEXT, DISCOVER, TIME_DECODING)
 """What `saap prune` does before its work folder is opened; a refusal comes here."""
 PRUNE = (
-    *PREPARE, WRITE_TEXT, MEASURE_DENSE, ESTIMATE, FIND_COSTS, EVALUATE_DENSE, SEARCH, WEIGH_TOKENS, CUT, RESTORE,
+    *PREPARE, WRITE_TEXT, MEASURE_DENSE, ESTIMATE, FIND_COSTS, EVALUATE_DENSE, SEARCH, CUT, RESTORE,
     MEASURE, TIME_RESULT, PLACE,
 )  # fmt: skip
 """All stages of `saap prune`; a run leaves out those that its settings do not ask for."""

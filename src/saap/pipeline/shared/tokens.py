@@ -33,7 +33,7 @@ from saap.models.walk.walk import layerwise_logits
 from saap.models.walk.walker import BlockWalker
 from saap.pipeline.shared.inputs import LoadedModel
 from saap.settings.prune import PrunableRole, PruneConfig
-from saap.settings.registry import Importance, Method, Strategy
+from saap.settings.registry import Method, Strategy
 from saap.structure_search.costs import gram_bytes
 from saap.surgery.reconstruct import require_sequences
 
@@ -124,14 +124,13 @@ def needs_measuring(config: PruneConfig) -> bool:
     """Whether the search will evaluate structures on held-out samples."""
     if config.method is not Method.SAAP:
         return False
-    by_search = config.strategy is Strategy.ADAPTIVE and config.effort_settings.search_evaluations > 0
+    by_search = config.strategy is Strategy.ADAPTIVE and config.preset_settings.search_evaluations > 0
     return by_search or PrunableRole.BLOCK in config.roles
 
 
 def chooses_units(config: PruneConfig) -> bool:
-    """Whether the units are saap's to choose: a method, strategy, importance or plan that is named is kept to."""
-    ours = config.method is Method.SAAP and config.strategy is Strategy.ADAPTIVE
-    return ours and config.importance is Importance.FUSED and config.plan is None
+    """Whether the units are the reconstruction's to choose: a method, strategy or plan that is named is kept to."""
+    return config.method is Method.SAAP and config.strategy is Strategy.ADAPTIVE and config.plan is None
 
 
 def finds_costs(config: PruneConfig, model: nn.Module, graph: ModelGraph) -> bool:
@@ -139,15 +138,6 @@ def finds_costs(config: PruneConfig, model: nn.Module, graph: ModelGraph) -> boo
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     trusted = config.restore and config.trusts_calibration  # they count on the compensation
     return chooses_units(config) and trusted and gram_bytes(graph) <= weights
-
-
-def weighs_tokens(config: PruneConfig) -> bool:
-    """Whether the choice of units weighs in their token-level sensitivity, on text of the reconstruction.
-
-    Only for the default calibration, whose search goes without second-order costs, which are token-level too.
-    """
-    chosen = chooses_units(config) and config.effort_settings.second_order
-    return chosen and config.restore and not config.trusts_calibration
 
 
 def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:
@@ -158,7 +148,7 @@ def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:
     if config.method is not Method.SAAP and not config.restore:
         return 0
     able = loaded.tokenizer is not None and hasattr(loaded.model, "generate") and loaded.fresh is None
-    settings = config.effort_settings
+    settings = config.preset_settings
     wanted = min(settings.generated_sequences, settings.refit_sequences // 2)
     return 0 if config.trusts_calibration or not able else wanted
 
@@ -209,11 +199,12 @@ def draw_tokens(
     )
     leading, weights = leading_ids(loaded.tokenizer, bos=config.bos), KINDS
     dense: Mapping[str, Perplexity] = {}
-    settings = config.effort_settings
-    refit_length, held_length = (read_at_once(loaded.model, n) for n in (settings.refit_length, settings.held_length))
+    settings = config.preset_settings
+    wanted = (settings.sample_length, settings.refit_length, settings.held_length)
+    scored_length, refit_length, held_length = (read_at_once(loaded.model, length) for length in wanted)
     refit_sequences = (settings.refit_sequences - generated_sequences(loaded, config)) * settings.refit_length
     requests = [
-        SampleRequest("scored", config.samples, config.sample_length),
+        SampleRequest("scored", config.samples, scored_length),
         SampleRequest("held", settings.held_sequences, held_length, held_out=True, at_least=1),
         SampleRequest("refit", refit_sequences // refit_length, refit_length, at_least=4),
     ]
