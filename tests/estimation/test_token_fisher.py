@@ -8,11 +8,13 @@ import pytest
 import torch
 from tests import families
 
+from saap.core.records import CalibrationSet, Role
 from saap.discovery import discover
-from saap.estimation.token_fisher import token_fisher_scores
+from saap.estimation.estimate import estimate
 from saap.models.structure.keep_index import sole_consumers
 from saap.models.walk.backend import Backend
 from saap.models.walk.spill import Spill
+from saap.settings.registry import Importance
 
 
 def by_scaling(model: Any, tokens: torch.Tensor, path: str, units: list[list[int]]) -> np.ndarray:
@@ -42,21 +44,27 @@ def by_scaling(model: Any, tokens: torch.Tensor, path: str, units: list[list[int
     return total / tokens.numel()
 
 
+def scores_of(backend: Backend, tokens: torch.Tensor, **settings: Any) -> dict[str, np.ndarray]:
+    text = CalibrationSet(sources=("ids",), seed=0, tokens=tokens.numpy())
+    found = estimate(backend, text, importance=Importance.TOKEN_FISHER, **settings)
+    return {name: group.element for name, group in found.groups.items()}
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_scores_are_squared_derivatives_by_the_unit_at_each_token(family: str) -> None:
+def test_scores_are_half_the_squared_derivatives_by_the_unit_at_each_token(family: str) -> None:
     model = families.build(family)
     graph, tokens = discover(model), families.token_ids(3, 10)
-    found = token_fisher_scores(Backend(model, graph), tokens, micro_batch=2)
+    found = scores_of(Backend(model, graph), tokens, micro_batch=2)
     for path, group in sole_consumers(graph).items():
         units = [list(group.consumers[0].rows(unit)) for unit in range(group.units)]
-        assert found[group.name] == pytest.approx(by_scaling(model, tokens, path, units), rel=1e-3), path
+        assert found[group.name] == pytest.approx(by_scaling(model, tokens, path, units) / 2, rel=1e-3), path
 
 
 def test_one_block_at_a_time_gives_the_same(tmp_path: Path) -> None:
     model = families.build("llama")
     graph, tokens = discover(model), families.token_ids(5, 10)
-    alone = token_fisher_scores(Backend(model, graph), tokens, micro_batch=1)
-    together = token_fisher_scores(Backend(model, graph, spill=Spill(tmp_path)), tokens, micro_batch=2)
+    alone = scores_of(Backend(model, graph), tokens, micro_batch=1)
+    together = scores_of(Backend(model, graph, spill=Spill(tmp_path)), tokens, micro_batch=2)
     assert alone.keys() == together.keys()
     for name, scores in alone.items():
         assert together[name] == pytest.approx(scores, rel=1e-3), name
@@ -65,8 +73,23 @@ def test_one_block_at_a_time_gives_the_same(tmp_path: Path) -> None:
 def test_multiplying_in_bfloat16_changes_them_little() -> None:
     model = families.build("llama").float()
     graph, tokens = discover(model), families.token_ids(5, 10)
-    exact = token_fisher_scores(Backend(model, graph), tokens)
-    rounded = token_fisher_scores(Backend(model, graph, products=torch.bfloat16), tokens)
+    exact = scores_of(Backend(model, graph), tokens)
+    rounded = scores_of(Backend(model, graph, products=torch.bfloat16), tokens)
     for name, scores in exact.items():
         assert not np.array_equal(rounded[name], scores)
         assert rounded[name] == pytest.approx(scores, rel=0.1, abs=0.01 * float(scores.max())), name
+
+
+def test_what_several_modules_read_has_the_element_wise_score() -> None:
+    model = families.build("mixtral")
+    graph, tokens = discover(model), families.token_ids(3, 10)
+    backend, text = Backend(model, graph), CalibrationSet(sources=("ids",), seed=0, tokens=tokens.numpy())
+    roles = [Role.FFN, Role.ATTENTION, Role.EXPERT]
+    found = estimate(backend, text, roles=roles, importance=Importance.TOKEN_FISHER).groups
+    element = estimate(backend, text, roles=roles, importance=Importance.ELEMENT2).groups
+    alone = {group.name for group in sole_consumers(graph).values()}
+    assert found.keys() == element.keys()
+    for name in found.keys() - alone:
+        assert np.array_equal(found[name].element, element[name].element), name
+    for name in found.keys() & alone:
+        assert not np.array_equal(found[name].element, element[name].element), name

@@ -30,13 +30,13 @@ def walked(backend: Backend, *observers: Observer) -> None:
 def test_several_observers_listen_in_one_walk(spilled: bool, tmp_path: Path) -> None:
     model = families.build("llama")
     backend = Backend(model, discover(model), spill=Spill(tmp_path) if spilled else None)
-    fisher, grams = TokenFisher(backend, TOKENS.numel()), WeightedGrams(backend, TOKENS)
+    fisher, grams = TokenFisher(backend, backend.graph.groups), WeightedGrams(backend, TOKENS)
     walked(backend, fisher, grams)
-    alone = TokenFisher(backend, TOKENS.numel()), WeightedGrams(backend, TOKENS)
+    alone = TokenFisher(backend, backend.graph.groups), WeightedGrams(backend, TOKENS)
     for one in alone:
         walked(backend, one)
-    for name, scores in alone[0].result().items():
-        assert np.array_equal(fisher.result()[name], scores)
+    for name, scores in alone[0].result()[1].items():
+        assert np.array_equal(fisher.result()[1][name].element, scores.element)
     found, expected = grams.result(), alone[1].result()
     for name, order in expected.orders.items():
         assert np.array_equal(found.orders[name], order)

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 from tests.families import build
 from tests.pipeline import tiny
 from torch import nn
@@ -15,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import saap
 from saap.core.errors import CalibrationError, LayoutError, OutputError, StaleInputError, TargetError
-from saap.discovery import discover
 from saap.models.walk.backend import Backend
 from saap.pipeline.prune import making, planning
 from saap.pipeline.prune.run import RunOptions, run_prune
@@ -237,20 +235,29 @@ def test_evaluate(source: Path, tmp_path: Path) -> None:
     assert report.perplexity["bundled"].tokens == 630
 
 
-def test_units_are_weighed_token_by_token_on_the_default_calibration(source: Path, tmp_path: Path) -> None:
-    text = str(tiny.text_file(tmp_path / "text.txt"))
-    kept = {}
-    for name, calibration in (("own", text), ("default", "mixed")):
-        config = PruneConfig(pruning_ratios=(0.2,), calibration=(calibration,), **SETTINGS)
-        (result,) = run_prune(source, config, RunOptions(out=tmp_path / name, keep_work=True))
-        kept[name] = [stage.name for stage in result.report.stages]
-    assert "weigh every unit token by token" not in kept["own"]
-    assert "weigh every unit token by token" in kept["default"]
-    assert not (tmp_path / "own.saap-work" / "token_fisher.safetensors").exists()
-    fisher = load_file(tmp_path / "default.saap-work" / "token_fisher.safetensors")
-    groups = [group for group in discover(tiny.model()).groups if group.layer >= 0]
-    assert {name: len(scores) for name, scores in fisher.items()} == {group.name: group.units for group in groups}
-    assert all((scores > 0).all() for scores in fisher.values())
+CHANGES = [
+    {"importance": "fused"}, {"importance": "vector"}, {"importance": "element1"}, {"importance": "mixed"},
+    {"num_samples": 7}, {"sample_length": 32}, {"refit_tokens": 4096}, {"seed": 1}, {"align": 16}, {"bos": False},
+    {"strategy": "uniform"}, {"strategy": "importance"}, {"strategy": "stability"}, {"strategy": "volatility-z"},
+    {"strategy": "volatility-cv"}, {"restore": False}, {"preset": "default"}, {"preset": "paper"},
+    {"skip_layers": (1, 0)}, {"roles": ["ffn"]}, {"layout": "uniform"}, {"method": "magnitude"},
+]  # fmt: skip
+CHANGES_OF_FUSED = [{"element_order": "1"}, {"aggregation": "max"}, {"fusion_scope": "global"}]
+
+
+@pytest.mark.parametrize("calibration", ["mixed", "code"])
+def test_every_setting_that_promises_another_result_gives_one(source: Path, calibration: str) -> None:
+    def digest(**changes: Any) -> str:
+        settings = {"pruning_ratio": 0.3, "preset": "fast", "num_samples": 6, "refit_tokens": 2048, **changes}
+        result = saap.prune(source, calibration=calibration, **settings)
+        weights = b"".join(one.detach().numpy().tobytes() for one in result.model.parameters())
+        return hashlib.sha256(weights).hexdigest()
+
+    plain, fused = digest(), digest(importance="fused")
+    assert digest() == plain
+    same = [change for change in CHANGES if digest(**change) == plain]
+    same += [change for change in CHANGES_OF_FUSED if digest(importance="fused", **change) == fused]
+    assert not same
 
 
 def test_the_model_writes_half_of_the_best_refit_text(source: Path, tmp_path: Path) -> None:
@@ -260,5 +267,5 @@ def test_the_model_writes_half_of_the_best_refit_text(source: Path, tmp_path: Pa
     written = np.load(tmp_path / "o.saap-work" / "generated.npy")
     assert written.shape == (6, 512)
     assert len(set(written[:, 0].tolist())) > 1
-    assert 2 < len(result.plan.trail) <= config.effort_settings.search_evaluations
+    assert 2 < len(result.plan.trail) <= config.preset_settings.search_evaluations
     assert result.plan.trail[0].loss == min(candidate.loss for candidate in result.plan.trail)

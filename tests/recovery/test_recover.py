@@ -19,15 +19,14 @@ from transformers import AutoModelForCausalLM
 import saap
 from saap.core.errors import ConfigurationError, GroupSizeError, ModelError, OutputError, StaleInputError
 from saap.core.manifest import RunManifest
-from saap.data.samples import token_stream
-from saap.data.texts import evaluation_text
-from saap.evaluation.perplexity import perplexity
+from saap.data.texts import GENERAL
+from saap.evaluation.perplexity import joint_perplexity, perplexities
 from saap.export.huggingface import stored_entries
 from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight, linears_inside, pack_linears, read_packed
 from saap.models.loading.pretrained import load_groupwise, load_model, open_skeleton
 from saap.models.loading.references import resolve_model
 from saap.pipeline.shared.progress import Silent
-from saap.pipeline.shared.tokens import EVALUATION_TOKENS
+from saap.pipeline.shared.tokens import evaluation_sets
 from saap.recovery.quantise import quantise
 
 QUICK = {"length": 32, "batch": 4, "max_steps": 4, "validate_every": 2, "validation_samples": 2, "rank": 4}
@@ -277,9 +276,9 @@ def test_a_recovery_measures_anew_what_was_recorded_with_the_other_kind_of_windo
     found = {
         bos: saap.recover(small, data=[text], bos=bos, **{**QUICK, "max_steps": 1}).report for bos in (True, False)
     }
-    ids = token_stream([evaluation_text()], led)[:EVALUATION_TOKENS]
+    texts = {kind: ids for kind, ids in evaluation_sets(led).items() if kind in GENERAL}
     assert found[True].perplexity_before == pruned.perplexity
-    alone = perplexity(saap.load(small), ids).value
+    alone = joint_perplexity(perplexities(saap.load(small), texts).values())
     assert found[False].perplexity_before == pytest.approx(alone, rel=1e-5)
     assert abs(alone - pruned.perplexity) > 1e-4 * alone
 
