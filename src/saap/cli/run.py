@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
-import warnings
 from pathlib import Path
 from typing import Annotated
 
-from saap.cli.flags import Argument
+from saap.cli.flags import Argument, shown_warnings
 from saap.settings.run import Display
 from saap.settings.setting import Flag, Settings
 
@@ -34,11 +32,8 @@ def run(
     """Carry out a recipe: prune, recover, eval, export and report in one file; what is done already is kept."""
     from saap.settings.recipe import read_recipe
 
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always", FutureWarning)
+    with shown_warnings():
         read = read_recipe(Path(recipe), options.changes)
-    for warning in found:
-        print(f"warning: {warning.message}", file=sys.stderr)
     if options.dry_run:
         from saap.cli.show.recipe import print_recipe_preview
         from saap.pipeline.recipe.preview import preview_recipe

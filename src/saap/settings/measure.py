@@ -6,7 +6,6 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from saap.core.errors import ConfigurationError
 from saap.settings.prune import (
     BOS,
     GGUF_TYPE,
@@ -125,9 +124,7 @@ class EvalRequest(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.stride is not None and self.stride > self.window:
-            raise ConfigurationError(
-                f"--stride {self.stride} does not fit --window {self.window}", f"Give 1 to {self.window}"
-            )
+            raise ValueError(f"--stride {self.stride} does not fit --window {self.window}", f"Give 1 to {self.window}")
         return self
 
     @property

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Protocol, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from saap.core.errors import ConfigurationError
 from saap.core.roles import Layout, Role
 from saap.settings.registry import Importance, Method, RuntimeName, Strategy
 from saap.settings.setting import (
@@ -175,9 +174,9 @@ class MeasuredIn(Protocol):
 
 
 def check_gguf_type(settings: MeasuredIn) -> None:
-    """Refuse a type of GGUF weights for a runtime that reads none. Raises ConfigurationError."""
+    """Refuse a type of GGUF weights for a runtime that reads none. Raises ValueError."""
     if settings.gguf_type is not GgufType.F16 and settings.runtime is not RuntimeName.LLAMA_CPP:
-        raise ConfigurationError(
+        raise ValueError(
             f"--gguf-type is of files for llama.cpp, not of {settings.runtime}",
             "Add --runtime llama.cpp, or leave it out",
         )
@@ -279,9 +278,9 @@ class PruneConfig(Settings):
         given = [name for name, is_given in targets.items() if is_given]
         if len(given) != 1:
             problem = f"{' and '.join(given)} were given together" if given else "no target was given"
-            raise ConfigurationError(problem, f"Give exactly one of {', '.join(targets)}")
+            raise ValueError(problem, f"Give exactly one of {', '.join(targets)}")
         if self.skip_layers is not None and self.layout is Layout.UNIFORM and self.skip_layers != SkipLayers():
-            raise ConfigurationError(
+            raise ValueError(
                 "--skip-layers cannot be combined with --layout uniform, where all layers share their sizes",
                 "Leave out one of the two",
             )
@@ -290,7 +289,7 @@ class PruneConfig(Settings):
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
         if {PrunableRole.ATTENTION, PrunableRole.QUERY} <= set(self.roles):
-            raise ConfigurationError(
+            raise ValueError(
                 "The roles attention and query cannot be combined: a KV group is removed with its query heads",
                 "Name one of the two in --roles",
             )
@@ -299,7 +298,7 @@ class PruneConfig(Settings):
     @model_validator(mode="after")
     def _check_runtime(self) -> Self:
         if self.target_speedup is None and self.model_fields_set & {"runtime", "gguf_type"}:
-            raise ConfigurationError("--runtime and --gguf-type measure nothing by themselves", "Add --target-speedup")
+            raise ValueError("--runtime and --gguf-type measure nothing by themselves", "Add --target-speedup")
         check_gguf_type(self)
         return self
 
@@ -309,7 +308,7 @@ class PruneConfig(Settings):
             return self
         unmeasured = [role for role in (PrunableRole.HIDDEN, PrunableRole.EXPERT) if role in self.roles]
         if unmeasured:
-            raise ConfigurationError(
+            raise ValueError(
                 f"--target-speedup cannot be combined with the role {unmeasured[0]}, whose time is not measured",
                 "Use --roles ffn,attention,block, or --pruning-ratio",
             )
@@ -323,7 +322,7 @@ class PruneConfig(Settings):
         }
         given = [name for name, is_given in own.items() if is_given]
         if self.method is not Method.SAAP and given:
-            raise ConfigurationError(
+            raise ValueError(
                 f"--method {self.method} has rules of its own, so {' and '.join(given)} cannot be chosen",
                 "Leave out one of the two",
             )

@@ -111,7 +111,7 @@ class RecoverConfig(Settings):
     def _check_tuning(self) -> Self:
         for flag, given in (("--error-feedback", self.error_feedback), ("--shard", self.shard)):
             if given and self.tuning is Tuning.LORA:
-                raise ConfigurationError(
+                raise ValueError(
                     f"{flag} is about quantised layers, which plain LoRA has not", "Leave out one of the two"
                 )
         return self
@@ -121,3 +121,12 @@ class RecoverConfig(Settings):
         """The limit in minutes; the default where no limit of any kind was given."""
         no_limit = self.max_steps is None and self.max_tokens is None and self.max_minutes is None
         return DEFAULT_MINUTES if no_limit else self.max_minutes
+
+
+def check_alignment(align: int, group_size: int, name: str = "--align") -> None:
+    """Refuse kept sizes that groups of weights do not divide. name: of the alignment. Raises ConfigurationError."""
+    if align % group_size:
+        raise ConfigurationError(
+            f"{name} {align} gives sizes that groups of {group_size} do not divide",
+            f"Use {name} {group_size} or a multiple of it",
+        )

@@ -7,9 +7,8 @@ from pathlib import Path
 from saap._version import __version__
 from saap.core.errors import ConfigurationError
 from saap.core.records import digest_of
-from saap.data.training import TrainingData
 from saap.models.loading.pretrained import load_tokenizer
-from saap.models.loading.references import ResolvedModel, resolve_model
+from saap.models.loading.references import resolve_model
 from saap.models.walk.processes import Processes
 from saap.pipeline.prune.result import PruneReport
 from saap.pipeline.prune.run import run_prune
@@ -22,7 +21,7 @@ from saap.pipeline.shared.progress import Reporter
 from saap.pipeline.shared.targets import Target, finished_report, place_finished, plan_targets, work_path
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PruneConfig
-from saap.settings.recover import RecoverConfig
+from saap.settings.recover import RecoverConfig, check_alignment
 
 
 def prune_and_recover(
@@ -42,7 +41,9 @@ def prune_and_recover(
         )
     processes = Processes.found()
     targets = plan_targets(pruning, options)
-    resolved, data = check_recovery(source, pruning, recovery, options)
+    check_alignment(pruning.align, recovery.group_size)
+    resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    data = read_data(recovery, load_tokenizer(resolved))
     processes.barrier()  # until nobody looks any more at what is there
     work = WorkFolder(work_path(options))
     settings = [pruning.model_dump(mode="json"), recovery.model_dump(mode="json")]
@@ -94,19 +95,3 @@ def _inside(options: RunOptions, work: WorkFolder, name: str) -> RunOptions:
     """The options of one stage: its result and its own stage files lie in the work folder, and go with that."""
     inside = {"out": work.file(name), "work_dir": work.file(f"{name}.stages"), "keep_work": True, "overwrite": True}
     return options.model_copy(update=inside)
-
-
-def check_recovery(
-    source: str | Path, pruning: PruneConfig, recovery: RecoverConfig, options: RunOptions
-) -> tuple[ResolvedModel, TrainingData]:
-    """Refuse now what the recovery of what `pruning` makes would refuse later. Raises SaapError.
-
-    Returns the model and what it will be trained on.
-    """
-    if pruning.align % recovery.group_size:
-        raise ConfigurationError(
-            f"--align {pruning.align} gives sizes that groups of {recovery.group_size} do not divide",
-            f"Use --align {recovery.group_size} or a multiple of it",
-        )
-    resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    return resolved, read_data(recovery, load_tokenizer(resolved))
