@@ -83,7 +83,7 @@ def _type(setting: Setting, words: dict[str, str]) -> str:
     elif issubclass(kind, StrEnum):
         words[kind.__name__] = kind.__module__
         text = f"{kind.__name__} | str"
-    elif kind is Path or (kind is str and setting.shown.metavar in ("MODEL", "NAME|FILE")):
+    elif kind is Path or (kind is str and setting.metavar in ("MODEL", "NAME|FILE")):
         text = "str | Path"
     else:
         text = kind.__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -39,14 +38,11 @@ def evaluate(
             "Give some of --perplexity, --tasks, --generation, --prompts, --chat, --speed",
         )
     from saap.cli.show.evaluate import print_eval
-    from saap.cli.show.output import make_reporter
+    from saap.cli.show.output import make_reporter, show
     from saap.pipeline.evaluate.run import evaluate_model, write_report
 
-    with make_reporter(quiet=display.quiet, to_stderr=display.as_json) as reporter:
+    with make_reporter(display) as reporter:
         report = evaluate_model(model, request, options, reporter).as_dict()
     if output.out is not None:
         write_report(output.out, report)
-    if display.as_json:
-        print(json.dumps(report, indent=1))
-    elif not display.quiet:
-        print_eval(report)
+    show(display, report, lambda: print_eval(report))

@@ -51,7 +51,7 @@ class Option(click.Option):
             extra["type"] = click.Path()
         super().__init__(
             declared, help=_help(setting, place.default), hidden=flag != setting.flag,
-            multiple=setting.shown.repeat, default=None, shell_complete=self._complete, **extra,
+            multiple=setting.repeat, default=None, shell_complete=self._complete, **extra,
         )  # fmt: skip
 
     def _complete(self, context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
@@ -139,8 +139,8 @@ def _choices(setting: Setting) -> tuple[str, ...]:
 
 def _metavar(setting: Setting) -> str:
     choices = "|".join(_choices(setting))
-    if setting.shown.metavar is not None:
-        return setting.shown.metavar
+    if setting.metavar is not None:
+        return setting.metavar
     if choices:
         return f"[{choices}]" if len(choices) <= LONGEST_CHOICE else "NAME"
     return {int: "N", float: "X"}.get(setting.kind, "TEXT")

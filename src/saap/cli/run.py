@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -17,10 +16,12 @@ class RecipeOptions(Settings):
     changes: Annotated[
         tuple[str, ...],
         Flag(
-            "Put VALUE (YAML) in place of what RECIPE says, repeatable.", flag="--set", metavar="A.B=VALUE",
-            repeat=True, panel="Recipe",
+            "Put VALUE (YAML) in place of what RECIPE says, repeatable.",
+            flag="--set",
+            metavar="A.B=VALUE",
+            panel="Recipe",
         ),
-    ] = ()  # fmt: skip
+    ] = ()
     dry_run: Annotated[bool, Flag("Check everything, without weights; say what would be done.", panel="Recipe")] = False
 
 
@@ -34,20 +35,16 @@ def run(
 
     with shown_warnings():
         read = read_recipe(Path(recipe), options.changes)
+    from saap.cli.show.output import make_reporter, show
+    from saap.cli.show.recipe import print_recipe, print_recipe_preview
+
     if options.dry_run:
-        from saap.cli.show.recipe import print_recipe_preview
         from saap.pipeline.recipe.preview import preview_recipe
 
-        shown = preview_recipe(read)
-        print(json.dumps(shown, indent=1)) if display.as_json else print_recipe_preview(shown)
-        return
-    from saap.cli.show.output import make_reporter
-    from saap.cli.show.recipe import print_recipe
+        found = preview_recipe(read)
+        return show(display.model_copy(update={"quiet": False}), found, lambda: print_recipe_preview(found))
     from saap.pipeline.recipe.run import run_recipe
 
-    with make_reporter(quiet=display.quiet, to_stderr=display.as_json) as reporter:
+    with make_reporter(display) as reporter:
         done = run_recipe(read, reporter)
-    if display.as_json:
-        print(json.dumps(done, indent=1))
-    elif not display.quiet:
-        print_recipe(done)
+    return show(display, done, lambda: print_recipe(done))

@@ -6,17 +6,10 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from saap.settings.prune import (
-    BOS,
-    GGUF_TYPE,
-    GgufType,
-    MethodChoice,
-    PruneConfig,
-    check_gguf_type,
-)
+from saap.settings.prune import BOS, GGUF_TYPE, GgufType, MethodChoice, PruneConfig, check_gguf_type
 from saap.settings.recover import DENSE_CODE, DENSE_REVISION
 from saap.settings.registry import ExportFormat, Method, RuntimeName
-from saap.settings.setting import AtLeast1, Commas, Different, Flag, Names, Only, Ratio, Seed, Settings, Source
+from saap.settings.setting import AtLeast1, Commas, Different, Flag, Only, Ratio, Seed, Settings, Source, Texts
 
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The seven tasks of the SAAP paper, by the names of lm-evaluation-harness; `paper` stands for them."""
@@ -42,7 +35,7 @@ class SpeedSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_gguf_type(self)
+        check_gguf_type(self.gguf_type, self.runtime)
         return self
 
 
@@ -54,14 +47,7 @@ class EvalRequest(Settings):
     """
 
     texts: Annotated[
-        tuple[str, ...],
-        Names,
-        perplexity_flag(
-            "Text to read, repeatable: wikitext2, ptb, c4, bundled, or a file.",
-            flag="--perplexity",
-            metavar="NAME|FILE",
-            repeat=True,
-        ),
+        Texts, perplexity_flag("Text to read, repeatable: wikitext2, ptb, c4, bundled, or a file.", flag="--perplexity")
     ] = ()
     window: Annotated[int, Field(ge=2), perplexity_flag("Tokens of each window that perplexity is measured in.")] = 512
     stride: Annotated[

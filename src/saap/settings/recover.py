@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from saap.core.errors import ConfigurationError
 from saap.settings.prune import BOS
-from saap.settings.setting import AtLeast1, Flag, Names, Positive, Seed, Settings, Source, one_of
+from saap.settings.setting import AtLeast1, Filled, Flag, Positive, Seed, Settings, Source, Texts, one_of
 
 DEFAULT_MINUTES = 20.0
 LEGAL_BITS = (2, 3, 4, 8)
@@ -40,14 +40,7 @@ class RecoverConfig(Settings):
     """
 
     data: Annotated[
-        tuple[str, ...],
-        Names,
-        Field(min_length=1),
-        data_flag(
-            "Text to learn from, repeatable: .txt, .jsonl with text, instructions or chats.",
-            metavar="NAME|FILE",
-            repeat=True,
-        ),
+        Texts, Filled, data_flag("Text to learn from, repeatable: .txt, .jsonl with text, instructions or chats.")
     ] = ("mixed",)
     tuning: Annotated[
         Tuning, quantised_flag("groupwise: adapters on quantised weights; lora: plain LoRA in full precision.")

@@ -31,8 +31,7 @@ class Flag:
     help: one line. panel: the heading of the help under which it stands. name: in recipes, in Python and, with dashes,
     on the command line; None for the field's own. flag: on the command line, where that is another. short: one letter.
     aliases: further names that stay; old: names that warn, as does the field's own where `name` is another.
-    metavar, default: how value and default are shown, where type and default don't say it. repeat: given once for each
-    of several values.
+    metavar, default: how value and default are shown, where type and default don't say it.
     """
 
     help: str = ""
@@ -45,7 +44,6 @@ class Flag:
     old: tuple[str, ...] = ()
     metavar: str | None = None
     default: str | None = None
-    repeat: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +108,17 @@ class Setting:
     def several(self) -> bool:
         """Whether the value is a tuple of values, or a mapping to them."""
         return any(get_origin(part) in (tuple, dict) for part in _alternatives(self.info.annotation))
+
+    @property
+    def repeat(self) -> bool:
+        """Whether its flag is given once for each of several values, rather than with a list."""
+        read = [note for note in self.info.metadata if isinstance(note, BeforeValidator)]
+        return self.several and read in ([], [Names])
+
+    @property
+    def metavar(self) -> str | None:
+        """How the value of its flag is shown, None where the type says it."""
+        return "NAME|FILE" if Names in self.info.metadata else self.shown.metavar
 
     def renamed(self, name: str, within: str = "") -> str:
         """What to say of a name or flag of an earlier release, '' of others. within: what stands before both names."""
@@ -315,9 +324,12 @@ def one_of(*legal: int) -> AfterValidator:
 
 Commas = BeforeValidator(_parts)
 Names = BeforeValidator(_one_or_several)
+Texts = Annotated[tuple[str, ...], Names]
+"""Names of texts, or files."""
 Different = AfterValidator(_different)
 Source = Annotated[str, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)]
 """A model or a file by its name or path."""
+Filled = Field(min_length=1)
 AtLeast1 = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]

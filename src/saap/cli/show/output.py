@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -23,9 +24,10 @@ from rich.table import Table
 
 from saap.core.errors import printable
 from saap.pipeline.shared.progress import Reporter, Silent
+from saap.settings.run import Display
 
 if TYPE_CHECKING:
-    from saap.pipeline.prune.result import PruneReport, PruneResult
+    from saap.pipeline.prune.result import PruneReport
     from saap.pipeline.recover.result import RecoverReport
 
 BAR_WIDTH = 24
@@ -93,25 +95,30 @@ class RichReporter:
 
 
 @contextmanager
-def make_reporter(*, quiet: bool, to_stderr: bool) -> Iterator[Reporter]:
+def make_reporter(display: Display) -> Iterator[Reporter]:
     """Progress on a terminal, plain lines elsewhere, nothing if quiet; on stderr when stdout carries JSON."""
-    stream = sys.stderr if to_stderr else sys.stdout
-    if quiet:
+    stream = sys.stderr if display.as_json else sys.stdout
+    if display.quiet:
         yield Silent()
     elif stream.isatty():
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(BAR_WIDTH),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            TextColumn("{task.description}"), BarColumn(BAR_WIDTH), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(compact=True),
-        )
+        )  # fmt: skip
         with Progress(*columns, console=Console(file=stream)) as progress:
             reporter = RichReporter(progress)
             yield reporter
             reporter.close()
     else:
         yield PlainReporter(stream)
+
+
+def show(display: Display, data: dict[str, Any] | str, draw: Callable[[], None]) -> None:
+    """Print a result as JSON, draw it, or nothing if quiet. data: or its text."""
+    if display.as_json:
+        print(data if isinstance(data, str) else json.dumps(data, indent=1))
+    elif not display.quiet:
+        draw()
 
 
 def console_for_tables() -> Console:
@@ -124,30 +131,23 @@ def print_structures(shown: Mapping[str, Any]) -> None:
     console = console_for_tables()
     console.print(
         f"{escape(str(shown['model']))}: {shown['parameters']:,} parameters, {shown['block_parameters']:,} of them in "
-        f"{shown['blocks']} decoder blocks",
-        highlight=False,
+        f"{shown['blocks']} decoder blocks"
     )
     table = Table("role", "groups", "units", "parameters / unit")
     table.add_column("member", overflow="fold")
     for heading in ("axis", "width", "side"):
         table.add_column(heading)
     for row in shown["roles"]:
-        for index, member in enumerate(row["members"]):
-            first = index == 0
+        sizes = [row["role"], str(row["groups"]), str(row["units"]), f"{row['parameters_per_unit']:,}"]
+        for member in row["members"]:
             table.add_row(
-                row["role"] if first else "",
-                str(row["groups"]) if first else "",
-                str(row["units"]) if first else "",
-                f"{row['parameters_per_unit']:,}" if first else "",
-                escape(member["tensor"]),
-                str(member["axis"]),
-                str(member["width"]),
-                member["side"],
-                end_section=index == len(row["members"]) - 1,
-            )
+                *sizes, escape(member["tensor"]), str(member["axis"]), str(member["width"]), member["side"],
+                end_section=member is row["members"][-1],
+            )  # fmt: skip
+            sizes = [""] * len(sizes)
     console.print(table)
     for refusal in shown["refused"]:
-        console.print(f"not pruned: {escape(refusal['name'])}: {escape(refusal['reason'])}", highlight=False)
+        console.print(f"not pruned: {escape(refusal['name'])}: {escape(refusal['reason'])}")
 
 
 def print_preview(shown: Mapping[str, Any]) -> None:
@@ -175,11 +175,10 @@ def print_preview(shown: Mapping[str, Any]) -> None:
     console.print("nothing was written.")
 
 
-def print_results(results: Sequence[PruneResult]) -> None:
+def print_results(reports: Sequence[PruneReport]) -> None:
     """The summary of each result."""
-    console = console_for_tables()
-    for result in results:
-        _print_report(console, result.report)
+    for report in reports:
+        _print_report(console_for_tables(), report)
 
 
 def _print_report(console: Console, report: PruneReport) -> None:
@@ -192,12 +191,8 @@ def _print_report(console: Console, report: PruneReport) -> None:
         (f"bytes ({report.dtype})", report.bytes_dense, report.bytes),
     ):
         table.add_row(label, f"{dense:,}", f"{pruned:,}", f"{pruned / dense:.3f}")
-    table.add_row(
-        f"perplexity ({escape(report.evaluation_text)})",
-        f"{report.perplexity_dense:.2f}",
-        f"{report.perplexity:.2f}",
-        f"{report.perplexity_ratio:.3f}",
-    )
+    values = (f"{report.perplexity_dense:.2f}", f"{report.perplexity:.2f}", f"{report.perplexity_ratio:.3f}")
+    table.add_row(f"perplexity ({escape(report.evaluation_text)})", *values)
     console.print(table)
     if report.speed is not None:
         speed = report.speed
@@ -206,29 +201,6 @@ def _print_report(console: Console, report: PruneReport) -> None:
             f"{speed['predicted']:.2f}; {speed['dense_tokens_per_second']:.1f} -> {speed['tokens_per_second']:.1f} "
             f"tokens/s in {speed['runtime']} ({speed['weights']}, {speed['threads']} threads)"
         )
-    _print_structure(console, report)
-    if report.prompt:
-        console.print(f"prompt: {one_line(report.prompt)}")
-        console.print(f"  dense:  {one_line(report.answer_dense)}")
-        console.print(f"  pruned: {one_line(report.answer)}")
-    for finding in report.findings:
-        console.print(f"[yellow]look here:[/yellow] {escape(finding)}")
-    total = sum(stage.seconds for stage in report.stages)
-    peak = max((stage.peak_resident_bytes for stage in report.stages), default=0)
-    console.print(f"took {total:.0f} s, at most {peak / 1e9:.1f} GB of memory")
-    if report.load_lines:
-        console.print("open it with:")
-        for line in report.load_lines:
-            console.print(f"  {escape(line)}")
-
-
-def one_line(text: str) -> str:
-    """What a model or a folder says, on one line and without control characters and markup."""
-    return escape(" ".join(printable(text).split()))
-
-
-def _print_structure(console: Console, report: PruneReport) -> None:
-    """A bar of kept units for each layer and role."""
     console.print("kept units per layer:")
     for row in report.structure:
         cells = []
@@ -236,6 +208,32 @@ def _print_structure(console: Console, report: PruneReport) -> None:
             filled = round(BAR_WIDTH * kept / units) if units else 0
             cells.append(f"{role} {'█' * filled}{'░' * (BAR_WIDTH - filled)} {kept:>5}/{units}")
         console.print(f"  {row.name:>6}  " + "   ".join(cells))
+    _print_answers(console, report.prompt, {"dense": report.answer_dense, "pruned": report.answer})
+    for finding in report.findings:
+        console.print(f"[yellow]look here:[/yellow] {escape(finding)}")
+    _print_end(console, report)
+
+
+def _print_answers(console: Console, prompt: str, answers: Mapping[str, str | None]) -> None:
+    if prompt:
+        console.print(f"prompt: {one_line(prompt)}")
+        width = max(map(len, answers)) + 1
+        for label, answer in answers.items():
+            if answer is not None:
+                console.print(f"  {label + ':':<{width}} {one_line(answer)}")
+
+
+def _print_end(console: Console, report: PruneReport | RecoverReport) -> None:
+    """What the run took, and how its result is opened."""
+    peak = max((stage.peak_resident_bytes for stage in report.stages), default=0)
+    console.print(f"took {sum(stage.seconds for stage in report.stages):.0f} s, at most {peak / 1e9:.1f} GB of memory")
+    if report.load_lines:
+        console.print("open it with:", *(f"  {escape(line)}" for line in report.load_lines), sep="\n")
+
+
+def one_line(text: str) -> str:
+    """What a model or a folder says, on one line and without control characters and markup."""
+    return escape(" ".join(printable(text).split()))
 
 
 def print_all_stages(results: Sequence[tuple[PruneReport, RecoverReport]]) -> None:
@@ -269,15 +267,6 @@ def print_recovery(report: RecoverReport) -> None:
     )
     packed = f"; packed {report.packed_bytes:,}" if report.packed_bytes is not None else ""
     console.print(f"bytes of the weights: {report.bytes:,} ({report.dtype}){packed}")
-    if report.prompt:
-        console.print(f"prompt: {one_line(report.prompt)}")
-        answers = (("dense", report.answer_dense), ("as it came", report.answer_before), ("recovered", report.answer))
-        for label, answer in answers:
-            if answer:
-                console.print(f"  {label + ':':<11} {one_line(answer)}")
-    peak = max((stage.peak_resident_bytes for stage in report.stages), default=0)
-    console.print(f"took {sum(stage.seconds for stage in report.stages):.0f} s, at most {peak / 1e9:.1f} GB of memory")
-    if report.load_lines:
-        console.print("open it with:")
-        for line in report.load_lines:
-            console.print(f"  {escape(line)}")
+    answers = {"dense": report.answer_dense or None, "as it came": report.answer_before or None}
+    _print_answers(console, report.prompt, {**answers, "recovered": report.answer or None})
+    _print_end(console, report)
