@@ -19,7 +19,6 @@ from saap.models.loading.references import resolve_model
 from saap.models.structure.keep_index import KeepIndex
 from saap.pipeline.evaluate.run import check_request
 from saap.pipeline.prune.baselines import check_method, for_method
-from saap.pipeline.prune.speed_target import speed_settings
 from saap.pipeline.recipe.run import recipe_steps
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.legality import search_space
@@ -58,7 +57,7 @@ def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype)
     Of a target that is a speed, the size is not known before decoding was measured with weights.
     """
     if config.target_speedup is not None:
-        speed_settings(config).runtime.check()
+        config.runtime.check()
     ref = ModelRef(source=recipe.model, revision=recipe.revision, config_digest="", weights_digest="")
     graph = discover(model, ref)
     check_method(config, graph)
