@@ -20,8 +20,7 @@ def compare(
     """
     if options.out is None:
         raise ConfigurationError("--output-dir is missing", "Name the folder of rows and tables with -o DIR")
-    from saap.cli.show.compare import print_comparison
-    from saap.cli.show.output import make_reporter, show
+    from saap.cli.show.output import make_reporter, print_comparison, show
     from saap.pipeline.compare.run import compare as run_compare
     from saap.reporting.comparison import write_tables
 

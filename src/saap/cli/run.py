@@ -35,8 +35,7 @@ def run(
 
     with shown_warnings():
         read = read_recipe(Path(recipe), options.changes)
-    from saap.cli.show.output import make_reporter, show
-    from saap.cli.show.recipe import print_recipe, print_recipe_preview
+    from saap.cli.show.output import make_reporter, print_recipe, print_recipe_preview, show
 
     if options.dry_run:
         from saap.pipeline.recipe.preview import preview_recipe

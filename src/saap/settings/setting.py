@@ -56,69 +56,29 @@ class Only:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A field of a model, by all its names."""
+    """A field of a model, by all its names.
+
+    name: in recipes and in Python. flag: on the command line. old: names of earlier releases. names, flags: all that a
+    value may be given by, today's first. kind: the type of the value, or of each of several, without None. inner: that,
+    if it is settings of its own. only: which fields of those are taken together with this one, None for none. several:
+    whether the value is a tuple of values, or a mapping to them. repeat: whether the flag is given once for each of
+    them, rather than with a list. metavar: how the value of the flag is shown, None where the type says it.
+    """
 
     field: str
     info: FieldInfo
     shown: Flag
-
-    @property
-    def name(self) -> str:
-        """The name in recipes and in Python."""
-        return self.shown.name or self.field
-
-    @property
-    def flag(self) -> str:
-        """The name on the command line."""
-        return self.shown.flag or _dashed(self.name)
-
-    @property
-    def old(self) -> tuple[str, ...]:
-        """Names of earlier releases."""
-        own = () if self.field in (self.name, *self.shown.aliases) else (self.field,)
-        return tuple(dict.fromkeys([*own, *self.shown.old]))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every name that a value may be given by."""
-        return (self.name, self.field, *self.shown.aliases, *self.old)
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """Every name on the command line, today's first."""
-        return (self.flag, *map(_dashed, self.shown.aliases), *map(_dashed, self.old))
-
-    @property
-    def kind(self) -> type[Any]:
-        """The type of the value, or of each of several; without None."""
-        found: type[Any] = _kind(self.info.annotation)
-        return found
-
-    @property
-    def inner(self) -> type[Settings] | None:
-        """The model of a value, or of each of several, that has settings of its own."""
-        return self.kind if isinstance(self.kind, type) and issubclass(self.kind, Settings) else None
-
-    @property
-    def only(self) -> Only | None:
-        """Which fields of the model inside are taken together with this one; None for none."""
-        return next((note for note in self.info.metadata if isinstance(note, Only)), None)
-
-    @property
-    def several(self) -> bool:
-        """Whether the value is a tuple of values, or a mapping to them."""
-        return any(get_origin(part) in (tuple, dict) for part in _alternatives(self.info.annotation))
-
-    @property
-    def repeat(self) -> bool:
-        """Whether its flag is given once for each of several values, rather than with a list."""
-        read = [note for note in self.info.metadata if isinstance(note, BeforeValidator)]
-        return self.several and read in ([], [Names])
-
-    @property
-    def metavar(self) -> str | None:
-        """How the value of its flag is shown, None where the type says it."""
-        return "NAME|FILE" if Names in self.info.metadata else self.shown.metavar
+    name: str
+    flag: str
+    old: tuple[str, ...]
+    names: tuple[str, ...]
+    flags: tuple[str, ...]
+    kind: type[Any]
+    inner: type[Settings] | None
+    only: Only | None
+    several: bool
+    repeat: bool
+    metavar: str | None
 
     def renamed(self, name: str, within: str = "") -> str:
         """What to say of a name or flag of an earlier release, '' of others. within: what stands before both names."""
@@ -166,11 +126,25 @@ def check_once(meant: Mapping[str, Hashable]) -> None:
 @cache
 def settings_of(model: type[Settings], only: tuple[str, ...] = ()) -> tuple[Setting, ...]:
     """The fields of a model in order, or only those."""
-    return tuple(
-        Setting(field=name, info=info, shown=next((part for part in info.metadata if isinstance(part, Flag)), Flag()))
-        for name, info in model.model_fields.items()
-        if not only or name in only
-    )
+    return tuple(_setting(name, info) for name, info in model.model_fields.items() if not only or name in only)
+
+
+def _setting(field: str, info: FieldInfo) -> Setting:
+    shown = next((note for note in info.metadata if isinstance(note, Flag)), Flag())
+    name = shown.name or field
+    flag = shown.flag or _dashed(name)
+    old = tuple(dict.fromkeys([field, *shown.old] if field not in (name, *shown.aliases) else shown.old))
+    origins = [get_origin(part) for part in _alternatives(info.annotation)]
+    several = tuple in origins or dict in origins
+    kind = _kind(info.annotation)
+    validators = [note for note in info.metadata if isinstance(note, BeforeValidator)]
+    return Setting(
+        field=field, info=info, shown=shown, name=name, flag=flag, old=old, names=(name, field, *shown.aliases, *old),
+        flags=(flag, *map(_dashed, (*shown.aliases, *old))), kind=kind,
+        inner=kind if isinstance(kind, type) and issubclass(kind, Settings) else None,
+        only=next((note for note in info.metadata if isinstance(note, Only)), None), several=several,
+        repeat=several and validators in ([], [Names]), metavar="NAME|FILE" if Names in validators else shown.metavar,
+    )  # fmt: skip
 
 
 def _dashed(name: str) -> str:
@@ -187,9 +161,8 @@ def _alternatives(annotation: Any) -> list[Any]:
 
 def _kind(annotation: Any) -> Any:
     first = _alternatives(annotation)[0]
-    return (
-        _kind(get_args(first)[-1 if get_origin(first) is dict else 0]) if get_origin(first) in (tuple, dict) else first
-    )
+    several = {tuple: 0, dict: -1}.get(get_origin(first))
+    return first if several is None else _kind(get_args(first)[several])
 
 
 # How a wrong value is refused.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -27,6 +29,7 @@ from saap.pipeline.shared.progress import Reporter, Silent
 from saap.settings.run import Display
 
 if TYPE_CHECKING:
+    from saap.core.evaluation_records import Comparison
     from saap.pipeline.prune.result import PruneReport
     from saap.pipeline.recover.result import RecoverReport
 
@@ -270,3 +273,41 @@ def print_recovery(report: RecoverReport) -> None:
     answers = {"dense": report.answer_dense or None, "as it came": report.answer_before or None}
     _print_answers(console, report.prompt, {**answers, "recovered": report.answer or None})
     _print_end(console, report)
+
+
+def print_recipe_preview(shown: Mapping[str, Any]) -> None:
+    """The steps of a dry run."""
+    console = console_for_tables()
+    console.print(f"model: {escape(shown['model'])} ({shown['class']}), {shown['parameters']:,} parameters")
+    for step in shown["steps"]:
+        size = ""
+        if "parameters" in step:
+            share = step["parameters"] / shown["parameters"]
+            size = (
+                f" ({step['parameters']:,} parameters, {share:.1%}; {step['bytes'] / 1e6:,.0f} MB of {step['dtype']})"
+            )
+        elif "speedup" in step:
+            size = f" (decoding {step['speedup']:g} times as fast in {step['runtime']}; its size is found by measuring)"
+        target = f" {escape(step['target'])}" if "target" in step else ""
+        console.print(f"{escape(step['name'])}{target} -> {escape(step['output'])}{size}")
+    console.print("nothing was written.")
+
+
+def print_recipe(done: Mapping[str, Any]) -> None:
+    """The steps of a run and where their outputs lie."""
+    console = console_for_tables()
+    for step in done["steps"]:
+        console.print(f"{escape(step['name'])} ({step['fate']}): {escape(', '.join(step['outputs']))}")
+
+
+def print_comparison(comparison: Comparison, written: Iterable[Path]) -> None:
+    """The table of all rows, as wide as it is, and the files that were written."""
+    from saap.reporting.comparison import comparison_table
+
+    headings, rows = comparison_table(comparison)
+    table = Table(*map(escape, headings), box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console = Console(highlight=False, soft_wrap=True, width=max(80, sum(map(len, headings)) + 40 * 3))
+    console.print(table)
+    print(f"wrote {', '.join(map(str, written))}")
