@@ -151,12 +151,9 @@ def _help(setting: Setting, default: Any) -> str:
     text = setting.shown.help
     if "|" not in _metavar(setting) and _choices(setting):
         text += f" One of {', '.join(_choices(setting))}."
-    shown = default if default is not None else setting.shown.default
-    if shown is None:
-        shown = setting.info.get_default()
-    if isinstance(shown, (tuple, list)):
-        shown = ",".join(map(str, shown))
-    if shown is True:
-        shown = setting.flag[2:]
-    no_default = shown is None or shown is False or shown == "" or setting.info.is_required()
-    return text if no_default else f"{text} [default: {shown}]"
+    defaults = (default, setting.shown.default, setting.info.get_default())
+    shown = next((one for one in defaults if one is not None), None)
+    if shown is None or shown is False or shown in ("", ()) or setting.info.is_required():
+        return text
+    shown = ",".join(map(str, shown)) if isinstance(shown, (tuple, list)) else shown
+    return f"{text} [default: {setting.flag[2:] if shown is True else shown}]"

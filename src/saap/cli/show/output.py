@@ -73,14 +73,15 @@ class RichReporter:
         self._progress = progress
         self._task: TaskID | None = None
 
-    def _finish(self) -> None:
+    def close(self) -> None:
+        """Finish the last stage's line."""
         if self._task is not None:
             total = self._progress.tasks[self._task].total or 1
             self._progress.update(self._task, total=total, completed=total)
 
     def stage(self, title: str) -> None:
         """Finish the last stage's line and begin another."""
-        self._finish()
+        self.close()
         self._task = self._progress.add_task(title, total=None)
 
     def advance(self, done: int, total: int) -> None:
@@ -91,10 +92,6 @@ class RichReporter:
     def note(self, text: str) -> None:
         """Print a fact above the bars."""
         self._progress.console.print(f"  {escape(text)}", highlight=False)
-
-    def close(self) -> None:
-        """Finish the last stage's line."""
-        self._finish()
 
 
 @contextmanager
