@@ -119,12 +119,9 @@ def estimate(
     with TemporaryDirectory(prefix="saap-") as folder:
         return _estimate(
             Backend(opened, graph, spill=Spill(Path(folder)) if offloaded(opened) is not None else None),
-            tokens,
-            roles=unit_roles(config.roles),
-            importance=config.importance,
-            element_order=config.element_order,
+            tokens, roles=unit_roles(config.roles), importance=config.importance, element_order=config.element_order,
             aggregation=config.aggregation,
-        )
+        )  # fmt: skip
 
 
 @_with_settings
@@ -136,7 +133,9 @@ def search(graph: ModelGraph, scores: ImportanceScores, config: Annotated[PruneC
     """
     space = SearchSpace(roles=config.roles, layout=config.layout, align=config.align, skip_layers=config.skip_layers)
     units = unit_scores(scores, graph, config.importance, config.fusion_scope)
-    return _search(graph, units, budget_for_ratio(graph, _only_ratio(config)), space, config.strategy)
+    if len(config.pruning_ratios) != 1:
+        raise ConfigurationError("search() takes one pruning_ratio", "Call it for each")
+    return _search(graph, units, budget_for_ratio(graph, config.pruning_ratios[0]), space, config.strategy)
 
 
 @_with_settings
@@ -199,9 +198,3 @@ def evaluate(
     Raises CalibrationError for a text that cannot be read, EvaluationError for tasks, ModelError.
     """
     return evaluate_model(model_or_path, request, options, reporter, tokenizer=tokenizer)
-
-
-def _only_ratio(config: PruneConfig) -> float:
-    if len(config.pruning_ratios) != 1:
-        raise ConfigurationError("search() takes one pruning_ratio", "Call it for each")
-    return config.pruning_ratios[0]

@@ -27,11 +27,8 @@ def _file_name(name: str) -> str:
 
 def _given_names(given: Any) -> Any:
     """Settings by names; a name without any, as `--set` leaves it, is none."""
-    return (
-        {str(key): one for key, one in (given or {}).items() if one is not None}
-        if isinstance(given, dict | None)
-        else given
-    )
+    named = {} if given is None else given
+    return {str(key): one for key, one in named.items() if one is not None} if isinstance(named, dict) else given
 
 
 _FileName = Annotated[str, AfterValidator(_file_name)]
@@ -167,15 +164,12 @@ def _put(tree: dict[str, Any], setting: str) -> None:
     if not mark or not all(names):
         raise ConfigurationError(f"--set {setting!r} is not understood", "Write it like prune.num_samples=20")
     inner = tree
-    for depth, name in enumerate(names[:-1]):
-        found = inner.get(name)
-        if found is None:
-            found = inner[name] = {}
-        elif not isinstance(found, dict):
-            raise ConfigurationError(
-                f"--set {setting!r} goes inside {'.'.join(names[: depth + 1])}, which is a value", "Set that itself"
-            )
-        inner = found
+    for depth, name in enumerate(names[:-1], start=1):
+        inner[name] = {} if inner.get(name) is None else inner[name]
+        inner = inner[name]
+        if not isinstance(inner, dict):
+            inside = ".".join(names[:depth])
+            raise ConfigurationError(f"--set {setting!r} goes inside {inside}, which is a value", "Set that itself")
     inner[names[-1]] = _parsed(text, f"The value of --set {setting!r}")
 
 

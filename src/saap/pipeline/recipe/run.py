@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from saap._version import __version__
 from saap.core.errors import OutputError, StaleInputError
@@ -84,22 +84,25 @@ class _Record(BaseModel):
     outputs: dict[str, str] = {}
 
 
+class _Records(BaseModel):
+    steps: dict[str, _Record]
+
+
 class _State:
     """The records of steps in the folder of a recipe."""
 
     def __init__(self, out: Path) -> None:
         self._out, self._file = out, WorkFolder(out)
         try:
-            known = self._file.read_json(STATE)
-            self._steps = {} if known is None else _STEPS.validate_python(known)["steps"]
-        except (ValidationError, KeyError):
+            self._known = _Records.model_validate(self._file.read_json(STATE) or {"steps": {}})
+        except ValidationError:
             raise StaleInputError(f"{out / STATE} is no record of a recipe", "Choose another `out`") from None
 
     def finished(self, steps: Sequence[Step]) -> set[str]:
         """Names of the steps that are done. Raises OutputError for outputs in the way that are not of this recipe."""
         kept: set[str] = set()
         for step in steps:
-            entry = self._steps.get(step.name, _Record(digest="", done=True))
+            entry = self._known.steps.get(step.name, _Record(digest="", done=True))
             there = [path for path in step.outputs if path.exists()]
             # what a step that was interrupted has left may be replaced
             if entry.done and any(entry.outputs.get(self._name(path)) != tree_digest(path) for path in there):
@@ -114,14 +117,11 @@ class _State:
     def record(self, step: Step, *, done: bool) -> None:
         """Record that a step is done, or that its outputs may be incomplete or of other settings from now on."""
         outputs = {self._name(path): tree_digest(path) for path in step.outputs} if done else {}
-        self._steps[step.name] = _Record(digest=step.digest, done=done, outputs=outputs)
-        self._file.write_json(STATE, _STEPS.dump_python({"steps": self._steps}))
+        self._known.steps[step.name] = _Record(digest=step.digest, done=done, outputs=outputs)
+        self._file.write_json(STATE, self._known.model_dump())
 
     def _name(self, path: Path) -> str:
         return str(path.relative_to(self._out))
-
-
-_STEPS = TypeAdapter(dict[str, dict[str, _Record]])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
