@@ -26,8 +26,10 @@ def print_eval(report: Mapping[str, Any]) -> None:
         table = Table("text", "tokens", "window", "perplexity", *(("dense", "ratio") if dense else ()))
         for name, found in report["perplexity"].items():
             base = dense and dense["perplexity"][name]["value"]
-            versus = (_number(base), _ratio(found["value"], base)) if dense else ()
-            table.add_row(escape(name), f"{found['tokens']:,}", str(found["window"]), _number(found["value"]), *versus)
+            of_dense = (_number(base), _ratio(found["value"], base)) if dense else ()
+            table.add_row(
+                escape(name), f"{found['tokens']:,}", str(found["window"]), _number(found["value"]), *of_dense
+            )
         console.print(table)
     if report["tasks"]:
         headings, keys = (("dense acc", "dense acc_norm") if dense else ()), ("acc", "acc_norm")

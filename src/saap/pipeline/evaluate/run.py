@@ -219,10 +219,10 @@ class _Evaluation:
             for given, one in ((opened, loaded), (dense_ref, dense))
             if given is not None
         ]
-        refs = [loaded.ref, *([] if dense_ref is None else [dense_ref])]
-        names = names_apart([(ref.source, ref.revision) for ref in refs])
+        refs = [(loaded.ref.source, loaded.ref.revision)]
+        refs += [] if dense_ref is None else [(dense_ref.source, dense_ref.revision)]
         self.reporter.stage(f"speed in {settings.runtime}")
-        return compare_speeds(list(zip(names, models, strict=True)), settings)
+        return compare_speeds(list(zip(names_apart(refs), models, strict=True)), settings)
 
 
 def write_report(path: Path, data: Mapping[str, Any]) -> None:
