@@ -36,14 +36,11 @@ def run(
     with shown_warnings():
         read = read_recipe(Path(recipe), options.changes)
     from saap.cli.show.output import make_reporter, print_recipe, print_recipe_preview, show
+    from saap.pipeline.recipe.run import preview_recipe, run_recipe
 
     if options.dry_run:
-        from saap.pipeline.recipe.preview import preview_recipe
-
         found = preview_recipe(read)
         return show(display.model_copy(update={"quiet": False}), found, lambda: print_recipe_preview(found))
-    from saap.pipeline.recipe.run import run_recipe
-
     with make_reporter(display) as reporter:
         done = run_recipe(read, reporter)
     return show(display, done, lambda: print_recipe(done))
