@@ -8,7 +8,7 @@ from typing import Annotated
 from saap.cli.flags import Model
 from saap.core.errors import ConfigurationError
 from saap.settings.measure import EvalRequest, writing_flag
-from saap.settings.run import OPENS, Display, RunOptions, output_flag
+from saap.settings.run import OPENS, OUTPUT, Display, RunOptions, out_flag
 from saap.settings.setting import Only, Settings
 
 
@@ -17,8 +17,7 @@ class EvalOutput(Settings):
 
     generation: Annotated[bool, writing_flag("Let the model write, and measure what it writes and knows.")] = False
     out: Annotated[
-        Path | None,
-        output_flag("Also write the report as JSON.", name="output_file", short="-o", aliases=("out",), metavar="FILE"),
+        Path | None, out_flag("Also write the report as JSON.", panel=OUTPUT, name="output_file", metavar="FILE")
     ] = None
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from saap.cli.flags import Argument
 from saap.core.errors import ConfigurationError
 from saap.settings.measure import ExportRequest
-from saap.settings.run import Display, RunOptions, result_flag
+from saap.settings.run import Display, RunOptions, out_flag, result_flag
 from saap.settings.setting import Only, Settings
 
 
@@ -16,14 +16,7 @@ class ExportTarget(Settings):
     """Where an exported model goes."""
 
     out: Annotated[
-        Path | None,
-        result_flag(
-            "File or folder to write. [required unless --push]",
-            name="output",
-            short="-o",
-            aliases=("out",),
-            metavar="PATH",
-        ),
+        Path | None, out_flag("File or folder to write. [required unless --push]", name="output", metavar="PATH")
     ] = None
     push: Annotated[str | None, result_flag("Upload the folder MODEL to the hub as it is.", metavar="OWNER/NAME")] = (
         None

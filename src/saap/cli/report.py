@@ -8,6 +8,7 @@ from typing import Annotated
 import click
 
 from saap.cli.flags import Argument
+from saap.settings.run import out_flag
 from saap.settings.setting import Flag, Settings
 
 
@@ -15,15 +16,7 @@ class PageSettings(Settings):
     """What a page shows, and where it is written."""
 
     out: Annotated[
-        Path | None,
-        Flag(
-            "Page to write.",
-            name="output_file",
-            short="-o",
-            aliases=("out",),
-            metavar="FILE",
-            default="DIR-report.html",
-        ),
+        Path | None, out_flag("Page to write.", panel="", name="output_file", metavar="FILE", default="DIR-report.html")
     ] = None
     evaluations: Annotated[
         tuple[Path, ...], Flag("Report of `saap eval -o FILE`, repeatable.", flag="--eval", metavar="FILE")

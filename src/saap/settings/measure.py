@@ -69,13 +69,11 @@ class EvalRequest(Settings):
     ] = None
     limit: Annotated[int | None, tasks_flag("Only the first N questions of each task.")] = None
     rounded: Annotated[
-        bool,
-        tasks_flag(
-            "Round products to bfloat16 while tasks are scored, which can be quicker.",
-            name="rounded_tasks",
+        bool, tasks_flag(
+            "Round products to bfloat16 while tasks are scored, which can be quicker.", name="rounded_tasks",
             aliases=("rounded",),
         ),
-    ] = False
+    ] = False  # fmt: skip
     prompts: Annotated[
         Source | None,
         writing_flag("Prompts in place of the bundled ones: .txt, or .jsonl with prompt, answer.", metavar="FILE"),
@@ -85,14 +83,11 @@ class EvalRequest(Settings):
         Path | None, writing_flag("Conversations (.jsonl with messages) to measure answers of.", metavar="FILE")
     ] = None
     dense: Annotated[
-        Source | None,
-        dense_flag(
-            "The dense model to compare with.",
-            old=("against",),
-            metavar="MODEL",
+        Source | None, dense_flag(
+            "The dense model to compare with.", old=("against",), metavar="MODEL",
             default="generation and speed: the one MODEL was pruned from",
         ),
-    ] = None
+    ] = None  # fmt: skip
     dense_revision: Annotated[str | None, dense_flag(DENSE_REVISION, default="as MODEL's manifest says")] = None
     dense_trust_remote_code: Annotated[bool, dense_flag(DENSE_CODE)] = False
     speed: Annotated[
@@ -116,8 +111,7 @@ class EvalRequest(Settings):
     @property
     def names_nothing(self) -> bool:
         """Whether there is nothing to measure."""
-        measured = (self.texts, self.tasks, self.prompts, self.chat, self.speed)
-        return not any(measured)
+        return not any((self.texts, self.tasks, self.prompts, self.chat, self.speed))
 
 
 class GenerationSettings(Settings):
@@ -162,32 +156,21 @@ class CompareRequest(Settings):
         PruneConfig,
         Only(
             (
-                "pruning_ratios",
-                "calibration",
-                "samples",
-                "sample_length",
-                "refit_tokens",
-                "bos",
-                "roles",
-                "align",
+                "pruning_ratios", "calibration", "samples", "sample_length", "refit_tokens", "bos", "roles", "align",
                 "effort",
             ),
             {"pruning_ratios": "0.1,0.2,0.3"},
         ),
-    ]
+    ]  # fmt: skip
     seeds: Annotated[
         tuple[Seed, ...], Commas, Different, compared_flag("Seeds of the calibration samples.", metavar="N[,N...]")
     ] = (0,)
     restorations: Annotated[
-        tuple[bool, ...],
-        BeforeValidator(_restorations),
-        compared_flag(
-            "Least-squares reconstruction by saap, for every method: both, yes or no.",
-            name="restore",
-            metavar="both|yes|no",
-            default="both",
+        tuple[bool, ...], BeforeValidator(_restorations), compared_flag(
+            "Least-squares reconstruction by saap, for every method: both, yes or no.", name="restore",
+            metavar="both|yes|no", default="both",
         ),
-    ] = (False, True)
+    ] = (False, True)  # fmt: skip
     evaluation: Annotated[
         EvalRequest,
         Only(
