@@ -45,8 +45,6 @@ from saap.structure_search.plan import SearchSpace
 from saap.structure_search.plan import search as _search
 
 Result = TypeVar("Result")
-GIVEN = "given from Python"
-"""What stands in the records for texts or token ids that have no name."""
 _SCORED = Only(
     ("samples", "sample_length", "roles", "importance", "element_order", "aggregation", "seed", "bos"),
     {"pruning_ratios": 0, "restore": False},
@@ -175,7 +173,8 @@ def prune(
     """
     if len(config.pruning_ratios) > 1:
         raise ConfigurationError("prune() takes one pruning_ratio", "Call it for each, or use `saap prune`")
-    named = (str(calibration),) if isinstance(calibration, (str, Path)) else (GIVEN,)
+    # what stands in the records, also for texts or token ids that have no name
+    named = (str(calibration),) if isinstance(calibration, (str, Path)) else ("given from Python",)
     config = config.model_copy(update={"calibration": named})
     (result,) = run_prune(model_or_path, config, options, reporter, calibration=calibration, tokenizer=tokenizer)
     return result

@@ -123,10 +123,6 @@ class GenerationSettings(Settings):
     chat: Annotated[bool, writing_flag("Use the chat template, or continue the text itself.")] = True
 
 
-def _no_ratios(given: Any) -> Any:
-    return () if given == "none" else given
-
-
 def _restorations(given: Any) -> Any:
     """Both, yes or no, as False and True."""
     known = {"both": (False, True), "yes": (True,), "no": (False,)}
@@ -180,7 +176,7 @@ class CompareRequest(Settings):
     task_ratios: Annotated[
         tuple[Ratio, ...] | None,
         Commas,
-        BeforeValidator(_no_ratios),
+        BeforeValidator(lambda given: () if given == "none" else given),
         compared_flag("Run the tasks at these ratios only, or `none`.", metavar="R[,R...]", default="at all"),
     ] = None
 

@@ -177,41 +177,38 @@ def print_preview(shown: Mapping[str, Any]) -> None:
 
 def print_results(reports: Sequence[PruneReport]) -> None:
     """The summary of each result."""
+    console = console_for_tables()
     for report in reports:
-        _print_report(console_for_tables(), report)
-
-
-def _print_report(console: Console, report: PruneReport) -> None:
-    console.print()
-    console.print(f"[bold]{escape(report.path or 'pruned model')}[/bold]")
-    table = Table("", "dense", "pruned", "ratio")
-    for label, dense, pruned in (
-        ("parameters", report.parameters_dense, report.parameters),
-        ("in decoder blocks", report.block_parameters_dense, report.block_parameters),
-        (f"bytes ({report.dtype})", report.bytes_dense, report.bytes),
-    ):
-        table.add_row(label, f"{dense:,}", f"{pruned:,}", f"{pruned / dense:.3f}")
-    values = (f"{report.perplexity_dense:.2f}", f"{report.perplexity:.2f}", f"{report.perplexity_ratio:.3f}")
-    table.add_row(f"perplexity ({escape(report.evaluation_text)})", *values)
-    console.print(table)
-    if report.speed is not None:
-        speed = report.speed
-        console.print(
-            f"speed of decoding: {speed['reached']:.2f} of the dense model's, requested {speed['asked']:g}, predicted "
-            f"{speed['predicted']:.2f}; {speed['dense_tokens_per_second']:.1f} -> {speed['tokens_per_second']:.1f} "
-            f"tokens/s in {speed['runtime']} ({speed['weights']}, {speed['threads']} threads)"
-        )
-    console.print("kept units per layer:")
-    for row in report.structure:
-        cells = []
-        for role, kept, units in row.parts:
-            filled = round(BAR_WIDTH * kept / units) if units else 0
-            cells.append(f"{role} {'█' * filled}{'░' * (BAR_WIDTH - filled)} {kept:>5}/{units}")
-        console.print(f"  {row.name:>6}  " + "   ".join(cells))
-    _print_answers(console, report.prompt, {"dense": report.answer_dense, "pruned": report.answer})
-    for finding in report.findings:
-        console.print(f"[yellow]look here:[/yellow] {escape(finding)}")
-    _print_end(console, report)
+        console.print(f"\n[bold]{escape(report.path or 'pruned model')}[/bold]")
+        table = Table("", "dense", "pruned", "ratio")
+        for label, dense, pruned in (
+            ("parameters", report.parameters_dense, report.parameters),
+            ("in decoder blocks", report.block_parameters_dense, report.block_parameters),
+            (f"bytes ({report.dtype})", report.bytes_dense, report.bytes),
+        ):
+            table.add_row(label, f"{dense:,}", f"{pruned:,}", f"{pruned / dense:.3f}")
+        values = (f"{report.perplexity_dense:.2f}", f"{report.perplexity:.2f}", f"{report.perplexity_ratio:.3f}")
+        table.add_row(f"perplexity ({escape(report.evaluation_text)})", *values)
+        console.print(table)
+        if report.speed is not None:
+            speed = report.speed
+            console.print(
+                f"speed of decoding: {speed['reached']:.2f} of the dense model's, requested {speed['asked']:g}, "
+                f"predicted {speed['predicted']:.2f}; {speed['dense_tokens_per_second']:.1f} -> "
+                f"{speed['tokens_per_second']:.1f} tokens/s in {speed['runtime']} ({speed['weights']}, "
+                f"{speed['threads']} threads)"
+            )
+        console.print("kept units per layer:")
+        for row in report.structure:
+            cells = []
+            for role, kept, units in row.parts:
+                filled = round(BAR_WIDTH * kept / units) if units else 0
+                cells.append(f"{role} {'█' * filled}{'░' * (BAR_WIDTH - filled)} {kept:>5}/{units}")
+            console.print(f"  {row.name:>6}  " + "   ".join(cells))
+        _print_answers(console, report.prompt, {"dense": report.answer_dense, "pruned": report.answer})
+        for finding in report.findings:
+            console.print(f"[yellow]look here:[/yellow] {escape(finding)}")
+        _print_end(console, report)
 
 
 def _print_answers(console: Console, prompt: str, answers: Mapping[str, str | None]) -> None:
@@ -239,7 +236,7 @@ def one_line(text: str) -> str:
 def print_all_stages(results: Sequence[tuple[PruneReport, RecoverReport]]) -> None:
     """The summary of each result that was pruned and then tuned."""
     for pruned, tuned in results:
-        _print_report(console_for_tables(), pruned.model_copy(update={"path": None, "load_lines": ()}))
+        print_results([pruned.model_copy(update={"path": None, "load_lines": ()})])
         print_recovery(tuned)
 
 

@@ -31,8 +31,6 @@ from saap.recovery.adapter import require_peft
 from saap.settings.recover import RecoverConfig, Tuning
 
 EVALUATION = "bundled text that is never calibrated on"
-DISTILLATION = 1.0
-"""Share of the divergence from the dense model in the loss, where there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,4 +148,4 @@ def _with_teacher(
             raise ConfigurationError("--distillation has no teacher", "Name the dense model with --dense MODEL")
         return config.model_copy(update={"teacher": None, "dense_revision": None, "distillation": 0.0}), None
     known = {"teacher": teacher.source, "dense_revision": teacher.revision}
-    return config.model_copy(update={**known, "distillation": DISTILLATION if share is None else share}), teacher
+    return config.model_copy(update={**known, "distillation": 1.0 if share is None else share}), teacher
