@@ -22,9 +22,11 @@ def compare(
         raise ConfigurationError("--output-dir is missing", "Name the folder of rows and tables with -o DIR")
     from saap.cli.show.output import make_reporter, print_comparison, show
     from saap.pipeline.compare.run import compare as run_compare
-    from saap.reporting.comparison import write_tables
+    from saap.reporting.comparison_tables import comparison_table
+    from saap.reporting.tables import write_table
 
     with make_reporter(display) as reporter:
         result = run_compare(model, request, options, options.out, reporter)
-    written = write_tables(options.out, result)
-    show(display, result.model_dump_json(indent=1), lambda: print_comparison(result, written))
+    table = comparison_table(result)
+    written = write_table(table, options.out / "comparison")
+    show(display, result.model_dump_json(indent=1), lambda: print_comparison(*table, written))

@@ -10,11 +10,11 @@ from rich.table import Table
 
 from saap.cli.show.output import console_for_tables, one_line
 
-MEASURES = {
-    "distinct_1": "distinct words (1)", "distinct_2": "distinct pairs (2)", "distinct_3": "distinct triples (3)",
-    "repetition": "repeated 4-grams", "tokens": "tokens", "dense_perplexity": "perplexity under the dense model",
-    "dense_perplexity_by_quarter": "  by quarter", "repetition_by_quarter": "repeated by quarter",
-}  # fmt: skip
+MEASURES = (
+    ("distinct_1", "distinct words (1)"), ("distinct_2", "distinct pairs (2)"), ("distinct_3", "distinct triples (3)"),
+    ("repetition", "repeated 4-grams"), ("tokens", "tokens"), ("dense_perplexity", "perplexity under the dense model"),
+    ("dense_perplexity_by_quarter", "  by quarter"), ("repetition_by_quarter", "repeated by quarter"),
+)  # fmt: skip
 
 
 def print_eval(report: Mapping[str, Any]) -> None:
@@ -76,10 +76,9 @@ def _print_generation(console: Any, found: Mapping[str, Any]) -> None:
     dense = found["dense_figures"] or {}
     table = Table("what it writes", *found["figures"], *(f"dense, {mode}" for mode in dense))
     columns = [*found["figures"].values(), *dense.values()]
-    for key, label in MEASURES.items():
-        quarters = key.endswith("by_quarter")
-        cells = (" ".join(map(_number, one[key] or ())) if quarters else _number(one[key]) for one in columns)
-        table.add_row(label, *cells)
+    for key, label in MEASURES:
+        values = [(column[key] or ()) if key.endswith("quarter") else [column[key]] for column in columns]
+        table.add_row(label, *(" ".join(map(_number, cell)) for cell in values))
     if columns:
         console.print(table)
     if found["token_agreement"] is not None:

@@ -29,7 +29,6 @@ from saap.pipeline.shared.progress import Reporter, Silent
 from saap.settings.run import Display
 
 if TYPE_CHECKING:
-    from saap.core.evaluation_records import Comparison
     from saap.pipeline.prune.result import PruneReport
     from saap.pipeline.recover.result import RecoverReport
 
@@ -294,11 +293,8 @@ def print_recipe(done: Mapping[str, Any]) -> None:
         console.print(f"{escape(step['name'])} ({step['fate']}): {escape(', '.join(step['outputs']))}")
 
 
-def print_comparison(comparison: Comparison, written: Iterable[Path]) -> None:
+def print_comparison(headings: Sequence[str], rows: Sequence[Sequence[str]], written: Iterable[Path]) -> None:
     """The table of all rows, as wide as it is, and the files that were written."""
-    from saap.reporting.comparison import comparison_table
-
-    headings, rows = comparison_table(comparison)
     table = Table(*map(escape, headings), box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*map(escape, row))

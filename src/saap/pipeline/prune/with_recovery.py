@@ -23,6 +23,8 @@ from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PruneConfig
 from saap.settings.recover import RecoverConfig, check_alignment
 
+PRUNED = "pruned.json"
+
 
 def prune_and_recover(
     source: str | Path, pruning: PruneConfig, recovery: RecoverConfig, options: RunOptions, reporter: Reporter
@@ -39,9 +41,9 @@ def prune_and_recover(
             "--max-memory does not hold for the tuning of --recover",
             "Leave out one of them, and use `saap recover` later",
         )
+    check_alignment(pruning.align, recovery.group_size)
     processes = Processes.found()
     targets = plan_targets(pruning, options)
-    check_alignment(pruning.align, recovery.group_size)
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
     data = read_data(recovery, load_tokenizer(resolved))
     processes.barrier()  # until nobody looks any more at what is there
@@ -50,43 +52,34 @@ def prune_and_recover(
     same = [settings, named_files(settings), data.digest, str(source), options.revision, options.dtype, __version__]
     processes.broadcast_result(lambda: work.open(digest_of([*same, model_digest(resolved)])))
     with work.alone(processes):
-        reports = _pruned(source, pruning, options, work, processes, reporter)
+        pruned = processes.broadcast_result(lambda: work.read_json(PRUNED))
+        if pruned is None:
+            into = _inside(options, work, "pruned")
+            pruned = [result.report.as_dict() for result in run_prune(source, pruning, into, reporter)]
+            processes.broadcast_result(lambda: work.write_json(PRUNED, pruned))
         # the teacher is MODEL, whose code may be run or not
         recovery = recovery.model_copy(update={"dense_trust_remote_code": options.trust_remote_code})
-        results = [
-            (report, _tuned(target, report, recovery, options, work, processes, reporter))
-            for target, report in zip(targets, reports, strict=True)
-        ]
+        tuned = []
+        for target, saved in zip(targets, pruned, strict=True):
+            into = _inside(options, work, f"tuned-{target.name}").model_copy(update={"revision": None})
+            report = PruneReport.model_validate(saved)
+            tuned.append((report, _tuned(target, str(report.path), recovery, into, work, processes, reporter)))
     processes.barrier()
     processes.broadcast_result(lambda: work.close(keep=options.keep_work))
-    return results
-
-
-def _pruned(
-    source: str | Path, config: PruneConfig, options: RunOptions, work: WorkFolder, processes: Processes,
-    reporter: Reporter,
-) -> list[PruneReport]:  # fmt: skip
-    """Reports of the pruned models, which lie in the work folder; made unless they are there."""
-    saved = processes.broadcast_result(lambda: work.read_json("pruned.json"))
-    if saved is None:
-        into = _inside(options, work, "pruned")
-        saved = [result.report.as_dict() for result in run_prune(source, config, into, reporter)]
-        processes.broadcast_result(lambda: work.write_json("pruned.json", saved))
-    return [PruneReport.model_validate(report) for report in saved]
+    return tuned
 
 
 def _tuned(
-    target: Target, pruned: PruneReport, config: RecoverConfig, options: RunOptions, work: WorkFolder,
-    processes: Processes, reporter: Reporter,
+    target: Target, source: str, config: RecoverConfig, into: RunOptions, work: WorkFolder, processes: Processes,
+    reporter: Reporter,
 ) -> RecoverReport:  # fmt: skip
     """Tune the pruned model of one target and put it in its place, unless it is there."""
     saved = processes.broadcast_result(lambda: finished_report(work, target))
     if saved is None:
-        name = f"tuned-{target.name}"
-        into = _inside(options, work, name).model_copy(update={"revision": None})
-        made = run_recover(str(pruned.path), config, into, reporter).report
-        here, there = work.file(name), str(target.folder)
-        saved = made.as_dict() | {"path": there, "load_lines": [x.replace(str(here), there) for x in made.load_lines]}
+        made = run_recover(source, config, into, reporter).report
+        here, there = Path(str(into.out)), str(target.folder)
+        lines = [line.replace(str(here), there) for line in made.load_lines]
+        saved = made.as_dict() | {"path": there, "load_lines": lines}
         processes.broadcast_result(lambda: place_finished(work, target, here, saved))
     return RecoverReport.model_validate(saved)
 
