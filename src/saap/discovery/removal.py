@@ -132,13 +132,11 @@ def _called(model: nn.Module, path: str, samples: int = 2) -> tuple[tuple[Any, .
         raise _ReachedError(arguments, keywords, output[0] if isinstance(output, (tuple, list)) else output)
 
     tokens = 2 + torch.arange(samples * TOKENS).reshape(samples, TOKENS) % 5
-    handle = model.get_submodule(path).register_forward_hook(stop, with_kwargs=True)
     try:
-        model(tokens, **without_cache(model))
+        with hooked({model.get_submodule(path): stop}, with_kwargs=True):
+            model(tokens, **without_cache(model))
     except _ReachedError as reached:
         return reached.args
-    finally:
-        handle.remove()
     raise RuntimeError(f"{path} was not called")
 
 
