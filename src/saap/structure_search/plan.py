@@ -1,6 +1,7 @@
 """The stage: scores, graph and budget in, structure plan out."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -111,7 +112,7 @@ def complete_plan(graph: ModelGraph, given: PlanDocument) -> StructurePlan:
     chosen = {name: kept for name, kept in keep.items() if not isinstance(kept, int)}
     return make_plan(
         graph, chosen, given.dropped_blocks, layout=given.layout, strategy=given.strategy, align=given.align,
-        trail=given.candidates,
+        trail=tuple(Candidate(name=one.name, loss=math.inf if one.loss is None else one.loss) for one in given.trail),
     )  # fmt: skip
 
 

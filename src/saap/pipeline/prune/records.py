@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import NamedTuple
 
 from saap.core.manifest import (
@@ -40,7 +41,7 @@ def manifest_of_run(
     if plan.layout is Layout.ADAPTIVE:
         digests["modeling_code"] = modeling_code_digest()
     manifest = RunManifest(
-        base=BaseModelIdentity.of(graph.model, licence_of(folder) if folder is not None else None),
+        base=BaseModelIdentity(**asdict(graph.model), licence=licence_of(folder) if folder is not None else None),
         command=typed_command(), settings=run.config.model_dump(mode="json"), seed=run.config.seed,
         layout=plan.layout, device=str(run.device), dtype=str(run.loaded.dtype).removeprefix("torch."),
         versions=recorded_versions(), digests=digests, stages=tuple(run.meter.stages),
