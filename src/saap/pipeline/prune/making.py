@@ -16,7 +16,7 @@ from saap.core.errors import VerificationError
 from saap.core.records import FloatArray, ImportanceScores, Layout, StructurePlan, count_parameters
 from saap.discovery.blocks import find_blocks
 from saap.export.huggingface import CheckpointParts, write_checkpoint
-from saap.models.checkpoint.pruned_structure import PrunedStructure, dense_shapes, mark_pruned, structure_of
+from saap.models.checkpoint.pruned_structure import PrunedStructure, mark_pruned, structure_of
 from saap.models.loading.devices import copied, quick_products, spread_over
 from saap.models.loading.pretrained import load, load_offloaded
 from saap.models.loading.references import resolve_model
@@ -88,7 +88,7 @@ def make_model(
 
 def _check_count(run: Run, model: nn.Module, plan: StructurePlan, structure: PrunedStructure) -> None:
     """Raise VerificationError if the model has not the parameters that the plan predicts."""
-    new = set(structure.added_biases) - set(dense_shapes(run.graph, plan))
+    new = set(structure.added_biases) - run.graph.renamed(plan.dropped_blocks, run.graph.shapes).keys()
     counted = count_parameters({name: tuple(p.shape) for name, p in model.named_parameters() if name not in new})
     if counted != plan.parameters:
         raise VerificationError(
