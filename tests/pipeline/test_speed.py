@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,16 @@ class KnownTime:
         self.measured = 0
 
     def __call__(
-        self, runtimes: Mapping[str, Runtime], prompt: Sequence[int], *, new_tokens: int, rounds: int
-    ) -> dict[str, Speed]:
+        self, runtimes: Sequence[Runtime], prompt: Sequence[int], *, new_tokens: int, rounds: int
+    ) -> list[Speed]:
         self.measured += 1
-        found = {}
-        for name, runtime in runtimes.items():
+        found = []
+        for runtime in runtimes:
             runtime.step(runtime.read(prompt))
             model: Any = runtime
             step = (REST + sum(p.numel() for p in model.model.parameters())) / 1e6
-            found[name] = Speed(
-                prefill=1.0, decode=1 / step, read_seconds=(1.0,) * rounds, step_seconds=(step,) * rounds
-            )
+            times = {"read_seconds": (1.0,) * rounds, "step_seconds": (step,) * rounds}
+            found.append(Speed(prefill=1.0, decode=1 / step, **times))
         return found
 
 

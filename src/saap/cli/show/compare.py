@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from saap.core.evaluation_records import Comparison
-from saap.reporting.comparison import comparison_table
 
-
-def print_comparison(comparison: Comparison) -> None:
+def print_comparison(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """The table of all rows, as wide as it is."""
-    headings, rows = comparison_table(comparison)
     table = Table(*map(escape, headings), box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*map(escape, row))

@@ -13,6 +13,7 @@ from saap.cli.show.output import console_for_tables, one_line
 MEASURES = (
     ("distinct_1", "distinct words (1)"), ("distinct_2", "distinct pairs (2)"), ("distinct_3", "distinct triples (3)"),
     ("repetition", "repeated 4-grams"), ("tokens", "tokens"), ("dense_perplexity", "perplexity under the dense model"),
+    ("dense_perplexity_by_quarter", "  by quarter"), ("repetition_by_quarter", "repeated by quarter"),
 )  # fmt: skip
 
 
@@ -84,12 +85,8 @@ def _print_generation(console: Any, found: Mapping[str, Any]) -> None:
     table = Table("what it writes", *found["figures"], *(f"dense, {mode}" for mode in dense))
     columns = [*found["figures"].values(), *dense.values()]
     for key, label in MEASURES:
-        table.add_row(label, *(_number(column[key]) for column in columns))
-    for key, label in (
-        ("dense_perplexity_by_quarter", "  by quarter"),
-        ("repetition_by_quarter", "repeated by quarter"),
-    ):
-        table.add_row(label, *(" ".join(map(_number, column[key] or ())) for column in columns))
+        values = [(column[key] or ()) if key.endswith("quarter") else [column[key]] for column in columns]
+        table.add_row(label, *(" ".join(map(_number, cell)) for cell in values))
     if columns:
         console.print(table)
     if found["token_agreement"] is not None:

@@ -72,8 +72,7 @@ def compare(
         for choice in request.methods:
             config = _config(request, choice, request.seeds[0])
             for target in _targets(config, graph, loaded):
-                if target.budget is not None:
-                    check_reachable(graph, target.budget, search_space(loaded.model, graph, config))
+                check_reachable(graph, target.budget, search_space(loaded.model, graph, config))
     bench = _Bench(loaded, graph, request, streams, meter, RowStore(out, request))
     bench.rows.open(graph)
     with quick_float32_products():

@@ -47,14 +47,12 @@ def timed(models: Sequence[Runtime], settings: SpeedSettings) -> list[Speed]:
     """Speed of each model, measured in turns, with torch's own default precision of products."""
     vocabulary = min(one.vocabulary for one in models)
     prompt = [index * 7 % vocabulary for index in range(1, settings.prompt_tokens + 1)]  # any ids are as fast
-    named = {str(index): one for index, one in enumerate(models)}
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        found = measure_speeds(named, prompt, new_tokens=settings.new_tokens, rounds=settings.rounds)
+        return measure_speeds(models, prompt, new_tokens=settings.new_tokens, rounds=settings.rounds)
     finally:
         torch.set_float32_matmul_precision(precision)
-    return [found[name] for name in named]
 
 
 def pair_of_speeds(first: Source, second: Source, settings: SpeedSettings) -> tuple[Speed, Speed]:
