@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,9 @@ from saap.core.errors import VerificationError
 from saap.core.manifest import BaseModelIdentity, Change, RunManifest, recorded_versions, typed_command
 from saap.core.records import FloatArray, ImportanceScores, Layout, StructurePlan, count_parameters
 from saap.discovery.blocks import find_blocks
-from saap.export.huggingface import CheckpointParts, modeling_code_digest, write_checkpoint
+from saap.export.huggingface import CheckpointParts, write_checkpoint
 from saap.export.model_card import licence_of
+from saap.models.checkpoint import modeling_pruned
 from saap.models.checkpoint.pruned_structure import PrunedStructure, mark_pruned, structure_of
 from saap.models.loading.devices import copied, quick_products, spread_over
 from saap.models.loading.pretrained import load, load_offloaded
@@ -67,7 +69,7 @@ def manifest_of_run(run: Run, plan: StructurePlan, scores: ImportanceScores) -> 
         "graph": graph.digest, "calibration": run.tokens.scored.digest, "scores": scores.digest, "plan": plan.digest,
     }  # fmt: skip
     if plan.layout is Layout.ADAPTIVE:
-        digests["modeling_code"] = modeling_code_digest()
+        digests["modeling_code"] = hashlib.sha256(Path(modeling_pruned.__file__).read_bytes()).hexdigest()
     licence = licence_of(folder) if folder is not None else None
     return RunManifest(
         base=BaseModelIdentity(**dataclasses.asdict(graph.model), licence=licence),

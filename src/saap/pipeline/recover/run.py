@@ -15,7 +15,7 @@ from saap.core.errors import ConfigurationError, ModelError, OutputError, SaapEr
 from saap.core.manifest import RunManifest
 from saap.discovery.blocks import find_blocks
 from saap.evaluation.perplexity import perplexity
-from saap.export.huggingface import RecoveredParts, write_recovered
+from saap.export.huggingface import FolderParts, write_recovered
 from saap.models.checkpoint.groupwise import GroupwiseWeight, linears_inside
 from saap.models.loading.devices import quick_float32_products, rounded_products
 from saap.models.loading.pretrained import load, load_groupwise, load_model
@@ -190,13 +190,12 @@ def _trained(
 def _write(run: Recovery, model: Any, manifest: RunManifest, packed: dict[str, GroupwiseWeight], out: Path) -> None:
     """Write the folder, and compare what opens from it with the model in memory. Raises OutputError."""
     with run.meter.stage(stages.WRITE):
-        parts = RecoveredParts(
-            manifest=manifest, packed=packed, tokenizer=run.tokenizer,
-            base_model_type=str(getattr(model.config, "base_model_type", model.config.model_type)),
+        parts = FolderParts(
+            manifest=manifest, tokenizer=run.tokenizer,
             source_folder=run.resolved.folder if run.resolved.gguf_file is None else None,
         )  # fmt: skip
         expected = _few_logits(run, model)
-        write_recovered(model, parts, out, dtype=run.dtype, overwrite=run.options.overwrite)
+        write_recovered(model, parts, packed, out, dtype=run.dtype, overwrite=run.options.overwrite)
         found = _few_logits(run, load(out, device=str(run.device)))
     difference = float((expected - found).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:

@@ -23,11 +23,10 @@ class TransformersRuntime:
     in_memory = True
 
     def __init__(self, model: Any) -> None:
-        self.model = model.eval()
-        self._reader = CachedModel(model)
+        self._reader = CachedModel(model.eval())
         embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
         self.vocabulary = int(embedding.num_embeddings)
-        # An embedding that is not the output's weight too is only looked up.
+        # one token reads all weights but an embedding that is not the output's weight too
         looked_up = embedding.weight if output is None or output.weight is not embedding.weight else None
         self.bytes_per_token = sum(p.numel() * p.element_size() for p in model.parameters() if p is not looked_up)
 
