@@ -222,6 +222,6 @@ def test_refusals_of_prune(
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("llama_cpp") else name)
     with pytest.raises(SaapError, match=r"llama-cpp-py-sync.*saap\[gguf\]"):
-        speed.check_settings(speed.SpeedSettings(runtime=RuntimeName.LLAMA_CPP))
+        RuntimeName.LLAMA_CPP.check()
     with pytest.raises(ConfigurationError, match="--rounds 0"):
         speed.SpeedSettings(rounds=0)

@@ -21,11 +21,10 @@ from saap.models.loading.devices import quick_float32_products, require_whole_bl
 from saap.models.loading.pretrained import quiet_transformers
 from saap.models.walk.probe import check_runs
 from saap.models.walk.processes import Processes
-from saap.pipeline.evaluate.speed import check_settings
 from saap.pipeline.prune.baselines import check_method, for_method
 from saap.pipeline.prune.forecast import check_fits, check_weights_fit, forecast
 from saap.pipeline.prune.result import PruneResult
-from saap.pipeline.prune.speed_target import budget_for_speed, speed_settings
+from saap.pipeline.prune.speed_target import budget_for_speed
 from saap.pipeline.prune.steps import carry_out, with_written_text
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, check_devices, open_model, place_of
@@ -152,7 +151,7 @@ def _prepare(
     meter = Meter(reporter if reporter is not None and processes.first else Silent(), place_of(source, options))
     targets = plan_targets(config, options)
     if config.target_speedup is not None:
-        check_settings(speed_settings(config))
+        config.runtime.check()
     with meter.stage(LOAD):
         loaded = open_within(source, config, options, tokenizer)
     if loaded.fresh is not None:

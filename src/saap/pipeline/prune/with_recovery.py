@@ -21,7 +21,7 @@ from saap.pipeline.shared.progress import Reporter
 from saap.pipeline.shared.targets import Target, finished_report, place_finished, plan_targets, work_path
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PruneConfig
-from saap.settings.recover import RecoverConfig
+from saap.settings.recover import RecoverConfig, check_alignment
 
 PRUNED = "pruned.json"
 
@@ -41,11 +41,7 @@ def prune_and_recover(
             "--max-memory does not hold for the tuning of --recover",
             "Leave out one of them, and use `saap recover` later",
         )
-    if pruning.align % recovery.group_size:
-        raise ConfigurationError(
-            f"--align {pruning.align} gives sizes that groups of {recovery.group_size} do not divide",
-            f"Use --align {recovery.group_size} or a multiple of it",
-        )
+    check_alignment(pruning.align, recovery.group_size)
     processes = Processes.found()
     targets = plan_targets(pruning, options)
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)

@@ -45,7 +45,7 @@ def run_recover(
     source: str | Path, config: RecoverConfig, options: RunOptions, reporter: Reporter | None = None
 ) -> RecoverResult:
     """Tune a model and write it. Everything that can be refused is refused before the training. Raises SaapError."""
-    run = prepare(str(source), config, options, reporter if reporter is not None else Silent())
+    run = prepare(str(source), config, options, reporter or Silent())
     work = WorkFolder(work_path(options))
     resumed = run.processes.broadcast_result(lambda: work.open(run.digest))
     if resumed:
@@ -141,7 +141,7 @@ def _quantised_model(run: Recovery) -> Any:
         )
     model = load_model(run.resolved, device=run.device)
     _fitting(config, model)
-    samples = [torch.from_numpy(one.tokens).to(run.device).unsqueeze(0) for one in run.data.train[:FEEDBACK_SAMPLES]]
+    samples = [torch.from_numpy(one.tokens).to(run.device)[None] for one in run.data.train[:FEEDBACK_SAMPLES]]
     quantise_by_feedback(model, find_blocks(model), samples, **sizes, progress=run.meter.reporter.advance)
     return model
 
