@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bundle_texts import BUNDLED, head, write_compressed
 
-LONGEST_PASSAGE = 9_000
+LONGEST_PASSAGE = 6_500
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ EVALUATION = (
     Passages(STANDARD_LIBRARY, ("shlex.py", "calendar.py"), skipped=600, length=4_500),
     Passages("axios-1.7.7/package", ("lib/utils.js",), skipped=600, length=2_500),
     Passages("cffi-1.17.1", ("src/c/file_emulator.h",), length=2_500),
+    Passages("click-8.1.7", ("src/click/types.py",), skipped=600, length=3_500),
 )
 
 

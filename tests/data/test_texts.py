@@ -13,10 +13,12 @@ from tests.data.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from saap.core.errors import CalibrationError
 from saap.data.texts import (
     DATA_SETS,
+    GENERAL,
     KINDS,
     Purpose,
     bundled_text,
     evaluation_text,
+    kind_weights,
     names_a_source,
     read_documents,
 )
@@ -54,8 +56,20 @@ def test_conversations_come_plain_and_with_the_chat_template():
 
 def test_the_mixed_evaluation_text_has_each_kind():
     text = evaluation_text()
-    for kind in KINDS:
+    for kind in GENERAL:
         assert bundled_text(kind, Purpose.EVALUATION)[:5000] in text
+
+
+def test_a_kind_weighs_as_much_as_the_model_knows_it():
+    known = dict.fromkeys(KINDS, 1.0)
+    whole = kind_weights(known)
+    assert {kind: whole[kind] / whole["novels"] for kind in KINDS} == {
+        kind: KINDS[kind] / KINDS["novels"] for kind in KINDS
+    }
+    some = kind_weights({**known, "french": 1.6, "chinese": 2.4})
+    assert some["french"] == whole["french"] / 2
+    assert some["chinese"] == 0
+    assert kind_weights(dict.fromkeys(KINDS, 8.0)) == KINDS
 
 
 def test_the_bundled_text_stays_small():

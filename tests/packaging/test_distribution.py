@@ -105,4 +105,4 @@ def test_the_installed_package_is_the_wheels_and_reads_its_texts(clean_python):
     assert answer.returncode == 0, answer.stderr
     where, lengths = answer.stdout.splitlines()
     assert Path(where).is_relative_to(clean_python.parents[1])
-    assert all(int(length) > 30_000 for length in lengths.split())
+    assert all(int(length) > 15_000 for length in lengths.split())

@@ -71,7 +71,14 @@ def test_one_ranking_compares_roles_by_what_their_parameters_are_worth(scope: Fu
     of = graph()
     scores = drawn(of, {f"layers.{layer}.attention": 1e-3 for layer in range(6)})
     plan = saap.search(
-        of, scores, pruning_ratio=0.1, strategy="importance", fusion_scope=scope, skip_layers=EVERYWHERE, align=1
+        of,
+        scores,
+        pruning_ratio=0.1,
+        strategy="importance",
+        importance="fused",
+        fusion_scope=scope,
+        skip_layers=EVERYWHERE,
+        align=1,
     )
     heads, channels = (
         sum(group.units - len(plan.kept(group)) for group in of.of_role(role)) for role in (Role.ATTENTION, Role.FFN)
@@ -81,7 +88,14 @@ def test_one_ranking_compares_roles_by_what_their_parameters_are_worth(scope: Fu
     # with attention as valuable as it is rare, channels go before it
     scores = drawn(of, {f"layers.{layer}.attention": 1e3 for layer in range(6)})
     plan = saap.search(
-        of, scores, pruning_ratio=0.1, strategy="importance", fusion_scope=scope, skip_layers=EVERYWHERE, align=1
+        of,
+        scores,
+        pruning_ratio=0.1,
+        strategy="importance",
+        importance="fused",
+        fusion_scope=scope,
+        skip_layers=EVERYWHERE,
+        align=1,
     )
     assert {of.group(name).role for name in plan.keep} == {Role.FFN}
 
