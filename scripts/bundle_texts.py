@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WRITTEN_ARTICLES = ROOT / "scripts/texts/articles.txt.gz"
+WRITTEN = ROOT / "scripts/texts"
+WRITTEN_KINDS = ("mathematics", "french", "german", "spanish", "chinese")
+"""Texts that were written for saap, which is all that there is of these kinds."""
 BUNDLED = ROOT / "src/saap/data/bundled"
 BENCHMARKS = ROOT / "benchmarks/data"
 LONGEST_HARD_WRAPPED_LINE = 100
@@ -138,7 +140,7 @@ def main() -> None:
     articles = (folder / "wikipedia_en.txt").read_text(encoding="utf-8").splitlines()
     beginnings = [head(article, ARTICLE_LENGTH, ". ") for article in articles]
     held_articles = [beginnings[index] for index in EVALUATION_ARTICLES]
-    written = gzip.decompress(WRITTEN_ARTICLES.read_bytes()).decode()
+    written = gzip.decompress((WRITTEN / "articles.txt.gz").read_bytes()).decode()
     texts = {
         "novels.calibration": "\n\n".join(passage(folder, part) for part in CALIBRATION_NOVELS),
         "novels.evaluation": "\n\n".join(passage(folder, part) for part in EVALUATION_NOVELS),
@@ -149,6 +151,10 @@ def main() -> None:
         ),
         "encyclopaedia.evaluation": "\n\n".join(held_articles),
     }
+    for kind in WRITTEN_KINDS:
+        for purpose in ("calibration", "evaluation"):
+            name = f"{kind}.{purpose}"
+            texts[name] = gzip.decompress((WRITTEN / f"{name}.txt.gz").read_bytes()).decode().strip()
     for name, text in texts.items():
         write_compressed(BUNDLED / f"{name}.txt.bz2", text.encode())
 

@@ -89,7 +89,7 @@ def check_in_browser(page: Path, folder: Path, charts: int) -> None:
 def test_a_model_page(model_folder, evaluation, tmp_path) -> None:
     page, out = model_page(model_folder, evaluation, tmp_path)
     assert [section.name for section in page.sections] == [
-        "structure", "importance", "ratios", "perplexity", "tasks", "answers", "speed", "answer", "stages",
+        "structure", "kinds", "importance", "ratios", "perplexity", "tasks", "answers", "speed", "answer", "stages",
         "environment",
     ]  # fmt: skip
     names = [figure.name for figure in page.figures]
