@@ -20,14 +20,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model")
     parser.add_argument("-o", "--output-dir", type=Path, required=True)
     parser.add_argument("--pruning-ratio", type=float, default=0.2)
-    parser.add_argument("--effort", default="default")
+    parser.add_argument("--preset", default="default")
     parser.add_argument("--max-minutes", type=float, default=20)
     given = parser.parse_args(argv)
 
     pruned, tuned = given.output_dir / "pruned", given.output_dir / "tuned"
     # `mixed` calibrates on conversations as well; the chat template of the model is applied to them.
     saap.prune(
-        given.model, pruning_ratio=given.pruning_ratio, effort=given.effort, calibration="mixed", output_dir=pruned
+        given.model, pruning_ratio=given.pruning_ratio, preset=given.preset, calibration="mixed", output_dir=pruned
     )
     # Groups of 32 with 4 bits are what q4_1 of llama.cpp holds: the tuned integers are copied as they are.
     saap.recover(pruned, data=["conversations"], group_size=32, bits=4, max_minutes=given.max_minutes, output_dir=tuned)

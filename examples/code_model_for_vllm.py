@@ -23,14 +23,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output-dir", type=Path, required=True)
     parser.add_argument("--code", type=Path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--pruning-ratio", type=float, default=0.2)
-    parser.add_argument("--effort", default="default")
+    parser.add_argument("--preset", default="default")
     given = parser.parse_args(argv)
 
     with tempfile.TemporaryDirectory() as folder:
         calibration = Path(folder) / "code.jsonl"
         calibration.write_text("\n".join(json.dumps({"text": file.read_text()}) for file in given.code))
         result = saap.prune(
-            given.model, pruning_ratio=given.pruning_ratio, effort=given.effort, layout="uniform",
+            given.model, pruning_ratio=given.pruning_ratio, preset=given.preset, layout="uniform",
             calibration=calibration, output_dir=given.output_dir,
         )  # fmt: skip
     print(f"{result.report.pruning_ratio:.1%} of the decoder blocks removed")

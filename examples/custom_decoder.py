@@ -65,14 +65,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", type=Path, help="state_dict of Decoder")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--pruning-ratio", type=float, default=0.25)
-    parser.add_argument("--effort", default="default")
+    parser.add_argument("--preset", default="default")
     given = parser.parse_args(argv)
 
     model = Decoder().eval()
     model.load_state_dict(torch.load(given.model))
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (96, 64))  # your own text, as ids
     result = saap.prune(
-        model, pruning_ratio=given.pruning_ratio, effort=given.effort, calibration=tokens, sample_length=64, align=8
+        model, pruning_ratio=given.pruning_ratio, preset=given.preset, calibration=tokens, sample_length=64, align=8
     )
     torch.save(result.model.state_dict(), given.output)  # result.model itself is ready to use
     kept, whole = (sum(parameter.numel() for parameter in one.parameters()) for one in (result.model, model))

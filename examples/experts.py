@@ -17,11 +17,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model")
     parser.add_argument("-o", "--output-dir", type=Path, required=True)
     parser.add_argument("--pruning-ratio", type=float, default=0.25)
-    parser.add_argument("--effort", default="default")
+    parser.add_argument("--preset", default="default")
     given = parser.parse_args(argv)
 
     result = saap.prune(
-        given.model, pruning_ratio=given.pruning_ratio, effort=given.effort, roles=["expert"], layout="uniform",
+        given.model, pruning_ratio=given.pruning_ratio, preset=given.preset, roles=["expert"], layout="uniform",
         output_dir=given.output_dir,
     )  # fmt: skip
     kept = {name: len(units) for name, units in result.plan.keep.items()}

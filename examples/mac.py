@@ -19,13 +19,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model")
     parser.add_argument("-o", "--output-dir", type=Path, required=True)
     parser.add_argument("--pruning-ratio", type=float, default=0.2)
-    parser.add_argument("--effort", default="default")
+    parser.add_argument("--preset", default="default")
     parser.add_argument("--max-minutes", type=float, default=20)
     given = parser.parse_args(argv)
 
     device = "mps" if torch.backends.mps.is_available() else "auto"
     pruned = given.output_dir / "pruned"
-    saap.prune(given.model, pruning_ratio=given.pruning_ratio, effort=given.effort, device=device, output_dir=pruned)
+    saap.prune(given.model, pruning_ratio=given.pruning_ratio, preset=given.preset, device=device, output_dir=pruned)
     # The memory of a Mac is shared between processor and GPU: one short sequence a step leaves room for other programs.
     result = saap.recover(
         pruned,

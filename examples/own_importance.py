@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model")
     parser.add_argument("-o", "--output-dir", type=Path, required=True)
     parser.add_argument("--pruning-ratio", type=float, default=0.2)
-    parser.add_argument("--effort", default="default")
+    parser.add_argument("--preset", default="default")
     given = parser.parse_args(argv)
 
     graph = saap.discover(given.model)
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given.output_dir.parent.mkdir(parents=True, exist_ok=True)
     file = given.output_dir.with_suffix(".plan.json")
     write_plan(file, plan, graph)
-    result = saap.prune(given.model, plan=file, effort=given.effort, output_dir=given.output_dir)
+    result = saap.prune(given.model, plan=file, preset=given.preset, output_dir=given.output_dir)
     print(f"{result.report.pruning_ratio:.1%} of the decoder blocks removed by {file}")
 
 

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model")
     parser.add_argument("-o", "--output-dir", type=Path, required=True)
     parser.add_argument("--pruning-ratio", type=float, default=0.2)
-    parser.add_argument("--effort", default="default")
+    parser.add_argument("--preset", default="default")
     parser.add_argument("--device-map", choices=("auto", "balanced", "sequential"))
     parser.add_argument("--max-minutes", type=float, default=20)
     given = parser.parse_args(argv)
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     saap.prune(
         given.model,
         pruning_ratio=given.pruning_ratio,
-        effort=given.effort,
+        preset=given.preset,
         device_map=given.device_map,
         output_dir=pruned,
     )

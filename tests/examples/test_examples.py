@@ -15,7 +15,7 @@ from tests.pipeline import tiny
 import saap
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-FAST = ["--effort", "fast"]
+FAST = ["--preset", "fast"]
 
 
 @pytest.fixture(scope="module")

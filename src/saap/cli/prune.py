@@ -7,17 +7,25 @@ from typing import Annotated, Any
 
 from saap.cli.flags import Model
 from saap.core.errors import ConfigurationError
-from saap.settings.prune import PruneConfig
+from saap.settings.prune import Preset, PruneConfig
 from saap.settings.run import Display, RunOptions, output_flag
 from saap.settings.setting import Flag, Positive, Settings, Texts
 
 recovery_flag = partial(Flag, panel="Recovery")
+INSTRUCTIONS = ("conversations",)
+"""What `--preset paper` tunes on: the bundled instructions with answers."""
 
 
 class Stages(Settings):
     """Which stages `saap prune` carries out."""
 
-    recover: Annotated[Texts, recovery_flag("Then tune the result on this data, as `saap recover`; repeatable.")] = ()
+    recover: Annotated[
+        Texts,
+        recovery_flag(
+            "Then tune the result on this data, as `saap recover`; repeatable.",
+            default="conversations with --preset paper",
+        ),
+    ] = ()
     recover_minutes: Annotated[Positive | None, recovery_flag("Minutes of that tuning.", default="20")] = None
     dry_run: Annotated[bool, output_flag("Stop before the estimation; say what would be done.")] = False
 
@@ -30,7 +38,8 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
     """
     if options.out is None and not stages.dry_run:
         raise ConfigurationError("--output-dir is missing", "Name the folder to write with -o DIR, or use --dry-run")
-    if stages.recover_minutes is not None and not stages.recover:
+    data = stages.recover or (INSTRUCTIONS if config.preset is Preset.PAPER else ())
+    if stages.recover_minutes is not None and not data:
         raise ConfigurationError("--recover-minutes tunes nothing", "Name the data with --recover NAME|FILE")
     from saap.cli.show import output as out
 
@@ -41,7 +50,7 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
             found = preview(model, config, options, reporter)
             display = display.model_copy(update={"quiet": False})
             return out.show(display, found, lambda: out.print_preview(found))
-        if not stages.recover:
+        if not data:
             from saap.pipeline.prune.run import run_prune
 
             reports = [result.report for result in run_prune(model, config, options, reporter)]
@@ -49,7 +58,7 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
         from saap.pipeline.prune.with_recovery import prune_and_recover
         from saap.settings.recover import RecoverConfig
 
-        tuning = RecoverConfig(data=stages.recover, max_minutes=stages.recover_minutes, bos=config.bos)
+        tuning = RecoverConfig(data=data, max_minutes=stages.recover_minutes, bos=config.bos)
         pairs = prune_and_recover(model, config, tuning, options, reporter)
         shown = [{"pruned": pruned.as_dict(), "recovered": tuned.as_dict()} for pruned, tuned in pairs]
         return out.show(display, _alone(shown), lambda: out.print_all_stages(pairs))
