@@ -26,8 +26,8 @@ from saap.export.huggingface import stored_entries
 from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight, linears_inside, pack_linears, read_packed
 from saap.models.loading.pretrained import load_groupwise, load_model, open_skeleton
 from saap.models.loading.references import resolve_model
+from saap.pipeline.recover import context
 from saap.pipeline.shared.progress import Silent
-from saap.pipeline.shared.tokens import EVALUATION_TOKENS
 from saap.recovery.quantise import quantise
 
 QUICK = {"length": 32, "batch": 4, "max_steps": 4, "validate_every": 2, "validation_samples": 2, "rank": 4}
@@ -161,11 +161,11 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(text: Path, tmp_
 
 
 def test_on_the_command_line_a_killed_run_goes_on(dense: Path, text: Path, tmp_path: Path) -> None:
-    flags = ["--data", text, *FLAGS[:4], "--max-steps", "30", *FLAGS[6:], "--patience", "0"]
+    flags = ["--data", text, *FLAGS[:4], "--max-steps", "16", *FLAGS[6:], "--patience", "0"]
     whole = processes.saap("recover", dense, "--out", tmp_path / "whole", "--json", *flags)
     assert whole.returncode == 0, whole.stderr
     report = json.loads(whole.stdout)
-    assert report["steps"] == 30
+    assert report["steps"] == 16
     processes.start("recover", dense, "--out", tmp_path / "cut", *flags).kill_at("step 4:")
     assert not (tmp_path / "cut").exists()
     resumed = processes.saap("recover", dense, "--out", tmp_path / "cut", *flags)
@@ -174,7 +174,7 @@ def test_on_the_command_line_a_killed_run_goes_on(dense: Path, text: Path, tmp_p
         json.loads((tmp_path / name / "saap" / "manifest.json").read_text())["recovery"]["curve"]
         for name in ("whole", "cut")
     ]
-    assert len(curves[0]) == len(curves[1]) == 30
+    assert len(curves[0]) == len(curves[1]) == 16
     assert max(abs(one["loss"] - other["loss"]) for one, other in zip(*curves, strict=True)) <= 1e-6
 
 
@@ -277,7 +277,7 @@ def test_a_recovery_measures_anew_what_was_recorded_with_the_other_kind_of_windo
     found = {
         bos: saap.recover(small, data=[text], bos=bos, **{**QUICK, "max_steps": 1}).report for bos in (True, False)
     }
-    ids = token_stream([evaluation_text()], led)[:EVALUATION_TOKENS]
+    ids = token_stream([evaluation_text()], led)[: context.EVALUATION_TOKENS]
     assert found[True].perplexity_before == pruned.perplexity
     alone = perplexity(saap.load(small), ids).value
     assert found[False].perplexity_before == pytest.approx(alone, rel=1e-5)
