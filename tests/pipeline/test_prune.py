@@ -253,7 +253,8 @@ def test_units_are_weighed_token_by_token_on_the_default_calibration(source: Pat
     assert all((scores > 0).all() for scores in fisher.values())
 
 
-def test_the_model_writes_half_of_the_best_refit_text(source: Path, tmp_path: Path) -> None:
+def test_the_model_writes_half_of_the_best_refit_text(tmp_path: Path) -> None:
+    source = tiny.folder(tmp_path / "dense", num_hidden_layers=2)
     settings = {**SETTINGS, "effort": "best", "refit_tokens": 6144}
     config = PruneConfig(pruning_ratios=(0.2,), **settings)
     result = run_prune(source, config, RunOptions(out=tmp_path / "o", keep_work=True))[0]
