@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import saap
 from saap import api
+from saap.settings.places import Place, places_of
 from saap.settings.setting import Setting
 
 STUB = Path(saap.__file__).with_name("__init__.pyi")
@@ -50,8 +51,8 @@ def stub() -> str:
 
 
 def _function(name: str, function: Callable[..., Any], words: dict[str, str]) -> str:
-    places = api.places_of(function)
-    models = {place.parameter for place in places}
+    places = places_of(function)
+    models = {place.path[0] for place in places}
     own = [one for one in inspect.signature(function).parameters.values() if one.name not in models]
     names = {one.name for one in own}
     settings = [place for place in places if place.setting.name not in names]
@@ -82,7 +83,7 @@ def _type(setting: Setting, words: dict[str, str]) -> str:
     elif issubclass(kind, StrEnum):
         words[kind.__name__] = kind.__module__
         text = f"{kind.__name__} | str"
-    elif kind is Path or (kind is str and setting.shown.metavar in ("MODEL", "NAME|FILE")):
+    elif kind is Path or (kind is str and setting.metavar in ("MODEL", "NAME|FILE")):
         text = "str | Path"
     else:
         text = kind.__name__
@@ -91,7 +92,7 @@ def _type(setting: Setting, words: dict[str, str]) -> str:
     return f"{text} | None" if type(None) in get_args(setting.info.annotation) else text
 
 
-def _default(place: api.Place, words: dict[str, str]) -> str:
+def _default(place: Place, words: dict[str, str]) -> str:
     def shown(value: Any) -> str:
         if isinstance(value, StrEnum):
             words[type(value).__name__] = type(value).__module__
@@ -102,8 +103,8 @@ def _default(place: api.Place, words: dict[str, str]) -> str:
 
     if place.setting.inner is not None and place.setting.field != "skip_layers":
         return "False"
-    dynamic = place.setting.shown.default is not None and place.default is not None
-    return "..." if dynamic else shown(place.default)
+    default = place.setting.info.get_default(call_default_factory=True) if place.default is None else place.default
+    return "..." if place.setting.shown.default is not None and default is not None else shown(default)
 
 
 if __name__ == "__main__":

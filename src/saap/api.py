@@ -6,15 +6,12 @@ Those that take settings take every field of the models in their signature by na
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel
 from torch import nn
 
 from saap.core.errors import ConfigurationError
@@ -38,17 +35,16 @@ from saap.pipeline.shared.inputs import open_model
 from saap.pipeline.shared.memory import open_within
 from saap.pipeline.shared.progress import Reporter
 from saap.settings.measure import EvalRequest
+from saap.settings.places import filled, models_of, places_of
 from saap.settings.prune import PruneConfig, unit_roles
 from saap.settings.recover import RecoverConfig
 from saap.settings.run import OPENS, RunOptions
-from saap.settings.setting import Only, Setting, models_of, settings_of
+from saap.settings.setting import Only
 from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.plan import SearchSpace
 from saap.structure_search.plan import search as _search
 
 Result = TypeVar("Result")
-GIVEN = "given from Python"
-"""What stands in the records for texts or token ids that have no name."""
 _SCORED = Only(
     ("samples", "sample_length", "roles", "importance", "element_order", "aggregation", "seed", "bos"),
     {"pruning_ratios": 0, "restore": False},
@@ -60,67 +56,23 @@ _SEARCHED = Only(
 _TUNED_IN = Only(("out", "overwrite", "work_dir", "keep_work", *OPENS))
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a value goes that is given by name: the parameter that is a model, and the fields inside it."""
-
-    parameter: str
-    fields: tuple[str, ...]
-    setting: Setting
-    default: Any
-
-
-def places_of(function: Callable[..., Any]) -> list[Place]:
-    """The settings that a public function takes by name, in order."""
-    return [place for name, (kind, only) in models_of(function).items() for place in _places(name, kind, only, ())]
-
-
-def _places(parameter: str, kind: type[BaseModel], only: Only, outer: tuple[str, ...]) -> Iterator[Place]:
-    for setting in settings_of(kind, only.fields):
-        default = only.defaults.get(setting.field, setting.info.get_default(call_default_factory=True))
-        yield Place(parameter, (*outer, setting.field), setting, default)
-        if setting.only is not None and setting.inner is not None:
-            yield from _places(parameter, setting.inner, setting.only, (*outer, setting.field))
-
-
 def _with_settings(function: Callable[..., Result]) -> Callable[..., Result]:
     """A function that takes the fields of its models by name. Unknown names are a TypeError that lists them."""
-    models = models_of(function)
-    own = [one for name, one in inspect.signature(function).parameters.items() if name not in models]
-    own_names = {one.name for one in own}
-    places = {name: place for place in places_of(function) for name in place.setting.names if name not in own_names}
+    models, signature = models_of(function), inspect.signature(function)
+    own = inspect.Signature([one for name, one in signature.parameters.items() if name not in models])
+    places = [(name, place) for place in places_of(function) for name in place.setting.names]
+    known = {name: [place] for name, place in places if name not in own.parameters}
 
     @wraps(function)
     def call(*positional: Any, **given: Any) -> Result:
-        unknown = given.keys() - places.keys() - own_names
+        unknown = given.keys() - known.keys() - own.parameters.keys()
         if unknown:
             raise TypeError(f"{function.__name__}() takes no argument named {', '.join(sorted(unknown))}")
-        values: dict[str, Any] = {name: dict(only.defaults) for name, (_, only) in models.items()}
-        taken: dict[tuple[str, ...], str] = {}
-        for name, place in [(name, places[name]) for name in given if name not in own_names]:
-            other = taken.setdefault((place.parameter, *place.fields), name)
-            if other != name:
-                raise ConfigurationError(f"{other} and {name} are the same setting", "Give one of the two")
-            if name in place.setting.old:
-                message = f"{name} is now {place.setting.name}; the old name will be gone in the next release"
-                warnings.warn(message, FutureWarning, stacklevel=2)
-            if given[name] is not False or place.setting.inner is None:
-                _put(values[place.parameter], place, given[name])
-        bound = inspect.Signature(own).bind(*positional, **{name: given[name] for name in own_names & given.keys()})
-        return function(**bound.arguments, **{name: kind(**values[name]) for name, (kind, _) in models.items()})
+        settings = filled(function, known, {name: value for name, value in given.items() if name in known})
+        bound = own.bind(*positional, **{name: value for name, value in given.items() if name not in known})
+        return function(**bound.arguments, **settings)
 
     return call
-
-
-def _put(values: dict[str, Any], place: Place, value: Any) -> None:
-    """Put a value in its place; True for a model inside stands for its defaults."""
-    *outer, last = place.fields
-    for field in outer:
-        values = values.setdefault(field, {})
-    if value is True and place.setting.inner is not None:
-        values.setdefault(last, {})
-    else:
-        values[last] = value
 
 
 def discover(model: str | Path | nn.Module, *, finer_heads: bool = False) -> ModelGraph:
@@ -165,12 +117,9 @@ def estimate(
     with TemporaryDirectory(prefix="saap-") as folder:
         return _estimate(
             Backend(opened, graph, spill=Spill(Path(folder)) if offloaded(opened) is not None else None),
-            tokens,
-            roles=unit_roles(config.roles),
-            importance=config.importance,
-            element_order=config.element_order,
+            tokens, roles=unit_roles(config.roles), importance=config.importance, element_order=config.element_order,
             aggregation=config.aggregation,
-        )
+        )  # fmt: skip
 
 
 @_with_settings
@@ -182,7 +131,9 @@ def search(graph: ModelGraph, scores: ImportanceScores, config: Annotated[PruneC
     """
     space = SearchSpace(roles=config.roles, layout=config.layout, align=config.align, skip_layers=config.skip_layers)
     units = unit_scores(scores, graph, config.importance, config.fusion_scope)
-    return _search(graph, units, budget_for_ratio(graph, _only_ratio(config)), space, config.strategy)
+    if len(config.pruning_ratios) != 1:
+        raise ConfigurationError("search() takes one pruning_ratio", "Call it for each")
+    return _search(graph, units, budget_for_ratio(graph, config.pruning_ratios[0]), space, config.strategy)
 
 
 @_with_settings
@@ -222,7 +173,8 @@ def prune(
     """
     if len(config.pruning_ratios) > 1:
         raise ConfigurationError("prune() takes one pruning_ratio", "Call it for each, or use `saap prune`")
-    named = (str(calibration),) if isinstance(calibration, (str, Path)) else (GIVEN,)
+    # what stands in the records, also for texts or token ids that have no name
+    named = (str(calibration),) if isinstance(calibration, (str, Path)) else ("given from Python",)
     config = config.model_copy(update={"calibration": named})
     (result,) = run_prune(model_or_path, config, options, reporter, calibration=calibration, tokenizer=tokenizer)
     return result
@@ -245,9 +197,3 @@ def evaluate(
     Raises CalibrationError for a text that cannot be read, EvaluationError for tasks, ModelError.
     """
     return evaluate_model(model_or_path, request, options, reporter, tokenizer=tokenizer)
-
-
-def _only_ratio(config: PruneConfig) -> float:
-    if len(config.pruning_ratios) != 1:
-        raise ConfigurationError("search() takes one pruning_ratio", "Call it for each")
-    return config.pruning_ratios[0]

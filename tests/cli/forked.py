@@ -30,7 +30,7 @@ from saap.models.walk import offload
 from saap.pipeline.prune import run as run_module
 from saap.pipeline.recover import context as recovery_context
 from saap.pipeline.recover import run as recover
-from saap.pipeline.shared import memory, memory_estimates, outcome, tokens
+from saap.pipeline.shared import memory, outcome, tokens
 from saap.settings import recover as recovery_config
 from saap.settings.recover import RecoverConfig
 
@@ -64,7 +64,7 @@ def count_as_large() -> None:
     """A limit of one byte keeps the weights of the smallest model in their files."""
     offload.SMALL_BYTES = memory.RESERVE_BYTES = 0
     device_memory.of_process = lambda: 0
-    memory_estimates.Needs.of = lambda sizes, config: memory_estimates.Needs(2, 2, 1)
+    memory.Needs.of = lambda sizes, config: memory.Needs(2, 2, 1)
 
 
 def carry_out(job: dict[str, Any], counted: Path, rank: int = 0) -> None:

@@ -20,7 +20,7 @@ from saap.models.loading.pretrained import model_ref
 from saap.models.walk.spill import Spill
 from saap.pipeline.recover import context as recovery_context
 from saap.pipeline.recover import run as recovery_run
-from saap.pipeline.shared import memory, memory_estimates, outcome, tokens
+from saap.pipeline.shared import memory, outcome, tokens
 from saap.pipeline.shared.inputs import LoadedModel
 from saap.settings.prune import PruneConfig
 
@@ -186,7 +186,7 @@ def test_weights_that_do_not_fit_stay_in_their_files(
     monkeypatch.setattr(devices, "_available", lambda: {"lazy": True, "cpu": True})
     expected = run(capsys, "prune", source, *FAST, "--out", tmp_path / "cpu", "--device", "cpu")
     monkeypatch.setattr(memory, "RESERVE_BYTES", 0)
-    monkeypatch.setattr(memory_estimates.Needs, "of", lambda sizes, config: memory_estimates.Needs(3, 3, 2))
+    monkeypatch.setattr(memory.Needs, "of", lambda sizes, config: memory.Needs(3, 3, 2))
     with pretended_devices(float64=False) as whole, monkeypatch.context() as patched:
         patched.setattr(device_memory, "of_device", lambda device: 2)
         run(capsys, "prune", source, *FAST, "--out", tmp_path / "files")
@@ -252,14 +252,14 @@ def test_activations_go_to_the_host_or_where_it_is_small_to_the_disk(
 
 def test_a_restoration_of_7b_fits_into_24_gb_by_the_formula() -> None:
     """bfloat16 weights of LLaMA-7B on an accelerator, effort `default`."""
-    sizes = memory_estimates.Sizes(
+    sizes = memory.Sizes(
         weights=13_476_831_232, block=404_766_720, around=524_296_192, matrix=90_177_536, widest=11008, width=4096,
         blocks=32, vocabulary=32000, heads=32, values=6_476_005_376,
     )  # fmt: skip
 
     def gigabytes(need: str, **choices: Any) -> float:
         config = PruneConfig(pruning_ratios=(0.2,), **choices)
-        return round((memory.RESERVE_BYTES + getattr(memory_estimates.Needs.of(sizes, config), need)) / 10**9, 1)
+        return round((memory.RESERVE_BYTES + getattr(memory.Needs.of(sizes, config), need)) / 10**9, 1)
 
     assert gigabytes("resident") == 66.5
     assert gigabytes("spilled") == 20.6  # a card of 24 GB has room for it

@@ -13,6 +13,7 @@ from torch import nn
 
 from saap.core.errors import PlanError
 from saap.core.records import CalibrationSet, CoupledGroup, Layout, ModelGraph, Role, UnitScores
+from saap.core.storage import PlanDocument
 from saap.discovery import discover
 from saap.estimation.estimate import estimate
 from saap.models.structure.masking import masked
@@ -21,8 +22,7 @@ from saap.settings.prune import ElementOrder, PrunableRole
 from saap.settings.registry import Strategy
 from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.evaluator import StructureEvaluator
-from saap.structure_search.plan import SearchSpace, make_plan, plan_from_counts, search
-from saap.structure_search.problem import build_variables
+from saap.structure_search.plan import SearchSpace, build_variables, complete_plan, make_plan, search
 from saap.surgery.cut import cut
 
 SAMPLES, LENGTH = 3, 9
@@ -143,13 +143,16 @@ def test_all_experts_of_a_module_keep_the_same_number_each_its_own_units(mixtral
 def test_plans_that_stacked_matrices_cannot_follow_are_refused(
     mixtral: tuple[Any, ModelGraph], counts: dict[int, int], problem: str
 ) -> None:
-    keep = {f"layers.0.ffn.expert.{expert}": count for expert, count in counts.items()}
+    groups = {f"layers.0.ffn.expert.{expert}": {"kept": count} for expert, count in counts.items()}
     with pytest.raises(PlanError, match=problem):
-        plan_from_counts(mixtral[1], {}, keep, (), layout=Layout.ADAPTIVE, align=1)
+        complete_plan(mixtral[1], PlanDocument.model_validate({"format_version": 1, "groups": groups}), {})
 
 
 def test_sizes_of_experts_keep_whole_strides(mixtral: tuple[Any, ModelGraph]) -> None:
-    variables = build_variables(mixtral[1], roles=[Role.FFN, Role.HIDDEN], layout=Layout.ADAPTIVE, align=4)
+    variables = build_variables(
+        mixtral[1],
+        SearchSpace(roles=(PrunableRole.FFN, PrunableRole.HIDDEN), layout=Layout.ADAPTIVE, align=4),
+    )
     assert [{group.bundle or group.name for group in variable.groups} for variable in variables] == [
         {"layers.0.ffn"},
         {"layers.1.ffn"},

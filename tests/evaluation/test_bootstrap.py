@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from saap.evaluation.bootstrap import kept_difference, kept_share
+from saap.evaluation.bootstrap import kept_share
 
 
 def test_kept_share_is_above_chance_and_paired() -> None:
@@ -32,10 +32,10 @@ def test_a_dense_model_at_chance_has_nothing_to_keep() -> None:
 
 def test_the_difference_of_two_models_is_paired() -> None:
     dense, better, worse = [[1, 1, 1, 0] * 20], [[1, 1, 0, 0] * 20], [[1, 0, 0, 0] * 20]
-    found = kept_difference(dense, better, worse, [0.25])
+    found = kept_share(dense, better, [0.25], than=worse)
     # above chance: dense 0.5, better 0.25, worse 0
     assert found.value == pytest.approx(0.5)
     assert 0 < found.low < found.value < found.high
-    swapped = kept_difference(dense, worse, better, [0.25])
+    swapped = kept_share(dense, worse, [0.25], than=better)
     assert (swapped.value, swapped.low) == (pytest.approx(-found.value), pytest.approx(-found.high))
-    assert kept_difference(dense, better, better, [0.25]).high == 0
+    assert kept_share(dense, better, [0.25], than=better).high == 0

@@ -9,13 +9,13 @@ from tests.pipeline import tiny
 from torch import nn
 
 from saap.core.errors import EvaluationError
-from saap.evaluation.chat import answer_spans, chat_perplexity
+from saap.data.texts import answer_turns
+from saap.evaluation.chat import chat_perplexity
 from saap.evaluation.generation import (
     Prompt,
     Written,
     cloze,
-    continuation_nll,
-    followed_by,
+    continuation,
     generation_figures,
     read_prompts,
     token_agreement,
@@ -41,11 +41,11 @@ class Counting(nn.Module):
 
 
 def test_continuations_are_scored_after_their_context() -> None:
-    losses = continuation_nll(Counting(), [5, 6], [7, 8, 100])
+    losses, likeliest = continuation(Counting(), [5, 6], [7, 8, 100])
     assert losses.tolist() == pytest.approx([math.log(2), math.log(2), math.log(2 * 319)], rel=1e-5)
-    assert followed_by(Counting(), [5, 6], [7, 8, 100]) == [7, 8, 9]
+    assert likeliest == [7, 8, 9]
     with pytest.raises(EvaluationError, match="without tokens"):
-        continuation_nll(Counting(), [], [1])
+        continuation(Counting(), [], [1])
 
 
 def test_greedy_text_repeats_itself_and_the_seed_decides_the_sampled_one() -> None:
@@ -93,7 +93,7 @@ def test_cloze_counts_the_answers_that_the_model_would_give() -> None:
     found = cloze(Counting(), tokenizer, prompts)
     assert found is not None
     assert found.prompts == 2
-    expected = [int(followed_by(Counting(), tokenizer("ab")["input_ids"], t) == t)
+    expected = [int(continuation(Counting(), tokenizer("ab")["input_ids"], t)[1] == t)
                 for t in (tokenizer(f" {right}")["input_ids"], tokenizer(" zz")["input_ids"])]  # fmt: skip
     assert list(found.correct) == expected
     assert cloze(Counting(), tokenizer, prompts[2:]) is None
@@ -129,14 +129,14 @@ def conversation() -> list[dict[str, str]]:
 def test_only_the_answers_of_a_conversation_are_scored() -> None:
     tokenizer, model = tiny.tokenizer(), tiny.model()
     tokenizer.chat_template = TEMPLATE
-    spans = [(tokenizer.decode(context), tokenizer.decode(answer)) for context, answer in
-             answer_spans(tokenizer, conversation())]  # fmt: skip
-    assert spans == [
+    turns = list(answer_turns("a conversation", conversation(), tokenizer, error=EvaluationError))
+    assert turns == [
         ("[user]a b[end][assistant]", "c d[end]"),
         ("[user]a b[end][assistant]c d[end][user]e[end][assistant]", "f[end]"),
     ]
     found = chat_perplexity(model, tokenizer, [conversation()])
-    losses = torch.cat([continuation_nll(model, c, a) for c, a in answer_spans(tokenizer, conversation())])
+    spans = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in turn] for turn in turns]
+    losses = torch.cat([continuation(model, context, answer)[0] for context, answer in spans])
     assert found.nll == pytest.approx(float(losses.mean()))
     assert (found.turns, found.tokens) == (2, len(losses))
 

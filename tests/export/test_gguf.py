@@ -23,9 +23,8 @@ from saap.core.errors import ExportError, OutputError, SaapError
 from saap.data.texts import evaluation_text
 from saap.export.gguf import write
 from saap.export.gguf.architectures import llama3_factors
-from saap.export.gguf.fields import Field, read_fields
 from saap.export.gguf.modelfile import chat_template, modelfile
-from saap.export.gguf.tokenizer import fields_from_gguf, fields_from_huggingface
+from saap.export.gguf.tokenizer import fields_from_gguf, fields_from_huggingface, read_fields
 from saap.models.loading.llama_cpp import LlamaCpp
 from saap.pipeline.export.run import export_gguf
 
@@ -312,7 +311,7 @@ def test_llama_cpp_cuts_text_like_the_tokenizer(tmp_path: Path, made: Any) -> No
     again = fields_from_gguf(done.path, tokenizer.get_vocab(), rows)
     assert again is not None
     written = fields_from_huggingface(tokenizer, rows)
-    assert [field.value for field in again] == [value for _, value in written]
+    assert [value for _, _, value, *_ in again] == [value for _, value in written]
     assert fields_from_gguf(done.path, {**tokenizer.get_vocab(), "<unknown>": 1}, rows) is None
 
 
@@ -330,11 +329,10 @@ def test_an_unknown_way_to_cut_is_refused() -> None:
 def test_fields_are_read_as_the_package_reads_them(tmp_path: Path) -> None:
     done = export_gguf(family_folder(tmp_path / "model", "gemma2"), tmp_path / "out.gguf", verify=False)
     reader = gguf.GGUFReader(done.path)
-    for field in read_fields(done.path):
-        expected = reader.fields[field.key]
-        assert field == Field(
-            field.key, expected.contents(), expected.types[0], expected.types[-1] if len(expected.types) > 1 else None
-        )
+    for key, *field in read_fields(done.path):
+        expected = reader.fields[key]
+        element = expected.types[-1] if len(expected.types) > 1 else None
+        assert field == [expected.contents(), expected.types[0], element]
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(done.path.read_bytes()[:2000])
     with pytest.raises(ValueError, match="too early"):

@@ -31,7 +31,7 @@ from saap.core.storage import (
     write_plan,
     write_scores,
 )
-from saap.structure_search.plan import complete_plan, make_plan, plan_from_counts
+from saap.structure_search.plan import complete_plan, make_plan
 
 
 def tiny_graph() -> ModelGraph:
@@ -84,7 +84,7 @@ def test_a_count_alone_is_left_to_the_scores(plan_file: Path) -> None:
     with pytest.raises(PlanError, match=r"layers\.0\.ffn are still to be chosen"):
         complete_plan(graph, read)
     scores = {"layers.0.ffn": UnitScores(mean=np.arange(10.0), variance=np.zeros(10))}
-    plan = plan_from_counts(graph, scores, read.keep(graph), (), layout=read.layout, align=read.align)
+    plan = complete_plan(graph, read, scores)
     assert plan.keep["layers.0.ffn"] == (6, 7, 8, 9)
     assert plan.parameters == 6 * 4 + 6 * 10
 

@@ -13,7 +13,8 @@ from saap.core.errors import ConfigurationError, StaleInputError, TargetError
 from saap.core.evaluation_records import Comparison
 from saap.pipeline.compare import run
 from saap.pipeline.shared.inputs import RunOptions
-from saap.reporting.comparison import comparison_table, write_tables
+from saap.reporting.comparison_tables import comparison_table
+from saap.reporting.tables import write_table
 from saap.settings.measure import CompareRequest, EvalRequest
 from saap.settings.prune import MethodChoice, PruneConfig
 from saap.settings.registry import Method
@@ -128,9 +129,9 @@ def test_rows_of_other_settings_are_not_taken_for_these(source, done) -> None:
 def test_tables(done) -> None:
     folder, result = done
     out = folder / "out"
-    headings, rows = comparison_table(Comparison.model_validate(result))
+    headings, rows = table = comparison_table(Comparison.model_validate(result))
     assert all(len(row) == len(headings) for row in rows)
-    paths = write_tables(out, Comparison.model_validate(result))
+    paths = write_table(table, out / "comparison")
     assert {path.suffix for path in paths} == {".csv", ".md", ".tex"}
     read = list(csv.reader((out / "comparison.csv").read_text().splitlines()))
     assert read == [headings, *rows]

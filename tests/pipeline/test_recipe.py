@@ -15,10 +15,8 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from saap.core.errors import ConfigurationError, OutputError, SaapError
 from saap.core.records import ModelGraph
-from saap.pipeline.recipe import preview as recipe_preview
 from saap.pipeline.recipe import run as recipe_run
-from saap.pipeline.recipe.preview import preview_recipe
-from saap.pipeline.recipe.run import Step, recipe_steps, run_recipe
+from saap.pipeline.recipe.run import Step, preview_recipe, recipe_steps, run_recipe
 from saap.settings.measure import SpeedSettings
 from saap.settings.prune import PruneConfig
 from saap.settings.recipe import Recipe, read_recipe, recipe_from
@@ -59,8 +57,8 @@ def test_every_recipe_runs_dry_on_the_shape_of_its_model(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = GRAPHS.get(id(SHAPES[file.stem]))
-    stock = recipe_preview.discover
-    monkeypatch.setattr(recipe_preview, "discover", lambda model, ref: kept(file.stem, found or stock(model, ref)))
+    stock = recipe_run.discover
+    monkeypatch.setattr(recipe_run, "discover", lambda model, ref: kept(file.stem, found or stock(model, ref)))
     SHAPES[file.stem].save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     recipe = read_recipe(file, [f"model={tmp_path / 'model'}", f"output_dir={tmp_path / 'out'}"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,16 @@ class KnownTime:
         self.measured = 0
 
     def __call__(
-        self, runtimes: Mapping[str, Runtime], prompt: Sequence[int], *, new_tokens: int, rounds: int
-    ) -> dict[str, Speed]:
+        self, runtimes: Sequence[Runtime], prompt: Sequence[int], *, new_tokens: int, rounds: int
+    ) -> list[Speed]:
         self.measured += 1
-        found = {}
-        for name, runtime in runtimes.items():
+        found = []
+        for runtime in runtimes:
             runtime.step(runtime.read(prompt))
             model: Any = runtime
             step = (REST + sum(p.numel() for p in model.model.parameters())) / 1e6
-            found[name] = Speed(
-                prefill=1.0, decode=1 / step, read_seconds=(1.0,) * rounds, step_seconds=(step,) * rounds
-            )
+            times = {"read_seconds": (1.0,) * rounds, "step_seconds": (step,) * rounds}
+            found.append(Speed(prefill=1.0, decode=1 / step, **times))
         return found
 
 
@@ -223,6 +222,6 @@ def test_refusals_of_prune(
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("llama_cpp") else name)
     with pytest.raises(SaapError, match=r"llama-cpp-py-sync.*saap\[gguf\]"):
-        speed.check_settings(speed.SpeedSettings(runtime=RuntimeName.LLAMA_CPP))
+        RuntimeName.LLAMA_CPP.check()
     with pytest.raises(ConfigurationError, match="--rounds 0"):
         speed.SpeedSettings(rounds=0)

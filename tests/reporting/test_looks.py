@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from saap.reporting.comparison import look
+from saap.reporting.comparison_figures import look
 from saap.reporting.figures import Figure, to_svg
 
 

@@ -8,8 +8,8 @@ from scipy import stats
 from tests.reporting.comparison import comparison
 
 from saap.core.evaluation_records import Comparison
-from saap.reporting.comparison import comparison_table, ratio_table, task_table
-from saap.reporting.importance import GroupView, agreement, spearman
+from saap.reporting.comparison_tables import comparison_table, ratio_table, task_table
+from saap.reporting.importance import ModuleScores, spearman
 from saap.reporting.tables import to_csv, to_latex, to_markdown
 
 record = Comparison.model_validate
@@ -68,11 +68,10 @@ def test_the_rank_correlation_is_scipys() -> None:
 
 
 def test_units_that_change_sides_by_the_fusion() -> None:
-    view = GroupView(
+    found = ModuleScores(
         layer=0, role="ffn", vector=np.array([4.0, 3, 2, 1]), element=np.array([1.0, 2, 3, 4]),
         fused=np.array([1.0, 3, 2, 4]), fluctuation=np.zeros(4), kept=np.array([False, True, False, True]),
-    )  # fmt: skip
-    found = agreement(view)
+    ).agreement  # fmt: skip
     assert found["vector ~ element"] == pytest.approx(-1)
     assert found["fused, not element"] == 0.5  # fused removes 0 and 2, element 0 and 1
     assert found["fused, not vector"] == 0.5  # vector removes 2 and 3

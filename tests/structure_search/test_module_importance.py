@@ -14,9 +14,9 @@ import saap
 from saap.core.records import GroupScores, ImportanceScores, ModelGraph, Role
 from saap.estimation.estimate import unit_scores
 from saap.estimation.fusion import fuse
-from saap.settings.prune import FusionScope
+from saap.settings.prune import FusionScope, PrunableRole
 from saap.settings.registry import Importance, Strategy
-from saap.structure_search.problem import build_variables
+from saap.structure_search.plan import SearchSpace, build_variables
 from saap.structure_search.strategies import module_importance, module_shares
 
 RANKING = {Strategy.IMPORTANCE: 0.04, Strategy.VOLATILITY_Z: 0.1, Strategy.VOLATILITY_CV: 0.1}
@@ -92,7 +92,7 @@ def test_modules_rank_as_their_importances_do(importance: Importance, scope: Fus
     of = graph()
     scales = {f"layers.{layer}.ffn": 10.0**-layer for layer in range(6)}
     units = unit_scores(drawn(of, scales), of, importance, scope)
-    variables = build_variables(of, roles=[Role.FFN], layout=saap.Layout.ADAPTIVE, align=1)
+    variables = build_variables(of, SearchSpace(roles=(PrunableRole.FFN,), layout=saap.Layout.ADAPTIVE, align=1))
     worth = module_importance(variables, units)
     assert (worth > 0).all()
     assert (np.diff(worth) < 0).all()

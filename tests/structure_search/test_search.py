@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.structure_search.synthetic import CHANNELS, HEADS, graph, scores
 
-from saap.core.errors import PlanError, TargetError
+from saap.core.errors import TargetError
 from saap.core.records import Layout, Role, UnitScores, count_parameters
+from saap.core.storage import PlanDocument
 from saap.models.structure.keep_index import KeepIndex
 from saap.settings.prune import PrunableRole, SkipLayers
 from saap.settings.registry import Strategy
@@ -18,8 +21,8 @@ from saap.structure_search.budget import (
     budget_for_ratio,
     header_bytes,
 )
-from saap.structure_search.plan import SearchSpace, make_plan, plan_from_counts, search
-from saap.structure_search.problem import SearchGuide, SearchProblem, build_variables
+from saap.structure_search.plan import SearchSpace, build_variables, complete_plan, make_plan, search
+from saap.structure_search.problem import SearchGuide, SearchProblem
 from saap.structure_search.strategies import relative_volatility, standardised_fluctuation
 
 GRAPH = graph()
@@ -32,11 +35,7 @@ def space(roles=FFN_AND_ATTENTION, layout=Layout.ADAPTIVE, align=8, skip_layers=
 
 
 def largest_step(of: SearchSpace) -> int:
-    roles = [Role(role.value) for role in of.roles if role is not PrunableRole.BLOCK]
-    return max(
-        variable.parameters_per_unit * variable.step
-        for variable in build_variables(GRAPH, roles=roles, layout=of.layout, align=of.align)
-    )
+    return max(variable.parameters_per_unit * variable.step for variable in build_variables(GRAPH, of))
 
 
 def test_standardised_fluctuation_by_hand() -> None:
@@ -178,21 +177,20 @@ def test_targets_in_parameters_and_bytes() -> None:
         budget_for_ratio(GRAPH, 1.0)
 
 
+def edited(dropped: tuple[int, ...] = (), **entries: dict[str, Any]) -> PlanDocument:
+    groups = {f"layers.{name[1:]}.ffn": entry for name, entry in entries.items()}
+    return PlanDocument.model_validate({"format_version": 1, "dropped_blocks": dropped, "groups": groups})
+
+
 def test_edited_plan() -> None:
-    plan = plan_from_counts(
-        GRAPH, SCORES, {"layers.1.ffn": 40, "layers.2.ffn": (1, 5, 3)}, [], layout=Layout.ADAPTIVE, align=1
-    )
+    plan = complete_plan(GRAPH, edited(_1={"kept": 40}, _2={"units": "1,3,5"}), SCORES)
     assert plan.keep["layers.2.ffn"] == (1, 3, 5)
     best = np.sort(np.argsort(SCORES["layers.1.ffn"].mean, kind="stable")[-40:])
     assert plan.keep["layers.1.ffn"] == tuple(best.tolist())
-    for keep, dropped in (
-        ({"layers.9.ffn": 3}, []),
-        ({"layers.1.ffn": 65}, []),
-        ({"layers.1.ffn": (64,)}, []),
-        ({}, [6]),
-    ):
-        with pytest.raises(PlanError):
-            plan_from_counts(GRAPH, SCORES, keep, dropped, layout=Layout.ADAPTIVE, align=1)
+    wrong = (edited(_9={"kept": 3}), edited(_1={"kept": 65}), edited(_1={"units": "64"}), edited(dropped=(6,)))
+    for document in wrong:
+        with pytest.raises(ValueError, match=r"no such group|kept 65 of 64|64|no block 6"):
+            complete_plan(GRAPH, document, SCORES)
 
 
 def test_a_plan_of_everything_removes_nothing() -> None:
@@ -201,7 +199,7 @@ def test_a_plan_of_everything_removes_nothing() -> None:
 
 
 def test_decrements_of_a_variable_come_in_order_whatever_their_cost() -> None:
-    variables = build_variables(GRAPH, roles=[Role.FFN], layout=Layout.ADAPTIVE, align=16)
+    variables = build_variables(GRAPH, space((PrunableRole.FFN,), align=16))
     large, small = (SearchProblem(GRAPH, variables, SCORES, Budget(removal=removal)) for removal in (5000, 500))
     sizes = large.sizes(large.by_score(lambda name: np.sort(SCORES[name].mean)))
     assert all(size % 16 == 0 for size in sizes)
@@ -214,5 +212,5 @@ def test_modules_of_different_size_have_no_uniform_size() -> None:
 
     other = dataclasses.replace(GRAPH, groups=(*GRAPH.groups[2:], dataclasses.replace(small, units=32)))
     with pytest.raises(TargetError, match="adaptive"):
-        build_variables(other, roles=[Role.FFN], layout=Layout.UNIFORM, align=1)
+        build_variables(other, space((PrunableRole.FFN,), Layout.UNIFORM, align=1))
     assert isinstance(SCORES["hidden"], UnitScores)

@@ -117,7 +117,7 @@ def all_indicators(
         "fluctuation": {n: u.variance for n, u in fused.items()},
         "volatility-z": {n: standardised_fluctuation(u.variance) for n, u in fused.items()},
         "volatility-cv": {n: relative_volatility(u.mean, u.variance) for n, u in fused.items()},
-        "second-order cost": {n: u.mean for n, u in second_order_costs(dense.backend, ids).scores.items()},
+        "second-order cost": dict(second_order_costs(dense.backend, ids).scores),
         **{
             str(method): {name: np.asarray(v, np.float64) for name, v in measured.scores(method.load()).items()}
             for method in BASELINE_METHODS

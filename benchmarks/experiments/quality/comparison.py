@@ -11,8 +11,8 @@ from harness.store import finished_cells, read_json, write_json
 from lab.commands import TEST, VALIDATION, flags_from, in_own_process, run_here
 
 from saap.core.evaluation_records import Comparison, TaskResult
-from saap.evaluation.bootstrap import kept_difference, usual_answers
-from saap.reporting.comparison import comparison_table, ratio_table, task_table
+from saap.evaluation.bootstrap import kept_share, usual_answers
+from saap.reporting.comparison_tables import comparison_table, ratio_table, task_table
 from saap.reporting.tables import to_markdown
 
 # LLM-Pruner and Wanda-sp are at their best on this model when they keep attention whole, so they are shown so, and
@@ -164,7 +164,7 @@ def differences(whole: Values) -> list[Values]:
     found: list[Values] = []
     for (method, restored), theirs in answers.items():
         if method != "saap":
-            kept = kept_difference(dense, answers["saap", restored], theirs, chance)
+            kept = kept_share(dense, answers["saap", restored], chance, than=theirs)
             found.append(
                 {"method": method, "restored": restored, "value": kept.value, "low": kept.low, "high": kept.high}
             )

@@ -1,16 +1,15 @@
 """Baselines that look at activations, all by one forward pass: Wanda-sp, FLAP, block influence."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saap.baselines.baseline import Baseline, block_groups
-from saap.core.records import CoupledGroup, FloatArray, ModelGraph, Role
+from saap.baselines.baseline import Baseline, block_groups, score_units
+from saap.core.records import AxisSlice, CoupledGroup, FloatArray, ModelGraph, Role
 from saap.models.loading.precision import widened
-from saap.models.structure.keep_index import unit_channels, units_of
 from saap.models.structure.linear import weight_out_in
 from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Observation, Observer, Signal
@@ -33,7 +32,7 @@ class ActivationStatistics(Observer):
         modules = dict.fromkeys((member.tensor.rpartition(".")[0] for member in members), Signal.INPUT)
         self.needs = modules | dict.fromkeys(graph.blocks, Signal.INPUT | Signal.OUTPUT)
         self._blocks = graph.blocks
-        self._sums: dict[str, tuple[Any, ...]] = {}
+        self._sums: dict[str, tuple[Any, int]] = {}
         self.mean: dict[str, Tensor] = {}
         self.square: dict[str, Tensor] = {}
         self.influence: FloatArray = np.zeros(len(graph.blocks))
@@ -43,26 +42,26 @@ class ActivationStatistics(Observer):
         if seen.site in self._blocks:
             before, after = seen.x.to(seen.y.device).float(), seen.y.float()
             cosines = widened(nn.functional.cosine_similarity(before, after, dim=-1))
-            self._add(seen.site, float(cosines.sum()), seen.batch.tokens.numel())
+            self._add(seen.site, cosines.sum(), seen.batch.tokens.numel())
         else:
             x = widened(seen.x.flatten(0, -2))
-            self._add(seen.site, x.sum(0), x.square().sum(0), len(x))
+            self._add(seen.site, torch.stack([x.sum(0), x.square().sum(0)]), len(x))
 
-    def _add(self, site: str, *values: Tensor | float) -> None:
-        before = self._sums.get(site, (0.0,) * len(values))
-        self._sums[site] = tuple(sum(pair) for pair in zip(before, values, strict=True))
+    def _add(self, site: str, total: Tensor, count: int) -> None:
+        before, number = self._sums.get(site, (0.0, 0))
+        self._sums[site] = before + total, number + count
 
     def merge(self, processes: Processes) -> None:
         """Means over the tokens of all processes."""
         parts, self._sums = processes.gather(self._sums), {}
         for part in parts:
-            for site, values in part.items():
-                self._add(site, *values)
-        for site, (*sums, count) in self._sums.items():
+            for site, found in part.items():
+                self._add(site, *found)
+        for site, (total, count) in self._sums.items():
             if site in self._blocks:
-                self.influence[self._blocks.index(site)] = 1 - sums[0] / count
+                self.influence[self._blocks.index(site)] = 1 - float(total) / count
             else:
-                self.mean[site], self.square[site] = (one / count for one in sums)
+                self.mean[site], self.square[site] = total / count
 
     def result(self) -> Self:
         """The means."""
@@ -74,23 +73,6 @@ def activations(backend: Backend, tokens: Tensor) -> ActivationStatistics:
     found = ActivationStatistics(backend.graph)
     walk(backend, tokens, [found], micro_batch=MICRO_BATCH, backward=False)
     return found
-
-
-def _consumer_scores(
-    backend: Backend, channels: Callable[[CoupledGroup, str, Tensor], Tensor]
-) -> dict[str, FloatArray]:
-    """Sum over the units' input channels in all consumers. channels: of (group, path, weight), by input channel."""
-    scores: dict[str, FloatArray] = {}
-    for group in block_groups(backend.graph):
-        found = []
-        for member in group.consumers:
-            path = member.tensor.rpartition(".")[0]
-            weight = weight_out_in(backend.model.get_submodule(path)).detach()
-            index = unit_channels(member, group.units, weight.device)
-            found.append(units_of(channels(group, path, weight), index).cpu())
-        if found:
-            scores[group.name] = torch.stack(found).sum(0).numpy()
-    return scores
 
 
 def wanda_channels(weight: Tensor, square: Tensor) -> Tensor:
@@ -108,7 +90,11 @@ def wanda_scores(backend: Backend, found: ActivationStatistics, seed: int) -> di
     Deviation: all modules are scored on the dense model's activations, the published code goes on from each pruned
     layer.
     """
-    return _consumer_scores(backend, lambda _, path, weight: wanda_channels(weight, found.square[path]))
+
+    def channels(group: CoupledGroup, member: AxisSlice, weight: Tensor) -> Tensor:
+        return wanda_channels(weight.movedim(member.axis, 1), found.square[member.tensor.rpartition(".")[0]])
+
+    return score_units(backend, channels, consumers=True)
 
 
 def flap_channels(weight: Tensor, mean: Tensor, square: Tensor) -> Tensor:
@@ -132,12 +118,13 @@ def flap_scores(backend: Backend, found: ActivationStatistics, seed: int) -> dic
     global ranking that takes it compares scores per parameter, while FLAP's compares the standardised fluctuations.
     """
 
-    def channels(group: CoupledGroup, path: str, weight: Tensor) -> Tensor:
-        fluctuation = flap_channels(weight, found.mean[path], found.square[path])
+    def channels(group: CoupledGroup, member: AxisSlice, weight: Tensor) -> Tensor:
+        path = member.tensor.rpartition(".")[0]
+        fluctuation = flap_channels(weight.movedim(member.axis, 1), found.mean[path], found.square[path])
         return standardised(fluctuation.square() if group.role is Role.ATTENTION else fluctuation)
 
     scores = {}
-    for name, values in _consumer_scores(backend, channels).items():
+    for name, values in score_units(backend, channels, consumers=True).items():
         group = backend.graph.group(name)
         width = sum(member.width for member in group.consumers)
         scores[name] = values / width * group.parameters_per_unit(backend.graph.shapes)

@@ -17,8 +17,6 @@ Scores = Mapping[str, FloatArray]
 """By group, one number for each unit; units of low score are removed first."""
 Measure = Callable[[Backend, Tensor], Any]
 """A pass of the dense model over tokens (samples, length)."""
-Compensation = Callable[[Backend, Any, Mapping[str, tuple[int, ...]]], dict[str, Tensor]]
-"""Biases by path of their module, from the dense model, what was measured, and the kept units."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +25,9 @@ class Baseline:
 
     scores: of the dense model, what `measure` found in a pass over the text, and a seed. strategy: how the budget is
     shared. skip_layers: None protects the ends as LLM-Pruner does (4 first and 2 last of 30). roles: None leaves them
-    to the caller. compensation: biases in place of a reconstruction. scored: roles whose units it can score; one that
-    scores whole experts scores matrices in stacks as well. bytes_per_weight: what the pass keeps for each weight of the
-    blocks.
+    to the caller. compensation: biases in place of a reconstruction, by path of their module, from the dense model,
+    what was measured and the kept units. scored: roles whose units it can score; one that scores whole experts scores
+    matrices in stacks as well. bytes_per_weight: what the pass keeps for each weight of the blocks.
     """
 
     scores: Callable[[Backend, Any, int], Scores]
@@ -37,7 +35,7 @@ class Baseline:
     strategy: Strategy = Strategy.UNIFORM
     skip_layers: SkipLayers | None = None
     roles: tuple[PrunableRole, ...] | None = None
-    compensation: Compensation | None = None
+    compensation: Callable[[Backend, Any, Mapping[str, tuple[int, ...]]], dict[str, Tensor]] | None = None
     scored: frozenset[Role] = frozenset({Role.FFN, Role.ATTENTION})
     bytes_per_weight: int = 0
 
@@ -78,20 +76,22 @@ def block_groups(graph: ModelGraph) -> list[CoupledGroup]:
 
 
 @torch.no_grad()
-def sum_members(
-    model: nn.Module, graph: ModelGraph, channels: Callable[[AxisSlice, Tensor], Tensor]
+def score_units(
+    backend: Backend, channels: Callable[[CoupledGroup, AxisSlice, Tensor], Tensor], *, consumers: bool = False
 ) -> dict[str, FloatArray]:
-    """Scores of the units of all groups in blocks, summed over their members.
+    """Scores of the units of all groups in blocks, summed over their members, or only over the consumers.
 
-    channels: of a member and its weight, one value for each index of the member's axis.
+    channels: of a group, a member and its weight, one value for each index of the member's axis.
     """
     scores: dict[str, FloatArray] = {}
-    for group in block_groups(graph):
+    for group in block_groups(backend.graph):
+        members = group.consumers if consumers else scored_members(backend.graph, group)
         total = torch.zeros(group.units, dtype=torch.float64)
-        for member in scored_members(graph, group):
-            values = channels(member, model.get_parameter(member.tensor))
+        for member in members:
+            values = channels(group, member, backend.model.get_parameter(member.tensor))
             total += units_of(values.cpu().double(), unit_channels(member, group.units))
-        scores[group.name] = total.numpy()
+        if members:
+            scores[group.name] = total.numpy()
     return scores
 
 

@@ -12,8 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from saap.baselines.baseline import Baseline, along_axis, block_groups, scored_members, sum_members
-from saap.core.records import AxisSlice, FloatArray, ModelGraph
+from saap.baselines.baseline import Baseline, along_axis, block_groups, score_units, scored_members
+from saap.core.records import AxisSlice, CoupledGroup, FloatArray, ModelGraph
 from saap.models.loading.precision import at_least_float32
 from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Observation, Observer, Signal
@@ -76,11 +76,11 @@ def taylor_channels(w: Tensor, g: Tensor, h: Tensor, axis: int, kind: str) -> Te
 def taylor_scores(backend: Backend, found: AveragedGradients, seed: int, kind: str) -> dict[str, FloatArray]:
     """Importance of every unit: over its channels and members by sum, LLM-Pruner's default aggregation."""
 
-    def channels(member: AxisSlice, weight: Tensor) -> Tensor:
+    def channels(group: CoupledGroup, member: AxisSlice, weight: Tensor) -> Tensor:
         g, h = found.mean[member.tensor], found.square[member.tensor]
         return taylor_channels(weight.float(), g, h, member.axis, kind)
 
-    return sum_members(backend.model, backend.graph, channels)
+    return score_units(backend, channels)
 
 
 VECTOR, ELEMENT1, ELEMENT2, MIXED = (

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from saap.baselines.baseline import Baseline, along_axis, sum_members
+from saap.baselines.baseline import Baseline, along_axis, score_units
 from saap.core.records import FloatArray, Role
 from saap.models.loading.precision import widened
 from saap.models.walk.backend import Backend
@@ -19,9 +19,7 @@ def magnitude_scores(backend: Backend, measured: None, seed: int) -> dict[str, F
 
     Source: Li et al. 2017 (filters by their norm); over coupled groups as in LLM-Pruner (`l2`), Ma et al. 2023.
     """
-    return sum_members(
-        backend.model, backend.graph, lambda member, weight: along_axis(widened(weight).square(), member.axis)
-    )
+    return score_units(backend, lambda _, member, weight: along_axis(widened(weight).square(), member.axis))
 
 
 RANDOM = Baseline(scores=random_scores, scored=frozenset(Role) - {Role.HIDDEN})

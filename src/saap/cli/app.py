@@ -13,7 +13,6 @@ from saap._version import __version__
 from saap.cli.processes import leave, one_of_several
 from saap.core.errors import SaapError
 
-INTERRUPTED = 130
 COMMANDS = {
     "prune": ("prune", "Prune a model: a checkpoint in, a smaller one out."),
     "recover": ("recover", "Tune a pruned model on text with quantised weights, in little memory."),
@@ -29,19 +28,15 @@ COMMANDS = {
 """The module of each, imported when it is called, and its line in the list."""
 
 
-class Interrupted(Exception):  # noqa: N818 - no error
-    """The user has stopped a command."""
-
-
 class Commands(click.Group):
     """The list of commands, which imports only the one that is called."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Call the command. Raises Interrupted, where click would write an empty line first."""
+        """Call the command. Raises click.Abort at an interrupt, before which click would write an empty line."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise Interrupted from None
+            raise click.Abort from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names in the order in which a reader meets them."""
@@ -84,12 +79,6 @@ def main() -> None:
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx is not None else "saap"
         leave(2, f"error: {error.format_message().rstrip('.')}. See `{command} --help`.")
-    except (KeyboardInterrupt, click.Abort, Interrupted):
-        code = INTERRUPTED
-    if code == INTERRUPTED:
-        leave(INTERRUPTED, "interrupted: finished stages are kept; the same command resumes from there.")
+    except (KeyboardInterrupt, click.Abort):
+        leave(130, "interrupted: finished stages are kept; the same command resumes from there.")
     sys.exit(code if isinstance(code, int) else 0)
-
-
-if __name__ == "__main__":
-    main()

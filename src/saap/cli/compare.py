@@ -20,16 +20,13 @@ def compare(
     """
     if options.out is None:
         raise ConfigurationError("--output-dir is missing", "Name the folder of rows and tables with -o DIR")
-    from saap.cli.show.compare import print_comparison
-    from saap.cli.show.output import make_reporter
+    from saap.cli.show.output import make_reporter, print_comparison, show
     from saap.pipeline.compare.run import compare as run_compare
-    from saap.reporting.comparison import write_tables
+    from saap.reporting.comparison_tables import comparison_table
+    from saap.reporting.tables import write_table
 
-    with make_reporter(quiet=display.quiet, to_stderr=display.as_json) as reporter:
+    with make_reporter(display) as reporter:
         result = run_compare(model, request, options, options.out, reporter)
-    written = write_tables(options.out, result)
-    if display.as_json:
-        print(result.model_dump_json(indent=1))
-    elif not display.quiet:
-        print_comparison(result)
-        print(f"wrote {', '.join(str(path) for path in written)}")
+    table = comparison_table(result)
+    written = write_table(table, options.out / "comparison")
+    show(display, result.model_dump_json(indent=1), lambda: print_comparison(*table, written))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from saap.cli.prune import prune_and_show
+from saap.cli.prune import Stages, prune
 from saap.settings.prune import PruneConfig
 from saap.settings.run import Display, RunOptions
 from saap.settings.setting import Only
@@ -18,11 +18,6 @@ def demo(
     options: Annotated[RunOptions, Only(("out",), {"out": Path("demo/smollm2-small"), "overwrite": True})],
 ) -> None:
     """Prune a small real model (SmolLM2-135M from its Python wheel) by 20 % and show what came out."""
-    from saap.cli.show.output import make_reporter
-
-    print(
-        f"$ saap prune smollm2 --pruning-ratio {RATIO} --effort {config.effort} -o {options.out} --overwrite",
-        flush=True,
-    )
-    with make_reporter(quiet=False, to_stderr=False) as reporter:
-        prune_and_show("smollm2", config, options, reporter, Display())
+    typed = f"$ saap prune smollm2 --pruning-ratio {RATIO} --effort {config.effort} -o {options.out} --overwrite"
+    print(typed, flush=True)
+    prune("smollm2", config, Stages(), options, Display())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 from saap.cli.flags import Model
 from saap.core.errors import ConfigurationError
 from saap.settings.measure import EvalRequest, writing_flag
-from saap.settings.run import OPENS, Display, RunOptions, output_flag
+from saap.settings.run import OPENS, OUTPUT, Display, RunOptions, out_flag
 from saap.settings.setting import Only, Settings
 
 
@@ -18,8 +17,7 @@ class EvalOutput(Settings):
 
     generation: Annotated[bool, writing_flag("Let the model write, and measure what it writes and knows.")] = False
     out: Annotated[
-        Path | None,
-        output_flag("Also write the report as JSON.", name="output_file", short="-o", aliases=("out",), metavar="FILE"),
+        Path | None, out_flag("Also write the report as JSON.", panel=OUTPUT, name="output_file", metavar="FILE")
     ] = None
 
 
@@ -39,14 +37,11 @@ def evaluate(
             "Give some of --perplexity, --tasks, --generation, --prompts, --chat, --speed",
         )
     from saap.cli.show.evaluate import print_eval
-    from saap.cli.show.output import make_reporter
+    from saap.cli.show.output import make_reporter, show
     from saap.pipeline.evaluate.run import evaluate_model, write_report
 
-    with make_reporter(quiet=display.quiet, to_stderr=display.as_json) as reporter:
+    with make_reporter(display) as reporter:
         report = evaluate_model(model, request, options, reporter).as_dict()
     if output.out is not None:
         write_report(output.out, report)
-    if display.as_json:
-        print(json.dumps(report, indent=1))
-    elif not display.quiet:
-        print_eval(report)
+    show(display, report, lambda: print_eval(report))

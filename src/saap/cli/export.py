@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 from saap.cli.flags import Argument
 from saap.core.errors import ConfigurationError
 from saap.settings.measure import ExportRequest
-from saap.settings.run import Display, RunOptions, result_flag
+from saap.settings.run import Display, RunOptions, out_flag, result_flag
 from saap.settings.setting import Only, Settings
 
 
@@ -17,14 +16,7 @@ class ExportTarget(Settings):
     """Where an exported model goes."""
 
     out: Annotated[
-        Path | None,
-        result_flag(
-            "File or folder to write. [required unless --push]",
-            name="output",
-            short="-o",
-            aliases=("out",),
-            metavar="PATH",
-        ),
+        Path | None, out_flag("File or folder to write. [required unless --push]", name="output", metavar="PATH")
     ] = None
     push: Annotated[str | None, result_flag("Upload the folder MODEL to the hub as it is.", metavar="OWNER/NAME")] = (
         None
@@ -40,18 +32,15 @@ def export(
     display: Display,
 ) -> None:
     """Write MODEL in the format of another program, and check it there."""
-    from saap.cli.show.output import make_reporter
+    from saap.cli.show.output import make_reporter, show
     from saap.pipeline.export.run import export_model, opening_lines, push
 
-    with make_reporter(quiet=display.quiet, to_stderr=display.as_json) as reporter:
+    with make_reporter(display) as reporter:
         if target.push is not None and target.out is None:
             address = push(model, target.push, private=target.private, reporter=reporter)
-            if display.as_json:
-                print(json.dumps({"address": address}))
-            elif not display.quiet:
-                print(f"uploaded {model} to {address}", "open it with:", sep="\n")
-                print(*(f"  {line}" for line in opening_lines(model, target.push)), sep="\n")
-            return
+            opened = (f"  {line}" for line in opening_lines(model, target.push))
+            lines = (f"uploaded {model} to {address}", "open it with:", *opened)
+            return show(display, {"address": address}, lambda: print(*lines, sep="\n"))
         if target.out is None or target.push is not None:
             raise ConfigurationError(
                 "One of --output and --push is needed", "Write with -o first, then --push the folder"
@@ -59,7 +48,4 @@ def export(
         done = export_model(
             model, target.out, request, overwrite=options.overwrite, revision=options.revision, reporter=reporter
         )
-    if display.as_json:
-        print(json.dumps(done.as_dict(), indent=1))
-    elif not display.quiet:
-        print(*done.notes, sep="\n")
+    return show(display, done.as_dict(), lambda: print(*done.notes, sep="\n"))

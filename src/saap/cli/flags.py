@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -12,11 +14,11 @@ from typing import Annotated, Any
 import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
-from pydantic import BaseModel
 
 from saap.core.errors import ConfigurationError
+from saap.settings.places import Place, filled, models_of, places_of
 from saap.settings.run import OUTPUT
-from saap.settings.setting import Only, Setting, Settings, models_of, settings_of
+from saap.settings.setting import Setting
 
 WIDTH = 110
 LONGEST_CHOICE = 48
@@ -34,30 +36,22 @@ Model = Annotated[str, Argument("Hub id, local folder, .gguf file, or `smollm2`.
 
 
 class Option(click.Option):
-    """A flag. places: of its value, each a parameter of the command and fields inside it.
+    """A flag by one of its names; only the first is shown."""
 
-    switch: whether its value is a model, with flags of its own; needs: the switch that it belongs to.
-    """
-
-    def __init__(self, setting: Setting, *, old: str | None = None, warn: bool = False, default: Any = None) -> None:
-        self.setting, self.warn = setting, warn
-        self.places: list[tuple[str, ...]] = []
-        self.needs: str | None = None
-        self.switch = _is_model(setting)
-        flag = setting.flag if old is None else "--" + old.replace("_", "-")
-        self.flag = flag
+    def __init__(self, flag: str, place: Place) -> None:
+        setting = place.setting
+        self.flag, self.setting, self.panel = flag, setting, setting.shown.panel or "Options"
         is_bool = setting.kind is bool and not setting.several
         both = is_bool and setting.info.default is not False
         declared = [f"{flag}/--no-{flag[2:]}" if both else flag, flag.strip("-").replace("-", "_")]
-        if setting.shown.short and old is None:
+        if setting.shown.short and flag == setting.flag:
             declared.append(setting.shown.short)
-        self.panel = setting.shown.panel or "Options"
-        extra: dict[str, Any] = {"is_flag": True} if is_bool or self.switch else {"metavar": _metavar(setting)}
+        extra: dict[str, Any] = {"is_flag": True} if is_bool or setting.only else {"metavar": _metavar(setting)}
         if setting.kind is Path:
             extra["type"] = click.Path()
         super().__init__(
-            declared, help=_help(setting, default), hidden=old is not None,
-            multiple=setting.shown.repeat, default=None, shell_complete=self._complete, **extra,
+            declared, help=_help(setting, place.default), hidden=flag != setting.flag,
+            multiple=setting.repeat, default=None, shell_complete=self._complete, **extra,
         )  # fmt: skip
 
     def _complete(self, context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
@@ -85,103 +79,57 @@ class Command(click.Command):
 class PositionalArgument(click.Argument):
     """A positional argument with a help text."""
 
-    def __init__(self, name: str, text: str, *, required: bool) -> None:
-        self.text = text
+    def __init__(self, name: str, declared: inspect.Parameter) -> None:
+        notes = getattr(declared.annotation, "__metadata__", ())
+        self.text = next((note.help for note in notes if isinstance(note, Argument)), "")
+        required = declared.default is inspect.Parameter.empty
         super().__init__([name], required=required, metavar=name.upper() if required else f"[{name.upper()}]")
 
 
 def command(function: Callable[..., None], name: str) -> click.Command:
     """A command from a function: each parameter that is of settings becomes flags, each other one is positional."""
-    parameters: list[click.Parameter] = []
-    options: dict[str, Option] = {}
-    models = models_of(function)
-    for parameter, declared in inspect.signature(function, eval_str=True).parameters.items():
-        if parameter in models:
-            kind, only = models[parameter]
-            _add_flags(options, kind, (parameter,), only)
-        else:
-            notes = getattr(declared.annotation, "__metadata__", ())
-            text = next((note.help for note in notes if isinstance(note, Argument)), "")
-            required = declared.default is inspect.Parameter.empty
-            parameters.append(PositionalArgument(parameter, text, required=required))
-    positional = {str(parameter.name) for parameter in parameters}
-    parameters += options.values()
+    known: dict[str, list[Place]] = {}
+    for place in places_of(function):
+        for flag in place.setting.flags:
+            known.setdefault(flag, []).append(place)
+    options = [Option(flag, places[0]) for flag, places in known.items()]
+    positional = {
+        key: PositionalArgument(key, declared)
+        for key, declared in inspect.signature(function, eval_str=True).parameters.items()
+        if key not in models_of(function)
+    }
 
     @click.pass_context
     def carry_out(context: click.Context, /, **given: Any) -> None:
-        values = _values(models)
-        seen: dict[tuple[str, ...], str] = {}
-        for option in options.values():
-            key = str(option.name)
-            if context.get_parameter_source(key) is ParameterSource.COMMANDLINE:
-                if option.needs is not None and not given[option.needs.strip("-")]:
-                    raise ConfigurationError(f"{option.flag} does nothing by itself", f"Add {option.needs}")
-                other = seen.setdefault(option.places[0], option.flag)
-                if other != option.flag:
-                    raise ConfigurationError(f"{other} and {option.flag} are the same flag", "Give one of the two")
-                _put(values, option, given[key])
-        made = {parameter: kind(**values[parameter]) for parameter, (kind, _) in models.items()}
-        arguments = {key: value for key, value in given.items() if key in positional}
-        function(**arguments, **made)
+        typed = {
+            option.flag: given[str(option.name)]
+            for option in options
+            if context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+        }
+        for flag in typed:
+            needs = known[flag][0].needs
+            if needs is not None and needs.flag not in typed:
+                raise ConfigurationError(f"{flag} does nothing by itself", f"Add {needs.flag}")
+        with shown_warnings():
+            settings = filled(function, known, typed)
+        function(**{key: given[key] for key in positional}, **settings)
 
     return Command(
-        name, params=parameters, callback=carry_out, help=inspect.getdoc(function),
+        name, params=[*positional.values(), *options], callback=carry_out, help=inspect.getdoc(function),
         context_settings={"max_content_width": WIDTH},
     )  # fmt: skip
 
 
-def _add_flags(
-    options: dict[str, Option], kind: type[BaseModel], place: tuple[str, ...], only: Only,
-    needs: str | None = None,
-) -> None:  # fmt: skip
-    """Add the flags of a model, and of the models inside it. needs: the flag without which they are of no use."""
-    for setting in settings_of(kind, only.fields):
-        here = (*place, setting.field)
-        if not _is_model(setting) or setting.shown.help:
-            made = [Option(setting, default=only.defaults.get(setting.field))]
-            made += [Option(setting, old=name) for name in setting.shown.aliases]
-            made += [Option(setting, old=name, warn=True) for name in setting.old]
-            for option in made:
-                option.needs = needs
-                options.setdefault(option.flag, option).places.append(here)
-        if _is_model(setting) and setting.inner is not None:
-            switch = setting.flag if setting.shown.help else needs
-            _add_flags(options, setting.inner, here, setting.only or Only(), switch)
-
-
-def _is_model(setting: Setting) -> bool:
-    """Whether the fields of the value are flags, rather than the value one text."""
-    return setting.inner is not None and not setting.several and setting.shown.metavar is None
-
-
-def _values(models: Mapping[str, tuple[type[Settings], Only]]) -> dict[str, Any]:
-    """The defaults that the command has of its own; all others are those of the models."""
-
-    def of(kind: type[BaseModel], only: Only) -> dict[str, Any]:
-        found = dict(only.defaults)
-        for setting in settings_of(kind):
-            if setting.inner is not None and setting.only is not None and setting.info.is_required():
-                found[setting.field] = of(setting.inner, setting.only)
-        return found
-
-    return {parameter: of(kind, only) for parameter, (kind, only) in models.items()}
-
-
-def _put(values: dict[str, Any], option: Option, value: Any) -> None:
-    setting = option.setting
-    if option.warn:
-        click.echo(
-            f"warning: {option.flag} is now {setting.flag}; "
-            "the old name will be gone in the next release", err=True,
-        )  # fmt: skip
-    for *way, last in option.places:
-        inner = values
-        for step in way:
-            inner = inner.setdefault(step, {})
-        if option.switch:
-            inner.setdefault(last, {})
-        else:
-            inner[last] = value
+@contextmanager
+def shown_warnings() -> Iterator[None]:
+    """Warnings of old names as plain lines."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", FutureWarning)
+        try:
+            yield
+        finally:
+            for warning in found:
+                click.echo(f"warning: {warning.message}", err=True)
 
 
 def _choices(setting: Setting) -> tuple[str, ...]:
@@ -191,8 +139,8 @@ def _choices(setting: Setting) -> tuple[str, ...]:
 
 def _metavar(setting: Setting) -> str:
     choices = "|".join(_choices(setting))
-    if setting.shown.metavar is not None:
-        return setting.shown.metavar
+    if setting.metavar is not None:
+        return setting.metavar
     if choices:
         return f"[{choices}]" if len(choices) <= LONGEST_CHOICE else "NAME"
     return {int: "N", float: "X"}.get(setting.kind, "TEXT")
@@ -203,12 +151,9 @@ def _help(setting: Setting, default: Any) -> str:
     text = setting.shown.help
     if "|" not in _metavar(setting) and _choices(setting):
         text += f" One of {', '.join(_choices(setting))}."
-    shown = default if default is not None else setting.shown.default
-    if shown is None:
-        shown = setting.info.get_default()
-    if isinstance(shown, (tuple, list)):
-        shown = ",".join(map(str, shown))
-    if shown is True:
-        shown = setting.flag[2:]
-    no_default = shown is None or shown is False or shown == "" or setting.info.is_required()
-    return text if no_default else f"{text} [default: {shown}]"
+    defaults = (default, setting.shown.default, setting.info.get_default())
+    shown = next((one for one in defaults if one is not None), None)
+    if shown is None or shown is False or shown in ("", ()) or setting.info.is_required():
+        return text
+    shown = ",".join(map(str, shown)) if isinstance(shown, (tuple, list)) else shown
+    return f"{text} [default: {setting.flag[2:] if shown is True else shown}]"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 from saap.cli.flags import Model
@@ -16,8 +15,8 @@ def inspect(
     display: Annotated[Display, Only(("as_json",))],
 ) -> None:
     """Show the coupled structures of MODEL: per role the groups, their units, members and parameters."""
-    from saap.cli.show.output import print_structures
+    from saap.cli.show.output import print_structures, show
     from saap.pipeline.prune.run import inspect_model
 
-    shown = inspect_model(model, options)
-    print(json.dumps(shown, indent=1)) if display.as_json else print_structures(shown)
+    found = inspect_model(model, options)
+    show(display, found, lambda: print_structures(found))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 from saap.cli.flags import Argument
@@ -25,12 +24,9 @@ def recover(
     """
     if options.out is None:
         raise ConfigurationError("--output-dir is missing", "Name the folder to write with -o DIR")
-    from saap.cli.show.output import make_reporter, print_recovery
+    from saap.cli.show.output import make_reporter, print_recovery, show
     from saap.pipeline.recover.run import run_recover
 
-    with make_reporter(quiet=display.quiet, to_stderr=display.as_json) as reporter:
-        result = run_recover(model, config, options, reporter)
-    if display.as_json:
-        print(json.dumps(result.report.as_dict(), indent=1))
-    elif not display.quiet:
-        print_recovery(result.report)
+    with make_reporter(display) as reporter:
+        report = run_recover(model, config, options, reporter).report
+    show(display, report.as_dict(), lambda: print_recovery(report))

@@ -8,6 +8,7 @@ from typing import Annotated
 import click
 
 from saap.cli.flags import Argument
+from saap.settings.run import out_flag
 from saap.settings.setting import Flag, Settings
 
 
@@ -15,23 +16,17 @@ class PageSettings(Settings):
     """What a page shows, and where it is written."""
 
     out: Annotated[
-        Path | None,
-        Flag(
-            "Page to write.", name="output_file", short="-o", aliases=("out",), metavar="FILE",
-            default="DIR-report.html",
-        ),
-    ] = None  # fmt: skip
+        Path | None, out_flag("Page to write.", panel="", name="output_file", metavar="FILE", default="DIR-report.html")
+    ] = None
     evaluations: Annotated[
-        tuple[Path, ...],
-        Flag("Report of `saap eval -o FILE`, repeatable.", flag="--eval", metavar="FILE", repeat=True),
+        tuple[Path, ...], Flag("Report of `saap eval -o FILE`, repeatable.", flag="--eval", metavar="FILE")
     ] = ()
     comparison: Annotated[
         Path | None,
         Flag("Show a pruned model versus the baselines of a `saap compare`.", flag="--compare", metavar="DIR"),
     ] = None
     figures: Annotated[
-        Path | None,
-        Flag("Also write every figure as SVG and PNG, every table as Markdown and LaTeX.", metavar="DIR"),
+        Path | None, Flag("Also write every figure as SVG and PNG, every table as Markdown and LaTeX.", metavar="DIR")
     ] = None
     open_page: Annotated[bool, Flag("Open the page in the browser.", name="open")] = False
 

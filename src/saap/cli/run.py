@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import warnings
 from pathlib import Path
 from typing import Annotated
 
-from saap.cli.flags import Argument
+from saap.cli.flags import Argument, shown_warnings
 from saap.settings.run import Display
 from saap.settings.setting import Flag, Settings
 
@@ -19,10 +16,12 @@ class RecipeOptions(Settings):
     changes: Annotated[
         tuple[str, ...],
         Flag(
-            "Put VALUE (YAML) in place of what RECIPE says, repeatable.", flag="--set", metavar="A.B=VALUE",
-            repeat=True, panel="Recipe",
+            "Put VALUE (YAML) in place of what RECIPE says, repeatable.",
+            flag="--set",
+            metavar="A.B=VALUE",
+            panel="Recipe",
         ),
-    ] = ()  # fmt: skip
+    ] = ()
     dry_run: Annotated[bool, Flag("Check everything, without weights; say what would be done.", panel="Recipe")] = False
 
 
@@ -34,25 +33,14 @@ def run(
     """Carry out a recipe: prune, recover, eval, export and report in one file; what is done already is kept."""
     from saap.settings.recipe import read_recipe
 
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always", FutureWarning)
+    with shown_warnings():
         read = read_recipe(Path(recipe), options.changes)
-    for warning in found:
-        print(f"warning: {warning.message}", file=sys.stderr)
+    from saap.cli.show.output import make_reporter, print_recipe, print_recipe_preview, show
+    from saap.pipeline.recipe.run import preview_recipe, run_recipe
+
     if options.dry_run:
-        from saap.cli.show.recipe import print_recipe_preview
-        from saap.pipeline.recipe.preview import preview_recipe
-
-        shown = preview_recipe(read)
-        print(json.dumps(shown, indent=1)) if display.as_json else print_recipe_preview(shown)
-        return
-    from saap.cli.show.output import make_reporter
-    from saap.cli.show.recipe import print_recipe
-    from saap.pipeline.recipe.run import run_recipe
-
-    with make_reporter(quiet=display.quiet, to_stderr=display.as_json) as reporter:
+        found = preview_recipe(read)
+        return show(display.model_copy(update={"quiet": False}), found, lambda: print_recipe_preview(found))
+    with make_reporter(display) as reporter:
         done = run_recipe(read, reporter)
-    if display.as_json:
-        print(json.dumps(done, indent=1))
-    elif not display.quiet:
-        print_recipe(done)
+    return show(display, done, lambda: print_recipe(done))

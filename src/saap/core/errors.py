@@ -5,6 +5,8 @@ The command line prints the sentence and exits with code 2; in Python the same o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class SaapError(Exception):
     """Base of all errors that a user can fix.
@@ -29,6 +31,12 @@ def printable(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line; its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The first `most` names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class ConfigurationError(SaapError):

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from saap.core.errors import CalibrationError
 from saap.core.records import IntArray
 
 
@@ -29,12 +28,7 @@ def sample_from_model(
     tokens are ordinary tokens, which end nothing.
     The same seed, batch and device give the same ids; the global random state is left as it was.
     progress: called with (sequences done, sequences).
-    Raises CalibrationError for a model that cannot generate.
     """
-    if not hasattr(model, "generate"):
-        raise CalibrationError(
-            f"{type(model).__name__} cannot generate text", "Give a text file or token ids as calibration"
-        )
     begin = [list(starts[index % len(starts)]) for index in range(sequences)]
     device = next(model.parameters()).device
     pieces: list[torch.Tensor] = []
@@ -44,21 +38,14 @@ def sample_from_model(
             prompt = torch.tensor(begin[done : done + batch], device=device)
             # Every shaping of the distribution that the model's own generation defaults may ask for is switched off.
             written = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=length - prompt.shape[1],
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
-                eos_token_id=None,
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length - prompt.shape[1],
+                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, eos_token_id=None,
                 pad_token_id=0,  # has to be known, and is never used
                 use_cache=True,
                 # Growing caches are copied for every token; models that fix the sizes of everything can do without.
                 cache_implementation="static" if getattr(model, "_can_compile_fullgraph", False) else None,
                 disable_compile=True,
-            )
+            )  # fmt: skip
             pieces.append(written.cpu())
             if progress is not None:
                 progress(done + len(prompt), sequences)

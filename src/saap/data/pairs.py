@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +13,14 @@ import numpy as np
 from saap.core.errors import CalibrationError, first_line
 from saap.core.records import CalibrationSet, IntArray
 from saap.data.placement import SampleRequest, share_rows
-from saap.data.texts import read_rows
+from saap.data.texts import has_rows, read_rows
 
 MOST_PAIRS = 1024
 """More are not read: they would only wait in memory."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """place: words that say where it stands. image: an existing file."""
-
-    place: str
-    image: Path
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    """ids: (tokens,). inputs: what the model takes besides them; those of shape (1, tokens) go token by token."""
-
-    ids: IntArray
-    inputs: Mapping[str, np.ndarray[Any, Any]]
+Pair = tuple[str, Path, str]
+"""Words that say where the pair stands, an existing image, and a text."""
 
 
 def pairs_file(calibration: Any) -> Path | None:
@@ -44,20 +31,14 @@ def pairs_file(calibration: Any) -> Path | None:
     given = [calibration] if isinstance(calibration, (str, Path)) else calibration
     if not isinstance(given, Sequence) or not all(isinstance(item, (str, Path)) for item in given):
         return None
-    found = [Path(item) for item in given if _holds_pairs(item)]
+    files = [Path(item) for item in given if has_rows(item)]
+    found = [file for file in files if "image" in next((row for _, row in read_rows(file)), {})]
     if found and len(given) > 1:
         raise CalibrationError(
             f"{found[0]} holds image-text pairs, which cannot be mixed with other texts",
             "Give this file alone, or texts without images",
         )
     return found[0] if found else None
-
-
-def _holds_pairs(source: str | Path) -> bool:
-    name = str(source)
-    if not name.endswith((".jsonl", ".jsonl.gz")) or not Path(name).is_file():
-        return False
-    return "image" in next((row for _, row in read_rows(Path(name))), {})
 
 
 def read_pairs(path: Path) -> tuple[Pair, ...]:
@@ -70,7 +51,7 @@ def read_pairs(path: Path) -> tuple[Pair, ...]:
         file = path.parent / image
         if not file.is_file():
             raise CalibrationError(f"{place} names the image {image}, which is not beside the file", "Add the image")
-        pairs.append(Pair(place, file, text))
+        pairs.append((place, file, text))
     return tuple(pairs)
 
 
@@ -87,14 +68,18 @@ def draw_pairs(
     pairs = read_pairs(path)
     chosen = [pairs[index] for index in generator.permutation(len(pairs))[:MOST_PAIRS]]
     encoded = [_encode(pair, processor, image_ids) for pair in chosen]
-    length = max(len(one.ids) for one in encoded)
+    length = max(len(one) for one, _ in encoded)
     filling = _text_alone(chosen, processor, image_ids)
     rows, inputs = [], []
-    for place, one in enumerate(encoded):
-        room = length - len(one.ids)
+    for place, (one, given) in enumerate(encoded):
+        room = length - len(one)
         start = place * max(1, len(filling) // len(encoded))
-        rows.append(np.concatenate([one.ids, np.take(filling, range(start, start + room), mode="wrap")]))
-        inputs.append({name: _lengthened(value, len(one.ids), room) for name, value in one.inputs.items()})
+        rows.append(np.concatenate([one, np.take(filling, range(start, start + room), mode="wrap")]))
+        of_tokens = (1, len(one))
+        inputs.append({
+            name: np.pad(value, ((0, 0), (0, room))) if value.shape == of_tokens else value
+            for name, value in given.items()
+        })  # fmt: skip
     ids = np.stack(rows)
     rows_for = [replace(one, sequences=max(2, -(-one.tokens // length)), length=1, at_least=1) for one in requests]
     shares = share_rows(np.arange(len(ids)).reshape(-1, 1), rows_for, generator)
@@ -107,7 +92,9 @@ def draw_pairs(
     }  # fmt: skip
 
 
-def _encode(pair: Pair, processor: Any, image_ids: tuple[int, ...]) -> _Encoded:
+def _encode(pair: Pair, processor: Any, image_ids: tuple[int, ...]) -> tuple[IntArray, dict[str, np.ndarray[Any, Any]]]:
+    """Token ids (tokens,), and what the model takes besides: arrays of shape (1, tokens) go token by token."""
+    place, file, text = pair
     try:
         from PIL import Image
     except ImportError:
@@ -115,23 +102,23 @@ def _encode(pair: Pair, processor: Any, image_ids: tuple[int, ...]) -> _Encoded:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(pair.image).convert("RGB")
+            image = Image.open(file).convert("RGB")
     except (OSError, ValueError, Warning, Image.DecompressionBombError) as error:
         raise CalibrationError(
-            f"{pair.place} names {pair.image.name}, which cannot be read as an image", "Replace the image"
+            f"{place} names {file.name}, which cannot be read as an image", "Replace the image"
         ) from error
     try:
-        made = processor(text=[_prompt(pair.text, processor)], images=[image], return_tensors="np")
+        made = processor(text=[_prompt(text, processor)], images=[image], return_tensors="np")
     except Exception as error:  # each family's processor has its own way to refuse
-        reason = first_line(error)
         raise CalibrationError(
-            f"{pair.place} is refused by {type(processor).__name__} ({reason})", "Correct the text or the image"
+            f"{place} is refused by {type(processor).__name__} ({first_line(error)})",
+            "Correct the text or the image",
         ) from error
     ids = np.asarray(made["input_ids"], dtype=np.int64)[0]
     if not np.isin(ids, image_ids).any():
-        raise CalibrationError(f"{pair.place} leaves no place for its image", "Shorten the text")
+        raise CalibrationError(f"{place} leaves no place for its image", "Shorten the text")
     others = {name: np.asarray(value) for name, value in made.items() if name not in ("input_ids", "attention_mask")}
-    return _Encoded(ids, others)
+    return ids, others
 
 
 def _prompt(text: str, processor: Any) -> str:
@@ -149,13 +136,9 @@ def _prompt(text: str, processor: Any) -> str:
 
 def _text_alone(pairs: Sequence[Pair], processor: Any, image_ids: tuple[int, ...]) -> IntArray:
     """Ids (n,) of all texts without any special token."""
-    text = "\n\n".join(["", *(pair.text for pair in pairs)])
+    text = "\n\n".join(["", *(text for _, _, text in pairs)])
     ids = np.asarray(processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
     kept: IntArray = ids[~np.isin(ids, [*image_ids, *processor.tokenizer.all_special_ids])]
     if not len(kept):
         raise CalibrationError("the image-text pairs have no text besides their images", "Give each image its text")
     return kept
-
-
-def _lengthened(value: np.ndarray[Any, Any], tokens: int, room: int) -> np.ndarray[Any, Any]:
-    return np.pad(value, ((0, 0), (0, room))) if value.shape == (1, tokens) else value

@@ -64,16 +64,28 @@ def place(
     """
     if sum(request.tokens for request in requests) <= tokens:
         return _spread(0, tokens, requests, generator)
-    others = [request for request in requests if not request.held_out]
-    rest = max((request.least * request.length for request in others), default=0)
+    least = {request.name: request.least * request.length for request in requests}
+    shared = max((least[request.name] for request in requests if not request.held_out), default=0)
+
+    def fitted(request: SampleRequest, room: int) -> SampleRequest:
+        fitting = min(request.sequences, max(0, room) // request.length)
+        if fitting < request.least:
+            needed = shared + sum(least[request.name] for request in requests if request.held_out)
+            parts = ", ".join(f"{request.name} {request.sequences} x {request.length}" for request in requests)
+            raise CalibrationError(
+                f"{text} has {tokens:,} tokens, but at least {needed:,} are needed ({parts})",
+                "Give a longer text, or request fewer or shorter samples",
+            )
+        return replace(request, sequences=fitting)
+
     held: list[SampleRequest] = []
+    rest = tokens
     for request in (one for one in requests if one.held_out):
-        used = sum(one.tokens for one in held)
-        held.append(_fit(text, tokens, tokens - rest - used, request, requests))
-    rest = tokens - sum(request.tokens for request in held)
+        held.append(fitted(request, rest - shared))
+        rest -= held[-1].tokens
     starts = _spread(rest, tokens, held, generator)
-    for request in others:
-        starts |= _spread(0, rest, [_fit(text, tokens, rest, request, requests)], generator)
+    for request in (one for one in requests if not one.held_out):
+        starts |= _spread(0, rest, [fitted(request, rest)], generator)
     return starts
 
 
@@ -93,39 +105,24 @@ def share_rows(ids: IntArray, requests: Sequence[SampleRequest], generator: np.r
     order = generator.permutation(len(ids))
     enough = sum(needed.values()) <= len(ids)
     held = [request.name for request in requests if request.held_out]
-    for name in held if not enough else ():
-        needed[name] = min(needed[name], max(1, len(ids) // (HELD_OUT_SHARE * len(held))))
-    rest = len(ids) - sum(needed[name] for name in held)
+    rest = len(ids)
+    for name in held:
+        if not enough:
+            needed[name] = min(needed[name], max(1, len(ids) // (HELD_OUT_SHARE * len(held))))
+        rest -= needed[name]
     if not enough and rest < 2:
         raise CalibrationError(f"the token ids have {len(ids)} rows", f"Give at least {2 + len(held)}")
     taken: dict[str, IntArray] = {}
     used = 0
-    for request in sorted(requests, key=lambda one: not one.held_out):
-        shares = not enough and not request.held_out
-        rows = order[-min(rest, needed[request.name]) :] if shares else order[used : used + needed[request.name]]
-        used += 0 if shares else len(rows)
-        length = lengths[request.name]
-        whole = ids.shape[1] // length * length
-        taken[request.name] = ids[rows, :whole].reshape(-1, length)[: windows[request.name]]
+    for name in (*held, *(name for name in needed if name not in held)):
+        if enough or name in held:
+            rows = order[used : used + needed[name]]
+            used += len(rows)
+        else:
+            rows = order[-min(rest, needed[name]) :]
+        whole = ids.shape[1] // lengths[name] * lengths[name]
+        taken[name] = ids[rows, :whole].reshape(-1, lengths[name])[: windows[name]]
     return taken
-
-
-def _fit(text: str, tokens: int, room: int, request: SampleRequest, requests: Sequence[SampleRequest]) -> SampleRequest:
-    """The request, made small enough for `room` tokens."""
-    fitting = min(request.sequences, max(0, room) // request.length)
-    if fitting < request.least:
-        raise _too_short(text, tokens, requests)
-    return replace(request, sequences=fitting)
-
-
-def _too_short(text: str, tokens: int, requests: Sequence[SampleRequest]) -> CalibrationError:
-    held = sum(request.least * request.length for request in requests if request.held_out)
-    others = [request.least * request.length for request in requests if not request.held_out]
-    parts = ", ".join(f"{request.name} {request.sequences} x {request.length}" for request in requests)
-    return CalibrationError(
-        f"{text} has {tokens:,} tokens, but at least {held + max(others, default=0):,} are needed ({parts})",
-        "Give a longer text, or request fewer or shorter samples",
-    )
 
 
 def _spread(

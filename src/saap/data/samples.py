@@ -102,11 +102,11 @@ def calibration_set(
 ) -> CalibrationSet:
     """A set of `samples` windows of `length` tokens (see `draw_sets`); given token ids are taken whole."""
     ids = _given_ids(calibration)
-    if ids is not None:
-        check_vocabulary({GIVEN_IDS: ids}, vocabulary, tokenizer)
-        return CalibrationSet(sources=(GIVEN_IDS,), seed=seed, tokens=ids)
-    request = SampleRequest("samples", samples, length)
-    return draw_sets(calibration, tokenizer, [request], seed=seed, vocabulary=vocabulary, bos=bos)["samples"]
+    if ids is None:
+        request = SampleRequest("samples", samples, length)
+        return draw_sets(calibration, tokenizer, [request], seed=seed, vocabulary=vocabulary, bos=bos)["samples"]
+    check_vocabulary({GIVEN_IDS: ids}, vocabulary, tokenizer)
+    return CalibrationSet(sources=(GIVEN_IDS,), seed=seed, tokens=ids)
 
 
 def _sources(calibration: Any, tokenizer: Any | None) -> dict[str, dict[str, IntArray]]:
@@ -117,15 +117,12 @@ def _sources(calibration: Any, tokenizer: Any | None) -> dict[str, dict[str, Int
     texts = [item for item in given if isinstance(item, str) and not names_a_source(item)]
     # The same source named twice is still one text: it cannot give more tokens.
     named = dict.fromkeys(item for item in given if isinstance(item, Path) or names_a_source(item))
-    sources: dict[str, dict[str, IntArray]] = {}
-    for item in named:
-        kinds: Sequence[str | Path] = tuple(KINDS) if item == MIXED else (item,)
-        sources[str(item)] = {
-            str(kind): token_stream(read_documents(kind, tokenizer=tokenizer), tokenizer) for kind in kinds
-        }
-    if texts:
-        sources[GIVEN_TEXTS] = {GIVEN_TEXTS: token_stream(texts, tokenizer)}
-    return sources
+    kinds = {str(item): KINDS if item == MIXED else (item,) for item in named}
+    sources = {
+        name: {str(kind): token_stream(read_documents(kind, tokenizer=tokenizer), tokenizer) for kind in of}
+        for name, of in kinds.items()
+    }
+    return sources | ({GIVEN_TEXTS: {GIVEN_TEXTS: token_stream(texts, tokenizer)}} if texts else {})
 
 
 def _from_texts(
@@ -134,26 +131,21 @@ def _from_texts(
     leading: Sequence[int],
     generator: np.random.Generator,
 ) -> dict[str, IntArray]:
-    requests = [replace(request, length=request.length - len(leading)) for request in requests]
+    bodies = [replace(request, length=request.length - len(leading)) for request in requests]
     windows: dict[str, list[IntArray]] = {request.name: [] for request in requests}
-    by_source = {request.name: parts_by_weight(request.sequences, [1] * len(sources)) for request in requests}
+    by_source = [parts_by_weight(request.sequences, [1] * len(sources)) for request in requests]
     for index, streams in enumerate(sources.values()):
         weights = [KINDS.get(kind, 1) for kind in streams] if len(streams) > 1 else [1]
-        by_kind = {name: parts_by_weight(parts[index], weights) for name, parts in by_source.items()}
+        by_kind = [parts_by_weight(parts[index], weights) for parts in by_source]
         for position, (text, stream) in enumerate(streams.items()):
-            parts = [request.part(by_kind[request.name][position]) for request in requests]
-            for name, starts in place(text, len(stream), parts, generator).items():
-                length = next(request.length for request in requests if request.name == name)
-                windows[name].extend(stream[start : start + length] for start in starts)
+            parts = [body.part(counts[position]) for body, counts in zip(bodies, by_kind, strict=True)]
+            starts = place(text, len(stream), parts, generator)
+            for body in bodies:
+                windows[body.name] += [
+                    np.array([*leading, *stream[start : start + body.length]]) for start in starts[body.name]
+                ]
     # Mixed, so that the first or last part of a set is not one kind of text alone.
-    mixed = {name: np.stack(taken)[generator.permutation(len(taken))] for name, taken in windows.items()}
-    return {name: with_leading(rows, leading) for name, rows in mixed.items()}
-
-
-def with_leading(rows: IntArray, leading: Sequence[int]) -> IntArray:
-    """Rows (sequences, tokens) that begin with the leading ids too."""
-    before = np.tile(np.asarray(leading, dtype=np.int64), (len(rows), 1))
-    return np.concatenate([before, rows], axis=1)
+    return {name: np.stack(taken)[generator.permutation(len(taken))] for name, taken in windows.items()}
 
 
 def _given_ids(calibration: Any) -> IntArray | None:

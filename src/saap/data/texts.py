@@ -6,7 +6,8 @@ import bz2
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from saap.core.errors import CalibrationError, SaapError
+from saap.core.errors import CalibrationError, SaapError, first_line
 
 MIXED = "mixed"
 CONVERSATIONS = "conversations"
@@ -66,10 +67,9 @@ def read_documents(
     Raises CalibrationError if it names nothing, is empty, or a line is malformed (file and line are named).
     """
     name = str(source)
-    if isinstance(source, str) and name == MIXED:
-        documents = tuple(bundled_text(kind, purpose, tokenizer) for kind in KINDS)
-    elif isinstance(source, str) and name in KINDS:
-        documents = (bundled_text(name, purpose, tokenizer),)
+    kinds = tuple(KINDS) if name == MIXED else (name,)
+    if isinstance(source, str) and set(kinds) <= KINDS.keys():
+        documents = tuple(bundled_text(kind, purpose, tokenizer) for kind in kinds)
     elif isinstance(source, str) and name in DATA_SETS:
         documents = _download(name, DATA_SETS[name], purpose)
     elif Path(source).is_file():
@@ -84,7 +84,7 @@ def read_documents(
 
 def read_conversations(path: Path) -> tuple[list[dict[str, Any]], ...]:
     """The `messages` of each line of a .jsonl file. Raises CalibrationError, naming file and line."""
-    if not path.name.endswith((".jsonl", ".jsonl.gz")) or not path.is_file():
+    if not has_rows(path):
         raise CalibrationError(f"{path} is no .jsonl file of conversations", "Give one with `messages` on each line")
     found = []
     for place, row in read_rows(path):
@@ -95,6 +95,11 @@ def read_conversations(path: Path) -> tuple[list[dict[str, Any]], ...]:
     if not found:
         raise CalibrationError(f"{path} has no conversations", "Give one on each line")
     return tuple(found)
+
+
+def has_rows(source: str | Path) -> bool:
+    """Whether a source is a file with a JSON object on each line."""
+    return str(source).endswith((".jsonl", ".jsonl.gz")) and Path(source).is_file()
 
 
 def check_source(source: str) -> None:
@@ -142,12 +147,10 @@ def evaluation_text() -> str:
 
 def _unknown(name: str) -> CalibrationError:
     known = (MIXED, *KINDS, *DATA_SETS)
-    folder = Path(name).parent
-    try:
-        files = {str(folder / item.name) for item in folder.iterdir() if item.name.endswith(FILE_ENDINGS)}
-    except OSError:
-        files = set()
-    near = get_close_matches(name, [*known, *sorted(files)], n=3, cutoff=0.6)
+    files: list[str] = []
+    with suppress(OSError):
+        files = sorted(str(file) for file in Path(name).parent.iterdir() if file.name.endswith(FILE_ENDINGS))
+    near = get_close_matches(name, [*known, *files], n=3, cutoff=0.6)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     problem = "is a folder" if name and Path(name).is_dir() else "is neither a file nor a known text"
     return CalibrationError(
@@ -222,6 +225,26 @@ def template_text(
         ) from caught
 
 
+def answer_turns(
+    place: str, messages: Sequence[Any], tokenizer: Any | None, *, error: type[SaapError]
+) -> Iterator[tuple[str, str]]:
+    """Each of the assistant's turns as the chat template writes it, after the text before it.
+
+    Raises `error`, naming `place`, for messages that the template refuses or writes out of order.
+    """
+    for index, message in enumerate(messages):
+        if isinstance(message, dict) and message.get("role") == "assistant":
+            question, answered = list(messages[:index]), list(messages[: index + 1])
+            before = template_text(place, question, tokenizer, error=error, prompt=True) if question else ""
+            after = template_text(place, answered, tokenizer, error=error)
+            if not after.startswith(before):
+                raise error(
+                    f"the answers of {place} cannot be told apart, since the chat template does not continue its own "
+                    "generation prompt", "Leave out the conversations for this model",
+                )  # fmt: skip
+            yield before, after[len(before) :]
+
+
 def _download(name: str, data_set: DataSet, purpose: Purpose) -> tuple[str, ...]:
     try:
         from datasets import load_dataset
@@ -230,18 +253,13 @@ def _download(name: str, data_set: DataSet, purpose: Purpose) -> tuple[str, ...]
             f"{name} is read with the package `datasets`, which is not installed",
             "Run `pip install 'saap[eval]'`, or give a text file",
         ) from error
+    split = "train" if purpose is Purpose.CALIBRATION else data_set.evaluation_split
+    streamed = data_set.rows is not None
     try:
-        rows = load_dataset(
-            data_set.path,
-            data_set.name,
-            revision=data_set.revision,
-            split="train" if purpose is Purpose.CALIBRATION else data_set.evaluation_split,
-            streaming=data_set.rows is not None,
-        )
+        rows = load_dataset(data_set.path, data_set.name, revision=data_set.revision, split=split, streaming=streamed)
         return tuple(str(row[data_set.column]) for row in islice(rows, data_set.rows))
     except Exception as error:  # network, cache and format errors of several libraries with no common base
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CalibrationError(
-            f"the data set {name} cannot be fetched ({reason})",
+            f"the data set {name} cannot be fetched ({first_line(error)})",
             f"Connect to the network, or give a text file or one of {', '.join((MIXED, *KINDS))}",
         ) from error

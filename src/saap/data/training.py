@@ -12,7 +12,7 @@ import numpy as np
 from saap.core.errors import TrainingDataError
 from saap.core.records import IntArray, digest_of
 from saap.data.samples import leading_ids, token_stream
-from saap.data.texts import FILE_ENDINGS, KINDS, MIXED, read_documents, read_rows, template_text
+from saap.data.texts import KINDS, MIXED, answer_turns, has_rows, read_documents, read_rows
 
 LEAST_BLOCK = 16
 HELD_SHARE = 10
@@ -93,11 +93,10 @@ def training_data(
 
 
 def _examples(source: str | Path, tokenizer: Any | None, length: int, leading: Sequence[int]) -> list[Example]:
-    path = Path(source)
-    if path.is_file() and ".jsonl" in path.suffixes and str(source).endswith(FILE_ENDINGS):
-        first = next(read_rows(path), None)
+    if has_rows(source):
+        first = next(read_rows(Path(source)), None)
         if first is not None and not isinstance(first[1].get("text"), str):
-            return _conversations(path, tokenizer, length, leading)
+            return _conversations(Path(source), tokenizer, length, leading)
     # The bundled kinds one by one, so that no block holds the end of one and the beginning of another.
     kinds = KINDS if source == MIXED else (source,)
     return [block for kind in kinds for block in _blocks(kind, tokenizer, length, leading)]
@@ -109,22 +108,28 @@ def _blocks(source: str | Path, tokenizer: Any | None, length: int, leading: Seq
     for start in range(0, len(ids), size):
         block = np.array([*leading, *ids[start : start + size]], dtype=np.int64)
         if len(block) >= min(length, LEAST_BLOCK):
-            learned = np.ones(len(block), dtype=np.bool_)
-            learned[: max(1, len(leading))] = False
-            yield Example(block, learned)
+            yield Example(block, np.arange(len(block)) >= max(1, len(leading)))
 
 
 def _conversations(path: Path, tokenizer: Any | None, length: int, leading: Sequence[int]) -> list[Example]:
+    """Every piece of a conversation is tokenised by itself, as a prompt is in a chat, after the leading ids."""
     if tokenizer is None:
         raise TrainingDataError(
             f"The model has no tokenizer to read {path} with", "Put the tokenizer's files beside the model"
         )
     examples = []
     for place, row in read_rows(path):
-        pieces = _pieces(place, row, tokenizer)
-        tokens, learned = _joined(pieces, tokenizer, leading)
-        if learned[:length].any():
-            examples.append(Example(tokens[:length], learned[:length]))
+        ids: list[int] = []
+        learned: list[bool] = []
+        for text, is_answer in _pieces(place, row, tokenizer):
+            found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+            ids += found
+            learned += [is_answer] * len(found)
+        if tuple(ids[: len(leading)]) != tuple(leading):  # many chat templates write these themselves
+            ids, learned = [*leading, *ids], [False] * len(leading) + learned
+        learned = [False, *learned[1:]]
+        if any(learned[:length]):
+            examples.append(Example(np.array(ids[:length], dtype=np.int64), np.array(learned[:length])))
     if not examples:
         raise TrainingDataError(
             f"No conversation of {path} has an answer within its first {length} tokens", "Use a larger --max-seq-length"
@@ -136,69 +141,30 @@ def _pieces(place: str, row: dict[str, Any], tokenizer: Any) -> list[tuple[str, 
     """The conversation as text, cut where an answer begins or ends: (text, whether it is an answer)."""
     messages = row.get("messages")
     if not isinstance(messages, list):
-        messages = _instruction(place, row)
+        given = [row.get(name, "") for name in ("instruction", "input", "output")]
+        if not given[0] or not all(isinstance(text, str) for text in given):
+            raise TrainingDataError(
+                f"{place} has neither `messages` nor the strings `instruction` and `output`",
+                "Give each line of the file the same one of the known forms",
+            )
+        instruction, more, output = given
+        if not output:
+            raise TrainingDataError(f"{place} has no `output`", "Give each instruction an answer")
         if not getattr(tokenizer, "chat_template", None):
-            return _without_template(row, tokenizer)
-    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-    if "assistant" not in roles:
-        raise TrainingDataError(f"{place} has no message of the role `assistant`", "Give each conversation an answer")
-    return _with_template(place, messages, roles, tokenizer)
-
-
-def _instruction(place: str, row: dict[str, Any]) -> list[dict[str, str]]:
-    if not all(isinstance(row.get(name, ""), str) for name in ("instruction", "input", "output")) or not row.get(
-        "instruction"
-    ):
-        raise TrainingDataError(
-            f"{place} has neither `messages` nor the strings `instruction` and `output`",
-            "Give each line of the file the same one of the known forms",
-        )
-    if not row.get("output"):
-        raise TrainingDataError(f"{place} has no `output`", "Give each instruction an answer")
-    question = "\n\n".join(part for part in (row["instruction"], row.get("input", "")) if part)
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
-
-
-def _without_template(row: dict[str, Any], tokenizer: Any) -> list[tuple[str, bool]]:
-    given = f"{_INPUT}{row['input']}" if row.get("input") else ""
-    end = getattr(tokenizer, "eos_token", None) or ""
-    return [(f"{_INSTRUCTION}{row['instruction']}{given}{_RESPONSE}", False), (row["output"] + end, True)]
-
-
-def _with_template(place: str, messages: list[Any], roles: list[Any], tokenizer: Any) -> list[tuple[str, bool]]:
+            question = f"{_INSTRUCTION}{instruction}{_INPUT + more if more else ''}{_RESPONSE}"
+            return [(question, False), (output + (getattr(tokenizer, "eos_token", None) or ""), True)]
+        question = "\n\n".join(text for text in (instruction, more) if text)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
     pieces: list[tuple[str, bool]] = []
     done = ""
-    for index, role in enumerate(roles):
-        if role != "assistant":
-            continue
-        question, answered = messages[:index], messages[: index + 1]
-        before = template_text(place, question, tokenizer, error=TrainingDataError, prompt=True) if question else ""
-        after = template_text(place, answered, tokenizer, error=TrainingDataError)
-        if not (before.startswith(done) and after.startswith(before)):
+    for before, answer in answer_turns(place, messages, tokenizer, error=TrainingDataError):
+        if not before.startswith(done):
             raise TrainingDataError(
                 f"{place} cannot be cut into questions and answers: the chat template rewrites earlier turns",
                 "Give conversations of one answer each",
             )
-        pieces += [(before[len(done) :], False), (after[len(before) :], True)]
-        done = after
+        pieces += [(before[len(done) :], False), (answer, True)]
+        done = before + answer
+    if not pieces:
+        raise TrainingDataError(f"{place} has no message of the role `assistant`", "Give each conversation an answer")
     return pieces
-
-
-def _joined(
-    pieces: list[tuple[str, bool]], tokenizer: Any, leading: Sequence[int]
-) -> tuple[IntArray, np.ndarray[Any, np.dtype[np.bool_]]]:
-    """Every piece tokenised by itself, as a prompt is in a chat, after the leading ids.
-
-    Many chat templates write these themselves.
-    """
-    ids: list[int] = []
-    learned: list[bool] = []
-    for text, is_answer in pieces:
-        found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
-        ids += found
-        learned += [is_answer] * len(found)
-    if tuple(ids[: len(leading)]) != tuple(leading):
-        ids, learned = [*leading, *ids], [False] * len(leading) + learned
-    marks = np.array(learned, dtype=np.bool_)
-    marks[:1] = False
-    return np.asarray(ids, dtype=np.int64), marks

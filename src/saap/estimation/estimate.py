@@ -1,6 +1,7 @@
 """The estimation: one pass over the calibration samples that scores every unit, and the score that the search uses."""
 
 from collections.abc import Collection, Mapping
+from functools import partial
 
 import torch
 
@@ -39,14 +40,12 @@ def estimate(
     samples, length = calibration.tokens.shape
     if samples < 2:
         raise CalibrationError("Fluctuation over samples needs two of them", "Use --num-samples 2 or more")
-    graph, scoring = backend.graph, _scoring(importance)
+    graph = backend.graph
+    scoring: Scoring = importance.load()
     groups = [group for group in graph.groups if group.role in roles]
-    observer: ScoreObserver
-    if scoring.observer is not None:
-        observer = scoring.observer(backend, groups)
-    else:
-        element = scoring.element or ELEMENT_SCORES[element_order]
-        observer = UnitImportance(backend, groups, element, aggregation)
+    element = scoring.element or ELEMENT_SCORES[element_order]
+    usual = partial(UnitImportance, element=element, aggregation=aggregation)
+    observer: ScoreObserver = (scoring.observer or usual)(backend, groups)
     rows = 1 if observer.one_by_one else micro_batch or max(1, TOKENS_AT_ONCE // length)
     tokens = torch.from_numpy(calibration.tokens).to(backend.device)
     walk(backend, tokens, [observer], micro_batch=rows, ignored=calibration.ignored)
@@ -68,9 +67,5 @@ def unit_scores(
     scores: ImportanceScores, graph: ModelGraph, importance: Importance, scope: FusionScope
 ) -> Mapping[str, UnitScores]:
     """Mean and variance over samples of the chosen importance, by group. scope: of the fusion."""
-    return _scoring(importance).units(scores, graph, scope)
-
-
-def _scoring(importance: Importance) -> Scoring:
     scoring: Scoring = importance.load()
-    return scoring
+    return scoring.units(scores, graph, scope)

@@ -8,7 +8,7 @@ below one nat, as those of real models are, so it can be neither shared out nor 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,11 +18,6 @@ from saap.settings.prune import FusionScope
 
 _LEAST_MEAN = 1e-100
 """Stands for a mean of zero, whose sigma would be zero."""
-_SHARED: Mapping[FusionScope, tuple[str, ...]] = {
-    FusionScope.GLOBAL: (), FusionScope.ROLE: ("role",), FusionScope.LAYER: ("layer",),
-    FusionScope.LAYER_ROLE: ("layer", "role"),
-}  # fmt: skip
-"""What groups that share a pair of sigmas have in common."""
 
 
 def closed_form_sigma(importances: FloatArray) -> float:
@@ -80,7 +75,7 @@ def fuse(
     shared: defaultdict[tuple[object, ...], list[str]] = defaultdict(list)
     for group in graph.groups:
         if group.name in scores.groups:
-            shared[tuple(getattr(group, part) for part in _SHARED[scope])].append(group.name)
+            shared[tuple(getattr(group, part) for part in ("layer", "role") if part in scope)].append(group.name)
     result: dict[str, UnitScores] = {}
     for names in shared.values():
         vector = sigma_of(np.concatenate([scores.groups[name].vector for name in names]))

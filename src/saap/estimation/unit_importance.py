@@ -3,20 +3,15 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 
 import torch
 from torch import Tensor, nn
 
 from saap.core.errors import UnsupportedModelError
 from saap.core.records import AxisSlice, CoupledGroup, ModelGraph, Role, Side
-from saap.estimation.importance import (
-    ElementScore,
-    aggregate,
-    channel_change,
-    vector_importance,
-    weight_product,
-)
+from saap.estimation.importance import ElementScore, aggregate, channel_change, vector_importance, weight_product
 from saap.estimation.statistics import ScoreObserver
 from saap.models.loading.precision import at_least_float32
 from saap.models.structure.keep_index import unit_channels, units_of
@@ -177,11 +172,11 @@ class UnitImportance(ScoreObserver):
                 parts = self._waiting.pop((name, batch.first), {})
                 # a part that did not run (an expert without tokens) changes nothing and scores zero
                 nothing = torch.zeros(len(batch.tokens), group.units, dtype=torch.float64)
-                changes, elements = [nothing] * group.count, [nothing] * group.count
-                for position, (change, element) in parts.items():
-                    changes[position], elements[position] = change.cpu().double(), element.cpu().double()
-                vector = vector_importance(torch.stack(changes), self._aggregation, group.last)
-                self.add(name, batch, aggregate(torch.stack(elements), self._aggregation, group.last), vector)
+                every = (parts.get(position, (nothing, nothing)) for position in range(group.count))
+                both = (torch.stack([one.cpu().double() for one in each]) for each in zip(*every, strict=True))
+                changes, elements = both
+                vector = vector_importance(changes, self._aggregation, group.last)
+                self.add(name, batch, aggregate(elements, self._aggregation, group.last), vector)
 
 
 def _is_scored(model: nn.Module, graph: ModelGraph, group: CoupledGroup, member: AxisSlice) -> bool:
@@ -195,7 +190,5 @@ def _is_scored(model: nn.Module, graph: ModelGraph, group: CoupledGroup, member:
 def _signals(stacked: bool, parts: Sequence[Part]) -> Signal:
     if stacked:
         return Signal.WEIGHT_GRADIENT
-    needed = Signal.INPUT | Signal.OUTPUT_GRADIENT
-    if any(part.consumes for part in parts):
-        needed |= Signal.INPUT_GRADIENT
-    return needed if all(part.consumes for part in parts) else needed | Signal.OUTPUT
+    of_channels = {Signal.INPUT_GRADIENT if part.consumes else Signal.OUTPUT for part in parts}
+    return reduce(or_, of_channels, Signal.INPUT | Signal.OUTPUT_GRADIENT)

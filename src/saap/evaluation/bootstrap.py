@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from saap.core.evaluation_records import Interval, TaskResult
-from saap.core.records import FloatArray
 
 DRAWS = 2000
 NORMALISED = ("hellaswag", "arc_challenge", "openbookqa")
@@ -25,46 +24,27 @@ def usual_answers(name: str, result: TaskResult) -> tuple[int, ...]:
 
 def kept_accuracy(dense: Mapping[str, TaskResult], pruned: Mapping[str, TaskResult]) -> Interval:
     """How much of the dense model's accuracy above chance is kept, see `kept_share`; of the same tasks for both."""
-    return kept_share(
-        [usual_answers(name, result) for name, result in dense.items()],
-        [usual_answers(name, pruned[name]) for name in dense],
-        [result.chance for result in dense.values()],
-    )
+    before, after = ([usual_answers(name, model[name]) for name in dense] for model in (dense, pruned))
+    return kept_share(before, after, [result.chance for result in dense.values()])
 
 
-def kept_share(dense: Answers, pruned: Answers, chance: Sequence[float]) -> Interval:
+def kept_share(dense: Answers, pruned: Answers, chance: Sequence[float], *, than: Answers | None = None) -> Interval:
     """Sum over tasks of (accuracy - chance), pruned over dense. chance: by task.
 
-    Interval: percentile bootstrap over the questions of each task, the same draw for both models. Raises ValueError
-    for other numbers of tasks or questions.
+    than: another model, to say how much more than it the pruned one keeps; an interval without 0 says that the two
+    differ by more than the choice of questions.
+    Interval: percentile bootstrap over the questions of each task, the same draw for all models; NaN where the dense
+    model has nothing above chance. Raises ValueError for other numbers of tasks or questions.
     """
-    above = _above_chance([dense, pruned], chance)
-    return _interval(above[0], above[1])
-
-
-def kept_difference(dense: Answers, first: Answers, second: Answers, chance: Sequence[float]) -> Interval:
-    """How much more of the dense model's accuracy above chance `first` keeps than `second`, from the same draws.
-
-    An interval without 0 says that the two differ by more than the choice of questions.
-    """
-    above = _above_chance([dense, first, second], chance)
-    return _interval(above[0], above[1] - above[2])
-
-
-def _above_chance(models: Sequence[Answers], chance: Sequence[float]) -> FloatArray:
-    """Sum over the tasks of accuracy - chance, (models, 1 + DRAWS): of all questions, then of each draw."""
+    models = [dense, pruned] if than is None else [dense, pruned, than]
     generator = np.random.default_rng(0)
-    above = np.zeros((len(models), 1 + DRAWS))
+    above = np.zeros((3, 1 + DRAWS))  # of all questions, then of each draw
     for *answered, guess in zip(*models, chance, strict=True):
         answers = np.array(answered, dtype=float)
         index = generator.integers(0, answers.shape[1], (DRAWS, answers.shape[1]))
-        above[:, 0] += answers.mean(1) - guess
-        above[:, 1:] += answers[:, index].mean(2) - guess
-    return above
-
-
-def _interval(base: FloatArray, part: FloatArray) -> Interval:
-    """The quotient part / base with the middle 95 % of its draws; NaN where the base has nothing above chance."""
+        above[: len(models), 0] += answers.mean(1) - guess
+        above[: len(models), 1:] += answers[:, index].mean(2) - guess
+    base, part = above[0], above[1] - above[2]
     if base[0] <= 0:
         return Interval(value=float("nan"), low=float("nan"), high=float("nan"))
     usable = base[1:] > 0

@@ -51,7 +51,7 @@ def read_prompts(source: str | Path) -> tuple[Prompt, ...]:
     path = Path(str(resources.files("saap.evaluation") / "prompts.jsonl")) if str(source) == BUNDLED else Path(source)
     try:
         if path.suffix == ".jsonl":
-            found = tuple(_checked_prompt(place, row) for place, row in read_rows(path))
+            found = tuple(_prompt(place, row) for place, row in read_rows(path))
         else:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
             found = tuple(Prompt(prompt=line) for line in lines if line.strip())
@@ -62,12 +62,11 @@ def read_prompts(source: str | Path) -> tuple[Prompt, ...]:
     return found
 
 
-def _checked_prompt(place: str, row: dict[str, Any]) -> Prompt:
+def _prompt(place: str, row: dict[str, Any]) -> Prompt:
     try:
         return Prompt.model_validate(row)
     except ValidationError:
-        remedy = 'Write it as {"prompt": "...", "answer": "..."}'
-        raise EvaluationError(f"{place} is no prompt", remedy) from None
+        raise EvaluationError(f"{place} is no prompt", 'Write it as {"prompt": "...", "answer": "..."}') from None
 
 
 def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = True) -> list[int]:
@@ -120,25 +119,18 @@ def write(
 
 
 @torch.no_grad()
-def continuation_nll(model: nn.Module, context: Sequence[int], continuation: Sequence[int]) -> Tensor:
-    """-log p of each token of `continuation` after `context` and the tokens before it, in nats: (tokens,) float64."""
-    logits = _continuation_logits(model, context, continuation)
-    wanted = torch.tensor(list(continuation), device=logits.device)
-    return nn.functional.cross_entropy(logits.float(), wanted, reduction="none").cpu().double()
+def continuation(model: nn.Module, context: Sequence[int], ids: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """How likely each token of `ids` is after the context and the tokens before it, and which ones are the likeliest.
 
-
-@torch.no_grad()
-def followed_by(model: nn.Module, context: Sequence[int], continuation: Sequence[int]) -> list[int]:
-    """The most likely token at each position of `continuation`, given the context and the tokens before it."""
-    return [int(token) for token in _continuation_logits(model, context, continuation).argmax(-1)]
-
-
-def _continuation_logits(model: nn.Module, context: Sequence[int], continuation: Sequence[int]) -> Tensor:
+    Returns -log p in nats, (tokens,) float64, and a token for each place of `ids`.
+    """
     if not context:
         raise EvaluationError("a prompt without tokens gives nothing to continue", "Leave out empty prompts")
-    device = next(model.parameters()).device
-    ids = torch.tensor([[*context, *continuation]], device=device)
-    return model_logits(model, ids)[0, len(context) - 1 : -1]
+    tokens = torch.tensor([[*context, *ids]], device=next(model.parameters()).device)
+    logits = model_logits(model, tokens)[0, len(context) - 1 : -1]
+    wanted = tokens[0, len(context) :].to(logits.device)
+    losses = nn.functional.cross_entropy(logits.float(), wanted, reduction="none").cpu().double()
+    return losses, logits.argmax(-1).tolist()
 
 
 def generation_figures(
@@ -152,15 +144,13 @@ def generation_figures(
     losses: list[Tensor] = []
     for index, one in enumerate(written if dense is not None else ()):
         if one.ids and dense is not None:
-            losses.append(continuation_nll(dense, prompt_ids(tokenizer, one.prompt), one.ids))
+            losses.append(continuation(dense, prompt_ids(tokenizer, one.prompt), one.ids)[0])
         if progress is not None:
             progress(index + 1, len(written))
     loss_quarters = [_quarters(loss) for loss in losses if len(loss) >= QUARTERS]
     text_quarters = [_quarters(ids) for ids in sequences if len(ids) >= QUARTERS]
     return GenerationFigures(
-        distinct_1=distinct(sequences, 1),
-        distinct_2=distinct(sequences, 2),
-        distinct_3=distinct(sequences, 3),
+        **{f"distinct_{n}": distinct(sequences, n) for n in (1, 2, 3)},
         repetition=repetition(sequences),
         tokens=sum(len(ids) for ids in sequences) / max(1, len(sequences)),
         dense_perplexity=_perplexity(losses) if losses else None,
@@ -188,7 +178,9 @@ def token_agreement(model: nn.Module, dense_written: Sequence[Written], tokenize
         found == wanted
         for one in dense_written
         if one.ids
-        for found, wanted in zip(followed_by(model, prompt_ids(tokenizer, one.prompt), one.ids), one.ids, strict=True)
+        for found, wanted in zip(
+            continuation(model, prompt_ids(tokenizer, one.prompt), one.ids)[1], one.ids, strict=True
+        )
     ]
     return sum(equal) / len(equal) if equal else None
 
@@ -201,16 +193,13 @@ def cloze(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt]) -> ClozeF
         if prompt.answer is not None:
             answer = _answer_ids(tokenizer, prompt.answer)
             context = prompt_ids(tokenizer, prompt.prompt.rstrip(), chat=False)
-            correct.append(int(followed_by(model, context, answer) == answer))
-            losses.append(continuation_nll(model, context, answer))
+            loss, likeliest = continuation(model, context, answer)
+            correct.append(int(likeliest == answer))
+            losses.append(loss)
     if not correct:
         return None
-    return ClozeFigures(
-        accuracy=sum(correct) / len(correct),
-        answer_nll=float(torch.cat(losses).mean()),
-        prompts=len(correct),
-        correct=tuple(correct),
-    )
+    share, nll = sum(correct) / len(correct), float(torch.cat(losses).mean())
+    return ClozeFigures(accuracy=share, answer_nll=nll, prompts=len(correct), correct=tuple(correct))
 
 
 def _answer_ids(tokenizer: Any, answer: str) -> list[int]:

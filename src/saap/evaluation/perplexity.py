@@ -81,11 +81,14 @@ def perplexity(
     stride = size if stride is None else stride
     if not 1 <= stride <= size:
         raise CalibrationError(f"a stride of {stride} does not fit a window of {window}", f"Give 1 to {size}")
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if isinstance(vocabulary, int):
+        batch = max(1, min(batch, LOGITS_BYTES // (4 * window * vocabulary)))
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64)
     predicted = 0
     with inference_only(model):
-        batches = list(_batches(ids, size, stride, _windows_at_once(model, window, batch), leading))
+        batches = list(_batches(ids, size, stride, batch, leading))
         inputs = [windows.to(device) for windows, _ in batches]
         found = (model_logits(model, one) for one in inputs) if read is None else read(inputs)
         for (windows, context), all_logits in zip(batches, found, strict=True):
@@ -96,14 +99,9 @@ def perplexity(
     nll = float(total) / predicted
     value = math.exp(nll) if nll < math.log(np.finfo(np.float64).max) else math.inf
     return Perplexity(
-        value=value if not math.isnan(nll) else math.nan,
-        nll=nll,
-        tokens=predicted,
-        window=window,
-        stride=stride,
-        text_digest=digest_of(ids.numpy()),
-        leading=len(leading),
-    )
+        value=value if not math.isnan(nll) else math.nan, nll=nll, tokens=predicted, window=window, stride=stride,
+        text_digest=digest_of(ids.numpy()), leading=len(leading),
+    )  # fmt: skip
 
 
 def _batches(ids: Tensor, size: int, stride: int, batch: int, leading: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
@@ -112,30 +110,14 @@ def _batches(ids: Tensor, size: int, stride: int, batch: int, leading: Sequence[
     size: tokens of the text in a window.
     """
     first = max(1, len(leading))  # context of a window without a predecessor
-
-    def led(windows: Tensor) -> Tensor:
-        return torch.cat([torch.tensor(leading, dtype=ids.dtype).expand(len(windows), -1), windows], dim=1)
-
-    if len(ids) < size:
-        yield led(ids[None]), first
-        return
-    full = ids.unfold(0, size, stride)
     overlap = max(first, len(leading) + size - stride)
-    alone = 0 if overlap == first else 1
-    if alone:
-        yield led(full[:1]), first
-    for windows in torch.split(full[alone:], batch) if len(full) > alone else ():
-        yield led(windows), overlap
-    rest = ids[len(full) * stride :]
-    if len(leading) + len(rest) > overlap:
-        yield led(rest[None]), overlap
-
-
-def _windows_at_once(model: nn.Module, window: int, batch: int) -> int:
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    if not isinstance(vocabulary, int):
-        return batch
-    return max(1, min(batch, LOGITS_BYTES // (4 * window * vocabulary)))
+    full = ids.unfold(0, min(size, len(ids)), stride)
+    alone = int(overlap > first)
+    others = [(windows, overlap) for windows in torch.split(full[alone:], batch)]
+    for windows, context in ((full[:alone], first), *others, (ids[None, len(full) * stride :], overlap)):
+        if len(windows) and len(leading) + windows.shape[1] > context:
+            before = torch.tensor(leading, dtype=ids.dtype).expand(len(windows), -1)
+            yield torch.cat([before, windows], dim=1), context
 
 
 def model_logits(model: nn.Module, ids: Tensor) -> Tensor:

@@ -8,15 +8,13 @@ from __future__ import annotations
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-
-from saap.core.errors import ConfigurationError
 
 Source = str | Path | nn.Module
 """A model to measure: where it lies, or itself."""
@@ -25,18 +23,14 @@ Source = str | Path | nn.Module
 class Runtime(Protocol):
     """A model, open in a program that reads tokens and keeps what it needs of them for the next ones.
 
+    vocabulary: number of tokens. bytes_per_token: of the weights that one token reads.
     A class of the registry `saap.settings.registry.RuntimeName` also has `package`, the one whose version its speed
     depends on; `in_memory`, whether it takes a model that is loaded already; `weights(source, settings)`, their type;
     and the context manager `opened(source, settings)`.
     """
 
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens."""
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of the weights that one token reads."""
+    vocabulary: int
+    bytes_per_token: int
 
     def read(self, ids: Sequence[int]) -> int:
         """Forget everything, read the tokens, and return the most likely next one."""
@@ -94,38 +88,32 @@ def speed_ups(faster: Speed, than: Speed) -> tuple[float, float]:
 
 
 def measure_speeds(
-    runtimes: Mapping[str, Runtime],
+    runtimes: Sequence[Runtime],
     prompt: Sequence[int],
     *,
     new_tokens: int = 32,
     rounds: int = 5,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Speed]:
+) -> list[Speed]:
     """Speed of each runtime on the same prompt, after one round that is not counted.
 
     In each round every runtime reads the prompt and then writes `new_tokens`; the one that begins changes from round to
     round. The time of a round's new token is the median over them, so that a short disturbance does not count.
-    clock: seconds. Raises ConfigurationError for an empty prompt or fewer than one token or round.
+    clock: seconds.
     """
-    if not prompt or new_tokens < 1 or rounds < 1:
-        raise ConfigurationError("a speed needs a prompt, new tokens and rounds", "Give at least 1 of each")
-    names = list(runtimes)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    taken: list[list[tuple[float, float]]] = [[] for _ in runtimes]
     for number in range(rounds + 1):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            taken = _one_round(runtimes[name], prompt, new_tokens, clock)
-            if number > 0:
-                seconds[name].append(taken)
-    return {
-        name: Speed(
-            prefill=statistics.median(len(prompt) / read for read, _ in taken),
-            decode=statistics.median(1 / step for _, step in taken),
-            read_seconds=tuple(read for read, _ in taken),
-            step_seconds=tuple(step for _, step in taken),
+        for turn in range(len(runtimes)):
+            place = (number + turn) % len(runtimes)
+            taken[place].append(_one_round(runtimes[place], prompt, new_tokens, clock))
+    found = []
+    for _, *counted in taken:
+        read, step = zip(*counted, strict=True)
+        prefill, decode = (
+            statistics.median(n / time for time in times) for n, times in ((len(prompt), read), (1, step))
         )
-        for name, taken in seconds.items()
-    }
+        found.append(Speed(prefill=prefill, decode=decode, read_seconds=read, step_seconds=step))
+    return found
 
 
 def _one_round(

@@ -115,7 +115,7 @@ def evaluate_tasks(
     Raises EvaluationError if the harness is not installed, a task is unknown, a record malformed, or the rows cannot
     be fetched.
     """
-    manager = _task_manager()
+    _task_manager()  # refuses a missing harness
     with _quiet():
         from lm_eval.models.huggingface import HFLM
 
@@ -123,8 +123,8 @@ def evaluate_tasks(
     results = {}
     for index, name in enumerate(names):
         path = None if data is None else local_file(data, name)
-        task = _hub_task(manager, name) if path is None else _local_task(name, read_records(path, limit))
-        results[name] = _result(manager, task, wrapped, limit, "hub" if path is None else path.name)
+        task = _hub_task(name) if path is None else _local_task(name, read_records(path, limit))
+        results[name] = _result(task, wrapped, limit, "hub" if path is None else path.name)
         if progress is not None:
             progress(index + 1, len(names))
     return results
@@ -164,20 +164,16 @@ def _task_manager() -> Any:
         ) from error
 
 
-def _made_task(config: dict[str, Any]) -> Any:
+def _hub_task(name: str) -> Any:
+    """The harness' own task; acc_norm is added where it leaves it out and its choices are what is scored."""
     from lm_eval.api.task import ConfigurableTask
 
-    return ConfigurableTask(config=config)
-
-
-def _hub_task(manager: Any, name: str) -> Any:
-    """The harness' own task; acc_norm is added where it leaves it out and its choices are what is scored."""
     try:
         with _quiet():
-            (task,) = manager.load([name])["tasks"].values()
+            (task,) = _task_manager().load([name])["tasks"].values()
             normalised = any(entry["metric"] == "acc_norm" for entry in task.config.metric_list)
             if task.OUTPUT_TYPE == "multiple_choice" and not (task.multiple_input or normalised):
-                task = _made_task({**task.config.to_dict(keep_callable=True), "metric_list": _METRICS})
+                task = ConfigurableTask(config={**task.config.to_dict(keep_callable=True), "metric_list": _METRICS})
     except Exception as error:  # network, cache and format errors of several libraries with no common base
         raise EvaluationError(
             f"the rows of {name} cannot be fetched ({first_line(error)})",
@@ -189,11 +185,11 @@ def _hub_task(manager: Any, name: str) -> Any:
 def _local_task(name: str, records: Sequence[ChoiceRecord]) -> Any:
     """A task of the harness whose rows are `records`."""
     from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
 
     dataset = {"test": Dataset.from_list([record.model_dump() for record in records])}
-    text, target, choice = ("query", "label", "choices")
-    if records[0].choices is None:
-        text, target, choice = ("label", "continuation", "contexts")
+    after_contexts = records[0].choices is None
+    text, target, choice = ("label", "continuation", "contexts") if after_contexts else ("query", "label", "choices")
     config: dict[str, Any] = {
         "task": name,
         "custom_dataset": lambda **_: dataset,
@@ -202,13 +198,13 @@ def _local_task(name: str, records: Sequence[ChoiceRecord]) -> Any:
         "doc_to_text": lambda row: row[text],
         "doc_to_target": lambda row: row[target],
         "doc_to_choice": lambda row: row[choice],
-        "metric_list": _METRICS[:1] if text == "label" else _METRICS,
+        "metric_list": _METRICS[:1] if after_contexts else _METRICS,
     }
     with _quiet():
-        return _made_task(config)
+        return ConfigurableTask(config=config)
 
 
-def _result(manager: Any, task: Any, model: Any, limit: int | None, source: str) -> TaskResult:
+def _result(task: Any, model: Any, limit: int | None, source: str) -> TaskResult:
     """Score one task. source: where its rows came from."""
     from lm_eval import evaluator
 
@@ -216,18 +212,15 @@ def _result(manager: Any, task: Any, model: Any, limit: int | None, source: str)
     if task.OUTPUT_TYPE != "multiple_choice":
         raise EvaluationError(f"{name} is no multiple-choice task", f"Use some of {', '.join(PAPER_TASKS)}")
     with _quiet(), torch.no_grad():
-        found = evaluator.simple_evaluate(model=model, tasks=[task], num_fewshot=0, limit=limit, task_manager=manager)
+        found = evaluator.simple_evaluate(
+            model=model, tasks=[task], num_fewshot=0, limit=limit, task_manager=_task_manager()
+        )
     figures = found["results"][name]
     samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
-    norm = figures.get("acc_norm,none")
-    return TaskResult(
-        acc=float(figures["acc,none"]),
-        acc_stderr=float(figures["acc_stderr,none"]),
-        acc_norm=None if norm is None else float(norm),
-        acc_norm_stderr=None if norm is None else float(figures["acc_norm_stderr,none"]),
-        chance=sum(1 / len(task.doc_to_choice(sample["doc"])) for sample in samples) / len(samples),
-        questions=len(samples),
-        source=source,
-        correct=tuple(int(sample["acc"]) for sample in samples),
-        correct_norm=None if norm is None else tuple(int(sample["acc_norm"]) for sample in samples),
-    )
+    measured: dict[str, Any] = {}
+    for metric, answers in (("acc", "correct"), ("acc_norm", "correct_norm")):
+        if f"{metric},none" in figures:
+            measured |= {name: float(figures[f"{name},none"]) for name in (metric, f"{metric}_stderr")}
+            measured[answers] = tuple(int(sample[metric]) for sample in samples)
+    chance = sum(1 / len(task.doc_to_choice(sample["doc"])) for sample in samples) / len(samples)
+    return TaskResult(**measured, chance=chance, questions=len(samples), source=source)

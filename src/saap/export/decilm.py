@@ -12,22 +12,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from saap.core.errors import ExportError
+from saap.core.errors import ExportError, listed
 from saap.export import configuration_decilm
-from saap.export.huggingface import copy_matching, entry_bytes, with_both_rope_spellings, write_json, write_shards
+from saap.export.huggingface import (
+    LEGAL_FILES,
+    copy_matching,
+    entry_bytes,
+    with_both_rope_spellings,
+    write_json,
+    write_shards,
+)
 from saap.export.model_card import model_card
 from saap.export.placing import check_output, whole_folder
-from saap.export.source import Exported, ExportSource, Progress
+from saap.export.source import Exported, ExportSource, Progress, layer_sizes
 from saap.models.checkpoint.safetensor_files import TensorEntry
 from saap.settings.measure import ExportRequest
 
 MODEL_TYPES = ("llama", "mistral")
 _CODE = Path(configuration_decilm.__file__)
-_BLOCK = "model.layers.{}."
 _NORM_OF = {"attention": "input_layernorm", "ffn": "post_attention_layernorm"}
 _KEPT_PATTERNS = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja", "*.model",
-    "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*",
+    "generation_config.json", *LEGAL_FILES,
 )  # fmt: skip
 _REMEDY = "Prune with --roles ffn, or use --layout uniform, which vLLM opens as it is"
 _LOADING = (
@@ -46,9 +52,9 @@ def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite:
         )
     blocks, tensors = block_configs(source), source.tensors
     left_out = {
-        f"{_BLOCK.format(layer)}{_NORM_OF[part]}.weight"
+        f"model.layers.{layer}.{norm}.weight"
         for layer, block in enumerate(blocks)
-        for part in _NORM_OF
+        for part, norm in _NORM_OF.items()
         if block[part]["no_op"]
     }
     entries = {
@@ -62,7 +68,12 @@ def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite:
         write_shards(entries, part)
         copy_matching(source.resolved.folder, part, _KEPT_PATTERNS)
         shutil.copyfile(_CODE, part / _CODE.name)
-        write_json(part / "config.json", _config_fields(source.config, blocks))
+        fields = with_both_rope_spellings(json.loads(source.config.to_json_string(use_diff=False)))
+        for name in ("pruned_structure", "base_model_type", "_name_or_path", "sliding_window"):
+            fields.pop(name, None)
+        made = configuration_decilm.DeciLMConfig
+        fields |= {"model_type": made.model_type, "architectures": ["DeciLMForCausalLM"], "block_configs": blocks}
+        write_json(part / "config.json", fields | {"auto_map": {"AutoConfig": f"{_CODE.stem}.{made.__name__}"}})
         if source.manifest is not None:
             card = model_card(source.manifest, source.model_type, loading=_LOADING)
             (part / "README.md").write_text(card, encoding="utf-8")
@@ -74,51 +85,31 @@ def block_configs(source: ExportSource) -> list[dict[str, dict[str, Any]]]:
 
     Raises ExportError, naming every layer at fault, if vLLM's class cannot hold the model.
     """
-    config, shapes = source.config, source.tensors.shapes
+    config = source.config
     if source.model_type not in MODEL_TYPES:
         raise ExportError(
             f"Models of type {source.model_type} cannot be written as DeciLM",
             f"Types that can: {', '.join(MODEL_TYPES)}",
         )
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     found: list[dict[str, dict[str, Any]]] = []
     faults: list[str] = []
-    for layer in range(config.num_hidden_layers):
-        rows = {
-            name: shapes.get(f"{_BLOCK.format(layer)}{path}.weight", (0,))[0]
-            for name, path in (("q", "self_attn.q_proj"), ("k", "self_attn.k_proj"), ("ffn", "mlp.gate_proj"))
-        }
-        heads, kv_heads = rows["q"] // head_size, rows["k"] // head_size
+    for layer, (channels, heads, kv_heads) in enumerate(layer_sizes(config, source.tensors.shapes)):
         if heads and (heads != config.num_attention_heads or not kv_heads or heads % kv_heads):
             faults.append(f"layer {layer} has {heads} of {config.num_attention_heads} query heads")
         if not heads and layer == 0:
             faults.append("layer 0 has no attention")
         attention: dict[str, Any] = {"no_op": not heads, "replace_with_linear": False}
         attention["n_heads_in_group"] = heads // kv_heads if kv_heads else None
-        ffn = {"no_op": not rows["ffn"], "replace_with_linear": False, "intermediate_size": rows["ffn"] or None}
+        ffn = {"no_op": not channels, "replace_with_linear": False, "intermediate_size": channels or None}
         found.append({"attention": attention, "ffn": ffn})
     changed = getattr(config, "pruned_structure", None) or {}
     faults += [f"{path} gives a bias alone" for path, kept in changed.get("constant", {}).items() if kept["bias"]]
-    for path, values in changed.get("attributes", {}).items():
-        if any("eps" in name for name in values):
-            faults.append(f"{path} has a norm epsilon of its own")
+    attributes = changed.get("attributes", {}).items()
+    faults += [
+        f"{path} has a norm epsilon of its own" for path, values in attributes if any("eps" in v for v in values)
+    ]
     if getattr(config, "sliding_window", None) is not None:
         faults.append("it attends to a sliding window")
     if faults:
-        more = f" and {len(faults) - 6} more" if len(faults) > 6 else ""
-        raise ExportError(f"vLLM's DeciLM cannot hold this model: {', '.join(faults[:6])}{more}", _REMEDY)
+        raise ExportError(f"vLLM's DeciLM cannot hold this model: {listed(faults, 6)}", _REMEDY)
     return found
-
-
-def _config_fields(config: Any, blocks: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    fields = with_both_rope_spellings(json.loads(config.to_json_string(use_diff=False)))
-    for name in ("pruned_structure", "base_model_type", "_name_or_path", "sliding_window"):
-        fields.pop(name, None)
-    made = configuration_decilm.DeciLMConfig
-    return {
-        **fields,
-        "model_type": made.model_type,
-        "architectures": ["DeciLMForCausalLM"],
-        "auto_map": {"AutoConfig": f"{_CODE.stem}.{made.__name__}"},
-        "block_configs": blocks,
-    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,15 +27,13 @@ from saap.models.checkpoint.groupwise import PACKED_FILE, GroupwiseLinear, Group
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, pruned_classes
 from saap.models.checkpoint.pruned_structure import PrunedStructure, pruned_fields
 from saap.models.checkpoint.safetensor_files import INDEX_NAME, TensorEntry, write_tensors
-from saap.models.walk.offload import OffloadedWeights, offloaded
+from saap.models.walk.offload import offloaded
 
 SHARD_SIZE = "2GB"
 # How a model that reads images cuts them up and writes them into a prompt.
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
                 "chat_template.json")  # fmt: skip
-_LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
-
-
+LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 KEPT_RECORDS = ("plan.json", "scores.safetensors")
 """Files of the source's folder `saap` that still hold of a tuned model."""
 
@@ -60,14 +57,6 @@ class CheckpointParts(FolderParts):
     scores: ImportanceScores | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecoveredParts(FolderParts):
-    """What goes into the folder of a tuned model. packed: by module path, none for one that was not quantised."""
-
-    base_model_type: str
-    packed: Mapping[str, GroupwiseWeight]
-
-
 def write_checkpoint(
     model: nn.Module, parts: CheckpointParts, out: Path, *, dtype: torch.dtype, overwrite: bool = False
 ) -> Path:
@@ -77,13 +66,12 @@ def write_checkpoint(
     if the layout cannot express the plan.
     """
     check_output(out, entry_bytes(stored_entries(model, dtype)), overwrite=overwrite)
-    changed: Mapping[str, Tensor] = {}
     if parts.plan.layout is Layout.UNIFORM:
         config, changed = stock_config(model, parts.graph, parts.plan, parts.structure)
     else:
-        config = _adaptive_config(model, parts.structure)
+        config, changed = _adaptive_config(model, parts.structure), {}
     entries = stored_entries(model, dtype, changed)
-    with _model_folder(out, model, config, dtype, entries, parts, parts.structure.base_model_type) as folder:
+    with _model_folder(out, model, config, dtype, entries, parts) as folder:
         write_plan(folder / "saap" / "plan.json", parts.plan, parts.graph)
         if parts.scores is not None:
             write_scores(folder / "saap" / "scores.safetensors", parts.scores)
@@ -91,36 +79,42 @@ def write_checkpoint(
 
 
 def write_recovered(
-    model: Any, parts: RecoveredParts, out: Path, *, dtype: torch.dtype, overwrite: bool = False
-) -> None:
+    model: Any, parts: FolderParts, packed: Mapping[str, GroupwiseWeight], out: Path, *, dtype: torch.dtype,
+    overwrite: bool = False,
+) -> None:  # fmt: skip
     """Write the tuned `model` (adapters merged) whole or not at all; no second copy of it is held.
 
+    packed: by module path, none for a model that was not quantised.
     Raises OutputError if `out` exists (and not `overwrite`), cannot be written or does not fit on the disk.
     """
     entries = stored_entries(model, dtype)
-    needed = entry_bytes(entries) + sum(weight.nbytes for weight in parts.packed.values())
+    needed = entry_bytes(entries) + sum(weight.nbytes for weight in packed.values())
     check_output(out, needed, overwrite=overwrite)
-    with _model_folder(out, model, model.config, dtype, entries, parts, parts.base_model_type) as folder:
+    with _model_folder(out, model, model.config, dtype, entries, parts) as folder:
         for name in KEPT_RECORDS:
             if parts.source_folder is not None and (parts.source_folder / "saap" / name).is_file():
                 shutil.copyfile(parts.source_folder / "saap" / name, folder / "saap" / name)
-        if parts.packed:
-            write_packed(folder / "saap" / PACKED_FILE, parts.packed)
+        if packed:
+            write_packed(folder / "saap" / PACKED_FILE, packed)
 
 
 @contextmanager
 def _model_folder(
     out: Path, model: nn.Module, config: Any, dtype: torch.dtype, entries: Mapping[str, TensorEntry],
-    parts: FolderParts, base_model_type: str,
+    parts: FolderParts,
 ) -> Iterator[Path]:  # fmt: skip
     """A folder that transformers opens, to add records to; it is at `out`, whole, when the block ends well."""
     with whole_folder(out) as folder:
-        _write_config(config, folder, dtype)
+        config.save_pretrained(folder)
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        fields = with_both_rope_spellings(fields) | {"dtype": str(dtype).removeprefix("torch.")}
+        fields.pop("_name_or_path", None)
+        write_json(folder / "config.json", fields)
         if config.model_type == MODEL_TYPE:
             shutil.copyfile(modeling_pruned.__file__, folder / Path(modeling_pruned.__file__).name)
         write_shards(entries, folder)
         write_companions(model, parts, folder)
-        write_records(folder, parts.manifest, base_model_type)
+        write_records(folder, parts.manifest, str(getattr(config, "base_model_type", config.model_type)))
         yield folder
 
 
@@ -128,11 +122,6 @@ def write_records(folder: Path, manifest: RunManifest, base_model_type: str) -> 
     """Write manifest and model card into a checkpoint folder."""
     write_whole(folder / "saap" / "manifest.json", (manifest.model_dump_json(indent=2) + "\n").encode())
     write_whole(folder / "README.md", model_card(manifest, base_model_type).encode())
-
-
-def modeling_code_digest() -> str:
-    """sha256 (hex) of the `modeling_pruned.py` that adaptive folders carry."""
-    return hashlib.sha256(Path(modeling_pruned.__file__).read_bytes()).hexdigest()
 
 
 def stored_entries(
@@ -145,9 +134,12 @@ def stored_entries(
     """
     away = offloaded(model)
 
+    def value(tensor: Tensor, kept: torch.dtype) -> Tensor:
+        return (tensor if away is None else away.value(tensor)).detach().to(kept)
+
     def entry(tensor: Tensor) -> TensorEntry:
         kept = dtype if tensor.is_floating_point() else tensor.dtype
-        return TensorEntry(dtype=kept, shape=tuple(tensor.shape), make=partial(_value, tensor, kept, away))
+        return TensorEntry(dtype=kept, shape=tuple(tensor.shape), make=partial(value, tensor, kept))
 
     entries: dict[str, TensorEntry] = {}
     packed = {path: module for path, module in model.named_modules() if isinstance(module, GroupwiseLinear)}
@@ -155,34 +147,18 @@ def stored_entries(
     for name, tensor in model.state_dict(keep_vars=True).items():
         path, _, attribute = name.rpartition(".")
         if path in packed and attribute in ("packed", "scale", "zero"):
-            shape = packed[path].quantised.shape
-            stored = shape[::-1] if packed[path].transposed else shape
-            entries[f"{path}.weight"] = TensorEntry(
-                dtype=dtype, shape=stored, make=partial(packed[path].stored_weight, dtype)
-            )
+            layer = packed[path]
+            shape = layer.quantised.shape[:: -1 if layer.transposed else 1]
+            entries[f"{path}.weight"] = TensorEntry(dtype=dtype, shape=shape, make=partial(layer.stored_weight, dtype))
         elif id(tensor) not in seen:
             seen.add(id(tensor))
             entries[name] = entry(tensor)
     return entries | {name: entry(tensor) for name, tensor in (changed or {}).items()}
 
 
-def _value(tensor: Tensor, dtype: torch.dtype, away: OffloadedWeights | None) -> Tensor:
-    return (tensor if away is None else away.value(tensor)).detach().to(dtype)
-
-
 def entry_bytes(entries: Mapping[str, TensorEntry]) -> int:
     """Bytes of all of them as written."""
     return sum(torch.Size(entry.shape).numel() * entry.dtype.itemsize for entry in entries.values())
-
-
-def _write_config(config: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Write config.json so that older and newer versions of transformers read it."""
-    config.save_pretrained(folder)
-    file = folder / "config.json"
-    fields = with_both_rope_spellings(json.loads(file.read_text(encoding="utf-8")))
-    fields.pop("_name_or_path", None)
-    fields["dtype"] = str(dtype).removeprefix("torch.")
-    write_json(file, fields)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -249,15 +225,10 @@ def write_companions(model: nn.Module, parts: FolderParts, folder: Path) -> None
         generation.to_json_file(folder / "generation_config.json")
     if parts.tokenizer is not None:
         parts.tokenizer.save_pretrained(folder)
-        _use_the_old_tokenizer_name(folder / "tokenizer_config.json")
-    if parts.source_folder is not None:
-        copy_matching(parts.source_folder, folder, (*_LEGAL_FILES, *_IMAGE_FILES))
-
-
-def _use_the_old_tokenizer_name(file: Path) -> None:
-    """Name a tokenizer that is all in tokenizer.json as every version of transformers knows it."""
-    if file.is_file():
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        if fields.get("tokenizer_class") == "TokenizersBackend":
-            fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+        file = folder / "tokenizer_config.json"
+        fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if fields.get("tokenizer_class") == "TokenizersBackend":  # all of it is in tokenizer.json
+            fields["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every version of transformers knows
             file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if parts.source_folder is not None:
+        copy_matching(parts.source_folder, folder, (*LEGAL_FILES, *_IMAGE_FILES))

@@ -25,14 +25,10 @@ def escape(text: str) -> str:
 
 def licence_of(folder: Path) -> str | None:
     """The licence that the model card in `folder` states, None if there is no card or no statement."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
     try:
-        data = metadata_load(card)
-    except Exception:  # a card that cannot be parsed states nothing
+        licence = (metadata_load(folder / "README.md") or {}).get("license")
+    except Exception:  # there is none, or it cannot be parsed
         return None
-    licence = (data or {}).get("license")
     return licence if isinstance(licence, str) and re.fullmatch(r"[\w.+-]{1,60}", licence) else None
 
 
@@ -62,18 +58,12 @@ def model_card(manifest: RunManifest, base_model_type: str, *, loading: str | No
 
 def load_lines(path: Path, layout: str, auto_class: str = "AutoModelForCausalLM") -> tuple[str, ...]:
     """The exact lines that open the result. auto_class: of transformers."""
-    name = str(path)
-    if layout == "uniform":
-        return (
-            f"from transformers import {auto_class}, AutoTokenizer",
-            f'model = {auto_class}.from_pretrained("{name}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        )
-    return (
-        "import saap",
-        f'model = saap.load("{name}")',
-        "# or, where saap is not installed:",
+    option = "" if layout == "uniform" else ", trust_remote_code=True"
+    stock = (
         f"from transformers import {auto_class}, AutoTokenizer",
-        f'model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)',
+        f'model = {auto_class}.from_pretrained("{path}"{option})',
+        f'tokenizer = AutoTokenizer.from_pretrained("{path}"{option})',
     )
+    if layout == "uniform":
+        return stock
+    return ("import saap", f'model = saap.load("{path}")', "# or, where saap is not installed:", *stock)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -74,34 +73,27 @@ def place(folder: Path, out: Path) -> None:
 
     Raises OutputError if that cannot be done; `folder` is then still there.
     """
-    part = _beside(out, "part")
+    part, old = _beside(out, "part"), _beside(out, "old")
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         shutil.move(folder, part)
-        _exchange(part, out)
-    except OSError as error:
+        if out.exists():
+            out.rename(old)
+        part.rename(out)
+    except BaseException as error:
+        if old.exists():
+            old.rename(out)
         if part.exists():
             shutil.move(part, folder)
+        if not isinstance(error, OSError):
+            raise
         raise OutputError(f"{out} cannot be written ({error.strerror or error})", "Choose another --out") from error
+    shutil.rmtree(old, ignore_errors=True)
     remove_leftovers(out)
 
 
 def _beside(out: Path, what: str) -> Path:
     return out.with_name(f".{out.name}.{what}-{uuid.uuid4().hex[:8]}")
-
-
-def _exchange(part: Path, out: Path) -> None:
-    """Let a folder take the place of `out`; what was there comes back if that fails, and is deleted otherwise."""
-    old = _beside(out, "old")
-    if out.exists():
-        out.rename(old)
-    try:
-        part.rename(out)
-    except BaseException:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
@@ -117,6 +109,6 @@ def _flush(path: Path) -> None:
 
 def remove_leftovers(out: Path) -> None:
     """Once `out` is in its place: delete what processes that were killed while they placed it have left beside it."""
-    for path in out.absolute().parent.glob(f".{glob.escape(out.name)}.*"):
-        if re.fullmatch(r"(part|old)-[0-9a-f]{8}", path.name[len(out.name) + 2 :]):
+    for what in ("part", "old"):
+        for path in out.absolute().parent.glob(f".{glob.escape(out.name)}.{what}-{'[0-9a-f]' * 8}"):
             shutil.rmtree(path, ignore_errors=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -12,7 +13,7 @@ from transformers import AutoConfig
 
 from saap.core.errors import ModelError
 from saap.core.manifest import RunManifest, read_manifest
-from saap.models.checkpoint.safetensor_files import StoredTensors, weight_files
+from saap.models.checkpoint.safetensor_files import Shape, StoredTensors, weight_files
 from saap.models.loading.pretrained import load_model, load_tokenizer, quiet_transformers, register_pruned_models
 from saap.models.loading.references import ResolvedModel, resolve_model
 
@@ -62,30 +63,48 @@ class ExportSource:
 
     def model(self) -> Any:
         """The whole model in float32, on the CPU."""
-        if self.loaded is not None:
-            return self.loaded
-        return load_model(self.resolved, device=torch.device("cpu"), dtype=torch.float32)
+        return self.loaded or load_model(self.resolved, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def open_source(source: str | Path, revision: str | None = None) -> ExportSource:
     """Open the model that a user names; only a GGUF file is read whole. Raises ModelError."""
     resolved = resolve_model(source, revision=revision)
+    loaded, manifest = None, None
     if resolved.gguf_file is not None:
-        model = load_model(resolved, device=torch.device("cpu"), dtype=torch.float32)
-        opened = ExportSource(
-            config=model.config, tensors=StoredTensors.of_model(model), resolved=resolved, loaded=model
-        )
+        loaded = load_model(resolved, device=torch.device("cpu"), dtype=torch.float32)
+        config, tensors = loaded.config, StoredTensors.of_model(loaded)
     else:
-        files = StoredTensors.in_files(weight_files(resolved.folder))
-        manifest = read_manifest(resolved.folder)
-        opened = ExportSource(config=_config(resolved), tensors=files, resolved=resolved, manifest=manifest)
-    return replace(opened, tokenizer=load_tokenizer(resolved))
+        tensors, manifest = StoredTensors.in_files(weight_files(resolved.folder)), read_manifest(resolved.folder)
+        register_pruned_models()
+        try:
+            with quiet_transformers():
+                config = AutoConfig.from_pretrained(resolved.folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{resolved.folder} has no usable config.json ({error})", "Check the file") from error
+    return ExportSource(
+        config=config, tensors=tensors, resolved=resolved, tokenizer=load_tokenizer(resolved), manifest=manifest,
+        loaded=loaded,
+    )  # fmt: skip
 
 
-def _config(resolved: ResolvedModel) -> Any:
-    register_pruned_models()
-    try:
-        with quiet_transformers():
-            return AutoConfig.from_pretrained(resolved.folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{resolved.folder} has no usable config.json ({error})", "Check the file") from error
+class LayerSizes(NamedTuple):
+    """FFN channels, heads and KV heads of one layer."""
+
+    ffn: int
+    heads: int
+    kv_heads: int
+
+
+def head_size(config: Any) -> int:
+    """Channels of one attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def layer_sizes(config: Any, shapes: Mapping[str, Shape]) -> list[LayerSizes]:
+    """Sizes of the layers of a LLaMA-like model by the shapes of its tensors; 0 for what a layer does not have."""
+    found = []
+    for layer in range(config.num_hidden_layers):
+        names = (f"model.layers.{layer}.{path}_proj.weight" for path in ("mlp.gate", "self_attn.q", "self_attn.k"))
+        ffn, query, key = (shapes.get(name, (0,))[0] for name in names)
+        found.append(LayerSizes(ffn, query // head_size(config), key // head_size(config)))
+    return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -24,6 +24,7 @@ from saap.core.records import ModelGraph, Role, StructurePlan
 from saap.models.checkpoint.pruned_structure import EPSILON_NAMES, PrunedStructure, epsilon_name
 from saap.models.checkpoint.stock_config import stock_model, uniform_config
 from saap.models.structure.norms import scaled_weight
+from saap.models.walk.observer import hooked
 from saap.models.walk.offload import offloaded, share_weights
 from saap.models.walk.walker import without_cache
 
@@ -47,7 +48,17 @@ def stock_config(
         raise LayoutError(f"The stock class cannot do what is left of {special[0]}", ADAPTIVE_REMEDY)
     plain = copy.deepcopy(config)
     try:
-        _check_direct(config, model, structure)
+        stock = _without_weights(config)
+        if _take_epsilon(config, stock, model):
+            stock = _without_weights(config)
+        _check_attributes(stock, structure)
+        error = _difference(stock, model, {})
+        if error <= TOLERANCE:
+            return config, {}
+        raise LayoutError(
+            f"The stock class {type(stock).__name__} would not compute the same (logits differ by {error:.1e})",
+            ADAPTIVE_REMEDY,
+        )
     except LayoutError:
         norms = {path for group in graph.of_role(Role.HIDDEN) for path in group.scaled_norms}
         for weights in smaller_streams(model, graph, plan):
@@ -56,20 +67,6 @@ def stock_config(
             if _difference(stock, model, weights) <= TOLERANCE:
                 return plain, weights
         raise
-    return config, {}
-
-
-def _check_direct(config: Any, model: nn.Module, structure: PrunedStructure) -> None:
-    stock = _without_weights(config)
-    if _take_epsilon(config, stock, model):
-        stock = _without_weights(config)
-    _check_attributes(stock, structure)
-    error = _difference(stock, model, {})
-    if not error <= TOLERANCE:
-        raise LayoutError(
-            f"The stock class {type(stock).__name__} would not compute the same (logits differ by {error:.1e})",
-            ADAPTIVE_REMEDY,
-        )
 
 
 def _check_attributes(
@@ -141,18 +138,14 @@ def smaller_streams(model: nn.Module, graph: ModelGraph, plan: StructurePlan) ->
     norms = _names(group.scaled_norms, graph, plan)
     writers = _names(dict.fromkeys(member.tensor for member in group.producers), graph, plan)
     writers = [name for name in writers if name.rpartition(".")[0] not in norms]
-    inside = [name for name in writers if any(name.startswith(f"{block}.") for block in graph.blocks)]
-    outer = [name for name in writers if name not in inside]
-    behind = _behind_writers(model, norms, inside)
-    changed = {name: model.get_parameter(name) * factor for name in inside}
-    changed |= _rescaled(model, behind, factor)
-    last = [path for path in norms if not any(path.startswith(f"{block}.") for block in graph.blocks)]
-    tied = _has_tied_head(model, outer)
-    yield {
-        **changed,
-        **{name: model.get_parameter(name) * factor for name in outer},
-        **(_rescaled(model, last, 1 / factor) if tied else {}),
-    }
+    smaller = {name: model.get_parameter(name) * factor for name in writers}
+    inside = [name for name in writers if graph.block_of(name) >= 0]
+    changed = {name: smaller.pop(name) for name in inside}
+    changed |= _rescaled(model, _behind_writers(model, norms, inside), factor)
+    last = [path for path in norms if graph.block_of(path) < 0]
+    head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
+    tied = any(model.get_parameter(name) is head for name in smaller)
+    yield {**changed, **smaller, **(_rescaled(model, last, 1 / factor) if tied else {})}
     yield changed
 
 
@@ -163,17 +156,8 @@ def _names(names: Iterable[str], graph: ModelGraph, plan: StructurePlan) -> list
 
 
 def _rescaled(model: nn.Module, norms: Sequence[str], factor: float) -> dict[str, Tensor]:
-    found = {}
-    for path in norms:
-        weight = scaled_weight(model.get_submodule(path), factor)
-        if weight is not None:
-            found[f"{path}.weight"] = weight
-    return found
-
-
-def _has_tied_head(model: nn.Module, names: Sequence[str]) -> bool:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return any(model.get_parameter(name) is getattr(head, "weight", None) for name in names)
+    weights = {f"{path}.weight": scaled_weight(model.get_submodule(path), factor) for path in norms}
+    return {name: weight for name, weight in weights.items() if weight is not None}
 
 
 def _behind_writers(model: nn.Module, norms: Sequence[str], writers: Sequence[str]) -> list[str]:
@@ -185,18 +169,16 @@ def _behind_writers(model: nn.Module, norms: Sequence[str], writers: Sequence[st
         if isinstance(output, Tensor):
             outputs.append(output)
 
-    def watch(path: str) -> Any:
-        def reads(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            read = arguments[0]
-            if any(read.shape == output.shape and torch.equal(read, output) for output in outputs):
-                behind.append(path)
+    def reads(path: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        read = arguments[0]
+        if any(read.shape == output.shape and torch.equal(read, output) for output in outputs):
+            behind.append(path)
 
-        return reads
-
-    with ExitStack() as stack:
-        for path in dict.fromkeys(name.rpartition(".")[0] for name in writers):
-            stack.callback(model.get_submodule(path).register_forward_hook(wrote).remove)
-        for path in norms:
-            stack.callback(model.get_submodule(path).register_forward_pre_hook(watch(path)).remove)
+    module = model.get_submodule
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in writers)
+    with (
+        hooked({module(path): wrote for path in paths}),
+        hooked({module(path): partial(reads, path) for path in norms}, before=True),
+    ):
         model(torch.arange(4, device=next(model.parameters()).device).unsqueeze(0), use_cache=False)
     return behind

@@ -7,18 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from saap.core.errors import GroupSizeError, ModelError
+from saap.core.errors import GroupSizeError, ModelError, listed
 from saap.models.checkpoint.groupwise import VALUES_AT_ONCE, GroupwiseWeight, linears_inside, pack, pack_linear
 from saap.models.loading.precision import in_float64
 from saap.models.structure.linear import weight_out_in
 from saap.models.walk.observer import capture
+from saap.models.walk.walk import embed, run_block
 from saap.models.walk.walker import BlockWalker
 from saap.settings.recover import LEGAL_GROUP_SIZES
 
 GRID_FITS = 2
 """Least-squares fits of scale and zero point after each first choice of codes."""
-LISTED = 6
-"""Matrices that a refusal names."""
 DAMPING = 0.01
 """Added to the Gram matrix of the error feedback, as a share of its mean diagonal (GPTQ's value)."""
 
@@ -28,17 +27,14 @@ def check_group_sizes(inputs: Mapping[str, int], group_size: int) -> None:
 
     inputs: input size of each matrix by name.
     """
-    bad = {name: size for name, size in inputs.items() if size % group_size}
+    bad = [f"{name} ({size})" for name, size in inputs.items() if size % group_size]
     if not bad:
         return
     legal = [str(size) for size in LEGAL_GROUP_SIZES if not any(width % size for width in inputs.values())]
     prune_so = f"Prune with --align {group_size}"
     remedy = f"{prune_so}, or use --group-size {' or '.join(legal)}" if legal else prune_so
-    listed = ", ".join(f"{name} ({size})" for name, size in list(bad.items())[:LISTED])
-    if len(bad) > LISTED:
-        listed += f" and {len(bad) - LISTED} more"
     count = "1 matrix has" if len(bad) == 1 else f"{len(bad)} matrices have"
-    raise GroupSizeError(f"{count} an input size that {group_size} does not divide: {listed}", remedy)
+    raise GroupSizeError(f"{count} an input size that {group_size} does not divide: {listed(bad, 6)}", remedy)
 
 
 def quantise(weight: Tensor, *, group_size: int, bits: int) -> GroupwiseWeight:
@@ -50,18 +46,13 @@ def quantise(weight: Tensor, *, group_size: int, bits: int) -> GroupwiseWeight:
     scale comes out exact.
     Raises GroupSizeError, and ModelError for values that are not finite or too large.
     """
-    outputs, inputs = weight.shape
+    inputs = weight.shape[1]
     check_group_sizes({"the matrix": inputs}, group_size)
-    groups = inputs // group_size
-    packed, scales, zeros = [], [], []
-    step = max(1, VALUES_AT_ONCE // max(1, inputs))
-    for start in range(0, outputs, step):
-        part = weight[start : start + step].float().reshape(-1, groups, group_size)
-        codes, scale, zero = _best_grid(part, bits)
-        packed.append(pack(codes, bits))
-        scales.append(scale)
-        zeros.append(zero)
-    return _finite_weight(torch.cat(packed), torch.cat(scales), torch.cat(zeros), bits, group_size)
+    parts = torch.split(weight, max(1, VALUES_AT_ONCE // max(1, inputs)))
+    grids = (_best_grid(part.float().reshape(len(part), -1, group_size), bits) for part in parts)
+    found = [(pack(codes, bits), scale, zero) for codes, scale, zero in grids]
+    packed, scales, zeros = map(torch.cat, zip(*found, strict=True))
+    return _finite_weight(packed, scales, zeros, bits, group_size)
 
 
 def _finite_weight(packed: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> GroupwiseWeight:
@@ -81,7 +72,7 @@ def _best_grid(part: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     best_codes = torch.zeros_like(part)
     best_scale, best_zero = torch.zeros_like(low), part.mean(-1)
     for span in spans:
-        scale = _rounded((high - low) / span)
+        scale = ((high - low) / span).half().float()
         zero = low + (high - low - scale * top).clamp_min(0) / 2
         for _ in range(GRID_FITS + 1):
             codes = _codes(part, scale, zero, top)
@@ -104,12 +95,8 @@ def _fit_grid(part: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     code_mean, mean = codes.mean(-1, keepdim=True), part.mean(-1, keepdim=True)
     centred = codes - code_mean
     spread = centred.square().sum(-1).clamp_min(1e-12)
-    scale = _rounded(((part - mean) * centred).sum(-1) / spread)
+    scale = (((part - mean) * centred).sum(-1) / spread).half().float()
     return scale, (mean - scale.unsqueeze(-1) * code_mean).squeeze(-1)
-
-
-def _rounded(scale: Tensor) -> Tensor:
-    return scale.half().float()
 
 
 def quantise_with_feedback(weight: Tensor, gram: Tensor, *, group_size: int, bits: int) -> GroupwiseWeight:
@@ -167,8 +154,7 @@ def quantise_by_feedback(
     samples: token ids, (1, length) each. A block sees what the quantised blocks before it put out.
     """
     walker = BlockWalker(model, blocks)
-    streams = [walker.start(sample) for sample in samples]
-    contexts, hidden = [stream.contexts for stream in streams], [stream.hidden for stream in streams]
+    hidden, contexts = embed(walker, samples, list)
     for layer, block in enumerate(blocks):
         sizes = linears_inside(model, [block])
         grams = {path: torch.zeros(size, size, device=hidden[0].device) for path, size in sizes.items()}
@@ -182,5 +168,5 @@ def quantise_by_feedback(
             stored = weight_out_in(model.get_submodule(path))
             weight = quantise_with_feedback(stored, gram, group_size=group_size, bits=bits)
             pack_linear(model, path, weight, gram.device)
-        hidden = [walker.run_block(layer, *each) for each in zip(hidden, contexts, strict=True)]
+        hidden = run_block(walker, layer, hidden, contexts, list)
         progress(layer + 1, len(blocks))

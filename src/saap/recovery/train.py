@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -76,6 +76,7 @@ class Training(BaseModel):
     stopped_by: str = ""
 
 
+@dataclass(eq=False)
 class Trainer:
     """Trains `parameters` of the walker's model with AdamW; everything else stays as it is.
 
@@ -83,26 +84,26 @@ class Trainer:
     resumes with the same losses (where the clock does not set the schedule). teacher: the dense model.
     """
 
-    def __init__(
-        self,
-        walker: BlockWalker,
-        parameters: Mapping[str, nn.Parameter],
-        data: TrainingData,
-        config: RecoverConfig,
-        *,
-        folder: Path,
-        processes: Processes,
-        report: Report,
-        teacher: BlockWalker | None = None,
-    ) -> None:
-        self.walker, self.parameters, self.data, self.config = walker, dict(parameters), data, config
-        self.folder, self.processes, self.report, self.teacher = folder, processes, report, teacher
+    walker: BlockWalker
+    parameters: Mapping[str, nn.Parameter]
+    data: TrainingData
+    config: RecoverConfig
+    _: KW_ONLY
+    folder: Path
+    processes: Processes
+    report: Report
+    teacher: BlockWalker | None = None
+
+    def __post_init__(self) -> None:
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=0.0, betas=BETAS, weight_decay=0.0, foreach=False
         )
-        moments = _optimizer_tensors(self.optimizer, self.parameters)
-        self.state: dict[str, Tensor] = {**self.parameters, **moments}
+        self.state: dict[str, Tensor] = dict(self.parameters)  # and what the optimizer updates in place
+        for name, value in self.parameters.items():
+            moments = {"exp_avg": torch.zeros_like(value), "exp_avg_sq": torch.zeros_like(value)}
+            self.optimizer.state[value] = {"step": torch.zeros(()), **moments}
+            self.state |= {f"{name}/{key}": tensor for key, tensor in self.optimizer.state[value].items()}
 
     def run(self) -> Training:
         """Train until a limit is reached or the validation loss stops falling, and take the best parameters.
@@ -164,8 +165,11 @@ class Trainer:
         return f"the limit of {config.minutes or 0:g} minutes"
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], training: Training) -> None:
+        """Write tensors and the training they belong to, whole or not at all. Raises OutputError."""
         if self.processes.first:
-            _write_state(self.folder / name, tensors, training)
+            entries = {key: TensorEntry.of(tensor) for key, tensor in tensors.items()}
+            metadata = {"format": "pt", "training": training.model_dump_json()}
+            write_tensors(self.folder / name, entries, metadata)
         self.processes.barrier()
 
     def _step(self, training: Training) -> tuple[float, float, int]:
@@ -216,11 +220,11 @@ class Trainer:
     def _forward(self, walker: BlockWalker, ids: Tensor) -> Tensor:
         """Output of the last block, which keeps a graph where gradients are on."""
         stream = walker.start(ids)
-        if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
-            return walker.run_blocks(stream)
-        hidden, run = stream.hidden, partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        hidden, run = stream.hidden, walker.run_block
+        if self.config.gradient_checkpointing and torch.is_grad_enabled():
+            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         for layer in range(len(walker.blocks)):
-            hidden = run(walker.run_block, layer, hidden, stream.contexts)
+            hidden = run(layer, hidden, stream.contexts)
         return hidden
 
     def _sum_gradients(self) -> None:
@@ -279,25 +283,9 @@ def _line(point: CurvePoint, share: float) -> str:
     )
 
 
-def _optimizer_tensors(optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The state of the optimizer by name, which it updates in place; zero before its first step."""
-    for value in parameters.values():
-        moments = {"exp_avg": torch.zeros_like(value), "exp_avg_sq": torch.zeros_like(value)}
-        optimizer.state[value] = {"step": torch.zeros(()), **moments}
-    return {
-        f"{name}/{key}": tensor for name, value in parameters.items() for key, tensor in optimizer.state[value].items()
-    }
-
-
-def _write_state(path: Path, tensors: Mapping[str, Tensor], training: Training) -> None:
-    """Write tensors and the training they belong to, whole or not at all. Raises OutputError."""
-    entries = {name: TensorEntry.of(tensor) for name, tensor in tensors.items()}
-    write_tensors(path, entries, {"format": "pt", "training": training.model_dump_json()})
-
-
 @torch.no_grad()
 def _read_state(path: Path, tensors: Mapping[str, Tensor]) -> Training:
-    """Read what `_write_state` wrote into the tensors, in place. Raises StaleInputError for another file."""
+    """Read what `Trainer._write` wrote into the tensors, in place. Raises StaleInputError for another file."""
     try:
         with safe_open(path, framework="pt") as file:
             if set(file.keys()) != set(tensors):

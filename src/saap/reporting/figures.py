@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -51,6 +51,18 @@ class Figure:
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", slug(self.name))
 
+    @classmethod
+    def of(
+        cls, name: str, block: str, draw: Callable[[Any], None], said: Mapping[str, Any], *, rows: int = 0,
+        height: float = SIZE[1],
+    ) -> Figure:  # fmt: skip
+        """A figure with the title and text of a block of the template, which tells `said`.
+
+        rows: of horizontal bars, for its height.
+        """
+        title, _, text = words(block, **said).partition(" || ")
+        return cls(name=name, title=title, text=text, draw=draw, height=0.9 + 0.27 * rows if rows else height)
+
 
 def slug(text: str) -> str:
     """A name for files and anchors."""
@@ -59,22 +71,15 @@ def slug(text: str) -> str:
 
 @functools.cache
 def _template() -> jinja2.Template:
-    source = (resources.files("saap.reporting") / "words.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
-    environment.filters |= {"n": lambda value, form: format(value, form)}
-    return environment.from_string(source)
+    environment.filters["n"] = format
+    return environment.from_string((resources.files("saap.reporting") / "words.jinja").read_text(encoding="utf-8"))
 
 
 def words(block: str, **values: Any) -> str:
     """A block of the template as one line. Escaping is left to the page, as for all that is shown."""
     template = _template()
     return " ".join("".join(template.blocks[block](template.new_context(values))).split())
-
-
-def caption(block: str, **values: Any) -> dict[str, Any]:
-    """The title of a figure and its text: what it shows, for those who cannot see it."""
-    title, _, text = words(block, **values).partition(" || ")
-    return {"title": title, "text": text}
 
 
 @contextmanager
@@ -98,15 +103,12 @@ def _canvas(figure: Figure) -> Iterator[Any]:
 def _make_printable(canvas: Any) -> None:
     """Leave plain text only: no formulas for powers of ten, no control characters, which XML and fonts do not have."""
     from matplotlib.text import Text
-    from matplotlib.ticker import FuncFormatter, LogFormatter, LogFormatterMathtext
+    from matplotlib.ticker import LogFormatter, LogFormatterMathtext
 
     for text in canvas.findobj(Text):
         text.set_text(printable(text.get_text()))
     for scale in (scale for axis in canvas.axes for scale in (axis.xaxis, axis.yaxis)):
-        formatter = scale.get_major_formatter()
-        if isinstance(formatter, FuncFormatter):  # names of ticks are made anew each time
-            scale.set_major_formatter(lambda value, place, inner=formatter.func: printable(inner(value, place)))
-        if isinstance(formatter, LogFormatterMathtext):
+        if isinstance(scale.get_major_formatter(), LogFormatterMathtext):
             scale.set_major_formatter(LogFormatter())
         if isinstance(scale.get_minor_formatter(), LogFormatterMathtext):
             scale.set_minor_formatter(LogFormatter())
@@ -142,29 +144,14 @@ def write_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
 
 def name_rows(axis: Any, names: Sequence[str]) -> None:
     """Names at the left of horizontal bars or points, from top to bottom."""
-    axis.set_yticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), list(map(printable, names)))
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
-
-
-def rows_height(rows: int) -> float:
-    """Height of a figure with so many horizontal bars."""
-    return 0.9 + 0.27 * rows
 
 
 def label_bars(axis: Any, bars: Any, labels: Sequence[str]) -> None:
     """What is written at the end of horizontal bars."""
     axis.bar_label(bars, labels=labels, padding=3, fontsize=8.5)
-
-
-def percent_ticks(axis: Any, places: Iterable[float]) -> None:
-    """Shares of removed parameters along the x axis. places: in percent."""
-    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
-
-    axis.xaxis.set_major_locator(FixedLocator(sorted(set(places))))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(PercentFormatter(decimals=0))
-    axis.set(xlabel="removed of the blocks' parameters")
 
 
 def _add_legend(axis: Any) -> None:

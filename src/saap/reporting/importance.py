@@ -6,25 +6,19 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from saap.core.errors import EvaluationError, PlanError
-from saap.core.records import CoupledGroup, FloatArray, ImportanceScores, ModelGraph, ModelRef, Role, UnitScores
+from saap.core.records import CoupledGroup, FloatArray, ImportanceScores, ModelGraph, ModelRef, Role
 from saap.core.storage import STATISTICS, PlanDocument, parse_units, read_scores
 from saap.estimation.fusion import fuse
 from saap.settings.prune import FusionScope
 
 LARGEST = 1e100
 """Scores below this can be fused and drawn."""
-Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
-Agreement = dict[str, float | None]
-"""How far the orders of one module's units agree.
-
-`a ~ b`: Spearman's rank correlation. `fused, not a`: share of the removed units that would be others if as many were
-removed by score `a` alone; None where nothing is removed.
-"""
 _PLACE = re.compile(rf"(layers\.(?P<layer>[0-9]{{1,6}})\.)?(?P<role>{'|'.join(Role)})(\.|$)", re.ASCII)
 
 
@@ -52,8 +46,8 @@ def plan_groups(plan: PlanDocument, file: Path) -> dict[str, PlanGroup]:
     return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupView:
+@dataclass(frozen=True, kw_only=True)
+class ModuleScores:
     """Scores of one module's units, all (units,).
 
     vector, element, fused: importance. fluctuation: variance over samples of the fused score. kept: True for units
@@ -66,10 +60,29 @@ class GroupView:
     element: FloatArray
     fused: FloatArray
     fluctuation: FloatArray
-    kept: Mask
+    kept: np.ndarray[tuple[int], np.dtype[np.bool_]]
+
+    @cached_property
+    def agreement(self) -> dict[str, float | None]:
+        """How far the orders of the units agree.
+
+        `a ~ b`: Spearman's rank correlation. `fused, not a`: share of the removed units that would be others if as many
+        were removed by score `a` alone; None where nothing is removed.
+        """
+        count = int((~self.kept).sum())
+        scores = {"vector": self.vector, "element": self.element, "fused": self.fused}
+        removed = {name: set(np.argsort(one, kind="stable")[:count].tolist()) for name, one in scores.items()}
+        pairs = (("vector", "element"), ("vector", "fused"), ("element", "fused"))
+        return {
+            **{f"{one} ~ {other}": spearman(scores[one], scores[other]) for one, other in pairs},
+            **{
+                f"fused, not {name}": len(removed["fused"] - removed[name]) / count if count else None
+                for name in ("vector", "element")
+            },
+        }
 
 
-def read_views(file: Path, groups: Mapping[str, PlanGroup], scope: str) -> list[GroupView]:
+def read_modules(file: Path, groups: Mapping[str, PlanGroup], scope: str) -> list[ModuleScores]:
     """The scores of every module that can be pruned, fused as the run fused them. scope: a FusionScope by its name.
 
     Raises EvaluationError for scores that do not fit the plan, or cannot be shown.
@@ -77,43 +90,41 @@ def read_views(file: Path, groups: Mapping[str, PlanGroup], scope: str) -> list[
     scores = read_scores(file)
     try:
         kept = {name: _kept(scores, name, group) for name, group in groups.items() if name in scores.groups}
-        fused = _fused(scores, {name: groups[name] for name in kept if groups[name].layer >= 0}, FusionScope(scope))
+        fused = fuse(*_inside_blocks(scores, groups), FusionScope(scope))
     except ValueError as error:
         raise EvaluationError(
             f"{file} does not fit the plan and the manifest next to it ({error})", "Use the folder as it was written"
         ) from None
     return [
-        GroupView(
-            layer=groups[name].layer, role=groups[name].role, vector=scores.groups[name].vector,
-            element=scores.groups[name].element, fused=unit.mean, fluctuation=unit.variance, kept=kept[name],
+        ModuleScores(
+            layer=group.layer, role=group.role, vector=scores.groups[name].vector, element=scores.groups[name].element,
+            fused=fused[name].mean, fluctuation=fused[name].variance, kept=kept[name],
         )
-        for name, unit in fused.items()
+        for name, group in groups.items() if name in fused
     ]  # fmt: skip
 
 
-def _fused(scores: ImportanceScores, groups: Mapping[str, PlanGroup], scope: FusionScope) -> dict[str, UnitScores]:
-    """The fusion of the run, in the order of the groups."""
+def _inside_blocks(scores: ImportanceScores, groups: Mapping[str, PlanGroup]) -> tuple[ImportanceScores, ModelGraph]:
+    """The scores as those of a graph that has the plan's groups of decoder blocks alone."""
     scored = tuple(
         CoupledGroup(layer=group.layer, role=Role(group.role), name=name, units=group.of, members=())
         for name, group in groups.items()
+        if group.layer >= 0
     )
     model = ModelRef(source="", config_digest="", weights_digest="")
     graph = ModelGraph(model=model, blocks=(), groups=scored, shapes={})
     samples = max(scores.samples, 2)  # of one sample there is no spread, which is then 0
-    found = fuse(dataclasses.replace(scores, graph_digest=graph.digest, samples=samples), graph, scope)
-    return {name: found[name] for name in groups}
+    return dataclasses.replace(scores, graph_digest=graph.digest, samples=samples), graph
 
 
-def _kept(scores: ImportanceScores, name: str, group: PlanGroup) -> Mask:
+def _kept(scores: ImportanceScores, name: str, group: PlanGroup) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """Which units of a group are kept, (units,). Raises ValueError where that, or its scores, cannot be known."""
     arrays = [getattr(scores.groups[name], statistic) for statistic in STATISTICS]
     if len(arrays[0]) != group.of or group.units is None:
         raise ValueError(f"{name} has scores of {len(arrays[0])} units")
     if not all(np.abs(array).max(initial=0) < LARGEST for array in arrays):  # also where one is no number
         raise ValueError(f"{name} has scores that are no finite numbers")
-    kept = np.zeros(group.of, dtype=bool)
-    kept[list(parse_units(group.units, group.of))] = True
-    return kept
+    return np.isin(np.arange(group.of), parse_units(group.units, group.of))
 
 
 def spearman(first: FloatArray, second: FloatArray) -> float:
@@ -125,20 +136,3 @@ def spearman(first: FloatArray, second: FloatArray) -> float:
         if len(counts) == 1:
             return float("nan")
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-
-
-def agreement(view: GroupView) -> Agreement:
-    """Rank agreement of a module's scores, and how many units change sides by the fusion."""
-    count = int((~view.kept).sum())
-
-    def changed_from(values: FloatArray) -> float | None:
-        removed, others = (set(np.argsort(one, kind="stable")[:count].tolist()) for one in (view.fused, values))
-        return len(removed - others) / count if count else None
-
-    return {
-        "vector ~ element": spearman(view.vector, view.element),
-        "vector ~ fused": spearman(view.vector, view.fused),
-        "element ~ fused": spearman(view.element, view.fused),
-        "fused, not vector": changed_from(view.vector),
-        "fused, not element": changed_from(view.element),
-    }

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from saap.core.errors import printable
 from saap.core.evaluation_records import ModelSpeed, TaskResult
 from saap.core.manifest import StageRecord
 from saap.core.records import FloatArray
-from saap.reporting.figures import COLOURS, INK, Figure, caption, label_bars, name_rows, plain_ticks, rows_height
-from saap.reporting.importance import Agreement, GroupView, PlanGroup
+from saap.reporting.figures import COLOURS, INK, Figure, label_bars, name_rows, plain_ticks
+from saap.reporting.importance import ModuleScores, PlanGroup
 
 POINTS = 800
 """At most so many points in a scatter: more only make the page heavy."""
@@ -32,32 +33,30 @@ def structure(groups: Sequence[PlanGroup]) -> Figure:
         axis.locator_params(axis="y", integer=True)
 
     least = min(groups, key=lambda group: group.kept / max(1, group.of))
-    share = sum(kept) / max(1, sum(of))
-    said = caption("structure", role=role, layers=len(groups), share=share, least=least)
-    return Figure(name=f"structure-{role}", **said, draw=draw, height=2.8)
+    said = {"role": role, "layers": len(groups), "share": sum(kept) / max(1, sum(of)), "least": least}
+    return Figure.of(f"structure-{role}", "structure", draw, height=2.8, said=said)
 
 
-def importance_figures(views: Sequence[GroupView], found: Sequence[Agreement]) -> list[Figure]:
-    """All figures about the scores of one role. views, found: one a layer."""
-    changes = any(one["fused, not element"] is not None for one in found)
+def importance_figures(role: str, modules: Sequence[ModuleScores]) -> list[Figure]:
+    """All figures about the scores of one role, one module a layer."""
+    layers = [module.layer for module in modules]
+    joined = {
+        name: np.concatenate([getattr(module, name) for module in modules]) for name in (*SCORES, "fluctuation", "kept")
+    }
     return [
-        _by_layer(views), _distribution(views), _rank_agreement(views, found),
-        *([_changed_sides(views, found)] if changes else []), _fluctuation(views),
+        _by_layer(role, layers, modules, joined), _distribution(role, joined), _rank_agreement(role, layers, modules),
+        *_changed_sides(role, modules), _fluctuation(role, joined),
     ]  # fmt: skip
 
 
-def _joined(views: Sequence[GroupView], score: str) -> Any:
-    """One array of a role, (units of all layers,)."""
-    return np.concatenate([getattr(view, score) for view in views])
-
-
-def _by_layer(views: Sequence[GroupView]) -> Figure:
+def _by_layer(
+    role: str, layers: Sequence[int], modules: Sequence[ModuleScores], joined: Mapping[str, FloatArray]
+) -> Figure:
     """Median and middle 80 % of each score by layer, each score divided by its median over all layers."""
-    role, layers = views[0].role, [view.layer for view in views]
     bands: dict[str, FloatArray] = {}
     for name in SCORES:
-        middle = float(np.median(_joined(views, name))) or 1.0
-        bands[name] = np.array([np.percentile(getattr(view, name) / middle, [10, 50, 90]) for view in views]).T
+        middle = float(np.median(joined[name])) or 1.0
+        bands[name] = np.array([np.percentile(getattr(one, name) / middle, [10, 50, 90]) for one in modules]).T
 
     def draw(axis: Any) -> None:
         for (name, (low, median, high)), mark, colour in zip(bands.items(), MARKS, COLOURS, strict=False):
@@ -67,13 +66,11 @@ def _by_layer(views: Sequence[GroupView]) -> Figure:
         every = np.concatenate(list(bands.values()))
         plain_ticks(axis.yaxis, max(float(every.min()), 1e-2), float(every.max()))
 
-    return Figure(name=f"by-layer-{role}", **caption("by_layer", role=role), draw=draw)
+    return Figure.of(f"by-layer-{role}", "by_layer", draw, said={"role": role})
 
 
-def _distribution(views: Sequence[GroupView]) -> Figure:
-    """Distributions of the scores over the units, before and after fusion, each divided by its median."""
-    role = views[0].role
-    positive = {name: values[values > 0] for name in SCORES if (values := _joined(views, name)).max() > 0}
+def _distribution(role: str, joined: Mapping[str, FloatArray]) -> Figure:
+    positive = {name: values[values > 0] for name in SCORES if (values := joined[name]).max() > 0}
     logs = {name: np.log10(values / np.median(values)) for name, values in positive.items()}
 
     def draw(axis: Any) -> None:
@@ -84,45 +81,40 @@ def _distribution(views: Sequence[GroupView]) -> Figure:
             axis.hist(values, bins=bins, histtype="step", color=colour, linewidth=1.6, label=name)
         axis.set(xlabel="importance / median, power of ten", ylabel="units")
 
-    return Figure(name=f"distribution-{role}", **caption("distribution", role=role), draw=draw)
+    return Figure.of(f"distribution-{role}", "distribution", draw, said={"role": role})
 
 
-def _rank_agreement(views: Sequence[GroupView], found: Sequence[Agreement]) -> Figure:
-    """Rank correlations by layer."""
-    role, layers = views[0].role, [view.layer for view in views]
-
+def _rank_agreement(role: str, layers: Sequence[int], modules: Sequence[ModuleScores]) -> Figure:
     def draw(axis: Any) -> None:
-        for pair, mark, colour in zip(list(found[0])[:3], MARKS, COLOURS, strict=False):
-            label = pair.replace(" ~", ",")
-            axis.plot(layers, [one[pair] for one in found], f"{mark}-", color=colour, markersize=4, label=label)
+        for pair, mark, colour in zip(list(modules[0].agreement)[:3], MARKS, COLOURS, strict=False):
+            values = [module.agreement[pair] for module in modules]
+            axis.plot(layers, values, f"{mark}-", color=colour, markersize=4, label=pair.replace(" ~", ","))
         axis.set(xlabel="layer", ylabel="rank correlation", ylim=(None, 1.02))
 
-    return Figure(name=f"agreement-{role}", **caption("agreement", role=role), draw=draw)
+    return Figure.of(f"agreement-{role}", "agreement", draw, said={"role": role})
 
 
-def _changed_sides(views: Sequence[GroupView], found: Sequence[Agreement]) -> Figure:
-    """By layer, the share of removed units that one score alone would have kept."""
-    role = views[0].role
-    keys = ("fused, not vector", "fused, not element")
-    changed = [(view.layer, one) for view, one in zip(views, found, strict=True) if one[keys[0]] is not None]
-    layers = np.array([layer for layer, _ in changed])
-    vector, element = (np.array([100 * (one[key] or 0) for _, one in changed]) for key in keys)
+def _changed_sides(role: str, modules: Sequence[ModuleScores]) -> list[Figure]:
+    """By layer, the share of removed units that one score alone would have kept; nothing where none is removed."""
+    pruned = [module for module in modules if not module.kept.all()]
+    layers = np.array([module.layer for module in pruned])
+    shares = {
+        name: np.array([100 * (module.agreement[f"fused, not {name}"] or 0) for module in pruned])
+        for name in ("vector", "element")
+    }
 
     def draw(axis: Any) -> None:
-        axis.bar(layers - 0.2, vector, 0.4, color=COLOURS[0], label="vector alone")
-        axis.bar(layers + 0.2, element, 0.4, color=COLOURS[1], label="element alone")
+        for (name, values), side, colour in zip(shares.items(), (-0.2, 0.2), COLOURS, strict=False):
+            axis.bar(layers + side, values, 0.4, color=colour, label=f"{name} alone")
         axis.set(xlabel="layer", ylabel="% of the removed units")
         axis.grid(visible=False, axis="x")
 
-    said = caption("changed", role=role, vector=vector.mean(), element=element.mean())
-    return Figure(name=f"changed-{role}", **said, draw=draw, height=2.8)
+    said = {"role": role, **{name: values.mean() for name, values in shares.items()}} if pruned else {}
+    return [Figure.of(f"changed-{role}", "changed", draw, height=2.8, said=said)] if pruned else []
 
 
-def _fluctuation(views: Sequence[GroupView]) -> Figure:
-    """Fluctuation against importance, removed units apart."""
-    role = views[0].role
-    mean, kept = _joined(views, "fused"), _joined(views, "kept")
-    spread = np.sqrt(_joined(views, "fluctuation"))
+def _fluctuation(role: str, joined: Mapping[str, FloatArray]) -> Figure:
+    mean, kept, spread = joined["fused"], joined["kept"], np.sqrt(joined["fluctuation"])
     chosen = np.random.default_rng(0).permutation(len(mean))[:POINTS]
 
     def draw(axis: Any) -> None:
@@ -134,8 +126,7 @@ def _fluctuation(views: Sequence[GroupView]) -> Figure:
             axis.scatter(mean[here], spread[here], label=label, **style)
         axis.set(xlabel="fused importance", ylabel="fluctuation (deviation)", xscale="log", yscale="log")
 
-    said = caption("fluctuation", role=role, points=len(chosen))
-    return Figure(name=f"fluctuation-{role}", **said, draw=draw)
+    return Figure.of(f"fluctuation-{role}", "fluctuation", draw, said={"role": role, "points": len(chosen)})
 
 
 def trail(candidates: Sequence[tuple[str, float]]) -> Figure:
@@ -151,8 +142,8 @@ def trail(candidates: Sequence[tuple[str, float]]) -> Figure:
         scale = "log" if max(losses) > 20 * min(losses) else "linear"
         axis.set(xlabel="KL to the dense model, nats per token", xscale=scale)
 
-    said = caption("trail", count=len(names), best=names[0], loss=losses[0])
-    return Figure(name="trail", **said, draw=draw, height=rows_height(len(names)))
+    said = {"count": len(names), "best": names[0], "loss": losses[0]}
+    return Figure.of("trail", "trail", draw, rows=len(names), said=said)
 
 
 def accuracy(tasks: Mapping[str, Mapping[str, TaskResult]]) -> Figure:
@@ -166,14 +157,14 @@ def accuracy(tasks: Mapping[str, Mapping[str, TaskResult]]) -> Figure:
             values, errors = zip(*((found[name].acc, found[name].acc_stderr) for name in first), strict=True)
             colour = COLOURS[index % len(COLOURS)]
             axis.bar(places, values, width, yerr=errors, label=model, capsize=3, color=colour, ecolor=INK)
-        axis.set_xticks(np.arange(len(first)), list(first))
+        axis.set_xticks(np.arange(len(first)), list(map(printable, first)))
         for place, task in enumerate(first.values()):
             label = {} if place else {"label": "chance"}
             axis.plot([place - 0.45, place + 0.45], [task.chance] * 2, linestyle=":", color=INK, **label)
         axis.grid(visible=False, axis="x")
         axis.set(ylabel="accuracy")
 
-    return Figure(name="accuracy", **caption("accuracy", models=tasks, tasks=first), draw=draw)
+    return Figure.of("accuracy", "accuracy", draw, said={"models": tasks, "tasks": first})
 
 
 def speeds(models: Mapping[str, ModelSpeed]) -> Figure:
@@ -182,8 +173,6 @@ def speeds(models: Mapping[str, ModelSpeed]) -> Figure:
     found = {phase: {name: getattr(one, phase) for name, one in models.items()} for phase in ("prefill", "decode")}
 
     def draw(axis: Any) -> None:
-        from matplotlib.ticker import FuncFormatter
-
         # prefill is many times quicker than decode, so each is shown relative to the first model
         for index, model in enumerate(models):
             places = np.arange(len(found)) + (index - (len(models) - 1) / 2) * 0.8 / len(models)
@@ -192,27 +181,25 @@ def speeds(models: Mapping[str, ModelSpeed]) -> Figure:
             label_bars(axis, bars, [f"{values[model]:,.0f}/s" for values in found.values()])
         name_rows(axis, list(found))
         axis.margins(x=0.12)
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} x"))
+        axis.xaxis.set_major_formatter("{x:g} x")
         axis.set(xlabel=f"speed / {base}")
 
-    return Figure(name="speed", **caption("speeds", speeds=found), draw=draw, height=rows_height(2 * len(models)))
+    return Figure.of("speed", "speeds", draw, rows=2 * len(models), said={"speeds": found})
 
 
 def stages(costs: Sequence[StageRecord]) -> Figure:
     """Seconds and peak memory of each stage."""
-    memory = [cost.peak_resident_bytes / 1e9 for cost in costs]
+    seconds, memory = zip(*((cost.seconds, cost.peak_resident_bytes / 1e9) for cost in costs), strict=True)
 
     def draw(axis: Any) -> None:
-        bars = axis.barh(range(len(costs)), [cost.seconds for cost in costs], color=COLOURS[0])
-        labels = [f"{cost.seconds:,.1f} s, {size:.1f} GB" for cost, size in zip(costs, memory, strict=True)]
-        label_bars(axis, bars, labels)
+        bars = axis.barh(range(len(costs)), seconds, color=COLOURS[0])
+        label_bars(axis, bars, [f"{time:,.1f} s, {size:.1f} GB" for time, size in zip(seconds, memory, strict=True)])
         name_rows(axis, [cost.name for cost in costs])
         axis.margins(x=0.22)
         axis.set(xlabel="seconds")
 
-    seconds = sum(cost.seconds for cost in costs)
-    said = caption("stages", count=len(costs), seconds=seconds, gigabytes=max(memory))
-    return Figure(name="stages", **said, draw=draw, height=rows_height(len(costs)))
+    said = {"count": len(costs), "seconds": sum(seconds), "gigabytes": max(memory)}
+    return Figure.of("stages", "stages", draw, rows=len(costs), said=said)
 
 
 def losses(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
@@ -225,4 +212,4 @@ def losses(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
             axis.plot(steps, values, style, color=colour, label=label, markersize=4)
         axis.set(xlabel="step", ylabel="loss, nats per token")
 
-    return Figure(name="losses", **caption("losses", curves=curves), draw=draw)
+    return Figure.of("losses", "losses", draw, said={"curves": curves})

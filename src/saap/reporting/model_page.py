@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from saap.core.evaluation_records import Comparison, EvalReport
-from saap.core.manifest import RunManifest
-from saap.core.storage import TrailEntry, read_plan_document
+from saap.core.manifest import RunManifest, StageRecord
+from saap.core.storage import read_plan_document
 from saap.reporting import model_figures as drawn
-from saap.reporting.comparison import ratio_section
+from saap.reporting.comparison_page import ratio_section
 from saap.reporting.figures import Figure, words
-from saap.reporting.importance import Agreement, GroupView, PlanGroup, agreement, plan_groups, read_views
+from saap.reporting.importance import ModuleScores, PlanGroup, plan_groups, read_modules
 from saap.reporting.page import Page, Section
 from saap.reporting.sections import environment_section, evaluation_sections
-from saap.reporting.tables import Table, number
+from saap.reporting.tables import number
 from saap.settings.prune import FusionScope
 
 ENOUGH = 200
@@ -34,17 +35,17 @@ def model_page(
     plan = read_plan_document(plan_file)
     groups = plan_groups(plan, plan_file)
     scope = manifest.settings.get("fusion_scope", FusionScope.LAYER_ROLE)
-    views = read_views(scores_file, groups, scope) if scores_file.is_file() else []
-    commands = [manifest.command, *(report.command for report in reports)]
+    modules = read_modules(scores_file, groups, scope) if scores_file.is_file() else []
+    measured = [(entry.name, entry.loss) for entry in plan.trail if entry.loss is not None]
     sections = [
         _structure_section([group for group in groups.values() if group.layer >= 0], plan.dropped_blocks),
-        *([_importance_section(views)] if views else []),
-        *_search_sections(plan.trail),
+        *([_importance_section(modules)] if modules else []),
+        *([_search_section(measured)] if measured else []),
         *([] if comparison is None else [ratio_section(comparison)]),
         *evaluation_sections(reports),
         *_recovery_sections(manifest),
-        _stages_section(manifest),
-        environment_section(commands, manifest.versions, manifest.settings),
+        _stages_section(manifest.stages),
+        environment_section(manifest, reports),
     ]
     title = f"{folder.name}, pruned by saap"
     return Page(title=title, summary=words("model_summary", m=manifest), tiles=_tiles(manifest), sections=sections)
@@ -65,12 +66,12 @@ def _tiles(manifest: RunManifest) -> list[tuple[str, str]]:
 
 def _structure_section(groups: Sequence[PlanGroup], dropped: Sequence[int]) -> Section:
     by_role: dict[str, list[PlanGroup]] = {}
+    by_layer: defaultdict[int, dict[str, str]] = defaultdict(dict)
     for group in groups:
         by_role.setdefault(group.role, []).append(group)
+        by_layer[group.layer][group.role] = f"{group.kept} of {group.of}"
     pruned = [role for role, same in by_role.items() if any(group.kept < group.of for group in same)]
-    cells = {(group.layer, group.role): f"{group.kept} of {group.of}" for group in groups}
-    layers = sorted({group.layer for group in groups})
-    rows = [[str(layer), *(cells.get((layer, role), "") for role in by_role)] for layer in layers]
+    rows = [[str(layer), *(cells.get(role, "") for role in by_role)] for layer, cells in sorted(by_layer.items())]
     return Section(
         name="structure",
         title="What is kept",
@@ -80,76 +81,61 @@ def _structure_section(groups: Sequence[PlanGroup], dropped: Sequence[int]) -> S
     )
 
 
-def _importance_section(views: Sequence[GroupView]) -> Section:
+def _importance_section(modules: Sequence[ModuleScores]) -> Section:
     """What the scores of each role say, one module a layer."""
     by_role = {
-        role: sorted({view.layer: view for view in views if view.role == role}.values(), key=lambda view: view.layer)
-        for role in dict.fromkeys(view.role for view in views)
+        role: sorted({one.layer: one for one in modules if one.role == role}.values(), key=lambda one: one.layer)
+        for role in dict.fromkeys(one.role for one in modules)
     }
     figures: list[Figure] = []
-    if any(view.fluctuation.any() for view in views):
-        found = {role: [agreement(view) for view in same] for role, same in by_role.items()}
+    units = {role: f"{sum(len(one.fused) for one in same):,}" for role, same in by_role.items()}
+    if any(one.fluctuation.any() for one in modules):
         said = words("two_scores")
-        means = [[role, _units(same), *_cells(found[role])] for role, same in by_role.items()]
-        columns = list(next(iter(found.values()))[0])
+        means = [[role, units[role], *_means(same)] for role, same in by_role.items()]
+        columns = list(modules[0].agreement)
         tables = [("Do the scores agree? Means over the layers", (["role", "units", *columns], means))]
         for role, same in by_role.items():
-            if sum(len(view.fused) for view in same) >= ENOUGH:
-                figures += drawn.importance_figures(same, found[role])
-                table = ["layer", "kept", *columns], [_layer_row(*both) for both in zip(same, found[role], strict=True)]
-                tables.append((f"{role} units, layer by layer", table))
+            if sum(len(one.fused) for one in same) >= ENOUGH:
+                figures += drawn.importance_figures(role, same)
+                rows = [[str(one.layer), f"{one.kept.sum():,} of {len(one.kept):,}", *_means([one])] for one in same]
+                tables.append((f"{role} units, layer by layer", (["layer", "kept", *columns], rows)))
     else:  # one score a unit, without a spread over the samples
-        said, tables = words("one_score"), [("The scores", _score_table(by_role))]
+        said, rows = words("one_score"), []
+        for role, same in by_role.items():
+            quantiles = np.percentile(np.concatenate([one.element for one in same]), (10, 50, 90))
+            rows.append([role, units[role], *(f"{value:.3g}" for value in quantiles)])
+        tables = [("The scores", (["role", "units", "tenth", "median", "nine tenths"], rows))]
     title = "Importance of every unit"
     return Section(name="importance", title=title, paragraphs=[said], figures=figures, tables=tables)
 
 
-def _units(views: Sequence[GroupView]) -> str:
-    return f"{sum(len(view.fused) for view in views):,}"
-
-
-def _layer_row(view: GroupView, found: Agreement) -> list[str]:
-    return [str(view.layer), f"{int(view.kept.sum()):,} of {len(view.kept):,}", *_cells([found])]
-
-
-def _cells(found: Sequence[Agreement]) -> list[str]:
+def _means(modules: Sequence[ModuleScores]) -> list[str]:
     """Means over modules of what is a number: a correlation, or a share of changed units."""
     cells = []
-    for column in found[0]:
-        known = [value for one in found if (value := one[column]) is not None and np.isfinite(value)]
+    for column in modules[0].agreement:
+        known = [value for one in modules if (value := one.agreement[column]) is not None and np.isfinite(value)]
         mean = float(np.mean(known)) if known else None
         is_share = mean is not None and column.startswith("fused, not")
         cells.append(f"{mean:.0%}" if is_share else number(mean, 2))
     return cells
 
 
-def _score_table(by_role: Mapping[str, Sequence[GroupView]]) -> Table:
-    rows = []
-    for role, same in by_role.items():
-        quantiles = np.percentile(np.concatenate([view.element for view in same]), (10, 50, 90))
-        rows.append([role, _units(same), *(f"{value:.3g}" for value in quantiles)])
-    return ["role", "units", "tenth", "median", "nine tenths"], rows
-
-
-def _search_sections(trail: Sequence[TrailEntry]) -> list[Section]:
-    measured = [(entry.name, entry.loss) for entry in trail if entry.loss is not None]
-    title = "How the structure was found"
-    if not measured:
-        return []
-    section = Section(name="search", title=title, paragraphs=[words("search")], figures=[drawn.trail(measured)])
-    return [section]
+def _search_section(measured: Sequence[tuple[str, float]]) -> Section:
+    figures, title = [drawn.trail(measured)], "How the structure was found"
+    return Section(name="search", title=title, paragraphs=[words("search")], figures=figures)
 
 
 def _recovery_sections(manifest: RunManifest) -> list[Section]:
     """The loss curve and the answers before and after, where a recovery left them in the manifest."""
     sections = []
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for point in () if manifest.recovery is None else manifest.recovery.curve:
-        for value, label in ((point.loss, "training"), (point.validation, "validation")):
-            if value is not None:
-                curves.setdefault(label, []).append((point.step, value))
-    if curves:
-        sections.append(Section(name="recovery", title="Recovery, step by step", figures=[drawn.losses(curves)]))
+    points = () if manifest.recovery is None else manifest.recovery.curve
+    curves = {
+        "training": [(point.step, point.loss) for point in points],
+        "validation": [(point.step, point.validation) for point in points if point.validation is not None],
+    }
+    if points:
+        figure = drawn.losses({label: curve for label, curve in curves.items() if curve})
+        sections.append(Section(name="recovery", title="Recovery, step by step", figures=[figure]))
     answers = {} if manifest.answers is None else manifest.answers.model_dump()
     prompt = answers.pop("prompt", "")
     texts = tuple((name, text) for name, text in answers.items() if text)
@@ -158,13 +144,8 @@ def _recovery_sections(manifest: RunManifest) -> list[Section]:
     return sections
 
 
-def _stages_section(manifest: RunManifest) -> Section:
-    costs = manifest.stages
+def _stages_section(costs: Sequence[StageRecord]) -> Section:
     rows = [[cost.name, f"{cost.seconds:.1f}", f"{cost.peak_resident_bytes / 1e9:.2f}"] for cost in costs]
-    return Section(
-        name="stages",
-        title="Time and memory",
-        figures=[drawn.stages(costs)] if costs else [],
-        tables=[("The same in numbers", (["stage", "seconds", "memory, GB"], rows))],
-        fold_tables=True,
-    )
+    tables = [("The same in numbers", (["stage", "seconds", "memory, GB"], rows))]
+    figures = [drawn.stages(costs)] if costs else []
+    return Section(name="stages", title="Time and memory", figures=figures, tables=tables, fold_tables=True)

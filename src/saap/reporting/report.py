@@ -15,7 +15,7 @@ from saap.core.errors import EvaluationError, OutputError
 from saap.core.evaluation_records import COMPARISON, Comparison, EvalReport
 from saap.core.manifest import read_manifest
 from saap.core.storage import faults_of, write_whole
-from saap.reporting.comparison import comparison_page
+from saap.reporting.comparison_page import comparison_page
 from saap.reporting.figures import slug, write_figures
 from saap.reporting.model_page import model_page
 from saap.reporting.page import Page, render

@@ -8,11 +8,20 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saap.core.evaluation_records import EvalReport, GenerationReport, ModelSpeed, Perplexity, SpeedReport, TaskResult
+from saap.core.evaluation_records import (
+    Comparison,
+    EvalReport,
+    GenerationReport,
+    ModelSpeed,
+    Perplexity,
+    SpeedReport,
+    TaskResult,
+)
+from saap.core.manifest import RunManifest
 from saap.reporting import model_figures
 from saap.reporting.figures import words
 from saap.reporting.page import Section
-from saap.reporting.tables import names_apart, number, short
+from saap.reporting.tables import accuracy, names_apart, number, short
 
 MEASURES = (
     ("distinct_1", "distinct words, %", 100), ("distinct_2", "distinct pairs, %", 100),
@@ -29,14 +38,14 @@ def evaluation_sections(reports: Sequence[EvalReport]) -> list[Section]:
     for label, part in zip(_labels(parts), parts, strict=True):
         perplexity[label] |= part.perplexity
         tasks[label] |= part.tasks
-    generations = [_generation_section(report.generation) for report in reports if report.generation is not None]
-    sections = [
-        _perplexity_section(perplexity),
-        _task_section({model: found for model, found in tasks.items() if found}),
-        *generations,
+    tested = {model: found for model, found in tasks.items() if found}
+    generations = [report.generation for report in reports if report.generation is not None]
+    return [
+        *([_perplexity_section(perplexity)] if any(perplexity.values()) else []),
+        *([_task_section(tested)] if tested else []),
+        *(_generation_section(one) for one in generations if one.figures or one.samples.get("greedy")),
         *(_speed_section(report.speed) for report in reports if report.speed is not None),
     ]
-    return [section for section in sections if section is not None]
 
 
 def _labels(measured: Sequence[EvalReport | ModelSpeed]) -> list[str]:
@@ -46,32 +55,27 @@ def _labels(measured: Sequence[EvalReport | ModelSpeed]) -> list[str]:
     return names_apart(models if alike else [(short(name), revision) for name, revision in models])
 
 
-def _perplexity_section(found: Mapping[str, Mapping[str, Perplexity]]) -> Section | None:
+def _perplexity_section(found: Mapping[str, Mapping[str, Perplexity]]) -> Section:
     texts = list(dict.fromkeys(text for values in found.values() for text in values))
     rows = [
         [model, *(number(values[text].value, 2) if text in values else "" for text in texts)]
         for model, values in found.items()
     ]
     tables = [("Lower is better", (["model", *map(short, texts)], rows))]
-    return Section(name="perplexity", title="Perplexity", tables=tables) if texts else None
+    return Section(name="perplexity", title="Perplexity", tables=tables)
 
 
-def _task_section(tested: Mapping[str, Mapping[str, TaskResult]]) -> Section | None:
-    if not tested:
-        return None
+def _task_section(tested: Mapping[str, Mapping[str, TaskResult]]) -> Section:
     names = list(next(iter(tested.values())))
     common = {model: tasks for model, tasks in tested.items() if list(tasks) == names}
-    rows = [
-        [name, *(f"{tasks[name].acc:.3f} ± {tasks[name].acc_stderr:.3f}" for tasks in common.values())]
-        for name in names
-    ]
+    rows = [[name, *(accuracy(tasks[name]) for tasks in common.values())] for name in names]
     return Section(
         name="tasks", title="Questions answered without examples", figures=[model_figures.accuracy(common)],
         tables=[("Accuracy and standard error", (["task", *common], rows))],
     )  # fmt: skip
 
 
-def _generation_section(generation: GenerationReport) -> Section | None:
+def _generation_section(generation: GenerationReport) -> Section:
     """What the models wrote, measured and side by side."""
     rows = [
         [f"{name}, {mode}", *(number(getattr(figures[mode], key), 1, factor) for key, _, factor in MEASURES)]
@@ -92,9 +96,7 @@ def _generation_section(generation: GenerationReport) -> Section | None:
     ]
     caption = "What was written: variety, repetition, and how likely the dense model finds it"
     tables = [(caption, (["model, mode", *(label for _, label, _ in MEASURES)], rows))] if rows else []
-    title = "Answers side by side"
-    section = Section(name="answers", title=title, paragraphs=said, tables=tables, answers=answers)
-    return section if rows or answers else None
+    return Section(name="answers", title="Answers side by side", paragraphs=said, tables=tables, answers=answers)
 
 
 def _speed_section(speed: SpeedReport) -> Section:
@@ -103,26 +105,23 @@ def _speed_section(speed: SpeedReport) -> Section:
     models = dict(zip(_labels(measured), measured, strict=True))
     rows = [
         [name, number(one.prefill, 1), number(one.decode, 1), f"{one.bytes_per_token:,}"]
-        for name, one in zip(_labels(measured), measured, strict=True)
+        for name, one in models.items()
     ]
     table = ["model", "prefill", "decode", "bytes read per written token"], rows
     tables = [(words("speed_table", speed=speed), table)]
     return Section(name="speed", title="Speed", figures=[model_figures.speeds(models)], tables=tables)
 
 
-def environment_section(
-    commands: Sequence[Sequence[str]], versions: Mapping[str, str], settings: Mapping[str, Any]
-) -> Section:
-    """Commands, settings and versions. commands: arguments of `saap`."""
-    chosen = [[name, _plain(value)] for name, value in settings.items() if value is not None]
+def environment_section(made: Comparison | RunManifest, reports: Sequence[EvalReport]) -> Section:
+    """Commands, settings and versions."""
+    commands = [made.command, *(report.command for report in reports)]
+    settings = [[name, _plain(value)] for name, value in made.settings.items() if value is not None]
+    versions = [[name, version] for name, version in made.versions.items()]
     return Section(
         name="environment",
         title="How to do it again",
         code="\n".join(f"saap {shlex.join(command)}" for command in commands if command),
-        tables=[
-            ("Settings", (["setting", "value"], chosen)),
-            ("Versions", (["package", "version"], [[name, value] for name, value in versions.items()])),
-        ],
+        tables=[("Settings", (["setting", "value"], settings)), ("Versions", (["package", "version"], versions))],
     )
 
 

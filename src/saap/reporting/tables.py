@@ -1,4 +1,4 @@
-"""A comparison as rows of text: one table, as CSV, Markdown and LaTeX."""
+"""Tables as rows of text, written as CSV, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from saap.core.evaluation_records import TaskResult
 from saap.core.storage import write_whole
 
 Table = tuple[list[str], list[list[str]]]
 """Headings and rows."""
 
-_LATEX = {
+_LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#",
     "$": r"\$", "±": r"$\pm$", "{": r"\{", "}": r"\}",
-}  # fmt: skip
+})  # fmt: skip
 
 
 def number(value: float | None, digits: int = 3, factor: float = 1) -> str:
@@ -25,6 +26,11 @@ def number(value: float | None, digits: int = 3, factor: float = 1) -> str:
     if value is None or not math.isfinite(factor * value):
         return ""
     return f"{factor * value:.{digits}f}" if abs(factor * value) < 1000 else f"{factor * value:.2e}"
+
+
+def accuracy(result: TaskResult) -> str:
+    """Accuracy and standard error of a task."""
+    return f"{result.acc:.3f} ± {result.acc_stderr:.3f}"
 
 
 def short(text: str) -> str:
@@ -44,9 +50,7 @@ def names_apart(models: Sequence[tuple[str, str | None]]) -> list[str]:
 def to_csv(table: Table) -> str:
     """Comma-separated values with a heading line."""
     content = io.StringIO()
-    writer = csv.writer(content, lineterminator="\n")
-    writer.writerow(table[0])
-    writer.writerows(table[1])
+    csv.writer(content, lineterminator="\n").writerows([table[0], *table[1]])
     return content.getvalue()
 
 
@@ -62,19 +66,13 @@ def to_markdown(table: Table) -> str:
 
 def to_latex(table: Table) -> str:
     """A `tabular` with rules of the package booktabs."""
-
-    def escaped(cell: str) -> str:
-        return "".join(_LATEX.get(character, character) for character in " ".join(cell.split()))
-
-    def line(cells: Sequence[str]) -> str:
-        return " & ".join(map(escaped, cells)) + r" \\" + "\n"
-
-    columns = "l" + "r" * (len(table[0]) - 1)
-    body = "".join(map(line, table[1]))
-    return (
-        rf"\begin{{tabular}}{{{columns}}}" + "\n\\toprule\n" + line(table[0]) + "\\midrule\n" + body
-        + "\\bottomrule\n\\end{tabular}\n"
-    )  # fmt: skip
+    headings, *rows = (
+        " & ".join(" ".join(cell.split()).translate(_LATEX) for cell in cells) + r" \\"
+        for cells in (table[0], *table[1])
+    )
+    begin = r"\begin{tabular}{l" + "r" * (len(table[0]) - 1) + "}"
+    lines = [begin, r"\toprule", headings, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(lines) + "\n"
 
 
 WRITERS = {"csv": to_csv, "md": to_markdown, "tex": to_latex}

@@ -6,18 +6,10 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from saap.core.errors import ConfigurationError
-from saap.settings.prune import (
-    BOS,
-    GGUF_TYPE,
-    GgufType,
-    MethodChoice,
-    PruneConfig,
-    check_gguf_type,
-)
+from saap.settings.prune import BOS, GGUF_TYPE, GgufType, MethodChoice, PruneConfig, check_gguf_type
 from saap.settings.recover import DENSE_CODE, DENSE_REVISION
 from saap.settings.registry import ExportFormat, Method, RuntimeName
-from saap.settings.setting import AtLeast1, Commas, Different, Flag, Names, Only, Ratio, Seed, Settings, Source
+from saap.settings.setting import AtLeast1, Commas, Different, Flag, Only, Ratio, Seed, Settings, Source, Texts
 
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The seven tasks of the SAAP paper, by the names of lm-evaluation-harness; `paper` stands for them."""
@@ -43,7 +35,7 @@ class SpeedSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_gguf_type(self)
+        check_gguf_type(self.gguf_type, self.runtime)
         return self
 
 
@@ -55,14 +47,7 @@ class EvalRequest(Settings):
     """
 
     texts: Annotated[
-        tuple[str, ...],
-        Names,
-        perplexity_flag(
-            "Text to read, repeatable: wikitext2, ptb, c4, bundled, or a file.",
-            flag="--perplexity",
-            metavar="NAME|FILE",
-            repeat=True,
-        ),
+        Texts, perplexity_flag("Text to read, repeatable: wikitext2, ptb, c4, bundled, or a file.", flag="--perplexity")
     ] = ()
     window: Annotated[int, Field(ge=2), perplexity_flag("Tokens of each window that perplexity is measured in.")] = 512
     stride: Annotated[
@@ -84,13 +69,11 @@ class EvalRequest(Settings):
     ] = None
     limit: Annotated[int | None, tasks_flag("Only the first N questions of each task.")] = None
     rounded: Annotated[
-        bool,
-        tasks_flag(
-            "Round products to bfloat16 while tasks are scored, which can be quicker.",
-            name="rounded_tasks",
+        bool, tasks_flag(
+            "Round products to bfloat16 while tasks are scored, which can be quicker.", name="rounded_tasks",
             aliases=("rounded",),
         ),
-    ] = False
+    ] = False  # fmt: skip
     prompts: Annotated[
         Source | None,
         writing_flag("Prompts in place of the bundled ones: .txt, or .jsonl with prompt, answer.", metavar="FILE"),
@@ -100,14 +83,11 @@ class EvalRequest(Settings):
         Path | None, writing_flag("Conversations (.jsonl with messages) to measure answers of.", metavar="FILE")
     ] = None
     dense: Annotated[
-        Source | None,
-        dense_flag(
-            "The dense model to compare with.",
-            old=("against",),
-            metavar="MODEL",
+        Source | None, dense_flag(
+            "The dense model to compare with.", old=("against",), metavar="MODEL",
             default="generation and speed: the one MODEL was pruned from",
         ),
-    ] = None
+    ] = None  # fmt: skip
     dense_revision: Annotated[str | None, dense_flag(DENSE_REVISION, default="as MODEL's manifest says")] = None
     dense_trust_remote_code: Annotated[bool, dense_flag(DENSE_CODE)] = False
     speed: Annotated[
@@ -125,16 +105,13 @@ class EvalRequest(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.stride is not None and self.stride > self.window:
-            raise ConfigurationError(
-                f"--stride {self.stride} does not fit --window {self.window}", f"Give 1 to {self.window}"
-            )
+            raise ValueError(f"--stride {self.stride} does not fit --window {self.window}", f"Give 1 to {self.window}")
         return self
 
     @property
     def names_nothing(self) -> bool:
         """Whether there is nothing to measure."""
-        measured = (self.texts, self.tasks, self.prompts, self.chat, self.speed)
-        return not any(measured)
+        return not any((self.texts, self.tasks, self.prompts, self.chat, self.speed))
 
 
 class GenerationSettings(Settings):
@@ -144,10 +121,6 @@ class GenerationSettings(Settings):
     temperature: Annotated[float, Field(ge=0), writing_flag("0: always the most likely token; above: sampled.")] = 0.0
     seed: Annotated[Seed, writing_flag("Seed of the sampling.")] = 0
     chat: Annotated[bool, writing_flag("Use the chat template, or continue the text itself.")] = True
-
-
-def _no_ratios(given: Any) -> Any:
-    return () if given == "none" else given
 
 
 def _restorations(given: Any) -> Any:
@@ -179,32 +152,21 @@ class CompareRequest(Settings):
         PruneConfig,
         Only(
             (
-                "pruning_ratios",
-                "calibration",
-                "samples",
-                "sample_length",
-                "refit_tokens",
-                "bos",
-                "roles",
-                "align",
+                "pruning_ratios", "calibration", "samples", "sample_length", "refit_tokens", "bos", "roles", "align",
                 "effort",
             ),
             {"pruning_ratios": "0.1,0.2,0.3"},
         ),
-    ]
+    ]  # fmt: skip
     seeds: Annotated[
         tuple[Seed, ...], Commas, Different, compared_flag("Seeds of the calibration samples.", metavar="N[,N...]")
     ] = (0,)
     restorations: Annotated[
-        tuple[bool, ...],
-        BeforeValidator(_restorations),
-        compared_flag(
-            "Least-squares reconstruction by saap, for every method: both, yes or no.",
-            name="restore",
-            metavar="both|yes|no",
-            default="both",
+        tuple[bool, ...], BeforeValidator(_restorations), compared_flag(
+            "Least-squares reconstruction by saap, for every method: both, yes or no.", name="restore",
+            metavar="both|yes|no", default="both",
         ),
-    ] = (False, True)
+    ] = (False, True)  # fmt: skip
     evaluation: Annotated[
         EvalRequest,
         Only(
@@ -214,7 +176,7 @@ class CompareRequest(Settings):
     task_ratios: Annotated[
         tuple[Ratio, ...] | None,
         Commas,
-        BeforeValidator(_no_ratios),
+        BeforeValidator(lambda given: () if given == "none" else given),
         compared_flag("Run the tasks at these ratios only, or `none`.", metavar="R[,R...]", default="at all"),
     ] = None
 

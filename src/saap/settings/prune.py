@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Protocol, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from saap.core.errors import ConfigurationError
 from saap.core.roles import Layout, Role
 from saap.settings.registry import Importance, Method, RuntimeName, Strategy
 from saap.settings.setting import (
@@ -17,12 +16,13 @@ from saap.settings.setting import (
     Bytes,
     Commas,
     Different,
+    Filled,
     Flag,
-    Names,
     Parameters,
     Ratio,
     Seed,
     Settings,
+    Texts,
 )
 
 target_flag = partial(Flag, panel="Target")
@@ -165,22 +165,11 @@ EFFORTS: dict[Effort, EffortSettings] = {
 }
 
 
-class MeasuredIn(Protocol):
-    """Settings that say where speed is measured."""
-
-    @property
-    def runtime(self) -> RuntimeName: ...  # noqa: D102
-    @property
-    def gguf_type(self) -> GgufType: ...  # noqa: D102
-
-
-def check_gguf_type(settings: MeasuredIn) -> None:
-    """Refuse a type of GGUF weights for a runtime that reads none. Raises ConfigurationError."""
-    if settings.gguf_type is not GgufType.F16 and settings.runtime is not RuntimeName.LLAMA_CPP:
-        raise ConfigurationError(
-            f"--gguf-type is of files for llama.cpp, not of {settings.runtime}",
-            "Add --runtime llama.cpp, or leave it out",
-        )
+def check_gguf_type(gguf_type: GgufType, runtime: RuntimeName) -> None:
+    """Refuse a type of GGUF weights for a runtime that reads none. Raises ValueError."""
+    if gguf_type is not GgufType.F16 and runtime is not RuntimeName.LLAMA_CPP:
+        problem = f"--gguf-type is of files for llama.cpp, not of {runtime}"
+        raise ValueError(problem, "Add --runtime llama.cpp, or leave it out")
 
 
 class PruneConfig(Settings):
@@ -213,14 +202,7 @@ class PruneConfig(Settings):
     gguf_type: Annotated[GgufType, target_flag(GGUF_TYPE, old=("quantization",))] = GgufType.F16
     plan: Annotated[Path | None, target_flag("A plan.json to carry out, edited or not.", metavar="FILE")] = None
     calibration: Annotated[
-        tuple[str, ...],
-        Names,
-        Field(min_length=1),
-        text_flag(
-            "Text to calibrate on, repeatable: .txt, .jsonl, a bundled name or a data set.",
-            metavar="NAME|FILE",
-            repeat=True,
-        ),
+        Texts, Filled, text_flag("Text to calibrate on, repeatable: .txt, .jsonl, a bundled name or a data set.")
     ] = ("mixed",)
     samples: Annotated[int, Field(ge=2), text_flag("Calibration samples for the scores.", name="num_samples")] = 50
     sample_length: Annotated[int, Field(ge=8), text_flag("Tokens of each calibration sample.")] = 128
@@ -234,10 +216,7 @@ class PruneConfig(Settings):
         Layout, search_flag("adaptive: each layer its own sizes; uniform: equal sizes, opens as the stock class.")
     ] = Layout.ADAPTIVE
     roles: Annotated[
-        tuple[PrunableRole, ...],
-        Commas,
-        Field(min_length=1),
-        search_flag("What may be removed.", metavar="ROLE[,ROLE...]"),
+        tuple[PrunableRole, ...], Commas, Filled, search_flag("What may be removed.", metavar="ROLE[,ROLE...]")
     ] = (PrunableRole.FFN, PrunableRole.ATTENTION)
     skip_layers: Annotated[
         SkipLayers | None,
@@ -270,63 +249,43 @@ class PruneConfig(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         targets = {
-            "--pruning-ratio": bool(self.pruning_ratios),
-            "--target-params": self.target_parameters is not None,
-            "--target-size": self.target_bytes is not None,
-            "--target-speedup": self.target_speedup is not None,
-            "--plan": self.plan is not None,
-        }
-        given = [name for name, is_given in targets.items() if is_given]
-        if len(given) != 1:
-            problem = f"{' and '.join(given)} were given together" if given else "no target was given"
-            raise ConfigurationError(problem, f"Give exactly one of {', '.join(targets)}")
-        if self.skip_layers is not None and self.layout is Layout.UNIFORM and self.skip_layers != SkipLayers():
-            raise ConfigurationError(
+            "--pruning-ratio": self.pruning_ratios, "--target-params": self.target_parameters,
+            "--target-size": self.target_bytes, "--target-speedup": self.target_speedup, "--plan": self.plan,
+        }  # fmt: skip
+        given = [flag for flag, value in targets.items() if value not in (None, ())]
+        fast, roles = self.target_speedup is not None, set(self.roles)
+        untimed = [role for role in (PrunableRole.HIDDEN, PrunableRole.EXPERT) if role in roles]
+        rules = {"--strategy": self.strategy is Strategy.ADAPTIVE, "--importance": self.importance is Importance.FUSED}
+        changed = [flag for flag, is_default in rules.items() if not is_default]
+        faults = (
+            (
+                len(given) != 1, f"{' and '.join(given)} were given together" if given else "no target was given",
+                f"Give exactly one of {', '.join(targets)}",
+            ), (
+                self.layout is Layout.UNIFORM and self.skip_layers not in (None, SkipLayers()),
                 "--skip-layers cannot be combined with --layout uniform, where all layers share their sizes",
                 "Leave out one of the two",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_heads(self) -> Self:
-        if {PrunableRole.ATTENTION, PrunableRole.QUERY} <= set(self.roles):
-            raise ConfigurationError(
+            ), (
+                {PrunableRole.ATTENTION, PrunableRole.QUERY} <= roles,
                 "The roles attention and query cannot be combined: a KV group is removed with its query heads",
                 "Name one of the two in --roles",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_runtime(self) -> Self:
-        if self.target_speedup is None and self.model_fields_set & {"runtime", "gguf_type"}:
-            raise ConfigurationError("--runtime and --gguf-type measure nothing by themselves", "Add --target-speedup")
-        check_gguf_type(self)
-        return self
-
-    @model_validator(mode="after")
-    def _check_speedup(self) -> Self:
-        if self.target_speedup is None:
-            return self
-        unmeasured = [role for role in (PrunableRole.HIDDEN, PrunableRole.EXPERT) if role in self.roles]
-        if unmeasured:
-            raise ConfigurationError(
-                f"--target-speedup cannot be combined with the role {unmeasured[0]}, whose time is not measured",
+            ), (
+                not fast and self.model_fields_set & {"runtime", "gguf_type"},
+                "--runtime and --gguf-type measure nothing by themselves", "Add --target-speedup",
+            ), (
+                fast and untimed,
+                f"--target-speedup cannot be combined with the role {' or '.join(untimed)}, whose time is not measured",
                 "Use --roles ffn,attention,block, or --pruning-ratio",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_method(self) -> Self:
-        own = {
-            "--strategy": self.strategy is not Strategy.ADAPTIVE,
-            "--importance": self.importance is not Importance.FUSED,
-        }
-        given = [name for name, is_given in own.items() if is_given]
-        if self.method is not Method.SAAP and given:
-            raise ConfigurationError(
-                f"--method {self.method} has rules of its own, so {' and '.join(given)} cannot be chosen",
+            ), (
+                self.method is not Method.SAAP and changed,
+                f"--method {self.method} has rules of its own, so {' and '.join(changed)} cannot be chosen",
                 "Leave out one of the two",
-            )
+            ),
+        )  # fmt: skip
+        for holds, problem, remedy in faults:
+            if holds:
+                raise ValueError(problem, remedy)
+        check_gguf_type(self.gguf_type, self.runtime)
         return self
 
     @property

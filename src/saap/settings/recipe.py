@@ -7,17 +7,32 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from saap.core.errors import ConfigurationError
 from saap.settings.measure import EvalRequest, ExportRequest
 from saap.settings.prune import PruneConfig
-from saap.settings.recover import RecoverConfig
+from saap.settings.recover import RecoverConfig, check_alignment
 from saap.settings.setting import Flag, Settings, faults, settings_of
 
 LARGEST_BYTES = 1_000_000
 THE_MODEL = "${model}"
-_STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _file_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ValueError("is no name for a file", "Use letters and digits")
+    return name
+
+
+def _given_names(given: Any) -> Any:
+    """Settings by names; a name without any, as `--set` leaves it, is none."""
+    named = {} if given is None else given
+    return {str(key): one for key, one in named.items() if one is not None} if isinstance(named, dict) else given
+
+
+_FileName = Annotated[str, AfterValidator(_file_name)]
+_Named = BeforeValidator(_given_names)
 
 
 class ReportRequest(Settings):
@@ -43,16 +58,11 @@ class Recipe(Settings):
     dtype: str = "auto"
     prune: PruneConfig | None = None
     recover: RecoverConfig | None = None
-    eval: dict[str, EvalRequest] = Field(default_factory=dict)
-    export: dict[str, ExportRequest] = Field(default_factory=dict)
+    eval: Annotated[dict[_FileName, EvalRequest], _Named] = Field(default_factory=dict)
+    export: Annotated[dict[_FileName, ExportRequest], _Named] = Field(default_factory=dict)
     report: ReportRequest | None = None
 
 
-_SECTIONS: Mapping[str, type[Settings]] = {
-    "prune": PruneConfig, "recover": RecoverConfig, "eval": EvalRequest, "export": ExportRequest,
-    "report": ReportRequest,
-}  # fmt: skip
-_NAMED = ("eval", "export")
 _WithDense = TypeVar("_WithDense", RecoverConfig, EvalRequest)
 
 
@@ -99,32 +109,29 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
 def recipe_from(tree: Mapping[str, Any], where: str) -> Recipe:
     """A recipe from plain data. where: names it in refusals. Raises ConfigurationError."""
     tree = _with_model(tree, tree.get("model"))
-    wrong: list[str] = []
-    sections: dict[str, Any] = {}
-    for name, kind in _SECTIONS.items():
-        given = tree.get(name)
-        if given is None:
-            continue
-        if name not in _NAMED:
-            sections[name] = _checked(kind, given, name, where, wrong)
-        elif not isinstance(given, Mapping):
-            wrong.append(f"{name}: give names, each with settings of its own")
-        else:
-            wrong += [f"{name}.{key}: no name for a file" for key in given if not _STEP_NAME.fullmatch(str(key))]
-            sections[name] = {
-                str(key): _checked(kind, one, f"{name}.{key}", where, wrong)
-                for key, one in given.items()
-                if one is not None
-            }
-    rest = {key: value for key, value in tree.items() if key not in _SECTIONS}
-    whole = _checked(Recipe, rest, "", where, wrong)
-    if wrong:
-        raise ConfigurationError(f"{where} is no recipe that can be run ({'; '.join(wrong)})", "Correct these entries")
-    recipe: Recipe = whole.model_copy(update=sections)
+    _warn_of_old_names(Recipe, tree, where)
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        wrong = [f"{problem}, {remedy[:1].lower()}{remedy[1:]}" for problem, remedy in faults(error, Recipe, tree)]
+        raise ConfigurationError(
+            f"{where} is no recipe that can be run ({'; '.join(wrong)})", "Correct these entries"
+        ) from None
     _check_together(recipe, where)
     evals = {name: _with_own_dense(recipe, request, request.dense) for name, request in recipe.eval.items()}
     tuning = recipe.recover and _with_own_dense(recipe, recipe.recover, recipe.recover.teacher)
     return recipe.model_copy(update={"eval": evals, "recover": tuning})
+
+
+def _warn_of_old_names(kind: type[Settings], given: Any, where: str, within: str = "") -> None:
+    for setting in settings_of(kind) if isinstance(given, Mapping) else ():
+        for name in {*setting.names} & {*given}:
+            if message := setting.renamed(name, within):
+                warnings.warn(f"{where}: {message}", FutureWarning, stacklevel=2)
+            inside = {"": given[name]} if not setting.several else given[name]
+            if setting.inner is not None and isinstance(inside, Mapping):
+                for key, one in inside.items():
+                    _warn_of_old_names(setting.inner, one, where, f"{within}{name}.{key}{'.' * bool(key)}")
 
 
 def _with_own_dense(recipe: Recipe, section: _WithDense, dense: str | None) -> _WithDense:
@@ -157,15 +164,12 @@ def _put(tree: dict[str, Any], setting: str) -> None:
     if not mark or not all(names):
         raise ConfigurationError(f"--set {setting!r} is not understood", "Write it like prune.num_samples=20")
     inner = tree
-    for depth, name in enumerate(names[:-1]):
-        found = inner.get(name)
-        if found is None:
-            found = inner[name] = {}
-        elif not isinstance(found, dict):
-            raise ConfigurationError(
-                f"--set {setting!r} goes inside {'.'.join(names[: depth + 1])}, which is a value", "Set that itself"
-            )
-        inner = found
+    for depth, name in enumerate(names[:-1], start=1):
+        inner[name] = {} if inner.get(name) is None else inner[name]
+        inner = inner[name]
+        if not isinstance(inner, dict):
+            inside = ".".join(names[:depth])
+            raise ConfigurationError(f"--set {setting!r} goes inside {inside}, which is a value", "Set that itself")
     inner[names[-1]] = _parsed(text, f"The value of --set {setting!r}")
 
 
@@ -177,31 +181,6 @@ def _with_model(value: Any, model: Any) -> Any:
     return model if value == THE_MODEL else value
 
 
-def _checked(kind: type[Settings], given: Any, place: str, where: str, wrong: list[str]) -> Any:
-    """The section as `kind`; what is wrong with it is added to `wrong`."""
-    if not isinstance(given, Mapping):
-        wrong.append(f"{place}: give settings such as {settings_of(kind)[0].name}, each on a line of its own")
-        return None
-    within = f"{place}." if place else ""
-    for setting in settings_of(kind):
-        for old in {*setting.old} & {*given}:
-            message = (
-                f"{where}: {within}{old} is now {within}{setting.name}; the old name will be gone in the next release"
-            )
-            warnings.warn(message, FutureWarning, stacklevel=2)
-    try:
-        return kind.model_validate(dict(given))
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{where}{', ' * bool(place)}{place}: {error.offender}", error.remedy) from None
-    except ValidationError as error:
-        wrong += [
-            f"{within}{problem}, {remedy[:1].lower()}{remedy[1:]}" for problem, remedy in faults(error, kind, given)
-        ]
-    except RecursionError:
-        wrong.append(f"{place or 'file'}: it contains itself")
-    return None
-
-
 def _check_together(recipe: Recipe, where: str) -> None:
     steps = (recipe.prune, recipe.recover, recipe.eval, recipe.export)
     if not any(steps):
@@ -211,9 +190,5 @@ def _check_together(recipe: Recipe, where: str) -> None:
     for name, request in recipe.eval.items():
         if request.names_nothing:
             raise ConfigurationError(f"{where}, eval.{name} measures nothing", "Give texts, tasks, prompts or speed")
-    pruning, tuning = recipe.prune, recipe.recover
-    if pruning is not None and tuning is not None and pruning.align % tuning.group_size:
-        raise ConfigurationError(
-            f"{where}: prune.align {pruning.align} gives sizes that recover.group_size {tuning.group_size} does not "
-            "divide", f"Set prune.align to {tuning.group_size} or a multiple of it",
-        )  # fmt: skip
+    if recipe.prune is not None and recipe.recover is not None:
+        check_alignment(recipe.prune.align, recipe.recover.group_size, "prune.align")

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from saap.core.errors import ConfigurationError
 from saap.settings.prune import BOS
-from saap.settings.setting import AtLeast1, Flag, Names, Positive, Seed, Settings, Source, one_of
+from saap.settings.setting import AtLeast1, Filled, Flag, Positive, Seed, Settings, Source, Texts, one_of
 
 DEFAULT_MINUTES = 20.0
 LEGAL_BITS = (2, 3, 4, 8)
@@ -40,14 +40,7 @@ class RecoverConfig(Settings):
     """
 
     data: Annotated[
-        tuple[str, ...],
-        Names,
-        Field(min_length=1),
-        data_flag(
-            "Text to learn from, repeatable: .txt, .jsonl with text, instructions or chats.",
-            metavar="NAME|FILE",
-            repeat=True,
-        ),
+        Texts, Filled, data_flag("Text to learn from, repeatable: .txt, .jsonl with text, instructions or chats.")
     ] = ("mixed",)
     tuning: Annotated[
         Tuning, quantised_flag("groupwise: adapters on quantised weights; lora: plain LoRA in full precision.")
@@ -111,7 +104,7 @@ class RecoverConfig(Settings):
     def _check_tuning(self) -> Self:
         for flag, given in (("--error-feedback", self.error_feedback), ("--shard", self.shard)):
             if given and self.tuning is Tuning.LORA:
-                raise ConfigurationError(
+                raise ValueError(
                     f"{flag} is about quantised layers, which plain LoRA has not", "Leave out one of the two"
                 )
         return self
@@ -121,3 +114,12 @@ class RecoverConfig(Settings):
         """The limit in minutes; the default where no limit of any kind was given."""
         no_limit = self.max_steps is None and self.max_tokens is None and self.max_minutes is None
         return DEFAULT_MINUTES if no_limit else self.max_minutes
+
+
+def check_alignment(align: int, group_size: int, name: str = "--align") -> None:
+    """Refuse kept sizes that groups of weights do not divide. name: of the alignment. Raises ConfigurationError."""
+    if align % group_size:
+        raise ConfigurationError(
+            f"{name} {align} gives sizes that groups of {group_size} do not divide",
+            f"Use {name} {group_size} or a multiple of it",
+        )

@@ -8,6 +8,7 @@ from saap.settings.setting import Bytes, Flag, Settings
 
 OUTPUT = "Output"
 result_flag = partial(Flag, panel="Result")
+out_flag = partial(result_flag, short="-o", aliases=("out",))
 model_flag = partial(Flag, panel="Model and device")
 output_flag = partial(Flag, panel=OUTPUT)
 
@@ -20,9 +21,7 @@ class RunOptions(Settings):
     candidates, and the model writes no text of its own to be calibrated on.
     """
 
-    out: Annotated[
-        Path | None, result_flag("Folder to write.", name="output_dir", short="-o", aliases=("out",), metavar="DIR")
-    ] = None
+    out: Annotated[Path | None, out_flag("Folder to write.", name="output_dir", metavar="DIR")] = None
     overwrite: Annotated[bool, result_flag("Replace the folder if it exists.")] = False
     work_dir: Annotated[
         Path | None, result_flag("Where finished stages are kept.", metavar="DIR", default="OUTPUT_DIR.saap-work")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -32,8 +31,7 @@ class Flag:
     help: one line. panel: the heading of the help under which it stands. name: in recipes, in Python and, with dashes,
     on the command line; None for the field's own. flag: on the command line, where that is another. short: one letter.
     aliases: further names that stay; old: names that warn, as does the field's own where `name` is another.
-    metavar, default: how value and default are shown, where type and default don't say it. repeat: given once for each
-    of several values.
+    metavar, default: how value and default are shown, where type and default don't say it.
     """
 
     help: str = ""
@@ -46,7 +44,6 @@ class Flag:
     old: tuple[str, ...] = ()
     metavar: str | None = None
     default: str | None = None
-    repeat: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,53 +56,36 @@ class Only:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A field of a model, by all its names. name: in recipes and Python. flag: on the command line, with dashes."""
+    """A field of a model, by all its names.
+
+    name: in recipes and in Python. flag: on the command line. old: names of earlier releases. names, flags: all that a
+    value may be given by, today's first. kind: the type of the value, or of each of several, without None. inner: that,
+    if it is settings of its own. only: which fields of those are taken together with this one, None for none. several:
+    whether the value is a tuple of values, or a mapping to them. repeat: whether the flag is given once for each of
+    them, rather than with a list. metavar: how the value of the flag is shown, None where the type says it.
+    """
 
     field: str
     info: FieldInfo
     shown: Flag
+    name: str
+    flag: str
+    old: tuple[str, ...]
+    names: tuple[str, ...]
+    flags: tuple[str, ...]
+    kind: type[Any]
+    inner: type[Settings] | None
+    only: Only | None
+    several: bool
+    repeat: bool
+    metavar: str | None
 
-    @property
-    def name(self) -> str:
-        """The name in recipes and in Python."""
-        return self.shown.name or self.field
-
-    @property
-    def flag(self) -> str:
-        """The name on the command line."""
-        return self.shown.flag or "--" + self.name.replace("_", "-")
-
-    @property
-    def old(self) -> tuple[str, ...]:
-        """Names of earlier releases."""
-        own = () if self.field in (self.name, *self.shown.aliases) else (self.field,)
-        return tuple(dict.fromkeys([*own, *self.shown.old]))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every name that a value may be given by."""
-        return (self.name, self.field, *self.shown.aliases, *self.old)
-
-    @property
-    def kind(self) -> type[Any]:
-        """The type of the value, or of each of several; without None."""
-        found: type[Any] = _kind(self.info.annotation)
-        return found
-
-    @property
-    def inner(self) -> type[BaseModel] | None:
-        """The model of a value, or of each of several, that has settings of its own."""
-        return self.kind if isinstance(self.kind, type) and issubclass(self.kind, BaseModel) else None
-
-    @property
-    def only(self) -> Only | None:
-        """Which fields of the model inside are taken together with this one; None for none."""
-        return next((note for note in self.info.metadata if isinstance(note, Only)), None)
-
-    @property
-    def several(self) -> bool:
-        """Whether the value is a tuple of values."""
-        return any(get_origin(part) is tuple for part in _alternatives(self.info.annotation))
+    def renamed(self, name: str, within: str = "") -> str:
+        """What to say of a name or flag of an earlier release, '' of others. within: what stands before both names."""
+        if name.lstrip("-").replace("-", "_") not in self.old:
+            return ""
+        today = self.flag if name.startswith("-") else self.name
+        return f"{within}{name} is now {within}{today}; the old name will be gone in the next release"
 
 
 class Settings(BaseModel):
@@ -117,7 +97,8 @@ class Settings(BaseModel):
         try:
             super().__init__(**given)
         except ValidationError as error:
-            raise _refusal(error, type(self), given) from None
+            problems, remedies = zip(*faults(error, type(self), given, as_flags=True), strict=True)
+            raise ConfigurationError("; ".join(problems), ". ".join(remedies)) from None
 
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # models inside models are read without it
 
@@ -127,34 +108,47 @@ class Settings(BaseModel):
         if not isinstance(given, Mapping):
             return given
         fields: dict[Any, Any] = {name: setting.field for setting in settings_of(cls) for name in setting.names}
-        taken: dict[Any, Any] = {}
-        for name in given:
-            other = taken.setdefault(fields.get(name, name), name)
-            if other != name:
-                raise ConfigurationError(f"{other} and {name} are the same setting", "Give one of the two")
-        return {fields.get(name, name): value for name, value in given.items()}
+        found = {name: fields.get(name, name) for name in given}
+        check_once(found)
+        return {field: given[name] for name, field in found.items()}
+
+
+def check_once(meant: Mapping[str, Hashable]) -> None:
+    """Raise ValueError if two names mean the same setting. meant: what each given name stands for."""
+    taken: dict[Hashable, str] = {}
+    for name, what in meant.items():
+        other = taken.setdefault(what, name)
+        if other != name:
+            kind = "flag" if name.startswith("--") else "setting"
+            raise ValueError(f"{other} and {name} are the same {kind}", "Give one of the two")
 
 
 @cache
-def settings_of(model: type[BaseModel], only: tuple[str, ...] = ()) -> tuple[Setting, ...]:
+def settings_of(model: type[Settings], only: tuple[str, ...] = ()) -> tuple[Setting, ...]:
     """The fields of a model in order, or only those."""
-    return tuple(
-        Setting(field=name, info=info, shown=next((part for part in info.metadata if isinstance(part, Flag)), Flag()))
-        for name, info in model.model_fields.items()
-        if not only or name in only
-    )
+    return tuple(_setting(name, info) for name, info in model.model_fields.items() if not only or name in only)
 
 
-def models_of(function: Callable[..., Any]) -> dict[str, tuple[type[Settings], Only]]:
-    """The parameters of a function that are settings, and which of their fields it takes."""
-    found = {}
-    for name, declared in inspect.signature(function, eval_str=True).parameters.items():
-        kind, *notes = (
-            get_args(declared.annotation) if get_origin(declared.annotation) is Annotated else (declared.annotation,)
-        )
-        if isinstance(kind, type) and issubclass(kind, Settings):
-            found[name] = kind, next((note for note in notes if isinstance(note, Only)), Only())
-    return found
+def _setting(field: str, info: FieldInfo) -> Setting:
+    shown = next((note for note in info.metadata if isinstance(note, Flag)), Flag())
+    name = shown.name or field
+    flag = shown.flag or _dashed(name)
+    old = tuple(dict.fromkeys([field, *shown.old] if field not in (name, *shown.aliases) else shown.old))
+    origins = [get_origin(part) for part in _alternatives(info.annotation)]
+    several = tuple in origins or dict in origins
+    kind = _kind(info.annotation)
+    validators = [note for note in info.metadata if isinstance(note, BeforeValidator)]
+    return Setting(
+        field=field, info=info, shown=shown, name=name, flag=flag, old=old, names=(name, field, *shown.aliases, *old),
+        flags=(flag, *map(_dashed, (*shown.aliases, *old))), kind=kind,
+        inner=kind if isinstance(kind, type) and issubclass(kind, Settings) else None,
+        only=next((note for note in info.metadata if isinstance(note, Only)), None), several=several,
+        repeat=several and validators in ([], [Names]), metavar="NAME|FILE" if Names in validators else shown.metavar,
+    )  # fmt: skip
+
+
+def _dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _alternatives(annotation: Any) -> list[Any]:
@@ -167,47 +161,67 @@ def _alternatives(annotation: Any) -> list[Any]:
 
 def _kind(annotation: Any) -> Any:
     first = _alternatives(annotation)[0]
-    return _kind(get_args(first)[0]) if get_origin(first) is tuple else first
+    several = {tuple: 0, dict: -1}.get(get_origin(first))
+    return first if several is None else _kind(get_args(first)[several])
 
 
 # How a wrong value is refused.
 
 
 def faults(
-    error: ValidationError, model: type[BaseModel], given: Mapping[str, Any], *, as_flags: bool = False
+    error: ValidationError, model: type[Settings], given: Mapping[str, Any], *, as_flags: bool = False
 ) -> Iterator[tuple[str, str]]:
     """What is wrong and what to do about it, once for each wrong value.
 
-    as_flags: fields are called by their flags, else by their path in a recipe.
+    as_flags: fields are called by their flags, and models not at all; else both by their path in a recipe.
     """
     for fault in error.errors():
-        owner, setting, names = _place(model, fault["loc"])
+        owner, setting, names, whole = _place(model, fault["loc"], given)
         name = setting.flag if as_flags and setting is not None else ".".join(names)
         if fault["type"] == "extra_forbidden":
-            known = [other for one in settings_of(owner) for other in one.names]
-            near = get_close_matches(str(fault["loc"][-1]), known, n=1)
-            canonical = next((one.name for one in settings_of(owner) if near and near[0] in one.names), None)
-            yield f"{name} is unknown", f"Did you mean {canonical}?" if canonical else "Leave it out"
+            near = get_close_matches(
+                str(fault["loc"][-1]), [other for one in settings_of(owner) for other in one.names], 1
+            )
+            meant = next((one.name for one in settings_of(owner) if near and near[0] in one.names), None)
+            yield f"{name} is unknown", f"Did you mean {meant}?" if meant else "Leave it out"
         elif fault["type"] == "missing":
             yield f"{name} is missing", "Give it a value"
+        elif fault["type"] == "value_error" and isinstance(fault["input"], Mapping):
+            problem, remedy = fault["ctx"]["error"].args
+            yield problem if as_flags or not name else f"{name}: {problem}", remedy
+        elif fault["type"] == "model_type" and not as_flags:
+            first, *_ = settings_of(owner if setting is None or setting.inner is None else setting.inner)
+            yield f"{name}: give settings such as {first.name}", "Each on a line of its own"
+        elif fault["type"] == "dict_type":
+            yield f"{name}: give names", "Each with settings of its own"
         else:
-            whole = next((given[other] for other in setting.names if other in given), None) if setting else None
             problem, remedy = _said(fault, whole)
             yield f"{name} {problem}", remedy
 
 
-def _place(model: type[BaseModel], location: Sequence[int | str]) -> tuple[type[BaseModel], Setting | None, list[str]]:
-    """The model that a location lies in, its field, and the names on the way; not into models of a list."""
+def _place(
+    model: type[Settings], location: Sequence[int | str], given: Any
+) -> tuple[type[Settings], Setting | None, list[str], Any]:
+    """The model that a location lies in, its field, the names on the way, and what was given there.
+
+    Not into models of a list.
+    """
     owner, names = model, list[str]()
     setting: Setting | None = None
     for part in location:
-        if setting is not None and setting.several:
+        several = setting is not None and setting.several
+        if part == "[key]" or (several and isinstance(part, int)):
             break
-        inner = None if setting is None else setting.inner
-        owner = owner if inner is None else inner
-        setting = next((one for one in settings_of(owner) if one.field == part), None)
-        names.append(str(part) if setting is None else setting.name)
-    return owner, setting, names
+        known: tuple[str, ...] = (str(part),)
+        if several and setting is not None and setting.inner is not None:
+            owner, setting = setting.inner, None  # `part` is a name of the user's
+        else:
+            owner = owner if setting is None or setting.inner is None else setting.inner
+            setting = next((one for one in settings_of(owner) if one.field == part), None)
+            known = known if setting is None else setting.names
+        names.append(known[0])
+        given = next((given[name] for name in known if name in given), None) if isinstance(given, Mapping) else None
+    return owner, setting, names, given
 
 
 def _said(fault: ErrorDetails, whole: Any) -> tuple[str, str]:
@@ -235,13 +249,6 @@ def _said(fault: ErrorDetails, whole: Any) -> tuple[str, str]:
     if kind.startswith(("int", "float")):
         return f"{quoted} is not a number", "Write a whole number" if kind.startswith("int") else "Write it like 0.2"
     return f"{quoted}: {fault['msg'][:1].lower()}{fault['msg'][1:]}", "Correct it"
-
-
-def _refusal(error: ValidationError, model: type[BaseModel], given: Mapping[str, Any]) -> ConfigurationError:
-    found = list(faults(error, model, given, as_flags=True))
-    if len(found) == 1:
-        return ConfigurationError(*found[0])
-    return ConfigurationError("; ".join(problem for problem, _ in found), ". ".join(remedy for _, remedy in found))
 
 
 # Types of values that several models share.
@@ -290,9 +297,12 @@ def one_of(*legal: int) -> AfterValidator:
 
 Commas = BeforeValidator(_parts)
 Names = BeforeValidator(_one_or_several)
+Texts = Annotated[tuple[str, ...], Names]
+"""Names of texts, or files."""
 Different = AfterValidator(_different)
 Source = Annotated[str, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)]
 """A model or a file by its name or path."""
+Filled = Field(min_length=1)
 AtLeast1 = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]

@@ -9,11 +9,10 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from saap.core.records import IntArray, ModelGraph, UnitScores
+from saap.core.records import FloatArray, IntArray, ModelGraph
 from saap.models.structure.keep_index import sole_consumers, unit_channels
 from saap.models.structure.least_squares import removal_order
 from saap.models.structure.linear import weight_out_in
@@ -36,7 +35,7 @@ class SecondOrder:
     """
 
     grams: Mapping[str, Tensor]
-    scores: Mapping[str, UnitScores]
+    scores: Mapping[str, FloatArray]
     orders: Mapping[str, IntArray]
 
 
@@ -110,9 +109,7 @@ class WeightedGrams(Observer):
             order, costs = self._removed[path]
             nats = torch.empty_like(costs)
             nats[order] = 0.5 * costs
-            mean = nats.cpu().numpy()
-            scores[group.name] = UnitScores(mean=mean, variance=np.zeros_like(mean))
-            orders[group.name] = order.cpu().numpy()
+            scores[group.name], orders[group.name] = nats.cpu().numpy(), order.cpu().numpy()
         return SecondOrder({self._groups[path].name: gram for path, gram in self._grams.items()}, scores, orders)
 
 

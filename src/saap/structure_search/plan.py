@@ -1,29 +1,41 @@
 """The stage: scores, graph and budget in, structure plan out."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from saap.core.errors import PlanError, TargetError
-from saap.core.records import Candidate, Layout, ModelGraph, Role, StructurePlan, UnitScores, count_parameters
+from saap.core.records import (
+    Candidate,
+    CoupledGroup,
+    Layout,
+    ModelGraph,
+    Role,
+    StructurePlan,
+    UnitScores,
+    count_parameters,
+)
 from saap.core.storage import PlanDocument
-from saap.models.structure.keep_index import KeepIndex, Kept, require_possible
+from saap.models.structure.keep_index import KeepIndex, require_possible
 from saap.settings.prune import PrunableRole, SkipLayers, unit_roles
 from saap.settings.registry import Strategy
-from saap.structure_search.budget import AnyBudget
+from saap.structure_search.budget import AnyBudget, Budget
 from saap.structure_search.problem import (
+    DecisionVariable,
     Evaluator,
     Proposal,
     Scores,
     SearchGuide,
     SearchProblem,
-    build_variables,
     importance_order,
-    required_step,
 )
 from saap.structure_search.strategies import protected_layers
+
+# Fused products over stacked matrices (experts) want rows of whole 16 bytes: 8 numbers of two bytes.
+STACKED_STEP = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +56,59 @@ class SearchSpace:
         return () if self.skip_layers is None else self.skip_layers.layers(len(graph.blocks))
 
 
-def check_reachable(graph: ModelGraph, budget: AnyBudget, space: SearchSpace) -> StructurePlan:
-    """A plan that meets the budget, made without scores. Raises TargetError if there is none."""
+def build_variables(
+    graph: ModelGraph, space: SearchSpace, skipped_layers: Collection[int] = ()
+) -> tuple[DecisionVariable, ...]:
+    """What the search decides: one size for each module outside `skipped_layers`, or for several of them together.
+
+    In the adaptive layout each module has a variable, as have the experts of one module together, whose matrices are
+    stacked; in the uniform layout, which cannot skip layers, all modules of a role share one. FFN and hidden channels
+    stay in multiples of the alignment; attention goes by whole KV groups. Raises TargetError if no group of a role can
+    lose anything.
+    """
+    found: list[DecisionVariable] = []
+    for role in unit_roles(space.roles):
+        bundles: dict[str, list[CoupledGroup]] = {}
+        for group in graph.of_role(role):
+            if group.layer not in skipped_layers:
+                shared = str(role) if space.layout is Layout.UNIFORM else group.bundle or group.name
+                bundles.setdefault(shared, []).append(group)
+        if not bundles:
+            reason = next((refusal.reason for refusal in graph.refused if role.value in refusal.name), "none was found")
+            raise TargetError(
+                f"no {role} groups can be pruned in this model: {reason}", "Leave this role out of --roles"
+            )
+        found += [_variable(graph, groups, space) for groups in bundles.values()]
+    return tuple(found)
+
+
+def _variable(graph: ModelGraph, groups: Sequence[CoupledGroup], space: SearchSpace) -> DecisionVariable:
+    first, role = groups[0], groups[0].role
+    if len({group.units for group in groups}) > 1:
+        raise TargetError(
+            f"the {role} modules of this model differ in size, so one size for all does not exist",
+            "Use --layout adaptive",
+        )
+    step = math.lcm(space.align, _required_step(graph, first)) if role.of_channels else 1
+    sizes: Sequence[int] = range((first.units - 1) // step * step, max(0, first.least - 1), -step)
+    if space.legal_sizes is not None:
+        sizes = [size for size in sizes if size in space.legal_sizes.get(role, ())]
+    return DecisionVariable(
+        role=role, groups=tuple(groups), units=first.units, step=step, sizes=(first.units, *sizes),
+        parameters_per_unit=sum(group.parameters_per_unit(graph.shapes) for group in groups),
+    )  # fmt: skip
+
+
+def _required_step(graph: ModelGraph, group: CoupledGroup) -> int:
+    """Of what number kept units must be a multiple, whatever alignment is requested."""
+    stacked = any(len(graph.shapes[member.tensor]) > 2 and member.axis for member in group.members)
+    return STACKED_STEP if stacked else 1
+
+
+def check_reachable(graph: ModelGraph, budget: AnyBudget | None, space: SearchSpace) -> StructurePlan:
+    """A plan that meets the budget, made without scores; None removes nothing. Raises TargetError if there is none."""
     flat = {group.name: UnitScores(mean=np.ones(group.units), variance=np.zeros(group.units)) for group in graph.groups}
-    return search(graph, flat, budget, space, Strategy.UNIFORM)
+    return search(graph, flat, budget or Budget(removal=0), space, Strategy.UNIFORM)
 
 
 def search(
@@ -67,10 +128,7 @@ def search(
     protects = strategy is not Strategy.ADAPTIVE and space.skip_layers is None and space.layout is Layout.ADAPTIVE
 
     def solved(skipped: Collection[int]) -> tuple[dict[str, tuple[int, ...]], tuple[Candidate, ...]]:
-        variables = build_variables(
-            graph, roles=unit_roles(space.roles), layout=space.layout, align=space.align,
-            skipped_layers={*dropped, *skipped}, legal_sizes=space.legal_sizes,
-        )  # fmt: skip
+        variables = build_variables(graph, space, {*dropped, *skipped})
         proposal: Proposal = strategy.load()(SearchProblem(graph, variables, scores, remaining, dropped, guide))
         return proposal.keep(variables), proposal.trail
 
@@ -102,44 +160,32 @@ def make_plan(
     )  # fmt: skip
 
 
-def complete_plan(graph: ModelGraph, given: PlanDocument) -> StructurePlan:
-    """The plan of a file that lists all kept units. Raises PlanError if it gives the number alone of some."""
-    keep = given.keep(graph)
-    left_open = [name for name, kept in keep.items() if isinstance(kept, int)]
-    if left_open:
-        raise PlanError(f"The units of {left_open[0]} are still to be chosen", "List them as `units`")
-    chosen = {name: kept for name, kept in keep.items() if not isinstance(kept, int)}
-    return make_plan(
-        graph, chosen, given.dropped_blocks, layout=given.layout, strategy=given.strategy, align=given.align,
-        trail=given.candidates,
-    )  # fmt: skip
+def complete_plan(graph: ModelGraph, given: PlanDocument, scores: Scores | None = None) -> StructurePlan:
+    """The plan of a file: one that saap wrote or, with the scores that choose units where it has only a number, edited.
 
-
-def plan_from_counts(
-    graph: ModelGraph, scores: Scores, keep: Mapping[str, Kept], dropped_blocks: Sequence[int], *, layout: Layout,
-    align: int,
-) -> StructurePlan:  # fmt: skip
-    """A plan that a person edited. keep: units by group, or a number of units that the scores' order fills.
-
-    Raises PlanError where the model cannot lose what the plan leaves out.
+    Raises PlanError where the model cannot lose what the plan leaves out, or units are still to be chosen.
     """
-    orders, groups = importance_order(scores), {group.name: group for group in graph.groups}
+    orders, groups = importance_order(scores or {}), {group.name: group for group in graph.groups}
     chosen: dict[str, tuple[int, ...]] = {}
-    for name, kept in keep.items():
+    for name, kept in given.keep(graph).items():
         if isinstance(kept, int):
-            order = orders[name][::-1] if name in orders else np.arange(groups[name].units if name in groups else 0)
+            if scores is None:
+                raise PlanError(f"The units of {name} are still to be chosen", "List them as `units`")
+            order = orders[name][::-1] if name in orders else np.arange(groups[name].units)
             kept = order[:kept].tolist()
         chosen[name] = tuple(sorted(kept))
-    require_possible(graph, chosen, dropped_blocks)
-    for name, kept in chosen.items():
-        count, step, units = keep[name], required_step(graph, groups[name]), groups[name].units
-        if isinstance(count, int) and count != len(kept):
-            raise PlanError(f"The plan keeps {count} units of {name}, which has {units}", "Keep no more of them")
-        if len(kept) < units and len(kept) % step:
+    require_possible(graph, chosen, given.dropped_blocks)
+    for name, units in chosen.items():
+        step = _required_step(graph, groups[name])
+        if len(units) < groups[name].units and len(units) % step:
             raise PlanError(
-                f"The plan keeps {len(kept)} units of {name}, whose matrices are stacked", f"Keep a multiple of {step}"
+                f"The plan keeps {len(units)} units of {name}, whose matrices are stacked", f"Keep a multiple of {step}"
             )
-    return make_plan(graph, chosen, dropped_blocks, layout=layout, strategy="edited plan", align=align)
+    edited = scores is not None
+    return make_plan(
+        graph, chosen, given.dropped_blocks, layout=given.layout, strategy="edited plan" if edited else given.strategy,
+        align=given.align, trail=() if edited else given.candidates,
+    )  # fmt: skip
 
 
 def _blocks_to_drop(

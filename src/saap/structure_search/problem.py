@@ -1,23 +1,14 @@
-"""What a strategy solves: decision variables, each a number of units to keep, and a budget that they must meet.
+"""What a strategy solves: decision variables, each a number of units to keep, and a budget that they must meet."""
 
-In the adaptive layout each module has a variable, as have the experts of one module together, whose matrices are
-stacked; in the uniform layout all modules of a role share one, since they share their size.
-"""
-
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from saap.core.errors import TargetError
-from saap.core.records import Candidate, CoupledGroup, FloatArray, IntArray, Layout, ModelGraph, Role, UnitScores
+from saap.core.records import Candidate, CoupledGroup, FloatArray, IntArray, ModelGraph, Role, UnitScores
 from saap.models.walk.backend import Progress, silent
 from saap.structure_search.budget import AnyBudget, TimeBudget
 from saap.structure_search.costs import SecondOrder
-
-# Fused products over stacked matrices (experts) want rows of whole 16 bytes: 8 numbers of two bytes.
-STACKED_STEP = 8
 
 Scores = Mapping[str, UnitScores]
 Orders = Mapping[str, IntArray]
@@ -45,57 +36,6 @@ class DecisionVariable:
     def of_heads(self) -> bool:
         """Whether it is attention, by whole KV groups or by query heads."""
         return self.role in (Role.ATTENTION, Role.QUERY)
-
-
-def build_variables(
-    graph: ModelGraph, *, roles: Iterable[Role], layout: Layout, align: int, skipped_layers: Collection[int] = (),
-    legal_sizes: Mapping[Role, Collection[int]] | None = None,
-) -> tuple[DecisionVariable, ...]:  # fmt: skip
-    """Variables of the groups of `roles` outside `skipped_layers`.
-
-    align: FFN and hidden channels stay in multiples of it (and of 8 where experts are stacked); attention goes by whole
-    KV groups. The uniform layout cannot skip layers. legal_sizes: the only sizes that groups of a role may have besides
-    their own. Raises TargetError if no group of a role can lose anything.
-    """
-    found: list[DecisionVariable] = []
-    for role in roles:
-        bundles: dict[str, list[CoupledGroup]] = {}
-        for group in graph.of_role(role):
-            if group.layer not in skipped_layers:
-                shared = str(role) if layout is Layout.UNIFORM else group.bundle or group.name
-                bundles.setdefault(shared, []).append(group)
-        if not bundles:
-            reason = next((refusal.reason for refusal in graph.refused if role.value in refusal.name), "none was found")
-            raise TargetError(
-                f"no {role} groups can be pruned in this model: {reason}", "Leave this role out of --roles"
-            )
-        legal = None if legal_sizes is None else legal_sizes.get(role, ())
-        found += [_variable(graph, groups, align, legal) for groups in bundles.values()]
-    return tuple(found)
-
-
-def required_step(graph: ModelGraph, group: CoupledGroup) -> int:
-    """Of what number kept units must be a multiple, whatever alignment is requested."""
-    stacked = any(len(graph.shapes[member.tensor]) > 2 and member.axis for member in group.members)
-    return STACKED_STEP if stacked else 1
-
-
-def _variable(
-    graph: ModelGraph, groups: Sequence[CoupledGroup], align: int, legal: Collection[int] | None
-) -> DecisionVariable:
-    first = groups[0]
-    if len({group.units for group in groups}) > 1:
-        raise TargetError(
-            f"the {first.role} modules of this model differ in size, so one size for all does not exist",
-            "Use --layout adaptive",
-        )
-    step = math.lcm(align, required_step(graph, first)) if first.role.of_channels else 1
-    smaller = range((first.units - 1) // step * step, max(0, first.least - 1), -step)
-    return DecisionVariable(
-        role=first.role, groups=tuple(groups), units=first.units, step=step,
-        sizes=(first.units, *(size for size in smaller if legal is None or size in legal)),
-        parameters_per_unit=sum(group.parameters_per_unit(graph.shapes) for group in groups),
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

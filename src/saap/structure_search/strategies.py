@@ -6,6 +6,7 @@ The two indicators below are our readings of it. The default strategy chooses am
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -66,9 +67,7 @@ def standardised_fluctuation(variance: FloatArray) -> FloatArray:
     variance: (units,), M over samples of the units of one module. Returns (units,).
     """
     spread = variance.std()
-    if spread == 0:
-        return np.zeros_like(variance)
-    return np.asarray((variance - variance.mean()) / spread)
+    return np.asarray((variance - variance.mean()) / spread) if spread > 0 else np.zeros_like(variance)
 
 
 def relative_volatility(mean: FloatArray, variance: FloatArray) -> FloatArray:
@@ -113,42 +112,40 @@ def adaptive(problem: SearchProblem) -> Proposal:
     an evolution from the best candidate, in which a child that is better becomes the parent.
     """
     guide, ranking = problem.guide, _ranking(problem)
-    starts = _starts(problem, ranking)
-    evaluator, evaluations = guide.evaluator, guide.evaluations
-    if evaluator is None or evaluations < 2:
+    starts, evaluator = _starts(problem, ranking), guide.evaluator
+    if evaluator is None or guide.evaluations < 2:
         return starts[0]
     measured: list[tuple[float, Proposal]] = []
 
-    def repeats(proposal: Proposal) -> bool:
-        return any(one.orders is proposal.orders and one.sizes == proposal.sizes for _, one in measured)
-
-    def measure(proposal: Proposal) -> float:
+    def measure(proposal: Proposal) -> float | None:
+        """Its loss; None if it is known already, or no evaluation is left."""
+        known = any(one.orders is proposal.orders and one.sizes == proposal.sizes for _, one in measured)
+        if known or len(measured) >= guide.evaluations:
+            return None
         loss = evaluator(proposal.keep(problem.variables), problem.dropped)
         measured.append((loss, proposal))
-        guide.progress(len(measured), evaluations)
+        guide.progress(len(measured), guide.evaluations)
         return loss
 
-    for start in starts[:evaluations]:
+    for start in starts:
         measure(start)
-    orders = min(measured, key=lambda pair: pair[0])[1].orders
+    orders = min(measured, key=itemgetter(0))[1].orders
     for proposal in _named(problem, orders):
-        if len(measured) < evaluations and not repeats(proposal):
-            measure(proposal)
-    best_loss, best = min(measured, key=lambda pair: pair[0])
+        measure(proposal)
+    best_loss, best = min(measured, key=itemgetter(0))
     pairs = zip(problem.variables, best.sizes, strict=True)
     shares = [max((variable.units - size) / variable.units, LEAST_SHARE) for variable, size in pairs]
     decrements = ranking if ranking is not None and best is starts[0] else problem.by_share(shares)
     generator, parent, failures = np.random.default_rng(guide.seed), np.zeros(WAVES + 1), 0
-    while len(measured) < evaluations and failures < 20:
+    while len(measured) < guide.evaluations and failures < 20:
         genes = parent + generator.normal(0, MUTATION_SCALE, WAVES + 1)
         child = problem.propose(f"evolution {len(measured)}", _mutated(problem, decrements, genes), orders)
-        if repeats(child):
-            failures += 1
-            continue
         loss = measure(child)
-        if loss < best_loss:
+        if loss is None:
+            failures += 1
+        elif loss < best_loss:
             best_loss, best, parent = loss, child, genes
-    trail = sorted((Candidate(name=proposal.name, loss=loss) for loss, proposal in measured), key=lambda c: c.loss)
+    trail = (Candidate(name=proposal.name, loss=loss) for loss, proposal in sorted(measured, key=itemgetter(0)))
     return dataclasses.replace(best, trail=tuple(trail))
 
 
@@ -173,7 +170,7 @@ def _ranking(problem: SearchProblem) -> list[Decrement] | None:
     groups = [group.name for variable in problem.variables for group in variable.groups]
     if costs is None or any(name not in costs.orders for name in groups):
         return None
-    return problem.by_score(lambda name: costs.scores[name].mean[costs.orders[name]])
+    return problem.by_score(lambda name: costs.scores[name][costs.orders[name]])
 
 
 def _starts(problem: SearchProblem, ranking: Sequence[Decrement] | None) -> list[Proposal]:

@@ -13,6 +13,7 @@ from saap.cli.show.output import console_for_tables, one_line
 MEASURES = (
     ("distinct_1", "distinct words (1)"), ("distinct_2", "distinct pairs (2)"), ("distinct_3", "distinct triples (3)"),
     ("repetition", "repeated 4-grams"), ("tokens", "tokens"), ("dense_perplexity", "perplexity under the dense model"),
+    ("dense_perplexity_by_quarter", "  by quarter"), ("repetition_by_quarter", "repeated by quarter"),
 )  # fmt: skip
 
 
@@ -24,24 +25,19 @@ def print_eval(report: Mapping[str, Any]) -> None:
     if report["perplexity"]:
         table = Table("text", "tokens", "window", "perplexity", *(("dense", "ratio") if dense else ()))
         for name, found in report["perplexity"].items():
-            cells = [escape(name), f"{found['tokens']:,}", str(found["window"]), _number(found["value"])]
-            if dense:
-                base = dense["perplexity"][name]["value"]
-                cells += [_number(base), _ratio(found["value"], base)]
-            table.add_row(*cells)
+            base = dense and dense["perplexity"][name]["value"]
+            of_dense = (_number(base), _ratio(found["value"], base)) if dense else ()
+            table.add_row(
+                escape(name), f"{found['tokens']:,}", str(found["window"]), _number(found["value"]), *of_dense
+            )
         console.print(table)
     if report["tasks"]:
-        table = Table(
-            "task", "questions", "acc", "acc_norm", "chance", *(("dense acc", "dense acc_norm") if dense else ())
-        )
+        headings, keys = (("dense acc", "dense acc_norm") if dense else ()), ("acc", "acc_norm")
+        table, both = Table("task", "questions", *keys, "chance", *headings), [report, *([dense] if dense else [])]
         for name, found in report["tasks"].items():
-            cells = [escape(name), str(found["questions"]), _accuracy(found, "acc"), _accuracy(found, "acc_norm")]
-            cells.append(f"{found['chance']:.3f}")
-            if dense:
-                cells += [_accuracy(dense["tasks"][name], "acc"), _accuracy(dense["tasks"][name], "acc_norm")]
-            table.add_row(*cells)
-        means = [report["tasks_mean"], *([dense["tasks_mean"]] if dense else [])]
-        cells = [f"{mean[key]:.3f}" for mean in means for key in ("acc", "acc_norm")]
+            cells = [_accuracy(one["tasks"][name], key) for one in both for key in keys]
+            table.add_row(escape(name), str(found["questions"]), *cells[:2], f"{found['chance']:.3f}", *cells[2:])
+        cells = [f"{one['tasks_mean'][key]:.3f}" for one in both for key in keys]
         table.add_section()
         table.add_row("mean", "", *cells[:2], "", *cells[2:])
         console.print(table)
@@ -63,15 +59,12 @@ def _print_speed(console: Any, found: Mapping[str, Any]) -> None:
     )  # fmt: skip
     for one in (found["against"], found["model"]):
         if one is not None:
-            table.add_row(
-                escape(one["model"]), f"{one['prefill']:.1f}", f"{one['decode']:.1f}", f"{one['bytes_per_token']:,}"
-            )
+            speeds = (f"{one['prefill']:.1f}", f"{one['decode']:.1f}", f"{one['bytes_per_token']:,}")
+            table.add_row(escape(one["model"]), *speeds)
     if found["against"] is not None:
         table.add_section()
-        table.add_row(
-            "faster by", f"{found['prefill_speedup']:.3f}", f"{found['decode_speedup']:.3f}",
-            f"{found['bytes_ratio']:.3f}",
-        )  # fmt: skip
+        quotients = (found[key] for key in ("prefill_speedup", "decode_speedup", "bytes_ratio"))
+        table.add_row("faster by", *(f"{one:.3f}" for one in quotients))
     console.print(table)
     console.print(
         f"{found['prompt_tokens']} tokens read, {found['new_tokens']} written, batch 1; medians of {found['rounds']} "
@@ -84,12 +77,8 @@ def _print_generation(console: Any, found: Mapping[str, Any]) -> None:
     table = Table("what it writes", *found["figures"], *(f"dense, {mode}" for mode in dense))
     columns = [*found["figures"].values(), *dense.values()]
     for key, label in MEASURES:
-        table.add_row(label, *(_number(column[key]) for column in columns))
-    for key, label in (
-        ("dense_perplexity_by_quarter", "  by quarter"),
-        ("repetition_by_quarter", "repeated by quarter"),
-    ):
-        table.add_row(label, *(" ".join(map(_number, column[key] or ())) for column in columns))
+        values = [(column[key] or ()) if key.endswith("quarter") else [column[key]] for column in columns]
+        table.add_row(label, *(" ".join(map(_number, cell)) for cell in values))
     if columns:
         console.print(table)
     if found["token_agreement"] is not None:

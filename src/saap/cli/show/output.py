@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -23,9 +26,10 @@ from rich.table import Table
 
 from saap.core.errors import printable
 from saap.pipeline.shared.progress import Reporter, Silent
+from saap.settings.run import Display
 
 if TYPE_CHECKING:
-    from saap.pipeline.prune.result import PruneReport, PruneResult
+    from saap.pipeline.prune.result import PruneReport
     from saap.pipeline.recover.result import RecoverReport
 
 BAR_WIDTH = 24
@@ -68,14 +72,15 @@ class RichReporter:
         self._progress = progress
         self._task: TaskID | None = None
 
-    def _finish(self) -> None:
+    def close(self) -> None:
+        """Finish the last stage's line."""
         if self._task is not None:
             total = self._progress.tasks[self._task].total or 1
             self._progress.update(self._task, total=total, completed=total)
 
     def stage(self, title: str) -> None:
         """Finish the last stage's line and begin another."""
-        self._finish()
+        self.close()
         self._task = self._progress.add_task(title, total=None)
 
     def advance(self, done: int, total: int) -> None:
@@ -87,31 +92,32 @@ class RichReporter:
         """Print a fact above the bars."""
         self._progress.console.print(f"  {escape(text)}", highlight=False)
 
-    def close(self) -> None:
-        """Finish the last stage's line."""
-        self._finish()
-
 
 @contextmanager
-def make_reporter(*, quiet: bool, to_stderr: bool) -> Iterator[Reporter]:
+def make_reporter(display: Display) -> Iterator[Reporter]:
     """Progress on a terminal, plain lines elsewhere, nothing if quiet; on stderr when stdout carries JSON."""
-    stream = sys.stderr if to_stderr else sys.stdout
-    if quiet:
+    stream = sys.stderr if display.as_json else sys.stdout
+    if display.quiet:
         yield Silent()
     elif stream.isatty():
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(BAR_WIDTH),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            TextColumn("{task.description}"), BarColumn(BAR_WIDTH), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(compact=True),
-        )
+        )  # fmt: skip
         with Progress(*columns, console=Console(file=stream)) as progress:
             reporter = RichReporter(progress)
             yield reporter
             reporter.close()
     else:
         yield PlainReporter(stream)
+
+
+def show(display: Display, data: dict[str, Any] | str, draw: Callable[[], None]) -> None:
+    """Print a result as JSON, draw it, or nothing if quiet. data: or its text."""
+    if display.as_json:
+        print(data if isinstance(data, str) else json.dumps(data, indent=1))
+    elif not display.quiet:
+        draw()
 
 
 def console_for_tables() -> Console:
@@ -124,30 +130,23 @@ def print_structures(shown: Mapping[str, Any]) -> None:
     console = console_for_tables()
     console.print(
         f"{escape(str(shown['model']))}: {shown['parameters']:,} parameters, {shown['block_parameters']:,} of them in "
-        f"{shown['blocks']} decoder blocks",
-        highlight=False,
+        f"{shown['blocks']} decoder blocks"
     )
     table = Table("role", "groups", "units", "parameters / unit")
     table.add_column("member", overflow="fold")
     for heading in ("axis", "width", "side"):
         table.add_column(heading)
     for row in shown["roles"]:
-        for index, member in enumerate(row["members"]):
-            first = index == 0
+        sizes = [row["role"], str(row["groups"]), str(row["units"]), f"{row['parameters_per_unit']:,}"]
+        for member in row["members"]:
             table.add_row(
-                row["role"] if first else "",
-                str(row["groups"]) if first else "",
-                str(row["units"]) if first else "",
-                f"{row['parameters_per_unit']:,}" if first else "",
-                escape(member["tensor"]),
-                str(member["axis"]),
-                str(member["width"]),
-                member["side"],
-                end_section=index == len(row["members"]) - 1,
-            )
+                *sizes, escape(member["tensor"]), str(member["axis"]), str(member["width"]), member["side"],
+                end_section=member is row["members"][-1],
+            )  # fmt: skip
+            sizes = [""] * len(sizes)
     console.print(table)
     for refusal in shown["refused"]:
-        console.print(f"not pruned: {escape(refusal['name'])}: {escape(refusal['reason'])}", highlight=False)
+        console.print(f"not pruned: {escape(refusal['name'])}: {escape(refusal['reason'])}")
 
 
 def print_preview(shown: Mapping[str, Any]) -> None:
@@ -175,51 +174,57 @@ def print_preview(shown: Mapping[str, Any]) -> None:
     console.print("nothing was written.")
 
 
-def print_results(results: Sequence[PruneResult]) -> None:
+def print_results(reports: Sequence[PruneReport]) -> None:
     """The summary of each result."""
     console = console_for_tables()
-    for result in results:
-        _print_report(console, result.report)
+    for report in reports:
+        console.print(f"\n[bold]{escape(report.path or 'pruned model')}[/bold]")
+        table = Table("", "dense", "pruned", "ratio")
+        for label, dense, pruned in (
+            ("parameters", report.parameters_dense, report.parameters),
+            ("in decoder blocks", report.block_parameters_dense, report.block_parameters),
+            (f"bytes ({report.dtype})", report.bytes_dense, report.bytes),
+        ):
+            table.add_row(label, f"{dense:,}", f"{pruned:,}", f"{pruned / dense:.3f}")
+        values = (f"{report.perplexity_dense:.2f}", f"{report.perplexity:.2f}", f"{report.perplexity_ratio:.3f}")
+        table.add_row(f"perplexity ({escape(report.evaluation_text)})", *values)
+        console.print(table)
+        if report.speed is not None:
+            speed = report.speed
+            console.print(
+                f"speed of decoding: {speed['reached']:.2f} of the dense model's, requested {speed['asked']:g}, "
+                f"predicted {speed['predicted']:.2f}; {speed['dense_tokens_per_second']:.1f} -> "
+                f"{speed['tokens_per_second']:.1f} tokens/s in {speed['runtime']} ({speed['weights']}, "
+                f"{speed['threads']} threads)"
+            )
+        console.print("kept units per layer:")
+        for row in report.structure:
+            cells = []
+            for role, kept, units in row.parts:
+                filled = round(BAR_WIDTH * kept / units) if units else 0
+                cells.append(f"{role} {'█' * filled}{'░' * (BAR_WIDTH - filled)} {kept:>5}/{units}")
+            console.print(f"  {row.name:>6}  " + "   ".join(cells))
+        _print_answers(console, report.prompt, {"dense": report.answer_dense, "pruned": report.answer})
+        for finding in report.findings:
+            console.print(f"[yellow]look here:[/yellow] {escape(finding)}")
+        _print_end(console, report)
 
 
-def _print_report(console: Console, report: PruneReport) -> None:
-    console.print()
-    console.print(f"[bold]{escape(report.path or 'pruned model')}[/bold]")
-    table = Table("", "dense", "pruned", "ratio")
-    for label, dense, pruned in (
-        ("parameters", report.parameters_dense, report.parameters),
-        ("in decoder blocks", report.block_parameters_dense, report.block_parameters),
-        (f"bytes ({report.dtype})", report.bytes_dense, report.bytes),
-    ):
-        table.add_row(label, f"{dense:,}", f"{pruned:,}", f"{pruned / dense:.3f}")
-    table.add_row(
-        f"perplexity ({escape(report.evaluation_text)})",
-        f"{report.perplexity_dense:.2f}",
-        f"{report.perplexity:.2f}",
-        f"{report.perplexity_ratio:.3f}",
-    )
-    console.print(table)
-    if report.speed is not None:
-        speed = report.speed
-        console.print(
-            f"speed of decoding: {speed['reached']:.2f} of the dense model's, requested {speed['asked']:g}, predicted "
-            f"{speed['predicted']:.2f}; {speed['dense_tokens_per_second']:.1f} -> {speed['tokens_per_second']:.1f} "
-            f"tokens/s in {speed['runtime']} ({speed['weights']}, {speed['threads']} threads)"
-        )
-    _print_structure(console, report)
-    if report.prompt:
-        console.print(f"prompt: {one_line(report.prompt)}")
-        console.print(f"  dense:  {one_line(report.answer_dense)}")
-        console.print(f"  pruned: {one_line(report.answer)}")
-    for finding in report.findings:
-        console.print(f"[yellow]look here:[/yellow] {escape(finding)}")
-    total = sum(stage.seconds for stage in report.stages)
+def _print_answers(console: Console, prompt: str, answers: Mapping[str, str | None]) -> None:
+    if prompt:
+        console.print(f"prompt: {one_line(prompt)}")
+        width = max(map(len, answers)) + 1
+        for label, answer in answers.items():
+            if answer is not None:
+                console.print(f"  {label + ':':<{width}} {one_line(answer)}")
+
+
+def _print_end(console: Console, report: PruneReport | RecoverReport) -> None:
+    """What the run took, and how its result is opened."""
     peak = max((stage.peak_resident_bytes for stage in report.stages), default=0)
-    console.print(f"took {total:.0f} s, at most {peak / 1e9:.1f} GB of memory")
+    console.print(f"took {sum(stage.seconds for stage in report.stages):.0f} s, at most {peak / 1e9:.1f} GB of memory")
     if report.load_lines:
-        console.print("open it with:")
-        for line in report.load_lines:
-            console.print(f"  {escape(line)}")
+        console.print("open it with:", *(f"  {escape(line)}" for line in report.load_lines), sep="\n")
 
 
 def one_line(text: str) -> str:
@@ -227,21 +232,10 @@ def one_line(text: str) -> str:
     return escape(" ".join(printable(text).split()))
 
 
-def _print_structure(console: Console, report: PruneReport) -> None:
-    """A bar of kept units for each layer and role."""
-    console.print("kept units per layer:")
-    for row in report.structure:
-        cells = []
-        for role, kept, units in row.parts:
-            filled = round(BAR_WIDTH * kept / units) if units else 0
-            cells.append(f"{role} {'█' * filled}{'░' * (BAR_WIDTH - filled)} {kept:>5}/{units}")
-        console.print(f"  {row.name:>6}  " + "   ".join(cells))
-
-
 def print_all_stages(results: Sequence[tuple[PruneReport, RecoverReport]]) -> None:
     """The summary of each result that was pruned and then tuned."""
     for pruned, tuned in results:
-        _print_report(console_for_tables(), pruned.model_copy(update={"path": None, "load_lines": ()}))
+        print_results([pruned.model_copy(update={"path": None, "load_lines": ()})])
         print_recovery(tuned)
 
 
@@ -269,15 +263,41 @@ def print_recovery(report: RecoverReport) -> None:
     )
     packed = f"; packed {report.packed_bytes:,}" if report.packed_bytes is not None else ""
     console.print(f"bytes of the weights: {report.bytes:,} ({report.dtype}){packed}")
-    if report.prompt:
-        console.print(f"prompt: {one_line(report.prompt)}")
-        answers = (("dense", report.answer_dense), ("as it came", report.answer_before), ("recovered", report.answer))
-        for label, answer in answers:
-            if answer:
-                console.print(f"  {label + ':':<11} {one_line(answer)}")
-    peak = max((stage.peak_resident_bytes for stage in report.stages), default=0)
-    console.print(f"took {sum(stage.seconds for stage in report.stages):.0f} s, at most {peak / 1e9:.1f} GB of memory")
-    if report.load_lines:
-        console.print("open it with:")
-        for line in report.load_lines:
-            console.print(f"  {escape(line)}")
+    answers = {"dense": report.answer_dense or None, "as it came": report.answer_before or None}
+    _print_answers(console, report.prompt, {**answers, "recovered": report.answer or None})
+    _print_end(console, report)
+
+
+def print_recipe_preview(shown: Mapping[str, Any]) -> None:
+    """The steps of a dry run."""
+    console = console_for_tables()
+    console.print(f"model: {escape(shown['model'])} ({shown['class']}), {shown['parameters']:,} parameters")
+    for step in shown["steps"]:
+        size = ""
+        if "parameters" in step:
+            share = step["parameters"] / shown["parameters"]
+            size = (
+                f" ({step['parameters']:,} parameters, {share:.1%}; {step['bytes'] / 1e6:,.0f} MB of {step['dtype']})"
+            )
+        elif "speedup" in step:
+            size = f" (decoding {step['speedup']:g} times as fast in {step['runtime']}; its size is found by measuring)"
+        target = f" {escape(step['target'])}" if "target" in step else ""
+        console.print(f"{escape(step['name'])}{target} -> {escape(step['output'])}{size}")
+    console.print("nothing was written.")
+
+
+def print_recipe(done: Mapping[str, Any]) -> None:
+    """The steps of a run and where their outputs lie."""
+    console = console_for_tables()
+    for step in done["steps"]:
+        console.print(f"{escape(step['name'])} ({step['fate']}): {escape(', '.join(step['outputs']))}")
+
+
+def print_comparison(headings: Sequence[str], rows: Sequence[Sequence[str]], written: Iterable[Path]) -> None:
+    """The table of all rows, as wide as it is, and the files that were written."""
+    table = Table(*map(escape, headings), box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console = Console(highlight=False, soft_wrap=True, width=max(80, sum(map(len, headings)) + 40 * 3))
+    console.print(table)
+    print(f"wrote {', '.join(map(str, written))}")

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 _SYSTEM, _USER, _ANSWER, _AGAIN = "\x02system\x02", "\x02user\x02", "\x02answer\x02", "\x02again\x02"
 _CONTEXT_LIMIT = 8192
+_TEMPLATE = (
+    "{{- range $index, $message := .Messages }}"
+    '{{ if eq .Role "system" }}OPENING{{ .Content }}'
+    '{{ else if eq .Role "user" }}{{ if eq $index 0 }}BEFORE{{ else if eq (index $.Messages 0).Role "system" }}'
+    "{{ if eq $index 1 }}AFTER SYSTEM{{ else }}AFTER ANSWER{{ end }}{{ else }}AFTER ANSWER{{ end }}{{ .Content }}"
+    '{{ else if eq .Role "assistant" }}ANSWER{{ .Content }}{{ end }}{{ end }}END'
+)
 
 
 def modelfile(file: Path, tokenizer: Any | None, *, context: int) -> str:
@@ -40,23 +48,11 @@ def chat_template(tokenizer: Any) -> str | None:
         return None
     system = _pieces(tokenizer, [{"role": "system", "content": _SYSTEM}, user], (_SYSTEM, _USER))
     opening, after_system = ("", "") if system is None else system[:2]
-    parts = [
-        '{{- range $index, $message := .Messages }}{{ if eq .Role "system" }}',
-        opening,
-        '{{ .Content }}{{ else if eq .Role "user" }}{{ if eq $index 0 }}',
-        before,
-        '{{ else if eq (index $.Messages 0).Role "system" }}{{ if eq $index 1 }}',
-        after_system,
-        "{{ else }}",
-        after_answer,
-        "{{ end }}{{ else }}",
-        after_answer,
-        '{{ end }}{{ .Content }}{{ else if eq .Role "assistant" }}',
-        to_answer,
-        "{{ .Content }}{{ end }}{{ end }}",
-        end,
-    ]
-    return "".join(parts)
+    in_order = {
+        "OPENING": opening, "AFTER SYSTEM": after_system, "AFTER ANSWER": after_answer, "BEFORE": before,
+        "ANSWER": to_answer, "END": end,
+    }  # fmt: skip
+    return re.sub("|".join(in_order), lambda mark: in_order[mark[0]], _TEMPLATE)
 
 
 def _pieces(tokenizer: Any, messages: Sequence[dict[str, str]], marks: Sequence[str]) -> list[str] | None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
+import numpy as np
 
 from saap.core.errors import ExportError, ModelError
 from saap.export.gguf.architectures import WriterFields
-from saap.export.gguf.fields import Field, read_fields
 from saap.export.source import ExportSource
 from saap.models.loading.references import PACKAGED_MODELS, packaged_file
 
+_TYPES = gguf.GGUFValueType
+_VERSIONS = (2, 3)
 # LLaMA 3, Qwen 2 and the like differ in how many digits make a piece.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|"
@@ -38,7 +41,7 @@ def tokenizer_fields(source: ExportSource, rows: int) -> tuple[WriterFields, str
     if file is not None and source.tokenizer is not None:
         fields = fields_from_gguf(file, source.tokenizer.get_vocab(), rows)
         if fields is not None:
-            return [("key_value", f.key, f.value, f.kind, f.element) for f in fields], file.name
+            return fields, file.name
     made = fields_from_huggingface(source.tokenizer, rows)
     if not all(values for _, values in made if isinstance(values, list)):
         raise ExportError(
@@ -60,19 +63,53 @@ def _source_gguf(source: ExportSource) -> Path | None:
     return Path(base) if base.endswith(".gguf") and Path(base).is_file() else None
 
 
-def fields_from_gguf(path: Path, known: Mapping[str, int], rows: int) -> tuple[Field, ...] | None:
+def fields_from_gguf(path: Path, known: Mapping[str, int], rows: int) -> WriterFields | None:
     """The tokenizer of another GGUF file as it is; None if it is not the model's own.
 
     known: the model's tokens and their ids, all of which the file must have. rows: of the embedding.
     """
     try:
-        fields = tuple(field for field in read_fields(path) if field.key.startswith("tokenizer."))
+        found = {key: (value, *types) for key, value, *types in read_fields(path) if key.startswith("tokenizer.")}
     except (ValueError, KeyError):
         return None
-    tokens = next((field.value for field in fields if field.key == gguf.Keys.Tokenizer.LIST), ())
+    tokens = found.get(gguf.Keys.Tokenizer.LIST, [()])[0]
     if len(tokens) != rows or any(index >= rows or tokens[index] != text for text, index in known.items()):
         return None
-    return fields
+    return [("key_value", key, *field) for key, field in found.items()]
+
+
+def read_fields(path: Path) -> Iterator[tuple[str, Any, Any, Any]]:
+    """Key, value, GGUFValueType, and that of an array's entries (else None), in the order of the file.
+
+    gguf.GGUFReader keeps several arrays for each token, three times the size of the largest tensor of a small model.
+    Raises ValueError if it is no little-endian GGUF file of a known version.
+    """
+    with path.open("rb") as file:
+        magic, version = _values(file, _TYPES.UINT32, 2)
+        _, count = _values(file, _TYPES.UINT64, 2)
+        if magic != gguf.GGUF_MAGIC or version not in _VERSIONS:
+            raise ValueError(f"{path} is no GGUF file of version {' or '.join(map(str, _VERSIONS))}")
+        for _ in range(count):
+            (key,) = _values(file, _TYPES.STRING, 1)
+            kind = _TYPES(*_values(file, _TYPES.UINT32, 1))
+            if kind is _TYPES.ARRAY:
+                element = _TYPES(*_values(file, _TYPES.UINT32, 1))
+                yield key, _values(file, element, *_values(file, _TYPES.UINT64, 1)), kind, element
+            else:
+                yield key, *_values(file, kind, 1), kind, None
+
+
+def _values(file: BinaryIO, kind: Any, count: int) -> list[Any]:
+    if kind is _TYPES.STRING:
+        return [_read(file, *_values(file, _TYPES.UINT64, 1)).decode("utf-8") for _ in range(count)]
+    number = np.dtype(gguf.GGUFReader.gguf_scalar_to_np[kind]).newbyteorder("<")
+    return list(np.frombuffer(_read(file, count * number.itemsize), number).tolist())
+
+
+def _read(file: BinaryIO, count: int) -> bytes:
+    if file.tell() + count > os.fstat(file.fileno()).st_size:
+        raise ValueError("the file ends too early")
+    return file.read(count)
 
 
 def fields_from_huggingface(tokenizer: Any | None, vocabulary: int) -> WriterFields:
@@ -165,21 +202,11 @@ def _pieces(described: Mapping[str, Any], tokens: Sequence[str], merges: Sequenc
     for index, merge in enumerate(merges):
         rank.setdefault(merge.replace(" ", ""), index)
     scores = [-float(rank.get(token, len(merges))) for token in tokens]
-    return [
-        ("tokenizer_model", "llama"),
-        ("tokenizer_pre", "default"),
-        ("token_scores", scores),
-        ("add_space_prefix", _adds_a_space(described)),
-    ]
-
-
-def _adds_a_space(described: Mapping[str, Any]) -> bool:
-    normalizer = described.get("normalizer") or {}
-    steps = [normalizer, *normalizer.get("normalizers", [])]
-    first = described.get("pre_tokenizer") or {}
-    return any(step.get("type") == "Prepend" for step in steps) or (
-        first.get("type") == "Metaspace" and first.get("prepend_scheme", "always") != "never"
-    )
+    normalizer, first = (described.get(name) or {} for name in ("normalizer", "pre_tokenizer"))
+    prepends = any(step.get("type") == "Prepend" for step in (normalizer, *normalizer.get("normalizers", [])))
+    prepends |= first.get("type") == "Metaspace" and first.get("prepend_scheme", "always") != "never"
+    described_so = [("tokenizer_model", "llama"), ("tokenizer_pre", "default")]
+    return [*described_so, ("token_scores", scores), ("add_space_prefix", prepends)]
 
 
 def _special(tokenizer: Any) -> Iterator[tuple[str, Any]]:

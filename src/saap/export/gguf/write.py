@@ -17,7 +17,7 @@ from saap.core.storage import write_whole
 from saap.export.gguf.architectures import WriterFields
 from saap.export.gguf.check import Agreement, check_in_llama_cpp
 from saap.export.gguf.modelfile import modelfile
-from saap.export.gguf.plan import GgufPlan, PlannedTensor, plan_gguf
+from saap.export.gguf.plan import GgufPlan, PlannedTensor
 from saap.export.gguf.tokenizer import tokenizer_fields
 from saap.export.placing import check_file
 from saap.export.source import Exported, ExportSource, Progress
@@ -51,12 +51,13 @@ class GgufExport(Exported):
 
     def as_dict(self) -> dict[str, Any]:
         """The export as JSON-able data."""
-        data, found = Exported.as_dict(self), self.agreement
-        del data["agreement"]
-        data["checked_tokens"] = None if found is None else found.tokens
-        data["equal_predictions"] = None if found is None else found.share
-        data["divergence"] = None if found is None else found.divergence
-        return data
+        found = self.agreement
+        return {
+            **self.model_dump(mode="json", exclude={"notes", "agreement"}),
+            "checked_tokens": None if found is None else found.tokens,
+            "equal_predictions": None if found is None else found.share,
+            "divergence": None if found is None else found.divergence,
+        }
 
 
 def write(
@@ -75,19 +76,22 @@ def write(
         )
     kind = request.quantization
     packed = PackedMatrices(source.resolved.folder) if kind is GgufType.Q4_1 else None
-    plan = plan_gguf(source.config, source.tensors.shapes, kind, packed.names if packed is not None else ())
+    plan = GgufPlan(source.config, source.tensors.shapes, kind, packed.names if packed is not None else ())
     said: dict[str, Any] = dict(plan.fields)
     tokenizer, origin = tokenizer_fields(source, said["vocab_size"])
     check_file(out, plan.weight_bytes, overwrite=overwrite)
     agreement, same = None, None
     with whole_file(out, remedy="Choose another --out") as part:
         progress.stage(f"write {out.name}")
-        fields = [*_description(source), *plan.fields, *tokenizer]
+        base = None if source.manifest is None else source.manifest.base
+        name = Path(source.resolved.source).name if base is None else f"{Path(base.source).name}, pruned"
+        licence = [("license", base.licence)] if base is not None and base.licence is not None else []
+        fields = [("type", "model"), ("name", name), *licence, *plan.fields, *tokenizer]
         write_gguf(part, plan, source.tensors, fields, packed, progress.advance)
         if request.verify:
             progress.stage("compare it in llama.cpp with transformers")
             agreement, same = check_in_llama_cpp(source, part, said["context_length"])
-            if not agreement.share >= plan.quantization.least_agreement:
+            if not agreement.share >= plan.least_agreement:
                 raise ExportError(
                     f"In llama.cpp {out.name} predicts the same next token as transformers for only "
                     f"{agreement.share:.1%} of {agreement.tokens} tokens, so it is not kept",
@@ -102,15 +106,6 @@ def write(
         not_packed=None if packed is None else packed.refused,
     )  # fmt: skip
     return done.model_copy(update={"notes": tuple(_notes(done))})
-
-
-def _description(source: ExportSource) -> WriterFields:
-    """Name and licence, as far as they are known."""
-    if source.manifest is None:
-        return [("type", "model"), ("name", Path(source.resolved.source).name)]
-    base = source.manifest.base
-    licence = [] if base.licence is None else [("license", base.licence)]
-    return [("type", "model"), ("name", f"{Path(base.source).name}, pruned"), *licence]
 
 
 def _notes(done: GgufExport) -> Iterator[str]:
@@ -138,13 +133,9 @@ def _notes(done: GgufExport) -> Iterator[str]:
 
 
 def write_gguf(
-    path: Path,
-    plan: GgufPlan,
-    tensors: StoredTensors,
-    fields: WriterFields,
-    packed: PackedMatrices | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
+    path: Path, plan: GgufPlan, tensors: StoredTensors, fields: WriterFields, packed: PackedMatrices | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:  # fmt: skip
     """Write the file; memory holds a few rows and the tokenizer's fields.
 
     fields: all of the file: name and licence, the plan's, the tokenizer's. packed: where the blocks are that the plan
@@ -166,8 +157,7 @@ def write_gguf(
             for chunk in _chunks(tensor, tensors, packed):
                 chunk.tofile(file)
             writer.write_padding(file, tensor.nbytes)
-            if progress is not None:
-                progress(done + 1, len(plan.tensors))
+            progress(done + 1, len(plan.tensors))
     finally:
         writer.close()
 
@@ -177,10 +167,8 @@ def _chunks(tensor: PlannedTensor, tensors: StoredTensors, packed: PackedMatrice
     if tensor.values is not None:
         yield np.asarray(tensor.values, dtype=np.float32)
         return
-    count = tensor.shape[0]
-    step = max(1, CHUNK_VALUES // int(np.prod(tensor.shape[1:])))
-    if tensor.head_rows:
-        step = max(1, step // tensor.head_rows) * tensor.head_rows
+    count, unit = tensor.shape[0], tensor.head_rows or 1
+    step = max(1, CHUNK_VALUES // int(np.prod(tensor.shape[1:])) // unit) * unit
     for first in range(0, count, step):
         last = min(first + step, count)
         values: NDArray[Any] = np.zeros((last - first, *tensor.shape[1:]), dtype=np.float32)

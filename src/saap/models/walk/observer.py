@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Flag, auto
 from functools import partial
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
@@ -56,8 +57,7 @@ class Batch:
         return activation.reshape(samples, length if flat else -1, activation.shape[-1])
 
 
-@dataclass(slots=True)
-class Observation:
+class Observation(SimpleNamespace):
     """One call of a module for a micro-batch. Only the signals that someone needs are set.
 
     x, y: its input and output, (..., channels). dx, dy: gradients of each sample's own loss at them; dx is that through
@@ -66,11 +66,11 @@ class Observation:
 
     site: str
     batch: Batch
-    x: Tensor = field(init=False)
-    y: Tensor = field(init=False)
-    dy: Tensor = field(init=False)
-    dx: Tensor = field(init=False)
-    dw: Tensor = field(init=False)
+    x: Tensor
+    y: Tensor
+    dy: Tensor
+    dx: Tensor
+    dw: Tensor
 
 
 class Observer(Protocol):
@@ -107,21 +107,16 @@ Show = Callable[[Observation], None]
 
 
 @contextmanager
-def hooked(hooks: Mapping[nn.Module, Callable[..., Any]], *, before: bool = False) -> Iterator[None]:
-    """Forward hooks on modules for a while. before: hooks that run before the forward."""
-    handles = [
-        module.register_forward_pre_hook(hook) if before else module.register_forward_hook(hook)
-        for module, hook in hooks.items()
-    ]
-    try:
+def hooked(hooks: Mapping[nn.Module, Callable[..., Any]], *, before: bool = False, **options: bool) -> Iterator[None]:
+    """Forward hooks on modules for a while. before: hooks that run before the forward. options: of their register."""
+    with ExitStack() as stack:
+        for module, hook in hooks.items():
+            register = module.register_forward_pre_hook if before else module.register_forward_hook
+            stack.callback(register(hook, **options).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-@dataclass(frozen=True, slots=True)
-class Capture:
+class Capture(NamedTuple):
     """Input and output of a linear module at one call: (sequences, tokens, channels)."""
 
     input: Tensor
@@ -166,8 +161,7 @@ def observing_gradients(model: nn.Module, needs: Needs, batch: Batch, show: Show
                 "Leave out the role it belongs to with --roles",
             )
         ran.add(path)
-        pending[path] = Observation(path, batch)
-        pending[path].x = arguments[0].detach()
+        pending[path] = Observation(site=path, batch=batch, x=arguments[0].detach())
         if Signal.INPUT_GRADIENT not in needs[path]:
             return arguments
         entries[path] = arguments[0].view_as(arguments[0])  # an alias, whose gradient is that of this module alone
@@ -185,9 +179,7 @@ def observing_gradients(model: nn.Module, needs: Needs, batch: Batch, show: Show
         changed = Signal.OUTPUT in needs[seen.site] and seen.y._version != version
         if changed or len(found) < len(gradients):
             return
-        seen.dy = found[0]
-        if len(found) > 1:
-            seen.dx = found[1]
+        vars(seen).update(zip(("dy", "dx"), found, strict=False))
         del pending[seen.site]
         show(seen)
 

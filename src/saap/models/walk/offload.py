@@ -8,7 +8,7 @@ value: its entries are NaN and take no other values, so that a use of it cannot 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path
@@ -29,26 +29,21 @@ SMALL_BYTES = 16 * 2**20
 class Part:
     """Modules whose weights come and go together: a decoder block, or the large ones around the blocks.
 
-    modules: by path. files: the stored weights. stored_names: there, by the names in `named_parameters`. changed:
-    whether the weights in memory differ from the stored ones.
+    modules: by path. sources: by the names in `named_parameters`, what gives the stored weights. changed: whether the
+    weights in memory differ from the stored ones.
     """
 
     modules: Mapping[str, nn.Module]
-    files: StoredTensors
-    stored_names: Mapping[str, str] = field(default_factory=dict)
+    sources: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
     changed: bool = False
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters by path and name, a tied one once."""
         found: dict[nn.Parameter, str] = {}
         for path, module in self.modules.items():
-            for name, parameter in module.named_parameters():
-                found.setdefault(parameter, f"{path}.{name}")
+            for name, parameter in module.named_parameters(prefix=path):
+                found.setdefault(parameter, name)
         return {name: parameter for parameter, name in found.items()}
-
-    def read(self, name: str) -> Tensor:
-        """The stored value of a parameter."""
-        return self.files.read(self.stored_names.get(name, name))
 
 
 @dataclass(slots=True, eq=False)
@@ -81,8 +76,13 @@ class OffloadedWeights:
         self._onloaded = part
         self.parts_read += 1
         for name, parameter in parameters.items():
-            stored = self.round(part.read(name))
-            parameter.data = self._room(stored, spare).copy_(stored)
+            stored = self.round(part.sources[name]())
+            dtype = self.dtype if stored.is_floating_point() else stored.dtype
+            # if possible in memory of a weight just offloaded: new pages cost time
+            alike = (one.shape == stored.shape and one.dtype == dtype and one.is_contiguous() for one in spare)
+            place = next((index for index, fits in enumerate(alike) if fits), None)
+            new = torch.empty(stored.shape, dtype=dtype, device=self.device) if place is None else spare.pop(place)
+            parameter.data = new.copy_(stored)
 
     @torch.no_grad()
     def offload(self) -> list[Tensor]:
@@ -103,7 +103,7 @@ class OffloadedWeights:
         for part in self.parts:
             for name, weight in part.named_parameters().items() if part is not self._onloaded else ():
                 if weight is parameter:
-                    return self.round(part.read(name))
+                    return self.round(part.sources[name]())
         return parameter
 
     def always_onloaded(self, model: nn.Module) -> list[nn.Parameter]:
@@ -120,14 +120,6 @@ class OffloadedWeights:
         """A stored weight in the type of the values to compute with."""
         return stored.to(self.rounded) if self.rounded is not None and stored.is_floating_point() else stored
 
-    def _room(self, stored: Tensor, spare: list[Tensor]) -> Tensor:
-        """Memory for a weight, if possible that of one just offloaded: new pages cost time."""
-        dtype = self.dtype if stored.is_floating_point() else stored.dtype
-        for index, tensor in enumerate(spare):
-            if tensor.shape == stored.shape and tensor.dtype == dtype and tensor.is_contiguous():
-                return spare.pop(index)
-        return torch.empty(stored.shape, dtype=dtype, device=self.device)
-
     def _write(self, part: Part) -> None:
         if self.folder is None or self.written is None:
             raise RuntimeError(f"{next(iter(part.modules))} was changed, but there is no place for changed weights")
@@ -137,7 +129,8 @@ class OffloadedWeights:
             for name, weight in part.named_parameters().items()
         }
         write_tensors(path, entries, {"format": "pt"})
-        part.files, part.stored_names, part.changed = StoredTensors.in_files((path,)), {}, False
+        files = StoredTensors.in_files((path,))
+        part.sources, part.changed = {name: partial(files.read, name) for name in entries}, False
 
 
 def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -196,8 +189,9 @@ def offload(model: nn.Module, blocks: Sequence[str], files: StoredTensors, *, de
         stored_names[parameter] = name
 
     def add(modules: Mapping[str, nn.Module]) -> Part:
-        part = Part(modules, files)
-        part.stored_names = {name: stored_names[parameter] for name, parameter in part.named_parameters().items()}
+        part = Part(modules)
+        own = part.named_parameters()
+        part.sources = {name: partial(files.read, stored_names[parameter]) for name, parameter in own.items()}
         weights.parts.append(part)
         return part
 

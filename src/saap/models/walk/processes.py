@@ -43,8 +43,16 @@ class Processes:
         if count <= 1:
             return cls()
         rank = dist.get_rank() if initialised else _number("RANK", 0)
-        if not initialised:
-            _begin(rank, count)
+        several = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        try:
+            if not initialised:
+                store, *_ = next(rendezvous("env://", timeout=_ASSEMBLY))
+                dist.init_process_group(several, timeout=_PATIENCE, store=store, rank=rank, world_size=count)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigurationError(
+                f"WORLD_SIZE says that there are {count} processes, but they do not find each other ({error})",
+                "Start them with torchrun or accelerate launch",
+            ) from None
         return cls(rank, count, _number("LOCAL_RANK", rank))
 
     @property
@@ -87,11 +95,8 @@ class Processes:
 
     def broadcast_result(self, make: Callable[[], T]) -> T:
         """What `make` returns in the first process, the only one that calls it."""
-        if self.count == 1:
-            return make()
-        made: list[Any] = [make() if self.first else None]
-        _exchange(dist.broadcast_object_list, made, 0)
-        result: T = made[0]
+        made: Any = make() if self.first else None
+        result: T = self.gather(made)[0]
         return result
 
     def gather(self, part: T) -> list[T]:
@@ -123,18 +128,6 @@ def _number(variable: str, default: int) -> int:
     except ValueError:
         raise ConfigurationError(
             f"The environment variable {variable} is no number", "Unset it, or start with torchrun"
-        ) from None
-
-
-def _begin(rank: int, count: int) -> None:
-    several = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    try:
-        store, *_ = next(rendezvous("env://", timeout=_ASSEMBLY))
-        dist.init_process_group(several, timeout=_PATIENCE, store=store, rank=rank, world_size=count)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigurationError(
-            f"WORLD_SIZE says that there are {count} processes, but they do not find each other ({error})",
-            "Start them with torchrun or accelerate launch",
         ) from None
 
 

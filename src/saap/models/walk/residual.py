@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saap.models.loading.precision import at_least_float32, in_float64
-from saap.models.walk.observer import Capture, capture, hooked
+from saap.models.walk.observer import capture, hooked
 from saap.models.walk.walker import BlockWalker, Contexts
 
 _SMALLEST_SCALE = 0.1
@@ -29,7 +29,7 @@ class ResidualPath:
 
     gain: float
     norm_path: str | None = None
-    norm: nn.Module | None = None
+    norm: Callable[[Tensor], Tensor] | None = None
     scale: Tensor | None = None
 
     def loaded(self, model: nn.Module, like: Tensor) -> ResidualPath:
@@ -41,8 +41,7 @@ class ResidualPath:
 
     def added(self, output: Tensor) -> Tensor:
         """What an output adds to the stream; both (..., width)."""
-        passed: Tensor = output if self.norm is None else self.norm(at_least_float32(output))
-        return self.gain * passed
+        return self.gain * (output if self.norm is None else self.norm(at_least_float32(output)))
 
     def token_weights(self, output: Tensor) -> Tensor:
         """How sensitive the stream is to an error of each token's output, (..., 1), float32; 0 for an output of zero.
@@ -51,8 +50,7 @@ class ResidualPath:
         """
         if self.norm is None or self.scale is None:
             return torch.ones_like(output[..., :1], dtype=torch.float32)
-        passed: Tensor = self.norm(at_least_float32(output)).float()
-        scaled = self.scale * output.float()
+        passed, scaled = self.norm(at_least_float32(output)).float(), self.scale * output.float()
         weights: Tensor = passed.norm(dim=-1, keepdim=True) / scaled.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         return weights
 
@@ -70,11 +68,9 @@ class ResidualPath:
         return dense + change
 
 
-def _scale(norm: nn.Module, like: Tensor) -> Tensor:
+def _scale(norm: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     """What a norm multiplies channels of equal size by, (width,)."""
-    ones = torch.ones_like(like.reshape(-1, like.shape[-1])[:1])
-    scale: Tensor = norm(ones)[0].float()
-    return scale
+    return norm(torch.ones_like(like.reshape(-1, like.shape[-1])[:1]))[0].float()
 
 
 @torch.no_grad()
@@ -89,14 +85,19 @@ def residual_paths(
     tokens, width), with the contexts of a batch of that shape.
     """
     model, consumers, found = walker.model, dict[str, str](), dict[str, ResidualPath | None]()
-    with capture(model, paths) as seen:
-        hooks = {
-            module: partial(_find_consumer, f"{walker.paths[layer]}.{name}", seen, consumers)
-            for name, module in walker.blocks[layer].named_modules()
-            if name and not module._modules
-        }
-        with hooked(hooks, before=True):
-            before = walker.run_block(layer, hidden, contexts)
+
+    def find_consumer(path: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        for producer, captured in seen.items():
+            if arguments and arguments[0] is captured.output:
+                consumers.setdefault(producer, path)
+
+    without_parts = {
+        module: partial(find_consumer, f"{walker.paths[layer]}.{name}")
+        for name, module in walker.blocks[layer].named_modules()
+        if name and not module._modules
+    }
+    with capture(model, paths) as seen, hooked(without_parts, before=True):
+        before = walker.run_block(layer, hidden, contexts)
 
     def gain(path: str, output: Tensor, later: Mapping[str, Tensor]) -> float | None:
         extra = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
@@ -116,15 +117,6 @@ def residual_paths(
             norm, size = consumer, gain(consumer, model.get_submodule(consumer)(output), later)
         found[path] = None if size is None else ResidualPath(size, norm)
     return found
-
-
-def _find_consumer(
-    path: str, seen: Mapping[str, Capture], consumers: dict[str, str], module: nn.Module, arguments: tuple[Any, ...]
-) -> None:
-    """Hook that finds the module without parts that each captured output goes into, by path."""
-    for producer, captured in seen.items():
-        if arguments and arguments[0] is captured.output:
-            consumers.setdefault(producer, path)
 
 
 def _only_scales(norm: nn.Module, output: Tensor) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from math import prod
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,83 +35,75 @@ Keep = Callable[[Iterable[Tensor]], Tensors]
 """Makes a sequence of tensors, each taken when the one before is kept: `list`, or the `keep` of a spill."""
 
 
+@dataclass(frozen=True, slots=True)
 class Spill:
     """Sequences of tensors, each in a file of its own in `folder`, or without a folder in the memory of the host.
 
     A file is deleted when nobody holds its sequence any more.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    folder: Path | None = None
 
     def keep(self, tensors: Iterable[Tensor]) -> Tensors:
         """A new sequence. Raises OutputError if its file cannot be written."""
-        kept = _HostTensors() if self.folder is None else _FileTensors(self.folder)
+        kept = _Kept(None if self.folder is None else _SpillFile(self.folder))
         for tensor in tensors:
             kept.append(tensor)
         return kept
 
 
-class _HostTensors:
-    """Tensors in the memory of the host. Each comes back on the device that it had."""
+class _SpillFile:
+    """Tensors in one file, read and written: pages of a mapped one would count as memory of the process."""
 
-    def __init__(self) -> None:
-        self._kept: list[tuple[Any, torch.device]] = []
+    def __init__(self, folder: Path) -> None:
+        self._path, self._end = folder / f"{uuid.uuid4().hex}.spill", 0
+        with self._explained():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._path.touch()
+        weakref.finalize(self, self._path.unlink, missing_ok=True)
+
+    def write(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Append a tensor. Returns what reads it again."""
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        with self._explained(), self._path.open("ab") as file:
+            flat.tofile(file)
+        self._end += flat.size
+        return partial(self._read, self._end - flat.size, flat.size, tuple(tensor.shape), tensor.dtype)
+
+    def _read(self, place: int, size: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if not size:
+            return torch.empty(shape, dtype=dtype)
+        values = torch.from_numpy(np.fromfile(self._path, dtype=np.uint8, count=size, offset=place))
+        return values.view(dtype).reshape(shape)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{self._path.parent} cannot be written ({error.strerror or error})",
+                "Free some space there, or choose another --work-dir",
+            ) from error
+
+
+class _Kept:
+    """Tensors in the memory of the host, or in a file. Each comes back on the device that it had."""
+
+    def __init__(self, file: _SpillFile | None) -> None:
+        self._file = file
+        self._kept: list[tuple[Callable[[], Tensor], torch.device]] = []
 
     def append(self, tensor: Tensor, /) -> None:
-        self._kept.append((self._store(tensor.detach().cpu()), tensor.device))
+        stored = tensor.detach().cpu()
+        self._kept.append(((lambda: stored) if self._file is None else self._file.write(stored), tensor.device))
 
     def __getitem__(self, index: int, /) -> Tensor:
-        stored, device = self._kept[index]
-        return self._load(stored).to(device)
+        read, device = self._kept[index]
+        return read().to(device)
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
-
-    def _store(self, tensor: Tensor) -> Any:
-        return tensor
-
-    def _load(self, stored: Any) -> Tensor:
-        tensor: Tensor = stored
-        return tensor
-
-
-class _FileTensors(_HostTensors):
-    """Tensors in one file, read and written: pages of a mapped one would count as memory of the process."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self._path, self._end = folder / f"{uuid.uuid4().hex}.spill", 0
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._path.touch()
-        except OSError as error:
-            raise self._unwritable(error) from error
-        weakref.finalize(self, self._path.unlink, missing_ok=True)
-
-    def _store(self, tensor: Tensor) -> Any:
-        place, flat = self._end, tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        try:
-            with self._path.open("ab") as file:
-                flat.tofile(file)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        self._end += flat.size
-        return place, tuple(tensor.shape), tensor.dtype
-
-    def _load(self, stored: Any) -> Tensor:
-        place, shape, dtype = stored
-        size = prod(shape) * dtype.itemsize
-        if not size:
-            return torch.empty(shape, dtype=dtype)
-        values = torch.from_numpy(np.fromfile(self._path, dtype=np.uint8, count=size, offset=place))
-        return values.view(dtype).reshape(shape)
-
-    def _unwritable(self, error: OSError) -> OutputError:
-        return OutputError(
-            f"{self._path.parent} cannot be written ({error.strerror or error})",
-            "Free some space there, or choose another --work-dir",
-        )

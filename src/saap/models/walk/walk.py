@@ -8,6 +8,7 @@ weight ever holds a gradient. Where activations are spilled, all micro-batches w
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -37,12 +38,12 @@ def walk(
     """
     own = backend.processes.share(len(tokens))
     batches = [Batch(tokens[first : min(first + micro_batch, own.stop)], first) for first in own[::micro_batch]]
-    one = _Walk(backend, backend.walker(), observers, backward, ignored)
+    one = _Walk(backend, observers, backward, ignored)
     with inference_only(backend.model):
         if backend.spill is not None:
             one.run(batches, backend.keep, backend.keep, backend.progress)
         else:
-            keep_inputs = _Slots(len(one.walker.blocks) + 1).keep if backward else list
+            keep_inputs = _slots(len(one.walker.blocks) + 1) if backward else list
             for batch in batches:
                 one.run([batch], keep_inputs, list, silent)
                 backend.progress(batch.first + len(batch.tokens) - own.start, len(own))
@@ -50,42 +51,31 @@ def walk(
         observer.merge(backend.processes)
 
 
-class _Slots:
-    """Room for the inputs of all blocks for one micro-batch, in one piece that all micro-batches use.
+def _slots(count: int) -> Keep:
+    """Keeps copies in one piece of memory, each valid until `count` others were made; none larger than the first.
 
     Tensors of their own, made between the temporary ones of the blocks, would leave the heap in fragments.
     """
+    room: list[Tensor] = []
+    places = cycle(range(count))
 
-    def __init__(self, count: int) -> None:
-        self._count, self._next = count, 0
-        self._store: Tensor | None = None
+    def copy(tensor: Tensor) -> Tensor:
+        if not room:
+            room.append(tensor.new_empty(count, *tensor.shape))
+        return room[0][next(places), : len(tensor)].copy_(tensor)
 
-    def keep(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Copies, each valid until `count` others were made. None may be larger than the first of all."""
-        return [self._copy(tensor) for tensor in tensors]
-
-    def _copy(self, tensor: Tensor) -> Tensor:
-        if self._store is None:
-            self._store = tensor.new_empty(self._count, *tensor.shape)
-        slot = self._store[self._next, : len(tensor)]
-        self._next = (self._next + 1) % self._count
-        return slot.copy_(tensor)
+    return lambda tensors: [copy(tensor) for tensor in tensors]
 
 
 class _Walk:
     """A walk over the blocks of one model. needs: what all observers together need of each block."""
 
     def __init__(
-        self,
-        backend: Backend,
-        walker: BlockWalker,
-        observers: Sequence[Observer],
-        backward: bool,
-        ignored: Collection[int],
+        self, backend: Backend, observers: Sequence[Observer], backward: bool, ignored: Collection[int]
     ) -> None:
-        self.walker, self.observers, self.backward, self.ignored = walker, observers, backward, ignored
+        self.walker, self.observers, self.backward, self.ignored = backend.walker(), observers, backward, ignored
         self.layered = backend.spill is not None
-        self.needs: list[dict[str, Signal]] = [{} for _ in walker.blocks]
+        self.needs: list[dict[str, Signal]] = [{} for _ in self.walker.blocks]
         for observer in observers:
             for site, signals in observer.needs.items():
                 layer = backend.graph.block_of(f"{site}.")
@@ -129,10 +119,8 @@ class _Walk:
             after = self.walker.run_block(layer, hidden, contexts)
         if block in needs:
             found[block] = Capture(hidden, after)
-        for site, one in found.items():
-            seen = Observation(site, batch)
-            seen.x, seen.y = one.input, one.output
-            self._show(seen)
+        for site, (x, y) in found.items():
+            self._show(Observation(site=site, batch=batch, x=x, y=y))
         return after
 
     def _gradient(self, batch: Batch, hidden: Tensor) -> Tensor:
@@ -151,10 +139,8 @@ class _Walk:
         weights = {site: self.walker.model.get_parameter(site) for site in needs if site not in modules}
         with observing_gradients(self.walker.model, modules, batch, self._show):
             before, found = self.walker.backward_to_weights(layer, entry, contexts, gradient, weights)
-        for name, of_weight in found.items():
-            seen = Observation(name, batch)
-            seen.dw = of_weight
-            self._show(seen)
+        for name, gradient_of_weight in found.items():
+            self._show(Observation(site=name, batch=batch, dw=gradient_of_weight))
         for observer in self.observers:
             observer.leave_block(layer, batch)
         return before
@@ -164,13 +150,12 @@ def embed(walker: BlockWalker, batches: Iterable[Tensor], keep: Keep) -> tuple[T
     """What goes into the first block for each batch of ids (sequences, tokens), and the contexts of the batches."""
     contexts: list[Contexts] = []
 
-    def started() -> Iterator[Tensor]:
-        for batch in batches:
-            stream = walker.start(batch)
-            contexts.append(stream.contexts)
-            yield stream.hidden
+    def start(batch: Tensor) -> Tensor:
+        stream = walker.start(batch)
+        contexts.append(stream.contexts)
+        return stream.hidden
 
-    return keep(started()), contexts
+    return keep(map(start, batches)), contexts
 
 
 def run_block(walker: BlockWalker, layer: int, hidden: Tensors, contexts: Sequence[Contexts], keep: Keep) -> Tensors:

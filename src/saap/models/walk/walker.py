@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from saap.core.errors import UnsupportedModelError
+from saap.models.walk.observer import hooked
 
 ONCE = "Give a model that runs each of its blocks once, in order"
 
@@ -117,15 +118,17 @@ class BlockWalker:
                     "Move that step into one of the two blocks",
                 )
             others = {key: value for key, value in keywords.items() if key != name}
-            contexts.append(partial(_call, block, name, arguments[0 if name else 1 :], others))
+            after = arguments[1:]
+
+            def call(hidden: Tensor) -> Any:
+                return block(hidden, *after, **others) if name is None else block(**{name: hidden}, **others)
+
+            contexts.append(call)
             if turn + 1 == count and not to_the_end:
                 raise _AllSeen
 
-        with ExitStack() as stack:
-            stack.enter_context(suppress(_AllSeen))
-            for block in self.blocks:
-                handle = block.register_forward_pre_hook(before_block, prepend=True, with_kwargs=True)
-                stack.callback(handle.remove)
+        hooks = dict.fromkeys(self.blocks, before_block)
+        with suppress(_AllSeen), hooked(hooks, before=True, prepend=True, with_kwargs=True):
             self._bypassed(input_ids, None)
         if len(contexts) != count:
             raise UnsupportedModelError(
@@ -192,15 +195,15 @@ class BlockWalker:
 
     def _bypassed(self, input_ids: Tensor, hidden: Tensor | None) -> Any:
         """The model's output where every block returns `hidden`, or its own input if that is None."""
-        stock = [(block, block.forward, "forward" in vars(block)) for block in self.blocks]
+        own = {block: vars(block).get("forward") for block in self.blocks}
         try:
-            for block, forward, _ in stock:
-                block.forward = partial(self._bypass, block, forward, hidden)
+            for block in self.blocks:
+                block.forward = partial(self._bypass, block, block.forward, hidden)
             return self.model(input_ids, **self._options)
         finally:
-            for block, forward, own in stock:
+            for block, forward in own.items():
                 vars(block).pop("forward", None)
-                if own:
+                if forward is not None:
                     block.forward = forward
 
     def _bypass(
@@ -214,12 +217,6 @@ class BlockWalker:
         extra = self._extra_outputs[kind]
         given = _find_hidden(block, arguments, keywords)[1] if hidden is None else hidden
         return given if extra is None else (given, *[None] * extra)
-
-
-def _call(
-    block: nn.Module, name: str | None, arguments: tuple[Any, ...], keywords: dict[str, Any], hidden: Tensor
-) -> Any:
-    return block(hidden, *arguments, **keywords) if name is None else block(*arguments, **{name: hidden}, **keywords)
 
 
 def _find_hidden(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[str | None, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ class RowStore:
             WorkFolder(self.folder).open(digest_of([config, texts, graph.digest]))
         except (OutputError, StaleInputError) as error:
             raise type(error)(error.offender, REMEDY) from None
-        asked, asking = getattr(self._dense_on_disk(), "asked", None), _task_settings(evaluation)
+        there, asking = self.dense(), _task_settings(evaluation)
+        asked = None if there is None else there.asked
         if asked and evaluation.tasks and asked != asking:
             raise StaleInputError(
                 f"{self.folder} holds answers to other tasks ({_described(asked)}; this run asks {_described(asking)})",
@@ -55,18 +57,13 @@ class RowStore:
             )
 
     def dense(self) -> DenseRow | None:
-        """The row of the dense model; None if it is not there, or without the requested tasks."""
-        row = self._dense_on_disk()
-        return row if row is not None and (row.tasks or not self.request.evaluation.tasks) else None
-
-    def _dense_on_disk(self) -> DenseRow | None:
+        """The row of the dense model; None if it is not there."""
         file = self._file("dense")
         return DenseRow.model_validate_json(file.read_bytes()) if file.exists() else None
 
     def write_dense(self, row: DenseRow) -> DenseRow:
         """Keep the row of the dense model, and how its tasks were asked."""
-        asked = _task_settings(self.request.evaluation) if row.tasks else None
-        row = row.model_copy(update={"asked": asked})
+        row = row.model_copy(update={"asked": _task_settings(self.request.evaluation) if row.tasks else None})
         self.write(self._file("dense"), row)
         return row
 
@@ -77,9 +74,9 @@ class RowStore:
     def lacking(self, seed: int) -> dict[RowKey, Path]:
         """The requested rows of `seed` that are not there or lack their tasks, with the files that they belong in."""
         return {
-            (choice, ratio, restored): path
-            for (choice, ratio, restored), path in self._requested(seed).items()
-            if not path.exists() or (self.request.asks_tasks(ratio) and not _read(path).tasks)
+            key: path
+            for key, path in self._requested(seed).items()
+            if not path.exists() or (self.request.asks_tasks(key[1]) and not _read(path).tasks)
         }
 
     def finished(self) -> tuple[ComparisonRow, ...]:
@@ -89,13 +86,11 @@ class RowStore:
         return tuple(map(_read, [*requested, *others]))
 
     def _requested(self, seed: int) -> dict[RowKey, Path]:
+        request = self.request
+        keys = itertools.product(request.methods, request.config.pruning_ratios, request.restorations)
         return {
-            (choice, ratio, restored): self._file(
-                f"{file_name(choice.label)}-{ratio:g}-{'restored' if restored else 'cut'}-seed{seed}"
-            )
-            for choice in self.request.methods
-            for ratio in self.request.config.pruning_ratios
-            for restored in self.request.restorations
+            key: self._file(f"{file_name(key[0].label)}-{key[1]:g}-{'restored' if key[2] else 'cut'}-seed{seed}")
+            for key in keys
         }
 
     def _file(self, name: str) -> Path:

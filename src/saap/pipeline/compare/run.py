@@ -6,17 +6,17 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from saap.baselines.baseline import Measurements
 from saap.core.errors import ConfigurationError
 from saap.core.evaluation_records import COMPARISON, Comparison, ComparisonRow, DenseRow, StageSeconds
 from saap.core.manifest import recorded_versions, typed_command
-from saap.core.records import FloatArray, ImportanceScores, IntArray, ModelGraph, StructurePlan
+from saap.core.records import ImportanceScores, IntArray, ModelGraph
 from saap.core.storage import write_whole
 from saap.discovery import discover
 from saap.evaluation.bootstrap import kept_accuracy
@@ -72,8 +72,7 @@ def compare(
         for choice in request.methods:
             config = _config(request, choice, request.seeds[0])
             for target in _targets(config, graph, loaded):
-                if target.budget is not None:
-                    check_reachable(graph, target.budget, search_space(loaded.model, graph, config))
+                check_reachable(graph, target.budget, search_space(loaded.model, graph, config))
     bench = _Bench(loaded, graph, request, streams, meter, RowStore(out, request))
     bench.rows.open(graph)
     with quick_float32_products():
@@ -108,27 +107,9 @@ def _config(request: CompareRequest, choice: MethodChoice, seed: int) -> PruneCo
 
 
 def _targets(config: PruneConfig, graph: ModelGraph, loaded: LoadedModel) -> list[Target]:
-    named = [Target(f"{ratio:g}", None, None) for ratio in config.pruning_ratios]
+    suffix = "-restored" if config.restore else ""
+    named = [Target(f"{ratio:g}{suffix}", None, None) for ratio in config.pruning_ratios]
     return with_budgets(named, config, graph, loaded.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class _Seed:
-    """What all methods of one seed share. seconds: of the passes that baselines share, by name."""
-
-    run: Run
-    found: Measurements
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """A run of one method, whose units are scored. seconds: that this took, with passes that methods share."""
-
-    label: str
-    run: Run
-    scores: ImportanceScores
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +126,7 @@ class _Bench:
     def dense_row(self) -> DenseRow:
         """The row of the dense model, measured unless it is there."""
         row = self.rows.dense()
-        if row is not None:
+        if row is not None and (row.tasks or not self.request.evaluation.tasks):
             return row
         with self.meter.stage(MEASURE_DENSE):
             found = self._measured(self.loaded.model, with_tasks=True)
@@ -154,90 +135,86 @@ class _Bench:
     def make_rows(self, seed: int, options: RunOptions, dense: DenseRow) -> None:
         """Make the rows of one seed that are not there."""
         lacking = self.rows.lacking(seed)
-        shared = self._share(seed, options) if lacking else None
-        for choice in self.request.methods:
-            here = {key[1:]: path for key, path in lacking.items() if key[0] == choice}
-            if here and shared is not None:
-                scored = self._score(shared, choice)
-                for restored in dict.fromkeys(kind for _, kind in here):
-                    paths = {ratio: path for (ratio, kind), path in here.items() if kind is restored}
-                    self._make_alike(scored, restored, paths, dense)
+        if not lacking:
+            return
+        shared, seconds = self._share(seed, options), dict[str, float]()
+        for choice, group in groupby(lacking.items(), key=lambda row: row[0][0]):
+            here = [(ratio, restored, path) for (_, ratio, restored), path in group]
+            scored = self._score(shared, choice, seconds)
+            for restored in dict.fromkeys(kind for _, kind, _ in here):
+                paths = {ratio: path for ratio, kind, path in here if kind is restored}
+                self._make_alike(choice.label, *scored, restored, paths, dense)
 
-    def _share(self, seed: int, options: RunOptions) -> _Seed:
-        """The calibration of one seed, the same for every method."""
+    def _share(self, seed: int, options: RunOptions) -> Run:
+        """The calibration of one seed, and what baselines measure with it, the same for every method."""
         config = self.request.config.model_copy(update={"seed": seed, "restore": True})
         with self.meter.stage(READ_TEXT):
             tokens = draw_tokens(self.loaded, config, config.calibration)
-        work = WorkFolder(self.rows.folder / "work" / f"seed-{seed}")
-        work.path.mkdir(parents=True, exist_ok=True)
+        work = self._work_folder(f"seed-{seed}")
         space = search_space(self.loaded.model, self.graph, config)
         run = with_written_text(Run(config, options, self.loaded, self.graph, space, tokens, work, self.meter))
-        return _Seed(run, measurements(run))
+        return dataclasses.replace(run, measurements=measurements(run))
 
-    def _score(self, shared: _Seed, choice: MethodChoice) -> _Scored:
-        """Score the units with one method; a pass that methods share is made once."""
-        config = _config(self.request, choice, shared.run.config.seed)
-        work = WorkFolder(shared.run.work.path / file_name(choice.label))
+    def _work_folder(self, *names: str) -> WorkFolder:
+        work = WorkFolder(self.rows.folder.joinpath("work", *names))
         work.path.mkdir(parents=True, exist_ok=True)
+        return work
+
+    def _score(
+        self, shared: Run, choice: MethodChoice, shared_seconds: dict[str, float]
+    ) -> tuple[Run, ImportanceScores, float]:
+        """The run of one method, its scores, and the seconds that they took with the passes that methods share.
+
+        shared_seconds: of those passes so far, each made once, by what it measures.
+        """
+        config = _config(self.request, choice, shared.config.seed)
+        work = self._work_folder(shared.work.path.name, file_name(choice.label))
         space = search_space(self.loaded.model, self.graph, config)
-        run = dataclasses.replace(shared.run, config=config, space=space, work=work, measurements=shared.found)
+        run = dataclasses.replace(shared, config=config, space=space, work=work)
         baseline = baseline_of(choice.method)
         needs = "" if baseline is None or baseline.measure is None else getattr(baseline.measure, "__name__", "text")
-        if baseline is not None and needs and needs not in shared.seconds:
+        if baseline is not None and needs and needs not in shared_seconds:
             start = time.perf_counter()
             with self.meter.stage(f"measure the {needs} for the baselines"):
-                shared.found.of(baseline)
-            shared.seconds[needs] = time.perf_counter() - start
+                measurements(run).of(baseline)
+            shared_seconds[needs] = time.perf_counter() - start
         start = time.perf_counter()
         with self.meter.stage(f"{choice.label}: score"):
             scores = carry_out(run, ("scores",))["scores", ""]
-        seconds = time.perf_counter() - start + shared.seconds.get(needs, 0.0)
-        return _Scored(choice.label, run, scores, seconds)
+        return run, scores, time.perf_counter() - start + shared_seconds.get(needs, 0.0)
 
-    def _make_alike(self, scored: _Scored, restored: bool, paths: Mapping[float, Path], dense: DenseRow) -> None:
-        """Plan, make and measure rows that are all restored or all only cut: a search may plan for what follows it."""
-        run = dataclasses.replace(scored.run, config=scored.run.config.model_copy(update={"restore": restored}))
-        scored = dataclasses.replace(scored, run=run)
-        every = zip(run.config.pruning_ratios, _targets(run.config, self.graph, self.loaded), strict=True)
-        suffix = "-restored" if restored else ""
-        targets = {
-            ratio: dataclasses.replace(target, name=f"{target.name}{suffix}")
-            for ratio, target in every
-            if ratio in paths
-        }
+    def _make_alike(
+        self, label: str, run: Run, scores: ImportanceScores, scoring: float, restored: bool,
+        paths: Mapping[float, Path], dense: DenseRow,
+    ) -> None:  # fmt: skip
+        """Plan, make and measure rows that are all restored or all only cut: a search may plan for what follows it.
+
+        scoring: seconds. paths: of the rows by their ratio.
+        """
+        config = run.config.model_copy(update={"restore": restored})
+        run = dataclasses.replace(run, config=config)
+        targets = _targets(config.model_copy(update={"pruning_ratios": tuple(paths)}), self.graph, self.loaded)
         start = time.perf_counter()
-        plans, token_scores = plans_for(run, list(targets.values()), scored.scores)
+        plans, token_scores = plans_for(run, targets, scores)
         searching = (time.perf_counter() - start) / len(targets)
-        for ratio, path in paths.items():
-            searched = plans[targets[ratio].name], token_scores
-            self.rows.write(path, self._row(scored, searched, ratio, searching, dense))
-
-    def _row(
-        self,
-        scored: _Scored,
-        searched: tuple[StructurePlan, Mapping[str, FloatArray] | None],
-        ratio: float,
-        searching: float,
-        dense: DenseRow,
-    ) -> ComparisonRow:
-        """One pruned model, measured. searching: seconds of its search."""
-        config = scored.run.config
-        start, before = time.perf_counter(), len(self.meter.stages)
-        shown = f"{scored.label}, {ratio:g}{', restored' if config.restore else ''}"
-        model = copied(self.loaded.model)
-        with self.meter.stage(f"{shown}: make"):
-            plan, _ = cut_and_restore(scored.run, model, searched[0], scored.scores, searched[1])
-        seconds = StageSeconds(score=scored.seconds, search=searching, make=time.perf_counter() - start)
-        with self.meter.stage(f"{shown}: measure"):
-            found = self._measured(model, self.request.asks_tasks(ratio))
-        quotients = {text: one.value / dense.perplexity[text].value for text, one in found["perplexity"].items()}
-        return ComparisonRow(
-            **found, method=scored.label, ratio=ratio, seed=config.seed, restored=config.restore, seconds=seconds,
-            pruning_ratio=1 - plan.block_parameters / self.graph.block_parameters,
-            ratios={text: value if value < LARGEST_RATIO else None for text, value in quotients.items()},
-            kept_accuracy=kept_accuracy(dense.tasks, found["tasks"]) if found["tasks"] else None,
-            peak_resident_bytes=max(stage.peak_resident_bytes for stage in self.meter.stages[before:]),
-        )  # fmt: skip
+        for target, (ratio, path) in zip(targets, paths.items(), strict=True):
+            start, before = time.perf_counter(), len(self.meter.stages)
+            shown = f"{label}, {ratio:g}{', restored' if restored else ''}"
+            model = copied(self.loaded.model)
+            with self.meter.stage(f"{shown}: make"):
+                plan, _ = cut_and_restore(run, model, plans[target.name], scores, token_scores)
+            seconds = StageSeconds(score=scoring, search=searching, make=time.perf_counter() - start)
+            with self.meter.stage(f"{shown}: measure"):
+                found = self._measured(model, self.request.asks_tasks(ratio))
+            quotients = {text: one.value / dense.perplexity[text].value for text, one in found["perplexity"].items()}
+            row = ComparisonRow(
+                **found, method=label, ratio=ratio, seed=config.seed, restored=restored, seconds=seconds,
+                pruning_ratio=1 - plan.block_parameters / self.graph.block_parameters,
+                ratios={text: value if value < LARGEST_RATIO else None for text, value in quotients.items()},
+                kept_accuracy=kept_accuracy(dense.tasks, found["tasks"]) if found["tasks"] else None,
+                peak_resident_bytes=max(stage.peak_resident_bytes for stage in self.meter.stages[before:]),
+            )  # fmt: skip
+            self.rows.write(path, row)
 
     def _measured(self, model: nn.Module, with_tasks: bool) -> dict[str, Any]:
         """Size, perplexities, tokens per second over the first text, and tasks of a model."""

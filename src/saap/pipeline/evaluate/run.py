@@ -57,23 +57,21 @@ def evaluate_model(
     conversations = () if request.chat is None else texts.read_conversations(request.chat)
     run = _Evaluation(request, options, reporter, streams, conversations, prompts)
     reporter.stage(LOAD.title)
-    loaded = open_model(opened, options, tokenizer, computes_in_dtype=True)
-    run.check_prompts(loaded, loaded.tokenizer)
-    more: dict[str, Any] = {}
+    loaded = run.opened(opened, tokenizer)
+    more: dict[str, Any] = {"command": typed_command(), "versions": recorded_versions()}
     with quick_float32_products():
         report = run.measure(loaded)
         dense = None
         if dense_ref is not None and (prompts or request.dense is not None):
             reporter.stage(f"load the dense model {dense_ref.source}")
-            dense = open_model(dense_ref, options, computes_in_dtype=True)
-            run.check_prompts(dense, dense.tokenizer or loaded.tokenizer)
+            dense = run.opened(dense_ref, None, loaded.tokenizer)
             if request.dense is not None:
                 more["dense"] = run.measure(dense)
         if request.prompts is not None:
             more["generation"] = run.generate(loaded, dense)
         if request.speed is not None:
-            more["speed"] = run.compare_speeds(opened, loaded, dense_ref, dense)
-    return report.model_copy(update={**more, "command": typed_command(), "versions": recorded_versions()})
+            more["speed"] = run.compare_speeds(request.speed, opened, loaded, dense_ref, dense)
+    return report.model_copy(update=more)
 
 
 def _dense_model(
@@ -150,9 +148,14 @@ class _Evaluation:
     conversations: Sequence[Sequence[dict[str, Any]]]
     prompts: Sequence[generation.Prompt]
 
-    def check_prompts(self, loaded: LoadedModel, tokenizer: Any) -> None:
-        """Refuse a model that cannot read the longest prompt and what follows it."""
-        generation.check_prompts(loaded.model, tokenizer, self.prompts, self.request.generated_tokens)
+    def opened(
+        self, source: nn.Module | ResolvedModel, tokenizer: Any | None, other_tokenizer: Any | None = None
+    ) -> LoadedModel:
+        """The model, refused if it cannot read the longest prompt and what follows it."""
+        loaded = open_model(source, self.options, tokenizer, computes_in_dtype=True)
+        reads = loaded.tokenizer or other_tokenizer
+        generation.check_prompts(loaded.model, reads, self.prompts, self.request.generated_tokens)
+        return loaded
 
     def measure(self, loaded: LoadedModel) -> EvalReport:
         """Perplexities, tasks and conversations of one model."""
@@ -203,21 +206,21 @@ class _Evaluation:
         )
 
     def compare_speeds(
-        self, opened: nn.Module | ResolvedModel, loaded: LoadedModel, dense_ref: ResolvedModel | None,
-        dense: LoadedModel | None,
+        self, settings: SpeedSettings, opened: nn.Module | ResolvedModel, loaded: LoadedModel,
+        dense_ref: ResolvedModel | None, dense: LoadedModel | None,
     ) -> SpeedReport:  # fmt: skip
         """Tokens per second of the model, compared with the dense one. dense: where it has been opened already."""
-        settings = self.request.speed or SpeedSettings()
         in_memory: bool = settings.runtime.load().in_memory
+        if dense_ref is not None and dense is None and in_memory:
+            self.reporter.stage(f"load the dense model {dense_ref.source}")
+            dense = open_model(dense_ref, self.options, computes_in_dtype=True)
+        models: list[Source] = [
+            one.model if in_memory and one is not None else given.path if isinstance(given, ResolvedModel) else given
+            for given, one in ((opened, loaded), (dense_ref, dense))
+            if given is not None
+        ]
         refs = [(loaded.ref.source, loaded.ref.revision)]
-        given = opened.path if isinstance(opened, ResolvedModel) else opened
-        models: list[Source] = [loaded.model if in_memory else given]
-        if dense_ref is not None:
-            if in_memory and dense is None:
-                self.reporter.stage(f"load the dense model {dense_ref.source}")
-                dense = open_model(dense_ref, self.options, computes_in_dtype=True)
-            refs.append((dense_ref.source, dense_ref.revision))
-            models.append(dense.model if in_memory and dense is not None else dense_ref.path)
+        refs += [] if dense_ref is None else [(dense_ref.source, dense_ref.revision)]
         self.reporter.stage(f"speed in {settings.runtime}")
         return compare_speeds(list(zip(names_apart(refs), models, strict=True)), settings)
 

@@ -13,11 +13,6 @@ from saap.evaluation.speed import Runtime, Source, Speed, measure_speeds, speed_
 from saap.settings.measure import SpeedSettings
 
 
-def check_settings(settings: SpeedSettings) -> None:
-    """Raise ConfigurationError for a runtime whose packages are missing."""
-    settings.runtime.check()
-
-
 def compare_speeds(models: Sequence[tuple[str, Source]], settings: SpeedSettings) -> SpeedReport:
     """Speed of the first model, compared with the second if there is one.
 
@@ -31,15 +26,14 @@ def compare_speeds(models: Sequence[tuple[str, Source]], settings: SpeedSettings
         ModelSpeed(model=name, prefill=speed.prefill, decode=speed.decode, bytes_per_token=one.bytes_per_token)
         for (name, _), speed, one in zip(models, speeds, opened, strict=True)
     ]
-    compared: dict[str, Any] = {}
+    compared: dict[str, Any] = settings.model_dump(include={"prompt_tokens", "new_tokens", "rounds"})
     if others:
-        prefill, decode = speed_ups(speeds[0], speeds[1])
-        ratio = others[0].bytes_per_token / first.bytes_per_token
-        compared = {"against": others[0], "prefill_speedup": prefill, "decode_speedup": decode, "bytes_ratio": ratio}
+        compared["against"] = others[0]
+        compared["prefill_speedup"], compared["decode_speedup"] = speed_ups(*speeds)
+        compared["bytes_ratio"] = others[0].bytes_per_token / first.bytes_per_token
     return SpeedReport(
-        runtime=str(settings.runtime), weights=weights_name(models[0][1], settings),
-        threads=torch.get_num_threads(), prompt_tokens=settings.prompt_tokens,
-        new_tokens=settings.new_tokens, rounds=settings.rounds, model=first, **compared,
+        runtime=str(settings.runtime), weights=weights_name(models[0][1], settings), threads=torch.get_num_threads(),
+        model=first, **compared,
     )  # fmt: skip
 
 
@@ -47,14 +41,12 @@ def timed(models: Sequence[Runtime], settings: SpeedSettings) -> list[Speed]:
     """Speed of each model, measured in turns, with torch's own default precision of products."""
     vocabulary = min(one.vocabulary for one in models)
     prompt = [index * 7 % vocabulary for index in range(1, settings.prompt_tokens + 1)]  # any ids are as fast
-    named = {str(index): one for index, one in enumerate(models)}
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        found = measure_speeds(named, prompt, new_tokens=settings.new_tokens, rounds=settings.rounds)
+        return measure_speeds(models, prompt, new_tokens=settings.new_tokens, rounds=settings.rounds)
     finally:
         torch.set_float32_matmul_precision(precision)
-    return [found[name] for name in named]
 
 
 def pair_of_speeds(first: Source, second: Source, settings: SpeedSettings) -> tuple[Speed, Speed]:

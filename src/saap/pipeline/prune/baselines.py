@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
 
-from saap.baselines.baseline import Baseline, Measurements, add_biases
+from saap.baselines.baseline import Baseline, Measurements
 from saap.core.errors import ConfigurationError
 from saap.core.records import GroupScores, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
 from saap.models.walk.backend import Backend
@@ -31,15 +33,10 @@ def for_method(config: PruneConfig) -> PruneConfig:
             f"--method {config.method} adds biases, which the stock class of --layout uniform has no place for",
             "Use --layout adaptive, or --restore in place of the biases",
         )
-    return config.model_copy(
-        update={
-            "strategy": baseline.strategy,
-            "roles": baseline.roles or config.roles,
-            "skip_layers": config.skip_layers
-            if config.skip_layers is not None or config.layout is Layout.UNIFORM
-            else baseline.skip_layers,
-        }
-    )
+    rules: dict[str, Any] = {"strategy": baseline.strategy, "roles": baseline.roles or config.roles}
+    if config.skip_layers is None and config.layout is not Layout.UNIFORM:
+        rules["skip_layers"] = baseline.skip_layers
+    return config.model_copy(update=rules)
 
 
 def check_method(config: PruneConfig, graph: ModelGraph) -> None:
@@ -47,25 +44,20 @@ def check_method(config: PruneConfig, graph: ModelGraph) -> None:
     baseline = baseline_of(config.method)
     if baseline is None:
         return
-    roles = unit_roles(config.roles)
+    roles, wrong = unit_roles(config.roles), None
     unscored = next((role for role in roles if role not in baseline.scored), None)
-    if unscored is not None:
-        raise ConfigurationError(
-            f"--method {config.method} does not score units of the role {unscored}",
-            f"Use --method {_methods_for(unscored)}, or leave this role out of --roles",
-        )
     bundle = next((group.bundle for group in graph.groups if group.bundle and group.role in roles), None)
-    if bundle is not None and Role.EXPERT not in baseline.scored:
+    if unscored is not None:
+        wrong = f"does not score units of the role {unscored}", unscored, "this role"
+    elif bundle is not None and Role.EXPERT not in baseline.scored:
+        wrong = f"scores matrices one by one, and {bundle} of this model stacks its experts", Role.EXPERT, "ffn"
+    if wrong is not None:
+        problem, needed, role = wrong
+        every = ((method, baseline_of(method)) for method in Method)
+        others = " or ".join(method for method, one in every if one is None or needed in one.scored)
         raise ConfigurationError(
-            f"--method {config.method} scores matrices one by one, and {bundle} of this model stacks its experts",
-            f"Use --method {_methods_for(Role.EXPERT)}, or leave ffn out of --roles",
+            f"--method {config.method} {problem}", f"Use --method {others}, or leave {role} out of --roles"
         )
-
-
-def _methods_for(role: Role) -> str:
-    """The methods that score units of a role, in words."""
-    found = ((method, baseline_of(method)) for method in Method)
-    return " or ".join(method for method, baseline in found if baseline is None or role in baseline.scored)
 
 
 def measurements(run: Run) -> Measurements:
@@ -99,10 +91,3 @@ def biases_for(run: Run, model: nn.Module, plan: StructurePlan) -> dict[str, tor
     if baseline is None or not baseline.compensation or run.config.restore or plan.removes_nothing(run.graph):
         return {}
     return baseline.compensation(Backend(model, run.graph), measurements(run).of(baseline), plan.keep)
-
-
-def compensate(run: Run, model: nn.Module, biases: dict[str, torch.Tensor]) -> None:
-    """Put the biases into the cut model."""
-    count = add_biases(model, biases)
-    if count:
-        run.meter.reporter.note(f"{count:,} parameters of compensating biases come on top of the plan")

@@ -1,22 +1,25 @@
-"""From a made model to a result: open what was written, measure it, complete its records, put it in its place."""
+"""From a made model to a result: open and measure what was written, complete its records, say what looks wrong."""
 
 from __future__ import annotations
 
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import nn
 
 from saap.core.errors import VerificationError, first_line
-from saap.core.manifest import RunManifest, SpeedRecord
+from saap.core.manifest import Answers, PerplexityChange, SpeedRecord
 from saap.core.records import ImportanceScores
 from saap.evaluation.perplexity import model_logits
 from saap.export.huggingface import write_records
 from saap.export.model_card import load_lines
 from saap.models.checkpoint.pruned_structure import auto_class
 from saap.models.walk.offload import offloaded, placeholder
-from saap.pipeline.prune.diagnosis import findings_of
-from saap.pipeline.prune.making import Made, forget_changed, made_folder, open_result, release
+from saap.pipeline.prune.making import Made, changed_folder, made_folder, manifest_of_run, open_result, release
 from saap.pipeline.prune.planning import read_whole_plan
-from saap.pipeline.prune.records import Measured, manifest_of_run
 from saap.pipeline.prune.result import PruneReport, PruneResult, structure_of
 from saap.pipeline.prune.speed_target import reached_speed
 from saap.pipeline.shared.context import Run
@@ -25,6 +28,8 @@ from saap.pipeline.shared.targets import Target, finished_report, place_finished
 from saap.structure_search.budget import TimeBudget
 
 CHECKED_TOKENS = 64
+LARGEST_DEVIATION = 0.1
+"""Of the reached speed-up from the requested one."""
 
 
 def measure_result(run: Run, target: Target, made: Made) -> Behaviour | None:
@@ -37,11 +42,12 @@ def measure_result(run: Run, target: Target, made: Made) -> Behaviour | None:
         if model is not None:
             release(model)
         if model is run.loaded.model and run.loaded.fresh is None:
-            _forget_weights(model)  # the run holds it to its end
+            for parameter in model.parameters():  # the run holds it to its end: free its memory, not its shapes
+                parameter.data = placeholder(parameter.shape, parameter.dtype, parameter.device)
         del model
-        forget_changed(run, target)
+        shutil.rmtree(changed_folder(run, target), ignore_errors=True)
         made.model = open_result(run, made_folder(run, target))
-        _check_same(expected, _logits_of_written(run, made.model, target), target)
+        _check_written(run, target, made.model, expected)
     return observe(_model_of(made), run.loaded.tokenizer, run.tokens, run.spill)
 
 
@@ -53,14 +59,9 @@ def time_result(run: Run, target: Target, made: Made, pruned: Behaviour | None) 
 
 
 def place_result(
-    run: Run,
-    target: Target,
-    scores: ImportanceScores,
-    dense: Behaviour,
-    made: Made,
-    pruned: Behaviour | None,
+    run: Run, target: Target, scores: ImportanceScores, dense: Behaviour, made: Made, pruned: Behaviour | None,
     speed: SpeedRecord | None,
-) -> PruneResult:
+) -> PruneResult:  # fmt: skip
     """The result with its records, in its place; the other processes open what the first has put there."""
     if pruned is None:
         run.processes.barrier()
@@ -70,25 +71,44 @@ def place_result(
                 "Let all processes work on one file system",
             )
         return read_result(run, target)
-    measured, model = Measured(dense, pruned, speed), _model_of(made)
-    manifest = manifest_of_run(run, made.plan, scores, measured)
-    report = _report(run, target, made, manifest, findings_of(run, made, scores, measured))
-    if target.folder is not None:
+    plan, tokens, model, path = made.plan, run.tokens, _model_of(made), target.folder
+    perplexity = PerplexityChange(
+        text=tokens.evaluation_name, tokens=tokens.evaluation.size, before=dense.perplexity, after=pruned.perplexity
+    )
+    answers = Answers(prompt=dense.prompt, dense=dense.answer, pruned=pruned.answer)
+    measured = {"perplexity": perplexity, "answers": answers, "speed": speed}
+    manifest = manifest_of_run(run, plan, scores).model_copy(update=measured)
+    report = PruneReport(
+        model=manifest.base.source, path=None if path is None else str(path), target=target.name,
+        layout=str(plan.layout), strategy=plan.strategy, seed=manifest.seed,
+        pruning_ratio=manifest.block_parameters.removed,
+        parameters_dense=manifest.parameters.before, parameters=manifest.parameters.after,
+        block_parameters_dense=manifest.block_parameters.before, block_parameters=manifest.block_parameters.after,
+        bytes_dense=manifest.bytes.before, bytes=manifest.bytes.after, dtype=manifest.dtype,
+        evaluation_text=perplexity.text, evaluation_tokens=perplexity.tokens,
+        perplexity_dense=perplexity.before, perplexity=perplexity.after,
+        prompt=answers.prompt, answer_dense=answers.dense, answer=answers.pruned,
+        speed=None if speed is None else speed.model_dump(), structure=structure_of(run.graph, plan), trail=plan.trail,
+        refit_errors=dict(made.refit_errors), findings=tuple(findings_of(run, made, scores, perplexity, speed)),
+        stages=manifest.stages,
+        load_lines=()
+        if path is None
+        else load_lines(path, str(plan.layout), auto_class(made.base_model_type).__name__),
+    )  # fmt: skip
+    if path is not None:
         folder = made_folder(run, target)
         write_records(folder, manifest, made.base_model_type)
         place_finished(run.work, target, folder, report.as_dict())
         if offloaded(model) is not None:
-            model = open_result(run, target.folder)  # its files have another place now
+            model = open_result(run, path)  # its files have another place now
         run.processes.barrier()
-    return PruneResult(model=model, plan=made.plan, report=report, path=target.folder)
+    return PruneResult(model=model, plan=plan, report=report, path=path)
 
 
 def read_result(run: Run, target: Target) -> PruneResult:
     """The target's result, which has been put in its place."""
-    folder = target.folder
-    if folder is None:
-        raise VerificationError("A result in memory cannot be read", "Run again")
     report = PruneReport.model_validate(finished_report(run.work, target))
+    folder = Path(str(target.folder))
     plan = read_whole_plan(run, folder / "saap" / "plan.json")
     return PruneResult(model=open_result(run, folder), plan=plan, report=report, path=folder)
 
@@ -99,58 +119,89 @@ def _model_of(made: Made) -> nn.Module:
     return made.model
 
 
-def _forget_weights(model: nn.Module) -> None:
-    """Free the memory of a model that something else still holds; it keeps shapes, types and devices."""
-    for parameter in model.parameters():
-        parameter.data = placeholder(parameter.shape, parameter.dtype, parameter.device)
-
-
 @torch.no_grad()
 def _few_logits(run: Run, model: nn.Module) -> torch.Tensor:
     tokens = run.tokens.tensor("held", run.device)[:1, :CHECKED_TOKENS]
     return model_logits(model, tokens).float()
 
 
-def _logits_of_written(run: Run, model: nn.Module, target: Target) -> torch.Tensor:
+def _check_written(run: Run, target: Target, model: nn.Module, expected: torch.Tensor | None) -> None:
+    """Raise VerificationError unless the written model gives finite logits, which are those of the one in memory."""
+    what, fault = f"The written model ({target.name})", "report this model and command as a fault of saap"
     try:
-        return _few_logits(run, model)
+        found = _few_logits(run, model)
     except Exception as error:  # the code of its class
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise VerificationError(
-            f"The written model ({target.name}) does not run ({reason})",
-            "Call saap.prune without `out` to keep it in memory, and report this model and command as a fault of saap",
-        ) from error
-
-
-def _check_same(expected: torch.Tensor | None, found: torch.Tensor, target: Target) -> None:
+        remedy = f"Call saap.prune without `out` to keep it in memory, and {fault}"
+        raise VerificationError(f"{what} does not run ({reason})", remedy) from error
     if not bool(found.isfinite().all()):
-        raise VerificationError(
-            f"The written model ({target.name}) gives logits that are not finite", "Use --dtype float32"
-        )
+        raise VerificationError(f"{what} gives logits that are not finite", "Use --dtype float32")
     if expected is not None and not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
-        raise VerificationError(
-            f"The written model ({target.name}) does not compute what the one in memory does",
-            "Report this model and command as a fault of saap",
+        raise VerificationError(f"{what} does not compute what the one in memory does", fault.capitalize())
+
+
+def findings_of(
+    run: Run, made: Made, scores: ImportanceScores, perplexity: PerplexityChange, speed: SpeedRecord | None
+) -> list[str]:
+    """Signs that scores, search, reconstruction, speed or memory were not as they should be."""
+    findings, trail = _of_scores(scores), made.plan.trail
+    if trail and trail[0].loss > 2.0:
+        findings.append(
+            f"the best structure found is {trail[0].loss:.1f} nats per token away from the dense model "
+            "before reconstruction: prune less, or allow more roles and layers."
         )
+    removed = 1 - made.plan.block_parameters / run.graph.block_parameters
+    growth = perplexity.after / perplexity.before
+    if not math.isfinite(growth):
+        findings.append(
+            "the pruned model's perplexity is not finite: prune less, or compute in float32 (--dtype float32)."
+        )
+    elif growth > 1 + 10 * removed:
+        more = (
+            "use --effort best or more refit text (--refit-tokens)" if run.config.restore else "leave out --no-restore"
+        )
+        findings.append(
+            f"perplexity grew {growth:.1f} times for {removed:.0%} removed, more than usual: the importance scores may "
+            f"not fit this model; {more}, or another --strategy."
+        )
+    useless, every = sum(error >= 1.0 for error in made.refit_errors.values()), len(made.refit_errors)
+    if useless > every / 2:
+        findings.append(
+            f"reconstruction helped in only {every - useless} of {every} modules: "
+            "the refit text is too short or too uniform (--refit-tokens, --calibration)."
+        )
+    if speed is not None and abs(speed.reached / speed.asked - 1) > LARGEST_DEVIATION:
+        findings.append(
+            f"the speed-up reached is {speed.reached:.2f}, not {speed.asked:g}: other work on this machine disturbs "
+            "such measurements; run again when it is quiet, without the table in the cache folder"
+        )
+    most = 12 * run.graph.parameters * run.loaded.dtype.itemsize + 4 * 10**9
+    return findings + [
+        f"stage {stage.name!r} used {stage.peak_resident_bytes / 1e9:.1f} GB, over 12 times the weights: "
+        "lower --refit-tokens or --num-samples."
+        for stage in run.meter.stages
+        if stage.peak_resident_bytes > most
+    ]
 
 
-def _report(run: Run, target: Target, made: Made, manifest: RunManifest, findings: list[str]) -> PruneReport:
-    """The same figures as the manifest's, with the structure and what looks wrong."""
-    plan, folder, perplexity, answers = made.plan, target.folder, manifest.perplexity, manifest.answers
-    if perplexity is None or answers is None:
-        raise VerificationError("The result has not been measured", "Run again")
-    lines = () if folder is None else load_lines(folder, str(plan.layout), auto_class(made.base_model_type).__name__)
-    return PruneReport(
-        model=manifest.base.source, path=None if folder is None else str(folder), target=target.name,
-        layout=str(plan.layout), strategy=plan.strategy, seed=manifest.seed,
-        pruning_ratio=manifest.block_parameters.removed,
-        parameters_dense=manifest.parameters.before, parameters=manifest.parameters.after,
-        block_parameters_dense=manifest.block_parameters.before, block_parameters=manifest.block_parameters.after,
-        bytes_dense=manifest.bytes.before, bytes=manifest.bytes.after, dtype=manifest.dtype,
-        evaluation_text=perplexity.text, evaluation_tokens=perplexity.tokens,
-        perplexity_dense=perplexity.before, perplexity=perplexity.after,
-        prompt=answers.prompt, answer_dense=answers.dense, answer=answers.pruned,
-        speed=None if manifest.speed is None else manifest.speed.model_dump(),
-        structure=structure_of(run.graph, plan), trail=plan.trail, refit_errors=dict(made.refit_errors),
-        findings=tuple(findings), stages=manifest.stages, load_lines=lines,
-    )  # fmt: skip
+def _of_scores(scores: ImportanceScores) -> list[str]:
+    """Units without any signal, or an order that few samples would change."""
+    findings, samples = [], scores.samples
+    elements = [group.element for group in scores.groups.values()]
+    silent = np.concatenate([element == 0 for element in elements]).mean() if elements else 0.0
+    if silent > 0.05:
+        findings.append(
+            f"{silent:.0%} of the units have importance 0: the calibration text never uses them; "
+            "calibrate on more or more varied text (--calibration, --num-samples)."
+        )
+    errors = [0.0]  # median standard errors of a unit's mean, over the spread of the means inside the module
+    for group in scores.groups.values():
+        error = float(np.median(np.sqrt(np.maximum(group.element_m2, 0) / max(samples - 1, 1) / samples)))
+        spread = float(group.element.std())
+        errors.append(error / spread if spread > 0 else 0.0)
+    if float(np.median(errors[1:] or errors)) > 0.5:
+        findings.append(
+            "the importance scores are noisy: their error over samples exceeds half of their spread over units; "
+            f"use more samples than {samples} (--num-samples)."
+        )
+    return findings

@@ -20,22 +20,20 @@ from saap.pipeline.prune.steps import requested_stages
 from saap.pipeline.shared import stages
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import RunOptions
-from saap.pipeline.shared.memory_estimates import Sizes, refit_tokens, stage_needs
+from saap.pipeline.shared.memory import Sizes, refit_tokens, stage_needs
 from saap.pipeline.shared.outcome import ANSWER_TOKENS
 from saap.pipeline.shared.stages import Stage, steps_of
-from saap.pipeline.shared.targets import Target
 from saap.pipeline.shared.tokens import generated_sequences, needs_measuring
 from saap.settings.registry import Method
 from saap.structure_search.plan import check_reachable
 
 TIMED_TOKENS = 1024
-PASSES = {stages.ESTIMATE: 4.7, stages.FIND_COSTS: 3.5, stages.WEIGH_TOKENS: 3.5, stages.RESTORE: 3.7}
-"""Time of a token in a stage, over that of its forward pass: back, gradients of weights, Gram matrices, two streams."""
 STEP_TOKENS = 8
 """A step of writing takes about as long as reading so many tokens at once."""
 SOLVING = 10
 """Products of matrices as wide as what a consumer reads that its least-squares problem takes, about."""
 _STATISTICS_BYTES = 5 * 8
+SMALLER = "Use a machine with more memory, or a smaller model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,50 +70,47 @@ class Forecast:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able data: the stages, the sum of what adds up and the peaks."""
+        peaks = ("peak_resident_bytes", "peak_device_bytes")
         return {
             "stages": [dataclasses.asdict(stage) for stage in self.stages],
             "seconds": sum(stage.seconds or 0.0 for stage in self.stages),
             "disk_bytes": self.disk_bytes,
-            "peak_resident_bytes": self.worst("peak_resident_bytes").peak_resident_bytes,
-            "peak_device_bytes": self.worst("peak_device_bytes").peak_device_bytes,
+            **{name: getattr(self.worst(name), name) for name in peaks},
         }
 
 
 def forecast(run: Run) -> Forecast:
     """All stages of a prepared run: those that it has behind it, and the others by formulas."""
-    done = [StageForecast(**stage.model_dump()) for stage in run.meter.stages]
+    config, loaded, on_device = run.config, run.loaded, run.device.type != "cpu"
     ahead = [stage for stage in requested_stages(run) if stage not in (*stages.PREPARE, stages.PLACE)]
-    sizes = dataclasses.replace(Sizes.of(run.loaded.model, run.device), pages=0)  # those of the result are added
-    seconds_of_token = _seconds_of_token(run)
-    tokens, targets = _tokens(run), {target.name: target for target in run.targets}
-    needs, base = stage_needs(sizes, run.config), device_memory.of_process()
-    captured = 0 if run.loaded.spills else sizes.captured_activations(run.config)
-    kept = sizes.weights if len(targets) > 1 or run.config.target_speedup is not None else 0  # the dense model
-    on_device = run.device.type != "cpu"
-    found = []
-    for step in steps_of(ahead, list(targets)):
-        stage = step.stage
-        taken = needs.get(stage, 0) + (captured if stage is stages.RESTORE else 0)
-        left = _parameters_left(run, targets[step.target]) if stage.per_target else 0
+    sizes = dataclasses.replace(Sizes.of(loaded.model, run.device), pages=0)  # those of the result are added
+    seconds_of_token, tokens = _seconds_of_token(run), _tokens(run)
+    needs, base = stage_needs(sizes, config), device_memory.of_process()
+    plans = {target.name: check_reachable(run.graph, target.budget, run.space) for target in run.targets}
+    left = {name: plan.parameters * loaded.dtype.itemsize for name, plan in plans.items()}  # bytes of the results
+    kept = sizes.weights if len(left) > 1 or config.target_speedup is not None else 0  # the dense model
+    found = [StageForecast(**stage.model_dump()) for stage in run.meter.stages]
+    for step in steps_of(ahead, list(left)):
+        stage, taken, disk = step.stage, needs.get(step.stage, 0), 0
+        work = float(tokens.get(stage, 0))
+        if stage is stages.ESTIMATE:
+            disk = _STATISTICS_BYTES * sum(group.units for group in run.graph.groups)
         if stage in (stages.CUT, stages.RESTORE):
-            taken += kept
+            taken, disk = taken + kept, left[step.target]
+        if stage is stages.RESTORE:
+            taken += 0 if loaded.spills else sizes.captured_activations(config)
+            work += SOLVING * sizes.blocks * sizes.widest**3 / sum(p.numel() for p in loaded.model.parameters())
         if stage in (stages.MEASURE, stages.TIME_RESULT):
-            taken += kept + left * run.loaded.dtype.itemsize  # the file is mapped while it is read
-        seconds = None if stage not in tokens else tokens[stage] * seconds_of_token * PASSES.get(stage, 1.0)
-        if stage is stages.RESTORE and seconds is not None:
-            products = SOLVING * sizes.blocks * sizes.widest**3 / sum(p.numel() for p in run.loaded.model.parameters())
-            seconds += products * seconds_of_token
+            taken += kept + left[step.target]  # the file is mapped while it is read
         found.append(
             StageForecast(
-                name=step.title,
-                seconds=seconds,
+                name=step.title, seconds=work * seconds_of_token if stage in tokens else None, disk_bytes=disk,
                 peak_resident_bytes=base + (0 if on_device else taken),
                 peak_device_bytes=sizes.weights + taken if on_device else 0,
-                disk_bytes=_disk(run, stage, left),
             )
-        )
-    per_token = 0.0 if run.loaded.spills or on_device else float(sizes.captured_by_token)
-    return Forecast(stages=(*done, *found), refit_tokens=refit_tokens(run.config), bytes_per_refit_token=per_token)
+        )  # fmt: skip
+    per_token = 0.0 if loaded.spills or on_device else float(sizes.captured_by_token)
+    return Forecast(stages=tuple(found), refit_tokens=refit_tokens(config), bytes_per_refit_token=per_token)
 
 
 def _seconds_of_token(run: Run) -> float:
@@ -129,35 +124,25 @@ def _seconds_of_token(run: Run) -> float:
 
 
 def _tokens(run: Run) -> dict[Stage, float]:
-    """How many tokens each stage passes through the model, as often as it does. Baselines' scores have no formula."""
+    """Tokens of each stage, times what one takes there over its forward pass: back, gradients, Gram matrices."""
     config, tokens = run.config, run.tokens
     measured = tokens.evaluation.size + STEP_TOKENS * ANSWER_TOKENS * (run.loaded.tokenizer is not None)
     held = tokens.held.tokens.size if needs_measuring(config) else 0
     found: dict[Stage, float] = {
         stages.WRITE_TEXT: generated_sequences(run.loaded, config) * config.effort_settings.refit_length,
         stages.MEASURE_DENSE: measured,
-        stages.FIND_COSTS: tokens.costs.size,
+        stages.ESTIMATE: 4.7 * tokens.scored.tokens.size,
+        stages.FIND_COSTS: 3.5 * tokens.costs.tokens.size,
         stages.EVALUATE_DENSE: held,
         stages.SEARCH: held * search_evaluations(run),
-        stages.WEIGH_TOKENS: tokens.costs.size,
+        stages.WEIGH_TOKENS: 3.5 * tokens.costs.tokens.size,
         stages.CUT: 0,
-        stages.RESTORE: refit_tokens(config),
+        stages.RESTORE: 3.7 * refit_tokens(config),
         stages.MEASURE: measured,
     }
-    return found if config.method is not Method.SAAP else found | {stages.ESTIMATE: tokens.scored.tokens.size}
-
-
-def _parameters_left(run: Run, target: Target) -> int:
-    if target.budget is None:
-        return run.graph.parameters
-    return check_reachable(run.graph, target.budget, run.space).parameters
-
-
-def _disk(run: Run, stage: Stage, left: int) -> int:
-    """Bytes of the scores, and of a result of so many parameters."""
-    if stage is stages.ESTIMATE:
-        return _STATISTICS_BYTES * sum(group.units for group in run.graph.groups)
-    return left * run.loaded.dtype.itemsize if stage in (stages.CUT, stages.RESTORE) else 0
+    if config.method is not Method.SAAP:
+        del found[stages.ESTIMATE]  # baselines' scores have no formula
+    return found
 
 
 def check_fits(found: Forecast, run: Run) -> None:
@@ -165,19 +150,17 @@ def check_fits(found: Forecast, run: Run) -> None:
     if run.options.out is not None:
         check_place(run.options.out, found.disk_bytes)
     available, worst = device_memory.of_device(run.device), found.worst("peak_device_bytes")
-    if available is not None and worst.peak_device_bytes > available:
+    if available is not None:
         what = f"The stage {worst.name!r}"
-        raise _too_little(what, worst.peak_device_bytes, available, f" on {run.device}", "Use --device cpu")
+        _require(what, worst.peak_device_bytes, available, "Use --device cpu", f" on {run.device}")
     free, worst = device_memory.of_machine(), found.worst("peak_resident_bytes")
-    if worst.peak_resident_bytes <= free:
-        return
-    others = [stage for stage in found.stages if not stage.name.startswith(stages.RESTORE.title)]
-    remedy = "Use a machine with more memory, or a smaller model"
-    if max(stage.peak_resident_bytes for stage in others) <= free and run.config.restore:
+    others = [stage.peak_resident_bytes for stage in found.stages if not stage.name.startswith(stages.RESTORE.title)]
+    remedy = SMALLER
+    if max(others, default=0) <= free and run.config.restore:
         lacking, each = worst.peak_resident_bytes - free, found.bytes_per_refit_token
         fewer = (found.refit_tokens - int(lacking / each) - 1) // 1024 * 1024 if each else 0
         remedy = f"Use --refit-tokens {fewer}" if fewer >= 1024 else "Use --no-restore"
-    raise _too_little(f"The stage {worst.name!r}", worst.peak_resident_bytes, free, "", remedy)
+    _require(f"The stage {worst.name!r}", worst.peak_resident_bytes, free, remedy)
 
 
 def check_weights_fit(source: str | Path, options: RunOptions) -> None:
@@ -191,12 +174,10 @@ def check_weights_fit(source: str | Path, options: RunOptions) -> None:
         return
     stored = sum(file.stat().st_size for file in weight_files(resolved.folder))
     needed = stored // resolved.dtype.itemsize * working_dtype(device, resolved.dtype).itemsize
+    _require(f"The model {source}", needed, free, SMALLER)
+
+
+def _require(what: str, needed: int, free: int, remedy: str, where: str = "") -> None:
     if needed > free:
-        remedy = "Use a machine with more memory, or a smaller model"
-        raise _too_little(f"The model {source}", needed, free, "", remedy)
-
-
-def _too_little(what: str, needed: int, free: int, where: str, remedy: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"{what} needs {needed / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB are free{where}", remedy
-    )
+        size = f"{needed / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB are free{where}"
+        raise ConfigurationError(f"{what} needs {size}", remedy)

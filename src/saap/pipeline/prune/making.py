@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,18 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from saap.baselines.baseline import add_biases
 from saap.core.errors import VerificationError
+from saap.core.manifest import BaseModelIdentity, Change, RunManifest, recorded_versions, typed_command
 from saap.core.records import FloatArray, ImportanceScores, Layout, StructurePlan, count_parameters
 from saap.discovery.blocks import find_blocks
 from saap.export.huggingface import CheckpointParts, write_checkpoint
+from saap.export.model_card import licence_of
+from saap.models.checkpoint import modeling_pruned
 from saap.models.checkpoint.pruned_structure import PrunedStructure, dense_shapes, mark_pruned, structure_of
 from saap.models.loading.devices import copied, quick_products, spread_over
 from saap.models.loading.pretrained import load, load_offloaded
 from saap.models.loading.references import resolve_model
 from saap.models.walk.offload import offloaded
-from saap.pipeline.prune.baselines import biases_for, compensate
+from saap.pipeline.prune.baselines import biases_for
 from saap.pipeline.prune.planning import read_whole_plan
-from saap.pipeline.prune.records import manifest_of_run
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.memory import restoration_spill
 from saap.pipeline.shared.stages import CUT
@@ -59,13 +62,29 @@ def read_made(run: Run, target: Target) -> Made:
     return Made(plan=read_whole_plan(run, made_folder(run, target) / "saap" / "plan.json"), **record)
 
 
+def manifest_of_run(run: Run, plan: StructurePlan, scores: ImportanceScores) -> RunManifest:
+    """The manifest of a result that has not been measured."""
+    graph, itemsize, folder = run.graph, run.loaded.dtype.itemsize, run.loaded.folder
+    digests = {
+        "graph": graph.digest, "calibration": run.tokens.scored.digest, "scores": scores.digest, "plan": plan.digest,
+    }  # fmt: skip
+    if plan.layout is Layout.ADAPTIVE:
+        digests["modeling_code"] = hashlib.sha256(Path(modeling_pruned.__file__).read_bytes()).hexdigest()
+    return RunManifest(
+        base=BaseModelIdentity.of(graph.model, licence_of(folder) if folder is not None else None),
+        command=typed_command(), settings=run.config.model_dump(mode="json"), seed=run.config.seed,
+        layout=plan.layout, device=str(run.device), dtype=str(run.loaded.dtype).removeprefix("torch."),
+        versions=recorded_versions(), digests=digests, stages=tuple(run.meter.stages),
+        parameters=Change(before=graph.parameters, after=plan.parameters),
+        block_parameters=Change(before=graph.block_parameters, after=plan.block_parameters),
+        bytes=Change(before=graph.parameters * itemsize, after=plan.parameters * itemsize),
+    )  # fmt: skip
+
+
 def make_model(
-    run: Run,
-    target: Target,
-    plan: StructurePlan,
-    scores: ImportanceScores,
+    run: Run, target: Target, plan: StructurePlan, scores: ImportanceScores,
     token_scores: Mapping[str, FloatArray] | None = None,
-) -> Made:
+) -> Made:  # fmt: skip
     """The model of one target; where the dense one is not needed any more, that is changed in place."""
     model = _dense_copy(run, target)
     plan, errors = cut_and_restore(run, model, plan, scores, token_scores)
@@ -98,12 +117,9 @@ def _check_count(run: Run, model: nn.Module, plan: StructurePlan, structure: Pru
 
 
 def cut_and_restore(
-    run: Run,
-    model: nn.Module,
-    plan: StructurePlan,
-    scores: ImportanceScores,
+    run: Run, model: nn.Module, plan: StructurePlan, scores: ImportanceScores,
     token_scores: Mapping[str, FloatArray] | None = None,
-) -> tuple[StructurePlan, Mapping[str, float]]:
+) -> tuple[StructurePlan, Mapping[str, float]]:  # fmt: skip
     """Carry out the plan on `model`, a dense one, in place.
 
     token_scores: the importance that the choice of units weighs in, in place of the element-wise scores.
@@ -126,7 +142,9 @@ def cut_and_restore(
         keep = {name: reconstruction.keep.get(name, kept) for name, kept in plan.keep.items()}
         plan, errors = dataclasses.replace(plan, keep=keep), reconstruction.errors
     cut(model, run.graph, plan)
-    compensate(run, model, biases)
+    added = add_biases(model, biases)
+    if added:
+        run.meter.reporter.note(f"{added:,} parameters of compensating biases come on top of the plan")
     return plan, errors
 
 
@@ -139,7 +157,7 @@ def _dense_copy(run: Run, target: Target) -> nn.Module:
     model: nn.Module = run.loaded.fresh()
     weights = offloaded(model)
     if weights is not None:
-        weights.folder, weights.written = _changed_folder(run, target), run.loaded.dtype
+        weights.folder, weights.written = changed_folder(run, target), run.loaded.dtype
     return model
 
 
@@ -150,12 +168,8 @@ def release(model: nn.Module) -> None:
         weights.offload()
 
 
-def forget_changed(run: Run, target: Target) -> None:
-    """Delete the blocks of a result that has been written."""
-    shutil.rmtree(_changed_folder(run, target), ignore_errors=True)
-
-
-def _changed_folder(run: Run, target: Target) -> Path:
+def changed_folder(run: Run, target: Target) -> Path:
+    """Where the changed blocks of a model lie whose weights are in files, until it is written."""
     return run.work.file(f"changed-{target.name}")
 
 
@@ -172,11 +186,10 @@ def _round_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
 def open_result(run: Run, folder: Path) -> nn.Module:
     """Open a written result to compute in the run's type; its weights stay in the files if the dense ones did."""
-    compute = next(run.loaded.model.parameters()).dtype
-    opened: nn.Module
-    if run.loaded.fresh is not None:
-        opened = load_offloaded(resolve_model(folder), find_blocks, device=run.device, dtype=compute)
-    else:
-        places = spread_over(run.loaded.model)
-        opened = load(folder, device=str(run.device), dtype=compute, device_map=places)
+    compute, places = next(run.loaded.model.parameters()).dtype, spread_over(run.loaded.model)
+    opened: nn.Module = (
+        load(folder, device=str(run.device), dtype=compute, device_map=places)
+        if run.loaded.fresh is None
+        else load_offloaded(resolve_model(folder), find_blocks, device=run.device, dtype=compute)
+    )
     return opened

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import torch
-
 from saap.core.records import FloatArray, ImportanceScores, IntArray, Role, StructurePlan, require_same
 from saap.core.storage import read_plan, read_scores
 from saap.data.generated import random_starts, sample_from_model
@@ -19,13 +17,13 @@ from saap.pipeline.prune.baselines import baseline_scores
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.targets import Target
-from saap.pipeline.shared.tokens import COST_TOKENS_AT_ONCE, chooses_units, generated_sequences
+from saap.pipeline.shared.tokens import chooses_units, costs_at_once, generated_sequences
 from saap.settings.prune import unit_roles
 from saap.settings.registry import Importance, Method
 from saap.structure_search.budget import Budget
 from saap.structure_search.costs import SecondOrder, second_order_costs
 from saap.structure_search.evaluator import EVALUATED_AT_ONCE, StructureEvaluator
-from saap.structure_search.plan import complete_plan, plan_from_counts, search
+from saap.structure_search.plan import complete_plan, search
 from saap.structure_search.problem import SearchGuide
 
 GENERATION_BATCH = 32
@@ -61,12 +59,11 @@ def estimate_scores(run: Run) -> ImportanceScores:
     """Scores of all units by the method of the run."""
     if run.config.method is not Method.SAAP:
         return run.processes.broadcast_result(lambda: baseline_scores(run))
-    with run.tokens.images(run.loaded.model):
-        return estimate(
-            run.backend, run.tokens.scored, roles=unit_roles(run.config.roles) or [Role.FFN, Role.ATTENTION],
-            importance=run.config.importance, element_order=run.config.element_order,
-            aggregation=run.config.aggregation,
-        )  # fmt: skip
+    config = run.config
+    return estimate(
+        run.backend, run.tokens.scored, roles=unit_roles(config.roles) or [Role.FFN, Role.ATTENTION],
+        importance=config.importance, element_order=config.element_order, aggregation=config.aggregation,
+    )  # fmt: skip
 
 
 def read_run_scores(run: Run, path: Path) -> ImportanceScores:
@@ -79,23 +76,15 @@ def read_run_scores(run: Run, path: Path) -> ImportanceScores:
 
 def find_costs(run: Run) -> SecondOrder:
     """Second-order costs of all units."""
-    tokens, rows = _text_of_costs(run)
-    with run.tokens.images(run.loaded.model):
-        return second_order_costs(run.backend, tokens, micro_batch=rows, ignored=run.tokens.scored.ignored)
+    tokens, costs = run.tokens.tensor("costs", run.device), run.tokens.costs
+    return second_order_costs(run.backend, tokens, micro_batch=costs_at_once(costs), ignored=costs.ignored)
 
 
 def weigh_tokens(run: Run) -> dict[str, FloatArray]:
     """By group, the token-level Fisher importance of each unit."""
-    tokens, rows = _text_of_costs(run)
+    tokens, costs = run.tokens.tensor("costs", run.device), run.tokens.costs
     backend = dataclasses.replace(run.backend, products=quick_products(run.device, run.loaded.dtype))
-    with run.tokens.images(run.loaded.model):
-        return token_fisher_scores(backend, tokens, micro_batch=rows, ignored=run.tokens.refit.ignored)
-
-
-def _text_of_costs(run: Run) -> tuple[torch.Tensor, int]:
-    """The text for token-level sensitivities (sequences, length), and the rows of a micro-batch."""
-    tokens = torch.from_numpy(run.tokens.costs).to(run.device)
-    return tokens, max(1, COST_TOKENS_AT_ONCE // tokens.shape[1])
+    return token_fisher_scores(backend, tokens, micro_batch=costs_at_once(costs), ignored=costs.ignored)
 
 
 def evaluate_dense(run: Run, costs: SecondOrder | None) -> StructureEvaluator:
@@ -103,16 +92,11 @@ def evaluate_dense(run: Run, costs: SecondOrder | None) -> StructureEvaluator:
     held = run.tokens.tensor("held", run.device)
     at_once = EVALUATED_AT_ONCE if run.loaded.fresh is None else len(held)
     grams = None if costs is None else costs.grams
-    with run.tokens.images(run.loaded.model):
-        return StructureEvaluator(run.backend, held, grams, at_once, ignored=run.tokens.held.ignored)
+    return StructureEvaluator(run.backend, held, grams, at_once, ignored=run.tokens.held.ignored)
 
 
 def search_plan(
-    run: Run,
-    target: Target,
-    scores: ImportanceScores,
-    costs: SecondOrder | None,
-    evaluator: StructureEvaluator | None,
+    run: Run, target: Target, scores: ImportanceScores, costs: SecondOrder | None, evaluator: StructureEvaluator | None
 ) -> StructurePlan:
     """The searched or given plan of a target; of several processes the first one decides, and the others evaluate.
 
@@ -124,8 +108,7 @@ def search_plan(
 
     def decide() -> StructurePlan:
         if target.plan is not None:
-            kept, dropped, layout = target.plan.keep(graph), target.plan.dropped_blocks, target.plan.layout
-            return plan_from_counts(graph, units, kept, dropped, layout=layout, align=target.plan.align)
+            return complete_plan(graph, target.plan, units)
         element = unit_scores(scores, graph, Importance.ELEMENT2, config.fusion_scope)
         guide = SearchGuide(
             element_scores=element if chooses_units(config) else None, costs=costs, evaluator=evaluator,
@@ -136,10 +119,9 @@ def search_plan(
             evaluator.done()
         return plan
 
-    with run.tokens.images(run.loaded.model):
-        if evaluator is not None and not run.processes.first:
-            evaluator.serve()
-        return run.processes.broadcast_result(decide)
+    if evaluator is not None and not run.processes.first:
+        evaluator.serve()
+    return run.processes.broadcast_result(decide)
 
 
 def read_whole_plan(run: Run, path: Path) -> StructurePlan:

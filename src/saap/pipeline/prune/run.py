@@ -21,17 +21,15 @@ from saap.models.loading.devices import quick_float32_products, require_whole_bl
 from saap.models.loading.pretrained import quiet_transformers
 from saap.models.walk.probe import check_runs
 from saap.models.walk.processes import Processes
-from saap.pipeline.evaluate.speed import check_settings
 from saap.pipeline.prune.baselines import check_method, for_method
 from saap.pipeline.prune.forecast import check_fits, check_weights_fit, forecast
 from saap.pipeline.prune.result import PruneResult
-from saap.pipeline.prune.speed_target import budget_for_speed, speed_settings
+from saap.pipeline.prune.speed_target import budget_for_speed
 from saap.pipeline.prune.steps import carry_out, with_written_text
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, check_devices, open_model, place_of
 from saap.pipeline.shared.legality import check_walk, search_space
-from saap.pipeline.shared.memory import open_within, restoration_spill
-from saap.pipeline.shared.memory_estimates import Sizes
+from saap.pipeline.shared.memory import Sizes, open_within, restoration_spill
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import DISCOVER, LOAD, READ_TEXT, TIME_DECODING
@@ -153,10 +151,15 @@ def _prepare(
     meter = Meter(reporter if reporter is not None and processes.first else Silent(), place_of(source, options))
     targets = plan_targets(config, options)
     if config.target_speedup is not None:
-        check_settings(speed_settings(config))
+        config.runtime.check()
     with meter.stage(LOAD):
         loaded = open_within(source, config, options, tokenizer)
-        _check_placement(loaded, options, meter)
+    if loaded.fresh is not None:
+        if options.out is None:
+            raise _needs_folder()
+        meter.reporter.note("the weights stay in their files and are read block by block")
+    if loaded.spills:
+        meter.reporter.note("the activations of the reconstruction are kept outside the memory of the weights")
     with meter.stage(READ_TEXT):
         tokens = draw_tokens(loaded, config, calibration if calibration is not None else config.calibration)
     if loaded.fresh is None:
@@ -167,8 +170,7 @@ def _prepare(
         targets = with_budgets(targets, config, graph, loaded.dtype)
         space = search_space(loaded.model, graph, config)
         for target in targets:
-            if target.budget is not None:
-                check_reachable(graph, target.budget, space)
+            check_reachable(graph, target.budget, space)
         if config.plan is not None:
             targets = [dataclasses.replace(targets[0], plan=read_plan(config.plan, graph))]
     if config.target_speedup is not None:
@@ -180,16 +182,6 @@ def _prepare(
             targets = [dataclasses.replace(target, budget=budget) for target in targets]
     work = WorkFolder.shared(work_path(options), processes)
     return Run(config, options, loaded, graph, space, tokens, work, meter, processes, targets)
-
-
-def _check_placement(loaded: LoadedModel, options: RunOptions, meter: Meter) -> None:
-    """Say what does not lie in the memory of the model. Raises ConfigurationError if the result has no place."""
-    if loaded.fresh is not None:
-        if options.out is None:
-            raise _needs_folder()
-        meter.reporter.note("the weights stay in their files and are read block by block")
-    if loaded.spills:
-        meter.reporter.note("the activations of the reconstruction are kept outside the memory of the weights")
 
 
 def _needs_folder() -> ConfigurationError:
@@ -209,17 +201,10 @@ def _discovered(loaded: LoadedModel, config: PruneConfig) -> ModelGraph:
 
 def _settings_digest(run: Run) -> str:
     config, tokens = run.config, run.tokens
-    return digest_of(
-        [
-            __version__,
-            config.model_dump(mode="json"),
-            run.graph.digest,
-            str(run.loaded.dtype),
-            [tokens.scored.digest, tokens.held.digest, tokens.refit.digest],
-            "" if config.plan is None else config.plan.read_text(),
-            *([] if run.loaded.fresh is None else ["weights in files"]),
-        ]
-    )
+    sets = [tokens.scored.digest, tokens.held.digest, tokens.refit.digest]
+    plan = "" if config.plan is None else config.plan.read_text()
+    same = [__version__, config.model_dump(mode="json"), run.graph.digest, str(run.loaded.dtype), sets, plan]
+    return digest_of(same if run.loaded.fresh is None else [*same, "weights in files"])
 
 
 def _check_disk(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,13 +23,7 @@ from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.progress import Reporter
 from saap.settings.measure import SpeedSettings
 from saap.settings.prune import PrunableRole, PruneConfig, unit_roles
-from saap.structure_search.budget import (
-    DecodeCosts,
-    TimeBudget,
-    budget_for_speedup,
-    curve_through,
-    trial_structures,
-)
+from saap.structure_search.budget import DecodeCosts, TimeBudget, budget_for_speedup, curve_through, trial_structures
 from saap.structure_search.plan import SearchSpace, check_reachable, make_plan
 from saap.surgery.cut import cut
 
@@ -66,15 +61,10 @@ def reached_speed(run: Run, budget: TimeBudget, plan: StructurePlan, pruned: nn.
     settings = speed_settings(run.config, ROUNDS)
     fast, slow = pair_of_speeds(pruned, run.loaded.model, settings)
     return SpeedRecord(
-        runtime=str(settings.runtime),
-        weights=weights_name(pruned, settings),
-        threads=torch.get_num_threads(),
-        asked=run.config.target_speedup or 1.0,
-        predicted=budget.speedup(run.graph, plan),
-        reached=speed_ups(fast, slow)[1],
-        dense_tokens_per_second=slow.decode,
-        tokens_per_second=fast.decode,
-    )
+        runtime=str(settings.runtime), weights=weights_name(pruned, settings), threads=torch.get_num_threads(),
+        asked=run.config.target_speedup or 1.0, predicted=budget.speedup(run.graph, plan),
+        reached=speed_ups(fast, slow)[1], dense_tokens_per_second=slow.decode, tokens_per_second=fast.decode,
+    )  # fmt: skip
 
 
 def trial_speedup(model: nn.Module, graph: ModelGraph, plan: StructurePlan, settings: SpeedSettings) -> float:
@@ -90,18 +80,17 @@ def _decode_costs(model: nn.Module, graph: ModelGraph, config: PruneConfig, repo
     """
     settings = speed_settings(config)
     file = _cache_file(model, graph, config, settings)
-    try:
+    with suppress(OSError, ValidationError):
         known = _COSTS.validate_json(file.read_bytes())
-    except (OSError, ValidationError):
-        costs = _measured_costs(model, graph, config, settings, reporter)
-        try:
-            write_whole(file, _COSTS.dump_json(costs, indent=1))
-            reporter.note(f"time of decoding measured and kept in {file}")
-        except OutputError as error:  # costs the next run its time and nothing else
-            reporter.note(f"the time of decoding was measured but not kept: {error}")
-        return costs
-    reporter.note(f"time of decoding from {file}")
-    return known
+        reporter.note(f"time of decoding from {file}")
+        return known
+    costs = _measured_costs(model, graph, config, settings, reporter)
+    try:
+        write_whole(file, _COSTS.dump_json(costs, indent=1))
+        reporter.note(f"time of decoding measured and kept in {file}")
+    except OutputError as error:  # costs the next run its time and nothing else
+        reporter.note(f"the time of decoding was measured but not kept: {error}")
+    return costs
 
 
 def _measured_costs(
@@ -145,9 +134,15 @@ def cache_folder() -> Path:
 
 def _cache_file(model: nn.Module, graph: ModelGraph, config: PruneConfig, settings: SpeedSettings) -> Path:
     """One file for each machine, shape of the model, runtime, type of weights, roles and alignment."""
+    device = next(model.parameters()).device
+    machine = {
+        "host": platform.node(), "architecture": platform.machine(), "processor": platform.processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }  # fmt: skip
     described = {
         "format": FORMAT,
-        "machine": _machine(next(model.parameters()).device),
+        "machine": machine,
         "model_type": getattr(model.config, "model_type", type(model).__name__),
         "shapes": graph.shapes,
         "groups": [[group.name, group.units] for group in graph.groups],
@@ -158,12 +153,3 @@ def _cache_file(model: nn.Module, graph: ModelGraph, config: PruneConfig, settin
         "align": config.align,
     }
     return cache_folder() / f"{digest_of(described)[:32]}.json"
-
-
-def _machine(device: torch.device) -> dict[str, str | int]:
-    """What decides how fast a model is here: the processor, the threads that are used, the accelerator."""
-    return {
-        "host": platform.node(), "architecture": platform.machine(), "processor": platform.processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }  # fmt: skip

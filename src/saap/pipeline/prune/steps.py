@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,20 +14,7 @@ from safetensors.numpy import load_file, save
 
 from saap.core.records import FloatArray, ImportanceScores, IntArray, StructurePlan
 from saap.core.storage import write_plan, write_scores, write_whole
-from saap.pipeline.prune.finish import measure_result, place_result, read_result, time_result
-from saap.pipeline.prune.making import is_made, make_model, read_made
-from saap.pipeline.prune.planning import (
-    estimate_scores,
-    evaluate_dense,
-    find_costs,
-    measure_dense,
-    read_run_scores,
-    read_whole_plan,
-    search_evaluations,
-    search_plan,
-    weigh_tokens,
-    write_text,
-)
+from saap.pipeline.prune import finish, making, planning
 from saap.pipeline.shared import stages
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour
@@ -36,11 +24,16 @@ from saap.pipeline.shared.tokens import finds_costs, generated_sequences, needs_
 from saap.settings.prune import PrunableRole
 
 
-class FileOf(NamedTuple):
-    """How a stage's result gets into its file in the work folder, and out of it."""
+class Action(NamedTuple):
+    """How a stage's result is made, and how one that is a file gets into it and out of it again.
 
-    read: Callable[[Run, Path], Any]
-    write: Callable[[Run, Path, Any], None]
+    make: a function of the run, the target where the stage has one, and what the stage needs beyond the run. read: of
+    the run and the path of a file, or, for a result that is a folder, the target.
+    """
+
+    make: Callable[..., Any]
+    read: Callable[[Run, Any], Any] | None = None
+    write: Callable[[Run, Path, Any], None] | None = None
 
 
 def _write_array(run: Run, path: Path, array: IntArray) -> None:
@@ -49,35 +42,32 @@ def _write_array(run: Run, path: Path, array: IntArray) -> None:
     write_whole(path, content.getvalue())
 
 
-ACTIONS: Mapping[Stage, Callable[..., Any]] = {
-    stages.WRITE_TEXT: write_text,
-    stages.MEASURE_DENSE: measure_dense,
-    stages.ESTIMATE: estimate_scores,
-    stages.FIND_COSTS: find_costs,
-    stages.EVALUATE_DENSE: evaluate_dense,
-    stages.SEARCH: search_plan,
-    stages.WEIGH_TOKENS: weigh_tokens,
-    stages.CUT: make_model,
-    stages.RESTORE: make_model,
-    stages.MEASURE: measure_result,
-    stages.TIME_RESULT: time_result,
-    stages.PLACE: place_result,
-}
-"""By stage, a function of the run, the target where the stage has one, and what the stage needs beyond the run."""
-
-FILES: Mapping[Stage, FileOf] = {
-    stages.WRITE_TEXT: FileOf(lambda run, path: np.load(path, allow_pickle=False), _write_array),
-    stages.MEASURE_DENSE: FileOf(
+ACTIONS: Mapping[Stage, Action] = {
+    stages.WRITE_TEXT: Action(planning.write_text, lambda run, path: np.load(path, allow_pickle=False), _write_array),
+    stages.MEASURE_DENSE: Action(
+        planning.measure_dense,
         lambda run, path: Behaviour.model_validate(run.work.read_json(path.name)),
         lambda run, path, found: run.work.write_json(path.name, found.model_dump()),
     ),
-    stages.ESTIMATE: FileOf(read_run_scores, lambda run, path, scores: write_scores(path, scores)),
-    stages.SEARCH: FileOf(read_whole_plan, lambda run, path, plan: write_plan(path, plan, run.graph)),
-    stages.WEIGH_TOKENS: FileOf(
-        lambda run, path: load_file(path), lambda run, path, found: write_whole(path, save(found))
+    stages.ESTIMATE: Action(
+        planning.estimate_scores, planning.read_run_scores, lambda run, path, scores: write_scores(path, scores)
     ),
+    stages.FIND_COSTS: Action(planning.find_costs),
+    stages.EVALUATE_DENSE: Action(planning.evaluate_dense),
+    stages.SEARCH: Action(
+        planning.search_plan, planning.read_whole_plan, lambda run, path, plan: write_plan(path, plan, run.graph)
+    ),
+    stages.WEIGH_TOKENS: Action(
+        planning.weigh_tokens,
+        lambda run, path: load_file(path),
+        lambda run, path, found: write_whole(path, save(found)),
+    ),
+    stages.CUT: Action(making.make_model, making.read_made),
+    stages.RESTORE: Action(making.make_model, making.read_made),
+    stages.MEASURE: Action(finish.measure_result),
+    stages.TIME_RESULT: Action(finish.time_result),
+    stages.PLACE: Action(finish.place_result, finish.read_result),
 }
-"""Of the stages whose result is one file. A made model and a result in its place are folders."""
 
 _OF_THE_RUN = {stage.gives for stage in stages.PREPARE}
 
@@ -85,7 +75,7 @@ _OF_THE_RUN = {stage.gives for stage in stages.PREPARE}
 def requested_stages(run: Run) -> list[Stage]:
     """Those stages, in order, that the settings of a run ask for."""
     config, searches = run.config, any(target.budget is not None for target in run.targets)
-    evaluates = search_evaluations(run) > 0 or PrunableRole.BLOCK in config.roles
+    evaluates = planning.search_evaluations(run) > 0 or PrunableRole.BLOCK in config.roles
     removes = any(target.budget is not None and target.budget.removal > 0 for target in run.targets)
     optional = {
         stages.TIME_DECODING: config.target_speedup is not None,
@@ -112,39 +102,38 @@ def carry_out(run: Run, wanted: Sequence[str], given: Mapping[str, Any] | None =
     done = run.processes.broadcast_result(lambda: [step for step in steps if _is_done(run, step, targets)])
     left = outstanding(steps, done, wanted)
     for number, step in enumerate(left, start=1):
+        action, path = ACTIONS[step.stage], run.work.file(step.stage.file_of(step.target))
         with run.meter.stage(step.title):
-            about = [targets[step.target]] if step.stage.per_target else []
-            if step in done:
-                values[step.gives] = _read(run, step, *about)
+            if step in done and action.read is not None:
+                values[step.gives] = action.read(run, targets[step.target] if action.write is None else path)
             else:
-                values[step.gives] = _make(run, step, about, values)
+                values[step.gives] = _make(run, step, targets, values)
         needed = {need for later in left[number:] for need in later.needs}
         values = {key: value for key, value in values.items() if key in needed or key[0] in wanted}
     return values
 
 
-def _make(run: Run, step: Step, about: list[Target], values: Mapping[tuple[str, str], Any]) -> Any:
+def _make(run: Run, step: Step, targets: Mapping[str, Target], values: Mapping[tuple[str, str], Any]) -> Any:
+    action = ACTIONS[step.stage]
+    about = [targets[step.target]] if step.stage.per_target else []
     needs = [name for name in step.stage.needs if name not in _OF_THE_RUN]
     found = (values.get((name, step.target), values.get((name, ""))) for name in needs)
-    made = ACTIONS[step.stage](run, *about, *found)
-    if step.stage in FILES:
-        path = run.work.file(step.stage.file_of(step.target))
-        run.processes.broadcast_result(lambda: FILES[step.stage].write(run, path, made))
+    # Until there is a plan, the stages read samples with the dense model; later ones have a model of their own.
+    images = nullcontext() if {"plan", "pruned model"} & set(needs) else run.tokens.images(run.loaded.model)
+    with images:
+        made = action.make(run, *about, *found)
+    write, path = action.write, run.work.file(step.stage.file_of(step.target))
+    if write is not None:
+        run.processes.broadcast_result(lambda: write(run, path, made))
     return made
-
-
-def _read(run: Run, step: Step, *about: Target) -> Any:
-    if step.stage in FILES:
-        return FILES[step.stage].read(run, run.work.file(step.stage.file_of(step.target)))
-    return (read_result if step.stage is stages.PLACE else read_made)(run, *about)
 
 
 def _is_done(run: Run, step: Step, targets: Mapping[str, Target]) -> bool:
     if step.stage is stages.PLACE:
         return finished_report(run.work, targets[step.target]) is not None
     if step.stage in (stages.CUT, stages.RESTORE):
-        return is_made(run, targets[step.target])
-    return step.stage in FILES and run.work.file(step.stage.file_of(step.target)).exists()
+        return making.is_made(run, targets[step.target])
+    return ACTIONS[step.stage].write is not None and run.work.file(step.stage.file_of(step.target)).exists()
 
 
 def with_written_text(run: Run) -> Run:

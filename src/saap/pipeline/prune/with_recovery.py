@@ -7,9 +7,8 @@ from pathlib import Path
 from saap._version import __version__
 from saap.core.errors import ConfigurationError
 from saap.core.records import digest_of
-from saap.data.training import TrainingData
 from saap.models.loading.pretrained import load_tokenizer
-from saap.models.loading.references import ResolvedModel, resolve_model
+from saap.models.loading.references import resolve_model
 from saap.models.walk.processes import Processes
 from saap.pipeline.prune.result import PruneReport
 from saap.pipeline.prune.run import run_prune
@@ -22,7 +21,9 @@ from saap.pipeline.shared.progress import Reporter
 from saap.pipeline.shared.targets import Target, finished_report, place_finished, plan_targets, work_path
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PruneConfig
-from saap.settings.recover import RecoverConfig
+from saap.settings.recover import RecoverConfig, check_alignment
+
+PRUNED = "pruned.json"
 
 
 def prune_and_recover(
@@ -40,52 +41,45 @@ def prune_and_recover(
             "--max-memory does not hold for the tuning of --recover",
             "Leave out one of them, and use `saap recover` later",
         )
+    check_alignment(pruning.align, recovery.group_size)
     processes = Processes.found()
     targets = plan_targets(pruning, options)
-    resolved, data = check_recovery(source, pruning, recovery, options)
+    resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    data = read_data(recovery, load_tokenizer(resolved))
     processes.barrier()  # until nobody looks any more at what is there
     work = WorkFolder(work_path(options))
     settings = [pruning.model_dump(mode="json"), recovery.model_dump(mode="json")]
     same = [settings, named_files(settings), data.digest, str(source), options.revision, options.dtype, __version__]
     processes.broadcast_result(lambda: work.open(digest_of([*same, model_digest(resolved)])))
     with work.alone(processes):
-        reports = _pruned(source, pruning, options, work, processes, reporter)
+        pruned = processes.broadcast_result(lambda: work.read_json(PRUNED))
+        if pruned is None:
+            into = _inside(options, work, "pruned")
+            pruned = [result.report.as_dict() for result in run_prune(source, pruning, into, reporter)]
+            processes.broadcast_result(lambda: work.write_json(PRUNED, pruned))
         # the teacher is MODEL, whose code may be run or not
         recovery = recovery.model_copy(update={"dense_trust_remote_code": options.trust_remote_code})
-        results = [
-            (report, _tuned(target, report, recovery, options, work, processes, reporter))
-            for target, report in zip(targets, reports, strict=True)
-        ]
+        tuned = []
+        for target, saved in zip(targets, pruned, strict=True):
+            into = _inside(options, work, f"tuned-{target.name}").model_copy(update={"revision": None})
+            report = PruneReport.model_validate(saved)
+            tuned.append((report, _tuned(target, str(report.path), recovery, into, work, processes, reporter)))
     processes.barrier()
     processes.broadcast_result(lambda: work.close(keep=options.keep_work))
-    return results
-
-
-def _pruned(
-    source: str | Path, config: PruneConfig, options: RunOptions, work: WorkFolder, processes: Processes,
-    reporter: Reporter,
-) -> list[PruneReport]:  # fmt: skip
-    """Reports of the pruned models, which lie in the work folder; made unless they are there."""
-    saved = processes.broadcast_result(lambda: work.read_json("pruned.json"))
-    if saved is None:
-        into = _inside(options, work, "pruned")
-        saved = [result.report.as_dict() for result in run_prune(source, config, into, reporter)]
-        processes.broadcast_result(lambda: work.write_json("pruned.json", saved))
-    return [PruneReport.model_validate(report) for report in saved]
+    return tuned
 
 
 def _tuned(
-    target: Target, pruned: PruneReport, config: RecoverConfig, options: RunOptions, work: WorkFolder,
-    processes: Processes, reporter: Reporter,
+    target: Target, source: str, config: RecoverConfig, into: RunOptions, work: WorkFolder, processes: Processes,
+    reporter: Reporter,
 ) -> RecoverReport:  # fmt: skip
     """Tune the pruned model of one target and put it in its place, unless it is there."""
     saved = processes.broadcast_result(lambda: finished_report(work, target))
     if saved is None:
-        name = f"tuned-{target.name}"
-        into = _inside(options, work, name).model_copy(update={"revision": None})
-        made = run_recover(str(pruned.path), config, into, reporter).report
-        here, there = work.file(name), str(target.folder)
-        saved = made.as_dict() | {"path": there, "load_lines": [x.replace(str(here), there) for x in made.load_lines]}
+        made = run_recover(source, config, into, reporter).report
+        here, there = Path(str(into.out)), str(target.folder)
+        lines = [line.replace(str(here), there) for line in made.load_lines]
+        saved = made.as_dict() | {"path": there, "load_lines": lines}
         processes.broadcast_result(lambda: place_finished(work, target, here, saved))
     return RecoverReport.model_validate(saved)
 
@@ -94,19 +88,3 @@ def _inside(options: RunOptions, work: WorkFolder, name: str) -> RunOptions:
     """The options of one stage: its result and its own stage files lie in the work folder, and go with that."""
     inside = {"out": work.file(name), "work_dir": work.file(f"{name}.stages"), "keep_work": True, "overwrite": True}
     return options.model_copy(update=inside)
-
-
-def check_recovery(
-    source: str | Path, pruning: PruneConfig, recovery: RecoverConfig, options: RunOptions
-) -> tuple[ResolvedModel, TrainingData]:
-    """Refuse now what the recovery of what `pruning` makes would refuse later. Raises SaapError.
-
-    Returns the model and what it will be trained on.
-    """
-    if pruning.align % recovery.group_size:
-        raise ConfigurationError(
-            f"--align {pruning.align} gives sizes that groups of {recovery.group_size} do not divide",
-            f"Use --align {recovery.group_size} or a multiple of it",
-        )
-    resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    return resolved, read_data(recovery, load_tokenizer(resolved))

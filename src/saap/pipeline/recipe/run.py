@@ -1,4 +1,4 @@
-"""Carrying out a recipe: what an earlier run has finished is kept, what has changed is made again."""
+"""Carrying out a recipe, and its dry run: what an earlier run has finished is kept, what has changed is made again."""
 
 from __future__ import annotations
 
@@ -8,28 +8,42 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+import torch
+from pydantic import BaseModel, ValidationError
 
 from saap._version import __version__
 from saap.core.errors import OutputError, StaleInputError
-from saap.core.records import digest_of
+from saap.core.records import ModelRef, count_parameters, digest_of
+from saap.core.storage import read_plan
+from saap.data.texts import check_source
+from saap.discovery import discover
+from saap.discovery.blocks import find_blocks
+from saap.evaluation.generation import BUNDLED
 from saap.export.placing import check_place
-from saap.models.loading.pretrained import load_tokenizer
+from saap.models.checkpoint.groupwise import linears_inside
+from saap.models.loading.devices import pick_device, pick_dtype
+from saap.models.loading.pretrained import load_tokenizer, model_without_weights
 from saap.models.loading.references import resolve_model
+from saap.models.structure.keep_index import KeepIndex
 from saap.pipeline.evaluate.run import check_request, evaluate_model, write_report
 from saap.pipeline.export.run import export_model
+from saap.pipeline.prune.baselines import check_method, for_method
 from saap.pipeline.prune.run import run_prune
 from saap.pipeline.recover.context import read_data
 from saap.pipeline.recover.run import run_recover
 from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.shared.digests import model_digest, named_files, tree_digest
 from saap.pipeline.shared.inputs import RunOptions
+from saap.pipeline.shared.legality import search_space
 from saap.pipeline.shared.progress import Reporter, Silent
-from saap.pipeline.shared.targets import plan_targets
+from saap.pipeline.shared.targets import plan_targets, with_budgets
 from saap.pipeline.shared.work import WorkFolder
+from saap.recovery.quantise import check_group_sizes
 from saap.reporting.report import build_page, write_page
 from saap.settings.measure import EvalRequest, ExportRequest
+from saap.settings.prune import PruneConfig
 from saap.settings.recipe import Recipe
+from saap.structure_search.plan import check_reachable
 
 STATE = "recipe.json"
 
@@ -84,22 +98,25 @@ class _Record(BaseModel):
     outputs: dict[str, str] = {}
 
 
+class _Records(BaseModel):
+    steps: dict[str, _Record]
+
+
 class _State:
     """The records of steps in the folder of a recipe."""
 
     def __init__(self, out: Path) -> None:
         self._out, self._file = out, WorkFolder(out)
         try:
-            known = self._file.read_json(STATE)
-            self._steps = {} if known is None else _STEPS.validate_python(known)["steps"]
-        except (ValidationError, KeyError):
+            self._known = _Records.model_validate(self._file.read_json(STATE) or {"steps": {}})
+        except ValidationError:
             raise StaleInputError(f"{out / STATE} is no record of a recipe", "Choose another `out`") from None
 
     def finished(self, steps: Sequence[Step]) -> set[str]:
         """Names of the steps that are done. Raises OutputError for outputs in the way that are not of this recipe."""
         kept: set[str] = set()
         for step in steps:
-            entry = self._steps.get(step.name, _Record(digest="", done=True))
+            entry = self._known.steps.get(step.name, _Record(digest="", done=True))
             there = [path for path in step.outputs if path.exists()]
             # what a step that was interrupted has left may be replaced
             if entry.done and any(entry.outputs.get(self._name(path)) != tree_digest(path) for path in there):
@@ -114,14 +131,11 @@ class _State:
     def record(self, step: Step, *, done: bool) -> None:
         """Record that a step is done, or that its outputs may be incomplete or of other settings from now on."""
         outputs = {self._name(path): tree_digest(path) for path in step.outputs} if done else {}
-        self._steps[step.name] = _Record(digest=step.digest, done=done, outputs=outputs)
-        self._file.write_json(STATE, _STEPS.dump_python({"steps": self._steps}))
+        self._known.steps[step.name] = _Record(digest=step.digest, done=done, outputs=outputs)
+        self._file.write_json(STATE, self._known.model_dump())
 
     def _name(self, path: Path) -> str:
         return str(path.relative_to(self._out))
-
-
-_STEPS = TypeAdapter(dict[str, dict[str, _Record]])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,3 +252,69 @@ def _export(subject: _Subject, request: ExportRequest, out: Path, reporter: Repo
 
 def _report(source: Path, evaluations: Sequence[Path], out: Path, figures: Path | None, reporter: Reporter) -> None:
     write_page(build_page(source, evaluations), out, figures)
+
+
+# A dry run: the structure from tensors without values, so that a laptop can look at any model.
+
+
+def preview_recipe(recipe: Recipe) -> dict[str, Any]:
+    """What `run_recipe` would do, after every check that needs neither weights nor data sets of the hub.
+
+    Returns JSON-able data: the model, and each step with its output and, of a pruned model, its size. Nothing is
+    written. Raises SaapError.
+    """
+    pick_device(recipe.device)
+    _check_texts(recipe)
+    resolved = resolve_model(recipe.model, recipe.revision, recipe.trust_remote_code, weights=False)
+    dtype = pick_dtype(recipe.dtype, source=resolved.dtype)
+    load_tokenizer(resolved)
+    model = model_without_weights(resolved)
+    if recipe.recover is not None and recipe.prune is None:
+        check_group_sizes(linears_inside(model, find_blocks(model)), recipe.recover.group_size)
+    steps = [] if recipe.prune is None else _pruned(recipe, for_method(recipe.prune), model, dtype)
+    for step in recipe_steps(recipe, digests=False):
+        if step.name != "prune":
+            steps.append({"name": step.name, "output": str(step.outputs[0])})
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"model": recipe.model, "class": type(model).__name__, "parameters": parameters, "steps": steps}
+
+
+def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Discovery and the reachability of each target, on the model without weights.
+
+    Of a target that is a speed, the size is not known before decoding was measured with weights.
+    """
+    if config.target_speedup is not None:
+        config.runtime.check()
+    ref = ModelRef(source=recipe.model, revision=recipe.revision, config_digest="", weights_digest="")
+    graph = discover(model, ref)
+    check_method(config, graph)
+    targets = plan_targets(config, RunOptions(out=recipe.out / "pruned"), check=False)
+    space = search_space(model, graph, config)
+    rows: list[dict[str, Any]] = []
+    for target in with_budgets(targets, config, graph, dtype):
+        row = {"name": "prune", "target": target.name, "output": str(target.folder)}
+        if config.target_speedup is not None:
+            rows.append({**row, "speedup": config.target_speedup, "runtime": str(config.runtime)})
+            continue
+        if target.budget is not None:
+            left = check_reachable(graph, target.budget, space).parameters
+        elif config.plan is not None:
+            given = read_plan(config.plan, graph)
+            left = count_parameters(KeepIndex.of(graph, given.keep(graph), given.dropped_blocks).shapes)
+        size = {"parameters": left, "bytes": left * dtype.itemsize, "dtype": str(dtype).removeprefix("torch.")}
+        rows.append({**row, **size})
+    return rows
+
+
+def _check_texts(recipe: Recipe) -> None:
+    """Refuse names of texts and tasks that nothing stands behind."""
+    calibration = () if recipe.prune is None else recipe.prune.calibration
+    training = () if recipe.recover is None else recipe.recover.data
+    for source in (*calibration, *training):
+        check_source(source)
+    for request in recipe.eval.values():
+        check_request(request)
+        for source in request.texts:
+            if source != BUNDLED:
+                check_source(source)

@@ -31,8 +31,6 @@ from saap.recovery.adapter import require_peft
 from saap.settings.recover import RecoverConfig, Tuning
 
 EVALUATION = "bundled text that is never calibrated on"
-DISTILLATION = 1.0
-"""Share of the divergence from the dense model in the loss, where there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +90,8 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
         config, teacher = _with_teacher(config, source, earlier, tokenizer, meter)
         data = read_data(config, tokenizer)
     return Recovery(
-        config=config, options=options, resolved=resolved, tokenizer=tokenizer, teacher=teacher,
-        earlier=earlier, data=data,
-        evaluation=token_stream([evaluation_text()], tokenizer)[:EVALUATION_TOKENS],
+        config=config, options=options, resolved=resolved, tokenizer=tokenizer, teacher=teacher, earlier=earlier,
+        data=data, evaluation=token_stream([evaluation_text()], tokenizer)[:EVALUATION_TOKENS],
         leading=leading_ids(tokenizer, bos=config.bos), device=device,
         dtype=pick_dtype(options.dtype, source=resolved.dtype), processes=processes, meter=meter,
     )  # fmt: skip
@@ -119,10 +116,8 @@ def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> 
         remedy = "Start it with torchrun --nproc-per-node N -m saap recover ..., or leave out --shard"
         raise ConfigurationError("--shard splits weights over several processes, and there is one", remedy)
     if config.shard and config.batch % count:
-        offender = (
-            f"--batch-size {config.batch} is no multiple of the {count} processes, which need equal work with --shard"
-        )
-        raise ConfigurationError(offender, f"Use a multiple of {count}")
+        offender = f"--batch-size {config.batch} is no multiple of the {count} processes"
+        raise ConfigurationError(f"{offender}, which need equal work with --shard", f"Use a multiple of {count}")
 
 
 def _with_teacher(
@@ -153,4 +148,4 @@ def _with_teacher(
             raise ConfigurationError("--distillation has no teacher", "Name the dense model with --dense MODEL")
         return config.model_copy(update={"teacher": None, "dense_revision": None, "distillation": 0.0}), None
     known = {"teacher": teacher.source, "dense_revision": teacher.revision}
-    return config.model_copy(update={**known, "distillation": DISTILLATION if share is None else share}), teacher
+    return config.model_copy(update={**known, "distillation": 1.0 if share is None else share}), teacher

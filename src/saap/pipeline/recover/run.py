@@ -15,7 +15,7 @@ from saap.core.errors import ConfigurationError, ModelError, OutputError, SaapEr
 from saap.core.manifest import RunManifest
 from saap.discovery.blocks import find_blocks
 from saap.evaluation.perplexity import perplexity
-from saap.export.huggingface import RecoveredParts, write_recovered
+from saap.export.huggingface import FolderParts, write_recovered
 from saap.models.checkpoint.groupwise import GroupwiseWeight, linears_inside
 from saap.models.loading.devices import quick_float32_products, rounded_products
 from saap.models.loading.pretrained import load, load_groupwise, load_model
@@ -45,7 +45,7 @@ def run_recover(
     source: str | Path, config: RecoverConfig, options: RunOptions, reporter: Reporter | None = None
 ) -> RecoverResult:
     """Tune a model and write it. Everything that can be refused is refused before the training. Raises SaapError."""
-    run = prepare(str(source), config, options, reporter if reporter is not None else Silent())
+    run = prepare(str(source), config, options, reporter or Silent())
     work = WorkFolder(work_path(options))
     resumed = run.processes.broadcast_result(lambda: work.open(run.digest))
     if resumed:
@@ -141,7 +141,7 @@ def _quantised_model(run: Recovery) -> Any:
         )
     model = load_model(run.resolved, device=run.device)
     _fitting(config, model)
-    samples = [torch.from_numpy(one.tokens).to(run.device).unsqueeze(0) for one in run.data.train[:FEEDBACK_SAMPLES]]
+    samples = [torch.from_numpy(one.tokens).to(run.device)[None] for one in run.data.train[:FEEDBACK_SAMPLES]]
     quantise_by_feedback(model, find_blocks(model), samples, **sizes, progress=run.meter.reporter.advance)
     return model
 
@@ -190,13 +190,12 @@ def _trained(
 def _write(run: Recovery, model: Any, manifest: RunManifest, packed: dict[str, GroupwiseWeight], out: Path) -> None:
     """Write the folder, and compare what opens from it with the model in memory. Raises OutputError."""
     with run.meter.stage(stages.WRITE):
-        parts = RecoveredParts(
-            manifest=manifest, packed=packed, tokenizer=run.tokenizer,
-            base_model_type=str(getattr(model.config, "base_model_type", model.config.model_type)),
+        parts = FolderParts(
+            manifest=manifest, tokenizer=run.tokenizer,
             source_folder=run.resolved.folder if run.resolved.gguf_file is None else None,
         )  # fmt: skip
         expected = _few_logits(run, model)
-        write_recovered(model, parts, out, dtype=run.dtype, overwrite=run.options.overwrite)
+        write_recovered(model, parts, packed, out, dtype=run.dtype, overwrite=run.options.overwrite)
         found = _few_logits(run, load(out, device=str(run.device)))
     difference = float((expected - found).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from saap.evaluation.speed import Source
-from saap.export.gguf.plan import GgufPlan, plan_gguf
+from saap.export.gguf.plan import GgufPlan
 from saap.export.gguf.write import write_gguf
 from saap.export.placing import check_place
 from saap.export.source import open_source
@@ -40,10 +40,18 @@ class LlamaCppRuntime:
     @contextmanager
     def opened(cls, source: Source, settings: SpeedSettings) -> Iterator[Self]:
         """Write and open the file. Raises ModelError, ExportError for what llama.cpp cannot compute."""
-        context = settings.prompt_tokens + settings.new_tokens + 1
+        if isinstance(source, nn.Module):
+            config, tensors = source.config, StoredTensors.of_model(source)
+        else:
+            found = open_source(source)
+            config, tensors = found.config, found.tensors
+        plan = GgufPlan(config, tensors.shapes, settings.gguf_type)
         with tempfile.TemporaryDirectory(prefix="saap-speed-") as folder:
             file = Path(folder) / "model.gguf"
-            plan = write_without_tokenizer(source, file, settings.gguf_type)
+            check_place(file, plan.weight_bytes)
+            # numbers for tokens are enough to measure
+            write_gguf(file, plan, tensors, [*plan.fields, ("tokenizer_model", "no_vocab")])
+            context = settings.prompt_tokens + settings.new_tokens + 1
             with LlamaCpp(file, context=context, threads=torch.get_num_threads()) as model:
                 yield cls(model, plan.bytes_per_token)
 
@@ -57,17 +65,3 @@ class LlamaCppRuntime:
         """Read one more token."""
         self._length += 1
         return int(self._model.feed([token], start=self._length - 1)[-1].argmax())
-
-
-def write_without_tokenizer(source: Source, file: Path, gguf_type: str) -> GgufPlan:
-    """Write the weights as GGUF with numbers for tokens, which is enough to measure. Raises ExportError."""
-    tensors: StoredTensors
-    if isinstance(source, nn.Module):
-        config, tensors = source.config, StoredTensors.of_model(source)
-    else:
-        opened = open_source(source)
-        config, tensors = opened.config, opened.tensors
-    plan = plan_gguf(config, tensors.shapes, gguf_type)
-    check_place(file, plan.weight_bytes)
-    write_gguf(file, plan, tensors, [*plan.fields, ("tokenizer_model", "no_vocab")])
-    return plan

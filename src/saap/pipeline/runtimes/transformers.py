@@ -23,8 +23,12 @@ class TransformersRuntime:
     in_memory = True
 
     def __init__(self, model: Any) -> None:
-        self.model = model.eval()
-        self._reader = CachedModel(model)
+        self._reader = CachedModel(model.eval())
+        embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+        self.vocabulary = int(embedding.num_embeddings)
+        # one token reads all weights but an embedding that is not the output's weight too
+        looked_up = embedding.weight if output is None or output.weight is not embedding.weight else None
+        self.bytes_per_token = sum(p.numel() * p.element_size() for p in model.parameters() if p is not looked_up)
 
     @staticmethod
     def weights(source: Source, settings: SpeedSettings) -> str:
@@ -46,18 +50,6 @@ class TransformersRuntime:
         tokens = settings.prompt_tokens + settings.new_tokens
         check_reads(model, tokens, "Measure speed with fewer tokens, or leave it out")
         yield cls(model)
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens."""
-        return int(self.model.get_input_embeddings().num_embeddings)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of the weights that one token reads: all but an embedding that is not the output's weight too."""
-        embedding, output = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        looked_up = embedding.weight if output is None or output.weight is not embedding.weight else None
-        return sum(p.numel() * p.element_size() for p in self.model.parameters() if p is not looked_up)
 
     def read(self, ids: Sequence[int]) -> int:
         """Read a prompt into an empty cache."""

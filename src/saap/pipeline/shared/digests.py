@@ -46,8 +46,7 @@ def weights_digest(resolved: ResolvedModel) -> str:
 
 def _add_content(digest: hashlib._Hash, file: Path) -> None:
     with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
+        hashlib.file_digest(stream, lambda: digest)
 
 
 def model_digest(resolved: ResolvedModel) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,13 @@ def open_model(
     tokenizer: Any | None = None,
     *,
     computes_in_dtype: bool = False,
+    fresh: Callable[[], nn.Module] | None = None,
+    skeleton: nn.Module | None = None,
 ) -> LoadedModel:
     """Load what `source` names, or take a loaded model as it is (it is never changed).
 
-    computes_in_dtype: `options.dtype` is that to compute in, where nothing is written.
+    computes_in_dtype: `options.dtype` is that to compute in, where nothing is written. fresh, skeleton: of a
+    `LoadedModel` whose weights stay in their files.
 
     A model that was resolved before keeps its own revision and permission to run code, whatever `options` say.
     Raises ModelError for everything that is wrong with it, before weights are read where that can be seen.
@@ -102,15 +106,12 @@ def open_model(
     resolved = source
     if not isinstance(resolved, ResolvedModel):
         resolved = resolve_model(resolved, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    device = pick_device(options.device)
-    written = pick_dtype(options.dtype, source=resolved.dtype)
+    device, written = pick_device(options.device), pick_dtype(options.dtype, source=resolved.dtype)
     dtype = written if computes_in_dtype and options.dtype != "auto" else None
-    model = load_model(resolved, device=device, dtype=dtype, device_map=options.device_map)
+    opened = fresh or partial(load_model, resolved, device=device, dtype=dtype, device_map=options.device_map)
+    model = opened()
     return LoadedModel(
-        model=model,
-        tokenizer=tokenizer if tokenizer is not None else load_tokenizer(resolved),
-        ref=model_ref(model, resolved.source, resolved.revision),
-        dtype=written,
-        owned=True,
-        folder=resolved.folder,
-    )
+        model=model, tokenizer=tokenizer if tokenizer is not None else load_tokenizer(resolved),
+        ref=model_ref(model, resolved.source, resolved.revision), dtype=written, owned=True, folder=resolved.folder,
+        fresh=fresh, skeleton=skeleton,
+    )  # fmt: skip

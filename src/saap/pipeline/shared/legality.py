@@ -69,14 +69,11 @@ def legal_sizes(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> Map
     found: dict[Role, frozenset[int]] = {}
     reason: LayoutError | None = None
     for role in unit_roles(config.roles):
-        groups = graph.of_role(role)
-        step = config.align if role.of_channels else 1
-        first = max(step, groups[0].least) if groups else step
-        sizes = range(first, groups[0].units if groups else 0, step)
+        groups, step = graph.of_role(role), config.align if role.of_channels else 1
+        sizes = range(max(step, groups[0].least), groups[0].units, step) if groups else range(0)
         refusals = {size: _refusal(model, graph, role, size, config.align) for size in (*sizes[:1], *sizes[-1:])}
         if not role.of_channels or any(refusals.values()):
-            rest = (size for size in sizes if size not in refusals)
-            refusals |= {size: _refusal(model, graph, role, size, config.align) for size in rest}
+            refusals |= {size: _refusal(model, graph, role, size, config.align) for size in sizes[1:-1]}
         reason = reason or next((refusal for refusal in refusals.values() if refusal is not None), None)
         found[role] = frozenset(size for size in sizes if refusals.get(size) is None)
     if reason is not None and not any(found.values()) and PrunableRole.BLOCK not in config.roles:

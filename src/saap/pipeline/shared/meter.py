@@ -20,7 +20,7 @@ class Meter:
     """Collects the costs of the stages of one run. device: where it computes."""
 
     reporter: Reporter
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device
     stages: list[StageRecord] = field(default_factory=list)
 
     @contextmanager

@@ -39,13 +39,11 @@ def observe(model: nn.Module, tokenizer: Any | None, tokens: TokenSets, spill: S
 
     spill: for a model whose weights are in files. It gives no answer, of which each token would read all of them.
     """
-    away = offloaded(model)
+    away, read = offloaded(model), None
     if away is not None and spill is not None:
         read = partial(layerwise_logits, BlockWalker(model, away.blocks), keep=spill.keep)
-        value = perplexity(model, tokens.evaluation, leading=tokens.leading, read=read).value
-        return Behaviour(perplexity=value, prompt="", answer="")
-    value = perplexity(model, tokens.evaluation, leading=tokens.leading).value
-    prompt, answer = greedy_answer(model, tokenizer)
+    value = perplexity(model, tokens.evaluation, leading=tokens.leading, read=read).value
+    prompt, answer = greedy_answer(model, tokenizer if read is None else None)
     return Behaviour(perplexity=value, prompt=prompt, answer=answer)
 
 

@@ -10,22 +10,16 @@ class Reporter(Protocol):
 
     def stage(self, title: str) -> None:
         """A new stage begins."""
+        return
 
     def advance(self, done: int, total: int) -> None:
         """`done` of `total` steps of the current stage are finished."""
+        return
 
     def note(self, text: str) -> None:
         """A fact worth a line."""
+        return
 
 
-class Silent:
+class Silent(Reporter):
     """Reports nothing."""
-
-    def stage(self, title: str) -> None:
-        """Ignore the stage."""
-
-    def advance(self, done: int, total: int) -> None:
-        """Ignore the progress."""
-
-    def note(self, text: str) -> None:
-        """Ignore the note."""

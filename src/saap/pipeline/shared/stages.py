@@ -62,6 +62,7 @@ PRUNE = (
 )  # fmt: skip
 """All stages of `saap prune`; a run leaves out those that its settings do not ask for."""
 
+# Of `saap recover`; the weights are either quantised while they are read or loaded as they are.
 READ_RECORDS = Stage("read the model's records and the training data", ("MODEL", "DATA"), "examples")
 LOAD_TEACHER = Stage("load the teacher", ("MODEL",), "teacher")
 QUANTISE = Stage("quantise the weights", ("MODEL", "examples"), "model")
@@ -70,9 +71,6 @@ MEASURE_BEFORE = Stage("measure the model as it is", ("MODEL",), "figures")
 TRAIN = Stage("train", ("model", "examples"), "adapters", "state.safetensors")
 MERGE = Stage("merge and measure", ("model", "adapters"), "tuned model")
 WRITE = Stage("write the result and open it", ("tuned model",), "folder")
-
-RECOVER = (READ_RECORDS, LOAD_TEACHER, LOAD, QUANTISE, MEASURE_QUANTISED, MEASURE_BEFORE, TRAIN, MERGE, WRITE)
-"""All stages of `saap recover`; the weights are either quantised while they are read or loaded as they are."""
 
 
 @dataclass(frozen=True, slots=True)

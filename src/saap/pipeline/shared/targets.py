@@ -18,13 +18,7 @@ from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.stages import PLACE
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PruneConfig
-from saap.structure_search.budget import (
-    AnyBudget,
-    Budget,
-    budget_for_bytes,
-    budget_for_parameters,
-    budget_for_ratio,
-)
+from saap.structure_search.budget import AnyBudget, Budget, budget_for_bytes, budget_for_parameters, budget_for_ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +75,14 @@ def _manifest_digest(folder: Path) -> str | None:
 
 def with_budgets(targets: Sequence[Target], config: PruneConfig, graph: ModelGraph, dtype: torch.dtype) -> list[Target]:
     """The targets with the parameters to be removed. dtype: of the written weights. Raises TargetError."""
-    budgets: list[Budget] = []
+    budgets: list[Budget | None] = [None] * len(targets)
     if config.pruning_ratios:
         budgets = [budget_for_ratio(graph, ratio) for ratio in config.pruning_ratios]
     elif config.target_parameters is not None:
         budgets = [budget_for_parameters(graph, config.target_parameters)]
     elif config.target_bytes is not None:
         budgets = [budget_for_bytes(graph, config.target_bytes, dtype.itemsize)]
-    pairs = zip(targets, budgets, strict=True) if budgets else [(target, None) for target in targets]
-    return [dataclasses.replace(target, budget=budget) for target, budget in pairs]
+    return [dataclasses.replace(one, budget=budget) for one, budget in zip(targets, budgets, strict=True)]
 
 
 def work_path(options: RunOptions) -> Path | None:

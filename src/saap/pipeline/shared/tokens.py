@@ -39,19 +39,24 @@ COST_TOKENS_AT_ONCE = 512
 """Of one micro-batch of that walk, which keeps the memory of its way back small."""
 
 
+def costs_at_once(costs: CalibrationSet) -> int:
+    """Sequences of such a micro-batch."""
+    return max(1, COST_TOKENS_AT_ONCE // int(costs.tokens.shape[1]))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSets:
     """Token ids for each use.
 
-    scored: importance. held: evaluating structures. refit: reconstruction. costs: (sequences, length) for token-level
-    sensitivities. evaluation: (tokens,) of a text that nothing was calibrated on, named `evaluation_name`. leading: ids
-    that each window of a text begins with.
+    scored: importance. held: evaluating structures. refit: reconstruction. costs: token-level sensitivities.
+    evaluation: (tokens,) of a text that nothing was calibrated on, named `evaluation_name`. leading: ids that each
+    window of a text begins with.
     """
 
     scored: CalibrationSet
     held: CalibrationSet
     refit: CalibrationSet
-    costs: IntArray
+    costs: CalibrationSet
     evaluation: IntArray
     evaluation_name: str
     leading: tuple[int, ...] = ()
@@ -170,18 +175,20 @@ def draw_tokens(loaded: LoadedModel, config: PruneConfig, calibration: Calibrati
         name = "bundled text that is never calibrated on"
     return TokenSets(
         scored=sets["scored"], held=sets["held"], refit=sets["refit"],
-        costs=_text_of_costs(sets["scored"].tokens, sets["refit"].tokens), evaluation=evaluation,
+        costs=_text_of_costs(sets["scored"], sets["refit"]), evaluation=evaluation,
         evaluation_name=name, leading=leading_ids(loaded.tokenizer, bos=config.bos),
     )  # fmt: skip
 
 
-def _text_of_costs(scored: IntArray, refit: IntArray) -> IntArray:
+def _text_of_costs(scored: CalibrationSet, refit: CalibrationSet) -> CalibrationSet:
     """A part of the reconstruction's text, or the scored samples where there are more of them.
 
     It is longer than these in tokens, without which a Gram matrix makes units look cheap, and in context, without
     which heads do.
     """
-    return scored if refit.size < scored.size else refit[: max(1, COST_TOKENS // refit.shape[1])]
+    if refit.tokens.size < scored.tokens.size:
+        return scored
+    return dataclasses.replace(refit, tokens=refit.tokens[: max(1, COST_TOKENS // refit.tokens.shape[1])])
 
 
 def _processor(loaded: LoadedModel, config: PruneConfig, file: Path) -> Any:

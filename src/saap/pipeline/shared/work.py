@@ -58,14 +58,12 @@ class WorkFolder:
                     "Delete that folder, or choose another --work-dir",
                 )
             return True
-        if self.path.exists() and (not self.path.is_dir() or not self._is_of_no_use()):
+        # But for what a process left that was killed at its beginning
+        of_no_use = {part_of(self.path / SETTINGS), self.path / LOCK}
+        if self.path.exists() and not (self.path.is_dir() and of_no_use.issuperset(self.path.iterdir())):
             raise OutputError(f"The work folder {self.path} exists and is of no run", "Choose another --work-dir")
         self.write_json(SETTINGS, {"digest": settings_digest})
         return False
-
-    def _is_of_no_use(self) -> bool:
-        """Whether a folder without settings is empty, but for what a process left that was killed at its beginning."""
-        return {part_of(self.path / SETTINGS), self.path / LOCK}.issuperset(self.path.iterdir())
 
     @contextmanager
     def alone(self, processes: Processes) -> Iterator[None]:
@@ -83,10 +81,8 @@ class WorkFolder:
         try:
             self._lock.acquire()
         except Timeout:
-            raise OutputError(
-                f"Another run is at work in {self.path}",
-                "Wait until it has ended, or choose another --out or --work-dir",
-            ) from None
+            remedy = "Wait until it has ended, or choose another --out or --work-dir"
+            raise OutputError(f"Another run is at work in {self.path}", remedy) from None
         except NotImplementedError:
             return
 

@@ -1,0 +1,89 @@
+"""Where values go that are given by name: by the flags of a command, or by the arguments of a public function."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_origin
+
+from saap.core.errors import ConfigurationError
+from saap.settings.setting import Only, Setting, Settings, check_once, settings_of
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a value goes that is given by name.
+
+    path: a parameter of a function and the fields inside it. default: None for that of the model. needs: the setting
+    without which this one is of no use.
+    """
+
+    path: tuple[str, ...]
+    setting: Setting
+    default: Any = None
+    needs: Setting | None = None
+
+    def put(self, values: dict[str, Any], value: Any) -> None:
+        """Put a value in its place; True for a model inside stands for its defaults, False for none."""
+        *outer, last = self.path
+        for field in outer:
+            values = values.setdefault(field, {})
+        if self.setting.inner is None or not isinstance(value, bool):
+            values[last] = value
+        elif value:
+            values.setdefault(last, {})
+
+
+def models_of(function: Callable[..., Any]) -> dict[str, tuple[type[Settings], Only]]:
+    """The parameters of a function that are settings, and which of their fields it takes."""
+    found = {}
+    for name, declared in inspect.signature(function, eval_str=True).parameters.items():
+        kind, *notes = (
+            get_args(declared.annotation) if get_origin(declared.annotation) is Annotated else (declared.annotation,)
+        )
+        if isinstance(kind, type) and issubclass(kind, Settings):
+            found[name] = kind, next((note for note in notes if isinstance(note, Only)), Only())
+    return found
+
+
+def places_of(function: Callable[..., Any]) -> list[Place]:
+    """The settings that a function takes by name, in order."""
+    return [place for name, (kind, only) in models_of(function).items() for place in _places((name,), kind, only)]
+
+
+def _places(outer: tuple[str, ...], kind: type[Settings], only: Only, needs: Setting | None = None) -> Iterator[Place]:
+    for setting in settings_of(kind, only.fields):
+        path = (*outer, setting.field)
+        if setting.only is None or setting.shown.help:
+            yield Place(path, setting, only.defaults.get(setting.field), needs)
+        if setting.only is not None and setting.inner is not None:
+            yield from _places(path, setting.inner, setting.only, setting if setting.shown.help else needs)
+
+
+def filled(
+    function: Callable[..., Any], known: Mapping[str, Sequence[Place]], given: Mapping[str, Any]
+) -> dict[str, Settings]:
+    """The settings that a function takes, by parameter. known: the places of each name or flag that may be given."""
+    models = models_of(function)
+    values = {parameter: _own_defaults(kind, only) for parameter, (kind, only) in models.items()}
+    try:
+        check_once({name: known[name][0].path for name in given})
+    except ValueError as error:
+        raise ConfigurationError(*error.args) from None
+    for name, value in given.items():
+        if message := known[name][0].setting.renamed(name):
+            warnings.warn(message, FutureWarning, stacklevel=3)
+        for place in known[name]:
+            place.put(values, value)
+    return {parameter: kind(**values[parameter]) for parameter, (kind, _) in models.items()}
+
+
+def _own_defaults(kind: type[Settings], only: Only) -> dict[str, Any]:
+    """The defaults that a function has of its own; all others are those of the models."""
+    found = dict(only.defaults)
+    for setting in settings_of(kind):
+        if setting.inner is not None and setting.only is not None and setting.info.is_required():
+            found[setting.field] = _own_defaults(setting.inner, setting.only)
+    return found
