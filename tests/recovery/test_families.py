@@ -7,7 +7,8 @@ import torch
 from tests.families import FAMILIES, FLOAT32_ATTENTION, token_ids
 from tests.recovery.tiny import blocks, build
 
-from saap.models.checkpoint.groupwise import GroupwiseLinear, linears_inside, pack_linears
+from saap.models.checkpoint.groupwise import GroupwiseLinear, linears_inside, pack_linear
+from saap.models.structure.linear import weight_out_in
 from saap.recovery.adapter import adapt, merge
 from saap.recovery.quantise import quantise
 
@@ -19,7 +20,9 @@ def test_merged_equals_with_adapter(family: str) -> None:
     ids = token_ids()
     with torch.no_grad():
         dense = model(ids).logits
-        pack_linears(model, paths, lambda path, read: quantise(read(), group_size=16, bits=8), torch.device("cpu"))
+        for path in paths:
+            weight = quantise(weight_out_in(model.get_submodule(path)), group_size=16, bits=8)
+            pack_linear(model, path, weight, torch.device("cpu"))
         packed = model(ids).logits
         assert float((packed - dense).abs().max() / dense.abs().max()) < 0.05
         parameters = adapt(model, rank=2, alpha=4, seed=0, scales=True)

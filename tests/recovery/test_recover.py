@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from saap.data.samples import token_stream
 from saap.data.texts import evaluation_text
 from saap.evaluation.perplexity import perplexity
 from saap.export.huggingface import stored_entries
-from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight, linears_inside, pack_linears, read_packed
+from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight, linears_inside, pack_linear, read_packed
 from saap.models.loading.pretrained import load_groupwise, load_model, open_skeleton
 from saap.models.loading.references import resolve_model
+from saap.models.structure.linear import weight_out_in
 from saap.pipeline.recover import context
 from saap.pipeline.shared.progress import Silent
 from saap.recovery.quantise import quantise
@@ -317,7 +319,9 @@ def test_opening_tensor_by_tensor_equals_opening_whole(family: str, tmp_path: Pa
         resolved, lambda model: linears_inside(model, blocks(model)), pack, device=torch.device("cpu")
     )
     whole = load_model(resolved, device=torch.device("cpu"))
-    pack_linears(whole, linears_inside(whole, blocks(whole)), pack, torch.device("cpu"))
+    for path in linears_inside(whole, blocks(whole)):
+        weight = pack(path, partial(weight_out_in, whole.get_submodule(path)))
+        pack_linear(whole, path, weight, torch.device("cpu"))
     assert len(set(calls)) * 2 == len(calls)
     torch.testing.assert_close(logits(streamed), logits(whole), rtol=0, atol=0)
     assert streamed.generation_config.temperature == 0.25

@@ -13,7 +13,8 @@ from tests.recovery.tiny import blocks, build
 
 from saap.core.errors import ConfigurationError, NonFiniteLossError, StaleInputError, TrainingDataError
 from saap.data.training import Example, TrainingData, training_data
-from saap.models.checkpoint.groupwise import GroupwiseLinear, linears_inside, pack_linears
+from saap.models.checkpoint.groupwise import GroupwiseLinear, linears_inside, pack_linear
+from saap.models.structure.linear import weight_out_in
 from saap.models.walk.loss import learned_losses
 from saap.models.walk.processes import Processes
 from saap.models.walk.walker import BlockWalker
@@ -28,8 +29,9 @@ SILENT = Report(step=lambda done, total: None, line=lambda text: None)
 
 def quantised(family: str = "llama_tied", bits: int = 4) -> Any:
     model = build(family).float()
-    paths = linears_inside(model, blocks(model))
-    pack_linears(model, paths, lambda path, read: quantise(read(), group_size=16, bits=bits), CPU)
+    for path in linears_inside(model, blocks(model)):
+        weight = weight_out_in(model.get_submodule(path)).detach()
+        pack_linear(model, path, quantise(weight, group_size=16, bits=bits), CPU)
     return model
 
 

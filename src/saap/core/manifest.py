@@ -6,14 +6,15 @@ import importlib.metadata
 import math
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from saap.core.errors import ModelError
-from saap.core.records import Layout, ModelRef
-from saap.core.storage import Amount, Count, faults_of
+from saap.core.roles import Layout
+from saap.core.storage import Amount, Count, Strict, faults_of
 
 RECORDED_PACKAGES = ("saap", "torch", "transformers", "safetensors", "numpy", "tokenizers", "gguf", "llama-cpp-py-sync")
 
@@ -22,11 +23,7 @@ Seconds = Annotated[Amount, Field(ge=0)]
 Perplexity = Annotated[float, Field(gt=0), BeforeValidator(lambda value: math.inf if value is None else value)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class BaseModelIdentity(_Frozen):
+class BaseModelIdentity(Strict):
     """The dense model. licence: as its own card states it, None if unknown."""
 
     source: str
@@ -35,19 +32,8 @@ class BaseModelIdentity(_Frozen):
     weights_digest: str
     licence: str | None = None
 
-    @classmethod
-    def of(cls, ref: ModelRef, licence: str | None = None) -> BaseModelIdentity:
-        """The identity that a ModelRef names."""
-        return cls(
-            source=ref.source,
-            revision=ref.revision,
-            config_digest=ref.config_digest,
-            weights_digest=ref.weights_digest,
-            licence=licence,
-        )
 
-
-class StageRecord(_Frozen):
+class StageRecord(Strict):
     """Wall-clock seconds and peak bytes of one stage."""
 
     name: str
@@ -56,7 +42,7 @@ class StageRecord(_Frozen):
     peak_device_bytes: Count = 0
 
 
-class Change(_Frozen):
+class Change(Strict):
     """A count before and after pruning."""
 
     before: Count
@@ -68,7 +54,7 @@ class Change(_Frozen):
         return 1 - self.after / self.before if self.before else 0.0
 
 
-class PerplexityChange(_Frozen):
+class PerplexityChange(Strict):
     """Perplexity of the dense and the pruned model on `tokens` tokens of a text."""
 
     text: str
@@ -77,7 +63,7 @@ class PerplexityChange(_Frozen):
     after: Perplexity
 
 
-class Answers(_Frozen):
+class Answers(Strict):
     """Greedy answers to `prompt`; '' where there is none."""
 
     prompt: str
@@ -86,7 +72,7 @@ class Answers(_Frozen):
     recovered: str = ""
 
 
-class SpeedRecord(_Frozen):
+class SpeedRecord(Strict):
     """Speed of decoding, batch 1, over that of the dense model: requested, predicted by the plan, and measured."""
 
     runtime: str
@@ -99,7 +85,7 @@ class SpeedRecord(_Frozen):
     tokens_per_second: Amount
 
 
-class CurvePoint(_Frozen):
+class CurvePoint(Strict):
     """One step of a training: mean loss in nats, and the validation loss where it was measured."""
 
     step: Count
@@ -110,7 +96,7 @@ class CurvePoint(_Frozen):
     validation: Amount | None = None
 
 
-class RecoveryRecord(_Frozen):
+class RecoveryRecord(Strict):
     """How a model was tuned, and what came out.
 
     left_as_they_are: matrices of the decoder blocks that were not quantised. perplexity: by state of the model (dense,
@@ -142,7 +128,7 @@ class RecoveryRecord(_Frozen):
     perplexity: dict[str, Perplexity]
 
 
-class RunManifest(_Frozen):
+class RunManifest(Strict):
     """Everything needed to know, and to repeat, how a pruned model was made.
 
     command: the arguments as typed. settings: all settings with their defaults. versions: of the packages and Python.
@@ -177,20 +163,16 @@ def read_manifest(folder: Path) -> RunManifest | None:
     try:
         return RunManifest.model_validate_json(file.read_bytes()) if file.is_file() else None
     except (OSError, ValidationError) as error:
-        reason = faults_of(error) if isinstance(error, ValidationError) else error.strerror
-        raise ModelError(
-            f"{file} is no manifest of this version ({reason})", "Use the saap that wrote it, or copy the file again"
-        ) from None
+        fault = f"{file} is no manifest of this version ({faults_of(error)})"
+        raise ModelError(fault, "Use the saap that wrote it, or copy the file again") from None
 
 
 def recorded_versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a result; packages that are not installed are left out."""
     versions = {"python": platform.python_version()}
     for name in RECORDED_PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 

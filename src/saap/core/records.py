@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from saap.core.roles import Role as Role
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+Value = TypeVar("Value")
 
 
 class Side(StrEnum):
@@ -33,27 +34,26 @@ class Side(StrEnum):
     CONSUMER = "consumer"
 
 
+# A field that came later and that most records do not use: at its default it has no part in the digest.
+_WHERE_USED = {"digest": "where used"}
+
+
 def canonical(value: Any) -> Any:
     """The JSON-able form of a record that its digest is taken of; arrays become their shape, type and sha256."""
     if isinstance(value, np.ndarray):
         raw = np.ascontiguousarray(value)
         return [list(raw.shape), str(raw.dtype), hashlib.sha256(raw.tobytes()).hexdigest()]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        present = [f for f in dataclasses.fields(value) if f.compare and not _is_left_out(value, f)]
-        return {f.name: canonical(getattr(value, f.name)) for f in present}
+        return {
+            f.name: canonical(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if f.compare and (f.metadata != _WHERE_USED or getattr(value, f.name) != f.default)
+        }
     if isinstance(value, Mapping):
         return {str(key): canonical(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [canonical(item) for item in value]
     return value
-
-
-# A field that came later and that most records do not use: at its default it has no part in the digest.
-_WHERE_USED = {"digest": "where used"}
-
-
-def _is_left_out(record: Any, item: dataclasses.Field[Any]) -> bool:
-    return item.metadata is not None and "digest" in item.metadata and getattr(record, item.name) == item.default
 
 
 def digest_of(value: Any) -> str:
@@ -238,10 +238,7 @@ class ModelGraph(Digested):
 
     def group(self, name: str) -> CoupledGroup:
         """The group of that name. Raises KeyError."""
-        for group in self.groups:
-            if group.name == name:
-                return group
-        raise KeyError(name)
+        return {group.name: group for group in self.groups}[name]
 
     def of_role(self, role: Role) -> tuple[CoupledGroup, ...]:
         """All groups of `role`, in the order of the layers."""
@@ -253,19 +250,21 @@ class ModelGraph(Digested):
 
     def block_of(self, tensor: str) -> int:
         """Index of the decoder block that holds the tensor, -1 if none does."""
-        for index, path in enumerate(self.blocks):
-            if tensor.startswith(path + "."):
-                return index
-        return -1
+        return next((layer for layer, path in enumerate(self.blocks) if tensor.startswith(f"{path}.")), -1)
 
-    def name_without(self, dropped: Iterable[int], name: str) -> str | None:
-        """The name that a module or parameter has once blocks are dropped; None inside one of them."""
+    def renamed(self, dropped: Iterable[int], values: Mapping[str, Value]) -> dict[str, Value]:
+        """Values of modules or parameters by their names once blocks are dropped; those inside the blocks left out."""
         removed = set(dropped)
-        for index, path in enumerate(self.blocks):
-            if name == path or name.startswith(path + "."):
-                number = index - sum(layer < index for layer in removed)
-                return None if index in removed else f"{path.rpartition('.')[0]}.{number}{name[len(path) :]}"
-        return name
+        found: dict[str, Value] = {}
+        for name, value in values.items():
+            layer = self.block_of(f"{name}.")
+            if layer >= 0 and layer not in removed:
+                path = self.blocks[layer]
+                number = layer - sum(other < layer for other in removed)
+                found[f"{path.rpartition('.')[0]}.{number}{name[len(path) :]}"] = value
+            elif layer < 0:
+                found[name] = value
+        return found
 
     def in_blocks(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Those of the tensors that lie in decoder blocks."""

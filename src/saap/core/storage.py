@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from itertools import groupby
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,8 +17,6 @@ from safetensors.numpy import save as tensors_to_bytes
 from saap.core.errors import PlanError, StaleInputError
 from saap.core.files import whole_file
 from saap.core.records import (
-    Candidate,
-    CoupledGroup,
     FloatArray,
     GroupScores,
     ImportanceScores,
@@ -31,7 +29,14 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 """A number of things in a file, exact as a float too."""
 Amount = Annotated[float, Field(ge=-1e100, le=1e100, allow_inf_nan=False)]
 """A measured number in a file, small enough to be computed with."""
-STATISTICS = ("vector", "vector_m2", "element", "element_m2", "comoment")
+STATISTICS = tuple(field.name for field in fields(GroupScores))
+_HEADER = ("graph_digest", "calibration_digest", "element_order", "aggregation")
+
+
+class Strict(BaseModel):
+    """A frozen record of a file, which may hold nothing else."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -40,8 +45,10 @@ def write_whole(path: Path, content: bytes) -> None:
         part.write_bytes(content)
 
 
-def faults_of(error: ValidationError) -> str:
+def faults_of(error: ValidationError | OSError) -> str:
     """What is wrong with a file, in one line: the first five faults with their places."""
+    if isinstance(error, OSError):
+        return str(error.strerror)
     found = error.errors(include_url=False, include_context=False, include_input=False)[:5]
     return "; ".join(f"{'.'.join(map(str, fault['loc']))[:100] or 'file'}: {fault['msg']}" for fault in found)
 
@@ -49,42 +56,32 @@ def faults_of(error: ValidationError) -> str:
 def write_scores(path: Path, scores: ImportanceScores) -> None:
     """Write all statistics as safetensors: `GROUP/STATISTIC` (units,) float64, and `losses` (samples,)."""
     tensors = {
-        f"{name}/{statistic}": np.ascontiguousarray(getattr(group, statistic))
+        f"{name}/{statistic}": getattr(group, statistic)
         for name, group in scores.groups.items()
         for statistic in STATISTICS
     }
-    tensors["losses"] = np.ascontiguousarray(scores.losses)
-    metadata = {
-        "graph_digest": scores.graph_digest,
-        "calibration_digest": scores.calibration_digest,
-        "samples": str(scores.samples),
-        "element_order": scores.element_order,
-        "aggregation": scores.aggregation,
-        "groups": json.dumps(list(scores.groups)),
-    }
-    write_whole(path, tensors_to_bytes(tensors, metadata))
+    tensors["losses"] = scores.losses
+    metadata = {name: str(getattr(scores, name)) for name in ("samples", *_HEADER)}
+    metadata["groups"] = json.dumps(list(scores.groups))
+    write_whole(path, tensors_to_bytes({name: np.ascontiguousarray(one) for name, one in tensors.items()}, metadata))
 
 
 def read_scores(path: Path) -> ImportanceScores:
     """Read what `write_scores` wrote. Raises StaleInputError if the file is damaged."""
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata()
-            groups = {}
-            samples = int(metadata["samples"])
-            if not 0 < samples < 2**53:
-                raise ValueError("its number of samples is impossible")
-            for name in json.loads(metadata["groups"]):
+            header = file.metadata()
+            groups: dict[str, GroupScores] = {}
+            for name in json.loads(header["groups"]):
                 arrays = {statistic: _array(file, f"{name}/{statistic}") for statistic in STATISTICS}
                 if {array.shape for array in arrays.values()} != {(len(arrays["vector"]),)}:
                     raise ValueError(f"the statistics of {name} are of different sizes")
                 groups[name] = GroupScores(**arrays)
+            if not 0 < int(header["samples"]) < 2**53:
+                raise ValueError("its number of samples is impossible")
             return ImportanceScores(
-                graph_digest=metadata["graph_digest"],
-                calibration_digest=metadata["calibration_digest"],
-                samples=samples,
-                element_order=metadata["element_order"],
-                aggregation=metadata["aggregation"],
+                **{name: header[name] for name in _HEADER},
+                samples=int(header["samples"]),
                 losses=_array(file, "losses"),
                 groups=groups,
             )
@@ -96,26 +93,39 @@ def _array(file: Any, name: str) -> FloatArray:
     return np.asarray(file.get_tensor(name), dtype=np.float64)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class GroupEntry(_Strict):
+class GroupEntry(Strict):
     """One group of a plan file: how many of its units are kept, and which, as runs."""
 
     kept: Count | None = None
     of: Annotated[Count, Field(ge=1)] | None = None
     units: str | None = None
 
+    def keep(self, total: int) -> tuple[int, ...] | int:
+        """Kept unit indices of a group of `total` units, or their number alone. Raises ValueError."""
+        if self.of not in (None, total):
+            raise ValueError(f"it has {total} units, not {self.of}")
+        if self.units is not None:
+            units = parse_units(self.units, total)
+            if self.kept not in (None, len(units)):
+                raise ValueError(
+                    f"kept is {self.kept} but {len(units)} units are listed; correct one, or delete `units`"
+                )
+            return units
+        if self.kept is None:
+            raise ValueError("neither kept nor units is given")
+        if self.kept > total:
+            raise ValueError(f"kept {self.kept} of {total}")
+        return self.kept
 
-class TrailEntry(_Strict):
+
+class TrailEntry(Strict):
     """One candidate of the search and its measured loss, None where that is not finite."""
 
     name: str
     loss: Amount | None
 
 
-class PlanDocument(_Strict):
+class PlanDocument(Strict):
     """The content of a plan.json, perhaps edited by a person; a group that is not listed keeps all."""
 
     format_version: Literal[1]
@@ -135,14 +145,14 @@ class PlanDocument(_Strict):
         Raises ValueError with every fault: unknown groups, other sizes, units out of range or twice, a `kept` that
         disagrees with `units`.
         """
-        groups = {group.name: group for group in graph.groups}
+        units = {group.name: group.units for group in graph.groups}
         faults: list[str] = []
         keep: dict[str, tuple[int, ...] | int] = {}
         for name, entry in self.groups.items():
             try:
-                if name not in groups:
+                if name not in units:
                     raise ValueError("the model has no such group")
-                keep[name] = _kept(entry, groups[name])
+                keep[name] = entry.keep(units[name])
             except ValueError as error:
                 faults.append(f"{name}: {error}")
         faults += [f"no block {layer}" for layer in self.dropped_blocks if not 0 <= layer < len(graph.blocks)]
@@ -151,11 +161,6 @@ class PlanDocument(_Strict):
         if faults:
             raise ValueError("; ".join(faults))
         return keep
-
-    @property
-    def candidates(self) -> tuple[Candidate, ...]:
-        """The trail of the search."""
-        return tuple(Candidate(name=one.name, loss=math.inf if one.loss is None else one.loss) for one in self.trail)
 
 
 def write_plan(path: Path, plan: StructurePlan, graph: ModelGraph) -> None:
@@ -182,47 +187,26 @@ def write_plan(path: Path, plan: StructurePlan, graph: ModelGraph) -> None:
     write_whole(path, (document.model_dump_json(indent=2) + "\n").encode())
 
 
-def read_plan_document(path: Path) -> PlanDocument:
-    """Read a plan without its model. Raises PlanError."""
+def read_plan(path: Path, graph: ModelGraph | None = None) -> PlanDocument:
+    """Read a plan, and check it against the model's groups if these are given. Raises PlanError with every fault."""
     try:
-        return PlanDocument.model_validate_json(path.read_bytes())
+        document = PlanDocument.model_validate_json(path.read_bytes())
     except OSError as error:
         raise PlanError(f"The plan {path} cannot be read ({error.strerror})", "Give the path of a plan.json") from None
     except ValidationError as error:
         raise PlanError(f"{path} is no plan ({faults_of(error)})", "Correct these entries") from None
-
-
-def read_plan(path: Path, graph: ModelGraph) -> PlanDocument:
-    """Read a plan and check it against the model's groups. Raises PlanError with every fault."""
-    document = read_plan_document(path)
-    try:
-        document.keep(graph)
-    except ValueError as error:
-        raise PlanError(f"{path} does not fit the model ({error})", "Correct these entries") from None
+    if graph is not None:
+        try:
+            document.keep(graph)
+        except ValueError as error:
+            raise PlanError(f"{path} does not fit the model ({error})", "Correct these entries") from None
     return document
-
-
-def _kept(entry: GroupEntry, group: CoupledGroup) -> tuple[int, ...] | int:
-    if entry.of is not None and entry.of != group.units:
-        raise ValueError(f"it has {group.units} units, not {entry.of}")
-    if entry.units is None:
-        if entry.kept is None:
-            raise ValueError("neither kept nor units is given")
-        if entry.kept > group.units:
-            raise ValueError(f"kept {entry.kept} of {group.units}")
-        return entry.kept
-    units = parse_units(entry.units, group.units)
-    if entry.kept is not None and entry.kept != len(units):
-        raise ValueError(f"kept is {entry.kept} but {len(units)} units are listed; correct one, or delete `units`")
-    return units
 
 
 def format_units(units: Iterable[int]) -> str:
     """Ascending indices as runs: (0, 1, 2, 5) -> "0-2,5"."""
-    runs = [
-        [unit for _, unit in run]
-        for _, run in groupby(enumerate(units), key=lambda place_and_unit: place_and_unit[1] - place_and_unit[0])
-    ]
+    found = np.fromiter(units, np.int64)
+    runs = np.split(found, np.flatnonzero(np.diff(found) > 1) + 1) if len(found) else []
     return ",".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 

@@ -21,27 +21,27 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
     the decoder, and one with as many entries as the configuration says that there are layers comes first.
     Raises UnsupportedModelError if there is none.
     """
-    lists: dict[str, nn.ModuleList] = {}
+    lists: dict[str, list[nn.Module]] = {}
     for path, module in model.named_modules():
         inside = path.startswith(tuple(f"{found}." for found in lists))
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module)
-            and not inside
-            and all(list(entry.parameters()) for entry in module)
-        ):
-            lists[path] = module
+        blocks = list(module) if isinstance(module, nn.ModuleList) and not inside else []
+        if blocks and all(list(block.parameters()) for block in blocks):
+            lists[path] = blocks
     if not lists:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no nn.ModuleList whose entries hold parameters, so no decoder blocks",
             "Hold the decoder blocks in one nn.ModuleList",
         )
-    decoder = _decoder_path(model)
+    try:
+        decoder = getattr(model, "get_decoder", lambda: None)()
+    except (AttributeError, NotImplementedError):  # the method may be there for every class, the part is not
+        decoder = None
+    within = next((f"{path}." for path, module in model.named_modules() if path and module is decoder), "")
     stated = getattr(text_part(getattr(model, "config", None)), "num_hidden_layers", None)
 
     def rank(path: str) -> tuple[bool, bool, int, int]:
-        size = sum(parameter.numel() for parameter in lists[path].parameters())
-        return path.startswith(decoder), len(lists[path]) == stated, len(lists[path]), size
+        size = sum(parameter.numel() for block in lists[path] for parameter in block.parameters())
+        return path.startswith(within), len(lists[path]) == stated, len(lists[path]), size
 
     path = max(lists, key=rank)
     return tuple(f"{path}.{index}" for index in range(len(lists[path])))
@@ -50,16 +50,6 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
 def holder(blocks: Sequence[str], name: str) -> int:
     """Which of the blocks holds the tensor or module of that name, -1 if none does."""
     return next((index for index, path in enumerate(blocks) if f"{name}.".startswith(f"{path}.")), -1)
-
-
-def _decoder_path(model: nn.Module) -> str:
-    """Beginning of the paths of what `get_decoder` of a transformers model returns; "" where it has none."""
-    find = getattr(model, "get_decoder", None)
-    try:
-        decoder = find() if find is not None else None
-    except (AttributeError, NotImplementedError):  # the method is there for every class, the part is not
-        return ""
-    return next((f"{path}." for path, module in model.named_modules() if path and module is decoder), "")
 
 
 def require_own_weights(model: nn.Module, blocks: Sequence[str]) -> None:
@@ -76,18 +66,18 @@ def require_own_weights(model: nn.Module, blocks: Sequence[str]) -> None:
 
 def kinds_of(model: nn.Module, blocks: Sequence[str]) -> list[list[int]]:
     """Indices of the blocks of each kind: of the same modules, sizes, and flags such as the attention type."""
-    kinds: dict[object, list[int]] = {}
+
+    def flags(module: nn.Module) -> list[tuple[str, str]]:
+        public = {name: v for name, v in vars(module).items() if not name.startswith("_") and name != "training"}
+        return sorted((name, str(v)) for name, v in public.items() if v is None or isinstance(v, (bool, str)))
+
+    kinds: dict[str, list[int]] = {}
     for index, path in enumerate(blocks):
         block = model.get_submodule(path)
-        modules = tuple((name, type(module), _flags(module)) for name, module in block.named_modules())
-        sizes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters(remove_duplicate=False))
-        kinds.setdefault((modules, sizes), []).append(index)
+        modules = [(name, id(type(module)), flags(module)) for name, module in block.named_modules()]
+        sizes = [(name, tuple(p.shape)) for name, p in block.named_parameters(remove_duplicate=False)]
+        kinds.setdefault(repr((modules, sizes)), []).append(index)
     return list(kinds.values())
-
-
-def _flags(module: nn.Module) -> tuple[tuple[str, str], ...]:
-    public = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
-    return tuple(sorted((name, str(v)) for name, v in public.items() if v is None or isinstance(v, (bool, str))))
 
 
 def with_blocks(model: nn.Module, blocks: Sequence[str], kept: Sequence[int]) -> nn.Module:
@@ -110,7 +100,9 @@ def with_blocks(model: nn.Module, blocks: Sequence[str], kept: Sequence[int]) ->
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         for held in (module._buffers, vars(module)):
-            held.update({name: _on_cpu(value) for name, value in held.items() if isinstance(value, Tensor)})
+            for name, value in held.items():
+                if isinstance(value, Tensor):  # ones in place of values that do not exist
+                    held[name] = torch.ones(value.shape, dtype=value.dtype) if value.is_meta else value.cpu()
         for name, value in _PLAIN.items():
             if hasattr(getattr(module, "config", None), name):
                 setattr(module.config, name, value)
@@ -119,8 +111,3 @@ def with_blocks(model: nn.Module, blocks: Sequence[str], kept: Sequence[int]) ->
 
 # The loop over experts depends on the data, so their grouped products are traced.
 _PLAIN = {"_attn_implementation": "eager", "_experts_implementation": "grouped_mm", "use_cache": False}
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU; ones in place of values that do not exist."""
-    return torch.ones(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.cpu()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from torch import nn
 
 from saap.core.errors import UnsupportedModelError
-from saap.core.records import CoupledGroup, ModelGraph, ModelRef, Refusal
+from saap.core.records import ModelGraph, ModelRef, Refusal
 from saap.discovery.blocks import find_blocks, holder, kinds_of, require_own_weights, with_blocks
 from saap.discovery.groups import Grouping, TracedGroup, query_heads
 from saap.discovery.removal import checked
@@ -32,8 +32,7 @@ def discover(model: nn.Module, ref: ModelRef | None = None, *, finer_heads: bool
     Parts that are not understood are in `refused`. Raises UnsupportedModelError if nothing can be
     pruned, or the forward cannot be traced.
     """
-    ref = ref or model_ref(model, type(model).__name__)
-    return of_structure(model, ref, finer_heads=finer_heads)
+    return of_structure(model, ref or model_ref(model, type(model).__name__), finer_heads=finer_heads)
 
 
 def of_structure(model: nn.Module, ref: ModelRef, *, finer_heads: bool) -> ModelGraph:
@@ -41,14 +40,15 @@ def of_structure(model: nn.Module, ref: ModelRef, *, finer_heads: bool) -> Model
     blocks = find_blocks(model)
     require_own_weights(model, blocks)
     kinds = kinds_of(model, blocks)
-    kept = sorted({index for kind in kinds for index in (kind[0], kind[-1])})
-    try:
-        traced = trace(with_blocks(model, blocks, kept))
-    except UnsupportedModelError:  # some forwards need every block
-        if len(kept) == len(blocks):
-            raise
-        kept = list(range(len(blocks)))
-        traced = trace(with_blocks(model, blocks, kept))
+    ends = sorted({index for kind in kinds for index in (kind[0], kind[-1])})
+    for kept in (ends, list(range(len(blocks)))):  # some forwards need every block
+        copied = with_blocks(model, blocks, kept)
+        try:
+            traced = trace(copied)
+            break
+        except UnsupportedModelError:
+            if len(kept) == len(blocks):
+                raise
     computing = {holder(blocks, path) for path in traced.modules}
     idle = [blocks[index] for place, index in enumerate(kept) if place not in computing]
     if idle:
@@ -56,17 +56,16 @@ def of_structure(model: nn.Module, ref: ModelRef, *, finer_heads: bool) -> Model
             f"The forward of {type(model).__name__} does not pass through {', '.join(idle)}",
             "Call the decoder blocks as modules, in one nn.ModuleList",
         )
-    repeats = _Repeats(blocks, kinds, kept)
+    repeats = _Repeats(blocks, [(kept.index(kind[0]), kept.index(kind[-1]), kind) for kind in kinds])
     found = Grouping(traced, blocks[: len(kept)]).groups()
     if finer_heads:
         found += [finer for group in found if (finer := query_heads(group)) is not None]
     found = repeats.agreeing(found)
-    firsts = {-1, *(first for first, _ in repeats.ends)}
-    numbers = [number for number, group in enumerate(found) if group.layer in firsts]
+    numbers = [number for number, group in enumerate(found) if group.layer in {-1, *repeats.firsts}]
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    results = repeats.everywhere(checked(traced.model, blocks[: len(kept)], found, numbers), list(shapes))
-    groups = tuple(item for item in results if isinstance(item, CoupledGroup))
-    refused = tuple(item for item in results if isinstance(item, Refusal))
+    results = repeats.everywhere(checked(copied, blocks[: len(kept)], found, numbers), list(shapes))
+    groups = tuple(each for group in results if not group.refusal for each in group.settled())
+    refused = tuple(Refusal(name=group.name, reason=group.refusal) for group in results if group.refusal)
     if not groups:
         reasons = "; ".join(f"{item.name}: {item.reason}" for item in refused[:3]) or "no coupled channels were found"
         raise UnsupportedModelError(
@@ -78,30 +77,24 @@ def of_structure(model: nn.Module, ref: ModelRef, *, finer_heads: bool) -> Model
     return replace(graph, config_fields=config, pinned_fields=pinned)
 
 
-@dataclass(frozen=True, slots=True)
 class _Repeats:
     """From the groups of the copy to those of the model, by name.
 
-    blocks: paths of the model's blocks; the copy has the first of these. kinds: indices of the blocks of each kind.
-    kept: which of the model's blocks the copy has.
+    blocks: paths of the model's blocks; the copy has the first of these. kinds: of each kind the places of its first
+    and its last block in the copy, and the numbers of its blocks in the model.
     """
 
-    blocks: Sequence[str]
-    kinds: Sequence[Sequence[int]]
-    kept: Sequence[int]
-
-    @property
-    def ends(self) -> list[tuple[int, int]]:
-        """First and last block of each kind, by their places in the copy."""
-        return [(self.kept.index(kind[0]), self.kept.index(kind[-1])) for kind in self.kinds]
+    def __init__(self, blocks: Sequence[str], kinds: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        self.blocks, self.kinds = blocks, kinds
+        first_of = {index: first for first, _, kind in kinds for index in kind}
+        self.firsts = [first_of[index] for index in range(len(blocks))]
 
     def agreeing(self, groups: list[TracedGroup]) -> list[TracedGroup]:
         """The groups; hidden ones are refused that meet first and last block of a kind in different places.
 
         Raises UnsupportedModelError unless first and last block of each kind have the same groups.
         """
-        reason = "it meets blocks that look alike in different places"
-        for kind, (first, last) in zip(self.kinds, self.ends, strict=True):
+        for first, last, kind in self.kinds:
             old, new = self.blocks[first], self.blocks[last]
             expected = [replace(_moved(group, old, new), layer=last) for group in groups if group.layer == first]
             if expected != [group for group in groups if group.layer == last]:
@@ -114,42 +107,42 @@ class _Repeats:
                     [m for m in group.members if holder(self.blocks, m.tensor) == at] for at in (first, last)
                 )
                 if group.layer < 0 and [_moved(member, old, new) for member in here] != there:
-                    groups[number] = group.refuse(reason)
+                    groups[number] = group.refuse("it meets blocks that look alike in different places")
         return groups
 
-    def everywhere(self, groups: Sequence[TracedGroup], order: Sequence[str]) -> list[CoupledGroup | Refusal]:
-        """The groups of every block in the order of the layers, and the hidden group.
+    def everywhere(self, groups: Sequence[TracedGroup], order: Sequence[str]) -> list[TracedGroup]:
+        """The groups of every block in the order of the layers, and the hidden group, with their names.
 
         groups: of the first block of each kind, and the hidden one. order: names of the model's parameters.
         """
-        found: list[CoupledGroup | Refusal] = []
-        places = {name: place for place, name in enumerate(order)}
-        first_of = {index: first for kind, (first, _) in zip(self.kinds, self.ends, strict=True) for index in kind}
-        for index, path in enumerate(self.blocks):
-            first = first_of[index]
+        found: list[TracedGroup] = []
+        for index, (path, first) in enumerate(zip(self.blocks, self.firsts, strict=True)):
             here = [_moved(group, self.blocks[first], path) for group in groups if group.layer == first]
             counts = Counter(group.role for group in here if not group.label)
-            numbers: Counter[str] = Counter()
+            numbers = {role: iter(range(count)) for role, count in counts.items()}
             for group in here:
-                number = f".{numbers[group.role]}" if counts[group.role] > 1 else ""
-                numbers[group.role] += not group.label
-                found += group.settled(group.label or f"layers.{index}.{group.role}{number}", index)
+                name = group.label or f"layers.{index}.{group.role}"
+                if not group.label and counts[group.role] > 1:
+                    name += f".{next(numbers[group.role])}"
+                found.append(replace(group, name=name, layer=index))
+        places = {name: place for place, name in enumerate(order)}
         for group in (group for group in groups if group.layer < 0):
             members = dict.fromkeys(self._repeated(group.members, lambda member: member.tensor))
             spread = replace(
                 group,
+                name="hidden",
                 members=tuple(sorted(members, key=lambda member: places[member.tensor])),
                 attributes=tuple(self._repeated(group.attributes, lambda attribute: attribute.module)),
                 scaled_norms=tuple(dict.fromkeys(self._repeated(group.scaled_norms, str))),
             )
-            found += spread.settled("hidden", -1)
+            found.append(spread)
         return found
 
     def _repeated(self, items: Sequence[T], name: Callable[[T], str]) -> Iterator[T]:
         """Items of the copy, in every block that the one which holds them stands for."""
         for item in items:
             place = holder(self.blocks, name(item))
-            kind = next((kind for kind in self.kinds if place >= 0 and self.kept[place] in kind), [])
+            kind = next((kind for *ends, kind in self.kinds if place in ends), ())
             yield from [_moved(item, self.blocks[place], self.blocks[index]) for index in kind] or [item]
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 
-from saap.core.records import AxisSlice, CoupledGroup, IntArray, Refusal, Role, Side
+from saap.core.records import AxisSlice, CoupledGroup, IntArray, Role, Side
 from saap.discovery.blocks import holder
-from saap.discovery.trace import Trace
+from saap.discovery.tags import TagSpace
 
 Axis = tuple[str, int]
-Cluster = Sequence[dict[Axis, list[int]]]
+Cluster = dict[int, dict[Axis, list[int]]]
 """Units that lie on the same axes, each as its indices by axis."""
 
 
@@ -28,7 +27,7 @@ class TracedGroup(CoupledGroup):
     whose members follow each other in equal numbers.
     """
 
-    name: str = ""
+    name: str = "group"
     units: int = 0
     members: tuple[AxisSlice, ...] = ()
     refusal: str = ""
@@ -40,84 +39,73 @@ class TracedGroup(CoupledGroup):
         """The group with the reason why it cannot be pruned, if there is none yet."""
         return replace(self, refusal=self.refusal or reason)
 
-    def settled(self, name: str, layer: int) -> list[CoupledGroup | Refusal]:
-        """The group under its name, or one for each of the matrices or KV groups that it lies in, or its refusal."""
-        if self.refusal:
-            return [Refusal(name=name, reason=self.refusal)]
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(CoupledGroup)}
-        group = CoupledGroup(**values | {"name": name, "layer": layer})
+    def settled(self) -> list[CoupledGroup]:
+        """The group, or one for each of the matrices or KV groups that it lies in."""
+        group = CoupledGroup(**{field.name: getattr(self, field.name) for field in fields(CoupledGroup)})
         if self.shares:
-            each = len(self.members) // self.shares
-            own = [(f"{name}.{n}", self.members[n * each : (n + 1) * each]) for n in range(self.shares)]
+            count = len(self.members) // self.shares
+            own = [(f"{n}", self.members[n * count : (n + 1) * count]) for n in range(self.shares)]
         else:
-            parts = range(self.parts)
-            own = [(f"{name}.expert.{n}", tuple(replace(m, part=n) for m in self.members)) for n in parts]
-        return [replace(group, name=part, bundle=name, members=members) for part, members in own] or [group]
+            own = [(f"expert.{n}", tuple(replace(m, part=n) for m in self.members)) for n in range(self.parts)]
+        return [replace(group, name=f"{self.name}.{n}", bundle=self.name, members=each) for n, each in own] or [group]
 
 
 class Grouping:
     """Reads the coupled groups off a trace.
 
-    rows: the unit of each index, by axis. consumers: axes whose channels are consumed and made nowhere. stacked: how
-    many matrices a tensor stacks along axis 0.
+    units, stops, spread: of the tags (`TagSpace.units`). rows: the unit of each index, by axis. consumers: axes whose
+    channels are consumed and made nowhere. stacked: how many matrices a tensor stacks along axis 0. heads, product:
+    units that are heads of attention, or meet in a product.
     """
 
-    def __init__(self, trace: Trace, blocks: Sequence[str]) -> None:
-        self.trace, self.blocks, self.units = trace, blocks, trace.space.units()
-        tags = {(name, axis): row.numpy() for name, axes in trace.axes.items() for axis, row in enumerate(axes)}
-        self.rows = {axis: self.units.of(row) for axis, row in tags.items()}
-        marked = trace.space.marked
-        self.softmax, self.product = (set(self.units.of(marked(name)).tolist()) for name in ("softmax", "product"))
-        consumed, made, stacked = marked("consumed"), marked("produced", "embedded"), marked("stacked")
-        self.consumers = {a for a, row in tags.items() if np.isin(row, consumed).any() and not np.isin(row, made).any()}
-        self.stacked = {
-            name: len(row) for (name, axis), row in tags.items() if not axis and np.isin(row, stacked).all()
-        }
+    def __init__(self, space: TagSpace, blocks: Sequence[str]) -> None:
+        self.space, self.blocks = space, blocks
+        self.units, self.stops, self.spread = space.units()
+        tags = {(name, axis): row.tolist() for name, axes in space.axes.items() for axis, row in enumerate(axes)}
+        self.rows: dict[Axis, list[int]] = {axis: self.units[row].tolist() for axis, row in tags.items()}
+        marks = space.marks
+        self.product = {*self.units[list(marks["product"])].tolist()}
+        self.heads = self.product & {*self.units[list(marks["softmax"])].tolist()}
+        consumed, made, stacked = marks["consumed"], marks["produced"], marks["stacked"]
+        self.consumers = {a for a, row in tags.items() if not consumed.isdisjoint(row) and made.isdisjoint(row)}
+        self.stacked = {name: len(row) for (name, axis), row in tags.items() if not axis and stacked.issuperset(row)}
 
     def groups(self) -> list[TracedGroup]:
         """All groups that have both producers and consumers; those that are not understood carry a refusal."""
-        found, reported = [], set[int]()
-        for cluster in self._clusters():
-            group = self._group(cluster)
-            if group is not None:
-                found.append(group)
-                reported |= set(self.rows[next(iter(cluster[0]))].tolist())
-        for group in self._experts():
-            found.append(group)
-            reported |= {unit for member in group.members for unit in self.rows[member.tensor, member.axis].tolist()}
+        found = [group for cluster in self._clusters() if (group := self._group(cluster)) is not None]
+        found += self._experts()
+        reported = {unit for group in found for m in group.members for unit in self.rows[m.tensor, m.axis]}
         return [*self._one_hidden(_leading_out(found)), *self._stopped(reported)]
 
-    def _clusters(self) -> list[Cluster]:
+    def _clusters(self) -> Iterable[Cluster]:
         units: dict[int, dict[Axis, list[int]]] = defaultdict(dict)
         for axis, row in self.rows.items():
-            for index, unit in enumerate(row.tolist()):
+            for index, unit in enumerate(row):
                 units[unit].setdefault(axis, []).append(index)
-        clusters: dict[tuple[Axis, ...], list[dict[Axis, list[int]]]] = defaultdict(list)
-        for indices in units.values():
-            clusters[tuple(indices)].append(indices)
-        return list(clusters.values())
+        clusters: dict[tuple[Axis, ...], Cluster] = defaultdict(dict)
+        for unit, indices in units.items():
+            clusters[tuple(indices)][unit] = indices
+        return clusters.values()
 
     def _group(self, cluster: Cluster) -> TracedGroup | None:
         """The group of units on the same axes; None where they are not both made and consumed, or in no block."""
-        axes = list(cluster[0])
+        axes = list(next(iter(cluster.values())))
         consuming = [axis for axis in axes if axis in self.consumers]
         layers = {holder(self.blocks, name) for name, _ in axes}
         if len(consuming) in (0, len(axes)) or layers == {-1}:
             return None
         layer = layers.pop() if len(layers) == 1 else -1
-        cluster = sorted(cluster, key=lambda unit: unit[consuming[0]])
-        ids = [int(self.rows[consuming[0]][unit[consuming[0]][0]]) for unit in cluster]
-        attention = set(ids) <= self.softmax & self.product
-        role = Role.ATTENTION if attention else Role.HIDDEN if layer < 0 else Role.FFN
-        problems = [self.units.stops.get(unit) or self.units.spread.get(unit, "") for unit in ids]
-        if role is Role.FFN and set(ids) & self.product:
+        ids = sorted(cluster, key=lambda unit: cluster[unit][consuming[0]])
+        role = Role.ATTENTION if self.heads.issuperset(ids) else Role.HIDDEN if layer < 0 else Role.FFN
+        spread = "one channel of it acts on several units"
+        problems = [self.stops.get(unit, spread if unit in self.spread else "") for unit in ids]
+        if role is Role.FFN and not self.product.isdisjoint(ids):
             problems.append("its channels meet in a product of activations without softmax")
         members: list[AxisSlice] = []
         for axis in axes:
-            rows = [unit[axis] for unit in cluster]
-            even = len({len(row) for row in rows}) == 1
+            rows = [cluster[unit][axis] for unit in ids]
             side = Side.CONSUMER if axis in self.consumers else Side.PRODUCER
-            slices = slices_of(np.array(rows, np.int64), *axis, side) if even else None
+            slices = slices_of(np.array(rows, np.int64), *axis, side) if len({*map(len, rows)}) == 1 else None
             if slices is None:
                 problems.append(f"its units have no regular places on axis {axis[1]} of {axis[0]}")
             members += slices or []
@@ -125,20 +113,22 @@ class Grouping:
         parts = {self.stacked.get(member.tensor, 0) if member.axis else 0 for member in members}
         if layer >= 0 and (len(parts) != 1 or (norms and parts != {0})):
             problem = problem or "its experts share a matrix or a norm, so they cannot choose channels of their own"
-        matrices = parts.pop() if layer >= 0 and len(parts) == 1 else 0
-        found = TracedGroup(layer=layer, role=role, units=len(cluster), members=tuple(members), parts=matrices)
-        return replace(found, scaled_norms=norms, refusal=next(filter(None, [*problems, problem]), ""))
+        return TracedGroup(
+            layer=layer, role=role, units=len(ids), members=tuple(members), scaled_norms=norms,
+            parts=parts.pop() if layer >= 0 and len(parts) == 1 else 0,
+            refusal=next(filter(None, [*problems, problem]), ""),
+        )  # fmt: skip
 
     def _norms(self, group: set[int]) -> tuple[tuple[str, ...], str]:
         """Norms that take a statistic over several of the group's units: those to rescale, or why that fails."""
         scaled: dict[str, None] = {}
-        for reduction in self.trace.space.reductions:
-            rows = [set(row) for row in self.units.of(reduction.channels).tolist()]
+        for kind, module, channels in self.space.reductions:
+            rows = [set(row) for row in self.units[channels].tolist()]
             across = [row for row in rows if len(row) > 1 and row & group]
-            if across and (reduction.kind != "rms" or any(row != group for row in across)):
-                return (), f"{reduction.kind} in {reduction.module or 'the model'} is a statistic over its channels"
+            if across and (kind != "rms" or any(row != group for row in across)):
+                return (), f"{kind} in {module or 'the model'} is a statistic over its channels"
             if across:
-                scaled[reduction.module] = None
+                scaled[module] = None
         return tuple(scaled), ""
 
     def _experts(self) -> Iterator[TracedGroup]:
@@ -150,26 +140,22 @@ class Grouping:
         for layer, block in enumerate(self.blocks):
             rows = {axis: row for axis, row in self.rows.items() if axis[0].startswith(f"{block}.")}
             stacks = {name: size for name, size in self.stacked.items() if (name, 2) in rows}
-            for choice in self.trace.space.choices:
-                chosen, count = {*self.units.of(choice.channels).tolist()}, len(choice.channels)
-                routers = [
-                    axis
-                    for axis, row in rows.items()
-                    if axis[0] not in stacks and len(row) == count and chosen >= set(row.tolist())
-                ]
+            for least, channels in self.space.choices:
+                chosen, count = {*self.units[channels].tolist()}, len(channels)
+                outside = ((axis, row) for axis, row in rows.items() if axis[0] not in stacks)
+                routers = [axis for axis, row in outside if len(row) == count and chosen.issuperset(row)]
                 if routers and set(stacks.values()) == {count}:
                     members = tuple(
                         AxisSlice(tensor=name, axis=axis, side=Side.PRODUCER, offset=0, width=1, stride=1)
                         for name, axis in (*routers, *((name, 0) for name in stacks))
                     )
-                    found = TracedGroup(layer=layer, role=Role.EXPERT, units=count, members=members, least=choice.count)
-                    yield found if choice.count < count else found.refuse("each token is sent to all experts")
+                    found = TracedGroup(layer=layer, role=Role.EXPERT, units=count, members=members, least=least)
+                    yield found if least < count else found.refuse("each token is sent to all experts")
                     break
 
     def _one_hidden(self, groups: list[TracedGroup]) -> list[TracedGroup]:
         """The groups with at most one hidden group, which runs through all blocks; heads of several are refused."""
         found = [group for group in groups if group.layer >= 0]
-        across = [group for group in groups if group.role is Role.HIDDEN]
         whole = []
         for group in (group for group in groups if group.layer < 0):
             layers = sorted({holder(self.blocks, member.tensor) for member in group.members} - {-1})
@@ -180,21 +166,21 @@ class Grouping:
                 whole.append(group)
         if len(whole) != 1:
             reason = "the channels between the blocks are not one group that runs through all of them"
-            whole = [replace(group, refusal=reason) for group in across[:1]]
-        if self.trace.unused:
-            reason = f"{min(self.trace.unused)} is not reached by text and may write into them"
+            whole = [replace(group, refusal=reason) for group in groups if group.role is Role.HIDDEN][:1]
+        if self.space.unused:
+            reason = f"{min(self.space.unused)} is not reached by text and may write into them"
             whole = [group.refuse(reason) for group in whole]
         return [*found, *whole]
 
     def _stopped(self, reported: set[int]) -> list[TracedGroup]:
         """Channels inside blocks that went into an operation without a rule before they made up a group."""
         found: dict[str, TracedGroup] = {}
-        for name, axes in self.trace.axes.items():
+        for name, axes in self.space.axes.items():
             layer, label = holder(self.blocks, name), name.rpartition(".")[0]
-            units = {unit for axis in range(len(axes)) for unit in self.rows[name, axis].tolist()}
-            stopped = sorted(units & set(self.units.stops) - reported)
+            units = {unit for axis in range(len(axes)) for unit in self.rows[name, axis]}
+            stopped = sorted(units & set(self.stops) - reported)
             if layer >= 0 and stopped:
-                reason = self.units.stops[stopped[0]]
+                reason = self.stops[stopped[0]]
                 found.setdefault(label, TracedGroup(layer=layer, role=Role.FFN, refusal=reason, label=label))
         return list(found.values())
 
@@ -256,10 +242,10 @@ def one_of_each_block(group: TracedGroup) -> TracedGroup | None:
 
 
 def slices_of(indices: IntArray, tensor: str, axis: int, side: Side) -> list[AxisSlice] | None:
-    """Describe where the units lie along an axis of a tensor.
+    """Where the units lie along an axis of a tensor, of their indices (units, width), ascending in each row.
 
-    indices: (units, width), ascending in each row. Returns one slice for each run of consecutive indices that a unit
-    has, or one for each index where the runs differ between units; None if no affine description exists.
+    One slice for each run of consecutive indices that a unit has, or one for each index where the runs differ between
+    units; None if no affine description exists.
     """
     breaks = np.flatnonzero((np.diff(indices, axis=1) != 1).any(axis=0)) + 1
     for places in (breaks, range(1, indices.shape[1])):
@@ -272,13 +258,9 @@ def slices_of(indices: IntArray, tensor: str, axis: int, side: Side) -> list[Axi
 
 def _slice_of(run: IntArray, tensor: str, axis: int, side: Side) -> AxisSlice | None:
     """The slice with these consecutive indices, (units, width); None where the units are not regular."""
-    starts, (units, width) = run[:, 0], run.shape
-    steps = np.diff(starts)
-    stride = int(steps[0]) if units > 1 else width
-    jumps = np.flatnonzero(steps != stride)
-    period = int(jumps[0]) + 1 if len(jumps) else 0
-    offset, jump = int(starts[0]), int(starts[period] - starts[0])
-    found = AxisSlice(
-        tensor=tensor, axis=axis, side=side, offset=offset, width=width, stride=stride, period=period, jump=jump
-    )
+    starts, (units, width) = run[:, 0].tolist(), run.shape
+    stride = starts[1] - starts[0] if units > 1 else width
+    period = next((n for n in range(1, units) if starts[n] - starts[n - 1] != stride), 0)
+    sizes = {"offset": starts[0], "width": width, "stride": stride, "period": period}
+    found = AxisSlice(tensor=tensor, axis=axis, side=side, **sizes, jump=starts[period] - starts[0])
     return found if np.array_equal(found.indices(range(units)), run.ravel()) else None

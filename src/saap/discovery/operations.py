@@ -16,9 +16,17 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from saap.core.errors import UnsupportedModelError
-from saap.discovery.tags import UNTAGGED, Choice, ParameterTags, Reduction, TagSpace, finest
+from saap.discovery.tags import UNTAGGED, ParameterTags, TagSpace, finest
 
 Rule = Callable[["Operation"], Any]
+_MOVES = (
+    "broadcast_to cat chunk diagonal expand expand_as flatten flip getitem index_select movedim mT narrow numpy_T "
+    "permute repeat repeat_interleave roll select slice split split_with_sizes squeeze stack swapaxes swapdims t "
+    "tensor_split transpose unbind unflatten unfold unsqueeze"
+)
+_VIEWS = "view reshape reshape_as _unsafe_view view_as"
+# What is made without channels may be filled through a view of it: those share memory as they do in the model.
+_SHARING_MEMORY = frozenset(f"{_MOVES} {_VIEWS}".split())
 
 
 class Operation:
@@ -35,35 +43,19 @@ class Operation:
         self.output: Any = node.meta.get("val")
         modules = node.meta.get("nn_module_stack") or {}
         self.module = str(next(reversed(modules.values()))[0]) if modules else ""
+        self.where = f"{self.name} in {self.module or 'the model'}"
         self.arguments: Any = map_arg(node.args, tags.get)
         self.keywords: Any = map_arg(node.kwargs, tags.get)
-        expected = getattr(getattr(node.target, "_schema", None), "arguments", ())
+        self.first: Any = self.arguments[0] if self.arguments else None
+        schema = getattr(node.target, "_schema", None)
+        self.in_place = bool(getattr(schema, "is_mutable", False))
+        expected = getattr(schema, "arguments", ())
         self.named = {each.name: each.default_value for each in expected if each.has_default_value()}
         self.named |= {each.name: value for each, value in zip(expected, self.arguments, strict=False)} | self.keywords
-
-    @property
-    def first(self) -> Any:
-        """The first argument."""
-        return self.arguments[0]
-
-    @property
-    def in_place(self) -> bool:
-        """Whether it changes its first argument."""
-        return bool(getattr(getattr(self.node.target, "_schema", None), "is_mutable", False))
-
-    @property
-    def where(self) -> str:
-        """The operation and its module, for a sentence."""
-        return f"{self.name} in {self.module or 'the model'}"
 
     def run(self, *arguments: Any, **keywords: Any) -> Any:
         """The operation itself, on these arguments."""
         return self.node.target(*arguments, **keywords)  # type: ignore[operator]
-
-    def tensors(self) -> list[Tensor | ParameterTags]:
-        """All tensors among the arguments."""
-        every = tree_leaves((self.arguments, self.keywords))
-        return [value for value in every if isinstance(value, (Tensor, ParameterTags))]
 
 
 def operation_name(node: Node) -> str:
@@ -88,12 +80,11 @@ def tags_after(operation: Operation) -> Any:
         )
     if operation.output is None:  # an assertion
         return None
-    tensors = operation.tensors()
+    tensors = _tensors(operation)
     parameters = any(isinstance(value, ParameterTags) for value in tensors)
-    tagged = parameters or any(_is_tagged(value) for value in tensors)
-    rule = (PARAMETER_RULES if parameters else RULES).get(operation.name)
-    if not tagged and rule not in SHARING_MEMORY:
+    if not any(_is_tagged(value) for value in tensors) and operation.name not in _SHARING_MEMORY:
         return untagged(operation.output)
+    rule = (PARAMETER_RULES if parameters else RULES).get(operation.name)
     if rule is None and _is_pointwise(operation):
         rule = _elementwise
     if rule is not None:
@@ -106,13 +97,18 @@ def tags_after(operation: Operation) -> Any:
             pass  # the operation is used in a way that its rule does not cover: refused below, by name
     for value in tensors:
         for axis in value.axes if isinstance(value, ParameterTags) else (value,):
-            operation.space.stop(axis, f"the operation {operation.where} has no rule")
+            operation.space.stops.append((axis, f"the operation {operation.where} has no rule"))
     return untagged(operation.output)
 
 
 def untagged(output: Any) -> Any:
     """Empty tags in the structure of `output`."""
     return tree_map(lambda item: torch.full(item.shape, UNTAGGED) if isinstance(item, Tensor) else None, output)
+
+
+def _tensors(operation: Operation) -> list[Tensor | ParameterTags]:
+    every = tree_leaves((operation.arguments, operation.keywords))
+    return [value for value in every if isinstance(value, (Tensor, ParameterTags))]
 
 
 def _is_tagged(tags: Tensor | ParameterTags) -> bool:
@@ -126,21 +122,8 @@ def _is_pointwise(operation: Operation) -> bool:
     return isinstance(operation.output, Tensor) and any(torch.Tag.pointwise in each.tags for each in overloads)
 
 
-def _same(operation: Operation) -> Any:
-    return operation.first
-
-
 def _move(operation: Operation) -> Any:
     return operation.run(*operation.arguments, **operation.keywords)
-
-
-def _item(operation: Operation) -> Any:
-    whole, place = operation.arguments
-    return whole[place]
-
-
-def _view(operation: Operation) -> Any:
-    return operation.first.reshape(operation.output.shape)
 
 
 def _view_as_complex(operation: Operation) -> Any:
@@ -149,16 +132,19 @@ def _view_as_complex(operation: Operation) -> Any:
     return operation.first.select(-1, 0)
 
 
+def _meeting(operation: Operation, tags: Tensor, *others: Tensor) -> Tensor:
+    """What meets at one element is removed together; the others broadcast to the shape of `tags`."""
+    for other in (other.expand(tags.shape) for other in others):
+        operation.space.tie_shared(other, tags)
+        tags = torch.where(tags < 0, other, tags)
+    return tags
+
+
 def _elementwise(operation: Operation) -> Tensor:
-    """What meets at one element is removed together."""
-    shape = operation.output.shape
-    activations = [item.as_activation() if isinstance(item, ParameterTags) else item for item in operation.tensors()]
-    result, *others = finest([tags for tags in activations if _is_tagged(tags)])
-    result = result.expand(shape)
-    for tags in others:
-        operation.space.tie_shared(tags.expand(shape), result)
-        result = torch.where(result < 0, tags, result)
-    return result
+    tagged = [item for item in _tensors(operation) if _is_tagged(item)]
+    # A parameter that is used like an activation has its channels along its last axis.
+    result, *others = finest([item.axes[-1] if isinstance(item, ParameterTags) else item for item in tagged])
+    return _meeting(operation, result.expand(operation.output.shape), *others)
 
 
 def _mix(operation: Operation) -> Any:
@@ -190,7 +176,7 @@ def _reduce(operation: Operation) -> Any:
 def _note_reduction(operation: Operation, kind: str, channels: Tensor) -> None:
     """channels: (..., channels), what the statistics are over."""
     rows = torch.unique(channels.reshape(-1, channels.shape[-1]), dim=0)
-    operation.space.reductions.append(Reduction(kind, operation.module, rows))
+    operation.space.reductions.append((kind, operation.module, rows))
 
 
 def _is_square(argument: Any) -> bool:
@@ -204,15 +190,10 @@ def _is_square(argument: Any) -> bool:
 
 
 def _norm(operation: Operation) -> Tensor:
-    tags: Tensor = operation.first
     kind = "rms" if operation.name == "rms_norm" else operation.name
-    _note_reduction(operation, kind, tags.flatten(-len(operation.named["normalized_shape"])))
-    for name in ("weight", "bias"):
-        parameter = operation.named.get(name)
-        if isinstance(parameter, Tensor):
-            operation.space.tie_shared(parameter.expand(tags.shape), tags)
-            tags = torch.where(tags < 0, parameter.expand(tags.shape), tags)
-    return tags
+    _note_reduction(operation, kind, operation.first.flatten(-len(operation.named["normalized_shape"])))
+    parameters = (operation.named.get(name) for name in ("weight", "bias"))
+    return _meeting(operation, operation.first, *(each for each in parameters if isinstance(each, Tensor)))
 
 
 def _matmul(operation: Operation) -> Tensor:
@@ -220,10 +201,7 @@ def _matmul(operation: Operation) -> Tensor:
     *added, first, second = operation.arguments
     if first.ndim < 2 or second.ndim < 2:
         raise ValueError("a vector")
-    product = operation.space.contract(first, second)
-    for tags in added:
-        operation.space.tie_shared(tags.expand(product.shape), product)
-    return product
+    return _meeting(operation, operation.space.contract(first, second), *added)
 
 
 def _attention(operation: Operation) -> Tensor:
@@ -237,26 +215,21 @@ def _attention(operation: Operation) -> Tensor:
 
 
 def _einsum(operation: Operation) -> Tensor:
-    """Two activations: brought to the form of a batched product and back."""
+    """Two activations: every element of the result is a product of vectors along what is summed over."""
     equation, (first, second) = operation.first.replace(" ", ""), operation.arguments[1]
     inputs, result = equation.split("->")
     left, right = inputs.split(",")
-    batch = [axis for axis in left if axis in right and axis in result]
     summed = [axis for axis in left if axis in right and axis not in result]
-    rows = [axis for axis in left if axis not in right]
-    columns = [axis for axis in right if axis not in left]
     size = dict(zip(left + right, (*first.shape, *second.shape), strict=True))
-    if not summed or "." in equation or set(rows + columns) - set(result):
+    if not summed or "." in equation or set(left + right) - set(result) - set(summed):
         raise ValueError(equation)
 
-    def arranged(tags: Tensor, axes: str, *parts: list[str]) -> Tensor:
-        order = [axes.index(axis) for part in parts for axis in part]
-        return tags.permute(order).reshape([torch.Size(size[axis] for axis in part).numel() for part in parts])
+    def aligned(tags: Tensor, axes: str) -> Tensor:
+        order = [axes.index(axis) for axis in (*result, *summed) if axis in axes]
+        return tags.permute(order).reshape([size[axis] if axis in axes else 1 for axis in result] + [-1])
 
-    one, other = arranged(first, left, batch, rows, summed), arranged(second, right, batch, summed, columns)
-    axes = batch + rows + columns
-    product = operation.space.contract(one, other).reshape([size[axis] for axis in axes])
-    return product.permute([axes.index(axis) for axis in result])
+    product = operation.space.contract(aligned(first, left).unsqueeze(-2), aligned(second, right).unsqueeze(-1))
+    return product[..., 0, 0]
 
 
 def _index(operation: Operation) -> Any:
@@ -285,28 +258,21 @@ def _choose(operation: Operation) -> Any:
     count = operation.named.get("k")
     if isinstance(count, int):
         rows = torch.unique(operation.first.movedim(operation.named["dim"], -1).flatten(0, -2), dim=0)
-        operation.space.choices.append(Choice(count, rows[0] if len(rows) == 1 else rows[0][:0]))
-    operation.space.stop(operation.first, f"{operation.where} chooses among its channels")
+        operation.space.choices.append((count, rows[0] if len(rows) == 1 else rows[0][:0]))
+    operation.space.stops.append((operation.first, f"{operation.where} chooses among its channels"))
     return untagged(operation.output)
 
 
 def _product_with_parameter(operation: Operation) -> Any:
-    """The input's channels meet the axis of the parameter that is summed over; its other one makes the output's.
-
-    In a grouped product each token meets the matrix of its expert; the matrices are stacked along the first axis.
-    """
-    named, bias = operation.named, None
-    if operation.name == "linear":
-        inputs, (produced, contracted), bias = named["input"], named["weight"].axes, named.get("bias")
-    elif operation.name == "addmm":
-        inputs, (contracted, produced), bias = named["mat1"], named["mat2"].axes, named["self"]
-    elif "grouped" in operation.name:
-        inputs, (stack, contracted, produced) = operation.first, operation.arguments[1].axes
-        operation.space.mark("stacked", stack)
-    else:
-        inputs, (contracted, produced) = operation.first, operation.arguments[1].axes
-    if isinstance(inputs, ParameterTags):
-        raise ValueError("a product of parameters")
+    """The input's channels meet the axis of the parameter that is summed over; its other one makes the output's."""
+    added = operation.name == "addmm"
+    inputs, parameter = operation.arguments[-2:] if added else operation.arguments[:2]
+    bias, axes = operation.named.get("self" if added else "bias"), list(parameter.axes)
+    *stack, contracted, produced = axes[::-1] if operation.name == "linear" else axes
+    if isinstance(inputs, ParameterTags) or len(stack) != ("grouped" in operation.name):
+        raise ValueError("no product of an activation and matrices")
+    for axis in stack:  # of the matrices of experts: each token meets that of its own
+        operation.space.mark("stacked", axis)
     operation.space.tie(inputs, contracted.expand(inputs.shape))
     operation.space.mark("consumed", contracted)
     operation.space.mark("produced", produced)
@@ -317,7 +283,7 @@ def _product_with_parameter(operation: Operation) -> Any:
 
 def _embedding(operation: Operation) -> Any:
     channels = operation.named["weight"].axes[1]
-    operation.space.mark("embedded", channels)
+    operation.space.mark("produced", channels)
     return channels.expand(operation.output.shape)
 
 
@@ -342,30 +308,19 @@ def _split_parameter(operation: Operation) -> Any:
     return pieces[0] if isinstance(moved, Tensor) else pieces
 
 
-def _parameter_position(operation: Operation) -> Any:
-    """A table of positions, indexed by data: its last axis holds the channels."""
-    table = operation.first
-    if not isinstance(table, ParameterTags) or operation.output.shape[-1] != table.shape[-1]:
-        raise ValueError("not a table")
-    return table.axes[-1].expand(operation.output.shape)
-
-
 def _by_name(*rules: tuple[str, Rule]) -> dict[str, Rule]:
     return {name: rule for names, rule in rules for name in names.split()}
 
 
 RULES = _by_name(
-    ("alias clone contiguous detach dropout float lift_fresh_copy masked_fill _to_copy to tril triu type_as", _same),
+    (
+        "alias clone contiguous detach dropout float lift_fresh_copy masked_fill _to_copy to tril triu type_as",
+        lambda op: op.first,
+    ),
     # No more than shape and type is taken from their argument.
     ("empty_like full_like new_empty new_full new_ones new_zeros ones_like zeros_like", lambda op: untagged(op.output)),
-    (
-        "broadcast_to cat chunk diagonal expand expand_as flatten flip index_select movedim mT narrow numpy_T permute",
-        _move,
-    ),
-    ("repeat repeat_interleave roll select slice split split_with_sizes squeeze stack swapaxes swapdims t", _move),
-    ("tensor_split transpose unbind unflatten unfold unsqueeze", _move),
-    ("getitem", _item),
-    ("view reshape reshape_as _unsafe_view view_as", _view),
+    (_MOVES, _move),
+    (_VIEWS, lambda op: op.first.reshape(op.output.shape)),
     ("view_as_complex", _view_as_complex),
     ("view_as_real", lambda op: op.first.unsqueeze(-1).expand(op.output.shape)),
     ("pad constant_pad_nd", lambda op: torch.nn.functional.pad(op.first, op.named["pad"], value=UNTAGGED)),
@@ -381,13 +336,11 @@ RULES = _by_name(
     ("topk", _choose),
 )
 PARAMETER_RULES = _by_name(
-    ("alias clone contiguous detach to _to_copy", _same),
+    ("alias clone contiguous detach to _to_copy", lambda op: op.first),
     ("t mT numpy_T transpose permute", _permute_parameter),
     ("slice select split split_with_sizes chunk narrow", _split_parameter),
     ("linear addmm mm matmul grouped_mm _grouped_mm grouped_mm_fallback", _product_with_parameter),
-    ("getitem", _item),
+    ("getitem", _move),
     ("embedding", _embedding),
-    ("index", _parameter_position),
+    ("index", lambda op: op.first.axes[-1].expand(op.output.shape)),  # a table of positions
 )
-# What is made without channels may be filled through a view of it: those share memory as they do in the model.
-SHARING_MEMORY: tuple[Rule, ...] = (_move, _item, _view)

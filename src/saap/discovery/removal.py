@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from os.path import commonprefix
@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from saap.core.errors import first_line
-from saap.core.records import AxisSlice, CoupledGroup, ModelGraph, ModelRef, Role, SlicedArgument, UnitAttribute
+from saap.core.records import AxisSlice, ModelGraph, ModelRef, Role, SlicedArgument, UnitAttribute
 from saap.discovery.blocks import holder, with_blocks
 from saap.discovery.groups import TracedGroup, one_of_each_block, slices_of
 from saap.models.checkpoint.modeling_pruned import resize, set_attribute
-from saap.models.checkpoint.pruned_structure import argument_hook, epsilon_name
+from saap.models.checkpoint.pruned_structure import epsilon_name
+from saap.models.structure.cut import cut_groups
 from saap.models.structure.keep_index import KeepIndex
 from saap.models.structure.linear import contracted_axis
 from saap.models.structure.masking import masked
+from saap.models.walk.observer import hooked
 from saap.models.walk.walker import without_cache
 
 # Some models compute attention in float32 whatever their dtype; a size that does not follow errs by far more.
@@ -33,8 +35,7 @@ FILLED_ROWS = 1024
 TOKENS = 5
 SMALL_FFN = 8
 SMALL_HIDDEN = 16
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+_SMALL = "a small random model of its classes"
 
 
 def checked(
@@ -64,22 +65,23 @@ def checked(
 def _smallest(
     traced: nn.Module, blocks: Sequence[str], groups: Sequence[TracedGroup]
 ) -> tuple[_SmallModel | None, str]:
-    """The smallest model whose blocks still run: few hidden and FFN channels where their removal just works.
-
-    None and the reason if not even that with all channels does.
-    """
+    """The smallest model whose blocks still run, with few hidden and FFN channels where that works; or None and why."""
     reason = ""
     ffn = {n: SMALL_FFN for n, group in enumerate(groups) if group.role is Role.FFN and not group.refusal}
     hidden = {n: SMALL_HIDDEN for n, group in enumerate(groups) if group.role is Role.HIDDEN}
     for units in ({**ffn, **hidden}, ffn, {}):
         try:
             small = _SmallModel(traced, blocks, groups, units)
-            if bool(small.output_of(blocks[-1]).isfinite().all()):
+            if bool(_called(small.model, blocks[-1])[-1].isfinite().all()):
                 return small, ""
             reason = "gives values that are not finite"
         except Exception as error:  # the model's own code says in its own way that a size does not fit
-            reason = f"ends with {type(error).__name__}: {first_line(error)}"
-    return None, f"a small random model of its classes {reason}"
+            reason = _ending(error)
+    return None, f"{_SMALL} {reason}"
+
+
+def _ending(error: Exception) -> str:
+    return f"ends with {type(error).__name__}: {first_line(error)}"
 
 
 class _SmallModel:
@@ -92,7 +94,9 @@ class _SmallModel:
         self, traced: nn.Module, blocks: Sequence[str], groups: Sequence[TracedGroup], units: Mapping[int, int]
     ) -> None:
         self.model, self.blocks = with_blocks(traced, blocks, range(len(blocks))), tuple(blocks)
-        kept = [_few(group.units, units.get(number, group.units)) for number, group in enumerate(groups)]
+        sizes = [min(group.units, units.get(number, group.units)) for number, group in enumerate(groups)]
+        every = [np.linspace(0, one.units - 1, size) for one, size in zip(groups, sizes, strict=True)]
+        kept = [np.unique(places.astype(int)).tolist() for places in every]
         shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
         index = KeepIndex(shapes, zip(groups, kept, strict=True))
         self.shapes = index.shapes
@@ -113,32 +117,31 @@ class _SmallModel:
                 if buffer is not None and buffer.is_floating_point():
                     module._buffers[name] = buffer.double()
 
-    def arguments_of(self, path: str, samples: int = 2) -> Arguments:
-        """Arguments with which the model calls its module at `path`, for a few tokens in so many samples."""
-
-        def stop(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            raise _ReachedError(arguments, keywords)
-
-        tokens = 2 + torch.arange(samples * TOKENS).reshape(samples, TOKENS) % 5
-        handle = self.model.get_submodule(path).register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self.model(tokens, **without_cache(self.model))
-        except _ReachedError as reached:
-            return reached.args
-        finally:
-            handle.remove()
-        raise RuntimeError(f"{path} was not called")
-
-    def output_of(self, path: str, given: Arguments | None = None) -> Tensor:
-        """Hidden states that the block at `path` returns. given: its arguments, else those of the model's forward."""
-        arguments, keywords = given or self.arguments_of(path)
-        output = self.model.get_submodule(path)(*arguments, **keywords)
-        hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-        return hidden
+    def copied(self) -> nn.Module:
+        """The model again, to be changed: parameters of its own with the same values, all else it may share."""
+        shared = [*self.model.buffers(), getattr(self.model, "config", None)]
+        memo: dict[int, Any] = {id(one): one for one in shared}
+        memo |= {id(one): nn.Parameter(one.data, requires_grad=False) for one in self.model.parameters()}
+        return copy.deepcopy(self.model, memo)
 
 
-def _few(units: int, wanted: int) -> list[int]:
-    return sorted({int(unit) for unit in np.linspace(0, units - 1, min(units, wanted))})
+def _called(model: nn.Module, path: str, samples: int = 2) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    """Arguments, keywords and output of the module at `path`, in a forward on a few tokens in so many samples."""
+
+    def stop(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        raise _ReachedError(arguments, keywords, output[0] if isinstance(output, (tuple, list)) else output)
+
+    tokens = 2 + torch.arange(samples * TOKENS).reshape(samples, TOKENS) % 5
+    try:
+        with hooked({model.get_submodule(path): stop}, with_kwargs=True):
+            model(tokens, **without_cache(model))
+    except _ReachedError as reached:
+        return reached.args
+    raise RuntimeError(f"{path} was not called")
+
+
+class _ReachedError(Exception):
+    """Ends a forward once a module has run."""
 
 
 def _renumbered(group: TracedGroup, units: list[int], index: KeepIndex) -> TracedGroup:
@@ -155,10 +158,6 @@ def _renumbered(group: TracedGroup, units: list[int], index: KeepIndex) -> Trace
     return replace(group, units=len(units), members=tuple(members))
 
 
-class _ReachedError(Exception):
-    """Ends a forward at a module; its arguments are the module's."""
-
-
 def _checked(small: _SmallModel, number: int, group: TracedGroup) -> TracedGroup:
     if group.refusal or group.units == 1:
         return group
@@ -169,7 +168,7 @@ def _checked(small: _SmallModel, number: int, group: TracedGroup) -> TracedGroup
                 f"the norm {path} has no weight or no epsilon attribute that could take up removed channels"
             )
     try:
-        with _without_statistic(norms.values()):
+        with hooked(dict.fromkeys(norms.values(), _only_scale)):  # what their statistic needs is a rule of its own
             trial = _Trial(small, number, group)
             if trial.without_effect:
                 return group.refuse(
@@ -177,24 +176,13 @@ def _checked(small: _SmallModel, number: int, group: TracedGroup) -> TracedGroup
                 )
             found = _hidden(trial) if group.layer < 0 else _in_block(trial)
     except Exception as error:  # the model's own code fails in its own way
-        return group.refuse(
-            f"a small random model of its classes ends with {type(error).__name__}: {first_line(error)}"
-        )
+        return group.refuse(f"{_SMALL} {_ending(error)}")
     reason = "removing its units is not the same as masking them, whichever sizes of the module follow"
     return found or group.refuse(reason)
 
 
-@contextmanager
-def _without_statistic(norms: Iterable[nn.Module]) -> Iterator[None]:
-    """Norms only scale for a while: what their statistic needs is a rule of its own."""
-
-    def scale(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
-        return arguments[0] * module.weight  # type: ignore[operator]
-
-    with ExitStack() as stack:
-        for norm in norms:
-            stack.callback(norm.register_forward_hook(scale).remove)
-        yield
+def _only_scale(norm: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
+    return arguments[0] * norm.weight  # type: ignore[operator]
 
 
 class _Trial:
@@ -207,81 +195,52 @@ class _Trial:
     def __init__(self, small: _SmallModel, number: int, group: TracedGroup) -> None:
         self.small, self.group = small, group
         self.failure: Exception | None = None
-        found = [item for item in small.groups[number].settled("group", group.layer) if isinstance(item, CoupledGroup)]
+        self._groups = tuple(small.groups[number].settled())
         ref = ModelRef(source="", config_digest="", weights_digest="")
-        self._graph = ModelGraph(model=ref, blocks=small.blocks, groups=tuple(found), shapes=small.shapes)
-        hidden, units = group.layer < 0, list(range(found[0].units))
+        graph = ModelGraph(model=ref, blocks=small.blocks, groups=self._groups, shapes=small.shapes)
+        hidden, units = group.layer < 0, tuple(range(self._groups[0].units))
         self._block = small.blocks[group.layer]
-        self._given = None if hidden else small.arguments_of(self._block)  # hidden channels lie in these too
-        self._whole = self._output()
-        self._expected: list[tuple[list[int], Tensor]] = []
+        self._whole = self._output(small.model)
+        self._expected: list[tuple[dict[str, tuple[int, ...]], Tensor]] = []
         for kept in (units[:1] + units[2:], units[-max(1, group.least) :]):
-            with masked(small.model, self._graph, self._keep(kept)):
-                output = self._output()
-            self._expected.append((kept, output[..., kept] if hidden else output))
+            keep = {one.name: kept for one in self._groups}
+            with masked(small.model, graph, keep):
+                output = self._output(small.model)
+            self._expected.append((keep, output[..., kept] if hidden else output))
         self.without_effect = not hidden and all(_equal(output, self._whole) for _, output in self._expected)
 
-    def _keep(self, kept: list[int]) -> dict[str, tuple[int, ...]]:
-        return {group.name: tuple(kept) for group in self._graph.groups}
-
-    def _output(self) -> Tensor:
-        return self.small.output_of(self._block, self._given)
+    def _output(self, model: nn.Module) -> Tensor:
+        return _called(model, self._block)[-1]
 
     def is_read(self, attribute: UnitAttribute) -> bool:
         """Whether the block computes something else, or fails, when the attribute alone says one unit less."""
-        with _following(self.small.model, attribute, self.group.units - 1):
-            try:
-                return not _equal(self._output(), self._whole)
-            except Exception:  # a size that does not fit any more
-                return True
+        model = self.small.copied()
+        set_attribute(model.get_submodule(attribute.module), attribute.attribute, attribute.value(self.group.units - 1))
+        try:
+            return not _equal(self._output(model), self._whole)
+        except Exception:  # a size that does not fit any more
+            return True
 
     def works(self, attributes: Sequence[UnitAttribute] = (), arguments: Sequence[SlicedArgument] = ()) -> bool:
         """Whether every removal equals masking when the attributes follow and the arguments are cut."""
+        groups = [
+            replace(one, attributes=tuple(attributes), sliced_arguments=tuple(arguments), scaled_norms=())
+            for one in self._groups
+        ]
         try:
-            return all(
-                _equal(self._removed(kept, attributes, arguments), expected) for kept, expected in self._expected
-            )
+            for keep, expected in self._expected:
+                cut_groups(model := self.small.copied(), groups, keep)
+                if not _equal(self._output(model), expected):
+                    return False
+            return True
         except Exception as error:  # sizes that do not fit: not these attributes
             self.failure = error
             return False
 
-    def _removed(
-        self, kept: list[int], attributes: Sequence[UnitAttribute], arguments: Sequence[SlicedArgument]
-    ) -> Tensor:
-        """Output with the kept units alone."""
-        model = self.small.model
-        with ExitStack() as stack:
-            for tensor, axes in KeepIndex.of(self._graph, self._keep(kept)).items():
-                weight = model.get_parameter(tensor)
-                for axis in axes.values():
-                    stack.callback(resize, model, weight, weight.data)
-                    resize(model, weight, axis.select(weight.data))
-            for attribute in attributes:
-                stack.enter_context(_following(model, attribute, len(kept)))
-            for sliced in arguments:
-                module = model.get_submodule(sliced.module)
-                hook = argument_hook(module, sliced, self.group.units, kept)
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            return self._output()
-
 
 def _equal(output: Tensor, expected: Tensor) -> bool:
-    if output.shape != expected.shape:
-        return False
-    return bool((output - expected).abs().max() <= TOLERANCE * max(1.0, float(expected.abs().max())))
-
-
-@contextmanager
-def _following(model: nn.Module, attribute: UnitAttribute, units: int) -> Iterator[None]:
-    """An attribute says this number of units for a while; `config.NAME` in the module's own configuration."""
-    module = model.get_submodule(attribute.module)
-    name = attribute.attribute.partition(".")[0]
-    before = getattr(module, name)
-    set_attribute(module, attribute.attribute, attribute.value(units))
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
+    near = TOLERANCE * max(1.0, float(expected.abs().max()))
+    return output.shape == expected.shape and bool((output - expected).abs().max() <= near)
 
 
 def _hidden(trial: _Trial) -> TracedGroup | None:
@@ -306,8 +265,8 @@ def _in_block(trial: _Trial) -> TracedGroup | None:
     """Units inside a block: as few attributes as do follow, of the modules around the members and their parts."""
     group, model = trial.group, trial.small.model
     around = _around(group, trial.small.blocks)
-    parts = [f"{around[0]}.{path}" for path, _ in model.get_submodule(around[0]).named_modules() if path]
-    candidates = _integers(model, dict.fromkeys([around[0], *parts, *around]), group.units)
+    inside = [path for path, _ in model.named_modules() if f"{path}.".startswith(f"{around[0]}.")]
+    candidates = _integers(model, [*inside, *around[1:]], group.units)
     candidates.sort(key=lambda item: (item.attribute.startswith("config."), "head" not in item.attribute))
     sliced = _sliced_arguments(trial.small, group, around)
     if group.role is Role.EXPERT:
@@ -352,30 +311,17 @@ def _integers(model: nn.Module, paths: Iterable[str], units: int) -> list[UnitAt
 
 
 def _sliced_arguments(small: _SmallModel, group: TracedGroup, around: Sequence[str]) -> tuple[SlicedArgument, ...]:
-    """The argument with one entry per unit that the innermost module around the members gets, if there is one.
-
-    The batch has one sample more than there are units, so that no other axis can be mistaken for theirs.
-    """
-    if group.role is not Role.ATTENTION:
-        return ()
-    samples = group.units + (1 if group.units + 1 != TOKENS else 2)
-    for path in around:
-        arguments, keywords = small.arguments_of(path, samples)
+    """The argument with one entry per unit that the innermost module around the members gets, if there is one."""
+    units = group.units
+    samples = units + (1 if units + 1 != TOKENS else 2)  # so that no other axis can be mistaken for that of the units
+    for path in around if group.role is Role.ATTENTION else ():
+        arguments, keywords, _ = _called(small.model, path, samples)
         given = inspect.signature(small.model.get_submodule(path).forward).bind(*arguments, **keywords).arguments
         for name, value in given.items():
-            place = _unit_axis(value, samples=samples, units=group.units)
-            if place is not None:
-                return (SlicedArgument(module=path, argument=name, axis=place[0], per_sample=place[1]),)
+            if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 3:
+                continue
+            if value.shape[0] in (units, samples * units):
+                return (SlicedArgument(module=path, argument=name, axis=0, per_sample=value.shape[0] != units),)
+            if value.ndim == 4 and value.shape[1] == units:
+                return (SlicedArgument(module=path, argument=name, axis=1, per_sample=False),)
     return ()
-
-
-def _unit_axis(value: object, *, samples: int, units: int) -> tuple[int, bool] | None:
-    """(axis, whether it runs over samples too) of the axis of `value` that has one entry per unit; None if none has.
-
-    samples: of the batch that the value belongs to, not equal to `units`.
-    """
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 3:
-        return None
-    if value.shape[0] in (units, samples * units):
-        return 0, value.shape[0] != units
-    return (1, False) if value.ndim == 4 and value.shape[1] == units else None

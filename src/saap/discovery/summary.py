@@ -26,31 +26,21 @@ def summarise(graph: ModelGraph) -> list[dict[str, Any]]:
         members = tuple((pattern(member.tensor), member.axis, member.width) for member in group.members)
         size = group.parameters_per_unit(graph.shapes)
         kinds.setdefault((list(Role).index(group.role), group.units, size, members), []).append(group)
-    return [
-        {
-            "role": str(groups[0].role),
-            "layers": list(dict.fromkeys(group.layer for group in groups if group.layer >= 0)),
-            "groups": len(groups),
-            "units": units,
-            "parameters_per_unit": size,
-            "attributes": {attribute.attribute: attribute.per_unit for attribute in groups[0].attributes},
-            "scaled_norms": len(groups[0].scaled_norms),
-            # What repeats over the blocks is listed once.
-            "members": list(
-                {
-                    tuple(row.values()): row
-                    for row in (
-                        {
-                            "tensor": pattern(m.tensor),
-                            "axis": m.axis,
-                            "side": str(m.side),
-                            "width": m.width,
-                            "offset": m.offset,
-                        }
-                        for m in groups[0].members
-                    )
-                }.values()
-            ),
-        }
-        for (role, units, size, _), groups in sorted(kinds.items(), key=lambda kind: kind[0][0])
-    ]
+    rows = []
+    for (_, units, size, _), groups in sorted(kinds.items(), key=lambda kind: kind[0][0]):
+        group, names = groups[0], ("tensor", "axis", "side", "width", "offset")
+        # What repeats over the blocks is listed once.
+        listed = dict.fromkeys((pattern(m.tensor), m.axis, str(m.side), m.width, m.offset) for m in group.members)
+        rows.append(
+            {
+                "role": str(group.role),
+                "layers": list(dict.fromkeys(one.layer for one in groups if one.layer >= 0)),
+                "groups": len(groups),
+                "units": units,
+                "parameters_per_unit": size,
+                "attributes": {attribute.attribute: attribute.per_unit for attribute in group.attributes},
+                "scaled_norms": len(group.scaled_norms),
+                "members": [dict(zip(names, member, strict=True)) for member in listed],
+            }
+        )
+    return rows

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from saap.core.records import IntArray
 
 UNTAGGED = -1
+Tie = tuple[int, list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,67 +22,30 @@ class ParameterTags:
 
     axes: tuple[Tensor, ...]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the parameter in its present form."""
-        return tuple(len(axis) for axis in self.axes)
-
-    def as_activation(self) -> Tensor:
-        """Tags of the elements where the parameter is used like an activation: those of its last axis."""
-        return self.axes[-1].expand(self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class Reduction:
-    """A statistic over channels. kind: "rms", or the name of the operation. channels: (rows, channels) tags."""
-
-    kind: str
-    module: str
-    channels: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A choice of the `count` greatest among channels (experts), by data. channels: (channels,) tags."""
-
-    count: int
-    channels: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Units:
-    """Which tags are removed together.
-
-    roots: (tags,) the unit of each tag. stops: unit -> the operation that it went into and that has no rule. spread:
-    unit -> that it has no place of its own, such as the weight of a norm that all heads share.
-    """
-
-    roots: IntArray
-    stops: dict[int, str]
-    spread: dict[int, str]
-
-    def of(self, tags: Tensor | IntArray) -> IntArray:
-        """The units of tags of any shape; UNTAGGED stays."""
-        values = np.asarray(tags, np.int64)
-        return np.where(values < 0, UNTAGGED, self.roots[values])
-
 
 class TagSpace:
-    """Issues the tags and collects what the walk over the graph learns about them."""
+    """The tags of a model's parameters, and what the walk over its graph learns about them.
 
-    def __init__(self) -> None:
-        self.reductions: list[Reduction] = []
-        self.choices: list[Choice] = []
-        self._count = 0
+    axes: parameter -> tags of each axis. modules: paths of the modules that computed. unused: parameters that the
+    forward on text does not reach, such as those of a part that reads images.
+    reductions: statistics over channels: "rms" or the name of the operation, path of the module, (rows, channels) tags.
+    choices: of the so many greatest among channels (experts) by data, with the tags of the channels. marks: tags that
+    were seen in the part of the model that the name says. stops: tags of channels that went into something that is not
+    understood, and why.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        sizes = [size for shape in shapes.values() for size in shape]
+        rows = iter(torch.split(torch.arange(sum(sizes)), sizes))
+        self.axes = {name: tuple(next(rows) for _ in shape) for name, shape in shapes.items()}
+        self.modules, self.unused = set[str](), set(shapes)
+        self.reductions: list[tuple[str, str, Tensor]] = []
+        self.choices: list[tuple[int, Tensor]] = []
+        self.marks: defaultdict[str, set[int]] = defaultdict(set)
+        self.stops: list[tuple[Tensor, str]] = []
+        self._count = sum(sizes)
         self._ties: list[Tensor] = []
-        self._open: list[tuple[int, list[int]]] = []
-        self._marks: dict[str, list[Tensor]] = {}
-        self._stops: list[tuple[Tensor, str]] = []
-
-    def fresh(self, size: int) -> Tensor:
-        """New tags, (size,)."""
-        self._count += size
-        return torch.arange(self._count - size, self._count)
+        self._open: list[Tie] = []
 
     def tie(self, first: Tensor, second: Tensor) -> None:
         """Channels at equal places of two broadcastable tag tensors are removed together."""
@@ -96,9 +60,9 @@ class TagSpace:
         for side in (0, 1):
             values, counts = torch.unique(pairs[side], return_counts=True)
             shared = torch.isin(pairs[side], values[counts > 1])
-            partners: dict[int, list[int]] = {}
+            partners: defaultdict[int, list[int]] = defaultdict(list)
             for owner, partner in zip(pairs[side][shared].tolist(), pairs[1 - side][shared].tolist(), strict=True):
-                partners.setdefault(owner, []).append(partner)
+                partners[owner].append(partner)
             self._open += partners.items()
             pairs = pairs[:, ~shared]
         self._ties.append(pairs)
@@ -129,68 +93,44 @@ class TagSpace:
 
     def mark(self, name: str, tags: Tensor) -> None:
         """Remember that these channels were seen in the part that `name` says."""
-        self._marks.setdefault(name, []).append(_seen(tags))
+        self.marks[name].update(_seen(tags))
 
-    def marked(self, *names: str) -> IntArray:
-        """Tags marked with any of the names, ascending."""
-        found = [tags for name in names for tags in self._marks.get(name, [])]
-        return np.asarray(torch.unique(torch.cat([torch.empty(0, dtype=torch.long), *found])))
+    def units(self) -> tuple[IntArray, dict[int, str], set[int]]:
+        """Resolve all ties: the unit of each tag, its smallest one; the last is that of UNTAGGED.
 
-    def stop(self, tags: Tensor, reason: str) -> None:
-        """These channels went into something that is not understood."""
-        self._stops.append((_seen(tags), reason))
-
-    def units(self) -> Units:
-        """Resolve all ties."""
-        forest = _Forest(self._count)
-        for pairs in self._ties:
-            for first, second in pairs.T.tolist():
-                forest.unite(first, second)
-        still_open = _settled(forest, self._open)
+        Also why units are not understood, by unit, and those without a place of their own: the weight of a norm that
+        all heads share.
+        """
+        roots = np.arange(self._count)
+        _join(roots, *torch.cat([torch.empty(2, 0, dtype=torch.long), *self._ties], dim=1).numpy())
+        still_open = _settle(roots, self._open)
         # What a head's channel multiplies in several places (a gate on the output of grouped heads) is the head's.
-        heads = {forest.root(tag) for tag in np.intersect1d(self.marked("softmax"), self.marked("product")).tolist()}
+        heads = {roots[tag] for tag in self.marks["softmax"] & self.marks["product"]}
         for owner, partners in still_open:
-            if forest.root(owner) in heads:
-                for partner in partners:
-                    forest.unite(owner, partner)
-                heads.add(forest.root(owner))
-        still_open = _settled(forest, still_open)
-        roots = np.array([forest.root(tag) for tag in range(self._count)], dtype=np.int64)
-        stops = {int(roots[tag]): reason for tags, reason in self._stops for tag in tags.tolist()}
-        spread = {int(roots[owner]): "one channel of it acts on several units" for owner, _ in still_open}
-        return Units(roots, stops, spread)
+            if roots[owner] in heads:
+                _join(roots, [owner] * len(partners), partners)
+                heads.add(roots[owner])
+        still_open = _settle(roots, still_open)
+        stops = {int(roots[tag]): reason for tags, reason in self.stops for tag in _seen(tags)}
+        return np.append(roots, UNTAGGED), stops, {int(roots[owner]) for owner, _ in still_open}
 
 
-class _Forest:
-    """Union-find with path halving."""
-
-    def __init__(self, count: int) -> None:
-        self._parents = list(range(count))
-
-    def root(self, item: int) -> int:
-        parents = self._parents
-        while parents[item] != item:
-            parents[item] = parents[parents[item]]
-            item = parents[item]
-        return item
-
-    def unite(self, first: int, second: int) -> None:
-        one, other = self.root(first), self.root(second)
-        self._parents[max(one, other)] = min(one, other)
+def _join(roots: IntArray, first: Sequence[int] | IntArray, second: Sequence[int] | IntArray) -> None:
+    """Make one unit of the units of tags at equal places, in place."""
+    while not np.array_equal(one := roots[first], other := roots[second]):
+        np.minimum.at(roots, np.maximum(one, other), np.minimum(one, other))
+        while not np.array_equal(roots, further := roots[roots]):
+            roots[:] = further
 
 
-def _settled(forest: _Forest, ties: list[tuple[int, list[int]]]) -> list[tuple[int, list[int]]]:
-    """Join each owner to its partners where these are one unit already; the ties that stay open."""
+def _settle(roots: IntArray, ties: list[Tie]) -> list[Tie]:
+    """Join each owner to its partners where these are one unit already, in place; the ties that stay open."""
     while True:
-        remaining = []
-        for owner, partners in ties:
-            if len({forest.root(partner) for partner in partners}) == 1:
-                forest.unite(owner, partners[0])
-            else:
-                remaining.append((owner, partners))
-        if len(remaining) == len(ties):
+        ready = [tie for tie in ties if len({*roots[tie[1]]}) == 1]
+        ties = [tie for tie in ties if len({*roots[tie[1]]}) > 1]
+        if not ready:
             return ties
-        ties = remaining
+        _join(roots, [owner for owner, _ in ready], [partners[0] for _, partners in ready])
 
 
 def finest(tags: Sequence[Tensor]) -> list[Tensor]:
@@ -204,9 +144,9 @@ def _together(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _without_common(tags: Tensor) -> Tensor:
-    """The tags without channels that matrices have in common which differ otherwise: these stay when a head is removed.
+    """The tags (..., k, n) without channels that matrices have in common which differ otherwise.
 
-    Such are the rotary keys of latent attention, the same for all heads. tags: (..., k, n).
+    Such are the rotary keys of latent attention: they stay when a head is removed.
     """
     matrices = tags.flatten(0, -3) if tags.ndim > 2 else ()
     seen = Counter(tag for channels in {frozenset(matrix.unique().tolist()) for matrix in matrices} for tag in channels)
@@ -218,10 +158,9 @@ def _pairs(first: Tensor, second: Tensor) -> Tensor:
     """Distinct (first, second) tags at equal places, (2, n)."""
     first, second = _together(first, second)
     kept = (first >= 0) & (second >= 0) & (first != second)
-    keys = torch.unique(first[kept] << 32 | second[kept])
-    return torch.stack([keys >> 32, keys & 0xFFFFFFFF])
+    pairs: Tensor = torch.unique(torch.stack([first[kept], second[kept]]), dim=1)
+    return pairs
 
 
-def _seen(tags: Tensor) -> Tensor:
-    seen: Tensor = torch.unique(tags)
-    return seen[seen >= 0]
+def _seen(tags: Tensor) -> list[int]:
+    return [tag for tag in torch.unique(tags).tolist() if tag >= 0]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,56 +24,35 @@ TRACED_TOKENS = 3
 _KEEP_VALUES = ("lift_fresh_copy", "detach", "alias", "to", "clone")
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """What the walk found.
-
-    model: what was traced. axes: parameter -> tags of each axis. modules: paths of the modules that computed. unused:
-    parameters that the forward on text does not reach, such as those of a part that reads images.
-    """
-
-    model: nn.Module
-    space: TagSpace
-    axes: Mapping[str, tuple[Tensor, ...]]
-    modules: frozenset[str]
-    unused: frozenset[str]
-
-
-def trace(model: nn.Module) -> Trace:
+def trace(model: nn.Module) -> TagSpace:
     """Walk the forward of `model`, whose weights need no values, on one sequence of a few tokens.
 
     Raises UnsupportedModelError if torch.export cannot follow the forward.
     """
-    program, space = _export(model), TagSpace()
-    axes = {name: tuple(space.fresh(size) for size in weight.shape) for name, weight in model.named_parameters()}
-    names = _parameter_names(model, program)
-    lifted = program.graph_signature.inputs_to_lifted_tensor_constants
+    program = _export(model)
+    space = TagSpace({name: tuple(weight.shape) for name, weight in model.named_parameters()})
+    first = {id(weight): name for name, weight in model.named_parameters()}  # of parameters that are tied
+    signature = program.graph_signature
+    names = {node: first[id(model.get_parameter(name))] for node, name in signature.inputs_to_parameters.items()}
+    lifted = signature.inputs_to_lifted_tensor_constants
     tags: dict[Node, Any] = {}
     constants: dict[Node, Tensor] = {}
-    modules, used = set[str](), set[str]()
     for node in program.graph.nodes:
         if node.op == "call_function":
             operation = Operation(node, space, tags, constants)
             tags[node] = tags_after(operation)
-            modules.add(operation.module)
+            space.modules.add(operation.module)
             if operation.name in _KEEP_VALUES and node.args[0] in constants:
                 constants[node] = constants[node.args[0]]
         elif node.name in names:
-            each = axes[names[node.name]]
-            tags[node] = ParameterTags(each) if len(each) > 1 else torch.cat(each) if each else torch.tensor(UNTAGGED)
-            used |= {names[node.name]} if node.users else set()
+            axes = space.axes[names[node.name]]
+            tags[node] = ParameterTags(axes) if len(axes) > 1 else torch.cat(axes) if axes else torch.tensor(UNTAGGED)
+            space.unused -= {names[node.name]} if node.users else set()
         elif node.op == "placeholder":
             tags[node] = untagged(node.meta.get("val"))
             if node.name in lifted:
                 constants[node] = program.constants[lifted[node.name]]
-    return Trace(model, space, axes, frozenset(modules), frozenset(axes) - used)
-
-
-def _parameter_names(model: nn.Module, program: ExportedProgram) -> dict[str, str]:
-    """Names of the model's parameters, tied ones once, by the placeholder of the program."""
-    first = {id(weight): name for name, weight in model.named_parameters()}
-    canonical = {name: first[id(weight)] for name, weight in model.named_parameters(remove_duplicate=False)}
-    return {node: canonical[name] for node, name in program.graph_signature.inputs_to_parameters.items()}
+    return space
 
 
 def _export(model: nn.Module) -> ExportedProgram:

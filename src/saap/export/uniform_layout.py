@@ -10,7 +10,7 @@ width does that part itself.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from saap.core.errors import LayoutError, first_line
 from saap.core.records import ModelGraph, Role, StructurePlan
 from saap.models.checkpoint.pruned_structure import EPSILON_NAMES, PrunedStructure, epsilon_name
-from saap.models.checkpoint.stock_config import stock_model, uniform_config
-from saap.models.structure.norms import scaled_weight
+from saap.models.checkpoint.stock_config import ADAPTIVE_REMEDY, stock_model, uniform_config
+from saap.models.structure.cut import scaled_weight
 from saap.models.walk.observer import hooked
 from saap.models.walk.offload import offloaded, share_weights
 from saap.models.walk.walker import without_cache
 
-ADAPTIVE_REMEDY = "Use --layout adaptive"
 # Room for other rounding in buffers made in another dtype; a wrong scale is far above it.
 TOLERANCE = 1e-2
 Weights = Mapping[str, Tensor]
@@ -135,9 +134,9 @@ def smaller_streams(model: nn.Module, graph: ModelGraph, plan: StructurePlan) ->
     if group is None:
         return
     factor = (len(plan.kept(group)) / group.units) ** 0.5
-    norms = _names(group.scaled_norms, graph, plan)
-    writers = _names(dict.fromkeys(member.tensor for member in group.producers), graph, plan)
-    writers = [name for name in writers if name.rpartition(".")[0] not in norms]
+    norms = list(graph.renamed(plan.dropped_blocks, dict.fromkeys(group.scaled_norms)))
+    written = graph.renamed(plan.dropped_blocks, {member.tensor: member for member in group.producers})
+    writers = [name for name in written if name.rpartition(".")[0] not in norms]
     smaller = {name: model.get_parameter(name) * factor for name in writers}
     inside = [name for name in writers if graph.block_of(name) >= 0]
     changed = {name: smaller.pop(name) for name in inside}
@@ -147,12 +146,6 @@ def smaller_streams(model: nn.Module, graph: ModelGraph, plan: StructurePlan) ->
     tied = any(model.get_parameter(name) is head for name in smaller)
     yield {**changed, **smaller, **(_rescaled(model, last, 1 / factor) if tied else {})}
     yield changed
-
-
-def _names(names: Iterable[str], graph: ModelGraph, plan: StructurePlan) -> list[str]:
-    """The names as they are after the cut."""
-    new = (graph.name_without(plan.dropped_blocks, name) for name in names)
-    return [name for name in new if name is not None]
 
 
 def _rescaled(model: nn.Module, norms: Sequence[str], factor: float) -> dict[str, Tensor]:

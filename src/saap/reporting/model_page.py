@@ -10,7 +10,7 @@ import numpy as np
 
 from saap.core.evaluation_records import Comparison, EvalReport
 from saap.core.manifest import RunManifest, StageRecord
-from saap.core.storage import read_plan_document
+from saap.core.storage import read_plan
 from saap.reporting import model_figures as drawn
 from saap.reporting.comparison_page import ratio_section
 from saap.reporting.figures import Figure, words
@@ -32,7 +32,7 @@ def model_page(
     Raises PlanError, StaleInputError or EvaluationError for a damaged folder.
     """
     plan_file, scores_file = (folder / "saap" / name for name in ("plan.json", "scores.safetensors"))
-    plan = read_plan_document(plan_file)
+    plan = read_plan(plan_file)
     groups = plan_groups(plan, plan_file)
     scope = manifest.settings.get("fusion_scope", FusionScope.LAYER_ROLE)
     modules = read_modules(scores_file, groups, scope) if scores_file.is_file() else []

@@ -67,8 +67,7 @@ def _read(kind: type[_Record], path: Path, what: str, remedy: str) -> _Record:
     try:
         return kind.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        reason = faults_of(error) if isinstance(error, ValidationError) else error.strerror
-        raise EvaluationError(f"{path} is no {what} ({reason})", remedy) from None
+        raise EvaluationError(f"{path} is no {what} ({faults_of(error)})", remedy) from None
 
 
 def write_page(page: Page, out: Path, figure_folder: Path | None) -> list[Path]:

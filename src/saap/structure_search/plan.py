@@ -182,9 +182,10 @@ def complete_plan(graph: ModelGraph, given: PlanDocument, scores: Scores | None 
                 f"The plan keeps {len(units)} units of {name}, whose matrices are stacked", f"Keep a multiple of {step}"
             )
     edited = scores is not None
+    trail = (Candidate(name=one.name, loss=math.inf if one.loss is None else one.loss) for one in given.trail)
     return make_plan(
         graph, chosen, given.dropped_blocks, layout=given.layout, strategy="edited plan" if edited else given.strategy,
-        align=given.align, trail=() if edited else given.candidates,
+        align=given.align, trail=() if edited else tuple(trail),
     )  # fmt: skip
 
 

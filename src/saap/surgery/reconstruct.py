@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from saap.core.errors import CalibrationError
 from saap.core.records import CoupledGroup, FloatArray, Role, StructurePlan
 from saap.models.loading.precision import at_least_float32
+from saap.models.structure.cut import cut_groups
 from saap.models.structure.keep_index import KeepIndex, require_possible, unit_channels
 from saap.models.structure.least_squares import Moments, removal_order, ridge_fit
 from saap.models.structure.linear import contracted_axis, weight_out_in
 from saap.models.walk.backend import Backend
-from saap.models.walk.observer import Signal, capture
+from saap.models.walk.observer import capture
 from saap.models.walk.offload import onload
 from saap.models.walk.residual import ResidualPath, residual_paths
 from saap.models.walk.spill import Tensors
-from saap.models.walk.walk import embed, run_block
-from saap.surgery.cut import cut_groups
+from saap.models.walk.walk import embed
 
 HELD_OUT_SHARE = 0.125
 HELD_OUT_AT_LEAST = 4
@@ -112,8 +112,8 @@ class _Consumer:
 class _BlockByBlock:
     """The hidden states before the current block, in the dense and in the pruned model, of this process' micro-batches.
 
-    exact: walks without rounding, for trials. one: contexts of a batch of one sequence, for them too. apart: whether
-    the two models differ so far. sequences: of all processes.
+    They are one object as long as the models are the same. exact: walks without rounding, for trials. one: contexts of
+    a batch of one sequence, for them too. sequences: of all processes.
     """
 
     def __init__(self, backend: Backend, plan: StructurePlan, tokens: Tensor, settings: ReconstructionSettings) -> None:
@@ -126,36 +126,30 @@ class _BlockByBlock:
         self.dense, self.contexts = embed(self.exact, batches[own.start : own.stop], self.keep)
         self.pruned = self.dense
         self.one = self.exact.start(tokens[:1]).contexts
-        self.apart = False
 
     def run_block(self, layer: int) -> None:
         """Finish one block."""
         groups = self.graph.in_block(layer)
         if layer in self.plan.dropped_blocks:
-            self.dense, self.apart = self._run(layer, self.dense), True
-        elif self.apart or any(len(self.plan.kept(group)) < group.units for group in groups):
-            self.apart = True
+            self.dense, _ = self._captured(layer, self.dense)
+        elif self.dense is not self.pruned or any(len(self.plan.kept(group)) < group.units for group in groups):
             self._reconstruct(layer, groups)
         else:
-            self.dense = self.pruned = self._run(layer, self.dense)
-
-    def _run(self, layer: int, hidden: Tensors) -> Tensors:
-        return run_block(self.walker, layer, hidden, self.contexts, self.keep)
+            self.dense, _ = self._captured(layer, self.dense)
+            self.pruned = self.dense
 
     def _reconstruct(self, layer: int, groups: Sequence[CoupledGroup]) -> None:
-        device, both = next(self.walker.blocks[layer].parameters()).device, self.dense is self.pruned
+        device, same = next(self.walker.blocks[layer].parameters()).device, self.dense is self.pruned
         self.dense = self._moved(self.dense, device)
-        self.pruned = self.dense if both else self._moved(self.pruned, device)
+        self.pruned = self.dense if same else self._moved(self.pruned, device)
         consumers = self._consumers(layer, groups)
-        paths = [consumer.path for consumer in consumers]
-        dense_next, dense_outputs = self._captured(layer, self.dense, paths, Signal.OUTPUT)
-        self._cut_stacked(groups)
+        dense_next, dense_outputs = self._captured(layer, self.dense, [one.path for one in consumers], "output")
+        # Stacked matrices (experts) are not fitted again: what is fitted compensates for them.
+        self._cut([one for one in groups if one.role is Role.EXPERT or (one.bundle and one.role is not Role.QUERY)])
         pruned_next = self._fit_consumers(layer, consumers, dense_outputs)
-        for group in groups:
-            if group.name not in self.result.keep:
-                self._cut([group])
+        self._cut([group for group in groups if group.name not in self.result.keep])
         if pruned_next is None:
-            pruned_next = self._run(layer, self.pruned)
+            pruned_next, _ = self._captured(layer, self.pruned)
         self.dense, self.pruned = dense_next, pruned_next
 
     def _moved(self, hidden: Tensors, device: torch.device) -> Tensors:
@@ -163,6 +157,15 @@ class _BlockByBlock:
         if not len(hidden) or hidden[0].device == device:
             return hidden
         return self.keep(one.to(device) for one in hidden)
+
+    def _cut(self, groups: Sequence[CoupledGroup]) -> None:
+        """Cut groups to the plan's own units, those of a bundle together."""
+        self.result.keep |= {group.name: self.plan.kept(group) for group in groups}
+        bundles: dict[str, list[CoupledGroup]] = {}
+        for group in groups:
+            bundles.setdefault(group.bundle or group.name, []).append(group)
+        for bundle in bundles.values():
+            cut_groups(self.model, bundle, self.plan.keep)
 
     def _consumers(self, layer: int, groups: Sequence[CoupledGroup]) -> list[_Consumer]:
         """The block's consumers in the order in which they run."""
@@ -183,36 +186,20 @@ class _BlockByBlock:
         return consumers
 
     def _captured(
-        self, layer: int, hidden: Tensors, paths: Sequence[str], *signals: Signal, stop: bool = False
-    ) -> tuple[Tensors, dict[tuple[str, Signal], Tensors]]:
-        """The block's output, and what the modules at `paths` read or give; stop: leave the block after the first."""
+        self, layer: int, hidden: Tensors, paths: Sequence[str] = (), *signals: str, stop: bool = False
+    ) -> tuple[Tensors, dict[tuple[str, str], Tensors]]:
+        """The block's output, and "input" or "output" of the modules at `paths`; stop: leave it after the first."""
         after = self.keep(())
         found = {(path, signal): self.keep(()) for path in paths for signal in signals}
         for one, context in zip(hidden, self.contexts, strict=True):
             with capture(self.model, paths, stop=stop) as seen:
                 after.append(self.walker.run_block(layer, one, context))
             for (path, signal), tensors in found.items():
-                tensors.append(seen[path].input if signal is Signal.INPUT else seen[path].output)
+                tensors.append(getattr(seen[path], signal))
         return after, found
 
-    def _cut(self, groups: Sequence[CoupledGroup]) -> None:
-        self.result.keep |= {group.name: self.plan.kept(group) for group in groups}
-        cut_groups(self.model, groups, self.plan.keep)
-
-    def _cut_stacked(self, groups: Sequence[CoupledGroup]) -> None:
-        """Cut stacked matrices (experts), which are not fitted again, before what is fitted compensates for them."""
-        bundles: dict[str, list[CoupledGroup]] = {}
-        for group in groups:
-            if group.bundle and group.role is not Role.QUERY:
-                bundles.setdefault(group.bundle, []).append(group)
-        for bundle in bundles.values():
-            self._cut(bundle)
-        for group in groups:
-            if group.role is Role.EXPERT:
-                self._cut([group])
-
     def _fit_consumers(
-        self, layer: int, consumers: Sequence[_Consumer], dense_outputs: dict[tuple[str, Signal], Tensors]
+        self, layer: int, consumers: Sequence[_Consumer], dense_outputs: dict[tuple[str, str], Tensors]
     ) -> Tensors | None:
         """Fit one consumer after the other. Returns the block's new output where it follows without another run.
 
@@ -224,21 +211,24 @@ class _BlockByBlock:
         pruned_next: Tensors | None = None
         for consumer in consumers:
             path, residual, last = consumer.path, consumer.residual, consumer is consumers[-1]
-            signals = (Signal.INPUT, Signal.OUTPUT) if last else (Signal.INPUT,)
+            signals = ("input", "output") if last else ("input",)
             after, seen = self._captured(layer, self.pruned, [path], *signals, stop=not last)
-            dense = dense_outputs.pop((path, Signal.OUTPUT))
+            dense = dense_outputs.pop((path, "output"))
             targets, weights = dense, None
             if residual is not None and self.settings.residual_target:
                 targets = self.keep(residual.target(*each) for each in zip(dense, errors, strict=True))
             if residual is not None and residual.norm is not None:
                 weights = [residual.token_weights(one) for one in dense]
-            fresh = self.keep(self._fit(consumer, seen.pop((path, Signal.INPUT)), targets, weights))
+            fresh = self.keep(self._fit(consumer, seen.pop((path, "input")), targets, weights))
             if residual is None:
                 continue
             errors = self.keep(_residual_errors(residual, errors, dense, targets, fresh))
             if last:
-                changes = zip(after, fresh, seen[path, Signal.OUTPUT], strict=True)
-                pruned_next = self.keep(_exchanged(residual, *change) for change in changes)
+                changes = zip(after, fresh, seen[path, "output"], strict=True)
+                pruned_next = self.keep(
+                    (before + residual.added(new) - residual.added(at_least_float32(old))).to(before.dtype)
+                    for before, new, old in changes
+                )
         return pruned_next
 
     def _fit(
@@ -249,31 +239,25 @@ class _BlockByBlock:
         inputs, targets: what the consumer reads and should give in the micro-batches of this process. token_weights:
         how much each token's error weighs, (..., 1); None for all the same.
         """
-        processes, group = self.processes, consumer.group
+        processes, groups = self.processes, [consumer.group, *consumer.bundle]
         weight = weight_out_in(consumer.module).float().clone()
         bias = consumer.module._parameters.get("bias")
         fit, held_out = self._moments(weight, bias, inputs, targets, token_weights)
         kept = processes.broadcast_result(lambda: self._choose(consumer, weight, fit, held_out))
-        keep = {group.name: kept, **{one.name: self.plan.kept(one) for one in consumer.bundle}}
-        tensor, axis = f"{consumer.path}.weight", contracted_axis(consumer.module) or 0
-        shapes = {tensor: tuple(consumer.module.get_parameter("weight").shape)}
-        index = KeepIndex(shapes, ((one, keep[one.name]) for one in (group, *consumer.bundle)))
-        columns = torch.from_numpy(index.axis(tensor, axis).kept()).to(weight.device)
-        cut_groups(self.model, [group, *consumer.bundle], keep)
+        keep = {one.name: self.plan.kept(one) for one in consumer.bundle} | {consumer.group.name: kept}
+        axis = KeepIndex.of(self.graph, keep).axis(f"{consumer.path}.weight", contracted_axis(consumer.module) or 0)
+        columns = torch.from_numpy(axis.kept()).to(weight.device)
+        cut_groups(self.model, groups, keep)
         self.result.keep |= keep
         if not kept:  # nothing is left to fit: the module gives its bias
             nothing = weight.new_zeros(weight.shape[0], 0)
             return (_linear(x[..., :0], nothing, bias) for x in inputs)
-        start, chosen = weight, columns
-        if bias is not None:
-            start = torch.cat([weight, bias.float().unsqueeze(1)], dim=1)
-            chosen = torch.cat([columns, columns.new_tensor([weight.shape[1]])])
-        start = start[:, chosen]
+        whole = weight if bias is None else torch.cat([weight, bias.float().unsqueeze(1)], dim=1)
+        chosen = torch.cat([columns, torch.arange(weight.shape[1], whole.shape[1], device=columns.device)])
+        start = whole[:, chosen]
         fit = fit.select(chosen)  # one after the other: both are large
         held_out = held_out.select(chosen)
-        new, error = start, 0.0
-        if processes.first:
-            new, error = ridge_fit(start, fit, held_out)
+        new, error = ridge_fit(start, fit, held_out) if processes.first else (start, 0.0)
         new = processes.broadcast(new)
         self.result.errors[consumer.path] = processes.broadcast_result(lambda: error)
         onload(self.model, consumer.path, change=True)
@@ -330,11 +314,6 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What a linear module with these weights gives, in at least float32: differences are taken of it."""
     x = at_least_float32(x)
     return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-def _exchanged(residual: ResidualPath, after: Tensor, fresh: Tensor, old: Tensor) -> Tensor:
-    """A block's output once a module gives `fresh` in place of `old`."""
-    return (after + residual.added(fresh) - residual.added(at_least_float32(old))).to(after.dtype)
 
 
 def _residual_errors(

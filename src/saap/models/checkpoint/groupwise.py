@@ -8,10 +8,10 @@ made, neither forward nor backward.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ _PARTS = ("packed", "scale", "zero")
 # Values of the matrix that exist in full precision at once: few enough to stay in a processor's cache; elsewhere few
 # enough not to matter beside the activations.
 VALUES_AT_ONCE, VALUES_ON_ACCELERATORS = 2**18, 2**24
-# Codes are stored as planes of these bits, so that each plane has a whole number of codes in a byte.
-_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+# Codes are stored as planes, by their lowest bit and number of bits: a byte has a whole number of codes of each.
+_PLANES = {2: ((0, 2),), 3: ((0, 2), (2, 1)), 4: ((0, 4),), 8: ((0, 8),)}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class GroupwiseWeight:
     """A matrix (out, in) with in = groups * group_size.
 
@@ -64,7 +64,7 @@ class GroupwiseWeight:
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The whole matrix (out, in), computed in at least float32."""
         matrix = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
-        for rows, values in _row_chunks(self.packed, self.scale, self.zero, self.bits, self.group_size, dtype):
+        for rows, values in _row_chunks(self, dtype):
             matrix[rows] = values
         return matrix
 
@@ -77,58 +77,43 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Q4_1.
     """
     planes = []
-    shift = 0
-    for plane in _PLANES[bits]:
-        part = (codes.to(torch.uint8) >> shift) & (2**plane - 1)
-        parts = part.chunk(8 // plane, dim=-1)
-        planes.append(reduce(torch.bitwise_or, (one << (plane * index) for index, one in enumerate(parts))))
-        shift += plane
+    for lowest, width in _PLANES[bits]:
+        parts = ((codes.to(torch.uint8) >> lowest) & (2**width - 1)).chunk(8 // width, dim=-1)
+        planes.append(reduce(or_, (part << (width * index) for index, part in enumerate(parts))))
     return torch.cat(planes, dim=-1)
 
 
 def unpack(packed: Tensor, bits: int, group_size: int) -> Tensor:
     """The codes (out, groups, L) uint8 that `pack` was given."""
-    codes = torch.zeros(*packed.shape[:-1], group_size, dtype=torch.uint8, device=packed.device)
-    start = shift = 0
-    for plane in _PLANES[bits]:
-        size = group_size * plane // 8
-        for index, part in enumerate(_codes_of_plane(packed[..., start : start + size], plane)):
-            codes[..., index * size : (index + 1) * size] |= part << shift
-        start += size
-        shift += plane
-    return codes
+    planes = torch.split(packed, [group_size * width // 8 for _, width in _PLANES[bits]], dim=-1)
+    found = zip(planes, _PLANES[bits], strict=True)
+    return reduce(or_, (torch.cat(_codes_of(plane, width), dim=-1) << lowest for plane, (lowest, width) in found))
 
 
-def _codes_of_plane(packed: Tensor, plane: int) -> Iterator[Tensor]:
-    last = 8 // plane - 1
-    for index in range(last + 1):
-        shifted = packed >> (plane * index) if index else packed
-        yield shifted if index == last else shifted & (2**plane - 1)
+def _codes_of(plane: Tensor, width: int) -> list[Tensor]:
+    shifted = [plane >> (width * index) if index else plane for index in range(8 // width)]
+    return [*(part & (2**width - 1) for part in shifted[:-1]), shifted[-1]]
 
 
-def _row_chunks(
-    packed: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, dtype: torch.dtype
-) -> Iterator[tuple[slice, Tensor]]:
+def _row_chunks(weight: GroupwiseWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The matrix a few rows at a time: (rows, values (rows, in) of `dtype`), computed in at least float32.
 
     The storage is used again each time.
     """
-    outputs, groups = scale.shape
+    outputs, groups = weight.scale.shape
     full = torch.promote_types(dtype, torch.float32)
-    at_once = VALUES_AT_ONCE if packed.device.type == "cpu" else VALUES_ON_ACCELERATORS
-    step = max(1, at_once // max(1, groups * group_size))
-    buffer = torch.empty(min(step, outputs), groups, group_size, dtype=full, device=packed.device)
+    at_once = VALUES_AT_ONCE if weight.packed.device.type == "cpu" else VALUES_ON_ACCELERATORS
+    step = max(1, at_once // max(1, groups * weight.group_size))
+    buffer = torch.empty(min(step, outputs), groups, weight.group_size, dtype=full, device=weight.packed.device)
+    (_, width), *more = _PLANES[weight.bits]
     for start in range(0, outputs, step):
         rows = slice(start, min(start + step, outputs))
-        values = buffer[: rows.stop - start]
-        factor = scale[rows].to(full).unsqueeze(-1)
-        if len(_PLANES[bits]) == 1:
-            size = packed.shape[-1]
-            for index, part in enumerate(_codes_of_plane(packed[rows], _PLANES[bits][0])):
-                torch.mul(part, factor, out=values[..., index * size : (index + 1) * size])
-        else:
-            torch.mul(unpack(packed[rows], bits, group_size), factor, out=values)
-        values += zero[rows].to(full).unsqueeze(-1)
+        values, packed = buffer[: rows.stop - start], weight.packed[rows]
+        factor = weight.scale[rows].to(full).unsqueeze(-1)
+        parts = [unpack(packed, weight.bits, weight.group_size)] if more else _codes_of(packed, width)
+        for place, part in zip(values.chunk(len(parts), dim=-1), parts, strict=True):
+            torch.mul(part, factor, out=place)
+        values += weight.zero[rows].to(full).unsqueeze(-1)
         yield rows, values.flatten(1).to(dtype)
 
 
@@ -146,39 +131,32 @@ class _GroupwiseProduct(torch.autograd.Function):
         ctx.layout = bits, group_size
         flat = inputs.reshape(-1, inputs.shape[-1])
         outputs = flat.new_empty(len(flat), len(scale))
-        for rows, values in _row_chunks(packed, scale, zero, bits, group_size, inputs.dtype):
+        for rows, values in _row_chunks(GroupwiseWeight(packed, scale, zero, bits, group_size), inputs.dtype):
             outputs[:, rows] = flat @ values.T
         return outputs.reshape(*inputs.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        packed, scale, zero, kept = ctx.saved_tensors  # read once: checkpointing recomputes them
-        bits, group_size = ctx.layout
+        *parts, kept = ctx.saved_tensors  # read once: checkpointing recomputes them
+        weight = GroupwiseWeight(*parts, *ctx.layout)
+        scale, zero = weight.scale, weight.zero
         _, _, needs_scale, needs_zero, *_ = ctx.needs_input_grad
         flat = gradients[0].reshape(-1, gradients[0].shape[-1])
         kept = flat if kept is None else kept.reshape(len(flat), -1)
-        by_inputs = flat.new_zeros(len(flat), scale.shape[1] * group_size)
-        by_scale = torch.empty_like(scale) if needs_scale else None
-        by_zero = torch.empty_like(zero) if needs_scale else None
-        for rows, values in _row_chunks(packed, scale, zero, bits, group_size, flat.dtype):
+        by_inputs = flat.new_zeros(len(flat), weight.shape[1])
+        by_scale, by_zero = torch.empty_like(scale), torch.empty_like(zero)
+        for rows, values in _row_chunks(weight, flat.dtype):
             by_inputs.addmm_(flat[:, rows], values)
-            if by_scale is not None and by_zero is not None:
-                by_weight = (flat[:, rows].T @ kept).to(scale.dtype).reshape(-1, scale.shape[1], group_size)
+            if needs_scale:
+                by_weight = (flat[:, rows].T @ kept).to(scale.dtype).reshape(-1, *scale.shape[1:], weight.group_size)
                 by_zero[rows] = by_weight.sum(-1)
-                by_scale[rows] = _scale_gradient(by_weight, values, scale[rows], zero[rows], by_zero[rows])
-        if needs_zero and by_zero is None:
+                # the sum of dL/dW q over each group, with q = (W - z) / s; 0 where the scale is 0
+                summed = by_weight.mul_(values.view_as(by_weight)).sum(-1) - zero[rows] * by_zero[rows]
+                by_scale[rows] = (summed / scale[rows]).where(scale[rows] != 0, 0.0)
+        if needs_zero and not needs_scale:
             by_zero = (flat.T.to(kept.dtype) @ kept).to(zero.dtype)
         by_inputs = by_inputs.reshape(*gradients[0].shape[:-1], -1)
-        return by_inputs, None, by_scale, by_zero if needs_zero else None, None, None
-
-
-def _scale_gradient(by_weight: Tensor, values: Tensor, scale: Tensor, zero: Tensor, by_zero: Tensor) -> Tensor:
-    """Sum of dL/dW q over each group, with q = (W - z) / s: (rows, groups); 0 where the scale is 0.
-
-    by_weight: dL/dW, (rows, groups, L), is overwritten. values: W, (rows, in). by_zero: sum of dL/dW over each group.
-    """
-    summed = by_weight.mul_(values.view_as(by_weight)).sum(-1) - zero * by_zero
-    return (summed / scale).where(scale != 0, 0.0)
+        return by_inputs, None, by_scale if needs_scale else None, by_zero if needs_zero else None, None, None
 
 
 def groupwise_product(inputs: Tensor, weight: GroupwiseWeight) -> Tensor:
@@ -213,17 +191,14 @@ class GroupwiseLinear(nn.Module):
         self.transposed = transposed
         self.out_features, self.in_features = weight.shape
         self.bits, self.group_size = weight.bits, weight.group_size
-        self.register_buffer("packed", weight.packed)
-        self.register_buffer("scale", weight.scale)
-        self.register_buffer("zero", weight.zero)
+        for part in _PARTS:
+            self.register_buffer(part, getattr(weight, part))
         self.register_parameter("bias", bias)
 
     @property
     def quantised(self) -> GroupwiseWeight:
         """The weight in its packed form; shares the storage."""
-        return GroupwiseWeight(
-            packed=self.packed, scale=self.scale, zero=self.zero, bits=self.bits, group_size=self.group_size
-        )
+        return GroupwiseWeight(self.packed, self.scale, self.zero, self.bits, self.group_size)
 
     def stored_weight(self, dtype: torch.dtype) -> Tensor:
         """The full weight as the replaced layer stores it."""
@@ -258,32 +233,11 @@ def linears_inside(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
     }
 
 
-WeightOf = Callable[[str, Callable[[], Tensor]], GroupwiseWeight]
-"""Gives the packed weight of the layer at a path; its second argument reads the stored one, (out, in)."""
-
-
 def pack_linear(model: nn.Module, path: str, weight: GroupwiseWeight, device: torch.device) -> None:
     """Replace the linear layer at a path by one of packed weights, in place."""
     module = model.get_submodule(path)
     packed = GroupwiseLinear(weight, module._parameters.get("bias"), transposed=contracted_axis(module) == 0)
     model.set_submodule(path, packed.to(device))
-
-
-@torch.no_grad()
-def pack_linears(
-    model: nn.Module,
-    paths: Collection[str],
-    weight_of: WeightOf,
-    device: torch.device,
-    stored: Callable[[str], Tensor] | None = None,
-) -> None:
-    """Replace the linear layers at these paths one by one, in place.
-
-    stored: gives the weight of a layer, (out, in); None for a model whose weights are in memory.
-    """
-    read = stored or (lambda path: weight_out_in(model.get_submodule(path)))
-    for path in paths:
-        pack_linear(model, path, weight_of(path, partial(read, path)), device)
 
 
 def write_packed(path: Path, weights: Mapping[str, GroupwiseWeight]) -> None:
@@ -299,37 +253,29 @@ def read_packed(folder: str | Path) -> dict[str, GroupwiseWeight]:
     path = Path(folder) / "saap" / PACKED_FILE
     if not path.is_file():
         raise ModelError(f"{folder} has no packed weights", "Give a folder that `saap recover` has written")
-    with _packed_file(path) as (file, formats):
+    with open_safetensors(path) as file:
         return {
             name: GroupwiseWeight(
                 **{part: file.get_tensor(f"{name}.{part}") for part in _PARTS}, bits=bits, group_size=size
             )
-            for name, (bits, size) in formats.items()
+            for name, (bits, size) in _layouts(path, file).items()
         }
 
 
-@contextmanager
-def _packed_file(path: Path) -> Iterator[tuple[Any, dict[str, tuple[int, int]]]]:
-    """A file of packed weights, open, with the bits and group size of each by name. Raises ModelError if damaged."""
-    with open_safetensors(path) as file:
-        try:
-            formats = json.loads(file.metadata()["groupwise"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{path} is damaged ({error})", "Copy the file again") from None
-        yield file, formats
+def _layouts(path: Path, file: Any) -> dict[str, tuple[int, int]]:
+    """Bits and group size of each weight of an open file. Raises ModelError for a damaged one."""
+    try:
+        return {name: (bits, size) for name, (bits, size) in json.loads(file.metadata()["groupwise"]).items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path} is damaged ({error})", "Copy the file again") from None
 
 
 def q4_1_blocks(weight: GroupwiseWeight) -> Tensor:
     """The weight as GGUF blocks of type Q4_1, (out, in / 32 * 20) uint8.
 
     A block of 32 weights is its scale and its minimum in float16 and 16 bytes of codes. The codes and scales are the
-    very same; the minimum is the zero point rounded to float16. Raises ModelError for other bits or group sizes.
+    very same; the minimum is the zero point rounded to float16. weight: of 4 bits in groups of 32.
     """
-    if weight.bits != 4 or weight.group_size != Q4_1_GROUP:
-        raise ModelError(
-            f"A weight of {weight.bits} bits in groups of {weight.group_size} is no Q4_1",
-            f"Recover with --bits 4 --group-size {Q4_1_GROUP}",
-        )
     numbers = torch.stack([weight.scale, weight.zero.half()], dim=-1).contiguous().view(torch.uint8)
     return torch.cat([numbers, weight.packed], dim=-1).flatten(1)
 
@@ -345,18 +291,16 @@ class PackedMatrices:
         self._path = folder / "saap" / PACKED_FILE
         self.names: set[str] = set()
         self.refused: str | None = None
-        if not self._path.is_file():
-            return
-        with _packed_file(self._path) as (_, formats):
-            for path, (bits, size) in formats.items():
-                if (bits, size) == (4, Q4_1_GROUP):
-                    self.names.add(f"{path}.weight")
-                else:
-                    self.refused = f"{PACKED_FILE} has {bits} bits in groups of {size}"
+        if self._path.is_file():
+            with open_safetensors(self._path) as file:
+                layouts = _layouts(self._path, file)
+            self.names = {f"{path}.weight" for path, layout in layouts.items() if layout == (4, Q4_1_GROUP)}
+            others = [layout for layout in layouts.values() if layout != (4, Q4_1_GROUP)]
+            if others:
+                self.refused = f"{PACKED_FILE} has {others[-1][0]} bits in groups of {others[-1][1]}"
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows first..last-1 of a weight as blocks, see `q4_1_blocks`."""
-        path = name.removesuffix(".weight")
         with open_safetensors(self._path) as file:
-            parts = {part: file.get_slice(f"{path}.{part}")[first:last] for part in _PARTS}
+            parts = {part: file.get_slice(f"{name.removesuffix('.weight')}.{part}")[first:last] for part in _PARTS}
         return q4_1_blocks(GroupwiseWeight(**parts, bits=4, group_size=Q4_1_GROUP))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from saap.core.records import ModelGraph, SlicedArgument, StructurePlan
+from saap.core.records import ModelGraph, SlicedArgument, StructurePlan, Value
 from saap.models.checkpoint.modeling_pruned import (
     AUTO_CLASSES,
     FIRST_FORMAT_VERSION,
@@ -23,7 +23,6 @@ from saap.models.checkpoint.modeling_pruned import (
 )
 
 EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,14 +43,6 @@ class PrunedStructure:
     sliced_arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     added_biases: tuple[str, ...] = ()
 
-    def to_config(self) -> dict[str, Any]:
-        """The `pruned_structure` field of config.json, in the oldest format that can say it."""
-        fields = asdict(self)
-        del fields["base_model_type"]
-        if not self.added_biases:
-            del fields["added_biases"]
-        return {"format_version": SECOND_FORMAT_VERSION if self.added_biases else FIRST_FORMAT_VERSION, **fields}
-
     @property
     def is_empty(self) -> bool:
         """Whether the stock class loads the model as it is."""
@@ -65,58 +56,39 @@ def structure_of(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Pr
     """
     config: Any = getattr(model, "config", None)
     earlier: Mapping[str, Any] = getattr(config, "pruned_structure", None) or {}
-    dense, modules = dense_shapes(graph, plan), dict(model.named_modules())
+
+    def renamed(values: Mapping[str, Value]) -> dict[str, Value]:
+        return graph.renamed(plan.dropped_blocks, values)
+
+    dense, modules = renamed(graph.shapes), dict(model.named_modules())
     present = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    shapes = {name: tuple(shape) for name, shape in _renamed(graph, plan, earlier.get("shapes", {})).items()}
-    shapes |= {name: shape for name, shape in present.items() if shape != dense.get(name, shape)}
-    constant: dict[str, dict[str, int | bool]] = {
-        path: {"width": module.width, "bias": module.bias is not None}
-        for path, module in modules.items()
-        if isinstance(module, ConstantOutput)
-    }
-    hooks = {path: argument_slice(module) for path, module in modules.items()}
-    stock = dense.keys() - _renamed(graph, plan, dict.fromkeys(earlier.get("added_biases", ()))).keys()
+    shapes = {name: tuple(shape) for name, shape in renamed(earlier.get("shapes", {})).items()}
+    constant = {path: module for path, module in modules.items() if isinstance(module, ConstantOutput)}
+    stock = dense.keys() - renamed(dict.fromkeys(earlier.get("added_biases", ()))).keys()
     biases = [name for name in present if name.endswith(".bias") and name.removesuffix(".bias") not in constant]
-    return PrunedStructure(
-        base_model_type=str(getattr(config, "base_model_type" if earlier else "model_type", "")),
-        shapes=shapes,
-        attributes=_attributes(model, graph, plan, _renamed(graph, plan, earlier.get("attributes", {}))),
-        constant=constant,
-        sliced_arguments={path: hook.describe() for path, hook in hooks.items() if hook is not None},
-        added_biases=tuple(name for name in biases if name not in stock),
-    )
-
-
-def dense_shapes(graph: ModelGraph, plan: StructurePlan) -> dict[str, tuple[int, ...]]:
-    """Shapes of the dense model's parameters, without the plan's dropped blocks, by their names after the cut."""
-    return _renamed(graph, plan, graph.shapes)
-
-
-def _renamed(graph: ModelGraph, plan: StructurePlan, values: Mapping[str, Value]) -> dict[str, Value]:
-    """The values by the names after the cut, without those inside dropped blocks."""
-    names = {name: graph.name_without(plan.dropped_blocks, name) for name in values}
-    return {new: values[name] for name, new in names.items() if new is not None}
-
-
-def _attributes(
-    model: nn.Module, graph: ModelGraph, plan: StructurePlan, earlier: Mapping[str, Mapping[str, float]]
-) -> dict[str, dict[str, float]]:
-    """The attributes that follow the kept units, the epsilons of rescaled norms, and what was changed before."""
-    found = {path: dict(values) for path, values in earlier.items()}
+    # the attributes that follow the kept units, the epsilons of rescaled norms, and what was changed before
+    attributes = {path: dict(values) for path, values in renamed(earlier.get("attributes", {})).items()}
     for group in graph.groups:
         kept = len(plan.kept(group))
         if group.layer in plan.dropped_blocks or kept == group.units:
             continue
         for attribute in group.attributes:
-            path = graph.name_without(plan.dropped_blocks, attribute.module)
-            if path is not None:
-                found.setdefault(path, {})[attribute.attribute] = attribute.value(kept)
-        for path in _renamed(graph, plan, dict.fromkeys(group.scaled_norms)):
-            module = model.get_submodule(path)
-            name = epsilon_name(module)
-            if name is not None and not isinstance(module, ConstantOutput):
-                found.setdefault(path, {})[name] = getattr(module, name)
-    return found
+            for path in renamed({attribute.module: None}):
+                attributes.setdefault(path, {})[attribute.attribute] = attribute.value(kept)
+        for path in renamed(dict.fromkeys(group.scaled_norms)):
+            norm = model.get_submodule(path)
+            name = epsilon_name(norm)
+            if name is not None and path not in constant:
+                attributes.setdefault(path, {})[name] = getattr(norm, name)
+    hooks = {path: argument_slice(module) for path, module in modules.items()}
+    return PrunedStructure(
+        base_model_type=str(getattr(config, "base_model_type" if earlier else "model_type", "")),
+        shapes=shapes | {name: shape for name, shape in present.items() if shape != dense.get(name, shape)},
+        attributes=attributes,
+        constant={path: {"width": one.width, "bias": one.bias is not None} for path, one in constant.items()},
+        sliced_arguments={path: hook.describe() for path, hook in hooks.items() if hook is not None},
+        added_biases=tuple(name for name in biases if name not in stock),
+    )
 
 
 def epsilon_name(norm: nn.Module) -> str | None:
@@ -157,26 +129,27 @@ def mark_pruned(model: nn.Module, structure: PrunedStructure) -> None:
     The model gets the class that an adaptive checkpoint has, and its configuration the `pruned_structure`. A model
     whose class transformers' auto classes do not know stays as it is.
     """
-    config: Any = getattr(model, "config", None)
-    try:
+    if auto_classes(structure.base_model_type):
         config_class, model_class = pruned_classes(structure.base_model_type)
-    except ValueError:
-        return
-    if not issubclass(model_class, type(model)):
-        return
-    config.__class__ = config_class
-    model.__class__ = model_class
-    for name, value in pruned_fields(structure).items():
-        setattr(config, name, value)
+        if issubclass(model_class, type(model)):
+            config: Any = model.config
+            config.__class__, model.__class__ = config_class, model_class
+            for name, value in pruned_fields(structure).items():
+                setattr(config, name, value)
 
 
 def pruned_fields(structure: PrunedStructure) -> dict[str, Any]:
     """The fields by which the configuration of an adaptive checkpoint differs from the stock one."""
     module = SaapPrunedConfig.__module__.rpartition(".")[2]
     known = auto_classes(structure.base_model_type) or AUTO_CLASSES[:1]
+    sizes = asdict(structure)
+    del sizes["base_model_type"]
+    if not structure.added_biases:  # the oldest format that can say it
+        del sizes["added_biases"]
+    version = SECOND_FORMAT_VERSION if structure.added_biases else FIRST_FORMAT_VERSION
     return {
         "base_model_type": structure.base_model_type,
-        "pruned_structure": structure.to_config(),
+        "pruned_structure": {"format_version": version, **sizes},
         "architectures": [SaapPrunedForCausalLM.__name__],
         "auto_map": {
             "AutoConfig": f"{module}.{SaapPrunedConfig.__name__}",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def _indexed_files(folder: Path, index: Path) -> tuple[Path, ...]:
     if not names:
         raise ModelError(f"{index} is no index of safetensors files", _DOWNLOAD_AGAIN)
     for name in names:
-        if not isinstance(name, str) or name != PurePosixPath(name).name or name != PureWindowsPath(name).name:
+        if not isinstance(name, str) or name != PureWindowsPath(name).name:  # a slash parts its paths too
             raise ModelError(
                 f"{index} points outside its folder ({name!r})", "Do not use this checkpoint, or correct its index"
             )
@@ -74,16 +74,20 @@ def open_safetensors(file: Path) -> Iterator[Any]:
         raise ModelError(f"{file} is damaged or no safetensors file ({first_line(error)})", _DOWNLOAD_AGAIN) from None
 
 
-def stored_dtype(files: Sequence[Path]) -> torch.dtype:
-    """The dtype of most values in the files. Raises ModelError, naming the file, if one is damaged or truncated."""
-    values: Counter[torch.dtype] = Counter()
+def _stored(files: Sequence[Path]) -> Iterator[tuple[Path, str, Any]]:
+    """File, name and what is known without reading of every tensor in the files."""
     for file in files:
         with open_safetensors(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - no mapping
-                stored = opened.get_slice(name)
-                values[_DTYPES.get(stored.get_dtype(), torch.uint8)] += prod(stored.get_shape())
-    floating = [dtype for dtype, _ in values.most_common() if dtype.is_floating_point]
-    return floating[0] if floating else torch.float32
+                yield file, name, opened.get_slice(name)
+
+
+def stored_dtype(files: Sequence[Path]) -> torch.dtype:
+    """The dtype of most values in the files. Raises ModelError, naming the file, if one is damaged or truncated."""
+    values: Counter[torch.dtype] = Counter()
+    for _, _, stored in _stored(files):
+        values[_DTYPES.get(stored.get_dtype(), torch.uint8)] += prod(stored.get_shape())
+    return next((dtype for dtype, _ in values.most_common() if dtype.is_floating_point), torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +104,15 @@ class StoredTensors:
     @classmethod
     def in_files(cls, files: Sequence[Path]) -> StoredTensors:
         """Those of safetensors files. Raises ModelError for a damaged file."""
-        shapes: dict[str, Shape] = {}
-        places: dict[str, Path] = {}
-        for file in files:
-            with open_safetensors(file) as opened:
-                found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-            shapes |= found
-            places |= dict.fromkeys(found, file)
+        found = {name: (file, tuple(stored.get_shape())) for file, name, stored in _stored(files)}
 
         def read(name: str) -> Tensor:
-            with open_safetensors(places[name]) as opened:
+            # opened each time: an open file keeps all that was read of it in the memory of the process
+            with open_safetensors(found[name][0]) as opened:
                 tensor: Tensor = opened.get_tensor(name)
             return tensor
 
-        return cls(shapes, read)
+        return cls({name: shape for name, (_, shape) in found.items()}, read)
 
     @classmethod
     def of_model(cls, model: nn.Module) -> StoredTensors:

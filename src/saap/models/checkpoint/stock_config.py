@@ -7,7 +7,8 @@ shapes of all parameters compared with those wanted.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations, islice
 from typing import Any
@@ -41,7 +42,14 @@ def keep_layers(config: Any, kept: Sequence[int], depth: int) -> None:
     configuration that describes the decoder.
     """
     own = config.to_dict().get("per_layer_config") or {}
-    others = {"architectures", *_other_lists(type(config))}
+    others = {"architectures"}
+    with suppress(Exception):  # a class that cannot do without arguments
+        default: Any = type(config)()
+        usual = getattr(default, "num_hidden_layers", None)
+        # lists that by default are not as long as the class has layers, such as a pair of limits
+        others |= {
+            name for name, value in vars(default).items() if isinstance(value, list | tuple) and len(value) != usual
+        }
     for name, value in list(vars(config).items()):
         if not isinstance(value, list | tuple) or name.startswith("_") or name.endswith("token_id"):
             continue
@@ -53,16 +61,6 @@ def keep_layers(config: Any, kept: Sequence[int], depth: int) -> None:
     if own:  # settings of single layers, by their numbers
         by_layer = {int(layer): settings for layer, settings in own.items()}
         config.per_layer_config = {new: by_layer[old] for new, old in enumerate(kept) if old in by_layer}
-
-
-def _other_lists(config_class: type) -> list[str]:
-    """Names of the lists that by default are not as long as the class has layers, such as a pair of limits."""
-    try:
-        default: Any = config_class()
-    except Exception:  # a class that cannot do without arguments
-        return []
-    depth = getattr(default, "num_hidden_layers", None)
-    return [name for name, value in vars(default).items() if isinstance(value, list | tuple) and len(value) != depth]
 
 
 def stock_model(config: Any) -> Any:
@@ -111,6 +109,10 @@ class _Builder:
             return (str(error).strip().splitlines() or [type(error).__name__])[-1]
         return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
+    def runs(self, fields: Sequence[ConfigField], sizes: Mapping[Role, int]) -> bool:
+        """Whether the model takes the sizes when it is run, too."""
+        return isinstance(self.shapes(fields, sizes, run=True), dict)
+
 
 def config_fields(model: nn.Module, graph: ModelGraph) -> tuple[tuple[ConfigField, ...], Mapping[str, int]]:
     """The configuration fields that say each role's size, and those to pin to their value when others change.
@@ -144,10 +146,29 @@ def _pinned(config: Any) -> dict[str, int]:
 
 def _fields_of(role: Role, builder: _Builder, graph: ModelGraph) -> list[ConfigField]:
     groups = graph.of_role(role)
-    if not groups or len({group.units for group in groups}) > 1:
+    if len({group.units for group in groups}) != 1:
         return []
     units = groups[0].units
+    # numbers of kept units to try; classes may demand that some divide others
+    sizes = sorted({units - 1, units // 2} - {0}, reverse=True)
+    if role is Role.ATTENTION:
+        sizes = list(range(units - 1, max(0, units - 1 - MOST_SIZES), -1))
     owned = {member.tensor for group in groups for member in group.members}
+    candidates = [
+        ConfigField(role=role, name=name, per_unit=value // units)
+        for name, value in text_part(builder.changed((), {})).to_dict().items()
+        if type(value) is int and value >= units and value % units == 0
+        if name not in (HEAD_WIDTH, "vocab_size") and not name.endswith("token_id")
+    ]
+
+    def changes(field: ConfigField, size: int) -> set[str] | None:
+        """Tensors that get another size; None where the class refuses."""
+        built = builder.shapes([field], {role: size})
+        # A field may also bring in tensors that the model does not have (OPT's projections); `fits` refuses those.
+        here = graph.shapes
+        return (
+            None if isinstance(built, str) else {name for name in built if built[name] != here.get(name, built[name])}
+        )
 
     def fits(fields: Sequence[ConfigField], size: int) -> bool | None:
         """Whether exactly the group's sizes follow; None where the class refuses."""
@@ -155,49 +176,16 @@ def _fields_of(role: Role, builder: _Builder, graph: ModelGraph) -> list[ConfigF
         wanted = KeepIndex.of(graph, {group.name: size for group in groups}).shapes
         return None if isinstance(built, str) else built.items() <= wanted.items()
 
-    runs = not isinstance(builder.shapes((), {}, run=True), str)
-    for size in _sizes(role, units):
-        useful, silent = [], []
-        for field in _candidates(role, builder.changed((), {}), units):
-            built = builder.shapes([field], {role: size})
-            # A field may also bring in tensors that the model does not have (OPT's projections); `fits` refuses those.
-            shapes = {} if isinstance(built, str) else built
-            changed = {name for name, shape in shapes.items() if graph.shapes.get(name, shape) != shape}
-            if not shapes or (changed and changed <= owned):
-                useful.append(field)
-            elif not changed:  # it may still have to agree with one of the others
-                silent.append(field)
+    runs = builder.runs((), {})
+    for size in sizes:
+        changed = {field: changes(field, size) for field in candidates}
+        useful = [field for field, names in changed.items() if names is None or (names and names <= owned)]
+        silent = [field for field, names in changed.items() if names == set()]  # may have to agree with the others
         for fields in (found for count in range(1, MOST_FIELDS + 1) for found in combinations(useful, count)):
-            if fits(fields, size) and all(fits(fields, other) is not False for other in _sizes(role, units)):
-                choices = [list(fields), *([*fields, other] for other in silent)]
-                working = (
-                    choice
-                    for choice in choices
-                    if not runs or not isinstance(builder.shapes(choice, {role: size}, run=True), str)
-                )
-                return next(working, [])
+            if fits(fields, size) and all(fits(fields, other) is not False for other in sizes):
+                choices = [[*fields], *([*fields, other] for other in silent)]
+                return next((one for one in choices if not runs or builder.runs(one, {role: size})), [])
     return []
-
-
-def _sizes(role: Role, units: int) -> Iterator[int]:
-    """Numbers of kept units to try; classes may demand that some divide others."""
-    if role is Role.ATTENTION:
-        yield from range(units - 1, max(0, units - 1 - MOST_SIZES), -1)
-    elif units > 1:
-        yield from dict.fromkeys((units - 1, units // 2))
-
-
-def _candidates(role: Role, config: Any, units: int) -> list[ConfigField]:
-    return [
-        ConfigField(role=role, name=name, per_unit=value // units)
-        for name, value in text_part(config).to_dict().items()
-        if isinstance(value, int)
-        and not isinstance(value, bool)
-        and value >= units
-        and value % units == 0
-        and name not in (HEAD_WIDTH, "vocab_size")
-        and not name.endswith("token_id")
-    ]
 
 
 def uniform_config(config: Any, graph: ModelGraph, plan: StructurePlan) -> Any:
@@ -226,16 +214,15 @@ def uniform_config(config: Any, graph: ModelGraph, plan: StructurePlan) -> Any:
             f"{family} cannot be built with {wanted}: {built}",
             f"{ADAPTIVE_REMEDY}, or keep {near} units in every layer" if near else remedy,
         )
-    pruned = KeepIndex.of(graph, plan.keep)
-    names = {name: graph.name_without(plan.dropped_blocks, name) for name in graph.shapes}
-    shapes = {new: pruned.shape(name) for name, new in names.items() if new is not None}
+    every = KeepIndex.of(graph, plan.keep).shapes
+    shapes = graph.renamed(plan.dropped_blocks, every)
     if len(built) > len(shapes):  # the configuration still counts the dropped blocks
-        shapes = pruned.shapes
-    wrong = next((name for name in {**shapes, **built} if built.get(name) != shapes.get(name)), None)
-    if wrong is not None:
-        raise LayoutError(
-            f"The stock {family} would give {wrong} the sizes {built.get(wrong)}, not {shapes.get(wrong)}", remedy
-        )
+        shapes = every
+    for name in {**shapes, **built}:
+        if built.get(name) != shapes.get(name):
+            raise LayoutError(
+                f"The stock {family} would give {name} the sizes {built.get(name)}, not {shapes.get(name)}", remedy
+            )
     return builder.changed(fields, sizes)
 
 
@@ -259,8 +246,8 @@ def _nearest(config: Any, graph: ModelGraph, sizes: Mapping[Role, int]) -> str |
     ((role, size),) = sizes.items()
     fields = [field for field in graph.config_fields if field.role is role]
     builder = _Builder(stock_model, config, graph.pinned_fields, len(graph.blocks), 1)
-    near = []
+    near: list[str] = []
     for side in (range(size - 1, 0, -1), range(size + 1, graph.of_role(role)[0].units)):
-        legal = (other for other in side if not isinstance(builder.shapes(fields, {role: other}), str))
-        near += [str(other) for other in islice(legal, 1)]
+        legal = (str(other) for other in side if not isinstance(builder.shapes(fields, {role: other}), str))
+        near += islice(legal, 1)
     return f"{' or '.join(near)} {role}" if near else None

@@ -28,8 +28,7 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device(next(kind for kind, there in available.items() if there))
     with suppress(RuntimeError):  # a name that torch does not know
         device = torch.device(name)
-        there = device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
-        if there and available.get(device.type, False):
+        if available.get(device.type) and (device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()):
             return device
     raise ConfigurationError(f"--device {name} is not available on this machine", "Use auto, cpu, cuda, cuda:N or mps")
 
@@ -134,18 +133,17 @@ def quick_products(device: torch.device, written: torch.dtype) -> torch.dtype | 
 
 
 @contextmanager
-def _float32_products(precision: str | None) -> Iterator[None]:
-    """Another precision of torch's float32 products for a while; None changes nothing."""
+def _medium_products(wanted: bool) -> Iterator[None]:
+    """float32 products in torch's precision `medium` for a while, if that is wanted."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision or before)
+    torch.set_float32_matmul_precision("medium" if wanted else before)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-@contextmanager
-def quick_float32_products() -> Iterator[None]:
+def quick_float32_products() -> AbstractContextManager[None]:
     """Let the CPU multiply float32 matrices by its quicker library for a while, if that is as exact.
 
     torch reaches it by a setting that on some processors rounds to bfloat16; a trial on this one decides. On an AMD
@@ -154,10 +152,9 @@ def quick_float32_products() -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
     left, right = torch.rand(256, 256, generator=generator), torch.rand(256, 256, generator=generator)
     exact = left.double() @ right.double()
-    with _float32_products("medium"):
+    with _medium_products(True):
         error = float(((left @ right).double() - exact).norm() / exact.norm())
-    with _float32_products("medium" if error <= 1e-6 and not torch.cuda.is_available() else None):
-        yield
+    return _medium_products(error <= 1e-6 and not torch.cuda.is_available())
 
 
 def rounded_products(device: torch.device) -> AbstractContextManager[None]:
@@ -166,4 +163,4 @@ def rounded_products(device: torch.device) -> AbstractContextManager[None]:
     Factors are rounded, sums are not: the usual precision of training, and quicker on processors with matrix units.
     Others compute as before. Other devices are not touched.
     """
-    return _float32_products("medium" if device.type == "cpu" and not torch.cuda.is_available() else None)
+    return _medium_products(device.type == "cpu" and not torch.cuda.is_available())

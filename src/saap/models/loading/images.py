@@ -44,11 +44,8 @@ def with_images(model: nn.Module, sets: Iterable[CalibrationSet]) -> Iterator[No
             return None
         return arguments, {**keywords, **_batch(found, next(module.parameters()))}
 
-    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with model.register_forward_pre_hook(hook, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 def _key(row: Tensor) -> bytes:
@@ -65,10 +62,7 @@ def _batch(rows: list[Inputs], like: Tensor) -> dict[str, Tensor]:
         tensors = [row[name] for row in rows]
         sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
         joined = tensors[0].new_zeros(sum(map(len, tensors)), *sizes)
-        start = 0
-        for tensor in tensors:
-            rows_of = slice(start, start + len(tensor))
-            joined[(rows_of, *(slice(size) for size in tensor.shape[1:]))] = tensor
-            start = rows_of.stop
+        for tensor, room in zip(tensors, torch.split(joined, [*map(len, tensors)]), strict=True):
+            room[(slice(None), *(slice(size) for size in tensor.shape[1:]))] = tensor
         batch[name] = joined.to(like.device, like.dtype if joined.is_floating_point() else joined.dtype)
     return batch

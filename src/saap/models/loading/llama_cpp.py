@@ -43,17 +43,17 @@ def _library() -> tuple[Any, Any, deque[str], Any]:
     return library, interface, complaints, callback
 
 
-class LlamaCpp:
-    """An open model with a context of its own, for the length of a `with` statement.
+class LlamaCpp(ExitStack):
+    """An open model with a context of its own, for the length of a `with` statement. vocabulary: number of tokens.
 
     exact: keep keys and values in float32 and use no flash attention, for comparisons. Raises ModelError if llama.cpp
     refuses the file; its own words are in the message.
     """
 
     def __init__(self, path: Path, *, context: int = 512, threads: int = 1, exact: bool = False) -> None:
+        super().__init__()
         library, interface, complaints, _ = _library()
         self._library, self._interface = library, interface
-        self._resources = ExitStack()
         complaints.clear()
         settings = library.llama_model_default_params()
         settings.n_gpu_layers = 0
@@ -61,7 +61,7 @@ class LlamaCpp:
         if model == interface.NULL:
             reason = next((line for line in complaints if "error loading" in line), " ".join(complaints))
             raise ModelError(f"llama.cpp cannot open {path} ({reason})", "Report this model as a fault of the export")
-        self._resources.callback(library.llama_model_free, model)
+        self.callback(library.llama_model_free, model)
         wanted = library.llama_context_default_params()
         wanted.n_ctx = wanted.n_batch = wanted.n_ubatch = context
         wanted.n_seq_max = 1
@@ -71,21 +71,11 @@ class LlamaCpp:
             wanted.flash_attn_type = 0
         self._context = library.llama_init_from_model(model, wanted)
         if self._context == interface.NULL:
-            self._resources.close()
+            self.close()
             raise ModelError(f"llama.cpp cannot run {path} ({' '.join(complaints)})", "Use a shorter context")
-        self._resources.callback(library.llama_free, self._context)
+        self.callback(library.llama_free, self._context)
         self._vocabulary = library.llama_model_get_vocab(model)
-
-    def __enter__(self) -> LlamaCpp:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._resources.close()
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens."""
-        return int(self._library.llama_vocab_n_tokens(self._vocabulary))
+        self.vocabulary = int(library.llama_vocab_n_tokens(self._vocabulary))
 
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
         """Token ids of a text; special tokens that are written out in it are recognised."""
@@ -94,12 +84,10 @@ class LlamaCpp:
         found = self._library.llama_tokenize(self._vocabulary, raw, len(raw), room, len(raw) + 8, add_special, True)
         return [int(room[index]) for index in range(found)]
 
-    def forget(self) -> None:
-        """Empty the cache of keys and values."""
-        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
-
     def feed(self, ids: Sequence[int], *, start: int = 0, every_position: bool = False) -> NDArray[np.float32]:
         """Read tokens that follow `start` others. Returns logits (tokens, vocabulary), or of the last alone."""
+        if start == 0:
+            self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
         count = len(ids)
         batch = self._library.llama_batch_init(count, 0, 1)
         try:
@@ -121,5 +109,4 @@ class LlamaCpp:
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits (tokens, vocabulary) of a text that begins with nothing before it."""
-        self.forget()
         return self.feed(ids, every_position=True)

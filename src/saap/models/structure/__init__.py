@@ -1,1 +1,1 @@
-"""What a structure means for modules: masks, norms, linear modules, least squares."""
+"""What a structure means for modules: masks, cuts, linear modules, least squares."""

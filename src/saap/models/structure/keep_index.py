@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
-from itertools import pairwise
-from typing import Protocol
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,40 +19,42 @@ Kept = Sequence[int] | int
 """Kept units, or only their number where nothing but sizes is wanted."""
 
 
-class Coupled(Protocol):
-    """Slices that lose units together: a coupled group, or one that discovery still checks."""
-
-    @property
-    def units(self) -> int: ...  # noqa: D102
-
-    @property
-    def members(self) -> tuple[AxisSlice, ...]: ...  # noqa: D102
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True)
 class KeptAxis:
     """What stays of one axis of a tensor.
 
-    size: of the axis before. removed: the indices that do not stay, ascending; by part where axis 0 stacks matrices
-    (experts) that lose indices of their own, else under None.
+    size: of the axis before. losses: members that lose something along it, with all and with the kept units of each.
     """
 
     axis: int
     size: int
-    removed: Mapping[int | None, IntArray]
+    losses: list[tuple[AxisSlice, int, Sequence[int]]] = field(default_factory=list)
+
+    @cached_property
+    def removed(self) -> dict[int | None, IntArray]:
+        """The indices that do not stay, ascending.
+
+        By part where axis 0 stacks matrices (experts) that lose indices of their own, else under None.
+        """
+        found: dict[int | None, list[IntArray]] = {} if self.losses else {None: [np.empty(0, np.int64)]}
+        for member, units, kept in self.losses:
+            removed = np.delete(np.arange(units), np.fromiter(kept, np.int64))
+            found.setdefault(member.part, []).append(member.indices(removed))
+        return {part: np.unique(np.concatenate(indices)) for part, indices in found.items()}
+
+    @property
+    def kept_size(self) -> int:
+        """How many indices stay; all parts of a stack keep the same number."""
+        part = self.losses[0][0].part
+        return self.size - sum(m.width * (units - len(kept)) for m, units, kept in self.losses if m.part == part)
 
     def kept(self, part: int | None = None) -> IntArray:
         """The indices that stay, ascending."""
         return np.delete(np.arange(self.size), self.removed.get(part, []))
 
-    @property
-    def stacked(self) -> bool:
-        """Whether each matrix of a stack has removed indices of its own."""
-        return None not in self.removed
-
     def select(self, tensor: Tensor) -> Tensor:
         """The tensor cut to what stays; all parts of a stack keep the same number."""
-        if not self.stacked:
+        if None in self.removed:
             return tensor.index_select(self.axis, _index(self.kept(), tensor))
         return torch.stack(
             [matrix.index_select(self.axis - 1, _index(self.kept(p), tensor)) for p, matrix in enumerate(tensor)]
@@ -76,66 +76,45 @@ def _index(indices: IntArray, tensor: Tensor) -> Tensor:
     return torch.from_numpy(indices).to(tensor.device)
 
 
-class KeepIndex(Mapping[str, Mapping[int, KeptAxis]]):
+class KeepIndex(dict[str, dict[int, KeptAxis]]):
     """Tensor -> axis -> what stays of it, for all that lose something. Shapes follow without any index being made.
 
     shapes: of the tensors before; others are left out. choices: groups and their kept units.
     """
 
-    def __init__(self, shapes: Mapping[str, Shape], choices: Iterable[tuple[Coupled, Kept]]) -> None:
+    def __init__(self, shapes: Mapping[str, Shape], choices: Iterable[tuple[CoupledGroup, Kept]]) -> None:
+        super().__init__()
         self._before = shapes
-        self._losses: dict[str, dict[int, list[tuple[AxisSlice, int, Callable[[], IntArray]]]]] = {}
-        for group, kept in choices:
-            lost = group.units - (kept if isinstance(kept, int) else len(kept))
-            removed = cache(partial(_removed, group.units, kept))
-            for member in group.members if lost else ():
+        for group, given in choices:
+            kept = range(given) if isinstance(given, int) else given
+            for member in group.members if len(kept) < group.units else ():
                 if member.tensor in shapes:
-                    axes = self._losses.setdefault(member.tensor, {})
-                    axes.setdefault(member.axis, []).append((member, lost, removed))
+                    axis = self.setdefault(member.tensor, {}).setdefault(
+                        member.axis, KeptAxis(member.axis, shapes[member.tensor][member.axis])
+                    )
+                    axis.losses.append((member, group.units, kept))
 
     @classmethod
     def of(cls, graph: ModelGraph, keep: Mapping[str, Kept], dropped_blocks: Iterable[int] = ()) -> KeepIndex:
         """For the dense model of a graph. keep: by name of the group; others keep everything."""
-        dropped = set(dropped_blocks)
-        shapes = graph.shapes
+        dropped, shapes = set(dropped_blocks), graph.shapes
         if dropped:
             shapes = {name: shape for name, shape in shapes.items() if graph.block_of(name) not in dropped}
         return cls(shapes, ((group, keep[group.name]) for group in graph.groups if group.name in keep))
 
-    def __getitem__(self, tensor: str) -> dict[int, KeptAxis]:
-        return {axis: self.axis(tensor, axis) for axis in self._losses[tensor]}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._losses)
-
-    def __len__(self) -> int:
-        return len(self._losses)
-
     def axis(self, tensor: str, axis: int) -> KeptAxis:
         """What stays of any axis, also of one that loses nothing."""
-        removed: dict[int | None, list[IntArray]] = {}
-        for member, _, units in self._losses.get(tensor, {}).get(axis, ()):
-            removed.setdefault(member.part, []).append(member.indices(units()))
-        found = {part: np.unique(np.concatenate(indices)) for part, indices in removed.items()}
-        return KeptAxis(axis=axis, size=self._before[tensor][axis], removed=found or {None: np.empty(0, np.int64)})
+        return self.get(tensor, {}).get(axis) or KeptAxis(axis, self._before[tensor][axis])
 
     def shape(self, tensor: str) -> Shape:
         """Shape of a tensor after the removal."""
-        shape = list(self._before[tensor])
-        for axis, losses in self._losses.get(tensor, {}).items():
-            part = losses[0][0].part  # all parts of a stack lose the same number
-            shape[axis] -= sum(member.width * lost for member, lost, _ in losses if member.part == part)
-        return tuple(shape)
+        axes = self.get(tensor, {})
+        return tuple(axes[n].kept_size if n in axes else size for n, size in enumerate(self._before[tensor]))
 
     @property
     def shapes(self) -> dict[str, Shape]:
         """Shapes of all tensors after the removal."""
         return {tensor: self.shape(tensor) for tensor in self._before}
-
-
-def _removed(units: int, kept: Kept) -> IntArray:
-    """Units that are not kept, ascending."""
-    return np.delete(np.arange(units), np.fromiter(range(kept) if isinstance(kept, int) else kept, np.int64))
 
 
 def require_possible(graph: ModelGraph, keep: Mapping[str, Sequence[int]], dropped_blocks: Sequence[int] = ()) -> None:
@@ -148,7 +127,14 @@ def require_possible(graph: ModelGraph, keep: Mapping[str, Sequence[int]], dropp
     counts: dict[str, tuple[str, int]] = {}
     for group in graph.groups:
         kept = keep.get(group.name, range(group.units))
-        _require_units(group, kept)
+        if list(kept) != sorted(set(range(group.units)).intersection(kept)):
+            raise PlanError(
+                f"The plan's units of {group.name} are not ascending numbers from 0 to {group.units - 1}",
+                "Correct them",
+            )
+        least = max(group.least, 1 if group.bundle or group.layer < 0 else 0)
+        if len(kept) < least:
+            raise PlanError(f"The plan keeps {len(kept)} units of {group.name}", f"Keep at least {least} of them")
         other, count = counts.setdefault(group.bundle or group.name, (group.name, len(kept)))
         if count != len(kept):
             raise PlanError(
@@ -161,17 +147,6 @@ def require_possible(graph: ModelGraph, keep: Mapping[str, Sequence[int]], dropp
             f"The plan drops the blocks {list(dropped_blocks)} of {len(graph.blocks)}",
             f"Name blocks from 0 to {len(graph.blocks) - 1}, and keep at least one",
         )
-
-
-def _require_units(group: CoupledGroup, kept: Sequence[int]) -> None:
-    ascending = all(first < second for first, second in pairwise(kept))
-    if not ascending or (kept and not (kept[0] >= 0 and kept[-1] < group.units)):
-        raise PlanError(
-            f"The plan's units of {group.name} are not ascending numbers from 0 to {group.units - 1}", "Correct them"
-        )
-    least = max(group.least, 1 if group.bundle or group.layer < 0 else 0)
-    if len(kept) < least:
-        raise PlanError(f"The plan keeps {len(kept)} units of {group.name}", f"Keep at least {least} of them")
 
 
 def sole_consumers(graph: ModelGraph) -> dict[str, CoupledGroup]:

@@ -45,13 +45,6 @@ class Moments:
         self.energy += float(target.square().sum(dtype=widest_dtype(target.device)))
         self.tokens += len(x)
 
-    def take(self, other: Moments) -> None:
-        """Add another set of tokens, in place."""
-        self.gram += other.gram
-        self.cross += other.cross
-        self.energy += other.energy
-        self.tokens += other.tokens
-
     def total(self, processes: Processes) -> Moments:
         """Moments over the tokens of all processes; these may be overwritten."""
         energies, tokens = zip(*processes.gather((self.energy, self.tokens)), strict=True)
@@ -76,7 +69,7 @@ def ridge_fit(
     weight: (outputs, channels). For each ridge r the W that minimises sum |t - W x|^2 + r mean(diag G) |W - weight|^2
     over the tokens of `fit` is evaluated on those of `held_out`; the best r is then used on both together. `weight`
     itself stays if none is better, or if its error is only rounding. Returns W and the held-out error of its ridge
-    divided by that of `weight`. `fit` becomes the moments of both: a large Gram matrix should not exist twice.
+    divided by that of `weight`. `fit` gets the matrices of both: a large one should not exist twice.
     """
     start = held_out.error(weight)
     if start <= ROUNDING * held_out.energy:
@@ -86,7 +79,8 @@ def ridge_fit(
     if not errors[best] < start:
         return weight, 1.0
     share = fit.tokens / max(1, fit.tokens + held_out.tokens)
-    fit.take(held_out)
+    fit.gram += held_out.gram
+    fit.cross += held_out.cross
     return _ridge(weight, fit, best * share).to(weight), max(0.0, errors[best]) / start
 
 
@@ -131,7 +125,7 @@ def removal_order(
     """Greedy second-order order of removal, each time the units that the others compensate for best.
 
     weight: (outputs, channels) of the matrix that reads the channels. gram: (channels, channels) of its inputs.
-    units: (units, width) channel indices. remove: how many to remove, `at_once` at a time; weight and inverse Gram
+    units: (units, width) channel indices. remove: how many, at least one, `at_once` at a time; weight and inverse Gram
     matrix are updated after each batch, in the type of `gram`: float32 is enough with the default ridge.
     Cost of unit u: tr(W_u [G^-1]_uu^-1 W_u^T), the squared output error that stays
     after all other columns have adjusted. Source: OBS (Hassibi and Stork 1993) in its structured form.
@@ -142,8 +136,8 @@ def removal_order(
     w = weight.to(gram.dtype, copy=True)
     inverse = torch.linalg.inv(_damped(gram, ridge))
     alive = torch.ones(len(units), dtype=torch.bool, device=w.device)
-    order = [torch.empty(0, dtype=torch.long, device=w.device)]
-    costs = [torch.empty(0, dtype=w.dtype, device=w.device)]
+    order: list[Tensor] = []
+    costs: list[Tensor] = []
     for start in range(0, remove, at_once):
         cost = _unit_costs(w, inverse, units)
         if scores is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -28,34 +28,31 @@ def masked(
     of a group inside a block the result is only near that of the cut.
     """
     index = KeepIndex.of(graph, keep)
+    roles = {
+        (member.tensor, member.axis): group.role
+        for group in graph.groups
+        for member in (group.producers if group.role in (Role.HIDDEN, Role.EXPERT) else group.consumers)
+        if len(keep.get(group.name, range(group.units))) < group.units
+    }
     never: dict[nn.Parameter, Tensor] = {}
     with torch.no_grad(), ExitStack() as stack:
         for layer in dropped_blocks:
             block = model.get_submodule(graph.blocks[layer])
             stack.callback(block.register_forward_hook(_pass_through).remove)
-        for (tensor, axis), role in _axes_to_mask(graph, keep).items():
+        for (tensor, axis), role in roles.items():
             lost = index[tensor][axis]
             if role is Role.EXPERT:
                 if len(graph.shapes[tensor]) == 2:
                     never[model.get_parameter(tensor)] = torch.from_numpy(lost.removed[None])
-            elif lost.stacked or role is Role.HIDDEN:
+            elif None not in lost.removed or role is Role.HIDDEN:
                 stack.enter_context(lost.zeroed(model.get_parameter(tensor).data))
             else:
                 hook = partial(_zero_channels, torch.from_numpy(lost.removed[None]))
                 module = model.get_submodule(tensor.rpartition(".")[0])
                 stack.callback(module.register_forward_pre_hook(hook).remove)
-        stack.enter_context(never_chosen(never))
+        if never:
+            stack.enter_context(_NeverChosen(never))
         yield
-
-
-def _axes_to_mask(graph: ModelGraph, keep: Mapping[str, tuple[int, ...]]) -> dict[tuple[str, int], Role]:
-    """The axes where removed units are masked, with their role: of consumers, but of hidden channels and experts."""
-    return {
-        (member.tensor, member.axis): group.role
-        for group in graph.groups
-        if len(keep.get(group.name, range(group.units))) < group.units
-        for member in (group.producers if group.role in (Role.HIDDEN, Role.EXPERT) else group.consumers)
-    }
 
 
 def _zero_channels(removed: Tensor, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -68,24 +65,22 @@ def _pass_through(module: nn.Module, arguments: tuple[Any, ...], output: Any) ->
 
 
 class _NeverChosen(TorchFunctionMode):
-    """Takes rows out of the choice of routers: the logits that they give are minus infinity."""
+    """Routers choose among the other experts: the logits of these are minus infinity.
+
+    routers: weight (experts, width) -> removed experts.
+    """
 
     def __init__(self, routers: Mapping[nn.Parameter, Tensor]) -> None:
         super().__init__()
-        self.rows = {id(parameter): rows for parameter, rows in routers.items()}
+        self.removed = {id(parameter): rows for parameter, rows in routers.items()}
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, arguments: Sequence[Any] = (), keywords: Any = None
     ) -> Any:
         result = function(*arguments, **(keywords or {}))
-        if function is nn.functional.linear and len(arguments) > 1 and id(arguments[1]) in self.rows:
-            return result.index_fill(-1, self.rows[id(arguments[1])].to(result.device), -torch.inf)
+        if function is nn.functional.linear and len(arguments) > 1 and id(arguments[1]) in self.removed:
+            return result.index_fill(-1, self.removed[id(arguments[1])].to(result.device), -torch.inf)
         return result
-
-
-def never_chosen(routers: Mapping[nn.Parameter, Tensor]) -> AbstractContextManager[Any]:
-    """Routers choose among the other experts for a while. routers: weight (experts, width) -> removed experts."""
-    return _NeverChosen(routers) if routers else nullcontext()
 
 
 @contextmanager

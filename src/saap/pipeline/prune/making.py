@@ -20,7 +20,7 @@ from saap.discovery.blocks import find_blocks
 from saap.export.huggingface import CheckpointParts, write_checkpoint
 from saap.export.model_card import licence_of
 from saap.models.checkpoint import modeling_pruned
-from saap.models.checkpoint.pruned_structure import PrunedStructure, dense_shapes, mark_pruned, structure_of
+from saap.models.checkpoint.pruned_structure import PrunedStructure, mark_pruned, structure_of
 from saap.models.loading.devices import copied, quick_products, spread_over
 from saap.models.loading.pretrained import load, load_offloaded
 from saap.models.loading.references import resolve_model
@@ -70,8 +70,9 @@ def manifest_of_run(run: Run, plan: StructurePlan, scores: ImportanceScores) -> 
     }  # fmt: skip
     if plan.layout is Layout.ADAPTIVE:
         digests["modeling_code"] = hashlib.sha256(Path(modeling_pruned.__file__).read_bytes()).hexdigest()
+    licence = licence_of(folder) if folder is not None else None
     return RunManifest(
-        base=BaseModelIdentity.of(graph.model, licence_of(folder) if folder is not None else None),
+        base=BaseModelIdentity(**dataclasses.asdict(graph.model), licence=licence),
         command=typed_command(), settings=run.config.model_dump(mode="json"), seed=run.config.seed,
         layout=plan.layout, device=str(run.device), dtype=str(run.loaded.dtype).removeprefix("torch."),
         versions=recorded_versions(), digests=digests, stages=tuple(run.meter.stages),
@@ -107,7 +108,7 @@ def make_model(
 
 def _check_count(run: Run, model: nn.Module, plan: StructurePlan, structure: PrunedStructure) -> None:
     """Raise VerificationError if the model has not the parameters that the plan predicts."""
-    new = set(structure.added_biases) - set(dense_shapes(run.graph, plan))
+    new = set(structure.added_biases) - run.graph.renamed(plan.dropped_blocks, run.graph.shapes).keys()
     counted = count_parameters({name: tuple(p.shape) for name, p in model.named_parameters() if name not in new})
     if counted != plan.parameters:
         raise VerificationError(

@@ -57,7 +57,6 @@ class LlamaCppRuntime:
 
     def read(self, ids: Sequence[int]) -> int:
         """Read a prompt into an empty cache."""
-        self._model.forget()
         self._length = len(ids)
         return int(self._model.feed(ids)[-1].argmax())
 

@@ -1,0 +1,146 @@
+"""Physical removal of units: tensor by tensor, in place, so that no second copy of the model is needed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from saap.core.errors import PlanError, UnsupportedModelError
+from saap.core.records import AxisSlice, CoupledGroup, Side
+from saap.models.checkpoint.modeling_pruned import ConstantOutput, resize, set_attribute
+from saap.models.checkpoint.pruned_structure import argument_hook, argument_slice, epsilon_name
+from saap.models.loading.precision import in_float64
+from saap.models.structure.keep_index import KeepIndex, Shape
+from saap.models.walk.offload import onload
+
+
+@torch.no_grad()
+def cut_groups(model: nn.Module, groups: Sequence[CoupledGroup], keep: Mapping[str, Sequence[int]]) -> None:
+    """Slice every member of a dense group, or of all groups of a bundle, to the units in `keep`, in place.
+
+    A group that keeps nothing leaves constants behind: its consumers give their bias or zeros, exactly as if its
+    channels were masked. Norms over the axis are rescaled so that removal equals masking.
+    """
+    losing = [group for group in groups if len(keep.get(group.name, range(group.units))) < group.units]
+    if not losing:
+        return
+    onload(model, groups[0].members[0].tensor, change=True)
+    index = KeepIndex(_present_shapes(model, losing), ((group, keep[group.name]) for group in losing))
+    for group in losing:
+        if not keep[group.name]:
+            _empty(model, group, index)
+    for tensor, axes in index.items():
+        parameter = held(model, tensor)[1]
+        if parameter is not None:
+            data = parameter.data
+            for axis in sorted(axes, reverse=True):
+                data = axes[axis].select(data)
+            resize(model, parameter, data)
+    for group in losing:
+        _follow(model, group, keep[group.name], index)
+    shares = {norm: len(keep[group.name]) / group.units for group in losing for norm in group.scaled_norms}
+    for norm, share in shares.items():
+        if share:
+            rescale_norm(model.get_submodule(norm), share, norm)
+
+
+def _present_shapes(model: nn.Module, groups: Sequence[CoupledGroup]) -> dict[str, Shape]:
+    """Shapes of the groups' tensors as they are; a weight whose place a constant took is as wide as its outputs."""
+    shapes: dict[str, Shape] = {}
+    for tensor in dict.fromkeys(member.tensor for group in groups for member in group.members):
+        module, parameter = held(model, tensor)
+        if parameter is not None:
+            shapes[tensor] = tuple(parameter.shape)
+        elif isinstance(module, ConstantOutput) and tensor.endswith(".weight"):
+            shapes[tensor] = (module.width, module.width)
+    return shapes
+
+
+def held(model: nn.Module, tensor: str) -> tuple[nn.Module, nn.Parameter | None]:
+    """The module that holds the parameter of that name, and the parameter unless a constant has taken its place."""
+    path, _, name = tensor.rpartition(".")
+    module = model.get_submodule(path)
+    return module, module._parameters.get(name)
+
+
+def _follow(model: nn.Module, group: CoupledGroup, kept: Sequence[int], index: KeepIndex) -> None:
+    """Attributes, arguments, and the constants that give the group's channels agree with the kept units."""
+    for attribute in group.attributes:
+        set_attribute(model.get_submodule(attribute.module), attribute.attribute, attribute.value(len(kept)))
+    for sliced in group.sliced_arguments:
+        module = model.get_submodule(sliced.module)
+        earlier = argument_slice(module)
+        if earlier is None:
+            hook = argument_hook(module, sliced, group.units, kept or (0,))
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+        else:
+            earlier.kept = [earlier.kept[unit] for unit in kept or (0,)]
+    for member in group.producers if kept else ():
+        module = held(model, member.tensor)[0]
+        if isinstance(module, ConstantOutput) and member.tensor in index:
+            module.width = index.shape(member.tensor)[member.axis]
+
+
+def _empty(model: nn.Module, group: CoupledGroup, index: KeepIndex) -> None:
+    """Put constants in place of the modules of a group that keeps nothing; what lies between sees a unit of zeros."""
+    by_module: dict[str, list[AxisSlice]] = defaultdict(list)
+    for member in group.members:
+        by_module[member.tensor.rpartition(".")[0]].append(member)
+    for path, members in by_module.items():
+        module = model.get_submodule(path)
+        covered = all(index.shape(member.tensor)[member.axis] == 0 for member in members)
+        if set(module._parameters) - {"weight", "bias"} or module._modules or not covered:
+            raise PlanError(f"{path} cannot lose all its channels", f"Keep at least one unit of {group.name}")
+        of_weight = [member for member in members if member.tensor.endswith(".weight")]
+        constant = ConstantOutput(sum(member.width for member in of_weight))
+        consumed = [member for member in of_weight if member.side is Side.CONSUMER]
+        if consumed:
+            width = module.get_parameter("weight").shape[1 - consumed[0].axis]
+            constant = ConstantOutput(width, module._parameters.get("bias"))
+        model.set_submodule(path, constant)
+
+
+@torch.no_grad()
+def scaled_weight(norm: nn.Module, factor: float) -> Tensor | None:
+    """The weight that multiplies a norm's scale by `factor`; None where the scale is no A + (1 - A) w for a number A.
+
+    A, not 0 in families whose scale is 1 + w, is found by running the norm with w = 0 and w = 1.
+    """
+    weight = norm.get_parameter("weight")
+    before = weight.data
+    inputs = torch.linspace(1, 2, len(before), dtype=before.dtype, device=before.device).unsqueeze(0)
+    outputs: list[Tensor] = []
+    for value in (0.0, 1.0):
+        weight.data = torch.full_like(before, value)
+        outputs.append(in_float64(norm(inputs)))
+    weight.data = before
+    ratio = outputs[0] / outputs[1]
+    constant = round(float(ratio.mean()), 2)
+    if not torch.allclose(ratio, torch.full_like(ratio, constant), atol=1e-2) or constant >= 1:
+        return None
+    new = in_float64(before) * factor
+    if constant:
+        new += constant * (factor - 1) / (1 - constant)
+    return new.to(before)
+
+
+def rescale_norm(norm: nn.Module, share: float, name: str) -> None:
+    """Make an RMS norm over the kept channels equal to the one over all channels with the others zero.
+
+    With sum of squares S over n channels: x / sqrt(S/n + e) = share^-0.5 x / sqrt(S/kept + e/share), share = kept/n.
+    So the effective scale is multiplied by share^-0.5 and epsilon by 1/share. Raises UnsupportedModelError where the
+    norm has no weight or epsilon, or its scale is no affine function of the weight.
+    """
+    epsilon, weight = epsilon_name(norm), norm._parameters.get("weight")
+    scaled = None if weight is None else scaled_weight(norm, share**-0.5)
+    if weight is None or epsilon is None or scaled is None:
+        raise UnsupportedModelError(
+            f"The norm {name} has no weight and epsilon that could compensate for removed channels",
+            "Prune without the role that it spans (hidden)",
+        )
+    weight.data = scaled
+    value = getattr(norm, epsilon)
+    setattr(norm, epsilon, (torch.finfo(weight.dtype).eps if value is None else value) / share)
