@@ -14,11 +14,11 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from subprocess import CompletedProcess
 
-TIMEOUT = 600
+TIMEOUT = 1200
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([
     "transformers.models.llama.modeling_llama", "saap.pipeline.prune.run", "saap.pipeline.recover.run",
-    "saap.cli.app", "tests.processes", "pytest",
+    "saap.cli.app", "tests.processes", "tests.texts",
 ])  # fmt: skip
 
 
@@ -82,13 +82,10 @@ def start(*arguments: object, code: str | None = None, environment: dict[str, st
 
 
 def _carry_out(words: list[str], code: str | None, environment: dict[str, str], folder: Path) -> None:
-    from importlib import import_module
-
-    from tests import found
+    from tests import found, texts
 
     from saap.cli import app
 
-    discover = import_module("saap.discovery.discover")
     os.environ.clear()
     os.environ.update(environment)
     for number, name in ((1, "out"), (2, "err")):
@@ -97,7 +94,9 @@ def _carry_out(words: list[str], code: str | None, environment: dict[str, str], 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = words
     if code is None:
-        discover.of_structure = found.remembering(discover.of_structure)
+        found.share(setattr)
+        texts.share(setattr)
+        texts.measure_little(setattr)
     try:
         if code is None:
             app.main()

@@ -1,4 +1,4 @@
-"""Runs the real command line many times without importing everything each time: `python forked.py JOBS RESULTS`.
+"""Runs the real command line many times in forks of a process that has found the model's structure.
 
 Each job is a process of its own, or several that work together, forked after the imports and before any gradient was
 computed. A job may be stopped by a signal or an error at the Nth event: progress that the run reports, a micro-batch
@@ -148,7 +148,3 @@ def main() -> None:
         cli.main()
     counted = results.with_suffix(".count")
     results.write_text(json.dumps([forked(job, counted) for job in wanted["jobs"]]))
-
-
-if __name__ == "__main__":
-    main()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tests import processes
 
 RECOVER = [
     "--max-seq-length", "32", "--batch-size", "2",
@@ -54,9 +53,7 @@ class Runner:
             job.setdefault("stderr", f"{base}-{number}.err")
         warm_up = self.prune(self.folder / "never", "--dry-run")
         Path(f"{base}.json").write_text(json.dumps({"warm_up": warm_up, "tuning": TUNING, "jobs": jobs}))
-        command = [sys.executable, str(Path(__file__).with_name("forked.py")), f"{base}.json", f"{base}.done"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False, env=environment)
+        done = processes.python("from tests.cli import forked; forked.main()", f"{base}.json", f"{base}.done")
         assert done.returncode == 0, done.stderr
         results = json.loads(Path(f"{base}.done").read_text())
         return [

@@ -19,6 +19,7 @@ from saap.models.loading import device_memory, devices
 from saap.models.loading.pretrained import model_ref
 from saap.models.walk.spill import Spill
 from saap.pipeline.recover import context as recovery_context
+from saap.pipeline.recover import run as recovery_run
 from saap.pipeline.shared import memory, outcome, tokens
 from saap.pipeline.shared.inputs import LoadedModel
 from saap.settings.prune import PruneConfig
@@ -145,9 +146,11 @@ def test_it_writes_the_same_text(small: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("flags", [(), ("--error-feedback",), ("--tuning", "lora")], ids=str)
 def test_a_result_is_tuned_as_on_the_cpu(
     flags: tuple[str, ...], small: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    tolerance: float,
+    tolerance: float, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    given = ("recover", small, "--data", text, "--max-steps", "2", "--length", "32", "--group-size", "16", *flags)
+    monkeypatch.setattr(recovery_run, "FEEDBACK_SAMPLES", 2)
+    little = ("--max-steps", "2", "--length", "32", "--group-size", "16", "--validation-samples", "2")
+    given = ("recover", small, "--data", text, *little, *flags)
     found = run(capsys, *given, "--out", tmp_path / "lazy", "--json")
     expected = run(capsys, *given, "--out", tmp_path / "cpu", "--json", "--device", "cpu", "--exact-products")
     assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=tolerance)

@@ -11,7 +11,7 @@ import pytest
 from tests.cli.jobs import Runner, beside, digest
 from tests.pipeline import tiny
 
-KILLS = 20
+KILLS = 12
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tests.conformance.cases import (
     CASES,
     EXACT,
@@ -26,10 +27,12 @@ from tests.conformance.cases import (
     uniform,
     write,
 )
+from tests.conformance.table import document
 from tests.families import CORE, FAMILIES
 
 from saap.core.records import Role
 
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 each_family = pytest.mark.parametrize("name", FAMILIES)
 # The core families in every case, the others in the three that say most.
 each_case = pytest.mark.parametrize(
@@ -149,3 +152,12 @@ def test_uniform_folders_are_stock_models_or_refused(name: str, role: Role) -> N
         assert (name, role) not in STOCK
     else:
         assert found.error <= stock_tolerance(role)
+
+
+def test_the_page_is_what_the_command_writes() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    version = ".".join(transformers.__version__.split(".")[:2])
+    if f"with transformers {version};" not in text:
+        pytest.skip("the page was made with another version of transformers")
+    assert text == document()
+    assert "| NO |" not in text

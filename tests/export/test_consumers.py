@@ -112,6 +112,13 @@ def test_a_device_map_places_the_layers(folder: Path, tmp_path: Path, device_map
     assert out.shape[1] > IDS.shape[1]
 
 
+ROOT = Path(__file__).parents[2]
+HARNESS = """
+import runpy
+from tests import found
+found.index_tasks_once()
+runpy.run_module("lm_eval", run_name="__main__", alter_sys=True)
+"""
 TASK = """
 task: which
 dataset_path: json
@@ -135,11 +142,11 @@ def test_the_command_of_lm_eval_runs_on_the_folder(folder: Path, tmp_path: Path)
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path)}
     done = subprocess.run(
         [
-            sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", "which",
+            sys.executable, "-c", HARNESS, "--model", "hf", "--model_args", arguments, "--tasks", "which",
             "--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "2",
             "--output_path", str(tmp_path / "o"),
         ],
-        env={**os.environ, **offline},
+        env={**os.environ, **offline, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, check=False, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

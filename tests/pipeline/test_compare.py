@@ -33,7 +33,7 @@ METHODS = (Method.SAAP, Method.LLM_PRUNER_ELEMENT1, Method.FLAP, Method.MAGNITUD
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    return tiny.folder(tmp_path_factory.mktemp("dense"), layers=6)
+    return tiny.folder(tmp_path_factory.mktemp("dense"))
 
 
 def request_for(folder: Path, **changes: object) -> CompareRequest:

@@ -261,7 +261,8 @@ def test_every_setting_that_promises_another_result_gives_one(source: Path, cali
     assert not same
 
 
-def test_the_model_writes_half_of_the_best_refit_text(source: Path, tmp_path: Path) -> None:
+def test_the_model_writes_half_of_the_best_refit_text(tmp_path: Path) -> None:
+    source = tiny.folder(tmp_path / "dense", num_hidden_layers=2)
     settings = {**SETTINGS, "effort": "best", "refit_tokens": 6144}
     config = PruneConfig(pruning_ratios=(0.2,), **settings)
     result = run_prune(source, config, RunOptions(out=tmp_path / "o", keep_work=True))[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,6 +15,12 @@ VOCABULARY = 320
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
+    inner = Tokenizer.from_str(_trained())
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
+
+
+@cache
+def _trained() -> str:
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -21,7 +28,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         vocab_size=VOCABULARY, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     inner.train_from_iterator([evaluation_text()[:20000]], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
+    return str(inner.to_str())
 
 
 def model(layers: int = 4, **changes: int) -> LlamaForCausalLM:

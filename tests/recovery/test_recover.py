@@ -162,11 +162,11 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(text: Path, tmp_
 
 
 def test_on_the_command_line_a_killed_run_goes_on(dense: Path, text: Path, tmp_path: Path) -> None:
-    flags = ["--data", text, *FLAGS[:4], "--max-steps", "30", *FLAGS[6:], "--patience", "0"]
+    flags = ["--data", text, *FLAGS[:4], "--max-steps", "16", *FLAGS[6:], "--patience", "0"]
     whole = processes.saap("recover", dense, "--out", tmp_path / "whole", "--json", *flags)
     assert whole.returncode == 0, whole.stderr
     report = json.loads(whole.stdout)
-    assert report["steps"] == 30
+    assert report["steps"] == 16
     processes.start("recover", dense, "--out", tmp_path / "cut", *flags).kill_at("step 4:")
     assert not (tmp_path / "cut").exists()
     resumed = processes.saap("recover", dense, "--out", tmp_path / "cut", *flags)
@@ -175,7 +175,7 @@ def test_on_the_command_line_a_killed_run_goes_on(dense: Path, text: Path, tmp_p
         json.loads((tmp_path / name / "saap" / "manifest.json").read_text())["recovery"]["curve"]
         for name in ("whole", "cut")
     ]
-    assert len(curves[0]) == len(curves[1]) == 30
+    assert len(curves[0]) == len(curves[1]) == 16
     assert max(abs(one["loss"] - other["loss"]) for one, other in zip(*curves, strict=True)) <= 1e-6
 
 
