@@ -28,7 +28,6 @@ from saap.estimation.unit_importance import UnitImportance
 from saap.models.loading import device_memory
 from saap.models.walk import offload
 from saap.pipeline.prune import run as run_module
-from saap.pipeline.recover import context as recovery_context
 from saap.pipeline.recover import run as recover
 from saap.pipeline.shared import memory, outcome, tokens
 from saap.settings import recover as recovery_config
@@ -140,7 +139,7 @@ def main() -> None:
 
     run_module.discover = discover_once
     # what is measured of a result does not matter here
-    tokens.EVALUATION_TOKENS = recovery_context.EVALUATION_TOKENS = 512
+    tokens.EVALUATION_TOKENS, tokens.KIND_TOKENS = 128, 32
     recover.greedy_answer = outcome.greedy_answer = lambda model, tokenizer: ("", "")
     # `prune --recover` knows a limit in minutes only; after some steps it ends the same each time
     recovery_config.RecoverConfig = partial(RecoverConfig, **wanted["tuning"])

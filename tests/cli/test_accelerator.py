@@ -18,7 +18,6 @@ import saap
 from saap.models.loading import device_memory, devices
 from saap.models.loading.pretrained import model_ref
 from saap.models.walk.spill import Spill
-from saap.pipeline.recover import context as recovery_context
 from saap.pipeline.recover import run as recovery_run
 from saap.pipeline.shared import memory, outcome, tokens
 from saap.pipeline.shared.inputs import LoadedModel
@@ -56,8 +55,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def little_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (tokens, recovery_context):
-        monkeypatch.setattr(module, "EVALUATION_TOKENS", 600)
+    for name in ("EVALUATION_TOKENS", "KIND_TOKENS"):
+        monkeypatch.setattr(tokens, name, 100)
     monkeypatch.setattr(outcome, "ANSWER_TOKENS", 4)
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.command import run
 
 import saap
-from saap.pipeline.recover import context
+from saap.pipeline.shared import tokens
 
 pytestmark = [
     pytest.mark.real,
@@ -22,7 +22,7 @@ def test_the_grid_of_the_wheel_is_found_and_tuning_as_a_user_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measured on a part of the text that a user's run takes, which is most of its time."""
-    monkeypatch.setattr(context, "EVALUATION_TOKENS", 1024)
+    monkeypatch.setattr(tokens, "EVALUATION_TOKENS", 256)
     out = tmp_path / "tuned"
     command = ["recover", "smollm2", "--data", "speeches", "--output-dir", out, "--json"]
     quick = ["--max-steps", "4", "--validate-every", "2", "--max-seq-length", "128", "--validation-samples", "4"]

@@ -45,7 +45,8 @@ def test_prune_as_a_user_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measured on a part of the text that a user's run takes, which is most of its time."""
-    monkeypatch.setattr(tokens, "EVALUATION_TOKENS", 1024)
+    monkeypatch.setattr(tokens, "EVALUATION_TOKENS", 256)
+    monkeypatch.setattr(tokens, "KIND_TOKENS", 128)
     out = tmp_path / "small"
     command = ["prune", "smollm2", "--pruning-ratio", "0.2", "--output-dir", out]
     quick = ["--effort", "fast", "--num-samples", "8", "--refit-tokens", "2048", "--json"]
