@@ -26,7 +26,7 @@ def test_help_names_every_flag() -> None:
         "--target-size",
         "--target-speedup", "--runtime", "--gguf-type",
         "--calibration", "--num-samples", "--sample-length", "--refit-tokens", "--layout", "--roles", "--skip-layers",
-        "--align", "--strategy", "--importance", "--fusion-scope", "--no-restore", "--effort", "--seed", "--device",
+        "--align", "--strategy", "--importance", "--fusion-scope", "--no-restore", "--preset", "--seed", "--device",
         "--dtype", "--revision", "--trust-remote-code", "--dry-run", "--json", "--quiet", "--plan",
     ):  # fmt: skip
         assert flag in shown

@@ -55,7 +55,7 @@ def test_every_ratio_is_made_and_measured(source: Path, tmp_path: Path) -> None:
         ({"calibration": ("novels",)}, "find the second-order cost of every unit", 3.5 * 8192),
         ({"calibration": ("novels",), "refit_tokens": 65536}, "find the second-order cost of every unit", 3.5 * 32768),
         ({"calibration": ("novels",), "effort": "default"}, "search the structure", 16 * 128 * 12),
-        ({}, "weigh every unit token by token", 3.5 * 8192),
+        ({}, "estimate the importance of every unit", 3.5 * 6 * 32),
         ({"restore": False}, "cut, block by block", 0),
     ],
 )

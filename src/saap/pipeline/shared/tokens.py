@@ -200,8 +200,9 @@ def draw_tokens(
     leading, weights = leading_ids(loaded.tokenizer, bos=config.bos), KINDS
     dense: Mapping[str, Perplexity] = {}
     settings = config.preset_settings
-    wanted = (settings.sample_length, settings.refit_length, settings.held_length)
-    scored_length, refit_length, held_length = (read_at_once(loaded.model, length) for length in wanted)
+    refit_length, held_length = (read_at_once(loaded.model, n) for n in (settings.refit_length, settings.held_length))
+    # A length that was requested is not cut to what the model reads: that is refused.
+    scored_length = config.sample_length or read_at_once(loaded.model, settings.sample_length)
     refit_sequences = (settings.refit_sequences - generated_sequences(loaded, config)) * settings.refit_length
     requests = [
         SampleRequest("scored", config.samples, scored_length),
@@ -218,6 +219,7 @@ def draw_tokens(
         check_vocabulary({name: one.tokens for name, one in sets.items()}, rows, loaded.tokenizer)
     else:
         if evaluation and includes_mixed(calibration):
+            check_vocabulary(evaluation, rows, loaded.tokenizer)
             dense = _of_the_dense(loaded, evaluation, leading, processes or Processes())
             bits = {
                 kind: dense[kind].nll / math.log(2) / bytes_per_token(ids, loaded.tokenizer)
