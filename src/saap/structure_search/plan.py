@@ -129,7 +129,9 @@ def search(
 
     def solved(skipped: Collection[int]) -> tuple[dict[str, tuple[int, ...]], tuple[Candidate, ...]]:
         variables = build_variables(graph, space, {*dropped, *skipped})
-        proposal: Proposal = strategy.load()(SearchProblem(graph, variables, scores, remaining, dropped, guide))
+        proposal: Proposal = strategy.load()(
+            SearchProblem(graph, variables, scores, remaining, dropped, guide, space.skip_layers is None)
+        )
         return proposal.keep(variables), proposal.trail
 
     while remaining.removal > 0:

@@ -84,7 +84,8 @@ class SearchGuide:
 class SearchProblem:
     """Sizes of the variables are wanted that meet the budget, and an order of the units.
 
-    dropped: blocks that are removed as a whole, whatever the sizes.
+    dropped: blocks that are removed as a whole, whatever the sizes. protects_ends: whether the strategy is to protect
+    the blocks at both ends; not where the request says which.
     """
 
     graph: ModelGraph
@@ -93,6 +94,7 @@ class SearchProblem:
     budget: AnyBudget
     dropped: tuple[int, ...] = ()
     guide: SearchGuide = field(default_factory=SearchGuide)
+    protects_ends: bool = True
 
     def propose(self, name: str, decrements: Sequence[Decrement], orders: Orders) -> Proposal:
         """The proposal that follows from these decrements. Raises TargetError."""

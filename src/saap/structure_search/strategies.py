@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from saap.core.records import Candidate, FloatArray, IntArray, ModelGraph, UnitScores
+from saap.core.records import Candidate, FloatArray, IntArray, UnitScores
 from saap.structure_search.problem import (
     DecisionVariable,
     Decrement,
@@ -167,12 +167,12 @@ def protected_layers(blocks: int) -> tuple[int, ...]:
     return tuple(layer for layer in range(blocks) if layer < first or layer >= blocks - last)
 
 
-def uniform_shares(graph: ModelGraph, variables: Sequence[DecisionVariable], *, attention: float) -> list[float]:
+def uniform_shares(problem: SearchProblem, *, attention: float) -> list[float]:
     """Share of each variable under the uniform rule: 1, `attention` for attention modules, 0 at protected layers."""
-    protected = set(protected_layers(len(graph.blocks)))
+    protected = set(protected_layers(len(problem.graph.blocks))) if problem.protects_ends else set[int]()
     return [
         0.0 if all(group.layer in protected for group in one.groups) else attention if one.of_heads else 1.0
-        for one in variables
+        for one in problem.variables
     ]
 
 
@@ -194,7 +194,7 @@ def _starts(problem: SearchProblem, ranking: Sequence[Decrement] | None) -> list
     if ranking is not None and guide.costs is not None:
         starts.append(problem.propose("second-order cost", ranking, {**guide.costs.orders}))
     only_attention = all(variable.of_heads for variable in problem.variables)
-    shares = uniform_shares(problem.graph, problem.variables, attention=1.0 if only_attention else 0.0)
+    shares = uniform_shares(problem, attention=1.0 if only_attention else 0.0)
     name, decrements = "uniform, ends protected", problem.by_share(shares)
     return [*starts, problem.propose(name, decrements, importance_order(problem.scores))]
 
@@ -207,7 +207,7 @@ def _named(problem: SearchProblem, orders: Orders) -> list[Proposal]:
     variables = problem.variables
     portions = (0.0, 1.0) if any(variable.of_heads for variable in variables) else (1.0,)
     shares = {
-        f"uniform, attention {portion:g}, ends protected": uniform_shares(problem.graph, variables, attention=portion)
+        f"uniform, attention {portion:g}, ends protected": uniform_shares(problem, attention=portion)
         for portion in portions
     }
     shares[f"module importance, spread {SPREAD:g}"] = module_shares(variables, problem.scores, attention=0.3)
