@@ -79,8 +79,8 @@ def product_defaults() -> dict[str, Any]:
     """The settings of `saap prune` and `saap recover` for which nothing is said, as the program has them."""
     prune = {name: one.default for name, one in PruneConfig.model_fields.items()}
     recover = {name: one.default for name, one in RecoverConfig.model_fields.items()}
-    effort = dataclasses.asdict(PRESETS[Preset.DEFAULT])
-    return {"prune": prune, "recover": recover, "effort": effort, "minutes": DEFAULT_MINUTES}
+    preset = dataclasses.asdict(PRESETS[Preset.DEFAULT])
+    return {"prune": prune, "recover": recover, "preset": preset, "minutes": DEFAULT_MINUTES}
 
 
 def page_of(experiment: Experiment, request: Request, state: State, summary: Mapping[str, Any] | None) -> str:
