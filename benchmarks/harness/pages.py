@@ -22,10 +22,11 @@ TEMPLATES = Path(__file__).parent / "templates"
 NOTHING = "\N{EN DASH}"
 LONG_DECIMAL = re.compile(r"-?\d+\.\d{3,}")
 BEFORE = {
-    "pruned_before": "The pruned model was made when the default calibration had fewer instructions with answers and "
-    "articles than now.",
+    "pruned_before": "The pruned model was made when the default calibration was general English alone, with fewer "
+    "instructions with answers and articles than now.",
     "ranked_before": "The candidates whose shares follow the importance of whole modules were others when this was "
-    "measured: it was negative, so that important modules gave more.",
+    "measured: it was negative, so that important modules gave more. Units were weighed by the element-wise score.",
+    "mixed_before": "The default calibration was general English alone when this was measured.",
 }
 """What several pages say of figures that are older than the code."""
 
