@@ -24,7 +24,7 @@ CONVERSATIONS = "conversations"
 GENERAL: Mapping[str, int] = MappingProxyType({"novels": 2, "speeches": 2, "encyclopaedia": 6, CONVERSATIONS: 8})
 """Bundled kinds of general English, with their weights in `mixed`: the last two test more of what a model knows."""
 KINDS: Mapping[str, int] = MappingProxyType(
-    {**GENERAL, "code": 6, "mathematics": 4, "french": 3, "german": 3, "spanish": 3, "chinese": 3}
+    {**GENERAL, "code": 4, "mathematics": 2, "french": 3, "german": 3, "spanish": 3, "chinese": 3}
 )
 """All bundled kinds, with their weights in `mixed` for a model that knows each of them well."""
 KNOWN_WELL, UNKNOWN = 1.2, 2.0

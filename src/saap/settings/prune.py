@@ -161,7 +161,7 @@ class PresetSettings:
 
 PRESETS: dict[Preset, PresetSettings] = {
     Preset.PAPER: PresetSettings(refit_sequences=256, search_evaluations=0, held_sequences=8),
-    Preset.FAST: PresetSettings(refit_sequences=16, search_evaluations=0, held_sequences=8),
+    Preset.FAST: PresetSettings(refit_sequences=40, search_evaluations=0, held_sequences=8),
     Preset.DEFAULT: PresetSettings(sample_length=512, refit_sequences=256, search_evaluations=12, held_sequences=16),
     Preset.BEST: PresetSettings(
         sample_length=512, refit_sequences=384, search_evaluations=32, held_sequences=24, generated_sequences=64
