@@ -14,7 +14,9 @@ from mkdocs.structure.files import File, Files
 
 from saap.cli.app import app
 from saap.cli.flags import OUTPUT, Option, PositionalArgument
-from saap.settings.measure import CompareRequest, EvalRequest, ExportRequest, GenerationSettings, SpeedSettings
+from saap.settings.compare import CompareRequest
+from saap.settings.evaluate import EvalRequest, GenerationSettings, SpeedSettings
+from saap.settings.export import ExportRequest
 from saap.settings.prune import PruneConfig
 from saap.settings.recipe import Recipe, ReportRequest
 from saap.settings.recover import RecoverConfig

@@ -34,7 +34,7 @@ from saap.pipeline.recover.run import run_recover
 from saap.pipeline.shared.inputs import open_model
 from saap.pipeline.shared.memory import open_within
 from saap.pipeline.shared.progress import Reporter
-from saap.settings.measure import EvalRequest
+from saap.settings.evaluate import EvalRequest
 from saap.settings.places import filled, models_of, places_of
 from saap.settings.prune import PruneConfig, unit_roles
 from saap.settings.recover import RecoverConfig

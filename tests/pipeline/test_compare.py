@@ -15,7 +15,8 @@ from saap.pipeline.compare import run
 from saap.pipeline.shared.inputs import RunOptions
 from saap.reporting.comparison_tables import comparison_table
 from saap.reporting.tables import write_table
-from saap.settings.measure import CompareRequest, EvalRequest
+from saap.settings.compare import CompareRequest
+from saap.settings.evaluate import EvalRequest
 from saap.settings.prune import MethodChoice, PruneConfig
 from saap.settings.registry import Method
 

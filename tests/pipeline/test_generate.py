@@ -14,7 +14,7 @@ from saap.core.errors import ConfigurationError, ModelError
 from saap.evaluation.generation import prompt_ids
 from saap.pipeline.evaluate.generate import Speaker, answers, choose, open_speakers, stream
 from saap.pipeline.shared.dense_model import DenseChoice
-from saap.settings.measure import GenerationSettings
+from saap.settings.evaluate import GenerationSettings
 from saap.settings.run import RunOptions
 
 CPU = RunOptions(device="cpu")

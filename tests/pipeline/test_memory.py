@@ -19,7 +19,7 @@ from saap.models.walk import offload as offload_module
 from saap.models.walk.offload import OffloadedWeights
 from saap.pipeline.prune import planning
 from saap.pipeline.prune.run import run_prune
-from saap.pipeline.shared import memory, stages
+from saap.pipeline.shared import memory, memory_estimate, stages
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.tokens import OFFLOADED_SHARE
 from saap.settings.prune import PruneConfig
@@ -55,7 +55,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(offload_module, "SMALL_BYTES", 0)
     monkeypatch.setattr(memory, "RESERVE_BYTES", 0)
     monkeypatch.setattr(device_memory, "of_process", lambda: 0)
-    monkeypatch.setattr(memory.Needs, "of", lambda sizes, config: memory.Needs(2, 2, 1))
+    monkeypatch.setattr(memory_estimate.Needs, "of", lambda sizes, config: memory_estimate.Needs(2, 2, 1))
     yield found
     assert max(found, default=0) <= 1
 
@@ -165,18 +165,18 @@ def test_a_model_in_memory_is_refused(tmp_path: Path) -> None:
 
 
 def test_needs_grow_with_what_is_asked() -> None:
-    sizes = memory.Sizes(
+    sizes = memory_estimate.Sizes(
         weights=27 * 10**9, block=810 * 10**6, around=10**9, matrix=180 * 10**6, widest=11008, width=4096, blocks=32,
         vocabulary=32000, heads=32, values=65 * 10**8,
     )  # fmt: skip
 
-    def needs(**choices: Any) -> memory.Needs:
-        return memory.Needs.of(sizes, PruneConfig(pruning_ratios=(0.2,), **choices))
+    def needs(**choices: Any) -> memory_estimate.Needs:
+        return memory_estimate.Needs.of(sizes, PruneConfig(pruning_ratios=(0.2,), **choices))
 
     assert needs(restore=False).offloaded < 2 * 10**9 < needs(restore=True).offloaded < 8 * 10**9
     assert needs(restore=False).resident > sizes.weights
     estimation = [
-        memory.stage_needs(sizes, PruneConfig(pruning_ratios=(0.2,), sample_length=length))[stages.ESTIMATE]
+        memory_estimate.stage_needs(sizes, PruneConfig(pruning_ratios=(0.2,), sample_length=length))[stages.ESTIMATE]
         for length in (128, 512, 2048)
     ]
     assert estimation[0] == estimation[1] < estimation[2] / 3
@@ -196,8 +196,8 @@ def test_weights_count_once_where_the_run_fits(source: Path, tmp_path: Path, mon
         return stock(*arguments, **named)
 
     monkeypatch.setattr(memory, "open_model", reading)
-    needs = memory.Needs(weights + 10**8, weights + 10**8, 1)
-    monkeypatch.setattr(memory.Needs, "of", lambda sizes, config: needs)
+    needs = memory_estimate.Needs(weights + 10**8, weights + 10**8, 1)
+    monkeypatch.setattr(memory_estimate.Needs, "of", lambda sizes, config: needs)
     config = PruneConfig(pruning_ratios=(0.2,), **SETTINGS)
     limit = memory.RESERVE_BYTES + weights + 3 * 10**8
     assert not memory.open_within(source, config, RunOptions(max_memory=limit), None).spills

@@ -17,7 +17,7 @@ from saap.core.errors import ConfigurationError, OutputError, SaapError
 from saap.core.records import ModelGraph
 from saap.pipeline.recipe import run as recipe_run
 from saap.pipeline.recipe.run import Step, preview_recipe, recipe_steps, run_recipe
-from saap.settings.measure import SpeedSettings
+from saap.settings.evaluate import SpeedSettings
 from saap.settings.prune import PruneConfig
 from saap.settings.recipe import Recipe, read_recipe, recipe_from
 from saap.settings.recover import RecoverConfig

@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 
 from saap.models.loading import device_memory, devices
 from saap.pipeline.prune.run import run_prune
-from saap.pipeline.shared import memory
+from saap.pipeline.shared import memory, memory_estimate
 from saap.pipeline.shared import tokens as token_sets
 from saap.pipeline.shared.inputs import RunOptions
 from saap.settings.prune import Preset, PruneConfig
@@ -41,8 +41,8 @@ def layers_of_7b(layers: int) -> LlamaConfig:
 
 def needs(layers: int, config: PruneConfig, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
     """Bytes by what is kept on the device, of LLaMA-7B with so many layers."""
-    sizes = memory.Sizes.of(skeleton(layers_of_7b(layers)).to(dtype), torch.device("cuda"))
-    found = memory.Needs.of(sizes, config)
+    sizes = memory_estimate.Sizes.of(skeleton(layers_of_7b(layers)).to(dtype), torch.device("cuda"))
+    found = memory_estimate.Needs.of(sizes, config)
     return {
         "weights and activations": found.resident, "weights": found.spilled, "one block": found.offloaded,
     }  # fmt: skip

@@ -19,7 +19,7 @@ from saap.core.manifest import RunManifest
 from saap.evaluation.speed import Source
 from saap.pipeline.evaluate.speed import compare_speeds
 from saap.pipeline.shared.inputs import RunOptions, open_model
-from saap.settings.measure import SpeedSettings
+from saap.settings.evaluate import SpeedSettings
 from saap.settings.prune import GgufType
 from saap.settings.registry import RuntimeName
 

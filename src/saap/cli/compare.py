@@ -6,7 +6,7 @@ from typing import Annotated
 
 from saap.cli.flags import Model
 from saap.core.errors import ConfigurationError
-from saap.settings.measure import CompareRequest
+from saap.settings.compare import CompareRequest
 from saap.settings.run import READS, Display, RunOptions
 from saap.settings.setting import Only
 

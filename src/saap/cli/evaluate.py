@@ -7,7 +7,7 @@ from typing import Annotated
 
 from saap.cli.flags import Model
 from saap.core.errors import ConfigurationError
-from saap.settings.measure import EvalRequest, writing_flag
+from saap.settings.evaluate import EvalRequest, writing_flag
 from saap.settings.run import OPENS, OUTPUT, Display, RunOptions, out_flag
 from saap.settings.setting import Only, Settings
 

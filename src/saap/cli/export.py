@@ -7,7 +7,7 @@ from typing import Annotated
 
 from saap.cli.flags import Argument
 from saap.core.errors import ConfigurationError
-from saap.settings.measure import ExportRequest
+from saap.settings.export import ExportRequest
 from saap.settings.run import Display, RunOptions, out_flag, result_flag
 from saap.settings.setting import Only, Settings
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from saap.cli.flags import Argument
 from saap.core.errors import ConfigurationError
-from saap.settings.measure import GenerationSettings, dense_flag, writing_flag
+from saap.settings.evaluate import GenerationSettings, dense_flag, writing_flag
 from saap.settings.recover import DENSE_CODE, DENSE_REVISION
 from saap.settings.run import OPENS, Display, RunOptions
 from saap.settings.setting import Only, Settings

@@ -25,7 +25,7 @@ from saap.core.errors import EvaluationError, first_line
 from saap.core.evaluation_records import TaskResult
 from saap.core.storage import faults_of
 from saap.data.texts import read_rows
-from saap.settings.measure import PAPER_TASKS
+from saap.settings.evaluate import PAPER_TASKS
 
 SPLITS = ("test", "validation")
 BATCH = 8

@@ -26,7 +26,7 @@ from saap.export.model_card import model_card
 from saap.export.placing import check_output, whole_folder
 from saap.export.source import Exported, ExportSource, Progress, layer_sizes
 from saap.models.checkpoint.safetensor_files import TensorEntry
-from saap.settings.measure import ExportRequest
+from saap.settings.export import ExportRequest
 
 MODEL_TYPES = ("llama", "mistral")
 _CODE = Path(configuration_decilm.__file__)

@@ -23,7 +23,7 @@ from saap.core.errors import LayoutError, first_line
 from saap.core.records import ModelGraph, Role, StructurePlan
 from saap.models.checkpoint.pruned_structure import EPSILON_NAMES, PrunedStructure, epsilon_name
 from saap.models.checkpoint.stock_config import ADAPTIVE_REMEDY, stock_model, uniform_config
-from saap.models.structure.cut import scaled_weight
+from saap.models.structure.norms import scaled_weight
 from saap.models.walk.observer import hooked
 from saap.models.walk.offload import offloaded, share_weights
 from saap.models.walk.walker import without_cache

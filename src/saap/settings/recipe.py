@@ -10,7 +10,8 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from saap.core.errors import ConfigurationError
-from saap.settings.measure import EvalRequest, ExportRequest
+from saap.settings.evaluate import EvalRequest
+from saap.settings.export import ExportRequest
 from saap.settings.prune import PruneConfig
 from saap.settings.recover import RecoverConfig, check_alignment
 from saap.settings.setting import Flag, Settings, faults, settings_of

@@ -16,7 +16,8 @@ from saap.core.records import ModelGraph, digest_of
 from saap.core.storage import write_whole
 from saap.evaluation.zero_shot import local_file
 from saap.pipeline.shared.work import WorkFolder
-from saap.settings.measure import CompareRequest, EvalRequest
+from saap.settings.compare import CompareRequest
+from saap.settings.evaluate import EvalRequest
 from saap.settings.prune import MethodChoice
 
 REMEDY = "Choose another --out for this comparison"

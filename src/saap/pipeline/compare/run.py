@@ -36,7 +36,7 @@ from saap.pipeline.shared.stages import DISCOVER, LOAD, MEASURE_DENSE, READ_TEXT
 from saap.pipeline.shared.targets import Target, with_budgets
 from saap.pipeline.shared.tokens import draw_tokens
 from saap.pipeline.shared.work import WorkFolder
-from saap.settings.measure import CompareRequest
+from saap.settings.compare import CompareRequest
 from saap.settings.prune import MethodChoice, PruneConfig
 from saap.structure_search.plan import check_reachable
 

@@ -16,7 +16,7 @@ from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.probe import check_reads
 from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
 from saap.pipeline.shared.inputs import RunOptions, open_model
-from saap.settings.measure import GenerationSettings
+from saap.settings.evaluate import GenerationSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model, res
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import LOAD
 from saap.reporting.tables import names_apart
-from saap.settings.measure import EvalRequest, SpeedSettings
+from saap.settings.evaluate import EvalRequest, SpeedSettings
 
 
 def evaluate_model(

@@ -10,7 +10,7 @@ import torch
 
 from saap.core.evaluation_records import ModelSpeed, SpeedReport
 from saap.evaluation.speed import Runtime, Source, Speed, measure_speeds, speed_ups
-from saap.settings.measure import SpeedSettings
+from saap.settings.evaluate import SpeedSettings
 
 
 def compare_speeds(models: Sequence[tuple[str, Source]], settings: SpeedSettings) -> SpeedReport:

@@ -22,7 +22,7 @@ from saap.pipeline.prune.steps import requested_stages
 from saap.pipeline.shared import stages
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import RunOptions
-from saap.pipeline.shared.memory import Sizes, refit_tokens, stage_needs
+from saap.pipeline.shared.memory_estimate import Sizes, refit_tokens, stage_needs
 from saap.pipeline.shared.outcome import ANSWER_TOKENS
 from saap.pipeline.shared.stages import Stage, steps_of
 from saap.pipeline.shared.tokens import generated_sequences, needs_measuring

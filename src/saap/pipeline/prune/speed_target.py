@@ -21,7 +21,7 @@ from saap.models.loading.devices import copied
 from saap.pipeline.evaluate.speed import opened_in, pair_of_speeds, timed, weights_name
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.progress import Reporter
-from saap.settings.measure import SpeedSettings
+from saap.settings.evaluate import SpeedSettings
 from saap.settings.prune import PrunableRole, PruneConfig, unit_roles
 from saap.structure_search.budget import DecodeCosts, TimeBudget, budget_for_speedup, curve_through, trial_structures
 from saap.structure_search.plan import SearchSpace, check_reachable, make_plan

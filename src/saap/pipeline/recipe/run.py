@@ -40,7 +40,8 @@ from saap.pipeline.shared.targets import plan_targets, with_budgets
 from saap.pipeline.shared.work import WorkFolder
 from saap.recovery.quantise import check_group_sizes
 from saap.reporting.report import build_page, write_page
-from saap.settings.measure import EvalRequest, ExportRequest
+from saap.settings.evaluate import EvalRequest
+from saap.settings.export import ExportRequest
 from saap.settings.prune import PruneConfig
 from saap.settings.recipe import Recipe
 from saap.structure_search.plan import check_reachable

@@ -18,7 +18,7 @@ from saap.export.placing import check_place
 from saap.export.source import open_source
 from saap.models.checkpoint.safetensor_files import StoredTensors
 from saap.models.loading.llama_cpp import LlamaCpp
-from saap.settings.measure import SpeedSettings
+from saap.settings.evaluate import SpeedSettings
 
 
 class LlamaCppRuntime:

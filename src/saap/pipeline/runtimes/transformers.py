@@ -13,7 +13,7 @@ from saap.core.errors import ModelError
 from saap.evaluation.speed import CachedModel, Source
 from saap.models.walk.probe import check_reads
 from saap.pipeline.shared.inputs import RunOptions, open_model
-from saap.settings.measure import SpeedSettings
+from saap.settings.evaluate import SpeedSettings
 
 
 class TransformersRuntime:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from saap.core.errors import ModelError
 from saap.core.manifest import RunManifest, read_manifest
 from saap.models.loading.references import ResolvedModel, resolve_model
-from saap.settings.measure import EvalRequest
+from saap.settings.evaluate import EvalRequest
 from saap.settings.recover import RecoverConfig
 
 

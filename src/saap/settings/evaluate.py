@@ -1,15 +1,15 @@
-"""Settings of eval, compare, generate and export, which commands and recipes share."""
+"""Settings of `saap eval` and `saap generate`, and of the measuring of speed, which commands and recipes share."""
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from saap.settings.prune import BOS, GGUF_TYPE, GgufType, MethodChoice, PruneConfig, check_gguf_type
+from saap.settings.prune import BOS, GGUF_TYPE, GgufType, check_gguf_type
 from saap.settings.recover import DENSE_CODE, DENSE_REVISION
-from saap.settings.registry import ExportFormat, Method, RuntimeName
-from saap.settings.setting import AtLeast1, Commas, Different, Flag, Only, Ratio, Seed, Settings, Source, Texts
+from saap.settings.registry import RuntimeName
+from saap.settings.setting import AtLeast1, Commas, Flag, Only, Seed, Settings, Source, Texts
 
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The seven tasks of the SAAP paper, by the names of lm-evaluation-harness; `paper` stands for them."""
@@ -18,9 +18,6 @@ tasks_flag = partial(Flag, panel="Zero-shot tasks")
 writing_flag = partial(Flag, panel="Generation")
 dense_flag = partial(Flag, panel="Dense model")
 speed_flag = partial(Flag, panel="Speed")
-compared_flag = partial(Flag, panel="Comparison")
-format_flag = partial(Flag, panel="Format")
-FIVE_METHODS = "saap,llm-pruner-element2,flap,wanda-sp,magnitude"
 MAX_NEW_TOKENS = "Tokens to write for each prompt, at most."
 
 
@@ -121,73 +118,3 @@ class GenerationSettings(Settings):
     temperature: Annotated[float, Field(ge=0), writing_flag("0: always the most likely token; above: sampled.")] = 0.0
     seed: Annotated[Seed, writing_flag("Seed of the sampling.")] = 0
     chat: Annotated[bool, writing_flag("Use the chat template, or continue the text itself.")] = True
-
-
-def _restorations(given: Any) -> Any:
-    """Both, yes or no, as False and True."""
-    known = {"both": (False, True), "yes": (True,), "no": (False,)}
-    if isinstance(given, str) and given not in known:
-        raise ValueError("is unknown", f"It takes {', '.join(known)}")
-    return known[given] if isinstance(given, str) else given
-
-
-class CompareRequest(Settings):
-    """What to compare.
-
-    methods: each with the roles that it may prune, None for the configuration's. config: of the method under test;
-    its calibration and its ratios are everybody's. restorations: False cuts only (FLAP adds its biases), True also
-    reconstructs. evaluation: the texts and tasks to measure on. task_ratios: None for all of them: tasks take far
-    longer than perplexity.
-    """
-
-    methods: Annotated[
-        tuple[MethodChoice, ...],
-        Commas,
-        Different,
-        compared_flag(
-            "Methods, each METHOD or METHOD@ROLE+ROLE to prune these only.", metavar="M[,M...]", default=FIVE_METHODS
-        ),
-    ] = Field(default_factory=lambda: tuple(MethodChoice(method=Method(name)) for name in FIVE_METHODS.split(",")))
-    config: Annotated[
-        PruneConfig,
-        Only(
-            (
-                "pruning_ratios", "calibration", "samples", "sample_length", "refit_tokens", "bos", "roles", "align",
-                "preset",
-            ),
-            {"pruning_ratios": "0.1,0.2,0.3"},
-        ),
-    ]  # fmt: skip
-    seeds: Annotated[
-        tuple[Seed, ...], Commas, Different, compared_flag("Seeds of the calibration samples.", metavar="N[,N...]")
-    ] = (0,)
-    restorations: Annotated[
-        tuple[bool, ...], BeforeValidator(_restorations), compared_flag(
-            "Least-squares reconstruction by saap, for every method: both, yes or no.", name="restore",
-            metavar="both|yes|no", default="both",
-        ),
-    ] = (False, True)  # fmt: skip
-    evaluation: Annotated[
-        EvalRequest,
-        Only(
-            ("texts", "window", "bos", "max_tokens", "tasks", "task_data", "limit", "rounded"), {"texts": ("bundled")}
-        ),
-    ]
-    task_ratios: Annotated[
-        tuple[Ratio, ...] | None,
-        Commas,
-        BeforeValidator(lambda given: () if given == "none" else given),
-        compared_flag("Run the tasks at these ratios only, or `none`.", metavar="R[,R...]", default="at all"),
-    ] = None
-
-    def asks_tasks(self, ratio: float) -> bool:
-        """Whether a model pruned by `ratio` answers the tasks."""
-        return bool(self.evaluation.tasks) and (self.task_ratios is None or ratio in self.task_ratios)
-
-
-class ExportRequest(Settings):
-    """What to export: the format, and for GGUF the type of the weights and whether llama.cpp checks the file."""
-
-    format: Annotated[ExportFormat, format_flag(f"{ExportFormat.summaries()}.")] = ExportFormat.GGUF
-    quantization: Annotated[GgufType, format_flag("Of the weights in GGUF.")] = GgufType.F16
-    verify: Annotated[bool, format_flag("Compare the file in llama.cpp with transformers.")] = True

@@ -1,0 +1,76 @@
+"""Settings of `saap compare`."""
+
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from saap.settings.evaluate import EvalRequest
+from saap.settings.prune import MethodChoice, PruneConfig
+from saap.settings.registry import Method
+from saap.settings.setting import Commas, Different, Flag, Only, Ratio, Seed, Settings
+
+compared_flag = partial(Flag, panel="Comparison")
+FIVE_METHODS = "saap,llm-pruner-element2,flap,wanda-sp,magnitude"
+
+
+def _restorations(given: Any) -> Any:
+    """Both, yes or no, as False and True."""
+    known = {"both": (False, True), "yes": (True,), "no": (False,)}
+    if isinstance(given, str) and given not in known:
+        raise ValueError("is unknown", f"It takes {', '.join(known)}")
+    return known[given] if isinstance(given, str) else given
+
+
+class CompareRequest(Settings):
+    """What to compare.
+
+    methods: each with the roles that it may prune, None for the configuration's. config: of the method under test;
+    its calibration and its ratios are everybody's. restorations: False cuts only (FLAP adds its biases), True also
+    reconstructs. evaluation: the texts and tasks to measure on. task_ratios: None for all of them: tasks take far
+    longer than perplexity.
+    """
+
+    methods: Annotated[
+        tuple[MethodChoice, ...],
+        Commas,
+        Different,
+        compared_flag(
+            "Methods, each METHOD or METHOD@ROLE+ROLE to prune these only.", metavar="M[,M...]", default=FIVE_METHODS
+        ),
+    ] = Field(default_factory=lambda: tuple(MethodChoice(method=Method(name)) for name in FIVE_METHODS.split(",")))
+    config: Annotated[
+        PruneConfig,
+        Only(
+            (
+                "pruning_ratios", "calibration", "samples", "sample_length", "refit_tokens", "bos", "roles", "align",
+                "preset",
+            ),
+            {"pruning_ratios": "0.1,0.2,0.3"},
+        ),
+    ]  # fmt: skip
+    seeds: Annotated[
+        tuple[Seed, ...], Commas, Different, compared_flag("Seeds of the calibration samples.", metavar="N[,N...]")
+    ] = (0,)
+    restorations: Annotated[
+        tuple[bool, ...], BeforeValidator(_restorations), compared_flag(
+            "Least-squares reconstruction by saap, for every method: both, yes or no.", name="restore",
+            metavar="both|yes|no", default="both",
+        ),
+    ] = (False, True)  # fmt: skip
+    evaluation: Annotated[
+        EvalRequest,
+        Only(
+            ("texts", "window", "bos", "max_tokens", "tasks", "task_data", "limit", "rounded"), {"texts": ("bundled")}
+        ),
+    ]
+    task_ratios: Annotated[
+        tuple[Ratio, ...] | None,
+        Commas,
+        BeforeValidator(lambda given: () if given == "none" else given),
+        compared_flag("Run the tasks at these ratios only, or `none`.", metavar="R[,R...]", default="at all"),
+    ] = None
+
+    def asks_tasks(self, ratio: float) -> bool:
+        """Whether a model pruned by `ratio` answers the tasks."""
+        return bool(self.evaluation.tasks) and (self.task_ratios is None or ratio in self.task_ratios)

@@ -1,0 +1,18 @@
+"""Settings of `saap export`."""
+
+from functools import partial
+from typing import Annotated
+
+from saap.settings.prune import GgufType
+from saap.settings.registry import ExportFormat
+from saap.settings.setting import Flag, Settings
+
+format_flag = partial(Flag, panel="Format")
+
+
+class ExportRequest(Settings):
+    """What to export: the format, and for GGUF the type of the weights and whether llama.cpp checks the file."""
+
+    format: Annotated[ExportFormat, format_flag(f"{ExportFormat.summaries()}.")] = ExportFormat.GGUF
+    quantization: Annotated[GgufType, format_flag("Of the weights in GGUF.")] = GgufType.F16
+    verify: Annotated[bool, format_flag("Compare the file in llama.cpp with transformers.")] = True
