@@ -1,4 +1,4 @@
-"""How many bytes each stage and a whole run take: formulas of sizes alone, a little too much, before a weight is read."""
+"""Bytes that each stage and a whole run take, by formulas of sizes alone: a little too much, before weights are read."""
 
 from __future__ import annotations
 
