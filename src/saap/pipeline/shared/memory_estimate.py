@@ -1,4 +1,4 @@
-"""Bytes that each stage and a whole run take, by formulas of sizes alone: a little too much, before weights are read."""
+"""Bytes that each stage and a whole run take: by formulas of sizes, before weights are read, and a little too much."""
 
 from __future__ import annotations
 
