@@ -25,6 +25,7 @@ from saap.models.loading.devices import computable, require_values
 from saap.models.loading.pretrained import model_ref
 from saap.models.walk.backend import Backend
 from saap.models.walk.offload import offloaded
+from saap.models.walk.probe import read_at_once
 from saap.models.walk.spill import Spill
 from saap.pipeline.evaluate.run import evaluate_model
 from saap.pipeline.prune.result import PruneResult
@@ -115,7 +116,7 @@ def estimate(
         calibration,
         tokenizer,
         samples=config.samples,
-        length=config.preset_settings.sample_length,
+        length=config.sample_length or read_at_once(opened, config.preset_settings.sample_length),
         seed=config.seed,
         bos=config.bos,
     )

@@ -16,7 +16,7 @@ from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Observer
 from saap.models.walk.spill import Spill
 from saap.models.walk.walk import walk
-from saap.structure_search.costs import WeightedGrams
+from saap.structure_search.second_order import WeightedGrams
 
 TOKENS = families.token_ids(5, 10)
 

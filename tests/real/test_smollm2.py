@@ -49,7 +49,7 @@ def test_prune_as_a_user_does(
     monkeypatch.setattr(tokens, "KIND_TOKENS", 128)
     out = tmp_path / "small"
     command = ["prune", "smollm2", "--pruning-ratio", "0.2", "--output-dir", out]
-    quick = ["--effort", "fast", "--num-samples", "8", "--refit-tokens", "2048", "--json"]
+    quick = ["--effort", "fast", "--num-samples", "8", "--refit-tokens", "6144", "--json"]
     code, printed, error = run(capsys, *command, *quick)
     assert code == 0, error
     report = json.loads(printed)

@@ -27,7 +27,7 @@ def model_folder(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pruned") / "small"
     saap.prune(
         source, pruning_ratio=0.2, out=out, effort="fast", samples=4, sample_length=32, refit_tokens=1024, align=8,
-        calibration="novels",
+        calibration="novels", importance="fused",
     )  # fmt: skip
     manifest = out / "saap" / "manifest.json"
     content = json.loads(manifest.read_text())

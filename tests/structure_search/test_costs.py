@@ -12,7 +12,7 @@ from tests import families
 from saap.core.records import Role
 from saap.discovery import discover
 from saap.models.walk.backend import Backend
-from saap.structure_search.costs import SecondOrder, second_order_costs
+from saap.structure_search.second_order import SecondOrder, second_order_costs
 
 
 def costs_of(model: Any, samples: int = 3) -> SecondOrder:

@@ -22,10 +22,10 @@ from saap.models.walk.backend import Backend
 from saap.settings.prune import PRESETS, FusionScope, Preset, PrunableRole
 from saap.settings.registry import Importance, Strategy
 from saap.structure_search.budget import budget_for_ratio
-from saap.structure_search.costs import SecondOrder, second_order_costs
 from saap.structure_search.evaluator import StructureEvaluator
 from saap.structure_search.plan import SearchSpace, search
 from saap.structure_search.problem import SearchGuide
+from saap.structure_search.second_order import SecondOrder, second_order_costs
 from saap.surgery.cut import cut
 from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 

@@ -33,7 +33,7 @@ from saap.models.structure.masking import masked
 from saap.models.walk.walker import BlockWalker, inference_only
 from saap.settings.prune import ElementOrder, FusionScope
 from saap.settings.registry import Importance, Method
-from saap.structure_search.costs import second_order_costs
+from saap.structure_search.second_order import second_order_costs
 from saap.structure_search.strategies import relative_volatility, standardised_fluctuation
 
 ROLES = ("ffn", "attention")

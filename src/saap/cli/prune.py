@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from saap.cli.flags import Model
 from saap.core.errors import ConfigurationError
 from saap.settings.prune import Preset, PruneConfig
+from saap.settings.registry import Method
 from saap.settings.run import Display, RunOptions, output_flag
 from saap.settings.setting import Flag, Positive, Settings, Texts
 
@@ -38,7 +39,8 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
     """
     if options.out is None and not stages.dry_run:
         raise ConfigurationError("--output-dir is missing", "Name the folder to write with -o DIR, or use --dry-run")
-    data = stages.recover or (INSTRUCTIONS if config.preset is Preset.PAPER else ())
+    papers = config.preset is Preset.PAPER and config.method is Method.SAAP and options.max_memory is None
+    data = stages.recover or (INSTRUCTIONS if papers else ())
     if stages.recover_minutes is not None and not data:
         raise ConfigurationError("--recover-minutes tunes nothing", "Name the data with --recover NAME|FILE")
     from saap.cli.show import output as out

@@ -64,9 +64,9 @@ class PerplexityChange(Strict):
 
 
 class KindChange(PerplexityChange):
-    """The same of one kind of text. bits_per_byte: that a byte of it costs the dense model."""
+    """The same of one kind of text. bits_per_byte: that a byte of it costs the dense model; None if not finite."""
 
-    bits_per_byte: Amount
+    bits_per_byte: Amount | None
 
     @property
     def ratio(self) -> float:

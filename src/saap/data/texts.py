@@ -155,9 +155,11 @@ def kind_weights(bits_per_byte: Mapping[str, float]) -> dict[str, int]:
     """The weights of KINDS in `mixed` for a model, by how well it predicts each kind.
 
     Text that a model does not know teaches the reconstruction nothing worth keeping, and takes the place of other text.
-    bits_per_byte: of the model on each kind, comparable over tokenizers. A model that knows none has the plain weights.
+    bits_per_byte: of the model on each kind that it can read, comparable over tokenizers. A model that knows none of
+    them has the plain weights.
     """
-    known = {kind: min(1.0, max(0.0, (UNKNOWN - bits_per_byte[kind]) / (UNKNOWN - KNOWN_WELL))) for kind in KINDS}
+    spare = {kind: UNKNOWN - bits_per_byte.get(kind, UNKNOWN) for kind in KINDS}
+    known = {kind: min(1.0, max(0.0, bits / (UNKNOWN - KNOWN_WELL))) for kind, bits in spare.items()}
     weights = {kind: round(10 * weight * known[kind]) for kind, weight in KINDS.items()}
     return weights if any(weights.values()) else dict(KINDS)
 

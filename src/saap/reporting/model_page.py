@@ -100,7 +100,7 @@ def _importance_section(modules: Sequence[ModuleScores]) -> Section:
     }
     figures: list[Figure] = []
     units = {role: f"{sum(len(one.fused) for one in same):,}" for role, same in by_role.items()}
-    if any(one.fluctuation.any() for one in modules):
+    if any(not np.array_equal(one.vector, one.element) for one in modules):
         said = words("two_scores")
         means = [[role, units[role], *_means(same)] for role, same in by_role.items()]
         columns = list(modules[0].agreement)

@@ -8,7 +8,7 @@ import numpy as np
 from saap.core.records import Candidate, CoupledGroup, FloatArray, IntArray, ModelGraph, Role, UnitScores
 from saap.models.walk.backend import Progress, silent
 from saap.structure_search.budget import AnyBudget, TimeBudget
-from saap.structure_search.costs import SecondOrder
+from saap.structure_search.second_order import SecondOrder
 
 Scores = Mapping[str, UnitScores]
 Orders = Mapping[str, IntArray]

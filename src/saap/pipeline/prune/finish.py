@@ -79,14 +79,7 @@ def place_result(
     plan, tokens, model, path = made.plan, run.tokens, _model_of(made), target.folder
     text, size = tokens.measured
     perplexity = PerplexityChange(text=text, tokens=size, before=dense.perplexity, after=pruned.perplexity)
-    kinds = tuple(
-        KindChange(
-            text=kind, tokens=ids.size, before=dense.kinds[kind], after=pruned.kinds[kind],
-            bits_per_byte=math.log2(dense.kinds[kind]) / bytes_per_token(ids, run.loaded.tokenizer),
-        )
-        for kind, ids in tokens.evaluation.items()
-        if kind != HELD_OUT
-    )  # fmt: skip
+    kinds = _by_kind(run, dense, pruned)
     answers = Answers(prompt=dense.prompt, dense=dense.answer, pruned=pruned.answer)
     measured = {"perplexity": perplexity, "kinds": kinds, "answers": answers, "speed": speed}
     manifest = manifest_of_run(run, plan, scores).model_copy(update=measured)
@@ -116,6 +109,19 @@ def place_result(
             model = open_result(run, path)  # its files have another place now
         run.processes.barrier()
     return PruneResult(model=model, plan=plan, report=report, path=path)
+
+
+def _by_kind(run: Run, dense: Behaviour, pruned: Behaviour) -> tuple[KindChange, ...]:
+    """The perplexities of both models on each kind of text, those left out that are no numbers."""
+    found = []
+    for kind, ids in run.tokens.evaluation.items():
+        before, after = dense.kinds[kind], pruned.kinds[kind]
+        if kind == HELD_OUT or math.isnan(before) or math.isnan(after):
+            continue
+        size = bytes_per_token(ids, run.loaded.tokenizer)
+        bits = math.log2(before) / size if math.isfinite(before) and size else None
+        found.append(KindChange(text=kind, tokens=ids.size, before=before, after=after, bits_per_byte=bits))
+    return tuple(found)
 
 
 def read_result(run: Run, target: Target) -> PruneResult:
@@ -170,9 +176,7 @@ def findings_of(
             "the pruned model's perplexity is not finite: prune less, or compute in float32 (--dtype float32)."
         )
     elif growth > 1 + 10 * removed:
-        more = (
-            "use --preset best or more refit text (--refit-tokens)" if run.config.restore else "leave out --no-restore"
-        )
+        more = "use --preset best or more refit text (--refit-tokens)" if run.config.restore else "use --restore"
         findings.append(
             f"perplexity grew {growth:.1f} times for {removed:.0%} removed, more than usual: the importance scores may "
             f"not fit this model; {more}, or another --strategy."
@@ -202,7 +206,9 @@ def uneven_losses(kinds: Sequence[KindChange]) -> list[str]:
 
     Of the kinds that the dense model knows: what it cannot read has nothing to lose.
     """
-    growth = {one.text: math.log(one.ratio) for one in kinds if one.bits_per_byte < UNKNOWN}
+    growth = {
+        one.text: math.log(one.ratio) for one in kinds if one.bits_per_byte is not None and one.bits_per_byte < UNKNOWN
+    }
     usual = float(np.median(list(growth.values()))) if growth else 0.0
     return [
         f"the perplexity of {kind} grew {math.exp(lost):.1f} times, that of most kinds of text {math.exp(usual):.1f} "

@@ -21,10 +21,10 @@ from saap.pipeline.shared.tokens import costs_at_once, generated_sequences
 from saap.settings.prune import unit_roles
 from saap.settings.registry import Importance, Method
 from saap.structure_search.budget import Budget
-from saap.structure_search.costs import SecondOrder, second_order_costs
 from saap.structure_search.evaluator import EVALUATED_AT_ONCE, StructureEvaluator
 from saap.structure_search.plan import complete_plan, search
 from saap.structure_search.problem import SearchGuide
+from saap.structure_search.second_order import SecondOrder, second_order_costs
 
 GENERATION_BATCH = 32
 SEARCH_SHARE = 0.2

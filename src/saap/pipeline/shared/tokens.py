@@ -32,17 +32,16 @@ from saap.models.walk.spill import Keep
 from saap.models.walk.walk import layerwise_logits
 from saap.models.walk.walker import BlockWalker
 from saap.pipeline.shared.inputs import LoadedModel
-from saap.settings.prune import PrunableRole, PruneConfig
+from saap.settings.prune import PRESETS, Preset, PrunableRole, PruneConfig
 from saap.settings.registry import Method, Strategy
-from saap.structure_search.costs import gram_bytes
+from saap.structure_search.second_order import gram_bytes
 from saap.surgery.reconstruct import require_sequences
 
 EVALUATION_TOKENS, KIND_TOKENS = 1024, 512
 """Of each kind of text in GENERAL, and of each of the others, that the dense and the pruned model are measured on."""
 EVALUATION, HELD_OUT = "bundled text that is never calibrated on", "held-out calibration samples"
 """What models are measured on with a tokenizer, and without."""
-OFFLOADED_SHARE = 4
-"""A model whose weights are read from its files is measured on a part: it is large, and every token takes long."""
+SHORT_SAMPLE = PRESETS[Preset.FAST].sample_length
 HELD_WRITTEN = 4
 """Sequences of the model's own text that only evaluate structures."""
 COST_TOKENS = 32_768
@@ -153,15 +152,14 @@ def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:
     return 0 if config.trusts_calibration or not able else wanted
 
 
-def evaluation_sets(tokenizer: Any, *, offloaded: bool = False) -> dict[str, IntArray]:
-    """By kind, the ids (tokens,) of the bundled text that dense and pruned models are measured on."""
-    share = OFFLOADED_SHARE if offloaded else 1
-    return {
-        kind: token_stream([bundled_text(kind, Purpose.EVALUATION)], tokenizer)[
-            : (EVALUATION_TOKENS if kind in GENERAL else KIND_TOKENS) // share
-        ]
-        for kind in KINDS
-    }
+def evaluation_sets(tokenizer: Any) -> dict[str, IntArray]:
+    """By kind, the ids (tokens,) of the bundled text that dense and pruned models are measured on.
+
+    A kind of which the tokenizer knows no character is left out.
+    """
+    found = {kind: token_stream([bundled_text(kind, Purpose.EVALUATION)], tokenizer) for kind in KINDS}
+    cut = {kind: ids[: EVALUATION_TOKENS if kind in GENERAL else KIND_TOKENS] for kind, ids in found.items()}
+    return {kind: ids for kind, ids in cut.items() if len(ids) > 1}
 
 
 def reader_of(model: nn.Module, keep: Keep = list) -> Reader | None:
@@ -194,18 +192,18 @@ def draw_tokens(
     The kinds of `mixed` are weighed by how well the dense model knows each of them, which the first of the processes
     measures.
     """
-    evaluation = (
-        {} if loaded.tokenizer is None else evaluation_sets(loaded.tokenizer, offloaded=loaded.fresh is not None)
-    )
+    evaluation = {} if loaded.tokenizer is None else evaluation_sets(loaded.tokenizer)
     leading, weights = leading_ids(loaded.tokenizer, bos=config.bos), KINDS
     dense: Mapping[str, Perplexity] = {}
     settings = config.preset_settings
     refit_length, held_length = (read_at_once(loaded.model, n) for n in (settings.refit_length, settings.held_length))
     # A length that was requested is not cut to what the model reads: that is refused.
     scored_length = config.sample_length or read_at_once(loaded.model, settings.sample_length)
+    # Of a short text, as many tokens as `fast` would take must do, unless the length of samples was requested.
+    enough = None if config.sample_length else -(-config.samples * SHORT_SAMPLE // scored_length)
     refit_sequences = (settings.refit_sequences - generated_sequences(loaded, config)) * settings.refit_length
     requests = [
-        SampleRequest("scored", config.samples, scored_length),
+        SampleRequest("scored", config.samples, scored_length, at_least=enough),
         SampleRequest("held", settings.held_sequences, held_length, held_out=True, at_least=1),
         SampleRequest("refit", refit_sequences // refit_length, refit_length, at_least=4),
     ]
