@@ -186,10 +186,7 @@ def _ranking(problem: SearchProblem) -> list[Decrement] | None:
 
 
 def _starts(problem: SearchProblem, ranking: Sequence[Decrement] | None) -> list[Proposal]:
-    """The most promising first: one global ranking by second-order cost; the element-wise order; that of the scores.
-
-    The others take FFN first and protect both ends.
-    """
+    """The most promising first: one global ranking by second-order cost; then FFN alone, both ends protected."""
     starts, guide = [], problem.guide
     if ranking is not None and guide.costs is not None:
         starts.append(problem.propose("second-order cost", ranking, {**guide.costs.orders}))

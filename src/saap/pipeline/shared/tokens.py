@@ -60,8 +60,8 @@ class TokenSets:
     """Token ids for each use.
 
     scored: importance. held: evaluating structures. refit: reconstruction. costs: token-level sensitivities.
-    evaluation: (tokens,) of a text that nothing was calibrated on, named `evaluation_name`. leading: ids that each
-    window of a text begins with.
+    evaluation: by kind, (tokens,) of texts that nothing was calibrated on. dense: the dense model's perplexities on
+    them, where they were measured already. leading: ids that each window of a text begins with.
     """
 
     scored: CalibrationSet
