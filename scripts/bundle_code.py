@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bundle_texts import BUNDLED, head, write_compressed
 
-LONGEST_PASSAGE = 5_500
+LONGEST_PASSAGE = 4_800
 
 
 @dataclass(frozen=True, slots=True)
