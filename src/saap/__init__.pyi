@@ -48,7 +48,7 @@ def estimate(
     max_memory: int | None = None,
     tokenizer: Any | None = None,
 ) -> ImportanceScores:
-    """Vector-wise and element-wise importance of every unit over the calibration samples (SAAP, estimation stage).
+    """The importance of every unit over the calibration samples (SAAP, estimation stage), by the score that is named.
 
     model: a loaded model, or what `saap prune` takes. calibration: names and files as on the command line, texts (both
     need a tokenizer), or token ids of shape (samples, length). max_memory: bytes that the process may have resident;
