@@ -25,7 +25,6 @@ from saap.models.loading.devices import computable, require_values
 from saap.models.loading.pretrained import model_ref
 from saap.models.walk.backend import Backend
 from saap.models.walk.offload import offloaded
-from saap.models.walk.probe import read_at_once
 from saap.models.walk.spill import Spill
 from saap.pipeline.evaluate.run import evaluate_model
 from saap.pipeline.prune.result import PruneResult
@@ -35,6 +34,7 @@ from saap.pipeline.recover.run import run_recover
 from saap.pipeline.shared.inputs import open_model
 from saap.pipeline.shared.memory import open_within
 from saap.pipeline.shared.progress import Reporter
+from saap.pipeline.shared.tokens import sample_length
 from saap.settings.evaluate import EvalRequest
 from saap.settings.places import filled, models_of, places_of
 from saap.settings.prune import PruneConfig, unit_roles
@@ -116,7 +116,7 @@ def estimate(
         calibration,
         tokenizer,
         samples=config.samples,
-        length=config.sample_length or read_at_once(opened, config.preset_settings.sample_length),
+        length=sample_length(opened, config),
         seed=config.seed,
         bos=config.bos,
     )

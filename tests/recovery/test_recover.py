@@ -278,7 +278,7 @@ def test_a_recovery_measures_anew_what_was_recorded_with_the_other_kind_of_windo
     found = {
         bos: saap.recover(small, data=[text], bos=bos, **{**QUICK, "max_steps": 1}).report for bos in (True, False)
     }
-    texts = {kind: ids for kind, ids in evaluation_sets(led).items() if kind in GENERAL}
+    texts = evaluation_sets(led, GENERAL)
     assert found[True].perplexity_before == pruned.perplexity
     alone = joint_perplexity(perplexities(saap.load(small), texts).values())
     assert found[False].perplexity_before == pytest.approx(alone, rel=1e-5)

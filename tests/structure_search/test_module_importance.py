@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -69,17 +70,12 @@ def test_the_least_important_module_gives_most(strategy: Strategy, role: Role) -
 @pytest.mark.parametrize("scope", FusionScope)
 def test_one_ranking_compares_roles_by_what_their_parameters_are_worth(scope: FusionScope) -> None:
     of = graph()
+    ranked = partial(
+        saap.search, of, pruning_ratio=0.1, strategy="importance", importance="fused", fusion_scope=scope,
+        skip_layers=EVERYWHERE, align=1,
+    )  # fmt: skip
     scores = drawn(of, {f"layers.{layer}.attention": 1e-3 for layer in range(6)})
-    plan = saap.search(
-        of,
-        scores,
-        pruning_ratio=0.1,
-        strategy="importance",
-        importance="fused",
-        fusion_scope=scope,
-        skip_layers=EVERYWHERE,
-        align=1,
-    )
+    plan = ranked(scores)
     heads, channels = (
         sum(group.units - len(plan.kept(group)) for group in of.of_role(role)) for role in (Role.ATTENTION, Role.FFN)
     )
@@ -87,16 +83,7 @@ def test_one_ranking_compares_roles_by_what_their_parameters_are_worth(scope: Fu
     assert channels == 0
     # with attention as valuable as it is rare, channels go before it
     scores = drawn(of, {f"layers.{layer}.attention": 1e3 for layer in range(6)})
-    plan = saap.search(
-        of,
-        scores,
-        pruning_ratio=0.1,
-        strategy="importance",
-        importance="fused",
-        fusion_scope=scope,
-        skip_layers=EVERYWHERE,
-        align=1,
-    )
+    plan = ranked(scores)
     assert {of.group(name).role for name in plan.keep} == {Role.FFN}
 
 

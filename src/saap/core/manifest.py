@@ -62,16 +62,16 @@ class PerplexityChange(Strict):
     before: Perplexity
     after: Perplexity
 
+    @property
+    def ratio(self) -> float:
+        """Perplexity after over before."""
+        return self.after / self.before
+
 
 class KindChange(PerplexityChange):
     """The same of one kind of text. bits_per_byte: that a byte of it costs the dense model; None if not finite."""
 
     bits_per_byte: Amount | None
-
-    @property
-    def ratio(self) -> float:
-        """Perplexity after over before."""
-        return self.after / self.before
 
 
 class Answers(Strict):

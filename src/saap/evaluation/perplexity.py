@@ -69,11 +69,8 @@ def perplexity(
     Raises CalibrationError if there are fewer than 2 tokens, or window is less than 2, or stride is not
     from 1 to the tokens of the text in a window.
     """
-    found = perplexities(
-        model, {"": token_ids}, window=window, stride=stride, batch=batch, max_tokens=max_tokens, leading=leading,
-        read=read,
-    )  # fmt: skip
-    return found[""]
+    text = {"": _stream(token_ids)[:max_tokens]}
+    return perplexities(model, text, window=window, stride=stride, batch=batch, leading=leading, read=read)[""]
 
 
 @torch.no_grad()
@@ -84,13 +81,12 @@ def perplexities(
     window: int | None = None,
     stride: int | None = None,
     batch: int = 4,
-    max_tokens: int | None = None,
     leading: Sequence[int] = (),
     read: Reader | None = None,
 ) -> dict[str, Perplexity]:
     """Perplexity of several texts, ids (n,) by name; see `perplexity`. `read` gets the windows of all of them."""
     window = default_window(model) if window is None else window
-    ids = {name: _stream(text)[:max_tokens] for name, text in texts.items()}
+    ids = {name: _stream(text) for name, text in texts.items()}
     shortest = min(map(len, ids.values()))
     if shortest < 2 or window < 2:
         raise CalibrationError(

@@ -56,7 +56,7 @@ def _tiles(manifest: RunManifest) -> list[tuple[str, str]]:
     unit, size = ("MB", 1e6) if manifest.bytes.after >= 10**7 else ("kB", 1e3)
     seconds = sum(stage.seconds for stage in manifest.stages)
     found = manifest.perplexity
-    ratio = [] if found is None else [(f"{found.after / found.before:.2f} x", "the dense model's perplexity")]
+    ratio = [] if found is None else [(f"{found.ratio:.2f} x", "the dense model's perplexity")]
     return [
         (f"{manifest.parameters.after:,}", f"parameters, of {manifest.parameters.before:,}"),
         (f"{manifest.bytes.after / size:,.0f} {unit}", f"of weights, of {manifest.bytes.before / size:,.0f} {unit}"),

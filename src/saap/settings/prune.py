@@ -276,6 +276,11 @@ class PruneConfig(Settings):
             "--importance": self.importance is Importance.TOKEN_FISHER,
         }
         changed = [flag for flag, is_default in rules.items() if not is_default]
+        ours = self.method is Method.SAAP
+        taylor = [Importance(name) for name in Importance if name != Importance.TOKEN_FISHER]
+        readers: dict[str, list[Importance]] = {
+            "element_order": [Importance.FUSED], "fusion_scope": [Importance.FUSED], "aggregation": taylor,
+        }  # fmt: skip
         faults = (
             (
                 len(given) != 1, f"{' and '.join(given)} were given together" if given else "no target was given",
@@ -296,31 +301,22 @@ class PruneConfig(Settings):
                 f"--target-speedup cannot be combined with the role {' or '.join(untimed)}, whose time is not measured",
                 "Use --roles ffn,attention,block, or --pruning-ratio",
             ), (
-                self.method is not Method.SAAP and changed,
+                not ours and changed,
                 f"--method {self.method} has rules of its own, so {' and '.join(changed)} cannot be chosen",
                 "Leave out one of the two",
+            ), *(
+                (
+                    ours and name in self.model_fields_set and self.importance not in scores,
+                    f"--{name.replace('_', '-')} changes nothing of the importance {self.importance}",
+                    f"Add --importance {' or '.join(scores)}, or leave it out",
+                )
+                for name, scores in readers.items()
             ),
         )  # fmt: skip
         for holds, problem, remedy in faults:
             if holds:
                 raise ValueError(problem, remedy)
         check_gguf_type(self.gguf_type, self.runtime)
-        return self
-
-    @model_validator(mode="after")
-    def _check_importance(self) -> Self:
-        """Refuse settings of a score that is not the one."""
-        taylor = [Importance(name) for name in Importance if name != Importance.TOKEN_FISHER]
-        readers: dict[str, list[Importance]] = {
-            "element_order": [Importance.FUSED], "fusion_scope": [Importance.FUSED], "aggregation": taylor,
-        }  # fmt: skip
-        for name, scores in readers.items():
-            if name in self.model_fields_set and self.importance not in scores and self.method is Method.SAAP:
-                flag, others = "--" + name.replace("_", "-"), " or ".join(scores)
-                raise ValueError(
-                    f"{flag} changes nothing of the importance {self.importance}",
-                    f"Add --importance {others}, or leave it out",
-                )
         return self
 
     @property

@@ -51,25 +51,34 @@ def stability(problem: SearchProblem) -> Proposal:
 
     Unstable is the half whose adaptive stability indicator is greater, read as `relative_volatility`.
     """
-    orders: dict[str, IntArray] = {}
-    for group, score in problem.scores.items():
+
+    def order(score: UnitScores) -> IntArray:
         volatility = relative_volatility(score.mean, score.variance)
-        orders[group] = np.lexsort((score.mean, volatility < np.median(volatility)))
-    return problem.propose("stability", problem.by_share(module_shares(problem.variables, problem.scores)), orders)
+        return np.lexsort((score.mean, volatility < np.median(volatility)))
+
+    return _shared_by_importance("stability", problem, order)
 
 
 def volatility_z(problem: SearchProblem) -> Proposal:
     """SAAP read literally (1): the greatest standardised fluctuation is removed first; modules share by importance."""
-    return _literal("volatility-z", problem, lambda score: standardised_fluctuation(score.variance))
+    return _shared_by_importance(
+        "volatility-z", problem, lambda score: _greatest_first(standardised_fluctuation(score.variance))
+    )
 
 
 def volatility_cv(problem: SearchProblem) -> Proposal:
     """SAAP read literally (2): the greatest coefficient of variation is removed first; modules share by importance."""
-    return _literal("volatility-cv", problem, lambda score: relative_volatility(score.mean, score.variance))
+    return _shared_by_importance(
+        "volatility-cv", problem, lambda score: _greatest_first(relative_volatility(score.mean, score.variance))
+    )
 
 
-def _literal(name: str, problem: SearchProblem, indicator: Callable[[UnitScores], FloatArray]) -> Proposal:
-    orders: Orders = {group: np.argsort(-indicator(score), kind="stable") for group, score in problem.scores.items()}
+def _greatest_first(indicator: FloatArray) -> IntArray:
+    return np.argsort(-indicator, kind="stable")
+
+
+def _shared_by_importance(name: str, problem: SearchProblem, order: Callable[[UnitScores], IntArray]) -> Proposal:
+    orders: Orders = {group: order(score) for group, score in problem.scores.items()}
     return problem.propose(name, problem.by_share(module_shares(problem.variables, problem.scores)), orders)
 
 

@@ -21,7 +21,7 @@ from saap.core.storage import write_whole
 from saap.discovery import discover
 from saap.evaluation.bootstrap import kept_accuracy
 from saap.models.loading.devices import copied, quick_float32_products
-from saap.models.walk.probe import check_runs, read_at_once, trial_ids
+from saap.models.walk.probe import check_runs, trial_ids
 from saap.pipeline.compare.rows import RowStore, file_name
 from saap.pipeline.evaluate.run import ask_tasks, check_request, read_streams, requested_perplexity
 from saap.pipeline.prune.baselines import baseline_of, for_method, measurements
@@ -34,7 +34,7 @@ from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import DISCOVER, LOAD, MEASURE_DENSE, READ_TEXT
 from saap.pipeline.shared.targets import Target, with_budgets
-from saap.pipeline.shared.tokens import draw_tokens
+from saap.pipeline.shared.tokens import draw_tokens, sample_length
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.compare import CompareRequest
 from saap.settings.prune import MethodChoice, PruneConfig
@@ -68,7 +68,7 @@ def compare(
     with meter.stage(DISCOVER):
         check_runs(
             loaded.model,
-            trial_ids(loaded.model, max(request.evaluation.window, _sample_length(request.config, loaded.model))),
+            trial_ids(loaded.model, max(request.evaluation.window, sample_length(loaded.model, request.config))),
         )
         graph = discover(loaded.model, loaded.ref)
         check_walk(loaded.model, graph.blocks)
@@ -89,10 +89,6 @@ def compare(
     write_whole(out / COMPARISON, (result.model_dump_json(indent=1) + "\n").encode())
     shutil.rmtree(out / "work", ignore_errors=True)
     return result
-
-
-def _sample_length(config: PruneConfig, model: nn.Module) -> int:
-    return config.sample_length or read_at_once(model, config.preset_settings.sample_length)
 
 
 def _check(request: CompareRequest) -> None:

@@ -27,7 +27,7 @@ from saap.pipeline.prune.speed_target import reached_speed
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.targets import Target, finished_report, place_finished
-from saap.pipeline.shared.tokens import HELD_OUT, bytes_per_token
+from saap.pipeline.shared.tokens import HELD_OUT, bits_per_byte
 from saap.structure_search.budget import TimeBudget
 
 CHECKED_TOKENS = 64
@@ -118,9 +118,9 @@ def _by_kind(run: Run, dense: Behaviour, pruned: Behaviour) -> tuple[KindChange,
         before, after = dense.kinds[kind], pruned.kinds[kind]
         if kind == HELD_OUT or math.isnan(before) or math.isnan(after):
             continue
-        size = bytes_per_token(ids, run.loaded.tokenizer)
-        bits = math.log2(before) / size if math.isfinite(before) and size else None
-        found.append(KindChange(text=kind, tokens=ids.size, before=before, after=after, bits_per_byte=bits))
+        bits = bits_per_byte(before, ids, run.loaded.tokenizer)
+        finite = bits if math.isfinite(bits) else None
+        found.append(KindChange(text=kind, tokens=ids.size, before=before, after=after, bits_per_byte=finite))
     return tuple(found)
 
 
@@ -170,7 +170,7 @@ def findings_of(
             "before reconstruction: prune less, or allow more roles and layers."
         )
     removed = 1 - made.plan.block_parameters / run.graph.block_parameters
-    growth = perplexity.after / perplexity.before
+    growth = perplexity.ratio
     if not math.isfinite(growth):
         findings.append(
             "the pruned model's perplexity is not finite: prune less, or compute in float32 (--dtype float32)."

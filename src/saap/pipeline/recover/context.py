@@ -95,7 +95,7 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
         data = read_data(config, tokenizer)
     return Recovery(
         config=config, options=options, resolved=resolved, tokenizer=tokenizer, teacher=teacher, earlier=earlier,
-        data=data, evaluation={kind: ids for kind, ids in evaluation_sets(tokenizer).items() if kind in GENERAL},
+        data=data, evaluation=evaluation_sets(tokenizer, GENERAL),
         leading=leading_ids(tokenizer, bos=config.bos), device=device,
         dtype=pick_dtype(options.dtype, source=resolved.dtype), processes=processes, meter=meter,
     )  # fmt: skip

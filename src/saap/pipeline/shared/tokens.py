@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -119,6 +119,14 @@ class TokenSets:
         return np.concatenate([tokens[half:], np.concatenate([leading.repeat(half, axis=0), chosen], axis=1)])
 
 
+def sample_length(model: nn.Module, config: PruneConfig) -> int:
+    """Tokens of a calibration sample: as requested, or what the preset has, as far as the model reads so many.
+
+    A length that was requested is not cut to what the model reads: that is refused.
+    """
+    return config.sample_length or read_at_once(model, config.preset_settings.sample_length)
+
+
 def needs_measuring(config: PruneConfig) -> bool:
     """Whether the search will evaluate structures on held-out samples."""
     if config.method is not Method.SAAP:
@@ -152,12 +160,12 @@ def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:
     return 0 if config.trusts_calibration or not able else wanted
 
 
-def evaluation_sets(tokenizer: Any) -> dict[str, IntArray]:
+def evaluation_sets(tokenizer: Any, kinds: Iterable[str] = KINDS) -> dict[str, IntArray]:
     """By kind, the ids (tokens,) of the bundled text that dense and pruned models are measured on.
 
     A kind of which the tokenizer knows no character is left out.
     """
-    found = {kind: token_stream([bundled_text(kind, Purpose.EVALUATION)], tokenizer) for kind in KINDS}
+    found = {kind: token_stream([bundled_text(kind, Purpose.EVALUATION)], tokenizer) for kind in kinds}
     cut = {kind: ids[: EVALUATION_TOKENS if kind in GENERAL else KIND_TOKENS] for kind, ids in found.items()}
     return {kind: ids for kind, ids in cut.items() if len(ids) > 1}
 
@@ -179,9 +187,10 @@ def _of_the_dense(
     return processes.broadcast_result(lambda: perplexities(model, evaluation, leading=leading, read=reader_of(model)))
 
 
-def bytes_per_token(ids: IntArray, tokenizer: Any) -> float:
-    """Of the text that these ids (tokens,) are."""
-    return len(tokenizer.decode(ids).encode()) / len(ids)
+def bits_per_byte(perplexity: float, ids: IntArray, tokenizer: Any) -> float:
+    """What a byte of the text that these ids (tokens,) are costs a model of this perplexity on it."""
+    size = len(tokenizer.decode(ids).encode()) / len(ids)
+    return math.log2(perplexity) / size if size else math.inf
 
 
 def draw_tokens(
@@ -197,8 +206,7 @@ def draw_tokens(
     dense: Mapping[str, Perplexity] = {}
     settings = config.preset_settings
     refit_length, held_length = (read_at_once(loaded.model, n) for n in (settings.refit_length, settings.held_length))
-    # A length that was requested is not cut to what the model reads: that is refused.
-    scored_length = config.sample_length or read_at_once(loaded.model, settings.sample_length)
+    scored_length = sample_length(loaded.model, config)
     # Of a short text, as many tokens as `fast` would take must do, unless the length of samples was requested.
     enough = None if config.sample_length else -(-config.samples * SHORT_SAMPLE // scored_length)
     refit_sequences = (settings.refit_sequences - generated_sequences(loaded, config)) * settings.refit_length
@@ -219,11 +227,9 @@ def draw_tokens(
         if evaluation and includes_mixed(calibration):
             check_vocabulary(evaluation, rows, loaded.tokenizer)
             dense = _of_the_dense(loaded, evaluation, leading, processes or Processes())
-            bits = {
-                kind: dense[kind].nll / math.log(2) / bytes_per_token(ids, loaded.tokenizer)
-                for kind, ids in evaluation.items()
-            }
-            weights = kind_weights(bits)
+            weights = kind_weights(
+                {kind: bits_per_byte(dense[kind].value, ids, loaded.tokenizer) for kind, ids in evaluation.items()}
+            )
         sets = draw_sets(
             calibration, loaded.tokenizer, requests, seed=config.seed, vocabulary=rows, bos=config.bos,
             kind_weights=weights,
