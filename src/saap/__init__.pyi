@@ -165,7 +165,7 @@ def prune(
     element_order: Taylor terms of the element-wise part of `fused`.
     aggregation: How a unit's members combine.
     fusion_scope: Who shares the fusion's uncertainties.
-    restore: Least-squares reconstruction of the consumers, or cut only.
+    restore: Reconstruct the consumers by least squares and tune the norms, or cut only.
     preset: paper: the paper's stages; the others: ours, in little to much time.
     seed: Seed of every random choice.
     output_dir: Folder to write.

@@ -145,14 +145,16 @@ class PresetSettings:
     """What a preset buys.
 
     sample_length: tokens of each calibration sample. refit_sequences x refit_length: tokens of the least-squares
-    reconstruction. search_evaluations: candidates that the search may measure. held_sequences x held_length: tokens
-    each of them is measured on. generated_sequences: how many sequences of `mixed` the model itself writes.
+    reconstruction. tuned_sequences: of these, that the norms are tuned on. search_evaluations: candidates that the
+    search may measure. held_sequences x held_length: tokens each of them is measured on. generated_sequences: how many
+    sequences of `mixed` the model itself writes.
     """
 
     sample_length: int = 128
 
     refit_sequences: int
     refit_length: int = 512
+    tuned_sequences: int
     search_evaluations: int
     held_sequences: int
     held_length: int = 128
@@ -160,11 +162,18 @@ class PresetSettings:
 
 
 PRESETS: dict[Preset, PresetSettings] = {
-    Preset.PAPER: PresetSettings(refit_sequences=256, search_evaluations=0, held_sequences=8),
-    Preset.FAST: PresetSettings(refit_sequences=40, search_evaluations=0, held_sequences=8),
-    Preset.DEFAULT: PresetSettings(sample_length=512, refit_sequences=256, search_evaluations=12, held_sequences=16),
+    Preset.PAPER: PresetSettings(refit_sequences=256, tuned_sequences=64, search_evaluations=0, held_sequences=8),
+    Preset.FAST: PresetSettings(refit_sequences=32, tuned_sequences=20, search_evaluations=0, held_sequences=8),
+    Preset.DEFAULT: PresetSettings(
+        sample_length=512, refit_sequences=192, tuned_sequences=64, search_evaluations=12, held_sequences=16
+    ),
     Preset.BEST: PresetSettings(
-        sample_length=512, refit_sequences=384, search_evaluations=32, held_sequences=24, generated_sequences=64
+        sample_length=512,
+        refit_sequences=384,
+        tuned_sequences=128,
+        search_evaluations=32,
+        held_sequences=24,
+        generated_sequences=64,
     ),
 }
 OF_THE_PAPER = {"importance": Importance.FUSED, "strategy": Strategy.STABILITY, "restore": False}
@@ -244,7 +253,10 @@ class PruneConfig(Settings):
     fusion_scope: Annotated[FusionScope, search_flag("Who shares the fusion's uncertainties.")] = FusionScope.LAYER_ROLE
     restore: Annotated[
         bool,
-        search_flag("Least-squares reconstruction of the consumers, or cut only.", default="restore, baselines not"),
+        search_flag(
+            "Reconstruct the consumers by least squares and tune the norms, or cut only.",
+            default="restore, baselines not",
+        ),
     ] = True
     preset: Annotated[
         Preset, search_flag("paper: the paper's stages; the others: ours, in little to much time.", aliases=("effort",))

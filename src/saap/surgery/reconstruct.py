@@ -8,7 +8,7 @@ when the dense stream passes it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,10 +52,14 @@ class ReconstructionSettings:
 
 @dataclass(slots=True)
 class Reconstruction:
-    """What was done. keep: the final kept units by group. errors: held-out error of each matrix relative to before."""
+    """What was done. keep: the final kept units by group. errors: held-out error of each matrix relative to before.
+
+    dense: hidden states after the dense model's last block, in micro-batches of this process' sequences.
+    """
 
     keep: dict[str, tuple[int, ...]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    dense: Tensors = field(default_factory=list[Tensor])
 
 
 def held_out_sequences(sequences: int) -> int:
@@ -92,6 +96,7 @@ def reconstruct(
     for layer in range(len(backend.graph.blocks)):
         walk.run_block(layer)
         backend.progress(layer + 1, len(backend.graph.blocks))
+    walk.result.dense = walk.dense
     return walk.result
 
 
@@ -126,6 +131,7 @@ class _BlockByBlock:
         self.dense, self.contexts = embed(self.exact, batches[own.start : own.stop], self.keep)
         self.pruned = self.dense
         self.one = self.exact.start(tokens[:1]).contexts
+        self.dtype = self.dense[0].dtype if len(self.dense) else torch.float32
 
     def run_block(self, layer: int) -> None:
         """Finish one block."""
@@ -144,13 +150,16 @@ class _BlockByBlock:
         self.pruned = self.dense if same else self._moved(self.pruned, device)
         consumers = self._consumers(layer, groups)
         dense_next, dense_outputs = self._captured(layer, self.dense, [one.path for one in consumers], "output")
+        both = zip(self.dense, self.pruned, strict=True)
+        errors = self.keep(at_least_float32(dense) - at_least_float32(pruned) for dense, pruned in both)
+        self.dense = dense_next  # what came in is not needed any more
         # Stacked matrices (experts) are not fitted again: what is fitted compensates for them.
         self._cut([one for one in groups if one.role is Role.EXPERT or (one.bundle and one.role is not Role.QUERY)])
-        pruned_next = self._fit_consumers(layer, consumers, dense_outputs)
+        pruned_next = self._fit_consumers(layer, consumers, dense_outputs, errors)
         self._cut([group for group in groups if group.name not in self.result.keep])
         if pruned_next is None:
             pruned_next, _ = self._captured(layer, self.pruned)
-        self.dense, self.pruned = dense_next, pruned_next
+        self.pruned = pruned_next
 
     def _moved(self, hidden: Tensors, device: torch.device) -> Tensors:
         """Hidden states of all batches, which lie together, on a device: that of the next block."""
@@ -199,50 +208,56 @@ class _BlockByBlock:
         return after, found
 
     def _fit_consumers(
-        self, layer: int, consumers: Sequence[_Consumer], dense_outputs: dict[tuple[str, str], Tensors]
+        self, layer: int, consumers: Sequence[_Consumer], dense_outputs: dict[tuple[str, str], Tensors], errors: Tensors
     ) -> Tensors | None:
         """Fit one consumer after the other. Returns the block's new output where it follows without another run.
 
-        The error of the pruned stream, and all that is compared with it, is of float32 at least: in the bfloat16 of a
-        model it would be lost in rounding.
+        errors: of the pruned stream that enters the block. They, and all that is compared with them, are of float32 at
+        least: in the bfloat16 of a model they would be lost in rounding. No sequence is kept longer than it is needed:
+        together they are most of the memory.
         """
-        both = zip(self.dense, self.pruned, strict=True)
-        errors = self.keep(at_least_float32(dense) - at_least_float32(pruned) for dense, pruned in both)
-        pruned_next: Tensors | None = None
         for consumer in consumers:
             path, residual, last = consumer.path, consumer.residual, consumer is consumers[-1]
-            signals = ("input", "output") if last else ("input",)
-            after, seen = self._captured(layer, self.pruned, [path], *signals, stop=not last)
             dense = dense_outputs.pop((path, "output"))
-            targets, weights = dense, None
-            if residual is not None and self.settings.residual_target:
-                targets = self.keep(residual.target(*each) for each in zip(dense, errors, strict=True))
-            if residual is not None and residual.norm is not None:
-                weights = [residual.token_weights(one) for one in dense]
-            fresh = self.keep(self._fit(consumer, seen.pop((path, "input")), targets, weights))
+            if residual is None or not last:
+                seen = self._captured(layer, self.pruned, [path], "input", stop=True)[1]
+                inputs = seen.pop((path, "input"))
+            else:
+                inputs, others = self._without_output(layer, path, residual)
+            fresh = self._fit(consumer, inputs, dense, errors)
             if residual is None:
                 continue
-            errors = self.keep(_residual_errors(residual, errors, dense, targets, fresh))
             if last:
-                changes = zip(after, fresh, seen[path, "output"], strict=True)
-                pruned_next = self.keep(
-                    (before + residual.added(new) - residual.added(at_least_float32(old))).to(before.dtype)
-                    for before, new, old in changes
+                return self.keep(
+                    (rest + residual.added(new)).to(self.dtype) for rest, new in zip(others, fresh, strict=True)
                 )
-        return pruned_next
+            changes = zip(errors, dense, fresh, strict=True)
+            errors = self.keep(
+                error + residual.added(at_least_float32(old)) - residual.added(new) for error, old, new in changes
+            )
+        return None
 
-    def _fit(
-        self, consumer: _Consumer, inputs: Tensors, targets: Tensors, token_weights: Sequence[Tensor] | None
-    ) -> Iterator[Tensor]:
+    def _without_output(self, layer: int, path: str, residual: ResidualPath) -> tuple[Tensors, Tensors]:
+        """What a module reads, and what the block gives without that module's output. The stream before is let go."""
+        inputs, others = self.keep(()), self.keep(())
+        hidden, self.pruned = self.pruned, self.keep(())
+        for one, context in zip(hidden, self.contexts, strict=True):
+            with capture(self.model, [path]) as seen:
+                after = self.walker.run_block(layer, one, context)
+            inputs.append(seen[path].input)
+            others.append(at_least_float32(after) - residual.added(at_least_float32(seen[path].output)))
+        return inputs, others
+
+    def _fit(self, consumer: _Consumer, inputs: Tensors, dense: Tensors, errors: Tensors) -> Iterator[Tensor]:
         """Choose the group's units, cut it, fit the consumer. Returns the consumer's new outputs, batch by batch.
 
-        inputs, targets: what the consumer reads and should give in the micro-batches of this process. token_weights:
-        how much each token's error weighs, (..., 1); None for all the same.
+        inputs, dense, errors: what the consumer reads, what it gives in the dense model, and by how much the pruned
+        stream is off, in the micro-batches of this process.
         """
         processes, groups = self.processes, [consumer.group, *consumer.bundle]
         weight = weight_out_in(consumer.module).float().clone()
         bias = consumer.module._parameters.get("bias")
-        fit, held_out = self._moments(weight, bias, inputs, targets, token_weights)
+        fit, held_out = self._moments(consumer, weight, bias, zip(inputs, dense, errors, strict=True))
         kept = processes.broadcast_result(lambda: self._choose(consumer, weight, fit, held_out))
         keep = {one.name: self.plan.kept(one) for one in consumer.bundle} | {consumer.group.name: kept}
         axis = KeepIndex.of(self.graph, keep).axis(f"{consumer.path}.weight", contracted_axis(consumer.module) or 0)
@@ -267,20 +282,21 @@ class _BlockByBlock:
         return (_linear(x[..., columns], new[:, : len(columns)], bias) for x in inputs)
 
     def _moments(
-        self, weight: Tensor, bias: Tensor | None, inputs: Tensors, targets: Tensors,
-        token_weights: Sequence[Tensor] | None,
-    ) -> tuple[Moments, Moments]:  # fmt: skip
+        self, consumer: _Consumer, weight: Tensor, bias: Tensor | None, batches: Iterable[tuple[Tensor, Tensor, Tensor]]
+    ) -> tuple[Moments, Moments]:
         """Moments of the sequences to fit on, and of those that are held out, over all processes."""
         channels = weight.shape[1] + (0 if bias is None else 1)
         fit, held_out = (Moments.empty(channels, weight.shape[0], weight.device) for _ in range(2))
         held_out_from = self.sequences - held_out_sequences(self.sequences)
-        own = self.processes.share(-(-self.sequences // MICRO_BATCH))
-        for place, (index, read, target) in enumerate(zip(own, inputs, targets, strict=True)):
+        own, residual = self.processes.share(-(-self.sequences // MICRO_BATCH)), consumer.residual
+        for index, (read, dense, error) in zip(own, batches, strict=True):
+            aims = residual is not None and self.settings.residual_target
+            target = residual.target(dense, error) if residual is not None and aims else dense
             x, t = read.flatten(0, -2).float(), target.flatten(0, -2).float()
             if bias is not None:
                 x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-            if token_weights is not None:
-                weights = token_weights[place].flatten(0, -2)
+            if residual is not None and residual.norm is not None:  # behind a norm tokens weigh differently
+                weights = residual.token_weights(dense).flatten(0, -2)
                 x, t = x * weights, t * weights
             first = index * MICRO_BATCH
             here = min(MICRO_BATCH, self.sequences - first)
@@ -314,13 +330,3 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What a linear module with these weights gives, in at least float32: differences are taken of it."""
     x = at_least_float32(x)
     return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-def _residual_errors(
-    residual: ResidualPath, errors: Tensors, dense: Tensors, targets: Tensors, fresh: Tensors
-) -> Iterator[Tensor]:
-    """The error of the residual stream once the module gives `fresh` where the dense one gives `dense`."""
-    if residual.norm is None:
-        return (residual.added(target - now) for target, now in zip(targets, fresh, strict=True))
-    batches = zip(errors, dense, fresh, strict=True)
-    return (error + residual.added(at_least_float32(one)) - residual.added(now) for error, one, now in batches)

@@ -95,7 +95,7 @@ def place_result(
         perplexity_dense=perplexity.before, perplexity=perplexity.after,
         kinds=kinds, prompt=answers.prompt, answer_dense=answers.dense, answer=answers.pruned,
         speed=None if speed is None else speed.model_dump(), structure=structure_of(run.graph, plan), trail=plan.trail,
-        refit_errors=dict(made.refit_errors), findings=tuple(findings),
+        refit_errors=dict(made.restored.refit_errors), norm_tuning=made.restored.norm_tuning, findings=tuple(findings),
         stages=manifest.stages,
         load_lines=()
         if path is None
@@ -181,7 +181,7 @@ def findings_of(
             f"perplexity grew {growth:.1f} times for {removed:.0%} removed, more than usual: the importance scores may "
             f"not fit this model; {more}, or another --strategy."
         )
-    useless, every = sum(error >= 1.0 for error in made.refit_errors.values()), len(made.refit_errors)
+    useless, every = sum(error >= 1.0 for error in made.restored.refit_errors.values()), len(made.restored.refit_errors)
     if useless > every / 2:
         findings.append(
             f"reconstruction helped in only {every - useless} of {every} modules: "

@@ -131,6 +131,7 @@ def _tokens(run: Run) -> dict[Stage, float]:
     evaluated = sum(ids.size for ids in tokens.evaluation.values())
     answer = STEP_TOKENS * ANSWER_TOKENS * (run.loaded.tokenizer is not None)
     held = tokens.held.tokens.size if needs_measuring(config) else 0
+    tuned = config.preset_settings.tuned_sequences * config.preset_settings.refit_length
     found: dict[Stage, float] = {
         stages.WRITE_TEXT: generated_sequences(run.loaded, config) * config.preset_settings.refit_length,
         stages.MEASURE_DENSE: answer + (0 if tokens.dense else evaluated),
@@ -139,7 +140,7 @@ def _tokens(run: Run) -> dict[Stage, float]:
         stages.EVALUATE_DENSE: held,
         stages.SEARCH: held * search_evaluations(run),
         stages.CUT: 0,
-        stages.RESTORE: 3.7 * refit_tokens(config),
+        stages.RESTORE: 3.7 * refit_tokens(config) + 4 * min(refit_tokens(config), tuned),
         stages.MEASURE: answer + evaluated,
     }
     if config.method is not Method.SAAP:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 from saap.baselines.baseline import add_biases
@@ -24,6 +25,7 @@ from saap.models.checkpoint.pruned_structure import PrunedStructure, mark_pruned
 from saap.models.loading.devices import copied, quick_products, spread_over
 from saap.models.loading.pretrained import load, load_offloaded
 from saap.models.loading.references import resolve_model
+from saap.models.walk.backend import Backend
 from saap.models.walk.offload import offloaded
 from saap.pipeline.prune.baselines import biases_for
 from saap.pipeline.prune.planning import chosen_scores, read_whole_plan
@@ -33,7 +35,29 @@ from saap.pipeline.shared.stages import CUT
 from saap.pipeline.shared.targets import Target
 from saap.pipeline.shared.tokens import chooses_units
 from saap.surgery.cut import cut
-from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
+from saap.surgery.norm_tuning import TuningText, tune_norms
+from saap.surgery.reconstruct import (
+    MICRO_BATCH,
+    Reconstruction,
+    ReconstructionSettings,
+    held_out_sequences,
+    reconstruct,
+)
+
+
+class Restored(BaseModel):
+    """How the removal was made up for.
+
+    refit_errors: held-out error of each reconstructed matrix relative to before. norm_tuning: divergence from the dense
+    model before and after, in nats per token.
+    """
+
+    refit_errors: Mapping[str, float] = {}
+    norm_tuning: tuple[float, float] | None = None
+
+
+JUDGING_SEQUENCES = 8
+"""That say whether the norm tuning was of use, at most."""
 
 
 @dataclass(slots=True)
@@ -43,7 +67,7 @@ class Made:
     plan: StructurePlan
     base_model_type: str
     model: nn.Module | None = None
-    refit_errors: Mapping[str, float] = field(default_factory=dict)
+    restored: Restored = field(default_factory=Restored)
 
 
 def made_folder(run: Run, target: Target) -> Path:
@@ -85,12 +109,12 @@ def manifest_of_run(run: Run, plan: StructurePlan, scores: ImportanceScores) -> 
 def make_model(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScores) -> Made:
     """The model of one target; where the dense one is not needed any more, that is changed in place."""
     model = _dense_copy(run, target)
-    plan, errors = cut_and_restore(run, model, plan, scores)
+    plan, restored = cut_and_restore(run, model, plan, scores)
     structure = structure_of(model, run.graph, plan)
     if plan.layout is Layout.ADAPTIVE and target.folder is None and hasattr(model, "save_pretrained"):
         mark_pruned(model, structure)
     _check_count(run, model, plan, structure)
-    made = Made(plan=plan, base_model_type=structure.base_model_type, model=model, refit_errors=dict(errors))
+    made = Made(plan=plan, base_model_type=structure.base_model_type, model=model, restored=restored)
     if target.folder is not None and run.processes.first:
         _round_weights(model, run.loaded.dtype)  # so that what is measured is what is written
         parts = CheckpointParts(
@@ -98,7 +122,7 @@ def make_model(run: Run, target: Target, plan: StructurePlan, scores: Importance
             scores=scores, tokenizer=run.loaded.tokenizer, source_folder=run.loaded.folder,
         )  # fmt: skip
         write_checkpoint(model, parts, made_folder(run, target), dtype=run.loaded.dtype, overwrite=True)
-        record = {"base_model_type": made.base_model_type, "refit_errors": made.refit_errors}
+        record = {"base_model_type": made.base_model_type, "restored": restored.model_dump()}
         run.work.write_json(CUT.file_of(target.name), record)
     return made
 
@@ -116,32 +140,58 @@ def _check_count(run: Run, model: nn.Module, plan: StructurePlan, structure: Pru
 
 def cut_and_restore(
     run: Run, model: nn.Module, plan: StructurePlan, scores: ImportanceScores
-) -> tuple[StructurePlan, Mapping[str, float]]:
+) -> tuple[StructurePlan, Restored]:
     """Carry out the plan on `model`, a dense one, in place.
 
-    Returns the plan with the units that were kept in the end, and the held-out errors of the reconstruction.
+    Returns the plan with the units that were kept in the end, and what was made up for their removal.
     """
-    errors: Mapping[str, float] = {}
     biases = run.processes.broadcast_result(lambda: biases_for(run, model, plan))
+    restored, text = Restored(), None
     if run.config.restore and not plan.removes_nothing(run.graph):
-        settings = ReconstructionSettings(second_order=False)
-        if chooses_units(run.config):
-            means = {name: score.mean for name, score in chosen_scores(run, scores).items()}
-            settings = ReconstructionSettings(scores=means)
-        spill = restoration_spill(run.loaded, run.config, run.work.file("spill"))
-        products = quick_products(run.device, run.loaded.dtype)
-        backend = dataclasses.replace(run.backend, model=model, spill=spill, products=products)
-        tokens = run.tokens.tensor("refit", run.device)
-        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(run.config.seed))
-        with run.tokens.images(model):
-            reconstruction = reconstruct(backend, plan, tokens[order.to(tokens.device)], settings)
-        keep = {name: reconstruction.keep.get(name, kept) for name, kept in plan.keep.items()}
-        plan, errors = dataclasses.replace(plan, keep=keep), reconstruction.errors
+        plan, reconstruction, text = _reconstructed(run, model, plan, scores)
+        restored.refit_errors = reconstruction.errors
     cut(model, run.graph, plan)
     added = add_biases(model, biases)
     if added:
         run.meter.reporter.note(f"{added:,} parameters of compensating biases come on top of the plan")
-    return plan, errors
+    if text is not None:
+        blocks = run.graph.blocks[: len(run.graph.blocks) - len(plan.dropped_blocks)]
+        with run.tokens.images(model):
+            restored.norm_tuning = tune_norms(_restoring(run, model, 1), blocks, text)
+    return plan, restored
+
+
+def _restoring(run: Run, model: nn.Module, half: int) -> Backend:
+    """How the reconstruction, the first half of a stage, and the norm tuning, the second, run a model."""
+
+    def progress(done: int, total: int) -> None:
+        run.meter.reporter.advance(round(100 * (half + done / total)), 200)
+
+    spill = restoration_spill(run.loaded, run.config, run.work.file("spill"))
+    products = quick_products(run.device, run.loaded.dtype)
+    return dataclasses.replace(run.backend, model=model, spill=spill, products=products, progress=progress)
+
+
+def _reconstructed(
+    run: Run, model: nn.Module, plan: StructurePlan, scores: ImportanceScores
+) -> tuple[StructurePlan, Reconstruction, TuningText]:
+    """The plan with its final units, what the reconstruction did, and what the norms are tuned on after it."""
+    settings = ReconstructionSettings(second_order=False)
+    if chooses_units(run.config):
+        means = {name: score.mean for name, score in chosen_scores(run, scores).items()}
+        settings = ReconstructionSettings(scores=means)
+    tokens = run.tokens.tensor("refit", run.device)
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(run.config.seed))
+    tokens = tokens[order.to(tokens.device)]
+    with run.tokens.images(model):
+        done = reconstruct(_restoring(run, model, 0), plan, tokens, settings)
+    keep = {name: done.keep.get(name, kept) for name, kept in plan.keep.items()}
+    held = min(held_out_sequences(len(tokens)), JUDGING_SEQUENCES)
+    text = TuningText(
+        tokens=tokens, teacher=done.dense, trained=min(run.config.preset_settings.tuned_sequences, len(tokens) - held),
+        held_out=held, micro_batch=MICRO_BATCH, ignored=run.tokens.refit.ignored,
+    )  # fmt: skip
+    return dataclasses.replace(plan, keep=keep), done, text
 
 
 def _dense_copy(run: Run, target: Target) -> nn.Module:
