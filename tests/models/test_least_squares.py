@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from saap.models.structure.least_squares import Moments, compensated, removal_order, ridge_fit
+from saap.models.structure.least_squares import Moments, best_ridge, compensated, removal_order, ridge_fit
 
 
 def moments(x: torch.Tensor, target: torch.Tensor) -> Moments:
@@ -102,3 +102,16 @@ def test_scores_enter_as_a_geometric_mean():
     order, costs = removal_order(weight, x, units, 1, ridge=1e-12, scores=scores)
     assert order.tolist() == [1]  # 4 x 1 against 1 x 16 and 9 x 1
     assert costs.item() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("least", range(7))
+def test_the_best_ridge_is_found_downhill(least: int) -> None:
+    tried: list[float] = []
+
+    def error_of(ridge: float) -> float:
+        tried.append(ridge)
+        return abs(ridge - least)
+
+    assert best_ridge(range(7), error_of) == (least, 0)
+    assert len(tried) <= 7
+    assert len(tried) == len(set(tried))

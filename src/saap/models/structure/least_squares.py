@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,22 +66,35 @@ def ridge_fit(
 ) -> tuple[Tensor, float]:
     """The matrix near `weight` that maps x to t best; how near is decided by held-out error.
 
-    weight: (outputs, channels). For each ridge r the W that minimises sum |t - W x|^2 + r mean(diag G) |W - weight|^2
-    over the tokens of `fit` is evaluated on those of `held_out`; the best r is then used on both together. `weight`
-    itself stays if none is better, or if its error is only rounding. Returns W and the held-out error of its ridge
+    weight: (outputs, channels). For a ridge r the W that minimises sum |t - W x|^2 + r mean(diag G) |W - weight|^2
+    over the tokens of `fit` is evaluated on those of `held_out`; from the middle of `ridges` on the next one is tried
+    for as long as that is better, and the best r is then used on both together. `weight` itself stays if none is
+    better, or if its error is only rounding. Returns W and the held-out error of its ridge
     divided by that of `weight`. `fit` gets the matrices of both: a large one should not exist twice.
     """
     start = held_out.error(weight)
     if start <= ROUNDING * held_out.energy:
         return weight, 1.0
-    errors = {ridge: held_out.error(_ridge(weight, fit, ridge)) for ridge in ridges}
-    best = min(errors, key=errors.__getitem__)
-    if not errors[best] < start:
+    best, error = best_ridge(ridges, lambda ridge: held_out.error(_ridge(weight, fit, ridge)))
+    if not error < start:
         return weight, 1.0
     share = fit.tokens / max(1, fit.tokens + held_out.tokens)
     fit.gram += held_out.gram
     fit.cross += held_out.cross
-    return _ridge(weight, fit, best * share).to(weight), max(0.0, errors[best]) / start
+    return _ridge(weight, fit, best * share).to(weight), max(0.0, error) / start
+
+
+def best_ridge(ridges: Sequence[float], error_of: Callable[[float], float]) -> tuple[float, float]:
+    """The ridge of the least error, downhill from the middle one, and its error: both ends of the way are worse."""
+    at = len(ridges) // 2
+    error = error_of(ridges[at])
+    for turn in (-1, 1):
+        moved = False
+        while 0 <= at + turn < len(ridges) and (found := error_of(ridges[at + turn])) < error:
+            at, error, moved = at + turn, found, True
+        if moved:
+            break
+    return ridges[at], error
 
 
 def _ridge(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
