@@ -83,7 +83,8 @@ def is_made(run: Run, target: Target) -> bool:
 def read_made(run: Run, target: Target) -> Made:
     """The target's model that an interrupted run has finished."""
     record: dict[str, Any] = run.work.read_json(CUT.file_of(target.name)) or {}
-    return Made(plan=read_whole_plan(run, made_folder(run, target) / "saap" / "plan.json"), **record)
+    plan, restored = read_whole_plan(run, made_folder(run, target) / "saap" / "plan.json"), record["restored"]
+    return Made(plan, record["base_model_type"], restored=Restored.model_validate(restored))
 
 
 def manifest_of_run(run: Run, plan: StructurePlan, scores: ImportanceScores) -> RunManifest:
