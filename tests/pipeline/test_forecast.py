@@ -52,9 +52,9 @@ def test_every_ratio_is_made_and_measured(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "stage", "passes"),
     [
-        ({"calibration": ("novels",)}, "find the second-order cost of every unit", 3.5 * 8192),
-        ({"calibration": ("novels",), "refit_tokens": 65536}, "find the second-order cost of every unit", 3.5 * 32768),
-        ({"calibration": ("novels",), "effort": "default"}, "search the structure", 16 * 128 * 12),
+        ({"effort": "default"}, "find the second-order cost of every unit", 3.5 * 8192),
+        ({"effort": "default", "refit_tokens": 65536}, "find the second-order cost of every unit", 3.5 * 32768),
+        ({"effort": "default"}, "search the structure", 16 * 128 * 12),
         ({}, "estimate the importance of every unit", 3.5 * 6 * 32),
         ({"restore": False}, "cut, block by block", 0),
     ],

@@ -12,12 +12,12 @@ from harness.charts import lines
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import VALIDATION
 from lab.dense import Dense, Ratios, opened
+from lab.generated import random_starts, sample_from_model
 from lab.measures import as_bits, from_bits, geometric_mean, jaccard, mean_and_spread, removed_units
 from lab.texts import TEXTS
 from lab.training import trained_folder
 
 from saap.core.records import CalibrationSet, Role, StructurePlan
-from saap.data.generated import random_starts, sample_from_model
 from saap.data.placement import SampleRequest
 from saap.data.texts import MIXED
 from saap.estimation.estimate import estimate

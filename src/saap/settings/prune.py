@@ -146,8 +146,7 @@ class PresetSettings:
 
     sample_length: tokens of each calibration sample. refit_sequences x refit_length: tokens of the least-squares
     reconstruction. tuned_sequences: of these, that the norms are tuned on. search_evaluations: candidates that the
-    search may measure. held_sequences x held_length: tokens each of them is measured on. generated_sequences: how many
-    sequences of `mixed` the model itself writes.
+    search may measure. held_sequences x held_length: tokens each of them is measured on.
     """
 
     sample_length: int = 128
@@ -158,7 +157,6 @@ class PresetSettings:
     search_evaluations: int
     held_sequences: int
     held_length: int = 128
-    generated_sequences: int = 0
 
 
 PRESETS: dict[Preset, PresetSettings] = {
@@ -173,7 +171,6 @@ PRESETS: dict[Preset, PresetSettings] = {
         tuned_sequences=128,
         search_evaluations=32,
         held_sequences=24,
-        generated_sequences=64,
     ),
 }
 OF_THE_PAPER = {"importance": Importance.FUSED, "strategy": Strategy.STABILITY, "restore": False}
@@ -330,16 +327,6 @@ class PruneConfig(Settings):
                 raise ValueError(problem, remedy)
         check_gguf_type(self.gguf_type, self.runtime)
         return self
-
-    @property
-    def trusts_calibration(self) -> bool:
-        """Whether the pruned model is meant for text like the calibration's: a text of the user's own, not `mixed`.
-
-        Second-order costs say how much of each module is removed by what is predictable on the calibration text. They
-        win there and lose on other kinds of text (SmolLM2, 20 %), so the default calibration, which stands for every
-        kind, goes without them.
-        """
-        return self.calibration != ("mixed",)
 
     @property
     def preset_settings(self) -> PresetSettings:

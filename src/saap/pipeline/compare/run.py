@@ -26,7 +26,7 @@ from saap.pipeline.compare.rows import RowStore, file_name
 from saap.pipeline.evaluate.run import ask_tasks, check_request, read_streams, requested_perplexity
 from saap.pipeline.prune.baselines import baseline_of, for_method, measurements
 from saap.pipeline.prune.making import cut_and_restore
-from saap.pipeline.prune.steps import carry_out, plans_for, with_written_text
+from saap.pipeline.prune.steps import carry_out, plans_for
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model, place_of, resolve_with_tokenizer
 from saap.pipeline.shared.legality import check_walk, search_space
@@ -155,7 +155,7 @@ class _Bench:
             tokens = draw_tokens(self.loaded, config, config.calibration)
         work = self._work_folder(f"seed-{seed}")
         space = search_space(self.loaded.model, self.graph, config)
-        run = with_written_text(Run(config, options, self.loaded, self.graph, space, tokens, work, self.meter))
+        run = Run(config, options, self.loaded, self.graph, space, tokens, work, self.meter)
         return dataclasses.replace(run, measurements=measurements(run))
 
     def _work_folder(self, *names: str) -> WorkFolder:

@@ -25,7 +25,7 @@ from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.memory_estimate import Sizes, refit_tokens, stage_needs
 from saap.pipeline.shared.outcome import ANSWER_TOKENS
 from saap.pipeline.shared.stages import Stage, steps_of
-from saap.pipeline.shared.tokens import generated_sequences, needs_measuring
+from saap.pipeline.shared.tokens import needs_measuring
 from saap.settings.registry import Importance, Method
 from saap.structure_search.plan import check_reachable
 
@@ -133,7 +133,6 @@ def _tokens(run: Run) -> dict[Stage, float]:
     held = tokens.held.tokens.size if needs_measuring(config) else 0
     tuned = config.preset_settings.tuned_sequences * config.preset_settings.refit_length
     found: dict[Stage, float] = {
-        stages.WRITE_TEXT: generated_sequences(run.loaded, config) * config.preset_settings.refit_length,
         stages.MEASURE_DENSE: answer + (0 if tokens.dense else evaluated),
         stages.ESTIMATE: (3.5 if config.importance is Importance.TOKEN_FISHER else 4.7) * tokens.scored.tokens.size,
         stages.FIND_COSTS: 3.5 * tokens.costs.tokens.size,

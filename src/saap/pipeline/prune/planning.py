@@ -6,18 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from saap.core.records import ImportanceScores, IntArray, Role, StructurePlan, UnitScores, require_same
+from saap.core.records import ImportanceScores, Role, StructurePlan, UnitScores, require_same
 from saap.core.storage import read_plan, read_scores
-from saap.data.generated import random_starts, sample_from_model
 from saap.estimation.estimate import estimate, unit_scores
 from saap.models.loading.devices import quick_products
 from saap.models.walk.offload import offloaded
-from saap.models.walk.probe import read_at_once
 from saap.pipeline.prune.baselines import baseline_scores
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.targets import Target
-from saap.pipeline.shared.tokens import costs_at_once, generated_sequences
+from saap.pipeline.shared.tokens import costs_at_once
 from saap.settings.prune import unit_roles
 from saap.settings.registry import Importance, Method
 from saap.structure_search.budget import Budget
@@ -26,26 +24,9 @@ from saap.structure_search.plan import complete_plan, search
 from saap.structure_search.problem import SearchGuide
 from saap.structure_search.second_order import SecondOrder, second_order_costs
 
-GENERATION_BATCH = 32
 SEARCH_SHARE = 0.2
 READING_TOKENS = 256
 """Reading a block takes about as long as passing so many tokens through it."""
-
-
-def write_text(run: Run) -> IntArray:
-    """The dense model's own part of the calibration text (sequences, length), written in the first process.
-
-    It begins with random tokens: what the model writes covers what it knows; the bundled texts are a part of that.
-    """
-    model, tokenizer, seed = run.loaded.model, run.loaded.tokenizer, run.config.seed
-    wanted, length = generated_sequences(run.loaded, run.config), run.config.preset_settings.refit_length
-    return run.processes.broadcast_result(
-        lambda: sample_from_model(
-            model, sequences=wanted, length=read_at_once(model, length), batch=GENERATION_BATCH, seed=seed,
-            starts=random_starts(tokenizer, sequences=wanted, seed=seed, leading=run.tokens.leading),
-            progress=run.meter.reporter.advance,
-        )
-    )  # fmt: skip
 
 
 def measure_dense(run: Run) -> Behaviour:

@@ -25,7 +25,7 @@ from saap.pipeline.prune.baselines import check_method, for_method
 from saap.pipeline.prune.forecast import check_fits, check_weights_fit, forecast
 from saap.pipeline.prune.result import PruneResult
 from saap.pipeline.prune.speed_target import budget_for_speed
-from saap.pipeline.prune.steps import carry_out, with_written_text
+from saap.pipeline.prune.steps import carry_out
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, check_devices, open_model, place_of
 from saap.pipeline.shared.legality import check_walk, search_space
@@ -77,7 +77,7 @@ def run_prune(
             )
         _check_disk(run)
         shutil.rmtree(work.file("spill"), ignore_errors=True)  # of a run that was killed
-        found = carry_out(with_written_text(run), ("result",))
+        found = carry_out(run, ("result",))
     processes.barrier()
     processes.broadcast_result(lambda: work.close(keep=options.keep_work))
     return [found["result", target.name] for target in run.targets]

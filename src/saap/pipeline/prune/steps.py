@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from saap.core.records import ImportanceScores, IntArray, StructurePlan
-from saap.core.storage import write_plan, write_scores, write_whole
+from saap.core.records import ImportanceScores, StructurePlan
+from saap.core.storage import write_plan, write_scores
 from saap.pipeline.prune import finish, making, planning
 from saap.pipeline.shared import stages
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour
 from saap.pipeline.shared.stages import Stage, Step, outstanding, steps_of
 from saap.pipeline.shared.targets import Target, finished_report
-from saap.pipeline.shared.tokens import finds_costs, generated_sequences, needs_measuring
+from saap.pipeline.shared.tokens import finds_costs, needs_measuring
 from saap.settings.prune import PrunableRole
 
 
@@ -35,14 +32,7 @@ class Action(NamedTuple):
     write: Callable[[Run, Path, Any], None] | None = None
 
 
-def _write_array(run: Run, path: Path, array: IntArray) -> None:
-    content = io.BytesIO()
-    np.save(content, array, allow_pickle=False)
-    write_whole(path, content.getvalue())
-
-
 ACTIONS: Mapping[Stage, Action] = {
-    stages.WRITE_TEXT: Action(planning.write_text, lambda run, path: np.load(path, allow_pickle=False), _write_array),
     stages.MEASURE_DENSE: Action(
         planning.measure_dense,
         lambda run, path: Behaviour.model_validate(run.work.read_json(path.name)),
@@ -69,12 +59,13 @@ _OF_THE_RUN = {stage.gives for stage in stages.PREPARE}
 def requested_stages(run: Run) -> list[Stage]:
     """Those stages, in order, that the settings of a run ask for."""
     config, searches = run.config, any(target.budget is not None for target in run.targets)
-    evaluates = planning.search_evaluations(run) > 0 or PrunableRole.BLOCK in config.roles
+    evaluates = planning.search_evaluations(run) > 0
     optional = {
         stages.TIME_DECODING: config.target_speedup is not None,
-        stages.WRITE_TEXT: generated_sequences(run.loaded, config) > 0,
-        stages.FIND_COSTS: searches and finds_costs(config, run.loaded.model, run.graph),
-        stages.EVALUATE_DENSE: searches and needs_measuring(config) and evaluates,
+        stages.FIND_COSTS: searches and evaluates and finds_costs(config, run.loaded.model, run.graph),
+        stages.EVALUATE_DENSE: searches
+        and needs_measuring(config)
+        and (evaluates or PrunableRole.BLOCK in config.roles),
         stages.CUT: not config.restore,
         stages.RESTORE: config.restore,
         stages.TIME_RESULT: config.target_speedup is not None,
@@ -126,13 +117,6 @@ def _is_done(run: Run, step: Step, targets: Mapping[str, Target]) -> bool:
     if step.stage in (stages.CUT, stages.RESTORE):
         return making.is_made(run, targets[step.target])
     return ACTIONS[step.stage].write is not None and run.work.file(step.stage.file_of(step.target)).exists()
-
-
-def with_written_text(run: Run) -> Run:
-    """The run with the dense model's own text among what it calibrates on, where its settings ask for that."""
-    written = carry_out(run, ("written text",)).get(("written text", ""))
-    tokens = run.tokens if written is None else run.tokens.with_written(written, run.config.seed)
-    return dataclasses.replace(run, tokens=tokens)
 
 
 def plans_for(run: Run, targets: Sequence[Target], scores: ImportanceScores) -> dict[str, StructurePlan]:

@@ -34,7 +34,6 @@ LOAD = Stage("load the model", ("MODEL",), "model")
 READ_TEXT = Stage("read the calibration text", ("model", "DATA"), "tokens")
 DISCOVER = Stage("discover the coupled structures", ("model",), "graph")
 TIME_DECODING = Stage("measure what decoding costs", ("model", "graph"), "budget")
-WRITE_TEXT = Stage("let the model write text of its own", ("model", "tokens"), "written text", "generated.npy")
 MEASURE_DENSE = Stage("measure the dense model", ("model", "tokens"), "dense figures", "dense.json")
 ESTIMATE = Stage("estimate the importance of every unit", ("model", "graph", "tokens"), "scores", "scores.safetensors")
 FIND_COSTS = Stage("find the second-order cost of every unit", ("model", "graph", "tokens"), "costs")
@@ -52,7 +51,7 @@ PLACE = Stage(
 PREPARE = (LOAD, READ_TEXT, DISCOVER, TIME_DECODING)
 """What `saap prune` does before its work folder is opened; a refusal comes here."""
 PRUNE = (
-    *PREPARE, WRITE_TEXT, MEASURE_DENSE, ESTIMATE, FIND_COSTS, EVALUATE_DENSE, SEARCH, CUT, RESTORE,
+    *PREPARE, MEASURE_DENSE, ESTIMATE, FIND_COSTS, EVALUATE_DENSE, SEARCH, CUT, RESTORE,
     MEASURE, TIME_RESULT, PLACE,
 )  # fmt: skip
 """All stages of `saap prune`; a run leaves out those that its settings do not ask for."""

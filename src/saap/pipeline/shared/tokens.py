@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -42,8 +41,6 @@ EVALUATION_TOKENS, KIND_TOKENS = 1024, 512
 EVALUATION, HELD_OUT = "bundled text that is never calibrated on", "held-out calibration samples"
 """What models are measured on with a tokenizer, and without."""
 SHORT_SAMPLE = PRESETS[Preset.FAST].sample_length
-HELD_WRITTEN = 4
-"""Sequences of the model's own text that only evaluate structures."""
 COST_TOKENS = 32_768
 """The most that second-order costs are taken from."""
 COST_TOKENS_AT_ONCE = 512
@@ -93,31 +90,6 @@ class TokenSets:
         rows = [*(one.tokens[:1] for one in (self.scored, self.held, self.refit)), window]
         return torch.from_numpy(max(rows, key=lambda row: row.shape[1])).to(next(model.parameters()).device)
 
-    def with_written(self, written: IntArray, seed: int) -> TokenSets:
-        """Half of what is scored and held, and a part of the reconstruction's, replaced by text of the model's own.
-
-        written: (sequences, length); the last HELD_WRITTEN of a random order only evaluate structures.
-        """
-        order = torch.randperm(len(written), generator=torch.Generator().manual_seed(seed)).numpy()
-        used, held = np.split(written[order], [-HELD_WRITTEN])
-        sets = {
-            "scored": self._mixed(self.scored.tokens, used),
-            "held": self._mixed(self.held.tokens, held),
-            "refit": np.concatenate([self.refit.tokens, used]),
-        }
-        found = {name: dataclasses.replace(getattr(self, name), tokens=tokens) for name, tokens in sets.items()}
-        return dataclasses.replace(self, **found)
-
-    def _mixed(self, tokens: IntArray, written: IntArray) -> IntArray:
-        """The second half of some samples, and pieces of the written sequences in place of the first."""
-        leading = written[:1, : len(self.leading)]
-        size = tokens.shape[1] - leading.shape[1]
-        body = written[:, leading.shape[1] :]
-        pieces = body[:, : body.shape[1] // size * size].reshape(-1, size)
-        half = min(len(tokens) // 2, len(pieces))
-        chosen = pieces[torch.linspace(0, len(pieces) - 1, half).long().numpy()]
-        return np.concatenate([tokens[half:], np.concatenate([leading.repeat(half, axis=0), chosen], axis=1)])
-
 
 def sample_length(model: nn.Module, config: PruneConfig) -> int:
     """Tokens of a calibration sample: as requested, or what the preset has, as far as the model reads so many.
@@ -141,23 +113,14 @@ def chooses_units(config: PruneConfig) -> bool:
 
 
 def finds_costs(config: PruneConfig, model: nn.Module, graph: ModelGraph) -> bool:
-    """Whether second-order costs join the search; not where their Gram matrices would be larger than the weights."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    trusted = config.restore and config.trusts_calibration  # they count on the compensation
-    return chooses_units(config) and trusted and gram_bytes(graph) <= weights
+    """Whether the search evaluates candidates after compensation, one of them by second-order costs.
 
-
-def generated_sequences(loaded: LoadedModel, config: PruneConfig) -> int:
-    """How many sequences of the refit text the model writes itself: only for the default calibration.
-
-    None for a baseline without reconstruction, which refits nothing.
+    Where it evaluates none, as with the preset `fast`, or nothing compensates, they are not found; nor where their Gram
+    matrices would be larger than the weights.
     """
-    if config.method is not Method.SAAP and not config.restore:
-        return 0
-    able = loaded.tokenizer is not None and hasattr(loaded.model, "generate") and loaded.fresh is None
-    settings = config.preset_settings
-    wanted = min(settings.generated_sequences, settings.refit_sequences // 2)
-    return 0 if config.trusts_calibration or not able else wanted
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    evaluates = config.preset_settings.search_evaluations > 0
+    return chooses_units(config) and config.restore and evaluates and gram_bytes(graph) <= weights
 
 
 def evaluation_sets(tokenizer: Any, kinds: Iterable[str] = KINDS) -> dict[str, IntArray]:
@@ -209,11 +172,12 @@ def draw_tokens(
     scored_length = sample_length(loaded.model, config)
     # Of a short text, as many tokens as `fast` would take must do, unless the length of samples was requested.
     enough = None if config.sample_length else -(-config.samples * SHORT_SAMPLE // scored_length)
-    refit_sequences = (settings.refit_sequences - generated_sequences(loaded, config)) * settings.refit_length
     requests = [
         SampleRequest("scored", config.samples, scored_length, at_least=enough),
         SampleRequest("held", settings.held_sequences, held_length, held_out=True, at_least=1),
-        SampleRequest("refit", refit_sequences // refit_length, refit_length, at_least=4),
+        SampleRequest(
+            "refit", settings.refit_sequences * settings.refit_length // refit_length, refit_length, at_least=4
+        ),
     ]
     embedding = getattr(loaded.model, "get_input_embeddings", lambda: None)()
     rows = embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else None

@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lab.generated import random_starts, sample_from_model
 from tests.data.byte_tokenizer import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from saap.data.generated import random_starts, sample_from_model
 
 
 @pytest.fixture(scope="module")
