@@ -61,13 +61,13 @@ def test_the_mixed_evaluation_text_has_each_kind():
 
 
 def test_a_kind_weighs_as_much_as_the_model_knows_it():
-    known = dict.fromkeys(KINDS, 1.0)
+    known = dict.fromkeys(KINDS, 1.2)
     whole = kind_weights(known)
     assert {kind: whole[kind] / whole["novels"] for kind in KINDS} == {
         kind: KINDS[kind] / KINDS["novels"] for kind in KINDS
     }
-    some = kind_weights({**known, "french": 1.6, "chinese": 2.4})
-    assert some["french"] == whole["french"] / 2
+    some = kind_weights({**known, "french": 1.6, "code": 0.4, "chinese": 2.4})
+    assert (some["french"], some["code"]) == (whole["french"] / 2, 2 * whole["code"])
     assert some["chinese"] == 0
     assert kind_weights(dict.fromkeys(KINDS, 8.0)) == KINDS
 

@@ -161,7 +161,7 @@ class PresetSettings:
 
 PRESETS: dict[Preset, PresetSettings] = {
     Preset.PAPER: PresetSettings(refit_sequences=256, tuned_sequences=64, search_evaluations=0, held_sequences=8),
-    Preset.FAST: PresetSettings(refit_sequences=32, tuned_sequences=20, search_evaluations=0, held_sequences=8),
+    Preset.FAST: PresetSettings(refit_sequences=48, tuned_sequences=24, search_evaluations=0, held_sequences=8),
     Preset.DEFAULT: PresetSettings(
         sample_length=512, refit_sequences=192, tuned_sequences=64, search_evaluations=12, held_sequences=16
     ),
