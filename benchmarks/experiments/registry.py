@@ -5,7 +5,8 @@ from __future__ import annotations
 from harness.experiment import experiment
 
 MODULES = (
-    "quality.perplexity", "quality.comparison", "quality.baselines", "method.influence", "quality.other_models",
+    "quality.perplexity", "quality.models", "quality.comparison", "quality.baselines", "method.influence",
+    "quality.other_models",
     "method.selection", "method.importance", "method.break_conditions", "method.ablation", "method.calibration",
     "quality.families", "quality.multilingual", "quality.multimodal", "quality.recovery", "quality.group_sizes",
     "method.boundaries", "quality.generation", "method.overlap", "cost.estimation_cost", "cost.cost", "cost.shapes",

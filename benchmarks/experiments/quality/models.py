@@ -1,0 +1,72 @@
+"""What pruning costs on each kind of text, on four real models and with each preset, without naming a calibration."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from harness.experiment import Cells, Measured, Names, Request, Values
+from lab.commands import peak_of, timed_saap
+from lab.dense import coder_model, multilingual_model
+from lab.texts import DATA, TEXTS, perplexities
+
+SMOLLM2, GEMMA, QWEN, LARGE = "smollm2", "gemma-3-270m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"
+RUNS = {
+    "fast": ["--preset", "fast"],
+    "default": [],
+    "best": ["--preset", "best"],
+    "paper": ["--preset", "paper"],
+    "llm-pruner": ["--method", "llm-pruner-element2", "--roles", "ffn"],
+    "llm-pruner-restored": ["--method", "llm-pruner-element2", "--roles", "ffn", "--restore", "--preset", "fast"],
+}
+"""paper tunes on the bundled instructions for 20 minutes; the others are not trained but for their norms."""
+CELLS = [
+    *(f"{SMOLLM2}/{run}" for run in RUNS),
+    *(f"{GEMMA}/{run}" for run in RUNS if run not in ("best", "paper")),
+    *(f"{QWEN}/{run}" for run in RUNS if run not in ("best", "paper")),
+    *(f"{LARGE}/{run}" for run in ("fast", "llm-pruner", "llm-pruner-restored")),
+]
+MORE = {"french": DATA / "flores200" / "fra.evaluation.txt.gz", "chinese": DATA / "flores200" / "zho.evaluation.txt.gz"}
+SETTINGS = {"pruning ratio": 0.2, "measured tokens": 4096}
+SMOKE = False
+
+
+def source_of(request: Request, model: str) -> str:
+    """What is pruned."""
+    if model == SMOLLM2:
+        return request.model
+    return multilingual_model(request) if model == GEMMA else coder_model(request, model)
+
+
+def measure(request: Request, wanted: Names) -> Measured:
+    """One `saap prune` each in a process of its own; what it says of each kind, and perplexities of further texts."""
+    ratio, most = str(request.settings["pruning ratio"]), int(request.settings["measured tokens"])
+    for cell in wanted:
+        model, _, run = cell.partition("/")
+        source = source_of(request, model)
+        with tempfile.TemporaryDirectory() as temporary:
+            out, named = Path(temporary) / "pruned", {**TEXTS, **MORE}
+            report, seconds, _ = timed_saap("prune", source, "--pruning-ratio", ratio, *RUNS[run], "--out", out)
+            report = report.get("pruned", report)
+            dense, pruned = (perplexities(one, named, most=most) for one in (source, out))
+        yield cell, {
+            "command": " ".join(["saap", "prune", model, "--pruning-ratio", ratio, *RUNS[run]]),
+            "seconds": round(seconds, 1),
+            "stages": {stage["name"]: round(stage["seconds"], 1) for stage in report["stages"]},
+            "peak_resident_bytes": peak_of(report),
+            "bundled": report["perplexity"] / report["perplexity_dense"],
+            "kinds": {one["text"]: one["after"] / one["before"] for one in report["kinds"]},
+            "ratio": {name: value / dense[name] for name, value in pruned.items()},
+            "trail": report["trail"],
+            "norm_tuning": report["norm_tuning"],
+        }  # fmt: skip
+
+
+def summarise(cells: Cells) -> Values:
+    kinds = list(next(iter(cells.values()))["kinds"])
+    worst = {cell: max(found["kinds"].items(), key=lambda one: one[1]) for cell, found in cells.items()}
+    return {
+        "kinds": kinds, "texts": list(next(iter(cells.values()))["ratio"]),
+        "rows": [{"cell": cell, "worst": worst[cell], **found} for cell, found in cells.items()],
+        "missing": [cell for cell in CELLS if cell not in cells],
+    }  # fmt: skip
