@@ -72,8 +72,10 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     ids=str,
 )  # fmt: skip
 def test_offloaded_gives_what_the_model_in_memory_gives(
-    source: Path, text: Path, tmp_path: Path, counts: list[int], flags: dict[str, object], own_text: bool
-) -> None:
+    source: Path, text: Path, tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch,
+    flags: dict[str, object], own_text: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(planning, "SEARCH_SHARE", 1000)  # of so few samples, nothing would be evaluated
     given = {**SETTINGS, **flags, "calibration": str(text) if own_text else "mixed"}
     here = saap.prune(source, pruning_ratio=0.2, out=tmp_path / "here", **given)
     assert not counts
@@ -94,7 +96,8 @@ def test_offloaded_gives_what_the_model_in_memory_gives(
     assert not (tmp_path / "away.saap-work").exists()
 
 
-def test_several_ratios(source: Path, tmp_path: Path, counts: list[int]) -> None:
+def test_several_ratios(source: Path, tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "SEARCH_SHARE", 1000)
     config = PruneConfig(pruning_ratios=(0.1, 0.3), **SETTINGS)
     here = run_prune(source, config, RunOptions(out=tmp_path / "here"))
     away = run_prune(source, config, RunOptions(out=tmp_path / "away", max_memory=1))

@@ -79,7 +79,7 @@ class Sizes:
     @property
     def captured_by_token(self) -> int:
         """The same for one token."""
-        return 4 * (16 * self.width + 2 * self.widest)
+        return 4 * (9 * self.width + self.widest)
 
     def scoring(self, config: PruneConfig) -> int:
         """Activations under autograd, two matrices for the gradient of a weight, and some tokens' logits."""
@@ -121,7 +121,7 @@ def stage_needs(sizes: Sizes, config: PruneConfig) -> Mapping[Stage, int]:
 
 def _costs(sizes: Sizes, config: PruneConfig) -> int:
     """Gram matrices of the second-order costs, and the weights that candidates replace, kept to be put back."""
-    if not (config.restore and config.preset_settings.search_evaluations and chooses_units(config)):
+    if not (config.restore and config.preset_settings.second_order and chooses_units(config)):
         return 0
     grams = sizes.blocks * 4 * (sizes.widest**2 + sizes.width**2)
     return (grams if grams <= sizes.weights else 0) + sizes.weights

@@ -115,12 +115,12 @@ def chooses_units(config: PruneConfig) -> bool:
 def finds_costs(config: PruneConfig, model: nn.Module, graph: ModelGraph) -> bool:
     """Whether the search evaluates candidates after compensation, one of them by second-order costs.
 
-    Where it evaluates none, as with the preset `fast`, or nothing compensates, they are not found; nor where their Gram
-    matrices would be larger than the weights.
+    Where nothing compensates, or with a preset that goes without, they are not found; nor where their Gram matrices
+    would be larger than the weights.
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    evaluates = config.preset_settings.search_evaluations > 0
-    return chooses_units(config) and config.restore and evaluates and gram_bytes(graph) <= weights
+    wanted = config.preset_settings.second_order and config.restore
+    return chooses_units(config) and wanted and gram_bytes(graph) <= weights
 
 
 def evaluation_sets(tokenizer: Any, kinds: Iterable[str] = KINDS) -> dict[str, IntArray]:
