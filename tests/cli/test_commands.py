@@ -62,6 +62,13 @@ def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_says_what_the_preset_of_the_paper_would_tune_on(source: Path, tmp_path: Path) -> None:
+    flags = ("--pruning-ratio", "0.2", "--preset", "paper", "--num-samples", "4", "--sample-length", "16", "--dry-run")
+    done = saap("prune", source, "--out", tmp_path / "small", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "tuned on conversations" in " ".join(done.stdout.split())
+
+
 def test_inspect(source: Path) -> None:
     shown = json.loads(saap("inspect", source, "--json").stdout)
     roles = {row["role"]: row for row in shown["roles"]}

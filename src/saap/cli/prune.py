@@ -49,7 +49,7 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
         if stages.dry_run:
             from saap.pipeline.prune.run import preview
 
-            found = preview(model, config, options, reporter)
+            found = {**preview(model, config, options, reporter), "recover": list(data)}
             display = display.model_copy(update={"quiet": False})
             return out.show(display, found, lambda: out.print_preview(found))
         if not data:

@@ -171,6 +171,8 @@ def print_preview(shown: Mapping[str, Any]) -> None:
     peak = f"{forecast['peak_resident_bytes'] / 1e9:.1f}"
     table.add_row("all", f"{forecast['seconds']:.0f}", peak, f"{forecast['disk_bytes'] / 1e6:,.0f}")
     console.print(table)
+    if shown["recover"]:
+        console.print(f"then it would be tuned on {escape(', '.join(shown['recover']))}; the forecast leaves that out.")
     console.print("nothing was written.")
 
 

@@ -152,7 +152,7 @@ def _of_the_dense(
 
 def bits_per_byte(perplexity: float, ids: IntArray, tokenizer: Any) -> float:
     """What a byte of the text that these ids (tokens,) are costs a model of this perplexity on it."""
-    size = len(tokenizer.decode(ids).encode()) / len(ids)
+    size = len(tokenizer.decode(ids, skip_special_tokens=True).encode()) / len(ids)  # unknown characters are none
     return math.log2(perplexity) / size if size else math.inf
 
 
