@@ -21,10 +21,10 @@ from saap.core.errors import CalibrationError, SaapError, first_line
 
 MIXED = "mixed"
 CONVERSATIONS = "conversations"
-GENERAL: Mapping[str, int] = MappingProxyType({"novels": 2, "speeches": 2, "encyclopaedia": 6, CONVERSATIONS: 8})
+GENERAL: Mapping[str, int] = MappingProxyType({"novels": 2, "speeches": 2, "encyclopaedia": 6, CONVERSATIONS: 9})
 """Bundled kinds of general English, with their weights in `mixed`: the last two test more of what a model knows."""
 KINDS: Mapping[str, int] = MappingProxyType(
-    {**GENERAL, "code": 4, "mathematics": 2, "french": 3, "german": 3, "spanish": 3, "chinese": 3}
+    {**GENERAL, "code": 4, "mathematics": 1, "french": 3, "german": 3, "spanish": 3, "chinese": 3}
 )
 """All bundled kinds, with their weights in `mixed` for a model that knows each of them well."""
 KNOWN_WELL, UNKNOWN = 1.2, 2.0

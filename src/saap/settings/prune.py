@@ -167,7 +167,7 @@ PRESETS: dict[Preset, PresetSettings] = {
         refit_sequences=48, tuned_sequences=24, search_evaluations=3, second_order=False, held_sequences=8
     ),
     Preset.DEFAULT: PresetSettings(
-        sample_length=512, refit_sequences=192, tuned_sequences=64, search_evaluations=12, held_sequences=16
+        sample_length=512, refit_sequences=128, tuned_sequences=64, search_evaluations=12, held_sequences=16
     ),
     Preset.BEST: PresetSettings(
         sample_length=512,
