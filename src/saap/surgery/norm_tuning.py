@@ -151,6 +151,7 @@ class _Tuning:
 
         Where the stream itself was pruned, the head does not read the dense one: then it is the loss of the text.
         """
+        tokens = tokens.to(hidden.device)
         learned = self._learned(tokens)
         dense = (self.walker, teacher.to(hidden.device)) if teacher.shape == hidden.shape else None
         losses, gradient = learned_losses(

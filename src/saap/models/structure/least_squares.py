@@ -123,7 +123,8 @@ def compensated(weight: Tensor, gram: Tensor, kept: Tensor, *, ridge: float = CH
     weight: (outputs, channels), gram: (channels, channels), kept: (kept channels,) indices. Minimises the squared
     output error plus the ridge; equal to what the choice of `removal_order` leaves. Returns (outputs, channels).
     """
-    g, columns = _damped(in_float64(gram), ridge), kept.to(gram.device)
+    g = _damped(in_float64(gram), ridge)
+    columns = kept.to(g.device)  # where the device of `gram` has no float64, that is another
     factor = torch.linalg.cholesky(g[columns][:, columns])
     result = torch.zeros_like(weight)
     result[:, kept] = torch.cholesky_solve(g[columns] @ in_float64(weight).T, factor).T.to(weight)
