@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import saap
 from saap.core.errors import CalibrationError, LayoutError, OutputError, StaleInputError, TargetError
+from saap.estimation import estimate as estimation
 from saap.models.walk.backend import Backend
+from saap.models.walk.observer import Observer
 from saap.pipeline.prune import making, planning
 from saap.pipeline.prune.run import RunOptions, run_prune
-from saap.pipeline.shared import tokens as token_sets
 from saap.settings.prune import PruneConfig
 from saap.structure_search.evaluator import StructureEvaluator
 
@@ -101,23 +102,21 @@ def test_a_search_counts_on_the_compensation_only_where_it_comes(source: Path, m
 
 
 @pytest.mark.parametrize(
-    ("samples", "refit_tokens", "expected"), [(6, 1024, (2, 512)), (6, 4096, (3, 512)), (40, 1024, (40, 32))]
+    ("effort", "listening"), [("fast", ["TokenFisher"]), ("default", ["TokenFisher", "WeightedGrams"])]
 )
-def test_costs_are_measured_on_the_text_of_the_restoration(
-    source: Path, monkeypatch: pytest.MonkeyPatch, samples: int, refit_tokens: int, expected: tuple[int, int]
+def test_importance_and_costs_come_from_one_walk(
+    source: Path, monkeypatch: pytest.MonkeyPatch, effort: str, listening: list[str]
 ) -> None:
-    seen = []
-    stock = planning.second_order_costs
+    walks: list[list[str]] = []
+    stock = estimation.walk
 
-    def costs(backend: Backend, tokens: torch.Tensor, **named) -> object:
-        seen.append((tuple(tokens.shape), named["micro_batch"]))
-        return stock(backend, tokens, **named)
+    def walk(backend: Backend, tokens: torch.Tensor, observers: list[Observer], **named: Any) -> None:
+        walks.append([type(one).__name__ for one in observers])
+        stock(backend, tokens, observers, **named)
 
-    monkeypatch.setattr(planning, "second_order_costs", costs)
-    monkeypatch.setattr(token_sets, "COST_TOKENS", 3 * 512 + 1)
-    settings = SETTINGS | {"samples": samples, "refit_tokens": refit_tokens, "effort": "default"}
-    saap.prune(source, pruning_ratio=0.2, **settings)
-    assert seen == [(expected, 512 // expected[1])]
+    monkeypatch.setattr(estimation, "walk", walk)
+    saap.prune(source, pruning_ratio=0.2, **SETTINGS | {"effort": effort})
+    assert walks == [listening]
 
 
 def test_a_loaded_model_is_not_changed_and_token_ids_are_taken(source: Path) -> None:

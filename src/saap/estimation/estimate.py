@@ -1,6 +1,6 @@
 """The estimation: one pass over the calibration samples that scores every unit, and the score that the search uses."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ from saap.estimation.importance import ELEMENT_SCORES, Scoring
 from saap.estimation.statistics import ScoreObserver
 from saap.estimation.unit_importance import UnitImportance
 from saap.models.walk.backend import Backend
+from saap.models.walk.observer import Observer
 from saap.models.walk.walk import walk
 from saap.settings.prune import Aggregation, ElementOrder, FusionScope
 from saap.settings.registry import Importance
@@ -28,6 +29,7 @@ def estimate(
     element_order: ElementOrder = ElementOrder.SECOND,
     aggregation: Aggregation = Aggregation.SUM,
     micro_batch: int | None = None,
+    also: Sequence[Observer] = (),
 ) -> ImportanceScores:
     """Vector-wise and element-wise importance of every unit of the groups of `roles`: mean and spread over samples.
 
@@ -35,6 +37,7 @@ def estimate(
     samples are then averaged. Members in linear modules of the decoder blocks are scored, biases with their channels.
     importance: one that measures something of its own gives it in place of the two. micro_batch: samples at a time, by
     default as many as fit into 256 tokens; it does not change the result. Groups in stacked tensors (experts) take one.
+    also: others that listen in the same walk.
     Raises CalibrationError for less than two samples, NonFiniteLossError, UnsupportedModelError.
     """
     samples, length = calibration.tokens.shape
@@ -48,7 +51,7 @@ def estimate(
     observer: ScoreObserver = (scoring.observer or usual)(backend, groups)
     rows = 1 if observer.one_by_one else micro_batch or max(1, TOKENS_AT_ONCE // length)
     tokens = torch.from_numpy(calibration.tokens).to(backend.device)
-    walk(backend, tokens, [observer], micro_batch=rows, ignored=calibration.ignored)
+    walk(backend, tokens, [observer, *also], micro_batch=rows, ignored=calibration.ignored)
     losses, found = observer.result()
     unscored = next((group.name for group in groups if group.name not in found), None)
     if unscored is not None:

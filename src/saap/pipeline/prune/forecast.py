@@ -95,7 +95,7 @@ def forecast(run: Run) -> Forecast:
     for step in steps_of(ahead, list(left)):
         stage, taken, disk = step.stage, needs.get(step.stage, 0), 0
         work = float(tokens.get(stage, 0))
-        if stage is stages.ESTIMATE:
+        if stage in (stages.ESTIMATE, stages.KEEP_SCORES):
             disk = _STATISTICS_BYTES * sum(group.units for group in run.graph.groups)
         if stage in (stages.CUT, stages.RESTORE):
             taken, disk = taken + kept, left[step.target]
@@ -135,7 +135,8 @@ def _tokens(run: Run) -> dict[Stage, float]:
     found: dict[Stage, float] = {
         stages.MEASURE_DENSE: answer + (0 if tokens.dense else evaluated),
         stages.ESTIMATE: (3.5 if config.importance is Importance.TOKEN_FISHER else 4.7) * tokens.scored.tokens.size,
-        stages.FIND_COSTS: 3.5 * tokens.costs.tokens.size,
+        stages.FIND_COSTS: 4.3 * tokens.scored.tokens.size,
+        stages.KEEP_SCORES: 0,
         stages.EVALUATE_DENSE: held,
         stages.SEARCH: held * search_evaluations(run),
         stages.CUT: 0,

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from saap.core.records import ImportanceScores, Role, StructurePlan, UnitScores, require_same
 from saap.core.storage import read_plan, read_scores
 from saap.estimation.estimate import estimate, unit_scores
 from saap.models.loading.devices import quick_products
+from saap.models.walk.observer import Observer
 from saap.models.walk.offload import offloaded
 from saap.pipeline.prune.baselines import baseline_scores
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.targets import Target
-from saap.pipeline.shared.tokens import costs_at_once
 from saap.settings.prune import unit_roles
 from saap.settings.registry import Importance, Method
 from saap.structure_search.budget import Budget
 from saap.structure_search.evaluator import EVALUATED_AT_ONCE, StructureEvaluator
 from saap.structure_search.plan import complete_plan, search
 from saap.structure_search.problem import SearchGuide
-from saap.structure_search.second_order import SecondOrder, second_order_costs
+from saap.structure_search.second_order import SecondOrder, WeightedGrams
 
 SEARCH_SHARE = 0.2
 READING_TOKENS = 256
@@ -36,8 +37,8 @@ def measure_dense(run: Run) -> Behaviour:
     )
 
 
-def estimate_scores(run: Run) -> ImportanceScores:
-    """Scores of all units by the method of the run."""
+def estimate_scores(run: Run, also: Sequence[Observer] = ()) -> ImportanceScores:
+    """Scores of all units by the method of the run. also: others that listen in the walk."""
     if run.config.method is not Method.SAAP:
         return run.processes.broadcast_result(lambda: baseline_scores(run))
     config, backend = run.config, run.backend
@@ -45,7 +46,7 @@ def estimate_scores(run: Run) -> ImportanceScores:
         backend = dataclasses.replace(backend, products=quick_products(run.device, run.loaded.dtype))
     return estimate(
         backend, run.tokens.scored, roles=unit_roles(config.roles) or [Role.FFN, Role.ATTENTION],
-        importance=config.importance, element_order=config.element_order, aggregation=config.aggregation,
+        importance=config.importance, element_order=config.element_order, aggregation=config.aggregation, also=also,
     )  # fmt: skip
 
 
@@ -57,17 +58,29 @@ def read_run_scores(run: Run, path: Path) -> ImportanceScores:
     return scores
 
 
-def find_costs(run: Run) -> SecondOrder:
-    """Second-order costs of all units."""
-    tokens, costs = run.tokens.tensor("costs", run.device), run.tokens.costs
-    return second_order_costs(run.backend, tokens, micro_batch=costs_at_once(costs), ignored=costs.ignored)
+class Costs(NamedTuple):
+    """What one walk has found: the scores of all units, and their second-order costs."""
+
+    scores: ImportanceScores
+    second_order: SecondOrder
 
 
-def evaluate_dense(run: Run, costs: SecondOrder | None) -> StructureEvaluator:
+def find_costs(run: Run) -> Costs:
+    """Importance and second-order costs of all units, from the same samples."""
+    grams = WeightedGrams(run.backend, run.tokens.tensor("scored", run.device))
+    return Costs(estimate_scores(run, [grams]), grams.result())
+
+
+def keep_scores(run: Run, costs: Costs) -> ImportanceScores:
+    """The importance that was found with the costs."""
+    return costs.scores
+
+
+def evaluate_dense(run: Run, costs: Costs | None) -> StructureEvaluator:
     """What structures are evaluated by, with the dense model's predictions."""
     held = run.tokens.tensor("held", run.device)
     at_once = EVALUATED_AT_ONCE if run.loaded.fresh is None else len(held)
-    grams = None if costs is None else costs.grams
+    grams = None if costs is None else costs.second_order.grams
     return StructureEvaluator(run.backend, held, grams, at_once, ignored=run.tokens.held.ignored)
 
 
@@ -78,7 +91,7 @@ def chosen_scores(run: Run, scores: ImportanceScores) -> Mapping[str, UnitScores
 
 
 def search_plan(
-    run: Run, target: Target, scores: ImportanceScores, costs: SecondOrder | None, evaluator: StructureEvaluator | None
+    run: Run, target: Target, scores: ImportanceScores, costs: Costs | None, evaluator: StructureEvaluator | None
 ) -> StructurePlan:
     """The searched or given plan of a target; of several processes the first one decides, and the others evaluate."""
     config, graph = run.config, run.graph
@@ -88,8 +101,8 @@ def search_plan(
         if target.plan is not None:
             return complete_plan(graph, target.plan, units)
         guide = SearchGuide(
-            costs=costs, evaluator=evaluator, evaluations=search_evaluations(run), seed=config.seed,
-            progress=run.meter.reporter.advance,
+            costs=None if costs is None else costs.second_order, evaluator=evaluator,
+            evaluations=search_evaluations(run), seed=config.seed, progress=run.meter.reporter.advance,
         )  # fmt: skip
         plan = search(graph, units, target.budget or Budget(removal=0), run.space, config.strategy, guide)
         if evaluator is not None:

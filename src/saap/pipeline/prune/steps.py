@@ -42,6 +42,9 @@ ACTIONS: Mapping[Stage, Action] = {
         planning.estimate_scores, planning.read_run_scores, lambda run, path, scores: write_scores(path, scores)
     ),
     stages.FIND_COSTS: Action(planning.find_costs),
+    stages.KEEP_SCORES: Action(
+        planning.keep_scores, planning.read_run_scores, lambda run, path, scores: write_scores(path, scores)
+    ),
     stages.EVALUATE_DENSE: Action(planning.evaluate_dense),
     stages.SEARCH: Action(
         planning.search_plan, planning.read_whole_plan, lambda run, path, plan: write_plan(path, plan, run.graph)
@@ -60,9 +63,12 @@ def requested_stages(run: Run) -> list[Stage]:
     """Those stages, in order, that the settings of a run ask for."""
     config, searches = run.config, any(target.budget is not None for target in run.targets)
     evaluates = planning.search_evaluations(run) > 0
+    costs = searches and evaluates and finds_costs(config, run.loaded.model, run.graph)
     optional = {
         stages.TIME_DECODING: config.target_speedup is not None,
-        stages.FIND_COSTS: searches and evaluates and finds_costs(config, run.loaded.model, run.graph),
+        stages.ESTIMATE: not costs,
+        stages.FIND_COSTS: costs,
+        stages.KEEP_SCORES: costs,
         stages.EVALUATE_DENSE: searches
         and needs_measuring(config)
         and (evaluates or PrunableRole.BLOCK in config.roles),

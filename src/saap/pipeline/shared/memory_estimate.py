@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from saap.discovery.blocks import find_blocks
+from saap.estimation.estimate import TOKENS_AT_ONCE
 from saap.evaluation.perplexity import LOGITS_BYTES
 from saap.pipeline.shared import stages
 from saap.pipeline.shared.stages import Stage
-from saap.pipeline.shared.tokens import COST_TOKENS_AT_ONCE, chooses_units
+from saap.pipeline.shared.tokens import chooses_units
 from saap.settings.prune import PruneConfig
 from saap.settings.registry import Method
 
@@ -83,7 +84,7 @@ class Sizes:
 
     def scoring(self, config: PruneConfig) -> int:
         """Activations under autograd, two matrices for the gradient of a weight, and some tokens' logits."""
-        tokens = max(COST_TOKENS_AT_ONCE, config.preset_settings.sample_length)
+        tokens = max(TOKENS_AT_ONCE, config.preset_settings.sample_length)
         return self.block_activations(tokens, max(WINDOW, config.preset_settings.sample_length)) + 3 * self.matrix
 
     @property
@@ -102,7 +103,7 @@ def stage_needs(sizes: Sizes, config: PruneConfig) -> Mapping[Stage, int]:
     """Bytes that each stage takes beside the weights, the captured activations of the reconstruction left out."""
     windows = sizes.block_activations(WINDOW_TOKENS)
     measuring = windows + sizes.logits + sizes.pages
-    inputs_of_blocks = sizes.blocks * max(COST_TOKENS_AT_ONCE, config.preset_settings.sample_length) * sizes.width * 4
+    inputs_of_blocks = sizes.blocks * max(TOKENS_AT_ONCE, config.preset_settings.sample_length) * sizes.width * 4
     backward = sizes.scoring(config) + inputs_of_blocks
     # Gram matrices of what a consumer reads, their factors in double precision, and what it should give
     solving = 36 * sizes.widest**2 + 28 * sizes.widest * sizes.width
@@ -111,6 +112,7 @@ def stage_needs(sizes: Sizes, config: PruneConfig) -> Mapping[Stage, int]:
         stages.MEASURE_DENSE: measuring,
         stages.ESTIMATE: backward + kept,
         stages.FIND_COSTS: backward + _costs(sizes, config),
+        stages.KEEP_SCORES: 0,
         stages.EVALUATE_DENSE: measuring,
         stages.SEARCH: measuring,
         stages.RESTORE: windows + solving if config.restore else 0,
@@ -124,7 +126,7 @@ def _costs(sizes: Sizes, config: PruneConfig) -> int:
     if not (config.restore and config.preset_settings.second_order and chooses_units(config)):
         return 0
     grams = sizes.blocks * 4 * (sizes.widest**2 + sizes.width**2)
-    return (grams if grams <= sizes.weights else 0) + sizes.weights
+    return grams + sizes.weights if grams <= sizes.weights else 0
 
 
 class Needs(NamedTuple):

@@ -36,7 +36,8 @@ DISCOVER = Stage("discover the coupled structures", ("model",), "graph")
 TIME_DECODING = Stage("measure what decoding costs", ("model", "graph"), "budget")
 MEASURE_DENSE = Stage("measure the dense model", ("model", "tokens"), "dense figures", "dense.json")
 ESTIMATE = Stage("estimate the importance of every unit", ("model", "graph", "tokens"), "scores", "scores.safetensors")
-FIND_COSTS = Stage("find the second-order cost of every unit", ("model", "graph", "tokens"), "costs")
+FIND_COSTS = Stage("estimate the importance and the second-order cost of every unit", ESTIMATE.needs, "costs")
+KEEP_SCORES = Stage("keep the importance", ("costs",), "scores", ESTIMATE.file)
 EVALUATE_DENSE = Stage("evaluate the dense model for the search", ("model", "tokens", "costs"), "evaluator")
 SEARCH = Stage("search the structure", ("graph", "scores", "costs", "evaluator"), "plan", "plan-{target}.json", True)
 CUT = Stage("cut, block by block", ("model", "plan", "scores"), "pruned model", "model-{target}.json", True)
@@ -51,7 +52,7 @@ PLACE = Stage(
 PREPARE = (LOAD, READ_TEXT, DISCOVER, TIME_DECODING)
 """What `saap prune` does before its work folder is opened; a refusal comes here."""
 PRUNE = (
-    *PREPARE, MEASURE_DENSE, ESTIMATE, FIND_COSTS, EVALUATE_DENSE, SEARCH, CUT, RESTORE,
+    *PREPARE, MEASURE_DENSE, ESTIMATE, FIND_COSTS, KEEP_SCORES, EVALUATE_DENSE, SEARCH, CUT, RESTORE,
     MEASURE, TIME_RESULT, PLACE,
 )  # fmt: skip
 """All stages of `saap prune`; a run leaves out those that its settings do not ask for."""

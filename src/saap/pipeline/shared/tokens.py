@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -41,30 +40,20 @@ EVALUATION_TOKENS, KIND_TOKENS = 1024, 512
 EVALUATION, HELD_OUT = "bundled text that is never calibrated on", "held-out calibration samples"
 """What models are measured on with a tokenizer, and without."""
 SHORT_SAMPLE = PRESETS[Preset.FAST].sample_length
-COST_TOKENS = 32_768
-"""The most that second-order costs are taken from."""
-COST_TOKENS_AT_ONCE = 512
-"""Of one micro-batch of that walk, which keeps the memory of its way back small."""
-
-
-def costs_at_once(costs: CalibrationSet) -> int:
-    """Sequences of such a micro-batch."""
-    return max(1, COST_TOKENS_AT_ONCE // int(costs.tokens.shape[1]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSets:
     """Token ids for each use.
 
-    scored: importance. held: evaluating structures. refit: reconstruction. costs: token-level sensitivities.
-    evaluation: by kind, (tokens,) of texts that nothing was calibrated on. dense: the dense model's perplexities on
-    them, where they were measured already. leading: ids that each window of a text begins with.
+    scored: importance and second-order costs. held: evaluating structures. refit: reconstruction. evaluation: by kind,
+    (tokens,) of texts that nothing was calibrated on. dense: the dense model's perplexities on them, where they were
+    measured already. leading: ids that each window of a text begins with.
     """
 
     scored: CalibrationSet
     held: CalibrationSet
     refit: CalibrationSet
-    costs: CalibrationSet
     evaluation: Mapping[str, IntArray]
     dense: Mapping[str, Perplexity] = field(default_factory=dict)
     leading: tuple[int, ...] = ()
@@ -204,19 +193,8 @@ def draw_tokens(
         evaluation = {HELD_OUT: sets["held"].tokens.reshape(-1)}
     return TokenSets(
         scored=sets["scored"], held=sets["held"], refit=sets["refit"],
-        costs=_text_of_costs(sets["scored"], sets["refit"]), evaluation=evaluation, dense=dense, leading=leading,
+        evaluation=evaluation, dense=dense, leading=leading,
     )  # fmt: skip
-
-
-def _text_of_costs(scored: CalibrationSet, refit: CalibrationSet) -> CalibrationSet:
-    """A part of the reconstruction's text, or the scored samples where there are more of them.
-
-    It is longer than these in tokens, without which a Gram matrix makes units look cheap, and in context, without
-    which heads do.
-    """
-    if refit.tokens.size < scored.tokens.size:
-        return scored
-    return dataclasses.replace(refit, tokens=refit.tokens[: max(1, COST_TOKENS // refit.tokens.shape[1])])
 
 
 def _processor(loaded: LoadedModel, config: PruneConfig, file: Path) -> Any:
