@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
 
     graph = saap.discover(given.model)
-    scores = saap.estimate(given.model, graph, "mixed")
+    scores = saap.estimate(given.model, graph, "mixed", importance="element2")
     # The geometric mean of both granularities, in place of their fusion by uncertainty.
     own = {
         name: dataclasses.replace(group, element=np.sqrt(group.vector * group.element))

@@ -82,7 +82,8 @@ def search(
     """A structure plan from scores alone, without measuring candidates (SAAP, adaptive structure search).
 
     pruning_ratio: fraction of the decoder blocks' parameters. skip_layers: how many blocks to protect (first, last).
-    The strategy `adaptive` measures candidates and therefore needs `prune`. Raises TargetError.
+    The strategy `adaptive` measures candidates and therefore needs `prune`. Raises TargetError, and ConfigurationError
+    for scores of another importance.
 
     pruning_ratio: Fraction of the decoder blocks' parameters to remove; several share one estimation.
     layout: adaptive: each layer its own sizes; uniform: equal sizes, opens as the stock class.

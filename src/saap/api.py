@@ -20,7 +20,7 @@ from saap.core.records import ImportanceScores, ModelGraph, StructurePlan
 from saap.data.samples import Calibration, calibration_set
 from saap.discovery import discover as _discover
 from saap.estimation.estimate import estimate as _estimate
-from saap.estimation.estimate import unit_scores
+from saap.estimation.estimate import require_measured, unit_scores
 from saap.models.loading.devices import computable, require_values
 from saap.models.loading.pretrained import model_ref
 from saap.models.walk.backend import Backend
@@ -133,9 +133,11 @@ def search(graph: ModelGraph, scores: ImportanceScores, config: Annotated[PruneC
     """A structure plan from scores alone, without measuring candidates (SAAP, adaptive structure search).
 
     pruning_ratio: fraction of the decoder blocks' parameters. skip_layers: how many blocks to protect (first, last).
-    The strategy `adaptive` measures candidates and therefore needs `prune`. Raises TargetError.
+    The strategy `adaptive` measures candidates and therefore needs `prune`. Raises TargetError, and ConfigurationError
+    for scores of another importance.
     """
     space = SearchSpace(roles=config.roles, layout=config.layout, align=config.align, skip_layers=config.skip_layers)
+    require_measured(scores, config.importance)
     units = unit_scores(scores, graph, config.importance, config.fusion_scope)
     if len(config.pruning_ratios) != 1:
         raise ConfigurationError("search() takes one pruning_ratio", "Call it for each")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ from tests.pipeline import tiny
 from tests.structure_search.synthetic import graph
 
 import saap
+from saap.core.errors import ConfigurationError
 from saap.core.records import GroupScores, ImportanceScores, ModelGraph, Role
 from saap.estimation.estimate import unit_scores
 from saap.estimation.fusion import fuse
@@ -60,8 +62,8 @@ def test_the_least_important_module_gives_most(strategy: Strategy, role: Role) -
     of = graph()
     name = f"layers.{IRRELEVANT}.{role}"
     plan = saap.search(
-        of, drawn(of, {name: 1e-3}), pruning_ratio=RANKING[strategy], strategy=strategy, roles=(role.value,),
-        skip_layers=EVERYWHERE, align=1,
+        of, replace(drawn(of, {name: 1e-3}), element_order="token-fisher"), pruning_ratio=RANKING[strategy],
+        strategy=strategy, roles=(role.value,), skip_layers=EVERYWHERE, align=1,
     )  # fmt: skip
     shares = given(plan, of, role)
     assert shares[IRRELEVANT] > max(share for layer, share in shares.items() if layer != IRRELEVANT)
@@ -138,3 +140,11 @@ def test_a_layer_that_does_nothing_loses_most(strategy: str, effort: str, role: 
     )  # fmt: skip
     shares = given(found.plan, saap.discover(model), Role(role))
     assert shares[IRRELEVANT] > max(share for layer, share in shares.items() if layer != IRRELEVANT)
+
+
+@pytest.mark.parametrize(("measured", "importance"), [("2", "token-fisher"), ("token-fisher", "fused")])
+def test_scores_of_another_importance_are_refused(measured: str, importance: str) -> None:
+    of = graph()
+    scores = replace(drawn(of, {}), element_order=measured)
+    with pytest.raises(ConfigurationError, match=f"not of the importance {importance}, but of {measured}"):
+        saap.search(of, scores, pruning_ratio=0.2, strategy="uniform", importance=importance)

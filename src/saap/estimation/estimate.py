@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from saap.core.errors import CalibrationError, UnsupportedModelError
+from saap.core.errors import CalibrationError, ConfigurationError, UnsupportedModelError
 from saap.core.records import CalibrationSet, ImportanceScores, ModelGraph, Role, UnitScores
 from saap.estimation.importance import ELEMENT_SCORES, Scoring
 from saap.estimation.statistics import ScoreObserver
@@ -72,3 +72,14 @@ def unit_scores(
     """Mean and variance over samples of the chosen importance, by group. scope: of the fusion."""
     scoring: Scoring = importance.load()
     return scoring.units(scores, graph, scope)
+
+
+def require_measured(scores: ImportanceScores, importance: Importance) -> None:
+    """Raise ConfigurationError for scores of another importance."""
+    scoring: Scoring = importance.load()
+    own = scoring.element or scoring.observer
+    if scores.element_order not in ([str(importance)] if own else [str(order) for order in ElementOrder]):
+        raise ConfigurationError(
+            f"The scores are not of the importance {importance}, but of {scores.element_order}",
+            "Name the importance that they were estimated with",
+        )
