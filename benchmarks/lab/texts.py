@@ -45,7 +45,7 @@ def perplexities(
     """Perplexity of a model on each text. most: tokens, fewer than usual to try it."""
     found = {}
     for name, file in named.items():
-        report = saap.evaluate(str(model), texts=[file], max_tokens=min(most, TOKENS[name]), bos=bos)
+        report = saap.evaluate(str(model), texts=[file], max_tokens=min(most, TOKENS.get(name, most)), bos=bos)
         (value,) = report.perplexity.values()
         found[name] = value.value
     return found

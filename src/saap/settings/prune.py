@@ -146,8 +146,7 @@ class PresetSettings:
 
     sample_length: tokens of each calibration sample. refit_sequences x refit_length: tokens of the least-squares
     reconstruction. tuned_sequences: of these, that the norms are tuned on. search_evaluations: candidates that the
-    search may measure. second_order: whether it finds second-order costs, which are one candidate and by which it
-    compensates. held_sequences x held_length: tokens each candidate is measured on.
+    search may measure. held_sequences x held_length: tokens each of them is measured on.
     """
 
     sample_length: int = 128
@@ -156,16 +155,13 @@ class PresetSettings:
     refit_length: int = 512
     tuned_sequences: int
     search_evaluations: int
-    second_order: bool = True
     held_sequences: int
     held_length: int = 128
 
 
 PRESETS: dict[Preset, PresetSettings] = {
     Preset.PAPER: PresetSettings(refit_sequences=256, tuned_sequences=64, search_evaluations=0, held_sequences=8),
-    Preset.FAST: PresetSettings(
-        refit_sequences=48, tuned_sequences=24, search_evaluations=3, second_order=False, held_sequences=8
-    ),
+    Preset.FAST: PresetSettings(refit_sequences=48, tuned_sequences=24, search_evaluations=0, held_sequences=8),
     Preset.DEFAULT: PresetSettings(
         sample_length=512, refit_sequences=128, tuned_sequences=64, search_evaluations=12, held_sequences=16
     ),

@@ -123,7 +123,7 @@ def stage_needs(sizes: Sizes, config: PruneConfig) -> Mapping[Stage, int]:
 
 def _costs(sizes: Sizes, config: PruneConfig) -> int:
     """Gram matrices of the second-order costs, and the weights that candidates replace, kept to be put back."""
-    if not (config.restore and config.preset_settings.second_order and chooses_units(config)):
+    if not (config.restore and config.preset_settings.search_evaluations and chooses_units(config)):
         return 0
     grams = sizes.blocks * 4 * (sizes.widest**2 + sizes.width**2)
     return grams + sizes.weights if grams <= sizes.weights else 0

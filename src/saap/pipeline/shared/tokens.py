@@ -104,11 +104,11 @@ def chooses_units(config: PruneConfig) -> bool:
 def finds_costs(config: PruneConfig, model: nn.Module, graph: ModelGraph) -> bool:
     """Whether the search evaluates candidates after compensation, one of them by second-order costs.
 
-    Where nothing compensates, or with a preset that goes without, they are not found; nor where their Gram matrices
-    would be larger than the weights.
+    Where it evaluates none, as with the preset `fast`, or nothing compensates, they are not found; nor where their Gram
+    matrices would be larger than the weights.
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    wanted = config.preset_settings.second_order and config.restore
+    wanted = config.preset_settings.search_evaluations > 0 and config.restore
     return chooses_units(config) and wanted and gram_bytes(graph) <= weights
 
 
