@@ -23,10 +23,12 @@ NOTHING = "\N{EN DASH}"
 LONG_DECIMAL = re.compile(r"-?\d+\.\d{3,}")
 BEFORE = {
     "pruned_before": "The pruned model was made when the default calibration was general English alone, with fewer "
-    "instructions with answers and articles than now.",
+    "instructions with answers and articles than now; no norms were tuned.",
     "ranked_before": "The candidates whose shares follow the importance of whole modules were others when this was "
-    "measured: it was negative, so that important modules gave more. Units were weighed by the element-wise score.",
-    "mixed_before": "The default calibration was general English alone when this was measured.",
+    "measured: it was negative, so that important modules gave more. Units were weighed by the element-wise score, "
+    "and no norms were tuned.",
+    "mixed_before": "The default calibration was general English alone when this was measured, and no norms were "
+    "tuned.",
 }
 """What several pages say of figures that are older than the code."""
 
