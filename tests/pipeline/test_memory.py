@@ -179,7 +179,7 @@ def test_needs_grow_with_what_is_asked() -> None:
     assert needs(restore=False).resident > sizes.weights
     estimation = [
         memory_estimate.stage_needs(sizes, PruneConfig(pruning_ratios=(0.2,), sample_length=length))[stages.ESTIMATE]
-        for length in (128, 512, 2048)
+        for length in (128, 256, 2048)
     ]
     assert estimation[0] == estimation[1] < estimation[2] / 3
     without, with_gradients = (needs(method=method).spilled for method in ("flap", "llm-pruner-mixed"))
