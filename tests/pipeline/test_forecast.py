@@ -52,7 +52,7 @@ def test_every_ratio_is_made_and_measured(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "stage", "passes"),
     [
-        ({"effort": "default"}, "estimate the importance and the second-order cost of every unit", 4.3 * 6 * 32),
+        ({"strategy": "second-order"}, "estimate the importance and the second-order cost of every unit", 4.3 * 6 * 32),
         ({"effort": "default"}, "search the structure", 16 * 128 * 12),
         ({}, "estimate the importance of every unit", 3.5 * 6 * 32),
         ({"restore": False}, "cut, block by block", 0),

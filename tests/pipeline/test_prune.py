@@ -84,7 +84,9 @@ def test_several_ratios_share_one_estimation(source: Path, tmp_path: Path, monke
     assert results[0].plan.parameters > results[1].plan.parameters
 
 
-def test_a_search_counts_on_the_compensation_only_where_it_comes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_evaluates_after_compensation_where_its_strategy_says_so(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = []
 
     class Watched(StructureEvaluator):
@@ -95,17 +97,16 @@ def test_a_search_counts_on_the_compensation_only_where_it_comes(source: Path, m
             super().__init__(backend, tokens, grams, *rest, **named)
 
     monkeypatch.setattr(planning, "StructureEvaluator", Watched)
-    for restores in (False, True):
-        settings = SETTINGS | {"effort": "default"}
-        saap.prune(source, pruning_ratio=0.2, restore=restores, **settings)
+    for strategy in ("adaptive", "second-order"):
+        saap.prune(source, pruning_ratio=0.2, strategy=strategy, **SETTINGS | {"effort": "default"})
     assert given == [False, True]
 
 
 @pytest.mark.parametrize(
-    ("effort", "listening"), [("fast", ["TokenFisher"]), ("default", ["TokenFisher", "WeightedGrams"])]
+    ("strategy", "listening"), [("adaptive", ["TokenFisher"]), ("second-order", ["TokenFisher", "WeightedGrams"])]
 )
 def test_importance_and_costs_come_from_one_walk(
-    source: Path, monkeypatch: pytest.MonkeyPatch, effort: str, listening: list[str]
+    source: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, listening: list[str]
 ) -> None:
     walks: list[list[str]] = []
     stock = estimation.walk
@@ -115,7 +116,7 @@ def test_importance_and_costs_come_from_one_walk(
         stock(backend, tokens, observers, **named)
 
     monkeypatch.setattr(estimation, "walk", walk)
-    saap.prune(source, pruning_ratio=0.2, **SETTINGS | {"effort": effort})
+    saap.prune(source, pruning_ratio=0.2, strategy=strategy, **SETTINGS)
     assert walks == [listening]
 
 
@@ -238,9 +239,10 @@ def test_evaluate(source: Path, tmp_path: Path) -> None:
 CHANGES = [
     {"importance": "fused"}, {"importance": "vector"}, {"importance": "element1"}, {"importance": "mixed"},
     {"num_samples": 7}, {"sample_length": 32}, {"refit_tokens": 4096}, {"seed": 1}, {"align": 16},
-    {"strategy": "uniform"}, {"strategy": "importance"}, {"strategy": "stability"}, {"strategy": "volatility-z"},
-    {"strategy": "volatility-cv"}, {"restore": False}, {"preset": "default"}, {"preset": "paper"},
-    {"skip_layers": (1, 0)}, {"roles": ["block"]}, {"layout": "uniform"}, {"method": "magnitude"},
+    {"strategy": "uniform"}, {"strategy": "second-order"}, {"strategy": "importance"}, {"strategy": "stability"},
+    {"strategy": "volatility-z"}, {"strategy": "volatility-cv"}, {"restore": False}, {"preset": "default"},
+    {"preset": "paper"}, {"skip_layers": (0, 0)}, {"roles": ["block"]}, {"layout": "uniform"},
+    {"method": "magnitude"},
 ]  # fmt: skip
 CHANGES_OF_FUSED = [{"element_order": "1"}, {"aggregation": "max"}, {"fusion_scope": "global"}]
 

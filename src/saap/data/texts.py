@@ -21,14 +21,14 @@ from saap.core.errors import CalibrationError, SaapError, first_line
 
 MIXED = "mixed"
 CONVERSATIONS = "conversations"
-GENERAL: Mapping[str, int] = MappingProxyType({"novels": 2, "speeches": 2, "encyclopaedia": 6, CONVERSATIONS: 9})
+GENERAL: Mapping[str, int] = MappingProxyType({"novels": 2, "speeches": 2, "encyclopaedia": 6, CONVERSATIONS: 8})
 """Bundled kinds of general English, with their weights in `mixed`: the last two test more of what a model knows."""
 KINDS: Mapping[str, int] = MappingProxyType(
-    {**GENERAL, "code": 4, "mathematics": 1, "french": 3, "german": 3, "spanish": 3, "chinese": 3}
+    {**GENERAL, "code": 4, "mathematics": 2, "french": 3, "german": 3, "spanish": 3, "chinese": 3}
 )
 """All bundled kinds, with their weights in `mixed` for a model that knows each of them well."""
 KNOWN_WELL, UNKNOWN = 1.2, 2.0
-"""Bits per byte of a kind of text at which it has its plain weight, and from which on it has none."""
+"""Bits per byte of a kind of text up to which it has its whole weight, and from which on it has none."""
 FILE_ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 # Of each kind, in the mixed evaluation text: about 8,000 tokens in all, so a prefix of it is not one kind alone.
 MIXED_EVALUATION_CHARACTERS = 9_000
@@ -155,12 +155,11 @@ def kind_weights(bits_per_byte: Mapping[str, float]) -> dict[str, int]:
     """The weights of KINDS in `mixed` for a model, by how well it predicts each kind.
 
     Text that a model does not know teaches the reconstruction nothing worth keeping, and takes the place of other text.
-    What it predicts best is what it is at home in, and counts for more.
     bits_per_byte: of the model on each kind that it can read, comparable over tokenizers. A model that knows none of
     them has the plain weights.
     """
     spare = {kind: UNKNOWN - bits_per_byte.get(kind, UNKNOWN) for kind in KINDS}
-    known = {kind: max(0.0, bits / (UNKNOWN - KNOWN_WELL)) for kind, bits in spare.items()}
+    known = {kind: min(1.0, max(0.0, bits / (UNKNOWN - KNOWN_WELL))) for kind, bits in spare.items()}
     weights = {kind: round(10 * weight * known[kind]) for kind, weight in KINDS.items()}
     return weights if any(weights.values()) else dict(KINDS)
 

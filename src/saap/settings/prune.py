@@ -161,9 +161,9 @@ class PresetSettings:
 
 PRESETS: dict[Preset, PresetSettings] = {
     Preset.PAPER: PresetSettings(refit_sequences=256, tuned_sequences=64, search_evaluations=0, held_sequences=8),
-    Preset.FAST: PresetSettings(refit_sequences=48, tuned_sequences=24, search_evaluations=0, held_sequences=8),
+    Preset.FAST: PresetSettings(refit_sequences=40, tuned_sequences=36, search_evaluations=0, held_sequences=8),
     Preset.DEFAULT: PresetSettings(
-        sample_length=512, refit_sequences=128, tuned_sequences=64, search_evaluations=12, held_sequences=16
+        sample_length=512, refit_sequences=192, tuned_sequences=64, search_evaluations=12, held_sequences=16
     ),
     Preset.BEST: PresetSettings(
         sample_length=512,
@@ -302,6 +302,10 @@ class PruneConfig(Settings):
                 {PrunableRole.ATTENTION, PrunableRole.QUERY} <= roles,
                 "The roles attention and query cannot be combined: a KV group is removed with its query heads",
                 "Name one of the two in --roles",
+            ), (
+                self.strategy is Strategy.SECOND_ORDER and not self.restore,
+                "--strategy second-order counts on the reconstruction",
+                "Leave out --no-restore, or name another strategy",
             ), (
                 not fast and self.model_fields_set & {"runtime", "gguf_type"},
                 "--runtime and --gguf-type measure nothing by themselves", "Add --target-speedup",

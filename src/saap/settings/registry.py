@@ -71,11 +71,21 @@ class Strategy(Registered):
     """How the search decides how much of each module is removed: a function from a `SearchProblem` to a `Proposal`."""
 
     ADAPTIVE = "adaptive", "saap.structure_search.strategies.adaptive", "the candidate with the least measured loss"
+    SECOND_ORDER = (
+        "second-order",
+        "saap.structure_search.strategies.adaptive",
+        "the same after compensation, with second-order costs: for text like the calibration's",
+    )
     IMPORTANCE = "importance", "saap.structure_search.strategies.importance", "one global ranking of all units"
     UNIFORM = "uniform", "saap.structure_search.strategies.uniform", "the same share from every module"
     STABILITY = "stability", "saap.structure_search.strategies.stability", "the least important of the unstable half"
     VOLATILITY_Z = "volatility-z", "saap.structure_search.strategies.volatility_z", "greatest standardised fluctuation"
     VOLATILITY_CV = "volatility-cv", "saap.structure_search.strategies.volatility_cv", "greatest relative volatility"
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether it evaluates candidates, and leaves the choice of units to the reconstruction."""
+        return self in (Strategy.ADAPTIVE, Strategy.SECOND_ORDER)
 
 
 class Method(Registered):

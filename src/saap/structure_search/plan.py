@@ -125,7 +125,7 @@ def search(
     remaining = dataclasses.replace(budget, removal=budget.removal - budget.removed(graph, {}, dropped))
     keep: dict[str, tuple[int, ...]] = {}
     trail: tuple[Candidate, ...] = ()
-    protects = strategy is not Strategy.ADAPTIVE and space.skip_layers is None and space.layout is Layout.ADAPTIVE
+    protects = not strategy.evaluates and space.skip_layers is None and space.layout is Layout.ADAPTIVE
 
     def solved(skipped: Collection[int]) -> tuple[dict[str, tuple[int, ...]], tuple[Candidate, ...]]:
         variables = build_variables(graph, space, {*dropped, *skipped})

@@ -63,7 +63,7 @@ def requested_stages(run: Run) -> list[Stage]:
     """Those stages, in order, that the settings of a run ask for."""
     config, searches = run.config, any(target.budget is not None for target in run.targets)
     evaluates = planning.search_evaluations(run) > 0
-    costs = searches and evaluates and finds_costs(config, run.loaded.model, run.graph)
+    costs = searches and finds_costs(config, run.loaded.model, run.graph)
     optional = {
         stages.TIME_DECODING: config.target_speedup is not None,
         stages.ESTIMATE: not costs,

@@ -16,7 +16,7 @@ from saap.pipeline.shared import stages
 from saap.pipeline.shared.stages import Stage
 from saap.pipeline.shared.tokens import chooses_units
 from saap.settings.prune import PruneConfig
-from saap.settings.registry import Method
+from saap.settings.registry import Method, Strategy
 
 WINDOW_TOKENS = 2048
 """Tokens of a batch of windows of a measured text, and of one of the sequences of a reconstruction."""
@@ -123,7 +123,7 @@ def stage_needs(sizes: Sizes, config: PruneConfig) -> Mapping[Stage, int]:
 
 def _costs(sizes: Sizes, config: PruneConfig) -> int:
     """Gram matrices of the second-order costs, and the weights that candidates replace, kept to be put back."""
-    if not (config.restore and config.preset_settings.search_evaluations and chooses_units(config)):
+    if not (chooses_units(config) and config.strategy is Strategy.SECOND_ORDER):
         return 0
     grams = sizes.blocks * 4 * (sizes.widest**2 + sizes.width**2)
     return grams + sizes.weights if grams <= sizes.weights else 0

@@ -92,24 +92,19 @@ def needs_measuring(config: PruneConfig) -> bool:
     """Whether the search will evaluate structures on held-out samples."""
     if config.method is not Method.SAAP:
         return False
-    by_search = config.strategy is Strategy.ADAPTIVE and config.preset_settings.search_evaluations > 0
+    by_search = config.strategy.evaluates and config.preset_settings.search_evaluations > 0
     return by_search or PrunableRole.BLOCK in config.roles
 
 
 def chooses_units(config: PruneConfig) -> bool:
     """Whether the units are the reconstruction's to choose: a method, strategy or plan that is named is kept to."""
-    return config.method is Method.SAAP and config.strategy is Strategy.ADAPTIVE and config.plan is None
+    return config.method is Method.SAAP and config.strategy.evaluates and config.plan is None
 
 
 def finds_costs(config: PruneConfig, model: nn.Module, graph: ModelGraph) -> bool:
-    """Whether the search evaluates candidates after compensation, one of them by second-order costs.
-
-    Where it evaluates none, as with the preset `fast`, or nothing compensates, they are not found; nor where their Gram
-    matrices would be larger than the weights.
-    """
+    """Whether second-order costs join the search; not where their Gram matrices would be larger than the weights."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    wanted = config.preset_settings.search_evaluations > 0 and config.restore
-    return chooses_units(config) and wanted and gram_bytes(graph) <= weights
+    return chooses_units(config) and config.strategy is Strategy.SECOND_ORDER and gram_bytes(graph) <= weights
 
 
 def evaluation_sets(tokenizer: Any, kinds: Iterable[str] = KINDS) -> dict[str, IntArray]:
