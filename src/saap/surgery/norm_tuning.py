@@ -82,7 +82,9 @@ class _Tuning:
             names = [f"{path}.{name}" for name, one in block.named_parameters() if one.dim() == 1 and len(one)]
             names = [name for name in names if self.model.get_parameter(name).is_floating_point()]
             self.parameters |= {path: names} if names else {}
-            self.values |= {name: at_least_float32(self.model.get_parameter(name)).clone() for name in names}
+            for name in names:  # together on one device, so that sums over them do not depend on the placement
+                value = at_least_float32(self.model.get_parameter(name).detach())
+                self.values[name] = value.to(text.tokens.device, copy=True)
         self.scales = {name: _scale(value) for name, value in self.values.items()}
 
     def run(self) -> tuple[float, float]:
@@ -176,7 +178,7 @@ class _Tuning:
                 weights = {name: self.model.get_parameter(name) for name in names}
                 gradient, of_weights = self.walker.backward_to_weights(layer, inputs.pop(), contexts, gradient, weights)
                 for name, one in of_weights.items():
-                    found[name] += one
+                    found[name] += one.to(found[name])
         return {name: self.processes.total(one) for name, one in found.items()}
 
     def _divergence(self) -> float:
