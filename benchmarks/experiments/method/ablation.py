@@ -25,7 +25,7 @@ from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.evaluator import StructureEvaluator
 from saap.structure_search.plan import SearchSpace, search
 from saap.structure_search.problem import SearchGuide
-from saap.structure_search.second_order import SecondOrder, second_order_costs
+from saap.structure_search.second_order import SecondOrder
 from saap.surgery.cut import cut
 from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
@@ -95,7 +95,7 @@ def prepare(dense: Dense, chosen: Values, seed: int) -> Prepared:
         SampleRequest("refit", chosen["refit sequences"], chosen["refit length"]),
     ], seed)  # fmt: skip
     scores, text = estimate(dense.backend, samples["scored"]), dense.ids(samples["refit"])
-    costs = second_order_costs(dense.backend, text, micro_batch=1)
+    costs = dense.second_order_costs(text, micro_batch=1)
     return Prepared(
         dense=dense, scores=scores, costs=costs, text=text,
         units=unit_scores(scores, dense.graph, Importance.FUSED, FusionScope.LAYER_ROLE),

@@ -33,7 +33,6 @@ from saap.models.structure.masking import masked
 from saap.models.walk.walker import BlockWalker, inference_only
 from saap.settings.prune import ElementOrder, FusionScope
 from saap.settings.registry import Importance, Method
-from saap.structure_search.second_order import second_order_costs
 from saap.structure_search.strategies import relative_volatility, standardised_fluctuation
 
 ROLES = ("ffn", "attention")
@@ -117,7 +116,7 @@ def all_indicators(
         "fluctuation": {n: u.variance for n, u in fused.items()},
         "volatility-z": {n: standardised_fluctuation(u.variance) for n, u in fused.items()},
         "volatility-cv": {n: relative_volatility(u.mean, u.variance) for n, u in fused.items()},
-        "second-order cost": dict(second_order_costs(dense.backend, ids).scores),
+        "second-order cost": dict(dense.second_order_costs(ids).scores),
         **{
             str(method): {name: np.asarray(v, np.float64) for name, v in measured.scores(method.load()).items()}
             for method in BASELINE_METHODS

@@ -5,8 +5,7 @@ sensitivity of the loss to the module's output there: tokens differ in both by o
 order on it gives the squared error of each further unit; half of that is a loss change in nats, comparable over layers.
 """
 
-import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,6 @@ from saap.models.structure.linear import weight_out_in
 from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Observation, Observer, Signal
 from saap.models.walk.processes import Processes
-from saap.models.walk.walk import walk
 
 CURVE_STEPS = 32
 """Batches in which the units of a module are removed: fine enough for the decrements of a plan."""
@@ -96,6 +94,7 @@ class WeightedGrams(Observer):
         """Sum the matrices over all processes."""
         self._grams = {path: processes.total(gram) for path, gram in self._grams.items()}
 
+    @torch.no_grad()
     def result(self) -> SecondOrder:
         """The matrices that are left, the costs and the orders; each process puts a part of the modules in order."""
         processes, own, ordered = self._backend.processes, self.own, {}
@@ -111,18 +110,3 @@ class WeightedGrams(Observer):
             nats[order] = 0.5 * costs
             scores[group.name], orders[group.name] = nats.cpu().numpy(), order.cpu().numpy()
         return SecondOrder({self._groups[path].name: gram for path, gram in self._grams.items()}, scores, orders)
-
-
-@torch.no_grad()
-def second_order_costs(
-    backend: Backend, tokens: Tensor, *, micro_batch: int = 4, ignored: Collection[int] = ()
-) -> SecondOrder:
-    """Collect weighted Gram matrices on `tokens` (sequences, length), then order the units of every module.
-
-    ignored: ids of which no loss is taken. Raises NonFiniteLossError.
-    """
-    grams = WeightedGrams(backend, tokens)
-    later = len(grams.own)
-    walking = dataclasses.replace(backend, progress=lambda done, total: backend.progress(done, total + later))
-    walk(walking, tokens, [grams], micro_batch=micro_batch, ignored=ignored)
-    return grams.result()
