@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -232,9 +232,7 @@ class Trainer:
         for parameter in self.parameters.values():
             if parameter.grad is None:  # of a layer that no token of the batch reached (an expert)
                 parameter.grad = torch.zeros_like(parameter)
-        if self.processes.count > 1:
-            gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-            vector_to_parameters(self.processes.total(parameters_to_vector(gradients)), gradients)
+        self.processes.add_up([parameter.grad for parameter in self.parameters.values() if parameter.grad is not None])
 
     def _require_finite(self, training: Training, losses: Tensor, indices: Sequence[int], norm: float) -> None:
         if bool(losses.isfinite().all()) and math.isfinite(norm):

@@ -179,7 +179,8 @@ class _Tuning:
                 gradient, of_weights = self.walker.backward_to_weights(layer, inputs.pop(), contexts, gradient, weights)
                 for name, one in of_weights.items():
                     found[name] += one.to(found[name])
-        return {name: self.processes.total(one) for name, one in found.items()}
+        self.processes.add_up(list(found.values()))
+        return found
 
     def _divergence(self) -> float:
         """Mean divergence over the tokens that are held out, of all processes."""

@@ -7,7 +7,7 @@ fails; one that waits for the failed process gets a ProcessError as soon as the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from saap.core.errors import ConfigurationError, ProcessError
 
@@ -81,6 +82,11 @@ class Processes:
     def total(self, values: Tensor) -> Tensor:
         """Sum of the tensor over all processes, the same in each; the tensor itself may be overwritten."""
         return self._exchanged(dist.all_reduce, values)
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Put the sum over all processes in place of each tensor, in one exchange."""
+        if self.count > 1:
+            vector_to_parameters(self.total(parameters_to_vector(tensors)), tensors)
 
     def broadcast(self, values: Tensor) -> Tensor:
         """The first process' tensor, in each; those of the others give the shape and may be overwritten."""

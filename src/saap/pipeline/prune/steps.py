@@ -32,19 +32,19 @@ class Action(NamedTuple):
     write: Callable[[Run, Path, Any], None] | None = None
 
 
+def _write_run_scores(run: Run, path: Path, scores: ImportanceScores) -> None:
+    write_scores(path, scores)
+
+
 ACTIONS: Mapping[Stage, Action] = {
     stages.MEASURE_DENSE: Action(
         planning.measure_dense,
         lambda run, path: Behaviour.model_validate(run.work.read_json(path.name)),
         lambda run, path, found: run.work.write_json(path.name, found.model_dump()),
     ),
-    stages.ESTIMATE: Action(
-        planning.estimate_scores, planning.read_run_scores, lambda run, path, scores: write_scores(path, scores)
-    ),
+    stages.ESTIMATE: Action(planning.estimate_scores, planning.read_run_scores, _write_run_scores),
     stages.FIND_COSTS: Action(planning.find_costs),
-    stages.KEEP_SCORES: Action(
-        planning.keep_scores, planning.read_run_scores, lambda run, path, scores: write_scores(path, scores)
-    ),
+    stages.KEEP_SCORES: Action(planning.keep_scores, planning.read_run_scores, _write_run_scores),
     stages.EVALUATE_DENSE: Action(planning.evaluate_dense),
     stages.SEARCH: Action(
         planning.search_plan, planning.read_whole_plan, lambda run, path, plan: write_plan(path, plan, run.graph)
