@@ -20,9 +20,9 @@ from torch import nn
 
 from lab.texts import TEXTS
 from saap.core.records import CalibrationSet, IntArray, Layout, ModelGraph, StructurePlan, UnitScores
-from saap.data.placement import SampleRequest
 from saap.data.samples import draw_sets, leading_ids, token_stream
 from saap.data.texts import read_documents
+from saap.data.windows import SampleRequest
 from saap.discovery import discover
 from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products

@@ -32,7 +32,7 @@ from saap.pipeline.prune.run import run_prune
 from saap.pipeline.recover.result import RecoverResult
 from saap.pipeline.recover.run import run_recover
 from saap.pipeline.shared.inputs import open_model
-from saap.pipeline.shared.memory import open_within
+from saap.pipeline.shared.memory_limit import open_within
 from saap.pipeline.shared.progress import Reporter
 from saap.pipeline.shared.tokens import sample_length
 from saap.settings.evaluate import EvalRequest

@@ -29,7 +29,7 @@ from saap.models.loading import device_memory
 from saap.models.walk import offload
 from saap.pipeline.prune import run as run_module
 from saap.pipeline.recover import run as recover
-from saap.pipeline.shared import memory, outcome, tokens
+from saap.pipeline.shared import memory_limit, outcome, tokens
 from saap.settings import recover as recovery_config
 from saap.settings.recover import RecoverConfig
 
@@ -61,9 +61,9 @@ class Events:
 
 def count_as_large() -> None:
     """A limit of one byte keeps the weights of the smallest model in their files."""
-    offload.SMALL_BYTES = memory.RESERVE_BYTES = 0
+    offload.SMALL_BYTES = memory_limit.RESERVE_BYTES = 0
     device_memory.of_process = lambda: 0
-    memory.Needs.of = lambda sizes, config: memory.Needs(2, 2, 1)
+    memory_limit.Needs.of = lambda sizes, config: memory_limit.Needs(2, 2, 1)
 
 
 def carry_out(job: dict[str, Any], counted: Path, rank: int = 0) -> None:

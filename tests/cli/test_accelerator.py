@@ -19,7 +19,7 @@ from saap.models.loading import device_memory, devices
 from saap.models.loading.pretrained import model_ref
 from saap.models.walk.spill import Spill
 from saap.pipeline.recover import run as recovery_run
-from saap.pipeline.shared import memory, outcome, tokens
+from saap.pipeline.shared import memory_limit, outcome, tokens
 from saap.pipeline.shared.inputs import LoadedModel
 from saap.settings.prune import PruneConfig
 
@@ -163,7 +163,7 @@ def test_what_does_not_fit_beside_the_weights_is_kept_elsewhere(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "_available", lambda: {"lazy": True, "cpu": True})
-    monkeypatch.setattr(memory, "RESERVE_BYTES", 0)
+    monkeypatch.setattr(memory_limit, "RESERVE_BYTES", 0)
     flags = ("prune", source, *LARGE)
     with pretended_devices(float64=False) as whole:
         expected = run(capsys, *flags, "--out", tmp_path / "all")
@@ -184,8 +184,8 @@ def test_weights_that_do_not_fit_stay_in_their_files(
 ) -> None:
     monkeypatch.setattr(devices, "_available", lambda: {"lazy": True, "cpu": True})
     expected = run(capsys, "prune", source, *FAST, "--out", tmp_path / "cpu", "--device", "cpu")
-    monkeypatch.setattr(memory, "RESERVE_BYTES", 0)
-    monkeypatch.setattr(memory.Needs, "of", lambda sizes, config: memory.Needs(3, 3, 2))
+    monkeypatch.setattr(memory_limit, "RESERVE_BYTES", 0)
+    monkeypatch.setattr(memory_limit.Needs, "of", lambda sizes, config: memory_limit.Needs(3, 3, 2))
     with pretended_devices(float64=False) as whole, monkeypatch.context() as patched:
         patched.setattr(device_memory, "of_device", lambda device: 2)
         run(capsys, "prune", source, *FAST, "--out", tmp_path / "files")
@@ -241,7 +241,7 @@ def test_activations_go_to_the_host_or_where_it_is_small_to_the_disk(
             owned=True,
             spills=True,
         )
-        spill = memory.restoration_spill(loaded, PruneConfig(pruning_ratios=(0.2,)), tmp_path)
+        spill = memory_limit.restoration_spill(loaded, PruneConfig(pruning_ratios=(0.2,)), tmp_path)
         assert isinstance(spill, Spill)
         assert (spill.folder is not None) == in_files
         kept = spill.keep([torch.arange(6).reshape(2, 3).to("lazy")])
@@ -251,14 +251,14 @@ def test_activations_go_to_the_host_or_where_it_is_small_to_the_disk(
 
 def test_a_restoration_of_7b_fits_into_24_gb_by_the_formula() -> None:
     """bfloat16 weights of LLaMA-7B on an accelerator, effort `default`."""
-    sizes = memory.Sizes(
+    sizes = memory_limit.Sizes(
         weights=13_476_831_232, block=404_766_720, around=524_296_192, matrix=90_177_536, widest=11008, width=4096,
         blocks=32, vocabulary=32000, heads=32, values=6_476_005_376,
     )  # fmt: skip
 
     def gigabytes(need: str, **choices: Any) -> float:
         config = PruneConfig(pruning_ratios=(0.2,), **choices)
-        return round((memory.RESERVE_BYTES + getattr(memory.Needs.of(sizes, config), need)) / 10**9, 1)
+        return round((memory_limit.RESERVE_BYTES + getattr(memory_limit.Needs.of(sizes, config), need)) / 10**9, 1)
 
     assert gigabytes("resident") == 39.5
     assert gigabytes("spilled") == 20.6  # a card of 24 GB has room for it

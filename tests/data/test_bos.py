@@ -13,9 +13,9 @@ from tests.data.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from tests.pipeline import tiny
 from torch import nn
 
-from saap.data.placement import SampleRequest
 from saap.data.samples import draw_sets, leading_ids, token_stream
 from saap.data.training import training_data
+from saap.data.windows import SampleRequest
 from saap.evaluation.perplexity import perplexity
 from saap.pipeline.shared.inputs import LoadedModel
 from saap.pipeline.shared.tokens import draw_tokens

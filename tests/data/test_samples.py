@@ -8,9 +8,9 @@ import torch
 from tests.data.byte_tokenizer import byte_tokenizer
 
 from saap.core.errors import CalibrationError
-from saap.data.placement import SampleRequest
 from saap.data.samples import calibration_set, draw_sets, token_stream
 from saap.data.texts import KINDS, read_documents
+from saap.data.windows import SampleRequest
 
 TOKENIZER = byte_tokenizer()
 REQUESTS = (

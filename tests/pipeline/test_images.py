@@ -18,7 +18,7 @@ import saap
 from saap.core.errors import CalibrationError
 from saap.core.records import CalibrationSet
 from saap.data.pairs import draw_pairs
-from saap.data.placement import SampleRequest
+from saap.data.windows import SampleRequest
 from saap.estimation.estimate import estimate
 from saap.models.loading.images import with_images
 from saap.models.walk.backend import Backend

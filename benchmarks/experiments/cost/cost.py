@@ -23,7 +23,7 @@ from saap.models.loading.device_memory import of_process
 from saap.models.loading.references import resolve_model
 from saap.pipeline.prune.run import run_prune
 from saap.pipeline.shared.inputs import RunOptions
-from saap.pipeline.shared.memory import limits
+from saap.pipeline.shared.memory_limit import limits
 from saap.settings.prune import Preset, PruneConfig
 
 VOCABULARY = 2048

@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 
 from saap.models.loading import device_memory, devices
 from saap.pipeline.prune.run import run_prune
-from saap.pipeline.shared import memory, memory_estimate
+from saap.pipeline.shared import memory_estimate, memory_limit
 from saap.pipeline.shared import tokens as token_sets
 from saap.pipeline.shared.inputs import RunOptions
 from saap.settings.prune import Preset, PruneConfig
@@ -79,7 +79,7 @@ def measure(request: Request, wanted: Names) -> Measured:
             "4 layers, bfloat16, effort default": needs(LAYERS, default),
             "32 layers, bfloat16, effort default": needs(32, default),
         },
-        "reserve": memory.RESERVE_BYTES,
+        "reserve": memory_limit.RESERVE_BYTES,
         "torch": torch.__version__,
     }  # fmt: skip
 

@@ -16,7 +16,7 @@ from lab.texts import TEXTS
 from torch import nn
 
 from saap.core.records import ImportanceScores, Layout, StructurePlan, UnitScores
-from saap.data.placement import SampleRequest
+from saap.data.windows import SampleRequest
 from saap.estimation.estimate import estimate, unit_scores
 from saap.models.walk.backend import Backend
 from saap.settings.prune import PRESETS, FusionScope, Preset, PrunableRole

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from saap.baselines.baseline import Measurements
 from saap.core.records import CalibrationSet, CoupledGroup, FloatArray, ImportanceScores, ModelGraph, Role
-from saap.data.placement import SampleRequest
+from saap.data.windows import SampleRequest
 from saap.estimation.estimate import estimate, unit_scores
 from saap.estimation.fusion import fuse
 from saap.models.structure.masking import masked

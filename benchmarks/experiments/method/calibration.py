@@ -18,8 +18,8 @@ from lab.texts import TEXTS
 from lab.training import trained_folder
 
 from saap.core.records import CalibrationSet, Role, StructurePlan
-from saap.data.placement import SampleRequest
 from saap.data.texts import MIXED
+from saap.data.windows import SampleRequest
 from saap.estimation.estimate import estimate
 from saap.estimation.fusion import fuse
 from saap.settings.prune import FusionScope

@@ -17,7 +17,7 @@ from lab.dense import Dense, opened, wikitext2
 from lab.measures import jaccard, log_histogram, rank_correlation_inside, rank_correlation_overall, removed_units
 
 from saap.core.records import FloatArray, ImportanceScores, Role, UnitScores
-from saap.data.placement import SampleRequest
+from saap.data.windows import SampleRequest
 from saap.estimation.estimate import estimate, unit_scores
 from saap.estimation.fusion import closed_form_sigma, fuse, learned_sigma
 from saap.settings.prune import FusionScope

@@ -9,7 +9,7 @@ from lab.dense import opened, wikitext2
 
 from saap.baselines.activations import activations
 from saap.core.records import Layout
-from saap.data.placement import SampleRequest
+from saap.data.windows import SampleRequest
 from saap.settings.registry import Method
 from saap.structure_search.plan import make_plan
 

@@ -9,7 +9,7 @@ from lab.commands import VALIDATION
 from lab.dense import opened, wikitext2
 
 from saap.core.records import ImportanceScores, Role
-from saap.data.placement import SampleRequest
+from saap.data.windows import SampleRequest
 from saap.estimation.estimate import estimate, unit_scores
 from saap.models.walk.backend import Backend
 from saap.settings.prune import ElementOrder, FusionScope

@@ -10,7 +10,7 @@ from lab.measures import geometric_mean
 from lab.texts import DATA
 from lab.training import trained_folder
 
-from saap.data.placement import SampleRequest
+from saap.data.windows import SampleRequest
 from saap.estimation.estimate import estimate
 from saap.estimation.fusion import fuse
 from saap.pipeline.shared.inputs import RunOptions, open_model

@@ -26,6 +26,8 @@ COMMANDS = {
     "demo": ("demo", "Prune a small real model by 20 % and show what came out."),
 }
 """The module of each, imported when it is called, and its line in the list."""
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+"""What torch says of it: CUDA and MPS, the CPU."""
 
 
 class Commands(click.Group):
@@ -81,4 +83,9 @@ def main() -> None:
         leave(2, f"error: {error.format_message().rstrip('.')}. See `{command} --help`.")
     except (KeyboardInterrupt, click.Abort):
         leave(130, "interrupted: finished stages are kept; the same command resumes from there.")
+    except (MemoryError, RuntimeError) as error:  # torch's own class would have to be imported to be named
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        reason = (str(error).splitlines() or ["the machine has no more"])[0].rstrip(".")
+        leave(2, f"error: Out of memory: {reason}. Free some, lower --max-memory or --batch-size, or use --device cpu.")
     sys.exit(code if isinstance(code, int) else 0)

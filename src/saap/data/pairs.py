@@ -12,8 +12,8 @@ import numpy as np
 
 from saap.core.errors import CalibrationError, first_line
 from saap.core.records import CalibrationSet, IntArray
-from saap.data.placement import SampleRequest, share_rows
 from saap.data.texts import has_rows, read_rows
+from saap.data.windows import SampleRequest, share_rows
 
 MOST_PAIRS = 1024
 """More are not read: they would only wait in memory."""

@@ -11,8 +11,8 @@ import numpy as np
 
 from saap.core.errors import CalibrationError
 from saap.core.records import CalibrationSet, IntArray
-from saap.data.placement import SampleRequest, parts_by_weight, place, share_rows
 from saap.data.texts import KINDS, MIXED, names_a_source, read_documents
+from saap.data.windows import SampleRequest, parts_by_weight, place, share_rows
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -30,7 +30,7 @@ from saap.models.walk.offload import offloaded
 from saap.pipeline.prune.baselines import biases_for
 from saap.pipeline.prune.planning import chosen_scores, read_whole_plan
 from saap.pipeline.shared.context import Run
-from saap.pipeline.shared.memory import restoration_spill
+from saap.pipeline.shared.memory_limit import restoration_spill
 from saap.pipeline.shared.stages import CUT
 from saap.pipeline.shared.targets import Target
 from saap.pipeline.shared.tokens import chooses_units

@@ -29,8 +29,8 @@ from saap.pipeline.prune.steps import carry_out
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, check_devices, open_model, place_of
 from saap.pipeline.shared.legality import check_walk, search_space
-from saap.pipeline.shared.memory import open_within, restoration_spill
 from saap.pipeline.shared.memory_estimate import Sizes
+from saap.pipeline.shared.memory_limit import open_within, restoration_spill
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import DISCOVER, LOAD, READ_TEXT, TIME_DECODING

@@ -17,9 +17,9 @@ from saap.core.errors import CalibrationError
 from saap.core.evaluation_records import Perplexity
 from saap.core.records import CalibrationSet, IntArray, ModelGraph
 from saap.data.pairs import draw_pairs, pairs_file
-from saap.data.placement import SampleRequest
 from saap.data.samples import Calibration, check_vocabulary, draw_sets, includes_mixed, leading_ids, token_stream
 from saap.data.texts import GENERAL, KINDS, Purpose, bundled_text, kind_weights
+from saap.data.windows import SampleRequest
 from saap.evaluation.perplexity import Reader, default_window, perplexities
 from saap.models.loading.images import image_token_ids, with_images
 from saap.models.loading.pretrained import load_processor

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saap.core.errors import CalibrationError
-from saap.data.placement import SampleRequest, parts_by_weight, place, share_rows
+from saap.data.windows import SampleRequest, parts_by_weight, place, share_rows
 
 
 def generator(seed: int = 0) -> np.random.Generator:
