@@ -12,6 +12,7 @@ from saap.models.checkpoint.groupwise import VALUES_AT_ONCE, GroupwiseWeight, li
 from saap.models.loading.precision import in_float64
 from saap.models.structure.linear import weight_out_in
 from saap.models.walk.observer import capture
+from saap.models.walk.spill import PackedTensors
 from saap.models.walk.walk import embed, run_block
 from saap.models.walk.walker import BlockWalker
 from saap.settings.recover import LEGAL_GROUP_SIZES
@@ -154,7 +155,7 @@ def quantise_by_feedback(
     samples: token ids, (1, length) each. A block sees what the quantised blocks before it put out.
     """
     walker = BlockWalker(model, blocks)
-    hidden, contexts = embed(walker, samples, list)
+    hidden, contexts = embed(walker, samples, PackedTensors)
     for layer, block in enumerate(blocks):
         sizes = linears_inside(model, [block])
         grams = {path: torch.zeros(size, size, device=hidden[0].device) for path, size in sizes.items()}
@@ -168,5 +169,5 @@ def quantise_by_feedback(
             stored = weight_out_in(model.get_submodule(path))
             weight = quantise_with_feedback(stored, gram, group_size=group_size, bits=bits)
             pack_linear(model, path, weight, gram.device)
-        hidden = run_block(walker, layer, hidden, contexts, list)
+        hidden = run_block(walker, layer, hidden, contexts, PackedTensors)
         progress(layer + 1, len(blocks))

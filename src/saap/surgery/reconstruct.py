@@ -25,7 +25,7 @@ from saap.models.walk.backend import Backend
 from saap.models.walk.observer import capture
 from saap.models.walk.offload import onload
 from saap.models.walk.residual import ResidualPath, residual_paths
-from saap.models.walk.spill import Tensors
+from saap.models.walk.spill import PackedTensors, Tensors, drained
 from saap.models.walk.walk import embed
 
 HELD_OUT_SHARE = 0.125
@@ -59,7 +59,7 @@ class Reconstruction:
 
     keep: dict[str, tuple[int, ...]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
-    dense: Tensors = field(default_factory=list[Tensor])
+    dense: Tensors = field(default_factory=PackedTensors)
 
 
 def held_out_sequences(sequences: int) -> int:
@@ -150,7 +150,7 @@ class _BlockByBlock:
         self.pruned = self.dense if same else self._moved(self.pruned, device)
         consumers = self._consumers(layer, groups)
         dense_next, dense_outputs = self._captured(layer, self.dense, [one.path for one in consumers], "output")
-        both = zip(self.dense, self.pruned, strict=True)
+        both = zip(self.dense if same else drained(self.dense), self.pruned, strict=True)
         errors = self.keep(at_least_float32(dense) - at_least_float32(pruned) for dense, pruned in both)
         self.dense = dense_next  # what came in is not needed any more
         # Stacked matrices (experts) are not fitted again: what is fitted compensates for them.
@@ -228,10 +228,10 @@ class _BlockByBlock:
             if residual is None:
                 continue
             if last:
-                return self.keep(
-                    (rest + residual.added(new)).to(self.dtype) for rest, new in zip(others, fresh, strict=True)
-                )
-            changes = zip(errors, dense, fresh, strict=True)
+                del dense, errors
+                both = zip(drained(others), fresh, strict=True)
+                return self.keep((rest + residual.added(new)).to(self.dtype) for rest, new in both)
+            changes = zip(drained(errors), drained(dense), fresh, strict=True)
             errors = self.keep(
                 error + residual.added(at_least_float32(old)) - residual.added(new) for error, old, new in changes
             )
@@ -241,7 +241,7 @@ class _BlockByBlock:
         """What a module reads, and what the block gives without that module's output. The stream before is let go."""
         inputs, others = self.keep(()), self.keep(())
         hidden, self.pruned = self.pruned, self.keep(())
-        for one, context in zip(hidden, self.contexts, strict=True):
+        for one, context in zip(drained(hidden), self.contexts, strict=True):
             with capture(self.model, [path]) as seen:
                 after = self.walker.run_block(layer, one, context)
             inputs.append(seen[path].input)
@@ -266,7 +266,7 @@ class _BlockByBlock:
         self.result.keep |= keep
         if not kept:  # nothing is left to fit: the module gives its bias
             nothing = weight.new_zeros(weight.shape[0], 0)
-            return (_linear(x[..., :0], nothing, bias) for x in inputs)
+            return (_linear(x[..., :0], nothing, bias) for x in drained(inputs))
         whole = weight if bias is None else torch.cat([weight, bias.float().unsqueeze(1)], dim=1)
         chosen = torch.cat([columns, torch.arange(weight.shape[1], whole.shape[1], device=columns.device)])
         start = whole[:, chosen]
@@ -279,7 +279,7 @@ class _BlockByBlock:
         weight_out_in(consumer.module).copy_(new[:, : len(columns)])
         if bias is not None:
             bias.copy_(new[:, -1])
-        return (_linear(x[..., columns], new[:, : len(columns)], bias) for x in inputs)
+        return (_linear(x[..., columns], new[:, : len(columns)], bias) for x in drained(inputs))
 
     def _moments(
         self, consumer: _Consumer, weight: Tensor, bias: Tensor | None, batches: Iterable[tuple[Tensor, Tensor, Tensor]]

@@ -10,7 +10,7 @@ from torch import nn
 
 from saap.core.records import ModelGraph
 from saap.models.walk.processes import Processes
-from saap.models.walk.spill import Keep, Spill
+from saap.models.walk.spill import Keep, PackedTensors, Spill
 from saap.models.walk.walker import BlockWalker
 
 Progress = Callable[[int, int], None]
@@ -45,7 +45,7 @@ class Backend:
     @property
     def keep(self) -> Keep:
         """Keeps activations where there is room for them."""
-        return list if self.spill is None else self.spill.keep
+        return PackedTensors if self.spill is None else self.spill.keep
 
     def walker(self) -> BlockWalker:
         """A new walker over the model's blocks."""

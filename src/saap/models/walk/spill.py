@@ -1,9 +1,10 @@
-"""Sequences of tensors that are kept outside the memory of the device: in that of the host, or in files."""
+"""Sequences of many tensors: packed in memory, or kept outside that of the device, in the host's or in files."""
 
 from __future__ import annotations
 
 import uuid
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +18,18 @@ from torch import Tensor
 
 from saap.core.errors import OutputError
 
+PIECE_BYTES = 2**26
+"""More than the largest piece that an allocator keeps to itself when it is freed (32 MiB in glibc)."""
+
 
 class Tensors(Protocol):
     """Tensors in the order in which they were appended."""
 
     def append(self, tensor: Tensor, /) -> None:
         """Add one at the end."""
+
+    def popleft(self) -> Tensor:
+        """Remove the first and return it."""
 
     def __getitem__(self, index: int, /) -> Tensor: ...
 
@@ -32,7 +39,38 @@ class Tensors(Protocol):
 
 
 Keep = Callable[[Iterable[Tensor]], Tensors]
-"""Makes a sequence of tensors, each taken when the one before is kept: `list`, or the `keep` of a spill."""
+"""Makes a sequence of tensors, each taken when the one before is kept: `PackedTensors`, or the `keep` of a spill."""
+
+
+def drained(tensors: Tensors) -> Iterator[Tensor]:
+    """The tensors from the first to the last, each of which leaves the sequence, so that its memory can be freed."""
+    while len(tensors):
+        yield tensors.popleft()
+
+
+class PackedTensors(deque[Tensor]):
+    """Copies of tensors, those on the CPU side by side in large pieces of memory.
+
+    As tensors of their own, freed between the temporary ones of the blocks, they would leave the heap in fragments
+    that the system never gets back; a piece is given back when none of its tensors is left.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self._piece = torch.empty(0, dtype=torch.uint8)
+        for tensor in tensors:
+            self.append(tensor)
+
+    def append(self, tensor: Tensor, /) -> None:
+        """Add a copy at the end."""
+        super().append(self._packed(tensor.detach()) if tensor.device.type == "cpu" else tensor)
+
+    def _packed(self, tensor: Tensor) -> Tensor:
+        if len(self._piece) < tensor.nbytes:
+            self._piece = torch.empty(max(PIECE_BYTES, tensor.nbytes), dtype=torch.uint8)
+        used = -(-tensor.nbytes // 64) * 64
+        place, self._piece = self._piece[: tensor.nbytes], self._piece[used:]
+        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +130,15 @@ class _Kept:
 
     def __init__(self, file: _SpillFile | None) -> None:
         self._file = file
-        self._kept: list[tuple[Callable[[], Tensor], torch.device]] = []
+        self._kept: deque[tuple[Callable[[], Tensor], torch.device]] = deque()
 
     def append(self, tensor: Tensor, /) -> None:
         stored = tensor.detach().cpu()
         self._kept.append(((lambda: stored) if self._file is None else self._file.write(stored), tensor.device))
+
+    def popleft(self) -> Tensor:
+        read, device = self._kept.popleft()
+        return read().to(device)
 
     def __getitem__(self, index: int, /) -> Tensor:
         read, device = self._kept[index]

@@ -7,6 +7,7 @@ weight ever holds a gradient. Where activations are spilled, all micro-batches w
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import cycle
 
@@ -43,9 +44,9 @@ def walk(
         if backend.spill is not None:
             one.run(batches, backend.keep, backend.keep, backend.progress)
         else:
-            keep_inputs = _slots(len(one.walker.blocks) + 1) if backward else list
+            keep_inputs = _slots(len(one.walker.blocks) + 1) if backward else deque
             for batch in batches:
-                one.run([batch], keep_inputs, list, silent)
+                one.run([batch], keep_inputs, deque, silent)
                 backend.progress(batch.first + len(batch.tokens) - own.start, len(own))
     for observer in observers:
         observer.merge(backend.processes)
@@ -64,7 +65,7 @@ def _slots(count: int) -> Keep:
             room.append(tensor.new_empty(count, *tensor.shape))
         return room[0][next(places), : len(tensor)].copy_(tensor)
 
-    return lambda tensors: [copy(tensor) for tensor in tensors]
+    return lambda tensors: deque(map(copy, tensors))
 
 
 class _Walk:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ def evaluation_sets(tokenizer: Any, kinds: Iterable[str] = KINDS) -> dict[str, I
     return {kind: ids for kind, ids in cut.items() if len(ids) > 1}
 
 
-def reader_of(model: nn.Module, keep: Keep = list) -> Reader | None:
+def reader_of(model: nn.Module, keep: Keep = deque) -> Reader | None:
     """How a model whose weights are in files reads all windows: block by block. None for one in memory."""
     away = offloaded(model)
     return None if away is None else partial(layerwise_logits, BlockWalker(model, away.blocks), keep=keep)
