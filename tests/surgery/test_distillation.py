@@ -15,7 +15,7 @@ from saap.models.walk.backend import Backend
 from saap.models.walk.spill import Spill
 from saap.structure_search.plan import make_plan
 from saap.surgery.cut import cut
-from saap.surgery.norm_tuning import TuningText, tune_norms
+from saap.surgery.distillation import RANK, DistillationText, distill
 from saap.surgery.reconstruct import MICRO_BATCH, ReconstructionSettings, held_out_sequences, reconstruct
 
 
@@ -25,7 +25,7 @@ def tokens(rows: int = 32, length: int = 16, seed: int = 0) -> torch.Tensor:
 
 def pruned(
     name: str, ids: torch.Tensor, spill: Spill | None = None, dropped: tuple[int, ...] = ()
-) -> tuple[nn.Module, nn.Module, Backend, list[str], TuningText]:
+) -> tuple[nn.Module, nn.Module, Backend, list[str], DistillationText]:
     """A dense model, one with half of its FFN channels and scales that are off, what the latter is tuned with."""
     dense = build(name)
     model, graph = copy.deepcopy(dense), discover(dense)
@@ -41,7 +41,9 @@ def pruned(
                 if parameter.dim() == 1:
                     parameter.mul_(0.8)
     held = held_out_sequences(len(ids))
-    text = TuningText(tokens=ids, teacher=done.dense, trained=len(ids) - held, held_out=held, micro_batch=MICRO_BATCH)
+    text = DistillationText(
+        tokens=ids, teacher=done.dense, trained=len(ids) - held, held_out=held, micro_batch=MICRO_BATCH
+    )
     return dense, model, backend, list(graph.blocks[: len(graph.blocks) - len(dropped)]), text
 
 
@@ -52,18 +54,13 @@ def divergence(dense: nn.Module, model: nn.Module, ids: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen2", "phi3"])
-def test_only_vectors_of_the_blocks_change_and_unseen_text_is_predicted_more_like_before(name: str) -> None:
+def test_vectors_and_matrices_of_the_blocks_change_and_unseen_text_is_predicted_more_like_before(name: str) -> None:
     dense, model, backend, blocks, text = pruned(name, tokens())
     before = {key: value.clone() for key, value in model.state_dict().items()}
     at_first = divergence(dense, model, tokens(seed=1))
-    measured = tune_norms(backend, blocks, text)
+    measured = distill(backend, blocks, text)
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-    inside = {
-        f"{path}.{key}"
-        for path in blocks
-        for key, one in model.get_submodule(path).named_parameters()
-        if one.dim() == 1
-    }
+    inside = {f"{path}.{key}" for path in blocks for key, one in model.get_submodule(path).named_parameters()}
     assert changed == inside
     assert divergence(dense, model, tokens(seed=1)) < at_first
     assert measured[1] < measured[0]
@@ -78,8 +75,8 @@ def test_a_model_that_is_still_dense_stays_as_it_is() -> None:
     model, ids = copy.deepcopy(dense), tokens(rows=8)
     plan = make_plan(graph, {}, (), layout=Layout.ADAPTIVE, strategy="test", align=1)
     done = reconstruct(Backend(model, graph), plan, ids, ReconstructionSettings())
-    text = TuningText(tokens=ids, teacher=done.dense, trained=4, held_out=4, micro_batch=MICRO_BATCH)
-    before, after = tune_norms(Backend(model, graph), graph.blocks, text)
+    text = DistillationText(tokens=ids, teacher=done.dense, trained=4, held_out=4, micro_batch=MICRO_BATCH)
+    before, after = distill(Backend(model, graph), graph.blocks, text)
     assert (before, after) == (0.0, 0.0)
     assert all(torch.equal(*both) for both in zip(model.parameters(), dense.parameters(), strict=True))
 
@@ -87,7 +84,7 @@ def test_a_model_that_is_still_dense_stays_as_it_is() -> None:
 def test_blocks_that_were_dropped_are_not_looked_for() -> None:
     dense, model, backend, blocks, text = pruned("llama", tokens(), dropped=(1,))
     at_first = divergence(dense, model, tokens(seed=1))
-    tune_norms(backend, blocks, text)
+    distill(backend, blocks, text)
     assert len(blocks) == 2
     assert divergence(dense, model, tokens(seed=1)) < at_first
 
@@ -95,21 +92,31 @@ def test_blocks_that_were_dropped_are_not_looked_for() -> None:
 def test_ignored_ids_teach_nothing() -> None:
     _, model, backend, blocks, text = pruned("llama", tokens(rows=8))
     before = copy.deepcopy(model.state_dict())
-    assert tune_norms(backend, blocks, replace(text, ignored=tuple(range(128)))) == (0.0, 0.0)
+    assert distill(backend, blocks, replace(text, ignored=tuple(range(128)))) == (0.0, 0.0)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_spilled_hidden_states_of_the_teacher_give_the_same(tmp_path: Path) -> None:
     _, one, *first = pruned("llama", tokens())
     _, other, *second = pruned("llama", tokens(), spill=Spill(tmp_path))
-    assert tune_norms(*first) == pytest.approx(tune_norms(*second), rel=1e-6)
+    assert distill(*first) == pytest.approx(distill(*second), rel=1e-6)
     for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-6)
+
+
+def test_updates_that_were_merged_predict_what_was_measured_with_them() -> None:
+    dense, model, backend, blocks, text = pruned("gpt2", tokens())
+    weight = model.get_submodule(blocks[0]).mlp.c_fc.weight.clone()
+    _, after = distill(backend, blocks, text)
+    change = (model.get_submodule(blocks[0]).mlp.c_fc.weight - weight).double()
+    assert 0 < torch.linalg.matrix_rank(change, rtol=1e-4) <= RANK
+    assert divergence(dense, model, text.tokens[-text.held_out :]) == pytest.approx(after, rel=1e-4)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_vectors_of_a_bfloat16_model_take_steps_that_its_type_cannot_hold() -> None:
     _, model, backend, blocks, text = pruned("llama", tokens(rows=64))
     model.bfloat16()
     teacher = [one.bfloat16() for one in text.teacher]
-    before, after = tune_norms(backend, blocks, replace(text, teacher=teacher))
+    before, after = distill(backend, blocks, replace(text, teacher=teacher))
     assert after < before

@@ -58,7 +58,7 @@ def measure(request: Request, wanted: Names) -> Measured:
             "kinds": {one["text"]: one["after"] / one["before"] for one in report["kinds"]},
             "ratio": {name: value / dense[name] for name, value in pruned.items()},
             "trail": report["trail"],
-            "norm_tuning": report["norm_tuning"],
+            "distillation": report["distillation"],
         }  # fmt: skip
 
 

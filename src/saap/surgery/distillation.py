@@ -1,47 +1,55 @@
-"""Norm tuning: what the least-squares reconstruction leaves is made up for by the scales between the matrices.
+"""Short distillation after the least-squares reconstruction: the pruned model learns the dense model's predictions.
 
-The one-dimensional parameters of the blocks (scales of norms, biases) are trained so that the predictions of the pruned
-model follow those of the dense one. There are so few that no optimizer state counts, and every format stores them.
+Trained are the one-dimensional parameters of the blocks (norm scales, biases) and a low-rank update of each matrix
+(LoRA, Hu et al. 2021), which is merged in the end. So the optimizer state is small, and every format stores the result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saap.core.errors import NonFiniteLossError
 from saap.models.loading.precision import at_least_float32, widest_dtype
+from saap.models.structure.linear import linear_modules, weight_out_in
 from saap.models.walk.backend import Backend
 from saap.models.walk.loss import learned_losses
+from saap.models.walk.observer import hooked
 from saap.models.walk.offload import onload
 from saap.models.walk.spill import Tensors
 from saap.models.walk.walker import BlockWalker, Contexts, inference_only
 
 LEARNING_RATE = 1e-2
-"""Of Adam at its height, times the root mean square of each vector."""
+"""Of Adam at its height, times the scale of each parameter."""
 LEAST_SCALE = 0.1
 """A vector of smaller entries is trained as if they had this size: a bias may begin at zero."""
+RANK = 16
+"""Of the updates of the matrices."""
+DOWN_SCALE, UP_SCALE = 7.0, 0.2
+"""Of the factors of an update: A in units of its entries at the start, B so that B A is in units of the matrix."""
 WARM_UP_STEPS = 3
-STEPS = 32
+STEPS = 80
 """At most; of more text each step takes more."""
 BETAS = (0.9, 0.95)
 ROUNDING = 1e-6
 """A divergence below this, in nats per token, is that of rounding."""
 LARGEST_NORM = 1.0
-"""Of the gradient of all vectors together, each in units of its own scale."""
+"""Of the gradient of all parameters together, each in units of its own scale."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TuningText:
-    """What is tuned on.
+class DistillationText:
+    """What is distilled on.
 
-    tokens: (sequences, length) ids. trained: how many of the first to train on. held_out: how many of the last judge.
-    teacher: hidden states after the dense model's last block, in micro-batches of `micro_batch` sequences, of those
-    that are this process' share. ignored: ids whose prediction does not count (places of an image).
+    tokens: (sequences, length) ids. trained: how many of the first to train on. held_out: how many of the last to
+    evaluate on. teacher: hidden states after the dense model's last block, in micro-batches of `micro_batch` sequences,
+    of this process' share. ignored: ids whose prediction does not count (places of an image).
     """
 
     tokens: Tensor
@@ -53,42 +61,67 @@ class TuningText:
 
 
 @torch.no_grad()
-def tune_norms(backend: Backend, blocks: Sequence[str], text: TuningText) -> tuple[float, float]:
-    """Train the vectors of the blocks by the KL divergence of the dense model's predictions from the pruned one's.
+def distill(backend: Backend, blocks: Sequence[str], text: DistillationText) -> tuple[float, float]:
+    """Train by the KL divergence of the dense model's predictions from the pruned one's, in place.
 
     backend: of the pruned model, whose `blocks` are the paths of those that are left. One pass over the text to train
-    on; where that does not lower the divergence on what is held out, the vectors stay as they were. The final norm
-    stays, so that one head reads both streams. Of several processes each computes for the sequences whose dense hidden
-    states it has, and all take the same steps. Returns the divergence on the latter before and after, in nats per
-    token; zeros where there is nothing to tune or to make up for. Raises NonFiniteLossError.
+    on; where that does not lower the divergence on the held-out text, the weights stay as they were. The final norm
+    and the head stay, so that one head reads both streams. Of several processes each computes for the sequences whose
+    dense hidden states it has, and all take the same steps. Returns the divergence on the held-out text before and
+    after, in nats per token; zeros where there is nothing to train or to compensate. Raises NonFiniteLossError.
     """
-    tuning = _Tuning(backend, blocks, text)
-    if not tuning.parameters:
+    training = _Distillation(backend, blocks, text)
+    if not training.values:
         return 0.0, 0.0
     with inference_only(backend.model):
-        return tuning.run()
+        return training.run()
 
 
-class _Tuning:
-    """One training. values: by name, the vectors in float32, which lead where the model's are coarser or in files."""
+class _Distillation:
+    """One training.
 
-    def __init__(self, backend: Backend, blocks: Sequence[str], text: TuningText) -> None:
+    vectors: by block, the names of its one-dimensional parameters. modules: by block, the paths of its linear modules.
+    values: by name, in float32, the vectors and the factors of the updates, which lead where the model's own weights
+    are coarser or in files. scales: of each value.
+    """
+
+    def __init__(self, backend: Backend, blocks: Sequence[str], text: DistillationText) -> None:
         self.model, self.processes, self.progress = backend.model, backend.processes, backend.progress
         self.text, self.walker = text, BlockWalker(backend.model, blocks, products=backend.products)
-        self.parameters: dict[str, list[str]] = {}
+        self.vectors: dict[str, list[str]] = {}
+        self.modules: dict[str, dict[str, nn.Module]] = {}
         self.values: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor | float] = {}
         for path, block in zip(self.walker.paths, self.walker.blocks, strict=True):
             onload(self.model, path)
-            names = [f"{path}.{name}" for name, one in block.named_parameters() if one.dim() == 1 and len(one)]
-            names = [name for name in names if self.model.get_parameter(name).is_floating_point()]
-            self.parameters |= {path: names} if names else {}
-            for name in names:  # together on one device, so that sums over them do not depend on the placement
-                value = at_least_float32(self.model.get_parameter(name).detach())
-                self.values[name] = value.to(text.tokens.device, copy=True)
-        self.scales = {name: _scale(value) for name, value in self.values.items()}
+            self._add_vectors(path, block)
+            self._add_updates(path, block)
+
+    def _add_vectors(self, path: str, block: nn.Module) -> None:
+        names = [f"{path}.{name}" for name, one in block.named_parameters() if one.dim() == 1 and len(one)]
+        self.vectors[path] = [name for name in names if self.model.get_parameter(name).is_floating_point()]
+        for name in self.vectors[path]:  # together on one device, so that sums do not depend on the placement
+            value = at_least_float32(self.model.get_parameter(name).detach())
+            self.values[name] = value.to(self.text.tokens.device, copy=True)
+            self.scales[name] = value.square().mean().sqrt().clamp_min(LEAST_SCALE).to(self.values[name])
+
+    def _add_updates(self, path: str, block: nn.Module) -> None:
+        """Factors A (RANK, in), random, and B (out, RANK), zero: the update B A begins at zero."""
+        found = {f"{path}.{name}": module for name, module in linear_modules(block).items()}
+        self.modules[path] = {name: one for name, one in found.items() if weight_out_in(one).numel()}
+        for name, module in self.modules[path].items():
+            weight = weight_out_in(module)
+            outputs, inputs = weight.shape
+            generator = torch.Generator().manual_seed(len(self.values))
+            down = torch.randn(RANK, inputs, generator=generator) / math.sqrt(inputs)
+            self.values[f"{name}.lora_A"] = down.to(self.text.tokens.device)
+            self.values[f"{name}.lora_B"] = torch.zeros(outputs, RANK, device=self.text.tokens.device)
+            self.scales[f"{name}.lora_A"] = DOWN_SCALE / math.sqrt(inputs)
+            size = weight.float().square().mean().sqrt()
+            self.scales[f"{name}.lora_B"] = float(UP_SCALE * size * math.sqrt(inputs / RANK))
 
     def run(self) -> tuple[float, float]:
-        """Train, and keep what was better."""
+        """Train, and keep what is better."""
         rows, each = self.text.trained, -(-self.text.trained // STEPS)
         steps = [range(first, min(first + each, rows)) for first in range(0, rows, each)]
         start = dict(self.values)
@@ -110,21 +143,32 @@ class _Tuning:
         after = self._divergence()
         if not after < before:
             self.values, after = start, before
-        for path, names in self.parameters.items():
+        for path in self.walker.paths:
             onload(self.model, path, change=True)
-            self._put(names)
+            self._put_vectors(path)
+            for name, module in self.modules[path].items():
+                weight = weight_out_in(module)
+                weight.add_((self.values[f"{name}.lora_B"] @ self.values[f"{name}.lora_A"]).to(weight))
         return before, after
 
-    def _put(self, names: Sequence[str]) -> None:
-        for name in names:
+    def _put_vectors(self, path: str) -> None:
+        for name in self.vectors[path]:
             self.model.get_parameter(name).copy_(self.values[name])
 
-    def _prepare_block(self, layer: int) -> str:
-        """Have the vectors of a block, whose weights may be in files, at their values. Returns its path."""
+    @contextmanager
+    def _prepared(self, layer: int) -> Iterator[dict[str, Tensor]]:
+        """A block, whose weights may be in files, as trained so far. Gives what to take gradients of, by name."""
         path = self.walker.paths[layer]
         onload(self.model, path)
-        self._put(self.parameters.get(path, ()))
-        return path
+        self._put_vectors(path)
+        trained: dict[str, Tensor] = {name: self.model.get_parameter(name) for name in self.vectors[path]}
+        hooks: dict[nn.Module, Callable[..., Any]] = {}
+        for name, module in self.modules[path].items():
+            factors = {key: self.values[key] for key in (f"{name}.lora_A", f"{name}.lora_B")}
+            trained |= factors
+            hooks[module] = _adding(*factors.values())
+        with hooked(hooks):
+            yield trained
 
     def _own(self, rows: range) -> list[tuple[Tensor, Tensor]]:
         """Ids and dense hidden states of those of the rows that are this process' share, (1, length) each."""
@@ -144,8 +188,8 @@ class _Tuning:
         hidden, inputs = stream.hidden, []
         for layer in range(len(self.walker.blocks)):
             inputs.append(hidden)
-            self._prepare_block(layer)
-            hidden = self.walker.run_block(layer, hidden, stream.contexts)
+            with self._prepared(layer):
+                hidden = self.walker.run_block(layer, hidden, stream.contexts)
         return inputs, hidden, stream.contexts
 
     def _losses(self, hidden: Tensor, tokens: Tensor, teacher: Tensor, predictions: int) -> tuple[float, Tensor]:
@@ -166,7 +210,7 @@ class _Tuning:
         return ~torch.isin(tokens, ignored)
 
     def _gradients(self, rows: range) -> Mapping[str, Tensor]:
-        """Gradients of the vectors by the mean divergence over the tokens of some sequences, of all processes."""
+        """Gradients of the values by the mean divergence over the tokens of some sequences, of all processes."""
         predictions = int(self._learned(self.text.tokens[rows.start : rows.stop])[:, 1:].sum())
         found = {name: torch.zeros_like(value) for name, value in self.values.items()}
         for tokens, teacher in self._own(rows):
@@ -174,16 +218,16 @@ class _Tuning:
             with torch.enable_grad():
                 _, gradient = self._losses(hidden, tokens, teacher, max(1, predictions))
             for layer in reversed(range(len(inputs))):
-                names = self.parameters.get(self._prepare_block(layer), ())
-                weights = {name: self.model.get_parameter(name) for name in names}
-                gradient, of_weights = self.walker.backward_to_weights(layer, inputs.pop(), contexts, gradient, weights)
-                for name, one in of_weights.items():
+                with self._prepared(layer) as trained:
+                    entry = inputs.pop()
+                    gradient, of_values = self.walker.backward_to_weights(layer, entry, contexts, gradient, trained)
+                for name, one in of_values.items():
                     found[name] += one.to(found[name])
         self.processes.add_up(list(found.values()))
         return found
 
     def _divergence(self) -> float:
-        """Mean divergence over the tokens that are held out, of all processes."""
+        """Mean divergence over the held-out tokens, of all processes."""
         text, total, count = self.text, 0.0, 0.0
         for tokens, teacher in self._own(range(len(text.tokens) - text.held_out, len(text.tokens))):
             total += self._losses(self._forward(tokens)[1], tokens, teacher, 1)[0]
@@ -195,8 +239,15 @@ class _Tuning:
         return total / max(1, count)
 
 
-def _scale(value: Tensor) -> Tensor:
-    return value.square().mean().sqrt().clamp_min(LEAST_SCALE)
+def _adding(down: Tensor, up: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A hook that adds the update's share to what a linear module gives. down: (rank, in). up: (out, rank)."""
+
+    def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        factors = (one.to(output) for one in (down, up))
+        x = inputs[0].to(output.dtype)
+        return output + nn.functional.linear(nn.functional.linear(x, next(factors)), next(factors))
+
+    return add
 
 
 def _learning_rate(done: int, steps: int) -> float:

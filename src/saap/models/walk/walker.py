@@ -157,7 +157,7 @@ class BlockWalker:
         return hidden
 
     def backward_to_weights(
-        self, index: int, hidden: Tensor, contexts: Contexts, gradient: Tensor, weights: Mapping[str, nn.Parameter]
+        self, index: int, hidden: Tensor, contexts: Contexts, gradient: Tensor, weights: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients at the input of block `index`, run again under autograd, and of some of its weights, by name.
 

@@ -95,8 +95,8 @@ def place_result(
         perplexity_dense=perplexity.before, perplexity=perplexity.after,
         kinds=kinds, prompt=answers.prompt, answer_dense=answers.dense, answer=answers.pruned,
         speed=None if speed is None else speed.model_dump(), structure=structure_of(run.graph, plan), trail=plan.trail,
-        refit_errors=dict(made.restored.refit_errors), norm_tuning=made.restored.norm_tuning, findings=tuple(findings),
-        stages=manifest.stages,
+        refit_errors=dict(made.restored.refit_errors), distillation=made.restored.distillation,
+        findings=tuple(findings), stages=manifest.stages,
         load_lines=()
         if path is None
         else load_lines(path, str(plan.layout), auto_class(made.base_model_type).__name__),

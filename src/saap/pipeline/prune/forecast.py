@@ -131,7 +131,7 @@ def _tokens(run: Run) -> dict[Stage, float]:
     evaluated = sum(ids.size for ids in tokens.evaluation.values())
     answer = STEP_TOKENS * ANSWER_TOKENS * (run.loaded.tokenizer is not None)
     held = tokens.held.tokens.size if needs_measuring(config) else 0
-    tuned = config.preset_settings.tuned_sequences * config.preset_settings.refit_length
+    tuned = config.preset_settings.distilled_sequences * config.preset_settings.refit_length
     found: dict[Stage, float] = {
         stages.MEASURE_DENSE: answer + (0 if tokens.dense else evaluated),
         stages.ESTIMATE: (3.5 if config.importance is Importance.TOKEN_FISHER else 4.7) * tokens.scored.tokens.size,

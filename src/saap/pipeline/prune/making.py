@@ -35,7 +35,7 @@ from saap.pipeline.shared.stages import CUT
 from saap.pipeline.shared.targets import Target
 from saap.pipeline.shared.tokens import chooses_units
 from saap.surgery.cut import cut
-from saap.surgery.norm_tuning import TuningText, tune_norms
+from saap.surgery.distillation import DistillationText, distill
 from saap.surgery.reconstruct import (
     MICRO_BATCH,
     Reconstruction,
@@ -48,16 +48,16 @@ from saap.surgery.reconstruct import (
 class Restored(BaseModel):
     """How the removal was made up for.
 
-    refit_errors: held-out error of each reconstructed matrix relative to before. norm_tuning: divergence from the dense
-    model before and after, in nats per token.
+    refit_errors: held-out error of each reconstructed matrix relative to before. distillation: divergence from the
+    dense model before and after, in nats per token.
     """
 
     refit_errors: Mapping[str, float] = {}
-    norm_tuning: tuple[float, float] | None = None
+    distillation: tuple[float, float] | None = None
 
 
-JUDGING_SEQUENCES = 8
-"""That say whether the norm tuning was of use, at most."""
+EVALUATED_SEQUENCES = 8
+"""That say whether the distillation was of use, at most."""
 
 
 @dataclass(slots=True)
@@ -158,12 +158,12 @@ def cut_and_restore(
     if text is not None:
         blocks = run.graph.blocks[: len(run.graph.blocks) - len(plan.dropped_blocks)]
         with run.tokens.images(model):
-            restored.norm_tuning = tune_norms(_restoring(run, model, 1), blocks, text)
+            restored.distillation = distill(_restoring(run, model, 1), blocks, text)
     return plan, restored
 
 
 def _restoring(run: Run, model: nn.Module, half: int) -> Backend:
-    """How the reconstruction, the first half of a stage, and the norm tuning, the second, run a model."""
+    """How the reconstruction, the first half of a stage, and the distillation, the second, run a model."""
 
     def progress(done: int, total: int) -> None:
         run.meter.reporter.advance(round(100 * (half + done / total)), 200)
@@ -175,8 +175,8 @@ def _restoring(run: Run, model: nn.Module, half: int) -> Backend:
 
 def _reconstructed(
     run: Run, model: nn.Module, plan: StructurePlan, scores: ImportanceScores
-) -> tuple[StructurePlan, Reconstruction, TuningText]:
-    """The plan with its final units, what the reconstruction did, and what the norms are tuned on after it."""
+) -> tuple[StructurePlan, Reconstruction, DistillationText]:
+    """The plan with its final units, what the reconstruction did, and what is distilled on after it."""
     settings = ReconstructionSettings(second_order=False)
     if chooses_units(run.config):
         means = {name: score.mean for name, score in chosen_scores(run, scores).items()}
@@ -187,10 +187,11 @@ def _reconstructed(
     with run.tokens.images(model):
         done = reconstruct(_restoring(run, model, 0), plan, tokens, settings)
     keep = {name: done.keep.get(name, kept) for name, kept in plan.keep.items()}
-    held = min(held_out_sequences(len(tokens)), JUDGING_SEQUENCES)
-    text = TuningText(
-        tokens=tokens, teacher=done.dense, trained=min(run.config.preset_settings.tuned_sequences, len(tokens) - held),
-        held_out=held, micro_batch=MICRO_BATCH, ignored=run.tokens.refit.ignored,
+    held = min(held_out_sequences(len(tokens)), EVALUATED_SEQUENCES)
+    trained = min(run.config.preset_settings.distilled_sequences, len(tokens) - held)
+    text = DistillationText(
+        tokens=tokens, teacher=done.dense, trained=trained, held_out=held, micro_batch=MICRO_BATCH,
+        ignored=run.tokens.refit.ignored,
     )  # fmt: skip
     return dataclasses.replace(plan, keep=keep), done, text
 

@@ -55,7 +55,7 @@ class PruneReport(BaseModel):
     structure: tuple[LayerStructure, ...]
     trail: tuple[Candidate, ...]
     refit_errors: dict[str, float]
-    norm_tuning: tuple[float, float] | None = None
+    distillation: tuple[float, float] | None = None
     findings: tuple[str, ...]
     stages: tuple[StageRecord, ...]
     load_lines: tuple[str, ...]
