@@ -107,7 +107,7 @@ def test_bad_pairs_are_refused_with_file_and_line(tmp_path: Path) -> None:
     file.write_text("\n".join([good[0], '{"image": "gone.png", "text": "a"}']))
     assert f"{file}, line 2, names the image gone.png" in refused(source, file)
     file.write_text("\n".join([good[0], good[1], '{"image": "0.png"}']))
-    assert f"{file}, line 3, has not both" in refused(source, file)
+    assert f"{file}, line 3, does not have both" in refused(source, file)
     (tmp_path / "2.png").write_bytes(b"no image")
     file.write_text("\n".join(good))
     assert f"{file}, line 3, names 2.png, which cannot be read" in refused(source, file)
