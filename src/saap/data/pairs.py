@@ -1,5 +1,4 @@
-"""Image-text pairs: a .jsonl file of `image` (a path relative to the file) and `text`, read by the model's
-processor."""
+"""Image-text pairs: a .jsonl file of `image` (a relative path) and `text`, read by the model's processor."""
 
 from __future__ import annotations
 

@@ -154,8 +154,7 @@ class Grouping:
                     break
 
     def _one_hidden(self, groups: list[TracedGroup]) -> list[TracedGroup]:
-        """The groups with at most one hidden group, which runs through all blocks; heads tied across blocks are
-        rejected."""
+        """The groups with at most one hidden group, through all blocks; heads tied across blocks are rejected."""
         found = [group for group in groups if group.layer >= 0]
         whole = []
         for group in (group for group in groups if group.layer < 0):

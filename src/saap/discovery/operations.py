@@ -264,8 +264,7 @@ def _choose(operation: Operation) -> Any:
 
 
 def _product_with_parameter(operation: Operation) -> Any:
-    """Tie the input's channels to the contracted axis of the parameter; its other axis produces the output's
-    channels."""
+    """Tie the input's channels to the contracted axis of the parameter; its other axis produces the output."""
     added = operation.name == "addmm"
     inputs, parameter = operation.arguments[-2:] if added else operation.arguments[:2]
     bias, axes = operation.named.get("self" if added else "bias"), list(parameter.axes)

@@ -65,8 +65,7 @@ def checked(
 def _smallest(
     traced: nn.Module, blocks: Sequence[str], groups: Sequence[TracedGroup]
 ) -> tuple[_SmallModel | None, str]:
-    """The smallest model whose blocks still run, if possible with few hidden and FFN channels; or None and the
-    reason."""
+    """The smallest model that runs, if possible with few hidden and FFN channels; or None and the reason."""
     reason = ""
     ffn = {n: SMALL_FFN for n, group in enumerate(groups) if group.role is Role.FFN and not group.refusal}
     hidden = {n: SMALL_HIDDEN for n, group in enumerate(groups) if group.role is Role.HIDDEN}
@@ -127,8 +126,7 @@ class _SmallModel:
 
 
 def _called(model: nn.Module, path: str, samples: int = 2) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
-    """Arguments, keywords and output of the module at `path`, in a forward pass on a few tokens and `samples`
-    samples."""
+    """Arguments, keywords and output of the module at `path` in a forward pass on a few tokens."""
 
     def stop(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
         raise _ReachedError(arguments, keywords, output[0] if isinstance(output, (tuple, list)) else output)
