@@ -1,4 +1,4 @@
-"""Sequences of tensors that are kept outside the memory of the device: in that of the host, or in files."""
+"""Spilled sequences of tensors: kept in host memory or in files instead of device memory."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Tensors(Protocol):
 
 
 Keep = Callable[[Iterable[Tensor]], Tensors]
-"""Makes a sequence of tensors, each taken when the one before is kept: `list`, or the `keep` of a spill."""
+"""Function that stores an iterable of tensors one by one: `list`, or the `keep` of a spill."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spill:
-    """Sequences of tensors, each in a file of its own in `folder`, or without a folder in the memory of the host.
+    """Store of tensor sequences: one file each in `folder`, or without a folder in host memory.
 
-    A file is deleted when nobody holds its sequence any more.
+    A file is deleted when its sequence is no longer referenced.
     """
 
     folder: Path | None = None
@@ -63,7 +63,7 @@ class _SpillFile:
         weakref.finalize(self, self._path.unlink, missing_ok=True)
 
     def write(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Append a tensor. Returns what reads it again."""
+        """Append a tensor. Returns a function that reads it."""
         flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         with self._explained(), self._path.open("ab") as file:
             flat.tofile(file)
@@ -88,7 +88,7 @@ class _SpillFile:
 
 
 class _Kept:
-    """Tensors in the memory of the host, or in a file. Each comes back on the device that it had."""
+    """Tensors in host memory or in a file. Each is returned on its original device."""
 
     def __init__(self, file: _SpillFile | None) -> None:
         self._file = file
