@@ -102,9 +102,7 @@ class _Builder:
                 changed = self.changed(fields, sizes)
                 model = self.make(type(changed).from_dict(changed.to_dict()))  # rebuilt, so that its class validates it
                 if run:
-                    text_part(
-                        model.config
-                    )._attn_implementation = "eager"  # fused kernels accept sizes that eager rejects
+                    text_part(model.config)._attn_implementation = "eager"  # stricter
                     ids = torch.zeros((1, 4), dtype=torch.long)
                     model(ids, attention_mask=torch.ones_like(ids), **without_cache(model))
         except Exception as error:  # each class raises its own errors for sizes

@@ -99,8 +99,7 @@ class Observer(Protocol):
         return
 
     def close_block(self, layer: int) -> None:
-        """Called after the backward pass of all samples through a block, with its weights in memory; only with a
-        spill."""
+        """Called after the backward pass of all samples through a block whose weights are in memory (spill only)."""
         return
 
 

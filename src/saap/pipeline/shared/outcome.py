@@ -1,4 +1,4 @@
-"""Before and after: what the dense and the pruned model do with the same text and prompt."""
+"""Before and after: the dense and the pruned model on the same text and prompt."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ ANSWER_TOKENS = 32
 
 
 class Behaviour(BaseModel):
-    """What a model does: perplexities on the evaluation texts, and a greedy answer to `prompt` ('' without tokenizer).
+    """Figures of a model: perplexities on the evaluation texts, and a greedy answer to `prompt` ('' if none).
 
-    kinds: perplexity on each kind of text. perplexity: on those of general English together.
+    kinds: perplexity on each kind of text. perplexity: on the kinds of general English together.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -46,8 +46,8 @@ def observe(
 ) -> Behaviour:
     """Perplexities and a greedy answer of `model`.
 
-    known: its perplexities, where they were measured already. spill: for a model whose weights are in files. It gives
-    no answer, of which each token would read all of them.
+    known: its perplexities if measured already. spill: for offloaded weights. Such a model generates no answer, since
+    each token would read all weights.
     """
     read = None if spill is None else reader_of(model, spill.keep)
     found = known or perplexities(model, tokens.evaluation, leading=tokens.leading, read=read)
