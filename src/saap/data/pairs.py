@@ -47,14 +47,10 @@ def read_pairs(path: Path) -> tuple[Pair, ...]:
     for place, row in read_rows(path):
         image, text = row.get("image"), row.get("text")
         if not isinstance(image, str) or not isinstance(text, str) or not text.strip():
-            raise CalibrationError(
-                f"{place} does not have both `image` and `text`", "Give each line the two, as strings"
-            )
+            raise CalibrationError(f"{place} needs both `image` and `text`", "Give each line the two, as strings")
         file = path.parent / image
         if not file.is_file():
-            raise CalibrationError(
-                f"{place} has the image {image}, which does not exist relative to the file", "Add the image"
-            )
+            raise CalibrationError(f"{place} has the image {image}, which is missing", "Put it next to the file")
         pairs.append((place, file, text))
     return tuple(pairs)
 

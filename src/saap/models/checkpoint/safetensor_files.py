@@ -71,9 +71,7 @@ def open_safetensors(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{file} is damaged or not a safetensors file ({first_line(error)})", _DOWNLOAD_AGAIN
-        ) from None
+        raise ModelError(f"{file} is not a valid safetensors file ({first_line(error)})", _DOWNLOAD_AGAIN) from None
 
 
 def _stored(files: Sequence[Path]) -> Iterator[tuple[Path, str, Any]]:

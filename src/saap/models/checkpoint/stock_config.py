@@ -100,7 +100,7 @@ class _Builder:
         try:
             with torch.device("meta"):
                 changed = self.changed(fields, sizes)
-                model = self.make(type(changed).from_dict(changed.to_dict()))  # rebuilt, so that its class validates it
+                model = self.make(type(changed).from_dict(changed.to_dict()))  # its class validates it again
                 if run:
                     text_part(model.config)._attn_implementation = "eager"  # stricter
                     ids = torch.zeros((1, 4), dtype=torch.long)

@@ -101,9 +101,7 @@ def load_model(
         raise ModelError(
             f"{resolved.source} lacks the weights {', '.join(missing[:3])}{more}", "Use a complete checkpoint"
         )
-    if (
-        resolved.gguf_file is not None
-    ):  # the weights are dequantised now; the configuration must not mark them as quantised
+    if resolved.gguf_file is not None:  # dequantised on loading, so the configuration must not say quantised
         for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
             if hasattr(holder, name):
                 delattr(holder, name)

@@ -79,10 +79,8 @@ def resolve_model(
         raise ModelError(f"{path} is neither a folder nor a .gguf file", _GIVE_MODEL)
     config = read_config(path)
     _check_code(path, config, trust_remote_code)
-    if (path / "adapter_config.json").exists():  # transformers would open its base model, wherever that is
-        raise ModelError(
-            f"{path} contains an adapter", "Merge it into its model first, e.g. with peft's merge_and_unload"
-        )
+    if (path / "adapter_config.json").exists():  # transformers would open its base model
+        raise ModelError(f"{path} has an adapter", "Merge it into its model first, e.g. with peft's merge_and_unload")
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     if weights:
         dtype = stored_dtype(weight_files(path))

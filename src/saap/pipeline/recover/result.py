@@ -114,8 +114,7 @@ def recovery_report(
     run: Recovery, model: Any, training: Training, packed: Mapping[str, GroupwiseWeight],
     measured: Mapping[str, Behaviour],
 ) -> RecoverReport:  # fmt: skip
-    """Make the report. packed: empty if nothing was quantised. measured: before, recovered; dense, quantised if
-    known."""
+    """packed: empty if nothing was quantised. measured: before, recovered; dense, quantised if known."""
     config, out = run.config, run.options.out
     layout = Layout.ADAPTIVE if model.config.model_type == MODEL_TYPE else Layout.UNIFORM
     entries = stored_entries(model, run.dtype)
