@@ -180,7 +180,7 @@ def test_the_table_shows_the_base_of_a_pruned_folder(
     code, out, _ = run(capsys, "eval", tmp_path / "small", "--speed")
     assert code == 0
     assert str(source) in out
-    assert "faster by" in out
+    assert "speed-up" in out
 
 
 @pytest.mark.parametrize(
