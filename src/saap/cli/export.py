@@ -18,7 +18,7 @@ class ExportTarget(Settings):
     out: Annotated[
         Path | None, out_flag("File or folder to write. [required unless --push]", name="output", metavar="PATH")
     ] = None
-    push: Annotated[str | None, result_flag("Upload the folder MODEL to the hub as it is.", metavar="OWNER/NAME")] = (
+    push: Annotated[str | None, result_flag("Upload the folder MODEL to the hub unchanged.", metavar="OWNER/NAME")] = (
         None
     )
     private: Annotated[bool, result_flag("With --push: create a private repository.")] = False

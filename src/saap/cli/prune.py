@@ -34,8 +34,8 @@ class Stages(Settings):
 def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions, display: Display) -> None:
     """Prune MODEL: discover its structures, estimate their importance, search, cut, reconstruct, check, write.
 
-    Give exactly one target. Several processes (torchrun --nproc-per-node N -m saap prune ...) share the text; each
-    holds the whole model.
+    Give exactly one target. Several processes (torchrun --nproc-per-node N -m saap prune ...) share the text; each has
+    the whole model.
     """
     if options.out is None and not stages.dry_run:
         raise ConfigurationError("--output-dir is missing", "Specify the folder to write with -o DIR, or use --dry-run")

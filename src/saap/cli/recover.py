@@ -19,8 +19,8 @@ def recover(
 ) -> None:
     """Tune MODEL on text with quantised weights in little memory; write a plain checkpoint.
 
-    Several processes (torchrun --nproc-per-node N -m saap recover ...) share each batch. Each holds the whole quantised
-    model and its teacher; with --shard each holds a part of them.
+    Several processes (torchrun --nproc-per-node N -m saap recover ...) share each batch. Each has the whole quantised
+    model and its teacher; with --shard each has a part of them.
     """
     if options.out is None:
         raise ConfigurationError("--output-dir is missing", "Specify the folder to write with -o DIR")

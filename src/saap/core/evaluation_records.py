@@ -29,7 +29,7 @@ def _positive(value: float) -> float:
 
 _FiniteInJson = PlainSerializer(_finite, return_type=float | None)
 Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value), _FiniteInJson]
-"""A measured number, null in JSON where it is not finite."""
+"""A measured number, null in JSON if it is not finite."""
 
 
 class _Record(BaseModel):
@@ -248,7 +248,7 @@ class Comparison(_Record):
     command: tuple[str, ...] = ()
 
     def at_ratio(self, ratio: float) -> list[ComparisonRow]:
-        """The rows of one pruning ratio, of the first seed alone where there are several."""
+        """The rows of one pruning ratio; only those of the first seed if there are several."""
         rows = [row for row in self.rows if row.ratio == ratio]
         return [row for row in rows if row.seed == rows[0].seed]
 

@@ -249,7 +249,7 @@ class ModelGraph(Digested):
         return tuple(group for group in self.groups if group.layer == layer)
 
     def block_of(self, tensor: str) -> int:
-        """Index of the decoder block that holds the tensor, -1 if none does."""
+        """Index of the decoder block that contains the tensor, -1 if none does."""
         return next((layer for layer, path in enumerate(self.blocks) if tensor.startswith(f"{path}.")), -1)
 
     def renamed(self, dropped: Iterable[int], values: Mapping[str, Value]) -> dict[str, Value]:

@@ -35,7 +35,7 @@ def pairs_file(calibration: Any) -> Path | None:
     found = [file for file in files if "image" in next((row for _, row in read_rows(file)), {})]
     if found and len(given) > 1:
         raise CalibrationError(
-            f"{found[0]} holds image-text pairs, which cannot be mixed with other texts",
+            f"{found[0]} has image-text pairs, which cannot be mixed with other texts",
             "Give this file alone, or texts without images",
         )
     return found[0] if found else None
@@ -116,7 +116,7 @@ def _encode(pair: Pair, processor: Any, image_ids: tuple[int, ...]) -> tuple[Int
         ) from error
     ids = np.asarray(made["input_ids"], dtype=np.int64)[0]
     if not np.isin(ids, image_ids).any():
-        raise CalibrationError(f"{place} leaves no place for its image", "Shorten the text")
+        raise CalibrationError(f"{place} is too long for its image", "Shorten the text")
     others = {name: np.asarray(value) for name, value in made.items() if name not in ("input_ids", "attention_mask")}
     return ids, others
 

@@ -180,7 +180,7 @@ def _unknown(name: str) -> CalibrationError:
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a .jsonl file, each with its location in words. Raises CalibrationError."""
-    # Not splitlines(): JSON strings may hold line separators that are not line breaks of the file.
+    # Not splitlines(): JSON strings may contain line separators that are not line breaks of the file.
     for number, line in enumerate(_file_text(path).split("\n"), start=1):
         place = f"{path}, line {number},"
         if not line.strip():

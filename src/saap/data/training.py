@@ -78,7 +78,7 @@ def training_data(
     examples = [one for source in dict.fromkeys(sources) for one in _examples(source, tokenizer, length, leading)]
     if len(examples) < 2:
         raise TrainingDataError(
-            f"{', '.join(map(str, sources))} gives {len(examples)} examples of {length} tokens",
+            f"{', '.join(map(str, sources))} provides {len(examples)} examples of {length} tokens",
             "Give more data, or a smaller --max-seq-length",
         )
     order = np.random.default_rng([seed, len(examples)]).permutation(len(examples))

@@ -15,7 +15,7 @@ from saap.models.checkpoint.stock_config import text_part
 
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Module paths of the decoder blocks: the longest outermost nn.ModuleList whose entries all hold parameters.
+    """Module paths of the decoder blocks: the longest outermost nn.ModuleList whose entries all have parameters.
 
     In a multimodal model, only the part that transformers returns as the decoder is searched. A list with as many
     entries as the configuration has layers takes precedence.
@@ -29,8 +29,8 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
             lists[path] = blocks
     if not lists:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no nn.ModuleList whose entries hold parameters, so no decoder blocks",
-            "Hold the decoder blocks in one nn.ModuleList",
+            f"{type(model).__name__} has no nn.ModuleList whose entries have parameters, so no decoder blocks",
+            "Put the decoder blocks into one nn.ModuleList",
         )
     try:
         decoder = getattr(model, "get_decoder", lambda: None)()

@@ -107,7 +107,7 @@ class _Repeats:
                     [m for m in group.members if holder(self.blocks, m.tensor) == at] for at in (first, last)
                 )
                 if group.layer < 0 and [_moved(member, old, new) for member in here] != there:
-                    groups[number] = group.refuse("it meets blocks that look alike in different places")
+                    groups[number] = group.refuse("it has different positions in blocks that look alike")
         return groups
 
     def everywhere(self, groups: Sequence[TracedGroup], order: Sequence[str]) -> list[TracedGroup]:

@@ -150,7 +150,7 @@ class Grouping:
                         for name, axis in (*routers, *((name, 0) for name in stacks))
                     )
                     found = TracedGroup(layer=layer, role=Role.EXPERT, units=count, members=members, least=least)
-                    yield found if least < count else found.refuse("each token is sent to all experts")
+                    yield found if least < count else found.refuse("each token is routed to all experts")
                     break
 
     def _one_hidden(self, groups: list[TracedGroup]) -> list[TracedGroup]:

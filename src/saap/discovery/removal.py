@@ -74,7 +74,7 @@ def _smallest(
             small = _SmallModel(traced, blocks, groups, units)
             if bool(_called(small.model, blocks[-1])[-1].isfinite().all()):
                 return small, ""
-            reason = "gives values that are not finite"
+            reason = "returns values that are not finite"
         except Exception as error:  # the model's own code may raise any error for a wrong size
             reason = _ending(error)
     return None, f"{_SMALL} {reason}"

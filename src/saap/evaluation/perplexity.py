@@ -20,7 +20,7 @@ LOGITS_BYTES = 2**28
 POSITIONS_PER_CHUNK = 256
 WINDOW = 512
 
-Reader = Callable[[Sequence[Tensor]], Iterator[Tensor]]
+LogitsOf = Callable[[Sequence[Tensor]], Iterator[Tensor]]
 """Function from batches of token ids (sequences, tokens) to their logits."""
 
 
@@ -53,7 +53,7 @@ def perplexity(
     batch: int = 4,
     max_tokens: int | None = None,
     leading: Sequence[int] = (),
-    read: Reader | None = None,
+    read: LogitsOf | None = None,
 ) -> Perplexity:
     """Perplexity over windows of `token_ids` (n,), each read on its own.
 
@@ -82,7 +82,7 @@ def perplexities(
     stride: int | None = None,
     batch: int = 4,
     leading: Sequence[int] = (),
-    read: Reader | None = None,
+    read: LogitsOf | None = None,
 ) -> dict[str, Perplexity]:
     """Perplexity of several texts, ids (n,) by name; see `perplexity`. `read` gets the windows of all of them."""
     window = default_window(model) if window is None else window

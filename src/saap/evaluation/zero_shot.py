@@ -63,7 +63,7 @@ def local_file(folder: Path, task: str) -> Path:
             return path
     there = sorted({file.name.split(".")[0] for split in SPLITS for file in folder.glob(f"*.{split}.jsonl")})
     if not there:
-        raise EvaluationError(f"{folder} has no file named TASK.test.jsonl or TASK.validation.jsonl", "Name its folder")
+        raise EvaluationError(f"{folder} has no file named TASK.test.jsonl or TASK.validation.jsonl", "Give its folder")
     raise EvaluationError(f"{folder} has no file of the task {task!r}", f"{_near(task, there)}{', '.join(there)}")
 
 

@@ -34,7 +34,7 @@ _KEPT_PATTERNS = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja", "*.model",
     "generation_config.json", *LEGAL_FILES,
 )  # fmt: skip
-_REMEDY = "Prune with --roles ffn, or use --layout uniform, which vLLM opens as it is"
+_REMEDY = "Prune with --roles ffn, or use --layout uniform, which vLLM supports"
 _LOADING = "With vLLM (class DeciLMForCausalLM; not tested by saap):\n\n```\nvllm serve PATH --trust-remote-code\n```"
 
 

@@ -34,7 +34,7 @@ class AdaptedLinear(GroupwiseLinear):
         weight = layer.quantised
         super().__init__(weight, layer.bias, transposed=layer.transposed)
         self.scaling = alpha / rank
-        # Inputs of unit variance give r values of unit variance, whatever the group size.
+        # Inputs of unit variance result in r values of unit variance, for any group size.
         first = torch.randn(rank, weight.zero.shape[1], generator=generator) / math.sqrt(self.in_features)
         self.first = nn.Parameter(first.to(weight.zero.device))
         self.second = nn.Parameter(torch.zeros(self.out_features, rank, device=weight.zero.device))

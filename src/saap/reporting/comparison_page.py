@@ -34,12 +34,12 @@ def comparison_page(comparison: Comparison, reports: Sequence[EvalReport]) -> Pa
         ratio_section(comparison),
         *(
             Section(
-                name=f"tasks-{asked:g}".replace(".", "-"),
-                title=f"Questions answered without examples, {asked:.0%} removed",
-                figures=drawn.kept_above_chance(comparison, asked),
-                tables=[("Accuracy and standard error", task_table(comparison, asked))],
+                name=f"tasks-{ratio:g}".replace(".", "-"),
+                title=f"Questions answered without examples, {ratio:.0%} removed",
+                figures=drawn.kept_above_chance(comparison, ratio),
+                tables=[("Accuracy and standard error", task_table(comparison, ratio))],
             )
-            for asked in sorted({row.ratio for row in comparison.rows if row.tasks})
+            for ratio in sorted({row.ratio for row in comparison.rows if row.tasks})
         ),
         Section(
             name="cost",

@@ -169,7 +169,7 @@ def _put(tree: dict[str, Any], setting: str) -> None:
         inner = inner[name]
         if not isinstance(inner, dict):
             inside = ".".join(names[:depth])
-            raise ConfigurationError(f"--set {setting!r} goes inside {inside}, which is a value", "Set that itself")
+            raise ConfigurationError(f"--set {setting!r} is inside {inside}, which is a value", "Set that itself")
     inner[names[-1]] = _parsed(text, f"The value of --set {setting!r}")
 
 

@@ -121,6 +121,6 @@ def check_alignment(align: int, group_size: int, name: str = "--align") -> None:
     """Check that weight groups divide the kept sizes. name: of the alignment. Raises ConfigurationError."""
     if align % group_size:
         raise ConfigurationError(
-            f"{name} {align} gives sizes that groups of {group_size} do not divide",
+            f"{name} {align} leads to sizes that groups of {group_size} do not divide",
             f"Use {name} {group_size} or a multiple of it",
         )

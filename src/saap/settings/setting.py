@@ -120,7 +120,7 @@ def check_once(meant: Mapping[str, Hashable]) -> None:
         other = taken.setdefault(what, name)
         if other != name:
             kind = "flag" if name.startswith("--") else "setting"
-            raise ValueError(f"{other} and {name} are the same {kind}", "Give one of the two")
+            raise ValueError(f"{other} and {name} mean the same {kind}", "Give one of the two")
 
 
 @cache
@@ -191,9 +191,9 @@ def faults(
             yield problem if as_flags or not name else f"{name}: {problem}", remedy
         elif fault["type"] == "model_type" and not as_flags:
             first, *_ = settings_of(owner if setting is None or setting.inner is None else setting.inner)
-            yield f"{name}: give settings such as {first.name}", "Each on a line of its own"
+            yield f"{name}: give settings such as {first.name}", "Each on its own line"
         elif fault["type"] == "dict_type":
-            yield f"{name}: give names", "Each with settings of its own"
+            yield f"{name}: give names", "Each with its own settings"
         else:
             problem, remedy = _said(fault, whole)
             yield f"{name} {problem}", remedy

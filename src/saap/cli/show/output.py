@@ -259,7 +259,7 @@ def print_recovery(report: RecoverReport) -> None:
     dense = report.perplexity_dense
     for label, value in (
         ("dense", dense),
-        ("as it came", report.perplexity_before),
+        ("before", report.perplexity_before),
         ("quantised", report.perplexity_quantised),
         ("recovered", report.perplexity),
     ):
@@ -275,7 +275,7 @@ def print_recovery(report: RecoverReport) -> None:
     )
     packed = f"; packed {report.packed_bytes:,}" if report.packed_bytes is not None else ""
     console.print(f"bytes of the weights: {report.bytes:,} ({report.dtype}){packed}")
-    answers = {"dense": report.answer_dense or None, "as it came": report.answer_before or None}
+    answers = {"dense": report.answer_dense or None, "before": report.answer_before or None}
     _print_answers(console, report.prompt, {**answers, "recovered": report.answer or None})
     _print_end(console, report)
 

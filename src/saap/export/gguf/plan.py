@@ -89,8 +89,8 @@ class GgufPlan:
         self._config, self._shapes, self._family, self._packed = config, shapes, family, packed
         self._matrices = Kind[quantization.upper()]
         # A four-bit embedding costs more quality than it saves memory; llama.cpp's own tool skips it too.
-        spared = Kind.Q8_0 if quantization.startswith("q4") else self._matrices
-        self._vocabulary = Kind.F16 if packed else spared
+        embedding = Kind.Q8_0 if quantization.startswith("q4") else self._matrices
+        self._vocabulary = Kind.F16 if packed else embedding
         # changes of an adaptive checkpoint besides its sizes
         structure: Mapping[str, Any] = getattr(config, "pruned_structure", None) or {}
         self._sliced = sorted(structure.get("sliced_arguments", {}))

@@ -96,10 +96,10 @@ def write(
                     f"{agreement.share:.1%} of {agreement.tokens} tokens, so it is not kept",
                     "Report this model as a bug of saap",
                 )
-    beside = out.with_name(f"{out.stem}.Modelfile")
-    write_whole(beside, modelfile(out, source.tokenizer, context=said["context_length"]).encode())
+    ollama = out.with_name(f"{out.stem}.Modelfile")
+    write_whole(ollama, modelfile(out, source.tokenizer, context=said["context_length"]).encode())
     done = GgufExport(
-        path=out, modelfile=beside, bytes=out.stat().st_size, architecture=plan.architecture, quantization=kind.value,
+        path=out, modelfile=ollama, bytes=out.stat().st_size, architecture=plan.architecture, quantization=kind.value,
         tokenizer=origin, agreement=agreement, same_tokens=same,
         packed_matrices=sum(tensor.packed for tensor in plan.tensors),
         not_packed=None if packed is None else packed.refused,

@@ -72,7 +72,7 @@ class GroupwiseWeight:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes (out, groups, L) of `bits` bits as bytes, (out, groups, L * bits / 8) uint8.
 
-    A byte of a plane of k bits holds 8 / k codes that lie L k / 8 apart, the first in its lowest bits. Three bits are a
+    A byte of a plane of k bits has 8 / k codes that lie L k / 8 apart, the first in its lowest bits. Three bits are a
     plane of the two lower bits followed by one of the highest. With four bits and L = 32 these are the bytes of GGUF's
     Q4_1.
     """

@@ -45,7 +45,7 @@ class PrunedStructure:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the stock class loads the model as it is."""
+        """Whether the stock class can load the model."""
         return not (self.shapes or self.attributes or self.constant or self.sliced_arguments or self.added_biases)
 
 
@@ -92,7 +92,7 @@ def structure_of(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Pr
 
 
 def epsilon_name(norm: nn.Module) -> str | None:
-    """Name of the attribute that holds a norm's epsilon; None if there is none."""
+    """Name of a norm's epsilon attribute; None if there is none."""
     return next((name for name in EPSILON_NAMES if hasattr(norm, name)), None)
 
 

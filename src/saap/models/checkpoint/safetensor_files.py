@@ -40,7 +40,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickled:
         raise ModelError(
-            f"{folder} holds its weights only in the pickle format ({', '.join(pickled[:3])}), which can run code",
+            f"{folder} has its weights only in the pickle format ({', '.join(pickled[:3])}), which can run code",
             "Convert them to safetensors, e.g. with save_pretrained in an environment that trusts them",
         )
     raise ModelError(f"{folder} has no {SINGLE_NAME}", "Give a model with safetensors weights, or convert it")
@@ -60,7 +60,7 @@ def _indexed_files(folder: Path, index: Path) -> tuple[Path, ...]:
             )
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
-        raise ModelError(f"{folder} lacks {', '.join(missing)}, named in {index.name}", "Download the missing files")
+        raise ModelError(f"{folder} lacks {', '.join(missing)}, listed in {index.name}", "Download the missing files")
     return tuple(folder / name for name in sorted(names))
 
 
@@ -71,7 +71,7 @@ def open_safetensors(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is not a valid safetensors file ({first_line(error)})", _DOWNLOAD_AGAIN) from None
+        raise ModelError(f"{file} is damaged or not safetensors ({first_line(error)})", _DOWNLOAD_AGAIN) from None
 
 
 def _stored(files: Sequence[Path]) -> Iterator[tuple[Path, str, Any]]:
@@ -131,7 +131,7 @@ class TensorEntry:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorEntry:
-        """An existing tensor as it is."""
+        """An existing tensor."""
         return cls(dtype=tensor.dtype, shape=tuple(tensor.shape), make=lambda: tensor)
 
 

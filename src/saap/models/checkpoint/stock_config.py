@@ -221,7 +221,7 @@ def uniform_config(config: Any, graph: ModelGraph, plan: StructurePlan) -> Any:
     for name in {**shapes, **built}:
         if built.get(name) != shapes.get(name):
             raise LayoutError(
-                f"The stock {family} would give {name} the sizes {built.get(name)}, not {shapes.get(name)}", remedy
+                f"The stock {family} would have the shape {built.get(name)} of {name}, not {shapes.get(name)}", remedy
             )
     return builder.changed(fields, sizes)
 

@@ -29,8 +29,8 @@ SMALL_BYTES = 16 * 2**20
 class Part:
     """Modules that are onloaded and offloaded together: a decoder block, or the large modules around the blocks.
 
-    modules: by path. sources: readers of the stored weights, by the names in `named_parameters`. changed: whether the
-    weights in memory differ from the stored ones.
+    modules: by path. sources: functions that read the stored weights, by the names in `named_parameters`. changed:
+    whether the weights in memory differ from the stored ones.
     """
 
     modules: Mapping[str, nn.Module]

@@ -71,7 +71,7 @@ class _AllSeen(Exception):  # noqa: N818 - not an error
 class BlockWalker:
     """Runs a causal language model block by block.
 
-    model: forward(input_ids) gives the logits, or an object with `logits`. block_paths: module paths of the decoder
+    model: forward(input_ids) returns the logits, or an object with `logits`. block_paths: module paths of the decoder
     blocks in their order. Only `run_block` and the backward pass of its result access the weights of a block. The model
     is unchanged between two calls. products: the type of matrix products in `run_block`, None for that of the weights.
     """

@@ -70,10 +70,10 @@ def stream(speaker: Speaker, prompt: str, settings: GenerationSettings) -> Itera
     if not ids:
         raise ConfigurationError("--prompt has no tokens", "Give a text that the model can continue")
     check_reads(model, len(ids) + settings.max_tokens - 1, "Use fewer --max-new-tokens or a shorter prompt")
-    reader = CachedModel(model)
+    cached = CachedModel(model)
     written: list[int] = []
     while len(written) < settings.max_tokens:
-        token = choose(reader.feed(ids), settings.temperature, generator)
+        token = choose(cached.feed(ids), settings.temperature, generator)
         if token in ends:
             return
         written.append(token)

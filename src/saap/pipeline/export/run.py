@@ -104,8 +104,8 @@ def push(folder: str | Path, repository: str, *, private: bool = False, reporter
         problem = f"{repository!r} is not a repository name ({first_line(error)})"
         raise OutputError(problem, "Write OWNER/NAME") from None
     except Exception as error:  # no token, no connection: each version of the hub's client raises its own errors
-        refuses = f"The hub rejects the upload to {repository}"
-        problem = refuses if isinstance(error, HfHubHTTPError) else f"The upload to {repository} failed"
+        rejected = f"The hub rejects the upload to {repository}"
+        problem = rejected if isinstance(error, HfHubHTTPError) else f"The upload to {repository} failed"
         remedy = "Log in with `hf auth login` as a user with write access, and try again"
         raise OutputError(f"{problem} ({first_line(error)})", remedy) from error
     return str(created)

@@ -22,7 +22,7 @@ from saap.settings.evaluate import SpeedSettings
 
 
 class LlamaCppRuntime:
-    """See `saap.evaluation.speed.Runtime`. The context of the model must hold prompt and answer."""
+    """See `saap.evaluation.speed.Runtime`. The model's context must be long enough for prompt and answer."""
 
     package = "llama-cpp-py-sync"
     in_memory = False

@@ -17,7 +17,7 @@ from saap.settings.evaluate import SpeedSettings
 
 
 class TransformersRuntime:
-    """See `saap.evaluation.speed.Runtime`. A model in memory is measured as it is, any other on the CPU."""
+    """See `saap.evaluation.speed.Runtime`. A model in memory is measured on its device, any other on the CPU."""
 
     package = "torch"
     in_memory = True

@@ -17,7 +17,7 @@ from saap.pipeline.shared.stages import Stage
 
 @dataclass(slots=True)
 class Meter:
-    """Collects the costs of the stages of one run. device: where it computes."""
+    """Collects the costs of the stages of one run. device: compute device."""
 
     reporter: Reporter
     device: torch.device

@@ -16,7 +16,7 @@ from saap.evaluation.generation import prompt_ids
 from saap.evaluation.perplexity import joint_perplexity, perplexities
 from saap.models.walk.probe import positions
 from saap.models.walk.spill import Spill
-from saap.pipeline.shared.tokens import TokenSets, reader_of
+from saap.pipeline.shared.tokens import TokenSets, logits_of
 
 QUESTION = "What is the capital of France?"
 OPENING = "The capital of France is"
@@ -49,7 +49,7 @@ def observe(
     known: its perplexities if measured already. spill: for offloaded weights. Such a model generates no answer, since
     each token would read all weights.
     """
-    read = None if spill is None else reader_of(model, spill.keep)
+    read = None if spill is None else logits_of(model, spill.keep)
     found = known or perplexities(model, tokens.evaluation, leading=tokens.leading, read=read)
     value = joint_perplexity(one for kind, one in found.items() if kind in GENERAL or len(found) == 1)
     prompt, answer = greedy_answer(model, tokenizer if read is None else None)

@@ -20,7 +20,7 @@ from saap.data.pairs import draw_pairs, pairs_file
 from saap.data.placement import SampleRequest
 from saap.data.samples import Calibration, check_vocabulary, draw_sets, includes_mixed, leading_ids, token_stream
 from saap.data.texts import GENERAL, KINDS, Purpose, bundled_text, kind_weights
-from saap.evaluation.perplexity import Reader, default_window, perplexities
+from saap.evaluation.perplexity import LogitsOf, default_window, perplexities
 from saap.models.loading.images import image_token_ids, with_images
 from saap.models.loading.pretrained import load_processor
 from saap.models.walk.offload import offloaded
@@ -117,7 +117,7 @@ def evaluation_sets(tokenizer: Any, kinds: Iterable[str] = KINDS) -> dict[str, I
     return {kind: ids for kind, ids in cut.items() if len(ids) > 1}
 
 
-def reader_of(model: nn.Module, keep: Keep = list) -> Reader | None:
+def logits_of(model: nn.Module, keep: Keep = list) -> LogitsOf | None:
     """Block-wise evaluation of all windows for a model with offloaded weights. None for a model in memory."""
     away = offloaded(model)
     return None if away is None else partial(layerwise_logits, BlockWalker(model, away.blocks), keep=keep)
@@ -131,7 +131,7 @@ def _of_the_dense(
     if loaded.fresh is None:
         ids = torch.from_numpy(evaluation[next(iter(GENERAL))][None, : default_window(model)])
         check_runs(model, ids.to(next(model.parameters()).device))
-    return processes.broadcast_result(lambda: perplexities(model, evaluation, leading=leading, read=reader_of(model)))
+    return processes.broadcast_result(lambda: perplexities(model, evaluation, leading=leading, read=logits_of(model)))
 
 
 def bits_per_byte(perplexity: float, ids: IntArray, tokenizer: Any) -> float:
