@@ -56,7 +56,7 @@ def test_offloaded_weights_are_refused(tmp_path: Path) -> None:
 def test_several_devices_without_a_map_are_refused() -> None:
     parameters = [("first", SimpleNamespace(device=torch.device("cuda", 0))), ("second", torch.zeros(1))]
     model = SimpleNamespace(named_parameters=lambda: parameters, named_buffers=list)
-    with pytest.raises(ModelError, match=r"lies on 2 devices \(cpu, cuda:0\) without a device map"):
+    with pytest.raises(ModelError, match=r"is on 2 devices \(cpu, cuda:0\) without a device map"):
         require_values(model)  # type: ignore[arg-type]
     require_values(nn.Linear(2, 2))
 
@@ -141,7 +141,7 @@ def test_a_block_on_two_devices_is_refused() -> None:
         model = spread(families.build("llama"))
         mlp = model.model.layers[0].mlp.down_proj
         mlp.weight = nn.Parameter(mlp.weight.to(SECOND), requires_grad=False)
-        with pytest.raises(ModelError, match=r"block model\.layers\.0 lies on 2 devices"):
+        with pytest.raises(ModelError, match=r"block model\.layers\.0 is on 2 devices"):
             require_whole_blocks(model, ["model.layers.0"])
 
 

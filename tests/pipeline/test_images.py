@@ -110,7 +110,7 @@ def test_bad_pairs_are_refused_with_file_and_line(tmp_path: Path) -> None:
     assert f"{file}, line 3, needs both" in refused(source, file)
     (tmp_path / "2.png").write_bytes(b"no image")
     file.write_text("\n".join(good))
-    assert f"{file}, line 3, names 2.png, which cannot be read" in refused(source, file)
+    assert f"{file}, line 3, has 2.png, which cannot be read" in refused(source, file)
     assert "cannot be mixed" in refused(source, [file, "mixed"])
     assert "wanda-sp does not support image-text pairs" in refused(source, file, method="wanda-sp")
 
