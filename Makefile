@@ -23,7 +23,7 @@ unit: .venv/.ready-dev
 docs: .venv/.ready-dev ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-results: .venv/.ready-dev ## measure what the results lack (hours; goes on where it was stopped), then its pages
+results: .venv/.ready-dev ## measure missing results (hours; resumable), then its pages
 	$(BIN)/python benchmarks/book.py run
 
 results-quick: .venv/.ready-dev ## a smoke run of every experiment on little of everything, in out/results-quick
@@ -39,7 +39,7 @@ results-quick: .venv/.ready-dev ## a smoke run of every experiment on little of 
 	$(PYTHON) scripts/setup_environment.py --dev
 	@touch .venv/.ready $@
 
-gpu: .venv/.ready-dev ## what only an accelerator can show (20 minutes on one card; goes on where it was stopped)
+gpu: .venv/.ready-dev ## what only an accelerator can show (20 minutes on one card; resumable)
 	$(BIN)/python benchmarks/book.py run accelerator
 
 clean:

@@ -1,6 +1,6 @@
-"""The results book; `python benchmarks/book.py --help` says more."""
+"""The results book; see `python benchmarks/book.py --help`."""
 
-if __name__ == "__main__":  # processes that an experiment starts import this file, and need no other experiment
+if __name__ == "__main__":  # child processes of an experiment import this file, and need no other experiment
     from harness.command import main
 
     main()

@@ -1,1 +1,1 @@
-"""The experiments, one module each, by what they ask about."""
+"""The experiments, one module each, by topic."""

@@ -1,4 +1,4 @@
-"""The experiments, in the order in which their pages are read."""
+"""The experiments, in the order of their pages."""
 
 from __future__ import annotations
 

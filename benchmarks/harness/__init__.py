@@ -1,1 +1,1 @@
-"""What all experiments share: their definition, cells on disk, the driver, pages and charts."""
+"""Shared code of all experiments: definition, cells on disk, driver, pages and charts."""

@@ -1,4 +1,4 @@
-"""Charts that several experiments need."""
+"""Charts shared by several experiments."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Line = tuple[Sequence[float], Sequence[float]]
 def lines(
     name: str, title: str, text: str, series: Mapping[str, Line], *, x: str, y: str, log: str = "", ticks: bool = False
 ) -> Figure:
-    """Lines with markers. series: by label, the places and the values. log: axes that are logarithmic, e.g. "xy".
+    """Lines with markers. series: x and y values by label. log: logarithmic axes, e.g. "xy".
 
-    ticks: label the measured places themselves.
+    ticks: label the measured x values themselves.
     """
 
     def draw(axis: Any) -> None:
@@ -48,7 +48,7 @@ def bars(
     x: str,
     errors: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> Figure:
-    """Horizontal bars side by side. values: by label, one for each name of `labels`; errors: their intervals."""
+    """Grouped horizontal bars. values: by label, one for each name of `labels`; errors: their intervals."""
     height = 0.8 / len(values)
 
     def draw(axis: Any) -> None:

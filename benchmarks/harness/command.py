@@ -1,13 +1,13 @@
-"""The results book: every claim and every open question as an experiment that anyone can run again.
+"""The results book: every claim and every open question as a reproducible experiment.
 
-    python benchmarks/book.py list                                # the experiments, and what of them has been measured
-    python benchmarks/book.py run [NAME ...] [--quick]            # measure what is missing, then write the pages
-    python benchmarks/book.py render                              # only the pages, from what has been measured
-    python benchmarks/book.py measure NAME [--cells CELL ...]     # in this process; cells again that are there already
-    python benchmarks/book.py unpack DIR                          # the comparison as a folder of `saap compare`
+    python benchmarks/book.py list                                # the experiments, and how many cells are measured
+    python benchmarks/book.py run [NAME ...] [--quick]            # measure missing cells, then write the pages
+    python benchmarks/book.py render                              # only the pages, from the measured cells
+    python benchmarks/book.py measure NAME [--cells CELL ...]     # in this process; measures given cells again python
+    benchmarks/book.py unpack DIR                          # the comparison as a folder of `saap compare`
 
-A run that was stopped is resumed: finished cells stay. Cells are kept in benchmarks/results, pages and charts in
-docs/results, with --quick (a smoke run on little of everything) both in out/results-quick.
+An interrupted run resumes and keeps finished cells. Cells are in benchmarks/results, pages and charts in docs/results;
+with --quick (a smoke run with small settings) both are in out/results-quick.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
 
 
 def parse() -> tuple[argparse.Namespace, Request]:
-    """The command line, and how to measure."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("list", "run", "render", "measure", "unpack"):
@@ -37,14 +37,18 @@ def parse() -> tuple[argparse.Namespace, Request]:
             command.add_argument("names", nargs="*", metavar="NAME", choices=[*BY_NAME, []])
         if name == "measure":
             command.add_argument("names", nargs=1, metavar="NAME", choices=BY_NAME)
-            command.add_argument("--cells", nargs="+", metavar="CELL", help="these, also if they are there")
+            command.add_argument("--cells", nargs="+", metavar="CELL", help="cells to measure, even if they exist")
         if name == "unpack":
             command.add_argument("folder", type=Path, metavar="DIR")
-        command.add_argument("--quick", action="store_true", help="a smoke run on little of everything")
-        command.add_argument("--out", type=Path, metavar="DIR", help="for pages and results")
-        command.add_argument("--work", type=Path, metavar="DIR", default=ROOT / "out" / "book", help="for models")
+        command.add_argument("--quick", action="store_true", help="smoke run with small settings")
+        command.add_argument("--out", type=Path, metavar="DIR", help="folder for pages and results")
+        command.add_argument(
+            "--work", type=Path, metavar="DIR", default=ROOT / "out" / "book", help="folder for models"
+        )
         command.add_argument("--model", default="smollm2")
-        command.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="of an experiment")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="OPTION=VALUE", help="option of an experiment"
+        )
     given = parser.parse_args()
     given.chosen = [BY_NAME[name] for name in getattr(given, "names", ())] or EXPERIMENTS
     known = {option for experiment in given.chosen for option in experiment.options}
@@ -63,7 +67,7 @@ def parse() -> tuple[argparse.Namespace, Request]:
 
 
 def main() -> None:
-    """Carry out the command line."""
+    """Entry point."""
     given, request = parse()
     if given.command == "list":
         for experiment in given.chosen:

@@ -1,4 +1,4 @@
-"""Measuring experiments: cells that are there stay, missing ones are measured in a process of their own."""
+"""Driver of experiments: existing cells are kept, missing ones are measured in separate processes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from harness.store import Record, finished_cells, write_cell
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What of an experiment has been measured. found: records of cells by name; missing: names."""
+    """State of an experiment. found: records of cells by name; missing: names."""
 
     found: dict[str, Record]
     missing: tuple[str, ...]
 
 
 def state_of(experiment: Experiment, request: Request) -> State:
-    """What there is of an experiment and of those that its page reads."""
+    """State of an experiment, including those that its page reads."""
     found: dict[str, Record] = {}
     missing: list[str] = []
     for one in (experiment, *experiment.reads):
@@ -31,13 +31,13 @@ def state_of(experiment: Experiment, request: Request) -> State:
 
 
 def missing_cells(experiment: Experiment, request: Request) -> list[str]:
-    """The cells of the experiment itself that are to be measured."""
+    """The missing cells of the experiment itself."""
     found = finished_cells(experiment, request)
     return [name for name in experiment.names(request) if name not in found]
 
 
 def run(experiment: Experiment, request: Request) -> None:
-    """Measure what is missing in a process of its own."""
+    """Measure missing cells in a separate process."""
     lacking = [name for name in experiment.needs if name not in request.given]
     if not missing_cells(experiment, request):
         print(f"{experiment.name}: complete")
@@ -49,12 +49,12 @@ def run(experiment: Experiment, request: Request) -> None:
 
 
 def measure_missing(module: str, request: Request) -> None:
-    """Measure here what is missing of the experiment of a module."""
+    """Measure the missing cells of an experiment in this process."""
     measure(experiment_of(module), request)
 
 
 def measure(experiment: Experiment, request: Request, cells: Names | None = None) -> None:
-    """Measure cells here, one after the other, each kept as soon as it is known; without `cells` the missing ones."""
+    """Measure cells in this process and write each one immediately; by default the missing ones."""
     start = time.perf_counter()
     wanted = missing_cells(experiment, request) if cells is None else cells
     for name, values in experiment.measure(experiment.bound(request), wanted):

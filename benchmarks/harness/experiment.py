@@ -1,4 +1,4 @@
-"""What an experiment is, and the types of its functions."""
+"""Definition of an experiment, and the types of its functions."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from saap.reporting.figures import Figure
 
 Values = Mapping[str, Any]
 Cells = Mapping[str, Values]
-"""What was measured, by the name of the cell (a step that can be resumed by itself)."""
+"""Measured values by name of the cell (a resumable step)."""
 Names = Sequence[str]
 Measured = Iterator[tuple[str, Values]]
-"""Names and values of cells, one by one."""
+"""Iterator over names and values of cells."""
 Figures = Sequence[Figure]
 
 
 class Scaled(NamedTuple):
-    """A setting that is smaller in a smoke run."""
+    """A setting with a smaller value for smoke runs."""
 
     smoke: Any
     full: Any
@@ -31,8 +31,8 @@ class Scaled(NamedTuple):
 class Request:
     """How to measure.
 
-    quick: a smoke run on little of everything. work: folder for models that several cells use. results: folder of the
-    files of cells. model: what is pruned. given: options of the experiment, from the command line. settings: of the
+    quick: a smoke run with small settings. work: folder for models shared by cells. results: folder of the files of
+    cells. model: the model to prune. given: options of the experiment, from the command line. settings: of the
     experiment, filled in for its own functions.
     """
 
@@ -44,7 +44,7 @@ class Request:
     settings: Values = field(default_factory=dict)
 
     def size(self, smoke: Any, full: Any) -> Any:
-        """What is smaller in a smoke run."""
+        """The first value in a smoke run, otherwise the second."""
         return smoke if self.quick else full
 
     def filled(self, setting: Any) -> Any:
@@ -59,18 +59,17 @@ class Request:
 class Experiment:
     """A question, the cells that answer it, and a page.
 
-    Each is a module whose functions and constants (in upper case) have the names of these fields. The page itself,
+    Each experiment is a module whose functions and constants (in upper case) have the names of these fields. The page,
     with title, question, finding and limits, is the template `templates/NAME.md.jinja`.
 
-    cells: their names, in the order in which they are measured. settings: what decides the figures; cells that were
-    measured with others are measured again; `{model}` stands for what is pruned. measure: yields the wanted cells one
-    by one, so that an interrupted run loses one of them at most. summarise: figures of the page from the cells; pure.
+    cells: their names, in the order of measuring. settings: everything that affects the figures; cells with other
+    settings are measured again; `{model}` is replaced by the model to prune. measure: yields the requested cells one by
+    one, so that an interrupted run loses at most one of them. summarise: figures of the page from the cells; pure.
     figures: charts of the summary.
 
-    options: what may be given with `--set`, by name, with its meaning. needs: those without which nothing is measured.
-    reads: modules of other experiments whose cells the page shows as well. extra: cells that the page shows if they
-    are there. own_files: each cell is a file of its own, `results/CELL.json`, that holds the values alone. smoke:
-    whether it can be tried on little of everything.
+    options: of `--set`, name to description. needs: required options. reads: modules of other experiments whose cells
+    the page also shows. extra: optional cells of the page. own_files: each cell has its own file, `results/CELL.json`,
+    with only the values. smoke: whether a smoke run is supported.
     """
 
     name: str

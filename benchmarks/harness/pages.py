@@ -1,4 +1,4 @@
-"""The pages of the book: every number comes from the measured values, through a template."""
+"""Pages of the book: templates that take every number from the measured values."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ BEFORE = {
     "mixed_before": "The default calibration was general English alone when this was measured, and no norms were "
     "tuned.",
 }
-"""What several pages say of figures that are older than the code."""
+"""Notes, shared by several pages, on figures that are older than the code."""
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number with so many decimals; of three significant digits where it is large, a dash where there is none."""
+    """A number with `digits` decimals; three significant digits if it is large, a dash if missing."""
     if value is None or not math.isfinite(value):
         return NOTHING
     return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.3g}"
@@ -51,7 +51,7 @@ def interval(pair: Sequence[float], digits: int = 2) -> str:
 
 
 def templates() -> jinja2.Environment:
-    """The environment of all templates; a name that is not there is an error."""
+    """The environment of all templates; undefined names are errors."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -66,10 +66,10 @@ def templates() -> jinja2.Environment:
 
 
 def block(experiment: Experiment, name: str, summary: Mapping[str, Any] | None = None) -> str:
-    """A block of the experiment's template as one line; empty where the template has none of that name.
+    """A block of the experiment's template as one line; empty if the template has no such block.
 
-    name: `title`, `question`, `limits` (what the page does not say), `finding` (the sentence that answers the
-    question) or `decision` (what the product's defaults take from it); the last two need the summary.
+    name: `title`, `question`, `limits` (limitations), `finding` (the sentence that answers the question) or `decision`
+    (consequence for the product's defaults); the last two need the summary.
     """
     template = templates().get_template(f"{experiment.name}.md.jinja")
     if name not in template.blocks:
@@ -79,7 +79,7 @@ def block(experiment: Experiment, name: str, summary: Mapping[str, Any] | None =
 
 
 def product_defaults() -> dict[str, Any]:
-    """The settings of `saap prune` and `saap recover` for which nothing is said, as the program has them."""
+    """The default settings of `saap prune` and `saap recover`."""
     prune = {name: one.default for name, one in PruneConfig.model_fields.items()}
     recover = {name: one.default for name, one in RecoverConfig.model_fields.items()}
     preset = dataclasses.asdict(PRESETS[Preset.DEFAULT])
@@ -87,7 +87,7 @@ def product_defaults() -> dict[str, Any]:
 
 
 def page_of(experiment: Experiment, request: Request, state: State, summary: Mapping[str, Any] | None) -> str:
-    """The page of an experiment: what was found, or, without a summary, what is missing."""
+    """The page of an experiment: the findings, or without a summary the missing cells."""
     said = {name: block(experiment, name) for name in ("title", "question", "limits")}
     if summary is None:
         return templates().get_template("unfinished.md.jinja").render(**said, experiment=experiment, state=state)
@@ -106,7 +106,7 @@ def page_of(experiment: Experiment, request: Request, state: State, summary: Map
 
 
 def _environments(state: State) -> list[str]:
-    """What is known of the machines that measured, each once."""
+    """Descriptions of the measuring machines, without duplicates."""
     said = []
     for record in state.found.values():
         known = record.get("environment")
@@ -141,16 +141,16 @@ def write_pages(experiments: Sequence[Experiment], request: Request, out: Path) 
 
 
 def compact_svg(figure: Figure) -> str:
-    """The figure with places to a hundredth of a point, which nobody sees."""
+    """The SVG with coordinates rounded to a hundredth of a point."""
     return LONG_DECIMAL.sub(lambda found: f"{float(found[0]):.2f}", to_svg(figure, ink="black"))
 
 
 def index_page(
     experiments: Sequence[Experiment], told: Mapping[str, str], decided: Mapping[str, str], *, quick: bool
 ) -> str:
-    """All questions with their findings, and the defaults that follow them.
+    """The index: all questions with their findings, and the resulting defaults.
 
-    told, decided: findings and decisions by experiment; those without a finding have not been measured.
+    told, decided: findings and decisions by experiment; unmeasured experiments have no finding.
     """
     titles = {experiment.name: block(experiment, "title") for experiment in experiments}
     return templates().get_template("index.md.jinja").render(titles=titles, told=told, decided=decided, quick=quick)

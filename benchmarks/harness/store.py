@@ -18,11 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("saap", "torch", "transformers", "numpy", "scipy")
 DIGITS = 9
-"""Significant digits that are kept of a measured number."""
+"""Stored significant digits of a measured number."""
 _PLAIN_LIST = re.compile(r"\[\n([^\[\]{}]*)\n\s*\]")
 
 Record = Mapping[str, Any]
-"""values: of a cell. environment, seconds: where it was measured and how long it took, where that is known."""
+"""values: of a cell. environment, seconds: machine and duration of the measurement, if known."""
 
 
 def environment() -> dict[str, Any]:
@@ -38,7 +38,7 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` so that a reader sees the old file or the new one; lists of plain values take one line."""
+    """Write `value` atomically as JSON; lists of plain values take one line."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     text = _PLAIN_LIST.sub(lambda found: "[" + re.sub(r",\n\s*", ", ", found[1].strip()) + "]", text)
     with whole_file(path) as part:
@@ -51,7 +51,7 @@ def read_json(path: Path) -> Any:
 
 
 def rounded(value: Any) -> Any:
-    """The same values with as many digits as are kept."""
+    """The same values, rounded to the stored digits."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, Mapping):
@@ -60,12 +60,12 @@ def rounded(value: Any) -> Any:
 
 
 def result_file(results: Path, experiment: Experiment, cell: str) -> Path:
-    """The file that holds a cell."""
+    """The file of a cell."""
     return results / f"{cell if experiment.own_files else experiment.name}.json"
 
 
 def finished_cells(experiment: Experiment, request: Request) -> dict[str, Record]:
-    """Records of the cells that were measured with the present settings, in the experiment's order."""
+    """Records of the cells with the current settings, in the experiment's order."""
     names = [*experiment.names(request), *experiment.extra]
     if experiment.own_files:
         files = {name: result_file(request.results, experiment, name) for name in names}
@@ -80,7 +80,7 @@ def finished_cells(experiment: Experiment, request: Request) -> dict[str, Record
 
 
 def write_cell(experiment: Experiment, request: Request, cell: str, values: Mapping[str, Any], seconds: float) -> None:
-    """Keep what a cell has found."""
+    """Write the values of a cell."""
     file = result_file(request.results, experiment, cell)
     if experiment.own_files:
         write_json(file, values)
@@ -98,7 +98,7 @@ def write_cell(experiment: Experiment, request: Request, cell: str, values: Mapp
 
 
 def _content(experiment: Experiment, request: Request) -> dict[str, Any]:
-    """What the file of an experiment holds; no cells where they were measured with other settings."""
+    """Content of the file of an experiment; without cells if they have other settings."""
     file = result_file(request.results, experiment, "")
     settings = json.loads(json.dumps(experiment.chosen(request)))
     content: dict[str, Any] = read_json(file) if file.is_file() else {}

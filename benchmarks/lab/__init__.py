@@ -1,1 +1,1 @@
-"""What experiments work with: models, texts, checkpoints, measures, and commands of saap."""
+"""Tools of the experiments: models, texts, checkpoints, measures, and commands of saap."""

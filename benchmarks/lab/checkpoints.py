@@ -22,7 +22,7 @@ def llama(
     hidden: int, ffn: int, layers: int, heads: int, vocabulary: int = 32000, *, keys: int | None = None,
     tied: bool = False,
 ) -> LlamaConfig:  # fmt: skip
-    """Sizes of a LLaMA. keys: its key heads, if fewer than query heads. tied: whether the embedding is the head."""
+    """Configuration of a LLaMA. keys: KV heads, if fewer than query heads. tied: whether the embedding is the head."""
     return LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=keys or heads, tie_word_embeddings=tied, bos_token_id=0,
@@ -39,7 +39,7 @@ SHAPES = {
 
 
 def skeleton(shape: LlamaConfig) -> nn.Module:
-    """The model without values of its weights."""
+    """The model on the meta device."""
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
         return model
@@ -52,7 +52,7 @@ def parameters_of(shape: LlamaConfig) -> tuple[int, int]:
 
 
 def random_weight(size: torch.Size, pool: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Normal numbers from one pool, each tensor from a place of its own: to draw billions would take minutes."""
+    """Normal numbers from one pool at different offsets, since drawing billions would take minutes."""
     if len(size) == 1:
         return torch.ones(size, dtype=pool.dtype)
     start = int(torch.randint(len(pool), (1,), generator=generator))
@@ -61,11 +61,11 @@ def random_weight(size: torch.Size, pool: torch.Tensor, generator: torch.Generat
 
 
 def write_checkpoint(shape: LlamaConfig, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Weights, configuration and tokenizer, tensor by tensor, never whole in memory."""
+    """Write weights, configuration and tokenizer, one tensor in memory at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     pool = (torch.randn(POOL - 3, generator=generator) * 0.02).to(dtype)
-    tensors: dict[str, torch.Tensor] = dict(skeleton(shape).named_parameters())  # which has a tied weight once
+    tensors: dict[str, torch.Tensor] = dict(skeleton(shape).named_parameters())  # lists a tied weight once
     shards = split_torch_state_dict_into_shards(tensors, max_shard_size="2GB")
     for file, names in shards.filename_to_tensors.items():
         sizes = {name: tensors[name].shape for name in names}
@@ -78,11 +78,11 @@ def write_checkpoint(shape: LlamaConfig, folder: Path, dtype: torch.dtype = torc
     config = copy.deepcopy(shape)
     config.dtype = dtype
     config.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)  # last: with it the checkpoint is whole
+    byte_tokenizer().save_pretrained(folder)  # last: marks the checkpoint as complete
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte: what random weights are told is of no interest."""
+    """A tokenizer with one token per byte, which suffices for random weights."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

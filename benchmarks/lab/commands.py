@@ -1,4 +1,4 @@
-"""Commands of saap in processes of their own, and models that they make once for several cells."""
+"""Commands of saap in separate processes, and models that are made once for several cells."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from saap.cli import app as cli
 
 T = TypeVar("T")
 IMPORTS = ["transformers.models.llama.modeling_llama", "saap.pipeline.prune.run", "saap.pipeline.recover.run", "pytest"]
-"""What processes find imported; pytest, since it starts them in a smoke run."""
+"""Preloaded modules of processes; pytest, since it starts them in a smoke run."""
 VALIDATION = "benchmarks/data/wikitext2/validation.jsonl.gz"
 TEST = "benchmarks/data/wikitext2/test.jsonl.gz"
-"""Specified from the root, where commands run: their records name no place of the machine."""
+"""Relative to the root, where commands run, so that records have no absolute paths."""
 
 
 def in_own_process(work: Callable[..., T], *arguments: object, start: str = "forkserver") -> T:
-    """What a function of a module gives in a new process.
+    """Result of a function of a module in a new process.
 
-    start: `fork` for one that has all that ours has; else one that has imported what a run needs and no more.
+    start: `fork` copies this process; otherwise the process has only imported what a run needs.
     """
     context = multiprocessing.get_context(start)
     if start == "forkserver":
@@ -42,7 +42,7 @@ def in_own_process(work: Callable[..., T], *arguments: object, start: str = "for
 
 
 def run_here(words: Sequence[str]) -> str:
-    """What a command of saap prints, run in this process."""
+    """Output of a command of saap, run in this process."""
     os.chdir(ROOT)
     sys.argv = ["saap", *words]
     with redirect_stdout(StringIO()) as printed:
@@ -55,7 +55,7 @@ def run_here(words: Sequence[str]) -> str:
 
 
 def saap(*arguments: object) -> dict[str, Any]:
-    """What a command prints with `--json`."""
+    """Output of a command with `--json`."""
     return dict(json.loads(in_own_process(run_here, [*map(str, arguments), "--json"])))
 
 
@@ -83,7 +83,7 @@ def peak_of(report: Values) -> int:
 def compared(model: str, methods: Mapping[str, Sequence[str]], *flags: object, out: Path | None = None) -> Values:
     """The content of `comparison.json` after `saap compare`.
 
-    methods: by `yes`, `no` or `both`, what runs with and without least-squares reconstruction. out: to resume there.
+    methods: by `yes`, `no` or `both`, for least-squares reconstruction. out: folder to resume in.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "compared" if out is None else out.resolve()
@@ -94,9 +94,9 @@ def compared(model: str, methods: Mapping[str, Sequence[str]], *flags: object, o
 
 
 def made_by_saap(request: Request, name: str, *arguments: object) -> Path:
-    """The folder that `saap ARGUMENTS --out FOLDER` writes, made if it is not there; the command resumes itself.
+    """The folder of `saap ARGUMENTS --out FOLDER`, created if missing; the command resumes itself.
 
-    name: of the folder, which says all that decides its content.
+    name: of the folder, which determines its content.
     """
     folder = request.work.resolve() / name
     if not folder.is_dir():
@@ -106,7 +106,7 @@ def made_by_saap(request: Request, name: str, *arguments: object) -> Path:
 
 
 def pruned_folder(request: Request, *flags: str, name: str = "default") -> Path:
-    """The model pruned by 20 %: by the default, for a smoke run by the least effort and not reconstructed."""
+    """The model pruned by 20 % with the default; in a smoke run with the lowest effort and without reconstruction."""
     if request.quick:
         name, flags = "quick", ("--effort", "fast", "--no-restore")
     prune = ["prune", request.model, "--pruning-ratio", "0.2", *flags]

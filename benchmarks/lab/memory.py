@@ -14,7 +14,7 @@ from saap.models.loading import device_memory
 class Peak:
     """Largest resident size inside the context.
 
-    before: the resident size on entry, after freed memory was given back to the system. bytes: the largest one, known
+    before: the resident size on entry, after freed memory was returned to the system. bytes: the largest size, set
     after the context.
     """
 

@@ -1,4 +1,4 @@
-"""Texts that nothing is calibrated on, and perplexities of folders on them."""
+"""Evaluation texts, never used for calibration, and perplexities of folders on them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ TEXTS = {
     "addresses": DATA / "addresses.txt.gz",
 }
 TOKENS = {"wikitext2": 16384, "novel": 8192, "addresses": 8192, "instructions": 8192}
-"""How much of each text is measured."""
+"""Evaluated tokens of each text."""
 INSTRUCTIONS = {"instructions": "FILE"}
-"""The option of experiments that also measure 400 instruction records, which are not shipped."""
+"""Option of experiments that also evaluate 400 instruction records, which are not included."""
 RECORDS = 400
 
 
@@ -35,14 +35,14 @@ def texts(given: Mapping[str, str], folder: Path) -> dict[str, Path]:
 
 
 def records(file: Path) -> list[dict[str, str]]:
-    """The records of a .jsonl file that are measured."""
+    """The evaluated records of a .jsonl file."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:RECORDS]]
 
 
 def perplexities(
     model: str | Path, named: Mapping[str, Path], *, bos: bool = True, most: int = 2**30
 ) -> dict[str, float]:
-    """Perplexity of a model on each text. most: tokens, fewer than usual to try it."""
+    """Perplexity of a model on each text. most: limit of the tokens for smoke runs."""
     found = {}
     for name, file in named.items():
         report = saap.evaluate(str(model), texts=[file], max_tokens=min(most, TOKENS.get(name, most)), bos=bos)

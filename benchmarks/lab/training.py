@@ -1,4 +1,4 @@
-"""Small models of several families, trained here on text of the public domain: real weights, made in minutes."""
+"""Small models of several families, trained here on public-domain text: real weights, made in minutes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHORT_CHARACTERS = 200_000
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How large the models are and how long they are trained. Tokens of a step: batch x length."""
+    """Model sizes and training length. Tokens per step: batch x length."""
 
     layers: int = 6
     width: int = 192
@@ -78,7 +78,7 @@ def make_tokenizer(text: str, vocabulary: int = VOCABULARY) -> PreTrainedTokeniz
 
 
 def rate_at(step: int, steps: int, highest: float) -> float:
-    """Learning rate of a step: rises over the first twentieth, then falls as a cosine to a tenth."""
+    """Learning rate of a step: warm-up over the first twentieth, then cosine decay to a tenth."""
     warm = max(1, steps // 20)
     if step < warm:
         return highest * (step + 1) / warm
@@ -95,12 +95,12 @@ def batches(tokens: np.ndarray, size: Size, seed: int) -> Any:
 
 
 def train(model: nn.Module, tokens: np.ndarray, size: Size, seed: int) -> list[float]:
-    """Learn the next token of random windows of the text. Returns the loss of each step in nats."""
+    """Train on random windows of the text. Returns the loss of each step in nats."""
     return fit(model, ({"input_ids": batch, "labels": batch} for batch in batches(tokens, size, seed)), size)
 
 
 def fit(model: nn.Module, given: Iterable[Mapping[str, Tensor]], size: Size) -> list[float]:
-    """Plain AdamW on the model's own loss. given: what the model takes in each step. Returns the loss of each."""
+    """Plain AdamW on the model's own loss. given: model inputs of each step. Returns the loss of each step."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.95), weight_decay=0.1)
     losses = []
@@ -118,7 +118,7 @@ def fit(model: nn.Module, given: Iterable[Mapping[str, Tensor]], size: Size) -> 
 
 
 def trained_folder(request: Request, family: str, seed: int = 0) -> Path:
-    """The folder of a trained model of the family, made if it is not there: about ten minutes on one core."""
+    """The folder of a trained model of the family, created if missing: about ten minutes on one core."""
     folder = request.work / f"{family}-{'trial' if request.quick else 'trained'}-{seed}"
     if not (folder / "config.json").is_file():
         train_into(folder, family, TRIAL if request.quick else FULL, seed, short=request.quick)
@@ -126,7 +126,7 @@ def trained_folder(request: Request, family: str, seed: int = 0) -> Path:
 
 
 def train_into(folder: Path, family: str, size: Size, seed: int = 0, *, short: bool = False) -> None:
-    """Train a model of the family with a tokenizer of its own, and save both. short: only on a part of the text."""
+    """Train a model of the family with its own tokenizer, and save both. short: only on a part of the text."""
     text = "\n\n".join(read_documents("mixed"))[: SHORT_CHARACTERS if short else None]
     tokenizer = make_tokenizer(text)
     tokens = token_stream([text], tokenizer)
@@ -136,7 +136,7 @@ def train_into(folder: Path, family: str, size: Size, seed: int = 0, *, short: b
 
 
 def save_trained(folder: Path, name: str, losses: Sequence[float], *parts: Any) -> None:
-    """Save a model and what belongs to it, so that the folder is there only when it is whole; says how it learned."""
+    """Save a model with its tokenizer or processor atomically, and print its training loss."""
     print(f"{name}: loss {losses[0]:.2f} -> {np.mean(losses[-10:]):.2f}", flush=True)
     unfinished = folder.with_name(folder.name + ".part")
     for part in parts:

@@ -4,8 +4,8 @@
     result = saap.prune("smollm2", pruning_ratio=0.2, output_dir="small")
     model = saap.load("small")
 
-Names are imported when they are first used, so that `import saap` is quick and loads no torch. What editors show of
-them is in `__init__.pyi`, which `scripts/api_stub.py` makes from the settings.
+Names are imported lazily on first use, so `import saap` is fast and does not import torch. Editors read the signatures
+from `__init__.pyi`, which `scripts/api_stub.py` generates from the settings.
 """
 
 from __future__ import annotations

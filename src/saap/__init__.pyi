@@ -48,11 +48,11 @@ def estimate(
     max_memory: int | None = None,
     tokenizer: Any | None = None,
 ) -> ImportanceScores:
-    """The importance of every unit over the calibration samples (SAAP, estimation stage), by the score that is named.
+    """Estimate the importance of every unit over the calibration samples (SAAP, estimation stage).
 
-    model: a loaded model, or what `saap prune` takes. calibration: names and files as on the command line, texts (both
-    need a tokenizer), or token ids of shape (samples, length). max_memory: bytes that the process may have resident;
-    for it the weights of a model given by its folder may stay in the files.
+    model: a loaded model, or anything that `saap prune` accepts. calibration: names and files as on the command line,
+    texts (both need a tokenizer), or token ids of shape (samples, length). max_memory: limit of the resident memory in
+    bytes; to meet it, the weights of a model given by its folder may stay in their files.
     Raises CalibrationError, ModelError, NonFiniteLossError, ConfigurationError for a limit that is too small.
 
     num_samples: Calibration samples for the scores.
@@ -63,7 +63,7 @@ def estimate(
     element_order: Taylor terms of the element-wise part of `fused`.
     aggregation: How a unit's members combine.
     seed: Seed of every random choice.
-    max_memory: Most that may be resident, e.g. 6GB; blocks are read when needed for it.
+    max_memory: Memory limit, e.g. 6GB; blocks are offloaded to meet it.
     """
 
 def search(
@@ -138,12 +138,13 @@ def prune(
 ) -> PruneResult:
     """Prune a model: discover, estimate, search, cut, reconstruct, check, and write it to `output_dir` if given.
 
-    model_or_path: a loaded model (any class with forward(input_ids); it is not changed, and of float16 it is a copy in
-    float32 that is pruned), or what `saap prune` takes. Exactly one of pruning_ratio, target_params, target_size,
-    target_speedup and plan. calibration: names and files, texts, or token ids (samples, length). max_memory: bytes that
-    may be resident; for it the weights of a model given by its folder may stay in the files, those of the result too.
-    device_map: auto, balanced or sequential, for blocks over several devices; a loaded model with a device map is taken
-    as it lies. The other arguments are the flags of `saap prune`. Raises SaapError.
+    model_or_path: a loaded model, or anything that `saap prune` accepts. A loaded model may be of any class with
+    forward(input_ids). It is not changed; a float16 model is pruned as a float32 copy. Give exactly one of
+    pruning_ratio, target_params, target_size, target_speedup and plan. calibration: names and files, texts, or token
+    ids (samples, length). max_memory: limit of the resident memory in bytes; to meet it, weights may stay in files, for
+    a model given by its folder and for the result. device_map: auto, balanced or sequential, to place blocks on several
+    devices; a loaded model keeps its own device map. The other arguments are the flags of `saap prune`. Raises
+    SaapError.
 
     pruning_ratio: Fraction of the decoder blocks' parameters to remove; several share one estimation.
     target_params: Parameters of the whole model that may stay, e.g. 100M.
@@ -171,12 +172,12 @@ def prune(
     seed: Seed of every random choice.
     output_dir: Folder to write.
     overwrite: Replace the folder if it exists.
-    work_dir: Where finished stages are kept.
+    work_dir: Folder of finished stages.
     keep_work: Keep the stage files after success.
     device: auto, cpu, cuda, cuda:N or mps.
-    dtype: auto, float32, float16 or bfloat16: of the written weights, or to compute in if none are.
-    max_memory: Most that may be resident, e.g. 6GB; blocks are read when needed for it.
-    device_map: Blocks over several devices: auto, balanced or sequential.
+    dtype: auto, float32, float16 or bfloat16: of the written weights, else to compute in.
+    max_memory: Memory limit, e.g. 6GB; blocks are offloaded to meet it.
+    device_map: Split blocks over devices: auto, balanced or sequential.
     revision: Branch, tag or commit of a hub model.
     trust_remote_code: Run code that the model repository ships.
     """
@@ -223,12 +224,12 @@ def recover(
     trust_remote_code: bool = False,
     reporter: Reporter | None = None,
 ) -> RecoverResult:
-    """Tune a model on text with quantised weights, and write it to `output_dir` if given (SAAP, recovery stage).
+    """Tune a model on text with quantised weights; write it to `output_dir` if given (SAAP, recovery stage).
 
-    model: a folder that `prune` has written, or anything else that `saap recover` takes. The arguments are the flags
+    model: a folder written by `prune`, or anything else that `saap recover` accepts. The other arguments are the flags
     of `saap recover`. Raises SaapError.
 
-    data: Text to learn from, repeatable: .txt, .jsonl with text, instructions or chats.
+    data: Training data, repeatable: .txt, .jsonl with text, instructions or chats.
     tuning: groupwise: adapters on quantised weights; lora: plain LoRA in full precision.
     bits: Bits of a weight: 2, 3, 4 or 8.
     group_size: Inputs that share a scale and a zero point: 16, 32, 64 or 128.
@@ -236,33 +237,33 @@ def recover(
     rank: Rank of the adapters.
     alpha: The adapters' product is scaled by alpha / rank.
     scales: Learn the scales besides the zero points.
-    dense: The dense model to learn from.
+    dense: The dense model as teacher.
     dense_revision: Branch, tag or commit of the dense model.
     dense_trust_remote_code: Run code that the dense model's repository ships.
-    distillation: Share of the divergence from the teacher in the loss, 0 to 1.
-    max_seq_length: Tokens of a block of text; longer conversations are cut.
+    distillation: Weight of the divergence from the teacher, 0 to 1.
+    max_seq_length: Tokens per block; longer conversations are cut.
     bos: Begin each window of text with the tokenizer's BOS token, if it puts one before texts.
-    batch_size: Sequences of a step, over all processes.
-    micro_batch_size: Sequences that are computed at once.
-    learning_rate: The highest learning rate.
-    warmup_ratio: Share of the training on which the learning rate rises.
-    max_grad_norm: Longer gradients are shortened to this norm.
-    max_steps: Stop after so many steps.
-    max_tokens: Read at most so many tokens, then stop.
-    max_minutes: Stop after so many minutes of training.
+    batch_size: Sequences per step, over all processes.
+    micro_batch_size: Sequences computed at once.
+    learning_rate: Peak learning rate.
+    warmup_ratio: Share of the training in which the learning rate rises.
+    max_grad_norm: Gradients are clipped to this norm.
+    max_steps: Stop after this many steps.
+    max_tokens: Stop after this many tokens.
+    max_minutes: Stop after this many minutes of training.
     validate_every: Steps between two validations; the state is saved then.
     validation_samples: Sequences that are held out for validation.
-    patience: Stop after so many validations without a new best; 0 never.
-    gradient_checkpointing: Compute activations again, or keep them all: quicker, more memory.
+    patience: Stop after this many validations without a new best; 0: never.
+    gradient_checkpointing: Recompute activations, or keep them all: faster, more memory.
     exact_products: Train in full float32 on the CPU too: slower.
     shard: Split frozen weights over the processes (FSDP): slower, less memory.
     seed: Seed of every random choice.
     output_dir: Folder to write.
     overwrite: Replace the folder if it exists.
-    work_dir: Where finished stages are kept.
+    work_dir: Folder of finished stages.
     keep_work: Keep the stage files after success.
     device: auto, cpu, cuda, cuda:N or mps.
-    dtype: auto, float32, float16 or bfloat16: of the written weights, or to compute in if none are.
+    dtype: auto, float32, float16 or bfloat16: of the written weights, else to compute in.
     revision: Branch, tag or commit of a hub model.
     trust_remote_code: Run code that the model repository ships.
     """
@@ -296,34 +297,33 @@ def evaluate(
     tokenizer: Any | None = None,
     reporter: Reporter | None = None,
 ) -> EvalReport:
-    """Perplexity of a model on texts, its accuracy on zero-shot tasks, what it writes, and its speed.
+    """Measure a model: perplexity on texts, accuracy on zero-shot tasks, generation, and speed.
 
-    texts: names of data sets, files, or `bundled`: a text of several kinds that is never calibrated on. tasks: names in
-    lm-evaluation-harness. speed: whether to measure it, in `runtime`. A loaded model needs
-    its tokenizer.
+    texts: names of data sets, files, or `bundled`, a text of several kinds that is never used for calibration. tasks:
+    names in lm-evaluation-harness. speed: whether to measure it, in `runtime`. A loaded model needs its tokenizer.
     Raises CalibrationError for a text that cannot be read, EvaluationError for tasks, ModelError.
 
-    texts: Text to read, repeatable: wikitext2, ptb, c4, bundled, or a file.
-    window: Tokens of each window that perplexity is measured in.
-    stride: Tokens from one window's start to the next's.
+    texts: Text, repeatable: wikitext2, ptb, c4, bundled, or a file.
+    window: Tokens per perplexity window.
+    stride: Tokens between the starts of two windows.
     bos: Begin each window of text with the tokenizer's BOS token, if it puts one before texts.
-    max_tokens: Read at most so many tokens of each text.
+    max_tokens: Maximum number of tokens of each text.
     tasks: Tasks of lm-evaluation-harness, or `paper` for the seven of the SAAP paper.
     task_data: Folder with TASK.SPLIT.jsonl files, instead of the hub.
     limit: Only the first N questions of each task.
-    rounded_tasks: Round products to bfloat16 while tasks are scored, which can be quicker.
-    prompts: Prompts in place of the bundled ones: .txt, or .jsonl with prompt, answer.
-    max_new_tokens: Tokens to write for each prompt, at most.
-    chat: Conversations (.jsonl with messages) to measure answers of.
+    rounded_tasks: Round products to bfloat16 while tasks are scored, which can be faster.
+    prompts: Prompts that replace the bundled ones: .txt, or .jsonl with prompt, answer.
+    max_new_tokens: Maximum number of new tokens for each prompt.
+    chat: Conversations (.jsonl with messages) for the perplexity of answers.
     dense: The dense model to compare with.
     dense_revision: Branch, tag or commit of the dense model.
     dense_trust_remote_code: Run code that the dense model's repository ships.
     speed: Tokens per second of prefill and of decoding (batch 1).
-    runtime: Where speed is measured.
+    runtime: Runtime of the speed measurement.
     gguf_type: Of the weights in llama.cpp.
     seed: Seed of sampled text.
     device: auto, cpu, cuda, cuda:N or mps.
-    dtype: auto, float32, float16 or bfloat16: of the written weights, or to compute in if none are.
+    dtype: auto, float32, float16 or bfloat16: of the written weights, else to compute in.
     revision: Branch, tag or commit of a hub model.
     trust_remote_code: Run code that the model repository ships.
     """

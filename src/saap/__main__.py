@@ -1,4 +1,4 @@
-"""`python -m saap`, and what `torchrun -m saap` starts."""
+"""Entry point of `python -m saap` and `torchrun -m saap`."""
 
 from saap.cli.app import main
 

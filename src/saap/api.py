@@ -1,6 +1,6 @@
-"""The public functions: the stages one by one, and `prune`, which runs them in order.
+"""Public functions: the individual stages, and `prune`, which runs them in order.
 
-Those that take settings take every field of the models in their signature by name; `saap/__init__.pyi` spells that out.
+Functions with settings accept every field of their settings models as a keyword; see `saap/__init__.pyi`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _TUNED_IN = Only(("out", "overwrite", "work_dir", "keep_work", *OPENS))
 
 
 def _with_settings(function: Callable[..., Result]) -> Callable[..., Result]:
-    """A function that takes the fields of its models by name. Unknown names are a TypeError that lists them."""
+    """Let a function take the fields of its settings models as keywords. Raises TypeError that lists unknown ones."""
     models, signature = models_of(function), inspect.signature(function)
     own = inspect.Signature([one for name, one in signature.parameters.items() if name not in models])
     places = [(name, place) for place in places_of(function) for name in place.setting.names]
@@ -79,8 +79,8 @@ def _with_settings(function: Callable[..., Result]) -> Callable[..., Result]:
 def discover(model: str | Path | nn.Module, *, finer_heads: bool = False) -> ModelGraph:
     """Find the coupled structures of a model by tracing it; the model is not changed.
 
-    model: a loaded model (also of a class of your own), or what `saap prune` takes. finer_heads: with the query heads
-    inside each KV group as groups of their own (role `query`).
+    model: a loaded model (custom classes included), or anything that `saap prune` accepts. finer_heads: also return the
+    query heads inside each KV group as separate groups (role `query`).
     Raises UnsupportedModelError, naming the op or module that stopped the analysis, and ModelError.
     """
     if isinstance(model, nn.Module):
@@ -99,11 +99,11 @@ def estimate(
     *,
     tokenizer: Any | None = None,
 ) -> ImportanceScores:
-    """The importance of every unit over the calibration samples (SAAP, estimation stage), by the score that is named.
+    """Estimate the importance of every unit over the calibration samples (SAAP, estimation stage).
 
-    model: a loaded model, or what `saap prune` takes. calibration: names and files as on the command line, texts (both
-    need a tokenizer), or token ids of shape (samples, length). max_memory: bytes that the process may have resident;
-    for it the weights of a model given by its folder may stay in the files.
+    model: a loaded model, or anything that `saap prune` accepts. calibration: names and files as on the command line,
+    texts (both need a tokenizer), or token ids of shape (samples, length). max_memory: limit of the resident memory in
+    bytes; to meet it, the weights of a model given by its folder may stay in their files.
     Raises CalibrationError, ModelError, NonFiniteLossError, ConfigurationError for a limit that is too small.
     """
     if isinstance(model, nn.Module):
@@ -152,9 +152,9 @@ def recover(
     *,
     reporter: Reporter | None = None,
 ) -> RecoverResult:
-    """Tune a model on text with quantised weights, and write it to `output_dir` if given (SAAP, recovery stage).
+    """Tune a model on text with quantised weights; write it to `output_dir` if given (SAAP, recovery stage).
 
-    model: a folder that `prune` has written, or anything else that `saap recover` takes. The arguments are the flags
+    model: a folder written by `prune`, or anything else that `saap recover` accepts. The other arguments are the flags
     of `saap recover`. Raises SaapError.
     """
     return run_recover(model, config, options, reporter)
@@ -172,16 +172,17 @@ def prune(
 ) -> PruneResult:
     """Prune a model: discover, estimate, search, cut, reconstruct, check, and write it to `output_dir` if given.
 
-    model_or_path: a loaded model (any class with forward(input_ids); it is not changed, and of float16 it is a copy in
-    float32 that is pruned), or what `saap prune` takes. Exactly one of pruning_ratio, target_params, target_size,
-    target_speedup and plan. calibration: names and files, texts, or token ids (samples, length). max_memory: bytes that
-    may be resident; for it the weights of a model given by its folder may stay in the files, those of the result too.
-    device_map: auto, balanced or sequential, for blocks over several devices; a loaded model with a device map is taken
-    as it lies. The other arguments are the flags of `saap prune`. Raises SaapError.
+    model_or_path: a loaded model, or anything that `saap prune` accepts. A loaded model may be of any class with
+    forward(input_ids). It is not changed; a float16 model is pruned as a float32 copy. Give exactly one of
+    pruning_ratio, target_params, target_size, target_speedup and plan. calibration: names and files, texts, or token
+    ids (samples, length). max_memory: limit of the resident memory in bytes; to meet it, weights may stay in files, for
+    a model given by its folder and for the result. device_map: auto, balanced or sequential, to place blocks on several
+    devices; a loaded model keeps its own device map. The other arguments are the flags of `saap prune`. Raises
+    SaapError.
     """
     if len(config.pruning_ratios) > 1:
         raise ConfigurationError("prune() takes one pruning_ratio", "Call it for each, or use `saap prune`")
-    # what stands in the records, also for texts or token ids that have no name
+    # name in the records; texts and token ids have none of their own
     named = (str(calibration),) if isinstance(calibration, (str, Path)) else ("given from Python",)
     config = config.model_copy(update={"calibration": named})
     (result,) = run_prune(model_or_path, config, options, reporter, calibration=calibration, tokenizer=tokenizer)
@@ -197,11 +198,10 @@ def evaluate(
     tokenizer: Any | None = None,
     reporter: Reporter | None = None,
 ) -> EvalReport:
-    """Perplexity of a model on texts, its accuracy on zero-shot tasks, what it writes, and its speed.
+    """Measure a model: perplexity on texts, accuracy on zero-shot tasks, generation, and speed.
 
-    texts: names of data sets, files, or `bundled`: a text of several kinds that is never calibrated on. tasks: names in
-    lm-evaluation-harness. speed: whether to measure it, in `runtime`. A loaded model needs
-    its tokenizer.
+    texts: names of data sets, files, or `bundled`, a text of several kinds that is never used for calibration. tasks:
+    names in lm-evaluation-harness. speed: whether to measure it, in `runtime`. A loaded model needs its tokenizer.
     Raises CalibrationError for a text that cannot be read, EvaluationError for tasks, ModelError.
     """
     return evaluate_model(model_or_path, request, options, reporter, tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""`import saap.auto` lets transformers' auto classes open pruned checkpoints without `trust_remote_code`."""
+"""`import saap.auto` registers pruned checkpoints with the auto classes: they open without `trust_remote_code`."""
 
 from __future__ import annotations
 

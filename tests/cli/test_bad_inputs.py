@@ -73,7 +73,7 @@ FLAGS: list[Case] = [
     ((*PRUNE, "--pruning-ratio", "0.98"), "cannot be removed"),
     ((*PRUNE, "--target-params", "900M"), "out of range"),
     ((*PRUNE, *RATIO, "--out", "MODEL"), "exists"),
-    ((*PRUNE, *RATIO, "--out", "MODEL/config.json", "--overwrite"), "is no folder"),
+    ((*PRUNE, *RATIO, "--out", "MODEL/config.json", "--overwrite"), "is not a folder"),
     ((*PRUNE, *RATIO, "--work-dir", "MODEL"), "work folder"),
     ((*PRUNE, *RATIO, "--out", "MODEL/config.json/deep"), "MODEL/config.json"),
     *[((*RECOVER, flag, value), offender) for flag, value, offender in (
@@ -125,9 +125,9 @@ FLAGS: list[Case] = [
         ("--restore", "maybe", "'maybe'"),
         ("--pruning-ratio", "2", "2 is out of range"), ("--perplexity", "nothing", "nothing"),
     )],
-    (("report", "MODEL"), "neither by"),
+    (("report", "MODEL"), "was not written by"),
     (("report", "none"), "none"),
-    (("report", "MODEL", "--eval", "MODEL/config.json"), "config.json is no report"),
+    (("report", "MODEL", "--eval", "MODEL/config.json"), "config.json is not a report"),
     (("run", "none.yaml"), "none.yaml"),
     (("run", "MODEL/model.safetensors"), "model.safetensors"),
     (("run", "MODEL"), "cannot be read"),
@@ -179,9 +179,9 @@ def pickled(folder: Path) -> None:
 
 UP = "model.layers.1.mlp.up_proj.weight"
 MODELS: Mapping[str, tuple[Callable[[Path], Any], str]] = {
-    "config is no JSON": (put("config.json", "{"), "config.json is no valid JSON"),
+    "config is no JSON": (put("config.json", "{"), "config.json is not valid JSON"),
     "config is a list": (put("config.json", "[]"), "model_type"),
-    "config is not UTF-8": (put("config.json", b"\xff\xfe{"), "config.json is no valid JSON"),
+    "config is not UTF-8": (put("config.json", b"\xff\xfe{"), "config.json is not valid JSON"),
     "no model_type": (put("config.json", "{}"), "model_type"),
     "unknown model_type": (config(model_type="quantum_llama"), "'quantum_llama'"),
     "no text model": (config(model_type="vit"), "vit"),
@@ -199,9 +199,9 @@ MODELS: Mapping[str, tuple[Callable[[Path], Any], str]] = {
         "model.safetensors",
     ),
     "pickle": (pickled, "pickle"),
-    "index is no JSON": (put("model.safetensors.index.json", "{"), "index.json is no index"),
-    "index has no map": (put("model.safetensors.index.json", "{}"), "index.json is no index"),
-    "index is a list": (put("model.safetensors.index.json", "[1]"), "index.json is no index"),
+    "index is no JSON": (put("model.safetensors.index.json", "{"), "index.json is not an index"),
+    "index has no map": (put("model.safetensors.index.json", "{}"), "index.json is not an index"),
+    "index is a list": (put("model.safetensors.index.json", "[1]"), "index.json is not an index"),
     "index of numbers": (index({UP: 3}), "outside its folder"),
     "index of mixed kinds": (index({UP: 3, "a": "model.safetensors"}), "index"),
     "index leaves the folder": (index({UP: "../elsewhere.safetensors"}), "outside its folder"),
@@ -213,9 +213,9 @@ MODELS: Mapping[str, tuple[Callable[[Path], Any], str]] = {
     "empty index": (index({}), "model.safetensors.index.json"),
     "truncated": (content(lambda raw: raw[:-100]), "model.safetensors"),
     "trailing bytes": (content(lambda raw: raw + b"0000"), "model.safetensors"),
-    "empty weights": (content(lambda raw: b""), "damaged or no safetensors"),
-    "endless header": (content(lambda raw: b"\xff" * 8 + raw[8:]), "damaged or no safetensors"),
-    "header is no JSON": (content(lambda raw: raw[:8] + b"]" + raw[9:]), "damaged or no safetensors"),
+    "empty weights": (content(lambda raw: b""), "damaged or not safetensors"),
+    "endless header": (content(lambda raw: b"\xff" * 8 + raw[8:]), "damaged or not safetensors"),
+    "header is no JSON": (content(lambda raw: raw[:8] + b"]" + raw[9:]), "damaged or not safetensors"),
     "a weight is missing": (weights(lambda tensors: tensors.pop(UP)), "up_proj"),
     "a weight has another shape": (weights(lambda tensors: tensors.update({UP: tensors[UP][:5].clone()})), "MODEL"),
     "tokenizer is no JSON": (put("tokenizer.json", "{"), "tokenizer"),
@@ -225,7 +225,7 @@ MODELS: Mapping[str, tuple[Callable[[Path], Any], str]] = {
 }  # fmt: skip
 
 PLANS: Mapping[str, tuple[str, str]] = {
-    "no JSON": ("{", "is no plan"),
+    "no JSON": ("{", "is not a plan"),
     "no groups": ('{"format_version": 1}', "groups"),
     "another version": ('{"format_version": 2, "groups": {}}', "format_version"),
     "unknown key": ('{"format_version": 1, "groups": {}, "keeep": 1}', "keeep"),

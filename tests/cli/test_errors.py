@@ -167,7 +167,7 @@ def test_stage_files_of_another_version_are_not_taken_up(capsys, tmp_path, sourc
     done = python(OTHER_VERSION, *arguments)
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"error: {tmp_path / 'out.saap-work'} holds stages of a run with other settings or texts, ")
+    assert last.startswith(f"error: {tmp_path / 'out.saap-work'} has stages of a run with other settings or texts, ")
     assert "another version of saap" in last
 
 

@@ -16,15 +16,15 @@ CHECKED = tuple(case for case in CASES if case.name in ("mixed", "query heads", 
 HEADER = """# Families
 
 Made by `python scripts/family_table.py` with transformers {version}; do not edit. Each row is a tiny random model
-(hidden size 48, 2 or 3 blocks, float64) on which all this was done.
+(hidden size 48, 2 or 3 blocks, float64) that passed these checks.
 
-- **FFN**, **attention**, **query**, **experts**, **hidden**: units found in one block, or in the whole model.
-  Attention goes by KV groups with their query heads, query by the heads inside each group; `4 x 40` are 40 channels in
-  each of 4 experts. A dash: there are none, or the notes say why.
-- **cut = masked**: the model without the units computes what the dense one does with them masked.
-- **adaptive**: each layer another size, saved, opened, the same logits.
-- **generation**: the opened model writes with a key-value cache what it writes without.
-- **uniform**: roles of which the stock class opens fewer units, the same number in each layer, with the same logits.
+- **FFN**, **attention**, **query**, **experts**, **hidden**: units in one block, or for hidden in the whole model.
+  Attention counts KV groups with their query heads, query the heads inside each group; `4 x 40` means 40 channels in
+  each of 4 experts. A dash: none, or unsupported (see the notes).
+- **cut = masked**: the model with units removed computes the same as the dense model with these units masked.
+- **adaptive**: a model with a different size in each layer has the same logits after saving and loading.
+- **generation**: the loaded model generates the same tokens with and without a key-value cache.
+- **uniform**: roles that the stock class can load with fewer units, the same number in each layer, with equal logits.
 
 | family | FFN | attention | query | experts | hidden | cut = masked | adaptive | generation | uniform |
 |---|---|---|---|---|---|---|---|---|---|
@@ -36,7 +36,7 @@ def document() -> str:
     rows = "".join(_row(name) for name in FAMILIES)
     notes = "".join(f"- **{name}**: {'; '.join(found)}\n" for name in FAMILIES if (found := _notes(name)))
     version = ".".join(transformers.__version__.split(".")[:2])
-    return f"{HEADER.format(version=version)}{rows}\n## What is refused, and why\n\n{notes}"
+    return f"{HEADER.format(version=version)}{rows}\n## What is unsupported, and why\n\n{notes}"
 
 
 def _row(name: str) -> str:

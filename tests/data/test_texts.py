@@ -139,7 +139,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
         read_documents(tmp_path / "latin.txt")
     with pytest.raises(CalibrationError, match=r"cut\.txt\.gz cannot be read"):
         read_documents(tmp_path / "cut.txt.gz")
-    with pytest.raises(CalibrationError, match=r"table\.csv is not a kind of text file"):
+    with pytest.raises(CalibrationError, match=r"table\.csv is not a supported kind of text file"):
         read_documents(tmp_path / "table.csv")
     with pytest.raises(CalibrationError, match="is a folder"):
         read_documents(tmp_path)

@@ -220,7 +220,7 @@ def test_units_without_effect_are_refused_as_that() -> None:
     model = OwnModel()
     model.layers[2] = OwnBlock(Muted)
     refused = {refusal.name: refusal.reason for refusal in discover(model).refused}
-    reason = "its block computes the same with its units masked, so what their removal needs cannot be tried"
+    reason = "masking its units does not change the output of its block, so their removal cannot be tested"
     assert refused["layers.2.ffn"] == reason
 
 
@@ -279,7 +279,7 @@ class OnlySorted(nn.Module):
     [
         (NoList, "NoList has no nn.ModuleList"),
         (Unused, "does not pass through layers.0"),
-        (DependsOnValues, "The forward of DependsOnValues cannot be traced: its course depends on values"),
+        (DependsOnValues, "The forward of DependsOnValues cannot be traced: its control flow depends on values"),
         (
             Unfinished,
             "The dense model itself does not run: Unfinished ends with NotImplementedError: the head is missing",

@@ -184,10 +184,10 @@ def test_an_existing_folder_needs_overwrite(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_model_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letters.txt").write_text("dear")
-    with pytest.raises(OutputError, match="holds something that is no model"):
+    with pytest.raises(OutputError, match="contains something that is not a model"):
         written(tmp_path / "out", overwrite=True)
     (tmp_path / "file").write_text("dear")
-    with pytest.raises(OutputError, match="is no folder"):
+    with pytest.raises(OutputError, match="is not a folder"):
         written(tmp_path / "file", overwrite=True)
 
 

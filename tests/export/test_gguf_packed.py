@@ -87,7 +87,7 @@ def test_other_groups_are_quantised_anew_and_said(
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == 0
-    assert "3 bits in groups of 16, which is no Q4_1" in capsys.readouterr().out
+    assert "3 bits in groups of 16, which is not Q4_1" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*arguments, "--overwrite", "--json", "--no-verify"])
     with pytest.raises(SystemExit):
         cli.main()

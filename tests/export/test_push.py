@@ -90,7 +90,7 @@ def test_a_refusal_is_one_sentence(
     hub.status = 403
     assert run(monkeypatch, folder, "--push", "me/small") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: The hub refuses the upload to me/small")
+    assert error.startswith("error: The hub rejects the upload to me/small")
     assert "hf auth login" in error
 
 

@@ -61,7 +61,7 @@ def test_the_cut_decoder_computes_with_pixels_what_the_masked_one_does(family: s
     graph = saap.discover(model)
     assert {group.layer for group in graph.of_role(Role.FFN)} == {0, 1, 2}
     assert not graph.of_role(Role.HIDDEN)  # the projector writes into these channels
-    assert any(refusal.name == "hidden" and "not reached by text" in refusal.reason for refusal in graph.refused)
+    assert any(refusal.name == "hidden" and "not used for text" in refusal.reason for refusal in graph.refused)
     assert not any("vision" in path or "visual" in path for path in graph.blocks)
     keep = {
         group.name: tuple(range(group.layer, group.units - 8)) if group.role is Role.FFN else (group.layer % 2,)
@@ -129,7 +129,7 @@ def test_what_a_configuration_cannot_say_is_refused_by_name(tmp_path: Path) -> N
     source = folder("qwen2_vl", tmp_path / "dense")  # the width of a head follows from hidden size and heads
     with pytest.raises(LayoutError, match=r"qwen2_vl has no configuration for fewer attention.*--layout adaptive"):
         saap.prune(source, pruning_ratio=0.1, layout="uniform", roles=["attention"], out=tmp_path / "no", **SETTINGS)
-    with pytest.raises(TargetError, match=r"no hidden groups can be pruned.*not reached by text"):
+    with pytest.raises(TargetError, match=r"no hidden groups can be pruned.*not used for text"):
         saap.prune(source, pruning_ratio=0.1, roles=["hidden"], out=tmp_path / "no", **SETTINGS)
     assert not (tmp_path / "no").exists()
 

@@ -29,8 +29,11 @@ def test_a_process_alone_has_nobody_to_wait_for() -> None:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": "many"}, "WORLD_SIZE is no number"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "there are 2 processes, but they do not find each other .*MASTER_ADDR"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE is not a number"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0"},
+            "WORLD_SIZE is 2, but the processes cannot connect to each other .*MASTER_ADDR",
+        ),
     ],
 )
 def test_an_odd_environment_is_refused(

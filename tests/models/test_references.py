@@ -77,7 +77,7 @@ def test_a_folder_without_a_configuration_is_named(folder: Path) -> None:
 
 def test_a_damaged_configuration_is_named(folder: Path) -> None:
     (folder / "config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"config\.json is no valid JSON"):
+    with pytest.raises(ModelError, match=r"config\.json is not valid JSON"):
         resolve_model(folder)
 
 
@@ -143,7 +143,7 @@ def test_weights_of_another_size_are_an_error(folder: Path) -> None:
 
 def test_a_file_that_is_no_gguf_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"nothing")
-    with pytest.raises(ModelError, match=r"m\.gguf is no GGUF file"):
+    with pytest.raises(ModelError, match=r"m\.gguf is not a GGUF file"):
         resolve_model(tmp_path / "m.gguf")
     with pytest.raises(ModelError, match="does not exist"):
         resolve_model(tmp_path / "absent.gguf")

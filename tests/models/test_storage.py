@@ -96,7 +96,7 @@ def test_a_count_alone_is_left_to_the_scores(plan_file: Path) -> None:
         ({"kept": 11}, "kept 11 of 10"),
         ({"units": "0-10"}, "unit 10 of 10"),
         ({"units": "3,3"}, "ascending"),
-        ({"units": "3-x"}, "no unit"),
+        ({"units": "3-x"}, "neither a unit nor a run"),
         ({"kept": 2, "of": 12}, "10 units, not 12"),
         ({}, "neither"),
         ({"kept": -1}, "greater than or equal to 0"),
@@ -145,5 +145,5 @@ def test_scores_come_back_bit_by_bit(tmp_path: Path) -> None:
     assert read.digest == scores.digest
     assert list(read.groups) == list(scores.groups)
     (tmp_path / "scores.safetensors").write_bytes(b"0" * 100)
-    with pytest.raises(StaleInputError, match="holds no scores"):
+    with pytest.raises(StaleInputError, match="has no scores"):
         read_scores(tmp_path / "scores.safetensors")

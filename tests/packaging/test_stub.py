@@ -30,5 +30,5 @@ def test_old_names_warn_and_still_work() -> None:
 def test_wrong_values_are_named() -> None:
     with pytest.raises(saap.SaapError, match=r"--layout 'unifrom' is unknown\. Did you mean uniform"):
         saap.prune("smollm2", pruning_ratio=0.2, layout="unifrom")
-    with pytest.raises(saap.SaapError, match="num_samples and samples are the same setting"):
+    with pytest.raises(saap.SaapError, match="num_samples and samples mean the same setting"):
         saap.prune("smollm2", pruning_ratio=0.2, num_samples=3, samples=2)  # type: ignore[call-arg]

@@ -114,9 +114,7 @@ def test_a_comparison_without_tasks_takes_some_up_later_and_no_others(source, tm
     assert [list(row["tasks"]) for row in (later["dense"], *later["rows"])] == [["made"], ["made"], []]
     assert untouched.stat().st_mtime_ns == before
     fewer = asking.model_copy(update={"evaluation": asking.evaluation.model_copy(update={"limit": 2})})
-    with pytest.raises(
-        StaleInputError, match=r"made from files, all questions; this run asks .* the first 2 questions"
-    ):
+    with pytest.raises(StaleInputError, match=r"made from files, all questions; this run has .* the first 2 questions"):
         compare(source, fewer, RunOptions(device="cpu"), tmp_path / "out")
 
 

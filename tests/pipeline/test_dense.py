@@ -143,7 +143,7 @@ def test_the_dense_model_is_not_downloaded_unasked(
     prompts.write_text("The house\n")
     found = evaluated(capsys, small, "--prompts", prompts, "--tokens", "6", "--speed")
     assert (found["generation"]["dense_figures"], found["speed"]["against"]) == (None, None)
-    assert f"nothing is measured of the dense model: There is no folder {NAME}" in found["notes"]
+    assert f"the dense model is not measured: There is no folder {NAME}" in found["notes"]
     code, _, error = run(capsys, "generate", small, "--prompt", "The house")
     assert (code, "--dense MODEL or --no-dense" in error) == (2, True)
     assert asked == []
@@ -272,6 +272,6 @@ def test_a_damaged_manifest_is_refused_by_everything_that_needs_it(
     ):
         code, _, error = run(capsys, *arguments)
         assert code == 2, (arguments[0], error)
-        assert "manifest.json is no manifest of this version" in error.splitlines()[-1]
+        assert "manifest.json is not a manifest of this version" in error.splitlines()[-1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
     assert evaluated(capsys, folder, *TEXT)["perplexity"]  # needs the weights alone

@@ -56,7 +56,7 @@ def test_offloaded_weights_are_refused(tmp_path: Path) -> None:
 def test_several_devices_without_a_map_are_refused() -> None:
     parameters = [("first", SimpleNamespace(device=torch.device("cuda", 0))), ("second", torch.zeros(1))]
     model = SimpleNamespace(named_parameters=lambda: parameters, named_buffers=list)
-    with pytest.raises(ModelError, match=r"lies on 2 devices \(cpu, cuda:0\) without a device map"):
+    with pytest.raises(ModelError, match=r"is on 2 devices \(cpu, cuda:0\) without a device map"):
         require_values(model)  # type: ignore[arg-type]
     require_values(nn.Linear(2, 2))
 
@@ -141,15 +141,15 @@ def test_a_block_on_two_devices_is_refused() -> None:
         model = spread(families.build("llama"))
         mlp = model.model.layers[0].mlp.down_proj
         mlp.weight = nn.Parameter(mlp.weight.to(SECOND), requires_grad=False)
-        with pytest.raises(ModelError, match=r"block model\.layers\.0 lies on 2 devices"):
+        with pytest.raises(ModelError, match=r"block model\.layers\.0 is on 2 devices"):
             require_whole_blocks(model, ["model.layers.0"])
 
 
 def test_several_processes_need_the_whole_model_each() -> None:
     two = Processes(rank=0, count=2)
-    with pytest.raises(ConfigurationError, match="each of 2 processes holds the whole model"):
+    with pytest.raises(ConfigurationError, match="each of 2 processes has the whole model"):
         check_devices(RunOptions(device_map="auto"), "model", two)
-    with pretended_devices(), pytest.raises(ConfigurationError, match="each of 2 processes holds the whole model"):
+    with pretended_devices(), pytest.raises(ConfigurationError, match="each of 2 processes has the whole model"):
         check_devices(RunOptions(), spread(families.build("llama")), two)
 
 
@@ -175,8 +175,8 @@ def test_a_model_is_opened_by_a_device_map(tmp_path: Path) -> None:
     ("changes", "reason"),
     [
         ({"device_map": "diagonal"}, "--device-map diagonal is unknown"),
-        ({"device_map": "auto", "device": "cpu"}, "--device names one device"),
-        ({"device_map": "auto", "max_memory": 10**9}, "--max-memory leaves the weights in their files"),
+        ({"device_map": "auto", "device": "cpu"}, "--device selects one device"),
+        ({"device_map": "auto", "max_memory": 10**9}, "--max-memory keeps the weights in their files"),
     ],
 )
 def test_maps_that_cannot_be_used(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
@@ -184,5 +184,5 @@ def test_maps_that_cannot_be_used(tmp_path: Path, changes: dict[str, Any], reaso
         saap.prune(tmp_path / "nowhere", calibration=TEXT, out=tmp_path / "out", **SETTINGS, **changes)
     with pytest.raises(ConfigurationError, match="the model is in memory already"):
         saap.prune(tiny.model(), calibration=TEXT, device_map="auto", **SETTINGS)
-    with pytest.raises(ConfigurationError, match="Packed weights cannot lie on several devices"):
+    with pytest.raises(ConfigurationError, match="Packed weights cannot be on several devices"):
         saap.load(tmp_path / "nowhere", packed=True, device_map="auto")

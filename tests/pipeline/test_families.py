@@ -73,8 +73,8 @@ def test_a_pair_of_limits_is_no_list_of_two_layers(family: str, tmp_path: Path) 
         ("gemma4_assistant", "The dense model itself does not run: Gemma4AssistantForCausalLM ends with"),
         ("gemma3n_text", "The blocks of Gemma3nForCausalLM do not run one by one (IndexError"),
         ("big_bird", "replaces its module bert.encoder.layer.0.attention.self"),
-        ("jetmoe", "in model.layers.0.self_attention.experts.input_linear gives depends on the text"),
-        ("longcat_flash", "cannot be traced: its course depends on values"),
+        ("jetmoe", "in model.layers.0.self_attention.experts.input_linear depends on the text"),
+        ("longcat_flash", "cannot be traced: its control flow depends on values"),
     ],
 )
 def test_what_cannot_be_walked_or_traced_is_refused_before_the_estimation(
@@ -103,7 +103,7 @@ class NoEstimation(Silent):
 def test_sequences_are_as_long_as_the_positions_of_the_model(tmp_path: Path) -> None:
     source = folder_of("gpt2", tmp_path, n_positions=48)
     assert prune(source, tmp_path / "out").report.perplexity > 0
-    with pytest.raises(SaapError, match=r"GPT2LMHeadModel does not read 64 tokens at once \(IndexError"):
+    with pytest.raises(SaapError, match=r"GPT2LMHeadModel cannot process 64 tokens at once \(IndexError"):
         prune(source, tmp_path / "other", sample_length=64)
 
 
@@ -135,7 +135,7 @@ def test_a_walk_that_gives_no_numbers_is_refused(monkeypatch: pytest.MonkeyPatch
     model = tiny.model()
     stock = BlockWalker.logits
     monkeypatch.setattr(BlockWalker, "logits", lambda walker, hidden: stock(walker, hidden) * torch.nan)
-    with pytest.raises(UnsupportedModelError, match="give other logits one by one"):
+    with pytest.raises(UnsupportedModelError, match="differ between block by block and whole execution"):
         check_walk(model, [f"model.layers.{index}" for index in range(4)])
 
 

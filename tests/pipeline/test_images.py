@@ -105,14 +105,14 @@ def test_bad_pairs_are_refused_with_file_and_line(tmp_path: Path) -> None:
     file = pairs(tmp_path / "pairs.jsonl", count=4)
     good = file.read_text().splitlines()
     file.write_text("\n".join([good[0], '{"image": "gone.png", "text": "a"}']))
-    assert f"{file}, line 2, names the image gone.png" in refused(source, file)
+    assert f"{file}, line 2, has the image gone.png, which is missing" in refused(source, file)
     file.write_text("\n".join([good[0], good[1], '{"image": "0.png"}']))
-    assert f"{file}, line 3, has not both" in refused(source, file)
+    assert f"{file}, line 3, needs both" in refused(source, file)
     (tmp_path / "2.png").write_bytes(b"no image")
     file.write_text("\n".join(good))
-    assert f"{file}, line 3, names 2.png, which cannot be read" in refused(source, file)
+    assert f"{file}, line 3, has 2.png, which cannot be read" in refused(source, file)
     assert "cannot be mixed" in refused(source, [file, "mixed"])
-    assert "wanda-sp is not made for image-text pairs" in refused(source, file, method="wanda-sp")
+    assert "wanda-sp does not support image-text pairs" in refused(source, file, method="wanda-sp")
 
 
 def test_a_model_without_a_processor_is_refused(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(
     code, _, error = run(capsys, command, few, *arguments, *out)
     last = error.splitlines()[-1]
     assert (code, list(tmp_path.iterdir())) == (2, []), error
-    assert last.startswith("error: GPT2LMHeadModel does not read ")
+    assert last.startswith("error: GPT2LMHeadModel cannot process ")
     assert "tokens at once (IndexError: index out of range in self). " + remedy in last
 
 

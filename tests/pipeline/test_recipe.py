@@ -137,23 +137,23 @@ def test_a_baseline_does_not_restore_unless_told_to() -> None:
         ("model: m\nout: o\nprune: 0.2\n", ["prune: give settings"]),
         ("model: m\nout: o\nprune: {pruning_ratios: [0.2], skip_layers: {frist: 2}}\n", ["did you mean first?"]),
         ("model: m\nout: o\neval: {a: {txts: [bundled]}}\n", ["eval.a.txts", "texts"]),
-        ("model: m\nout: o\neval: {../a: {texts: [bundled]}}\n", ["eval.../a", "no name for a file"]),
+        ("model: m\nout: o\neval: {../a: {texts: [bundled]}}\n", ["eval.../a", "not a valid file name"]),
         ("model: m\nout: o\neval: {a: {}}\n", ["eval.a measures nothing"]),
         ("model: m\nout: o\neval: {a: {speed: {runtme: llama.cpp}}}\n", ["eval.a.speed.runtme", "mean runtime?"]),
         ("model: m\nout: o\neval: {a: {speed: {gguf_type: q9}}}\n", ["eval.a.speed.gguf_type"]),
         ("model: m\nout: o\nprune: {target_speedup: 0.5}\n", ["prune.target_speedup 0.5"]),
         ("model: m\nout: o\nprune: {pruning_ratios: [0.2]}\nrecover: {distillation: 2}\n", ["recover.distillation 2"]),
         ("model: m\nout: o\nexport: {a: {quantization: q9}}\n", ["export.a.quantization"]),
-        ("model: m\nout: o\n", ["names no step"]),
+        ("model: m\nout: o\n", ["has no step"]),
         ("model: m\nout: o\nreport: {}\nexport: {a: {}}\n", ["not pruned"]),
         ("model: m\nmodel: n\nout: o\n", ["line 2", "'model' is given twice"]),
         ("model: m\nout: &a o\nprune: *a\n", ["aliases"]),
         ("model: !!python/object/apply:os.system [ls]\n", ["python/object"]),
-        ("model: [\n", ["no YAML"]),
-        ("- model\n", ["no recipe"]),
-        ("", ["no recipe"]),
+        ("model: [\n", ["not valid YAML"]),
+        ("- model\n", ["not a recipe"]),
+        ("", ["not a recipe"]),
         ("model: m\nout: o\nprune: {pruning_ratios: [0.2], align: 8}\nrecover: {}\n", ["prune.align 8"]),
-        ("? [a, b]\n: c\n", ["a key is no word"]),
+        ("? [a, b]\n: c\n", ["a key is not a string"]),
     ],
 )  # fmt: skip
 def test_refusals_name_everything_that_is_wrong(tmp_path: Path, text: str, offenders: list[str]) -> None:
@@ -265,7 +265,7 @@ def test_an_interrupted_step_is_made_again(made: _Made, monkeypatch: pytest.Monk
 def test_what_the_recipe_did_not_write_is_not_replaced(made: _Made) -> None:
     carry_out(made)
     (made.out / "recover").write_text("mine")
-    with pytest.raises(OutputError, match="not as this recipe wrote it"):
+    with pytest.raises(OutputError, match="was not written by this recipe"):
         carry_out(made)
     (made.out / "recipe.json").unlink()
     with pytest.raises(OutputError, match="prune"):

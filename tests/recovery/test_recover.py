@@ -197,7 +197,7 @@ def test_refusal_on_the_command_line(dense: Path, tmp_path: Path) -> None:
     [
         (["--recover-minutes", "1"], "--recover-minutes tunes nothing"),
         (["--recover", "nothing-here.txt"], "nothing-here.txt is neither a file nor a known text"),
-        (["--recover", "speeches", "--align", "8"], "--align 8 gives sizes that groups of 32 do not divide"),
+        (["--recover", "speeches", "--align", "8"], "--align 8 leads to sizes that groups of 32 do not divide"),
     ],
 )
 def test_prune_refuses_before_it_prunes(dense: Path, tmp_path: Path, flags: list[str], message: str) -> None:

@@ -134,7 +134,7 @@ def test_a_killed_training_goes_on_with_the_same_losses(tmp_path: Path) -> None:
 
 def test_state_of_another_training_is_refused(tmp_path: Path) -> None:
     train(tmp_path)
-    with pytest.raises(StaleInputError, match="no state of this training"):
+    with pytest.raises(StaleInputError, match="not a state of this training"):
         train(tmp_path, model=quantised("llama"))
 
 

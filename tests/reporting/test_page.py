@@ -188,15 +188,15 @@ def test_other_files_are_refused(tmp_path) -> None:
     with pytest.raises(EvaluationError, match="nowhere"):
         build_page(tmp_path, [], tmp_path / "nowhere")
     (tmp_path / "e.json").write_text("[]")
-    with pytest.raises(EvaluationError, match="is no report of"):
+    with pytest.raises(EvaluationError, match="is not a report of"):
         build_page(tmp_path, [tmp_path / "e.json"])
     (tmp_path / "e.json").write_text("{}")
-    with pytest.raises(EvaluationError, match="is no report of"):
+    with pytest.raises(EvaluationError, match="is not a report of"):
         build_page(tmp_path, [tmp_path / "e.json"])
 
 
 def test_a_damaged_manifest_is_refused(tmp_path) -> None:
     (tmp_path / "saap").mkdir()
     (tmp_path / "saap" / "manifest.json").write_text('{"seed": 1}')
-    with pytest.raises(ModelError, match="no manifest of this version"):
+    with pytest.raises(ModelError, match="not a manifest of this version"):
         build_page(tmp_path)

@@ -146,5 +146,5 @@ def test_a_layer_that_does_nothing_loses_most(strategy: str, effort: str, role: 
 def test_scores_of_another_importance_are_refused(measured: str, importance: str) -> None:
     of = graph()
     scores = replace(drawn(of, {}), element_order=measured)
-    with pytest.raises(ConfigurationError, match=f"not of the importance {importance}, but of {measured}"):
+    with pytest.raises(ConfigurationError, match=f"estimated with the importance {measured}, not {importance}"):
         saap.search(of, scores, pruning_ratio=0.2, strategy="uniform", importance=importance)

@@ -1,1 +1,1 @@
-"""What pruning costs, and what its results cost to run."""
+"""Experiments on the cost of pruning, and the speed and memory of its results."""

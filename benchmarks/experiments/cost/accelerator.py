@@ -1,11 +1,11 @@
-"""What only an accelerator can show: its tests, LLaMA-7B in bfloat16, and a model of 1.5 billion parameters end to end.
+"""Experiments on an accelerator: GPU tests, LLaMA-7B in bfloat16, and a model of 1.5 billion parameters end to end.
 
 Cells:
 
 - tests: those marked `gpu`.
-- 7b: random weights in the sizes of LLaMA-7B, pruned by 20 % with effort `default`. What it computes is of no interest,
-  only time and peak memory of every stage.
-- 1.5b: random weights in the sizes of Qwen2.5 1.5B, pruned and tuned: for a machine that gets no packages.
+- 7b: random weights in the sizes of LLaMA-7B, pruned by 20 % with effort `default`. Only time and peak memory of every
+  stage matter.
+- 1.5b: random weights in the sizes of Qwen2.5 1.5B, pruned and tuned, for a machine without network access.
 - real: the same with the weights of `--set model=FILE.gguf` (Qwen2.5-Coder 1.5B, say), and perplexity before and after.
 """
 
@@ -34,7 +34,7 @@ EXTRA = ("real",)
 
 
 def random_checkpoint(request: Request, name: str) -> Path:
-    """Written once; another cell and a resumed run use it again."""
+    """The checkpoint, written once and reused by other cells and resumed runs."""
     folder = request.work.resolve() / f"random-{name}"
     if not (folder / "tokenizer.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -48,7 +48,7 @@ def shape_of(request: Request, name: str) -> LlamaConfig:
 
 
 def reported(command: str, source: Path, out: Path, flags: Names) -> Values:
-    """Run a command, and keep time and memory of every stage."""
+    """Run a command. Returns time and memory of every stage."""
     report = saap(command, source, "--out", out, "--overwrite", *flags)
     stages = [{name: stage[name] for name in STAGE} for stage in report["stages"]]
     return {"command": " ".join([f"saap {command} MODEL", *flags]), "stages": stages}
@@ -64,7 +64,7 @@ def run_tests(request: Request) -> Values:
 
 
 def all_stages(request: Request, name: str) -> Values:
-    """Pruned and reconstructed; but for the 7B, tuned for some minutes on the bundled text as well."""
+    """Prune and reconstruct a model; except for the 7B, also tune it for some minutes on the bundled text."""
     work = request.work.resolve()
     given = Path(request.given["model"]).resolve() if name == "real" and "model" in request.given else None
     shape = "1.5b" if name == "real" else name
@@ -93,7 +93,7 @@ def all_stages(request: Request, name: str) -> Values:
 
 
 def cells(request: Request) -> Names:
-    """All of them, the last one where there are real weights."""
+    """All cells; the last one only with real weights."""
     return ["tests", "7b", "1.5b", *(["real"] if "model" in request.given or request.quick else [])]
 
 

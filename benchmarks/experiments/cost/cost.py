@@ -1,8 +1,8 @@
 """How time and memory of `saap prune` grow with the model, the tokens and the ratio, in memory and offloaded.
 
-LLaMA shapes with random weights in float32. One thing is varied at a time; each run is a process of its own, forked
-from one that has imported and run everything. Time is that of the processor, so that other work on the machine matters
-less; memory is that above the process before it opens the model.
+LLaMA shapes with random weights in float32. One setting is varied at a time; each run is a separate process, forked
+from one that is warmed up. Time is processor time, so that other load on the machine matters less; memory is relative
+to the process before it opens the model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Point(NamedTuple):
     ratio: float = 0.2
 
     def cell(self, place: str) -> str:
-        """The name of its cell."""
+        """Name of the cell."""
         return f"{self.layers} layers, {self.samples} samples, ratio {self.ratio:g}, {place}"
 
 
@@ -64,7 +64,7 @@ def measure(request: Request, wanted: Names) -> Measured:
         folder = Path(temporary)
         for layers in {point.layers for point, _ in RUNS.values()}:
             write_checkpoint(llama(256, 704, layers, 8, VOCABULARY), folder / str(layers), dtype=torch.float32)
-        run_one(Point(), False, folder)  # loads all that a run imports, for the forked processes as well
+        run_one(Point(), False, folder)  # imports everything, also for the forked processes
         for cell in wanted:
             point, place = RUNS[cell]
             found = in_own_process(run_one, point, place == "offloaded", folder, start="fork")
@@ -72,7 +72,7 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def run_one(point: Point, offloaded: bool, folder: Path) -> dict[str, float]:
-    """One run, and what it took."""
+    """Time and memory of one run."""
     tokens = np.random.default_rng(0).integers(17, VOCABULARY, (point.samples + 64, 64))
     config = PruneConfig(
         pruning_ratios=(point.ratio,), samples=point.samples, sample_length=64, preset=Preset.FAST, refit_tokens=1024,
@@ -80,7 +80,7 @@ def run_one(point: Point, offloaded: bool, folder: Path) -> dict[str, float]:
     )  # fmt: skip
     source = folder / str(point.layers)
     limit = None
-    if offloaded:  # half of what it takes in memory, so that weights stay in their files
+    if offloaded:  # half of the memory without offloading, so that weights stay in their files
         limit = sum(limits(resolve_model(source), config, torch.float32, torch.device("cpu"))) // 2
     empty, used, start = of_process(), time.process_time(), time.perf_counter()
     with TemporaryDirectory(dir=folder) as temporary:

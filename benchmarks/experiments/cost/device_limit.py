@@ -1,9 +1,9 @@
-"""Four layers of LLaMA-7B on a pretended accelerator of limited memory; all 32 by the formula.
+"""Four layers of LLaMA-7B on a simulated accelerator with limited memory; all 32 by the formula.
 
-The pretended device (tests/pretend.py) counts what lies on it and refuses more than its limit: 24 GB less what the
-other 28 layers take in bfloat16. The four layers lie there in float32, as a CPU computes. The run has effort `fast`
-and few tokens: activations of the reconstruction are kept elsewhere, so its peak depends on the micro-batch, not on
-how many tokens there are. The formula is given for that run and for effort `default`.
+The simulated device (tests/pretend.py) tracks its memory and rejects more than its limit: 24 GB minus the other 28
+layers in bfloat16. The four layers are in float32, since a CPU computes. The run has effort `fast` and few tokens:
+activations of the reconstruction are offloaded, so its peak depends on the micro-batch, not on the number of tokens.
+The formula is evaluated for that run and for effort `default`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def layers_of_7b(layers: int) -> LlamaConfig:
 
 
 def needs(layers: int, config: PruneConfig, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
-    """Bytes by what is kept on the device, of LLaMA-7B with so many layers."""
+    """Estimated bytes of LLaMA-7B with this number of layers, by what stays on the device."""
     sizes = memory_estimate.Sizes.of(skeleton(layers_of_7b(layers)).to(dtype), torch.device("cuda"))
     found = memory_estimate.Needs.of(sizes, config)
     return {
@@ -49,11 +49,11 @@ def needs(layers: int, config: PruneConfig, dtype: torch.dtype = torch.bfloat16)
 
 
 def measured(folder: Path, config: PruneConfig, limit: int) -> Values:
-    """Peak bytes on the device, over the stages that this process carries out."""
+    """Peak bytes on the device over all stages."""
     source = folder / "dense"
     if not (source / "tokenizer.json").exists():
         write_checkpoint(layers_of_7b(LAYERS), source)
-    pretend = import_module("tests.pretend")  # a part of the tests, which are not typed
+    pretend = import_module("tests.pretend")  # part of the tests, which are not typed
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(devices, "_available", return_value={"lazy": True}))
         stack.enter_context(mock.patch.object(token_sets, "EVALUATION_TOKENS", MEASURED_TOKENS))

@@ -1,8 +1,8 @@
-"""What the estimation costs: time against a plain forward and backward pass, memory above the loaded model.
+"""Cost of the estimation: time versus a plain forward and backward pass, memory above the loaded model.
 
 Random token ids; float32. Time: estimation and loss.backward() with weight gradients over the same tokens in the same
-batches, in turns. Memory: a process of its own; peak resident size while estimating, minus that of the loaded model at
-rest (every weight touched, freed heap given back), relative to the bytes of the weights.
+batches, interleaved. Memory: measured in a separate process; peak resident size while estimating, minus that of the
+loaded model at rest (every weight touched, freed heap returned), relative to the bytes of the weights.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def opened(chosen: Values, processes: Processes | None = None) -> tuple[Backend,
 
 
 def first(samples: CalibrationSet, count: int) -> CalibrationSet:
-    """So many of the samples, for a pass that warms up."""
+    """The first samples, for a warm-up pass."""
     return CalibrationSet(sources=samples.sources, seed=0, tokens=samples.tokens[:count])
 
 

@@ -1,7 +1,7 @@
 """`saap prune` killed at points spread evenly over its work, resumed with the same command, and the results compared.
 
-A run is killed (SIGKILL) when it has used its share of the processor seconds of the undisturbed run, which other work
-on the machine hardly changes.
+A run is killed (SIGKILL) after a share of the processor seconds of the undisturbed run, which hardly depend on other
+load of the machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SMOKE = False
 
 
 def run(flags: Names, folder: Path, log: str, limit: float = float("inf")) -> tuple[float, int]:
-    """Processor seconds and exit code of a run, which is killed once it has used `limit` of them."""
+    """Processor seconds and exit code of a run, which is killed after `limit` processor seconds."""
     used = 0.0
     with (folder / log).open("wb") as file:
         command = [sys.executable, "-m", "saap", "prune", *flags, "--out", str(folder / "out")]
@@ -53,7 +53,7 @@ def stage_of(log: Path) -> str:
 
 
 def killed(flags: Names, limit: float, expected: dict[str, str]) -> Values:
-    """The stage that was killed, whether the digests are those of the undisturbed run, and what else is left."""
+    """The killed stage, whether the digests equal those of the undisturbed run, and leftover files."""
     with tempfile.TemporaryDirectory() as base:
         folder = Path(base)
         used, code = run(flags, folder, "first.log", limit)

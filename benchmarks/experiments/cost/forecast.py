@@ -1,4 +1,4 @@
-"""What `saap prune --dry-run` says that a run will take, compared with what the run takes."""
+"""Forecasts of `saap prune --dry-run` compared with measured runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a GGUF file of a folder computes the same as the folder, and what memory its writing takes."""
+"""Agreement of GGUF files with their folders, and the memory of writing them."""
 
 from __future__ import annotations
 

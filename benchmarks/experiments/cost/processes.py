@@ -1,8 +1,8 @@
-"""What several processes save of the estimation's time, one thread each.
+"""Speed-up of the estimation by several processes, one thread each.
 
-One process and two, in turns; the same random token ids, float32, on the CPU. Timed is the estimation alone, from the
-moment in which all are ready until all have the whole result, after a short one that warms up; the least of the rounds
-counts. To be run while the machine does nothing else: it needs as many idle cores as there are processes.
+One process and two, interleaved; the same random token ids, float32, on the CPU. Only the estimation is timed, from the
+moment when all processes are ready until all have the whole result, after a warm-up; the minimum of the rounds counts.
+Run this on an idle machine: it needs as many idle cores as processes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def estimate_in(count: int, chosen: Values) -> tuple[float, ImportanceScores]:
-    """Seconds and scores of the estimation in so many processes."""
+    """Seconds and scores of the estimation with this number of processes."""
     with socket.socket() as trial:
         trial.bind(("127.0.0.1", 0))
         port = trial.getsockname()[1]
@@ -57,7 +57,7 @@ def estimate_in(count: int, chosen: Values) -> tuple[float, ImportanceScores]:
 
 
 def estimate_once(chosen: Values, together: dict[str, str], rank: int) -> tuple[float, ImportanceScores]:
-    """What each process does."""
+    """Code of each process."""
     os.environ |= {**together, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     with quick_float32_products():

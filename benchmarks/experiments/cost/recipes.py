@@ -26,7 +26,7 @@ SMOKE = False
 
 
 def replaced(recipe: Path, model: str, out: Path) -> list[str]:
-    """The flags that make a recipe small."""
+    """Flags that reduce a recipe to a small run."""
     steps = yaml.safe_load(recipe.read_text())
     chosen = [f"model={model}", f"out={out}"]
     for name, values in SMALL.items():
@@ -36,7 +36,7 @@ def replaced(recipe: Path, model: str, out: Path) -> list[str]:
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """Seconds, steps and perplexities of each recipe, and what a second run did."""
+    """Seconds, steps and perplexities of each recipe, and the steps of a second run."""
     for name in wanted:
         with tempfile.TemporaryDirectory() as folder:
             out, recipe = Path(folder) / "out", RECIPES / f"{name}.yaml"

@@ -1,4 +1,4 @@
-"""Size of a report page, and how long a browser takes to open it."""
+"""Size of a report page, and the time that a browser takes to open it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMOKE = False
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """The page of a pruned model with the comparison. What is opened is a copy with a script of one line at its end."""
+    """The page of a pruned model with the comparison. The browser opens a copy with a one-line script at its end."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         raise SystemExit(f"none of {', '.join(BROWSERS)} is installed")

@@ -1,6 +1,6 @@
 """Pruning checkpoints of the shapes of LLaMA-7B and LLaMA-13B, with random weights, on this machine.
 
-What the model computes is of no interest here: only whether it fits, and how long it takes.
+Only memory and time matter here, not the quality of the model.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def prune(name: str, folder: Path) -> Values:
-    """Write the checkpoint, prune it in a process of its own, open the result without its weights, delete both."""
+    """Write the checkpoint, prune it in a separate process, open the result without its weights, delete both."""
     shape = SHAPES[name]
     parameters, inside = parameters_of(shape)
-    # the checkpoint, and what is kept of it: in the work folder, and in the result
+    # the checkpoint, and its kept parts in the work folder and in the result
     needed = 2 * (parameters + 2 * round(parameters - 0.2 * inside)) + SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -54,7 +54,7 @@ def prune(name: str, folder: Path) -> Values:
         write_checkpoint(shape, source)
         written, load = time.perf_counter() - start, os.getloadavg()[0]
         report, seconds, used = timed_saap("prune", source, *FLAGS, "--out", out)
-        open_skeleton(resolve_model(out), torch.bfloat16)  # every weight is there, in the size that its model has
+        open_skeleton(resolve_model(out), torch.bfloat16)  # checks that every weight exists in the right size
         result_bytes = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     return {
         "layers": shape.num_hidden_layers, "parameters": parameters,

@@ -1,7 +1,7 @@
 """Prefill and decode speed of pruned folders compared with the dense model, in llama.cpp and in transformers.
 
-Speed-ups are medians of the rounds' ratios. A decoded token reads every weight once (the embedding too, since it is the
-output's weight), so that the ratio of the bytes is the speed-up of a runtime that does nothing else.
+Speed-ups are medians of the rounds' ratios. A decoded token reads every weight once (the embedding too, since it is
+tied to the output), so the ratio of the bytes is the speed-up if memory bandwidth is the only limit.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from saap.settings.prune import GgufType
 from saap.settings.registry import RuntimeName
 
 PAPER_SPEEDUP = 1.05
-"""The paper's gain in token generation, pruned over dense."""
+"""The paper's speed-up of token generation, pruned over dense."""
 RUNTIMES = {
     "f16": (RuntimeName.LLAMA_CPP, GgufType.F16),
     "q8_0": (RuntimeName.LLAMA_CPP, GgufType.Q8_0),
     "q4_1": (RuntimeName.LLAMA_CPP, GgufType.Q4_1),
     "float32": (RuntimeName.TRANSFORMERS, GgufType.F16),
 }
-"""By the type of the weights; transformers has float32."""
+"""Runtimes by type of the weights; float32 means transformers."""
 PRUNED = ("adaptive/0.2", "adaptive/0.4", "uniform/0.2", "uniform/0.4")
 REQUESTED = ("asked/llama.cpp", "asked/transformers")
-"""Pruned for a speed, in a runtime."""
+"""Folders pruned for a target speed in a runtime."""
 TARGET_SPEEDUP = 1.3
 THREADS, ROUNDS, NEW_TOKENS = 2, 7, 32
 
@@ -49,7 +49,7 @@ SETTINGS = {"dense": "{model}", "threads": THREADS, "rounds": ROUNDS, "tokens wr
 
 
 def folder_of(request: Request, name: str) -> Path:
-    """A pruned folder, made if it is not there."""
+    """A pruned folder, created if missing."""
     kind, _, value = name.partition("/")
     if kind != "asked":
         return quickly_pruned(request, kind, value)
@@ -58,7 +58,7 @@ def folder_of(request: Request, name: str) -> Path:
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """To be run on a machine that does nothing else: the dense model and the pruned one take turns."""
+    """Run this on an idle machine; the dense and the pruned model are interleaved."""
     torch.set_num_threads(THREADS)
     for cell in wanted:
         weights, _, name = cell.rpartition(" ")
@@ -87,7 +87,7 @@ def measured(request: Request, folder: Path, runtime: RuntimeName, kind: GgufTyp
 
 
 def dense_decoding(found: Cells, types: Names) -> dict[str, float]:
-    """Tokens/s of the dense model by type of the weights, of the rounds that they share; for other pages."""
+    """Tokens/s of the dense model by type of the weights, for other pages."""
     return {
         weights: statistics.median(found[f"{weights} {folder}"]["decode_dense"] for folder in PRUNED)
         for weights in types

@@ -1,1 +1,1 @@
-"""The method and its parts."""
+"""Experiments on the method and its parts."""

@@ -1,4 +1,4 @@
-"""Our own additions, each taken away alone."""
+"""Ablation of our additions, one at a time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ WITHOUT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What all variants of one seed share."""
+    """Shared data of all variants of one seed."""
 
     dense: Dense
     scores: ImportanceScores
@@ -87,7 +87,7 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def prepare(dense: Dense, chosen: Values, seed: int) -> Prepared:
-    """Scores, costs, evaluator and text of the reconstruction, as a run calibrated on a file has them."""
+    """Scores, costs, evaluator and reconstruction text, as in a run calibrated on a file."""
     length = chosen["sample length"]
     samples = dense.samples(VALIDATION, [
         SampleRequest("scored", chosen["samples"], length),
@@ -104,7 +104,7 @@ def prepare(dense: Dense, chosen: Values, seed: int) -> Prepared:
 
 
 def plan_without(prepared: Prepared, name: str, candidates: int, seed: int) -> StructurePlan:
-    """The plan of the default search, or of it without the search, or without the modules' own ratios."""
+    """The plan of the default search, without the search, or with equal ratios in all modules."""
     dense, measured = prepared.dense, name == "everything"
     space = SearchSpace(
         roles=(PrunableRole.FFN, PrunableRole.ATTENTION), layout=Layout.ADAPTIVE, align=dense.align
@@ -119,7 +119,7 @@ def plan_without(prepared: Prepared, name: str, candidates: int, seed: int) -> S
 
 
 def made(prepared: Prepared, plan: StructurePlan, name: str) -> nn.Module:
-    """The pruned model, without what `name` says."""
+    """The pruned model without the addition `name`."""
     dense, local = prepared.dense, name != "local-choice"
     model = copy.deepcopy(dense.model)
     if name != "restoration":

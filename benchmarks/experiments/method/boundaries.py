@@ -1,4 +1,4 @@
-"""Group boundaries: does it matter which channels share a scale and a zero point?"""
+"""Group boundaries: effect of the order of channels, which determines those that share a scale and zero point."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def consumer_weights(model: nn.Module, graph: ModelGraph) -> dict[str, Tensor]:
-    """The matrices that read FFN channels, (outputs, channels), by module path; those that pruning has kept."""
+    """Consumers of FFN channels that pruning kept, (outputs, channels), by module path."""
     paths = [group.consumers[0].tensor.rpartition(".")[0] for group in graph.of_role(Role.FFN)]
     there = {name for name, _ in model.named_modules()}
     return {path: weight_out_in(model.get_submodule(path)).detach().float().clone() for path in paths if path in there}
 
 
 def channel_order(weight: Tensor, order: str) -> Tensor:
-    """Which channels lie side by side: as they are, by the norm of their columns, or at random (`random-SEED`)."""
+    """Order of the channels: original, by the norm of their columns, or random (`random-SEED`)."""
     if order == "natural":
         return torch.arange(weight.shape[1])
     if order == "by-size":
@@ -77,7 +77,7 @@ def channel_order(weight: Tensor, order: str) -> Tensor:
 
 
 def in_order(weight: Tensor, order: str, group_size: int) -> Tensor:
-    """The weight (outputs, channels) as groups of `group_size` channels in that order can say it, in its own order."""
+    """The weight (outputs, channels) quantised in groups of `group_size` channels in that order; columns unchanged."""
     index = channel_order(weight, order)
     rounded = torch.empty_like(weight)
     rounded[:, index] = quantise(weight[:, index], group_size=group_size, bits=BITS).dequantised(weight.dtype)
@@ -107,7 +107,7 @@ def summarise(cells: Cells) -> Values:
 
 
 def of_size(model: str, size: int, cells: Cells) -> dict[str, Values]:
-    """Error and perplexity of each order, the random ones together."""
+    """Error and perplexity of each order, averaged over the random ones."""
     drawn = [
         cell for name, cell in cells.items() if name.startswith(f"{model}-{RANDOM}-") and name.endswith(f"-{size}")
     ]

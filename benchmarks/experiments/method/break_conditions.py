@@ -1,4 +1,4 @@
-"""The paper's break conditions: what a unit's removal does, measured unit by unit, against every indicator."""
+"""The paper's break conditions: effect of removing single units, compared with every indicator."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def cells(request: Request) -> Names:
 
 
 def groups_of(dense: Dense, chosen: Values) -> dict[str, CoupledGroup]:
-    """The group of each cell: evenly spread over the layers that have one of the role."""
+    """The group of each cell: evenly spaced over the layers with a group of the role."""
     found: dict[str, CoupledGroup] = {}
     for role, layers in ((Role.FFN, chosen["FFN layers"]), (Role.ATTENTION, chosen["attention layers"])):
         groups = dense.graph.of_role(role)
@@ -101,7 +101,7 @@ def measure(request: Request, wanted: Names) -> Measured:
 def all_indicators(
     dense: Dense, tokens: CalibrationSet, estimates: Mapping[ElementOrder, ImportanceScores]
 ) -> dict[str, ByGroup]:
-    """Every indicator of a unit's worth that the project knows: by indicator and group, (units,) values."""
+    """All importance indicators: by indicator and group, (units,) values."""
     graph, scores, ids = dense.graph, estimates[ElementOrder.SECOND], dense.ids(tokens)
     fused = fuse(scores, graph, FusionScope.LAYER_ROLE)
     elements = {
@@ -125,11 +125,11 @@ def all_indicators(
 
 
 def residuals(scores: ImportanceScores) -> dict[str, dict[str, float]]:
-    """How far the importances are from what the uncertainty weighing assumes, by granularity: means over the modules.
+    """Deviation of the importances from the assumptions of uncertainty weighting, by granularity; means over modules.
 
-    distance: Kolmogorov-Smirnov, of the importances over their mean from chi-square with one degree of freedom.
-    variation: their standard deviation over their mean, the root of 2 if the assumption held. slope: of the log of a
-    unit's variance over samples on the log of its mean, 0 if it held.
+    distance: Kolmogorov-Smirnov distance of importance / mean from chi-square with one degree of freedom. variation:
+    standard deviation over mean, sqrt(2) under the assumption. slope: of log variance over samples against log mean of
+    the units, 0 under the assumption.
     """
     found = {}
     for name in ("vector", "element"):
@@ -145,9 +145,9 @@ def residuals(scores: ImportanceScores) -> dict[str, dict[str, float]]:
 
 
 class RemovalEffects:
-    """Removes units of one decoder block, one at a time, and looks at the loss.
+    """Removes units of one decoder block, one at a time, and measures the loss.
 
-    tokens: (samples, length) ids. The block's input and the dense predictions are kept, so that each unit costs a run
+    tokens: (samples, length) ids. The block's input and the dense predictions are cached, so each unit needs only a run
     from that block to the end.
     """
 
@@ -164,7 +164,7 @@ class RemovalEffects:
         self._dense_loss = np.array([self._loss(logs, sample) for sample, logs in enumerate(self._dense)])
 
     def of(self, group: str, unit: int) -> tuple[FloatArray, FloatArray]:
-        """What removing `unit` of `group`, a group of this block, does by sample, in nats per predicted token.
+        """Effect of removing `unit` of `group`, a group of this block, by sample, in nats per predicted token.
 
         Returns two arrays (samples,): the change of the mean negative log-likelihood, and the divergence of the
         predictions from the dense model's.
@@ -195,7 +195,7 @@ class RemovalEffects:
 def effects_of(dense: Dense, group: CoupledGroup, units: Sequence[int], held_out: Tensor) -> Values:
     """Loss change and divergence of removing each of the units.
 
-    Of each two means, over every other sample and over the rest: their agreement is the reliability.
+    Both as two means, over every other sample and over the rest: their agreement is the reliability.
     """
     effects = RemovalEffects(dense.model, dense.graph, group.layer, held_out)
     found: dict[str, list[list[float]]] = {"loss": [], "divergence": []}
@@ -226,7 +226,7 @@ def summarise(cells: Cells) -> Values:
 def role_summary(measured: Cells, indicators: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
     """Rank correlations of every indicator with the effects of one role, inside the modules and over all units.
 
-    The ceilings are what a perfect indicator could reach, as the effect itself is measured on few samples.
+    The ceilings are the correlations of a perfect indicator, since the effect itself is measured on few samples.
     """
     effects = {
         name: {cell: np.array(one[name]) for cell, one in measured.items()} for name in ("loss", "divergence")

@@ -1,4 +1,4 @@
-"""Calibration: how many samples, how long, of what text; one factor at a time, selection only."""
+"""Calibration: number, length and kind of samples, one factor at a time, selection only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MODELS = {"large": "the model of the book", "small": "a LLaMA shape that the ben
 
 
 class Setting(NamedTuple):
-    """One calibration: how many samples of how many tokens, of which text."""
+    """One calibration: number of samples, their length, and kind of text."""
 
     samples: int
     length: int
@@ -40,7 +40,7 @@ class Setting(NamedTuple):
         return f"{self.samples}x{self.length}-{self.kind}"
 
     def only(self, factor: str, other: Setting) -> bool:
-        """Whether nothing but one factor differs."""
+        """Whether at most one factor differs."""
         return all(getattr(self, name) == getattr(other, name) for name in self._fields if name != factor)
 
 
@@ -56,7 +56,7 @@ SETTINGS = {
 
 
 def every_setting(request: Request) -> list[Setting]:
-    """The settings of each factor, the other two at their standard, in the order in which they are measured."""
+    """The settings of each factor, with the other two at their standard, in the order of measuring."""
     chosen = request.settings
     standard = Setting(*chosen["standard"])
     varied = {"samples": chosen["numbers of samples"], "length": chosen["lengths"], "kind": chosen["kinds"]}
@@ -97,7 +97,7 @@ def of_model(request: Request, dense: Dense, wanted: Names) -> Measured:
 
 
 def numbered(dense: Dense, plan: StructurePlan) -> set[int]:
-    """The FFN channels that are removed, numbered through all modules."""
+    """The removed FFN channels, numbered over all modules."""
     groups = dense.graph.of_role(Role.FFN)
     starts = itertools.accumulate((group.units for group in groups), initial=0)
     first = {group.name: start for group, start in zip(groups, starts, strict=False)}
@@ -105,7 +105,7 @@ def numbered(dense: Dense, plan: StructurePlan) -> set[int]:
 
 
 def samples_of(request: Request, dense: Dense, setting: Setting, seed: int) -> CalibrationSet:
-    """As many samples as the largest setting of this text and length needs; smaller ones are their beginning."""
+    """Samples for the largest setting of this text and length; smaller settings use the first ones."""
     most = max(other.samples for other in every_setting(request) if setting.only("samples", other))
     if setting.kind == GENERATED:
         starts = random_starts(dense.loaded.tokenizer, sequences=most, seed=seed)
@@ -122,7 +122,7 @@ def summarise(cells: Cells) -> Values:
     for name, cell in cells.items():
         by_model[name.partition("-")[0]].setdefault(parsed(name)[0], []).append(cell)
     names = sorted({setting for found in by_model.values() for setting in found})
-    # the standard takes part in all three factors, so it has the most common value of each
+    # the standard is part of all three factors, so it has the most common value of each
     standard = Setting(*(Counter(values).most_common(1)[0][0] for values in zip(*names, strict=True)))
     models = {
         model: {str(setting): of_setting(found[setting], found[standard]) for setting in names if setting in found}

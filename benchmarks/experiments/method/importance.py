@@ -1,4 +1,4 @@
-"""Importance before and after the fusion: distributions, orders, perplexity, scopes, and what the fusion costs."""
+"""Importance before and after fusion: distributions, orders, perplexity, scopes, and cost of the fusion."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from saap.settings.registry import Importance, Strategy
 
 RATIO = 0.2
 EDGES = np.linspace(-4, 2, 25)
-"""Of log10 of the importance over its mean: below -4 and above 2 there is next to nothing."""
+"""Bin edges of log10(importance / mean): almost no values are below -4 or above 2."""
 UNFUSED = {"vector-wise": Importance.VECTOR, "element-wise": Importance.ELEMENT2}
 STRATEGIES = (Strategy.UNIFORM, Strategy.IMPORTANCE)
 ROUNDS = 9
@@ -67,7 +67,7 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def distributions(dense: Dense, every: Mapping[str, Units]) -> Values:
-    """Histograms by role, rank correlations with the element-wise score, and overlaps of what would be removed."""
+    """Histograms by role, rank correlations with the element-wise score, and overlaps of removed units."""
     histograms, correlation = {}, {}
     reference = every["element-wise"]
     for role in (Role.FFN, Role.ATTENTION):
@@ -87,13 +87,13 @@ def distributions(dense: Dense, every: Mapping[str, Units]) -> Values:
 
 
 def relative(units: Units, names: Names) -> FloatArray:
-    """Importances of the units of all modules over their mean."""
+    """Importances of the units of all modules, relative to their mean."""
     values = np.concatenate([units[name].mean for name in names])
     return np.asarray(values / values.mean())
 
 
 def fusion_cost(dense: Dense, scores: ImportanceScores) -> Values:
-    """Time and memory of the fusion alone. peak_bytes: of new arrays."""
+    """Time and memory of only the fusion. peak_bytes: of new arrays."""
     ways = {"closed": closed_form_sigma, "learned": learned_sigma}
     calls = {f"{name}_seconds": partial(fuse, scores, dense.graph, sigma_of=one) for name, one in ways.items()}
     found = {name: statistics.median(timeit.repeat(call, repeat=ROUNDS, number=1)) for name, call in calls.items()}

@@ -1,4 +1,4 @@
-"""Which six blocks have the least influence (ShortGPT), and what removing them costs, by the samples of the draw."""
+"""The six blocks of lowest influence (ShortGPT), and the cost of removing them, by calibration samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DRAWS = {
     f"{samples} x {length}, seed {seed}": (samples, length, seed)
     for samples, length, seed in ((64, 128, 0), (64, 128, 1), (64, 128, 2), (16, 512, 0))
 }
-"""Samples, tokens of a sample, seed."""
+"""Draws: samples, tokens per sample, seed."""
 CELLS = list(DRAWS)
 SETTINGS = {
     "model": "{model}", "calibration": VALIDATION, "removed": Scaled(1, 6),
@@ -26,7 +26,7 @@ SETTINGS = {
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """The blocks of each draw, and those with the next one in place of the last, since both may be as good as equal."""
+    """The blocks of each draw, and a variant with the next block in place of the last, since the two may be tied."""
     removed = request.settings["removed"]
     known: dict[str, float] = {}
     with opened(request.model) as dense:

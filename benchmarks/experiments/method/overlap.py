@@ -1,4 +1,4 @@
-"""Words in a row that the bundled calibration texts share with the texts on which pruned models are measured."""
+"""Overlap of word n-grams between the bundled calibration texts and the evaluation texts."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def words(text: str) -> list[str]:
 
 
 def runs(text: str) -> set[Run]:
-    """All runs of so many words."""
+    """All n-grams of words."""
     found = words(text)
     return {tuple(found[start : start + LENGTH]) for start in range(len(found) - LENGTH + 1)}
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """How many runs of each bundled text stand in each measured one; of conversations also equal questions."""
+    """Number of shared n-grams of each bundled and each evaluation text; for conversations also equal questions."""
     with tempfile.TemporaryDirectory() as temporary:
         named = texts(request.given, Path(temporary))
         measured = {name: runs("\n\n".join(read_documents(file))) for name, file in named.items()}

@@ -38,7 +38,7 @@ SETTINGS = {
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """One estimation for each element order is shared by all cells."""
+    """Measure the cells, with one shared estimation for each element order."""
     chosen = request.settings
     estimates: dict[ElementOrder, ImportanceScores] = {}
     with opened(request.model) as dense:

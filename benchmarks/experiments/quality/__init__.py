@@ -1,1 +1,1 @@
-"""What pruned models are worth."""
+"""Experiments on the quality of pruned models."""

@@ -1,4 +1,4 @@
-"""The baselines compared with what the methods' published code gives on the same model."""
+"""The baselines compared with the methods' published code on the same model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PUBLISHED = {
     "wanda-sp": 1.69,
     "block-influence": 2.94,
 }
-"""Ratios of the methods' own code, run by hand with the same protocol; inputs of this experiment, not its output."""
+"""Ratios of the published code, run by hand with the same protocol; inputs of this experiment."""
 CELLS = list(PUBLISHED)
 SMOKE = False
 SETTINGS = {

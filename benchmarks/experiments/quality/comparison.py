@@ -1,4 +1,4 @@
-"""Our method and the baselines on the real model, with and without our reconstruction for everybody."""
+"""Our method and the baselines on the real model, with and without our reconstruction for all methods."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from saap.evaluation.bootstrap import kept_share, usual_answers
 from saap.reporting.comparison_tables import comparison_table, ratio_table, task_table
 from saap.reporting.tables import to_markdown
 
-# LLM-Pruner and Wanda-sp are at their best on this model when they keep attention whole, so they are shown so, and
-# with attention too.
+# LLM-Pruner and Wanda-sp are best on this model without pruning attention, so they are shown with and without it.
 MAIN = ("saap", "llm-pruner-element2@ffn", "llm-pruner-element1@ffn", "flap", "wanda-sp@ffn", "block-influence")
 OTHERS = (
     "llm-pruner-vector@ffn", "llm-pruner-mixed@ffn", "llm-pruner-element2", "wanda-sp", "magnitude@ffn", "random@ffn",
@@ -24,9 +23,9 @@ OTHERS = (
 TASK_METHODS = ("saap", "llm-pruner-element2@ffn", "flap", "wanda-sp@ffn")
 TASK_RATIO = "0.2"
 RATIOS = (("0.2", "0.3"), ("0.1", "0.5"))
-"""Those of a command share the scores; the usual ones come first, so that a run that is stopped has them."""
+"""Ratios by command, which share the scores; usual ratios come first, so that an interrupted run has them."""
 PASSES = [(TASK_METHODS, (TASK_RATIO,), TASK_RATIO), *((w, r, "none") for w in (MAIN, OTHERS) for r in RATIOS)]
-"""Methods, ratios, and the ratio at which they answer the tasks: each a `saap compare` into the same folder."""
+"""Methods, ratios, and ratio of the tasks: each a `saap compare` into the same folder."""
 HEAD, DENSE = "settings", "dense"
 ANSWERS = ("correct", "correct_norm")
 OPTIONS = {"tasks": "DIR"}
@@ -52,7 +51,7 @@ def cells(request: Request) -> Names:
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """Every pass of which a row is missing; finished rows are in the folder before, so they are not made again."""
+    """Run every pass with a missing row; finished rows are written to the folder first, so they are kept."""
     folder = request.work.resolve() / "compare"
     if not (folder / "rows").is_dir():
         unpack(request, folder)
@@ -76,7 +75,7 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def packed(row: Values) -> Values:
-    """A row whose answers are strings of 0 and 1, one for each question."""
+    """A row with its answers as strings of 0 and 1, one character per question."""
     return with_answers(row, lambda answers: "".join(map(str, answers)))
 
 
@@ -96,7 +95,7 @@ def with_answers(row: Values, change: Callable[[Any], Any]) -> Values:
 
 
 def unpack(request: Request, folder: Path) -> None:
-    """Write what has been measured as the folder of `saap compare`, which `saap report` reads and a new run resumes."""
+    """Write the measured cells as a folder of `saap compare`, for `saap report` and for resuming."""
     records = finished_cells(experiment("quality.comparison"), request)
     found = {name: unpacked(record["values"]) for name, record in records.items()}
     for name, row in found.items():
@@ -117,12 +116,12 @@ def comparison_of(found: Cells) -> Values:
 
 
 def rows_of(found: Cells) -> list[Values]:
-    """The rows among cells, which may be those of several experiments."""
+    """The rows in cells of one or several experiments."""
     return [cell for name, cell in found.items() if name.endswith("-seed0")]
 
 
 def best_baseline(rows: Sequence[Values], *, restored: bool) -> dict[str, Any]:
-    """The baseline with the least perplexity on WikiText-2 test among rows of one ratio."""
+    """The baseline with the lowest perplexity on WikiText-2 test among rows of one ratio."""
     theirs = [row for row in rows if row["method"] != "saap" and row["restored"] is restored]
     best = min(theirs, key=lambda row: float(row["ratios"][TEST]))
     return {"method": best["method"], "ratio": best["ratios"][TEST]}
@@ -132,7 +131,7 @@ def summarise(found: Cells) -> Values:
     whole = comparison_of({name: unpacked(cell) for name, cell in found.items()})
     tables = Comparison.model_validate(whole)
     ratios = sorted({row["ratio"] for row in whole["rows"]})
-    # Our default reconstructs, so a user's first comparison is it against the baselines as they were published.
+    # Our default reconstructs, so the main comparison is with the baselines as published.
     sides = {"nobody": (False, False), "all": (True, True), "ours": (True, False)}
     return {
         "cut": to_markdown(ratio_table(tables, TEST, False)),
@@ -153,7 +152,7 @@ def quotient(whole: Values, ratio: float, ours_restored: bool, theirs_restored: 
 
 
 def differences(whole: Values) -> list[Values]:
-    """How much more of the accuracy above chance saap keeps than each baseline, from paired draws of the questions."""
+    """Difference in kept accuracy above chance of saap and each baseline, from paired draws of the questions."""
 
     def answers_of(tasks: Mapping[str, Any]) -> list[tuple[int, ...]]:
         return [usual_answers(name, TaskResult(**values)) for name, values in tasks.items()]

@@ -1,4 +1,4 @@
-"""What the models write and know: dense, pruned and recovered."""
+"""Generated text and known facts of the dense, pruned and recovered model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from saap.pipeline.shared.inputs import RunOptions, open_model
 STATES = ("dense", "pruned", "recovered")
 MODES = {"greedy": False, "sampled": True}
 TASKS = ("arc_easy", "openbookqa")
-"""Their questions whose answer is short, asked without the choices."""
+"""Tasks whose questions with short answers are posed without the choices."""
 CELLS = STATES
 SETTINGS = {
     "model": "{model}", "prompts": BUNDLED, "tokens": Scaled(8, 128), "seed": 0,
@@ -27,7 +27,7 @@ SETTINGS = {
 
 
 def facts(limit: int) -> dict[str, list[Prompt]]:
-    """Questions with an answer: the bundled ones and those of each task, at most `limit` of a set."""
+    """Questions with an answer: the bundled ones and those of each task, at most `limit` per set."""
     sources = {BUNDLED: BUNDLED, **{task: str(DATA / "questions" / f"{task}.jsonl") for task in TASKS}}
     return {
         name: [prompt for prompt in read_prompts(source) if prompt.answer is not None][:limit]
@@ -36,7 +36,7 @@ def facts(limit: int) -> dict[str, list[Prompt]]:
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """Figures of what each model writes, by mode, its first answer as it stands, and what it knows."""
+    """Measures of generated text by model and mode, the first answer, and the known facts."""
     chosen = request.settings
     dense = open_model(request.model, RunOptions(device="cpu"))
     opens = [prompt.prompt for prompt in read_prompts(BUNDLED) if prompt.answer is None][: chosen["open prompts"]]
@@ -72,7 +72,7 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def over_tasks(states: Cells, figure: str) -> Mapping[str, float]:
-    """By state, the mean of a figure of the tasks' questions, every question alike."""
+    """Mean of a figure over the tasks' questions, with equal weights, by state."""
 
     def mean(found: Sequence[Values]) -> float:
         return float(np.average([one[figure] for one in found], weights=[one["questions"] for one in found]))

@@ -1,4 +1,4 @@
-"""Group sizes of the quantised tuning: perplexity, memory, time, size; and what group-wise training costs."""
+"""Group sizes of quantised tuning: perplexity, memory, time, size; and the cost of group-wise training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GROUP_SIZES = (16, 32, 64, 128)
 PLAIN = "plain LoRA"
 GRIDS = OWN_GRID, OFF_GRID, TRAINED_HERE = ("4 bits, 32", "none", "none, a small model trained here")
 SMALL = Size(layers=4, width=256, inner=1024, steps=300)
-"""Of sizes that every group size divides."""
+"""A model with sizes that every group size divides."""
 COST_STEPS, COST_ROUNDS = 8, 3
 COSTS: dict[str, dict[str, Any]] = {
     "groupwise": {}, "groupwise, no scales": {"scales": False}, PLAIN: {"tuning": "lora"},
@@ -38,7 +38,7 @@ COSTS: dict[str, dict[str, Any]] = {
 """Settings of `saap.recover`."""
 UNTRAINED = {"max_steps": 1, "learning_rate": 1e-12}
 UNPACKED, PACKED = "f16", "q4_1"
-"""Types of llama.cpp: of merged weights, and the one that holds groups of 32 as they are."""
+"""Types of llama.cpp: of merged weights, and the type that represents groups of 32 exactly."""
 TASKS, QUESTIONS = ("arc_easy", "piqa"), 500
 OPTIONS = {"tasks": "DIR"}
 READS = ("cost.speed",)
@@ -55,7 +55,7 @@ def cells(request: Request) -> Names:
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """Equal tokens without a teacher, each training in a process of its own."""
+    """Trainings on equal tokens without a teacher, each in a separate process."""
     for cell in wanted:
         grid, _, kind = cell.partition(" | ")
         if grid == "cost":
@@ -68,7 +68,7 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def train(model: str, length: int, steps: int, **chosen: Any) -> tuple[saap.RecoverResult, Values]:
-    """One tuning without a teacher, and its peak memory above that before it and seconds of its steps."""
+    """One tuning without a teacher, its additional peak memory, and the seconds of its steps."""
     chosen = {"validate_every": steps, "max_steps": steps, **chosen}
     with Peak() as peak:
         done = saap.recover(
@@ -113,7 +113,7 @@ def tuned(chosen: Values, model: str, kind: str, tasks: str | None) -> Values:
 
 
 def weights_on(grid: str, request: Request) -> str:
-    """The model whose weights lie on `grid`: of the package, the same after a short plain LoRA tuning, or a new one."""
+    """The model with weights on `grid`: the packaged one, the same after a short plain LoRA tuning, or a new one."""
     if grid == OWN_GRID:
         return request.model
     if grid == TRAINED_HERE:
@@ -139,7 +139,7 @@ def weights_on(grid: str, request: Request) -> str:
 
 
 def refusal(model: str, group_size: int) -> str | None:
-    """Why groups of that size do not fit the matrices of the model; None if they do."""
+    """Why groups of this size do not fit the matrices of the model; None if they do."""
     loaded = saap.load(model)
     try:
         check_group_sizes(linears_inside(loaded, find_blocks(loaded)), group_size)
@@ -149,7 +149,7 @@ def refusal(model: str, group_size: int) -> str | None:
 
 
 def cost_of(request: Request, kind: str) -> Values:
-    """Peak memory above the imports and seconds of a step, of the pruned model: medians of the rounds."""
+    """Peak memory above the imports and seconds per step of the pruned model: medians of the rounds."""
     model = str(pruned_folder(request, "--effort", "fast", name="fast"))
     steps, length = request.size(4, COST_STEPS), request.settings["length"]
     runs = [in_own_process(cost_once, model, length, steps, COSTS[kind]) for _ in range(request.size(1, COST_ROUNDS))]

@@ -19,7 +19,7 @@ RUNS = {
     "llm-pruner": ["--method", "llm-pruner-element2", "--roles", "ffn"],
     "llm-pruner-restored": ["--method", "llm-pruner-element2", "--roles", "ffn", "--restore", "--preset", "fast"],
 }
-"""paper tunes on the bundled instructions for 20 minutes; the others train for the few steps of their distillation alone."""
+"""paper tunes on the bundled instructions for 20 minutes; the others train for their short distillation alone."""
 CELLS = [
     *(f"{SMOLLM2}/{run}" for run in RUNS),
     *(f"{GEMMA}/{run}" for run in RUNS if run not in ("best", "paper")),

@@ -1,4 +1,4 @@
-"""Multilingual: what calibrating on one language costs the others."""
+"""Multilingual calibration: the cost of calibrating on one language for the others."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def cells(request: Request) -> Names:
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """Cut only, by the scores of the calibration; and as a user gets it, by `saap prune`."""
+    """Cut only, by the scores of the calibration; and the default of `saap prune`."""
     chosen = request.settings
     languages = chosen["languages"]
-    # a trial takes a small model that was trained here: it prunes once per language
+    # a smoke run uses a small model trained here, since it prunes once per language
     model = str(trained_folder(request, "llama")) if request.quick else multilingual_model(request)
     flags = flags_from(
         chosen, pruning_ratio="pruning ratio", effort="effort", num_samples="samples", sample_length="sample length",

@@ -1,6 +1,6 @@
-"""Image and text: the decoder of a model that reads images, pruned by text alone or by pairs.
+"""Image and text: the decoder of a multimodal model, calibrated on text only or on image-text pairs.
 
-The model is small and trained here to say what drawn pictures show: real weights, made in minutes.
+The model is small and trained here to describe synthetic images: real weights, made in minutes.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ COLOURS = {
 SHAPES = ("square", "circle", "triangle")
 PLACES = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
 FACTS = (*COLOURS, *SHAPES, "top", "bottom", "left", "right")
-"""The words of a description that only the picture tells."""
+"""The words of a description that depend on the image."""
 PIXELS, PATCH = 32, 8
 THINGS, NOISE = 3, 40
 VOCABULARY, IGNORED = 384, -100
 FULL = Size(layers=4, width=64, inner=256, batch=32, steps=1000, rate=2e-3)
 TRIAL = Size(layers=3, width=32, inner=128, batch=4, steps=8, rate=2e-3)
-"""Of the text decoder."""
+"""Sizes of the text decoder."""
 Picture = tuple[Image.Image, str]
-"""A drawn picture and its description, three things in the order of their places."""
+"""A synthetic image and its description: three objects in the order of their positions."""
 SETTINGS = {
     "model": Scaled(*(
         f"LLaVA of {size.layers} layers, width {size.width}, FFN {size.inner}, a CLIP tower of 3 layers"
@@ -59,7 +59,7 @@ def cells(request: Request) -> Names:
 
 
 def drawn_picture(generator: np.random.Generator) -> Picture:
-    """A picture of three things in different corners, on a dark ground of some shade, with noise."""
+    """An image of three objects in different corners, on a dark background of random shade, with noise."""
     ground = int(generator.integers(0, 40))
     image = Image.new("RGB", (PIXELS, PIXELS), (ground, ground, ground))
     pen = ImageDraw.Draw(image)
@@ -82,13 +82,13 @@ def drawn_picture(generator: np.random.Generator) -> Picture:
 
 
 def drawn_pictures(count: int, seed: int) -> list[Picture]:
-    """As many pictures; another seed gives others."""
+    """This many images, fixed by the seed."""
     generator = np.random.default_rng(seed)
     return [drawn_picture(generator) for _ in range(count)]
 
 
 def make_processor() -> Any:
-    """The processor of the model: a tokenizer of descriptions, and images as they are."""
+    """The processor of the model: a tokenizer of descriptions, and unchanged images."""
     things = itertools.product(COLOURS, SHAPES, PLACES)
     text = "\n".join(f"There is a {c} {s} at the {p}, a {c} {s} at the {p} and a {c}." for c, s, p in things)
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -120,7 +120,7 @@ def configuration(size: Size, tokenizer: Any) -> Any:
 
 
 def encoded(pictures: Sequence[Picture], processor: Any) -> dict[str, Tensor]:
-    """What the model takes for a batch of pictures, and `labels`: the descriptions alone."""
+    """Model inputs for a batch of images, and `labels`: only the descriptions."""
     images, texts = [image for image, _ in pictures], [f"<image>\n{text}" for _, text in pictures]
     made = dict(processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt"))
     special = torch.tensor(processor.tokenizer.all_special_ids)
@@ -129,14 +129,14 @@ def encoded(pictures: Sequence[Picture], processor: Any) -> dict[str, Tensor]:
 
 
 def batches(processor: Any, size: Size) -> Iterator[dict[str, Tensor]]:
-    """Pictures to learn from, all of them new."""
+    """An endless stream of new training images."""
     generator = np.random.default_rng(0)
     for _ in range(size.steps):
         yield encoded([drawn_picture(generator) for _ in range(size.batch)], processor)
 
 
 def trained_reader(request: Request) -> Path:
-    """The folder of the trained model, made if it is not there."""
+    """The folder of the trained model, created if missing."""
     size = request.size(TRIAL, FULL)
     folder = request.work / f"picture-reader-{request.size('trial', 'trained')}"
     if not (folder / "config.json").is_file():
@@ -148,7 +148,7 @@ def trained_reader(request: Request) -> Path:
 
 
 def write_pairs(folder: Path, count: int) -> dict[str, Path]:
-    """By calibration, a file of image-text pairs with its images, and one of the descriptions alone."""
+    """Calibration files: image-text pairs with images, and only the descriptions."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = drawn_pictures(count, seed=1)
     for number, (image, _) in enumerate(pictures):
@@ -162,10 +162,9 @@ def write_pairs(folder: Path, count: int) -> dict[str, Path]:
 
 @torch.no_grad()
 def told(model: nn.Module, processor: Any, pictures: Sequence[Picture]) -> dict[str, float]:
-    """How well the model describes pictures.
+    """Quality of the model's descriptions.
 
-    perplexity: of the descriptions. facts: share of the words that only the picture tells which it puts first, given
-    the words before.
+    perplexity: of the descriptions. facts: share of the image-dependent words that are its most likely next words.
     """
     batch = encoded(pictures, processor)
     labels = batch.pop("labels")[:, 1:]
@@ -178,7 +177,7 @@ def told(model: nn.Module, processor: Any, pictures: Sequence[Picture]) -> dict[
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """What each model tells, and how many tensors outside the decoder are the same bit by bit."""
+    """Quality of each model, and the number of tensors outside the decoder that are equal bit by bit."""
     chosen, dense = request.settings, str(trained_reader(request))
     flags = flags_from(chosen, num_samples="samples", sample_length="sample length", refit_tokens="refit tokens")
     flags += ["--align", "16", *request.size(["--effort", "fast"], [])]

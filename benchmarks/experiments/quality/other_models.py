@@ -1,4 +1,4 @@
-"""Our default against the baselines on another real model than SmolLM2."""
+"""Our default versus the baselines on another real model than SmolLM2."""
 
 from __future__ import annotations
 

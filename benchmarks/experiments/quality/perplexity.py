@@ -1,4 +1,4 @@
-"""Perplexity after pruning as a user would, on texts that nothing was calibrated on."""
+"""Perplexity after pruning with the command line, on texts not used for calibration."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FURTHER = {
     "best-mixed": flags("0.2", "--effort", "best", calibration=None),
     "default-mixed-no-bos": flags("0.2", "--no-bos", calibration=None),
 }
-"""Runs that the page shows if they are there."""
+"""Optional runs, shown if measured."""
 GEMMA = "gemma-3-270m"
 RATIO_RUNS = ("default-wikitext2-10", "default-wikitext2", "default-wikitext2-30", "default-wikitext2-50")
 CELLS = list(RUNS)
@@ -48,7 +48,7 @@ SMOKE = False
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """One `saap prune` each in a process of its own, then perplexities; those of the dense model are kept."""
+    """One `saap prune` per cell in a separate process, then perplexities; those of the dense model are cached."""
     for cell in wanted:
         label, _, run = cell.rpartition("/")
         model = multilingual_model(request) if label else request.model
@@ -95,14 +95,14 @@ def summarise(cells: Cells) -> Values:
         "ours_cut": ours[False],
         "best_baseline_restored": best[True],
         "best_baseline_cut": best[False],
-        # A baseline, cut only, that has our perplexity to the last digit is the same model.
+        # A cut-only baseline with exactly our perplexity is the same model.
         "same_plan": next((row["method"] for row in same if row["ratios"][TEST] == ours[False]), None),
         "literal_best_restored": min(literal),
     }
 
 
 def run_summary(run: Values) -> Values:
-    """Ratios, removed share, time and memory of a run; the time says little where the machine had other work."""
+    """Ratios, pruned share, time and memory of a run; the time depends on other load of the machine."""
     cores = run["environment"]["cores"]
     busy = run.get("load", 0) > 1.5 * cores or int(run["environment"].get("threads", cores)) < cores
     return {

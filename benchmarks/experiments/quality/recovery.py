@@ -1,4 +1,4 @@
-"""What recovery wins back on texts that are not trained on."""
+"""Gain of the recovery on texts not used for training."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MINUTES = 20
 STATES = ("dense", "pruned", "quantised", "recovered", "dense tuned alike")
 FEW_STEPS = ["--max-steps", "2", "--max-seq-length", "64", "--validation-samples", "1"]
 UNTRAINED = ["--max-steps", "1", "--learning-rate", "1e-12", "--max-seq-length", "64", "--batch-size", "1"]
-"""A rate of almost nothing: the zero points and scales of the first choice are written."""
+"""A learning rate near zero, so that the initial zero points and scales are written."""
 CELLS = STATES
 OPTIONS = {**INSTRUCTIONS, "data": "FILE|NAME,..."}
 SETTINGS = {"model": "{model}", "minutes": MINUTES, "effort": "fast"}
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """PRUNED and the dense model are tuned alike, both taught by the dense model."""
+    """Tune PRUNED and the dense model alike, both with the dense model as teacher."""
     sources = request.given.get("data", "mixed").split(",")
     files = [str(Path(source).resolve()) if Path(source).is_file() else source for source in sources]
     shared = [word for source in files for word in ("--data", source)] + ["--dense", request.model]

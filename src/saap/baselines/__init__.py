@@ -1,1 +1,1 @@
-"""Published and naive pruning methods, as scores and rules that the same search, surgery and measurements take."""
+"""Published and naive pruning methods: their scores and rules. Search, surgery and measurements are shared."""

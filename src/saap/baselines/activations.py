@@ -1,4 +1,4 @@
-"""Baselines that look at activations, all by one forward pass: Wanda-sp, FLAP, block influence."""
+"""Activation-based baselines that share one forward pass: Wanda-sp, FLAP, block influence."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -22,7 +22,7 @@ MICRO_BATCH = 4
 
 
 class ActivationStatistics(Observer):
-    """By module path of a consumer: `mean` and `square`, the mean of its inputs and of their squares, (channels,).
+    """Input statistics by module path of a consumer: `mean` and `square`, the means of x and x^2, (channels,).
 
     influence: 1 - mean cosine of a block's input and output, (blocks,).
     """
@@ -69,7 +69,7 @@ class ActivationStatistics(Observer):
 
 
 def activations(backend: Backend, tokens: Tensor) -> ActivationStatistics:
-    """One forward walk over `tokens` (samples, length)."""
+    """Collect the statistics in one forward walk over `tokens` (samples, length)."""
     found = ActivationStatistics(backend.graph)
     walk(backend, tokens, [found], micro_batch=MICRO_BATCH, backward=False)
     return found
@@ -87,8 +87,8 @@ def wanda_channels(weight: Tensor, square: Tensor) -> Tensor:
 def wanda_scores(backend: Backend, found: ActivationStatistics, seed: int) -> dict[str, FloatArray]:
     """Wanda-sp: the metric summed over each unit's channels.
 
-    Deviation: all modules are scored on the dense model's activations, the published code goes on from each pruned
-    layer.
+    Deviation: all modules are scored on the dense model's activations. The published code prunes each layer before it
+    scores the next.
     """
 
     def channels(group: CoupledGroup, member: AxisSlice, weight: Tensor) -> Tensor:
@@ -114,8 +114,8 @@ def standardised(values: Tensor) -> Tensor:
 def flap_scores(backend: Backend, found: ActivationStatistics, seed: int) -> dict[str, FloatArray]:
     """FLAP: the fluctuation standardised over each module's channels, then its mean over a unit's channels.
 
-    As in its published code, the fluctuations of attention are squared first. Times the unit's parameters, since the
-    global ranking that takes it compares scores per parameter, while FLAP's compares the standardised fluctuations.
+    As in the published code, the fluctuations of attention are squared first. The score is multiplied by the unit's
+    parameters: our global ranking compares scores per parameter, FLAP compares standardised fluctuations.
     """
 
     def channels(group: CoupledGroup, member: AxisSlice, weight: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def flap_scores(backend: Backend, found: ActivationStatistics, seed: int) -> dic
 def compensating_biases(
     backend: Backend, found: ActivationStatistics, keep: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """FLAP's bias compensation: what the removed channels put out on average, by module path of a dense consumer.
+    """FLAP's bias compensation: the mean output of the removed channels, by module path of a dense consumer.
 
     Each bias is sum_{j removed} W_ij mean_j, (out,), float32.
     """
@@ -151,7 +151,7 @@ def compensating_biases(
 
 
 def influence_scores(backend: Backend, found: ActivationStatistics, seed: int) -> dict[str, FloatArray]:
-    """Block influence (ShortGPT, Men et al. 2024): every unit of a block has the block's 1 - cos(input, output)."""
+    """Block influence (ShortGPT, Men et al. 2024): each unit gets its block's 1 - cos(input, output)."""
     return {group.name: np.full(group.units, found.influence[group.layer]) for group in block_groups(backend.graph)}
 
 

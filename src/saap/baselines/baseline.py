@@ -1,4 +1,4 @@
-"""What a baseline is, what it may measure of the dense model, and which weights its units have."""
+"""Definition of a baseline, its measurements on the dense model, and the weights of its units."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,11 +23,11 @@ Measure = Callable[[Backend, Tensor], Any]
 class Baseline:
     """One published method.
 
-    scores: of the dense model, what `measure` found in a pass over the text, and a seed. strategy: how the budget is
-    shared. skip_layers: None protects the ends as LLM-Pruner does (4 first and 2 last of 30). roles: None leaves them
-    to the caller. compensation: biases in place of a reconstruction, by path of their module, from the dense model,
-    what was measured and the kept units. scored: roles whose units it can score; one that scores whole experts scores
-    matrices in stacks as well. bytes_per_weight: what the pass keeps for each weight of the blocks.
+    scores: function of the dense model, the result of `measure`, and a seed. strategy: how the budget is shared.
+    skip_layers: None protects the first and last layers as LLM-Pruner does (4 and 2 of 30). roles: None lets the caller
+    choose. compensation: biases in place of a reconstruction, by path of their module, from the dense model, the
+    measurements and the kept units. scored: roles whose units it can score; EXPERT implies that it scores stacked
+    matrices too. bytes_per_weight: memory of the pass for each weight of the blocks.
     """
 
     scores: Callable[[Backend, Any, int], Scores]
@@ -42,9 +42,9 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """The dense model, and what the baselines have measured of it; each pass over the text is made only once.
+    """Measurements that baselines made on the dense model; each pass over the text runs only once.
 
-    tokens: (samples, length) ids, the same as the method under test calibrates on.
+    tokens: (samples, length) ids, the calibration samples of the method under test.
     """
 
     backend: Backend
@@ -53,7 +53,7 @@ class Measurements:
     _made: dict[Measure, Any] = field(default_factory=dict)
 
     def of(self, baseline: Baseline) -> Any:
-        """What the baseline measures; the pass is made now if it has not been before."""
+        """The baseline's measurements; runs the pass unless that was done before."""
         if baseline.measure is None:
             return None
         if baseline.measure not in self._made:
@@ -66,12 +66,12 @@ class Measurements:
 
 
 def scored_members(graph: ModelGraph, group: CoupledGroup) -> list[AxisSlice]:
-    """The group's matrices inside decoder blocks; biases and norms are not scored, as in LLM-Pruner."""
+    """Scored matrices of the group, all inside decoder blocks. As in LLM-Pruner, biases and norms are not scored."""
     return [one for one in group.members if len(graph.shapes[one.tensor]) > 1 and graph.block_of(one.tensor) >= 0]
 
 
 def block_groups(graph: ModelGraph) -> list[CoupledGroup]:
-    """The groups that lie in decoder blocks and have something to score; none of a stack of experts."""
+    """Groups inside decoder blocks that have scored matrices; stacked experts are left out."""
     return [group for group in graph.groups if group.layer >= 0 and not group.bundle and scored_members(graph, group)]
 
 
@@ -102,7 +102,7 @@ def along_axis(values: Tensor, axis: int) -> Tensor:
 
 @torch.no_grad()
 def add_biases(model: nn.Module, biases: Mapping[str, Tensor]) -> int:
-    """Add to the biases of linear modules, in place. Returns how many numbers had not been there."""
+    """Add to the biases of linear modules, in place. Returns the number of new parameters."""
     added = 0
     for path, bias in biases.items():
         module, present = model.get_submodule(path), getattr(model.get_submodule(path), "bias", None)

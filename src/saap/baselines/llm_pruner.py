@@ -1,8 +1,8 @@
 """LLM-Pruner's importances (Ma, Fang and Wang 2023, "LLM-Pruner: On the Structural Pruning of Large Language Models").
 
-Unlike SAAP's, which are of each sample's loss and then averaged, they are of the averaged gradient: opposite gradients
-of two samples cancel in the first-order terms. Deviation: both gradients come from one pass, one sample at a time,
-instead of one pass each; the numbers are the same.
+SAAP computes importances per sample and then averages them. LLM-Pruner uses the averaged gradient, so opposite
+gradients of two samples cancel in the first-order terms. Deviation: both gradients come from one pass, one sample at a
+time, instead of one pass each; the numbers are the same.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,14 +26,14 @@ TERMS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "param_second": lambda w, g, h: w.square() * h,
     "param_mix": lambda w, g, h: (w * g - 0.5 * w.square() * h).abs(),
 }
-"""What counts of each element, by LLM-Pruner's names. w: weight, g: mean gradient, h: mean squared gradient."""
+"""Terms of each element, by LLM-Pruner's names. w: weight, g: mean gradient, h: mean squared gradient."""
 
 
 class AveragedGradients(Observer):
     """By tensor, float32: `mean`, the gradient of the mean loss; `square`, the mean over samples of its square.
 
-    Of the scored weights of all decoder blocks; they take 8 bytes for each of these weights. The loss of a sample is
-    the mean over its predicted tokens; a micro-batch must be one sample. samples: of all.
+    Covers the scored weights of all decoder blocks, at 8 bytes per weight. The loss of a sample is the mean over its
+    predicted tokens; a micro-batch must be one sample. samples: total number.
     """
 
     def __init__(self, graph: ModelGraph, samples: int) -> None:
@@ -74,7 +74,7 @@ def taylor_channels(w: Tensor, g: Tensor, h: Tensor, axis: int, kind: str) -> Te
 
 
 def taylor_scores(backend: Backend, found: AveragedGradients, seed: int, kind: str) -> dict[str, FloatArray]:
-    """Importance of every unit: over its channels and members by sum, LLM-Pruner's default aggregation."""
+    """Importance of every unit, summed over its channels and members (LLM-Pruner's default aggregation)."""
 
     def channels(group: CoupledGroup, member: AxisSlice, weight: Tensor) -> Tensor:
         g, h = found.mean[member.tensor], found.square[member.tensor]

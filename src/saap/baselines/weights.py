@@ -1,4 +1,4 @@
-"""Baselines that need no text: random numbers, and the size of the weights."""
+"""Data-free baselines: random scores and weight magnitude."""
 
 import numpy as np
 

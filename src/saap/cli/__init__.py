@@ -1,1 +1,1 @@
-"""The command line: one module for each command; flags in, one call, lines out."""
+"""The command line, one module per command: parse flags, make one call, print the result."""

@@ -1,4 +1,4 @@
-"""The command line: thin; each command reads its flags, calls the pipeline and prints. Heavy imports are inside."""
+"""The command line. Each command reads its flags, calls the pipeline and prints; heavy imports are deferred."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from saap.cli.processes import leave, one_of_several
 from saap.core.errors import SaapError
 
 COMMANDS = {
-    "prune": ("prune", "Prune a model: a checkpoint in, a smaller one out."),
+    "prune": ("prune", "Prune a model and write a smaller checkpoint."),
     "recover": ("recover", "Tune a pruned model on text with quantised weights, in little memory."),
     "eval": ("evaluate", "Measure perplexity, zero-shot tasks, generation, conversations and speed."),
     "compare": ("compare", "Compare pruning methods: same calibration, same number of parameters, one table."),
     "export": ("export", "Write a model for llama.cpp, Ollama or vLLM, or upload it."),
-    "generate": ("generate", "Let a model answer a prompt, and the dense model that it was pruned from."),
+    "generate": ("generate", "Answer a prompt with a pruned model and its dense model."),
     "inspect": ("inspect", "Show the coupled structures of a model."),
     "report": ("report", "Write one self-contained HTML page about a pruned model or a comparison."),
-    "run": ("run", "Carry out a recipe: prune, recover, eval, export and report in one file."),
-    "demo": ("demo", "Prune a small real model by 20 % and show what came out."),
+    "run": ("run", "Run a recipe: prune, recover, eval, export and report in one file."),
+    "demo": ("demo", "Prune a small real model by 20 % and show the result."),
 }
-"""The module of each, imported when it is called, and its line in the list."""
+"""Commands: the module, imported when the command is called, and the summary line."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
-"""What torch says of it: CUDA and MPS, the CPU."""
+"""Parts of torch's messages: CUDA and MPS, the CPU."""
 
 
 class Commands(click.Group):
-    """The list of commands, which imports only the one that is called."""
+    """Command group that imports only the command that is called."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Call the command. Raises click.Abort at an interrupt, before which click would write an empty line."""
+        """Call the command. Raises click.Abort on an interrupt, without the empty line that click would print."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise click.Abort from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The names in the order in which a reader meets them."""
+        """Command names in the order of the help."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -49,7 +49,7 @@ class Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, _ = COMMANDS[cmd_name]
-        gc.disable()  # imports make many objects and no garbage
+        gc.disable()  # imports create many objects and no garbage
         try:
             from saap.cli.flags import command
 
@@ -58,7 +58,7 @@ class Commands(click.Group):
             gc.enable()
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list without importing any of them."""
+        """Write the list without importing any command."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
@@ -72,7 +72,7 @@ click.version_option(__version__, message="%(version)s", help="Print the version
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 2 input that the user can fix, 130 interrupted."""
+    """Entry point. Exit codes: 0 success, 2 input that the user can fix, 130 interrupted."""
     try:
         with one_of_several(sys.argv[1:]):
             code = app(sys.argv[1:] or ["--help"], prog_name="saap", standalone_mode=False)

@@ -16,10 +16,10 @@ def compare(
 ) -> None:
     """Compare methods on MODEL: same calibration, same number of parameters, one table.
 
-    Started again on the same folder, it resumes, and takes in methods and ratios that are new.
+    A second run on the same folder resumes, and adds new methods and ratios.
     """
     if options.out is None:
-        raise ConfigurationError("--output-dir is missing", "Name the folder of rows and tables with -o DIR")
+        raise ConfigurationError("--output-dir is missing", "Specify the folder of rows and tables with -o DIR")
     from saap.cli.show.output import make_reporter, print_comparison, show
     from saap.pipeline.compare.run import compare as run_compare
     from saap.reporting.comparison_tables import comparison_table

@@ -17,7 +17,7 @@ def demo(
     config: Annotated[PruneConfig, Only(("preset",), {"pruning_ratios": RATIO, "preset": "fast"})],
     options: Annotated[RunOptions, Only(("out",), {"out": Path("demo/smollm2-small"), "overwrite": True})],
 ) -> None:
-    """Prune a small real model (SmolLM2-135M from its Python wheel) by 20 % and show what came out."""
+    """Prune a small real model (SmolLM2-135M from its Python wheel) by 20 % and show the result."""
     typed = f"$ saap prune smollm2 --pruning-ratio {RATIO} --preset {config.preset} -o {options.out} --overwrite"
     print(typed, flush=True)
     prune("smollm2", config, Stages(), options, Display())

@@ -13,9 +13,9 @@ from saap.settings.setting import Only, Settings
 
 
 class EvalOutput(Settings):
-    """What the command line adds to a request."""
+    """Flags of the command line alone."""
 
-    generation: Annotated[bool, writing_flag("Let the model write, and measure what it writes and knows.")] = False
+    generation: Annotated[bool, writing_flag("Measure generated text and known facts.")] = False
     out: Annotated[
         Path | None, out_flag("Also write the report as JSON.", panel=OUTPUT, name="output_file", metavar="FILE")
     ] = None

@@ -13,25 +13,25 @@ from saap.settings.setting import Only, Settings
 
 
 class ExportTarget(Settings):
-    """Where an exported model goes."""
+    """Destination of an exported model."""
 
     out: Annotated[
         Path | None, out_flag("File or folder to write. [required unless --push]", name="output", metavar="PATH")
     ] = None
-    push: Annotated[str | None, result_flag("Upload the folder MODEL to the hub as it is.", metavar="OWNER/NAME")] = (
+    push: Annotated[str | None, result_flag("Upload the folder MODEL to the hub unchanged.", metavar="OWNER/NAME")] = (
         None
     )
-    private: Annotated[bool, result_flag("With --push: a repository that only you see.")] = False
+    private: Annotated[bool, result_flag("With --push: create a private repository.")] = False
 
 
 def export(
-    model: Annotated[str, Argument("Folder that saap wrote, or any model that `saap prune` takes.")],
+    model: Annotated[str, Argument("Folder written by saap, or any model that `saap prune` accepts.")],
     target: ExportTarget,
     request: ExportRequest,
     options: Annotated[RunOptions, Only(("overwrite", "revision"))],
     display: Display,
 ) -> None:
-    """Write MODEL in the format of another program, and check it there."""
+    """Write MODEL in the format of another program, and check the file there."""
     from saap.cli.show.output import make_reporter, show
     from saap.pipeline.export.run import export_model, opening_lines, push
 

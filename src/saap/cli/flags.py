@@ -1,4 +1,4 @@
-"""The flags of a command, made from its settings, and the settings from what was given."""
+"""Conversion between settings and command line flags."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from saap.settings.setting import Setting
 
 WIDTH = 110
 LONGEST_CHOICE = 48
-"""Letters of all choices in one metavar; where there are more, the help lists them."""
+"""Longest metavar that lists all choices, in characters; longer lists are in the help text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ Model = Annotated[str, Argument("Hub id, local folder, .gguf file, or `smollm2`.
 
 
 class Option(click.Option):
-    """A flag by one of its names; only the first is shown."""
+    """A flag with several names, of which only the first is shown."""
 
     def __init__(self, flag: str, place: Place) -> None:
         setting = place.setting
@@ -61,7 +61,7 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command whose flags stand under headings."""
+    """A command whose flags are grouped under headings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the arguments, then the flags panel by panel."""
@@ -87,7 +87,7 @@ class PositionalArgument(click.Argument):
 
 
 def command(function: Callable[..., None], name: str) -> click.Command:
-    """A command from a function: each parameter that is of settings becomes flags, each other one is positional."""
+    """Make a command from a function: parameters of a settings type become flags, the others are positional."""
     known: dict[str, list[Place]] = {}
     for place in places_of(function):
         for flag in place.setting.flags:
@@ -122,7 +122,7 @@ def command(function: Callable[..., None], name: str) -> click.Command:
 
 @contextmanager
 def shown_warnings() -> Iterator[None]:
-    """Warnings of old names as plain lines."""
+    """Print warnings about old names as plain lines."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always", FutureWarning)
         try:
@@ -147,7 +147,7 @@ def _metavar(setting: Setting) -> str:
 
 
 def _help(setting: Setting, default: Any) -> str:
-    """The help of a flag, with its choices where they are many, and its default."""
+    """Help text of a flag, with its default and, if they are many, its choices."""
     text = setting.shown.help
     if "|" not in _metavar(setting) and _choices(setting):
         text += f" One of {', '.join(_choices(setting))}."

@@ -16,9 +16,9 @@ from saap.settings.setting import Only, Settings
 
 
 class Question(Settings):
-    """What is answered, and by which models."""
+    """The prompt, and the models that answer it."""
 
-    prompt: Annotated[str, writing_flag("What to answer, a user's turn for a chat model. [required]")] = ""
+    prompt: Annotated[str, writing_flag("Prompt, the user's turn for a chat model. [required]")] = ""
     dense: Annotated[
         str | None,
         dense_flag(
@@ -31,13 +31,13 @@ class Question(Settings):
 
 
 def generate(
-    model: Annotated[str, Argument("Folder that saap wrote, or any model that `saap prune` takes.")],
+    model: Annotated[str, Argument("Folder written by saap, or any model that `saap prune` accepts.")],
     question: Question,
     settings: GenerationSettings,
     options: Annotated[RunOptions, Only(OPENS)],
     display: Annotated[Display, Only(("as_json",))],
 ) -> None:
-    """Let MODEL answer a prompt, and the dense model that it was pruned from."""
+    """Answer a prompt with MODEL and with the dense model that it was pruned from."""
     from saap.pipeline.evaluate.generate import answers, open_speakers
     from saap.pipeline.shared.dense_model import DenseChoice
 
@@ -74,7 +74,7 @@ def _draw(rounds: Iterable[Mapping[str, str]]) -> None:
 
 
 def _print(rounds: Iterable[Mapping[str, str]]) -> None:
-    """For pipes and logs: the first answer as it grows, then the others, which were written meanwhile."""
+    """For pipes and logs: stream the first answer, then print the others, which were generated meanwhile."""
     texts: Mapping[str, str] = {}
     shown = 0
     for number, texts in enumerate(rounds):

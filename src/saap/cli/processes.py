@@ -1,4 +1,4 @@
-"""Commands in several processes that `torchrun` or `accelerate launch` started: one of them speaks for all."""
+"""Commands in several processes started by `torchrun` or `accelerate launch`: only the first one prints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def one_of_several(arguments: Sequence[str]) -> Iterator[None]:
         yield
         return
     first = os.environ.get("RANK", "0").strip() == "0"
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch warns of each process that ends before another
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch warns about each process that ends early
     with Path(os.devnull).open("w") as nowhere:
         out, err = (sys.stdout, sys.stderr) if first else (nowhere, nowhere)
         with redirect_stdout(out), redirect_stderr(err):
@@ -43,11 +43,11 @@ def one_of_several(arguments: Sequence[str]) -> Iterator[None]:
             except ProcessError:
                 if first:
                     raise
-                sys.exit(2)  # the failed process has reported its error, or the first one does
+                sys.exit(2)  # the failed process or the first one reports the error
 
 
 def leave(code: int, message: str) -> NoReturn:
-    """End this process with `message`; of several that fail together only one prints it."""
+    """End this process with `message`; if several fail together, only one prints it."""
     speaks = True
     if started_several():
         from saap.models.walk.processes import first_to_fail

@@ -14,35 +14,35 @@ from saap.settings.setting import Flag, Positive, Settings, Texts
 
 recovery_flag = partial(Flag, panel="Recovery")
 INSTRUCTIONS = ("conversations",)
-"""What `--preset paper` tunes on: the bundled instructions with answers."""
+"""Training data of `--preset paper`: the bundled instructions with answers."""
 
 
 class Stages(Settings):
-    """Which stages `saap prune` carries out."""
+    """Stages that `saap prune` runs."""
 
     recover: Annotated[
         Texts,
         recovery_flag(
-            "Then tune the result on this data, as `saap recover`; repeatable.",
+            "Then tune the result on this data, as `saap recover` does; repeatable.",
             default="conversations with --preset paper",
         ),
     ] = ()
-    recover_minutes: Annotated[Positive | None, recovery_flag("Minutes of that tuning.", default="20")] = None
-    dry_run: Annotated[bool, output_flag("Stop before the estimation; say what would be done.")] = False
+    recover_minutes: Annotated[Positive | None, recovery_flag("Minutes of tuning.", default="20")] = None
+    dry_run: Annotated[bool, output_flag("Stop before the estimation; print what would be done.")] = False
 
 
 def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions, display: Display) -> None:
     """Prune MODEL: discover its structures, estimate their importance, search, cut, reconstruct, check, write.
 
-    Give exactly one target. Several processes (torchrun --nproc-per-node N -m saap prune ...) share the text; each
-    holds the whole model.
+    Give exactly one target. Several processes (torchrun --nproc-per-node N -m saap prune ...) share the text; each has
+    the whole model.
     """
     if options.out is None and not stages.dry_run:
-        raise ConfigurationError("--output-dir is missing", "Name the folder to write with -o DIR, or use --dry-run")
+        raise ConfigurationError("--output-dir is missing", "Specify the folder to write with -o DIR, or use --dry-run")
     papers = config.preset is Preset.PAPER and config.method is Method.SAAP and options.max_memory is None
     data = stages.recover or (INSTRUCTIONS if papers else ())
     if stages.recover_minutes is not None and not data:
-        raise ConfigurationError("--recover-minutes tunes nothing", "Name the data with --recover NAME|FILE")
+        raise ConfigurationError("--recover-minutes tunes nothing", "Specify the data with --recover NAME|FILE")
     from saap.cli.show import output as out
 
     with out.make_reporter(display) as reporter:

@@ -12,18 +12,18 @@ from saap.settings.setting import Only
 
 
 def recover(
-    model: Annotated[str, Argument("Folder that `saap prune` has written, or any other model.")],
+    model: Annotated[str, Argument("Folder written by `saap prune`, or any other model.")],
     config: RecoverConfig,
     options: Annotated[RunOptions, Only(("out", "overwrite", "work_dir", "keep_work", *OPENS))],
     display: Display,
 ) -> None:
-    """Tune MODEL on text with quantised weights in little memory, and write it as a plain checkpoint.
+    """Tune MODEL on text with quantised weights in little memory; write a plain checkpoint.
 
-    Several processes (torchrun --nproc-per-node N -m saap recover ...) share each batch. Each holds the whole quantised
-    model and its teacher; with --shard each holds a part of them.
+    Several processes (torchrun --nproc-per-node N -m saap recover ...) share each batch. Each has the whole quantised
+    model and its teacher; with --shard each has a part of them.
     """
     if options.out is None:
-        raise ConfigurationError("--output-dir is missing", "Name the folder to write with -o DIR")
+        raise ConfigurationError("--output-dir is missing", "Specify the folder to write with -o DIR")
     from saap.cli.show.output import make_reporter, print_recovery, show
     from saap.pipeline.recover.run import run_recover
 

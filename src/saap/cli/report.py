@@ -13,7 +13,7 @@ from saap.settings.setting import Flag, Settings
 
 
 class PageSettings(Settings):
-    """What a page shows, and where it is written."""
+    """Contents and destination of a page."""
 
     out: Annotated[
         Path | None, out_flag("Page to write.", panel="", name="output_file", metavar="FILE", default="DIR-report.html")
@@ -32,7 +32,7 @@ class PageSettings(Settings):
 
 
 def report(
-    directory: Annotated[Path, Argument("Folder that `saap prune` or `saap compare` wrote.")], page: PageSettings
+    directory: Annotated[Path, Argument("Folder written by `saap prune` or `saap compare`.")], page: PageSettings
 ) -> None:
     """Write one self-contained HTML page about a pruned model or a comparison."""
     from saap.reporting.report import build_page, write_page

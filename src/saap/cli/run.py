@@ -11,26 +11,26 @@ from saap.settings.setting import Flag, Settings
 
 
 class RecipeOptions(Settings):
-    """What `saap run` does with a recipe."""
+    """Flags of `saap run`."""
 
     changes: Annotated[
         tuple[str, ...],
         Flag(
-            "Put VALUE (YAML) in place of what RECIPE says, repeatable.",
+            "Override a value of RECIPE with VALUE (YAML), repeatable.",
             flag="--set",
             metavar="A.B=VALUE",
             panel="Recipe",
         ),
     ] = ()
-    dry_run: Annotated[bool, Flag("Check everything, without weights; say what would be done.", panel="Recipe")] = False
+    dry_run: Annotated[bool, Flag("Check everything without weights; print the plan.", panel="Recipe")] = False
 
 
 def run(
-    recipe: Annotated[Path, Argument("YAML file; see the folder `recipes` for some.")],
+    recipe: Annotated[Path, Argument("YAML file; the folder `recipes` has examples.")],
     options: RecipeOptions,
     display: Display,
 ) -> None:
-    """Carry out a recipe: prune, recover, eval, export and report in one file; what is done already is kept."""
+    """Run a recipe: prune, recover, eval, export and report in one file; finished steps are kept."""
     from saap.settings.recipe import read_recipe
 
     with shown_warnings():

@@ -1,1 +1,1 @@
-"""What every other package stands on: records, their files, errors. No torch."""
+"""Foundation of all other packages: records, their files, errors. No torch."""

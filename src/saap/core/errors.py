@@ -1,6 +1,6 @@
-"""Every refusal of saap: one sentence that names the offender and the remedy.
+"""Errors of saap: one message with the offender and the remedy.
 
-The command line prints the sentence and exits with code 2; in Python the same object is raised.
+The command line prints the message and exits with code 2; in Python the same object is raised.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ class SaapError(Exception):
 
 
 def printable(text: str) -> str:
-    """The text in one line without control characters, whatever a file or a model says: spaces in their place."""
+    """Text from a file or a model with spaces in place of line breaks and control characters."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line; its class where it says nothing."""
+    """First line of another library's error message; its class name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def listed(names: Sequence[str], most: int) -> str:
-    """The first `most` names, and how many more there are."""
+    """The first `most` names, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 class ConfigurationError(SaapError):
-    """A flag or a field of a recipe has an impossible value."""
+    """A flag or a recipe field has an invalid value."""
 
 
 class ModelError(SaapError):
@@ -48,7 +48,7 @@ class ModelError(SaapError):
 
 
 class UnsupportedModelError(SaapError):
-    """Discovery does not understand the architecture; the op or module that stopped it is named."""
+    """Discovery does not support the architecture; the message has the unsupported op or module."""
 
 
 class CalibrationError(SaapError):
@@ -56,7 +56,7 @@ class CalibrationError(SaapError):
 
 
 class EvaluationError(SaapError):
-    """A task, its data, or what an evaluation needs is missing or malformed."""
+    """A task, its data, or a requirement of an evaluation is missing or malformed."""
 
 
 class NonFiniteLossError(SaapError):
@@ -64,7 +64,7 @@ class NonFiniteLossError(SaapError):
 
 
 class GroupSizeError(SaapError):
-    """The group size of a quantisation does not divide the input size of every matrix; all of them are named."""
+    """The quantisation group size does not divide the input size of every matrix; the message lists the offenders."""
 
 
 class TrainingDataError(SaapError):
@@ -84,11 +84,11 @@ class LayoutError(SaapError):
 
 
 class StaleInputError(SaapError):
-    """A stage was given a record that was made for other input; both digests are named."""
+    """A record was made for other inputs than those of the stage; the message has both digests."""
 
 
 class VerificationError(SaapError):
-    """A result does not pass saap's own check of it."""
+    """A result failed saap's own check."""
 
 
 class ProcessError(SaapError):
@@ -100,4 +100,4 @@ class OutputError(SaapError):
 
 
 class ExportError(SaapError):
-    """The requested format cannot hold the model, or the written file computes something else."""
+    """The requested format does not support the model, or the written file computes something else."""

@@ -1,6 +1,6 @@
-"""What an evaluation measures, as `saap eval` and `saap compare` write it into files and the pages read it again.
+"""Records of evaluations, written by `saap eval` and `saap compare` and read by the report pages.
 
-Fields with a default may lack in a file: pages need only the others. Needs pydantic alone, no torch.
+Fields with a default may be missing in a file: pages need only the others. Requires pydantic, but not torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _positive(value: float) -> float:
 
 _FiniteInJson = PlainSerializer(_finite, return_type=float | None)
 Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value), _FiniteInJson]
-"""A measured number that may not be finite; JSON says null for that."""
+"""A measured number, null in JSON if it is not finite."""
 
 
 class _Record(BaseModel):
@@ -39,9 +39,9 @@ class _Record(BaseModel):
 class Perplexity(_Record):
     """value: exp(nll). nll: mean negative log-likelihood in nats over the predicted tokens, `tokens` of them.
 
-    window: tokens per window; the first of each is context only. stride: from one window's start to the next's; where
-    it is less than the window, each token is predicted once, in the first window that holds it. text_digest: of all
-    token ids that were read. leading: ids (BOS) that each window begins with, which are no part of the text.
+    window: tokens per window; the first of each is context only. stride: tokens between the starts of two windows. If
+    it is less than the window, each token is predicted once, in the first window that contains it. text_digest: of all
+    evaluated token ids. leading: ids (BOS) prepended to each window; they are not part of the text.
     """
 
     value: Annotated[Figure, AfterValidator(_positive)]
@@ -82,7 +82,7 @@ class TaskResult(_Record):
 
 
 class Interval(_Record):
-    """An estimate and its 95 % interval; NaN where there is none."""
+    """An estimate and its 95 % interval; NaN if undefined."""
 
     value: Figure
     low: Figure
@@ -92,9 +92,9 @@ class Interval(_Record):
 class GenerationFigures(_Record):
     """Measures of the continuations of all open prompts in one mode.
 
-    distinct_1..3: distinct n-grams over all. repetition: seq-rep-4. tokens: mean length. dense_perplexity: of the
-    continuations under the dense model, given their prompts. dense_perplexity_by_quarter, repetition_by_quarter: the
-    same over the first to the last quarter of each: text that falls apart gets worse along the way.
+    distinct_1..3: distinct n-grams over all n-grams. repetition: seq-rep-4. tokens: mean length. dense_perplexity: of
+    the continuations under the dense model, given their prompts. dense_perplexity_by_quarter, repetition_by_quarter:
+    the same for each quarter of the continuations, to show degeneration along the way.
     """
 
     distinct_1: Figure = math.nan
@@ -120,7 +120,7 @@ class ClozeFigures(_Record):
 
 
 class GenerationReport(_Record):
-    """What a model wrote, by mode, and what was measured of it. samples: of each mode, prompt -> model -> text."""
+    """Generated text by mode, and its measures. samples: mode -> prompt -> model -> text."""
 
     figures: dict[str, GenerationFigures] = {}
     dense_figures: dict[str, GenerationFigures] | None = None
@@ -131,7 +131,7 @@ class GenerationReport(_Record):
 
 
 class ModelSpeed(_Record):
-    """Tokens per second of reading a prompt and of writing; bytes of the weights that each written token reads."""
+    """Tokens per second of prefill and decode; bytes of the weights read for each decoded token."""
 
     model: str
     prefill: Positive
@@ -140,10 +140,10 @@ class ModelSpeed(_Record):
 
 
 class SpeedReport(_Record):
-    """Speed of a model, and how many times that of another one it is; None where there is no other.
+    """Speed of a model and its speed-up over another model; None without another model.
 
-    weights: type of the weights that are computed with. speedups: medians of the rounds' ratios. bytes_ratio: bytes per
-    token of the other model over those of this one: the decoding speed-up of a runtime that does nothing but read.
+    weights: type of the weights in the runtime. speedups: medians of the ratios of all rounds. bytes_ratio: bytes per
+    token of the other model over those of this model: the decoding speed-up if memory bandwidth is the only limit.
     """
 
     runtime: str
@@ -160,7 +160,7 @@ class SpeedReport(_Record):
 
 
 class EvalReport(_Record):
-    """What was measured of a model, by the name of the text or task. dense: the same of the dense model, if named."""
+    """Measurements of a model by name of the text or task. dense: the same for the dense model, if requested."""
 
     model: str
     revision: str | None = None
@@ -177,7 +177,7 @@ class EvalReport(_Record):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def tasks_mean(self) -> dict[str, float] | None:
-        """Plain means over the tasks of acc, and of acc_norm where a task has it and acc elsewhere."""
+        """Plain means over the tasks of acc and of acc_norm; tasks without acc_norm count with acc."""
         if not self.tasks:
             return None
         results = self.tasks.values()
@@ -186,12 +186,12 @@ class EvalReport(_Record):
         return {"acc": sum(result.acc for result in results) / count, "acc_norm": sum(normalised) / count}
 
     def as_dict(self) -> dict[str, Any]:
-        """The content of the report file; numbers that are not finite are None, which JSON can say."""
+        """Content of the report file; numbers that are not finite are None, null in JSON."""
         return self.model_dump(mode="json")
 
 
 class ComparedModel(_Record):
-    """What `saap compare` measures of every model. tokens_per_second: while the first text was read."""
+    """Measurements of every model in `saap compare`. tokens_per_second: prefill speed on the first text."""
 
     parameters: Count
     perplexity: Annotated[dict[str, Perplexity], Field(min_length=1)]
@@ -200,14 +200,14 @@ class ComparedModel(_Record):
 
 
 class DenseRow(ComparedModel):
-    """The dense model of a comparison. asked: how the tasks were posed, None if they were not."""
+    """The dense model of a comparison. asked: settings of the tasks, None if they were not run."""
 
     block_parameters: Count = 0
     asked: dict[str, Any] | None = None
 
 
 class StageSeconds(_Record):
-    """What making a pruned model took; a pass that methods share counts for each of them."""
+    """Seconds spent on a pruned model; a pass shared by several methods counts for each of them."""
 
     score: Annotated[Amount, Field(ge=0)]
     search: Annotated[Amount, Field(ge=0)]
@@ -222,8 +222,8 @@ class StageSeconds(_Record):
 class ComparisonRow(ComparedModel):
     """A pruned model of a comparison.
 
-    ratio: the requested pruning ratio; pruning_ratio: the one that was reached. ratios: perplexity over that of the
-    dense model, by text. kept_accuracy: share of the dense accuracy above chance.
+    ratio: the requested pruning ratio; pruning_ratio: the reached one. ratios: perplexity relative to the dense model,
+    by text. kept_accuracy: share of the dense accuracy above chance.
     """
 
     method: str
@@ -248,7 +248,7 @@ class Comparison(_Record):
     command: tuple[str, ...] = ()
 
     def at_ratio(self, ratio: float) -> list[ComparisonRow]:
-        """The rows of one pruning ratio, of the first seed alone where there are several."""
+        """The rows of one pruning ratio; only those of the first seed if there are several."""
         rows = [row for row in self.rows if row.ratio == ratio]
         return [row for row in rows if row.seed == rows[0].seed]
 

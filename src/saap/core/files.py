@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or all of the new."""
+"""Atomic writing of files: others see the old content or all of the new."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from saap.core.errors import OutputError
 
 
 def part_of(path: Path) -> Path:
-    """Where the new content of a file lies until it is whole."""
+    """Path of the new content of a file until it is complete."""
     return path.with_name(f".{path.name}.part")
 
 
@@ -19,7 +19,7 @@ def part_of(path: Path) -> Path:
 def whole_file(path: Path, *, remedy: str = "Free some space there, or choose another place") -> Iterator[Path]:
     """A temporary file to write, which replaces `path` when the block succeeds and is deleted when it fails.
 
-    Folders above it are made. Raises OutputError, with `remedy`, for what the system refuses.
+    Parent folders are created. Raises OutputError, with `remedy`, for errors of the operating system.
     """
     part = part_of(path)
     try:

@@ -1,4 +1,4 @@
-"""The record of a run that lies in its result: what was done to which model, with what, and what came out."""
+"""The manifest of a result: model, settings, environment and outcome of the run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from saap.core.storage import Amount, Count, Strict, faults_of
 RECORDED_PACKAGES = ("saap", "torch", "transformers", "safetensors", "numpy", "tokenizers", "gguf", "llama-cpp-py-sync")
 
 Seconds = Annotated[Amount, Field(ge=0)]
-# JSON says null for an infinite number.
+# an infinite number is null in JSON
 Perplexity = Annotated[float, Field(gt=0), BeforeValidator(lambda value: math.inf if value is None else value)]
 
 
 class BaseModelIdentity(Strict):
-    """The dense model. licence: as its own card states it, None if unknown."""
+    """The dense model. licence: as stated by its model card, None if unknown."""
 
     source: str
     revision: str | None = None
@@ -69,13 +69,13 @@ class PerplexityChange(Strict):
 
 
 class KindChange(PerplexityChange):
-    """The same of one kind of text. bits_per_byte: that a byte of it costs the dense model; None if not finite."""
+    """The same for one kind of text. bits_per_byte: of the dense model on it; None if not finite."""
 
     bits_per_byte: Amount | None
 
 
 class Answers(Strict):
-    """Greedy answers to `prompt`; '' where there is none."""
+    """Greedy answers to `prompt`; '' if there is none."""
 
     prompt: str
     dense: str = ""
@@ -84,7 +84,7 @@ class Answers(Strict):
 
 
 class SpeedRecord(Strict):
-    """Speed of decoding, batch 1, over that of the dense model: requested, predicted by the plan, and measured."""
+    """Decoding speed-up over the dense model at batch 1: requested, predicted by the plan, and measured."""
 
     runtime: str
     weights: str
@@ -97,7 +97,7 @@ class SpeedRecord(Strict):
 
 
 class CurvePoint(Strict):
-    """One step of a training: mean loss in nats, and the validation loss where it was measured."""
+    """One training step: mean loss in nats, and the validation loss if it was measured."""
 
     step: Count
     tokens: Count
@@ -108,10 +108,10 @@ class CurvePoint(Strict):
 
 
 class RecoveryRecord(Strict):
-    """How a model was tuned, and what came out.
+    """Record of a recovery: settings and outcome.
 
     left_as_they_are: matrices of the decoder blocks that were not quantised. perplexity: by state of the model (dense,
-    before, quantised, recovered), on the text that `evaluation` names.
+    before, quantised, recovered), on the text `evaluation`.
     """
 
     command: tuple[str, ...] = ()
@@ -140,12 +140,12 @@ class RecoveryRecord(Strict):
 
 
 class RunManifest(Strict):
-    """Everything needed to know, and to repeat, how a pruned model was made.
+    """Everything needed to understand and reproduce a pruned model.
 
     command: the arguments as typed. settings: all settings with their defaults. versions: of the packages and Python.
     digests: of graph, calibration, scores and plan, and, in adaptive folders, of the code that opens them. bytes: of
-    the weights in `dtype`, dense and pruned alike. answers: greedy ones to a short prompt. speed: where a
-    speed-up was requested. kinds: the perplexity on each kind of text. recovery: of a model that was tuned afterwards.
+    the weights in `dtype`, dense and pruned alike. answers: greedy answers to a short prompt. speed: if a speed-up was
+    requested. kinds: perplexity on each kind of text. recovery: if the model was tuned afterwards.
     """
 
     format_version: Literal[1] = 1
@@ -170,17 +170,17 @@ class RunManifest(Strict):
 
 
 def read_manifest(folder: Path) -> RunManifest | None:
-    """The manifest of a folder that saap has written, None where there is none. Raises ModelError for a damaged one."""
+    """Read the manifest of a folder, None if there is none. Raises ModelError if it is damaged."""
     file = folder / "saap" / "manifest.json"
     try:
         return RunManifest.model_validate_json(file.read_bytes()) if file.is_file() else None
     except (OSError, ValidationError) as error:
-        fault = f"{file} is no manifest of this version ({faults_of(error)})"
+        fault = f"{file} is not a manifest of this version ({faults_of(error)})"
         raise ModelError(fault, "Use the saap that wrote it, or copy the file again") from None
 
 
 def recorded_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a result; packages that are not installed are left out."""
+    """Versions of Python and of the installed packages that can change a result."""
     versions = {"python": platform.python_version()}
     for name in RECORDED_PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -189,9 +189,9 @@ def recorded_versions() -> dict[str, str]:
 
 
 def typed_command() -> tuple[str, ...]:
-    """The arguments of `saap` as typed, if this process is the command line, else none.
+    """Arguments of `saap` as typed; empty if this process is not the command line.
 
-    That is the program `saap`, or what `python -m saap` runs, also under torchrun or accelerate launch.
+    The command line is the program `saap` or `python -m saap`, also under torchrun or accelerate launch.
     """
     program = Path(sys.argv[0])
     is_ours = program.stem == "saap" or program.parts[-2:] == ("saap", "__main__.py")

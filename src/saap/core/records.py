@@ -1,7 +1,7 @@
-"""The nouns that the stages pass to each other: frozen, typed, each with a digest; no torch, no maths of the method.
+"""Records that the stages exchange: frozen, typed, each with a digest. No torch and no mathematics.
 
-A record is identified by `digest`, the sha256 of its canonical JSON (arrays by their bytes). A stage that receives a
-record made for another input raises StaleInputError (see `require_same`).
+A record is identified by `digest`, the sha256 of its canonical JSON (arrays by their bytes). A stage raises
+StaleInputError for a record made for another input (see `require_same`).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Side(StrEnum):
     CONSUMER = "consumer"
 
 
-# A field that came later and that most records do not use: at its default it has no part in the digest.
+# A later field that most records do not use: the digest ignores it at its default.
 _WHERE_USED = {"digest": "where used"}
 
 
 def canonical(value: Any) -> Any:
-    """The JSON-able form of a record that its digest is taken of; arrays become their shape, type and sha256."""
+    """JSON-able form of a record, as input of its digest; arrays become their shape, type and sha256."""
     if isinstance(value, np.ndarray):
         raw = np.ascontiguousarray(value)
         return [list(raw.shape), str(raw.dtype), hashlib.sha256(raw.tobytes()).hexdigest()]
@@ -84,9 +84,9 @@ class Digested:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRef(Digested):
-    """Which weights: where they came from, and digests of the configuration and of the weights.
+    """Identity of a model: origin of the weights, and digests of configuration and weights.
 
-    Only the digests count for equality of records, so a moved folder keeps its stage files.
+    Records compare only these digests, so the stage files of a moved folder stay valid.
     """
 
     source: str = field(compare=False)
@@ -97,11 +97,11 @@ class ModelRef(Digested):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AxisSlice:
-    """Where the units of a group lie along one axis of one tensor.
+    """Positions of a group's units along one axis of one tensor.
 
-    Unit u covers `width` consecutive indices. Their first ones advance by `stride` from `offset`; where the tensor is
-    made of blocks (fused projections split over heads), they jump by `jump` after every `period` units instead.
-    part: where axis 0 of the tensor stacks several matrices (experts), the one that the units lie in.
+    Unit u covers `width` consecutive indices. The first indices advance by `stride` from `offset`. In a tensor made of
+    blocks (fused projections split over heads), they advance by `jump` after every `period` units instead. part: index
+    along axis 0 if the tensor stacks several matrices (experts).
     """
 
     tensor: str
@@ -139,15 +139,15 @@ class UnitAttribute:
     per_unit: int
 
     def value(self, kept: int) -> int:
-        """What it says of so many kept units. Where none is, what lies between the constants sees one unit of zeros."""
+        """Its value for a number of kept units. With none kept, modules between the constants see one unit of zeros."""
         return self.per_unit * max(kept, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlicedArgument:
-    """A tensor with one entry per unit that a module is given at each call (ALiBi): to be cut to the kept units.
+    """A tensor argument with one entry per unit (ALiBi), to be cut to the kept units at each call of a module.
 
-    axis: where the units lie. per_sample: the axis holds the units of each sample, sample by sample.
+    axis: of the units. per_sample: the axis has the units of each sample, sample by sample.
     """
 
     module: str
@@ -163,9 +163,9 @@ class CoupledGroup(Digested):
     layer: index of the decoder block, -1 for groups of the whole model. name: unique, e.g. "layers.3.ffn".
     attributes: integers that follow the number of kept units. scaled_norms: modules that take the RMS over the group's
     axis; removal equals masking only if weight x (kept/n)^-0.5 and eps x n/kept.
-    bundle: groups of the same one lie in parts of the same tensors or share the heads of one module evenly, so all of
-    them keep the same number of units, each its own choice; "" for a group by itself. least: units that must stay (as
-    many experts as a token is sent to).
+    bundle: groups of one bundle are parts of the same tensors, or share the heads of one module evenly. All of them
+    keep the same number of units, but each may keep other ones; "" for a group by itself. least: minimum number of kept
+    units (as many experts as a token is routed to).
     """
 
     layer: int
@@ -186,11 +186,11 @@ class CoupledGroup(Digested):
 
     @property
     def producers(self) -> tuple[AxisSlice, ...]:
-        """Members that make the group's channels (gate, up, q, k, v and their biases)."""
+        """Members that produce the group's channels (gate, up, q, k, v and their biases)."""
         return tuple(member for member in self.members if member.side is Side.PRODUCER)
 
     def others(self, units: Iterable[int]) -> list[int]:
-        """The units that are not among `units`, ascending: the removed ones, given the kept ones."""
+        """The units that are not in `units`, ascending: the removed ones, given the kept ones."""
         return sorted(set(range(self.units)) - set(units))
 
     def parameters_per_unit(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -204,7 +204,7 @@ class CoupledGroup(Digested):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigField:
-    """A configuration field that says a role's size in a stock model: value = `per_unit` * kept units."""
+    """A configuration field that sets a role's size in a stock model: value = `per_unit` * kept units."""
 
     role: Role
     name: str
@@ -213,7 +213,7 @@ class ConfigField:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """A part of the model that is not pruned, and why (the op or module that stopped the analysis)."""
+    """An unsupported part of the model, and the reason (the op or module that stopped the analysis)."""
 
     name: str
     reason: str
@@ -224,8 +224,8 @@ class ModelGraph(Digested):
     """The coupled groups of a model.
 
     blocks: module paths of the decoder blocks in order. shapes: of every parameter by name (tied ones once).
-    config_fields: for the uniform layout; a role without one cannot be said in a stock configuration.
-    pinned_fields: configuration fields with the value they must keep when others change (head_dim).
+    config_fields: for the uniform layout; a stock configuration cannot express a role without one. pinned_fields:
+    configuration fields with the value they must keep when others change (head_dim).
     """
 
     model: ModelRef
@@ -249,11 +249,11 @@ class ModelGraph(Digested):
         return tuple(group for group in self.groups if group.layer == layer)
 
     def block_of(self, tensor: str) -> int:
-        """Index of the decoder block that holds the tensor, -1 if none does."""
+        """Index of the decoder block that contains the tensor, -1 if none does."""
         return next((layer for layer, path in enumerate(self.blocks) if tensor.startswith(f"{path}.")), -1)
 
     def renamed(self, dropped: Iterable[int], values: Mapping[str, Value]) -> dict[str, Value]:
-        """Values of modules or parameters by their names once blocks are dropped; those inside the blocks left out."""
+        """Values of modules or parameters by their names after blocks are dropped, without those of the blocks."""
         removed = set(dropped)
         found: dict[str, Value] = {}
         for name, value in values.items():
@@ -267,7 +267,7 @@ class ModelGraph(Digested):
         return found
 
     def in_blocks(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """Those of the tensors that lie in decoder blocks."""
+        """The given tensors that are inside decoder blocks."""
         return {name: shape for name, shape in shapes.items() if self.block_of(name) >= 0}
 
     @property
@@ -285,8 +285,8 @@ class ModelGraph(Digested):
 class CalibrationSet(Digested):
     """Token ids of the calibration samples.
 
-    sources: as requested. tokens: (samples, length). ignored: ids that stand for images, which have no
-    loss. inputs: for each sample what the model takes besides its ids (pixels), by name of the argument; () for text.
+    sources: as requested. tokens: (samples, length). ignored: ids of image tokens, which have no loss. inputs: further
+    inputs of each sample (pixels), by argument name; () for text.
     """
 
     sources: tuple[str, ...]
@@ -313,7 +313,7 @@ class GroupScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ImportanceScores(Digested):
-    """What estimation gives: statistics per group, for the graph and the calibration set that it names.
+    """Result of the estimation: statistics per group, with the digests of the graph and the calibration set.
 
     element_order: "1", "2" or "mixed". losses: mean loss of each sample in nats.
     """
@@ -329,9 +329,9 @@ class ImportanceScores(Digested):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class UnitScores:
-    """The one score that search uses for the units of a group: mean and variance over samples, arrays (units,).
+    """Score of a group's units in the search: mean and variance over samples, arrays (units,).
 
-    Not negative and comparable over all groups, but for baselines whose own scale has a zero inside (FLAP).
+    Non-negative and comparable over all groups, except for baselines on a scale with both signs (FLAP).
     """
 
     mean: FloatArray
@@ -340,7 +340,7 @@ class UnitScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One structure that the search evaluated: its name and its measured loss (KL to the dense logits, nats/token)."""
+    """A candidate evaluated by the search: its name and measured loss (KL to the dense logits, nats/token)."""
 
     name: str
     loss: float
@@ -348,10 +348,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructurePlan(Digested):
-    """What is kept. keep: group name -> kept unit indices, ascending; a group that is not listed keeps all.
+    """The structure to keep. keep: group name -> kept unit indices, ascending; a group not listed keeps all.
 
-    dropped_blocks: decoder blocks that are removed whole. parameters, block_parameters: predicted for the whole
-    model and for its blocks. trail: the evaluated candidates, best first.
+    dropped_blocks: decoder blocks removed as a whole. parameters, block_parameters: predicted for the whole model and
+    for its blocks. trail: the evaluated candidates, best first.
     """
 
     graph_digest: str

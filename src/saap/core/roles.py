@@ -1,4 +1,4 @@
-"""What is pruned, and how sizes may differ: words that need no numpy, so that the command line answers at once."""
+"""Roles and layouts. Imports no numpy, so that the command line starts fast."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    """What a coupled group does in the model."""
+    """Role of a coupled group in the model."""
 
     FFN = "ffn"
     ATTENTION = "attention"
@@ -16,7 +16,7 @@ class Role(StrEnum):
 
     @property
     def of_channels(self) -> bool:
-        """Whether its units are single channels, whose number is aligned."""
+        """Whether the units are single channels, whose number is aligned."""
         return self in (Role.FFN, Role.HIDDEN)
 
 

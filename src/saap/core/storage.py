@@ -26,7 +26,7 @@ from saap.core.records import (
 )
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
-"""A number of things in a file, exact as a float too."""
+"""A count in a file, exact as a float too."""
 Amount = Annotated[float, Field(ge=-1e100, le=1e100, allow_inf_nan=False)]
 """A measured number in a file, small enough to be computed with."""
 STATISTICS = tuple(field.name for field in fields(GroupScores))
@@ -34,19 +34,19 @@ _HEADER = ("graph_digest", "calibration_digest", "element_order", "aggregation")
 
 
 class Strict(BaseModel):
-    """A frozen record of a file, which may hold nothing else."""
+    """A frozen record of a file; unknown fields are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or all of the new. Raises OutputError, and leaves no part."""
+    """Write a file atomically. Raises OutputError and leaves no partial file."""
     with whole_file(path) as part:
         part.write_bytes(content)
 
 
 def faults_of(error: ValidationError | OSError) -> str:
-    """What is wrong with a file, in one line: the first five faults with their places."""
+    """Validation errors of a file in one line: the first five with their locations."""
     if isinstance(error, OSError):
         return str(error.strerror)
     found = error.errors(include_url=False, include_context=False, include_input=False)[:5]
@@ -86,7 +86,7 @@ def read_scores(path: Path) -> ImportanceScores:
                 groups=groups,
             )
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise StaleInputError(f"{path} holds no scores of this version ({error})", "Delete it") from None
+        raise StaleInputError(f"{path} has no scores of this version ({error})", "Delete it") from None
 
 
 def _array(file: Any, name: str) -> FloatArray:
@@ -94,14 +94,14 @@ def _array(file: Any, name: str) -> FloatArray:
 
 
 class GroupEntry(Strict):
-    """One group of a plan file: how many of its units are kept, and which, as runs."""
+    """One group of a plan file: the number of kept units, and their indices as runs."""
 
     kept: Count | None = None
     of: Annotated[Count, Field(ge=1)] | None = None
     units: str | None = None
 
     def keep(self, total: int) -> tuple[int, ...] | int:
-        """Kept unit indices of a group of `total` units, or their number alone. Raises ValueError."""
+        """Kept unit indices of a group of `total` units, or only their number. Raises ValueError."""
         if self.of not in (None, total):
             raise ValueError(f"it has {total} units, not {self.of}")
         if self.units is not None:
@@ -119,14 +119,14 @@ class GroupEntry(Strict):
 
 
 class TrailEntry(Strict):
-    """One candidate of the search and its measured loss, None where that is not finite."""
+    """One candidate of the search and its measured loss, None if that is not finite."""
 
     name: str
     loss: Amount | None
 
 
 class PlanDocument(Strict):
-    """The content of a plan.json, perhaps edited by a person; a group that is not listed keeps all."""
+    """Content of a plan.json, possibly edited by hand; a group not listed keeps all units."""
 
     format_version: Literal[1]
     graph_digest: str = ""
@@ -140,9 +140,9 @@ class PlanDocument(Strict):
     trail: tuple[TrailEntry, ...] = ()
 
     def keep(self, graph: ModelGraph) -> dict[str, tuple[int, ...] | int]:
-        """Kept unit indices of each named group, or only their number where the file leaves the choice to the scores.
+        """Kept unit indices of each listed group, or only their number if the scores are to choose the units.
 
-        Raises ValueError with every fault: unknown groups, other sizes, units out of range or twice, a `kept` that
+        Raises ValueError with every fault: unknown groups, other sizes, units out of range or duplicated, a `kept` that
         disagrees with `units`.
         """
         units = {group.name: group.units for group in graph.groups}
@@ -164,7 +164,7 @@ class PlanDocument(Strict):
 
 
 def write_plan(path: Path, plan: StructurePlan, graph: ModelGraph) -> None:
-    """Write the plan so that a person can read and edit it: kept units of each group as runs, "0-3,5,7-12"."""
+    """Write the plan in readable and editable form: kept units of each group as runs, "0-3,5,7-12"."""
     document = PlanDocument(
         format_version=1,
         graph_digest=plan.graph_digest,
@@ -194,7 +194,7 @@ def read_plan(path: Path, graph: ModelGraph | None = None) -> PlanDocument:
     except OSError as error:
         raise PlanError(f"The plan {path} cannot be read ({error.strerror})", "Give the path of a plan.json") from None
     except ValidationError as error:
-        raise PlanError(f"{path} is no plan ({faults_of(error)})", "Correct these entries") from None
+        raise PlanError(f"{path} is not a plan ({faults_of(error)})", "Correct these entries") from None
     if graph is not None:
         try:
             document.keep(graph)
@@ -219,7 +219,7 @@ def parse_units(text: str, count: int | None = None) -> tuple[int, ...]:
     for part in text.replace(" ", "").split(",") if text.strip() else []:
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"{part!r} is no unit and no run of units such as 3-7")
+            raise ValueError(f"{part!r} is neither a unit nor a run of units such as 3-7")
         run = range(int(first), int(last or first) + 1)
         if not run or (units and run[0] <= units[-1]):
             raise ValueError(f"{part!r} does not follow in ascending order")

@@ -1,4 +1,4 @@
-"""Image-text pairs: a .jsonl file of `image` (a path beside the file) and `text`, through the model's processor."""
+"""Image-text pairs: a .jsonl file of `image` (a relative path) and `text`, read by the model's processor."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from saap.data.texts import has_rows, read_rows
 from saap.data.windows import SampleRequest, share_rows
 
 MOST_PAIRS = 1024
-"""More are not read: they would only wait in memory."""
+"""Limit on the pairs that are read at once, to save memory."""
 
 
 Pair = tuple[str, Path, str]
-"""Words that say where the pair stands, an existing image, and a text."""
+"""A pair: its location in words, an existing image, and a text."""
 
 
 def pairs_file(calibration: Any) -> Path | None:
-    """The file of image-text pairs that a calibration names, None if it names none.
+    """The file of image-text pairs in a calibration, None if there is none.
 
-    Raises CalibrationError if it names something else as well, or the file cannot be read.
+    Raises CalibrationError if the calibration has other sources too, or the file cannot be read.
     """
     given = [calibration] if isinstance(calibration, (str, Path)) else calibration
     if not isinstance(given, Sequence) or not all(isinstance(item, (str, Path)) for item in given):
@@ -35,22 +35,22 @@ def pairs_file(calibration: Any) -> Path | None:
     found = [file for file in files if "image" in next((row for _, row in read_rows(file)), {})]
     if found and len(given) > 1:
         raise CalibrationError(
-            f"{found[0]} holds image-text pairs, which cannot be mixed with other texts",
+            f"{found[0]} has image-text pairs, which cannot be mixed with other texts",
             "Give this file alone, or texts without images",
         )
     return found[0] if found else None
 
 
 def read_pairs(path: Path) -> tuple[Pair, ...]:
-    """All pairs of a file. Raises CalibrationError, naming file and line, for a line that is none or has no image."""
+    """All pairs of a file. Raises CalibrationError with file and line for a malformed pair or a missing image."""
     pairs = []
     for place, row in read_rows(path):
         image, text = row.get("image"), row.get("text")
         if not isinstance(image, str) or not isinstance(text, str) or not text.strip():
-            raise CalibrationError(f"{place} has not both `image` and `text`", "Give each line the two, as strings")
+            raise CalibrationError(f"{place} needs both `image` and `text`", "Give each line the two, as strings")
         file = path.parent / image
         if not file.is_file():
-            raise CalibrationError(f"{place} names the image {image}, which is not beside the file", "Add the image")
+            raise CalibrationError(f"{place} has the image {image}, which is missing", "Put it next to the file")
         pairs.append((place, file, text))
     return tuple(pairs)
 
@@ -58,11 +58,11 @@ def read_pairs(path: Path) -> tuple[Pair, ...]:
 def draw_pairs(
     path: Path, processor: Any, requests: Sequence[SampleRequest], *, image_ids: tuple[int, ...], seed: int
 ) -> dict[str, CalibrationSet]:
-    """Sets of rows, each one pair filled up with the texts of others to the length of the longest, by requests' names.
+    """Sets of rows by name: each row is one pair, padded with the texts of other pairs to the length of the longest.
 
-    processor: of the model; it writes `image_ids` where the image goes, of which no loss is to be taken (`ignored` of
-    the sets). So many rows as are needed for the tokens that a request asks for; where the pairs are too few, sets
-    share them as rows of given ids do. Raises CalibrationError.
+    processor: of the model; it writes `image_ids` in place of the image, which have no loss (`ignored` of the sets).
+    Each set has enough rows for the requested tokens. If there are too few pairs, sets share them as rows of given ids
+    do. Raises CalibrationError.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     pairs = read_pairs(path)
@@ -93,7 +93,7 @@ def draw_pairs(
 
 
 def _encode(pair: Pair, processor: Any, image_ids: tuple[int, ...]) -> tuple[IntArray, dict[str, np.ndarray[Any, Any]]]:
-    """Token ids (tokens,), and what the model takes besides: arrays of shape (1, tokens) go token by token."""
+    """Token ids (tokens,), and further model inputs; inputs of shape (1, tokens) have one entry per token."""
     place, file, text = pair
     try:
         from PIL import Image
@@ -105,25 +105,25 @@ def _encode(pair: Pair, processor: Any, image_ids: tuple[int, ...]) -> tuple[Int
             image = Image.open(file).convert("RGB")
     except (OSError, ValueError, Warning, Image.DecompressionBombError) as error:
         raise CalibrationError(
-            f"{place} names {file.name}, which cannot be read as an image", "Replace the image"
+            f"{place} has {file.name}, which cannot be read as an image", "Replace the image"
         ) from error
     try:
         made = processor(text=[_prompt(text, processor)], images=[image], return_tensors="np")
-    except Exception as error:  # each family's processor has its own way to refuse
+    except Exception as error:  # each family's processor raises its own errors
         raise CalibrationError(
-            f"{place} is refused by {type(processor).__name__} ({first_line(error)})",
+            f"{place} is rejected by {type(processor).__name__} ({first_line(error)})",
             "Correct the text or the image",
         ) from error
     ids = np.asarray(made["input_ids"], dtype=np.int64)[0]
     if not np.isin(ids, image_ids).any():
-        raise CalibrationError(f"{place} leaves no place for its image", "Shorten the text")
+        raise CalibrationError(f"{place} is too long for its image", "Shorten the text")
     others = {name: np.asarray(value) for name, value in made.items() if name not in ("input_ids", "attention_mask")}
     return ids, others
 
 
 def _prompt(text: str, processor: Any) -> str:
-    """The text with the place of its image: where it says so itself, by the chat template, or at the beginning."""
-    # Some processors replace a token of another name by the image's places and their borders.
+    """The text with an image placeholder: its own, that of the chat template, or one at the beginning."""
+    # Some processors replace another token by the image tokens and their delimiters.
     mark = str(getattr(processor, "boi_token", None) or processor.image_token)
     if mark in text or str(processor.image_token) in text:
         return text
@@ -140,5 +140,5 @@ def _text_alone(pairs: Sequence[Pair], processor: Any, image_ids: tuple[int, ...
     ids = np.asarray(processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
     kept: IntArray = ids[~np.isin(ids, [*image_ids, *processor.tokenizer.all_special_ids])]
     if not len(kept):
-        raise CalibrationError("the image-text pairs have no text besides their images", "Give each image its text")
+        raise CalibrationError("the image-text pairs have no text", "Give each image its text")
     return kept

@@ -1,4 +1,4 @@
-"""Token samples drawn from texts: fixed by the seed, and no token in two sets where the text suffices."""
+"""Token samples drawn from texts: fixed by the seed, and disjoint if the text is long enough."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def token_stream(texts: Sequence[str], tokenizer: Any | None) -> IntArray:
     if tokenizer is None:
         raise CalibrationError(
             "the model has no tokenizer, so a text cannot become token ids",
-            "Put the tokenizer's files beside the model, or give token ids of shape (samples, length) from Python",
+            "Put the tokenizer's files next to the model, or pass token ids of shape (samples, length) from Python",
         )
     text = "\n\n".join(texts)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -45,9 +45,9 @@ def token_stream(texts: Sequence[str], tokenizer: Any | None) -> IntArray:
 
 
 def leading_ids(tokenizer: Any | None, *, bos: bool = True) -> tuple[int, ...]:
-    """Ids that the tokenizer puts before every text by default: its BOS token, in most cases none.
+    """Ids that the tokenizer prepends to every text by default: a BOS token, or in most cases nothing.
 
-    A window of a text begins with them, as every text did on which the model was trained. bos: False for none.
+    Every window begins with them, as the training texts of the model did. bos: False for none.
     """
     if tokenizer is None or not bos:
         return ()
@@ -68,15 +68,15 @@ def draw_sets(
 ) -> dict[str, CalibrationSet]:
     """Sets of windows from one calibration, by the requests' names.
 
-    calibration: names and files as `read_documents` takes them; texts (strings with white space that are no file);
-    or token ids (rows, length). Each source gives an equal part of each set, the kinds of `mixed` by `kind_weights`.
-    Windows of texts lie at random places, chosen by `seed`, and do not overlap; if a text is too short for all sets,
-    those that are not held out share its tokens. Each begins with the `leading_ids`, unless `bos` is False. Rows of
-    token ids go to the sets whole, as they are, and are cut to the requested length; where they are too few, held-out
-    sets get at most a quarter and the sets may be smaller than requested.
+    calibration: names and files (see `read_documents`), texts (strings with white space that are not files), or token
+    ids (rows, length). Each source provides an equal part of each set, the kinds of `mixed` by `kind_weights`. Windows
+    of texts are at random positions, chosen by `seed`, and do not overlap. If a text is too short, all sets that are
+    not held out share its tokens. Each window begins with the `leading_ids`, unless `bos` is False. Rows of token ids
+    are assigned to the sets as a whole and cut to the requested length. If there are too few, held-out sets get at most
+    a quarter of them, and sets may be smaller than requested.
     vocabulary: number of rows of the model's embedding.
-    Raises CalibrationError if the text is too short (tokens needed and found are named), a source cannot be read, or an
-    id lies outside the vocabulary.
+    Raises CalibrationError if the text is too short (with the needed and found tokens), a source cannot be read, or an
+    id is outside the vocabulary.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     ids = _given_ids(calibration)
@@ -101,7 +101,7 @@ def calibration_set(
     vocabulary: int | None = None,
     bos: bool = True,
 ) -> CalibrationSet:
-    """A set of `samples` windows of `length` tokens (see `draw_sets`); given token ids are taken whole."""
+    """A set of `samples` windows of `length` tokens (see `draw_sets`); rows of token ids are not split."""
     ids = _given_ids(calibration)
     if ids is None:
         request = SampleRequest("samples", samples, length)
@@ -120,9 +120,9 @@ def _sources(calibration: Any, tokenizer: Any | None) -> dict[str, dict[str, Int
     """Per source, its token streams by kind."""
     given = [calibration] if isinstance(calibration, (str, Path)) else list(calibration)
     if not given:
-        raise CalibrationError("the calibration is empty", f"Name a text file or `{MIXED}`")
+        raise CalibrationError("the calibration is empty", f"Specify a text file or `{MIXED}`")
     texts = [item for item in given if isinstance(item, str) and not names_a_source(item)]
-    # The same source named twice is still one text: it cannot give more tokens.
+    # A source that is listed twice is still one text: it cannot provide more tokens.
     named = dict.fromkeys(item for item in given if isinstance(item, Path) or names_a_source(item))
     kinds = {str(item): KINDS if item == MIXED else (item,) for item in named}
     sources = {
@@ -152,7 +152,7 @@ def _from_texts(
                 windows[body.name] += [
                     np.array([*leading, *stream[start : start + body.length]]) for start in starts[body.name]
                 ]
-    # Mixed, so that the first or last part of a set is not one kind of text alone.
+    # Shuffled, so that the first or last part of a set is not one kind of text only.
     return {name: np.stack(taken)[generator.permutation(len(taken))] for name, taken in windows.items()}
 
 
@@ -173,7 +173,7 @@ def _given_ids(calibration: Any) -> IntArray | None:
 
 
 def check_vocabulary(windows: Mapping[str, IntArray], vocabulary: int | None, tokenizer: Any | None) -> None:
-    """Raise CalibrationError for an id of any window that the model's embedding (`vocabulary` rows) does not have."""
+    """Raise CalibrationError for an id outside the model's embedding of `vocabulary` rows."""
     if vocabulary is None:
         return
     least = min(int(tokens.min()) for tokens in windows.values())

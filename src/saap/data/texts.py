@@ -22,20 +22,20 @@ from saap.core.errors import CalibrationError, SaapError, first_line
 MIXED = "mixed"
 CONVERSATIONS = "conversations"
 GENERAL: Mapping[str, int] = MappingProxyType({"novels": 2, "speeches": 2, "encyclopaedia": 6, CONVERSATIONS: 8})
-"""Bundled kinds of general English, with their weights in `mixed`: the last two test more of what a model knows."""
+"""Bundled kinds of general English, with their weights in `mixed`: the last two cover more knowledge."""
 KINDS: Mapping[str, int] = MappingProxyType(
     {**GENERAL, "code": 4, "mathematics": 2, "french": 3, "german": 3, "spanish": 3, "chinese": 3}
 )
-"""All bundled kinds, with their weights in `mixed` for a model that knows each of them well."""
+"""All bundled kinds, with their weights in `mixed` for a model that predicts each of them well."""
 KNOWN_WELL, UNKNOWN = 1.2, 2.0
-"""Bits per byte of a kind of text up to which it has its whole weight, and from which on it has none."""
+"""Bits per byte up to which a kind of text has its full weight, and from which on its weight is zero."""
 FILE_ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
-# Of each kind, in the mixed evaluation text: about 8,000 tokens in all, so a prefix of it is not one kind alone.
+# Part of each kind in the mixed evaluation text, about 8,000 tokens in all, so a prefix has several kinds.
 MIXED_EVALUATION_CHARACTERS = 9_000
 
 
 class Purpose(StrEnum):
-    """What a text is read for; the two never share a passage."""
+    """Use of a text; the two uses never share a passage."""
 
     CALIBRATION = "calibration"
     EVALUATION = "evaluation"
@@ -43,7 +43,7 @@ class Purpose(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSet:
-    """Where a public data set lies; its split `train` is for calibration. rows: so many of the first, None all."""
+    """Location of a public data set; its split `train` is for calibration. rows: number of first rows, None for all."""
 
     path: str
     name: str
@@ -65,12 +65,12 @@ DATA_SETS = {
 def read_documents(
     source: str | Path, *, tokenizer: Any | None = None, purpose: Purpose = Purpose.CALIBRATION
 ) -> tuple[str, ...]:
-    """The documents that `source` names; joined by blank lines they are its text.
+    """The documents of `source`; joined by blank lines they are its text.
 
     source: `mixed` (all bundled kinds), one bundled kind, a public data set, or a file: .txt is one document; .jsonl
     has one document a line under `text`, or one conversation a line under `messages`, which `tokenizer` writes out with
     its chat template. Both may be gzipped.
-    Raises CalibrationError if it names nothing, is empty, or a line is malformed (file and line are named).
+    Raises CalibrationError if it is unknown, empty, or has a malformed line (with file and line).
     """
     name = str(source)
     kinds = tuple(KINDS) if name == MIXED else (name,)
@@ -89,9 +89,9 @@ def read_documents(
 
 
 def read_conversations(path: Path) -> tuple[list[dict[str, Any]], ...]:
-    """The `messages` of each line of a .jsonl file. Raises CalibrationError, naming file and line."""
+    """The `messages` of each line of a .jsonl file. Raises CalibrationError with file and line."""
     if not has_rows(path):
-        raise CalibrationError(f"{path} is no .jsonl file of conversations", "Give one with `messages` on each line")
+        raise CalibrationError(f"{path} is not a .jsonl file of conversations", "Give one with `messages` on each line")
     found = []
     for place, row in read_rows(path):
         messages = row.get("messages")
@@ -109,13 +109,13 @@ def has_rows(source: str | Path) -> bool:
 
 
 def check_source(source: str) -> None:
-    """Raise CalibrationError now if `source` names neither a known text nor a file; nothing is read or fetched."""
+    """Raise CalibrationError if `source` is neither a known text nor a file; nothing is read or downloaded."""
     if source not in (MIXED, *KINDS, *DATA_SETS) and not Path(source).is_file():
         raise _unknown(source)
 
 
 def names_a_source(text: str) -> bool:
-    """Whether a string given as calibration means a name or a file rather than being the text itself."""
+    """Whether a calibration string is a name or a file rather than the text itself."""
     if text == MIXED or text in KINDS or text in DATA_SETS or not any(character.isspace() for character in text):
         return True
     return "\n" not in text and (text.endswith(FILE_ENDINGS) or (len(text) < 256 and Path(text).exists()))
@@ -124,8 +124,8 @@ def names_a_source(text: str) -> bool:
 def bundled_text(kind: str, purpose: Purpose, tokenizer: Any | None = None) -> str:
     """The bundled text of one of KINDS.
 
-    Conversations are plain text, instruction and answer; every second one is written with the chat template of
-    `tokenizer` if it has one, for a model that answers is asked in either form.
+    Conversations are plain text, instruction and answer. Every second conversation uses the chat template of
+    `tokenizer`, if it has one, since chat models are used in either form.
     """
     if kind != CONVERSATIONS:
         return _bundled(f"{kind}.{purpose}.txt.bz2")
@@ -147,16 +147,16 @@ def _bundled(name: str) -> str:
 
 
 def evaluation_text() -> str:
-    """A bundled text that is never calibrated on: the first part of each of GENERAL."""
+    """Bundled evaluation text, never used for calibration: the first part of each kind in GENERAL."""
     return "\n\n".join(bundled_text(kind, Purpose.EVALUATION)[:MIXED_EVALUATION_CHARACTERS] for kind in GENERAL)
 
 
 def kind_weights(bits_per_byte: Mapping[str, float]) -> dict[str, int]:
-    """The weights of KINDS in `mixed` for a model, by how well it predicts each kind.
+    """Weights of KINDS in `mixed` for a model, by how well it predicts each kind.
 
-    Text that a model does not know teaches the reconstruction nothing worth keeping, and takes the place of other text.
-    bits_per_byte: of the model on each kind that it can read, comparable over tokenizers. A model that knows none of
-    them has the plain weights.
+    Text that the model predicts badly does not help the reconstruction and displaces other text. bits_per_byte: of the
+    model on each kind that it can read, comparable over tokenizers. If it predicts all kinds badly, the weights are the
+    plain ones.
     """
     spare = {kind: UNKNOWN - bits_per_byte.get(kind, UNKNOWN) for kind in KINDS}
     known = {kind: min(1.0, max(0.0, bits / (UNKNOWN - KNOWN_WELL))) for kind, bits in spare.items()}
@@ -179,8 +179,8 @@ def _unknown(name: str) -> CalibrationError:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a .jsonl file, each with its place in words. Raises CalibrationError."""
-    # Not splitlines(): JSON strings may hold line separators that are not line breaks of the file.
+    """The objects of a .jsonl file, each with its location in words. Raises CalibrationError."""
+    # Not splitlines(): JSON strings may contain line separators that are not line breaks of the file.
     for number, line in enumerate(_file_text(path).split("\n"), start=1):
         place = f"{path}, line {number},"
         if not line.strip():
@@ -197,7 +197,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _file_text(path: Path) -> str:
     if not path.name.endswith(FILE_ENDINGS):
-        raise CalibrationError(f"{path} is not a kind of text file that is known", f"Give {', '.join(FILE_ENDINGS)}")
+        raise CalibrationError(f"{path} is not a supported kind of text file", f"Give {', '.join(FILE_ENDINGS)}")
     try:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
@@ -219,16 +219,16 @@ def _rows_to_documents(path: Path, tokenizer: Any | None) -> tuple[str, ...]:
             raise CalibrationError(
                 f"{place} has neither a string `text` nor a list `messages`", "Give each line one of the two"
             )
-    # A chat template closes its turns itself; blank lines between conversations would be foreign to it.
+    # A chat template ends its turns itself; it has no blank lines between conversations.
     return (*texts, "".join(conversations)) if conversations else tuple(texts)
 
 
 def template_text(
     place: str, messages: list[Any], tokenizer: Any | None, *, error: type[SaapError], prompt: bool = False
 ) -> str:
-    """Messages as the tokenizer's chat template writes them. prompt: with the beginning of an answer at the end.
+    """Render messages with the tokenizer's chat template. prompt: append the beginning of an answer.
 
-    Raises `error`, naming `place`, if there is no template or they do not fit it.
+    Raises `error` with `place` if there is no template, or the messages do not fit it.
     """
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise error(
@@ -237,7 +237,7 @@ def template_text(
         )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-    except Exception as caught:  # templates are programs of their own: they may raise anything
+    except Exception as caught:  # templates are programs: they may raise anything
         raise error(
             f"{place} does not fit the chat template ({type(caught).__name__}: {caught})",
             "Give each message a `role` and a `content` that the template knows",
@@ -247,9 +247,9 @@ def template_text(
 def answer_turns(
     place: str, messages: Sequence[Any], tokenizer: Any | None, *, error: type[SaapError]
 ) -> Iterator[tuple[str, str]]:
-    """Each of the assistant's turns as the chat template writes it, after the text before it.
+    """Each assistant turn as rendered by the chat template, with the text before it.
 
-    Raises `error`, naming `place`, for messages that the template refuses or writes out of order.
+    Raises `error` with `place` for messages that the template rejects or renders out of order.
     """
     for index, message in enumerate(messages):
         if isinstance(message, dict) and message.get("role") == "assistant":
@@ -258,7 +258,7 @@ def answer_turns(
             after = template_text(place, answered, tokenizer, error=error)
             if not after.startswith(before):
                 raise error(
-                    f"the answers of {place} cannot be told apart, since the chat template does not continue its own "
+                    f"the answers of {place} cannot be separated, since the chat template does not continue its own "
                     "generation prompt", "Leave out the conversations for this model",
                 )  # fmt: skip
             yield before, after[len(before) :]

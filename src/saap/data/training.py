@@ -1,4 +1,4 @@
-"""Examples to train on: plain text in blocks, and conversations of which only the answers are learned."""
+"""Training examples: plain text in blocks, and conversations with a loss on the answers only."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from saap.data.texts import KINDS, MIXED, answer_turns, has_rows, read_documents
 
 LEAST_BLOCK = 16
 HELD_SHARE = 10
-"""At most one example in so many is held back for validation."""
-# The form of Stanford Alpaca's records, for tokenizers without a chat template.
+"""At most one example in this many is held out for validation."""
+# Stanford Alpaca's prompt format, for tokenizers without a chat template.
 _INSTRUCTION, _INPUT, _RESPONSE = "### Instruction:\n", "\n\n### Input:\n", "\n\n### Response:\n"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """A sequence and what of it is learned.
+    """A sequence with a loss mask.
 
-    tokens: (n,) ids. learned: (n,) bool, True where the token is to be predicted from those before it; never the first.
+    tokens: (n,) ids. learned: (n,) bool, True where the prediction of the token has a loss; never for the first token.
     """
 
     tokens: IntArray
@@ -34,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingData:
-    """train: to learn from. held_out: for validation, never learned. sources: their names. seed: of split and order."""
+    """train: training examples. held_out: validation examples. sources: their names. seed: of split and order."""
 
     sources: tuple[str, ...]
     train: tuple[Example, ...]
@@ -43,15 +43,14 @@ class TrainingData:
 
     @property
     def digest(self) -> str:
-        """sha256 over all tokens, what is learned of them, and the seed."""
+        """sha256 over all tokens, their loss masks, and the seed."""
         parts = [digest_of([one.tokens, one.learned.astype(np.int64)]) for one in (*self.train, *self.held_out)]
         return digest_of([parts, len(self.held_out), self.seed])
 
     def step_indices(self, step: int, batch: int) -> list[int]:
         """Indices into `train` of the examples of one step; a function of seed and step alone, so nothing is stored.
 
-        Every pass over the data has a random order of its own; a batch may hold the end of one pass and the beginning
-        of the next.
+        Every epoch has its own random order; a batch may span the end of one epoch and the beginning of the next.
         """
         count = len(self.train)
         places = range(step * batch, (step + 1) * batch)
@@ -65,21 +64,21 @@ class TrainingData:
 def training_data(
     sources: Sequence[str | Path], tokenizer: Any | None, *, length: int, held_out: int, seed: int, bos: bool = True
 ) -> TrainingData:
-    """Read all sources and hold some examples back.
+    """Read all sources, and hold out some examples for validation.
 
     sources: as `read_documents` takes them (plain text is cut into blocks of `length` tokens that do not overlap), or a
-    .jsonl file with `instruction`, `input`, `output` or with chat `messages` on each line, of which only the answers
-    are learned. length: longer conversations are cut. held_out: examples for validation, at most a tenth, at least one.
-    bos: whether sequences begin with the tokenizer's leading ids.
+    .jsonl file with `instruction`, `input`, `output` or with chat `messages` on each line, with a loss on the answers
+    only. length: longer conversations are cut. held_out: examples for validation, at most a tenth, at least one. bos:
+    whether sequences begin with the tokenizer's leading ids.
     Raises TrainingDataError, CalibrationError.
     """
     if not sources:
-        raise TrainingDataError("No training data is named", f"Name a file with --data, or `{MIXED}`")
+        raise TrainingDataError("No training data is given", f"Specify a file with --data, or `{MIXED}`")
     leading = leading_ids(tokenizer, bos=bos)
     examples = [one for source in dict.fromkeys(sources) for one in _examples(source, tokenizer, length, leading)]
     if len(examples) < 2:
         raise TrainingDataError(
-            f"{', '.join(map(str, sources))} gives {len(examples)} examples of {length} tokens",
+            f"{', '.join(map(str, sources))} provides {len(examples)} examples of {length} tokens",
             "Give more data, or a smaller --max-seq-length",
         )
     order = np.random.default_rng([seed, len(examples)]).permutation(len(examples))
@@ -97,7 +96,7 @@ def _examples(source: str | Path, tokenizer: Any | None, length: int, leading: S
         first = next(read_rows(Path(source)), None)
         if first is not None and not isinstance(first[1].get("text"), str):
             return _conversations(Path(source), tokenizer, length, leading)
-    # The bundled kinds one by one, so that no block holds the end of one and the beginning of another.
+    # The bundled kinds one by one, so that no block spans two of them.
     kinds = KINDS if source == MIXED else (source,)
     return [block for kind in kinds for block in _blocks(kind, tokenizer, length, leading)]
 
@@ -112,10 +111,10 @@ def _blocks(source: str | Path, tokenizer: Any | None, length: int, leading: Seq
 
 
 def _conversations(path: Path, tokenizer: Any | None, length: int, leading: Sequence[int]) -> list[Example]:
-    """Every piece of a conversation is tokenised by itself, as a prompt is in a chat, after the leading ids."""
+    """Examples of conversations. Each piece is tokenised separately, as a chat prompt is, after the leading ids."""
     if tokenizer is None:
         raise TrainingDataError(
-            f"The model has no tokenizer to read {path} with", "Put the tokenizer's files beside the model"
+            f"The model has no tokenizer to read {path} with", "Put the tokenizer's files next to the model"
         )
     examples = []
     for place, row in read_rows(path):
@@ -125,7 +124,7 @@ def _conversations(path: Path, tokenizer: Any | None, length: int, leading: Sequ
             found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
             ids += found
             learned += [is_answer] * len(found)
-        if tuple(ids[: len(leading)]) != tuple(leading):  # many chat templates write these themselves
+        if tuple(ids[: len(leading)]) != tuple(leading):  # many chat templates write the leading ids themselves
             ids, learned = [*leading, *ids], [False] * len(leading) + learned
         learned = [False, *learned[1:]]
         if any(learned[:length]):

@@ -1,4 +1,4 @@
-"""Where the windows of several sets lie in one text: index arithmetic only."""
+"""Placement of the windows of several sets in one text: index arithmetic only."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ HELD_OUT_SHARE = 4
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """A set to draw: `sequences` windows of `length` tokens.
+    """A requested set: `sequences` windows of `length` tokens.
 
-    held_out: no token of it is ever in another set; the others share tokens when the text is too short for all.
-    at_least: accept this many sequences when the text is too short for more; None insists on `sequences`.
+    held_out: its tokens are never in another set; other sets share tokens if the text is too short for all. at_least:
+    accept this many sequences if the text is too short for more; None requires `sequences`.
     """
 
     name: str
@@ -34,11 +34,11 @@ class SampleRequest:
 
     @property
     def least(self) -> int:
-        """The fewest sequences that will do."""
+        """Minimum number of sequences."""
         return self.sequences if self.at_least is None else min(self.at_least, self.sequences)
 
     def part(self, sequences: int) -> SampleRequest:
-        """The share of one of several texts, which provides `sequences`."""
+        """The part of the request that one of several texts provides, of `sequences`."""
         share = -(-self.least * sequences // max(1, self.sequences))
         return replace(self, sequences=sequences, at_least=share)
 
@@ -59,8 +59,8 @@ def place(
     """First tokens of all windows, by set.
 
     text: its name, for errors. tokens: its length. If all requests fit, no two windows overlap and every such
-    arrangement is equally likely. Otherwise the held-out sets take the end of the text, and each of the others lies in
-    the rest without regard to its fellows. Raises CalibrationError if that is too short as well.
+    arrangement is equally likely. Otherwise the held-out sets take the end of the text, and the other sets are placed
+    independently in the rest. Raises CalibrationError if that is too short as well.
     """
     if sum(request.tokens for request in requests) <= tokens:
         return _spread(0, tokens, requests, generator)

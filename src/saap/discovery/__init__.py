@@ -1,4 +1,4 @@
-"""Coupled structures of a model, found by tracing its forward."""
+"""Discovery of the coupled structures of a model by tracing its forward pass."""
 
 from saap.discovery.discover import discover
 

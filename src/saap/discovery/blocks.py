@@ -1,4 +1,4 @@
-"""The decoder blocks of a model, and a copy of the model with some of them alone."""
+"""The decoder blocks of a model, and shallow copies of the model with only some of them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from saap.models.checkpoint.stock_config import text_part
 
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Module paths of the decoder blocks: the longest outermost nn.ModuleList whose entries all hold parameters.
+    """Module paths of the decoder blocks: the longest outermost nn.ModuleList whose entries all have parameters.
 
-    Of a model with several parts (one that also reads images) it is looked for in the part that transformers names as
-    the decoder, and one with as many entries as the configuration says that there are layers comes first.
+    In a multimodal model, only the part that transformers returns as the decoder is searched. A list with as many
+    entries as the configuration has layers takes precedence.
     Raises UnsupportedModelError if there is none.
     """
     lists: dict[str, list[nn.Module]] = {}
@@ -29,12 +29,12 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
             lists[path] = blocks
     if not lists:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no nn.ModuleList whose entries hold parameters, so no decoder blocks",
-            "Hold the decoder blocks in one nn.ModuleList",
+            f"{type(model).__name__} has no nn.ModuleList whose entries have parameters, so no decoder blocks",
+            "Put the decoder blocks into one nn.ModuleList",
         )
     try:
         decoder = getattr(model, "get_decoder", lambda: None)()
-    except (AttributeError, NotImplementedError):  # the method may be there for every class, the part is not
+    except (AttributeError, NotImplementedError):  # classes may have the method without having the part
         decoder = None
     within = next((f"{path}." for path, module in model.named_modules() if path and module is decoder), "")
     stated = getattr(text_part(getattr(model, "config", None)), "num_hidden_layers", None)
@@ -48,12 +48,12 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
 
 
 def holder(blocks: Sequence[str], name: str) -> int:
-    """Which of the blocks holds the tensor or module of that name, -1 if none does."""
+    """Index of the block that contains the tensor or module of that name, -1 if none does."""
     return next((index for index, path in enumerate(blocks) if f"{name}.".startswith(f"{path}.")), -1)
 
 
 def require_own_weights(model: nn.Module, blocks: Sequence[str]) -> None:
-    """Raise UnsupportedModelError if two blocks share a weight, which could not be cut in one of them alone."""
+    """Raise UnsupportedModelError if two blocks share a weight, which cannot be cut in only one of them."""
     owners: dict[int, str] = {}
     for path in blocks:
         for name, parameter in model.get_submodule(path).named_parameters():
@@ -65,7 +65,7 @@ def require_own_weights(model: nn.Module, blocks: Sequence[str]) -> None:
 
 
 def kinds_of(model: nn.Module, blocks: Sequence[str]) -> list[list[int]]:
-    """Indices of the blocks of each kind: of the same modules, sizes, and flags such as the attention type."""
+    """Indices of the blocks of each kind: blocks with equal modules, sizes, and flags such as the attention type."""
 
     def flags(module: nn.Module) -> list[tuple[str, str]]:
         public = {name: v for name, v in vars(module).items() if not name.startswith("_") and name != "training"}
@@ -81,11 +81,11 @@ def kinds_of(model: nn.Module, blocks: Sequence[str]) -> list[list[int]]:
 
 
 def with_blocks(model: nn.Module, blocks: Sequence[str], kept: Sequence[int]) -> nn.Module:
-    """A copy of `model` on the CPU with the blocks `kept` (ascending) alone, at the paths of the first ones.
+    """A copy of `model` on the CPU with only the blocks `kept` (ascending), renumbered from 0.
 
     Parameters have no values, buffers do. The parameters' memory is reserved but never touched, so it costs nothing
-    until values are written. The original is not changed. Hooks are left behind; attention is the plain
-    implementation, without a cache.
+    until values are written. The original is not changed. Hooks are not copied; attention is the eager implementation
+    without a cache.
     """
     dropped = [path for index, path in enumerate(blocks) if index not in kept]
     memo: dict[int, Any] = {id(model.get_submodule(path)): nn.Identity() for path in dropped}
@@ -94,14 +94,14 @@ def with_blocks(model: nn.Module, blocks: Sequence[str], kept: Sequence[int]) ->
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
             memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
     twin = copy.deepcopy(model, memo).eval()
-    remove_hook_from_module(twin, recurse=True)  # accelerate's, of a model over several devices
+    remove_hook_from_module(twin, recurse=True)  # accelerate's hooks of a model on several devices
     twin.set_submodule(blocks[0].rpartition(".")[0], nn.ModuleList(twin.get_submodule(blocks[i]) for i in kept))
     for module in twin.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         for held in (module._buffers, vars(module)):
             for name, value in held.items():
-                if isinstance(value, Tensor):  # ones in place of values that do not exist
+                if isinstance(value, Tensor):  # ones in place of missing values
                     held[name] = torch.ones(value.shape, dtype=value.dtype) if value.is_meta else value.cpu()
         for name, value in _PLAIN.items():
             if hasattr(getattr(module, "config", None), name):
@@ -109,5 +109,5 @@ def with_blocks(model: nn.Module, blocks: Sequence[str], kept: Sequence[int]) ->
     return twin
 
 
-# The loop over experts depends on the data, so their grouped products are traced.
+# The loop over experts is data-dependent, so their grouped products are traced instead.
 _PLAIN = {"_attn_implementation": "eager", "_experts_implementation": "grouped_mm", "use_cache": False}

@@ -1,4 +1,4 @@
-"""From a model to its graph of coupled groups: a copy with one block of each kind is traced, its groups repeated."""
+"""Discovery of coupled groups: trace a copy with one block of each kind, then repeat its groups for all blocks."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ T = TypeVar("T")
 def discover(model: nn.Module, ref: ModelRef | None = None, *, finer_heads: bool = False) -> ModelGraph:
     """Find the coupled groups of a causal language model: FFN channels, KV groups, experts and hidden channels.
 
-    model: forward(input_ids) gives the logits; it is only read. ref: which weights these are, made from the model if
-    None. One block of each kind is traced and found again by name in all others; the last of each kind is traced too
-    and must agree. finer_heads: also the query heads inside each KV group, which share their tensors with it.
-    Parts that are not understood are in `refused`. Raises UnsupportedModelError if nothing can be
-    pruned, or the forward cannot be traced.
+    model: forward(input_ids) returns the logits; it is not changed. ref: identity of the weights, computed from the
+    model if None. One block of each kind is traced, and its groups are repeated by name in all others. The last block
+    of each kind is traced too and must agree. finer_heads: also return the query heads inside each KV group, which
+    share their tensors with it. Unsupported parts are listed in `refused`. Raises UnsupportedModelError if nothing can
+    be pruned, or the forward cannot be traced.
     """
     return of_structure(model, ref or model_ref(model, type(model).__name__), finer_heads=finer_heads)
 
 
 def of_structure(model: nn.Module, ref: ModelRef, *, finer_heads: bool) -> ModelGraph:
-    """What `discover` finds; modules, shapes and configuration decide it, the weights do not."""
+    """Result of `discover`; it depends on modules, shapes and configuration, not on the weights."""
     blocks = find_blocks(model)
     require_own_weights(model, blocks)
     kinds = kinds_of(model, blocks)
@@ -78,10 +78,10 @@ def of_structure(model: nn.Module, ref: ModelRef, *, finer_heads: bool) -> Model
 
 
 class _Repeats:
-    """From the groups of the copy to those of the model, by name.
+    """Expansion of the groups of the copy to those of the model, by name.
 
-    blocks: paths of the model's blocks; the copy has the first of these. kinds: of each kind the places of its first
-    and its last block in the copy, and the numbers of its blocks in the model.
+    blocks: paths of the model's blocks; the copy uses the first of these. kinds: for each kind, the positions of its
+    first and last block in the copy, and the indices of its blocks in the model.
     """
 
     def __init__(self, blocks: Sequence[str], kinds: Sequence[tuple[int, int, Sequence[int]]]) -> None:
@@ -90,7 +90,7 @@ class _Repeats:
         self.firsts = [first_of[index] for index in range(len(blocks))]
 
     def agreeing(self, groups: list[TracedGroup]) -> list[TracedGroup]:
-        """The groups; hidden ones are refused that meet first and last block of a kind in different places.
+        """The groups; hidden ones that differ between the first and last block of a kind are rejected.
 
         Raises UnsupportedModelError unless first and last block of each kind have the same groups.
         """
@@ -107,13 +107,13 @@ class _Repeats:
                     [m for m in group.members if holder(self.blocks, m.tensor) == at] for at in (first, last)
                 )
                 if group.layer < 0 and [_moved(member, old, new) for member in here] != there:
-                    groups[number] = group.refuse("it meets blocks that look alike in different places")
+                    groups[number] = group.refuse("it has different positions in blocks that look alike")
         return groups
 
     def everywhere(self, groups: Sequence[TracedGroup], order: Sequence[str]) -> list[TracedGroup]:
         """The groups of every block in the order of the layers, and the hidden group, with their names.
 
-        groups: of the first block of each kind, and the hidden one. order: names of the model's parameters.
+        groups: those of the first block of each kind, and the hidden group. order: names of the model's parameters.
         """
         found: list[TracedGroup] = []
         for index, (path, first) in enumerate(zip(self.blocks, self.firsts, strict=True)):
@@ -139,7 +139,7 @@ class _Repeats:
         return found
 
     def _repeated(self, items: Sequence[T], name: Callable[[T], str]) -> Iterator[T]:
-        """Items of the copy, in every block that the one which holds them stands for."""
+        """Items of the copy, repeated in every block of the same kind."""
         for item in items:
             place = holder(self.blocks, name(item))
             kind = next((kind for *ends, kind in self.kinds if place in ends), ())
@@ -147,7 +147,7 @@ class _Repeats:
 
 
 def _moved(item: T, old: str, new: str) -> T:
-    """A record with every name of what lies in the module `old`, in texts too, as if it lay in `new`."""
+    """A record with the module path `old` replaced by `new` in all names and texts."""
     moved: Any = item
     if type(moved) is str:
         moved = re.sub(rf"(?<![\w.]){re.escape(old)}(?!\w)", new, moved)

@@ -14,17 +14,17 @@ from saap.discovery.tags import TagSpace
 
 Axis = tuple[str, int]
 Cluster = dict[int, dict[Axis, list[int]]]
-"""Units that lie on the same axes, each as its indices by axis."""
+"""Units on the same axes, each as its indices by axis."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracedGroup(CoupledGroup):
-    """A coupled group of the traced copy, or channels that are refused.
+    """A coupled group of the traced copy, or unsupported channels.
 
-    layer: of the copy. refusal: why the group cannot be pruned, "" if it can. label: path of the module whose channels
-    are refused, where they belong to no group. parts: where the members stack so many matrices along axis 0 (experts),
-    each of which can lose units of its own; else 0. shares: where each unit is one head of each of so many KV groups,
-    whose members follow each other in equal numbers.
+    layer: in the copy. refusal: why the group cannot be pruned, "" if it can. label: path of the module of unsupported
+    channels that belong to no group. parts: number of matrices stacked along axis 0 (experts), each with its own units;
+    0 if not stacked. shares: number of KV groups if each unit is one head of each KV group; their members follow each
+    other in equal numbers.
     """
 
     name: str = "group"
@@ -40,7 +40,7 @@ class TracedGroup(CoupledGroup):
         return replace(self, refusal=self.refusal or reason)
 
     def settled(self) -> list[CoupledGroup]:
-        """The group, or one for each of the matrices or KV groups that it lies in."""
+        """The group, or one group for each of its stacked matrices or KV groups."""
         group = CoupledGroup(**{field.name: getattr(self, field.name) for field in fields(CoupledGroup)})
         if self.shares:
             count = len(self.members) // self.shares
@@ -51,11 +51,11 @@ class TracedGroup(CoupledGroup):
 
 
 class Grouping:
-    """Reads the coupled groups off a trace.
+    """Builds the coupled groups from a trace.
 
     units, stops, spread: of the tags (`TagSpace.units`). rows: the unit of each index, by axis. consumers: axes whose
-    channels are consumed and made nowhere. stacked: how many matrices a tensor stacks along axis 0. heads, product:
-    units that are heads of attention, or meet in a product.
+    channels are consumed but not produced. stacked: number of matrices stacked along axis 0 of a tensor. heads,
+    product: units that are heads of attention, or meet in a product.
     """
 
     def __init__(self, space: TagSpace, blocks: Sequence[str]) -> None:
@@ -71,7 +71,7 @@ class Grouping:
         self.stacked = {name: len(row) for (name, axis), row in tags.items() if not axis and stacked.issuperset(row)}
 
     def groups(self) -> list[TracedGroup]:
-        """All groups that have both producers and consumers; those that are not understood carry a refusal."""
+        """All groups that have both producers and consumers; unsupported groups have a reason in `refusal`."""
         found = [group for cluster in self._clusters() if (group := self._group(cluster)) is not None]
         found += self._experts()
         reported = {unit for group in found for m in group.members for unit in self.rows[m.tensor, m.axis]}
@@ -88,7 +88,7 @@ class Grouping:
         return clusters.values()
 
     def _group(self, cluster: Cluster) -> TracedGroup | None:
-        """The group of units on the same axes; None where they are not both made and consumed, or in no block."""
+        """The group of units on the same axes; None if they are not both produced and consumed, or in no block."""
         axes = list(next(iter(cluster.values())))
         consuming = [axis for axis in axes if axis in self.consumers]
         layers = {holder(self.blocks, name) for name, _ in axes}
@@ -97,7 +97,7 @@ class Grouping:
         layer = layers.pop() if len(layers) == 1 else -1
         ids = sorted(cluster, key=lambda unit: cluster[unit][consuming[0]])
         role = Role.ATTENTION if self.heads.issuperset(ids) else Role.HIDDEN if layer < 0 else Role.FFN
-        spread = "one channel of it acts on several units"
+        spread = "one of its channels acts on several units"
         problems = [self.stops.get(unit, spread if unit in self.spread else "") for unit in ids]
         if role is Role.FFN and not self.product.isdisjoint(ids):
             problems.append("its channels meet in a product of activations without softmax")
@@ -107,12 +107,12 @@ class Grouping:
             side = Side.CONSUMER if axis in self.consumers else Side.PRODUCER
             slices = slices_of(np.array(rows, np.int64), *axis, side) if len({*map(len, rows)}) == 1 else None
             if slices is None:
-                problems.append(f"its units have no regular places on axis {axis[1]} of {axis[0]}")
+                problems.append(f"its units are not regularly spaced on axis {axis[1]} of {axis[0]}")
             members += slices or []
         norms, problem = self._norms(set(ids))
         parts = {self.stacked.get(member.tensor, 0) if member.axis else 0 for member in members}
         if layer >= 0 and (len(parts) != 1 or (norms and parts != {0})):
-            problem = problem or "its experts share a matrix or a norm, so they cannot choose channels of their own"
+            problem = problem or "its experts share a matrix or a norm, so they cannot keep different channels"
         return TracedGroup(
             layer=layer, role=role, units=len(ids), members=tuple(members), scaled_norms=norms,
             parts=parts.pop() if layer >= 0 and len(parts) == 1 else 0,
@@ -120,7 +120,7 @@ class Grouping:
         )  # fmt: skip
 
     def _norms(self, group: set[int]) -> tuple[tuple[str, ...], str]:
-        """Norms that take a statistic over several of the group's units: those to rescale, or why that fails."""
+        """Norms with a statistic over several of the group's units: paths of those to rescale, or why that fails."""
         scaled: dict[str, None] = {}
         for kind, module, channels in self.space.reductions:
             rows = [set(row) for row in self.units[channels].tolist()]
@@ -132,10 +132,10 @@ class Grouping:
         return tuple(scaled), ""
 
     def _experts(self) -> Iterator[TracedGroup]:
-        """Whole experts: the matrices stacked along one axis, and the rows of the router that chooses among them.
+        """Whole experts: matrices stacked along one axis, and the rows of the router that selects among them.
 
-        That stack and router belong together cannot be seen in the trace, since the choice depends on data; it follows
-        from their sizes, and removal is compared with masking on a small model as for any other group.
+        The trace does not couple stack and router, since the routing is data-dependent. They are matched by size, and
+        removal is compared with masking on a small model as for any other group.
         """
         for layer, block in enumerate(self.blocks):
             rows = {axis: row for axis, row in self.rows.items() if axis[0].startswith(f"{block}.")}
@@ -150,11 +150,11 @@ class Grouping:
                         for name, axis in (*routers, *((name, 0) for name in stacks))
                     )
                     found = TracedGroup(layer=layer, role=Role.EXPERT, units=count, members=members, least=least)
-                    yield found if least < count else found.refuse("each token is sent to all experts")
+                    yield found if least < count else found.refuse("each token is routed to all experts")
                     break
 
     def _one_hidden(self, groups: list[TracedGroup]) -> list[TracedGroup]:
-        """The groups with at most one hidden group, which runs through all blocks; heads of several are refused."""
+        """The groups with at most one hidden group, through all blocks; heads tied across blocks are rejected."""
         found = [group for group in groups if group.layer >= 0]
         whole = []
         for group in (group for group in groups if group.layer < 0):
@@ -168,12 +168,12 @@ class Grouping:
             reason = "the channels between the blocks are not one group that runs through all of them"
             whole = [replace(group, refusal=reason) for group in groups if group.role is Role.HIDDEN][:1]
         if self.space.unused:
-            reason = f"{min(self.space.unused)} is not reached by text and may write into them"
+            reason = f"{min(self.space.unused)} is not used for text and may write into them"
             whole = [group.refuse(reason) for group in whole]
         return [*found, *whole]
 
     def _stopped(self, reported: set[int]) -> list[TracedGroup]:
-        """Channels inside blocks that went into an operation without a rule before they made up a group."""
+        """Channels inside blocks that reached an operation without a rule before they formed a group."""
         found: dict[str, TracedGroup] = {}
         for name, axes in self.space.axes.items():
             layer, label = holder(self.blocks, name), name.rpartition(".")[0]
@@ -186,7 +186,7 @@ class Grouping:
 
 
 def _leading_out(groups: list[TracedGroup]) -> list[TracedGroup]:
-    """Refuse an inner rank of attention: its consumers do not lead out of the block but into the heads."""
+    """Reject an inner rank of attention: its consumers lead into the heads, not out of the block."""
     heads = {(m.tensor, m.axis) for group in groups if group.role is Role.ATTENTION for m in group.producers}
     reason = "its channels lead into attention, not out of the block"
     return [
@@ -198,10 +198,10 @@ def _leading_out(groups: list[TracedGroup]) -> list[TracedGroup]:
 
 
 def query_heads(group: TracedGroup) -> TracedGroup | None:
-    """The query heads of attention: unit u is head u of each KV group. None where each group has one head.
+    """The query heads of attention: unit u is head u of each KV group. None if each KV group has one head.
 
-    Channels of queries are those members that are wider than keys and values, by the number of heads in a group. That
-    follows from sizes alone; removal is compared with masking on a small model as for any other group.
+    Members of queries are wider than those of keys and values by the number of heads in a group. They are identified by
+    size alone; removal is compared with masking on a small model as for any other group.
     """
     narrow = min((member.width for member in group.members), default=0)
     wide = [member for member in group.members if member.width > narrow]
@@ -222,10 +222,10 @@ def query_heads(group: TracedGroup) -> TracedGroup | None:
 
 
 def one_of_each_block(group: TracedGroup) -> TracedGroup | None:
-    """The group with coarser units: together, those at the same place of each block of a tensor.
+    """The group with coarser units: one from each block of a tensor, at the same position.
 
-    A module that reshapes a fused projection into a fixed number of blocks can lose one head of each block, but none
-    alone. None where no member is made of blocks, or of blocks of several sizes.
+    A module that reshapes a fused projection into a fixed number of blocks can lose one head of each block, but not a
+    single head. None if no member is made of blocks, or if their sizes differ.
     """
     periods = {member.period for member in group.members if member.period}
     period = periods.pop() if len(periods) == 1 else 0
@@ -242,10 +242,10 @@ def one_of_each_block(group: TracedGroup) -> TracedGroup | None:
 
 
 def slices_of(indices: IntArray, tensor: str, axis: int, side: Side) -> list[AxisSlice] | None:
-    """Where the units lie along an axis of a tensor, of their indices (units, width), ascending in each row.
+    """Slices of an axis for units with the given indices (units, width), ascending in each row.
 
-    One slice for each run of consecutive indices that a unit has, or one for each index where the runs differ between
-    units; None if no affine description exists.
+    One slice for each run of consecutive indices of a unit, or one for each index if the runs differ between units;
+    None if no affine description exists.
     """
     breaks = np.flatnonzero((np.diff(indices, axis=1) != 1).any(axis=0)) + 1
     for places in (breaks, range(1, indices.shape[1])):
@@ -257,7 +257,7 @@ def slices_of(indices: IntArray, tensor: str, axis: int, side: Side) -> list[Axi
 
 
 def _slice_of(run: IntArray, tensor: str, axis: int, side: Side) -> AxisSlice | None:
-    """The slice with these consecutive indices, (units, width); None where the units are not regular."""
+    """The slice with these consecutive indices, (units, width); None if the units are not regularly spaced."""
     starts, (units, width) = run[:, 0].tolist(), run.shape
     stride = starts[1] - starts[0] if units > 1 else width
     period = next((n for n in range(1, units) if starts[n] - starts[n - 1] != stride), 0)

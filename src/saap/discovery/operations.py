@@ -1,7 +1,7 @@
-"""What each kind of operation does to channel tags.
+"""Propagation rules of channel tags, one for each kind of operation.
 
-Movement of data is carried out on the tags themselves, element-wise operations tie what they combine, contractions
-tie what they sum over, reductions are noted. An operation without a rule stops the channels that go into it.
+Data movement is applied to the tags themselves. Element-wise operations tie their operands, contractions tie the summed
+axes, and reductions are recorded. An operation without a rule stops the channels of its inputs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MOVES = (
     "tensor_split transpose unbind unflatten unfold unsqueeze"
 )
 _VIEWS = "view reshape reshape_as _unsafe_view view_as"
-# What is made without channels may be filled through a view of it: those share memory as they do in the model.
+# A tensor without channels may be filled through a view, so views of tags share memory as in the model.
 _SHARING_MEMORY = frozenset(f"{_MOVES} {_VIEWS}".split())
 
 
@@ -33,8 +33,8 @@ class Operation:
     """One operation of the graph, with tags in place of tensors.
 
     arguments, keywords: as in the graph. named: all arguments by their names in the operation's schema. output: the
-    result as the graph knows it (meta tensors). module: path of the module that it belongs to. constants: values of
-    nodes that do not depend on the input.
+    result in the graph (meta tensors). module: path of its module. constants: values of nodes that do not depend on the
+    input.
     """
 
     def __init__(self, node: Node, space: TagSpace, tags: Mapping[Node, Any], constants: Mapping[Node, Tensor]) -> None:
@@ -59,7 +59,7 @@ class Operation:
 
 
 def operation_name(node: Node) -> str:
-    """Name of what a node calls, without the underscore of operations in place."""
+    """Name of the function that a node calls, without the underscore of in-place operations."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return str(getattr(node.target, "__name__", node.target))
@@ -75,8 +75,8 @@ def tags_after(operation: Operation) -> Any:
     sizes = [size for item in tree_leaves(operation.output) for size in getattr(item, "shape", ())]
     if any(isinstance(size, torch.SymInt) for size in sizes):
         raise UnsupportedModelError(
-            f"The size of what {operation.where} gives depends on the text",
-            "Use a model whose tensors have sizes that follow from its input's",
+            f"The output size of {operation.where} depends on the text",
+            "Use a model whose tensor sizes follow from the input size",
         )
     if operation.output is None:  # an assertion
         return None
@@ -90,11 +90,11 @@ def tags_after(operation: Operation) -> Any:
     if rule is not None:
         try:
             result = rule(operation)
-            if operation.in_place and bool((operation.first < 0).any()):  # it fills what this is a view of too
+            if operation.in_place and bool((operation.first < 0).any()):  # it also fills the base tensor of this view
                 operation.first.copy_(torch.where(operation.first < 0, result, operation.first))
             return result
         except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError):
-            pass  # the operation is used in a way that its rule does not cover: refused below, by name
+            pass  # a use that the rule does not cover: rejected below, by name
     for value in tensors:
         for axis in value.axes if isinstance(value, ParameterTags) else (value,):
             operation.space.stops.append((axis, f"the operation {operation.where} has no rule"))
@@ -116,7 +116,7 @@ def _is_tagged(tags: Tensor | ParameterTags) -> bool:
 
 
 def _is_pointwise(operation: Operation) -> bool:
-    """Whether the operation works element by element; torch says so of some of its overloads alone."""
+    """Whether the operation is element-wise; torch tags only some of its overloads so."""
     packet = getattr(operation.node.target, "overloadpacket", None)
     overloads = () if packet is None else (getattr(packet, name) for name in packet.overloads())
     return isinstance(operation.output, Tensor) and any(torch.Tag.pointwise in each.tags for each in overloads)
@@ -127,13 +127,13 @@ def _move(operation: Operation) -> Any:
 
 
 def _view_as_complex(operation: Operation) -> Any:
-    """Real and imaginary part are channels that are removed together."""
+    """Tie the channels of real and imaginary part."""
     operation.space.tie_along(operation.first, -1)
     return operation.first.select(-1, 0)
 
 
 def _meeting(operation: Operation, tags: Tensor, *others: Tensor) -> Tensor:
-    """What meets at one element is removed together; the others broadcast to the shape of `tags`."""
+    """Tie the channels that meet at one element; the others broadcast to the shape of `tags`."""
     for other in (other.expand(tags.shape) for other in others):
         operation.space.tie_shared(other, tags)
         tags = torch.where(tags < 0, other, tags)
@@ -142,13 +142,13 @@ def _meeting(operation: Operation, tags: Tensor, *others: Tensor) -> Tensor:
 
 def _elementwise(operation: Operation) -> Tensor:
     tagged = [item for item in _tensors(operation) if _is_tagged(item)]
-    # A parameter that is used like an activation has its channels along its last axis.
+    # A parameter used like an activation has its channels along the last axis.
     result, *others = finest([item.axes[-1] if isinstance(item, ParameterTags) else item for item in tagged])
     return _meeting(operation, result.expand(operation.output.shape), *others)
 
 
 def _mix(operation: Operation) -> Any:
-    """Softmax, cumulative sums: every channel along the axis has a part in all others."""
+    """Softmax, cumulative sums: every channel along the axis affects all others."""
     operation.space.tie_along(operation.first, operation.named["dim"])
     if "softmax" in operation.name:
         operation.space.mark("softmax", operation.first)
@@ -156,7 +156,7 @@ def _mix(operation: Operation) -> Any:
 
 
 def _reduce(operation: Operation) -> Any:
-    """A statistic over some axes; it stays with a unit that it does not leave. max and min of two tensors are none."""
+    """A statistic over some axes; inside one unit it keeps the tag. max and min of two tensors are not reductions."""
     if "other" in operation.named:
         return _elementwise(operation)
     tags: Tensor = operation.first
@@ -174,7 +174,7 @@ def _reduce(operation: Operation) -> Any:
 
 
 def _note_reduction(operation: Operation, kind: str, channels: Tensor) -> None:
-    """channels: (..., channels), what the statistics are over."""
+    """channels: (..., channels), over which the statistic is taken."""
     rows = torch.unique(channels.reshape(-1, channels.shape[-1]), dim=0)
     operation.space.reductions.append((kind, operation.module, rows))
 
@@ -215,7 +215,7 @@ def _attention(operation: Operation) -> Tensor:
 
 
 def _einsum(operation: Operation) -> Tensor:
-    """Two activations: every element of the result is a product of vectors along what is summed over."""
+    """Product of two activations: every element of the result is a dot product along the summed axes."""
     equation, (first, second) = operation.first.replace(" ", ""), operation.arguments[1]
     inputs, result = equation.split("->")
     left, right = inputs.split(",")
@@ -233,7 +233,7 @@ def _einsum(operation: Operation) -> Tensor:
 
 
 def _index(operation: Operation) -> Any:
-    """Positions picked by data keep their channels; a constant index is carried out."""
+    """Data-dependent positions keep their channels; a constant index is applied to the tags."""
     tags: Tensor = operation.first
     places: Any = operation.node.args[1]
     known = [place if place is None else operation.constants.get(place) for place in places]
@@ -246,7 +246,7 @@ def _index(operation: Operation) -> Any:
 
 
 def _any_along(tags: Tensor, dim: int) -> Tensor:
-    """The tags at one place along `dim`, of which data decides: all must have the same channels."""
+    """The tags at one data-dependent position along `dim`: all positions must have the same channels."""
     place = tags.narrow(dim, 0, 1)
     if not torch.equal(tags, place.expand(tags.shape)):
         raise ValueError("different channels at different places")
@@ -254,7 +254,7 @@ def _any_along(tags: Tensor, dim: int) -> Tensor:
 
 
 def _choose(operation: Operation) -> Any:
-    """Which channels go on depends on the data, so none of them can be removed by its place alone."""
+    """Data-dependent selection of channels, so none can be removed by its index alone."""
     count = operation.named.get("k")
     if isinstance(count, int):
         rows = torch.unique(operation.first.movedim(operation.named["dim"], -1).flatten(0, -2), dim=0)
@@ -264,14 +264,14 @@ def _choose(operation: Operation) -> Any:
 
 
 def _product_with_parameter(operation: Operation) -> Any:
-    """The input's channels meet the axis of the parameter that is summed over; its other one makes the output's."""
+    """Tie the input's channels to the contracted axis of the parameter; its other axis produces the output."""
     added = operation.name == "addmm"
     inputs, parameter = operation.arguments[-2:] if added else operation.arguments[:2]
     bias, axes = operation.named.get("self" if added else "bias"), list(parameter.axes)
     *stack, contracted, produced = axes[::-1] if operation.name == "linear" else axes
     if isinstance(inputs, ParameterTags) or len(stack) != ("grouped" in operation.name):
         raise ValueError("no product of an activation and matrices")
-    for axis in stack:  # of the matrices of experts: each token meets that of its own
+    for axis in stack:  # matrices of experts: each token uses that of its expert
         operation.space.mark("stacked", axis)
     operation.space.tie(inputs, contracted.expand(inputs.shape))
     operation.space.mark("consumed", contracted)
@@ -317,7 +317,7 @@ RULES = _by_name(
         "alias clone contiguous detach dropout float lift_fresh_copy masked_fill _to_copy to tril triu type_as",
         lambda op: op.first,
     ),
-    # No more than shape and type is taken from their argument.
+    # They use only shape and type of their argument.
     ("empty_like full_like new_empty new_full new_ones new_zeros ones_like zeros_like", lambda op: untagged(op.output)),
     (_MOVES, _move),
     (_VIEWS, lambda op: op.first.reshape(op.output.shape)),

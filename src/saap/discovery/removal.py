@@ -1,4 +1,4 @@
-"""What else must change when units are removed: found by search on a small model, where removal must equal masking."""
+"""Search for what else must change when units are removed: on a small model, removal must equal masking."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from saap.models.structure.masking import masked
 from saap.models.walk.observer import hooked
 from saap.models.walk.walker import without_cache
 
-# Some models compute attention in float32 whatever their dtype; a size that does not follow errs by far more.
+# Some models compute attention in float32 in any dtype; the error of a wrong size is far larger.
 TOLERANCE = 1e-5
 MOST_ATTRIBUTES = 3
-# Rows of an embedding that get values: more than the tokens of a test reach.
+# Rows of an embedding that get values: more than the token ids of a test.
 FILLED_ROWS = 1024
 TOKENS = 5
 SMALL_FFN = 8
@@ -41,12 +41,12 @@ _SMALL = "a small random model of its classes"
 def checked(
     traced: nn.Module, blocks: Sequence[str], groups: Sequence[TracedGroup], numbers: Sequence[int]
 ) -> list[TracedGroup]:
-    """The groups of these numbers with what their removal needs; refused where it cannot be made equal to masking.
+    """Complete groups with what their removal needs; rejected if removal cannot be made equal to masking.
 
-    Where single units cannot be removed, one unit from each block of a tensor may be.
+    If single units cannot be removed, units with one part in each block of a tensor are tried.
     """
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # for what the model's code makes itself
+    torch.set_default_dtype(torch.float64)  # for tensors that the model's code creates
     try:
         with torch.no_grad():
             small, reason = _smallest(traced, blocks, groups)
@@ -65,7 +65,7 @@ def checked(
 def _smallest(
     traced: nn.Module, blocks: Sequence[str], groups: Sequence[TracedGroup]
 ) -> tuple[_SmallModel | None, str]:
-    """The smallest model whose blocks still run, with few hidden and FFN channels where that works; or None and why."""
+    """The smallest model that runs, if possible with few hidden and FFN channels; or None and the reason."""
     reason = ""
     ffn = {n: SMALL_FFN for n, group in enumerate(groups) if group.role is Role.FFN and not group.refusal}
     hidden = {n: SMALL_HIDDEN for n, group in enumerate(groups) if group.role is Role.HIDDEN}
@@ -74,8 +74,8 @@ def _smallest(
             small = _SmallModel(traced, blocks, groups, units)
             if bool(_called(small.model, blocks[-1])[-1].isfinite().all()):
                 return small, ""
-            reason = "gives values that are not finite"
-        except Exception as error:  # the model's own code says in its own way that a size does not fit
+            reason = "returns values that are not finite"
+        except Exception as error:  # the model's own code may raise any error for a wrong size
             reason = _ending(error)
     return None, f"{_SMALL} {reason}"
 
@@ -87,7 +87,7 @@ def _ending(error: Exception) -> str:
 class _SmallModel:
     """A traced model with random float64 weights, in which some groups have fewer units.
 
-    groups: of the traced model. units: how many of a group's units it has, by its number; all of the others.
+    groups: of the traced model. units: number of units by group index; groups that are not listed have all units.
     """
 
     def __init__(
@@ -105,20 +105,20 @@ class _SmallModel:
         for name, parameter in self.model.named_parameters():
             shape = self.shapes[name]
             values = torch.zeros(shape, dtype=torch.float64)
-            reached = values if holder(self.blocks, name) >= 0 else values[:FILLED_ROWS]  # the others stay untouched
+            reached = values if holder(self.blocks, name) >= 0 else values[:FILLED_ROWS]  # other rows stay untouched
             reached.normal_(generator=generator)
             reached.mul_(shape[-1] ** -0.5 if len(shape) > 1 else 0.3).add_(0.0 if len(shape) > 1 else 0.5)
             resize(self.model, parameter, values)
         for module in self.model.modules():
             config: Any = getattr(module, "config", None)
             if hasattr(config, "_experts_implementation"):
-                config._experts_implementation = "eager"  # the fused kernels know no float64
+                config._experts_implementation = "eager"  # the fused kernels do not support float64
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_floating_point():
                     module._buffers[name] = buffer.double()
 
     def copied(self) -> nn.Module:
-        """The model again, to be changed: parameters of its own with the same values, all else it may share."""
+        """A copy to be changed: own parameters with the same values, everything else may be shared."""
         shared = [*self.model.buffers(), getattr(self.model, "config", None)]
         memo: dict[int, Any] = {id(one): one for one in shared}
         memo |= {id(one): nn.Parameter(one.data, requires_grad=False) for one in self.model.parameters()}
@@ -126,7 +126,7 @@ class _SmallModel:
 
 
 def _called(model: nn.Module, path: str, samples: int = 2) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
-    """Arguments, keywords and output of the module at `path`, in a forward on a few tokens in so many samples."""
+    """Arguments, keywords and output of the module at `path` in a forward pass on a few tokens."""
 
     def stop(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
         raise _ReachedError(arguments, keywords, output[0] if isinstance(output, (tuple, list)) else output)
@@ -145,7 +145,7 @@ class _ReachedError(Exception):
 
 
 def _renumbered(group: TracedGroup, units: list[int], index: KeepIndex) -> TracedGroup:
-    """The group with some of its units alone, where they lie once only the index's channels are there."""
+    """The group with some of its units only, at their positions after all other channels are removed."""
     if group.refusal:
         return group
     members: list[AxisSlice] = []
@@ -153,7 +153,7 @@ def _renumbered(group: TracedGroup, units: list[int], index: KeepIndex) -> Trace
         places = np.searchsorted(index.axis(member.tensor, member.axis).kept(), member.indices(units))
         slices = slices_of(places.reshape(len(units), -1), member.tensor, member.axis, member.side)
         if slices is None:
-            raise ValueError(f"its units have no regular places in {member.tensor}")
+            raise ValueError(f"its units are not regularly spaced in {member.tensor}")
         members += slices
     return replace(group, units=len(units), members=tuple(members))
 
@@ -165,19 +165,19 @@ def _checked(small: _SmallModel, number: int, group: TracedGroup) -> TracedGroup
     for path, norm in norms.items():
         if norm._parameters.get("weight") is None or epsilon_name(norm) is None:
             return group.refuse(
-                f"the norm {path} has no weight or no epsilon attribute that could take up removed channels"
+                f"the norm {path} has no weight or no epsilon attribute to compensate for removed channels"
             )
     try:
-        with hooked(dict.fromkeys(norms.values(), _only_scale)):  # what their statistic needs is a rule of its own
+        with hooked(dict.fromkeys(norms.values(), _only_scale)):  # their statistic has its own rule
             trial = _Trial(small, number, group)
             if trial.without_effect:
                 return group.refuse(
-                    "its block computes the same with its units masked, so what their removal needs cannot be tried"
+                    "masking its units does not change the output of its block, so their removal cannot be tested"
                 )
             found = _hidden(trial) if group.layer < 0 else _in_block(trial)
-    except Exception as error:  # the model's own code fails in its own way
+    except Exception as error:  # the model's own code may raise any error
         return group.refuse(f"{_SMALL} {_ending(error)}")
-    reason = "removing its units is not the same as masking them, whichever sizes of the module follow"
+    reason = "removing its units is not the same as masking them, whichever sizes of the module are adapted"
     return found or group.refuse(reason)
 
 
@@ -188,8 +188,8 @@ def _only_scale(norm: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Te
 class _Trial:
     """Removal of units of one group, with attributes set; compared by the output of its block, or of the last one.
 
-    group: of the traced model. without_effect: whether masking the units changes nothing. failure: what the model's
-    code raised in the last removal, if it did.
+    group: of the traced model. without_effect: whether masking the units changes nothing. failure: exception of the
+    model's code in the last removal, if any.
     """
 
     def __init__(self, small: _SmallModel, number: int, group: TracedGroup) -> None:
@@ -213,16 +213,16 @@ class _Trial:
         return _called(model, self._block)[-1]
 
     def is_read(self, attribute: UnitAttribute) -> bool:
-        """Whether the block computes something else, or fails, when the attribute alone says one unit less."""
+        """Whether the block computes something else, or fails, if only the attribute is one unit less."""
         model = self.small.copied()
         set_attribute(model.get_submodule(attribute.module), attribute.attribute, attribute.value(self.group.units - 1))
         try:
             return not _equal(self._output(model), self._whole)
-        except Exception:  # a size that does not fit any more
+        except Exception:  # a size mismatch
             return True
 
     def works(self, attributes: Sequence[UnitAttribute] = (), arguments: Sequence[SlicedArgument] = ()) -> bool:
-        """Whether every removal equals masking when the attributes follow and the arguments are cut."""
+        """Whether every removal equals masking when the attributes are adapted and the arguments are cut."""
         groups = [
             replace(one, attributes=tuple(attributes), sliced_arguments=tuple(arguments), scaled_norms=())
             for one in self._groups
@@ -233,7 +233,7 @@ class _Trial:
                 if not _equal(self._output(model), expected):
                     return False
             return True
-        except Exception as error:  # sizes that do not fit: not these attributes
+        except Exception as error:  # size mismatch: wrong attributes
             self.failure = error
             return False
 
@@ -244,14 +244,14 @@ def _equal(output: Tensor, expected: Tensor) -> bool:
 
 
 def _hidden(trial: _Trial) -> TracedGroup | None:
-    """Hidden channels: every block at once; attributes of their number follow only where it does not work without."""
+    """Hidden channels, in every block at once; attributes with their number are adapted only if needed."""
     if trial.works():
         return trial.group
     failure, model = trial.failure, trial.small.model
     integers = _integers(model, [path for path, _ in model.named_modules()], trial.group.units)
     candidates = [item for item in integers if item.per_unit == 1 and not item.attribute.startswith("config.")]
     if not trial.works(candidates):
-        if failure is not None:  # a size that is written down somewhere
+        if failure is not None:  # some attribute has the size
             raise failure
         return None
     for name in dict.fromkeys(item.attribute for item in candidates):
@@ -262,7 +262,7 @@ def _hidden(trial: _Trial) -> TracedGroup | None:
 
 
 def _in_block(trial: _Trial) -> TracedGroup | None:
-    """Units inside a block: as few attributes as do follow, of the modules around the members and their parts."""
+    """Units inside a block: the fewest attributes to adapt, of the modules around the members and their submodules."""
     group, model = trial.group, trial.small.model
     around = _around(group, trial.small.blocks)
     inside = [path for path, _ in model.named_modules() if f"{path}.".startswith(f"{around[0]}.")]
@@ -270,7 +270,7 @@ def _in_block(trial: _Trial) -> TracedGroup | None:
     candidates.sort(key=lambda item: (item.attribute.startswith("config."), "head" not in item.attribute))
     sliced = _sliced_arguments(trial.small, group, around)
     if group.role is Role.EXPERT:
-        # All that say how many experts there are follow, as one way to compute needs what another does not.
+        # All attributes with the number of experts are adapted: each implementation of experts reads others.
         own = (item for item in candidates if not item.attribute.startswith("config."))
         counts = tuple(item for item in own if item.per_unit == 1)
         if counts and trial.works(counts):
@@ -287,13 +287,13 @@ def _in_block(trial: _Trial) -> TracedGroup | None:
 
 
 def _around(group: TracedGroup, blocks: Sequence[str]) -> list[str]:
-    """Paths of the innermost module that holds all members, and of those around it up to its block."""
+    """Paths of the innermost module that contains all members, and of its parents up to the block."""
     shared = commonprefix([member.tensor.split(".")[:-1] for member in group.members])  # noqa: RUF071 - of lists
     return [".".join(shared[:count]) for count in range(len(shared), blocks[group.layer].count("."), -1)]
 
 
 def _integers(model: nn.Module, paths: Iterable[str], units: int) -> list[UnitAttribute]:
-    """Integers that `units` divides, of modules and of their configurations; not of linear modules and norms."""
+    """Integer attributes that `units` divides, of modules and their configurations, except linear modules and norms."""
     found: list[UnitAttribute] = []
     for path in paths:
         module = model.get_submodule(path)
@@ -311,9 +311,9 @@ def _integers(model: nn.Module, paths: Iterable[str], units: int) -> list[UnitAt
 
 
 def _sliced_arguments(small: _SmallModel, group: TracedGroup, around: Sequence[str]) -> tuple[SlicedArgument, ...]:
-    """The argument with one entry per unit that the innermost module around the members gets, if there is one."""
+    """The argument with one entry per unit that the innermost module around the members receives, if any."""
     units = group.units
-    samples = units + (1 if units + 1 != TOKENS else 2)  # so that no other axis can be mistaken for that of the units
+    samples = units + (1 if units + 1 != TOKENS else 2)  # no other axis may have the size of the units
     for path in around if group.role is Role.ATTENTION else ():
         arguments, keywords, _ = _called(small.model, path, samples)
         given = inspect.signature(small.model.get_submodule(path).forward).bind(*arguments, **keywords).arguments

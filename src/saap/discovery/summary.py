@@ -1,4 +1,4 @@
-"""The coupled structures of a model as a few rows: what `saap inspect` shows."""
+"""Summary of the coupled structures of a model, as shown by `saap inspect`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from saap.core.records import CoupledGroup, ModelGraph, Role
 def summarise(graph: ModelGraph) -> list[dict[str, Any]]:
     """One row for each kind of group, JSON-able.
 
-    Each row has role, layers (indices, empty for the hidden group), groups (how many of the kind), units (in each),
-    parameters_per_unit (in each), attributes (that follow the kept units), scaled_norms (how many in each) and
+    Each row has role, layers (indices, empty for the hidden group), groups (number of this kind), units (in each),
+    parameters_per_unit (in each), attributes (that follow the kept units), scaled_norms (number in each) and
     members: tensor (the block's number as *), axis, side, width (indices of one unit).
     """
 
@@ -29,7 +29,7 @@ def summarise(graph: ModelGraph) -> list[dict[str, Any]]:
     rows = []
     for (_, units, size, _), groups in sorted(kinds.items(), key=lambda kind: kind[0][0]):
         group, names = groups[0], ("tensor", "axis", "side", "width", "offset")
-        # What repeats over the blocks is listed once.
+        # Groups that repeat over the blocks are listed once.
         listed = dict.fromkeys((pattern(m.tensor), m.axis, str(m.side), m.width, m.offset) for m in group.members)
         rows.append(
             {

@@ -1,4 +1,4 @@
-"""Channel tags: one integer per index of every parameter axis, and which of them must be removed together."""
+"""Channel tags: one integer per index of every parameter axis, and the ties between tags to remove together."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ class ParameterTags:
 
 
 class TagSpace:
-    """The tags of a model's parameters, and what the walk over its graph learns about them.
+    """Tags of a model's parameters, and the facts about them that the walk over the graph records.
 
-    axes: parameter -> tags of each axis. modules: paths of the modules that computed. unused: parameters that the
-    forward on text does not reach, such as those of a part that reads images.
+    axes: parameter -> tags of each axis. modules: paths of the modules that ran. unused: parameters that the forward
+    pass on text does not reach, such as those of a vision tower.
     reductions: statistics over channels: "rms" or the name of the operation, path of the module, (rows, channels) tags.
-    choices: of the so many greatest among channels (experts) by data, with the tags of the channels. marks: tags that
-    were seen in the part of the model that the name says. stops: tags of channels that went into something that is not
-    understood, and why.
+    choices: top-k selections among channels (experts): k and the tags of the channels. marks: tags seen in a part of
+    the model, by its name. stops: tags of channels that reached an unsupported operation, and why.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -48,11 +47,11 @@ class TagSpace:
         self._open: list[Tie] = []
 
     def tie(self, first: Tensor, second: Tensor) -> None:
-        """Channels at equal places of two broadcastable tag tensors are removed together."""
+        """Tie the channels at equal positions of two broadcastable tag tensors."""
         self._ties.append(_pairs(first, second))
 
     def tie_shared(self, first: Tensor, second: Tensor) -> None:
-        """As `tie`, but a tag that meets several others is tied only if these turn out to be one unit.
+        """As `tie`, but a tag that meets several others is tied only if these are one unit.
 
         Otherwise the weight of a norm that all heads share, or a scalar gate, would join everything.
         """
@@ -68,13 +67,13 @@ class TagSpace:
         self._ties.append(pairs)
 
     def tie_along(self, tags: Tensor, dim: int) -> None:
-        """All channels along `dim` are removed together."""
+        """Tie all channels along `dim`."""
         size = tags.shape[dim]
         if size > 1:
             self.tie(tags.narrow(dim, 0, size - 1), tags.narrow(dim, 1, size - 1))
 
     def contract(self, first: Tensor, second: Tensor) -> Tensor:
-        """Tags of first @ second, both activations: all channels that are summed over, and the result, become one unit.
+        """Tags of first @ second, both activations: all summed channels and the result become one unit.
 
         first: (..., m, k), second: (..., k, n). Returns (..., m, n).
         """
@@ -87,24 +86,24 @@ class TagSpace:
         self.tie(rows, columns)
         if bool((rows >= 0).any()) and bool((columns >= 0).any()):
             self.mark("product", rows)
-        # The finer tags are kept, so that channels stay told apart in what follows.
+        # The finer tags are kept, so that later operations still distinguish the channels.
         fine, coarse = finest([rows, columns])
         return torch.where(fine < 0, coarse, fine)
 
     def mark(self, name: str, tags: Tensor) -> None:
-        """Remember that these channels were seen in the part that `name` says."""
+        """Record that these channels occur in the part `name`."""
         self.marks[name].update(_seen(tags))
 
     def units(self) -> tuple[IntArray, dict[int, str], set[int]]:
         """Resolve all ties: the unit of each tag, its smallest one; the last is that of UNTAGGED.
 
-        Also why units are not understood, by unit, and those without a place of their own: the weight of a norm that
-        all heads share.
+        Also returns the reasons of unsupported units, by unit, and units that belong to several others: the weight of a
+        norm that all heads share.
         """
         roots = np.arange(self._count)
         _join(roots, *torch.cat([torch.empty(2, 0, dtype=torch.long), *self._ties], dim=1).numpy())
         still_open = _settle(roots, self._open)
-        # What a head's channel multiplies in several places (a gate on the output of grouped heads) is the head's.
+        # A tensor that a head's channel multiplies in several places (an output gate of grouped heads) joins the head.
         heads = {roots[tag] for tag in self.marks["softmax"] & self.marks["product"]}
         for owner, partners in still_open:
             if roots[owner] in heads:
@@ -116,7 +115,7 @@ class TagSpace:
 
 
 def _join(roots: IntArray, first: Sequence[int] | IntArray, second: Sequence[int] | IntArray) -> None:
-    """Make one unit of the units of tags at equal places, in place."""
+    """Merge the units of tags at equal positions, in place."""
     while not np.array_equal(one := roots[first], other := roots[second]):
         np.minimum.at(roots, np.maximum(one, other), np.minimum(one, other))
         while not np.array_equal(roots, further := roots[roots]):
@@ -124,7 +123,7 @@ def _join(roots: IntArray, first: Sequence[int] | IntArray, second: Sequence[int
 
 
 def _settle(roots: IntArray, ties: list[Tie]) -> list[Tie]:
-    """Join each owner to its partners where these are one unit already, in place; the ties that stay open."""
+    """Join each owner to its partners if these are one unit already, in place. Returns the open ties."""
     while True:
         ready = [tie for tie in ties if len({*roots[tie[1]]}) == 1]
         ties = [tie for tie in ties if len({*roots[tie[1]]}) > 1]
@@ -134,7 +133,7 @@ def _settle(roots: IntArray, ties: list[Tie]) -> list[Tie]:
 
 
 def finest(tags: Sequence[Tensor]) -> list[Tensor]:
-    """The tag tensors, the one that tells most channels apart first."""
+    """The tag tensors, ordered by the number of distinct channels, largest first."""
     return sorted(tags, key=lambda item: -len(torch.unique(item)))
 
 
@@ -144,9 +143,9 @@ def _together(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _without_common(tags: Tensor) -> Tensor:
-    """The tags (..., k, n) without channels that matrices have in common which differ otherwise.
+    """The tags (..., k, n) without channels shared by matrices that differ otherwise.
 
-    Such are the rotary keys of latent attention: they stay when a head is removed.
+    For example, the rotary keys of latent attention stay when a head is removed.
     """
     matrices = tags.flatten(0, -3) if tags.ndim > 2 else ()
     seen = Counter(tag for channels in {frozenset(matrix.unique().tolist()) for matrix in matrices} for tag in channels)
@@ -155,7 +154,7 @@ def _without_common(tags: Tensor) -> Tensor:
 
 
 def _pairs(first: Tensor, second: Tensor) -> Tensor:
-    """Distinct (first, second) tags at equal places, (2, n)."""
+    """Distinct (first, second) tags at equal positions, (2, n)."""
     first, second = _together(first, second)
     kept = (first >= 0) & (second >= 0) & (first != second)
     pairs: Tensor = torch.unique(torch.stack([first[kept], second[kept]]), dim=1)

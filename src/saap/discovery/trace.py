@@ -1,4 +1,4 @@
-"""Export of a model's forward and the walk over its graph with channel tags in place of tensors."""
+"""Export of a model's forward pass, and the walk over its graph with channel tags in place of tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from saap.models.walk.probe import failure, not_running
 from saap.models.walk.walker import without_cache
 
 TRACED_TOKENS = 3
-# Operations that give their first argument's values.
+# Operations that return the values of their first argument.
 _KEEP_VALUES = ("lift_fresh_copy", "detach", "alias", "to", "clone")
 
 
@@ -56,9 +56,9 @@ def trace(model: nn.Module) -> TagSpace:
 
 
 def _export(model: nn.Module) -> ExportedProgram:
-    """The ATen graph of the model's forward on token ids. Raises UnsupportedModelError naming what stopped it.
+    """The ATen graph of the model's forward on token ids. Raises UnsupportedModelError with the reason.
 
-    Nothing appears of what an export prints, warns of or logs: graphs, guards, advice to authors.
+    Silences all output of torch.export: prints, warnings and logs.
     """
     tokens = torch.zeros(1, TRACED_TOKENS, dtype=torch.long, device=next(model.parameters()).device)
     nowhere, logged = io.StringIO(), logging.root.manager.disable
@@ -71,15 +71,15 @@ def _export(model: nn.Module) -> ExportedProgram:
             redirect_stderr(nowhere),
         ):
             return torch.export.export(model, (tokens,), without_cache(model), strict=False)
-    except Exception as error:  # whatever the user's forward or the exporter raises
+    except Exception as error:  # the user's forward and the exporter may raise anything
         reason = failure(model, tokens)
         if reason is not None:
             raise not_running(model, reason) from error
         kind = type(error).__name__
-        why = "its course depends on values" if "DataDependent" in kind else f"{kind}: {first_line(error)}"
+        why = "its control flow depends on values" if "DataDependent" in kind else f"{kind}: {first_line(error)}"
         raise UnsupportedModelError(
             f"The forward of {type(model).__name__} cannot be traced: {why}",
-            "Use a model whose forward(input_ids) torch.export can follow",
+            "Use a model whose forward(input_ids) torch.export supports",
         ) from error
     finally:
         logging.disable(logged)

@@ -1,1 +1,1 @@
-"""How much each unit of each coupled group matters to the loss, sample by sample."""
+"""Importance of each unit of each coupled group for the loss, sample by sample."""

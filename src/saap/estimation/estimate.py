@@ -1,4 +1,4 @@
-"""The estimation: one pass over the calibration samples that scores every unit, and the score that the search uses."""
+"""The estimation: score every unit in one pass over the calibration samples, and derive the score of the search."""
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
@@ -17,7 +17,7 @@ from saap.settings.prune import Aggregation, ElementOrder, FusionScope
 from saap.settings.registry import Importance
 
 TOKENS_AT_ONCE = 256
-"""Tokens of a micro-batch. More are no faster on a CPU, and each costs the inputs of all blocks in memory."""
+"""Tokens of a micro-batch. More tokens are no faster on a CPU, and each takes the memory of all block inputs."""
 
 
 def estimate(
@@ -31,14 +31,14 @@ def estimate(
     micro_batch: int | None = None,
     also: Sequence[Observer] = (),
 ) -> ImportanceScores:
-    """Vector-wise and element-wise importance of every unit of the groups of `roles`: mean and spread over samples.
+    """Mean and variance over samples of the vector-wise and element-wise importance of every unit of `roles`.
 
     One pass gives both. The importance of each sample is that of its own loss, the mean over its predicted tokens;
     samples are then averaged. Members in linear modules of the decoder blocks are scored, biases with their channels.
-    importance: one that measures something of its own gives it in place of the two. micro_batch: samples at a time, by
-    default as many as fit into 256 tokens; it does not change the result. Groups in stacked tensors (experts) take one.
-    also: others that listen in the same walk.
-    Raises CalibrationError for less than two samples, NonFiniteLossError, UnsupportedModelError.
+    importance: if it has its own observer, that replaces the two scores. micro_batch: samples at a time, by default as
+    many as fit into 256 tokens; it does not change the result. Groups in stacked tensors (experts) require one. also:
+    further observers of the same walk.
+    Raises CalibrationError for fewer than two samples, NonFiniteLossError, UnsupportedModelError.
     """
     samples, length = calibration.tokens.shape
     if samples < 2:
@@ -80,6 +80,6 @@ def require_measured(scores: ImportanceScores, importance: Importance) -> None:
     own = scoring.element or scoring.observer
     if scores.element_order not in ([str(importance)] if own else [str(order) for order in ElementOrder]):
         raise ConfigurationError(
-            f"The scores are not of the importance {importance}, but of {scores.element_order}",
-            "Name the importance that they were estimated with",
+            f"The scores were estimated with the importance {scores.element_order}, not {importance}",
+            "Use the importance that they were estimated with",
         )

@@ -1,10 +1,10 @@
-"""Adaptive importance fusion: vector-wise and element-wise scores weighed by learned uncertainties.
+"""Adaptive importance fusion: vector-wise and element-wise scores weighted by learned uncertainties.
 
 minimise over sigma: mean over the units of a scope of sum_m I_m / (2 sigma_m^2) + log sigma_m, m in {vector, element}.
 Sources: SAAP; homoscedastic uncertainty, Kendall, Gal and Cipolla 2018.
 
-The minimised sum itself is no importance of a whole module: its logarithms make it negative where importances are far
-below one nat, as those of real models are, so it can be neither shared out nor divided. See `fused`.
+The minimised sum itself is not usable as the importance of a module. Importances of real models are far below one nat,
+so its logarithms make it negative, which rules out shares and ratios. See `fused`.
 """
 
 from collections import defaultdict
@@ -17,11 +17,11 @@ from saap.estimation.importance import Scoring
 from saap.settings.prune import FusionScope
 
 _LEAST_MEAN = 1e-100
-"""Stands for a mean of zero, whose sigma would be zero."""
+"""Floor of the mean importance, so that sigma is positive."""
 
 
 def closed_form_sigma(importances: FloatArray) -> float:
-    """The sigma that minimises mean(I) / (2 sigma^2) + log sigma: the root of the mean importance.
+    """The sigma that minimises mean(I) / (2 sigma^2) + log sigma: the square root of the mean importance.
 
     importances: (units,) of one scope and one granularity, not negative.
     """
@@ -50,9 +50,9 @@ def fused(scores: GroupScores, sigma_vector: float, sigma_element: float, sample
     """Fused importance of each unit of a group in nats, not negative: mean and variance over the samples.
 
     I = sigma_vec sigma_el (I_vec / (2 sigma_vec^2) + I_el / (2 sigma_el^2)).
-    Inside a scope this orders units as the paper's sum does, from which it differs by the terms log sigma_m. Across
-    scopes it compares what they are worth: its mean over a scope is sigma_vec sigma_el, the geometric mean of the two
-    mean importances, where that of the paper's sum is 1 + log(sigma_vec sigma_el): the same order.
+    Inside a scope this orders units as the paper's sum does, which also has the terms log sigma_m. Across scopes its
+    mean is sigma_vec sigma_el, the geometric mean of the two mean importances. The mean of the paper's sum is 1 +
+    log(sigma_vec sigma_el), which gives the same order.
     With a, b the factors of the two scores Var = a^2 V_vec + b^2 V_el + 2 a b Cov, with samples - 1 degrees of freedom.
     """
     a, b = 0.5 * sigma_element / sigma_vector, 0.5 * sigma_vector / sigma_element

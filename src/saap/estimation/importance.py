@@ -1,7 +1,7 @@
-"""Importance of channels and units (pure functions of tensors), and what an importance consists of.
+"""Importance of channels and units (pure functions of tensors), and the definition of a scoring.
 
-W is a weight, L_n the loss of one sample, P = W * dL_n/dW their product element by element: to first order P is the
-loss that disappears when the element is set to zero.
+W is a weight, L_n the loss of one sample, and P = W * dL_n/dW the element-wise product. To first order, the loss
+changes by -P when the element is set to zero.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,23 +20,23 @@ from saap.settings.prune import Aggregation, ElementOrder, FusionScope
 ElementScore = Callable[[Tensor, int, int], Tensor]
 """Element-wise importance of one sample, summed over each channel's elements: of (P, predictions, axis).
 
-P: a matrix; it may not be changed. predictions: tokens that the loss is the mean over. axis: the one that numbers the
-channels. Returns (channels,).
+P: a matrix; must not be modified. predictions: number of tokens in the mean loss. axis: of the channels. Returns
+(channels,).
 """
 
 
 def channel_change(activation: Tensor, gradient: Tensor) -> Tensor:
-    """Sum of P over all weights that read (or make) a channel, without the weight gradient: sum_t a * dL/da.
+    """Sum of P over all weights that consume (or produce) a channel, without the weight gradient: sum_t a * dL/da.
 
-    activation, gradient: (samples, tokens, channels); gradient = d loss_n / d activation in nats. For a module's
-    input the sum goes over its weights' columns, for an output without its bias over the rows.
+    activation, gradient: (samples, tokens, channels); gradient = d loss_n / d activation in nats. For a module's input
+    the sum is over the columns of its weight, for an output without its bias over the rows.
     Returns (samples, channels), signed, in at least float32.
     """
     return torch.einsum("ntc,ntc->nc", at_least_float32(activation), at_least_float32(gradient))
 
 
 def weight_product(weight: Tensor, activation: Tensor, gradient: Tensor, contracted: int, out: Tensor) -> Tensor:
-    """P of one sample and one linear module, written to `out`, which is of the weight's shape.
+    """P of one sample and one linear module, written to `out`, which has the weight's shape.
 
     activation: (tokens, in), gradient: (tokens, out). contracted: the weight's axis of size `in`.
     """
@@ -54,8 +54,8 @@ def first_order(product: Tensor, predictions: int, axis: int) -> Tensor:
 def second_order(product: Tensor, predictions: int, axis: int) -> Tensor:
     """Sum of 1/2 W_i^2 H_ii, an `ElementScore`.
 
-    H_ii = T (dL_n/dW_i)^2, the Fisher diagonal where the loss is the mean over T = `predictions` tokens, so that
-    W_i^2 H_ii = T P_i^2.
+    H_ii = T (dL_n/dW_i)^2 is the Fisher diagonal of a loss that is the mean over T = `predictions` tokens, so W_i^2
+    H_ii = T P_i^2.
     """
     return _norm(product, 2, axis).square_().mul_(predictions / 2)
 
@@ -78,8 +78,8 @@ ELEMENT_SCORES: Mapping[ElementOrder, ElementScore] = {
 def vector_importance(changes: Tensor, aggregation: Aggregation, last: int) -> Tensor:
     """Vector-wise importance: |sum of P over all weights of the unit|, over all members for the aggregation `sum`.
 
-    changes: (members, samples, units), the signed sums of P in each member. The other aggregations are taken of the
-    members' absolute values. last: the member that `last` means. Returns (samples, units).
+    changes: (members, samples, units), the signed sums of P in each member. All aggregations but `sum` use the members'
+    absolute values. last: index of the member for the aggregation `last`. Returns (samples, units).
     Source: SAAP, coarse-grained importance; aggregations as in LLM-Pruner.
     """
     if aggregation is Aggregation.SUM:
@@ -109,11 +109,11 @@ def measured_units(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scoring:
-    """What the name of an importance stands for: what the estimation measures, and the score that the search uses.
+    """Definition of an importance: the measurements of the estimation, and the score of the search.
 
-    element: the element-wise score that is measured with the vector-wise one, None for the configured order.
-    observer: of the model and the groups to score, measures something else in place of the two.
-    units: from what was measured, one score per unit.
+    element: the element-wise score measured with the vector-wise one, None for the configured order. observer: function
+    of the model and the groups to score; its measurements replace the two scores. units: function of the measurements,
+    one score per unit.
     """
 
     element: ElementScore | None = None

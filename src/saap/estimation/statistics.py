@@ -1,4 +1,4 @@
-"""Statistics of scores over samples, and the observer that keeps them in a walk."""
+"""Statistics of scores over samples, and the observer that collects them in a walk."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from saap.models.walk.processes import Processes
 class Moments:
     """Statistics over samples of two scores of a group's units.
 
-    mean: (2, units). products: (2, 2, units), sums of the products of two deviations from the mean.
+    mean: (2, units). products: (2, 2, units), sums of products of deviations from the mean.
     """
 
     samples: int
@@ -32,7 +32,7 @@ class Moments:
 
     @property
     def scores(self) -> GroupScores:
-        """The statistics by their names."""
+        """The statistics as a record."""
         (vector, element), ((vector_m2, comoment), (_, element_m2)) = self.mean, self.products
         return GroupScores(
             vector=vector, vector_m2=vector_m2, element=element, element_m2=element_m2, comoment=comoment
@@ -40,9 +40,9 @@ class Moments:
 
 
 def merge(one: Moments, other: Moments) -> Moments:
-    """Moments of both sets of samples together; with a single sample as the second this is Welford's update.
+    """Moments of the union of two sets of samples; if the second has one sample, this is Welford's update.
 
-    Source: Chan, Golub and LeVeque 1983, and the same for the product of two deviations.
+    Source: Chan, Golub and LeVeque 1983, also for co-moments.
     """
     samples, difference = one.samples + other.samples, other.mean - one.mean
     share = other.samples / samples
@@ -51,7 +51,7 @@ def merge(one: Moments, other: Moments) -> Moments:
 
 
 class ScoreObserver(Observer):
-    """Keeps the losses, and the statistics of the scores that `observe` of a subclass hands to `add`.
+    """Observer that collects the losses and the statistics of scores; `observe` of a subclass calls `add`.
 
     one_by_one: whether a micro-batch must be one sample.
     """
@@ -66,7 +66,7 @@ class ScoreObserver(Observer):
     def add(self, name: str, batch: Batch, element: Tensor, vector: Tensor | None = None) -> None:
         """Add the scores of a group's units for the samples of a micro-batch.
 
-        element, vector: (samples, units), not negative; where there is one score alone, it stands for both.
+        element, vector: (samples, units), not negative; a single score is used for both.
         Raises NonFiniteLossError.
         """
         each = [(element if one is None else one).cpu().double().numpy() for one in (vector, element)]
@@ -84,7 +84,7 @@ class ScoreObserver(Observer):
         self._losses.append(losses.cpu().double().numpy())
 
     def merge(self, processes: Processes) -> None:
-        """Moments over the samples of all processes; one without samples has none."""
+        """Merge the moments of all processes; a process without samples has none."""
         found = processes.gather((self._moments, self._losses))
         self._losses = [losses for _, parts in found for losses in parts]
         every = [moments for moments, _ in found if moments]

@@ -1,4 +1,4 @@
-"""Token-level Fisher importance: how sensitive the loss is to each unit at every single token of a text."""
+"""Token-level Fisher importance: sensitivity of the loss to each unit at each single token."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,12 @@ from saap.settings.prune import Aggregation
 
 
 class TokenFisher(UnitImportance):
-    """For each unit half the mean over a sample's tokens of (g_t W_u x_tu)^2, in nats per token: (samples, units).
+    """Half the mean over a sample's tokens of (g_t W_u x_tu)^2 for each unit, in nats per token: (samples, units).
 
-    x_tu is what the module that reads the group's channels takes from unit u at token t, W_u its columns, g_t the
-    gradient of the sequence's summed loss at its output: the loss that the unit's silence at that token alone costs, by
-    the Fisher information. The element-wise score squares the sum over a sample's tokens instead, in which they cancel
-    each other; it is taken, of second order, of groups whose channels several modules read, and of experts.
+    x_tu is the input of the consuming module from unit u at token t, W_u its columns, and g_t the gradient of the
+    sequence's summed loss at its output. By the Fisher information, this is the loss increase if the unit is zeroed at
+    that token alone. The element-wise score squares the sum over a sample's tokens instead, in which tokens cancel each
+    other. Groups with several consumers, and experts, use the element-wise score of second order.
     """
 
     def __init__(self, backend: Backend, groups: Sequence[CoupledGroup]) -> None:
@@ -32,7 +32,7 @@ class TokenFisher(UnitImportance):
             self.needs[path] = self.needs.get(path, Signal(0)) | Signal.INPUT | Signal.OUTPUT_GRADIENT
 
     def observe(self, seen: Observation) -> None:
-        """Score the units that one module reads, and the parts of other groups in it."""
+        """Score the units that one module consumes, and the parts of other groups in it."""
         if seen.site in self._parts:
             super().observe(seen)
         if seen.site not in self._sole:

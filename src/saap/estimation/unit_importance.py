@@ -1,4 +1,4 @@
-"""The observer behind SAAP's importance: which weights of the coupled groups are scored, and how in a walk."""
+"""The observer of SAAP's importance: selects the scored weights of the coupled groups, and scores them in a walk."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -26,11 +26,11 @@ PartScores = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One member of one group: some channels of a matrix, with their biases where those are removed too.
+    """One member of one group: channels of a matrix, with their biases if those are removed too.
 
     position: among the group's parts. channels, biases: (units, width) indices of the matrix' axis and of the bias.
-    consumes: whether it reads the group's channels. place: of the matrix in a stacked tensor; None in one whose
-    matrices are the units.
+    consumes: whether it consumes the group's channels. place: index of the matrix in a stacked tensor; None if the
+    matrices themselves are the units.
     """
 
     group: str
@@ -44,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class GroupParts:
-    """The parts of one group. last: the last that reads its channels. first_block: where a walk back completes it."""
+    """The parts of one group. last: index of the last consumer. first_block: its last block in the backward walk."""
 
     units: int
     count: int
@@ -55,10 +55,10 @@ class GroupParts:
 class UnitImportance(ScoreObserver):
     """Vector-wise and element-wise importance of every unit.
 
-    Scored are members in linear-like modules inside decoder blocks: weights, and the biases of the same channels as
-    parts of them; and members in stacked tensors. Weights of norms, embeddings and the head are not. Linear modules are
-    scored from activations and their gradients, for all samples of a micro-batch; matrices in stacks from the gradient
-    of the weight, which is a sum over samples. A group without any scored member raises UnsupportedModelError.
+    Scores members in linear-like modules inside decoder blocks (weights, with the biases of the same channels) and
+    members in stacked tensors. Norms, embeddings and the head are not scored. Linear modules are scored from
+    activations and their gradients, for all samples of a micro-batch. Stacked matrices are scored from the weight
+    gradient, which is a sum over samples. A group without any scored member raises UnsupportedModelError.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class UnitImportance(ScoreObserver):
         batch, parts, module = seen.batch, self._parts[seen.site], self._model.get_submodule(seen.site)
         x, dy = batch.by_sample(seen.x, seen.site), batch.by_sample(seen.dy, seen.site)
         elements = self._elements(module, seen, x, dy)
-        changes: dict[bool, Tensor] = {}  # of the channels that are read, and of those that are made
+        changes: dict[bool, Tensor] = {}  # of consumed and of produced channels
         of_bias = None
         if any(part.consumes for part in parts):
             changes[True] = channel_change(x, batch.by_sample(seen.dx, seen.site))
@@ -136,7 +136,7 @@ class UnitImportance(ScoreObserver):
         return result
 
     def _product_like(self, weight: Tensor) -> Tensor:
-        """Room for P of a weight; only that of the largest is ever allocated."""
+        """Buffer for P of a weight; only the largest one is ever allocated."""
         key = (torch.promote_types(weight.dtype, torch.float32), weight.device)
         if key not in self._products or self._products[key].numel() < weight.numel():
             self._products.pop(key, None)
@@ -146,8 +146,8 @@ class UnitImportance(ScoreObserver):
     def _in_stack(self, seen: Observation) -> Iterator[tuple[Part, PartScores]]:
         """Scores of channels in the matrices of a stack (experts, rows, columns), or of each matrix as one unit.
 
-        An expert that no token of the sample went to has no gradient and scores zero, so that the mean over samples
-        counts how often it is used.
+        An expert that gets no token of the sample has no gradient and scores zero, so the mean over samples reflects
+        how often the expert is used.
         """
         weight, predictions = self._model.get_parameter(seen.site).detach(), seen.batch.predictions
 
@@ -170,7 +170,7 @@ class UnitImportance(ScoreObserver):
         for name, group in self._groups.items():
             if group.first_block == layer:
                 parts = self._waiting.pop((name, batch.first), {})
-                # a part that did not run (an expert without tokens) changes nothing and scores zero
+                # a part that did not run (an expert without tokens) scores zero
                 nothing = torch.zeros(len(batch.tokens), group.units, dtype=torch.float64)
                 every = (parts.get(position, (nothing, nothing)) for position in range(group.count))
                 both = (torch.stack([one.cpu().double() for one in each]) for each in zip(*every, strict=True))

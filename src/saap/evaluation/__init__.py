@@ -1,1 +1,1 @@
-"""What a model does: perplexity."""
+"""Evaluation of models: perplexity, zero-shot tasks, generation and speed."""

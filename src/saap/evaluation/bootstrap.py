@@ -1,4 +1,4 @@
-"""Intervals of paired comparisons on the same questions."""
+"""Bootstrap intervals of paired comparisons on the same questions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from saap.core.evaluation_records import Interval, TaskResult
 
 DRAWS = 2000
 NORMALISED = ("hellaswag", "arc_challenge", "openbookqa")
-"""Tasks whose usual figure is acc_norm; of the others it is acc."""
+"""Tasks that are usually reported by acc_norm; the others by acc."""
 
 Answers = Sequence[Sequence[int]]
 """Right (1) or wrong (0): one sequence of questions for each task."""
@@ -23,7 +23,7 @@ def usual_answers(name: str, result: TaskResult) -> tuple[int, ...]:
 
 
 def kept_accuracy(dense: Mapping[str, TaskResult], pruned: Mapping[str, TaskResult]) -> Interval:
-    """How much of the dense model's accuracy above chance is kept, see `kept_share`; of the same tasks for both."""
+    """Share of the dense model's accuracy above chance that is kept (see `kept_share`), on the tasks of both."""
     before, after = ([usual_answers(name, model[name]) for name in dense] for model in (dense, pruned))
     return kept_share(before, after, [result.chance for result in dense.values()])
 
@@ -31,10 +31,10 @@ def kept_accuracy(dense: Mapping[str, TaskResult], pruned: Mapping[str, TaskResu
 def kept_share(dense: Answers, pruned: Answers, chance: Sequence[float], *, than: Answers | None = None) -> Interval:
     """Sum over tasks of (accuracy - chance), pruned over dense. chance: by task.
 
-    than: another model, to say how much more than it the pruned one keeps; an interval without 0 says that the two
-    differ by more than the choice of questions.
-    Interval: percentile bootstrap over the questions of each task, the same draw for all models; NaN where the dense
-    model has nothing above chance. Raises ValueError for other numbers of tasks or questions.
+    than: another model; the result is then the difference of the kept shares. If its interval excludes 0, the
+    difference is larger than the sampling error of the questions.
+    Interval: percentile bootstrap over the questions of each task, with the same draws for all models; NaN if the dense
+    model is not above chance. Raises ValueError if numbers of tasks or questions differ.
     """
     models = [dense, pruned] if than is None else [dense, pruned, than]
     generator = np.random.default_rng(0)

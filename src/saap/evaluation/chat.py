@@ -1,4 +1,4 @@
-"""Perplexity of the answers in conversations, written out with the model's own chat template."""
+"""Perplexity of the answers in conversations, rendered with the model's chat template."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from saap.models.walk.probe import read_at_once
 def chat_perplexity(
     model: nn.Module, tokenizer: Any, conversations: Sequence[Sequence[dict[str, Any]]], *, max_tokens: int = 1024
 ) -> ChatPerplexity:
-    """Perplexity of the assistant's turns, each given all before it; an answer ends as the template ends a turn.
+    """Perplexity of the assistant's turns given all previous text; an answer includes the end of its turn.
 
-    conversations: lists of messages with `role` and `content`. max_tokens: of a context and answer, fewer where the
-    model has no more positions; a longer context loses its beginning, a longer answer its end.
-    Raises EvaluationError for a tokenizer without chat template, conversations that the template refuses or writes out
-    of order, or without answers.
+    conversations: lists of messages with `role` and `content`. max_tokens: limit of context and answer, also limited by
+    the model's positions; a longer context is cut at its beginning, a longer answer at its end. Raises EvaluationError
+    for a tokenizer without chat template, and for conversations without answers or that the template rejects or renders
+    out of order.
     """
     max_tokens = read_at_once(model, max_tokens)
     losses = []

@@ -1,4 +1,4 @@
-"""What a model writes: diversity, repetition, agreement with the dense model, coherence, facts."""
+"""Evaluation of generated text: diversity, repetition, agreement with the dense model, coherence, facts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOP_P = 0.95
 
 
 class Prompt(BaseModel):
-    """One prompt. answer: what a cloze prompt is to be continued with, None for an open one."""
+    """One prompt. answer: the expected continuation of a cloze prompt, None for an open prompt."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,7 +35,7 @@ class Prompt(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """The continuation of one prompt. ids: its tokens without the end token."""
+    """Continuation of one prompt. ids: its tokens without the end token."""
 
     prompt: str
     text: str
@@ -43,10 +43,10 @@ class Written:
 
 
 def read_prompts(source: str | Path) -> tuple[Prompt, ...]:
-    """The prompts of a file, or `bundled` ones.
+    """Read the prompts of a file, or the `bundled` ones.
 
-    .txt: one prompt a line. .jsonl: an object with `prompt` and perhaps `answer` a line. Raises EvaluationError, and
-    CalibrationError for what is not JSON.
+    .txt: one prompt per line. .jsonl: one object per line with `prompt` and optionally `answer`. Raises
+    EvaluationError, and CalibrationError for what is not JSON.
     """
     path = Path(str(resources.files("saap.evaluation") / "prompts.jsonl")) if str(source) == BUNDLED else Path(source)
     try:
@@ -58,7 +58,7 @@ def read_prompts(source: str | Path) -> tuple[Prompt, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"the prompts {path} cannot be read ({error})", "Give a UTF-8 .txt or .jsonl") from error
     if not found:
-        raise EvaluationError(f"{path} has no prompts", "Give one a line")
+        raise EvaluationError(f"{path} has no prompts", "Give one per line")
     return found
 
 
@@ -66,11 +66,11 @@ def _prompt(place: str, row: dict[str, Any]) -> Prompt:
     try:
         return Prompt.model_validate(row)
     except ValidationError:
-        raise EvaluationError(f"{place} is no prompt", 'Write it as {"prompt": "...", "answer": "..."}') from None
+        raise EvaluationError(f"{place} is not a prompt", 'Write it as {"prompt": "...", "answer": "..."}') from None
 
 
 def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = True) -> list[int]:
-    """Token ids of a prompt, as the user's turn of a chat where the tokenizer has a template and `chat` asks for it."""
+    """Token ids of a prompt; with `chat` and a chat template, as the user's turn."""
     if chat and getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]
         made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
@@ -79,7 +79,7 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = True) -> list[int]:
 
 
 def check_prompts(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], tokens: int) -> None:
-    """Refuse a model that cannot read the longest prompt and what follows it. Raises UnsupportedModelError."""
+    """Check that the model can process the longest prompt and its continuation. Raises UnsupportedModelError."""
     lengths = [
         len(prompt_ids(tokenizer, one.prompt, chat=one.answer is None))
         + (tokens if one.answer is None else len(_answer_ids(tokenizer, one.answer)))
@@ -92,9 +92,9 @@ def check_prompts(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], t
 def write(
     model: Any, tokenizer: Any, prompts: Sequence[str], *, tokens: int, sampled: bool, seed: int = 0
 ) -> list[Written]:
-    """Continuations of at most `tokens` tokens: greedy, or sampled at temperature 1 from the top 95 % of the mass.
+    """Continuations of at most `tokens` tokens: greedy, or sampled at temperature 1 with top-p 0.95.
 
-    The same seed gives each prompt the same random numbers with every model. Raises ModelError for a model that
+    With the same seed, each prompt gets the same random numbers with every model. Raises ModelError for a model that
     cannot generate.
     """
     if not hasattr(model, "generate"):
@@ -120,12 +120,12 @@ def write(
 
 @torch.no_grad()
 def continuation(model: nn.Module, context: Sequence[int], ids: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """How likely each token of `ids` is after the context and the tokens before it, and which ones are the likeliest.
+    """Negative log-likelihood of each token of `ids` given context and previous tokens, and the most likely tokens.
 
     Returns -log p in nats, (tokens,) float64, and a token for each place of `ids`.
     """
     if not context:
-        raise EvaluationError("a prompt without tokens gives nothing to continue", "Leave out empty prompts")
+        raise EvaluationError("a prompt without tokens cannot be continued", "Leave out empty prompts")
     tokens = torch.tensor([[*context, *ids]], device=next(model.parameters()).device)
     logits = model_logits(model, tokens)[0, len(context) - 1 : -1]
     wanted = tokens[0, len(context) :].to(logits.device)
@@ -139,7 +139,7 @@ def generation_figures(
     tokenizer: Any,
     progress: Callable[[int, int], None] | None = None,
 ) -> GenerationFigures:
-    """Measures of what a model wrote. dense: the dense model, None leaves out what it evaluates."""
+    """Measures of generated text. dense: the dense model; None skips the measures that need it."""
     sequences = [one.ids for one in written]
     losses: list[Tensor] = []
     for index, one in enumerate(written if dense is not None else ()):
@@ -164,15 +164,15 @@ def _perplexity(losses: Sequence[Tensor]) -> float:
 
 
 def _quarters(sequence: Any) -> list[Any]:
-    """Four parts of equal length; what is left over at the end goes."""
+    """Four parts of equal length; remaining tokens are dropped."""
     length = len(sequence) // QUARTERS
     return [sequence[index * length : (index + 1) * length] for index in range(QUARTERS)]
 
 
 def token_agreement(model: nn.Module, dense_written: Sequence[Written], tokenizer: Any) -> float | None:
-    """Share of the dense model's greedy tokens that `model` also finds the most likely, given the dense model's text.
+    """Share of the dense model's greedy tokens that are also the most likely ones of `model`, given the same text.
 
-    None if the dense model wrote nothing.
+    None if the dense model generated nothing.
     """
     equal = [
         found == wanted

@@ -15,13 +15,13 @@ from saap.core.records import IntArray, digest_of
 from saap.models.walk.probe import read_at_once
 from saap.models.walk.walker import inference_only, without_cache
 
-# Logits of one forward pass, in float32: they are the largest tensor of an evaluation.
+# Limit on the logits of one forward pass in float32, the largest tensor of an evaluation.
 LOGITS_BYTES = 2**28
 POSITIONS_PER_CHUNK = 256
 WINDOW = 512
 
-Reader = Callable[[Sequence[Tensor]], Iterator[Tensor]]
-"""From batches of token ids (sequences, tokens) to their logits."""
+LogitsOf = Callable[[Sequence[Tensor]], Iterator[Tensor]]
+"""Function from batches of token ids (sequences, tokens) to their logits."""
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def default_window(model: nn.Module) -> int:
-    """Tokens of a window where nothing else is said: 512, or as many as the model reads at once."""
+    """Default tokens per window: 512, limited by the model's positions."""
     return read_at_once(model, WINDOW)
 
 
@@ -53,21 +53,21 @@ def perplexity(
     batch: int = 4,
     max_tokens: int | None = None,
     leading: Sequence[int] = (),
-    read: Reader | None = None,
+    read: LogitsOf | None = None,
 ) -> Perplexity:
     """Perplexity over windows of `token_ids` (n,), each read on its own.
 
-    window: tokens of each, None for `default_window`. stride: tokens of the text from one window's start to the next's;
-    None: consecutive windows. In the first of w tokens the last w - 1 are predicted, in the others those that no
-    earlier window held (of consecutive windows again w - 1). A shorter last window counts if it predicts something.
-    leading: ids that each window begins with (BOS, see `leading_ids`), as context of its first token of the text, which
-    then is predicted too.
-    max_tokens: read only the first ones. batch: windows per forward pass, fewer where the vocabulary is large.
+    window: tokens per window, None for `default_window`. stride: tokens of the text between the starts of two windows;
+    None: consecutive windows. The first window of w tokens predicts its last w - 1. Each further window predicts the
+    tokens that no earlier window contains (again w - 1 for consecutive windows). A shorter last window counts if it
+    predicts something. leading: ids prepended to each window (BOS, see `leading_ids`), so that its first token of the
+    text is predicted too.
+    max_tokens: limit on the evaluated tokens. batch: windows per forward pass, fewer for a large vocabulary.
     model: any module that maps ids (batch, tokens) to logits (batch, tokens, vocabulary), an output with `.logits`, or
-    a tuple that starts with them. Evaluated without dropout; its training flags are left as they were. read: gives the
-    logits of all batches of windows, in place of one call of the model for each.
-    Raises CalibrationError if there are fewer than 2 tokens, or window is less than 2, or stride is not
-    from 1 to the tokens of the text in a window.
+    a tuple that starts with them. Evaluated without dropout; its training flags are restored. read: returns the logits
+    of all batches of windows, in place of one call of the model for each.
+    Raises CalibrationError for fewer than 2 tokens, a window below 2, or a stride below 1 or above the tokens of the
+    text in a window.
     """
     text = {"": _stream(token_ids)[:max_tokens]}
     return perplexities(model, text, window=window, stride=stride, batch=batch, leading=leading, read=read)[""]
@@ -82,7 +82,7 @@ def perplexities(
     stride: int | None = None,
     batch: int = 4,
     leading: Sequence[int] = (),
-    read: Reader | None = None,
+    read: LogitsOf | None = None,
 ) -> dict[str, Perplexity]:
     """Perplexity of several texts, ids (n,) by name; see `perplexity`. `read` gets the windows of all of them."""
     window = default_window(model) if window is None else window
@@ -123,7 +123,7 @@ def perplexities(
 
 
 def joint_perplexity(found: Iterable[Perplexity]) -> float:
-    """The perplexity of several texts together, each predicted token counted once."""
+    """Joint perplexity of several texts, weighted by predicted tokens."""
     parts = list(found)
     return _exponential(sum(one.nll * one.tokens for one in parts) / sum(one.tokens for one in parts))
 
@@ -134,14 +134,14 @@ def _stream(text: IntArray | Tensor) -> Tensor:
 
 
 def _exponential(nll: float) -> float:
-    """exp(nll): infinite where no float is as large, not a number where the loss is none."""
+    """exp(nll): infinite on overflow, NaN for a NaN loss."""
     if math.isnan(nll):
         return math.nan
     return math.exp(nll) if nll < math.log(np.finfo(np.float64).max) else math.inf
 
 
 def _batches(ids: Tensor, size: int, stride: int, batch: int, leading: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
-    """Windows (<= batch, leading + size) with the same number of context tokens, and that number; the rest at the end.
+    """Batches of windows (<= batch, leading + size) with an equal number of context tokens, and that number.
 
     size: tokens of the text in a window.
     """
@@ -157,7 +157,7 @@ def _batches(ids: Tensor, size: int, stride: int, batch: int, leading: Sequence[
 
 
 def model_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits (batch, tokens, vocabulary) of `ids` (batch, tokens), in whichever usual form the model answers."""
+    """Logits (batch, tokens, vocabulary) of `ids` (batch, tokens), from any usual output of a model."""
     output = model(ids, **without_cache(model))
     logits = getattr(output, "logits", output)
     tensor: Tensor = logits[0] if isinstance(logits, tuple) else logits

@@ -1,6 +1,6 @@
-"""Tokens per second: of reading a prompt (prefill) and of writing one token after another (decode, batch 1).
+"""Tokens per second of prefill and decode at batch 1.
 
-The runtimes to compare run in turns, so that a busy machine slows all of them alike.
+Compared runtimes run interleaved, so a busy machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -17,30 +17,29 @@ import torch
 from torch import Tensor, nn
 
 Source = str | Path | nn.Module
-"""A model to measure: where it lies, or itself."""
+"""A model to measure: its location, or the loaded model."""
 
 
 class Runtime(Protocol):
-    """A model, open in a program that reads tokens and keeps what it needs of them for the next ones.
+    """A model opened in a runtime that keeps a cache of the tokens so far.
 
-    vocabulary: number of tokens. bytes_per_token: of the weights that one token reads.
-    A class of the registry `saap.settings.registry.RuntimeName` also has `package`, the one whose version its speed
-    depends on; `in_memory`, whether it takes a model that is loaded already; `weights(source, settings)`, their type;
-    and the context manager `opened(source, settings)`.
+    vocabulary: number of tokens. bytes_per_token: weight bytes read for one token. A class in the registry
+    `saap.settings.registry.RuntimeName` also has `package`, whose version affects the speed; `in_memory`, whether it
+    accepts a loaded model; `weights(source, settings)`, their type; and the context manager `opened(source, settings)`.
     """
 
     vocabulary: int
     bytes_per_token: int
 
     def read(self, ids: Sequence[int]) -> int:
-        """Forget everything, read the tokens, and return the most likely next one."""
+        """Clear the cache, process the tokens, and return the most likely next token."""
 
     def step(self, token: int) -> int:
-        """Read one more token and return the most likely next one."""
+        """Process one more token and return the most likely next token."""
 
 
 class CachedModel:
-    """A transformers model with its cache of keys and values, whose argument has the name that its version knows."""
+    """A transformers model with its key-value cache; the name of the cache argument depends on the version."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -56,7 +55,7 @@ class CachedModel:
 
     @torch.no_grad()
     def feed(self, ids: Sequence[int]) -> Tensor:
-        """Read further tokens. Returns the logits (vocabulary,) of what follows them."""
+        """Process further tokens. Returns the logits (vocabulary,) of the next token."""
         inputs = torch.tensor([list(ids)], device=self._device)
         output = self._model(inputs, **{self._name: self._cache}, use_cache=True, **self._options)
         self._cache = output[self._name]
@@ -66,7 +65,7 @@ class CachedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """Time that one runtime took. read_seconds: of the prompt, round by round; step_seconds: of the median new token.
+    """Times of one runtime by round. read_seconds: of the prompt; step_seconds: of the median new token.
 
     prefill, decode: medians over the rounds, in tokens per second.
     """
@@ -78,9 +77,9 @@ class Speed:
 
 
 def speed_ups(faster: Speed, than: Speed) -> tuple[float, float]:
-    """How many times as fast, of prefill and of decode: the median of the ratios of each round.
+    """Speed-ups of prefill and decode: the median of the ratios of each round.
 
-    In a round both met the same other work.
+    In one round, both runtimes see the same load of the machine.
     """
     pairs = ((than.read_seconds, faster.read_seconds), (than.step_seconds, faster.step_seconds))
     prefill, decode = (statistics.median(a / b for a, b in zip(above, below, strict=True)) for above, below in pairs)
@@ -95,10 +94,10 @@ def measure_speeds(
     rounds: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Speed]:
-    """Speed of each runtime on the same prompt, after one round that is not counted.
+    """Speed of each runtime on the same prompt, after one warm-up round.
 
-    In each round every runtime reads the prompt and then writes `new_tokens`; the one that begins changes from round to
-    round. The time of a round's new token is the median over them, so that a short disturbance does not count.
+    In each round every runtime processes the prompt and then generates `new_tokens`; rounds rotate the order of the
+    runtimes. The time per new token of a round is the median over its tokens, so short disturbances do not count.
     clock: seconds.
     """
     taken: list[list[tuple[float, float]]] = [[] for _ in runtimes]
@@ -119,7 +118,7 @@ def measure_speeds(
 def _one_round(
     runtime: Runtime, prompt: Sequence[int], new_tokens: int, clock: Callable[[], float]
 ) -> tuple[float, float]:
-    """Seconds of reading, and of the median step of writing."""
+    """Seconds of prefill, and of the median decoding step."""
     start = clock()
     token = runtime.read(prompt)
     now = clock()

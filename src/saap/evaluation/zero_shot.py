@@ -1,7 +1,7 @@
 """Zero-shot multiple-choice tasks, scored by lm-evaluation-harness, from the hub or from local files.
 
-A local file holds what the harness makes of the hub's rows: the prompt and the choices. Both ways go through the same
-harness code, so the same rows give the same figures.
+A local file contains the harness' prompts and choices for the rows on the hub. Both sources use the same harness code,
+so the same rows give the same figures.
 """
 
 from __future__ import annotations
@@ -56,41 +56,43 @@ class ChoiceRecord(BaseModel):
 
 
 def local_file(folder: Path, task: str) -> Path:
-    """The task's file in `folder`, test preferred to validation. Raises EvaluationError that offers near names."""
+    """The task's file in `folder`, test preferred to validation. Raises EvaluationError with similar names."""
     for split in SPLITS:
         path = folder / f"{task}.{split}.jsonl"
         if path.is_file():
             return path
     there = sorted({file.name.split(".")[0] for split in SPLITS for file in folder.glob(f"*.{split}.jsonl")})
     if not there:
-        raise EvaluationError(f"{folder} has no file named TASK.test.jsonl or TASK.validation.jsonl", "Name its folder")
+        raise EvaluationError(f"{folder} has no file named TASK.test.jsonl or TASK.validation.jsonl", "Give its folder")
     raise EvaluationError(f"{folder} has no file of the task {task!r}", f"{_near(task, there)}{', '.join(there)}")
 
 
 def read_records(path: Path, limit: int | None = None) -> list[ChoiceRecord]:
-    """The first `limit` records of a local task file; other fields of a line are not read.
+    """The first `limit` records of a local task file; unknown fields of a line are ignored.
 
-    Raises EvaluationError, naming file and line, for a malformed record or one of another kind than the first;
-    CalibrationError for what is not JSON.
+    Raises EvaluationError with file and line for a malformed record or one of another kind than the first, and
+    CalibrationError for invalid JSON.
     """
     records: list[ChoiceRecord] = []
     for place, row in islice(read_rows(path), limit):
         try:
             record = ChoiceRecord.model_validate(row)
         except ValidationError as error:
-            raise EvaluationError(f"{place} is no record of a task ({faults_of(error)})", "Correct the line") from None
+            raise EvaluationError(
+                f"{place} is not a record of a task ({faults_of(error)})", "Correct the line"
+            ) from None
         if records and (record.choices is None) != (records[0].choices is None):
-            raise EvaluationError(f"{place} is of another kind than the first", "Use one kind a file")
+            raise EvaluationError(f"{place} is of another kind than the first", "Use one kind per file")
         records.append(record)
     if not records:
-        raise EvaluationError(f"{path} has no records", "Give a file with one JSON object a line")
+        raise EvaluationError(f"{path} has no records", "Give a file with one JSON object per line")
     return records
 
 
 def check_tasks(names: Sequence[str], data: Path | None, limit: int | None = None) -> None:
-    """Raise EvaluationError now for anything that `evaluate_tasks` could not find or read later."""
+    """Raise EvaluationError early for anything that `evaluate_tasks` could not find or read."""
     if limit is not None and limit < 1:
-        raise EvaluationError(f"--limit {limit} leaves no question", "Give at least 1")
+        raise EvaluationError(f"--limit {limit} keeps no question", "Give at least 1")
     known = sorted(_task_manager().all_tasks)
     for name in names:
         if data is not None:
@@ -111,11 +113,11 @@ def evaluate_tasks(
     """Accuracy of `model` on zero-shot tasks, by name.
 
     names: of multiple-choice tasks. data: folder with files TASK.SPLIT.jsonl; None: the rows come from the hub. limit:
-    only the first questions in file order. progress: called with the numbers of tasks done and of all.
-    Raises EvaluationError if the harness is not installed, a task is unknown, a record malformed, or the rows cannot
-    be fetched.
+    only the first questions in file order. progress: called with the numbers of finished and all tasks. Raises
+    EvaluationError if the harness is not installed, a task is unknown, a record is malformed, or the rows cannot be
+    downloaded.
     """
-    _task_manager()  # refuses a missing harness
+    _task_manager()  # raises if the harness is missing
     with _quiet():
         from lm_eval.models.huggingface import HFLM
 
@@ -137,7 +139,7 @@ def _near(name: str, known: Sequence[str]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness prints and warns on its own; stdout belongs to the answer."""
+    """Silence the harness, which prints and warns: stdout is for results."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     sink = io.StringIO()
@@ -151,7 +153,7 @@ def _quiet() -> Iterator[None]:
 
 @functools.cache
 def _task_manager() -> Any:
-    """The tasks of the harness, which is imported and indexed once: both take seconds."""
+    """The task manager of the harness, cached because import and indexing take seconds."""
     try:
         with _quiet():
             from lm_eval.tasks import TaskManager
@@ -165,7 +167,7 @@ def _task_manager() -> Any:
 
 
 def _hub_task(name: str) -> Any:
-    """The harness' own task; acc_norm is added where it leaves it out and its choices are what is scored."""
+    """The harness' own task; acc_norm is added if the task lacks it and its choices are scored directly."""
     from lm_eval.api.task import ConfigurableTask
 
     try:
@@ -183,7 +185,7 @@ def _hub_task(name: str) -> Any:
 
 
 def _local_task(name: str, records: Sequence[ChoiceRecord]) -> Any:
-    """A task of the harness whose rows are `records`."""
+    """A task of the harness with `records` as rows."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
@@ -205,12 +207,12 @@ def _local_task(name: str, records: Sequence[ChoiceRecord]) -> Any:
 
 
 def _result(task: Any, model: Any, limit: int | None, source: str) -> TaskResult:
-    """Score one task. source: where its rows came from."""
+    """Score one task. source: origin of its rows."""
     from lm_eval import evaluator
 
     name = str(task.config.task)
     if task.OUTPUT_TYPE != "multiple_choice":
-        raise EvaluationError(f"{name} is no multiple-choice task", f"Use some of {', '.join(PAPER_TASKS)}")
+        raise EvaluationError(f"{name} is not a multiple-choice task", f"Use some of {', '.join(PAPER_TASKS)}")
     with _quiet(), torch.no_grad():
         found = evaluator.simple_evaluate(
             model=model, tasks=[task], num_fewshot=0, limit=limit, task_manager=_task_manager()

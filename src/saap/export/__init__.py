@@ -1,1 +1,1 @@
-"""Writing results: the checkpoint folder with its card and manifest."""
+"""Export: checkpoint folders with model card and manifest, and the formats of other programs."""

@@ -1,7 +1,7 @@
-"""Configuration of a LLaMA whose layers have sizes of their own, as vLLM's DeciLMForCausalLM reads it.
+"""Configuration of a LLaMA with per-layer sizes, as read by vLLM's DeciLMForCausalLM.
 
-`block_configs` lists for each layer what its attention and its FFN are. This file needs transformers only, and lies in
-the model's folder: vllm serve FOLDER --trust-remote-code
+`block_configs` describes attention and FFN of each layer. This file needs only transformers, and is part of the model's
+folder: vllm serve FOLDER --trust-remote-code
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 
 class Named(dict):  # type: ignore[type-arg, unused-ignore]
-    """A dictionary whose entries are attributes too, so that it is still plain JSON."""
+    """A dictionary whose entries are also attributes, so it is still plain JSON."""
 
     def __getattr__(self, name: str) -> Any:
         try:

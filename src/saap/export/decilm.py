@@ -1,7 +1,6 @@
-"""A folder for vLLM's own DeciLMForCausalLM: a LLaMA with an FFN width and a number of KV heads for each layer.
+"""Export to vLLM's DeciLMForCausalLM: a LLaMA with per-layer FFN widths and numbers of KV heads.
 
-What vLLM does with such a folder was read in the source of its version 0.32 (model_executor/models/nemotron_nas.py),
-not run.
+Based on the source of vLLM 0.32 (model_executor/models/nemotron_nas.py); not run in vLLM.
 """
 
 from __future__ import annotations
@@ -35,20 +34,18 @@ _KEPT_PATTERNS = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja", "*.model",
     "generation_config.json", *LEGAL_FILES,
 )  # fmt: skip
-_REMEDY = "Prune with --roles ffn, or use --layout uniform, which vLLM opens as it is"
-_LOADING = (
-    "With vLLM (its class DeciLMForCausalLM; not tried by saap):\n\n```\nvllm serve PATH --trust-remote-code\n```"
-)
+_REMEDY = "Prune with --roles ffn, or use --layout uniform, which vLLM supports"
+_LOADING = "With vLLM (class DeciLMForCausalLM; not tested by saap):\n\n```\nvllm serve PATH --trust-remote-code\n```"
 
 
 def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite: bool, progress: Progress) -> Exported:
-    """Write the folder, one tensor at a time; `out` appears whole or not at all.
+    """Write the folder atomically, one tensor at a time.
 
-    Every layer must have all its query heads or no attention. Raises ExportError, naming the layers, OutputError.
+    Every layer must have all its query heads or no attention. Raises ExportError with the layers, OutputError.
     """
     if source.resolved.gguf_file is not None:
         raise ExportError(
-            f"{source.resolved.source} is a GGUF file, which holds no safetensors", "Prune it first, export the folder"
+            f"{source.resolved.source} is a GGUF file without safetensors", "Prune it first, then export the folder"
         )
     blocks, tensors = block_configs(source), source.tensors
     left_out = {
@@ -77,13 +74,13 @@ def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite:
         if source.manifest is not None:
             card = model_card(source.manifest, source.model_type, loading=_LOADING)
             (part / "README.md").write_text(card, encoding="utf-8")
-    return Exported(path=out, notes=(f"vllm serve {out} --trust-remote-code   # not tried",))
+    return Exported(path=out, notes=(f"vllm serve {out} --trust-remote-code   # not tested",))
 
 
 def block_configs(source: ExportSource) -> list[dict[str, dict[str, Any]]]:
-    """What each layer is, in the words of DeciLM's configuration.
+    """Description of each layer in DeciLM's configuration.
 
-    Raises ExportError, naming every layer at fault, if vLLM's class cannot hold the model.
+    Raises ExportError with all unsupported layers if vLLM's class cannot express the model.
     """
     config = source.config
     if source.model_type not in MODEL_TYPES:
@@ -103,7 +100,7 @@ def block_configs(source: ExportSource) -> list[dict[str, dict[str, Any]]]:
         ffn = {"no_op": not channels, "replace_with_linear": False, "intermediate_size": channels or None}
         found.append({"attention": attention, "ffn": ffn})
     changed = getattr(config, "pruned_structure", None) or {}
-    faults += [f"{path} gives a bias alone" for path, kept in changed.get("constant", {}).items() if kept["bias"]]
+    faults += [f"{path} is a bias only" for path, kept in changed.get("constant", {}).items() if kept["bias"]]
     attributes = changed.get("attributes", {}).items()
     faults += [
         f"{path} has a norm epsilon of its own" for path, values in attributes if any("eps" in v for v in values)
@@ -111,5 +108,5 @@ def block_configs(source: ExportSource) -> list[dict[str, dict[str, Any]]]:
     if getattr(config, "sliding_window", None) is not None:
         faults.append("it attends to a sliding window")
     if faults:
-        raise ExportError(f"vLLM's DeciLM cannot hold this model: {listed(faults, 6)}", _REMEDY)
+        raise ExportError(f"vLLM's DeciLM does not support this model: {listed(faults, 6)}", _REMEDY)
     return found

@@ -1,4 +1,4 @@
-"""The checkpoint: a Hugging Face folder in either layout, written whole or not at all."""
+"""Atomic writing of a Hugging Face checkpoint folder in either layout."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from saap.models.checkpoint.safetensor_files import INDEX_NAME, TensorEntry, wri
 from saap.models.walk.offload import offloaded
 
 SHARD_SIZE = "2GB"
-# How a model that reads images cuts them up and writes them into a prompt.
+# Image processor files of multimodal models.
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
                 "chat_template.json")  # fmt: skip
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 KEPT_RECORDS = ("plan.json", "scores.safetensors")
-"""Files of the source's folder `saap` that still hold of a tuned model."""
+"""Files of the source's folder `saap` that are still valid for a tuned model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderParts:
-    """What goes into any folder besides the weights. source_folder: of the model that this one was made from."""
+    """Contents of any folder besides the weights. source_folder: of the model that this one was made from."""
 
     manifest: RunManifest
     tokenizer: Any | None = None
@@ -49,7 +49,7 @@ class FolderParts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointParts(FolderParts):
-    """What goes into the folder of a pruned model besides the weights."""
+    """Contents of the folder of a pruned model besides the weights."""
 
     graph: ModelGraph
     plan: StructurePlan
@@ -63,7 +63,7 @@ def write_checkpoint(
     """Write the pruned `model` (not changed) with weights in `dtype`, in the plan's layout. Returns `out`.
 
     Raises OutputError if `out` exists (and not `overwrite`), cannot be written or does not fit on the disk; LayoutError
-    if the layout cannot express the plan.
+    if the layout does not support the plan.
     """
     check_output(out, entry_bytes(stored_entries(model, dtype)), overwrite=overwrite)
     if parts.plan.layout is Layout.UNIFORM:
@@ -82,9 +82,9 @@ def write_recovered(
     model: Any, parts: FolderParts, packed: Mapping[str, GroupwiseWeight], out: Path, *, dtype: torch.dtype,
     overwrite: bool = False,
 ) -> None:  # fmt: skip
-    """Write the tuned `model` (adapters merged) whole or not at all; no second copy of it is held.
+    """Write the tuned `model` (adapters merged) atomically, without a second copy in memory.
 
-    packed: by module path, none for a model that was not quantised.
+    packed: weights by module path, empty for a model that was not quantised.
     Raises OutputError if `out` exists (and not `overwrite`), cannot be written or does not fit on the disk.
     """
     entries = stored_entries(model, dtype)
@@ -103,7 +103,7 @@ def _model_folder(
     out: Path, model: nn.Module, config: Any, dtype: torch.dtype, entries: Mapping[str, TensorEntry],
     parts: FolderParts,
 ) -> Iterator[Path]:  # fmt: skip
-    """A folder that transformers opens, to add records to; it is at `out`, whole, when the block ends well."""
+    """A folder that transformers opens, to add records to; it is moved to `out` if the block succeeds."""
     with whole_folder(out) as folder:
         config.save_pretrained(folder)
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -127,10 +127,10 @@ def write_records(folder: Path, manifest: RunManifest, base_model_type: str) -> 
 def stored_entries(
     model: nn.Module, dtype: torch.dtype, changed: Mapping[str, Tensor] | None = None
 ) -> dict[str, TensorEntry]:
-    """Every tensor of a plain checkpoint of `model` by name, each made when it is written.
+    """Tensors of a plain checkpoint of `model` by name, each created when it is written.
 
-    Of tied tensors the first name only: the loader ties them again. Packed layers give their full weight under the name
-    that it had. changed: in place of the model's own, by name.
+    Tied tensors have only their first name: the loader ties them again. Packed layers are written as full weights under
+    the original name. changed: replacements of the model's own tensors, by name.
     """
     away = offloaded(model)
 
@@ -162,7 +162,7 @@ def entry_bytes(entries: Mapping[str, TensorEntry]) -> int:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a file of a model folder as transformers does."""
+    """Write a JSON file of a model folder as transformers does."""
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -175,9 +175,9 @@ def copy_matching(source: Path, folder: Path, patterns: Iterable[str]) -> None:
 
 
 def _adaptive_config(model: nn.Module, structure: PrunedStructure) -> Any:
-    """The model's own configuration marked as pruned, with the sizes that it cannot say in `pruned_structure`.
+    """The model's configuration marked as pruned, with the sizes that it cannot express in `pruned_structure`.
 
-    Raises OutputError if transformers' auto classes do not know the model, so that nothing could open the folder.
+    Raises OutputError if transformers' auto classes do not know the model, so nothing could open the folder.
     """
     own: Any = getattr(model, "config", None)
     try:
@@ -193,7 +193,8 @@ def _adaptive_config(model: nn.Module, structure: PrunedStructure) -> Any:
 def with_both_rope_spellings(fields: dict[str, Any]) -> dict[str, Any]:
     """config.json with the rotary embedding as `rope_parameters` and also as `rope_theta` and `rope_scaling`.
 
-    Older readers know only the latter. fields: of a configuration in the new spelling, else returned as they are.
+    Older consumers know only the latter. fields: of a configuration; without the new spelling they are returned
+    unchanged.
     """
     rope = fields.get("rope_parameters")
     if not isinstance(rope, dict):
@@ -209,7 +210,7 @@ def with_both_rope_spellings(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_shards(entries: Mapping[str, TensorEntry], folder: Path) -> None:
-    """Write tensor by tensor, so that no second copy of the model is held."""
+    """Write tensor by tensor, without a second copy of the model in memory."""
     sizes = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_SIZE)
     for file, names in split.filename_to_tensors.items():
@@ -228,7 +229,7 @@ def write_companions(model: nn.Module, parts: FolderParts, folder: Path) -> None
         file = folder / "tokenizer_config.json"
         fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if fields.get("tokenizer_class") == "TokenizersBackend":  # all of it is in tokenizer.json
-            fields["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every version of transformers knows
+            fields["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that all versions of transformers support
             file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if parts.source_folder is not None:
         copy_matching(parts.source_folder, folder, (*LEGAL_FILES, *_IMAGE_FILES))

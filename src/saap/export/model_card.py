@@ -1,4 +1,4 @@
-"""README.md of a result: what it is, what it scores, how to open it."""
+"""Model card (README.md) of a result: description, figures, and how to open it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData, metadata_load
 from saap.core.manifest import RunManifest
 from saap.models.checkpoint.pruned_structure import auto_class
 
-# What the hub calls the task of models that another auto class than the usual one opens.
+# Pipeline tags of the hub for models with another auto class than the usual one.
 _TASKS = {"AutoModelForImageTextToText": "image-text-to-text"}
 _SPECIAL = re.compile(r"([\\`*_\[\]|~])")
 
@@ -24,19 +24,19 @@ def escape(text: str) -> str:
 
 
 def licence_of(folder: Path) -> str | None:
-    """The licence that the model card in `folder` states, None if there is no card or no statement."""
+    """The licence in the model card of `folder`, None if there is no card or it has no licence."""
     try:
         licence = (metadata_load(folder / "README.md") or {}).get("license")
-    except Exception:  # there is none, or it cannot be parsed
+    except Exception:  # missing, or cannot be parsed
         return None
     return licence if isinstance(licence, str) and re.fullmatch(r"[\w.+-]{1,60}", licence) else None
 
 
 def model_card(manifest: RunManifest, base_model_type: str, *, loading: str | None = None) -> str:
-    """The card of a pruned model as Markdown with YAML front matter. loading: how to open it, if not as usual."""
+    """Model card as Markdown with YAML front matter. loading: how to open the model, if not as usual."""
     base, opener = manifest.base, auto_class(base_model_type).__name__
     is_pruned = manifest.parameters.after < manifest.parameters.before or manifest.recovery is None
-    # a hub id says more than its last part; the path of a folder is nobody else's business
+    # show a whole hub id, but only the last part of a path, which is private
     named_by_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base.source) is not None and not Path(base.source).exists()
     data = ModelCardData(
         base_model=base.source if named_by_id else None,

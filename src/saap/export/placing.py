@@ -1,4 +1,4 @@
-"""Where a result goes: whether it can be put there, and the last step, in which a finished folder takes its place."""
+"""Destination of a result: early checks, and the final move of a finished folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SPARE_BYTES = 64 * 1024**2
 
 
 def check_place(out: Path, needed_bytes: int) -> None:
-    """Raise OutputError now if nothing could be written at `out` later. needed_bytes: of the weights."""
+    """Raise OutputError early if nothing could be written at `out` later. needed_bytes: of the weights."""
     parent = next(path for path in out.absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent} cannot be written", "Choose another --out")
@@ -29,19 +29,19 @@ def check_place(out: Path, needed_bytes: int) -> None:
 
 
 def check_output(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
-    """Raise OutputError now if a folder could not be written at `out` later. needed_bytes: of the weights."""
+    """Raise OutputError early if a folder could not be written at `out` later. needed_bytes: of the weights."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise OutputError(f"{out} exists and is no folder", "Choose another --out")
+        raise OutputError(f"{out} exists and is not a folder", "Choose another --out")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise OutputError(f"The folder {out} exists", "Choose another --out, or use --overwrite")
         if not (out / "config.json").is_file():
-            raise OutputError(f"The folder {out} holds something that is no model", "Choose another --out")
+            raise OutputError(f"The folder {out} contains something that is not a model", "Choose another --out")
     check_place(out, needed_bytes)
 
 
 def check_file(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
-    """Raise OutputError now if the file could not be written later."""
+    """Raise OutputError early if the file could not be written later."""
     if out.is_dir():
         raise OutputError(f"{out} is a folder", "Name the file to write, e.g. --out model.gguf")
     if out.exists() and not overwrite:
@@ -51,7 +51,7 @@ def check_file(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that takes its place when the block ends well, and vanishes when it does not."""
+    """A new folder next to `out` that replaces it if the block succeeds, and is deleted if not."""
     part = _beside(out, "part")
     try:
         part.mkdir(parents=True)
@@ -69,9 +69,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def place(folder: Path, out: Path) -> None:
-    """Move a finished folder to `out`, whole or not at all; what was there is deleted only then.
+    """Move a finished folder to `out` atomically; an old folder there is deleted only then.
 
-    Raises OutputError if that cannot be done; `folder` is then still there.
+    Raises OutputError if that fails; `folder` still exists then.
     """
     part, old = _beside(out, "part"), _beside(out, "old")
     try:
@@ -97,7 +97,7 @@ def _beside(out: Path, what: str) -> Path:
 
 
 def _flush(path: Path) -> None:
-    """Force a file or folder to the disk, where the system can."""
+    """Flush a file or folder to the disk, if the system supports that."""
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY)
@@ -108,7 +108,7 @@ def _flush(path: Path) -> None:
 
 
 def remove_leftovers(out: Path) -> None:
-    """Once `out` is in its place: delete what processes that were killed while they placed it have left beside it."""
+    """Delete the temporary folders next to `out` of processes that were killed while they moved a result."""
     for what in ("part", "old"):
         for path in out.absolute().parent.glob(f".{glob.escape(out.name)}.{what}-{'[0-9a-f]' * 8}"):
             shutil.rmtree(path, ignore_errors=True)

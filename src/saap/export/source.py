@@ -1,4 +1,4 @@
-"""What an export reads and gives: the model with its files, and what was written."""
+"""Input and output of an export: the model with its files, and the written file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from saap.models.loading.references import ResolvedModel, resolve_model
 
 
 class Progress(Protocol):
-    """Is told what an export does."""
+    """Receives the progress of an export."""
 
     def stage(self, title: str) -> None:
         """A new stage begins."""
@@ -29,7 +29,7 @@ class Progress(Protocol):
 
 
 class Exported(BaseModel):
-    """What was written. notes: lines that say so to the user, and how it is opened."""
+    """A written export. notes: lines for the user, with how to open it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -43,10 +43,10 @@ class Exported(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportSource:
-    """The model to export, whose weights are read when they are asked for.
+    """The model to export; weights are read lazily.
 
-    config: of transformers, also of an adaptive checkpoint. manifest: of a folder that saap has written. loaded: the
-    model itself, where it is in memory already.
+    config: of transformers, also for an adaptive checkpoint. manifest: of a folder written by saap. loaded: the model
+    itself if it is already in memory.
     """
 
     config: Any
@@ -58,7 +58,7 @@ class ExportSource:
 
     @property
     def model_type(self) -> str:
-        """The type of the dense model, as transformers names it."""
+        """The transformers model type of the dense model."""
         return str(getattr(self.config, "base_model_type", None) or self.config.model_type)
 
     def model(self) -> Any:
@@ -67,7 +67,7 @@ class ExportSource:
 
 
 def open_source(source: str | Path, revision: str | None = None) -> ExportSource:
-    """Open the model that a user names; only a GGUF file is read whole. Raises ModelError."""
+    """Open the model specified by a user; only a GGUF file is read as a whole. Raises ModelError."""
     resolved = resolve_model(source, revision=revision)
     loaded, manifest = None, None
     if resolved.gguf_file is not None:
@@ -101,7 +101,7 @@ def head_size(config: Any) -> int:
 
 
 def layer_sizes(config: Any, shapes: Mapping[str, Shape]) -> list[LayerSizes]:
-    """Sizes of the layers of a LLaMA-like model by the shapes of its tensors; 0 for what a layer does not have."""
+    """Layer sizes of a LLaMA-like model from its tensor shapes; 0 for a missing part."""
     found = []
     for layer in range(config.num_hidden_layers):
         names = (f"model.layers.{layer}.{path}_proj.weight" for path in ("mlp.gate", "self_attn.q", "self_attn.k"))

@@ -1,10 +1,10 @@
-"""The uniform layout: a stock configuration with the plan's sizes, tried before anything is written.
+"""The uniform layout: a stock configuration with the plan's sizes, tested before anything is written.
 
-Of n hidden channels k are left. The cut makes up for the missing ones in each norm, with epsilon n/k times as large.
-Where the stock class keeps its own epsilon, the same is computed with the whole stream sqrt(k/n) as large: a norm then
-divides by what it divided by before, up to that factor. So what writes into the stream is multiplied by it; of a norm
-between a writer and the stream the scale is multiplied instead. A class that scales its embeddings by the root of the
-width does that part itself.
+Of n hidden channels, k are kept. The cut compensates for the removed ones in each norm, with epsilon n/k times as
+large. If the stock class keeps its own epsilon, scaling the residual stream by sqrt(k/n) has the same effect: a norm
+then divides by the same number as before, up to that factor. So all modules that write into the stream are scaled by
+it. If a norm is between such a module and the stream, the norm's scale is multiplied instead. A class that scales its
+embeddings by the square root of the width does that part itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from saap.models.walk.observer import hooked
 from saap.models.walk.offload import offloaded, share_weights
 from saap.models.walk.walker import without_cache
 
-# Room for other rounding in buffers made in another dtype; a wrong scale is far above it.
+# Tolerance for rounding in buffers of another dtype; the error of a wrong scale is far larger.
 TOLERANCE = 1e-2
 Weights = Mapping[str, Tensor]
 
@@ -36,15 +36,15 @@ Weights = Mapping[str, Tensor]
 def stock_config(
     model: nn.Module, graph: ModelGraph, plan: StructurePlan, structure: PrunedStructure
 ) -> tuple[Any, Weights]:
-    """A stock configuration with the plan's sizes, whose class computes what the pruned model does.
+    """A stock configuration with the plan's sizes whose class computes the same as the pruned model.
 
-    The second result are weights to write in place of the model's own (see above), mostly none. Raises LayoutError
-    if the family's configuration cannot say the plan.
+    The second result has weights that replace the model's own (see above), usually none. Raises LayoutError if the
+    family's configuration cannot express the plan.
     """
     config = uniform_config(getattr(model, "config", None), graph, plan)
     special = sorted({*structure.constant, *structure.sliced_arguments, *structure.added_biases})
     if special:
-        raise LayoutError(f"The stock class cannot do what is left of {special[0]}", ADAPTIVE_REMEDY)
+        raise LayoutError(f"The stock class does not support the pruned {special[0]}", ADAPTIVE_REMEDY)
     plain = copy.deepcopy(config)
     try:
         stock = _without_weights(config)
@@ -81,13 +81,13 @@ def _check_attributes(
 
 
 def _without_weights(config: Any) -> Any:
-    """The stock model with its buffers but with empty parameters on the meta device."""
+    """The stock model with buffers, and with empty parameters on the meta device."""
     with init_empty_weights(include_buffers=False):
         return stock_model(config).eval()
 
 
 def _take_epsilon(config: Any, stock: nn.Module, model: nn.Module) -> bool:
-    """Give the configuration the pruned model's norm epsilon where one field says it for all norms."""
+    """Set the pruned model's norm epsilon in the configuration, if one field sets it for all norms."""
     wanted = {getattr(module, name) for module in model.modules() if (name := epsilon_name(module)) is not None}
     stated = {getattr(module, name) for module in stock.modules() if (name := epsilon_name(module)) is not None}
     if wanted == stated or len(wanted) != 1 or len(stated) != 1:
@@ -101,9 +101,9 @@ def _take_epsilon(config: Any, stock: nn.Module, model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _difference(stock: Any, model: Any, changed: Weights) -> float:
-    """Largest difference of the logits, in units of the largest logit, when `stock` takes the model's weights.
+    """Largest difference of the logits, relative to the largest logit, of `stock` with the model's weights.
 
-    changed: weights in place of the model's own, by their first names; none where those stay in files.
+    changed: weights that replace the model's own, by their first names; empty if those stay in files.
     """
     if offloaded(model) is not None:
         share_weights(model, stock)
@@ -118,7 +118,7 @@ def _difference(stock: Any, model: Any, changed: Weights) -> float:
     expected = model(ids, **without_cache(model)).logits.float()
     try:
         found = stock(ids, **without_cache(stock)).logits.float()
-    except Exception as error:  # its code, with sizes that it does not expect
+    except Exception as error:  # the class may raise anything for unexpected sizes
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise LayoutError(f"The stock class {type(stock).__name__} does not run ({reason})", ADAPTIVE_REMEDY) from error
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
@@ -126,9 +126,9 @@ def _difference(stock: Any, model: Any, changed: Weights) -> float:
 
 @torch.no_grad()
 def smaller_streams(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Iterator[Weights]:
-    """Weights in place of the pruned model's own, by name, for each way to scale the embedding: with it, or without.
+    """Weights that replace the pruned model's own, by name, in two variants: embedding scaled or not.
 
-    Nothing where the plan keeps all hidden channels. Which way is right is for the caller to measure.
+    Yields nothing if the plan keeps all hidden channels. The caller measures which variant is right.
     """
     group = next((group for group in graph.of_role(Role.HIDDEN) if len(plan.kept(group)) < group.units), None)
     if group is None:
@@ -154,7 +154,7 @@ def _rescaled(model: nn.Module, norms: Sequence[str], factor: float) -> dict[str
 
 
 def _behind_writers(model: nn.Module, norms: Sequence[str], writers: Sequence[str]) -> list[str]:
-    """Norms whose input is what a writer puts out, as a few tokens show."""
+    """Norms whose input is the output of a module that writes into the stream, found by running a few tokens."""
     outputs: list[Tensor] = []
     behind: list[str] = []
 

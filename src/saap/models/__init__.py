@@ -1,1 +1,1 @@
-"""Models of transformers: opening, walking, structure and checkpoints."""
+"""transformers models: loading, block-wise walks, structure and checkpoints."""

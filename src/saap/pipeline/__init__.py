@@ -1,1 +1,1 @@
-"""The order of the stages, for each command; files, resuming and records. No maths."""
+"""Orchestration of each command: order of the stages, files, resuming and records. No mathematics."""

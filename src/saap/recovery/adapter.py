@@ -1,4 +1,4 @@
-"""What is trained: group-wise adapters, which merge into the zero points without loss, or plain LoRA."""
+"""Trained parameters: group-wise adapters, which merge exactly into the zero points, or plain LoRA."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from saap.recovery.sharding import unshard
 class AdaptedLinear(GroupwiseLinear):
     """y = W x + alpha / r * B A pool(x), with W quantised and pool the sum over each group of inputs.
 
-    A (rank, groups), B (out, rank), float32. B A has one number for each output and group, which is what a zero point
-    is, so the adapter merges into the zero points without loss. B starts at zero: at first nothing changes.
+    A (rank, groups), B (out, rank), float32. Like the zero points, B A has one number for each output and group, so the
+    adapter merges exactly into them. B starts at zero: at first nothing changes.
     Source: SAAP, group-wise fine-tuning; the same form as QA-LoRA (Xu et al. 2023).
     scales: whether each scale is learned as well, as s (1 + scale_delta) rounded to float16; scale_delta (out, groups)
-    starts at zero. What is computed with is already rounded, so the merged scale is the very same.
+    starts at zero. Training computes with rounded scales, so the merged scale is exactly the same.
     """
 
     scale_delta: nn.Parameter | None
@@ -34,7 +34,7 @@ class AdaptedLinear(GroupwiseLinear):
         weight = layer.quantised
         super().__init__(weight, layer.bias, transposed=layer.transposed)
         self.scaling = alpha / rank
-        # Inputs of unit variance give r values of unit variance, whatever the group size.
+        # Inputs of unit variance result in r values of unit variance, for any group size.
         first = torch.randn(rank, weight.zero.shape[1], generator=generator) / math.sqrt(self.in_features)
         self.first = nn.Parameter(first.to(weight.zero.device))
         self.second = nn.Parameter(torch.zeros(self.out_features, rank, device=weight.zero.device))
@@ -42,7 +42,7 @@ class AdaptedLinear(GroupwiseLinear):
         self.register_parameter("scale_delta", scale_delta)
 
     def _learned_scale(self) -> Tensor:
-        """The scales (out, groups), of values that float16 has; the gradient passes as if they were not rounded."""
+        """The scales (out, groups) rounded to float16, with a straight-through gradient."""
         if self.scale_delta is None:
             return self.scale
         scale = self.scale.to(self.scale_delta.dtype) * (1 + self.scale_delta)
@@ -50,7 +50,7 @@ class AdaptedLinear(GroupwiseLinear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: (..., in). Returns (..., out)."""
-        # the product B A is small, so it joins the zero points here rather than the outputs of every token
+        # the product B A is small, so it is added to the zero points rather than to the outputs of every token
         zero = self.zero + self.scaling * (self.second @ self.first)
         outputs = groupwise_product(inputs, replace(self.quantised, scale=self._learned_scale(), zero=zero))
         return outputs if self.bias is None else outputs + self.bias
@@ -90,7 +90,7 @@ def merge(model: nn.Module) -> dict[str, GroupwiseWeight]:
 
 
 def require_peft() -> None:
-    """Raise ConfigurationError now if plain LoRA could not be made later."""
+    """Raise ConfigurationError early if plain LoRA is unavailable."""
     if importlib.util.find_spec("peft") is None:
         raise ConfigurationError("Plain LoRA needs the package peft", "Run pip install 'saap[recover]'")
 
@@ -100,7 +100,7 @@ def add_lora(
 ) -> tuple[Any, dict[str, nn.Parameter]]:
     """Plain LoRA on the linear layers at these paths, in place, with peft.
 
-    Returns its handle, whose `merge_and_unload` gives the plain model, and the trained parameters by name.
+    Returns its handle, whose `merge_and_unload` returns the plain model, and the trained parameters by name.
     """
     from peft import LoraConfig, get_peft_model
 

@@ -1,4 +1,4 @@
-"""Group-wise quantisation: the choice of codes, scales and zero points, by itself or with error feedback."""
+"""Group-wise quantisation: codes, scales and zero points by search, or with error feedback (GPTQ)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from saap.models.walk.walker import BlockWalker
 from saap.settings.recover import LEGAL_GROUP_SIZES
 
 GRID_FITS = 2
-"""Least-squares fits of scale and zero point after each first choice of codes."""
+"""Least-squares fits of scale and zero point after each initial choice of codes."""
 DAMPING = 0.01
 """Added to the Gram matrix of the error feedback, as a share of its mean diagonal (GPTQ's value)."""
 
 
 def check_group_sizes(inputs: Mapping[str, int], group_size: int) -> None:
-    """Raise GroupSizeError with the matrices whose input size `group_size` does not divide, and the sizes that do.
+    """Raise GroupSizeError with the matrices whose input size `group_size` does not divide, and legal group sizes.
 
     inputs: input size of each matrix by name.
     """
@@ -39,12 +39,12 @@ def check_group_sizes(inputs: Mapping[str, int], group_size: int) -> None:
 
 
 def quantise(weight: Tensor, *, group_size: int, bits: int) -> GroupwiseWeight:
-    """The codes, scales and zero points of least squared error that a short search finds.
+    """Codes, scales and zero points of least squared error, found by a short search.
 
-    weight: (out, in), in a multiple of group_size. Several steps (the range of the group split into more or fewer
-    parts) are tried for each group; after each, scale and zero point are fitted to the codes by least squares, the
-    scale rounded to float16, and the best by group is kept. A group that lies on a grid of `bits` bits with a float16
-    scale comes out exact.
+    weight: (out, in), in a multiple of group_size. Several step sizes (numbers of steps in the range) are tried for
+    each group. For each, scale and zero point are fitted to the codes by least squares, the scale is rounded to
+    float16, and the best one is kept by group. A group on a grid of `bits` bits with a float16 scale is reproduced
+    exactly.
     Raises GroupSizeError, and ModelError for values that are not finite or too large.
     """
     inputs = weight.shape[1]
@@ -66,7 +66,7 @@ def _finite_weight(packed: Tensor, scale: Tensor, zero: Tensor, bits: int, group
 def _best_grid(part: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """part: (rows, groups, L) float32. Returns codes uint8 of that shape, scale and zero (rows, groups) float32."""
     top = 2**bits - 1
-    # Into how many steps the range of a group is split: first the plain number.
+    # numbers of steps in the range of a group: first the plain number
     spans = [top, *([top - 1] if top > 3 else []), top * 1.08, top * 1.18, *([top * 1.35] if top <= 7 else [])]
     low, high = part.amin(-1), part.amax(-1)
     best_error = torch.full_like(low, torch.inf)
@@ -101,7 +101,7 @@ def _fit_grid(part: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantise_with_feedback(weight: Tensor, gram: Tensor, *, group_size: int, bits: int) -> GroupwiseWeight:
-    """Quantise column by column; those after a column compensate for its error.
+    """Quantise column by column; later columns compensate for the error of earlier ones (GPTQ).
 
     weight: (out, in). gram: (in, in) sum of x x^T over calibration tokens. Minimises |(W - Q) X|^2 greedily; scale and
     zero point of a group are chosen when its first column is reached.
@@ -152,7 +152,7 @@ def quantise_by_feedback(
 ) -> None:
     """Quantise a loaded model with error feedback, in place and block by block.
 
-    samples: token ids, (1, length) each. A block sees what the quantised blocks before it put out.
+    samples: token ids, (1, length) each. The input of a block is the output of the quantised blocks before it.
     """
     walker = BlockWalker(model, blocks)
     hidden, contexts = embed(walker, samples, PackedTensors)

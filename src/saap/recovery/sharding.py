@@ -12,17 +12,17 @@ from saap.models.walk.processes import Processes
 
 
 def check_shardable(model: nn.Module, layers: Iterable[str]) -> None:
-    """Raise ConfigurationError if a layer may be left out for some tokens: the others would wait for its process.
+    """Raise ConfigurationError if tokens may bypass a layer: processes would wait for each other.
 
-    layers: module paths. Layers that stand in a list with their like inside a block are taken for experts.
+    layers: module paths. Layers in a module list inside a block are assumed to be experts.
     """
     for path in layers:
         names = path.split(".")
         parents = [".".join(names[:end]) for end in range(1, len(names))]
         lists = [parent for parent in parents if isinstance(model.get_submodule(parent), nn.ModuleList)]
-        if len(lists) > 1:  # the first is that of the blocks
+        if len(lists) > 1:  # the first list is that of the blocks
             raise ConfigurationError(
-                f"{lists[1]} holds layers that some tokens pass by, which cannot be split over processes",
+                f"{lists[1]} has layers that tokens may bypass, which cannot be sharded over processes",
                 "Leave out --shard",
             )
 
@@ -30,8 +30,8 @@ def check_shardable(model: nn.Module, layers: Iterable[str]) -> None:
 def shard_layers(layers: Iterable[nn.Module], device: torch.device, processes: Processes) -> None:
     """Shard the frozen weights of each layer, parameters and buffers, over the processes, in place.
 
-    What is trained stays whole in every process. A layer gathers its weights for its forward and again for its
-    backward, so all processes must call the same layers in the same order.
+    Trained parameters are not sharded. A layer gathers its weights for its forward and again for its backward, so all
+    processes must call the same layers in the same order.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -46,7 +46,7 @@ def shard_layers(layers: Iterable[nn.Module], device: torch.device, processes: P
 
 
 def unshard(layer: nn.Module) -> None:
-    """Give a layer its whole weights for good, if they were sharded. All processes must take part."""
-    whole = getattr(layer, "unshard", None)  # FSDP2 gives it to the layers that it shards
+    """Gather the weights of a layer permanently, if they were sharded. All processes must call this."""
+    whole = getattr(layer, "unshard", None)  # FSDP2 adds it to sharded layers
     if callable(whole):
         whole()

@@ -1,4 +1,4 @@
-"""The training loop, and its state on disk: enough to resume as if nothing had happened."""
+"""The training loop and its state on disk, from which an interrupted training resumes exactly."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LEAST_SHARE = 1e-3
 
 
 def share_done(config: RecoverConfig, steps: int, tokens: int, seconds: float) -> float:
-    """How much of the training is done by its nearest limit: 1 at the end and beyond."""
+    """Progress of the training towards its nearest limit: 1 at the end and beyond."""
     limits = (config.max_steps, config.max_tokens, None if config.minutes is None else 60 * config.minutes)
     done = zip((steps, tokens, seconds), limits, strict=True)
     return min(1.0, max((value / limit for value, limit in done if limit is not None), default=0.0))
@@ -52,17 +52,17 @@ def learning_rate(peak: float, share: float, warm_up: float) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What the caller is told. step: called with (thousandths of the training, 1000). line: a sentence at times."""
+    """Progress callbacks. step: called with (thousandths of the training, 1000). line: occasional messages."""
 
     step: Callable[[int, int], None]
     line: Callable[[str], None]
 
 
 class Training(BaseModel):
-    """What a training has done so far.
+    """State of a training.
 
-    validation: of the best parameters so far, those after `best_step` (0: before the first step). without_best:
-    validations since then. stopped_by: what ended the training, in words; '' while it runs.
+    validation: of the best parameters so far, after `best_step` (0: before the first step). without_best: number of
+    validations since then. stopped_by: reason of the end in words; '' while it runs.
     """
 
     step: int = 0
@@ -78,10 +78,10 @@ class Training(BaseModel):
 
 @dataclass(eq=False)
 class Trainer:
-    """Trains `parameters` of the walker's model with AdamW; everything else stays as it is.
+    """Trains `parameters` of the walker's model with AdamW; everything else is frozen.
 
     parameters: by name, float32, the same in all processes. folder: for the state, from which an interrupted training
-    resumes with the same losses (where the clock does not set the schedule). teacher: the dense model.
+    resumes with the same losses (unless the schedule depends on the clock). teacher: the dense model.
     """
 
     walker: BlockWalker
@@ -99,14 +99,14 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=0.0, betas=BETAS, weight_decay=0.0, foreach=False
         )
-        self.state: dict[str, Tensor] = dict(self.parameters)  # and what the optimizer updates in place
+        self.state: dict[str, Tensor] = dict(self.parameters)  # and the optimizer state, updated in place
         for name, value in self.parameters.items():
             moments = {"exp_avg": torch.zeros_like(value), "exp_avg_sq": torch.zeros_like(value)}
             self.optimizer.state[value] = {"step": torch.zeros(()), **moments}
             self.state |= {f"{name}/{key}": tensor for key, tensor in self.optimizer.state[value].items()}
 
     def run(self) -> Training:
-        """Train until a limit is reached or the validation loss stops falling, and take the best parameters.
+        """Train until a limit is reached or the validation loss stops falling, then load the best parameters.
 
         Raises NonFiniteLossError; the last good state is then in the folder.
         """
@@ -137,7 +137,7 @@ class Trainer:
         return training
 
     def _since(self, clock: float) -> float:
-        """Mean seconds of the processes since then, so that all of them follow one clock."""
+        """Seconds since then, averaged over the processes so that all of them use one clock."""
         seconds = torch.tensor([time.perf_counter() - clock], dtype=widest_dtype(self.device), device=self.device)
         return float(self.processes.total(seconds)) / self.processes.count
 
@@ -153,7 +153,7 @@ class Trainer:
         return training
 
     def _stopped(self, training: Training) -> str:
-        """What ends the training here, in words; '' if nothing does."""
+        """Reason to end the training now, in words; '' if there is none."""
         config = self.config
         if share_done(config, training.step, training.tokens, training.seconds) < 1:
             stale = config.patience and training.without_best >= config.patience
@@ -165,7 +165,7 @@ class Trainer:
         return f"the limit of {config.minutes or 0:g} minutes"
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], training: Training) -> None:
-        """Write tensors and the training they belong to, whole or not at all. Raises OutputError."""
+        """Write tensors and training state atomically. Raises OutputError."""
         if self.processes.first:
             entries = {key: TensorEntry.of(tensor) for key, tensor in tensors.items()}
             metadata = {"format": "pt", "training": training.model_dump_json()}
@@ -173,7 +173,7 @@ class Trainer:
         self.processes.barrier()
 
     def _step(self, training: Training) -> tuple[float, float, int]:
-        """One step of the optimizer. Returns its loss, its learning rate and the tokens read by all processes."""
+        """One optimizer step. Returns its loss, its learning rate and the tokens of all processes."""
         indices = self.data.step_indices(training.step, self.config.batch)
         examples = [self.data.train[index] for index in indices]
         predictions = sum(int(example.learned.sum()) for example in examples)
@@ -198,13 +198,13 @@ class Trainer:
         return float(losses.sum()) / predictions, rate, tokens
 
     def _padded(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        """(samples, length) ids and what is learned of them; shorter ones end in id 0, which no token before sees."""
+        """(samples, length) ids and their loss masks; shorter sequences are padded with id 0 at the end."""
         ids = pad_sequence([torch.from_numpy(example.tokens) for example in examples], batch_first=True)
         learned = pad_sequence([torch.from_numpy(example.learned) for example in examples], batch_first=True)
         return ids.to(self.device), learned.to(self.device)
 
     def _gradients(self, ids: Tensor, learned: Tensor, predictions: int) -> Tensor:
-        """Add the gradients of a micro-batch to the parameters. Returns the summed loss of each sample."""
+        """Accumulate the gradients of a micro-batch. Returns the summed loss of each sample."""
         teacher = None
         if self.teacher is not None:
             with torch.no_grad():
@@ -218,7 +218,7 @@ class Trainer:
         return losses
 
     def _forward(self, walker: BlockWalker, ids: Tensor) -> Tensor:
-        """Output of the last block, which keeps a graph where gradients are on."""
+        """Output of the last block, with an autograd graph if gradients are enabled."""
         stream = walker.start(ids)
         hidden, run = stream.hidden, walker.run_block
         if self.config.gradient_checkpointing and torch.is_grad_enabled():
@@ -230,7 +230,7 @@ class Trainer:
     def _sum_gradients(self) -> None:
         """Sum the gradients of all processes in one exchange."""
         for parameter in self.parameters.values():
-            if parameter.grad is None:  # of a layer that no token of the batch reached (an expert)
+            if parameter.grad is None:  # a layer without tokens in the batch (an expert)
                 parameter.grad = torch.zeros_like(parameter)
         self.processes.add_up([parameter.grad for parameter in self.parameters.values() if parameter.grad is not None])
 
@@ -247,12 +247,12 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self, training: Training) -> float:
-        """Mean -log p of the held-out examples; the parameters are written if it is the least so far."""
+        """Mean -log p of the held-out examples; writes the parameters if it is the lowest so far."""
         examples = self.data.held_out
         total = torch.zeros(1, dtype=widest_dtype(self.device), device=self.device)
         for start in range(0, len(examples), self.processes.count):
             place = start + self.processes.rank
-            # a process without an example of its own reads the first as well: layers may be split over all
+            # a process without own examples runs the first one too: layers may be sharded over all processes
             ids, learned = self._padded([examples[place if place < len(examples) else 0]])
             hidden = self._forward(self.walker, ids)
             losses, _ = learned_losses(self.walker, hidden, ids, learned, predictions=1)
@@ -292,4 +292,4 @@ def _read_state(path: Path, tensors: Mapping[str, Tensor]) -> Training:
                 tensor.copy_(file.get_tensor(name))
             return Training.model_validate_json((file.metadata() or {}).get("training", ""))
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise StaleInputError(f"{path} is no state of this training ({error})", "Delete it") from None
+        raise StaleInputError(f"{path} is not a state of this training ({error})", "Delete it") from None

@@ -1,1 +1,1 @@
-"""Figures, tables and the page that show what was measured; they measure nothing themselves."""
+"""Reports: figures, tables and pages of measured results, without any measurements."""

@@ -16,27 +16,27 @@ from saap.reporting.tables import short
 
 OURS = "saap"
 LARGEST_SHARE = 1e6
-"""Shares of the dense accuracy below this can be drawn."""
+"""Limit on drawn shares of the dense accuracy."""
 KINDS = ((False, COLOURS[1], "o", "cut only"), (True, COLOURS[2], "D", "reconstructed"))
-"""Whether a model is reconstructed by least squares, and how that is drawn."""
+"""Styles of models with and without least-squares reconstruction."""
 
 
 def look(method: str, methods: Sequence[str]) -> dict[str, Any]:
-    """A colour and a marker that a method has in every figure of its comparison."""
+    """Colour and marker of a method in all figures of its comparison."""
     place = methods.index(method)
-    turn = place // len(COLOURS)  # the second method of a colour has another marker than the first
+    turn = place // len(COLOURS)  # methods of the same colour have different markers
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[(place + 3 * turn) % len(MARKERS)]}
 
 
 def _perplexity_ratios(comparison: Comparison, text: str) -> dict[tuple[str, float, bool], FloatArray]:
-    """Perplexity over that of the dense model, of all seeds, by method, pruning ratio and whether it is restored."""
+    """Perplexity ratios to the dense model for all seeds, by method, pruning ratio and reconstruction."""
     grouped = sorted(merged_over_seeds(comparison.rows).items())
     known = {key: np.array([row.ratios[text] for row in rows if row.ratios[text]]) for key, rows in grouped}
     return {key: values for key, values in known.items() if len(values)}
 
 
 def perplexity_by_ratio(comparison: Comparison, text: str, restored: bool) -> Figure:
-    """Perplexity over that of the dense model against the pruning ratio, one line a method."""
+    """Perplexity relative to the dense model against the pruning ratio, one line per method."""
     points: defaultdict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for (method, ratio, kind), values in _perplexity_ratios(comparison, text).items():
         if kind is restored:
@@ -62,7 +62,7 @@ def perplexity_by_ratio(comparison: Comparison, text: str, restored: bool) -> Fi
 
 
 def reconstruction_gain(comparison: Comparison, text: str, ratio: float) -> list[Figure]:
-    """What selection and what reconstruction contributes at one ratio, one row a method; nothing without both."""
+    """Contributions of selection and reconstruction at one ratio, one row per method; nothing without both."""
     found = _perplexity_ratios(comparison, text)
     means = {(method, kind): float(values.mean()) for (method, at, kind), values in found.items() if at == ratio}
     both = [method for method, kind in means if kind and (method, False) in means]
@@ -87,7 +87,7 @@ def reconstruction_gain(comparison: Comparison, text: str, ratio: float) -> list
 
 
 def kept_above_chance(comparison: Comparison, ratio: float) -> list[Figure]:
-    """Share of the dense accuracy above chance with its interval, one row for each model; nothing without any."""
+    """Share of the dense accuracy above chance with its interval, one row per model; nothing without tasks."""
     rows = []
     for row in comparison.at_ratio(ratio):
         kept = row.kept_accuracy
@@ -112,7 +112,7 @@ def kept_above_chance(comparison: Comparison, ratio: float) -> list[Figure]:
 
 
 def speed_by_ratio(comparison: Comparison) -> list[Figure]:
-    """Speed of prefill relative to the dense model against the pruning ratio; nothing where it was not measured."""
+    """Prefill speed relative to the dense model against the pruning ratio; nothing if it was not measured."""
     dense = comparison.dense.tokens_per_second
     rows = [row for row in comparison.rows if row.tokens_per_second]
     if not dense or not rows:
@@ -132,7 +132,7 @@ def speed_by_ratio(comparison: Comparison) -> list[Figure]:
 
 
 def seconds_by_method(comparison: Comparison, ratio: float) -> Figure:
-    """What making a model takes, by stage, at one ratio; reconstructed where that was done."""
+    """Time and memory by stage at one ratio, with reconstruction if any model has it."""
     restored = any(row.restored for row in comparison.rows if row.ratio == ratio)
     rows = [row for row in comparison.at_ratio(ratio) if row.restored is restored]
 
@@ -150,7 +150,7 @@ def seconds_by_method(comparison: Comparison, ratio: float) -> Figure:
 
 
 def _percent_ticks(axis: Any, places: Iterable[float]) -> None:
-    """Shares of removed parameters along the x axis. places: in percent."""
+    """Set up the x axis with shares of removed parameters. places: in percent."""
     from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
     axis.xaxis.set_major_locator(FixedLocator(sorted(set(places))))

@@ -34,12 +34,12 @@ def comparison_page(comparison: Comparison, reports: Sequence[EvalReport]) -> Pa
         ratio_section(comparison),
         *(
             Section(
-                name=f"tasks-{asked:g}".replace(".", "-"),
-                title=f"Questions answered without examples, {asked:.0%} removed",
-                figures=drawn.kept_above_chance(comparison, asked),
-                tables=[("Accuracy and standard error", task_table(comparison, asked))],
+                name=f"tasks-{ratio:g}".replace(".", "-"),
+                title=f"Questions answered without examples, {ratio:.0%} removed",
+                figures=drawn.kept_above_chance(comparison, ratio),
+                tables=[("Accuracy and standard error", task_table(comparison, ratio))],
             )
-            for asked in sorted({row.ratio for row in comparison.rows if row.tasks})
+            for ratio in sorted({row.ratio for row in comparison.rows if row.tasks})
         ),
         Section(
             name="cost",
@@ -55,7 +55,7 @@ def comparison_page(comparison: Comparison, reports: Sequence[EvalReport]) -> Pa
 
 
 def ratio_section(comparison: Comparison) -> Section:
-    """Perplexity against the pruning ratio for all methods, and what reconstruction contributes."""
+    """Perplexity against the pruning ratio for all methods, and the contribution of reconstruction."""
     kinds = sorted({row.restored for row in comparison.rows})
     figures: list[Figure] = []
     tables = []
@@ -71,6 +71,6 @@ def ratio_section(comparison: Comparison) -> Section:
 
 
 def _middle_ratio(comparison: Comparison) -> float:
-    """The ratio that single figures are about: 20 % where it is there, the middle one elsewhere."""
+    """The ratio of single-ratio figures: 20 % if available, otherwise the middle one."""
     ratios = comparison.ratios
     return 0.2 if 0.2 in ratios else ratios[len(ratios) // 2]

@@ -13,7 +13,7 @@ from saap.reporting.tables import Table, accuracy, number, short
 
 
 def merged_over_seeds(rows: Sequence[ComparisonRow]) -> Mapping[tuple[str, float, bool], list[ComparisonRow]]:
-    """The rows of all seeds by method, ratio and whether they are restored, in the order of their first row."""
+    """The rows of all seeds by method, ratio and reconstruction, in the order of their first row."""
     grouped: defaultdict[tuple[str, float, bool], list[ComparisonRow]] = defaultdict(list)
     for row in rows:
         grouped[row.method, row.ratio, row.restored].append(row)
@@ -21,7 +21,7 @@ def merged_over_seeds(rows: Sequence[ComparisonRow]) -> Mapping[tuple[str, float
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Every method, ratio and reconstruction with all that was measured; means over the seeds, ± their deviation."""
+    """All measurements by method, ratio and reconstruction; means over the seeds ± their deviation."""
     dense = comparison.dense
     groups = list(merged_over_seeds(comparison.rows).values())
     columns = [
@@ -49,7 +49,7 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def task_table(comparison: Comparison, ratio: float) -> Table:
-    """Accuracy and standard error of every method at one pruning ratio, and what is kept above chance."""
+    """Accuracy and standard error of every method at one pruning ratio, and the kept share above chance."""
     tasks = list(comparison.dense.tasks)
     lines = [["dense", "", *(accuracy(comparison.dense.tasks[task]) for task in tasks), "1.000"]]
     for row in comparison.at_ratio(ratio):
@@ -71,7 +71,7 @@ def ratio_table(comparison: Comparison, text: str, restored: bool) -> Table:
 
 
 def _cell(values: Sequence[float | None], digits: int = 3) -> str:
-    """Mean ± sample deviation of several seeds; empty where a value lacks, no deviation for a single one."""
+    """Mean ± sample deviation of several seeds; empty if a value is missing, no deviation for a single seed."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     if len(known) < len(values):
         return ""

@@ -1,6 +1,6 @@
-"""What a figure is, and how matplotlib draws it: for the page (SVG that follows the page's colours) and for files.
+"""Figures, drawn by matplotlib for the page (SVG in the page's colours) and for files.
 
-What it says stands in `words.jinja`, apart from what is measured and drawn.
+Their texts are in `words.jinja`, separate from measuring and drawing.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import jinja2
 from saap.core.errors import EvaluationError, printable
 
 INK = "#010203"
-"""Stands for the text colour of the page: replaced by `currentColor` in the page, by black in files."""
+"""Placeholder for the text colour: replaced by `currentColor` in the page, by black in files."""
 COLOURS = ("#3b76c4", "#d9742b", "#2f9e6e", "#b0529e", "#8a8f25", "#c94f4f", "#5aa7b8", "#7a5fc0", "#96744a", "#777777")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
-"""Colour alone tells no method from another for everybody, so each has a marker too."""
+"""Markers, since colour alone does not distinguish methods for all people."""
 SIZE = (7.2, 3.4)
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "saap", "font.size": 10, "axes.spines.top": False,
@@ -36,10 +36,9 @@ STYLE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One figure. draw: onto a matplotlib axis, which then gets a legend if it has several labels.
+    """One figure. draw: draws onto a matplotlib axis, which then gets a legend if it has several labels.
 
-    text: what it shows, in words, for those who cannot see it. name: becomes that of files and anchors; only letters,
-    digits and hyphens are kept of it.
+    text: description for screen readers. name: of files and anchors; only its letters, digits and hyphens are kept.
     """
 
     name: str
@@ -56,7 +55,7 @@ class Figure:
         cls, name: str, block: str, draw: Callable[[Any], None], said: Mapping[str, Any], *, rows: int = 0,
         height: float = SIZE[1],
     ) -> Figure:  # fmt: skip
-        """A figure with the title and text of a block of the template, which tells `said`.
+        """A figure with the title and text of a template block, rendered with `said`.
 
         rows: of horizontal bars, for its height.
         """
@@ -77,7 +76,7 @@ def _template() -> jinja2.Template:
 
 
 def words(block: str, **values: Any) -> str:
-    """A block of the template as one line. Escaping is left to the page, as for all that is shown."""
+    """A block of the template as one line. The page does the escaping."""
     template = _template()
     return " ".join("".join(template.blocks[block](template.new_context(values))).split())
 
@@ -101,7 +100,7 @@ def _canvas(figure: Figure) -> Iterator[Any]:
 
 
 def _make_printable(canvas: Any) -> None:
-    """Leave plain text only: no formulas for powers of ten, no control characters, which XML and fonts do not have."""
+    """Reduce labels to plain text: no formulas for powers of ten, no control characters."""
     from matplotlib.text import Text
     from matplotlib.ticker import LogFormatter, LogFormatterMathtext
 
@@ -115,7 +114,7 @@ def _make_printable(canvas: Any) -> None:
 
 
 def to_svg(figure: Figure, *, ink: str = "currentColor") -> str:
-    """The figure as an <svg> element with a title and a description that screen readers say. ink: of its text."""
+    """The figure as an <svg> element with title and description for screen readers. ink: colour of its text."""
     content = io.StringIO()
     with _canvas(figure) as canvas:
         canvas.savefig(content, format="svg", metadata={"Date": None})
@@ -143,19 +142,19 @@ def write_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
 
 
 def name_rows(axis: Any, names: Sequence[str]) -> None:
-    """Names at the left of horizontal bars or points, from top to bottom."""
+    """Label horizontal bars or points at the left, from top to bottom."""
     axis.set_yticks(range(len(names)), list(map(printable, names)))
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
 
 
 def label_bars(axis: Any, bars: Any, labels: Sequence[str]) -> None:
-    """What is written at the end of horizontal bars."""
+    """Label horizontal bars at their ends."""
     axis.bar_label(bars, labels=labels, padding=3, fontsize=8.5)
 
 
 def _add_legend(axis: Any) -> None:
-    """A legend where no line can run through it: above if it is short, for narrow screens, else at the side."""
+    """A legend outside the plot: above if it is short, for narrow screens, else at the side."""
     labels = axis.get_legend_handles_labels()[1]
     if len(labels) < 2:
         return
@@ -166,9 +165,9 @@ def _add_legend(axis: Any) -> None:
 
 
 def plain_ticks(scale: Any, low: float, high: float) -> None:
-    """Numbers like 1.5 and 20 on a logarithmic axis; matplotlib's own are powers of ten, one or none here.
+    """Ticks like 1.5 and 20 on a logarithmic axis; matplotlib's powers of ten are too sparse here.
 
-    scale: the xaxis or the yaxis of an axis. low, high: of what is shown.
+    scale: the xaxis or the yaxis of an axis. low, high: of the shown values.
     """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 

@@ -1,4 +1,4 @@
-"""The groups of a plan and what their scores say: before and after fusion, fluctuation against importance."""
+"""Scores of a plan's groups: before and after fusion, fluctuation against importance."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from saap.estimation.fusion import fuse
 from saap.settings.prune import FusionScope
 
 LARGEST = 1e100
-"""Scores below this can be fused and drawn."""
+"""Limit on scores that are fused and drawn."""
 _PLACE = re.compile(rf"(layers\.(?P<layer>[0-9]{{1,6}})\.)?(?P<role>{'|'.join(Role)})(\.|$)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class PlanGroup:
-    """A group of a plan that can be shown. layer: -1 for the whole model's. units: the kept ones, as runs."""
+    """A group of a plan. layer: -1 for the whole model's. units: the kept ones, as runs."""
 
     layer: int
     role: str
@@ -34,13 +34,13 @@ class PlanGroup:
 
 
 def plan_groups(plan: PlanDocument, file: Path) -> dict[str, PlanGroup]:
-    """The groups by name, "layers.3.ffn" or "hidden". Raises PlanError for what is no group of a written plan."""
+    """The groups by name, "layers.3.ffn" or "hidden". Raises PlanError for an unknown group."""
     found = {}
     for name, entry in plan.groups.items():
         place = _PLACE.match(name)
         if place is None or entry.kept is None or entry.of is None or entry.kept > entry.of:
             raise PlanError(
-                f"{file} has a group {name[:60]!r} that no run has written", "Use the folder as `saap prune` wrote it"
+                f"{file} has a group {name[:60]!r} that saap does not write", "Use the folder as `saap prune` wrote it"
             )
         found[name] = PlanGroup(int(place["layer"] or -1), place["role"], entry.kept, entry.of, entry.units)
     return found
@@ -64,10 +64,10 @@ class ModuleScores:
 
     @cached_property
     def agreement(self) -> dict[str, float | None]:
-        """How far the orders of the units agree.
+        """Agreement of the orders of the units.
 
-        `a ~ b`: Spearman's rank correlation. `fused, not a`: share of the removed units that would be others if as many
-        were removed by score `a` alone; None where nothing is removed.
+        `a ~ b`: Spearman's rank correlation. `fused, not a`: share of the removed units that score `a` alone would keep
+        at the same number; None if nothing is removed.
         """
         count = int((~self.kept).sum())
         scores = {"vector": self.vector, "element": self.element, "fused": self.fused}
@@ -83,9 +83,9 @@ class ModuleScores:
 
 
 def read_modules(file: Path, groups: Mapping[str, PlanGroup], scope: str) -> list[ModuleScores]:
-    """The scores of every module that can be pruned, fused as the run fused them. scope: a FusionScope by its name.
+    """The scores of every prunable module, fused as in the run. scope: name of a FusionScope.
 
-    Raises EvaluationError for scores that do not fit the plan, or cannot be shown.
+    Raises EvaluationError for scores that do not fit the plan or are not finite.
     """
     scores = read_scores(file)
     try:
@@ -105,7 +105,7 @@ def read_modules(file: Path, groups: Mapping[str, PlanGroup], scope: str) -> lis
 
 
 def _inside_blocks(scores: ImportanceScores, groups: Mapping[str, PlanGroup]) -> tuple[ImportanceScores, ModelGraph]:
-    """The scores as those of a graph that has the plan's groups of decoder blocks alone."""
+    """The scores for a graph with only the plan's groups of decoder blocks."""
     scored = tuple(
         CoupledGroup(layer=group.layer, role=Role(group.role), name=name, units=group.of, members=())
         for name, group in groups.items()
@@ -113,22 +113,22 @@ def _inside_blocks(scores: ImportanceScores, groups: Mapping[str, PlanGroup]) ->
     )
     model = ModelRef(source="", config_digest="", weights_digest="")
     graph = ModelGraph(model=model, blocks=(), groups=scored, shapes={})
-    samples = max(scores.samples, 2)  # of one sample there is no spread, which is then 0
+    samples = max(scores.samples, 2)  # the variance of one sample is 0
     return dataclasses.replace(scores, graph_digest=graph.digest, samples=samples), graph
 
 
 def _kept(scores: ImportanceScores, name: str, group: PlanGroup) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """Which units of a group are kept, (units,). Raises ValueError where that, or its scores, cannot be known."""
+    """Mask of the kept units of a group, (units,). Raises ValueError for invalid units or scores."""
     arrays = [getattr(scores.groups[name], statistic) for statistic in STATISTICS]
     if len(arrays[0]) != group.of or group.units is None:
         raise ValueError(f"{name} has scores of {len(arrays[0])} units")
-    if not all(np.abs(array).max(initial=0) < LARGEST for array in arrays):  # also where one is no number
-        raise ValueError(f"{name} has scores that are no finite numbers")
+    if not all(np.abs(array).max(initial=0) < LARGEST for array in arrays):  # rejects NaN too
+        raise ValueError(f"{name} has scores that are not finite")
     return np.isin(np.arange(group.of), parse_units(group.units, group.of))
 
 
 def spearman(first: FloatArray, second: FloatArray) -> float:
-    """Rank correlation, equal values sharing their rank; NaN where one side is constant."""
+    """Rank correlation with shared ranks of equal values; NaN if one side is constant."""
     ranks = []
     for values in (first, second):
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)

@@ -15,7 +15,7 @@ from saap.reporting.figures import COLOURS, INK, Figure, label_bars, name_rows, 
 from saap.reporting.importance import ModuleScores, PlanGroup
 
 POINTS = 800
-"""At most so many points in a scatter: more only make the page heavy."""
+"""Maximum number of points in a scatter plot, to limit the size of the page."""
 SCORES = ("vector", "element", "fused")
 MARKS = "os^"
 
@@ -38,7 +38,7 @@ def structure(groups: Sequence[PlanGroup]) -> Figure:
 
 
 def kinds(changes: Sequence[KindChange]) -> Figure:
-    """Perplexity of the pruned over that of the dense model on each kind of text."""
+    """Perplexity of the pruned relative to the dense model on each kind of text."""
 
     def draw(axis: Any) -> None:
         bars = axis.barh(range(len(changes)), [one.ratio for one in changes], color=COLOURS[0])
@@ -53,7 +53,7 @@ def kinds(changes: Sequence[KindChange]) -> Figure:
 
 
 def importance_figures(role: str, modules: Sequence[ModuleScores]) -> list[Figure]:
-    """All figures about the scores of one role, one module a layer."""
+    """All figures about the scores of one role, one module per layer."""
     layers = [module.layer for module in modules]
     joined = {
         name: np.concatenate([getattr(module, name) for module in modules]) for name in (*SCORES, "fluctuation", "kept")
@@ -110,7 +110,7 @@ def _rank_agreement(role: str, layers: Sequence[int], modules: Sequence[ModuleSc
 
 
 def _changed_sides(role: str, modules: Sequence[ModuleScores]) -> list[Figure]:
-    """By layer, the share of removed units that one score alone would have kept; nothing where none is removed."""
+    """Share of removed units that one score alone would keep, by layer; nothing if none is removed."""
     pruned = [module for module in modules if not module.kept.all()]
     layers = np.array([module.layer for module in pruned])
     shares = {
@@ -183,12 +183,12 @@ def accuracy(tasks: Mapping[str, Mapping[str, TaskResult]]) -> Figure:
 
 
 def speeds(models: Mapping[str, ModelSpeed]) -> Figure:
-    """Tokens per second by the name of the model; the first is what the others are compared with."""
+    """Tokens per second by model; the first model is the baseline."""
     base = next(iter(models))
     found = {phase: {name: getattr(one, phase) for name, one in models.items()} for phase in ("prefill", "decode")}
 
     def draw(axis: Any) -> None:
-        # prefill is many times quicker than decode, so each is shown relative to the first model
+        # prefill is much faster than decode, so each is shown relative to the first model
         for index, model in enumerate(models):
             places = np.arange(len(found)) + (index - (len(models) - 1) / 2) * 0.8 / len(models)
             shares = [values[model] / values[base] for values in found.values()]

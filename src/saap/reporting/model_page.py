@@ -21,13 +21,13 @@ from saap.reporting.tables import number
 from saap.settings.prune import FusionScope
 
 ENOUGH = 200
-"""Units of a role from which distributions of their scores say something."""
+"""Minimum number of units of a role for distributions of scores."""
 
 
 def model_page(
     folder: Path, manifest: RunManifest, reports: Sequence[EvalReport], comparison: Comparison | None
 ) -> Page:
-    """The page of a folder that `saap prune` wrote. reports: of `saap eval`. comparison: baselines to show with it.
+    """The page of a folder written by `saap prune`. reports: of `saap eval`. comparison: baselines to show with it.
 
     Raises PlanError, StaleInputError or EvaluationError for a damaged folder.
     """
@@ -66,7 +66,7 @@ def _tiles(manifest: RunManifest) -> list[tuple[str, str]]:
 
 
 def _kinds_section(kinds: Sequence[KindChange]) -> Section:
-    """What was kept and lost, kind of text by kind."""
+    """Perplexity before and after by kind of text."""
     rows = [[one.text, *(f"{value:.2f}" for value in (one.before, one.after, one.ratio))] for one in kinds]
     table = ("Perplexity by kind of text", (["kind of text", "dense", "pruned", "ratio"], rows))
     return Section(
@@ -93,7 +93,7 @@ def _structure_section(groups: Sequence[PlanGroup], dropped: Sequence[int]) -> S
 
 
 def _importance_section(modules: Sequence[ModuleScores]) -> Section:
-    """What the scores of each role say, one module a layer."""
+    """Scores of each role, one module per layer."""
     by_role = {
         role: sorted({one.layer: one for one in modules if one.role == role}.values(), key=lambda one: one.layer)
         for role in dict.fromkeys(one.role for one in modules)
@@ -110,7 +110,7 @@ def _importance_section(modules: Sequence[ModuleScores]) -> Section:
                 figures += drawn.importance_figures(role, same)
                 rows = [[str(one.layer), f"{one.kept.sum():,} of {len(one.kept):,}", *_means([one])] for one in same]
                 tables.append((f"{role} units, layer by layer", (["layer", "kept", *columns], rows)))
-    else:  # one score a unit, without a spread over the samples
+    else:  # one score per unit, without variance over samples
         said, rows = words("one_score"), []
         for role, same in by_role.items():
             quantiles = np.percentile(np.concatenate([one.element for one in same]), (10, 50, 90))
@@ -121,7 +121,7 @@ def _importance_section(modules: Sequence[ModuleScores]) -> Section:
 
 
 def _means(modules: Sequence[ModuleScores]) -> list[str]:
-    """Means over modules of what is a number: a correlation, or a share of changed units."""
+    """Means over modules of the finite values of a column: correlations, or shares of changed units."""
     cells = []
     for column in modules[0].agreement:
         known = [value for one in modules if (value := one.agreement[column]) is not None and np.isfinite(value)]
@@ -137,7 +137,7 @@ def _search_section(measured: Sequence[tuple[str, float]]) -> Section:
 
 
 def _recovery_sections(manifest: RunManifest) -> list[Section]:
-    """The loss curve and the answers before and after, where a recovery left them in the manifest."""
+    """The loss curve and the answers before and after, if the manifest has a recovery."""
     sections = []
     points = () if manifest.recovery is None else manifest.recovery.curve
     curves = {

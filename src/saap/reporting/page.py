@@ -1,4 +1,4 @@
-"""The report page: sections of words, figures and tables, in one HTML file that loads nothing."""
+"""The report page: sections of text, figures and tables, in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from saap.reporting.figures import Figure, to_svg
 from saap.reporting.tables import Table
 
 LONG = 14
-"""Rows from which a table is folded away."""
+"""Number of rows from which a table is collapsed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
     """One part of the page.
 
-    name: its anchor. tables: (caption, table), folded away if they are long or fold_tables says so. lowest_is_best:
-    mark the least number of each column of its tables. answers: (prompt, ((model, text), ...)). code: commands.
+    name: its anchor. tables: (caption, table), collapsed if long or if fold_tables is set. lowest_is_best: mark the
+    lowest number of each column of its tables. answers: (prompt, ((model, text), ...)). code: commands.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """A whole report. tiles: (value, label), the figures that everybody looks for first."""
+    """A whole report. tiles: (value, label), the headline figures."""
 
     title: str
     summary: str
@@ -61,7 +61,7 @@ def render(page: Page) -> str:
 
 
 def lowest_of_columns(table: Table) -> set[tuple[int, int]]:
-    """Row and column of the least number in each column after the first; what follows a number is its spread."""
+    """Row and column of the lowest number in each column after the first; text after a number is its deviation."""
     found = set()
     for column in range(1, len(table[0])):
         numbers = {}

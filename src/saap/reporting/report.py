@@ -1,6 +1,6 @@
-"""`saap report`: from a pruned model's folder or a comparison, and reports of `saap eval`, to one page.
+"""`saap report`: one page about a pruned model or a comparison, with reports of `saap eval`.
 
-The files may come from anybody: what is shown of them is of the right type, and small enough to be drawn.
+The files are untrusted: all shown values are checked for type and size.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ _Record = TypeVar("_Record", bound=BaseModel)
 
 
 def build_page(source: Path, evaluations: Sequence[Path] = (), comparison: Path | None = None) -> Page:
-    """The report of a folder that `saap prune` or `saap compare` wrote.
+    """The report of a folder written by `saap prune` or `saap compare`.
 
-    evaluations: JSON files that `saap eval --out` wrote. comparison: a folder that `saap compare` wrote, whose
-    baselines are to be shown with a pruned model. Raises SaapError for anything else.
+    evaluations: JSON files of `saap eval --output-file`. comparison: a folder written by `saap compare`, whose
+    baselines are shown with a pruned model. Raises SaapError for anything else.
     """
     reports = [_read(EvalReport, path, "report of `saap eval`", "Give the file that it wrote") for path in evaluations]
     baselines = None if comparison is None else _read_comparison(_comparison_file(comparison))
     file = _comparison_file(source)
     if file.name == COMPARISON and file.is_file():
         if baselines is not None:
-            raise EvaluationError(f"{source} is a comparison itself", "Leave out --compare, or name a pruned model")
+            raise EvaluationError(f"{source} is a comparison itself", "Leave out --compare, or specify a pruned model")
         return comparison_page(_read_comparison(file), reports)
     manifest = read_manifest(source)
     if manifest is None:
         raise EvaluationError(
-            f"{source} was written neither by `saap prune` nor by `saap compare`",
-            "Name a folder that one of them wrote",
+            f"{source} was not written by `saap prune` or `saap compare`",
+            "Specify a folder that one of them wrote",
         )
     return model_page(source, manifest, reports, baselines)
 
@@ -51,15 +51,15 @@ def _comparison_file(place: Path) -> Path:
 
 
 def _read_comparison(path: Path) -> Comparison:
-    """Also checks that every row has the texts of the dense model, and its tasks if it has any."""
-    remedy = "Name a folder that `saap compare` wrote"
+    """Read a comparison. Checks that every row has the texts of the dense model, and its tasks if it has any."""
+    remedy = "Specify a folder that `saap compare` wrote"
     comparison = _read(Comparison, path, "comparison", remedy)
     dense = comparison.dense
     for number, row in enumerate(comparison.rows):
         lacking = [text for text in dense.perplexity if text not in row.perplexity.keys() & row.ratios.keys()]
         lacking += [task for task in dense.tasks if row.tasks and task not in row.tasks]
         if lacking:
-            raise EvaluationError(f"{path} is no comparison (rows.{number} lacks {lacking[0]!r})", remedy)
+            raise EvaluationError(f"{path} is not a comparison (rows.{number} lacks {lacking[0]!r})", remedy)
     return comparison
 
 
@@ -67,11 +67,11 @@ def _read(kind: type[_Record], path: Path, what: str, remedy: str) -> _Record:
     try:
         return kind.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        raise EvaluationError(f"{path} is no {what} ({faults_of(error)})", remedy) from None
+        raise EvaluationError(f"{path} is not a {what} ({faults_of(error)})", remedy) from None
 
 
 def write_page(page: Page, out: Path, figure_folder: Path | None) -> list[Path]:
-    """Write the page, and its figures and tables as files if a folder is named. Returns the paths."""
+    """Write the page, and its figures and tables as files if a folder is given. Returns the paths."""
     try:
         write_whole(out, render(page).encode())
         if figure_folder is None:

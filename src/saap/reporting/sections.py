@@ -1,4 +1,4 @@
-"""The sections that a page about a model and one about a comparison share."""
+"""Sections shared by the pages about models and comparisons."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MEASURES = (
 
 
 def evaluation_sections(reports: Sequence[EvalReport]) -> list[Section]:
-    """Perplexities, tasks, text and speed of `saap eval`, with the dense model where it was measured."""
+    """Perplexities, tasks, text and speed of `saap eval`, with the dense model if it was measured."""
     parts = [part for report in reports for part in (report.dense, report) if part is not None]
     perplexity: defaultdict[str, dict[str, Perplexity]] = defaultdict(dict)
     tasks: defaultdict[str, dict[str, TaskResult]] = defaultdict(dict)
@@ -49,7 +49,7 @@ def evaluation_sections(reports: Sequence[EvalReport]) -> list[Section]:
 
 
 def _labels(measured: Sequence[EvalReport | ModelSpeed]) -> list[str]:
-    """What to call each model: the last part of its name where no other ends alike, and what tells revisions apart."""
+    """Short labels of models: the last part of the name if it is unique, and the revision if needed."""
     models = [(one.model, getattr(one, "revision", None)) for one in measured]
     alike = len({short(name) for name, _ in models}) < len({name for name, _ in models})
     return names_apart(models if alike else [(short(name), revision) for name, revision in models])
@@ -76,7 +76,7 @@ def _task_section(tested: Mapping[str, Mapping[str, TaskResult]]) -> Section:
 
 
 def _generation_section(generation: GenerationReport) -> Section:
-    """What the models wrote, measured and side by side."""
+    """Generated texts side by side, with their measures."""
     rows = [
         [f"{name}, {mode}", *(number(getattr(figures[mode], key), 1, factor) for key, _, factor in MEASURES)]
         for mode in ("greedy", "sampled")
@@ -94,20 +94,20 @@ def _generation_section(generation: GenerationReport) -> Section:
         (prompt, tuple((name, texts[name]) for name in ("dense", "pruned") if name in texts))
         for prompt, texts in generation.samples.get("greedy", {}).items()
     ]
-    caption = "What was written: variety, repetition, and how likely the dense model finds it"
+    caption = "Generated text: diversity, repetition, and perplexity under the dense model"
     tables = [(caption, (["model, mode", *(label for _, label, _ in MEASURES)], rows))] if rows else []
     return Section(name="answers", title="Answers side by side", paragraphs=said, tables=tables, answers=answers)
 
 
 def _speed_section(speed: SpeedReport) -> Section:
-    """Tokens per second; the model that it is compared with comes first."""
+    """Tokens per second; the baseline model comes first."""
     measured = [one for one in (speed.against, speed.model) if one is not None]
     models = dict(zip(_labels(measured), measured, strict=True))
     rows = [
         [name, number(one.prefill, 1), number(one.decode, 1), f"{one.bytes_per_token:,}"]
         for name, one in models.items()
     ]
-    table = ["model", "prefill", "decode", "bytes read per written token"], rows
+    table = ["model", "prefill", "decode", "bytes read per decoded token"], rows
     tables = [(words("speed_table", speed=speed), table)]
     return Section(name="speed", title="Speed", figures=[model_figures.speeds(models)], tables=tables)
 
@@ -119,7 +119,7 @@ def environment_section(made: Comparison | RunManifest, reports: Sequence[EvalRe
     versions = [[name, version] for name, version in made.versions.items()]
     return Section(
         name="environment",
-        title="How to do it again",
+        title="How to reproduce it",
         code="\n".join(f"saap {shlex.join(command)}" for command in commands if command),
         tables=[("Settings", (["setting", "value"], settings)), ("Versions", (["package", "version"], versions))],
     )

@@ -22,7 +22,7 @@ _LATEX = str.maketrans({
 
 
 def number(value: float | None, digits: int = 3, factor: float = 1) -> str:
-    """A number for a table, times a factor; an empty cell for what was not measured or is not finite."""
+    """A number for a table, times a factor; an empty cell if it was not measured or is not finite."""
     if value is None or not math.isfinite(factor * value):
         return ""
     return f"{factor * value:.{digits}f}" if abs(factor * value) < 1000 else f"{factor * value:.2e}"
@@ -34,12 +34,12 @@ def accuracy(result: TaskResult) -> str:
 
 
 def short(text: str) -> str:
-    """The last part of a path, or a name as it is."""
+    """The last part of a path, or an unchanged name."""
     return text.rpartition("/")[2]
 
 
 def names_apart(models: Sequence[tuple[str, str | None]]) -> list[str]:
-    """Names of models, given as (source, revision): the source, with the revision where two have the same source."""
+    """Labels of models given as (source, revision): the source, with the revision if sources are equal."""
     sources = [source for source, _ in set(models)]
     return [
         f"{source}@{revision}" if revision is not None and sources.count(source) > 1 else source
@@ -55,7 +55,7 @@ def to_csv(table: Table) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    """A table for Markdown; a cell has no bars, HTML, links or further lines of its own."""
+    """A Markdown table; bars, HTML, links and line breaks in cells are escaped or removed."""
 
     def escaped(cell: str) -> str:
         return re.sub(r"([|\[\]\\])", r"\\\1", " ".join(cell.split())).replace("<", "&lt;")
@@ -65,7 +65,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A `tabular` with rules of the package booktabs."""
+    """A `tabular` with booktabs rules."""
     headings, *rows = (
         " & ".join(" ".join(cell.split()).translate(_LATEX) for cell in cells) + r" \\"
         for cells in (table[0], *table[1])

@@ -15,7 +15,7 @@ FIVE_METHODS = "saap,llm-pruner-element2,flap,wanda-sp,magnitude"
 
 
 def _restorations(given: Any) -> Any:
-    """Both, yes or no, as False and True."""
+    """Parse both, yes or no as a tuple of booleans."""
     known = {"both": (False, True), "yes": (True,), "no": (False,)}
     if isinstance(given, str) and given not in known:
         raise ValueError("is unknown", f"It takes {', '.join(known)}")
@@ -23,11 +23,11 @@ def _restorations(given: Any) -> Any:
 
 
 class CompareRequest(Settings):
-    """What to compare.
+    """Settings of a comparison.
 
-    methods: each with the roles that it may prune, None for the configuration's. config: of the method under test;
-    its calibration and its ratios are everybody's. restorations: False cuts only (FLAP adds its biases), True also
-    reconstructs. evaluation: the texts and tasks to measure on. task_ratios: None for all of them: tasks take far
+    methods: each with the roles that it may prune, None for the configuration's. config: of the method under test; its
+    calibration and ratios apply to all methods. restorations: False only cuts (FLAP adds its biases), True also
+    reconstructs. evaluation: the texts and tasks to measure on. task_ratios: None for all of them; tasks take far
     longer than perplexity.
     """
 
@@ -36,7 +36,7 @@ class CompareRequest(Settings):
         Commas,
         Different,
         compared_flag(
-            "Methods, each METHOD or METHOD@ROLE+ROLE to prune these only.", metavar="M[,M...]", default=FIVE_METHODS
+            "Methods, each METHOD or METHOD@ROLE+ROLE for these roles only.", metavar="M[,M...]", default=FIVE_METHODS
         ),
     ] = Field(default_factory=lambda: tuple(MethodChoice(method=Method(name)) for name in FIVE_METHODS.split(",")))
     config: Annotated[
@@ -54,7 +54,7 @@ class CompareRequest(Settings):
     ] = (0,)
     restorations: Annotated[
         tuple[bool, ...], BeforeValidator(_restorations), compared_flag(
-            "Least-squares reconstruction by saap, for every method: both, yes or no.", name="restore",
+            "Least-squares reconstruction by saap for every method: both, yes or no.", name="restore",
             metavar="both|yes|no", default="both",
         ),
     ] = (False, True)  # fmt: skip
@@ -72,5 +72,5 @@ class CompareRequest(Settings):
     ] = None
 
     def asks_tasks(self, ratio: float) -> bool:
-        """Whether a model pruned by `ratio` answers the tasks."""
+        """Whether tasks are run on a model pruned by `ratio`."""
         return bool(self.evaluation.tasks) and (self.task_ratios is None or ratio in self.task_ratios)

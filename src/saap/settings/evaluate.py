@@ -1,4 +1,4 @@
-"""Settings of `saap eval` and `saap generate`, and of the measuring of speed, which commands and recipes share."""
+"""Settings of `saap eval`, `saap generate` and speed measurements."""
 
 from functools import partial
 from pathlib import Path
@@ -12,23 +12,23 @@ from saap.settings.registry import RuntimeName
 from saap.settings.setting import AtLeast1, Commas, Flag, Only, Seed, Settings, Source, Texts
 
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-"""The seven tasks of the SAAP paper, by the names of lm-evaluation-harness; `paper` stands for them."""
+"""The seven tasks of the SAAP paper by their names in lm-evaluation-harness; alias `paper`."""
 perplexity_flag = partial(Flag, panel="Perplexity")
 tasks_flag = partial(Flag, panel="Zero-shot tasks")
 writing_flag = partial(Flag, panel="Generation")
 dense_flag = partial(Flag, panel="Dense model")
 speed_flag = partial(Flag, panel="Speed")
-MAX_NEW_TOKENS = "Tokens to write for each prompt, at most."
+MAX_NEW_TOKENS = "Maximum number of new tokens for each prompt."
 
 
 class SpeedSettings(Settings):
-    """How speed is measured, in rounds in which the models take turns."""
+    """Settings of speed measurements, in interleaved rounds."""
 
-    runtime: Annotated[RuntimeName, speed_flag("Where speed is measured.")] = RuntimeName.TRANSFORMERS
+    runtime: Annotated[RuntimeName, speed_flag("Runtime of the speed measurement.")] = RuntimeName.TRANSFORMERS
     gguf_type: Annotated[GgufType, speed_flag(GGUF_TYPE, old=("quantization",))] = GgufType.F16
     prompt_tokens: Annotated[AtLeast1, speed_flag("Tokens of the prompt.")] = 128
-    new_tokens: Annotated[AtLeast1, speed_flag("Tokens that are written.")] = 32
-    rounds: Annotated[AtLeast1, speed_flag("Measurements, of which the median counts.")] = 5
+    new_tokens: Annotated[AtLeast1, speed_flag("Number of new tokens.")] = 32
+    rounds: Annotated[AtLeast1, speed_flag("Number of measurements; the median is reported.")] = 5
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -37,22 +37,22 @@ class SpeedSettings(Settings):
 
 
 class EvalRequest(Settings):
-    """What to measure of a model, and of the dense model that it is compared with.
+    """Measurements of a model, and of the dense model for comparison.
 
-    dense_revision, dense_trust_remote_code: of `dense`; by default the revision of the manifest of the pruned model,
-    and no code of its own.
+    dense_revision, dense_trust_remote_code: of `dense`; by default the revision in the pruned model's manifest, and no
+    remote code.
     """
 
     texts: Annotated[
-        Texts, perplexity_flag("Text to read, repeatable: wikitext2, ptb, c4, bundled, or a file.", flag="--perplexity")
+        Texts, perplexity_flag("Text, repeatable: wikitext2, ptb, c4, bundled, or a file.", flag="--perplexity")
     ] = ()
-    window: Annotated[int, Field(ge=2), perplexity_flag("Tokens of each window that perplexity is measured in.")] = 512
+    window: Annotated[int, Field(ge=2), perplexity_flag("Tokens per perplexity window.")] = 512
     stride: Annotated[
-        AtLeast1 | None, perplexity_flag("Tokens from one window's start to the next's.", default="the window")
+        AtLeast1 | None, perplexity_flag("Tokens between the starts of two windows.", default="the window")
     ] = None
     bos: Annotated[bool, perplexity_flag(BOS)] = True
     max_tokens: Annotated[
-        Annotated[int, Field(ge=2)] | None, perplexity_flag("Read at most so many tokens of each text.")
+        Annotated[int, Field(ge=2)] | None, perplexity_flag("Maximum number of tokens of each text.")
     ] = None
     tasks: Annotated[
         tuple[str, ...],
@@ -67,17 +67,17 @@ class EvalRequest(Settings):
     limit: Annotated[int | None, tasks_flag("Only the first N questions of each task.")] = None
     rounded: Annotated[
         bool, tasks_flag(
-            "Round products to bfloat16 while tasks are scored, which can be quicker.", name="rounded_tasks",
+            "Round products to bfloat16 while tasks are scored, which can be faster.", name="rounded_tasks",
             aliases=("rounded",),
         ),
     ] = False  # fmt: skip
     prompts: Annotated[
         Source | None,
-        writing_flag("Prompts in place of the bundled ones: .txt, or .jsonl with prompt, answer.", metavar="FILE"),
+        writing_flag("Prompts that replace the bundled ones: .txt, or .jsonl with prompt, answer.", metavar="FILE"),
     ] = None
     generated_tokens: Annotated[AtLeast1, writing_flag(MAX_NEW_TOKENS, name="max_new_tokens", old=("tokens",))] = 128
     chat: Annotated[
-        Path | None, writing_flag("Conversations (.jsonl with messages) to measure answers of.", metavar="FILE")
+        Path | None, writing_flag("Conversations (.jsonl with messages) for the perplexity of answers.", metavar="FILE")
     ] = None
     dense: Annotated[
         Source | None, dense_flag(
@@ -112,9 +112,9 @@ class EvalRequest(Settings):
 
 
 class GenerationSettings(Settings):
-    """How a model answers a prompt. temperature 0: always the most likely token; above: sampled with `seed`."""
+    """Generation settings. temperature 0: greedy; above: sampled with `seed`."""
 
     max_tokens: Annotated[AtLeast1, writing_flag(MAX_NEW_TOKENS, name="max_new_tokens")] = 128
-    temperature: Annotated[float, Field(ge=0), writing_flag("0: always the most likely token; above: sampled.")] = 0.0
+    temperature: Annotated[float, Field(ge=0), writing_flag("0: greedy; above: sampled.")] = 0.0
     seed: Annotated[Seed, writing_flag("Seed of the sampling.")] = 0
     chat: Annotated[bool, writing_flag("Use the chat template, or continue the text itself.")] = True

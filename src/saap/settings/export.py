@@ -11,8 +11,8 @@ format_flag = partial(Flag, panel="Format")
 
 
 class ExportRequest(Settings):
-    """What to export: the format, and for GGUF the type of the weights and whether llama.cpp checks the file."""
+    """Settings of an export: format, and for GGUF the type of the weights and whether llama.cpp checks the file."""
 
     format: Annotated[ExportFormat, format_flag(f"{ExportFormat.summaries()}.")] = ExportFormat.GGUF
-    quantization: Annotated[GgufType, format_flag("Of the weights in GGUF.")] = GgufType.F16
+    quantization: Annotated[GgufType, format_flag("Type of the weights in GGUF.")] = GgufType.F16
     verify: Annotated[bool, format_flag("Compare the file in llama.cpp with transformers.")] = True

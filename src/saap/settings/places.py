@@ -1,4 +1,4 @@
-"""Where values go that are given by name: by the flags of a command, or by the arguments of a public function."""
+"""Mapping from named values (flags of a command, arguments of a public function) to settings fields."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from saap.settings.setting import Only, Setting, Settings, check_once, settings_
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a value goes that is given by name.
+    """Location of a named value.
 
     path: a parameter of a function and the fields inside it. default: None for that of the model. needs: the setting
-    without which this one is of no use.
+    that this one requires.
     """
 
     path: tuple[str, ...]
@@ -26,7 +26,7 @@ class Place:
     needs: Setting | None = None
 
     def put(self, values: dict[str, Any], value: Any) -> None:
-        """Put a value in its place; True for a model inside stands for its defaults, False for none."""
+        """Store a value; True for a nested model means its defaults, False none."""
         *outer, last = self.path
         for field in outer:
             values = values.setdefault(field, {})
@@ -37,7 +37,7 @@ class Place:
 
 
 def models_of(function: Callable[..., Any]) -> dict[str, tuple[type[Settings], Only]]:
-    """The parameters of a function that are settings, and which of their fields it takes."""
+    """The settings parameters of a function, and the fields that it accepts."""
     found = {}
     for name, declared in inspect.signature(function, eval_str=True).parameters.items():
         kind, *notes = (
@@ -49,7 +49,7 @@ def models_of(function: Callable[..., Any]) -> dict[str, tuple[type[Settings], O
 
 
 def places_of(function: Callable[..., Any]) -> list[Place]:
-    """The settings that a function takes by name, in order."""
+    """The settings that a function accepts by name, in order."""
     return [place for name, (kind, only) in models_of(function).items() for place in _places((name,), kind, only)]
 
 
@@ -65,7 +65,7 @@ def _places(outer: tuple[str, ...], kind: type[Settings], only: Only, needs: Set
 def filled(
     function: Callable[..., Any], known: Mapping[str, Sequence[Place]], given: Mapping[str, Any]
 ) -> dict[str, Settings]:
-    """The settings that a function takes, by parameter. known: the places of each name or flag that may be given."""
+    """Build the settings of a function by parameter. known: locations of all allowed names or flags."""
     models = models_of(function)
     values = {parameter: _own_defaults(kind, only) for parameter, (kind, only) in models.items()}
     try:
@@ -81,7 +81,7 @@ def filled(
 
 
 def _own_defaults(kind: type[Settings], only: Only) -> dict[str, Any]:
-    """The defaults that a function has of its own; all others are those of the models."""
+    """Defaults of the function itself; all others are those of the models."""
     found = dict(only.defaults)
     for setting in settings_of(kind):
         if setting.inner is not None and setting.only is not None and setting.info.is_required():

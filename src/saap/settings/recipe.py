@@ -1,4 +1,4 @@
-"""Recipes: a whole run in one YAML file, in the words of the configurations that the commands use."""
+"""Recipes: a whole run in one YAML file, with the settings of the commands."""
 
 import re
 import warnings
@@ -22,12 +22,12 @@ THE_MODEL = "${model}"
 
 def _file_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise ValueError("is no name for a file", "Use letters and digits")
+        raise ValueError("is not a valid file name", "Use letters and digits")
     return name
 
 
 def _given_names(given: Any) -> Any:
-    """Settings by names; a name without any, as `--set` leaves it, is none."""
+    """Settings by name; a name without settings, as `--set` may produce, is dropped."""
     named = {} if given is None else given
     return {str(key): one for key, one in named.items() if one is not None} if isinstance(named, dict) else given
 
@@ -37,18 +37,17 @@ _Named = BeforeValidator(_given_names)
 
 
 class ReportRequest(Settings):
-    """The page about the result. figures: also as files of their own."""
+    """The report page. figures: also as separate files."""
 
     figures: bool = False
 
 
 class Recipe(Settings):
-    """A run from a model to what is made of it.
+    """A run from a model to its results.
 
-    out: the folder of all results. Steps run in the order prune, recover, eval, export, report; one that is not named
-    is left out. eval and export: by a name of one's own, which becomes that of the file. `${model}` as a value stands
-    for `model`, e.g. as the dense one, which then has its revision and trust too. Relative paths start where the
-    command is run, as on the command line.
+    out: the folder of all results. Steps run in the order prune, recover, eval, export, report; missing steps are
+    skipped. eval and export: by a custom name, which becomes the file name. The value `${model}` means `model`, e.g. as
+    the dense model, with its revision and trust. Paths are relative to the working directory.
     """
 
     model: Annotated[str, Field(min_length=1)]
@@ -68,20 +67,20 @@ _WithDense = TypeVar("_WithDense", RecoverConfig, EvalRequest)
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
-    """Plain data only, and no key twice, which YAML itself would pass over in silence."""
+    """Loads only plain data, and rejects duplicate keys, which YAML ignores silently."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse aliases, by which a short file can be an endless one."""
+        """Reject aliases, by which a short file can expand without limit."""
         if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not known", self.peek_event().start_mark)
+            raise yaml.constructor.ConstructorError(None, None, "aliases are rejected", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Refuse keys that are no words, and keys given twice."""
+        """Reject keys that are not strings, and duplicate keys."""
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is no word", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, "a key is not a string", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
@@ -89,26 +88,26 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
 
 
 def read_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe. settings: `a.b=value`, put in place of what the file says.
+    """Read and check a recipe. settings: overrides `a.b=value`.
 
-    Raises ConfigurationError with every unknown name and impossible value.
+    Raises ConfigurationError with every unknown name and invalid value.
     """
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise ConfigurationError(f"The recipe {path} cannot be read ({error.strerror})", "Name a YAML file") from None
+        raise ConfigurationError(f"The recipe {path} cannot be read ({error.strerror})", "Give a YAML file") from None
     if len(raw) > LARGEST_BYTES:
         raise ConfigurationError(f"The recipe {path} has {len(raw):,} bytes", f"Use at most {LARGEST_BYTES:,}")
     tree = _parsed(raw, str(path))
     if not isinstance(tree, dict):
-        raise ConfigurationError(f"{path} is no recipe", "Begin it with `model:` and `output_dir:`")
+        raise ConfigurationError(f"{path} is not a recipe", "Begin it with `model:` and `output_dir:`")
     for setting in settings:
         _put(tree, setting)
     return recipe_from(tree, str(path))
 
 
 def recipe_from(tree: Mapping[str, Any], where: str) -> Recipe:
-    """A recipe from plain data. where: names it in refusals. Raises ConfigurationError."""
+    """A recipe from plain data. where: its name in messages. Raises ConfigurationError."""
     tree = _with_model(tree, tree.get("model"))
     _warn_of_old_names(Recipe, tree, where)
     try:
@@ -116,7 +115,7 @@ def recipe_from(tree: Mapping[str, Any], where: str) -> Recipe:
     except ValidationError as error:
         wrong = [f"{problem}, {remedy[:1].lower()}{remedy[1:]}" for problem, remedy in faults(error, Recipe, tree)]
         raise ConfigurationError(
-            f"{where} is no recipe that can be run ({'; '.join(wrong)})", "Correct these entries"
+            f"{where} is not a valid recipe ({'; '.join(wrong)})", "Correct these entries"
         ) from None
     _check_together(recipe, where)
     evals = {name: _with_own_dense(recipe, request, request.dense) for name, request in recipe.eval.items()}
@@ -136,9 +135,9 @@ def _warn_of_old_names(kind: type[Settings], given: Any, where: str, within: str
 
 
 def _with_own_dense(recipe: Recipe, section: _WithDense, dense: str | None) -> _WithDense:
-    """A step whose dense model is the recipe's own model opens that as the recipe does: its revision, its trust.
+    """If a step's dense model is the recipe's model, copy the recipe's revision and trust.
 
-    dense: as the step names it, None for what the model was pruned from.
+    dense: as specified by the step, None for the model that was pruned.
     """
     if dense != recipe.model and (dense is not None or recipe.prune is None):
         return section
@@ -150,13 +149,13 @@ def _with_own_dense(recipe: Recipe, section: _WithDense, dense: str | None) -> _
 
 def _parsed(raw: bytes | str, where: str) -> Any:
     try:
-        # Not yaml.load with a name of the user's choice: _Loader makes numbers, words, lists and mappings only.
+        # Safe: _Loader creates only numbers, strings, lists and mappings.
         return yaml.load(raw, Loader=_Loader)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}," if mark is not None else ""
         reason = " ".join(str(getattr(error, "problem", None) or type(error).__name__).split())
-        raise ConfigurationError(f"{where}{line} is no YAML that can be used ({reason})", "Correct the file") from None
+        raise ConfigurationError(f"{where}{line} is not valid YAML ({reason})", "Correct the file") from None
 
 
 def _put(tree: dict[str, Any], setting: str) -> None:
@@ -170,7 +169,7 @@ def _put(tree: dict[str, Any], setting: str) -> None:
         inner = inner[name]
         if not isinstance(inner, dict):
             inside = ".".join(names[:depth])
-            raise ConfigurationError(f"--set {setting!r} goes inside {inside}, which is a value", "Set that itself")
+            raise ConfigurationError(f"--set {setting!r} is inside {inside}, which is a value", "Set that itself")
     inner[names[-1]] = _parsed(text, f"The value of --set {setting!r}")
 
 
@@ -185,7 +184,7 @@ def _with_model(value: Any, model: Any) -> Any:
 def _check_together(recipe: Recipe, where: str) -> None:
     steps = (recipe.prune, recipe.recover, recipe.eval, recipe.export)
     if not any(steps):
-        raise ConfigurationError(f"{where} names no step", "Add some of prune, recover, eval and export")
+        raise ConfigurationError(f"{where} has no step", "Add some of prune, recover, eval and export")
     if recipe.report is not None and recipe.prune is None:
         raise ConfigurationError(f"{where} reports on a model that is not pruned", "Add prune, or leave report out")
     for name, request in recipe.eval.items():

@@ -1,4 +1,4 @@
-"""The settings of `saap recover`: one place for names, defaults and their reasons."""
+"""Settings of `saap recover`, with the reasons for their defaults."""
 
 from enum import StrEnum
 from functools import partial
@@ -23,7 +23,7 @@ DENSE_CODE = "Run code that the dense model's repository ships."
 
 
 class Tuning(StrEnum):
-    """What recovery trains: adapters on quantised weights, or plain LoRA on the weights as they are (reference)."""
+    """Trained parameters of the recovery: adapters on quantised weights, or plain LoRA (reference)."""
 
     GROUPWISE = "groupwise"
     LORA = "lora"
@@ -32,15 +32,14 @@ class Tuning(StrEnum):
 class RecoverConfig(Settings):
     """Everything that decides the result of `saap recover`, checked before any model is loaded.
 
-    batch: one sequence, since many small steps learn more from the tokens of twenty minutes than a quarter as many of
-    four sequences (SmolLM2). alpha and length: usual values, not tuned. The first limit that is reached ends the
-    training; with none given it is DEFAULT_MINUTES. teacher: None for the dense model that the checkpoint was pruned
-    from, if it is on this machine. distillation: None for 1 where there is a teacher and 0 where there is none.
-    shard changes no result.
+    batch: one sequence, since in twenty minutes many small steps learn more than a quarter as many steps of four
+    sequences (SmolLM2). alpha and length: usual values, not tuned. The first limit that is reached ends the training;
+    without limits it is DEFAULT_MINUTES. teacher: None for the dense model that the checkpoint was pruned from, if it
+    is on this machine. distillation: None for 1 with a teacher and 0 without. shard does not change the result.
     """
 
     data: Annotated[
-        Texts, Filled, data_flag("Text to learn from, repeatable: .txt, .jsonl with text, instructions or chats.")
+        Texts, Filled, data_flag("Training data, repeatable: .txt, .jsonl with text, instructions or chats.")
     ] = ("mixed",)
     tuning: Annotated[
         Tuning, quantised_flag("groupwise: adapters on quantised weights; lora: plain LoRA in full precision.")
@@ -60,39 +59,41 @@ class RecoverConfig(Settings):
     teacher: Annotated[
         Source | None,
         teacher_flag(
-            "The dense model to learn from.", name="dense", metavar="MODEL", default="what MODEL was pruned from"
+            "The dense model as teacher.", name="dense", metavar="MODEL", default="what MODEL was pruned from"
         ),
     ] = None
     dense_revision: Annotated[str | None, teacher_flag(DENSE_REVISION, default="as MODEL's manifest says")] = None
     dense_trust_remote_code: Annotated[bool, teacher_flag(DENSE_CODE)] = False
     distillation: Annotated[
         Annotated[float, Field(ge=0, le=1)] | None,
-        teacher_flag("Share of the divergence from the teacher in the loss, 0 to 1.", default="1, without a teacher 0"),
+        teacher_flag("Weight of the divergence from the teacher, 0 to 1.", default="1, without a teacher 0"),
     ] = None
     length: Annotated[
-        int, Field(ge=16), data_flag("Tokens of a block of text; longer conversations are cut.", name="max_seq_length")
+        int, Field(ge=16), data_flag("Tokens per block; longer conversations are cut.", name="max_seq_length")
     ] = 512
     bos: Annotated[bool, data_flag(BOS)] = True
-    batch: Annotated[AtLeast1, training_flag("Sequences of a step, over all processes.", name="batch_size")] = 1
-    micro_batch: Annotated[AtLeast1, training_flag("Sequences that are computed at once.", name="micro_batch_size")] = 1
-    learning_rate: Annotated[Positive, training_flag("The highest learning rate.")] = 1e-3
+    batch: Annotated[AtLeast1, training_flag("Sequences per step, over all processes.", name="batch_size")] = 1
+    micro_batch: Annotated[AtLeast1, training_flag("Sequences computed at once.", name="micro_batch_size")] = 1
+    learning_rate: Annotated[Positive, training_flag("Peak learning rate.")] = 1e-3
     warm_up: Annotated[
         float,
         Field(ge=0, lt=1),
-        training_flag("Share of the training on which the learning rate rises.", name="warmup_ratio"),
+        training_flag("Share of the training in which the learning rate rises.", name="warmup_ratio"),
     ] = 0.05
-    clip: Annotated[Positive, training_flag("Longer gradients are shortened to this norm.", name="max_grad_norm")] = 1.0
-    max_steps: Annotated[AtLeast1 | None, stop_flag("Stop after so many steps.")] = None
-    max_tokens: Annotated[AtLeast1 | None, stop_flag("Read at most so many tokens, then stop.")] = None
+    clip: Annotated[Positive, training_flag("Gradients are clipped to this norm.", name="max_grad_norm")] = 1.0
+    max_steps: Annotated[AtLeast1 | None, stop_flag("Stop after this many steps.")] = None
+    max_tokens: Annotated[AtLeast1 | None, stop_flag("Stop after this many tokens.")] = None
     max_minutes: Annotated[
         Positive | None,
-        stop_flag("Stop after so many minutes of training.", default=f"{DEFAULT_MINUTES:g} without a limit"),
+        stop_flag("Stop after this many minutes of training.", default=f"{DEFAULT_MINUTES:g} without a limit"),
     ] = None
     validate_every: Annotated[AtLeast1, stop_flag("Steps between two validations; the state is saved then.")] = 60
     validation_samples: Annotated[AtLeast1, stop_flag("Sequences that are held out for validation.")] = 8
-    patience: Annotated[int, Field(ge=0), stop_flag("Stop after so many validations without a new best; 0 never.")] = 5
+    patience: Annotated[
+        int, Field(ge=0), stop_flag("Stop after this many validations without a new best; 0: never.")
+    ] = 5
     gradient_checkpointing: Annotated[
-        bool, training_flag("Compute activations again, or keep them all: quicker, more memory.")
+        bool, training_flag("Recompute activations, or keep them all: faster, more memory.")
     ] = True
     exact_products: Annotated[bool, training_flag("Train in full float32 on the CPU too: slower.")] = False
     shard: Annotated[bool, training_flag("Split frozen weights over the processes (FSDP): slower, less memory.")] = (
@@ -105,21 +106,21 @@ class RecoverConfig(Settings):
         for flag, given in (("--error-feedback", self.error_feedback), ("--shard", self.shard)):
             if given and self.tuning is Tuning.LORA:
                 raise ValueError(
-                    f"{flag} is about quantised layers, which plain LoRA has not", "Leave out one of the two"
+                    f"{flag} requires quantised layers, which plain LoRA does not have", "Leave out one of the two"
                 )
         return self
 
     @property
     def minutes(self) -> float | None:
-        """The limit in minutes; the default where no limit of any kind was given."""
+        """The limit in minutes; the default if no limit of any kind was given."""
         no_limit = self.max_steps is None and self.max_tokens is None and self.max_minutes is None
         return DEFAULT_MINUTES if no_limit else self.max_minutes
 
 
 def check_alignment(align: int, group_size: int, name: str = "--align") -> None:
-    """Refuse kept sizes that groups of weights do not divide. name: of the alignment. Raises ConfigurationError."""
+    """Check that weight groups divide the kept sizes. name: of the alignment. Raises ConfigurationError."""
     if align % group_size:
         raise ConfigurationError(
-            f"{name} {align} gives sizes that groups of {group_size} do not divide",
+            f"{name} {align} leads to sizes that groups of {group_size} do not divide",
             f"Use {name} {group_size} or a multiple of it",
         )

@@ -1,6 +1,6 @@
-"""What is chosen by name and can be added to: importances, strategies, methods, export formats, runtimes for speed.
+"""Registries of everything selected by name: importances, strategies, methods, export formats, runtimes.
 
-Each is one line. The code behind a name is imported when it is used, so that names and help cost nothing.
+Each entry is one line. Its code is imported on use, so names and help are fast.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from saap.core.errors import ConfigurationError
 
 
 class Registered(StrEnum):
-    """A name, the code behind it ("package.module.attribute"), what it is in a few words, and what it needs.
+    """A name, the path of its code ("package.module.attribute"), a summary, and its requirements.
 
-    needs: packages of the extra `saap[gguf]`, by the names that pip knows. suffix: of the file that is written, '' for
-    a folder.
+    needs: packages of the extra `saap[gguf]`, by their names on PyPI. suffix: of the written file, '' for a folder.
     """
 
     code: str
@@ -28,14 +27,14 @@ class Registered(StrEnum):
     def __new__(
         cls, name: str, code: str = "", summary: str = "", needs: tuple[str, ...] = (), suffix: str = ""
     ) -> Self:
-        """Make a member whose value is its name."""
+        """Create a member whose value is its name."""
         member = str.__new__(cls, name)
         member._value_ = name
         member.code, member.summary, member.needs, member.suffix = code, summary, needs, suffix
         return member
 
     def check(self) -> None:
-        """Raise ConfigurationError if a package that it needs is not installed; nothing is imported."""
+        """Raise ConfigurationError if a required package is not installed; nothing is imported."""
         for package in self.needs:
             if importlib.util.find_spec(package.replace("-", "_")) is None:
                 raise ConfigurationError(f"{self} needs the package {package}", "Run pip install 'saap[gguf]'")
@@ -48,7 +47,7 @@ class Registered(StrEnum):
 
     @classmethod
     def summaries(cls) -> str:
-        """All names, with what they are: the help of a flag that takes one."""
+        """All names with their summaries, for the help of a flag."""
         return "; ".join(f"{member}, {member.summary}" for member in cls)
 
 
@@ -60,7 +59,7 @@ class Importance(Registered):
         "saap.estimation.token_fisher.TOKEN_FISHER",
         "squared change of the loss, token by token (Fisher information)",
     )
-    FUSED = "fused", "saap.estimation.fusion.FUSED", "vector-wise and element-wise, weighed by learned uncertainties"
+    FUSED = "fused", "saap.estimation.fusion.FUSED", "vector-wise and element-wise, weighted by learned uncertainties"
     VECTOR = "vector", "saap.estimation.importance.VECTOR", "first order, signed over all weights of a unit"
     ELEMENT1 = "element1", "saap.estimation.importance.ELEMENT1", "first order, absolute over weights"
     ELEMENT2 = "element2", "saap.estimation.importance.ELEMENT2", "second order over weights (Fisher diagonal)"
@@ -68,9 +67,9 @@ class Importance(Registered):
 
 
 class Strategy(Registered):
-    """How the search decides how much of each module is removed: a function from a `SearchProblem` to a `Proposal`."""
+    """Strategy of the search, which allocates the pruned share to modules: from a `SearchProblem` to a `Proposal`."""
 
-    ADAPTIVE = "adaptive", "saap.structure_search.strategies.adaptive", "the candidate with the least measured loss"
+    ADAPTIVE = "adaptive", "saap.structure_search.strategies.adaptive", "the candidate with the lowest measured loss"
     SECOND_ORDER = (
         "second-order",
         "saap.structure_search.strategies.adaptive",
@@ -84,12 +83,12 @@ class Strategy(Registered):
 
     @property
     def evaluates(self) -> bool:
-        """Whether it evaluates candidates, and leaves the choice of units to the reconstruction."""
+        """Whether it evaluates candidates, and the reconstruction selects the units."""
         return self in (Strategy.ADAPTIVE, Strategy.SECOND_ORDER)
 
 
 class Method(Registered):
-    """Which method decides: SAAP, or a `Baseline` of `saap.baselines.baseline` with its own scores and rules."""
+    """Pruning method: SAAP, or a `Baseline` of `saap.baselines.baseline` with its own scores and rules."""
 
     SAAP = "saap", "saap.pipeline.prune.run.run_prune", "importance fusion, structure search and reconstruction"
     RANDOM = "random", "saap.baselines.weights.RANDOM", "random scores"
@@ -104,14 +103,14 @@ class Method(Registered):
 
 
 class ExportFormat(Registered):
-    """What a model can be written as. code: a function like `saap.export.decilm.write`."""
+    """Export formats. code: a function like `saap.export.decilm.write`."""
 
     GGUF = "gguf", "saap.export.gguf.write.write", "for llama.cpp and Ollama", ("gguf",), ".gguf"
-    DECILM = "decilm", "saap.export.decilm.write", "a folder for vLLM (not tried there)"
+    DECILM = "decilm", "saap.export.decilm.write", "a folder for vLLM (not tested there)"
 
 
 class RuntimeName(Registered):
-    """Which program computes the model where its speed is measured. code: a class like `TransformersRuntime`."""
+    """Runtime of speed measurements. code: a class like `TransformersRuntime`."""
 
     TRANSFORMERS = "transformers", "saap.pipeline.runtimes.transformers.TransformersRuntime", "PyTorch"
     LLAMA_CPP = (

@@ -1,4 +1,4 @@
-"""Where and how a run works: the settings that commands share, and what each prints."""
+"""Settings shared by commands: output, devices, memory, and printing."""
 
 from functools import partial
 from pathlib import Path
@@ -14,43 +14,40 @@ output_flag = partial(Flag, panel=OUTPUT)
 
 
 class RunOptions(Settings):
-    """Where and how a run works; nothing here changes the result except `dtype`.
+    """Execution options of a run; only `dtype` changes the result.
 
-    max_memory: bytes that the run may take where it computes: of an accelerator (None: what is free there), or resident
-    of the process (None: any number). Where the weights therefore stay in their files, the search measures fewer
-    candidates, and the model writes no text of its own to be calibrated on.
+    max_memory: limit in bytes on the compute device: memory of an accelerator (None: its free memory), or resident
+    memory of the process (None: unlimited). If the weights therefore stay in their files, the search evaluates fewer
+    candidates, and the model generates no calibration text.
     """
 
     out: Annotated[Path | None, out_flag("Folder to write.", name="output_dir", metavar="DIR")] = None
     overwrite: Annotated[bool, result_flag("Replace the folder if it exists.")] = False
     work_dir: Annotated[
-        Path | None, result_flag("Where finished stages are kept.", metavar="DIR", default="OUTPUT_DIR.saap-work")
+        Path | None, result_flag("Folder of finished stages.", metavar="DIR", default="OUTPUT_DIR.saap-work")
     ] = None
     keep_work: Annotated[bool, result_flag("Keep the stage files after success.")] = False
     device: Annotated[str, model_flag("auto, cpu, cuda, cuda:N or mps.", metavar="DEVICE")] = "auto"
     dtype: Annotated[
         str,
-        model_flag(
-            "auto, float32, float16 or bfloat16: of the written weights, or to compute in if none are.", metavar="DTYPE"
-        ),
+        model_flag("auto, float32, float16 or bfloat16: of the written weights, else to compute in.", metavar="DTYPE"),
     ] = "auto"
     max_memory: Annotated[
-        Bytes | None,
-        model_flag("Most that may be resident, e.g. 6GB; blocks are read when needed for it.", metavar="BYTES"),
+        Bytes | None, model_flag("Memory limit, e.g. 6GB; blocks are offloaded to meet it.", metavar="BYTES")
     ] = None
-    device_map: Annotated[str | None, model_flag("Blocks over several devices: auto, balanced or sequential.")] = None
+    device_map: Annotated[str | None, model_flag("Split blocks over devices: auto, balanced or sequential.")] = None
     revision: Annotated[str | None, model_flag("Branch, tag or commit of a hub model.", metavar="REF")] = None
     trust_remote_code: Annotated[bool, model_flag("Run code that the model repository ships.")] = False
 
 
 READS = ("device", "revision", "trust_remote_code")
-"""What a command takes that opens a model."""
+"""Options of commands that open a model."""
 OPENS = (*READS, "dtype")
-"""What it takes where the type to compute in, or to write, can be chosen too."""
+"""The same, for commands that also have a type to compute in or to write."""
 
 
 class Display(Settings):
-    """What a command prints."""
+    """Printing options of a command."""
 
     as_json: Annotated[bool, output_flag("Print exactly one JSON object on stdout.", name="json")] = False
     quiet: Annotated[bool, output_flag("Print no progress.")] = False

@@ -1,4 +1,4 @@
-"""What all settings share: how a field is shown and named, and how a wrong value is refused."""
+"""Base of all settings: display and names of fields, and messages for invalid values."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _NUMBER = re.compile(r"-?[0-9.]+")
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """What a field says of itself besides its type, default and bounds.
+    """Metadata of a field besides its type, default and bounds.
 
-    help: one line. panel: the heading of the help under which it stands. name: in recipes, in Python and, with dashes,
-    on the command line; None for the field's own. flag: on the command line, where that is another. short: one letter.
-    aliases: further names that stay; old: names that warn, as does the field's own where `name` is another.
-    metavar, default: how value and default are shown, where type and default don't say it.
+    help: one line. panel: its heading in the help. name: in recipes, in Python and, with dashes, on the command line;
+    None for the field's own. flag: on the command line, if different. short: one letter. aliases: further permanent
+    names; old: deprecated names, which also include the field's own if `name` differs. metavar, default: how value and
+    default are shown, if not by type and default.
     """
 
     help: str = ""
@@ -48,7 +48,7 @@ class Flag:
 
 @dataclass(frozen=True, slots=True)
 class Only:
-    """Which fields of a model a command or function takes, () for all; defaults: of its own."""
+    """Fields of a model that a command or function accepts, () for all; defaults: overrides."""
 
     fields: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -56,13 +56,13 @@ class Only:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A field of a model, by all its names.
+    """A field of a model with all its names.
 
-    name: in recipes and in Python. flag: on the command line. old: names of earlier releases. names, flags: all that a
-    value may be given by, today's first. kind: the type of the value, or of each of several, without None. inner: that,
-    if it is settings of its own. only: which fields of those are taken together with this one, None for none. several:
-    whether the value is a tuple of values, or a mapping to them. repeat: whether the flag is given once for each of
-    them, rather than with a list. metavar: how the value of the flag is shown, None where the type says it.
+    name: in recipes and in Python. flag: on the command line. old: names of earlier releases. names, flags: all
+    accepted names, the current one first. kind: the type of the value, or of each of several, without None. inner:
+    `kind` if it is a settings model. only: accepted fields of the nested model, None for none. several: whether the
+    value is a tuple of values, or a mapping to them. repeat: whether the flag is repeated for each of them, rather than
+    given a list. metavar: how the value of the flag is shown, None if by its type.
     """
 
     field: str
@@ -81,15 +81,15 @@ class Setting:
     metavar: str | None
 
     def renamed(self, name: str, within: str = "") -> str:
-        """What to say of a name or flag of an earlier release, '' of others. within: what stands before both names."""
+        """Deprecation message for a name or flag of an earlier release, '' for others. within: prefix of both names."""
         if name.lstrip("-").replace("-", "_") not in self.old:
             return ""
         today = self.flag if name.startswith("-") else self.name
-        return f"{within}{name} is now {within}{today}; the old name will be gone in the next release"
+        return f"{within}{name} is now {within}{today}; the old name will be removed in the next release"
 
 
 class Settings(BaseModel):
-    """Checked, immutable settings. Every name of a field is taken; a wrong value is one sentence."""
+    """Validated, immutable settings. All names of a field are accepted; an invalid value is one message."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
@@ -100,7 +100,7 @@ class Settings(BaseModel):
             problems, remedies = zip(*faults(error, type(self), given, as_flags=True), strict=True)
             raise ConfigurationError("; ".join(problems), ". ".join(remedies)) from None
 
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # models inside models are read without it
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # nested models are validated without it
 
     @model_validator(mode="before")
     @classmethod
@@ -114,18 +114,18 @@ class Settings(BaseModel):
 
 
 def check_once(meant: Mapping[str, Hashable]) -> None:
-    """Raise ValueError if two names mean the same setting. meant: what each given name stands for."""
+    """Raise ValueError if two names mean the same setting. meant: the setting of each given name."""
     taken: dict[Hashable, str] = {}
     for name, what in meant.items():
         other = taken.setdefault(what, name)
         if other != name:
             kind = "flag" if name.startswith("--") else "setting"
-            raise ValueError(f"{other} and {name} are the same {kind}", "Give one of the two")
+            raise ValueError(f"{other} and {name} mean the same {kind}", "Give one of the two")
 
 
 @cache
 def settings_of(model: type[Settings], only: tuple[str, ...] = ()) -> tuple[Setting, ...]:
-    """The fields of a model in order, or only those."""
+    """The fields of a model in order, or only the given ones."""
     return tuple(_setting(name, info) for name, info in model.model_fields.items() if not only or name in only)
 
 
@@ -165,15 +165,15 @@ def _kind(annotation: Any) -> Any:
     return first if several is None else _kind(get_args(first)[several])
 
 
-# How a wrong value is refused.
+# Messages for invalid values.
 
 
 def faults(
     error: ValidationError, model: type[Settings], given: Mapping[str, Any], *, as_flags: bool = False
 ) -> Iterator[tuple[str, str]]:
-    """What is wrong and what to do about it, once for each wrong value.
+    """Problem and remedy of each invalid value.
 
-    as_flags: fields are called by their flags, and models not at all; else both by their path in a recipe.
+    as_flags: refer to fields by their flags, without models; else by their path in a recipe.
     """
     for fault in error.errors():
         owner, setting, names, whole = _place(model, fault["loc"], given)
@@ -191,9 +191,9 @@ def faults(
             yield problem if as_flags or not name else f"{name}: {problem}", remedy
         elif fault["type"] == "model_type" and not as_flags:
             first, *_ = settings_of(owner if setting is None or setting.inner is None else setting.inner)
-            yield f"{name}: give settings such as {first.name}", "Each on a line of its own"
+            yield f"{name}: give settings such as {first.name}", "Each on its own line"
         elif fault["type"] == "dict_type":
-            yield f"{name}: give names", "Each with settings of its own"
+            yield f"{name}: give names", "Each with its own settings"
         else:
             problem, remedy = _said(fault, whole)
             yield f"{name} {problem}", remedy
@@ -202,9 +202,9 @@ def faults(
 def _place(
     model: type[Settings], location: Sequence[int | str], given: Any
 ) -> tuple[type[Settings], Setting | None, list[str], Any]:
-    """The model that a location lies in, its field, the names on the way, and what was given there.
+    """The model of a location, its field, the names on the path, and the given value.
 
-    Not into models of a list.
+    Does not descend into lists of models.
     """
     owner, names = model, list[str]()
     setting: Setting | None = None
@@ -214,7 +214,7 @@ def _place(
             break
         known: tuple[str, ...] = (str(part),)
         if several and setting is not None and setting.inner is not None:
-            owner, setting = setting.inner, None  # `part` is a name of the user's
+            owner, setting = setting.inner, None  # `part` is a user-defined name
         else:
             owner = owner if setting is None or setting.inner is None else setting.inner
             setting = next((one for one in settings_of(owner) if one.field == part), None)
@@ -225,7 +225,7 @@ def _place(
 
 
 def _said(fault: ErrorDetails, whole: Any) -> tuple[str, str]:
-    """Problem and remedy of one wrong value. whole: the text or list that it was a part of."""
+    """Problem and remedy of one invalid value. whole: the text or list that contains it."""
     value, context, kind = fault["input"], fault.get("ctx", {}), fault["type"]
     if kind in ("enum", "too_short") and value in ("", (), []) and whole in ("", (), []):
         return "is empty", "Give at least one value"
@@ -251,7 +251,7 @@ def _said(fault: ErrorDetails, whole: Any) -> tuple[str, str]:
     return f"{quoted}: {fault['msg'][:1].lower()}{fault['msg'][1:]}", "Correct it"
 
 
-# Types of values that several models share.
+# Types of values shared by several models.
 
 
 def _parts(given: Any) -> Any:
@@ -268,7 +268,7 @@ def _one_or_several(given: Any) -> Any:
 
 def _different(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(values)) < len(values):
-        raise ValueError("names the same value twice", "Name each once")
+        raise ValueError("has the same value twice", "Give each once")
     return values
 
 
@@ -298,7 +298,7 @@ def one_of(*legal: int) -> AfterValidator:
 Commas = BeforeValidator(_parts)
 Names = BeforeValidator(_one_or_several)
 Texts = Annotated[tuple[str, ...], Names]
-"""Names of texts, or files."""
+"""Names or files of texts."""
 Different = AfterValidator(_different)
 Source = Annotated[str, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)]
 """A model or a file by its name or path."""

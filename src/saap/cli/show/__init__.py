@@ -1,1 +1,1 @@
-"""What the commands print: progress and tables."""
+"""Output of the commands: progress and tables."""

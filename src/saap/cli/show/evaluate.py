@@ -1,4 +1,4 @@
-"""What `saap eval` shows: tables of the report."""
+"""Output of `saap eval`: tables of the report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEASURES = (
 
 
 def print_eval(report: Mapping[str, Any]) -> None:
-    """Tables of all that was measured, compared with the dense model where that was measured too."""
+    """Tables of all measurements, compared with the dense model if that was measured too."""
     console = console_for_tables()
     dense = report["dense"]
     console.print(f"[bold]{escape(report['model'])}[/bold]: {report['parameters']:,} parameters")
@@ -52,7 +52,7 @@ def print_eval(report: Mapping[str, Any]) -> None:
 
 
 def _print_speed(console: Any, found: Mapping[str, Any]) -> None:
-    """Tokens per second, and how many times those of the other model they are."""
+    """Tokens per second, and the speed-up over the other model."""
     table = Table(
         f"{found['runtime']}, {found['weights']}, {found['threads']} threads", "prefill, tokens/s", "decode, tokens/s",
         "bytes read / token",
@@ -64,17 +64,17 @@ def _print_speed(console: Any, found: Mapping[str, Any]) -> None:
     if found["against"] is not None:
         table.add_section()
         quotients = (found[key] for key in ("prefill_speedup", "decode_speedup", "bytes_ratio"))
-        table.add_row("faster by", *(f"{one:.3f}" for one in quotients))
+        table.add_row("speed-up", *(f"{one:.3f}" for one in quotients))
     console.print(table)
     console.print(
-        f"{found['prompt_tokens']} tokens read, {found['new_tokens']} written, batch 1; medians of {found['rounds']} "
-        "rounds in turns"
+        f"{found['prompt_tokens']} prompt, {found['new_tokens']} new tokens, batch 1; median of {found['rounds']} "
+        "interleaved rounds"
     )
 
 
 def _print_generation(console: Any, found: Mapping[str, Any]) -> None:
     dense = found["dense_figures"] or {}
-    table = Table("what it writes", *found["figures"], *(f"dense, {mode}" for mode in dense))
+    table = Table("generated text", *found["figures"], *(f"dense, {mode}" for mode in dense))
     columns = [*found["figures"].values(), *dense.values()]
     for key, label in MEASURES:
         values = [(column[key] or ()) if key.endswith("quarter") else [column[key]] for column in columns]
@@ -82,7 +82,7 @@ def _print_generation(console: Any, found: Mapping[str, Any]) -> None:
     if columns:
         console.print(table)
     if found["token_agreement"] is not None:
-        console.print(f"the dense model's greedy tokens that it would choose too: {found['token_agreement']:.1%}")
+        console.print(f"agreement with the dense model's greedy tokens: {found['token_agreement']:.1%}")
     if found["cloze"]:
         versus = f", dense {found['dense_cloze']['accuracy']:.1%}" if found["dense_cloze"] else ""
         console.print(f"facts: {found['cloze']['accuracy']:.1%} of {found['cloze']['prompts']}{versus}")

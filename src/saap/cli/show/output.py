@@ -1,4 +1,4 @@
-"""What the command line shows: progress, tables, answers. Only drawing, no figures of its own."""
+"""Terminal output: progress, tables, answers. Only drawing, no computation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PLAIN_WIDTH = 140
 
 
 class PlainReporter:
-    """Plain lines for logs and pipes: one per stage, and one each 15 seconds inside a long one."""
+    """Plain lines for logs and pipes: one per stage, and one every 15 seconds inside a long stage."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -52,7 +52,7 @@ class PlainReporter:
         print(f"{title} ...", file=self._stream, flush=True)
 
     def advance(self, done: int, total: int) -> None:
-        """Print how far the stage is and how long it will take, now and then."""
+        """Print the progress and the remaining time of the stage from time to time."""
         now = time.monotonic()
         if now - self._last < PLAIN_SECONDS or done == 0:
             return
@@ -113,7 +113,7 @@ def make_reporter(display: Display) -> Iterator[Reporter]:
 
 
 def show(display: Display, data: dict[str, Any] | str, draw: Callable[[], None]) -> None:
-    """Print a result as JSON, draw it, or nothing if quiet. data: or its text."""
+    """Print a result as JSON, draw it, or print nothing if quiet. data: JSON-able, or JSON text."""
     if display.as_json:
         print(data if isinstance(data, str) else json.dumps(data, indent=1))
     elif not display.quiet:
@@ -121,7 +121,7 @@ def show(display: Display, data: dict[str, Any] | str, draw: Callable[[], None])
 
 
 def console_for_tables() -> Console:
-    """Stdout; wide where no terminal sets a width, so that nothing is folded in files and pipes."""
+    """Console on stdout; wide where no terminal sets a width, so that files and pipes get unfolded lines."""
     return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 
@@ -150,7 +150,7 @@ def print_structures(shown: Mapping[str, Any]) -> None:
 
 
 def print_preview(shown: Mapping[str, Any]) -> None:
-    """What a dry run found."""
+    """Draw the result of a dry run."""
     console = console_for_tables()
     console.print(f"model: {escape(str(shown['model']))}, {shown['parameters']:,} parameters")
     reachable = f"reachable with {', '.join(shown['roles'])}"
@@ -172,12 +172,12 @@ def print_preview(shown: Mapping[str, Any]) -> None:
     table.add_row("all", f"{forecast['seconds']:.0f}", peak, f"{forecast['disk_bytes'] / 1e6:,.0f}")
     console.print(table)
     if shown["recover"]:
-        console.print(f"then it would be tuned on {escape(', '.join(shown['recover']))}; the forecast leaves that out.")
+        console.print(f"then it would be tuned on {escape(', '.join(shown['recover']))}; not part of the forecast.")
     console.print("nothing was written.")
 
 
 def print_results(reports: Sequence[PruneReport]) -> None:
-    """The summary of each result."""
+    """Draw the summary of each result."""
     console = console_for_tables()
     for report in reports:
         console.print(f"\n[bold]{escape(report.path or 'pruned model')}[/bold]")
@@ -224,7 +224,7 @@ def _print_answers(console: Console, prompt: str, answers: Mapping[str, str | No
 
 
 def _print_end(console: Console, report: PruneReport | RecoverReport) -> None:
-    """What the run took, and how its result is opened."""
+    """Draw the time and memory of the run, and the lines that open its result."""
     peak = max((stage.peak_resident_bytes for stage in report.stages), default=0)
     console.print(f"took {sum(stage.seconds for stage in report.stages):.0f} s, at most {peak / 1e9:.1f} GB of memory")
     if report.load_lines:
@@ -232,7 +232,7 @@ def _print_end(console: Console, report: PruneReport | RecoverReport) -> None:
 
 
 def _kinds_table(report: PruneReport) -> Table:
-    """What was kept and lost, kind of text by kind."""
+    """Draw the perplexity before and after by kind of text."""
     table = Table("kind of text", "dense", "pruned", "ratio", title="perplexity by kind of text", title_justify="left")
     for kind in report.kinds:
         table.add_row(kind.text, f"{kind.before:.2f}", f"{kind.after:.2f}", f"{kind.ratio:.2f}")
@@ -240,12 +240,12 @@ def _kinds_table(report: PruneReport) -> Table:
 
 
 def one_line(text: str) -> str:
-    """What a model or a folder says, on one line and without control characters and markup."""
+    """Text of a model or folder on one line, without control characters and markup."""
     return escape(" ".join(printable(text).split()))
 
 
 def print_all_stages(results: Sequence[tuple[PruneReport, RecoverReport]]) -> None:
-    """The summary of each result that was pruned and then tuned."""
+    """Draw the summary of each result that was pruned and then tuned."""
     for pruned, tuned in results:
         print_results([pruned.model_copy(update={"path": None, "load_lines": ()})])
         print_recovery(tuned)
@@ -259,7 +259,7 @@ def print_recovery(report: RecoverReport) -> None:
     dense = report.perplexity_dense
     for label, value in (
         ("dense", dense),
-        ("as it came", report.perplexity_before),
+        ("before", report.perplexity_before),
         ("quantised", report.perplexity_quantised),
         ("recovered", report.perplexity),
     ):
@@ -275,7 +275,7 @@ def print_recovery(report: RecoverReport) -> None:
     )
     packed = f"; packed {report.packed_bytes:,}" if report.packed_bytes is not None else ""
     console.print(f"bytes of the weights: {report.bytes:,} ({report.dtype}){packed}")
-    answers = {"dense": report.answer_dense or None, "as it came": report.answer_before or None}
+    answers = {"dense": report.answer_dense or None, "before": report.answer_before or None}
     _print_answers(console, report.prompt, {**answers, "recovered": report.answer or None})
     _print_end(console, report)
 
@@ -299,14 +299,14 @@ def print_recipe_preview(shown: Mapping[str, Any]) -> None:
 
 
 def print_recipe(done: Mapping[str, Any]) -> None:
-    """The steps of a run and where their outputs lie."""
+    """Draw the steps of a run and the paths of their outputs."""
     console = console_for_tables()
     for step in done["steps"]:
         console.print(f"{escape(step['name'])} ({step['fate']}): {escape(', '.join(step['outputs']))}")
 
 
 def print_comparison(headings: Sequence[str], rows: Sequence[Sequence[str]], written: Iterable[Path]) -> None:
-    """The table of all rows, as wide as it is, and the files that were written."""
+    """Draw the table of all rows at full width, and list the written files."""
     table = Table(*map(escape, headings), box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*map(escape, row))

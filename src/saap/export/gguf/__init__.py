@@ -1,1 +1,1 @@
-"""GGUF, the file format of llama.cpp: what can be written, its tokenizer fields, and the writing itself."""
+"""Export to GGUF, the file format of llama.cpp: plan, tokenizer fields, writing and checking."""

@@ -1,4 +1,4 @@
-"""What llama.cpp computes of each model type, as data, and what a file says of a configuration, checked against it."""
+"""Properties of llama.cpp's architectures as data, and the fields of a file for a configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-# llama.cpp's architecture whose heads and FFN channels are counted layer by layer.
+# llama.cpp's architecture with per-layer numbers of heads and FFN channels.
 PER_LAYER = "deci"
 
 
@@ -18,13 +18,13 @@ PER_LAYER = "deci"
 class Architecture:
     """How llama.cpp computes one model type of transformers.
 
-    name: its `general.architecture`. activation: of the FFN, fixed in its code. interleaved: rotary pairs are
-    neighbouring rows of a head instead of rows half a head apart. norm_offset: what transformers adds to the weights of
-    norms. fits_per_layer: whether a model whose layers differ can be written as `deci`, which is a LLaMA with optional
-    biases. window_period: every so many layers one attends to everything, the others to a sliding window; 0: llama.cpp
-    has no sliding window here. biases: linear modules that may have one. soft_capped: logits of attention and output
-    are capped by the configuration's values. wide_scale_layers: number of layers at which the attention's scale follows
-    hidden size / heads, not the head size.
+    name: its `general.architecture`. activation: of the FFN, fixed in its code. interleaved: rotary pairs are adjacent
+    rows of a head instead of rows half a head apart. norm_offset: constant that transformers adds to norm weights.
+    fits_per_layer: whether a model with per-layer sizes can be written as `deci`, a LLaMA with optional biases.
+    window_period: one in this many layers has full attention, the others a sliding window; 0: no sliding window in
+    llama.cpp. biases: linear modules that may have a bias. soft_capped: logits of attention and output are capped by
+    the configuration's values. wide_scale_layers: number of layers for which the attention scale follows hidden size /
+    heads instead of the head size.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Architecture:
 
 
 _INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-# `deci` is computed as the LLaMA is, so it has room for the same.
+# `deci` is computed like a LLaMA, so it supports the same.
 ALL_BIASES = (*_INPUTS, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _GELU = "gelu_pytorch_tanh"
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -61,7 +61,7 @@ WriterFields = list[tuple[Any, ...]]
 
 
 def faults(config: Any, architecture: Architecture, head_size: int) -> list[str]:
-    """What llama.cpp would compute otherwise than transformers, in words; empty if nothing."""
+    """Differences between the computations of llama.cpp and transformers, in words; empty if there are none."""
     found = []
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     if activation != architecture.activation:
@@ -87,7 +87,7 @@ def faults(config: Any, architecture: Architecture, head_size: int) -> list[str]
 
 
 def sliding_window(config: Any) -> int | None:
-    """Tokens that layers with a sliding window see; None if no layer has one."""
+    """Size of the sliding window in tokens; None if no layer has one."""
     window = getattr(config, "sliding_window", None)
     if not isinstance(window, int) or getattr(config, "use_sliding_window", True) is False:
         return None
@@ -96,9 +96,9 @@ def sliding_window(config: Any) -> int | None:
 
 
 def rope_fields(config: Any, head_size: int) -> tuple[WriterFields, tuple[float, ...] | None]:
-    """What a file says of the rotary embedding, and the factors (head size / 2,) of its frequencies, if any.
+    """Fields of the rotary embedding, and the factors (head size / 2,) of its frequencies, if any.
 
-    Raises ValueError for what cannot be said.
+    Raises ValueError for an embedding that the format cannot express.
     """
     given, local_base = _rope_parameters(config)
     base, kind = float(given["rope_theta"]), given.get("rope_type", given.get("type", "default"))
@@ -122,7 +122,7 @@ def rope_fields(config: Any, head_size: int) -> tuple[WriterFields, tuple[float,
 
 
 def _rope_parameters(config: Any) -> tuple[Mapping[str, Any], float | None]:
-    """Of layers that attend to everything, whichever way they are spelled; the base of those with a window."""
+    """Rotary settings of full-attention layers in any spelling, and the base of sliding-window layers."""
     found: Any = getattr(config, "rope_parameters", None)
     if not isinstance(found, dict):  # transformers 4
         scaling = getattr(config, "rope_scaling", None) or {}
@@ -133,7 +133,7 @@ def _rope_parameters(config: Any) -> tuple[Mapping[str, Any], float | None]:
 
 
 def llama3_factors(given: Mapping[str, Any], base: float, head_size: int) -> tuple[float, ...]:
-    """By what LLaMA 3 divides each rotary frequency: 1 for short waves, `factor` for long ones, a blend between.
+    """Divisors of LLaMA 3's rotary frequencies: 1 for short waves, `factor` for long ones, interpolated between.
 
     Returns (head_size / 2,). Source: the configuration of LLaMA 3.1 and its rope_type "llama3" in transformers.
     """

@@ -1,4 +1,4 @@
-"""Whether a GGUF file computes in llama.cpp what transformers computes."""
+"""Comparison of a GGUF file in llama.cpp with transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WINDOW = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """tokens: positions compared. equal: of them with the same most likely next token.
+    """tokens: compared positions. equal: positions with the same most likely next token.
 
     divergence: mean Kullback-Leibler divergence of the second from the first prediction, in nats.
     """
@@ -37,7 +37,7 @@ class Agreement:
 
 
 def check_in_llama_cpp(source: ExportSource, file: Path, context: int) -> tuple[Agreement, bool]:
-    """Agreement with the transformers model in float32, and whether both tokenizers cut the checked text alike."""
+    """Agreement with the transformers model in float32, and whether both tokenizers agree on the checked text."""
     model, text, window = source.model(), evaluation_text(), min(WINDOW, context)
     with LlamaCpp(file, context=window, threads=torch.get_num_threads(), exact=True) as runtime:
         ids = token_stream([text], source.tokenizer)[:CHECKED_TOKENS].tolist()
@@ -48,7 +48,7 @@ def check_in_llama_cpp(source: ExportSource, file: Path, context: int) -> tuple[
 
 @torch.no_grad()
 def compare_with_llama_cpp(model: Any, runtime: LlamaCpp, ids: Sequence[int], *, window: int = WINDOW) -> Agreement:
-    """Agreement of a transformers model and a GGUF file on `ids`, read in windows that each begin anew.
+    """Agreement of a transformers model and a GGUF file on `ids`, in independent windows.
 
     window: at most the runtime's context. Raises CalibrationError if there are no tokens.
     """

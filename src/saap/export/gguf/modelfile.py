@@ -1,4 +1,4 @@
-"""The Modelfile with which Ollama takes up a GGUF file."""
+"""The Modelfile that imports a GGUF file into Ollama."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _TEMPLATE = (
 
 
 def modelfile(file: Path, tokenizer: Any | None, *, context: int) -> str:
-    """Text of a Modelfile beside `file`: where the weights are, the chat template in Ollama's language, when to stop.
+    """Text of a Modelfile next to `file`: path of the weights, chat template in Ollama's language, stop strings.
 
-    Source: Ollama's documentation of Modelfile and template. A chat template that is more than text around the
-    messages is left out; Ollama then goes by the one in the GGUF file.
+    Source: Ollama's documentation of Modelfile and template. A chat template that does more than put text around
+    messages is left out; Ollama then uses the one in the GGUF file.
     """
     lines = [f"FROM ./{file.name}", f"PARAMETER num_ctx {min(context, _CONTEXT_LIMIT)}"]
     template = chat_template(tokenizer) if tokenizer is not None else None
@@ -35,7 +35,7 @@ def modelfile(file: Path, tokenizer: Any | None, *, context: int) -> str:
 
 
 def chat_template(tokenizer: Any) -> str | None:
-    """The tokenizer's chat template in Ollama's language, found by rendering; None if it cannot be said or is none."""
+    """The tokenizer's chat template in Ollama's language, derived by rendering; None if absent or not expressible."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     user = {"role": "user", "content": _USER}
@@ -44,7 +44,7 @@ def chat_template(tokenizer: Any) -> str | None:
     if turns is None or any('"""' in piece or "{{" in piece for piece in turns):
         return None
     before, to_answer, after_answer, end = turns
-    if to_answer != end:  # the answer of a past turn begins as the one to be written
+    if to_answer != end:  # past answers must begin like the generated one
         return None
     system = _pieces(tokenizer, [{"role": "system", "content": _SYSTEM}, user], (_SYSTEM, _USER))
     opening, after_system = ("", "") if system is None else system[:2]
@@ -56,10 +56,10 @@ def chat_template(tokenizer: Any) -> str | None:
 
 
 def _pieces(tokenizer: Any, messages: Sequence[dict[str, str]], marks: Sequence[str]) -> list[str] | None:
-    """The texts before, between and after the marks when the messages are rendered; None if that fails."""
+    """The texts before, between and after the marks in the rendered messages; None if rendering fails."""
     try:
         rest = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except Exception:  # a template may raise whatever it likes, e.g. for a role it does not know
+    except Exception:  # a template may raise anything, e.g. for an unknown role
         return None
     pieces = []
     for mark in marks:

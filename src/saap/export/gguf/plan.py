@@ -1,4 +1,4 @@
-"""The plan of a GGUF file: every field and tensor of it, checked before anything is written."""
+"""The plan of a GGUF file: all fields and tensors, checked before anything is written."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _Q, _K, _V, _O = (f"self_attn.{name}_proj" for name in "qkvo")
 _GATE, _UP, _DOWN = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 _BLOCK = "model.layers.{}."
 _SUFFIXES = (".weight", ".bias")
-# Module attributes that follow the sizes of the tensors, so that they need no field of their own.
+# Module attributes that follow from tensor sizes, so they need no field.
 _DERIVED = ("num_key_value_groups", "num_heads", "num_key_value_heads")
-# Share of equal predictions below which a file is wrong; what is not here may lose any.
+# Minimum share of equal predictions of a correct file; types not listed have no minimum.
 LEAST_AGREEMENT = {"f32": 0.98, "f16": 0.95, "bf16": 0.9, "q8_0": 0.8}
-# llama.cpp rounds the activations to 8 bits before it multiplies them with four-bit weights.
+# llama.cpp rounds activations to 8 bits before it multiplies them with four-bit weights.
 LEAST_OF_PACKED = 0.8
 
 
@@ -40,8 +40,8 @@ LEAST_OF_PACKED = 0.8
 class PlannedTensor:
     """One tensor of the file.
 
-    source: its name in transformers; None: zeros, or `values`. kind: its type in the file. head_rows: rows of a head
-    that are to be interleaved, 0: none. offset: added to the values. packed: its blocks are there and are copied.
+    source: its name in transformers; None: zeros, or `values`. kind: its type in the file. head_rows: rows per head to
+    interleave, 0: none. offset: added to the values. packed: its quantised blocks exist and are copied.
     """
 
     name: str
@@ -61,9 +61,9 @@ class PlannedTensor:
 
 
 class GgufPlan:
-    """A model laid out as GGUF: as its own architecture if all layers are alike, else as `deci`; without the tokenizer.
+    """GGUF layout of a model: its own architecture if all layers are alike, else `deci`; without the tokenizer.
 
-    least_agreement: share of predictions equal to those of transformers below which the file is wrong.
+    least_agreement: minimum share of predictions equal to those of transformers.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class GgufPlan:
 
         config: of transformers, also of an adaptive checkpoint. shapes: of the stored tensors. quantization: of the
         matrices; vectors are f32. packed: weights that exist as blocks of that quantisation; the embedding of such a
-        model keeps its 16 bits, as when it was tuned. Raises ExportError, naming every layer at fault, if llama.cpp
+        model keeps its 16 bits, as when it was tuned. Raises ExportError with all unsupported layers if llama.cpp
         cannot compute the same.
         """
         model_type = getattr(config, "base_model_type", None) or config.model_type
@@ -88,10 +88,10 @@ class GgufPlan:
             raise ExportError(problem, "Use the folder with transformers")
         self._config, self._shapes, self._family, self._packed = config, shapes, family, packed
         self._matrices = Kind[quantization.upper()]
-        # Four bits of the embedding cost more than they save; llama.cpp's own tool spares it too.
-        spared = Kind.Q8_0 if quantization.startswith("q4") else self._matrices
-        self._vocabulary = Kind.F16 if packed else spared
-        # what an adaptive checkpoint changes besides its sizes
+        # A four-bit embedding costs more quality than it saves memory; llama.cpp's own tool skips it too.
+        embedding = Kind.Q8_0 if quantization.startswith("q4") else self._matrices
+        self._vocabulary = Kind.F16 if packed else embedding
+        # changes of an adaptive checkpoint besides its sizes
         structure: Mapping[str, Any] = getattr(config, "pruned_structure", None) or {}
         self._sliced = sorted(structure.get("sliced_arguments", {}))
         attributes = structure.get("attributes", {}).items()
@@ -118,17 +118,17 @@ class GgufPlan:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that each token reads: all but the embedding, unless that is the output's weight too."""
+        """Bytes read per token: all tensors except an embedding that is not tied to the output."""
         names = {tensor.name for tensor in self.tensors}
         looked_up = "token_embd.weight" if "output.weight" in names else ""
         return sum(tensor.nbytes for tensor in self.tensors if tensor.name != looked_up)
 
     def _with_stand_ins(self, layer: int, sizes: LayerSizes) -> LayerSizes:
-        """The sizes that llama.cpp needs.
+        """The layer sizes to write.
 
-        It takes the head size from the first layer, so that one must have attention, and it forgets the attention of a
-        layer without FFN. The stand-ins have zero output weights; a bias that such a module still has is kept. An FFN
-        that stands for none has as few channels as the quantisation's blocks allow.
+        llama.cpp takes the head size from the first layer, so that layer must have attention. It also ignores the
+        attention of a layer without FFN. Placeholders have zero output weights; a remaining bias of such a module is
+        kept. A placeholder FFN has as few channels as the quantisation's blocks allow.
         """
         ffn, heads, kv_heads = sizes
         if not heads and (layer == 0 or f"{_BLOCK.format(layer)}{_O}.bias" in self._shapes):
@@ -136,7 +136,7 @@ class GgufPlan:
         return LayerSizes(ffn or int(gguf.GGML_QUANT_SIZES[self._matrices][0]), heads, kv_heads)
 
     def _check(self) -> None:
-        """Refuse what the architecture has no place or no field for."""
+        """Reject tensors and settings that the architecture cannot express."""
         usual = max(self._blocks, key=self._blocks.count)
         layers = {str(layer): sizes for layer, sizes in enumerate(self._blocks)}
         uneven = [name for name, b in layers.items() if b.heads and (not b.kv_heads or b.heads % b.kv_heads)]
@@ -146,7 +146,7 @@ class GgufPlan:
             _refuse(
                 self._added_biases,
                 f"llama.cpp's {self._family.name} has no place for the biases {{}}",
-                "Prune with --restore, which makes up for what leaves without adding biases",
+                "Prune with --restore, which compensates for removed units without adding biases",
             )
         elif not self._family.fits_per_layer:
             _refuse(
@@ -155,7 +155,7 @@ class GgufPlan:
                 "Prune with --layout uniform",
             )
         _refuse(uneven, "Query heads are no multiple of KV heads in the layers {}", "Prune whole KV groups")
-        _refuse(changed, "llama.cpp cannot be told of {}", "Prune with --layout uniform")
+        _refuse(changed, "llama.cpp has no field for {}", "Prune with --layout uniform")
 
     def _epsilon(self) -> float:
         """The epsilon of all norms."""
@@ -170,7 +170,7 @@ class GgufPlan:
         config, window = self._config, sliding_window(self._config)
         context = int(config.max_position_embeddings)
         if window is not None and not self._family.window_period:
-            context = min(context, window)  # up to here the sliding window hides nothing
+            context = min(context, window)  # up to here the sliding window has no effect
         rows, hidden = self._shapes["model.embed_tokens.weight"]
         file_type = f"{'ALL' if quantization == 'f32' else 'MOSTLY'}_{quantization.upper()}"
         fields: WriterFields = [
@@ -249,6 +249,6 @@ class GgufPlan:
 
 
 def _refuse(offenders: Sequence[str], problem: str, remedy: str) -> None:
-    """Raise ExportError if there are any; they stand at `{}` of the problem."""
+    """Raise ExportError if there are offenders, which replace `{}` in the problem."""
     if offenders:
         raise ExportError(problem.format(listed(offenders, 8)), remedy)

@@ -18,12 +18,12 @@ from saap.models.loading.references import PACKAGED_MODELS, packaged_file
 
 _TYPES = gguf.GGUFValueType
 _VERSIONS = (2, 3)
-# LLaMA 3, Qwen 2 and the like differ in how many digits make a piece.
+# LLaMA 3, Qwen 2 and similar tokenizers differ in the number of digits per piece.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# How a byte-level tokenizer cuts text before it merges -> llama.cpp's name for that.
+# Pre-tokenization of a byte-level tokenizer -> llama.cpp's name.
 PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
     ("words",): "gpt-2",
     ("digits", "words"): "smollm",
@@ -33,9 +33,9 @@ PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
 
 
 def tokenizer_fields(source: ExportSource, rows: int) -> tuple[WriterFields, str]:
-    """The tokenizer's fields, from the GGUF file that the model came from if it is here and has the same tokens.
+    """The tokenizer's fields, from the model's original GGUF file if that exists and has the same tokens.
 
-    rows: of the embedding. The second result says where they came from. Raises ExportError.
+    rows: of the embedding. The second result is their origin in words. Raises ExportError.
     """
     file = _source_gguf(source)
     if file is not None and source.tokenizer is not None:
@@ -44,14 +44,12 @@ def tokenizer_fields(source: ExportSource, rows: int) -> tuple[WriterFields, str
             return fields, file.name
     made = fields_from_huggingface(source.tokenizer, rows)
     if not all(values for _, values in made if isinstance(values, list)):
-        raise ExportError(
-            "The tokenizer has no merges, without which llama.cpp cannot cut text", "Check its tokenizer.json"
-        )
+        raise ExportError("The tokenizer has no merges, which llama.cpp needs", "Check its tokenizer.json")
     return made, "the model's folder"
 
 
 def _source_gguf(source: ExportSource) -> Path | None:
-    """The GGUF file that is the source, or that the source was pruned from."""
+    """The GGUF file that is the source or its dense model."""
     if source.resolved.gguf_file is not None:
         return source.resolved.path
     base = "" if source.manifest is None else source.manifest.base.source
@@ -64,9 +62,9 @@ def _source_gguf(source: ExportSource) -> Path | None:
 
 
 def fields_from_gguf(path: Path, known: Mapping[str, int], rows: int) -> WriterFields | None:
-    """The tokenizer of another GGUF file as it is; None if it is not the model's own.
+    """The tokenizer fields of another GGUF file; None if it is not the model's own tokenizer.
 
-    known: the model's tokens and their ids, all of which the file must have. rows: of the embedding.
+    known: the model's tokens and ids, all of which the file must have. rows: of the embedding.
     """
     try:
         found = {key: (value, *types) for key, value, *types in read_fields(path) if key.startswith("tokenizer.")}
@@ -79,16 +77,16 @@ def fields_from_gguf(path: Path, known: Mapping[str, int], rows: int) -> WriterF
 
 
 def read_fields(path: Path) -> Iterator[tuple[str, Any, Any, Any]]:
-    """Key, value, GGUFValueType, and that of an array's entries (else None), in the order of the file.
+    """Key, value, GGUFValueType, and the type of array entries (else None), in the order of the file.
 
-    gguf.GGUFReader keeps several arrays for each token, three times the size of the largest tensor of a small model.
-    Raises ValueError if it is no little-endian GGUF file of a known version.
+    gguf.GGUFReader keeps several arrays per token, three times the size of the largest tensor of a small model. Raises
+    ValueError if it is not a little-endian GGUF file of a supported version.
     """
     with path.open("rb") as file:
         magic, version = _values(file, _TYPES.UINT32, 2)
         _, count = _values(file, _TYPES.UINT64, 2)
         if magic != gguf.GGUF_MAGIC or version not in _VERSIONS:
-            raise ValueError(f"{path} is no GGUF file of version {' or '.join(map(str, _VERSIONS))}")
+            raise ValueError(f"{path} is not a GGUF file of version {' or '.join(map(str, _VERSIONS))}")
         for _ in range(count):
             (key,) = _values(file, _TYPES.STRING, 1)
             kind = _TYPES(*_values(file, _TYPES.UINT32, 1))
@@ -113,9 +111,9 @@ def _read(file: BinaryIO, count: int) -> bytes:
 
 
 def fields_from_huggingface(tokenizer: Any | None, vocabulary: int) -> WriterFields:
-    """The tokenizer of a folder, with unused tokens up to the rows of the embedding.
+    """The tokenizer fields of a folder, padded with unused tokens to the rows of the embedding.
 
-    Raises ExportError: there is none, it is of a kind that llama.cpp cannot follow, it has more tokens than rows.
+    Raises ExportError if there is none, llama.cpp does not support its kind, or it has more tokens than rows.
     """
     if tokenizer is None:
         raise ExportError(
@@ -149,7 +147,7 @@ def fields_from_huggingface(tokenizer: Any | None, vocabulary: int) -> WriterFie
 
 
 def _kind(text: str | None, added: Mapping[str, Any] | None, unknown: str | None, by_pieces: bool) -> int:
-    """The type of a token. text: None for an unused one. added: its entry among the added tokens."""
+    """The type of a token. text: None for an unused token. added: its entry in the added tokens."""
     if text is None:
         return int(gguf.TokenType.UNUSED)
     if text == unknown:
@@ -161,13 +159,13 @@ def _kind(text: str | None, added: Mapping[str, Any] | None, unknown: str | None
 
 
 def _bytes(described: Mapping[str, Any], merges: Sequence[str]) -> WriterFields:
-    """Byte-level BPE: merges in order, and how text is cut before."""
+    """Byte-level BPE: merges in order, and the pre-tokenization."""
     cuts = tuple(_cuts(described.get("pre_tokenizer")))
     name = PRE_TOKENIZERS.get(cuts)
     if name is None or described.get("normalizer") not in (None, {"type": "NFC"}):
         shown = " | ".join(cuts) if name is None else json.dumps(described["normalizer"])
         raise ExportError(
-            f"llama.cpp's way to cut text like this tokenizer is not known to saap ({shown})",
+            f"saap does not know llama.cpp's name for the pre-tokenization of this tokenizer ({shown})",
             "Export the uniform layout with llama.cpp's own converter",
         )
     return [("tokenizer_model", "gpt2"), ("tokenizer_pre", name), ("token_merges", merges)]
@@ -194,9 +192,9 @@ def _cuts(step: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def _pieces(described: Mapping[str, Any], tokens: Sequence[str], merges: Sequence[str]) -> WriterFields:
-    """BPE over pieces of text with single bytes to fall back on: llama.cpp merges the pair of the greatest score first.
+    """BPE over pieces of text with byte fallback: llama.cpp merges the pair with the highest score first.
 
-    So a token's score is minus the rank of the merge that makes it.
+    So a token's score is minus the rank of its merge.
     """
     rank: dict[str, int] = {}
     for index, merge in enumerate(merges):

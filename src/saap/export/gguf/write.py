@@ -1,4 +1,4 @@
-"""Writing a model as GGUF, a few rows at a time, with an Ollama Modelfile beside it."""
+"""Write a model as GGUF, a few rows at a time, with an Ollama Modelfile next to it."""
 
 from __future__ import annotations
 
@@ -33,10 +33,9 @@ CHUNK_VALUES = 2**20
 class GgufExport(Exported):
     """A written GGUF file.
 
-    architecture: llama.cpp's. tokenizer: where its tokenizer came from. agreement: with the transformers model in
-    float32, None if it was not checked. same_tokens: whether both tokenizers cut the checked text alike.
-    packed_matrices: how many were copied from the integers of `saap recover`; not_packed: why none was, where there are
-    such integers.
+    architecture: llama.cpp's. tokenizer: origin of its tokenizer. agreement: with the transformers model in float32,
+    None if not checked. same_tokens: whether both tokenizers agree on the checked text. packed_matrices: number copied
+    from the integers of `saap recover`; not_packed: why none was copied although there are such integers.
     """
 
     modelfile: Path
@@ -63,11 +62,11 @@ class GgufExport(Exported):
 def write(
     source: ExportSource, out: Path, request: ExportRequest, *, overwrite: bool, progress: Progress
 ) -> GgufExport:
-    """Write the file `out`, which appears only when it has passed the check, and a Modelfile.
+    """Write the file `out`, which exists only after it has passed the check, and a Modelfile.
 
-    request.verify: open the file in llama.cpp and compare its logits on a text with those of transformers. With q4_1, a
-    folder that `saap recover` has written (4 bits, groups of 32) gives its very integers. Raises ExportError, naming
-    the layers, if llama.cpp cannot compute the same, OutputError.
+    request.verify: open the file in llama.cpp and compare its logits on a text with those of transformers. With q4_1,
+    the integers of a folder written by `saap recover` (4 bits, groups of 32) are copied exactly. Raises ExportError
+    with the layers if llama.cpp cannot compute the same, OutputError.
     """
     if request.verify and not llama_cpp_is_installed():
         raise ExportError(
@@ -95,12 +94,12 @@ def write(
                 raise ExportError(
                     f"In llama.cpp {out.name} predicts the same next token as transformers for only "
                     f"{agreement.share:.1%} of {agreement.tokens} tokens, so it is not kept",
-                    "Report this model as a fault of saap",
+                    "Report this model as a bug of saap",
                 )
-    beside = out.with_name(f"{out.stem}.Modelfile")
-    write_whole(beside, modelfile(out, source.tokenizer, context=said["context_length"]).encode())
+    ollama = out.with_name(f"{out.stem}.Modelfile")
+    write_whole(ollama, modelfile(out, source.tokenizer, context=said["context_length"]).encode())
     done = GgufExport(
-        path=out, modelfile=beside, bytes=out.stat().st_size, architecture=plan.architecture, quantization=kind.value,
+        path=out, modelfile=ollama, bytes=out.stat().st_size, architecture=plan.architecture, quantization=kind.value,
         tokenizer=origin, agreement=agreement, same_tokens=same,
         packed_matrices=sum(tensor.packed for tensor in plan.tensors),
         not_packed=None if packed is None else packed.refused,
@@ -109,14 +108,14 @@ def write(
 
 
 def _notes(done: GgufExport) -> Iterator[str]:
-    """What the user is told."""
+    """Messages to the user."""
     size = f"{done.bytes / 1e6:,.1f} MB"
     yield f"{done.path}: {size}, {done.quantization}, architecture {done.architecture} of llama.cpp"
     yield f"tokenizer from {done.tokenizer}"
     if done.packed_matrices:
-        yield f"{done.packed_matrices} matrices hold the very integers and scales that `saap recover` has found"
+        yield f"{done.packed_matrices} matrices have exactly the integers and scales of `saap recover`"
     if done.not_packed is not None:
-        yield f"look here: {done.not_packed}, which is no Q4_1, so the weights were quantised anew"
+        yield f"look here: {done.not_packed}, which is not Q4_1, so the weights were quantised again"
     found = done.agreement
     if found is None:
         yield "not checked in llama.cpp"
@@ -126,7 +125,7 @@ def _notes(done: GgufExport) -> Iterator[str]:
             f"tokens, divergence {found.divergence:.1e} nats"
         )
     if done.same_tokens is False:
-        yield "look here: llama.cpp cuts the checked text into other tokens than the model's own tokenizer"
+        yield "look here: llama.cpp and the model's own tokenizer split the checked text into different tokens"
     yield "run it with:"
     yield f"  llama-cli -m {done.path}"
     yield f"  ollama create {done.path.stem} -f {done.modelfile}"
@@ -136,10 +135,9 @@ def write_gguf(
     path: Path, plan: GgufPlan, tensors: StoredTensors, fields: WriterFields, packed: PackedMatrices | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:  # fmt: skip
-    """Write the file; memory holds a few rows and the tokenizer's fields.
+    """Write the file with only a few rows and the tokenizer's fields in memory.
 
-    fields: all of the file: name and licence, the plan's, the tokenizer's. packed: where the blocks are that the plan
-    copies.
+    fields: of name and licence, plan, and tokenizer. packed: source of the blocks that the plan copies.
     """
     writer = gguf.GGUFWriter(path, plan.architecture)
     try:
@@ -185,7 +183,7 @@ def _chunks(tensor: PlannedTensor, tensors: StoredTensors, packed: PackedMatrice
 
 
 def interleaved(rows: NDArray[Any], head_rows: int) -> NDArray[Any]:
-    """Reorder the rows of each head so that the two of a rotary pair, half a head apart before, are neighbours.
+    """Reorder the rows of each head so that the two rows of a rotary pair, before half a head apart, are adjacent.
 
     rows: (heads * head_rows, ...).
     """

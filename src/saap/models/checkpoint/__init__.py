@@ -1,1 +1,1 @@
-"""Pruned checkpoints on disk, and the code that opens them."""
+"""Checkpoint files, and the code that opens pruned ones."""

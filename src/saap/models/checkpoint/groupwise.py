@@ -1,8 +1,8 @@
-"""Weights as small integers with a scale and a zero point for each group of inputs: the layer, and the file.
+"""Group-wise quantised weights (integers with a scale and a zero point per group of inputs): layer and file.
 
-A weight W (out x in) is split along its inputs into groups of L. Group g of output o holds the codes q of b bits, and
-W = s * q + z with one scale s and one zero point z each. Codes stay packed: no full-precision copy of a whole matrix is
-made, neither forward nor backward.
+A weight W (out x in) is split along its inputs into groups of L. Each output and group has codes q of b bits, one scale
+s and one zero point z: W = s * q + z. Codes stay packed: neither forward nor backward creates a full-precision copy of
+a whole matrix.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from saap.models.checkpoint.safetensor_files import TensorEntry, open_safetensor
 from saap.models.structure.linear import contracted_axis, linear_modules, weight_out_in
 
 PACKED_FILE = "packed.safetensors"
-"""In the folder `saap` of a checkpoint, where no loader of plain weights looks."""
+"""File in the folder `saap` of a checkpoint, which loaders of plain weights ignore."""
 Q4_1_GROUP = 32
 _PARTS = ("packed", "scale", "zero")
-# Values of the matrix that exist in full precision at once: few enough to stay in a processor's cache; elsewhere few
-# enough not to matter beside the activations.
+# Matrix values in full precision at once: on a CPU few enough for its cache, elsewhere few compared with the
+# activations.
 VALUES_AT_ONCE, VALUES_ON_ACCELERATORS = 2**18, 2**24
-# Codes are stored as planes, by their lowest bit and number of bits: a byte has a whole number of codes of each.
+# Codes are stored as bit planes (lowest bit, number of bits), so a byte has a whole number of codes.
 _PLANES = {2: ((0, 2),), 3: ((0, 2), (2, 1)), 4: ((0, 4),), 8: ((0, 8),)}
 
 
@@ -72,7 +72,7 @@ class GroupwiseWeight:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes (out, groups, L) of `bits` bits as bytes, (out, groups, L * bits / 8) uint8.
 
-    A byte of a plane of k bits holds 8 / k codes that lie L k / 8 apart, the first in its lowest bits. Three bits are a
+    A byte of a plane of k bits has 8 / k codes that lie L k / 8 apart, the first in its lowest bits. Three bits are a
     plane of the two lower bits followed by one of the highest. With four bits and L = 32 these are the bytes of GGUF's
     Q4_1.
     """
@@ -84,7 +84,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, group_size: int) -> Tensor:
-    """The codes (out, groups, L) uint8 that `pack` was given."""
+    """The codes (out, groups, L) uint8, the inverse of `pack`."""
     planes = torch.split(packed, [group_size * width // 8 for _, width in _PLANES[bits]], dim=-1)
     found = zip(planes, _PLANES[bits], strict=True)
     return reduce(or_, (torch.cat(_codes_of(plane, width), dim=-1) << lowest for plane, (lowest, width) in found))
@@ -98,7 +98,7 @@ def _codes_of(plane: Tensor, width: int) -> list[Tensor]:
 def _row_chunks(weight: GroupwiseWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The matrix a few rows at a time: (rows, values (rows, in) of `dtype`), computed in at least float32.
 
-    The storage is used again each time.
+    The storage is reused in each iteration.
     """
     outputs, groups = weight.scale.shape
     full = torch.promote_types(dtype, torch.float32)
@@ -118,14 +118,14 @@ def _row_chunks(weight: GroupwiseWeight, dtype: torch.dtype) -> Iterator[tuple[s
 
 
 class _GroupwiseProduct(torch.autograd.Function):
-    """x -> x W^T and its gradients by x, by the scales and by the zero points, with W a few rows at a time."""
+    """x W^T and its gradients for x, scales and zero points, with W a few rows at a time."""
 
     @staticmethod
     def forward(
         ctx: Any, inputs: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int
     ) -> Tensor:
         _, _, by_scale, by_zero, *_ = ctx.needs_input_grad
-        # the zero points need of the inputs no more than their sums
+        # the zero points need only the group sums of the inputs
         kept = inputs if by_scale else pooled(inputs, group_size) if by_zero else None
         ctx.save_for_backward(packed, scale, zero, kept)
         ctx.layout = bits, group_size
@@ -176,9 +176,9 @@ def pooled(inputs: Tensor, group_size: int) -> Tensor:
 
 
 class GroupwiseLinear(nn.Module):
-    """Stands where a linear layer was; its weight is held as packed codes.
+    """Replacement of a linear layer with packed codes as weight.
 
-    bias: of the layer it replaces, None without one. transposed: that layer stores its weight as (in, out).
+    bias: of the replaced layer, None without one. transposed: whether that layer stores its weight as (in, out).
     """
 
     packed: Tensor
@@ -211,11 +211,11 @@ class GroupwiseLinear(nn.Module):
         return outputs if self.bias is None else outputs + self.bias
 
     def extra_repr(self) -> str:
-        """What is shown when the model is printed."""
+        """Details for printing the model."""
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> GroupwiseLinear:
-        # model.to(dtype) is about the type to compute in: it must not round the scales and zero points.
+        # model.to(dtype) sets the compute type: it must not round the scales and zero points.
         scale, zero = self.scale, self.zero
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.scale = scale.to(self.packed.device)
@@ -249,10 +249,10 @@ def write_packed(path: Path, weights: Mapping[str, GroupwiseWeight]) -> None:
 
 
 def read_packed(folder: str | Path) -> dict[str, GroupwiseWeight]:
-    """The packed weights of a checkpoint folder by module path. Raises ModelError if it has none, or not whole."""
+    """The packed weights of a checkpoint folder by module path. Raises ModelError if missing or incomplete."""
     path = Path(folder) / "saap" / PACKED_FILE
     if not path.is_file():
-        raise ModelError(f"{folder} has no packed weights", "Give a folder that `saap recover` has written")
+        raise ModelError(f"{folder} has no packed weights", "Give a folder written by `saap recover`")
     with open_safetensors(path) as file:
         return {
             name: GroupwiseWeight(
@@ -273,8 +273,8 @@ def _layouts(path: Path, file: Any) -> dict[str, tuple[int, int]]:
 def q4_1_blocks(weight: GroupwiseWeight) -> Tensor:
     """The weight as GGUF blocks of type Q4_1, (out, in / 32 * 20) uint8.
 
-    A block of 32 weights is its scale and its minimum in float16 and 16 bytes of codes. The codes and scales are the
-    very same; the minimum is the zero point rounded to float16. weight: of 4 bits in groups of 32.
+    A block of 32 weights has its scale and minimum in float16 and 16 bytes of codes. Codes and scales are copied
+    exactly; the minimum is the zero point rounded to float16. weight: of 4 bits in groups of 32.
     """
     numbers = torch.stack([weight.scale, weight.zero.half()], dim=-1).contiguous().view(torch.uint8)
     return torch.cat([numbers, weight.packed], dim=-1).flatten(1)
@@ -283,8 +283,8 @@ def q4_1_blocks(weight: GroupwiseWeight) -> Tensor:
 class PackedMatrices:
     """The packed weights of a checkpoint folder that are Q4_1 already, read a few rows at a time.
 
-    names: of the weights, as in a plain checkpoint. refused: why none of them is, where the folder has packed weights
-    of other bits or group sizes; None otherwise. Raises ModelError for a damaged file.
+    names: of the weights, as in a plain checkpoint. refused: why there are none although the folder has packed weights
+    (other bits or group sizes); None otherwise. Raises ModelError for a damaged file.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""Opens a pruned model: the stock class of its family, built from the dense configuration and then resized.
+"""Loader of pruned models: builds the family's stock class from the dense configuration and resizes it.
 
-config.json lists under `pruned_structure` what differs from the dense model. This file needs torch and transformers
-only, and lies in the model's folder, so that the model opens wherever transformers does:
+`pruned_structure` in config.json lists the differences from the dense model. This file needs only torch and
+transformers, and is part of the model's folder, so the model opens wherever transformers is installed:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -24,10 +24,10 @@ from transformers.pytorch_utils import Conv1D
 
 MODEL_TYPE = "saap_pruned"
 FORMAT_VERSION = 3
-# What readers of earlier formats understand: of the first all but added biases, of the second all.
+# Format 1 supports all but added biases, format 2 everything.
 FIRST_FORMAT_VERSION, SECOND_FORMAT_VERSION = 1, 2
 
-# Which integers of a module repeat the sizes of its weight, axis by axis.
+# Integer attributes of a module that equal the sizes of its weight, axis by axis.
 SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.Linear, ("out_features", "in_features")),
     (Conv1D, ("nx", "nf")),
@@ -35,7 +35,7 @@ SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 )
 
 
-# Where a family's stock class is looked for: models that also read images have no class for text alone.
+# Auto classes to search for a family's stock class: multimodal models have no text-only class.
 AUTO_CLASSES: tuple[tuple[Any, Any], ...] = (
     (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
     (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
@@ -43,7 +43,7 @@ AUTO_CLASSES: tuple[tuple[Any, Any], ...] = (
 
 
 class ConstantOutput(nn.Module):
-    """Stands where a layer has lost all its inputs or all its outputs: gives its bias, or zeros."""
+    """Replacement of a layer without any inputs or outputs: returns its bias, or zeros."""
 
     bias: nn.Parameter | None
 
@@ -54,7 +54,7 @@ class ConstantOutput(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Nothing, for code that sets the weights of a layer at its start."""
+        """None, for code that initialises the weights of layers."""
         return torch.empty(0)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -64,9 +64,9 @@ class ConstantOutput(nn.Module):
 
 
 class ArgumentSlice:
-    """Forward pre-hook: cuts a tensor that a module is given with one entry per head (ALiBi) to the kept heads.
+    """Forward pre-hook that cuts a tensor argument with one entry per head (ALiBi) to the kept heads.
 
-    axis: where the heads lie. per_sample: the axis holds the heads of each sample, sample by sample.
+    axis: of the heads. per_sample: the axis has the heads of each sample, sample by sample.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ArgumentSlice:
     def __call__(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Replace the argument wherever the caller put it."""
+        """Replace the argument, positional or keyword."""
         if self.argument in keywords:
             keywords = {**keywords, self.argument: self.cut(keywords[self.argument])}
         elif self.position < len(arguments):
@@ -100,25 +100,25 @@ class ArgumentSlice:
         return tensor.reshape(shape).index_select(self.axis + 1, index).flatten(self.axis, self.axis + 1)
 
     def describe(self) -> dict[str, Any]:
-        """What is needed to make the same hook again."""
+        """Arguments to create the same hook again."""
         names = ("argument", "axis", "per_sample", "units", "kept")
         return {name: getattr(self, name) for name in names}
 
 
 class ConfigView:
-    """The model's configuration with some values of one module's own; all others follow the model's at any time."""
+    """View of the model's configuration with overrides for one module; all other values stay those of the model."""
 
     def __init__(self, shared: Any) -> None:
         self._shared = shared
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_shared" or name.startswith("__"):  # copying asks for these before there is anything
+        if name == "_shared" or name.startswith("__"):  # copying reads these before the object is initialised
             raise AttributeError(name)
         return getattr(self._shared, name)
 
 
 def resize(model: nn.Module, parameter: nn.Parameter, data: Tensor) -> None:
-    """Give a parameter, wherever the model holds it, new data of another size."""
+    """Replace the data of a parameter, in all places of the model, by data of another size."""
     parameter.data = data
     for module in model.modules():
         for name, held in module._parameters.items():
@@ -148,10 +148,11 @@ def set_attribute(module: Any, name: str, value: float) -> None:
 
 
 def apply_structure(model: nn.Module, structure: Mapping[str, Any]) -> None:
-    """Change a model built from the dense configuration to the sizes of the pruned one; its values mean nothing yet.
+    """Resize a model built from the dense configuration to the pruned sizes; its values are placeholders.
 
     structure: `constant` (module path -> width, bias), `shapes` (parameter -> sizes), `attributes` (module path ->
-    name -> value), `sliced_arguments` (module path -> arguments of ArgumentSlice) and perhaps `added_biases` (names).
+    name -> value), `sliced_arguments` (module path -> arguments of ArgumentSlice) and optionally `added_biases`
+    (names).
     """
     for path, constant in structure["constant"].items():
         parent, _, name = path.rpartition(".")
@@ -172,13 +173,13 @@ def apply_structure(model: nn.Module, structure: Mapping[str, Any]) -> None:
 
 
 class SaapPrunedConfig(PretrainedConfig):  # type: ignore[misc, unused-ignore]
-    """Entry for AutoConfig: gives the configuration of the family, marked as pruned."""
+    """Entry point of AutoConfig: returns the family's configuration, marked as pruned."""
 
     model_type = MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The family's own configuration class does the reading."""
+        """Read the configuration with the family's own class."""
         found = config_dict["pruned_structure"]["format_version"]
         if found > FORMAT_VERSION:
             raise ValueError(f"The checkpoint has format {found}, this file reads up to {FORMAT_VERSION}.")
@@ -186,11 +187,11 @@ class SaapPrunedConfig(PretrainedConfig):  # type: ignore[misc, unused-ignore]
 
 
 class SaapPrunedForCausalLM:
-    """Entry for the auto classes: gives the stock class of the family, resized."""
+    """Entry point of the auto classes: returns the family's stock class, resized."""
 
     @classmethod
     def from_pretrained(cls, path: str, *arguments: Any, config: PretrainedConfig, **kwargs: Any) -> Any:
-        """Open the folder with the class that belongs to `config`."""
+        """Open the folder with the class of `config`."""
         return _model_class(config).from_pretrained(path, *arguments, config=config, **kwargs)
 
     @classmethod
@@ -199,7 +200,7 @@ class SaapPrunedForCausalLM:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
-        """Nothing to do: the classes made here carry their registration."""
+        """Do nothing: the created classes are registered already."""
 
 
 def auto_classes(model_type: str) -> list[tuple[Any, Any]]:
@@ -215,7 +216,7 @@ def _model_class(config: PretrainedConfig) -> Any:
 
 @functools.cache
 def pruned_classes(base_model_type: str) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
-    """Configuration and model class for pruned models of one family; registered with the auto classes that know it.
+    """Configuration and model class for pruned models of one family, registered with its auto classes.
 
     Raises ValueError if this version of transformers does not know the family.
     """
@@ -239,17 +240,17 @@ def pruned_classes(base_model_type: str) -> tuple[type[PretrainedConfig], type[P
 
         @classmethod
         def is_custom_code(cls) -> bool:
-            """As the stock class, or transformers leaves buffers without values that it computes for its own."""
+            """Use the stock class, since transformers initialises some buffers only for its own classes."""
             return bool(stock_model.is_custom_code())
 
         @classmethod
         def _supports_default_dynamic_cache(cls) -> bool:
-            """As the stock class; transformers looks at its name. Older versions ask an instance."""
+            """Use the stock class, whose name transformers checks. Older versions call this on an instance."""
             return bool(stock_model.__new__(stock_model)._supports_default_dynamic_cache())
 
         @classmethod
         def from_pretrained(cls, path: str, *arguments: Any, **kwargs: Any) -> Any:
-            """As in the stock class, but weights that are missing or of another size are an error."""
+            """Load as the stock class does, but raise an error for missing weights and wrong sizes."""
             if kwargs.pop("ignore_mismatched_sizes", False):
                 raise ValueError("ignore_mismatched_sizes would replace pruned weights by random ones.")
             with_info = kwargs.pop("output_loading_info", False)

@@ -1,4 +1,4 @@
-"""What an adaptive checkpoint records: how a pruned model differs from the stock class built from its configuration."""
+"""Record of an adaptive checkpoint: differences of a pruned model from its stock class and configuration."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrunedStructure:
-    """Sizes and attributes that the stock configuration cannot say.
+    """Sizes and attributes that the stock configuration cannot express.
 
-    base_model_type: the stock model's type. shapes: of every parameter that lost something. attributes: module path
-    -> name -> value (heads, norm epsilons). constant: modules that lost all inputs or outputs: path -> width of their
-    output and whether a bias stays. sliced_arguments: module path -> the argument with one entry per head and the
-    kept heads. added_biases: biases of linear modules that the stock class lacks. Dropped blocks are not here: the
-    configuration says how many blocks there are, names count them anew.
+    base_model_type: the stock model's type. shapes: of every resized parameter. attributes: module path -> name ->
+    value (heads, norm epsilons). constant: modules without any inputs or outputs: path -> width of their output and
+    whether a bias stays. sliced_arguments: module path -> the argument with one entry per head and the kept heads.
+    added_biases: biases of linear modules that the stock class lacks. Dropped blocks are not recorded: the
+    configuration has the number of blocks, and names are renumbered.
     """
 
     base_model_type: str
@@ -45,7 +45,7 @@ class PrunedStructure:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the stock class loads the model as it is."""
+        """Whether the stock class can load the model."""
         return not (self.shapes or self.attributes or self.constant or self.sliced_arguments or self.added_biases)
 
 
@@ -66,7 +66,7 @@ def structure_of(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Pr
     constant = {path: module for path, module in modules.items() if isinstance(module, ConstantOutput)}
     stock = dense.keys() - renamed(dict.fromkeys(earlier.get("added_biases", ()))).keys()
     biases = [name for name in present if name.endswith(".bias") and name.removesuffix(".bias") not in constant]
-    # the attributes that follow the kept units, the epsilons of rescaled norms, and what was changed before
+    # attributes that follow the kept units, epsilons of rescaled norms, and earlier changes
     attributes = {path: dict(values) for path, values in renamed(earlier.get("attributes", {})).items()}
     for group in graph.groups:
         kept = len(plan.kept(group))
@@ -92,7 +92,7 @@ def structure_of(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Pr
 
 
 def epsilon_name(norm: nn.Module) -> str | None:
-    """Name of the attribute that holds a norm's epsilon; None if there is none."""
+    """Name of a norm's epsilon attribute; None if there is none."""
     return next((name for name in EPSILON_NAMES if hasattr(norm, name)), None)
 
 
@@ -109,25 +109,24 @@ def argument_slice(module: nn.Module) -> ArgumentSlice | None:
 
 
 def removed_modules(model: nn.Module) -> list[str]:
-    """Paths of the modules of a pruned model that have lost all their weights.
+    """Paths of the modules of a pruned model that have no weights left.
 
-    An adapter has nothing to hold on to there: where peft's `target_modules` are named, these go into its
-    `exclude_modules`.
+    They cannot have adapters: if you list peft's `target_modules`, add these to `exclude_modules`.
     """
     return [path for path, module in model.named_modules() if isinstance(module, ConstantOutput)]
 
 
 def auto_class(base_model_type: str) -> Any:
-    """The auto class of transformers that opens models of this type, the one for text where it knows none."""
+    """The transformers auto class for models of this type, by default the one for text."""
     known = auto_classes(base_model_type)
     return known[0][0] if known else AutoModelForCausalLM
 
 
 def mark_pruned(model: nn.Module, structure: PrunedStructure) -> None:
-    """Let `save_pretrained` of a cut transformers model write a folder that opens again, in place.
+    """Prepare a cut transformers model, in place, so that `save_pretrained` writes a folder that can be reopened.
 
-    The model gets the class that an adaptive checkpoint has, and its configuration the `pruned_structure`. A model
-    whose class transformers' auto classes do not know stays as it is.
+    The model gets the class of an adaptive checkpoint, and its configuration gets `pruned_structure`. A model of a
+    class that the auto classes do not know is not changed.
     """
     if auto_classes(structure.base_model_type):
         config_class, model_class = pruned_classes(structure.base_model_type)
@@ -144,7 +143,7 @@ def pruned_fields(structure: PrunedStructure) -> dict[str, Any]:
     known = auto_classes(structure.base_model_type) or AUTO_CLASSES[:1]
     sizes = asdict(structure)
     del sizes["base_model_type"]
-    if not structure.added_biases:  # the oldest format that can say it
+    if not structure.added_biases:  # the oldest format that supports it
         del sizes["added_biases"]
     version = SECOND_FORMAT_VERSION if structure.added_biases else FIRST_FORMAT_VERSION
     return {

@@ -1,4 +1,4 @@
-"""Stored weights: which safetensors files a folder has, and reading and writing them tensor by tensor."""
+"""safetensors files of a model folder: listing, and reading and writing tensor by tensor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Shape = tuple[int, ...]
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a model folder. Raises ModelError if there are none, or not all, or others only."""
+    """The safetensors files of a model folder. Raises ModelError if missing, incomplete, or only in other formats."""
     index = folder / INDEX_NAME
     if index.exists():
         return _indexed_files(folder, index)
@@ -40,8 +40,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickled:
         raise ModelError(
-            f"{folder} holds its weights only in the pickle format ({', '.join(pickled[:3])}), which can run code",
-            "Convert them to safetensors, e.g. with save_pretrained in a place that trusts them",
+            f"{folder} has its weights only in the pickle format ({', '.join(pickled[:3])}), which can run code",
+            "Convert them to safetensors, e.g. with save_pretrained in an environment that trusts them",
         )
     raise ModelError(f"{folder} has no {SINGLE_NAME}", "Give a model with safetensors weights, or convert it")
 
@@ -52,30 +52,30 @@ def _indexed_files(folder: Path, index: Path) -> tuple[Path, ...]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         names = set()
     if not names:
-        raise ModelError(f"{index} is no index of safetensors files", _DOWNLOAD_AGAIN)
+        raise ModelError(f"{index} is not an index of safetensors files", _DOWNLOAD_AGAIN)
     for name in names:
-        if not isinstance(name, str) or name != PureWindowsPath(name).name:  # a slash parts its paths too
+        if not isinstance(name, str) or name != PureWindowsPath(name).name:  # also splits at slashes
             raise ModelError(
                 f"{index} points outside its folder ({name!r})", "Do not use this checkpoint, or correct its index"
             )
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
-        raise ModelError(f"{folder} lacks {', '.join(missing)}, named in {index.name}", "Download the missing files")
+        raise ModelError(f"{folder} lacks {', '.join(missing)}, listed in {index.name}", "Download the missing files")
     return tuple(folder / name for name in sorted(names))
 
 
 @contextmanager
 def open_safetensors(file: Path) -> Iterator[Any]:
-    """An open safetensors file, whole by its header. Raises ModelError, naming it, for a damaged or truncated one."""
+    """An open safetensors file, complete by its header. Raises ModelError if it is damaged or truncated."""
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is damaged or no safetensors file ({first_line(error)})", _DOWNLOAD_AGAIN) from None
+        raise ModelError(f"{file} is damaged or not safetensors ({first_line(error)})", _DOWNLOAD_AGAIN) from None
 
 
 def _stored(files: Sequence[Path]) -> Iterator[tuple[Path, str, Any]]:
-    """File, name and what is known without reading of every tensor in the files."""
+    """File, name and header entry of every tensor in the files."""
     for file in files:
         with open_safetensors(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - no mapping
@@ -83,7 +83,7 @@ def _stored(files: Sequence[Path]) -> Iterator[tuple[Path, str, Any]]:
 
 
 def stored_dtype(files: Sequence[Path]) -> torch.dtype:
-    """The dtype of most values in the files. Raises ModelError, naming the file, if one is damaged or truncated."""
+    """The dtype of most values in the files. Raises ModelError if a file is damaged or truncated."""
     values: Counter[torch.dtype] = Counter()
     for _, _, stored in _stored(files):
         values[_DTYPES.get(stored.get_dtype(), torch.uint8)] += prod(stored.get_shape())
@@ -92,10 +92,10 @@ def stored_dtype(files: Sequence[Path]) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensors:
-    """Tensors by name that are read when they are needed. shapes: of all of them, known without reading.
+    """Lazily read tensors by name. shapes: of all tensors, known without reading.
 
-    read: gives one, in its stored type. Of a file it is a view that keeps the file mapped for as long as it lives, and
-    of which only what is used is read: copy what stays.
+    read: returns one tensor in its stored type. From a file it is a lazily read view that keeps the file mapped: copy
+    what must outlive it.
     """
 
     shapes: Mapping[str, Shape]
@@ -107,7 +107,7 @@ class StoredTensors:
         found = {name: (file, tuple(stored.get_shape())) for file, name, stored in _stored(files)}
 
         def read(name: str) -> Tensor:
-            # opened each time: an open file keeps all that was read of it in the memory of the process
+            # opened each time: an open file keeps all read pages in the memory of the process
             with open_safetensors(found[name][0]) as opened:
                 tensor: Tensor = opened.get_tensor(name)
             return tensor
@@ -116,14 +116,14 @@ class StoredTensors:
 
     @classmethod
     def of_model(cls, model: nn.Module) -> StoredTensors:
-        """Those of a model in memory; of tied ones only the first name counts."""
+        """Tensors of a model in memory; tied tensors have only their first name."""
         tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
         return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
-    """A tensor to write, made when its turn comes. make: gives it in `dtype` and `shape`."""
+    """A tensor to write, created on demand. make: returns it in `dtype` and `shape`."""
 
     dtype: torch.dtype
     shape: Shape
@@ -131,14 +131,14 @@ class TensorEntry:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorEntry:
-        """An existing tensor as it is."""
+        """An existing tensor."""
         return cls(dtype=tensor.dtype, shape=tuple(tensor.shape), make=lambda: tensor)
 
 
 def write_tensors(path: Path, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file of which only one tensor at a time need exist; whole or not at all.
+    """Write a safetensors file atomically, with only one tensor in memory at a time.
 
-    The library can only write tensors that all exist. Raises OutputError.
+    The library requires all tensors in memory at once. Raises OutputError.
     """
     names = {dtype: name for name, dtype in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}

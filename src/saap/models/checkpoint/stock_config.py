@@ -1,7 +1,7 @@
-"""What a family's stock configuration can say: which fields size which role, and whether a uniform plan is legal.
+"""Stock configurations: which fields set the size of each role, and whether a uniform plan is valid.
 
-Nothing is known about families: a configuration is changed, the model built from it on the meta device, and the
-shapes of all parameters compared with those wanted.
+No knowledge of families is needed: a changed configuration is built on the meta device, and the shapes of all
+parameters are compared with the expected ones.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from saap.models.walk.walker import without_cache
 MOST_FIELDS = 3
 MOST_SIZES = 8
 ADAPTIVE_REMEDY = "Use --layout adaptive"
-# The width of one head: classes derive it from hidden size and heads unless the configuration gives it.
+# The width of one head: classes derive it from hidden size and heads unless the configuration sets it.
 HEAD_WIDTH = "head_dim"
 
 
 def text_part(config: Any) -> Any:
-    """What describes the decoder in a transformers configuration: all of it, or its part in models of several parts."""
+    """The part of a transformers configuration that describes the decoder; all of it in text-only models."""
     find = getattr(config, "get_text_config", None)
     return config if find is None else find()
 
 
 def keep_layers(config: Any, kept: Sequence[int], depth: int) -> None:
-    """Set the number of layers to that of `kept`, and cut every list with one entry for each of `depth` layers.
+    """Set the number of layers to that of `kept`, and cut every list with one entry per layer (`depth` entries).
 
-    Lists of layers' numbers, and settings by layer, are numbered anew. config: the part of a transformers
-    configuration that describes the decoder.
+    Lists of layer indices and per-layer settings are renumbered. config: the decoder part of a transformers
+    configuration.
     """
     own = config.to_dict().get("per_layer_config") or {}
     others = {"architectures"}
-    with suppress(Exception):  # a class that cannot do without arguments
+    with suppress(Exception):  # a class that requires arguments
         default: Any = type(config)()
         usual = getattr(default, "num_hidden_layers", None)
-        # lists that by default are not as long as the class has layers, such as a pair of limits
+        # lists that by default are not per layer, such as a pair of limits
         others |= {
             name for name, value in vars(default).items() if isinstance(value, list | tuple) and len(value) != usual
         }
@@ -64,7 +64,7 @@ def keep_layers(config: Any, kept: Sequence[int], depth: int) -> None:
 
 
 def stock_model(config: Any) -> Any:
-    """A model of the class that transformers opens folders of this configuration with; its weights mean nothing yet."""
+    """A model of the transformers class of this configuration; its weights are placeholders."""
     return auto_class(str(getattr(config, "model_type", ""))).from_config(config)
 
 
@@ -72,7 +72,7 @@ def stock_model(config: Any) -> Any:
 class _Builder:
     """Builds models without weights from changed copies of a configuration.
 
-    pinned: fields that keep their value when others change. depth: number of layers, of which the copies have `kept`.
+    pinned: fields that keep their value when others change. depth: number of layers; the copies have `kept` of them.
     """
 
     make: Callable[[Any], Any]
@@ -96,35 +96,35 @@ class _Builder:
     def shapes(
         self, fields: Sequence[ConfigField], sizes: Mapping[Role, int], *, run: bool = False
     ) -> dict[str, Shape] | str:
-        """Shapes of the parameters, or why the classes refuse the sizes. run: the model on a few tokens, too."""
+        """Shapes of the parameters, or why the classes reject the sizes. run: also run the model on a few tokens."""
         try:
             with torch.device("meta"):
                 changed = self.changed(fields, sizes)
-                model = self.make(type(changed).from_dict(changed.to_dict()))  # made anew, so that its class judges it
+                model = self.make(type(changed).from_dict(changed.to_dict()))  # its class validates it again
                 if run:
-                    text_part(model.config)._attn_implementation = "eager"  # fused kernels take what it refuses
+                    text_part(model.config)._attn_implementation = "eager"  # stricter
                     ids = torch.zeros((1, 4), dtype=torch.long)
                     model(ids, attention_mask=torch.ones_like(ids), **without_cache(model))
-        except Exception as error:  # every class has its own way to refuse sizes
+        except Exception as error:  # each class raises its own errors for sizes
             return (str(error).strip().splitlines() or [type(error).__name__])[-1]
         return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
     def runs(self, fields: Sequence[ConfigField], sizes: Mapping[Role, int]) -> bool:
-        """Whether the model takes the sizes when it is run, too."""
+        """Whether the model also runs with the sizes."""
         return isinstance(self.shapes(fields, sizes, run=True), dict)
 
 
 def config_fields(model: nn.Module, graph: ModelGraph) -> tuple[tuple[ConfigField, ...], Mapping[str, int]]:
-    """The configuration fields that say each role's size, and those to pin to their value when others change.
+    """The configuration fields that set each role's size, and those to pin when others change.
 
-    A role whose size no combination of fields can say is left out, as is every role of a model without a
-    transformers configuration.
+    A role whose size no combination of fields can set is left out, as is every role of a model without a transformers
+    configuration.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return (), {}
     pinned, depth = _pinned(text_part(config)), len(graph.blocks)
-    for kept in (1, depth):  # a shallow model is built sooner, if the classes take one
+    for kept in (1, depth):  # a shallow model is faster to build, if the classes accept it
         stock = _Builder(type(model), config, {}, depth, kept).shapes((), {})
         if not isinstance(stock, str) and stock.items() <= graph.shapes.items():
             builder = _Builder(type(model), config, pinned, depth, kept)
@@ -149,7 +149,7 @@ def _fields_of(role: Role, builder: _Builder, graph: ModelGraph) -> list[ConfigF
     if len({group.units for group in groups}) != 1:
         return []
     units = groups[0].units
-    # numbers of kept units to try; classes may demand that some divide others
+    # numbers of kept units to try; classes may require that some divide others
     sizes = sorted({units - 1, units // 2} - {0}, reverse=True)
     if role is Role.ATTENTION:
         sizes = list(range(units - 1, max(0, units - 1 - MOST_SIZES), -1))
@@ -162,16 +162,16 @@ def _fields_of(role: Role, builder: _Builder, graph: ModelGraph) -> list[ConfigF
     ]
 
     def changes(field: ConfigField, size: int) -> set[str] | None:
-        """Tensors that get another size; None where the class refuses."""
+        """Tensors that get another size; None if the class rejects it."""
         built = builder.shapes([field], {role: size})
-        # A field may also bring in tensors that the model does not have (OPT's projections); `fits` refuses those.
+        # A field may also add tensors that the model does not have (OPT's projections); `fits` rejects those.
         here = graph.shapes
         return (
             None if isinstance(built, str) else {name for name in built if built[name] != here.get(name, built[name])}
         )
 
     def fits(fields: Sequence[ConfigField], size: int) -> bool | None:
-        """Whether exactly the group's sizes follow; None where the class refuses."""
+        """Whether exactly the group's sizes change; None if the class rejects it."""
         built = builder.shapes(fields, {role: size})
         wanted = KeepIndex.of(graph, {group.name: size for group in groups}).shapes
         return None if isinstance(built, str) else built.items() <= wanted.items()
@@ -180,7 +180,7 @@ def _fields_of(role: Role, builder: _Builder, graph: ModelGraph) -> list[ConfigF
     for size in sizes:
         changed = {field: changes(field, size) for field in candidates}
         useful = [field for field, names in changed.items() if names is None or (names and names <= owned)]
-        silent = [field for field, names in changed.items() if names == set()]  # may have to agree with the others
+        silent = [field for field, names in changed.items() if names == set()]  # may have to match the others
         for fields in (found for count in range(1, MOST_FIELDS + 1) for found in combinations(useful, count)):
             if fits(fields, size) and all(fits(fields, other) is not False for other in sizes):
                 choices = [[*fields], *([*fields, other] for other in silent)]
@@ -189,17 +189,17 @@ def _fields_of(role: Role, builder: _Builder, graph: ModelGraph) -> list[ConfigF
 
 
 def uniform_config(config: Any, graph: ModelGraph, plan: StructurePlan) -> Any:
-    """A copy of `config` whose stock model has exactly the shapes that the plan leaves.
+    """A copy of `config` whose stock model has exactly the shapes after the plan.
 
-    config: of the dense model, or of one that has already lost the plan's dropped blocks. Raises LayoutError if the
-    plan gives the layers different sizes, or the family cannot be built with these sizes; it says what can.
+    config: of the dense model, with or without the plan's dropped blocks. Raises LayoutError, with supported sizes, if
+    sizes differ between layers or the family cannot be built with them.
     """
     if not hasattr(config, "to_dict"):
         raise LayoutError("The model has no transformers configuration", ADAPTIVE_REMEDY)
     family = str(getattr(config, "model_type", None) or type(config).__name__)
     sizes = {role: size for role in Role if (size := _size_of(role, graph, plan)) is not None}
     roles = list(dict.fromkeys(field.role for field in graph.config_fields))
-    held = f"of {' and '.join(roles)} it can hold some sizes" if roles else "it can hold no other sizes"
+    held = f"it supports some sizes of {' and '.join(roles)}" if roles else "it supports no other sizes"
     remedy = f"{ADAPTIVE_REMEDY}; as a stock model {held}"
     unsaid = [role for role in sizes if role not in roles]
     if unsaid:
@@ -221,13 +221,13 @@ def uniform_config(config: Any, graph: ModelGraph, plan: StructurePlan) -> Any:
     for name in {**shapes, **built}:
         if built.get(name) != shapes.get(name):
             raise LayoutError(
-                f"The stock {family} would give {name} the sizes {built.get(name)}, not {shapes.get(name)}", remedy
+                f"The stock {family} would have the shape {built.get(name)} of {name}, not {shapes.get(name)}", remedy
             )
     return builder.changed(fields, sizes)
 
 
 def _size_of(role: Role, graph: ModelGraph, plan: StructurePlan) -> int | None:
-    """Units that the plan keeps in each group of the role; None where it keeps all."""
+    """Number of kept units in each group of the role; None if all are kept."""
     groups = [group for group in graph.of_role(role) if group.layer not in plan.dropped_blocks]
     sizes = sorted({len(plan.kept(group)) for group in groups})
     if all(len(plan.kept(group)) == group.units for group in groups):
@@ -240,7 +240,7 @@ def _size_of(role: Role, graph: ModelGraph, plan: StructurePlan) -> int | None:
 
 
 def _nearest(config: Any, graph: ModelGraph, sizes: Mapping[Role, int]) -> str | None:
-    """The sizes next to a single one that the family refuses."""
+    """The supported sizes closest to a rejected one."""
     if len(sizes) > 1:
         return None
     ((role, size),) = sizes.items()

@@ -1,1 +1,1 @@
-"""From what a user types to a model on a device."""
+"""Loading of models: from the user's input to a model on a device."""

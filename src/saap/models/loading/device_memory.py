@@ -1,4 +1,4 @@
-"""Memory of accelerators, of the machine and of this process: what is free, and the most that was taken."""
+"""Free and peak memory of accelerators, the machine and this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def of_device(device: torch.device) -> int | None:
-    """Bytes of an accelerator that this process has or could get; None for the CPU, and where it does not say."""
+    """Accelerator memory in bytes that this process has or could get; None for the CPU or if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return torch.mps.recommended_max_memory() if device.type == "mps" else None
@@ -28,7 +28,7 @@ def of_process() -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start new peaks where that is possible: of a CUDA device, and of the process on Linux."""
+    """Reset the peaks if possible: of a CUDA device, and of the process on Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     if sys.platform == "linux":
@@ -37,17 +37,17 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_of_device(device: torch.device) -> int:
-    """The most bytes that tensors took on an accelerator since `reset_peak`; on mps what its allocator holds."""
+    """Peak bytes of tensors on an accelerator since `reset_peak`; on mps the memory of its allocator."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return torch.mps.driver_allocated_memory() if device.type == "mps" else 0
 
 
 def peak_of_process() -> int:
-    """The most resident bytes of the process, on Linux since `reset_peak`, elsewhere since its start."""
+    """Peak resident bytes of the process, on Linux since `reset_peak`, elsewhere since its start."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
-    if sys.platform == "linux":  # psutil does not give this figure, which alone can be reset
+    if sys.platform == "linux":  # the only resettable peak, which psutil does not provide
         with suppress(OSError, StopIteration):
             lines = Path("/proc/self/status").read_text().splitlines()
             return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""Which device to work on, and in which dtype to write."""
+"""Selection of devices and dtypes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import nn
 from saap.core.errors import ConfigurationError, ModelError
 
 DeviceMap = str | Mapping[str, int | str]
-"""Where the modules of a model go, as transformers and accelerate take it: a strategy such as auto, or a map."""
+"""Device map of transformers and accelerate: a strategy such as auto, or a dictionary."""
 
 DEVICE_MAPS = ("auto", "balanced", "sequential")
-"""Strategies of accelerate by which the blocks of a model are put on the devices of a machine."""
+"""Strategies of accelerate to place the blocks of a model on several devices."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; `auto` takes cuda, then mps, then cpu. Raises ConfigurationError if it is not there."""
+    """The device of that name; `auto` prefers cuda, then mps, then cpu. Raises ConfigurationError if unavailable."""
     available = _available()
     if name == "auto":
         return torch.device(next(kind for kind, there in available.items() if there))
-    with suppress(RuntimeError):  # a name that torch does not know
+    with suppress(RuntimeError):  # torch does not know the name
         device = torch.device(name)
         if available.get(device.type) and (device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()):
             return device
@@ -34,7 +34,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def _available() -> dict[str, bool]:
-    """Kinds of devices that `auto` looks for, in this order, and whether they are there."""
+    """Kinds of devices in the order of `auto`, and whether they are available."""
     return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
 
 
@@ -45,7 +45,7 @@ def check_known(device_map: DeviceMap) -> None:
 
 
 def spread_over(model: nn.Module) -> dict[str, int | str] | None:
-    """Which module lies where, if accelerate has put the model on several devices; None for a model on one."""
+    """The device map if accelerate placed the model on several devices; None for a single device."""
     found = getattr(model, "hf_device_map", None)
     if not isinstance(found, Mapping) or len({str(place) for place in found.values()}) < 2:
         return None
@@ -53,9 +53,9 @@ def spread_over(model: nn.Module) -> dict[str, int | str] | None:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; the guards that accelerate puts before methods of a model over several devices stay behind.
+    """A deep copy without the wrappers that accelerate puts around methods of a model on several devices.
 
-    They are bound to the model that they were made for, and would act on it in place of the copy.
+    They are bound to the original model, and would act on it instead of the copy.
     """
     twin = copy.deepcopy(model)
     if spread_over(model) is not None:
@@ -65,20 +65,20 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def require_whole_blocks(model: nn.Module, blocks: Sequence[str]) -> None:
-    """Raise ModelError for a decoder block whose weights lie on more than one device. blocks: their paths."""
+    """Raise ModelError for a decoder block with weights on more than one device. blocks: their paths."""
     for path in blocks:
         places = sorted({str(parameter.device) for parameter in model.get_submodule(path).parameters()})
         if len(places) > 1:
             raise ModelError(
-                f"The block {path} lies on {len(places)} devices ({', '.join(places)})",
+                f"The block {path} is on {len(places)} devices ({', '.join(places)})",
                 "Use a device map that keeps each decoder block together",
             )
 
 
 def require_values(model: nn.Module) -> None:
-    """Raise ModelError for a model whose weights are offloaded, or lie on several devices without a device map.
+    """Raise ModelError for a model with offloaded weights, or on several devices without a device map.
 
-    accelerate's hooks, which come with the map, move what goes into a module to where it computes.
+    accelerate's hooks, which come with the map, move the inputs of a module to its device.
     """
     places = {name: tensor.device for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     away = [name for name, device in places.items() if device.type == "meta"]
@@ -90,13 +90,13 @@ def require_values(model: nn.Module) -> None:
     devices = sorted({str(device) for device in places.values()})
     if len(devices) > 1 and spread_over(model) is None:
         raise ModelError(
-            f"The given model lies on {len(devices)} devices ({', '.join(devices)}) without a device map",
+            f"The given model is on {len(devices)} devices ({', '.join(devices)}) without a device map",
             "Load it with device_map='auto', or on one device",
         )
 
 
 def computable(model: nn.Module) -> nn.Module:
-    """The model itself, or a copy in float32 if any part is float16, whose range gradients and activations leave."""
+    """The model itself, or a float32 copy if any part is float16, whose range is too small for gradients."""
     half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
     return copied(model).to(torch.float32) if half else model
 
@@ -114,17 +114,17 @@ def pick_dtype(name: str = "auto", *, source: torch.dtype) -> torch.dtype:
 
 
 def working_dtype(device: torch.device, source: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: bfloat16 models stay so on CUDA, all other 16 bit ones are widened to float32."""
+    """The dtype to compute in: bfloat16 stays bfloat16 on CUDA, all other 16-bit types are widened to float32."""
     if source == torch.bfloat16 and device.type == "cuda":
         return source
     return torch.float32 if source.itemsize <= 2 else source
 
 
 def quick_products(device: torch.device, written: torch.dtype) -> torch.dtype | None:
-    """The type in which long forward passes may multiply matrices on a device, None for that of the weights.
+    """The type of matrix products in long forward passes on a device, None for that of the weights.
 
-    bfloat16 on a CPU with instructions for it, if the result is written in 16 bits or fewer anyway. The processor alone
-    decides, not a trial of its speed, so that a machine always gives the same bits.
+    bfloat16 on a CPU with instructions for it, if the result is written in 16 bits or fewer anyway. This depends only
+    on the processor, not on a speed test, so results on one machine are reproducible bit by bit.
     """
     if device.type != "cpu" or written.itemsize > 2:
         return None
@@ -134,7 +134,7 @@ def quick_products(device: torch.device, written: torch.dtype) -> torch.dtype | 
 
 @contextmanager
 def _medium_products(wanted: bool) -> Iterator[None]:
-    """float32 products in torch's precision `medium` for a while, if that is wanted."""
+    """Context with float32 products in torch's precision `medium`, if requested."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if wanted else before)
     try:
@@ -144,10 +144,10 @@ def _medium_products(wanted: bool) -> Iterator[None]:
 
 
 def quick_float32_products() -> AbstractContextManager[None]:
-    """Let the CPU multiply float32 matrices by its quicker library for a while, if that is as exact.
+    """Context in which the CPU multiplies float32 matrices with its faster library, if that is as exact.
 
-    torch reaches it by a setting that on some processors rounds to bfloat16; a trial on this one decides. On an AMD
-    processor without such instructions it doubles the speed. Other devices are not touched.
+    The torch setting for it rounds to bfloat16 on some processors, so it is tested on this one. On an AMD processor
+    without such instructions it doubles the speed. Other devices are not affected.
     """
     generator = torch.Generator().manual_seed(0)
     left, right = torch.rand(256, 256, generator=generator), torch.rand(256, 256, generator=generator)
@@ -158,9 +158,9 @@ def quick_float32_products() -> AbstractContextManager[None]:
 
 
 def rounded_products(device: torch.device) -> AbstractContextManager[None]:
-    """Let the CPU multiply float32 matrices through bfloat16 for a while where that is quicker (torch's `medium`).
+    """Context in which the CPU multiplies float32 matrices through bfloat16 if that is faster (torch's `medium`).
 
-    Factors are rounded, sums are not: the usual precision of training, and quicker on processors with matrix units.
-    Others compute as before. Other devices are not touched.
+    Factors are rounded, sums are not: the usual precision of training, and faster on processors with matrix units.
+    Other processors and devices are not affected.
     """
     return _medium_products(device.type == "cpu" and not torch.cuda.is_available())

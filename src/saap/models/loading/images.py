@@ -1,4 +1,4 @@
-"""What belongs to a row of token ids beside the ids: the images of a model that reads them too."""
+"""Image inputs of multimodal models, matched to rows of token ids."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from saap.core.records import CalibrationSet
 
 Inputs = Mapping[str, Tensor]
-# What configurations call the id that stands where a part of an image goes.
+# Configuration fields with the id of image tokens.
 _IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index")
 
 
 def image_token_ids(config: Any) -> tuple[int, ...]:
-    """Ids that stand for images in the tokens of a model; () for one that reads none."""
+    """Ids of image tokens of a model; () for a text-only model."""
     found = {getattr(config, name, None) for name in _IMAGE_TOKEN_NAMES}
     return tuple(sorted(value for value in found if isinstance(value, int)))
 
 
 @contextmanager
 def with_images(model: nn.Module, sets: Iterable[CalibrationSet]) -> Iterator[None]:
-    """While it lasts, a forward of `model` on rows of `sets` is also given what belongs to these rows.
+    """Context in which a forward of `model` on rows of `sets` also gets the image inputs of these rows.
 
-    Rows are known by their ids; a batch with a row that belongs to no set goes on as it came.
+    Rows are identified by their ids; a batch with an unknown row is not changed.
     """
     table: dict[bytes, Inputs] = {}
     for one in sets:
@@ -53,9 +53,9 @@ def _key(row: Tensor) -> bytes:
 
 
 def _batch(rows: list[Inputs], like: Tensor) -> dict[str, Tensor]:
-    """The rows' inputs one after the other along the first axis, on the device and in the type of the weights.
+    """The rows' inputs concatenated along the first axis, on the device and in the type of the weights.
 
-    Where rows differ, zeros fill the ends of all other axes, as processors fill up what has fewer images.
+    If shapes differ, all other axes are padded with zeros at the end, as processors do for fewer images.
     """
     batch: dict[str, Tensor] = {}
     for name in rows[0]:

@@ -1,4 +1,4 @@
-"""A GGUF file in llama.cpp itself, for logits of every position. Needs the package llama-cpp-py-sync."""
+"""Logits of a GGUF file at all positions, computed by llama.cpp. Needs the package llama-cpp-py-sync."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def llama_cpp_is_installed() -> bool:
 
 @functools.cache
 def _library() -> tuple[Any, Any, deque[str], Any]:
-    """The library, its foreign function interface, its last complaints, and the callback that collects them."""
+    """The library, its foreign function interface, its last log messages, and the callback that collects them."""
     from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
     library, interface = get_lib(), get_ffi()
@@ -44,10 +44,10 @@ def _library() -> tuple[Any, Any, deque[str], Any]:
 
 
 class LlamaCpp(ExitStack):
-    """An open model with a context of its own, for the length of a `with` statement. vocabulary: number of tokens.
+    """An open model with its own context; a context manager. vocabulary: number of tokens.
 
-    exact: keep keys and values in float32 and use no flash attention, for comparisons. Raises ModelError if llama.cpp
-    refuses the file; its own words are in the message.
+    exact: keep keys and values in float32 and use no flash attention, for comparisons. Raises ModelError with
+    llama.cpp's message if it rejects the file.
     """
 
     def __init__(self, path: Path, *, context: int = 512, threads: int = 1, exact: bool = False) -> None:
@@ -60,7 +60,7 @@ class LlamaCpp(ExitStack):
         model = library.llama_model_load_from_file(str(path).encode(), settings)
         if model == interface.NULL:
             reason = next((line for line in complaints if "error loading" in line), " ".join(complaints))
-            raise ModelError(f"llama.cpp cannot open {path} ({reason})", "Report this model as a fault of the export")
+            raise ModelError(f"llama.cpp cannot open {path} ({reason})", "Report this model as a bug of the export")
         self.callback(library.llama_model_free, model)
         wanted = library.llama_context_default_params()
         wanted.n_ctx = wanted.n_batch = wanted.n_ubatch = context
@@ -78,14 +78,14 @@ class LlamaCpp(ExitStack):
         self.vocabulary = int(library.llama_vocab_n_tokens(self._vocabulary))
 
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
-        """Token ids of a text; special tokens that are written out in it are recognised."""
+        """Token ids of a text; special tokens in it are parsed."""
         raw = text.encode()
         room = self._interface.new("llama_token[]", len(raw) + 8)
         found = self._library.llama_tokenize(self._vocabulary, raw, len(raw), room, len(raw) + 8, add_special, True)
         return [int(room[index]) for index in range(found)]
 
     def feed(self, ids: Sequence[int], *, start: int = 0, every_position: bool = False) -> NDArray[np.float32]:
-        """Read tokens that follow `start` others. Returns logits (tokens, vocabulary), or of the last alone."""
+        """Process tokens after `start` others. Returns logits (tokens, vocabulary), or only those of the last token."""
         if start == 0:
             self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
         count = len(ids)
@@ -108,5 +108,5 @@ class LlamaCpp(ExitStack):
         return values.reshape(rows, self.vocabulary).copy()
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Logits (tokens, vocabulary) of a text that begins with nothing before it."""
+        """Logits (tokens, vocabulary) of a text in an empty context."""
         return self.feed(ids, every_position=True)

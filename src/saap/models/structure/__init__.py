@@ -1,1 +1,1 @@
-"""What a structure means for modules: masks, cuts, linear modules, least squares."""
+"""Structures applied to modules: masks, cuts, linear modules, least squares."""

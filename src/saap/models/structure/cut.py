@@ -1,4 +1,4 @@
-"""Physical removal of units: tensor by tensor, in place, so that no second copy of the model is needed."""
+"""Physical removal of units: tensor by tensor and in place, without a second copy of the model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from saap.models.walk.offload import onload
 def cut_groups(model: nn.Module, groups: Sequence[CoupledGroup], keep: Mapping[str, Sequence[int]]) -> None:
     """Slice every member of a dense group, or of all groups of a bundle, to the units in `keep`, in place.
 
-    A group that keeps nothing leaves constants behind: its consumers give their bias or zeros, exactly as if its
-    channels were masked. Norms over the axis are rescaled so that removal equals masking.
+    If a group keeps nothing, its consumers become constants: their bias or zeros, exactly as if its channels were
+    masked. Norms over the axis are rescaled so that removal equals masking.
     """
     losing = [group for group in groups if len(keep.get(group.name, range(group.units))) < group.units]
     if not losing:
@@ -48,7 +48,7 @@ def cut_groups(model: nn.Module, groups: Sequence[CoupledGroup], keep: Mapping[s
 
 
 def _present_shapes(model: nn.Module, groups: Sequence[CoupledGroup]) -> dict[str, Shape]:
-    """Shapes of the groups' tensors as they are; a weight whose place a constant took is as wide as its outputs."""
+    """Current shapes of the groups' tensors; a weight replaced by a constant is as wide as its outputs."""
     shapes: dict[str, Shape] = {}
     for tensor in dict.fromkeys(member.tensor for group in groups for member in group.members):
         module, parameter = held(model, tensor)
@@ -60,14 +60,14 @@ def _present_shapes(model: nn.Module, groups: Sequence[CoupledGroup]) -> dict[st
 
 
 def held(model: nn.Module, tensor: str) -> tuple[nn.Module, nn.Parameter | None]:
-    """The module that holds the parameter of that name, and the parameter unless a constant has taken its place."""
+    """The module with the parameter of that name, and the parameter unless a constant replaced it."""
     path, _, name = tensor.rpartition(".")
     module = model.get_submodule(path)
     return module, module._parameters.get(name)
 
 
 def _follow(model: nn.Module, group: CoupledGroup, kept: Sequence[int], index: KeepIndex) -> None:
-    """Attributes, arguments, and the constants that give the group's channels agree with the kept units."""
+    """Adapt attributes, arguments, and constants that produce the group's channels to the kept units."""
     for attribute in group.attributes:
         set_attribute(model.get_submodule(attribute.module), attribute.attribute, attribute.value(len(kept)))
     for sliced in group.sliced_arguments:
@@ -85,7 +85,7 @@ def _follow(model: nn.Module, group: CoupledGroup, kept: Sequence[int], index: K
 
 
 def _empty(model: nn.Module, group: CoupledGroup, index: KeepIndex) -> None:
-    """Put constants in place of the modules of a group that keeps nothing; what lies between sees a unit of zeros."""
+    """Replace the modules of a group that keeps nothing by constants; modules between them see a unit of zeros."""
     by_module: dict[str, list[AxisSlice]] = defaultdict(list)
     for member in group.members:
         by_module[member.tensor.rpartition(".")[0]].append(member)

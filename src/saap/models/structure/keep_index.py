@@ -1,4 +1,4 @@
-"""Kept indices of every tensor, axis by axis: made from groups and their kept units, read by all that cut or mask."""
+"""Kept indices of every tensor, axis by axis, from groups and their kept units; used for cutting and masking."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from saap.core.records import AxisSlice, CoupledGroup, IntArray, ModelGraph, Rol
 
 Shape = tuple[int, ...]
 Kept = Sequence[int] | int
-"""Kept units, or only their number where nothing but sizes is wanted."""
+"""Kept units, or only their number if only sizes are needed."""
 
 
 @dataclass(frozen=True)
 class KeptAxis:
-    """What stays of one axis of a tensor.
+    """Kept indices of one axis of a tensor.
 
-    size: of the axis before. losses: members that lose something along it, with all and with the kept units of each.
+    size: of the axis before removal. losses: members that lose units along it, with all and with the kept units of
+    each.
     """
 
     axis: int
@@ -32,9 +33,9 @@ class KeptAxis:
 
     @cached_property
     def removed(self) -> dict[int | None, IntArray]:
-        """The indices that do not stay, ascending.
+        """The removed indices, ascending.
 
-        By part where axis 0 stacks matrices (experts) that lose indices of their own, else under None.
+        By part if axis 0 stacks matrices (experts) with different removed indices, else under None.
         """
         found: dict[int | None, list[IntArray]] = {} if self.losses else {None: [np.empty(0, np.int64)]}
         for member, units, kept in self.losses:
@@ -44,16 +45,16 @@ class KeptAxis:
 
     @property
     def kept_size(self) -> int:
-        """How many indices stay; all parts of a stack keep the same number."""
+        """Number of kept indices; all parts of a stack keep the same number."""
         part = self.losses[0][0].part
         return self.size - sum(m.width * (units - len(kept)) for m, units, kept in self.losses if m.part == part)
 
     def kept(self, part: int | None = None) -> IntArray:
-        """The indices that stay, ascending."""
+        """The kept indices, ascending."""
         return np.delete(np.arange(self.size), self.removed.get(part, []))
 
     def select(self, tensor: Tensor) -> Tensor:
-        """The tensor cut to what stays; all parts of a stack keep the same number."""
+        """The tensor cut to the kept indices; all parts of a stack keep the same number."""
         if None in self.removed:
             return tensor.index_select(self.axis, _index(self.kept(), tensor))
         return torch.stack(
@@ -62,7 +63,7 @@ class KeptAxis:
 
     @contextmanager
     def zeroed(self, tensor: Tensor) -> Iterator[None]:
-        """Zero what does not stay for a while, in place."""
+        """Context in which the removed entries are zero, in place."""
         with ExitStack() as stack:
             for part, indices in self.removed.items():
                 matrix, axis = (tensor, self.axis) if part is None else (tensor[part], self.axis - 1)
@@ -77,9 +78,9 @@ def _index(indices: IntArray, tensor: Tensor) -> Tensor:
 
 
 class KeepIndex(dict[str, dict[int, KeptAxis]]):
-    """Tensor -> axis -> what stays of it, for all that lose something. Shapes follow without any index being made.
+    """Kept indices by tensor and axis, for all tensors that lose units. Shapes are computed without index tensors.
 
-    shapes: of the tensors before; others are left out. choices: groups and their kept units.
+    shapes: of the tensors before removal; others are left out. choices: groups and their kept units.
     """
 
     def __init__(self, shapes: Mapping[str, Shape], choices: Iterable[tuple[CoupledGroup, Kept]]) -> None:
@@ -103,7 +104,7 @@ class KeepIndex(dict[str, dict[int, KeptAxis]]):
         return cls(shapes, ((group, keep[group.name]) for group in graph.groups if group.name in keep))
 
     def axis(self, tensor: str, axis: int) -> KeptAxis:
-        """What stays of any axis, also of one that loses nothing."""
+        """Kept indices of any axis, also of one that keeps all."""
         return self.get(tensor, {}).get(axis) or KeptAxis(axis, self._before[tensor][axis])
 
     def shape(self, tensor: str) -> Shape:
@@ -118,11 +119,11 @@ class KeepIndex(dict[str, dict[int, KeptAxis]]):
 
 
 def require_possible(graph: ModelGraph, keep: Mapping[str, Sequence[int]], dropped_blocks: Sequence[int] = ()) -> None:
-    """Raise PlanError unless the model can lose what `keep` leaves out, and the blocks."""
+    """Raise PlanError unless the units that are not in `keep`, and the blocks, can be removed."""
     unknown = sorted(set(keep) - {group.name for group in graph.groups})
     if unknown:
         raise PlanError(
-            f"The plan names groups that the model does not have: {', '.join(unknown)}", "See `saap inspect MODEL`"
+            f"The plan has groups that the model does not have: {', '.join(unknown)}", "See `saap inspect MODEL`"
         )
     counts: dict[str, tuple[str, int]] = {}
     for group in graph.groups:
@@ -145,12 +146,12 @@ def require_possible(graph: ModelGraph, keep: Mapping[str, Sequence[int]], dropp
     if wrong or len(set(dropped_blocks)) >= len(graph.blocks):
         raise PlanError(
             f"The plan drops the blocks {list(dropped_blocks)} of {len(graph.blocks)}",
-            f"Name blocks from 0 to {len(graph.blocks) - 1}, and keep at least one",
+            f"Use blocks from 0 to {len(graph.blocks) - 1}, and keep at least one",
         )
 
 
 def sole_consumers(graph: ModelGraph) -> dict[str, CoupledGroup]:
-    """Groups inside blocks whose channels are read by exactly one module, by the path of that module."""
+    """Groups inside blocks whose channels have exactly one consumer, by the path of that module."""
     return {
         group.consumers[0].tensor.rpartition(".")[0]: group
         for group in graph.groups

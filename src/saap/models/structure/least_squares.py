@@ -14,18 +14,18 @@ from saap.models.walk.processes import Processes
 ROUNDING = 1e-6
 """An error below this share of the target's energy is the rounding of float32 moments."""
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-"""Tried for each matrix, relative to the mean of the Gram matrix' diagonal."""
+"""Ridges tried for each matrix, relative to the mean diagonal of the Gram matrix."""
 CHOICE_RIDGE = 1e-2
-"""Where nothing held out decides it."""
+"""Default ridge without held-out data to choose it."""
 CHANNELS_AT_ONCE = 512
-"""Of a Gram matrix: enough rows for a fast product, and few enough that nearly half of them is spared."""
+"""Rows of a Gram matrix per product: enough for speed, and few enough to skip nearly half of the entries."""
 SMALLEST = 1e-18
-"""What costs and scores are at least, so that their product can be compared."""
+"""Floor of costs and scores, so that their products can be compared."""
 
 
 @dataclass(slots=True)
 class Moments:
-    """Second moments over tokens of a module's input x and of the output t that it should give.
+    """Second moments over tokens of a module's input x and its target output t.
 
     gram: (channels, channels) sum of x x^T. cross: (channels, outputs) sum of x t^T. energy: sum of |t|^2.
     """
@@ -42,7 +42,7 @@ class Moments:
 
     def add(self, x: Tensor, target: Tensor) -> None:
         """Add tokens. x: (tokens, channels), target: (tokens, outputs)."""
-        for first in range(0, x.shape[1], CHANNELS_AT_ONCE):  # what lies below the diagonal is known from above it
+        for first in range(0, x.shape[1], CHANNELS_AT_ONCE):  # below the diagonal the matrix is symmetric
             rows, end = slice(first, first + CHANNELS_AT_ONCE), first + CHANNELS_AT_ONCE
             self.gram[rows, first:].addmm_(x[:, rows].T, x[:, first:])
             self.gram[end:, rows] = self.gram[rows, end:].T
@@ -51,7 +51,7 @@ class Moments:
         self.tokens += len(x)
 
     def total(self, processes: Processes) -> Moments:
-        """Moments over the tokens of all processes; these may be overwritten."""
+        """Moments over the tokens of all processes; this object may be overwritten."""
         energies, tokens = zip(*processes.gather((self.energy, self.tokens)), strict=True)
         return Moments(processes.total(self.gram), processes.total(self.cross), sum(energies), sum(tokens))
 
@@ -69,13 +69,13 @@ class Moments:
 def ridge_fit(
     weight: Tensor, fit: Moments, held_out: Moments, ridges: Sequence[float] = RIDGES
 ) -> tuple[Tensor, float]:
-    """The matrix near `weight` that maps x to t best; how near is decided by held-out error.
+    """Ridge regression from x to t, shrunk towards `weight`; held-out error selects the ridge.
 
-    weight: (outputs, channels). For a ridge r the W that minimises sum |t - W x|^2 + r mean(diag G) |W - weight|^2
-    over the tokens of `fit` is evaluated on those of `held_out`; from the middle of `ridges` on the next one is tried
-    for as long as that is better, and the best r is then used on both together. `weight` itself stays if none is
-    better, or if its error is only rounding. Returns W and the held-out error of its ridge
-    divided by that of `weight`. `fit` gets the matrices of both: a large one should not exist twice.
+    weight: (outputs, channels). For a ridge r, W minimises sum |t - W x|^2 + r mean(diag G) |W - weight|^2 over the
+    tokens of `fit` and is evaluated on those of `held_out`. The search starts at the middle of `ridges` and moves on
+    while the error decreases; the best r is then used on both sets together. `weight` is kept if no ridge is better, or
+    if its error is only rounding. Returns W and the held-out error of its ridge divided by that of `weight`. `fit`
+    receives the sums of both sets, to avoid a second copy of large matrices.
     """
     start = held_out.error(weight)
     if start <= ROUNDING * held_out.energy:
@@ -90,7 +90,7 @@ def ridge_fit(
 
 
 def best_ridge(ridges: Sequence[float], error_of: Callable[[float], float]) -> tuple[float, float]:
-    """The ridge of the least error, downhill from the middle one, and its error: both ends of the way are worse."""
+    """The ridge of a local minimum of the error, searched downhill from the middle one, and its error."""
     at = len(ridges) // 2
     error = error_of(ridges[at])
     for turn in (-1, 1):
@@ -118,13 +118,13 @@ def _damped(gram: Tensor, ridge: float) -> Tensor:
 
 
 def compensated(weight: Tensor, gram: Tensor, kept: Tensor, *, ridge: float = CHOICE_RIDGE) -> Tensor:
-    """The matrix that gives nearly the outputs of `weight` from some of its input channels, zero for the others.
+    """Least-squares approximation of `weight` from some of its input channels; zero for the others.
 
     weight: (outputs, channels), gram: (channels, channels), kept: (kept channels,) indices. Minimises the squared
-    output error plus the ridge; equal to what the choice of `removal_order` leaves. Returns (outputs, channels).
+    output error plus the ridge; equal to the compensated matrix of `removal_order`. Returns (outputs, channels).
     """
     g = _damped(in_float64(gram), ridge)
-    columns = kept.to(g.device)  # where the device of `gram` has no float64, that is another
+    columns = kept.to(g.device)  # another device if that of `gram` has no float64
     factor = torch.linalg.cholesky(g[columns][:, columns])
     result = torch.zeros_like(weight)
     result[:, kept] = torch.cholesky_solve(g[columns] @ in_float64(weight).T, factor).T.to(weight)
@@ -141,13 +141,13 @@ def removal_order(
     at_once: int = 32,
     scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Greedy second-order order of removal, each time the units that the others compensate for best.
+    """Greedy second-order removal order: each step removes the units that the others compensate for best.
 
-    weight: (outputs, channels) of the matrix that reads the channels. gram: (channels, channels) of its inputs.
+    weight: (outputs, channels) of the consumer. gram: (channels, channels) of its inputs.
     units: (units, width) channel indices. remove: how many, at least one, `at_once` at a time; weight and inverse Gram
     matrix are updated after each batch, in the type of `gram`: float32 is enough with the default ridge.
-    Cost of unit u: tr(W_u [G^-1]_uu^-1 W_u^T), the squared output error that stays
-    after all other columns have adjusted. Source: OBS (Hassibi and Stork 1993) in its structured form.
+    Cost of unit u: tr(W_u [G^-1]_uu^-1 W_u^T), the squared output error after all other columns have compensated.
+    Source: OBS (Hassibi and Stork 1993) in its structured form.
     scores: (units,) importance of each unit for the loss; the cost is then the geometric mean of the two, so that a
     unit is removed early only if the neighbours can replace it and the loss is not sensitive to it.
     Returns (remove,) the units in the order of removal and (remove,) the cost of each, not decreasing.

@@ -22,7 +22,7 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def owner(model: nn.Module, tensor_name: str) -> tuple[nn.Module, str]:
-    """The module that holds the parameter of that name, and the parameter's attribute. Raises AttributeError."""
+    """The module with the parameter of that name, and the parameter's attribute. Raises AttributeError."""
     path, _, attribute = tensor_name.rpartition(".")
     module = model.get_submodule(path)
     getattr(module, attribute)

@@ -1,4 +1,4 @@
-"""Trying a structure without cutting it: removed channels are zeroed where they are consumed."""
+"""Masking: evaluate a structure without cutting, by zeroing removed channels at their consumers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from saap.models.structure.linear import weight_out_in
 def masked(
     model: nn.Module, graph: ModelGraph, keep: Mapping[str, tuple[int, ...]], dropped_blocks: Sequence[int] = ()
 ) -> Iterator[None]:
-    """Inside the context the model computes what the cut to these kept units and blocks would. keep: by group.
+    """Context in which the model computes as if cut to these kept units and blocks. keep: by group.
 
-    Units are zeroed in the inputs of the linear modules that read them. Matrices of a stack (experts) and what makes
-    hidden channels are zeroed themselves, for a while, and whole experts are never chosen. Norms still take their
-    statistic over all hidden channels, which is what the cut reproduces by rescaling them; where a norm spans the axis
-    of a group inside a block the result is only near that of the cut.
+    Units are zeroed in the inputs of the linear modules that consume them. Stacked matrices (experts) and producers of
+    hidden channels are zeroed themselves inside the context, and removed experts are never selected. Norms still
+    compute their statistic over all hidden channels, which the cut reproduces by rescaling them. If a norm spans the
+    axis of a group inside a block, the result only approximates that of the cut.
     """
     index = KeepIndex.of(graph, keep)
     roles = {
@@ -65,7 +65,7 @@ def _pass_through(module: nn.Module, arguments: tuple[Any, ...], output: Any) ->
 
 
 class _NeverChosen(TorchFunctionMode):
-    """Routers choose among the other experts: the logits of these are minus infinity.
+    """Exclude experts from routing: their router logits are minus infinity.
 
     routers: weight (experts, width) -> removed experts.
     """
@@ -85,7 +85,7 @@ class _NeverChosen(TorchFunctionMode):
 
 @contextmanager
 def replaced_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other weights in linear-like modules for a while. weights: module path -> (outputs, inputs)."""
+    """Context with replaced weights in linear-like modules. weights: module path -> (outputs, inputs)."""
     with ExitStack() as stack:
         for path, weight in weights.items():
             view = weight_out_in(model.get_submodule(path)).data

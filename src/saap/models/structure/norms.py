@@ -1,4 +1,4 @@
-"""Norms whose channels are removed: what they give for the others stays the same."""
+"""Rescaling of norms with removed channels, so that the output of the kept channels does not change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from saap.models.loading.precision import in_float64
 
 @torch.no_grad()
 def scaled_weight(norm: nn.Module, factor: float) -> Tensor | None:
-    """The weight that multiplies a norm's scale by `factor`; None where the scale is no A + (1 - A) w for a number A.
+    """The weight that multiplies a norm's scale by `factor`; None unless the scale is A + (1 - A) w for a number A.
 
     A, not 0 in families whose scale is 1 + w, is found by running the norm with w = 0 and w = 1.
     """
@@ -38,8 +38,8 @@ def rescale_norm(norm: nn.Module, share: float, name: str) -> None:
     """Make an RMS norm over the kept channels equal to the one over all channels with the others zero.
 
     With sum of squares S over n channels: x / sqrt(S/n + e) = share^-0.5 x / sqrt(S/kept + e/share), share = kept/n.
-    So the effective scale is multiplied by share^-0.5 and epsilon by 1/share. Raises UnsupportedModelError where the
-    norm has no weight or epsilon, or its scale is no affine function of the weight.
+    So the effective scale is multiplied by share^-0.5 and epsilon by 1/share. Raises UnsupportedModelError if the norm
+    has no weight or epsilon, or its scale is not an affine function of the weight.
     """
     epsilon, weight = epsilon_name(norm), norm._parameters.get("weight")
     scaled = None if weight is None else scaled_weight(norm, share**-0.5)

@@ -1,1 +1,1 @@
-"""Running a model block by block, wherever its weights and activations are."""
+"""Block-wise execution of a model, wherever its weights and activations are."""

@@ -1,4 +1,4 @@
-"""A model and the means to run it: what every stage needs of the machine, in one value."""
+"""Backend: a model with everything that a stage needs to run it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def silent(done: int, total: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """A model, its graph, and how to run it; where its weights are, the model itself says.
+    """A model, its graph, and how to run it; the model itself knows where its weights are.
 
-    processes: each takes a part of the samples, and all get the whole result. spill: where the activations between two
-    blocks are kept. With it all samples walk one block at a time, so that weights in files are read once a pass;
-    without it each micro-batch walks through all blocks by itself. products: the type in which blocks multiply
-    matrices, None for that of the weights. progress: called with the steps done and all steps of this process.
+    processes: each processes a part of the samples, and all get the whole result. spill: storage of activations between
+    two blocks. With it, all samples pass one block at a time, so offloaded weights are read once per pass; without it,
+    each micro-batch passes all blocks separately. products: the type of matrix products in blocks, None for that of the
+    weights. progress: called with the finished and all steps of this process.
     """
 
     model: nn.Module
@@ -39,12 +39,12 @@ class Backend:
 
     @property
     def device(self) -> torch.device:
-        """Where the model begins."""
+        """Device of the model's input."""
         return next(self.model.parameters()).device
 
     @property
     def keep(self) -> Keep:
-        """Keeps activations where there is room for them."""
+        """Storage for activations."""
         return PackedTensors if self.spill is None else self.spill.keep
 
     def walker(self) -> BlockWalker:

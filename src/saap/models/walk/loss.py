@@ -12,9 +12,9 @@ from saap.models.loading.precision import widest_dtype
 from saap.models.walk.walker import BlockWalker
 
 TOKENS_AT_ONCE = 64
-"""So many tokens' logits exist at once: 12 MB each for float32 and a vocabulary of 49152."""
+"""Tokens whose logits exist at once: 12 MB in float32 for a vocabulary of 49152."""
 LOGITS_AT_ONCE = 2**22
-"""So many logits exist at once in training: 16 MB in float32, whatever the vocabulary."""
+"""Logits that exist at once in training: 16 MB in float32, for any vocabulary."""
 
 
 def sample_losses(
@@ -28,11 +28,11 @@ def sample_losses(
 ) -> tuple[Tensor, Tensor]:
     """Mean loss of each calibration sample, and the gradient of its own loss at the last block's output.
 
-    hidden: (samples, tokens, width) output of the last block. labels: (samples, tokens), the tokens that were read;
-    each is predicted from the position before it. first_sample: number of the first sample, for the message.
-    ignored: labels that add nothing to the loss (places of images).
+    hidden: (samples, tokens, width) output of the last block. labels: (samples, tokens), the input tokens; each is
+    predicted from the position before it. first_sample: number of the first sample, for the message. ignored: labels
+    without a loss (image tokens).
     Returns the mean negative log-likelihood over the tokens - 1 predictions, (samples,) in nats, in at least float32,
-    and the gradient, (samples, tokens, width). The head's weights get no gradient if they ask for none.
+    and the gradient, (samples, tokens, width). The head's weights get gradients only if they require them.
     Raises NonFiniteLossError, CalibrationError for samples of one token.
     """
     samples, length = labels.shape
@@ -73,10 +73,10 @@ def learned_losses(
     """Summed loss of each training sample, and the gradient of their sum over `predictions` at the last block's output.
 
     hidden: (samples, length, width) output of the last block. tokens: (samples, length). learned: (samples, length)
-    bool, which tokens are to be predicted from the position before. teacher: walker and last hidden states of the dense
-    model for the same tokens; the loss of a token is then (1 - weight) (-log p) + weight KL(teacher || model), without
-    it -log p. Returns sums over the learned tokens in nats, (samples,) of `widest_dtype`, not divided; the gradient is
-    zero where gradients are off.
+    bool, which tokens have a loss. teacher: walker and last hidden states of the dense model for the same tokens; the
+    loss of a token is then (1 - weight) (-log p) + weight KL(teacher || model), without a teacher -log p. Returns sums
+    over the learned tokens in nats, (samples,) of `widest_dtype`, not divided; the gradient is zero where gradients are
+    off.
     """
     samples, places = learned[:, 1:].nonzero(as_tuple=True)
     rows, targets = hidden[samples, places], tokens[:, 1:][learned[:, 1:]]
@@ -114,9 +114,9 @@ def _losses_and_gradient(
     """Loss of each token, the gradient of their sum over `predictions`, and the size of the vocabulary.
 
     hidden: (tokens, width). targets, left_out: (tokens,); tokens that are left out have no loss. soft_targets: (tokens,
-    vocabulary) probabilities q of the teacher. With p of the model the loss is (1 - weight) (-log p[target]) +
-    weight sum_v q (log q - log p), its slope by the logits p - (1 - weight) onehot - weight q, float32 at least. The
-    logits and one more tensor of their size exist, not more: the slope takes the storage of the log-softmax.
+    vocabulary) probabilities q of the teacher. With p of the model the loss is (1 - weight) (-log p[target]) + weight
+    sum_v q (log q - log p). Its gradient for the logits is p - (1 - weight) onehot - weight q, float32 at least.
+    Besides the logits only one tensor of their size exists: the gradient reuses the storage of the log-softmax.
     """
     part = hidden.detach().unsqueeze(0).requires_grad_(with_gradient)
     with torch.set_grad_enabled(with_gradient):

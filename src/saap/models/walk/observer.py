@@ -1,4 +1,4 @@
-"""Observers, which reduce what modules compute in a walk, and the hooks that show them linear modules."""
+"""Observers, which reduce the activations and gradients of a walk, and the hooks that provide them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from saap.models.walk.processes import Processes
 
 
 class Signal(Flag):
-    """What can be observed of a module, or (the last) of a weight."""
+    """Observable signals of a module, or (the last) of a weight."""
 
     INPUT = auto()
     OUTPUT = auto()
@@ -41,11 +41,11 @@ class Batch:
 
     @property
     def predictions(self) -> int:
-        """Tokens of a sample that its loss is the mean over."""
+        """Number of predicted tokens in the mean loss of a sample."""
         return self.tokens.shape[1] - 1
 
     def by_sample(self, activation: Tensor, site: str) -> Tensor:
-        """View an activation as (samples, tokens, channels). Raises UnsupportedModelError where samples are mixed."""
+        """View an activation as (samples, tokens, channels). Raises UnsupportedModelError if samples are mixed."""
         samples, length = self.tokens.shape
         whole = activation.dim() >= 3 and activation.shape[0] == samples
         flat = activation.dim() == 2 and activation.shape[0] == samples * length
@@ -58,10 +58,10 @@ class Batch:
 
 
 class Observation(SimpleNamespace):
-    """One call of a module for a micro-batch. Only the signals that someone needs are set.
+    """One call of a module for a micro-batch. Only the needed signals are set.
 
-    x, y: its input and output, (..., channels). dx, dy: gradients of each sample's own loss at them; dx is that through
-    this module alone. dw: gradient of a weight, a sum over the samples.
+    x, y: its input and output, (..., channels). dx, dy: their gradients for each sample's own loss; dx only through
+    this module. dw: gradient of a weight, a sum over the samples.
     """
 
     site: str
@@ -74,32 +74,32 @@ class Observation(SimpleNamespace):
 
 
 class Observer(Protocol):
-    """Reduces what it is shown in a walk to its result. `merge` is called once, after the last micro-batch."""
+    """Reduces the observations of a walk to a result. `merge` is called once, after the last micro-batch."""
 
     needs: Needs
 
     @abstractmethod
     def observe(self, seen: Observation) -> None:
-        """Take in one call of a site in `needs`; its tensors are valid for as long as this takes."""
+        """Process one call of a site in `needs`; its tensors are valid only during this call."""
 
     @abstractmethod
     def merge(self, processes: Processes) -> None:
-        """Combine with what the observers of the other processes have seen."""
+        """Combine with the observers of the other processes."""
 
     @abstractmethod
     def result(self) -> Any:
-        """What was found."""
+        """The result."""
 
     def observe_loss(self, batch: Batch, losses: Tensor) -> None:
-        """Take in the loss of each sample, (samples,), before the backward pass."""
+        """Process the loss of each sample, (samples,), before the backward pass."""
         return
 
     def leave_block(self, layer: int, batch: Batch) -> None:
-        """Called once a micro-batch has gone back through a block."""
+        """Called after the backward pass of a micro-batch through a block."""
         return
 
     def close_block(self, layer: int) -> None:
-        """Called once all samples have gone back through a block, its weights being in memory; with a spill only."""
+        """Called after the backward pass of all samples through a block whose weights are in memory (spill only)."""
         return
 
 
@@ -108,7 +108,7 @@ Show = Callable[[Observation], None]
 
 @contextmanager
 def hooked(hooks: Mapping[nn.Module, Callable[..., Any]], *, before: bool = False, **options: bool) -> Iterator[None]:
-    """Forward hooks on modules for a while. before: hooks that run before the forward. options: of their register."""
+    """Context with forward hooks on modules. before: use pre-hooks. options: for the registration."""
     with ExitStack() as stack:
         for module, hook in hooks.items():
             register = module.register_forward_pre_hook if before else module.register_forward_hook
@@ -129,9 +129,9 @@ class _StopBlockError(Exception):
 
 @contextmanager
 def capture(model: nn.Module, paths: Sequence[str], *, stop: bool = False) -> Iterator[dict[str, Capture]]:
-    """Record input and output of the modules at `paths` in the order in which they run.
+    """Record input and output of the modules at `paths`, in execution order.
 
-    stop: leave the forward as soon as the first of them has run (the `with` body ends there).
+    stop: abort the forward pass after the first of them (the `with` body ends there).
     """
     seen: dict[str, Capture] = {}
 
@@ -146,7 +146,7 @@ def capture(model: nn.Module, paths: Sequence[str], *, stop: bool = False) -> It
 
 @contextmanager
 def observing_gradients(model: nn.Module, needs: Needs, batch: Batch, show: Show) -> Iterator[None]:
-    """Show observations of modules of one block; inside the context the block runs once, forward and backward.
+    """Pass observations of modules to `show`; inside the context the block runs once, forward and backward.
 
     Raises UnsupportedModelError for a module that ran twice, or whose gradients are missing.
     """
@@ -164,7 +164,7 @@ def observing_gradients(model: nn.Module, needs: Needs, batch: Batch, show: Show
         pending[path] = Observation(site=path, batch=batch, x=arguments[0].detach())
         if Signal.INPUT_GRADIENT not in needs[path]:
             return arguments
-        entries[path] = arguments[0].view_as(arguments[0])  # an alias, whose gradient is that of this module alone
+        entries[path] = arguments[0].view_as(arguments[0])  # an alias, whose gradient is only that through this module
         return (entries[path], *arguments[1:])
 
     def after(path: str, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
@@ -172,7 +172,7 @@ def observing_gradients(model: nn.Module, needs: Needs, batch: Batch, show: Show
             pending[path].y = output.detach()
         watched = [output, entries.pop(path)] if path in entries else [output]
         hook = register_multi_grad_hook(watched, partial(complete, pending[path], output._version))
-        hooks.callback(hook.remove)  # else it and the graph of the block keep each other alive
+        hooks.callback(hook.remove)  # otherwise the hook and the graph of the block keep each other alive
 
     def complete(seen: Observation, version: int, gradients: Sequence[Tensor | None]) -> None:
         found = [gradient for gradient in gradients if gradient is not None]
@@ -192,6 +192,6 @@ def observing_gradients(model: nn.Module, needs: Needs, batch: Batch, show: Show
         yield
     if pending:
         raise UnsupportedModelError(
-            f"The output of {next(iter(pending))} is changed in place or not used, so its gradient cannot be seen",
-            "Use operations that make new tensors, or leave out the role it belongs to with --roles",
+            f"The output of {next(iter(pending))} is changed in place or not used, so its gradient cannot be observed",
+            "Use out-of-place operations, or leave out the role it belongs to with --roles",
         )

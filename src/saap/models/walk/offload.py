@@ -1,9 +1,9 @@
-"""Models whose weights stay in their files and are in memory only while they are used.
+"""Offloading: weights stay in their files and are in memory only while they are used.
 
-A decoder block is onloaded when it is called and offloaded when another one is; so is the module that makes the logits.
-Of the table of input embeddings only the rows of the given tokens are read. Everything that calls the blocks, above all
-the block walker, works with such a model as with any other. An offloaded weight has its shape, type and device, and no
-value: its entries are NaN and take no other values, so that a use of it cannot pass unnoticed.
+A decoder block is onloaded when it is called, and offloaded when another block is called; so is the output head. Of the
+input embeddings only the rows of the given tokens are read. All code that calls the blocks, above all the block walker,
+works with such a model as with any other. An offloaded weight keeps its shape, type and device, but all entries are
+NaN, so accidental use is noticed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch.utils import swap_tensors
 from saap.models.checkpoint.safetensor_files import StoredTensors, TensorEntry, write_tensors
 
 _ATTRIBUTE = "_offloaded_weights"
-# Modules outside the blocks with fewer bytes than this stay in memory.
+# Modules outside the blocks that are smaller than this stay in memory.
 SMALL_BYTES = 16 * 2**20
 
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """Modules whose weights come and go together: a decoder block, or the large ones around the blocks.
+    """Modules that are onloaded and offloaded together: a decoder block, or the large modules around the blocks.
 
-    modules: by path. sources: by the names in `named_parameters`, what gives the stored weights. changed: whether the
-    weights in memory differ from the stored ones.
+    modules: by path. sources: functions that read the stored weights, by the names in `named_parameters`. changed:
+    whether the weights in memory differ from the stored ones.
     """
 
     modules: Mapping[str, nn.Module]
@@ -48,11 +48,11 @@ class Part:
 
 @dataclass(slots=True, eq=False)
 class OffloadedWeights:
-    """Where the weights of one model are. At most one part of it is in memory.
+    """Location of the weights of one model. At most one part of it is in memory.
 
-    dtype: to compute in. blocks: paths of the decoder blocks. rounded: type of the values, where that is coarser.
-    written, folder: type and place of the files of changed parts, None as long as nothing may change. parts_read: how
-    many times a part was read.
+    dtype: to compute in. blocks: paths of the decoder blocks. rounded: type to round values to, if coarser. written,
+    folder: type and folder of the files of changed parts, None as long as nothing may change. parts_read: number of
+    reads of a part.
     """
 
     device: torch.device
@@ -67,7 +67,7 @@ class OffloadedWeights:
 
     @torch.no_grad()
     def onload(self, part: Part) -> None:
-        """Have the weights of `part` in memory, and those of no other part."""
+        """Onload `part`, and offload all others."""
         if self._onloaded is part:
             return
         parameters = part.named_parameters()
@@ -78,7 +78,7 @@ class OffloadedWeights:
         for name, parameter in parameters.items():
             stored = self.round(part.sources[name]())
             dtype = self.dtype if stored.is_floating_point() else stored.dtype
-            # if possible in memory of a weight just offloaded: new pages cost time
+            # reuse the memory of a weight just offloaded if possible: new pages cost time
             alike = (one.shape == stored.shape and one.dtype == dtype and one.is_contiguous() for one in spare)
             place = next((index for index, fits in enumerate(alike) if fits), None)
             new = torch.empty(stored.shape, dtype=dtype, device=self.device) if place is None else spare.pop(place)
@@ -86,7 +86,7 @@ class OffloadedWeights:
 
     @torch.no_grad()
     def offload(self) -> list[Tensor]:
-        """Have no part in memory; changed weights are written first. Returns the memory of those offloaded."""
+        """Offload all parts; changed weights are written first. Returns the memory of the offloaded weights."""
         part, self._onloaded = self._onloaded, None
         if part is None:
             return []
@@ -99,7 +99,7 @@ class OffloadedWeights:
         return spare
 
     def value(self, parameter: Tensor) -> Tensor:
-        """What the model computes with: the parameter itself, or its stored value where it is offloaded."""
+        """The value of a parameter: itself, or the stored one if it is offloaded."""
         for part in self.parts:
             for name, weight in part.named_parameters().items() if part is not self._onloaded else ():
                 if weight is parameter:
@@ -107,22 +107,22 @@ class OffloadedWeights:
         return parameter
 
     def always_onloaded(self, model: nn.Module) -> list[nn.Parameter]:
-        """Parameters of the model that are in memory whichever part is."""
+        """Parameters of the model that are always in memory."""
         others = {parameter for part in self.parts for parameter in part.named_parameters().values()}
         return [parameter for parameter in model.parameters() if parameter not in others]
 
     def round_to(self, dtype: torch.dtype) -> None:
-        """From now on compute with the values that `dtype` can hold, of the weights that are read."""
+        """From now on, round the weights that are read to values of `dtype`."""
         self.offload()
         self.rounded = dtype
 
     def round(self, stored: Tensor) -> Tensor:
-        """A stored weight in the type of the values to compute with."""
+        """A stored weight in the compute type."""
         return stored.to(self.rounded) if self.rounded is not None and stored.is_floating_point() else stored
 
     def _write(self, part: Part) -> None:
         if self.folder is None or self.written is None:
-            raise RuntimeError(f"{next(iter(part.modules))} was changed, but there is no place for changed weights")
+            raise RuntimeError(f"{next(iter(part.modules))} was changed, but there is no folder for changed weights")
         path = self.folder / f"{self.parts.index(part):05d}.safetensors"
         entries = {
             name: TensorEntry(dtype=self.written, shape=tuple(weight.shape), make=partial(weight.to, self.written))
@@ -134,21 +134,21 @@ class OffloadedWeights:
 
 
 def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor that takes no memory; all its entries are one NaN, or zero where the type has none."""
+    """A tensor without own memory: all entries are one NaN, or zero for a type without NaN."""
     value = float("nan") if dtype.is_floating_point else 0
     return torch.full((1,) * len(shape), value, dtype=dtype, device=device).expand(tuple(shape))
 
 
 def offloaded(model: nn.Module) -> OffloadedWeights | None:
-    """Where the weights of `model` are; None for a model in memory."""
+    """Offloading state of `model`; None for a model in memory."""
     found = vars(model).get(_ATTRIBUTE)
     return found if isinstance(found, OffloadedWeights) else None
 
 
 def onload(model: nn.Module, name: str, *, change: bool = False) -> None:
-    """Have the weights of the part that the module or weight `name` belongs to in memory.
+    """Onload the part of the module or weight `name`.
 
-    change: whether they are about to be changed. A model in memory, and parts that always are, stay as they are.
+    change: whether its weights will be changed. Has no effect on a model in memory, or parts that always are.
     """
     weights = offloaded(model)
     parts = [] if weights is None else weights.parts
@@ -159,7 +159,7 @@ def onload(model: nn.Module, name: str, *, change: bool = False) -> None:
 
 
 def share_weights(model: nn.Module, other: nn.Module) -> None:
-    """Let another model with the same paths compute with the weights of an offloaded one, part by part, in place."""
+    """Share the weights of an offloaded model with another one of the same paths, part by part, in place."""
     weights = offloaded(model)
     if weights is None:
         raise ValueError("the model is in memory")
@@ -177,9 +177,9 @@ def share_weights(model: nn.Module, other: nn.Module) -> None:
 
 @torch.no_grad()
 def offload(model: nn.Module, blocks: Sequence[str], files: StoredTensors, *, device: torch.device) -> OffloadedWeights:
-    """Let a model without weights (on the meta device) read them from its files as they are used, in place.
+    """Let a model on the meta device read its weights lazily from files, in place.
 
-    blocks: paths of the decoder blocks. Weights of small modules outside them are read now.
+    blocks: paths of the decoder blocks. Weights of small modules outside the blocks are read now.
     """
     weights = OffloadedWeights(device, next(model.parameters()).dtype, tuple(blocks))
     stored_names: dict[Tensor, str] = {}
@@ -196,7 +196,7 @@ def offload(model: nn.Module, blocks: Sequence[str], files: StoredTensors, *, de
         return part
 
     embedding = _input_embedding(model)
-    # Modules outside the blocks are one part: the logits may need several of them at once for a gradient.
+    # Modules outside the blocks are one part: the gradient of the logits may need several of them at once.
     inside = tuple(f"{path}." for path in blocks)
     around = {
         path: module
@@ -225,7 +225,7 @@ def _large(module: nn.Module) -> bool:
 
 
 def _input_embedding(model: nn.Module) -> nn.Embedding | None:
-    """The table of input embeddings where it is so large that it should not be in memory."""
+    """The input embeddings if they are too large to stay in memory."""
     try:
         found = getattr(model, "get_input_embeddings", lambda: None)()
     except NotImplementedError:
@@ -234,7 +234,7 @@ def _input_embedding(model: nn.Module) -> nn.Embedding | None:
 
 
 def _read_when_called(module: nn.Module, part: Part, weights: OffloadedWeights) -> None:
-    """As with accelerate's hooks, the module's own forward is wrapped: a block that is bypassed is not read."""
+    """Wrap the module's own forward, as accelerate's hooks do: a bypassed block is not read."""
     stock = module.forward
 
     @wraps(stock)
@@ -246,7 +246,7 @@ def _read_when_called(module: nn.Module, part: Part, weights: OffloadedWeights) 
 
 
 def _look_up_rows(embedding: nn.Embedding, name: str, files: StoredTensors, weights: OffloadedWeights) -> None:
-    """Let the embedding compute with a table of the rows alone that its tokens need."""
+    """Let the embedding read only the rows of its tokens."""
 
     def forward(tokens: Tensor) -> Tensor:
         rows, places = torch.unique(tokens, return_inverse=True)

@@ -1,7 +1,7 @@
-"""The processes of a run, started by `torchrun` or `accelerate launch`: the share of each, and what they exchange.
+"""Processes of a run started by `torchrun` or `accelerate launch`: partition of work, and collectives.
 
-Exchanges go through torch.distributed: gloo, and nccl for tensors on CUDA. The launcher ends all processes when one
-fails; one that waits for the failed process gets a ProcessError as soon as the connection closes.
+Uses torch.distributed: gloo, and nccl for tensors on CUDA. The launcher ends all processes when one fails; a process
+that waits for the failed one gets a ProcessError as soon as the connection closes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CLAIM = timedelta(minutes=1)
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """The processes of a run; by default only this one. rank: its number. local: its number on this machine."""
+    """The processes of a run; by default only this one. rank: of this process. local: its rank on this machine."""
 
     rank: int = 0
     count: int = 1
@@ -38,7 +38,7 @@ class Processes:
 
     @classmethod
     def found(cls) -> Processes:
-        """Those that `torchrun` or `accelerate launch` started, or this one alone. Raises ConfigurationError."""
+        """The processes started by `torchrun` or `accelerate launch`, or only this one. Raises ConfigurationError."""
         initialised = dist.is_available() and dist.is_initialized()
         count = dist.get_world_size() if initialised else _number("WORLD_SIZE", 1)
         if count <= 1:
@@ -51,7 +51,7 @@ class Processes:
                 dist.init_process_group(several, timeout=_PATIENCE, store=store, rank=rank, world_size=count)
         except (ValueError, RuntimeError) as error:
             raise ConfigurationError(
-                f"WORLD_SIZE says that there are {count} processes, but they do not find each other ({error})",
+                f"WORLD_SIZE is {count}, but the processes cannot connect to each other ({error})",
                 "Start them with torchrun or accelerate launch",
             ) from None
         return cls(rank, count, _number("LOCAL_RANK", rank))
@@ -62,7 +62,7 @@ class Processes:
         return self.rank == 0
 
     def device(self, chosen: torch.device) -> torch.device:
-        """Where this process computes: of several on CUDA each has its own device. Raises ConfigurationError."""
+        """Device of this process: on CUDA each process has its own device. Raises ConfigurationError."""
         if self.count == 1 or chosen.type != "cuda":
             return chosen
         if self.local >= torch.cuda.device_count():
@@ -74,7 +74,7 @@ class Processes:
         return torch.device("cuda", self.local)
 
     def share(self, items: int) -> range:
-        """The numbers of the items that are this process' part: equal parts in order, the first ones one longer."""
+        """Indices of the items of this process: contiguous equal parts, the first ones one longer."""
         each, more = divmod(items, self.count)
         start = self.rank * each + min(self.rank, more)
         return range(start, start + each + (self.rank < more))
@@ -84,12 +84,12 @@ class Processes:
         return self._exchanged(dist.all_reduce, values)
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Put the sum over all processes in place of each tensor, in one exchange."""
+        """Replace each tensor by the sum over all processes, in one exchange."""
         if self.count > 1:
             vector_to_parameters(self.total(parameters_to_vector(tensors)), tensors)
 
     def broadcast(self, values: Tensor) -> Tensor:
-        """The first process' tensor, in each; those of the others give the shape and may be overwritten."""
+        """Broadcast the first process' tensor; those of the others define the shape and may be overwritten."""
         return self._exchanged(partial(dist.broadcast, src=0), values)
 
     def _exchanged(self, operation: Callable[[Tensor], Any], values: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class Processes:
         return sent.to(values.device)
 
     def broadcast_result(self, make: Callable[[], T]) -> T:
-        """What `make` returns in the first process, the only one that calls it."""
+        """Broadcast the result of `make`, which only the first process calls."""
         made: Any = make() if self.first else None
         result: T = self.gather(made)[0]
         return result
@@ -114,16 +114,16 @@ class Processes:
         return parts
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Barrier: wait for all processes."""
         self.total(torch.zeros(1))
 
 
 def first_to_fail() -> bool:
-    """Whether this process is the first of its run to ask, which is to report the error for all."""
+    """Whether this process is the first of its run to call this, and so reports the error for all."""
     try:
         store, *_ = next(rendezvous("env://", timeout=_CLAIM))
         order: int = store.add("saap/failed", 1)
-    except (ValueError, RuntimeError):  # there are no others, or the first process took the store along
+    except (ValueError, RuntimeError):  # no other processes, or the store ended with the first process
         return os.environ.get("RANK", "0") == "0"
     return order == 1
 
@@ -133,7 +133,7 @@ def _number(variable: str, default: int) -> int:
         return int(os.environ.get(variable, default))
     except ValueError:
         raise ConfigurationError(
-            f"The environment variable {variable} is no number", "Unset it, or start with torchrun"
+            f"The environment variable {variable} is not a number", "Unset it, or start with torchrun"
         ) from None
 
 
@@ -143,5 +143,5 @@ def _exchange(operation: Callable[..., Any], *arguments: Any) -> None:
     except RuntimeError as error:
         raise ProcessError(
             f"Another process of this run has ended ({str(error).splitlines()[0]})",
-            "See what it said, if anything; the same command resumes from the last finished stage",
+            "See its message, if any; the same command resumes from the last finished stage",
         ) from None

@@ -1,4 +1,4 @@
-"""How the outputs of a block's modules enter the residual stream: found by trying, whatever the block's class."""
+"""Residual paths from module outputs to the residual stream, found by experiment for any block class."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from saap.models.walk.observer import capture, hooked
 from saap.models.walk.walker import BlockWalker, Contexts
 
 _SMALLEST_SCALE = 0.1
-"""A norm's scale of a channel is taken as at least this share of their RMS: less hardly reaches the stream."""
+"""Floor of a norm's scale, relative to the RMS over channels."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResidualPath:
-    """How a module's output y adds to the residual stream: as gain * y, or gain * norm(y).
+    """Path of a module's output y to the residual stream, which adds gain * y or gain * norm(y).
 
-    norm_path: of the norm's module. norm: a copy of it in float32 at least, with norm(y) = c * scale * y, where c is a
-    number for each token; scale: (width,). Both are set by `loaded`.
+    norm_path: of the norm's module. norm: a copy of it in float32 at least, with norm(y) = c * scale * y, where c is
+    one number per token; scale: (width,). Both are set by `loaded`.
     """
 
     gain: float
@@ -40,13 +40,13 @@ class ResidualPath:
         return replace(self, norm=norm, scale=_scale(norm, at_least_float32(like)))
 
     def added(self, output: Tensor) -> Tensor:
-        """What an output adds to the stream; both (..., width)."""
+        """The contribution of an output to the stream; both (..., width)."""
         return self.gain * (output if self.norm is None else self.norm(at_least_float32(output)))
 
     def token_weights(self, output: Tensor) -> Tensor:
-        """How sensitive the stream is to an error of each token's output, (..., 1), float32; 0 for an output of zero.
+        """Sensitivity of the stream to an error of each token's output, (..., 1), float32; 0 for an output of zero.
 
-        All 1 where no norm is in between.
+        All 1 without a norm on the path.
         """
         if self.norm is None or self.scale is None:
             return torch.ones_like(output[..., :1], dtype=torch.float32)
@@ -55,9 +55,9 @@ class ResidualPath:
         return weights
 
     def target(self, dense: Tensor, lacking: Tensor) -> Tensor:
-        """What the module should give where the dense one gives `dense` and the stream lacks `lacking`; (..., width).
+        """Target output of the module, given the `dense` output and the residual error `lacking`; (..., width).
 
-        Behind a norm: of the length of the dense output, up to what is lacking.
+        On a path with a norm, the target has the length of the dense output, up to the residual error.
         """
         if self.scale is None:
             return dense + lacking / self.gain
@@ -69,7 +69,7 @@ class ResidualPath:
 
 
 def _scale(norm: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """What a norm multiplies channels of equal size by, (width,)."""
+    """Scale of a norm by channel, (width,)."""
     return norm(torch.ones_like(like.reshape(-1, like.shape[-1])[:1]))[0].float()
 
 
@@ -77,12 +77,12 @@ def _scale(norm: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
 def residual_paths(
     walker: BlockWalker, layer: int, paths: Sequence[str], hidden: Tensor, contexts: Contexts
 ) -> dict[str, ResidualPath | None]:
-    """How the output of each module at `paths` enters the block's output, in the order in which they run.
+    """Find the path of each module's output to the block's output, in execution order.
 
-    None where that is unknown. The gain is g where an extra output e changes the block's output by g * e while the
-    outputs of the modules that run later are held (1 for a plain residual connection). Where it is no multiple of e,
-    the same is tried for the module that the output goes into, if that is a norm without centring. hidden: (sequences,
-    tokens, width), with the contexts of a batch of that shape.
+    None for an unknown path. The gain is g if an extra output e changes the block's output by g * e with the outputs of
+    later modules fixed (1 for a plain residual connection). If the change is not a multiple of e, the same is tried for
+    the module that consumes the output, if that is a norm without centring. hidden: (sequences, tokens, width), with
+    the contexts of a batch of that shape.
     """
     model, consumers, found = walker.model, dict[str, str](), dict[str, ResidualPath | None]()
 
@@ -101,7 +101,7 @@ def residual_paths(
 
     def gain(path: str, output: Tensor, later: Mapping[str, Tensor]) -> float | None:
         extra = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
-        # Also above the rounding of the stream in bfloat16, which may be far larger than this output.
+        # large enough to exceed rounding of the stream in bfloat16, which may be far larger than this output
         extra *= torch.maximum(output.std(), 4 * before.std()).clamp_min(1e-6)
         fixed = {path: output + extra, **later}
         with hooked({model.get_submodule(one): lambda *_, value=value: value for one, value in fixed.items()}):
@@ -120,10 +120,10 @@ def residual_paths(
 
 
 def _only_scales(norm: nn.Module, output: Tensor) -> bool:
-    """Whether a module multiplies every token by a number and every channel by another."""
+    """Whether a module multiplies each token by one number and each channel by another."""
     try:
         scale, passed = _scale(norm, output), norm(output)
-    except (RuntimeError, TypeError):  # no module of one tensor of this width
+    except (RuntimeError, TypeError):  # not a module of one tensor of this width
         return False
     if not isinstance(passed, Tensor) or passed.shape != output.shape:
         return False
@@ -133,7 +133,7 @@ def _only_scales(norm: nn.Module, output: Tensor) -> bool:
 
 
 def _multiple(change: Tensor, extra: Tensor) -> float | None:
-    """The number whose multiple of `extra` a change is, if there is one."""
+    """The factor between `extra` and a change, if there is one."""
     if change.shape != extra.shape:
         return None
     change, extra = in_float64(change), in_float64(extra)

@@ -1,4 +1,4 @@
-"""Sequences of many tensors: packed in memory, or kept outside that of the device, in the host's or in files."""
+"""Sequences of many tensors: packed in memory, or spilled to host memory or files."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Tensors(Protocol):
 
 
 Keep = Callable[[Iterable[Tensor]], Tensors]
-"""Makes a sequence of tensors, each taken when the one before is kept: `PackedTensors`, or the `keep` of a spill."""
+"""Function that stores an iterable of tensors one by one: `PackedTensors`, or the `keep` of a spill."""
 
 
 def drained(tensors: Tensors) -> Iterator[Tensor]:
-    """The tensors from the first to the last, each of which leaves the sequence, so that its memory can be freed."""
+    """The tensors from first to last; each is removed from the sequence, so that its memory can be freed."""
     while len(tensors):
         yield tensors.popleft()
 
@@ -51,8 +51,8 @@ def drained(tensors: Tensors) -> Iterator[Tensor]:
 class PackedTensors(deque[Tensor]):
     """Copies of tensors, those on the CPU side by side in large pieces of memory.
 
-    As tensors of their own, freed between the temporary ones of the blocks, they would leave the heap in fragments
-    that the system never gets back; a piece is given back when none of its tensors is left.
+    As tensors of their own, allocated between temporary ones, they would fragment the heap, which then never shrinks.
+    A piece is freed when none of its tensors is left.
     """
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
@@ -75,9 +75,9 @@ class PackedTensors(deque[Tensor]):
 
 @dataclass(frozen=True, slots=True)
 class Spill:
-    """Sequences of tensors, each in a file of its own in `folder`, or without a folder in the memory of the host.
+    """Store of tensor sequences: one file each in `folder`, or without a folder in host memory.
 
-    A file is deleted when nobody holds its sequence any more.
+    A file is deleted when its sequence is no longer referenced.
     """
 
     folder: Path | None = None
@@ -101,7 +101,7 @@ class _SpillFile:
         weakref.finalize(self, self._path.unlink, missing_ok=True)
 
     def write(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Append a tensor. Returns what reads it again."""
+        """Append a tensor. Returns a function that reads it."""
         flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         with self._explained(), self._path.open("ab") as file:
             flat.tofile(file)
@@ -126,7 +126,7 @@ class _SpillFile:
 
 
 class _Kept:
-    """Tensors in the memory of the host, or in a file. Each comes back on the device that it had."""
+    """Tensors in host memory or in a file. Each is returned on its original device."""
 
     def __init__(self, file: _SpillFile | None) -> None:
         self._file = file

@@ -1,8 +1,8 @@
-"""One walk over the blocks for all observers: forward, or forward and back, however weights and activations lie.
+"""One walk over the blocks for all observers, forward or forward and backward, with any offloading.
 
-Of a forward pass only the blocks' inputs are kept; on the way back each block runs again under autograd. So besides the
-weights there are in memory: the block inputs of one micro-batch, one block's activations, one weight gradient. No
-weight ever holds a gradient. Where activations are spilled, all micro-batches walk through one block before the next.
+A forward pass keeps only the inputs of the blocks; the backward pass runs each block again under autograd. So memory
+has the weights, the block inputs of one micro-batch, one block's activations, and one weight gradient. Gradients are
+never stored in the weights. With spilled activations, all micro-batches pass one block before the next.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def walk(
     backward: bool = True,
     ignored: Collection[int] = (),
 ) -> None:
-    """Show the observers all micro-batches of `tokens` (samples, length); each process walks its part of them.
+    """Run all micro-batches of `tokens` (samples, length) with observers; each process runs its part.
 
-    backward: also go back, by the gradient of each sample's own loss, the mean over its predicted tokens. ignored:
-    labels of which no loss is taken. Progress is in samples, with a spill in blocks. The model is left as it was.
-    Raises NonFiniteLossError, UnsupportedModelError.
+    backward: also run the backward pass of each sample's own loss, the mean over its predicted tokens. ignored: labels
+    without a loss. Progress is in samples, with a spill in blocks. The model is not changed. Raises NonFiniteLossError,
+    UnsupportedModelError.
     """
     own = backend.processes.share(len(tokens))
     batches = [Batch(tokens[first : min(first + micro_batch, own.stop)], first) for first in own[::micro_batch]]
@@ -53,9 +53,9 @@ def walk(
 
 
 def _slots(count: int) -> Keep:
-    """Keeps copies in one piece of memory, each valid until `count` others were made; none larger than the first.
+    """Ring buffer for copies, each valid until `count` others were made; none may be larger than the first.
 
-    Tensors of their own, made between the temporary ones of the blocks, would leave the heap in fragments.
+    Separate tensors, allocated between temporary ones of the blocks, would fragment the heap.
     """
     room: list[Tensor] = []
     places = cycle(range(count))
@@ -69,7 +69,7 @@ def _slots(count: int) -> Keep:
 
 
 class _Walk:
-    """A walk over the blocks of one model. needs: what all observers together need of each block."""
+    """A walk over the blocks of one model. needs: signals that the observers need from each block."""
 
     def __init__(
         self, backend: Backend, observers: Sequence[Observer], backward: bool, ignored: Collection[int]
@@ -84,7 +84,7 @@ class _Walk:
                     self.needs[layer][site] = self.needs[layer].get(site, Signal(0)) | signals
 
     def run(self, batches: Sequence[Batch], keep_inputs: Keep, keep: Keep, progress: Progress) -> None:
-        """Micro-batches through all blocks, side by side, and back."""
+        """Run micro-batches through all blocks, block by block, and back."""
         blocks = range(len(self.walker.blocks))
         lowest = min((layer for layer in blocks if self.needs[layer]), default=len(blocks))
         steps = 2 * len(blocks) - lowest if self.backward else len(blocks)
@@ -134,7 +134,7 @@ class _Walk:
         return gradient
 
     def _back(self, layer: int, batch: Batch, entry: Tensor, contexts: Contexts, gradient: Tensor) -> Tensor:
-        """Gradient at the input of a block, from that at its output."""
+        """Gradient at the input of a block, given that at its output."""
         needs = self.needs[layer]
         modules = {site: signals for site, signals in needs.items() if Signal.WEIGHT_GRADIENT not in signals}
         weights = {site: self.walker.model.get_parameter(site) for site in needs if site not in modules}
@@ -148,7 +148,7 @@ class _Walk:
 
 
 def embed(walker: BlockWalker, batches: Iterable[Tensor], keep: Keep) -> tuple[Tensors, list[Contexts]]:
-    """What goes into the first block for each batch of ids (sequences, tokens), and the contexts of the batches."""
+    """Embed each batch of ids (sequences, tokens): inputs of the first block, and the contexts of the batches."""
     contexts: list[Contexts] = []
 
     def start(batch: Tensor) -> Tensor:
@@ -160,13 +160,13 @@ def embed(walker: BlockWalker, batches: Iterable[Tensor], keep: Keep) -> tuple[T
 
 
 def run_block(walker: BlockWalker, layer: int, hidden: Tensors, contexts: Sequence[Contexts], keep: Keep) -> Tensors:
-    """What a block makes of the hidden states of each batch."""
+    """Output of a block for the hidden states of each batch."""
     return keep(walker.run_block(layer, *each) for each in zip(hidden, contexts, strict=True))
 
 
 @torch.no_grad()
 def layerwise_logits(walker: BlockWalker, batches: Sequence[Tensor], *, keep: Keep) -> Iterator[Tensor]:
-    """Logits (sequences, tokens, vocabulary) of each batch of ids, in order; all batches walk one block at a time."""
+    """Logits (sequences, tokens, vocabulary) of each batch of ids, in order; all batches pass one block at a time."""
     hidden, contexts = embed(walker, batches, keep)
     for layer in range(len(walker.blocks)):
         hidden = run_block(walker, layer, hidden, contexts, keep)

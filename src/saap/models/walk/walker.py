@@ -1,7 +1,7 @@
-"""The stock model, block by block: the same modules, called with the arguments that the model itself would give them.
+"""Block-wise execution of the stock model: its own modules, with the arguments that the model itself passes.
 
-The surroundings of the blocks (embeddings, masks, position encodings, final norm, head) are never re-implemented: they
-are run by a forward of the whole model in which every block is bypassed.
+Embeddings, masks, position encodings, final norm and head are never re-implemented: a forward of the whole model runs
+them with every block bypassed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from saap.core.errors import UnsupportedModelError
 from saap.models.walk.observer import hooked
 
-ONCE = "Give a model that runs each of its blocks once, in order"
+ONCE = "Use a model that runs each of its blocks once, in order"
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
-    """Keywords that keep a forward on token ids free of a key-value cache.
+    """Keywords that disable the key-value cache in a forward on token ids.
 
-    Some forwards of transformers pass `use_cache` on among other keywords, without a parameter of that name.
+    Some forwards of transformers pass `use_cache` on as a keyword, without a parameter of that name.
     """
     named = inspect.signature(model.forward).parameters
     others = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in named.values())
@@ -35,7 +35,7 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
 
 @contextmanager
 def inference_only(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients for the weights, for a while; each module's and weight's own state returns."""
+    """Context with evaluation mode and without weight gradients; the state of modules and weights is restored."""
     training = [module for module in model.modules() if module.training]
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -53,28 +53,27 @@ def inference_only(model: nn.Module) -> Iterator[None]:
 
 
 Contexts = Sequence[Callable[[Tensor], Any]]
-"""Each block's call by its hidden states alone: the block with all other arguments that the model gives it."""
+"""Calls of the blocks as functions of the hidden states, with all other arguments of the model bound."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The input of block 0, (sequences, tokens, width), and the contexts of the blocks for a batch of that shape."""
+    """Input of block 0, (sequences, tokens, width), and the contexts of the blocks for a batch of that shape."""
 
     hidden: Tensor
     contexts: Contexts
 
 
 class _AllSeen(Exception):  # noqa: N818 - not an error
-    """Ends the forward once every block has been called."""
+    """Aborts the forward once every block has been called."""
 
 
 class BlockWalker:
     """Runs a causal language model block by block.
 
-    model: forward(input_ids) gives the logits, or an object with `logits`. block_paths: module paths of the decoder
-    blocks in their order. The weights of a block are touched in `run_block` and the backward of what it returned only.
-    Between two calls the model is as it was. products: the type in which `run_block` multiplies matrices, None for that
-    of the weights.
+    model: forward(input_ids) returns the logits, or an object with `logits`. block_paths: module paths of the decoder
+    blocks in their order. Only `run_block` and the backward pass of its result access the weights of a block. The model
+    is unchanged between two calls. products: the type of matrix products in `run_block`, None for that of the weights.
     """
 
     def __init__(self, model: nn.Module, block_paths: Sequence[str], *, products: torch.dtype | None = None) -> None:
@@ -90,9 +89,9 @@ class BlockWalker:
     def start(self, input_ids: Tensor) -> Stream:
         """Embed the tokens. input_ids: (sequences, tokens).
 
-        The forward is left before the last block, so that no logits are made; the first call first sends two tokens
-        all the way through. Raises UnsupportedModelError where the model changes the hidden states between two
-        blocks, or does not run each of them once, in order.
+        The forward is aborted before the last block, so no logits are computed; the first call also runs two tokens
+        through the whole model as a check. Raises UnsupportedModelError if the model changes the hidden states between
+        two blocks, or does not run each of them once, in order.
         """
         if not self._checked:
             self._record(input_ids[:1, :2], to_the_end=True)
@@ -132,7 +131,7 @@ class BlockWalker:
             self._bypassed(input_ids, None)
         if len(contexts) != count:
             raise UnsupportedModelError(
-                f"{len(contexts)} block calls were seen in one forward of a model with {count} blocks", ONCE
+                f"One forward of a model with {count} blocks had {len(contexts)} block calls", ONCE
             )
         return Stream(entries[0], tuple(contexts))
 
@@ -161,8 +160,8 @@ class BlockWalker:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients at the input of block `index`, run again under autograd, and of some of its weights, by name.
 
-        hidden: its input; gradient: at its output; both (sequences, tokens, width). Those of the weights are sums over
-        the sequences; zeros for a weight that was not used. weights: without gradients before and after.
+        hidden: its input; gradient: at its output; both (sequences, tokens, width). Weight gradients are sums over the
+        sequences; zeros for an unused weight. weights: have no gradients before and after.
         """
         try:
             for parameter in weights.values():
@@ -179,9 +178,9 @@ class BlockWalker:
         return result, dict(zip(weights, found, strict=True))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """What the model makes of the last block's output. hidden: (sequences, tokens, width).
+        """Logits from the last block's output. hidden: (sequences, tokens, width).
 
-        Differentiable with respect to `hidden`. Each token by itself, so any slice of the tokens may be given.
+        Differentiable with respect to `hidden`. Tokens are independent, so any slice of them may be passed.
         """
         placeholder = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         output = self._bypassed(placeholder, hidden)
@@ -194,7 +193,7 @@ class BlockWalker:
         return logits
 
     def _bypassed(self, input_ids: Tensor, hidden: Tensor | None) -> Any:
-        """The model's output where every block returns `hidden`, or its own input if that is None."""
+        """The model's output if every block returns `hidden`, or its own input if that is None."""
         own = {block: vars(block).get("forward") for block in self.blocks}
         try:
             for block in self.blocks:

@@ -1,4 +1,4 @@
-"""The rows of a comparison on disk: which lie there, which are finished, and what they were made with."""
+"""Rows of a comparison on disk: existing rows, finished rows, and their settings."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from saap.settings.evaluate import EvalRequest
 from saap.settings.prune import MethodChoice
 
 REMEDY = "Choose another --out for this comparison"
-# Of the evaluation, what only the tasks depend on: they may be asked later than the perplexities were measured.
+# Evaluation settings that affect only the tasks, which may be run later than the perplexities.
 _OF_TASKS = ("tasks", "task_data", "limit", "rounded")
 
 RowKey = tuple[MethodChoice, float, bool]
-"""A method, a pruning ratio, and whether the result was restored."""
+"""A method, a pruning ratio, and whether the result was reconstructed."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowStore:
-    """Finished rows of one comparison in `folder`; those of other methods, ratios and seeds may lie there too."""
+    """Finished rows of one comparison in `folder`, which may also have rows of other methods, ratios and seeds."""
 
     folder: Path
     request: CompareRequest
 
     def open(self, graph: ModelGraph) -> None:
-        """Make the folder, or resume in one of the same settings.
+        """Create the folder, or resume in a folder with the same settings.
 
-        Raises StaleInputError if its rows were made with other settings or its tasks were asked otherwise, OutputError
-        if it holds something else.
+        Raises StaleInputError if its rows have other settings of the comparison or the tasks, OutputError if the folder
+        contains anything else.
         """
         config = self.request.config.model_dump(mode="json", exclude={"pruning_ratios", "seed", "method"})
         evaluation = self.request.evaluation
@@ -53,17 +53,17 @@ class RowStore:
         asked = None if there is None else there.asked
         if asked and evaluation.tasks and asked != asking:
             raise StaleInputError(
-                f"{self.folder} holds answers to other tasks ({_described(asked)}; this run asks {_described(asking)})",
+                f"{self.folder} has results of other tasks ({_described(asked)}; this run has {_described(asking)})",
                 REMEDY,
             )
 
     def dense(self) -> DenseRow | None:
-        """The row of the dense model; None if it is not there."""
+        """The row of the dense model; None if there is none."""
         file = self._file("dense")
         return DenseRow.model_validate_json(file.read_bytes()) if file.exists() else None
 
     def write_dense(self, row: DenseRow) -> DenseRow:
-        """Keep the row of the dense model, and how its tasks were asked."""
+        """Keep the row of the dense model, and the settings of its tasks."""
         row = row.model_copy(update={"asked": _task_settings(self.request.evaluation) if row.tasks else None})
         self.write(self._file("dense"), row)
         return row
@@ -73,7 +73,7 @@ class RowStore:
         write_whole(path, (row.model_dump_json(indent=1) + "\n").encode())
 
     def lacking(self, seed: int) -> dict[RowKey, Path]:
-        """The requested rows of `seed` that are not there or lack their tasks, with the files that they belong in."""
+        """The requested rows of `seed` that are missing or lack their tasks, with their files."""
         return {
             key: path
             for key, path in self._requested(seed).items()
@@ -81,7 +81,7 @@ class RowStore:
         }
 
     def finished(self) -> tuple[ComparisonRow, ...]:
-        """All rows that are there, requested ones first."""
+        """All existing rows, requested ones first."""
         requested = [path for seed in self.request.seeds for path in self._requested(seed).values()]
         others = sorted(set((self.folder / "rows").glob("*.json")) - {*requested, self._file("dense")})
         return tuple(map(_read, [*requested, *others]))
@@ -103,7 +103,7 @@ def _read(path: Path) -> ComparisonRow:
 
 
 def _task_settings(evaluation: EvalRequest) -> dict[str, Any]:
-    """How the tasks of an evaluation are asked: of local files their content, not where they lie."""
+    """Settings of the tasks of an evaluation; local files by their content, not their path."""
     folder, digest = evaluation.task_data, None
     if folder is not None:
         files = [local_file(folder, task) for task in evaluation.tasks]

@@ -41,7 +41,7 @@ from saap.settings.prune import MethodChoice, PruneConfig
 from saap.structure_search.plan import check_reachable
 
 LARGEST_RATIO = 1e100
-"""Perplexities at or above so many times that of the dense model have no ratio, as infinite ones."""
+"""Ratios of perplexities at or above this limit are undefined, like those of infinite perplexities."""
 
 
 def compare(
@@ -55,9 +55,9 @@ def compare(
 ) -> Comparison:
     """Prune with every method, ratio, seed and reconstruction, measure each, and write it all to `out`.
 
-    A row that is finished is not made again when the same comparison is started once more; finished rows of other
-    methods, ratios and seeds that lie in `out` belong to the result too. Returns the content of `comparison.json`.
-    Raises SaapError for everything that can be refused, before anything is measured.
+    Finished rows are kept when the same comparison runs again. Finished rows of other methods, ratios and seeds in
+    `out` are part of the result too. Returns the content of `comparison.json`. Raises SaapError for invalid requests
+    before anything is measured.
     """
     meter = Meter(reporter if reporter is not None else Silent(), place_of(source, options))
     _check(request)
@@ -94,14 +94,14 @@ def compare(
 def _check(request: CompareRequest) -> None:
     check_request(request.evaluation)
     if not request.methods or not request.seeds or not request.restorations:
-        raise ConfigurationError("nothing to compare was named", "Name methods, ratios and seeds")
+        raise ConfigurationError("nothing to compare was given", "Specify methods, ratios and seeds")
     strange = [ratio for ratio in request.task_ratios or () if ratio not in request.config.pruning_ratios]
     if strange:
         raise ConfigurationError(
-            f"--task-ratios names {strange[0]:g}, which is not compared", "Name some of --pruning-ratio, or none"
+            f"--task-ratios has {strange[0]:g}, which is not compared", "Use some of --pruning-ratio, or none"
         )
     if not request.evaluation.texts:
-        raise ConfigurationError("no text to measure perplexity on was named", "Give --perplexity NAME|FILE")
+        raise ConfigurationError("no text to measure perplexity on was given", "Give --perplexity NAME|FILE")
 
 
 def _config(request: CompareRequest, choice: MethodChoice, seed: int) -> PruneConfig:
@@ -117,7 +117,7 @@ def _targets(config: PruneConfig, graph: ModelGraph, loaded: LoadedModel) -> lis
 
 @dataclass(frozen=True, slots=True)
 class _Bench:
-    """The dense model, and what is measured on everything."""
+    """The dense model, and the measurements of every model."""
 
     loaded: LoadedModel
     graph: ModelGraph
@@ -127,7 +127,7 @@ class _Bench:
     rows: RowStore
 
     def dense_row(self) -> DenseRow:
-        """The row of the dense model, measured unless it is there."""
+        """The row of the dense model, measured unless it exists."""
         row = self.rows.dense()
         if row is not None and (row.tasks or not self.request.evaluation.tasks):
             return row
@@ -136,7 +136,7 @@ class _Bench:
         return self.rows.write_dense(DenseRow(**found, block_parameters=self.graph.block_parameters))
 
     def make_rows(self, seed: int, options: RunOptions, dense: DenseRow) -> None:
-        """Make the rows of one seed that are not there."""
+        """Make the missing rows of one seed."""
         lacking = self.rows.lacking(seed)
         if not lacking:
             return
@@ -149,7 +149,7 @@ class _Bench:
                 self._make_alike(choice.label, *scored, restored, paths, dense)
 
     def _share(self, seed: int, options: RunOptions) -> Run:
-        """The calibration of one seed, and what baselines measure with it, the same for every method."""
+        """The calibration of one seed and the baselines' measurements with it, the same for every method."""
         config = self.request.config.model_copy(update={"seed": seed, "restore": True})
         with self.meter.stage(READ_TEXT):
             tokens = draw_tokens(self.loaded, config, config.calibration)
@@ -166,9 +166,9 @@ class _Bench:
     def _score(
         self, shared: Run, choice: MethodChoice, shared_seconds: dict[str, float]
     ) -> tuple[Run, ImportanceScores, float]:
-        """The run of one method, its scores, and the seconds that they took with the passes that methods share.
+        """The run of one method, its scores, and their seconds including passes shared by several methods.
 
-        shared_seconds: of those passes so far, each made once, by what it measures.
+        shared_seconds: of those passes so far, each made once, by name of the measurement.
         """
         config = _config(self.request, choice, shared.config.seed)
         work = self._work_folder(shared.work.path.name, file_name(choice.label))
@@ -190,7 +190,7 @@ class _Bench:
         self, label: str, run: Run, scores: ImportanceScores, scoring: float, restored: bool,
         paths: Mapping[float, Path], dense: DenseRow,
     ) -> None:  # fmt: skip
-        """Plan, make and measure rows that are all restored or all only cut: a search may plan for what follows it.
+        """Plan, make and measure rows that are all reconstructed or all cut only: a search may depend on that.
 
         scoring: seconds. paths: of the rows by their ratio.
         """
@@ -202,7 +202,7 @@ class _Bench:
         searching = (time.perf_counter() - start) / len(targets)
         for target, (ratio, path) in zip(targets, paths.items(), strict=True):
             start, before = time.perf_counter(), len(self.meter.stages)
-            shown = f"{label}, {ratio:g}{', restored' if restored else ''}"
+            shown = f"{label}, {ratio:g}{', reconstructed' if restored else ''}"
             model = copied(self.loaded.model)
             with self.meter.stage(f"{shown}: make"):
                 plan, _ = cut_and_restore(run, model, plans[target.name], scores)

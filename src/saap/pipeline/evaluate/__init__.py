@@ -1,1 +1,1 @@
-"""`saap eval` and `saap generate`: what models do, measured."""
+"""`saap eval` and `saap generate`."""

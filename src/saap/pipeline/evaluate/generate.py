@@ -1,4 +1,4 @@
-"""The dense and the pruned model answering the same prompt, token by token."""
+"""Answers of the dense and the pruned model to one prompt, token by token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from saap.settings.evaluate import GenerationSettings
 
 @dataclass(frozen=True, slots=True)
 class Speaker:
-    """A model with a tokenizer and the name it is shown by."""
+    """A model with its tokenizer and display name."""
 
     label: str
     model: Any
@@ -29,10 +29,10 @@ class Speaker:
 
 
 def open_speakers(source: str, choice: DenseChoice | None, options: RunOptions) -> tuple[Speaker, ...]:
-    """The models that will answer: the dense one first (that of the manifest, or the chosen one), then `source`.
+    """Load the models: first the dense one (that of the manifest, or the specified one), then `source`.
 
-    choice: None for `source` alone, as for a model that was never pruned and names no other. Raises ModelError if the
-    dense model is not here.
+    choice: None for `source` only; a model that was never pruned also has no dense model unless specified. Raises
+    ModelError if the dense model is not on this machine.
     """
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
     try:
@@ -52,7 +52,7 @@ def _speaker(label: str, resolved: ResolvedModel, options: RunOptions) -> Speake
 
 
 def answers(speakers: tuple[Speaker, ...], prompt: str, settings: GenerationSettings) -> Iterator[Mapping[str, str]]:
-    """All answers so far by label, again after each round of one token each, until all have ended."""
+    """All answers so far by label, after each round of one token per model, until all have ended."""
     labels = [speaker.label for speaker in speakers]
     texts = dict.fromkeys(labels, "")
     for written in zip_longest(*(stream(speaker, prompt, settings) for speaker in speakers)):
@@ -62,18 +62,18 @@ def answers(speakers: tuple[Speaker, ...], prompt: str, settings: GenerationSett
 
 @torch.no_grad()
 def stream(speaker: Speaker, prompt: str, settings: GenerationSettings) -> Iterator[str]:
-    """The answer of one model so far, after each token, until it ends its text or has `max_tokens`."""
+    """The answer of one model so far, after each token, until it ends or has `max_tokens`."""
     model, tokenizer = speaker.model, speaker.tokenizer
-    generator = torch.Generator().manual_seed(settings.seed)  # of the CPU: the same numbers for every device
+    generator = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same random numbers for every device
     ends = _end_tokens(model, tokenizer)
     ids = prompt_ids(tokenizer, prompt, chat=settings.chat)
     if not ids:
         raise ConfigurationError("--prompt has no tokens", "Give a text that the model can continue")
     check_reads(model, len(ids) + settings.max_tokens - 1, "Use fewer --max-new-tokens or a shorter prompt")
-    reader = CachedModel(model)
+    cached = CachedModel(model)
     written: list[int] = []
     while len(written) < settings.max_tokens:
-        token = choose(reader.feed(ids), settings.temperature, generator)
+        token = choose(cached.feed(ids), settings.temperature, generator)
         if token in ends:
             return
         written.append(token)

@@ -1,4 +1,4 @@
-"""`saap eval`: every measurement of one model, and of the dense one where that is requested."""
+"""`saap eval`: measurements of one model, and of the dense one if requested."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def evaluate_model(
     *,
     tokenizer: Any | None = None,
 ) -> EvalReport:
-    """Measure what `request` names. Everything that can be refused is refused before the weights are read.
+    """Run the measurements of `request`. Invalid requests are rejected before the weights are read.
 
     Raises CalibrationError for texts, EvaluationError for tasks, prompts and conversations, ModelError.
     """
@@ -79,7 +79,7 @@ def _dense_model(
 ) -> ResolvedModel | None:
     """The dense model, found before any weights are read. Raises ModelError.
 
-    One that only a manifest names is left out where it is not on this machine.
+    A dense model that only the manifest specifies is skipped if it is not on this machine.
     """
     if request.dense is None and request.speed is None and request.prompts is None:
         return None
@@ -89,12 +89,12 @@ def _dense_model(
     except ModelError as error:
         if request.dense is not None:
             raise
-        reporter.note(f"nothing is measured of the dense model: {error}")
+        reporter.note(f"the dense model is not measured: {error}")
         return None
 
 
 def check_request(request: EvalRequest) -> tuple[generation.Prompt, ...]:
-    """Refuse what needs no model to be refused. Returns the requested prompts."""
+    """Reject invalid requests without loading a model. Returns the requested prompts."""
     if request.speed is not None:
         request.speed.runtime.check()
     if request.tasks:
@@ -117,7 +117,7 @@ def read_streams(request: EvalRequest, tokenizer: Any | None) -> dict[str, IntAr
                 "Give a longer text or a smaller --window",
             )
     if tokenizer is None and (request.tasks or request.chat or request.prompts):
-        token_stream((), tokenizer)  # refuses a missing tokenizer
+        token_stream((), tokenizer)  # raises for a missing tokenizer
     return streams
 
 
@@ -139,7 +139,7 @@ def ask_tasks(model: nn.Module, tokenizer: Any, request: EvalRequest, reporter: 
 
 @dataclass(frozen=True, slots=True)
 class _Evaluation:
-    """What is measured of the model and of the dense one alike."""
+    """Measurements that apply to the model and the dense one alike."""
 
     request: EvalRequest
     options: RunOptions
@@ -151,7 +151,7 @@ class _Evaluation:
     def opened(
         self, source: nn.Module | ResolvedModel, tokenizer: Any | None, other_tokenizer: Any | None = None
     ) -> LoadedModel:
-        """The model, refused if it cannot read the longest prompt and what follows it."""
+        """Load a model, and check that it can process the longest prompt and its continuation."""
         loaded = open_model(source, self.options, tokenizer, computes_in_dtype=True)
         reads = loaded.tokenizer or other_tokenizer
         generation.check_prompts(loaded.model, reads, self.prompts, self.request.generated_tokens)
@@ -175,7 +175,7 @@ class _Evaluation:
         return EvalReport(model=name, revision=loaded.ref.revision, parameters=parameters, **found)
 
     def generate(self, loaded: LoadedModel, dense: LoadedModel | None) -> GenerationReport:
-        """What the models write, and the facts that they know. The dense model evaluates both."""
+        """Generated text and known facts of the models. The dense model evaluates both."""
         tokenizer, evaluator = loaded.tokenizer, None if dense is None else dense.model
         opens = [prompt.prompt for prompt in self.prompts if prompt.answer is None]
         models = {"pruned": loaded} if dense is None else {"pruned": loaded, "dense": dense}
@@ -184,7 +184,7 @@ class _Evaluation:
         agreed = None
         for mode in ("greedy", "sampled") if opens else ():
             for name, one in models.items():
-                self.reporter.stage(f"let {one.ref.source} write, {mode}")
+                self.reporter.stage(f"generate with {one.ref.source}, {mode}")
                 written = generation.write(
                     one.model, tokenizer, opens, tokens=self.request.generated_tokens, sampled=mode == "sampled",
                     seed=self.request.seed,
@@ -209,7 +209,7 @@ class _Evaluation:
         self, settings: SpeedSettings, opened: nn.Module | ResolvedModel, loaded: LoadedModel,
         dense_ref: ResolvedModel | None, dense: LoadedModel | None,
     ) -> SpeedReport:  # fmt: skip
-        """Tokens per second of the model, compared with the dense one. dense: where it has been opened already."""
+        """Tokens per second of the model, compared with the dense one. dense: if it is loaded already."""
         in_memory: bool = settings.runtime.load().in_memory
         if dense_ref is not None and dense is None and in_memory:
             self.reporter.stage(f"load the dense model {dense_ref.source}")
@@ -226,5 +226,5 @@ class _Evaluation:
 
 
 def write_report(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a report as JSON, whole or not at all. Raises OutputError."""
+    """Write a report as JSON atomically. Raises OutputError."""
     write_whole(path, (json.dumps(data, indent=1) + "\n").encode())

@@ -1,4 +1,4 @@
-"""How fast models are compared with each other, in one of the runtimes of the registry."""
+"""Speed comparison of models in one of the runtimes of the registry."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from saap.settings.evaluate import SpeedSettings
 
 
 def compare_speeds(models: Sequence[tuple[str, Source]], settings: SpeedSettings) -> SpeedReport:
-    """Speed of the first model, compared with the second if there is one.
+    """Speed of the first model, and its speed-up over the second if there is one.
 
-    models: (name, a model or what `saap prune` takes). Raises ModelError, ExportError for what the runtime cannot
-    compute, ConfigurationError where one of its packages is missing.
+    models: (name, a model or anything that `saap prune` accepts). Raises ModelError, ExportError for a model that the
+    runtime does not support, ConfigurationError for a missing package.
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(opened_in(model, settings)) for _, model in models]
@@ -38,7 +38,7 @@ def compare_speeds(models: Sequence[tuple[str, Source]], settings: SpeedSettings
 
 
 def timed(models: Sequence[Runtime], settings: SpeedSettings) -> list[Speed]:
-    """Speed of each model, measured in turns, with torch's own default precision of products."""
+    """Speed of each model, measured interleaved, with torch's default matmul precision."""
     vocabulary = min(one.vocabulary for one in models)
     prompt = [index * 7 % vocabulary for index in range(1, settings.prompt_tokens + 1)]  # any ids are as fast
     precision = torch.get_float32_matmul_precision()
@@ -50,14 +50,14 @@ def timed(models: Sequence[Runtime], settings: SpeedSettings) -> list[Speed]:
 
 
 def pair_of_speeds(first: Source, second: Source, settings: SpeedSettings) -> tuple[Speed, Speed]:
-    """Speeds of two models in turns."""
+    """Interleaved speeds of two models."""
     with opened_in(first, settings) as one, opened_in(second, settings) as other:
         fast, slow = timed([one, other], settings)
     return fast, slow
 
 
 def weights_name(source: Source, settings: SpeedSettings) -> str:
-    """The type of the weights that are computed with."""
+    """Type of the weights in the runtime."""
     return str(settings.runtime.load().weights(source, settings))
 
 

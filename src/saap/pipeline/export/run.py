@@ -1,4 +1,4 @@
-"""Writing a model, pruned or not, in the format of another program, or uploading its folder."""
+"""Export of a model in the format of another program, and upload of its folder."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def export_model(
     revision: str | None = None,
     reporter: Reporter | None = None,
 ) -> Exported:
-    """Write a model in a format of the registry; `out` appears whole or not at all.
+    """Write a model atomically in a format of the registry.
 
-    source: what `saap prune` takes, or what it wrote. Raises ExportError, naming the layers, for what the format cannot
-    hold, ConfigurationError for a missing package, OutputError, ModelError.
+    source: anything that `saap prune` accepts, or its result. Raises ExportError with the layers that the format does
+    not support, ConfigurationError for a missing package, OutputError, ModelError.
     """
     progress, target = reporter or Silent(), Path(out)
     write: Any = request.format.load()
@@ -60,11 +60,11 @@ def export_gguf(
     revision: str | None = None,
     reporter: Reporter | None = None,
 ) -> GgufExport:
-    """Write a model as GGUF, with an Ollama Modelfile beside it; `out` appears only when it has passed the check.
+    """Write a model as GGUF, with an Ollama Modelfile next to it; `out` exists only after it has passed the check.
 
-    source: what `saap prune` takes, or what it wrote, in either layout. verify: open the file in llama.cpp and compare
-    its logits on a text with those of transformers. With q4_1, a folder that `saap recover` has written (4 bits, groups
-    of 32) gives its very integers. Raises as `export_model` does.
+    source: anything that `saap prune` accepts, or its result in either layout. verify: open the file in llama.cpp and
+    compare its logits on a text with those of transformers. With q4_1, the integers of a folder written by `saap
+    recover` (4 bits, groups of 32) are copied exactly. Raises as `export_model` does.
     """
     request = ExportRequest(format=ExportFormat.GGUF, quantization=GgufType(quantization), verify=verify)
     done = export_model(source, out, request, overwrite=overwrite, revision=revision, reporter=reporter)
@@ -74,7 +74,7 @@ def export_gguf(
 def export_decilm(source: str | Path, out: str | Path, *, overwrite: bool = False, revision: str | None = None) -> Path:
     """Write a checkpoint as a folder for vLLM's DeciLMForCausalLM. Returns its path.
 
-    source: a folder of safetensors that `saap prune` wrote, or a stock LLaMA. Every layer must have all its query heads
+    source: a folder of safetensors written by `saap prune`, or a stock LLaMA. Every layer must have all its query heads
     or no attention. Raises as `export_model` does.
     """
     request = ExportRequest(format=ExportFormat.DECILM)
@@ -82,14 +82,14 @@ def export_decilm(source: str | Path, out: str | Path, *, overwrite: bool = Fals
 
 
 def push(folder: str | Path, repository: str, *, private: bool = False, reporter: Reporter | None = None) -> str:
-    """Upload a checkpoint folder to a model repository of the hub, which is created if need be. Returns its address.
+    """Upload a checkpoint folder to a model repository of the hub, created if necessary. Returns its URL.
 
-    The folder goes as it is, after the checks that every model is opened with. Raises ModelError; OutputError: nobody
-    is logged in, the name is impossible, the hub refuses or cannot be reached.
+    The folder is uploaded unchanged after the usual checks of a model. Raises ModelError; OutputError if not logged in,
+    for an invalid name, or if the hub rejects the upload or cannot be reached.
     """
     resolved = resolve_model(folder)
     if not Path(folder).is_dir() or resolved.gguf_file is not None:
-        raise ModelError(f"{folder} is no folder of a checkpoint", "Give the folder that `saap prune` wrote")
+        raise ModelError(f"{folder} is not the folder of a checkpoint", "Give the folder that `saap prune` wrote")
     files = [file for file in resolved.folder.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     (reporter or Silent()).stage(f"upload {len(files)} files, {size / 1e6:,.1f} MB, to {repository}")
@@ -101,18 +101,18 @@ def push(folder: str | Path, repository: str, *, private: bool = False, reporter
             commit_message="Upload pruned model",
         )  # fmt: skip
     except HFValidationError as error:
-        problem = f"{repository!r} is no name of a repository ({first_line(error)})"
+        problem = f"{repository!r} is not a repository name ({first_line(error)})"
         raise OutputError(problem, "Write OWNER/NAME") from None
-    except Exception as error:  # no token, no connection: each version of the hub's client has its own
-        refuses = f"The hub refuses the upload to {repository}"
-        problem = refuses if isinstance(error, HfHubHTTPError) else f"The upload to {repository} failed"
-        remedy = "Log in with `hf auth login` as somebody who may write there, and try again"
+    except Exception as error:  # no token, no connection: each version of the hub's client raises its own errors
+        rejected = f"The hub rejects the upload to {repository}"
+        problem = rejected if isinstance(error, HfHubHTTPError) else f"The upload to {repository} failed"
+        remedy = "Log in with `hf auth login` as a user with write access, and try again"
         raise OutputError(f"{problem} ({first_line(error)})", remedy) from error
     return str(created)
 
 
 def opening_lines(folder: str | Path, repository: str) -> tuple[str, ...]:
-    """The lines that open a checkpoint folder once it lies in a repository of the hub."""
+    """The lines that open a checkpoint folder from a repository of the hub."""
     config = read_config(Path(folder))
     pruned = config["model_type"] == MODEL_TYPE
     name = auto_class(config["base_model_type"] if pruned else config["model_type"]).__name__

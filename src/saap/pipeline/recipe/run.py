@@ -1,4 +1,4 @@
-"""Carrying out a recipe, and its dry run: what an earlier run has finished is kept, what has changed is made again."""
+"""Execution of recipes, and their dry run: finished steps are kept, changed ones are run again."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ STATE = "recipe.json"
 
 
 def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Carry out all steps that are not done yet. Returns them by name with their outputs, JSON-able.
+    """Run all steps that are not done yet. Returns them by name with their outputs, JSON-able.
 
-    A step is done when its settings, the files that they name, the model and its outputs are as they were recorded in
-    `recipe.json` of the folder `out`. Raises SaapError; what can be refused early is refused before the first step.
+    A step is done if its settings, their files, the model and its outputs are as recorded in `recipe.json` of the
+    folder `out`. Raises SaapError, as far as possible before the first step.
     """
     reporter = reporter if reporter is not None else Silent()
-    reporter.stage("read what the recipe names")
+    reporter.stage("read the inputs of the recipe")
     _check_inputs(recipe)
     steps = recipe_steps(recipe)
     state = _State(recipe.out)
@@ -76,9 +76,9 @@ def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, An
 
 
 def _check_inputs(recipe: Recipe) -> None:
-    """Refuse what a later step would refuse, as far as that needs no result of an earlier one."""
+    """Check the later steps early, as far as that needs no results of earlier ones."""
     resolved = resolve_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    manifest = manifest_of(resolved) if recipe.prune is None else None  # of what is pruned here there is none yet
+    manifest = manifest_of(resolved) if recipe.prune is None else None  # a model pruned here has none yet
     choices: list[DenseChoice] = []
     if recipe.recover is not None:
         read_data(recipe.recover, load_tokenizer(resolved))
@@ -87,12 +87,12 @@ def _check_inputs(recipe: Recipe) -> None:
         check_request(request)
         choices.append(DenseChoice.of(request, request.dense))
     for choice in choices:
-        if choice.source is not None:  # one that only a manifest names may be missing
+        if choice.source is not None:  # a dense model that only a manifest specifies may be missing
             resolve_dense(choice, manifest)
 
 
 class _Record(BaseModel):
-    """A step that was begun; once it is done, with the digests of its outputs by their paths in the folder."""
+    """A started step; when it is done, with the digests of its outputs by their paths in the folder."""
 
     digest: str
     done: bool = False
@@ -104,25 +104,25 @@ class _Records(BaseModel):
 
 
 class _State:
-    """The records of steps in the folder of a recipe."""
+    """Records of steps in the folder of a recipe."""
 
     def __init__(self, out: Path) -> None:
         self._out, self._file = out, WorkFolder(out)
         try:
             self._known = _Records.model_validate(self._file.read_json(STATE) or {"steps": {}})
         except ValidationError:
-            raise StaleInputError(f"{out / STATE} is no record of a recipe", "Choose another `out`") from None
+            raise StaleInputError(f"{out / STATE} is not a record of a recipe", "Choose another `out`") from None
 
     def finished(self, steps: Sequence[Step]) -> set[str]:
-        """Names of the steps that are done. Raises OutputError for outputs in the way that are not of this recipe."""
+        """Names of the finished steps. Raises OutputError for existing outputs that are not of this recipe."""
         kept: set[str] = set()
         for step in steps:
             entry = self._known.steps.get(step.name, _Record(digest="", done=True))
             there = [path for path in step.outputs if path.exists()]
-            # what a step that was interrupted has left may be replaced
+            # leftovers of an interrupted step may be replaced
             if entry.done and any(entry.outputs.get(self._name(path)) != tree_digest(path) for path in there):
                 raise OutputError(
-                    f"{there[0]} is there, and not as this recipe wrote it", "Move it away, or choose another `out`"
+                    f"{there[0]} exists, and was not written by this recipe", "Move it away, or choose another `out`"
                 )
             same = entry.done and entry.digest == step.digest and len(there) == len(step.outputs)
             if same and kept.issuperset(step.needs):
@@ -130,7 +130,7 @@ class _State:
         return kept
 
     def record(self, step: Step, *, done: bool) -> None:
-        """Record that a step is done, or that its outputs may be incomplete or of other settings from now on."""
+        """Record that a step is done, or that its outputs may be incomplete or stale from now on."""
         outputs = {self._name(path): tree_digest(path) for path in step.outputs} if done else {}
         self._known.steps[step.name] = _Record(digest=step.digest, done=done, outputs=outputs)
         self._file.write_json(STATE, self._known.model_dump())
@@ -141,9 +141,9 @@ class _State:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One step for one model. digest: of its settings and of all that it is made from. needs: names of earlier steps.
+    """One step for one model. digest: of its settings and inputs. needs: names of earlier steps.
 
-    outputs: files or folders that it writes. run: carries it out; what lies at `outputs` may be replaced then.
+    outputs: files or folders that it writes. run: executes it, and may replace existing `outputs`.
     """
 
     name: str
@@ -155,9 +155,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """A model that later steps take. folder: inside the folder of each step, '' for the only one.
+    """A model as input of later steps. folder: inside the folder of each step, '' if there is only one model.
 
-    digest: '' where none is wanted. options: how it is opened, and where the next step writes.
+    digest: '' if not needed. options: how it is opened, and where the next step writes.
     """
 
     source: str
@@ -169,7 +169,7 @@ class _Subject:
     def step(
         self, name: str, settings: Any, outputs: Iterable[Path], run: Callable[[Reporter], Any], *more: str
     ) -> Step:
-        """A step for this model. settings: as plain data. more: names of further steps that it needs."""
+        """A step for this model. settings: as plain data. more: names of further required steps."""
         return Step(
             name=f"{name} ({self.folder})" if self.folder else name,
             digest=digest_of([self.digest, settings, named_files(settings)]) if self.digest else "",
@@ -177,7 +177,7 @@ class _Subject:
         )  # fmt: skip
 
     def made_by(self, step: Step, source: Path, folder: str, digest: str) -> _Subject:
-        """The model that a step writes: opened without the revision and the trust of the first one."""
+        """The model written by a step: opened without the revision and trust_remote_code of the first one."""
         options = self.options.model_copy(update={"revision": None, "trust_remote_code": False})
         return _Subject(str(source), folder, digest, options, (step.name,))
 
@@ -185,7 +185,8 @@ class _Subject:
 def recipe_steps(recipe: Recipe, *, digests: bool = True) -> list[Step]:
     """All steps in order.
 
-    digests: read the model's weights and the files that settings name for them; else they are ''. Raises ModelError.
+    digests: whether to compute them from the model's weights and the files in settings; else they are ''. Raises
+    ModelError.
     """
     whole = ""
     if digests:
@@ -220,7 +221,7 @@ def recipe_steps(recipe: Recipe, *, digests: bool = True) -> list[Step]:
 
 
 def _uses(recipe: Recipe, subject: _Subject) -> list[Step]:
-    """The steps that take a finished model: eval, export, report."""
+    """The steps for a finished model: eval, export, report."""
     steps = []
     for name, request in recipe.eval.items():
         out = recipe.out / "eval" / subject.folder / f"{name}.json"
@@ -255,14 +256,14 @@ def _report(source: Path, evaluations: Sequence[Path], out: Path, figures: Path 
     write_page(build_page(source, evaluations), out, figures)
 
 
-# A dry run: the structure from tensors without values, so that a laptop can look at any model.
+# A dry run finds the structure with tensors without values, so that any model fits a laptop.
 
 
 def preview_recipe(recipe: Recipe) -> dict[str, Any]:
-    """What `run_recipe` would do, after every check that needs neither weights nor data sets of the hub.
+    """Preview of `run_recipe`, after all checks that need neither weights nor data sets of the hub.
 
-    Returns JSON-able data: the model, and each step with its output and, of a pruned model, its size. Nothing is
-    written. Raises SaapError.
+    Returns JSON-able data: the model, and each step with its output and the size of a pruned model. Nothing is written.
+    Raises SaapError.
     """
     pick_device(recipe.device)
     _check_texts(recipe)
@@ -283,7 +284,7 @@ def preview_recipe(recipe: Recipe) -> dict[str, Any]:
 def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Discovery and the reachability of each target, on the model without weights.
 
-    Of a target that is a speed, the size is not known before decoding was measured with weights.
+    The size for a target speed is unknown until decoding is measured with weights.
     """
     if config.target_speedup is not None:
         config.runtime.check()
@@ -309,7 +310,7 @@ def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype)
 
 
 def _check_texts(recipe: Recipe) -> None:
-    """Refuse names of texts and tasks that nothing stands behind."""
+    """Reject unknown names of texts and tasks."""
     calibration = () if recipe.prune is None else recipe.prune.calibration
     training = () if recipe.recover is None else recipe.recover.data
     for source in (*calibration, *training):

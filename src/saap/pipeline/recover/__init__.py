@@ -1,1 +1,1 @@
-"""`saap recover`: from a pruned checkpoint to a fine-tuned one."""
+"""`saap recover`: fine-tuning of a pruned checkpoint."""

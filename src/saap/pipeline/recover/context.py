@@ -1,4 +1,4 @@
-"""What the parts of a recovery share, and its preparation."""
+"""Shared state of a recovery, and its preparation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from saap.settings.recover import RecoverConfig, Tuning
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """A run after its preparation: everything has been checked but what needs the model itself, as the group sizes."""
+    """A prepared run: everything is checked except what needs the model itself, such as group sizes."""
 
     config: RecoverConfig
     options: RunOptions
@@ -52,22 +52,22 @@ class Recovery:
 
     @property
     def digest(self) -> str:
-        """Of what decides the course of the training; its end may be moved."""
+        """Digest of the settings that affect the course of the training; its limits may change."""
         settings = self.config.model_dump(mode="json", exclude={"max_minutes", "patience", "shard"})
         return digest_of([settings, self.data.digest, weights_digest(self.resolved), __version__])
 
     @property
     def evaluation_tokens(self) -> int:
-        """Tokens of the texts that perplexity is measured on."""
+        """Token ids of the evaluation texts."""
         return sum(ids.size for ids in self.evaluation.values())
 
     def recorded(self) -> tuple[Behaviour | None, Behaviour | None]:
-        """What the checkpoint's manifest says of the dense model and of the checkpoint itself, on the same text."""
+        """Figures of the dense model and of the checkpoint in its manifest, on the same text."""
         earlier = self.earlier
         if earlier is None or earlier.perplexity is None or earlier.answers is None or earlier.recovery is not None:
             return None, None
         found, answers = earlier.perplexity, earlier.answers
-        led = bool(earlier.settings.get("bos"))  # manifests from before that setting: windows began with the text
+        led = bool(earlier.settings.get("bos"))  # without the setting (older manifests), windows began with the text
         other_windows = led is not self.config.bos and bool(leading_ids(self.tokenizer))
         if other_windows or found.text != EVALUATION or found.tokens != self.evaluation_tokens:
             return None, None
@@ -110,9 +110,9 @@ def read_data(config: RecoverConfig, tokenizer: Any | None) -> TrainingData:
 
 
 def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> None:
-    """Raise ConfigurationError for what does not go with so many processes."""
+    """Raise ConfigurationError for settings that this number of processes does not support."""
     if count > 1 and options.out is None and options.work_dir is None:
-        raise ConfigurationError("Several processes share no folder", "Name one with --work-dir or --out")
+        raise ConfigurationError("Several processes need a shared folder", "Specify one with --work-dir or --out")
     if count > config.batch:
         offender = f"--batch-size {config.batch} is less than the {count} processes that share each batch"
         raise ConfigurationError(offender, f"Use --batch-size {count}, or a multiple of it")
@@ -120,7 +120,7 @@ def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> 
         remedy = "Start it with torchrun --nproc-per-node N -m saap recover ..., or leave out --shard"
         raise ConfigurationError("--shard splits weights over several processes, and there is one", remedy)
     if config.shard and config.batch % count:
-        offender = f"--batch-size {config.batch} is no multiple of the {count} processes"
+        offender = f"--batch-size {config.batch} is not a multiple of the {count} processes"
         raise ConfigurationError(f"{offender}, which need equal work with --shard", f"Use a multiple of {count}")
 
 
@@ -129,9 +129,8 @@ def _with_teacher(
 ) -> tuple[RecoverConfig, ResolvedModel | None]:
     """The settings with teacher and distillation filled in, and the dense model if it is needed.
 
-    Unless it is specified, the teacher is the model that the checkpoint was pruned from; where that is not on this
-    machine, there is none: nothing is downloaded. Raises ConfigurationError for requested distillation without a
-    teacher.
+    The default teacher is the model that the checkpoint was pruned from, if it is on this machine: nothing is
+    downloaded. Raises ConfigurationError for requested distillation without a teacher.
     """
     teacher = None
     if config.teacher is not None or config.distillation != 0:
@@ -140,7 +139,7 @@ def _with_teacher(
             own = None if teacher is None or tokenizer is None else load_tokenizer(teacher)
             if teacher is not None and own is not None and own.get_vocab() != tokenizer.get_vocab():
                 offender = f"--dense {teacher.source} has another vocabulary than {source}"
-                raise ConfigurationError(offender, "Name the model that it was pruned from")
+                raise ConfigurationError(offender, "Specify the model that it was pruned from")
         except SaapError as error:
             if config.teacher is not None:
                 raise
@@ -149,7 +148,7 @@ def _with_teacher(
     share = config.distillation
     if teacher is None:
         if share:
-            raise ConfigurationError("--distillation has no teacher", "Name the dense model with --dense MODEL")
+            raise ConfigurationError("--distillation has no teacher", "Specify the dense model with --dense MODEL")
         return config.model_copy(update={"teacher": None, "dense_revision": None, "distillation": 0.0}), None
     known = {"teacher": teacher.source, "dense_revision": teacher.revision}
     return config.model_copy(update={**known, "distillation": 1.0 if share is None else share}), teacher

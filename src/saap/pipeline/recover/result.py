@@ -1,4 +1,4 @@
-"""What a recovery gives back and records: its report and the manifest of the tuned model."""
+"""Result of a recovery: its report and the manifest of the tuned model."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from saap.pipeline.shared.tokens import EVALUATION
 from saap.recovery.train import Training
 
 SUMMARY = {"validation_before", "validation", "best_step", "tokens", "seconds", "stopped_by"}
-"""Fields of a Training that report and manifest repeat."""
+"""Fields of a Training that are copied to report and manifest."""
 
 
 class RecoverReport(BaseModel):
     """Figures of a recovery.
 
-    perplexity_before: of the model as it came; perplexity_quantised: before training, None where nothing was
-    quantised; perplexity_dense, answer_dense: of the model that it was pruned from, where known. gap_closed: see
-    `share_closed`. bytes: of the plain weights in `dtype`; packed_bytes: of integers, scales and zero points.
+    perplexity_before: of the input model; perplexity_quantised: before training, None if nothing was quantised;
+    perplexity_dense, answer_dense: of the model that it was pruned from, if known. gap_closed: see `share_closed`.
+    bytes: of the plain weights in `dtype`; packed_bytes: of integers, scales and zero points.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -102,7 +102,7 @@ def share_closed(dense: float, before: float, after: float) -> float | None:
 
 
 def not_quantised(model: nn.Module) -> tuple[str, ...]:
-    """Names of the matrices in the decoder blocks that are no linear layers, which stay as they are."""
+    """Names of matrices in the decoder blocks that are not in linear layers, and so are not tuned."""
     inside = tuple(f"{block}." for block in find_blocks(model))
     return tuple(
         name for name, value in model.named_parameters()
@@ -114,7 +114,7 @@ def recovery_report(
     run: Recovery, model: Any, training: Training, packed: Mapping[str, GroupwiseWeight],
     measured: Mapping[str, Behaviour],
 ) -> RecoverReport:  # fmt: skip
-    """The report. packed: empty where nothing was quantised. measured: before, recovered; dense, quantised if known."""
+    """packed: empty if nothing was quantised. measured: before, recovered; dense, quantised if known."""
     config, out = run.config, run.options.out
     layout = Layout.ADAPTIVE if model.config.model_type == MODEL_TYPE else Layout.UNIFORM
     entries = stored_entries(model, run.dtype)
@@ -138,7 +138,7 @@ def recovery_report(
 def recovery_manifest(
     run: Recovery, model: Any, training: Training, report: RecoverReport, measured: Mapping[str, Behaviour]
 ) -> RunManifest:
-    """The manifest of the model that was tuned, with the record of this recovery."""
+    """The manifest of the input model, with the record of this recovery."""
     record = RecoveryRecord(
         command=typed_command(), settings=run.config.model_dump(mode="json"), data=run.data.sources,
         data_digest=run.data.digest, examples=len(run.data.train), held_examples=len(run.data.held_out),
@@ -158,7 +158,7 @@ def recovery_manifest(
 
 
 def _plain_manifest(run: Recovery, report: RecoverReport) -> RunManifest:
-    """The record of a model that saap had not pruned."""
+    """A manifest for a model that was not pruned by saap."""
     resolved = run.resolved
     config = {} if resolved.gguf_file is not None else read_config(resolved.folder)
     same, size = (Change(before=count, after=count) for count in (report.parameters, report.bytes))

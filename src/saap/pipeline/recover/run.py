@@ -1,4 +1,4 @@
-"""Recovery from a checkpoint to a tuned one: reading, quantising, training, merging, checking, writing."""
+"""Recovery of a checkpoint: read, quantise, train, merge, check, write."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from saap.settings.recover import RecoverConfig, Tuning
 
 FEEDBACK_SAMPLES = 16
 CHECKED_TOKENS = 64
-# Largest difference of logits, in units of the largest one, that rounding to 16 bits may make.
+# Tolerance of logits for rounding to 16 bits, relative to the largest one.
 TOLERANCE = 0.1
 
 
 def run_recover(
     source: str | Path, config: RecoverConfig, options: RunOptions, reporter: Reporter | None = None
 ) -> RecoverResult:
-    """Tune a model and write it. Everything that can be refused is refused before the training. Raises SaapError."""
+    """Tune a model and write it. Invalid inputs are rejected before the training. Raises SaapError."""
     run = prepare(str(source), config, options, reporter or Silent())
     work = WorkFolder(work_path(options))
     resumed = run.processes.broadcast_result(lambda: work.open(run.digest))
@@ -57,7 +57,7 @@ def run_recover(
             model, handle, parameters, quantised = _model_to_train(run)
         except SaapError:
             if run.processes.first:
-                work.close(keep=resumed)  # a refusal leaves nothing behind
+                work.close(keep=resumed)  # a rejected run leaves no files
             raise
         if before is None:
             with run.meter.stage(stages.MEASURE_BEFORE):
@@ -92,7 +92,7 @@ def _linears(model: nn.Module) -> dict[str, int]:
 
 
 def _teacher(run: Recovery, dense: Behaviour | None) -> tuple[Any | None, Behaviour | None]:
-    """The dense model, if its predictions are learned from, and what is known of it. dense: from the records."""
+    """The teacher if there is one, and the figures of the dense model. dense: from the records."""
     if run.teacher is None:
         return None, dense
     with run.meter.stage(stages.LOAD_TEACHER):
@@ -102,7 +102,7 @@ def _teacher(run: Recovery, dense: Behaviour | None) -> tuple[Any | None, Behavi
             expected = f"{run.resolved.source} was pruned from a model of {run.earlier.parameters.before:,}"
             raise ConfigurationError(
                 f"{run.teacher.source} has {found:,} parameters, but {expected}",
-                "Name that model with --dense, or use --distillation 0",
+                "Specify that model with --dense, or use --distillation 0",
             )
         _check_fits(run, teacher)
         dense = dense if dense is not None else _measure(run, teacher)
@@ -110,7 +110,7 @@ def _teacher(run: Recovery, dense: Behaviour | None) -> tuple[Any | None, Behavi
 
 
 def _model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parameter], Behaviour | None]:
-    """The model, the handle of its LoRA layers if it has such, what is trained, and its state once quantised."""
+    """The model, the handle of its LoRA layers if any, the trained parameters, and its figures once quantised."""
     config = run.config
     if config.tuning is Tuning.LORA:
         with run.meter.stage(stages.LOAD):
@@ -128,7 +128,7 @@ def _model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parame
     parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=config.seed, scales=config.scales)
     left = not_quantised(model)
     if left:
-        run.meter.reporter.note(f"{len(left)} matrices of the blocks are no linear layers and stay as they are")
+        run.meter.reporter.note(f"{len(left)} matrices of the blocks are not linear layers and are not tuned")
     return model, None, parameters, quantised
 
 
@@ -147,7 +147,7 @@ def _quantised_model(run: Recovery) -> Any:
 
 
 def _fitting(config: RecoverConfig, model: nn.Module) -> Sequence[str]:
-    """The layers to quantise. Raises SaapError for those that the settings do not fit."""
+    """The layers to quantise. Raises SaapError if the settings do not fit them."""
     sizes = _linears(model)
     if not sizes:
         raise ModelError(
@@ -160,7 +160,7 @@ def _fitting(config: RecoverConfig, model: nn.Module) -> Sequence[str]:
 
 
 def _check_fits(run: Recovery, model: Any) -> None:
-    """Raise SaapError for training data with more tokens, or other ones, than the model reads."""
+    """Raise SaapError for training sequences that are too long, or token ids outside the vocabulary."""
     examples = [example.tokens for example in (*run.data.train, *run.data.held_out)]
     check_reads(model, max(map(len, examples)), "Use a smaller --max-seq-length")
     rows = model.get_input_embeddings().weight.shape[0]
@@ -188,7 +188,7 @@ def _trained(
 
 
 def _write(run: Recovery, model: Any, manifest: RunManifest, packed: dict[str, GroupwiseWeight], out: Path) -> None:
-    """Write the folder, and compare what opens from it with the model in memory. Raises OutputError."""
+    """Write the folder, and compare the reopened model with the one in memory. Raises OutputError."""
     with run.meter.stage(stages.WRITE):
         parts = FolderParts(
             manifest=manifest, tokenizer=run.tokenizer,
@@ -199,7 +199,7 @@ def _write(run: Recovery, model: Any, manifest: RunManifest, packed: dict[str, G
         found = _few_logits(run, load(out, device=str(run.device)))
     difference = float((expected - found).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
-        offender = f"The model written to {out} does not compute what the one in memory does"
+        offender = f"The model written to {out} differs from the one in memory"
         raise OutputError(f"{offender} (logits differ by {difference:.1e})", "Use --dtype float32")
 
 

@@ -1,1 +1,1 @@
-"""Programs that compute a model where its speed is measured, one module each."""
+"""Runtimes of speed measurements, one module each."""

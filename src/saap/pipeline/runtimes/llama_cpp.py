@@ -1,4 +1,4 @@
-"""A model in llama.cpp, from a file in a temporary folder, with as many threads as torch."""
+"""llama.cpp as a runtime: a file in a temporary folder, with as many threads as torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from saap.settings.evaluate import SpeedSettings
 
 
 class LlamaCppRuntime:
-    """See `saap.evaluation.speed.Runtime`. The context of the model must hold prompt and answer."""
+    """See `saap.evaluation.speed.Runtime`. The model's context must be long enough for prompt and answer."""
 
     package = "llama-cpp-py-sync"
     in_memory = False
@@ -33,13 +33,13 @@ class LlamaCppRuntime:
 
     @staticmethod
     def weights(source: Source, settings: SpeedSettings) -> str:
-        """The type of the weights that are computed with."""
+        """Type of the weights in the runtime."""
         return str(settings.gguf_type)
 
     @classmethod
     @contextmanager
     def opened(cls, source: Source, settings: SpeedSettings) -> Iterator[Self]:
-        """Write and open the file. Raises ModelError, ExportError for what llama.cpp cannot compute."""
+        """Write and open the file. Raises ModelError, ExportError for a model that llama.cpp does not support."""
         if isinstance(source, nn.Module):
             config, tensors = source.config, StoredTensors.of_model(source)
         else:
@@ -49,7 +49,7 @@ class LlamaCppRuntime:
         with tempfile.TemporaryDirectory(prefix="saap-speed-") as folder:
             file = Path(folder) / "model.gguf"
             check_place(file, plan.weight_bytes)
-            # numbers for tokens are enough to measure
+            # placeholder tokens are sufficient for speed
             write_gguf(file, plan, tensors, [*plan.fields, ("tokenizer_model", "no_vocab")])
             context = settings.prompt_tokens + settings.new_tokens + 1
             with LlamaCpp(file, context=context, threads=torch.get_num_threads()) as model:

@@ -1,4 +1,4 @@
-"""A transformers model with its cache of keys and values."""
+"""transformers as a runtime, with its key-value cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from saap.settings.evaluate import SpeedSettings
 
 
 class TransformersRuntime:
-    """See `saap.evaluation.speed.Runtime`. A model in memory is measured as it is, any other on the CPU."""
+    """See `saap.evaluation.speed.Runtime`. A model in memory is measured on its device, any other on the CPU."""
 
     package = "torch"
     in_memory = True
@@ -26,25 +26,25 @@ class TransformersRuntime:
         self._reader = CachedModel(model.eval())
         embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
         self.vocabulary = int(embedding.num_embeddings)
-        # one token reads all weights but an embedding that is not the output's weight too
+        # one token reads all weights except an embedding that is not tied to the output
         looked_up = embedding.weight if output is None or output.weight is not embedding.weight else None
         self.bytes_per_token = sum(p.numel() * p.element_size() for p in model.parameters() if p is not looked_up)
 
     @staticmethod
     def weights(source: Source, settings: SpeedSettings) -> str:
-        """The type of the weights that are computed with."""
+        """Type of the weights in the runtime."""
         dtype = next(source.parameters()).dtype if isinstance(source, nn.Module) else torch.float32
         return str(dtype).removeprefix("torch.")
 
     @classmethod
     @contextmanager
     def opened(cls, source: Source, settings: SpeedSettings) -> Iterator[Self]:
-        """Open the model. Raises ModelError for one that does not generate, UnsupportedModelError."""
+        """Open the model. Raises ModelError if it cannot generate, UnsupportedModelError."""
         model: Any = source if isinstance(source, nn.Module) else open_model(source, RunOptions(device="cpu")).model
         embedding = getattr(model, "get_input_embeddings", lambda: None)()
         if not isinstance(embedding, nn.Embedding) or not hasattr(model, "generate"):
             raise ModelError(
-                f"The speed of {type(model).__name__} cannot be measured, since it is no model of transformers that "
+                f"The speed of {type(model).__name__} cannot be measured, since it is not a transformers model that "
                 "generates", "Leave the speed out",
             )  # fmt: skip
         tokens = settings.prompt_tokens + settings.new_tokens

@@ -1,1 +1,1 @@
-"""What several commands need: inputs, memory, work folders, progress."""
+"""Shared parts of the commands: inputs, memory, work folders, progress."""

@@ -1,4 +1,4 @@
-"""What the stages of a run share."""
+"""Shared state of the stages of a run."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from saap.structure_search.plan import SearchSpace
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run after its preparation: everything that can be refused has been checked.
+    """A prepared run: everything that can be checked early has been checked.
 
-    processes: that carry it out. The first one writes the stage files, and the others read them. measurements: what
-    baselines have measured of the dense model so far, where several share it.
+    processes: of the run; the first one writes the stage files, and the others read them. measurements: the baselines'
+    measurements of the dense model so far, if several methods share them.
     """
 
     config: PruneConfig
@@ -44,16 +44,16 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """Device of the model."""
         return next(self.loaded.model.parameters()).device
 
     @property
     def spill(self) -> Spill | None:
-        """Where activations are kept: in the work folder if the weights are in their files, None for memory."""
+        """Storage of activations: in the work folder if the weights are offloaded to files, None for memory."""
         return Spill(self.work.file("spill")) if offloaded(self.loaded.model) is not None else None
 
     @property
     def backend(self) -> Backend:
-        """The dense model, and how the stages run it."""
+        """The backend of the dense model."""
         advance = self.meter.reporter.advance
         return Backend(self.loaded.model, self.graph, self.processes, self.spill, progress=advance)

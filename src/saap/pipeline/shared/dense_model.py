@@ -1,4 +1,4 @@
-"""The dense model that belongs to a pruned one: which it is, and what it may do when it is opened."""
+"""Resolution of the dense model of a pruned one, with its revision and trust."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from saap.settings.recover import RecoverConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseChoice:
-    """What a user says about the dense model, none of which holds for the pruned one.
+    """A user's choice of the dense model, separate from the options of the pruned one.
 
-    source: None for the model that the pruned one's manifest names. revision: None for that of the manifest, if it
-    names the same model. trust_remote_code: whether code that it ships may be run.
+    source: None for the model in the pruned one's manifest. revision: None for that of the manifest, if it is for the
+    same model. trust_remote_code: whether code in its repository may be run.
     """
 
     source: str | None = None
@@ -25,19 +25,19 @@ class DenseChoice:
 
     @classmethod
     def of(cls, settings: EvalRequest | RecoverConfig, source: str | None) -> DenseChoice:
-        """What the settings of a step say of its dense model, which they call by `source`."""
+        """The choice in the settings of a step; `source` is the field with the dense model."""
         return cls(source=source, revision=settings.dense_revision, trust_remote_code=settings.dense_trust_remote_code)
 
 
 def manifest_of(resolved: ResolvedModel) -> RunManifest | None:
-    """The manifest of a model that saap has written, None for any other. Raises ModelError for a damaged one."""
+    """The manifest of a model written by saap, None for any other model. Raises ModelError if it is damaged."""
     return None if resolved.gguf_file is not None else read_manifest(resolved.folder)
 
 
 def resolve_dense(choice: DenseChoice, manifest: RunManifest | None) -> ResolvedModel | None:
-    """The dense model on this machine; None where nobody names one. manifest: of the pruned model, if it has one.
+    """The dense model on this machine; None if none is specified. manifest: of the pruned model, if it has one.
 
-    Only a model that the user names is downloaded; one that a manifest names has to be here. Raises ModelError.
+    Only a model specified by the user is downloaded; one from a manifest must be on this machine. Raises ModelError.
     """
     base = None if manifest is None else manifest.base
     source = choice.source if choice.source is not None or base is None else base.source

@@ -1,4 +1,4 @@
-"""Digests of what a run starts from: weights, and the files that settings name."""
+"""Digests of the inputs of a run: weights, and the files in its settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from saap.models.loading.references import ResolvedModel
 
 
 def named_files(values: Any) -> dict[str, str]:
-    """Digests of the files and folders that settings name, so that a changed text is noticed."""
+    """Digests of the files and folders in settings, to detect changed texts."""
     if isinstance(values, Mapping):
         values = list(values.values())
     if isinstance(values, list):

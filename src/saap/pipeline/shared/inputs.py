@@ -1,4 +1,4 @@
-"""What a run starts from: its options, the devices it may use, and the dense model."""
+"""Inputs of a run: options, devices, and the dense model."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from saap.settings.run import RunOptions as RunOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A dense model, ready. dtype: of the weights to write. owned: the run loaded it and may change it in place.
+    """A loaded dense model. dtype: of the weights to write. owned: whether the run may change it in place.
 
-    folder: where it came from, for the licence files. fresh, skeleton: where the weights stay in their files, a
-    function that opens it again, and the model without weights, for discovery. spills: whether the activations of the
-    reconstruction would not fit beside the weights.
+    folder: its origin, for the licence files. fresh, skeleton: if the weights stay in their files, a function that
+    opens it again, and the model without weights for discovery. spills: whether the activations of the reconstruction
+    do not fit into memory next to the weights.
     """
 
     model: nn.Module
@@ -41,28 +41,28 @@ class LoadedModel:
 
 
 def place_of(source: str | Path | nn.Module, options: RunOptions) -> torch.device:
-    """Where the run computes: where a given model lies, or the chosen device. Raises ConfigurationError."""
+    """Device of the run: that of a loaded model, or the selected one. Raises ConfigurationError."""
     return next(source.parameters()).device if isinstance(source, nn.Module) else pick_device(options.device)
 
 
 def check_devices(options: RunOptions, source: str | Path | nn.Module, processes: Processes) -> RunOptions:
-    """The options with the device of this process, unless the model lies somewhere already.
+    """The options with the device of this process, unless the model is loaded already.
 
-    Raises ConfigurationError for a device map that is unknown, or does not go with another option.
+    Raises ConfigurationError for an unknown device map, or one that conflicts with another option.
     """
     loaded = isinstance(source, nn.Module)
     spread = options.device_map is not None or (isinstance(source, nn.Module) and spread_over(source) is not None)
     if processes.count > 1 and spread:
         raise ConfigurationError(
-            f"Blocks cannot lie on several devices, since each of {processes.count} processes holds the whole model",
+            f"Blocks cannot be on several devices, since each of {processes.count} processes has the whole model",
             "Start it without torchrun or accelerate launch, or leave the device map out",
         )
     if options.device_map is not None:
         check_known(options.device_map)
         reasons = {
             "the model is in memory already; load it with that device_map, or give its folder": loaded,
-            "--device names one device": options.device != "auto",
-            "--max-memory leaves the weights in their files": options.max_memory is not None,
+            "--device selects one device": options.device != "auto",
+            "--max-memory keeps the weights in their files": options.max_memory is not None,
         }
         for reason in (reason for reason, holds in reasons.items() if holds):
             raise ConfigurationError(f"--device-map cannot be used, since {reason}", "Leave one of the two out")
@@ -74,7 +74,7 @@ def check_devices(options: RunOptions, source: str | Path | nn.Module, processes
 def resolve_with_tokenizer(
     source: str | Path | nn.Module, options: RunOptions, tokenizer: Any | None
 ) -> tuple[nn.Module | ResolvedModel, Any | None]:
-    """The model without its weights read, and its tokenizer unless one is given. Raises ModelError."""
+    """Resolve the model without reading weights, and load its tokenizer unless one is given. Raises ModelError."""
     if isinstance(source, nn.Module):
         return source, tokenizer
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
@@ -90,13 +90,13 @@ def open_model(
     fresh: Callable[[], nn.Module] | None = None,
     skeleton: nn.Module | None = None,
 ) -> LoadedModel:
-    """Load what `source` names, or take a loaded model as it is (it is never changed).
+    """Load the model `source`, or use a loaded model (which is never changed).
 
-    computes_in_dtype: `options.dtype` is that to compute in, where nothing is written. fresh, skeleton: of a
-    `LoadedModel` whose weights stay in their files.
+    computes_in_dtype: whether `options.dtype` is the compute type, for commands that write nothing. fresh, skeleton: as
+    in `LoadedModel`, for weights that stay in their files.
 
     A model that was resolved before keeps its own revision and permission to run code, whatever `options` say.
-    Raises ModelError for everything that is wrong with it, before weights are read where that can be seen.
+    Raises ModelError for an invalid model, if possible before weights are read.
     """
     if isinstance(source, nn.Module):
         require_values(source)

@@ -1,4 +1,4 @@
-"""What a model and its family can do, checked before anything is pruned."""
+"""Capability checks of a model and its family before anything is pruned."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from saap.models.walk.walker import BlockWalker, inference_only
 from saap.settings.prune import PrunableRole, PruneConfig, unit_roles
 from saap.structure_search.plan import SearchSpace, make_plan
 
-# Rounding of a walk in half precision; a stream that blocks share in secret errs by far more.
+# Tolerance for half-precision rounding; state shared between blocks causes far larger errors.
 WALK_TOLERANCE = 0.02
 
 
 @torch.no_grad()
 def check_walk(model: nn.Module, blocks: Sequence[str]) -> None:
-    """Compare the logits of a walk from block to block with the model's own, for a part of two short sequences.
+    """Compare the logits of a block-wise walk with the model's own on two short sequences.
 
-    A model that gives no numbers itself is left to its loss, which names the sample. Raises UnsupportedModelError where
-    they differ: blocks may pass on more than hidden states.
+    Models with non-finite logits pass: their loss will report the sample. Raises UnsupportedModelError if the logits
+    differ: blocks may pass on more than hidden states.
     """
-    name, remedy = type(model).__name__, "Use a model whose blocks pass on nothing but their hidden states"
+    name, remedy = type(model).__name__, "Use a model whose blocks pass on only their hidden states"
     ids = trial_ids(model, 16).reshape(2, 8)
     try:
         with inference_only(model):
             expected = model_logits(model, ids)[1:, :5].float()
             walker = BlockWalker(model, blocks)
             stream = walker.start(ids)
-            for _ in range(2):  # a block that remembers its last call gives something else the second time
+            for _ in range(2):  # a stateful block returns something else the second time
                 hidden = walker.run_blocks(stream)
             found = walker.logits(hidden[1:, :5]).float().to(expected.device)
             difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
     except SaapError:
         raise
-    except Exception as error:  # the model's own code, called with what it does not expect
+    except Exception as error:  # the model's own code may raise anything
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UnsupportedModelError(f"The blocks of {name} do not run one by one ({reason})", remedy) from error
-    if expected.isfinite().all() and not difference <= WALK_TOLERANCE:  # NaN is refused too
+    if expected.isfinite().all() and not difference <= WALK_TOLERANCE:  # rejects NaN too
         raise UnsupportedModelError(
-            f"The blocks of {name} give other logits one by one than in the whole model ({difference:.1e} off)", remedy
+            f"The logits of {name} differ between block by block and whole execution (by {difference:.1e})", remedy
         )
 
 
 def search_space(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> SearchSpace:
-    """Which structures a run may choose. Raises LayoutError if a uniform layout allows none."""
+    """The structures that a run may choose. Raises LayoutError if a uniform layout allows none."""
     return SearchSpace(
         roles=config.roles, layout=config.layout, align=config.align, skip_layers=config.skip_layers,
         legal_sizes=legal_sizes(model, graph, config),
@@ -58,11 +58,11 @@ def search_space(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> Se
 
 
 def legal_sizes(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> Mapping[Role, frozenset[int]] | None:
-    """By role, the numbers of kept units that a uniform plan may have; None for the adaptive layout, which takes all.
+    """Allowed numbers of kept units in a uniform plan, by role; None for the adaptive layout, which allows all.
 
-    Sizes are tried by constructing the configuration: of roles that go by single channels the largest and the smallest
-    first, and all between only where one of these is refused (the width that the number of heads must divide).
-    Raises LayoutError, with the reason of the first refusal, if no requested role can be made smaller.
+    Sizes are tested by constructing the configuration. For roles with single channels, the largest and smallest are
+    tested first, and all others only if one of them is rejected (such as a width that the number of heads must divide).
+    Raises LayoutError with the first reason if no requested role can be made smaller.
     """
     if config.layout is not Layout.UNIFORM:
         return None
@@ -82,7 +82,7 @@ def legal_sizes(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> Map
 
 
 def _refusal(model: nn.Module, graph: ModelGraph, role: Role, size: int, align: int) -> LayoutError | None:
-    """Why the family cannot be built with `size` units of the role in every layer; None where it can."""
+    """Why the family cannot be built with `size` units of the role in every layer; None if it can."""
     keep = {group.name: tuple(range(size)) for group in graph.of_role(role)}
     plan = make_plan(graph, keep, (), layout=Layout.UNIFORM, strategy="trial", align=align)
     try:

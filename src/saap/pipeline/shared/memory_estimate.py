@@ -1,4 +1,4 @@
-"""Bytes that each stage and a whole run take: by formulas of sizes, before weights are read, and a little too much."""
+"""Memory estimates of stages and runs by formula, before weights are read; slightly too high."""
 
 from __future__ import annotations
 
@@ -23,17 +23,16 @@ WINDOW_TOKENS = 2048
 WINDOW = 512
 """Tokens of one of them."""
 HEAD_WIDTH = 64
-"""Of a head, where the configuration does not say how many there are."""
+"""Assumed head size if the configuration has no number of heads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """Bytes of weights in memory, and lengths. block: of the largest. around: of the modules outside the blocks.
 
-    matrix: bytes of the largest matrix of a block. widest: its longer side. width: of the residual stream.
-    vocabulary: 0 where the configuration does not say. heads: query heads of a block. values: how many numbers the
-    matrices of all blocks have. pages: of files, which count as memory of the process while weights are read from them;
-    0 on an accelerator.
+    matrix: bytes of the largest matrix of a block. widest: its longer side. width: of the residual stream. vocabulary:
+    0 if unknown. heads: query heads of a block. values: number of elements of the matrices of all blocks. pages: bytes
+    of file pages, which count as memory of the process while weights are read; 0 on an accelerator.
     """
 
     weights: int
@@ -50,7 +49,7 @@ class Sizes:
 
     @classmethod
     def of(cls, model: nn.Module, device: torch.device) -> Sizes:
-        """Sizes of a model, whose weights need no values, for computing on a device."""
+        """Sizes of a model for computing on a device; its weights need no values."""
         inside = [list(model.get_submodule(path).parameters()) for path in find_blocks(model)]
         matrices = [parameter for block in inside for parameter in block if parameter.dim() > 1]
         largest = max(matrices, key=torch.Tensor.numel)
@@ -67,14 +66,14 @@ class Sizes:
         )  # fmt: skip
 
     def block_activations(self, tokens: int, length: int = WINDOW) -> int:
-        """Of one block, with what attention makes of each pair of tokens where it has no fused kernel.
+        """Activations of one block, including attention matrices without a fused kernel.
 
         length: tokens of one sequence.
         """
         return 4 * tokens * (12 * self.width + 4 * self.widest + 2 * min(tokens, length) * self.heads)
 
     def captured_activations(self, config: PruneConfig) -> int:
-        """What the reconstruction captures of one block, over all of its text."""
+        """Captured activations of one block in the reconstruction, over all of its text."""
         return config.restore * refit_tokens(config) * self.captured_by_token
 
     @property
@@ -89,23 +88,23 @@ class Sizes:
 
     @property
     def logits(self) -> int:
-        """Of the windows that are measured at once, and what is made of them."""
+        """Activations and logits of the windows that are evaluated at once."""
         quarter = WINDOW_TOKENS * self.vocabulary
         return 3 * max(quarter, min(4 * quarter, LOGITS_BYTES))
 
 
 def refit_tokens(config: PruneConfig) -> int:
-    """How many tokens the reconstruction is fitted on."""
+    """Number of tokens in the fit of the reconstruction."""
     return config.preset_settings.refit_sequences * config.preset_settings.refit_length
 
 
 def stage_needs(sizes: Sizes, config: PruneConfig) -> Mapping[Stage, int]:
-    """Bytes that each stage takes beside the weights, the captured activations of the reconstruction left out."""
+    """Bytes of each stage besides the weights, without the captured activations of the reconstruction."""
     windows = sizes.block_activations(WINDOW_TOKENS)
     measuring = windows + sizes.logits + sizes.pages
     inputs_of_blocks = sizes.blocks * max(TOKENS_AT_ONCE, config.preset_settings.sample_length) * sizes.width * 4
     backward = sizes.scoring(config) + inputs_of_blocks
-    # Gram matrices of what a consumer reads, their factors in double precision, and what it should give
+    # Gram matrices of a consumer's inputs, their factors in double precision, and its targets
     solving = 36 * sizes.widest**2 + 28 * sizes.widest * sizes.width
     kept = 0 if config.method is Method.SAAP else int(config.method.load().bytes_per_weight) * sizes.values
     return {
@@ -122,7 +121,7 @@ def stage_needs(sizes: Sizes, config: PruneConfig) -> Mapping[Stage, int]:
 
 
 def _costs(sizes: Sizes, config: PruneConfig) -> int:
-    """Gram matrices of the second-order costs, and the weights that candidates replace, kept to be put back."""
+    """Gram matrices of the second-order costs, and copies of the weights that candidates replace."""
     if not (chooses_units(config) and config.strategy is Strategy.SECOND_ORDER):
         return 0
     grams = sizes.blocks * 4 * (sizes.widest**2 + sizes.width**2)
@@ -130,10 +129,10 @@ def _costs(sizes: Sizes, config: PruneConfig) -> int:
 
 
 class Needs(NamedTuple):
-    """Bytes that a run takes beyond the empty process.
+    """Memory of a run in bytes beyond the empty process.
 
-    resident: with all in memory. spilled: with the activations of the reconstruction kept elsewhere, but for those of
-    one micro-batch. offloaded: with at most one block in memory as well.
+    resident: everything in memory. spilled: activations of the reconstruction offloaded, except for one micro-batch.
+    offloaded: also at most one block in memory.
     """
 
     resident: int
@@ -142,10 +141,10 @@ class Needs(NamedTuple):
 
     @classmethod
     def of(cls, sizes: Sizes, config: PruneConfig) -> Needs:
-        """By the sizes of a model and the settings of a run."""
+        """Estimate from the sizes of a model and the settings of a run."""
         needs = stage_needs(sizes, config)
         results = 2 if len(config.pruning_ratios) > 1 or config.target_speedup is not None else 1
-        weights = results * sizes.weights  # the dense model stays where another result needs it
+        weights = results * sizes.weights  # the dense model stays if another result needs it
         spilled = weights + max(needs.values())
         resident = weights + sizes.captured_activations(config) + needs[stages.RESTORE]
         windows = sizes.block_activations(WINDOW_TOKENS)

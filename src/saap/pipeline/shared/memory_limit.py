@@ -1,6 +1,6 @@
-"""Keeping a run within the memory of the device that it computes on: what leaves that memory, and when.
+"""Offloading decisions that keep a run within the memory of its compute device.
 
-First the activations of the reconstruction leave it, then the weights, of which one block at a time is read.
+First the activations of the reconstruction are offloaded, then the weights, which are read block by block.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from saap.settings.prune import PrunableRole, PruneConfig
 from saap.settings.registry import Method
 
 RESERVE_BYTES = 500 * 10**6
-"""What is taken without a model: by libraries that are not loaded yet, or by the work space of an accelerator's."""
+"""Memory used without a model: libraries that are not loaded yet, or workspaces of accelerator libraries."""
 
 
 def open_within(
     source: str | Path | nn.Module, config: PruneConfig, options: RunOptions, tokenizer: Any
 ) -> LoadedModel:
-    """As `open_model`; what would not fit into memory is kept elsewhere.
+    """As `open_model`, but with offloading if the run would not fit into memory.
 
-    The limit is `options.max_memory`, on an accelerator without it what is free there, and on the CPU there is none.
-    Raises ConfigurationError if the limit is too small for the model, or for what `config` needs.
+    The limit is `options.max_memory`. Without it an accelerator uses its free memory, and the CPU has no limit. Raises
+    ConfigurationError if the limit is too small for the model, or for the needs of `config`.
     """
     given = options.max_memory
     if isinstance(source, nn.Module):
         if given is not None:
             raise ConfigurationError(
-                "--max-memory cannot hold for a model that is in memory already", "Give the folder that it came from"
+                "--max-memory does not apply to a model that is in memory already", "Give the folder that it came from"
             )
         return _spilling(open_model(source, options, tokenizer), config, 0, None)
     device = pick_device(options.device)
-    base = _base(device)  # now, since weights that are read count as memory of the process
+    base = _base(device)  # before weights are read, which count as memory of the process
     limit = device_memory.of_device(device) if given is None else given
     if limit is None or options.device_map is not None:
         return open_model(source, options, tokenizer)
@@ -54,7 +54,7 @@ def open_within(
     dtype = working_dtype(device, resolved.dtype)
     try:
         least, whole = limits(resolved, config, dtype, device)
-    except ModelError:  # it cannot be read part by part, so it has to fit
+    except ModelError:  # it cannot be read part by part, so it must fit
         if given is not None:
             raise
         return _spilling(open_model(resolved, options, tokenizer), config, base, None)
@@ -74,7 +74,7 @@ def open_within(
 
 
 def limits(resolved: ResolvedModel, config: PruneConfig, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
-    """Bytes of memory that a run needs at least, and from which on all weights can be in memory.
+    """Minimum memory of a run in bytes, and memory from which on all weights can be in memory.
 
     dtype: to compute in. Raises ModelError if the files cannot be read part by part.
     """
@@ -84,9 +84,9 @@ def limits(resolved: ResolvedModel, config: PruneConfig, dtype: torch.dtype, dev
 
 
 def _spilling(loaded: LoadedModel, config: PruneConfig, base: int, limit: int | None) -> LoadedModel:
-    """The model in memory, with whether the activations of the reconstruction have to be kept elsewhere.
+    """Load the model into memory, and decide whether the reconstruction must offload activations.
 
-    base: bytes that are taken without the model. limit: bytes for all of the run; None for what the device has.
+    base: bytes used without the model. limit: bytes for the whole run; None for the memory of the device.
     """
     device = next(loaded.model.parameters()).device
     limit = device_memory.of_device(device) if limit is None else limit
@@ -101,7 +101,7 @@ def _base(device: torch.device) -> int:
 
 
 def _check_possible(config: PruneConfig, whole: int, limit: str) -> None:
-    """Refuse what needs the whole model in memory. limit: in words."""
+    """Reject settings that need the whole model in memory. limit: in words."""
     impossible = {
         f"--method {config.method}": config.method is not Method.SAAP,
         "--target-speedup": config.target_speedup is not None,
@@ -117,12 +117,12 @@ def _check_possible(config: PruneConfig, whole: int, limit: str) -> None:
 
 
 def _gigabytes(count: int) -> str:
-    """Rounded up, as the flag takes it."""
+    """Gigabytes, rounded up, in the format of the flag."""
     return f"{-(-count // 10**8) / 10:g}GB"
 
 
 def restoration_spill(loaded: LoadedModel, config: PruneConfig, folder: Path) -> Spill | None:
-    """Where the reconstruction keeps its activations: with the weights (None), in the host's memory, or in a folder."""
+    """Storage of the reconstruction's activations: with the weights (None), in host memory, or in a folder."""
     if not loaded.spills:
         return None if offloaded(loaded.model) is None else Spill(folder)
     device = next(loaded.model.parameters()).device

@@ -17,7 +17,7 @@ from saap.pipeline.shared.stages import Stage
 
 @dataclass(slots=True)
 class Meter:
-    """Collects the costs of the stages of one run. device: where it computes."""
+    """Collects the costs of the stages of one run. device: compute device."""
 
     reporter: Reporter
     device: torch.device
@@ -25,7 +25,7 @@ class Meter:
 
     @contextmanager
     def stage(self, stage: Stage | str, detail: str = "") -> Iterator[None]:
-        """Announce a stage and measure it. detail: what tells several of the same title apart."""
+        """Announce a stage and measure it. detail: distinguishes several stages of the same title."""
         name = stage if isinstance(stage, str) else stage.title
         name += f" ({detail})" if detail else ""
         self.reporter.stage(name)

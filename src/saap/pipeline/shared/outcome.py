@@ -1,4 +1,4 @@
-"""Before and after: what the dense and the pruned model do with the same text and prompt."""
+"""Before and after: the dense and the pruned model on the same text and prompt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from saap.evaluation.generation import prompt_ids
 from saap.evaluation.perplexity import joint_perplexity, perplexities
 from saap.models.walk.probe import positions
 from saap.models.walk.spill import Spill
-from saap.pipeline.shared.tokens import TokenSets, reader_of
+from saap.pipeline.shared.tokens import TokenSets, logits_of
 
 QUESTION = "What is the capital of France?"
 OPENING = "The capital of France is"
@@ -24,9 +24,9 @@ ANSWER_TOKENS = 32
 
 
 class Behaviour(BaseModel):
-    """What a model does: perplexities on the evaluation texts, and a greedy answer to `prompt` ('' without tokenizer).
+    """Figures of a model: perplexities on the evaluation texts, and a greedy answer to `prompt` ('' if none).
 
-    kinds: perplexity on each kind of text. perplexity: on those of general English together.
+    kinds: perplexity on each kind of text. perplexity: on the kinds of general English together.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -46,10 +46,10 @@ def observe(
 ) -> Behaviour:
     """Perplexities and a greedy answer of `model`.
 
-    known: its perplexities, where they were measured already. spill: for a model whose weights are in files. It gives
-    no answer, of which each token would read all of them.
+    known: its perplexities if measured already. spill: for offloaded weights. Such a model generates no answer, since
+    each token would read all weights.
     """
-    read = None if spill is None else reader_of(model, spill.keep)
+    read = None if spill is None else logits_of(model, spill.keep)
     found = known or perplexities(model, tokens.evaluation, leading=tokens.leading, read=read)
     value = joint_perplexity(one for kind, one in found.items() if kind in GENERAL or len(found) == 1)
     prompt, answer = greedy_answer(model, tokenizer if read is None else None)

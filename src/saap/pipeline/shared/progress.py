@@ -1,4 +1,4 @@
-"""How a run tells what it is doing; the command line draws it, the Python API is silent unless asked."""
+"""Progress reporting: drawn by the command line, silent by default in Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Reporter(Protocol):
         return
 
     def note(self, text: str) -> None:
-        """A fact worth a line."""
+        """A line of information."""
         return
 
 

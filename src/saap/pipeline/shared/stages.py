@@ -1,7 +1,7 @@
-"""The stages of pruning and of recovery, in order: what each is called, needs and gives, and what is kept of it.
+"""Stages of pruning and recovery in order: titles, inputs, outputs and stage files.
 
-Progress shows their titles and the manifest records them. The run of `saap prune` and its forecast go through the same
-steps, and an interrupted run carries out those alone whose results something still needs.
+Progress shows their titles and the manifest records them. `saap prune` and its forecast use the same steps, and a
+resumed run executes only steps whose results are still needed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from itertools import groupby
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage. needs, gives: what it reads and makes, by name. MODEL and DATA come from the user.
+    """One stage. needs, gives: names of its inputs and its output. MODEL and DATA come from the user.
 
-    file: of its result in the work folder; '' if an interrupted run makes it again. per_target: made for each target,
-    whose name is in that of the file.
+    file: of its result in the work folder; '' if a resumed run repeats the stage. per_target: executed for each target,
+    whose name is part of the file name.
     """
 
     title: str
@@ -50,14 +50,14 @@ PLACE = Stage(
 )  # fmt: skip
 
 PREPARE = (LOAD, READ_TEXT, DISCOVER, TIME_DECODING)
-"""What `saap prune` does before its work folder is opened; a refusal comes here."""
+"""Stages of `saap prune` before its work folder is opened; invalid inputs are rejected here."""
 PRUNE = (
     *PREPARE, MEASURE_DENSE, ESTIMATE, FIND_COSTS, KEEP_SCORES, EVALUATE_DENSE, SEARCH, CUT, RESTORE,
     MEASURE, TIME_RESULT, PLACE,
 )  # fmt: skip
-"""All stages of `saap prune`; a run leaves out those that its settings do not ask for."""
+"""All stages of `saap prune`; a run skips those that its settings do not request."""
 
-# Of `saap recover`; the weights are either quantised while they are read or loaded as they are.
+# Stages of `saap recover`; weights are either quantised while they are read or loaded unchanged.
 READ_RECORDS = Stage("read the model's records and the training data", ("MODEL", "DATA"), "examples")
 LOAD_TEACHER = Stage("load the teacher", ("MODEL",), "teacher")
 QUANTISE = Stage("quantise the weights", ("MODEL", "examples"), "model")
@@ -70,7 +70,7 @@ WRITE = Stage("write the result and open it", ("tuned model",), "folder")
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A stage of one run, for one target where it has such. detail: tells several of the same title apart."""
+    """A stage of one run, possibly for one target. detail: distinguishes several of the same title."""
 
     stage: Stage
     target: str = ""
@@ -83,17 +83,17 @@ class Step:
 
     @property
     def gives(self) -> tuple[str, str]:
-        """The name of its result, and of what target that is."""
+        """The name of its result, and the target of that."""
         return self.stage.gives, self.target
 
     @property
     def needs(self) -> set[tuple[str, str]]:
-        """What it may need: of all targets, or of its own."""
+        """Its possible inputs: shared by all targets, or of its own."""
         return {(name, target) for name in self.stage.needs for target in ("", self.target)}
 
 
 def steps_of(stages: Sequence[Stage], targets: Sequence[str]) -> list[Step]:
-    """The steps of a run in order: stages in a row that are made for each target go target by target."""
+    """The steps of a run in order: consecutive per-target stages run target by target."""
     steps: list[Step] = []
     for each, group in groupby(stages, key=lambda stage: stage.per_target):
         row = list(group)
@@ -103,7 +103,7 @@ def steps_of(stages: Sequence[Stage], targets: Sequence[str]) -> list[Step]:
 
 
 def outstanding(steps: Sequence[Step], done: Collection[Step], wanted: Collection[str]) -> list[Step]:
-    """Steps whose results are `wanted`, or needed by others that are not `done`; of a finished one it is only read."""
+    """Steps whose results are `wanted`, or needed by others that are not `done`; results of finished steps are read."""
     found: list[Step] = []
     needed = {(name, step.target) for name in wanted for step in steps}
     for step in reversed(steps):

@@ -1,4 +1,4 @@
-"""The requested results: one target each, checked before the expensive work."""
+"""Targets: the requested results, checked before the expensive work."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from saap.structure_search.budget import AnyBudget, Budget, budget_for_bytes, bu
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One requested result. name: of its stage files. budget: None where a plan is given.
+    """One requested result. name: of its stage files. budget: None if a plan is given.
 
-    folder: where the result goes, None to keep it in memory. plan: the given one, read after discovery.
+    folder: of the result, None to keep it in memory. plan: the given one, read after discovery.
     """
 
     name: str
@@ -35,9 +35,9 @@ class Target:
 
 
 def plan_targets(config: PruneConfig, options: RunOptions, *, check: bool = True) -> list[Target]:
-    """The targets with their folders, not yet with budgets: several ratios become one subfolder of `out` each.
+    """The targets with their folders, without budgets; with several ratios, each has a subfolder of `out`.
 
-    Raises OutputError, if `check`, for a folder that holds something, unless `overwrite`, or cannot be written.
+    With `check`, raises OutputError for a folder that is not empty (unless `overwrite`) or cannot be written.
     """
     names = [f"{ratio:g}" for ratio in config.pruning_ratios] or ["target"]
     out, path = options.out, work_path(options)
@@ -50,9 +50,9 @@ def plan_targets(config: PruneConfig, options: RunOptions, *, check: bool = True
 
 
 def place_finished(work: WorkFolder, target: Target, folder: Path, report: Mapping[str, Any]) -> None:
-    """Put a whole result, which lies in `folder`, in the target's place, and record that just before.
+    """Move a complete result from `folder` to the target's folder, and record that just before.
 
-    Raises OutputError if that cannot be done; `folder` is then still there.
+    Raises OutputError if that fails; `folder` still exists then.
     """
     if target.folder is not None:
         work.write_json(PLACE.file_of(target.name), {"manifest": _manifest_digest(folder), "report": report})
@@ -60,7 +60,7 @@ def place_finished(work: WorkFolder, target: Target, folder: Path, report: Mappi
 
 
 def finished_report(work: WorkFolder, target: Target) -> dict[str, Any] | None:
-    """The report of a result that an interrupted run had already put in its place, None if it is not there."""
+    """The report of a result that an interrupted run had already moved, None if there is none."""
     record = work.read_json(PLACE.file_of(target.name))
     if not isinstance(record, dict) or target.folder is None:
         return None
@@ -86,7 +86,7 @@ def with_budgets(targets: Sequence[Target], config: PruneConfig, graph: ModelGra
 
 
 def work_path(options: RunOptions) -> Path | None:
-    """Where stage files lie: beside the output unless named; None where nothing is written."""
+    """Folder of the stage files, by default next to the output; None if nothing is written."""
     if options.work_dir is not None:
         return options.work_dir
     if options.out is None:

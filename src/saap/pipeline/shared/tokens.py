@@ -1,4 +1,4 @@
-"""The token sets of a run, and the rules by which its settings choose what they are used for."""
+"""The token sets of a run, and the rules that derive them from its settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from saap.data.pairs import draw_pairs, pairs_file
 from saap.data.samples import Calibration, check_vocabulary, draw_sets, includes_mixed, leading_ids, token_stream
 from saap.data.texts import GENERAL, KINDS, Purpose, bundled_text, kind_weights
 from saap.data.windows import SampleRequest
-from saap.evaluation.perplexity import Reader, default_window, perplexities
+from saap.evaluation.perplexity import LogitsOf, default_window, perplexities
 from saap.models.loading.images import image_token_ids, with_images
 from saap.models.loading.pretrained import load_processor
 from saap.models.walk.offload import offloaded
@@ -37,9 +37,9 @@ from saap.structure_search.second_order import gram_bytes
 from saap.surgery.reconstruct import require_sequences
 
 EVALUATION_TOKENS, KIND_TOKENS = 1024, 512
-"""Of each kind of text in GENERAL, and of each of the others, that the dense and the pruned model are measured on."""
+"""Evaluation tokens of each kind of text in GENERAL, and of each other kind."""
 EVALUATION, HELD_OUT = "bundled text that is never calibrated on", "held-out calibration samples"
-"""What models are measured on with a tokenizer, and without."""
+"""Names of the evaluation texts, with and without a tokenizer."""
 SHORT_SAMPLE = PRESETS[Preset.FAST].sample_length
 
 
@@ -47,9 +47,9 @@ SHORT_SAMPLE = PRESETS[Preset.FAST].sample_length
 class TokenSets:
     """Token ids for each use.
 
-    scored: importance and second-order costs. held: evaluating structures. refit: reconstruction. evaluation: by kind,
-    (tokens,) of texts that nothing was calibrated on. dense: the dense model's perplexities on them, where they were
-    measured already. leading: ids that each window of a text begins with.
+    scored: importance and second-order costs. held: held-out evaluation of structures. refit: reconstruction.
+    evaluation: by kind, (tokens,) of texts not used for calibration. dense: the dense model's perplexities on them, if
+    measured already. leading: ids prepended to each window of a text.
     """
 
     scored: CalibrationSet
@@ -60,12 +60,12 @@ class TokenSets:
     leading: tuple[int, ...] = ()
 
     def images(self, model: nn.Module) -> AbstractContextManager[None]:
-        """While it lasts, the model is given the images that belong to rows of these sets."""
+        """Context in which the model receives the images of rows of these sets."""
         return with_images(model, (self.scored, self.held, self.refit))
 
     @property
     def measured(self) -> tuple[str, int]:
-        """The name of the text whose perplexity stands for a model, and its tokens: the kinds of general English."""
+        """Name and tokens of the text of the headline perplexity: the kinds of general English."""
         general = [ids.size for kind, ids in self.evaluation.items() if kind in GENERAL]
         return (EVALUATION, sum(general)) if general else (HELD_OUT, self.evaluation[HELD_OUT].size)
 
@@ -75,16 +75,16 @@ class TokenSets:
         return torch.from_numpy(chosen.tokens).to(device)
 
     def longest(self, model: nn.Module) -> torch.Tensor:
-        """One sequence (1, length) as long as any that the model is to read, on its device."""
+        """One sequence (1, length) of the maximum length to be used, on the model's device."""
         window = max(self.evaluation.values(), key=len)[None, : default_window(model)]
         rows = [*(one.tokens[:1] for one in (self.scored, self.held, self.refit)), window]
         return torch.from_numpy(max(rows, key=lambda row: row.shape[1])).to(next(model.parameters()).device)
 
 
 def sample_length(model: nn.Module, config: PruneConfig) -> int:
-    """Tokens of a calibration sample: as requested, or what the preset has, as far as the model reads so many.
+    """Tokens of a calibration sample: as requested, or by the preset, limited by the model's positions.
 
-    A length that was requested is not cut to what the model reads: that is refused.
+    A requested length above the model's positions is not reduced but rejected later.
     """
     return config.sample_length or read_at_once(model, config.preset_settings.sample_length)
 
@@ -98,28 +98,28 @@ def needs_measuring(config: PruneConfig) -> bool:
 
 
 def chooses_units(config: PruneConfig) -> bool:
-    """Whether the units are the reconstruction's to choose: a method, strategy or plan that is named is kept to."""
+    """Whether the reconstruction selects the units, unless a method, strategy or plan was requested."""
     return config.method is Method.SAAP and config.strategy.evaluates and config.plan is None
 
 
 def finds_costs(config: PruneConfig, model: nn.Module, graph: ModelGraph) -> bool:
-    """Whether second-order costs join the search; not where their Gram matrices would be larger than the weights."""
+    """Whether the search uses second-order costs; not if their Gram matrices would be larger than the weights."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return chooses_units(config) and config.strategy is Strategy.SECOND_ORDER and gram_bytes(graph) <= weights
 
 
 def evaluation_sets(tokenizer: Any, kinds: Iterable[str] = KINDS) -> dict[str, IntArray]:
-    """By kind, the ids (tokens,) of the bundled text that dense and pruned models are measured on.
+    """Ids (tokens,) of the bundled evaluation text, by kind.
 
-    A kind of which the tokenizer knows no character is left out.
+    A kind with only unknown characters for the tokenizer is left out.
     """
     found = {kind: token_stream([bundled_text(kind, Purpose.EVALUATION)], tokenizer) for kind in kinds}
     cut = {kind: ids[: EVALUATION_TOKENS if kind in GENERAL else KIND_TOKENS] for kind, ids in found.items()}
     return {kind: ids for kind, ids in cut.items() if len(ids) > 1}
 
 
-def reader_of(model: nn.Module, keep: Keep = deque) -> Reader | None:
-    """How a model whose weights are in files reads all windows: block by block. None for one in memory."""
+def logits_of(model: nn.Module, keep: Keep = deque) -> LogitsOf | None:
+    """Block-wise evaluation of all windows for a model with offloaded weights. None for a model in memory."""
     away = offloaded(model)
     return None if away is None else partial(layerwise_logits, BlockWalker(model, away.blocks), keep=keep)
 
@@ -132,22 +132,21 @@ def _of_the_dense(
     if loaded.fresh is None:
         ids = torch.from_numpy(evaluation[next(iter(GENERAL))][None, : default_window(model)])
         check_runs(model, ids.to(next(model.parameters()).device))
-    return processes.broadcast_result(lambda: perplexities(model, evaluation, leading=leading, read=reader_of(model)))
+    return processes.broadcast_result(lambda: perplexities(model, evaluation, leading=leading, read=logits_of(model)))
 
 
 def bits_per_byte(perplexity: float, ids: IntArray, tokenizer: Any) -> float:
-    """What a byte of the text that these ids (tokens,) are costs a model of this perplexity on it."""
-    size = len(tokenizer.decode(ids, skip_special_tokens=True).encode()) / len(ids)  # unknown characters are none
+    """Bits per byte of a model with this perplexity on the text of these ids (tokens,)."""
+    size = len(tokenizer.decode(ids, skip_special_tokens=True).encode()) / len(ids)  # without unknown characters
     return math.log2(perplexity) / size if size else math.inf
 
 
 def draw_tokens(
     loaded: LoadedModel, config: PruneConfig, calibration: Calibration, processes: Processes | None = None
 ) -> TokenSets:
-    """All token sets of a run; no token lies in two of them where the text suffices. Raises CalibrationError.
+    """All token sets of a run, disjoint if the text is long enough. Raises CalibrationError.
 
-    The kinds of `mixed` are weighed by how well the dense model knows each of them, which the first of the processes
-    measures.
+    The kinds of `mixed` are weighted by how well the dense model predicts each, measured by the first process.
     """
     evaluation = {} if loaded.tokenizer is None else evaluation_sets(loaded.tokenizer)
     leading, weights = leading_ids(loaded.tokenizer, bos=config.bos), KINDS
@@ -155,7 +154,7 @@ def draw_tokens(
     settings = config.preset_settings
     refit_length, held_length = (read_at_once(loaded.model, n) for n in (settings.refit_length, settings.held_length))
     scored_length = sample_length(loaded.model, config)
-    # Of a short text, as many tokens as `fast` would take must do, unless the length of samples was requested.
+    # For a short text, the tokens of `fast` are sufficient, unless the length of samples was requested.
     enough = None if config.sample_length else -(-config.samples * SHORT_SAMPLE // scored_length)
     requests = [
         SampleRequest("scored", config.samples, scored_length, at_least=enough),
@@ -194,13 +193,13 @@ def draw_tokens(
 
 
 def _processor(loaded: LoadedModel, config: PruneConfig, file: Path) -> Any:
-    """What makes inputs of images and text for the model. Raises CalibrationError if it has none."""
+    """The processor of images and text for the model. Raises CalibrationError if it has none."""
     if config.method is not Method.SAAP:
-        raise CalibrationError(f"--method {config.method} is not made for image-text pairs", "Give a text file")
+        raise CalibrationError(f"--method {config.method} does not support image-text pairs", "Give a text file")
     processor = None if loaded.folder is None else load_processor(loaded.folder)
     if processor is None or not image_token_ids(getattr(loaded.model, "config", None)):
         raise CalibrationError(
-            f"{file} holds image-text pairs, but the model has no processor for images",
+            f"{file} has image-text pairs, but the model has no processor for images",
             "Give a text file, or the folder of a model that reads images with its processor's files",
         )
     return processor

@@ -1,4 +1,4 @@
-"""The work folder: finished stages of a run, kept beside the output until the run succeeds."""
+"""The work folder: finished stages of a run, kept next to the output until the run succeeds."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ SETTINGS, LOCK = "settings.json", "lock"
 
 
 class WorkFolder:
-    """Stage files of one run. A rerun with the same settings and model finds them; another run is refused.
+    """Stage files of one run. A rerun with the same settings and model resumes; another run is rejected.
 
-    path: None for a folder that vanishes with this object.
+    path: None for a temporary folder.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -38,38 +38,40 @@ class WorkFolder:
 
     @classmethod
     def shared(cls, path: Path | None, processes: Processes) -> WorkFolder:
-        """The same folder in all processes, of which the first one makes a temporary one."""
+        """The same folder in all processes; the first one creates a temporary folder."""
         made = cls(path) if processes.first else None
         where = processes.broadcast_result(lambda: None if made is None else made.path)
         return cls(where) if made is None else made
 
     def open(self, settings_digest: str) -> bool:
-        """Create the folder, or resume an interrupted run. Returns whether there is something to resume.
+        """Create the folder, or resume an interrupted run. Returns whether the run resumes.
 
-        Raises StaleInputError if the folder belongs to a run with other settings, OutputError if it cannot be made.
+        Raises StaleInputError if the folder belongs to a run with other settings, OutputError if creation fails.
         """
         found = self.read_json(SETTINGS)
         if found is not None:
             digest = str(found.get("digest", "")) if isinstance(found, dict) else ""
             if digest != settings_digest:
                 raise StaleInputError(
-                    f"{self.path} holds stages of a run with other settings or texts, another model or another "
+                    f"{self.path} has stages of a run with other settings or texts, another model or another "
                     f"version of saap (digest {digest[:12]}, this run has {settings_digest[:12]})",
                     "Delete that folder, or choose another --work-dir",
                 )
             return True
-        # But for what a process left that was killed at its beginning
+        # except leftovers of a process that was killed at its start
         of_no_use = {part_of(self.path / SETTINGS), self.path / LOCK}
         if self.path.exists() and not (self.path.is_dir() and of_no_use.issuperset(self.path.iterdir())):
-            raise OutputError(f"The work folder {self.path} exists and is of no run", "Choose another --work-dir")
+            raise OutputError(
+                f"The work folder {self.path} exists and does not belong to a run", "Choose another --work-dir"
+            )
         self.write_json(SETTINGS, {"digest": settings_digest})
         return False
 
     @contextmanager
     def alone(self, processes: Processes) -> Iterator[None]:
-        """While it lasts, no other run works in the folder, however this one ends.
+        """Context with a lock on the folder, which is released however this run ends.
 
-        Raises OutputError in all processes if one does already. File systems that know no locks let both work.
+        Raises OutputError in all processes if another run has the lock. File systems without locks allow both.
         """
         processes.broadcast_result(self._acquire)
         try:
@@ -99,13 +101,13 @@ class WorkFolder:
             raise StaleInputError(f"{path} is damaged", "Delete the work folder and start again") from None
 
     def write_json(self, name: str, content: Any) -> None:
-        """Write a stage file at once or not at all."""
+        """Write a stage file atomically."""
         write_whole(self.file(name), json.dumps(content, indent=1).encode())
 
     def close(self, *, keep: bool) -> None:
-        """After success: delete the folder unless `keep`; one without a name of its own always goes.
+        """After success: delete the folder unless `keep`; a temporary folder is always deleted.
 
-        It gets another name first, so that a folder that is half deleted is never resumed.
+        It is renamed first, so that a partly deleted folder is never resumed.
         """
         if keep and not self._temporary:
             return
