@@ -37,7 +37,7 @@ WARM_UP_STEPS = 3
 STEPS = 80
 """At most; of more text each step takes more."""
 BETAS = (0.9, 0.95)
-ROUNDING = 1e-6
+ROUNDING = 1e-5
 """A divergence below this, in nats per token, is that of rounding."""
 LARGEST_NORM = 1.0
 """Of the gradient of all parameters together, each in units of its own scale."""

@@ -140,7 +140,7 @@ def _tokens(run: Run) -> dict[Stage, float]:
         stages.EVALUATE_DENSE: held,
         stages.SEARCH: held * search_evaluations(run),
         stages.CUT: 0,
-        stages.RESTORE: 3.7 * refit_tokens(config) + 4 * min(refit_tokens(config), tuned),
+        stages.RESTORE: 3.7 * refit_tokens(config) + 5 * min(refit_tokens(config), tuned),
         stages.MEASURE: answer + evaluated,
     }
     if config.method is not Method.SAAP:

@@ -17,6 +17,7 @@ from saap.pipeline.shared.stages import Stage
 from saap.pipeline.shared.tokens import chooses_units
 from saap.settings.prune import PruneConfig
 from saap.settings.registry import Method, Strategy
+from saap.surgery.distillation import RANK
 
 WINDOW_TOKENS = 2048
 """Tokens of a batch of windows of a measured text, and of one of the sequences of a reconstruction."""
@@ -79,7 +80,7 @@ class Sizes:
     @property
     def captured_by_token(self) -> int:
         """The same for one token."""
-        return 4 * (9 * self.width + self.widest)
+        return 4 * (6 * self.width + self.widest)
 
     def scoring(self, config: PruneConfig) -> int:
         """Activations under autograd, two matrices for the gradient of a weight, and some tokens' logits."""
@@ -114,10 +115,17 @@ def stage_needs(sizes: Sizes, config: PruneConfig) -> Mapping[Stage, int]:
         stages.KEEP_SCORES: 0,
         stages.EVALUATE_DENSE: measuring,
         stages.SEARCH: measuring,
-        stages.RESTORE: windows + solving if config.restore else 0,
+        stages.RESTORE: config.restore * max(windows + solving, _distilling(sizes, config)),
         stages.MEASURE: measuring,
         stages.TIME_RESULT: measuring,
     }
+
+
+def _distilling(sizes: Sizes, config: PruneConfig) -> int:
+    """Backpropagation of one sequence; factors of the updates in seven copies (start, changes, gradients, moments)."""
+    length = config.preset_settings.refit_length
+    updates = 2 * RANK * sizes.values // sizes.width
+    return sizes.block_activations(length, length) + 4 * sizes.blocks * length * sizes.width + 28 * updates
 
 
 def _costs(sizes: Sizes, config: PruneConfig) -> int:

@@ -19,7 +19,7 @@ from saap.models.walk import offload as offload_module
 from saap.models.walk.offload import OffloadedWeights
 from saap.pipeline.prune import planning
 from saap.pipeline.prune.run import run_prune
-from saap.pipeline.shared import memory, memory_estimate, stages
+from saap.pipeline.shared import memory_estimate, memory_limit, stages
 from saap.pipeline.shared.inputs import RunOptions
 from saap.settings.prune import PruneConfig
 
@@ -52,7 +52,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(OffloadedWeights, "onload", counted)
     monkeypatch.setattr(offload_module, "SMALL_BYTES", 0)
-    monkeypatch.setattr(memory, "RESERVE_BYTES", 0)
+    monkeypatch.setattr(memory_limit, "RESERVE_BYTES", 0)
     monkeypatch.setattr(device_memory, "of_process", lambda: 0)
     monkeypatch.setattr(memory_estimate.Needs, "of", lambda sizes, config: memory_estimate.Needs(2, 2, 1))
     yield found
@@ -191,15 +191,15 @@ def test_weights_count_once_where_the_run_fits(source: Path, tmp_path: Path, mon
     weights = 10**9
     taken = [10**8]
     monkeypatch.setattr(device_memory, "of_process", lambda: taken[0])
-    stock = memory.open_model
+    stock = memory_limit.open_model
 
     def reading(*arguments: Any, **named: Any) -> Any:
         taken[0] += weights
         return stock(*arguments, **named)
 
-    monkeypatch.setattr(memory, "open_model", reading)
+    monkeypatch.setattr(memory_limit, "open_model", reading)
     needs = memory_estimate.Needs(weights + 10**8, weights + 10**8, 1)
     monkeypatch.setattr(memory_estimate.Needs, "of", lambda sizes, config: needs)
     config = PruneConfig(pruning_ratios=(0.2,), **SETTINGS)
-    limit = memory.RESERVE_BYTES + weights + 3 * 10**8
-    assert not memory.open_within(source, config, RunOptions(max_memory=limit), None).spills
+    limit = memory_limit.RESERVE_BYTES + weights + 3 * 10**8
+    assert not memory_limit.open_within(source, config, RunOptions(max_memory=limit), None).spills
