@@ -41,9 +41,7 @@ def pruned(
                 if parameter.dim() == 1:
                     parameter.mul_(0.8)
     held = held_out_sequences(len(ids))
-    text = DistillationText(
-        tokens=ids, teacher=done.dense, trained=len(ids) - held, held_out=held, micro_batch=MICRO_BATCH
-    )
+    text = DistillationText(tokens=ids, teacher=done.dense, held_out=held, micro_batch=MICRO_BATCH)
     return dense, model, backend, list(graph.blocks[: len(graph.blocks) - len(dropped)]), text
 
 
@@ -75,7 +73,7 @@ def test_a_model_that_is_still_dense_stays_as_it_is() -> None:
     model, ids = copy.deepcopy(dense), tokens(rows=8)
     plan = make_plan(graph, {}, (), layout=Layout.ADAPTIVE, strategy="test", align=1)
     done = reconstruct(Backend(model, graph), plan, ids, ReconstructionSettings())
-    text = DistillationText(tokens=ids, teacher=done.dense, trained=4, held_out=4, micro_batch=MICRO_BATCH)
+    text = DistillationText(tokens=ids, teacher=done.dense, held_out=4, micro_batch=MICRO_BATCH)
     before, after = distill(Backend(model, graph), graph.blocks, text)
     assert (before, after) == (0.0, 0.0)
     assert all(torch.equal(*both) for both in zip(model.parameters(), dense.parameters(), strict=True))

@@ -145,33 +145,23 @@ class PresetSettings:
     """What a preset buys.
 
     sample_length: tokens of each calibration sample. refit_sequences x refit_length: tokens of the least-squares
-    reconstruction. distilled_sequences: of these, that the distillation trains on. search_evaluations: candidates that
-    the search may measure. held_sequences x held_length: tokens each of them is measured on.
+    reconstruction and of the distillation. search_evaluations: candidates that the search may measure. held_sequences x
+    held_length: tokens each of them is measured on.
     """
 
     sample_length: int = 128
-
     refit_sequences: int
     refit_length: int = 512
-    distilled_sequences: int
     search_evaluations: int
     held_sequences: int
     held_length: int = 128
 
 
 PRESETS: dict[Preset, PresetSettings] = {
-    Preset.PAPER: PresetSettings(refit_sequences=256, distilled_sequences=64, search_evaluations=0, held_sequences=8),
-    Preset.FAST: PresetSettings(refit_sequences=40, distilled_sequences=36, search_evaluations=0, held_sequences=8),
-    Preset.DEFAULT: PresetSettings(
-        sample_length=512, refit_sequences=192, distilled_sequences=64, search_evaluations=12, held_sequences=16
-    ),
-    Preset.BEST: PresetSettings(
-        sample_length=512,
-        refit_sequences=384,
-        distilled_sequences=128,
-        search_evaluations=32,
-        held_sequences=24,
-    ),
+    Preset.PAPER: PresetSettings(refit_sequences=112, search_evaluations=0, held_sequences=8),
+    Preset.FAST: PresetSettings(refit_sequences=40, search_evaluations=0, held_sequences=8),
+    Preset.DEFAULT: PresetSettings(sample_length=256, refit_sequences=112, search_evaluations=12, held_sequences=16),
+    Preset.BEST: PresetSettings(sample_length=512, refit_sequences=320, search_evaluations=32, held_sequences=24),
 }
 OF_THE_PAPER = {"importance": Importance.FUSED, "strategy": Strategy.STABILITY, "restore": False}
 """What the preset `paper` sets, unless it is given: the fused score orders units, module importance decides how much

@@ -47,14 +47,13 @@ LARGEST_NORM = 1.0
 class DistillationText:
     """What is distilled on.
 
-    tokens: (sequences, length) ids. trained: how many of the first to train on. held_out: how many of the last to
-    evaluate on. teacher: hidden states after the dense model's last block, in micro-batches of `micro_batch` sequences,
-    of this process' share. ignored: ids whose prediction does not count (places of an image).
+    tokens: (sequences, length) ids. held_out: how many of the last only evaluate. teacher: hidden states after the
+    dense model's last block, in micro-batches of `micro_batch` sequences, of this process' share. ignored: ids whose
+    prediction does not count (places of an image).
     """
 
     tokens: Tensor
     teacher: Tensors
-    trained: int
     held_out: int
     micro_batch: int
     ignored: Sequence[int] = ()
@@ -64,11 +63,11 @@ class DistillationText:
 def distill(backend: Backend, blocks: Sequence[str], text: DistillationText) -> tuple[float, float]:
     """Train by the KL divergence of the dense model's predictions from the pruned one's, in place.
 
-    backend: of the pruned model, whose `blocks` are the paths of those that are left. One pass over the text to train
-    on; where that does not lower the divergence on the held-out text, the weights stay as they were. The final norm
-    and the head stay, so that one head reads both streams. Of several processes each computes for the sequences whose
-    dense hidden states it has, and all take the same steps. Returns the divergence on the held-out text before and
-    after, in nats per token; zeros where there is nothing to train or to compensate. Raises NonFiniteLossError.
+    backend: of the pruned model, whose `blocks` are the paths of those that are left. One pass over the text; where
+    that does not lower the divergence on the held-out text, the weights stay as they were. The final norm and the head
+    stay, so that one head reads both streams. Of several processes each computes for the sequences whose dense hidden
+    states it has, and all take the same steps. Returns the divergence on the held-out text before and after, in nats
+    per token; zeros where there is nothing to train or to compensate. Raises NonFiniteLossError.
     """
     training = _Distillation(backend, blocks, text)
     if not training.values:
@@ -122,7 +121,8 @@ class _Distillation:
 
     def run(self) -> tuple[float, float]:
         """Train, and keep what is better."""
-        rows, each = self.text.trained, -(-self.text.trained // STEPS)
+        rows = len(self.text.tokens) - self.text.held_out
+        each = -(-rows // STEPS)
         steps = [range(first, min(first + each, rows)) for first in range(0, rows, each)]
         start = dict(self.values)
         before = self._divergence()

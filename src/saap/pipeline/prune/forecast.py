@@ -131,7 +131,6 @@ def _tokens(run: Run) -> dict[Stage, float]:
     evaluated = sum(ids.size for ids in tokens.evaluation.values())
     answer = STEP_TOKENS * ANSWER_TOKENS * (run.loaded.tokenizer is not None)
     held = tokens.held.tokens.size if needs_measuring(config) else 0
-    tuned = config.preset_settings.distilled_sequences * config.preset_settings.refit_length
     found: dict[Stage, float] = {
         stages.MEASURE_DENSE: answer + (0 if tokens.dense else evaluated),
         stages.ESTIMATE: (3.5 if config.importance is Importance.TOKEN_FISHER else 4.7) * tokens.scored.tokens.size,
@@ -140,7 +139,7 @@ def _tokens(run: Run) -> dict[Stage, float]:
         stages.EVALUATE_DENSE: held,
         stages.SEARCH: held * search_evaluations(run),
         stages.CUT: 0,
-        stages.RESTORE: 3.7 * refit_tokens(config) + 5 * min(refit_tokens(config), tuned),
+        stages.RESTORE: 8.5 * refit_tokens(config),
         stages.MEASURE: answer + evaluated,
     }
     if config.method is not Method.SAAP:

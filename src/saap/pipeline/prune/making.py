@@ -189,9 +189,8 @@ def _reconstructed(
         done = reconstruct(_restoring(run, model, 0), plan, tokens, settings)
     keep = {name: done.keep.get(name, kept) for name, kept in plan.keep.items()}
     held = min(held_out_sequences(len(tokens)), EVALUATED_SEQUENCES)
-    trained = min(run.config.preset_settings.distilled_sequences, len(tokens) - held)
     text = DistillationText(
-        tokens=tokens, teacher=done.dense, trained=trained, held_out=held, micro_batch=MICRO_BATCH,
+        tokens=tokens, teacher=done.dense, held_out=held, micro_batch=MICRO_BATCH,
         ignored=run.tokens.refit.ignored,
     )  # fmt: skip
     return dataclasses.replace(plan, keep=keep), done, text
