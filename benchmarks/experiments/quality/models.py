@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import peak_of, timed_saap
 from lab.dense import coder_model, multilingual_model
-from lab.texts import DATA, TEXTS, perplexities
+from lab.texts import DATA, INSTRUCTIONS, perplexities, texts
 
 SMOLLM2, GEMMA, QWEN, LARGE = "smollm2", "gemma-3-270m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"
 RUNS = {
@@ -27,6 +28,9 @@ CELLS = [
     *(f"{LARGE}/{run}" for run in ("fast", "llm-pruner", "llm-pruner-restored")),
 ]
 MORE = {"french": DATA / "flores200" / "fra.evaluation.txt.gz", "chinese": DATA / "flores200" / "zho.evaluation.txt.gz"}
+CODE = ("rich.layout", "jinja2.loaders", "networkx.algorithms.bipartite.matching", "sklearn.cluster._kmeans")
+"""Installed modules whose sources nothing was calibrated on."""
+OPTIONS = INSTRUCTIONS
 SETTINGS = {"pruning ratio": 0.2, "measured tokens": 4096}
 SMOKE = False
 
@@ -38,6 +42,14 @@ def source_of(request: Request, model: str) -> str:
     return multilingual_model(request) if model == GEMMA else coder_model(request, model)
 
 
+def code(folder: Path) -> Path:
+    """Python code in one file."""
+    sources = [Path(found.origin) for found in map(find_spec, CODE) if found is not None and found.origin]
+    file = folder / "code.txt"
+    file.write_text("\n\n".join(source.read_text(encoding="utf-8")[500:9500] for source in sources), encoding="utf-8")
+    return file
+
+
 def measure(request: Request, wanted: Names) -> Measured:
     """One `saap prune` each in a process of its own; what it says of each kind, and perplexities of further texts."""
     ratio, most = str(request.settings["pruning ratio"]), int(request.settings["measured tokens"])
@@ -45,7 +57,8 @@ def measure(request: Request, wanted: Names) -> Measured:
         model, _, run = cell.partition("/")
         source = source_of(request, model)
         with tempfile.TemporaryDirectory() as temporary:
-            out, named = Path(temporary) / "pruned", {**TEXTS, **MORE}
+            out = Path(temporary) / "pruned"
+            named = {**texts(request.given, Path(temporary)), **MORE, "code": code(Path(temporary))}
             report, seconds, _ = timed_saap("prune", source, "--pruning-ratio", ratio, *RUNS[run], "--out", out)
             report = report.get("pruned", report)
             dense, pruned = (perplexities(one, named, most=most) for one in (source, out))

@@ -34,7 +34,7 @@ RANK = 16
 DOWN_SCALE, UP_SCALE = 7.0, 0.2
 """Of the factors of an update: A in units of its entries at the start, B so that B A is in units of the matrix."""
 WARM_UP_STEPS = 3
-STEPS = 80
+STEPS = 128
 """At most; of more text each step takes more."""
 BETAS = (0.9, 0.95)
 ROUNDING = 1e-5
