@@ -253,14 +253,14 @@ def test_a_restoration_of_7b_fits_into_24_gb_by_the_formula() -> None:
     """bfloat16 weights of LLaMA-7B on an accelerator, effort `default`."""
     sizes = memory_limit.Sizes(
         weights=13_476_831_232, block=404_766_720, around=524_296_192, matrix=90_177_536, widest=11008, width=4096,
-        blocks=32, vocabulary=32000, heads=32, values=6_476_005_376,
+        blocks=32, vocabulary=32000, heads=32, values=6_476_005_376, updates=39_976_960,
     )  # fmt: skip
 
     def gigabytes(need: str, **choices: Any) -> float:
         config = PruneConfig(pruning_ratios=(0.2,), **choices)
         return round((memory_limit.RESERVE_BYTES + getattr(memory_limit.Needs.of(sizes, config), need)) / 10**9, 1)
 
-    assert gigabytes("resident") == 34.6
+    assert gigabytes("resident") == 28.8
     assert gigabytes("spilled") == 20.6  # a card of 24 GB has room for it
     assert gigabytes("offloaded") == 7.6
-    assert gigabytes("spilled", method="llm-pruner-mixed") == 66.6
+    assert gigabytes("spilled", method="llm-pruner-mixed") == 66.3

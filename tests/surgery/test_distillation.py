@@ -14,6 +14,7 @@ from saap.discovery import discover
 from saap.models.walk.backend import Backend
 from saap.models.walk.spill import Spill
 from saap.structure_search.plan import make_plan
+from saap.surgery import distillation
 from saap.surgery.cut import cut
 from saap.surgery.distillation import RANK, DistillationText, distill
 from saap.surgery.reconstruct import MICRO_BATCH, ReconstructionSettings, held_out_sequences, reconstruct
@@ -110,6 +111,42 @@ def test_updates_that_were_merged_predict_what_was_measured_with_them() -> None:
     assert 0 < torch.linalg.matrix_rank(change, rtol=1e-4) <= RANK
     assert divergence(dense, model, text.tokens[-text.held_out :]) == pytest.approx(after, rel=1e-4)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class _Router(nn.Linear):
+    """As Llama 4 has it: a linear module whose forward gives more than one tensor."""
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = super().forward(hidden)
+        return scores, scores.softmax(-1)
+
+
+def test_modules_that_are_no_plain_linear_ones_get_no_update_and_keywords_are_read() -> None:
+    _, model, backend, blocks, text = pruned("llama", tokens())
+    mlp = model.get_submodule(f"{blocks[0]}.mlp")
+    mlp.router = _Router(mlp.gate_proj.in_features, 2).to(mlp.gate_proj.weight)
+    router, gate = mlp.router.weight.clone(), mlp.gate_proj.weight.clone()
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        mlp.router(x)
+        hidden = mlp.act_fn(mlp.gate_proj(input=x)) * mlp.up_proj(x)
+        found: torch.Tensor = mlp.down_proj(hidden)
+        return found
+
+    mlp.forward = forward
+    before, after = distill(backend, blocks, text)
+    assert after < before
+    assert torch.equal(mlp.router.weight, router)
+    assert not torch.equal(mlp.gate_proj.weight, gate)
+
+
+def test_a_training_that_diverges_leaves_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model, backend, blocks, text = pruned("llama", tokens())
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(distillation, "LEARNING_RATE", float("nan"))
+    first, last = distill(backend, blocks, text)
+    assert first == last > 0
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_vectors_of_a_bfloat16_model_take_steps_that_its_type_cannot_hold() -> None:

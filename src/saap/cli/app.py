@@ -11,7 +11,7 @@ import click
 
 from saap._version import __version__
 from saap.cli.processes import leave, one_of_several
-from saap.core.errors import SaapError
+from saap.core.errors import SaapError, first_line, out_of_memory
 
 COMMANDS = {
     "prune": ("prune", "Prune a model and write a smaller checkpoint."),
@@ -26,8 +26,6 @@ COMMANDS = {
     "demo": ("demo", "Prune a small real model by 20 % and show the result."),
 }
 """Commands: the module, imported when the command is called, and the summary line."""
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
-"""Parts of torch's messages: CUDA and MPS, the CPU."""
 
 
 class Commands(click.Group):
@@ -83,9 +81,9 @@ def main() -> None:
         leave(2, f"error: {error.format_message().rstrip('.')}. See `{command} --help`.")
     except (KeyboardInterrupt, click.Abort):
         leave(130, "interrupted: finished stages are kept; the same command resumes from there.")
-    except (MemoryError, RuntimeError) as error:  # torch's own class would have to be imported to be named
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
             raise
-        reason = (str(error).splitlines() or ["the machine has no more"])[0].rstrip(".")
-        leave(2, f"error: Out of memory: {reason}. Free some, lower --max-memory or --batch-size, or use --device cpu.")
+        remedy = "Free some, or lower what the run takes (prune: --max-memory; recover: --micro-batch-size)"
+        leave(2, f"error: Out of memory: {first_line(error).rstrip('.')}. {remedy}.")
     sys.exit(code if isinstance(code, int) else 0)

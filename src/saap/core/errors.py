@@ -28,6 +28,11 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error, maybe of torch, says that memory is exhausted: CUDA and MPS, the CPU, Python."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in ("out of memory", "allocate memory"))
+
+
 def first_line(error: BaseException) -> str:
     """First line of another library's error message; its class name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

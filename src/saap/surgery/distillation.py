@@ -7,13 +7,14 @@ Trained are the one-dimensional parameters of the blocks (norm scales, biases) a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from saap.core.errors import NonFiniteLossError
 from saap.models.loading.precision import at_least_float32, widest_dtype
@@ -35,7 +36,7 @@ DOWN_SCALE, UP_SCALE = 7.0, 0.2
 """Of the factors of an update: A in units of its entries at the start, B so that B A is in units of the matrix."""
 WARM_UP_STEPS = 3
 STEPS = 128
-"""At most; of more text each step takes more."""
+"""At most; of more text each step takes more. One of a single sequence is the work of one process."""
 BETAS = (0.9, 0.95)
 ROUNDING = 1e-5
 """A divergence below this, in nats per token, is that of rounding."""
@@ -106,8 +107,7 @@ class _Distillation:
 
     def _add_updates(self, path: str, block: nn.Module) -> None:
         """Factors A (RANK, in), random, and B (out, RANK), zero: the update B A begins at zero."""
-        found = {f"{path}.{name}": module for name, module in linear_modules(block).items()}
-        self.modules[path] = {name: one for name, one in found.items() if weight_out_in(one).numel()}
+        self.modules[path] = {f"{path}.{name}": module for name, module in updated_modules(block).items()}
         for name, module in self.modules[path].items():
             weight = weight_out_in(module)
             outputs, inputs = weight.shape
@@ -126,6 +126,8 @@ class _Distillation:
         steps = [range(first, min(first + each, rows)) for first in range(0, rows, each)]
         start = dict(self.values)
         before = self._divergence()
+        if not math.isfinite(before):
+            raise NonFiniteLossError("The pruned model's predictions are not finite", "Use --dtype float32")
         if before < ROUNDING:
             return 0.0, 0.0
         changes = {name: value.new_zeros(value.shape).requires_grad_() for name, value in self.values.items()}
@@ -133,22 +135,24 @@ class _Distillation:
         for done, step in enumerate(steps):
             gradients = self._gradients(step)
             for name, change in changes.items():
-                change.grad = gradients[name].to(change) * self.scales[name]
+                change.grad = gradients.pop(name).to(change) * self.scales[name]
             torch.nn.utils.clip_grad_norm_(changes.values(), LARGEST_NORM)
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(done, len(steps))
             optimizer.step()
+            optimizer.zero_grad()
             self.values = {name: start[name] + self.scales[name] * change for name, change in changes.items()}
             self.progress(done + 1, len(steps))
         after = self._divergence()
-        if not after < before:
+        if not after < before:  # or not finite
             self.values, after = start, before
         for path in self.walker.paths:
             onload(self.model, path, change=True)
             self._put_vectors(path)
             for name, module in self.modules[path].items():
                 weight = weight_out_in(module)
-                weight.add_((self.values[f"{name}.lora_B"] @ self.values[f"{name}.lora_A"]).to(weight))
+                update = self.values[f"{name}.lora_B"] @ self.values[f"{name}.lora_A"]
+                weight.copy_(at_least_float32(weight) + update.to(weight.device))
         return before, after
 
     def _put_vectors(self, path: str) -> None:
@@ -167,7 +171,7 @@ class _Distillation:
             factors = {key: self.values[key] for key in (f"{name}.lora_A", f"{name}.lora_B")}
             trained |= factors
             hooks[module] = _adding(*factors.values())
-        with hooked(hooks):
+        with hooked(hooks, with_kwargs=True):
             yield trained
 
     def _own(self, rows: range) -> list[tuple[Tensor, Tensor]]:
@@ -209,7 +213,7 @@ class _Distillation:
         ignored = torch.tensor(list(self.text.ignored), dtype=tokens.dtype, device=tokens.device)
         return ~torch.isin(tokens, ignored)
 
-    def _gradients(self, rows: range) -> Mapping[str, Tensor]:
+    def _gradients(self, rows: range) -> dict[str, Tensor]:
         """Gradients of the values by the mean divergence over the tokens of some sequences, of all processes."""
         predictions = int(self._learned(self.text.tokens[rows.start : rows.stop])[:, 1:].sum())
         found = {name: torch.zeros_like(value) for name, value in self.values.items()}
@@ -234,18 +238,23 @@ class _Distillation:
             count += int(self._learned(tokens)[:, 1:].sum())
         both = torch.tensor([total, count], dtype=widest_dtype(text.tokens.device), device=text.tokens.device)
         total, count = (float(one) for one in self.processes.total(both))
-        if not math.isfinite(total):
-            raise NonFiniteLossError("The pruned model's predictions are not finite", "Use --dtype float32")
         return total / max(1, count)
 
 
-def _adding(down: Tensor, up: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+def updated_modules(block: nn.Module) -> dict[str, nn.Module]:
+    """By path, the linear modules of a block that get an update: those that only multiply and add their bias."""
+    plain = (nn.Linear.forward, Conv1D.forward)
+    found = linear_modules(block).items()
+    return {path: one for path, one in found if type(one).forward in plain and weight_out_in(one).numel()}
+
+
+def _adding(down: Tensor, up: Tensor) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
     """A hook that adds the update's share to what a linear module gives. down: (rank, in). up: (out, rank)."""
 
-    def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        factors = (one.to(output) for one in (down, up))
-        x = inputs[0].to(output.dtype)
-        return output + nn.functional.linear(nn.functional.linear(x, next(factors)), next(factors))
+    def add(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> Tensor:
+        (x,) = inputs or keywords.values()
+        narrow = nn.functional.linear(x.to(output.dtype), down.to(output))
+        return output + nn.functional.linear(narrow, up.to(output))
 
     return add
 

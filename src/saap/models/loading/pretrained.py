@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from saap.core.errors import ConfigurationError, ModelError, first_line
+from saap.core.errors import ConfigurationError, ModelError, first_line, out_of_memory
 from saap.core.records import ModelRef, digest_of
 from saap.models.checkpoint.groupwise import GroupwiseWeight, pack_linear, read_packed
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, SaapPrunedConfig
@@ -66,6 +66,8 @@ def _explained(fault: str, remedy: str) -> Iterator[None]:
         with quiet_transformers():
             yield
     except Exception as error:  # each family and each tokenizer library raises its own errors
+        if out_of_memory(error):
+            raise
         raise ModelError(f"{fault} ({first_line(error)})", remedy) from error
 
 

@@ -66,9 +66,9 @@ class PackedTensors(deque[Tensor]):
         super().append(self._packed(tensor.detach()) if tensor.device.type == "cpu" else tensor)
 
     def _packed(self, tensor: Tensor) -> Tensor:
-        if len(self._piece) < tensor.nbytes:
-            self._piece = torch.empty(max(PIECE_BYTES, tensor.nbytes), dtype=torch.uint8)
         used = -(-tensor.nbytes // 64) * 64
+        if len(self._piece) < tensor.nbytes:
+            self._piece = torch.empty(max(PIECE_BYTES, used), dtype=torch.uint8)
         place, self._piece = self._piece[: tensor.nbytes], self._piece[used:]
         return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 

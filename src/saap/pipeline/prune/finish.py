@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.core.errors import VerificationError, first_line
+from saap.core.errors import VerificationError, first_line, out_of_memory
 from saap.core.manifest import Answers, KindChange, PerplexityChange, SpeedRecord
 from saap.core.records import ImportanceScores
 from saap.data.texts import UNKNOWN
@@ -150,6 +150,8 @@ def _check_written(run: Run, target: Target, model: nn.Module, expected: torch.T
     try:
         found = _few_logits(run, model)
     except Exception as error:  # the code of its class
+        if out_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         remedy = f"Call saap.prune without `out` to keep it in memory, and {fault}"
         raise VerificationError(f"{what} does not run ({reason})", remedy) from error

@@ -12,12 +12,13 @@ from torch import nn
 from saap.discovery.blocks import find_blocks
 from saap.estimation.estimate import TOKENS_AT_ONCE
 from saap.evaluation.perplexity import LOGITS_BYTES
+from saap.models.structure.linear import weight_out_in
 from saap.pipeline.shared import stages
 from saap.pipeline.shared.stages import Stage
 from saap.pipeline.shared.tokens import chooses_units
 from saap.settings.prune import PruneConfig
 from saap.settings.registry import Method, Strategy
-from saap.surgery.distillation import RANK
+from saap.surgery.distillation import RANK, updated_modules
 
 WINDOW_TOKENS = 2048
 """Tokens of a batch of windows of a measured text, and of one of the sequences of a reconstruction."""
@@ -32,8 +33,9 @@ class Sizes:
     """Bytes of weights in memory, and lengths. block: of the largest. around: of the modules outside the blocks.
 
     matrix: bytes of the largest matrix of a block. widest: its longer side. width: of the residual stream. vocabulary:
-    0 if unknown. heads: query heads of a block. values: number of elements of the matrices of all blocks. pages: bytes
-    of file pages, which count as memory of the process while weights are read; 0 on an accelerator.
+    0 if unknown. heads: query heads of a block. values: number of elements of the matrices of all blocks. updates: of
+    the factors of the low-rank updates of them. pages: bytes of file pages, which count as memory of the process while
+    weights are read; 0 on an accelerator.
     """
 
     weights: int
@@ -46,12 +48,15 @@ class Sizes:
     vocabulary: int
     heads: int
     values: int
+    updates: int = 0
     pages: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, device: torch.device) -> Sizes:
         """Sizes of a model for computing on a device; its weights need no values."""
-        inside = [list(model.get_submodule(path).parameters()) for path in find_blocks(model)]
+        found = [model.get_submodule(path) for path in find_blocks(model)]
+        inside = [list(block.parameters()) for block in found]
+        updated = [weight_out_in(module) for block in found for module in updated_modules(block).values()]
         matrices = [parameter for block in inside for parameter in block if parameter.dim() > 1]
         largest = max(matrices, key=torch.Tensor.numel)
         weights, width = sum(p.nbytes for p in model.parameters()), min(largest.shape[-2:])
@@ -63,7 +68,8 @@ class Sizes:
             widest=max(largest.shape), width=width, blocks=len(blocks),
             vocabulary=vocabulary if isinstance(vocabulary, int) else 0,
             heads=heads if isinstance(heads, int) and heads else max(1, width // HEAD_WIDTH),
-            values=sum(map(torch.Tensor.numel, matrices)), pages=weights // 2 if device.type == "cpu" else 0,
+            values=sum(map(torch.Tensor.numel, matrices)), updates=RANK * sum(sum(one.shape) for one in updated),
+            pages=weights // 2 if device.type == "cpu" else 0,
         )  # fmt: skip
 
     def block_activations(self, tokens: int, length: int = WINDOW) -> int:
@@ -124,8 +130,7 @@ def stage_needs(sizes: Sizes, config: PruneConfig) -> Mapping[Stage, int]:
 def _distilling(sizes: Sizes, config: PruneConfig) -> int:
     """Backpropagation of one sequence; factors of the updates in seven copies (start, changes, gradients, moments)."""
     length = config.preset_settings.refit_length
-    updates = 2 * RANK * sizes.values // sizes.width
-    return sizes.block_activations(length, length) + 4 * sizes.blocks * length * sizes.width + 28 * updates
+    return sizes.block_activations(length, length) + 4 * sizes.blocks * length * sizes.width + 28 * sizes.updates
 
 
 def _costs(sizes: Sizes, config: PruneConfig) -> int:
