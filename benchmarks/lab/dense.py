@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,15 @@ from saap.data.samples import draw_sets, leading_ids, token_stream
 from saap.data.texts import read_documents
 from saap.data.windows import SampleRequest
 from saap.discovery import discover
+from saap.estimation.estimate import estimate
+from saap.estimation.fusion import fuse
 from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products
 from saap.models.structure.masking import masked
 from saap.models.walk.backend import Backend
 from saap.models.walk.walk import walk
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model
-from saap.settings.prune import PrunableRole
+from saap.settings.prune import FusionScope, PrunableRole
 from saap.settings.registry import Strategy
 from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.plan import SearchSpace, search
@@ -71,9 +73,13 @@ class Dense:
         smallest = min(group.units for group in self.graph.groups if group.role == "ffn")
         return min(32, max(1, smallest // 32))
 
-    def samples(self, source: Any, requests: Sequence[SampleRequest], seed: int = 0) -> Mapping[str, CalibrationSet]:
-        """Sets of samples of a text, drawn as in a run. source: calibration; files relative to the root."""
+    def samples(self, source: Any, seed: int = 0, **sets: tuple[int, int]) -> Mapping[str, CalibrationSet]:
+        """Sets of samples of a text, drawn as in a run.
+
+        source: calibration; files relative to the root. sets: number and length of samples; `held` is held out.
+        """
         found = str(ROOT / source) if isinstance(source, str) and (ROOT / source).is_file() else source
+        requests = [SampleRequest(name, *size, held_out=name == "held") for name, size in sets.items()]
         return draw_sets(found, self.loaded.tokenizer, requests, seed=seed)
 
     def ids(self, samples: CalibrationSet) -> torch.Tensor:
@@ -89,6 +95,10 @@ class Dense:
         """Perplexity on a text; model: another model with the same tokenizer."""
         leading = leading_ids(self.loaded.tokenizer)
         return perplexity(self.model if model is None else model, text, leading=leading).value
+
+    def fused(self, samples: CalibrationSet) -> Mapping[str, UnitScores]:
+        """Fused importances of all units, with uncertainties by layer and role."""
+        return fuse(estimate(self.backend, samples), self.graph, FusionScope.LAYER_ROLE)
 
     def second_order_costs(self, tokens: torch.Tensor, *, micro_batch: int = 4) -> SecondOrder:
         """Second-order costs of all units, in a separate walk. tokens: (sequences, length) ids."""
@@ -110,6 +120,11 @@ def opened(source: str) -> Iterator[Dense]:
     loaded = open_model(source, RunOptions(device="cpu"))
     with quick_float32_products():
         yield Dense(loaded=loaded, graph=discover(loaded.model, loaded.ref))
+
+
+def model_in(source: str | Path) -> nn.Module:
+    """The model of a folder or reference."""
+    return open_model(str(source), RunOptions(device="cpu")).model
 
 
 class Ratios:

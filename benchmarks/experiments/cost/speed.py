@@ -14,11 +14,11 @@ import torch
 from harness.charts import lines
 from harness.experiment import Cells, Figures, Measured, Names, Request, Values
 from lab.commands import made_by_saap, quickly_pruned
+from lab.dense import model_in
 
 from saap.core.manifest import RunManifest
 from saap.evaluation.speed import Source
 from saap.pipeline.evaluate.speed import compare_speeds
-from saap.pipeline.shared.inputs import RunOptions, open_model
 from saap.settings.evaluate import SpeedSettings
 from saap.settings.prune import GgufType
 from saap.settings.registry import RuntimeName
@@ -76,7 +76,7 @@ def measured(request: Request, folder: Path, runtime: RuntimeName, kind: GgufTyp
     chosen = SpeedSettings(runtime=runtime, gguf_type=kind, rounds=ROUNDS, new_tokens=NEW_TOKENS)
     dense: Source = request.model
     if runtime is RuntimeName.TRANSFORMERS:
-        dense = open_model(request.model, RunOptions(device="cpu")).model
+        dense = model_in(request.model)
     report = compare_speeds([(str(folder), str(folder)), ("dense", dense)], chosen)
     names = ("runtime", "weights", "prefill_speedup", "decode_speedup", "bytes_ratio")
     found: dict[str, Any] = {name: getattr(report, name) for name in names}

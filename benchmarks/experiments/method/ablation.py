@@ -16,7 +16,6 @@ from lab.texts import TEXTS
 from torch import nn
 
 from saap.core.records import ImportanceScores, Layout, StructurePlan, UnitScores
-from saap.data.windows import SampleRequest
 from saap.estimation.estimate import estimate, unit_scores
 from saap.models.walk.backend import Backend
 from saap.settings.prune import PRESETS, FusionScope, Preset, PrunableRole
@@ -89,11 +88,10 @@ def measure(request: Request, wanted: Names) -> Measured:
 def prepare(dense: Dense, chosen: Values, seed: int) -> Prepared:
     """Scores, costs, evaluator and reconstruction text, as in a run calibrated on a file."""
     length = chosen["sample length"]
-    samples = dense.samples(VALIDATION, [
-        SampleRequest("scored", chosen["samples"], length),
-        SampleRequest("held", chosen["held-out samples"], length, held_out=True),
-        SampleRequest("refit", chosen["refit sequences"], chosen["refit length"]),
-    ], seed)  # fmt: skip
+    samples = dense.samples(
+        VALIDATION, seed, scored=(chosen["samples"], length), held=(chosen["held-out samples"], length),
+        refit=(chosen["refit sequences"], chosen["refit length"]),
+    )  # fmt: skip
     scores, text = estimate(dense.backend, samples["scored"]), dense.ids(samples["refit"])
     costs = dense.second_order_costs(text, micro_batch=1)
     return Prepared(

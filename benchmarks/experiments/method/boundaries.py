@@ -6,7 +6,7 @@ import torch
 from harness.charts import bars
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import pruned_folder
-from lab.dense import opened
+from lab.dense import model_in, opened
 from lab.measures import mean_and_spread
 from lab.texts import TEXTS
 from lab.training import trained_folder
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from saap.core.records import ModelGraph, Role
 from saap.models.structure.linear import weight_out_in
 from saap.models.structure.masking import replaced_weights
-from saap.pipeline.shared.inputs import RunOptions, open_model
 from saap.recovery.quantise import quantise
 
 SIZES = (16, 32)
@@ -47,7 +46,7 @@ def measure(request: Request, wanted: Names) -> Measured:
             text = dense.text(TEXTS["wikitext2"], request.settings["measured tokens"])
             model: nn.Module = dense.model
             if kind == "pruned":
-                model = open_model(str(pruned_folder(request)), RunOptions(device="cpu")).model
+                model = model_in(pruned_folder(request))
             weights = consumer_weights(model, dense.graph)
             before = dense.perplexity(text, model)
             for cell in names:

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from saap.baselines.baseline import Measurements
 from saap.core.records import CalibrationSet, CoupledGroup, FloatArray, ImportanceScores, ModelGraph, Role
-from saap.data.windows import SampleRequest
 from saap.estimation.estimate import estimate, unit_scores
 from saap.estimation.fusion import fuse
 from saap.models.structure.masking import masked
@@ -71,10 +70,10 @@ def groups_of(dense: Dense, chosen: Values) -> dict[str, CoupledGroup]:
 def measure(request: Request, wanted: Names) -> Measured:
     chosen = request.settings
     with opened(request.model) as dense:
-        drawn = dense.samples(VALIDATION, [
-            SampleRequest("scored", chosen["samples"], chosen["sample length"]),
-            SampleRequest("held", chosen["samples of the effect"], chosen["sample length"], held_out=True),
-        ])  # fmt: skip
+        length = chosen["sample length"]
+        drawn = dense.samples(
+            VALIDATION, scored=(chosen["samples"], length), held=(chosen["samples of the effect"], length)
+        )
         groups = groups_of(dense, chosen)
         units = {
             cell: sampled_units(group.units, chosen["FFN units of a layer"], seed=group.layer)

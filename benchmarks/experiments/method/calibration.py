@@ -19,10 +19,6 @@ from lab.training import trained_folder
 
 from saap.core.records import CalibrationSet, Role, StructurePlan
 from saap.data.texts import MIXED
-from saap.data.windows import SampleRequest
-from saap.estimation.estimate import estimate
-from saap.estimation.fusion import fuse
-from saap.settings.prune import FusionScope
 
 RATIO = 0.2
 GENERATED, WIKITEXT2 = "generated", "wikitext2"
@@ -92,7 +88,7 @@ def of_model(request: Request, dense: Dense, wanted: Names) -> Measured:
         if key not in drawn:
             drawn[key] = samples_of(request, dense, setting, seed)
         first = dataclasses.replace(drawn[key], tokens=drawn[key].tokens[: setting.samples])
-        plan = dense.plan(fuse(estimate(dense.backend, first), dense.graph, FusionScope.LAYER_ROLE), RATIO)
+        plan = dense.plan(dense.fused(first), RATIO)
         yield name, {"ratio": ratios.masked(plan), "removed": as_bits(numbered(dense, plan))}
 
 
@@ -114,7 +110,7 @@ def samples_of(request: Request, dense: Dense, setting: Setting, seed: int) -> C
         )  # fmt: skip
         return CalibrationSet(sources=(GENERATED,), seed=seed, tokens=ids)
     source = VALIDATION if setting.kind == WIKITEXT2 else setting.kind
-    return dense.samples(source, [SampleRequest("scored", most, setting.length)], seed)["scored"]
+    return dense.samples(source, seed, scored=(most, setting.length))["scored"]
 
 
 def summarise(cells: Cells) -> Values:

@@ -17,7 +17,6 @@ from lab.dense import Dense, opened, wikitext2
 from lab.measures import jaccard, log_histogram, rank_correlation_inside, rank_correlation_overall, removed_units
 
 from saap.core.records import FloatArray, ImportanceScores, Role, UnitScores
-from saap.data.windows import SampleRequest
 from saap.estimation.estimate import estimate, unit_scores
 from saap.estimation.fusion import closed_form_sigma, fuse, learned_sigma
 from saap.settings.prune import FusionScope
@@ -46,9 +45,9 @@ SETTINGS = {
 def measure(request: Request, wanted: Names) -> Measured:
     chosen = request.settings
     with opened(request.model) as dense:
-        tokens = dense.samples(VALIDATION, [SampleRequest("scored", chosen["samples"], chosen["sample length"])])
+        tokens = dense.samples(VALIDATION, scored=(chosen["samples"], chosen["sample length"]))["scored"]
         start = time.perf_counter()
-        scores = estimate(dense.backend, tokens["scored"])
+        scores = estimate(dense.backend, tokens)
         seconds = time.perf_counter() - start
         every: dict[str, Units] = {
             **{name: unit_scores(scores, dense.graph, kind, FusionScope.GLOBAL) for name, kind in UNFUSED.items()},

@@ -9,7 +9,6 @@ from lab.dense import opened, wikitext2
 
 from saap.baselines.activations import activations
 from saap.core.records import Layout
-from saap.data.windows import SampleRequest
 from saap.settings.registry import Method
 from saap.structure_search.plan import make_plan
 
@@ -33,7 +32,7 @@ def measure(request: Request, wanted: Names) -> Measured:
         ratios = wikitext2(dense, request.settings["measured tokens"])
         for cell in wanted:
             samples, length, seed = DRAWS[cell]
-            drawn = dense.samples(VALIDATION, [SampleRequest("scored", samples, length)], seed)["scored"]
+            drawn = dense.samples(VALIDATION, seed, scored=(samples, length))["scored"]
             influence = activations(dense.backend, dense.ids(drawn)).influence
             order = [int(block) for block in np.argsort(influence)]
             sets = [sorted(order[:removed]), sorted([*order[: removed - 1], order[removed]])]

@@ -9,7 +9,6 @@ from lab.commands import VALIDATION
 from lab.dense import opened, wikitext2
 
 from saap.core.records import ImportanceScores, Role
-from saap.data.windows import SampleRequest
 from saap.estimation.estimate import estimate, unit_scores
 from saap.models.walk.backend import Backend
 from saap.settings.prune import ElementOrder, FusionScope
@@ -42,10 +41,10 @@ def measure(request: Request, wanted: Names) -> Measured:
     chosen = request.settings
     estimates: dict[ElementOrder, ImportanceScores] = {}
     with opened(request.model) as dense:
-        tokens = dense.samples(VALIDATION, [
-            SampleRequest("scored", chosen["samples"], chosen["sample length"]),
-            SampleRequest("refit", chosen["refit sequences"], chosen["refit length"]),
-        ])  # fmt: skip
+        tokens = dense.samples(
+            VALIDATION, scored=(chosen["samples"], chosen["sample length"]),
+            refit=(chosen["refit sequences"], chosen["refit length"]),
+        )  # fmt: skip
         ratios = wikitext2(dense, chosen["measured tokens"])
         for cell in wanted:
             strategy, importance = CHOICES[cell]
@@ -56,12 +55,8 @@ def measure(request: Request, wanted: Names) -> Measured:
             plan = dense.plan(units, RATIO, strategy)
             without = ratios.masked(plan)["wikitext2"]
             model = copy.deepcopy(dense.model)
-            reconstruct(
-                Backend(model, dense.graph),
-                plan,
-                dense.ids(tokens["refit"]),
-                ReconstructionSettings(second_order=False),
-            )
+            how = ReconstructionSettings(second_order=False)
+            reconstruct(Backend(model, dense.graph), plan, dense.ids(tokens["refit"]), how)
             cut(model, dense.graph, plan)
             yield cell, {"ratio_without_restoration": without, "ratio_with_restoration": ratios.of(model)["wikitext2"]}
 

@@ -24,11 +24,7 @@ SETTINGS = {
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    flags = flags_from(
-        request.settings, pruning_ratio="pruning ratio", calibration="calibration", num_samples="samples",
-        sample_length="sample length", perplexity="measured on", window="window", max_tokens="measured tokens",
-    )  # fmt: skip
-    rows = compared(request.model, {"no": wanted}, "--seeds", "0", *flags)["rows"]
+    rows = compared(request.model, {"no": wanted}, "--seeds", "0", *flags_from(request.settings))["rows"]
     for method in wanted:
         own = [row for row in rows if row["method"] == method]
         yield method, {"ratios": [r["ratios"][TEST] for r in own], "removed": [r["pruning_ratio"] for r in own]}

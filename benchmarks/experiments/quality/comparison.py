@@ -55,11 +55,7 @@ def measure(request: Request, wanted: Names) -> Measured:
     folder = request.work.resolve() / "compare"
     if not (folder / "rows").is_dir():
         unpack(request, folder)
-    flags = flags_from(
-        request.settings, calibration="calibration", num_samples="samples", sample_length="sample length",
-        refit_tokens="refit tokens", effort="effort", perplexity="measured on", window="window",
-        max_tokens="measured tokens", tasks="tasks", limit="questions of a task",
-    )  # fmt: skip
+    flags = flags_from(request.settings)
     flags += ["--task-data", str(Path(request.given["tasks"]).resolve()), "--restore", "both", "--rounded-tasks"]
     for methods, ratios, task_ratio in PASSES:
         names = [name for name in names_of(methods, ratios) if name in wanted]

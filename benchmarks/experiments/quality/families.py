@@ -32,10 +32,7 @@ SETTINGS = {
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    flags = flags_from(
-        request.settings, calibration="calibration", num_samples="samples", refit_tokens="refit tokens",
-        effort="effort", perplexity="measured on", max_tokens="measured tokens",
-    )  # fmt: skip
+    flags = flags_from(request.settings)
     flags += ["--pruning-ratio", ",".join(map(str, RATIOS.values())), "--sample-length", "64", "--align", "16"]
     for family in wanted:
         found = compared(str(trained_folder(request, family)), {"both": METHODS}, *flags, "--window", 128)

@@ -8,6 +8,7 @@ import numpy as np
 from harness.charts import bars
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import pruned_folder, recovered_folder
+from lab.dense import model_in
 from lab.texts import DATA
 
 from saap.evaluation.generation import BUNDLED, Prompt, cloze, generation_figures, read_prompts, token_agreement, write
@@ -46,11 +47,8 @@ def measure(request: Request, wanted: Names) -> Measured:
         for state in wanted:
             model = dense.model
             if state != "dense":
-                recovered = state == "recovered"
-                folder = (
-                    recovered_folder(request, chosen["minutes of recovery"]) if recovered else pruned_folder(request)
-                )
-                model = open_model(str(folder), RunOptions(device="cpu")).model
+                minutes = chosen["minutes of recovery"]
+                model = model_in(pruned_folder(request) if state == "pruned" else recovered_folder(request, minutes))
             texts = {
                 mode: write(model, dense.tokenizer, opens, tokens=chosen["tokens"], sampled=sampled)
                 for mode, sampled in MODES.items()

@@ -5,16 +5,10 @@ from __future__ import annotations
 from harness.charts import bars
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import flags_from, made_by_saap
-from lab.dense import Ratios, multilingual_model, opened
+from lab.dense import Ratios, model_in, multilingual_model, opened
 from lab.measures import geometric_mean
 from lab.texts import DATA
 from lab.training import trained_folder
-
-from saap.data.windows import SampleRequest
-from saap.estimation.estimate import estimate
-from saap.estimation.fusion import fuse
-from saap.pipeline.shared.inputs import RunOptions, open_model
-from saap.settings.prune import FusionScope
 
 LANGUAGES = {"eng": "English", "fra": "French", "deu": "German", "spa": "Spanish", "zho": "Chinese"}
 FLORES = DATA / "flores200"
@@ -41,10 +35,7 @@ def measure(request: Request, wanted: Names) -> Measured:
     languages = chosen["languages"]
     # a smoke run uses a small model trained here, since it prunes once per language
     model = str(trained_folder(request, "llama")) if request.quick else multilingual_model(request)
-    flags = flags_from(
-        chosen, pruning_ratio="pruning ratio", effort="effort", num_samples="samples", sample_length="sample length",
-        refit_tokens="refit tokens",
-    )  # fmt: skip
+    flags = flags_from(chosen, "measured tokens", "window")
     with opened(model) as dense:
         files = {language: FLORES / f"{language}.evaluation.txt.gz" for language in languages}
         ratios = Ratios(dense, chosen["measured tokens"], files)
@@ -53,14 +44,14 @@ def measure(request: Request, wanted: Names) -> Measured:
             mixed = languages if calibration == MIX else [calibration]
             sources = [f"benchmarks/data/flores200/{language}.calibration.txt.gz" for language in mixed]
             if state == "cut":
-                drawn = [SampleRequest("scored", chosen["samples"], chosen["sample length"])]
-                scores = estimate(dense.backend, dense.samples(sources, drawn, chosen["seed"])["scored"])
-                found = ratios.masked(dense.plan(fuse(scores, dense.graph, FusionScope.LAYER_ROLE), RATIO))
+                size = chosen["samples"], chosen["sample length"]
+                drawn = dense.samples(sources, chosen["seed"], scored=size)["scored"]
+                found = ratios.masked(dense.plan(dense.fused(drawn), RATIO))
             else:
                 texts = [word for file in sources for word in ("--calibration", file)]
                 name = f"multilingual-{request.size('trial', 'pruned')}-{calibration}"
                 folder = made_by_saap(request, name, "prune", model, *flags, *texts)
-                found = ratios.of(open_model(str(folder), RunOptions(device="cpu")).model)
+                found = ratios.of(model_in(folder))
             yield cell, {"dense": ratios.dense, "ratio": found}
 
 

@@ -17,11 +17,10 @@ import transformers
 from harness.charts import lines
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import flags_from, made_by_saap
+from lab.dense import model_in
 from lab.training import END, Size, fit, make_tokenizer, save_trained
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-
-from saap.pipeline.shared.inputs import RunOptions, open_model
 
 CALIBRATIONS = {"descriptions": "the descriptions alone", "pairs": "pictures with their descriptions"}
 DECODER = ("language_model.", "lm_head.")
@@ -179,12 +178,11 @@ def told(model: nn.Module, processor: Any, pictures: Sequence[Picture]) -> dict[
 def measure(request: Request, wanted: Names) -> Measured:
     """Quality of each model, and the number of tensors outside the decoder that are equal bit by bit."""
     chosen, dense = request.settings, str(trained_reader(request))
-    flags = flags_from(chosen, num_samples="samples", sample_length="sample length", refit_tokens="refit tokens")
-    flags += ["--align", "16", *request.size(["--effort", "fast"], [])]
+    flags = [*flags_from(chosen), "--align", "16", *request.size(["--effort", "fast"], [])]
     processor = transformers.AutoProcessor.from_pretrained(dense)
     pictures, kind = drawn_pictures(chosen["pictures to describe"], seed=2), request.size("trial", "pruned")
     files = write_pairs(request.work / f"pictures-{kind}", chosen["pairs"])
-    whole = open_model(dense, RunOptions(device="cpu")).model
+    whole = model_in(dense)
     before = {n: v for n, v in whole.state_dict().items() if not any(part in n for part in DECODER)}
     for cell in wanted:
         model = whole
@@ -192,7 +190,7 @@ def measure(request: Request, wanted: Names) -> Measured:
             calibration, _, ratio = cell.partition("-")
             prune = ["prune", dense, "--pruning-ratio", ratio, "--calibration", files[calibration].resolve(), *flags]
             folder = made_by_saap(request, f"picture-reader-{kind}-{cell}", *prune)
-            model = open_model(str(folder), RunOptions(device="cpu")).model
+            model = model_in(folder)
         after = model.state_dict()
         same = sum(name in after and torch.equal(tensor, after[name]) for name, tensor in before.items())
         found = {"other_tensors": len(before), "other_tensors_same": same}

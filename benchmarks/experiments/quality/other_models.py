@@ -18,11 +18,7 @@ SETTINGS = {
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    flags = flags_from(
-        request.settings, pruning_ratio="pruning ratio", calibration="calibration", num_samples="samples",
-        sample_length="sample length", refit_tokens="refit tokens", effort="effort", window="window",
-        max_tokens="measured tokens",
-    )  # fmt: skip
+    flags = flags_from(request.settings)
     flags += [word for file in TEXTS.values() for word in ("--perplexity", file)]
     out = request.work / f"compare-{GEMMA}"
     whole = compared(multilingual_model(request), {"yes": ["saap"], "both": BASELINES}, *flags, out=out)
