@@ -22,8 +22,7 @@ def lines(
         for index, (label, (places, values)) in enumerate(series.items()):
             colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
             axis.plot(places, values, color=colour, marker=marker, label=label)
-        if "x" in log:
-            axis.set_xscale("log")
+        axis.set_xscale("log" if "x" in log else "linear")
         if "y" in log:
             axis.set_yscale("log")
             shown = [value for _, values in series.values() for value in values]
@@ -32,8 +31,7 @@ def lines(
             measured = sorted({place for at, _ in series.values() for place in at})
             axis.set_xticks(measured, [f"{place:g}" for place in measured])
             axis.minorticks_off()
-        axis.set_xlabel(x)
-        axis.set_ylabel(y)
+        axis.set(xlabel=x, ylabel=y)
 
     return Figure(name=name, title=title, text=text, draw=draw)
 
@@ -62,6 +60,5 @@ def bars(
         axis.invert_yaxis()
         axis.set_xlabel(x)
 
-    return Figure(
-        name=name, title=title, text=text, draw=draw, height=1.0 + 0.32 * len(labels) * max(1, len(values) / 2)
-    )
+    tall = 1.0 + 0.32 * len(labels) * max(1, len(values) / 2)
+    return Figure(name=name, title=title, text=text, draw=draw, height=tall)

@@ -55,6 +55,10 @@ class Request:
         return value.replace("{model}", self.model) if isinstance(value, str) else value
 
 
+def no_figures(summary: Values) -> Figures:
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A question, the cells that answer it, and a page.
@@ -73,11 +77,10 @@ class Experiment:
     """
 
     name: str
-    module: str = ""
     cells: Names | Callable[[Request], Names]
     measure: Callable[[Request, Names], Measured]
-    summarise: Callable[[Cells], Values] = lambda cells: cells
-    figures: Callable[[Values], Figures] = lambda summary: ()
+    summarise: Callable[[Cells], Values] = dict
+    figures: Callable[[Values], Figures] = no_figures
     settings: Values = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
     needs: Names = ()
@@ -87,7 +90,6 @@ class Experiment:
     smoke: bool = True
 
     def chosen(self, request: Request) -> dict[str, Any]:
-        """The settings of a run."""
         return {name: request.filled(value) for name, value in self.settings.items()}
 
     def bound(self, request: Request) -> Request:
@@ -95,7 +97,6 @@ class Experiment:
         return replace(request, settings=self.chosen(request))
 
     def names(self, request: Request) -> list[str]:
-        """The cells of a run."""
         return list(self.cells(self.bound(request)) if callable(self.cells) else self.cells)
 
 
@@ -106,7 +107,5 @@ def experiment(path: str) -> Experiment:
     functions = [name for name in ("cells", "measure", "summarise", "figures") if name in module]
     constants = [one.name for one in fields(Experiment) if one.name not in functions and one.name.upper() in module]
     found: dict[str, Any] = {n: module[n] for n in functions} | {n: module[n.upper()] for n in constants}
-    name = path.rpartition(".")[2].replace("_", "-")
-    return Experiment(
-        **{**found, "name": name, "module": path, "reads": [experiment(one) for one in found.get("reads", ())]}
-    )
+    found["reads"] = [experiment(one) for one in found.get("reads", ())]
+    return Experiment(**found, name=path.rpartition(".")[2].replace("_", "-"))

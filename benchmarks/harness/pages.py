@@ -21,16 +21,6 @@ from saap.settings.recover import DEFAULT_MINUTES, RecoverConfig
 TEMPLATES = Path(__file__).parent / "templates"
 NOTHING = "\N{EN DASH}"
 LONG_DECIMAL = re.compile(r"-?\d+\.\d{3,}")
-BEFORE = {
-    "pruned_before": "The pruned model was made when the default calibration was general English alone, with fewer "
-    "instructions with answers and articles than now; no norms were tuned.",
-    "ranked_before": "The candidates whose shares follow the importance of whole modules were others when this was "
-    "measured: it was negative, so that important modules gave more. Units were weighed by the element-wise score, "
-    "and no norms were tuned.",
-    "mixed_before": "The default calibration was general English alone when this was measured, and no norms were "
-    "tuned.",
-}
-"""Notes, shared by several pages, on figures that are older than the code."""
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -41,12 +31,10 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None, digits: int = 0) -> str:
-    """A share as a percentage."""
     return NOTHING if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f} %"
 
 
 def interval(pair: Sequence[float], digits: int = 2) -> str:
-    """An interval."""
     return f"{number(pair[0], digits)} to {number(pair[1], digits)}"
 
 
@@ -61,7 +49,6 @@ def templates() -> jinja2.Environment:
         autoescape=False,
     )
     environment.filters |= {"n": number, "pct": percent, "interval": interval}
-    environment.globals |= BEFORE
     return environment
 
 
@@ -106,7 +93,6 @@ def page_of(experiment: Experiment, request: Request, state: State, summary: Map
 
 
 def _environments(state: State) -> list[str]:
-    """Descriptions of the measuring machines, without duplicates."""
     said = []
     for record in state.found.values():
         known = record.get("environment")
@@ -152,8 +138,8 @@ def index_page(
 
     told, decided: findings and decisions by experiment; unmeasured experiments have no finding.
     """
-    titles = {experiment.name: block(experiment, "title") for experiment in experiments}
-    return templates().get_template("index.md.jinja").render(titles=titles, told=told, decided=decided, quick=quick)
+    said = {"titles": {one.name: block(one, "title") for one in experiments}, "told": told, "decided": decided}
+    return templates().get_template("index.md.jinja").render(said, quick=quick)
 
 
 def _write(path: Path, text: str) -> None:

@@ -46,7 +46,6 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -60,7 +59,6 @@ def rounded(value: Any) -> Any:
 
 
 def result_file(results: Path, experiment: Experiment, cell: str) -> Path:
-    """The file of a cell."""
     return results / f"{cell if experiment.own_files else experiment.name}.json"
 
 
@@ -80,7 +78,6 @@ def finished_cells(experiment: Experiment, request: Request) -> dict[str, Record
 
 
 def write_cell(experiment: Experiment, request: Request, cell: str, values: Mapping[str, Any], seconds: float) -> None:
-    """Write the values of a cell."""
     file = result_file(request.results, experiment, cell)
     if experiment.own_files:
         write_json(file, values)
@@ -89,11 +86,8 @@ def write_cell(experiment: Experiment, request: Request, cell: str, values: Mapp
     here = environment()
     if here not in content["environments"]:
         content["environments"].append(here)
-    content["cells"][cell] = {
-        "seconds": round(seconds, 1),
-        "environment": content["environments"].index(here),
-        "values": rounded(values),
-    }
+    place = content["environments"].index(here)
+    content["cells"][cell] = {"seconds": round(seconds, 1), "environment": place, "values": rounded(values)}
     write_json(file, content)
 
 
