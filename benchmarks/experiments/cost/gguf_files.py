@@ -63,8 +63,7 @@ def agreement(folder: Path, file: Path, tokens: int) -> dict[str, float]:
     with LlamaCpp(file, context=WINDOW, threads=torch.get_num_threads(), exact=True) as runtime, torch.no_grad():
         found = compare_with_llama_cpp(model, runtime, ids, window=WINDOW)
         difference = 0.0
-        for start in range(0, len(ids), WINDOW):
-            part = torch.tensor(ids[start : start + WINDOW])
+        for part in torch.split(torch.tensor(ids), WINDOW):
             theirs, ours = torch.from_numpy(runtime.logits(part.tolist())), model(part.unsqueeze(0)).logits[0]
             difference += nll(theirs, part) - nll(ours, part)
     predicted = len(ids) - -(-len(ids) // WINDOW)
@@ -80,6 +79,5 @@ def nll(logits: torch.Tensor, ids: torch.Tensor) -> float:
 
 
 def summarise(cells: Cells) -> Values:
-    rows = {name: cells[name] for name in FILES}
-    least = min(row["same_next_token"] for name, row in rows.items() if name != "tuned")
-    return {"rows": rows, "tuned": rows["tuned"], "least": least}
+    least = min(cells[name]["same_next_token"] for name in FILES if name != "tuned")
+    return {"rows": cells, "tuned": cells["tuned"], "least": least}

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
-import torch
 from harness.experiment import Cells, Measured, Names, Request, Scaled, Values
 from lab.commands import in_own_process
 
@@ -59,7 +58,6 @@ def estimate_in(count: int, chosen: Values) -> tuple[float, ImportanceScores]:
 def estimate_once(chosen: Values, together: dict[str, str], rank: int) -> tuple[float, ImportanceScores]:
     """Code of each process."""
     os.environ |= {**together, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
     with quick_float32_products():
         processes = Processes.found()
         backend, samples = opened(chosen, processes)

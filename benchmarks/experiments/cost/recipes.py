@@ -26,7 +26,6 @@ SMOKE = False
 
 
 def replaced(recipe: Path, model: str, out: Path) -> list[str]:
-    """Flags that reduce a recipe to a small run."""
     steps = yaml.safe_load(recipe.read_text())
     chosen = [f"model={model}", f"out={out}"]
     for name, values in SMALL.items():
@@ -56,12 +55,9 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def summarise(cells: Cells) -> Values:
-    rows = {
-        name: {
-            "made": [step for step, fate in cell["steps"].items() if fate == "made"],
-            "second_run": cell["second_run"], "seconds": cell["seconds"],
-            "perplexity": sorted({v for texts in cell["perplexity"].values() for v in texts.values()}),
-        }
-        for name, cell in sorted(cells.items())
-    }  # fmt: skip
+    rows = {}
+    for name, cell in sorted(cells.items()):
+        made = [step for step, fate in cell["steps"].items() if fate == "made"]
+        values = sorted({value for texts in cell["perplexity"].values() for value in texts.values()})
+        rows[name] = {**cell, "made": made, "perplexity": values}
     return {"rows": rows, "count": len(rows), "kept": sum(row["second_run"] == ["kept"] for row in rows.values())}

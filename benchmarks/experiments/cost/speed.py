@@ -26,12 +26,10 @@ from saap.settings.registry import RuntimeName
 PAPER_SPEEDUP = 1.05
 """The paper's speed-up of token generation, pruned over dense."""
 RUNTIMES = {
-    "f16": (RuntimeName.LLAMA_CPP, GgufType.F16),
-    "q8_0": (RuntimeName.LLAMA_CPP, GgufType.Q8_0),
-    "q4_1": (RuntimeName.LLAMA_CPP, GgufType.Q4_1),
+    **{str(kind): (RuntimeName.LLAMA_CPP, kind) for kind in (GgufType.F16, GgufType.Q8_0, GgufType.Q4_1)},
     "float32": (RuntimeName.TRANSFORMERS, GgufType.F16),
 }
-"""Runtimes by type of the weights; float32 means transformers."""
+"""By type of the weights."""
 PRUNED = ("adaptive/0.2", "adaptive/0.4", "uniform/0.2", "uniform/0.4")
 REQUESTED = ("asked/llama.cpp", "asked/transformers")
 """Folders pruned for a target speed in a runtime."""
@@ -39,17 +37,13 @@ TARGET_SPEEDUP = 1.3
 THREADS, ROUNDS, NEW_TOKENS = 2, 7, 32
 
 
-def cells(request: Request) -> Names:
-    measured = [f"{weights} {folder}" for weights in RUNTIMES for folder in PRUNED]
-    return [*measured, *(f"float32 {folder}" for folder in REQUESTED), *REQUESTED]
-
-
+MEASURED = [*(f"{weights} {folder}" for weights in RUNTIMES for folder in PRUNED), *(f"float32 {f}" for f in REQUESTED)]
+CELLS = [*MEASURED, *REQUESTED]
 SMOKE = False
 SETTINGS = {"dense": "{model}", "threads": THREADS, "rounds": ROUNDS, "tokens written": NEW_TOKENS}
 
 
 def folder_of(request: Request, name: str) -> Path:
-    """A pruned folder, created if missing."""
     kind, _, value = name.partition("/")
     if kind != "asked":
         return quickly_pruned(request, kind, value)
@@ -88,27 +82,21 @@ def measured(request: Request, folder: Path, runtime: RuntimeName, kind: GgufTyp
 
 def dense_decoding(found: Cells, types: Names) -> dict[str, float]:
     """Tokens/s of the dense model by type of the weights, for other pages."""
-    return {
-        weights: statistics.median(found[f"{weights} {folder}"]["decode_dense"] for folder in PRUNED)
-        for weights in types
-    }
+    speeds = {kind: [found[f"{kind} {folder}"]["decode_dense"] for folder in PRUNED] for kind in types}
+    return {kind: statistics.median(values) for kind, values in speeds.items()}
 
 
 def summarise(found: Cells) -> Values:
-    names = (f"{weights} {folder}" for weights in RUNTIMES for folder in (*PRUNED, *REQUESTED))
-    rows = [found[name] for name in names if name in found]
+    rows = [found[name] for name in MEASURED]
     near = [row for row in rows if abs(row["removed"] - 0.2) < 0.01]
     gains = {kind: [row["decode_speedup"] for row in near if row["weights"] == kind] for kind in ("f16", "float32")}
     requested = [found[folder] for folder in REQUESTED]
     return {
-        "rows": rows,
-        "paper_speedup": PAPER_SPEEDUP,
-        "removed": min(row["removed"] for row in near),
+        "rows": rows, "paper_speedup": PAPER_SPEEDUP, "removed": min(row["removed"] for row in near),
         "llama_cpp": [min(gains["f16"]), max(gains["f16"])],
         "transformers": [min(gains["float32"]), max(gains["float32"])],
-        "requested": requested,
-        "worst_of_requested": max(abs(row["reached"] / row["asked"] - 1) for row in requested),
-    }
+        "requested": requested, "worst_of_requested": max(abs(row["reached"] / row["asked"] - 1) for row in requested),
+    }  # fmt: skip
 
 
 def figures(summary: Values) -> Figures:

@@ -10,18 +10,10 @@ import numpy as np
 import torch
 from harness.charts import bars
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
+from lab import measures
 from lab.commands import VALIDATION
 from lab.dense import Dense, opened
-from lab.measures import (
-    chi_square_distance,
-    correlation_interval,
-    rank_correlation_inside,
-    rank_correlation_overall,
-    reliability,
-    sampled_units,
-    spread_layers,
-    variance_slope,
-)
+from lab.measures import rank_correlation_inside, rank_correlation_overall
 from torch import Tensor, nn
 
 from saap.baselines.baseline import Measurements
@@ -34,7 +26,8 @@ from saap.settings.prune import ElementOrder, FusionScope
 from saap.settings.registry import Importance, Method
 from saap.structure_search.strategies import relative_volatility, standardised_fluctuation
 
-ROLES = ("ffn", "attention")
+LAYERS = {Role.FFN: "FFN layers", Role.ATTENTION: "attention layers"}
+"""Settings by role."""
 BASELINE_METHODS = (Method.MAGNITUDE, Method.WANDA_SP, Method.FLAP, Method.RANDOM)
 ELEMENTS = {
     "element-wise, order 1": ElementOrder.FIRST,
@@ -53,16 +46,16 @@ SETTINGS = {
 
 
 def cells(request: Request) -> Names:
-    layers = {"ffn": request.settings["FFN layers"], "attention": request.settings["attention layers"]}
-    return ["indicators", *(f"{role}-{index:02d}" for role, count in layers.items() for index in range(count))]
+    layers = {role: range(request.settings[name]) for role, name in LAYERS.items()}
+    return ["indicators", *(f"{role}-{index:02d}" for role, numbers in layers.items() for index in numbers)]
 
 
 def groups_of(dense: Dense, chosen: Values) -> dict[str, CoupledGroup]:
     """The group of each cell: evenly spaced over the layers with a group of the role."""
     found: dict[str, CoupledGroup] = {}
-    for role, layers in ((Role.FFN, chosen["FFN layers"]), (Role.ATTENTION, chosen["attention layers"])):
+    for role, name in LAYERS.items():
         groups = dense.graph.of_role(role)
-        places = spread_layers(len(groups), layers) if groups else []
+        places = measures.spread_layers(len(groups), chosen[name]) if groups else []
         found |= {f"{role}-{index:02d}": groups[place] for index, place in enumerate(places)}
     return found
 
@@ -76,7 +69,7 @@ def measure(request: Request, wanted: Names) -> Measured:
         )
         groups = groups_of(dense, chosen)
         units = {
-            cell: sampled_units(group.units, chosen["FFN units of a layer"], seed=group.layer)
+            cell: measures.sampled_units(group.units, chosen["FFN units of a layer"], seed=group.layer)
             for cell, group in groups.items()
         }
         for name in wanted:
@@ -120,7 +113,7 @@ def all_indicators(
             str(method): {name: np.asarray(v, np.float64) for name, v in measured.scores(method.load()).items()}
             for method in BASELINE_METHODS
         },
-    }
+    }  # fmt: skip
 
 
 def residuals(scores: ImportanceScores) -> dict[str, dict[str, float]]:
@@ -134,9 +127,9 @@ def residuals(scores: ImportanceScores) -> dict[str, dict[str, float]]:
     for name in ("vector", "element"):
         means = [getattr(group, name) for group in scores.groups.values()]
         spreads = [getattr(group, f"{name}_m2") / (scores.samples - 1) for group in scores.groups.values()]
-        slopes = [variance_slope(mean, spread) for mean, spread in zip(means, spreads, strict=True)]
+        slopes = [measures.variance_slope(mean, spread) for mean, spread in zip(means, spreads, strict=True)]
         found[name] = {
-            "distance": float(np.mean([chi_square_distance(mean) for mean in means])),
+            "distance": float(np.mean([measures.chi_square_distance(mean) for mean in means])),
             "variation": float(np.mean([mean.std() / mean.mean() for mean in means if mean.mean() > 0])),
             "slope": float(np.nanmean(slopes)),
         }
@@ -206,7 +199,7 @@ def effects_of(dense: Dense, group: CoupledGroup, units: Sequence[int], held_out
 
 def summarise(cells: Cells) -> Values:
     roles = {}
-    for role in ROLES:
+    for role in map(str, LAYERS):
         measured = {name: cell for name, cell in cells.items() if name.startswith(role) and cell["units"]}
         if measured:
             roles[role] = role_summary(measured, cells["indicators"]["indicators"])
@@ -232,20 +225,18 @@ def role_summary(measured: Cells, indicators: Mapping[str, Mapping[str, Sequence
     }  # fmt: skip
     table: dict[str, dict[str, Any]] = {}
     for indicator, values in indicators.items():
-        with_divergence, with_loss = (
-            [(np.array(values[cell]), effects[name][cell].mean(1)) for cell in measured]
-            for name in ("divergence", "loss")
+        with_loss, with_divergence = (
+            [(np.array(values[cell]), each[cell].mean(1)) for cell in measured] for each in effects.values()
         )
         table[indicator] = {
-            "divergence": rank_correlation_inside(with_divergence),
-            "interval": list(correlation_interval(with_divergence)),
+            "divergence": rank_correlation_inside(with_divergence), "loss": rank_correlation_inside(with_loss),
+            "interval": list(measures.correlation_interval(with_divergence)),
             "divergence_overall": rank_correlation_overall(with_divergence),
-            "loss": rank_correlation_inside(with_loss),
-        }
-    ceilings = {
-        f"ceiling_{name}": float(np.mean([reliability(each[:, 0], each[:, 1]) for each in found.values()]))
-        for name, found in effects.items()
-    }
+        }  # fmt: skip
+    ceilings = {}
+    for name, found in effects.items():
+        reliable = [measures.reliability(each[:, 0], each[:, 1]) for each in found.values()]
+        ceilings[f"ceiling_{name}"] = float(np.mean(reliable))
     return {
         "units": sum(len(each) for each in effects["loss"].values()), "modules": len(measured), **ceilings,
         "indicators": dict(sorted(table.items(), key=lambda item: -item[1]["divergence"])),

@@ -31,12 +31,10 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def summarise(cells: Cells) -> Values:
-    methods = {
-        method: {
-            "published": expected, "ratios": cells[method]["ratios"],
-            "quotient": sum(cells[method]["ratios"]) / len(cells[method]["ratios"]) / expected,
-        }
-        for method, expected in PUBLISHED.items()
-    }  # fmt: skip
+    methods = {}
+    for method, published in PUBLISHED.items():
+        ratios = cells[method]["ratios"]
+        quotient = sum(ratios) / len(ratios) / published
+        methods[method] = {"published": published, "ratios": ratios, "quotient": quotient}
     near = sum(abs(one["quotient"] - 1) <= TOLERANCE for one in methods.values())
     return {"methods": methods, "tolerance": TOLERANCE, "near": near, "count": len(methods)}

@@ -39,7 +39,6 @@ SETTINGS = {
 
 
 def names_of(methods: Names, ratios: Names) -> list[str]:
-    """The names of rows' files in the folder of a comparison."""
     states = ("cut", "restored")
     return [f"{m.replace('@', '_')}-{ratio}-{state}-seed0" for m in methods for ratio in ratios for state in states]
 
@@ -70,17 +69,8 @@ def measure(request: Request, wanted: Names) -> Measured:
     yield HEAD, {**kept, "digest": read_json(folder / "settings.json")["digest"]}
 
 
-def packed(row: Values) -> Values:
+def packed(row: Values, change: Callable[[Any], Any] = lambda answers: "".join(map(str, answers))) -> Values:
     """A row with its answers as strings of 0 and 1, one character per question."""
-    return with_answers(row, lambda answers: "".join(map(str, answers)))
-
-
-def unpacked(row: Values) -> Values:
-    """The row that was packed."""
-    return with_answers(row, lambda answers: [int(answer) for answer in answers])
-
-
-def with_answers(row: Values, change: Callable[[Any], Any]) -> Values:
     if "tasks" not in row:
         return row
     changed = {
@@ -88,6 +78,11 @@ def with_answers(row: Values, change: Callable[[Any], Any]) -> Values:
         for name, task in row["tasks"].items()
     }
     return {**row, "tasks": changed}
+
+
+def unpacked(row: Values) -> Values:
+    """The row that was packed."""
+    return packed(row, lambda answers: [int(answer) for answer in answers])
 
 
 def unpack(request: Request, folder: Path) -> None:
@@ -104,11 +99,8 @@ def unpack(request: Request, folder: Path) -> None:
 
 def comparison_of(found: Cells) -> Values:
     """The content of `comparison.json`, from unpacked cells."""
-    head = found[HEAD]
-    return {
-        "model": head["model"], "dense": found[DENSE], "rows": rows_of(found), "command": ["compare", head["model"]],
-        "settings": head["settings"], "versions": head["versions"],
-    }  # fmt: skip
+    head = {name: found[HEAD][name] for name in ("model", "settings", "versions")}
+    return {**head, "dense": found[DENSE], "rows": rows_of(found), "command": ["compare", head["model"]]}
 
 
 def rows_of(found: Cells) -> list[Values]:
@@ -130,13 +122,11 @@ def summarise(found: Cells) -> Values:
     # Our default reconstructs, so the main comparison is with the baselines as published.
     sides = {"nobody": (False, False), "all": (True, True), "ours": (True, False)}
     return {
-        "cut": to_markdown(ratio_table(tables, TEST, False)),
-        "restored": to_markdown(ratio_table(tables, TEST, True)),
+        "cut": to_markdown(ratio_table(tables, TEST, False)), "restored": to_markdown(ratio_table(tables, TEST, True)),
         "against": {who: [quotient(whole, ratio, *both) for ratio in ratios] for who, both in sides.items()},
         "tasks": to_markdown(task_table(tables, float(TASK_RATIO))),
-        "differences": differences(whole),
-        "all": to_markdown(comparison_table(tables)),
-    }
+        "differences": differences(whole), "all": to_markdown(comparison_table(tables)),
+    }  # fmt: skip
 
 
 def quotient(whole: Values, ratio: float, ours_restored: bool, theirs_restored: bool) -> Values:
@@ -160,7 +150,5 @@ def differences(whole: Values) -> list[Values]:
     for (method, restored), theirs in answers.items():
         if method != "saap":
             kept = kept_share(dense, answers["saap", restored], chance, than=theirs)
-            found.append(
-                {"method": method, "restored": restored, "value": kept.value, "low": kept.low, "high": kept.high}
-            )
+            found.append({"method": method, "restored": restored, **kept.model_dump()})
     return found

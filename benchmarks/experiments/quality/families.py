@@ -37,35 +37,30 @@ def measure(request: Request, wanted: Names) -> Measured:
     for family in wanted:
         found = compared(str(trained_folder(request, family)), {"both": METHODS}, *flags, "--window", 128)
         (dense,) = found["dense"]["perplexity"].values()
-        yield family, {
-            "parameters": found["dense"]["parameters"],
-            "perplexity": dense["value"],
-            "rows": [
-                {
-                    "method": row["method"], "restored": row["restored"], "removed": row["pruning_ratio"],
-                    "ratio": next(iter(row["ratios"].values())),
-                }
-                for row in found["rows"]
-            ],
-        }  # fmt: skip
+        rows = [
+            {
+                "method": row["method"], "restored": row["restored"], "removed": row["pruning_ratio"],
+                "ratio": row["ratios"][TEXT],
+            }
+            for row in found["rows"]
+        ]  # fmt: skip
+        yield family, {"parameters": found["dense"]["parameters"], "perplexity": dense["value"], "rows": rows}
 
 
 def summarise(cells: Cells) -> Values:
-    families = {
-        family: {
-            "perplexity": cell["perplexity"], "parameters": cell["parameters"],
-            "at": {name: at(ratio, cell["rows"]) for name, ratio in RATIOS.items()},
-        }
+    families: dict[str, Any] = {
+        family: {**cell, "at": {name: at(ratio, cell["rows"]) for name, ratio in RATIOS.items()}}
         for family, cell in cells.items()
+    }
+    most = list(RATIOS)[-1]
+    summary = {}
+    for state in STATES:
+        quotients = [one["at"][most]["quotient"][state] for one in families.values()]
+        ahead = sum(quotient < 1 for quotient in quotients)
+        summary[state] = {"ahead": ahead, "range": [min(quotients), max(quotients)]}
+    return {
+        "families": families, "ratio": RATIOS[most], "over_families": summary, "most": most, "count": len(families),
     }  # fmt: skip
-    summary: dict[str, dict[str, Any]] = {name: {} for name in RATIOS}
-    for name, states in summary.items():
-        for state in STATES:
-            quotients = [one["at"][name]["quotient"][state] for one in families.values()]
-            ahead = sum(quotient < 1 for quotient in quotients)
-            states[state] = {"ahead": ahead, "range": [min(quotients), max(quotients)]}
-    return {"families": families, "ratios": RATIOS, "over_families": summary, "most": list(RATIOS)[-1],
-            "count": len(families)}  # fmt: skip
 
 
 def at(ratio: float, rows: Sequence[Values]) -> Values:
@@ -73,9 +68,8 @@ def at(ratio: float, rows: Sequence[Values]) -> Values:
     near = [row for row in rows if min(RATIOS.values(), key=lambda one: abs(one - row["removed"])) == ratio]
     found = {(row["method"], row["restored"]): row["ratio"] for row in near}
     table = {m: {state: found[m, restored] for state, restored in STATES.items()} for m in METHODS}
-    best = {state: min(METHODS[1:], key=lambda method: table[method][state]) for state in STATES}
-    quotient = {state: table["saap"][state] / table[name][state] for state, name in best.items()}
-    return {"table": table, "best_baseline": best, "quotient": quotient}
+    quotient = {s: table["saap"][s] / min(table[method][s] for method in METHODS[1:]) for s in STATES}
+    return {"table": table, "quotient": quotient}
 
 
 def figures(summary: Values) -> Figures:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from harness.charts import bars
@@ -31,8 +31,7 @@ def facts(limit: int) -> dict[str, list[Prompt]]:
     """Questions with an answer: the bundled ones and those of each task, at most `limit` per set."""
     sources = {BUNDLED: BUNDLED, **{task: str(DATA / "questions" / f"{task}.jsonl") for task in TASKS}}
     return {
-        name: [prompt for prompt in read_prompts(source) if prompt.answer is not None][:limit]
-        for name, source in sources.items()
+        name: [one for one in read_prompts(file) if one.answer is not None][:limit] for name, file in sources.items()
     }
 
 
@@ -59,8 +58,7 @@ def measure(request: Request, wanted: Names) -> Measured:
                     mode: generation_figures(written, dense.model, dense.tokenizer).model_dump(mode="json")
                     for mode, written in texts.items()
                 },
-                "prompt": opens[0],
-                "example": next(written[0].text for written in texts.values() if written[0].text),
+                "prompt": opens[0], "example": next(written[0].text for written in texts.values() if written[0].text),
                 "agreement": token_agreement(model, by_dense, dense.tokenizer),
                 "facts": {
                     name: {"accuracy": one.accuracy, "answer_nll": one.answer_nll, "questions": one.prompts}
@@ -71,23 +69,19 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 def over_tasks(states: Cells, figure: str) -> Mapping[str, float]:
     """Mean of a figure over the tasks' questions, with equal weights, by state."""
-
-    def mean(found: Sequence[Values]) -> float:
-        return float(np.average([one[figure] for one in found], weights=[one["questions"] for one in found]))
-
-    return {state: mean([cell["facts"][task] for task in TASKS]) for state, cell in states.items()}
+    found = {state: [cell["facts"][task] for task in TASKS] for state, cell in states.items()}
+    weights = {state: [one["questions"] for one in facts] for state, facts in found.items()}
+    return {s: float(np.average([one[figure] for one in facts], weights=weights[s])) for s, facts in found.items()}
 
 
 def summarise(cells: Cells) -> Values:
     states = {state: cells[state] for state in STATES}
     return {
-        "states": states,
+        "states": states, "sets": {name: one["questions"] for name, one in states["dense"]["facts"].items()},
         "repetition": {state: cell["figures"]["greedy"]["repetition"] for state, cell in states.items()},
         "known": {state: cell["facts"][BUNDLED]["accuracy"] for state, cell in states.items()},
-        "asked": over_tasks(states, "accuracy"),
-        "answer_nll": over_tasks(states, "answer_nll"),
-        "sets": {name: one["questions"] for name, one in states["dense"]["facts"].items()},
-    }
+        "asked": over_tasks(states, "accuracy"), "answer_nll": over_tasks(states, "answer_nll"),
+    }  # fmt: skip
 
 
 def figures(summary: Values) -> Figures:

@@ -62,21 +62,20 @@ def summarise(cells: Cells) -> Values:
         state: {calibration: cells[f"{state}-{calibration}"]["ratio"] for calibration in (*dense, MIX)}
         for state in STATES
     }
-    states = {
-        state: {
-            "english_on_english": rows[ENGLISH][ENGLISH],
-            "english_on_others": geometric_mean([rows[ENGLISH][language] for language in others]),
-            "own_on_others": geometric_mean([rows[language][language] for language in others]),
-            "mix_on_english": rows[MIX][ENGLISH],
-            "mix_on_others": geometric_mean([rows[MIX][language] for language in others]),
-            "mean": {name: geometric_mean(list(row.values())) for name, row in rows.items()},
-        }
-        for state, rows in table.items()
+    means = {
+        state: {name: geometric_mean(list(row.values())) for name, row in rows.items()} for state, rows in table.items()
     }
-    restored = table["restored"][ENGLISH]
+    rows = table["restored"]
+    restored = rows[ENGLISH]
+    findings = {
+        "english_on_english": restored[ENGLISH], "mix_on_english": rows[MIX][ENGLISH],
+        "english_on_others": geometric_mean([restored[language] for language in others]),
+        "own_on_others": geometric_mean([rows[language][language] for language in others]),
+        "mix_on_others": geometric_mean([rows[MIX][language] for language in others]),
+    }  # fmt: skip
     worst = max(others, key=lambda language: restored[language])
     return {
-        "dense": dense, "table": table, "states": states, "names": STATES,
+        "dense": dense, "table": table, "means": means, "names": STATES, **findings,
         "languages": {language: LANGUAGES[language] for language in dense},
         "worst": {"language": LANGUAGES[worst], "ratio": restored[worst]},
     }  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +68,18 @@ def drawn_picture(generator: np.random.Generator) -> Picture:
         colour, shape = str(generator.choice(list(COLOURS))), str(generator.choice(SHAPES))
         left, top = (half * PIXELS // 2 + int(generator.integers(1, 5)) for half in (column, row))
         right, bottom = left + 10, top + 10
-        if shape == "square":
-            pen.rectangle((left, top, right, bottom), fill=COLOURS[colour])
-        elif shape == "circle":
-            pen.ellipse((left, top, right, bottom), fill=COLOURS[colour])
-        else:
+        if shape == "triangle":
             pen.polygon([(left, bottom), (right, bottom), ((left + right) // 2, top)], fill=COLOURS[colour])
+        else:
+            draw = pen.rectangle if shape == "square" else pen.ellipse
+            draw((left, top, right, bottom), fill=COLOURS[colour])
         words.append(f"a {colour} {shape} at the {place}")
     noisy = np.asarray(image, dtype=np.int16) + generator.normal(0, NOISE, (PIXELS, PIXELS, 3)).astype(np.int16)
     text = f"There is {', '.join(words[:-1])} and {words[-1]}."
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), text
 
 
-def drawn_pictures(count: int, seed: int) -> list[Picture]:
-    """This many images, fixed by the seed."""
+def drawn_pictures(count: int, seed: int | np.random.Generator) -> list[Picture]:
     generator = np.random.default_rng(seed)
     return [drawn_picture(generator) for _ in range(count)]
 
@@ -127,13 +125,6 @@ def encoded(pictures: Sequence[Picture], processor: Any) -> dict[str, Tensor]:
     return made
 
 
-def batches(processor: Any, size: Size) -> Iterator[dict[str, Tensor]]:
-    """An endless stream of new training images."""
-    generator = np.random.default_rng(0)
-    for _ in range(size.steps):
-        yield encoded([drawn_picture(generator) for _ in range(size.batch)], processor)
-
-
 def trained_reader(request: Request) -> Path:
     """The folder of the trained model, created if missing."""
     size = request.size(TRIAL, FULL)
@@ -142,7 +133,9 @@ def trained_reader(request: Request) -> Path:
         torch.manual_seed(0)
         processor = make_processor()
         model = transformers.AutoModelForImageTextToText.from_config(configuration(size, processor.tokenizer))
-        save_trained(folder, "pictures", fit(model, batches(processor, size), size), model, processor)
+        drawing = np.random.default_rng(0)
+        batches = (encoded(drawn_pictures(size.batch, drawing), processor) for _ in range(size.steps))
+        save_trained(folder, "pictures", fit(model, batches, size), model, processor)
     return folder
 
 
