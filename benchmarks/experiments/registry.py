@@ -1,7 +1,5 @@
 """The experiments, in the order of their pages."""
 
-from __future__ import annotations
-
 from harness.experiment import experiment
 
 MODULES = (

@@ -1,7 +1,5 @@
 """Charts shared by several experiments."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

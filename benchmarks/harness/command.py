@@ -10,8 +10,6 @@ An interrupted run resumes and keeps finished cells. Cells are in benchmarks/res
 with --quick (a smoke run with small settings) both are in out/results-quick.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

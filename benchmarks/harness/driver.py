@@ -1,7 +1,5 @@
 """Driver of experiments: existing cells are kept, missing ones are measured in separate processes."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Definition of an experiment, and the types of its functions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -84,7 +82,7 @@ class Experiment:
     settings: Values = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
     needs: Names = ()
-    reads: Sequence[Experiment] = ()
+    reads: Sequence["Experiment"] = ()
     extra: Names = ()
     own_files: bool = False
     smoke: bool = True

@@ -1,7 +1,5 @@
 """Pages of the book: templates that take every number from the measured values."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -1,7 +1,5 @@
 """Cells on disk: one file for each experiment, written whole after each cell, with settings and environments."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os

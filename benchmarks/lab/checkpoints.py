@@ -1,7 +1,5 @@
 """Checkpoints in the sizes of known models, with random weights and a tokenizer of bytes."""
 
-from __future__ import annotations
-
 import copy
 import json
 from functools import partial

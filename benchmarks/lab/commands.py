@@ -1,7 +1,5 @@
 """Commands of saap in separate processes, and models that are made once for several cells."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

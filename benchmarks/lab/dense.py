@@ -1,7 +1,5 @@
 """Inputs of the experiments: a dense model with its structures, text samples, and perplexities of results."""
 
-from __future__ import annotations
-
 import importlib
 import subprocess
 import sys

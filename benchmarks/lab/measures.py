@@ -1,7 +1,5 @@
 """Measures shared by several experiments: pure functions of arrays and sets."""
 
-from __future__ import annotations
-
 import base64
 import zlib
 from collections.abc import Collection, Sequence

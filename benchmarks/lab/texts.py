@@ -1,7 +1,5 @@
 """Evaluation texts, never used for calibration, and perplexities of folders on them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

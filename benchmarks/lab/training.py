@@ -1,7 +1,5 @@
 """Small models of several families, trained here on public-domain text: real weights, made in minutes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ Cells:
 - real: the same with the weights of `--set model=FILE.gguf` (Qwen2.5-Coder 1.5B, say), and perplexity before and after.
 """
 
-from __future__ import annotations
-
 import platform
 import shutil
 import subprocess

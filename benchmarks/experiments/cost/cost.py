@@ -5,8 +5,6 @@ from one that is warmed up. Time is processor time, so that other load on the ma
 to the process before it opens the model.
 """
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory

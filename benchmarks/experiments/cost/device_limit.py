@@ -6,8 +6,6 @@ activations of the reconstruction are offloaded, so its peak depends on the micr
 The formula is evaluated for that run and for effort `default`.
 """
 
-from __future__ import annotations
-
 import copy
 from importlib import import_module
 from pathlib import Path

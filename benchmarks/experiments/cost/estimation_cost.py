@@ -5,8 +5,6 @@ batches, interleaved. Memory: measured in a separate process; peak resident size
 loaded model at rest (every weight touched, freed heap returned), relative to the bytes of the weights.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from functools import partial

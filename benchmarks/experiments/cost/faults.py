@@ -4,8 +4,6 @@ A run is killed (SIGKILL) after a share of the processor seconds of the undistur
 load of the machine.
 """
 
-from __future__ import annotations
-
 import hashlib
 import sys
 import tempfile

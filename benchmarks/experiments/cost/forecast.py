@@ -1,7 +1,5 @@
 """Forecasts of `saap prune --dry-run` compared with measured runs."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Agreement of GGUF files with their folders, and the memory of writing them."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 from pathlib import Path

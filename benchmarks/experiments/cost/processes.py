@@ -5,8 +5,6 @@ moment when all processes are ready until all have the whole result, after a war
 Run this on an idle machine: it needs as many idle cores as processes.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import time

@@ -3,8 +3,6 @@
 The model, the texts and the tasks of a recipe are replaced as well: by SmolLM2, bundled text, and none.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 import time

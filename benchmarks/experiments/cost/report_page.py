@@ -1,7 +1,5 @@
 """Size of a report page, and the time that a browser takes to open it."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import statistics

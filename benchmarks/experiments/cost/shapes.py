@@ -3,8 +3,6 @@
 Only memory and time matter here, not the quality of the model. LLaMA-13B needs about 70 GB of disk for a while.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 import time

@@ -4,8 +4,6 @@ Speed-ups are medians of the rounds' ratios. A decoded token reads every weight 
 tied to the output), so the ratio of the bytes is the speed-up if memory bandwidth is the only limit.
 """
 
-from __future__ import annotations
-
 import statistics
 from pathlib import Path
 from typing import Any

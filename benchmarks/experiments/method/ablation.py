@@ -1,7 +1,5 @@
 """Ablation of our additions, one at a time."""
 
-from __future__ import annotations
-
 import copy
 
 from harness.charts import bars

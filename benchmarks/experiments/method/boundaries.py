@@ -1,7 +1,5 @@
 """Group boundaries: effect of the order of channels, which determines those that share a scale and zero point."""
 
-from __future__ import annotations
-
 import torch
 from harness.charts import bars
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values

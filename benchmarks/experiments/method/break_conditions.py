@@ -1,7 +1,5 @@
 """The paper's break conditions: effect of removing single units, compared with every indicator."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

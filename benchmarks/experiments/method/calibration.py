@@ -1,7 +1,5 @@
 """Calibration: number, length and kind of samples, one factor at a time, selection only."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections import Counter
@@ -35,7 +33,7 @@ class Setting(NamedTuple):
     def __str__(self) -> str:
         return f"{self.samples}x{self.length}-{self.kind}"
 
-    def only(self, factor: str, other: Setting) -> bool:
+    def only(self, factor: str, other: "Setting") -> bool:
         """Whether at most one factor differs."""
         return all(getattr(self, name) == getattr(other, name) for name in self._fields if name != factor)
 

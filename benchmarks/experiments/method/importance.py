@@ -1,7 +1,5 @@
 """Importance before and after fusion: distributions, orders, perplexity, scopes, and cost of the fusion."""
 
-from __future__ import annotations
-
 import statistics
 import time
 import timeit

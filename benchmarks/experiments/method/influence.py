@@ -1,7 +1,5 @@
 """The six blocks of lowest influence (ShortGPT), and the cost of removing them, by calibration samples."""
 
-from __future__ import annotations
-
 import numpy as np
 from harness.experiment import Cells, Measured, Names, Request, Scaled, Values
 from lab.commands import VALIDATION

@@ -1,7 +1,5 @@
 """Overlap of word n-grams between the bundled calibration texts and the evaluation texts."""
 
-from __future__ import annotations
-
 import re
 import tempfile
 from pathlib import Path

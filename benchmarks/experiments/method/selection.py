@@ -1,7 +1,5 @@
 """Literal strategies and single importances on the real model, with and without reconstruction (effort `fast`)."""
 
-from __future__ import annotations
-
 import copy
 
 from harness.experiment import Cells, Measured, Names, Request, Scaled, Values

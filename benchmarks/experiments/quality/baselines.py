@@ -1,7 +1,5 @@
 """The baselines compared with the methods' published code on the same model."""
 
-from __future__ import annotations
-
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import TEST, VALIDATION, compared, flags_from
 

@@ -1,7 +1,5 @@
 """Our method and the baselines on the real model, with and without our reconstruction for all methods."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Other families: small models that the benchmark trains itself, pruned by our method and by the baselines."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

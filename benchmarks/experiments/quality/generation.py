@@ -1,7 +1,5 @@
 """Generated text and known facts of the dense, pruned and recovered model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

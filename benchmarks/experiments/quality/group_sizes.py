@@ -1,7 +1,5 @@
 """Group sizes of quantised tuning: perplexity, memory, time, size; and the cost of group-wise training."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Multilingual calibration: the cost of calibrating on one language for the others."""
 
-from __future__ import annotations
-
 from harness.charts import bars
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import flags_from, made_by_saap

@@ -3,8 +3,6 @@
 The model is small and trained here to describe synthetic images: real weights, made in minutes.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Sequence

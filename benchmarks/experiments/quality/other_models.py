@@ -1,7 +1,5 @@
 """Our default versus the baselines on another real model than SmolLM2."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from harness.experiment import Cells, Measured, Names, Request, Values

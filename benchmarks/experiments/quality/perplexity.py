@@ -1,7 +1,5 @@
 """Perplexity after pruning with the command line, on texts not used for calibration."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from pathlib import Path

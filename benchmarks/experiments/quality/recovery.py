@@ -1,7 +1,5 @@
 """Gain of the recovery on texts not used for training."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 from pathlib import Path
