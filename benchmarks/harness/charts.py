@@ -1,4 +1,4 @@
-"""Charts shared by several experiments."""
+"""Charts shared by several experiments; their titles and texts are in the templates."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,9 +8,7 @@ from saap.reporting.figures import COLOURS, MARKERS, Figure, plain_ticks
 Line = tuple[Sequence[float], Sequence[float]]
 
 
-def lines(
-    name: str, title: str, text: str, series: Mapping[str, Line], *, x: str, y: str, log: str = "", ticks: bool = False
-) -> Figure:
+def lines(name: str, series: Mapping[str, Line], *, x: str, y: str, log: str = "", ticks: bool = False) -> Figure:
     """Lines with markers. series: x and y values by label. log: logarithmic axes, e.g. "xy".
 
     ticks: label the measured x values themselves.
@@ -31,13 +29,11 @@ def lines(
             axis.minorticks_off()
         axis.set(xlabel=x, ylabel=y)
 
-    return Figure(name=name, title=title, text=text, draw=draw)
+    return Figure(name=name, title="", text="", draw=draw)
 
 
 def bars(
     name: str,
-    title: str,
-    text: str,
     values: Mapping[str, Sequence[float]],
     labels: Sequence[str],
     *,
@@ -59,4 +55,4 @@ def bars(
         axis.set_xlabel(x)
 
     tall = 1.0 + 0.32 * len(labels) * max(1, len(values) / 2)
-    return Figure(name=name, title=title, text=text, draw=draw, height=tall)
+    return Figure(name=name, title="", text="", draw=draw, height=tall)

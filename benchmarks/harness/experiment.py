@@ -42,11 +42,9 @@ class Request:
     settings: Values = field(default_factory=dict)
 
     def size(self, smoke: Any, full: Any) -> Any:
-        """The first value in a smoke run, otherwise the second."""
         return smoke if self.quick else full
 
     def filled(self, setting: Any) -> Any:
-        """The value of a setting in this run."""
         value = self.size(*setting) if isinstance(setting, Scaled) else setting
         if isinstance(value, list):
             return [self.filled(one) for one in value]
@@ -67,7 +65,7 @@ class Experiment:
     cells: their names, in the order of measuring. settings: everything that affects the figures; cells with other
     settings are measured again; `{model}` is replaced by the model to prune. measure: yields the requested cells one by
     one, so that an interrupted run loses at most one of them. summarise: figures of the page from the cells; pure.
-    figures: charts of the summary.
+    figures: charts of the summary, in the order of the template's block `charts`, which has their titles and texts.
 
     options: of `--set`, name to description. needs: required options. reads: modules of other experiments whose cells
     the page also shows. extra: optional cells of the page. own_files: each cell has its own file, `results/CELL.json`,

@@ -56,11 +56,21 @@ def block(experiment: Experiment, name: str, summary: Mapping[str, Any] | None =
     name: `title`, `question`, `limits` (limitations), `finding` (the sentence that answers the question) or `decision`
     (consequence for the product's defaults); the last two need the summary.
     """
+    return " ".join(_rendered(experiment, name, summary).split())
+
+
+def _rendered(experiment: Experiment, name: str, summary: Mapping[str, Any] | None) -> str:
     template = templates().get_template(f"{experiment.name}.md.jinja")
     if name not in template.blocks:
         return ""
-    context = template.new_context({"s": summary or {}, "defaults": product_defaults()})
-    return " ".join("".join(template.blocks[name](context)).split())
+    return "".join(template.blocks[name](template.new_context({"s": summary or {}, "defaults": product_defaults()})))
+
+
+def charts(experiment: Experiment, summary: Mapping[str, Any]) -> list[Figure]:
+    """The charts with the titles and texts of the block `charts`, whose lines are `NAME | TITLE | TEXT`."""
+    said = [line.split(" | ") for line in _rendered(experiment, "charts", summary).splitlines()]
+    drawn = {figure.name: figure for figure in experiment.figures(summary)}
+    return [dataclasses.replace(drawn[name], title=title, text=text) for name, title, text in said]
 
 
 def product_defaults() -> dict[str, Any]:
@@ -83,7 +93,7 @@ def page_of(experiment: Experiment, request: Request, state: State, summary: Map
         experiment=experiment,
         finding=block(experiment, "finding", summary),
         decision=block(experiment, "decision", summary),
-        figures=experiment.figures(summary),
+        figures=charts(experiment, summary),
         settings=experiment.chosen(request),
         environments=_environments(state),
         seconds=sum(record.get("seconds", 0.0) for record in state.found.values()),
@@ -117,7 +127,7 @@ def write_pages(experiments: Sequence[Experiment], request: Request, out: Path) 
         summary = summary_of(experiment, state)
         _write(out / f"{experiment.name}.md", page_of(experiment, request, state, summary))
         if summary is not None:
-            for figure in experiment.figures(summary):
+            for figure in charts(experiment, summary):
                 _write(out / "figures" / f"{figure.name}.svg", compact_svg(figure))
             told[experiment.name] = block(experiment, "finding", summary)
             decided[experiment.name] = block(experiment, "decision", summary)

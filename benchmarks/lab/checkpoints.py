@@ -37,14 +37,12 @@ SHAPES = {
 
 
 def skeleton(shape: LlamaConfig) -> nn.Module:
-    """The model on the meta device."""
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
         return model
 
 
 def parameters_of(shape: LlamaConfig) -> tuple[int, int]:
-    """Parameters of the whole model, and of its decoder blocks."""
     named = dict(skeleton(shape).named_parameters())
     return sum(p.numel() for p in named.values()), sum(p.numel() for name, p in named.items() if ".layers." in name)
 

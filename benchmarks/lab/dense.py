@@ -57,12 +57,10 @@ class Dense:
 
     @property
     def model(self) -> nn.Module:
-        """The model itself."""
         return self.loaded.model
 
     @property
     def backend(self) -> Backend:
-        """The backend of the model."""
         return Backend(self.model, self.graph)
 
     @property

@@ -25,7 +25,6 @@ def rank_correlation_inside(groups: Pairs) -> float:
 
 
 def rank_correlation_overall(groups: Pairs) -> float:
-    """Rank correlation over the units of all groups together."""
     return rank_correlation(np.concatenate([a for a, _ in groups]), np.concatenate([b for _, b in groups]))
 
 
@@ -72,13 +71,11 @@ def as_bits(units: Collection[int]) -> str:
 
 
 def from_bits(text: str) -> frozenset[int]:
-    """The set that `as_bits` wrote."""
     packed = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
     return frozenset(np.flatnonzero(np.unpackbits(packed)).tolist())
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """Geometric mean, the mean of log-perplexities for perplexity ratios."""
     return float(np.exp(np.mean(np.log(values))))
 
 
@@ -121,7 +118,6 @@ def log_histogram(values: FloatArray, edges: FloatArray) -> list[float]:
 
 
 def removed_units(plan: StructurePlan, graph: ModelGraph) -> set[tuple[str, int]]:
-    """All removed units, by group and number."""
     planned = [group for group in graph.groups if group.name in plan.keep]
     return {(one.name, unit) for one in planned for unit in set(range(one.units)) - set(plan.keep[one.name])}
 
@@ -133,5 +129,4 @@ def sampled_units(units: int, wanted: int, seed: int) -> list[int]:
 
 
 def spread_layers(layers: int, wanted: int) -> Sequence[int]:
-    """Evenly spaced layers from the first to the last."""
     return sorted({round(place) for place in np.linspace(0, layers - 1, min(wanted, layers))})

@@ -33,7 +33,6 @@ def texts(given: Mapping[str, str], folder: Path) -> dict[str, Path]:
 
 
 def records(file: Path) -> list[dict[str, str]]:
-    """The evaluated records of a .jsonl file."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:RECORDS]]
 
 

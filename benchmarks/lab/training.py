@@ -64,7 +64,6 @@ FAMILIES = ("gpt2", "opt", "bloom", "llama", "qwen3")
 
 
 def make_tokenizer(text: str, vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the text."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()

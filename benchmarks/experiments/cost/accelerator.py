@@ -1,11 +1,6 @@
-"""Experiments on an accelerator: GPU tests, LLaMA-7B in bfloat16, and a model of 1.5 billion parameters end to end.
+"""On an accelerator: the tests marked `gpu`, and models of the sizes of LLaMA-7B and Qwen2.5 1.5B.
 
-Cells:
-
-- tests: those marked `gpu`.
-- 7b: random weights in the sizes of LLaMA-7B, pruned by 20 % with effort `default`.
-- 1.5b: random weights in the sizes of Qwen2.5 1.5B, pruned and tuned, for a machine without network access.
-- real: the same with the weights of `--set model=FILE.gguf` (Qwen2.5-Coder 1.5B, say), and perplexity before and after.
+Weights are random, except in the cell `real`: those of `--set model=FILE.gguf`, with perplexity.
 """
 
 import platform
@@ -31,7 +26,6 @@ EXTRA = ("real",)
 
 
 def reported(command: str, source: Path, out: Path, flags: Names) -> Values:
-    """Run a command. Returns time and memory of every stage."""
     report = saap(command, source, "--out", out, "--overwrite", *flags)
     stages = [{name: stage[name] for name in STAGE} for stage in report["stages"]]
     return {"command": " ".join([f"saap {command} MODEL", *flags]), "stages": stages}

@@ -1,9 +1,7 @@
 """Four layers of LLaMA-7B on a simulated accelerator with limited memory; all 32 by the formula.
 
-The simulated device (tests/pretend.py) tracks its memory and rejects more than its limit: 24 GB minus the other 28
-layers in bfloat16. The four layers are in float32, since a CPU computes. The run has effort `fast` and few tokens:
-activations of the reconstruction are offloaded, so its peak depends on the micro-batch, not on the number of tokens.
-The formula is evaluated for that run and for effort `default`.
+The simulated device (tests/pretend.py) tracks its memory and rejects more than its limit. Activations of the
+reconstruction are offloaded, so the peak depends on the micro-batch, not on the number of tokens.
 """
 
 import copy

@@ -1,8 +1,7 @@
 """Cost of the estimation: time versus a plain forward and backward pass, memory above the loaded model.
 
-Random token ids; float32. Time: estimation and loss.backward() with weight gradients over the same tokens in the same
-batches, interleaved. Memory: measured in a separate process; peak resident size while estimating, minus that of the
-loaded model at rest (every weight touched, freed heap returned), relative to the bytes of the weights.
+Random token ids; float32. Memory: peak resident size minus that of the loaded model at rest (every weight touched,
+freed heap returned).
 """
 
 import time
@@ -105,8 +104,4 @@ def summarise(cells: Cells) -> Values:
 
 def figures(summary: Values) -> Figures:
     scored = summary["score_seconds"]
-    return [bars(
-        "estimation-cost", "Seconds to score every unit",
-        "Seconds that each method takes to score all units from the same calibration samples.",
-        {"seconds": list(scored.values())}, list(scored), x="seconds",
-    )]  # fmt: skip
+    return [bars("estimation-cost", {"seconds": list(scored.values())}, list(scored), x="seconds")]

@@ -1,8 +1,4 @@
-"""`saap prune` killed at points spread evenly over its work, resumed with the same command, and the results compared.
-
-A run is killed (SIGKILL) after a share of the processor seconds of the undisturbed run, which hardly depend on other
-load of the machine.
-"""
+"""`saap prune` killed at shares of the processor seconds of an undisturbed run, and resumed by the same command."""
 
 import hashlib
 import sys

@@ -19,7 +19,6 @@ SMOKE = False
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """Seconds and peak resident bytes of each stage and of the whole run, forecast and measured."""
     with tempfile.TemporaryDirectory() as folder:
         load, out = os.getloadavg()[0], Path(folder) / "out"
         command = ["prune", request.model, *FLAGS, "--out", out]

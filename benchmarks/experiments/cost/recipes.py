@@ -1,7 +1,4 @@
-"""The recipes end to end on SmolLM2 with small numbers, and a second run that must keep every step.
-
-The model, the texts and the tasks of a recipe are replaced as well: by SmolLM2, bundled text, and none.
-"""
+"""The recipes end to end on SmolLM2 with small numbers, and a second run that must keep every step."""
 
 import json
 import tempfile
@@ -33,7 +30,6 @@ def replaced(recipe: Path, model: str, out: Path) -> list[str]:
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """Seconds, steps and perplexities of each recipe, and the steps of a second run."""
     for name in wanted:
         with tempfile.TemporaryDirectory() as folder:
             out, recipe = Path(folder) / "out", RECIPES / f"{name}.yaml"

@@ -1,7 +1,4 @@
-"""Pruning checkpoints of the shapes of LLaMA-7B and LLaMA-13B, with random weights, on this machine.
-
-Only memory and time matter here, not the quality of the model. LLaMA-13B needs about 70 GB of disk for a while.
-"""
+"""Checkpoints of the shapes of LLaMA-7B and 13B with random weights; only memory and time matter. Needs 70 GB."""
 
 import os
 import tempfile

@@ -1,8 +1,4 @@
-"""Prefill and decode speed of pruned folders compared with the dense model, in llama.cpp and in transformers.
-
-Speed-ups are medians of the rounds' ratios. A decoded token reads every weight once (the embedding too, since it is
-tied to the output), so the ratio of the bytes is the speed-up if memory bandwidth is the only limit.
-"""
+"""Prefill and decode speed of pruned folders compared with the dense model, in llama.cpp and in transformers."""
 
 import statistics
 from pathlib import Path
@@ -64,7 +60,6 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def measured(request: Request, folder: Path, runtime: RuntimeName, kind: GgufType) -> Values:
-    """Speeds of a folder and of the dense model, and their ratios."""
     chosen = SpeedSettings(runtime=runtime, gguf_type=kind, rounds=ROUNDS, new_tokens=NEW_TOKENS)
     dense: Source = request.model
     if runtime is RuntimeName.TRANSFORMERS:
@@ -103,8 +98,4 @@ def figures(summary: Values) -> Figures:
         places, values = series.setdefault(f"{row['runtime']} {row['weights']}, {row['layout']}", ([], []))
         places.append(100 * row["removed"])
         values.append(row["decode_speedup"])
-    return [lines(
-        "speed", "Decoding against what is removed",
-        "Speed-up of decoding one token at a time against the share of the blocks that is removed.",
-        series, x="% of the decoder blocks removed", y="decode, pruned / dense",
-    )]  # fmt: skip
+    return [lines("speed", series, x="% of the decoder blocks removed", y="decode, pruned / dense")]

@@ -123,9 +123,6 @@ def summarise(cells: Cells) -> Values:
 
 def figures(summary: Values) -> Figures:
     names = list(summary["variants"])
-    return [bars(
-        "ablation", "What each addition is worth",
-        "Perplexity of the pruned over that of the dense model, with one addition taken away at a time.",
-        {text: [summary["variants"][name][text][0] for name in names] for text in MEASURED},
-        [name if name == "everything" else f"without {name}" for name in names], x="perplexity / dense",
-    )]  # fmt: skip
+    values = {text: [summary["variants"][name][text][0] for name in names] for text in MEASURED}
+    labels = [name if name == "everything" else f"without {name}" for name in names]
+    return [bars("ablation", values, labels, x="perplexity / dense")]

@@ -82,7 +82,6 @@ def in_order(weight: Tensor, order: str, group_size: int) -> Tensor:
 
 
 def relative_error(weight: Tensor, rounded: Tensor) -> float:
-    """Squared error over the square of the weight."""
     return float((weight - rounded).square().sum() / weight.square().sum())
 
 
@@ -104,7 +103,6 @@ def summarise(cells: Cells) -> Values:
 
 
 def of_size(model: str, size: int, cells: Cells) -> dict[str, Values]:
-    """Error and perplexity of each order, averaged over the random ones."""
     drawn = [
         cell for name, cell in cells.items() if name.startswith(f"{model}-{RANDOM}-") and name.endswith(f"-{size}")
     ]
@@ -121,8 +119,4 @@ def figures(summary: Values) -> Figures:
         for model, sizes in summary["models"].items()
         for size, one in sizes.items()
     }
-    return [bars(
-        "boundaries", "Error of the quantisation by the order of the channels",
-        "Relative squared error of the quantised weights by the order in which channels are grouped.",
-        values, kinds, x="squared error / square of the weight",
-    )]  # fmt: skip
+    return [bars("boundaries", values, kinds, x="squared error / square of the weight")]

@@ -91,7 +91,6 @@ def measure(request: Request, wanted: Names) -> Measured:
 def all_indicators(
     dense: Dense, tokens: CalibrationSet, estimates: Mapping[ElementOrder, ImportanceScores]
 ) -> dict[str, ByGroup]:
-    """All importance indicators: by indicator and group, (units,) values."""
     graph, scores, ids = dense.graph, estimates[ElementOrder.SECOND], dense.ids(tokens)
     fused = fuse(scores, graph, FusionScope.LAYER_ROLE)
     elements = {
@@ -243,13 +242,10 @@ def role_summary(measured: Cells, indicators: Mapping[str, Mapping[str, Sequence
 
 
 def figures(summary: Values) -> Figures:
-    inside = "inside the modules"
-    return [
-        bars(
-            f"break-conditions-{role}", f"Which indicator predicts the true effect: {role}",
-            f"Rank correlation of each indicator with the divergence that a unit's removal causes, {role}.",
-            {inside: [one["divergence"] for one in found["indicators"].values()]}, list(found["indicators"]),
-            x="rank correlation", errors={inside: [tuple(one["interval"]) for one in found["indicators"].values()]},
-        )
-        for role, found in summary["roles"].items()
-    ]  # fmt: skip
+    drawn = []
+    for role, found in summary["roles"].items():
+        indicators = found["indicators"]
+        values = {"inside the modules": [one["divergence"] for one in indicators.values()]}
+        errors = {"inside the modules": [tuple(one["interval"]) for one in indicators.values()]}
+        drawn.append(bars(f"break-conditions-{role}", values, list(indicators), x="rank correlation", errors=errors))
+    return drawn

@@ -34,7 +34,6 @@ class Setting(NamedTuple):
         return f"{self.samples}x{self.length}-{self.kind}"
 
     def only(self, factor: str, other: "Setting") -> bool:
-        """Whether at most one factor differs."""
         return all(getattr(self, name) == getattr(other, name) for name in self._fields if name != factor)
 
 
@@ -159,10 +158,6 @@ def figures(summary: Values) -> Figures:
     for factor, place, label in (("samples", 0, "samples"), ("length", 1, "tokens of a sample")):
         names = sorted(summary["factors"][factor], key=lambda name: float(summary["values"][name][place]))
         at = [float(summary["values"][name][place]) for name in names]
-        drawn.append(lines(
-            f"calibration-{factor}", f"Perplexity against {label}",
-            f"Perplexity of the masked over that of the dense model, mean over three texts, against {label}.",
-            {model: (at, [summary["models"][model][name]["mean"] for name in names]) for model in MODELS},
-            x=label, y="perplexity / dense", log="x", ticks=True,
-        ))  # fmt: skip
+        series = {model: (at, [summary["models"][model][name]["mean"] for name in names]) for model in MODELS}
+        drawn.append(lines(f"calibration-{factor}", series, x=label, y="perplexity / dense", log="x", ticks=True))
     return drawn

@@ -84,7 +84,6 @@ def distributions(dense: Dense, every: Mapping[str, Units]) -> Values:
 
 
 def relative(units: Units, names: Names) -> FloatArray:
-    """Importances of the units of all modules, relative to their mean."""
     values = np.concatenate([units[name].mean for name in names])
     return np.asarray(values / values.mean())
 
@@ -122,17 +121,9 @@ def summarise(cells: Cells) -> Values:
 def figures(summary: Values) -> Figures:
     edges, ratios = np.asarray(summary["edges"]), summary["ratios"]
     middle = (10 ** ((edges[1:] + edges[:-1]) / 2)).tolist()
-    kinds = ("vector-wise", "element-wise", "fused-layer-role")
-    return [
-        *(lines(
-            f"importance-{role}", f"Importances before and after the fusion: {role}",
-            f"Shares of the units by their importance over its mean, {role}: vector-wise, element-wise and fused.",
-            {kind: (middle, shares[kind]) for kind in kinds},
-            x="importance / mean", y="share of the units", log="x",
-        ) for role, shares in summary["histograms"].items()),
-        bars(
-            "importance-perplexity", "What the importance changes in perplexity",
-            "Perplexity of the masked over that of the dense model by importance, equal shares and one ranking.",
-            {str(s): [one[s] for one in ratios.values()] for s in STRATEGIES}, list(ratios), x="perplexity / dense",
-        ),
-    ]  # fmt: skip
+    drawn = []
+    for role, shares in summary["histograms"].items():
+        series = {kind: (middle, shares[kind]) for kind in ("vector-wise", "element-wise", "fused-layer-role")}
+        drawn.append(lines(f"importance-{role}", series, x="importance / mean", y="share of the units", log="x"))
+    values = {str(strategy): [one[strategy] for one in ratios.values()] for strategy in STRATEGIES}
+    return [*drawn, bars("importance-perplexity", values, list(ratios), x="perplexity / dense")]

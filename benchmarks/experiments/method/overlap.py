@@ -17,12 +17,10 @@ SETTINGS = {"words in a row": LENGTH}
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, without case and punctuation."""
     return re.findall(r"\w+", text.lower())
 
 
 def runs(text: str) -> set[Run]:
-    """All n-grams of words."""
     found = words(text)
     return {tuple(found[start : start + LENGTH]) for start in range(len(found) - LENGTH + 1)}
 

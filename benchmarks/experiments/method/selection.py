@@ -35,7 +35,6 @@ SETTINGS = {
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """Measure the cells, with one shared estimation for each element order."""
     chosen = request.settings
     estimates: dict[ElementOrder, ImportanceScores] = {}
     with opened(request.model) as dense:

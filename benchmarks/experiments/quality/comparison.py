@@ -79,7 +79,6 @@ def packed(row: Values, change: Callable[[Any], Any] = lambda answers: "".join(m
 
 
 def unpacked(row: Values) -> Values:
-    """The row that was packed."""
     return packed(row, lambda answers: [int(answer) for answer in answers])
 
 
@@ -96,7 +95,6 @@ def unpack(request: Request, folder: Path) -> None:
 
 
 def comparison_of(found: Cells) -> Values:
-    """The content of `comparison.json`, from unpacked cells."""
     head = {name: found[HEAD][name] for name in ("model", "settings", "versions")}
     return {**head, "dense": found[DENSE], "rows": rows_of(found), "command": ["compare", head["model"]]}
 
@@ -128,7 +126,6 @@ def summarise(found: Cells) -> Values:
 
 
 def quotient(whole: Values, ratio: float, ours_restored: bool, theirs_restored: bool) -> Values:
-    """Our perplexity ratio over that of the best baseline at one pruning ratio."""
     rows = [row for row in whole["rows"] if row["ratio"] == ratio]
     ours = next(r["ratios"][TEST] for r in rows if r["method"] == "saap" and r["restored"] is ours_restored)
     best = best_baseline(rows, restored=theirs_restored)

@@ -62,7 +62,6 @@ def summarise(cells: Cells) -> Values:
 
 
 def at(ratio: float, rows: Sequence[Values]) -> Values:
-    """Results of the methods at one ratio, and ours relative to the best of the others."""
     near = [row for row in rows if min(RATIOS.values(), key=lambda one: abs(one - row["removed"])) == ratio]
     found = {(row["method"], row["restored"]): row["ratio"] for row in near}
     table = {m: {state: found[m, restored] for state, restored in STATES.items()} for m in METHODS}
@@ -71,14 +70,12 @@ def at(ratio: float, rows: Sequence[Values]) -> Values:
 
 
 def figures(summary: Values) -> Figures:
-    families, most = summary["families"], summary["most"]
-    tables = [one["at"][most]["table"] for one in families.values()]
+    families = summary["families"]
+    tables = [one["at"][summary["most"]]["table"] for one in families.values()]
     return [
         bars(
-            f"families-{state}", f"{most} removed, {label}",
-            f"Perplexity of the pruned over that of the dense model by family and method, {most} removed, {label}.",
-            {method: [table[method][state] for table in tables] for method in METHODS}, list(families),
-            x="perplexity / dense",
+            f"families-{state}", {method: [table[method][state] for table in tables] for method in METHODS},
+            list(families), x="perplexity / dense",
         )
-        for state, label in (("cut", "cut only"), ("restored", "restored"))
+        for state in STATES
     ]  # fmt: skip

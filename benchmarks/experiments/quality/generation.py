@@ -34,7 +34,6 @@ def facts(limit: int) -> dict[str, list[Prompt]]:
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """Measures of generated text by model and mode, the first answer, and the known facts."""
     chosen = request.settings
     dense = open_model(request.model, RunOptions(device="cpu"))
     opens = [prompt.prompt for prompt in read_prompts(BUNDLED) if prompt.answer is None][: chosen["open prompts"]]
@@ -83,10 +82,6 @@ def summarise(cells: Cells) -> Values:
 
 
 def figures(summary: Values) -> Figures:
-    names = list(summary["sets"])
-    return [bars(
-        "generation-facts", "Facts that are continued rightly",
-        "Share of the open questions that the dense, the pruned and the recovered model continue with the answer.",
-        {state: [cell["facts"][name]["accuracy"] for name in names] for state, cell in summary["states"].items()},
-        names, x="share of the questions",
-    )]  # fmt: skip
+    names, states = list(summary["sets"]), summary["states"]
+    values = {state: [cell["facts"][name]["accuracy"] for name in names] for state, cell in states.items()}
+    return [bars("generation-facts", values, names, x="share of the questions")]

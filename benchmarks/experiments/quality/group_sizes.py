@@ -80,7 +80,6 @@ def train(model: str, length: int, steps: int, **chosen: Any) -> tuple[saap.Reco
 
 
 def tuned(chosen: Values, model: str, kind: str, tasks: str | None) -> Values:
-    """A model tuned with groups of a size or by plain LoRA: perplexities, accuracies, memory and time."""
     how: dict[str, Any] = {"tuning": "lora"} if kind == PLAIN else {"group_size": int(kind)}
     steps, tokenizer = chosen["tokens"] // chosen["length"], load_tokenizer(resolve_model(model))
 
@@ -176,7 +175,6 @@ def summarise(found: Cells) -> Values:
 
 
 def mean_accuracy(row: Values) -> list[float]:
-    """Mean accuracy over the tasks of a row, and its standard error."""
     tasks = row["tasks"].values()
     spread = math.sqrt(sum(task["acc_stderr"] ** 2 for task in tasks)) / len(tasks)
     return [sum(task["acc"] for task in tasks) / len(tasks), spread]
@@ -189,9 +187,5 @@ def figures(summary: Values) -> Figures:
         places, plain = [float(row["group_size"]) for row in rows], summary["plain_perplexity"][grid]
         for label, name in (("tuned", "perplexity"), ("only quantised", "perplexity_quantised")):
             series[f"{label}, grid: {grid}"] = (places, [row[name] / plain for row in rows])
-    return [lines(
-        "group-sizes", "Perplexity against the group size",
-        "Perplexity on WikiText-2 of the quantised model, over that of plain LoRA on the same weights, against the "
-        "number of inputs that share a scale.",
-        series, x="inputs that share a scale and a zero point", y="perplexity / plain LoRA", log="x", ticks=True,
-    )]  # fmt: skip
+    x, y = "inputs that share a scale and a zero point", "perplexity / plain LoRA"
+    return [lines("group-sizes", series, x=x, y=y, log="x", ticks=True)]

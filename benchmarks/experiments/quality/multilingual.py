@@ -80,12 +80,7 @@ def summarise(cells: Cells) -> Values:
 
 
 def figures(summary: Values) -> Figures:
-    languages = summary["languages"]
+    languages, rows = summary["languages"], summary["table"]["restored"]
     named = {**languages, MIX: "all of them"}
-    rows = summary["table"]["restored"]
-    return [bars(
-        "multilingual", "Perplexity by language and calibration, restored",
-        "Perplexity of the pruned over that of the dense model in each language, by the language of the calibration.",
-        {named[calibration]: [row[language] for language in languages] for calibration, row in rows.items()},
-        list(languages.values()), x="perplexity / dense",
-    )]  # fmt: skip
+    values = {named[calibration]: [row[language] for language in languages] for calibration, row in rows.items()}
+    return [bars("multilingual", values, list(languages.values()), x="perplexity / dense")]

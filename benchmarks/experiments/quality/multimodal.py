@@ -1,7 +1,4 @@
-"""Image and text: the decoder of a multimodal model, calibrated on text only or on image-text pairs.
-
-The model is small and trained here to describe synthetic images: real weights, made in minutes.
-"""
+"""The decoder of a multimodal model, trained here on drawn images, calibrated on text only or on image-text pairs."""
 
 import itertools
 import json
@@ -83,7 +80,6 @@ def drawn_pictures(count: int, seed: int | np.random.Generator) -> list[Picture]
 
 
 def make_processor() -> Any:
-    """The processor of the model: a tokenizer of descriptions, and unchanged images."""
     things = itertools.product(COLOURS, SHAPES, PLACES)
     text = "\n".join(f"There is a {c} {s} at the {p}, a {c} {s} at the {p} and a {c}." for c, s, p in things)
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -98,7 +94,6 @@ def make_processor() -> Any:
 
 
 def configuration(size: Size, tokenizer: Any) -> Any:
-    """A LLaVA of a CLIP tower and a LLaMA decoder."""
     vision = transformers.CLIPVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=PIXELS,
         patch_size=PATCH, projection_dim=32,
@@ -124,7 +119,6 @@ def encoded(pictures: Sequence[Picture], processor: Any) -> dict[str, Tensor]:
 
 
 def trained_reader(request: Request) -> Path:
-    """The folder of the trained model, created if missing."""
     size = request.size(TRIAL, FULL)
     folder = request.work / f"picture-reader-{request.size('trial', 'trained')}"
     if not (folder / "config.json").is_file():
@@ -211,8 +205,4 @@ def figures(summary: Values) -> Figures:
         calibration: ([0.0, *map(float, rows)], [dense, *(row["facts"] for row in rows.values())])
         for calibration, rows in summary["table"].items()
     }
-    return [lines(
-        "multimodal", "What is named rightly",
-        "Share of the words that only the picture tells which the model puts first, against the pruning ratio.",
-        series, x="pruning ratio", y="share", ticks=True,
-    )]  # fmt: skip
+    return [lines("multimodal", series, x="pruning ratio", y="share", ticks=True)]

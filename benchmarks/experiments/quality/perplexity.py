@@ -102,17 +102,9 @@ def figures(summary: Values) -> Figures:
     found = {(row["method"], row["restored"]): row["ratio"] for row in summary["compared"]}
     methods = list(dict.fromkeys(method for method, restored in found if (method, not restored) in found))
     states = {"cut only": False, "restored": True}
+    series = {text: (removed, [run["ratio"][text] for run in runs]) for text in measured}
+    values = {label: [found[method, restored] for method in methods] for label, restored in states.items()}
     return [
-        lines(
-            "perplexity-by-ratio", "Perplexity against what is removed",
-            "Perplexity of the pruned over that of the dense model against the share that is removed, by text.",
-            {text: (removed, [run["ratio"][text] for run in runs]) for text in measured},
-            x="% of the decoder blocks removed", y="perplexity / dense", log="y",
-        ),
-        bars(
-            "perplexity-by-method", "Methods at the same number of parameters",
-            "Perplexity of the pruned over that of the dense model by method, of those measured cut only and restored.",
-            {label: [found[method, restored] for method in methods] for label, restored in states.items()},
-            methods, x="perplexity / dense, WikiText-2 test",
-        ),
-    ]  # fmt: skip
+        lines("perplexity-by-ratio", series, x="% of the decoder blocks removed", y="perplexity / dense", log="y"),
+        bars("perplexity-by-method", values, methods, x="perplexity / dense, WikiText-2 test"),
+    ]
