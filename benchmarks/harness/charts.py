@@ -33,13 +33,9 @@ def lines(name: str, series: Mapping[str, Line], *, x: str, y: str, log: str = "
 
 
 def bars(
-    name: str,
-    values: Mapping[str, Sequence[float]],
-    labels: Sequence[str],
-    *,
-    x: str,
+    name: str, values: Mapping[str, Sequence[float]], labels: Sequence[str], *, x: str,
     errors: Mapping[str, Sequence[tuple[float, float]]] | None = None,
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Grouped horizontal bars. values: by label, one for each name of `labels`; errors: their intervals."""
     height = 0.8 / len(values)
 

@@ -39,13 +39,9 @@ def interval(pair: Sequence[float], digits: int = 2) -> str:
 def templates() -> jinja2.Environment:
     """The environment of all templates; undefined names are errors."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
+        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
     environment.filters |= {"n": number, "pct": percent, "interval": interval}
     return environment
 
@@ -87,17 +83,12 @@ def page_of(experiment: Experiment, request: Request, state: State, summary: Map
     if summary is None:
         return templates().get_template("unfinished.md.jinja").render(**said, experiment=experiment, state=state)
     template = templates().get_template(f"{experiment.name}.md.jinja")
+    said |= {name: block(experiment, name, summary) for name in ("finding", "decision")}
     return template.render(
-        **said,
-        s=summary,
-        experiment=experiment,
-        finding=block(experiment, "finding", summary),
-        decision=block(experiment, "decision", summary),
-        figures=charts(experiment, summary),
-        settings=experiment.chosen(request),
-        environments=_environments(state),
+        **said, s=summary, experiment=experiment, figures=charts(experiment, summary),
+        settings=experiment.chosen(request), environments=_environments(state),
         seconds=sum(record.get("seconds", 0.0) for record in state.found.values()),
-    )
+    )  # fmt: skip
 
 
 def _environments(state: State) -> list[str]:

@@ -26,13 +26,10 @@ Record = Mapping[str, Any]
 def environment() -> dict[str, Any]:
     """Versions, processor and load of this machine."""
     return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-        "load": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"), "load": round(os.getloadavg()[0], 1),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
+    }  # fmt: skip
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -68,11 +65,8 @@ def finished_cells(experiment: Experiment, request: Request) -> dict[str, Record
         values = {name: read_json(file) for name, file in files.items() if file.is_file()}
         return {name: {"values": one, "environment": one.get("environment")} for name, one in values.items()}
     content = _content(experiment, request)
-    return {
-        name: {**content["cells"][name], "environment": content["environments"][content["cells"][name]["environment"]]}
-        for name in names
-        if name in content["cells"]
-    }
+    found = {name: content["cells"][name] for name in names if name in content["cells"]}
+    return {name: {**one, "environment": content["environments"][one["environment"]]} for name, one in found.items()}
 
 
 def write_cell(experiment: Experiment, request: Request, cell: str, values: Mapping[str, Any], seconds: float) -> None:

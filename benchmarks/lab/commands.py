@@ -122,11 +122,3 @@ def quickly_pruned(request: Request, layout: str, ratio: str) -> Path:
     """The model pruned with effort `fast`, in a layout."""
     flags = ["--pruning-ratio", ratio, "--effort", "fast", "--layout", layout]
     return made_by_saap(request, f"{layout}/{ratio}", "prune", request.model, *flags)
-
-
-def recovered_folder(request: Request, minutes: float) -> Path:
-    """The pruned model after that many minutes of tuning on the default data."""
-    source = pruned_folder(request)
-    few = ["--max-steps", "2", "--max-seq-length", "64", "--validation-samples", "1"]
-    flags = few if request.quick else ["--max-minutes", f"{minutes:g}"]
-    return made_by_saap(request, f"{source.name}-recovered", "recover", source, *flags)

@@ -20,6 +20,8 @@ VOCABULARY = 2048
 END = "<|end|>"
 HEADS = 4
 SHORT_CHARACTERS = 200_000
+FEW_STEPS = ["--max-steps", "2", "--max-seq-length", "64", "--validation-samples", "1"]
+"""Of `saap recover` in a smoke run."""
 
 
 @dataclass(frozen=True, kw_only=True)

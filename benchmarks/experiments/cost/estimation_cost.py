@@ -96,8 +96,7 @@ def summarise(cells: Cells) -> Values:
     quickest = min((method for method in scored if method != "saap"), key=lambda method: float(scored[method]))
     head = cells[comparison.HEAD]["settings"]
     return {
-        **cells["time"], **cells["memory"], "score_seconds": scored, "ours_seconds": scored["saap"],
-        "quickest": quickest, "quickest_seconds": scored[quickest],
+        **cells["time"], **cells["memory"], "score_seconds": scored, "quickest": quickest,
         "samples": head["samples"], "sample_length": head["sample_length"],
     }  # fmt: skip
 

@@ -116,8 +116,8 @@ def summarise(cells: Cells) -> Values:
     loss = {name: values["wikitext2"][0] / full for name, values in found.items() if name != "everything"}
     most, least = max(loss, key=lambda name: loss[name]), min(loss, key=lambda name: loss[name])
     return {
-        "variants": found, "meaning": WITHOUT, "full": full, "factor": loss, "seeds": len(cells) // len(WITHOUT),
-        "most": most, "most_factor": loss[most], "least": least, "least_factor": loss[least],
+        "variants": found, "meaning": WITHOUT, "factor": loss, "seeds": len(cells) // len(WITHOUT),
+        "most": most, "least": least,
     }  # fmt: skip
 
 

@@ -89,10 +89,7 @@ def summarise(cells: Cells) -> Values:
     models = {model: {str(size): of_size(model, size, cells) for size in SIZES} for model in MODELS}
     of_32 = {model: sizes["32"] for model, sizes in models.items()}
     against = {
-        model: {
-            order: {name: one[order][name] / one["natural"][name] for name in ("error", "ratio")}
-            for order in ("by-size", RANDOM)
-        }
+        model: {order: one[order]["error"] / one["natural"]["error"] for order in ("by-size", RANDOM)}
         for model, one in of_32.items()
     }
     return {
@@ -103,9 +100,8 @@ def summarise(cells: Cells) -> Values:
 
 
 def of_size(model: str, size: int, cells: Cells) -> dict[str, Values]:
-    drawn = [
-        cell for name, cell in cells.items() if name.startswith(f"{model}-{RANDOM}-") and name.endswith(f"-{size}")
-    ]
+    same = {name: cell for name, cell in cells.items() if name.endswith(f"-{size}")}
+    drawn = [cell for name, cell in same.items() if name.startswith(f"{model}-{RANDOM}-")]
     ratio, spread = mean_and_spread([cell["ratio"] for cell in drawn])
     error = mean_and_spread([cell["error"] for cell in drawn])[0]
     fixed = {order: {n: cells[f"{model}-{order}-{size}"][n] for n in ("error", "ratio")} for order in FIXED}
@@ -114,9 +110,7 @@ def of_size(model: str, size: int, cells: Cells) -> dict[str, Values]:
 
 def figures(summary: Values) -> Figures:
     kinds = (*FIXED, RANDOM)
-    values = {
-        f"{model}, groups of {size}": [one[kind]["error"] for kind in kinds]
-        for model, sizes in summary["models"].items()
-        for size, one in sizes.items()
-    }
+    values: dict[str, list[float]] = {}
+    for model, sizes in summary["models"].items():
+        values |= {f"{model}, groups of {size}": [one[k]["error"] for k in kinds] for size, one in sizes.items()}
     return [bars("boundaries", values, kinds, x="squared error / square of the weight")]

@@ -32,8 +32,6 @@ ELEMENTS = {
     "element-wise, order 2": ElementOrder.SECOND,
     "element-wise, mixed": ElementOrder.MIXED,
 }
-STABILITY = ("volatility-z", "volatility-cv")
-ByGroup = Mapping[str, FloatArray]
 SETTINGS = {
     "model": "{model}", "calibration": VALIDATION, "seed": 0,
     "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
@@ -61,27 +59,20 @@ def groups_of(dense: Dense, chosen: Values) -> dict[str, CoupledGroup]:
 def measure(request: Request, wanted: Names) -> Measured:
     chosen = request.settings
     with opened(request.model) as dense:
-        length = chosen["sample length"]
-        drawn = dense.samples(
-            VALIDATION, scored=(chosen["samples"], length), held=(chosen["samples of the effect"], length)
-        )
+        length, most = chosen["sample length"], chosen["FFN units of a layer"]
+        held = chosen["samples of the effect"], length
+        drawn = dense.samples(VALIDATION, scored=(chosen["samples"], length), held=held)
         groups = groups_of(dense, chosen)
-        units = {
-            cell: measures.sampled_units(group.units, chosen["FFN units of a layer"], seed=group.layer)
-            for cell, group in groups.items()
-        }
+        units = {cell: measures.sampled_units(one.units, most, seed=one.layer) for cell, one in groups.items()}
         for name in wanted:
             if name == "indicators":
-                estimates = {
-                    order: estimate(dense.backend, drawn["scored"], element_order=order) for order in ELEMENTS.values()
+                scored = drawn["scored"]
+                estimates = {one: estimate(dense.backend, scored, element_order=one) for one in ELEMENTS.values()}
+                indicators = {
+                    indicator: {cell: values[one.name][units[cell]].tolist() for cell, one in groups.items()}
+                    for indicator, values in all_indicators(dense, scored, estimates).items()
                 }
-                yield name, {
-                    "indicators": {
-                        indicator: {cell: values[one.name][units[cell]].tolist() for cell, one in groups.items()}
-                        for indicator, values in all_indicators(dense, drawn["scored"], estimates).items()
-                    },
-                    "residuals": residuals(estimates[ElementOrder.SECOND]),
-                }  # fmt: skip
+                yield name, {"indicators": indicators, "residuals": residuals(estimates[ElementOrder.SECOND])}
             elif name in groups:
                 yield name, effects_of(dense, groups[name], units[name], dense.ids(drawn["held"]))
             else:
@@ -90,7 +81,7 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 def all_indicators(
     dense: Dense, tokens: CalibrationSet, estimates: Mapping[ElementOrder, ImportanceScores]
-) -> dict[str, ByGroup]:
+) -> dict[str, Mapping[str, FloatArray]]:
     graph, scores, ids = dense.graph, estimates[ElementOrder.SECOND], dense.ids(tokens)
     fused = fuse(scores, graph, FusionScope.LAYER_ROLE)
     elements = {
@@ -98,6 +89,7 @@ def all_indicators(
         for name, order in ELEMENTS.items()
     }
     measured = Measurements(dense.backend, ids)
+    others = {method: measured.scores(method.load()) for method in BASELINE_METHODS}
     return {
         "vector-wise": {n: g.vector for n, g in scores.groups.items()},
         **{name: {n: u.mean for n, u in units.items()} for name, units in elements.items()},
@@ -106,11 +98,8 @@ def all_indicators(
         "volatility-z": {n: standardised_fluctuation(u.variance) for n, u in fused.items()},
         "volatility-cv": {n: relative_volatility(u.mean, u.variance) for n, u in fused.items()},
         "second-order cost": dict(dense.second_order_costs(ids).scores),
-        **{
-            str(method): {name: np.asarray(v, np.float64) for name, v in measured.scores(method.load()).items()}
-            for method in BASELINE_METHODS
-        },
-    }  # fmt: skip
+        **{str(method): {n: np.asarray(v, np.float64) for n, v in scored.items()} for method, scored in others.items()},
+    }
 
 
 def residuals(scores: ImportanceScores) -> dict[str, dict[str, float]]:
@@ -200,15 +189,9 @@ def summarise(cells: Cells) -> Values:
         measured = {name: cell for name, cell in cells.items() if name.startswith(role) and cell["units"]}
         if measured:
             roles[role] = role_summary(measured, cells["indicators"]["indicators"])
-    ffn = roles["ffn"]["indicators"]
-    best = next(iter(ffn))
     return {
-        "residuals": cells["indicators"]["residuals"], "roles": roles,
-        "best": best, "best_correlation": ffn[best]["divergence"], "best_interval": ffn[best]["interval"],
-        "fused": ffn["fused"]["divergence"], "fluctuation": ffn["fluctuation"]["divergence"],
-        "stability": {name: ffn[name]["divergence"] for name in STABILITY},
-        "assumed_variation": math.sqrt(2),
-        "units": sum(role["units"] for role in roles.values()),
+        "residuals": cells["indicators"]["residuals"], "roles": roles, "best": next(iter(roles["ffn"]["indicators"])),
+        "assumed_variation": math.sqrt(2), "units": sum(role["units"] for role in roles.values()),
     }  # fmt: skip
 
 
@@ -217,9 +200,7 @@ def role_summary(measured: Cells, indicators: Mapping[str, Mapping[str, Sequence
 
     The ceilings are the correlations of a perfect indicator, since the effect itself is measured on few samples.
     """
-    effects = {
-        name: {cell: np.array(one[name]) for cell, one in measured.items()} for name in ("loss", "divergence")
-    }  # fmt: skip
+    effects = {name: {c: np.array(one[name]) for c, one in measured.items()} for name in ("loss", "divergence")}
     table: dict[str, dict[str, Any]] = {}
     for indicator, values in indicators.items():
         with_loss, with_divergence = (

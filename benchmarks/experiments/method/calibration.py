@@ -24,8 +24,6 @@ MODELS = {"large": "the model of the book", "small": "a LLaMA shape that the ben
 
 
 class Setting(NamedTuple):
-    """One calibration: number of samples, their length, and kind of text."""
-
     samples: int
     length: int
     kind: str
@@ -102,9 +100,8 @@ def samples_of(request: Request, dense: Dense, setting: Setting, seed: int) -> C
     most = max(other.samples for other in every_setting(request) if setting.only("samples", other))
     if setting.kind == GENERATED:
         starts = random_starts(dense.loaded.tokenizer, sequences=most, seed=seed)
-        ids = sample_from_model(
-            dense.model, sequences=most, length=setting.length, batch=25, seed=seed, starts=starts
-        )  # fmt: skip
+        size = {"sequences": most, "length": setting.length, "batch": 25}
+        ids = sample_from_model(dense.model, **size, seed=seed, starts=starts)
         return CalibrationSet(sources=(GENERATED,), seed=seed, tokens=ids)
     source = VALIDATION if setting.kind == WIKITEXT2 else setting.kind
     return dense.samples(source, seed, scored=(most, setting.length))["scored"]

@@ -107,14 +107,12 @@ def summarise(cells: Cells) -> Values:
     best, worst = min(ranked, key=lambda scope: ranked[scope]), max(ranked, key=lambda scope: ranked[scope])
     cost = cells["cost"]
     return {
-        **cells["distributions"],
-        "ratios": ratios,
+        **cells["distributions"], "ratios": ratios, "cost": cost,
         "best_global": ranked[best], "best_global_scope": best,
         "worst_global": ranked[worst], "worst_global_scope": worst,
         "closed_share": cost["closed_seconds"] / cost["estimation_seconds"],
         "learned_over_closed": cost["learned_seconds"] / cost["closed_seconds"],
         "memory_share": cost["peak_bytes"] / cost["weight_bytes"],
-        "cost": cost,
     }  # fmt: skip
 
 

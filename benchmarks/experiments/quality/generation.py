@@ -5,9 +5,10 @@ from collections.abc import Mapping
 import numpy as np
 from harness.charts import bars
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
-from lab.commands import pruned_folder, recovered_folder
+from lab.commands import made_by_saap, pruned_folder
 from lab.dense import model_in
 from lab.texts import DATA
+from lab.training import FEW_STEPS
 
 from saap.evaluation.generation import BUNDLED, Prompt, cloze, generation_figures, read_prompts, token_agreement, write
 from saap.models.loading.devices import quick_float32_products
@@ -43,18 +44,19 @@ def measure(request: Request, wanted: Names) -> Measured:
         for state in wanted:
             model = dense.model
             if state != "dense":
-                minutes = chosen["minutes of recovery"]
-                model = model_in(pruned_folder(request) if state == "pruned" else recovered_folder(request, minutes))
+                folder = pruned_folder(request)
+                if state == "recovered":
+                    flags = request.size(FEW_STEPS, ["--max-minutes", chosen["minutes of recovery"]])
+                    folder = made_by_saap(request, f"{folder.name}-recovered", "recover", folder, *flags)
+                model = model_in(folder)
             texts = {
                 mode: write(model, dense.tokenizer, opens, tokens=chosen["tokens"], sampled=sampled)
                 for mode, sampled in MODES.items()
             }
             known = {name: cloze(model, dense.tokenizer, asked) for name, asked in questions.items()}
+            written = {mode: generation_figures(text, dense.model, dense.tokenizer) for mode, text in texts.items()}
             yield state, {
-                "figures": {
-                    mode: generation_figures(written, dense.model, dense.tokenizer).model_dump(mode="json")
-                    for mode, written in texts.items()
-                },
+                "figures": {mode: one.model_dump(mode="json") for mode, one in written.items()},
                 "prompt": opens[0], "example": next(written[0].text for written in texts.values() if written[0].text),
                 "agreement": token_agreement(model, by_dense, dense.tokenizer),
                 "facts": {
@@ -75,8 +77,6 @@ def summarise(cells: Cells) -> Values:
     states = {state: cells[state] for state in STATES}
     return {
         "states": states, "sets": {name: one["questions"] for name, one in states["dense"]["facts"].items()},
-        "repetition": {state: cell["figures"]["greedy"]["repetition"] for state, cell in states.items()},
-        "known": {state: cell["facts"][BUNDLED]["accuracy"] for state, cell in states.items()},
         "asked": over_tasks(states, "accuracy"), "answer_nll": over_tasks(states, "answer_nll"),
     }  # fmt: skip
 

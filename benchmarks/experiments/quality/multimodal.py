@@ -146,10 +146,7 @@ def write_pairs(folder: Path, count: int) -> dict[str, Path]:
 
 @torch.no_grad()
 def told(model: nn.Module, processor: Any, pictures: Sequence[Picture]) -> dict[str, float]:
-    """Quality of the model's descriptions.
-
-    perplexity: of the descriptions. facts: share of the image-dependent words that are its most likely next words.
-    """
+    """Perplexity of the descriptions, and the share of their image-dependent words that are the most likely ones."""
     batch = encoded(pictures, processor)
     labels = batch.pop("labels")[:, 1:]
     logits = model(**batch).logits[:, :-1].float()
@@ -174,12 +171,11 @@ def measure(request: Request, wanted: Names) -> Measured:
         if cell != "dense":
             calibration, _, ratio = cell.partition("-")
             prune = ["prune", dense, "--pruning-ratio", ratio, "--calibration", files[calibration].resolve(), *flags]
-            folder = made_by_saap(request, f"picture-reader-{kind}-{cell}", *prune)
-            model = model_in(folder)
+            model = model_in(made_by_saap(request, f"picture-reader-{kind}-{cell}", *prune))
         after = model.state_dict()
         same = sum(name in after and torch.equal(tensor, after[name]) for name, tensor in before.items())
-        found = {"other_tensors": len(before), "other_tensors_same": same}
-        yield cell, {**told(model, processor, pictures), **found}
+        told_rightly = told(model, processor, pictures)
+        yield cell, {**told_rightly, "other_tensors": len(before), "other_tensors_same": same}
 
 
 def summarise(cells: Cells) -> Values:
@@ -187,16 +183,9 @@ def summarise(cells: Cells) -> Values:
         calibration: {name.rpartition("-")[2]: cell for name, cell in cells.items() if name.startswith(calibration)}
         for calibration in CALIBRATIONS
     }
-    ratios = list(table["pairs"])
-    little, much = (
-        {"ratio": float(ratio), **{calibration: rows[ratio]["facts"] for calibration, rows in table.items()}}
-        for ratio in (ratios[0], ratios[-1])
-    )
-    return {
-        "dense": cells["dense"], "table": table, "meaning": CALIBRATIONS, "little": little, "much": much,
-        "other_tensors": cells["dense"]["other_tensors"],
-        "other_tensors_same": min(cell["other_tensors_same"] for cell in cells.values()),
-    }  # fmt: skip
+    same = min(cell["other_tensors_same"] for cell in cells.values())
+    ratios = [float(ratio) for ratio in table["pairs"]]
+    return {"dense": cells["dense"], "table": table, "meaning": CALIBRATIONS, "ratios": ratios, "same": same}
 
 
 def figures(summary: Values) -> Figures:

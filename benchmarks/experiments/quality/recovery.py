@@ -8,10 +8,10 @@ from typing import Any
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import pruned_folder, saap
 from lab.texts import INSTRUCTIONS, perplexities, texts
+from lab.training import FEW_STEPS
 
 MINUTES = 20
 STATES = ("dense", "pruned", "quantised", "recovered", "dense tuned alike")
-FEW_STEPS = ["--max-steps", "2", "--max-seq-length", "64", "--validation-samples", "1"]
 UNTRAINED = ["--max-steps", "1", "--learning-rate", "1e-12", "--max-seq-length", "64", "--batch-size", "1"]
 """A learning rate near zero, so that the initial zero points and scales are written."""
 CELLS = STATES
