@@ -93,8 +93,7 @@ def page_of(experiment: Experiment, request: Request, state: State, summary: Map
 
 def _environments(state: State) -> list[str]:
     said = []
-    for record in state.found.values():
-        known = record.get("environment")
+    for known in (record.get("environment") for record in state.found.values()):
         if known:
             parts = [f"{known[name]} {name}" for name in ("cores", "threads") if name in known]
             parts += [f"{name} {known[name]}" for name in ("machine", "python") if name in known]

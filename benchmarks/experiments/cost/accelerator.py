@@ -53,12 +53,12 @@ def all_stages(request: Request, name: str) -> Values:
         dense = write_checkpoint(shape, work / f"random-{size}")
     found: dict[str, Any] = {"model": dense.name} if name == "real" else {"parameters": parameters_of(shape)[0]}
     flags = [*PRUNE, *request.size(SMOKE_PRUNE, ["--effort", "default"])]
-    found["prune"] = reported("prune", dense, pruned, flags)
+    made = reported("prune", dense, pruned, flags)
     if name == "7b":
         shutil.rmtree(dense)
         shutil.rmtree(pruned)
-        return {**found, **found.pop("prune")}
-    found["recover"] = reported("recover", pruned, tuned, request.size(SMOKE_RECOVER, RECOVER))
+        return {**found, **made}
+    found |= {"prune": made, "recover": reported("recover", pruned, tuned, request.size(SMOKE_RECOVER, RECOVER))}
     if name == "real":
         text, most = TEXTS["wikitext2"], request.size(600, 16384)
         reports = {

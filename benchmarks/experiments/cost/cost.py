@@ -110,11 +110,10 @@ def summarise(cells: Cells) -> Values:
 
 def figures(summary: Values) -> Figures:
     kinds = {"processor_seconds": "time", "peak_bytes": "memory"}
-    return [
-        lines(
-            f"cost-{row['varied']}-{kinds[row['figure']]}",
-            {f"{p}, x^{row['exponents'][p]:.2f}": (row["places"], row["curves"][p]) for p in PLACES},
-            x=row["title"], y=row["label"], ticks=True,
-        )
-        for row in summary["rows"] if row["figure"] in kinds
-    ]  # fmt: skip
+    drawn = []
+    for row in summary["rows"]:
+        if row["figure"] in kinds:
+            series = {f"{p}, x^{row['exponents'][p]:.2f}": (row["places"], row["curves"][p]) for p in PLACES}
+            name = f"cost-{row['varied']}-{kinds[row['figure']]}"
+            drawn.append(lines(name, series, x=row["title"], y=row["label"], ticks=True))
+    return drawn

@@ -29,8 +29,6 @@ REQUESTED = ("asked/llama.cpp", "asked/transformers")
 """Folders pruned for a target speed in a runtime."""
 TARGET_SPEEDUP = 1.3
 THREADS, ROUNDS, NEW_TOKENS = 2, 7, 32
-
-
 MEASURED = [*(f"{weights} {folder}" for weights in RUNTIMES for folder in PRUNED), *(f"float32 {f}" for f in REQUESTED)]
 CELLS = [*MEASURED, *REQUESTED]
 SMOKE = False
@@ -61,9 +59,7 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 def measured(request: Request, folder: Path, runtime: RuntimeName, kind: GgufType) -> Values:
     chosen = SpeedSettings(runtime=runtime, gguf_type=kind, rounds=ROUNDS, new_tokens=NEW_TOKENS)
-    dense: Source = request.model
-    if runtime is RuntimeName.TRANSFORMERS:
-        dense = model_in(request.model)
+    dense: Source = model_in(request.model) if runtime is RuntimeName.TRANSFORMERS else request.model
     report = compare_speeds([(str(folder), str(folder)), ("dense", dense)], chosen)
     names = ("runtime", "weights", "prefill_speedup", "decode_speedup", "bytes_ratio")
     found: dict[str, Any] = {name: getattr(report, name) for name in names}

@@ -1,6 +1,6 @@
 """Ablation of our additions, one at a time."""
 
-import copy
+from functools import cache
 
 from harness.charts import bars
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
@@ -12,15 +12,13 @@ from torch import nn
 
 from saap.core.records import Layout, StructurePlan
 from saap.estimation.estimate import estimate, unit_scores
-from saap.models.walk.backend import Backend
 from saap.settings.prune import PRESETS, FusionScope, Preset, PrunableRole
 from saap.settings.registry import Importance, Strategy
 from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.evaluator import StructureEvaluator
 from saap.structure_search.plan import SearchSpace, search
 from saap.structure_search.problem import SearchGuide
-from saap.surgery.cut import cut
-from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
+from saap.surgery.reconstruct import ReconstructionSettings
 
 RATIO = 0.2
 MEASURED = ("wikitext2", "novel")
@@ -32,14 +30,11 @@ WITHOUT = {
     "residual-target": "the dense module's output alone as the target of the reconstruction",
     "restoration": "cut only",
 }
-
-
 DEFAULTS = PRESETS[Preset.DEFAULT]
 SETTINGS = {
     "model": "{model}", "calibration": VALIDATION, "seeds": Scaled([0], [0, 1, 2]),
     "pruning ratio": RATIO, "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
-    "candidates": Scaled(3, DEFAULTS.search_evaluations),
-    "held-out samples": Scaled(2, DEFAULTS.held_sequences),
+    "candidates": Scaled(3, DEFAULTS.search_evaluations), "held-out samples": Scaled(2, DEFAULTS.held_sequences),
     "refit sequences": Scaled(4, 32), "refit length": Scaled(64, 512),
     "measured tokens": Scaled(512, 8192),
 }  # fmt: skip
@@ -58,13 +53,11 @@ def measure(request: Request, wanted: Names) -> Measured:
             if not names:
                 continue
             prepared = Prepared(dense, chosen, seed)
-            plans: dict[str, StructurePlan] = {}
+            plan_without = cache(prepared.plan)
             for name in names:
-                kind = name if name in ("search", "module-ratios") else "everything"
-                if kind not in plans:
-                    plans[kind] = prepared.plan(kind)
-                removed = 1 - plans[kind].block_parameters / dense.graph.block_parameters
-                yield f"{name}-{seed}", {"ratio": ratios.of(prepared.model(plans[kind], name)), "removed": removed}
+                plan = plan_without(name if name in ("search", "module-ratios") else "everything")
+                removed = 1 - plan.block_parameters / dense.graph.block_parameters
+                yield f"{name}-{seed}", {"ratio": ratios.of(prepared.model(plan, name)), "removed": removed}
 
 
 class Prepared:
@@ -95,16 +88,13 @@ class Prepared:
 
     def model(self, plan: StructurePlan, without: str) -> nn.Module:
         """The pruned model without an addition."""
-        graph, local = self._dense.graph, without != "local-choice"
-        model = copy.deepcopy(self._dense.model)
-        if without != "restoration":
-            elements = {group: scores.element for group, scores in self._scores.groups.items()}
-            how = ReconstructionSettings(
-                second_order=local, scores=elements if local else None, residual_target=without != "residual-target"
-            )
-            reconstruct(Backend(model, graph), plan, self._text, how)
-        cut(model, graph, plan)
-        return model
+        if without == "restoration":
+            return self._dense.pruned(plan)
+        local = without != "local-choice"
+        elements = {group: scores.element for group, scores in self._scores.groups.items()} if local else None
+        target = without != "residual-target"
+        how = ReconstructionSettings(second_order=local, scores=elements, residual_target=target)
+        return self._dense.pruned(plan, self._text, how)
 
 
 def summarise(cells: Cells) -> Values:

@@ -14,7 +14,7 @@ from lab.commands import VALIDATION
 from lab.dense import Dense, opened, wikitext2
 from lab.measures import jaccard, log_histogram, rank_correlation_inside, rank_correlation_overall, removed_units
 
-from saap.core.records import FloatArray, ImportanceScores, Role, UnitScores
+from saap.core.records import ImportanceScores, Role, UnitScores
 from saap.estimation.estimate import estimate, unit_scores
 from saap.estimation.fusion import closed_form_sigma, fuse, learned_sigma
 from saap.settings.prune import FusionScope
@@ -29,11 +29,8 @@ ROUNDS = 9
 Units = Mapping[str, UnitScores]
 
 
-def cells(request: Request) -> Names:
-    scopes = [f"fused-{scope}" for scope in FusionScope]
-    return ("distributions", "cost", *(f"perplexity-{name}" for name in (*UNFUSED, *scopes)))
-
-
+FUSED = {f"fused-{scope}": scope for scope in FusionScope}
+CELLS = ["distributions", "cost", *(f"perplexity-{name}" for name in (*UNFUSED, *FUSED))]
 SETTINGS = {
     "model": "{model}", "calibration": VALIDATION, "seed": 0, "pruning ratio": RATIO,
     "samples": Scaled(8, 50), "sample length": 128, "measured tokens": Scaled(1024, 8192),
@@ -49,7 +46,7 @@ def measure(request: Request, wanted: Names) -> Measured:
         seconds = time.perf_counter() - start
         every: dict[str, Units] = {
             **{name: unit_scores(scores, dense.graph, kind, FusionScope.GLOBAL) for name, kind in UNFUSED.items()},
-            **{f"fused-{scope}": fuse(scores, dense.graph, scope) for scope in FusionScope},
+            **{name: fuse(scores, dense.graph, scope) for name, scope in FUSED.items()},
         }
         ratios = wikitext2(dense, chosen["measured tokens"])
         for name in wanted:
@@ -70,9 +67,8 @@ def distributions(dense: Dense, every: Mapping[str, Units]) -> Values:
     for role in (Role.FFN, Role.ATTENTION):
         names = [group.name for group in dense.graph.of_role(role) if group.name in reference]
         if names:
-            histograms[str(role)] = {
-                kind: log_histogram(relative(units, names), EDGES) for kind, units in every.items()
-            }
+            means = {kind: np.concatenate([units[name].mean for name in names]) for kind, units in every.items()}
+            histograms[str(role)] = {kind: log_histogram(mean / mean.mean(), EDGES) for kind, mean in means.items()}
             pairs = {kind: [(u[name].mean, reference[name].mean) for name in names] for kind, u in every.items()}
             correlation[str(role)] = {
                 kind: {"inside": rank_correlation_inside(both), "overall": rank_correlation_overall(both)}
@@ -81,11 +77,6 @@ def distributions(dense: Dense, every: Mapping[str, Units]) -> Values:
     removed = {name: removed_units(dense.plan(units, RATIO), dense.graph) for name, units in every.items()}
     overlap = {kind: jaccard(units, removed["element-wise"]) for kind, units in removed.items()}
     return {"edges": EDGES.tolist(), "histograms": histograms, "correlation": correlation, "overlap": overlap}
-
-
-def relative(units: Units, names: Names) -> FloatArray:
-    values = np.concatenate([units[name].mean for name in names])
-    return np.asarray(values / values.mean())
 
 
 def fusion_cost(dense: Dense, scores: ImportanceScores) -> Values:

@@ -1,5 +1,7 @@
 """The six blocks of lowest influence (ShortGPT), and the cost of removing them, by calibration samples."""
 
+from typing import Any
+
 import numpy as np
 from harness.experiment import Cells, Measured, Names, Request, Scaled, Values
 from lab.commands import VALIDATION
@@ -10,11 +12,8 @@ from saap.core.records import Layout
 from saap.settings.registry import Method
 from saap.structure_search.plan import make_plan
 
-DRAWS = {
-    f"{samples} x {length}, seed {seed}": (samples, length, seed)
-    for samples, length, seed in ((64, 128, 0), (64, 128, 1), (64, 128, 2), (16, 512, 0))
-}
-"""Draws: samples, tokens per sample, seed."""
+DRAWS = {"{} x {}, seed {}".format(*draw): draw for draw in ((64, 128, 0), (64, 128, 1), (64, 128, 2), (16, 512, 0))}
+"""Samples, tokens per sample, seed."""
 CELLS = list(DRAWS)
 SETTINGS = {
     "model": "{model}", "calibration": VALIDATION, "removed": Scaled(1, 6),
@@ -25,7 +24,7 @@ SETTINGS = {
 def measure(request: Request, wanted: Names) -> Measured:
     """The blocks of each draw, and a variant with the next block in place of the last, since the two may be tied."""
     removed = request.settings["removed"]
-    known: dict[str, float] = {}
+    how: dict[str, Any] = {"layout": Layout.ADAPTIVE, "strategy": Method.BLOCK_INFLUENCE, "align": 1}
     with opened(request.model) as dense:
         ratios = wikitext2(dense, request.settings["measured tokens"])
         for cell in wanted:
@@ -34,14 +33,9 @@ def measure(request: Request, wanted: Names) -> Measured:
             influence = activations(dense.backend, dense.ids(drawn)).influence
             order = [int(block) for block in np.argsort(influence)]
             sets = [sorted(order[:removed]), sorted([*order[: removed - 1], order[removed]])]
-            for blocks in sets:
-                if str(blocks) not in known:
-                    plan = make_plan(
-                        dense.graph, {}, blocks, layout=Layout.ADAPTIVE, strategy=Method.BLOCK_INFLUENCE, align=1
-                    )
-                    known[str(blocks)] = ratios.masked(plan)["wikitext2"]
+            plans = [make_plan(dense.graph, {}, blocks, **how) for blocks in sets]
             borders = [float(influence[order[place]]) for place in (removed - 1, removed)]
-            yield cell, {"sets": sets, "borders": borders, "ratios": [known[str(blocks)] for blocks in sets]}
+            yield cell, {"sets": sets, "borders": borders, "ratios": [ratios.masked(p)["wikitext2"] for p in plans]}
 
 
 def summarise(cells: Cells) -> Values:

@@ -10,7 +10,6 @@ from lab.texts import INSTRUCTIONS, records, texts
 from saap.data.texts import KINDS, Purpose, bundled_conversations, bundled_text, read_documents
 
 LENGTH = 10
-Run = tuple[str, ...]
 CELLS = list(KINDS)
 OPTIONS = INSTRUCTIONS
 SETTINGS = {"words in a row": LENGTH}
@@ -20,7 +19,7 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def runs(text: str) -> set[Run]:
+def runs(text: str) -> set[tuple[str, ...]]:
     found = words(text)
     return {tuple(found[start : start + LENGTH]) for start in range(len(found) - LENGTH + 1)}
 
@@ -42,5 +41,5 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def summarise(cells: Cells) -> Values:
-    shared = {kind: sum(cell["shared"].values()) for kind, cell in cells.items()}
-    return {"rows": cells, "runs": sum(cell["runs"] for cell in cells.values()), "shared": sum(shared.values())}
+    shared = sum(sum(cell["shared"].values()) for cell in cells.values())
+    return {"rows": cells, "runs": sum(cell["runs"] for cell in cells.values()), "shared": shared}

@@ -16,15 +16,14 @@ RATIOS = {"20 %": 0.2, "50 %": 0.5}
 """Includes 50 %, since models trained for minutes hardly lose quality at 20 %."""
 STATES = {"cut": False, "restored": True}
 CELLS = FAMILIES
+SIZES = (TRIAL, FULL)
 SETTINGS = {
     "families": list(FAMILIES), "methods": list(METHODS), "pruning ratios": list(RATIOS.values()),
     "calibration": "novels", "measured on": TEXT, "measured tokens": Scaled(1024, 16384),
     "samples": Scaled(8, 50), "refit tokens": Scaled(1024, 16384),
     "layers": Scaled(TRIAL.layers, FULL.layers), "width": Scaled(TRIAL.width, FULL.width),
     "FFN": Scaled(TRIAL.inner, FULL.inner), "seed": 0,
-    "training": Scaled(
-        *(f"{s.steps} steps of {s.batch} x {s.length} tokens of the bundled texts" for s in (TRIAL, FULL))
-    ),
+    "training": Scaled(*(f"{s.steps} steps of {s.batch} x {s.length} tokens of the bundled texts" for s in SIZES)),
     "effort": Scaled("fast", "default"),
 }  # fmt: skip
 
@@ -36,10 +35,8 @@ def measure(request: Request, wanted: Names) -> Measured:
         found = compared(str(trained_folder(request, family)), {"both": METHODS}, *flags, "--window", 128)
         (dense,) = found["dense"]["perplexity"].values()
         rows = [
-            {
-                "method": row["method"], "restored": row["restored"], "removed": row["pruning_ratio"],
-                "ratio": row["ratios"][TEXT],
-            }
+            {**{name: row[name] for name in ("method", "restored")}, "removed": row["pruning_ratio"],
+             "ratio": row["ratios"][TEXT]}
             for row in found["rows"]
         ]  # fmt: skip
         yield family, {"parameters": found["dense"]["parameters"], "perplexity": dense["value"], "rows": rows}

@@ -29,18 +29,18 @@ SETTINGS = {
 def facts(limit: int) -> dict[str, list[Prompt]]:
     """Questions with an answer: the bundled ones and those of each task, at most `limit` per set."""
     sources = {BUNDLED: BUNDLED, **{task: str(DATA / "questions" / f"{task}.jsonl") for task in TASKS}}
-    return {
-        name: [one for one in read_prompts(file) if one.answer is not None][:limit] for name, file in sources.items()
-    }
+    asked = {name: [one for one in read_prompts(file) if one.answer is not None] for name, file in sources.items()}
+    return {name: questions[:limit] for name, questions in asked.items()}
 
 
 def measure(request: Request, wanted: Names) -> Measured:
     chosen = request.settings
     dense = open_model(request.model, RunOptions(device="cpu"))
+    length = chosen["tokens"]
     opens = [prompt.prompt for prompt in read_prompts(BUNDLED) if prompt.answer is None][: chosen["open prompts"]]
     questions = facts(chosen["questions of a set"])
     with quick_float32_products():
-        by_dense = write(dense.model, dense.tokenizer, opens, tokens=chosen["tokens"], sampled=False)
+        by_dense = write(dense.model, dense.tokenizer, opens, tokens=length, sampled=False)
         for state in wanted:
             model = dense.model
             if state != "dense":
@@ -49,10 +49,7 @@ def measure(request: Request, wanted: Names) -> Measured:
                     flags = request.size(FEW_STEPS, ["--max-minutes", chosen["minutes of recovery"]])
                     folder = made_by_saap(request, f"{folder.name}-recovered", "recover", folder, *flags)
                 model = model_in(folder)
-            texts = {
-                mode: write(model, dense.tokenizer, opens, tokens=chosen["tokens"], sampled=sampled)
-                for mode, sampled in MODES.items()
-            }
+            texts = {m: write(model, dense.tokenizer, opens, tokens=length, sampled=s) for m, s in MODES.items()}
             known = {name: cloze(model, dense.tokenizer, asked) for name, asked in questions.items()}
             written = {mode: generation_figures(text, dense.model, dense.tokenizer) for mode, text in texts.items()}
             yield state, {

@@ -76,8 +76,7 @@ def summarise(cells: Cells) -> Values:
         "runs": runs, "default": runs["default-wikitext2"], "mixed": runs["default-mixed"],
         "by_ratio": {name: runs[name] for name in RATIO_RUNS},
         "others": {name: cell for name, cell in cells.items() if name.startswith(f"{GEMMA}/")},
-        "compared": [{**row, "ratio": row["ratios"][TEST]} for row in compared],
-        "ours_restored": ours[True], "ours_cut": ours[False],
+        "compared": compared, "ours_restored": ours[True], "ours_cut": ours[False],
         "best_baseline_restored": best[True], "best_baseline_cut": best[False],
         # A cut-only baseline with exactly our perplexity is the same model.
         "same_plan": next((row["method"] for row in same if row["ratios"][TEST] == ours[False]), None),
@@ -99,9 +98,9 @@ def figures(summary: Values) -> Figures:
     runs = list(summary["by_ratio"].values())
     measured = [text for text in TOKENS if all(run["ratio"][text] is not None for run in runs)]
     removed = [100 * run["removed"] for run in runs]
-    found = {(row["method"], row["restored"]): row["ratio"] for row in summary["compared"]}
-    methods = list(dict.fromkeys(method for method, restored in found if (method, not restored) in found))
     states = {"cut only": False, "restored": True}
+    found = {(row["method"], row["restored"]): row["ratios"][TEST] for row in summary["compared"]}
+    methods = list(dict.fromkeys(method for method, restored in found if (method, not restored) in found))
     series = {text: (removed, [run["ratio"][text] for run in runs]) for text in measured}
     values = {label: [found[method, restored] for method in methods] for label, restored in states.items()}
     return [
