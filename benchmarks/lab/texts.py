@@ -36,9 +36,7 @@ def records(file: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:RECORDS]]
 
 
-def perplexities(
-    model: str | Path, named: Mapping[str, Path], *, bos: bool = True, most: int = 2**30
-) -> dict[str, float]:
+def perplexities(model: str | Path, named: Mapping[str, Path], bos: bool = True, most: int = 2**30) -> dict[str, float]:
     """Perplexity of a model on each text. most: limit of the tokens for smoke runs."""
     found = {}
     for name, file in named.items():

@@ -64,8 +64,7 @@ def measure(request: Request, wanted: Names) -> Measured:
         "layers": LAYERS, "refit_tokens": REFIT_TOKENS, "limit": limit, **found,
         "formula": {
             "that run": needs(LAYERS, tried, torch.float32),
-            "4 layers, bfloat16, effort default": needs(LAYERS, default),
-            "32 layers, bfloat16, effort default": needs(32, default),
+            **{f"{layers} layers, bfloat16, effort default": needs(layers, default) for layers in (LAYERS, 32)},
         },
         "reserve": memory_limit.RESERVE_BYTES, "torch": torch.__version__,
     }  # fmt: skip

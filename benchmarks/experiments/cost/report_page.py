@@ -21,9 +21,7 @@ SMOKE = False
 
 def measure(request: Request, wanted: Names) -> Measured:
     """The page of a pruned model with the comparison. The browser opens a copy with a one-line script at its end."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        raise SystemExit(f"none of {', '.join(BROWSERS)} is installed")
+    browser = next(filter(None, map(shutil.which, BROWSERS)))
     with tempfile.TemporaryDirectory() as temporary:
         page, compared = Path(temporary) / "page.html", Path(temporary) / "compare"
         unpack(request, compared)
@@ -31,16 +29,13 @@ def measure(request: Request, wanted: Names) -> Measured:
         in_own_process(run_here, ["report", str(pruned), "--compare", str(compared), "--out", str(page)])
         size, text = page.stat().st_size, page.read_text(encoding="utf-8")
         page.write_text(text.replace("</body>", f"{CLOCK}</body>"), encoding="utf-8")
-        times = [milliseconds(browser, page) for _ in range(ROUNDS)]
+        words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+        times = []
+        for _ in range(ROUNDS):
+            shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+            (milliseconds,) = re.findall(r"<title>opened in ([\d.]+)</title>", shown)
+            times.append(float(milliseconds))
     yield "page", {"bytes": size, "seconds": statistics.median(times) / 1000}
-
-
-def milliseconds(browser: str, page: Path) -> float:
-    """From the start of the navigation to the load event, by the page's own clock, which writes it into the title."""
-    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
-    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    (found,) = re.findall(r"<title>opened in ([\d.]+)</title>", shown)
-    return float(found)
 
 
 def summarise(cells: Cells) -> Values:

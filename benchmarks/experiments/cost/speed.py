@@ -35,20 +35,17 @@ SMOKE = False
 SETTINGS = {"dense": "{model}", "threads": THREADS, "rounds": ROUNDS, "tokens written": NEW_TOKENS}
 
 
-def folder_of(request: Request, name: str) -> Path:
-    kind, _, value = name.partition("/")
-    if kind != "asked":
-        return quickly_pruned(request, kind, value)
-    flags = ["--target-speedup", TARGET_SPEEDUP, "--runtime", value, "--effort", "fast"]
-    return made_by_saap(request, name, "prune", request.model, *flags)
-
-
 def measure(request: Request, wanted: Names) -> Measured:
     """Run this on an idle machine; the dense and the pruned model are interleaved."""
     torch.set_num_threads(THREADS)
     for cell in wanted:
         weights, _, name = cell.rpartition(" ")
-        folder = folder_of(request, name)
+        kind, _, value = name.partition("/")
+        if kind == "asked":
+            flags = ["--target-speedup", TARGET_SPEEDUP, "--runtime", value, "--effort", "fast"]
+            folder = made_by_saap(request, name, "prune", request.model, *flags)
+        else:
+            folder = quickly_pruned(request, kind, value)
         manifest = RunManifest.model_validate_json((folder / "saap" / "manifest.json").read_bytes())
         known = {"layout": str(manifest.layout), "removed": manifest.block_parameters.removed}
         if weights:

@@ -35,8 +35,7 @@ SETTINGS = {
     "model": "{model}", "calibration": VALIDATION, "seeds": Scaled([0], [0, 1, 2]),
     "pruning ratio": RATIO, "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
     "candidates": Scaled(3, DEFAULTS.search_evaluations), "held-out samples": Scaled(2, DEFAULTS.held_sequences),
-    "refit sequences": Scaled(4, 32), "refit length": Scaled(64, 512),
-    "measured tokens": Scaled(512, 8192),
+    "refit sequences": Scaled(4, 32), "refit length": Scaled(64, 512), "measured tokens": Scaled(512, 8192),
 }  # fmt: skip
 
 

@@ -25,8 +25,7 @@ MODELS = {
 }
 SETTINGS = {
     "models": ["{model}, pruned by 20 % and restored", "LLaMA shape, trained here"], "bits": BITS,
-    "group sizes": list(SIZES), "random orders": Scaled(1, 3),
-    "measured tokens": Scaled(512, 8192), "seed": 0,
+    "group sizes": list(SIZES), "random orders": Scaled(1, 3), "measured tokens": Scaled(512, 8192), "seed": 0,
 }  # fmt: skip
 
 

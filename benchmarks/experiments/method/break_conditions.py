@@ -1,7 +1,7 @@
 """The paper's break conditions: effect of removing single units, compared with every indicator."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from saap.core.records import CalibrationSet, CoupledGroup, FloatArray, Importan
 from saap.estimation.estimate import estimate, unit_scores
 from saap.estimation.fusion import fuse
 from saap.models.structure.masking import masked
-from saap.models.walk.walker import BlockWalker, inference_only
 from saap.settings.prune import ElementOrder, FusionScope
 from saap.settings.registry import Importance, Method
 from saap.structure_search.strategies import relative_volatility, standardised_fluctuation
@@ -34,10 +33,8 @@ ELEMENTS = {
 }
 SETTINGS = {
     "model": "{model}", "calibration": VALIDATION, "seed": 0,
-    "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
-    "samples of the effect": Scaled(2, 16),
-    "FFN layers": Scaled(2, 10), "FFN units of a layer": Scaled(4, 32),
-    "attention layers": Scaled(2, 30),
+    "samples": Scaled(4, 50), "sample length": Scaled(32, 128), "samples of the effect": Scaled(2, 16),
+    "FFN layers": Scaled(2, 10), "FFN units of a layer": Scaled(4, 32), "attention layers": Scaled(2, 30),
 }  # fmt: skip
 
 
@@ -64,6 +61,7 @@ def measure(request: Request, wanted: Names) -> Measured:
         drawn = dense.samples(VALIDATION, scored=(chosen["samples"], length), held=held)
         groups = groups_of(dense, chosen)
         units = {cell: measures.sampled_units(one.units, most, seed=one.layer) for cell, one in groups.items()}
+        effects = RemovalEffects(dense.model, dense.graph, dense.ids(drawn["held"]))
         for name in wanted:
             if name == "indicators":
                 scored = drawn["scored"]
@@ -73,10 +71,13 @@ def measure(request: Request, wanted: Names) -> Measured:
                     for indicator, values in all_indicators(dense, scored, estimates).items()
                 }
                 yield name, {"indicators": indicators, "residuals": residuals(estimates[ElementOrder.SECOND])}
-            elif name in groups:
-                yield name, effects_of(dense, groups[name], units[name], dense.ids(drawn["held"]))
-            else:
-                yield name, {"units": [], "loss": [], "divergence": []}
+                continue
+            # two means, over every other sample and over the rest: their agreement is the reliability
+            found: dict[str, list[list[float]]] = {"loss": [], "divergence": []}
+            for unit in units.get(name, ()):
+                for effect, by_sample in zip(found, effects.of(groups[name].name, unit), strict=True):
+                    found[effect].append([float(by_sample[::2].mean()), float(by_sample[1::2].mean())])
+            yield name, {"group": groups[name].name if name in groups else None, "units": units.get(name, []), **found}
 
 
 def all_indicators(
@@ -123,64 +124,33 @@ def residuals(scores: ImportanceScores) -> dict[str, dict[str, float]]:
 
 
 class RemovalEffects:
-    """Removes units of one decoder block, one at a time, and measures the loss.
+    """Removes units one at a time, and measures what that changes. tokens: (samples, length) ids."""
 
-    tokens: (samples, length) ids. The block's input and the dense predictions are cached, so each unit needs only a run
-    from that block to the end.
-    """
-
-    def __init__(self, model: nn.Module, graph: ModelGraph, layer: int, tokens: Tensor) -> None:
-        self._model, self._graph, self._layer, self._tokens = model, graph, layer, tokens
-        self._walker = BlockWalker(model, graph.blocks)
-        with torch.no_grad(), inference_only(model):
-            stream = self._walker.start(tokens)
-            self._contexts, hidden = stream.contexts, stream.hidden
-            for index in range(layer):
-                hidden = self._walker.run_block(index, hidden, self._contexts)
-            self._entry = hidden
-            self._dense = list(self._predictions())
-        self._dense_loss = np.array([self._loss(logs, sample) for sample, logs in enumerate(self._dense)])
+    def __init__(self, model: nn.Module, graph: ModelGraph, tokens: Tensor) -> None:
+        self._model, self._graph, self._tokens = model, graph, tokens
+        with torch.no_grad():
+            self._dense = [self._predictions(ids) for ids in tokens]
 
     def of(self, group: str, unit: int) -> tuple[FloatArray, FloatArray]:
-        """Effect of removing `unit` of `group`, a group of this block, by sample, in nats per predicted token.
+        """Effect of removing `unit` of `group` by sample, in nats per predicted token.
 
         Returns two arrays (samples,): the change of the mean negative log-likelihood, and the divergence of the
         predictions from the dense model's.
         """
         kept = tuple(other for other in range(self._graph.group(group).units) if other != unit)
         loss, divergence = [], []
-        with torch.no_grad(), inference_only(self._model), masked(self._model, self._graph, {group: kept}):
-            for sample, logs in enumerate(self._predictions()):
-                loss.append(self._loss(logs, sample))
-                dense = self._dense[sample]
+        with torch.no_grad(), masked(self._model, self._graph, {group: kept}):
+            for ids, dense in zip(self._tokens, self._dense, strict=True):
+                logs = self._predictions(ids)
+                loss.append(float((dense - logs).gather(-1, ids[1:, None]).double().mean()))
                 apart = nn.functional.kl_div(logs, dense, log_target=True, reduction="sum")
                 divergence.append(float(apart) / len(dense))
-        return np.array(loss) - self._dense_loss, np.array(divergence)
+        return np.array(loss), np.array(divergence)
 
-    def _predictions(self) -> Iterator[Tensor]:
-        """Log-probabilities of the next token, sample by sample: (length - 1, vocabulary)."""
-        hidden = self._entry
-        for index in range(self._layer, len(self._graph.blocks)):
-            hidden = self._walker.run_block(index, hidden, self._contexts)
-        for row in range(len(hidden)):
-            yield self._walker.logits(hidden[row : row + 1])[0, :-1].float().log_softmax(-1)
-
-    def _loss(self, logs: Tensor, sample: int) -> float:
-        wanted = self._tokens[sample, 1:].unsqueeze(-1).to(logs.device)
-        return -float(logs.gather(-1, wanted).double().mean())
-
-
-def effects_of(dense: Dense, group: CoupledGroup, units: Sequence[int], held_out: Tensor) -> Values:
-    """Loss change and divergence of removing each of the units.
-
-    Both as two means, over every other sample and over the rest: their agreement is the reliability.
-    """
-    effects = RemovalEffects(dense.model, dense.graph, group.layer, held_out)
-    found: dict[str, list[list[float]]] = {"loss": [], "divergence": []}
-    for unit in units:
-        for name, by_sample in zip(found, effects.of(group.name, unit), strict=True):
-            found[name].append([float(by_sample[::2].mean()), float(by_sample[1::2].mean())])
-    return {"group": group.name, "units": list(units), **found}
+    def _predictions(self, ids: Tensor) -> Tensor:
+        """Log-probabilities of the next token: (length - 1, vocabulary)."""
+        logits: Tensor = self._model(ids[None], use_cache=False).logits
+        return logits[0, :-1].float().log_softmax(-1)
 
 
 def summarise(cells: Cells) -> Values:

@@ -37,12 +37,10 @@ class Setting(NamedTuple):
 
 KINDS = [WIKITEXT2, "novels", "speeches", "encyclopaedia", "conversations", MIXED, GENERATED]
 SETTINGS = {
-    "models": ["{model}", "LLaMA shape, trained here"], "pruning ratio": RATIO,
-    "seeds": Scaled([0, 1], [0, 1, 2]),
+    "models": ["{model}", "LLaMA shape, trained here"], "pruning ratio": RATIO, "seeds": Scaled([0, 1], [0, 1, 2]),
     "numbers of samples": Scaled([2, 4], [5, 10, 20, 30, 40, 50, 100, 200]),
     "lengths": Scaled([16, 32], [64, 128, 256, 512]), "kinds": Scaled(KINDS[:2], KINDS),
-    "standard": Scaled([4, 32, WIKITEXT2], [50, 128, WIKITEXT2]),
-    "measured tokens": Scaled(256, 2048),
+    "standard": Scaled([4, 32, WIKITEXT2], [50, 128, WIKITEXT2]), "measured tokens": Scaled(256, 2048),
 }  # fmt: skip
 
 

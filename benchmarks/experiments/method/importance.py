@@ -99,8 +99,7 @@ def summarise(cells: Cells) -> Values:
     cost = cells["cost"]
     return {
         **cells["distributions"], "ratios": ratios, "cost": cost,
-        "best_global": ranked[best], "best_global_scope": best,
-        "worst_global": ranked[worst], "worst_global_scope": worst,
+        "best_global_scope": best, "worst_global_scope": worst,
         "closed_share": cost["closed_seconds"] / cost["estimation_seconds"],
         "learned_over_closed": cost["learned_seconds"] / cost["closed_seconds"],
         "memory_share": cost["peak_bytes"] / cost["weight_bytes"],

@@ -16,8 +16,7 @@ DRAWS = {"{} x {}, seed {}".format(*draw): draw for draw in ((64, 128, 0), (64, 
 """Samples, tokens per sample, seed."""
 CELLS = list(DRAWS)
 SETTINGS = {
-    "model": "{model}", "calibration": VALIDATION, "removed": Scaled(1, 6),
-    "measured tokens": Scaled(512, 16384),
+    "model": "{model}", "calibration": VALIDATION, "removed": Scaled(1, 6), "measured tokens": Scaled(512, 16384),
 }  # fmt: skip
 
 

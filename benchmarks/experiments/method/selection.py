@@ -22,8 +22,7 @@ CELLS = list(CHOICES)
 SETTINGS = {
     "model": "{model}", "calibration": VALIDATION, "seed": 0, "pruning ratio": RATIO,
     "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
-    "refit sequences": Scaled(2, 16), "refit length": Scaled(64, 512),
-    "measured tokens": Scaled(512, 8192),
+    "refit sequences": Scaled(2, 16), "refit length": Scaled(64, 512), "measured tokens": Scaled(512, 8192),
 }  # fmt: skip
 
 

@@ -30,20 +30,15 @@ GRIDS = OWN_GRID, OFF_GRID, TRAINED_HERE = ("4 bits, 32", "none", "none, a small
 SMALL = Size(layers=4, width=256, inner=1024, steps=300)
 """A model with sizes that every group size divides."""
 COST_STEPS, COST_ROUNDS = 8, 3
-COSTS: dict[str, dict[str, Any]] = {
-    "groupwise": {}, "groupwise, no scales": {"scales": False}, PLAIN: {"tuning": "lora"},
-}  # fmt: skip
+COSTS: dict[str, Values] = {"groupwise": {}, "groupwise, no scales": {"scales": False}, PLAIN: {"tuning": "lora"}}
 """Settings of `saap.recover`."""
 UNTRAINED = {"max_steps": 1, "learning_rate": 1e-12}
-UNPACKED, PACKED = "f16", "q4_1"
-"""Types of llama.cpp: of merged weights, and the type that represents groups of 32 exactly."""
 TASKS, QUESTIONS = ("arc_easy", "piqa"), 500
 OPTIONS = {"tasks": "DIR"}
 READS = ("cost.speed",)
 SMOKE = False
 SETTINGS = {
-    "model": "{model}", "length": Scaled(64, 512), "tokens": Scaled(256, 16384),
-    "evaluated tokens": Scaled(1024, 4096),
+    "model": "{model}", "length": Scaled(64, 512), "tokens": Scaled(256, 16384), "evaluated tokens": Scaled(1024, 4096),
 }  # fmt: skip
 
 
@@ -142,7 +137,7 @@ def cost_of(request: Request, kind: str) -> Values:
     }
 
 
-def cost_once(model: str, length: int, steps: int, how: dict[str, Any]) -> Values:
+def cost_once(model: str, length: int, steps: int, how: Values) -> Values:
     torch.set_num_threads(1)
     return train(model, length, steps, **how)[1]
 
@@ -162,15 +157,12 @@ def summarise(found: Cells) -> Values:
         "refused": {(cell["refused"], kind): None for (_, kind), cell in of.items() if "refused" in cell},
         "tasks": list(plain.get("tasks", {})),
         "zero_shot": {row["group_size"]: mean_accuracy(row) for row in off_grid if row.get("tasks")},
-        "decode": speed.dense_decoding(found, (UNPACKED, PACKED)),
+        "decode": speed.dense_decoding(found, ("f16", "q4_1")),
         "plain_perplexity": {grid: of[grid, PLAIN]["perplexity"] for grid in GRIDS},
         "best_over_plain": best["perplexity"] / plain["perplexity"],
         "largest_over_best": largest["perplexity"] / best["perplexity"],
         "bytes_saved": 1 - largest["weight_bytes"] / best["weight_bytes"],
-        "cost": {
-            kind: {**one, **{ratio: one[name] / cost[PLAIN][name] for ratio, name in ratios.items()}}
-            for kind, one in cost.items()
-        },
+        "cost": {k: {**c, **{ratio: c[of] / cost[PLAIN][of] for ratio, of in ratios.items()}} for k, c in cost.items()},
     }  # fmt: skip
 
 

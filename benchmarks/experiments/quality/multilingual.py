@@ -60,13 +60,10 @@ def summarise(cells: Cells) -> Values:
         state: {calibration: cells[f"{state}-{calibration}"]["ratio"] for calibration in (*dense, MIX)}
         for state in STATES
     }
-    means = {
-        state: {name: geometric_mean(list(row.values())) for name, row in rows.items()} for state, rows in table.items()
-    }
+    means = {s: {name: geometric_mean(list(row.values())) for name, row in rows.items()} for s, rows in table.items()}
     rows = table["restored"]
     restored = rows[ENGLISH]
     findings = {
-        "english_on_english": restored[ENGLISH], "mix_on_english": rows[MIX][ENGLISH],
         "english_on_others": geometric_mean([restored[language] for language in others]),
         "own_on_others": geometric_mean([rows[language][language] for language in others]),
         "mix_on_others": geometric_mean([rows[MIX][language] for language in others]),
