@@ -6,8 +6,7 @@
     python benchmarks/book.py measure NAME [--cells CELL ...]     # in this process; measures given cells again
     python benchmarks/book.py unpack DIR                          # the comparison as a folder of `saap compare`
 
-An interrupted run resumes and keeps finished cells. Cells are in benchmarks/results, pages and charts in docs/results;
-with --quick (a smoke run with small settings) both are in out/results-quick.
+An interrupted run resumes. Cells are in benchmarks/results, pages in docs/results; of --quick in out/results-quick.
 """
 
 import argparse

@@ -29,9 +29,8 @@ class Scaled(NamedTuple):
 class Request:
     """How to measure.
 
-    quick: a smoke run with small settings. work: folder for models shared by cells. results: folder of the files of
-    cells. model: the model to prune. given: options of the experiment, from the command line. settings: of the
-    experiment, filled in for its own functions.
+    quick: a smoke run with small settings. work: folder for models shared by cells. results: folder of cells' files.
+    given: options of the experiment, from the command line. settings: of the experiment, filled in for its functions.
     """
 
     quick: bool

@@ -49,8 +49,7 @@ def templates() -> jinja2.Environment:
 def block(experiment: Experiment, name: str, summary: Mapping[str, Any] | None = None) -> str:
     """A block of the experiment's template as one line; empty if the template has no such block.
 
-    name: `title`, `question`, `limits` (limitations), `finding` (the sentence that answers the question) or `decision`
-    (consequence for the product's defaults); the last two need the summary.
+    name: `title`, `question`, `limits`, `finding` or `decision` (for the defaults); the last two need the summary.
     """
     return " ".join(_rendered(experiment, name, summary).split())
 
@@ -132,10 +131,7 @@ def compact_svg(figure: Figure) -> str:
 def index_page(
     experiments: Sequence[Experiment], told: Mapping[str, str], decided: Mapping[str, str], *, quick: bool
 ) -> str:
-    """The index: all questions with their findings, and the resulting defaults.
-
-    told, decided: findings and decisions by experiment; unmeasured experiments have no finding.
-    """
+    """The index. told, decided: findings and decisions by experiment; unmeasured experiments have no finding."""
     said = {"titles": {one.name: block(one, "title") for one in experiments}, "told": told, "decided": decided}
     return templates().get_template("index.md.jinja").render(said, quick=quick)
 

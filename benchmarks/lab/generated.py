@@ -39,12 +39,8 @@ def sample_from_model(
     return np.asarray(torch.cat(pieces), dtype=np.int64)
 
 
-def random_starts(tokenizer: Any, *, sequences: int, seed: int, leading: Sequence[int] = ()) -> list[list[int]]:
-    """A random token of the vocabulary for each sequence, for diverse continuations.
-
-    Special tokens are excluded. leading: ids before it (BOS).
-    Source: the data generation of LLM-QAT (Liu et al. 2023).
-    """
+def random_starts(tokenizer: Any, *, sequences: int, seed: int) -> list[list[int]]:
+    """A random ordinary token for each sequence, for diverse continuations (as in LLM-QAT, Liu et al. 2023)."""
     special = set(tokenizer.all_special_ids)
     ordinary = np.array([token for token in range(len(tokenizer)) if token not in special])
-    return [[*leading, int(token)] for token in np.random.default_rng(seed).choice(ordinary, size=sequences)]
+    return [[int(token)] for token in np.random.default_rng(seed).choice(ordinary, size=sequences)]

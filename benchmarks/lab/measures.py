@@ -101,8 +101,7 @@ def chi_square_distance(importances: FloatArray) -> float:
     """Kolmogorov-Smirnov distance of I / mean(I) from the chi-square distribution with one degree of freedom.
 
     The uncertainty weighting of Kendall et al. is the likelihood of normal residuals r with r^2 = I and one variance
-    sigma^2 = mean(I) for all, so that I / sigma^2 has this distribution. importances: (units,) of one scope, not
-    negative.
+    sigma^2 = mean(I) for all, so that I / sigma^2 has this distribution. importances: (units,) of one scope, >= 0.
     """
     mean = importances.mean()
     if mean <= 0:

@@ -51,7 +51,7 @@ def all_stages(request: Request, name: str) -> Values:
         dense = Path(request.given["model"]).resolve()
     else:
         dense = write_checkpoint(shape, work / f"random-{size}")
-    found: dict[str, Any] = {"model": dense.name} if name == "real" else {"parameters": parameters_of(shape)[0]}
+    found: dict[str, Any] = {"model": dense.name} if name == "real" else {"parameters": parameters_of(shape)}
     flags = [*PRUNE, *request.size(SMOKE_PRUNE, ["--effort", "default"])]
     made = reported("prune", dense, pruned, flags)
     if name == "7b":

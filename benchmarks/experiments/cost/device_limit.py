@@ -58,7 +58,7 @@ def measured(folder: Path, config: PruneConfig, limit: int) -> Values:
 def measure(request: Request, wanted: Names) -> Measured:
     small: dict[str, Any] = {"refit_tokens": REFIT_TOKENS, "samples": 4, "sample_length": 64}
     tried, default = PruneConfig(pruning_ratios=(0.2,), preset=Preset.FAST, **small), PruneConfig(pruning_ratios=(0.2,))
-    limit = CARD - 2 * (parameters_of(SHAPES["7b"])[0] - parameters_of(layers_of_7b(LAYERS))[0])
+    limit = CARD - 2 * (parameters_of(SHAPES["7b"]) - parameters_of(layers_of_7b(LAYERS)))
     found = measured(request.work / "device-limit", tried, limit)
     yield "device-limit", {
         "layers": LAYERS, "refit_tokens": REFIT_TOKENS, "limit": limit, **found,

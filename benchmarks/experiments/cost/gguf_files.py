@@ -50,11 +50,7 @@ def write(folder: Path, out: Path, quantization: str) -> Values:
 
 
 def agreement(folder: Path, file: Path, tokens: int) -> dict[str, float]:
-    """llama.cpp (keys and values in float32, no flash attention) and transformers (float32) on WikiText-2 test.
-
-    same_next_token: share of positions at which both have the same most likely token. divergence: in nats.
-    perplexity_over_ours: of llama.cpp over that of transformers.
-    """
+    """llama.cpp (keys and values in float32, no flash attention) and transformers (float32) on WikiText-2 test."""
     tokenizer = load_tokenizer(resolve_model(str(folder)))
     ids = token_stream(read_documents(TEXTS["wikitext2"], tokenizer=tokenizer), tokenizer)[:tokens].tolist()
     model = saap.load(str(folder), device="cpu", dtype=torch.float32)

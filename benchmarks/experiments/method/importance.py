@@ -11,10 +11,10 @@ import numpy as np
 from harness.charts import bars, lines
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import VALIDATION
-from lab.dense import Dense, opened, wikitext2
+from lab.dense import Dense, Units, opened, wikitext2
 from lab.measures import jaccard, log_histogram, rank_correlation_inside, rank_correlation_overall, removed_units
 
-from saap.core.records import ImportanceScores, Role, UnitScores
+from saap.core.records import ImportanceScores, Role
 from saap.estimation.estimate import estimate, unit_scores
 from saap.estimation.fusion import closed_form_sigma, fuse, learned_sigma
 from saap.settings.prune import FusionScope
@@ -26,7 +26,6 @@ EDGES = np.linspace(-4, 2, 25)
 UNFUSED = {"vector-wise": Importance.VECTOR, "element-wise": Importance.ELEMENT2}
 STRATEGIES = (Strategy.UNIFORM, Strategy.IMPORTANCE)
 ROUNDS = 9
-Units = Mapping[str, UnitScores]
 
 
 FUSED = {f"fused-{scope}": scope for scope in FusionScope}

@@ -23,9 +23,8 @@ SETTINGS = {
 
 def measure(request: Request, wanted: Names) -> Measured:
     rows = compared(request.model, {"no": wanted}, "--seeds", "0", *flags_from(request.settings))["rows"]
-    for method in wanted:
-        own = [row for row in rows if row["method"] == method]
-        yield method, {"ratios": [r["ratios"][TEST] for r in own], "removed": [r["pruning_ratio"] for r in own]}
+    for row in rows:
+        yield row["method"], {"ratios": [row["ratios"][TEST]], "removed": [row["pruning_ratio"]]}
 
 
 def summarise(cells: Cells) -> Values:
