@@ -21,7 +21,9 @@ SMOKE = False
 
 def measure(request: Request, wanted: Names) -> Measured:
     """The page of a pruned model with the comparison. The browser opens a copy with a one-line script at its end."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)))
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        raise SystemExit(f"none of {', '.join(BROWSERS)} is installed")
     with tempfile.TemporaryDirectory() as temporary:
         page, compared = Path(temporary) / "page.html", Path(temporary) / "compare"
         unpack(request, compared)

@@ -85,10 +85,8 @@ def all_indicators(
 ) -> dict[str, Mapping[str, FloatArray]]:
     graph, scores, ids = dense.graph, estimates[ElementOrder.SECOND], dense.ids(tokens)
     fused = fuse(scores, graph, FusionScope.LAYER_ROLE)
-    elements = {
-        name: unit_scores(estimates[order], graph, Importance.ELEMENT2, FusionScope.GLOBAL)
-        for name, order in ELEMENTS.items()
-    }
+    scope = FusionScope.GLOBAL
+    elements = {n: unit_scores(estimates[one], graph, Importance.ELEMENT2, scope) for n, one in ELEMENTS.items()}
     measured = Measurements(dense.backend, ids)
     others = {method: measured.scores(method.load()) for method in BASELINE_METHODS}
     return {

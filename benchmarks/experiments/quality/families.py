@@ -35,8 +35,8 @@ def measure(request: Request, wanted: Names) -> Measured:
         found = compared(str(trained_folder(request, family)), {"both": METHODS}, *flags, "--window", 128)
         (dense,) = found["dense"]["perplexity"].values()
         rows = [
-            {**{name: row[name] for name in ("method", "restored")}, "removed": row["pruning_ratio"],
-             "ratio": row["ratios"][TEXT]}
+            {"method": row["method"], "restored": row["restored"],
+             "removed": row["pruning_ratio"], "ratio": row["ratios"][TEXT]}
             for row in found["rows"]
         ]  # fmt: skip
         yield family, {"parameters": found["dense"]["parameters"], "perplexity": dense["value"], "rows": rows}

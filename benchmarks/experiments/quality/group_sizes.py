@@ -150,10 +150,13 @@ def summarise(found: Cells) -> Values:
     grouped, plain = [row for row in off_grid if row["group_size"] != PLAIN], of[OFF_GRID, PLAIN]
     best = min(grouped, key=lambda row: float(row["perplexity"]))
     largest = max(grouped, key=lambda row: int(row["group_size"]))
-    cost = {kind: of["cost", kind] for kind in COSTS}
     ratios = {"memory_ratio": "peak_bytes", "time_ratio": "seconds_a_step"}
+    cost = {}
+    for kind in COSTS:
+        row, usual = of["cost", kind], of["cost", PLAIN]
+        cost[kind] = {**row, **{ratio: row[name] / usual[name] for ratio, name in ratios.items()}}
     return {
-        "rows": rows, "best": best, "largest": largest,
+        "rows": rows, "best": best, "largest": largest, "cost": cost,
         "refused": {(cell["refused"], kind): None for (_, kind), cell in of.items() if "refused" in cell},
         "tasks": list(plain.get("tasks", {})),
         "zero_shot": {row["group_size"]: mean_accuracy(row) for row in off_grid if row.get("tasks")},
@@ -162,7 +165,6 @@ def summarise(found: Cells) -> Values:
         "best_over_plain": best["perplexity"] / plain["perplexity"],
         "largest_over_best": largest["perplexity"] / best["perplexity"],
         "bytes_saved": 1 - largest["weight_bytes"] / best["weight_bytes"],
-        "cost": {k: {**c, **{ratio: c[of] / cost[PLAIN][of] for ratio, of in ratios.items()}} for k, c in cost.items()},
     }  # fmt: skip
 
 

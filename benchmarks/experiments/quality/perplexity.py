@@ -74,7 +74,6 @@ def summarise(cells: Cells) -> Values:
     literal = [cell["ratio_with_restoration"] for name, cell in cells.items() if name.startswith("volatility")]
     return {
         "runs": runs, "default": runs["default-wikitext2"], "mixed": runs["default-mixed"],
-        "by_ratio": {name: runs[name] for name in RATIO_RUNS},
         "others": {name: cell for name, cell in cells.items() if name.startswith(f"{GEMMA}/")},
         "compared": compared, "ours_restored": ours[True], "ours_cut": ours[False],
         "best_baseline_restored": best[True], "best_baseline_cut": best[False],
@@ -95,7 +94,7 @@ def run_summary(run: Values) -> Values:
 
 
 def figures(summary: Values) -> Figures:
-    runs = list(summary["by_ratio"].values())
+    runs = [summary["runs"][name] for name in RATIO_RUNS]
     measured = [text for text in TOKENS if all(run["ratio"][text] is not None for run in runs)]
     removed = [100 * run["removed"] for run in runs]
     states = {"cut only": False, "restored": True}
