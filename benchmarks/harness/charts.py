@@ -1,6 +1,4 @@
-"""Charts shared by several experiments."""
-
-from __future__ import annotations
+"""Charts shared by several experiments; their titles and texts are in the templates."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +8,7 @@ from saap.reporting.figures import COLOURS, MARKERS, Figure, plain_ticks
 Line = tuple[Sequence[float], Sequence[float]]
 
 
-def lines(
-    name: str, title: str, text: str, series: Mapping[str, Line], *, x: str, y: str, log: str = "", ticks: bool = False
-) -> Figure:
+def lines(name: str, series: Mapping[str, Line], *, x: str, y: str, log: str = "", ticks: bool = False) -> Figure:
     """Lines with markers. series: x and y values by label. log: logarithmic axes, e.g. "xy".
 
     ticks: label the measured x values themselves.
@@ -22,8 +18,7 @@ def lines(
         for index, (label, (places, values)) in enumerate(series.items()):
             colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
             axis.plot(places, values, color=colour, marker=marker, label=label)
-        if "x" in log:
-            axis.set_xscale("log")
+        axis.set_xscale("log" if "x" in log else "linear")
         if "y" in log:
             axis.set_yscale("log")
             shown = [value for _, values in series.values() for value in values]
@@ -32,22 +27,15 @@ def lines(
             measured = sorted({place for at, _ in series.values() for place in at})
             axis.set_xticks(measured, [f"{place:g}" for place in measured])
             axis.minorticks_off()
-        axis.set_xlabel(x)
-        axis.set_ylabel(y)
+        axis.set(xlabel=x, ylabel=y)
 
-    return Figure(name=name, title=title, text=text, draw=draw)
+    return Figure(name=name, title="", text="", draw=draw)
 
 
 def bars(
-    name: str,
-    title: str,
-    text: str,
-    values: Mapping[str, Sequence[float]],
-    labels: Sequence[str],
-    *,
-    x: str,
+    name: str, values: Mapping[str, Sequence[float]], labels: Sequence[str], *, x: str,
     errors: Mapping[str, Sequence[tuple[float, float]]] | None = None,
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Grouped horizontal bars. values: by label, one for each name of `labels`; errors: their intervals."""
     height = 0.8 / len(values)
 
@@ -62,6 +50,5 @@ def bars(
         axis.invert_yaxis()
         axis.set_xlabel(x)
 
-    return Figure(
-        name=name, title=title, text=text, draw=draw, height=1.0 + 0.32 * len(labels) * max(1, len(values) / 2)
-    )
+    tall = 1.0 + 0.32 * len(labels) * max(1, len(values) / 2)
+    return Figure(name=name, title="", text="", draw=draw, height=tall)

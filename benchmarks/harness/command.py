@@ -3,14 +3,11 @@
     python benchmarks/book.py list                                # the experiments, and how many cells are measured
     python benchmarks/book.py run [NAME ...] [--quick]            # measure missing cells, then write the pages
     python benchmarks/book.py render                              # only the pages, from the measured cells
-    python benchmarks/book.py measure NAME [--cells CELL ...]     # in this process; measures given cells again python
-    benchmarks/book.py unpack DIR                          # the comparison as a folder of `saap compare`
+    python benchmarks/book.py measure NAME [--cells CELL ...]     # in this process; measures given cells again
+    python benchmarks/book.py unpack DIR                          # the comparison as a folder of `saap compare`
 
-An interrupted run resumes and keeps finished cells. Cells are in benchmarks/results, pages and charts in docs/results;
-with --quick (a smoke run with small settings) both are in out/results-quick.
+An interrupted run resumes. Cells are in benchmarks/results, pages in docs/results; of --quick in out/results-quick.
 """
-
-from __future__ import annotations
 
 import argparse
 from pathlib import Path
@@ -28,46 +25,36 @@ BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
 
 
 def parse() -> tuple[argparse.Namespace, Request]:
-    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("list", "run", "render", "measure", "unpack"):
-        command = commands.add_parser(name)
-        if name == "run":
-            command.add_argument("names", nargs="*", metavar="NAME", choices=[*BY_NAME, []])
-        if name == "measure":
-            command.add_argument("names", nargs=1, metavar="NAME", choices=BY_NAME)
-            command.add_argument("--cells", nargs="+", metavar="CELL", help="cells to measure, even if they exist")
-        if name == "unpack":
-            command.add_argument("folder", type=Path, metavar="DIR")
-        command.add_argument("--quick", action="store_true", help="smoke run with small settings")
-        command.add_argument("--out", type=Path, metavar="DIR", help="folder for pages and results")
-        command.add_argument(
-            "--work", type=Path, metavar="DIR", default=ROOT / "out" / "book", help="folder for models"
-        )
-        command.add_argument("--model", default="smollm2")
-        command.add_argument(
-            "--set", action="append", default=[], metavar="OPTION=VALUE", help="option of an experiment"
-        )
+    parser.add_argument("command", choices=("list", "run", "render", "measure", "unpack"))
+    parser.add_argument("names", nargs="*", metavar="NAME", help="experiment; for `unpack` a folder")
+    parser.add_argument("--cells", nargs="+", metavar="CELL", help="cells to measure, even if they exist")
+    parser.add_argument("--quick", action="store_true", help="smoke run with small settings")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for pages and results")
+    parser.add_argument("--work", type=Path, metavar="DIR", default=ROOT / "out" / "book", help="folder for models")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="option of an experiment")
     given = parser.parse_args()
-    given.chosen = [BY_NAME[name] for name in getattr(given, "names", ())] or EXPERIMENTS
+    if given.command in ("measure", "unpack") and len(given.names) != 1:
+        parser.error(f"{given.command} takes one name")
+    if given.command != "unpack" and not set(given.names) <= set(BY_NAME):
+        parser.error(f"the experiments are {', '.join(BY_NAME)}")
+    given.chosen = [BY_NAME[name] for name in given.names if name in BY_NAME] or EXPERIMENTS
     known = {option for experiment in given.chosen for option in experiment.options}
     options = dict(setting.partition("=")[::2] for setting in given.set)
     if not set(options) <= known:
         parser.error(f"--set takes OPTION=VALUE; options are {', '.join(sorted(known)) or 'none'}")
     results = (given.out or QUICK) / "results" if given.out or given.quick else RESULTS
-    request = Request(
-        quick=given.quick, work=given.work.resolve(), results=results, model=given.model, given=options
-    )  # fmt: skip
+    work = given.work.resolve()
+    request = Request(quick=given.quick, work=work, results=results, model=given.model, given=options)
     first = given.chosen[0]
-    unknown = set(getattr(given, "cells", None) or ()) - {*first.names(request), *first.extra}
+    unknown = set(given.cells or ()) - {*first.names(request), *first.extra}
     if unknown:
         parser.error(f"{first.name} has no cell {', '.join(sorted(unknown))}")
     return given, request
 
 
 def main() -> None:
-    """Entry point."""
     given, request = parse()
     if given.command == "list":
         for experiment in given.chosen:
@@ -76,7 +63,7 @@ def main() -> None:
     elif given.command == "measure":
         measure(given.chosen[0], request, given.cells)
     elif given.command == "unpack":
-        unpack(request, given.folder)
+        unpack(request, Path(given.names[0]))
     else:
         for experiment in given.chosen if given.command == "run" else ():
             run(experiment, request)

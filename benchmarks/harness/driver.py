@@ -1,14 +1,11 @@
 """Driver of experiments: existing cells are kept, missing ones are measured in separate processes."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 
 from lab.commands import in_own_process
 
 from harness.experiment import Experiment, Names, Request
-from harness.experiment import experiment as experiment_of
 from harness.store import Record, finished_cells, write_cell
 
 
@@ -31,7 +28,6 @@ def state_of(experiment: Experiment, request: Request) -> State:
 
 
 def missing_cells(experiment: Experiment, request: Request) -> list[str]:
-    """The missing cells of the experiment itself."""
     found = finished_cells(experiment, request)
     return [name for name in experiment.names(request) if name not in found]
 
@@ -45,12 +41,7 @@ def run(experiment: Experiment, request: Request) -> None:
         options = " ".join(f"--set {name}={experiment.options[name]}" for name in lacking)
         print(f"{experiment.name}: to be run by hand: python benchmarks/book.py run {experiment.name} {options}")
     elif experiment.smoke or not request.quick:
-        in_own_process(measure_missing, experiment.module, request)
-
-
-def measure_missing(module: str, request: Request) -> None:
-    """Measure the missing cells of an experiment in this process."""
-    measure(experiment_of(module), request)
+        in_own_process(measure, experiment, request)
 
 
 def measure(experiment: Experiment, request: Request, cells: Names | None = None) -> None:

@@ -1,7 +1,5 @@
 """Definition of an experiment, and the types of its functions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -31,9 +29,8 @@ class Scaled(NamedTuple):
 class Request:
     """How to measure.
 
-    quick: a smoke run with small settings. work: folder for models shared by cells. results: folder of the files of
-    cells. model: the model to prune. given: options of the experiment, from the command line. settings: of the
-    experiment, filled in for its own functions.
+    quick: a smoke run with small settings. work: folder for models shared by cells. results: folder of cells' files.
+    given: options of the experiment, from the command line. settings: of the experiment, filled in for its functions.
     """
 
     quick: bool
@@ -44,15 +41,17 @@ class Request:
     settings: Values = field(default_factory=dict)
 
     def size(self, smoke: Any, full: Any) -> Any:
-        """The first value in a smoke run, otherwise the second."""
         return smoke if self.quick else full
 
     def filled(self, setting: Any) -> Any:
-        """The value of a setting in this run."""
         value = self.size(*setting) if isinstance(setting, Scaled) else setting
         if isinstance(value, list):
             return [self.filled(one) for one in value]
         return value.replace("{model}", self.model) if isinstance(value, str) else value
+
+
+def no_figures(summary: Values) -> Figures:
+    return ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,7 @@ class Experiment:
     cells: their names, in the order of measuring. settings: everything that affects the figures; cells with other
     settings are measured again; `{model}` is replaced by the model to prune. measure: yields the requested cells one by
     one, so that an interrupted run loses at most one of them. summarise: figures of the page from the cells; pure.
-    figures: charts of the summary.
+    figures: charts of the summary, in the order of the template's block `charts`, which has their titles and texts.
 
     options: of `--set`, name to description. needs: required options. reads: modules of other experiments whose cells
     the page also shows. extra: optional cells of the page. own_files: each cell has its own file, `results/CELL.json`,
@@ -73,21 +72,19 @@ class Experiment:
     """
 
     name: str
-    module: str = ""
     cells: Names | Callable[[Request], Names]
     measure: Callable[[Request, Names], Measured]
-    summarise: Callable[[Cells], Values] = lambda cells: cells
-    figures: Callable[[Values], Figures] = lambda summary: ()
+    summarise: Callable[[Cells], Values] = dict
+    figures: Callable[[Values], Figures] = no_figures
     settings: Values = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
     needs: Names = ()
-    reads: Sequence[Experiment] = ()
+    reads: Sequence["Experiment"] = ()
     extra: Names = ()
     own_files: bool = False
     smoke: bool = True
 
     def chosen(self, request: Request) -> dict[str, Any]:
-        """The settings of a run."""
         return {name: request.filled(value) for name, value in self.settings.items()}
 
     def bound(self, request: Request) -> Request:
@@ -95,7 +92,6 @@ class Experiment:
         return replace(request, settings=self.chosen(request))
 
     def names(self, request: Request) -> list[str]:
-        """The cells of a run."""
         return list(self.cells(self.bound(request)) if callable(self.cells) else self.cells)
 
 
@@ -106,7 +102,5 @@ def experiment(path: str) -> Experiment:
     functions = [name for name in ("cells", "measure", "summarise", "figures") if name in module]
     constants = [one.name for one in fields(Experiment) if one.name not in functions and one.name.upper() in module]
     found: dict[str, Any] = {n: module[n] for n in functions} | {n: module[n.upper()] for n in constants}
-    name = path.rpartition(".")[2].replace("_", "-")
-    return Experiment(
-        **{**found, "name": name, "module": path, "reads": [experiment(one) for one in found.get("reads", ())]}
-    )
+    found["reads"] = [experiment(one) for one in found.get("reads", ())]
+    return Experiment(**found, name=path.rpartition(".")[2].replace("_", "-"))

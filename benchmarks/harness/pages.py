@@ -1,7 +1,5 @@
 """Pages of the book: templates that take every number from the measured values."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
@@ -21,16 +19,6 @@ from saap.settings.recover import DEFAULT_MINUTES, RecoverConfig
 TEMPLATES = Path(__file__).parent / "templates"
 NOTHING = "\N{EN DASH}"
 LONG_DECIMAL = re.compile(r"-?\d+\.\d{3,}")
-BEFORE = {
-    "pruned_before": "The pruned model was made when the default calibration was general English alone, with fewer "
-    "instructions with answers and articles than now; no norms were tuned.",
-    "ranked_before": "The candidates whose shares follow the importance of whole modules were others when this was "
-    "measured: it was negative, so that important modules gave more. Units were weighed by the element-wise score, "
-    "and no norms were tuned.",
-    "mixed_before": "The default calibration was general English alone when this was measured, and no norms were "
-    "tuned.",
-}
-"""Notes, shared by several pages, on figures that are older than the code."""
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -41,41 +29,43 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None, digits: int = 0) -> str:
-    """A share as a percentage."""
     return NOTHING if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f} %"
 
 
 def interval(pair: Sequence[float], digits: int = 2) -> str:
-    """An interval."""
     return f"{number(pair[0], digits)} to {number(pair[1], digits)}"
 
 
 def templates() -> jinja2.Environment:
     """The environment of all templates; undefined names are errors."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
+        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
     environment.filters |= {"n": number, "pct": percent, "interval": interval}
-    environment.globals |= BEFORE
     return environment
 
 
 def block(experiment: Experiment, name: str, summary: Mapping[str, Any] | None = None) -> str:
     """A block of the experiment's template as one line; empty if the template has no such block.
 
-    name: `title`, `question`, `limits` (limitations), `finding` (the sentence that answers the question) or `decision`
-    (consequence for the product's defaults); the last two need the summary.
+    name: `title`, `question`, `limits`, `finding` or `decision` (for the defaults); the last two need the summary.
     """
+    return " ".join(_rendered(experiment, name, summary).split())
+
+
+def _rendered(experiment: Experiment, name: str, summary: Mapping[str, Any] | None) -> str:
     template = templates().get_template(f"{experiment.name}.md.jinja")
     if name not in template.blocks:
         return ""
-    context = template.new_context({"s": summary or {}, "defaults": product_defaults()})
-    return " ".join("".join(template.blocks[name](context)).split())
+    return "".join(template.blocks[name](template.new_context({"s": summary or {}, "defaults": product_defaults()})))
+
+
+def charts(experiment: Experiment, summary: Mapping[str, Any]) -> list[Figure]:
+    """The charts with the titles and texts of the block `charts`, whose lines are `NAME | TITLE | TEXT`."""
+    said = [line.split(" | ") for line in _rendered(experiment, "charts", summary).splitlines()]
+    drawn = {figure.name: figure for figure in experiment.figures(summary)}
+    return [dataclasses.replace(drawn[name], title=title, text=text) for name, title, text in said]
 
 
 def product_defaults() -> dict[str, Any]:
@@ -92,24 +82,17 @@ def page_of(experiment: Experiment, request: Request, state: State, summary: Map
     if summary is None:
         return templates().get_template("unfinished.md.jinja").render(**said, experiment=experiment, state=state)
     template = templates().get_template(f"{experiment.name}.md.jinja")
+    said |= {name: block(experiment, name, summary) for name in ("finding", "decision")}
     return template.render(
-        **said,
-        s=summary,
-        experiment=experiment,
-        finding=block(experiment, "finding", summary),
-        decision=block(experiment, "decision", summary),
-        figures=experiment.figures(summary),
-        settings=experiment.chosen(request),
-        environments=_environments(state),
+        **said, s=summary, experiment=experiment, figures=charts(experiment, summary),
+        settings=experiment.chosen(request), environments=_environments(state),
         seconds=sum(record.get("seconds", 0.0) for record in state.found.values()),
-    )
+    )  # fmt: skip
 
 
 def _environments(state: State) -> list[str]:
-    """Descriptions of the measuring machines, without duplicates."""
     said = []
-    for record in state.found.values():
-        known = record.get("environment")
+    for known in (record.get("environment") for record in state.found.values()):
         if known:
             parts = [f"{known[name]} {name}" for name in ("cores", "threads") if name in known]
             parts += [f"{name} {known[name]}" for name in ("machine", "python") if name in known]
@@ -133,7 +116,7 @@ def write_pages(experiments: Sequence[Experiment], request: Request, out: Path) 
         summary = summary_of(experiment, state)
         _write(out / f"{experiment.name}.md", page_of(experiment, request, state, summary))
         if summary is not None:
-            for figure in experiment.figures(summary):
+            for figure in charts(experiment, summary):
                 _write(out / "figures" / f"{figure.name}.svg", compact_svg(figure))
             told[experiment.name] = block(experiment, "finding", summary)
             decided[experiment.name] = block(experiment, "decision", summary)
@@ -148,12 +131,9 @@ def compact_svg(figure: Figure) -> str:
 def index_page(
     experiments: Sequence[Experiment], told: Mapping[str, str], decided: Mapping[str, str], *, quick: bool
 ) -> str:
-    """The index: all questions with their findings, and the resulting defaults.
-
-    told, decided: findings and decisions by experiment; unmeasured experiments have no finding.
-    """
-    titles = {experiment.name: block(experiment, "title") for experiment in experiments}
-    return templates().get_template("index.md.jinja").render(titles=titles, told=told, decided=decided, quick=quick)
+    """The index. told, decided: findings and decisions by experiment; unmeasured experiments have no finding."""
+    said = {"titles": {one.name: block(one, "title") for one in experiments}, "told": told, "decided": decided}
+    return templates().get_template("index.md.jinja").render(said, quick=quick)
 
 
 def _write(path: Path, text: str) -> None:

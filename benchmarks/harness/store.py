@@ -1,7 +1,5 @@
 """Cells on disk: one file for each experiment, written whole after each cell, with settings and environments."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os
@@ -28,13 +26,10 @@ Record = Mapping[str, Any]
 def environment() -> dict[str, Any]:
     """Versions, processor and load of this machine."""
     return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-        "load": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"), "load": round(os.getloadavg()[0], 1),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
+    }  # fmt: skip
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -46,7 +41,6 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -60,7 +54,6 @@ def rounded(value: Any) -> Any:
 
 
 def result_file(results: Path, experiment: Experiment, cell: str) -> Path:
-    """The file of a cell."""
     return results / f"{cell if experiment.own_files else experiment.name}.json"
 
 
@@ -72,15 +65,11 @@ def finished_cells(experiment: Experiment, request: Request) -> dict[str, Record
         values = {name: read_json(file) for name, file in files.items() if file.is_file()}
         return {name: {"values": one, "environment": one.get("environment")} for name, one in values.items()}
     content = _content(experiment, request)
-    return {
-        name: {**content["cells"][name], "environment": content["environments"][content["cells"][name]["environment"]]}
-        for name in names
-        if name in content["cells"]
-    }
+    found = {name: content["cells"][name] for name in names if name in content["cells"]}
+    return {name: {**one, "environment": content["environments"][one["environment"]]} for name, one in found.items()}
 
 
 def write_cell(experiment: Experiment, request: Request, cell: str, values: Mapping[str, Any], seconds: float) -> None:
-    """Write the values of a cell."""
     file = result_file(request.results, experiment, cell)
     if experiment.own_files:
         write_json(file, values)
@@ -89,11 +78,8 @@ def write_cell(experiment: Experiment, request: Request, cell: str, values: Mapp
     here = environment()
     if here not in content["environments"]:
         content["environments"].append(here)
-    content["cells"][cell] = {
-        "seconds": round(seconds, 1),
-        "environment": content["environments"].index(here),
-        "values": rounded(values),
-    }
+    place = content["environments"].index(here)
+    content["cells"][cell] = {"seconds": round(seconds, 1), "environment": place, "values": rounded(values)}
     write_json(file, content)
 
 

@@ -1,7 +1,5 @@
 """Checkpoints in the sizes of known models, with random weights and a tokenizer of bytes."""
 
-from __future__ import annotations
-
 import copy
 import json
 from functools import partial
@@ -39,16 +37,13 @@ SHAPES = {
 
 
 def skeleton(shape: LlamaConfig) -> nn.Module:
-    """The model on the meta device."""
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
         return model
 
 
-def parameters_of(shape: LlamaConfig) -> tuple[int, int]:
-    """Parameters of the whole model, and of its decoder blocks."""
-    named = dict(skeleton(shape).named_parameters())
-    return sum(p.numel() for p in named.values()), sum(p.numel() for name, p in named.items() if ".layers." in name)
+def parameters_of(shape: LlamaConfig) -> int:
+    return sum(parameter.numel() for parameter in skeleton(shape).parameters())
 
 
 def random_weight(size: torch.Size, pool: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -60,25 +55,25 @@ def random_weight(size: torch.Size, pool: torch.Tensor, generator: torch.Generat
     return pool.roll(start).repeat(-(-count // len(pool)))[:count].reshape(size)
 
 
-def write_checkpoint(shape: LlamaConfig, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write weights, configuration and tokenizer, one tensor in memory at a time."""
+def write_checkpoint(shape: LlamaConfig, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """The folder with weights, configuration and tokenizer, written if missing, one tensor in memory at a time."""
+    if (folder / "tokenizer.json").exists():
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     pool = (torch.randn(POOL - 3, generator=generator) * 0.02).to(dtype)
     tensors: dict[str, torch.Tensor] = dict(skeleton(shape).named_parameters())  # lists a tied weight once
     shards = split_torch_state_dict_into_shards(tensors, max_shard_size="2GB")
     for file, names in shards.filename_to_tensors.items():
-        sizes = {name: tensors[name].shape for name in names}
-        entries = {
-            name: TensorEntry(dtype=dtype, shape=tuple(size), make=partial(random_weight, size, pool, generator))
-            for name, size in sizes.items()
-        }
+        makers = {name: partial(random_weight, tensors[name].shape, pool, generator) for name in names}
+        entries = {n: TensorEntry(dtype=dtype, shape=tuple(tensors[n].shape), make=m) for n, m in makers.items()}
         write_tensors(folder / file, entries, {"format": "pt"})
     (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": shards.tensor_to_filename}))
     config = copy.deepcopy(shape)
     config.dtype = dtype
     config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)  # last: marks the checkpoint as complete
+    return folder
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

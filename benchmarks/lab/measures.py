@@ -1,7 +1,5 @@
 """Measures shared by several experiments: pure functions of arrays and sets."""
 
-from __future__ import annotations
-
 import base64
 import zlib
 from collections.abc import Collection, Sequence
@@ -27,7 +25,6 @@ def rank_correlation_inside(groups: Pairs) -> float:
 
 
 def rank_correlation_overall(groups: Pairs) -> float:
-    """Rank correlation over the units of all groups together."""
     return rank_correlation(np.concatenate([a for a, _ in groups]), np.concatenate([b for _, b in groups]))
 
 
@@ -74,13 +71,11 @@ def as_bits(units: Collection[int]) -> str:
 
 
 def from_bits(text: str) -> frozenset[int]:
-    """The set that `as_bits` wrote."""
     packed = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
     return frozenset(np.flatnonzero(np.unpackbits(packed)).tolist())
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """Geometric mean, the mean of log-perplexities for perplexity ratios."""
     return float(np.exp(np.mean(np.log(values))))
 
 
@@ -106,8 +101,7 @@ def chi_square_distance(importances: FloatArray) -> float:
     """Kolmogorov-Smirnov distance of I / mean(I) from the chi-square distribution with one degree of freedom.
 
     The uncertainty weighting of Kendall et al. is the likelihood of normal residuals r with r^2 = I and one variance
-    sigma^2 = mean(I) for all, so that I / sigma^2 has this distribution. importances: (units,) of one scope, not
-    negative.
+    sigma^2 = mean(I) for all, so that I / sigma^2 has this distribution. importances: (units,) of one scope, >= 0.
     """
     mean = importances.mean()
     if mean <= 0:
@@ -123,7 +117,6 @@ def log_histogram(values: FloatArray, edges: FloatArray) -> list[float]:
 
 
 def removed_units(plan: StructurePlan, graph: ModelGraph) -> set[tuple[str, int]]:
-    """All removed units, by group and number."""
     planned = [group for group in graph.groups if group.name in plan.keep]
     return {(one.name, unit) for one in planned for unit in set(range(one.units)) - set(plan.keep[one.name])}
 
@@ -135,5 +128,4 @@ def sampled_units(units: int, wanted: int, seed: int) -> list[int]:
 
 
 def spread_layers(layers: int, wanted: int) -> Sequence[int]:
-    """Evenly spaced layers from the first to the last."""
     return sorted({round(place) for place in np.linspace(0, layers - 1, min(wanted, layers))})

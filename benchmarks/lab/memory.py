@@ -1,7 +1,5 @@
 """Memory of this process."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 from contextlib import suppress
@@ -18,7 +16,7 @@ class Peak:
     after the context.
     """
 
-    def __enter__(self) -> Peak:
+    def __enter__(self) -> "Peak":
         gc.collect()
         with suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,7 +1,5 @@
 """Evaluation texts, never used for calibration, and perplexities of folders on them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,13 +33,10 @@ def texts(given: Mapping[str, str], folder: Path) -> dict[str, Path]:
 
 
 def records(file: Path) -> list[dict[str, str]]:
-    """The evaluated records of a .jsonl file."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:RECORDS]]
 
 
-def perplexities(
-    model: str | Path, named: Mapping[str, Path], *, bos: bool = True, most: int = 2**30
-) -> dict[str, float]:
+def perplexities(model: str | Path, named: Mapping[str, Path], bos: bool = True, most: int = 2**30) -> dict[str, float]:
     """Perplexity of a model on each text. most: limit of the tokens for smoke runs."""
     found = {}
     for name, file in named.items():

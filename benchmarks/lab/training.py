@@ -1,7 +1,5 @@
 """Small models of several families, trained here on public-domain text: real weights, made in minutes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,8 @@ VOCABULARY = 2048
 END = "<|end|>"
 HEADS = 4
 SHORT_CHARACTERS = 200_000
+FEW_STEPS = ["--max-steps", "2", "--max-seq-length", "64", "--validation-samples", "1"]
+"""Of `saap recover` in a smoke run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,35 +45,31 @@ def configuration(family: str, size: Size, vocabulary: int) -> Any:
     """A configuration of the family with these sizes and no dropout."""
     heads = {"num_attention_heads": HEADS, "num_hidden_layers": size.layers, "hidden_size": size.width}
     grouped = {**heads, "num_key_value_heads": HEADS // 2, "intermediate_size": size.inner}
-    older: Mapping[str, Mapping[str, Any]] = {
+    window = {"max_position_embeddings": 512}
+    sizes: Mapping[str, Mapping[str, Any]] = {
         "gpt2": {
             "n_embd": size.width, "n_layer": size.layers, "n_head": HEADS, "n_inner": size.inner, "n_positions": 512,
             "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
         },
-        "opt": {
-            **heads, "ffn_dim": size.inner, "word_embed_proj_dim": size.width, "max_position_embeddings": 512,
-            "dropout": 0.0,
-        },
+        "opt": {**heads, **window, "ffn_dim": size.inner, "word_embed_proj_dim": size.width, "dropout": 0.0},
         "bloom": {"hidden_size": size.width, "n_layer": size.layers, "n_head": HEADS},
-        "llama": {**grouped, "max_position_embeddings": 512},
-        "qwen3": {**grouped, "head_dim": size.width // HEADS, "max_position_embeddings": 512},
+        "llama": {**grouped, **window},
+        "qwen3": {**grouped, **window, "head_dim": size.width // HEADS},
     }  # fmt: skip
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    return AutoConfig.for_model(family, vocab_size=vocabulary, tie_word_embeddings=True, **ids, **older[family])
+    return AutoConfig.for_model(family, vocab_size=vocabulary, tie_word_embeddings=True, **ids, **sizes[family])
 
 
 FAMILIES = ("gpt2", "opt", "bloom", "llama", "qwen3")
 
 
 def make_tokenizer(text: str, vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the text."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    inner.train_from_iterator(
-        [text], trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet)
+    inner.train_from_iterator([text], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, bos_token=END, pad_token=END)
 
 

@@ -29,7 +29,7 @@ def test_the_effect_is_that_of_the_masked_model(family, role):
     keep = {group.name: tuple(range(1, group.units))}
     with masked(model, graph, keep):
         without = log_probabilities()
-    loss, apart = RemovalEffects(model, graph, 1, tokens).of(group.name, 0)
+    loss, apart = RemovalEffects(model, graph, tokens).of(group.name, 0)
     np.testing.assert_allclose(loss, losses(without) - losses(dense), atol=1e-6)
     divergence = (dense.exp() * (dense - without)).sum(-1).mean(1).numpy()
     np.testing.assert_allclose(apart, divergence, atol=1e-6)

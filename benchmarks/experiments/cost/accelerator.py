@@ -1,21 +1,14 @@
-"""Experiments on an accelerator: GPU tests, LLaMA-7B in bfloat16, and a model of 1.5 billion parameters end to end.
+"""On an accelerator: the tests marked `gpu`, and models of the sizes of LLaMA-7B and Qwen2.5 1.5B.
 
-Cells:
-
-- tests: those marked `gpu`.
-- 7b: random weights in the sizes of LLaMA-7B, pruned by 20 % with effort `default`. Only time and peak memory of every
-  stage matter.
-- 1.5b: random weights in the sizes of Qwen2.5 1.5B, pruned and tuned, for a machine without network access.
-- real: the same with the weights of `--set model=FILE.gguf` (Qwen2.5-Coder 1.5B, say), and perplexity before and after.
+Weights are random, except in the cell `real`: those of `--set model=FILE.gguf`, with perplexity.
 """
-
-from __future__ import annotations
 
 import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness.experiment import Cells, Measured, Names, Request, Values
@@ -23,7 +16,6 @@ from harness.store import ROOT
 from lab.checkpoints import SHAPES, llama, parameters_of, write_checkpoint
 from lab.commands import saap
 from lab.texts import TEXTS
-from transformers import LlamaConfig
 
 PRUNE = ["--pruning-ratio", "0.2"]
 SMOKE_PRUNE = ["--effort", "fast", "--num-samples", "4", "--sample-length", "32", "--refit-tokens", "1024"]
@@ -33,22 +25,7 @@ OPTIONS = {"model": "FILE.gguf"}
 EXTRA = ("real",)
 
 
-def random_checkpoint(request: Request, name: str) -> Path:
-    """The checkpoint, written once and reused by other cells and resumed runs."""
-    folder = request.work.resolve() / f"random-{name}"
-    if not (folder / "tokenizer.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        write_checkpoint(shape_of(request, name), folder)
-    return folder
-
-
-def shape_of(request: Request, name: str) -> LlamaConfig:
-    keys = SHAPES[name].num_key_value_heads
-    return llama(64, 160, 2, 4, 320, keys=min(keys, 4)) if request.quick else SHAPES[name]
-
-
 def reported(command: str, source: Path, out: Path, flags: Names) -> Values:
-    """Run a command. Returns time and memory of every stage."""
     report = saap(command, source, "--out", out, "--overwrite", *flags)
     stages = [{name: stage[name] for name in STAGE} for stage in report["stages"]]
     return {"command": " ".join([f"saap {command} MODEL", *flags]), "stages": stages}
@@ -65,47 +42,41 @@ def run_tests(request: Request) -> Values:
 
 def all_stages(request: Request, name: str) -> Values:
     """Prune and reconstruct a model; except for the 7B, also tune it for some minutes on the bundled text."""
-    work = request.work.resolve()
-    given = Path(request.given["model"]).resolve() if name == "real" and "model" in request.given else None
-    shape = "1.5b" if name == "real" else name
-    models = {
-        "dense": given or random_checkpoint(request, shape), "pruned": work / f"pruned-{name}",
-        "tuned": work / f"tuned-{name}",
-    }  # fmt: skip
+    work, size = request.work.resolve(), "1.5b" if name == "real" else name
+    pruned, tuned = work / f"pruned-{name}", work / f"tuned-{name}"
+    shape = SHAPES[size]
+    if request.quick:
+        shape = llama(64, 160, 2, 4, 320, keys=min(shape.num_key_value_heads, 4))
+    if name == "real" and "model" in request.given:
+        dense = Path(request.given["model"]).resolve()
+    else:
+        dense = write_checkpoint(shape, work / f"random-{size}")
+    found: dict[str, Any] = {"model": dense.name} if name == "real" else {"parameters": parameters_of(shape)}
     flags = [*PRUNE, *request.size(SMOKE_PRUNE, ["--effort", "default"])]
-    pruned = reported("prune", models["dense"], models["pruned"], flags)
+    made = reported("prune", dense, pruned, flags)
     if name == "7b":
-        for folder in ("dense", "pruned"):
-            shutil.rmtree(models[folder])
-        return {"parameters": parameters_of(shape_of(request, name))[0], **pruned}
-    tuned = reported("recover", models["pruned"], models["tuned"], request.size(SMOKE_RECOVER, RECOVER))
-    found = {"prune": pruned, "recover": tuned}
-    if name != "real":
-        return {"parameters": parameters_of(shape_of(request, name))[0], **found}
-    text = TEXTS["wikitext2"]
-    measured = {
-        state: saap("eval", folder, "--perplexity", text, "--max-tokens", request.size(600, 16384))["perplexity"]
-        for state, folder in models.items()
-    }
-    return {"model": models["dense"].name, **found, "perplexity": {
-        state: texts[str(text)]["value"] for state, texts in measured.items()
-    }}  # fmt: skip
+        shutil.rmtree(dense)
+        shutil.rmtree(pruned)
+        return {**found, **made}
+    found |= {"prune": made, "recover": reported("recover", pruned, tuned, request.size(SMOKE_RECOVER, RECOVER))}
+    if name == "real":
+        text, most = TEXTS["wikitext2"], request.size(600, 16384)
+        reports = {
+            state: saap("eval", folder, "--perplexity", text, "--max-tokens", most)
+            for state, folder in (("dense", dense), ("pruned", pruned), ("tuned", tuned))
+        }
+        found["perplexity"] = {state: one["perplexity"][str(text)]["value"] for state, one in reports.items()}
+    return found
 
 
 def cells(request: Request) -> Names:
-    """All cells; the last one only with real weights."""
     return ["tests", "7b", "1.5b", *(["real"] if "model" in request.given or request.quick else [])]
 
 
-def device_name() -> str | None:
-    """The accelerator of this machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return "Apple GPU" if torch.backends.mps.is_available() else None
-
-
 def measure(request: Request, wanted: Names) -> Measured:
-    device = device_name()
+    device = "Apple GPU" if torch.backends.mps.is_available() else None
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
     if not (request.quick or device):
         print("accelerator: there is none here; --quick tries every step on the CPU")
         return
@@ -115,15 +86,13 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def summarise(found: Cells) -> Values:
-    """Every stage of every step that has run."""
     rows: list[Values] = []
     for name, cell in found.items():
         for command, part in (("prune", cell.get("prune", cell)), ("recover", cell.get("recover", {}))):
             rows += [{"step": name, "device": cell["device"], "command": command, **s} for s in part.get("stages", ())]
     whole = [row for row in rows if row["step"] == "7b"]
     return {
-        "rows": rows,
-        "parameters": found["7b"]["parameters"] / 1e9,
+        "rows": rows, "parameters": found["7b"]["parameters"] / 1e9,
         "seconds": sum(row["seconds"] for row in whole),
         "memory": max(row["peak_device_bytes"] for row in whole) / 1e9,
-    }
+    }  # fmt: skip

@@ -1,11 +1,7 @@
 """How time and memory of `saap prune` grow with the model, the tokens and the ratio, in memory and offloaded.
 
-LLaMA shapes with random weights in float32. One setting is varied at a time; each run is a separate process, forked
-from one that is warmed up. Time is processor time, so that other load on the machine matters less; memory is relative
-to the process before it opens the model.
+Each run is a process forked from one that is warmed up. Processor time, so that other load on the machine matters less.
 """
-
-from __future__ import annotations
 
 import time
 from pathlib import Path
@@ -38,7 +34,6 @@ class Point(NamedTuple):
     ratio: float = 0.2
 
     def cell(self, place: str) -> str:
-        """Name of the cell."""
         return f"{self.layers} layers, {self.samples} samples, ratio {self.ratio:g}, {place}"
 
 
@@ -72,7 +67,6 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def run_one(point: Point, offloaded: bool, folder: Path) -> dict[str, float]:
-    """Time and memory of one run."""
     tokens = np.random.default_rng(0).integers(17, VOCABULARY, (point.samples + 64, 64))
     config = PruneConfig(
         pruning_ratios=(point.ratio,), samples=point.samples, sample_length=64, preset=Preset.FAST, refit_tokens=1024,
@@ -115,14 +109,11 @@ def summarise(cells: Cells) -> Values:
 
 
 def figures(summary: Values) -> Figures:
+    kinds = {"processor_seconds": "time", "peak_bytes": "memory"}
     drawn = []
     for row in summary["rows"]:
-        kind = {"processor_seconds": "time", "peak_bytes": "memory"}.get(row["figure"])
-        if kind:
-            drawn.append(lines(
-                f"cost-{row['varied']}-{kind}", f"{kind.capitalize()} against {row['title']}",
-                f"{row['label']} against {row['title']}, in memory and offloaded.",
-                {f"{p}, x^{row['exponents'][p]:.2f}": (row["places"], row["curves"][p]) for p in PLACES},
-                x=row["title"], y=row["label"], ticks=True,
-            ))  # fmt: skip
+        if row["figure"] in kinds:
+            series = {f"{p}, x^{row['exponents'][p]:.2f}": (row["places"], row["curves"][p]) for p in PLACES}
+            name = f"cost-{row['varied']}-{kinds[row['figure']]}"
+            drawn.append(lines(name, series, x=row["title"], y=row["label"], ticks=True))
     return drawn

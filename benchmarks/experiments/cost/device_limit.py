@@ -1,17 +1,13 @@
 """Four layers of LLaMA-7B on a simulated accelerator with limited memory; all 32 by the formula.
 
-The simulated device (tests/pretend.py) tracks its memory and rejects more than its limit: 24 GB minus the other 28
-layers in bfloat16. The four layers are in float32, since a CPU computes. The run has effort `fast` and few tokens:
-activations of the reconstruction are offloaded, so its peak depends on the micro-batch, not on the number of tokens.
-The formula is evaluated for that run and for effort `default`.
+The simulated device (tests/pretend.py) tracks its memory and rejects more than its limit. Activations of the
+reconstruction are offloaded, so the peak depends on the micro-batch, not on the number of tokens.
 """
 
-from __future__ import annotations
-
 import copy
-from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -28,7 +24,6 @@ from saap.settings.prune import Preset, PruneConfig
 
 LAYERS, CARD, MEASURED_TOKENS, REFIT_TOKENS = 4, 24 * 10**9, 1024, 4096
 CELLS = ["device-limit"]
-OPTIONS = {"refit-tokens": "N"}
 OWN_FILES = True
 SMOKE = False
 
@@ -43,44 +38,35 @@ def needs(layers: int, config: PruneConfig, dtype: torch.dtype = torch.bfloat16)
     """Estimated bytes of LLaMA-7B with this number of layers, by what stays on the device."""
     sizes = memory_estimate.Sizes.of(skeleton(layers_of_7b(layers)).to(dtype), torch.device("cuda"))
     found = memory_estimate.Needs.of(sizes, config)
-    return {
-        "weights and activations": found.resident, "weights": found.spilled, "one block": found.offloaded,
-    }  # fmt: skip
+    return {"weights and activations": found.resident, "weights": found.spilled, "one block": found.offloaded}
 
 
 def measured(folder: Path, config: PruneConfig, limit: int) -> Values:
-    """Peak bytes on the device over all stages."""
-    source = folder / "dense"
-    if not (source / "tokenizer.json").exists():
-        write_checkpoint(layers_of_7b(LAYERS), source)
+    source = write_checkpoint(layers_of_7b(LAYERS), folder / "dense")
     pretend = import_module("tests.pretend")  # part of the tests, which are not typed
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(devices, "_available", return_value={"lazy": True}))
-        stack.enter_context(mock.patch.object(token_sets, "EVALUATION_TOKENS", MEASURED_TOKENS))
-        stack.enter_context(mock.patch.object(device_memory, "of_device", return_value=limit))
-        card = stack.enter_context(pretend.pretended_devices(float64=True, limit=limit))
+    with (
+        mock.patch.object(devices, "_available", return_value={"lazy": True}),
+        mock.patch.object(token_sets, "EVALUATION_TOKENS", MEASURED_TOKENS),
+        mock.patch.object(device_memory, "of_device", return_value=limit),
+        pretend.pretended_devices(float64=True, limit=limit) as card,
+    ):
         (result,) = run_prune(source, config, RunOptions(out=folder / "out"))
         stages = [stage.name for stage in result.report.stages]
         return {"peak": card.peak, "pruning_ratio": result.report.pruning_ratio, "stages": stages}
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    tokens = int(request.given.get("refit-tokens", REFIT_TOKENS))
-    tried = PruneConfig(
-        pruning_ratios=(0.2,), preset=Preset.FAST, refit_tokens=tokens, samples=4, sample_length=64
-    )  # fmt: skip
-    default = PruneConfig(pruning_ratios=(0.2,))
-    limit = CARD - 2 * (parameters_of(SHAPES["7b"])[0] - parameters_of(layers_of_7b(LAYERS))[0])
+    small: dict[str, Any] = {"refit_tokens": REFIT_TOKENS, "samples": 4, "sample_length": 64}
+    tried, default = PruneConfig(pruning_ratios=(0.2,), preset=Preset.FAST, **small), PruneConfig(pruning_ratios=(0.2,))
+    limit = CARD - 2 * (parameters_of(SHAPES["7b"]) - parameters_of(layers_of_7b(LAYERS)))
     found = measured(request.work / "device-limit", tried, limit)
     yield "device-limit", {
-        "layers": LAYERS, "refit_tokens": tokens, "limit": limit, **found,
+        "layers": LAYERS, "refit_tokens": REFIT_TOKENS, "limit": limit, **found,
         "formula": {
             "that run": needs(LAYERS, tried, torch.float32),
-            "4 layers, bfloat16, effort default": needs(LAYERS, default),
-            "32 layers, bfloat16, effort default": needs(32, default),
+            **{f"{layers} layers, bfloat16, effort default": needs(layers, default) for layers in (LAYERS, 32)},
         },
-        "reserve": memory_limit.RESERVE_BYTES,
-        "torch": torch.__version__,
+        "reserve": memory_limit.RESERVE_BYTES, "torch": torch.__version__,
     }  # fmt: skip
 
 

@@ -1,14 +1,12 @@
 """Cost of the estimation: time versus a plain forward and backward pass, memory above the loaded model.
 
-Random token ids; float32. Time: estimation and loss.backward() with weight gradients over the same tokens in the same
-batches, interleaved. Memory: measured in a separate process; peak resident size while estimating, minus that of the
-loaded model at rest (every weight touched, freed heap returned), relative to the bytes of the weights.
+Random token ids; float32. Memory: peak resident size minus that of the loaded model at rest (every weight touched,
+freed heap returned).
 """
-
-from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,13 +36,13 @@ SETTINGS = {
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    works: dict[str, Callable[[Values], dict[str, float]]] = {"time": time_of, "memory": memory_of}
     for cell in wanted:
-        yield cell, in_own_process(works[cell], request.settings)
+        yield cell, in_own_process(time_of if cell == "time" else memory_of, request.settings)
 
 
 def opened(chosen: Values, processes: Processes | None = None) -> tuple[Backend, CalibrationSet]:
     """The model in float32 with its structures, and random samples."""
+    torch.set_num_threads(chosen.get("threads", 1))
     model: Any = load_model(resolve_model(chosen["model"]), device=torch.device("cpu"), dtype=torch.float32)
     shape = chosen["samples"], chosen["length"]
     tokens = np.random.default_rng(0).integers(5, model.config.vocab_size, shape)
@@ -53,12 +51,11 @@ def opened(chosen: Values, processes: Processes | None = None) -> tuple[Backend,
 
 
 def first(samples: CalibrationSet, count: int) -> CalibrationSet:
-    """The first samples, for a warm-up pass."""
+    """For a warm-up pass."""
     return CalibrationSet(sources=samples.sources, seed=0, tokens=samples.tokens[:count])
 
 
 def time_of(chosen: Values) -> dict[str, float]:
-    torch.set_num_threads(chosen["threads"])
     backend, samples = opened(chosen)
     rows = chosen["micro batch"]
 
@@ -68,9 +65,7 @@ def time_of(chosen: Values) -> dict[str, float]:
             backend.model(batch, labels=batch, use_cache=False).loss.backward()
         backend.model.zero_grad(set_to_none=True)
 
-    def ours(samples: CalibrationSet) -> object:
-        return estimate(backend, samples, micro_batch=rows)
-
+    ours = partial(estimate, backend, micro_batch=rows)
     passes: dict[str, Callable[[CalibrationSet], object]] = {"plain": plain, "estimation": ours}
     seconds, used = {}, {}
     for name, run in passes.items():
@@ -85,7 +80,6 @@ def time_of(chosen: Values) -> dict[str, float]:
 
 
 def memory_of(chosen: Values) -> dict[str, float]:
-    torch.set_num_threads(chosen["threads"])
     backend, samples = opened(chosen)
     backend.model.requires_grad_(False)
     with inference_only(backend.model):
@@ -97,24 +91,16 @@ def memory_of(chosen: Values) -> dict[str, float]:
 
 
 def summarise(cells: Cells) -> Values:
-    scored = {
-        row["method"]: row["seconds"]["score"]
-        for row in comparison.rows_of(cells)
-        if row["ratio"] == 0.2 and not row["restored"]
-    }
+    rows = [row for row in comparison.rows_of(cells) if row["ratio"] == 0.2 and not row["restored"]]
+    scored = {row["method"]: row["seconds"]["score"] for row in rows}
     quickest = min((method for method in scored if method != "saap"), key=lambda method: float(scored[method]))
     head = cells[comparison.HEAD]["settings"]
     return {
-        **cells["time"], **cells["memory"], "score_seconds": scored, "ours_seconds": scored["saap"],
-        "quickest": quickest, "quickest_seconds": scored[quickest],
+        **cells["time"], **cells["memory"], "score_seconds": scored, "quickest": quickest,
         "samples": head["samples"], "sample_length": head["sample_length"],
     }  # fmt: skip
 
 
 def figures(summary: Values) -> Figures:
     scored = summary["score_seconds"]
-    return [bars(
-        "estimation-cost", "Seconds to score every unit",
-        "Seconds that each method takes to score all units from the same calibration samples.",
-        {"seconds": list(scored.values())}, list(scored), x="seconds",
-    )]  # fmt: skip
+    return [bars("estimation-cost", {"seconds": list(scored.values())}, list(scored), x="seconds")]

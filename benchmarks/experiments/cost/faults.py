@@ -1,10 +1,4 @@
-"""`saap prune` killed at points spread evenly over its work, resumed with the same command, and the results compared.
-
-A run is killed (SIGKILL) after a share of the processor seconds of the undisturbed run, which hardly depend on other
-load of the machine.
-"""
-
-from __future__ import annotations
+"""`saap prune` killed at shares of the processor seconds of an undisturbed run, and resumed by the same command."""
 
 import hashlib
 import sys
@@ -22,7 +16,6 @@ FLAGS = ["--pruning-ratio", "0.2", "--effort", "fast"]
 POINTS = 20
 COMPARED = ("model.safetensors", "plan.json")
 CELLS = ["faults"]
-OPTIONS = {"flags": "FLAGS", "points": "N"}
 OWN_FILES = True
 SMOKE = False
 
@@ -47,11 +40,6 @@ def digests(out: Path) -> dict[str, str]:
     return {str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def stage_of(log: Path) -> str:
-    titles = [line.removesuffix(" ...") for line in log.read_text().splitlines() if line.endswith(" ...")]
-    return titles[-1] if titles else "before the first stage"
-
-
 def killed(flags: Names, limit: float, expected: dict[str, str]) -> Values:
     """The killed stage, whether the digests equal those of the undisturbed run, and leftover files."""
     with tempfile.TemporaryDirectory() as base:
@@ -59,33 +47,32 @@ def killed(flags: Names, limit: float, expected: dict[str, str]) -> Values:
         used, code = run(flags, folder, "first.log", limit)
         more, again = run(flags, folder, "again.log")
         others = {path.name for path in folder.iterdir()} - {"out", "first.log", "again.log"}
+        begun = [line for line in (folder / "first.log").read_text().splitlines() if line.endswith(" ...")]
+        stage = begun[-1].removesuffix(" ...") if begun else "before the first stage"
         return {
-            "killed_after_seconds": round(used, 2), "killed": code < 0, "stage": stage_of(folder / "first.log"),
+            "killed_after_seconds": round(used, 2), "killed": code < 0, "stage": stage,
             "exit_code": again, "seconds_after": round(more, 2),
             "equal": digests(folder / "out") == expected, "left": sorted(others),
         }  # fmt: skip
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    flags = [request.model, *(request.given["flags"].split() if "flags" in request.given else FLAGS)]
-    points = int(request.given.get("points", POINTS))
+    flags = [request.model, *FLAGS]
     with tempfile.TemporaryDirectory() as base:
         whole, code = run(flags, Path(base), "whole.log")
         if code:
             raise SystemExit((Path(base) / "whole.log").read_text())
         expected = digests(Path(base) / "out")
     result: dict[str, Any] = {"command": " ".join(["saap prune", *flags]), "processor_seconds": whole, "points": []}
-    for point in range(points):
-        result["points"].append(killed(flags, whole * (point + 0.5) / points, expected))
+    for point in range(POINTS):
+        result["points"].append(killed(flags, whole * (point + 0.5) / POINTS, expected))
         yield "faults", result
 
 
 def summarise(cells: Cells) -> Values:
     found = cells["faults"]
     whole = found["processor_seconds"]
-    rows = [
-        {**point, "at": point["killed_after_seconds"] / whole, "after": point["seconds_after"] / whole}
-        for point in found["points"]
-    ]
+    shares = {"at": "killed_after_seconds", "after": "seconds_after"}
+    rows = [{**point, **{name: point[of] / whole for name, of in shares.items()}} for point in found["points"]]
     equal = sum(row["equal"] and not row["left"] for row in rows)
-    return {"command": found["command"], "rows": rows, "points": len(rows), "equal": equal}
+    return {**found, "rows": rows, "points": len(rows), "equal": equal}

@@ -1,7 +1,5 @@
 """Forecasts of `saap prune --dry-run` compared with measured runs."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from pathlib import Path
@@ -16,25 +14,20 @@ UNITS = {
     "disk_bytes": ("disk, MB", 1e6, 0),
 }
 CELLS = ["forecast"]
-OPTIONS = {"flags": "FLAGS"}
 OWN_FILES = True
 SMOKE = False
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """Seconds and peak resident bytes of each stage and of the whole run, forecast and measured."""
-    flags = request.given["flags"].split() if "flags" in request.given else FLAGS
     with tempfile.TemporaryDirectory() as folder:
         load, out = os.getloadavg()[0], Path(folder) / "out"
-        command = ["prune", request.model, *flags, "--out", out]
+        command = ["prune", request.model, *FLAGS, "--out", out]
         forecast, report = saap(*command, "--dry-run")["forecast"], saap(*command)
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    took = {
-        "seconds": sum(stage["seconds"] for stage in report["stages"]), "peak_resident_bytes": peak_of(report),
-        "disk_bytes": size,
-    }  # fmt: skip
+    seconds = sum(stage["seconds"] for stage in report["stages"])
+    took = {"seconds": seconds, "peak_resident_bytes": peak_of(report), "disk_bytes": size}
     yield "forecast", {
-        "command": " ".join(["saap prune", request.model, *flags]),
+        "command": " ".join(["saap prune", request.model, *FLAGS]),
         "forecast_and_measured": {name: (forecast[name], took[name]) for name in UNITS},
         "error": {name: forecast[name] / took[name] - 1 for name in UNITS},
         "stages": [
@@ -47,9 +40,8 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 def summarise(cells: Cells) -> Values:
     found = cells["forecast"]
-    rows = [
-        {"label": label, "values": [value / unit for value in found["forecast_and_measured"][name]], "digits": digits,
-         "error": found["error"][name]}
-        for name, (label, unit, digits) in UNITS.items()
-    ]  # fmt: skip
-    return {"command": found["command"], "rows": rows, "error": found["error"]}
+    rows = []
+    for name, (label, unit, digits) in UNITS.items():
+        values = [value / unit for value in found["forecast_and_measured"][name]]
+        rows.append({"label": label, "values": values, "digits": digits, "error": found["error"][name]})
+    return {**found, "rows": rows}

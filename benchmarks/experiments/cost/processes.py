@@ -1,11 +1,7 @@
-"""Speed-up of the estimation by several processes, one thread each.
+"""Speed-up of the estimation by several processes, one thread each, on an idle machine with as many cores.
 
-One process and two, interleaved; the same random token ids, float32, on the CPU. Only the estimation is timed, from the
-moment when all processes are ready until all have the whole result, after a warm-up; the minimum of the rounds counts.
-Run this on an idle machine: it needs as many idle cores as processes.
+Timed from the moment when all processes are ready until all have the whole result; the minimum of the rounds counts.
 """
-
-from __future__ import annotations
 
 import os
 import socket
@@ -14,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
-import torch
 from harness.experiment import Cells, Measured, Names, Request, Scaled, Values
 from lab.commands import in_own_process
 
@@ -57,9 +52,7 @@ def estimate_in(count: int, chosen: Values) -> tuple[float, ImportanceScores]:
 
 
 def estimate_once(chosen: Values, together: dict[str, str], rank: int) -> tuple[float, ImportanceScores]:
-    """Code of each process."""
     os.environ |= {**together, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
     with quick_float32_products():
         processes = Processes.found()
         backend, samples = opened(chosen, processes)

@@ -1,9 +1,4 @@
-"""The recipes end to end on SmolLM2 with small numbers, and a second run that must keep every step.
-
-The model, the texts and the tasks of a recipe are replaced as well: by SmolLM2, bundled text, and none.
-"""
-
-from __future__ import annotations
+"""The recipes end to end on SmolLM2 with small numbers, and a second run that must keep every step."""
 
 import json
 import tempfile
@@ -26,7 +21,6 @@ SMOKE = False
 
 
 def replaced(recipe: Path, model: str, out: Path) -> list[str]:
-    """Flags that reduce a recipe to a small run."""
     steps = yaml.safe_load(recipe.read_text())
     chosen = [f"model={model}", f"out={out}"]
     for name, values in SMALL.items():
@@ -36,7 +30,6 @@ def replaced(recipe: Path, model: str, out: Path) -> list[str]:
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """Seconds, steps and perplexities of each recipe, and the steps of a second run."""
     for name in wanted:
         with tempfile.TemporaryDirectory() as folder:
             out, recipe = Path(folder) / "out", RECIPES / f"{name}.yaml"
@@ -56,12 +49,9 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def summarise(cells: Cells) -> Values:
-    rows = {
-        name: {
-            "made": [step for step, fate in cell["steps"].items() if fate == "made"],
-            "second_run": cell["second_run"], "seconds": cell["seconds"],
-            "perplexity": sorted({v for texts in cell["perplexity"].values() for v in texts.values()}),
-        }
-        for name, cell in sorted(cells.items())
-    }  # fmt: skip
+    rows = {}
+    for name, cell in sorted(cells.items()):
+        made = [step for step, fate in cell["steps"].items() if fate == "made"]
+        values = sorted({value for texts in cell["perplexity"].values() for value in texts.values()})
+        rows[name] = {**cell, "made": made, "perplexity": values}
     return {"rows": rows, "count": len(rows), "kept": sum(row["second_run"] == ["kept"] for row in rows.values())}

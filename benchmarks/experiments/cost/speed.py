@@ -1,10 +1,4 @@
-"""Prefill and decode speed of pruned folders compared with the dense model, in llama.cpp and in transformers.
-
-Speed-ups are medians of the rounds' ratios. A decoded token reads every weight once (the embedding too, since it is
-tied to the output), so the ratio of the bytes is the speed-up if memory bandwidth is the only limit.
-"""
-
-from __future__ import annotations
+"""Prefill and decode speed of pruned folders compared with the dense model, in llama.cpp and in transformers."""
 
 import statistics
 from pathlib import Path
@@ -14,11 +8,11 @@ import torch
 from harness.charts import lines
 from harness.experiment import Cells, Figures, Measured, Names, Request, Values
 from lab.commands import made_by_saap, quickly_pruned
+from lab.dense import model_in
 
 from saap.core.manifest import RunManifest
 from saap.evaluation.speed import Source
 from saap.pipeline.evaluate.speed import compare_speeds
-from saap.pipeline.shared.inputs import RunOptions, open_model
 from saap.settings.evaluate import SpeedSettings
 from saap.settings.prune import GgufType
 from saap.settings.registry import RuntimeName
@@ -26,35 +20,19 @@ from saap.settings.registry import RuntimeName
 PAPER_SPEEDUP = 1.05
 """The paper's speed-up of token generation, pruned over dense."""
 RUNTIMES = {
-    "f16": (RuntimeName.LLAMA_CPP, GgufType.F16),
-    "q8_0": (RuntimeName.LLAMA_CPP, GgufType.Q8_0),
-    "q4_1": (RuntimeName.LLAMA_CPP, GgufType.Q4_1),
+    **{str(kind): (RuntimeName.LLAMA_CPP, kind) for kind in (GgufType.F16, GgufType.Q8_0, GgufType.Q4_1)},
     "float32": (RuntimeName.TRANSFORMERS, GgufType.F16),
 }
-"""Runtimes by type of the weights; float32 means transformers."""
+"""By type of the weights."""
 PRUNED = ("adaptive/0.2", "adaptive/0.4", "uniform/0.2", "uniform/0.4")
 REQUESTED = ("asked/llama.cpp", "asked/transformers")
 """Folders pruned for a target speed in a runtime."""
 TARGET_SPEEDUP = 1.3
 THREADS, ROUNDS, NEW_TOKENS = 2, 7, 32
-
-
-def cells(request: Request) -> Names:
-    measured = [f"{weights} {folder}" for weights in RUNTIMES for folder in PRUNED]
-    return [*measured, *(f"float32 {folder}" for folder in REQUESTED), *REQUESTED]
-
-
+MEASURED = [*(f"{weights} {folder}" for weights in RUNTIMES for folder in PRUNED), *(f"float32 {f}" for f in REQUESTED)]
+CELLS = [*MEASURED, *REQUESTED]
 SMOKE = False
 SETTINGS = {"dense": "{model}", "threads": THREADS, "rounds": ROUNDS, "tokens written": NEW_TOKENS}
-
-
-def folder_of(request: Request, name: str) -> Path:
-    """A pruned folder, created if missing."""
-    kind, _, value = name.partition("/")
-    if kind != "asked":
-        return quickly_pruned(request, kind, value)
-    flags = ["--target-speedup", TARGET_SPEEDUP, "--runtime", value, "--effort", "fast"]
-    return made_by_saap(request, name, "prune", request.model, *flags)
 
 
 def measure(request: Request, wanted: Names) -> Measured:
@@ -62,7 +40,12 @@ def measure(request: Request, wanted: Names) -> Measured:
     torch.set_num_threads(THREADS)
     for cell in wanted:
         weights, _, name = cell.rpartition(" ")
-        folder = folder_of(request, name)
+        kind, _, value = name.partition("/")
+        if kind == "asked":
+            flags = ["--target-speedup", TARGET_SPEEDUP, "--runtime", value, "--effort", "fast"]
+            folder = made_by_saap(request, name, "prune", request.model, *flags)
+        else:
+            folder = quickly_pruned(request, kind, value)
         manifest = RunManifest.model_validate_json((folder / "saap" / "manifest.json").read_bytes())
         known = {"layout": str(manifest.layout), "removed": manifest.block_parameters.removed}
         if weights:
@@ -72,11 +55,8 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def measured(request: Request, folder: Path, runtime: RuntimeName, kind: GgufType) -> Values:
-    """Speeds of a folder and of the dense model, and their ratios."""
     chosen = SpeedSettings(runtime=runtime, gguf_type=kind, rounds=ROUNDS, new_tokens=NEW_TOKENS)
-    dense: Source = request.model
-    if runtime is RuntimeName.TRANSFORMERS:
-        dense = open_model(request.model, RunOptions(device="cpu")).model
+    dense: Source = model_in(request.model) if runtime is RuntimeName.TRANSFORMERS else request.model
     report = compare_speeds([(str(folder), str(folder)), ("dense", dense)], chosen)
     names = ("runtime", "weights", "prefill_speedup", "decode_speedup", "bytes_ratio")
     found: dict[str, Any] = {name: getattr(report, name) for name in names}
@@ -88,27 +68,21 @@ def measured(request: Request, folder: Path, runtime: RuntimeName, kind: GgufTyp
 
 def dense_decoding(found: Cells, types: Names) -> dict[str, float]:
     """Tokens/s of the dense model by type of the weights, for other pages."""
-    return {
-        weights: statistics.median(found[f"{weights} {folder}"]["decode_dense"] for folder in PRUNED)
-        for weights in types
-    }
+    speeds = {kind: [found[f"{kind} {folder}"]["decode_dense"] for folder in PRUNED] for kind in types}
+    return {kind: statistics.median(values) for kind, values in speeds.items()}
 
 
 def summarise(found: Cells) -> Values:
-    names = (f"{weights} {folder}" for weights in RUNTIMES for folder in (*PRUNED, *REQUESTED))
-    rows = [found[name] for name in names if name in found]
+    rows = [found[name] for name in MEASURED]
     near = [row for row in rows if abs(row["removed"] - 0.2) < 0.01]
     gains = {kind: [row["decode_speedup"] for row in near if row["weights"] == kind] for kind in ("f16", "float32")}
     requested = [found[folder] for folder in REQUESTED]
     return {
-        "rows": rows,
-        "paper_speedup": PAPER_SPEEDUP,
-        "removed": min(row["removed"] for row in near),
+        "rows": rows, "paper_speedup": PAPER_SPEEDUP, "removed": min(row["removed"] for row in near),
         "llama_cpp": [min(gains["f16"]), max(gains["f16"])],
         "transformers": [min(gains["float32"]), max(gains["float32"])],
-        "requested": requested,
-        "worst_of_requested": max(abs(row["reached"] / row["asked"] - 1) for row in requested),
-    }
+        "requested": requested, "worst_of_requested": max(abs(row["reached"] / row["asked"] - 1) for row in requested),
+    }  # fmt: skip
 
 
 def figures(summary: Values) -> Figures:
@@ -117,8 +91,4 @@ def figures(summary: Values) -> Figures:
         places, values = series.setdefault(f"{row['runtime']} {row['weights']}, {row['layout']}", ([], []))
         places.append(100 * row["removed"])
         values.append(row["decode_speedup"])
-    return [lines(
-        "speed", "Decoding against what is removed",
-        "Speed-up of decoding one token at a time against the share of the blocks that is removed.",
-        series, x="% of the decoder blocks removed", y="decode, pruned / dense",
-    )]  # fmt: skip
+    return [lines("speed", series, x="% of the decoder blocks removed", y="decode, pruned / dense")]

@@ -1,12 +1,7 @@
 """Ablation of our additions, one at a time."""
 
-from __future__ import annotations
+from functools import cache
 
-import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-import torch
 from harness.charts import bars
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import VALIDATION
@@ -15,19 +10,15 @@ from lab.measures import mean_and_spread
 from lab.texts import TEXTS
 from torch import nn
 
-from saap.core.records import ImportanceScores, Layout, StructurePlan, UnitScores
-from saap.data.windows import SampleRequest
+from saap.core.records import Layout, StructurePlan
 from saap.estimation.estimate import estimate, unit_scores
-from saap.models.walk.backend import Backend
 from saap.settings.prune import PRESETS, FusionScope, Preset, PrunableRole
 from saap.settings.registry import Importance, Strategy
 from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.evaluator import StructureEvaluator
 from saap.structure_search.plan import SearchSpace, search
 from saap.structure_search.problem import SearchGuide
-from saap.structure_search.second_order import SecondOrder
-from saap.surgery.cut import cut
-from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
+from saap.surgery.reconstruct import ReconstructionSettings
 
 RATIO = 0.2
 MEASURED = ("wikitext2", "novel")
@@ -39,28 +30,12 @@ WITHOUT = {
     "residual-target": "the dense module's output alone as the target of the reconstruction",
     "restoration": "cut only",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """Shared data of all variants of one seed."""
-
-    dense: Dense
-    scores: ImportanceScores
-    units: Mapping[str, UnitScores]
-    costs: SecondOrder
-    evaluator: StructureEvaluator
-    text: torch.Tensor
-
-
 DEFAULTS = PRESETS[Preset.DEFAULT]
 SETTINGS = {
     "model": "{model}", "calibration": VALIDATION, "seeds": Scaled([0], [0, 1, 2]),
     "pruning ratio": RATIO, "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
-    "candidates": Scaled(3, DEFAULTS.search_evaluations),
-    "held-out samples": Scaled(2, DEFAULTS.held_sequences),
-    "refit sequences": Scaled(4, 32), "refit length": Scaled(64, 512),
-    "measured tokens": Scaled(512, 8192),
+    "candidates": Scaled(3, DEFAULTS.search_evaluations), "held-out samples": Scaled(2, DEFAULTS.held_sequences),
+    "refit sequences": Scaled(4, 32), "refit length": Scaled(64, 512), "measured tokens": Scaled(512, 8192),
 }  # fmt: skip
 
 
@@ -76,84 +51,67 @@ def measure(request: Request, wanted: Names) -> Measured:
             names = [name for name in WITHOUT if f"{name}-{seed}" in wanted]
             if not names:
                 continue
-            prepared = prepare(dense, chosen, seed)
-            plans: dict[str, StructurePlan] = {}
+            prepared = Prepared(dense, chosen, seed)
+            plan_without = cache(prepared.plan)
             for name in names:
-                kind = name if name in ("search", "module-ratios") else "everything"
-                if kind not in plans:
-                    plans[kind] = plan_without(prepared, kind, chosen["candidates"], seed)
-                removed = 1 - plans[kind].block_parameters / dense.graph.block_parameters
-                yield f"{name}-{seed}", {"ratio": ratios.of(made(prepared, plans[kind], name)), "removed": removed}
+                plan = plan_without(name if name in ("search", "module-ratios") else "everything")
+                removed = 1 - plan.block_parameters / dense.graph.block_parameters
+                yield f"{name}-{seed}", {"ratio": ratios.of(prepared.model(plan, name)), "removed": removed}
 
 
-def prepare(dense: Dense, chosen: Values, seed: int) -> Prepared:
-    """Scores, costs, evaluator and reconstruction text, as in a run calibrated on a file."""
-    length = chosen["sample length"]
-    samples = dense.samples(VALIDATION, [
-        SampleRequest("scored", chosen["samples"], length),
-        SampleRequest("held", chosen["held-out samples"], length, held_out=True),
-        SampleRequest("refit", chosen["refit sequences"], chosen["refit length"]),
-    ], seed)  # fmt: skip
-    scores, text = estimate(dense.backend, samples["scored"]), dense.ids(samples["refit"])
-    costs = dense.second_order_costs(text, micro_batch=1)
-    return Prepared(
-        dense=dense, scores=scores, costs=costs, text=text,
-        units=unit_scores(scores, dense.graph, Importance.FUSED, FusionScope.LAYER_ROLE),
-        evaluator=StructureEvaluator(dense.backend, dense.ids(samples["held"]), costs.grams),
-    )  # fmt: skip
+class Prepared:
+    """Scores, costs, evaluator and reconstruction text of one seed, as in a run calibrated on a file."""
 
+    def __init__(self, dense: Dense, chosen: Values, seed: int) -> None:
+        self._dense, self._candidates, self._seed = dense, chosen["candidates"], seed
+        length = chosen["sample length"]
+        samples = dense.samples(
+            VALIDATION, seed, scored=(chosen["samples"], length), held=(chosen["held-out samples"], length),
+            refit=(chosen["refit sequences"], chosen["refit length"]),
+        )  # fmt: skip
+        self._scores, self._text = estimate(dense.backend, samples["scored"]), dense.ids(samples["refit"])
+        self._units = unit_scores(self._scores, dense.graph, Importance.FUSED, FusionScope.LAYER_ROLE)
+        self._costs = dense.second_order_costs(self._text, micro_batch=1)
+        self._evaluator = StructureEvaluator(dense.backend, dense.ids(samples["held"]), self._costs.grams)
 
-def plan_without(prepared: Prepared, name: str, candidates: int, seed: int) -> StructurePlan:
-    """The plan of the default search, without the search, or with equal ratios in all modules."""
-    dense, measured = prepared.dense, name == "everything"
-    space = SearchSpace(
-        roles=(PrunableRole.FFN, PrunableRole.ATTENTION), layout=Layout.ADAPTIVE, align=dense.align
-    )  # fmt: skip
-    guide = SearchGuide(
-        costs=None if name == "module-ratios" else prepared.costs,
-        evaluator=prepared.evaluator if measured else None, evaluations=candidates if measured else 0, seed=seed,
-    )  # fmt: skip
-    return search(
-        dense.graph, prepared.units, budget_for_ratio(dense.graph, RATIO), space, Strategy.ADAPTIVE, guide
-    )  # fmt: skip
+    def plan(self, without: str) -> StructurePlan:
+        """The plan of the default search, without the search, or with equal ratios in all modules."""
+        graph, measured = self._dense.graph, without == "everything"
+        roles = (PrunableRole.FFN, PrunableRole.ATTENTION)
+        space = SearchSpace(roles=roles, layout=Layout.ADAPTIVE, align=self._dense.align)
+        guide = SearchGuide(
+            costs=None if without == "module-ratios" else self._costs, seed=self._seed,
+            evaluator=self._evaluator if measured else None, evaluations=self._candidates if measured else 0,
+        )  # fmt: skip
+        return search(graph, self._units, budget_for_ratio(graph, RATIO), space, Strategy.ADAPTIVE, guide)
 
-
-def made(prepared: Prepared, plan: StructurePlan, name: str) -> nn.Module:
-    """The pruned model without the addition `name`."""
-    dense, local = prepared.dense, name != "local-choice"
-    model = copy.deepcopy(dense.model)
-    if name != "restoration":
-        elements = {group: scores.element for group, scores in prepared.scores.groups.items()}
-        how = ReconstructionSettings(
-            second_order=local, scores=elements if local else None, residual_target=name != "residual-target"
-        )
-        reconstruct(Backend(model, dense.graph), plan, prepared.text, how)
-    cut(model, dense.graph, plan)
-    return model
+    def model(self, plan: StructurePlan, without: str) -> nn.Module:
+        """The pruned model without an addition."""
+        if without == "restoration":
+            return self._dense.pruned(plan)
+        local = without != "local-choice"
+        elements = {group: scores.element for group, scores in self._scores.groups.items()} if local else None
+        target = without != "residual-target"
+        how = ReconstructionSettings(second_order=local, scores=elements, residual_target=target)
+        return self._dense.pruned(plan, self._text, how)
 
 
 def summarise(cells: Cells) -> Values:
-    found = {
-        name: {
-            text: mean_and_spread([one["ratio"][text] for cell, one in cells.items() if cell.startswith(f"{name}-")])
-            for text in MEASURED
-        }
-        for name in WITHOUT
-    }
+    found = {}
+    for name in WITHOUT:
+        ratios = [cell["ratio"] for key, cell in cells.items() if key.startswith(f"{name}-")]
+        found[name] = {text: mean_and_spread([ratio[text] for ratio in ratios]) for text in MEASURED}
     full = found["everything"]["wikitext2"][0]
     loss = {name: values["wikitext2"][0] / full for name, values in found.items() if name != "everything"}
     most, least = max(loss, key=lambda name: loss[name]), min(loss, key=lambda name: loss[name])
     return {
-        "variants": found, "meaning": WITHOUT, "full": full, "factor": loss, "seeds": len(cells) // len(WITHOUT),
-        "most": most, "most_factor": loss[most], "least": least, "least_factor": loss[least],
+        "variants": found, "meaning": WITHOUT, "factor": loss, "seeds": len(cells) // len(WITHOUT),
+        "most": most, "least": least,
     }  # fmt: skip
 
 
 def figures(summary: Values) -> Figures:
     names = list(summary["variants"])
-    return [bars(
-        "ablation", "What each addition is worth",
-        "Perplexity of the pruned over that of the dense model, with one addition taken away at a time.",
-        {text: [summary["variants"][name][text][0] for name in names] for text in MEASURED},
-        [name if name == "everything" else f"without {name}" for name in names], x="perplexity / dense",
-    )]  # fmt: skip
+    values = {text: [summary["variants"][name][text][0] for name in names] for text in MEASURED}
+    labels = [name if name == "everything" else f"without {name}" for name in names]
+    return [bars("ablation", values, labels, x="perplexity / dense")]

@@ -1,12 +1,10 @@
 """Group boundaries: effect of the order of channels, which determines those that share a scale and zero point."""
 
-from __future__ import annotations
-
 import torch
 from harness.charts import bars
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import pruned_folder
-from lab.dense import opened
+from lab.dense import model_in, opened
 from lab.measures import mean_and_spread
 from lab.texts import TEXTS
 from lab.training import trained_folder
@@ -15,7 +13,6 @@ from torch import Tensor, nn
 from saap.core.records import ModelGraph, Role
 from saap.models.structure.linear import weight_out_in
 from saap.models.structure.masking import replaced_weights
-from saap.pipeline.shared.inputs import RunOptions, open_model
 from saap.recovery.quantise import quantise
 
 SIZES = (16, 32)
@@ -28,8 +25,7 @@ MODELS = {
 }
 SETTINGS = {
     "models": ["{model}, pruned by 20 % and restored", "LLaMA shape, trained here"], "bits": BITS,
-    "group sizes": list(SIZES), "random orders": Scaled(1, 3),
-    "measured tokens": Scaled(512, 8192), "seed": 0,
+    "group sizes": list(SIZES), "random orders": Scaled(1, 3), "measured tokens": Scaled(512, 8192), "seed": 0,
 }  # fmt: skip
 
 
@@ -47,7 +43,7 @@ def measure(request: Request, wanted: Names) -> Measured:
             text = dense.text(TEXTS["wikitext2"], request.settings["measured tokens"])
             model: nn.Module = dense.model
             if kind == "pruned":
-                model = open_model(str(pruned_folder(request)), RunOptions(device="cpu")).model
+                model = model_in(pruned_folder(request))
             weights = consumer_weights(model, dense.graph)
             before = dense.perplexity(text, model)
             for cell in names:
@@ -85,7 +81,6 @@ def in_order(weight: Tensor, order: str, group_size: int) -> Tensor:
 
 
 def relative_error(weight: Tensor, rounded: Tensor) -> float:
-    """Squared error over the square of the weight."""
     return float((weight - rounded).square().sum() / weight.square().sum())
 
 
@@ -93,10 +88,7 @@ def summarise(cells: Cells) -> Values:
     models = {model: {str(size): of_size(model, size, cells) for size in SIZES} for model in MODELS}
     of_32 = {model: sizes["32"] for model, sizes in models.items()}
     against = {
-        model: {
-            order: {name: one[order][name] / one["natural"][name] for name in ("error", "ratio")}
-            for order in ("by-size", RANDOM)
-        }
+        model: {order: one[order]["error"] / one["natural"]["error"] for order in ("by-size", RANDOM)}
         for model, one in of_32.items()
     }
     return {
@@ -107,10 +99,8 @@ def summarise(cells: Cells) -> Values:
 
 
 def of_size(model: str, size: int, cells: Cells) -> dict[str, Values]:
-    """Error and perplexity of each order, averaged over the random ones."""
-    drawn = [
-        cell for name, cell in cells.items() if name.startswith(f"{model}-{RANDOM}-") and name.endswith(f"-{size}")
-    ]
+    same = {name: cell for name, cell in cells.items() if name.endswith(f"-{size}")}
+    drawn = [cell for name, cell in same.items() if name.startswith(f"{model}-{RANDOM}-")]
     ratio, spread = mean_and_spread([cell["ratio"] for cell in drawn])
     error = mean_and_spread([cell["error"] for cell in drawn])[0]
     fixed = {order: {n: cells[f"{model}-{order}-{size}"][n] for n in ("error", "ratio")} for order in FIXED}
@@ -119,13 +109,7 @@ def of_size(model: str, size: int, cells: Cells) -> dict[str, Values]:
 
 def figures(summary: Values) -> Figures:
     kinds = (*FIXED, RANDOM)
-    values = {
-        f"{model}, groups of {size}": [one[kind]["error"] for kind in kinds]
-        for model, sizes in summary["models"].items()
-        for size, one in sizes.items()
-    }
-    return [bars(
-        "boundaries", "Error of the quantisation by the order of the channels",
-        "Relative squared error of the quantised weights by the order in which channels are grouped.",
-        values, kinds, x="squared error / square of the weight",
-    )]  # fmt: skip
+    values: dict[str, list[float]] = {}
+    for model, sizes in summary["models"].items():
+        values |= {f"{model}, groups of {size}": [one[k]["error"] for k in kinds] for size, one in sizes.items()}
+    return [bars("boundaries", values, kinds, x="squared error / square of the weight")]

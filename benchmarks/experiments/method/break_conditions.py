@@ -1,69 +1,54 @@
 """The paper's break conditions: effect of removing single units, compared with every indicator."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from harness.charts import bars
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
+from lab import measures
 from lab.commands import VALIDATION
 from lab.dense import Dense, opened
-from lab.measures import (
-    chi_square_distance,
-    correlation_interval,
-    rank_correlation_inside,
-    rank_correlation_overall,
-    reliability,
-    sampled_units,
-    spread_layers,
-    variance_slope,
-)
+from lab.measures import rank_correlation_inside, rank_correlation_overall
 from torch import Tensor, nn
 
 from saap.baselines.baseline import Measurements
 from saap.core.records import CalibrationSet, CoupledGroup, FloatArray, ImportanceScores, ModelGraph, Role
-from saap.data.windows import SampleRequest
 from saap.estimation.estimate import estimate, unit_scores
 from saap.estimation.fusion import fuse
 from saap.models.structure.masking import masked
-from saap.models.walk.walker import BlockWalker, inference_only
 from saap.settings.prune import ElementOrder, FusionScope
 from saap.settings.registry import Importance, Method
 from saap.structure_search.strategies import relative_volatility, standardised_fluctuation
 
-ROLES = ("ffn", "attention")
+LAYERS = {Role.FFN: "FFN layers", Role.ATTENTION: "attention layers"}
+"""Settings by role."""
 BASELINE_METHODS = (Method.MAGNITUDE, Method.WANDA_SP, Method.FLAP, Method.RANDOM)
 ELEMENTS = {
     "element-wise, order 1": ElementOrder.FIRST,
     "element-wise, order 2": ElementOrder.SECOND,
     "element-wise, mixed": ElementOrder.MIXED,
 }
-STABILITY = ("volatility-z", "volatility-cv")
-ByGroup = Mapping[str, FloatArray]
 SETTINGS = {
     "model": "{model}", "calibration": VALIDATION, "seed": 0,
-    "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
-    "samples of the effect": Scaled(2, 16),
-    "FFN layers": Scaled(2, 10), "FFN units of a layer": Scaled(4, 32),
-    "attention layers": Scaled(2, 30),
+    "samples": Scaled(4, 50), "sample length": Scaled(32, 128), "samples of the effect": Scaled(2, 16),
+    "FFN layers": Scaled(2, 10), "FFN units of a layer": Scaled(4, 32), "attention layers": Scaled(2, 30),
 }  # fmt: skip
 
 
 def cells(request: Request) -> Names:
-    layers = {"ffn": request.settings["FFN layers"], "attention": request.settings["attention layers"]}
-    return ["indicators", *(f"{role}-{index:02d}" for role, count in layers.items() for index in range(count))]
+    layers = {role: range(request.settings[name]) for role, name in LAYERS.items()}
+    return ["indicators", *(f"{role}-{index:02d}" for role, numbers in layers.items() for index in numbers)]
 
 
 def groups_of(dense: Dense, chosen: Values) -> dict[str, CoupledGroup]:
     """The group of each cell: evenly spaced over the layers with a group of the role."""
     found: dict[str, CoupledGroup] = {}
-    for role, layers in ((Role.FFN, chosen["FFN layers"]), (Role.ATTENTION, chosen["attention layers"])):
+    for role, name in LAYERS.items():
         groups = dense.graph.of_role(role)
-        places = spread_layers(len(groups), layers) if groups else []
+        places = measures.spread_layers(len(groups), chosen[name]) if groups else []
         found |= {f"{role}-{index:02d}": groups[place] for index, place in enumerate(places)}
     return found
 
@@ -71,44 +56,39 @@ def groups_of(dense: Dense, chosen: Values) -> dict[str, CoupledGroup]:
 def measure(request: Request, wanted: Names) -> Measured:
     chosen = request.settings
     with opened(request.model) as dense:
-        drawn = dense.samples(VALIDATION, [
-            SampleRequest("scored", chosen["samples"], chosen["sample length"]),
-            SampleRequest("held", chosen["samples of the effect"], chosen["sample length"], held_out=True),
-        ])  # fmt: skip
+        length, most = chosen["sample length"], chosen["FFN units of a layer"]
+        held = chosen["samples of the effect"], length
+        drawn = dense.samples(VALIDATION, scored=(chosen["samples"], length), held=held)
         groups = groups_of(dense, chosen)
-        units = {
-            cell: sampled_units(group.units, chosen["FFN units of a layer"], seed=group.layer)
-            for cell, group in groups.items()
-        }
+        units = {cell: measures.sampled_units(one.units, most, seed=one.layer) for cell, one in groups.items()}
+        effects = RemovalEffects(dense.model, dense.graph, dense.ids(drawn["held"]))
         for name in wanted:
             if name == "indicators":
-                estimates = {
-                    order: estimate(dense.backend, drawn["scored"], element_order=order) for order in ELEMENTS.values()
+                scored = drawn["scored"]
+                estimates = {one: estimate(dense.backend, scored, element_order=one) for one in ELEMENTS.values()}
+                indicators = {
+                    indicator: {cell: values[one.name][units[cell]].tolist() for cell, one in groups.items()}
+                    for indicator, values in all_indicators(dense, scored, estimates).items()
                 }
-                yield name, {
-                    "indicators": {
-                        indicator: {cell: values[one.name][units[cell]].tolist() for cell, one in groups.items()}
-                        for indicator, values in all_indicators(dense, drawn["scored"], estimates).items()
-                    },
-                    "residuals": residuals(estimates[ElementOrder.SECOND]),
-                }  # fmt: skip
-            elif name in groups:
-                yield name, effects_of(dense, groups[name], units[name], dense.ids(drawn["held"]))
-            else:
-                yield name, {"units": [], "loss": [], "divergence": []}
+                yield name, {"indicators": indicators, "residuals": residuals(estimates[ElementOrder.SECOND])}
+                continue
+            # two means, over every other sample and over the rest: their agreement is the reliability
+            found: dict[str, list[list[float]]] = {"loss": [], "divergence": []}
+            for unit in units.get(name, ()):
+                for effect, by_sample in zip(found, effects.of(groups[name].name, unit), strict=True):
+                    found[effect].append([float(by_sample[::2].mean()), float(by_sample[1::2].mean())])
+            yield name, {"group": groups[name].name if name in groups else None, "units": units.get(name, []), **found}
 
 
 def all_indicators(
     dense: Dense, tokens: CalibrationSet, estimates: Mapping[ElementOrder, ImportanceScores]
-) -> dict[str, ByGroup]:
-    """All importance indicators: by indicator and group, (units,) values."""
+) -> dict[str, Mapping[str, FloatArray]]:
     graph, scores, ids = dense.graph, estimates[ElementOrder.SECOND], dense.ids(tokens)
     fused = fuse(scores, graph, FusionScope.LAYER_ROLE)
-    elements = {
-        name: unit_scores(estimates[order], graph, Importance.ELEMENT2, FusionScope.GLOBAL)
-        for name, order in ELEMENTS.items()
-    }
+    scope = FusionScope.GLOBAL
+    elements = {n: unit_scores(estimates[one], graph, Importance.ELEMENT2, scope) for n, one in ELEMENTS.items()}
     measured = Measurements(dense.backend, ids)
+    others = {method: measured.scores(method.load()) for method in BASELINE_METHODS}
     return {
         "vector-wise": {n: g.vector for n, g in scores.groups.items()},
         **{name: {n: u.mean for n, u in units.items()} for name, units in elements.items()},
@@ -117,10 +97,7 @@ def all_indicators(
         "volatility-z": {n: standardised_fluctuation(u.variance) for n, u in fused.items()},
         "volatility-cv": {n: relative_volatility(u.mean, u.variance) for n, u in fused.items()},
         "second-order cost": dict(dense.second_order_costs(ids).scores),
-        **{
-            str(method): {name: np.asarray(v, np.float64) for name, v in measured.scores(method.load()).items()}
-            for method in BASELINE_METHODS
-        },
+        **{str(method): {n: np.asarray(v, np.float64) for n, v in scored.items()} for method, scored in others.items()},
     }
 
 
@@ -135,9 +112,9 @@ def residuals(scores: ImportanceScores) -> dict[str, dict[str, float]]:
     for name in ("vector", "element"):
         means = [getattr(group, name) for group in scores.groups.values()]
         spreads = [getattr(group, f"{name}_m2") / (scores.samples - 1) for group in scores.groups.values()]
-        slopes = [variance_slope(mean, spread) for mean, spread in zip(means, spreads, strict=True)]
+        slopes = [measures.variance_slope(mean, spread) for mean, spread in zip(means, spreads, strict=True)]
         found[name] = {
-            "distance": float(np.mean([chi_square_distance(mean) for mean in means])),
+            "distance": float(np.mean([measures.chi_square_distance(mean) for mean in means])),
             "variation": float(np.mean([mean.std() / mean.mean() for mean in means if mean.mean() > 0])),
             "slope": float(np.nanmean(slopes)),
         }
@@ -145,81 +122,44 @@ def residuals(scores: ImportanceScores) -> dict[str, dict[str, float]]:
 
 
 class RemovalEffects:
-    """Removes units of one decoder block, one at a time, and measures the loss.
+    """Removes units one at a time, and measures what that changes. tokens: (samples, length) ids."""
 
-    tokens: (samples, length) ids. The block's input and the dense predictions are cached, so each unit needs only a run
-    from that block to the end.
-    """
-
-    def __init__(self, model: nn.Module, graph: ModelGraph, layer: int, tokens: Tensor) -> None:
-        self._model, self._graph, self._layer, self._tokens = model, graph, layer, tokens
-        self._walker = BlockWalker(model, graph.blocks)
-        with torch.no_grad(), inference_only(model):
-            stream = self._walker.start(tokens)
-            self._contexts, hidden = stream.contexts, stream.hidden
-            for index in range(layer):
-                hidden = self._walker.run_block(index, hidden, self._contexts)
-            self._entry = hidden
-            self._dense = list(self._predictions())
-        self._dense_loss = np.array([self._loss(logs, sample) for sample, logs in enumerate(self._dense)])
+    def __init__(self, model: nn.Module, graph: ModelGraph, tokens: Tensor) -> None:
+        self._model, self._graph, self._tokens = model, graph, tokens
+        with torch.no_grad():
+            self._dense = [self._predictions(ids) for ids in tokens]
 
     def of(self, group: str, unit: int) -> tuple[FloatArray, FloatArray]:
-        """Effect of removing `unit` of `group`, a group of this block, by sample, in nats per predicted token.
+        """Effect of removing `unit` of `group` by sample, in nats per predicted token.
 
         Returns two arrays (samples,): the change of the mean negative log-likelihood, and the divergence of the
         predictions from the dense model's.
         """
         kept = tuple(other for other in range(self._graph.group(group).units) if other != unit)
         loss, divergence = [], []
-        with torch.no_grad(), inference_only(self._model), masked(self._model, self._graph, {group: kept}):
-            for sample, logs in enumerate(self._predictions()):
-                loss.append(self._loss(logs, sample))
-                dense = self._dense[sample]
+        with torch.no_grad(), masked(self._model, self._graph, {group: kept}):
+            for ids, dense in zip(self._tokens, self._dense, strict=True):
+                logs = self._predictions(ids)
+                loss.append(float((dense - logs).gather(-1, ids[1:, None]).double().mean()))
                 apart = nn.functional.kl_div(logs, dense, log_target=True, reduction="sum")
                 divergence.append(float(apart) / len(dense))
-        return np.array(loss) - self._dense_loss, np.array(divergence)
+        return np.array(loss), np.array(divergence)
 
-    def _predictions(self) -> Iterator[Tensor]:
-        """Log-probabilities of the next token, sample by sample: (length - 1, vocabulary)."""
-        hidden = self._entry
-        for index in range(self._layer, len(self._graph.blocks)):
-            hidden = self._walker.run_block(index, hidden, self._contexts)
-        for row in range(len(hidden)):
-            yield self._walker.logits(hidden[row : row + 1])[0, :-1].float().log_softmax(-1)
-
-    def _loss(self, logs: Tensor, sample: int) -> float:
-        wanted = self._tokens[sample, 1:].unsqueeze(-1).to(logs.device)
-        return -float(logs.gather(-1, wanted).double().mean())
-
-
-def effects_of(dense: Dense, group: CoupledGroup, units: Sequence[int], held_out: Tensor) -> Values:
-    """Loss change and divergence of removing each of the units.
-
-    Both as two means, over every other sample and over the rest: their agreement is the reliability.
-    """
-    effects = RemovalEffects(dense.model, dense.graph, group.layer, held_out)
-    found: dict[str, list[list[float]]] = {"loss": [], "divergence": []}
-    for unit in units:
-        for name, by_sample in zip(found, effects.of(group.name, unit), strict=True):
-            found[name].append([float(by_sample[::2].mean()), float(by_sample[1::2].mean())])
-    return {"group": group.name, "units": list(units), **found}
+    def _predictions(self, ids: Tensor) -> Tensor:
+        """Log-probabilities of the next token: (length - 1, vocabulary)."""
+        logits: Tensor = self._model(ids[None], use_cache=False).logits
+        return logits[0, :-1].float().log_softmax(-1)
 
 
 def summarise(cells: Cells) -> Values:
     roles = {}
-    for role in ROLES:
+    for role in map(str, LAYERS):
         measured = {name: cell for name, cell in cells.items() if name.startswith(role) and cell["units"]}
         if measured:
             roles[role] = role_summary(measured, cells["indicators"]["indicators"])
-    ffn = roles["ffn"]["indicators"]
-    best = next(iter(ffn))
     return {
-        "residuals": cells["indicators"]["residuals"], "roles": roles,
-        "best": best, "best_correlation": ffn[best]["divergence"], "best_interval": ffn[best]["interval"],
-        "fused": ffn["fused"]["divergence"], "fluctuation": ffn["fluctuation"]["divergence"],
-        "stability": {name: ffn[name]["divergence"] for name in STABILITY},
-        "assumed_variation": math.sqrt(2),
-        "units": sum(role["units"] for role in roles.values()),
+        "residuals": cells["indicators"]["residuals"], "roles": roles, "best": next(iter(roles["ffn"]["indicators"])),
+        "assumed_variation": math.sqrt(2), "units": sum(role["units"] for role in roles.values()),
     }  # fmt: skip
 
 
@@ -228,25 +168,21 @@ def role_summary(measured: Cells, indicators: Mapping[str, Mapping[str, Sequence
 
     The ceilings are the correlations of a perfect indicator, since the effect itself is measured on few samples.
     """
-    effects = {
-        name: {cell: np.array(one[name]) for cell, one in measured.items()} for name in ("loss", "divergence")
-    }  # fmt: skip
+    effects = {name: {c: np.array(one[name]) for c, one in measured.items()} for name in ("loss", "divergence")}
     table: dict[str, dict[str, Any]] = {}
     for indicator, values in indicators.items():
-        with_divergence, with_loss = (
-            [(np.array(values[cell]), effects[name][cell].mean(1)) for cell in measured]
-            for name in ("divergence", "loss")
+        with_loss, with_divergence = (
+            [(np.array(values[cell]), each[cell].mean(1)) for cell in measured] for each in effects.values()
         )
         table[indicator] = {
-            "divergence": rank_correlation_inside(with_divergence),
-            "interval": list(correlation_interval(with_divergence)),
+            "divergence": rank_correlation_inside(with_divergence), "loss": rank_correlation_inside(with_loss),
+            "interval": list(measures.correlation_interval(with_divergence)),
             "divergence_overall": rank_correlation_overall(with_divergence),
-            "loss": rank_correlation_inside(with_loss),
-        }
-    ceilings = {
-        f"ceiling_{name}": float(np.mean([reliability(each[:, 0], each[:, 1]) for each in found.values()]))
-        for name, found in effects.items()
-    }
+        }  # fmt: skip
+    ceilings = {}
+    for name, found in effects.items():
+        reliable = [measures.reliability(each[:, 0], each[:, 1]) for each in found.values()]
+        ceilings[f"ceiling_{name}"] = float(np.mean(reliable))
     return {
         "units": sum(len(each) for each in effects["loss"].values()), "modules": len(measured), **ceilings,
         "indicators": dict(sorted(table.items(), key=lambda item: -item[1]["divergence"])),
@@ -255,13 +191,10 @@ def role_summary(measured: Cells, indicators: Mapping[str, Mapping[str, Sequence
 
 
 def figures(summary: Values) -> Figures:
-    inside = "inside the modules"
-    return [
-        bars(
-            f"break-conditions-{role}", f"Which indicator predicts the true effect: {role}",
-            f"Rank correlation of each indicator with the divergence that a unit's removal causes, {role}.",
-            {inside: [one["divergence"] for one in found["indicators"].values()]}, list(found["indicators"]),
-            x="rank correlation", errors={inside: [tuple(one["interval"]) for one in found["indicators"].values()]},
-        )
-        for role, found in summary["roles"].items()
-    ]  # fmt: skip
+    drawn = []
+    for role, found in summary["roles"].items():
+        indicators = found["indicators"]
+        values = {"inside the modules": [one["divergence"] for one in indicators.values()]}
+        errors = {"inside the modules": [tuple(one["interval"]) for one in indicators.values()]}
+        drawn.append(bars(f"break-conditions-{role}", values, list(indicators), x="rank correlation", errors=errors))
+    return drawn

@@ -1,7 +1,5 @@
 """Calibration: number, length and kind of samples, one factor at a time, selection only."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections import Counter
@@ -19,10 +17,6 @@ from lab.training import trained_folder
 
 from saap.core.records import CalibrationSet, Role, StructurePlan
 from saap.data.texts import MIXED
-from saap.data.windows import SampleRequest
-from saap.estimation.estimate import estimate
-from saap.estimation.fusion import fuse
-from saap.settings.prune import FusionScope
 
 RATIO = 0.2
 GENERATED, WIKITEXT2 = "generated", "wikitext2"
@@ -30,8 +24,6 @@ MODELS = {"large": "the model of the book", "small": "a LLaMA shape that the ben
 
 
 class Setting(NamedTuple):
-    """One calibration: number of samples, their length, and kind of text."""
-
     samples: int
     length: int
     kind: str
@@ -39,19 +31,16 @@ class Setting(NamedTuple):
     def __str__(self) -> str:
         return f"{self.samples}x{self.length}-{self.kind}"
 
-    def only(self, factor: str, other: Setting) -> bool:
-        """Whether at most one factor differs."""
+    def only(self, factor: str, other: "Setting") -> bool:
         return all(getattr(self, name) == getattr(other, name) for name in self._fields if name != factor)
 
 
 KINDS = [WIKITEXT2, "novels", "speeches", "encyclopaedia", "conversations", MIXED, GENERATED]
 SETTINGS = {
-    "models": ["{model}", "LLaMA shape, trained here"], "pruning ratio": RATIO,
-    "seeds": Scaled([0, 1], [0, 1, 2]),
+    "models": ["{model}", "LLaMA shape, trained here"], "pruning ratio": RATIO, "seeds": Scaled([0, 1], [0, 1, 2]),
     "numbers of samples": Scaled([2, 4], [5, 10, 20, 30, 40, 50, 100, 200]),
     "lengths": Scaled([16, 32], [64, 128, 256, 512]), "kinds": Scaled(KINDS[:2], KINDS),
-    "standard": Scaled([4, 32, WIKITEXT2], [50, 128, WIKITEXT2]),
-    "measured tokens": Scaled(256, 2048),
+    "standard": Scaled([4, 32, WIKITEXT2], [50, 128, WIKITEXT2]), "measured tokens": Scaled(256, 2048),
 }  # fmt: skip
 
 
@@ -92,7 +81,7 @@ def of_model(request: Request, dense: Dense, wanted: Names) -> Measured:
         if key not in drawn:
             drawn[key] = samples_of(request, dense, setting, seed)
         first = dataclasses.replace(drawn[key], tokens=drawn[key].tokens[: setting.samples])
-        plan = dense.plan(fuse(estimate(dense.backend, first), dense.graph, FusionScope.LAYER_ROLE), RATIO)
+        plan = dense.plan(dense.fused(first), RATIO)
         yield name, {"ratio": ratios.masked(plan), "removed": as_bits(numbered(dense, plan))}
 
 
@@ -109,12 +98,11 @@ def samples_of(request: Request, dense: Dense, setting: Setting, seed: int) -> C
     most = max(other.samples for other in every_setting(request) if setting.only("samples", other))
     if setting.kind == GENERATED:
         starts = random_starts(dense.loaded.tokenizer, sequences=most, seed=seed)
-        ids = sample_from_model(
-            dense.model, sequences=most, length=setting.length, batch=25, seed=seed, starts=starts
-        )  # fmt: skip
+        size = {"sequences": most, "length": setting.length, "batch": 25}
+        ids = sample_from_model(dense.model, **size, seed=seed, starts=starts)
         return CalibrationSet(sources=(GENERATED,), seed=seed, tokens=ids)
     source = VALIDATION if setting.kind == WIKITEXT2 else setting.kind
-    return dense.samples(source, [SampleRequest("scored", most, setting.length)], seed)["scored"]
+    return dense.samples(source, seed, scored=(most, setting.length))["scored"]
 
 
 def summarise(cells: Cells) -> Values:
@@ -165,10 +153,6 @@ def figures(summary: Values) -> Figures:
     for factor, place, label in (("samples", 0, "samples"), ("length", 1, "tokens of a sample")):
         names = sorted(summary["factors"][factor], key=lambda name: float(summary["values"][name][place]))
         at = [float(summary["values"][name][place]) for name in names]
-        drawn.append(lines(
-            f"calibration-{factor}", f"Perplexity against {label}",
-            f"Perplexity of the masked over that of the dense model, mean over three texts, against {label}.",
-            {model: (at, [summary["models"][model][name]["mean"] for name in names]) for model in MODELS},
-            x=label, y="perplexity / dense", log="x", ticks=True,
-        ))  # fmt: skip
+        series = {model: (at, [summary["models"][model][name]["mean"] for name in names]) for model in MODELS}
+        drawn.append(lines(f"calibration-{factor}", series, x=label, y="perplexity / dense", log="x", ticks=True))
     return drawn

@@ -1,7 +1,5 @@
 """Importance before and after fusion: distributions, orders, perplexity, scopes, and cost of the fusion."""
 
-from __future__ import annotations
-
 import statistics
 import time
 import timeit
@@ -13,11 +11,10 @@ import numpy as np
 from harness.charts import bars, lines
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import VALIDATION
-from lab.dense import Dense, opened, wikitext2
+from lab.dense import Dense, Units, opened, wikitext2
 from lab.measures import jaccard, log_histogram, rank_correlation_inside, rank_correlation_overall, removed_units
 
-from saap.core.records import FloatArray, ImportanceScores, Role, UnitScores
-from saap.data.windows import SampleRequest
+from saap.core.records import ImportanceScores, Role
 from saap.estimation.estimate import estimate, unit_scores
 from saap.estimation.fusion import closed_form_sigma, fuse, learned_sigma
 from saap.settings.prune import FusionScope
@@ -29,14 +26,10 @@ EDGES = np.linspace(-4, 2, 25)
 UNFUSED = {"vector-wise": Importance.VECTOR, "element-wise": Importance.ELEMENT2}
 STRATEGIES = (Strategy.UNIFORM, Strategy.IMPORTANCE)
 ROUNDS = 9
-Units = Mapping[str, UnitScores]
 
 
-def cells(request: Request) -> Names:
-    scopes = [f"fused-{scope}" for scope in FusionScope]
-    return ("distributions", "cost", *(f"perplexity-{name}" for name in (*UNFUSED, *scopes)))
-
-
+FUSED = {f"fused-{scope}": scope for scope in FusionScope}
+CELLS = ["distributions", "cost", *(f"perplexity-{name}" for name in (*UNFUSED, *FUSED))]
 SETTINGS = {
     "model": "{model}", "calibration": VALIDATION, "seed": 0, "pruning ratio": RATIO,
     "samples": Scaled(8, 50), "sample length": 128, "measured tokens": Scaled(1024, 8192),
@@ -46,13 +39,13 @@ SETTINGS = {
 def measure(request: Request, wanted: Names) -> Measured:
     chosen = request.settings
     with opened(request.model) as dense:
-        tokens = dense.samples(VALIDATION, [SampleRequest("scored", chosen["samples"], chosen["sample length"])])
+        tokens = dense.samples(VALIDATION, scored=(chosen["samples"], chosen["sample length"]))["scored"]
         start = time.perf_counter()
-        scores = estimate(dense.backend, tokens["scored"])
+        scores = estimate(dense.backend, tokens)
         seconds = time.perf_counter() - start
         every: dict[str, Units] = {
             **{name: unit_scores(scores, dense.graph, kind, FusionScope.GLOBAL) for name, kind in UNFUSED.items()},
-            **{f"fused-{scope}": fuse(scores, dense.graph, scope) for scope in FusionScope},
+            **{name: fuse(scores, dense.graph, scope) for name, scope in FUSED.items()},
         }
         ratios = wikitext2(dense, chosen["measured tokens"])
         for name in wanted:
@@ -73,9 +66,8 @@ def distributions(dense: Dense, every: Mapping[str, Units]) -> Values:
     for role in (Role.FFN, Role.ATTENTION):
         names = [group.name for group in dense.graph.of_role(role) if group.name in reference]
         if names:
-            histograms[str(role)] = {
-                kind: log_histogram(relative(units, names), EDGES) for kind, units in every.items()
-            }
+            means = {kind: np.concatenate([units[name].mean for name in names]) for kind, units in every.items()}
+            histograms[str(role)] = {kind: log_histogram(mean / mean.mean(), EDGES) for kind, mean in means.items()}
             pairs = {kind: [(u[name].mean, reference[name].mean) for name in names] for kind, u in every.items()}
             correlation[str(role)] = {
                 kind: {"inside": rank_correlation_inside(both), "overall": rank_correlation_overall(both)}
@@ -84,12 +76,6 @@ def distributions(dense: Dense, every: Mapping[str, Units]) -> Values:
     removed = {name: removed_units(dense.plan(units, RATIO), dense.graph) for name, units in every.items()}
     overlap = {kind: jaccard(units, removed["element-wise"]) for kind, units in removed.items()}
     return {"edges": EDGES.tolist(), "histograms": histograms, "correlation": correlation, "overlap": overlap}
-
-
-def relative(units: Units, names: Names) -> FloatArray:
-    """Importances of the units of all modules, relative to their mean."""
-    values = np.concatenate([units[name].mean for name in names])
-    return np.asarray(values / values.mean())
 
 
 def fusion_cost(dense: Dense, scores: ImportanceScores) -> Values:
@@ -111,31 +97,20 @@ def summarise(cells: Cells) -> Values:
     best, worst = min(ranked, key=lambda scope: ranked[scope]), max(ranked, key=lambda scope: ranked[scope])
     cost = cells["cost"]
     return {
-        **cells["distributions"],
-        "ratios": ratios,
-        "best_global": ranked[best], "best_global_scope": best,
-        "worst_global": ranked[worst], "worst_global_scope": worst,
+        **cells["distributions"], "ratios": ratios, "cost": cost,
+        "best_global_scope": best, "worst_global_scope": worst,
         "closed_share": cost["closed_seconds"] / cost["estimation_seconds"],
         "learned_over_closed": cost["learned_seconds"] / cost["closed_seconds"],
         "memory_share": cost["peak_bytes"] / cost["weight_bytes"],
-        "cost": cost,
     }  # fmt: skip
 
 
 def figures(summary: Values) -> Figures:
     edges, ratios = np.asarray(summary["edges"]), summary["ratios"]
     middle = (10 ** ((edges[1:] + edges[:-1]) / 2)).tolist()
-    kinds = ("vector-wise", "element-wise", "fused-layer-role")
-    return [
-        *(lines(
-            f"importance-{role}", f"Importances before and after the fusion: {role}",
-            f"Shares of the units by their importance over its mean, {role}: vector-wise, element-wise and fused.",
-            {kind: (middle, shares[kind]) for kind in kinds},
-            x="importance / mean", y="share of the units", log="x",
-        ) for role, shares in summary["histograms"].items()),
-        bars(
-            "importance-perplexity", "What the importance changes in perplexity",
-            "Perplexity of the masked over that of the dense model by importance, equal shares and one ranking.",
-            {str(s): [one[s] for one in ratios.values()] for s in STRATEGIES}, list(ratios), x="perplexity / dense",
-        ),
-    ]  # fmt: skip
+    drawn = []
+    for role, shares in summary["histograms"].items():
+        series = {kind: (middle, shares[kind]) for kind in ("vector-wise", "element-wise", "fused-layer-role")}
+        drawn.append(lines(f"importance-{role}", series, x="importance / mean", y="share of the units", log="x"))
+    values = {str(strategy): [one[strategy] for one in ratios.values()] for strategy in STRATEGIES}
+    return [*drawn, bars("importance-perplexity", values, list(ratios), x="perplexity / dense")]

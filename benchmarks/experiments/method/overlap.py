@@ -1,7 +1,5 @@
 """Overlap of word n-grams between the bundled calibration texts and the evaluation texts."""
 
-from __future__ import annotations
-
 import re
 import tempfile
 from pathlib import Path
@@ -12,19 +10,16 @@ from lab.texts import INSTRUCTIONS, records, texts
 from saap.data.texts import KINDS, Purpose, bundled_conversations, bundled_text, read_documents
 
 LENGTH = 10
-Run = tuple[str, ...]
 CELLS = list(KINDS)
 OPTIONS = INSTRUCTIONS
 SETTINGS = {"words in a row": LENGTH}
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, without case and punctuation."""
     return re.findall(r"\w+", text.lower())
 
 
-def runs(text: str) -> set[Run]:
-    """All n-grams of words."""
+def runs(text: str) -> set[tuple[str, ...]]:
     found = words(text)
     return {tuple(found[start : start + LENGTH]) for start in range(len(found) - LENGTH + 1)}
 
@@ -46,5 +41,5 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def summarise(cells: Cells) -> Values:
-    shared = {kind: sum(cell["shared"].values()) for kind, cell in cells.items()}
-    return {"rows": cells, "runs": sum(cell["runs"] for cell in cells.values()), "shared": sum(shared.values())}
+    shared = sum(sum(cell["shared"].values()) for cell in cells.values())
+    return {"rows": cells, "runs": sum(cell["runs"] for cell in cells.values()), "shared": shared}

@@ -1,7 +1,5 @@
 """The baselines compared with the methods' published code on the same model."""
 
-from __future__ import annotations
-
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import TEST, VALIDATION, compared, flags_from
 
@@ -24,23 +22,16 @@ SETTINGS = {
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    flags = flags_from(
-        request.settings, pruning_ratio="pruning ratio", calibration="calibration", num_samples="samples",
-        sample_length="sample length", perplexity="measured on", window="window", max_tokens="measured tokens",
-    )  # fmt: skip
-    rows = compared(request.model, {"no": wanted}, "--seeds", "0", *flags)["rows"]
-    for method in wanted:
-        own = [row for row in rows if row["method"] == method]
-        yield method, {"ratios": [r["ratios"][TEST] for r in own], "removed": [r["pruning_ratio"] for r in own]}
+    rows = compared(request.model, {"no": wanted}, "--seeds", "0", *flags_from(request.settings))["rows"]
+    for row in rows:
+        yield row["method"], {"ratios": [row["ratios"][TEST]], "removed": [row["pruning_ratio"]]}
 
 
 def summarise(cells: Cells) -> Values:
-    methods = {
-        method: {
-            "published": expected, "ratios": cells[method]["ratios"],
-            "quotient": sum(cells[method]["ratios"]) / len(cells[method]["ratios"]) / expected,
-        }
-        for method, expected in PUBLISHED.items()
-    }  # fmt: skip
+    methods = {}
+    for method, published in PUBLISHED.items():
+        ratios = cells[method]["ratios"]
+        quotient = sum(ratios) / len(ratios) / published
+        methods[method] = {"published": published, "ratios": ratios, "quotient": quotient}
     near = sum(abs(one["quotient"] - 1) <= TOLERANCE for one in methods.values())
     return {"methods": methods, "tolerance": TOLERANCE, "near": near, "count": len(methods)}

@@ -1,7 +1,5 @@
 """Our method and the baselines on the real model, with and without our reconstruction for all methods."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +37,6 @@ SETTINGS = {
 
 
 def names_of(methods: Names, ratios: Names) -> list[str]:
-    """The names of rows' files in the folder of a comparison."""
     states = ("cut", "restored")
     return [f"{m.replace('@', '_')}-{ratio}-{state}-seed0" for m in methods for ratio in ratios for state in states]
 
@@ -55,11 +52,7 @@ def measure(request: Request, wanted: Names) -> Measured:
     folder = request.work.resolve() / "compare"
     if not (folder / "rows").is_dir():
         unpack(request, folder)
-    flags = flags_from(
-        request.settings, calibration="calibration", num_samples="samples", sample_length="sample length",
-        refit_tokens="refit tokens", effort="effort", perplexity="measured on", window="window",
-        max_tokens="measured tokens", tasks="tasks", limit="questions of a task",
-    )  # fmt: skip
+    flags = flags_from(request.settings)
     flags += ["--task-data", str(Path(request.given["tasks"]).resolve()), "--restore", "both", "--rounded-tasks"]
     for methods, ratios, task_ratio in PASSES:
         names = [name for name in names_of(methods, ratios) if name in wanted]
@@ -74,17 +67,8 @@ def measure(request: Request, wanted: Names) -> Measured:
     yield HEAD, {**kept, "digest": read_json(folder / "settings.json")["digest"]}
 
 
-def packed(row: Values) -> Values:
+def packed(row: Values, change: Callable[[Any], Any] = lambda answers: "".join(map(str, answers))) -> Values:
     """A row with its answers as strings of 0 and 1, one character per question."""
-    return with_answers(row, lambda answers: "".join(map(str, answers)))
-
-
-def unpacked(row: Values) -> Values:
-    """The row that was packed."""
-    return with_answers(row, lambda answers: [int(answer) for answer in answers])
-
-
-def with_answers(row: Values, change: Callable[[Any], Any]) -> Values:
     if "tasks" not in row:
         return row
     changed = {
@@ -92,6 +76,10 @@ def with_answers(row: Values, change: Callable[[Any], Any]) -> Values:
         for name, task in row["tasks"].items()
     }
     return {**row, "tasks": changed}
+
+
+def unpacked(row: Values) -> Values:
+    return packed(row, lambda answers: [int(answer) for answer in answers])
 
 
 def unpack(request: Request, folder: Path) -> None:
@@ -107,12 +95,8 @@ def unpack(request: Request, folder: Path) -> None:
 
 
 def comparison_of(found: Cells) -> Values:
-    """The content of `comparison.json`, from unpacked cells."""
-    head = found[HEAD]
-    return {
-        "model": head["model"], "dense": found[DENSE], "rows": rows_of(found), "command": ["compare", head["model"]],
-        "settings": head["settings"], "versions": head["versions"],
-    }  # fmt: skip
+    head = {name: found[HEAD][name] for name in ("model", "settings", "versions")}
+    return {**head, "dense": found[DENSE], "rows": rows_of(found), "command": ["compare", head["model"]]}
 
 
 def rows_of(found: Cells) -> list[Values]:
@@ -134,17 +118,14 @@ def summarise(found: Cells) -> Values:
     # Our default reconstructs, so the main comparison is with the baselines as published.
     sides = {"nobody": (False, False), "all": (True, True), "ours": (True, False)}
     return {
-        "cut": to_markdown(ratio_table(tables, TEST, False)),
-        "restored": to_markdown(ratio_table(tables, TEST, True)),
+        "cut": to_markdown(ratio_table(tables, TEST, False)), "restored": to_markdown(ratio_table(tables, TEST, True)),
         "against": {who: [quotient(whole, ratio, *both) for ratio in ratios] for who, both in sides.items()},
         "tasks": to_markdown(task_table(tables, float(TASK_RATIO))),
-        "differences": differences(whole),
-        "all": to_markdown(comparison_table(tables)),
-    }
+        "differences": differences(whole), "all": to_markdown(comparison_table(tables)),
+    }  # fmt: skip
 
 
 def quotient(whole: Values, ratio: float, ours_restored: bool, theirs_restored: bool) -> Values:
-    """Our perplexity ratio over that of the best baseline at one pruning ratio."""
     rows = [row for row in whole["rows"] if row["ratio"] == ratio]
     ours = next(r["ratios"][TEST] for r in rows if r["method"] == "saap" and r["restored"] is ours_restored)
     best = best_baseline(rows, restored=theirs_restored)
@@ -164,7 +145,5 @@ def differences(whole: Values) -> list[Values]:
     for (method, restored), theirs in answers.items():
         if method != "saap":
             kept = kept_share(dense, answers["saap", restored], chance, than=theirs)
-            found.append(
-                {"method": method, "restored": restored, "value": kept.value, "low": kept.low, "high": kept.high}
-            )
+            found.append({"method": method, "restored": restored, **kept.model_dump()})
     return found

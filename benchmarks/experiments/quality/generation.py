@@ -1,14 +1,14 @@
 """Generated text and known facts of the dense, pruned and recovered model."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from harness.charts import bars
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
-from lab.commands import pruned_folder, recovered_folder
+from lab.commands import made_by_saap, pruned_folder
+from lab.dense import model_in
 from lab.texts import DATA
+from lab.training import FEW_STEPS
 
 from saap.evaluation.generation import BUNDLED, Prompt, cloze, generation_figures, read_prompts, token_agreement, write
 from saap.models.loading.devices import quick_float32_products
@@ -29,40 +29,32 @@ SETTINGS = {
 def facts(limit: int) -> dict[str, list[Prompt]]:
     """Questions with an answer: the bundled ones and those of each task, at most `limit` per set."""
     sources = {BUNDLED: BUNDLED, **{task: str(DATA / "questions" / f"{task}.jsonl") for task in TASKS}}
-    return {
-        name: [prompt for prompt in read_prompts(source) if prompt.answer is not None][:limit]
-        for name, source in sources.items()
-    }
+    asked = {name: [one for one in read_prompts(file) if one.answer is not None] for name, file in sources.items()}
+    return {name: questions[:limit] for name, questions in asked.items()}
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """Measures of generated text by model and mode, the first answer, and the known facts."""
     chosen = request.settings
     dense = open_model(request.model, RunOptions(device="cpu"))
+    length = chosen["tokens"]
     opens = [prompt.prompt for prompt in read_prompts(BUNDLED) if prompt.answer is None][: chosen["open prompts"]]
     questions = facts(chosen["questions of a set"])
     with quick_float32_products():
-        by_dense = write(dense.model, dense.tokenizer, opens, tokens=chosen["tokens"], sampled=False)
+        by_dense = write(dense.model, dense.tokenizer, opens, tokens=length, sampled=False)
         for state in wanted:
             model = dense.model
             if state != "dense":
-                recovered = state == "recovered"
-                folder = (
-                    recovered_folder(request, chosen["minutes of recovery"]) if recovered else pruned_folder(request)
-                )
-                model = open_model(str(folder), RunOptions(device="cpu")).model
-            texts = {
-                mode: write(model, dense.tokenizer, opens, tokens=chosen["tokens"], sampled=sampled)
-                for mode, sampled in MODES.items()
-            }
+                folder = pruned_folder(request)
+                if state == "recovered":
+                    flags = request.size(FEW_STEPS, ["--max-minutes", chosen["minutes of recovery"]])
+                    folder = made_by_saap(request, f"{folder.name}-recovered", "recover", folder, *flags)
+                model = model_in(folder)
+            texts = {m: write(model, dense.tokenizer, opens, tokens=length, sampled=s) for m, s in MODES.items()}
             known = {name: cloze(model, dense.tokenizer, asked) for name, asked in questions.items()}
+            written = {mode: generation_figures(text, dense.model, dense.tokenizer) for mode, text in texts.items()}
             yield state, {
-                "figures": {
-                    mode: generation_figures(written, dense.model, dense.tokenizer).model_dump(mode="json")
-                    for mode, written in texts.items()
-                },
-                "prompt": opens[0],
-                "example": next(written[0].text for written in texts.values() if written[0].text),
+                "figures": {mode: one.model_dump(mode="json") for mode, one in written.items()},
+                "prompt": opens[0], "example": next(written[0].text for written in texts.values() if written[0].text),
                 "agreement": token_agreement(model, by_dense, dense.tokenizer),
                 "facts": {
                     name: {"accuracy": one.accuracy, "answer_nll": one.answer_nll, "questions": one.prompts}
@@ -73,30 +65,20 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 def over_tasks(states: Cells, figure: str) -> Mapping[str, float]:
     """Mean of a figure over the tasks' questions, with equal weights, by state."""
-
-    def mean(found: Sequence[Values]) -> float:
-        return float(np.average([one[figure] for one in found], weights=[one["questions"] for one in found]))
-
-    return {state: mean([cell["facts"][task] for task in TASKS]) for state, cell in states.items()}
+    found = {state: [cell["facts"][task] for task in TASKS] for state, cell in states.items()}
+    weights = {state: [one["questions"] for one in facts] for state, facts in found.items()}
+    return {s: float(np.average([one[figure] for one in facts], weights=weights[s])) for s, facts in found.items()}
 
 
 def summarise(cells: Cells) -> Values:
     states = {state: cells[state] for state in STATES}
     return {
-        "states": states,
-        "repetition": {state: cell["figures"]["greedy"]["repetition"] for state, cell in states.items()},
-        "known": {state: cell["facts"][BUNDLED]["accuracy"] for state, cell in states.items()},
-        "asked": over_tasks(states, "accuracy"),
-        "answer_nll": over_tasks(states, "answer_nll"),
-        "sets": {name: one["questions"] for name, one in states["dense"]["facts"].items()},
-    }
+        "states": states, "sets": {name: one["questions"] for name, one in states["dense"]["facts"].items()},
+        "asked": over_tasks(states, "accuracy"), "answer_nll": over_tasks(states, "answer_nll"),
+    }  # fmt: skip
 
 
 def figures(summary: Values) -> Figures:
-    names = list(summary["sets"])
-    return [bars(
-        "generation-facts", "Facts that are continued rightly",
-        "Share of the open questions that the dense, the pruned and the recovered model continue with the answer.",
-        {state: [cell["facts"][name]["accuracy"] for name in names] for state, cell in summary["states"].items()},
-        names, x="share of the questions",
-    )]  # fmt: skip
+    names, states = list(summary["sets"]), summary["states"]
+    values = {state: [cell["facts"][name]["accuracy"] for name in names] for state, cell in states.items()}
+    return [bars("generation-facts", values, names, x="share of the questions")]

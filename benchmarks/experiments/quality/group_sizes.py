@@ -1,7 +1,5 @@
 """Group sizes of quantised tuning: perplexity, memory, time, size; and the cost of group-wise training."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from itertools import pairwise
@@ -32,20 +30,15 @@ GRIDS = OWN_GRID, OFF_GRID, TRAINED_HERE = ("4 bits, 32", "none", "none, a small
 SMALL = Size(layers=4, width=256, inner=1024, steps=300)
 """A model with sizes that every group size divides."""
 COST_STEPS, COST_ROUNDS = 8, 3
-COSTS: dict[str, dict[str, Any]] = {
-    "groupwise": {}, "groupwise, no scales": {"scales": False}, PLAIN: {"tuning": "lora"},
-}  # fmt: skip
+COSTS: dict[str, Values] = {"groupwise": {}, "groupwise, no scales": {"scales": False}, PLAIN: {"tuning": "lora"}}
 """Settings of `saap.recover`."""
 UNTRAINED = {"max_steps": 1, "learning_rate": 1e-12}
-UNPACKED, PACKED = "f16", "q4_1"
-"""Types of llama.cpp: of merged weights, and the type that represents groups of 32 exactly."""
 TASKS, QUESTIONS = ("arc_easy", "piqa"), 500
 OPTIONS = {"tasks": "DIR"}
 READS = ("cost.speed",)
 SMOKE = False
 SETTINGS = {
-    "model": "{model}", "length": Scaled(64, 512), "tokens": Scaled(256, 16384),
-    "evaluated tokens": Scaled(1024, 4096),
+    "model": "{model}", "length": Scaled(64, 512), "tokens": Scaled(256, 16384), "evaluated tokens": Scaled(1024, 4096),
 }  # fmt: skip
 
 
@@ -69,10 +62,10 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 def train(model: str, length: int, steps: int, **chosen: Any) -> tuple[saap.RecoverResult, Values]:
     """One tuning without a teacher, its additional peak memory, and the seconds of its steps."""
-    chosen = {"validate_every": steps, "max_steps": steps, **chosen}
+    fixed: dict[str, Any] = {"validation_samples": 1, "patience": 0, "distillation": 0.0, "device": "cpu"}
     with Peak() as peak:
         done = saap.recover(
-            model, max_seq_length=length, validation_samples=1, patience=0, distillation=0.0, device="cpu", **chosen
+            model, max_seq_length=length, **{"validate_every": steps, "max_steps": steps, **fixed, **chosen}
         )
     stages = [stage for stage in done.report.stages if stage.name not in (MEASURE_BEFORE.title, MERGE.title)]
     return done, {
@@ -82,34 +75,30 @@ def train(model: str, length: int, steps: int, **chosen: Any) -> tuple[saap.Reco
 
 
 def tuned(chosen: Values, model: str, kind: str, tasks: str | None) -> Values:
-    """A model tuned with groups of a size or by plain LoRA: perplexities, accuracies, memory and time."""
     how: dict[str, Any] = {"tuning": "lora"} if kind == PLAIN else {"group_size": int(kind)}
     steps, tokenizer = chosen["tokens"] // chosen["length"], load_tokenizer(resolve_model(model))
 
     def perplexity(model: torch.nn.Module) -> float:
-        report = saap.evaluate(
-            model, texts=[TEXTS["wikitext2"]], tokenizer=tokenizer, max_tokens=chosen["evaluated tokens"]
-        )
+        most = chosen["evaluated tokens"]
+        report = saap.evaluate(model, texts=[TEXTS["wikitext2"]], tokenizer=tokenizer, max_tokens=most)
         return next(iter(report.perplexity.values())).value
 
     done, cost = train(model, chosen["length"], steps, **how)
-    linears: list[Any] = [
-        done.model.get_submodule(path) for path in linears_inside(done.model, find_blocks(done.model))
-    ]
+    paths = linears_inside(done.model, find_blocks(done.model))
+    linears: list[Any] = [done.model.get_submodule(path) for path in paths]
     found = {
         "peak_bytes": cost["peak_bytes"], "seconds_a_step": statistics.median(cost["step_seconds"]),
         "weight_bytes": done.report.packed_bytes or sum(linear.weight.nbytes for linear in linears),
-        "perplexity": perplexity(done.model),
-        "perplexity_quantised": None if kind == PLAIN else perplexity(
-            train(model, chosen["length"], 1, **{**how, **UNTRAINED})[0].model
-        ),
+        "perplexity": perplexity(done.model), "perplexity_quantised": None,
     }  # fmt: skip
-    if tasks is None:
-        return found
-    answered = saap.evaluate(
-        done.model, texts=[], tokenizer=tokenizer, tasks=TASKS, task_data=tasks, limit=QUESTIONS
-    ).tasks  # fmt: skip
-    return {**found, "tasks": {n: {"acc": one.acc, "acc_stderr": one.acc_stderr} for n, one in answered.items()}}
+    if kind != PLAIN:
+        untrained, _ = train(model, chosen["length"], 1, **{**how, **UNTRAINED})
+        found["perplexity_quantised"] = perplexity(untrained.model)
+    if tasks is not None:
+        asked: dict[str, Any] = {"tasks": TASKS, "task_data": tasks, "limit": QUESTIONS}
+        answered = saap.evaluate(done.model, texts=[], tokenizer=tokenizer, **asked).tasks
+        found["tasks"] = {name: {"acc": one.acc, "acc_stderr": one.acc_stderr} for name, one in answered.items()}
+    return found
 
 
 def weights_on(grid: str, request: Request) -> str:
@@ -121,19 +110,8 @@ def weights_on(grid: str, request: Request) -> str:
         if not (folder / "config.json").is_file():
             train_into(folder, "llama", request.size(TRIAL, SMALL), short=request.quick)
         return str(folder)
-    steps, length = request.size("4", "40"), str(request.settings["length"])
-    flags = [
-        "--data",
-        "mixed",
-        "--tuning",
-        "lora",
-        "--max-steps",
-        steps,
-        "--dtype",
-        "float32",
-        "--max-seq-length",
-        length,
-    ]
+    steps, length = request.size(4, 40), request.settings["length"]
+    flags = f"--data mixed --tuning lora --max-steps {steps} --dtype float32 --max-seq-length {length}".split()
     name = f"off-grid-{steps}-{Path(request.model).name}"
     return str(made_by_saap(request, name, "recover", request.model, *flags))
 
@@ -159,46 +137,38 @@ def cost_of(request: Request, kind: str) -> Values:
     }
 
 
-def cost_once(model: str, length: int, steps: int, how: dict[str, Any]) -> Values:
-    """Memory and seconds of one training on one thread."""
+def cost_once(model: str, length: int, steps: int, how: Values) -> Values:
     torch.set_num_threads(1)
     return train(model, length, steps, **how)[1]
 
 
 def summarise(found: Cells) -> Values:
     of = {tuple(name.split(" | ")): cell for name, cell in found.items() if " | " in name}
-    rows = [
-        {"source_grid": grid, "group_size": kind, **cell}
-        for (grid, kind), cell in of.items()
-        if grid != "cost" and "refused" not in cell
-    ]
+    tuned = {key: cell for key, cell in of.items() if key[0] != "cost" and "refused" not in cell}
+    rows = [{"source_grid": grid, "group_size": kind, **cell} for (grid, kind), cell in tuned.items()]
     off_grid = [row for row in rows if row["source_grid"] == OFF_GRID]
     grouped, plain = [row for row in off_grid if row["group_size"] != PLAIN], of[OFF_GRID, PLAIN]
     best = min(grouped, key=lambda row: float(row["perplexity"]))
     largest = max(grouped, key=lambda row: int(row["group_size"]))
-    cost = {kind: of["cost", kind] for kind in COSTS}
     ratios = {"memory_ratio": "peak_bytes", "time_ratio": "seconds_a_step"}
+    cost = {}
+    for kind in COSTS:
+        row, usual = of["cost", kind], of["cost", PLAIN]
+        cost[kind] = {**row, **{ratio: row[name] / usual[name] for ratio, name in ratios.items()}}
     return {
-        "rows": rows,
+        "rows": rows, "best": best, "largest": largest, "cost": cost,
         "refused": {(cell["refused"], kind): None for (_, kind), cell in of.items() if "refused" in cell},
         "tasks": list(plain.get("tasks", {})),
         "zero_shot": {row["group_size"]: mean_accuracy(row) for row in off_grid if row.get("tasks")},
-        "decode": speed.dense_decoding(found, (UNPACKED, PACKED)),
-        "best": best,
-        "largest": largest,
+        "decode": speed.dense_decoding(found, ("f16", "q4_1")),
         "plain_perplexity": {grid: of[grid, PLAIN]["perplexity"] for grid in GRIDS},
         "best_over_plain": best["perplexity"] / plain["perplexity"],
         "largest_over_best": largest["perplexity"] / best["perplexity"],
         "bytes_saved": 1 - largest["weight_bytes"] / best["weight_bytes"],
-        "cost": {
-            kind: {**one, **{ratio: one[name] / cost[PLAIN][name] for ratio, name in ratios.items()}}
-            for kind, one in cost.items()
-        },
-    }
+    }  # fmt: skip
 
 
 def mean_accuracy(row: Values) -> list[float]:
-    """Mean accuracy over the tasks of a row, and its standard error."""
     tasks = row["tasks"].values()
     spread = math.sqrt(sum(task["acc_stderr"] ** 2 for task in tasks)) / len(tasks)
     return [sum(task["acc"] for task in tasks) / len(tasks), spread]
@@ -211,9 +181,5 @@ def figures(summary: Values) -> Figures:
         places, plain = [float(row["group_size"]) for row in rows], summary["plain_perplexity"][grid]
         for label, name in (("tuned", "perplexity"), ("only quantised", "perplexity_quantised")):
             series[f"{label}, grid: {grid}"] = (places, [row[name] / plain for row in rows])
-    return [lines(
-        "group-sizes", "Perplexity against the group size",
-        "Perplexity on WikiText-2 of the quantised model, over that of plain LoRA on the same weights, against the "
-        "number of inputs that share a scale.",
-        series, x="inputs that share a scale and a zero point", y="perplexity / plain LoRA", log="x", ticks=True,
-    )]  # fmt: skip
+    x, y = "inputs that share a scale and a zero point", "perplexity / plain LoRA"
+    return [lines("group-sizes", series, x=x, y=y, log="x", ticks=True)]

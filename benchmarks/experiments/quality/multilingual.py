@@ -1,20 +1,12 @@
 """Multilingual calibration: the cost of calibrating on one language for the others."""
 
-from __future__ import annotations
-
 from harness.charts import bars
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import flags_from, made_by_saap
-from lab.dense import Ratios, multilingual_model, opened
+from lab.dense import Ratios, model_in, multilingual_model, opened
 from lab.measures import geometric_mean
 from lab.texts import DATA
 from lab.training import trained_folder
-
-from saap.data.windows import SampleRequest
-from saap.estimation.estimate import estimate
-from saap.estimation.fusion import fuse
-from saap.pipeline.shared.inputs import RunOptions, open_model
-from saap.settings.prune import FusionScope
 
 LANGUAGES = {"eng": "English", "fra": "French", "deu": "German", "spa": "Spanish", "zho": "Chinese"}
 FLORES = DATA / "flores200"
@@ -41,10 +33,7 @@ def measure(request: Request, wanted: Names) -> Measured:
     languages = chosen["languages"]
     # a smoke run uses a small model trained here, since it prunes once per language
     model = str(trained_folder(request, "llama")) if request.quick else multilingual_model(request)
-    flags = flags_from(
-        chosen, pruning_ratio="pruning ratio", effort="effort", num_samples="samples", sample_length="sample length",
-        refit_tokens="refit tokens",
-    )  # fmt: skip
+    flags = flags_from(chosen, "measured tokens", "window")
     with opened(model) as dense:
         files = {language: FLORES / f"{language}.evaluation.txt.gz" for language in languages}
         ratios = Ratios(dense, chosen["measured tokens"], files)
@@ -53,14 +42,14 @@ def measure(request: Request, wanted: Names) -> Measured:
             mixed = languages if calibration == MIX else [calibration]
             sources = [f"benchmarks/data/flores200/{language}.calibration.txt.gz" for language in mixed]
             if state == "cut":
-                drawn = [SampleRequest("scored", chosen["samples"], chosen["sample length"])]
-                scores = estimate(dense.backend, dense.samples(sources, drawn, chosen["seed"])["scored"])
-                found = ratios.masked(dense.plan(fuse(scores, dense.graph, FusionScope.LAYER_ROLE), RATIO))
+                size = chosen["samples"], chosen["sample length"]
+                drawn = dense.samples(sources, chosen["seed"], scored=size)["scored"]
+                found = ratios.masked(dense.plan(dense.fused(drawn), RATIO))
             else:
                 texts = [word for file in sources for word in ("--calibration", file)]
                 name = f"multilingual-{request.size('trial', 'pruned')}-{calibration}"
                 folder = made_by_saap(request, name, "prune", model, *flags, *texts)
-                found = ratios.of(open_model(str(folder), RunOptions(device="cpu")).model)
+                found = ratios.of(model_in(folder))
             yield cell, {"dense": ratios.dense, "ratio": found}
 
 
@@ -71,33 +60,24 @@ def summarise(cells: Cells) -> Values:
         state: {calibration: cells[f"{state}-{calibration}"]["ratio"] for calibration in (*dense, MIX)}
         for state in STATES
     }
-    states = {
-        state: {
-            "english_on_english": rows[ENGLISH][ENGLISH],
-            "english_on_others": geometric_mean([rows[ENGLISH][language] for language in others]),
-            "own_on_others": geometric_mean([rows[language][language] for language in others]),
-            "mix_on_english": rows[MIX][ENGLISH],
-            "mix_on_others": geometric_mean([rows[MIX][language] for language in others]),
-            "mean": {name: geometric_mean(list(row.values())) for name, row in rows.items()},
-        }
-        for state, rows in table.items()
-    }
-    restored = table["restored"][ENGLISH]
+    means = {s: {name: geometric_mean(list(row.values())) for name, row in rows.items()} for s, rows in table.items()}
+    rows = table["restored"]
+    restored = rows[ENGLISH]
+    findings = {
+        "english_on_others": geometric_mean([restored[language] for language in others]),
+        "own_on_others": geometric_mean([rows[language][language] for language in others]),
+        "mix_on_others": geometric_mean([rows[MIX][language] for language in others]),
+    }  # fmt: skip
     worst = max(others, key=lambda language: restored[language])
     return {
-        "dense": dense, "table": table, "states": states, "names": STATES,
+        "dense": dense, "table": table, "means": means, "names": STATES, **findings,
         "languages": {language: LANGUAGES[language] for language in dense},
         "worst": {"language": LANGUAGES[worst], "ratio": restored[worst]},
     }  # fmt: skip
 
 
 def figures(summary: Values) -> Figures:
-    languages = summary["languages"]
+    languages, rows = summary["languages"], summary["table"]["restored"]
     named = {**languages, MIX: "all of them"}
-    rows = summary["table"]["restored"]
-    return [bars(
-        "multilingual", "Perplexity by language and calibration, restored",
-        "Perplexity of the pruned over that of the dense model in each language, by the language of the calibration.",
-        {named[calibration]: [row[language] for language in languages] for calibration, row in rows.items()},
-        list(languages.values()), x="perplexity / dense",
-    )]  # fmt: skip
+    values = {named[calibration]: [row[language] for language in languages] for calibration, row in rows.items()}
+    return [bars("multilingual", values, list(languages.values()), x="perplexity / dense")]

@@ -1,13 +1,8 @@
-"""Image and text: the decoder of a multimodal model, calibrated on text only or on image-text pairs.
-
-The model is small and trained here to describe synthetic images: real weights, made in minutes.
-"""
-
-from __future__ import annotations
+"""The decoder of a multimodal model, trained here on drawn images, calibrated on text only or on image-text pairs."""
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +12,10 @@ import transformers
 from harness.charts import lines
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import flags_from, made_by_saap
+from lab.dense import model_in
 from lab.training import END, Size, fit, make_tokenizer, save_trained
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-
-from saap.pipeline.shared.inputs import RunOptions, open_model
 
 CALIBRATIONS = {"descriptions": "the descriptions alone", "pairs": "pictures with their descriptions"}
 DECODER = ("language_model.", "lm_head.")
@@ -69,26 +63,23 @@ def drawn_picture(generator: np.random.Generator) -> Picture:
         colour, shape = str(generator.choice(list(COLOURS))), str(generator.choice(SHAPES))
         left, top = (half * PIXELS // 2 + int(generator.integers(1, 5)) for half in (column, row))
         right, bottom = left + 10, top + 10
-        if shape == "square":
-            pen.rectangle((left, top, right, bottom), fill=COLOURS[colour])
-        elif shape == "circle":
-            pen.ellipse((left, top, right, bottom), fill=COLOURS[colour])
-        else:
+        if shape == "triangle":
             pen.polygon([(left, bottom), (right, bottom), ((left + right) // 2, top)], fill=COLOURS[colour])
+        else:
+            draw = pen.rectangle if shape == "square" else pen.ellipse
+            draw((left, top, right, bottom), fill=COLOURS[colour])
         words.append(f"a {colour} {shape} at the {place}")
     noisy = np.asarray(image, dtype=np.int16) + generator.normal(0, NOISE, (PIXELS, PIXELS, 3)).astype(np.int16)
     text = f"There is {', '.join(words[:-1])} and {words[-1]}."
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), text
 
 
-def drawn_pictures(count: int, seed: int) -> list[Picture]:
-    """This many images, fixed by the seed."""
+def drawn_pictures(count: int, seed: int | np.random.Generator) -> list[Picture]:
     generator = np.random.default_rng(seed)
     return [drawn_picture(generator) for _ in range(count)]
 
 
 def make_processor() -> Any:
-    """The processor of the model: a tokenizer of descriptions, and unchanged images."""
     things = itertools.product(COLOURS, SHAPES, PLACES)
     text = "\n".join(f"There is a {c} {s} at the {p}, a {c} {s} at the {p} and a {c}." for c, s, p in things)
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -103,7 +94,6 @@ def make_processor() -> Any:
 
 
 def configuration(size: Size, tokenizer: Any) -> Any:
-    """A LLaVA of a CLIP tower and a LLaMA decoder."""
     vision = transformers.CLIPVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=PIXELS,
         patch_size=PATCH, projection_dim=32,
@@ -128,22 +118,16 @@ def encoded(pictures: Sequence[Picture], processor: Any) -> dict[str, Tensor]:
     return made
 
 
-def batches(processor: Any, size: Size) -> Iterator[dict[str, Tensor]]:
-    """An endless stream of new training images."""
-    generator = np.random.default_rng(0)
-    for _ in range(size.steps):
-        yield encoded([drawn_picture(generator) for _ in range(size.batch)], processor)
-
-
 def trained_reader(request: Request) -> Path:
-    """The folder of the trained model, created if missing."""
     size = request.size(TRIAL, FULL)
     folder = request.work / f"picture-reader-{request.size('trial', 'trained')}"
     if not (folder / "config.json").is_file():
         torch.manual_seed(0)
         processor = make_processor()
         model = transformers.AutoModelForImageTextToText.from_config(configuration(size, processor.tokenizer))
-        save_trained(folder, "pictures", fit(model, batches(processor, size), size), model, processor)
+        drawing = np.random.default_rng(0)
+        batches = (encoded(drawn_pictures(size.batch, drawing), processor) for _ in range(size.steps))
+        save_trained(folder, "pictures", fit(model, batches, size), model, processor)
     return folder
 
 
@@ -162,10 +146,7 @@ def write_pairs(folder: Path, count: int) -> dict[str, Path]:
 
 @torch.no_grad()
 def told(model: nn.Module, processor: Any, pictures: Sequence[Picture]) -> dict[str, float]:
-    """Quality of the model's descriptions.
-
-    perplexity: of the descriptions. facts: share of the image-dependent words that are its most likely next words.
-    """
+    """Perplexity of the descriptions, and the share of their image-dependent words that are the most likely ones."""
     batch = encoded(pictures, processor)
     labels = batch.pop("labels")[:, 1:]
     logits = model(**batch).logits[:, :-1].float()
@@ -179,24 +160,22 @@ def told(model: nn.Module, processor: Any, pictures: Sequence[Picture]) -> dict[
 def measure(request: Request, wanted: Names) -> Measured:
     """Quality of each model, and the number of tensors outside the decoder that are equal bit by bit."""
     chosen, dense = request.settings, str(trained_reader(request))
-    flags = flags_from(chosen, num_samples="samples", sample_length="sample length", refit_tokens="refit tokens")
-    flags += ["--align", "16", *request.size(["--effort", "fast"], [])]
+    flags = [*flags_from(chosen), "--align", "16", *request.size(["--effort", "fast"], [])]
     processor = transformers.AutoProcessor.from_pretrained(dense)
     pictures, kind = drawn_pictures(chosen["pictures to describe"], seed=2), request.size("trial", "pruned")
     files = write_pairs(request.work / f"pictures-{kind}", chosen["pairs"])
-    whole = open_model(dense, RunOptions(device="cpu")).model
+    whole = model_in(dense)
     before = {n: v for n, v in whole.state_dict().items() if not any(part in n for part in DECODER)}
     for cell in wanted:
         model = whole
         if cell != "dense":
             calibration, _, ratio = cell.partition("-")
             prune = ["prune", dense, "--pruning-ratio", ratio, "--calibration", files[calibration].resolve(), *flags]
-            folder = made_by_saap(request, f"picture-reader-{kind}-{cell}", *prune)
-            model = open_model(str(folder), RunOptions(device="cpu")).model
+            model = model_in(made_by_saap(request, f"picture-reader-{kind}-{cell}", *prune))
         after = model.state_dict()
         same = sum(name in after and torch.equal(tensor, after[name]) for name, tensor in before.items())
-        found = {"other_tensors": len(before), "other_tensors_same": same}
-        yield cell, {**told(model, processor, pictures), **found}
+        told_rightly = told(model, processor, pictures)
+        yield cell, {**told_rightly, "other_tensors": len(before), "other_tensors_same": same}
 
 
 def summarise(cells: Cells) -> Values:
@@ -204,16 +183,9 @@ def summarise(cells: Cells) -> Values:
         calibration: {name.rpartition("-")[2]: cell for name, cell in cells.items() if name.startswith(calibration)}
         for calibration in CALIBRATIONS
     }
-    ratios = list(table["pairs"])
-    little, much = (
-        {"ratio": float(ratio), **{calibration: rows[ratio]["facts"] for calibration, rows in table.items()}}
-        for ratio in (ratios[0], ratios[-1])
-    )
-    return {
-        "dense": cells["dense"], "table": table, "meaning": CALIBRATIONS, "little": little, "much": much,
-        "other_tensors": cells["dense"]["other_tensors"],
-        "other_tensors_same": min(cell["other_tensors_same"] for cell in cells.values()),
-    }  # fmt: skip
+    same = min(cell["other_tensors_same"] for cell in cells.values())
+    ratios = [float(ratio) for ratio in table["pairs"]]
+    return {"dense": cells["dense"], "table": table, "meaning": CALIBRATIONS, "ratios": ratios, "same": same}
 
 
 def figures(summary: Values) -> Figures:
@@ -222,8 +194,4 @@ def figures(summary: Values) -> Figures:
         calibration: ([0.0, *map(float, rows)], [dense, *(row["facts"] for row in rows.values())])
         for calibration, rows in summary["table"].items()
     }
-    return [lines(
-        "multimodal", "What is named rightly",
-        "Share of the words that only the picture tells which the model puts first, against the pruning ratio.",
-        series, x="pruning ratio", y="share", ticks=True,
-    )]  # fmt: skip
+    return [lines("multimodal", series, x="pruning ratio", y="share", ticks=True)]

@@ -1,6 +1,6 @@
 """Our default versus the baselines on another real model than SmolLM2."""
 
-from __future__ import annotations
+from typing import Any
 
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import TEST, VALIDATION, compared, flags_from
@@ -18,37 +18,26 @@ SETTINGS = {
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    flags = flags_from(
-        request.settings, pruning_ratio="pruning ratio", calibration="calibration", num_samples="samples",
-        sample_length="sample length", refit_tokens="refit tokens", effort="effort", window="window",
-        max_tokens="measured tokens",
-    )  # fmt: skip
+    flags = flags_from(request.settings)
     flags += [word for file in TEXTS.values() for word in ("--perplexity", file)]
     out = request.work / f"compare-{GEMMA}"
     whole = compared(multilingual_model(request), {"yes": ["saap"], "both": BASELINES}, *flags, out=out)
-    yield GEMMA, {
-        "dense": {name: whole["dense"]["perplexity"][file]["value"] for name, file in TEXTS.items()},
-        "rows": [
-            {
-                "method": row["method"], "restored": row["restored"],
-                "ratios": {name: row["ratios"][file] for name, file in TEXTS.items()},
-            }
-            for row in whole["rows"]
-        ],
-    }  # fmt: skip
+    rows = []
+    for row in whole["rows"]:
+        ratios = {name: row["ratios"][file] for name, file in TEXTS.items()}
+        rows.append({"method": row["method"], "restored": row["restored"], "ratios": ratios})
+    dense = {name: whole["dense"]["perplexity"][file]["value"] for name, file in TEXTS.items()}
+    yield GEMMA, {"dense": dense, "rows": rows}
 
 
 def summarise(cells: Cells) -> Values:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for model, cell in cells.items():
         for text, dense in cell["dense"].items():
             ratios = {(row["method"], row["restored"]): row["ratios"][text] for row in cell["rows"]}
             best = {}
             for restored in (False, True):
                 method = min(BASELINES, key=lambda method: ratios[method, restored])
-                best[restored] = {"method": method, "ratio": ratios[method, restored]}
-            rows.append({
-                "model": model, "text": text, "dense": dense, "ours": ratios["saap", True],
-                "published": best[False], "restored": best[True],
-            })  # fmt: skip
+                best["restored" if restored else "published"] = {"method": method, "ratio": ratios[method, restored]}
+            rows.append({"model": model, "text": text, "dense": dense, "ours": ratios["saap", True], **best})
     return {"rows": rows, "most": max(row["ours"] / row["restored"]["ratio"] for row in rows)}

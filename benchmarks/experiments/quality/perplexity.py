@@ -1,7 +1,5 @@
 """Perplexity after pruning with the command line, on texts not used for calibration."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from pathlib import Path
@@ -15,27 +13,19 @@ from lab.texts import INSTRUCTIONS, TOKENS, perplexities, texts
 
 from experiments.quality import comparison
 
-
-def flags(ratio: str, *more: str, calibration: str | None = VALIDATION) -> list[str]:
-    """The flags of a run; calibrated on WikiText-2 unless it is the default text."""
-    return ["--pruning-ratio", ratio, *more, *([] if calibration is None else ["--calibration", calibration])]
-
-
 RUNS = {
-    "fast-wikitext2": flags("0.2", "--effort", "fast"),
-    "default-wikitext2": flags("0.2"),
-    "best-wikitext2": flags("0.2", "--effort", "best"),
-    "fast-mixed": flags("0.2", "--effort", "fast", calibration=None),
-    "default-mixed": flags("0.2", calibration=None),
-    "default-wikitext2-10": flags("0.1"),
-    "default-wikitext2-30": flags("0.3"),
-    "default-wikitext2-50": flags("0.5"),
-    "default-wikitext2-uniform": flags("0.2", "--layout", "uniform"),
+    "fast-wikitext2": ["0.2", "--effort", "fast"],
+    "default-wikitext2": ["0.2"],
+    "best-wikitext2": ["0.2", "--effort", "best"],
+    "fast-mixed": ["0.2", "--effort", "fast"],
+    "default-mixed": ["0.2"],
+    "default-wikitext2-10": ["0.1"],
+    "default-wikitext2-30": ["0.3"],
+    "default-wikitext2-50": ["0.5"],
+    "default-wikitext2-uniform": ["0.2", "--layout", "uniform"],
 }
-FURTHER = {
-    "best-mixed": flags("0.2", "--effort", "best", calibration=None),
-    "default-mixed-no-bos": flags("0.2", "--no-bos", calibration=None),
-}
+"""Pruning ratio and further flags; calibrated on WikiText-2 or on the default text, `mixed`."""
+FURTHER = {"best-mixed": ["0.2", "--effort", "best"], "default-mixed-no-bos": ["0.2", "--no-bos"]}
 """Optional runs, shown if measured."""
 GEMMA = "gemma-3-270m"
 RATIO_RUNS = ("default-wikitext2-10", "default-wikitext2", "default-wikitext2-30", "default-wikitext2-50")
@@ -52,7 +42,8 @@ def measure(request: Request, wanted: Names) -> Measured:
     for cell in wanted:
         label, _, run = cell.rpartition("/")
         model = multilingual_model(request) if label else request.model
-        chosen = {**RUNS, **FURTHER}[run]
+        text = ["--calibration", VALIDATION] if "wikitext2" in run else []
+        chosen = ["--pruning-ratio", *(RUNS | FURTHER)[run], *text]
         bos = "--no-bos" not in chosen
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
@@ -65,15 +56,12 @@ def measure(request: Request, wanted: Names) -> Measured:
             pruned = perplexities(folder / "pruned", named, bos=bos)
         yield cell, {
             "command": " ".join(["saap", "prune", Path(model).name, *chosen]),
-            "seconds": round(seconds, 1),
-            "load": round(os.getloadavg()[1], 1),
+            "seconds": round(seconds, 1), "load": round(os.getloadavg()[1], 1),
             "stages": {stage["name"]: round(stage["seconds"], 1) for stage in report["stages"]},
-            "peak_resident_bytes": peak_of(report),
+            "peak_resident_bytes": peak_of(report), "environment": environment(),
             **{name: report[name] for name in ("pruning_ratio", "parameters", "dtype", "trail")},
-            "perplexity_dense": {name: dense[name] for name in pruned},
-            "perplexity": pruned,
+            "perplexity_dense": {name: dense[name] for name in pruned}, "perplexity": pruned,
             "ratio": {name: value / dense[name] for name, value in pruned.items()},
-            "environment": environment(),
         }  # fmt: skip
 
 
@@ -85,20 +73,14 @@ def summarise(cells: Cells) -> Values:
     same = (row for row in compared if row["method"] != "saap" and not row["restored"])
     literal = [cell["ratio_with_restoration"] for name, cell in cells.items() if name.startswith("volatility")]
     return {
-        "by_ratio": {name: runs[name] for name in RATIO_RUNS},
-        "runs": runs,
+        "runs": runs, "default": runs["default-wikitext2"], "mixed": runs["default-mixed"],
         "others": {name: cell for name, cell in cells.items() if name.startswith(f"{GEMMA}/")},
-        "default": runs["default-wikitext2"],
-        "mixed": runs["default-mixed"],
-        "compared": [{**row, "ratio": row["ratios"][TEST]} for row in compared],
-        "ours_restored": ours[True],
-        "ours_cut": ours[False],
-        "best_baseline_restored": best[True],
-        "best_baseline_cut": best[False],
+        "compared": compared, "ours_restored": ours[True], "ours_cut": ours[False],
+        "best_baseline_restored": best[True], "best_baseline_cut": best[False],
         # A cut-only baseline with exactly our perplexity is the same model.
         "same_plan": next((row["method"] for row in same if row["ratios"][TEST] == ours[False]), None),
         "literal_best_restored": min(literal),
-    }
+    }  # fmt: skip
 
 
 def run_summary(run: Values) -> Values:
@@ -112,23 +94,15 @@ def run_summary(run: Values) -> Values:
 
 
 def figures(summary: Values) -> Figures:
-    runs = list(summary["by_ratio"].values())
+    runs = [summary["runs"][name] for name in RATIO_RUNS]
     measured = [text for text in TOKENS if all(run["ratio"][text] is not None for run in runs)]
     removed = [100 * run["removed"] for run in runs]
-    found = {(row["method"], row["restored"]): row["ratio"] for row in summary["compared"]}
-    methods = list(dict.fromkeys(method for method, restored in found if (method, not restored) in found))
     states = {"cut only": False, "restored": True}
+    found = {(row["method"], row["restored"]): row["ratios"][TEST] for row in summary["compared"]}
+    methods = list(dict.fromkeys(method for method, restored in found if (method, not restored) in found))
+    series = {text: (removed, [run["ratio"][text] for run in runs]) for text in measured}
+    values = {label: [found[method, restored] for method in methods] for label, restored in states.items()}
     return [
-        lines(
-            "perplexity-by-ratio", "Perplexity against what is removed",
-            "Perplexity of the pruned over that of the dense model against the share that is removed, by text.",
-            {text: (removed, [run["ratio"][text] for run in runs]) for text in measured},
-            x="% of the decoder blocks removed", y="perplexity / dense", log="y",
-        ),
-        bars(
-            "perplexity-by-method", "Methods at the same number of parameters",
-            "Perplexity of the pruned over that of the dense model by method, of those measured cut only and restored.",
-            {label: [found[method, restored] for method in methods] for label, restored in states.items()},
-            methods, x="perplexity / dense, WikiText-2 test",
-        ),
-    ]  # fmt: skip
+        lines("perplexity-by-ratio", series, x="% of the decoder blocks removed", y="perplexity / dense", log="y"),
+        bars("perplexity-by-method", values, methods, x="perplexity / dense, WikiText-2 test"),
+    ]

@@ -1,7 +1,5 @@
 """Gain of the recovery on texts not used for training."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 from pathlib import Path
@@ -10,22 +8,20 @@ from typing import Any
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import pruned_folder, saap
 from lab.texts import INSTRUCTIONS, perplexities, texts
+from lab.training import FEW_STEPS
 
 MINUTES = 20
 STATES = ("dense", "pruned", "quantised", "recovered", "dense tuned alike")
-FEW_STEPS = ["--max-steps", "2", "--max-seq-length", "64", "--validation-samples", "1"]
 UNTRAINED = ["--max-steps", "1", "--learning-rate", "1e-12", "--max-seq-length", "64", "--batch-size", "1"]
 """A learning rate near zero, so that the initial zero points and scales are written."""
 CELLS = STATES
-OPTIONS = {**INSTRUCTIONS, "data": "FILE|NAME,..."}
+OPTIONS = INSTRUCTIONS
 SETTINGS = {"model": "{model}", "minutes": MINUTES, "effort": "fast"}
 
 
 def measure(request: Request, wanted: Names) -> Measured:
     """Tune PRUNED and the dense model alike, both with the dense model as teacher."""
-    sources = request.given.get("data", "mixed").split(",")
-    files = [str(Path(source).resolve()) if Path(source).is_file() else source for source in sources]
-    shared = [word for source in files for word in ("--data", source)] + ["--dense", request.model]
+    shared = ["--data", "mixed", "--dense", request.model]
     flags = [*shared, *request.size(FEW_STEPS, ["--max-minutes", str(MINUTES)])]
     pruned = pruned_folder(request, "--effort", "fast", name="fast")
     tuned = {
@@ -53,15 +49,12 @@ def summarise(cells: Cells) -> Values:
     logs = {state: {name: math.log(value) for name, value in each.items()} for state, each in found.items()}
     means = {state: sum(each.values()) / len(each) for state, each in logs.items()}
     return {
-        "command": cells["recovered"]["command"],
-        "tokens": cells["recovered"]["tokens"],
-        "perplexity": found,
+        **cells["recovered"], "perplexity": found,
         "ratio": {name: value / found["dense"][name] for name, value in found["recovered"].items()},
         "closed": {name: closed({state: each[name] for state, each in logs.items()}) for name in found["dense"]},
-        "closed_mean": closed(means),
-        "ratio_mean": math.exp(means["recovered"] - means["dense"]),
+        "closed_mean": closed(means), "ratio_mean": math.exp(means["recovered"] - means["dense"]),
         "lost": {name: value / found["pruned"][name] - 1 for name, value in found["quantised"].items()},
-    }
+    }  # fmt: skip
 
 
 def closed(logs: Values) -> float:
