@@ -145,8 +145,8 @@ class PresetSettings:
     """What a preset buys.
 
     sample_length: tokens of each calibration sample. refit_sequences x refit_length: tokens of the least-squares
-    reconstruction and of the distillation. search_evaluations: candidates that the search may measure. held_sequences x
-    held_length: tokens each of them is measured on.
+    reconstruction and of the distillation, half each. search_evaluations: candidates that the search may measure.
+    held_sequences x held_length: tokens each of them is measured on.
     """
 
     sample_length: int = 128
@@ -158,10 +158,10 @@ class PresetSettings:
 
 
 PRESETS: dict[Preset, PresetSettings] = {
-    Preset.PAPER: PresetSettings(refit_sequences=112, search_evaluations=0, held_sequences=8),
-    Preset.FAST: PresetSettings(refit_sequences=40, search_evaluations=0, held_sequences=8),
-    Preset.DEFAULT: PresetSettings(sample_length=256, refit_sequences=112, search_evaluations=12, held_sequences=16),
-    Preset.BEST: PresetSettings(sample_length=512, refit_sequences=320, search_evaluations=32, held_sequences=24),
+    Preset.PAPER: PresetSettings(refit_sequences=192, search_evaluations=0, held_sequences=8),
+    Preset.FAST: PresetSettings(refit_sequences=72, search_evaluations=0, held_sequences=8),
+    Preset.DEFAULT: PresetSettings(sample_length=256, refit_sequences=192, search_evaluations=12, held_sequences=16),
+    Preset.BEST: PresetSettings(sample_length=512, refit_sequences=512, search_evaluations=32, held_sequences=24),
 }
 OF_THE_PAPER = {"importance": Importance.FUSED, "strategy": Strategy.STABILITY, "restore": False}
 """What the preset `paper` sets, unless it is given: the fused score orders units, module importance decides how much

@@ -122,13 +122,13 @@ class _Distillation:
     def run(self) -> tuple[float, float]:
         """Train, and keep what is better."""
         rows = len(self.text.tokens) - self.text.held_out
-        each = -(-rows // STEPS)
+        each = max(1, -(-rows // STEPS))
         steps = [range(first, min(first + each, rows)) for first in range(0, rows, each)]
         start = dict(self.values)
         before = self._divergence()
         if not math.isfinite(before):
             raise NonFiniteLossError("The pruned model's predictions are not finite", "Use --dtype float32")
-        if before < ROUNDING:
+        if before < ROUNDING or not steps:
             return 0.0, 0.0
         changes = {name: value.new_zeros(value.shape).requires_grad_() for name, value in self.values.items()}
         optimizer = torch.optim.Adam(changes.values(), lr=0.0, betas=BETAS)

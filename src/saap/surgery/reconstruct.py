@@ -26,7 +26,8 @@ from saap.models.walk.observer import capture
 from saap.models.walk.offload import onload
 from saap.models.walk.residual import ResidualPath, residual_paths
 from saap.models.walk.spill import PackedTensors, Tensors, drained
-from saap.models.walk.walk import embed
+from saap.models.walk.walk import embed, run_block
+from saap.models.walk.walker import Contexts
 
 HELD_OUT_SHARE = 0.125
 HELD_OUT_AT_LEAST = 4
@@ -54,7 +55,7 @@ class ReconstructionSettings:
 class Reconstruction:
     """What was done. keep: the final kept units by group. errors: held-out error of each matrix relative to before.
 
-    dense: hidden states after the dense model's last block, in micro-batches of this process' sequences.
+    dense: hidden states after the dense model's last block, in micro-batches of this process' part of `others`.
     """
 
     keep: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -79,24 +80,29 @@ def require_sequences(sequences: int) -> None:
 
 @torch.no_grad()
 def reconstruct(
-    backend: Backend, plan: StructurePlan, tokens: Tensor, settings: ReconstructionSettings
+    backend: Backend,
+    plan: StructurePlan,
+    tokens: Tensor,
+    settings: ReconstructionSettings,
+    others: Tensor | None = None,
 ) -> Reconstruction:
     """Choose, fit and cut, block by block, in place.
 
     tokens: (sequences, length) ids of its text. Groups inside blocks that the plan drops, and groups of the whole
     model, are left for `cut`. Every consumer is fitted again, in pruned and in whole blocks, to the dense module's
     output plus the error of the pruned residual stream so far.
+    others: (sequences, length) ids of further text, of which only the dense model's hidden states are wanted.
     Of the processes of the backend each runs a part of the sequences; the first one chooses and fits, from the moments
     of all. Its products count for forward passes; moments and solutions are of float32 and more.
     Raises CalibrationError for a single sequence, PlanError for a plan that the model cannot follow.
     """
     require_sequences(len(tokens))
     require_possible(backend.graph, plan.keep, plan.dropped_blocks)
-    walk = _BlockByBlock(backend, plan, tokens, settings)
+    walk = _BlockByBlock(backend, plan, tokens, settings, tokens[:0] if others is None else others)
     for layer in range(len(backend.graph.blocks)):
         walk.run_block(layer)
         backend.progress(layer + 1, len(backend.graph.blocks))
-    walk.result.dense = walk.dense
+    walk.result.dense = walk.others
     return walk.result
 
 
@@ -121,21 +127,30 @@ class _BlockByBlock:
     a batch of one sequence, for them too. sequences: of all processes.
     """
 
-    def __init__(self, backend: Backend, plan: StructurePlan, tokens: Tensor, settings: ReconstructionSettings) -> None:
+    def __init__(
+        self, backend: Backend, plan: StructurePlan, tokens: Tensor, settings: ReconstructionSettings, others: Tensor
+    ) -> None:
         self.model, self.graph, self.plan, self.settings = backend.model, backend.graph, plan, settings
         self.processes, self.keep, self.walker = backend.processes, backend.keep, backend.walker()
         self.exact = dataclasses.replace(backend, products=None).walker()
         self.sequences, self.result = len(tokens), Reconstruction()
-        batches = torch.split(tokens, MICRO_BATCH)
-        own = self.processes.share(len(batches))
-        self.dense, self.contexts = embed(self.exact, batches[own.start : own.stop], self.keep)
+        self.dense, self.contexts = self._embedded(tokens)
+        self.others, self.contexts_of_others = self._embedded(others)
         self.pruned = self.dense
         self.one = self.exact.start(tokens[:1]).contexts
         self.dtype = self.dense[0].dtype if len(self.dense) else torch.float32
 
+    def _embedded(self, tokens: Tensor) -> tuple[Tensors, list[Contexts]]:
+        """Hidden states before the first block, and contexts, of this process' micro-batches."""
+        batches = torch.split(tokens, MICRO_BATCH) if len(tokens) else ()
+        own = self.processes.share(len(batches))
+        return embed(self.exact, batches[own.start : own.stop], self.keep)
+
     def run_block(self, layer: int) -> None:
         """Finish one block."""
         groups = self.graph.in_block(layer)
+        self.others = self._moved(self.others, next(self.walker.blocks[layer].parameters()).device)
+        self.others = run_block(self.walker, layer, self.others, self.contexts_of_others, self.keep)
         if layer in self.plan.dropped_blocks:
             self.dense, _ = self._captured(layer, self.dense)
         elif self.dense is not self.pruned or any(len(self.plan.kept(group)) < group.units for group in groups):

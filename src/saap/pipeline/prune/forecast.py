@@ -139,7 +139,7 @@ def _tokens(run: Run) -> dict[Stage, float]:
         stages.EVALUATE_DENSE: held,
         stages.SEARCH: held * search_evaluations(run),
         stages.CUT: 0,
-        stages.RESTORE: 8.5 * refit_tokens(config),
+        stages.RESTORE: 4.9 * refit_tokens(config),
         stages.MEASURE: answer + evaluated,
     }
     if config.method is not Method.SAAP:

@@ -56,6 +56,8 @@ class Restored(BaseModel):
     distillation: tuple[float, float] | None = None
 
 
+LEAST_SEQUENCES = 4
+"""Of so many the distillation gets half, as there is little left to learn from fitted ones. Fewer are all fitted."""
 EVALUATED_SEQUENCES = 8
 """That say whether the distillation was of use, at most."""
 
@@ -185,12 +187,14 @@ def _reconstructed(
     tokens = run.tokens.tensor("refit", run.device)
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(run.config.seed))
     tokens = tokens[order.to(tokens.device)]
+    fitted = len(tokens) - len(tokens) // 2 if len(tokens) >= LEAST_SEQUENCES else len(tokens)
     with run.tokens.images(model):
-        done = reconstruct(_restoring(run, model, 0), plan, tokens, settings)
+        done = reconstruct(_restoring(run, model, 0), plan, tokens[:fitted], settings, tokens[fitted:])
     keep = {name: done.keep.get(name, kept) for name, kept in plan.keep.items()}
-    held = min(held_out_sequences(len(tokens)), EVALUATED_SEQUENCES)
+    others = tokens[fitted:]
+    held = min(held_out_sequences(len(others)), EVALUATED_SEQUENCES) if len(others) else 0
     text = DistillationText(
-        tokens=tokens, teacher=done.dense, held_out=held, micro_batch=MICRO_BATCH,
+        tokens=others, teacher=done.dense, held_out=held, micro_batch=MICRO_BATCH,
         ignored=run.tokens.refit.ignored,
     )  # fmt: skip
     return dataclasses.replace(plan, keep=keep), done, text

@@ -85,8 +85,8 @@ class Sizes:
 
     @property
     def captured_by_token(self) -> int:
-        """The same for one token."""
-        return 4 * (6 * self.width + self.widest)
+        """The same for one token: half of them are captured, the others have a stream in the dense model alone."""
+        return 4 * (4 * self.width + self.widest // 2)
 
     def scoring(self, config: PruneConfig) -> int:
         """Activations under autograd, two matrices for the gradient of a weight, and some tokens' logits."""
