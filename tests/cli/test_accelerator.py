@@ -156,7 +156,7 @@ def test_a_result_is_tuned_as_on_the_cpu(
 
 
 LARGE = (*FAST, "--refit-tokens", "32768", "--strategy", "uniform")
-NEED = 60 * 10**6
+NEED = 50 * 10**6
 
 
 def test_what_does_not_fit_beside_the_weights_is_kept_elsewhere(
@@ -260,7 +260,7 @@ def test_a_restoration_of_7b_fits_into_24_gb_by_the_formula() -> None:
         config = PruneConfig(pruning_ratios=(0.2,), **choices)
         return round((memory_limit.RESERVE_BYTES + getattr(memory_limit.Needs.of(sizes, config), need)) / 10**9, 1)
 
-    assert gigabytes("resident") == 28.8
+    assert gigabytes("resident") == 29.2
     assert gigabytes("spilled") == 20.6  # a card of 24 GB has room for it
     assert gigabytes("offloaded") == 7.6
     assert gigabytes("spilled", method="llm-pruner-mixed") == 66.3

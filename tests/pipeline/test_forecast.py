@@ -74,7 +74,7 @@ def test_what_the_restoration_takes_grows_with_its_text(source: Path) -> None:
         stages = preview(source, config, RunOptions())["forecast"]["stages"]
         peaks[tokens] = {stage["name"]: stage["peak_resident_bytes"] for stage in stages}
     name = "cut and restore, block by block"
-    by_token = 4 * (9 * 32 + 96)
+    by_token = 4 * (4 * 32 + 96 // 2)
     assert peaks[65536][name] - peaks[1024][name] == pytest.approx(64512 * by_token, rel=0.2)
 
 

@@ -34,7 +34,7 @@ def pruned(
     keep = {group.name: tuple(range(0, group.units, 2)) for group in kept}
     plan = make_plan(graph, keep, dropped, layout=Layout.ADAPTIVE, strategy="test", align=1)
     backend = Backend(model, graph, spill=spill)
-    done = reconstruct(backend, plan, ids, ReconstructionSettings(second_order=False))
+    done = reconstruct(backend, plan, ids, ReconstructionSettings(second_order=False), ids)
     cut(model, graph, plan)
     with torch.no_grad():  # what is to be made up for, more than a few random tokens of random weights are off by
         for path in graph.blocks[: len(graph.blocks) - len(dropped)]:
@@ -73,7 +73,7 @@ def test_a_model_that_is_still_dense_stays_as_it_is() -> None:
     graph = discover(dense)
     model, ids = copy.deepcopy(dense), tokens(rows=8)
     plan = make_plan(graph, {}, (), layout=Layout.ADAPTIVE, strategy="test", align=1)
-    done = reconstruct(Backend(model, graph), plan, ids, ReconstructionSettings())
+    done = reconstruct(Backend(model, graph), plan, ids, ReconstructionSettings(), ids)
     text = DistillationText(tokens=ids, teacher=done.dense, held_out=4, micro_batch=MICRO_BATCH)
     before, after = distill(Backend(model, graph), graph.blocks, text)
     assert (before, after) == (0.0, 0.0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
@@ -140,15 +141,30 @@ def test_a_single_sequence_is_refused() -> None:
         reconstruct(Backend(dense, graph), half_plan(graph), tokens(1), ReconstructionSettings())
 
 
+class Recorded(deque[torch.Tensor]):
+    """A sequence that is consumed while it is read, and what was ever in it."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.ever: list[torch.Tensor] = []
+        for tensor in tensors:
+            self.append(tensor)
+
+    def append(self, tensor: torch.Tensor, /) -> None:
+        self.ever.append(tensor)
+        super().append(tensor)
+
+
 class Recording:
     """Keeps every sequence of activations that the walk makes."""
 
     def __init__(self) -> None:
         self.made: list[list[torch.Tensor]] = []
 
-    def keep(self, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-        self.made.append(list(tensors))
-        return self.made[-1]
+    def keep(self, tensors: Iterable[torch.Tensor]) -> deque[torch.Tensor]:
+        found = Recorded(tensors)
+        self.made.append(found.ever)
+        return found
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

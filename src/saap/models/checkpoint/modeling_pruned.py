@@ -1,7 +1,7 @@
-"""Loader of pruned models: builds the family's stock class from the dense configuration and resizes it.
+"""Opens a pruned model: the stock class of its family, built from the dense configuration and then resized.
 
-`pruned_structure` in config.json lists the differences from the dense model. This file needs only torch and
-transformers, and is part of the model's folder, so the model opens wherever transformers is installed:
+config.json lists under `pruned_structure` what differs from the dense model. This file needs torch and transformers
+only, and lies in the model's folder, so that the model opens wherever transformers does:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -24,10 +24,10 @@ from transformers.pytorch_utils import Conv1D
 
 MODEL_TYPE = "saap_pruned"
 FORMAT_VERSION = 3
-# Format 1 supports all but added biases, format 2 everything.
+# What readers of earlier formats understand: of the first all but added biases, of the second all.
 FIRST_FORMAT_VERSION, SECOND_FORMAT_VERSION = 1, 2
 
-# Integer attributes of a module that equal the sizes of its weight, axis by axis.
+# Which integers of a module repeat the sizes of its weight, axis by axis.
 SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.Linear, ("out_features", "in_features")),
     (Conv1D, ("nx", "nf")),
@@ -35,7 +35,7 @@ SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 )
 
 
-# Auto classes to search for a family's stock class: multimodal models have no text-only class.
+# Where a family's stock class is looked for: models that also read images have no class for text alone.
 AUTO_CLASSES: tuple[tuple[Any, Any], ...] = (
     (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
     (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
@@ -43,7 +43,7 @@ AUTO_CLASSES: tuple[tuple[Any, Any], ...] = (
 
 
 class ConstantOutput(nn.Module):
-    """Replacement of a layer without any inputs or outputs: returns its bias, or zeros."""
+    """Stands where a layer has lost all its inputs or all its outputs: gives its bias, or zeros."""
 
     bias: nn.Parameter | None
 
@@ -54,7 +54,7 @@ class ConstantOutput(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """None, for code that initialises the weights of layers."""
+        """Nothing, for code that sets the weights of a layer at its start."""
         return torch.empty(0)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -64,9 +64,9 @@ class ConstantOutput(nn.Module):
 
 
 class ArgumentSlice:
-    """Forward pre-hook that cuts a tensor argument with one entry per head (ALiBi) to the kept heads.
+    """Forward pre-hook: cuts a tensor that a module is given with one entry per head (ALiBi) to the kept heads.
 
-    axis: of the heads. per_sample: the axis has the heads of each sample, sample by sample.
+    axis: where the heads lie. per_sample: the axis holds the heads of each sample, sample by sample.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ArgumentSlice:
     def __call__(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Replace the argument, positional or keyword."""
+        """Replace the argument wherever the caller put it."""
         if self.argument in keywords:
             keywords = {**keywords, self.argument: self.cut(keywords[self.argument])}
         elif self.position < len(arguments):
@@ -100,25 +100,25 @@ class ArgumentSlice:
         return tensor.reshape(shape).index_select(self.axis + 1, index).flatten(self.axis, self.axis + 1)
 
     def describe(self) -> dict[str, Any]:
-        """Arguments to create the same hook again."""
+        """What is needed to make the same hook again."""
         names = ("argument", "axis", "per_sample", "units", "kept")
         return {name: getattr(self, name) for name in names}
 
 
 class ConfigView:
-    """View of the model's configuration with overrides for one module; all other values stay those of the model."""
+    """The model's configuration with some values of one module's own; all others follow the model's at any time."""
 
     def __init__(self, shared: Any) -> None:
         self._shared = shared
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_shared" or name.startswith("__"):  # copying reads these before the object is initialised
+        if name == "_shared" or name.startswith("__"):  # copying asks for these before there is anything
             raise AttributeError(name)
         return getattr(self._shared, name)
 
 
 def resize(model: nn.Module, parameter: nn.Parameter, data: Tensor) -> None:
-    """Replace the data of a parameter, in all places of the model, by data of another size."""
+    """Give a parameter, wherever the model holds it, new data of another size."""
     parameter.data = data
     for module in model.modules():
         for name, held in module._parameters.items():
@@ -148,11 +148,10 @@ def set_attribute(module: Any, name: str, value: float) -> None:
 
 
 def apply_structure(model: nn.Module, structure: Mapping[str, Any]) -> None:
-    """Resize a model built from the dense configuration to the pruned sizes; its values are placeholders.
+    """Change a model built from the dense configuration to the sizes of the pruned one; its values mean nothing yet.
 
     structure: `constant` (module path -> width, bias), `shapes` (parameter -> sizes), `attributes` (module path ->
-    name -> value), `sliced_arguments` (module path -> arguments of ArgumentSlice) and optionally `added_biases`
-    (names).
+    name -> value), `sliced_arguments` (module path -> arguments of ArgumentSlice) and perhaps `added_biases` (names).
     """
     for path, constant in structure["constant"].items():
         parent, _, name = path.rpartition(".")
@@ -173,13 +172,13 @@ def apply_structure(model: nn.Module, structure: Mapping[str, Any]) -> None:
 
 
 class SaapPrunedConfig(PretrainedConfig):  # type: ignore[misc, unused-ignore]
-    """Entry point of AutoConfig: returns the family's configuration, marked as pruned."""
+    """Entry for AutoConfig: gives the configuration of the family, marked as pruned."""
 
     model_type = MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read the configuration with the family's own class."""
+        """The family's own configuration class does the reading."""
         found = config_dict["pruned_structure"]["format_version"]
         if found > FORMAT_VERSION:
             raise ValueError(f"The checkpoint has format {found}, this file reads up to {FORMAT_VERSION}.")
@@ -187,11 +186,11 @@ class SaapPrunedConfig(PretrainedConfig):  # type: ignore[misc, unused-ignore]
 
 
 class SaapPrunedForCausalLM:
-    """Entry point of the auto classes: returns the family's stock class, resized."""
+    """Entry for the auto classes: gives the stock class of the family, resized."""
 
     @classmethod
     def from_pretrained(cls, path: str, *arguments: Any, config: PretrainedConfig, **kwargs: Any) -> Any:
-        """Open the folder with the class of `config`."""
+        """Open the folder with the class that belongs to `config`."""
         return _model_class(config).from_pretrained(path, *arguments, config=config, **kwargs)
 
     @classmethod
@@ -200,7 +199,7 @@ class SaapPrunedForCausalLM:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
-        """Do nothing: the created classes are registered already."""
+        """Nothing to do: the classes made here carry their registration."""
 
 
 def auto_classes(model_type: str) -> list[tuple[Any, Any]]:
@@ -216,7 +215,7 @@ def _model_class(config: PretrainedConfig) -> Any:
 
 @functools.cache
 def pruned_classes(base_model_type: str) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
-    """Configuration and model class for pruned models of one family, registered with its auto classes.
+    """Configuration and model class for pruned models of one family; registered with the auto classes that know it.
 
     Raises ValueError if this version of transformers does not know the family.
     """
@@ -240,17 +239,17 @@ def pruned_classes(base_model_type: str) -> tuple[type[PretrainedConfig], type[P
 
         @classmethod
         def is_custom_code(cls) -> bool:
-            """Use the stock class, since transformers initialises some buffers only for its own classes."""
+            """As the stock class, or transformers leaves buffers without values that it computes for its own."""
             return bool(stock_model.is_custom_code())
 
         @classmethod
         def _supports_default_dynamic_cache(cls) -> bool:
-            """Use the stock class, whose name transformers checks. Older versions call this on an instance."""
+            """As the stock class; transformers looks at its name. Older versions ask an instance."""
             return bool(stock_model.__new__(stock_model)._supports_default_dynamic_cache())
 
         @classmethod
         def from_pretrained(cls, path: str, *arguments: Any, **kwargs: Any) -> Any:
-            """Load as the stock class does, but raise an error for missing weights and wrong sizes."""
+            """As in the stock class, but weights that are missing or of another size are an error."""
             if kwargs.pop("ignore_mismatched_sizes", False):
                 raise ValueError("ignore_mismatched_sizes would replace pruned weights by random ones.")
             with_info = kwargs.pop("output_loading_info", False)

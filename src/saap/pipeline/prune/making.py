@@ -159,7 +159,8 @@ def cut_and_restore(
         run.meter.reporter.note(f"{added:,} parameters of compensating biases come on top of the plan")
     if text is not None:
         blocks = run.graph.blocks[: len(run.graph.blocks) - len(plan.dropped_blocks)]
-        _round_weights(model, run.loaded.dtype)  # as files of offloaded weights have them by now
+        if run.options.out is not None:  # as files of offloaded weights have them by now
+            _round_weights(model, run.loaded.dtype)
         with run.tokens.images(model):
             restored.distillation = distill(_restoring(run, model, 1), blocks, text)
     return plan, restored
