@@ -155,7 +155,7 @@ def prune(
     plan: A plan.json to carry out, edited or not.
     num_samples: Calibration samples for the scores.
     sample_length: Tokens of each calibration sample.
-    refit_tokens: Tokens for the least-squares reconstruction.
+    refit_tokens: Tokens for the reconstruction and the distillation, half each.
     bos: Begin each window of text with the tokenizer's BOS token, if it puts one before texts.
     method: The method that decides: saap, or a baseline.
     layout: adaptive: each layer its own sizes; uniform: equal sizes, opens as the stock class.

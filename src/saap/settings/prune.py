@@ -213,7 +213,7 @@ class PruneConfig(Settings):
     ] = None
     refit_tokens: Annotated[
         Annotated[int, Field(ge=1024)] | None,
-        text_flag("Tokens for the least-squares reconstruction.", default="set by --preset"),
+        text_flag("Tokens for the reconstruction and the distillation, half each.", default="set by --preset"),
     ] = None
     bos: Annotated[bool, text_flag(BOS)] = True
     method: Annotated[Method, search_flag("The method that decides: saap, or a baseline.")] = Method.SAAP
