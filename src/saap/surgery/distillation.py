@@ -70,6 +70,8 @@ def distill(backend: Backend, blocks: Sequence[str], text: DistillationText) -> 
     states it has, and all take the same steps. Returns the divergence on the held-out text before and after, in nats
     per token; zeros where there is nothing to train or to compensate. Raises NonFiniteLossError.
     """
+    if len(text.tokens) <= text.held_out:
+        return 0.0, 0.0
     training = _Distillation(backend, blocks, text)
     if not training.values:
         return 0.0, 0.0
@@ -80,9 +82,9 @@ def distill(backend: Backend, blocks: Sequence[str], text: DistillationText) -> 
 class _Distillation:
     """One training.
 
-    vectors: by block, the names of its one-dimensional parameters. modules: by block, the paths of its linear modules.
-    values: by name, in float32, the vectors and the factors of the updates, which lead where the model's own weights
-    are coarser or in files. scales: of each value.
+    vectors: by block, the names of its one-dimensional parameters. modules: by block, those with an update, by
+    path. values: by name, in float32, the vectors and the factors of the updates, which lead where the model's own
+    weights are coarser or in files. scales: of each value.
     """
 
     def __init__(self, backend: Backend, blocks: Sequence[str], text: DistillationText) -> None:
@@ -122,13 +124,13 @@ class _Distillation:
     def run(self) -> tuple[float, float]:
         """Train, and keep what is better."""
         rows = len(self.text.tokens) - self.text.held_out
-        each = max(1, -(-rows // STEPS))
+        each = -(-rows // STEPS)
         steps = [range(first, min(first + each, rows)) for first in range(0, rows, each)]
         start = dict(self.values)
         before = self._divergence()
         if not math.isfinite(before):
             raise NonFiniteLossError("The pruned model's predictions are not finite", "Use --dtype float32")
-        if before < ROUNDING or not steps:
+        if before < ROUNDING:
             return 0.0, 0.0
         changes = {name: value.new_zeros(value.shape).requires_grad_() for name, value in self.values.items()}
         optimizer = torch.optim.Adam(changes.values(), lr=0.0, betas=BETAS)

@@ -149,18 +149,23 @@ class _BlockByBlock:
     def run_block(self, layer: int) -> None:
         """Finish one block."""
         groups = self.graph.in_block(layer)
-        self.others = self._moved(self.others, next(self.walker.blocks[layer].parameters()).device)
-        self.others = run_block(self.walker, layer, self.others, self.contexts_of_others, self.keep)
+        device = next(self.walker.blocks[layer].parameters()).device
+        others = self._moved(self.others, device)
+        self.others = run_block(self.walker, layer, others, self.contexts_of_others, self.keep)
         if layer in self.plan.dropped_blocks:
-            self.dense, _ = self._captured(layer, self.dense)
+            self.dense = self._passed(layer, self.dense)
         elif self.dense is not self.pruned or any(len(self.plan.kept(group)) < group.units for group in groups):
-            self._reconstruct(layer, groups)
+            self._reconstruct(layer, groups, device)
         else:
-            self.dense, _ = self._captured(layer, self.dense)
+            self.dense = self._passed(layer, self.dense)
             self.pruned = self.dense
 
-    def _reconstruct(self, layer: int, groups: Sequence[CoupledGroup]) -> None:
-        device, same = next(self.walker.blocks[layer].parameters()).device, self.dense is self.pruned
+    def _passed(self, layer: int, hidden: Tensors) -> Tensors:
+        """The block's output for the hidden states of the text to fit on."""
+        return run_block(self.walker, layer, hidden, self.contexts, self.keep)
+
+    def _reconstruct(self, layer: int, groups: Sequence[CoupledGroup], device: torch.device) -> None:
+        same = self.dense is self.pruned
         self.dense = self._moved(self.dense, device)
         self.pruned = self.dense if same else self._moved(self.pruned, device)
         consumers = self._consumers(layer, groups)
@@ -173,7 +178,7 @@ class _BlockByBlock:
         pruned_next = self._fit_consumers(layer, consumers, dense_outputs, errors)
         self._cut([group for group in groups if group.name not in self.result.keep])
         if pruned_next is None:
-            pruned_next, _ = self._captured(layer, self.pruned)
+            pruned_next = self._passed(layer, self.pruned)
         self.pruned = pruned_next
 
     def _moved(self, hidden: Tensors, device: torch.device) -> Tensors:
@@ -210,20 +215,20 @@ class _BlockByBlock:
         return consumers
 
     def _captured(
-        self, layer: int, hidden: Tensors, paths: Sequence[str] = (), *signals: str, stop: bool = False
-    ) -> tuple[Tensors, dict[tuple[str, str], Tensors]]:
-        """The block's output, and "input" or "output" of the modules at `paths`; stop: leave it after the first."""
+        self, layer: int, hidden: Tensors, paths: Sequence[str], signal: str, *, stop: bool = False
+    ) -> tuple[Tensors, dict[str, Tensors]]:
+        """The block's output, and `signal` ("input" or "output") of the modules at `paths`; stop: after the first."""
         after = self.keep(())
-        found = {(path, signal): self.keep(()) for path in paths for signal in signals}
+        found = {path: self.keep(()) for path in paths}
         for one, context in zip(hidden, self.contexts, strict=True):
             with capture(self.model, paths, stop=stop) as seen:
                 after.append(self.walker.run_block(layer, one, context))
-            for (path, signal), tensors in found.items():
+            for path, tensors in found.items():
                 tensors.append(getattr(seen[path], signal))
         return after, found
 
     def _fit_consumers(
-        self, layer: int, consumers: Sequence[_Consumer], dense_outputs: dict[tuple[str, str], Tensors], errors: Tensors
+        self, layer: int, consumers: Sequence[_Consumer], dense_outputs: dict[str, Tensors], errors: Tensors
     ) -> Tensors | None:
         """Fit one consumer after the other. Returns the block's new output where it follows without another run.
 
@@ -233,10 +238,9 @@ class _BlockByBlock:
         """
         for consumer in consumers:
             path, residual, last = consumer.path, consumer.residual, consumer is consumers[-1]
-            dense = dense_outputs.pop((path, "output"))
+            dense = dense_outputs.pop(path)
             if residual is None or not last:
-                seen = self._captured(layer, self.pruned, [path], "input", stop=True)[1]
-                inputs = seen.pop((path, "input"))
+                inputs = self._captured(layer, self.pruned, [path], "input", stop=True)[1].pop(path)
             else:
                 inputs, others = self._without_output(layer, path, residual)
             fresh = self._fit(consumer, inputs, dense, errors)

@@ -188,12 +188,12 @@ def _reconstructed(
     tokens = run.tokens.tensor("refit", run.device)
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(run.config.seed))
     tokens = tokens[order.to(tokens.device)]
-    fitted = len(tokens) - len(tokens) // 2 if len(tokens) >= LEAST_SEQUENCES else len(tokens)
+    fitted = len(tokens) - (len(tokens) // 2 if len(tokens) >= LEAST_SEQUENCES else 0)
+    tokens, others = tokens[:fitted], tokens[fitted:]
     with run.tokens.images(model):
-        done = reconstruct(_restoring(run, model, 0), plan, tokens[:fitted], settings, tokens[fitted:])
+        done = reconstruct(_restoring(run, model, 0), plan, tokens, settings, others)
     keep = {name: done.keep.get(name, kept) for name, kept in plan.keep.items()}
-    others = tokens[fitted:]
-    held = min(held_out_sequences(len(others)), EVALUATED_SEQUENCES) if len(others) else 0
+    held = min(held_out_sequences(len(others)), EVALUATED_SEQUENCES)
     text = DistillationText(
         tokens=others, teacher=done.dense, held_out=held, micro_batch=MICRO_BATCH,
         ignored=run.tokens.refit.ignored,
