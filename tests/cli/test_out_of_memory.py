@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from saap.cli import app
+from saap.core.errors import failure_of
 
 
 def _ends(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -42,3 +43,9 @@ def test_one_sentence_says_what_to_do(
 def test_other_failures_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         _ends(monkeypatch, RuntimeError("shapes do not fit"))
+
+
+def test_it_is_no_fault_of_the_model() -> None:
+    assert failure_of(ValueError("sizes differ\nmore")) == "ValueError: sizes differ"
+    with pytest.raises(torch.OutOfMemoryError):
+        failure_of(torch.OutOfMemoryError("CUDA out of memory."))

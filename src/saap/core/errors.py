@@ -38,6 +38,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def failure_of(error: Exception) -> str:
+    """Class and first line of an error that a model's own code raised.
+
+    Raises the error again if memory is exhausted: that is no fault of the model.
+    """
+    if out_of_memory(error):
+        raise error
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def listed(names: Sequence[str], most: int) -> str:
     """The first `most` names, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saap.core.errors import first_line
+from saap.core.errors import failure_of
 from saap.core.records import AxisSlice, ModelGraph, ModelRef, Role, SlicedArgument, UnitAttribute
 from saap.discovery.blocks import holder, with_blocks
 from saap.discovery.groups import TracedGroup, one_of_each_block, slices_of
@@ -81,7 +81,7 @@ def _smallest(
 
 
 def _ending(error: Exception) -> str:
-    return f"ends with {type(error).__name__}: {first_line(error)}"
+    return f"ends with {failure_of(error)}"
 
 
 class _SmallModel:

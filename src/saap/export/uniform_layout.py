@@ -19,7 +19,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from saap.core.errors import LayoutError, first_line
+from saap.core.errors import LayoutError, failure_of
 from saap.core.records import ModelGraph, Role, StructurePlan
 from saap.models.checkpoint.pruned_structure import EPSILON_NAMES, PrunedStructure, epsilon_name
 from saap.models.checkpoint.stock_config import ADAPTIVE_REMEDY, stock_model, uniform_config
@@ -119,8 +119,8 @@ def _difference(stock: Any, model: Any, changed: Weights) -> float:
     try:
         found = stock(ids, **without_cache(stock)).logits.float()
     except Exception as error:  # the class may raise anything for unexpected sizes
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise LayoutError(f"The stock class {type(stock).__name__} does not run ({reason})", ADAPTIVE_REMEDY) from error
+        problem = f"The stock class {type(stock).__name__} does not run ({failure_of(error)})"
+        raise LayoutError(problem, ADAPTIVE_REMEDY) from error
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saap.core.errors import UnsupportedModelError, first_line, out_of_memory
+from saap.core.errors import UnsupportedModelError, failure_of
 from saap.models.walk.walker import inference_only, without_cache
 
 FEW_TOKENS = 4
@@ -34,9 +34,7 @@ def failure(model: nn.Module, ids: Tensor) -> str | None:
         with inference_only(model):
             model(ids, **without_cache(model))
     except Exception as error:  # the model's own code may raise any error
-        if out_of_memory(error):
-            raise
-        return f"{type(error).__name__}: {first_line(error)}"
+        return failure_of(error)
     return None
 
 

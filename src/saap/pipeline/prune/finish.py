@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.core.errors import VerificationError, first_line, out_of_memory
+from saap.core.errors import VerificationError, failure_of
 from saap.core.manifest import Answers, KindChange, PerplexityChange, SpeedRecord
 from saap.core.records import ImportanceScores
 from saap.data.texts import UNKNOWN
@@ -150,11 +150,8 @@ def _check_written(run: Run, target: Target, model: nn.Module, expected: torch.T
     try:
         found = _few_logits(run, model)
     except Exception as error:  # the code of its class
-        if out_of_memory(error):
-            raise
-        reason = f"{type(error).__name__}: {first_line(error)}"
         remedy = f"Call saap.prune without `out` to keep it in memory, and {fault}"
-        raise VerificationError(f"{what} does not run ({reason})", remedy) from error
+        raise VerificationError(f"{what} does not run ({failure_of(error)})", remedy) from error
     if not bool(found.isfinite().all()):
         raise VerificationError(f"{what} gives logits that are not finite", "Use --dtype float32")
     if expected is not None and not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from saap.core.errors import LayoutError, SaapError, UnsupportedModelError, first_line, out_of_memory
+from saap.core.errors import LayoutError, SaapError, UnsupportedModelError, failure_of
 from saap.core.records import Layout, ModelGraph, Role
 from saap.evaluation.perplexity import model_logits
 from saap.models.checkpoint.stock_config import uniform_config
@@ -41,10 +41,9 @@ def check_walk(model: nn.Module, blocks: Sequence[str]) -> None:
     except SaapError:
         raise
     except Exception as error:  # the model's own code may raise anything
-        if out_of_memory(error):
-            raise
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UnsupportedModelError(f"The blocks of {name} do not run one by one ({reason})", remedy) from error
+        raise UnsupportedModelError(
+            f"The blocks of {name} do not run one by one ({failure_of(error)})", remedy
+        ) from error
     if expected.isfinite().all() and not difference <= WALK_TOLERANCE:  # rejects NaN too
         raise UnsupportedModelError(
             f"The logits of {name} differ between block by block and whole execution (by {difference:.1e})", remedy
