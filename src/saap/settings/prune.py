@@ -277,7 +277,7 @@ class PruneConfig(Settings):
         changed = [flag for flag, is_default in rules.items() if not is_default]
         ours = self.method is Method.SAAP
         taylor = [Importance(name) for name in Importance if name != Importance.TOKEN_FISHER]
-        readers: dict[str, list[Importance]] = {
+        used_by: dict[str, list[Importance]] = {
             "element_order": [Importance.FUSED], "fusion_scope": [Importance.FUSED], "aggregation": taylor,
         }  # fmt: skip
         faults = (
@@ -313,7 +313,7 @@ class PruneConfig(Settings):
                     f"--{name.replace('_', '-')} changes nothing of the importance {self.importance}",
                     f"Add --importance {' or '.join(scores)}, or leave it out",
                 )
-                for name, scores in readers.items()
+                for name, scores in used_by.items()
             ),
         )  # fmt: skip
         for holds, problem, remedy in faults:

@@ -49,11 +49,11 @@ class RowStore:
             WorkFolder(self.folder).open(digest_of([config, texts, graph.digest]))
         except (OutputError, StaleInputError) as error:
             raise type(error)(error.offender, REMEDY) from None
-        there, asking = self.dense(), _task_settings(evaluation)
-        asked = None if there is None else there.asked
-        if asked and evaluation.tasks and asked != asking:
+        there, requested = self.dense(), _task_settings(evaluation)
+        found = None if there is None else there.asked
+        if found and evaluation.tasks and found != requested:
             raise StaleInputError(
-                f"{self.folder} has results of other tasks ({_described(asked)}; this run has {_described(asking)})",
+                f"{self.folder} has results of other tasks ({_described(found)}; this run has {_described(requested)})",
                 REMEDY,
             )
 
@@ -114,10 +114,10 @@ def _task_settings(evaluation: EvalRequest) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _described(asked: Mapping[str, Any]) -> str:
-    of_each = f"the first {asked['limit']} questions" if asked["limit"] else "all questions"
-    rounded = ", rounded" if asked["rounded"] else ""
-    return f"{', '.join(asked['tasks'])} from {'files' if asked['local'] else 'the hub'}, {of_each}{rounded}"
+def _described(settings: Mapping[str, Any]) -> str:
+    of_each = f"the first {settings['limit']} questions" if settings["limit"] else "all questions"
+    rounded = ", rounded" if settings["rounded"] else ""
+    return f"{', '.join(settings['tasks'])} from {'files' if settings['local'] else 'the hub'}, {of_each}{rounded}"
 
 
 def file_name(label: str) -> str:

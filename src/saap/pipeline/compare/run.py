@@ -228,7 +228,7 @@ class _Bench:
             start = time.perf_counter()
             texts[name] = requested_perplexity(model, tokenizer, evaluation, ids)
             speed = speed or texts[name].tokens / (time.perf_counter() - start)
-        asked = evaluation.tasks and with_tasks
-        tasks = ask_tasks(model, tokenizer, evaluation, self.meter.reporter) if asked else {}
+        requested = evaluation.tasks and with_tasks
+        tasks = ask_tasks(model, tokenizer, evaluation, self.meter.reporter) if requested else {}
         parameters = sum(parameter.numel() for parameter in model.parameters())
         return {"parameters": parameters, "perplexity": texts, "tasks": tasks, "tokens_per_second": speed}

@@ -88,12 +88,12 @@ def structure_of(graph: ModelGraph, plan: StructurePlan) -> tuple[LayerStructure
         groups = graph.in_block(layer)
         if not groups or (layer < 0 and not any(group.name in plan.keep for group in groups)):
             continue
-        gone = layer in plan.dropped_blocks
+        dropped = layer in plan.dropped_blocks
         parts: list[tuple[str, int, int]] = []
         for role in Role:
             of_role = [group for group in groups if group.role is role]
             if of_role:
-                kept = 0 if gone else sum(len(plan.kept(group)) for group in of_role)
+                kept = 0 if dropped else sum(len(plan.kept(group)) for group in of_role)
                 parts.append((str(role), kept, sum(group.units for group in of_role)))
         rows.append(LayerStructure(name="all" if layer < 0 else str(layer), parts=tuple(parts)))
     return tuple(rows)

@@ -66,7 +66,7 @@ def run_prune(
     processes = Processes.found()
     run = _prepare(source, config, options, reporter, processes, calibration, tokenizer)
     work, meter = run.work, run.meter
-    processes.barrier()  # until nobody looks any more at what is there
+    processes.barrier()  # until all processes have checked the existing files
     if processes.broadcast_result(lambda: work.open(_settings_digest(run))):
         meter.reporter.note(f"resuming the finished stages in {work.path}")
     with work.alone(processes), quick_float32_products():

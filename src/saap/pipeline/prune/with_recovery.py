@@ -46,7 +46,7 @@ def prune_and_recover(
     targets = plan_targets(pruning, options)
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
     data = read_data(recovery, load_tokenizer(resolved))
-    processes.barrier()  # until nobody looks any more at what is there
+    processes.barrier()  # until all processes have checked the existing files
     work = WorkFolder(work_path(options))
     settings = [pruning.model_dump(mode="json"), recovery.model_dump(mode="json")]
     same = [settings, named_files(settings), data.digest, str(source), options.revision, options.dtype, __version__]
