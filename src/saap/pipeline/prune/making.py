@@ -60,6 +60,8 @@ LEAST_SEQUENCES = 4
 """Of so many the distillation gets half, as there is little left to learn from fitted ones. Fewer are all fitted."""
 EVALUATED_SEQUENCES = 8
 """That say whether the distillation was of use, at most."""
+ROUNDED_ROWS = 4096
+"""Rows of a weight that are rounded at a time."""
 
 
 @dataclass(slots=True)
@@ -234,7 +236,9 @@ def _round_weights(model: nn.Module, dtype: torch.dtype) -> None:
         away.round_to(dtype)
     for parameter in model.parameters() if away is None else away.always_onloaded(model):
         if parameter.dtype.is_floating_point and parameter.dtype != dtype:
-            parameter.copy_(parameter.to(dtype).to(parameter.dtype))
+            # Some rows at a time: copies of a whole embedding would set the run's peak of memory.
+            for rows in torch.split(parameter, ROUNDED_ROWS) if parameter.dim() else (parameter,):
+                rows.copy_(rows.to(dtype))
 
 
 def open_result(run: Run, folder: Path) -> nn.Module:
