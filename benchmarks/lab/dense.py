@@ -161,6 +161,13 @@ def wikitext2(dense: Dense, tokens: int) -> Ratios:
     return Ratios(dense, tokens, {"wikitext2": TEXTS["wikitext2"]})
 
 
+def source_of(request: Request, model: str) -> str:
+    """What `--model` names for smollm2, or the file of another of the real models."""
+    if model == "smollm2":
+        return request.model
+    return multilingual_model(request) if model == "gemma-3-270m" else coder_model(request, model)
+
+
 def multilingual_model(request: Request) -> str:
     """Gemma 3 270M, assembled from the parts in its Python packages."""
     file = request.work / "gemma-3-270m-q4_k_m.gguf"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from harness.experiment import Cells, Measured, Names, Request, Scaled, Values
-from lab.dense import Dense, Ratios, coder_model, multilingual_model, opened
+from lab.dense import Dense, Ratios, opened, source_of
 from lab.texts import TEXTS
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import nn
@@ -58,7 +58,7 @@ def measure(request: Request, wanted: Names) -> Measured:
     for model in chosen["models"]:
         if not any(cell.startswith(f"{model}/") for cell in wanted):
             continue
-        with opened(_source(request, model)) as dense:
+        with opened(source_of(request, model)) as dense:
             ratios = Ratios(dense, chosen["measured tokens"], {name: TEXTS[name] for name in MEASURED})
             prepared = Prepared(dense, chosen)
             for ratio in chosen["pruning ratios"]:
@@ -70,12 +70,6 @@ def measure(request: Request, wanted: Names) -> Measured:
                         seconds = time.process_time() - begun + prepared.shared_seconds(name)
                         masked, restored = ratios.masked(plan), ratios.of(prepared.restored(plan))
                         yield cell, {"masked": masked, "restored": restored, "seconds": round(seconds, 1)}
-
-
-def _source(request: Request, model: str) -> str:
-    if model == "smollm2":
-        return request.model
-    return multilingual_model(request) if model == "gemma-3-270m" else coder_model(request, model)
 
 
 @dataclass(frozen=True)

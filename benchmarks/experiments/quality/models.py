@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import peak_of, timed_saap
-from lab.dense import coder_model, multilingual_model
+from lab.dense import source_of
 from lab.texts import DATA, INSTRUCTIONS, perplexities, texts
 
 SMOLLM2, GEMMA, QWEN, LARGE = "smollm2", "gemma-3-270m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"
@@ -33,13 +33,6 @@ CODE = ("rich.layout", "jinja2.loaders", "networkx.algorithms.bipartite.matching
 OPTIONS = INSTRUCTIONS
 SETTINGS = {"pruning ratio": 0.2, "measured tokens": 4096}
 SMOKE = False
-
-
-def source_of(request: Request, model: str) -> str:
-    """What is pruned."""
-    if model == SMOLLM2:
-        return request.model
-    return multilingual_model(request) if model == GEMMA else coder_model(request, model)
 
 
 def code(folder: Path) -> Path:
