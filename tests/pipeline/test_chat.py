@@ -150,7 +150,9 @@ def test_the_page_in_a_browser() -> None:
             window.goto(address)
             for number, question in enumerate(("Once", "Twice"), 1):
                 window.get_by_label("Question").fill(question)
-                window.keyboard.press("Enter")
+                while window.get_by_label("Question").input_value():  # it stays while the models still answer
+                    window.keyboard.press("Enter")
+                    window.wait_for_timeout(500)
                 expect(window.locator(".bot.message")).to_have_count(2 * number, timeout=60_000)
                 expect(window.get_by_text("tokens/s")).to_have_count(2, timeout=60_000)
             *_, found = replies(speakers, asked({"dense": [], "pruned": []}, "Once"), SHORT)

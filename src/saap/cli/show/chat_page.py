@@ -29,15 +29,17 @@ def chat_page(speakers: tuple[Speaker, ...], settings: GenerationSettings) -> An
 
     def answer(question: str, turns: Turns) -> Iterator[list[Any]]:
         if not question.strip():
-            yield [question, turns, *columns(turns)]
             return
         now, found = asked(turns, question), {}
+        yield ["", turns, *columns(now)]  # from here on, the next question can be typed
         try:
             for found in replies(speakers, now, settings):
-                yield ["", turns, *columns(answered(now, found), found)]
+                yield [gr.skip(), turns, *columns(answered(now, found), found)]
         except SaapError as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        yield ["", answered(now, found), *columns(answered(now, found), found)]
+            gr.Warning(str(error))
+            yield [question, turns, *columns(turns)]
+            return
+        yield [gr.skip(), answered(now, found), *columns(answered(now, found), found)]
 
     with gr.Blocks(title="saap chat", analytics_enabled=False) as page:
         turns = gr.State(empty)
@@ -48,7 +50,8 @@ def chat_page(speakers: tuple[Speaker, ...], settings: GenerationSettings) -> An
         question = gr.Textbox(label="Question", placeholder="Enter sends it to every model", autofocus=True)
         reset = gr.Button("New conversation")
         question.submit(answer, [question, turns], [question, turns, *boxes], show_progress="hidden")
-        reset.click(lambda: ["", empty, *columns(empty)], None, [question, turns, *boxes], show_progress="hidden")
+        anew = [reset.click, *(box.clear for box in boxes)]  # the bin of one column clears all
+        gr.on(anew, lambda: ["", empty, *columns(empty)], None, [question, turns, *boxes], show_progress="hidden")
     return page
 
 
