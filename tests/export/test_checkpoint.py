@@ -228,22 +228,24 @@ def test_a_class_that_transformers_does_not_know_cannot_be_written(tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
-def test_the_card_tells_how_to_open_the_model_and_escapes_foreign_text() -> None:
+def test_the_card_tells_how_to_open_the_model_and_escapes_foreign_text(tmp_path: Path) -> None:
     text = "x | <script>alert(1)</script>\n# [a](b) `c`"
-    card = model_card(manifest(source="some/model", text=text), "llama")
+    card = model_card(manifest(source="some/model", text=text), "llama", tmp_path)
     front = yaml.safe_load(card.split("---")[1])
     assert (front["base_model"], front["license"], front["library_name"]) == (
         "some/model",
         "apache-2.0",
         "transformers",
     )
-    assert "trust_remote_code=True" in card
-    assert "trust_remote_code" not in model_card(manifest(Layout.UNIFORM), "llama")
+    assert 'AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)' in card
+    assert 'AutoTokenizer.from_pretrained("PATH", trust_remote_code=False)' in card
+    assert "trust_remote_code" not in model_card(manifest(Layout.UNIFORM), "llama", tmp_path)
     assert "<script>" not in card
     assert "\n# [a]" not in card
     assert re.search(r"\| 100 \| 80 \| 20\.0% \|", card)
-    assert "base_model" not in yaml.safe_load(model_card(manifest(source="/home/me/model"), "llama").split("---")[1])
-    assert "/home/me" not in model_card(manifest(source="/home/me/model"), "llama")
+    private = model_card(manifest(source="/home/me/model"), "llama", tmp_path)
+    assert "base_model" not in yaml.safe_load(private.split("---")[1])
+    assert "/home/me" not in private
 
 
 def test_escaped_text_is_one_plain_line() -> None:

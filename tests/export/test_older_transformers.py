@@ -14,6 +14,8 @@ import transformers
 from tests.conformance.cases import Case, plan_for, uniform_keep
 from tests.export.gguf_models import adaptive_folder, family_model
 from tests.export.test_checkpoint import manifest
+from tests.export.test_tokenizers import READER as TOKENIZER_READER
+from tests.export.test_tokenizers import TEXT, every_kind
 
 from saap.core.records import Layout, Role
 from saap.discovery import discover
@@ -83,3 +85,16 @@ def test_both_layouts_open_in_an_older_version(tmp_path: Path, older: dict[str, 
             here = load(folder, device="cpu")(torch.tensor(IDS), use_cache=False).logits
         apart[folder.parent.name] = float((torch.tensor(found[str(folder)]) - here).abs().max() / here.abs().max())
     assert max(apart.values()) < 1e-5, apart
+
+
+def test_each_kind_of_tokenizer_opens_in_an_older_version_without_a_question(
+    tmp_path: Path, older: dict[str, str]
+) -> None:
+    model_folder = adaptive_folder(tmp_path / "model", "llama", ffn={0: (1, 2)}, attention={})
+    folders = every_kind(model_folder, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", TOKENIZER_READER, TEXT, "{}", *map(str, folders)],
+        stdin=subprocess.DEVNULL, env=older, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == list(folders.values())

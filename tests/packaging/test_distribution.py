@@ -73,7 +73,7 @@ def test_the_metadata_names_version_licence_and_extras(wheel):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert metadata["License-Expression"] == "Apache-2.0"
     assert set(metadata.get_all("Provides-Extra")) == set(extras)
-    assert set(extras) == {"gguf", "eval", "images", "recover", "report", "all", "docs", "dev"}
+    assert set(extras) == {"gguf", "eval", "images", "recover", "report", "chat", "all", "docs", "dev"}
     assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
 
 

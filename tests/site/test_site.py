@@ -111,7 +111,19 @@ def test_the_reference_has_every_public_name_and_command(built, pages):
     names |= {f"saap.core.roles.{name}" for name in words}
     assert names - documented == set()
     commands = (built[0] / "reference" / "commands.html").read_text(encoding="utf-8")
-    for command in ("prune", "recover", "eval", "compare", "export", "report", "run", "inspect", "generate", "demo"):
+    for command in (
+        "prune",
+        "recover",
+        "eval",
+        "compare",
+        "export",
+        "report",
+        "run",
+        "inspect",
+        "generate",
+        "chat",
+        "demo",
+    ):
         assert f"<code>saap {command}</code>" in commands
     assert "--pruning-ratio" in commands
     settings = (built[0] / "reference" / "settings.html").read_text(encoding="utf-8")

@@ -20,6 +20,7 @@ COMMANDS = {
     "compare": ("compare", "Compare pruning methods: same calibration, same number of parameters, one table."),
     "export": ("export", "Write a model for llama.cpp, Ollama or vLLM, or upload it."),
     "generate": ("generate", "Answer a prompt with a pruned model and its dense model."),
+    "chat": ("chat", "Chat with a pruned model and its dense model, in the terminal or a web page."),
     "inspect": ("inspect", "Show the coupled structures of a model."),
     "report": ("report", "Write one self-contained HTML page about a pruned model or a comparison."),
     "run": ("run", "Run a recipe: prune, recover, eval, export and report in one file."),

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from saap.cli.flags import Model
 from saap.core.errors import ConfigurationError
 from saap.settings.prune import Preset, PruneConfig
-from saap.settings.registry import Method
+from saap.settings.registry import Consumer, Method
 from saap.settings.run import Display, RunOptions, output_flag
-from saap.settings.setting import Flag, Positive, Settings, Texts
+from saap.settings.setting import Commas, Different, Flag, Positive, Settings, Texts
+
+if TYPE_CHECKING:
+    from saap.pipeline.prune.result import PruneReport
+    from saap.pipeline.recover.result import RecoverReport
+    from saap.pipeline.shared.progress import Reporter
 
 recovery_flag = partial(Flag, panel="Recovery")
 INSTRUCTIONS = ("conversations",)
@@ -28,6 +35,15 @@ class Stages(Settings):
         ),
     ] = ()
     recover_minutes: Annotated[Positive | None, recovery_flag("Minutes of tuning.", default="20")] = None
+    check: Annotated[
+        tuple[Consumer, ...],
+        Commas,
+        Different,
+        output_flag(
+            "Then open the result in these programs, and say so in its model card.",
+            metavar="NAME[,NAME...]",
+        ),
+    ] = ()
     dry_run: Annotated[bool, output_flag("Stop before the estimation; print what would be done.")] = False
 
 
@@ -43,6 +59,8 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
     data = stages.recover or (INSTRUCTIONS if papers else ())
     if stages.recover_minutes is not None and not data:
         raise ConfigurationError("--recover-minutes tunes nothing", "Specify the data with --recover NAME|FILE")
+    for consumer in stages.check:
+        consumer.check()
     from saap.cli.show import output as out
 
     with out.make_reporter(display) as reporter:
@@ -56,14 +74,33 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
             from saap.pipeline.prune.run import run_prune
 
             reports = [result.report for result in run_prune(model, config, options, reporter)]
-            return out.show(display, _alone([one.as_dict() for one in reports]), lambda: out.print_results(reports))
+            opened = _opened(reports, stages, reporter)
+            shown = [one.as_dict() | found for one, found in zip(reports, opened, strict=True)]
+            return out.show(display, _alone(shown), lambda: out.print_results(reports, opened))
         from saap.pipeline.prune.with_recovery import prune_and_recover
         from saap.settings.recover import RecoverConfig
 
         tuning = RecoverConfig(data=data, max_minutes=stages.recover_minutes, bos=config.bos)
         pairs = prune_and_recover(model, config, tuning, options, reporter)
-        shown = [{"pruned": pruned.as_dict(), "recovered": tuned.as_dict()} for pruned, tuned in pairs]
-        return out.show(display, _alone(shown), lambda: out.print_all_stages(pairs))
+        opened = _opened([tuned for _, tuned in pairs], stages, reporter)
+        shown = [
+            {"pruned": pruned.as_dict(), "recovered": tuned.as_dict()} | found
+            for (pruned, tuned), found in zip(pairs, opened, strict=True)
+        ]
+        return out.show(display, _alone(shown), lambda: out.print_all_stages(pairs, opened))
+
+
+def _opened(reports: Sequence[PruneReport | RecoverReport], stages: Stages, reporter: Reporter) -> list[dict[str, Any]]:
+    """What each result did in the programs of `--check`, under `opened`; nothing without them."""
+    from saap.models.walk.processes import Processes
+    from saap.pipeline.export.check import check_in_consumers
+
+    if not stages.check or not Processes.found().first:
+        return [{} for _ in reports]
+    return [
+        {"opened": [one.model_dump() for one in check_in_consumers(Path(str(report.path)), stages.check, reporter)]}
+        for report in reports
+    ]
 
 
 def _alone(reports: list[dict[str, Any]]) -> dict[str, Any]:

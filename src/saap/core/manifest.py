@@ -139,13 +139,28 @@ class RecoveryRecord(Strict):
     perplexity: dict[str, Perplexity]
 
 
+class Opening(Strict):
+    """The result opened in another program after it was written.
+
+    version: of the program's package. code: what ran, with PATH for the folder; a command if it begins with `saap`.
+    written: the continuation of a prompt, or a comparison. error: why it failed, None if it did not.
+    """
+
+    consumer: str
+    version: str
+    code: str
+    written: str = ""
+    error: str | None = None
+
+
 class RunManifest(Strict):
     """Everything needed to understand and reproduce a pruned model.
 
     command: the arguments as typed. settings: all settings with their defaults. versions: of the packages and Python.
     digests: of graph, calibration, scores and plan, and, in adaptive folders, of the code that opens them. bytes: of
     the weights in `dtype`, dense and pruned alike. answers: greedy answers to a short prompt. speed: if a speed-up was
-    requested. kinds: perplexity on each kind of text. recovery: if the model was tuned afterwards.
+    requested. kinds: perplexity on each kind of text. recovery: if the model was tuned afterwards. opened: in other
+    programs, if that was requested.
     """
 
     format_version: Literal[1] = 1
@@ -167,6 +182,7 @@ class RunManifest(Strict):
     answers: Answers | None = None
     speed: SpeedRecord | None = None
     recovery: RecoveryRecord | None = None
+    opened: tuple[Opening, ...] = ()
 
 
 def read_manifest(folder: Path) -> RunManifest | None:

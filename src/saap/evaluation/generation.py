@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -71,11 +71,19 @@ def _prompt(place: str, row: dict[str, Any]) -> Prompt:
 
 def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = True) -> list[int]:
     """Token ids of a prompt; with `chat` and a chat template, as the user's turn."""
+    return message_ids(tokenizer, [{"role": "user", "content": prompt}], chat=chat)
+
+
+def message_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, chat: bool = True) -> list[int]:
+    """Token ids of a conversation that the model continues.
+
+    messages: with `role` and `content`, the user's turn last. Without `chat` or a template, the lines of all turns.
+    """
     if chat and getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}]
-        made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        return [int(token) for token in made["input_ids"]]
-    return [int(token) for token in tokenizer(prompt)["input_ids"]]
+        made = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    else:
+        made = tokenizer("\n".join(message["content"] for message in messages))
+    return [int(token) for token in made["input_ids"]]
 
 
 def check_prompts(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], tokens: int) -> None:

@@ -72,7 +72,7 @@ def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite:
         fields |= {"model_type": made.model_type, "architectures": ["DeciLMForCausalLM"], "block_configs": blocks}
         write_json(part / "config.json", fields | {"auto_map": {"AutoConfig": f"{_CODE.stem}.{made.__name__}"}})
         if source.manifest is not None:
-            card = model_card(source.manifest, source.model_type, loading=_LOADING)
+            card = model_card(source.manifest, source.model_type, part, loading=_LOADING)
             (part / "README.md").write_text(card, encoding="utf-8")
     return Exported(path=out, notes=(f"vllm serve {out} --trust-remote-code   # not tested",))
 

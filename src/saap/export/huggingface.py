@@ -33,6 +33,8 @@ SHARD_SIZE = "2GB"
 # Image processor files of multimodal models.
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
                 "chat_template.json")  # fmt: skip
+# Fields of tokenizer_config.json about this machine.
+_LOCAL_FIELDS = ("vocab_file", "is_local", "local_files_only")
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 KEPT_RECORDS = ("plan.json", "scores.safetensors")
 """Files of the source's folder `saap` that are still valid for a tuned model."""
@@ -121,7 +123,7 @@ def _model_folder(
 def write_records(folder: Path, manifest: RunManifest, base_model_type: str) -> None:
     """Write manifest and model card into a checkpoint folder."""
     write_whole(folder / "saap" / "manifest.json", (manifest.model_dump_json(indent=2) + "\n").encode())
-    write_whole(folder / "README.md", model_card(manifest, base_model_type).encode())
+    write_whole(folder / "README.md", model_card(manifest, base_model_type, folder).encode())
 
 
 def stored_entries(
@@ -225,11 +227,25 @@ def write_companions(model: nn.Module, parts: FolderParts, folder: Path) -> None
     if generation is not None:
         generation.to_json_file(folder / "generation_config.json")
     if parts.tokenizer is not None:
-        parts.tokenizer.save_pretrained(folder)
-        file = folder / "tokenizer_config.json"
-        fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if fields.get("tokenizer_class") == "TokenizersBackend":  # all of it is in tokenizer.json
-            fields["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that all versions of transformers support
-            file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_tokenizer(parts.tokenizer, folder)
     if parts.source_folder is not None:
         copy_matching(parts.source_folder, folder, (*LEGAL_FILES, *_IMAGE_FILES))
+
+
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer so that every supported version of transformers opens it.
+
+    `tokenizer_class` is always a class of transformers, unless the tokenizer needs code of its own.
+    """
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    if fields.get("tokenizer_class") == "TokenizersBackend":  # all of it is in tokenizer.json
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that all versions of transformers support
+    if isinstance(fields.get("extra_special_tokens"), list):  # version 4 only accepts a mapping under this name
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    for name in _LOCAL_FIELDS:
+        fields.pop(name, None)
+    file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

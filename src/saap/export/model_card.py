@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib import resources
 from pathlib import Path
@@ -32,8 +33,8 @@ def licence_of(folder: Path) -> str | None:
     return licence if isinstance(licence, str) and re.fullmatch(r"[\w.+-]{1,60}", licence) else None
 
 
-def model_card(manifest: RunManifest, base_model_type: str, *, loading: str | None = None) -> str:
-    """Model card as Markdown with YAML front matter. loading: how to open the model, if not as usual."""
+def model_card(manifest: RunManifest, base_model_type: str, folder: Path, *, loading: str | None = None) -> str:
+    """Model card of `folder` as Markdown with YAML front matter. loading: how to open the model, if not as usual."""
     base, opener = manifest.base, auto_class(base_model_type).__name__
     is_pruned = manifest.parameters.after < manifest.parameters.before or manifest.recovery is None
     # show a whole hub id, but only the last part of a path, which is private
@@ -52,17 +53,32 @@ def model_card(manifest: RunManifest, base_model_type: str, *, loading: str | No
     return environment.from_string(template).render(
         manifest=manifest, front_matter=data.to_yaml(), name=name, full_name=base.source if named_by_id else name,
         base_model_type=base_model_type, auto_class=opener, loading=loading, pruned=is_pruned,
+        tokenizer_option=tokenizer_option(folder, str(manifest.layout)),
         data=", ".join(Path(text).name for text in manifest.recovery.data) if manifest.recovery else "",
     )  # fmt: skip
 
 
-def load_lines(path: Path, layout: str, auto_class: str = "AutoModelForCausalLM") -> tuple[str, ...]:
-    """The exact lines that open the result. auto_class: of transformers."""
+def tokenizer_option(folder: Path, layout: str) -> str:
+    """How the tokenizer of `folder` is opened: with code only if it is a class of the source's own repository.
+
+    Without the option, transformers 5 asks whether to run the folder's code, since it reads the model's configuration
+    first; with False, it asks nothing and runs nothing.
+    """
+    file = folder / "tokenizer_config.json"
+    if file.is_file() and "auto_map" in json.loads(file.read_text(encoding="utf-8")):
+        return ", trust_remote_code=True"
+    return "" if layout == "uniform" else ", trust_remote_code=False"
+
+
+def load_lines(
+    path: Path, layout: str, auto_class: str = "AutoModelForCausalLM", *, folder: Path | None = None
+) -> tuple[str, ...]:
+    """The exact lines that open the result. auto_class: of transformers. folder: of its files, if not `path` yet."""
     option = "" if layout == "uniform" else ", trust_remote_code=True"
     stock = (
         f"from transformers import {auto_class}, AutoTokenizer",
         f'model = {auto_class}.from_pretrained("{path}"{option})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{path}"{option})',
+        f'tokenizer = AutoTokenizer.from_pretrained("{path}"{tokenizer_option(folder or path, layout)})',
     )
     if layout == "uniform":
         return stock

@@ -1,4 +1,4 @@
-"""Settings of `saap eval`, `saap generate` and speed measurements."""
+"""Settings of `saap eval`, `saap generate`, `saap chat` and speed measurements."""
 
 from functools import partial
 from pathlib import Path
@@ -118,3 +118,23 @@ class GenerationSettings(Settings):
     temperature: Annotated[float, Field(ge=0), writing_flag("0: greedy; above: sampled.")] = 0.0
     seed: Annotated[Seed, writing_flag("Seed of the sampling.")] = 0
     chat: Annotated[bool, writing_flag("Use the chat template, or continue the text itself.")] = True
+
+
+class DenseSettings(Settings):
+    """The dense model whose answers are shown together with MODEL's."""
+
+    dense: Annotated[
+        Source | None,
+        dense_flag(
+            "The dense model to compare with.", metavar="MODEL", old=("against",), default="what MODEL was pruned from"
+        ),
+    ] = None
+    no_dense: Annotated[bool, dense_flag("Show MODEL alone.")] = False
+    dense_revision: Annotated[str | None, dense_flag(DENSE_REVISION, default="as MODEL's manifest says")] = None
+    dense_trust_remote_code: Annotated[bool, dense_flag(DENSE_CODE)] = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.no_dense and self.dense is not None:
+            raise ValueError("--no-dense and --dense were given together", "Give one of the two")
+        return self

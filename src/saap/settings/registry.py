@@ -16,28 +16,37 @@ from saap.core.errors import ConfigurationError
 class Registered(StrEnum):
     """A name, the path of its code ("package.module.attribute"), a summary, and its requirements.
 
-    needs: packages of the extra `saap[gguf]`, by their names on PyPI. suffix: of the written file, '' for a folder.
+    needs: packages by their names on PyPI. suffix: of the written file, '' for a folder. extra: of saap with the
+    packages, '' if there is none.
     """
 
     code: str
     summary: str
     needs: tuple[str, ...]
     suffix: str
+    extra: str
 
     def __new__(
-        cls, name: str, code: str = "", summary: str = "", needs: tuple[str, ...] = (), suffix: str = ""
+        cls,
+        name: str,
+        code: str = "",
+        summary: str = "",
+        needs: tuple[str, ...] = (),
+        suffix: str = "",
+        extra: str = "gguf",
     ) -> Self:
         """Create a member whose value is its name."""
         member = str.__new__(cls, name)
         member._value_ = name
-        member.code, member.summary, member.needs, member.suffix = code, summary, needs, suffix
+        member.code, member.summary, member.needs, member.suffix, member.extra = code, summary, needs, suffix, extra
         return member
 
     def check(self) -> None:
         """Raise ConfigurationError if a required package is not installed; nothing is imported."""
         for package in self.needs:
             if importlib.util.find_spec(package.replace("-", "_")) is None:
-                raise ConfigurationError(f"{self} needs the package {package}", "Run pip install 'saap[gguf]'")
+                install = f"'saap[{self.extra}]'" if self.extra else package
+                raise ConfigurationError(f"{self} needs the package {package}", f"Run pip install {install}")
 
     def load(self) -> Any:
         """The code behind the name, imported. Raises ConfigurationError as `check` does."""
@@ -119,3 +128,17 @@ class RuntimeName(Registered):
         "with weights of a GGUF type",
         ("gguf", "llama-cpp-py-sync"),
     )
+
+
+class Consumer(Registered):
+    """A program that a result is opened in. code: a function like `saap.export.consumers.transformers_code`."""
+
+    TRANSFORMERS = "transformers", "saap.export.consumers.transformers_code", "as where saap is not installed"
+    LLAMA_CPP = (
+        "llama.cpp",
+        "saap.export.consumers.llama_cpp_code",
+        "exported as GGUF and compared",
+        ("gguf", "llama-cpp-py-sync"),
+    )
+    VLLM = "vllm", "saap.export.consumers.vllm_code", "with its Transformers backend", ("vllm",), "", ""
+    MLX = "mlx", "saap.export.consumers.mlx_code", "mlx-lm", ("mlx-lm",), "", ""

@@ -176,10 +176,10 @@ def print_preview(shown: Mapping[str, Any]) -> None:
     console.print("nothing was written.")
 
 
-def print_results(reports: Sequence[PruneReport]) -> None:
-    """Draw the summary of each result."""
+def print_results(reports: Sequence[PruneReport], opened: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Draw the summary of each result. opened: what each did in other programs, under `opened`."""
     console = console_for_tables()
-    for report in reports:
+    for report, found in zip(reports, opened or [{}] * len(reports), strict=True):
         console.print(f"\n[bold]{escape(report.path or 'pruned model')}[/bold]")
         table = Table("", "dense", "pruned", "ratio")
         for label, dense, pruned in (
@@ -212,6 +212,16 @@ def print_results(reports: Sequence[PruneReport]) -> None:
         for finding in report.findings:
             console.print(f"[yellow]look here:[/yellow] {escape(finding)}")
         _print_end(console, report)
+        _print_opened(console, found)
+
+
+def _print_opened(console: Console, found: Mapping[str, Any]) -> None:
+    """Draw the programs that opened the result, and those that could not."""
+    for one in found.get("opened", ()):
+        if one["error"] is None:
+            console.print(f"opened in {one['consumer']} {one['version']}: {one_line(one['written'])}")
+        else:
+            console.print(f"[yellow]look here:[/yellow] {one['consumer']} did not open it ({one_line(one['error'])})")
 
 
 def _print_answers(console: Console, prompt: str, answers: Mapping[str, str | None]) -> None:
@@ -244,11 +254,14 @@ def one_line(text: str) -> str:
     return escape(" ".join(printable(text).split()))
 
 
-def print_all_stages(results: Sequence[tuple[PruneReport, RecoverReport]]) -> None:
-    """Draw the summary of each result that was pruned and then tuned."""
-    for pruned, tuned in results:
+def print_all_stages(
+    results: Sequence[tuple[PruneReport, RecoverReport]], opened: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Draw the summary of each result that was pruned and then tuned. opened: as in `print_results`."""
+    for (pruned, tuned), found in zip(results, opened or [{}] * len(results), strict=True):
         print_results([pruned.model_copy(update={"path": None, "load_lines": ()})])
         print_recovery(tuned)
+        _print_opened(console_for_tables(), found)
 
 
 def print_recovery(report: RecoverReport) -> None:

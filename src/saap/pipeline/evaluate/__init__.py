@@ -1,1 +1,1 @@
-"""`saap eval` and `saap generate`."""
+"""`saap eval`, `saap generate` and `saap chat`."""

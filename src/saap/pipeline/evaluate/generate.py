@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -27,12 +27,19 @@ class Speaker:
     model: Any
     tokenizer: Any
 
+    @property
+    def weights(self) -> int:
+        """Bytes of the weights in memory."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
 
-def open_speakers(source: str, choice: DenseChoice | None, options: RunOptions) -> tuple[Speaker, ...]:
+
+def open_speakers(
+    source: str, choice: DenseChoice | None, options: RunOptions, without: Callable[[ModelError], None] | None = None
+) -> tuple[Speaker, ...]:
     """Load the models: first the dense one (that of the manifest, or the specified one), then `source`.
 
-    choice: None for `source` only; a model that was never pruned also has no dense model unless specified. Raises
-    ModelError if the dense model is not on this machine.
+    choice: None for `source` only; a model that was never pruned also has no dense model unless specified. without:
+    receives the error if the dense model of the manifest is not on this machine; None raises it. Raises ModelError.
     """
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
     try:
@@ -40,7 +47,11 @@ def open_speakers(source: str, choice: DenseChoice | None, options: RunOptions) 
         others = () if found is None else (_speaker("dense", found, options),)
     except ModelError as error:
         remedy = error.remedy if "--dense" in error.remedy else "Use --dense MODEL or --no-dense"
-        raise ModelError(f"The dense model: {error.offender}", remedy) from None
+        told = ModelError(f"The dense model: {error.offender}", remedy)
+        if without is None or choice is None or choice.source is not None:
+            raise told from None
+        without(told)
+        others = ()
     return (*others, _speaker("pruned" if others else "answer", resolved, options))
 
 
@@ -60,15 +71,23 @@ def answers(speakers: tuple[Speaker, ...], prompt: str, settings: GenerationSett
         yield dict(texts)
 
 
-@torch.no_grad()
 def stream(speaker: Speaker, prompt: str, settings: GenerationSettings) -> Iterator[str]:
     """The answer of one model so far, after each token, until it ends or has `max_tokens`."""
+    ids = prompt_ids(speaker.tokenizer, prompt, chat=settings.chat)
+    if not ids:
+        raise ConfigurationError("--prompt has no tokens", "Give a text that the model can continue")
+    return continued(speaker, ids, settings)
+
+
+@torch.no_grad()
+def continued(speaker: Speaker, ids: list[int], settings: GenerationSettings) -> Iterator[str]:
+    """The continuation of tokens by one model so far, after each token, until it ends or has `max_tokens`.
+
+    Raises UnsupportedModelError if the model cannot process so many.
+    """
     model, tokenizer = speaker.model, speaker.tokenizer
     generator = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same random numbers for every device
     ends = _end_tokens(model, tokenizer)
-    ids = prompt_ids(tokenizer, prompt, chat=settings.chat)
-    if not ids:
-        raise ConfigurationError("--prompt has no tokens", "Give a text that the model can continue")
     check_reads(model, len(ids) + settings.max_tokens - 1, "Use fewer --max-new-tokens or a shorter prompt")
     cached = CachedModel(model)
     written: list[int] = []

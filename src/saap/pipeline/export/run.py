@@ -116,4 +116,4 @@ def opening_lines(folder: str | Path, repository: str) -> tuple[str, ...]:
     config = read_config(Path(folder))
     pruned = config["model_type"] == MODEL_TYPE
     name = auto_class(config["base_model_type"] if pruned else config["model_type"]).__name__
-    return load_lines(Path(repository), "adaptive" if pruned else "uniform", name)
+    return load_lines(Path(repository), "adaptive" if pruned else "uniform", name, folder=Path(folder))

@@ -99,7 +99,9 @@ def place_result(
         findings=tuple(findings), stages=manifest.stages,
         load_lines=()
         if path is None
-        else load_lines(path, str(plan.layout), auto_class(made.base_model_type).__name__),
+        else load_lines(
+            path, str(plan.layout), auto_class(made.base_model_type).__name__, folder=made_folder(run, target)
+        ),
     )  # fmt: skip
     if path is not None:
         folder = made_folder(run, target)

@@ -131,7 +131,7 @@ def recovery_report(
         gap_closed=gap_closed, **training.model_dump(include=SUMMARY), steps=training.step,
         prompt=measured["before"].prompt, answer_dense=measured["dense"].answer if "dense" in measured else None,
         answer_before=measured["before"].answer, answer=measured["recovered"].answer, stages=tuple(run.meter.stages),
-        load_lines=() if out is None else load_lines(out, str(layout)),
+        load_lines=() if out is None else load_lines(out, str(layout), folder=run.resolved.folder),
     )  # fmt: skip
 
 

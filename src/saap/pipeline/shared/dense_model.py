@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from saap.core.errors import ModelError
 from saap.core.manifest import RunManifest, read_manifest
 from saap.models.loading.references import ResolvedModel, resolve_model
-from saap.settings.evaluate import EvalRequest
+from saap.settings.evaluate import DenseSettings, EvalRequest
 from saap.settings.recover import RecoverConfig
 
 
@@ -24,7 +24,7 @@ class DenseChoice:
     trust_remote_code: bool = False
 
     @classmethod
-    def of(cls, settings: EvalRequest | RecoverConfig, source: str | None) -> DenseChoice:
+    def of(cls, settings: EvalRequest | RecoverConfig | DenseSettings, source: str | None) -> DenseChoice:
         """The choice in the settings of a step; `source` is the field with the dense model."""
         return cls(source=source, revision=settings.dense_revision, trust_remote_code=settings.dense_trust_remote_code)
 

@@ -1,0 +1,114 @@
+"""What opens a result in other programs: short code for each of them, run in a process of its own.
+
+A model card shows the code that ran, with PATH for the folder.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from saap.core.manifest import Opening
+from saap.settings.registry import Consumer
+
+PATH = "PATH"
+PROMPT = "The capital of France is"
+NEW_TOKENS = 8
+LONGEST_SECONDS = 3600
+_COMMAND = "saap "
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """How transformers loads a result. lines: which make `model` and `tokenizer`. needs_code: of the folder."""
+
+    lines: tuple[str, ...]
+    needs_code: bool
+
+
+def transformers_code(loading: Loading) -> str:
+    """The usual lines, and a greedy continuation."""
+    inputs = f'inputs = tokenizer("{PROMPT}", return_tensors="pt", return_token_type_ids=False)'
+    written = f"model.generate(**inputs, max_new_tokens={NEW_TOKENS}, do_sample=False)"
+    return "\n".join([*loading.lines, inputs, f"print(tokenizer.decode({written}[0], skip_special_tokens=True))"])
+
+
+def llama_cpp_code(loading: Loading) -> str:
+    """An export, which compares the file in llama.cpp with transformers."""
+    return f"{_COMMAND}export {PATH} --format gguf -o model.gguf"
+
+
+def vllm_code(loading: Loading) -> str:
+    """VLLM's Transformers backend, which takes each layer's own sizes."""
+    option = ', model_impl="transformers", trust_remote_code=True' if loading.needs_code else ""
+    return "\n".join(
+        [
+            "from vllm import LLM, SamplingParams",
+            'if __name__ == "__main__":',
+            f'    llm = LLM("{PATH}"{option}, enforce_eager=True)',
+            f"    greedy = SamplingParams(temperature=0, max_tokens={NEW_TOKENS})",
+            f'    print(llm.generate("{PROMPT}", greedy)[0].outputs[0].text)',
+        ]
+    )
+
+
+def mlx_code(loading: Loading) -> str:
+    """MLX's loader and generator."""
+    return "\n".join(
+        [
+            "from mlx_lm import generate, load",
+            f'model, tokenizer = load("{PATH}")',
+            f'print(generate(model, tokenizer, "{PROMPT}", max_tokens={NEW_TOKENS}))',
+        ]
+    )
+
+
+def open_in(consumer: Consumer, folder: Path, loading: Loading) -> Opening:
+    """Open a checkpoint folder in a program; a failure is part of the result.
+
+    Raises ConfigurationError if the program is not installed.
+    """
+    write: Callable[[Loading], str] = consumer.load()
+    code, place = write(loading), str(folder.absolute())
+    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.check-") as at:
+        if code.startswith(_COMMAND):
+            arguments = ["-m", *(place if word == PATH else word for word in shlex.split(code))]
+        else:
+            script = Path(at) / "open_model.py"
+            script.write_text(code.replace(f'"{PATH}"', repr(place)), encoding="utf-8")
+            arguments = [str(script)]
+        try:
+            done = subprocess.run(
+                [sys.executable, *arguments], cwd=at, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                check=False, timeout=LONGEST_SECONDS,
+            )  # fmt: skip
+            error = None if done.returncode == 0 else _last_line(done.stderr) or f"exit code {done.returncode}"
+            written = _written(done.stdout)
+        except subprocess.TimeoutExpired:
+            error, written = f"no answer within {LONGEST_SECONDS} s", ""
+    return Opening(
+        consumer=str(consumer), version=_version(consumer), code=code,
+        written=written.replace(place, PATH), error=None if error is None else error.replace(place, PATH),
+    )  # fmt: skip
+
+
+def _written(text: str) -> str:
+    """What a program wrote: the line of a comparison, or the last one."""
+    return next((line for line in text.splitlines() if line.startswith("checked in ")), _last_line(text))
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1]
+
+
+def _version(consumer: Consumer) -> str:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version([str(consumer), *consumer.needs][-1])
+    return ""
