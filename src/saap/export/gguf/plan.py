@@ -22,6 +22,7 @@ from saap.export.gguf.architectures import (
 from saap.export.source import LayerSizes, head_size, layer_sizes
 from saap.models.checkpoint.pruned_structure import EPSILON_NAMES
 from saap.models.checkpoint.safetensor_files import Shape
+from saap.settings.prune import GgufType
 
 Kind = gguf.GGMLQuantizationType
 _Q, _K, _V, _O = (f"self_attn.{name}_proj" for name in "qkvo")
@@ -40,12 +41,13 @@ LEAST_OF_PACKED = 0.8
 class PlannedTensor:
     """One tensor of the file.
 
-    source: its name in transformers; None: zeros, or `values`. kind: its type in the file. head_rows: rows per head to
-    interleave, 0: none. offset: added to the values. packed: its quantised blocks exist and are copied.
+    sources: the tensors of transformers that it holds, one after the other; none: zeros, or `values`. kind: its type in
+    the file. head_rows: rows per head to interleave, 0: none. offset: added to the values. packed: its quantised blocks
+    exist and are copied.
     """
 
     name: str
-    source: str | None
+    sources: tuple[str, ...]
     shape: Shape
     kind: Any
     head_rows: int = 0
@@ -59,6 +61,11 @@ class PlannedTensor:
         block, size = gguf.GGML_QUANT_SIZES[self.kind]
         return prod(self.shape) // int(block) * int(size)
 
+    @property
+    def title(self) -> str:
+        """Its name in messages."""
+        return ", ".join(self.sources) or self.name
+
 
 class GgufPlan:
     """GGUF layout of a model: its own architecture if all layers are alike, else `deci`; without the tokenizer.
@@ -67,14 +74,14 @@ class GgufPlan:
     """
 
     def __init__(
-        self, config: Any, shapes: Mapping[str, Shape], quantization: str, packed: Collection[str] = frozenset()
+        self, config: Any, shapes: Mapping[str, Shape], quantization: GgufType, packed: Collection[str] = frozenset()
     ) -> None:
         """Plan every field and tensor.
 
         config: of transformers, also of an adaptive checkpoint. shapes: of the stored tensors. quantization: of the
-        matrices; vectors are f32. packed: weights that exist as blocks of that quantisation; the embedding of such a
-        model keeps its 16 bits, as when it was tuned. Raises ExportError with all unsupported layers if llama.cpp
-        cannot compute the same.
+        matrices, f16 for a type that llama.cpp's own quantiser makes; vectors are f32. packed: weights that exist as
+        blocks of that quantisation; the embedding of such a model keeps its 16 bits, as when it was tuned. Raises
+        ExportError with all unsupported layers if llama.cpp cannot compute the same.
         """
         model_type = getattr(config, "base_model_type", None) or config.model_type
         if model_type not in ARCHITECTURES:
@@ -87,6 +94,8 @@ class GgufPlan:
             problem = f"llama.cpp has no {model_type} with {'; '.join(found)}"
             raise ExportError(problem, "Use the folder with transformers")
         self._config, self._shapes, self._family, self._packed = config, shapes, family, packed
+        if quantization.made_by_llama_cpp:
+            quantization = GgufType.F16
         self._matrices = Kind[quantization.upper()]
         # A four-bit embedding costs more quality than it saves memory; llama.cpp's own tool skips it too.
         embedding = Kind.Q8_0 if quantization.startswith("q4") else self._matrices
@@ -115,13 +124,6 @@ class GgufPlan:
     def weight_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes read per token: all tensors except an embedding that is not tied to the output."""
-        names = {tensor.name for tensor in self.tensors}
-        looked_up = "token_embd.weight" if "output.weight" in names else ""
-        return sum(tensor.nbytes for tensor in self.tensors if tensor.name != looked_up)
 
     def _with_stand_ins(self, layer: int, sizes: LayerSizes) -> LayerSizes:
         """The layer sizes to write.
@@ -209,8 +211,8 @@ class GgufPlan:
         found = []
         if factors is not None:
             shape: Shape = (len(factors),)
-            found = [PlannedTensor(name="rope_freqs.weight", source=None, shape=shape, kind=Kind.F32, values=factors)]
-        found += [self._tensor(names.get_name(name, _SUFFIXES), name, shape) for name, shape in sources.items()]
+            found = [PlannedTensor(name="rope_freqs.weight", sources=(), shape=shape, kind=Kind.F32, values=factors)]
+        found += [self._tensor(names.get_name(name, _SUFFIXES), (name,), shape) for name, shape in sources.items()]
         hidden = self._shapes["model.embed_tokens.weight"][1]
         for layer, sizes in enumerate(self._blocks):
             queries, keys = sizes.heads * self._head_size, sizes.kv_heads * self._head_size
@@ -221,25 +223,25 @@ class GgufPlan:
                 source = f"{_BLOCK.format(layer)}{module}.weight"
                 if source not in self._shapes:
                     width = {_DOWN: sizes.ffn, _O: queries}.get(module, hidden)
-                    found.append(self._tensor(names.get_name(source, _SUFFIXES), None, (count, width)))
+                    found.append(self._tensor(names.get_name(source, _SUFFIXES), (), (count, width)))
         return found
 
-    def _tensor(self, name: str, source: str | None, shape: Shape) -> PlannedTensor:
+    def _tensor(self, name: str, sources: tuple[str, ...], shape: Shape) -> PlannedTensor:
         vocabulary = name in ("token_embd.weight", "output.weight")
-        rotated = name.split(".")[-2] in ("attn_q", "attn_k") and source is not None
+        rotated = name.split(".")[-2] in ("attn_q", "attn_k") and bool(sources)
         return PlannedTensor(
             name=name,
-            source=source,
+            sources=sources,
             shape=shape,
             kind=Kind.F32 if len(shape) == 1 else self._vocabulary if vocabulary else self._matrices,
             head_rows=self._head_size if rotated and (self._family.interleaved or self._per_layer) else 0,
             offset=self._family.norm_offset if name.endswith("norm.weight") else 0.0,
-            packed=source in self._packed,
+            packed=bool(sources) and all(source in self._packed for source in sources),
         )
 
     def _check_blocks(self, quantization: str) -> None:
         sizes = {tensor: int(gguf.GGML_QUANT_SIZES[tensor.kind][0]) for tensor in self.tensors}
-        wrong = [f"{one.source or one.name} ({one.shape[-1]})" for one, size in sizes.items() if one.shape[-1] % size]
+        wrong = [f"{one.title} ({one.shape[-1]})" for one, size in sizes.items() if one.shape[-1] % size]
         block = max(sizes.values())
         _refuse(
             wrong,
