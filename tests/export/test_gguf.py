@@ -312,6 +312,7 @@ def test_llama_cpp_cuts_text_like_the_tokenizer(tmp_path: Path, made: Any) -> No
     written = fields_from_huggingface(tokenizer, rows)
     assert [value for _, _, value, *_ in again] == [value for _, value in written]
     assert fields_from_gguf(done.path, {**tokenizer.get_vocab(), "<unknown>": 1}, rows) is None
+    assert fields_from_gguf(done.path, {**tokenizer.get_vocab(), "<beyond>": rows}, rows) == again
 
 
 def test_an_unknown_way_to_cut_is_refused() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import gguf
 
-from saap.core.errors import ExportError, ModelError
+from saap.core.errors import ExportError
 from saap.export.gguf.architectures import WriterFields
+from saap.export.gguf.metadata import source_gguf
 from saap.export.gguf.reading import read_fields
 from saap.export.source import ExportSource
-from saap.models.loading.references import PACKAGED_MODELS, packaged_file
 
 # LLaMA 3, Qwen 2 and similar tokenizers differ in the number of digits per piece.
 _WORDS = (
@@ -34,7 +34,7 @@ def tokenizer_fields(source: ExportSource, rows: int) -> tuple[WriterFields, str
 
     rows: of the embedding. The second result is their origin in words. Raises ExportError.
     """
-    file = _source_gguf(source)
+    file = source_gguf(source)
     if file is not None and source.tokenizer is not None:
         fields = fields_from_gguf(file, source.tokenizer.get_vocab(), rows)
         if fields is not None:
@@ -45,30 +45,18 @@ def tokenizer_fields(source: ExportSource, rows: int) -> tuple[WriterFields, str
     return made, "the model's folder"
 
 
-def _source_gguf(source: ExportSource) -> Path | None:
-    """The GGUF file that is the source or its dense model."""
-    if source.resolved.gguf_file is not None:
-        return source.resolved.path
-    base = "" if source.manifest is None else source.manifest.base.source
-    if base in PACKAGED_MODELS:
-        try:
-            return packaged_file(base)
-        except ModelError:
-            return None
-    return Path(base) if base.endswith(".gguf") and Path(base).is_file() else None
-
-
 def fields_from_gguf(path: Path, known: Mapping[str, int], rows: int) -> WriterFields | None:
     """The tokenizer fields of another GGUF file; None if it is not the model's own tokenizer.
 
-    known: the model's tokens and ids, all of which the file must have. rows: of the embedding.
+    known: the model's tokens and ids, all of which the file must have; those beyond the embedding, which transformers
+    adds when it reads some files, count for nothing. rows: of the embedding.
     """
     try:
         found = {key: (value, *types) for key, value, *types in read_fields(path) if key.startswith("tokenizer.")}
     except (ValueError, KeyError):
         return None
     tokens = found.get(gguf.Keys.Tokenizer.LIST, [()])[0]
-    if len(tokens) != rows or any(index >= rows or tokens[index] != text for text, index in known.items()):
+    if len(tokens) != rows or any(index < rows and tokens[index] != text for text, index in known.items()):
         return None
     return [("key_value", key, *field) for key, field in found.items()]
 

@@ -16,6 +16,7 @@ from saap.core.files import whole_file
 from saap.core.storage import write_whole
 from saap.export.gguf.architectures import WriterFields
 from saap.export.gguf.check import WINDOW, Agreement, check_in_llama_cpp
+from saap.export.gguf.metadata import metadata_fields
 from saap.export.gguf.modelfile import modelfile
 from saap.export.gguf.plan import GgufPlan, PlannedTensor
 from saap.export.gguf.quantize import fallbacks, importance_matrix, quantize, unquantized
@@ -49,7 +50,7 @@ def write(
     tokenizer, origin = tokenizer_fields(source, said["vocab_size"])
     # at most as large again as the f16 file from which llama.cpp makes it
     check_file(out, plan.weight_bytes * (2 if kind.made_by_llama_cpp else 1), overwrite=overwrite)
-    fields, imatrix = [*_general(source), *plan.fields, *tokenizer], kind.made_by_llama_cpp and request.imatrix
+    fields, imatrix = [*metadata_fields(source), *plan.fields, *tokenizer], kind.made_by_llama_cpp and request.imatrix
     found: dict[str, Any] = {}
     with whole_file(out, remedy="Choose another --out") as part, unquantized(part, kind) as first:
         progress.stage(f"write {first.name.removeprefix('.').removesuffix('.part')}")
@@ -91,14 +92,6 @@ def _check_packages(request: ExportRequest) -> None:
         if request.quantization.made_by_llama_cpp:
             remedy = "Run pip install 'saap[gguf]', or use --quantization q8_0 --no-verify"
         raise ExportError(f"{needs} needs the package llama-cpp-py-sync", remedy)
-
-
-def _general(source: ExportSource) -> WriterFields:
-    """Name and licence."""
-    base = None if source.manifest is None else source.manifest.base
-    name = Path(source.resolved.source).name if base is None else f"{Path(base.source).name}, pruned"
-    licence = [("license", base.licence)] if base is not None and base.licence is not None else []
-    return [("type", "model"), ("name", name), *licence]
 
 
 def _require(checked: Agreement, plan: GgufPlan, out: Path) -> None:
