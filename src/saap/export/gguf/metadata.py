@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 
 from saap.core.errors import ModelError
-from saap.export.gguf.architectures import WriterFields
+from saap.export.gguf.fields import WriterFields
 from saap.export.gguf.reading import read_fields
 from saap.export.source import ExportSource
 from saap.models.loading.references import PACKAGED_MODELS, packaged_file

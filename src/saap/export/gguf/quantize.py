@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from saap.data.samples import calibration_set
 from saap.data.texts import MIXED
-from saap.export.gguf.plan import PlannedTensor
 from saap.export.gguf.reading import read_tensors
+from saap.export.gguf.tensors import PlannedTensor
 from saap.models.loading.llama_cpp import quantize_file
 from saap.settings.prune import GGUF_BLOCK, GgufType
 

@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 
 from saap.core.errors import ExportError
-from saap.export.gguf.architectures import WriterFields
+from saap.export.gguf.fields import WriterFields
 from saap.export.gguf.metadata import source_gguf
 from saap.export.gguf.reading import read_fields
 from saap.export.source import ExportSource

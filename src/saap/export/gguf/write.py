@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from saap.core.errors import ExportError
 from saap.core.files import whole_file
 from saap.core.storage import write_whole
-from saap.export.gguf.architectures import WriterFields
 from saap.export.gguf.check import WINDOW, Agreement, check_in_llama_cpp
+from saap.export.gguf.fields import WriterFields
 from saap.export.gguf.metadata import metadata_fields
 from saap.export.gguf.modelfile import modelfile
-from saap.export.gguf.plan import GgufPlan, PlannedTensor
+from saap.export.gguf.plan import GgufPlan
 from saap.export.gguf.quantize import fallbacks, importance_matrix, quantize, unquantized
 from saap.export.gguf.result import GgufExport, notes
+from saap.export.gguf.tensors import PlannedTensor
 from saap.export.gguf.tokenizer import tokenizer_fields
 from saap.export.placing import check_file
 from saap.export.source import ExportSource, Progress
@@ -156,6 +157,8 @@ def _chunks_of(
             values = packed.rows(source, first, last).numpy()
         elif source is not None:
             values = tensors.read(source)[first:last].to("cpu", torch.float32).numpy()
+        if tensor.part is not None:
+            values = (values.swapaxes(1, 2) if tensor.part.transposed else values)[:, tensor.part.rows]
         if tensor.head_rows:
             values = interleaved(values, tensor.head_rows)
         if tensor.offset:
