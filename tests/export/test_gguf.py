@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import saap
 from saap.cli import app as cli
-from saap.core.errors import ExportError, OutputError, SaapError
+from saap.core.errors import ExportError, ModelError, OutputError, SaapError
 from saap.data.texts import evaluation_text
-from saap.export.gguf import write
+from saap.export.gguf import plan, write
+from saap.export.gguf.architectures import ARCHITECTURES, PerLayer
 from saap.export.gguf.fields import llama3_factors
 from saap.export.gguf.modelfile import chat_template, modelfile
 from saap.export.gguf.tokenizer import fields_from_gguf, fields_from_huggingface, read_fields
@@ -115,6 +118,29 @@ def test_layers_pruned_alike_are_a_stock_architecture_even_in_the_adaptive_layou
     assert done.architecture == "qwen3"
     assert done.agreement is not None
     assert done.agreement.share == 1.0
+
+
+@pytest.mark.parametrize("role", ["ffn", "attention"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"])
+def test_the_own_architecture_reads_the_sizes_of_the_first_layer_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, role: str
+) -> None:
+    """Where this fails, llama.cpp has learnt it: say so in `architectures.py`."""
+    kind = "gemma3_text" if name == "gemma3" else name
+    own = ARCHITECTURES[kind]
+    tried = replace(own, per_layer=PerLayer(name=own.name, interleaved=own.interleaved, biases=own.biases))
+    monkeypatch.setattr(plan, "ARCHITECTURES", {kind: tried})
+    kept: dict[str, Any] = {"ffn": {}, "attention": {}, role: {1: HALF if role == "ffn" else (0, 2)}}
+    with pytest.raises(ModelError, match=r"check_tensor_dims: tensor 'blk\.1"):
+        export_gguf(adaptive_folder(tmp_path, name, **kept), tmp_path / "out.gguf", quantization="f32")
+
+
+def test_the_table_of_the_documentation_is_of_these_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.syspath_prepend(str(root / "scripts"))
+    table = importlib.import_module("gguf_table")
+    text = (root / "docs" / "guides" / "export.md").read_text(encoding="utf-8")
+    assert table.page(text) == text, "run python scripts/gguf_table.py"
 
 
 FLAP: dict[str, Any] = {"method": "flap", "samples": 4, "sample_length": 32, "align": 8, "pruning_ratio": 0.2}

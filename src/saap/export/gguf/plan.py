@@ -94,14 +94,19 @@ class GgufPlan:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def _stored_sizes(self) -> list[LayerSizes]:
-        """The sizes of each layer; channels of a plain FFN where the others have experts, or a latent attention."""
+        """The sizes of each layer.
+
+        A layer with experts has the channels of a plain FFN, as in other layers or the configuration. A latent
+        attention has as many heads as its output module reads.
+        """
         stored, config = layer_sizes(self._config, self._shapes), self._config
         if self._family.experts is not None:
-            plain = getattr(config, "intermediate_size", None) or 0
-            stored = [sizes._replace(ffn=plain) for sizes in stored]
+            plain = next((sizes.ffn for sizes in stored if sizes.ffn), getattr(config, "intermediate_size", None) or 0)
+            stored = [sizes._replace(ffn=sizes.ffn or plain) for sizes in stored]
         if self._family.latent:
-            heads = config.num_attention_heads
-            stored = [sizes._replace(heads=heads, kv_heads=heads) for sizes in stored]
+            outputs = (self._shapes.get(f"{_BLOCK.format(layer)}{_O}.weight", (0, 0)) for layer in range(len(stored)))
+            heads = [shape[1] // config.v_head_dim for shape in outputs]
+            stored = [sizes._replace(heads=n, kv_heads=n) for sizes, n in zip(stored, heads, strict=True)]
         return stored
 
     def _with_stand_ins(self, layer: int, sizes: LayerSizes) -> LayerSizes:
