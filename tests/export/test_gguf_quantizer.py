@@ -12,7 +12,6 @@ import pytest
 import torch
 from tests.command import run
 from tests.export.gguf_models import adaptive_folder, family_folder, family_model
-from tests.pipeline import tiny
 
 from saap.core.errors import ConfigurationError, ExportError, ModelError
 from saap.data.samples import calibration_set
@@ -20,7 +19,7 @@ from saap.export.gguf import quantize, write
 from saap.export.gguf.plan import GgufPlan
 from saap.export.gguf.quantize import importance_matrix
 from saap.export.gguf.reading import bytes_per_token
-from saap.models.checkpoint.safetensor_files import StoredTensors
+from saap.export.source import open_source
 from saap.models.loading.llama_cpp import quantize_file
 from saap.pipeline.export.run import export_gguf
 from saap.pipeline.runtimes.llama_cpp import LlamaCppRuntime
@@ -82,16 +81,22 @@ def test_rows_that_no_blocks_fit_stay_in_16_bits(tmp_path: Path) -> None:
     assert done.fallbacks.extra_bytes == 40 * 256 * 2 - 40 * 256 * 144 // 256
 
 
-def test_the_importance_matrix_has_mean_squares_of_inputs(tmp_path: Path) -> None:
-    model, tokenizer = family_model("llama", **SIZES), tiny.tokenizer()
-    plan = GgufPlan(model.config, StoredTensors.of_model(model).shapes, GgufType.Q4_K_M)
-    found = importance_matrix(model, tokenizer, plan.tensors, context=64)
+@pytest.mark.parametrize(("name", "inputs"), [("llama", "attn_q"), ("qwen3", "attn_qkv")])
+def test_the_importance_matrix_has_mean_squares_of_inputs(tmp_path: Path, name: str, inputs: str) -> None:
+    folder = adaptive_folder(
+        tmp_path, name, ffn={1: tuple(range(256))}, attention={}, **SIZES, tie_word_embeddings=True
+    )
+    source = open_source(folder)
+    plan, model = GgufPlan(source.config, source.tensors.shapes, GgufType.Q4_K_M), source.model()
+    found = importance_matrix(model, source.tokenizer, plan.tensors, context=64)
     assert found.keys() == {
         tensor.name for tensor in plan.tensors if tensor.name.startswith("blk") and tensor.shape[1:]
     }
-    ids = torch.as_tensor(calibration_set("mixed", tokenizer, samples=2, length=32, seed=0).tokens)
-    inputs = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
-    np.testing.assert_allclose(found["blk.0.attn_q.weight"], inputs.square().mean((0, 1)).numpy(), rtol=1e-4)
+    samples = calibration_set("mixed", source.tokenizer, samples=2, length=32, seed=0)
+    layer = model.model.layers[0]
+    hidden = layer.input_layernorm(model.model.embed_tokens(torch.as_tensor(samples.tokens)))
+    expected = hidden.square().mean((0, 1)).numpy()
+    np.testing.assert_allclose(found[f"blk.0.{inputs}.weight"], expected, rtol=1e-4)
 
 
 def test_the_importance_matrix_decides_where_errors_are(tmp_path: Path) -> None:

@@ -21,11 +21,11 @@ from saap.pipeline.export.run import export_gguf
 
 SMOLLM2, QWEN, LARGE = "smollm2", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"
 WEIGHED = "+imatrix"
-TYPES = ("f16", "q8_0", *(f"{kind}{how}" for kind in ("q6_k", "q5_k_m", "q4_k_m", "iq4_xs") for how in ("", WEIGHED)))
+TYPES = ("f16", "q8_0", *(f"{kind}{how}" for kind in ("q4_k_m", "iq4_xs", "q5_k_m", "q6_k") for how in ("", WEIGHED)))
 CELLS = [f"{SMOLLM2}/{kind}" for kind in TYPES]
 EXTRA = [f"{model}/{kind}" for model in (QWEN, LARGE) for kind in TYPES]
 SETTINGS = {
-    "pruning ratio": 0.2, "alignment": 256, "preset": "fast", "text": "wikitext2", "measured tokens": 8192,
+    "pruning ratio": 0.2, "alignment": 256, "preset": "fast", "text": "wikitext2", "measured tokens": 4096,
     "window": 512,
 }  # fmt: skip
 SMOKE = False
@@ -41,9 +41,10 @@ def measure(request: Request, wanted: Names) -> Measured:
         flags = ["--pruning-ratio", settings["pruning ratio"], "--align", settings["alignment"]]
         folder = made_by_saap(request, f"aligned-{model}", "prune", source, *flags, "--preset", settings["preset"])
         with tempfile.TemporaryDirectory() as temporary:
-            pruned, dense = (Path(temporary) / f"{name}.gguf" for name in ("pruned", "dense"))
+            pruned, dense = Path(temporary) / "pruned.gguf", request.work / f"dense-{model}-{kind}.gguf"
             values = in_own_process(written, folder, pruned, kind, weighed)
-            in_own_process(written, source, dense, kind, False)
+            if not dense.is_file():
+                in_own_process(written, source, dense, kind, False)
             ids = _ids(str(folder), settings["text"], settings["measured tokens"])
             yield (
                 cell,

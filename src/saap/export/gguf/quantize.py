@@ -71,7 +71,8 @@ def importance_matrix(
     Over bundled calibration text. llama.cpp weighs quantisation errors of a column by it. Raises CalibrationError.
     """
     samples = calibration_set(MIXED, tokenizer, samples=SAMPLES, length=min(LENGTH, context), seed=0)
-    names = {source: tensor.name for tensor in tensors if len(tensor.shape) == 2 for source in tensor.sources}
+    # queries, keys and values that are one tensor have the same inputs
+    names = {tensor.sources[0]: tensor.name for tensor in tensors if len(tensor.shape) == 2 and tensor.sources}
     totals: dict[str, Tensor] = {}
 
     def observe(module: nn.Module, inputs: tuple[Tensor, ...], name: str) -> None:
