@@ -32,7 +32,7 @@ _HOMES = {
     "RecoverResult": "saap.pipeline.recover.result",
     "RecoverReport": "saap.pipeline.recover.result",
     "EvalReport": "saap.core.evaluation_records",
-    "GgufExport": "saap.export.gguf.write",
+    "GgufExport": "saap.export.gguf.result",
     "ModelGraph": "saap.core.records",
     "CoupledGroup": "saap.core.records",
     "ImportanceScores": "saap.core.records",

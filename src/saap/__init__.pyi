@@ -17,7 +17,7 @@ from saap.core.records import StructurePlan as StructurePlan
 from saap.core.roles import Layout as Layout
 from saap.core.roles import Role as Role
 from saap.data.samples import Calibration
-from saap.export.gguf.write import GgufExport as GgufExport
+from saap.export.gguf.result import GgufExport as GgufExport
 from saap.models.checkpoint.pruned_structure import removed_modules as removed_modules
 from saap.models.loading.pretrained import load as load
 from saap.pipeline.export.run import export_decilm as export_decilm

@@ -1,6 +1,5 @@
 """Agreement of GGUF files with their folders, and the memory of writing them."""
 
-import math
 import tempfile
 from pathlib import Path
 
@@ -54,22 +53,12 @@ def agreement(folder: Path, file: Path, tokens: int) -> dict[str, float]:
     tokenizer = load_tokenizer(resolve_model(str(folder)))
     ids = token_stream(read_documents(TEXTS["wikitext2"], tokenizer=tokenizer), tokenizer)[:tokens].tolist()
     model = saap.load(str(folder), device="cpu", dtype=torch.float32)
-    with LlamaCpp(file, context=WINDOW, threads=torch.get_num_threads(), exact=True) as runtime, torch.no_grad():
-        found = compare_with_llama_cpp(model, runtime, ids, window=WINDOW)
-        difference = 0.0
-        for part in torch.split(torch.tensor(ids), WINDOW):
-            theirs, ours = torch.from_numpy(runtime.logits(part.tolist())), model(part.unsqueeze(0)).logits[0]
-            difference += nll(theirs, part) - nll(ours, part)
-    predicted = len(ids) - -(-len(ids) // WINDOW)
+    with LlamaCpp(file, context=WINDOW, threads=torch.get_num_threads(), exact=True) as runtime:
+        (found,) = compare_with_llama_cpp(model, [runtime], ids, window=WINDOW)
     return {
         "tokens": found.tokens, "same_next_token": found.share, "divergence": found.divergence,
-        "perplexity_over_ours": math.exp(difference / predicted),
+        "perplexity_over_ours": found.perplexity_ratio,
     }  # fmt: skip
-
-
-def nll(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    """Sum of the negative log-likelihoods of all tokens but the first. logits: (tokens, vocabulary)."""
-    return float(torch.nn.functional.cross_entropy(logits[:-1].double(), ids[1:], reduction="sum"))
 
 
 def summarise(cells: Cells) -> Values:

@@ -1,18 +1,34 @@
 """Settings of `saap export`."""
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Self
+
+from pydantic import model_validator
 
 from saap.settings.prune import GgufType
 from saap.settings.registry import ExportFormat
-from saap.settings.setting import Flag, Settings
+from saap.settings.setting import AtLeast1, Flag, Settings
 
 format_flag = partial(Flag, panel="Format")
 
 
 class ExportRequest(Settings):
-    """Settings of an export: format, and for GGUF the type of the weights and whether llama.cpp checks the file."""
+    """Settings of an export: format; for GGUF the type of the weights, and how llama.cpp checks the file.
+
+    imatrix: only for types that llama.cpp's own quantiser makes.
+    """
 
     format: Annotated[ExportFormat, format_flag(f"{ExportFormat.summaries()}.")] = ExportFormat.GGUF
     quantization: Annotated[GgufType, format_flag("Type of the weights in GGUF.")] = GgufType.F16
+    imatrix: Annotated[bool, format_flag("Weigh quantisation errors by activations on bundled text.")] = True
     verify: Annotated[bool, format_flag("Compare the file in llama.cpp with transformers.")] = True
+    check_tokens: Annotated[AtLeast1, format_flag("Tokens of that comparison, also of its perplexity.")] = 512
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.imatrix and "imatrix" in self.model_fields_set and not self.quantization.made_by_llama_cpp:
+            kinds = ", ".join(kind for kind in GgufType if kind.made_by_llama_cpp)
+            raise ValueError(
+                f"--imatrix changes nothing of {self.quantization}", f"Use one of {kinds}, or leave it out"
+            )
+        return self

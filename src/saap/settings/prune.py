@@ -30,6 +30,8 @@ text_flag = partial(Flag, panel="Calibration text")
 search_flag = partial(Flag, panel="Method and search")
 BOS = "Begin each window of text with the tokenizer's BOS token, if it puts one before texts."
 GGUF_TYPE = "Of the weights in llama.cpp."
+GGUF_BLOCK = 256
+"""Weights of a row that share scales in the types that llama.cpp's own quantiser makes."""
 
 
 class ElementOrder(StrEnum):
@@ -67,6 +69,15 @@ class GgufType(StrEnum):
     Q8_0 = "q8_0"
     Q4_0 = "q4_0"
     Q4_1 = "q4_1"
+    Q6_K = "q6_k"
+    Q5_K_M = "q5_k_m"
+    Q4_K_M = "q4_k_m"
+    IQ4_XS = "iq4_xs"
+
+    @property
+    def made_by_llama_cpp(self) -> bool:
+        """Whether llama.cpp's own quantiser writes the file, from one of type f16; its blocks are 256 wide."""
+        return self in (GgufType.Q6_K, GgufType.Q5_K_M, GgufType.Q4_K_M, GgufType.IQ4_XS)
 
 
 class Preset(StrEnum):

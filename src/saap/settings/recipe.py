@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from saap.core.errors import ConfigurationError
 from saap.settings.evaluate import EvalRequest
 from saap.settings.export import ExportRequest
-from saap.settings.prune import PruneConfig
+from saap.settings.prune import GGUF_BLOCK, PruneConfig
 from saap.settings.recover import RecoverConfig, check_alignment
 from saap.settings.setting import Flag, Settings, faults, settings_of
 
@@ -120,7 +120,15 @@ def recipe_from(tree: Mapping[str, Any], where: str) -> Recipe:
     _check_together(recipe, where)
     evals = {name: _with_own_dense(recipe, request, request.dense) for name, request in recipe.eval.items()}
     tuning = recipe.recover and _with_own_dense(recipe, recipe.recover, recipe.recover.teacher)
-    return recipe.model_copy(update={"eval": evals, "recover": tuning})
+    return recipe.model_copy(update={"eval": evals, "recover": tuning, "prune": _for_blocks(recipe)})
+
+
+def _for_blocks(recipe: Recipe) -> PruneConfig | None:
+    """The pruning; without an alignment of its own it has that of the blocks that llama.cpp's quantiser makes."""
+    made = any(request.quantization.made_by_llama_cpp for request in recipe.export.values())
+    if recipe.prune is None or not made or "align" in recipe.prune.model_fields_set:
+        return recipe.prune
+    return recipe.prune.model_copy(update={"align": GGUF_BLOCK})
 
 
 def _warn_of_old_names(kind: type[Settings], given: Any, where: str, within: str = "") -> None:

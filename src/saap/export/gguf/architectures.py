@@ -1,17 +1,46 @@
-"""Properties of llama.cpp's architectures as data, and the fields of a file for a configuration."""
+"""Properties of llama.cpp's architectures as data."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-import gguf
-import numpy as np
+Biases = tuple[str, ...]
+_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+ALL_BIASES = (*_INPUTS, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
-# llama.cpp's architecture with per-layer numbers of heads and FFN channels.
-PER_LAYER = "deci"
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerLayer:
+    """An architecture of llama.cpp that reads heads and FFN channels of each layer.
+
+    name, interleaved, biases: as in `Architecture`. fused_inputs: queries, keys and values are one tensor. tied: the
+    output always is the embedding. rope_factors: whether frequencies may have factors. skips_attention: a layer may
+    have no attention; otherwise a head of zeros stands in.
+    """
+
+    name: str
+    interleaved: bool = False
+    biases: Biases = ()
+    fused_inputs: bool = False
+    tied: bool = False
+    rope_factors: bool = True
+    skips_attention: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """How llama.cpp mixes experts.
+
+    normalised: whether the weights of the chosen experts are divided by their sum; None: as the file says. gating: of
+    the router, which the file says too; None: fixed. leading_dense: the first layers may have a plain FFN. interleaved:
+    gate and up alternate in transformers' common tensor, and the experts' matrices are transposed.
+    """
+
+    normalised: bool | None
+    gating: str | None = None
+    leading_dense: bool = False
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,33 +49,47 @@ class Architecture:
 
     name: its `general.architecture`. activation: of the FFN, fixed in its code. interleaved: rotary pairs are adjacent
     rows of a head instead of rows half a head apart. norm_offset: constant that transformers adds to norm weights.
-    fits_per_layer: whether a model with per-layer sizes can be written as `deci`, a LLaMA with optional biases.
-    window_period: one in this many layers has full attention, the others a sliding window; 0: no sliding window in
-    llama.cpp. biases: linear modules that may have a bias. soft_capped: logits of attention and output are capped by
-    the configuration's values. wide_scale_layers: number of layers for which the attention scale follows hidden size /
-    heads instead of the head size.
+    per_layer: architecture that computes the same with sizes of its own in each layer. window_period: one in this many
+    layers has full attention, the others a sliding window; 0: no sliding window in llama.cpp. biases: linear modules
+    that may have a bias. soft_capped: logits of attention and output are capped by the configuration's values.
+    wide_scale_layers: number of layers for which the attention scale follows hidden size / heads instead of the head
+    size. partial_rotary: part of a head may be rotated. multi_head: every head has keys and values of its own. latent:
+    keys and values come from a latent vector. scales: fields of the file by the constants of the configuration.
     """
 
     name: str
     activation: str = "silu"
     interleaved: bool = False
     norm_offset: float = 0.0
-    fits_per_layer: bool = False
+    per_layer: PerLayer | None = None
     window_period: int = 0
     soft_capped: bool = False
     wide_scale_layers: int = 0
-    biases: tuple[str, ...] = ()
+    biases: Biases = ()
+    partial_rotary: bool = False
+    multi_head: bool = False
+    latent: bool = False
+    experts: Experts | None = None
+    scales: Mapping[str, str] = field(default_factory=dict)
 
 
-_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-# `deci` is computed like a LLaMA, so it supports the same.
-ALL_BIASES = (*_INPUTS, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_DECI = PerLayer(name="deci", interleaved=True, biases=ALL_BIASES, skips_attention=True)
+_OPENELM = PerLayer(name="openelm", fused_inputs=True, tied=True, rope_factors=False)
 _GELU = "gelu_pytorch_tanh"
+_GRANITE = {
+    "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
+    "attention_scale": "attention_multiplier", "logit_scale": "logits_scaling",
+}  # fmt: skip
+_LLAMA = Architecture(name="llama", interleaved=True, per_layer=_DECI, biases=ALL_BIASES)
+_SIGMOID = Experts(normalised=None, gating="SIGMOID", leading_dense=True)
+_SOFTMAX = Experts(normalised=False, gating="SOFTMAX", leading_dense=True)
+_SUMMED = Experts(normalised=True)
+_PLAIN = Experts(normalised=False)
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(name="llama", interleaved=True, fits_per_layer=True, biases=ALL_BIASES),
-    "mistral": Architecture(name="llama", interleaved=True, fits_per_layer=True, biases=ALL_BIASES),
-    "qwen2": Architecture(name="qwen2", fits_per_layer=True, biases=_INPUTS),
-    "qwen3": Architecture(name="qwen3"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": Architecture(name="qwen2", per_layer=_DECI, biases=_INPUTS),
+    "qwen3": Architecture(name="qwen3", per_layer=_OPENELM),
     "gemma": Architecture(name="gemma", activation=_GELU, norm_offset=1.0),
     "gemma2": Architecture(
         name="gemma2", activation=_GELU, norm_offset=1.0, window_period=2, soft_capped=True, wide_scale_layers=46
@@ -54,92 +97,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma3_text": Architecture(
         name="gemma3", activation=_GELU, norm_offset=1.0, window_period=6, wide_scale_layers=62
     ),
-}
-_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
-WriterFields = list[tuple[Any, ...]]
-"""(method of GGUFWriter without its `add_`, its arguments ...), in the order of the file."""
-
-
-def faults(config: Any, architecture: Architecture, head_size: int) -> list[str]:
-    """Differences between the computations of llama.cpp and transformers, in words; empty if there are none."""
-    found = []
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    if activation != architecture.activation:
-        found.append(f"the activation {activation!r} (llama.cpp has {architecture.activation!r})")
-    try:
-        rope_fields(config, head_size)
-    except ValueError as error:
-        found.append(str(error))
-    period = architecture.window_period
-    if period and sliding_window(config) is not None:
-        kinds: Sequence[str] = getattr(config, "layer_types", None) or ()
-        wrong = [index for index, kind in enumerate(kinds) if (kind == _GLOBAL) != ((index + 1) % period == 0)]
-        if wrong:
-            layers = ", ".join(map(str, wrong[:6]))
-            found.append(f"full attention in other layers than every {period}th (layers {layers})")
-    scalar = getattr(config, "query_pre_attn_scalar", None)
-    if scalar is not None and architecture.norm_offset:
-        wide = config.num_hidden_layers == architecture.wide_scale_layers
-        expected = config.hidden_size / config.num_attention_heads if wide else head_size
-        if scalar != expected:
-            found.append(f"attention scaled by {scalar}^-1/2 (llama.cpp has {expected:g}^-1/2)")
-    return found
-
-
-def sliding_window(config: Any) -> int | None:
-    """Size of the sliding window in tokens; None if no layer has one."""
-    window = getattr(config, "sliding_window", None)
-    if not isinstance(window, int) or getattr(config, "use_sliding_window", True) is False:
-        return None
-    kinds = getattr(config, "layer_types", None)
-    return window if kinds is None or _LOCAL in kinds else None
-
-
-def rope_fields(config: Any, head_size: int) -> tuple[WriterFields, tuple[float, ...] | None]:
-    """Fields of the rotary embedding, and the factors (head size / 2,) of its frequencies, if any.
-
-    Raises ValueError for an embedding that the format cannot express.
-    """
-    given, local_base = _rope_parameters(config)
-    base, kind = float(given["rope_theta"]), given.get("rope_type", given.get("type", "default"))
-    if given.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("a rotary embedding of a part of each head")
-    fields: WriterFields = [("rope_dimension_count", head_size), ("rope_freq_base", base)]
-    factors = None
-    if kind == "llama3":
-        factors = llama3_factors(given, base, head_size)
-    elif kind in ("linear", "yarn"):
-        fields.append(("rope_scaling_type", gguf.RopeScalingType(kind)))
-        fields.append(("rope_scaling_factor", float(given["factor"])))
-        if kind == "yarn":
-            original = given.get("original_max_position_embeddings") or config.max_position_embeddings
-            fields.append(("rope_scaling_orig_ctx_len", int(original)))
-    elif kind != "default":
-        raise ValueError(f"a rotary embedding of type {kind!r}")
-    if local_base is not None:
-        fields.append(("rope_freq_base_swa", local_base))
-    return fields, factors
-
-
-def _rope_parameters(config: Any) -> tuple[Mapping[str, Any], float | None]:
-    """Rotary settings of full-attention layers in any spelling, and the base of sliding-window layers."""
-    found: Any = getattr(config, "rope_parameters", None)
-    if not isinstance(found, dict):  # transformers 4
-        scaling = getattr(config, "rope_scaling", None) or {}
-        return {"rope_theta": config.rope_theta, **scaling}, getattr(config, "rope_local_base_freq", None)
-    if not any(isinstance(value, dict) for value in found.values()):
-        return found, None
-    return found.get(_GLOBAL) or found[_LOCAL], (found.get(_LOCAL) or {}).get("rope_theta")
-
-
-def llama3_factors(given: Mapping[str, Any], base: float, head_size: int) -> tuple[float, ...]:
-    """Divisors of LLaMA 3's rotary frequencies: 1 for short waves, `factor` for long ones, interpolated between.
-
-    Returns (head_size / 2,). Source: the configuration of LLaMA 3.1 and its rope_type "llama3" in transformers.
-    """
-    factor, low, high = (float(given[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
-    context = float(given["original_max_position_embeddings"])
-    frequencies = base ** -(np.arange(0, head_size, 2, dtype=np.float64) / head_size)
-    turns = context * frequencies / (2 * math.pi)
-    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return tuple(float(value) for value in 1.0 / ((1 - blend) / factor + blend))
+    "mixtral": Architecture(name="llama", interleaved=True, experts=_SUMMED),
+    "qwen2_moe": Architecture(name="qwen2moe", biases=_INPUTS, experts=_PLAIN),
+    "qwen3_moe": Architecture(name="qwen3moe", experts=_SUMMED),
+    "olmoe": Architecture(name="olmoe", multi_head=True, experts=_PLAIN),
+    "granitemoe": Architecture(name="granitemoe", interleaved=True, experts=_SUMMED, scales=_GRANITE),
+    "hunyuan_v1_moe": Architecture(name="hunyuan-moe", experts=_SUMMED),
+    "glm4_moe": Architecture(name="glm4moe", biases=_INPUTS, partial_rotary=True, experts=_SIGMOID),
+    "deepseek_v2": Architecture(name="deepseek2", latent=True, experts=_SOFTMAX),
+    "deepseek_v3": Architecture(name="deepseek2", latent=True, experts=_SIGMOID),
+    "gpt_oss": Architecture(
+        name="gpt-oss", window_period=2, biases=(*_INPUTS, "self_attn.o_proj"),
+        experts=Experts(normalised=None, interleaved=True),
+    ),
+}  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,8 @@ import torch
 from saap.core.errors import CalibrationError
 from saap.data.samples import token_stream
 from saap.data.texts import evaluation_text
-from saap.export.source import ExportSource
 from saap.models.loading.llama_cpp import LlamaCpp
 
-CHECKED_TOKENS = 512
 WINDOW = 256
 
 
@@ -23,12 +23,14 @@ WINDOW = 256
 class Agreement:
     """tokens: compared positions. equal: positions with the same most likely next token.
 
-    divergence: mean Kullback-Leibler divergence of the second from the first prediction, in nats.
+    divergence: mean Kullback-Leibler divergence of the second from the first prediction, in nats. perplexity_ratio:
+    perplexity of the second over that of the first.
     """
 
     tokens: int
     equal: int
     divergence: float
+    perplexity_ratio: float
 
     @property
     def share(self) -> float:
@@ -36,31 +38,48 @@ class Agreement:
         return self.equal / self.tokens
 
 
-def check_in_llama_cpp(source: ExportSource, file: Path, context: int) -> tuple[Agreement, bool]:
-    """Agreement with the transformers model in float32, and whether both tokenizers agree on the checked text."""
-    model, text, window = source.model(), evaluation_text(), min(WINDOW, context)
-    with LlamaCpp(file, context=window, threads=torch.get_num_threads(), exact=True) as runtime:
-        ids = token_stream([text], source.tokenizer)[:CHECKED_TOKENS].tolist()
-        checked = text[: 4 * CHECKED_TOKENS]
-        same = runtime.tokenize(checked) == token_stream([checked], source.tokenizer).tolist()
-        return compare_with_llama_cpp(model, runtime, ids, window=window), same
+def check_in_llama_cpp(
+    model: Any, tokenizer: Any, files: Sequence[Path], window: int, tokens: int
+) -> tuple[list[Agreement], bool]:
+    """Agreement of each file with the transformers model, and whether both tokenizers agree on the checked text."""
+    text = evaluation_text()
+    ids = token_stream([text], tokenizer)[:tokens].tolist()
+    with ExitStack() as opened:
+        runtimes = [
+            opened.enter_context(LlamaCpp(file, context=window, threads=torch.get_num_threads(), exact=True))
+            for file in files
+        ]
+        checked = text[: 4 * tokens]
+        same = runtimes[0].tokenize(checked) == token_stream([checked], tokenizer).tolist()
+        return compare_with_llama_cpp(model, runtimes, ids, window=window), same
 
 
 @torch.no_grad()
-def compare_with_llama_cpp(model: Any, runtime: LlamaCpp, ids: Sequence[int], *, window: int = WINDOW) -> Agreement:
-    """Agreement of a transformers model and a GGUF file on `ids`, in independent windows.
+def compare_with_llama_cpp(
+    model: Any, runtimes: Sequence[LlamaCpp], ids: Sequence[int], *, window: int = WINDOW
+) -> list[Agreement]:
+    """Agreement of a transformers model and each of some GGUF files on `ids`, in independent windows.
 
-    window: at most the runtime's context. Raises CalibrationError if there are no tokens.
+    window: at most the runtimes' context. Raises CalibrationError if there are no tokens.
     """
     if not ids:
         raise CalibrationError("There are no tokens to compare on", "Give a longer text")
     device = next(model.parameters()).device
-    equal, divergence = 0, 0.0
+    sums = torch.zeros(len(runtimes), 3, dtype=torch.float64)  # equal predictions, divergence, difference of losses
     for first in range(0, len(ids), window):
-        part = ids[first : first + window]
-        expected = model(torch.tensor([list(part)], device=device), use_cache=False).logits[0].cpu()
-        found = torch.from_numpy(runtime.logits(part))
-        one, two = (torch.log_softmax(logits.double(), dim=-1) for logits in (expected, found))
-        equal += int((one.argmax(-1) == two.argmax(-1)).sum())
-        divergence += float((one.exp() * (one - two)).sum(-1).mean()) * len(part)
-    return Agreement(tokens=len(ids), equal=equal, divergence=divergence / len(ids))
+        part = torch.tensor(list(ids[first : first + window]))
+        logits = model(part.unsqueeze(0).to(device), use_cache=False).logits[0].cpu()
+        expected = torch.log_softmax(logits.double(), dim=-1)
+        for total, runtime in zip(sums, runtimes, strict=True):
+            found = torch.log_softmax(torch.from_numpy(runtime.logits(part.tolist())).double(), dim=-1)
+            total[0] += (expected.argmax(-1) == found.argmax(-1)).sum()
+            total[1] += (expected.exp() * (expected - found)).sum()
+            total[2] += (expected - found)[:-1].gather(1, part[1:, None]).sum()
+    predicted = max(1, len(ids) - -(-len(ids) // window))
+    return [
+        Agreement(
+            tokens=len(ids), equal=int(equal), divergence=divergence / len(ids),
+            perplexity_ratio=math.exp(difference / predicted),
+        )
+        for equal, divergence, difference in sums.tolist()
+    ]  # fmt: skip

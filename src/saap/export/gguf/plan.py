@@ -3,78 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import gguf
 
 from saap.core.errors import ExportError, listed
-from saap.export.gguf.architectures import (
-    ALL_BIASES,
-    ARCHITECTURES,
-    PER_LAYER,
-    WriterFields,
-    faults,
-    rope_fields,
-    sliding_window,
-)
+from saap.export.gguf.architectures import ALL_BIASES, ARCHITECTURES
+from saap.export.gguf.fields import WriterFields, expert_fields, faults, head_fields, rope_fields, sliding_window
+from saap.export.gguf.tensors import Group, Names, PlannedTensor, grouped, joined
 from saap.export.source import LayerSizes, head_size, layer_sizes
 from saap.models.checkpoint.pruned_structure import EPSILON_NAMES
 from saap.models.checkpoint.safetensor_files import Shape
+from saap.settings.prune import GgufType
 
 Kind = gguf.GGMLQuantizationType
-_Q, _K, _V, _O = (f"self_attn.{name}_proj" for name in "qkvo")
+_Q, _K, _V, _O, _QKV = (f"self_attn.{name}_proj" for name in ("q", "k", "v", "o", "qkv"))
+_QNORM, _KNORM = "self_attn.q_norm", "self_attn.k_norm"
 _GATE, _UP, _DOWN = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 _BLOCK = "model.layers.{}."
-_SUFFIXES = (".weight", ".bias")
 # Module attributes that follow from tensor sizes, so they need no field.
-_DERIVED = ("num_key_value_groups", "num_heads", "num_key_value_heads")
+_DERIVED = ("num_key_value_groups", "num_heads", "num_key_value_heads", "num_experts", "num_local_experts")
 # Minimum share of equal predictions of a correct file; types not listed have no minimum.
 LEAST_AGREEMENT = {"f32": 0.98, "f16": 0.95, "bf16": 0.9, "q8_0": 0.8}
 # llama.cpp rounds activations to 8 bits before it multiplies them with four-bit weights.
 LEAST_OF_PACKED = 0.8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedTensor:
-    """One tensor of the file.
-
-    source: its name in transformers; None: zeros, or `values`. kind: its type in the file. head_rows: rows per head to
-    interleave, 0: none. offset: added to the values. packed: its quantised blocks exist and are copied.
-    """
-
-    name: str
-    source: str | None
-    shape: Shape
-    kind: Any
-    head_rows: int = 0
-    offset: float = 0.0
-    packed: bool = False
-    values: tuple[float, ...] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor in the file, without padding."""
-        block, size = gguf.GGML_QUANT_SIZES[self.kind]
-        return prod(self.shape) // int(block) * int(size)
-
-
 class GgufPlan:
-    """GGUF layout of a model: its own architecture if all layers are alike, else `deci`; without the tokenizer.
+    """GGUF layout of a model, without the tokenizer: its own architecture if all layers are alike.
 
-    least_agreement: minimum share of predictions equal to those of transformers.
+    Otherwise that of its family for layers that differ. least_agreement: minimum share of predictions equal to those of
+    transformers.
     """
 
     def __init__(
-        self, config: Any, shapes: Mapping[str, Shape], quantization: str, packed: Collection[str] = frozenset()
+        self, config: Any, shapes: Mapping[str, Shape], quantization: GgufType, packed: Collection[str] = frozenset()
     ) -> None:
         """Plan every field and tensor.
 
         config: of transformers, also of an adaptive checkpoint. shapes: of the stored tensors. quantization: of the
-        matrices; vectors are f32. packed: weights that exist as blocks of that quantisation; the embedding of such a
-        model keeps its 16 bits, as when it was tuned. Raises ExportError with all unsupported layers if llama.cpp
-        cannot compute the same.
+        matrices, f16 for a type that llama.cpp's own quantiser makes; vectors are f32. packed: weights that exist as
+        blocks of that quantisation; the embedding of such a model keeps its 16 bits, as when it was tuned. Raises
+        ExportError with all unsupported layers if llama.cpp cannot compute the same.
         """
         model_type = getattr(config, "base_model_type", None) or config.model_type
         if model_type not in ARCHITECTURES:
@@ -82,11 +52,14 @@ class GgufPlan:
                 f"Models of type {model_type} cannot be written as GGUF by saap",
                 f"Types that can: {', '.join(ARCHITECTURES)}; for a uniform layout use llama.cpp's own converter",
             )
-        family, self._head_size = ARCHITECTURES[model_type], head_size(config)
+        family = ARCHITECTURES[model_type]
+        self._head_size = config.qk_nope_head_dim + config.qk_rope_head_dim if family.latent else head_size(config)
         if found := faults(config, family, self._head_size):
             problem = f"llama.cpp has no {model_type} with {'; '.join(found)}"
             raise ExportError(problem, "Use the folder with transformers")
         self._config, self._shapes, self._family, self._packed = config, shapes, family, packed
+        if quantization.made_by_llama_cpp:
+            quantization = GgufType.F16
         self._matrices = Kind[quantization.upper()]
         # A four-bit embedding costs more quality than it saves memory; llama.cpp's own tool skips it too.
         embedding = Kind.Q8_0 if quantization.startswith("q4") else self._matrices
@@ -96,16 +69,20 @@ class GgufPlan:
         self._sliced = sorted(structure.get("sliced_arguments", {}))
         attributes = structure.get("attributes", {}).items()
         self._attributes = [(path, *pair) for path, values in attributes for pair in values.items()]
-        stored = layer_sizes(config, shapes)
+        stored = self._stored_sizes()
         places = {f"{_BLOCK.format(layer)}{module}.bias" for layer in range(len(stored)) for module in ALL_BIASES}
         usual = tuple(f"{module}.bias" for module in family.biases)
         self._added_biases = [name for name in shapes if name in places and not name.endswith(usual)]
-        self._per_layer = len(set(stored)) > 1 or 0 in (stored[0].heads, stored[0].ffn)
-        self._per_layer |= bool(self._added_biases) and family.fits_per_layer
-        self.architecture = PER_LAYER if self._per_layer else family.name
+        self._differ = len(set(stored)) > 1 or 0 in (stored[0].heads, stored[0].ffn)
+        self._differ |= bool(self._added_biases) and family.per_layer is not None and bool(family.per_layer.biases)
+        self._per_layer = family.per_layer if self._differ else None
+        self.architecture = family.name if self._per_layer is None else self._per_layer.name
         self._blocks = [self._with_stand_ins(layer, sizes) for layer, sizes in enumerate(stored)]
         self._check()
-        rope, factors = rope_fields(config, self._head_size)
+        rope, factors = rope_fields(config, family, self._head_size)
+        if self._per_layer is not None and factors is not None and not self._per_layer.rope_factors:
+            problem = f"llama.cpp's {self.architecture} has no factors of rotary frequencies"
+            raise ExportError(problem, "Prune with --layout uniform")
         self.tensors = self._all_tensors(factors)
         self._check_blocks(quantization)
         self.fields = self._all_fields(quantization, rope)
@@ -116,12 +93,21 @@ class GgufPlan:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes read per token: all tensors except an embedding that is not tied to the output."""
-        names = {tensor.name for tensor in self.tensors}
-        looked_up = "token_embd.weight" if "output.weight" in names else ""
-        return sum(tensor.nbytes for tensor in self.tensors if tensor.name != looked_up)
+    def _stored_sizes(self) -> list[LayerSizes]:
+        """The sizes of each layer.
+
+        A layer with experts has the channels of a plain FFN, as in other layers or the configuration. A latent
+        attention has as many heads as its output module reads.
+        """
+        stored, config = layer_sizes(self._config, self._shapes), self._config
+        if self._family.experts is not None:
+            plain = next((sizes.ffn for sizes in stored if sizes.ffn), getattr(config, "intermediate_size", None) or 0)
+            stored = [sizes._replace(ffn=sizes.ffn or plain) for sizes in stored]
+        if self._family.latent:
+            outputs = (self._shapes.get(f"{_BLOCK.format(layer)}{_O}.weight", (0, 0)) for layer in range(len(stored)))
+            heads = [shape[1] // config.v_head_dim for shape in outputs]
+            stored = [sizes._replace(heads=n, kv_heads=n) for sizes, n in zip(stored, heads, strict=True)]
+        return stored
 
     def _with_stand_ins(self, layer: int, sizes: LayerSizes) -> LayerSizes:
         """The layer sizes to write.
@@ -131,7 +117,8 @@ class GgufPlan:
         kept. A placeholder FFN has as few channels as the quantisation's blocks allow.
         """
         ffn, heads, kv_heads = sizes
-        if not heads and (layer == 0 or f"{_BLOCK.format(layer)}{_O}.bias" in self._shapes):
+        needed = layer == 0 or self._per_layer is None or not self._per_layer.skips_attention
+        if not heads and (needed or f"{_BLOCK.format(layer)}{_O}.bias" in self._shapes):
             heads = kv_heads = 1
         return LayerSizes(ffn or int(gguf.GGML_QUANT_SIZES[self._matrices][0]), heads, kv_heads)
 
@@ -142,17 +129,17 @@ class GgufPlan:
         uneven = [name for name, b in layers.items() if b.heads and (not b.kv_heads or b.heads % b.kv_heads)]
         known = (*EPSILON_NAMES, *_DERIVED)
         changed = [*self._sliced, *(f"{path}.{name}" for path, name, _ in self._attributes if name not in known)]
-        if not self._per_layer:
+        differing = [name for name, sizes in layers.items() if sizes != usual]
+        output = self._per_layer is not None and self._per_layer.tied and "lm_head.weight" in self._written
+        if self._differ and (self._per_layer is None or output):
+            kind = f"{self._family.name}{' with an output of its own' * output}"
+            problem = f"llama.cpp has no {kind} whose layers differ (layers {{}})"
+            _refuse(differing, problem, "Prune with --layout uniform")
+        if self._per_layer is None or not self._per_layer.biases:
             _refuse(
                 self._added_biases,
-                f"llama.cpp's {self._family.name} has no place for the biases {{}}",
+                f"llama.cpp's {self.architecture} has no place for the biases {{}}",
                 "Prune with --restore, which compensates for removed units without adding biases",
-            )
-        elif not self._family.fits_per_layer:
-            _refuse(
-                [name for name, sizes in layers.items() if sizes != usual],
-                f"llama.cpp has no {self._family.name} whose layers differ (layers {{}})",
-                "Prune with --layout uniform",
             )
         _refuse(uneven, "Query heads are no multiple of KV heads in the layers {}", "Prune whole KV groups")
         _refuse(changed, "llama.cpp has no field for {}", "Prune with --layout uniform")
@@ -184,8 +171,9 @@ class GgufPlan:
         for place, name in enumerate(("feed_forward_length", "head_count", "head_count_kv")):
             each = [block[place] for block in self._blocks]
             fields.append((name, each if self._per_layer else each[0]))
-        fields += [("key_length", self._head_size), ("value_length", self._head_size)]
-        fields += [("layer_norm_rms_eps", self._epsilon()), *rope]
+        fields += [*head_fields(config, self._family, self._head_size), ("layer_norm_rms_eps", self._epsilon()), *rope]
+        fields += [(name, float(getattr(config, own))) for name, own in self._family.scales.items()]
+        fields += self._experts
         if self._family.window_period and window is not None:
             fields.append(("sliding_window", window))
         if self._family.soft_capped:
@@ -193,54 +181,94 @@ class GgufPlan:
             fields.append(("final_logit_softcapping", float(config.final_logit_softcapping)))
         return fields
 
-    def _all_tensors(self, factors: tuple[float, ...] | None) -> list[PlannedTensor]:
-        """All tensors in order. factors: of the frequencies of the rotary embedding."""
-        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
-        names = gguf.get_tensor_name_map(arch, len(self._blocks))
-        # llama.cpp expects no norm before a removed attention
-        left_out = {
+    @property
+    def _written(self) -> dict[str, Shape]:
+        """The stored tensors that the file has: no tied output, no norm before an attention that llama.cpp skips."""
+        skipped = {
             f"{_BLOCK.format(layer)}input_layernorm.weight" for layer, b in enumerate(self._blocks) if not b.heads
         }
         if getattr(self._config, "tie_word_embeddings", False):
-            left_out.add("lm_head.weight")
-        sources = {name: shape for name, shape in self._shapes.items() if name not in left_out}
-        unknown = [source for source in sources if names.get_name(source, _SUFFIXES) is None]
+            skipped.add("lm_head.weight")
+        return {name: shape for name, shape in self._shapes.items() if name not in skipped}
+
+    def _all_tensors(self, factors: tuple[float, ...] | None) -> list[PlannedTensor]:
+        """All tensors in order. factors: of the frequencies of the rotary embedding."""
+        names, fused = Names(self.architecture, len(self._blocks)), self._per_layer and self._per_layer.fused_inputs
+        parts, unknown = grouped(self._written, names, self._family, fused_inputs=bool(fused))
         _refuse(unknown, f"llama.cpp's {self.architecture} has no place for {{}}", "Use the folder with transformers")
+        uneven = [name for name, groups in parts.items() if len({group.shape[1:] for group in groups}) > 1]
+        _refuse(uneven, "llama.cpp has experts of one size in a layer (not in {})", "Prune whole experts")
+        groups = {name: joined(found) for name, found in parts.items()}
+        self._experts = self._expert_fields(groups)
         found = []
         if factors is not None:
             shape: Shape = (len(factors),)
-            found = [PlannedTensor(name="rope_freqs.weight", source=None, shape=shape, kind=Kind.F32, values=factors)]
-        found += [self._tensor(names.get_name(name, _SUFFIXES), name, shape) for name, shape in sources.items()]
-        hidden = self._shapes["model.embed_tokens.weight"][1]
+            found = [PlannedTensor(name="rope_freqs.weight", sources=(), shape=shape, kind=Kind.F32, values=factors)]
+        stand_ins = {} if self._per_layer is None else self._stand_ins(names, bool(fused))
+        found += [self._tensor(name, group) for name, group in groups.items()]
+        return found + [self._tensor(name, Group((), one)) for name, one in stand_ins.items() if name not in groups]
+
+    def _stand_ins(self, names: Names, fused: bool) -> dict[str, Shape]:
+        """Shapes of the matrices and norms of every block, which are zeros if they are not stored."""
+        hidden, head = self._shapes["model.embed_tokens.weight"][1], self._head_size
+        found: dict[str, Shape] = {}
         for layer, sizes in enumerate(self._blocks):
-            queries, keys = sizes.heads * self._head_size, sizes.kv_heads * self._head_size
-            rows = {_GATE: sizes.ffn, _UP: sizes.ffn, _DOWN: hidden}
+            queries, keys = sizes.heads * head, sizes.kv_heads * head
+            shapes: dict[str, Shape] = {
+                _GATE: (sizes.ffn, hidden),
+                _UP: (sizes.ffn, hidden),
+                _DOWN: (hidden, sizes.ffn),
+            }
+            if fused:
+                shapes |= {_QKV: (queries + 2 * keys, hidden), _QNORM: (head,), _KNORM: (head,)}
+            elif sizes.heads:
+                shapes |= {_Q: (queries, hidden), _K: (keys, hidden), _V: (keys, hidden)}
             if sizes.heads:
-                rows |= {_Q: queries, _O: hidden, _K: keys, _V: keys}
-            for module, count in rows.items():
-                source = f"{_BLOCK.format(layer)}{module}.weight"
-                if source not in self._shapes:
-                    width = {_DOWN: sizes.ffn, _O: queries}.get(module, hidden)
-                    found.append(self._tensor(names.get_name(source, _SUFFIXES), None, (count, width)))
+                shapes[_O] = (hidden, queries)
+            found |= {
+                str(names.of(f"{_BLOCK.format(layer)}{module}.weight")): shape for module, shape in shapes.items()
+            }
         return found
 
-    def _tensor(self, name: str, source: str | None, shape: Shape) -> PlannedTensor:
-        vocabulary = name in ("token_embd.weight", "output.weight")
-        rotated = name.split(".")[-2] in ("attn_q", "attn_k") and source is not None
-        return PlannedTensor(
-            name=name,
-            source=source,
-            shape=shape,
-            kind=Kind.F32 if len(shape) == 1 else self._vocabulary if vocabulary else self._matrices,
-            head_rows=self._head_size if rotated and (self._family.interleaved or self._per_layer) else 0,
-            offset=self._family.norm_offset if name.endswith("norm.weight") else 0.0,
-            packed=source in self._packed,
+    def _expert_fields(self, groups: Mapping[str, Group]) -> WriterFields:
+        """Fields of a mixture of experts. Raises ExportError if layers have other numbers or sizes of experts."""
+        if self._family.experts is None:
+            return []
+        sizes: dict[str, dict[str, int]] = {}
+        for layer in range(len(self._blocks)):
+            mixed = groups.get(f"blk.{layer}.ffn_gate_exps.weight")
+            if mixed is not None:
+                shared = groups.get(f"blk.{layer}.ffn_gate_shexp.weight")
+                sizes[str(layer)] = {
+                    "experts": mixed.shape[0], "channels": mixed.shape[1],
+                    "shared": 0 if shared is None else shared.shape[0],
+                }  # fmt: skip
+        usual = max(sizes.values(), key=[*sizes.values()].count)
+        _refuse(
+            [layer for layer, one in sizes.items() if one != usual],
+            f"llama.cpp's {self.architecture} has as many experts of one size in each layer (not in {{}})",
+            "Prune with --layout uniform",
         )
+        return expert_fields(self._config, self._family.experts, min(map(int, sizes)), usual)
+
+    def _tensor(self, name: str, group: Group) -> PlannedTensor:
+        module = name.split(".")[-2]
+        rotated = module in ("attn_q", "attn_k") and bool(group.sources)
+        kind = self._vocabulary if module in ("token_embd", "output") else self._matrices
+        if len(group.shape) == 1 or name.endswith(".bias") or module.startswith("ffn_gate_inp"):
+            kind = Kind.F32
+        adjacent = self._family.interleaved if self._per_layer is None else self._per_layer.interleaved
+        return PlannedTensor(
+            name=name, sources=group.sources, shape=group.shape, kind=kind, part=group.part,
+            head_rows=self._head_size if rotated and adjacent else 0,
+            offset=self._family.norm_offset if name.endswith("norm.weight") else 0.0,
+            packed=bool(group.sources) and all(source in self._packed for source in group.sources),
+        )  # fmt: skip
 
     def _check_blocks(self, quantization: str) -> None:
-        sizes = {tensor: int(gguf.GGML_QUANT_SIZES[tensor.kind][0]) for tensor in self.tensors}
-        wrong = [f"{one.source or one.name} ({one.shape[-1]})" for one, size in sizes.items() if one.shape[-1] % size]
-        block = max(sizes.values())
+        sizes = [(one, int(gguf.GGML_QUANT_SIZES[one.kind][0])) for one in self.tensors]
+        wrong = [f"{one.title} ({one.shape[-1]})" for one, size in sizes if one.shape[-1] % size]
+        block = max(size for _, size in sizes)
         _refuse(
             wrong,
             f"{len(wrong)} tensors have an input size that the blocks of {quantization} ({block}) do not divide: {{}}",

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import gguf
-import numpy as np
 
-from saap.core.errors import ExportError, ModelError
-from saap.export.gguf.architectures import WriterFields
+from saap.core.errors import ExportError
+from saap.export.gguf.fields import WriterFields
+from saap.export.gguf.metadata import source_gguf
+from saap.export.gguf.reading import read_fields
 from saap.export.source import ExportSource
-from saap.models.loading.references import PACKAGED_MODELS, packaged_file
 
-_TYPES = gguf.GGUFValueType
-_VERSIONS = (2, 3)
 # LLaMA 3, Qwen 2 and similar tokenizers differ in the number of digits per piece.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|"
@@ -37,7 +34,7 @@ def tokenizer_fields(source: ExportSource, rows: int) -> tuple[WriterFields, str
 
     rows: of the embedding. The second result is their origin in words. Raises ExportError.
     """
-    file = _source_gguf(source)
+    file = source_gguf(source)
     if file is not None and source.tokenizer is not None:
         fields = fields_from_gguf(file, source.tokenizer.get_vocab(), rows)
         if fields is not None:
@@ -48,66 +45,20 @@ def tokenizer_fields(source: ExportSource, rows: int) -> tuple[WriterFields, str
     return made, "the model's folder"
 
 
-def _source_gguf(source: ExportSource) -> Path | None:
-    """The GGUF file that is the source or its dense model."""
-    if source.resolved.gguf_file is not None:
-        return source.resolved.path
-    base = "" if source.manifest is None else source.manifest.base.source
-    if base in PACKAGED_MODELS:
-        try:
-            return packaged_file(base)
-        except ModelError:
-            return None
-    return Path(base) if base.endswith(".gguf") and Path(base).is_file() else None
-
-
 def fields_from_gguf(path: Path, known: Mapping[str, int], rows: int) -> WriterFields | None:
     """The tokenizer fields of another GGUF file; None if it is not the model's own tokenizer.
 
-    known: the model's tokens and ids, all of which the file must have. rows: of the embedding.
+    known: the model's tokens and ids, all of which the file must have; those beyond the embedding, which transformers
+    adds when it reads some files, count for nothing. rows: of the embedding.
     """
     try:
         found = {key: (value, *types) for key, value, *types in read_fields(path) if key.startswith("tokenizer.")}
     except (ValueError, KeyError):
         return None
     tokens = found.get(gguf.Keys.Tokenizer.LIST, [()])[0]
-    if len(tokens) != rows or any(index >= rows or tokens[index] != text for text, index in known.items()):
+    if len(tokens) != rows or any(index < rows and tokens[index] != text for text, index in known.items()):
         return None
     return [("key_value", key, *field) for key, field in found.items()]
-
-
-def read_fields(path: Path) -> Iterator[tuple[str, Any, Any, Any]]:
-    """Key, value, GGUFValueType, and the type of array entries (else None), in the order of the file.
-
-    gguf.GGUFReader keeps several arrays per token, three times the size of the largest tensor of a small model. Raises
-    ValueError if it is not a little-endian GGUF file of a supported version.
-    """
-    with path.open("rb") as file:
-        magic, version = _values(file, _TYPES.UINT32, 2)
-        _, count = _values(file, _TYPES.UINT64, 2)
-        if magic != gguf.GGUF_MAGIC or version not in _VERSIONS:
-            raise ValueError(f"{path} is not a GGUF file of version {' or '.join(map(str, _VERSIONS))}")
-        for _ in range(count):
-            (key,) = _values(file, _TYPES.STRING, 1)
-            kind = _TYPES(*_values(file, _TYPES.UINT32, 1))
-            if kind is _TYPES.ARRAY:
-                element = _TYPES(*_values(file, _TYPES.UINT32, 1))
-                yield key, _values(file, element, *_values(file, _TYPES.UINT64, 1)), kind, element
-            else:
-                yield key, *_values(file, kind, 1), kind, None
-
-
-def _values(file: BinaryIO, kind: Any, count: int) -> list[Any]:
-    if kind is _TYPES.STRING:
-        return [_read(file, *_values(file, _TYPES.UINT64, 1)).decode("utf-8") for _ in range(count)]
-    number = np.dtype(gguf.GGUFReader.gguf_scalar_to_np[kind]).newbyteorder("<")
-    return list(np.frombuffer(_read(file, count * number.itemsize), number).tolist())
-
-
-def _read(file: BinaryIO, count: int) -> bytes:
-    if file.tell() + count > os.fstat(file.fileno()).st_size:
-        raise ValueError("the file ends too early")
-    return file.read(count)
 
 
 def fields_from_huggingface(tokenizer: Any | None, vocabulary: int) -> WriterFields:

@@ -14,13 +14,17 @@ from numpy.typing import NDArray
 from saap.core.errors import ExportError
 from saap.core.files import whole_file
 from saap.core.storage import write_whole
-from saap.export.gguf.architectures import WriterFields
-from saap.export.gguf.check import Agreement, check_in_llama_cpp
+from saap.export.gguf.check import WINDOW, Agreement, check_in_llama_cpp
+from saap.export.gguf.fields import WriterFields
+from saap.export.gguf.metadata import metadata_fields
 from saap.export.gguf.modelfile import modelfile
-from saap.export.gguf.plan import GgufPlan, PlannedTensor
+from saap.export.gguf.plan import GgufPlan
+from saap.export.gguf.quantize import fallbacks, importance_matrix, quantize, unquantized
+from saap.export.gguf.result import GgufExport, notes
+from saap.export.gguf.tensors import PlannedTensor
 from saap.export.gguf.tokenizer import tokenizer_fields
 from saap.export.placing import check_file
-from saap.export.source import Exported, ExportSource, Progress
+from saap.export.source import ExportSource, Progress
 from saap.models.checkpoint.groupwise import PackedMatrices
 from saap.models.checkpoint.safetensor_files import StoredTensors
 from saap.models.loading.llama_cpp import llama_cpp_is_installed
@@ -28,35 +32,6 @@ from saap.settings.export import ExportRequest
 from saap.settings.prune import GgufType
 
 CHUNK_VALUES = 2**20
-
-
-class GgufExport(Exported):
-    """A written GGUF file.
-
-    architecture: llama.cpp's. tokenizer: origin of its tokenizer. agreement: with the transformers model in float32,
-    None if not checked. same_tokens: whether both tokenizers agree on the checked text. packed_matrices: number copied
-    from the integers of `saap recover`; not_packed: why none was copied although there are such integers.
-    """
-
-    modelfile: Path
-    bytes: int
-    architecture: str
-    quantization: str
-    tokenizer: str
-    agreement: Agreement | None = None
-    same_tokens: bool | None = None
-    packed_matrices: int = 0
-    not_packed: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The export as JSON-able data."""
-        found = self.agreement
-        return {
-            **self.model_dump(mode="json", exclude={"notes", "agreement"}),
-            "checked_tokens": None if found is None else found.tokens,
-            "equal_predictions": None if found is None else found.share,
-            "divergence": None if found is None else found.divergence,
-        }
 
 
 def write(
@@ -68,67 +43,66 @@ def write(
     the integers of a folder written by `saap recover` (4 bits, groups of 32) are copied exactly. Raises ExportError
     with the layers if llama.cpp cannot compute the same, OutputError.
     """
-    if request.verify and not llama_cpp_is_installed():
-        raise ExportError(
-            "Checking the file needs the package llama-cpp-py-sync",
-            "Run pip install 'saap[gguf]', or use --no-verify",
-        )
     kind = request.quantization
+    _check_packages(request)
     packed = PackedMatrices(source.resolved.folder) if kind is GgufType.Q4_1 else None
     plan = GgufPlan(source.config, source.tensors.shapes, kind, packed.names if packed is not None else ())
     said: dict[str, Any] = dict(plan.fields)
     tokenizer, origin = tokenizer_fields(source, said["vocab_size"])
-    check_file(out, plan.weight_bytes, overwrite=overwrite)
-    agreement, same = None, None
-    with whole_file(out, remedy="Choose another --out") as part:
-        progress.stage(f"write {out.name}")
-        base = None if source.manifest is None else source.manifest.base
-        name = Path(source.resolved.source).name if base is None else f"{Path(base.source).name}, pruned"
-        licence = [("license", base.licence)] if base is not None and base.licence is not None else []
-        fields = [("type", "model"), ("name", name), *licence, *plan.fields, *tokenizer]
-        write_gguf(part, plan, source.tensors, fields, packed, progress.advance)
+    # at most as large again as the f16 file from which llama.cpp makes it
+    check_file(out, plan.weight_bytes * (2 if kind.made_by_llama_cpp else 1), overwrite=overwrite)
+    fields, imatrix = [*metadata_fields(source), *plan.fields, *tokenizer], kind.made_by_llama_cpp and request.imatrix
+    found: dict[str, Any] = {}
+    with whole_file(out, remedy="Choose another --out") as part, unquantized(part, kind) as first:
+        progress.stage(f"write {first.name.removeprefix('.').removesuffix('.part')}")
+        write_gguf(first, plan, source.tensors, fields, packed, progress.advance)
+        model = source.model() if request.verify or imatrix else None
+        if kind.made_by_llama_cpp:
+            importance = {}
+            if imatrix:
+                progress.stage("observe activations for the importance matrix")
+                importance = importance_matrix(model, source.tokenizer, plan.tensors, said["context_length"])
+            progress.stage(f"quantise to {kind} in llama.cpp")
+            quantize(first, part, kind, importance)
+            found["fallbacks"] = fallbacks(part, kind)
         if request.verify:
             progress.stage("compare it in llama.cpp with transformers")
-            agreement, same = check_in_llama_cpp(source, part, said["context_length"])
-            if not agreement.share >= plan.least_agreement:
-                raise ExportError(
-                    f"In llama.cpp {out.name} predicts the same next token as transformers for only "
-                    f"{agreement.share:.1%} of {agreement.tokens} tokens, so it is not kept",
-                    "Report this model as a bug of saap",
-                )
+            files = dict.fromkeys((first, part))
+            tokens = min(said["context_length"], WINDOW), request.check_tokens
+            checked, found["same_tokens"] = check_in_llama_cpp(model, source.tokenizer, tuple(files), *tokens)
+            _require(checked[0], plan, out)
+            found["agreement"] = checked[-1]
+            if kind.made_by_llama_cpp:
+                found["perplexity_over_f16"] = checked[-1].perplexity_ratio / checked[0].perplexity_ratio
     ollama = out.with_name(f"{out.stem}.Modelfile")
     write_whole(ollama, modelfile(out, source.tokenizer, context=said["context_length"]).encode())
     done = GgufExport(
         path=out, modelfile=ollama, bytes=out.stat().st_size, architecture=plan.architecture, quantization=kind.value,
-        tokenizer=origin, agreement=agreement, same_tokens=same,
-        packed_matrices=sum(tensor.packed for tensor in plan.tensors),
-        not_packed=None if packed is None else packed.refused,
+        tokenizer=origin, imatrix=imatrix, packed_matrices=sum(tensor.packed for tensor in plan.tensors),
+        not_packed=None if packed is None else packed.refused, **found,
     )  # fmt: skip
-    return done.model_copy(update={"notes": tuple(_notes(done))})
+    return done.model_copy(update={"notes": tuple(notes(done))})
 
 
-def _notes(done: GgufExport) -> Iterator[str]:
-    """Messages to the user."""
-    size = f"{done.bytes / 1e6:,.1f} MB"
-    yield f"{done.path}: {size}, {done.quantization}, architecture {done.architecture} of llama.cpp"
-    yield f"tokenizer from {done.tokenizer}"
-    if done.packed_matrices:
-        yield f"{done.packed_matrices} matrices have exactly the integers and scales of `saap recover`"
-    if done.not_packed is not None:
-        yield f"look here: {done.not_packed}, which is not Q4_1, so the weights were quantised again"
-    found = done.agreement
-    if found is None:
-        yield "not checked in llama.cpp"
-    else:
-        yield (
-            f"checked in llama.cpp: the same next token as transformers for {found.share:.2%} of {found.tokens} "
-            f"tokens, divergence {found.divergence:.1e} nats"
+def _check_packages(request: ExportRequest) -> None:
+    needs = "Checking the file" if request.verify else ""
+    if request.quantization.made_by_llama_cpp:
+        needs = f"The type {request.quantization}"
+    if needs and not llama_cpp_is_installed():
+        remedy = "Run pip install 'saap[gguf]', or use --no-verify"
+        if request.quantization.made_by_llama_cpp:
+            remedy = "Run pip install 'saap[gguf]', or use --quantization q8_0 --no-verify"
+        raise ExportError(f"{needs} needs the package llama-cpp-py-sync", remedy)
+
+
+def _require(checked: Agreement, plan: GgufPlan, out: Path) -> None:
+    """Raise ExportError for a file that computes something else; what llama.cpp quantises is checked before that."""
+    if not checked.share >= plan.least_agreement:
+        raise ExportError(
+            f"In llama.cpp {out.name} predicts the same next token as transformers for only "
+            f"{checked.share:.1%} of {checked.tokens} tokens, so it is not kept",
+            "Report this model as a bug of saap",
         )
-    if done.same_tokens is False:
-        yield "look here: llama.cpp and the model's own tokenizer split the checked text into different tokens"
-    yield "run it with:"
-    yield f"  llama-cli -m {done.path}"
-    yield f"  ollama create {done.path.stem} -f {done.modelfile}"
 
 
 def write_gguf(
@@ -165,15 +139,26 @@ def _chunks(tensor: PlannedTensor, tensors: StoredTensors, packed: PackedMatrice
     if tensor.values is not None:
         yield np.asarray(tensor.values, dtype=np.float32)
         return
-    count, unit = tensor.shape[0], tensor.head_rows or 1
-    step = max(1, CHUNK_VALUES // int(np.prod(tensor.shape[1:])) // unit) * unit
+    for source in tensor.sources or (None,):
+        yield from _chunks_of(source, tensor, tensors, packed)
+
+
+def _chunks_of(
+    source: str | None, tensor: PlannedTensor, tensors: StoredTensors, packed: PackedMatrices | None
+) -> Iterator[NDArray[Any]]:
+    """The bytes of one source of a tensor."""
+    shape = tensor.shape if source is None else tensors.shapes[source]
+    count, unit = shape[0], tensor.head_rows or 1
+    step = max(1, CHUNK_VALUES // int(np.prod(shape[1:])) // unit) * unit
     for first in range(0, count, step):
         last = min(first + step, count)
-        values: NDArray[Any] = np.zeros((last - first, *tensor.shape[1:]), dtype=np.float32)
-        if tensor.packed and tensor.source is not None and packed is not None:
-            values = packed.rows(tensor.source, first, last).numpy()
-        elif tensor.source is not None:
-            values = tensors.read(tensor.source)[first:last].to("cpu", torch.float32).numpy()
+        values: NDArray[Any] = np.zeros((last - first, *shape[1:]), dtype=np.float32)
+        if tensor.packed and source is not None and packed is not None:
+            values = packed.rows(source, first, last).numpy()
+        elif source is not None:
+            values = tensors.read(source)[first:last].to("cpu", torch.float32).numpy()
+        if tensor.part is not None:
+            values = (values.swapaxes(1, 2) if tensor.part.transposed else values)[:, tensor.part.rows]
         if tensor.head_rows:
             values = interleaved(values, tensor.head_rows)
         if tensor.offset:

@@ -1,11 +1,11 @@
-"""Logits of a GGUF file at all positions, computed by llama.cpp. Needs the package llama-cpp-py-sync."""
+"""llama.cpp: logits of a GGUF file at all positions, and its quantiser. Needs the package llama-cpp-py-sync."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,31 @@ def _library() -> tuple[Any, Any, deque[str], Any]:
     library.llama_log_set(callback, interface.NULL)
     library.llama_backend_init()
     return library, interface, complaints, callback
+
+
+def quantize_file(
+    source: Path, out: Path, file_type: int, *, importance: Mapping[str, NDArray[np.float32]], threads: int = 1
+) -> None:
+    """Write a GGUF file of type f16 again in another type, by llama.cpp's own quantiser.
+
+    file_type: `llama_ftype`. importance: of a tensor's columns (inputs,), by its name in the file; may be empty.
+    Raises ModelError with llama.cpp's message.
+    """
+    library, interface, complaints, _ = _library()
+    complaints.clear()
+    settings = library.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = file_type, threads
+    matrix = interface.new("struct llama_model_imatrix_data[]", len(importance) + 1)  # ends with an empty name
+    kept = []  # what the structures point to
+    for entry, (name, values) in zip(matrix, importance.items(), strict=False):
+        kept.append((interface.new("char[]", name.encode()), np.ascontiguousarray(values, dtype=np.float32)))
+        entry.name, entry.size = kept[-1][0], values.size
+        entry.data = interface.cast("float *", kept[-1][1].ctypes.data)
+    if importance:
+        settings.imatrix = matrix
+    if library.llama_model_quantize(str(source).encode(), str(out).encode(), interface.addressof(settings)) != 0:
+        reason = " ".join(complaints) or "without a message"
+        raise ModelError(f"llama.cpp cannot quantise {source} ({reason})", "Use --quantization q8_0")
 
 
 class LlamaCpp(ExitStack):

@@ -21,7 +21,7 @@ from saap.settings.prune import GgufType
 from saap.settings.registry import ExportFormat
 
 if TYPE_CHECKING:
-    from saap.export.gguf.write import GgufExport
+    from saap.export.gguf.result import GgufExport
 
 _NOT_UPLOADED = [".*", "*.part"]
 
@@ -55,6 +55,7 @@ def export_gguf(
     out: str | Path,
     *,
     quantization: GgufType | str = GgufType.F16,
+    imatrix: bool = True,
     overwrite: bool = False,
     verify: bool = True,
     revision: str | None = None,
@@ -62,11 +63,13 @@ def export_gguf(
 ) -> GgufExport:
     """Write a model as GGUF, with an Ollama Modelfile next to it; `out` exists only after it has passed the check.
 
-    source: anything that `saap prune` accepts, or its result in either layout. verify: open the file in llama.cpp and
-    compare its logits on a text with those of transformers. With q4_1, the integers of a folder written by `saap
-    recover` (4 bits, groups of 32) are copied exactly. Raises as `export_model` does.
+    source: anything that `saap prune` accepts, or its result in either layout. imatrix: types that llama.cpp's own
+    quantiser makes weigh errors by activations on bundled text. verify: open the file in llama.cpp and compare its
+    logits on a text with those of transformers. With q4_1, the integers of a folder written by `saap recover` (4 bits,
+    groups of 32) are copied exactly. Raises as `export_model` does.
     """
     request = ExportRequest(format=ExportFormat.GGUF, quantization=GgufType(quantization), verify=verify)
+    request = request.model_copy(update={"imatrix": imatrix})
     done = export_model(source, out, request, overwrite=overwrite, revision=revision, reporter=reporter)
     return cast("GgufExport", done)
 

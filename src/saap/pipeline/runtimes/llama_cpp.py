@@ -13,6 +13,8 @@ from torch import nn
 
 from saap.evaluation.speed import Source
 from saap.export.gguf.plan import GgufPlan
+from saap.export.gguf.quantize import quantize, unquantized
+from saap.export.gguf.reading import bytes_per_token
 from saap.export.gguf.write import write_gguf
 from saap.export.placing import check_place
 from saap.export.source import open_source
@@ -48,12 +50,15 @@ class LlamaCppRuntime:
         plan = GgufPlan(config, tensors.shapes, settings.gguf_type)
         with tempfile.TemporaryDirectory(prefix="saap-speed-") as folder:
             file = Path(folder) / "model.gguf"
-            check_place(file, plan.weight_bytes)
+            check_place(file, plan.weight_bytes * (2 if settings.gguf_type.made_by_llama_cpp else 1))
             # placeholder tokens are sufficient for speed
-            write_gguf(file, plan, tensors, [*plan.fields, ("tokenizer_model", "no_vocab")])
+            with unquantized(file, settings.gguf_type) as first:
+                write_gguf(first, plan, tensors, [*plan.fields, ("tokenizer_model", "no_vocab")])
+                if settings.gguf_type.made_by_llama_cpp:
+                    quantize(first, file, settings.gguf_type, {})
             context = settings.prompt_tokens + settings.new_tokens + 1
             with LlamaCpp(file, context=context, threads=torch.get_num_threads()) as model:
-                yield cls(model, plan.bytes_per_token)
+                yield cls(model, bytes_per_token(file))
 
     def read(self, ids: Sequence[int]) -> int:
         """Read a prompt into an empty cache."""

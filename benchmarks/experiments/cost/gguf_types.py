@@ -1,0 +1,101 @@
+"""What the types of llama.cpp's own quantiser cost a pruned model in perplexity, and save in bytes."""
+
+import math
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from harness.experiment import Cells, Measured, Names, Request, Values
+from lab.commands import in_own_process, made_by_saap
+from lab.dense import coder_model
+from lab.texts import TEXTS
+
+from saap.data.samples import token_stream
+from saap.data.texts import read_documents
+from saap.export.gguf.reading import read_tensors
+from saap.models.loading.llama_cpp import LlamaCpp
+from saap.models.loading.pretrained import load_tokenizer
+from saap.models.loading.references import resolve_model
+from saap.pipeline.export.run import export_gguf
+
+SMOLLM2, QWEN, LARGE = "smollm2", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"
+WEIGHED = "+imatrix"
+TYPES = ("f16", "q8_0", *(f"{kind}{how}" for kind in ("q4_k_m", "iq4_xs", "q5_k_m", "q6_k") for how in ("", WEIGHED)))
+CELLS = [f"{SMOLLM2}/{kind}" for kind in TYPES]
+EXTRA = [f"{model}/{kind}" for model in (QWEN, LARGE) for kind in TYPES]
+SETTINGS = {
+    "pruning ratio": 0.2, "alignment": 256, "preset": "fast", "text": "wikitext2", "measured tokens": 4096,
+    "window": 512,
+}  # fmt: skip
+SMOKE = False
+
+
+def measure(request: Request, wanted: Names) -> Measured:
+    """Export the pruned and the dense model in each type; perplexity of the pruned one in llama.cpp."""
+    settings = request.settings
+    for cell in wanted:
+        model, _, named = cell.partition("/")
+        kind, weighed = named.removesuffix(WEIGHED), named.endswith(WEIGHED)
+        source = request.model if model == SMOLLM2 else coder_model(request, model)
+        flags = ["--pruning-ratio", settings["pruning ratio"], "--align", settings["alignment"]]
+        folder = made_by_saap(request, f"aligned-{model}", "prune", source, *flags, "--preset", settings["preset"])
+        with tempfile.TemporaryDirectory() as temporary:
+            pruned, dense = Path(temporary) / "pruned.gguf", request.work / f"dense-{model}-{kind}.gguf"
+            values = in_own_process(written, folder, pruned, kind, weighed)
+            if not dense.is_file():
+                in_own_process(written, source, dense, kind, False)
+            ids = _ids(str(folder), settings["text"], settings["measured tokens"])
+            yield (
+                cell,
+                {
+                    **values,
+                    "perplexity": perplexity_of(pruned, ids, settings["window"]),
+                    "bytes": weight_bytes(pruned)[0] / weight_bytes(dense)[0],
+                    "parameters": weight_bytes(pruned)[1] / weight_bytes(dense)[1],
+                },
+            )
+
+
+def written(source: str | Path, out: Path, kind: str, weighed: bool) -> Values:
+    """Write a file. fallback_bytes: more than if the blocks fitted every row; fallbacks: matrices concerned."""
+    done = export_gguf(str(source), str(out), quantization=kind, imatrix=weighed, verify=False)
+    found = done.fallbacks
+    return {
+        "architecture": done.architecture, "size": done.bytes,
+        "fallbacks": sum(found.types.values()) if found is not None else 0,
+        "fallback_bytes": found.extra_bytes if found is not None else 0,
+    }  # fmt: skip
+
+
+@cache
+def _ids(folder: str, text: str, most: int) -> tuple[int, ...]:
+    tokenizer = load_tokenizer(resolve_model(folder))
+    return tuple(token_stream(read_documents(TEXTS[text], tokenizer=tokenizer), tokenizer)[:most].tolist())
+
+
+def perplexity_of(file: Path, ids: tuple[int, ...], window: int) -> float:
+    """Of the tokens but the first of each window."""
+    total, predicted = 0.0, 0
+    with LlamaCpp(file, context=window, threads=torch.get_num_threads()) as runtime:
+        for first in range(0, len(ids), window):
+            part = torch.tensor(ids[first : first + window])
+            logits = torch.from_numpy(runtime.logits(part.tolist()))[:-1].double()
+            total += float(torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum"))
+            predicted += len(part) - 1
+    return math.exp(total / predicted)
+
+
+def weight_bytes(file: Path) -> tuple[int, int]:
+    """Bytes of the file, and weights of its tensors."""
+    return file.stat().st_size, sum(math.prod(shape) for _, shape, _ in read_tensors(file))
+
+
+def summarise(cells: Cells) -> Values:
+    rows: dict[str, dict[str, Values]] = {}
+    for cell, found in cells.items():
+        model, _, kind = cell.partition("/")
+        reference = cells.get(f"{model}/f16")
+        if reference is not None:
+            rows.setdefault(model, {})[kind] = {**found, "ratio": found["perplexity"] / reference["perplexity"]}
+    return {"rows": rows, "first": rows[SMOLLM2]}

@@ -1,0 +1,52 @@
+"""What a GGUF file says of itself: name, licence, authors and the like, kept from the GGUF file of the dense model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+
+from saap.core.errors import ModelError
+from saap.export.gguf.fields import WriterFields
+from saap.export.gguf.reading import read_fields
+from saap.export.source import ExportSource
+from saap.models.loading.references import PACKAGED_MODELS, packaged_file
+
+_GENERAL = "general."
+_KEYS = gguf.Keys.General
+# Facts about the dense model's file that do not hold for the new one.
+_OWN = (
+    _KEYS.ARCHITECTURE, _KEYS.TYPE, _KEYS.NAME, _KEYS.FILE_TYPE, _KEYS.QUANTIZATION_VERSION, _KEYS.ALIGNMENT,
+    _KEYS.SIZE_LABEL, _KEYS.QUANTIZED_BY,
+)  # fmt: skip
+
+
+def source_gguf(source: ExportSource) -> Path | None:
+    """The GGUF file that is the source or its dense model."""
+    if source.resolved.gguf_file is not None:
+        return source.resolved.path
+    base = "" if source.manifest is None else source.manifest.base.source
+    if base in PACKAGED_MODELS:
+        try:
+            return packaged_file(base)
+        except ModelError:
+            return None
+    return Path(base) if base.endswith(".gguf") and Path(base).is_file() else None
+
+
+def metadata_fields(source: ExportSource) -> WriterFields:
+    """The general fields of a file: those of the dense model's GGUF file if there is one, else name and licence."""
+    base, file = None if source.manifest is None else source.manifest.base, source_gguf(source)
+    kept = {} if file is None else {key: field for key, *field in _general(file)}
+    (name,) = kept.get(_KEYS.NAME, [Path(source.resolved.source if base is None else base.source).name])[:1]
+    fields: WriterFields = [("type", "model"), ("name", name if base is None else f"{name}, pruned")]
+    if base is not None and base.licence is not None and _KEYS.LICENSE not in kept:
+        fields.append(("license", base.licence))
+    return [*fields, *(("key_value", key, *field) for key, field in kept.items() if key not in _OWN)]
+
+
+def _general(file: Path) -> WriterFields:
+    try:
+        return [field for field in read_fields(file) if field[0].startswith(_GENERAL)]
+    except (ValueError, KeyError):  # of another version of the format
+        return []
