@@ -15,4 +15,9 @@ class ExportRequest(Settings):
 
     format: Annotated[ExportFormat, format_flag(f"{ExportFormat.summaries()}.")] = ExportFormat.GGUF
     quantization: Annotated[GgufType, format_flag("Type of the weights in GGUF.")] = GgufType.F16
-    verify: Annotated[bool, format_flag("Compare the file in llama.cpp with transformers.")] = True
+    verify: Annotated[
+        bool,
+        format_flag(
+            "GGUF: compare the file in llama.cpp with transformers. MLX: check the folder with mlx-lm, if installed."
+        ),
+    ] = True
