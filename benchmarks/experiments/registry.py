@@ -8,7 +8,7 @@ MODULES = (
     "method.calibration", "quality.families", "quality.multilingual", "quality.multimodal", "quality.recovery",
     "quality.group_sizes", "method.boundaries", "quality.generation", "method.overlap", "cost.estimation_cost",
     "cost.cost", "cost.shapes", "cost.speed", "cost.processes", "cost.accelerator", "cost.device_limit",
-    "cost.forecast", "cost.faults", "cost.recipes", "cost.gguf_files", "cost.report_page",
+    "cost.forecast", "cost.faults", "cost.recipes", "cost.gguf_files", "quality.mlx", "cost.report_page",
 )  # fmt: skip
 
 EXPERIMENTS = [experiment(name) for name in MODULES]

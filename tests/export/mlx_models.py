@@ -31,8 +31,10 @@ TOKENS, TOGETHER = 256, 192
 # rounds the square root of Gemma's hidden size to bfloat16: 144 has an exact one.
 CHANGES: dict[str, dict[str, Any]] = {
     "mixtral": {"head_dim": 8},
+    "qwen3_next": {"head_dim": 16, "full_attention_interval": 1},
     "mistral": {"sliding_window": 512},
     "gemma": {"hidden_size": 144},
+    "gemma4": {"hidden_size": 144},
     "gemma2": {"hidden_size": 144, "sliding_window": 512},
     "gemma3": {
         "hidden_size": 144, "num_hidden_layers": 3, "_sliding_window_pattern": 2,
@@ -86,15 +88,16 @@ PRUNED = {
 """What is pruned, in the words of a page."""
 
 
-def token_ids(vocabulary: int = 128) -> list[int]:
-    return torch.randint(2, vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
+def token_ids(vocabulary: int = 128) -> list[list[int]]:
+    """One window of random tokens."""
+    return torch.randint(2, vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 @torch.no_grad()
-def next_tokens(folder: Path, ids: list[int]) -> list[int]:
-    """The most likely next token at each position in transformers."""
+def next_tokens(folder: Path, windows: list[list[int]]) -> list[list[int]]:
+    """The most likely next token at each position of each window in transformers, in float32."""
     model = plain(load(folder, device="cpu", dtype=torch.float32))
-    return [int(one) for one in model(torch.tensor([ids]), use_cache=False).logits[0].argmax(-1)]
+    return [model(torch.tensor([ids]), use_cache=False).logits[0].argmax(-1).tolist() for ids in windows]
 
 
 def in_mlx(jobs: list[list[Any]], interpreter: str | None = None) -> list[Any]:
@@ -110,11 +113,12 @@ def in_mlx(jobs: list[list[Any]], interpreter: str | None = None) -> list[Any]:
     return list(json.loads(done.stdout))
 
 
-def agreement(folder: Path, interpreter: str | None = None) -> float | str:
-    """Share of equal next tokens, or why MLX-LM does not open the folder."""
-    ids = token_ids()
-    (found,) = in_mlx([["next tokens", str(folder), ids, TOGETHER]], interpreter)
+def agreement(
+    folder: Path, windows: list[list[int]], interpreter: str | None = None, *, reference: Path | None = None
+) -> float | str:
+    """Share of equal next tokens, or why MLX-LM does not open the folder. reference: that transformers opens."""
+    (found,) = in_mlx([["next tokens", str(folder), windows, TOGETHER]], interpreter)
     if isinstance(found, dict):
-        return str(found["error"])
-    expected = next_tokens(folder, ids)
-    return sum(one == other for one, other in zip(found, expected, strict=True)) / len(expected)
+        return str(found["error"]).splitlines()[0]
+    expected = next_tokens(reference or folder, windows)
+    return float((torch.tensor(found) == torch.tensor(expected)).double().mean())

@@ -19,12 +19,19 @@ def opened(folder: str) -> Any:
     return utils.load_model(Path(folder), trust_remote_code=True)[0]
 
 
-def next_tokens(folder: str, ids: list[int], together: int) -> list[int]:
-    """The most likely next token at each position; the first ids are read together, the others one by one."""
+def next_tokens(folder: str, windows: list[list[int]], together: int) -> list[list[int]]:
+    """The most likely next token at each position of each window, computed in float32.
+
+    The first ids of a window are read together, the others one by one.
+    """
     model = opened(folder)
-    cache = make_prompt_cache(model)
-    parts = [ids[:together], *([one] for one in ids[together:])]
-    return [int(one) for part in parts for one in model(mx.array([part]), cache=cache)[0].argmax(-1).tolist()]
+    model.set_dtype(mx.float32)
+    found: list[list[int]] = []
+    for ids in windows:
+        cache = make_prompt_cache(model)
+        parts = [ids[:together], *([one] for one in ids[together:])]
+        found.append([one for part in parts for one in model(mx.array([part]), cache=cache)[0].argmax(-1).tolist()])
+    return found
 
 
 def dequantised(folder: str, name: str, out: str) -> list[Any]:
@@ -48,7 +55,7 @@ JOBS = {"next tokens": next_tokens, "dequantised": dequantised, "converted": con
 def result(what: str, *arguments: Any) -> Any:
     try:
         return JOBS[what](*arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a stock module may end the process
         return {"error": f"{type(error).__name__}: {error}"}
 
 

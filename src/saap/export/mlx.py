@@ -167,7 +167,9 @@ def check_in_mlx(fields: Mapping[str, Any], shapes: Mapping[str, Shape]) -> str 
 
     from saap.models.checkpoint import mlx_pruned
 
-    weights = {name: mlx.core.zeros(shape) for name, shape in shapes.items()}  # computed by nobody
+    weights = {
+        name: mlx.core.zeros(shape) for name, shape in shapes.items()
+    }  # nothing is computed until a result is used
     fields = {**fields, "quantization": None}
     try:
         if "model_file" in fields:
@@ -176,7 +178,8 @@ def check_in_mlx(fields: Mapping[str, Any], shapes: Mapping[str, Shape]) -> str 
             model_class, arguments = mlx_pruned.stock_classes(fields)
             model = model_class(arguments.from_dict(fields))
         weights = getattr(model, "sanitize", dict)(weights)
-    except Exception as error:  # the stock classes raise anything
+        model(mlx.core.array([[0, 1]]))
+    except (Exception, SystemExit) as error:  # the stock classes raise anything
         raise ExportError(f"mlx-lm {found} cannot express this model ({first_line(error)})", _REMEDY) from error
     places = {name: tuple(value.shape) for name, value in tree_flatten(model.parameters())}
     given = {name: tuple(value.shape) for name, value in weights.items()}

@@ -70,6 +70,9 @@ def with_stock_fields(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with the fields that MLX-LM's classes read and transformers no longer writes."""
     found = {older: config[name] for older, name in OLDER_FIELDS.items() if name in config}
     kinds = config.get("layer_types") or ()
+    widths = {own["head_dim"] for own in (config.get("per_layer_config") or {}).values() if "head_dim" in own}
+    if len(widths) == 1:
+        found["global_head_dim"] = widths.pop()
     if "full_attention" in kinds:
         found["sliding_window_pattern"] = kinds.index("full_attention") + 1
     return {**found, **config}
@@ -215,19 +218,20 @@ def with_stacked_experts(model: nn.Module, weights: Weights) -> Weights:
 def without_removed(model: Any, structure: Mapping[str, Any], weights: Weights) -> Weights:
     """Replace modules without weights by constants, and drop what is stored of their other parts.
 
-    Raises ValueError if a module keeps a part of its weights, or if its bias is missing.
+    Raises ValueError if the output projection is no part of a module of its own, or if its bias is missing.
     """
-    with_bias: dict[str, str | None] = {}  # removed module -> its part that keeps a bias
+    removed: dict[str, tuple[str, bool]] = {}  # module -> its output projection, and whether that keeps a bias
     for path, constant in structure.get("constant", {}).items():
         parent, _, leaf = path.rpartition(".")
-        with_bias[parent] = leaf if constant["bias"] and constant["width"] else with_bias.get(parent)
-    for path, part in with_bias.items():
+        if constant["width"]:
+            removed[parent] = (leaf, constant["bias"])
+    for path, (part, has_bias) in removed.items():
         name, _ = find(model, path)
+        if name.rpartition(".")[2].isdigit():
+            raise ValueError(f"MLX-LM cannot remove {part} of {path} alone.")
         inside = {one: weights.pop(one) for one in list(weights) if one.startswith(f"{name}.")}
-        if left := [one for one, weight in inside.items() if one.endswith(".weight") and weight.ndim > 1]:
-            raise ValueError(f"{path} has lost only a part of its modules (not {', '.join(left)}).")
-        bias = inside.get(f"{name}.{part}.bias", inside.get(f"{name}.bias")) if part else None
-        if part and bias is None:
+        bias = inside.get(f"{name}.{part}.bias", inside.get(f"{name}.bias")) if has_bias else None
+        if has_bias and bias is None:
             raise ValueError(f"The bias {path}.{part}.bias is missing.")
         parent, _, leaf = name.rpartition(".")
         setattr(find(model, parent)[1], leaf, Removed(bias))
@@ -291,6 +295,8 @@ def set_heads(model: nn.Module, dense: Mapping[str, tuple[int, ...]]) -> None:
         if key is not None:
             (before, _), (now, _) = shapes[key]
             key_heads = stock_keys * now / before
+        elif now == before and len(linears) > 2:
+            continue
         elif len(linears) > 2:
             raise ValueError(f"MLX-LM's attention {path} cannot lose heads; prune the FFNs only.")
         else:  # queries, keys and values in one projection
