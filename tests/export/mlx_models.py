@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ TOKENS, TOGETHER = 256, 192
 # rounds the square root of Gemma's hidden size to bfloat16: 144 has an exact one.
 CHANGES: dict[str, dict[str, Any]] = {
     "mixtral": {"head_dim": 8},
-    "qwen3_next": {"head_dim": 16, "full_attention_interval": 1},
     "mistral": {"sliding_window": 512},
     "gemma": {"hidden_size": 144},
     "gemma4": {"hidden_size": 144},
@@ -113,12 +112,17 @@ def in_mlx(jobs: list[list[Any]], interpreter: str | None = None) -> list[Any]:
     return list(json.loads(done.stdout))
 
 
-def agreement(
-    folder: Path, windows: list[list[int]], interpreter: str | None = None, *, reference: Path | None = None
-) -> float | str:
-    """Share of equal next tokens, or why MLX-LM does not open the folder. reference: that transformers opens."""
-    (found,) = in_mlx([["next tokens", str(folder), windows, TOGETHER]], interpreter)
-    if isinstance(found, dict):
-        return str(found["error"]).splitlines()[0]
-    expected = next_tokens(reference or folder, windows)
-    return float((torch.tensor(found) == torch.tensor(expected)).double().mean())
+def agreements(
+    folders: Mapping[Path, Path], windows: list[list[int]], interpreter: str | None = None
+) -> list[float | str]:
+    """Share of equal next tokens of each folder, or why MLX-LM does not open it.
+
+    folders: each with the one that transformers opens.
+    """
+    found = in_mlx([["next tokens", str(folder.resolve()), windows, TOGETHER] for folder in folders], interpreter)
+    return [
+        str(tokens["error"]).splitlines()[0]
+        if isinstance(tokens, dict)
+        else float((torch.tensor(tokens) == torch.tensor(next_tokens(reference, windows))).double().mean())
+        for tokens, reference in zip(found, folders.values(), strict=True)
+    ]

@@ -21,7 +21,10 @@ from tests.export import mlx_models
 from tests.export.gguf_models import adaptive_folder, family_folder
 from tests.export.mlx_models import PRUNED, TOGETHER, in_mlx, next_tokens, pruned_folder, token_ids
 from tests.export.test_gguf_packed import SIZES, tuned
+from tests.export.test_older_transformers import uniform_folder
+from tests.pipeline import tiny
 
+import saap
 from saap.core.errors import ExportError
 from saap.export import mlx
 from saap.export.mlx import affine_codes, check_in_mlx, check_structure, mlx_fields
@@ -162,6 +165,7 @@ FAMILIES = ["llama", "llama_tied", "qwen2", "qwen3", "mistral", "gemma3", "mixtr
 def test_every_family_has_the_next_tokens_of_transformers(tmp_path: Path) -> None:
     cells = [(family, PRUNED["FFN channels, KV groups"]) for family in FAMILIES]
     cells += [("llama", case) for case in PRUNED.values()]
+    cells += [("phi", PRUNED[what]) for what in ("an FFN", "an attention")]  # with biases
     folders = [pruned_folder(family, case, tmp_path / str(place)) for place, (family, case) in enumerate(cells)]
     ids = token_ids()
     found = in_mlx([["next tokens", str(folder), ids, TOGETHER] for folder in folders])
@@ -185,10 +189,12 @@ def test_mlx_computes_with_the_weights_of_recovery(tmp_path: Path) -> None:
 
 @needs_mlx
 def test_the_folder_is_converted_and_quantised_by_mlx_lm(tmp_path: Path) -> None:
-    stock = family_folder(tmp_path / "stock", "qwen2", **SIZES)
-    uniform = export_model(stock, tmp_path / "uniform", REQUEST).path
+    adaptive = adaptive_folder(tmp_path / "adaptive", "llama", **KEPT, **SIZES)
+    uniform = uniform_folder(tmp_path / "uniform", "qwen2")
+    tiny.tokenizer().save_pretrained(uniform)
+    stock = saap.export_mlx(family_folder(tmp_path / "stock", "qwen2", **SIZES), tmp_path / "exported")
     ids = [token_ids()[0][:32]]
-    for place, folder in enumerate((adaptive_folder(tmp_path, "llama", **KEPT, **SIZES), uniform)):
+    for place, folder in enumerate((adaptive, uniform, stock)):
         plain, small = str(tmp_path / f"plain-{place}"), str(tmp_path / f"small-{place}")
         jobs = [["converted", str(folder), plain, 0], ["next tokens", plain, ids, 16]]
         jobs += [["converted", str(folder), small, 32], ["next tokens", small, ids, 16]]

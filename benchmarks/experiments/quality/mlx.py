@@ -20,7 +20,7 @@ from saap.settings.registry import ExportFormat
 FAMILIES = (
     "llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma4", "phi", "phi3", "gpt2",
     "gpt_bigcode", "gpt_neox", "gptj", "olmo2", "granite", "starcoder2", "smollm3", "stablelm", "glm4", "cohere",
-    "nemotron", "qwen3_next", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "olmo", "opt", "bloom", "falcon",
+    "nemotron", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "olmo", "opt", "bloom", "falcon",
     "gpt_neo", "codegen", "mpt",
 )  # fmt: skip
 REAL = ("pruned", "tuned")
@@ -46,16 +46,18 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 def tiny(request: Request, family: str) -> Values:
     """Share of equal next tokens by what was pruned: None if the family has nothing to prune so, or why not."""
-    found: dict[str, Any] = {}
+    folders: dict[str, Path] = {}
     for what, case in models().PRUNED.items():
-        folder = models().pruned_folder(family, case, request.work / "mlx-tiny")
-        found[what] = None
-        if folder is not None:
-            found[what] = models().agreement(folder, models().token_ids(), request.given["python"])
-            shutil.rmtree(folder)
-        if isinstance(found[what], str) and UNKNOWN in found[what]:
-            return {"known": False}
-    return {"known": True, "pruned": found}
+        out = request.work / "mlx-tiny" / case.name
+        if models().pruned_folder(family, case, out) is not None:
+            folders[what] = out
+    pairs = {folder: folder for folder in folders.values()}
+    found = models().agreements(pairs, models().token_ids(), request.given["python"])
+    shutil.rmtree(request.work / "mlx-tiny")
+    if any(isinstance(one, str) and UNKNOWN in one for one in found):
+        return {"known": False}
+    values = dict(zip(folders, found, strict=True))
+    return {"known": True, "pruned": {what: values.get(what) for what in models().PRUNED}}
 
 
 def real(request: Request, name: str) -> Values:
@@ -64,7 +66,7 @@ def real(request: Request, name: str) -> Values:
         folder = made_by_saap(request, name, "recover", folder, "--max-steps", 4)
     out = request.work / f"mlx-{name}"
     done = export_model(folder, out, ExportRequest(format=ExportFormat.MLX), overwrite=True)
-    share = models().agreement(out, windows(folder), request.given["python"], reference=folder)
+    (share,) = models().agreements({out: folder}, windows(folder), request.given["python"])
     return {"same_next_token": share, "bytes": done.as_dict()["bytes"]}
 
 

@@ -85,7 +85,7 @@ def stock_classes(config: dict[str, Any]) -> Any:
     """
     try:
         return utils._get_classes(config)
-    except ValueError:
+    except (ValueError, SystemExit):  # a module without its package ends the process
         problem = f"mlx-lm {version('mlx-lm')} has no model of type {config['model_type']!r}"
         raise ValueError(f"{problem}; update mlx-lm, or use the folder with transformers.") from None
 
@@ -218,20 +218,19 @@ def with_stacked_experts(model: nn.Module, weights: Weights) -> Weights:
 def without_removed(model: Any, structure: Mapping[str, Any], weights: Weights) -> Weights:
     """Replace modules without weights by constants, and drop what is stored of their other parts.
 
-    Raises ValueError if the output projection is no part of a module of its own, or if its bias is missing.
+    Raises ValueError if the parts of a whole block are removed, or if a bias is missing.
     """
-    removed: dict[str, tuple[str, bool]] = {}  # module -> its output projection, and whether that keeps a bias
+    removed: dict[str, str | None] = {}  # module -> its output projection, if that keeps a bias
     for path, constant in structure.get("constant", {}).items():
         parent, _, leaf = path.rpartition(".")
-        if constant["width"]:
-            removed[parent] = (leaf, constant["bias"])
-    for path, (part, has_bias) in removed.items():
+        removed[parent] = leaf if constant["bias"] else removed.get(parent)
+    for path, part in removed.items():
         name, _ = find(model, path)
         if name.rpartition(".")[2].isdigit():
-            raise ValueError(f"MLX-LM cannot remove {part} of {path} alone.")
+            raise ValueError(f"MLX-LM cannot remove parts of the whole block {path}.")
         inside = {one: weights.pop(one) for one in list(weights) if one.startswith(f"{name}.")}
-        bias = inside.get(f"{name}.{part}.bias", inside.get(f"{name}.bias")) if has_bias else None
-        if has_bias and bias is None:
+        bias = inside.get(f"{name}.{part}.bias", inside.get(f"{name}.bias")) if part else None
+        if part and bias is None:
             raise ValueError(f"The bias {path}.{part}.bias is missing.")
         parent, _, leaf = name.rpartition(".")
         setattr(find(model, parent)[1], leaf, Removed(bias))
