@@ -9,7 +9,7 @@ MODULES = (
     "quality.multimodal", "quality.recovery", "quality.group_sizes", "method.boundaries", "quality.generation",
     "method.overlap", "cost.estimation_cost", "cost.cost", "cost.shapes", "cost.speed", "cost.processes",
     "cost.accelerator", "cost.device_limit", "cost.forecast", "cost.faults", "cost.recipes", "cost.gguf_files",
-    "cost.gguf_types", "cost.report_page",
+    "quality.mlx", "cost.gguf_types", "cost.report_page",
 )  # fmt: skip
 
 EXPERIMENTS = [experiment(name) for name in MODULES]

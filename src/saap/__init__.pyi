@@ -22,6 +22,7 @@ from saap.models.checkpoint.pruned_structure import removed_modules as removed_m
 from saap.models.loading.pretrained import load as load
 from saap.pipeline.export.run import export_decilm as export_decilm
 from saap.pipeline.export.run import export_gguf as export_gguf
+from saap.pipeline.export.run import export_mlx as export_mlx
 from saap.pipeline.export.run import push as push
 from saap.pipeline.prune.result import PruneReport as PruneReport
 from saap.pipeline.prune.result import PruneResult as PruneResult

@@ -52,7 +52,7 @@ def test_the_format_of_the_guide_writes_a_file(extended: Path, tmp_path: Path) -
 
 
 def test_help_and_refusals_know_the_format(extended: Path, tmp_path: Path) -> None:
-    assert "npz, the weights as a NumPy archive" in saap_in(extended, "export", "--help").stdout
+    assert "npz, the weights as a NumPy archive" in " ".join(saap_in(extended, "export", "--help").stdout.split())
     refused = saap_in(extended, "export", tmp_path, "--format", "npy", "--out", tmp_path / "out")
     assert refused.returncode == 2
     assert "npz" in refused.stderr.splitlines()[-1]

@@ -14,7 +14,7 @@ from typing import Any
 from saap.core.errors import ExportError, listed
 from saap.export import configuration_decilm
 from saap.export.huggingface import (
-    LEGAL_FILES,
+    FOLDER_FILES,
     copy_matching,
     entry_bytes,
     with_both_rope_spellings,
@@ -30,10 +30,6 @@ from saap.settings.export import ExportRequest
 MODEL_TYPES = ("llama", "mistral")
 _CODE = Path(configuration_decilm.__file__)
 _NORM_OF = {"attention": "input_layernorm", "ffn": "post_attention_layernorm"}
-_KEPT_PATTERNS = (
-    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja", "*.model",
-    "generation_config.json", *LEGAL_FILES,
-)  # fmt: skip
 _REMEDY = "Prune with --roles ffn, or use --layout uniform, which vLLM supports"
 _LOADING = "With vLLM (class DeciLMForCausalLM; not tested by saap):\n\n```\nvllm serve PATH --trust-remote-code\n```"
 
@@ -63,7 +59,7 @@ def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite:
     with whole_folder(out) as part:
         progress.stage(f"write {out.name}")
         write_shards(entries, part)
-        copy_matching(source.resolved.folder, part, _KEPT_PATTERNS)
+        copy_matching(source.resolved.folder, part, FOLDER_FILES)
         shutil.copyfile(_CODE, part / _CODE.name)
         fields = with_both_rope_spellings(json.loads(source.config.to_json_string(use_diff=False)))
         for name in ("pruned_structure", "base_model_type", "_name_or_path", "sliding_window"):

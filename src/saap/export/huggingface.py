@@ -25,7 +25,7 @@ from saap.export.uniform_layout import stock_config
 from saap.models.checkpoint import modeling_pruned
 from saap.models.checkpoint.groupwise import PACKED_FILE, GroupwiseLinear, GroupwiseWeight, write_packed
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, pruned_classes
-from saap.models.checkpoint.pruned_structure import PrunedStructure, pruned_fields
+from saap.models.checkpoint.pruned_structure import MLX_LOADER, PrunedStructure, pruned_fields
 from saap.models.checkpoint.safetensor_files import INDEX_NAME, TensorEntry, write_tensors
 from saap.models.walk.offload import offloaded
 
@@ -36,6 +36,11 @@ _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "video_prep
 # Fields of tokenizer_config.json about this machine.
 _LOCAL_FIELDS = ("vocab_file", "is_local", "local_files_only")
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+FOLDER_FILES = (
+    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja", "*.model",
+    "generation_config.json", *LEGAL_FILES,
+)  # fmt: skip
+"""Files of a folder besides weights and configuration that other programs read too."""
 KEPT_RECORDS = ("plan.json", "scores.safetensors")
 """Files of the source's folder `saap` that are still valid for a tuned model."""
 
@@ -111,19 +116,21 @@ def _model_folder(
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         fields = with_both_rope_spellings(fields) | {"dtype": str(dtype).removeprefix("torch.")}
         fields.pop("_name_or_path", None)
-        write_json(folder / "config.json", fields)
         if config.model_type == MODEL_TYPE:
-            shutil.copyfile(modeling_pruned.__file__, folder / Path(modeling_pruned.__file__).name)
+            fields["model_file"] = MLX_LOADER.name
+            for code in (Path(modeling_pruned.__file__), MLX_LOADER):
+                shutil.copyfile(code, folder / code.name)
+        write_json(folder / "config.json", fields)
         write_shards(entries, folder)
         write_companions(model, parts, folder)
         write_records(folder, parts.manifest, str(getattr(config, "base_model_type", config.model_type)))
         yield folder
 
 
-def write_records(folder: Path, manifest: RunManifest, base_model_type: str) -> None:
-    """Write manifest and model card into a checkpoint folder."""
+def write_records(folder: Path, manifest: RunManifest, base_model_type: str, *, loading: str | None = None) -> None:
+    """Write manifest and model card into a checkpoint folder. loading: how to open it, if not as usual."""
     write_whole(folder / "saap" / "manifest.json", (manifest.model_dump_json(indent=2) + "\n").encode())
-    write_whole(folder / "README.md", model_card(manifest, base_model_type, folder).encode())
+    write_whole(folder / "README.md", model_card(manifest, base_model_type, folder, loading=loading).encode())
 
 
 def stored_entries(
@@ -211,12 +218,12 @@ def with_both_rope_spellings(fields: dict[str, Any]) -> dict[str, Any]:
     return {**old, **fields}
 
 
-def write_shards(entries: Mapping[str, TensorEntry], folder: Path) -> None:
-    """Write tensor by tensor, without a second copy of the model in memory."""
+def write_shards(entries: Mapping[str, TensorEntry], folder: Path, program: str = "pt") -> None:
+    """Write tensor by tensor, without a second copy of the model in memory. program: that the names are of."""
     sizes = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_SIZE)
     for file, names in split.filename_to_tensors.items():
-        write_tensors(folder / file, {name: entries[name] for name in names}, {"format": "pt"})
+        write_tensors(folder / file, {name: entries[name] for name in names}, {"format": program})
     if split.is_sharded:
         write_json(folder / INDEX_NAME, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 

@@ -21,8 +21,13 @@ class ExportRequest(Settings):
     format: Annotated[ExportFormat, format_flag(f"{ExportFormat.summaries()}.")] = ExportFormat.GGUF
     quantization: Annotated[GgufType, format_flag("Type of the weights in GGUF.")] = GgufType.F16
     imatrix: Annotated[bool, format_flag("Weigh quantisation errors by activations on bundled text.")] = True
-    verify: Annotated[bool, format_flag("Compare the file in llama.cpp with transformers.")] = True
-    check_tokens: Annotated[AtLeast1, format_flag("Tokens of that comparison, also of its perplexity.")] = 512
+    verify: Annotated[
+        bool,
+        format_flag(
+            "GGUF: compare the file in llama.cpp with transformers. MLX: check the folder with mlx-lm, if installed."
+        ),
+    ] = True
+    check_tokens: Annotated[AtLeast1, format_flag("GGUF: tokens of that comparison, also of its perplexity.")] = 512
 
     @model_validator(mode="after")
     def _check(self) -> Self:

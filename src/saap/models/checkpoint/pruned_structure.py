@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,8 @@ from saap.models.checkpoint.modeling_pruned import (
     pruned_classes,
 )
 
+MLX_LOADER = Path(__file__).with_name("mlx_pruned.py")
+"""Code that opens a pruned model in MLX-LM; a copy lies in the model's folder."""
 EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
 
 

@@ -84,6 +84,25 @@ def export_decilm(source: str | Path, out: str | Path, *, overwrite: bool = Fals
     return export_model(source, out, request, overwrite=overwrite, revision=revision).path
 
 
+def export_mlx(
+    source: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+    revision: str | None = None,
+    reporter: Reporter | None = None,
+) -> Path:
+    """Write a checkpoint as a folder for MLX-LM. Returns its path.
+
+    source: a folder of safetensors in either layout. The integers and scales of a folder written by `saap recover`
+    (groups of 32, 64 or 128) are copied exactly. verify: where mlx-lm is installed, check first that it has a place for
+    every tensor. Raises as `export_model` does.
+    """
+    request = ExportRequest(format=ExportFormat.MLX, verify=verify)
+    return export_model(source, out, request, overwrite=overwrite, revision=revision, reporter=reporter).path
+
+
 def push(folder: str | Path, repository: str, *, private: bool = False, reporter: Reporter | None = None) -> str:
     """Upload a checkpoint folder to a model repository of the hub, created if necessary. Returns its URL.
 
