@@ -129,6 +129,18 @@ def test_adaptive_takes_the_candidate_with_the_least_measured_loss() -> None:
     assert again == found
 
 
+@pytest.mark.parametrize(("least", "kept"), [(0.96, True), (0.94, False)])
+def test_before_a_reconstruction_a_candidate_must_be_clearly_better(least: float, kept: bool) -> None:
+    def evaluator(keep, dropped) -> float:
+        return least if any(name.endswith("attention") and len(left) < HEADS for name, left in keep.items()) else 1.0
+
+    guide = SearchGuide(evaluator=evaluator, evaluations=12, reconstructed=True)
+    found = search(GRAPH, SCORES, budget_for_ratio(GRAPH, 0.1), space(), Strategy.ADAPTIVE, guide)
+    assert (found.trail[0].name == "uniform, ends protected") is kept
+    assert found.trail[0].loss == evaluator(found.keep, ())
+    assert min(one.loss for one in found.trail) == least
+
+
 def test_blocks_are_dropped_by_measured_loss() -> None:
     def evaluator(keep, dropped) -> float:
         return 0.0 if dropped == (3,) else 1.0 + sum(dropped)

@@ -20,12 +20,13 @@ from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.evaluator import StructureEvaluator
 from saap.structure_search.plan import SearchSpace, build_variables, make_plan, search
 from saap.structure_search.problem import DecisionVariable, Proposal, SearchGuide, SearchProblem, importance_order
-from saap.structure_search.strategies import uniform_shares
+from saap.structure_search.strategies import module_shares, uniform_shares
 from saap.surgery.reconstruct import ReconstructionSettings
 
 MODELS = ("smollm2", "gemma-3-270m", "qwen2.5-coder-0.5b")
 ALLOCATIONS = {
     "uniform": "the same share of every FFN, both ends protected; nothing is measured",
+    "module importance": "shares by the importance of modules, attention at 0.3 of an FFN; nothing is measured",
     "importance": "all units ranked by token-level Fisher score per parameter; nothing is measured",
     "second-order": "all units ranked by second-order cost per parameter, after compensation; nothing is measured",
     "evolution": "the best of the candidates of the default search, each measured as a whole, masked",
@@ -118,6 +119,7 @@ class Prepared:
         problem = SearchProblem(graph, build_variables(graph, self._space), self._scores, budget)
         proposals: dict[str, Callable[[], Proposal]] = {
             "uniform": lambda: self._uniform(problem),
+            "module importance": lambda: self._by_modules(problem),
             "importance": lambda: self._ranked(problem, importance_order(self._scores), self._means()),
             "second-order": lambda: self._ranked(problem, {**self._costs.orders}, {**self._costs.scores}),
         }
@@ -131,6 +133,10 @@ class Prepared:
     def _uniform(self, problem: SearchProblem) -> Proposal:
         decrements = problem.by_share(uniform_shares(problem, attention=0.0))
         return problem.propose("uniform", decrements, importance_order(self._scores))
+
+    def _by_modules(self, problem: SearchProblem) -> Proposal:
+        decrements = problem.by_share(module_shares(problem.variables, self._scores, attention=0.3))
+        return problem.propose("module importance", decrements, importance_order(self._scores))
 
     def _ranked(self, problem: SearchProblem, orders: dict[str, np.ndarray], values: dict[str, FloatArray]) -> Proposal:
         return problem.propose("ranked", problem.by_score(lambda group: values[group][orders[group]]), orders)

@@ -351,7 +351,7 @@ class StructurePlan(Digested):
     """The structure to keep. keep: group name -> kept unit indices, ascending; a group not listed keeps all.
 
     dropped_blocks: decoder blocks removed as a whole. parameters, block_parameters: predicted for the whole model and
-    for its blocks. trail: the evaluated candidates, best first.
+    for its blocks. trail: the evaluated candidates, this plan's first.
     """
 
     graph_digest: str

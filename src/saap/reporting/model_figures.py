@@ -145,7 +145,7 @@ def _fluctuation(role: str, joined: Mapping[str, FloatArray]) -> Figure:
 
 
 def trail(candidates: Sequence[tuple[str, float]]) -> Figure:
-    """Measured loss of every candidate of the search, best first. candidates: name, loss."""
+    """Measured loss of every candidate of the search, the chosen one first. candidates: name, loss."""
     names, losses = zip(*candidates, strict=True)
 
     def draw(axis: Any) -> None:

@@ -49,7 +49,7 @@ class Decrement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """What a strategy proposes. sizes: kept units of each variable. trail: what was measured, best first."""
+    """What a strategy proposes. sizes: kept units of each variable. trail: what was measured, this one first."""
 
     name: str
     sizes: tuple[int, ...]
@@ -70,12 +70,14 @@ class SearchGuide:
     """What a strategy may go by, beyond the scores.
 
     costs: second-order costs, from which the best unmeasured proposal follows. evaluator: measures structures; None, or
-    `evaluations` below 2, takes the first start unmeasured.
+    `evaluations` below 2, takes the first start unmeasured. reconstructed: a reconstruction follows, of which the
+    evaluator knows nothing.
     """
 
     costs: SecondOrder | None = None
     evaluator: Evaluator | None = None
     evaluations: int = 0
+    reconstructed: bool = False
     seed: int = 0
     progress: Progress = silent
 

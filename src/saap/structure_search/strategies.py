@@ -29,6 +29,12 @@ SPREAD = 0.3
 FIRST_SHARE, LAST_SHARE = 4 / 30, 2 / 30
 WAVES = 4
 MUTATION_SCALE = 0.3
+CLEARLY_BETTER = 0.95
+"""Share of the first start's loss that a candidate must be below where a reconstruction follows.
+
+The reconstruction brings back more of what FFN channels gave than of what attention heads did, which masked losses do
+not show: plans of like loss end far apart.
+"""
 LEAST_SHARE = 0.02
 """What a module that loses nothing counts as losing, so that the evolution can remove something from it."""
 
@@ -129,6 +135,7 @@ def module_shares(variables: Sequence[DecisionVariable], scores: Scores, *, atte
 def adaptive(problem: SearchProblem) -> Proposal:
     """The candidate with the least measured loss, with the trail of all that were measured.
 
+    Where a reconstruction follows, the first start is kept unless that loss is clearly less than its own.
     The starts come first, one for each order of units; then, in the order of the best of them, the named candidates and
     an evolution from the best candidate, in which a child that is better becomes the parent.
     """
@@ -166,7 +173,11 @@ def adaptive(problem: SearchProblem) -> Proposal:
             failures += 1
         elif loss < best_loss:
             best_loss, best, parent = loss, child, genes
-    trail = (Candidate(name=proposal.name, loss=loss) for loss, proposal in sorted(measured, key=itemgetter(0)))
+    first_loss, first = measured[0]
+    if guide.reconstructed and best_loss > CLEARLY_BETTER * first_loss:
+        best = first
+    order = sorted(measured, key=lambda one: (one[1] is not best, one[0]))
+    trail = (Candidate(name=proposal.name, loss=loss) for loss, proposal in order)
     return dataclasses.replace(best, trail=tuple(trail))
 
 

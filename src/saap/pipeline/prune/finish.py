@@ -167,7 +167,7 @@ def findings_of(
     findings, trail = _of_scores(scores), made.plan.trail
     if trail and trail[0].loss > 2.0:
         findings.append(
-            f"the best structure found is {trail[0].loss:.1f} nats per token away from the dense model "
+            f"the chosen structure is {trail[0].loss:.1f} nats per token away from the dense model "
             "before reconstruction: prune less, or allow more roles and layers."
         )
     removed = 1 - made.plan.block_parameters / run.graph.block_parameters
