@@ -25,7 +25,7 @@ from saap.export.uniform_layout import stock_config
 from saap.models.checkpoint import modeling_pruned
 from saap.models.checkpoint.groupwise import PACKED_FILE, GroupwiseLinear, GroupwiseWeight, write_packed
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, pruned_classes
-from saap.models.checkpoint.pruned_structure import PrunedStructure, pruned_fields
+from saap.models.checkpoint.pruned_structure import PrunedStructure, state_structure
 from saap.models.checkpoint.safetensor_files import INDEX_NAME, TensorEntry, write_tensors
 from saap.models.walk.offload import offloaded
 
@@ -187,7 +187,9 @@ def _adaptive_config(model: nn.Module, structure: PrunedStructure) -> Any:
             f"A model of class {type(model).__name__} cannot be opened from a folder",
             "Register its classes with AutoConfig and AutoModelForCausalLM, or prune without --out",
         ) from None
-    return config_class.from_dict({**own.to_dict(), "model_type": MODEL_TYPE, **pruned_fields(structure)})
+    config = config_class.from_dict({**own.to_dict(), "model_type": MODEL_TYPE})
+    state_structure(config, structure)
+    return config
 
 
 def with_both_rope_spellings(fields: dict[str, Any]) -> dict[str, Any]:

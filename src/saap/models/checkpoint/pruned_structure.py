@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from saap.core.records import ModelGraph, SlicedArgument, StructurePlan, Value
+from saap.models.checkpoint.layer_fields import LayerFields
 from saap.models.checkpoint.modeling_pruned import (
     AUTO_CLASSES,
     FIRST_FORMAT_VERSION,
@@ -18,6 +19,7 @@ from saap.models.checkpoint.modeling_pruned import (
     ConstantOutput,
     SaapPrunedConfig,
     SaapPrunedForCausalLM,
+    SaapPrunedModel,
     auto_classes,
     pruned_classes,
 )
@@ -34,6 +36,7 @@ class PrunedStructure:
     whether a bias stays. sliced_arguments: module path -> the argument with one entry per head and the kept heads.
     added_biases: biases of linear modules that the stock class lacks. Dropped blocks are not recorded: the
     configuration has the number of blocks, and names are renumbered.
+    layers: what the configuration states of single layers.
     """
 
     base_model_type: str
@@ -42,6 +45,7 @@ class PrunedStructure:
     constant: Mapping[str, Mapping[str, int | bool]] = field(default_factory=dict)
     sliced_arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     added_biases: tuple[str, ...] = ()
+    layers: LayerFields = field(default_factory=LayerFields)
 
     @property
     def is_empty(self) -> bool:
@@ -88,6 +92,7 @@ def structure_of(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Pr
         constant={path: {"width": one.width, "bias": one.bias is not None} for path, one in constant.items()},
         sliced_arguments={path: hook.describe() for path, hook in hooks.items() if hook is not None},
         added_biases=tuple(name for name in biases if name not in stock),
+        layers=LayerFields.of(config, graph, plan, earlier),
     )
 
 
@@ -133,25 +138,24 @@ def mark_pruned(model: nn.Module, structure: PrunedStructure) -> None:
         if issubclass(model_class, type(model)):
             config: Any = model.config
             config.__class__, model.__class__ = config_class, model_class
-            for name, value in pruned_fields(structure).items():
-                setattr(config, name, value)
+            state_structure(config, structure)
 
 
-def pruned_fields(structure: PrunedStructure) -> dict[str, Any]:
-    """The fields by which the configuration of an adaptive checkpoint differs from the stock one."""
+def state_structure(config: Any, structure: PrunedStructure) -> None:
+    """Set the fields by which the configuration of an adaptive checkpoint differs from the stock one, in place."""
     module = SaapPrunedConfig.__module__.rpartition(".")[2]
     known = auto_classes(structure.base_model_type) or AUTO_CLASSES[:1]
     sizes = asdict(structure)
-    del sizes["base_model_type"]
+    del sizes["base_model_type"], sizes["layers"]
     if not structure.added_biases:  # the oldest format that supports it
         del sizes["added_biases"]
     version = SECOND_FORMAT_VERSION if structure.added_biases else FIRST_FORMAT_VERSION
-    return {
-        "base_model_type": structure.base_model_type,
-        "pruned_structure": {"format_version": version, **sizes},
-        "architectures": [SaapPrunedForCausalLM.__name__],
-        "auto_map": {
-            "AutoConfig": f"{module}.{SaapPrunedConfig.__name__}",
-            **{auto.__name__: f"{module}.{SaapPrunedForCausalLM.__name__}" for auto, _ in known},
-        },
+    config.base_model_type = structure.base_model_type
+    config.pruned_structure = {"format_version": version, **sizes, **structure.layers.record()}
+    config.architectures = [SaapPrunedForCausalLM.__name__]
+    config.auto_map = {
+        "AutoConfig": f"{module}.{SaapPrunedConfig.__name__}",
+        "AutoModel": f"{module}.{SaapPrunedModel.__name__}",
+        **{auto.__name__: f"{module}.{SaapPrunedForCausalLM.__name__}" for auto, _ in known},
     }
+    structure.layers.state_in(config)
