@@ -6,9 +6,9 @@ MODULES = (
     "quality.perplexity", "quality.models", "quality.comparison", "quality.baselines", "method.influence",
     "quality.other_models", "method.selection", "method.importance", "method.break_conditions", "method.ablation",
     "method.calibration", "quality.families", "quality.multilingual", "quality.multimodal", "quality.recovery",
-    "quality.group_sizes", "method.boundaries", "quality.generation", "method.overlap", "cost.estimation_cost",
-    "cost.cost", "cost.shapes", "cost.speed", "cost.processes", "cost.accelerator", "cost.device_limit",
-    "cost.forecast", "cost.faults", "cost.recipes", "cost.gguf_files", "cost.report_page",
+    "quality.group_sizes", "quality.vllm", "method.boundaries", "quality.generation", "method.overlap",
+    "cost.estimation_cost", "cost.cost", "cost.shapes", "cost.speed", "cost.processes", "cost.accelerator",
+    "cost.device_limit", "cost.forecast", "cost.faults", "cost.recipes", "cost.gguf_files", "cost.report_page",
 )  # fmt: skip
 
 EXPERIMENTS = [experiment(name) for name in MODULES]

@@ -101,7 +101,7 @@ def test_the_class_without_a_head_gives_the_last_hidden_state(
 
 VLLM_REFUSES = {
     "gpt2": "vLLM cannot run this folder: the configuration of gpt2 has no field for fewer attention units",
-    "bloom": "vLLM cannot run bloom: its class in transformers has only its own attention",
+    "bloom": "vLLM cannot run this folder: the class of bloom in transformers has only its own attention",
     "mixtral": "vLLM cannot run this folder: it reads one size for the experts of all layers",
 }
 

@@ -25,7 +25,7 @@ from saap.export.uniform_layout import stock_config
 from saap.models.checkpoint import modeling_pruned
 from saap.models.checkpoint.groupwise import PACKED_FILE, GroupwiseLinear, GroupwiseWeight, write_packed
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, pruned_classes
-from saap.models.checkpoint.pruned_structure import PrunedStructure, state_structure
+from saap.models.checkpoint.pruned_structure import PrunedStructure, refused_by_vllm, state_structure
 from saap.models.checkpoint.safetensor_files import INDEX_NAME, TensorEntry, write_tensors
 from saap.models.walk.offload import offloaded
 
@@ -114,14 +114,18 @@ def _model_folder(
             shutil.copyfile(modeling_pruned.__file__, folder / Path(modeling_pruned.__file__).name)
         write_shards(entries, folder)
         write_companions(model, parts, folder)
-        write_records(folder, parts.manifest, str(getattr(config, "base_model_type", config.model_type)))
+        write_records(folder, parts.manifest)
         yield folder
 
 
-def write_records(folder: Path, manifest: RunManifest, base_model_type: str) -> None:
+def write_records(folder: Path, manifest: RunManifest) -> None:
     """Write manifest and model card into a checkpoint folder."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    card = model_card(
+        manifest, config.get("base_model_type", config["model_type"]), refused_by_vllm=refused_by_vllm(config)
+    )
     write_whole(folder / "saap" / "manifest.json", (manifest.model_dump_json(indent=2) + "\n").encode())
-    write_whole(folder / "README.md", model_card(manifest, base_model_type).encode())
+    write_whole(folder / "README.md", card.encode())
 
 
 def stored_entries(

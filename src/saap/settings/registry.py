@@ -103,10 +103,9 @@ class Method(Registered):
 
 
 class ExportFormat(Registered):
-    """Export formats. code: a function like `saap.export.decilm.write`."""
+    """Export formats. code: a function like `saap.export.gguf.write.write`."""
 
     GGUF = "gguf", "saap.export.gguf.write.write", "for llama.cpp and Ollama", ("gguf",), ".gguf"
-    DECILM = "decilm", "saap.export.decilm.write", "a folder for vLLM (not tested there)"
 
 
 class RuntimeName(Registered):

@@ -291,8 +291,9 @@ def _resized(stock_model: Any, config: Any, auto: Any, entry: type) -> Any:
 
         def __init__(self, config: PretrainedConfig, *arguments: Any, **kwargs: Any) -> None:
             structure, in_vllm = cast(Any, config).pruned_structure, _attention(config) == "vllm"
-            if in_vllm:
-                _check_for_vllm(stock_model, cast(Any, config).base_model_type, structure)
+            reason = vllm_refusal(stock_model, cast(Any, config).base_model_type, structure) if in_vllm else None
+            if reason is not None:
+                raise ValueError(f"vLLM cannot run this folder: {reason}. Or use transformers.")
             super().__init__(config, *arguments, **kwargs)
             apply_structure(self, _without_head(structure, self.base_model_prefix) if auto is AutoModel else structure)
             if in_vllm:
@@ -343,22 +344,23 @@ def _attention(config: Any) -> str | None:
     return getattr(config.get_text_config(), "_attn_implementation", None)
 
 
-def _check_for_vllm(stock_model: Any, family: str, structure: Mapping[str, Any]) -> None:
-    """Raise ValueError if vLLM, which has its own attention and sizes its cache by the configuration, cannot run it."""
+def vllm_refusal(stock_model: Any, family: str, structure: Mapping[str, Any]) -> str | None:
+    """Why vLLM, which has its own attention and sizes its cache by the configuration, cannot run a pruned model."""
     unstated = [role for role in structure.get("unstated_roles", ()) if role in ROLES_OF_VLLM]
     experts = [name for name, shape in structure["shapes"].items() if len(shape) == 3 and ".experts." in name]
     if not getattr(stock_model, "_supports_attention_backend", True):
-        raise ValueError(f"vLLM cannot run {family}: its class in transformers has only its own attention.")
+        return f"the class of {family} in transformers has only its own attention"
     if unstated:
-        raise ValueError(
-            f"vLLM cannot run this folder: the configuration of {family} has no field for fewer {unstated[0]} units in "
-            "single layers. Prune with `saap prune --roles ffn`, or use transformers."
+        return (
+            f"the configuration of {family} has no field for fewer {unstated[0]} units in single layers; "
+            "prune with `saap prune --roles ffn`"
         )
     if experts:
-        raise ValueError(
-            "vLLM cannot run this folder: it reads one size for the experts of all layers, and "
-            f"{experts[0]} has its own. Prune with `saap prune --layout uniform`, or use transformers."
+        return (
+            f"it reads one size for the experts of all layers, and {experts[0]} has its own; "
+            "prune with `saap prune --layout uniform`"
         )
+    return None
 
 
 def _separate_constants(model: nn.Module) -> None:

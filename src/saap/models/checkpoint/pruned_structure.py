@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from saap.core.records import ModelGraph, SlicedArgument, StructurePlan, Value
 from saap.models.checkpoint.layer_fields import LayerFields
@@ -22,6 +23,7 @@ from saap.models.checkpoint.modeling_pruned import (
     SaapPrunedModel,
     auto_classes,
     pruned_classes,
+    vllm_refusal,
 )
 
 EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
@@ -125,6 +127,15 @@ def auto_class(base_model_type: str) -> Any:
     """The transformers auto class for models of this type, by default the one for text."""
     known = auto_classes(base_model_type)
     return known[0][0] if known else AutoModelForCausalLM
+
+
+def refused_by_vllm(config: Mapping[str, Any]) -> str | None:
+    """Why vLLM cannot run the folder with this config.json; None if it can, or the folder is a stock model's."""
+    known = auto_classes(str(config.get("base_model_type")))
+    if "pruned_structure" not in config or not known:
+        return None
+    stock_model = known[0][1][CONFIG_MAPPING[config["base_model_type"]]]
+    return vllm_refusal(stock_model, config["base_model_type"], config["pruned_structure"])
 
 
 def mark_pruned(model: nn.Module, structure: PrunedStructure) -> None:
