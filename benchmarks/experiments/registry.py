@@ -7,8 +7,9 @@ MODULES = (
     "quality.other_models", "method.selection", "method.importance", "method.break_conditions", "method.ablation",
     "method.calibration", "quality.families", "quality.multilingual", "quality.multimodal", "quality.recovery",
     "quality.group_sizes", "quality.vllm", "method.boundaries", "quality.generation", "method.overlap",
-    "cost.estimation_cost", "cost.cost", "cost.shapes", "cost.speed", "cost.processes", "cost.accelerator",
-    "cost.device_limit", "cost.forecast", "cost.faults", "cost.recipes", "cost.gguf_files", "cost.report_page",
+    "cost.estimation_cost", "cost.cost", "cost.shapes", "cost.speed", "cost.vllm_speed", "cost.processes",
+    "cost.accelerator", "cost.device_limit", "cost.forecast", "cost.faults", "cost.recipes", "cost.gguf_files",
+    "cost.report_page",
 )  # fmt: skip
 
 EXPERIMENTS = [experiment(name) for name in MODULES]

@@ -25,7 +25,6 @@ IN_PROCESS = {
     "HF_HUB_OFFLINE": "1", "PYTHONPATH": "",
 }  # fmt: skip
 """Environment variables with which vLLM runs in the process that asks, with a gigabyte for its cache."""
-_WORKER = Path(__file__).with_name("vllm_worker.py")
 
 
 def vllm_python(request: Request) -> str:
@@ -36,48 +35,67 @@ def vllm_python(request: Request) -> str:
     return given
 
 
-class Worker:
-    """A running `vllm_worker.py`. versions: of vLLM and the packages that it runs with."""
+class Script:
+    """A running script of vLLM's environment, which answers lines with lines."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
-        self.versions: dict[str, str] = json.loads(self._line("{"))
 
-    def _line(self, start: str) -> str:
+    def line(self, start: str) -> str:
+        """Its next line that starts so. Raises RuntimeError if it ends before."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith(start):
                 return line
         raise RuntimeError("vLLM's process has ended")
 
-    def run(self, folder: Path, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """What vLLM computes for a folder, or the error that it raised."""
+    def send(self, line: str) -> None:
         assert self._process.stdin is not None
-        with tempfile.TemporaryDirectory() as temporary:
-            out = Path(temporary) / "out.pt"
-            request = {"folder": str(folder), "prompts": PROMPTS, "sequences": sequences, "new_tokens": NEW_TOKENS}
-            self._process.stdin.write(json.dumps({**request, "out": str(out)}) + "\n")
-            self._process.stdin.flush()
-            self._line("@done")
-            return dict(torch.load(out)) if out.is_file() else {"error": "The process of vLLM ended"}
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
 
 
 @contextmanager
-def started(python: str) -> Iterator[Worker]:
+def script(python: str, name: str, *arguments: object) -> Iterator[Script]:
+    """Run a script of this folder until the end of the block."""
+    command = [python, str(Path(__file__).with_name(name)), *map(str, arguments)]
     process = subprocess.Popen(
-        [python, str(_WORKER)], env={**os.environ, **IN_PROCESS}, text=True,
+        command, env={**os.environ, **IN_PROCESS}, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        yield Worker(process)
+        yield Script(process)
     finally:
         assert process.stdin is not None
         process.stdin.close()
         process.wait()
 
 
+@contextmanager
+def worker(python: str) -> Iterator["Worker"]:
+    with script(python, "vllm_worker.py") as started:
+        yield Worker(started)
+
+
+class Worker:
+    """A running `vllm_worker.py`. versions: of vLLM and the packages that it runs with."""
+
+    def __init__(self, started: Script) -> None:
+        self._script = started
+        self.versions: dict[str, str] = json.loads(started.line("{"))
+
+    def run(self, folder: Path, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """What vLLM computes for a folder, or the error that it raised."""
+        with tempfile.TemporaryDirectory() as temporary:
+            out = Path(temporary) / "out.pt"
+            request = {"folder": str(folder), "prompts": PROMPTS, "sequences": sequences, "new_tokens": NEW_TOKENS}
+            self._script.send(json.dumps({**request, "out": str(out)}))
+            self._script.line("@done")
+            return dict(torch.load(out)) if out.is_file() else {"error": "The process of vLLM ended"}
+
+
 @torch.no_grad()
-def compared(worker: Worker, folder: Path) -> Values:
+def compared(runs: Worker, folder: Path) -> Values:
     """vLLM and transformers, both in float32, on one folder.
 
     same: of how many prompts vLLM continues alike. divergence: largest Kullback-Leibler divergence of the next token
@@ -86,7 +104,7 @@ def compared(worker: Worker, folder: Path) -> Values:
     model = load(folder, device="cpu", dtype=torch.float32)
     plain = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     whole = [model.generate(torch.tensor([ids]), **plain)[0].tolist() for ids in PROMPTS]
-    found = worker.run(folder, whole)
+    found = runs.run(folder, whole)
     if "error" in found:
         return {"refused": said(found["error"], folder)}
     same = sum(ids + tokens == ours for ids, tokens, ours in zip(PROMPTS, found["tokens"], whole, strict=True))

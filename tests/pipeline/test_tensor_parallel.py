@@ -17,12 +17,12 @@ from saap.core.records import Role
 from saap.discovery import discover
 from saap.models.loading.pretrained import load
 
-SETTINGS: dict[str, Any] = {"samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
+SETTINGS: dict[str, Any] = {"num_samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sizes = {"num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 96}
+    sizes = {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 96}
     return tiny.folder(tmp_path_factory.mktemp("shared"), layers=4, **sizes)
 
 
@@ -67,6 +67,6 @@ def test_a_given_plan_is_checked(source: Path, tmp_path: Path) -> None:
 
 
 def test_channels_must_be_divisible_too(source: Path) -> None:
-    odd = tiny.model(2, num_attention_heads=10, num_key_value_heads=5)
+    odd = tiny.model(2, hidden_size=40, num_attention_heads=10, num_key_value_heads=5)
     with pytest.raises(LayoutError, match="does not divide the 96 channels"):
         saap.prune(odd, pruning_ratio=0.2, tensor_parallel=5, calibration=torch.randint(2, 300, (96, 64)), **SETTINGS)

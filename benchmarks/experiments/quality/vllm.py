@@ -11,7 +11,7 @@ import torch
 import transformers
 from harness.experiment import Cells, Measured, Names, Request, Values
 from harness.pages import NOTHING
-from lab.vllm_runs import compared, started, vllm_python
+from lab.vllm_runs import compared, vllm_python, worker
 from torch import nn
 
 from saap.core.manifest import BaseModelIdentity, Change, RunManifest, recorded_versions
@@ -79,17 +79,17 @@ ALL_KINDS = ("llama", "qwen3", "opt")
 
 def measure(request: Request, wanted: Names) -> Measured:
     """Needs the root of the repository on PYTHONPATH, for the families of the tests."""
-    with started(vllm_python(request)) as worker:
+    with worker(vllm_python(request)) as runs:
         for family in wanted:
             with tempfile.TemporaryDirectory() as temporary:
                 dense, found = dense_folder(Path(temporary) / "dense", family), {}
                 for kind in KINDS if family in ALL_KINDS else USUAL:
                     folder = pruned_folder(dense, Path(temporary) / kind, kind)
                     if folder is not None:
-                        found[kind] = compared(worker, folder)
+                        found[kind] = compared(runs, folder)
                 if not agrees(found.get("ffn")):  # whose fault it is
-                    found["dense"] = compared(worker, dense)
-            yield family, {"versions": worker.versions, "found": found}
+                    found["dense"] = compared(runs, dense)
+            yield family, {"versions": runs.versions, "found": found}
 
 
 def dense_folder(folder: Path, family: str) -> Path:
