@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 BIN := .venv/bin
 SETUP_INPUTS := pyproject.toml scripts/setup_environment.py
 
-.PHONY: demo test check unit docs results results-quick gpu clean
+.PHONY: demo test check unit docs results results-quick gpu vllm clean
 
 demo: .venv/.ready ## prune a small real model and compare it with the dense one
 	$(BIN)/saap demo
@@ -42,5 +42,12 @@ results-quick: .venv/.ready-dev ## a smoke run of every experiment on little of 
 gpu: .venv/.ready-dev ## what only an accelerator can show (20 minutes on one card; resumable)
 	$(BIN)/python benchmarks/book.py run accelerator
 
+vllm: .venv/.ready-dev .vllm/.ready ## serve a pruned real model with vLLM and compare it with transformers (10 minutes)
+	$(BIN)/python scripts/serve_in_vllm.py
+
+.vllm/.ready: scripts/setup_vllm.py scripts/setup_environment.py .venv/.ready-dev
+	$(BIN)/python scripts/setup_vllm.py
+	@touch $@
+
 clean:
-	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .vllm build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -25,7 +25,6 @@ _HOMES = {
     "load": "saap.models.loading.pretrained",
     "removed_modules": "saap.models.checkpoint.pruned_structure",
     "export_gguf": "saap.pipeline.export.run",
-    "export_decilm": "saap.pipeline.export.run",
     "export_mlx": "saap.pipeline.export.run",
     "push": "saap.pipeline.export.run",
     "PruneResult": "saap.pipeline.prune.result",

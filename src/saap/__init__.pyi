@@ -20,7 +20,6 @@ from saap.data.samples import Calibration
 from saap.export.gguf.result import GgufExport as GgufExport
 from saap.models.checkpoint.pruned_structure import removed_modules as removed_modules
 from saap.models.loading.pretrained import load as load
-from saap.pipeline.export.run import export_decilm as export_decilm
 from saap.pipeline.export.run import export_gguf as export_gguf
 from saap.pipeline.export.run import export_mlx as export_mlx
 from saap.pipeline.export.run import push as push
@@ -115,6 +114,7 @@ def prune(
     roles: PrunableRole | str | Sequence[PrunableRole | str] = (PrunableRole.FFN, PrunableRole.ATTENTION),
     skip_layers: tuple[int, int] | str | None = None,
     align: int = 32,
+    tensor_parallel: int = 1,
     strategy: Strategy | str = Strategy.ADAPTIVE,
     importance: Importance | str = Importance.TOKEN_FISHER,
     element_order: ElementOrder | str = ElementOrder.SECOND,
@@ -163,6 +163,7 @@ def prune(
     roles: What may be removed.
     skip_layers: Blocks at the ends to protect: auto, or e.g. first:4,last:2.
     align: Kept channels are a multiple of this.
+    tensor_parallel: Devices that will share each layer: they divide its kept KV groups and channels.
     strategy: How much is removed from each module.
     importance: Score that the choice of a module's units weighs.
     element_order: Taylor terms of the element-wise part of `fused`.

@@ -27,7 +27,7 @@ OLDER = ("transformers>=4.57,<4.58", "huggingface-hub>=0.34,<1.0", "tokenizers>=
 IDS = [[5, 9, 2, 77, 31, 8, 120, 64]]
 READER = """
 import json, sys, torch, transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 sys.modules["saap"] = None  # not installed where this folder is read
 ids = torch.tensor(json.loads(sys.argv[1]))
 found = {"version": transformers.__version__}
@@ -37,6 +37,10 @@ for folder in sys.argv[2:]:
     model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     with torch.no_grad():
         found[folder] = model(ids, use_cache=False).logits.tolist()
+    if "adaptive" in folder:  # without its head
+        with torch.no_grad():
+            last = model(ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+            assert torch.equal(AutoModel.from_pretrained(folder, **options).eval()(ids, use_cache=False)[0], last)
     written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
     assert written.shape[1] > ids.shape[1]
 print(json.dumps(found))

@@ -267,7 +267,6 @@ def test_a_damaged_manifest_is_refused_by_everything_that_needs_it(
         ["generate", folder, "--prompt", "a"],
         ["recover", folder, *SHORT, "--data", "novels", "--out", tmp_path / "tuned"],
         ["export", folder, "--out", tmp_path / "x.gguf", "--no-verify"],
-        ["export", folder, "--format", "decilm", "--out", tmp_path / "x"],
         ["report", folder],
     ):
         code, _, error = run(capsys, *arguments)

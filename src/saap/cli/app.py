@@ -18,7 +18,7 @@ COMMANDS = {
     "recover": ("recover", "Tune a pruned model on text with quantised weights, in little memory."),
     "eval": ("evaluate", "Measure perplexity, zero-shot tasks, generation, conversations and speed."),
     "compare": ("compare", "Compare pruning methods: same calibration, same number of parameters, one table."),
-    "export": ("export", "Write a model for llama.cpp, Ollama or vLLM, or upload it."),
+    "export": ("export", "Write a model for llama.cpp or Ollama, or upload it."),
     "generate": ("generate", "Answer a prompt with a pruned model and its dense model."),
     "chat": ("chat", "Chat with a pruned model and its dense model, in the terminal or a web page."),
     "inspect": ("inspect", "Show the coupled structures of a model."),

@@ -11,7 +11,7 @@ from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
 from saap.core.errors import UnsupportedModelError
-from saap.models.checkpoint.stock_config import text_part
+from saap.models.checkpoint.layer_fields import text_part
 
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:

@@ -61,10 +61,11 @@ def vllm_code(loading: Loading) -> str:
 
 def mlx_code(loading: Loading) -> str:
     """MLX's loader and generator."""
+    option = ", trust_remote_code=True" if loading.needs_code else ""
     return "\n".join(
         [
             "from mlx_lm import generate, load",
-            f'model, tokenizer = load("{PATH}")',
+            f'model, tokenizer = load("{PATH}"{option})',
             f'print(generate(model, tokenizer, "{PROMPT}", max_tokens={NEW_TOKENS}))',
         ]
     )

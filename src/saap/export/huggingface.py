@@ -25,7 +25,7 @@ from saap.export.uniform_layout import stock_config
 from saap.models.checkpoint import modeling_pruned
 from saap.models.checkpoint.groupwise import PACKED_FILE, GroupwiseLinear, GroupwiseWeight, write_packed
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, pruned_classes
-from saap.models.checkpoint.pruned_structure import MLX_LOADER, PrunedStructure, pruned_fields
+from saap.models.checkpoint.pruned_structure import MLX_LOADER, PrunedStructure, refused_by_vllm, state_structure
 from saap.models.checkpoint.safetensor_files import INDEX_NAME, TensorEntry, write_tensors
 from saap.models.walk.offload import offloaded
 
@@ -123,14 +123,19 @@ def _model_folder(
         write_json(folder / "config.json", fields)
         write_shards(entries, folder)
         write_companions(model, parts, folder)
-        write_records(folder, parts.manifest, str(getattr(config, "base_model_type", config.model_type)))
+        write_records(folder, parts.manifest)
         yield folder
 
 
-def write_records(folder: Path, manifest: RunManifest, base_model_type: str, *, loading: str | None = None) -> None:
-    """Write manifest and model card into a checkpoint folder. loading: how to open it, if not as usual."""
+def write_records(folder: Path, manifest: RunManifest, *, loading: str | None = None) -> None:
+    """Write manifest and model card into a folder with its config.json. loading: how to open it, if not as usual."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    card = model_card(
+        manifest, config.get("base_model_type", config["model_type"]), folder, loading=loading,
+        refused_by_vllm=refused_by_vllm(config),
+    )  # fmt: skip
     write_whole(folder / "saap" / "manifest.json", (manifest.model_dump_json(indent=2) + "\n").encode())
-    write_whole(folder / "README.md", model_card(manifest, base_model_type, folder, loading=loading).encode())
+    write_whole(folder / "README.md", card.encode())
 
 
 def stored_entries(
@@ -196,7 +201,9 @@ def _adaptive_config(model: nn.Module, structure: PrunedStructure) -> Any:
             f"A model of class {type(model).__name__} cannot be opened from a folder",
             "Register its classes with AutoConfig and AutoModelForCausalLM, or prune without --out",
         ) from None
-    return config_class.from_dict({**own.to_dict(), "model_type": MODEL_TYPE, **pruned_fields(structure)})
+    config = config_class.from_dict({**own.to_dict(), "model_type": MODEL_TYPE})
+    state_structure(config, structure)
+    return config
 
 
 def with_both_rope_spellings(fields: dict[str, Any]) -> dict[str, Any]:

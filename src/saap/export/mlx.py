@@ -86,7 +86,7 @@ def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite:
         if needs_loader:
             shutil.copyfile(MLX_LOADER, part / MLX_LOADER.name)
         if source.manifest is not None:
-            write_records(part, source.manifest, source.model_type, loading=_LOADING.format(option=option))
+            write_records(part, source.manifest, loading=_LOADING.format(option=option))
             copy_matching(folder / "saap", part / "saap", KEPT_RECORDS)
     done = MlxExport(path=out, bytes=entry_bytes(entries), packed_matrices=len(packed), checked=checked)
     exact = f"{done.packed_matrices} matrices have exactly the integers and scales of `saap recover`"

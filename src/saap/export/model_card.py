@@ -33,8 +33,14 @@ def licence_of(folder: Path) -> str | None:
     return licence if isinstance(licence, str) and re.fullmatch(r"[\w.+-]{1,60}", licence) else None
 
 
-def model_card(manifest: RunManifest, base_model_type: str, folder: Path, *, loading: str | None = None) -> str:
-    """Model card of `folder` as Markdown with YAML front matter. loading: how to open the model, if not as usual."""
+def model_card(
+    manifest: RunManifest, base_model_type: str, folder: Path, *, loading: str | None = None,
+    refused_by_vllm: str | None = None,
+) -> str:  # fmt: skip
+    """Model card of `folder` as Markdown with YAML front matter.
+
+    loading: how to open the model, if not as usual. refused_by_vllm: why vLLM cannot run the folder.
+    """
     base, opener = manifest.base, auto_class(base_model_type).__name__
     is_pruned = manifest.parameters.after < manifest.parameters.before or manifest.recovery is None
     # show a whole hub id, but only the last part of a path, which is private
@@ -52,8 +58,8 @@ def model_card(manifest: RunManifest, base_model_type: str, folder: Path, *, loa
     name = Path(base.source).name
     return environment.from_string(template).render(
         manifest=manifest, front_matter=data.to_yaml(), name=name, full_name=base.source if named_by_id else name,
-        base_model_type=base_model_type, auto_class=opener, loading=loading, pruned=is_pruned,
-        tokenizer_option=tokenizer_option(folder, str(manifest.layout)),
+        base_model_type=base_model_type, auto_class=opener, loading=loading, refused_by_vllm=refused_by_vllm,
+        pruned=is_pruned, tokenizer_option=tokenizer_option(folder, str(manifest.layout)),
         data=", ".join(Path(text).name for text in manifest.recovery.data) if manifest.recovery else "",
     )  # fmt: skip
 

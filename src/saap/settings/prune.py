@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
+from math import lcm
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -240,6 +241,9 @@ class PruneConfig(Settings):
         search_flag("Blocks at the ends to protect: auto, or e.g. first:4,last:2.", default="auto", metavar="ENDS"),
     ] = None
     align: Annotated[AtLeast1, search_flag("Kept channels are a multiple of this.")] = 32
+    tensor_parallel: Annotated[
+        AtLeast1, search_flag("Devices that will share each layer: they divide its kept KV groups and channels.")
+    ] = 1
     strategy: Annotated[Strategy, search_flag("How much is removed from each module.")] = Strategy.ADAPTIVE
     importance: Annotated[Importance, search_flag("Score that the choice of a module's units weighs.")] = (
         Importance.TOKEN_FISHER
@@ -332,6 +336,11 @@ class PruneConfig(Settings):
                 raise ValueError(problem, remedy)
         check_gguf_type(self.gguf_type, self.runtime)
         return self
+
+    @property
+    def alignment(self) -> int:
+        """Of what kept channels are a multiple, so that the devices divide them too."""
+        return lcm(self.align, self.tensor_parallel)
 
     @property
     def preset_settings(self) -> PresetSettings:

@@ -112,11 +112,10 @@ class Method(Registered):
 
 
 class ExportFormat(Registered):
-    """Export formats. code: a function like `saap.export.decilm.write`."""
+    """Export formats. code: a function like `saap.export.gguf.write.write`."""
 
     GGUF = "gguf", "saap.export.gguf.write.write", "for llama.cpp and Ollama", ("gguf",), ".gguf"
     MLX = "mlx", "saap.export.mlx.write", "a folder for MLX-LM"
-    DECILM = "decilm", "saap.export.decilm.write", "a folder for vLLM (not tested there)"
 
 
 class RuntimeName(Registered):

@@ -10,8 +10,9 @@ from torch import nn
 
 from saap.core.errors import UnsupportedModelError, first_line
 from saap.core.records import CoupledGroup, ModelGraph, StructurePlan
+from saap.models.checkpoint.layer_fields import text_part
 from saap.models.checkpoint.pruned_structure import PrunedStructure, structure_of
-from saap.models.checkpoint.stock_config import keep_layers, text_part
+from saap.models.checkpoint.stock_config import keep_layers
 from saap.models.structure.cut import cut_groups, held
 from saap.models.structure.keep_index import require_possible
 

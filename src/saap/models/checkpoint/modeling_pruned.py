@@ -5,6 +5,8 @@ only, and lies in the model's folder, so that the model opens wherever transform
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
+vLLM's Transformers backend opens it in the same way, through AutoModel: `--model-impl transformers`.
+
 The sizes are changed before the weights are read; a weight that is missing or has another size is an error.
 """
 
@@ -12,18 +14,29 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+)
 from transformers.pytorch_utils import Conv1D
 
 MODEL_TYPE = "saap_pruned"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # What readers of earlier formats understand: of the first all but added biases, of the second all.
 FIRST_FORMAT_VERSION, SECOND_FORMAT_VERSION = 1, 2
 
@@ -34,6 +47,11 @@ SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.Embedding, ("num_embeddings", "embedding_dim")),
 )
 
+
+# Roles whose sizes vLLM reads from the configuration.
+ROLES_OF_VLLM = ("attention", "query", "hidden")
+# Warns of every global value that differs in single layers.
+PER_LAYER_LOGGER = "transformers.integrations.heterogeneity.configuration_utils"
 
 # Where a family's stock class is looked for: models that also read images have no class for text alone.
 AUTO_CLASSES: tuple[tuple[Any, Any], ...] = (
@@ -185,21 +203,43 @@ class SaapPrunedConfig(PretrainedConfig):  # type: ignore[misc, unused-ignore]
         return pruned_classes(config_dict["base_model_type"])[0].from_dict(config_dict, **kwargs)
 
 
-class SaapPrunedForCausalLM:
+class SaapPrunedForCausalLM(PreTrainedModel):  # type: ignore[misc, unused-ignore]
     """Entry for the auto classes: gives the stock class of the family, resized."""
+
+    config_class = SaapPrunedConfig
+    # vLLM asks the entry before it knows the family; the stock class then has the last word.
+    _supports_attention_backend = True
 
     @classmethod
     def from_pretrained(cls, path: str, *arguments: Any, config: PretrainedConfig, **kwargs: Any) -> Any:
         """Open the folder with the class that belongs to `config`."""
-        return _model_class(config).from_pretrained(path, *arguments, config=config, **kwargs)
+        return cls.resized(config).from_pretrained(path, *arguments, config=config, **kwargs)
 
     @classmethod
     def _from_config(cls, config: PretrainedConfig, **kwargs: Any) -> Any:
-        return _model_class(config)._from_config(config, **kwargs)
+        return cls.resized(config)._from_config(config, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
         """Nothing to do: the classes made here carry their registration."""
+
+    @classmethod
+    def resized(cls, config: PretrainedConfig) -> Any:
+        """The stock class of the family, resized."""
+        return pruned_classes(cast(Any, config).base_model_type)[1]
+
+
+class SaapPrunedModel(SaapPrunedForCausalLM):
+    """Entry for AutoModel: the same without the head, the class that vLLM builds."""
+
+    @classmethod
+    def resized(cls, config: PretrainedConfig) -> Any:
+        """The stock class of the family without its head, resized. Raises ValueError if there is none."""
+        family = cast(Any, config).base_model_type
+        config_class, _ = pruned_classes(family)
+        if config_class not in MODEL_MAPPING:
+            raise ValueError(f"transformers has no model without a head of type {family!r}.")
+        return MODEL_MAPPING[config_class]
 
 
 def auto_classes(model_type: str) -> list[tuple[Any, Any]]:
@@ -209,33 +249,55 @@ def auto_classes(model_type: str) -> list[tuple[Any, Any]]:
     return [(auto, mapping) for auto, mapping in AUTO_CLASSES if CONFIG_MAPPING[model_type] in mapping]
 
 
-def _model_class(config: PretrainedConfig) -> Any:
-    return pruned_classes(cast(Any, config).base_model_type)[1]
-
-
 @functools.cache
 def pruned_classes(base_model_type: str) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
     """Configuration and model class for pruned models of one family; registered with the auto classes that know it.
 
-    Raises ValueError if this version of transformers does not know the family.
+    The class without a head is registered with AutoModel. Raises ValueError if this version of transformers does not
+    know the family.
     """
     known = auto_classes(base_model_type)
     if not known:
         raise ValueError(f"This version of transformers has no causal language model of type {base_model_type!r}.")
     stock_config: Any = CONFIG_MAPPING[base_model_type]
-    stock_model: Any = known[0][1][stock_config]
 
     class PrunedConfig(stock_config):  # type: ignore[misc]
         model_type = MODEL_TYPE
         _auto_class = "AutoConfig"
 
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            """As in the stock class."""
+            found = super().from_dict(config_dict, **kwargs)
+            read_dense_sizes(found[0] if isinstance(found, tuple) else found)
+            return found
+
+    _take_names(PrunedConfig, SaapPrunedConfig)
+    made = _resized(known[0][1][stock_config], PrunedConfig, known[0][0], SaapPrunedForCausalLM)
+    for auto, _ in known:
+        auto.register(PrunedConfig, made, exist_ok=True)
+    if stock_config in MODEL_MAPPING:
+        base = _resized(MODEL_MAPPING[stock_config], PrunedConfig, AutoModel, SaapPrunedModel)
+        AutoModel.register(PrunedConfig, base, exist_ok=True)
+    return PrunedConfig, made
+
+
+def _resized(stock_model: Any, config: Any, auto: Any, entry: type) -> Any:
+    """A subclass of a stock class whose modules get the sizes of `config.pruned_structure`."""
+
     class PrunedModel(stock_model):  # type: ignore[misc]
-        config_class = PrunedConfig
-        _auto_class = known[0][0].__name__
+        config_class = config
+        _auto_class = auto.__name__
 
         def __init__(self, config: PretrainedConfig, *arguments: Any, **kwargs: Any) -> None:
+            structure, in_vllm = cast(Any, config).pruned_structure, _attention(config) == "vllm"
+            reason = vllm_refusal(stock_model, cast(Any, config).base_model_type, structure) if in_vllm else None
+            if reason is not None:
+                raise ValueError(f"vLLM cannot run this folder: {reason}. Or use transformers.")
             super().__init__(config, *arguments, **kwargs)
-            apply_structure(self, cast(Any, config).pruned_structure)
+            apply_structure(self, _without_head(structure, self.base_model_prefix) if auto is AutoModel else structure)
+            if in_vllm:
+                _separate_constants(self)
 
         @classmethod
         def is_custom_code(cls) -> bool:
@@ -258,8 +320,71 @@ def pruned_classes(base_model_type: str) -> tuple[type[PretrainedConfig], type[P
                 raise ValueError(f"Weights are missing in {path}: {', '.join(sorted(info['missing_keys']))}.")
             return (model, info) if with_info else model
 
-    for made, public in ((PrunedConfig, SaapPrunedConfig), (PrunedModel, SaapPrunedForCausalLM)):
-        made.__name__, made.__qualname__, made.__module__ = public.__name__, public.__qualname__, __name__
-    for auto, _ in known:
-        auto.register(PrunedConfig, PrunedModel, exist_ok=True)
-    return PrunedConfig, PrunedModel
+    _take_names(PrunedModel, entry)
+    return PrunedModel
+
+
+def read_dense_sizes(config: Any) -> None:
+    """Read the sizes that differ in single layers once, so that transformers does not warn of each later.
+
+    A configuration has them twice: its own values, of the dense model, from which a model is built before it is
+    resized, and those of single layers.
+    """
+    logger = logging.getLogger(PER_LAYER_LOGGER)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    for part in (config, config.get_text_config()):
+        if getattr(part, "allow_global_per_layer_attribute_access", False):
+            for name in getattr(part, "per_layer_attributes", None) or ():
+                getattr(part, name)
+    logger.setLevel(level)
+
+
+def _attention(config: Any) -> str | None:
+    return getattr(config.get_text_config(), "_attn_implementation", None)
+
+
+def vllm_refusal(stock_model: Any, family: str, structure: Mapping[str, Any]) -> str | None:
+    """Why vLLM, which has its own attention and sizes its cache by the configuration, cannot run a pruned model."""
+    unstated = [role for role in structure.get("unstated_roles", ()) if role in ROLES_OF_VLLM]
+    experts = [name for name, shape in structure["shapes"].items() if len(shape) == 3 and ".experts." in name]
+    if not getattr(stock_model, "_supports_attention_backend", True):
+        return f"the class of {family} in transformers has only its own attention"
+    if unstated:
+        return (
+            f"the configuration of {family} has no field for fewer {unstated[0]} units in single layers; "
+            "prune with `saap prune --roles ffn`"
+        )
+    if experts:
+        return (
+            f"it reads one size for the experts of all layers, and {experts[0]} has its own; "
+            "prune with `saap prune --layout uniform`"
+        )
+    return None
+
+
+def _separate_constants(model: nn.Module) -> None:
+    """Give modules around constants a class of their own: vLLM fuses the layers of all modules of a class alike."""
+    for module in model.modules():
+        if any(isinstance(child, ConstantOutput) for child in module.children()):
+            kind = type(module)
+            module.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__})
+
+
+def _take_names(made: type, public: type) -> None:
+    """Name a class that is made here as the entry that stands for it."""
+    made.__name__, made.__qualname__, made.__module__ = public.__name__, public.__qualname__, __name__
+
+
+def _without_head(structure: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The part of a structure inside the model without its head, by the names that it has there."""
+    start = f"{prefix}." if prefix else ""
+
+    def inside(names: Iterable[str]) -> dict[str, str]:
+        return {name: f"{name}.".removeprefix(start)[:-1] for name in names if f"{name}.".startswith(start)}
+
+    mappings = ("constant", "shapes", "attributes", "sliced_arguments")
+    found: dict[str, Any] = {
+        key: {new: structure[key][old] for old, new in inside(structure[key]).items()} for key in mappings
+    }
+    return {**found, "added_biases": list(inside(structure.get("added_biases", ())).values())}

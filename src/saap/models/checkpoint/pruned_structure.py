@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from saap.core.records import ModelGraph, SlicedArgument, StructurePlan, Value
+from saap.models.checkpoint.layer_fields import LayerFields
 from saap.models.checkpoint.modeling_pruned import (
     AUTO_CLASSES,
     FIRST_FORMAT_VERSION,
@@ -19,8 +21,10 @@ from saap.models.checkpoint.modeling_pruned import (
     ConstantOutput,
     SaapPrunedConfig,
     SaapPrunedForCausalLM,
+    SaapPrunedModel,
     auto_classes,
     pruned_classes,
+    vllm_refusal,
 )
 
 MLX_LOADER = Path(__file__).with_name("mlx_pruned.py")
@@ -37,6 +41,7 @@ class PrunedStructure:
     whether a bias stays. sliced_arguments: module path -> the argument with one entry per head and the kept heads.
     added_biases: biases of linear modules that the stock class lacks. Dropped blocks are not recorded: the
     configuration has the number of blocks, and names are renumbered.
+    layers: what the configuration states of single layers.
     """
 
     base_model_type: str
@@ -45,6 +50,7 @@ class PrunedStructure:
     constant: Mapping[str, Mapping[str, int | bool]] = field(default_factory=dict)
     sliced_arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     added_biases: tuple[str, ...] = ()
+    layers: LayerFields = field(default_factory=LayerFields)
 
     @property
     def is_empty(self) -> bool:
@@ -91,6 +97,7 @@ def structure_of(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Pr
         constant={path: {"width": one.width, "bias": one.bias is not None} for path, one in constant.items()},
         sliced_arguments={path: hook.describe() for path, hook in hooks.items() if hook is not None},
         added_biases=tuple(name for name in biases if name not in stock),
+        layers=LayerFields.of(config, graph, plan, earlier),
     )
 
 
@@ -125,6 +132,15 @@ def auto_class(base_model_type: str) -> Any:
     return known[0][0] if known else AutoModelForCausalLM
 
 
+def refused_by_vllm(config: Mapping[str, Any]) -> str | None:
+    """Why vLLM cannot run the folder with this config.json; None if it can, or the folder is a stock model's."""
+    known = auto_classes(str(config.get("base_model_type")))
+    if "pruned_structure" not in config or not known:
+        return None
+    stock_model = known[0][1][CONFIG_MAPPING[config["base_model_type"]]]
+    return vllm_refusal(stock_model, config["base_model_type"], config["pruned_structure"])
+
+
 def mark_pruned(model: nn.Module, structure: PrunedStructure) -> None:
     """Prepare a cut transformers model, in place, so that `save_pretrained` writes a folder that can be reopened.
 
@@ -136,25 +152,24 @@ def mark_pruned(model: nn.Module, structure: PrunedStructure) -> None:
         if issubclass(model_class, type(model)):
             config: Any = model.config
             config.__class__, model.__class__ = config_class, model_class
-            for name, value in pruned_fields(structure).items():
-                setattr(config, name, value)
+            state_structure(config, structure)
 
 
-def pruned_fields(structure: PrunedStructure) -> dict[str, Any]:
-    """The fields by which the configuration of an adaptive checkpoint differs from the stock one."""
+def state_structure(config: Any, structure: PrunedStructure) -> None:
+    """Set the fields by which the configuration of an adaptive checkpoint differs from the stock one, in place."""
     module = SaapPrunedConfig.__module__.rpartition(".")[2]
     known = auto_classes(structure.base_model_type) or AUTO_CLASSES[:1]
     sizes = asdict(structure)
-    del sizes["base_model_type"]
+    del sizes["base_model_type"], sizes["layers"]
     if not structure.added_biases:  # the oldest format that supports it
         del sizes["added_biases"]
     version = SECOND_FORMAT_VERSION if structure.added_biases else FIRST_FORMAT_VERSION
-    return {
-        "base_model_type": structure.base_model_type,
-        "pruned_structure": {"format_version": version, **sizes},
-        "architectures": [SaapPrunedForCausalLM.__name__],
-        "auto_map": {
-            "AutoConfig": f"{module}.{SaapPrunedConfig.__name__}",
-            **{auto.__name__: f"{module}.{SaapPrunedForCausalLM.__name__}" for auto, _ in known},
-        },
+    config.base_model_type = structure.base_model_type
+    config.pruned_structure = {"format_version": version, **sizes, **structure.layers.record()}
+    config.architectures = [SaapPrunedForCausalLM.__name__]
+    config.auto_map = {
+        "AutoConfig": f"{module}.{SaapPrunedConfig.__name__}",
+        "AutoModel": f"{module}.{SaapPrunedModel.__name__}",
+        **{auto.__name__: f"{module}.{SaapPrunedForCausalLM.__name__}" for auto, _ in known},
     }
+    structure.layers.state_in(config)

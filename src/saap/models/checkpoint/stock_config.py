@@ -18,6 +18,7 @@ from torch import nn
 
 from saap.core.errors import LayoutError
 from saap.core.records import ConfigField, ModelGraph, Role, StructurePlan
+from saap.models.checkpoint.layer_fields import text_part
 from saap.models.checkpoint.pruned_structure import auto_class
 from saap.models.structure.keep_index import KeepIndex, Shape
 from saap.models.walk.walker import without_cache
@@ -27,12 +28,6 @@ MOST_SIZES = 8
 ADAPTIVE_REMEDY = "Use --layout adaptive"
 # The width of one head: classes derive it from hidden size and heads unless the configuration sets it.
 HEAD_WIDTH = "head_dim"
-
-
-def text_part(config: Any) -> Any:
-    """The part of a transformers configuration that describes the decoder; all of it in text-only models."""
-    find = getattr(config, "get_text_config", None)
-    return config if find is None else find()
 
 
 def keep_layers(config: Any, kept: Sequence[int], depth: int) -> None:

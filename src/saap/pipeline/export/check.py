@@ -35,5 +35,5 @@ def check_in_consumers(folder: Path, consumers: Sequence[Consumer], reporter: Re
     for consumer in consumers:
         reporter.stage(f"open it in {consumer}")
         opened.append(open_in(consumer, folder, loading))
-    write_records(folder, manifest.model_copy(update={"opened": tuple(opened)}), base)
+    write_records(folder, manifest.model_copy(update={"opened": tuple(opened)}))
     return tuple(opened)

@@ -74,16 +74,6 @@ def export_gguf(
     return cast("GgufExport", done)
 
 
-def export_decilm(source: str | Path, out: str | Path, *, overwrite: bool = False, revision: str | None = None) -> Path:
-    """Write a checkpoint as a folder for vLLM's DeciLMForCausalLM. Returns its path.
-
-    source: a folder of safetensors written by `saap prune`, or a stock LLaMA. Every layer must have all its query heads
-    or no attention. Raises as `export_model` does.
-    """
-    request = ExportRequest(format=ExportFormat.DECILM)
-    return export_model(source, out, request, overwrite=overwrite, revision=revision).path
-
-
 def export_mlx(
     source: str | Path,
     out: str | Path,

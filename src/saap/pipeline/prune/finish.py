@@ -105,7 +105,7 @@ def place_result(
     )  # fmt: skip
     if path is not None:
         folder = made_folder(run, target)
-        write_records(folder, manifest, made.base_model_type)
+        write_records(folder, manifest)
         place_finished(run.work, target, folder, report.as_dict())
         if offloaded(model) is not None:
             model = open_result(run, path)  # its files have another place now

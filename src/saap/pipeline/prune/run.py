@@ -28,7 +28,7 @@ from saap.pipeline.prune.speed_target import budget_for_speed
 from saap.pipeline.prune.steps import carry_out
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, check_devices, open_model, place_of
-from saap.pipeline.shared.legality import check_walk, search_space
+from saap.pipeline.shared.legality import check_walk, require_divisible, search_space
 from saap.pipeline.shared.memory_estimate import Sizes
 from saap.pipeline.shared.memory_limit import open_within, restoration_spill
 from saap.pipeline.shared.meter import Meter
@@ -173,7 +173,9 @@ def _prepare(
         for target in targets:
             check_reachable(graph, target.budget, space)
         if config.plan is not None:
-            targets = [dataclasses.replace(targets[0], plan=read_plan(config.plan, graph))]
+            given = read_plan(config.plan, graph)
+            require_divisible(graph, given.keep(graph), config.tensor_parallel)
+            targets = [dataclasses.replace(targets[0], plan=given)]
     if config.target_speedup is not None:
         with meter.stage(TIME_DECODING):
             budget = processes.broadcast_result(

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from saap.core.errors import LayoutError, SaapError, UnsupportedModelError, failure_of
+from saap.core.errors import LayoutError, PlanError, SaapError, UnsupportedModelError, failure_of
 from saap.core.records import Layout, ModelGraph, Role
 from saap.evaluation.perplexity import model_logits
 from saap.models.checkpoint.stock_config import uniform_config
+from saap.models.structure.keep_index import Kept
 from saap.models.walk.probe import trial_ids
 from saap.models.walk.walker import BlockWalker, inference_only
 from saap.settings.prune import PrunableRole, PruneConfig, unit_roles
@@ -51,11 +52,52 @@ def check_walk(model: nn.Module, blocks: Sequence[str]) -> None:
 
 
 def search_space(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> SearchSpace:
-    """The structures that a run may choose. Raises LayoutError if a uniform layout allows none."""
+    """The structures that a run may choose.
+
+    Raises LayoutError if a uniform layout allows none, or devices that will share the layers do not divide them.
+    """
+    legal = legal_sizes(model, graph, config)
+    if config.tensor_parallel > 1:
+        legal = divisible_sizes(graph, config, legal)
     return SearchSpace(
-        roles=config.roles, layout=config.layout, align=config.align, skip_layers=config.skip_layers,
-        legal_sizes=legal_sizes(model, graph, config),
+        roles=config.roles, layout=config.layout, align=config.alignment, skip_layers=config.skip_layers,
+        legal_sizes=legal,
     )  # fmt: skip
+
+
+def divisible_sizes(
+    graph: ModelGraph, config: PruneConfig, legal: Mapping[Role, frozenset[int]] | None
+) -> Mapping[Role, frozenset[int]]:
+    """The legal sizes that `tensor_parallel` devices divide; channels are aligned to them anyway.
+
+    A layer keeps at least one KV group for each device. Fewer KV groups than devices are copied, so they only have to
+    divide the devices, and all stay. Raises LayoutError for a model whose own sizes are not divisible.
+    """
+    devices, found = config.tensor_parallel, {}
+    for group in graph.groups:
+        copied = group.role is Role.ATTENTION and devices % group.units == 0
+        if group.role in (Role.ATTENTION, Role.FFN) and group.units % devices and not copied:
+            units = "KV groups" if group.role is Role.ATTENTION else "channels"
+            raise LayoutError(
+                f"--tensor-parallel {devices} does not divide the {group.units} {units} of {group.name}",
+                f"Use a divisor of {group.units}, or leave it out",
+            )
+    for role in unit_roles(config.roles):
+        largest = max((group.units for group in graph.of_role(role)), default=0)
+        sizes = range(devices, largest + 1, devices) if role is Role.ATTENTION else range(largest + 1)
+        found[role] = frozenset(sizes) if legal is None else legal[role].intersection(sizes)
+    return found
+
+
+def require_divisible(graph: ModelGraph, keep: Mapping[str, Kept], devices: int) -> None:
+    """Raise PlanError for sizes of a given plan that the devices do not divide. keep: by name of the group."""
+    for name, kept in keep.items():
+        group, size = graph.group(name), kept if isinstance(kept, int) else len(kept)
+        if group.role in (Role.ATTENTION, Role.FFN) and size < group.units and size % devices:
+            raise PlanError(
+                f"The plan keeps {size} units of {name}, which --tensor-parallel {devices} does not divide",
+                "Change the plan, or leave --tensor-parallel out",
+            )
 
 
 def legal_sizes(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> Mapping[Role, frozenset[int]] | None:
@@ -70,11 +112,11 @@ def legal_sizes(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> Map
     found: dict[Role, frozenset[int]] = {}
     reason: LayoutError | None = None
     for role in unit_roles(config.roles):
-        groups, step = graph.of_role(role), config.align if role.of_channels else 1
+        groups, step = graph.of_role(role), config.alignment if role.of_channels else 1
         sizes = range(max(step, groups[0].least), groups[0].units, step) if groups else range(0)
-        refusals = {size: _refusal(model, graph, role, size, config.align) for size in (*sizes[:1], *sizes[-1:])}
+        refusals = {size: _refusal(model, graph, role, size, config.alignment) for size in (*sizes[:1], *sizes[-1:])}
         if not role.of_channels or any(refusals.values()):
-            refusals |= {size: _refusal(model, graph, role, size, config.align) for size in sizes[1:-1]}
+            refusals |= {size: _refusal(model, graph, role, size, config.alignment) for size in sizes[1:-1]}
         reason = reason or next((refusal for refusal in refusals.values() if refusal is not None), None)
         found[role] = frozenset(size for size in sizes if refusals.get(size) is None)
     if reason is not None and not any(found.values()) and PrunableRole.BLOCK not in config.roles:

@@ -1,0 +1,55 @@
+"""What the model card says of a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.command import run
+from tests.export.gguf_models import adaptive_folder
+from tests.reporting.comparison import recovery_record
+
+from saap.core.manifest import RunManifest
+from saap.export.huggingface import write_records
+
+HALF = tuple(range(0, 80, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("llama", "vllm serve PATH --model-impl transformers --trust-remote-code"),
+        ("gpt2", "vLLM cannot run this folder: the configuration of gpt2 has no field for fewer attention units"),
+        ("bloom", "vLLM cannot run this folder: the class of bloom in transformers has only its own attention"),
+    ],
+)
+def test_the_card_says_whether_vllm_runs_the_folder(tmp_path: Path, name: str, said: str) -> None:
+    folder = adaptive_folder(tmp_path, name, ffn={0: HALF}, attention={1: (0, 2)})
+    assert said in (folder / "README.md").read_text().replace("\\", "")
+
+
+def test_the_card_says_the_manifest_as_plain_text(tmp_path: Path) -> None:
+    evil = '"><img src=q onerror=alert(1)>\n# A heading\n[a](javascript:b)'
+    folder = adaptive_folder(tmp_path, "llama", ffn={0: HALF}, attention={})
+    manifest = json.loads((folder / "saap" / "manifest.json").read_text())
+    manifest |= {"dtype": evil, "versions": {evil: evil}}
+    manifest["base"] |= {"source": evil, "licence": evil}
+    manifest["perplexity"]["text"] = evil
+    manifest["recovery"] = {
+        **recovery_record(), "settings": {"bits": evil}, "packed_bytes": 1, "data": [evil], "perplexity": {evil: 20.0},
+    }  # fmt: skip
+    write_records(folder, RunManifest.model_validate(manifest))
+    _, front, card = (folder / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["license"] == evil
+    assert "<" not in card
+    assert "\n# A heading" not in card
+    assert "[a](" not in card
+
+
+def test_the_former_format_for_vllm_names_what_replaces_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = run(capsys, "export", tmp_path, "--format", "decilm", "-o", tmp_path / "out")
+    assert code == 2
+    assert "vllm serve MODEL --model-impl transformers --trust-remote-code" in error
+    assert not (tmp_path / "out").exists()
