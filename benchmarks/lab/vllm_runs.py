@@ -117,6 +117,7 @@ def compared(runs: Worker, folder: Path) -> Values:
 
 def said(error: str, folder: Path) -> str:
     """An error without what differs from run to run."""
-    line = next((line.strip() for line in error.splitlines() if line.strip()), "")
+    lines = [line.strip() for line in error.splitlines() if line.strip() and "validation error" not in line]
+    line = lines[0].removeprefix("Value error, ").partition(" [type=")[0] if lines else ""
     line = line.replace(str(folder), "FOLDER")
     return re.sub(r"transformers_modules\.\w+\.\w+\.", "", line)[:300]

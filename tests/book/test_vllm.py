@@ -26,6 +26,8 @@ def test_a_missing_environment_is_named(tmp_path: Path) -> None:
 
 def test_errors_do_not_hold_what_differs_from_run_to_run(tmp_path: Path) -> None:
     text = f"\nNo {tmp_path}/x in <class 'transformers_modules.out.5dee.modeling_pruned.SaapPrunedModel'>\nmore"
+    pydantic = "1 validation error for ModelConfig\n  Value error, It is not compatible. [type=value_error, input={}]"
+    assert said(pydantic, tmp_path) == "It is not compatible."
     assert said(text, tmp_path) == "No FOLDER/x in <class 'modeling_pruned.SaapPrunedModel'>"
 
 

@@ -291,7 +291,7 @@ def _resized(stock_model: Any, config: Any, auto: Any, entry: type) -> Any:
 
         def __init__(self, config: PretrainedConfig, *arguments: Any, **kwargs: Any) -> None:
             structure, in_vllm = cast(Any, config).pruned_structure, _attention(config) == "vllm"
-            reason = vllm_refusal(stock_model, cast(Any, config).base_model_type, structure) if in_vllm else None
+            reason = vllm_refusal(stock_model, config.to_dict()) if in_vllm else None
             if reason is not None:
                 raise ValueError(f"vLLM cannot run this folder: {reason}. Or use transformers.")
             super().__init__(config, *arguments, **kwargs)
@@ -344,12 +344,16 @@ def _attention(config: Any) -> str | None:
     return getattr(config.get_text_config(), "_attn_implementation", None)
 
 
-def vllm_refusal(stock_model: Any, family: str, structure: Mapping[str, Any]) -> str | None:
+def vllm_refusal(stock_model: Any, config: Mapping[str, Any]) -> str | None:
     """Why vLLM, which has its own attention and sizes its cache by the configuration, cannot run a pruned model."""
+    family, structure = config["base_model_type"], config["pruned_structure"]
     unstated = [role for role in structure.get("unstated_roles", ()) if role in ROLES_OF_VLLM]
     experts = [name for name, shape in structure["shapes"].items() if len(shape) == 3 and ".experts." in name]
-    if not getattr(stock_model, "_supports_attention_backend", True):
+    exchangeable = getattr(stock_model, "_can_set_attn_implementation", bool)  # older versions only have the flag
+    if not (stock_model._supports_attention_backend or exchangeable()):
         return f"the class of {family} in transformers has only its own attention"
+    if config.get("kv_lora_rank") is not None:
+        return "it knows models with latent attention by their type, which a pruned one does not have"
     if unstated:
         return (
             f"the configuration of {family} has no field for fewer {unstated[0]} units in single layers; "

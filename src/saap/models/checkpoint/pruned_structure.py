@@ -138,7 +138,7 @@ def refused_by_vllm(config: Mapping[str, Any]) -> str | None:
     if "pruned_structure" not in config or not known:
         return None
     stock_model = known[0][1][CONFIG_MAPPING[config["base_model_type"]]]
-    return vllm_refusal(stock_model, config["base_model_type"], config["pruned_structure"])
+    return vllm_refusal(stock_model, config)
 
 
 def mark_pruned(model: nn.Module, structure: PrunedStructure) -> None:
