@@ -25,7 +25,7 @@ FAMILIES = (
 )  # fmt: skip
 REAL = ("pruned", "tuned")
 CELLS = (*FAMILIES, *REAL)
-WINDOW, TOKENS = 256, 2048
+WINDOW, TOKENS, RATIO = 256, 2048, 0.2
 UNKNOWN = "has no model of type"
 SETTINGS = {"mlx-lm": "0.32.2", "mlx": "0.32.4", "dtype": "float32", "positions": WINDOW, "seed": 0}
 OPTIONS = {"python": "PYTHON_WITH_MLX_LM"}
@@ -61,7 +61,7 @@ def tiny(request: Request, family: str) -> Values:
 
 
 def real(request: Request, name: str) -> Values:
-    folder = quickly_pruned(request, "adaptive", "0.2")
+    folder = quickly_pruned(request, "adaptive", str(RATIO))
     if name == "tuned":
         folder = made_by_saap(request, name, "recover", folder, "--max-steps", 4)
     out = request.work / f"mlx-{name}"
@@ -82,13 +82,13 @@ def summarise(cells: Cells) -> Values:
     known = {name: cell["pruned"] for name, cell in families.items() if cell["known"]}
     notes: dict[str, str] = {}  # why something is not opened -> its number on the page
     rows = {name: [shown(value, notes) for value in pruned.values()] for name, pruned in known.items()}
-    exact = [name for name, pruned in known.items() if pruned["FFN channels, KV groups"] == 1.0]
+    exact = sum(pruned["FFN channels, KV groups"] == 1.0 for pruned in known.values())
     shares = [value for pruned in known.values() for value in pruned.values() if isinstance(value, float)]
     return {
         "what": list(next(iter(known.values()))), "rows": rows, "notes": {number: why for why, number in notes.items()},
         "unknown": [name for name, cell in families.items() if not cell["known"]], "known": len(known),
         "exact": exact, "least": min(shares), "opened": len(shares), "all_equal": sum(one == 1.0 for one in shares),
-        "real": {name: cells[name] for name in REAL},
+        "positions": WINDOW, "ratio": RATIO, "real": {name: cells[name] for name in REAL},
     }  # fmt: skip
 
 
