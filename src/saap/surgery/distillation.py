@@ -26,7 +26,7 @@ from saap.models.walk.offload import onload
 from saap.models.walk.spill import Tensors
 from saap.models.walk.walker import BlockWalker, Contexts, inference_only
 
-LEARNING_RATE = 1e-2
+LEARNING_RATE = 4e-3
 """Of Adam at its height, times the scale of each parameter."""
 LEAST_SCALE = 0.1
 """A vector of smaller entries is trained as if they had this size: a bias may begin at zero."""
@@ -35,8 +35,10 @@ RANK = 16
 DOWN_SCALE, UP_SCALE = 7.0, 0.2
 """Of the factors of an update: A in units of its entries at the start, B so that B A is in units of the matrix."""
 WARM_UP_STEPS = 3
+SEQUENCES = 4
+"""Of a step, at least: the gradient of a single one is mostly noise, of which Adam makes steps of full size."""
 STEPS = 128
-"""At most; of more text each step takes more. One of a single sequence is the work of one process."""
+"""At most; of more text each step takes more sequences. Those of one micro-batch are the work of one process."""
 BETAS = (0.9, 0.95)
 ROUNDING = 1e-5
 """A divergence below this, in nats per token, is that of rounding."""
@@ -124,7 +126,7 @@ class _Distillation:
     def run(self) -> tuple[float, float]:
         """Train, and keep what is better."""
         rows = len(self.text.tokens) - self.text.held_out
-        each = -(-rows // STEPS)
+        each = max(SEQUENCES, -(-rows // STEPS))
         steps = [range(first, min(first + each, rows)) for first in range(0, rows, each)]
         start = dict(self.values)
         before = self._divergence()
