@@ -84,14 +84,15 @@ def ask(address: str, path: str, **content: Any) -> dict[str, Any]:
 
 def expected(folder: Path) -> dict[str, str]:
     """What transformers answers to every prompt and question."""
-    model, tokenizer = saap.load(folder, device="cpu", dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    model = saap.load(folder, device="cpu", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     found = {}
     for text in (*PROMPTS, *QUESTIONS):
         given = tokenizer(text, return_tensors="pt")
         if text in QUESTIONS:
-            asked = [{"role": "user", "content": text}]
+            messages = [{"role": "user", "content": text}]
             given = tokenizer.apply_chat_template(
-                asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
         ids = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False, repetition_penalty=1.0)
         found[text] = tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True).strip()

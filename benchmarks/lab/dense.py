@@ -23,7 +23,7 @@ from saap.data.samples import draw_sets, leading_ids, token_stream
 from saap.data.texts import read_documents
 from saap.data.windows import SampleRequest
 from saap.discovery import discover
-from saap.estimation.estimate import estimate
+from saap.estimation.estimate import estimate, unit_scores
 from saap.estimation.fusion import fuse
 from saap.evaluation.perplexity import perplexity
 from saap.models.loading.devices import quick_float32_products
@@ -32,7 +32,7 @@ from saap.models.walk.backend import Backend
 from saap.models.walk.walk import walk
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model
 from saap.settings.prune import FusionScope, PrunableRole
-from saap.settings.registry import Strategy
+from saap.settings.registry import Importance, Strategy
 from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.plan import SearchSpace, search
 from saap.structure_search.second_order import SecondOrder, WeightedGrams
@@ -99,6 +99,11 @@ class Dense:
     def fused(self, samples: CalibrationSet) -> Units:
         """Fused importances of all units, with uncertainties by layer and role."""
         return fuse(estimate(self.backend, samples), self.graph, FusionScope.LAYER_ROLE)
+
+    def token_fisher(self, samples: CalibrationSet) -> Units:
+        """Token-level Fisher scores of all units, the default of a run."""
+        found = estimate(self.backend, samples, importance=Importance.TOKEN_FISHER)
+        return unit_scores(found, self.graph, Importance.TOKEN_FISHER, FusionScope.LAYER_ROLE)
 
     def second_order_costs(self, tokens: torch.Tensor, *, micro_batch: int = 4) -> SecondOrder:
         """Second-order costs of all units, in a separate walk. tokens: (sequences, length) ids."""

@@ -7,6 +7,10 @@ from pathlib import Path
 from harness.store import ROOT
 
 import saap
+from saap.data.samples import token_stream
+from saap.data.texts import read_documents
+from saap.models.loading.pretrained import load_tokenizer
+from saap.models.loading.references import resolve_model
 
 DATA = ROOT / "benchmarks" / "data"
 TEXTS = {
@@ -30,6 +34,12 @@ def texts(given: Mapping[str, str], folder: Path) -> dict[str, Path]:
     parts = [[row["instruction"], row.get("input", ""), row["output"]] for row in rows]
     written.write_text("\n\n".join("\n".join(filter(None, one)) for one in parts), encoding="utf-8")
     return {**TEXTS, "instructions": written}
+
+
+def token_ids(folder: str | Path, name: str, most: int) -> list[int]:
+    """The first tokens of a text of TEXTS by the tokenizer of a folder."""
+    tokenizer = load_tokenizer(resolve_model(str(folder)))
+    return list(token_stream(read_documents(TEXTS[name], tokenizer=tokenizer), tokenizer)[:most].tolist())
 
 
 def records(file: Path) -> list[dict[str, str]]:

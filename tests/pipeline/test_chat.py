@@ -18,7 +18,7 @@ from tests.pipeline import tiny
 from saap.cli import app as cli
 from saap.core.errors import UnsupportedModelError
 from saap.evaluation.generation import message_ids
-from saap.pipeline.evaluate.chat import answered, asked, replies
+from saap.pipeline.evaluate.chat import replies, with_answers, with_question
 from saap.pipeline.evaluate.generate import Speaker, continued
 from saap.settings.evaluate import GenerationSettings
 
@@ -48,22 +48,24 @@ def test_a_conversation_is_continued_in_the_chat_template_or_as_lines() -> None:
 
 def test_the_models_answer_in_turn_each_in_its_own_conversation() -> None:
     speakers = speaker("dense"), speaker("pruned", 3)
-    turns = asked({"dense": [], "pruned": []}, "Once")
+    turns = with_question({"dense": [], "pruned": []}, "Once")
     rounds = list(replies(speakers, turns, SHORT))
     assert [one["pruned"].tokens for one in rounds if one["dense"].tokens < rounds[-1]["dense"].tokens] == [0] * 4
-    first = answered(turns, rounds[-1])
+    first = with_answers(turns, rounds[-1])
     for one in speakers:
         alone = list(continued(one, message_ids(one.tokenizer, turns[one.label]), SHORT))
         assert first[one.label][1] == {"role": "assistant", "content": alone[-1].rstrip("\ufffd")}
         assert rounds[-1][one.label].tokens == len(alone) > 1
         assert (rounds[-1][one.label].tokens_per_second or 0) > 0
-    *_, last = replies(speakers, asked(first, "Twice"), SHORT)
-    alone = list(continued(speakers[0], message_ids(speakers[0].tokenizer, asked(first, "Twice")["dense"]), SHORT))
+    *_, last = replies(speakers, with_question(first, "Twice"), SHORT)
+    alone = list(
+        continued(speakers[0], message_ids(speakers[0].tokenizer, with_question(first, "Twice")["dense"]), SHORT)
+    )
     assert last["dense"].text == alone[-1].rstrip("\ufffd")
 
 
 def test_a_conversation_that_is_too_long_is_refused() -> None:
-    long = asked({"dense": []}, "word " * 2000)
+    long = with_question({"dense": []}, "word " * 2000)
     with pytest.raises(UnsupportedModelError):
         list(replies((Speaker("dense", family_model("gpt2"), tiny.tokenizer()),), long, SHORT))
 
@@ -155,7 +157,7 @@ def test_the_page_in_a_browser() -> None:
                     window.wait_for_timeout(500)
                 expect(window.locator(".bot.message")).to_have_count(2 * number, timeout=60_000)
                 expect(window.get_by_text("tokens/s")).to_have_count(2, timeout=60_000)
-            *_, found = replies(speakers, asked({"dense": [], "pruned": []}, "Once"), SHORT)
+            *_, found = replies(speakers, with_question({"dense": [], "pruned": []}, "Once"), SHORT)
             shown = window.locator(".bot.message").all_inner_texts()
             assert " ".join(found["dense"].text.split()) in " ".join(shown[0].split())
             window.get_by_role("button", name="New conversation").click()

@@ -9,17 +9,13 @@ import transformers.models.llama.configuration_llama  # noqa: F401 - imported be
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import in_own_process, made_by_saap, quickly_pruned
 from lab.memory import Peak
-from lab.texts import TEXTS
+from lab.texts import token_ids
 
 import saap
 import saap.export.gguf.tokenizer
 import saap.export.gguf.write
-from saap.data.samples import token_stream
-from saap.data.texts import read_documents
 from saap.export.gguf.check import compare_with_llama_cpp
 from saap.models.loading.llama_cpp import LlamaCpp
-from saap.models.loading.pretrained import load_tokenizer
-from saap.models.loading.references import resolve_model
 from saap.pipeline.export.run import export_gguf
 
 WINDOW = 256
@@ -50,8 +46,7 @@ def write(folder: Path, out: Path, quantization: str) -> Values:
 
 def agreement(folder: Path, file: Path, tokens: int) -> dict[str, float]:
     """llama.cpp (keys and values in float32, no flash attention) and transformers (float32) on WikiText-2 test."""
-    tokenizer = load_tokenizer(resolve_model(str(folder)))
-    ids = token_stream(read_documents(TEXTS["wikitext2"], tokenizer=tokenizer), tokenizer)[:tokens].tolist()
+    ids = token_ids(folder, "wikitext2", tokens)
     model = saap.load(str(folder), device="cpu", dtype=torch.float32)
     with LlamaCpp(file, context=WINDOW, threads=torch.get_num_threads(), exact=True) as runtime:
         (found,) = compare_with_llama_cpp(model, [runtime], ids, window=WINDOW)

@@ -2,21 +2,16 @@
 
 import math
 import tempfile
-from functools import cache
 from pathlib import Path
 
 import torch
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import in_own_process, made_by_saap
 from lab.dense import coder_model
-from lab.texts import TEXTS
+from lab.texts import token_ids
 
-from saap.data.samples import token_stream
-from saap.data.texts import read_documents
 from saap.export.gguf.reading import read_tensors
 from saap.models.loading.llama_cpp import LlamaCpp
-from saap.models.loading.pretrained import load_tokenizer
-from saap.models.loading.references import resolve_model
 from saap.pipeline.export.run import export_gguf
 
 SMOLLM2, QWEN, LARGE = "smollm2", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"
@@ -45,7 +40,7 @@ def measure(request: Request, wanted: Names) -> Measured:
             values = in_own_process(written, folder, pruned, kind, weighed)
             if not dense.is_file():
                 in_own_process(written, source, dense, kind, False)
-            ids = _ids(str(folder), settings["text"], settings["measured tokens"])
+            ids = token_ids(folder, settings["text"], settings["measured tokens"])
             yield (
                 cell,
                 {
@@ -68,13 +63,7 @@ def written(source: str | Path, out: Path, kind: str, weighed: bool) -> Values:
     }  # fmt: skip
 
 
-@cache
-def _ids(folder: str, text: str, most: int) -> tuple[int, ...]:
-    tokenizer = load_tokenizer(resolve_model(folder))
-    return tuple(token_stream(read_documents(TEXTS[text], tokenizer=tokenizer), tokenizer)[:most].tolist())
-
-
-def perplexity_of(file: Path, ids: tuple[int, ...], window: int) -> float:
+def perplexity_of(file: Path, ids: list[int], window: int) -> float:
     """Of the tokens but the first of each window."""
     total, predicted = 0.0, 0
     with LlamaCpp(file, context=window, threads=torch.get_num_threads()) as runtime:

@@ -1,5 +1,6 @@
 """How much each module gives: ways to divide a budget over the modules, at the same restoration."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +14,13 @@ from torch import nn
 
 from saap.core.records import FloatArray, Layout, StructurePlan
 from saap.data.texts import MIXED
-from saap.estimation.estimate import estimate, unit_scores
-from saap.settings.prune import PRESETS, FusionScope, Preset, PrunableRole
-from saap.settings.registry import Importance, Strategy
+from saap.settings.prune import PRESETS, Preset, PrunableRole
+from saap.settings.registry import Strategy
 from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.evaluator import StructureEvaluator
 from saap.structure_search.plan import SearchSpace, build_variables, make_plan, search
 from saap.structure_search.problem import DecisionVariable, Proposal, SearchGuide, SearchProblem, importance_order
-from saap.structure_search.strategies import module_shares, uniform_shares
+from saap.structure_search.strategies import adaptive, importance, module_shares
 from saap.surgery.reconstruct import ReconstructionSettings
 
 MODELS = ("smollm2", "gemma-3-270m", "qwen2.5-coder-0.5b")
@@ -94,8 +94,7 @@ class Prepared:
         self._space = SearchSpace(
             roles=(PrunableRole.FFN, PrunableRole.ATTENTION), layout=Layout.ADAPTIVE, align=dense.align
         )
-        found = estimate(dense.backend, samples["scored"], importance=Importance.TOKEN_FISHER)
-        self._scores = unit_scores(found, dense.graph, Importance.TOKEN_FISHER, FusionScope.LAYER_ROLE)
+        self._scores = dense.token_fisher(samples["scored"])
         self._text, held = dense.ids(samples["refit"]), dense.ids(samples["held"])
         begun = time.process_time()
         self._costs = dense.second_order_costs(dense.ids(samples["scored"]))
@@ -118,10 +117,10 @@ class Prepared:
             return search(graph, self._scores, budget, self._space, Strategy.ADAPTIVE, guide)
         problem = SearchProblem(graph, build_variables(graph, self._space), self._scores, budget)
         proposals: dict[str, Callable[[], Proposal]] = {
-            "uniform": lambda: self._uniform(problem),
+            "uniform": lambda: adaptive(problem),
             "module importance": lambda: self._by_modules(problem),
-            "importance": lambda: self._ranked(problem, importance_order(self._scores), self._means()),
-            "second-order": lambda: self._ranked(problem, {**self._costs.orders}, {**self._costs.scores}),
+            "importance": lambda: importance(problem),
+            "second-order": lambda: adaptive(dataclasses.replace(problem, guide=SearchGuide(costs=self._costs))),
         }
         proposal = proposals.get(name, lambda: self._knapsack(problem, name))()
         keep = proposal.keep(problem.variables)
@@ -130,16 +129,9 @@ class Prepared:
     def _means(self) -> dict[str, FloatArray]:
         return {name: score.mean for name, score in self._scores.items()}
 
-    def _uniform(self, problem: SearchProblem) -> Proposal:
-        decrements = problem.by_share(uniform_shares(problem, attention=0.0))
-        return problem.propose("uniform", decrements, importance_order(self._scores))
-
     def _by_modules(self, problem: SearchProblem) -> Proposal:
         decrements = problem.by_share(module_shares(problem.variables, self._scores, attention=0.3))
         return problem.propose("module importance", decrements, importance_order(self._scores))
-
-    def _ranked(self, problem: SearchProblem, orders: dict[str, np.ndarray], values: dict[str, FloatArray]) -> Proposal:
-        return problem.propose("ranked", problem.by_score(lambda group: values[group][orders[group]]), orders)
 
     def _knapsack(self, problem: SearchProblem, name: str) -> Proposal:
         orders = {**self._costs.orders} if name.endswith("compensated") else importance_order(self._scores)

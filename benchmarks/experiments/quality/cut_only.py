@@ -8,9 +8,8 @@ from lab.texts import TEXTS
 
 from saap.baselines.baseline import Baseline, Measurements
 from saap.core.records import Layout, StructurePlan, UnitScores
-from saap.estimation.estimate import estimate, unit_scores
-from saap.settings.prune import PRESETS, FusionScope, Preset, PrunableRole
-from saap.settings.registry import Importance, Method, Strategy
+from saap.settings.prune import PRESETS, Preset, PrunableRole
+from saap.settings.registry import Method, Strategy
 from saap.structure_search.budget import budget_for_ratio
 from saap.structure_search.evaluator import StructureEvaluator
 from saap.structure_search.plan import SearchSpace, search
@@ -60,8 +59,7 @@ class Prepared:
         samples = dense.samples(
             chosen["calibration"], scored=(chosen["samples"], length), held=(chosen["held-out samples"], length)
         )
-        found = estimate(dense.backend, samples["scored"], importance=Importance.TOKEN_FISHER)
-        self._ours = unit_scores(found, dense.graph, Importance.TOKEN_FISHER, FusionScope.LAYER_ROLE)
+        self._ours = dense.token_fisher(samples["scored"])
         self._evaluator = StructureEvaluator(dense.backend, dense.ids(samples["held"]))
         measurements = Measurements(dense.backend, dense.ids(samples["scored"]))
         self._theirs = {method: measurements.scores(method.load()) for method, _ in BASELINES.values()}

@@ -7,12 +7,8 @@ from typing import Any
 
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import made_by_saap, quickly_pruned
-from lab.texts import TEXTS
+from lab.texts import token_ids
 
-from saap.data.samples import token_stream
-from saap.data.texts import read_documents
-from saap.models.loading.pretrained import load_tokenizer
-from saap.models.loading.references import resolve_model
 from saap.pipeline.export.run import export_model
 from saap.settings.export import ExportRequest
 from saap.settings.registry import ExportFormat
@@ -72,8 +68,7 @@ def real(request: Request, name: str) -> Values:
 
 def windows(folder: Path) -> list[list[int]]:
     """WikiText-2 test in windows of token ids."""
-    tokenizer = load_tokenizer(resolve_model(str(folder)))
-    ids = token_stream(read_documents(TEXTS["wikitext2"], tokenizer=tokenizer), tokenizer)[:TOKENS].tolist()
+    ids = token_ids(folder, "wikitext2", TOKENS)
     return [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
 
 

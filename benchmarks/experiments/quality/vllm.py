@@ -14,7 +14,6 @@ from harness.pages import NOTHING
 from lab.vllm_runs import compared, vllm_python, worker
 from torch import nn
 
-from saap.core.manifest import BaseModelIdentity, Change, RunManifest, recorded_versions
 from saap.core.records import CoupledGroup, Layout, ModelGraph, Role
 from saap.discovery import discover
 from saap.export.huggingface import CheckpointParts, write_checkpoint
@@ -118,7 +117,8 @@ def pruned_folder(dense: Path, out: Path, kind: str) -> Path | None:
         if not added:
             return None
         structure = dataclasses.replace(structure, added_biases=added)
-    parts = CheckpointParts(graph=graph, plan=plan, structure=structure, manifest=manifest(graph, plan.parameters))
+    manifest = import_module("tests.conformance.cases").manifest(plan.layout)
+    parts = CheckpointParts(graph=graph, plan=plan, structure=structure, manifest=manifest)
     return write_checkpoint(model, parts, out, dtype=torch.float32)
 
 
@@ -132,16 +132,6 @@ def with_biases(model: Any, graph: ModelGraph) -> Iterator[str]:
         if isinstance(module, nn.Linear) and "bias" in module._parameters and module._parameters["bias"] is None:
             module.bias = nn.Parameter(torch.randn(module.out_features, generator=generator) * 0.1)
             yield f"{path}.bias"
-
-
-def manifest(graph: ModelGraph, parameters: int) -> RunManifest:
-    before = sum(torch.Size(shape).numel() for shape in graph.shapes.values())
-    change = Change(before=before, after=parameters)
-    return RunManifest(
-        base=BaseModelIdentity(source="tiny", config_digest="", weights_digest="", licence=None), settings={}, seed=0,
-        layout=Layout.ADAPTIVE, device="cpu", dtype="float32", versions=recorded_versions(), digests={},
-        parameters=change, block_parameters=change, bytes=change,
-    )  # fmt: skip
 
 
 def agrees(found: Values | None) -> bool:

@@ -19,6 +19,8 @@ from saap.settings.setting import Flag, Only, Settings
 
 web_flag = partial(Flag, panel="Web page")
 RESET = "/reset"
+ADDRESS = "127.0.0.1"
+"""Of the page: this machine alone."""
 
 
 class WebSettings(Settings):
@@ -56,7 +58,7 @@ def chat(
     else:
         from saap.cli.show.chat_page import serve
 
-        serve(speakers, settings, place.web.port)
+        serve(speakers, settings, ADDRESS, place.web.port)
 
 
 def _check_web(port: int) -> None:
@@ -66,7 +68,7 @@ def _check_web(port: int) -> None:
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind(("127.0.0.1", port))
+            listener.bind((ADDRESS, port))
         except OSError as error:
             problem = f"Port {port} cannot be used ({error.strerror})"
             raise ConfigurationError(problem, "Give another one with --port") from None
@@ -75,7 +77,7 @@ def _check_web(port: int) -> None:
 def _talk(speakers: tuple[Any, ...], settings: GenerationSettings) -> None:
     """Answer the lines of the standard input until it ends."""
     from saap.cli.show.answers import draw_columns, heading, print_in_turn
-    from saap.pipeline.evaluate.chat import Reply, Turns, answered, asked, replies
+    from saap.pipeline.evaluate.chat import Reply, Turns, replies, with_answers, with_question
 
     empty: Turns = {speaker.label: [] for speaker in speakers}
     weights = {speaker.label: speaker.weights for speaker in speakers}
@@ -90,7 +92,7 @@ def _talk(speakers: tuple[Any, ...], settings: GenerationSettings) -> None:
         if question == RESET:
             turns = empty
             continue
-        now = asked(turns, question)
+        now = with_question(turns, question)
         try:
             if sys.stdout.isatty():
                 draw_columns(
@@ -99,7 +101,7 @@ def _talk(speakers: tuple[Any, ...], settings: GenerationSettings) -> None:
                 )
             else:
                 print_in_turn(rounds(now), {label: heading(label, size) for label, size in weights.items()})
-            turns = answered(now, last)
+            turns = with_answers(now, last)
         except SaapError as error:
             if not sys.stdin.isatty():
                 raise

@@ -9,12 +9,9 @@ import gradio as gr
 
 from saap.cli.show.answers import heading
 from saap.core.errors import SaapError
-from saap.pipeline.evaluate.chat import Turns, answered, asked, replies
+from saap.pipeline.evaluate.chat import Turns, replies, with_answers, with_question
 from saap.pipeline.evaluate.generate import Speaker
 from saap.settings.evaluate import GenerationSettings
-
-ADDRESS = "127.0.0.1"
-"""Of this machine alone."""
 
 
 def chat_page(speakers: tuple[Speaker, ...], settings: GenerationSettings) -> Any:
@@ -30,16 +27,16 @@ def chat_page(speakers: tuple[Speaker, ...], settings: GenerationSettings) -> An
     def answer(question: str, turns: Turns) -> Iterator[list[Any]]:
         if not question.strip():
             return
-        now, found = asked(turns, question), {}
+        now, found = with_question(turns, question), {}
         yield ["", turns, *columns(now)]  # from here on, the next question can be typed
         try:
             for found in replies(speakers, now, settings):
-                yield [gr.skip(), turns, *columns(answered(now, found), found)]
+                yield [gr.skip(), turns, *columns(with_answers(now, found), found)]
         except SaapError as error:
             gr.Warning(str(error))
             yield [question, turns, *columns(turns)]
             return
-        yield [gr.skip(), answered(now, found), *columns(answered(now, found), found)]
+        yield [gr.skip(), with_answers(now, found), *columns(with_answers(now, found), found)]
 
     with gr.Blocks(title="saap chat", analytics_enabled=False) as page:
         turns = gr.State(empty)
@@ -55,10 +52,10 @@ def chat_page(speakers: tuple[Speaker, ...], settings: GenerationSettings) -> An
     return page
 
 
-def serve(speakers: tuple[Speaker, ...], settings: GenerationSettings, port: int) -> None:
-    """Serve the page on this machine until it is interrupted."""
-    fonts = ["system-ui", "sans-serif"]  # of the reader's system: nothing is fetched from elsewhere
+def serve(speakers: tuple[Speaker, ...], settings: GenerationSettings, address: str, port: int) -> None:
+    """Serve the page until it is interrupted."""
+    fonts = ["system-ui", "sans-serif"]  # of the system: nothing is fetched from elsewhere
     theme = gr.themes.Default(font=fonts, font_mono=["monospace"])
     page = chat_page(speakers, settings)
-    print(f"chat at http://{ADDRESS}:{port}; Ctrl-C ends it", flush=True)
-    page.queue().launch(server_name=ADDRESS, server_port=port, theme=theme, footer_links=[], quiet=True)
+    print(f"chat at http://{address}:{port}; Ctrl-C ends it", flush=True)
+    page.queue().launch(server_name=address, server_port=port, theme=theme, footer_links=[], quiet=True)

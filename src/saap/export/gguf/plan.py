@@ -58,8 +58,9 @@ class GgufPlan:
             problem = f"llama.cpp has no {model_type} with {'; '.join(found)}"
             raise ExportError(problem, "Use the folder with transformers")
         self._config, self._shapes, self._family, self._packed = config, shapes, family, packed
+        self._copies = 1
         if quantization.made_by_llama_cpp:
-            quantization = GgufType.F16
+            quantization, self._copies = GgufType.F16, 2
         self._matrices = Kind[quantization.upper()]
         # A four-bit embedding costs more quality than it saves memory; llama.cpp's own tool skips it too.
         embedding = Kind.Q8_0 if quantization.startswith("q4") else self._matrices
@@ -92,6 +93,11 @@ class GgufPlan:
     def weight_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes on disk at most: llama.cpp's quantiser makes its file, no larger, from that of the plan."""
+        return self._copies * self.weight_bytes
 
     def _stored_sizes(self) -> list[LayerSizes]:
         """The sizes of each layer.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from saap.data.texts import MIXED
 from saap.export.gguf.reading import read_tensors
 from saap.export.gguf.tensors import PlannedTensor
 from saap.models.loading.llama_cpp import quantize_file
+from saap.models.walk.observer import hooked
 from saap.settings.prune import GGUF_BLOCK, GgufType
 
 SAMPLES, LENGTH = 32, 512
@@ -75,25 +77,17 @@ def importance_matrix(
     names = {tensor.sources[0]: tensor.name for tensor in tensors if len(tensor.shape) == 2 and tensor.sources}
     totals: dict[str, Tensor] = {}
 
-    def observe(module: nn.Module, inputs: tuple[Tensor, ...], name: str) -> None:
-        squares = inputs[0].flatten(0, -2).double().square().sum(0)
-        totals[name] = totals.get(name, 0) + squares
+    def observe(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        totals[name] = totals.get(name, 0) + inputs[0].flatten(0, -2).double().square().sum(0)
 
-    base = model.base_model
-    watched = {module: path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda module, inputs, name=names[f"{path}.weight"]: observe(module, inputs, name)
-        )
-        for module, path in watched.items()
-        if f"{path}.weight" in names
-    ]
-    try:
+    hooks: dict[nn.Module, Callable[..., None]] = {
+        module: partial(observe, names[f"{path}.weight"])
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and f"{path}.weight" in names
+    }
+    with hooked(hooks, before=True):
         for row in samples.tokens:
-            base(torch.as_tensor(row).unsqueeze(0), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+            model.base_model(torch.as_tensor(row).unsqueeze(0), use_cache=False)
     return {name: (total / samples.tokens.size).float().numpy() for name, total in totals.items()}
 
 

@@ -49,8 +49,7 @@ def write(
     plan = GgufPlan(source.config, source.tensors.shapes, kind, packed.names if packed is not None else ())
     said: dict[str, Any] = dict(plan.fields)
     tokenizer, origin = tokenizer_fields(source, said["vocab_size"])
-    # at most as large again as the f16 file from which llama.cpp makes it
-    check_file(out, plan.weight_bytes * (2 if kind.made_by_llama_cpp else 1), overwrite=overwrite)
+    check_file(out, plan.needed_bytes, overwrite=overwrite)
     fields, imatrix = [*metadata_fields(source), *plan.fields, *tokenizer], kind.made_by_llama_cpp and request.imatrix
     found: dict[str, Any] = {}
     with whole_file(out, remedy="Choose another --out") as part, unquantized(part, kind) as first:

@@ -24,12 +24,12 @@ class Reply:
     tokens_per_second: float | None = None
 
 
-def asked(turns: Turns, question: str) -> Turns:
+def with_question(turns: Turns, question: str) -> Turns:
     """The conversations with one more question."""
     return {label: [*past, {"role": "user", "content": question}] for label, past in turns.items()}
 
 
-def answered(turns: Turns, replies: Mapping[str, Reply]) -> Turns:
+def with_answers(turns: Turns, replies: Mapping[str, Reply]) -> Turns:
     """The conversations with the answers to their last question."""
     return {label: [*past, {"role": "assistant", "content": replies[label].text}] for label, past in turns.items()}
 
