@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import torch
 
-from saap.models.loading import device_memory
+from saap.models.loading import memory
 
 
 class Peak:
@@ -20,9 +20,9 @@ class Peak:
         gc.collect()
         with suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-        device_memory.reset_peak(torch.device("cpu"))
-        self.before = self.bytes = device_memory.of_process()
+        memory.reset_peak(torch.device("cpu"))
+        self.before = self.bytes = memory.of_process()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.bytes = device_memory.peak_of_process()
+        self.bytes = memory.peak_of_process()

@@ -25,7 +25,7 @@ from saap.cli import app as cli
 from saap.cli.show.output import PlainReporter
 from saap.core.errors import NonFiniteLossError
 from saap.estimation.unit_importance import UnitImportance
-from saap.models.loading import device_memory
+from saap.models.loading import memory
 from saap.models.walk import offload
 from saap.pipeline.prune import run as run_module
 from saap.pipeline.recover import run as recover
@@ -62,7 +62,7 @@ class Events:
 def count_as_large() -> None:
     """A limit of one byte keeps the weights of the smallest model in their files."""
     offload.SMALL_BYTES = memory_limit.RESERVE_BYTES = 0
-    device_memory.of_process = lambda: 0
+    memory.of_process = lambda: 0
     memory_limit.Needs.of = lambda sizes, config: memory_limit.Needs(2, 2, 1)
 
 

@@ -15,7 +15,7 @@ from tests.pipeline import tiny
 from tests.pretend import pretended_devices
 
 import saap
-from saap.models.loading import device_memory, devices
+from saap.models.loading import devices, memory
 from saap.models.loading.pretrained import model_ref
 from saap.models.walk.spill import Spill
 from saap.pipeline.recover import run as recovery_run
@@ -168,8 +168,8 @@ def test_what_does_not_fit_beside_the_weights_is_kept_elsewhere(
     with pretended_devices(float64=False) as whole:
         expected = run(capsys, *flags, "--out", tmp_path / "all")
     assert whole.peak > NEED
-    monkeypatch.setattr(device_memory, "of_device", lambda device: NEED)
-    monkeypatch.setattr(device_memory, "peak_of_device", lambda device: 1)
+    monkeypatch.setattr(memory, "of_device", lambda device: NEED)
+    monkeypatch.setattr(memory, "peak_of_device", lambda device: 1)
     with pretended_devices(float64=False, limit=NEED) as limited:
         code, out, errors = command.run(capsys, *flags, "--out", tmp_path / "spilled")
     assert code == 0, errors
@@ -187,11 +187,11 @@ def test_weights_that_do_not_fit_stay_in_their_files(
     monkeypatch.setattr(memory_limit, "RESERVE_BYTES", 0)
     monkeypatch.setattr(memory_limit.Needs, "of", lambda sizes, config: memory_limit.Needs(3, 3, 2))
     with pretended_devices(float64=False) as whole, monkeypatch.context() as patched:
-        patched.setattr(device_memory, "of_device", lambda device: 2)
+        patched.setattr(memory, "of_device", lambda device: 2)
         run(capsys, "prune", source, *FAST, "--out", tmp_path / "files")
         assert whole.peak > 0
         assert_same_weights(tmp_path / "cpu", tmp_path / "files", 1e-4)
-        patched.setattr(device_memory, "of_device", lambda device: 1)
+        patched.setattr(memory, "of_device", lambda device: 1)
         code, _, errors = command.run(capsys, "prune", source, *FAST, "--out", tmp_path / "none")
     assert code == 2
     assert "The free memory of lazy" in errors
@@ -230,7 +230,7 @@ def test_methods_are_compared_as_on_the_cpu(
 def test_activations_go_to_the_host_or_where_it_is_small_to_the_disk(
     room: int, in_files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_memory, "of_machine", lambda: room)
+    monkeypatch.setattr(memory, "of_machine", lambda: room)
     with pretended_devices():
         model = tiny.model().to("lazy")
         loaded = LoadedModel(

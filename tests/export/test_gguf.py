@@ -31,8 +31,7 @@ from saap.export.gguf.modelfile import chat_template, modelfile
 from saap.export.gguf.tokenizer import fields_from_gguf, fields_from_huggingface, read_fields
 from saap.models.loading.llama_cpp import LlamaCpp
 from saap.pipeline.export.run import export_gguf, export_model
-from saap.settings.export import ExportRequest
-from saap.settings.prune import GgufType
+from saap.settings.export import ExportRequest, GgufType
 
 EXACT = 1e-6
 ALIGNED = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4}

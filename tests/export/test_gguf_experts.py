@@ -19,7 +19,7 @@ from saap.export.gguf.plan import GgufPlan
 from saap.export.gguf.write import write_gguf
 from saap.models.checkpoint.safetensor_files import StoredTensors
 from saap.pipeline.export.run import export_gguf
-from saap.settings.prune import GgufType
+from saap.settings.export import GgufType
 
 _TOKENS = {"vocab_size": ROWS, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 64}
 _GQA = {

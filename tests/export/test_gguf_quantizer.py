@@ -24,8 +24,7 @@ from saap.models.loading.llama_cpp import quantize_file
 from saap.pipeline.export.run import export_gguf
 from saap.pipeline.runtimes.llama_cpp import LlamaCppRuntime
 from saap.settings.evaluate import SpeedSettings
-from saap.settings.export import ExportRequest
-from saap.settings.prune import GgufType
+from saap.settings.export import ExportRequest, GgufType
 from saap.settings.recipe import recipe_from
 from saap.settings.registry import RuntimeName
 

@@ -18,7 +18,7 @@ from saap.export.gguf.tokenizer import fields_from_huggingface
 from saap.export.gguf.write import write_gguf
 from saap.export.source import open_source
 from saap.pipeline.export.run import export_gguf
-from saap.settings.prune import GgufType
+from saap.settings.export import GgufType
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 GENERAL = {

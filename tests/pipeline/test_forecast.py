@@ -10,7 +10,7 @@ import torch
 from tests.pipeline import tiny
 
 from saap.core.errors import ConfigurationError, OutputError
-from saap.models.loading import device_memory
+from saap.models.loading import memory
 from saap.pipeline.prune import forecast as forecast_module
 from saap.pipeline.prune.forecast import check_fits
 from saap.pipeline.prune.run import preview, run_prune
@@ -103,11 +103,11 @@ def probed(
 def test_too_little_memory_names_the_flag_that_helps(
     monkeypatch: pytest.MonkeyPatch, free: int, others: int, restore: bool, remedy: str
 ) -> None:
-    monkeypatch.setattr(device_memory, "of_machine", lambda: free)
+    monkeypatch.setattr(memory, "of_machine", lambda: free)
     found, run = probed({"load the model": others, "cut and restore, block by block": 92 * 10**8}, restore)
     with pytest.raises(ConfigurationError, match=remedy):
         check_fits(found, run)
-    monkeypatch.setattr(device_memory, "of_machine", lambda: 93 * 10**8)
+    monkeypatch.setattr(memory, "of_machine", lambda: 93 * 10**8)
     check_fits(found, run)
 
 
@@ -115,15 +115,15 @@ def test_too_little_memory_of_an_accelerator_names_it(monkeypatch: pytest.Monkey
     found, run = probed({"load the model": 1})
     stage = dataclasses.replace(found.stages[0], peak_device_bytes=92 * 10**8)
     found = dataclasses.replace(found, stages=(stage,))
-    monkeypatch.setattr(device_memory, "of_device", lambda device: 9 * 10**9)
+    monkeypatch.setattr(memory, "of_device", lambda device: 9 * 10**9)
     with pytest.raises(ConfigurationError, match=r"'load the model' needs 9\.2 GB .* 9\.0 GB are free on cpu"):
         check_fits(found, run)
-    monkeypatch.setattr(device_memory, "of_device", lambda device: 10**10)
+    monkeypatch.setattr(memory, "of_device", lambda device: 10**10)
     check_fits(found, run)
 
 
 def test_weights_that_do_not_fit_are_not_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_memory, "of_machine", lambda: 1000)
+    monkeypatch.setattr(memory, "of_machine", lambda: 1000)
     with pytest.raises(ConfigurationError, match=r"The model .* needs"):
         preview(source, PruneConfig(pruning_ratios=(0.2,), **SETTINGS), RunOptions())
 
@@ -136,4 +136,4 @@ def test_too_little_disk_is_refused(tmp_path: Path) -> None:
 
 
 def test_memory_of_this_machine() -> None:
-    assert (device_memory.of_machine() or 10**9) > 10**8
+    assert (memory.of_machine() or 10**9) > 10**8

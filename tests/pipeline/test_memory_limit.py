@@ -14,7 +14,7 @@ from tests.pipeline import tiny
 import saap
 from saap.core.errors import ConfigurationError
 from saap.core.storage import read_scores
-from saap.models.loading import device_memory
+from saap.models.loading import memory
 from saap.models.walk import offload as offload_module
 from saap.models.walk.offload import OffloadedWeights
 from saap.pipeline.prune import planning
@@ -53,7 +53,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(OffloadedWeights, "onload", counted)
     monkeypatch.setattr(offload_module, "SMALL_BYTES", 0)
     monkeypatch.setattr(memory_limit, "RESERVE_BYTES", 0)
-    monkeypatch.setattr(device_memory, "of_process", lambda: 0)
+    monkeypatch.setattr(memory, "of_process", lambda: 0)
     monkeypatch.setattr(memory_estimate.Needs, "of", lambda sizes, config: memory_estimate.Needs(2, 2, 1))
     yield found
     assert max(found, default=0) <= 1
@@ -190,7 +190,7 @@ def test_weights_count_once_where_the_run_fits(source: Path, tmp_path: Path, mon
     """Weights that are read count as memory of the process, and are part of the need as well."""
     weights = 10**9
     taken = [10**8]
-    monkeypatch.setattr(device_memory, "of_process", lambda: taken[0])
+    monkeypatch.setattr(memory, "of_process", lambda: taken[0])
     stock = memory_limit.open_model
 
     def reading(*arguments: Any, **named: Any) -> Any:

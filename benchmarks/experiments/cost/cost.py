@@ -15,7 +15,7 @@ from harness.experiment import Cells, Figures, Measured, Names, Request, Values
 from lab.checkpoints import llama, write_checkpoint
 from lab.commands import in_own_process
 
-from saap.models.loading.device_memory import of_process
+from saap.models.loading.memory import of_process
 from saap.models.loading.references import resolve_model
 from saap.pipeline.prune.run import run_prune
 from saap.pipeline.shared.inputs import RunOptions

@@ -15,7 +15,7 @@ from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.checkpoints import SHAPES, parameters_of, skeleton, write_checkpoint
 from transformers import LlamaConfig
 
-from saap.models.loading import device_memory, devices
+from saap.models.loading import devices, memory
 from saap.pipeline.prune.run import run_prune
 from saap.pipeline.shared import memory_estimate, memory_limit
 from saap.pipeline.shared import tokens as token_sets
@@ -47,7 +47,7 @@ def measured(folder: Path, config: PruneConfig, limit: int) -> Values:
     with (
         mock.patch.object(devices, "_available", return_value={"lazy": True}),
         mock.patch.object(token_sets, "EVALUATION_TOKENS", MEASURED_TOKENS),
-        mock.patch.object(device_memory, "of_device", return_value=limit),
+        mock.patch.object(memory, "of_device", return_value=limit),
         pretend.pretended_devices(float64=True, limit=limit) as card,
     ):
         (result,) = run_prune(source, config, RunOptions(out=folder / "out"))

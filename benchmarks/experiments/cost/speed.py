@@ -14,7 +14,7 @@ from saap.core.manifest import RunManifest
 from saap.evaluation.speed import Source
 from saap.pipeline.evaluate.speed import compare_speeds
 from saap.settings.evaluate import SpeedSettings
-from saap.settings.prune import GgufType
+from saap.settings.export import GgufType
 from saap.settings.registry import RuntimeName
 
 PAPER_SPEEDUP = 1.05

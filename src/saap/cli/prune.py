@@ -61,22 +61,23 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
         raise ConfigurationError("--recover-minutes tunes nothing", "Specify the data with --recover NAME|FILE")
     for consumer in stages.check:
         consumer.check()
-    from saap.cli.show import output as out
+    from saap.cli.show import output
+    from saap.cli.show import prune as drawn
 
-    with out.make_reporter(display) as reporter:
+    with output.make_reporter(display) as reporter:
         if stages.dry_run:
             from saap.pipeline.prune.run import preview
 
             found = {**preview(model, config, options, reporter), "recover": list(data)}
             display = display.model_copy(update={"quiet": False})
-            return out.show(display, found, lambda: out.print_preview(found))
+            return output.show(display, found, lambda: drawn.print_preview(found))
         if not data:
             from saap.pipeline.prune.run import run_prune
 
             reports = [result.report for result in run_prune(model, config, options, reporter)]
             opened = _opened(reports, stages, reporter)
             shown = [one.as_dict() | found for one, found in zip(reports, opened, strict=True)]
-            return out.show(display, _alone(shown), lambda: out.print_results(reports, opened))
+            return output.show(display, _alone(shown), lambda: drawn.print_results(reports, opened))
         from saap.pipeline.prune.with_recovery import prune_and_recover
         from saap.settings.recover import RecoverConfig
 
@@ -87,7 +88,7 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
             {"pruned": pruned.as_dict(), "recovered": tuned.as_dict()} | found
             for (pruned, tuned), found in zip(pairs, opened, strict=True)
         ]
-        return out.show(display, _alone(shown), lambda: out.print_all_stages(pairs, opened))
+        return output.show(display, _alone(shown), lambda: drawn.print_all_stages(pairs, opened))
 
 
 def _opened(reports: Sequence[PruneReport | RecoverReport], stages: Stages, reporter: Reporter) -> list[dict[str, Any]]:

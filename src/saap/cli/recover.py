@@ -24,7 +24,8 @@ def recover(
     """
     if options.out is None:
         raise ConfigurationError("--output-dir is missing", "Specify the folder to write with -o DIR")
-    from saap.cli.show.output import make_reporter, print_recovery, show
+    from saap.cli.show.output import make_reporter, show
+    from saap.cli.show.recover import print_recovery
     from saap.pipeline.recover.run import run_recover
 
     with make_reporter(display) as reporter:

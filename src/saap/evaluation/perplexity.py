@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -162,3 +163,9 @@ def model_logits(model: nn.Module, ids: Tensor) -> Tensor:
     logits = getattr(output, "logits", output)
     tensor: Tensor = logits[0] if isinstance(logits, tuple) else logits
     return tensor
+
+
+def bits_per_byte(perplexity: float, ids: IntArray, tokenizer: Any) -> float:
+    """Bits per byte of a model with this perplexity on the text of these ids (tokens,)."""
+    size = len(tokenizer.decode(ids, skip_special_tokens=True).encode()) / len(ids)  # without unknown characters
+    return math.log2(perplexity) / size if size else math.inf

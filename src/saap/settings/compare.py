@@ -6,9 +6,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from saap.settings.evaluate import EvalRequest
-from saap.settings.prune import MethodChoice, PruneConfig
+from saap.settings.prune import MethodChoice, PruneConfig, Ratio
 from saap.settings.registry import Method
-from saap.settings.setting import Commas, Different, Flag, Only, Ratio, Seed, Settings
+from saap.settings.setting import Commas, Different, Flag, Only, Seed, Settings
 
 compared_flag = partial(Flag, panel="Comparison")
 FIVE_METHODS = "saap,llm-pruner-element2,flap,wanda-sp,magnitude"

@@ -6,7 +6,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from saap.settings.prune import BOS, GGUF_TYPE, GgufType, check_gguf_type
+from saap.settings.export import GGUF_TYPE, GgufType, check_gguf_type
+from saap.settings.prune import BOS
 from saap.settings.recover import DENSE_CODE, DENSE_REVISION
 from saap.settings.registry import RuntimeName
 from saap.settings.setting import AtLeast1, Commas, Flag, Only, Seed, Settings, Source, Texts

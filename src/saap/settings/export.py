@@ -1,15 +1,45 @@
 """Settings of `saap export`."""
 
+from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, model_validator
 
-from saap.settings.prune import GgufType
-from saap.settings.registry import ExportFormat
+from saap.settings.registry import ExportFormat, RuntimeName
 from saap.settings.setting import AtLeast1, Flag, Settings
 
 format_flag = partial(Flag, panel="Format")
+GGUF_TYPE = "Of the weights in llama.cpp."
+GGUF_BLOCK = 256
+"""Weights of a row that share scales in the types that llama.cpp's own quantiser makes."""
+
+
+class GgufType(StrEnum):
+    """How the weights of a GGUF file are stored."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    Q8_0 = "q8_0"
+    Q4_0 = "q4_0"
+    Q4_1 = "q4_1"
+    Q6_K = "q6_k"
+    Q5_K_M = "q5_k_m"
+    Q4_K_M = "q4_k_m"
+    IQ4_XS = "iq4_xs"
+
+    @property
+    def made_by_llama_cpp(self) -> bool:
+        """Whether llama.cpp's own quantiser writes the file, from one of type f16; its blocks are 256 wide."""
+        return self in (GgufType.Q6_K, GgufType.Q5_K_M, GgufType.Q4_K_M, GgufType.IQ4_XS)
+
+
+def check_gguf_type(gguf_type: GgufType, runtime: RuntimeName) -> None:
+    """Refuse a type of GGUF weights for a runtime that reads none. Raises ValueError."""
+    if gguf_type is not GgufType.F16 and runtime is not RuntimeName.LLAMA_CPP:
+        problem = f"--gguf-type is of files for llama.cpp, not of {runtime}"
+        raise ValueError(problem, "Add --runtime llama.cpp, or leave it out")
 
 
 def _known_format(given: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from saap.core.roles import Layout, Role
+from saap.settings.export import GGUF_TYPE, GgufType, check_gguf_type
 from saap.settings.registry import Importance, Method, RuntimeName, Strategy
 from saap.settings.setting import (
     AtLeast1,
@@ -20,7 +21,6 @@ from saap.settings.setting import (
     Filled,
     Flag,
     Parameters,
-    Ratio,
     Seed,
     Settings,
     Texts,
@@ -29,10 +29,9 @@ from saap.settings.setting import (
 target_flag = partial(Flag, panel="Target")
 text_flag = partial(Flag, panel="Calibration text")
 search_flag = partial(Flag, panel="Method and search")
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+"""A share that may be removed."""
 BOS = "Begin each window of text with the tokenizer's BOS token, if it puts one before texts."
-GGUF_TYPE = "Of the weights in llama.cpp."
-GGUF_BLOCK = 256
-"""Weights of a row that share scales in the types that llama.cpp's own quantiser makes."""
 
 
 class ElementOrder(StrEnum):
@@ -59,26 +58,6 @@ class FusionScope(StrEnum):
     ROLE = "role"
     LAYER = "layer"
     LAYER_ROLE = "layer-role"
-
-
-class GgufType(StrEnum):
-    """How the weights of a GGUF file are stored."""
-
-    F32 = "f32"
-    F16 = "f16"
-    BF16 = "bf16"
-    Q8_0 = "q8_0"
-    Q4_0 = "q4_0"
-    Q4_1 = "q4_1"
-    Q6_K = "q6_k"
-    Q5_K_M = "q5_k_m"
-    Q4_K_M = "q4_k_m"
-    IQ4_XS = "iq4_xs"
-
-    @property
-    def made_by_llama_cpp(self) -> bool:
-        """Whether llama.cpp's own quantiser writes the file, from one of type f16; its blocks are 256 wide."""
-        return self in (GgufType.Q6_K, GgufType.Q5_K_M, GgufType.Q4_K_M, GgufType.IQ4_XS)
 
 
 class Preset(StrEnum):
@@ -178,13 +157,6 @@ PRESETS: dict[Preset, PresetSettings] = {
 OF_THE_PAPER = {"importance": Importance.FUSED, "strategy": Strategy.STABILITY, "restore": False}
 """What the preset `paper` sets, unless it is given: the fused score orders units, module importance decides how much
 each module gives, the stability indicator which units are unstable; nothing compensates before the recovery."""
-
-
-def check_gguf_type(gguf_type: GgufType, runtime: RuntimeName) -> None:
-    """Refuse a type of GGUF weights for a runtime that reads none. Raises ValueError."""
-    if gguf_type is not GgufType.F16 and runtime is not RuntimeName.LLAMA_CPP:
-        problem = f"--gguf-type is of files for llama.cpp, not of {runtime}"
-        raise ValueError(problem, "Add --runtime llama.cpp, or leave it out")
 
 
 class PruneConfig(Settings):

@@ -11,8 +11,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from saap.core.errors import ConfigurationError
 from saap.settings.evaluate import EvalRequest
-from saap.settings.export import ExportRequest
-from saap.settings.prune import GGUF_BLOCK, PruneConfig
+from saap.settings.export import GGUF_BLOCK, ExportRequest
+from saap.settings.prune import PruneConfig
 from saap.settings.recover import RecoverConfig, check_alignment
 from saap.settings.setting import Flag, Settings, faults, settings_of
 

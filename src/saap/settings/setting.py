@@ -305,7 +305,6 @@ Source = Annotated[str, BeforeValidator(lambda given: str(given) if isinstance(g
 Filled = Field(min_length=1)
 AtLeast1 = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
-Ratio = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Parameters = Annotated[int, _scaled(_COUNT_UNITS, "100M"), Field(ge=1)]
 Bytes = Annotated[int, _scaled(_BYTE_UNITS, "80MB"), Field(ge=1)]

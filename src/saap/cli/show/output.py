@@ -149,82 +149,8 @@ def print_structures(shown: Mapping[str, Any]) -> None:
         console.print(f"not pruned: {escape(refusal['name'])}: {escape(refusal['reason'])}")
 
 
-def print_preview(shown: Mapping[str, Any]) -> None:
-    """Draw the result of a dry run."""
-    console = console_for_tables()
-    console.print(f"model: {escape(str(shown['model']))}, {shown['parameters']:,} parameters")
-    reachable = f"reachable with {', '.join(shown['roles'])}"
-    speedup = shown["settings"]["target_speedup"]
-    for target in shown["targets"]:
-        what = f"at least {target['removal']:,} parameters are removed"
-        if speedup is not None:
-            what = f"decoding {speedup:g} times as fast in {shown['settings']['runtime']}"
-        console.print(f"target {escape(target['name'])}: {what}; {reachable}")
-    for name, tokens in shown["tokens"].items():
-        console.print(f"tokens for {name}: {tokens:,}")
-    table = Table("stage on this machine", "about s", "memory, GB", "disk, MB")
-    forecast = shown["forecast"]
-    for stage in forecast["stages"]:
-        seconds = "?" if stage["seconds"] is None else f"{stage['seconds']:.0f}"
-        disk = f"{stage['disk_bytes'] / 1e6:,.0f}" if stage["disk_bytes"] else ""
-        table.add_row(escape(stage["name"]), seconds, f"{stage['peak_resident_bytes'] / 1e9:.1f}", disk)
-    peak = f"{forecast['peak_resident_bytes'] / 1e9:.1f}"
-    table.add_row("all", f"{forecast['seconds']:.0f}", peak, f"{forecast['disk_bytes'] / 1e6:,.0f}")
-    console.print(table)
-    if shown["recover"]:
-        console.print(f"then it would be tuned on {escape(', '.join(shown['recover']))}; not part of the forecast.")
-    console.print("nothing was written.")
-
-
-def print_results(reports: Sequence[PruneReport], opened: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Draw the summary of each result. opened: what each did in other programs, under `opened`."""
-    console = console_for_tables()
-    for report, found in zip(reports, opened or [{}] * len(reports), strict=True):
-        console.print(f"\n[bold]{escape(report.path or 'pruned model')}[/bold]")
-        table = Table("", "dense", "pruned", "ratio")
-        for label, dense, pruned in (
-            ("parameters", report.parameters_dense, report.parameters),
-            ("in decoder blocks", report.block_parameters_dense, report.block_parameters),
-            (f"bytes ({report.dtype})", report.bytes_dense, report.bytes),
-        ):
-            table.add_row(label, f"{dense:,}", f"{pruned:,}", f"{pruned / dense:.3f}")
-        values = (f"{report.perplexity_dense:.2f}", f"{report.perplexity:.2f}", f"{report.perplexity_ratio:.3f}")
-        table.add_row(f"perplexity ({escape(report.evaluation_text)})", *values)
-        console.print(table)
-        if report.kinds:
-            console.print(_kinds_table(report))
-        if report.speed is not None:
-            speed = report.speed
-            console.print(
-                f"speed of decoding: {speed['reached']:.2f} of the dense model's, requested {speed['asked']:g}, "
-                f"predicted {speed['predicted']:.2f}; {speed['dense_tokens_per_second']:.1f} -> "
-                f"{speed['tokens_per_second']:.1f} tokens/s in {speed['runtime']} ({speed['weights']}, "
-                f"{speed['threads']} threads)"
-            )
-        console.print("kept units per layer:")
-        for row in report.structure:
-            cells = []
-            for role, kept, units in row.parts:
-                filled = round(BAR_WIDTH * kept / units) if units else 0
-                cells.append(f"{role} {'█' * filled}{'░' * (BAR_WIDTH - filled)} {kept:>5}/{units}")
-            console.print(f"  {row.name:>6}  " + "   ".join(cells))
-        _print_answers(console, report.prompt, {"dense": report.answer_dense, "pruned": report.answer})
-        for finding in report.findings:
-            console.print(f"[yellow]look here:[/yellow] {escape(finding)}")
-        _print_end(console, report)
-        _print_opened(console, found)
-
-
-def _print_opened(console: Console, found: Mapping[str, Any]) -> None:
-    """Draw the programs that opened the result, and those that could not."""
-    for one in found.get("opened", ()):
-        if one["error"] is None:
-            console.print(f"opened in {one['consumer']} {one['version']}: {one_line(one['written'])}")
-        else:
-            console.print(f"[yellow]look here:[/yellow] {one['consumer']} did not open it ({one_line(one['error'])})")
-
-
-def _print_answers(console: Console, prompt: str, answers: Mapping[str, str | None]) -> None:
+def print_answers(console: Console, prompt: str, answers: Mapping[str, str | None]) -> None:
+    """Draw what the models wrote after a prompt."""
     if prompt:
         console.print(f"prompt: {one_line(prompt)}")
         width = max(map(len, answers)) + 1
@@ -233,7 +159,7 @@ def _print_answers(console: Console, prompt: str, answers: Mapping[str, str | No
                 console.print(f"  {label + ':':<{width}} {one_line(answer)}")
 
 
-def _print_end(console: Console, report: PruneReport | RecoverReport) -> None:
+def print_end(console: Console, report: PruneReport | RecoverReport) -> None:
     """Draw the time and memory of the run, and the lines that open its result."""
     peak = max((stage.peak_resident_bytes for stage in report.stages), default=0)
     console.print(f"took {sum(stage.seconds for stage in report.stages):.0f} s, at most {peak / 1e9:.1f} GB of memory")
@@ -241,56 +167,9 @@ def _print_end(console: Console, report: PruneReport | RecoverReport) -> None:
         console.print("open it with:", *(f"  {escape(line)}" for line in report.load_lines), sep="\n")
 
 
-def _kinds_table(report: PruneReport) -> Table:
-    """Draw the perplexity before and after by kind of text."""
-    table = Table("kind of text", "dense", "pruned", "ratio", title="perplexity by kind of text", title_justify="left")
-    for kind in report.kinds:
-        table.add_row(kind.text, f"{kind.before:.2f}", f"{kind.after:.2f}", f"{kind.ratio:.2f}")
-    return table
-
-
 def one_line(text: str) -> str:
     """Text of a model or folder on one line, without control characters and markup."""
     return escape(" ".join(printable(text).split()))
-
-
-def print_all_stages(
-    results: Sequence[tuple[PruneReport, RecoverReport]], opened: Sequence[Mapping[str, Any]] = ()
-) -> None:
-    """Draw the summary of each result that was pruned and then tuned. opened: as in `print_results`."""
-    for (pruned, tuned), found in zip(results, opened or [{}] * len(results), strict=True):
-        print_results([pruned.model_copy(update={"path": None, "load_lines": ()})])
-        print_recovery(tuned)
-        _print_opened(console_for_tables(), found)
-
-
-def print_recovery(report: RecoverReport) -> None:
-    """The summary of a recovery."""
-    console = console_for_tables()
-    console.print(f"\n[bold]{escape(report.path or 'tuned model')}[/bold]")
-    table = Table("", f"perplexity ({escape(report.evaluation_text)})", "ratio to dense")
-    dense = report.perplexity_dense
-    for label, value in (
-        ("dense", dense),
-        ("before", report.perplexity_before),
-        ("quantised", report.perplexity_quantised),
-        ("recovered", report.perplexity),
-    ):
-        if value is not None:
-            table.add_row(label, f"{value:.2f}", f"{value / dense:.3f}" if dense else "")
-    console.print(table)
-    if report.gap_closed is not None:
-        share = round(report.gap_closed, 2) + 0.0  # no minus sign before a zero
-        console.print(f"{share:.0%} of the gap in log-perplexity to the dense model is closed")
-    console.print(
-        f"validation {report.validation_before:.4f} -> {report.validation:.4f} (step {report.best_step} of "
-        f"{report.steps}); {report.tokens:,} tokens in {report.seconds:.0f} s; stopped by {report.stopped_by}"
-    )
-    packed = f"; packed {report.packed_bytes:,}" if report.packed_bytes is not None else ""
-    console.print(f"bytes of the weights: {report.bytes:,} ({report.dtype}){packed}")
-    answers = {"dense": report.answer_dense or None, "before": report.answer_before or None}
-    _print_answers(console, report.prompt, {**answers, "recovered": report.answer or None})
-    _print_end(console, report)
 
 
 def print_recipe_preview(shown: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from saap.export.gguf.tensors import Group, Names, PlannedTensor, grouped, joine
 from saap.export.source import LayerSizes, head_size, layer_sizes
 from saap.models.checkpoint.pruned_structure import EPSILON_NAMES
 from saap.models.checkpoint.safetensor_files import Shape
-from saap.settings.prune import GgufType
+from saap.settings.export import GgufType
 
 Kind = gguf.GGMLQuantizationType
 _Q, _K, _V, _O, _QKV = (f"self_attn.{name}_proj" for name in ("q", "k", "v", "o", "qkv"))

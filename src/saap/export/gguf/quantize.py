@@ -23,7 +23,7 @@ from saap.export.gguf.reading import read_tensors
 from saap.export.gguf.tensors import PlannedTensor
 from saap.models.loading.llama_cpp import quantize_file
 from saap.models.walk.observer import hooked
-from saap.settings.prune import GGUF_BLOCK, GgufType
+from saap.settings.export import GGUF_BLOCK, GgufType
 
 SAMPLES, LENGTH = 32, 512
 _KIND = gguf.GGMLQuantizationType

@@ -9,7 +9,7 @@ from typing import Any
 from saap.export.gguf.check import Agreement
 from saap.export.gguf.quantize import Fallbacks
 from saap.export.source import Exported
-from saap.settings.prune import GGUF_BLOCK
+from saap.settings.export import GGUF_BLOCK
 
 
 class GgufExport(Exported):

@@ -28,8 +28,7 @@ from saap.export.source import ExportSource, Progress
 from saap.models.checkpoint.groupwise import PackedMatrices
 from saap.models.checkpoint.safetensor_files import StoredTensors
 from saap.models.loading.llama_cpp import llama_cpp_is_installed
-from saap.settings.export import ExportRequest
-from saap.settings.prune import GgufType
+from saap.settings.export import ExportRequest, GgufType
 
 CHUNK_VALUES = 2**20
 

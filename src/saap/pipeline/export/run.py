@@ -16,8 +16,7 @@ from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
 from saap.models.checkpoint.pruned_structure import auto_class
 from saap.models.loading.references import read_config, resolve_model
 from saap.pipeline.shared.progress import Reporter, Silent
-from saap.settings.export import ExportRequest
-from saap.settings.prune import GgufType
+from saap.settings.export import ExportRequest, GgufType
 from saap.settings.registry import ExportFormat
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from saap.core.errors import VerificationError, failure_of
 from saap.core.manifest import Answers, KindChange, PerplexityChange, SpeedRecord
 from saap.core.records import ImportanceScores
 from saap.data.texts import UNKNOWN
-from saap.evaluation.perplexity import model_logits
+from saap.evaluation.perplexity import bits_per_byte, model_logits
 from saap.export.huggingface import write_records
 from saap.export.model_card import load_lines
 from saap.models.checkpoint.pruned_structure import auto_class
@@ -27,7 +27,7 @@ from saap.pipeline.prune.speed_target import reached_speed
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour, observe
 from saap.pipeline.shared.targets import Target, finished_report, place_finished
-from saap.pipeline.shared.tokens import HELD_OUT, bits_per_byte
+from saap.pipeline.shared.tokens import HELD_OUT
 from saap.structure_search.budget import TimeBudget
 
 CHECKED_TOKENS = 64

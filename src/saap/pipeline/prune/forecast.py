@@ -14,7 +14,7 @@ from saap.core.errors import ConfigurationError
 from saap.evaluation.perplexity import perplexity
 from saap.export.placing import check_place
 from saap.models.checkpoint.safetensor_files import weight_files
-from saap.models.loading import device_memory
+from saap.models.loading import memory
 from saap.models.loading.devices import pick_device, quick_float32_products, working_dtype
 from saap.models.loading.references import resolve_model
 from saap.pipeline.prune.planning import search_evaluations
@@ -87,7 +87,7 @@ def forecast(run: Run) -> Forecast:
     ahead = [stage for stage in requested_stages(run) if stage not in (*stages.PREPARE, stages.PLACE)]
     sizes = dataclasses.replace(Sizes.of(loaded.model, run.device), pages=0)  # those of the result are added
     seconds_of_token, tokens = _seconds_of_token(run), _tokens(run)
-    needs, base = stage_needs(sizes, config), device_memory.of_process()
+    needs, base = stage_needs(sizes, config), memory.of_process()
     plans = {target.name: check_reachable(run.graph, target.budget, run.space) for target in run.targets}
     left = {name: plan.parameters * loaded.dtype.itemsize for name, plan in plans.items()}  # bytes of the results
     kept = sizes.weights if len(left) > 1 or config.target_speedup is not None else 0  # the dense model
@@ -151,11 +151,11 @@ def check_fits(found: Forecast, run: Run) -> None:
     """Raise ConfigurationError or OutputError if the run needs more memory or disk than there is, with the remedy."""
     if run.options.out is not None:
         check_place(run.options.out, found.disk_bytes)
-    available, worst = device_memory.of_device(run.device), found.worst("peak_device_bytes")
+    available, worst = memory.of_device(run.device), found.worst("peak_device_bytes")
     if available is not None:
         what = f"The stage {worst.name!r}"
         _require(what, worst.peak_device_bytes, available, "Use --device cpu", f" on {run.device}")
-    free, worst = device_memory.of_machine(), found.worst("peak_resident_bytes")
+    free, worst = memory.of_machine(), found.worst("peak_resident_bytes")
     others = [stage.peak_resident_bytes for stage in found.stages if not stage.name.startswith(stages.RESTORE.title)]
     remedy = SMALLER
     if max(others, default=0) <= free and run.config.restore:
@@ -171,7 +171,7 @@ def check_weights_fit(source: str | Path, options: RunOptions) -> None:
     Only for safetensors on the CPU: of other files the size in memory is not known before they are read.
     """
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    device, free = pick_device(options.device), device_memory.of_machine()
+    device, free = pick_device(options.device), memory.of_machine()
     if resolved.gguf_file is not None or device.type != "cpu":
         return
     stored = sum(file.stat().st_size for file in weight_files(resolved.folder))

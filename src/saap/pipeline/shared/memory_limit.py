@@ -15,7 +15,7 @@ from torch import nn
 
 from saap.core.errors import ConfigurationError, ModelError
 from saap.discovery.blocks import find_blocks
-from saap.models.loading import device_memory
+from saap.models.loading import memory
 from saap.models.loading.devices import pick_device, working_dtype
 from saap.models.loading.pretrained import load_offloaded, open_skeleton
 from saap.models.loading.references import ResolvedModel, resolve_model
@@ -47,7 +47,7 @@ def open_within(
         return _spilling(open_model(source, options, tokenizer), config, 0, None)
     device = pick_device(options.device)
     base = _base(device)  # before weights are read, which count as memory of the process
-    limit = device_memory.of_device(device) if given is None else given
+    limit = memory.of_device(device) if given is None else given
     if limit is None or options.device_map is not None:
         return open_model(source, options, tokenizer)
     resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
@@ -89,7 +89,7 @@ def _spilling(loaded: LoadedModel, config: PruneConfig, base: int, limit: int | 
     base: bytes used without the model. limit: bytes for the whole run; None for the memory of the device.
     """
     device = next(loaded.model.parameters()).device
-    limit = device_memory.of_device(device) if limit is None else limit
+    limit = memory.of_device(device) if limit is None else limit
     if limit is None or not config.restore:
         return loaded
     needed = base + Needs.of(Sizes.of(loaded.model, device), config).resident
@@ -97,7 +97,7 @@ def _spilling(loaded: LoadedModel, config: PruneConfig, base: int, limit: int | 
 
 
 def _base(device: torch.device) -> int:
-    return RESERVE_BYTES + (device_memory.of_process() if device.type == "cpu" else 0)
+    return RESERVE_BYTES + (memory.of_process() if device.type == "cpu" else 0)
 
 
 def _check_possible(config: PruneConfig, whole: int, limit: str) -> None:
@@ -127,4 +127,4 @@ def restoration_spill(loaded: LoadedModel, config: PruneConfig, folder: Path) ->
         return None if offloaded(loaded.model) is None else Spill(folder)
     device = next(loaded.model.parameters()).device
     captured = Sizes.of(loaded.model, device).captured_activations(config)
-    return Spill(None if device.type != "cpu" and captured < device_memory.of_machine() else folder)
+    return Spill(None if device.type != "cpu" and captured < memory.of_machine() else folder)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from saap.core.manifest import StageRecord
-from saap.models.loading import device_memory
+from saap.models.loading import memory
 from saap.pipeline.shared.progress import Reporter
 from saap.pipeline.shared.stages import Stage
 
@@ -29,14 +29,14 @@ class Meter:
         name = stage if isinstance(stage, str) else stage.title
         name += f" ({detail})" if detail else ""
         self.reporter.stage(name)
-        device_memory.reset_peak(self.device)
+        memory.reset_peak(self.device)
         start = time.perf_counter()
         yield
         self.stages.append(
             StageRecord(
                 name=name,
                 seconds=round(time.perf_counter() - start, 3),
-                peak_resident_bytes=device_memory.peak_of_process(),
-                peak_device_bytes=device_memory.peak_of_device(self.device),
+                peak_resident_bytes=memory.peak_of_process(),
+                peak_device_bytes=memory.peak_of_device(self.device),
             )
         )

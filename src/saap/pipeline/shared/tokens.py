@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,7 +20,7 @@ from saap.data.pairs import draw_pairs, pairs_file
 from saap.data.samples import Calibration, check_vocabulary, draw_sets, includes_mixed, leading_ids, token_stream
 from saap.data.texts import GENERAL, KINDS, Purpose, bundled_text, kind_weights
 from saap.data.windows import SampleRequest
-from saap.evaluation.perplexity import LogitsOf, default_window, perplexities
+from saap.evaluation.perplexity import LogitsOf, bits_per_byte, default_window, perplexities
 from saap.models.loading.images import image_token_ids, with_images
 from saap.models.loading.pretrained import load_processor
 from saap.models.walk.offload import offloaded
@@ -133,12 +132,6 @@ def _of_the_dense(
         ids = torch.from_numpy(evaluation[next(iter(GENERAL))][None, : default_window(model)])
         check_runs(model, ids.to(next(model.parameters()).device))
     return processes.broadcast_result(lambda: perplexities(model, evaluation, leading=leading, read=logits_of(model)))
-
-
-def bits_per_byte(perplexity: float, ids: IntArray, tokenizer: Any) -> float:
-    """Bits per byte of a model with this perplexity on the text of these ids (tokens,)."""
-    size = len(tokenizer.decode(ids, skip_special_tokens=True).encode()) / len(ids)  # without unknown characters
-    return math.log2(perplexity) / size if size else math.inf
 
 
 def draw_tokens(

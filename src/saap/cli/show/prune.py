@@ -1,0 +1,110 @@
+"""Terminal output of `saap prune`. Only drawing, no computation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from saap.cli.show.output import BAR_WIDTH, console_for_tables, one_line, print_answers, print_end
+from saap.cli.show.recover import print_recovery
+
+if TYPE_CHECKING:
+    from saap.pipeline.prune.result import PruneReport
+    from saap.pipeline.recover.result import RecoverReport
+
+
+def print_preview(shown: Mapping[str, Any]) -> None:
+    """Draw the result of a dry run."""
+    console = console_for_tables()
+    console.print(f"model: {escape(str(shown['model']))}, {shown['parameters']:,} parameters")
+    reachable = f"reachable with {', '.join(shown['roles'])}"
+    speedup = shown["settings"]["target_speedup"]
+    for target in shown["targets"]:
+        what = f"at least {target['removal']:,} parameters are removed"
+        if speedup is not None:
+            what = f"decoding {speedup:g} times as fast in {shown['settings']['runtime']}"
+        console.print(f"target {escape(target['name'])}: {what}; {reachable}")
+    for name, tokens in shown["tokens"].items():
+        console.print(f"tokens for {name}: {tokens:,}")
+    table = Table("stage on this machine", "about s", "memory, GB", "disk, MB")
+    forecast = shown["forecast"]
+    for stage in forecast["stages"]:
+        seconds = "?" if stage["seconds"] is None else f"{stage['seconds']:.0f}"
+        disk = f"{stage['disk_bytes'] / 1e6:,.0f}" if stage["disk_bytes"] else ""
+        table.add_row(escape(stage["name"]), seconds, f"{stage['peak_resident_bytes'] / 1e9:.1f}", disk)
+    peak = f"{forecast['peak_resident_bytes'] / 1e9:.1f}"
+    table.add_row("all", f"{forecast['seconds']:.0f}", peak, f"{forecast['disk_bytes'] / 1e6:,.0f}")
+    console.print(table)
+    if shown["recover"]:
+        console.print(f"then it would be tuned on {escape(', '.join(shown['recover']))}; not part of the forecast.")
+    console.print("nothing was written.")
+
+
+def print_results(reports: Sequence[PruneReport], opened: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Draw the summary of each result. opened: what each did in other programs, under `opened`."""
+    console = console_for_tables()
+    for report, found in zip(reports, opened or [{}] * len(reports), strict=True):
+        console.print(f"\n[bold]{escape(report.path or 'pruned model')}[/bold]")
+        table = Table("", "dense", "pruned", "ratio")
+        for label, dense, pruned in (
+            ("parameters", report.parameters_dense, report.parameters),
+            ("in decoder blocks", report.block_parameters_dense, report.block_parameters),
+            (f"bytes ({report.dtype})", report.bytes_dense, report.bytes),
+        ):
+            table.add_row(label, f"{dense:,}", f"{pruned:,}", f"{pruned / dense:.3f}")
+        values = (f"{report.perplexity_dense:.2f}", f"{report.perplexity:.2f}", f"{report.perplexity_ratio:.3f}")
+        table.add_row(f"perplexity ({escape(report.evaluation_text)})", *values)
+        console.print(table)
+        if report.kinds:
+            console.print(_kinds_table(report))
+        if report.speed is not None:
+            speed = report.speed
+            console.print(
+                f"speed of decoding: {speed['reached']:.2f} of the dense model's, requested {speed['asked']:g}, "
+                f"predicted {speed['predicted']:.2f}; {speed['dense_tokens_per_second']:.1f} -> "
+                f"{speed['tokens_per_second']:.1f} tokens/s in {speed['runtime']} ({speed['weights']}, "
+                f"{speed['threads']} threads)"
+            )
+        console.print("kept units per layer:")
+        for row in report.structure:
+            cells = []
+            for role, kept, units in row.parts:
+                filled = round(BAR_WIDTH * kept / units) if units else 0
+                cells.append(f"{role} {'█' * filled}{'░' * (BAR_WIDTH - filled)} {kept:>5}/{units}")
+            console.print(f"  {row.name:>6}  " + "   ".join(cells))
+        print_answers(console, report.prompt, {"dense": report.answer_dense, "pruned": report.answer})
+        for finding in report.findings:
+            console.print(f"[yellow]look here:[/yellow] {escape(finding)}")
+        print_end(console, report)
+        _print_opened(console, found)
+
+
+def _print_opened(console: Console, found: Mapping[str, Any]) -> None:
+    """Draw the programs that opened the result, and those that could not."""
+    for one in found.get("opened", ()):
+        if one["error"] is None:
+            console.print(f"opened in {one['consumer']} {one['version']}: {one_line(one['written'])}")
+        else:
+            console.print(f"[yellow]look here:[/yellow] {one['consumer']} did not open it ({one_line(one['error'])})")
+
+
+def _kinds_table(report: PruneReport) -> Table:
+    """Draw the perplexity before and after by kind of text."""
+    table = Table("kind of text", "dense", "pruned", "ratio", title="perplexity by kind of text", title_justify="left")
+    for kind in report.kinds:
+        table.add_row(kind.text, f"{kind.before:.2f}", f"{kind.after:.2f}", f"{kind.ratio:.2f}")
+    return table
+
+
+def print_all_stages(
+    results: Sequence[tuple[PruneReport, RecoverReport]], opened: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Draw the summary of each result that was pruned and then tuned. opened: as in `print_results`."""
+    for (pruned, tuned), found in zip(results, opened or [{}] * len(results), strict=True):
+        print_results([pruned.model_copy(update={"path": None, "load_lines": ()})])
+        print_recovery(tuned)
+        _print_opened(console_for_tables(), found)
