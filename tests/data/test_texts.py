@@ -67,7 +67,7 @@ def test_a_kind_weighs_as_much_as_the_model_knows_it():
         kind: KINDS[kind] / KINDS["novels"] for kind in KINDS
     }
     some = kind_weights({**known, "french": 1.6, "code": 0.4, "chinese": 2.4})
-    assert (some["french"], some["code"]) == (whole["french"] / 2, whole["code"])
+    assert (some["french"], some["code"]) == (whole["french"] / 2, 4 * whole["code"])
     assert some["chinese"] == 0
     assert kind_weights(dict.fromkeys(KINDS, 8.0)) == KINDS
 

@@ -28,7 +28,7 @@ KINDS: Mapping[str, int] = MappingProxyType(
 )
 """All bundled kinds, with their weights in `mixed` for a model that predicts each of them well."""
 KNOWN_WELL, UNKNOWN = 1.2, 2.0
-"""Bits per byte up to which a kind of text has its full weight, and from which on its weight is zero."""
+"""Bits per byte at which a kind of text has its plain weight, and from which on its weight is zero."""
 FILE_ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 # Part of each kind in the mixed evaluation text, about 8,000 tokens in all, so a prefix has several kinds.
 MIXED_EVALUATION_CHARACTERS = 9_000
@@ -154,13 +154,13 @@ def evaluation_text() -> str:
 def kind_weights(bits_per_byte: Mapping[str, float]) -> dict[str, int]:
     """Weights of KINDS in `mixed` for a model, by how well it predicts each kind.
 
-    Text that the model predicts badly does not help the reconstruction and displaces other text. bits_per_byte: of the
-    model on each kind that it can read, comparable over tokenizers. If it predicts all kinds badly, the weights are the
-    plain ones.
+    Text that the model predicts badly does not help the reconstruction and displaces other text. What it predicts best
+    is what it is for, so above the plain weight the square of the factor counts. bits_per_byte: of the model on each
+    kind that it can read, comparable over tokenizers. If it predicts all kinds badly, the weights are the plain ones.
     """
-    spare = {kind: UNKNOWN - bits_per_byte.get(kind, UNKNOWN) for kind in KINDS}
-    known = {kind: min(1.0, max(0.0, bits / (UNKNOWN - KNOWN_WELL))) for kind, bits in spare.items()}
-    weights = {kind: round(10 * weight * known[kind]) for kind, weight in KINDS.items()}
+    spare = {kind: max(0.0, UNKNOWN - bits_per_byte.get(kind, UNKNOWN)) for kind in KINDS}
+    known = {kind: bits / (UNKNOWN - KNOWN_WELL) for kind, bits in spare.items()}
+    weights = {kind: round(10 * weight * max(known[kind], known[kind] ** 2)) for kind, weight in KINDS.items()}
     return weights if any(weights.values()) else dict(KINDS)
 
 
