@@ -25,6 +25,7 @@ from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, SaapPrunedConfig
 from saap.models.checkpoint.pruned_structure import auto_class
 from saap.models.checkpoint.safetensor_files import StoredTensors, weight_files
 from saap.models.loading.devices import DeviceMap, check_known, pick_device, require_values, working_dtype
+from saap.models.loading.gguf_experts import state_expert_sizes
 from saap.models.loading.references import ResolvedModel, read_config, resolve_model
 from saap.models.structure.linear import contracted_axis
 from saap.models.walk.offload import offload, offloaded
@@ -91,6 +92,8 @@ def load_model(
         options["use_safetensors"] = True  # pickle files next to them are never read
     elif hasattr(transformers, "GgufConfig"):  # older versions always dequantise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if resolved.gguf_file is not None:
+        options["config"] = load_config(resolved)
     # the progress bar of the GGUF reader cannot be disabled
     silence = nullcontext() if resolved.gguf_file is None else redirect_stderr(io.StringIO())
     with _explained(f"{resolved.source} {_NO_MODEL}", _CHECK), silence:
@@ -124,10 +127,19 @@ def model_without_weights(
     """
     empty = init_empty_weights(include_buffers=False) if with_buffers else torch.device("meta")
     with _explained(f"{resolved.source} {_NO_MODEL}", _CHECK), empty:
-        config = AutoConfig.from_pretrained(resolved.folder, **resolved.options)
+        config = load_config(resolved)
         trusted = resolved.trust_remote_code
         model = _auto_class(resolved).from_config(config, dtype=dtype or resolved.dtype, trust_remote_code=trusted)
     return model.eval().requires_grad_(False)
+
+
+def load_config(resolved: ResolvedModel) -> Any:
+    """The transformers configuration of a model. Raises ModelError if it cannot be read."""
+    with _explained(f"{resolved.source} {_NO_MODEL}", _CHECK):
+        config = AutoConfig.from_pretrained(resolved.folder, **resolved.options)
+    if resolved.gguf_file is not None:
+        state_expert_sizes(config, resolved.path)
+    return config
 
 
 def _auto_class(resolved: ResolvedModel) -> Any:
