@@ -71,10 +71,13 @@ class GgufExperts:
             raise ExportError(f"The router has {groups} groups of experts, which {sizes[0]} do not fill", "Keep others")
         return sizes[0]
 
-    def nbytes(self, kept: int) -> int:
-        """Bytes of all tensors with `kept` experts in each layer."""
-        stacked = sum(tensor.nbytes for tensors in self.layers.values() for tensor in tensors)
-        return self.header.nbytes - stacked // self.count * (self.count - kept)
+    def nbytes(self, keep: Mapping[int, Sequence[int]]) -> int:
+        """Bytes of all tensors with the experts `keep` of each layer."""
+        return self.header.nbytes - sum(
+            tensor.nbytes // self.count * (self.count - len(keep[layer]))
+            for layer, tensors in self.layers.items()
+            for tensor in tensors
+        )
 
     def write(
         self, out: Path, keep: Mapping[int, Sequence[int]],

@@ -6,13 +6,13 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from saap._version import __version__
 from saap.core.errors import ConfigurationError
-from saap.core.records import ModelGraph, digest_of
+from saap.core.records import Layout, ModelGraph, digest_of
 from saap.core.storage import read_plan
 from saap.data.samples import Calibration
 from saap.discovery import discover
@@ -25,7 +25,16 @@ from saap.models.walk.processes import Processes
 from saap.pipeline.prune.baselines import check_method, for_method
 from saap.pipeline.prune.forecast import check_fits, check_weights_fit, forecast
 from saap.pipeline.prune.result import PruneResult
-from saap.pipeline.prune.source_file import RULE, check_layers, check_plan, file_budget, for_source_file
+from saap.pipeline.prune.source_file import (
+    Experts,
+    check_layers,
+    check_plan,
+    file_budget,
+    folder_experts,
+    for_source_file,
+    notes,
+    source_bytes,
+)
 from saap.pipeline.prune.speed_target import budget_for_speed
 from saap.pipeline.prune.steps import carry_out
 from saap.pipeline.shared.context import Run
@@ -42,9 +51,6 @@ from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PrunableRole, PruneConfig
 from saap.structure_search.budget import Budget
 from saap.structure_search.plan import SearchSpace, check_reachable
-
-if TYPE_CHECKING:
-    from saap.export.gguf.removal import GgufExperts
 
 __all__ = ["RunOptions", "inspect_model", "preview", "run_prune"]
 
@@ -165,8 +171,6 @@ def _prepare(
         if options.out is None:
             raise _needs_folder()
         meter.reporter.note("the weights stay in their files and are read block by block")
-    if experts is not None:
-        meter.reporter.note(RULE)
     if loaded.spills:
         meter.reporter.note("the activations of the reconstruction are kept outside the memory of the weights")
     with meter.stage(READ_TEXT):
@@ -176,8 +180,13 @@ def _prepare(
             check_runs(loaded.model, tokens.longest(loaded.model))
     with meter.stage(DISCOVER):
         graph = _discovered(loaded, config)
+        if experts is not None:
+            check_layers(experts, graph)
         space = search_space(loaded.model, graph, config)
-        targets = _reachable(targets, config, loaded, graph, space, experts)
+        files = experts or folder_experts(loaded, graph, config, options)
+        targets = _reachable(targets, config, loaded, graph, space, files)
+    for note in notes(loaded, files):
+        meter.reporter.note(note)
     if config.target_speedup is not None:
         with meter.stage(TIME_DECODING):
             timed = processes.broadcast_result(
@@ -186,12 +195,12 @@ def _prepare(
             check_reachable(graph, timed, space)
             targets = [dataclasses.replace(target, budget=timed) for target in targets]
     work = WorkFolder.shared(work_path(options), processes)
-    return Run(config, options, loaded, graph, space, tokens, work, meter, processes, targets, experts=experts)
+    return Run(config, options, loaded, graph, space, tokens, work, meter, processes, targets, experts=files)
 
 
 def _reachable(
     targets: Sequence[Target], config: PruneConfig, loaded: LoadedModel, graph: ModelGraph, space: SearchSpace,
-    experts: GgufExperts | None,
+    experts: Experts | None,
 ) -> list[Target]:  # fmt: skip
     """The targets with budgets or the given plan. Raises TargetError or PlanError for what cannot be reached."""
     if experts is None or config.target_bytes is None:
@@ -199,8 +208,6 @@ def _reachable(
     else:
         budget = file_budget(experts, graph, config.target_bytes)
         targets = [dataclasses.replace(target, budget=budget) for target in targets]
-    if experts is not None:
-        check_layers(experts, graph)
     for target in targets:
         check_reachable(graph, target.budget, space)
     if config.plan is None:
@@ -209,6 +216,7 @@ def _reachable(
     require_divisible(graph, given.keep(graph), config.tensor_parallel)
     if experts is not None:
         check_plan(experts, graph, given)
+        given = given.model_copy(update={"layout": Layout.UNIFORM})
     return [dataclasses.replace(targets[0], plan=given)]
 
 
@@ -238,7 +246,7 @@ def _settings_digest(run: Run) -> str:
 def _check_disk(run: Run) -> None:
     """Raise OutputError if the disk cannot hold what is to lie there: results, changed blocks, spilled activations."""
     if run.options.out is not None and run.experts is not None:
-        check_place(run.options.out, len(run.targets) * run.experts.nbytes(run.experts.count))
+        check_place(run.options.out, len(run.targets) * source_bytes(run.experts, run.graph))
     spill = restoration_spill(run.loaded, run.config, run.work.file("spill"))
     if run.options.out is None or spill is None or spill.folder is None:
         return

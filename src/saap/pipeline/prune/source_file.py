@@ -1,10 +1,10 @@
-"""Removal of whole experts from the model's own GGUF file, without its weights being written again."""
+"""Removal of whole experts from the model's own files: a GGUF file, or a folder of quantised safetensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
 
 from torch import nn
 
@@ -12,9 +12,11 @@ from saap.core.errors import ConfigurationError, PlanError, TargetError, listed
 from saap.core.manifest import Change, RunManifest
 from saap.core.records import ImportanceScores, Layout, ModelGraph, Role, StructurePlan
 from saap.core.storage import PlanDocument, write_plan, write_scores, write_whole
+from saap.export.expert_folder import FolderExperts, open_expert_folder
+from saap.export.placing import whole_folder
 from saap.models.loading.references import PACKAGED_MODELS, resolve_model
 from saap.pipeline.shared.context import Run
-from saap.pipeline.shared.inputs import RunOptions
+from saap.pipeline.shared.inputs import LoadedModel, RunOptions
 from saap.pipeline.shared.targets import is_file, records_of
 from saap.settings.prune import PrunableRole, PruneConfig
 from saap.settings.registry import Strategy
@@ -23,6 +25,7 @@ from saap.structure_search.budget import Budget
 if TYPE_CHECKING:
     from saap.export.gguf.removal import GgufExperts
 
+Experts = Union["GgufExperts", FolderExperts]
 RULE = "every layer keeps the same number of experts, since a GGUF file has one number for all of them"
 
 
@@ -86,7 +89,7 @@ def check_layers(experts: GgufExperts, graph: ModelGraph) -> None:
         )
 
 
-def check_plan(experts: GgufExperts, graph: ModelGraph, given: PlanDocument) -> None:
+def check_plan(experts: Experts, graph: ModelGraph, given: PlanDocument) -> None:
     """Raise PlanError or ExportError unless a given plan removes only experts, as many from every layer."""
     keep = {name: kept if isinstance(kept, int) else len(kept) for name, kept in given.keep(graph).items()}
     others = [
@@ -95,30 +98,65 @@ def check_plan(experts: GgufExperts, graph: ModelGraph, given: PlanDocument) -> 
     ]  # fmt: skip
     if others or given.dropped_blocks:
         what = listed([*others, *(f"block {layer}" for layer in given.dropped_blocks)], 4)
-        problem = f"Only whole experts can be removed from a GGUF file, but the plan removes parts of {what}"
-        raise PlanError(problem, "Write a folder with -o DIR")
+        problem = f"Only whole experts can be removed from the model's own files, but the plan removes parts of {what}"
+        raise PlanError(problem, "Write a folder with -o DIR and --restore")
     experts.check({
         group.layer: range(keep.get(group.name, group.units)) for group in graph.of_role(Role.EXPERT)
     })  # fmt: skip
 
 
-def file_budget(experts: GgufExperts, graph: ModelGraph, target: int) -> Budget:
-    """Budget so that the tensors of the file take at most `target` bytes. Raises TargetError."""
-    kept = max((count for count in range(1, experts.count + 1) if experts.nbytes(count) <= target), default=0)
-    if not kept or target > experts.nbytes(experts.count):
-        low, high = (experts.nbytes(count) for count in (1, experts.count))
+def file_budget(experts: Experts, graph: ModelGraph, target: int) -> Budget:
+    """Budget so that the tensors in the files take at most `target` bytes. Raises TargetError."""
+    groups = graph.of_role(Role.EXPERT)
+    counts = range(1, experts.count + 1)
+    sizes = [experts.nbytes({group.layer: range(count) for group in groups}) for count in counts]
+    low, high, kept = sizes[0], sizes[-1], sum(size <= target for size in sizes)
+    if not low <= target <= high:
         raise TargetError(
             f"target of {target:,} bytes is out of range for tensors of {high:,} bytes",
             f"Give a size from {low:,} to {high:,} bytes",
         )
-    units = sum(group.parameters_per_unit(graph.shapes) for group in graph.of_role(Role.EXPERT))
+    units = sum(group.parameters_per_unit(graph.shapes) for group in groups)
     return Budget(removal=units * (experts.count - kept))
 
 
-def stored_bytes(experts: GgufExperts, graph: ModelGraph, plan: StructurePlan) -> Change:
+def folder_experts(
+    loaded: LoadedModel, graph: ModelGraph, config: PruneConfig, options: RunOptions
+) -> FolderExperts | None:
+    """The experts of a folder of quantised safetensors, if the result is that folder without some of them; else None.
+
+    It is if only whole experts leave, all layers keep as many, nothing is reconstructed, and no type of weights was
+    specified. Raises ExportError.
+    """
+    changed = config.restore or config.layout is not Layout.UNIFORM or set(config.roles) != {PrunableRole.EXPERT}
+    written = options.out is not None and options.dtype == "auto"
+    if loaded.folder is None or loaded.quantisation is None or changed or not written:
+        return None
+    return open_expert_folder(loaded.folder, loaded.quantisation, graph, loaded.model.config)
+
+
+def notes(loaded: LoadedModel, experts: Experts | None) -> Iterator[str]:
+    """What the user is told of the format of the result."""
+    if isinstance(experts, FolderExperts):
+        yield f"the weights that stay are written as MODEL has them ({experts.type})"
+    elif experts is not None:
+        yield RULE
+    elif loaded.quantisation is not None:
+        dtype = str(loaded.dtype).removeprefix("torch.")
+        yield (
+            f"the result is written in {dtype}; with --roles expert --layout uniform --no-restore it stays "
+            f"{loaded.quantisation}"
+        )
+
+
+def source_bytes(experts: Experts, graph: ModelGraph) -> int:
+    """Bytes of all tensors of the source."""
+    return experts.nbytes({group.layer: range(group.units) for group in graph.of_role(Role.EXPERT)})
+
+
+def stored_bytes(experts: Experts, graph: ModelGraph, plan: StructurePlan) -> Change:
     """Bytes of the tensors before and after."""
-    kept = experts.check(kept_experts(graph, plan))
-    return Change(before=experts.nbytes(experts.count), after=experts.nbytes(kept))
+    return Change(before=source_bytes(experts, graph), after=experts.nbytes(kept_experts(graph, plan)))
 
 
 def kept_experts(graph: ModelGraph, plan: StructurePlan) -> Mapping[int, Sequence[int]]:
@@ -126,15 +164,22 @@ def kept_experts(graph: ModelGraph, plan: StructurePlan) -> Mapping[int, Sequenc
     return {group.layer: plan.kept(group) for group in graph.of_role(Role.EXPERT)}
 
 
-def write_source_file(
-    run: Run, experts: GgufExperts, made: Path, plan: StructurePlan, scores: ImportanceScores
-) -> None:
-    """Write the file without the removed experts at `made`, with plan and scores in the folder of its records."""
-    records = records_of(made)
+def write_source_file(run: Run, experts: Experts, made: Path, plan: StructurePlan, scores: ImportanceScores) -> None:
+    """Write the model's files without the removed experts at `made`, with plan and scores among its records."""
+    keep = kept_experts(run.graph, plan)
+    if not isinstance(experts, FolderExperts):
+        _write_records(records_of(made), run, plan, scores)
+        experts.write(made, keep, run.meter.reporter.advance)
+        return
+    with whole_folder(made) as folder:
+        experts.write(folder, keep)
+        _write_records(records_of(folder), run, plan, scores)
+
+
+def _write_records(records: Path, run: Run, plan: StructurePlan, scores: ImportanceScores) -> None:
     records.mkdir(parents=True, exist_ok=True)
     write_plan(records / "plan.json", plan, run.graph)
     write_scores(records / "scores.safetensors", scores)
-    experts.write(made, kept_experts(run.graph, plan), run.meter.reporter.advance)
 
 
 def write_manifest(path: Path, manifest: RunManifest) -> None:

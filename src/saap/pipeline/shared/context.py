@@ -23,6 +23,7 @@ from saap.settings.prune import PruneConfig
 from saap.structure_search.plan import SearchSpace
 
 if TYPE_CHECKING:
+    from saap.export.expert_folder import FolderExperts
     from saap.export.gguf.removal import GgufExperts
 
 
@@ -31,8 +32,8 @@ class Run:
     """A prepared run: everything that can be checked early has been checked.
 
     processes: of the run; the first one writes the stage files, and the others read them. measurements: the baselines'
-    measurements of the dense model so far, if several methods share them. experts: of the model's file, if the result
-    is that file without some of them.
+    measurements of the dense model so far, if several methods share them. experts: of the model's files, if the result
+    is these files without some of them.
     """
 
     config: PruneConfig
@@ -46,7 +47,7 @@ class Run:
     processes: Processes = field(default_factory=Processes)
     targets: Sequence[Target] = ()
     measurements: Measurements | None = None
-    experts: GgufExperts | None = None
+    experts: GgufExperts | FolderExperts | None = None
 
     @property
     def device(self) -> torch.device:
