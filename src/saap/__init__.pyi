@@ -173,8 +173,8 @@ def prune(
     restore: Reconstruct the consumers by least squares and tune the norms, or cut only.
     preset: paper: the paper's stages; the others: ours, in little to much time.
     seed: Seed of every random choice.
-    output_dir: Folder to write.
-    overwrite: Replace the folder if it exists.
+    output_dir: Folder to write; for `saap prune MODEL.gguf --roles expert` also NAME.gguf.
+    overwrite: Replace the result if it exists.
     work_dir: Folder of finished stages.
     keep_work: Keep the stage files after success.
     device: auto, cpu, cuda, cuda:N or mps.
@@ -261,8 +261,8 @@ def recover(
     exact_products: Train in full float32 on the CPU too: slower.
     shard: Split frozen weights over the processes (FSDP): slower, less memory.
     seed: Seed of every random choice.
-    output_dir: Folder to write.
-    overwrite: Replace the folder if it exists.
+    output_dir: Folder to write; for `saap prune MODEL.gguf --roles expert` also NAME.gguf.
+    overwrite: Replace the result if it exists.
     work_dir: Folder of finished stages.
     keep_work: Keep the stage files after success.
     device: auto, cpu, cuda, cuda:N or mps.

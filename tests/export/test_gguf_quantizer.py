@@ -18,8 +18,8 @@ from saap.data.samples import calibration_set
 from saap.export.gguf import quantize, write
 from saap.export.gguf.plan import GgufPlan
 from saap.export.gguf.quantize import importance_matrix
-from saap.export.gguf.reading import bytes_per_token
 from saap.export.source import open_source
+from saap.models.checkpoint.gguf_files import bytes_per_token
 from saap.models.loading.llama_cpp import quantize_file
 from saap.pipeline.export.run import export_gguf
 from saap.pipeline.runtimes.llama_cpp import LlamaCppRuntime

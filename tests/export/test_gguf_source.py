@@ -13,10 +13,10 @@ from tests.pipeline import tiny
 import saap
 from saap.export.gguf.metadata import metadata_fields
 from saap.export.gguf.plan import GgufPlan
-from saap.export.gguf.reading import read_fields
 from saap.export.gguf.tokenizer import fields_from_huggingface
 from saap.export.gguf.write import write_gguf
 from saap.export.source import open_source
+from saap.models.checkpoint.gguf_files import read_fields
 from saap.pipeline.export.run import export_gguf
 from saap.settings.export import GgufType
 

@@ -10,7 +10,7 @@ from lab.commands import in_own_process, made_by_saap
 from lab.dense import coder_model
 from lab.texts import token_ids
 
-from saap.export.gguf.reading import read_tensors
+from saap.models.checkpoint.gguf_files import read_tensors
 from saap.models.loading.llama_cpp import LlamaCpp
 from saap.pipeline.export.run import export_gguf
 
@@ -77,7 +77,7 @@ def perplexity_of(file: Path, ids: list[int], window: int) -> float:
 
 def weight_bytes(file: Path) -> tuple[int, int]:
     """Bytes of the file, and weights of its tensors."""
-    return file.stat().st_size, sum(math.prod(shape) for _, shape, _ in read_tensors(file))
+    return file.stat().st_size, sum(math.prod(shape) for _, shape, *_ in read_tensors(file))
 
 
 def summarise(cells: Cells) -> Values:

@@ -51,7 +51,7 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
     """Prune MODEL: discover its structures, estimate their importance, search, cut, reconstruct, check, write.
 
     Give exactly one target. Several processes (torchrun --nproc-per-node N -m saap prune ...) share the text; each has
-    the whole model.
+    the whole model. With a GGUF file as MODEL, --roles expert -o NAME.gguf copies what stays byte for byte.
     """
     if options.out is None and not stages.dry_run:
         raise ConfigurationError("--output-dir is missing", "Specify the folder to write with -o DIR, or use --dry-run")
@@ -59,6 +59,8 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
     data = stages.recover or (INSTRUCTIONS if papers else ())
     if stages.recover_minutes is not None and not data:
         raise ConfigurationError("--recover-minutes tunes nothing", "Specify the data with --recover NAME|FILE")
+    if stages.check and options.out is not None and options.out.suffix == ".gguf":
+        raise ConfigurationError("--check opens folders, not GGUF files", "Leave it out, or write a folder with -o DIR")
     for consumer in stages.check:
         consumer.check()
     from saap.cli.show import output

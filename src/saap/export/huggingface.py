@@ -31,7 +31,7 @@ from saap.models.walk.offload import offloaded
 
 SHARD_SIZE = "2GB"
 # Image processor files of multimodal models.
-_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
                 "chat_template.json")  # fmt: skip
 # Fields of tokenizer_config.json about this machine.
 _LOCAL_FIELDS = ("vocab_file", "is_local", "local_files_only")
@@ -243,7 +243,7 @@ def write_companions(model: nn.Module, parts: FolderParts, folder: Path) -> None
     if parts.tokenizer is not None:
         write_tokenizer(parts.tokenizer, folder)
     if parts.source_folder is not None:
-        copy_matching(parts.source_folder, folder, (*LEGAL_FILES, *_IMAGE_FILES))
+        copy_matching(parts.source_folder, folder, (*LEGAL_FILES, *IMAGE_FILES))
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from saap.core.errors import OutputError
+from saap.core.files import part_of
 
 _SPARE_BYTES = 64 * 1024**2
 
@@ -47,6 +48,27 @@ def check_file(out: Path, needed_bytes: int, *, overwrite: bool) -> None:
     if out.exists() and not overwrite:
         raise OutputError(f"The file {out} exists", "Choose another --out, or use --overwrite")
     check_place(out, needed_bytes)
+
+
+def check_records(folder: Path, *, overwrite: bool) -> None:
+    """Raise OutputError early if the folder of records next to a file could not be written later."""
+    if not folder.exists():
+        return
+    if not (folder / "manifest.json").is_file():
+        raise OutputError(f"{folder} exists and has no records of a result", "Choose another --out")
+    if not overwrite:
+        raise OutputError(f"The folder {folder} exists", "Choose another --out, or use --overwrite")
+
+
+def place_file(file: Path, out: Path) -> None:
+    """Move a finished file to `out` atomically. Raises OutputError if that fails."""
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        part = part_of(out)
+        shutil.move(file, part)
+        part.replace(out)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written ({error.strerror or error})", "Choose another --out") from error
 
 
 @contextmanager

@@ -67,14 +67,14 @@ class ExportSource:
 
 
 def open_source(source: str | Path, revision: str | None = None) -> ExportSource:
-    """Open the model specified by a user; only a GGUF file is read as a whole. Raises ModelError."""
+    """Open the model specified by a user; only quantised weights are read as a whole. Raises ModelError."""
     resolved = resolve_model(source, revision=revision)
-    loaded, manifest = None, None
-    if resolved.gguf_file is not None:
+    loaded, manifest = None, None if resolved.gguf_file is not None else read_manifest(resolved.folder)
+    if resolved.gguf_file is not None or resolved.quantisation is not None:
         loaded = load_model(resolved, device=torch.device("cpu"), dtype=torch.float32)
         config, tensors = loaded.config, StoredTensors.of_model(loaded)
     else:
-        tensors, manifest = StoredTensors.in_files(weight_files(resolved.folder)), read_manifest(resolved.folder)
+        tensors = StoredTensors.in_files(weight_files(resolved.folder))
         register_pruned_models()
         try:
             with quiet_transformers():

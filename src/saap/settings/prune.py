@@ -8,7 +8,7 @@ from math import lcm
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, model_validator
 
 from saap.core.roles import Layout, Role
 from saap.settings.export import GGUF_TYPE, GgufType, check_gguf_type
@@ -237,16 +237,22 @@ class PruneConfig(Settings):
     ] = Preset.DEFAULT
     seed: Annotated[Seed, search_flag("Seed of every random choice.")] = 0
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _by_method_and_preset(cls, given: Any) -> Any:
-        """Baselines and the paper's stages run as published: only our own method restores without being told to."""
+    def _by_method_and_preset(cls, given: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
+        """Baselines and the paper's stages run as published: only our own method restores without being told to.
+
+        What follows from method and preset does not count as set.
+        """
         if not isinstance(given, dict):
-            return given
+            return build(given)
         ours = given.get("method", Method.SAAP) == Method.SAAP
         preset = given.get("preset", given.get("effort"))
         defaults = OF_THE_PAPER if ours and preset == Preset.PAPER else {"restore": ours}
-        return {**given, **{name: value for name, value in defaults.items() if given.get(name) is None}}
+        filled = {name: value for name, value in defaults.items() if given.get(name) is None}
+        made = build({**given, **filled})
+        made.model_fields_set.difference_update(filled)
+        return made
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -21,8 +21,15 @@ class RunOptions(Settings):
     candidates, and the model generates no calibration text.
     """
 
-    out: Annotated[Path | None, out_flag("Folder to write.", name="output_dir", metavar="DIR")] = None
-    overwrite: Annotated[bool, result_flag("Replace the folder if it exists.")] = False
+    out: Annotated[
+        Path | None,
+        out_flag(
+            "Folder to write; for `saap prune MODEL.gguf --roles expert` also NAME.gguf.",
+            name="output_dir",
+            metavar="DIR",
+        ),
+    ] = None
+    overwrite: Annotated[bool, result_flag("Replace the result if it exists.")] = False
     work_dir: Annotated[
         Path | None, result_flag("Folder of finished stages.", metavar="DIR", default="OUTPUT_DIR.saap-work")
     ] = None

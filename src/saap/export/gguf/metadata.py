@@ -8,8 +8,8 @@ import gguf
 
 from saap.core.errors import ModelError
 from saap.export.gguf.fields import WriterFields
-from saap.export.gguf.reading import read_fields
 from saap.export.source import ExportSource
+from saap.models.checkpoint.gguf_files import read_fields
 from saap.models.loading.references import PACKAGED_MODELS, packaged_file
 
 _GENERAL = "general."

@@ -263,9 +263,11 @@ class GgufPlan:
         kind = self._vocabulary if module in ("token_embd", "output") else self._matrices
         if len(group.shape) == 1 or name.endswith(".bias") or module.startswith("ffn_gate_inp"):
             kind = Kind.F32
+        # llama.cpp's converter writes the gate of the shared expert as a vector
+        shape = group.shape[1:] if module == "ffn_gate_inp_shexp" else group.shape
         adjacent = self._family.interleaved if self._per_layer is None else self._per_layer.interleaved
         return PlannedTensor(
-            name=name, sources=group.sources, shape=group.shape, kind=kind, part=group.part,
+            name=name, sources=group.sources, shape=shape, kind=kind, part=group.part,
             head_rows=self._head_size if rotated and adjacent else 0,
             offset=self._family.norm_offset if name.endswith("norm.weight") else 0.0,
             packed=bool(group.sources) and all(source in self._packed for source in group.sources),

@@ -12,8 +12,8 @@ import gguf
 from saap.core.errors import ExportError
 from saap.export.gguf.fields import WriterFields
 from saap.export.gguf.metadata import source_gguf
-from saap.export.gguf.reading import read_fields
 from saap.export.source import ExportSource
+from saap.models.checkpoint.gguf_files import read_fields
 
 # LLaMA 3, Qwen 2 and similar tokenizers differ in the number of digits per piece.
 _WORDS = (

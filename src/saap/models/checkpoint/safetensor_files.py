@@ -24,7 +24,7 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 _DOWNLOAD_AGAIN = "Download or copy the file again"
 Shape = tuple[int, ...]
@@ -92,19 +92,23 @@ def stored_dtype(files: Sequence[Path]) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensors:
-    """Lazily read tensors by name. shapes: of all tensors, known without reading.
+    """Lazily read tensors by name. shapes, dtypes: of all tensors, known without reading.
 
     read: returns one tensor in its stored type. From a file it is a lazily read view that keeps the file mapped: copy
     what must outlive it.
     """
 
     shapes: Mapping[str, Shape]
+    dtypes: Mapping[str, torch.dtype]
     read: Callable[[str], Tensor]
 
     @classmethod
     def in_files(cls, files: Sequence[Path]) -> StoredTensors:
         """Those of safetensors files. Raises ModelError for a damaged file."""
-        found = {name: (file, tuple(stored.get_shape())) for file, name, stored in _stored(files)}
+        found = {
+            name: (file, tuple(stored.get_shape()), _DTYPES.get(stored.get_dtype(), torch.uint8))
+            for file, name, stored in _stored(files)
+        }
 
         def read(name: str) -> Tensor:
             # opened each time: an open file keeps all read pages in the memory of the process
@@ -112,13 +116,15 @@ class StoredTensors:
                 tensor: Tensor = opened.get_tensor(name)
             return tensor
 
-        return cls({name: shape for name, (_, shape) in found.items()}, read)
+        shapes = {name: shape for name, (_, shape, _) in found.items()}
+        return cls(shapes, {name: dtype for name, (_, _, dtype) in found.items()}, read)
 
     @classmethod
     def of_model(cls, model: nn.Module) -> StoredTensors:
         """Tensors of a model in memory; tied tensors have only their first name."""
         tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
-        return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return cls(shapes, {name: tensor.dtype for name, tensor in tensors.items()}, tensors.__getitem__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

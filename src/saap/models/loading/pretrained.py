@@ -25,6 +25,7 @@ from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, SaapPrunedConfig
 from saap.models.checkpoint.pruned_structure import auto_class
 from saap.models.checkpoint.safetensor_files import StoredTensors, weight_files
 from saap.models.loading.devices import DeviceMap, check_known, pick_device, require_values, working_dtype
+from saap.models.loading.gguf_experts import state_expert_sizes
 from saap.models.loading.references import ResolvedModel, read_config, resolve_model
 from saap.models.structure.linear import contracted_axis
 from saap.models.walk.offload import offload, offloaded
@@ -80,7 +81,8 @@ def load_model(
 ) -> Any:
     """Load a transformers model in evaluation mode, with parameters that do not require gradients.
 
-    dtype: to compute in; None: float32 for 16 bit and GGUF sources (bfloat16 stays on CUDA), else the stored one.
+    Quantised weights are dequantised. dtype: to compute in; None: float32 for sources of 16 bits or fewer (bfloat16
+    stays on CUDA), else the stored one.
     device_map: accelerate's device map, in place of `device`.
     Raises ModelError if the weights do not fit the configuration; nothing is initialised at random.
     """
@@ -91,6 +93,9 @@ def load_model(
         options["use_safetensors"] = True  # pickle files next to them are never read
     elif hasattr(transformers, "GgufConfig"):  # older versions always dequantise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    dequantised = resolved.gguf_file is not None or resolved.quantisation is not None
+    if dequantised:
+        options["config"] = load_config(resolved)
     # the progress bar of the GGUF reader cannot be disabled
     silence = nullcontext() if resolved.gguf_file is None else redirect_stderr(io.StringIO())
     with _explained(f"{resolved.source} {_NO_MODEL}", _CHECK), silence:
@@ -103,7 +108,7 @@ def load_model(
         raise ModelError(
             f"{resolved.source} lacks the weights {', '.join(missing[:3])}{more}", "Use a complete checkpoint"
         )
-    if resolved.gguf_file is not None:  # dequantised on loading, so the configuration must not say quantised
+    if dequantised:  # so the configuration must not say quantised
         for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
             if hasattr(holder, name):
                 delattr(holder, name)
@@ -124,10 +129,21 @@ def model_without_weights(
     """
     empty = init_empty_weights(include_buffers=False) if with_buffers else torch.device("meta")
     with _explained(f"{resolved.source} {_NO_MODEL}", _CHECK), empty:
-        config = AutoConfig.from_pretrained(resolved.folder, **resolved.options)
+        config = load_config(resolved)
         trusted = resolved.trust_remote_code
         model = _auto_class(resolved).from_config(config, dtype=dtype or resolved.dtype, trust_remote_code=trusted)
     return model.eval().requires_grad_(False)
+
+
+def load_config(resolved: ResolvedModel) -> Any:
+    """The transformers configuration of a model. Raises ModelError if it cannot be read."""
+    with _explained(f"{resolved.source} {_NO_MODEL}", _CHECK):
+        config = AutoConfig.from_pretrained(resolved.folder, **resolved.options)
+    if resolved.gguf_file is not None:
+        state_expert_sizes(config, resolved.path)
+    if resolved.quantisation is not None:
+        config.quantization_config = {**config.quantization_config, "dequantize": True}
+    return config
 
 
 def _auto_class(resolved: ResolvedModel) -> Any:
@@ -196,7 +212,9 @@ def open_skeleton(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, Sto
     Raises NotByNameError if names in the files differ from the model's (a family that renames on loading).
     """
     reason = "it is a GGUF file" if resolved.gguf_file is not None else "it needs custom code"
-    if resolved.gguf_file is None and not resolved.trust_remote_code:
+    if resolved.quantisation is not None:
+        reason = f"its weights are quantised with {resolved.quantisation}"
+    elif resolved.gguf_file is None and not resolved.trust_remote_code:
         reason = "its files have other names for the weights than the model"
         model = model_without_weights(resolved, dtype, with_buffers=True)
         model.tie_weights()

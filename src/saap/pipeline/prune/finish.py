@@ -20,13 +20,14 @@ from saap.export.huggingface import write_records
 from saap.export.model_card import load_lines
 from saap.models.checkpoint.pruned_structure import auto_class
 from saap.models.walk.offload import offloaded, placeholder
-from saap.pipeline.prune.making import Made, changed_folder, made_folder, manifest_of_run, open_result, release
+from saap.pipeline.prune.making import Made, changed_folder, made_path, manifest_of_run, open_result, release
 from saap.pipeline.prune.planning import read_whole_plan
 from saap.pipeline.prune.result import PruneReport, PruneResult, structure_of
+from saap.pipeline.prune.source_file import opening_lines, write_manifest
 from saap.pipeline.prune.speed_target import reached_speed
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour, observe
-from saap.pipeline.shared.targets import Target, finished_report, place_finished
+from saap.pipeline.shared.targets import Target, finished_report, is_file, place_finished, records_of
 from saap.pipeline.shared.tokens import HELD_OUT
 from saap.structure_search.budget import TimeBudget
 
@@ -39,7 +40,7 @@ LARGEST_DEVIATION = 0.1
 
 def measure_result(run: Run, target: Target, made: Made) -> Behaviour | None:
     """What the result does, opened from its folder; of several processes the first alone opens what it has written."""
-    if target.folder is not None:
+    if target.path is not None:
         model, made.model = made.model, None
         if not run.processes.first:
             return None
@@ -51,7 +52,7 @@ def measure_result(run: Run, target: Target, made: Made) -> Behaviour | None:
                 parameter.data = placeholder(parameter.shape, parameter.dtype, parameter.device)
         del model
         shutil.rmtree(changed_folder(run, target), ignore_errors=True)
-        made.model = open_result(run, made_folder(run, target))
+        made.model = open_result(run, made_path(run, target))
         _check_written(run, target, made.model, expected)
     return observe(_model_of(made), run.loaded.tokenizer, run.tokens, run.spill)
 
@@ -72,11 +73,11 @@ def place_result(
         run.processes.barrier()
         if finished_report(run.work, target) is None:
             raise VerificationError(
-                f"{target.folder} has not been seen by process {run.processes.rank}",
+                f"{target.path} has not been seen by process {run.processes.rank}",
                 "Let all processes work on one file system",
             )
         return read_result(run, target)
-    plan, tokens, model, path = made.plan, run.tokens, _model_of(made), target.folder
+    plan, tokens, model, path = made.plan, run.tokens, _model_of(made), target.path
     text, size = tokens.measured
     perplexity = PerplexityChange(text=text, tokens=size, before=dense.perplexity, after=pruned.perplexity)
     kinds = _by_kind(run, dense, pruned)
@@ -97,20 +98,24 @@ def place_result(
         speed=None if speed is None else speed.model_dump(), structure=structure_of(run.graph, plan), trail=plan.trail,
         refit_errors=dict(made.restored.refit_errors), distillation=made.restored.distillation,
         findings=tuple(findings), stages=manifest.stages,
-        load_lines=()
-        if path is None
-        else load_lines(
-            path, str(plan.layout), auto_class(made.base_model_type).__name__, folder=made_folder(run, target)
-        ),
+        load_lines=() if path is None else _load_lines(run, target, path, made),
     )  # fmt: skip
     if path is not None:
-        folder = made_folder(run, target)
-        write_records(folder, manifest)
-        place_finished(run.work, target, folder, report.as_dict())
+        written = made_path(run, target)
+        write_manifest(written, manifest) if is_file(written) else write_records(written, manifest)
+        place_finished(run.work, target, written, report.as_dict())
         if offloaded(model) is not None:
             model = open_result(run, path)  # its files have another place now
         run.processes.barrier()
     return PruneResult(model=model, plan=plan, report=report, path=path)
+
+
+def _load_lines(run: Run, target: Target, path: Path, made: Made) -> tuple[str, ...]:
+    """The lines that open the result at `path`, where it is to be put."""
+    if is_file(path):
+        return opening_lines(path)
+    opener = auto_class(made.base_model_type).__name__
+    return load_lines(path, str(made.plan.layout), opener, folder=made_path(run, target))
 
 
 def _by_kind(run: Run, dense: Behaviour, pruned: Behaviour) -> tuple[KindChange, ...]:
@@ -129,9 +134,9 @@ def _by_kind(run: Run, dense: Behaviour, pruned: Behaviour) -> tuple[KindChange,
 def read_result(run: Run, target: Target) -> PruneResult:
     """The target's result, which has been put in its place."""
     report = PruneReport.model_validate(finished_report(run.work, target))
-    folder = Path(str(target.folder))
-    plan = read_whole_plan(run, folder / "saap" / "plan.json")
-    return PruneResult(model=open_result(run, folder), plan=plan, report=report, path=folder)
+    path = Path(str(target.path))
+    plan = read_whole_plan(run, records_of(path) / "plan.json")
+    return PruneResult(model=open_result(run, path), plan=plan, report=report, path=path)
 
 
 def _model_of(made: Made) -> nn.Module:

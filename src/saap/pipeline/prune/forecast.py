@@ -16,7 +16,7 @@ from saap.export.placing import check_place
 from saap.models.checkpoint.safetensor_files import weight_files
 from saap.models.loading import memory
 from saap.models.loading.devices import pick_device, quick_float32_products, working_dtype
-from saap.models.loading.references import resolve_model
+from saap.models.loading.references import DEQUANTISED, resolve_model
 from saap.pipeline.prune.planning import search_evaluations
 from saap.pipeline.prune.steps import requested_stages
 from saap.pipeline.shared import stages
@@ -175,7 +175,9 @@ def check_weights_fit(source: str | Path, options: RunOptions) -> None:
     if resolved.gguf_file is not None or device.type != "cpu":
         return
     stored = sum(file.stat().st_size for file in weight_files(resolved.folder))
-    needed = stored // resolved.dtype.itemsize * working_dtype(device, resolved.dtype).itemsize
+    packed = DEQUANTISED.get(resolved.quantisation or "")
+    weights = stored * packed if packed else stored // resolved.dtype.itemsize
+    needed = weights * working_dtype(device, resolved.dtype).itemsize
     _require(f"The model {source}", needed, free, SMALLER)
 
 

@@ -29,10 +29,11 @@ from saap.models.walk.backend import Backend
 from saap.models.walk.offload import offloaded
 from saap.pipeline.prune.baselines import biases_for
 from saap.pipeline.prune.planning import chosen_scores, read_whole_plan
+from saap.pipeline.prune.source_file import stored_bytes, write_source_file
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.memory_limit import restoration_spill
 from saap.pipeline.shared.stages import CUT
-from saap.pipeline.shared.targets import Target
+from saap.pipeline.shared.targets import Target, is_file, records_of
 from saap.pipeline.shared.tokens import chooses_units
 from saap.surgery.cut import cut
 from saap.surgery.distillation import DistillationText, distill
@@ -74,26 +75,32 @@ class Made:
     restored: Restored = field(default_factory=Restored)
 
 
-def made_folder(run: Run, target: Target) -> Path:
-    """Where the model of a target lies until it is in its place."""
-    return run.work.file(CUT.file_of(target.name)).with_suffix("")
+def made_path(run: Run, target: Target) -> Path:
+    """Where the model of a target lies until it is in its place: a folder, or a file in it."""
+    folder = run.work.file(CUT.file_of(target.name)).with_suffix("")
+    return folder / target.path.name if target.path is not None and is_file(target.path) else folder
 
 
 def is_made(run: Run, target: Target) -> bool:
     """Whether an interrupted run has finished the target's model."""
-    return (made_folder(run, target) / "config.json").exists() and run.work.file(CUT.file_of(target.name)).exists()
+    made, record = made_path(run, target), run.work.file(CUT.file_of(target.name))
+    return record.exists() and (made if is_file(made) else made / "config.json").exists()
 
 
 def read_made(run: Run, target: Target) -> Made:
     """The target's model that an interrupted run has finished."""
     record: dict[str, Any] = run.work.read_json(CUT.file_of(target.name)) or {}
-    plan, restored = read_whole_plan(run, made_folder(run, target) / "saap" / "plan.json"), record["restored"]
+    plan, restored = read_whole_plan(run, records_of(made_path(run, target)) / "plan.json"), record["restored"]
     return Made(plan, record["base_model_type"], restored=Restored.model_validate(restored))
 
 
 def manifest_of_run(run: Run, plan: StructurePlan, scores: ImportanceScores) -> RunManifest:
     """The manifest of a result that has not been measured."""
-    graph, itemsize, folder = run.graph, run.loaded.dtype.itemsize, run.loaded.folder
+    graph, folder = run.graph, run.loaded.folder
+    dtype, size = str(run.loaded.dtype).removeprefix("torch."), run.loaded.dtype.itemsize
+    stored = Change(before=graph.parameters * size, after=plan.parameters * size)
+    if run.experts is not None:
+        dtype, stored = run.experts.type, stored_bytes(run.experts, graph, plan)
     digests = {
         "graph": graph.digest, "calibration": run.tokens.scored.digest, "scores": scores.digest, "plan": plan.digest,
     }  # fmt: skip
@@ -103,11 +110,11 @@ def manifest_of_run(run: Run, plan: StructurePlan, scores: ImportanceScores) -> 
     return RunManifest(
         base=BaseModelIdentity(**dataclasses.asdict(graph.model), licence=licence),
         command=typed_command(), settings=run.config.model_dump(mode="json"), seed=run.config.seed,
-        layout=plan.layout, device=str(run.device), dtype=str(run.loaded.dtype).removeprefix("torch."),
+        layout=plan.layout, device=str(run.device), dtype=dtype,
         versions=recorded_versions(), digests=digests, stages=tuple(run.meter.stages),
         parameters=Change(before=graph.parameters, after=plan.parameters),
         block_parameters=Change(before=graph.block_parameters, after=plan.block_parameters),
-        bytes=Change(before=graph.parameters * itemsize, after=plan.parameters * itemsize),
+        bytes=stored,
     )  # fmt: skip
 
 
@@ -116,20 +123,31 @@ def make_model(run: Run, target: Target, plan: StructurePlan, scores: Importance
     model = _dense_copy(run, target)
     plan, restored = cut_and_restore(run, model, plan, scores)
     structure = structure_of(model, run.graph, plan)
-    if plan.layout is Layout.ADAPTIVE and target.folder is None and hasattr(model, "save_pretrained"):
+    if plan.layout is Layout.ADAPTIVE and target.path is None and hasattr(model, "save_pretrained"):
         mark_pruned(model, structure)
     _check_count(run, model, plan, structure)
     made = Made(plan=plan, base_model_type=structure.base_model_type, model=model, restored=restored)
-    if target.folder is not None and run.processes.first:
-        _round_weights(model, run.loaded.dtype)  # so that what is measured is what is written
-        parts = CheckpointParts(
-            graph=run.graph, plan=plan, structure=structure, manifest=manifest_of_run(run, plan, scores),
-            scores=scores, tokenizer=run.loaded.tokenizer, source_folder=run.loaded.folder,
-        )  # fmt: skip
-        write_checkpoint(model, parts, made_folder(run, target), dtype=run.loaded.dtype, overwrite=True)
+    if target.path is not None and run.processes.first:
+        if run.experts is not None:
+            write_source_file(run, run.experts, made_path(run, target), plan, scores)
+        else:
+            _write_folder(run, target, model, plan, structure, scores)
         record = {"base_model_type": made.base_model_type, "restored": restored.model_dump()}
         run.work.write_json(CUT.file_of(target.name), record)
     return made
+
+
+def _write_folder(
+    run: Run, target: Target, model: nn.Module, plan: StructurePlan, structure: PrunedStructure,
+    scores: ImportanceScores,
+) -> None:  # fmt: skip
+    """Write the model of a target, rounded in place to the values that are written."""
+    _round_weights(model, run.loaded.dtype)  # so that what is measured is what is written
+    parts = CheckpointParts(
+        graph=run.graph, plan=plan, structure=structure, manifest=manifest_of_run(run, plan, scores),
+        scores=scores, tokenizer=run.loaded.tokenizer, source_folder=run.loaded.folder,
+    )  # fmt: skip
+    write_checkpoint(model, parts, made_path(run, target), dtype=run.loaded.dtype, overwrite=True)
 
 
 def _check_count(run: Run, model: nn.Module, plan: StructurePlan, structure: PrunedStructure) -> None:
@@ -241,12 +259,12 @@ def _round_weights(model: nn.Module, dtype: torch.dtype) -> None:
                 rows.copy_(rows.to(dtype))
 
 
-def open_result(run: Run, folder: Path) -> nn.Module:
+def open_result(run: Run, path: Path) -> nn.Module:
     """Open a written result to compute in the run's type; its weights stay in the files if the dense ones did."""
     compute, places = next(run.loaded.model.parameters()).dtype, spread_over(run.loaded.model)
     opened: nn.Module = (
-        load(folder, device=str(run.device), dtype=compute, device_map=places)
+        load(path, device=str(run.device), dtype=compute, device_map=places)
         if run.loaded.fresh is None
-        else load_offloaded(resolve_model(folder), find_blocks, device=run.device, dtype=compute)
+        else load_offloaded(resolve_model(path), find_blocks, device=run.device, dtype=compute)
     )
     return opened

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from saap._version import __version__
 from saap.core.errors import ConfigurationError
-from saap.core.records import ModelGraph, digest_of
+from saap.core.records import Layout, ModelGraph, digest_of
 from saap.core.storage import read_plan
 from saap.data.samples import Calibration
 from saap.discovery import discover
@@ -24,6 +25,16 @@ from saap.models.walk.processes import Processes
 from saap.pipeline.prune.baselines import check_method, for_method
 from saap.pipeline.prune.forecast import check_fits, check_weights_fit, forecast
 from saap.pipeline.prune.result import PruneResult
+from saap.pipeline.prune.source_file import (
+    Experts,
+    check_layers,
+    check_plan,
+    file_budget,
+    folder_experts,
+    for_source_file,
+    notes,
+    source_bytes,
+)
 from saap.pipeline.prune.speed_target import budget_for_speed
 from saap.pipeline.prune.steps import carry_out
 from saap.pipeline.shared.context import Run
@@ -34,12 +45,12 @@ from saap.pipeline.shared.memory_limit import open_within, restoration_spill
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import DISCOVER, LOAD, READ_TEXT, TIME_DECODING
-from saap.pipeline.shared.targets import plan_targets, with_budgets, work_path
+from saap.pipeline.shared.targets import Target, plan_targets, with_budgets, work_path
 from saap.pipeline.shared.tokens import draw_tokens, needs_measuring
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PrunableRole, PruneConfig
 from saap.structure_search.budget import Budget
-from saap.structure_search.plan import check_reachable
+from saap.structure_search.plan import SearchSpace, check_reachable
 
 __all__ = ["RunOptions", "inspect_model", "preview", "run_prune"]
 
@@ -147,6 +158,7 @@ def _prepare(
     tokenizer: Any | None = None,
 ) -> Run:
     """The run, after all checks of what can be refused before the estimation."""
+    config, experts = for_source_file(source, config, options)
     config = for_method(config)
     options = check_devices(options, source, processes)
     meter = Meter(reporter if reporter is not None and processes.first else Silent(), place_of(source, options))
@@ -168,23 +180,44 @@ def _prepare(
             check_runs(loaded.model, tokens.longest(loaded.model))
     with meter.stage(DISCOVER):
         graph = _discovered(loaded, config)
-        targets = with_budgets(targets, config, graph, loaded.dtype)
+        if experts is not None:
+            check_layers(experts, graph)
         space = search_space(loaded.model, graph, config)
-        for target in targets:
-            check_reachable(graph, target.budget, space)
-        if config.plan is not None:
-            given = read_plan(config.plan, graph)
-            require_divisible(graph, given.keep(graph), config.tensor_parallel)
-            targets = [dataclasses.replace(targets[0], plan=given)]
+        files = experts or folder_experts(loaded, graph, config, options)
+        targets = _reachable(targets, config, loaded, graph, space, files)
+    for note in notes(loaded, files):
+        meter.reporter.note(note)
     if config.target_speedup is not None:
         with meter.stage(TIME_DECODING):
-            budget = processes.broadcast_result(
+            timed = processes.broadcast_result(
                 lambda: budget_for_speed(loaded.model, graph, space, config, meter.reporter)
             )
-            check_reachable(graph, budget, space)
-            targets = [dataclasses.replace(target, budget=budget) for target in targets]
+            check_reachable(graph, timed, space)
+            targets = [dataclasses.replace(target, budget=timed) for target in targets]
     work = WorkFolder.shared(work_path(options), processes)
-    return Run(config, options, loaded, graph, space, tokens, work, meter, processes, targets)
+    return Run(config, options, loaded, graph, space, tokens, work, meter, processes, targets, experts=files)
+
+
+def _reachable(
+    targets: Sequence[Target], config: PruneConfig, loaded: LoadedModel, graph: ModelGraph, space: SearchSpace,
+    experts: Experts | None,
+) -> list[Target]:  # fmt: skip
+    """The targets with budgets or the given plan. Raises TargetError or PlanError for what cannot be reached."""
+    if experts is None or config.target_bytes is None:
+        targets = with_budgets(targets, config, graph, loaded.dtype)
+    else:
+        budget = file_budget(experts, graph, config.target_bytes)
+        targets = [dataclasses.replace(target, budget=budget) for target in targets]
+    for target in targets:
+        check_reachable(graph, target.budget, space)
+    if config.plan is None:
+        return targets
+    given = read_plan(config.plan, graph)
+    require_divisible(graph, given.keep(graph), config.tensor_parallel)
+    if experts is not None:
+        check_plan(experts, graph, given)
+        given = given.model_copy(update={"layout": Layout.UNIFORM})
+    return [dataclasses.replace(targets[0], plan=given)]
 
 
 def _needs_folder() -> ConfigurationError:
@@ -212,6 +245,8 @@ def _settings_digest(run: Run) -> str:
 
 def _check_disk(run: Run) -> None:
     """Raise OutputError if the disk cannot hold what is to lie there: results, changed blocks, spilled activations."""
+    if run.options.out is not None and run.experts is not None:
+        check_place(run.options.out, len(run.targets) * source_bytes(run.experts, run.graph))
     spill = restoration_spill(run.loaded, run.config, run.work.file("spill"))
     if run.options.out is None or spill is None or spill.folder is None:
         return

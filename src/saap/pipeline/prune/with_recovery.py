@@ -18,7 +18,7 @@ from saap.pipeline.recover.run import run_recover
 from saap.pipeline.shared.digests import model_digest, named_files
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.progress import Reporter
-from saap.pipeline.shared.targets import Target, finished_report, place_finished, plan_targets, work_path
+from saap.pipeline.shared.targets import Target, finished_report, is_file, place_finished, plan_targets, work_path
 from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PruneConfig
 from saap.settings.recover import RecoverConfig, check_alignment
@@ -36,6 +36,10 @@ def prune_and_recover(
     """
     if options.out is None:
         raise ConfigurationError("--recover needs a folder", "Name it with --out DIR")
+    if is_file(options.out):
+        raise ConfigurationError(
+            "--recover tunes weights, which a GGUF file does not take up", "Write a folder with -o DIR"
+        )
     if options.max_memory is not None:
         raise ConfigurationError(
             "--max-memory does not hold for the tuning of --recover",
@@ -77,7 +81,7 @@ def _tuned(
     saved = processes.broadcast_result(lambda: finished_report(work, target))
     if saved is None:
         made = run_recover(source, config, into, reporter).report
-        here, there = Path(str(into.out)), str(target.folder)
+        here, there = Path(str(into.out)), str(target.path)
         lines = [line.replace(str(here), there) for line in made.load_lines]
         saved = made.as_dict() | {"path": there, "load_lines": lines}
         processes.broadcast_result(lambda: place_finished(work, target, here, saved))

@@ -201,7 +201,7 @@ def recipe_steps(recipe: Recipe, *, digests: bool = True) -> list[Step]:
     if recipe.prune is not None:
         into = options.model_copy(update={"out": recipe.out / "pruned"})
         targets = plan_targets(recipe.prune, into, check=False)
-        folders = {target.name: target.folder for target in targets if target.folder is not None}
+        folders = {target.name: target.path for target in targets if target.path is not None}
         run: Callable[[Reporter], Any] = partial(run_prune, recipe.model, recipe.prune, into)
         step = model.step("prune", recipe.prune.model_dump(mode="json"), folders.values(), run)
         steps.append(step)
@@ -295,7 +295,7 @@ def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype)
     space = search_space(model, graph, config)
     rows: list[dict[str, Any]] = []
     for target in with_budgets(targets, config, graph, dtype):
-        row = {"name": "prune", "target": target.name, "output": str(target.folder)}
+        row = {"name": "prune", "target": target.name, "output": str(target.path)}
         if config.target_speedup is not None:
             rows.append({**row, "speedup": config.target_speedup, "runtime": str(config.runtime)})
             continue

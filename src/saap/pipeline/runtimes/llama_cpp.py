@@ -14,10 +14,10 @@ from torch import nn
 from saap.evaluation.speed import Source
 from saap.export.gguf.plan import GgufPlan
 from saap.export.gguf.quantize import quantize, unquantized
-from saap.export.gguf.reading import bytes_per_token
 from saap.export.gguf.write import write_gguf
 from saap.export.placing import check_place
 from saap.export.source import open_source
+from saap.models.checkpoint.gguf_files import bytes_per_token
 from saap.models.checkpoint.safetensor_files import StoredTensors
 from saap.models.loading.llama_cpp import LlamaCpp
 from saap.settings.evaluate import SpeedSettings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,13 +22,18 @@ from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PruneConfig
 from saap.structure_search.plan import SearchSpace
 
+if TYPE_CHECKING:
+    from saap.export.expert_folder import FolderExperts
+    from saap.export.gguf.removal import GgufExperts
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """A prepared run: everything that can be checked early has been checked.
 
     processes: of the run; the first one writes the stage files, and the others read them. measurements: the baselines'
-    measurements of the dense model so far, if several methods share them.
+    measurements of the dense model so far, if several methods share them. experts: of the model's files, if the result
+    is these files without some of them.
     """
 
     config: PruneConfig
@@ -41,6 +47,7 @@ class Run:
     processes: Processes = field(default_factory=Processes)
     targets: Sequence[Target] = ()
     measurements: Measurements | None = None
+    experts: GgufExperts | FolderExperts | None = None
 
     @property
     def device(self) -> torch.device:

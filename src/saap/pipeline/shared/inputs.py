@@ -24,9 +24,9 @@ from saap.settings.run import RunOptions as RunOptions
 class LoadedModel:
     """A loaded dense model. dtype: of the weights to write. owned: whether the run may change it in place.
 
-    folder: its origin, for the licence files. fresh, skeleton: if the weights stay in their files, a function that
-    opens it again, and the model without weights for discovery. spills: whether the activations of the reconstruction
-    do not fit into memory next to the weights.
+    folder: its origin, for the licence files. quantisation: format of its weights, None if they are not quantised.
+    fresh, skeleton: if the weights stay in their files, a function that opens it again, and the model without weights
+    for discovery. spills: whether the activations of the reconstruction do not fit into memory next to the weights.
     """
 
     model: nn.Module
@@ -38,6 +38,7 @@ class LoadedModel:
     fresh: Callable[[], nn.Module] | None = None
     skeleton: nn.Module | None = None
     spills: bool = False
+    quantisation: str | None = None
 
 
 def place_of(source: str | Path | nn.Module, options: RunOptions) -> torch.device:
@@ -113,5 +114,5 @@ def open_model(
     return LoadedModel(
         model=model, tokenizer=tokenizer if tokenizer is not None else load_tokenizer(resolved),
         ref=model_ref(model, resolved.source, resolved.revision), dtype=written, owned=True, folder=resolved.folder,
-        fresh=fresh, skeleton=skeleton,
+        fresh=fresh, skeleton=skeleton, quantisation=resolved.quantisation,
     )  # fmt: skip

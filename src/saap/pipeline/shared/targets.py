@@ -13,7 +13,7 @@ import torch
 
 from saap.core.records import ModelGraph
 from saap.core.storage import PlanDocument
-from saap.export.placing import check_output, place
+from saap.export.placing import check_file, check_output, check_records, place, place_file
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.stages import PLACE
 from saap.pipeline.shared.work import WorkFolder
@@ -25,51 +25,76 @@ from saap.structure_search.budget import AnyBudget, Budget, budget_for_bytes, bu
 class Target:
     """One requested result. name: of its stage files. budget: None if a plan is given.
 
-    folder: of the result, None to keep it in memory. plan: the given one, read after discovery.
+    path: folder or GGUF file of the result, None to keep it in memory. plan: the given one, read after discovery.
     """
 
     name: str
     budget: AnyBudget | None
-    folder: Path | None
+    path: Path | None
     plan: PlanDocument | None = None
 
 
 def plan_targets(config: PruneConfig, options: RunOptions, *, check: bool = True) -> list[Target]:
-    """The targets with their folders, without budgets; with several ratios, each has a subfolder of `out`.
+    """The targets with their paths, without budgets.
 
-    With `check`, raises OutputError for a folder that is not empty (unless `overwrite`) or cannot be written.
+    With several ratios, each has a subfolder of `out`, or a file with the ratio in its name. With `check`, raises
+    OutputError for a result that exists (unless `overwrite`) or cannot be written.
     """
     names = [f"{ratio:g}" for ratio in config.pruning_ratios] or ["target"]
     out, path = options.out, work_path(options)
-    targets = [Target(name, None, out / name if out is not None and len(names) > 1 else out) for name in names]
+    targets = [Target(name, None, _path_of(out, name) if out is not None and len(names) > 1 else out) for name in names]
     for target in targets:
         done = path is not None and path.is_dir() and finished_report(WorkFolder(path), target) is not None
-        if check and target.folder is not None and not done:
-            check_output(target.folder, 0, overwrite=options.overwrite)
+        if not check or target.path is None or done:
+            continue
+        if is_file(target.path):
+            check_file(target.path, 0, overwrite=options.overwrite)
+            check_records(records_of(target.path), overwrite=options.overwrite)
+        else:
+            check_output(target.path, 0, overwrite=options.overwrite)
     return targets
 
 
-def place_finished(work: WorkFolder, target: Target, folder: Path, report: Mapping[str, Any]) -> None:
-    """Move a complete result from `folder` to the target's folder, and record that just before.
+def is_file(path: Path) -> bool:
+    """Whether a result at this path is a GGUF file, not a folder."""
+    return path.suffix == ".gguf"
 
-    Raises OutputError if that fails; `folder` still exists then.
+
+def records_of(path: Path) -> Path:
+    """Folder with plan, scores and manifest of a result: `saap` in its folder, or NAME.saap next to its file."""
+    return path.with_suffix(".saap") if is_file(path) else path / "saap"
+
+
+def _path_of(out: Path, name: str) -> Path:
+    return out.with_name(f"{out.stem}-{name}{out.suffix}") if is_file(out) else out / name
+
+
+def place_finished(work: WorkFolder, target: Target, made: Path, report: Mapping[str, Any]) -> None:
+    """Move a complete result from `made` to the target's path, and record that just before.
+
+    Raises OutputError if that fails; a folder still exists at `made` then.
     """
-    if target.folder is not None:
-        work.write_json(PLACE.file_of(target.name), {"manifest": _manifest_digest(folder), "report": report})
-        place(folder, target.folder)
+    if target.path is None:
+        return
+    work.write_json(PLACE.file_of(target.name), {"manifest": _manifest_digest(made), "report": report})
+    if is_file(target.path):
+        place_file(made, target.path)
+        place(records_of(made), records_of(target.path))
+    else:
+        place(made, target.path)
 
 
 def finished_report(work: WorkFolder, target: Target) -> dict[str, Any] | None:
     """The report of a result that an interrupted run had already moved, None if there is none."""
     record = work.read_json(PLACE.file_of(target.name))
-    if not isinstance(record, dict) or target.folder is None:
+    if not isinstance(record, dict) or target.path is None or not target.path.exists():
         return None
-    there = _manifest_digest(target.folder)
+    there = _manifest_digest(target.path)
     return record.get("report") if there is not None and there == record.get("manifest") else None
 
 
-def _manifest_digest(folder: Path) -> str | None:
-    file = folder / "saap" / "manifest.json"
+def _manifest_digest(path: Path) -> str | None:
+    file = records_of(path) / "manifest.json"
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 

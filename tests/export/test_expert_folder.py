@@ -1,0 +1,223 @@
+"""Checkpoints as published, FP8 in blocks and MXFP4: opened dequantised, and cut without touching what stays."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.export.test_gguf_experts import folder_of
+from tests.published import publish_fp8, publish_mxfp4
+from torch import Tensor
+
+import saap
+from saap.core.errors import ExportError, ModelError
+from saap.core.records import AxisSlice, ConfigField, CoupledGroup, ModelGraph, ModelRef, Role, Side
+from saap.discovery import discover
+from saap.export.expert_folder import FolderExperts, open_expert_folder
+from saap.models.loading.pretrained import load_model, open_skeleton
+from saap.models.loading.references import resolve_model
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+MORE: dict[str, dict[str, Any]] = {
+    "mixtral": {"head_dim": 16, "num_local_experts": 6},
+    "qwen3_moe": {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 6},
+    "deepseek_v3": {**LATENT, "moe_intermediate_size": 32, "num_key_value_heads": 4},
+    "gpt_oss": {"head_dim": 16},
+}
+KEPT = (0, 2, 3)
+
+
+def published(at: Path, name: str) -> Path:
+    folder = folder_of(at / name, name, **{**SIZES, **MORE[name]})
+    return publish_mxfp4(folder) if name == "gpt_oss" else publish_fp8(folder)
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def by_hand(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values that the published formats define, float32."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith("_blocks"):
+            table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+            codes = torch.stack([tensor & 15, tensor >> 4], dim=-1).flatten(-2).long()
+            scales = tensors[name.replace("_blocks", "_scales")].float() - 127
+            values = table[codes] * scales.exp2().unsqueeze(-1)
+            found[name.removesuffix("_blocks")] = values.flatten(-2).transpose(1, 2).contiguous()
+        elif f"{name}_scale_inv" in tensors:
+            scale = tensors[f"{name}_scale_inv"]
+            sizes = [whole // count for whole, count in zip(tensor.shape, scale.shape, strict=True)]
+            found[name] = tensor.float() * scale.repeat_interleave(sizes[0], 0).repeat_interleave(sizes[1], 1)
+        elif not name.endswith(("_scale_inv", "_scales")):
+            found[name] = tensor.float()
+    return found
+
+
+@pytest.mark.parametrize("name", list(MORE))
+def test_they_open_with_the_values_that_the_format_defines(tmp_path: Path, name: str) -> None:
+    folder = published(tmp_path, name)
+    plain = Path(shutil.copytree(folder, tmp_path / "plain"))
+    save_file(by_hand(tensors_of(folder)), plain / "model.safetensors", metadata={"format": "pt"})
+    fields = json.loads((plain / "config.json").read_text())
+    del fields["quantization_config"]
+    (plain / "config.json").write_text(json.dumps(fields))
+    model = load_model(resolve_model(folder), device=torch.device("cpu"))
+    expected = load_model(resolve_model(plain), device=torch.device("cpu")).state_dict()
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, expected[key]), key
+    assert getattr(model.config, "quantization_config", None) is None
+    assert resolve_model(folder).dtype == torch.bfloat16
+    with pytest.raises(ModelError, match="quantised with"):
+        open_skeleton(resolve_model(folder), torch.float32)
+
+
+OPTIONS: dict[str, Any] = {
+    "pruning_ratio": 0.25, "num_samples": 4, "sample_length": 32, "align": 8, "preset": "fast", "roles": ["expert"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_the_experts_that_stay_are_the_sources_to_the_bit(tmp_path: Path, name: str) -> None:
+    folder, out = published(tmp_path, name), tmp_path / "small"
+    result = saap.prune(folder, out=out, layout="uniform", restore=False, **OPTIONS)
+    old, new = tensors_of(folder), tensors_of(out)
+    keep = {layer: result.plan.keep[f"layers.{layer}.expert"] for layer in (0, 1)}
+    (count,) = {len(units) for units in keep.values()}
+    assert 2 <= count < 6
+    taken = set()
+    for key, tensor in new.items():
+        source, (before, _, after) = key, key.partition("experts.")[::1]
+        layer = int(key.split(".")[2]) if ".layers." in key else -1
+        if "experts." in key:
+            number, _, rest = after.partition(".")
+            source = f"{before}experts.{keep[layer][int(number)]}.{rest}"
+        expected = old[source][list(keep[layer])] if key.endswith(".gate.weight") else old[source]
+        assert tensor.dtype == expected.dtype
+        assert torch.equal(tensor.view(torch.uint8), expected.contiguous().view(torch.uint8)), key
+        taken.add(source)
+    assert all(".experts." in name for name in old.keys() - taken)
+    fields = [json.loads((one / "config.json").read_text()) for one in (folder, out)]
+    changed = {key for key in fields[0] if fields[0][key] != fields[1][key]}
+    assert changed == {"num_local_experts"} or changed == {"num_experts"}
+    assert fields[0].keys() == fields[1].keys()
+    assert result.report.dtype == "fp8"
+    assert result.report.bytes == sum(tensor.nbytes for tensor in new.values())
+    assert (out / "README.md").is_file()
+    assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    tokens = torch.arange(2, 42).reshape(2, 20)
+    again = load_model(resolve_model(out), device=torch.device("cpu"))
+    torch.testing.assert_close(again(tokens).logits, result.model(tokens).logits, rtol=0, atol=0)
+
+
+def test_with_a_reconstruction_the_result_is_dequantised(tmp_path: Path) -> None:
+    folder, out = published(tmp_path, "qwen3_moe"), tmp_path / "small"
+    result = saap.prune(folder, out=out, layout="uniform", refit_tokens=1024, **OPTIONS)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert {tensor.dtype for tensor in tensors_of(out).values()} == {torch.bfloat16}
+    assert result.report.dtype == "bfloat16"
+
+
+def sink_graph() -> ModelGraph:
+    """The experts of the tiny gpt-oss."""
+    groups = []
+    for layer in (0, 1):
+        block = f"model.layers.{layer}.mlp"
+        names = ("router.weight", "router.bias", "experts.gate_up_proj", "experts.down_proj_bias")
+        members = tuple(
+            AxisSlice(tensor=f"{block}.{name}", axis=0, side=Side.PRODUCER, offset=0, width=1, stride=1)
+            for name in names
+        )
+        groups.append(
+            CoupledGroup(layer=layer, role=Role.EXPERT, name=f"layers.{layer}.expert", units=4, members=members)
+        )
+    return ModelGraph(
+        model=ModelRef(source="here", config_digest="c", weights_digest="w"), shapes={}, groups=tuple(groups),
+        blocks=("model.layers.0", "model.layers.1"),
+        config_fields=(ConfigField(role=Role.EXPERT, name="num_local_experts", per_unit=1),),
+    )  # fmt: skip
+
+
+def opened(folder: Path, graph: ModelGraph | None = None) -> FolderExperts:
+    model = saap.load(folder)
+    resolved = resolve_model(folder)
+    return open_expert_folder(folder, str(resolved.quantisation), graph or discover(model), model.config)
+
+
+def test_stacked_experts_are_cut_along_their_axis(tmp_path: Path) -> None:
+    folder, out = published(tmp_path, "gpt_oss"), tmp_path / "small"
+    out.mkdir()
+    experts = opened(folder, sink_graph())
+    keep = {0: KEPT, 1: (1, 2, 3)}
+    experts.write(out, keep)
+    old, new = tensors_of(folder), tensors_of(out)
+    assert old.keys() == new.keys()
+    cut = {name for name in old if ".experts." in name or ".router." in name}
+    assert {name.rpartition(".")[2] for name in cut} >= {"gate_up_proj_blocks", "down_proj_scales", "down_proj_bias"}
+    for name, tensor in new.items():
+        layer = int(name.split(".")[2]) if name in cut else -1
+        assert torch.equal(tensor, old[name][list(keep[layer])] if name in cut else old[name])
+    assert experts.nbytes(keep) == sum(tensor.nbytes for tensor in new.values())
+    dense, small = saap.load(folder).state_dict(), saap.load(out).state_dict()
+    for name, tensor in small.items():
+        expected = dense[name]
+        rows = list(keep[int(name.split(".")[2])]) if tensor.shape != expected.shape else slice(None)
+        assert torch.equal(tensor, expected[rows])
+
+
+def test_lists_of_modules_follow(tmp_path: Path) -> None:
+    folder, out = published(tmp_path, "qwen3_moe"), tmp_path / "small"
+    out.mkdir()
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    modules = ["lm_head", "model.layers.1.mlp.experts.3.up_proj", "model.layers.1.mlp.experts.4.up_proj"]
+    config["quantization_config"]["modules_to_not_convert"] = modules
+    path.write_text(json.dumps(config))
+    opened(folder).write(out, {0: KEPT, 1: KEPT})
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert settings["modules_to_not_convert"] == ["lm_head", "model.layers.1.mlp.experts.2.up_proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "offender"),
+    [
+        ("model.layers.0.mlp.gate.weight_scale_inv", (1, 4), "model.layers.0.mlp.gate.weight_scale_inv"),
+        ("model.layers.0.mlp.experts.scales", (5, 2), "model.layers.0.mlp.experts.scales"),
+        ("model.layers.0.mlp.experts.6.up_proj.weight", (32, 64), "some are missing"),
+        ("model.layers.2.mlp.experts.0.up_proj.weight", (32, 64), "experts that are not in the model"),
+    ],
+)
+def test_other_ways_to_store_experts_are_refused(
+    tmp_path: Path, name: str, shape: tuple[int, ...], offender: str
+) -> None:
+    folder = published(tmp_path, "qwen3_moe")
+    experts = opened(folder)
+    graph, config = discover(saap.load(folder)), saap.load(folder).config
+    tensors = tensors_of(folder) | {name: torch.zeros(shape)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=offender):
+        open_expert_folder(folder, "fp8", graph, config)
+    with pytest.raises(ExportError, match="2 to 3 are kept"):
+        experts.check({0: (0, 1), 1: KEPT})
+
+
+def test_formats_that_are_not_dequantised_are_refused(tmp_path: Path) -> None:
+    folder = published(tmp_path, "qwen3_moe")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "awq"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"quantised with awq\. Use the model as it was before"):
+        resolve_model(folder)
