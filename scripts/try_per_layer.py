@@ -53,9 +53,10 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Outcome(NamedTuple):
-    """shapes: that the file has in the end. error: the last message; empty if it opened and gave finite logits."""
+    """What the file has in the end, and the last message; empty if it opened and gave finite logits."""
 
     shapes: Shapes
+    fields: dict[str, Any]
     error: str
 
     @property
@@ -65,22 +66,24 @@ class Outcome(NamedTuple):
         return any(self.shapes.get(name.replace("blk.1.", "blk.0."), shape) != shape for name, shape in second.items())
 
 
-def attempt(path: Path, architecture: str, fields: dict[str, Any], sent: Connection) -> None:
+NOTHING = Outcome({}, {}, "nothing was tried")
+
+
+def attempt(path: Path, architecture: str, shapes: Shapes, fields: dict[str, Any], sent: Connection) -> None:
     """Write and open the file with more and more of what llama.cpp expects, and send each outcome."""
-    shapes: Shapes = {}
     for _ in range(TRIES):
         _write(path, architecture, fields, shapes)
-        sent.send(Outcome(shapes, "the process ended"))
+        sent.send(Outcome(shapes, fields, "the process ended"))
         try:
             with LlamaCpp(path, context=32, exact=True) as runtime:
                 finite = np.isfinite(runtime.logits(list(range(1, 17)))).all()
-            sent.send(Outcome(shapes, "" if finite else "logits are not finite"))
+            sent.send(Outcome(shapes, fields, "" if finite else "logits are not finite"))
             return
         except ModelError as error:
             message = str(error)
         before = repr((shapes, fields))
         if found := _MISSING.search(message):
-            shapes[found[1]] = shapes.get(found[1], (1,))
+            shapes.setdefault(found[1], shapes.get(re.sub(r"^blk\.[1-9]", "blk.0", found[1]), (1,)))
         elif found := _SHAPE.search(message):
             shape = [int(size) for size in found[2].split(",")]
             while len(shape) > 1 and shape[-1] == 1:
@@ -91,7 +94,7 @@ def attempt(path: Path, architecture: str, fields: dict[str, Any], sent: Connect
         elif found := _TYPE.search(message):
             fields[found[1]] = TYPES.get(found[2], 1)
         if before == repr((shapes, fields)):
-            sent.send(Outcome(shapes, message.rpartition("error loading model: ")[2].partition("). Report")[0]))
+            sent.send(Outcome(shapes, fields, message.rpartition("error loading model: ")[2].partition("). Report")[0]))
             return
 
 
@@ -119,12 +122,13 @@ def _write(path: Path, architecture: str, fields: dict[str, Any], shapes: Shapes
     writer.close()
 
 
-def outcome(architecture: str, case: str, kind: tuple[dict[str, Any], int]) -> Outcome:
-    """What came of one architecture with one size that differs, in a process of its own."""
+def outcome(architecture: str, case: str, kind: tuple[dict[str, Any], int], start: Outcome = NOTHING) -> Outcome:
+    """What came of one architecture with one size that differs, in a process of its own. start: what others need."""
     usual, other = CASES["alike"], CASES[case]
     further, recurrent = kind
     sizes = [usual, other, usual, *([(*usual[:2], 0)] * recurrent)]
     fields = {
+        **start.fields,
         "context_length": 128, "embedding_length": HIDDEN, "block_count": len(sizes), "vocab_size": TOKENS,
         "feed_forward_length": [one[0] for one in sizes], "attention.head_count": [one[1] for one in sizes],
         "attention.head_count_kv": [one[2] for one in sizes], "attention.key_length": HEAD,
@@ -133,10 +137,10 @@ def outcome(architecture: str, case: str, kind: tuple[dict[str, Any], int]) -> O
     }  # fmt: skip
     context = multiprocessing.get_context("fork")
     received, sent = context.Pipe(duplex=False)
-    last = Outcome({}, "nothing was tried")
+    last = NOTHING
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tiny.gguf"
-        process = context.Process(target=_quietly, args=(path, architecture, fields, sent))
+        process = context.Process(target=_quietly, args=(path, architecture, dict(start.shapes), fields, sent))
         process.start()
         sent.close()
         try:
@@ -149,9 +153,9 @@ def outcome(architecture: str, case: str, kind: tuple[dict[str, Any], int]) -> O
     return last
 
 
-def _quietly(path: Path, architecture: str, fields: dict[str, Any], sent: Connection) -> None:
+def _quietly(path: Path, architecture: str, shapes: Shapes, fields: dict[str, Any], sent: Connection) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # failed assertions
-    attempt(path, architecture, fields, sent)
+    attempt(path, architecture, shapes, fields, sent)
 
 
 def tried(architecture: str) -> dict[str, str] | str:
@@ -167,7 +171,7 @@ def tried(architecture: str) -> dict[str, str] | str:
         return opened[best].error
     found = {}
     for case in [*CASES][1:]:
-        one = outcome(architecture, case, KINDS[best])
+        one = outcome(architecture, case, KINDS[best], opened[best])
         found[case] = "first layer's" if not one.differs else "read, but does not run" if one.error else "yes"
     return found
 
