@@ -1,7 +1,7 @@
 """Try which architectures of llama.cpp read sizes layer by layer, and write the table in docs/guides/export.md.
 
-    python scripts/try_per_layer.py                  # all that the package gguf knows; two minutes
-    python scripts/try_per_layer.py deci gemma4      # some, without writing
+    python scripts/try_per_layer.py                  # all that the package gguf knows; some minutes
+    python scripts/try_per_layer.py deci gemma4      # two, without writing
 
 Each architecture opens tiny random files in which one size of the second layer differs: the FFN channels, the KV
 heads, or all heads. llama.cpp's messages say which fields, tensors and shapes it expects, so a file is written again
@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -183,11 +184,12 @@ def table(found: dict[str, dict[str, str] | str]) -> str:
     lines = [f"| `{name}` | {' | '.join(one.values())} |" for name, one in read.items()]
     first = [f"`{name}`" for name in sizes if name not in read]
     unknown = [f"`{name}`" for name in found if name not in sizes]
-    return "\n".join([
-        "| architecture | FFN channels | KV heads | all heads |", "|---|---|---|---|", *lines, "",
-        f"{len(first)} architectures read those of the first layer: {', '.join(first)}.", "",
-        f"{len(unknown)} need more than the trial's files have: {', '.join(unknown)}.", "",
-    ])  # fmt: skip
+    said = (
+        f"{len(first)} architectures read those of the first layer: {', '.join(first)}.",
+        f"{len(unknown)} need more than the trial's files have: {', '.join(unknown)}.",
+    )
+    head = ["| architecture | FFN channels | KV heads | all heads |", "|---|---|---|---|"]
+    return "\n".join([*head, *lines, *(f"\n{textwrap.fill(one, 138, break_on_hyphens=False)}" for one in said), ""])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,7 +13,8 @@ from collections.abc import Collection
 from saap.export.gguf.architectures import PerLayer
 
 _RATIO = 2.0**-30  # leaves an error below that of float32
-# The cache keeps values in float16 right after their norm: outputs of 2^-4 to 2^9 keep its full precision there.
+# The cache keeps values in float16 right after their norm. For outputs of 2^-4 to 2^5, what it stores is a normal
+# number, and the error is below its rounding, 2^-11.
 _RATIO_OF_VALUES = 2.0**-10
 
 
