@@ -30,10 +30,15 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def replaced(text: str, begin: str, end: str, new: str) -> str:
+    """The text with `new` between two markers."""
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{new}\n{end}{rest.partition(end)[2]}"
+
+
 def page(text: str) -> str:
     """The page with a new table."""
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
+    return replaced(text, BEGIN, END, table())
 
 
 def main() -> None:

@@ -57,6 +57,17 @@ def test_the_quantiser_of_llama_cpp_writes_the_file(tmp_path: Path, kind: GgufTy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.Modelfile", "out.gguf"]
 
 
+def test_the_quantiser_keeps_the_scales_of_layers_that_differ(tmp_path: Path) -> None:
+    sizes = {**SIZES, "query_pre_attn_scalar": 32}
+    folder = adaptive_folder(tmp_path, "gemma3", ffn={0: tuple(range(256))}, attention={}, **sizes)
+    done = export_gguf(folder, tmp_path / "out.gguf", quantization="q4_k_m")
+    stored = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(done.path).tensors}
+    assert stored["blk.0.attn_v.scale"] == stored["blk.1.attn_output.scale"] == "F32"
+    assert (done.architecture, stored["blk.0.ffn_gate.weight"]) == ("gemma4", "Q4_K")
+    assert done.perplexity_over_f16 is not None
+    assert 0.7 < done.perplexity_over_f16 < 1.4
+
+
 def test_rows_that_the_blocks_do_not_fit_are_said_with_their_bytes(tmp_path: Path) -> None:
     folder = adaptive_folder(tmp_path, "llama", ffn={1: tuple(range(288))}, attention={}, **SIZES)
     done = export_gguf(folder, tmp_path / "out.gguf", quantization="q6_k", verify=False)

@@ -16,7 +16,10 @@ class PerLayer:
 
     name, interleaved, biases: as in `Architecture`. fused_inputs: queries, keys and values are one tensor. tied: the
     output always is the embedding. rope_factors: whether frequencies may have factors. skips_attention: a layer may
-    have no attention; otherwise a head of zeros stands in.
+    have no attention; otherwise a head of zeros stands in. windows: each layer says whether it has a sliding window.
+    unscaled: attention is not scaled, so the norm of queries does it. norms: those of the outputs of modules, all by
+    their names in the file. value_norm: values are normalised, without a weight. Norms that a family lacks are made the
+    identity. fields: further ones with fixed values.
     """
 
     name: str
@@ -26,6 +29,11 @@ class PerLayer:
     tied: bool = False
     rope_factors: bool = True
     skips_attention: bool = False
+    windows: bool = False
+    unscaled: bool = False
+    norms: Mapping[str, str] = field(default_factory=dict)
+    value_norm: bool = False
+    fields: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +83,14 @@ class Architecture:
 
 _DECI = PerLayer(name="deci", interleaved=True, biases=ALL_BIASES, skips_attention=True)
 _OPENELM = PerLayer(name="openelm", fused_inputs=True, tied=True, rope_factors=False)
+_GEMMA4 = PerLayer(
+    name="gemma4", windows=True, unscaled=True, value_norm=True,
+    fields={"embedding_length_per_layer_input": 0, "final_logit_softcapping": 0.0},
+    norms={
+        "attn_q": "attn_q_norm", "attn_k": "attn_k_norm",
+        "attn_output": "post_attention_norm", "ffn_down": "post_ffw_norm",
+    },
+)  # fmt: skip
 _GELU = "gelu_pytorch_tanh"
 _GRANITE = {
     "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
@@ -90,12 +106,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "mistral": _LLAMA,
     "qwen2": Architecture(name="qwen2", per_layer=_DECI, biases=_INPUTS),
     "qwen3": Architecture(name="qwen3", per_layer=_OPENELM),
-    "gemma": Architecture(name="gemma", activation=_GELU, norm_offset=1.0),
+    "gemma": Architecture(name="gemma", activation=_GELU, norm_offset=1.0, per_layer=_GEMMA4),
     "gemma2": Architecture(
         name="gemma2", activation=_GELU, norm_offset=1.0, window_period=2, soft_capped=True, wide_scale_layers=46
     ),
     "gemma3_text": Architecture(
-        name="gemma3", activation=_GELU, norm_offset=1.0, window_period=6, wide_scale_layers=62
+        name="gemma3", activation=_GELU, norm_offset=1.0, window_period=6, wide_scale_layers=62, per_layer=_GEMMA4
     ),
     "mixtral": Architecture(name="llama", interleaved=True, experts=_SUMMED),
     "qwen2_moe": Architecture(name="qwen2moe", biases=_INPUTS, experts=_PLAIN),

@@ -122,6 +122,38 @@ def sliding_window(config: Any) -> int | None:
     return window if kinds is None or _LOCAL in kinds else None
 
 
+def rope_of_windows(
+    config: Any, architecture: Architecture, head_size: int
+) -> tuple[WriterFields, tuple[float, ...] | None]:
+    """What `rope_fields` returns, for a file whose layers each say whether they have a sliding window.
+
+    There are factors for full attention only, which also express linear scaling. Raises ValueError for other scalings.
+    """
+    fields, factors = rope_fields(config, architecture, head_size)
+    scaling = {name: value for name, value in fields if name.startswith("rope_scaling")}
+    if scaling.get("rope_scaling_type", gguf.RopeScalingType.LINEAR) != gguf.RopeScalingType.LINEAR:
+        raise ValueError(f"a rotary embedding of type {scaling['rope_scaling_type'].value!r}")
+    factors = factors or (scaling.get("rope_scaling_factor", 1.0),) * (head_size // 2)
+    window, period = sliding_window(config), architecture.window_period
+    local = [bool(period) and (layer + 1) % period != 0 for layer in range(config.num_hidden_layers)]
+    if kinds := getattr(config, "layer_types", None):
+        local = [kind == _LOCAL for kind in kinds]
+    if window is None:  # llama.cpp expects one, so the last layer has a window as long as the context
+        if set(factors) != {1.0}:
+            raise ValueError("a scaled rotary embedding without a sliding window")
+        window, local = int(config.max_position_embeddings), [*[False] * (len(local) - 1), True]
+        fields = [*fields, *(("rope_freq_base_swa", value) for name, value in fields if name == "rope_freq_base")]
+    kept: WriterFields = [pair for pair in fields if pair[0] not in scaling]
+    kept += [
+        ("sliding_window", window),
+        ("sliding_window_pattern", local),
+        ("key_length_swa", head_size),
+        ("value_length_swa", head_size),
+        ("rope_dimension_count_swa", head_size),
+    ]
+    return kept, None if all(local) else factors
+
+
 def rope_fields(
     config: Any, architecture: Architecture, head_size: int
 ) -> tuple[WriterFields, tuple[float, ...] | None]:

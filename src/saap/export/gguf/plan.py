@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import gguf
 
 from saap.core.errors import ExportError, listed
 from saap.export.gguf.architectures import ALL_BIASES, ARCHITECTURES
-from saap.export.gguf.fields import WriterFields, expert_fields, faults, head_fields, rope_fields, sliding_window
+from saap.export.gguf.fields import (
+    WriterFields,
+    expert_fields,
+    faults,
+    head_fields,
+    rope_fields,
+    rope_of_windows,
+    sliding_window,
+)
+from saap.export.gguf.norms import neutral_norms
 from saap.export.gguf.tensors import Group, Names, PlannedTensor, grouped, joined
 from saap.export.source import LayerSizes, head_size, layer_sizes
 from saap.models.checkpoint.pruned_structure import EPSILON_NAMES
@@ -80,10 +90,7 @@ class GgufPlan:
         self.architecture = family.name if self._per_layer is None else self._per_layer.name
         self._blocks = [self._with_stand_ins(layer, sizes) for layer, sizes in enumerate(stored)]
         self._check()
-        rope, factors = rope_fields(config, family, self._head_size)
-        if self._per_layer is not None and factors is not None and not self._per_layer.rope_factors:
-            problem = f"llama.cpp's {self.architecture} has no factors of rotary frequencies"
-            raise ExportError(problem, "Prune with --layout uniform")
+        rope, factors = self._rope()
         self.tensors = self._all_tensors(factors)
         self._check_blocks(quantization)
         self.fields = self._all_fields(quantization, rope)
@@ -150,6 +157,21 @@ class GgufPlan:
         _refuse(uneven, "Query heads are no multiple of KV heads in the layers {}", "Prune whole KV groups")
         _refuse(changed, "llama.cpp has no field for {}", "Prune with --layout uniform")
 
+    def _rope(self) -> tuple[WriterFields, tuple[float, ...] | None]:
+        """Fields and factors of the rotary embedding. Raises ExportError if the architecture has no place for them."""
+        fields, factors = rope_fields(self._config, self._family, self._head_size)
+        if self._per_layer is None:
+            return fields, factors
+        problem = None if factors is None or self._per_layer.rope_factors else "factors of rotary frequencies"
+        try:
+            if self._per_layer.windows:
+                fields, factors = rope_of_windows(self._config, self._family, self._head_size)
+        except ValueError as error:
+            problem = str(error)
+        if problem is not None:
+            raise ExportError(f"llama.cpp's {self.architecture} has no {problem}", "Prune with --layout uniform")
+        return fields, factors
+
     def _epsilon(self) -> float:
         """The epsilon of all norms."""
         own = {path: float(value) for path, name, value in self._attributes if name in EPSILON_NAMES}
@@ -180,7 +202,9 @@ class GgufPlan:
         fields += [*head_fields(config, self._family, self._head_size), ("layer_norm_rms_eps", self._epsilon()), *rope]
         fields += [(name, float(getattr(config, own))) for name, own in self._family.scales.items()]
         fields += self._experts
-        if self._family.window_period and window is not None:
+        if self._per_layer is not None:
+            fields += self._per_layer.fields.items()
+        elif self._family.window_period and window is not None:
             fields.append(("sliding_window", window))
         if self._family.soft_capped:
             fields.append(("attn_logit_softcapping", float(config.attn_logit_softcapping)))
@@ -199,17 +223,19 @@ class GgufPlan:
 
     def _all_tensors(self, factors: tuple[float, ...] | None) -> list[PlannedTensor]:
         """All tensors in order. factors: of the frequencies of the rotary embedding."""
-        names, fused = Names(self.architecture, len(self._blocks)), self._per_layer and self._per_layer.fused_inputs
+        fused = self._per_layer and self._per_layer.fused_inputs
+        names = Names(self.architecture if fused else self._family.name, len(self._blocks))
         parts, unknown = grouped(self._written, names, self._family, fused_inputs=bool(fused))
         _refuse(unknown, f"llama.cpp's {self.architecture} has no place for {{}}", "Use the folder with transformers")
         uneven = [name for name, groups in parts.items() if len({group.shape[1:] for group in groups}) > 1]
         _refuse(uneven, "llama.cpp has experts of one size in a layer (not in {})", "Prune whole experts")
         groups = {name: joined(found) for name, found in parts.items()}
         self._experts = self._expert_fields(groups)
-        found = []
-        if factors is not None:
-            shape: Shape = (len(factors),)
-            found = [PlannedTensor(name="rope_freqs.weight", sources=(), shape=shape, kind=Kind.F32, values=factors)]
+        constants = {} if factors is None else {"rope_freqs.weight": factors}
+        if self._per_layer is not None:
+            sizes = self._shapes["model.embed_tokens.weight"][1], self._head_size
+            constants |= neutral_norms(self._per_layer, len(self._blocks), groups, self._epsilon(), sizes)
+        found = [replace(self._tensor(name, Group((), (len(one),))), values=one) for name, one in constants.items()]
         stand_ins = {} if self._per_layer is None else self._stand_ins(names, bool(fused))
         found += [self._tensor(name, group) for name, group in groups.items()]
         return found + [self._tensor(name, Group((), one)) for name, one in stand_ins.items() if name not in groups]
@@ -265,12 +291,15 @@ class GgufPlan:
             kind = Kind.F32
         # llama.cpp's converter writes the gate of the shared expert as a vector
         shape = group.shape[1:] if module == "ffn_gate_inp_shexp" else group.shape
+        factor = 1.0
+        if self._per_layer is not None and self._per_layer.unscaled and module == "attn_q_norm":
+            factor = (getattr(self._config, "query_pre_attn_scalar", None) or self._head_size) ** -0.5
         adjacent = self._family.interleaved if self._per_layer is None else self._per_layer.interleaved
         return PlannedTensor(
             name=name, sources=group.sources, shape=shape, kind=kind, part=group.part,
             head_rows=self._head_size if rotated and adjacent else 0,
             offset=self._family.norm_offset if name.endswith("norm.weight") else 0.0,
-            packed=bool(group.sources) and all(source in self._packed for source in group.sources),
+            factor=factor, packed=bool(group.sources) and all(source in self._packed for source in group.sources),
         )  # fmt: skip
 
     def _check_blocks(self, quantization: str) -> None:

@@ -34,8 +34,8 @@ class PlannedTensor:
     """One tensor of the file.
 
     sources: the tensors of transformers that it holds, one after the other; none: zeros, or `values`. kind: its type in
-    the file. head_rows: rows per head to interleave, 0: none. offset: added to the values. packed: its quantised blocks
-    exist and are copied. part: of the sources; None: all.
+    the file. head_rows: rows per head to interleave, 0: none. offset: added to the values, which are then multiplied by
+    `factor`. packed: its quantised blocks exist and are copied. part: of the sources; None: all.
     """
 
     name: str
@@ -44,6 +44,7 @@ class PlannedTensor:
     kind: Any
     head_rows: int = 0
     offset: float = 0.0
+    factor: float = 1.0
     packed: bool = False
     part: Part | None = None
     values: tuple[float, ...] | None = None

@@ -135,7 +135,7 @@ def write_gguf(
 def _chunks(tensor: PlannedTensor, tensors: StoredTensors, packed: PackedMatrices | None) -> Iterator[NDArray[Any]]:
     """The bytes of one tensor, whole rows at a time."""
     if tensor.values is not None:
-        yield np.asarray(tensor.values, dtype=np.float32)
+        yield np.asarray(tensor.values, dtype=np.float32) * np.float32(tensor.factor)
         return
     for source in tensor.sources or (None,):
         yield from _chunks_of(source, tensor, tensors, packed)
@@ -161,6 +161,8 @@ def _chunks_of(
             values = interleaved(values, tensor.head_rows)
         if tensor.offset:
             values = values + np.float32(tensor.offset)
+        if tensor.factor != 1.0:
+            values = values * np.float32(tensor.factor)
         values = np.ascontiguousarray(values)
         yield values if tensor.packed else gguf.quantize(values, tensor.kind)
 
