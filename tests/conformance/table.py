@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import transformers
 from tests.conformance.cases import CASES, EXACT, adaptive, dense, fits, stock_tolerance, tolerance, uniform
-from tests.families import FAMILIES
+from tests.families import EVERY
 
 from saap.core.records import CoupledGroup, ModelGraph, Role
 
@@ -33,8 +33,8 @@ Made by `python scripts/family_table.py` with transformers {version}; do not edi
 
 def document() -> str:
     """The whole page."""
-    rows = "".join(_row(name) for name in FAMILIES)
-    notes = "".join(f"- **{name}**: {'; '.join(found)}\n" for name in FAMILIES if (found := _notes(name)))
+    rows = "".join(_row(name) for name in EVERY)
+    notes = "".join(f"- **{name}**: {'; '.join(found)}\n" for name in EVERY if (found := _notes(name)))
     version = ".".join(transformers.__version__.split(".")[:2])
     return f"{HEADER.format(version=version)}{rows}\n## What is unsupported, and why\n\n{notes}"
 

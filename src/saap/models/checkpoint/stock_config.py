@@ -97,7 +97,9 @@ class _Builder:
                 changed = self.changed(fields, sizes)
                 model = self.make(type(changed).from_dict(changed.to_dict()))  # its class validates it again
                 if run:
-                    text_part(model.config)._attn_implementation = "eager"  # stricter
+                    text = text_part(model.config)
+                    text._attn_implementation = "eager"  # stricter
+                    text._experts_implementation = "batched_mm"  # a loop over experts depends on values
                     ids = torch.zeros((1, 4), dtype=torch.long)
                     model(ids, attention_mask=torch.ones_like(ids), **without_cache(model))
         except Exception as error:  # each class raises its own errors for sizes
@@ -119,13 +121,19 @@ def config_fields(model: nn.Module, graph: ModelGraph) -> tuple[tuple[ConfigFiel
     if not hasattr(config, "to_dict"):
         return (), {}
     pinned, depth = _pinned(text_part(config)), len(graph.blocks)
-    for kept in (1, depth):  # a shallow model is faster to build, if the classes accept it
+    for kept in (_enough_layers(graph), depth):  # a shallow model is faster to build, if the classes accept it
         stock = _Builder(type(model), config, {}, depth, kept).shapes((), {})
         if not isinstance(stock, str) and stock.items() <= graph.shapes.items():
             builder = _Builder(type(model), config, pinned, depth, kept)
             found = [field for role in Role for field in _fields_of(role, builder, graph)]
             return tuple(found), pinned if any(field.role is not Role.FFN for field in found) else {}
     return (), {}
+
+
+def _enough_layers(graph: ModelGraph) -> int:
+    """Number of the first layers that have every role together; the first ones may have no experts."""
+    firsts = [min(group.layer for group in graph.of_role(role)) for role in {group.role for group in graph.groups}]
+    return 1 + max(0, *firsts)
 
 
 def _pinned(config: Any) -> dict[str, int]:
@@ -240,7 +248,7 @@ def _nearest(config: Any, graph: ModelGraph, sizes: Mapping[Role, int]) -> str |
         return None
     ((role, size),) = sizes.items()
     fields = [field for field in graph.config_fields if field.role is role]
-    builder = _Builder(stock_model, config, graph.pinned_fields, len(graph.blocks), 1)
+    builder = _Builder(stock_model, config, graph.pinned_fields, len(graph.blocks), _enough_layers(graph))
     near: list[str] = []
     for side in (range(size - 1, 0, -1), range(size + 1, graph.of_role(role)[0].units)):
         legal = (str(other) for other in side if not isinstance(builder.shapes(fields, {role: other}), str))

@@ -80,7 +80,8 @@ def _index(indices: IntArray, tensor: Tensor) -> Tensor:
 class KeepIndex(dict[str, dict[int, KeptAxis]]):
     """Kept indices by tensor and axis, for all tensors that lose units. Shapes are computed without index tensors.
 
-    shapes: of the tensors before removal; others are left out. choices: groups and their kept units.
+    shapes: of the tensors before removal; others are left out, buffers too if only parameters are given. choices:
+    groups and their kept units.
     """
 
     def __init__(self, shapes: Mapping[str, Shape], choices: Iterable[tuple[CoupledGroup, Kept]]) -> None:
@@ -88,7 +89,7 @@ class KeepIndex(dict[str, dict[int, KeptAxis]]):
         self._before = shapes
         for group, given in choices:
             kept = range(given) if isinstance(given, int) else given
-            for member in group.members if len(kept) < group.units else ():
+            for member in (*group.members, *group.buffers) if len(kept) < group.units else ():
                 if member.tensor in shapes:
                     axis = self.setdefault(member.tensor, {}).setdefault(
                         member.axis, KeptAxis(member.axis, shapes[member.tensor][member.axis])
