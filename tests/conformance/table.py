@@ -57,7 +57,8 @@ def _row(name: str) -> str:
 
 
 def _units(graph: ModelGraph, role: Role) -> str:
-    groups = [group for group in graph.of_role(role) if group.layer in (-1, 0)]
+    # The first blocks of some mixtures are dense.
+    groups = [group for group in graph.of_role(role) if group.layer in (-1, len(graph.blocks) - 1)]
     return ", ".join(_bundles(groups)) or "-"
 
 
@@ -68,11 +69,7 @@ def _bundles(groups: Iterable[CoupledGroup]) -> list[str]:
 
 def _notes(name: str) -> list[str]:
     _, graph = dense(name)
-    notes = [
-        f"{_anywhere(refusal.name)}: {_anywhere(refusal.reason)}"
-        for refusal in graph.refused
-        if refusal.name == "hidden" or graph.block_of(f"{refusal.name}.") <= 0
-    ]
+    notes = [f"{_anywhere(refusal.name)}: {_anywhere(refusal.reason)}" for refusal in graph.refused]
     for role in Role:
         found = uniform(name, role)
         if graph.of_role(role) and found.error is None:

@@ -136,7 +136,10 @@ def require_possible(graph: ModelGraph, keep: Mapping[str, Sequence[int]], dropp
             )
         least = max(group.least, 1 if group.bundle or group.layer < 0 else 0)
         if len(kept) < least:
-            raise PlanError(f"The plan keeps {len(kept)} units of {group.name}", f"Keep at least {least} of them")
+            reason = ", as many as a token may be routed to" if group.role is Role.EXPERT else ""
+            raise PlanError(
+                f"The plan keeps {len(kept)} units of {group.name}", f"Keep at least {least} of them{reason}"
+            )
         other, count = counts.setdefault(group.bundle or group.name, (group.name, len(kept)))
         if count != len(kept):
             raise PlanError(
