@@ -20,8 +20,10 @@ Made by `python scripts/family_table.py` with transformers {version}; do not edi
 
 - **FFN**, **attention**, **query**, **experts**, **hidden**: units in one block, or for hidden in the whole model.
   Attention counts KV groups with their query heads, query the heads inside each group; `4 x 40` means 40 channels in
-  each of 4 experts. A dash: none, or unsupported (see the notes).
-- **cut = masked**: the model with units removed computes the same as the dense model with these units masked.
+  each of 4 experts, and `2 x 4` experts are two groups of four, of which one is selected first. The block is the last
+  one, as the first ones of some mixtures are dense. A dash: none, or unsupported (see the notes).
+- **cut = masked**: the model with units removed computes the same as the dense model with these units masked. Removed
+  experts are masked by excluding them from routing.
 - **adaptive**: a model with a different size in each layer has the same logits after saving and loading.
 - **generation**: the loaded model generates the same tokens with and without a key-value cache.
 - **uniform**: roles that the stock class can load with fewer units, the same number in each layer, with equal logits.
