@@ -208,9 +208,9 @@ class _BlockByBlock:
                 plain = weight.float().clone()
                 fit, held_out = (grams.moments(stack, place, plain, processes, held_out=one) for one in (False, True))
                 kept = processes.broadcast_result(partial(self._by_second_order, group, plain, fit, held_out))
-                columns = unit_channels(group.consumers[0], group.units, weight.device)[list(kept)].flatten()
+                columns = torch.from_numpy(group.consumers[0].indices(kept)).to(weight.device)
                 new, error = fit_columns(plain, columns, fit, held_out) if processes.first else (plain[:, columns], 1.0)
-                weight[:, columns] = processes.broadcast(new).to(weight)
+                weight.index_copy_(1, columns, processes.broadcast(new).to(weight))
                 errors.append(processes.broadcast_result(partial(float, error)))
                 self.result.keep[group.name] = kept
             self.result.errors[stack.tensor] = sum(errors) / len(errors)
