@@ -26,6 +26,8 @@ from saap.models.walk.walker import without_cache
 MOST_FIELDS = 3
 MOST_SIZES = 8
 ADAPTIVE_REMEDY = "Use --layout adaptive"
+# Numbers of leading layers that have no experts.
+DENSE_LAYERS = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
 # The width of one head: classes derive it from hidden size and heads unless the configuration sets it.
 HEAD_WIDTH = "head_dim"
 
@@ -33,8 +35,8 @@ HEAD_WIDTH = "head_dim"
 def keep_layers(config: Any, kept: Sequence[int], depth: int) -> None:
     """Set the number of layers to that of `kept`, and cut every list with one entry per layer (`depth` entries).
 
-    Lists of layer indices and per-layer settings are renumbered. config: the decoder part of a transformers
-    configuration.
+    Lists of layer indices and per-layer settings are renumbered, and the numbers of dense layers shortened. config: the
+    decoder part of a transformers configuration.
     """
     own = config.to_dict().get("per_layer_config") or {}
     others = {"architectures"}
@@ -48,10 +50,13 @@ def keep_layers(config: Any, kept: Sequence[int], depth: int) -> None:
     for name, value in list(vars(config).items()):
         if not isinstance(value, list | tuple) or name.startswith("_") or name.endswith("token_id"):
             continue
-        if len(value) == depth and name not in others:
-            setattr(config, name, type(value)(value[layer] for layer in kept))
-        elif "layer" in name and list(value) == [layer for layer in range(depth) if layer in value]:
+        if "layer" in name and list(value) == [layer for layer in range(depth) if layer in value]:
             setattr(config, name, type(value)(new for new, layer in enumerate(kept) if layer in value))
+        elif len(value) == depth and name not in others:
+            setattr(config, name, type(value)(value[layer] for layer in kept))
+    for name in DENSE_LAYERS:
+        if isinstance(leading := getattr(config, name, None), int):
+            setattr(config, name, sum(layer < leading for layer in kept))
     config.num_hidden_layers = len(kept)
     if own:  # settings of single layers, by their numbers
         by_layer = {int(layer): settings for layer, settings in own.items()}
