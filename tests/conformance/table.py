@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import transformers
 from tests.conformance.cases import CASES, EXACT, adaptive, dense, fits, stock_tolerance, tolerance, uniform
-from tests.families import FAMILIES
+from tests.families import EVERY
 
 from saap.core.records import CoupledGroup, ModelGraph, Role
 
@@ -20,8 +20,10 @@ Made by `python scripts/family_table.py` with transformers {version}; do not edi
 
 - **FFN**, **attention**, **query**, **experts**, **hidden**: units in one block, or for hidden in the whole model.
   Attention counts KV groups with their query heads, query the heads inside each group; `4 x 40` means 40 channels in
-  each of 4 experts. A dash: none, or unsupported (see the notes).
-- **cut = masked**: the model with units removed computes the same as the dense model with these units masked.
+  each of 4 experts, and `2 x 4` experts are two groups of four, of which one is selected first. The block is the last
+  one, as the first ones of some mixtures are dense. A dash: none, or unsupported (see the notes).
+- **cut = masked**: the model with units removed computes the same as the dense model with these units masked. Removed
+  experts are masked by excluding them from routing.
 - **adaptive**: a model with a different size in each layer has the same logits after saving and loading.
 - **generation**: the loaded model generates the same tokens with and without a key-value cache.
 - **uniform**: roles that the stock class can load with fewer units, the same number in each layer, with equal logits.
@@ -33,8 +35,8 @@ Made by `python scripts/family_table.py` with transformers {version}; do not edi
 
 def document() -> str:
     """The whole page."""
-    rows = "".join(_row(name) for name in FAMILIES)
-    notes = "".join(f"- **{name}**: {'; '.join(found)}\n" for name in FAMILIES if (found := _notes(name)))
+    rows = "".join(_row(name) for name in EVERY)
+    notes = "".join(f"- **{name}**: {'; '.join(found)}\n" for name in EVERY if (found := _notes(name)))
     version = ".".join(transformers.__version__.split(".")[:2])
     return f"{HEADER.format(version=version)}{rows}\n## What is unsupported, and why\n\n{notes}"
 
@@ -57,7 +59,8 @@ def _row(name: str) -> str:
 
 
 def _units(graph: ModelGraph, role: Role) -> str:
-    groups = [group for group in graph.of_role(role) if group.layer in (-1, 0)]
+    # The first blocks of some mixtures are dense.
+    groups = [group for group in graph.of_role(role) if group.layer in (-1, len(graph.blocks) - 1)]
     return ", ".join(_bundles(groups)) or "-"
 
 
@@ -68,11 +71,7 @@ def _bundles(groups: Iterable[CoupledGroup]) -> list[str]:
 
 def _notes(name: str) -> list[str]:
     _, graph = dense(name)
-    notes = [
-        f"{_anywhere(refusal.name)}: {_anywhere(refusal.reason)}"
-        for refusal in graph.refused
-        if refusal.name == "hidden" or graph.block_of(f"{refusal.name}.") <= 0
-    ]
+    notes = [f"{_anywhere(refusal.name)}: {_anywhere(refusal.reason)}" for refusal in graph.refused]
     for role in Role:
         found = uniform(name, role)
         if graph.of_role(role) and found.error is None:

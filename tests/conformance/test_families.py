@@ -28,18 +28,18 @@ from tests.conformance.cases import (
     write,
 )
 from tests.conformance.table import document
-from tests.families import CORE, FAMILIES
+from tests.families import ALL_EXPERTS, CORE, EVERY, LAST_EXPERTS
 
 from saap.core.records import Role
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
-each_family = pytest.mark.parametrize("name", FAMILIES)
+each_family = pytest.mark.parametrize("name", EVERY)
 # The core families in every case, the others in the three that say most.
 each_case = pytest.mark.parametrize(
     ("name", "case"),
     [
         pytest.param(name, case, id=f"{name}-{case.name}")
-        for name in FAMILIES
+        for name in EVERY
         for case in CASES
         if name in CORE or case.name in ("mixed", "attention empty", "query heads", "width")
     ],
@@ -132,7 +132,7 @@ STOCK = {
     (name, Role.FFN) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "opt", "gpt_neox")
 }
 STOCK |= {(name, Role.FFN) for name in ("mixtral", "qwen3_moe")}
-STOCK |= {(name, Role.EXPERT) for name in ("mixtral", "qwen2_moe", "qwen3_moe")}
+STOCK |= {(name, Role.EXPERT) for name in (*ALL_EXPERTS, *LAST_EXPERTS)}
 STOCK |= {(name, Role.ATTENTION) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2")}
 STOCK |= {("deepseek_v3", Role.ATTENTION), ("gemma4", Role.ATTENTION)}
 STOCK |= {(name, Role.QUERY) for name in ("llama", "mistral", "qwen3", "gemma2")}

@@ -53,8 +53,8 @@ def _layer_norm(
 class Oracle:
     """Gradients of a random function of the output of one block with respect to the parameters of one block."""
 
-    def __init__(self, model: nn.Module, block: str) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, block: str, *, contracted: int = 2) -> None:
+        self.model, self.contracted = model, contracted  # the axis of stacked matrices that reads
         for module in model.modules():
             if hasattr(module, "top_k") and hasattr(module, "num_experts"):
                 module.top_k = module.num_experts  # every expert has a part in every token
@@ -127,7 +127,7 @@ class Oracle:
     def _inputs(self) -> Iterator[Axis]:
         for name, parameter in self.parameters.items():
             if parameter.ndim == 3:
-                yield name, 2  # the matrices of the experts, stacked
+                yield name, self.contracted  # the matrices of the experts, stacked
             if parameter.ndim == 2:
                 module = self.model.get_submodule(name.rpartition(".")[0])
                 yield name, 0 if type(module).__name__ == "Conv1D" else 1

@@ -11,7 +11,7 @@ import torch
 import transformers
 from packaging.version import Version
 from tests.discovery.graphs import graph_of, zeroed
-from tests.families import EXPERTS, FAMILIES, VOCABULARY, build, token_ids
+from tests.families import ALL_EXPERTS, EVERY, GROUPED, LAST_EXPERTS, SHARED_EXPERT, VOCABULARY, build, token_ids
 from torch import nn
 
 from saap.core.records import ModelGraph, ModelRef, Role, Side
@@ -37,32 +37,38 @@ if Version(transformers.__version__) < Version("5.24"):
 # ALiBi: a bias with one entry per head comes from outside.
 SLICED = {"bloom": "self_attention", "mpt": "attn"}
 CENTRED = {"phi", "gpt2", "opt", "bloom", "gpt_neox", "falcon", "falcon_mqa", "starcoder2", "stablelm", "gptj", "mpt"}
-CENTRED |= {"opt_projected", "olmo", "cohere", "nemotron", "gpt_bigcode", "gpt_neo", "codegen"}
+CENTRED |= {"opt_projected", "olmo", "cohere", "nemotron", "gpt_bigcode", "gpt_neo", "codegen", "phimoe"}
 HEADS = dict.fromkeys(("gpt2", "opt", "bloom", "gpt_neox", "gptj", "mpt", "gpt_neo"), 6)
-HEADS["deepseek_v3"] = 6
+HEADS |= dict.fromkeys(("deepseek_v3", "deepseek_v3_moe", "deepseek_v2"), 6)
 HEADS |= {"opt_projected": 6, "falcon_mqa": 1, "gpt_bigcode": 1}  # all queries share one head of keys and values
 HEADS |= {"codegen": 2}  # one of each of the four blocks that it splits its projection into
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_every_block_has_one_ffn_and_one_attention_group(family: str) -> None:
     graph = graph_of(family)
-    parts = ("attention", "ffn.0", "ffn.1") if family == "qwen2_moe" else ("attention", "ffn")
-    if family in EXPERTS:
-        parts += ("expert",)
-    names = {f"layers.{layer}.{part}" for layer in range(len(graph.blocks)) for part in parts}
+    last = len(graph.blocks) - 1
+    mixtures = range(last + 1) if family in ALL_EXPERTS else [last] if family in LAST_EXPERTS else []
+    several = ("ffn.0", "ffn.1") if family in SHARED_EXPERT else ("ffn",)
+    parts = {layer: (*several, "expert") if layer in mixtures else ("ffn",) for layer in range(last + 1)}
+    names = {f"layers.{layer}.{part}" for layer, here in parts.items() for part in ("attention", *here)}
     assert {group.bundle or group.name for group in graph.groups if group.layer >= 0} == names
-    experts = {group.bundle: 0 for group in graph.groups if group.bundle}
-    for group in graph.groups:
+    experts = {group.bundle: 0 for group in graph.of_role(Role.FFN) if group.bundle}
+    for group in graph.of_role(Role.FFN):
         if group.bundle:
             assert group.name == f"{group.bundle}.expert.{experts[group.bundle]}"
             assert {member.part for member in group.members} == {experts[group.bundle]}
             experts[group.bundle] += 1
-    assert set(experts.values()) == ({4} if family in EXPERTS else set())
+    number = 8 if family in GROUPED else 4
+    assert set(experts.values()) == ({number} if mixtures else set())
+    whole = graph.of_role(Role.EXPERT)
+    for layer in range(last + 1):
+        assert sum(group.units for group in whole if group.layer == layer) == (number if layer in mixtures else 0)
+    assert all(group.least == 2 for group in whole)
     assert {group.units for group in graph.of_role(Role.ATTENTION)} == {HEADS.get(family, 3)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 @pytest.mark.parametrize("role", [Role.FFN, Role.ATTENTION])
 def test_masking_the_consumers_is_masking_the_whole_group(family: str, role: Role) -> None:
     groups = [group for group in graph_of(family).of_role(role) if not group.scaled_norms and group.units > 1]
@@ -77,7 +83,7 @@ def test_masking_the_consumers_is_masking_the_whole_group(family: str, role: Rol
     assert not groups or not torch.allclose(dense, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_the_attributes_that_follow_the_heads_are_found(family: str) -> None:
     for group in graph_of(family).of_role(Role.ATTENTION):
         assert {item.attribute: item.per_unit for item in group.attributes} == ATTRIBUTES.get(family, {})
@@ -85,7 +91,7 @@ def test_the_attributes_that_follow_the_heads_are_found(family: str) -> None:
         assert sliced == ([SLICED[family]] if family in SLICED else [])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_the_hidden_group_is_complete_or_refused_by_name(family: str) -> None:
     graph = graph_of(family)
     if family in CENTRED:

@@ -19,6 +19,7 @@ CODE = {
     2: "6dcc93b7acc62e60eb7bf41213fc51988fc5bdc3350e6bdca1b33459329de63a",
     3: "f9ba36cd03ac39601542863df507875e02d24205e4cb3a7e23009e8bab1f13bd",
     4: "b70ef66d5937dd02a5a5bd3921094de0c18b370422b37299db916c7a2a08e78a",
+    5: "57afa6c2ad3f6f1e96a6551d6297f2c07f80fecfa0e496463a1f15c460a5c567",
 }
 """SHA-256 of modeling_pruned.py by format version."""
 

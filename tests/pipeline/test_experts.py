@@ -11,6 +11,8 @@ from tests.export.llama import plan_of
 from tests.pipeline import tiny
 from transformers import (
     AutoModelForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen2MoeConfig,
@@ -19,6 +21,7 @@ from transformers import (
 
 import saap
 from saap.core.errors import ConfigurationError, PlanError, TargetError
+from saap.core.storage import PlanDocument
 from saap.surgery.cut import cut
 
 SETTINGS: dict[str, Any] = {"samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
@@ -63,7 +66,7 @@ def test_experts_are_pruned_written_and_opened(source: Path, tmp_path: Path, lay
 def test_attention_beside_experts_is_restored(source: Path, tmp_path: Path) -> None:
     result = saap.prune(source, pruning_ratio=0.3, out=tmp_path / "small", **SETTINGS)
     assert result.report.refit_errors
-    assert all(path.endswith("o_proj") for path in result.report.refit_errors)
+    assert {path.rpartition(".")[2] for path in result.report.refit_errors} == {"o_proj", "down_proj"}
 
 
 def test_a_shared_expert_beside_the_others_has_a_size_of_its_own(tmp_path: Path) -> None:
@@ -116,8 +119,50 @@ def test_no_fewer_experts_stay_than_a_token_is_sent_to(source: Path, tmp_path: P
     with pytest.raises(TargetError, match="cannot be removed"):
         saap.prune(source, pruning_ratio=0.6, out=tmp_path / "small", roles=["expert"], **SETTINGS)
     graph = saap.discover(source)
-    with pytest.raises(PlanError, match=r"keeps 1 units of layers\.0\.expert"):
+    with pytest.raises(PlanError, match=r"keeps 1 units of layers\.0\.expert\. Keep at least 2 .* routed to"):
         cut(saap.load(source), graph, plan_of(graph, {"layers.0.expert": (1,)}))
+
+
+@pytest.mark.parametrize("layout", ["adaptive", "uniform"])
+def test_groups_of_experts_lose_the_same_number_and_correction_biases_follow(tmp_path: Path, layout: str) -> None:
+    torch.manual_seed(0)
+    config = Glm4MoeConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=1024, moe_intermediate_size=24, n_routed_experts=12,
+        num_experts_per_tok=2, n_group=3, topk_group=1, n_shared_experts=1, first_k_dense_replace=1, bos_token_id=0,
+        eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    source, model = tmp_path / "dense", Glm4MoeForCausalLM(config).eval()
+    biases = torch.arange(12.0) / 100
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.e_score_correction_bias.copy_(biases)
+    model.save_pretrained(source)
+    tiny.tokenizer().save_pretrained(source)
+    out = tmp_path / "small"
+    result = saap.prune(source, pruning_ratio=0.2, out=out, layout=layout, roles=["expert"], **SETTINGS)
+    opened = saap.load(out)
+    torch.testing.assert_close(logits(opened), logits(result.model), rtol=0, atol=0)
+    for layer in (1, 2):
+        kept = [result.plan.keep.get(f"layers.{layer}.expert.{group}", range(4)) for group in range(3)]
+        assert len({len(units) for units in kept}) == 1
+        stay = [4 * group + unit for group, units in enumerate(kept) for unit in units]
+        gate = opened.model.layers[layer].mlp.gate
+        torch.testing.assert_close(gate.e_score_correction_bias, biases[stay])
+        torch.testing.assert_close(gate.weight, model.model.layers[layer].mlp.gate.weight[stay])
+    assert min(len(units) for name, units in result.plan.keep.items() if ".expert." in name) >= 2
+    if layout == "uniform":
+        stock = AutoModelForCausalLM.from_pretrained(out)
+        assert stock.config.n_routed_experts == len(stay)
+        torch.testing.assert_close(logits(stock), logits(opened), rtol=0, atol=0)
+    else:
+        smaller = saap.prune(out, pruning_ratio=0.1, out=tmp_path / "smaller", roles=["expert"], **SETTINGS)
+        torch.testing.assert_close(logits(saap.load(tmp_path / "smaller")), logits(smaller.model), rtol=0, atol=0)
+    graph = saap.discover(source)
+    with pytest.raises(PlanError, match=r"different numbers of units of layers\.1\.expert\.0 and layers\.1\.expert\.1"):
+        cut(saap.load(source), graph, plan_of(graph, {"layers.1.expert.0": (0, 1)}))
+    dense = PlanDocument.model_validate({"format_version": 1, "groups": {"layers.0.expert": {"kept": 2}}})
+    with pytest.raises(ValueError, match=r"layers\.0\.expert: the model has no such group"):
+        dense.keep(graph)
 
 
 def test_experts_are_asked_of_a_model_that_has_none(tmp_path: Path) -> None:

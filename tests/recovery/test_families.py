@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.families import FAMILIES, FLOAT32_ATTENTION, token_ids
+from tests.families import FAMILIES, FLOAT32, token_ids
 from tests.recovery.tiny import blocks, build
 
 from saap.models.checkpoint.groupwise import GroupwiseLinear, linears_inside, pack_linear
@@ -40,5 +40,5 @@ def test_merged_equals_with_adapter(family: str) -> None:
         assert len(merge(model)) == len(paths)
         merged = model(ids).logits
     assert float((adapted - packed).abs().max()) > 1e-3
-    tolerance = 1e-5 if family in FLOAT32_ATTENTION else 1e-10
+    tolerance = 1e-5 if family in FLOAT32 else 1e-10
     assert float((adapted - merged).abs().max() / adapted.abs().max()) <= tolerance

@@ -14,9 +14,12 @@ from saap.core.errors import CalibrationError
 from saap.core.records import Layout, ModelGraph, StructurePlan
 from saap.discovery import discover
 from saap.models.walk.backend import Backend
+from saap.models.walk.observer import hooked
+from saap.models.walk.processes import Processes
 from saap.structure_search.plan import make_plan
 from saap.surgery.cut import cut
 from saap.surgery.reconstruct import ReconstructionSettings, held_out_sequences, reconstruct
+from saap.surgery.stacked import GramMatrices, stacks_of
 
 FAMILIES = ("llama", "gemma2", "gpt2", "opt", "gpt_neox", "phi3", "bloom")
 
@@ -177,3 +180,46 @@ def test_only_what_a_bfloat16_model_computes_is_of_bfloat16(name: str) -> None:
     reconstruct(backend, half_plan(graph), tokens(), ReconstructionSettings(second_order=False))
     exact = sum(made[0].dtype == torch.float32 for made in spill.made if made)
     assert exact >= 3 * len(graph.blocks) - 1  # nothing is lacking before the first
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text"])
+def test_stacked_matrices_are_fitted_expert_by_expert(name: str, second_order: bool) -> None:
+    dense = build(name).float()
+    dense.config._experts_implementation = "grouped_mm"  # in which the matrices are not seen one by one
+    graph = discover(dense)
+    plan, unseen = half_plan(graph), torch.randint(2, 128, (8, 16), generator=torch.Generator().manual_seed(1))
+    plain, restored = copy.deepcopy(dense), copy.deepcopy(dense)
+    cut(plain, graph, plan)
+    result = reconstruct(Backend(restored, graph), plan, tokens(), ReconstructionSettings(second_order=second_order))
+    stacks = {member.tensor for group in graph.groups for member in group.consumers if member.part is not None}
+    assert all(0 < result.errors[stack] < 1 for stack in stacks)
+    assert restored.config._experts_implementation == "grouped_mm"
+    cut(restored, graph, make_plan(graph, result.keep, (), layout=Layout.ADAPTIVE, strategy="test", align=1))
+    assert distance(restored, dense, unseen) < distance(plain, dense, unseen)
+    assert [p.shape for p in restored.parameters()] == [p.shape for p in plain.parameters()]
+    assert second_order == (result.keep != {**result.keep, **plan.keep})
+
+
+def test_an_expert_is_fitted_on_the_tokens_that_it_gets() -> None:
+    model = build("mixtral")
+    graph = discover(model)
+    (stack,) = stacks_of([group for group in graph.in_block(0) if group.bundle])
+    grams, ids = GramMatrices(model, [stack]), tokens(4)
+    experts = model.model.layers[0].mlp.experts
+    with torch.no_grad():
+        seen: list[tuple[torch.Tensor, ...]] = []
+        with (
+            hooked({experts: lambda module, arguments, output: seen.append(arguments)}),
+            grams.observed(held_out=False),
+        ):
+            model(ids, use_cache=False)
+        hidden, chosen, _ = seen[0]
+        for place, weight in enumerate(experts.down_proj):
+            gate, up = nn.functional.linear(hidden[(chosen == place).any(-1)], experts.gate_up_proj[place]).chunk(2, -1)
+            read = (experts.act_fn(gate) * up).float()
+            found = grams.moments(stack, place, weight.float(), Processes(), held_out=False)
+            torch.testing.assert_close(found.gram, read.T @ read, rtol=1e-4, atol=1e-5)
+            assert found.tokens == len(read)
+            assert found.error(weight.float()) == pytest.approx(0, abs=1e-5 * found.energy)
+            assert grams.moments(stack, place, weight.float(), Processes(), held_out=True).tokens == 0

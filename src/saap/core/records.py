@@ -165,7 +165,8 @@ class CoupledGroup(Digested):
     axis; removal equals masking only if weight x (kept/n)^-0.5 and eps x n/kept.
     bundle: groups of one bundle are parts of the same tensors, or share the heads of one module evenly. All of them
     keep the same number of units, but each may keep other ones; "" for a group by itself. least: minimum number of kept
-    units (as many experts as a token is routed to).
+    units (as many experts as a token is routed to). buffers: slices of buffers with one entry per unit (the correction
+    biases of a router), which are no parameters.
     """
 
     layer: int
@@ -178,6 +179,7 @@ class CoupledGroup(Digested):
     sliced_arguments: tuple[SlicedArgument, ...] = ()
     bundle: str = field(default="", metadata=_WHERE_USED)
     least: int = field(default=0, metadata=_WHERE_USED)
+    buffers: tuple[AxisSlice, ...] = field(default=(), metadata=_WHERE_USED)
 
     @property
     def consumers(self) -> tuple[AxisSlice, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from saap.core.records import AxisSlice, CoupledGroup, IntArray, Role, Side
 from saap.discovery.blocks import holder
+from saap.discovery.experts import find_routing
 from saap.discovery.tags import TagSpace
 
 Axis = tuple[str, int]
@@ -23,8 +24,8 @@ class TracedGroup(CoupledGroup):
 
     layer: in the copy. refusal: why the group cannot be pruned, "" if it can. label: path of the module of unsupported
     channels that belong to no group. parts: number of matrices stacked along axis 0 (experts), each with its own units;
-    0 if not stacked. shares: number of KV groups if each unit is one head of each KV group; their members follow each
-    other in equal numbers.
+    0 if not stacked. shares: number of KV groups if each unit is one head of each KV group, or of groups of experts;
+    their members and buffers follow each other in equal numbers.
     """
 
     name: str = "group"
@@ -43,19 +44,25 @@ class TracedGroup(CoupledGroup):
         """The group, or one group for each of its stacked matrices or KV groups."""
         group = CoupledGroup(**{field.name: getattr(self, field.name) for field in fields(CoupledGroup)})
         if self.shares:
-            count = len(self.members) // self.shares
-            own = [(f"{n}", self.members[n * count : (n + 1) * count]) for n in range(self.shares)]
+            own = [(f"{n}", self._share(self.members, n), self._share(self.buffers, n)) for n in range(self.shares)]
         else:
-            own = [(f"expert.{n}", tuple(replace(m, part=n) for m in self.members)) for n in range(self.parts)]
-        return [replace(group, name=f"{self.name}.{n}", bundle=self.name, members=each) for n, each in own] or [group]
+            own = [(f"expert.{n}", tuple(replace(m, part=n) for m in self.members), ()) for n in range(self.parts)]
+        return [
+            replace(group, name=f"{self.name}.{n}", bundle=self.name, members=members, buffers=buffers)
+            for n, members, buffers in own
+        ] or [group]
+
+    def _share(self, slices: tuple[AxisSlice, ...], number: int) -> tuple[AxisSlice, ...]:
+        count = len(slices) // self.shares
+        return slices[number * count : (number + 1) * count]
 
 
 class Grouping:
     """Builds the coupled groups from a trace.
 
     units, stops, spread: of the tags (`TagSpace.units`). rows: the unit of each index, by axis. consumers: axes whose
-    channels are consumed but not produced. stacked: number of matrices stacked along axis 0 of a tensor. heads,
-    product: units that are heads of attention, or meet in a product.
+    channels are consumed but not produced. stacked: number of matrices stacked along axis 0 of a tensor, or of their
+    biases. heads, product: units that are heads of attention, or meet in a product.
     """
 
     def __init__(self, space: TagSpace, blocks: Sequence[str]) -> None:
@@ -66,9 +73,19 @@ class Grouping:
         marks = space.marks
         self.product = {*self.units[list(marks["product"])].tolist()}
         self.heads = self.product & {*self.units[list(marks["softmax"])].tolist()}
-        consumed, made, stacked = marks["consumed"], marks["produced"], marks["stacked"]
+        consumed, made = marks["consumed"], marks["produced"]
         self.consumers = {a for a, row in tags.items() if not consumed.isdisjoint(row) and made.isdisjoint(row)}
-        self.stacked = {name: len(row) for (name, axis), row in tags.items() if not axis and stacked.issuperset(row)}
+        self.stacked = self._with_leading(tags, marks["stacked"])
+        looked_up = self._with_leading(tags, marks["looked up"])
+        for layer in range(len(blocks)):  # biases of experts
+            counts = {size for name, size in self.stacked.items() if holder(blocks, name) == layer}
+            biases = {name: size for name, size in looked_up.items() if holder(blocks, name) == layer}
+            self.stacked |= {name: size for name, size in biases.items() if size in counts}
+
+    @staticmethod
+    def _with_leading(tags: Mapping[Axis, Sequence[int]], marked: set[int]) -> dict[str, int]:
+        """Size of the first axis of the tensors in which it is marked."""
+        return {name: len(row) for (name, axis), row in tags.items() if not axis and marked.issuperset(row)}
 
     def groups(self) -> list[TracedGroup]:
         """All groups that have both producers and consumers; unsupported groups have a reason in `refusal`."""
@@ -132,26 +149,27 @@ class Grouping:
         return tuple(scaled), ""
 
     def _experts(self) -> Iterator[TracedGroup]:
-        """Whole experts: matrices stacked along one axis, and the rows of the router that selects among them.
-
-        The trace does not couple stack and router, since the routing is data-dependent. They are matched by size, and
-        removal is compared with masking on a small model as for any other group.
-        """
+        """Whole experts of every block that stacks matrices; without their buffers."""
         for layer, block in enumerate(self.blocks):
             rows = {axis: row for axis, row in self.rows.items() if axis[0].startswith(f"{block}.")}
-            stacks = {name: size for name, size in self.stacked.items() if (name, 2) in rows}
-            for least, channels in self.space.choices:
-                chosen, count = {*self.units[channels].tolist()}, len(channels)
-                outside = ((axis, row) for axis, row in rows.items() if axis[0] not in stacks)
-                routers = [axis for axis, row in outside if len(row) == count and chosen.issuperset(row)]
-                if routers and set(stacks.values()) == {count}:
-                    members = tuple(
-                        AxisSlice(tensor=name, axis=axis, side=Side.PRODUCER, offset=0, width=1, stride=1)
-                        for name, axis in (*routers, *((name, 0) for name in stacks))
-                    )
-                    found = TracedGroup(layer=layer, role=Role.EXPERT, units=count, members=members, least=least)
-                    yield found if least < count else found.refuse("each token is routed to all experts")
-                    break
+            stacks = {name: size for name, size in self.stacked.items() if (name, 0) in rows}
+            if not stacks:
+                continue
+            count, outside = max(stacks.values()), {axis: row for axis, row in rows.items() if axis[0] not in stacks}
+            routing = find_routing(outside, self.space.choices, self.units, count)
+            found = TracedGroup(layer=layer, role=Role.EXPERT)
+            if {*stacks.values()} != {count}:
+                sizes = " and ".join(map(str, sorted({*stacks.values()})))
+                yield found.refuse(f"its matrices are those of {sizes} experts")
+            elif routing is None:
+                yield found.refuse(f"no router that selects among its {count} experts was found")
+            else:
+                found = replace(
+                    found, units=count // routing.groups, members=routing.members(stacks), least=routing.least,
+                    shares=routing.groups if routing.groups > 1 else 0,
+                )  # fmt: skip
+                each = "each token is routed to all experts" + (" of a group" if found.shares else "")
+                yield found if found.least < found.units else found.refuse(each)
 
     def _one_hidden(self, groups: list[TracedGroup]) -> list[TracedGroup]:
         """The groups with at most one hidden group, through all blocks; heads tied across blocks are rejected."""

@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from saap.core.errors import UnsupportedModelError
-from saap.discovery.tags import UNTAGGED, ParameterTags, TagSpace, finest
+from saap.discovery.tags import UNTAGGED, Choice, ParameterTags, TagSpace, finest
 
 Rule = Callable[["Operation"], Any]
 _MOVES = (
@@ -26,7 +26,8 @@ _MOVES = (
 )
 _VIEWS = "view reshape reshape_as _unsafe_view view_as"
 # A tensor without channels may be filled through a view, so views of tags share memory as in the model.
-_SHARING_MEMORY = frozenset(f"{_MOVES} {_VIEWS}".split())
+# Selections among values without channels are recorded too.
+_ALWAYS = frozenset(f"{_MOVES} {_VIEWS} topk".split())
 
 
 class Operation:
@@ -82,7 +83,7 @@ def tags_after(operation: Operation) -> Any:
         return None
     tensors = _tensors(operation)
     parameters = any(isinstance(value, ParameterTags) for value in tensors)
-    if not any(_is_tagged(value) for value in tensors) and operation.name not in _SHARING_MEMORY:
+    if not any(_is_tagged(value) for value in tensors) and operation.name not in _ALWAYS:
         return untagged(operation.output)
     rule = (PARAMETER_RULES if parameters else RULES).get(operation.name)
     if rule is None and _is_pointwise(operation):
@@ -168,6 +169,8 @@ def _reduce(operation: Operation) -> Any:
     if isinstance(operation.output, Tensor) and torch.equal(low, high):
         return low
     last = tags.movedim(axes, list(range(-len(axes), 0)))
+    if operation.name == "max" and len(axes) == 1:
+        _note_choice(operation, 1, last)
     squares = operation.name == "mean" and _is_square(operation.node.args[0])
     _note_reduction(operation, "rms" if squares else operation.name, last.flatten(-len(axes)))
     return untagged(operation.output)
@@ -257,10 +260,22 @@ def _choose(operation: Operation) -> Any:
     """Data-dependent selection of channels, so none can be removed by its index alone."""
     count = operation.named.get("k")
     if isinstance(count, int):
-        rows = torch.unique(operation.first.movedim(operation.named["dim"], -1).flatten(0, -2), dim=0)
-        operation.space.choices.append((count, rows[0] if len(rows) == 1 else rows[0][:0]))
+        _note_choice(operation, count, operation.first.movedim(operation.named["dim"], -1))
     operation.space.stops.append((operation.first, f"{operation.where} chooses among its channels"))
     return untagged(operation.output)
+
+
+def _note_choice(operation: Operation, count: int, channels: Tensor) -> None:
+    """channels: (..., channels), of which `count` are selected."""
+    rows = torch.unique(channels.flatten(0, -2), dim=0)
+    operation.space.choices.append(Choice(count, operation.module, rows))
+
+
+def _scatter(operation: Operation) -> Any:
+    """Numbers at data-dependent places leave the other channels as they are."""
+    if isinstance(operation.named.get("src"), Tensor):
+        raise ValueError("values with channels of their own")
+    return operation.first
 
 
 def _product_with_parameter(operation: Operation) -> Any:
@@ -269,7 +284,7 @@ def _product_with_parameter(operation: Operation) -> Any:
     inputs, parameter = operation.arguments[-2:] if added else operation.arguments[:2]
     bias, axes = operation.named.get("self" if added else "bias"), list(parameter.axes)
     *stack, contracted, produced = axes[::-1] if operation.name == "linear" else axes
-    if isinstance(inputs, ParameterTags) or len(stack) != ("grouped" in operation.name):
+    if isinstance(inputs, ParameterTags) or len(stack) != ("grouped" in operation.name or operation.name == "bmm"):
         raise ValueError("no product of an activation and matrices")
     for axis in stack:  # matrices of experts: each token uses that of its expert
         operation.space.mark("stacked", axis)
@@ -308,6 +323,22 @@ def _split_parameter(operation: Operation) -> Any:
     return pieces[0] if isinstance(moved, Tensor) else pieces
 
 
+def _squeeze_parameter(operation: Operation) -> Any:
+    """The parameter without its axes of size 1: all of them, as the operation's `dim` is not supported."""
+    if "dim" in operation.named:
+        raise ValueError("single axes")
+    axes = tuple(tags for tags in operation.first.axes if len(tags) > 1)
+    return axes[0] if len(axes) == 1 else ParameterTags(axes)
+
+
+def _rows_of_parameter(operation: Operation) -> Tensor:
+    """Rows at data-dependent places: a table of positions, or the biases of experts, one row for each."""
+    axes = operation.first.axes
+    operation.space.mark("looked up", axes[0])
+    tags: Tensor = axes[-1].expand(operation.output.shape)
+    return tags
+
+
 def _by_name(*rules: tuple[str, Rule]) -> dict[str, Rule]:
     return {name: rule for names, rule in rules for name in names.split()}
 
@@ -334,13 +365,15 @@ RULES = _by_name(
     ("index", _index),
     ("gather", lambda op: _any_along(op.first, op.named["dim"]).expand(op.output.shape)),
     ("topk", _choose),
+    ("scatter", _scatter),
 )
 PARAMETER_RULES = _by_name(
     ("alias clone contiguous detach to _to_copy", lambda op: op.first),
     ("t mT numpy_T transpose permute", _permute_parameter),
     ("slice select split split_with_sizes chunk narrow", _split_parameter),
-    ("linear addmm mm matmul grouped_mm _grouped_mm grouped_mm_fallback", _product_with_parameter),
+    ("squeeze", _squeeze_parameter),
+    ("linear addmm mm matmul bmm grouped_mm _grouped_mm grouped_mm_fallback", _product_with_parameter),
     ("getitem", _move),
     ("embedding", _embedding),
-    ("index", lambda op: op.first.axes[-1].expand(op.output.shape)),  # a table of positions
+    ("index", _rows_of_parameter),
 )

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from saap.core.errors import failure_of
 from saap.core.records import AxisSlice, ModelGraph, ModelRef, Role, SlicedArgument, UnitAttribute
 from saap.discovery.blocks import holder, with_blocks
+from saap.discovery.experts import expert_buffers
 from saap.discovery.groups import TracedGroup, one_of_each_block, slices_of
 from saap.models.checkpoint.modeling_pruned import resize, set_attribute
 from saap.models.checkpoint.pruned_structure import epsilon_name
-from saap.models.structure.cut import cut_groups
+from saap.models.structure.cut import can_be_empty, cut_groups
 from saap.models.structure.keep_index import KeepIndex
 from saap.models.structure.linear import contracted_axis
 from saap.models.structure.masking import masked
@@ -168,17 +169,31 @@ def _checked(small: _SmallModel, number: int, group: TracedGroup) -> TracedGroup
                 f"the norm {path} has no weight or no epsilon attribute to compensate for removed channels"
             )
     try:
+        buffers = _router_buffers(small, group)
         with hooked(dict.fromkeys(norms.values(), _only_scale)):  # their statistic has its own rule
-            trial = _Trial(small, number, group)
-            if trial.without_effect:
-                return group.refuse(
-                    "masking its units does not change the output of its block, so their removal cannot be tested"
-                )
-            found = _hidden(trial) if group.layer < 0 else _in_block(trial)
+            for added in dict.fromkeys([buffers, ()]):
+                trial = _Trial(small, number, replace(group, buffers=added))
+                if trial.without_effect:
+                    return group.refuse(
+                        "masking its units does not change the output of its block, so their removal cannot be tested"
+                    )
+                found = _hidden(trial) if group.layer < 0 else _in_block(trial)
+                if found is not None:
+                    alone = group.layer >= 0 and not (group.parts or group.shares)
+                    emptied = not alone or can_be_empty(small.model, found)
+                    return found if emptied else replace(found, least=max(1, found.least))
     except Exception as error:  # the model's own code may raise any error
         return group.refuse(f"{_SMALL} {_ending(error)}")
     reason = "removing its units is not the same as masking them, whichever sizes of the module are adapted"
-    return found or group.refuse(reason)
+    return group.refuse(reason)
+
+
+def _router_buffers(small: _SmallModel, group: TracedGroup) -> tuple[AxisSlice, ...]:
+    """Buffers around whole experts that have one entry for each."""
+    if group.role is not Role.EXPERT:
+        return ()
+    path, groups = _around(group, small.blocks)[0], max(group.shares, 1)
+    return expert_buffers(small.model.get_submodule(path), path, group.units * groups, groups)
 
 
 def _only_scale(norm: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
@@ -195,14 +210,17 @@ class _Trial:
     def __init__(self, small: _SmallModel, number: int, group: TracedGroup) -> None:
         self.small, self.group = small, group
         self.failure: Exception | None = None
-        self._groups = tuple(small.groups[number].settled())
+        self._groups = tuple(replace(small.groups[number], buffers=group.buffers).settled())
         ref = ModelRef(source="", config_digest="", weights_digest="")
         graph = ModelGraph(model=ref, blocks=small.blocks, groups=self._groups, shapes=small.shapes)
         hidden, units = group.layer < 0, tuple(range(self._groups[0].units))
         self._block = small.blocks[group.layer]
         self._whole = self._output(small.model)
         self._expected: list[tuple[dict[str, tuple[int, ...]], Tensor]] = []
-        for kept in (units[:1] + units[2:], units[-max(1, group.least) :]):
+        least = max(1, group.least)
+        # Of experts, both the first and the last ones: a router may select only some of them.
+        fewest = [units[-least:], units[:least]] if group.role is Role.EXPERT else [units[-least:]]
+        for kept in (units[:1] + units[2:], *fewest):
             keep = {one.name: kept for one in self._groups}
             with masked(small.model, graph, keep):
                 output = self._output(small.model)
@@ -272,7 +290,7 @@ def _in_block(trial: _Trial) -> TracedGroup | None:
     if group.role is Role.EXPERT:
         # All attributes with the number of experts are adapted: each implementation of experts reads others.
         own = (item for item in candidates if not item.attribute.startswith("config."))
-        counts = tuple(item for item in own if item.per_unit == 1)
+        counts = tuple(item for item in own if item.per_unit == max(group.shares, 1))
         if counts and trial.works(counts):
             return replace(group, attributes=counts)
     if trial.works():

@@ -23,14 +23,28 @@ class ParameterTags:
     axes: tuple[Tensor, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A data-dependent selection among channels (experts).
+
+    count: of the selected channels in each row, one for a maximum. module: path of its module. rows: (rows, channels)
+    tags, each row distinct; several rows are groups of experts, each with a selection of its own. Channels that are no
+    longer tagged are values of groups.
+    """
+
+    count: int
+    module: str
+    rows: Tensor
+
+
 class TagSpace:
     """Tags of a model's parameters, and the facts about them that the walk over the graph records.
 
     axes: parameter -> tags of each axis. modules: paths of the modules that ran. unused: parameters that the forward
     pass on text does not reach, such as those of a vision tower.
     reductions: statistics over channels: "rms" or the name of the operation, path of the module, (rows, channels) tags.
-    choices: top-k selections among channels (experts): k and the tags of the channels. marks: tags seen in a part of
-    the model, by its name. stops: tags of channels that reached an unsupported operation, and why.
+    choices: selections among channels. marks: tags seen in a part of the model, by its name. stops: tags of channels
+    that reached an unsupported operation, and why.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -39,7 +53,7 @@ class TagSpace:
         self.axes = {name: tuple(next(rows) for _ in shape) for name, shape in shapes.items()}
         self.modules, self.unused = set[str](), set(shapes)
         self.reductions: list[tuple[str, str, Tensor]] = []
-        self.choices: list[tuple[int, Tensor]] = []
+        self.choices: list[Choice] = []
         self.marks: defaultdict[str, set[int]] = defaultdict(set)
         self.stops: list[tuple[Tensor, str]] = []
         self._count = sum(sizes)

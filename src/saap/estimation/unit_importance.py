@@ -153,11 +153,12 @@ class UnitImportance(ScoreObserver):
 
         @lru_cache(maxsize=1)
         def product(place: int) -> Tensor:
-            return at_least_float32(weight[place]) * at_least_float32(seen.dw[place])
+            found = at_least_float32(weight[place]) * at_least_float32(seen.dw[place])
+            return found.reshape(len(found), -1)  # of a bias too
 
         for part in sorted(self._parts[seen.site], key=lambda part: part.place or 0):
             if part.place is None:
-                flat = (product(place).reshape(1, -1) for place in range(len(weight)))
+                flat = (product(place).reshape(1, -1) for place in part.channels.flatten().tolist())
                 both = [(one.sum(1), self._element(one, predictions, 0)) for one in flat]
                 yield part, (torch.cat([change for change, _ in both])[None], torch.cat([one for _, one in both])[None])
             else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from saap.models.structure.cut import cut_groups
 from saap.models.structure.keep_index import KeepIndex, require_possible, unit_channels
 from saap.models.structure.least_squares import Moments, removal_order, ridge_fit
 from saap.models.structure.linear import contracted_axis, weight_out_in
+from saap.models.structure.routing import never_chosen
 from saap.models.walk.backend import Backend
 from saap.models.walk.observer import capture
 from saap.models.walk.offload import onload
@@ -28,6 +30,7 @@ from saap.models.walk.residual import ResidualPath, residual_paths
 from saap.models.walk.spill import PackedTensors, Tensors, drained
 from saap.models.walk.walk import embed, run_block
 from saap.models.walk.walker import Contexts
+from saap.surgery.stacked import GramMatrices, fit_columns, one_by_one, stacks_of
 
 HELD_OUT_SHARE = 0.125
 HELD_OUT_AT_LEAST = 4
@@ -173,13 +176,45 @@ class _BlockByBlock:
         both = zip(self.dense if same else drained(self.dense), self.pruned, strict=True)
         errors = self.keep(at_least_float32(dense) - at_least_float32(pruned) for dense, pruned in both)
         self.dense = dense_next  # what came in is not needed any more
-        # Stacked matrices (experts) are not fitted again: what is fitted compensates for them.
-        self._cut([one for one in groups if one.role is Role.EXPERT or (one.bundle and one.role is not Role.QUERY)])
+        self._fit_stacks(layer, groups)
+        # Whole experts are not fitted again: what is fitted compensates for them.
+        early = [one for one in groups if one.role is Role.EXPERT or (one.bundle and one.role is not Role.QUERY)]
+        self._cut([one for one in early if one.name not in self.result.keep])
         pruned_next = self._fit_consumers(layer, consumers, dense_outputs, errors)
         self._cut([group for group in groups if group.name not in self.result.keep])
         if pruned_next is None:
             pruned_next = self._passed(layer, self.pruned)
         self.pruned = pruned_next
+
+    def _fit_stacks(self, layer: int, groups: Sequence[CoupledGroup]) -> None:
+        """Choose the units of stacked matrices (experts), fit these to their own dense output, and cut.
+
+        Every expert sees the tokens that the pruned stream routes to it, after whole experts have left.
+        """
+        losing = [group for group in groups if len(self.plan.kept(group)) < group.units]
+        stacks, processes = stacks_of(losing), self.processes
+        grams, without = GramMatrices(self.model, stacks), [group for group in losing if group.role is Role.EXPERT]
+        held_out_from = self.sequences - held_out_sequences(self.sequences)
+        own = processes.share(-(-self.sequences // MICRO_BATCH)) if stacks else ()
+        for index, hidden, context in zip(own, self.pruned, self.contexts, strict=bool(stacks)):
+            observed = grams.observed(held_out=index * MICRO_BATCH >= held_out_from)
+            with one_by_one(self.model), never_chosen(self.model, without, self.plan.keep), observed:
+                self.exact.run_block(layer, hidden, context)
+        for stack in stacks:
+            onload(self.model, stack.tensor, change=True)
+            parameter, errors = self.model.get_parameter(stack.tensor), []
+            for place, group in enumerate(stack.groups):
+                weight = stack.matrix(parameter, place)
+                plain = weight.float().clone()
+                fit, held_out = (grams.moments(stack, place, plain, processes, held_out=one) for one in (False, True))
+                kept = processes.broadcast_result(partial(self._by_second_order, group, plain, fit, held_out))
+                columns = torch.from_numpy(group.consumers[0].indices(kept)).to(weight.device)
+                new, error = fit_columns(plain, columns, fit, held_out) if processes.first else (plain[:, columns], 1.0)
+                weight.index_copy_(1, columns, processes.broadcast(new).to(weight))
+                errors.append(processes.broadcast_result(partial(float, error)))
+                self.result.keep[group.name] = kept
+            self.result.errors[stack.tensor] = sum(errors) / len(errors)
+            cut_groups(self.model, stack.groups, self.result.keep)
 
     def _moved(self, hidden: Tensors, device: torch.device) -> Tensors:
         """Hidden states of all batches, which lie together, on a device: that of the next block."""
@@ -327,11 +362,16 @@ class _BlockByBlock:
 
     def _choose(self, consumer: _Consumer, weight: Tensor, fit: Moments, held_out: Moments) -> tuple[int, ...]:
         """The units that stay: the plan's own, or as many by second-order cost."""
-        group, settings = consumer.group, self.settings
-        kept = self.plan.kept(group)
+        alone = not consumer.bundle and len({member.tensor for member in consumer.group.consumers}) == 1
+        if not alone:
+            return self.plan.kept(consumer.group)
+        return self._by_second_order(consumer.group, weight, fit, held_out)
+
+    def _by_second_order(self, group: CoupledGroup, weight: Tensor, fit: Moments, held_out: Moments) -> tuple[int, ...]:
+        """As many units of one consumer as the plan keeps. weight: (outputs, channels)."""
+        kept, settings = self.plan.kept(group), self.settings
         removed = group.units - len(kept)
-        alone = not consumer.bundle and len({member.tensor for member in group.consumers}) == 1
-        if not (alone and settings.second_order and removed and kept):
+        if not (settings.second_order and removed and kept and fit.tokens + held_out.tokens):
             return kept
         units = torch.cat([unit_channels(member, group.units, weight.device) for member in group.consumers], dim=1)
         channels = weight.shape[1]

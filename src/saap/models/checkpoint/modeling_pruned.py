@@ -36,9 +36,10 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 
 MODEL_TYPE = "saap_pruned"
-FORMAT_VERSION = 4
-# What readers of earlier formats understand: of the first all but added biases, of the second all.
-FIRST_FORMAT_VERSION, SECOND_FORMAT_VERSION = 1, 2
+FORMAT_VERSION = 5
+# What readers of earlier formats understand: of the first all but added biases and resized buffers, of the second to
+# fourth all but the latter.
+FIRST_FORMAT_VERSION, SECOND_FORMAT_VERSION, FIFTH_FORMAT_VERSION = 1, 2, 5
 
 # Which integers of a module repeat the sizes of its weight, axis by axis.
 SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
@@ -169,7 +170,8 @@ def apply_structure(model: nn.Module, structure: Mapping[str, Any]) -> None:
     """Change a model built from the dense configuration to the sizes of the pruned one; its values mean nothing yet.
 
     structure: `constant` (module path -> width, bias), `shapes` (parameter -> sizes), `attributes` (module path ->
-    name -> value), `sliced_arguments` (module path -> arguments of ArgumentSlice) and perhaps `added_biases` (names).
+    name -> value), `sliced_arguments` (module path -> arguments of ArgumentSlice), and perhaps `added_biases` (names)
+    and `buffers` (buffer -> sizes).
     """
     for path, constant in structure["constant"].items():
         parent, _, name = path.rpartition(".")
@@ -181,6 +183,10 @@ def apply_structure(model: nn.Module, structure: Mapping[str, Any]) -> None:
     for name, shape in structure["shapes"].items():
         parameter = model.get_parameter(name)
         resize(model, parameter, parameter.data[tuple(slice(size) for size in shape)].clone())
+    for name, shape in structure.get("buffers", {}).items():
+        path, _, attribute = name.rpartition(".")
+        buffers = model.get_submodule(path)._buffers
+        buffers[attribute] = cast(Tensor, buffers[attribute])[tuple(slice(size) for size in shape)].clone()
     for path, attributes in structure["attributes"].items():
         for name, value in attributes.items():
             set_attribute(model.get_submodule(path), name, value)
@@ -387,8 +393,8 @@ def _without_head(structure: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     def inside(names: Iterable[str]) -> dict[str, str]:
         return {name: f"{name}.".removeprefix(start)[:-1] for name in names if f"{name}.".startswith(start)}
 
-    mappings = ("constant", "shapes", "attributes", "sliced_arguments")
+    mappings = ("constant", "shapes", "attributes", "sliced_arguments", "buffers")
     found: dict[str, Any] = {
-        key: {new: structure[key][old] for old, new in inside(structure[key]).items()} for key in mappings
+        key: {new: structure[key][old] for old, new in inside(structure.get(key, {})).items()} for key in mappings
     }
     return {**found, "added_biases": list(inside(structure.get("added_biases", ())).values())}

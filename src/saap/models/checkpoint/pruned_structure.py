@@ -15,6 +15,7 @@ from saap.core.records import ModelGraph, SlicedArgument, StructurePlan, Value
 from saap.models.checkpoint.layer_fields import LayerFields
 from saap.models.checkpoint.modeling_pruned import (
     AUTO_CLASSES,
+    FIFTH_FORMAT_VERSION,
     FIRST_FORMAT_VERSION,
     SECOND_FORMAT_VERSION,
     ArgumentSlice,
@@ -39,8 +40,8 @@ class PrunedStructure:
     base_model_type: the stock model's type. shapes: of every resized parameter. attributes: module path -> name ->
     value (heads, norm epsilons). constant: modules without any inputs or outputs: path -> width of their output and
     whether a bias stays. sliced_arguments: module path -> the argument with one entry per head and the kept heads.
-    added_biases: biases of linear modules that the stock class lacks. Dropped blocks are not recorded: the
-    configuration has the number of blocks, and names are renumbered.
+    added_biases: biases of linear modules that the stock class lacks. buffers: shapes of resized buffers. Dropped
+    blocks are not recorded: the configuration has the number of blocks, and names are renumbered.
     layers: what the configuration states of single layers.
     """
 
@@ -50,6 +51,7 @@ class PrunedStructure:
     constant: Mapping[str, Mapping[str, int | bool]] = field(default_factory=dict)
     sliced_arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     added_biases: tuple[str, ...] = ()
+    buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     layers: LayerFields = field(default_factory=LayerFields)
 
     @property
@@ -75,6 +77,7 @@ def structure_of(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Pr
     constant = {path: module for path, module in modules.items() if isinstance(module, ConstantOutput)}
     stock = dense.keys() - renamed(dict.fromkeys(earlier.get("added_biases", ()))).keys()
     biases = [name for name in present if name.endswith(".bias") and name.removesuffix(".bias") not in constant]
+    buffers = {name: tuple(shape) for name, shape in renamed(earlier.get("buffers", {})).items()}
     # attributes that follow the kept units, epsilons of rescaled norms, and earlier changes
     attributes = {path: dict(values) for path, values in renamed(earlier.get("attributes", {})).items()}
     for group in graph.groups:
@@ -84,11 +87,13 @@ def structure_of(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Pr
         for attribute in group.attributes:
             for path in renamed({attribute.module: None}):
                 attributes.setdefault(path, {})[attribute.attribute] = attribute.value(kept)
+        for name in renamed({member.tensor: None for member in group.buffers}):
+            buffers[name] = tuple(model.get_buffer(name).shape)
         for path in renamed(dict.fromkeys(group.scaled_norms)):
             norm = model.get_submodule(path)
-            name = epsilon_name(norm)
-            if name is not None and path not in constant:
-                attributes.setdefault(path, {})[name] = getattr(norm, name)
+            epsilon = epsilon_name(norm)
+            if epsilon is not None and path not in constant:
+                attributes.setdefault(path, {})[epsilon] = getattr(norm, epsilon)
     hooks = {path: argument_slice(module) for path, module in modules.items()}
     return PrunedStructure(
         base_model_type=str(getattr(config, "base_model_type" if earlier else "model_type", "")),
@@ -97,6 +102,7 @@ def structure_of(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> Pr
         constant={path: {"width": one.width, "bias": one.bias is not None} for path, one in constant.items()},
         sliced_arguments={path: hook.describe() for path, hook in hooks.items() if hook is not None},
         added_biases=tuple(name for name in biases if name not in stock),
+        buffers=buffers,
         layers=LayerFields.of(config, graph, plan, earlier),
     )
 
@@ -161,9 +167,12 @@ def state_structure(config: Any, structure: PrunedStructure) -> None:
     known = auto_classes(structure.base_model_type) or AUTO_CLASSES[:1]
     sizes = asdict(structure)
     del sizes["base_model_type"], sizes["layers"]
-    if not structure.added_biases:  # the oldest format that supports it
-        del sizes["added_biases"]
-    version = SECOND_FORMAT_VERSION if structure.added_biases else FIRST_FORMAT_VERSION
+    version = FIRST_FORMAT_VERSION  # the oldest format that supports it
+    for name, needed in (("added_biases", SECOND_FORMAT_VERSION), ("buffers", FIFTH_FORMAT_VERSION)):
+        if sizes[name]:
+            version = needed
+        else:
+            del sizes[name]
     config.base_model_type = structure.base_model_type
     config.pruned_structure = {"format_version": version, **sizes, **structure.layers.record()}
     config.architectures = [SaapPrunedForCausalLM.__name__]

@@ -26,6 +26,8 @@ from saap.models.walk.walker import without_cache
 MOST_FIELDS = 3
 MOST_SIZES = 8
 ADAPTIVE_REMEDY = "Use --layout adaptive"
+# Numbers of leading layers that have no experts.
+DENSE_LAYERS = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
 # The width of one head: classes derive it from hidden size and heads unless the configuration sets it.
 HEAD_WIDTH = "head_dim"
 
@@ -33,8 +35,8 @@ HEAD_WIDTH = "head_dim"
 def keep_layers(config: Any, kept: Sequence[int], depth: int) -> None:
     """Set the number of layers to that of `kept`, and cut every list with one entry per layer (`depth` entries).
 
-    Lists of layer indices and per-layer settings are renumbered. config: the decoder part of a transformers
-    configuration.
+    Lists of layer indices and per-layer settings are renumbered, and the numbers of dense layers shortened. config: the
+    decoder part of a transformers configuration.
     """
     own = config.to_dict().get("per_layer_config") or {}
     others = {"architectures"}
@@ -48,10 +50,13 @@ def keep_layers(config: Any, kept: Sequence[int], depth: int) -> None:
     for name, value in list(vars(config).items()):
         if not isinstance(value, list | tuple) or name.startswith("_") or name.endswith("token_id"):
             continue
-        if len(value) == depth and name not in others:
-            setattr(config, name, type(value)(value[layer] for layer in kept))
-        elif "layer" in name and list(value) == [layer for layer in range(depth) if layer in value]:
+        if "layer" in name and list(value) == [layer for layer in range(depth) if layer in value]:
             setattr(config, name, type(value)(new for new, layer in enumerate(kept) if layer in value))
+        elif len(value) == depth and name not in others:
+            setattr(config, name, type(value)(value[layer] for layer in kept))
+    for name in DENSE_LAYERS:
+        if isinstance(leading := getattr(config, name, None), int):
+            setattr(config, name, sum(layer < leading for layer in kept))
     config.num_hidden_layers = len(kept)
     if own:  # settings of single layers, by their numbers
         by_layer = {int(layer): settings for layer, settings in own.items()}
@@ -97,7 +102,9 @@ class _Builder:
                 changed = self.changed(fields, sizes)
                 model = self.make(type(changed).from_dict(changed.to_dict()))  # its class validates it again
                 if run:
-                    text_part(model.config)._attn_implementation = "eager"  # stricter
+                    text = text_part(model.config)
+                    text._attn_implementation = "eager"  # stricter
+                    text._experts_implementation = "batched_mm"  # a loop over experts depends on values
                     ids = torch.zeros((1, 4), dtype=torch.long)
                     model(ids, attention_mask=torch.ones_like(ids), **without_cache(model))
         except Exception as error:  # each class raises its own errors for sizes
@@ -119,13 +126,19 @@ def config_fields(model: nn.Module, graph: ModelGraph) -> tuple[tuple[ConfigFiel
     if not hasattr(config, "to_dict"):
         return (), {}
     pinned, depth = _pinned(text_part(config)), len(graph.blocks)
-    for kept in (1, depth):  # a shallow model is faster to build, if the classes accept it
+    for kept in (_enough_layers(graph), depth):  # a shallow model is faster to build, if the classes accept it
         stock = _Builder(type(model), config, {}, depth, kept).shapes((), {})
         if not isinstance(stock, str) and stock.items() <= graph.shapes.items():
             builder = _Builder(type(model), config, pinned, depth, kept)
             found = [field for role in Role for field in _fields_of(role, builder, graph)]
             return tuple(found), pinned if any(field.role is not Role.FFN for field in found) else {}
     return (), {}
+
+
+def _enough_layers(graph: ModelGraph) -> int:
+    """Number of the first layers that have every role together; the first ones may have no experts."""
+    firsts = [min(group.layer for group in graph.of_role(role)) for role in {group.role for group in graph.groups}]
+    return 1 + max(0, *firsts)
 
 
 def _pinned(config: Any) -> dict[str, int]:
@@ -240,7 +253,7 @@ def _nearest(config: Any, graph: ModelGraph, sizes: Mapping[Role, int]) -> str |
         return None
     ((role, size),) = sizes.items()
     fields = [field for field in graph.config_fields if field.role is role]
-    builder = _Builder(stock_model, config, graph.pinned_fields, len(graph.blocks), 1)
+    builder = _Builder(stock_model, config, graph.pinned_fields, len(graph.blocks), _enough_layers(graph))
     near: list[str] = []
     for side in (range(size - 1, 0, -1), range(size + 1, graph.of_role(role)[0].units)):
         legal = (str(other) for other in side if not isinstance(builder.shapes(fields, {role: other}), str))

@@ -12,7 +12,7 @@ from saap.core.errors import PlanError
 from saap.core.records import AxisSlice, CoupledGroup, Side
 from saap.models.checkpoint.modeling_pruned import ConstantOutput, resize, set_attribute
 from saap.models.checkpoint.pruned_structure import argument_hook, argument_slice
-from saap.models.structure.keep_index import KeepIndex, Shape
+from saap.models.structure.keep_index import KeepIndex, KeptAxis, Shape
 from saap.models.structure.norms import rescale_norm
 from saap.models.walk.offload import onload
 
@@ -33,12 +33,7 @@ def cut_groups(model: nn.Module, groups: Sequence[CoupledGroup], keep: Mapping[s
         if not keep[group.name]:
             _empty(model, group, index)
     for tensor, axes in index.items():
-        parameter = held(model, tensor)[1]
-        if parameter is not None:
-            data = parameter.data
-            for axis in sorted(axes, reverse=True):
-                data = axes[axis].select(data)
-            resize(model, parameter, data)
+        _resize(model, tensor, axes)
     for group in losing:
         _follow(model, group, keep[group.name], index)
     shares = {norm: len(keep[group.name]) / group.units for group in losing for norm in group.scaled_norms}
@@ -47,9 +42,26 @@ def cut_groups(model: nn.Module, groups: Sequence[CoupledGroup], keep: Mapping[s
             rescale_norm(model.get_submodule(norm), share, norm)
 
 
+def _resize(model: nn.Module, tensor: str, axes: Mapping[int, KeptAxis]) -> None:
+    """Cut a parameter or a buffer, unless a constant has replaced it."""
+    module, parameter = held(model, tensor)
+    name = tensor.rpartition(".")[2]
+    data = module._buffers.get(name) if parameter is None else parameter.data
+    if data is None:
+        return
+    for axis in sorted(axes, reverse=True):
+        data = axes[axis].select(data)
+    if parameter is None:
+        module._buffers[name] = data
+    else:
+        resize(model, parameter, data)
+
+
 def _present_shapes(model: nn.Module, groups: Sequence[CoupledGroup]) -> dict[str, Shape]:
-    """Current shapes of the groups' tensors; a weight replaced by a constant is as wide as its outputs."""
+    """Current shapes of the groups' tensors and buffers; a weight replaced by a constant is as wide as its outputs."""
     shapes: dict[str, Shape] = {}
+    for name in dict.fromkeys(member.tensor for group in groups for member in group.buffers):
+        shapes[name] = tuple(model.get_buffer(name).shape)
     for tensor in dict.fromkeys(member.tensor for group in groups for member in group.members):
         module, parameter = held(model, tensor)
         if parameter is not None:
@@ -84,6 +96,12 @@ def _follow(model: nn.Module, group: CoupledGroup, kept: Sequence[int], index: K
             module.width = index.shape(member.tensor)[member.axis]
 
 
+def can_be_empty(model: nn.Module, group: CoupledGroup) -> bool:
+    """Whether constants can replace all modules of the group: none has further parameters (sinks) or submodules."""
+    modules = [model.get_submodule(member.tensor.rpartition(".")[0]) for member in group.members]
+    return all(set(module._parameters) <= {"weight", "bias"} and not module._modules for module in modules)
+
+
 def _empty(model: nn.Module, group: CoupledGroup, index: KeepIndex) -> None:
     """Replace the modules of a group that keeps nothing by constants; modules between them see a unit of zeros."""
     by_module: dict[str, list[AxisSlice]] = defaultdict(list)
@@ -92,7 +110,7 @@ def _empty(model: nn.Module, group: CoupledGroup, index: KeepIndex) -> None:
     for path, members in by_module.items():
         module = model.get_submodule(path)
         covered = all(index.shape(member.tensor)[member.axis] == 0 for member in members)
-        if set(module._parameters) - {"weight", "bias"} or module._modules or not covered:
+        if not covered or not can_be_empty(model, group):
             raise PlanError(f"{path} cannot lose all its channels", f"Keep at least one unit of {group.name}")
         of_weight = [member for member in members if member.tensor.endswith(".weight")]
         constant = ConstantOutput(sum(member.width for member in of_weight))

@@ -80,7 +80,8 @@ def _index(indices: IntArray, tensor: Tensor) -> Tensor:
 class KeepIndex(dict[str, dict[int, KeptAxis]]):
     """Kept indices by tensor and axis, for all tensors that lose units. Shapes are computed without index tensors.
 
-    shapes: of the tensors before removal; others are left out. choices: groups and their kept units.
+    shapes: of the tensors before removal; others are left out, buffers too if only parameters are given. choices:
+    groups and their kept units.
     """
 
     def __init__(self, shapes: Mapping[str, Shape], choices: Iterable[tuple[CoupledGroup, Kept]]) -> None:
@@ -88,7 +89,7 @@ class KeepIndex(dict[str, dict[int, KeptAxis]]):
         self._before = shapes
         for group, given in choices:
             kept = range(given) if isinstance(given, int) else given
-            for member in group.members if len(kept) < group.units else ():
+            for member in (*group.members, *group.buffers) if len(kept) < group.units else ():
                 if member.tensor in shapes:
                     axis = self.setdefault(member.tensor, {}).setdefault(
                         member.axis, KeptAxis(member.axis, shapes[member.tensor][member.axis])
@@ -135,7 +136,10 @@ def require_possible(graph: ModelGraph, keep: Mapping[str, Sequence[int]], dropp
             )
         least = max(group.least, 1 if group.bundle or group.layer < 0 else 0)
         if len(kept) < least:
-            raise PlanError(f"The plan keeps {len(kept)} units of {group.name}", f"Keep at least {least} of them")
+            reason = ", as many as a token may be routed to" if group.role is Role.EXPERT else ""
+            raise PlanError(
+                f"The plan keeps {len(kept)} units of {group.name}", f"Keep at least {least} of them{reason}"
+            )
         other, count = counts.setdefault(group.bundle or group.name, (group.name, len(kept)))
         if count != len(kept):
             raise PlanError(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from saap.core.records import ModelGraph, Role
 from saap.models.structure.keep_index import KeepIndex
 from saap.models.structure.linear import weight_out_in
+from saap.models.structure.routing import never_chosen
 
 
 @contextmanager
@@ -28,30 +28,27 @@ def masked(
     axis of a group inside a block, the result only approximates that of the cut.
     """
     index = KeepIndex.of(graph, keep)
+    losing = [group for group in graph.groups if len(keep.get(group.name, range(group.units))) < group.units]
     roles = {
         (member.tensor, member.axis): group.role
-        for group in graph.groups
-        for member in (group.producers if group.role in (Role.HIDDEN, Role.EXPERT) else group.consumers)
-        if len(keep.get(group.name, range(group.units))) < group.units
+        for group in losing
+        for member in (group.producers if group.role is Role.HIDDEN else group.consumers)
     }
-    never: dict[nn.Parameter, Tensor] = {}
+    experts = [group for group in losing if group.role is Role.EXPERT]
     with torch.no_grad(), ExitStack() as stack:
         for layer in dropped_blocks:
             block = model.get_submodule(graph.blocks[layer])
             stack.callback(block.register_forward_hook(_pass_through).remove)
         for (tensor, axis), role in roles.items():
             lost = index[tensor][axis]
-            if role is Role.EXPERT:
-                if len(graph.shapes[tensor]) == 2:
-                    never[model.get_parameter(tensor)] = torch.from_numpy(lost.removed[None])
-            elif None not in lost.removed or role is Role.HIDDEN:
+            if None not in lost.removed or role is Role.HIDDEN:
                 stack.enter_context(lost.zeroed(model.get_parameter(tensor).data))
             else:
                 hook = partial(_zero_channels, torch.from_numpy(lost.removed[None]))
                 module = model.get_submodule(tensor.rpartition(".")[0])
                 stack.callback(module.register_forward_pre_hook(hook).remove)
-        if never:
-            stack.enter_context(_NeverChosen(never))
+        if experts:
+            stack.enter_context(never_chosen(model, experts, keep))
         yield
 
 
@@ -62,25 +59,6 @@ def _zero_channels(removed: Tensor, module: nn.Module, arguments: tuple[Any, ...
 
 def _pass_through(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
     return (arguments[0], *output[1:]) if isinstance(output, tuple) else arguments[0]
-
-
-class _NeverChosen(TorchFunctionMode):
-    """Exclude experts from routing: their router logits are minus infinity.
-
-    routers: weight (experts, width) -> removed experts.
-    """
-
-    def __init__(self, routers: Mapping[nn.Parameter, Tensor]) -> None:
-        super().__init__()
-        self.removed = {id(parameter): rows for parameter, rows in routers.items()}
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, arguments: Sequence[Any] = (), keywords: Any = None
-    ) -> Any:
-        result = function(*arguments, **(keywords or {}))
-        if function is nn.functional.linear and len(arguments) > 1 and id(arguments[1]) in self.removed:
-            return result.index_fill(-1, self.removed[id(arguments[1])].to(result.device), -torch.inf)
-        return result
 
 
 @contextmanager
