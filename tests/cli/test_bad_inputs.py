@@ -95,6 +95,8 @@ FLAGS: list[Case] = [
     )],
     ((*RECOVER, "--tuning", "lora", "--error-feedback"), "--error-feedback"),
     ((*RECOVER, "--tuning", "lora", "--shard"), "--shard"),
+    ((*RECOVER, "--tune", "router"), "LlamaForCausalLM has no router in its blocks"),
+    ((*RECOVER, "--tune", "router", "--error-feedback"), "--error-feedback"),
     ((*RECOVER, "--shard"), "several processes"),
     (("recover", "MODEL"), "--output-dir"),
     (EVAL, "nothing to measure"),
