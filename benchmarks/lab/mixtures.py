@@ -39,7 +39,7 @@ class Split:
 
 
 FULL = Split()
-TRIAL = Split(sequences=4, length=64, steps=2)
+TRIAL = Split(experts=8, chosen=4, sequences=4, length=64, steps=2)
 
 
 def upcycled_folder(request: Request) -> Path:

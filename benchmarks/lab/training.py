@@ -134,7 +134,10 @@ def train_into(folder: Path, family: str, size: Size, seed: int = 0, *, short: b
     tokens = token_stream([text], tokenizer)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(configuration(family, size, len(tokenizer)))
-    save_trained(folder, family, train(model, tokens, size, seed), model, tokenizer)
+    losses = train(model, tokens, size, seed)
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False  # for the training's loss of the routing alone
+    save_trained(folder, family, losses, model, tokenizer)
 
 
 def save_trained(folder: Path, name: str, losses: Sequence[float], *parts: Any) -> None:
