@@ -19,6 +19,8 @@ from saap.data.texts import read_documents
 VOCABULARY = 2048
 END = "<|end|>"
 HEADS = 4
+EXPERTS, CHOSEN = 16, 4
+"""Experts of each layer and of each token in a mixture; those of a token are together as wide as another's FFN."""
 SHORT_CHARACTERS = 200_000
 FEW_STEPS = ["--max-steps", "2", "--max-seq-length", "64", "--validation-samples", "1"]
 """Of `saap recover` in a smoke run."""
@@ -54,6 +56,10 @@ def configuration(family: str, size: Size, vocabulary: int) -> Any:
         "opt": {**heads, **window, "ffn_dim": size.inner, "word_embed_proj_dim": size.width, "dropout": 0.0},
         "bloom": {"hidden_size": size.width, "n_layer": size.layers, "n_head": HEADS},
         "llama": {**grouped, **window},
+        "mixtral": {
+            **grouped, **window, "intermediate_size": size.inner // CHOSEN, "num_local_experts": EXPERTS,
+            "num_experts_per_tok": CHOSEN, "output_router_logits": True,
+        },
         "qwen3": {**grouped, **window, "head_dim": size.width // HEADS},
     }  # fmt: skip
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -128,7 +134,10 @@ def train_into(folder: Path, family: str, size: Size, seed: int = 0, *, short: b
     tokens = token_stream([text], tokenizer)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(configuration(family, size, len(tokenizer)))
-    save_trained(folder, family, train(model, tokens, size, seed), model, tokenizer)
+    losses = train(model, tokens, size, seed)
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False  # for the training's loss of the routing alone
+    save_trained(folder, family, losses, model, tokenizer)
 
 
 def save_trained(folder: Path, name: str, losses: Sequence[float], *parts: Any) -> None:

@@ -233,7 +233,8 @@ def recover(
     of `saap recover`. Raises SaapError.
 
     data: Training data, repeatable: .txt, .jsonl with text, instructions or chats.
-    tuning: groupwise: adapters on quantised weights; lora: plain LoRA in full precision.
+    tuning: groupwise: adapters on quantised weights; lora: plain LoRA in full precision; router: only the routers
+        of experts, in full precision.
     bits: Bits of a weight: 2, 3, 4 or 8.
     group_size: Inputs that share a scale and a zero point: 16, 32, 64 or 128.
     error_feedback: Quantise by GPTQ: later columns compensate for earlier ones.

@@ -69,6 +69,14 @@ def test_own_model_with_keyword_hidden_states(returns_tuple: bool) -> None:
     assert torch.equal(walked(BlockWalker(model, block_paths(model)), tokens), model(tokens))
 
 
+@torch.no_grad()
+def test_a_model_that_returns_its_routing_by_default_is_walked() -> None:
+    model, tokens = families.build("mixtral"), token_ids(1, 6)
+    expected = model(tokens).logits
+    model.config.output_router_logits = True
+    torch.testing.assert_close(walked(BlockWalker(model, block_paths(model)), tokens), expected, rtol=0, atol=0)
+
+
 def test_hooks_of_others_run_once_per_block() -> None:
     model, tokens = build("llama"), token_ids(1, 6)
     model.model.layers[1].register_forward_pre_hook(lambda module, arguments: (2 * arguments[0], *arguments[1:]))

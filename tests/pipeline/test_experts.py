@@ -22,20 +22,34 @@ from transformers import (
 import saap
 from saap.core.errors import ConfigurationError, PlanError, TargetError
 from saap.core.storage import PlanDocument
+from saap.pipeline.prune.run import RunOptions, run_prune
+from saap.pipeline.shared.progress import Silent
+from saap.settings.prune import PruneConfig
 from saap.surgery.cut import cut
 
 SETTINGS: dict[str, Any] = {"samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
 TOKENS = torch.arange(2, 42).reshape(2, 20)
 
 
+class Noted(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("experts")
+    return mixture(tmp_path_factory.mktemp("experts"))
+
+
+def mixture(folder: Path, experts: int = 4) -> Path:
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=1024, num_local_experts=4, num_experts_per_tok=2,
-        bos_token_id=0, eos_token_id=0,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=1024, num_local_experts=experts,
+        num_experts_per_tok=2, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     MixtralForCausalLM(config).eval().save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
@@ -113,6 +127,22 @@ def test_whole_experts_leave_with_their_router_rows(
         assert stock.config.num_local_experts == kept[0]
         torch.testing.assert_close(logits(stock), logits(opened), rtol=0, atol=0)
     assert opened.generate(TOKENS[:1], max_new_tokens=4, do_sample=False).shape[1] == 24
+
+
+@pytest.mark.parametrize(("importance", "layout"), [("reap", "uniform"), ("frequency", "adaptive")])
+def test_experts_are_removed_by_scores_of_a_forward_pass(tmp_path: Path, importance: str, layout: str) -> None:
+    source, out, reporter = mixture(tmp_path / "dense", experts=5), tmp_path / "small", Noted()
+    model = AutoModelForCausalLM.from_pretrained(source)
+    gate = model.model.layers[1].mlp.gate.weight.data
+    gate[2:4], gate[4] = -gate[:2], 0  # two of the first four logits are always above that of the last
+    model.save_pretrained(source)
+    config = PruneConfig(pruning_ratio=0.2, layout=layout, roles="expert", importance=importance, **SETTINGS)
+    (result,) = run_prune(source, config, RunOptions(out=out), reporter)
+    assert len(result.plan.keep["layers.1.expert"]) < 5
+    assert 4 not in result.plan.keep["layers.1.expert"]
+    (note,) = [note for note in reporter.notes if "calibration token" in note]
+    assert note == "1 of 15 experts got no calibration token and are removed first: 4 of layers.1.expert"
+    torch.testing.assert_close(logits(saap.load(out)), logits(result.model), rtol=0, atol=0)
 
 
 def test_no_fewer_experts_stay_than_a_token_is_sent_to(source: Path, tmp_path: Path) -> None:

@@ -317,7 +317,8 @@ class GroupScores:
 class ImportanceScores(Digested):
     """Result of the estimation: statistics per group, with the digests of the graph and the calibration set.
 
-    element_order: "1", "2" or "mixed". losses: mean loss of each sample in nats.
+    element_order: "1", "2" or "mixed". losses: mean loss of each sample in nats,
+    (0,) if the scores need no backward pass.
     """
 
     graph_digest: str

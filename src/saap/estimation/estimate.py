@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 
 from saap.core.errors import CalibrationError, ConfigurationError, UnsupportedModelError
@@ -51,7 +52,10 @@ def estimate(
     observer: ScoreObserver = (scoring.observer or usual)(backend, groups)
     rows = 1 if observer.one_by_one else micro_batch or max(1, TOKENS_AT_ONCE // length)
     tokens = torch.from_numpy(calibration.tokens).to(backend.device)
-    walk(backend, tokens, [observer, *also], micro_batch=rows, ignored=calibration.ignored)
+    passes = {True: [*also]} if also else {}  # with and without a backward pass
+    passes.setdefault(observer.backward, []).append(observer)
+    for backward, observers in passes.items():
+        walk(backend, tokens, observers, micro_batch=rows, backward=backward, ignored=calibration.ignored)
     losses, found = observer.result()
     unscored = next((group.name for group in groups if group.name not in found), None)
     if unscored is not None:
@@ -72,6 +76,13 @@ def unit_scores(
     """Mean and variance over samples of the chosen importance, by group. scope: of the fusion."""
     scoring: Scoring = importance.load()
     return scoring.units(scores, graph, scope)
+
+
+def unused_experts(scores: ImportanceScores, graph: ModelGraph) -> dict[str, list[int]]:
+    """Experts that no calibration token was routed to, by group: their scores are zero, so they are removed first."""
+    names = [group.name for group in graph.of_role(Role.EXPERT) if group.name in scores.groups]
+    unused = {name: np.flatnonzero(scores.groups[name].element == 0).tolist() for name in names}
+    return {name: units for name, units in unused.items() if units}
 
 
 def require_measured(scores: ImportanceScores, importance: Importance) -> None:

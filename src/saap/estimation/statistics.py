@@ -53,10 +53,12 @@ def merge(one: Moments, other: Moments) -> Moments:
 class ScoreObserver(Observer):
     """Observer that collects the losses and the statistics of scores; `observe` of a subclass calls `add`.
 
-    one_by_one: whether a micro-batch must be one sample.
+    one_by_one: whether a micro-batch must be one sample. backward: whether it observes a backward pass; without one
+    there are no losses.
     """
 
     one_by_one = False
+    backward = True
 
     def __init__(self, groups: Iterable[CoupledGroup]) -> None:
         self._names = [group.name for group in groups]
@@ -93,4 +95,4 @@ class ScoreObserver(Observer):
 
     def result(self) -> tuple[FloatArray, dict[str, GroupScores]]:
         """Losses of all samples, and the statistics of every group that was scored."""
-        return np.concatenate(self._losses), {name: one.scores for name, one in self._moments.items()}
+        return np.concatenate([np.empty(0), *self._losses]), {name: one.scores for name, one in self._moments.items()}

@@ -269,7 +269,9 @@ class PruneConfig(Settings):
         }
         changed = [flag for flag, is_default in rules.items() if not is_default]
         ours = self.method is Method.SAAP
-        taylor = [Importance(name) for name in Importance if name != Importance.TOKEN_FISHER]
+        forward = [name for name in Importance if name.of_experts]
+        taylor = [Importance(name) for name in Importance if name not in (Importance.TOKEN_FISHER, *forward)]
+        others = [role for role in self.roles if role is not PrunableRole.EXPERT]
         used_by: dict[str, list[Importance]] = {
             "element_order": [Importance.FUSED], "fusion_scope": [Importance.FUSED], "aggregation": taylor,
         }  # fmt: skip
@@ -296,6 +298,10 @@ class PruneConfig(Settings):
                 fast and untimed,
                 f"--target-speedup cannot be combined with the role {' or '.join(untimed)}, whose time is not measured",
                 "Use --roles ffn,attention,block, or --pruning-ratio",
+            ), (
+                self.importance.of_experts and others,
+                f"--importance {self.importance} scores whole experts, not the role {' or '.join(others)}",
+                "Use --roles expert, or another importance",
             ), (
                 not ours and changed,
                 f"--method {self.method} has rules of its own, so {' and '.join(changed)} cannot be chosen",

@@ -23,10 +23,11 @@ DENSE_CODE = "Run code that the dense model's repository ships."
 
 
 class Tuning(StrEnum):
-    """Trained parameters of the recovery: adapters on quantised weights, or plain LoRA (reference)."""
+    """Trained parameters of the recovery: adapters on quantised weights, plain LoRA (reference), or only routers."""
 
     GROUPWISE = "groupwise"
     LORA = "lora"
+    ROUTER = "router"
 
 
 class RecoverConfig(Settings):
@@ -42,7 +43,12 @@ class RecoverConfig(Settings):
         Texts, Filled, data_flag("Training data, repeatable: .txt, .jsonl with text, instructions or chats.")
     ] = ("mixed",)
     tuning: Annotated[
-        Tuning, quantised_flag("groupwise: adapters on quantised weights; lora: plain LoRA in full precision.")
+        Tuning,
+        quantised_flag(
+            "groupwise: adapters on quantised weights; lora: plain LoRA in full precision; router: only the routers of "
+            "experts, in full precision.",
+            aliases=("tune",),
+        ),
     ] = Tuning.GROUPWISE
     bits: Annotated[int, one_of(*LEGAL_BITS), quantised_flag("Bits of a weight: 2, 3, 4 or 8.")] = 4
     group_size: Annotated[
@@ -104,9 +110,10 @@ class RecoverConfig(Settings):
     @model_validator(mode="after")
     def _check_tuning(self) -> Self:
         for flag, given in (("--error-feedback", self.error_feedback), ("--shard", self.shard)):
-            if given and self.tuning is Tuning.LORA:
+            if given and self.tuning is not Tuning.GROUPWISE:
                 raise ValueError(
-                    f"{flag} requires quantised layers, which plain LoRA does not have", "Leave out one of the two"
+                    f"{flag} requires quantised layers, which --tuning {self.tuning} does not have",
+                    "Leave out one of the two",
                 )
         return self
 

@@ -73,6 +73,13 @@ class Importance(Registered):
     ELEMENT1 = "element1", "saap.estimation.importance.ELEMENT1", "first order, absolute over weights"
     ELEMENT2 = "element2", "saap.estimation.importance.ELEMENT2", "second order over weights (Fisher diagonal)"
     MIXED = "mixed", "saap.estimation.importance.MIXED", "both orders over weights, absolute"
+    REAP = "reap", "saap.estimation.reap.REAP", "gate times output norm of an expert (role expert only)"
+    FREQUENCY = "frequency", "saap.estimation.routing.FREQUENCY", "share of tokens of an expert (role expert only)"
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether it scores whole experts only."""
+        return self in (Importance.REAP, Importance.FREQUENCY)
 
 
 class Strategy(Registered):

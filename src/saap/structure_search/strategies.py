@@ -84,8 +84,13 @@ def _greatest_first(indicator: FloatArray) -> IntArray:
 
 
 def _shared_by_importance(name: str, problem: SearchProblem, order: Callable[[UnitScores], IntArray]) -> Proposal:
-    orders: Orders = {group: order(score) for group, score in problem.scores.items()}
+    orders: Orders = {group: _unused_first(order(score), score) for group, score in problem.scores.items()}
     return problem.propose(name, problem.by_share(module_shares(problem.variables, problem.scores)), orders)
+
+
+def _unused_first(order: IntArray, score: UnitScores) -> IntArray:
+    """The order, after the units that never act (experts without tokens): their score never fluctuates either."""
+    return order[np.argsort(score.mean[order] != 0, kind="stable")]
 
 
 def standardised_fluctuation(variance: FloatArray) -> FloatArray:

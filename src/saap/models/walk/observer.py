@@ -60,14 +60,15 @@ class Batch:
 class Observation(SimpleNamespace):
     """One call of a module for a micro-batch. Only the needed signals are set.
 
-    x, y: its input and output, (..., channels). dx, dy: their gradients for each sample's own loss; dx only through
-    this module. dw: gradient of a weight, a sum over the samples.
+    x, y: its input and output, (..., channels). arguments: all positional ones, in a forward walk. dx, dy: gradients of
+    x and y for each sample's own loss; dx only through this module. dw: gradient of a weight, a sum over the samples.
     """
 
     site: str
     batch: Batch
     x: Tensor
     y: Tensor
+    arguments: tuple[Any, ...]
     dy: Tensor
     dx: Tensor
     dw: Tensor
@@ -117,10 +118,11 @@ def hooked(hooks: Mapping[nn.Module, Callable[..., Any]], *, before: bool = Fals
 
 
 class Capture(NamedTuple):
-    """Input and output of a linear module at one call: (sequences, tokens, channels)."""
+    """Input and output of a module at one call, (sequences, tokens, channels), and its positional arguments."""
 
     input: Tensor
     output: Tensor
+    arguments: tuple[Any, ...]
 
 
 class _StopBlockError(Exception):
@@ -136,7 +138,7 @@ def capture(model: nn.Module, paths: Sequence[str], *, stop: bool = False) -> It
     seen: dict[str, Capture] = {}
 
     def record(path: str, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        seen[path] = Capture(arguments[0], output)
+        seen[path] = Capture(arguments[0], output, arguments)
         if stop:
             raise _StopBlockError
 

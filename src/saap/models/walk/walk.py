@@ -119,9 +119,9 @@ class _Walk:
         with capture(self.walker.model, [site for site in needs if site != block]) as found:
             after = self.walker.run_block(layer, hidden, contexts)
         if block in needs:
-            found[block] = Capture(hidden, after)
-        for site, (x, y) in found.items():
-            self._show(Observation(site=site, batch=batch, x=x, y=y))
+            found[block] = Capture(hidden, after, (hidden,))
+        for site, (x, y, arguments) in found.items():
+            self._show(Observation(site=site, batch=batch, x=x, y=y, arguments=arguments))
         return after
 
     def _gradient(self, batch: Batch, hidden: Tensor) -> Tensor:

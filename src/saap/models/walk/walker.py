@@ -82,6 +82,8 @@ class BlockWalker:
         self.blocks: tuple[nn.Module, ...] = tuple(model.get_submodule(path) for path in block_paths)
         self._products = products
         self._options = without_cache(model)
+        if "output_router_logits" in inspect.signature(model.forward).parameters:
+            self._options["output_router_logits"] = False  # the loss of the routing needs those of blocks that ran
         self._extra_outputs: dict[type[nn.Module], int | None] = {}
         self._checked = False
 

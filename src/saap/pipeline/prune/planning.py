@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from saap.core.errors import listed
 from saap.core.records import ImportanceScores, Role, StructurePlan, UnitScores, require_same
 from saap.core.storage import read_plan, read_scores
-from saap.estimation.estimate import estimate, unit_scores
+from saap.estimation.estimate import estimate, unit_scores, unused_experts
 from saap.models.loading.devices import quick_products
 from saap.models.walk.observer import Observer
 from saap.models.walk.offload import offloaded
@@ -44,10 +45,16 @@ def estimate_scores(run: Run, also: Sequence[Observer] = ()) -> ImportanceScores
     config, backend = run.config, run.backend
     if config.importance is Importance.TOKEN_FISHER:  # the others are sums that cancel, which rounding disturbs
         backend = dataclasses.replace(backend, products=quick_products(run.device, run.loaded.dtype))
-    return estimate(
+    scores = estimate(
         backend, run.tokens.scored, roles=unit_roles(config.roles) or [Role.FFN, Role.ATTENTION],
         importance=config.importance, element_order=config.element_order, aggregation=config.aggregation, also=also,
     )  # fmt: skip
+    unused = unused_experts(scores, run.graph)
+    if unused:
+        count, every = sum(map(len, unused.values())), sum(group.units for group in run.graph.of_role(Role.EXPERT))
+        names = listed([f"{', '.join(map(str, units))} of {name}" for name, units in unused.items()], 6)
+        run.meter.reporter.note(f"{count} of {every} experts got no calibration token and are removed first: {names}")
+    return scores
 
 
 def read_run_scores(run: Run, path: Path) -> ImportanceScores:

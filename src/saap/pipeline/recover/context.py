@@ -15,9 +15,10 @@ from saap.core.records import IntArray, digest_of
 from saap.data.samples import leading_ids
 from saap.data.texts import GENERAL
 from saap.data.training import TrainingData, training_data
+from saap.discovery.blocks import find_blocks
 from saap.export.placing import check_output
 from saap.models.loading.devices import pick_device, pick_dtype
-from saap.models.loading.pretrained import load_tokenizer
+from saap.models.loading.pretrained import load_tokenizer, model_without_weights
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.processes import Processes
 from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
@@ -29,6 +30,7 @@ from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import READ_RECORDS
 from saap.pipeline.shared.tokens import EVALUATION, evaluation_sets
 from saap.recovery.adapter import require_peft
+from saap.recovery.routers import find_routers
 from saap.settings.recover import RecoverConfig, Tuning
 
 
@@ -89,6 +91,9 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
     meter = Meter(reporter if processes.first else Silent(), device)
     with meter.stage(READ_RECORDS):
         resolved = resolve_model(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        if config.tuning is Tuning.ROUTER:
+            skeleton = model_without_weights(resolved)
+            find_routers(skeleton, find_blocks(skeleton))
         tokenizer = load_tokenizer(resolved)
         earlier = manifest_of(resolved)
         config, teacher = _with_teacher(config, source, earlier, tokenizer, meter)

@@ -31,6 +31,7 @@ from saap.pipeline.shared.targets import work_path
 from saap.pipeline.shared.work import WorkFolder
 from saap.recovery.adapter import AdaptedLinear, adapt, add_lora, merge
 from saap.recovery.quantise import check_group_sizes, quantise, quantise_by_feedback
+from saap.recovery.routers import TunedRouters
 from saap.recovery.sharding import check_shardable, shard_layers
 from saap.recovery.train import Report, Trainer, Training
 from saap.settings.recover import RecoverConfig, Tuning
@@ -110,14 +111,12 @@ def _teacher(run: Recovery, dense: Behaviour | None) -> tuple[Any | None, Behavi
 
 
 def _model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parameter], Behaviour | None]:
-    """The model, the handle of its LoRA layers if any, the trained parameters, and its figures once quantised."""
+    """The model, the handle of what is trained in full precision if any, the parameters, and its figures quantised."""
     config = run.config
-    if config.tuning is Tuning.LORA:
+    if config.tuning is not Tuning.GROUPWISE:
         with run.meter.stage(stages.LOAD):
             model = load_model(run.resolved, device=run.device)
-            handle, parameters = add_lora(
-                model, _linears(model), rank=config.rank, alpha=config.alpha, seed=config.seed
-            )
+            handle, parameters = _in_full_precision(config, model)
         _check_fits(run, model)
         return model, handle, parameters, None
     with run.meter.stage(stages.QUANTISE, f"{config.bits} bits in groups of {config.group_size}"):
@@ -130,6 +129,14 @@ def _model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parame
     if left:
         run.meter.reporter.note(f"{len(left)} matrices of the blocks are not linear layers and are not tuned")
     return model, None, parameters, quantised
+
+
+def _in_full_precision(config: RecoverConfig, model: nn.Module) -> tuple[Any, dict[str, nn.Parameter]]:
+    """A handle whose `merge_and_unload` returns the plain tuned model, and the trained parameters."""
+    if config.tuning is Tuning.ROUTER:
+        routers = TunedRouters(model, find_blocks(model))
+        return routers, routers.parameters
+    return add_lora(model, _linears(model), rank=config.rank, alpha=config.alpha, seed=config.seed)
 
 
 def _quantised_model(run: Recovery) -> Any:

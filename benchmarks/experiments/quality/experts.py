@@ -1,0 +1,121 @@
+"""Whole experts of two mixtures: which score chooses those to remove, and what tuned routers recover."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from harness.charts import bars
+from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
+from lab.commands import made_by_saap, timed_saap
+from lab.dense import Dense, opened
+from lab.mixtures import FULL, TRIAL, upcycled_folder
+from lab.texts import TEXTS
+from lab.training import FEW_STEPS, trained_folder
+
+from saap.core.records import CalibrationSet, Role
+from saap.estimation.estimate import estimate, unit_scores
+from saap.models.structure.masking import masked
+from saap.settings.prune import FusionScope
+from saap.settings.registry import Importance
+
+MODELS = ("upcycled", "trained")
+CALIBRATIONS = ("mixed", "novels")
+MEASURED = ("wikitext2", "novel")
+SCORES = (Importance.REAP, Importance.FREQUENCY, Importance.TOKEN_FISHER, Importance.FUSED)
+OURS, RANDOM, ROUTER = str(Importance.TOKEN_FISHER), "random", "router"
+RATIOS = {"25 %": 0.25, "50 %": 0.5}
+MOST = "50 %"
+CELLS = [f"{model}/{what}" for model in MODELS for what in (*CALIBRATIONS, ROUTER)]
+SETTINGS = {
+    "model": "{model}", "calibrations": list(CALIBRATIONS), "measured on": list(MEASURED),
+    "pruning ratios": list(RATIOS.values()), "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
+    "measured tokens": Scaled(512, 8192), "minutes of router tuning": 5, "seed": 0,
+    "upcycled": Scaled(*(f"{s.experts} experts, {s.chosen} of each token" for s in (TRIAL, FULL))),
+}  # fmt: skip
+
+
+def measure(request: Request, wanted: Names) -> Measured:
+    """Perplexities of the masked mixtures, equal numbers in all layers; nothing compensates except in `router`."""
+    for model in dict.fromkeys(cell.partition("/")[0] for cell in wanted):
+        folder = upcycled_folder(request) if model == "upcycled" else trained_folder(request, "mixtral")
+        with opened(str(folder)) as dense:
+            for calibration in CALIBRATIONS:
+                if f"{model}/{calibration}" in wanted:
+                    yield f"{model}/{calibration}", of_scores(dense, calibration, request.settings)
+            if f"{model}/{ROUTER}" in wanted:
+                yield f"{model}/{ROUTER}", tuned_routers(request, model, folder, dense)
+
+
+def of_scores(dense: Dense, calibration: str, chosen: Values) -> Values:
+    """Perplexity on each text: unpruned, and by score and ratio."""
+    samples = dense.samples(calibration, chosen["seed"], scored=(chosen["samples"], chosen["sample length"]))["scored"]
+    texts = {name: dense.text(TEXTS[name], chosen["measured tokens"]) for name in MEASURED}
+
+    def perplexities() -> dict[str, float]:
+        return {name: dense.perplexity(text) for name, text in texts.items()}
+
+    found: dict[str, dict[str, Values]] = {}
+    for score, orders in removal_orders(dense, samples, chosen["seed"]).items():
+        found[score] = {}
+        for name, ratio in RATIOS.items():
+            kept = {group: tuple(sorted(order[round(ratio * len(order)) :])) for group, order in orders.items()}
+            with masked(dense.model, dense.graph, kept):
+                found[score][name] = perplexities()
+    return {"unpruned": perplexities(), "scores": found}
+
+
+def removal_orders(dense: Dense, samples: CalibrationSet, seed: int) -> Mapping[str, Mapping[str, list[int]]]:
+    """By score and group, the experts from the first to the last that is removed."""
+    generator = np.random.default_rng(seed)
+    groups = dense.graph.of_role(Role.EXPERT)
+    found = {RANDOM: {group.name: generator.permutation(group.units).tolist() for group in groups}}
+    for score in SCORES:
+        measured = estimate(dense.backend, samples, roles=[Role.EXPERT], importance=score)
+        units = unit_scores(measured, dense.graph, score, FusionScope.LAYER_ROLE)
+        found[str(score)] = {name: np.argsort(one.mean, kind="stable").tolist() for name, one in units.items()}
+    return found
+
+
+def tuned_routers(request: Request, model: str, folder: Path, dense: Dense) -> Values:
+    """What `saap recover --tune router` makes of the mixture without half of its experts."""
+    half = [(one, round(RATIOS[MOST] * one.units)) for one in dense.graph.of_role(Role.EXPERT)]
+    removed = sum(count * one.parameters_per_unit(dense.graph.shapes) for one, count in half)
+    ratio = f"{removed / dense.graph.block_parameters - 1e-4:.4f}"
+    flags = ["--roles", "expert", "--importance", "reap", "--layout", "uniform", "--no-restore", "--preset", "fast"]
+    name = f"{model}-{request.size('trial', 'half')}-of-the-experts"
+    pruned = made_by_saap(request, name, "prune", folder, "--pruning-ratio", ratio, *flags)
+    limits = FEW_STEPS if request.quick else ["--max-minutes", str(request.settings["minutes of router tuning"])]
+    with tempfile.TemporaryDirectory() as temporary:
+        tune = ["recover", pruned, "--tune", "router", "--dense", folder, *limits, "--out", Path(temporary) / "tuned"]
+        report, seconds, _ = timed_saap(*tune)
+    names = ("perplexity_dense", "perplexity_before", "perplexity", "gap_closed")
+    return {**{name: report[name] for name in names}, "seconds": round(seconds, 1)}
+
+
+def summarise(cells: Cells) -> Values:
+    rows = []
+    for model in MODELS:
+        for calibration in CALIBRATIONS:
+            cell = cells[f"{model}/{calibration}"]
+            for ratio in RATIOS:
+                for text, unpruned in cell["unpruned"].items():
+                    ratios = {score: found[ratio][text] / unpruned for score, found in cell["scores"].items()}
+                    rows.append({
+                        "model": model, "calibration": calibration, "removed": ratio, "text": text, "ratios": ratios,
+                        "unpruned": unpruned, "best": min(ratios, key=lambda score: ratios[score]),
+                        "quotient": ratios[OURS] / ratios[Importance.REAP],
+                    })  # fmt: skip
+    quotients = [row["quotient"] for row in rows if row["removed"] == MOST]
+    return {
+        "rows": rows, "scores": [*map(str, SCORES), RANDOM], "least": min(quotients), "most": max(quotients),
+        "routers": {model: cells[f"{model}/{ROUTER}"] for model in MODELS}, "half": RATIOS[MOST],
+        "wins": {score: sum(row["best"] == score for row in rows) for score in (*map(str, SCORES), RANDOM)},
+    }  # fmt: skip
+
+
+def figures(summary: Values) -> Figures:
+    rows = [row for row in summary["rows"] if row["removed"] == MOST]
+    labels = [f"{row['model']}, {row['calibration']}: {row['text']}" for row in rows]
+    values = {score: [row["ratios"][score] for row in rows] for score in summary["scores"]}
+    return [bars("experts", values, labels, x="perplexity / unpruned")]

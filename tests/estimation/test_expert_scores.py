@@ -1,0 +1,161 @@
+"""Scores of whole experts from a forward pass: against their definitions, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests import families
+from torch import nn
+
+from saap.core.errors import UnsupportedModelError
+from saap.core.records import CalibrationSet, GroupScores, ModelGraph, Role, UnitScores
+from saap.discovery import discover
+from saap.estimation.estimate import estimate, unit_scores, unused_experts
+from saap.estimation.reap import per_routed_token
+from saap.models.walk.backend import Backend
+from saap.models.walk.spill import Spill
+from saap.models.walk.walker import BlockWalker
+from saap.settings.prune import FusionScope, Layout, PrunableRole
+from saap.settings.registry import Importance, Strategy
+from saap.structure_search.budget import budget_for_ratio
+from saap.structure_search.plan import SearchSpace, search
+
+SAMPLES, LENGTH = 3, 9
+OF_EXPERTS = [name for name in Importance if name.of_experts]
+
+
+def calibration(tokens: torch.Tensor) -> CalibrationSet:
+    return CalibrationSet(sources=("random",), seed=0, tokens=tokens.numpy())
+
+
+def scores_of(model: Any, graph: ModelGraph, importance: Importance, **how: Any) -> dict[str, UnitScores]:
+    text = calibration(families.token_ids(SAMPLES, LENGTH))
+    found = estimate(
+        Backend(model, graph, spill=how.pop("spill", None)), text, roles=[Role.EXPERT], importance=importance, **how
+    )
+    return dict(unit_scores(found, graph, importance, FusionScope.LAYER_ROLE))
+
+
+@pytest.fixture(scope="module", params=families.EXPERTS)
+def mixture(request: pytest.FixtureRequest) -> tuple[Any, ModelGraph]:
+    model = families.build(request.param)
+    return model, discover(model)
+
+
+@pytest.fixture(scope="module")
+def mixtral() -> tuple[Any, ModelGraph]:
+    model = families.build("mixtral")
+    return model, discover(model)
+
+
+@torch.no_grad()
+def by_definition(model: Any, tokens: torch.Tensor) -> dict[str, tuple[list[float], list[float]]]:
+    """Mean of gate x norm over the routed tokens, and their share, from each expert's own matrices."""
+    found = {}
+    for layer, block in enumerate(model.model.layers):
+        calls: list[tuple[torch.Tensor, ...]] = []
+        handle = block.mlp.experts.register_forward_hook(lambda _, given, __, calls=calls: calls.append(given))
+        model(tokens, use_cache=False)
+        handle.remove()
+        ((states, chosen, gates),) = calls
+        means, shares = [], []
+        for expert in range(len(block.mlp.experts.down_proj)):
+            gate, up = (states @ block.mlp.experts.gate_up_proj[expert].T).chunk(2, -1)
+            output = (nn.functional.silu(gate) * up) @ block.mlp.experts.down_proj[expert].T
+            routed, place = torch.where(chosen == expert)
+            means.append(float((gates[routed, place] * output[routed].norm(dim=-1)).mean()))
+            shares.append(len(routed) / tokens.numel())
+        found[f"layers.{layer}.expert"] = means, shares
+    return found
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_scores_are_those_of_the_definitions(mixture: tuple[Any, ModelGraph], micro_batch: int) -> None:
+    expected = by_definition(mixture[0], families.token_ids(SAMPLES, LENGTH))
+    for importance, place in ((Importance.REAP, 0), (Importance.FREQUENCY, 1)):
+        found = scores_of(*mixture, importance, micro_batch=micro_batch)
+        assert set(found) == set(expected)
+        for name, score in found.items():
+            np.testing.assert_allclose(score.mean, expected[name][place], rtol=1e-6)
+            assert (score.variance >= 0).all()
+
+
+@pytest.mark.parametrize("importance", OF_EXPERTS)
+def test_no_backward_pass_is_made(
+    mixtral: tuple[Any, ModelGraph], importance: Importance, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delattr(BlockWalker, "backward_to_weights")
+    each = scores_of(*mixtral, importance)
+    spilled = scores_of(*mixtral, importance, spill=Spill(tmp_path))
+    for name, score in each.items():
+        np.testing.assert_allclose(spilled[name].mean, score.mean)
+
+
+def test_the_mean_over_routed_tokens_and_its_variance() -> None:
+    share, total = np.array([[0.5, 0], [1, 0]]), np.array([[2.0, 0], [3, 0]])  # of two samples and experts
+    centred = share - share.mean(0), total - total.mean(0)
+    measured = GroupScores(
+        vector=share.mean(0), vector_m2=(centred[0] ** 2).sum(0), element=total.mean(0),
+        element_m2=(centred[1] ** 2).sum(0), comoment=(centred[0] * centred[1]).sum(0),
+    )  # fmt: skip
+    found = per_routed_token(measured)
+    mean = 2.5 / 0.75
+    np.testing.assert_allclose(found.element, [mean, 0])
+    np.testing.assert_allclose(found.element_m2, [((0.5 - mean * 0.25) ** 2) * 2 / 0.75**2, 0])
+    assert np.array_equal(found.vector, found.element)
+
+
+def never_the_last(model: Any) -> Any:
+    """A copy whose first layer never selects its last expert."""
+    model = copy.deepcopy(model)
+    stock = nn.functional.linear
+    gate = model.model.layers[0].mlp.gate
+
+    def forward(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = stock(states, gate.weight).index_fill(-1, torch.tensor([3]), -torch.inf)
+        gates, numbers = logits.softmax(-1).topk(2, -1)
+        return logits, gates / gates.sum(-1, keepdim=True), numbers
+
+    gate.forward = forward
+    return model
+
+
+@pytest.mark.parametrize("importance", [*OF_EXPERTS, Importance.FUSED, Importance.TOKEN_FISHER])
+def test_an_expert_without_tokens_is_known_and_removed_first(
+    mixtral: tuple[Any, ModelGraph], importance: Importance
+) -> None:
+    model, graph = never_the_last(mixtral[0]), mixtral[1]
+    text = calibration(families.token_ids(SAMPLES, LENGTH))
+    found = estimate(Backend(model, graph), text, roles=[Role.EXPERT], importance=importance)
+    assert unused_experts(found, graph) == {"layers.0.expert": [3]}
+    units = unit_scores(found, graph, importance, FusionScope.LAYER_ROLE)
+    space = SearchSpace(roles=(PrunableRole.EXPERT,), layout=Layout.UNIFORM, align=1)
+    for strategy in (Strategy.UNIFORM, Strategy.STABILITY, Strategy.VOLATILITY_Z, Strategy.VOLATILITY_CV):
+        plan = search(graph, units, budget_for_ratio(graph, 0.15), space, strategy)
+        kept = plan.keep["layers.0.expert"]
+        assert len(kept) == 3
+        assert 3 not in kept, strategy
+
+
+@pytest.mark.parametrize("importance", OF_EXPERTS)
+def test_other_units_are_refused(mixtral: tuple[Any, ModelGraph], importance: Importance) -> None:
+    text = calibration(families.token_ids(SAMPLES, LENGTH))
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.attention is not a stack of experts"):
+        estimate(Backend(*mixtral), text, roles=[Role.ATTENTION], importance=importance)
+
+
+@pytest.mark.parametrize("importance", OF_EXPERTS)
+def test_experts_that_are_not_given_their_tokens_are_refused(
+    mixtral: tuple[Any, ModelGraph], importance: Importance
+) -> None:
+    model = copy.deepcopy(mixtral[0])
+    for block in model.model.layers:
+        block.mlp.experts.forward = lambda states, *, numbers, gates: states
+        block.mlp.forward = lambda states, mlp=block.mlp: mlp.experts(states, numbers=None, gates=None)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.experts is not called with the experts"):
+        scores_of(model, mixtral[1], importance)
