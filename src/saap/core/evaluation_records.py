@@ -6,7 +6,8 @@ Fields with a default may be missing in a file: pages need only the others. Requ
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+import sys
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, computed_field
 
@@ -51,6 +52,12 @@ class Perplexity(_Record):
     stride: Count = 0
     text_digest: str = ""
     leading: Count = 0
+
+    def over(self, tokens: float) -> Self:
+        """The same loss of the text per token, if those were `tokens`: what another tokenizer makes of it."""
+        nll = self.nll * self.tokens / tokens
+        value = math.exp(nll) if nll < math.log(sys.float_info.max) else math.inf  # NaN compares false
+        return self.model_copy(update={"value": nll if math.isnan(nll) else value, "nll": nll, "tokens": round(tokens)})
 
 
 class ChatPerplexity(_Record):

@@ -88,19 +88,23 @@ def with_needs(tokens: Collection[int], needs: Needs) -> set[int]:
     return found
 
 
-def keep_tokens(order: Sequence[int] | IntArray, required: Collection[int], needs: Needs, size: int) -> tuple[int, ...]:
-    """Ids of the `size` tokens to keep, ascending: the required ones, then by the order, with what they are built from.
+def keep_tokens(
+    order: Sequence[int] | IntArray, required: Collection[int], needs: Needs, size: int, step: int = 1
+) -> tuple[int, ...]:
+    """Ids of the tokens to keep, ascending: the required ones, then by the order, with what they are built from.
 
-    A token that does not fit any more with what it needs is passed over, until smaller ones have filled the room.
-    Tokens that the tokenizer never produces are not kept. Fewer are kept if there are no more. Raises TargetError if
-    more than `size` are required.
+    size: their number, rounded down to a multiple of `step`. A token that does not fit any more with what it needs is
+    passed over, until smaller ones have filled the room. Tokens that the tokenizer never produces are not kept. Fewer
+    are kept if there are no more. Raises TargetError if more are required.
     """
     kept = with_needs(required, needs)
-    if len(kept) > size:
+    asked, size, least = size, size // step * step, -(-len(kept) // step) * step
+    if least > size:
         raise TargetError(
-            f"{len(kept):,} tokens have to stay, more than the {size:,} requested: single bytes or characters, special "
-            "tokens, digits, and the tokens of your own text with what they are built from",
-            f"Ask for at least {len(kept):,}, or give less text with --calibration",
+            f"{len(kept):,} tokens have to stay, which needs {least:,} rows, more than the {asked:,} to keep: single "
+            "bytes or characters, special and added tokens, digits, and the tokens of the chat template and of your "
+            "own text, with what they are built from",
+            f"Keep at least {least:,}",
         )
     waiting = [int(token) for token in order if token not in kept]
     while len(kept) < size and waiting:

@@ -119,7 +119,7 @@ def fallbacks(found: Described) -> set[int]:
 
     def pieces(content: str) -> list[str]:
         inside = bool(prefix) and content.startswith(prefix) and len(content) > len(prefix)
-        first, *others = content.removeprefix(prefix) if inside else content or " "
+        first, *others = list(content.removeprefix(prefix) if inside else content or " ")
         return [prefix * inside + first, *(prefix + other for other in others)]
 
     return present | {

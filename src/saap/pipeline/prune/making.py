@@ -91,12 +91,12 @@ def read_made(run: Run, target: Target) -> Made:
     return Made(plan, record["base_model_type"], restored=Restored.model_validate(restored))
 
 
-def manifest_of_run(run: Run, plan: StructurePlan, scores: ImportanceScores) -> RunManifest:
+def manifest_of_run(run: Run, plan: StructurePlan, scores: ImportanceScores | None) -> RunManifest:
     """The manifest of a result that has not been measured."""
     graph, itemsize, folder = run.graph, run.loaded.dtype.itemsize, run.loaded.folder
-    digests = {
-        "graph": graph.digest, "calibration": run.tokens.scored.digest, "scores": scores.digest, "plan": plan.digest,
-    }  # fmt: skip
+    digests = {"graph": graph.digest, "calibration": run.tokens.scored.digest, "plan": plan.digest}
+    if scores is not None:
+        digests["scores"] = scores.digest
     if plan.layout is Layout.ADAPTIVE:
         digests["modeling_code"] = hashlib.sha256(Path(modeling_pruned.__file__).read_bytes()).hexdigest()
     licence = licence_of(folder) if folder is not None else None
@@ -105,13 +105,14 @@ def manifest_of_run(run: Run, plan: StructurePlan, scores: ImportanceScores) -> 
         command=typed_command(), settings=run.config.model_dump(mode="json"), seed=run.config.seed,
         layout=plan.layout, device=str(run.device), dtype=str(run.loaded.dtype).removeprefix("torch."),
         versions=recorded_versions(), digests=digests, stages=tuple(run.meter.stages),
-        parameters=Change(before=graph.parameters, after=plan.parameters),
+        parameters=Change(before=run.dense_parameters, after=plan.parameters),
         block_parameters=Change(before=graph.block_parameters, after=plan.block_parameters),
-        bytes=Change(before=graph.parameters * itemsize, after=plan.parameters * itemsize),
+        bytes=Change(before=run.dense_parameters * itemsize, after=plan.parameters * itemsize),
+        vocabulary=None if run.vocabulary is None else run.vocabulary.record,
     )  # fmt: skip
 
 
-def make_model(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScores) -> Made:
+def make_model(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScores | None) -> Made:
     """The model of one target; where the dense one is not needed any more, that is changed in place."""
     model = _dense_copy(run, target)
     plan, restored = cut_and_restore(run, model, plan, scores)
@@ -125,6 +126,7 @@ def make_model(run: Run, target: Target, plan: StructurePlan, scores: Importance
         parts = CheckpointParts(
             graph=run.graph, plan=plan, structure=structure, manifest=manifest_of_run(run, plan, scores),
             scores=scores, tokenizer=run.loaded.tokenizer, source_folder=run.loaded.folder,
+            vocabulary=None if run.vocabulary is None else run.vocabulary.map,
         )  # fmt: skip
         write_checkpoint(model, parts, made_folder(run, target), dtype=run.loaded.dtype, overwrite=True)
         record = {"base_model_type": made.base_model_type, "restored": restored.model_dump()}
@@ -144,7 +146,7 @@ def _check_count(run: Run, model: nn.Module, plan: StructurePlan, structure: Pru
 
 
 def cut_and_restore(
-    run: Run, model: nn.Module, plan: StructurePlan, scores: ImportanceScores
+    run: Run, model: nn.Module, plan: StructurePlan, scores: ImportanceScores | None
 ) -> tuple[StructurePlan, Restored]:
     """Carry out the plan on `model`, a dense one, in place.
 
@@ -152,7 +154,7 @@ def cut_and_restore(
     """
     biases = run.processes.broadcast_result(lambda: biases_for(run, model, plan))
     restored, text = Restored(), None
-    if run.config.restore and not plan.removes_nothing(run.graph):
+    if run.config.restore and scores is not None and not plan.removes_nothing(run.graph):
         plan, reconstruction, text = _reconstructed(run, model, plan, scores)
         restored.refit_errors = reconstruction.errors
     cut(model, run.graph, plan)
