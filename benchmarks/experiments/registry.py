@@ -6,6 +6,7 @@ MODULES = (
     "quality.perplexity", "quality.models", "quality.comparison", "quality.baselines", "quality.cut_only",
     "method.influence", "quality.other_models", "method.selection", "method.importance", "method.break_conditions",
     "method.ablation", "method.allocation", "method.calibration", "quality.families", "quality.multilingual",
+    "quality.vocabulary",
     "quality.multimodal", "quality.recovery", "quality.group_sizes", "quality.vllm", "method.boundaries",
     "quality.generation", "method.overlap", "cost.estimation_cost", "cost.cost", "cost.shapes", "cost.speed",
     "cost.vllm_speed", "cost.processes", "cost.accelerator", "cost.device_limit", "cost.forecast", "cost.faults",

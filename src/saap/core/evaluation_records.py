@@ -42,7 +42,8 @@ class Perplexity(_Record):
 
     window: tokens per window; the first of each is context only. stride: tokens between the starts of two windows. If
     it is less than the window, each token is predicted once, in the first window that contains it. text_digest: of all
-    evaluated token ids. leading: ids (BOS) prepended to each window; they are not part of the text.
+    evaluated token ids. leading: ids (BOS) prepended to each window; they are not part of the text. bits_per_byte: of
+    the text, which compares models with different tokens; None if not known.
     """
 
     value: Annotated[Figure, AfterValidator(_positive)]
@@ -52,6 +53,7 @@ class Perplexity(_Record):
     stride: Count = 0
     text_digest: str = ""
     leading: Count = 0
+    bits_per_byte: Annotated[float | None, _FiniteInJson] = None
 
     def over(self, tokens: float) -> Self:
         """The same loss of the text per token, if those were `tokens`: what another tokenizer makes of it."""

@@ -85,8 +85,10 @@ def token_table(found: Described, rows: int) -> TokenTable:
         "" if one is None else one if one in added or decoder is None else decoder.decode([one]) for one in contents
     )
     model = found["model"]
+    # The decoder does not see a character that is written in bytes, so one that it replaces stays a token.
+    replaced = {index for index, one in enumerate(contents) if len(one or "") == 1 and one != texts[index]}
     unknown = model.get("unk_token") if model["type"] != "Unigram" else _unigram_unknown(model)
-    fixed = {index for content, index in added.items() if index < rows} | fallbacks(found)
+    fixed = {index for content, index in added.items() if index < rows} | fallbacks(found) | replaced
     fixed |= {vocabulary[unknown]} if unknown in vocabulary else set()
     if model["type"] == "Unigram":  # the penalty of unknown characters follows from the lowest score
         fixed.add(min(range(len(model["vocab"])), key=lambda index: model["vocab"][index][1]))

@@ -50,21 +50,14 @@ def prune_vocabulary(
     loaded: LoadedModel, config: PruneConfig, calibration: Calibration, processes: Processes
 ) -> tuple[LoadedModel, TokenSets, VocabularyCut]:
     """The model with fewer tokens, the token sets of the run in these, and what was done. Raises SaapError."""
-    table = _checked(loaded, calibration)
+    table = checked_tokens(loaded, calibration)
     reading, dense = processes.broadcast_result(lambda: _read_by_dense(loaded, config))
     languages = config.languages or tuple(
         language for language, kinds in KINDS_IN.items() if any(reading.weights[kind] for kind in kinds)
     )
-    required = table.fixed | _digits(table) | ids_in_settings(loaded.model, len(table.contents))
-    required |= _of_the_template(loaded.tokenizer, len(table.contents))
-    halves = _bundled_halves(loaded.tokenizer, languages, len(table.contents))
-    own = _own_counts(calibration, loaded.tokenizer, len(table.contents))
-    required |= {int(token) for counts in own.values() for token in np.flatnonzero(counts)}
-    kept = _chosen(loaded, config, table, required, halves, own)
+    kept = tokens_to_keep(loaded, config, table, languages, calibration)
     before = sum(parameter.numel() for parameter in loaded.model.parameters())
-    model = loaded.model if loaded.owned else copied(loaded.model)
-    cut_rows(model, kept, model_logits)
-    cut = dataclasses.replace(loaded, model=model, tokenizer=cut_tokenizer(loaded.tokenizer, kept), owned=True)
+    cut = cut_to(loaded, kept)
     ids = given_ids(calibration)
     if ids is not None:
         calibration = np.searchsorted(np.asarray(kept), ids)
@@ -81,7 +74,25 @@ def prune_vocabulary(
     return cut, draw_tokens(cut, config, calibration, processes, reading), done
 
 
-def _checked(loaded: LoadedModel, calibration: Calibration) -> TokenTable:
+def tokens_to_keep(
+    loaded: LoadedModel, config: PruneConfig, table: TokenTable, languages: Sequence[Language], calibration: Calibration
+) -> tuple[int, ...]:
+    """Ids of the tokens that stay, ascending. Raises TargetError for a size that is too small or too large."""
+    rows, tokenizer = len(table.contents), loaded.tokenizer
+    own = _own_counts(calibration, tokenizer, rows)
+    required = {*table.fixed, *_digits(table), *ids_in_settings(loaded.model, rows), *_of_the_template(tokenizer, rows)}
+    required |= {int(token) for counts in own.values() for token in np.flatnonzero(counts)}
+    return _chosen(loaded, config, table, required, _bundled_halves(tokenizer, languages, rows), own)
+
+
+def cut_to(loaded: LoadedModel, kept: Sequence[int]) -> LoadedModel:
+    """The model and its tokenizer with only these tokens; a model that the run does not own is copied."""
+    model = loaded.model if loaded.owned else copied(loaded.model)
+    cut_rows(model, kept, model_logits)
+    return dataclasses.replace(loaded, model=model, tokenizer=cut_tokenizer(loaded.tokenizer, kept), owned=True)
+
+
+def checked_tokens(loaded: LoadedModel, calibration: Calibration) -> TokenTable:
     """The tokens of the model. Raises SaapError for a model or text that this is not possible with."""
     if loaded.fresh is not None:
         raise ConfigurationError(
@@ -158,10 +169,10 @@ def _of_the_template(tokenizer: Any, rows: int) -> set[int]:
 
 
 def _chosen(
-    loaded: LoadedModel, config: PruneConfig, table: TokenTable, required: set[int] | frozenset[int],
+    loaded: LoadedModel, config: PruneConfig, table: TokenTable, required: set[int],
     halves: tuple[Counts, Counts], own: Counts,
 ) -> tuple[int, ...]:  # fmt: skip
-    """Ids of the tokens to keep, ascending. Raises TargetError for a size that is too small or too large."""
+    """The tokens to keep, given those that are required and how often texts use each."""
     rows = embedding_of(loaded.model).weight
     first, second = halves
     counts = {name: first[name] + second[name] for name in first} | own
