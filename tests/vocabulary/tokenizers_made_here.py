@@ -82,7 +82,7 @@ def word_piece() -> Tokenizer:
     inner = Tokenizer(models.WordPiece(unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     inner.decoder = decoders.WordPiece()
-    _train(inner, trainers.WordPieceTrainer(vocab_size=SIZE, special_tokens=SPECIAL))
+    _train(inner, trainers.WordPieceTrainer(vocab_size=2 * SIZE, special_tokens=SPECIAL))
     inner.post_processor = processors.BertProcessing(("</s>", 2), ("<s>", 1))
     return inner
 

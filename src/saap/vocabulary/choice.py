@@ -133,7 +133,7 @@ def size_for_coverage(
     order: made without these texts. texts: how often each text uses each token, (tokens,).
     """
     kept = with_needs(required, needs)
-    missing = {name: (1 - coverage) * used.sum() for name, used in texts.items()}
+    missing = {name: (1 - coverage) * used.sum() + 1e-6 for name, used in texts.items()}  # counts are whole
     left = {name: float(used.sum() - used[list(kept)].sum()) for name, used in texts.items()}
     for token in map(int, order):
         if all(left[name] <= missing[name] for name in texts):
