@@ -14,6 +14,7 @@ from harness.charts import bars
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.dense import source_of
 from lab.texts import DATA, TEXTS
+from lab.training import trained_folder
 
 from saap.data.samples import leading_ids, token_stream
 from saap.data.texts import read_documents
@@ -30,7 +31,7 @@ PYTHON: Sequence[ModuleType] = (email, logging, unittest)
 """Packages of the standard library whose source is the text `python`: no bundled text has any of it."""
 SETTINGS = {
     "cells": Scaled(
-        [["smollm2", ENGLISH, 24576]],
+        [["llama", ENGLISH, 1024]],
         [
             [GEMMA, ENGLISH, 102912], [GEMMA, FRENCH, 102912], [GEMMA, ENGLISH, 52672], [CODER, ENGLISH, 109504],
             [CODER, ENGLISH, 88448],
@@ -50,7 +51,9 @@ def cells(request: Request) -> Names:
 def measure(request: Request, wanted: Names) -> Measured:
     """The dense model reads the first tokens of each text; the pruned one the same characters."""
     for model in dict.fromkeys(cell.partition("/")[0] for cell in wanted):
-        dense = replace(open_model(source_of(request, model), RunOptions(device="cpu")), owned=False)
+        # a smoke run uses a small model trained here
+        source = str(trained_folder(request, model)) if request.quick else source_of(request, model)
+        dense = replace(open_model(source, RunOptions(device="cpu")), owned=False)
         texts = read_texts(dense, request.settings)
         for cell in (cell for cell in wanted if cell.startswith(f"{model}/")):
             found: dict[str, Any] = {"dense_parameters": parameters(dense), "dense_rows": rows_of(dense)}

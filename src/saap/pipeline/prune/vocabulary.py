@@ -51,6 +51,10 @@ def prune_vocabulary(
 ) -> tuple[LoadedModel, TokenSets, VocabularyCut]:
     """The model with fewer tokens, the token sets of the run in these, and what was done. Raises SaapError."""
     table = checked_tokens(loaded, calibration)
+    size, step = _requested(config, table)
+    if size is not None:  # refused before the dense model reads anything
+        required = _required(loaded, table, _own_counts(calibration, loaded.tokenizer, table))
+        keep_tokens((), required, table.needs, size, step)
     reading, dense = processes.broadcast_result(lambda: _read_by_dense(loaded, config))
     languages = config.languages or tuple(
         language for language, kinds in KINDS_IN.items() if any(reading.weights[kind] for kind in kinds)
@@ -78,11 +82,21 @@ def tokens_to_keep(
     loaded: LoadedModel, config: PruneConfig, table: TokenTable, languages: Sequence[Language], calibration: Calibration
 ) -> tuple[int, ...]:
     """Ids of the tokens that stay, ascending. Raises TargetError for a size that is too small or too large."""
-    rows, tokenizer = len(table.contents), loaded.tokenizer
-    own = _own_counts(calibration, tokenizer, rows)
-    required = {*table.fixed, *_digits(table), *ids_in_settings(loaded.model, rows), *_of_the_template(tokenizer, rows)}
-    required |= {int(token) for counts in own.values() for token in np.flatnonzero(counts)}
-    return _chosen(loaded, config, table, required, _bundled_halves(tokenizer, languages, rows), own)
+    own = _own_counts(calibration, loaded.tokenizer, table)
+    required = _required(loaded, table, own)
+    first, second = _bundled_halves(loaded.tokenizer, languages, len(table.contents))
+    rows = embedding_of(loaded.model).weight
+
+    def order(of: Mapping[str, IntArray]) -> IntArray:
+        found = order_by_use(of, likeness(rows, of))
+        return found[[table.contents[token] is not None for token in found]]
+
+    size, step = _requested(config, table)
+    if size is None:
+        covered = size_for_coverage(order(first | own), required, table.needs, second, config.keep_coverage or 1.0)
+        size = min(covered + step - 1, len(table.contents))
+    counts = {name: first[name] + second[name] for name in first} | own
+    return keep_tokens(order(counts), required, table.needs, size, step)
 
 
 def cut_to(loaded: LoadedModel, kept: Sequence[int]) -> LoadedModel:
@@ -142,9 +156,9 @@ def _bundled_halves(tokenizer: Any, languages: Iterable[Language], rows: int) ->
     return first, second
 
 
-def _own_counts(calibration: Calibration, tokenizer: Any, rows: int) -> Counts:
+def _own_counts(calibration: Calibration, tokenizer: Any, table: TokenTable) -> Counts:
     """Counts in what the user calibrates on, without the bundled texts."""
-    ids = given_ids(calibration)
+    ids, rows = given_ids(calibration), len(table.contents)
     if ids is not None:
         return {GIVEN_IDS: _counts(ids.reshape(-1), rows)}
     given = [calibration] if isinstance(calibration, (str, Path)) else list(calibration)
@@ -153,9 +167,13 @@ def _own_counts(calibration: Calibration, tokenizer: Any, rows: int) -> Counts:
     return {name: _counts(np.concatenate([*streams.values()]), rows) for name, streams in sources.items()}
 
 
-def _digits(table: TokenTable) -> set[int]:
-    texts = ((index, text.strip()) for index, text in enumerate(table.texts))
-    return {index for index, text in texts if text.isascii() and text.isdigit()}
+def _required(loaded: LoadedModel, table: TokenTable, own: Counts) -> set[int]:
+    """Ids of the tokens that stay whatever the size: by rule, and those that the user's text uses."""
+    rows, texts = len(table.contents), ((index, text.strip()) for index, text in enumerate(table.texts))
+    digits = {index for index, text in texts if text.isascii() and text.isdigit()}
+    used = {int(token) for counts in own.values() for token in np.flatnonzero(counts)}
+    template = _of_the_template(loaded.tokenizer, rows)
+    return {*table.fixed, *digits, *used, *template, *ids_in_settings(loaded.model, rows)}
 
 
 def _of_the_template(tokenizer: Any, rows: int) -> set[int]:
@@ -168,33 +186,22 @@ def _of_the_template(tokenizer: Any, rows: int) -> set[int]:
     return set(ids[ids < rows].tolist())
 
 
-def _chosen(
-    loaded: LoadedModel, config: PruneConfig, table: TokenTable, required: set[int],
-    halves: tuple[Counts, Counts], own: Counts,
-) -> tuple[int, ...]:  # fmt: skip
-    """The tokens to keep, given those that are required and how often texts use each."""
-    rows = embedding_of(loaded.model).weight
-    first, second = halves
-    counts = {name: first[name] + second[name] for name in first} | own
+def _requested(config: PruneConfig, table: TokenTable) -> tuple[int | None, int]:
+    """The requested number of tokens, None if coverage decides, and what rows are a multiple of.
 
-    def order(of: Mapping[str, IntArray]) -> IntArray:
-        found = order_by_use(of, likeness(rows, of))
-        return found[[table.contents[token] is not None for token in found]]
-
-    total, step = len(table.contents), STEP if len(table.contents) % STEP == 0 else 1
+    Raises TargetError for a size that removes nothing.
+    """
+    step = STEP if len(table.contents) % STEP == 0 else 1
     if config.keep_coverage is not None:
-        size = step - 1 + size_for_coverage(
-            order(first | own), required, table.needs, second, config.keep_coverage
-        )  # fmt: skip
-    else:
-        ratio = config.vocabulary_ratio
-        size = config.vocabulary_size if ratio is None else round((1 - ratio) * table.tokens)  # type: ignore[assignment]
-        if size >= table.tokens:
-            raise TargetError(
-                f"The vocabulary has {table.tokens:,} tokens, no more than the {size:,} to keep",
-                "Ask for fewer, or leave the vocabulary out",
-            )
-    return keep_tokens(order(counts), required, table.needs, min(size, total), step)
+        return None, step
+    ratio, size = config.vocabulary_ratio, config.vocabulary_size
+    size = round((1 - ratio) * table.tokens) if ratio is not None else size or 0
+    if size >= table.tokens:
+        raise TargetError(
+            f"The vocabulary has {table.tokens:,} tokens, no more than the {size:,} to keep",
+            "Ask for fewer, or leave the vocabulary out",
+        )
+    return size, step
 
 
 def _scripts(table: TokenTable, kept: Sequence[int]) -> dict[str, Change]:
