@@ -284,8 +284,8 @@ def preview_recipe(recipe: Recipe) -> dict[str, Any]:
 def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Discovery and the reachability of each target, on the model without weights.
 
-    The size for a target speed is unknown until decoding is measured with weights, that with fewer tokens until these are
-    chosen by weights.
+    The size for a target speed is unknown until decoding is measured with weights, and that with fewer tokens until the
+    weights have chosen them.
     """
     if config.target_speedup is not None:
         config.runtime.check()
