@@ -17,6 +17,8 @@ RIDGE = 100.0
 ROWS_AT_ONCE = 8192
 COUNTED = 0.2
 """Weight of the logarithm of a token's rate in the texts, on the scale of the regression's targets -1 and 1."""
+LEARNT, FIRST_IDS = 0.05, 1000
+"""Weight of the logarithm of a token's id, which follows the order of learning: earlier ones are more frequent."""
 TEXT_SIZE = 200_000
 """Tokens of a text to which all counts are scaled, so that a short text of one language counts like a long one."""
 SEED = 0
@@ -71,12 +73,13 @@ def order_by_use(counts: Mapping[str, IntArray], scores: Mapping[str, FloatArray
     """Ids of all tokens, the most useful first.
 
     counts: by language, how often its texts use each token (tokens,). scores: `likeness` by language. A token is as
-    useful as to the language that it serves best.
+    useful as to the language that it serves best; of equal ones, that with the lower id is first.
     """
     best = np.full(len(next(iter(counts.values()))), -np.inf)
     for language, used in counts.items():
         rate = used * (TEXT_SIZE / max(1, used.sum()))
         best = np.maximum(best, scores[language] + COUNTED * np.log1p(rate))
+    best -= LEARNT * np.log(np.arange(len(best)) + FIRST_IDS)
     return np.argsort(-best, kind="stable")
 
 
