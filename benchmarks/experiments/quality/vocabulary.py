@@ -122,6 +122,7 @@ def summarise(cells: Cells) -> Values:
         rows.append(
             {
                 "model": model, "languages": rest.split("/")[0], "rows": cell["rows"], "of": cell["dense_rows"],
+                "share": cell["rows"] / cell["dense_rows"],
                 "parameters": cell["parameters"] / cell["dense_parameters"], "ratios": ratios, "longer": longer,
                 "worst": max(ratios[text] for text in kept), "seconds": cell["seconds"],
             }
