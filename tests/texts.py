@@ -28,7 +28,14 @@ def share(setting: Setting) -> None:
     texts, samples = import_module("saap.data.texts"), import_module("saap.data.samples")
     setting(texts, "bundled_text", remembering_texts(texts.bundled_text))
     stream = remembering_tokens(samples.token_stream)
-    for name in ("data.samples", "data.training", "pipeline.shared.tokens", "pipeline.evaluate.run"):
+    users = (
+        "data.samples",
+        "data.training",
+        "pipeline.shared.tokens",
+        "pipeline.evaluate.run",
+        "pipeline.prune.vocabulary",
+    )
+    for name in users:
         setting(import_module(f"saap.{name}"), "token_stream", stream)
 
 

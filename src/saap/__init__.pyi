@@ -32,6 +32,7 @@ from saap.settings.export import GgufType
 from saap.settings.prune import Aggregation, ElementOrder, FusionScope, Preset, PrunableRole
 from saap.settings.recover import Tuning
 from saap.settings.registry import Importance, Method, RuntimeName, Strategy
+from saap.settings.vocabulary import Language
 
 def estimate(
     model: str | Path | nn.Module,
@@ -106,6 +107,10 @@ def prune(
     runtime: RuntimeName | str = RuntimeName.TRANSFORMERS,
     gguf_type: GgufType | str = GgufType.F16,
     plan: str | Path | None = None,
+    vocabulary_size: int | None = None,
+    vocabulary_ratio: float | None = None,
+    keep_coverage: float | None = None,
+    languages: Language | str | Sequence[Language | str] = ...,
     num_samples: int = 50,
     sample_length: int | None = None,
     refit_tokens: int | None = None,
@@ -155,6 +160,10 @@ def prune(
     runtime: Where that speed is measured.
     gguf_type: Of the weights in llama.cpp.
     plan: A plan.json to carry out, edited or not.
+    vocabulary_size: Tokens to keep, e.g. 64k.
+    vocabulary_ratio: Fraction of the tokens to remove, e.g. 0.5.
+    keep_coverage: Keep as many tokens as make up this fraction of a text, e.g. 0.999.
+    languages: Languages whose tokens stay: en, fr, de, es, zh, code, math.
     num_samples: Calibration samples for the scores.
     sample_length: Tokens of each calibration sample.
     refit_tokens: Tokens for the reconstruction and the distillation, half each.

@@ -6,7 +6,8 @@ Fields with a default may be missing in a file: pages need only the others. Requ
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+import sys
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, computed_field
 
@@ -41,7 +42,8 @@ class Perplexity(_Record):
 
     window: tokens per window; the first of each is context only. stride: tokens between the starts of two windows. If
     it is less than the window, each token is predicted once, in the first window that contains it. text_digest: of all
-    evaluated token ids. leading: ids (BOS) prepended to each window; they are not part of the text.
+    evaluated token ids. leading: ids (BOS) prepended to each window; they are not part of the text. bits_per_byte: of
+    the text, which compares models with different tokens; None if not known.
     """
 
     value: Annotated[Figure, AfterValidator(_positive)]
@@ -51,6 +53,13 @@ class Perplexity(_Record):
     stride: Count = 0
     text_digest: str = ""
     leading: Count = 0
+    bits_per_byte: Annotated[float | None, _FiniteInJson] = None
+
+    def over(self, tokens: float) -> Self:
+        """The same loss of the text per token, if those were `tokens`: what another tokenizer makes of it."""
+        nll = self.nll * self.tokens / tokens
+        value = math.exp(nll) if nll < math.log(sys.float_info.max) else math.inf  # NaN compares false
+        return self.model_copy(update={"value": nll if math.isnan(nll) else value, "nll": nll, "tokens": round(tokens)})
 
 
 class ChatPerplexity(_Record):

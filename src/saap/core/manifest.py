@@ -55,7 +55,10 @@ class Change(Strict):
 
 
 class PerplexityChange(Strict):
-    """Perplexity of the dense and the pruned model on `tokens` tokens of a text."""
+    """Perplexity of the dense and the pruned model on `tokens` tokens of a text.
+
+    Both are per token of the dense model, so they compare even if the pruned one has a smaller vocabulary.
+    """
 
     text: str
     tokens: Count
@@ -72,6 +75,46 @@ class KindChange(PerplexityChange):
     """The same for one kind of text. bits_per_byte: of the dense model on it; None if not finite."""
 
     bits_per_byte: Amount | None
+
+    @property
+    def bits_per_byte_after(self) -> float | None:
+        """Bits per byte of the pruned model on it."""
+        if self.bits_per_byte is None or self.before <= 1 or not math.isfinite(self.after):
+            return None
+        return self.bits_per_byte * math.log(self.after) / math.log(self.before)
+
+
+class TextTokens(Strict):
+    """Tokens of a text of `bytes` bytes with the dense model's tokenizer and the pruned one's."""
+
+    bytes: Count
+    before: Count
+    after: Count
+
+    @property
+    def bytes_per_token(self) -> tuple[float, float]:
+        """Before and after."""
+        return self.bytes / max(1, self.before), self.bytes / max(1, self.after)
+
+
+class VocabularyRecord(Strict):
+    """What was removed of the vocabulary.
+
+    languages: whose tokens stay. tokens, rows: of the embedding; rows without a token are removed. scripts: tokens by
+    writing system. texts: tokens of the evaluation texts, by kind.
+    """
+
+    languages: tuple[str, ...]
+    tokens: Change
+    rows: Change
+    scripts: dict[str, Change]
+    texts: dict[str, TextTokens]
+
+    def largest_scripts(self, most: int = 8) -> dict[str, Change]:
+        """The scripts with the most tokens, and all others together."""
+        first, others = list(self.scripts.items())[:most], list(self.scripts.values())[most:]
+        sums = Change(before=sum(one.before for one in others), after=sum(one.after for one in others))
+        return dict(first) | ({"all others": sums} if others else {})
 
 
 class Answers(Strict):
@@ -183,6 +226,7 @@ class RunManifest(Strict):
     speed: SpeedRecord | None = None
     recovery: RecoveryRecord | None = None
     opened: tuple[Opening, ...] = ()
+    vocabulary: VocabularyRecord | None = None
 
 
 def read_manifest(folder: Path) -> RunManifest | None:

@@ -79,12 +79,12 @@ def draw_sets(
     id is outside the vocabulary.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
-    ids = _given_ids(calibration)
+    ids = given_ids(calibration)
     if ids is not None:
         names: tuple[str, ...] = (GIVEN_IDS,)
         windows = share_rows(ids, requests, generator)
     else:
-        sources = _sources(calibration, tokenizer)
+        sources = token_sources(calibration, tokenizer)
         names = tuple(sources)
         windows = _from_texts(sources, requests, leading_ids(tokenizer, bos=bos), generator, kind_weights)
     check_vocabulary(windows, vocabulary, tokenizer)
@@ -102,7 +102,7 @@ def calibration_set(
     bos: bool = True,
 ) -> CalibrationSet:
     """A set of `samples` windows of `length` tokens (see `draw_sets`); rows of token ids are not split."""
-    ids = _given_ids(calibration)
+    ids = given_ids(calibration)
     if ids is None:
         request = SampleRequest("samples", samples, length)
         return draw_sets(calibration, tokenizer, [request], seed=seed, vocabulary=vocabulary, bos=bos)["samples"]
@@ -116,7 +116,7 @@ def includes_mixed(calibration: Calibration) -> bool:
     return isinstance(given, Sequence) and any(isinstance(item, str) and item == MIXED for item in given)
 
 
-def _sources(calibration: Any, tokenizer: Any | None) -> dict[str, dict[str, IntArray]]:
+def token_sources(calibration: Any, tokenizer: Any | None) -> dict[str, dict[str, IntArray]]:
     """Per source, its token streams by kind."""
     given = [calibration] if isinstance(calibration, (str, Path)) else list(calibration)
     if not given:
@@ -156,7 +156,7 @@ def _from_texts(
     return {name: np.stack(taken)[generator.permutation(len(taken))] for name, taken in windows.items()}
 
 
-def _given_ids(calibration: Any) -> IntArray | None:
+def given_ids(calibration: Any) -> IntArray | None:
     """Token ids (rows, length) if that is what was given, else None."""
     if isinstance(calibration, (str, Path)):
         return None

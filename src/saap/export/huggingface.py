@@ -19,6 +19,7 @@ from saap.core.errors import OutputError
 from saap.core.manifest import RunManifest
 from saap.core.records import ImportanceScores, Layout, ModelGraph, StructurePlan
 from saap.core.storage import write_plan, write_scores, write_whole
+from saap.core.vocabulary import VOCABULARY, VocabularyMap, write_vocabulary
 from saap.export.model_card import model_card
 from saap.export.placing import check_output, whole_folder
 from saap.export.uniform_layout import stock_config
@@ -41,17 +42,21 @@ FOLDER_FILES = (
     "generation_config.json", *LEGAL_FILES,
 )  # fmt: skip
 """Files of a folder besides weights and configuration that other programs read too."""
-KEPT_RECORDS = ("plan.json", "scores.safetensors")
+KEPT_RECORDS = ("plan.json", "scores.safetensors", VOCABULARY)
 """Files of the source's folder `saap` that are still valid for a tuned model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderParts:
-    """Contents of any folder besides the weights. source_folder: of the model that this one was made from."""
+    """Contents of any folder besides the weights.
+
+    source_folder: of the model that this one was made from. vocabulary: which of its tokens are left, if not all.
+    """
 
     manifest: RunManifest
     tokenizer: Any | None = None
     source_folder: Path | None = None
+    vocabulary: VocabularyMap | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +129,8 @@ def _model_folder(
         write_shards(entries, folder)
         write_companions(model, parts, folder)
         write_records(folder, parts.manifest)
+        if parts.vocabulary is not None:
+            write_vocabulary(folder, parts.vocabulary)
         yield folder
 
 

@@ -53,7 +53,7 @@ def model_card(
         tags=["saap", *(["pruned", "structured-pruning", manifest.layout.value] if is_pruned else [])],
     )
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.filters["plain"] = escape
+    environment.filters |= {"plain": escape, "bits": lambda value: "" if value is None else f"{value:.3f}"}
     template = (resources.files("saap.export") / "model_card.md.jinja").read_text(encoding="utf-8")
     name = Path(base.source).name
     return environment.from_string(template).render(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from saap.core.evaluation_records import Comparison, EvalReport
-from saap.core.manifest import KindChange, RunManifest, StageRecord
+from saap.core.manifest import KindChange, RunManifest, StageRecord, VocabularyRecord
 from saap.core.storage import read_plan
 from saap.reporting import model_figures as drawn
 from saap.reporting.comparison_page import ratio_section
@@ -40,6 +40,7 @@ def model_page(
     sections = [
         _structure_section([group for group in groups.values() if group.layer >= 0], plan.dropped_blocks),
         *([_kinds_section(manifest.kinds)] if manifest.kinds else []),
+        *([] if manifest.vocabulary is None else [_vocabulary_section(manifest.vocabulary, manifest.kinds)]),
         *([_importance_section(modules)] if modules else []),
         *([_search_section(measured)] if measured else []),
         *([] if comparison is None else [ratio_section(comparison)]),
@@ -73,6 +74,22 @@ def _kinds_section(kinds: Sequence[KindChange]) -> Section:
         name="kinds", title="What is kept of each kind of text", paragraphs=[words("by_kind")],
         figures=[drawn.kinds(kinds)], tables=[table],
     )  # fmt: skip
+
+
+def _vocabulary_section(vocabulary: VocabularyRecord, kinds: Sequence[KindChange]) -> Section:
+    """Tokens before and after by script, and what they cost in each kind of text."""
+    rows = [[name, f"{one.before:,}", f"{one.after:,}"] for name, one in vocabulary.largest_scripts().items()]
+    costs = [
+        [
+            one.text, number(one.bits_per_byte, 3), number(one.bits_per_byte_after, 3),
+            *(f"{value:.2f}" for value in vocabulary.texts[one.text].bytes_per_token),
+        ]
+        for one in kinds if one.text in vocabulary.texts
+    ]  # fmt: skip
+    headings = ["kind of text", "bits per byte, dense", "pruned", "bytes per token, dense", "pruned"]
+    tables = [("Tokens by script", (["script", "dense", "pruned"], rows)), ("By kind of text", (headings, costs))]
+    said = words("kept_tokens", v=vocabulary)
+    return Section(name="vocabulary", title="The vocabulary", paragraphs=[said], tables=tables)
 
 
 def _structure_section(groups: Sequence[PlanGroup], dropped: Sequence[int]) -> Section:

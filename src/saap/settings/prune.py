@@ -25,6 +25,7 @@ from saap.settings.setting import (
     Settings,
     Texts,
 )
+from saap.settings.vocabulary import Coverage, Languages, VocabularyRatio, VocabularySize, vocabulary_faults
 
 target_flag = partial(Flag, panel="Target")
 text_flag = partial(Flag, panel="Calibration text")
@@ -70,7 +71,7 @@ class Preset(StrEnum):
 
 
 class PrunableRole(StrEnum):
-    """What may be removed: channels of a role, or whole decoder blocks."""
+    """What may be removed: channels of a role, whole decoder blocks, or tokens."""
 
     FFN = "ffn"
     ATTENTION = "attention"
@@ -78,11 +79,12 @@ class PrunableRole(StrEnum):
     EXPERT = "expert"
     HIDDEN = "hidden"
     BLOCK = "block"
+    VOCABULARY = "vocabulary"
 
 
 def unit_roles(roles: tuple[PrunableRole, ...]) -> tuple[Role, ...]:
-    """The roles whose units are removed one by one: all but whole blocks."""
-    return tuple(Role(role.value) for role in roles if role is not PrunableRole.BLOCK)
+    """The roles whose units are groups of channels: neither whole blocks nor tokens."""
+    return tuple(Role(role.value) for role in roles if role not in (PrunableRole.BLOCK, PrunableRole.VOCABULARY))
 
 
 class MethodChoice(Settings):
@@ -97,6 +99,8 @@ class MethodChoice(Settings):
         if not isinstance(given, str):
             return given
         method, mark, roles = given.partition("@")
+        if PrunableRole.VOCABULARY in roles.split("+"):
+            raise ValueError("prunes the vocabulary, which is not compared", "Leave vocabulary out")
         return {"method": method, "roles": roles.split("+") if mark else None}
 
     @property
@@ -154,6 +158,11 @@ PRESETS: dict[Preset, PresetSettings] = {
     Preset.DEFAULT: PresetSettings(sample_length=256, refit_sequences=192, search_evaluations=12, held_sequences=16),
     Preset.BEST: PresetSettings(sample_length=512, refit_sequences=512, search_evaluations=32, held_sequences=24),
 }
+TARGETS = {
+    "pruning_ratio", "pruning_ratios", "target_params", "target_parameters", "target_size", "target_bytes",
+    "target_speedup", "plan",
+}  # fmt: skip
+"""All names of the targets that are met by pruning blocks."""
 OF_THE_PAPER = {"importance": Importance.FUSED, "strategy": Strategy.STABILITY, "restore": False}
 """What the preset `paper` sets, unless it is given: the fused score orders units, module importance decides how much
 each module gives, the stability indicator which units are unstable; nothing compensates before the recovery."""
@@ -162,7 +171,8 @@ each module gives, the stability indicator which units are unstable; nothing com
 class PruneConfig(Settings):
     """Everything that decides the result of `saap prune`, checked before any model is loaded.
 
-    Exactly one target is given: pruning ratios, parameters, bytes, a speed-up, or a plan. skip_layers None leaves the
+    Exactly one target is given: pruning ratios, parameters, bytes, a speed-up, or a plan. With a size of the vocabulary
+    there may be none: then only tokens are removed, and the stock class opens the result. skip_layers None leaves the
     ends to the search. A baseline brings its own strategy and scores.
     """
 
@@ -188,6 +198,10 @@ class PruneConfig(Settings):
     runtime: Annotated[RuntimeName, target_flag("Where that speed is measured.")] = RuntimeName.TRANSFORMERS
     gguf_type: Annotated[GgufType, target_flag(GGUF_TYPE, old=("quantization",))] = GgufType.F16
     plan: Annotated[Path | None, target_flag("A plan.json to carry out, edited or not.", metavar="FILE")] = None
+    vocabulary_size: VocabularySize = None
+    vocabulary_ratio: VocabularyRatio = None
+    keep_coverage: Coverage = None
+    languages: Languages = ()
     calibration: Annotated[
         Texts, Filled, text_flag("Text to calibrate on, repeatable: .txt, .jsonl, a bundled name or a data set.")
     ] = ("mixed",)
@@ -249,6 +263,8 @@ class PruneConfig(Settings):
         ours = given.get("method", Method.SAAP) == Method.SAAP
         preset = given.get("preset", given.get("effort"))
         defaults = OF_THE_PAPER if ours and preset == Preset.PAPER else {"restore": ours}
+        if not TARGETS & {name for name, value in given.items() if value not in (None, ())}:
+            defaults = {"restore": False, "layout": Layout.UNIFORM}  # only tokens are removed, or there is no target
         filled = {name: value for name, value in defaults.items() if given.get(name) is None}
         made = build({**given, **filled})
         made.model_fields_set.difference_update(filled)
@@ -261,6 +277,10 @@ class PruneConfig(Settings):
             "--target-size": self.target_bytes, "--target-speedup": self.target_speedup, "--plan": self.plan,
         }  # fmt: skip
         given = [flag for flag, value in targets.items() if value not in (None, ())]
+        sizes = {
+            "--vocabulary-size": self.vocabulary_size, "--vocabulary-ratio": self.vocabulary_ratio,
+            "--keep-coverage": self.keep_coverage,
+        }  # fmt: skip
         fast, roles = self.target_speedup is not None, set(self.roles)
         untimed = [role for role in (PrunableRole.HIDDEN, PrunableRole.EXPERT) if role in roles]
         rules = {
@@ -275,9 +295,11 @@ class PruneConfig(Settings):
         used_by: dict[str, list[Importance]] = {
             "element_order": [Importance.FUSED], "fusion_scope": [Importance.FUSED], "aggregation": taylor,
         }  # fmt: skip
+        of_tokens = PrunableRole.VOCABULARY in roles or bool(self.languages)
         faults = (
-            (
-                len(given) != 1, f"{' and '.join(given)} were given together" if given else "no target was given",
+            *vocabulary_faults(sizes, wanted=of_tokens, targets=given, others=roles != {PrunableRole.VOCABULARY}), (
+                len(given) > 1 or not (given or self.prunes_vocabulary),
+                f"{' and '.join(given)} were given together" if given else "no target was given",
                 f"Give exactly one of {', '.join(targets)}",
             ), (
                 self.layout is Layout.UNIFORM and self.skip_layers not in (None, SkipLayers()),
@@ -320,6 +342,23 @@ class PruneConfig(Settings):
                 raise ValueError(problem, remedy)
         check_gguf_type(self.gguf_type, self.runtime)
         return self
+
+    @property
+    def prunes_vocabulary(self) -> bool:
+        """Whether tokens are removed."""
+        return any(size is not None for size in (self.vocabulary_size, self.vocabulary_ratio, self.keep_coverage))
+
+    @property
+    def vocabulary_only(self) -> bool:
+        """Whether tokens are removed and nothing else."""
+        targets = (self.target_parameters, self.target_bytes, self.target_speedup, self.plan)
+        return self.prunes_vocabulary and not self.pruning_ratios and all(target is None for target in targets)
+
+    @property
+    def block_roles(self) -> tuple[PrunableRole, ...]:
+        """The roles that the search may choose from."""
+        roles = () if self.vocabulary_only else self.roles
+        return tuple(role for role in roles if role is not PrunableRole.VOCABULARY)
 
     @property
     def alignment(self) -> int:

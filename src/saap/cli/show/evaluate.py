@@ -23,13 +23,17 @@ def print_eval(report: Mapping[str, Any]) -> None:
     dense = report["dense"]
     console.print(f"[bold]{escape(report['model'])}[/bold]: {report['parameters']:,} parameters")
     if report["perplexity"]:
-        table = Table("text", "tokens", "window", "perplexity", *(("dense", "ratio") if dense else ()))
+        headings = ("bits/byte", *(("dense", "ratio", "bits/byte, dense") if dense else ()))
+        table = Table("text", "tokens", "window", "perplexity", *headings)
         for name, found in report["perplexity"].items():
-            base = dense and dense["perplexity"][name]["value"]
-            of_dense = (_number(base), _ratio(found["value"], base)) if dense else ()
-            table.add_row(
-                escape(name), f"{found['tokens']:,}", str(found["window"]), _number(found["value"]), *of_dense
-            )
+            cells = [f"{found['tokens']:,}", str(found["window"]), _number(found["value"])]
+            cells.append(_number(found["bits_per_byte"]))
+            if dense:
+                base = dense["perplexity"][name]
+                comparable = base["text_digest"] == found["text_digest"]  # else their tokens are not the same
+                ratio = _ratio(found["value"], base["value"]) if comparable else "-"
+                cells += [_number(base["value"]), ratio, _number(base["bits_per_byte"])]
+            table.add_row(escape(name), *cells)
         console.print(table)
     if report["tasks"]:
         headings, keys = (("dense acc", "dense acc_norm") if dense else ()), ("acc", "acc_norm")

@@ -13,6 +13,7 @@ from saap.cli.show.output import BAR_WIDTH, console_for_tables, one_line, print_
 from saap.cli.show.recover import print_recovery
 
 if TYPE_CHECKING:
+    from saap.core.manifest import VocabularyRecord
     from saap.pipeline.prune.result import PruneReport
     from saap.pipeline.recover.result import RecoverReport
 
@@ -21,6 +22,9 @@ def print_preview(shown: Mapping[str, Any]) -> None:
     """Draw the result of a dry run."""
     console = console_for_tables()
     console.print(f"model: {escape(str(shown['model']))}, {shown['parameters']:,} parameters")
+    if shown["vocabulary"] is not None:
+        tokens = shown["vocabulary"]["tokens"]
+        console.print(f"vocabulary: {tokens['after']:,} of {tokens['before']:,} tokens would stay")
     reachable = f"reachable with {', '.join(shown['roles'])}"
     speedup = shown["settings"]["target_speedup"]
     for target in shown["targets"]:
@@ -61,6 +65,8 @@ def print_results(reports: Sequence[PruneReport], opened: Sequence[Mapping[str, 
         console.print(table)
         if report.kinds:
             console.print(_kinds_table(report))
+        if report.vocabulary is not None:
+            console.print(_vocabulary_table(report.vocabulary))
         if report.speed is not None:
             speed = report.speed
             console.print(
@@ -69,8 +75,9 @@ def print_results(reports: Sequence[PruneReport], opened: Sequence[Mapping[str, 
                 f"{speed['tokens_per_second']:.1f} tokens/s in {speed['runtime']} ({speed['weights']}, "
                 f"{speed['threads']} threads)"
             )
-        console.print("kept units per layer:")
-        for row in report.structure:
+        if report.block_parameters < report.block_parameters_dense:
+            console.print("kept units per layer:")
+        for row in report.structure if report.block_parameters < report.block_parameters_dense else ():
             cells = []
             for role, kept, units in row.parts:
                 filled = round(BAR_WIDTH * kept / units) if units else 0
@@ -94,9 +101,28 @@ def _print_opened(console: Console, found: Mapping[str, Any]) -> None:
 
 def _kinds_table(report: PruneReport) -> Table:
     """Draw the perplexity before and after by kind of text."""
-    table = Table("kind of text", "dense", "pruned", "ratio", title="perplexity by kind of text", title_justify="left")
+    vocabulary = report.vocabulary
+    title = "perplexity by kind of text" + (", per token of the dense model" if vocabulary is not None else "")
+    more = ("bits/byte, dense", "pruned", "bytes/token, dense", "pruned") if vocabulary is not None else ()
+    table = Table("kind of text", "dense", "pruned", "ratio", *more, title=title, title_justify="left")
     for kind in report.kinds:
-        table.add_row(kind.text, f"{kind.before:.2f}", f"{kind.after:.2f}", f"{kind.ratio:.2f}")
+        cells = [f"{kind.before:.2f}", f"{kind.after:.2f}", f"{kind.ratio:.2f}"]
+        if vocabulary is not None:
+            bits = (kind.bits_per_byte, kind.bits_per_byte_after)
+            cells += ["" if value is None else f"{value:.3f}" for value in bits]
+            cells += [f"{value:.2f}" for value in vocabulary.texts[kind.text].bytes_per_token]
+        table.add_row(kind.text, *cells)
+    return table
+
+
+def _vocabulary_table(vocabulary: VocabularyRecord) -> Table:
+    """Draw the tokens before and after by script."""
+    title = f"tokens by script; those of {', '.join(vocabulary.languages)} stay"
+    table = Table("script", "dense", "pruned", title=title, title_justify="left")
+    for script, change in vocabulary.largest_scripts().items():
+        table.add_row(escape(script), f"{change.before:,}", f"{change.after:,}")
+    table.add_section()
+    table.add_row("all", f"{vocabulary.tokens.before:,}", f"{vocabulary.tokens.after:,}")
     return table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from saap.data import texts
 from saap.data.samples import leading_ids, token_stream
 from saap.evaluation import generation
 from saap.evaluation.chat import chat_perplexity
-from saap.evaluation.perplexity import perplexity
+from saap.evaluation.perplexity import bits_per_byte, perplexity
 from saap.evaluation.speed import Source
 from saap.evaluation.zero_shot import check_tasks, evaluate_tasks
 from saap.models.loading.devices import quick_float32_products, rounded_products
 from saap.models.loading.references import ResolvedModel
 from saap.models.walk.probe import check_runs
 from saap.pipeline.evaluate.speed import compare_speeds
-from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
+from saap.pipeline.shared.dense_model import DenseChoice, keep_tokens_of, manifest_of, resolve_dense, tokens_of
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model, resolve_with_tokenizer
 from saap.pipeline.shared.progress import Reporter, Silent
 from saap.pipeline.shared.stages import LOAD
@@ -65,8 +65,11 @@ def evaluate_model(
         if dense_ref is not None and (prompts or request.dense is not None):
             reporter.stage(f"load the dense model {dense_ref.source}")
             dense = run.opened(dense_ref, None, loaded.tokenizer)
+            vocabulary = tokens_of(opened) if isinstance(opened, ResolvedModel) else None
             if request.dense is not None:
-                more["dense"] = run.measure(dense)
+                own = run if vocabulary is None else replace(run, streams=read_streams(request, dense.tokenizer))
+                more["dense"] = own.measure(dense)
+            keep_tokens_of(dense.model, vocabulary)
         if request.prompts is not None:
             more["generation"] = run.generate(loaded, dense)
         if request.speed is not None:
@@ -164,7 +167,11 @@ class _Evaluation:
         for text, ids in self.streams.items():
             self.reporter.stage(f"perplexity of {name} on {text}")
             check_runs(model, torch.from_numpy(ids[None, : self.request.window]).to(next(model.parameters()).device))
-            found["perplexity"][text] = requested_perplexity(model, tokenizer, self.request, ids)
+            value = requested_perplexity(model, tokenizer, self.request, ids)
+            if tokenizer is not None:
+                bits = bits_per_byte(value.value, ids[: self.request.max_tokens], tokenizer)
+                value = value.model_copy(update={"bits_per_byte": bits})
+            found["perplexity"][text] = value
         if self.request.tasks:
             self.reporter.stage(f"zero-shot tasks of {name}")
             found["tasks"] = ask_tasks(model, tokenizer, self.request, self.reporter)

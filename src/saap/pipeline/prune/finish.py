@@ -34,6 +34,8 @@ from saap.structure_search.budget import TimeBudget
 CHECKED_TOKENS = 64
 LARGEST_LOSS = 1.75
 """Of a kind of text in nats, over the median of all kinds."""
+LARGEST_GROWTH_BY_TOKENS = 1.05
+"""Of the perplexity, if nothing but tokens was removed."""
 LARGEST_DEVIATION = 0.1
 """Of the reached speed-up from the requested one."""
 
@@ -65,7 +67,7 @@ def time_result(run: Run, target: Target, made: Made, pruned: Behaviour | None) 
 
 
 def place_result(
-    run: Run, target: Target, scores: ImportanceScores, dense: Behaviour, made: Made, pruned: Behaviour | None,
+    run: Run, target: Target, scores: ImportanceScores | None, dense: Behaviour, made: Made, pruned: Behaviour | None,
     speed: SpeedRecord | None,
 ) -> PruneResult:  # fmt: skip
     """The result with its records, in its place; the other processes open what the first has put there."""
@@ -84,7 +86,8 @@ def place_result(
     answers = Answers(prompt=dense.prompt, dense=dense.answer, pruned=pruned.answer)
     measured = {"perplexity": perplexity, "kinds": kinds, "answers": answers, "speed": speed}
     manifest = manifest_of_run(run, plan, scores).model_copy(update=measured)
-    findings = findings_of(run, made, scores, perplexity, speed) + uneven_losses(kinds)
+    known = [one for one in kinds if run.vocabulary is None or one.text in run.vocabulary.kinds]
+    findings = findings_of(run, made, scores, perplexity, speed) + uneven_losses(known)
     report = PruneReport(
         model=manifest.base.source, path=None if path is None else str(path), target=target.name,
         layout=str(plan.layout), strategy=plan.strategy, seed=manifest.seed,
@@ -97,7 +100,7 @@ def place_result(
         kinds=kinds, prompt=answers.prompt, answer_dense=answers.dense, answer=answers.pruned,
         speed=None if speed is None else speed.model_dump(), structure=structure_of(run.graph, plan), trail=plan.trail,
         refit_errors=dict(made.restored.refit_errors), distillation=made.restored.distillation,
-        findings=tuple(findings), stages=manifest.stages,
+        findings=tuple(findings), stages=manifest.stages, vocabulary=manifest.vocabulary,
         load_lines=() if path is None else _load_lines(run, target, path, made),
     )  # fmt: skip
     if path is not None:
@@ -125,9 +128,10 @@ def _by_kind(run: Run, dense: Behaviour, pruned: Behaviour) -> tuple[KindChange,
         before, after = dense.kinds[kind], pruned.kinds[kind]
         if kind == HELD_OUT or math.isnan(before) or math.isnan(after):
             continue
-        bits = bits_per_byte(before, ids, run.loaded.tokenizer)
+        size = run.tokens.size(kind)
+        bits = bits_per_byte(before, ids, run.loaded.tokenizer) * size / ids.size
         finite = bits if math.isfinite(bits) else None
-        found.append(KindChange(text=kind, tokens=ids.size, before=before, after=after, bits_per_byte=finite))
+        found.append(KindChange(text=kind, tokens=size, before=before, after=after, bits_per_byte=finite))
     return tuple(found)
 
 
@@ -166,21 +170,29 @@ def _check_written(run: Run, target: Target, model: nn.Module, expected: torch.T
 
 
 def findings_of(
-    run: Run, made: Made, scores: ImportanceScores, perplexity: PerplexityChange, speed: SpeedRecord | None
+    run: Run, made: Made, scores: ImportanceScores | None, perplexity: PerplexityChange, speed: SpeedRecord | None
 ) -> list[str]:
     """Signs that scores, search, reconstruction, speed or memory were not as they should be."""
-    findings, trail = _of_scores(scores), made.plan.trail
+    findings, trail = [] if scores is None else _of_scores(scores), made.plan.trail
     if trail and trail[0].loss > 2.0:
         findings.append(
             f"the chosen structure is {trail[0].loss:.1f} nats per token away from the dense model "
             "before reconstruction: prune less, or allow more roles and layers."
         )
     removed = 1 - made.plan.block_parameters / run.graph.block_parameters
+    if run.vocabulary is not None:
+        removed = max(removed, 1 - made.plan.parameters / run.dense_parameters)
     growth = perplexity.ratio
     if not math.isfinite(growth):
         findings.append(
             "the pruned model's perplexity is not finite: prune less, or compute in float32 (--dtype float32)."
         )
+    elif run.config.vocabulary_only:
+        if growth > LARGEST_GROWTH_BY_TOKENS:
+            findings.append(
+                f"perplexity grew {growth:.2f} times with fewer tokens: keep more of them (--vocabulary-size), or more "
+                "languages (--languages), if the model is for that text."
+            )
     elif growth > 1 + 10 * removed:
         more = "use --preset best or more refit text (--refit-tokens)" if run.config.restore else "use --restore"
         findings.append(

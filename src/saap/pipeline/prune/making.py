@@ -94,16 +94,16 @@ def read_made(run: Run, target: Target) -> Made:
     return Made(plan, record["base_model_type"], restored=Restored.model_validate(restored))
 
 
-def manifest_of_run(run: Run, plan: StructurePlan, scores: ImportanceScores) -> RunManifest:
+def manifest_of_run(run: Run, plan: StructurePlan, scores: ImportanceScores | None) -> RunManifest:
     """The manifest of a result that has not been measured."""
     graph, folder = run.graph, run.loaded.folder
     dtype, size = str(run.loaded.dtype).removeprefix("torch."), run.loaded.dtype.itemsize
-    stored = Change(before=graph.parameters * size, after=plan.parameters * size)
+    stored = Change(before=run.dense_parameters * size, after=plan.parameters * size)
     if run.experts is not None:
         dtype, stored = run.experts.type, stored_bytes(run.experts, graph, plan)
-    digests = {
-        "graph": graph.digest, "calibration": run.tokens.scored.digest, "scores": scores.digest, "plan": plan.digest,
-    }  # fmt: skip
+    digests = {"graph": graph.digest, "calibration": run.tokens.scored.digest, "plan": plan.digest}
+    if scores is not None:
+        digests["scores"] = scores.digest
     if plan.layout is Layout.ADAPTIVE:
         digests["modeling_code"] = hashlib.sha256(Path(modeling_pruned.__file__).read_bytes()).hexdigest()
     licence = licence_of(folder) if folder is not None else None
@@ -112,13 +112,13 @@ def manifest_of_run(run: Run, plan: StructurePlan, scores: ImportanceScores) -> 
         command=typed_command(), settings=run.config.model_dump(mode="json"), seed=run.config.seed,
         layout=plan.layout, device=str(run.device), dtype=dtype,
         versions=recorded_versions(), digests=digests, stages=tuple(run.meter.stages),
-        parameters=Change(before=graph.parameters, after=plan.parameters),
+        parameters=Change(before=run.dense_parameters, after=plan.parameters),
         block_parameters=Change(before=graph.block_parameters, after=plan.block_parameters),
-        bytes=stored,
+        bytes=stored, vocabulary=None if run.vocabulary is None else run.vocabulary.record,
     )  # fmt: skip
 
 
-def make_model(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScores) -> Made:
+def make_model(run: Run, target: Target, plan: StructurePlan, scores: ImportanceScores | None) -> Made:
     """The model of one target; where the dense one is not needed any more, that is changed in place."""
     model = _dense_copy(run, target)
     plan, restored = cut_and_restore(run, model, plan, scores)
@@ -128,7 +128,7 @@ def make_model(run: Run, target: Target, plan: StructurePlan, scores: Importance
     _check_count(run, model, plan, structure)
     made = Made(plan=plan, base_model_type=structure.base_model_type, model=model, restored=restored)
     if target.path is not None and run.processes.first:
-        if run.experts is not None:
+        if run.experts is not None and scores is not None:
             write_source_file(run, run.experts, made_path(run, target), plan, scores)
         else:
             _write_folder(run, target, model, plan, structure, scores)
@@ -139,13 +139,14 @@ def make_model(run: Run, target: Target, plan: StructurePlan, scores: Importance
 
 def _write_folder(
     run: Run, target: Target, model: nn.Module, plan: StructurePlan, structure: PrunedStructure,
-    scores: ImportanceScores,
+    scores: ImportanceScores | None,
 ) -> None:  # fmt: skip
     """Write the model of a target, rounded in place to the values that are written."""
     _round_weights(model, run.loaded.dtype)  # so that what is measured is what is written
     parts = CheckpointParts(
         graph=run.graph, plan=plan, structure=structure, manifest=manifest_of_run(run, plan, scores),
         scores=scores, tokenizer=run.loaded.tokenizer, source_folder=run.loaded.folder,
+        vocabulary=None if run.vocabulary is None else run.vocabulary.map,
     )  # fmt: skip
     write_checkpoint(model, parts, made_path(run, target), dtype=run.loaded.dtype, overwrite=True)
 
@@ -162,7 +163,7 @@ def _check_count(run: Run, model: nn.Module, plan: StructurePlan, structure: Pru
 
 
 def cut_and_restore(
-    run: Run, model: nn.Module, plan: StructurePlan, scores: ImportanceScores
+    run: Run, model: nn.Module, plan: StructurePlan, scores: ImportanceScores | None
 ) -> tuple[StructurePlan, Restored]:
     """Carry out the plan on `model`, a dense one, in place.
 
@@ -170,7 +171,7 @@ def cut_and_restore(
     """
     biases = run.processes.broadcast_result(lambda: biases_for(run, model, plan))
     restored, text = Restored(), None
-    if run.config.restore and not plan.removes_nothing(run.graph):
+    if run.config.restore and scores is not None and not plan.removes_nothing(run.graph):
         plan, reconstruction, text = _reconstructed(run, model, plan, scores)
         restored.refit_errors = reconstruction.errors
     cut(model, run.graph, plan)

@@ -32,7 +32,9 @@ READING_TOKENS = 256
 
 
 def measure_dense(run: Run) -> Behaviour:
-    """What the dense model does, measured in the first process."""
+    """What the dense model does, measured in the first process; before its vocabulary was pruned, if it was."""
+    if run.vocabulary is not None:
+        return run.vocabulary.dense
     return run.processes.broadcast_result(
         lambda: observe(run.loaded.model, run.loaded.tokenizer, run.tokens, run.spill, run.tokens.dense)
     )
@@ -98,11 +100,15 @@ def chosen_scores(run: Run, scores: ImportanceScores) -> Mapping[str, UnitScores
 
 
 def search_plan(
-    run: Run, target: Target, scores: ImportanceScores, costs: Costs | None, evaluator: StructureEvaluator | None
-) -> StructurePlan:
-    """The searched or given plan of a target; of several processes the first one decides, and the others evaluate."""
+    run: Run, target: Target, scores: ImportanceScores | None, costs: Costs | None,
+    evaluator: StructureEvaluator | None,
+) -> StructurePlan:  # fmt: skip
+    """The searched or given plan of a target; of several processes the first one decides, and the others evaluate.
+
+    scores: None if only tokens are removed.
+    """
     config, graph = run.config, run.graph
-    units = chosen_scores(run, scores)
+    units = {} if scores is None else chosen_scores(run, scores)
 
     def decide() -> StructurePlan:
         if target.plan is not None:

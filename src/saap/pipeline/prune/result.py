@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from saap.core.manifest import KindChange, StageRecord
+from saap.core.manifest import KindChange, StageRecord, VocabularyRecord
 from saap.core.records import Candidate, ModelGraph, Role, StructurePlan
 
 
@@ -25,7 +25,8 @@ class PruneReport(BaseModel):
     """Figures of one result.
 
     Bytes are of the weights in `dtype`, dense and pruned alike. Answers are greedy continuations of `prompt`. kinds:
-    the perplexity on each kind of text. speed: the fields of SpeedRecord where a speed-up was requested.
+    the perplexity on each kind of text. speed: the fields of SpeedRecord where a speed-up was requested. vocabulary: if
+    tokens were removed; perplexities are per token of the dense model.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -60,6 +61,7 @@ class PruneReport(BaseModel):
     stages: tuple[StageRecord, ...]
     load_lines: tuple[str, ...]
     speed: dict[str, Any] | None = None
+    vocabulary: VocabularyRecord | None = None
 
     @property
     def perplexity_ratio(self) -> float:

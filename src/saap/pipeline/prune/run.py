@@ -37,6 +37,7 @@ from saap.pipeline.prune.source_file import (
 )
 from saap.pipeline.prune.speed_target import budget_for_speed
 from saap.pipeline.prune.steps import carry_out
+from saap.pipeline.prune.vocabulary import prune_vocabulary
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, check_devices, open_model, place_of
 from saap.pipeline.shared.legality import check_walk, require_divisible, search_space
@@ -44,7 +45,7 @@ from saap.pipeline.shared.memory_estimate import Sizes
 from saap.pipeline.shared.memory_limit import open_within, restoration_spill
 from saap.pipeline.shared.meter import Meter
 from saap.pipeline.shared.progress import Reporter, Silent
-from saap.pipeline.shared.stages import DISCOVER, LOAD, READ_TEXT, TIME_DECODING
+from saap.pipeline.shared.stages import DISCOVER, LOAD, PRUNE_VOCABULARY, READ_TEXT, TIME_DECODING
 from saap.pipeline.shared.targets import Target, plan_targets, with_budgets, work_path
 from saap.pipeline.shared.tokens import draw_tokens, needs_measuring
 from saap.pipeline.shared.work import WorkFolder
@@ -117,9 +118,10 @@ def preview(
     return {
         "forecast": found.as_dict(),
         "model": str(source),
-        "parameters": graph.parameters,
+        "parameters": run.dense_parameters,
         "block_parameters": graph.block_parameters,
-        "roles": [str(role) for role in run.config.roles],
+        "vocabulary": None if run.vocabulary is None else run.vocabulary.record.model_dump(),
+        "roles": [str(role) for role in run.config.block_roles],
         "targets": [
             {"name": target.name, "removal": target.budget.removal if isinstance(target.budget, Budget) else 0}
             for target in run.targets
@@ -173,8 +175,13 @@ def _prepare(
         meter.reporter.note("the weights stay in their files and are read block by block")
     if loaded.spills:
         meter.reporter.note("the activations of the reconstruction are kept outside the memory of the weights")
-    with meter.stage(READ_TEXT):
-        tokens = draw_tokens(loaded, config, calibration if calibration is not None else config.calibration, processes)
+    text, vocabulary = calibration if calibration is not None else config.calibration, None
+    if config.prunes_vocabulary:
+        with meter.stage(PRUNE_VOCABULARY):
+            loaded, tokens, vocabulary = prune_vocabulary(loaded, config, text, processes)
+    else:
+        with meter.stage(READ_TEXT):
+            tokens = draw_tokens(loaded, config, text, processes)
     if loaded.fresh is None:
         with tokens.images(loaded.model):
             check_runs(loaded.model, tokens.longest(loaded.model))
@@ -183,7 +190,7 @@ def _prepare(
         if experts is not None:
             check_layers(experts, graph)
         space = search_space(loaded.model, graph, config)
-        files = experts or folder_experts(loaded, graph, config, options)
+        files = experts if vocabulary is not None else experts or folder_experts(loaded, graph, config, options)
         targets = _reachable(targets, config, loaded, graph, space, files)
     for note in notes(loaded, files):
         meter.reporter.note(note)
@@ -195,7 +202,10 @@ def _prepare(
             check_reachable(graph, timed, space)
             targets = [dataclasses.replace(target, budget=timed) for target in targets]
     work = WorkFolder.shared(work_path(options), processes)
-    return Run(config, options, loaded, graph, space, tokens, work, meter, processes, targets, experts=files)
+    return Run(
+        config, options, loaded, graph, space, tokens, work, meter, processes, targets, experts=files,
+        vocabulary=vocabulary,
+    )  # fmt: skip
 
 
 def _reachable(
@@ -239,7 +249,9 @@ def _settings_digest(run: Run) -> str:
     config, tokens = run.config, run.tokens
     sets = [tokens.scored.digest, tokens.held.digest, tokens.refit.digest]
     plan = "" if config.plan is None else config.plan.read_text()
-    same = [__version__, config.model_dump(mode="json"), run.graph.digest, str(run.loaded.dtype), sets, plan]
+    same: list[Any] = [__version__, config.model_dump(mode="json"), run.graph.digest, str(run.loaded.dtype), sets, plan]
+    if run.vocabulary is not None:
+        same.append(list(run.vocabulary.map.old_ids))
     return digest_of(same if run.loaded.fresh is None else [*same, "weights in files"])
 
 

@@ -41,14 +41,15 @@ def for_source_file(
         return config, None
     out, given, folder = options.out, config.model_fields_set, "write a folder with -o DIR"
     from_gguf = not isinstance(source, nn.Module) and (is_file(Path(source)) or str(source) in PACKAGED_MODELS)
-    other_roles = [role for role in config.roles if role is not PrunableRole.EXPERT]
+    tokens = {str(PrunableRole.VOCABULARY)} if config.prunes_vocabulary else set()
+    other_roles = " and ".join(sorted(({str(role) for role in config.roles} | tokens) - {str(PrunableRole.EXPERT)}))
     kept = f"but in {out} the weights that stay are those of MODEL, unchanged"
     faults = (
         (
             not from_gguf, f"-o {out} needs a GGUF file as MODEL",
             "Write a folder with -o DIR, and then use `saap export DIR --format gguf`",
         ), (
-            bool(other_roles), f"Only whole experts can be removed from a GGUF file, not {' and '.join(other_roles)}",
+            bool(other_roles), f"Only whole experts can be removed from a GGUF file, not {other_roles}",
             f"Use --roles expert, or {folder}",
         ),
         ("restore" in given and config.restore, f"--restore changes weights, {kept}", f"Leave it out, or {folder}"),

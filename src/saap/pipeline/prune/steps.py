@@ -66,7 +66,7 @@ def requested_stages(run: Run) -> list[Stage]:
     costs = searches and finds_costs(config, run.loaded.model, run.graph)
     optional = {
         stages.TIME_DECODING: config.target_speedup is not None,
-        stages.ESTIMATE: not costs,
+        stages.ESTIMATE: not costs and not config.vocabulary_only,
         stages.FIND_COSTS: costs,
         stages.KEEP_SCORES: costs,
         stages.EVALUATE_DENSE: searches

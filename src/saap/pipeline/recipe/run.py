@@ -284,7 +284,8 @@ def preview_recipe(recipe: Recipe) -> dict[str, Any]:
 def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Discovery and the reachability of each target, on the model without weights.
 
-    The size for a target speed is unknown until decoding is measured with weights.
+    The size for a target speed is unknown until decoding is measured with weights, and that with fewer tokens until the
+    weights have chosen them.
     """
     if config.target_speedup is not None:
         config.runtime.check()
@@ -298,6 +299,9 @@ def _pruned(recipe: Recipe, config: PruneConfig, model: Any, dtype: torch.dtype)
         row = {"name": "prune", "target": target.name, "output": str(target.path)}
         if config.target_speedup is not None:
             rows.append({**row, "speedup": config.target_speedup, "runtime": str(config.runtime)})
+            continue
+        if config.prunes_vocabulary:
+            rows.append(row)
             continue
         if target.budget is not None:
             left = check_reachable(graph, target.budget, space).parameters

@@ -21,7 +21,7 @@ from saap.models.loading.devices import pick_device, pick_dtype
 from saap.models.loading.pretrained import load_tokenizer, model_without_weights
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.processes import Processes
-from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
+from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense, tokenizer_with, tokens_of
 from saap.pipeline.shared.digests import weights_digest
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.meter import Meter
@@ -96,7 +96,7 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
             find_routers(skeleton, find_blocks(skeleton))
         tokenizer = load_tokenizer(resolved)
         earlier = manifest_of(resolved)
-        config, teacher = _with_teacher(config, source, earlier, tokenizer, meter)
+        config, teacher = _with_teacher(config, resolved, earlier, tokenizer, meter)
         data = read_data(config, tokenizer)
     return Recovery(
         config=config, options=options, resolved=resolved, tokenizer=tokenizer, teacher=teacher, earlier=earlier,
@@ -130,7 +130,7 @@ def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> 
 
 
 def _with_teacher(
-    config: RecoverConfig, source: str, earlier: RunManifest | None, tokenizer: Any, meter: Meter
+    config: RecoverConfig, resolved: ResolvedModel, earlier: RunManifest | None, tokenizer: Any, meter: Meter
 ) -> tuple[RecoverConfig, ResolvedModel | None]:
     """The settings with teacher and distillation filled in, and the dense model if it is needed.
 
@@ -141,9 +141,9 @@ def _with_teacher(
     if config.teacher is not None or config.distillation != 0:
         try:
             teacher = resolve_dense(DenseChoice.of(config, config.teacher), earlier)
-            own = None if teacher is None or tokenizer is None else load_tokenizer(teacher)
+            own = None if teacher is None or tokenizer is None else tokenizer_with(teacher, tokens_of(resolved))
             if teacher is not None and own is not None and own.get_vocab() != tokenizer.get_vocab():
-                offender = f"--dense {teacher.source} has another vocabulary than {source}"
+                offender = f"--dense {teacher.source} has another vocabulary than {resolved.source}"
                 raise ConfigurationError(offender, "Specify the model that it was pruned from")
         except SaapError as error:
             if config.teacher is not None:

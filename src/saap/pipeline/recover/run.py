@@ -24,6 +24,7 @@ from saap.models.walk.walker import BlockWalker
 from saap.pipeline.recover.context import Recovery, prepare
 from saap.pipeline.recover.result import RecoverResult, not_quantised, recovery_manifest, recovery_report
 from saap.pipeline.shared import stages
+from saap.pipeline.shared.dense_model import keep_tokens_of, tokens_of
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.outcome import Behaviour, greedy_answer
 from saap.pipeline.shared.progress import Reporter, Silent
@@ -105,6 +106,7 @@ def _teacher(run: Recovery, dense: Behaviour | None) -> tuple[Any | None, Behavi
                 f"{run.teacher.source} has {found:,} parameters, but {expected}",
                 "Specify that model with --dense, or use --distillation 0",
             )
+        keep_tokens_of(teacher, tokens_of(run.resolved))
         _check_fits(run, teacher)
         dense = dense if dense is not None else _measure(run, teacher)
     return (teacher if run.config.distillation else None), dense

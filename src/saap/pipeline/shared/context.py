@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from saap.baselines.baseline import Measurements
+from saap.core.manifest import VocabularyRecord
 from saap.core.records import ModelGraph
+from saap.core.vocabulary import VocabularyMap
 from saap.models.walk.backend import Backend
 from saap.models.walk.offload import offloaded
 from saap.models.walk.processes import Processes
 from saap.models.walk.spill import Spill
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions
 from saap.pipeline.shared.meter import Meter
+from saap.pipeline.shared.outcome import Behaviour
 from saap.pipeline.shared.targets import Target
 from saap.pipeline.shared.tokens import TokenSets
 from saap.pipeline.shared.work import WorkFolder
@@ -27,13 +30,29 @@ if TYPE_CHECKING:
     from saap.export.gguf.removal import GgufExperts
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VocabularyCut:
+    """What was removed of the vocabulary before all other stages.
+
+    map: the kept ids. dense: figures of the dense model. dense_parameters: its parameters. kinds: bundled kinds of text
+    in the languages whose tokens stay.
+    """
+
+    map: VocabularyMap
+    record: VocabularyRecord
+    dense: Behaviour
+    dense_parameters: int
+    kinds: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """A prepared run: everything that can be checked early has been checked.
 
     processes: of the run; the first one writes the stage files, and the others read them. measurements: the baselines'
     measurements of the dense model so far, if several methods share them. experts: of the model's files, if the result
-    is these files without some of them.
+    is these files without some of them. vocabulary: what was removed of it; `loaded` and `graph` are of the model after
+    that.
     """
 
     config: PruneConfig
@@ -48,6 +67,12 @@ class Run:
     targets: Sequence[Target] = ()
     measurements: Measurements | None = None
     experts: GgufExperts | FolderExperts | None = None
+    vocabulary: VocabularyCut | None = None
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the dense model, with its whole vocabulary."""
+        return self.graph.parameters if self.vocabulary is None else self.vocabulary.dense_parameters
 
     @property
     def device(self) -> torch.device:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
 
 from saap.core.errors import ModelError
 from saap.core.manifest import RunManifest, read_manifest
+from saap.core.vocabulary import VocabularyMap, read_vocabulary
+from saap.evaluation.perplexity import model_logits
+from saap.models.loading.pretrained import load_tokenizer
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.settings.evaluate import DenseSettings, EvalRequest
 from saap.settings.recover import RecoverConfig
+from saap.vocabulary.cut_model import cut_rows, embedding_of
+from saap.vocabulary.cut_tokenizer import cut_tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,3 +57,30 @@ def resolve_dense(choice: DenseChoice, manifest: RunManifest | None) -> Resolved
         return resolve_model(source, revision, choice.trust_remote_code, fetch=choice.source is not None)
     except ModelError as error:
         raise ModelError(error.offender, error.remedy.replace("--trust-", "--dense-trust-")) from None
+
+
+def tokens_of(resolved: ResolvedModel) -> VocabularyMap | None:
+    """Which tokens of its dense model a model has; None for all of them. Raises ModelError if the file is damaged."""
+    return None if resolved.gguf_file is not None else read_vocabulary(resolved.folder)
+
+
+def tokenizer_with(dense: ResolvedModel, vocabulary: VocabularyMap | None) -> Any | None:
+    """The dense model's tokenizer with the tokens of its pruned one. Raises ModelError."""
+    tokenizer = load_tokenizer(dense)
+    return tokenizer if tokenizer is None or vocabulary is None else cut_tokenizer(tokenizer, vocabulary.old_ids)
+
+
+def keep_tokens_of(dense: nn.Module, vocabulary: VocabularyMap | None) -> None:
+    """Cut the dense model, in place, to the tokens of its pruned one, so that the same ids mean the same.
+
+    Raises ModelError if it has another number of rows than the model that was pruned.
+    """
+    if vocabulary is None:
+        return
+    rows = embedding_of(dense).num_embeddings
+    if rows != vocabulary.rows:
+        raise ModelError(
+            f"The dense model has {rows:,} rows, but the vocabulary was pruned from {vocabulary.rows:,}",
+            "Specify the model that it was pruned from with --dense",
+        )
+    cut_rows(dense, vocabulary.old_ids, model_logits)

@@ -60,7 +60,7 @@ def search_space(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> Se
     if config.tensor_parallel > 1:
         legal = divisible_sizes(graph, config, legal)
     return SearchSpace(
-        roles=config.roles, layout=config.layout, align=config.alignment, skip_layers=config.skip_layers,
+        roles=config.block_roles, layout=config.layout, align=config.alignment, skip_layers=config.skip_layers,
         legal_sizes=legal,
     )  # fmt: skip
 
@@ -82,7 +82,7 @@ def divisible_sizes(
                 f"--tensor-parallel {devices} does not divide the {group.units} {units} of {group.name}",
                 f"Use a divisor of {group.units}, or leave it out",
             )
-    for role in unit_roles(config.roles):
+    for role in unit_roles(config.block_roles):
         largest = max((group.units for group in graph.of_role(role)), default=0)
         sizes = range(devices, largest + 1, devices) if role is Role.ATTENTION else range(largest + 1)
         found[role] = frozenset(sizes) if legal is None else legal[role].intersection(sizes)
@@ -111,7 +111,7 @@ def legal_sizes(model: nn.Module, graph: ModelGraph, config: PruneConfig) -> Map
         return None
     found: dict[Role, frozenset[int]] = {}
     reason: LayoutError | None = None
-    for role in unit_roles(config.roles):
+    for role in unit_roles(config.block_roles):
         groups, step = graph.of_role(role), config.alignment if role.of_channels else 1
         sizes = range(max(step, groups[0].least), groups[0].units, step) if groups else range(0)
         refusals = {size: _refusal(model, graph, role, size, config.alignment) for size in (*sizes[:1], *sizes[-1:])}

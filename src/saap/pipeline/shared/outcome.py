@@ -44,15 +44,21 @@ def observe(
     spill: Spill | None = None,
     known: Mapping[str, Perplexity] | None = None,
 ) -> Behaviour:
-    """Perplexities and a greedy answer of `model`.
+    """Perplexities, per token of the dense model, and a greedy answer of `model`.
 
     known: its perplexities if measured already. spill: for offloaded weights. Such a model generates no answer, since
     each token would read all weights.
     """
     read = None if spill is None else logits_of(model, spill.keep)
-    found = known or perplexities(model, tokens.evaluation, leading=tokens.leading, read=read)
+    found = known
+    if not found:
+        found = tokens.per_dense_token(perplexities(model, tokens.evaluation, leading=tokens.leading, read=read))
+    return behaviour(found, *greedy_answer(model, tokenizer if read is None else None))
+
+
+def behaviour(found: Mapping[str, Perplexity], prompt: str, answer: str) -> Behaviour:
+    """The figures of a model from its perplexities by kind, and its answer to a prompt."""
     value = joint_perplexity(one for kind, one in found.items() if kind in GENERAL or len(found) == 1)
-    prompt, answer = greedy_answer(model, tokenizer if read is None else None)
     kinds = {kind: one.value for kind, one in found.items()}
     return Behaviour(perplexity=value, prompt=prompt, answer=answer, kinds=kinds)
 

@@ -32,6 +32,7 @@ class Stage:
 
 LOAD = Stage("load the model", ("MODEL",), "model")
 READ_TEXT = Stage("read the calibration text", ("model", "DATA"), "tokens")
+PRUNE_VOCABULARY = Stage("read the text and prune the vocabulary", READ_TEXT.needs, "tokens")
 DISCOVER = Stage("discover the coupled structures", ("model",), "graph")
 TIME_DECODING = Stage("measure what decoding costs", ("model", "graph"), "budget")
 MEASURE_DENSE = Stage("measure the dense model", ("model", "tokens"), "dense figures", "dense.json")

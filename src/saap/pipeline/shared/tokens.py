@@ -43,12 +43,26 @@ SHORT_SAMPLE = PRESETS[Preset.FAST].sample_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DenseReading:
+    """The evaluation texts as the dense model reads them, where the pruned one has fewer tokens.
+
+    texts, sizes, perplexities: by kind, sizes in tokens of the dense model. weights: of the kinds in `mixed`.
+    """
+
+    texts: Mapping[str, str]
+    sizes: Mapping[str, int]
+    perplexities: Mapping[str, Perplexity]
+    weights: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSets:
     """Token ids for each use.
 
     scored: importance and second-order costs. held: held-out evaluation of structures. refit: reconstruction.
     evaluation: by kind, (tokens,) of texts not used for calibration. dense: the dense model's perplexities on them, if
-    measured already. leading: ids prepended to each window of a text.
+    measured already. leading: ids prepended to each window of a text. dense_sizes: tokens that the dense model reads
+    each kind in, if its vocabulary is another; perplexities are per such token, so that the two compare per byte.
     """
 
     scored: CalibrationSet
@@ -57,6 +71,19 @@ class TokenSets:
     evaluation: Mapping[str, IntArray]
     dense: Mapping[str, Perplexity] = field(default_factory=dict)
     leading: tuple[int, ...] = ()
+    dense_sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def size(self, kind: str) -> int:
+        """Tokens that the dense model reads the evaluation text of a kind in."""
+        return self.dense_sizes.get(kind, self.evaluation[kind].size)
+
+    def per_dense_token(self, found: Mapping[str, Perplexity]) -> dict[str, Perplexity]:
+        """Perplexities of a model with these token sets, per token of the dense model."""
+        if not self.dense_sizes:
+            return dict(found)
+        return {
+            kind: one.over(one.tokens * self.size(kind) / self.evaluation[kind].size) for kind, one in found.items()
+        }
 
     def images(self, model: nn.Module) -> AbstractContextManager[None]:
         """Context in which the model receives the images of rows of these sets."""
@@ -65,7 +92,7 @@ class TokenSets:
     @property
     def measured(self) -> tuple[str, int]:
         """Name and tokens of the text of the headline perplexity: the kinds of general English."""
-        general = [ids.size for kind, ids in self.evaluation.items() if kind in GENERAL]
+        general = [self.size(kind) for kind in self.evaluation if kind in GENERAL]
         return (EVALUATION, sum(general)) if general else (HELD_OUT, self.evaluation[HELD_OUT].size)
 
     def tensor(self, name: str, device: torch.device) -> torch.Tensor:
@@ -135,13 +162,18 @@ def _of_the_dense(
 
 
 def draw_tokens(
-    loaded: LoadedModel, config: PruneConfig, calibration: Calibration, processes: Processes | None = None
-) -> TokenSets:
+    loaded: LoadedModel, config: PruneConfig, calibration: Calibration, processes: Processes | None = None,
+    reading: DenseReading | None = None,
+) -> TokenSets:  # fmt: skip
     """All token sets of a run, disjoint if the text is long enough. Raises CalibrationError.
 
-    The kinds of `mixed` are weighted by how well the dense model predicts each, measured by the first process.
+    The kinds of `mixed` are weighted by how well the dense model predicts each, measured by the first process. reading:
+    what the dense model has done, if `loaded` has fewer tokens.
     """
-    evaluation = {} if loaded.tokenizer is None else evaluation_sets(loaded.tokenizer)
+    if reading is not None:
+        evaluation = {kind: token_stream([text], loaded.tokenizer) for kind, text in reading.texts.items()}
+    else:
+        evaluation = {} if loaded.tokenizer is None else evaluation_sets(loaded.tokenizer)
     leading, weights = leading_ids(loaded.tokenizer, bos=config.bos), KINDS
     dense: Mapping[str, Perplexity] = {}
     settings = config.preset_settings
@@ -165,7 +197,9 @@ def draw_tokens(
         sets = draw_pairs(file, processor, requests, image_ids=image_ids, seed=config.seed)
         check_vocabulary({name: one.tokens for name, one in sets.items()}, rows, loaded.tokenizer)
     else:
-        if evaluation and includes_mixed(calibration):
+        if reading is not None:
+            dense, weights = reading.perplexities, reading.weights
+        elif evaluation and includes_mixed(calibration):
             check_vocabulary(evaluation, rows, loaded.tokenizer)
             dense = _of_the_dense(loaded, evaluation, leading, processes or Processes())
             weights = kind_weights(
@@ -181,7 +215,7 @@ def draw_tokens(
         evaluation = {HELD_OUT: sets["held"].tokens.reshape(-1)}
     return TokenSets(
         scored=sets["scored"], held=sets["held"], refit=sets["refit"],
-        evaluation=evaluation, dense=dense, leading=leading,
+        evaluation=evaluation, dense=dense, leading=leading, dense_sizes={} if reading is None else reading.sizes,
     )  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""Vocabulary pruning: which tokens stay, and the cut of tokenizer and model."""
