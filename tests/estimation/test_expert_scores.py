@@ -41,7 +41,7 @@ def scores_of(model: Any, graph: ModelGraph, importance: Importance, **how: Any)
     return dict(unit_scores(found, graph, importance, FusionScope.LAYER_ROLE))
 
 
-@pytest.fixture(scope="module", params=families.EXPERTS)
+@pytest.fixture(scope="module", params=("mixtral", "qwen2_moe", "qwen3_moe"))
 def mixture(request: pytest.FixtureRequest) -> tuple[Any, ModelGraph]:
     model = families.build(request.param)
     return model, discover(model)
