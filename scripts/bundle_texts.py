@@ -41,18 +41,18 @@ class Passage:
 
 
 CALIBRATION_NOVELS = (
-    Passage("Chesterton_Innocence_1911.txt", "The Queer Feet", 90_000),
-    Passage("Conrad_Almayer_1895.txt", "CHAPTER IV.", 90_000),
-    Passage("Doyle_Hound_1902.txt", "Chapter 4", 90_000),
-    Passage("Forster_Howards_1910.txt", "Chapter 7", 90_000),
-    Passage("Stevenson_Treasure_1883.txt", "8", 90_000),
+    Passage("Chesterton_Innocence_1911.txt", "The Queer Feet", 75_000),
+    Passage("Conrad_Almayer_1895.txt", "CHAPTER IV.", 75_000),
+    Passage("Doyle_Hound_1902.txt", "Chapter 4", 75_000),
+    Passage("Forster_Howards_1910.txt", "Chapter 7", 75_000),
+    Passage("Stevenson_Treasure_1883.txt", "8", 75_000),
 )
 EVALUATION_NOVELS = (
     Passage("Chesterton_Innocence_1911.txt", "The Eye of Apollo", 14_000),
     Passage("Doyle_Hound_1902.txt", "Chapter 13", 14_000),
     Passage("Forster_Howards_1910.txt", "Chapter 28", 14_000),
 )
-CALIBRATION_SPEECHES = 350_000
+CALIBRATION_SPEECHES = 200_000
 EVALUATION_SPEECHES = 40_000
 SPEECHES_FOR_EVALUATION_FROM = 0.6
 SPEECHES_FOR_BENCHMARKS_FROM = 0.75
