@@ -85,6 +85,17 @@ def test_scores_are_those_of_the_definitions(mixture: tuple[Any, ModelGraph], mi
             assert (score.variance >= 0).all()
 
 
+@pytest.mark.parametrize("family", families.GROUPED)
+def test_groups_of_experts_share_a_module(family: str) -> None:
+    model = families.build(family)
+    graph = discover(model)
+    shares = scores_of(model, graph, Importance.FREQUENCY)
+    assert set(shares) == {"layers.1.expert.0", "layers.1.expert.1"}
+    assert sum(score.mean.sum() for score in shares.values()) == pytest.approx(model.config.num_experts_per_tok)
+    found = scores_of(model, graph, Importance.REAP)
+    assert all(((score.mean > 0) == (shares[name].mean > 0)).all() for name, score in found.items())
+
+
 @pytest.mark.parametrize("importance", OF_EXPERTS)
 def test_no_backward_pass_is_made(
     mixtral: tuple[Any, ModelGraph], importance: Importance, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -29,7 +29,8 @@ class Reap(RouterFrequency):
             norms.append(torch.linalg.vector_norm(at_least_float32(output).flatten(0, -2), dim=-1))
         total = torch.stack(norms, 1)
         share, total = (self.mean(seen, values) for values in (torch.ones_like(total), total))
-        self.add(self._groups[seen.site].name, seen.batch, total, share)
+        for name, own in self._groups[seen.site].items():
+            self.add(name, seen.batch, total[:, own], share[:, own])
 
     def result(self) -> tuple[FloatArray, dict[str, GroupScores]]:
         """Losses, of which there are none, and the scores of all groups."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saap.core.errors import UnsupportedModelError
-from saap.core.records import CoupledGroup, ModelGraph, Role
+from saap.core.records import AxisSlice, CoupledGroup, IntArray, ModelGraph, Role
 from saap.estimation.importance import Scoring
 from saap.estimation.statistics import ScoreObserver
 from saap.models.walk.backend import Backend
@@ -17,20 +17,24 @@ from saap.models.walk.observer import Observation, Signal
 OTHER_SCORE = "Use --importance token-fisher"
 
 
-def experts_module(graph: ModelGraph, group: CoupledGroup) -> str:
-    """Path of the module that holds the stacked matrices of a group of experts. Raises UnsupportedModelError."""
-    stacks = [member.tensor for member in group.members if len(graph.shapes[member.tensor]) > 2]
-    paths = {name.rpartition(".")[0] for name in stacks if group.role is Role.EXPERT}
-    if len(paths) != 1:
+def stack_of(graph: ModelGraph, group: CoupledGroup) -> AxisSlice:
+    """Where a group's experts are among the stacked matrices of a module. Raises UnsupportedModelError."""
+    stacks = [member for member in group.members if len(graph.shapes[member.tensor]) > 2 and member.axis == 0]
+    if group.role is not Role.EXPERT or len({module_of(one.tensor) for one in stacks}) != 1:
         raise UnsupportedModelError(f"{group.name} is not a stack of experts in one module", OTHER_SCORE)
-    return paths.pop()
+    return stacks[0]
+
+
+def module_of(tensor: str) -> str:
+    """Path of the module that a tensor belongs to."""
+    return tensor.rpartition(".")[0]
 
 
 class RouterFrequency(ScoreObserver):
     """Share of a sample's tokens that are routed to each expert: (samples, experts), summing to the experts per token.
 
     The module of a layer's experts is called with the tokens, (tokens, width), and the numbers and gates of the experts
-    of each token, both (tokens, experts per token).
+    of each token, both (tokens, experts per token). Several groups share it where a router first selects among groups.
     """
 
     backward = False
@@ -38,22 +42,30 @@ class RouterFrequency(ScoreObserver):
     def __init__(self, backend: Backend, groups: Sequence[CoupledGroup]) -> None:
         super().__init__(groups)
         self._model = backend.model
-        self._groups = {experts_module(backend.graph, group): group for group in groups}
+        self._groups: dict[str, dict[str, IntArray]] = {}
+        self._experts: dict[str, int] = {}
+        for group in groups:
+            stack = stack_of(backend.graph, group)
+            site = module_of(stack.tensor)
+            self._groups.setdefault(site, {})[group.name] = stack.indices(range(group.units))
+            self._experts[site] = backend.graph.shapes[stack.tensor][0]
         self.needs = dict.fromkeys(self._groups, Signal.INPUT | Signal.OUTPUT)
 
     def observe(self, seen: Observation) -> None:
         """Count the tokens of each expert of one layer."""
-        self.add(self._groups[seen.site].name, seen.batch, self.mean(seen, torch.ones(chosen(seen).shape)))
+        share = self.mean(seen, torch.ones(chosen(seen).shape))
+        for name, own in self._groups[seen.site].items():
+            self.add(name, seen.batch, share[:, own])
 
     def mean(self, seen: Observation, values: Tensor) -> Tensor:
         """Mean over each sample's tokens of a value of each chosen expert, (tokens, experts per token), 0 for others.
 
         Returns (samples, experts).
         """
-        units = self._groups[seen.site].units
-        numbers = chosen(seen).clamp(max=units)  # beyond them are experts without weights
-        of_all = values.new_zeros(len(numbers), units + 1).scatter_add_(1, numbers.to(values.device), values)
-        return seen.batch.by_sample(of_all[:, :units], seen.site).mean(1)
+        experts = self._experts[seen.site]
+        numbers = chosen(seen).clamp(max=experts)  # beyond them are experts without weights
+        of_all = values.new_zeros(len(numbers), experts + 1).scatter_add_(1, numbers.to(values.device), values)
+        return seen.batch.by_sample(of_all[:, :experts], seen.site).mean(1)
 
 
 def chosen(seen: Observation) -> Tensor:
