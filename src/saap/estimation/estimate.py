@@ -52,8 +52,9 @@ def estimate(
     observer: ScoreObserver = (scoring.observer or usual)(backend, groups)
     rows = 1 if observer.one_by_one else micro_batch or max(1, TOKENS_AT_ONCE // length)
     tokens = torch.from_numpy(calibration.tokens).to(backend.device)
-    passes = {True: [*also]} if also else {}  # with and without a backward pass
-    passes.setdefault(observer.backward, []).append(observer)
+    passes: dict[bool, list[Observer]] = {observer.backward: [observer]}  # with and without a backward pass
+    if also:
+        passes.setdefault(True, []).extend(also)
     for backward, observers in passes.items():
         walk(backend, tokens, observers, micro_batch=rows, backward=backward, ignored=calibration.ignored)
     losses, found = observer.result()

@@ -41,8 +41,8 @@ def for_source_file(
         return config, None
     out, given, folder = options.out, config.model_fields_set, "write a folder with -o DIR"
     from_gguf = not isinstance(source, nn.Module) and (is_file(Path(source)) or str(source) in PACKAGED_MODELS)
-    tokens = {str(PrunableRole.VOCABULARY)} if config.prunes_vocabulary else set()
-    other_roles = " and ".join(sorted(({str(role) for role in config.roles} | tokens) - {str(PrunableRole.EXPERT)}))
+    tokens = [PrunableRole.VOCABULARY] if config.prunes_vocabulary else []
+    other_roles = " and ".join(dict.fromkeys(one for one in [*config.roles, *tokens] if one is not PrunableRole.EXPERT))
     kept = f"but in {out} the weights that stay are those of MODEL, unchanged"
     faults = (
         (
