@@ -27,7 +27,7 @@ PRUNING: dict[str, Any] = {"num_samples": 4, "sample_length": 32, "restore": Fal
 TRAINING: dict[str, Any] = {"max_seq_length": 32, "batch_size": 4, "max_steps": 24, "validate_every": 4}
 
 
-@pytest.mark.parametrize("family", ("mixtral", "qwen2_moe", "qwen3_moe"))
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
 def test_routers_are_the_rows_next_to_the_experts(family: str) -> None:
     model = families.build(family)
     assert find_routers(model, blocks(model)) == [f"model.layers.{layer}.mlp.gate.weight" for layer in (0, 1)]
