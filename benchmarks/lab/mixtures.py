@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from harness.experiment import Request
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from lab.commands import made_by_saap
 from lab.dense import Dense, opened
 from saap.models.walk.observer import capture
 from saap.models.walk.walker import BlockWalker
 
-DAMPING = 0.01
-"""Of the least-squares problems, as a share of the mean diagonal."""
+ROUTER_DAMPING, DAMPING = 0.01, 1.0
+"""Of the least-squares problems, as a share of the mean diagonal: of the router, and of the down projections."""
 ROUNDS, AT_ONCE = 10, 4
 """Of the clustering; sequences computed at once."""
 
@@ -26,20 +25,21 @@ ROUNDS, AT_ONCE = 10, 4
 class Split:
     """Experts of each layer and of each token, and how they are made.
 
-    sequences x length: tokens that they are fitted to. spread: deviation of the router's logits at first. steps: of the
-    tuning of the routers.
+    shared: share of the channels that all tokens use. sequences x length: tokens that they are fitted to. spread:
+    deviation of the router's logits at first. steps: of the tuning of the routers.
     """
 
     experts: int = 16
     chosen: int = 8
+    shared: float = 0.5
     sequences: int = 32
     length: int = 512
-    spread: float = 0.5
+    spread: float = 0.05
     steps: int = 60
 
 
 FULL = Split()
-TRIAL = Split(experts=8, chosen=4, sequences=4, length=64, steps=2)
+TRIAL = Split(experts=4, chosen=2, sequences=4, length=64, steps=2)
 
 
 def upcycled_folder(request: Request) -> Path:
@@ -65,11 +65,12 @@ def save_folder(folder: Path, *parts: Any) -> None:
 
 
 @torch.no_grad()
-def upcycled(dense: Dense, split: Split) -> MixtralForCausalLM:
+def upcycled(dense: Dense, split: Split) -> Qwen2MoeForCausalLM:
     """A LLaMA as a mixture: the channels of each FFN are clustered by their activations, and a router is fitted.
 
-    Layer by layer on the bundled text: the router predicts by least squares how much each expert adds, and the down
-    projections are fitted so that the chosen experts lead to the dense model's hidden states.
+    Layer by layer on the bundled text: the channels that add most become the shared expert. The router predicts by
+    least squares how much each other expert adds. The down projections are fitted so that the chosen experts lead to
+    the dense model's hidden states.
     """
     (samples,) = dense.samples("mixed", refit=(split.sequences, split.length)).values()
     ids = dense.ids(samples)
@@ -116,7 +117,7 @@ class _Stream:
         return torch.cat(self.hidden).flatten(0, 1)
 
 
-def _with_other_weights(dense: Any, split: Split) -> MixtralForCausalLM:
+def _with_other_weights(dense: Any, split: Split) -> Qwen2MoeForCausalLM:
     """The stock mixture of the same sizes, with all weights of the dense model but those of its FFNs."""
     known = dense.config.to_dict()
     same = (
@@ -124,11 +125,13 @@ def _with_other_weights(dense: Any, split: Split) -> MixtralForCausalLM:
         "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
         "bos_token_id", "eos_token_id", "pad_token_id",
     )  # fmt: skip
-    config = MixtralConfig(
-        **{name: known[name] for name in same}, intermediate_size=known["intermediate_size"] // split.experts,
-        num_local_experts=split.experts, num_experts_per_tok=split.chosen,
+    shared = round(split.shared * known["intermediate_size"])
+    config = Qwen2MoeConfig(
+        **{name: known[name] for name in same}, shared_expert_intermediate_size=shared, qkv_bias=False,
+        moe_intermediate_size=(known["intermediate_size"] - shared) // split.experts, num_experts=split.experts,
+        num_experts_per_tok=split.chosen, norm_topk_prob=True,
     )  # fmt: skip
-    model = MixtralForCausalLM(config).eval().requires_grad_(False)
+    model = Qwen2MoeForCausalLM(config).eval().requires_grad_(False)
     _, unexpected = model.load_state_dict(dense.state_dict(), strict=False)
     assert all(".mlp." in name for name in unexpected)
     return model
@@ -136,18 +139,26 @@ def _with_other_weights(dense: Any, split: Split) -> MixtralForCausalLM:
 
 def _fill(mixture: Any, ffn: Any, inputs: Tensor, goals: Tensor, split: Split) -> None:
     """Give a mixture the channels of an FFN. inputs, goals: (tokens, width), of the FFN and of the mixture's output."""
-    activations = functional.silu(ffn.gate_proj(inputs)) * ffn.up_proj(inputs)
+    activations = ffn.act_fn(ffn.gate_proj(inputs)) * ffn.up_proj(inputs)
     down = ffn.down_proj.weight.T  # (channels, width)
     share = activations.abs() * down.norm(dim=1)
-    order = balanced_clusters((share / share.norm(dim=0)).T, split.experts, ROUNDS)  # (experts, channels of each)
+    largest_first = share.square().mean(0).argsort(descending=True)
+    count = mixture.shared_expert.down_proj.in_features
+    common, others = largest_first[:count], largest_first[count:]
+    points = share[:, others] / share[:, others].norm(dim=0)
+    order = others[balanced_clusters(points.T, split.experts, ROUNDS)]  # (experts, channels of each)
     outputs = [(activations[:, each] @ down[each]).norm(dim=1) for each in order]
     mixture.gate.weight.copy_(fitted_router(inputs, torch.stack(outputs, 1), split.spread))
     _, gates, numbers = mixture.gate(inputs)
     of_all = torch.zeros(len(inputs), split.experts).scatter_(1, numbers, gates * split.chosen)
-    expert_of = torch.empty(len(down), dtype=torch.long).index_copy_(
-        0, order.flatten(), torch.arange(split.experts).repeat_interleave(order.shape[1])
-    )
-    down = down + least_squares(activations * of_all[:, expert_of], goals, down)
+    used = torch.ones_like(activations)
+    for expert, each in enumerate(order):
+        used[:, each] = of_all[:, expert, None]
+    down = down + least_squares(activations * used, goals, down, DAMPING)
+    mixture.shared_expert_gate.weight.zero_()  # a half of its output is taken
+    for name in ("gate_proj", "up_proj"):
+        mixture.shared_expert.get_submodule(name).weight.copy_(ffn.get_submodule(name).weight[common])
+    mixture.shared_expert.down_proj.weight.copy_(2 * down[common].T)
     for expert, each in enumerate(order):
         mixture.experts.gate_up_proj[expert] = torch.cat([ffn.gate_proj.weight[each], ffn.up_proj.weight[each]])
         mixture.experts.down_proj[expert] = split.chosen * down[each].T
@@ -159,16 +170,15 @@ def fitted_router(inputs: Tensor, sizes: Tensor, spread: float) -> Tensor:
     sizes: (tokens, experts), norms of their outputs. spread: standard deviation of the logits.
     """
     relative = sizes / sizes.mean(1, keepdim=True)
-    weight = least_squares(
-        inputs, relative - relative.mean(1, keepdim=True), torch.zeros(inputs.shape[1], sizes.shape[1])
-    )
+    start = inputs.new_zeros(inputs.shape[1], sizes.shape[1])
+    weight = least_squares(inputs, relative - relative.mean(1, keepdim=True), start, ROUTER_DAMPING)
     return (weight * (spread / (inputs @ weight).std())).T
 
 
-def least_squares(inputs: Tensor, goals: Tensor, start: Tensor) -> Tensor:
-    """The change of `start` (in, out) that minimises the damped squared error of inputs @ (start + change)."""
+def least_squares(inputs: Tensor, goals: Tensor, start: Tensor, damping: float) -> Tensor:
+    """The change of `start` (in, out) that minimises the squared error of inputs @ (start + change), damped."""
     gram = (inputs.T @ inputs).double()
-    gram.diagonal().add_(DAMPING * gram.diagonal().mean())
+    gram.diagonal().add_(damping * gram.diagonal().mean())
     change: Tensor = torch.linalg.solve(gram, (inputs.T @ (goals - inputs @ start)).double())
     return change.float()
 
