@@ -15,7 +15,7 @@ from lab.dense import Dense, opened
 from saap.models.walk.observer import capture
 from saap.models.walk.walker import BlockWalker
 
-ROUTER_DAMPING, DAMPING = 0.01, 1.0
+ROUTER_DAMPING, DAMPING = 0.01, 0.01
 """Of the least-squares problems, as a share of the mean diagonal: of the router, and of the down projections."""
 ROUNDS, AT_ONCE = 10, 4
 """Of the clustering; sequences computed at once."""
@@ -79,9 +79,11 @@ def upcycled(dense: Dense, split: Split) -> Qwen2MoeForCausalLM:
     theirs, ours = (_Stream(one, dense.graph.blocks, batches) for one in (dense.model, model))
     for layer, path in enumerate(dense.graph.blocks):
         residual, inputs = ours.around(layer, f"{path}.post_attention_layernorm")
-        goals = theirs.advanced(layer) - residual
-        _fill(model.model.layers[layer].mlp, dense.model.get_submodule(f"{path}.mlp"), inputs, goals, split)
-        missed = (ours.advanced(layer) - theirs.states()).norm() / theirs.states().norm()
+        wanted = theirs.advanced(layer)
+        scale = 1 / wanted.norm(dim=1, keepdim=True)
+        mixture, ffn = model.model.layers[layer].mlp, dense.model.get_submodule(f"{path}.mlp")
+        _fill(mixture, ffn, inputs, wanted - residual, scale, split)
+        missed = ((ours.advanced(layer) - wanted) * scale).square().sum(1).mean().sqrt()
         print(f"layer {layer}: relative error {missed:.3f}", flush=True)
     return model
 
@@ -137,11 +139,15 @@ def _with_other_weights(dense: Any, split: Split) -> Qwen2MoeForCausalLM:
     return model
 
 
-def _fill(mixture: Any, ffn: Any, inputs: Tensor, goals: Tensor, split: Split) -> None:
-    """Give a mixture the channels of an FFN. inputs, goals: (tokens, width), of the FFN and of the mixture's output."""
+def _fill(mixture: Any, ffn: Any, inputs: Tensor, goals: Tensor, scale: Tensor, split: Split) -> None:
+    """Give a mixture the channels of an FFN.
+
+    inputs, goals: (tokens, width), of the FFN and of the mixture's output. scale: (tokens, 1), so that tokens with
+    huge hidden states do not decide alone.
+    """
     activations = ffn.act_fn(ffn.gate_proj(inputs)) * ffn.up_proj(inputs)
     down = ffn.down_proj.weight.T  # (channels, width)
-    share = activations.abs() * down.norm(dim=1)
+    share = activations.abs() * down.norm(dim=1) * scale
     largest_first = share.square().mean(0).argsort(descending=True)
     count = mixture.shared_expert.down_proj.in_features
     common, others = largest_first[:count], largest_first[count:]
@@ -154,7 +160,7 @@ def _fill(mixture: Any, ffn: Any, inputs: Tensor, goals: Tensor, split: Split) -
     used = torch.ones_like(activations)
     for expert, each in enumerate(order):
         used[:, each] = of_all[:, expert, None]
-    down = down + least_squares(activations * used, goals, down, DAMPING)
+    down = down + least_squares(activations * used * scale, goals * scale, down, DAMPING)
     mixture.shared_expert_gate.weight.zero_()  # a half of its output is taken
     for name in ("gate_proj", "up_proj"):
         mixture.shared_expert.get_submodule(name).weight.copy_(ffn.get_submodule(name).weight[common])

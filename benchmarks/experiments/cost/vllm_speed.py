@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from harness.experiment import Cells, Measured, Names, Request, Values
-from lab.commands import quickly_pruned
-from lab.dense import model_in
+from lab.commands import made_by_saap
+from lab.dense import model_in, source_of
 from lab.vllm_runs import script, vllm_python
 
 from saap.models.checkpoint.safetensor_files import StoredTensors, weight_files
 
-CELLS = ["1", "32"]
-"""Sequences at once."""
+SMOLLM2, QWEN = "smollm2", "qwen2.5-coder-0.5b"
+AT_ONCE = ("1", "32")
+"""Sequences."""
+CELLS = [f"{SMOLLM2}/{sequences}" for sequences in AT_ONCE]
+EXTRA = [f"{QWEN}/{sequences}" for sequences in AT_ONCE]
 PROMPT, TOKENS, ROUNDS = 32, 64, 5
 OPTIONS = {"python": "PATH"}
 SMOKE = False
 SETTINGS = {
-    "dense": "{model}", "dtype": "float32", "prompt tokens": PROMPT, "tokens written": TOKENS, "rounds": ROUNDS,
+    "dtype": "float32", "pruning ratio": 0.2, "preset": "fast", "prompt tokens": PROMPT, "tokens written": TOKENS, "rounds": ROUNDS,
 }  # fmt: skip
 MODELS = {"native": ("dense", "vllm"), "dense": ("dense", "transformers"), "pruned": ("pruned", "transformers")}
 """Folder and model implementation."""
@@ -29,24 +32,27 @@ DENSE = ("native", "dense")
 
 def measure(request: Request, wanted: Names) -> Measured:
     """The three models wait in a process each and are asked in turn, so that all have the machine's same load."""
-    pruned, dense = quickly_pruned(request, "adaptive", "0.2"), request.work / "vllm" / "dense"
-    model: Any = model_in(request.model)
-    if not dense.is_dir():
-        model.save_pretrained(dense)
-    folders = {"dense": dense, "pruned": pruned}
-    sizes = {name: weights_of(folder) for name, folder in folders.items()}
-    python = vllm_python(request)
+    python, settings = vllm_python(request), request.settings
     for cell in wanted:
+        name, _, sequences = cell.partition("/")
+        source, dense = source_of(request, name), request.work / "vllm" / name
+        flags = ["--pruning-ratio", settings["pruning ratio"], "--preset", settings["preset"]]
+        pruned = made_by_saap(request, f"vllm-{name}", "prune", source, *flags)
+        if not dense.is_dir():
+            model: Any = model_in(source)
+            model.save_pretrained(dense)
+        folders = {"dense": dense, "pruned": pruned}
+        sizes = {kind: weights_of(folder) for kind, folder in folders.items()}
         with ExitStack() as stack:
             models = {
-                name: stack.enter_context(timed(python, folders[folder], implementation))
-                for name, (folder, implementation) in MODELS.items()
+                kind: stack.enter_context(timed(python, folders[folder], implementation))
+                for kind, (folder, implementation) in MODELS.items()
             }
             for one in models.values():
-                one(int(cell))  # warm
-            rounds = [{name: one(int(cell)) for name, one in models.items()} for _ in range(ROUNDS)]
-        speeds = {name: statistics.median(round_[name] for round_ in rounds) for name in MODELS}
-        over = {name: statistics.median(round_["pruned"] / round_[name] for round_ in rounds) for name in DENSE}
+                one(int(sequences))  # warm
+            rounds = [{kind: one(int(sequences)) for kind, one in models.items()} for _ in range(ROUNDS)]
+        speeds = {kind: statistics.median(round_[kind] for round_ in rounds) for kind in MODELS}
+        over = {kind: statistics.median(round_["pruned"] / round_[kind] for round_ in rounds) for kind in DENSE}
         yield cell, {"tokens_per_second": speeds, "pruned_over": over, "size_ratio": sizes["dense"] / sizes["pruned"]}
 
 
@@ -70,6 +76,9 @@ def weights_of(folder: Path) -> int:
 
 
 def summarise(cells: Cells) -> Values:
-    over_size = {name: cell["pruned_over"]["dense"] / cell["size_ratio"] for name, cell in cells.items()}
-    rows = {name: {**cell, "over_size": over_size[name]} for name, cell in cells.items()}
-    return {"rows": rows, "one": rows["1"], "many": rows["32"], "size_ratio": rows["1"]["size_ratio"]}
+    rows = []
+    for cell, found in cells.items():
+        model, _, sequences = cell.partition("/")
+        over_size = found["pruned_over"]["dense"] / found["size_ratio"]
+        rows.append({"model": model, "sequences": sequences, "over_size": over_size, **found})
+    return {"rows": rows}

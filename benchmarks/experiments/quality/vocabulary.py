@@ -18,7 +18,7 @@ from lab.training import trained_folder
 
 from saap.data.samples import leading_ids, token_stream
 from saap.data.texts import read_documents
-from saap.evaluation.perplexity import perplexity
+from saap.evaluation.perplexity import perplexities
 from saap.pipeline.prune.vocabulary import checked_tokens, cut_to, tokens_to_keep
 from saap.pipeline.shared.inputs import LoadedModel, RunOptions, open_model
 from saap.settings.prune import PruneConfig
@@ -37,8 +37,8 @@ SETTINGS = {
             [CODER, ENGLISH, 88448],
         ],
     ),
-    "texts": Scaled(["novel"], ["wikitext2", "novel", "python", "french"]), "measured tokens": Scaled(128, 4096),
-    "window": 512,
+    "texts": Scaled(["novel"], ["wikitext2", "novel", "python", "french"]), "passages": Scaled(1, 16),
+    "window": Scaled(128, 512),
 }  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def cells(request: Request) -> Names:
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """The dense model reads the first tokens of each text; the pruned one the same characters."""
+    """The dense model and the pruned one read the same passages."""
     for model in dict.fromkeys(cell.partition("/")[0] for cell in wanted):
         # a smoke run uses a small model trained here
         source = str(trained_folder(request, model)) if request.quick else source_of(request, model)
@@ -68,18 +68,24 @@ def measure(request: Request, wanted: Names) -> Measured:
                 found["seconds"] = perf_counter() - started
             found |= {"parameters": parameters(pruned), "rows": rows_of(pruned), "texts": {}}
             for name, text in texts.items():
-                found["texts"][name] = read_by(pruned, text, request.settings["window"])
+                found["texts"][name] = read_by(pruned, text)
             yield cell, found
 
 
-def read_texts(loaded: LoadedModel, chosen: Values) -> dict[str, str]:
-    """The characters of the first tokens that the dense model reads of each text."""
+def read_texts(loaded: LoadedModel, chosen: Values) -> dict[str, list[str]]:
+    """Passages of each text, evenly spread over it: the characters of as many tokens of the dense model as fit a window.
+
+    Each model reads a passage as one window, so that both have the same characters before each.
+    """
     tokenizer: Any = loaded.tokenizer
+    size, passages = chosen["window"] - len(leading_ids(tokenizer)), chosen["passages"]
     found = {}
     for name in chosen["texts"]:
-        whole = "\n\n".join(documents(name))[: 12 * chosen["measured tokens"]]
-        encoded = tokenizer.backend_tokenizer.encode(whole, add_special_tokens=False)
-        found[name] = whole[: encoded.offsets[: chosen["measured tokens"]][-1][1]]
+        whole = "\n\n".join(documents(name))
+        ends = [end for _, end in tokenizer.backend_tokenizer.encode(whole, add_special_tokens=False).offsets]
+        step = len(ends) // passages
+        starts = [step * number for number in range(passages)]
+        found[name] = [whole[ends[start] : ends[min(start + size, len(ends) - 1)]] for start in starts]
     return found
 
 
@@ -92,12 +98,13 @@ def documents(name: str) -> Sequence[str]:
     return read_documents(TEXTS[name])
 
 
-def read_by(loaded: LoadedModel, text: str, window: int) -> dict[str, Any]:
-    """Tokens of a text, and bits per byte of a model on it."""
-    ids, leading = token_stream([text], loaded.tokenizer), leading_ids(loaded.tokenizer)
-    found = perplexity(loaded.model, ids, window=window, leading=leading)
-    size = len(text.encode())
-    return {"bytes": size, "tokens": len(ids), "nats_per_byte": found.nll * len(ids) / size}
+def read_by(loaded: LoadedModel, passages: Sequence[str]) -> dict[str, Any]:
+    """Tokens of the passages of a text, and nats per byte of a model in them."""
+    ids = {str(place): token_stream([one], loaded.tokenizer) for place, one in enumerate(passages)}
+    leading, size = leading_ids(loaded.tokenizer), sum(len(one.encode()) for one in passages)
+    found = perplexities(loaded.model, ids, window=max(map(len, ids.values())) + len(leading), leading=leading)
+    nats = sum(one.nll * one.tokens for one in found.values())
+    return {"bytes": size, "tokens": sum(map(len, ids.values())), "nats_per_byte": nats / size}
 
 
 def parameters(loaded: LoadedModel) -> int:
