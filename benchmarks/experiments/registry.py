@@ -9,6 +9,7 @@ MODULES = (
     "quality.vocabulary", "quality.multilingual", "quality.multimodal", "quality.recovery", "quality.group_sizes",
     "quality.vllm",
     "method.boundaries", "quality.generation", "method.overlap", "cost.estimation_cost", "cost.cost", "cost.shapes",
+    "cost.expert_shapes",
     "cost.speed", "cost.vllm_speed", "cost.processes", "cost.accelerator", "cost.device_limit", "cost.forecast",
     "cost.faults", "cost.recipes", "cost.gguf_files", "quality.mlx", "cost.gguf_types", "cost.report_page",
 )  # fmt: skip

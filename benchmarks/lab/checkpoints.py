@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from saap.models.checkpoint.safetensor_files import INDEX_NAME, TensorEntry, write_tensors
 
@@ -36,13 +36,23 @@ SHAPES = {
 """LLaMA-7B and 13B of the first generation, and the sizes of Qwen2.5 1.5B."""
 
 
-def skeleton(shape: LlamaConfig) -> nn.Module:
+def experts_30b(layers: int) -> Qwen3MoeConfig:
+    """Configuration of Qwen3-30B-A3B, which has 48 layers, with fewer of them."""
+    return Qwen3MoeConfig(
+        vocab_size=151936, hidden_size=2048, moe_intermediate_size=768, num_hidden_layers=layers,
+        num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        norm_topk_prob=True, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+        architectures=["Qwen3MoeForCausalLM"],
+    )  # fmt: skip
+
+
+def skeleton(shape: PretrainedConfig) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
         return model
 
 
-def parameters_of(shape: LlamaConfig) -> int:
+def parameters_of(shape: PretrainedConfig) -> int:
     return sum(parameter.numel() for parameter in skeleton(shape).parameters())
 
 
@@ -55,14 +65,29 @@ def random_weight(size: torch.Size, pool: torch.Tensor, generator: torch.Generat
     return pool.roll(start).repeat(-(-count // len(pool)))[:count].reshape(size)
 
 
-def write_checkpoint(shape: LlamaConfig, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+def as_published(shape: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """Tensors of the checkpoint by name, without values; experts one by one, as published checkpoints have them."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in skeleton(shape).named_parameters():  # lists a tied weight once
+        path, _, last = name.rpartition(".experts.")
+        if not path:
+            found[name] = tensor
+            continue
+        parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+        for expert, stacked in enumerate(tensor):
+            for part, matrix in zip(parts, stacked.chunk(len(parts)), strict=True):
+                found[f"{path}.experts.{expert}.{part}.weight"] = torch.empty_like(matrix)
+    return found
+
+
+def write_checkpoint(shape: PretrainedConfig, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """The folder with weights, configuration and tokenizer, written if missing, one tensor in memory at a time."""
     if (folder / "tokenizer.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     pool = (torch.randn(POOL - 3, generator=generator) * 0.02).to(dtype)
-    tensors: dict[str, torch.Tensor] = dict(skeleton(shape).named_parameters())  # lists a tied weight once
+    tensors = as_published(shape)
     shards = split_torch_state_dict_into_shards(tensors, max_shard_size="2GB")
     for file, names in shards.filename_to_tensors.items():
         makers = {name: partial(random_weight, tensors[name].shape, pool, generator) for name in names}

@@ -23,7 +23,8 @@ PROMPT, TOKENS, ROUNDS = 32, 64, 5
 OPTIONS = {"python": "PATH"}
 SMOKE = False
 SETTINGS = {
-    "dtype": "float32", "pruning ratio": 0.2, "preset": "fast", "prompt tokens": PROMPT, "tokens written": TOKENS, "rounds": ROUNDS,
+    "dtype": "float32", "pruning ratio": 0.2, "preset": "fast", "prompt tokens": PROMPT, "tokens written": TOKENS,
+    "rounds": ROUNDS,
 }  # fmt: skip
 MODELS = {"native": ("dense", "vllm"), "dense": ("dense", "transformers"), "pruned": ("pruned", "transformers")}
 """Folder and model implementation."""

@@ -73,7 +73,7 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def read_texts(loaded: LoadedModel, chosen: Values) -> dict[str, list[str]]:
-    """Passages of each text, evenly spread over it: the characters of as many tokens of the dense model as fit a window.
+    """Passages of each text, evenly spread: the characters of as many tokens of the dense model as fit a window.
 
     Each model reads a passage as one window, so that both have the same characters before each.
     """
