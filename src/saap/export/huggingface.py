@@ -27,6 +27,7 @@ from saap.models.checkpoint import modeling_pruned
 from saap.models.checkpoint.groupwise import PACKED_FILE, GroupwiseLinear, GroupwiseWeight, write_packed
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, pruned_classes
 from saap.models.checkpoint.pruned_structure import MLX_LOADER, PrunedStructure, refused_by_vllm, state_structure
+from saap.models.checkpoint.published_names import with_published_names
 from saap.models.checkpoint.safetensor_files import INDEX_NAME, TensorEntry, write_tensors
 from saap.models.walk.offload import offloaded
 
@@ -125,6 +126,8 @@ def _model_folder(
             fields["model_file"] = MLX_LOADER.name
             for code in (Path(modeling_pruned.__file__), MLX_LOADER):
                 shutil.copyfile(code, folder / code.name)
+        else:  # any program may open it
+            entries = with_published_names(model, entries)
         write_json(folder / "config.json", fields)
         write_shards(entries, folder)
         write_companions(model, parts, folder)

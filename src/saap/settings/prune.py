@@ -289,8 +289,9 @@ class PruneConfig(Settings):
         }
         changed = [flag for flag, is_default in rules.items() if not is_default]
         ours = self.method is Method.SAAP
-        forward = [name for name in Importance if name.of_experts]
-        taylor = [Importance(name) for name in Importance if name not in (Importance.TOKEN_FISHER, *forward)]
+        taylor = [
+            Importance.FUSED, Importance.VECTOR, Importance.ELEMENT1, Importance.ELEMENT2, Importance.MIXED,
+        ]  # fmt: skip
         others = [role for role in self.roles if role is not PrunableRole.EXPERT]
         used_by: dict[str, list[Importance]] = {
             "element_order": [Importance.FUSED], "fusion_scope": [Importance.FUSED], "aggregation": taylor,

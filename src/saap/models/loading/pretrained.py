@@ -23,6 +23,7 @@ from saap.core.records import ModelRef, digest_of
 from saap.models.checkpoint.groupwise import GroupwiseWeight, pack_linear, read_packed
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE, SaapPrunedConfig
 from saap.models.checkpoint.pruned_structure import auto_class
+from saap.models.checkpoint.published_names import with_model_names
 from saap.models.checkpoint.safetensor_files import StoredTensors, weight_files
 from saap.models.loading.devices import DeviceMap, check_known, pick_device, require_values, working_dtype
 from saap.models.loading.gguf_experts import state_expert_sizes
@@ -218,7 +219,7 @@ def open_skeleton(resolved: ResolvedModel, dtype: torch.dtype) -> tuple[Any, Sto
         reason = "its files have other names for the weights than the model"
         model = model_without_weights(resolved, dtype, with_buffers=True)
         model.tie_weights()
-        stored = StoredTensors.in_files(weight_files(resolved.folder))
+        stored = with_model_names(model, StoredTensors.in_files(weight_files(resolved.folder)))
         parameters = dict(model.named_parameters(remove_duplicate=False))
         buffers = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters}
         held = dict(model.named_parameters()) | buffers
