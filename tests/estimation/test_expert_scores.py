@@ -16,6 +16,7 @@ from saap.core.errors import UnsupportedModelError
 from saap.core.records import CalibrationSet, GroupScores, ModelGraph, Role, UnitScores
 from saap.discovery import discover
 from saap.estimation.estimate import estimate, unit_scores, unused_experts
+from saap.estimation.expert_reconstruction import DAMPING
 from saap.estimation.reap import per_routed_token
 from saap.models.walk.backend import Backend
 from saap.models.walk.spill import Spill
@@ -54,23 +55,42 @@ def mixtral() -> tuple[Any, ModelGraph]:
 
 
 @torch.no_grad()
-def by_definition(model: Any, tokens: torch.Tensor) -> dict[str, tuple[list[float], list[float]]]:
-    """Mean of gate x norm over the routed tokens, and their share, from each expert's own matrices."""
-    found = {}
-    for layer, block in enumerate(model.model.layers):
-        calls: list[tuple[torch.Tensor, ...]] = []
-        handle = block.mlp.experts.register_forward_hook(lambda _, given, __, calls=calls: calls.append(given))
-        model(tokens, use_cache=False)
+def calls_of(model: Any, tokens: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """What the experts of each layer are called with: states, numbers and gates."""
+    calls: list[tuple[torch.Tensor, ...]] = []
+    handles = [
+        block.mlp.experts.register_forward_hook(lambda _, given, __: calls.append(given))
+        for block in model.model.layers
+    ]
+    model(tokens, use_cache=False)
+    for handle in handles:
         handle.remove()
-        ((states, chosen, gates),) = calls
-        means, shares = [], []
-        for expert in range(len(block.mlp.experts.down_proj)):
-            gate, up = (states @ block.mlp.experts.gate_up_proj[expert].T).chunk(2, -1)
-            output = (nn.functional.silu(gate) * up) @ block.mlp.experts.down_proj[expert].T
-            routed, place = torch.where(chosen == expert)
-            means.append(float((gates[routed, place] * output[routed].norm(dim=-1)).mean()))
-            shares.append(len(routed) / tokens.numel())
-        found[f"layers.{layer}.expert"] = means, shares
+    return calls
+
+
+@torch.no_grad()
+def gated_outputs(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """(experts, tokens, width) by layer, from each expert's own matrices; zero for tokens that do not select it."""
+    found = []
+    for block, (states, chosen, gates) in zip(model.model.layers, calls_of(model, tokens), strict=True):
+        experts, outputs = block.mlp.experts, []
+        for expert, down in enumerate(experts.down_proj):
+            gate, up = (states @ experts.gate_up_proj[expert].T).chunk(2, -1)
+            own = (gates * (chosen == expert)).sum(-1, keepdim=True)
+            outputs.append(own * ((nn.functional.silu(gate) * up) @ down.T))
+        found.append(torch.stack(outputs))
+    return found
+
+
+def by_definition(model: Any, tokens: torch.Tensor) -> dict[str, tuple[list[float], list[float]]]:
+    """Mean of gate x norm over the routed tokens, and their share."""
+    found = {}
+    each = zip(gated_outputs(model, tokens), calls_of(model, tokens), strict=True)
+    for layer, (outputs, (_, chosen, _)) in enumerate(each):
+        routed = [int((chosen == expert).sum()) for expert in range(len(outputs))]
+        totals = outputs.norm(dim=-1).sum(-1).tolist()
+        means = [total / count for total, count in zip(totals, routed, strict=True)]
+        found[f"layers.{layer}.expert"] = means, [count / tokens.numel() for count in routed]
     return found
 
 
@@ -83,6 +103,22 @@ def test_scores_are_those_of_the_definitions(mixture: tuple[Any, ModelGraph], mi
         for name, score in found.items():
             np.testing.assert_allclose(score.mean, expected[name][place], rtol=1e-6)
             assert (score.variance >= 0).all()
+
+
+@torch.no_grad()
+def test_the_reconstruction_error_is_that_of_least_squares(mixtral: tuple[Any, ModelGraph]) -> None:
+    model, tokens = mixtral[0], families.token_ids(SAMPLES, LENGTH)
+    found = scores_of(*mixtral, Importance.RECONSTRUCTION)
+    for layer, outputs in enumerate(gated_outputs(model, tokens)):
+        outputs = (outputs / outputs.sum(0).norm(dim=-1, keepdim=True)).flatten(1).double()  # (experts, tokens x width)
+        damping = DAMPING * outputs.square().sum(1).mean()
+        for expert, own in enumerate(outputs):
+            others = torch.cat([outputs[:expert], outputs[expert + 1 :]])
+            padded = torch.cat([others.T, damping.sqrt() * torch.eye(len(others))])
+            wanted = torch.cat([own, own.new_zeros(len(others))])
+            scales = torch.linalg.lstsq(padded, wanted.unsqueeze(1)).solution.squeeze(1)
+            lost = (padded @ scales - wanted).square().sum() + damping
+            assert found[f"layers.{layer}.expert"].mean[expert] == pytest.approx(float(lost), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", families.GROUPED)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saap.core.records import FloatArray, GroupScores
 from saap.estimation.importance import Scoring
@@ -22,11 +24,7 @@ class Reap(RouterFrequency):
 
     def observe(self, seen: Observation) -> None:
         """Measure share and mean output of each expert of one layer."""
-        numbers, experts = chosen(seen), self._model.get_submodule(seen.site)
-        norms = []
-        for place in range(numbers.shape[1]):
-            output: Tensor = experts(*(_one_choice(one, numbers, place) for one in seen.arguments))
-            norms.append(torch.linalg.vector_norm(at_least_float32(output).flatten(0, -2), dim=-1))
+        norms = [torch.linalg.vector_norm(output, dim=-1) for output in outputs_by_choice(self._model, seen)]
         total = torch.stack(norms, 1)
         share, total = (self.mean(seen, values) for values in (torch.ones_like(total), total))
         for name, own in self._groups[seen.site].items():
@@ -36,6 +34,14 @@ class Reap(RouterFrequency):
         """Losses, of which there are none, and the scores of all groups."""
         losses, found = super().result()
         return losses, {name: per_routed_token(one) for name, one in found.items()}
+
+
+def outputs_by_choice(model: nn.Module, seen: Observation) -> Iterator[Tensor]:
+    """For the first, second ... choice of each token: gate times output of that expert, (tokens, width)."""
+    numbers, experts = chosen(seen), model.get_submodule(seen.site)
+    for place in range(numbers.shape[1]):
+        output: Tensor = experts(*(_one_choice(one, numbers, place) for one in seen.arguments))
+        yield at_least_float32(output).flatten(0, -2)
 
 
 def _one_choice(argument: object, numbers: Tensor, place: int) -> object:

@@ -74,12 +74,17 @@ class Importance(Registered):
     ELEMENT2 = "element2", "saap.estimation.importance.ELEMENT2", "second order over weights (Fisher diagonal)"
     MIXED = "mixed", "saap.estimation.importance.MIXED", "both orders over weights, absolute"
     REAP = "reap", "saap.estimation.reap.REAP", "gate times output norm of an expert (role expert only)"
+    RECONSTRUCTION = (
+        "reconstruction",
+        "saap.estimation.expert_reconstruction.RECONSTRUCTION",
+        "what a layer loses without an expert after the best remix of the others (role expert only)",
+    )
     FREQUENCY = "frequency", "saap.estimation.routing.FREQUENCY", "share of tokens of an expert (role expert only)"
 
     @property
     def of_experts(self) -> bool:
         """Whether it scores whole experts only."""
-        return self in (Importance.REAP, Importance.FREQUENCY)
+        return self in (Importance.REAP, Importance.RECONSTRUCTION, Importance.FREQUENCY)
 
 
 class Strategy(Registered):
