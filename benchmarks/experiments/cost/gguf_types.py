@@ -20,8 +20,8 @@ TYPES = ("f16", "q8_0", *(f"{kind}{how}" for kind in ("q4_k_m", "iq4_xs", "q5_k_
 CELLS = [f"{SMOLLM2}/{kind}" for kind in TYPES]
 EXTRA = [f"{model}/{kind}" for model in (QWEN, LARGE) for kind in TYPES]
 SETTINGS = {
-    "pruning ratio": 0.2, "alignment": 256, "preset": "fast", "text": "wikitext2", "measured tokens": 4096,
-    "window": 512,
+    "pruning ratio": 0.2, "alignment": 256, "preset": "fast", "refit tokens of the largest": 8192, "text": "wikitext2",
+    "measured tokens": 4096, "window": 512,
 }  # fmt: skip
 SMOKE = False
 
@@ -34,7 +34,10 @@ def measure(request: Request, wanted: Names) -> Measured:
         kind, weighed = named.removesuffix(WEIGHED), named.endswith(WEIGHED)
         source = request.model if model == SMOLLM2 else coder_model(request, model)
         flags = ["--pruning-ratio", settings["pruning ratio"], "--align", settings["alignment"]]
-        folder = made_by_saap(request, f"aligned-{model}", "prune", source, *flags, "--preset", settings["preset"])
+        flags += ["--preset", settings["preset"]]
+        if model == LARGE:  # an hour less
+            flags += ["--refit-tokens", settings["refit tokens of the largest"]]
+        folder = made_by_saap(request, f"aligned-{model}", "prune", source, *flags)
         with tempfile.TemporaryDirectory() as temporary:
             pruned, dense = Path(temporary) / "pruned.gguf", request.work / f"dense-{model}-{kind}.gguf"
             values = in_own_process(written, folder, pruned, kind, weighed)
