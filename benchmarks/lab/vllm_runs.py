@@ -84,19 +84,22 @@ class Worker:
         self._script = started
         self.versions: dict[str, str] = json.loads(started.line("{"))
 
-    def run(self, folder: Path, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """What vLLM computes for a folder, or the error that it raised."""
+    def run(self, folder: Path, sequences: Sequence[Sequence[int]], implementation: str) -> dict[str, Any]:
+        """What vLLM's implementation of the model computes for a folder, or the error that it raised."""
         with tempfile.TemporaryDirectory() as temporary:
             out = Path(temporary) / "out.pt"
-            request = {"folder": str(folder), "prompts": PROMPTS, "sequences": sequences, "new_tokens": NEW_TOKENS}
-            self._script.send(json.dumps({**request, "out": str(out)}))
+            request: dict[str, Any] = {"folder": str(folder), "prompts": PROMPTS, "sequences": sequences}
+            request |= {"implementation": implementation, "new_tokens": NEW_TOKENS, "out": str(out)}
+            self._script.send(json.dumps(request))
             self._script.line("@done")
             return dict(torch.load(out)) if out.is_file() else {"error": "The process of vLLM ended"}
 
 
 @torch.no_grad()
-def compared(runs: Worker, folder: Path) -> Values:
+def compared(runs: Worker, folder: Path, implementation: str = "transformers") -> Values:
     """vLLM and transformers, both in float32, on one folder.
+
+    implementation: of vLLM, its Transformers backend or its own class (`vllm`).
 
     same: of how many prompts vLLM continues alike. divergence: largest Kullback-Leibler divergence of the next token
     over all places, in nats, over the whole vocabulary. refused: vLLM's first line, instead of both.
@@ -104,7 +107,7 @@ def compared(runs: Worker, folder: Path) -> Values:
     model = load(folder, device="cpu", dtype=torch.float32)
     plain = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     whole = [model.generate(torch.tensor([ids]), **plain)[0].tolist() for ids in PROMPTS]
-    found = runs.run(folder, whole)
+    found = runs.run(folder, whole, implementation)
     if "error" in found:
         return {"refused": said(found["error"], folder)}
     same = sum(ids + tokens == ours for ids, tokens, ours in zip(PROMPTS, found["tokens"], whole, strict=True))

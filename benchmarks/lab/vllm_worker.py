@@ -1,8 +1,9 @@
-"""Runs folders in vLLM's Transformers backend; started by the Python of vLLM's environment, which has no saap.
+"""Runs folders in vLLM; started by the Python of vLLM's environment, which has no saap.
 
-Reads a request a line as JSON: folder, prompts and sequences (token ids), new_tokens, out. Writes to `out` what vLLM
-continues greedily in float32 (`tokens`) and the log-probabilities of the whole vocabulary after every token of the
-sequences (`log_probabilities`), or `error`; then a line `@done`. Each folder has a process of its own.
+Reads a request a line as JSON: folder, implementation, prompts and sequences (token ids), new_tokens, out. Writes
+to `out` what vLLM continues greedily in float32 (`tokens`) and the log-probabilities of the whole vocabulary after
+every token of the sequences (`log_probabilities`), or `error`; then a line `@done`. Each folder has a process of its
+own.
 """
 
 import json
@@ -27,8 +28,8 @@ def run(request: dict[str, Any]) -> None:
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     model = vllm.LLM(
-        model=request["folder"], model_impl="transformers", trust_remote_code=True, dtype="float32", max_model_len=64,
-        enforce_eager=True, max_logprobs=-1, max_num_seqs=4, skip_tokenizer_init=True,
+        model=request["folder"], model_impl=request["implementation"], trust_remote_code=True, dtype="float32",
+        max_model_len=64, enforce_eager=True, max_logprobs=-1, max_num_seqs=4, skip_tokenizer_init=True,
     )  # fmt: skip
     plain = {"temperature": 0, "detokenize": False, "ignore_eos": True}
     written = vllm.SamplingParams(max_tokens=request["new_tokens"], **plain)

@@ -66,12 +66,17 @@ def no_attention(group: CoupledGroup, last: bool) -> tuple[int, ...] | None:
     return () if last and group.role is Role.ATTENTION else None
 
 
+def fewer_experts(group: CoupledGroup, last: bool) -> tuple[int, ...] | None:
+    return tuple(range(1, group.units)) if group.role is Role.EXPERT else None
+
+
+EXPERTS = "experts"
 KINDS: dict[str, Keep] = {
     "ffn": fewer_channels, "heads": fewer_heads, "query heads": fewer_query_heads, "no ffn": no_ffn,
-    "no attention": no_attention, "biases": fewer_channels,
+    "no attention": no_attention, "biases": fewer_channels, EXPERTS: fewer_experts,
 }  # fmt: skip
-"""What is pruned. biases: each consumer has a bias in addition, as after FLAP."""
-USUAL = ("ffn", "heads")
+"""What is pruned. biases: each consumer has a bias in addition, as after FLAP. experts: the stock class is written."""
+USUAL = ("ffn", "heads", EXPERTS)
 ALL_KINDS = ("llama", "qwen3", "opt")
 """Families of which every kind is run: without and with norms of the heads, and with biases and layers in the block."""
 
@@ -85,7 +90,7 @@ def measure(request: Request, wanted: Names) -> Measured:
                 for kind in KINDS if family in ALL_KINDS else USUAL:
                     folder = pruned_folder(dense, Path(temporary) / kind, kind)
                     if folder is not None:
-                        found[kind] = compared(runs, folder)
+                        found[kind] = compared(runs, folder, "vllm" if kind == EXPERTS else "transformers")
                 if not agrees(found.get("ffn")):  # whose fault it is
                     found["dense"] = compared(runs, dense)
             yield family, {"versions": runs.versions, "found": found}
@@ -103,14 +108,15 @@ def dense_folder(folder: Path, family: str) -> Path:
 
 
 def pruned_folder(dense: Path, out: Path, kind: str) -> Path | None:
-    """An adaptive folder of a kind; None if the family has nothing of it."""
+    """A folder of a kind; None if the family has nothing of it."""
     model = load(dense, device="cpu")
     graph = discover(model, finer_heads=True)
     chosen = {group.name: KINDS[kind](group, group.layer == len(graph.blocks) - 1) for group in graph.groups}
     keep = {name: kept for name, kept in chosen.items() if kept is not None}
     if not keep:
         return None
-    plan = make_plan(graph, keep, (), layout=Layout.ADAPTIVE, strategy="by hand", align=1)
+    layout = Layout.UNIFORM if kind == EXPERTS else Layout.ADAPTIVE
+    plan = make_plan(graph, keep, (), layout=layout, strategy="by hand", align=1)
     structure = cut(model, graph, plan)
     if kind == "biases":
         added = tuple(with_biases(model, graph))
@@ -144,7 +150,7 @@ def summarise(cells: Cells) -> Values:
     results = {f"{name} ({kind})": one for name, row in rows.items() for kind, one in row.items()}
     return {
         "rows": {name: {kind: told(row.get(kind)) for kind in works} for name, row in rows.items()},
-        "count": {kind: len(names) for kind, names in works.items()},
+        "count": {kind: len(names) for kind, names in works.items()}, "experts": works[EXPERTS],
         "families": len(rows), "lost": [name for name, row in rows.items() if agrees(row.get("dense"))],
         "wrong": [name for name, one in results.items() if "same" in one and not agrees(one)],
         "divergence": max(one["divergence"] for one in results.values() if agrees(one)), "most": MOST_DIVERGENCE,

@@ -6,6 +6,7 @@ A model card shows the code that ran, with PATH for the folder.
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import shlex
 import subprocess
 import sys
@@ -22,6 +23,9 @@ PATH = "PATH"
 PROMPT = "The capital of France is"
 NEW_TOKENS = 8
 LONGEST_SECONDS = 3600
+_POINTER = "See root cause above"
+"""What vLLM says in the process that waits for the one that failed."""
+_ERROR = re.compile(r"\b\w+Error: .+")
 _COMMAND = "saap "
 
 
@@ -90,7 +94,7 @@ def open_in(consumer: Consumer, folder: Path, loading: Loading) -> Opening:
                 [sys.executable, *arguments], cwd=at, stdin=subprocess.DEVNULL, capture_output=True, text=True,
                 check=False, timeout=LONGEST_SECONDS,
             )  # fmt: skip
-            error = None if done.returncode == 0 else _last_line(done.stderr) or f"exit code {done.returncode}"
+            error = None if done.returncode == 0 else _failure(done) or f"exit code {done.returncode}"
             written = _written(done.stdout)
         except subprocess.TimeoutExpired:
             error, written = f"no answer within {LONGEST_SECONDS} s", ""
@@ -103,6 +107,15 @@ def open_in(consumer: Consumer, folder: Path, loading: Loading) -> Opening:
 def _written(text: str) -> str:
     """What a program wrote: the line of a comparison, or the last one."""
     return next((line for line in text.splitlines() if line.startswith("checked in ")), _last_line(text))
+
+
+def _failure(done: subprocess.CompletedProcess[str]) -> str:
+    """The error that a program ended with: the last one that it wrote, or the one that this points to."""
+    last = _last_line(done.stderr)
+    if _POINTER not in last:
+        return last
+    errors = [found[0] for found in _ERROR.finditer(done.stdout + done.stderr) if _POINTER not in found[0]]
+    return errors[-1] if errors else last
 
 
 def _last_line(text: str) -> str:
