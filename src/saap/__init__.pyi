@@ -213,7 +213,7 @@ def recover(
     bos: bool = True,
     batch_size: int = 1,
     micro_batch_size: int = 1,
-    learning_rate: float = 0.001,
+    learning_rate: float | None = None,
     warmup_ratio: float = 0.05,
     max_grad_norm: float = 1.0,
     max_steps: int | None = None,
@@ -242,8 +242,8 @@ def recover(
     of `saap recover`. Raises SaapError.
 
     data: Training data, repeatable: .txt, .jsonl with text, instructions or chats.
-    tuning: groupwise: adapters on quantised weights; lora: plain LoRA in full precision; router: only the routers
-        of experts, in full precision.
+    tuning: groupwise: adapters on quantised weights; in full precision, lora: plain LoRA, full: all weights of the
+        blocks, router: only the routers of experts.
     bits: Bits of a weight: 2, 3, 4 or 8.
     group_size: Inputs that share a scale and a zero point: 16, 32, 64 or 128.
     error_feedback: Quantise by GPTQ: later columns compensate for earlier ones.

@@ -21,6 +21,7 @@ from saap.models.walk.walker import BlockWalker
 from saap.recovery.adapter import adapt, add_lora, merge
 from saap.recovery.quantise import quantise, quantise_by_feedback
 from saap.recovery.train import Report, Trainer, Training, learning_rate, share_done
+from saap.recovery.weights import TunedWeights, weights_inside
 from saap.settings.recover import RecoverConfig
 
 CPU = torch.device("cpu")
@@ -200,6 +201,23 @@ def test_plain_lora_learns_and_merges(tmp_path: Path) -> None:
         before = model(ids).logits
         after = handle.merge_and_unload()(ids).logits
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "mixtral", "gpt2"])
+def test_all_weights_of_the_blocks_learn_and_no_others(tmp_path: Path, family: str) -> None:
+    model = build(family).float()
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    weights = TunedWeights(model, weights_inside(model, blocks(model)))
+    config = RecoverConfig(**{**SETTINGS, "tuning": "full", "learning_rate": 3e-3, "max_steps": 20})
+    done = Trainer(
+        BlockWalker(model, blocks(model)), weights.parameters, data(), config, folder=tmp_path,
+        processes=Processes(), report=SILENT,
+    ).run()  # fmt: skip
+    assert done.validation < done.validation_before
+    after = dict(weights.merge_and_unload().named_parameters())
+    assert after.keys() == before.keys()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name.startswith(tuple(f"{path}." for path in blocks(model)))}
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "gpt2"])

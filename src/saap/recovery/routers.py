@@ -1,17 +1,13 @@
-"""Tuning of the routers alone: which experts a token gets, and their gates."""
+"""The routers of a mixture of experts, which decide the experts and gates of a token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from saap.core.errors import ModelError
-from saap.models.loading.precision import at_least_float32
 
 
 def find_routers(model: nn.Module, blocks: Sequence[str]) -> list[str]:
@@ -40,43 +36,3 @@ def _number_of_experts(module: nn.Module) -> int:
         return len(module)
     stacks = [] if isinstance(module, _ConvNd) else [one for one in module.parameters(recurse=False) if one.dim() > 2]
     return len(stacks[0]) if stacks else 0
-
-
-class _Rounded(nn.Module):
-    """A weight that is trained in at least float32, and used in the type of the model."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, trained: Tensor) -> Tensor:
-        return trained.to(self.dtype)
-
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
-        return (at_least_float32(weight),)  # one of several may have another type
-
-
-class TunedRouters:
-    """The routers of a model, made trainable in place. parameters: by the names of the weights."""
-
-    def __init__(self, model: Any, blocks: Sequence[str]) -> None:
-        self._model = model
-        self.parameters: dict[str, nn.Parameter] = {}
-        for name in find_routers(model, blocks):
-            module, attribute = self._place(name)
-            register_parametrization(module, attribute, _Rounded(getattr(module, attribute).dtype), unsafe=True)
-            trained = module.parametrizations[attribute].original0  # type: ignore[union-attr, index]
-            self.parameters[name] = trained.requires_grad_(True)
-
-    def merge_and_unload(self) -> Any:
-        """The model with its tuned routers as plain weights."""
-        for name in self.parameters:
-            module, attribute = self._place(name)
-            tuned = getattr(module, attribute).detach()
-            remove_parametrizations(module, attribute, leave_parametrized=True)
-            setattr(module, attribute, nn.Parameter(tuned, requires_grad=False))
-        return self._model
-
-    def _place(self, name: str) -> tuple[nn.Module, str]:
-        path, _, attribute = name.rpartition(".")
-        return self._model.get_submodule(path), attribute

@@ -190,7 +190,7 @@ class Trainer:
         self._require_finite(training, losses, indices, float(norm))
         seconds = training.seconds * (1 + 1 / training.step) if training.step else 0.0
         share = share_done(self.config, training.step + 1, training.tokens + tokens, seconds)
-        rate = learning_rate(self.config.learning_rate, share, self.config.warm_up)
+        rate = learning_rate(self.config.peak_rate, share, self.config.warm_up)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

@@ -23,10 +23,11 @@ DENSE_CODE = "Run code that the dense model's repository ships."
 
 
 class Tuning(StrEnum):
-    """Trained parameters of the recovery: adapters on quantised weights, plain LoRA (reference), or only routers."""
+    """Trained parameters of the recovery: adapters on quantised weights, plain LoRA, all weights, or only routers."""
 
     GROUPWISE = "groupwise"
     LORA = "lora"
+    FULL = "full"
     ROUTER = "router"
 
 
@@ -45,8 +46,8 @@ class RecoverConfig(Settings):
     tuning: Annotated[
         Tuning,
         quantised_flag(
-            "groupwise: adapters on quantised weights; lora: plain LoRA in full precision; router: only the routers of "
-            "experts, in full precision.",
+            "groupwise: adapters on quantised weights; in full precision, lora: plain LoRA, full: all weights of the "
+            "blocks, router: only the routers of experts.",
             aliases=("tune",),
         ),
     ] = Tuning.GROUPWISE
@@ -80,7 +81,9 @@ class RecoverConfig(Settings):
     bos: Annotated[bool, data_flag(BOS)] = True
     batch: Annotated[AtLeast1, training_flag("Sequences per step, over all processes.", name="batch_size")] = 1
     micro_batch: Annotated[AtLeast1, training_flag("Sequences computed at once.", name="micro_batch_size")] = 1
-    learning_rate: Annotated[Positive, training_flag("Peak learning rate.")] = 1e-3
+    learning_rate: Annotated[
+        Positive | None, training_flag("Peak learning rate.", default="0.001, for --tuning full 0.0001")
+    ] = None
     warm_up: Annotated[
         float,
         Field(ge=0, lt=1),
@@ -116,6 +119,11 @@ class RecoverConfig(Settings):
                     "Leave out one of the two",
                 )
         return self
+
+    @property
+    def peak_rate(self) -> float:
+        """The peak learning rate; by default, what moves all weights takes smaller steps."""
+        return self.learning_rate or (1e-4 if self.tuning is Tuning.FULL else 1e-3)
 
     @property
     def minutes(self) -> float | None:

@@ -32,9 +32,10 @@ from saap.pipeline.shared.targets import work_path
 from saap.pipeline.shared.work import WorkFolder
 from saap.recovery.adapter import AdaptedLinear, adapt, add_lora, merge
 from saap.recovery.quantise import check_group_sizes, quantise, quantise_by_feedback
-from saap.recovery.routers import TunedRouters
+from saap.recovery.routers import find_routers
 from saap.recovery.sharding import check_shardable, shard_layers
 from saap.recovery.train import Report, Trainer, Training
+from saap.recovery.weights import TunedWeights, weights_inside
 from saap.settings.recover import RecoverConfig, Tuning
 
 FEEDBACK_SAMPLES = 16
@@ -135,9 +136,10 @@ def _model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parame
 
 def _in_full_precision(config: RecoverConfig, model: nn.Module) -> tuple[Any, dict[str, nn.Parameter]]:
     """A handle whose `merge_and_unload` returns the plain tuned model, and the trained parameters."""
-    if config.tuning is Tuning.ROUTER:
-        routers = TunedRouters(model, find_blocks(model))
-        return routers, routers.parameters
+    if config.tuning is not Tuning.LORA:
+        found = find_routers if config.tuning is Tuning.ROUTER else weights_inside
+        weights = TunedWeights(model, found(model, find_blocks(model)))
+        return weights, weights.parameters
     return add_lora(model, _linears(model), rank=config.rank, alpha=config.alpha, seed=config.seed)
 
 
