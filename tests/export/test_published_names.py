@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,8 @@ def test_a_pruned_mixture_has_the_published_names(tmp_path: Path) -> None:
         str(folder), output_dir=tmp_path / "pruned", pruning_ratio=0.2, roles=["expert"], layout="uniform",
         importance="reap", restore=False, num_samples=4, sample_length=32, preset="fast", max_memory="1.2GB",
     )  # fmt: skip
+    fields = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert fields["num_experts"] == fields["num_local_experts"] < 4
     names = load_file(tmp_path / "pruned" / "model.safetensors").keys()
     assert names < load_file(folder / "model.safetensors").keys()
     assert not [name for name in names if name.endswith("gate_up_proj")]

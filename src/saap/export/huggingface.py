@@ -121,6 +121,7 @@ def _model_folder(
         config.save_pretrained(folder)
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         fields = with_both_rope_spellings(fields) | {"dtype": str(dtype).removeprefix("torch.")}
+        fields = with_both_names_of_experts(fields, getattr(config, "attribute_map", {}))
         fields.pop("_name_or_path", None)
         if config.model_type == MODEL_TYPE:
             fields["model_file"] = MLX_LOADER.name
@@ -233,6 +234,15 @@ def with_both_rope_spellings(fields: dict[str, Any]) -> dict[str, Any]:
     if rope.get("rope_type", "default") != "default":
         old["rope_scaling"] = {name: value for name, value in rope.items() if name not in old}
     return {**old, **fields}
+
+
+def with_both_names_of_experts(fields: dict[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """config.json with the numbers of experts under both names, where transformers has renamed a field.
+
+    aliases: `attribute_map` of the configuration. Older versions and other programs know only the alias.
+    """
+    known = {alias: fields[name] for alias, name in aliases.items() if "expert" in alias and name in fields}
+    return {**known, **fields}
 
 
 def write_shards(entries: Mapping[str, TensorEntry], folder: Path, program: str = "pt") -> None:
