@@ -13,7 +13,7 @@ from lab.mixtures import FULL, TRIAL, upcycled_folder
 from lab.texts import TEXTS
 from lab.training import FEW_STEPS, trained_folder
 
-from saap.core.records import CalibrationSet, Role
+from saap.core.records import CalibrationSet, IntArray, Role
 from saap.estimation.estimate import estimate, unit_scores
 from saap.models.structure.masking import masked
 from saap.settings.prune import FusionScope
@@ -22,11 +22,15 @@ from saap.settings.registry import Importance
 MODELS = ("upcycled", "trained")
 CALIBRATIONS = ("mixed", "novels")
 MEASURED = ("wikitext2", "novel")
-SCORES = (Importance.REAP, Importance.FREQUENCY, Importance.TOKEN_FISHER, Importance.FUSED)
+SCORES = (
+    Importance.REAP, Importance.FREQUENCY, Importance.RECONSTRUCTION, Importance.TOKEN_FISHER, Importance.FUSED,
+)  # fmt: skip
 OURS, RANDOM, ROUTER = str(Importance.TOKEN_FISHER), "random", "router"
 RATIOS = {"25 %": 0.25, "50 %": 0.5}
 MOST = "50 %"
-CELLS = [f"{model}/{what}" for model in MODELS for what in (*CALIBRATIONS, ROUTER)]
+DENSE = "dense"
+"""The model that the upcycled mixture is made of."""
+CELLS = [DENSE, *(f"{model}/{what}" for model in MODELS for what in (*CALIBRATIONS, ROUTER))]
 SETTINGS = {
     "model": "{model}", "calibrations": list(CALIBRATIONS), "measured on": list(MEASURED),
     "pruning ratios": list(RATIOS.values()), "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
@@ -37,7 +41,10 @@ SETTINGS = {
 
 def measure(request: Request, wanted: Names) -> Measured:
     """Perplexities of the masked mixtures, equal numbers in all layers; nothing compensates except in `router`."""
-    for model in dict.fromkeys(cell.partition("/")[0] for cell in wanted):
+    if DENSE in wanted:
+        with opened(request.model) as dense:
+            yield DENSE, {name: dense.perplexity(text) for name, text in texts_for(dense, request.settings).items()}
+    for model in dict.fromkeys(cell.partition("/")[0] for cell in wanted if cell != DENSE):
         folder = upcycled_folder(request) if model == "upcycled" else trained_folder(request, "mixtral")
         with opened(str(folder)) as dense:
             for calibration in CALIBRATIONS:
@@ -50,7 +57,7 @@ def measure(request: Request, wanted: Names) -> Measured:
 def of_scores(dense: Dense, calibration: str, chosen: Values) -> Values:
     """Perplexity on each text: unpruned, and by score and ratio."""
     samples = dense.samples(calibration, chosen["seed"], scored=(chosen["samples"], chosen["sample length"]))["scored"]
-    texts = {name: dense.text(TEXTS[name], chosen["measured tokens"]) for name in MEASURED}
+    texts = texts_for(dense, chosen)
 
     def perplexities() -> dict[str, float]:
         return {name: dense.perplexity(text) for name, text in texts.items()}
@@ -63,6 +70,10 @@ def of_scores(dense: Dense, calibration: str, chosen: Values) -> Values:
             with masked(dense.model, dense.graph, kept):
                 found[score][name] = perplexities()
     return {"unpruned": perplexities(), "scores": found}
+
+
+def texts_for(dense: Dense, chosen: Values) -> dict[str, IntArray]:
+    return {name: dense.text(TEXTS[name], chosen["measured tokens"]) for name in MEASURED}
 
 
 def removal_orders(dense: Dense, samples: CalibrationSet, seed: int) -> Mapping[str, Mapping[str, list[int]]]:
@@ -109,6 +120,7 @@ def summarise(cells: Cells) -> Values:
     quotients = [row["quotient"] for row in rows if row["removed"] == MOST]
     return {
         "rows": rows, "scores": [*map(str, SCORES), RANDOM], "least": min(quotients), "most": max(quotients),
+        "upcycling": {text: cells["upcycled/mixed"]["unpruned"][text] / found for text, found in cells[DENSE].items()},
         "routers": {model: cells[f"{model}/{ROUTER}"] for model in MODELS}, "half": RATIOS[MOST],
         "wins": {score: sum(row["best"] == score for row in rows) for score in (*map(str, SCORES), RANDOM)},
     }  # fmt: skip
