@@ -47,7 +47,7 @@ def test_a_pruned_mixture_has_the_published_names(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "dense", "mixtral")
     saap.prune(
         str(folder), output_dir=tmp_path / "pruned", pruning_ratio=0.2, roles=["expert"], layout="uniform",
-        importance="reap", restore=False, num_samples=4, sample_length=32, preset="fast", max_memory="1.2GB",
+        importance="reap", restore=False, num_samples=4, sample_length=32, preset="fast",
     )  # fmt: skip
     fields = json.loads((tmp_path / "pruned" / "config.json").read_text())
     assert fields["num_experts"] == fields["num_local_experts"] < 4
