@@ -83,5 +83,7 @@ def summarise(cells: Cells) -> Values:
     for cell, found in cells.items():
         model, _, sequences = cell.partition("/")
         over_size = found["pruned_over"]["dense"] / found["size_ratio"]
-        rows.append({"model": model, "sequences": sequences, "over_size": over_size, **found})
+        rows.append(
+            {"model": model, "sequences": sequences, "over_size": over_size, "share": 1 / found["size_ratio"], **found}
+        )
     return {"rows": rows}
