@@ -34,7 +34,6 @@ SETTINGS = {
         [["llama", ENGLISH, 1024]],
         [
             [GEMMA, ENGLISH, 102912], [GEMMA, FRENCH, 102912], [GEMMA, ENGLISH, 52672], [CODER, ENGLISH, 109504],
-            [CODER, ENGLISH, 88448],
         ],
     ),
     "texts": Scaled(["novel"], ["wikitext2", "novel", "python", "french"]), "passages": Scaled(1, 16),
