@@ -137,8 +137,6 @@ def summarise(cells: Cells) -> Values:
 
 
 def figures(summary: Values) -> Figures:
-    values = {
-        f"{row['model']}, {row['languages']}, {row['rows']:,}": [row["ratios"][text] for text in summary["texts"]]
-        for row in summary["rows"]
-    }
-    return [bars("vocabulary", values, summary["texts"], x="bits per byte / dense")]
+    labels = [f"{row['model']}, {row['rows']:,}: {row['languages']}" for row in summary["rows"]]
+    values = {text: [row["ratios"][text] for row in summary["rows"]] for text in summary["texts"]}
+    return [bars("vocabulary", values, labels, x="bits per byte / dense")]
