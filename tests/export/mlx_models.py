@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 from tests.conformance.cases import CASES, Case, Keep, cut_copy, fits, manifest, mixed, plain
-from tests.families import FAMILIES
+from tests.families import EVERY, FAMILIES
 
 from saap.core.errors import PlanError
 from saap.core.records import ModelGraph, Role
@@ -58,7 +58,7 @@ def sizes_for_mlx(family: str) -> Iterator[str]:
     kind, sizes = FAMILIES[family]
     longer = {length: 2 * TOKENS for length in _LENGTHS if length in sizes}
     name = f"{family} for MLX"
-    with mock.patch.dict(FAMILIES, {name: (kind, {**sizes, **longer, **CHANGES.get(family, {})})}):
+    with mock.patch.dict(EVERY, {name: (kind, {**sizes, **longer, **CHANGES.get(family, {})})}):
         yield name
 
 
