@@ -23,6 +23,8 @@ PATH = "PATH"
 PROMPT = "The capital of France is"
 NEW_TOKENS = 8
 LONGEST_SECONDS = 3600
+SHARE = 0.5
+"""Of the memory that vLLM may take: by default it takes nearly all, next to the process that has pruned."""
 _POINTER = "See root cause above"
 """What vLLM says in the process that waits for the one that failed."""
 _ERROR = re.compile(r"\b\w+Error: .+")
@@ -56,7 +58,7 @@ def vllm_code(loading: Loading) -> str:
         [
             "from vllm import LLM, SamplingParams",
             'if __name__ == "__main__":',
-            f'    llm = LLM("{PATH}"{option}, enforce_eager=True)',
+            f'    llm = LLM("{PATH}"{option}, enforce_eager=True, gpu_memory_utilization={SHARE})',
             f"    greedy = SamplingParams(temperature=0, max_tokens={NEW_TOKENS})",
             f'    print(llm.generate("{PROMPT}", greedy)[0].outputs[0].text)',
         ]
