@@ -35,7 +35,6 @@ class ExpertReconstruction(RouterFrequency):
 
     def observe(self, seen: Observation) -> None:
         """Add the products of the outputs of the experts that share a token."""
-        super().observe(seen)
         gram = self._grams[seen.site]
         numbers = chosen(seen).clamp(max=self._experts[seen.site]).cpu()
         outputs = torch.stack(list(outputs_by_choice(self._model, seen)), dim=1)  # (tokens, choices, width)

@@ -18,12 +18,14 @@ from saap.models.checkpoint.safetensor_files import StoredTensors, TensorEntry
 
 def with_model_names(model: nn.Module, stored: StoredTensors) -> StoredTensors:
     """The stored tensors under the names of the model, stacked where it stacks them, still read one at a time."""
+    held = model.state_dict(keep_vars=True)
+    if held.keys() <= stored.shapes.keys():
+        return stored
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
     except ImportError:
         return stored
-    held = model.state_dict(keep_vars=True)
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
