@@ -86,4 +86,6 @@ def summarise(cells: Cells) -> Values:
         rows.append(
             {"model": model, "sequences": sequences, "over_size": over_size, "share": 1 / found["size_ratio"], **found}
         )
-    return {"rows": rows}
+    speeds, over_sizes = [row["pruned_over"]["dense"] for row in rows], [row["over_size"] for row in rows]
+    extremes = {"least": min(speeds), "most": max(speeds)}
+    return {"rows": rows, **extremes, "least_over_size": min(over_sizes), "most_over_size": max(over_sizes)}
