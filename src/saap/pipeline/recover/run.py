@@ -195,6 +195,7 @@ def _trained(
             BlockWalker(model, find_blocks(model)), parameters, run.data, run.config, folder=folder,
             processes=run.processes, report=Report(step=reporter.advance, line=reporter.note),
             teacher=None if teacher is None else BlockWalker(teacher, find_blocks(teacher)),
+            end=getattr(run.tokenizer, "eos_token_id", None),
         ).run()  # fmt: skip
 
 
