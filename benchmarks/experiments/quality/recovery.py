@@ -20,7 +20,7 @@ UNREAD = "novel"
 """The text of whose kind `OTHER_TEXTS` has nothing."""
 OTHER_TEXTS = ["--data", "encyclopaedia", "--data", "conversations", "--data", "speeches"]
 FULL = ["--tuning", "full"]
-TUNED = {
+TUNED: Mapping[str, list[list[str]]] = {
     "groupwise": [[]],
     "lora": [["--tuning", "lora"]],
     "full": [FULL],
@@ -47,22 +47,22 @@ def measure(request: Request, wanted: Names) -> Measured:
         folder = Path(temporary)
         named = texts(request.given, folder)
         for state in wanted:
-            model, found = Path(request.model) if state == "dense" else pruned, {}
-            for number, flags in enumerate(runs := TUNED.get(state, [])):
-                out = folder / f"{len(state)}-{number}"
-                limits = ["--max-tokens", settings["tokens"] // len(runs), *request.size(["--max-seq-length", 64], [])]
-                report, _, used = timed_saap("recover", model, "--dense", request.model, *flags, *limits, "--out", out)
-                found["tokens"] = found.get("tokens", 0) + report["tokens"]
-                found["processor_seconds"] = found.get("processor_seconds", 0.0) + used
-                model = out
-            yield (
-                state,
-                {
-                    **found,
-                    "perplexity": perplexities(model, named, most=settings["measured tokens"]),
-                    **answers(model_in(model), dense, settings),
-                },
-            )
+            model, found = tuned(request, pruned, state, folder) if state in TUNED else (pruned, {})
+            model = Path(request.model) if state == "dense" else model
+            measured = perplexities(model, named, most=settings["measured tokens"])
+            yield state, {**found, "perplexity": measured, **answers(model_in(model), dense, settings)}
+
+
+def tuned(request: Request, pruned: Path, state: str, folder: Path) -> tuple[Path, Values]:
+    """The tuned folder, and what it cost."""
+    tokens, seconds, model = 0, 0.0, pruned
+    for number, flags in enumerate(TUNED[state], start=1):
+        limits = ["--max-tokens", request.settings["tokens"] // len(TUNED[state])]
+        limits += request.size(["--max-seq-length", 64, "--validation-samples", 1], [])
+        out = folder / f"{state}-{number}"
+        report, _, used = timed_saap("recover", model, "--dense", request.model, *flags, *limits, "--out", out)
+        tokens, seconds, model = tokens + report["tokens"], seconds + used, out
+    return model, {"tokens": tokens, "processor_seconds": seconds}
 
 
 def answers(model: Any, dense: Any, settings: Values) -> Values:

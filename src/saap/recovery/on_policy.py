@@ -56,7 +56,7 @@ def _padded_before(beginnings: Sequence[np.ndarray[Any, Any]], device: torch.dev
 
 def _joined(beginning: np.ndarray[Any, Any], written: np.ndarray[Any, Any], end: int | None, length: int) -> Example:
     """A beginning and what follows it until the end-of-text token, which is learned too."""
-    ends = np.flatnonzero(written == end) if end is not None else []
+    ends = np.flatnonzero(written == end) if end is not None else np.empty(0, np.int64)
     kept = written[: int(ends[0]) + 1] if len(ends) else written
     tokens = np.concatenate([beginning, kept])[:length].astype(np.int64)
     return Example(tokens, np.arange(len(tokens)) >= len(beginning))
