@@ -108,7 +108,11 @@ def file_budget(experts: Experts, graph: ModelGraph, target: int) -> Budget:
     """Budget so that the tensors in the files take at most `target` bytes. Raises TargetError."""
     groups = graph.of_role(Role.EXPERT)
     each = min(group.units for group in groups)
-    sizes = [experts.nbytes(_of_layers(graph, lambda _, count=count: range(count))) for count in range(1, each + 1)]
+
+    def size(count: int) -> int:
+        return experts.nbytes(_of_layers(graph, lambda group: range(count)))
+
+    sizes = [size(count) for count in range(1, each + 1)]
     low, high, kept = sizes[0], sizes[-1], sum(size <= target for size in sizes)
     if not low <= target <= high:
         raise TargetError(
