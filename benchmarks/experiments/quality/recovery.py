@@ -33,7 +33,7 @@ CELLS = ["dense", "pruned", *TUNED]
 OPTIONS = INSTRUCTIONS
 SETTINGS = {
     "model": "{model}", "preset": "fast", "tokens": Scaled(128, 80_000),
-    "measured tokens": Scaled(512, 8192), "prompts": BUNDLED, "written tokens": Scaled(8, 128),
+    "measured tokens": Scaled(512, 4096), "prompts": BUNDLED, "written tokens": Scaled(8, 128),
     "open prompts": Scaled(1, 12), "facts": Scaled(2, 32),
 }  # fmt: skip
 
