@@ -26,7 +26,7 @@ class Split:
     """Experts of each layer and of each token, and how they are made.
 
     shared: share of the channels that all tokens use. sequences x length: tokens that they are fitted to. spread:
-    deviation of the router's logits at first. steps: of the tuning of the routers.
+    deviation of the router's logits at first. steps, all_steps: of the tuning of the routers, and of all weights.
     """
 
     experts: int = 16
@@ -36,14 +36,15 @@ class Split:
     length: int = 512
     spread: float = 0.05
     steps: int = 60
+    all_steps: int = 150
 
 
 FULL = Split()
-TRIAL = Split(experts=4, chosen=2, sequences=4, length=64, steps=2)
+TRIAL = Split(experts=4, chosen=2, sequences=4, length=64, steps=2, all_steps=2)
 
 
 def upcycled_folder(request: Request) -> Path:
-    """The model as a mixture of experts with tuned routers, created if missing."""
+    """The model as a mixture of experts, tuned for some minutes: the routers, then all weights; created if missing."""
     split, name = request.size(TRIAL, FULL), f"{Path(request.model).name}-{request.size('trial', 'upcycled')}"
     folder = request.work / f"{name}-untuned"
     if not (folder / "config.json").is_file():
@@ -51,9 +52,11 @@ def upcycled_folder(request: Request) -> Path:
             model = upcycled(dense, split)
             print(f"{name}: mixture of {split.experts} experts", flush=True)
             save_folder(folder, model, dense.loaded.tokenizer)
-    limits = ["--max-steps", split.steps, "--max-seq-length", split.length, "--validation-samples", request.size(1, 8)]
-    tune = ["recover", folder, "--tune", "router", "--dense", request.model, "--learning-rate", 0.01, *limits]
-    return made_by_saap(request, name, *tune)
+    shared = ["--dense", request.model, "--max-seq-length", split.length, "--validation-samples", request.size(1, 8)]
+    routers = ["--tune", "router", "--learning-rate", 0.01, "--max-steps", split.steps]
+    routed = made_by_saap(request, f"{name}-routers", "recover", folder, *routers, *shared)
+    everything = ["--tuning", "full", "--max-steps", split.all_steps]
+    return made_by_saap(request, name, "recover", routed, *everything, *shared)
 
 
 def save_folder(folder: Path, *parts: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.export.test_gguf_experts import folder_of
+from tests.pipeline.test_experts import Noted
 from tests.published import publish_fp8, publish_mxfp4
 from torch import Tensor
 
@@ -30,7 +31,7 @@ LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nop
 MORE: dict[str, dict[str, Any]] = {
     "mixtral": {"head_dim": 16, "num_local_experts": 6},
     "qwen3_moe": {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 6},
-    "deepseek_v3": {**LATENT, "moe_intermediate_size": 32, "num_key_value_heads": 4},
+    "deepseek_v3": {**LATENT, "moe_intermediate_size": 32, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1},
     "gpt_oss": {"head_dim": 16},
 }
 KEPT = (0, 2, 3)
@@ -191,13 +192,36 @@ def test_lists_of_modules_follow(tmp_path: Path) -> None:
     assert settings["modules_to_not_convert"] == ["lm_head", "model.layers.1.mlp.experts.2.up_proj"]
 
 
+@pytest.mark.parametrize("place", ["model.layers.2", "mtp.layers.0"])
+def test_layers_for_multi_token_prediction_are_left_out(tmp_path: Path, place: str) -> None:
+    folder, out = published(tmp_path, "deepseek_v3"), tmp_path / "small"
+    extra = {f"{place}.{name}": torch.ones(64, 64) for name in ("eh_proj.weight", "mlp.experts.0.up_proj.weight")}
+    save_file(tensors_of(folder) | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["num_nextn_predict_layers"] = 1
+    config["quantization_config"]["modules_to_not_convert"] = ["lm_head", f"{place}.eh_proj"]
+    path.write_text(json.dumps(config))
+    reporter = Noted()
+    result = saap.prune(folder, out=out, layout="uniform", restore=False, reporter=reporter, **OPTIONS)
+    assert any("multi-token prediction are left out" in line for line in reporter.notes)
+    assert not [name for name in tensors_of(out) if name.startswith(place)]
+    written = json.loads((out / "config.json").read_text())
+    assert written["num_nextn_predict_layers"] == 0
+    assert written["quantization_config"]["modules_to_not_convert"] == ["lm_head"]
+    assert written["n_routed_experts"] < config["n_routed_experts"]
+    tokens = torch.arange(2, 42).reshape(2, 20)
+    again = load_model(resolve_model(out), device=torch.device("cpu"))
+    torch.testing.assert_close(again(tokens).logits, result.model(tokens).logits, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "offender"),
     [
         ("model.layers.0.mlp.gate.weight_scale_inv", (1, 4), "model.layers.0.mlp.gate.weight_scale_inv"),
         ("model.layers.0.mlp.experts.scales", (5, 2), "model.layers.0.mlp.experts.scales"),
         ("model.layers.0.mlp.experts.6.up_proj.weight", (32, 64), "some are missing"),
-        ("model.layers.2.mlp.experts.0.up_proj.weight", (32, 64), "experts that are not in the model"),
+        ("draft.layers.0.mlp.experts.0.up_proj.weight", (32, 64), "experts that are not in the model"),
     ],
 )
 def test_other_ways_to_store_experts_are_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import sys
@@ -13,6 +14,7 @@ from tests.pipeline import tiny
 
 from saap.cli import app as cli
 from saap.core.manifest import read_manifest
+from saap.export.consumers import _version
 from saap.models.loading.pretrained import load
 from saap.pipeline.export.check import check_in_consumers
 from saap.pipeline.shared.progress import Silent
@@ -79,3 +81,10 @@ def test_a_program_that_is_not_installed_is_refused_before_the_pruning(
     assert left.value.code == 2
     assert "vllm needs the package vllm. Run pip install vllm." in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_version_is_that_of_the_build_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"vllm": ["torch", "other"]})
+    assert _version(Consumer.VLLM) == importlib.metadata.version("torch")
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"vllm": ["no-such-package"]})
+    assert _version(Consumer.VLLM) == ""

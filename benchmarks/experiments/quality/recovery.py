@@ -1,62 +1,100 @@
-"""Gain of the recovery on texts not used for training."""
+"""What kinds of tuning win back of the pruned model with the same number of tokens: perplexity, answers, facts."""
 
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.experiment import Cells, Measured, Names, Request, Values
-from lab.commands import pruned_folder, saap
+from harness.charts import bars
+from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
+from lab.commands import pruned_folder, timed_saap
+from lab.dense import model_in
 from lab.texts import INSTRUCTIONS, perplexities, texts
-from lab.training import FEW_STEPS
 
-MINUTES = 20
-STATES = ("dense", "pruned", "quantised", "recovered", "dense tuned alike")
-UNTRAINED = ["--max-steps", "1", "--learning-rate", "1e-12", "--max-seq-length", "64", "--batch-size", "1"]
-"""A learning rate near zero, so that the initial zero points and scales are written."""
-CELLS = STATES
+from saap.evaluation.generation import BUNDLED, cloze, generation_figures, read_prompts, write
+from saap.models.loading.devices import quick_float32_products
+from saap.pipeline.shared.inputs import RunOptions, open_model
+
+UNREAD = "novel"
+"""The text of whose kind `OTHER_TEXTS` has nothing."""
+OTHER_TEXTS = ["--data", "encyclopaedia", "--data", "conversations", "--data", "speeches"]
+FULL = ["--tuning", "full"]
+TUNED: Mapping[str, list[list[str]]] = {
+    "groupwise": [[]],
+    "lora": [["--tuning", "lora"]],
+    "full": [FULL],
+    "full, on-policy": [[*FULL, "--on-policy", "0.3"]],
+    "full, then groupwise": [FULL, []],
+    "full, without novels": [[*FULL, *OTHER_TEXTS]],
+}
+"""The flags of each run of `saap recover`, which share the tokens equally."""
+CELLS = ["dense", "pruned", *TUNED]
 OPTIONS = INSTRUCTIONS
-SETTINGS = {"model": "{model}", "minutes": MINUTES, "effort": "fast"}
+SETTINGS = {
+    "model": "{model}", "preset": "fast", "tokens": Scaled(128, 80_000),
+    "measured tokens": Scaled(512, 4096), "prompts": BUNDLED, "written tokens": Scaled(8, 128),
+    "open prompts": Scaled(1, 12), "facts": Scaled(2, 32),
+}  # fmt: skip
 
 
 def measure(request: Request, wanted: Names) -> Measured:
-    """Tune PRUNED and the dense model alike, both with the dense model as teacher."""
-    shared = ["--data", "mixed", "--dense", request.model]
-    flags = [*shared, *request.size(FEW_STEPS, ["--max-minutes", str(MINUTES)])]
-    pruned = pruned_folder(request, "--effort", "fast", name="fast")
-    tuned = {
-        "quantised": (pruned, [*shared, *UNTRAINED]),
-        "recovered": (pruned, flags),
-        "dense tuned alike": (Path(request.model), flags),
-    }
+    """Tune the pruned model in each way, with the dense model as teacher; nothing that is tuned is kept."""
+    settings = request.settings
+    dense = open_model(request.model, RunOptions(device="cpu"))
+    pruned = pruned_folder(request, "--preset", settings["preset"], name=settings["preset"])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         named = texts(request.given, folder)
         for state in wanted:
-            found: dict[str, Any] = {}
-            model = pruned if state == "pruned" else Path(request.model)
-            if state in tuned:
-                source, own = tuned[state]
-                report = saap("recover", source, "--out", folder / state, *own)
-                model = folder / state
-                command = " ".join(["saap recover PRUNED", *(Path(word).name for word in own)])
-                found = {"command": command, "tokens": report["tokens"], "seconds": report["seconds"]}
-            yield state, {**found, "perplexity": perplexities(model, named, most=request.size(1024, 2**30))}
+            model, found = tuned(request, pruned, state, folder) if state in TUNED else (pruned, {})
+            model = Path(request.model) if state == "dense" else model
+            measured = perplexities(model, named, most=settings["measured tokens"])
+            yield state, {**found, "perplexity": measured, **answers(model_in(model), dense, settings)}
+
+
+def tuned(request: Request, pruned: Path, state: str, folder: Path) -> tuple[Path, Values]:
+    """The tuned folder, and what it cost."""
+    tokens, seconds, model = 0, 0.0, pruned
+    for number, flags in enumerate(TUNED[state], start=1):
+        limits = ["--max-tokens", request.settings["tokens"] // len(TUNED[state])]
+        limits += request.size(["--max-seq-length", 64, "--validation-samples", 1], [])
+        out = folder / f"{state}-{number}"
+        report, _, used = timed_saap("recover", model, "--dense", request.model, *flags, *limits, "--out", out)
+        tokens, seconds, model = tokens + report["tokens"], seconds + used, out
+    return model, {"tokens": tokens, "processor_seconds": seconds}
+
+
+def answers(model: Any, dense: Any, settings: Values) -> Values:
+    """Repetition of greedy answers to the open prompts, and the share of the bundled facts that are known."""
+    prompts = read_prompts(BUNDLED)
+    opens = [one.prompt for one in prompts if one.answer is None][: settings["open prompts"]]
+    facts = [one for one in prompts if one.answer is not None][: settings["facts"]]
+    with quick_float32_products():
+        written = write(model, dense.tokenizer, opens, tokens=settings["written tokens"], sampled=False)
+        known = cloze(model, dense.tokenizer, facts)
+        figures = generation_figures(written, dense.model, dense.tokenizer).model_dump(mode="json")
+    return {"answers": figures, "facts": known.accuracy if known is not None else None, "example": written[0].text}
 
 
 def summarise(cells: Cells) -> Values:
-    found = {state: cells[state]["perplexity"] for state in STATES}
-    logs = {state: {name: math.log(value) for name, value in each.items()} for state, each in found.items()}
-    means = {state: sum(each.values()) / len(each) for state, each in logs.items()}
+    states = [state for state in CELLS if state in cells]
+    logs = {state: {name: math.log(value) for name, value in cells[state]["perplexity"].items()} for state in states}
+    shares = {state: closed(logs, state) for state in TUNED if state in cells}
+    general = {state: sum(each.values()) / len(each) for state, each in shares.items()}
+    best = max((state for state in ("groupwise", "lora", "full") if state in general), key=lambda state: general[state])
     return {
-        **cells["recovered"], "perplexity": found,
-        "ratio": {name: value / found["dense"][name] for name, value in found["recovered"].items()},
-        "closed": {name: closed({state: each[name] for state, each in logs.items()}) for name in found["dense"]},
-        "closed_mean": closed(means), "ratio_mean": math.exp(means["recovered"] - means["dense"]),
-        "lost": {name: value / found["pruned"][name] - 1 for name, value in found["quantised"].items()},
+        "states": {state: cells[state] for state in states}, "closed": shares, "closed_mean": general, "best": best,
+        "unread": UNREAD, "texts": list(cells["dense"]["perplexity"]),
     }  # fmt: skip
 
 
-def closed(logs: Values) -> float:
-    """Share of the gap in log-perplexity between the pruned and the dense model that is closed."""
-    return float((logs["pruned"] - logs["recovered"]) / (logs["pruned"] - logs["dense"]))
+def closed(logs: Mapping[str, Mapping[str, float]], state: str) -> dict[str, float]:
+    """Share of the gap in log-perplexity between the pruned and the dense model that is closed, by text."""
+    dense, pruned = logs["dense"], logs["pruned"]
+    return {name: (pruned[name] - value) / (pruned[name] - dense[name]) for name, value in logs[state].items()}
+
+
+def figures(summary: Values) -> Figures:
+    values = {state: list(each.values()) for state, each in summary["closed"].items()}
+    return [bars("recovery", values, summary["texts"], x="share of the gap closed")]

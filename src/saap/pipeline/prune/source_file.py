@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from saap.core.errors import ConfigurationError, PlanError, TargetError, listed
 from saap.core.manifest import Change, RunManifest
-from saap.core.records import ImportanceScores, Layout, ModelGraph, Role, StructurePlan
+from saap.core.records import CoupledGroup, ImportanceScores, Layout, ModelGraph, Role, StructurePlan
 from saap.core.storage import PlanDocument, write_plan, write_scores, write_whole
 from saap.export.expert_folder import FolderExperts, open_expert_folder
 from saap.export.placing import whole_folder
@@ -79,8 +79,8 @@ def for_source_file(
 
 def check_layers(experts: GgufExperts, graph: ModelGraph) -> None:
     """Raise ConfigurationError unless all experts of the file can be removed."""
-    units = {group.layer: group.units for group in graph.of_role(Role.EXPERT)}
-    missing = [str(layer) for layer in experts.layers if units.get(layer) != experts.count]
+    units = _of_layers(graph, lambda group: range(group.units))
+    missing = [str(layer) for layer in experts.layers if len(units.get(layer, ())) != experts.count]
     if missing:
         reasons = [refusal.reason for refusal in graph.refused if str(Role.EXPERT) in refusal.name]
         why = f" ({reasons[0]})" if reasons else ""
@@ -101,16 +101,18 @@ def check_plan(experts: Experts, graph: ModelGraph, given: PlanDocument) -> None
         what = listed([*others, *(f"block {layer}" for layer in given.dropped_blocks)], 4)
         problem = f"Only whole experts can be removed from the model's own files, but the plan removes parts of {what}"
         raise PlanError(problem, "Write a folder with -o DIR and --restore")
-    experts.check({
-        group.layer: range(keep.get(group.name, group.units)) for group in graph.of_role(Role.EXPERT)
-    })  # fmt: skip
+    experts.check(_of_layers(graph, lambda group: range(keep.get(group.name, group.units))))
 
 
 def file_budget(experts: Experts, graph: ModelGraph, target: int) -> Budget:
     """Budget so that the tensors in the files take at most `target` bytes. Raises TargetError."""
     groups = graph.of_role(Role.EXPERT)
-    counts = range(1, experts.count + 1)
-    sizes = [experts.nbytes({group.layer: range(count) for group in groups}) for count in counts]
+    each = min(group.units for group in groups)
+
+    def size(count: int) -> int:
+        return experts.nbytes(_of_layers(graph, lambda group: range(count)))
+
+    sizes = [size(count) for count in range(1, each + 1)]
     low, high, kept = sizes[0], sizes[-1], sum(size <= target for size in sizes)
     if not low <= target <= high:
         raise TargetError(
@@ -118,7 +120,7 @@ def file_budget(experts: Experts, graph: ModelGraph, target: int) -> Budget:
             f"Give a size from {low:,} to {high:,} bytes",
         )
     units = sum(group.parameters_per_unit(graph.shapes) for group in groups)
-    return Budget(removal=units * (experts.count - kept))
+    return Budget(removal=units * (each - kept))
 
 
 def folder_experts(
@@ -140,6 +142,8 @@ def notes(loaded: LoadedModel, experts: Experts | None) -> Iterator[str]:
     """What the user is told of the format of the result."""
     if isinstance(experts, FolderExperts):
         yield f"the weights that stay are written as MODEL has them ({experts.type})"
+        if experts.left_out:
+            yield "its layers for multi-token prediction are left out, since their experts cannot be scored"
     elif experts is not None:
         yield RULE
     elif loaded.quantisation is not None:
@@ -151,8 +155,8 @@ def notes(loaded: LoadedModel, experts: Experts | None) -> Iterator[str]:
 
 
 def source_bytes(experts: Experts, graph: ModelGraph) -> int:
-    """Bytes of all tensors of the source."""
-    return experts.nbytes({group.layer: range(group.units) for group in graph.of_role(Role.EXPERT)})
+    """Bytes of all tensors of the source that the model reads."""
+    return experts.nbytes(_of_layers(graph, lambda group: range(group.units)))
 
 
 def stored_bytes(experts: Experts, graph: ModelGraph, plan: StructurePlan) -> Change:
@@ -162,7 +166,16 @@ def stored_bytes(experts: Experts, graph: ModelGraph, plan: StructurePlan) -> Ch
 
 def kept_experts(graph: ModelGraph, plan: StructurePlan) -> Mapping[int, Sequence[int]]:
     """Kept experts of each layer that has some."""
-    return {group.layer: plan.kept(group) for group in graph.of_role(Role.EXPERT)}
+    return _of_layers(graph, plan.kept)
+
+
+def _of_layers(graph: ModelGraph, kept: Callable[[CoupledGroup], Sequence[int]]) -> Mapping[int, Sequence[int]]:
+    """Numbers of experts of each layer, over all groups that its router chooses among. kept: of one group."""
+    found: dict[int, list[int]] = {}
+    for group in graph.of_role(Role.EXPERT):
+        numbers = found.setdefault(group.layer, [])
+        numbers += [group.members[0].offset + unit for unit in kept(group)]
+    return {layer: sorted(numbers) for layer, numbers in found.items()}
 
 
 def write_source_file(run: Run, experts: Experts, made: Path, plan: StructurePlan, scores: ImportanceScores) -> None:

@@ -154,6 +154,8 @@ def _with_teacher(
     if teacher is None:
         if share:
             raise ConfigurationError("--distillation has no teacher", "Specify the dense model with --dense MODEL")
+        if config.on_policy:
+            raise ConfigurationError("--on-policy has no teacher", "Specify the dense model with --dense MODEL")
         return config.model_copy(update={"teacher": None, "dense_revision": None, "distillation": 0.0}), None
     known = {"teacher": teacher.source, "dense_revision": teacher.revision}
     return config.model_copy(update={**known, "distillation": 1.0 if share is None else share}), teacher

@@ -101,8 +101,9 @@ def _teacher(run: Recovery, dense: Behaviour | None) -> tuple[Any | None, Behavi
     with run.meter.stage(stages.LOAD_TEACHER):
         teacher = load_model(run.teacher, device=run.device)
         found = sum(value.numel() for value in teacher.parameters())
-        if run.earlier is not None and found != run.earlier.parameters.before:
-            expected = f"{run.resolved.source} was pruned from a model of {run.earlier.parameters.before:,}"
+        sizes = None if run.earlier is None else run.earlier.parameters
+        if sizes is not None and sizes.before != sizes.after and found != sizes.before:
+            expected = f"{run.resolved.source} was pruned from a model of {sizes.before:,}"
             raise ConfigurationError(
                 f"{run.teacher.source} has {found:,} parameters, but {expected}",
                 "Specify that model with --dense, or use --distillation 0",
@@ -195,6 +196,7 @@ def _trained(
             BlockWalker(model, find_blocks(model)), parameters, run.data, run.config, folder=folder,
             processes=run.processes, report=Report(step=reporter.advance, line=reporter.note),
             teacher=None if teacher is None else BlockWalker(teacher, find_blocks(teacher)),
+            end=getattr(run.tokenizer, "eos_token_id", None),
         ).run()  # fmt: skip
 
 

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.recovery.test_train import train
+from tests.recovery.tiny import build
+
+from saap.core.errors import ConfigurationError
+from saap.data.training import Example
+from saap.recovery.on_policy import BEGINNING, WRITTEN, continued
+from saap.recovery.train import Report
+from saap.settings.recover import RecoverConfig
+
+
+def example(tokens: int, first: int = 1) -> Example:
+    ids = (np.arange(tokens) * 7) % 90 + 2
+    return Example(ids.astype(np.int64), np.arange(tokens) >= first)
+
+
+def test_the_model_writes_what_follows_each_beginning() -> None:
+    model = build("llama_tied").float()
+    examples = [example(60), example(60, first=40), example(20)]
+    found = continued(model, examples, length=64, end=None, seed=3)
+    for before, after, kept in zip(examples, found, (BEGINNING, 40, 20), strict=True):
+        assert len(after.tokens) == 64
+        np.testing.assert_array_equal(after.tokens[:kept], before.tokens[:kept])
+        np.testing.assert_array_equal(after.learned, np.arange(64) >= kept)
+    again = continued(model, examples, length=64, end=None, seed=3)
+    other = continued(model, examples, length=64, end=None, seed=4)
+    assert all(np.array_equal(one.tokens, two.tokens) for one, two in zip(found, again, strict=True))
+    assert not all(np.array_equal(one.tokens, two.tokens) for one, two in zip(found, other, strict=True))
+
+
+def test_padding_changes_nothing_that_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most likely tokens after a beginning are the same alone and beside a longer one."""
+    model = build("llama_tied").float()
+    sampled = model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: sampled(**{**given, "do_sample": False}))
+    short, long = example(40), example(60, first=48)
+    alone = continued(model, [short], length=50, end=None, seed=0)[0]
+    beside = continued(model, [short, long], length=50, end=None, seed=0)[0]
+    np.testing.assert_array_equal(alone.tokens, beside.tokens)
+
+
+def test_writing_ends_with_the_end_of_text_token() -> None:
+    model = build("llama_tied").float()
+    (whole,) = continued(model, [example(40)], length=400, end=None, seed=0)
+    assert len(whole.tokens) == BEGINNING + WRITTEN
+    end = int(whole.tokens[BEGINNING + 5])
+    (short,) = continued(model, [example(40)], length=400, end=end, seed=0)
+    assert short.tokens[-1] == end
+    assert end not in short.tokens[BEGINNING:-1]
+    assert len(short.tokens) <= BEGINNING + 6
+    assert short.learned[-1]
+
+
+def test_random_numbers_of_others_are_left_alone() -> None:
+    model = build("llama_tied").float()
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    continued(model, [example(40)], length=50, end=None, seed=9)
+    torch.testing.assert_close(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_only_the_end_of_the_training_is_on_policy(batch: int, tmp_path: Path) -> None:
+    teacher = build("llama_tied").float()
+    settings: dict[str, Any] = {"distillation": 1.0, "batch": batch, "micro_batch": 1, "length": 40}
+    _, read = train(tmp_path / "read", teacher=teacher, **settings)
+    _, written = train(tmp_path / "written", teacher=teacher, on_policy=0.5, **settings)
+    same = [a.loss == b.loss for a, b in zip(read.points, written.points, strict=True)]
+    assert same == [True] * 4 + [False] * 4
+
+
+def test_an_interrupted_training_writes_the_same_again(tmp_path: Path) -> None:
+    teacher = build("llama_tied").float()
+    settings: dict[str, Any] = {"distillation": 1.0, "on_policy": 0.75, "length": 40, "teacher": teacher}
+    _, whole = train(tmp_path / "whole", **settings)
+
+    class KilledError(Exception):
+        pass
+
+    def kill(done: int, total: int) -> None:
+        if done >= 625:  # in the middle between two saved states
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(tmp_path / "cut", report=Report(step=kill, line=lambda text: None), **settings)
+    _, resumed = train(tmp_path / "cut", **settings)
+    for one, other in zip(whole.points, resumed.points, strict=True):
+        assert abs(one.loss - other.loss) <= 1e-6
+
+
+@pytest.mark.parametrize("given", [{"distillation": 0.5}, {"distillation": 0.0}, {"shard": True}])
+def test_contradictions_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="--on-policy"):
+        RecoverConfig(on_policy=0.5, **given)
