@@ -83,7 +83,8 @@ class Sizes:
 
     def captured_activations(self, config: PruneConfig) -> int:
         """Captured activations of one block in the reconstruction, over all of its text."""
-        return config.restore * refit_tokens(config) * self.captured_by_token
+        merging = 8 * self.width * config.merge_experts  # what the experts get, and what their output lacks
+        return config.restore * refit_tokens(config) * (self.captured_by_token + merging)
 
     @property
     def captured_by_token(self) -> int:
