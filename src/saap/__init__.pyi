@@ -127,6 +127,7 @@ def prune(
     aggregation: Aggregation | str = Aggregation.SUM,
     fusion_scope: FusionScope | str = FusionScope.LAYER_ROLE,
     restore: bool = ...,
+    merge_experts: bool = False,
     preset: Preset | str = Preset.DEFAULT,
     seed: int = 0,
     output_dir: str | Path | None = None,
@@ -180,6 +181,7 @@ def prune(
     aggregation: How a unit's members combine.
     fusion_scope: Who shares the fusion's uncertainties.
     restore: Reconstruct the consumers by least squares and tune the norms, or cut only.
+    merge_experts: Merge removed experts into the kept ones by least squares, in place of dropping them.
     preset: paper: the paper's stages; the others: ours, in little to much time.
     seed: Seed of every random choice.
     output_dir: Folder to write; for `saap prune MODEL.gguf --roles expert` also NAME.gguf.

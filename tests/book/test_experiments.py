@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from experiments.method.boundaries import channel_order, in_order, relative_error
+from experiments.quality import experts
 from experiments.quality.comparison import packed, unpack, unpacked
 from experiments.quality.generation import TASKS, facts
 from experiments.registry import EXPERIMENTS
@@ -21,7 +22,7 @@ from tests.book.test_pages import numbers_without_source
 from tests.pipeline import tiny
 
 TRIED = [one for one in EXPERIMENTS if one.smoke and one.name != "accelerator"]
-FEW = {"families": ("bloom",), "calibration": 10}
+FEW = {"families": ("bloom",), "calibration": 10, "experts": (*experts.CELLS, *experts.EXTRA)}
 """Cells that are enough for a smoke run: by name, or so many of the first."""
 
 

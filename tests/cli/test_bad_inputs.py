@@ -67,6 +67,8 @@ FLAGS: list[Case] = [
         ("--plan", "plan.json", "--pruning-ratio and --plan"),
     )],
     ((*PRUNE, *RATIO, "--layout", "uniform", "--skip-layers", "first:1"), "--skip-layers"),
+    ((*PRUNE, *RATIO, "--merge-experts"), "Add expert to --roles"),
+    ((*PRUNE, *RATIO, "--roles", "expert", "--merge-experts", "--no-restore"), "a part of the reconstruction"),
     ((*PRUNE, *RATIO, "--importance", "reap"), "reap scores whole experts, not the role ffn or attention"),
     ((*PRUNE, *RATIO, "--importance", "frequency", "--roles", "expert,block"), "not the role block"),
     ((*PRUNE, *RATIO, "--importance", "reap", "--roles", "expert", "--aggregation", "max"), "--aggregation changes"),

@@ -20,11 +20,13 @@ from transformers import (
 )
 
 import saap
-from saap.core.errors import ConfigurationError, PlanError, TargetError
+from saap.core.errors import ConfigurationError, PlanError, TargetError, UnsupportedModelError
 from saap.core.storage import PlanDocument
+from saap.pipeline.prune import planning
 from saap.pipeline.prune.run import RunOptions, run_prune
 from saap.pipeline.shared.progress import Silent
 from saap.settings.prune import PruneConfig
+from saap.surgery import merging
 from saap.surgery.cut import cut
 
 SETTINGS: dict[str, Any] = {"samples": 4, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
@@ -143,6 +145,30 @@ def test_experts_are_removed_by_scores_of_a_forward_pass(tmp_path: Path, importa
     (note,) = [note for note in reporter.notes if "calibration token" in note]
     assert note == "1 of 15 experts got no calibration token and are removed first: 4 of layers.1.expert"
     torch.testing.assert_close(logits(saap.load(out)), logits(result.model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["adaptive", "uniform"])
+def test_removed_experts_are_merged(source: Path, tmp_path: Path, layout: str) -> None:
+    given: dict[str, Any] = {**SETTINGS, "roles": ["expert"], "layout": layout, "pruning_ratio": 0.25}
+    plain = saap.prune(source, out=tmp_path / "plain", **given)
+    merged = saap.prune(source, out=tmp_path / "merged", merge_experts=True, **given)
+    assert merged.plan.keep == plain.plan.keep
+    stacks = set(merged.report.refit_errors) - set(plain.report.refit_errors)
+    assert stacks
+    assert all(path.endswith("experts.down_proj") for path in stacks)
+    opened = saap.load(tmp_path / "merged")
+    torch.testing.assert_close(logits(opened), logits(merged.model), rtol=0, atol=0)
+    assert not torch.equal(logits(opened), logits(plain.model))
+
+
+def test_a_mixture_that_cannot_merge_is_refused_before_the_estimation(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "estimate", lambda *a, **k: pytest.fail("the estimation began"))
+    monkeypatch.setattr(merging, "expert_numbers", lambda arguments: None)
+    with pytest.raises(UnsupportedModelError, match="Leave out --merge-experts"):
+        saap.prune(source, pruning_ratio=0.25, out=tmp_path / "o", merge_experts=True, roles=["expert"], **SETTINGS)
+    assert not (tmp_path / "o").exists()
 
 
 def test_no_fewer_experts_stay_than_a_token_is_sent_to(source: Path, tmp_path: Path) -> None:

@@ -149,6 +149,7 @@ def test_nothing_is_overwritten_without_being_told(source: Path, tmp_path: Path)
         ((), "Only whole experts can be removed from a GGUF file, not ffn and attention"),
         (("--roles", "expert,ffn"), "not ffn"),
         (("--roles", "expert", "--restore"), "--restore changes weights"),
+        (("--roles", "expert", "--merge-experts"), "--merge-experts changes weights"),
         (("--roles", "expert", "--strategy", "second-order"), "counts on a reconstruction"),
         (("--roles", "expert", "--layout", "adaptive"), "--layout adaptive lets layers differ"),
         (("--roles", "expert", "--skip-layers", "first:1"), "--skip-layers lets layers differ"),

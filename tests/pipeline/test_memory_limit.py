@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file
 from tests import command
 from tests.pipeline import tiny
+from tests.pipeline.test_experts import Noted, mixture
 
 import saap
 from saap.core.errors import ConfigurationError
 from saap.core.storage import read_scores
 from saap.models.loading import memory
 from saap.models.walk import offload as offload_module
+from saap.models.walk import walk as walk_module
 from saap.models.walk.offload import OffloadedWeights
 from saap.pipeline.prune import planning
 from saap.pipeline.prune.run import run_prune
@@ -94,6 +96,58 @@ def test_offloaded_gives_what_the_model_in_memory_gives(
     assert away.report.answer == ""
     assert away.report.evaluation_tokens == here.report.evaluation_tokens
     assert not (tmp_path / "away.saap-work").exists()
+
+
+@pytest.mark.parametrize("flags", [{"restore": False}, {"merge_experts": True}], ids=str)
+def test_offloaded_experts_are_removed_or_merged_as_in_memory(
+    tmp_path: Path, counts: list[int], flags: dict[str, bool]
+) -> None:
+    source = mixture(tmp_path / "dense")
+    given: dict[str, Any] = {**SETTINGS, **flags, "roles": ["expert"], "importance": "reap"}
+    here = saap.prune(source, pruning_ratio=0.25, out=tmp_path / "here", **given)
+    away = saap.prune(source, pruning_ratio=0.25, out=tmp_path / "away", max_memory=1, **given)
+    assert here.plan.keep == away.plan.keep
+    expected, found = tensors(tmp_path / "here"), tensors(tmp_path / "away")
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+class _InterruptError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("importance", ["reap", "token-fisher"])
+def test_an_interrupted_estimation_resumes_at_its_block(
+    tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch, importance: str
+) -> None:
+    source = mixture(tmp_path / "dense")
+    config = PruneConfig(pruning_ratios=0.25, roles="expert", importance=importance, restore=False, **SETTINGS)
+    whole = run_prune(source, config, RunOptions(out=tmp_path / "whole", max_memory=1))[0]
+    passes: list[int] = []
+    stock = walk_module._Walk._forward if importance == "reap" else walk_module._Walk._back
+
+    def forward(self: walk_module._Walk, layer: int, *arguments: Any) -> torch.Tensor:
+        if stop and layer == 1:
+            raise _InterruptError
+        passes.append(layer)
+        return stock(self, layer, *arguments)
+
+    monkeypatch.setattr(walk_module._Walk, stock.__name__, forward)
+    stop = True
+    with pytest.raises(_InterruptError):
+        run_prune(source, config, RunOptions(out=tmp_path / "cut", max_memory=1))
+    first, stop = set(passes), False
+    passes.clear()
+    reporter = Noted()
+    again = run_prune(source, config, RunOptions(out=tmp_path / "cut", max_memory=1), reporter)[0]
+    assert "the estimation resumes after its last finished block" in reporter.notes
+    assert first
+    assert not first & set(passes)
+    assert again.plan == whole.plan
+    scores = [read_scores(tmp_path / name / "saap" / "scores.safetensors") for name in ("whole", "cut")]
+    assert scores[0].digest == scores[1].digest
+    for name, tensor in tensors(tmp_path / "whole").items():
+        assert torch.equal(tensor, tensors(tmp_path / "cut")[name])
 
 
 def test_several_ratios(source: Path, tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from saap.structure_search.plan import make_plan
 from saap.surgery import distillation
 from saap.surgery.cut import cut
 from saap.surgery.distillation import RANK, DistillationText, distill
-from saap.surgery.reconstruct import MICRO_BATCH, ReconstructionSettings, held_out_sequences, reconstruct
+from saap.surgery.held_out import MICRO_BATCH, held_out_sequences
+from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 
 
 def tokens(rows: int = 32, length: int = 16, seed: int = 0) -> torch.Tensor:

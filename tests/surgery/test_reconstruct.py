@@ -18,7 +18,8 @@ from saap.models.walk.observer import hooked
 from saap.models.walk.processes import Processes
 from saap.structure_search.plan import make_plan
 from saap.surgery.cut import cut
-from saap.surgery.reconstruct import ReconstructionSettings, held_out_sequences, reconstruct
+from saap.surgery.held_out import held_out_sequences
+from saap.surgery.reconstruct import ReconstructionSettings, reconstruct
 from saap.surgery.stacked import GramMatrices, stacks_of
 
 FAMILIES = ("llama", "gemma2", "gpt2", "opt", "gpt_neox", "phi3", "bloom")

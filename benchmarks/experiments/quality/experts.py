@@ -1,4 +1,4 @@
-"""Whole experts of two mixtures: which score chooses those to remove, and what tuned routers recover."""
+"""Whole experts of two mixtures: which score chooses those to remove, how many of each layer, and what recovers."""
 
 import tempfile
 from collections.abc import Mapping
@@ -13,11 +13,16 @@ from lab.mixtures import FULL, TRIAL, upcycled_folder
 from lab.texts import TEXTS
 from lab.training import FEW_STEPS, trained_folder
 
-from saap.core.records import CalibrationSet, IntArray, Role
+from saap.core.records import CalibrationSet, IntArray, Layout, Role, StructurePlan, UnitScores
 from saap.estimation.estimate import estimate, unit_scores
 from saap.models.structure.masking import masked
-from saap.settings.prune import FusionScope
-from saap.settings.registry import Importance
+from saap.settings.prune import PRESETS, FusionScope, Preset, PrunableRole
+from saap.settings.registry import Importance, Strategy
+from saap.structure_search.budget import Budget
+from saap.structure_search.evaluator import StructureEvaluator
+from saap.structure_search.plan import SearchSpace, make_plan, search
+from saap.structure_search.problem import SearchGuide
+from saap.surgery.reconstruct import ReconstructionSettings
 
 MODELS = ("upcycled", "trained")
 CALIBRATIONS = ("mixed", "novels")
@@ -25,12 +30,18 @@ MEASURED = ("wikitext2", "novel")
 SCORES = (
     Importance.REAP, Importance.FREQUENCY, Importance.RECONSTRUCTION, Importance.TOKEN_FISHER, Importance.FUSED,
 )  # fmt: skip
+COUNTS, MERGED = "counts", "merged"
+"""Cells of each model, calibrated on the first text: other numbers of experts in each layer, and merged experts."""
+COMPARED = (Importance.TOKEN_FISHER, Importance.REAP)
+FITTED = Scaled((4, 32), (32, 256))
+"""Sequences of the reconstruction and their length."""
 OURS, RANDOM, ROUTER = str(Importance.TOKEN_FISHER), "random", "router"
 RATIOS = {"25 %": 0.25, "50 %": 0.5}
 MOST = "50 %"
 DENSE = "dense"
 """The model that the upcycled mixture is made of."""
 CELLS = [DENSE, *(f"{model}/{what}" for model in MODELS for what in (*CALIBRATIONS, ROUTER))]
+EXTRA = [f"{model}/{what}" for model in MODELS for what in (COUNTS, MERGED)]
 SETTINGS = {
     "model": "{model}", "calibrations": list(CALIBRATIONS), "measured on": list(MEASURED),
     "pruning ratios": list(RATIOS.values()), "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
@@ -50,6 +61,9 @@ def measure(request: Request, wanted: Names) -> Measured:
             for calibration in CALIBRATIONS:
                 if f"{model}/{calibration}" in wanted:
                     yield f"{model}/{calibration}", of_scores(dense, calibration, request.settings)
+            for name, measured in ((COUNTS, adaptive_counts), (MERGED, merged_experts)):
+                if f"{model}/{name}" in wanted:
+                    yield f"{model}/{name}", measured(request, dense)
             if f"{model}/{ROUTER}" in wanted:
                 yield f"{model}/{ROUTER}", tuned_routers(request, model, folder, dense)
 
@@ -72,6 +86,63 @@ def of_scores(dense: Dense, calibration: str, chosen: Values) -> Values:
     return {"unpruned": perplexities(), "scores": found}
 
 
+def adaptive_counts(request: Request, dense: Dense) -> Values:
+    """Perplexity on each text by score and ratio, and the experts of each layer, where the search finds their numbers.
+
+    As many experts are removed as with equal numbers, and nothing compensates.
+    """
+    chosen, preset = request.settings, PRESETS[Preset.DEFAULT]
+    held = (request.size(2, preset.held_sequences), request.size(32, preset.held_length))
+    sizes = {"scored": (chosen["samples"], chosen["sample length"]), "held": held}
+    samples, texts = dense.samples(CALIBRATIONS[0], chosen["seed"], **sizes), texts_for(dense, chosen)
+    space = SearchSpace(roles=(PrunableRole.EXPERT,), layout=Layout.ADAPTIVE, align=1)
+    evaluator = StructureEvaluator(dense.backend, dense.ids(samples["held"]))
+    guide = SearchGuide(evaluator=evaluator, evaluations=preset.search_evaluations, seed=chosen["seed"])
+    found: dict[str, dict[str, Values]] = {}
+    for score in COMPARED:
+        units, found[str(score)] = scores_of(dense, samples["scored"], score), {}
+        for name, ratio in RATIOS.items():
+            equal = equal_plan(dense, units, ratio)
+            budget = Budget(removal=dense.graph.block_parameters - equal.block_parameters)
+            plan = search(dense.graph, units, budget, space, Strategy.ADAPTIVE, guide)
+            with masked(dense.model, dense.graph, plan.keep):
+                values = {text: dense.perplexity(ids) for text, ids in texts.items()}
+            kept = [len(plan.kept(one)) for one in dense.graph.of_role(Role.EXPERT)]
+            found[str(score)][name] = {"perplexity": values, "kept": kept}
+    return found
+
+
+def merged_experts(request: Request, dense: Dense) -> Values:
+    """Perplexity on each text by score and ratio, of experts that are dropped or merged before the reconstruction."""
+    chosen = request.settings
+    sizes = {"scored": (chosen["samples"], chosen["sample length"]), "refit": request.size(*FITTED)}
+    samples, texts = dense.samples(CALIBRATIONS[0], chosen["seed"], **sizes), texts_for(dense, chosen)
+    found: dict[str, dict[str, Values]] = {}
+    for score in COMPARED:
+        units, found[str(score)] = scores_of(dense, samples["scored"], score), {}
+        for name, ratio in RATIOS.items():
+            plan, values = equal_plan(dense, units, ratio), dict[str, Values]()
+            for kind, merge in (("dropped", False), ("merged", True)):
+                how = ReconstructionSettings(second_order=False, merge=merge)
+                model = dense.pruned(plan, dense.ids(samples["refit"]), how)
+                values[kind] = {text: dense.perplexity(ids, model) for text, ids in texts.items()}
+            found[str(score)][name] = values
+    return found
+
+
+def scores_of(dense: Dense, samples: CalibrationSet, score: Importance) -> Mapping[str, UnitScores]:
+    """The score of every expert, by group."""
+    measured = estimate(dense.backend, samples, roles=[Role.EXPERT], importance=score)
+    return unit_scores(measured, dense.graph, score, FusionScope.LAYER_ROLE)
+
+
+def equal_plan(dense: Dense, units: Mapping[str, UnitScores], ratio: float) -> StructurePlan:
+    """The plan without the same number of experts in all layers, those of the lowest scores."""
+    orders = {name: np.argsort(one.mean, kind="stable") for name, one in units.items()}
+    keep = {name: tuple(sorted(order[round(ratio * len(order)) :].tolist())) for name, order in orders.items()}
+    return make_plan(dense.graph, keep, (), layout=Layout.UNIFORM, strategy="equal", align=1)
+
+
 def texts_for(dense: Dense, chosen: Values) -> dict[str, IntArray]:
     return {name: dense.text(TEXTS[name], chosen["measured tokens"]) for name in MEASURED}
 
@@ -82,8 +153,7 @@ def removal_orders(dense: Dense, samples: CalibrationSet, seed: int) -> Mapping[
     groups = dense.graph.of_role(Role.EXPERT)
     found = {RANDOM: {group.name: generator.permutation(group.units).tolist() for group in groups}}
     for score in SCORES:
-        measured = estimate(dense.backend, samples, roles=[Role.EXPERT], importance=score)
-        units = unit_scores(measured, dense.graph, score, FusionScope.LAYER_ROLE)
+        units = scores_of(dense, samples, score)
         found[str(score)] = {name: np.argsort(one.mean, kind="stable").tolist() for name, one in units.items()}
     return found
 
@@ -122,8 +192,28 @@ def summarise(cells: Cells) -> Values:
         "rows": rows, "scores": [*map(str, SCORES), RANDOM], "least": min(quotients), "most": max(quotients),
         "upcycling": {text: cells["upcycled/mixed"]["unpruned"][text] / found for text, found in cells[DENSE].items()},
         "routers": {model: cells[f"{model}/{ROUTER}"] for model in MODELS}, "half": RATIOS[MOST],
+        "compared": compared_rows(cells),
         "wins": {score: sum(row["best"] == score for row in rows) for score in (*map(str, SCORES), RANDOM)},
     }  # fmt: skip
+
+
+def compared_rows(cells: Cells) -> list[Values]:
+    """Ratios to the unpruned mixture of equal and adaptive numbers, and of dropped and merged experts, if measured."""
+    rows = list[Values]()
+    for model in MODELS if set(EXTRA) <= set(cells) else ():
+        equal, counts, merged = (cells[f"{model}/{what}"] for what in (CALIBRATIONS[0], COUNTS, MERGED))
+        for score in map(str, COMPARED):
+            for ratio in RATIOS:
+                kept = counts[score][ratio]["kept"]
+                for text, unpruned in equal["unpruned"].items():
+                    perplexities = {
+                        "equal": equal["scores"][score][ratio], "adaptive": counts[score][ratio]["perplexity"],
+                        **merged[score][ratio],
+                    }  # fmt: skip
+                    ratios = {name: found[text] / unpruned for name, found in perplexities.items()}
+                    row = {"model": model, "score": score, "removed": ratio, "text": text, **ratios}
+                    rows.append({**row, "fewest": min(kept), "highest": max(kept)})
+    return rows
 
 
 def figures(summary: Values) -> Figures:

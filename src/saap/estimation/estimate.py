@@ -1,16 +1,19 @@
 """The estimation: score every unit in one pass over the calibration samples, and derive the score of the search."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 
 from saap.core.errors import CalibrationError, ConfigurationError, UnsupportedModelError
-from saap.core.records import CalibrationSet, ImportanceScores, ModelGraph, Role, UnitScores
+from saap.core.records import CalibrationSet, CoupledGroup, ImportanceScores, ModelGraph, Role, UnitScores, digest_of
 from saap.estimation.importance import ELEMENT_SCORES, Scoring
+from saap.estimation.routing import module_of
 from saap.estimation.statistics import ScoreObserver
 from saap.estimation.unit_importance import UnitImportance
+from saap.models.structure.routing import in_pieces
 from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Observer
 from saap.models.walk.walk import walk
@@ -55,8 +58,16 @@ def estimate(
     passes: dict[bool, list[Observer]] = {observer.backward: [observer]}  # with and without a backward pass
     if also:
         passes.setdefault(True, []).extend(also)
-    for backward, observers in passes.items():
-        walk(backend, tokens, observers, micro_batch=rows, backward=backward, ignored=calibration.ignored)
+    dtypes = backend.products, next(backend.model.parameters()).dtype
+    decides = importance, element_order, aggregation, sorted(roles), rows, *dtypes
+    inside = not also and all(group.layer >= 0 for group in groups)  # scores are complete with their block
+    digest = digest_of([graph.digest, calibration.digest, *map(str, decides)]) if inside else ""
+    with in_pieces(_experts(backend.model, graph, groups)):
+        for backward, observers in passes.items():
+            walk(
+                backend, tokens, observers, micro_batch=rows, backward=backward, ignored=calibration.ignored,
+                digest=digest,
+            )  # fmt: skip
     losses, found = observer.result()
     unscored = next((group.name for group in groups if group.name not in found), None)
     if unscored is not None:
@@ -69,6 +80,13 @@ def estimate(
         element_order=str(importance if own else element_order), aggregation=str(aggregation),
         losses=losses, groups=found,
     )  # fmt: skip
+
+
+def _experts(model: nn.Module, graph: ModelGraph, groups: Iterable[CoupledGroup]) -> list[nn.Module]:
+    """The modules of the experts that are whole units."""
+    members = [member for group in groups if group.role is Role.EXPERT for member in group.members]
+    paths = {module_of(one.tensor) for one in members if len(graph.shapes[one.tensor]) > 2}
+    return [model.get_submodule(path) for path in sorted(paths)]
 
 
 def unit_scores(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from saap.core.records import CoupledGroup, FloatArray, GroupScores
 from saap.estimation.importance import Scoring
 from saap.estimation.reap import outputs_by_choice
 from saap.estimation.routing import RouterFrequency, chosen
+from saap.models.structure.routing import pieces
 from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Observation
 from saap.models.walk.processes import Processes
@@ -35,13 +36,22 @@ class ExpertReconstruction(RouterFrequency):
 
     def observe(self, seen: Observation) -> None:
         """Add the products of the outputs of the experts that share a token."""
-        gram = self._grams[seen.site]
-        numbers = chosen(seen).clamp(max=self._experts[seen.site]).cpu()
-        outputs = torch.stack(list(outputs_by_choice(self._model, seen)), dim=1)  # (tokens, choices, width)
-        outputs = outputs / outputs.sum(1, keepdim=True).norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        products = torch.einsum("tpw,tqw->tpq", outputs, outputs).double().cpu()
-        rows, columns = numbers.unsqueeze(2).expand_as(products), numbers.unsqueeze(1).expand_as(products)
-        gram.index_put_((rows, columns), products, accumulate=True)
+        for arguments in pieces(seen.arguments):
+            numbers = chosen(seen.site, arguments).clamp(max=self._experts[seen.site]).cpu()
+            outputs = torch.stack(list(outputs_by_choice(self._model, seen.site, arguments)), 1)  # (tokens, K, width)
+            outputs /= outputs.sum(1, keepdim=True).norm(dim=-1, keepdim=True).clamp_min(1e-12)
+            products = torch.einsum("tpw,tqw->tpq", outputs, outputs).double().cpu()
+            rows, columns = numbers.unsqueeze(2).expand_as(products), numbers.unsqueeze(1).expand_as(products)
+            self._grams[seen.site].index_put_((rows, columns), products, accumulate=True)
+
+    def state(self) -> Mapping[str, FloatArray]:
+        """The Gram matrices too."""
+        return {**super().state(), **{f"gram/{site}": gram.numpy() for site, gram in self._grams.items()}}
+
+    def restore(self, state: Mapping[str, FloatArray]) -> None:
+        """Continue from the Gram matrices too."""
+        super().restore(state)
+        self._grams = {site: torch.from_numpy(state[f"gram/{site}"].copy()) for site in self._grams}
 
     def merge(self, processes: Processes) -> None:
         """Sum the Gram matrices of all processes."""

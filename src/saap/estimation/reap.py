@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +25,8 @@ class Reap(RouterFrequency):
 
     def observe(self, seen: Observation) -> None:
         """Measure share and mean output of each expert of one layer."""
-        norms = [torch.linalg.vector_norm(output, dim=-1) for output in outputs_by_choice(self._model, seen)]
-        total = torch.stack(norms, 1)
+        outputs = outputs_by_choice(self._model, seen.site, seen.arguments)
+        total = torch.stack([torch.linalg.vector_norm(output, dim=-1) for output in outputs], 1)
         share, total = (self.mean(seen, values) for values in (torch.ones_like(total), total))
         for name, own in self._groups[seen.site].items():
             self.add(name, seen.batch, total[:, own], share[:, own])
@@ -36,11 +37,14 @@ class Reap(RouterFrequency):
         return losses, {name: per_routed_token(one) for name, one in found.items()}
 
 
-def outputs_by_choice(model: nn.Module, seen: Observation) -> Iterator[Tensor]:
-    """For the first, second ... choice of each token: gate times output of that expert, (tokens, width)."""
-    numbers, experts = chosen(seen), model.get_submodule(seen.site)
+def outputs_by_choice(model: nn.Module, site: str, arguments: Sequence[Any]) -> Iterator[Tensor]:
+    """For the first, second ... choice of each token: gate times output of that expert, (tokens, width).
+
+    arguments: that the module of the experts is called with. Raises UnsupportedModelError.
+    """
+    numbers, experts = chosen(site, arguments), model.get_submodule(site)
     for place in range(numbers.shape[1]):
-        output: Tensor = experts(*(_one_choice(one, numbers, place) for one in seen.arguments))
+        output: Tensor = experts(*(_one_choice(one, numbers, place) for one in arguments))
         yield at_least_float32(output).flatten(0, -2)
 
 

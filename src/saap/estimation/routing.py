@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from saap.core.errors import UnsupportedModelError
 from saap.core.records import AxisSlice, CoupledGroup, IntArray, ModelGraph, Role
 from saap.estimation.importance import Scoring
 from saap.estimation.statistics import ScoreObserver
+from saap.models.structure.routing import expert_numbers
 from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Observation, Signal
 
@@ -53,7 +55,7 @@ class RouterFrequency(ScoreObserver):
 
     def observe(self, seen: Observation) -> None:
         """Count the tokens of each expert of one layer."""
-        share = self.mean(seen, torch.ones(chosen(seen).shape))
+        share = self.mean(seen, torch.ones(chosen(seen.site, seen.arguments).shape))
         for name, own in self._groups[seen.site].items():
             self.add(name, seen.batch, share[:, own])
 
@@ -63,19 +65,16 @@ class RouterFrequency(ScoreObserver):
         Returns (samples, experts).
         """
         experts = self._experts[seen.site]
-        numbers = chosen(seen).clamp(max=experts)  # beyond them are experts without weights
+        numbers = chosen(seen.site, seen.arguments).clamp(max=experts)  # beyond them are experts without weights
         of_all = values.new_zeros(len(numbers), experts + 1).scatter_add_(1, numbers.to(values.device), values)
         return seen.batch.by_sample(of_all[:, :experts], seen.site).mean(1)
 
 
-def chosen(seen: Observation) -> Tensor:
+def chosen(site: str, arguments: Sequence[Any]) -> Tensor:
     """Numbers of the experts of each token, (tokens, experts per token). Raises UnsupportedModelError without them."""
-    found = [one for one in seen.arguments[1:] if isinstance(one, Tensor) and one.dim() == 2]
-    numbers = next((one for one in found if not one.is_floating_point()), None)
-    if numbers is None or not any(one.is_floating_point() and one.shape == numbers.shape for one in found):
-        raise UnsupportedModelError(
-            f"{seen.site} is not called with the experts of each token and their gates", OTHER_SCORE
-        )
+    numbers = expert_numbers(arguments)
+    if numbers is None:
+        raise UnsupportedModelError(f"{site} is not called with the experts of each token and their gates", OTHER_SCORE)
     return numbers
 
 

@@ -1,6 +1,6 @@
 """Statistics of scores over samples, and the observer that collects them in a walk."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Self
@@ -80,6 +80,23 @@ class ScoreObserver(Observer):
                 )
             found = Moments.of(*sample)
             self._moments[name] = merge(self._moments[name], found) if name in self._moments else found
+
+    def state(self) -> Mapping[str, FloatArray]:
+        """Losses, and the moments of the groups that were scored so far."""
+        found = {"losses": np.concatenate([np.empty(0), *self._losses])}
+        for name, one in self._moments.items():
+            found |= {f"{name}/samples": np.full(1, float(one.samples)), f"{name}/mean": one.mean}
+            found[f"{name}/products"] = one.products
+        return found
+
+    def restore(self, state: Mapping[str, FloatArray]) -> None:
+        """Continue from the losses and moments of another one."""
+        self._losses = [state["losses"]]
+        scored = [name for name in self._names if f"{name}/samples" in state]
+        self._moments = {
+            name: Moments(int(state[f"{name}/samples"][0]), state[f"{name}/mean"], state[f"{name}/products"])
+            for name in scored
+        }
 
     def observe_loss(self, batch: Batch, losses: Tensor) -> None:
         """Keep the losses."""

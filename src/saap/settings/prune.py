@@ -246,6 +246,9 @@ class PruneConfig(Settings):
             default="restore, baselines not",
         ),
     ] = True
+    merge_experts: Annotated[
+        bool, search_flag("Merge removed experts into the kept ones by least squares, in place of dropping them.")
+    ] = False
     preset: Annotated[
         Preset, search_flag("paper: the paper's stages; the others: ours, in little to much time.", aliases=("effort",))
     ] = Preset.DEFAULT
@@ -314,6 +317,12 @@ class PruneConfig(Settings):
                 self.strategy is Strategy.SECOND_ORDER and not self.restore,
                 "--strategy second-order counts on the reconstruction",
                 "Leave out --no-restore, or name another strategy",
+            ), (
+                self.merge_experts and PrunableRole.EXPERT not in roles,
+                "--merge-experts merges whole experts, which are not among the roles", "Add expert to --roles",
+            ), (
+                self.merge_experts and not self.restore,
+                "--merge-experts is a part of the reconstruction", "Leave out --no-restore, or add --restore",
             ), (
                 not fast and self.model_fields_set & {"runtime", "gguf_type"},
                 "--runtime and --gguf-type measure nothing by themselves", "Add --target-speedup",

@@ -15,7 +15,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from saap.core.errors import CalibrationError
 from saap.core.records import CoupledGroup, FloatArray, Role, StructurePlan
 from saap.models.loading.precision import at_least_float32
 from saap.models.structure.cut import cut_groups
@@ -24,19 +23,15 @@ from saap.models.structure.least_squares import Moments, removal_order, ridge_fi
 from saap.models.structure.linear import contracted_axis, weight_out_in
 from saap.models.structure.routing import never_chosen
 from saap.models.walk.backend import Backend
-from saap.models.walk.observer import capture
+from saap.models.walk.observer import Capture, capture
 from saap.models.walk.offload import onload
 from saap.models.walk.residual import ResidualPath, residual_paths
 from saap.models.walk.spill import PackedTensors, Tensors, drained
 from saap.models.walk.walk import embed, run_block
 from saap.models.walk.walker import Contexts
+from saap.surgery.held_out import MICRO_BATCH, held_out_sequences, require_sequences, rows_to_fit_on
+from saap.surgery.merging import merge_experts, merged_stacks
 from saap.surgery.stacked import GramMatrices, fit_columns, one_by_one, stacks_of
-
-HELD_OUT_SHARE = 0.125
-HELD_OUT_AT_LEAST = 4
-"""Sequences that choose the ridge, where there are twice as many: fewer tell too little."""
-MICRO_BATCH = 4
-"""Sequences at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +41,13 @@ class ReconstructionSettings:
     second_order: choose units by the pruned stream's Gram matrix at the plan's counts instead of taking the plan's own
     units. scores: by group, the importance of its units (units,), which that choice weighs in as well. residual_target:
     aim at the dense residual stream, the error so far included; False aims at the dense module's output alone, to
-    measure the difference; tokens weigh the same in both.
+    measure the difference; tokens weigh the same in both. merge: fit kept experts to what removed ones added.
     """
 
     second_order: bool = True
     scores: Mapping[str, FloatArray] | None = None
     residual_target: bool = True
+    merge: bool = False
 
 
 @dataclass(slots=True)
@@ -64,21 +60,6 @@ class Reconstruction:
     keep: dict[str, tuple[int, ...]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     dense: Tensors = field(default_factory=PackedTensors)
-
-
-def held_out_sequences(sequences: int) -> int:
-    """How many of the sequences only choose the ridge; at least one stays to fit. sequences: two or more."""
-    return max(round(sequences * HELD_OUT_SHARE), min(HELD_OUT_AT_LEAST, sequences // 2))
-
-
-def require_sequences(sequences: int) -> None:
-    """Raise CalibrationError for a single sequence, of which none would be left to choose the ridge."""
-    if sequences < 2:
-        raise CalibrationError(
-            f"The least-squares reconstruction has {sequences} sequence of text, but it fits on some and chooses the "
-            "ridge on others",
-            "Give more calibration text, or use --no-restore",
-        )
 
 
 @torch.no_grad()
@@ -172,14 +153,20 @@ class _BlockByBlock:
         self.dense = self._moved(self.dense, device)
         self.pruned = self.dense if same else self._moved(self.pruned, device)
         consumers = self._consumers(layer, groups)
-        dense_next, dense_outputs = self._captured(layer, self.dense, [one.path for one in consumers], "output")
+        merged = merged_stacks(groups, self.plan.keep) if self.settings.merge else {}
+        sites = [*(one.path for one in consumers), *merged]
+        dense_next, dense_outputs = self._captured(layer, self.dense, sites, "output")
         both = zip(self.dense if same else drained(self.dense), self.pruned, strict=True)
         errors = self.keep(at_least_float32(dense) - at_least_float32(pruned) for dense, pruned in both)
         self.dense = dense_next  # what came in is not needed any more
         self._fit_stacks(layer, groups)
-        # Whole experts are not fitted again: what is fitted compensates for them.
+        # Unless they are merged, whole experts are not fitted again: what is fitted compensates for them.
         early = [one for one in groups if one.role is Role.EXPERT or (one.bundle and one.role is not Role.QUERY)]
         self._cut([one for one in early if one.name not in self.result.keep])
+        for site, stack in merged.items():
+            calls, dense = self._expert_calls(layer, site), dense_outputs.pop(site)
+            error = merge_experts(self.model, stack, calls, drained(dense), self.keep, self.processes)
+            self.result.errors[stack.tensor] = error
         pruned_next = self._fit_consumers(layer, consumers, dense_outputs, errors)
         self._cut([group for group in groups if group.name not in self.result.keep])
         if pruned_next is None:
@@ -215,6 +202,14 @@ class _BlockByBlock:
                 self.result.keep[group.name] = kept
             self.result.errors[stack.tensor] = sum(errors) / len(errors)
             cut_groups(self.model, stack.groups, self.result.keep)
+
+    def _expert_calls(self, layer: int, site: str) -> Iterator[tuple[Capture, int]]:
+        """Calls of the experts that are left, by the pruned stream, and how many of the tokens of each are fitted."""
+        own = self.processes.share(-(-self.sequences // MICRO_BATCH))
+        for index, hidden, context in zip(own, self.pruned, self.contexts, strict=True):
+            with capture(self.model, [site], stop=True) as seen:
+                self.walker.run_block(layer, hidden, context)
+            yield seen[site], rows_to_fit_on(self.sequences, index, hidden.shape[:2].numel())
 
     def _moved(self, hidden: Tensors, device: torch.device) -> Tensors:
         """Hidden states of all batches, which lie together, on a device: that of the next block."""
@@ -341,7 +336,6 @@ class _BlockByBlock:
         """Moments of the sequences to fit on, and of those that are held out, over all processes."""
         channels = weight.shape[1] + (0 if bias is None else 1)
         fit, held_out = (Moments.empty(channels, weight.shape[0], weight.device) for _ in range(2))
-        held_out_from = self.sequences - held_out_sequences(self.sequences)
         own, residual = self.processes.share(-(-self.sequences // MICRO_BATCH)), consumer.residual
         for index, (read, dense, error) in zip(own, batches, strict=True):
             aims = residual is not None and self.settings.residual_target
@@ -352,9 +346,7 @@ class _BlockByBlock:
             if residual is not None and residual.norm is not None:  # behind a norm tokens weigh differently
                 weights = residual.token_weights(dense).flatten(0, -2)
                 x, t = x * weights, t * weights
-            first = index * MICRO_BATCH
-            here = min(MICRO_BATCH, self.sequences - first)
-            fitted = len(x) * min(max(0, held_out_from - first), here) // here
+            fitted = rows_to_fit_on(self.sequences, index, len(x))
             for moments, rows in ((fit, slice(fitted)), (held_out, slice(fitted, None))):
                 if len(x[rows]):
                     moments.add(x[rows], t[rows])

@@ -79,7 +79,7 @@ class GramMatrices:
             rows = x.flatten(0, -2).float()
             self.found[tensor, place, held_out].add(rows, rows.new_zeros(len(rows), 0))
 
-        with _Products({parameter: name for name, parameter in self.parameters.items()}, add):
+        with Products({parameter: name for name, parameter in self.parameters.items()}, add):
             yield
 
     def moments(self, stack: Stack, place: int, weight: Tensor, processes: Processes, *, held_out: bool) -> Moments:
@@ -89,7 +89,7 @@ class GramMatrices:
         return Moments(found.gram, cross, float((weight.T * cross).sum()), found.tokens)
 
 
-class _Products(TorchFunctionMode):
+class Products(TorchFunctionMode):
     """Shows what is multiplied with the matrices of stacked parameters: one by one, or all of them at once."""
 
     def __init__(self, stacks: Mapping[Tensor, str], show: Callable[[str, int, Tensor], None]) -> None:

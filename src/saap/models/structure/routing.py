@@ -1,8 +1,10 @@
-"""Experts that a router never selects, without cutting them."""
+"""What a router selects: the experts of each token, and experts that it never selects, without cutting them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,55 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from saap.core.records import AxisSlice, CoupledGroup
+
+TOKENS_AT_ONCE = 2048
+"""Tokens that experts process at once: their activations are those of several experts for each token."""
+
+
+def expert_numbers(arguments: Sequence[Any]) -> Tensor | None:
+    """Numbers of each token's experts among the arguments of the experts' module, (tokens, experts per token).
+
+    None unless their gates, of the same shape, are among them too.
+    """
+    found = [one for one in arguments[1:] if isinstance(one, Tensor) and one.dim() == 2]
+    numbers = next((one for one in found if not one.is_floating_point()), None)
+    gated = numbers is not None and any(one.is_floating_point() and one.shape == numbers.shape for one in found)
+    return numbers if gated else None
+
+
+def pieces(arguments: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """The arguments of a call of experts for a part of the tokens at a time; one piece if they cannot be parted."""
+    numbers = expert_numbers(arguments)
+    if numbers is None or any(isinstance(one, Tensor) and len(one) != len(numbers) for one in arguments):
+        return [tuple(arguments)]
+    starts = range(0, max(1, len(numbers)), TOKENS_AT_ONCE)
+    parts = (slice(start, start + TOKENS_AT_ONCE) for start in starts)
+    return [tuple(one[part] if isinstance(one, Tensor) else one for one in arguments) for part in parts]
+
+
+@contextmanager
+def in_pieces(experts: Iterable[nn.Module]) -> Iterator[None]:
+    """Context in which experts process a part of the tokens at a time, so that long samples take no more memory.
+
+    They process tokens independently. Under autograd, all at once: each part would have a gradient of all weights.
+    """
+    modules = list(experts)
+    own = [vars(module).get("forward") for module in modules]
+
+    def forward(stock: Callable[..., Tensor], *arguments: Any, **keywords: Any) -> Tensor:
+        parts = [arguments] if keywords or torch.is_grad_enabled() else pieces(arguments)
+        outputs = [stock(*part, **keywords) for part in parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    for module in modules:
+        vars(module)["forward"] = partial(forward, module.forward)
+    try:
+        yield
+    finally:
+        for module, before in zip(modules, own, strict=True):
+            vars(module).pop("forward")
+            if before is not None:
+                vars(module)["forward"] = before
 
 
 def never_chosen(

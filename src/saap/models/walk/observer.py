@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 
 from saap.core.errors import UnsupportedModelError
+from saap.core.records import FloatArray
 from saap.models.walk.processes import Processes
 
 
@@ -90,6 +91,14 @@ class Observer(Protocol):
     @abstractmethod
     def result(self) -> Any:
         """The result."""
+
+    def state(self) -> Mapping[str, FloatArray] | None:
+        """What it has found so far, between two blocks; None if it cannot be restored."""
+        return None
+
+    def restore(self, state: Mapping[str, FloatArray]) -> None:
+        """Continue from what another one had found."""
+        return
 
     def observe_loss(self, batch: Batch, losses: Tensor) -> None:
         """Process the loss of each sample, (samples,), before the backward pass."""

@@ -8,9 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -73,46 +72,122 @@ class PackedTensors(deque[Tensor]):
         return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
+class Piece(NamedTuple):
+    """Bytes of a tensor in a file, its shape and type, and the device that it is returned on."""
+
+    place: int
+    size: int
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+
+
+class StoredSequence(NamedTuple):
+    """A sequence of tensors in a file of a spill's folder, by the file's name."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def end(self) -> int:
+        """The bytes of the file that they need."""
+        return max((piece.place + piece.size for piece in self.pieces), default=0)
+
+
 @dataclass(frozen=True, slots=True)
 class Spill:
     """Store of tensor sequences: one file each in `folder`, or without a folder in host memory.
 
-    A file is deleted when its sequence is no longer referenced.
+    A file is deleted when its sequence is no longer referenced. resumable: a walk records its finished blocks in the
+    folder, and resumes there.
     """
 
     folder: Path | None = None
+    resumable: bool = False
 
     def keep(self, tensors: Iterable[Tensor]) -> Tensors:
         """A new sequence. Raises OutputError if its file cannot be written."""
-        kept = _Kept(None if self.folder is None else _SpillFile(self.folder))
+        kept = _HostTensors() if self.folder is None else FileTensors(self.folder)
         for tensor in tensors:
             kept.append(tensor)
         return kept
 
 
-class _SpillFile:
-    """Tensors in one file, read and written: pages of a mapped one would count as memory of the process."""
+class _HostTensors:
+    """Tensors in host memory. Each is returned on its original device."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path, self._end = folder / f"{uuid.uuid4().hex}.spill", 0
-        with self._explained():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._path.touch()
-        weakref.finalize(self, self._path.unlink, missing_ok=True)
+    def __init__(self) -> None:
+        self._kept: deque[tuple[Tensor, torch.device]] = deque()
 
-    def write(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Append a tensor. Returns a function that reads it."""
-        flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    def append(self, tensor: Tensor, /) -> None:
+        self._kept.append((tensor.detach().cpu(), tensor.device))
+
+    def popleft(self) -> Tensor:
+        stored, device = self._kept.popleft()
+        return stored.to(device)
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        stored, device = self._kept[index]
+        return stored.to(device)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+
+class FileTensors:
+    """Tensors in one file, read and written: pages of a mapped one would count as memory of the process.
+
+    Each is returned on its original device. stored: an existing file, which is not deleted with the sequence.
+    """
+
+    def __init__(self, folder: Path, stored: StoredSequence | None = None) -> None:
+        self._path = folder / (f"{uuid.uuid4().hex}.spill" if stored is None else stored.name)
+        self._pieces = deque(() if stored is None else stored.pieces)
+        self._end = 0 if stored is None else stored.end
+        self._deleted: weakref.finalize[..., FileTensors] | None = None
+        if stored is None:
+            with self._explained():
+                folder.mkdir(parents=True, exist_ok=True)
+                self._path.touch()
+            self._deleted = weakref.finalize(self, self._path.unlink, missing_ok=True)
+
+    def stay(self) -> StoredSequence:
+        """Have the file outlive this sequence. Returns what opens it again."""
+        if self._deleted is not None:
+            self._deleted.detach()
+        return StoredSequence(self._path.name, tuple(self._pieces))
+
+    def append(self, tensor: Tensor, /) -> None:
+        """Add one at the end of the file."""
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         with self._explained(), self._path.open("ab") as file:
             flat.tofile(file)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        self._pieces.append(Piece(self._end, flat.size, tuple(tensor.shape), dtype, str(tensor.device)))
         self._end += flat.size
-        return partial(self._read, self._end - flat.size, flat.size, tuple(tensor.shape), tensor.dtype)
 
-    def _read(self, place: int, size: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if not size:
-            return torch.empty(shape, dtype=dtype)
-        values = torch.from_numpy(np.fromfile(self._path, dtype=np.uint8, count=size, offset=place))
-        return values.view(dtype).reshape(shape)
+    def popleft(self) -> Tensor:
+        """Remove the first and return it."""
+        return self._read(self._pieces.popleft())
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        return self._read(self._pieces[index])
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def _read(self, piece: Piece) -> Tensor:
+        dtype: torch.dtype = getattr(torch, piece.dtype)
+        if not piece.size:
+            return torch.empty(piece.shape, dtype=dtype, device=piece.device)
+        values = torch.from_numpy(np.fromfile(self._path, dtype=np.uint8, count=piece.size, offset=piece.place))
+        return values.view(dtype).reshape(piece.shape).to(piece.device)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -123,29 +198,3 @@ class _SpillFile:
                 f"{self._path.parent} cannot be written ({error.strerror or error})",
                 "Free some space there, or choose another --work-dir",
             ) from error
-
-
-class _Kept:
-    """Tensors in host memory or in a file. Each is returned on its original device."""
-
-    def __init__(self, file: _SpillFile | None) -> None:
-        self._file = file
-        self._kept: deque[tuple[Callable[[], Tensor], torch.device]] = deque()
-
-    def append(self, tensor: Tensor, /) -> None:
-        stored = tensor.detach().cpu()
-        self._kept.append(((lambda: stored) if self._file is None else self._file.write(stored), tensor.device))
-
-    def popleft(self) -> Tensor:
-        read, device = self._kept.popleft()
-        return read().to(device)
-
-    def __getitem__(self, index: int, /) -> Tensor:
-        read, device = self._kept[index]
-        return read().to(device)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[index] for index in range(len(self)))

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import cycle
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from saap.models.walk.backend import Backend, Progress, silent
+from saap.models.walk.finished import read_finished, write_finished
 from saap.models.walk.loss import sample_losses
 from saap.models.walk.observer import Batch, Capture, Observation, Observer, Signal, capture, observing_gradients
-from saap.models.walk.spill import Keep, Tensors
+from saap.models.walk.spill import FileTensors, Keep, Tensors
 from saap.models.walk.walker import BlockWalker, Contexts, inference_only
 
 
@@ -30,19 +32,21 @@ def walk(
     micro_batch: int,
     backward: bool = True,
     ignored: Collection[int] = (),
+    digest: str = "",
 ) -> None:
     """Run all micro-batches of `tokens` (samples, length) with observers; each process runs its part.
 
     backward: also run the backward pass of each sample's own loss, the mean over its predicted tokens. ignored: labels
-    without a loss. Progress is in samples, with a spill in blocks. The model is not changed. Raises NonFiniteLossError,
-    UnsupportedModelError.
+    without a loss. digest: of all that decides the result; with it and a resumable spill, a single process records each
+    finished block, and an interrupted walk resumes after the last one. Progress is in samples, with a spill in the
+    blocks that are left. The model is not changed. Raises NonFiniteLossError, UnsupportedModelError, StaleInputError.
     """
     own = backend.processes.share(len(tokens))
     batches = [Batch(tokens[first : min(first + micro_batch, own.stop)], first) for first in own[::micro_batch]]
     one = _Walk(backend, observers, backward, ignored)
     with inference_only(backend.model):
         if backend.spill is not None:
-            one.run(batches, backend.keep, backend.keep, backend.progress)
+            one.run(batches, backend.keep, backend.keep, backend.progress, _record(backend, digest, observers))
         else:
             keep_inputs = _slots(len(one.walker.blocks) + 1) if backward else deque
             for batch in batches:
@@ -68,6 +72,36 @@ def _slots(count: int) -> Keep:
     return lambda tensors: deque(map(copy, tensors))
 
 
+class _Record:
+    """Record of the finished blocks of a walk in a folder."""
+
+    def __init__(self, folder: Path, digest: str, observers: Sequence[Observer]) -> None:
+        self.folder, self.digest, self.observers = folder, digest, observers
+
+    def read(self, start: list[Tensors]) -> tuple[int, list[Tensors]]:
+        """Number of finished passes and the streams after them, with the observers' state; `start` without a record."""
+        found = read_finished(self.folder, self.digest)
+        if found is None:
+            return 0, start
+        for number, observer in enumerate(self.observers):
+            own = {name: one for name, one in found.state.items() if name.startswith(f"{number}/")}
+            observer.restore({name.partition("/")[2]: one for name, one in own.items()})
+        return found.steps, [FileTensors(self.folder, one) for one in found.streams]
+
+    def write(self, steps: int, streams: Sequence[Tensors]) -> None:
+        """Record the streams and the observers' state."""
+        every = enumerate(observer.state() or {} for observer in self.observers)
+        state = {f"{number}/{name}": one for number, found in every for name, one in found.items()}
+        write_finished(self.folder, self.digest, steps, streams, state)
+
+
+def _record(backend: Backend, digest: str, observers: Sequence[Observer]) -> _Record | None:
+    """The record of a walk; None if it is not to be resumed, or cannot be."""
+    folder = backend.spill.folder if backend.spill is not None and backend.spill.resumable else None
+    possible = backend.processes.count == 1 and all(observer.state() is not None for observer in observers)
+    return _Record(folder, digest, observers) if folder is not None and digest and possible else None
+
+
 class _Walk:
     """A walk over the blocks of one model. needs: signals that the observers need from each block."""
 
@@ -83,31 +117,35 @@ class _Walk:
                 if layer >= 0:
                     self.needs[layer][site] = self.needs[layer].get(site, Signal(0)) | signals
 
-    def run(self, batches: Sequence[Batch], keep_inputs: Keep, keep: Keep, progress: Progress) -> None:
-        """Run micro-batches through all blocks, block by block, and back."""
-        blocks = range(len(self.walker.blocks))
-        lowest = min((layer for layer in blocks if self.needs[layer]), default=len(blocks))
-        steps = 2 * len(blocks) - lowest if self.backward else len(blocks)
+    def run(
+        self, batches: Sequence[Batch], keep_inputs: Keep, keep: Keep, progress: Progress,
+        record: _Record | None = None,
+    ) -> None:  # fmt: skip
+        """Run micro-batches through all blocks, block by block, and back. record: of finished blocks, if it is kept."""
+        count = len(self.walker.blocks)
+        lowest = min((layer for layer in range(count) if self.needs[layer]), default=count)
+        steps = 2 * count - lowest if self.backward else count
         hidden, contexts = embed(self.walker, [batch.tokens for batch in batches], keep_inputs)
-        inputs = []
-        for layer in blocks:
-            if self.backward:
-                inputs.append(hidden)
-                hidden = run_block(self.walker, layer, hidden, contexts, keep_inputs)
-            else:
-                every = zip(batches, hidden, contexts, strict=True)
-                hidden = keep(self._forward(layer, *each) for each in every)
-            progress(layer + 1, steps)
-        if not self.backward:
-            return
-        gradients = keep(map(self._gradient, batches, hidden))
+        done, streams = (0, [hidden]) if record is None else record.read([hidden])
         del hidden
-        for layer in reversed(range(lowest, len(blocks))):
-            back = zip(batches, inputs.pop(), contexts, gradients, strict=True)
-            gradients = keep(self._back(layer, *each) for each in back)
-            for observer in self.observers if self.layered else ():
-                observer.close_block(layer)
-            progress(steps + lowest - layer, steps)
+        for step in range(done, steps):
+            layer = step if step < count else 2 * count - 1 - step
+            if step >= count:
+                gradients = streams.pop()
+                back = zip(batches, streams.pop(), contexts, gradients, strict=True)
+                streams.append(keep(self._back(layer, *each) for each in back))
+                for observer in self.observers if self.layered else ():
+                    observer.close_block(layer)
+            elif self.backward:
+                streams.append(run_block(self.walker, layer, streams[-1], contexts, keep_inputs))
+                if layer + 1 == count:
+                    streams.append(keep(map(self._gradient, batches, streams.pop())))
+            else:
+                every = zip(batches, streams.pop(), contexts, strict=True)
+                streams.append(keep(self._forward(layer, *each) for each in every))
+            if record is not None:
+                record.write(step + 1, streams)
+            progress(step + 1 - done, steps - done)
 
     def _show(self, seen: Observation) -> None:
         for observer in self.observers:

@@ -68,6 +68,35 @@ class _AllSeen(Exception):  # noqa: N818 - not an error
     """Aborts the forward once every block has been called."""
 
 
+class _Shared:
+    """Tensors of the calls of one batch, such as masks; one equal to that of the last batch is replaced by it.
+
+    So batches of one shape have them once together, and not once each: a mask grows with the square of the tokens.
+    """
+
+    def __init__(self, last: tuple[Tensor, ...]) -> None:
+        self._last = last
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: the own tensor, and what replaces it
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The different ones in their order."""
+        return tuple(kept for _, kept in self._found.values())
+
+    def of(self, value: Any) -> Any:
+        """A value with its tensors replaced."""
+        if type(value) is tuple:
+            return tuple(map(self.of, value))
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in self._found:
+            other = self._last[len(self._found)] if len(self._found) < len(self._last) else None
+            of_one_kind = other is not None and (other.dtype, other.device) == (value.dtype, value.device)
+            same = of_one_kind and other is not None and torch.equal(other, value)
+            self._found[id(value)] = value, other if same and other is not None else value
+        return self._found[id(value)][1]
+
+
 class BlockWalker:
     """Runs a causal language model block by block.
 
@@ -85,6 +114,7 @@ class BlockWalker:
         if "output_router_logits" in inspect.signature(model.forward).parameters:
             self._options["output_router_logits"] = False  # the loss of the routing needs those of blocks that ran
         self._extra_outputs: dict[type[nn.Module], int | None] = {}
+        self._shared: tuple[Tensor, ...] = ()
         self._checked = False
 
     @torch.no_grad()
@@ -103,7 +133,7 @@ class BlockWalker:
     def _record(self, input_ids: Tensor, *, to_the_end: bool) -> Stream:
         entries: list[Tensor] = []
         contexts: list[Callable[[Tensor], Any]] = []
-        count = len(self.blocks)
+        count, shared = len(self.blocks), _Shared(self._shared)
 
         def before_block(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             turn = len(contexts)
@@ -118,8 +148,8 @@ class BlockWalker:
                     f"The hidden states change between {self.paths[turn - 1]} and the next block",
                     "Move that step into one of the two blocks",
                 )
-            others = {key: value for key, value in keywords.items() if key != name}
-            after = arguments[1:]
+            others = {key: shared.of(value) for key, value in keywords.items() if key != name}
+            after = shared.of(arguments[1:])
 
             def call(hidden: Tensor) -> Any:
                 return block(hidden, *after, **others) if name is None else block(**{name: hidden}, **others)
@@ -135,6 +165,7 @@ class BlockWalker:
             raise UnsupportedModelError(
                 f"One forward of a model with {count} blocks had {len(contexts)} block calls", ONCE
             )
+        self._shared = shared.tensors
         return Stream(entries[0], tuple(contexts))
 
     def run_block(self, index: int, hidden: Tensor, contexts: Contexts) -> Tensor:

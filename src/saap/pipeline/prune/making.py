@@ -37,13 +37,8 @@ from saap.pipeline.shared.targets import Target, is_file, records_of
 from saap.pipeline.shared.tokens import chooses_units
 from saap.surgery.cut import cut
 from saap.surgery.distillation import DistillationText, distill
-from saap.surgery.reconstruct import (
-    MICRO_BATCH,
-    Reconstruction,
-    ReconstructionSettings,
-    held_out_sequences,
-    reconstruct,
-)
+from saap.surgery.held_out import MICRO_BATCH, held_out_sequences
+from saap.surgery.reconstruct import Reconstruction, ReconstructionSettings, reconstruct
 
 
 class Restored(BaseModel):
@@ -202,10 +197,10 @@ def _reconstructed(
     run: Run, model: nn.Module, plan: StructurePlan, scores: ImportanceScores
 ) -> tuple[StructurePlan, Reconstruction, DistillationText]:
     """The plan with its final units, what the reconstruction did, and what is distilled on after it."""
-    settings = ReconstructionSettings(second_order=False)
+    settings = ReconstructionSettings(second_order=False, merge=run.config.merge_experts)
     if chooses_units(run.config):
         means = {name: score.mean for name, score in chosen_scores(run, scores).items()}
-        settings = ReconstructionSettings(scores=means)
+        settings = dataclasses.replace(settings, second_order=True, scores=means)
     tokens = run.tokens.tensor("refit", run.device)
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(run.config.seed))
     tokens = tokens[order.to(tokens.device)]

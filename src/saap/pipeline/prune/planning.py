@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from saap.core.errors import listed
 from saap.core.records import ImportanceScores, Role, StructurePlan, UnitScores, require_same
-from saap.core.storage import read_plan, read_scores
+from saap.core.storage import read_plan, read_scores, write_scores
 from saap.estimation.estimate import estimate, unit_scores, unused_experts
 from saap.models.loading.devices import quick_products
 from saap.models.walk.observer import Observer
 from saap.models.walk.offload import offloaded
+from saap.models.walk.spill import Spill
 from saap.pipeline.prune.baselines import baseline_scores
 from saap.pipeline.shared.context import Run
 from saap.pipeline.shared.outcome import Behaviour, observe
@@ -26,6 +28,8 @@ from saap.structure_search.plan import complete_plan, search
 from saap.structure_search.problem import SearchGuide
 from saap.structure_search.second_order import SecondOrder, WeightedGrams
 
+WALK = "estimation"
+"""Folder of the finished blocks of the estimation, until all are."""
 SEARCH_SHARE = 0.2
 READING_TOKENS = 256
 """Reading a block takes about as long as passing so many tokens through it."""
@@ -45,6 +49,11 @@ def estimate_scores(run: Run, also: Sequence[Observer] = ()) -> ImportanceScores
     if run.config.method is not Method.SAAP:
         return run.processes.broadcast_result(lambda: baseline_scores(run))
     config, backend = run.config, run.backend
+    if backend.spill is not None and not also:
+        folder = run.work.file(WALK)
+        if folder.exists():
+            run.meter.reporter.note("the estimation resumes after its last finished block")
+        backend = dataclasses.replace(backend, spill=Spill(folder, resumable=True))
     if config.importance is Importance.TOKEN_FISHER:  # the others are sums that cancel, which rounding disturbs
         backend = dataclasses.replace(backend, products=quick_products(run.device, run.loaded.dtype))
     scores = estimate(
@@ -78,6 +87,12 @@ def find_costs(run: Run) -> Costs:
     """Importance and second-order costs of all units, from the same samples."""
     grams = WeightedGrams(run.backend, run.tokens.tensor("scored", run.device))
     return Costs(estimate_scores(run, [grams]), grams.result())
+
+
+def write_run_scores(run: Run, path: Path, scores: ImportanceScores) -> None:
+    """Write the scores, and delete what an interrupted estimation would resume from."""
+    write_scores(path, scores)
+    shutil.rmtree(run.work.file(WALK), ignore_errors=True)
 
 
 def keep_scores(run: Run, costs: Costs) -> ImportanceScores:

@@ -20,6 +20,7 @@ from saap.discovery.summary import summarise
 from saap.export.placing import check_place
 from saap.models.loading.devices import quick_float32_products, require_whole_blocks
 from saap.models.loading.pretrained import quiet_transformers
+from saap.models.walk.backend import Backend
 from saap.models.walk.probe import check_runs
 from saap.models.walk.processes import Processes
 from saap.pipeline.prune.baselines import check_method, for_method
@@ -52,6 +53,7 @@ from saap.pipeline.shared.work import WorkFolder
 from saap.settings.prune import PrunableRole, PruneConfig
 from saap.structure_search.budget import Budget
 from saap.structure_search.plan import SearchSpace, check_reachable
+from saap.surgery.merging import require_mergeable
 
 __all__ = ["RunOptions", "inspect_model", "preview", "run_prune"]
 
@@ -242,6 +244,8 @@ def _discovered(loaded: LoadedModel, config: PruneConfig) -> ModelGraph:
     if loaded.fresh is None:
         check_walk(loaded.model, graph.blocks)
     check_method(config, graph)
+    if config.merge_experts:
+        require_mergeable(Backend(loaded.model, graph))
     return graph
 
 

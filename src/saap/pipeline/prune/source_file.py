@@ -57,6 +57,7 @@ def for_source_file(
             config.strategy is Strategy.SECOND_ORDER, f"--strategy second-order counts on a reconstruction, {kept}",
             f"Leave it out, or {folder}",
         ),
+        (config.merge_experts, f"--merge-experts changes weights, {kept}", f"Leave it out, or {folder}"),
         (options.dtype != "auto", f"--dtype changes weights, {kept}", f"Leave it out, or {folder}"),
         *(
             (name in given and value, f"{flag} lets layers differ, but {RULE}", f"Leave it out, or {folder}")

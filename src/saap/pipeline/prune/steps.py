@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saap.core.records import ImportanceScores, StructurePlan
-from saap.core.storage import write_plan, write_scores
+from saap.core.storage import write_plan
 from saap.pipeline.prune import finish, making, planning
 from saap.pipeline.shared import stages
 from saap.pipeline.shared.context import Run
@@ -32,19 +32,15 @@ class Action(NamedTuple):
     write: Callable[[Run, Path, Any], None] | None = None
 
 
-def _write_run_scores(run: Run, path: Path, scores: ImportanceScores) -> None:
-    write_scores(path, scores)
-
-
 ACTIONS: Mapping[Stage, Action] = {
     stages.MEASURE_DENSE: Action(
         planning.measure_dense,
         lambda run, path: Behaviour.model_validate(run.work.read_json(path.name)),
         lambda run, path, found: run.work.write_json(path.name, found.model_dump()),
     ),
-    stages.ESTIMATE: Action(planning.estimate_scores, planning.read_run_scores, _write_run_scores),
+    stages.ESTIMATE: Action(planning.estimate_scores, planning.read_run_scores, planning.write_run_scores),
     stages.FIND_COSTS: Action(planning.find_costs),
-    stages.KEEP_SCORES: Action(planning.keep_scores, planning.read_run_scores, _write_run_scores),
+    stages.KEEP_SCORES: Action(planning.keep_scores, planning.read_run_scores, planning.write_run_scores),
     stages.EVALUATE_DENSE: Action(planning.evaluate_dense),
     stages.SEARCH: Action(
         planning.search_plan, planning.read_whole_plan, lambda run, path, plan: write_plan(path, plan, run.graph)

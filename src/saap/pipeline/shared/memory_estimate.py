@@ -35,7 +35,7 @@ class Sizes:
     matrix: bytes of the largest matrix of a block. widest: its longer side. width: of the residual stream. vocabulary:
     0 if unknown. heads: query heads of a block. values: number of elements of the matrices of all blocks. updates: of
     the factors of the low-rank updates of them. pages: bytes of file pages, which count as memory of the process while
-    weights are read; 0 on an accelerator.
+    weights are read; 0 on an accelerator. fused: whether attention needs no matrix of all pairs of tokens.
     """
 
     weights: int
@@ -50,6 +50,7 @@ class Sizes:
     values: int
     updates: int = 0
     pages: int = 0
+    fused: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, device: torch.device) -> Sizes:
@@ -70,6 +71,7 @@ class Sizes:
             heads=heads if isinstance(heads, int) and heads else max(1, width // HEAD_WIDTH),
             values=sum(map(torch.Tensor.numel, matrices)), updates=RANK * sum(sum(one.shape) for one in updated),
             pages=weights // 2 if device.type == "cpu" else 0,
+            fused=getattr(config, "_attn_implementation", None) == "sdpa",
         )  # fmt: skip
 
     def block_activations(self, tokens: int, length: int = WINDOW) -> int:
@@ -81,7 +83,8 @@ class Sizes:
 
     def captured_activations(self, config: PruneConfig) -> int:
         """Captured activations of one block in the reconstruction, over all of its text."""
-        return config.restore * refit_tokens(config) * self.captured_by_token
+        merging = 8 * self.width * config.merge_experts  # what the experts get, and what their output lacks
+        return config.restore * refit_tokens(config) * (self.captured_by_token + merging)
 
     @property
     def captured_by_token(self) -> int:
@@ -91,7 +94,7 @@ class Sizes:
     def scoring(self, config: PruneConfig) -> int:
         """Activations under autograd, two matrices for the gradient of a weight, and some tokens' logits."""
         tokens = max(TOKENS_AT_ONCE, config.preset_settings.sample_length)
-        return self.block_activations(tokens, max(WINDOW, config.preset_settings.sample_length)) + 3 * self.matrix
+        return self.block_activations(tokens, WINDOW if self.fused else max(WINDOW, tokens)) + 3 * self.matrix
 
     @property
     def logits(self) -> int:
@@ -110,7 +113,7 @@ def stage_needs(sizes: Sizes, config: PruneConfig) -> Mapping[Stage, int]:
     windows = sizes.block_activations(WINDOW_TOKENS)
     measuring = windows + sizes.logits + sizes.pages
     inputs_of_blocks = sizes.blocks * max(TOKENS_AT_ONCE, config.preset_settings.sample_length) * sizes.width * 4
-    backward = sizes.scoring(config) + inputs_of_blocks
+    backward = sizes.scoring(config) + (0 if config.importance.of_experts else inputs_of_blocks)
     # Gram matrices of a consumer's inputs, their factors in double precision, and its targets
     solving = 36 * sizes.widest**2 + 28 * sizes.widest * sizes.width
     kept = 0 if config.method is Method.SAAP else int(config.method.load().bytes_per_weight) * sizes.values

@@ -33,7 +33,7 @@ from saap.pipeline.shared.inputs import LoadedModel
 from saap.settings.prune import PRESETS, Preset, PrunableRole, PruneConfig
 from saap.settings.registry import Method, Strategy
 from saap.structure_search.second_order import gram_bytes
-from saap.surgery.reconstruct import require_sequences
+from saap.surgery.held_out import require_sequences
 
 EVALUATION_TOKENS, KIND_TOKENS = 1024, 512
 """Evaluation tokens of each kind of text in GENERAL, and of each other kind."""
