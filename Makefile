@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 BIN := .venv/bin
 SETUP_INPUTS := pyproject.toml scripts/setup_environment.py
 
-.PHONY: demo test check unit docs results results-quick gpu vllm clean
+.PHONY: demo test check unit docs results results-quick results-check gpu vllm clean
 
 demo: .venv/.ready ## prune a small real model and compare it with the dense one
 	$(BIN)/saap demo
@@ -28,6 +28,9 @@ results: .venv/.ready-dev ## measure missing results (hours; resumable), then it
 
 results-quick: .venv/.ready-dev ## a smoke run of every experiment on little of everything, in out/results-quick
 	$(BIN)/python benchmarks/book.py run --quick
+
+results-check: .venv/.ready-dev ## list the cells that other code than the present one measured
+	$(BIN)/python benchmarks/book.py stale
 
 .venv/.ready: $(SETUP_INPUTS)
 	$(if $(PYTHON),,$(error Python 3.11 or newer was not found; name one with `make PYTHON=...`))

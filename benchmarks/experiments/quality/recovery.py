@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from harness.digests import PRUNING
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import pruned_folder, saap
 from lab.texts import INSTRUCTIONS, perplexities, texts
@@ -17,6 +18,7 @@ UNTRAINED = ["--max-steps", "1", "--learning-rate", "1e-12", "--max-seq-length",
 CELLS = STATES
 OPTIONS = INSTRUCTIONS
 SETTINGS = {"model": "{model}", "minutes": MINUTES, "effort": "fast"}
+DECIDED_BY = (*PRUNING, "recovery", "pipeline/recover")
 
 
 def measure(request: Request, wanted: Names) -> Measured:
