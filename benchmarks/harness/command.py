@@ -18,6 +18,7 @@ from experiments.quality.comparison import unpack
 from experiments.registry import EXPERIMENTS
 
 from harness.digests import stale
+from harness.documents import write_documents
 from harness.driver import measure, run, state_of
 from harness.experiment import Experiment, Request
 from harness.pages import write_pages
@@ -72,7 +73,9 @@ def main() -> None:
     else:
         for experiment in given.chosen if given.command == "run" else ():
             run(experiment, request)
-        write_pages(EXPERIMENTS, request, given.out or (QUICK if given.quick else PAGES))
+        found = write_pages(EXPERIMENTS, request, given.out or (QUICK if given.quick else PAGES))
+        if not given.quick and given.out is None:
+            write_documents(found, request)
 
 
 def print_stale(experiments: Sequence[Experiment], request: Request) -> None:
