@@ -4,10 +4,16 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 BIN := .venv/bin
 SETUP_INPUTS := pyproject.toml scripts/setup_environment.py
 
-.PHONY: demo test check unit docs results results-quick results-check gpu vllm clean
+.PHONY: demo animation test check unit docs results results-quick results-check gpu vllm clean
 
 demo: .venv/.ready ## prune a small real model and compare it with the dense one
 	$(BIN)/saap demo
+
+animation: .venv/.ready-dev ## record the demo's run in a terminal and draw it for the README (minutes)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/terminal_animation.py record \
+		"saap prune smollm2 --pruning-ratio 0.2 --preset fast -o small/"
+	$(BIN)/python scripts/terminal_animation.py draw
+	$(BIN)/python benchmarks/book.py render
 
 test: check unit ## everything that has to pass
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import json
 import re
 
 import pytest
@@ -68,6 +70,18 @@ def test_every_mark_has_its_block():
     blocks = templates().get_template("front.md.jinja").blocks
     named = {found[1] for name in PAGES for found in PART.findall((ROOT / name).read_text(encoding="utf-8"))}
     assert named == set(blocks)
+
+
+def test_the_time_of_a_recorded_run_is_read(tmp_path, monkeypatch):
+    lines = [{"command": "saap prune"}, [1.0, "o", "took 271 s, at most 2.0 GB"], [1.1, "o", " of memory\r\nopen it"]]
+    monkeypatch.setattr(front, "RECORDING", tmp_path / "terminal.cast.gz")
+    assert front.session() is None
+    (tmp_path / "terminal.cast.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+    session = front.session()
+    assert session == {"command": "saap prune", "seconds": 271.0, "memory": "2.0"}
+    text = filled("<!-- results: demo -->\n<!-- end of results -->\n", {"front": {"session": session}})
+    assert "](docs/front/terminal.svg)" in text
+    assert "271 s and 2.0 GB" in text
 
 
 def test_formats_know_all_families():
