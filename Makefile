@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 BIN := .venv/bin
 SETUP_INPUTS := pyproject.toml scripts/setup_environment.py
 
-.PHONY: demo animation test check unit docs results results-quick results-check gpu vllm clean
+.PHONY: demo animation test check unit docs results results-quick results-check gpu vllm release clean
 
 demo: .venv/.ready ## prune a small real model and compare it with the dense one
 	$(BIN)/saap demo
@@ -57,6 +57,10 @@ vllm: .venv/.ready-dev .vllm/.ready ## serve a pruned real model with vLLM and c
 .vllm/.ready: scripts/setup_vllm.py scripts/setup_environment.py .venv/.ready-dev
 	$(BIN)/python scripts/setup_vllm.py
 	@touch $@
+
+release: .venv/.ready-dev ## build the sdist and the wheel in dist/, and try both in a new environment
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/pytest tests/packaging
 
 clean:
 	rm -rf .venv .vllm build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
