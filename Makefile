@@ -4,10 +4,16 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 BIN := .venv/bin
 SETUP_INPUTS := pyproject.toml scripts/setup_environment.py
 
-.PHONY: demo test check unit docs results results-quick gpu vllm clean
+.PHONY: demo animation test check unit docs results results-quick results-check gpu vllm release clean
 
 demo: .venv/.ready ## prune a small real model and compare it with the dense one
 	$(BIN)/saap demo
+
+animation: .venv/.ready-dev ## record the demo's run in a terminal and draw it for the README (minutes)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/terminal_animation.py record \
+		"saap prune smollm2 --pruning-ratio 0.2 --preset fast -o small/"
+	$(BIN)/python scripts/terminal_animation.py draw
+	$(BIN)/python benchmarks/book.py render
 
 test: check unit ## everything that has to pass
 
@@ -29,6 +35,9 @@ results: .venv/.ready-dev ## measure missing results (hours; resumable), then it
 results-quick: .venv/.ready-dev ## a smoke run of every experiment on little of everything, in out/results-quick
 	$(BIN)/python benchmarks/book.py run --quick
 
+results-check: .venv/.ready-dev ## list the cells that other code than the present one measured
+	$(BIN)/python benchmarks/book.py stale
+
 .venv/.ready: $(SETUP_INPUTS)
 	$(if $(PYTHON),,$(error Python 3.11 or newer was not found; name one with `make PYTHON=...`))
 	$(PYTHON) scripts/setup_environment.py
@@ -48,6 +57,10 @@ vllm: .venv/.ready-dev .vllm/.ready ## serve a pruned real model with vLLM and c
 .vllm/.ready: scripts/setup_vllm.py scripts/setup_environment.py .venv/.ready-dev
 	$(BIN)/python scripts/setup_vllm.py
 	@touch $@
+
+release: .venv/.ready-dev ## build the sdist and the wheel in dist/, and try both in a new environment
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/pytest tests/packaging
 
 clean:
 	rm -rf .venv .vllm build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -11,6 +11,7 @@ MODULES = (
     "method.boundaries", "quality.generation", "method.overlap", "cost.estimation_cost", "cost.cost", "cost.shapes",
     "cost.expert_shapes",
     "cost.speed", "cost.vllm_speed", "cost.processes", "cost.accelerator", "cost.device_limit", "cost.forecast",
+    "cost.hardware",
     "cost.faults", "cost.recipes", "cost.gguf_files", "quality.mlx", "cost.gguf_types", "cost.report_page",
 )  # fmt: skip
 

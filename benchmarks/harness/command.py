@@ -3,6 +3,7 @@
     python benchmarks/book.py list                                # the experiments, and how many cells are measured
     python benchmarks/book.py run [NAME ...] [--quick]            # measure missing cells, then write the pages
     python benchmarks/book.py render                              # only the pages, from the measured cells
+    python benchmarks/book.py stale [NAME ...]                    # cells that other code than the present one measured
     python benchmarks/book.py measure NAME [--cells CELL ...]     # in this process; measures given cells again
     python benchmarks/book.py unpack DIR                          # the comparison as a folder of `saap compare`
 
@@ -10,15 +11,18 @@ An interrupted run resumes. Cells are in benchmarks/results, pages in docs/resul
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.quality.comparison import unpack
 from experiments.registry import EXPERIMENTS
 
+from harness.digests import stale
+from harness.documents import write_documents
 from harness.driver import measure, run, state_of
-from harness.experiment import Request
+from harness.experiment import Experiment, Request
 from harness.pages import write_pages
-from harness.store import RESULTS, ROOT
+from harness.store import RESULTS, ROOT, finished_cells
 
 PAGES, QUICK = ROOT / "docs" / "results", ROOT / "out" / "results-quick"
 BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
@@ -26,7 +30,7 @@ BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
 
 def parse() -> tuple[argparse.Namespace, Request]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("list", "run", "render", "measure", "unpack"))
+    parser.add_argument("command", choices=("list", "run", "render", "stale", "measure", "unpack"))
     parser.add_argument("names", nargs="*", metavar="NAME", help="experiment; for `unpack` a folder")
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="cells to measure, even if they exist")
     parser.add_argument("--quick", action="store_true", help="smoke run with small settings")
@@ -60,6 +64,8 @@ def main() -> None:
         for experiment in given.chosen:
             state = state_of(experiment, request)
             print(f"{experiment.name}: {len(state.found)} of {len(state.found) + len(state.missing)} cells")
+    elif given.command == "stale":
+        print_stale(given.chosen, request)
     elif given.command == "measure":
         measure(given.chosen[0], request, given.cells)
     elif given.command == "unpack":
@@ -67,4 +73,16 @@ def main() -> None:
     else:
         for experiment in given.chosen if given.command == "run" else ():
             run(experiment, request)
-        write_pages(EXPERIMENTS, request, given.out or (QUICK if given.quick else PAGES))
+        found = write_pages(EXPERIMENTS, request, given.out or (QUICK if given.quick else PAGES))
+        if not given.quick and given.out is None:
+            write_documents(found, request)
+
+
+def print_stale(experiments: Sequence[Experiment], request: Request) -> None:
+    """A line for each experiment and reason, with the cells."""
+    for experiment in experiments:
+        cells: dict[str, list[str]] = {}
+        for name, reason in stale(finished_cells(experiment, request), experiment.decided_by):
+            cells.setdefault(reason, []).append(name)
+        for reason, names in cells.items():
+            print(f"{experiment.name}: {reason}: {', '.join(names)}")

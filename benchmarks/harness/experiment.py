@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness.digests import PRUNING
 from saap.reporting.figures import Figure
 
 Values = Mapping[str, Any]
@@ -68,7 +69,8 @@ class Experiment:
 
     options: of `--set`, name to description. needs: required options. reads: modules of other experiments whose cells
     the page also shows. extra: optional cells of the page. own_files: each cell has its own file, `results/CELL.json`,
-    with only the values. smoke: whether a smoke run is supported.
+    with only the values. smoke: whether a smoke run is supported. decided_by: packages and files of saap that decide
+    the figures.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Experiment:
     extra: Names = ()
     own_files: bool = False
     smoke: bool = True
+    decided_by: Names = PRUNING
 
     def chosen(self, request: Request) -> dict[str, Any]:
         return {name: request.filled(value) for name, value in self.settings.items()}

@@ -85,7 +85,8 @@ def page_of(experiment: Experiment, request: Request, state: State, summary: Map
     said |= {name: block(experiment, name, summary) for name in ("finding", "decision")}
     return template.render(
         **said, s=summary, experiment=experiment, figures=charts(experiment, summary),
-        settings=experiment.chosen(request), environments=_environments(state),
+        settings=experiment.chosen(request), environments=_environments(state), cells=len(state.found),
+        undated=sum(record.get("code") is None for record in state.found.values()),
         seconds=sum(record.get("seconds", 0.0) for record in state.found.values()),
     )  # fmt: skip
 
@@ -108,24 +109,30 @@ def summary_of(experiment: Experiment, state: State) -> dict[str, Any] | None:
     return dict(experiment.summarise({name: record["values"] for name, record in state.found.items()}))
 
 
-def write_pages(experiments: Sequence[Experiment], request: Request, out: Path) -> None:
+Summaries = Mapping[str, Mapping[str, Any] | None]
+"""By experiment; None where it lacks a cell."""
+
+
+def write_pages(experiments: Sequence[Experiment], request: Request, out: Path) -> Summaries:
     """The page and the charts of every experiment, and the index."""
     told, decided = {}, {}
+    found: dict[str, dict[str, Any] | None] = {}
     for experiment in experiments:
         state = state_of(experiment, request)
-        summary = summary_of(experiment, state)
-        _write(out / f"{experiment.name}.md", page_of(experiment, request, state, summary))
+        summary = found[experiment.name] = summary_of(experiment, state)
+        write(out / f"{experiment.name}.md", page_of(experiment, request, state, summary))
         if summary is not None:
             for figure in charts(experiment, summary):
-                _write(out / "figures" / f"{figure.name}.svg", compact_svg(figure))
+                write(out / "figures" / f"{figure.name}.svg", compact_svg(figure))
             told[experiment.name] = block(experiment, "finding", summary)
             decided[experiment.name] = block(experiment, "decision", summary)
-    _write(out / "index.md", index_page(experiments, told, decided, quick=request.quick))
+    write(out / "index.md", index_page(experiments, told, decided, quick=request.quick))
+    return found
 
 
-def compact_svg(figure: Figure) -> str:
+def compact_svg(figure: Figure, ink: str = "black") -> str:
     """The SVG with coordinates rounded to a hundredth of a point."""
-    return LONG_DECIMAL.sub(lambda found: f"{float(found[0]):.2f}", to_svg(figure, ink="black"))
+    return LONG_DECIMAL.sub(lambda found: f"{float(found[0]):.2f}", to_svg(figure, ink=ink))
 
 
 def index_page(
@@ -136,6 +143,6 @@ def index_page(
     return templates().get_template("index.md.jinja").render(said, quick=quick)
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     with whole_file(path) as part:
         part.write_text(text.rstrip("\n") + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.digests import digests
 from harness.experiment import Experiment, Request
 from saap.core.files import whole_file
 
@@ -20,7 +21,7 @@ DIGITS = 9
 _PLAIN_LIST = re.compile(r"\[\n([^\[\]{}]*)\n\s*\]")
 
 Record = Mapping[str, Any]
-"""values: of a cell. environment, seconds: machine and duration of the measurement, if known."""
+"""values: of a cell. environment, seconds, code: machine, duration and digests of the code, if known."""
 
 
 def environment() -> dict[str, Any]:
@@ -63,24 +64,39 @@ def finished_cells(experiment: Experiment, request: Request) -> dict[str, Record
     if experiment.own_files:
         files = {name: result_file(request.results, experiment, name) for name in names}
         values = {name: read_json(file) for name, file in files.items() if file.is_file()}
-        return {name: {"values": one, "environment": one.get("environment")} for name, one in values.items()}
+        kept = ("environment", "code")
+        return {name: {"values": one, **{key: one.get(key) for key in kept}} for name, one in values.items()}
     content = _content(experiment, request)
     found = {name: content["cells"][name] for name in names if name in content["cells"]}
-    return {name: {**one, "environment": content["environments"][one["environment"]]} for name, one in found.items()}
+    codes = content.get("codes", [])
+    return {
+        name: {
+            **one, "environment": content["environments"][one["environment"]],
+            "code": codes[one["code"]] if "code" in one else None,
+        }
+        for name, one in found.items()
+    }  # fmt: skip
 
 
 def write_cell(experiment: Experiment, request: Request, cell: str, values: Mapping[str, Any], seconds: float) -> None:
-    file = result_file(request.results, experiment, cell)
+    file, code = result_file(request.results, experiment, cell), digests(experiment.decided_by)
     if experiment.own_files:
-        write_json(file, values)
+        write_json(file, {**values, "code": code})
         return
     content = _content(experiment, request)
-    here = environment()
-    if here not in content["environments"]:
-        content["environments"].append(here)
-    place = content["environments"].index(here)
-    content["cells"][cell] = {"seconds": round(seconds, 1), "environment": place, "values": rounded(values)}
+    places = {
+        "environment": _place(content["environments"], environment()),
+        "code": _place(content.setdefault("codes", []), code),
+    }
+    content["cells"][cell] = {"seconds": round(seconds, 1), **places, "values": rounded(values)}
     write_json(file, content)
+
+
+def _place(known: list[Any], one: Any) -> int:
+    """Index in a list of different values, to which a new one is added."""
+    if one not in known:
+        known.append(one)
+    return known.index(one)
 
 
 def _content(experiment: Experiment, request: Request) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def test_a_cell_says_where_it_was_measured_and_with_what(request_, tmp_path):
     assert content["settings"] == {"tokens": 8}
     assert content["environments"][content["cells"]["first"]["environment"]]["versions"]["torch"]
     assert content["cells"]["first"]["seconds"] >= 0
+    assert content["codes"][content["cells"]["first"]["code"]].keys() == set(Measuring().experiment.decided_by)
 
 
 def test_cells_of_other_settings_are_measured_again(request_):
@@ -82,7 +83,9 @@ def test_no_other_file_is_left(request_, tmp_path):
 def test_an_experiment_may_have_a_file_for_each_cell(request_, tmp_path):
     experiment = dataclasses.replace(Measuring().experiment, own_files=True)
     measure(experiment, request_)
-    assert json.loads((tmp_path / "third.json").read_text()) == {"value": 2}
+    found = json.loads((tmp_path / "third.json").read_text())
+    assert found.pop("code").keys() == set(experiment.decided_by)
+    assert found == {"value": 2}
     assert not state_of(experiment, request_).missing
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness.charts import bars
+from harness.digests import PRUNING
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import in_own_process
 from lab.memory import Peak
@@ -33,6 +34,7 @@ SETTINGS = {
     "model": "{model}", "samples": Scaled(4, 50), "length": Scaled(32, 128), "micro batch": 2,
     "threads": 2, "rounds": 1,
 }  # fmt: skip
+DECIDED_BY = (*PRUNING, "baselines")
 
 
 def measure(request: Request, wanted: Names) -> Measured:

@@ -4,6 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from harness.digests import PRUNING
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import peak_of, saap
 
@@ -16,6 +17,7 @@ UNITS = {
 CELLS = ["forecast"]
 OWN_FILES = True
 SMOKE = False
+DECIDED_BY = (*PRUNING, "pipeline/shared")
 
 
 def measure(request: Request, wanted: Names) -> Measured:

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from harness.digests import PRUNING
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import in_own_process, made_by_saap
 from lab.dense import coder_model
@@ -24,6 +25,7 @@ SETTINGS = {
     "measured tokens": 4096, "window": 512,
 }  # fmt: skip
 SMOKE = False
+DECIDED_BY = (*PRUNING, "export/gguf")
 
 
 def measure(request: Request, wanted: Names) -> Measured:

@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from harness.digests import PRUNING
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import in_own_process, quickly_pruned, run_here
 
@@ -17,6 +18,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ROUNDS = 5
 CELLS = ["page"]
 SMOKE = False
+DECIDED_BY = (*PRUNING, "baselines", "reporting")
 
 
 def measure(request: Request, wanted: Names) -> Measured:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from harness.charts import lines
+from harness.digests import PRUNING
 from harness.experiment import Cells, Figures, Measured, Names, Request, Values
 from lab.commands import made_by_saap, quickly_pruned
 from lab.dense import model_in
@@ -33,6 +34,7 @@ MEASURED = [*(f"{weights} {folder}" for weights in RUNTIMES for folder in PRUNED
 CELLS = [*MEASURED, *REQUESTED]
 SMOKE = False
 SETTINGS = {"dense": "{model}", "threads": THREADS, "rounds": ROUNDS, "tokens written": NEW_TOKENS}
+DECIDED_BY = (*PRUNING, "export/gguf")
 
 
 def measure(request: Request, wanted: Names) -> Measured:

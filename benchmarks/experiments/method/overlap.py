@@ -13,6 +13,7 @@ LENGTH = 10
 CELLS = list(KINDS)
 OPTIONS = INSTRUCTIONS
 SETTINGS = {"words in a row": LENGTH}
+DECIDED_BY = ("data",)
 
 
 def words(text: str) -> list[str]:

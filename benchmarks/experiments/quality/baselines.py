@@ -1,5 +1,6 @@
 """The baselines compared with the methods' published code on the same model."""
 
+from harness.digests import PRUNING
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import TEST, VALIDATION, compared, flags_from
 
@@ -19,6 +20,7 @@ SETTINGS = {
     "model": "{model}", "calibration": VALIDATION, "samples": 64, "sample length": 128, "pruning ratio": 0.2,
     "measured on": TEST, "measured tokens": 16384, "window": 512, "seeds": [0],
 }  # fmt: skip
+DECIDED_BY = (*PRUNING, "baselines")
 
 
 def measure(request: Request, wanted: Names) -> Measured:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.digests import PRUNING
 from harness.experiment import Cells, Measured, Names, Request, Values, experiment
 from harness.store import finished_cells, read_json, write_json
 from lab.commands import TEST, VALIDATION, flags_from, in_own_process, run_here
@@ -34,6 +35,7 @@ SETTINGS = {
     "measured on": TEST, "measured tokens": 16384, "window": 512, "effort": "default", "seed": 0,
     "tasks": "arc_easy,piqa,boolq,openbookqa", "pruning ratio of the tasks": TASK_RATIO, "questions of a task": 500,
 }  # fmt: skip
+DECIDED_BY = (*PRUNING, "baselines", "pipeline/compare")
 
 
 def names_of(methods: Names, ratios: Names) -> list[str]:

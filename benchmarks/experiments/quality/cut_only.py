@@ -1,6 +1,7 @@
 """Cut only: plans of the search against those of the baselines on the same text, without any compensation."""
 
 import numpy as np
+from harness.digests import PRUNING
 from harness.experiment import Cells, Measured, Names, Request, Scaled, Values
 from lab.commands import VALIDATION
 from lab.dense import Dense, Ratios, opened, source_of
@@ -31,6 +32,7 @@ SETTINGS = {
     "held-out samples": Scaled(2, 16), "candidates": Scaled(3, PRESETS[Preset.DEFAULT].search_evaluations),
     "measured on": "wikitext2", "measured tokens": Scaled(512, 8192),
 }  # fmt: skip
+DECIDED_BY = (*PRUNING, "baselines")
 
 
 def cells(request: Request) -> Names:

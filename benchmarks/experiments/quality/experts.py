@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from harness.charts import bars
+from harness.digests import PRUNING
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import made_by_saap, timed_saap
 from lab.dense import Dense, opened
@@ -48,6 +49,7 @@ SETTINGS = {
     "measured tokens": Scaled(512, 8192), "minutes of router tuning": 5, "seed": 0,
     "upcycled": Scaled(*(f"{s.experts} experts, {s.chosen} of each token" for s in (TRIAL, FULL))),
 }  # fmt: skip
+DECIDED_BY = (*PRUNING, "recovery", "pipeline/recover")
 
 
 def measure(request: Request, wanted: Names) -> Measured:

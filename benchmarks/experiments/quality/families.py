@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness.charts import bars
+from harness.digests import PRUNING
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import compared, flags_from
 from lab.training import FAMILIES, FULL, TRIAL, trained_folder
@@ -26,6 +27,7 @@ SETTINGS = {
     "training": Scaled(*(f"{s.steps} steps of {s.batch} x {s.length} tokens of the bundled texts" for s in SIZES)),
     "effort": Scaled("fast", "default"),
 }  # fmt: skip
+DECIDED_BY = (*PRUNING, "baselines", "pipeline/compare")
 
 
 def measure(request: Request, wanted: Names) -> Measured:

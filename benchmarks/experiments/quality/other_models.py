@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from harness.digests import PRUNING
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import TEST, VALIDATION, compared, flags_from
 from lab.dense import multilingual_model
@@ -15,6 +16,7 @@ SETTINGS = {
     "calibration": VALIDATION, "samples": 24, "sample length": 128, "refit tokens": 8192, "effort": "default",
     "pruning ratio": 0.2, "measured tokens": 2048, "window": 512,
 }  # fmt: skip
+DECIDED_BY = (*PRUNING, "baselines", "pipeline/compare")
 
 
 def measure(request: Request, wanted: Names) -> Measured:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.charts import bars
+from harness.digests import PRUNING
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import pruned_folder, timed_saap
 from lab.dense import model_in
@@ -36,6 +37,7 @@ SETTINGS = {
     "measured tokens": Scaled(512, 4096), "prompts": BUNDLED, "written tokens": Scaled(8, 128),
     "open prompts": Scaled(1, 12), "facts": Scaled(2, 32),
 }  # fmt: skip
+DECIDED_BY = (*PRUNING, "recovery", "pipeline/recover", "evaluation/generation.py")
 
 
 def measure(request: Request, wanted: Names) -> Measured:

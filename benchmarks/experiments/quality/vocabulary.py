@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from harness.charts import bars
+from harness.digests import PRUNING
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.dense import source_of
 from lab.texts import DATA, TEXTS
@@ -39,6 +40,7 @@ SETTINGS = {
     "texts": Scaled(["novel"], ["wikitext2", "novel", "python", "french"]), "passages": Scaled(1, 16),
     "window": Scaled(128, 512),
 }  # fmt: skip
+DECIDED_BY = (*PRUNING, "vocabulary")
 
 
 def cells(request: Request) -> Names:

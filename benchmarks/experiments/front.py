@@ -1,0 +1,192 @@
+"""Values of the front page: its chart and its tables, from whatever is measured of the four real models."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from harness.experiment import Request, Values, experiment
+from harness.store import ROOT, finished_cells
+from lab.commands import TEST
+
+from experiments.quality import comparison, models
+from saap.reporting.figures import COLOURS, MARKERS, Figure, plain_ticks
+
+OURS = "saap"
+METHODS = {
+    OURS: "saap", "llm-pruner-element2@ffn": "LLM-Pruner", "flap": "FLAP", "wanda-sp@ffn": "Wanda-sp",
+    "block-influence": "block influence",
+}  # fmt: skip
+NAMES = {
+    models.SMOLLM2: "SmolLM2-135M", models.GEMMA: "Gemma 3 270M", models.QWEN: "Qwen2.5-Coder 0.5B",
+    models.LARGE: "Qwen2.5-Coder 1.5B",
+}  # fmt: skip
+BASELINE = {"llm-pruner": False, "llm-pruner-restored": True}
+"""Runs of `models` with a baseline, and whether it was reconstructed."""
+RECORDING = ROOT / "docs" / "front" / "terminal.cast.gz"
+"""Of the animation, made by `make animation`."""
+ENDING = re.compile(r"took (\d+) s, at most ([\d.]+) GB of memory")
+DODGE = 0.35
+"""Distance of the methods in a panel with one pruning ratio, in percent."""
+GREY = "#888888"
+
+
+class Point(NamedTuple):
+    """One pruned model. removed: share of the blocks' parameters. ratio: perplexity over the dense one, WikiText-2."""
+
+    model: str
+    method: str
+    restored: bool
+    removed: float
+    ratio: float
+
+
+def cells_of(path: str, request: Request) -> dict[str, Values]:
+    return {name: record["values"] for name, record in finished_cells(experiment(path), request).items()}
+
+
+def points(request: Request) -> list[Point]:
+    """All measured points of the chart. A model without ours or without any baseline has none."""
+    found = [*_compared(request), *_of_gemma(request), *_of_coders(request)]
+    both = {
+        model for model in NAMES if {True, False} <= {point.method == OURS for point in found if point.model == model}
+    }
+    return [point for point in found if point.model in both]
+
+
+def _compared(request: Request) -> Iterable[Point]:
+    for row in comparison.rows_of(cells_of("quality.comparison", request)):
+        if row["method"] in METHODS:
+            yield Point(models.SMOLLM2, row["method"], row["restored"], row["ratio"], row["ratios"][TEST])
+
+
+def _of_gemma(request: Request) -> Iterable[Point]:
+    removed = experiment("quality.other_models").chosen(request)["pruning ratio"]
+    for cell in cells_of("quality.other_models", request).values():
+        for row in cell["rows"]:
+            yield Point(models.GEMMA, row["method"], row["restored"], removed, row["ratios"]["wikitext2"])
+
+
+def _of_coders(request: Request) -> Iterable[Point]:
+    removed, cells = experiment("quality.models").chosen(request)["pruning ratio"], cells_of("quality.models", request)
+    for model in (models.QWEN, models.LARGE):
+        ours = next((cells[f"{model}/{run}"] for run in ("default", "fast") if f"{model}/{run}" in cells), None)
+        if ours is not None:
+            yield Point(model, OURS, True, removed, ours["ratio"]["wikitext2"])
+        for run, restored in BASELINE.items():
+            if f"{model}/{run}" in cells:
+                ratio = cells[f"{model}/{run}"]["ratio"]["wikitext2"]
+                yield Point(model, "llm-pruner-element2@ffn", restored, removed, ratio)
+
+
+def front(request: Request) -> dict[str, Any]:
+    """What the templates of the front page read."""
+    found = points(request)
+    shown = [model for model in NAMES if any(point.model == model for point in found)]
+    return {
+        "points": found, "shown": [NAMES[model] for model in shown],
+        "missing": [name for model, name in NAMES.items() if model not in shown],
+        "at": [_at(model, found, 0.2) for model in shown], "runs": _runs(request), "session": session(),
+        "coders": [NAMES[models.QWEN], NAMES[models.LARGE]],
+    }  # fmt: skip
+
+
+def _at(model: str, found: Sequence[Point], removed: float) -> Values:
+    """Ours and the best baseline of one model, as published and with our reconstruction."""
+
+    def best(restored: bool) -> Point | None:
+        theirs = [p for p in found if p.model == model and p.removed == removed and p.restored is restored]
+        return min((p for p in theirs if p.method != OURS), key=lambda point: point.ratio, default=None)
+
+    ours = next(p for p in found if (p.model, p.method, p.restored, p.removed) == (model, OURS, True, removed))
+    sides = {"published": best(False), "restored": best(True)}
+    named = {side: one and {"method": METHODS[one.method], "ratio": one.ratio} for side, one in sides.items()}
+    return {"model": NAMES[model], "removed": removed, "ours": ours.ratio, **named}
+
+
+def _runs(request: Request) -> list[Values]:
+    """One run of each model, with time and memory. busy: whether the machine had other work."""
+    cells = finished_cells(experiment("quality.models"), request)
+    found: list[Values] = []
+    for model, name in NAMES.items():
+        preset = next((run for run in ("default", "fast") if f"{model}/{run}" in cells), None)
+        if preset is not None:
+            values, machine = (cells[f"{model}/{preset}"][part] for part in ("values", "environment"))
+            found.append({
+                "model": name, "preset": preset, "wikitext2": values["ratio"]["wikitext2"],
+                "bundled": values["bundled"], "minutes": values["seconds"] / 60,
+                "memory": values["peak_resident_bytes"] / 1e9, "busy": machine["load"] > 1.5 * machine["cores"],
+                "cores": machine["cores"],
+            })  # fmt: skip
+    return found
+
+
+def session() -> Values | None:
+    """The recorded run of the animation: its command, and the time and memory that it printed."""
+    if not RECORDING.is_file():
+        return None
+    head, *events = gzip.decompress(RECORDING.read_bytes()).decode().splitlines()
+    ending = ENDING.search("".join(json.loads(event)[2] for event in events))
+    if ending is None:
+        raise ValueError(f"{RECORDING.name} does not end with the time of the run")
+    return {"command": json.loads(head)["command"], "seconds": float(ending[1]), "memory": ending[2]}
+
+
+def quality(found: Sequence[Point]) -> Figure:
+    """Perplexity against the removed share: a panel for each model, filled markers where it was reconstructed."""
+
+    def draw(axis: Any) -> None:
+        canvas = axis.figure
+        axis.remove()
+        shown = [model for model in NAMES if any(point.model == model for point in found)]
+        removed = {model: sorted({100 * point.removed for point in found if point.model == model}) for model in shown}
+        widths = [len(places) + 1 for places in removed.values()]
+        panels = canvas.subplots(1, len(shown), sharey=True, squeeze=False, width_ratios=widths)[0]
+        for panel, model in zip(panels, shown, strict=True):
+            _draw_panel(panel, [point for point in found if point.model == model], removed[model])
+            panel.set_title(NAMES[model], fontsize=9.5)
+        panels[0].set_ylabel("perplexity / dense")
+        canvas.supxlabel("% of the decoder blocks' parameters removed", fontsize=9.5)
+        canvas.legend(handles=_legend(), loc="outside upper center", ncols=4, fontsize=9)
+
+    text = "Perplexity of the pruned over that of the dense model against the removed share, by model and method."
+    return Figure(name="quality", title="Quality against size", text=text, draw=draw, height=4.0)
+
+
+def _draw_panel(panel: Any, found: Sequence[Point], removed: Sequence[float]) -> None:
+    for index, method in enumerate(METHODS):
+        shift = (index - (len(METHODS) - 1) / 2) * DODGE if len(removed) == 1 else 0.0
+        for restored in (False, True):
+            mine = sorted((p.removed, p.ratio) for p in found if (p.method, p.restored) == (method, restored))
+            places = [100 * place + shift for place, _ in mine]
+            panel.plot(places, [ratio for _, ratio in mine], **_look(index, restored))
+    panel.set_yscale("log")
+    plain_ticks(panel.yaxis, 1.0, 30.0)
+    panel.set_xticks(removed, [f"{place:g}" for place in removed])
+    panel.margins(x=0.15)
+    if len(removed) == 1:
+        panel.set_xlim(removed[0] - 6 * DODGE, removed[0] + 6 * DODGE)
+
+
+def _look(index: int, restored: bool) -> Mapping[str, Any]:
+    colour, face = COLOURS[index], COLOURS[index] if restored else "none"
+    return {
+        "color": colour, "marker": MARKERS[index], "linestyle": "-" if restored else ":", "markerfacecolor": face,
+        "linewidth": 2.2 if index == 0 else 1.2, "markersize": 6, "zorder": 3 if index == 0 else 2,
+    }  # fmt: skip
+
+
+def _legend() -> list[Any]:
+    """Handles of the methods, and of what filled and hollow markers mean."""
+    from matplotlib.lines import Line2D
+
+    methods = [Line2D([], [], label=name, **_look(index, True)) for index, name in enumerate(METHODS.values())]
+    states = {"with our reconstruction": True, "as published (ours: cut only)": False}
+    methods.append(Line2D([], [], linestyle="", label=" "))  # so that the states have a column of their own
+    for label, filled in states.items():
+        look = {**_look(0, filled), "color": GREY, "linewidth": 1.2, "markerfacecolor": GREY if filled else "none"}
+        methods.append(Line2D([], [], label=label, **look))
+    return methods
