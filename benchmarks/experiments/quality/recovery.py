@@ -37,7 +37,7 @@ SETTINGS = {
     "measured tokens": Scaled(512, 4096), "prompts": BUNDLED, "written tokens": Scaled(8, 128),
     "open prompts": Scaled(1, 12), "facts": Scaled(2, 32),
 }  # fmt: skip
-DECIDED_BY = (*PRUNING, "recovery", "pipeline/recover", "evaluation/generation.py")
+DECIDED_BY = (*PRUNING, "recovery", "pipeline/recover")
 
 
 def measure(request: Request, wanted: Names) -> Measured:
