@@ -81,8 +81,9 @@ def main() -> None:
 def print_stale(experiments: Sequence[Experiment], request: Request) -> None:
     """A line for each experiment and reason, with the cells."""
     for experiment in experiments:
+        measured = finished_cells(experiment, request)
         cells: dict[str, list[str]] = {}
-        for name, reason in stale(finished_cells(experiment, request), experiment.decided_by):
+        for name, reason in stale(measured, experiment.decided_by):
             cells.setdefault(reason, []).append(name)
         for reason, names in cells.items():
-            print(f"{experiment.name}: {reason}: {', '.join(names)}")
+            print(f"{experiment.name}: {reason}: {'; '.join(names) if len(names) < len(measured) else 'all cells'}")
