@@ -38,7 +38,7 @@ def long_model() -> MixtralForCausalLM:
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux only")
 @pytest.mark.parametrize("importance", [Importance.REAP, Importance.RECONSTRUCTION])
 def test_memory_is_bounded(importance: Importance, tmp_path: Path) -> None:
-    """Logits of one sample are 1.3 GB, its attention matrices 2.1 GB, and what its experts compute 100 MB."""
+    """Logits of one sample are 1.3 GB, its attention matrices 2.1 GB, and what its experts compute at once 130 MB."""
     model = long_model()
     graph, ids = discover(model), torch.randint(0, VOCABULARY, (2, TOKENS), generator=torch.Generator().manual_seed(0))
     cpu, peaks = torch.device("cpu"), []
@@ -48,7 +48,7 @@ def test_memory_is_bounded(importance: Importance, tmp_path: Path) -> None:
         before = memory.of_process()
         estimate(Backend(model, graph, spill=Spill(tmp_path)), text, roles=[Role.EXPERT], importance=importance)
         peaks.append(memory.peak_of_process() - before)
-    assert peaks[1] < 150 * MEGABYTE, peaks
+    assert peaks[1] < 80 * MEGABYTE, peaks
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux only")

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.export.llama import plan_of
 from tests.pipeline import tiny
+from tests.processes import saap as saap_in_one
+from tests.processes import saap_in_several
 from transformers import (
     AutoModelForCausalLM,
     Glm4MoeConfig,
@@ -159,6 +162,18 @@ def test_removed_experts_are_merged(source: Path, tmp_path: Path, layout: str) -
     opened = saap.load(tmp_path / "merged")
     torch.testing.assert_close(logits(opened), logits(merged.model), rtol=0, atol=0)
     assert not torch.equal(logits(opened), logits(plain.model))
+
+
+def test_several_processes_merge_as_one_does(source: Path, tmp_path: Path) -> None:
+    flags = (
+        "--pruning-ratio", "0.25", "--roles", "expert", "--importance", "reap", "--merge-experts", "--num-samples", "4",
+        "--sample-length", "32", "--refit-tokens", "4096", "--preset", "fast", "--output-dir",
+    )  # fmt: skip
+    assert saap_in_one("prune", source, *flags, tmp_path / "one").returncode == 0
+    assert [one.returncode for one in saap_in_several(2, "prune", source, *flags, tmp_path / "two")] == [0, 0]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor)
 
 
 def test_a_mixture_that_cannot_merge_is_refused_before_the_estimation(

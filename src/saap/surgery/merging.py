@@ -69,7 +69,9 @@ def require_mergeable(backend: Backend) -> None:
             hidden = walker.run_block(layer, hidden, stream.contexts)
         with capture(backend.model, [site], stop=True) as seen:
             walker.run_block(layers[0], hidden, stream.contexts)
-        if site not in seen or expert_numbers(seen[site].arguments) is None:
+        arguments = seen[site].arguments if site in seen else ()
+        numbers = expert_numbers(arguments)
+        if numbers is None or any(not isinstance(one, Tensor) or len(one) != len(numbers) for one in arguments):
             raise UnsupportedModelError(f"{site} is not called with the experts of each token and their gates", WITHOUT)
 
 
@@ -107,7 +109,10 @@ def merge_experts(
 
 
 class _Calls:
-    """Calls of the experts of a layer, kept by argument. missing: dense output less the present one, by call."""
+    """Calls of the experts of a layer, kept by argument.
+
+    By call, missing is the dense output less the present one, and fitted the number of its first tokens to fit on.
+    """
 
     def __init__(self, keep: Keep) -> None:
         self.keep, self.missing = keep, keep(())
