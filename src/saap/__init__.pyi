@@ -211,6 +211,7 @@ def recover(
     dense_revision: str | None = None,
     dense_trust_remote_code: bool = False,
     distillation: float | None = None,
+    on_policy: float = 0.0,
     max_seq_length: int = 512,
     bos: bool = True,
     batch_size: int = 1,
@@ -256,6 +257,7 @@ def recover(
     dense_revision: Branch, tag or commit of the dense model.
     dense_trust_remote_code: Run code that the dense model's repository ships.
     distillation: Weight of the divergence from the teacher, 0 to 1.
+    on_policy: Share of the training, at its end, on what the model writes itself after the data's beginnings.
     max_seq_length: Tokens per block; longer conversations are cut.
     bos: Begin each window of text with the tokenizer's BOS token, if it puts one before texts.
     batch_size: Sequences per step, over all processes.

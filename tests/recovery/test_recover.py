@@ -19,14 +19,16 @@ from transformers import AutoModelForCausalLM
 
 import saap
 from saap.core.errors import ConfigurationError, GroupSizeError, ModelError, OutputError, StaleInputError
-from saap.core.manifest import RunManifest
-from saap.data.texts import GENERAL
+from saap.core.manifest import KindChange, RunManifest
+from saap.data.texts import GENERAL, KINDS
+from saap.data.training import training_data
 from saap.evaluation.perplexity import joint_perplexity, perplexities
 from saap.export.huggingface import stored_entries
 from saap.models.checkpoint.groupwise import GroupwiseLinear, GroupwiseWeight, linears_inside, pack_linear, read_packed
 from saap.models.loading.pretrained import load_groupwise, load_model, open_skeleton
 from saap.models.loading.references import resolve_model
 from saap.models.structure.linear import weight_out_in
+from saap.pipeline.recover.context import known_kinds
 from saap.pipeline.shared.progress import Silent
 from saap.pipeline.shared.tokens import evaluation_sets
 from saap.recovery.quantise import quantise
@@ -331,3 +333,19 @@ def test_opening_tensor_by_tensor_equals_opening_whole(family: str, tmp_path: Pa
     expected = model.state_dict()
     assert set(entries) <= set(expected)
     assert all(tuple(expected[name].shape) == entry.make().shape for name, entry in entries.items())
+
+
+def test_mixed_has_only_what_the_dense_model_knows() -> None:
+    found = {"novels": 1.1, "code": 0.8, "french": 2.4, "chinese": None}
+    kinds = tuple(
+        KindChange(text=text, tokens=512, before=8.0, after=9.0, bits_per_byte=bits) for text, bits in found.items()
+    )
+    assert set(known_kinds(RunManifest.model_construct(kinds=kinds))) == {"novels", "code"}
+    assert set(known_kinds(RunManifest.model_construct(kinds=()))) == set(known_kinds(None)) == set(KINDS)
+
+
+def test_training_data_has_the_kinds_that_are_asked_for() -> None:
+    read = partial(training_data, ("mixed",), byte_tokenizer(), length=512, held_out=1, seed=0)
+    whole, part = (read(kinds=kinds) for kinds in (KINDS, ("mathematics",)))
+    assert len(part.train) < len(whole.train) / 4
+    assert part.digest != whole.digest

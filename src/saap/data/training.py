@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,20 +62,23 @@ class TrainingData:
 
 
 def training_data(
-    sources: Sequence[str | Path], tokenizer: Any | None, *, length: int, held_out: int, seed: int, bos: bool = True
-) -> TrainingData:
+    sources: Sequence[str | Path], tokenizer: Any | None, *, length: int, held_out: int, seed: int, bos: bool = True,
+    kinds: Collection[str] = KINDS,
+) -> TrainingData:  # fmt: skip
     """Read all sources, and hold out some examples for validation.
 
     sources: as `read_documents` takes them (plain text is cut into blocks of `length` tokens that do not overlap), or a
     .jsonl file with `instruction`, `input`, `output` or with chat `messages` on each line, with a loss on the answers
     only. length: longer conversations are cut. held_out: examples for validation, at most a tenth, at least one. bos:
-    whether sequences begin with the tokenizer's leading ids.
+    whether sequences begin with the tokenizer's leading ids. kinds: of text that `mixed` stands for.
     Raises TrainingDataError, CalibrationError.
     """
     if not sources:
         raise TrainingDataError("No training data is given", f"Specify a file with --data, or `{MIXED}`")
     leading = leading_ids(tokenizer, bos=bos)
-    examples = [one for source in dict.fromkeys(sources) for one in _examples(source, tokenizer, length, leading)]
+    examples = [
+        one for source in dict.fromkeys(sources) for one in _examples(source, tokenizer, length, leading, kinds)
+    ]
     if len(examples) < 2:
         raise TrainingDataError(
             f"{', '.join(map(str, sources))} provides {len(examples)} examples of {length} tokens",
@@ -91,14 +94,16 @@ def training_data(
     )
 
 
-def _examples(source: str | Path, tokenizer: Any | None, length: int, leading: Sequence[int]) -> list[Example]:
+def _examples(
+    source: str | Path, tokenizer: Any | None, length: int, leading: Sequence[int], kinds: Collection[str]
+) -> list[Example]:
     if has_rows(source):
         first = next(read_rows(Path(source)), None)
         if first is not None and not isinstance(first[1].get("text"), str):
             return _conversations(Path(source), tokenizer, length, leading)
     # The bundled kinds one by one, so that no block spans two of them.
-    kinds = KINDS if source == MIXED else (source,)
-    return [block for kind in kinds for block in _blocks(kind, tokenizer, length, leading)]
+    parts = kinds if source == MIXED else (source,)
+    return [block for kind in parts for block in _blocks(kind, tokenizer, length, leading)]
 
 
 def _blocks(source: str | Path, tokenizer: Any | None, length: int, leading: Sequence[int]) -> Iterator[Example]:

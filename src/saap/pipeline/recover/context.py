@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from saap.core.errors import ConfigurationError, SaapError
 from saap.core.manifest import RunManifest
 from saap.core.records import IntArray, digest_of
 from saap.data.samples import leading_ids
-from saap.data.texts import GENERAL
+from saap.data.texts import GENERAL, KINDS, kind_weights
 from saap.data.training import TrainingData, training_data
 from saap.discovery.blocks import find_blocks
 from saap.export.placing import check_output
@@ -97,7 +97,7 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
         tokenizer = load_tokenizer(resolved)
         earlier = manifest_of(resolved)
         config, teacher = _with_teacher(config, resolved, earlier, tokenizer, meter)
-        data = read_data(config, tokenizer)
+        data = read_data(config, tokenizer, known_kinds(earlier))
     return Recovery(
         config=config, options=options, resolved=resolved, tokenizer=tokenizer, teacher=teacher, earlier=earlier,
         data=data, evaluation=evaluation_sets(tokenizer, GENERAL),
@@ -106,12 +106,19 @@ def prepare(source: str, config: RecoverConfig, options: RunOptions, reporter: R
     )  # fmt: skip
 
 
-def read_data(config: RecoverConfig, tokenizer: Any | None) -> TrainingData:
-    """The training data of a recovery. Raises TrainingDataError, CalibrationError."""
+def read_data(config: RecoverConfig, tokenizer: Any | None, kinds: Collection[str] = KINDS) -> TrainingData:
+    """The training data of a recovery. kinds: of text in `mixed`. Raises TrainingDataError, CalibrationError."""
     return training_data(
         config.data, tokenizer, length=config.length, held_out=config.validation_samples, seed=config.seed,
-        bos=config.bos,
+        bos=config.bos, kinds=kinds,
     )  # fmt: skip
+
+
+def known_kinds(earlier: RunManifest | None) -> Collection[str]:
+    """The kinds of text that the dense model predicts well enough to teach them, as the pruning has measured it."""
+    measured = {one.text: one.bits_per_byte for one in (() if earlier is None else earlier.kinds)}
+    weights = kind_weights({kind: bits for kind, bits in measured.items() if bits is not None})
+    return [kind for kind, weight in weights.items() if weight]
 
 
 def _check_processes(config: RecoverConfig, options: RunOptions, count: int) -> None:
