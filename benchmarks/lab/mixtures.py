@@ -38,6 +38,10 @@ class Split:
     steps: int = 60
     all_steps: int = 150
 
+    def __str__(self) -> str:
+        steps = f"{self.steps} steps of the routers, {self.all_steps} of all weights"
+        return f"{self.experts} experts, {self.chosen} of each token; {steps}"
+
 
 FULL = Split()
 TRIAL = Split(experts=4, chosen=2, sequences=4, length=64, steps=2, all_steps=2)
@@ -54,9 +58,9 @@ def upcycled_folder(request: Request) -> Path:
             save_folder(folder, model, dense.loaded.tokenizer)
     shared = ["--dense", request.model, "--max-seq-length", split.length, "--validation-samples", request.size(1, 8)]
     routers = ["--tune", "router", "--learning-rate", 0.01, "--max-steps", split.steps]
-    routed = made_by_saap(request, f"{name}-routers", "recover", folder, *routers, *shared)
+    routed = made_by_saap(request, f"{name}-routers-{split.steps}", "recover", folder, *routers, *shared)
     everything = ["--tuning", "full", "--max-steps", split.all_steps]
-    return made_by_saap(request, name, "recover", routed, *everything, *shared)
+    return made_by_saap(request, f"{name}-{split.all_steps}", "recover", routed, *everything, *shared)
 
 
 def save_folder(folder: Path, *parts: Any) -> None:

@@ -16,46 +16,66 @@ from saap.recovery.train import Report
 from saap.settings.recover import RecoverConfig
 
 
-def example(tokens: int, first: int = 1) -> Example:
+def example(tokens: int, prompt: int = 0) -> Example:
     ids = (np.arange(tokens) * 7) % 90 + 2
-    return Example(ids.astype(np.int64), np.arange(tokens) >= first)
+    return Example(ids.astype(np.int64), np.arange(tokens) >= max(1, prompt), prompt=prompt)
+
+
+def ids_of(examples: list[Example]) -> list[list[int]]:
+    return [one.tokens.tolist() for one in examples]
 
 
 def test_the_model_writes_what_follows_each_beginning() -> None:
     model = build("llama_tied").float()
-    examples = [example(60), example(60, first=40), example(20)]
-    found = continued(model, examples, length=64, end=None, seed=3)
-    for before, after, kept in zip(examples, found, (BEGINNING, 40, 20), strict=True):
-        assert len(after.tokens) == 64
+    examples = [example(80), example(80, prompt=40), example(80, prompt=12)]
+    found = continued(model, examples, length=96, ends=(), seed=3)
+    for before, after, kept in zip(examples, found, (BEGINNING, 40, 12), strict=True):
+        assert len(after.tokens) == kept + 96 - 40
         np.testing.assert_array_equal(after.tokens[:kept], before.tokens[:kept])
-        np.testing.assert_array_equal(after.learned, np.arange(64) >= kept)
-    again = continued(model, examples, length=64, end=None, seed=3)
-    other = continued(model, examples, length=64, end=None, seed=4)
-    assert all(np.array_equal(one.tokens, two.tokens) for one, two in zip(found, again, strict=True))
-    assert not all(np.array_equal(one.tokens, two.tokens) for one, two in zip(found, other, strict=True))
+        np.testing.assert_array_equal(after.learned, np.arange(len(after.tokens)) >= kept)
+    assert ids_of(found) == ids_of(continued(model, examples, length=96, ends=(), seed=3))
+    assert ids_of(found) != ids_of(continued(model, examples, length=96, ends=(), seed=4))
+
+
+def test_examples_without_room_for_an_answer_stay() -> None:
+    model = build("llama_tied").float()
+    examples = [example(20), example(BEGINNING), example(80, prompt=60), example(80)]
+    found = continued(model, examples, length=96, ends=(), seed=3)
+    assert [one is other for one, other in zip(examples, found, strict=True)] == [True, True, True, False]
+    assert continued(model, examples[:3], length=96, ends=(), seed=3) == examples[:3]
 
 
 def test_padding_changes_nothing_that_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """The most likely tokens after a beginning are the same alone and beside a longer one."""
     model = build("llama_tied").float()
     sampled = model.generate
-    monkeypatch.setattr(model, "generate", lambda **given: sampled(**{**given, "do_sample": False}))
-    short, long = example(40), example(60, first=48)
-    alone = continued(model, [short], length=50, end=None, seed=0)[0]
-    beside = continued(model, [short, long], length=50, end=None, seed=0)[0]
-    np.testing.assert_array_equal(alone.tokens, beside.tokens)
+    monkeypatch.setattr(model, "generate", lambda **given: sampled(**{**given, "do_sample": False, "top_k": None}))
+    short, long = example(60), example(96, prompt=48)
+    alone = continued(model, [short], length=96, ends=(), seed=0)[0].tokens.tolist()
+    beside = continued(model, [short, long], length=96, ends=(), seed=0)[0].tokens.tolist()
+    assert beside == alone[: len(beside)]
+    assert len(beside) == BEGINNING + 48
 
 
-def test_writing_ends_with_the_end_of_text_token() -> None:
+def test_writing_ends_with_an_end_of_text_token() -> None:
     model = build("llama_tied").float()
-    (whole,) = continued(model, [example(40)], length=400, end=None, seed=0)
+    (whole,) = continued(model, [example(40)], length=400, ends=(), seed=0)
     assert len(whole.tokens) == BEGINNING + WRITTEN
     end = int(whole.tokens[BEGINNING + 5])
-    (short,) = continued(model, [example(40)], length=400, end=end, seed=0)
-    assert short.tokens[-1] == end
+    (short,) = continued(model, [example(40)], length=400, ends={end, 1}, seed=0)
+    assert short.tokens[-1] in (end, 1)
     assert end not in short.tokens[BEGINNING:-1]
     assert len(short.tokens) <= BEGINNING + 6
     assert short.learned[-1]
+
+
+def test_a_generation_configuration_changes_nothing() -> None:
+    model = build("llama_tied").float()
+    plain = continued(model, [example(40)], length=200, ends=(), seed=0)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.temperature = 0.01
+    assert ids_of(continued(model, [example(40)], length=200, ends=(), seed=0)) == ids_of(plain)
+    assert model.generation_config.repetition_penalty == 5.0
 
 
 def test_random_numbers_of_others_are_left_alone() -> None:
@@ -63,14 +83,14 @@ def test_random_numbers_of_others_are_left_alone() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    continued(model, [example(40)], length=50, end=None, seed=9)
+    continued(model, [example(40)], length=80, ends=(), seed=9)
     torch.testing.assert_close(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_only_the_end_of_the_training_is_on_policy(batch: int, tmp_path: Path) -> None:
     teacher = build("llama_tied").float()
-    settings: dict[str, Any] = {"distillation": 1.0, "batch": batch, "micro_batch": 1, "length": 40}
+    settings: dict[str, Any] = {"distillation": 1.0, "batch": batch, "micro_batch": 1, "length": 96}
     _, read = train(tmp_path / "read", teacher=teacher, **settings)
     _, written = train(tmp_path / "written", teacher=teacher, on_policy=0.5, **settings)
     same = [a.loss == b.loss for a, b in zip(read.points, written.points, strict=True)]
@@ -79,7 +99,7 @@ def test_only_the_end_of_the_training_is_on_policy(batch: int, tmp_path: Path) -
 
 def test_an_interrupted_training_writes_the_same_again(tmp_path: Path) -> None:
     teacher = build("llama_tied").float()
-    settings: dict[str, Any] = {"distillation": 1.0, "on_policy": 0.75, "length": 40, "teacher": teacher}
+    settings: dict[str, Any] = {"distillation": 1.0, "on_policy": 0.75, "length": 96, "teacher": teacher}
     _, whole = train(tmp_path / "whole", **settings)
 
     class KilledError(Exception):

@@ -44,7 +44,7 @@ def data(count: int = 12, seed: int = 0) -> TrainingData:
         tokens = (start + np.arange(14 + index % 4)) % 100 + 2
         learned = np.ones(len(tokens), dtype=np.bool_)
         learned[: 1 + index % 3] = False
-        examples.append(Example(tokens.astype(np.int64), learned))
+        examples.append(Example(tokens.astype(np.int64), learned, prompt=1 + index % 3))
     return TrainingData(sources=("made",), train=tuple(examples[2:]), held_out=tuple(examples[:2]), seed=seed)
 
 

@@ -12,7 +12,7 @@ WHOLE = 48
 """Layers of the model."""
 FLAGS = [
     "--roles", "expert", "--importance", "reap", "--layout", "uniform", "--no-restore", "--pruning-ratio", "0.25",
-    "--num-samples", "16", "--sample-length", "2048", "--preset", "fast", "--max-memory", "8GB",
+    "--num-samples", "16", "--sample-length", "2048", "--preset", "fast", "--max-memory", "10GB",
 ]  # fmt: skip
 SETTINGS = {"flags": " ".join(FLAGS)}
 CELLS = ["2", "4"]

@@ -47,7 +47,7 @@ SETTINGS = {
     "model": "{model}", "calibrations": list(CALIBRATIONS), "measured on": list(MEASURED),
     "pruning ratios": list(RATIOS.values()), "samples": Scaled(4, 50), "sample length": Scaled(32, 128),
     "measured tokens": Scaled(512, 8192), "minutes of router tuning": 5, "seed": 0,
-    "upcycled": Scaled(*(f"{s.experts} experts, {s.chosen} of each token" for s in (TRIAL, FULL))),
+    "upcycled": Scaled(str(TRIAL), str(FULL)),
 }  # fmt: skip
 DECIDED_BY = (*PRUNING, "recovery", "pipeline/recover")
 
@@ -166,7 +166,7 @@ def tuned_routers(request: Request, model: str, folder: Path, dense: Dense) -> V
     removed = sum(count * one.parameters_per_unit(dense.graph.shapes) for one, count in half)
     ratio = f"{removed / dense.graph.block_parameters - 1e-4:.4f}"
     flags = ["--roles", "expert", "--importance", "reap", "--layout", "uniform", "--no-restore", "--preset", "fast"]
-    name = f"{model}-{request.size('trial', 'half')}-of-the-experts"
+    name = f"{folder.name}-{request.size('trial', 'half')}-of-the-experts"
     pruned = made_by_saap(request, name, "prune", folder, "--pruning-ratio", ratio, *flags)
     limits = FEW_STEPS if request.quick else ["--max-minutes", str(request.settings["minutes of router tuning"])]
     with tempfile.TemporaryDirectory() as temporary:

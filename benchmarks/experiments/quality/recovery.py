@@ -21,21 +21,25 @@ UNREAD = "novel"
 """The text of whose kind `OTHER_TEXTS` has nothing."""
 OTHER_TEXTS = ["--data", "encyclopaedia", "--data", "conversations", "--data", "speeches"]
 FULL = ["--tuning", "full"]
+ON_POLICY = 0.3
 TUNED: Mapping[str, list[list[str]]] = {
-    "groupwise": [[]],
+    "groupwise": [["--tuning", "groupwise"]],
     "lora": [["--tuning", "lora"]],
     "full": [FULL],
-    "full, on-policy": [[*FULL, "--on-policy", "0.3"]],
-    "full, then groupwise": [FULL, []],
+    "full, on-policy": [[*FULL, "--on-policy", str(ON_POLICY)]],
+    "full, then groupwise": [FULL, ["--tuning", "groupwise"]],
     "full, without novels": [[*FULL, *OTHER_TEXTS]],
 }
 """The flags of each run of `saap recover`, which share the tokens equally."""
-CELLS = ["dense", "pruned", *TUNED]
+MAIN = ("groupwise", "full", "full, on-policy")
+CELLS = ["dense", "pruned", *MAIN]
+EXTRA = [name for name in TUNED if name not in MAIN]
 OPTIONS = INSTRUCTIONS
 SETTINGS = {
     "model": "{model}", "preset": "fast", "tokens": Scaled(128, 80_000),
     "measured tokens": Scaled(512, 4096), "prompts": BUNDLED, "written tokens": Scaled(8, 128),
-    "open prompts": Scaled(1, 12), "facts": Scaled(2, 32),
+    "open prompts": Scaled(1, 12), "facts": Scaled(2, 32), "pruning ratio": 0.2,
+    "tunings": [f"{name}: {' then '.join(' '.join(flags) for flags in runs)}" for name, runs in TUNED.items()],
 }  # fmt: skip
 DECIDED_BY = (*PRUNING, "recovery", "pipeline/recover")
 
@@ -80,14 +84,15 @@ def answers(model: Any, dense: Any, settings: Values) -> Values:
 
 
 def summarise(cells: Cells) -> Values:
-    states = [state for state in CELLS if state in cells]
+    states = [state for state in ("dense", "pruned", *TUNED) if state in cells]
     logs = {state: {name: math.log(value) for name, value in cells[state]["perplexity"].items()} for state in states}
     shares = {state: closed(logs, state) for state in TUNED if state in cells}
     general = {state: sum(each.values()) / len(each) for state, each in shares.items()}
     best = max((state for state in ("groupwise", "lora", "full") if state in general), key=lambda state: general[state])
     return {
         "states": {state: cells[state] for state in states}, "closed": shares, "closed_mean": general, "best": best,
-        "unread": UNREAD, "texts": list(cells["dense"]["perplexity"]),
+        "unread": UNREAD, "on_policy": ON_POLICY,
+        "tokens": max(cells[state]["tokens"] for state in shares), "texts": list(cells["dense"]["perplexity"]),
     }  # fmt: skip
 
 

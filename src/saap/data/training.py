@@ -26,10 +26,12 @@ class Example:
     """A sequence with a loss mask.
 
     tokens: (n,) ids. learned: (n,) bool, True where the prediction of the token has a loss; never for the first token.
+    prompt: tokens before the first answer of a conversation; 0 for plain text.
     """
 
     tokens: IntArray
     learned: np.ndarray[Any, np.dtype[np.bool_]]
+    prompt: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +135,8 @@ def _conversations(path: Path, tokenizer: Any | None, length: int, leading: Sequ
             ids, learned = [*leading, *ids], [False] * len(leading) + learned
         learned = [False, *learned[1:]]
         if any(learned[:length]):
-            examples.append(Example(np.array(ids[:length], dtype=np.int64), np.array(learned[:length])))
+            tokens = np.array(ids[:length], dtype=np.int64)
+            examples.append(Example(tokens, np.array(learned[:length]), prompt=learned.index(True)))
     if not examples:
         raise TrainingDataError(
             f"No conversation of {path} has an answer within its first {length} tokens", "Use a larger --max-seq-length"

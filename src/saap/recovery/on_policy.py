@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
+from saap.core.records import IntArray
 from saap.data.training import Example
 
 BEGINNING = 32
-"""Tokens that a sequence keeps at least."""
+"""Tokens that a plain text keeps."""
 WRITTEN = 256
 """Tokens that the model writes at most: each costs a pass over all weights."""
 AT_ONCE = 8
@@ -20,30 +23,50 @@ AT_ONCE = 8
 
 
 @torch.no_grad()
-def continued(model: Any, examples: Sequence[Example], *, length: int, end: int | None, seed: int) -> list[Example]:
+def continued(
+    model: Any, examples: Sequence[Example], *, length: int, ends: Collection[int], seed: int
+) -> list[Example]:
     """The examples with another end: what the model writes after their beginnings, sampled at temperature 1.
 
-    A beginning is all before the first learned token, and at least 32 tokens. What is written has a loss, up to the
-    end-of-text token. length: tokens of a sequence at most. Source: on-policy distillation of Agarwal et al. 2024
-    (GKD), with all sequences written by the model.
+    A beginning is the prompt of a conversation, or 32 tokens of a text. What is written has a loss, up to the first of
+    the end-of-text tokens `ends`. length: tokens of a sequence at most. Examples whose beginning takes more than half
+    of it, or all of the example, stay as they are. Source: on-policy distillation of Agarwal et al. 2024 (GKD), with
+    all sequences written by the model.
     """
-    beginnings = [one.tokens[: max(int(one.learned.argmax()), BEGINNING)] for one in examples]
-    most = min(WRITTEN, length - min(map(len, beginnings)))
-    if most < 1:
-        return list(examples)
+    beginnings = [one.tokens[: one.prompt or BEGINNING] for one in examples]
+    places = [
+        place for place, (one, beginning) in enumerate(zip(examples, beginnings, strict=True))
+        if len(beginning) < len(one.tokens) and len(beginning) <= length // 2
+    ]  # fmt: skip
+    found = list(examples)
+    if not places:
+        return found
     device = next(model.parameters()).device
-    ids, mask = _padded_before(beginnings, device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    ids, mask = _padded_before([beginnings[place] for place in places], device)
+    most = min(WRITTEN, length - ids.shape[1])
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _plain_sampling(model):
         torch.manual_seed(seed)
         made = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=most, do_sample=True, temperature=1.0, top_k=0,
-            top_p=1.0, eos_token_id=end, pad_token_id=0,
+            input_ids=ids, attention_mask=mask, max_new_tokens=most, do_sample=True, top_k=0,
+            eos_token_id=sorted(ends) or None, pad_token_id=0,
         )  # fmt: skip
-    rows = zip(beginnings, made[:, ids.shape[1] :].cpu().numpy(), strict=True)
-    return [_joined(beginning, row, end, length) for beginning, row in rows]
+    for place, row in zip(places, made[:, ids.shape[1] :].cpu().numpy(), strict=True):
+        found[place] = _joined(beginnings[place], row, ends)
+    return found
 
 
-def _padded_before(beginnings: Sequence[np.ndarray[Any, Any]], device: torch.device) -> tuple[Tensor, Tensor]:
+@contextmanager
+def _plain_sampling(model: Any) -> Iterator[None]:
+    """Sampling from the model's own distribution, whatever its generation configuration asks for."""
+    usual = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = usual
+
+
+def _padded_before(beginnings: Sequence[IntArray], device: torch.device) -> tuple[Tensor, Tensor]:
     """(sequences, longest) ids and their attention mask; shorter ones are padded at the start."""
     longest = max(map(len, beginnings))
     ids = torch.zeros(len(beginnings), longest, dtype=torch.int64)
@@ -54,9 +77,9 @@ def _padded_before(beginnings: Sequence[np.ndarray[Any, Any]], device: torch.dev
     return ids.to(device), mask.to(device)
 
 
-def _joined(beginning: np.ndarray[Any, Any], written: np.ndarray[Any, Any], end: int | None, length: int) -> Example:
-    """A beginning and what follows it until the end-of-text token, which is learned too."""
-    ends = np.flatnonzero(written == end) if end is not None else np.empty(0, np.int64)
-    kept = written[: int(ends[0]) + 1] if len(ends) else written
-    tokens = np.concatenate([beginning, kept])[:length].astype(np.int64)
-    return Example(tokens, np.arange(len(tokens)) >= len(beginning))
+def _joined(beginning: IntArray, written: IntArray, ends: Collection[int]) -> Example:
+    """A beginning and what follows it until an end-of-text token, which is learned too."""
+    places = np.flatnonzero(np.isin(written, list(ends)))
+    kept = written[: int(places[0]) + 1] if len(places) else written
+    tokens = np.concatenate([beginning, kept]).astype(np.int64)
+    return Example(tokens, np.arange(len(tokens)) >= len(beginning), prompt=len(beginning))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
@@ -63,7 +63,8 @@ class Training(BaseModel):
     """State of a training.
 
     validation: of the best parameters so far, after `best_step` (0: before the first step). without_best: number of
-    validations since then. stopped_by: reason of the end in words; '' while it runs.
+    validations since then. on_policy: whether that part has begun; then the best parameters are chosen anew.
+    stopped_by: reason of the end in words; '' while it runs.
     """
 
     step: int = 0
@@ -73,6 +74,7 @@ class Training(BaseModel):
     validation: float = float("inf")
     best_step: int = 0
     without_best: int = 0
+    on_policy: bool = False
     points: list[CurvePoint] = []
     stopped_by: str = ""
 
@@ -82,8 +84,8 @@ class Trainer:
     """Trains `parameters` of the walker's model with AdamW; everything else is frozen.
 
     parameters: by name, float32, the same in all processes. folder: for the state, from which an interrupted training
-    resumes with the same losses (unless the schedule depends on the clock). teacher: the dense model. end: the
-    end-of-text token, for what the model writes itself.
+    resumes with the same losses (unless the schedule depends on the clock). teacher: the dense model. ends: the
+    end-of-text tokens, for what the model writes itself.
     """
 
     walker: BlockWalker
@@ -95,7 +97,7 @@ class Trainer:
     processes: Processes
     report: Report
     teacher: BlockWalker | None = None
-    end: int | None = None
+    ends: Collection[int] = ()
 
     def __post_init__(self) -> None:
         self.device = next(iter(self.parameters.values())).device
@@ -160,7 +162,8 @@ class Trainer:
         """Reason to end the training now, in words; '' if there is none."""
         config = self.config
         if share_done(config, training.step, training.tokens, training.seconds) < 1:
-            stale = config.patience and training.without_best >= config.patience
+            decided = training.on_policy or not config.on_policy
+            stale = decided and config.patience and training.without_best >= config.patience
             return "validation, which fell no more" if stale else ""
         if config.max_steps is not None and training.step >= config.max_steps:
             return f"the limit of {config.max_steps} steps"
@@ -206,12 +209,14 @@ class Trainer:
         step, config = training.step, self.config
         if share_done(config, step, training.tokens, training.seconds) < 1 - config.on_policy:
             return self._read(step)
+        if not training.on_policy:
+            training.on_policy, training.validation, training.without_best = True, float("inf"), 0
         if step not in self._written:
             # up to the next validation, where a training can be resumed: it then writes the same
             last = min(step + -(-AT_ONCE // config.batch), (step // config.validate_every + 1) * config.validate_every)
             read = {each: self._read(each) for each in range(step, last)}
             own = [one for examples in read.values() for one in examples[self.processes.rank :: self.processes.count]]
-            made = continued(self.walker.model, own, length=config.length, end=self.end, seed=config.seed + step)
+            made = continued(self.walker.model, own, length=config.length, ends=self.ends, seed=config.seed + step)
             parts = [iter(part) for part in self.processes.gather(made)]
             self._written = {
                 each: [next(parts[place % len(parts)]) for place in range(len(examples))]

@@ -124,9 +124,9 @@ class RecoverConfig(Settings):
                     "Leave out one of the two",
                 )
         if self.on_policy and self.distillation not in (None, 1):
-            raise ValueError("--on-policy has no other target than the teacher", "Leave out --distillation")
+            raise ValueError("--on-policy requires --distillation 1", "Leave out one of the two")
         if self.on_policy and self.shard:
-            raise ValueError("--on-policy has no equal work for the processes of --shard", "Leave out one of the two")
+            raise ValueError("--on-policy cannot be combined with --shard", "Leave out one of the two")
         return self
 
     @property

@@ -164,6 +164,13 @@ def load_tokenizer(resolved: ResolvedModel) -> Any | None:
         return AutoTokenizer.from_pretrained(resolved.folder, **resolved.options)
 
 
+def end_tokens(model: Any, tokenizer: Any | None) -> set[int]:
+    """The tokens that end what a model writes, by its generation configuration and its tokenizer."""
+    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = stated if isinstance(stated, list) else [stated]
+    return {int(index) for index in (*listed, getattr(tokenizer, "eos_token_id", None)) if index is not None}
+
+
 def load_processor(folder: Path) -> Any | None:
     """The processor of the model in `folder`, None if it has none. Raises ModelError for bad files."""
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):

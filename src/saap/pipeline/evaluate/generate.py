@@ -12,6 +12,7 @@ import torch
 from saap.core.errors import ConfigurationError, ModelError
 from saap.evaluation.generation import prompt_ids
 from saap.evaluation.speed import CachedModel
+from saap.models.loading.pretrained import end_tokens
 from saap.models.loading.references import ResolvedModel, resolve_model
 from saap.models.walk.probe import check_reads
 from saap.pipeline.shared.dense_model import DenseChoice, manifest_of, resolve_dense
@@ -87,7 +88,7 @@ def continued(speaker: Speaker, ids: list[int], settings: GenerationSettings) ->
     """
     model, tokenizer = speaker.model, speaker.tokenizer
     generator = torch.Generator().manual_seed(settings.seed)  # on the CPU: the same random numbers for every device
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     check_reads(model, len(ids) + settings.max_tokens - 1, "Use fewer --max-new-tokens or a shorter prompt")
     cached = CachedModel(model)
     written: list[int] = []
@@ -105,9 +106,3 @@ def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator)
     if temperature == 0:
         return int(logits.argmax())
     return int(torch.multinomial(torch.softmax(logits.float().cpu() / temperature, -1), 1, generator=generator))
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = stated if isinstance(stated, list) else [stated]
-    return {int(index) for index in (*listed, tokenizer.eos_token_id) if index is not None}

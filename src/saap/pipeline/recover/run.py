@@ -18,7 +18,7 @@ from saap.evaluation.perplexity import joint_perplexity, perplexities
 from saap.export.huggingface import FolderParts, write_recovered
 from saap.models.checkpoint.groupwise import GroupwiseWeight, linears_inside
 from saap.models.loading.devices import quick_float32_products, rounded_products
-from saap.models.loading.pretrained import load, load_groupwise, load_model
+from saap.models.loading.pretrained import end_tokens, load, load_groupwise, load_model
 from saap.models.walk.probe import check_reads, read_at_once
 from saap.models.walk.walker import BlockWalker
 from saap.pipeline.recover.context import Recovery, prepare
@@ -174,7 +174,10 @@ def _fitting(config: RecoverConfig, model: nn.Module) -> Sequence[str]:
 def _check_fits(run: Recovery, model: Any) -> None:
     """Raise SaapError for training sequences that are too long, or token ids outside the vocabulary."""
     examples = [example.tokens for example in (*run.data.train, *run.data.held_out)]
-    check_reads(model, max(map(len, examples)), "Use a smaller --max-seq-length")
+    longest = run.config.length if run.config.on_policy else max(map(len, examples))
+    check_reads(model, longest, "Use a smaller --max-seq-length")
+    if run.config.on_policy and not hasattr(model, "generate"):
+        raise ModelError(f"{type(model).__name__} has no `generate`", "Leave out --on-policy")
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(int(tokens.max()) for tokens in examples)
     if largest >= rows:
@@ -196,7 +199,7 @@ def _trained(
             BlockWalker(model, find_blocks(model)), parameters, run.data, run.config, folder=folder,
             processes=run.processes, report=Report(step=reporter.advance, line=reporter.note),
             teacher=None if teacher is None else BlockWalker(teacher, find_blocks(teacher)),
-            end=getattr(run.tokenizer, "eos_token_id", None),
+            ends=end_tokens(model, run.tokenizer),
         ).run()  # fmt: skip
 
 
