@@ -31,7 +31,7 @@ from saap.models.walk.walker import without_cache
 # Some models compute attention in float32 in any dtype; the error of a wrong size is far larger.
 TOLERANCE = 1e-5
 MOST_ATTRIBUTES = 3
-# Rows of an embedding that get values: more than the token ids of a test.
+# Rows of an embedding that exist, or get values: more than the token ids of a test.
 FILLED_ROWS = 1024
 TOKENS = 5
 SMALL_FFN = 8
@@ -100,7 +100,8 @@ class _SmallModel:
         kept = [np.unique(places.astype(int)).tolist() for places in every]
         shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
         index = KeepIndex(shapes, zip(groups, kept, strict=True))
-        self.shapes = index.shapes
+        tables = _token_tables(self.model)
+        self.shapes = {name: (FILLED_ROWS, *one[1:]) if name in tables else one for name, one in index.shapes.items()}
         self.groups = [_renumbered(group, few, index) for group, few in zip(groups, kept, strict=True)]
         generator = torch.Generator().manual_seed(0)
         for name, parameter in self.model.named_parameters():
@@ -124,6 +125,29 @@ class _SmallModel:
         memo: dict[int, Any] = {id(one): one for one in shared}
         memo |= {id(one): nn.Parameter(one.data, requires_grad=False) for one in self.model.parameters()}
         return copy.deepcopy(self.model, memo)
+
+
+def _token_tables(model: Any) -> set[str]:
+    """Parameters with more rows than a test needs, one for each token; their modules are prepared to lose the others.
+
+    Of a large vocabulary they would be most of the small model's memory.
+    """
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        if module in (_embedding_of(model, "input"), _embedding_of(model, "output")):
+            own = module.named_parameters(prefix=name, recurse=False)
+            found |= {path for path, parameter in own if len(parameter) > FILLED_ROWS}
+            if getattr(module, "padding_idx", None) is not None:
+                module.padding_idx = None  # it may be one of them
+    return found
+
+
+def _embedding_of(model: Any, side: str) -> nn.Module | None:
+    try:
+        found: nn.Module | None = getattr(model, f"get_{side}_embeddings")()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found
 
 
 def _called(model: nn.Module, path: str, samples: int = 2) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
