@@ -91,3 +91,5 @@ def test_batches_of_one_shape_share_their_masks() -> None:
     assert first == second
     assert len(first) > 1
     assert not first & longer
+    streams.clear()
+    assert not walker._shared

@@ -192,23 +192,26 @@ def test_lists_of_modules_follow(tmp_path: Path) -> None:
     assert settings["modules_to_not_convert"] == ["lm_head", "model.layers.1.mlp.experts.2.up_proj"]
 
 
+@pytest.mark.parametrize("kind", ["experts.0", "dense"])
 @pytest.mark.parametrize("place", ["model.layers.2", "mtp.layers.0"])
-def test_layers_for_multi_token_prediction_are_left_out(tmp_path: Path, place: str) -> None:
+def test_layers_for_multi_token_prediction_are_left_out_if_they_have_experts(
+    tmp_path: Path, place: str, kind: str
+) -> None:
     folder, out = published(tmp_path, "deepseek_v3"), tmp_path / "small"
-    extra = {f"{place}.{name}": torch.ones(64, 64) for name in ("eh_proj.weight", "mlp.experts.0.up_proj.weight")}
+    extra = {f"{place}.{name}": torch.ones(64, 64) for name in ("eh_proj.weight", f"mlp.{kind}.up_proj.weight")}
     save_file(tensors_of(folder) | extra, folder / "model.safetensors", metadata={"format": "pt"})
     path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["num_nextn_predict_layers"] = 1
+    config = json.loads(path.read_text()) | {"num_nextn_predict_layers": 1, "text_config": None}
     config["quantization_config"]["modules_to_not_convert"] = ["lm_head", f"{place}.eh_proj"]
     path.write_text(json.dumps(config))
     reporter = Noted()
     result = saap.prune(folder, out=out, layout="uniform", restore=False, reporter=reporter, **OPTIONS)
-    assert any("multi-token prediction are left out" in line for line in reporter.notes)
-    assert not [name for name in tensors_of(out) if name.startswith(place)]
+    kept = kind == "dense"
+    assert any("multi-token prediction are left out" in line for line in reporter.notes) is not kept
+    assert {name for name in tensors_of(out) if name.startswith(place)} == (set(extra) if kept else set())
     written = json.loads((out / "config.json").read_text())
-    assert written["num_nextn_predict_layers"] == 0
-    assert written["quantization_config"]["modules_to_not_convert"] == ["lm_head"]
+    assert written["num_nextn_predict_layers"] == kept
+    assert written["quantization_config"]["modules_to_not_convert"] == ["lm_head", *[f"{place}.eh_proj"] * kept]
     assert written["n_routed_experts"] < config["n_routed_experts"]
     tokens = torch.arange(2, 42).reshape(2, 20)
     again = load_model(resolve_model(out), device=torch.device("cpu"))

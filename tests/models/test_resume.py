@@ -66,7 +66,7 @@ def test_the_second_run_visits_only_what_is_left(
     steps = blocks if importance.of_experts else 2 * blocks
     expected = scores(model, graph, importance, role, Spill(tmp_path / "whole"), [])
     for passes in range(1, steps):
-        spill = Spill(tmp_path / str(passes), resumable=True)
+        spill = Spill(tmp_path / str(passes), lambda: None)
         with monkeypatch.context() as patch:
             visited = stopped_at(patch, passes)
             with pytest.raises(_InterruptError):
@@ -84,7 +84,7 @@ def test_the_second_run_visits_only_what_is_left(
 def test_the_folder_has_only_what_later_blocks_need(tmp_path: Path) -> None:
     model = families.build("mixtral")
     graph = discover(model)
-    spill = Spill(tmp_path, resumable=True)
+    spill = Spill(tmp_path, lambda: None)
     first = scores(model, graph, Importance.REAP, Role.EXPERT, spill, [])
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".safetensors", ".spill"]
     seen: list[tuple[int, int]] = []
@@ -99,13 +99,28 @@ def test_the_folder_has_only_what_later_blocks_need(tmp_path: Path) -> None:
 def test_damaged_records_are_refused(what: str, tmp_path: Path) -> None:
     model = families.build("mixtral")
     graph = discover(model)
-    spill = Spill(tmp_path, resumable=True)
+    spill = Spill(tmp_path, lambda: None)
     scores(model, graph, Importance.REAP, Role.EXPERT, spill, [])
     (stream,) = tmp_path.glob("*.spill")
     path = tmp_path / NAME if what == "record" else stream
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(StaleInputError, match="has no finished blocks"):
         scores(model, graph, Importance.REAP, Role.EXPERT, spill, [])
+
+
+def test_a_run_on_another_device_starts_over_and_does_not_say_that_it_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record has tensors of its own device."""
+    model, told = families.build("mixtral"), list[str]()
+    graph = discover(model)
+    spill = Spill(tmp_path, lambda: told.append("resumed"))
+    for name, expected in (("cpu", 0), ("cpu", 1), ("cpu:0", 1)):
+        monkeypatch.setattr(Backend, "device", torch.device(name))
+        seen: list[tuple[int, int]] = []
+        scores(model, graph, Importance.REAP, Role.EXPERT, spill, seen)
+        assert len(told) == expected
+    assert len(seen) == len(graph.blocks)
 
 
 def test_without_a_record_nothing_is_resumed(tmp_path: Path) -> None:

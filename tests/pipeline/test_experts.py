@@ -158,7 +158,7 @@ def test_removed_experts_are_merged(source: Path, tmp_path: Path, layout: str) -
     assert merged.plan.keep == plain.plan.keep
     stacks = set(merged.report.refit_errors) - set(plain.report.refit_errors)
     assert stacks
-    assert all(path.endswith("experts.down_proj") for path in stacks)
+    assert all(path.endswith("mlp.experts") for path in stacks)
     opened = saap.load(tmp_path / "merged")
     torch.testing.assert_close(logits(opened), logits(merged.model), rtol=0, atol=0)
     assert not torch.equal(logits(opened), logits(plain.model))
@@ -180,7 +180,7 @@ def test_a_mixture_that_cannot_merge_is_refused_before_the_estimation(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning, "estimate", lambda *a, **k: pytest.fail("the estimation began"))
-    monkeypatch.setattr(merging, "expert_numbers", lambda arguments: None)
+    monkeypatch.setattr(merging, "experts_and_gates", lambda arguments: None)
     with pytest.raises(UnsupportedModelError, match="Leave out --merge-experts"):
         saap.prune(source, pruning_ratio=0.25, out=tmp_path / "o", merge_experts=True, roles=["expert"], **SETTINGS)
     assert not (tmp_path / "o").exists()

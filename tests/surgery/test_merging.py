@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tests.families import build
+from tests.families import build, configuration, randomised
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from saap.core.errors import UnsupportedModelError
 from saap.core.records import Layout, ModelGraph, Role, StructurePlan
@@ -106,19 +109,30 @@ def test_only_the_down_projections_of_kept_experts_change() -> None:
 
 
 def test_an_expert_without_tokens_stays_as_it_is() -> None:
-    dense = build("mixtral").float()
+    settings = configuration("mixtral")
+    settings.num_local_experts = 6
+    dense = randomised(AutoModelForCausalLM.from_config(settings, attn_implementation="eager")).float()
     for block in dense.model.layers:
-        block.mlp.gate.weight[2] = 0
-        block.mlp.gate.weight[:2] = torch.stack([block.mlp.gate.weight[0], -block.mlp.gate.weight[0]])
-        block.mlp.gate.weight[3] = block.mlp.gate.weight[0] * 2
+        row = block.mlp.gate.weight[0].clone()  # of the first four, two of one sign are above zero
+        block.mlp.gate.weight.copy_(torch.stack([row, -row, row / 2, -row / 2, row * 0, row * 2]))
     graph = discover(dense)
-    merged, _ = reconstructed(dense, graph, merge=True, rows=2)
-    chosen = experts_of(merged, "model.layers.0.mlp.experts", tokens(2))[1]
-    unused = sorted(set(range(3)) - set(chosen.flatten().tolist()))
-    for expert in unused:
-        assert torch.equal(
-            merged.model.layers[0].mlp.experts.down_proj[expert], dense.model.layers[0].mlp.experts.down_proj[expert]
-        )
+    merged, _ = reconstructed(dense, graph, merge=True)
+    chosen = experts_of(merged, "model.layers.0.mlp.experts", tokens(48))[1]
+    unused = sorted(set(range(5)) - set(chosen.flatten().tolist()))
+    assert unused == [4]
+    old, new = (model.model.layers[0].mlp.experts.down_proj for model in (dense, merged))
+    assert torch.equal(new[4], old[4])
+    assert not torch.equal(new[:4], old[:4])
+
+
+def test_channels_that_experts_lose_have_an_error_of_their_own() -> None:
+    dense = build("mixtral").float()
+    graph = discover(dense)
+    keep = {one.name: tuple(range(one.units // 2)) for one in (*graph.of_role(Role.EXPERT), *graph.of_role(Role.FFN))}
+    plan = make_plan(graph, keep, (), layout=Layout.ADAPTIVE, strategy="test", align=1)
+    done = reconstruct(Backend(dense, graph), plan, tokens(16), ReconstructionSettings(merge=True))
+    path = "model.layers.0.mlp.experts"
+    assert {path, f"{path}.down_proj"} <= done.errors.keys()
 
 
 def test_what_is_missing_is_read_once_for_so_many_experts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,3 +149,19 @@ def test_experts_that_are_not_given_their_tokens_are_refused() -> None:
     model = build("llama4_text")
     with pytest.raises(UnsupportedModelError, match=r"experts of each token .* Leave out --merge-experts"):
         require_mergeable(Backend(model, discover(model)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda output: output / output.norm(), lambda output: SimpleNamespace(reshape=output.reshape)],
+    ids=["norm", "no tensor"],
+)
+def test_experts_that_change_the_sum_of_their_outputs_are_refused(change: Callable[[Tensor], Any]) -> None:
+    model = build("mixtral")
+    backend = Backend(model, discover(model))
+    require_mergeable(backend)
+    experts = model.model.layers[0].mlp.experts
+    stock = experts.forward
+    experts.forward = lambda *arguments: change(stock(*arguments))
+    with pytest.raises(UnsupportedModelError, match=r"weighted sum .* Leave out --merge-experts"):
+        require_mergeable(backend)

@@ -59,7 +59,7 @@ def estimate(
     if also:
         passes.setdefault(True, []).extend(also)
     dtypes = backend.products, next(backend.model.parameters()).dtype
-    decides = importance, element_order, aggregation, sorted(roles), rows, *dtypes
+    decides = importance, element_order, aggregation, sorted(roles), rows, backend.device, *dtypes
     inside = not also and all(group.layer >= 0 for group in groups)  # scores are complete with their block
     digest = digest_of([graph.digest, calibration.digest, *map(str, decides)]) if inside else ""
     with in_pieces(_experts(backend.model, graph, groups)):

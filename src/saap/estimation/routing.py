@@ -12,7 +12,7 @@ from saap.core.errors import UnsupportedModelError
 from saap.core.records import AxisSlice, CoupledGroup, IntArray, ModelGraph, Role
 from saap.estimation.importance import Scoring
 from saap.estimation.statistics import ScoreObserver
-from saap.models.structure.routing import expert_numbers
+from saap.models.structure.routing import experts_and_gates
 from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Observation, Signal
 
@@ -72,10 +72,10 @@ class RouterFrequency(ScoreObserver):
 
 def chosen(site: str, arguments: Sequence[Any]) -> Tensor:
     """Numbers of the experts of each token, (tokens, experts per token). Raises UnsupportedModelError without them."""
-    numbers = expert_numbers(arguments)
-    if numbers is None:
+    found = experts_and_gates(arguments)
+    if found is None:
         raise UnsupportedModelError(f"{site} is not called with the experts of each token and their gates", OTHER_SCORE)
-    return numbers
+    return found[0]
 
 
 FREQUENCY = Scoring(observer=RouterFrequency)

@@ -31,7 +31,7 @@ _POINTER = "See root cause above"
 _ERROR = re.compile(r"\b\w+Error: .+")
 _COMMAND = "saap "
 _QUIET = {"VLLM_LOGGING_LEVEL": "WARNING"}
-"""Environment in which what a program wrote is not followed by its own log."""
+"""Environment in which programs log only warnings, so that their last output is their result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,8 +38,8 @@ class FolderExperts:
     """The experts of a folder. type: format of its weights. count: experts of each layer.
 
     fields: of config.json that have this number, by path. blocks: paths of the layers with experts. places: of the
-    tensors that belong to experts, by name. left_out: tensors of multi-token prediction layers. The model does not
-    have these, so their experts have no scores; programs use them to guess ahead, never for the result.
+    tensors that belong to experts, by name. left_out: tensors of multi-token prediction layers with experts. The
+    model does not have these, so their experts have no scores; programs use them for speculative decoding only.
     """
 
     folder: Path
@@ -77,8 +77,9 @@ class FolderExperts:
                 holder = holder[field]
             holder[name] = holder[name] // self.count * kept
         for name in _PREDICTION_FIELDS if self.left_out else ():
-            for holder in (config, config.get("text_config", {})):
-                holder.update({name: 0} if name in holder else {})
+            for holder in (config, config.get("text_config")):
+                if isinstance(holder, dict) and name in holder:
+                    holder[name] = 0
         settings = config["quantization_config"]
         for name, value in settings.items():
             if isinstance(value, list) and all(isinstance(one, str) for one in value):  # modules in another format
@@ -139,7 +140,8 @@ def open_expert_folder(folder: Path, quantisation: str, graph: ModelGraph, confi
     places: dict[str, _Place] = {}
     for layer, groups in layers.items():
         places |= _places(groups, graph.blocks[layer], stored)
-    left_out = frozenset(name for name in stored.shapes if _of_prediction(name, graph.blocks))
+    prediction = frozenset(name for name in stored.shapes if _of_prediction(name, graph.blocks))
+    left_out = prediction if any(".experts." in name for name in prediction) else frozenset[str]()
     others = [name for name in stored.shapes if ".experts." in name and name not in {*places, *left_out}]
     if others:
         raise ExportError(f"{folder} has experts that are not in the model ({listed(others, 2)})", _REMEDY)

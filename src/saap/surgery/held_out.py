@@ -1,10 +1,10 @@
-"""How the sequences of a reconstruction are used: some of them only choose the ridge."""
+"""How the sequences of a reconstruction are used: a few at a time, and some of them only to choose the ridge."""
 
 from saap.core.errors import CalibrationError
 
 HELD_OUT_SHARE = 0.125
 HELD_OUT_AT_LEAST = 4
-"""Sequences that choose the ridge, where there are twice as many: fewer tell too little."""
+"""Sequences that choose the ridge, where there are twice as many: the held-out error of fewer is too noisy."""
 MICRO_BATCH = 4
 """Sequences at a time."""
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from saap.core.errors import UnsupportedModelError
 from saap.core.records import CoupledGroup, Role
 from saap.models.loading.precision import at_least_float32
 from saap.models.structure.least_squares import Moments, ridge_fit
-from saap.models.structure.routing import expert_numbers
+from saap.models.structure.routing import experts_and_gates
 from saap.models.walk.backend import Backend
 from saap.models.walk.observer import Capture, capture
 from saap.models.walk.offload import onload
@@ -21,16 +23,18 @@ from saap.models.walk.spill import Keep, Tensors
 from saap.surgery.stacked import Products, Stack, one_by_one, stacks_of
 
 MOMENTS_BYTES = 2**27
-"""Moments that exist at once, of at least one expert: for each so many the captured calls are read once more."""
+"""Memory of the moments of the experts that are fitted together; each further batch reads the captured calls again."""
+ROUNDING = 0.05
+"""Relative difference of two outputs that rounding to 16 bits explains."""
 WITHOUT = "Leave out --merge-experts"
 
 
 def rows_to_fit(x: Tensor, weight: Tensor, gate: Tensor, total: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the least-squares problem of one kept expert: what its matrix W reads, and what it should give.
+    """Rows of the least-squares problem of one kept expert: inputs of its matrix W, and their targets.
 
     x: (rows, channels), of the tokens routed to it. weight: (outputs, channels), W. gate: (rows, 1), of this expert.
     total: (rows, 1), of all experts of the token. missing: (rows, outputs), m = dense output - present output.
-    Each expert of a token is to add m / total to what it gives, so that the gated sum adds m. With s = gate / total, a
+    Each expert of a token is to add m / total to its output, so that the gated sum adds m. With s = gate / total, a
     row is sqrt(s) total x, and its target sqrt(s) (total W x + m). The layer's squared error is at most the sum of
     those of its experts (Jensen), so fits that are better than W never make it larger.
     Source: experts merged as outputs by least squares, MergeMoE (Miao et al. 2025, arXiv 2510.14436).
@@ -62,7 +66,7 @@ def require_mergeable(backend: Backend) -> None:
         if len(found[layer]) != 1:
             raise UnsupportedModelError(f"The experts of {graph.blocks[layer]} have no matrices to fit", WITHOUT)
     if layers:
-        (site,) = found[layers[0]]
+        ((site, stack),) = found[layers[0]].items()
         stream = walker.start(torch.tensor([[0, 1]], device=backend.device))
         hidden = stream.hidden
         for layer in range(layers[0]):
@@ -70,9 +74,23 @@ def require_mergeable(backend: Backend) -> None:
         with capture(backend.model, [site], stop=True) as seen:
             walker.run_block(layers[0], hidden, stream.contexts)
         arguments = seen[site].arguments if site in seen else ()
-        numbers = expert_numbers(arguments)
-        if numbers is None or any(not isinstance(one, Tensor) or len(one) != len(numbers) for one in arguments):
+        routed = experts_and_gates(arguments)
+        if routed is None or any(not isinstance(one, Tensor) or len(one) != len(routed[0]) for one in arguments):
             raise UnsupportedModelError(f"{site} is not called with the experts of each token and their gates", WITHOUT)
+        onload(backend.model, stack.tensor)
+        if not _is_linear(backend.model, stack, arguments, seen[site].output):
+            raise UnsupportedModelError(f"{site} does not return a weighted sum of its down projections", WITHOUT)
+
+
+def _is_linear(model: nn.Module, stack: Stack, arguments: tuple[Any, ...], output: object) -> bool:
+    """Whether the output of experts is a tensor, and linear in their down projections up to a bias."""
+    path, _, name = stack.tensor.rpartition(".")
+    experts, parameter = model.get_submodule(path), model.get_parameter(stack.tensor)
+    if not isinstance(output, Tensor):
+        return False
+    scaled = (functional_call(experts, {name: scale * parameter}, arguments) for scale in (0.5, 0))
+    whole, half, none = map(at_least_float32, (output, *scaled))
+    return bool(((whole + none) / 2 - half).norm() <= ROUNDING * whole.norm())
 
 
 @torch.no_grad()
@@ -134,9 +152,9 @@ class _Calls:
         empty = partial(Moments.empty, channels, outputs, parameter.device)
         found = {place: (empty(), empty()) for place in places}
         for *arguments, missing, fitted in zip(*self.arguments, self.missing, self.fitted, strict=True):
-            numbers = expert_numbers(arguments)
-            assert numbers is not None  # as `require_mergeable` has found
-            gates = next(one for one in arguments[1:] if one.shape == numbers.shape and one.is_floating_point()).float()
+            routed = experts_and_gates(arguments)
+            assert routed is not None  # as `require_mergeable` has found
+            numbers, gates = routed[0], routed[1].float()
             total = gates.masked_fill(numbers >= len(parameter), 0).sum(1, keepdim=True)  # beyond have no weights
             for place in places:
                 rows, turns = (numbers == place).nonzero(as_tuple=True)

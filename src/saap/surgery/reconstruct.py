@@ -29,7 +29,7 @@ from saap.models.walk.residual import ResidualPath, residual_paths
 from saap.models.walk.spill import PackedTensors, Tensors, drained
 from saap.models.walk.walk import embed, run_block
 from saap.models.walk.walker import Contexts
-from saap.surgery.held_out import MICRO_BATCH, held_out_sequences, require_sequences, rows_to_fit_on
+from saap.surgery.held_out import MICRO_BATCH, require_sequences, rows_to_fit_on
 from saap.surgery.merging import merge_experts, merged_stacks
 from saap.surgery.stacked import GramMatrices, fit_columns, one_by_one, stacks_of
 
@@ -54,6 +54,7 @@ class ReconstructionSettings:
 class Reconstruction:
     """What was done. keep: the final kept units by group. errors: held-out error of each matrix relative to before.
 
+    That of merged experts is under the path of their module: channels removed from their matrices have one as well.
     dense: hidden states after the dense model's last block, in micro-batches of this process' part of `others`.
     """
 
@@ -166,7 +167,7 @@ class _BlockByBlock:
         for site, stack in merged.items():
             calls, dense = self._expert_calls(layer, site), dense_outputs.pop(site)
             error = merge_experts(self.model, stack, calls, drained(dense), self.keep, self.processes)
-            self.result.errors[stack.tensor] = error
+            self.result.errors[site] = error
         pruned_next = self._fit_consumers(layer, consumers, dense_outputs, errors)
         self._cut([group for group in groups if group.name not in self.result.keep])
         if pruned_next is None:
@@ -181,10 +182,10 @@ class _BlockByBlock:
         losing = [group for group in groups if len(self.plan.kept(group)) < group.units]
         stacks, processes = stacks_of(losing), self.processes
         grams, without = GramMatrices(self.model, stacks), [group for group in losing if group.role is Role.EXPERT]
-        held_out_from = self.sequences - held_out_sequences(self.sequences)
         own = processes.share(-(-self.sequences // MICRO_BATCH)) if stacks else ()
         for index, hidden, context in zip(own, self.pruned, self.contexts, strict=bool(stacks)):
-            observed = grams.observed(held_out=index * MICRO_BATCH >= held_out_from)
+            # Experts see tokens without their sequences: a micro-batch of both kinds is fitted as a whole.
+            observed = grams.observed(held_out=rows_to_fit_on(self.sequences, index, len(hidden)) == 0)
             with one_by_one(self.model), never_chosen(self.model, without, self.plan.keep), observed:
                 self.exact.run_block(layer, hidden, context)
         for stack in stacks:

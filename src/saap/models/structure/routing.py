@@ -18,23 +18,24 @@ TOKENS_AT_ONCE = 2048
 """Tokens that experts process at once: their activations are those of several experts for each token."""
 
 
-def expert_numbers(arguments: Sequence[Any]) -> Tensor | None:
-    """Numbers of each token's experts among the arguments of the experts' module, (tokens, experts per token).
+def experts_and_gates(arguments: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+    """Numbers and gates of each token's experts among the arguments of the experts' module; None unless both are.
 
-    None unless their gates, of the same shape, are among them too.
+    Both are (tokens, experts per token).
     """
     found = [one for one in arguments[1:] if isinstance(one, Tensor) and one.dim() == 2]
     numbers = next((one for one in found if not one.is_floating_point()), None)
-    gated = numbers is not None and any(one.is_floating_point() and one.shape == numbers.shape for one in found)
-    return numbers if gated else None
+    gates = (one for one in found if numbers is not None and one.is_floating_point() and one.shape == numbers.shape)
+    gate = next(gates, None)
+    return None if numbers is None or gate is None else (numbers, gate)
 
 
 def pieces(arguments: Sequence[Any]) -> list[tuple[Any, ...]]:
     """The arguments of a call of experts for a part of the tokens at a time; one piece if they cannot be parted."""
-    numbers = expert_numbers(arguments)
-    if numbers is None or any(isinstance(one, Tensor) and len(one) != len(numbers) for one in arguments):
+    found = experts_and_gates(arguments)
+    if found is None or any(isinstance(one, Tensor) and len(one) != len(found[0]) for one in arguments):
         return [tuple(arguments)]
-    starts = range(0, max(1, len(numbers)), TOKENS_AT_ONCE)
+    starts = range(0, max(1, len(found[0])), TOKENS_AT_ONCE)
     parts = (slice(start, start + TOKENS_AT_ONCE) for start in starts)
     return [tuple(one[part] if isinstance(one, Tensor) else one for one in arguments) for part in parts]
 

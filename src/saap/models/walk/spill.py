@@ -98,12 +98,12 @@ class StoredSequence(NamedTuple):
 class Spill:
     """Store of tensor sequences: one file each in `folder`, or without a folder in host memory.
 
-    A file is deleted when its sequence is no longer referenced. resumable: a walk records its finished blocks in the
-    folder, and resumes there.
+    A file is deleted when its sequence is no longer referenced. resumed: with it, a walk records its finished blocks in
+    the folder; it is called when a walk resumes there.
     """
 
     folder: Path | None = None
-    resumable: bool = False
+    resumed: Callable[[], None] | None = None
 
     def keep(self, tensors: Iterable[Tensor]) -> Tensors:
         """A new sequence. Raises OutputError if its file cannot be written."""

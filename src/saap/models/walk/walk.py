@@ -8,7 +8,7 @@ never stored in the weights. With spilled activations, all micro-batches pass on
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -37,8 +37,8 @@ def walk(
     """Run all micro-batches of `tokens` (samples, length) with observers; each process runs its part.
 
     backward: also run the backward pass of each sample's own loss, the mean over its predicted tokens. ignored: labels
-    without a loss. digest: of all that decides the result; with it and a resumable spill, a single process records each
-    finished block, and an interrupted walk resumes after the last one. Progress is in samples, with a spill in the
+    without a loss. digest: of all that decides the result; with it and a spill that resumes, a single process records
+    each finished block, and an interrupted walk resumes after the last one. Progress is in samples, with a spill in the
     blocks that are left. The model is not changed. Raises NonFiniteLossError, UnsupportedModelError, StaleInputError.
     """
     own = backend.processes.share(len(tokens))
@@ -75,14 +75,15 @@ def _slots(count: int) -> Keep:
 class _Record:
     """Record of the finished blocks of a walk in a folder."""
 
-    def __init__(self, folder: Path, digest: str, observers: Sequence[Observer]) -> None:
-        self.folder, self.digest, self.observers = folder, digest, observers
+    def __init__(self, folder: Path, digest: str, observers: Sequence[Observer], resumed: Callable[[], None]) -> None:
+        self.folder, self.digest, self.observers, self.resumed = folder, digest, observers, resumed
 
     def read(self, start: list[Tensors]) -> tuple[int, list[Tensors]]:
         """Number of finished passes and the streams after them, with the observers' state; `start` without a record."""
         found = read_finished(self.folder, self.digest)
         if found is None:
             return 0, start
+        self.resumed()
         for number, observer in enumerate(self.observers):
             own = {name: one for name, one in found.state.items() if name.startswith(f"{number}/")}
             observer.restore({name.partition("/")[2]: one for name, one in own.items()})
@@ -97,9 +98,11 @@ class _Record:
 
 def _record(backend: Backend, digest: str, observers: Sequence[Observer]) -> _Record | None:
     """The record of a walk; None if it is not to be resumed, or cannot be."""
-    folder = backend.spill.folder if backend.spill is not None and backend.spill.resumable else None
+    spill = backend.spill
+    if spill is None or spill.folder is None or spill.resumed is None or not digest:
+        return None
     possible = backend.processes.count == 1 and all(observer.state() is not None for observer in observers)
-    return _Record(folder, digest, observers) if folder is not None and digest and possible else None
+    return _Record(spill.folder, digest, observers, spill.resumed) if possible else None
 
 
 class _Walk:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -74,14 +75,14 @@ class _Shared:
     So batches of one shape have them once together, and not once each: a mask grows with the square of the tokens.
     """
 
-    def __init__(self, last: tuple[Tensor, ...]) -> None:
+    def __init__(self, last: Mapping[int, Tensor]) -> None:
         self._last = last
         self._found: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: the own tensor, and what replaces it
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The different ones in their order."""
-        return tuple(kept for _, kept in self._found.values())
+    def tensors(self) -> WeakValueDictionary[int, Tensor]:
+        """The different ones by their order, as long as a call has them."""
+        return WeakValueDictionary(enumerate(kept for _, kept in self._found.values()))
 
     def of(self, value: Any) -> Any:
         """A value with its tensors replaced."""
@@ -90,10 +91,9 @@ class _Shared:
         if not isinstance(value, Tensor):
             return value
         if id(value) not in self._found:
-            other = self._last[len(self._found)] if len(self._found) < len(self._last) else None
-            of_one_kind = other is not None and (other.dtype, other.device) == (value.dtype, value.device)
-            same = of_one_kind and other is not None and torch.equal(other, value)
-            self._found[id(value)] = value, other if same and other is not None else value
+            other = self._last.get(len(self._found), value)
+            same = (other.dtype, other.device) == (value.dtype, value.device) and torch.equal(other, value)
+            self._found[id(value)] = value, other if same else value
         return self._found[id(value)][1]
 
 
@@ -114,7 +114,7 @@ class BlockWalker:
         if "output_router_logits" in inspect.signature(model.forward).parameters:
             self._options["output_router_logits"] = False  # the loss of the routing needs those of blocks that ran
         self._extra_outputs: dict[type[nn.Module], int | None] = {}
-        self._shared: tuple[Tensor, ...] = ()
+        self._shared: Mapping[int, Tensor] = {}
         self._checked = False
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,6 @@ from saap.core.records import ImportanceScores, Role, StructurePlan, UnitScores,
 from saap.core.storage import read_plan, read_scores, write_scores
 from saap.estimation.estimate import estimate, unit_scores, unused_experts
 from saap.models.loading.devices import quick_products
-from saap.models.walk.finished import NAME
 from saap.models.walk.observer import Observer
 from saap.models.walk.offload import offloaded
 from saap.models.walk.spill import Spill
@@ -51,10 +51,8 @@ def estimate_scores(run: Run, also: Sequence[Observer] = ()) -> ImportanceScores
         return run.processes.broadcast_result(lambda: baseline_scores(run))
     config, backend = run.config, run.backend
     if backend.spill is not None and not also:
-        folder = run.work.file(WALK)
-        if (folder / NAME).exists():
-            run.meter.reporter.note("the estimation resumes after its last finished block")
-        backend = dataclasses.replace(backend, spill=Spill(folder, resumable=True))
+        resumed = partial(run.meter.reporter.note, "the estimation resumes after its last finished block")
+        backend = dataclasses.replace(backend, spill=Spill(run.work.file(WALK), resumed))
     if config.importance is Importance.TOKEN_FISHER:  # the others are sums that cancel, which rounding disturbs
         backend = dataclasses.replace(backend, products=quick_products(run.device, run.loaded.dtype))
     scores = estimate(
