@@ -31,7 +31,7 @@ TUNED: Mapping[str, list[list[str]]] = {
     "full, without novels": [[*FULL, *OTHER_TEXTS]],
 }
 """The flags of each run of `saap recover`, which share the tokens equally."""
-MAIN = ("groupwise", "full", "full, on-policy")
+MAIN = ("groupwise", "full")
 CELLS = ["dense", "pruned", *MAIN]
 EXTRA = [name for name in TUNED if name not in MAIN]
 OPTIONS = INSTRUCTIONS
