@@ -17,7 +17,7 @@ from pathlib import Path
 from experiments.quality.comparison import unpack
 from experiments.registry import EXPERIMENTS
 
-from harness.digests import stale
+from harness.digests import digests, stale
 from harness.documents import write_documents
 from harness.driver import measure, run, state_of
 from harness.experiment import Experiment, Request
@@ -71,8 +71,10 @@ def main() -> None:
     elif given.command == "unpack":
         unpack(request, Path(given.names[0]))
     else:
+        # Before the first experiment, as its processes and those of all later ones share imported modules.
+        codes = {experiment.name: digests(experiment.decided_by) for experiment in given.chosen}
         for experiment in given.chosen if given.command == "run" else ():
-            run(experiment, request)
+            run(experiment, request, codes[experiment.name])
         found = write_pages(EXPERIMENTS, request, given.out or (QUICK if given.quick else PAGES))
         if not given.quick and given.out is None:
             write_documents(found, request)

@@ -9,7 +9,7 @@ import re
 
 import pytest
 from experiments import formats, front
-from harness.digests import digests, stale
+from harness.digests import digests, place_of, stale
 from harness.documents import CHART, PAGES, PART, WHOLE, documents, filled, points_digest
 from harness.driver import measure
 from harness.experiment import Request
@@ -106,11 +106,30 @@ def test_a_cell_of_other_code_is_stale(tmp_path, monkeypatch):
 
 
 def test_a_cell_without_a_digest_is_listed():
-    assert list(stale({"first": {}, "second": {"code": digests(["data"])}}, ["data"])) == [
-        ("first", "measured before digests were kept")
-    ]
+    cells = {"first": {}, "second": {"code": digests(["data"])}}
+    assert list(stale(cells, ["data"])) == [("first", "measured before digests were kept")]
+    assert list(stale(cells, ["data", "core"]))[1:] == [("second", "measured before digests were kept of core")]
+
+
+def test_code_that_is_edited_during_a_run_makes_its_cells_stale(tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.digests.ROOT", tmp_path)
+    module = tmp_path / "benchmarks" / "lab" / "module.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("before = 1")
+
+    def measuring(request, wanted):
+        yield "first", {"value": 1}
+        module.write_text("after = 2")
+        yield "second", {"value": 2}
+
+    made = Measuring().experiment
+    one = dataclasses.replace(made, cells=["first", "second"], measure=measuring, decided_by=("benchmarks/lab",))
+    request = Request(quick=True, work=tmp_path / "work", results=tmp_path)
+    measure(one, request)
+    assert [name for name, _ in stale(finished_cells(one, request), one.decided_by)] == ["first", "second"]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda one: one.name)
 def test_what_decides_an_experiment_is_there(experiment):
-    assert [part for part in experiment.decided_by if not (ROOT / "src" / "saap" / part).exists()] == []
+    assert [part for part in experiment.decided_by if not place_of(part).exists()] == []
+    assert "benchmarks/lab" in experiment.decided_by
