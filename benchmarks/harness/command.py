@@ -17,7 +17,7 @@ from pathlib import Path
 from experiments.quality.comparison import unpack
 from experiments.registry import EXPERIMENTS
 
-from harness.digests import digests, stale
+from harness.digests import digests, stale, stale_folders
 from harness.documents import write_documents
 from harness.driver import measure, run, state_of
 from harness.experiment import Experiment, Request
@@ -66,6 +66,8 @@ def main() -> None:
             print(f"{experiment.name}: {len(state.found)} of {len(state.found) + len(state.missing)} cells")
     elif given.command == "stale":
         print_stale(given.chosen, request)
+        for folder, reason in stale_folders(request.work):
+            print(f"{folder}: made {reason}; without it, the next cell that needs it makes it again")
     elif given.command == "measure":
         measure(given.chosen[0], request, given.cells)
     elif given.command == "unpack":
@@ -88,4 +90,5 @@ def print_stale(experiments: Sequence[Experiment], request: Request) -> None:
         for name, reason in stale(measured, experiment.decided_by):
             cells.setdefault(reason, []).append(name)
         for reason, names in cells.items():
-            print(f"{experiment.name}: {reason}: {'; '.join(names) if len(names) < len(measured) else 'all cells'}")
+            said = "; ".join(names) if len(names) < len(measured) else "all cells"
+            print(f"{experiment.name}: measured {reason}: {said}")

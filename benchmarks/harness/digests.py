@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ PRUNING = (
     "settings/prune.py", "structure_search", "surgery",
 )  # fmt: skip
 """What decides the figures of a pruned model, if the experiment does not say otherwise."""
+MAKING = (*PRUNING, "recovery", "pipeline/recover")
+"""What decides a pruned or tuned folder."""
 
 
 def place_of(part: str) -> Path:
@@ -34,13 +37,29 @@ def _digest(part: Path) -> str:
 
 
 def stale(cells: Mapping[str, Mapping[str, Any]], parts: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Cells that the present code did not measure, each with the reason. cells: records. parts: of the experiment."""
+    """Names of cells that the present code did not measure, each with how they were. parts: of the experiment.
+
+    cells: records. Folders that were made for cells are the same.
+    """
     now = digests(parts)
     for name, record in cells.items():
         before = record.get("code")
         if before is None:
-            yield name, "measured before digests were kept"
+            yield name, "before digests were kept"
         elif changed := [part for part in now if before.get(part, now[part]) != now[part]]:
-            yield name, f"measured with other code in {', '.join(changed)}"
+            yield name, f"with other code in {', '.join(changed)}"
         elif unknown := [part for part in now if part not in before]:
-            yield name, f"measured before digests were kept of {', '.join(unknown)}"
+            yield name, f"before digests were kept of {', '.join(unknown)}"
+
+
+def code_file(folder: Path) -> Path:
+    """File beside a folder that was made for cells, with digests of the code that made it."""
+    return folder.with_name(f"{folder.name}.code.json")
+
+
+def stale_folders(work: Path) -> Iterator[tuple[str, str]]:
+    """Folders that the present code did not make, each with how they were made."""
+    folders = [manifest.parents[1] for manifest in sorted(work.rglob("saap/manifest.json"))]
+    files = {folder: code_file(folder) for folder in folders}
+    codes = {str(one): {"code": json.loads(file.read_text())} if file.is_file() else {} for one, file in files.items()}
+    yield from stale(codes, MAKING)

@@ -6,15 +6,17 @@ import dataclasses
 import gzip
 import json
 import re
+from pathlib import Path
 
 import pytest
 from experiments import formats, front
-from harness.digests import digests, place_of, stale
+from harness.digests import MAKING, code_file, digests, place_of, stale, stale_folders
 from harness.documents import CHART, PAGES, PART, WHOLE, documents, filled, points_digest
 from harness.driver import measure
 from harness.experiment import Request
 from harness.pages import templates
 from harness.store import ROOT, finished_cells
+from lab import commands
 from tests.book.test_driver import Measuring
 from tests.book.test_pages import EXPERIMENTS, REQUEST, summary
 
@@ -101,14 +103,14 @@ def test_a_cell_of_other_code_is_stale(tmp_path, monkeypatch):
     now = digests(one.decided_by)
     monkeypatch.setattr("harness.digests.digests", lambda parts: {**now, "surgery": "other"})
     assert [reason for _, reason in stale(finished_cells(one, request), one.decided_by)] == [
-        "measured with other code in surgery"
+        "with other code in surgery"
     ] * 3
 
 
 def test_a_cell_without_a_digest_is_listed():
     cells = {"first": {}, "second": {"code": digests(["data"])}}
-    assert list(stale(cells, ["data"])) == [("first", "measured before digests were kept")]
-    assert list(stale(cells, ["data", "core"]))[1:] == [("second", "measured before digests were kept of core")]
+    assert list(stale(cells, ["data"])) == [("first", "before digests were kept")]
+    assert list(stale(cells, ["data", "core"]))[1:] == [("second", "before digests were kept of core")]
 
 
 def test_code_that_is_edited_during_a_run_makes_its_cells_stale(tmp_path, monkeypatch):
@@ -127,6 +129,27 @@ def test_code_that_is_edited_during_a_run_makes_its_cells_stale(tmp_path, monkey
     request = Request(quick=True, work=tmp_path / "work", results=tmp_path)
     measure(one, request)
     assert [name for name, _ in stale(finished_cells(one, request), one.decided_by)] == ["first", "second"]
+
+
+def test_a_folder_that_other_code_made_stays_and_is_listed(tmp_path, monkeypatch):
+    runs = []
+
+    def make(_, words, start):
+        manifest = Path(words[words.index("--out") + 1]) / "saap" / "manifest.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.touch()
+        runs.append(words)
+
+    monkeypatch.setattr(commands, "in_own_process", make)
+    request = Request(quick=True, work=tmp_path, results=tmp_path)
+    folder = commands.made_by_saap(request, "adaptive/0.2", "prune", "MODEL")
+    assert list(stale_folders(tmp_path)) == []
+    code_file(folder).write_text(json.dumps({**digests(MAKING), "surgery": "other"}))
+    assert commands.made_by_saap(request, "adaptive/0.2", "prune", "MODEL") == folder
+    assert len(runs) == 1
+    assert list(stale_folders(tmp_path)) == [(str(folder), "with other code in surgery")]
+    code_file(folder).unlink()
+    assert list(stale_folders(tmp_path)) == [(str(folder), "before digests were kept")]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda one: one.name)
