@@ -9,6 +9,7 @@ The recording is an asciicast (version 2) with the times of the run. The drawing
 from __future__ import annotations
 
 import argparse
+import codecs
 import fcntl
 import gzip
 import json
@@ -22,6 +23,7 @@ import tempfile
 import termios
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -44,7 +46,10 @@ Spans = tuple[tuple[int, str, Style], ...]
 
 
 def record(command: str, file: Path) -> int:
-    """Run a command in a terminal of its own and write what it printed, and when. Returns its exit status."""
+    """Run a command in a terminal of its own and write what it printed, and when, if it succeeds.
+
+    Returns its exit status.
+    """
     inner, outer = pty.openpty()
     fcntl.ioctl(outer, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LINES": str(ROWS)}
@@ -60,6 +65,8 @@ def record(command: str, file: Path) -> int:
             sys.stdout.write(text)
             sys.stdout.flush()
         status = process.wait()
+    if status:
+        return status
     file.parent.mkdir(parents=True, exist_ok=True)
     # A progress bar is printed ten times a second, almost the same each time.
     file.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
@@ -68,18 +75,11 @@ def record(command: str, file: Path) -> int:
 
 def _printed(terminal: int) -> Iterator[str]:
     """Text as it arrives; whole characters only."""
-    rest = b""
-    while True:
-        try:
-            read = os.read(terminal, 65536)
-        except OSError:  # the process has ended
-            return
-        if not read:
-            return
-        rest += read
-        text = rest.decode(errors="ignore")
-        rest = rest[len(text.encode()) :] if len(rest) - len(text.encode()) < 4 else b""
-        yield text
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    with suppress(OSError):  # the process has ended
+        while read := os.read(terminal, 65536):
+            if text := decoder.decode(read):
+                yield text
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def played(recording: Path) -> tuple[Player, float, float]:
     """The player at the end of a recording, how long the run took, and how long it is played."""
     head, *lines = gzip.decompress(recording.read_bytes()).decode().splitlines()
     header, events = json.loads(head), [json.loads(line) for line in lines]
-    took = events[-1][0]
+    took = events[-1][0] if events else 0.0
     speed = max(1.0, took / SECONDS)
     player = Player(header["command"], header["width"], header["height"])
     now, waiting = 0.5, ""

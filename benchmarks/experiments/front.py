@@ -12,7 +12,7 @@ from harness.experiment import Request, Values, experiment
 from harness.store import ROOT, finished_cells
 from lab.commands import TEST
 
-from experiments.quality import comparison, models
+from experiments.quality import comparison, models, perplexity
 from saap.reporting.figures import COLOURS, MARKERS, Figure, plain_ticks
 
 OURS = "saap"
@@ -86,11 +86,12 @@ def front(request: Request) -> dict[str, Any]:
     """What the templates of the front page read."""
     found = points(request)
     shown = [model for model in NAMES if any(point.model == model for point in found)]
+    removed = experiment("quality.models").chosen(request)["pruning ratio"]
     return {
         "points": found, "shown": [NAMES[model] for model in shown],
-        "missing": [name for model, name in NAMES.items() if model not in shown],
-        "at": [_at(model, found, 0.2) for model in shown], "runs": _runs(request), "session": session(),
-        "coders": [NAMES[models.QWEN], NAMES[models.LARGE]],
+        "missing": [name for model, name in NAMES.items() if model not in shown], "removed": removed,
+        "at": [_at(model, found, removed) for model in shown], "runs": _runs(request), "quick": _quick(request),
+        "session": session(), "coders": [NAMES[models.QWEN], NAMES[models.LARGE]],
     }  # fmt: skip
 
 
@@ -122,6 +123,18 @@ def _runs(request: Request) -> list[Values]:
                 "cores": machine["cores"],
             })  # fmt: skip
     return found
+
+
+def _quick(request: Request) -> Values | None:
+    """Time and memory of the quickest run of the smallest model; None if it is missing or the machine was busy."""
+    run = cells_of("quality.perplexity", request).get("fast-mixed")
+    found = run and perplexity.run_summary(run)
+    if not run or not found or not found["seconds"]:
+        return None
+    return {
+        "model": NAMES[models.SMOLLM2], "minutes": found["seconds"] / 60,
+        "memory": found["peak_resident_bytes"] / 1e9, "cores": run["environment"]["cores"],
+    }  # fmt: skip
 
 
 def session() -> Values | None:

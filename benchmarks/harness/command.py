@@ -17,7 +17,7 @@ from pathlib import Path
 from experiments.quality.comparison import unpack
 from experiments.registry import EXPERIMENTS
 
-from harness.digests import stale
+from harness.digests import digests, stale, stale_folders
 from harness.documents import write_documents
 from harness.driver import measure, run, state_of
 from harness.experiment import Experiment, Request
@@ -66,13 +66,17 @@ def main() -> None:
             print(f"{experiment.name}: {len(state.found)} of {len(state.found) + len(state.missing)} cells")
     elif given.command == "stale":
         print_stale(given.chosen, request)
+        for folder, reason in stale_folders(request.work):
+            print(f"{folder}: made {reason}; without it, the next cell that needs it makes it again")
     elif given.command == "measure":
         measure(given.chosen[0], request, given.cells)
     elif given.command == "unpack":
         unpack(request, Path(given.names[0]))
     else:
+        # Before the first experiment, as its processes and those of all later ones share imported modules.
+        codes = {experiment.name: digests(experiment.decided_by) for experiment in given.chosen}
         for experiment in given.chosen if given.command == "run" else ():
-            run(experiment, request)
+            run(experiment, request, codes[experiment.name])
         found = write_pages(EXPERIMENTS, request, given.out or (QUICK if given.quick else PAGES))
         if not given.quick and given.out is None:
             write_documents(found, request)
@@ -86,4 +90,5 @@ def print_stale(experiments: Sequence[Experiment], request: Request) -> None:
         for name, reason in stale(measured, experiment.decided_by):
             cells.setdefault(reason, []).append(name)
         for reason, names in cells.items():
-            print(f"{experiment.name}: {reason}: {'; '.join(names) if len(names) < len(measured) else 'all cells'}")
+            said = "; ".join(names) if len(names) < len(measured) else "all cells"
+            print(f"{experiment.name}: measured {reason}: {said}")

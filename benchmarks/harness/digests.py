@@ -3,39 +3,63 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-SOURCES = Path(__file__).resolve().parents[2] / "src" / "saap"
+ROOT = Path(__file__).resolve().parents[2]
 PRUNING = (
-    "data", "discovery", "estimation", "evaluation", "models", "pipeline/prune", "settings/prune.py",
-    "structure_search", "surgery",
+    "core", "data", "discovery", "estimation", "evaluation", "models", "pipeline/prune", "pipeline/shared",
+    "settings/prune.py", "structure_search", "surgery",
 )  # fmt: skip
 """What decides the figures of a pruned model, if the experiment does not say otherwise."""
+MAKING = (*PRUNING, "recovery", "pipeline/recover")
+"""What decides a pruned or tuned folder."""
+
+
+def place_of(part: str) -> Path:
+    """A package or a file: of saap, or of the experiments if it begins with `benchmarks`."""
+    return ROOT / part if part.startswith("benchmarks/") else ROOT / "src" / "saap" / part
 
 
 def digests(parts: Sequence[str]) -> dict[str, str]:
-    """Digest of each part, a package or a file of saap."""
-    return {part: _digest(SOURCES / part) for part in parts}
+    """Digest of each part as it is on disk now."""
+    return {part: _digest(place_of(part)) for part in parts}
 
 
-@cache
 def _digest(part: Path) -> str:
     found = hashlib.sha256()
     for file in sorted(part.rglob("*")) if part.is_dir() else [part]:
         if file.is_file() and "__pycache__" not in file.parts:
-            found.update(file.relative_to(SOURCES).as_posix().encode() + file.read_bytes())
+            found.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
     return found.hexdigest()[:12]
 
 
 def stale(cells: Mapping[str, Mapping[str, Any]], parts: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Cells that the present code did not measure, each with the reason. cells: records. parts: of the experiment."""
+    """Names of cells that the present code did not measure, each with how they were. parts: of the experiment.
+
+    cells: records. Folders that were made for cells are the same.
+    """
     now = digests(parts)
     for name, record in cells.items():
         before = record.get("code")
         if before is None:
-            yield name, "measured before digests were kept"
-        elif changed := [part for part in now if before.get(part) != now[part]]:
-            yield name, f"measured with other code in {', '.join(changed)}"
+            yield name, "before digests were kept"
+        elif changed := [part for part in now if before.get(part, now[part]) != now[part]]:
+            yield name, f"with other code in {', '.join(changed)}"
+        elif unknown := [part for part in now if part not in before]:
+            yield name, f"before digests were kept of {', '.join(unknown)}"
+
+
+def code_file(folder: Path) -> Path:
+    """File beside a folder that was made for cells, with digests of the code that made it."""
+    return folder.with_name(f"{folder.name}.code.json")
+
+
+def stale_folders(work: Path) -> Iterator[tuple[str, str]]:
+    """Folders that the present code did not make, each with how they were made."""
+    folders = [manifest.parents[1] for manifest in sorted(work.rglob("saap/manifest.json"))]
+    files = {folder: code_file(folder) for folder in folders}
+    codes = {str(one): {"code": json.loads(file.read_text())} if file.is_file() else {} for one, file in files.items()}
+    yield from stale(codes, MAKING)

@@ -70,7 +70,7 @@ class Experiment:
     options: of `--set`, name to description. needs: required options. reads: modules of other experiments whose cells
     the page also shows. extra: optional cells of the page. own_files: each cell has its own file, `results/CELL.json`,
     with only the values. smoke: whether a smoke run is supported. decided_by: packages and files of saap that decide
-    the figures.
+    the figures; the module itself and `benchmarks/lab` are added.
     """
 
     name: str
@@ -106,4 +106,6 @@ def experiment(path: str) -> Experiment:
     constants = [one.name for one in fields(Experiment) if one.name not in functions and one.name.upper() in module]
     found: dict[str, Any] = {n: module[n] for n in functions} | {n: module[n.upper()] for n in constants}
     found["reads"] = [experiment(one) for one in found.get("reads", ())]
+    own = (f"benchmarks/experiments/{path.replace('.', '/')}.py", "benchmarks/lab")
+    found["decided_by"] = (*found.get("decided_by", PRUNING), *own)
     return Experiment(**found, name=path.rpartition(".")[2].replace("_", "-"))

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.digests import digests
-from harness.experiment import Experiment, Request
+from harness.experiment import Experiment, Request, Values
 from saap.core.files import whole_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,8 +77,11 @@ def finished_cells(experiment: Experiment, request: Request) -> dict[str, Record
     }  # fmt: skip
 
 
-def write_cell(experiment: Experiment, request: Request, cell: str, values: Mapping[str, Any], seconds: float) -> None:
-    file, code = result_file(request.results, experiment, cell), digests(experiment.decided_by)
+def write_cell(
+    experiment: Experiment, request: Request, cell: str, values: Values, seconds: float, code: Mapping[str, str]
+) -> None:
+    """Write a cell. code: digests of what measured it."""
+    file = result_file(request.results, experiment, cell)
     if experiment.own_files:
         write_json(file, {**values, "code": code})
         return

@@ -14,8 +14,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
 
+from harness.digests import MAKING, code_file, digests
 from harness.experiment import Request, Values
-from harness.store import ROOT
+from harness.store import ROOT, write_json
 
 from saap.cli import app as cli
 
@@ -37,7 +38,8 @@ FLAGS = {
 def in_own_process(work: Callable[..., T], *arguments: object, start: str = "forkserver") -> T:
     """Result of a function of a module in a new process.
 
-    start: `fork` copies this process; otherwise the process has only imported what a run needs.
+    start: `fork` copies this process, `spawn` imports everything anew; otherwise the process has only imported what a
+    run needs.
     """
     context = multiprocessing.get_context(start)
     if start == "forkserver":
@@ -101,12 +103,15 @@ def compared(model: str, methods: Mapping[str, Sequence[str]], *flags: object, o
 def made_by_saap(request: Request, name: str, *arguments: object) -> Path:
     """The folder of `saap ARGUMENTS --out FOLDER`, created if missing; the command resumes itself.
 
-    name: of the folder, which determines its content.
+    name: of the folder, which determines its content. It stays when the code changes, as it may have taken hours: the
+    digests of its code are beside it, and `book.py stale` lists it. So the process that makes it imports saap anew.
     """
     folder = request.work.resolve() / name
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        in_own_process(run_here, [*map(str, arguments), "--out", str(folder), "--quiet"])
+        code, start = digests(MAKING), "forkserver" if request.quick else "spawn"
+        in_own_process(run_here, [*map(str, arguments), "--out", str(folder), "--quiet"], start=start)
+        write_json(code_file(folder), code)
     return folder
 
 

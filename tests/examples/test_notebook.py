@@ -30,6 +30,7 @@ def test_it_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
     assert " parameters\nperplexity " in said
+    assert "bound method" not in said
     assert "tuned.gguf: " in said
     assert (tmp_path / "tuned.gguf").is_file()
 

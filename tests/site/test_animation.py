@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 pytest.importorskip("pyte")
-from scripts.terminal_animation import DRAWING, RECORDING, draw, played, record
+from scripts.terminal_animation import DRAWING, RECORDING, _printed, draw, played, record
 
 PROGRAM = r"""
 import time
@@ -58,6 +59,29 @@ def test_the_drawing_is_one_picture_that_loads_nothing(recording: Path) -> None:
     assert "<&>" in "".join(root.itertext())
     assert not re.search(r"https?://(?!www\.w3\.org/)", drawing)
     assert str(Path.home()) not in drawing
+
+
+def test_a_failed_run_is_not_recorded(recording: Path) -> None:
+    before = recording.read_bytes()
+    assert record(f"{sys.executable} -c 'raise SystemExit(3)'", recording) == 3
+    assert recording.read_bytes() == before
+
+
+def test_a_run_without_output_is_played(tmp_path: Path) -> None:
+    assert record("true", tmp_path / "silent.cast.gz") == 0
+    player, took, _ = played(tmp_path / "silent.cast.gz")
+    assert took == 0
+    assert player.drawn[0].spans[0][1] == "$ true"
+
+
+def test_bytes_that_are_no_text_are_replaced_once() -> None:
+    source, target = os.pipe()
+    os.write(target, b"\xff\xe2\x9c")
+    printed = _printed(source)
+    assert next(printed) == "\N{REPLACEMENT CHARACTER}"
+    os.write(target, b"\x93")
+    os.close(target)
+    assert list(printed) == ["\N{CHECK MARK}"]
 
 
 @pytest.mark.skipif(not RECORDING.is_file(), reason="nothing has been recorded")

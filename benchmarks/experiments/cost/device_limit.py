@@ -11,7 +11,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from harness.digests import PRUNING
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.checkpoints import SHAPES, parameters_of, skeleton, write_checkpoint
 from transformers import LlamaConfig
@@ -27,7 +26,6 @@ LAYERS, CARD, MEASURED_TOKENS, REFIT_TOKENS = 4, 24 * 10**9, 1024, 4096
 CELLS = ["device-limit"]
 OWN_FILES = True
 SMOKE = False
-DECIDED_BY = (*PRUNING, "pipeline/shared")
 
 
 def layers_of_7b(layers: int) -> LlamaConfig:

@@ -10,7 +10,6 @@ from subprocess import STDOUT
 from typing import Any
 
 import psutil
-from harness.digests import PRUNING
 from harness.experiment import Cells, Measured, Names, Request, Values
 
 FLAGS = ["--pruning-ratio", "0.2", "--effort", "fast"]
@@ -19,7 +18,6 @@ COMPARED = ("model.safetensors", "plan.json")
 CELLS = ["faults"]
 OWN_FILES = True
 SMOKE = False
-DECIDED_BY = (*PRUNING, "pipeline/shared")
 
 
 def run(flags: Names, folder: Path, log: str, limit: float = float("inf")) -> tuple[float, int]:

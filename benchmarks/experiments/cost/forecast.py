@@ -4,7 +4,6 @@ import os
 import tempfile
 from pathlib import Path
 
-from harness.digests import PRUNING
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import peak_of, saap
 
@@ -17,7 +16,6 @@ UNITS = {
 CELLS = ["forecast"]
 OWN_FILES = True
 SMOKE = False
-DECIDED_BY = (*PRUNING, "pipeline/shared")
 
 
 def measure(request: Request, wanted: Names) -> Measured:

@@ -66,34 +66,35 @@ def prune(model: Model, config: PruneConfig, stages: Stages, options: RunOptions
     from saap.cli.show import output
     from saap.cli.show import prune as drawn
 
-    # Shown after the progress has ended: its last state is drawn over the lines before it.
-    if stages.dry_run:
-        from saap.pipeline.prune.run import preview
+    with output.make_reporter(display) as reporter:
+        if stages.dry_run:
+            from saap.pipeline.prune.run import preview
 
-        with output.make_reporter(display) as reporter:
-            found = {**preview(model, config, options, reporter), "recover": list(data)}
-        display = display.model_copy(update={"quiet": False})
-        return output.show(display, found, lambda: drawn.print_preview(found))
-    if not data:
-        from saap.pipeline.prune.run import run_prune
+            shown = {**preview(model, config, options, reporter), "recover": list(data)}
+            display, draw = display.model_copy(update={"quiet": False}), partial(drawn.print_preview, shown)
+        elif not data:
+            from saap.pipeline.prune.run import run_prune
 
-        with output.make_reporter(display) as reporter:
             reports = [result.report for result in run_prune(model, config, options, reporter)]
             opened = _opened(reports, stages, reporter)
-        shown = [one.as_dict() | found for one, found in zip(reports, opened, strict=True)]
-        return output.show(display, _alone(shown), lambda: drawn.print_results(reports, opened))
-    from saap.pipeline.prune.with_recovery import prune_and_recover
-    from saap.settings.recover import RecoverConfig
+            shown = _alone([one.as_dict() | found for one, found in zip(reports, opened, strict=True)])
+            draw = partial(drawn.print_results, reports, opened)
+        else:
+            from saap.pipeline.prune.with_recovery import prune_and_recover
+            from saap.settings.recover import RecoverConfig
 
-    tuning = RecoverConfig(data=data, max_minutes=stages.recover_minutes, bos=config.bos)
-    with output.make_reporter(display) as reporter:
-        pairs = prune_and_recover(model, config, tuning, options, reporter)
-        opened = _opened([tuned for _, tuned in pairs], stages, reporter)
-    shown = [
-        {"pruned": pruned.as_dict(), "recovered": tuned.as_dict()} | found
-        for (pruned, tuned), found in zip(pairs, opened, strict=True)
-    ]
-    return output.show(display, _alone(shown), lambda: drawn.print_all_stages(pairs, opened))
+            tuning = RecoverConfig(data=data, max_minutes=stages.recover_minutes, bos=config.bos)
+            pairs = prune_and_recover(model, config, tuning, options, reporter)
+            opened = _opened([tuned for _, tuned in pairs], stages, reporter)
+            shown = _alone(
+                [
+                    {"pruned": pruned.as_dict(), "recovered": tuned.as_dict()} | found
+                    for (pruned, tuned), found in zip(pairs, opened, strict=True)
+                ]
+            )
+            draw = partial(drawn.print_all_stages, pairs, opened)
+    # The last state of the progress is drawn over the lines before it, so the results come after it.
+    output.show(display, shown, draw)
 
 
 def _opened(reports: Sequence[PruneReport | RecoverReport], stages: Stages, reporter: Reporter) -> list[dict[str, Any]]:
