@@ -41,6 +41,7 @@ def summarise(cells: Cells) -> Values:
     return {
         "rows": {name: cells[name] for name in sorted(cells, key=int)},
         "exponent": math.log(last["peak_resident_bytes"] / first["peak_resident_bytes"]) / math.log(more),
-        "minutes_of_a_layer": layer / 60, "memory": last["peak_resident_bytes"] / 1e9, "layers": int(many), "whole": WHOLE,
+        "minutes_of_a_layer": layer / 60, "memory": last["peak_resident_bytes"] / 1e9, "layers": int(many),
+        "whole": WHOLE,
         "hours": (last["processor_seconds"] + layer * (WHOLE - int(many))) / 3600,
     }  # fmt: skip
