@@ -1,6 +1,7 @@
 """The settings of `saap prune`: one place for names, defaults and their reasons."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -168,6 +169,13 @@ OF_THE_PAPER = {"importance": Importance.FUSED, "strategy": Strategy.STABILITY, 
 each module gives, the stability indicator which units are unstable; nothing compensates before the recovery."""
 
 
+def _require_none(faults: Iterable[tuple[object, str, str]]) -> None:
+    """Raise ValueError for the first fault that holds. faults: whether, the problem, and the remedy."""
+    for holds, problem, remedy in faults:
+        if holds:
+            raise ValueError(problem, remedy)
+
+
 class PruneConfig(Settings):
     """Everything that decides the result of `saap prune`, checked before any model is loaded.
 
@@ -274,7 +282,8 @@ class PruneConfig(Settings):
         return made
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_removal(self) -> Self:
+        """What is removed, and how much of it."""
         targets = {
             "--pruning-ratio": self.pruning_ratios, "--target-params": self.target_parameters,
             "--target-size": self.target_bytes, "--target-speedup": self.target_speedup, "--plan": self.plan,
@@ -286,19 +295,6 @@ class PruneConfig(Settings):
         }  # fmt: skip
         fast, roles = self.target_speedup is not None, set(self.roles)
         untimed = [role for role in (PrunableRole.HIDDEN, PrunableRole.EXPERT) if role in roles]
-        rules = {
-            "--strategy": self.strategy is Strategy.ADAPTIVE,
-            "--importance": self.importance is Importance.TOKEN_FISHER,
-        }
-        changed = [flag for flag, is_default in rules.items() if not is_default]
-        ours = self.method is Method.SAAP
-        taylor = [
-            Importance.FUSED, Importance.VECTOR, Importance.ELEMENT1, Importance.ELEMENT2, Importance.MIXED,
-        ]  # fmt: skip
-        others = [role for role in self.roles if role is not PrunableRole.EXPERT]
-        used_by: dict[str, list[Importance]] = {
-            "element_order": [Importance.FUSED], "fusion_scope": [Importance.FUSED], "aggregation": taylor,
-        }  # fmt: skip
         of_tokens = PrunableRole.VOCABULARY in roles or bool(self.languages)
         faults = (
             *vocabulary_faults(sizes, wanted=of_tokens, targets=given, others=roles != {PrunableRole.VOCABULARY}), (
@@ -330,7 +326,29 @@ class PruneConfig(Settings):
                 fast and untimed,
                 f"--target-speedup cannot be combined with the role {' or '.join(untimed)}, whose time is not measured",
                 "Use --roles ffn,attention,block, or --pruning-ratio",
-            ), (
+            ),
+        )  # fmt: skip
+        _require_none(faults)
+        return self
+
+    @model_validator(mode="after")
+    def _check_scoring(self) -> Self:
+        """How units are scored and chosen, and the runtime that is timed."""
+        rules = {
+            "--strategy": self.strategy is Strategy.ADAPTIVE,
+            "--importance": self.importance is Importance.TOKEN_FISHER,
+        }
+        changed = [flag for flag, is_default in rules.items() if not is_default]
+        ours = self.method is Method.SAAP
+        taylor = [
+            Importance.FUSED, Importance.VECTOR, Importance.ELEMENT1, Importance.ELEMENT2, Importance.MIXED,
+        ]  # fmt: skip
+        others = [role for role in self.roles if role is not PrunableRole.EXPERT]
+        used_by: dict[str, list[Importance]] = {
+            "element_order": [Importance.FUSED], "fusion_scope": [Importance.FUSED], "aggregation": taylor,
+        }  # fmt: skip
+        faults = (
+            (
                 self.importance.of_experts and others,
                 f"--importance {self.importance} scores whole experts, not the role {' or '.join(others)}",
                 "Use --roles expert, or another importance",
@@ -347,9 +365,7 @@ class PruneConfig(Settings):
                 for name, scores in used_by.items()
             ),
         )  # fmt: skip
-        for holds, problem, remedy in faults:
-            if holds:
-                raise ValueError(problem, remedy)
+        _require_none(faults)
         check_gguf_type(self.gguf_type, self.runtime)
         return self
 
