@@ -23,7 +23,7 @@ from saap.models.checkpoint.modeling_pruned import resize, set_attribute
 from saap.models.checkpoint.pruned_structure import epsilon_name
 from saap.models.structure.cut import can_be_empty, cut_groups
 from saap.models.structure.keep_index import KeepIndex
-from saap.models.structure.linear import contracted_axis
+from saap.models.structure.linear import contracted_axis, embedding_of
 from saap.models.structure.masking import masked
 from saap.models.walk.observer import hooked
 from saap.models.walk.walker import without_cache
@@ -127,27 +127,17 @@ class _SmallModel:
         return copy.deepcopy(self.model, memo)
 
 
-def _token_tables(model: Any) -> set[str]:
+def _token_tables(model: nn.Module) -> set[str]:
     """Parameters with more rows than a test needs, one for each token; their modules are prepared to lose the others.
 
     Of a large vocabulary they would be most of the small model's memory.
     """
-    found: set[str] = set()
-    for name, module in model.named_modules():
-        if module in (_embedding_of(model, "input"), _embedding_of(model, "output")):
-            own = module.named_parameters(prefix=name, recurse=False)
-            found |= {path for path, parameter in own if len(parameter) > FILLED_ROWS}
-            if getattr(module, "padding_idx", None) is not None:
-                module.padding_idx = None  # it may be one of them
-    return found
-
-
-def _embedding_of(model: Any, side: str) -> nn.Module | None:
-    try:
-        found: nn.Module | None = getattr(model, f"get_{side}_embeddings")()
-    except (AttributeError, NotImplementedError):
-        return None
-    return found
+    rows: list[nn.Parameter] = []
+    for module in (embedding_of(model, "input"), embedding_of(model, "output")):
+        rows += [] if module is None else [one for one in module.parameters(recurse=False) if len(one) > FILLED_ROWS]
+        if getattr(module, "padding_idx", None) is not None:
+            module.padding_idx = None  # type: ignore[union-attr]  # it may be one of them
+    return {name for name, parameter in model.named_parameters() if any(parameter is one for one in rows)}
 
 
 def _called(model: nn.Module, path: str, samples: int = 2) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from saap.models.walk.walker import last_logit_only
+
 Source = str | Path | nn.Module
 """A model to measure: its location, or the loaded model."""
 
@@ -46,7 +48,7 @@ class CachedModel:
         self._device = next(model.parameters()).device
         self._cache: Any = None
         known = inspect.signature(model.forward).parameters
-        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self._options = last_logit_only(model)
         self._name = "cache" if "cache" in known else "past_key_values"
 
     def forget(self) -> None:

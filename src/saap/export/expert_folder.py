@@ -20,7 +20,7 @@ from saap.models.checkpoint.safetensor_files import StoredTensors, TensorEntry, 
 
 _NUMBERED = re.compile(r"(?P<before>.*\bexperts\.)(?P<number>\d+)(?P<after>\..*|$)")
 _PREDICTION = ("mtp",)
-"""Modules of multi-token prediction that stand beside the model's blocks, at its root."""
+"""Modules of multi-token prediction that are outside the model's blocks, at its root."""
 _PREDICTION_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 _REMEDY = "Use --restore, which writes a folder of dequantised weights"
 

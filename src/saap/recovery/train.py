@@ -181,7 +181,6 @@ class Trainer:
 
     def _step(self, training: Training) -> tuple[float, float, int]:
         """One optimizer step. Returns its loss, its learning rate and the tokens of all processes."""
-        indices = self.data.step_indices(training.step, self.config.batch)
         examples = self._examples(training)
         predictions = sum(int(example.learned.sum()) for example in examples)
         tokens = sum(len(example.tokens) for example in examples)
@@ -194,7 +193,7 @@ class Trainer:
         losses = self.processes.total(losses)
         self._sum_gradients()
         norm = clip_grad_norm_(self.parameters.values(), self.config.clip, foreach=False)
-        self._require_finite(training, losses, indices, float(norm))
+        self._require_finite(training, losses, float(norm))
         seconds = training.seconds * (1 + 1 / training.step) if training.step else 0.0
         share = share_done(self.config, training.step + 1, training.tokens + tokens, seconds)
         rate = learning_rate(self.config.peak_rate, share, self.config.warm_up)
@@ -264,9 +263,10 @@ class Trainer:
                 parameter.grad = torch.zeros_like(parameter)
         self.processes.add_up([parameter.grad for parameter in self.parameters.values() if parameter.grad is not None])
 
-    def _require_finite(self, training: Training, losses: Tensor, indices: Sequence[int], norm: float) -> None:
+    def _require_finite(self, training: Training, losses: Tensor, norm: float) -> None:
         if bool(losses.isfinite().all()) and math.isfinite(norm):
             return
+        indices = self.data.step_indices(training.step, self.config.batch)
         bad = [index for index, loss in zip(indices, losses.tolist(), strict=True) if not math.isfinite(loss)]
         what = f"The loss of training sample {bad[0]}" if bad else f"The gradient of samples {sorted(indices)}"
         kept = training.points and (self.folder / STATE).is_file()

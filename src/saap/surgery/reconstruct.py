@@ -131,6 +131,10 @@ class _BlockByBlock:
         own = self.processes.share(len(batches))
         return embed(self.exact, batches[own.start : own.stop], self.keep)
 
+    def _own(self) -> range:
+        """Indices of this process' micro-batches."""
+        return self.processes.share(-(-self.sequences // MICRO_BATCH))
+
     def run_block(self, layer: int) -> None:
         """Finish one block."""
         groups = self.graph.in_block(layer)
@@ -182,7 +186,7 @@ class _BlockByBlock:
         losing = [group for group in groups if len(self.plan.kept(group)) < group.units]
         stacks, processes = stacks_of(losing), self.processes
         grams, without = GramMatrices(self.model, stacks), [group for group in losing if group.role is Role.EXPERT]
-        own = processes.share(-(-self.sequences // MICRO_BATCH)) if stacks else ()
+        own = self._own() if stacks else ()
         for index, hidden, context in zip(own, self.pruned, self.contexts, strict=bool(stacks)):
             # Experts see tokens without their sequences: a micro-batch of both kinds is fitted as a whole.
             observed = grams.observed(held_out=rows_to_fit_on(self.sequences, index, len(hidden)) == 0)
@@ -206,8 +210,7 @@ class _BlockByBlock:
 
     def _expert_calls(self, layer: int, site: str) -> Iterator[tuple[Capture, int]]:
         """Calls of the experts that are left, by the pruned stream, and how many of the tokens of each are fitted."""
-        own = self.processes.share(-(-self.sequences // MICRO_BATCH))
-        for index, hidden, context in zip(own, self.pruned, self.contexts, strict=True):
+        for index, hidden, context in zip(self._own(), self.pruned, self.contexts, strict=True):
             with capture(self.model, [site], stop=True) as seen:
                 self.walker.run_block(layer, hidden, context)
             yield seen[site], rows_to_fit_on(self.sequences, index, hidden.shape[:2].numel())
@@ -337,7 +340,7 @@ class _BlockByBlock:
         """Moments of the sequences to fit on, and of those that are held out, over all processes."""
         channels = weight.shape[1] + (0 if bias is None else 1)
         fit, held_out = (Moments.empty(channels, weight.shape[0], weight.device) for _ in range(2))
-        own, residual = self.processes.share(-(-self.sequences // MICRO_BATCH)), consumer.residual
+        own, residual = self._own(), consumer.residual
         for index, (read, dense, error) in zip(own, batches, strict=True):
             aims = residual is not None and self.settings.residual_target
             target = residual.target(dense, error) if residual is not None and aims else dense

@@ -29,6 +29,15 @@ def owner(model: nn.Module, tensor_name: str) -> tuple[nn.Module, str]:
     return module, attribute
 
 
+def embedding_of(model: nn.Module, side: str) -> nn.Module | None:
+    """The module that the model names as its `input` or `output` embeddings; None if it has none."""
+    try:
+        found: nn.Module | None = getattr(model, f"get_{side}_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+    return found
+
+
 def weight_out_in(module: nn.Module) -> Tensor:
     """A view of the weight as (out, in). Raises TypeError for a module that is not linear-like."""
     axis, weight = contracted_axis(module), module.weight

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import swap_tensors
 
 from saap.models.checkpoint.safetensor_files import StoredTensors, TensorEntry, write_tensors
+from saap.models.structure.linear import embedding_of
 
 _ATTRIBUTE = "_offloaded_weights"
 # Modules outside the blocks that are smaller than this stay in memory.
@@ -226,10 +227,7 @@ def _large(module: nn.Module) -> bool:
 
 def _input_embedding(model: nn.Module) -> nn.Embedding | None:
     """The input embeddings if they are too large to stay in memory."""
-    try:
-        found = getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:
-        return None
+    found = embedding_of(model, "input")
     return found if isinstance(found, nn.Embedding) and _large(found) else None
 
 

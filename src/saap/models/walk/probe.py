@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from saap.core.errors import UnsupportedModelError, failure_of
-from saap.models.walk.walker import inference_only, without_cache
+from saap.models.walk.walker import inference_only, last_logit_only, without_cache
 
 FEW_TOKENS = 4
 SHORTER = "Use shorter samples or windows"
@@ -33,15 +32,10 @@ def failure(model: nn.Module, ids: Tensor) -> str | None:
     """Error of a forward pass on token ids (sequences, tokens) in one line; None if it succeeds."""
     try:
         with inference_only(model):
-            model(ids, **without_cache(model), **_one_logit(model))
+            model(ids, **without_cache(model), **last_logit_only(model))
     except Exception as error:  # the model's own code may raise any error
         return failure_of(error)
     return None
-
-
-def _one_logit(model: nn.Module) -> dict[str, int]:
-    """Keywords that limit the logits to those of the last token: of a long sample they are larger than the model."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def trial_ids(model: nn.Module, tokens: int) -> Tensor:

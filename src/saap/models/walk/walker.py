@@ -34,6 +34,11 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if "use_cache" in named or passed_on else {}
 
 
+def last_logit_only(model: nn.Module) -> dict[str, int]:
+    """Keywords that limit the logits to those of the last token: of a long sample they are larger than the model."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
 @contextmanager
 def inference_only(model: nn.Module) -> Iterator[None]:
     """Context with evaluation mode and without weight gradients; the state of modules and weights is restored."""
