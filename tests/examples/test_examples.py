@@ -61,13 +61,7 @@ def test_a_code_model_for_vllm(run, dense, tmp_path):
 
 
 def test_experts(run, tmp_path, capsys):
-    torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "dense")
-    tiny.tokenizer().save_pretrained(tmp_path / "dense")
+    tiny.mixture_folder(tmp_path / "dense")
     run("experts.py", tmp_path / "dense", "-o", tmp_path / "out", *FAST)
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert opened.config.num_experts < 8

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from saap.data.texts import evaluation_text
 
@@ -43,6 +43,18 @@ def model(layers: int = 4, **changes: int) -> LlamaForCausalLM:
 
 def folder(at: Path, **changes: int) -> Path:
     model(**changes).save_pretrained(at)
+    tokenizer().save_pretrained(at)
+    return at
+
+
+def mixture_folder(at: Path) -> Path:
+    """A tiny Qwen3-MoE of eight experts in each layer."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(at)
     tokenizer().save_pretrained(at)
     return at
 

@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.recovery.test_train import train
+from tests.recovery.test_train import interrupted, train
 from tests.recovery.tiny import build
 
 from saap.core.errors import ConfigurationError
 from saap.data.training import Example
 from saap.recovery.on_policy import BEGINNING, WRITTEN, continued
-from saap.recovery.train import Report
 from saap.settings.recover import RecoverConfig
 
 
@@ -101,16 +100,7 @@ def test_an_interrupted_training_writes_the_same_again(tmp_path: Path) -> None:
     teacher = build("llama_tied").float()
     settings: dict[str, Any] = {"distillation": 1.0, "on_policy": 0.75, "length": 96, "teacher": teacher}
     _, whole = train(tmp_path / "whole", **settings)
-
-    class KilledError(Exception):
-        pass
-
-    def kill(done: int, total: int) -> None:
-        if done >= 625:  # in the middle between two saved states
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        train(tmp_path / "cut", report=Report(step=kill, line=lambda text: None), **settings)
+    interrupted(tmp_path / "cut", **settings)
     _, resumed = train(tmp_path / "cut", **settings)
     for one, other in zip(whole.points, resumed.points, strict=True):
         assert abs(one.loss - other.loss) <= 1e-6

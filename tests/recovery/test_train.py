@@ -68,6 +68,20 @@ def train(
     return model, trainer.run()
 
 
+def interrupted(folder: Path, **changes: Any) -> None:
+    """Train, and be killed in the middle between two saved states."""
+
+    class KilledError(Exception):
+        pass
+
+    def kill(done: int, total: int) -> None:
+        if done >= 625:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(folder, report=Report(step=kill, line=lambda text: None), **changes)
+
+
 @pytest.mark.parametrize("family", ["llama_tied", "gpt2", "gemma2", "opt", "bloom", "granite"])
 def test_gradients_are_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
     model = quantised(family)
@@ -115,15 +129,7 @@ def test_training_lowers_the_loss_and_merging_keeps_the_function(tmp_path: Path)
 def test_a_killed_training_goes_on_with_the_same_losses(tmp_path: Path) -> None:
     _, whole = train(tmp_path / "whole")
 
-    class KilledError(Exception):
-        pass
-
-    def kill(done: int, total: int) -> None:
-        if done >= 625:  # in the middle between two saved states
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        train(tmp_path / "cut", report=Report(step=kill, line=lambda text: None))
+    interrupted(tmp_path / "cut")
     _, resumed = train(tmp_path / "cut")
     assert [point.step for point in resumed.points] == list(range(1, 9))
     for one, other in zip(whole.points, resumed.points, strict=True):

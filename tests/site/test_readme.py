@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 from tests import command, texts
 from tests.pipeline import tiny
 from tests.site.test_shown_commands import words
@@ -27,14 +25,7 @@ ROWS = {
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sources")
-    torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder / "experts")
-    tiny.tokenizer().save_pretrained(folder / "experts")
-    return {"": tiny.folder(folder / "tiny"), "experts": folder / "experts"}
+    return {"": tiny.folder(folder / "tiny"), "experts": tiny.mixture_folder(folder / "experts")}
 
 
 def test_it_is_short() -> None:
