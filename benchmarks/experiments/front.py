@@ -57,6 +57,11 @@ def points(request: Request) -> list[Point]:
     return [point for point in found if point.model in both]
 
 
+def shown_in(found: Sequence[Point]) -> list[str]:
+    """The models with a point, from the smallest to the largest."""
+    return [model for model in NAMES if any(point.model == model for point in found)]
+
+
 def _compared(request: Request) -> Iterable[Point]:
     for row in comparison.rows_of(cells_of("quality.comparison", request)):
         if row["method"] in METHODS:
@@ -85,7 +90,7 @@ def _of_coders(request: Request) -> Iterable[Point]:
 def front(request: Request) -> dict[str, Any]:
     """What the templates of the front page read."""
     found = points(request)
-    shown = [model for model in NAMES if any(point.model == model for point in found)]
+    shown = shown_in(found)
     removed = experiment("quality.models").chosen(request)["pruning ratio"]
     return {
         "points": found, "shown": [NAMES[model] for model in shown],
@@ -154,7 +159,7 @@ def quality(found: Sequence[Point]) -> Figure:
     def draw(axis: Any) -> None:
         canvas = axis.figure
         axis.remove()
-        shown = [model for model in NAMES if any(point.model == model for point in found)]
+        shown = shown_in(found)
         removed = {model: sorted({100 * point.removed for point in found if point.model == model}) for model in shown}
         widths = [len(places) + 1 for places in removed.values()]
         panels = canvas.subplots(1, len(shown), sharey=True, squeeze=False, width_ratios=widths)[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness.digests import PRUNING
+from harness.digests import MAKING
 from harness.experiment import Cells, Measured, Names, Request, Values
 from harness.store import ROOT
 from lab.checkpoints import SHAPES, llama, parameters_of, write_checkpoint
@@ -24,7 +24,7 @@ RECOVER, SMOKE_RECOVER = ["--max-minutes", "2"], ["--max-steps", "2", "--max-seq
 STAGE = ("name", "seconds", "peak_resident_bytes", "peak_device_bytes")
 OPTIONS = {"model": "FILE.gguf"}
 EXTRA = ("real",)
-DECIDED_BY = (*PRUNING, "recovery", "pipeline/recover")
+DECIDED_BY = MAKING
 
 
 def reported(command: str, source: Path, out: Path, flags: Names) -> Values:

@@ -6,7 +6,7 @@ from pathlib import Path
 import gguf
 import torch
 import transformers.models.llama.configuration_llama  # noqa: F401 - imported before memory is measured
-from harness.digests import PRUNING
+from harness.digests import MAKING
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import in_own_process, made_by_saap, quickly_pruned
 from lab.memory import Peak
@@ -24,7 +24,7 @@ FILES = {"adaptive": ("f16", 2000), "uniform": ("f16", 2000), "tuned": ("q4_1", 
 """Types and tokens by folder: pruned in both layouts, and the adaptive one tuned for four steps."""
 CELLS = list(FILES)
 SMOKE = False
-DECIDED_BY = (*PRUNING, "export/gguf", "recovery", "pipeline/recover")
+DECIDED_BY = (*MAKING, "export/gguf")
 
 
 def measure(request: Request, wanted: Names) -> Measured:

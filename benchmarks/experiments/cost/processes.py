@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
-from harness.digests import PRUNING
+from harness.digests import MAKING
 from harness.experiment import Cells, Measured, Names, Request, Scaled, Values
 from lab.commands import in_own_process
 
@@ -26,7 +26,7 @@ CELLS = ["estimation"]
 SETTINGS = {
     "model": "{model}", "samples": Scaled(4, 50), "length": Scaled(32, 128), "rounds": Scaled(1, 2),
 }  # fmt: skip
-DECIDED_BY = (*PRUNING, "recovery", "pipeline/recover")
+DECIDED_BY = MAKING
 
 
 def measure(request: Request, wanted: Names) -> Measured:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import yaml
-from harness.digests import PRUNING
+from harness.digests import MAKING
 from harness.experiment import Cells, Measured, Names, Request, Values
 from harness.store import ROOT
 from lab.commands import saap
@@ -19,7 +19,7 @@ SMALL = {
 }
 CELLS = sorted(file.stem for file in RECIPES.glob("*.yaml"))
 SMOKE = False
-DECIDED_BY = (*PRUNING, "export", "pipeline/recipe", "recovery", "pipeline/recover")
+DECIDED_BY = (*MAKING, "export", "pipeline/recipe")
 
 
 def replaced(recipe: Path, model: str, out: Path) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from harness.charts import bars
-from harness.digests import PRUNING
+from harness.digests import MAKING
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import made_by_saap, timed_saap
 from lab.dense import Dense, opened
@@ -49,7 +49,7 @@ SETTINGS = {
     "measured tokens": Scaled(512, 8192), "minutes of router tuning": 5, "seed": 0,
     "upcycled": Scaled(str(TRIAL), str(FULL)),
 }  # fmt: skip
-DECIDED_BY = (*PRUNING, "recovery", "pipeline/recover")
+DECIDED_BY = MAKING
 
 
 def measure(request: Request, wanted: Names) -> Measured:
@@ -82,8 +82,7 @@ def of_scores(dense: Dense, calibration: str, chosen: Values) -> Values:
     for score, orders in removal_orders(dense, samples, chosen["seed"]).items():
         found[score] = {}
         for name, ratio in RATIOS.items():
-            kept = {group: tuple(sorted(order[round(ratio * len(order)) :])) for group, order in orders.items()}
-            with masked(dense.model, dense.graph, kept):
+            with masked(dense.model, dense.graph, kept_of(orders, ratio)):
                 found[score][name] = perplexities()
     return {"unpruned": perplexities(), "scores": found}
 
@@ -140,9 +139,9 @@ def scores_of(dense: Dense, samples: CalibrationSet, score: Importance) -> Mappi
 
 def equal_plan(dense: Dense, units: Mapping[str, UnitScores], ratio: float) -> StructurePlan:
     """The plan without the same number of experts in all layers, those of the lowest scores."""
-    orders = {name: np.argsort(one.mean, kind="stable") for name, one in units.items()}
-    keep = {name: tuple(sorted(order[round(ratio * len(order)) :].tolist())) for name, order in orders.items()}
-    return make_plan(dense.graph, keep, (), layout=Layout.UNIFORM, strategy="equal", align=1)
+    return make_plan(
+        dense.graph, kept_of(orders_of(units), ratio), (), layout=Layout.UNIFORM, strategy="equal", align=1
+    )
 
 
 def texts_for(dense: Dense, chosen: Values) -> dict[str, IntArray]:
@@ -155,9 +154,18 @@ def removal_orders(dense: Dense, samples: CalibrationSet, seed: int) -> Mapping[
     groups = dense.graph.of_role(Role.EXPERT)
     found = {RANDOM: {group.name: generator.permutation(group.units).tolist() for group in groups}}
     for score in SCORES:
-        units = scores_of(dense, samples, score)
-        found[str(score)] = {name: np.argsort(one.mean, kind="stable").tolist() for name, one in units.items()}
+        found[str(score)] = orders_of(scores_of(dense, samples, score))
     return found
+
+
+def orders_of(units: Mapping[str, UnitScores]) -> dict[str, list[int]]:
+    """By group, the experts from the lowest score to the highest."""
+    return {name: np.argsort(one.mean, kind="stable").tolist() for name, one in units.items()}
+
+
+def kept_of(orders: Mapping[str, list[int]], ratio: float) -> dict[str, tuple[int, ...]]:
+    """By group, the experts that are left when the first ones of its order are removed."""
+    return {name: tuple(sorted(order[round(ratio * len(order)) :])) for name, order in orders.items()}
 
 
 def tuned_routers(request: Request, model: str, folder: Path, dense: Dense) -> Values:

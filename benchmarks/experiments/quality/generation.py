@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from harness.charts import bars
-from harness.digests import PRUNING
+from harness.digests import MAKING
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import made_by_saap, pruned_folder
 from lab.dense import model_in
@@ -25,7 +25,7 @@ SETTINGS = {
     "open prompts": Scaled(1, 12), "minutes of recovery": 20,
     "sets of questions": [BUNDLED, *TASKS], "questions of a set": Scaled(4, 200),
 }  # fmt: skip
-DECIDED_BY = (*PRUNING, "recovery", "pipeline/recover")
+DECIDED_BY = MAKING
 
 
 def facts(limit: int) -> dict[str, list[Prompt]]:

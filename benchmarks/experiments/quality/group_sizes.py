@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from harness.charts import lines
-from harness.digests import PRUNING
+from harness.digests import MAKING
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import in_own_process, made_by_saap, pruned_folder
 from lab.memory import Peak
@@ -41,7 +41,7 @@ SMOKE = False
 SETTINGS = {
     "model": "{model}", "length": Scaled(64, 512), "tokens": Scaled(256, 16384), "evaluated tokens": Scaled(1024, 4096),
 }  # fmt: skip
-DECIDED_BY = (*PRUNING, "recovery", "pipeline/recover")
+DECIDED_BY = MAKING
 
 
 def cells(request: Request) -> Names:

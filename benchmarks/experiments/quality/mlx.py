@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from harness.digests import PRUNING
+from harness.digests import MAKING
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import made_by_saap, quickly_pruned
 from lab.texts import token_ids
@@ -28,7 +28,7 @@ SETTINGS = {"mlx-lm": "0.32.2", "mlx": "0.32.4", "dtype": "float32", "positions"
 OPTIONS = {"python": "PYTHON_WITH_MLX_LM"}
 NEEDS = ("python",)
 SMOKE = False
-DECIDED_BY = (*PRUNING, "export/mlx.py", "recovery", "pipeline/recover")
+DECIDED_BY = (*MAKING, "export/mlx.py")
 
 
 def models() -> Any:

@@ -6,7 +6,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from harness.digests import PRUNING
+from harness.digests import MAKING
 from harness.experiment import Cells, Measured, Names, Request, Values
 from lab.commands import peak_of, timed_saap
 from lab.dense import source_of
@@ -34,7 +34,7 @@ CODE = ("rich.layout", "jinja2.loaders", "networkx.algorithms.bipartite.matching
 OPTIONS = INSTRUCTIONS
 SETTINGS = {"pruning ratio": 0.2, "measured tokens": 4096}
 SMOKE = False
-DECIDED_BY = (*PRUNING, "baselines", "recovery", "pipeline/recover")
+DECIDED_BY = (*MAKING, "baselines")
 
 
 def code(folder: Path) -> Path:

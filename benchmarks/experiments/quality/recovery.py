@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.charts import bars
-from harness.digests import PRUNING
+from harness.digests import MAKING
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import pruned_folder, timed_saap
 from lab.dense import model_in
@@ -41,7 +41,7 @@ SETTINGS = {
     "open prompts": Scaled(1, 12), "facts": Scaled(2, 32), "pruning ratio": 0.2,
     "tunings": [f"{name}: {' then '.join(' '.join(flags) for flags in runs)}" for name, runs in TUNED.items()],
 }  # fmt: skip
-DECIDED_BY = (*PRUNING, "recovery", "pipeline/recover")
+DECIDED_BY = MAKING
 
 
 def measure(request: Request, wanted: Names) -> Measured:
