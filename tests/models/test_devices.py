@@ -1,20 +1,27 @@
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from tests.pipeline import tiny
 
 import saap
-from saap.models.loading.devices import computable, rounded_products
+from saap.models.loading.devices import KEPT_PRODUCTS, computable, rounded_products
+
+CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
 def test_products_of_the_cpu_alone_are_rounded_and_only_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv(CACHE, raising=False)
     before = torch.get_float32_matmul_precision()
     with rounded_products(torch.device("meta")):
         assert torch.get_float32_matmul_precision() == before
+        assert CACHE not in os.environ
     with rounded_products(torch.device("cpu")):
+        assert os.environ[CACHE] == KEPT_PRODUCTS
         assert torch.get_float32_matmul_precision() == "medium"
         left, right = torch.rand(64, 64), torch.rand(64, 64)
         torch.testing.assert_close(left @ right, (left.double() @ right.double()).float(), rtol=2e-2, atol=0)
@@ -22,6 +29,9 @@ def test_products_of_the_cpu_alone_are_rounded_and_only_for_a_while(monkeypatch:
     with pytest.raises(ValueError, match="stop"), rounded_products(torch.device("cpu")):
         raise ValueError("stop")
     assert torch.get_float32_matmul_precision() == before
+    monkeypatch.setenv(CACHE, "7")
+    with rounded_products(torch.device("cpu")):
+        assert os.environ[CACHE] == "7"
 
 
 def test_a_model_object_in_float16_is_computed_in_float32() -> None:

@@ -139,6 +139,22 @@ def test_a_killed_training_goes_on_with_the_same_losses(tmp_path: Path) -> None:
     assert len(again.points) == 8
 
 
+def test_progress_says_how_much_of_the_gap_to_the_teacher_is_closed(tmp_path: Path) -> None:
+    teacher, taught = train(tmp_path / "teacher", max_steps=40)
+    lines: list[str] = []
+    report = Report(step=lambda done, total: None, line=lines.append)
+    _, done = train(tmp_path / "student", teacher=teacher, report=report, distillation=1)
+    assert done.validation_teacher == pytest.approx(taught.validation)
+    assert f"(the teacher {taught.validation:.4f})" in lines[0]
+    last = done.points[-1].validation
+    assert last is not None
+    closed = (done.validation_before - last) / (done.validation_before - taught.validation)
+    assert closed > 0.1
+    assert f"({closed:.0%} of the gap closed)" in lines[-1]
+    train(tmp_path / "alone", report=report)
+    assert "gap" not in lines[-1]
+
+
 def test_state_of_another_training_is_refused(tmp_path: Path) -> None:
     train(tmp_path)
     with pytest.raises(StaleInputError, match="not a state of this training"):

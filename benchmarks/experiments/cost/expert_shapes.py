@@ -15,7 +15,7 @@ FLAGS = [
     "--num-samples", "16", "--sample-length", "2048", "--preset", "fast", "--max-memory", "10GB",
 ]  # fmt: skip
 SETTINGS = {"flags": " ".join(FLAGS)}
-CELLS = ["2", "4"]
+CELLS = ["2", "8"]
 SMOKE = False
 
 

@@ -62,15 +62,16 @@ class Report:
 class Training(BaseModel):
     """State of a training.
 
-    validation: of the best parameters so far, after `best_step` (0: before the first step). without_best: number of
-    validations since then. on_policy: whether that part has begun; then the best parameters are chosen anew.
-    stopped_by: reason of the end in words; '' while it runs.
+    validation: of the best parameters so far, after `best_step` (0: before the first step). validation_teacher: of the
+    teacher, if there is one. without_best: number of validations since the best. on_policy: whether that part has
+    begun; then the best parameters are chosen anew. stopped_by: reason of the end in words; '' while it runs.
     """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     validation_before: float = float("inf")
+    validation_teacher: float | None = None
     validation: float = float("inf")
     best_step: int = 0
     without_best: int = 0
@@ -137,7 +138,7 @@ class Trainer:
             self.report.step(round(1000 * share), 1000)
             if validation is not None:
                 self._write(STATE, self.state, training)
-                self.report.line(_line(point, share))
+                self.report.line(_line(point, share, training))
         _read_state(self.folder / BEST, self.parameters)
         training.stopped_by, training.seconds = stopped_by, round(training.seconds, 3)
         return training
@@ -154,8 +155,11 @@ class Trainer:
             self.report.line(f"resuming after step {training.step}")
             return training
         training = Training()
+        if self.teacher is not None:
+            training.validation_teacher = self._held_out_loss(self.teacher, training)
         self._validate(training)
-        self.report.line(f"before training: validation {training.validation_before:.4f}")
+        of_teacher = "" if training.validation_teacher is None else f" (the teacher {training.validation_teacher:.4f})"
+        self.report.line(f"before training: validation {training.validation_before:.4f}{of_teacher}")
         return training
 
     def _stopped(self, training: Training) -> str:
@@ -275,24 +279,9 @@ class Trainer:
             f"{what} is not finite in step {training.step + 1}{where}", "Lower --learning-rate, and check that sample"
         )
 
-    @torch.no_grad()
     def _validate(self, training: Training) -> float:
-        """Mean -log p of the held-out examples; writes the parameters if it is the lowest so far."""
-        examples = self.data.held_out
-        total = torch.zeros(1, dtype=widest_dtype(self.device), device=self.device)
-        for start in range(0, len(examples), self.processes.count):
-            place = start + self.processes.rank
-            # a process without own examples runs the first one too: layers may be sharded over all processes
-            ids, learned = self._padded([examples[place if place < len(examples) else 0]])
-            hidden = self._forward(self.walker, ids)
-            losses, _ = learned_losses(self.walker, hidden, ids, learned, predictions=1)
-            if place < len(examples):
-                total += losses.sum().to(total.device)
-        value = float(self.processes.total(total)) / sum(int(example.learned.sum()) for example in examples)
-        if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"The validation loss is not finite after step {training.step}", "Lower --learning-rate"
-            )
+        """Loss of the held-out examples; writes the parameters if it is the lowest so far."""
+        value = self._held_out_loss(self.walker, training)
         if training.step == 0:
             training.validation_before = value
         training.without_best += 1
@@ -301,13 +290,36 @@ class Trainer:
             self._write(BEST, self.parameters, training)
         return value
 
+    @torch.no_grad()
+    def _held_out_loss(self, walker: BlockWalker, training: Training) -> float:
+        """Mean -log p of the held-out examples by the walker's model. Raises NonFiniteLossError."""
+        examples = self.data.held_out
+        total = torch.zeros(1, dtype=widest_dtype(self.device), device=self.device)
+        for start in range(0, len(examples), self.processes.count):
+            place = start + self.processes.rank
+            # a process without own examples runs the first one too: layers may be sharded over all processes
+            ids, learned = self._padded([examples[place if place < len(examples) else 0]])
+            hidden = self._forward(walker, ids)
+            losses, _ = learned_losses(walker, hidden, ids, learned, predictions=1)
+            if place < len(examples):
+                total += losses.sum().to(total.device)
+        value = float(self.processes.total(total)) / sum(int(example.learned.sum()) for example in examples)
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"The validation loss is not finite after step {training.step}", "Lower --learning-rate"
+            )
+        return value
 
-def _line(point: CurvePoint, share: float) -> str:
+
+def _line(point: CurvePoint, share: float, training: Training) -> str:
     speed = point.tokens / point.seconds if point.seconds else 0.0
     left = point.seconds / share * (1 - share) if share else 0.0
+    gap = 0.0 if training.validation_teacher is None else training.validation_before - training.validation_teacher
+    closed = (training.validation_before - (point.validation or 0.0)) / gap if gap > 0 else None
+    gap_closed = "" if closed is None else f" ({closed:.0%} of the gap closed)"
     return (
-        f"step {point.step}: loss {point.loss:.4f}, validation {point.validation:.4f}, {speed:.0f} tokens/s, "
-        f"about {left:.0f} s left"
+        f"step {point.step}: loss {point.loss:.4f}, validation {point.validation:.4f}{gap_closed}, "
+        f"{speed:.0f} tokens/s, about {left:.0f} s left"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
@@ -17,6 +18,9 @@ DeviceMap = str | Mapping[str, int | str]
 
 DEVICE_MAPS = ("auto", "balanced", "sequential")
 """Strategies of accelerate to place the blocks of a model on several devices."""
+
+KEPT_PRODUCTS = "64"
+"""Kinds of products, by shape, that oneDNN keeps compiled; of its 1,024 each takes up to a megabyte."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -134,7 +138,12 @@ def quick_products(device: torch.device, written: torch.dtype) -> torch.dtype | 
 
 @contextmanager
 def _medium_products(wanted: bool) -> Iterator[None]:
-    """Context with float32 products in torch's precision `medium`, if requested."""
+    """Context with float32 products in torch's precision `medium`, if requested.
+
+    Products are then by oneDNN, which reads its limit from the environment when it first keeps one.
+    """
+    if wanted:
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KEPT_PRODUCTS)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if wanted else before)
     try:
