@@ -19,11 +19,12 @@ from saap.models.loading import memory
 from saap.models.walk import offload as offload_module
 from saap.models.walk import walk as walk_module
 from saap.models.walk.offload import OffloadedWeights
-from saap.pipeline.prune import planning
+from saap.pipeline.prune import making, planning
 from saap.pipeline.prune.run import run_prune
 from saap.pipeline.shared import memory_estimate, memory_limit, stages
 from saap.pipeline.shared.inputs import RunOptions
 from saap.settings.prune import PruneConfig
+from saap.surgery import reconstruct as reconstruct_module
 
 SETTINGS = {"samples": 6, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
 
@@ -257,3 +258,45 @@ def test_weights_count_once_where_the_run_fits(source: Path, tmp_path: Path, mon
     config = PruneConfig(pruning_ratios=(0.2,), **SETTINGS)
     limit = memory_limit.RESERVE_BYTES + weights + 3 * 10**8
     assert not memory_limit.open_within(source, config, RunOptions(max_memory=limit), None).spills
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+@pytest.mark.parametrize(
+    "given", [{}, {"roles": "expert"}, {"roles": "expert", "merge_experts": True}], ids=["dense", "experts", "merged"]
+)
+def test_an_interrupted_reconstruction_resumes_at_its_block(
+    source: Path, tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], blocks: int
+) -> None:
+    model = mixture(tmp_path / "dense") if given else source
+    config = PruneConfig(pruning_ratios=0.25, **SETTINGS, **given)
+    whole = run_prune(model, config, RunOptions(out=tmp_path / "whole", max_memory=1))[0]
+    visited: list[int] = []
+    stock = reconstruct_module._BlockByBlock.run_block
+
+    def run_block(self: reconstruct_module._BlockByBlock, layer: int) -> None:
+        if stop and layer == blocks:
+            raise _InterruptError
+        visited.append(layer)
+        stock(self, layer)
+
+    def distill(*arguments: Any) -> tuple[float, float]:
+        if stop:
+            raise _InterruptError
+        return stock_distill(*arguments)
+
+    stock_distill = making.distill
+    monkeypatch.setattr(reconstruct_module._BlockByBlock, "run_block", run_block)
+    monkeypatch.setattr(making, "distill", distill)
+    stop = True
+    with pytest.raises(_InterruptError):
+        run_prune(model, config, RunOptions(out=tmp_path / "cut", max_memory=1))
+    stop, reporter = False, Noted()
+    again = run_prune(model, config, RunOptions(out=tmp_path / "cut", max_memory=1), reporter)[0]
+    assert "the reconstruction resumes after its last finished block" in reporter.notes
+    assert visited == list(range(len(visited)))
+    assert again.plan == whole.plan
+    assert again.report.distillation == whole.report.distillation
+    expected, found = tensors(tmp_path / "whole"), tensors(tmp_path / "cut")
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name

@@ -29,6 +29,7 @@ from saap.models.walk.residual import ResidualPath, residual_paths
 from saap.models.walk.spill import PackedTensors, Tensors, drained
 from saap.models.walk.walk import embed, run_block
 from saap.models.walk.walker import Contexts
+from saap.surgery.finished import ReconstructionRecord, cut_bundles
 from saap.surgery.held_out import MICRO_BATCH, require_sequences, rows_to_fit_on
 from saap.surgery.merging import merge_experts, merged_stacks
 from saap.surgery.stacked import GramMatrices, fit_columns, one_by_one, stacks_of
@@ -70,6 +71,7 @@ def reconstruct(
     tokens: Tensor,
     settings: ReconstructionSettings,
     others: Tensor | None = None,
+    digest: str = "",
 ) -> Reconstruction:
     """Choose, fit and cut, block by block, in place.
 
@@ -79,13 +81,19 @@ def reconstruct(
     others: (sequences, length) ids of further text, of which only the dense model's hidden states are wanted.
     Of the processes of the backend each runs a part of the sequences; the first one chooses and fits, from the moments
     of all. Its products count for forward passes; moments and solutions are of float32 and more.
-    Raises CalibrationError for a single sequence, PlanError for a plan that the model cannot follow.
+    digest: of all that decides the result; with it, weights in files and a spill that resumes, each finished block is
+    recorded, and an interrupted reconstruction resumes after the last one.
+    Raises CalibrationError for a single sequence, PlanError for a plan that the model cannot follow, StaleInputError.
     """
     require_sequences(len(tokens))
     require_possible(backend.graph, plan.keep, plan.dropped_blocks)
     walk = _BlockByBlock(backend, plan, tokens, settings, tokens[:0] if others is None else others)
-    for layer in range(len(backend.graph.blocks)):
+    record = ReconstructionRecord.of(backend, digest)
+    for layer in range(walk.resumed(record), len(backend.graph.blocks)):
         walk.run_block(layer)
+        if record is not None:
+            streams = [walk.others, walk.dense, *([] if walk.pruned is walk.dense else [walk.pruned])]
+            record.write(layer + 1, streams, walk.result.keep, walk.result.errors)
         backend.progress(layer + 1, len(backend.graph.blocks))
     walk.result.dense = walk.others
     return walk.result
@@ -115,7 +123,8 @@ class _BlockByBlock:
     def __init__(
         self, backend: Backend, plan: StructurePlan, tokens: Tensor, settings: ReconstructionSettings, others: Tensor
     ) -> None:
-        self.model, self.graph, self.plan, self.settings = backend.model, backend.graph, plan, settings
+        self.backend, self.plan, self.settings = backend, plan, settings
+        self.model, self.graph = backend.model, backend.graph
         self.processes, self.keep, self.walker = backend.processes, backend.keep, backend.walker()
         self.exact = dataclasses.replace(backend, products=None).walker()
         self.sequences, self.result = len(tokens), Reconstruction()
@@ -134,6 +143,16 @@ class _BlockByBlock:
     def _own(self) -> range:
         """Indices of this process' micro-batches."""
         return self.processes.share(-(-self.sequences // MICRO_BATCH))
+
+    def resumed(self, record: ReconstructionRecord | None) -> int:
+        """The number of blocks that an interrupted run has finished, after which this one goes on."""
+        found = None if record is None else record.read()
+        if found is None:
+            return 0
+        self.result.keep, self.result.errors = found.keep, found.errors
+        self.others, self.dense, *own = found.streams
+        self.pruned = own[0] if own else self.dense
+        return found.blocks
 
     def run_block(self, layer: int) -> None:
         """Finish one block."""
@@ -222,13 +241,9 @@ class _BlockByBlock:
         return self.keep(one.to(device) for one in hidden)
 
     def _cut(self, groups: Sequence[CoupledGroup]) -> None:
-        """Cut groups to the plan's own units, those of a bundle together."""
+        """Cut groups to the plan's own units."""
         self.result.keep |= {group.name: self.plan.kept(group) for group in groups}
-        bundles: dict[str, list[CoupledGroup]] = {}
-        for group in groups:
-            bundles.setdefault(group.bundle or group.name, []).append(group)
-        for bundle in bundles.values():
-            cut_groups(self.model, bundle, self.plan.keep)
+        cut_bundles(self.backend, groups, self.plan.keep)
 
     def _consumers(self, layer: int, groups: Sequence[CoupledGroup]) -> list[_Consumer]:
         """The block's consumers in the order in which they run."""

@@ -51,9 +51,9 @@ class Part:
 class OffloadedWeights:
     """Location of the weights of one model. At most one part of it is in memory.
 
-    dtype: to compute in. blocks: paths of the decoder blocks. rounded: type to round values to, if coarser. written,
-    folder: type and folder of the files of changed parts, None as long as nothing may change. parts_read: number of
-    reads of a part.
+    dtype: to compute in. blocks: paths of the decoder blocks. rounded: type to round values to, if coarser. folder: of
+    the files of changed parts, None as long as nothing may change. written: type in these files, if not dtype.
+    parts_read: number of reads of a part.
     """
 
     device: torch.device
@@ -121,12 +121,32 @@ class OffloadedWeights:
         """A stored weight in the compute type."""
         return stored.to(self.rounded) if self.rounded is not None and stored.is_floating_point() else stored
 
-    def _write(self, part: Part) -> None:
-        if self.folder is None or self.written is None:
+    @torch.no_grad()
+    def adopt(self, path: str) -> None:
+        """Give the part of a module the weights that an earlier run has written, if there are any.
+
+        The module must have been cut to their shapes.
+        """
+        part = next(part for part in self.parts if path in part.modules)
+        file = self._file(part)
+        if not file.exists():
+            return
+        self.onload(part)
+        files = StoredTensors.in_files((file,))
+        for name, parameter in part.named_parameters().items():
+            parameter.copy_(files.read(name))
+        part.sources, part.changed = {name: partial(files.read, name) for name in files.shapes}, False
+
+    def _file(self, part: Part) -> Path:
+        """File of the part's weights once they are changed."""
+        if self.folder is None:
             raise RuntimeError(f"{next(iter(part.modules))} was changed, but there is no folder for changed weights")
-        path = self.folder / f"{self.parts.index(part):05d}.safetensors"
+        return self.folder / f"{self.parts.index(part):05d}.safetensors"
+
+    def _write(self, part: Part) -> None:
+        path, dtype = self._file(part), self.dtype if self.written is None else self.written
         entries = {
-            name: TensorEntry(dtype=self.written, shape=tuple(weight.shape), make=partial(weight.to, self.written))
+            name: TensorEntry(dtype=dtype, shape=tuple(weight.shape), make=partial(weight.to, dtype))
             for name, weight in part.named_parameters().items()
         }
         write_tensors(path, entries, {"format": "pt"})

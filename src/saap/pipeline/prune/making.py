@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import nn
 from saap.baselines.baseline import add_biases
 from saap.core.errors import VerificationError
 from saap.core.manifest import BaseModelIdentity, Change, RunManifest, recorded_versions, typed_command
-from saap.core.records import ImportanceScores, Layout, StructurePlan, count_parameters
+from saap.core.records import ImportanceScores, Layout, StructurePlan, count_parameters, digest_of
 from saap.discovery.blocks import find_blocks
 from saap.export.huggingface import CheckpointParts, write_checkpoint
 from saap.export.model_card import licence_of
@@ -27,6 +29,7 @@ from saap.models.loading.pretrained import load, load_offloaded
 from saap.models.loading.references import resolve_model
 from saap.models.walk.backend import Backend
 from saap.models.walk.offload import offloaded
+from saap.models.walk.spill import Spill
 from saap.pipeline.prune.baselines import biases_for
 from saap.pipeline.prune.planning import chosen_scores, read_whole_plan
 from saap.pipeline.prune.source_file import stored_bytes, write_source_file
@@ -52,6 +55,8 @@ class Restored(BaseModel):
     distillation: tuple[float, float] | None = None
 
 
+FINISHED = "reconstruction"
+"""Folder of the finished blocks of the reconstruction, until the model is made."""
 LEAST_SEQUENCES = 4
 """Of so many the distillation gets half, as there is little left to learn from fitted ones. Fewer are all fitted."""
 EVALUATED_SEQUENCES = 8
@@ -129,6 +134,7 @@ def make_model(run: Run, target: Target, plan: StructurePlan, scores: Importance
             _write_folder(run, target, model, plan, structure, scores)
         record = {"base_model_type": made.base_model_type, "restored": restored.model_dump()}
         run.work.write_json(CUT.file_of(target.name), record)
+        shutil.rmtree(run.work.file(FINISHED), ignore_errors=True)
     return made
 
 
@@ -206,8 +212,12 @@ def _reconstructed(
     tokens = tokens[order.to(tokens.device)]
     fitted = len(tokens) - (len(tokens) // 2 if len(tokens) >= LEAST_SEQUENCES else 0)
     tokens, others = tokens[:fitted], tokens[fitted:]
+    backend, digest = _restoring(run, model, 0), digest_of([plan.digest, run.tokens.refit.digest])
+    if offloaded(model) is not None:
+        resumed = partial(run.meter.reporter.note, "the reconstruction resumes after its last finished block")
+        backend = dataclasses.replace(backend, spill=Spill(run.work.file(FINISHED), resumed))
     with run.tokens.images(model):
-        done = reconstruct(_restoring(run, model, 0), plan, tokens, settings, others)
+        done = reconstruct(backend, plan, tokens, settings, others, digest)
     keep = {name: done.keep.get(name, kept) for name, kept in plan.keep.items()}
     held = min(held_out_sequences(len(others)), EVALUATED_SEQUENCES)
     text = DistillationText(
