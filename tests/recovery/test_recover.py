@@ -29,6 +29,7 @@ from saap.models.loading.pretrained import load_groupwise, load_model, open_skel
 from saap.models.loading.references import resolve_model
 from saap.models.structure.linear import weight_out_in
 from saap.pipeline.recover.context import known_kinds
+from saap.pipeline.recover.forecast import share_after
 from saap.pipeline.shared.progress import Silent
 from saap.pipeline.shared.tokens import evaluation_sets
 from saap.recovery.quantise import quantise
@@ -55,6 +56,36 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(TOKENS).logits.float()
+
+
+@pytest.mark.parametrize("tuning", ["groupwise", "full"])
+def test_a_dry_run_says_what_it_would_take_and_give(
+    dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tuning: str
+) -> None:
+    small = tmp_path / "small"
+    saap.prune(dense, pruning_ratio=0.2, out=small, **PRUNING)
+    flags = ["recover", str(small), "--data", str(text), "--tuning", tuning, *FLAGS]
+    found = json.loads(run(capsys, *flags, "--dry-run", "--json")[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    assert (found["steps"], found["tokens"]) == (4, 4 * 4 * 32)
+    assert found["seconds"] > 4 * found["seconds_of_step"] > 0
+    assert found["gap_closed"] == pytest.approx(share_after(found["tokens"]))
+    gap = found["validation_before"] - found["validation_teacher"]
+    assert found["validation"] == pytest.approx(found["validation_before"] - found["gap_closed"] * gap)
+    tuned = json.loads(run(capsys, *flags, "--out", tmp_path / "tuned", "--json")[1])
+    assert (tuned["steps"], tuned["tokens"]) == (found["steps"], found["tokens"])
+    assert tuned["validation_before"] == pytest.approx(found["validation_before"], rel=1e-5)
+
+    text_of_it = " ".join(run(capsys, *flags, "--dry-run", "--max-minutes", "1", "--distillation", "0")[1].split())
+    assert "4 steps until the first limit" in text_of_it
+    assert "without a teacher" in text_of_it
+
+
+def test_the_law_of_tokens_rises_from_nothing() -> None:
+    shares = [share_after(tokens) for tokens in (0, 1e3, 1e5, 1e7)]
+    assert shares == sorted(shares)
+    assert shares[0] == 0
+    assert shares[-1] < 1
 
 
 @pytest.mark.parametrize("layout", ["adaptive", "uniform"])

@@ -2,19 +2,23 @@
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from harness.charts import bars
 from harness.digests import MAKING
 from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled, Values
 from lab.commands import pruned_folder, timed_saap
 from lab.dense import model_in
 from lab.texts import INSTRUCTIONS, perplexities, texts
+from scipy.optimize import curve_fit
 
+from saap.core.manifest import read_manifest
 from saap.evaluation.generation import BUNDLED, cloze, generation_figures, read_prompts, write
 from saap.models.loading.devices import quick_float32_products
+from saap.pipeline.recover.forecast import LAW
 from saap.pipeline.shared.inputs import RunOptions, open_model
 
 UNREAD = "novel"
@@ -22,6 +26,8 @@ UNREAD = "novel"
 OTHER_TEXTS = ["--data", "encyclopaedia", "--data", "conversations", "--data", "speeches"]
 FULL = ["--tuning", "full"]
 ON_POLICY = 0.3
+LONG = "full, 20 minutes"
+"""As many tokens as 20 minutes of two cores read."""
 TUNED: Mapping[str, list[list[str]]] = {
     "groupwise": [["--tuning", "groupwise"]],
     "lora": [["--tuning", "lora"]],
@@ -29,14 +35,15 @@ TUNED: Mapping[str, list[list[str]]] = {
     "full, on-policy": [[*FULL, "--on-policy", str(ON_POLICY)]],
     "full, then groupwise": [FULL, ["--tuning", "groupwise"]],
     "full, without novels": [[*FULL, *OTHER_TEXTS]],
+    LONG: [FULL],
 }
 """The flags of each run of `saap recover`, which share the tokens equally."""
-MAIN = ("groupwise", "full")
+MAIN = ("groupwise", "full", LONG)
 CELLS = ["dense", "pruned", *MAIN]
 EXTRA = [name for name in TUNED if name not in MAIN]
 OPTIONS = INSTRUCTIONS
 SETTINGS = {
-    "model": "{model}", "preset": "fast", "tokens": Scaled(128, 80_000),
+    "model": "{model}", "preset": "fast", "tokens": Scaled(128, 80_000), "tokens of 20 minutes": Scaled(256, 180_000),
     "measured tokens": Scaled(512, 4096), "prompts": BUNDLED, "written tokens": Scaled(8, 128),
     "open prompts": Scaled(1, 12), "facts": Scaled(2, 32), "pruning ratio": 0.2,
     "tunings": [f"{name}: {' then '.join(' '.join(flags) for flags in runs)}" for name, runs in TUNED.items()],
@@ -60,15 +67,28 @@ def measure(request: Request, wanted: Names) -> Measured:
 
 
 def tuned(request: Request, pruned: Path, state: str, folder: Path) -> tuple[Path, Values]:
-    """The tuned folder, and what it cost."""
-    tokens, seconds, model = 0, 0.0, pruned
+    """The tuned folder, what it cost, and by tokens of the last run the share of the held-out gap that is closed."""
+    tokens, seconds, model, curve = 0, 0.0, pruned, list[tuple[int, float]]()
+    most = request.settings["tokens of 20 minutes" if state == LONG else "tokens"]
     for number, flags in enumerate(TUNED[state], start=1):
-        limits = ["--max-tokens", request.settings["tokens"] // len(TUNED[state])]
+        limits = ["--max-tokens", most // len(TUNED[state])]
         limits += request.size(["--max-seq-length", 64, "--validation-samples", 1], [])
         out = folder / f"{state}-{number}"
         report, _, used = timed_saap("recover", model, "--dense", request.model, *flags, *limits, "--out", out)
         tokens, seconds, model = tokens + report["tokens"], seconds + used, out
-    return model, {"tokens": tokens, "processor_seconds": seconds}
+        curve = curve_of(out)
+    return model, {"tokens": tokens, "processor_seconds": seconds, "curve": curve}
+
+
+def curve_of(tuned_model: Path) -> list[tuple[int, float]]:
+    """Tokens and share of the gap closed on the held-out text, at each validation."""
+    manifest = read_manifest(tuned_model)
+    record = None if manifest is None else manifest.recovery
+    if record is None or record.validation_teacher is None:
+        raise RuntimeError(f"{tuned_model} was not tuned with a teacher")
+    before, gap = record.validation_before, record.validation_before - record.validation_teacher
+    points = [(point.tokens, point.validation) for point in record.curve if point.validation is not None]
+    return [(tokens, (before - value) / gap) for tokens, value in points]
 
 
 def answers(model: Any, dense: Any, settings: Values) -> Values:
@@ -89,11 +109,21 @@ def summarise(cells: Cells) -> Values:
     shares = {state: closed(logs, state) for state in TUNED if state in cells}
     general = {state: sum(each.values()) / len(each) for state, each in shares.items()}
     best = max((state for state in ("groupwise", "lora", "full") if state in general), key=lambda state: general[state])
+    curve = cells[LONG]["curve"]
     return {
         "states": {state: cells[state] for state in states}, "closed": shares, "closed_mean": general, "best": best,
-        "unread": UNREAD, "on_policy": ON_POLICY,
-        "tokens": max(cells[state]["tokens"] for state in shares), "texts": list(cells["dense"]["perplexity"]),
+        "unread": UNREAD, "on_policy": ON_POLICY, "curve": curve, "law": fitted(curve), "forecast": LAW, "long": LONG,
+        "tokens": cells["full"]["tokens"], "texts": list(cells["dense"]["perplexity"]),
     }  # fmt: skip
+
+
+def fitted(curve: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Scale and exponent of `saap.pipeline.recover.forecast.share_after` that are nearest to a curve."""
+    if len(curve) < len(LAW):  # of a smoke run
+        return LAW
+    tokens, shares = map(np.array, zip(*curve, strict=True))
+    found, _ = curve_fit(lambda n, scale, exponent: 1 - (1 + n / scale) ** -exponent, tokens, shares, p0=LAW)
+    return float(found[0]), float(found[1])
 
 
 def closed(logs: Mapping[str, Mapping[str, float]], state: str) -> dict[str, float]:

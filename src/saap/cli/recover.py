@@ -7,13 +7,20 @@ from typing import Annotated
 from saap.cli.flags import Argument
 from saap.core.errors import ConfigurationError
 from saap.settings.recover import RecoverConfig
-from saap.settings.run import OPENS, Display, RunOptions
-from saap.settings.setting import Only
+from saap.settings.run import OPENS, Display, RunOptions, output_flag
+from saap.settings.setting import Only, Settings
+
+
+class Preview(Settings):
+    """What `saap recover` does instead of its work."""
+
+    dry_run: Annotated[bool, output_flag("Try two steps; print what the run would take and give.")] = False
 
 
 def recover(
     model: Annotated[str, Argument("Folder written by `saap prune`, or any other model.")],
     config: RecoverConfig,
+    preview: Preview,
     options: Annotated[RunOptions, Only(("out", "overwrite", "work_dir", "keep_work", *OPENS))],
     display: Display,
 ) -> None:
@@ -22,12 +29,19 @@ def recover(
     Several processes (torchrun --nproc-per-node N -m saap recover ...) share each batch. Each has the whole quantised
     model and its teacher; with --shard each has a part of them.
     """
-    if options.out is None:
-        raise ConfigurationError("--output-dir is missing", "Specify the folder to write with -o DIR")
+    if options.out is None and not preview.dry_run:
+        raise ConfigurationError("--output-dir is missing", "Specify the folder to write with -o DIR, or use --dry-run")
     from saap.cli.show.output import make_reporter, show
-    from saap.cli.show.recover import print_recovery
+    from saap.cli.show.recover import print_forecast, print_recovery
+    from saap.pipeline.recover.forecast import forecast
     from saap.pipeline.recover.run import run_recover
 
     with make_reporter(display) as reporter:
-        report = run_recover(model, config, options, reporter).report
-    show(display, report.as_dict(), lambda: print_recovery(report))
+        if preview.dry_run:
+            found = forecast(model, config, options, reporter)
+        else:
+            report = run_recover(model, config, options, reporter).report
+    if preview.dry_run:
+        show(display.model_copy(update={"quiet": False}), found.as_dict(), lambda: print_forecast(found))
+    else:
+        show(display, report.as_dict(), lambda: print_recovery(report))

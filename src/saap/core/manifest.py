@@ -153,8 +153,9 @@ class CurvePoint(Strict):
 class RecoveryRecord(Strict):
     """Record of a recovery: settings and outcome.
 
-    left_as_they_are: matrices of the decoder blocks that were not quantised. perplexity: by state of the model (dense,
-    before, quantised, recovered), on the text `evaluation`.
+    validation_teacher: loss of the teacher on the held-out text. left_as_they_are: matrices of the decoder blocks that
+    were not quantised. perplexity: by state of the model (dense, before, quantised, recovered), on the text
+    `evaluation`.
     """
 
     command: tuple[str, ...] = ()
@@ -170,6 +171,7 @@ class RecoveryRecord(Strict):
     stages: tuple[StageRecord, ...] = ()
     curve: tuple[CurvePoint, ...]
     validation_before: Amount
+    validation_teacher: Amount | None = None
     validation: Amount
     best_step: Count
     tokens: Count

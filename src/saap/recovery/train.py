@@ -143,6 +143,13 @@ class Trainer:
         training.stopped_by, training.seconds = stopped_by, round(training.seconds, 3)
         return training
 
+    def seconds_of_step(self) -> float:
+        """Seconds of a step, from the second of two, by which the parameters change."""
+        self._step(Training())
+        clock = time.perf_counter()
+        self._step(Training(step=1))
+        return self._since(clock)
+
     def _since(self, clock: float) -> float:
         """Seconds since then, averaged over the processes so that all of them use one clock."""
         seconds = torch.tensor([time.perf_counter() - clock], dtype=widest_dtype(self.device), device=self.device)
@@ -156,7 +163,7 @@ class Trainer:
             return training
         training = Training()
         if self.teacher is not None:
-            training.validation_teacher = self._held_out_loss(self.teacher, training)
+            training.validation_teacher = self.held_out_loss(self.teacher)
         self._validate(training)
         of_teacher = "" if training.validation_teacher is None else f" (the teacher {training.validation_teacher:.4f})"
         self.report.line(f"before training: validation {training.validation_before:.4f}{of_teacher}")
@@ -281,7 +288,7 @@ class Trainer:
 
     def _validate(self, training: Training) -> float:
         """Loss of the held-out examples; writes the parameters if it is the lowest so far."""
-        value = self._held_out_loss(self.walker, training)
+        value = self.held_out_loss(self.walker, training.step)
         if training.step == 0:
             training.validation_before = value
         training.without_best += 1
@@ -291,8 +298,8 @@ class Trainer:
         return value
 
     @torch.no_grad()
-    def _held_out_loss(self, walker: BlockWalker, training: Training) -> float:
-        """Mean -log p of the held-out examples by the walker's model. Raises NonFiniteLossError."""
+    def held_out_loss(self, walker: BlockWalker, step: int = 0) -> float:
+        """Mean -log p of the held-out examples by the walker's model, after that step. Raises NonFiniteLossError."""
         examples = self.data.held_out
         total = torch.zeros(1, dtype=widest_dtype(self.device), device=self.device)
         for start in range(0, len(examples), self.processes.count):
@@ -305,9 +312,7 @@ class Trainer:
                 total += losses.sum().to(total.device)
         value = float(self.processes.total(total)) / sum(int(example.learned.sum()) for example in examples)
         if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"The validation loss is not finite after step {training.step}", "Lower --learning-rate"
-            )
+            raise NonFiniteLossError(f"The validation loss is not finite after step {step}", "Lower --learning-rate")
         return value
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from saap.cli.show.output import console_for_tables, print_answers, print_end
 
 if TYPE_CHECKING:
+    from saap.pipeline.recover.forecast import RecoveryForecast
     from saap.pipeline.recover.result import RecoverReport
 
 
@@ -40,3 +41,19 @@ def print_recovery(report: RecoverReport) -> None:
     answers = {"dense": report.answer_dense or None, "before": report.answer_before or None}
     print_answers(console, report.prompt, {**answers, "recovered": report.answer or None})
     print_end(console, report)
+
+
+def print_forecast(found: RecoveryForecast) -> None:
+    """What a recovery would take and give."""
+    console = console_for_tables()
+    console.print(f"model: {escape(found.model)}, {found.parameters:,} parameters would be trained")
+    console.print(f"a step takes {found.seconds_of_step:.2f} s; {found.steps:,} steps until the first limit")
+    console.print(f"about {found.tokens:,} tokens in {found.seconds / 60:.1f} minutes of training")
+    if found.validation is None or found.gap_closed is None:
+        console.print(f"validation {found.validation_before:.4f}; without a teacher nothing says what it will be")
+    else:
+        console.print(
+            f"validation {found.validation_before:.4f} -> about {found.validation:.4f}, the teacher has "
+            f"{found.validation_teacher:.4f}: about {found.gap_closed:.0%} of the gap is closed"
+        )
+    console.print("nothing was written.")

@@ -36,7 +36,7 @@ from saap.pipeline.shared.outcome import Behaviour
 from saap.pipeline.shared.tokens import EVALUATION
 from saap.recovery.train import Training
 
-SUMMARY = {"validation_before", "validation", "best_step", "tokens", "seconds", "stopped_by"}
+SUMMARY = {"validation_before", "validation_teacher", "validation", "best_step", "tokens", "seconds", "stopped_by"}
 """Fields of a Training that are copied to report and manifest."""
 
 
@@ -67,6 +67,7 @@ class RecoverReport(BaseModel):
     perplexity: float
     gap_closed: float | None
     validation_before: float
+    validation_teacher: float | None
     validation: float
     best_step: int
     steps: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from saap.recovery.adapter import AdaptedLinear, adapt, add_lora, merge
 from saap.recovery.quantise import check_group_sizes, quantise, quantise_by_feedback
 from saap.recovery.routers import find_routers
 from saap.recovery.sharding import check_shardable, shard_layers
-from saap.recovery.train import Report, Trainer, Training
+from saap.recovery.train import Report, Trainer
 from saap.recovery.weights import TunedWeights, weights_inside
 from saap.settings.recover import RecoverConfig, Tuning
 
@@ -56,17 +56,25 @@ def run_recover(
     with work.alone(run.processes), quick_float32_products():
         dense, before = run.recorded()
         try:
-            teacher, dense = _teacher(run, dense)
-            model, handle, parameters, quantised = _model_to_train(run)
+            teacher = load_teacher(run)
+            model, handle, parameters = model_to_train(run)
         except SaapError:
             if run.processes.first:
                 work.close(keep=resumed)  # a rejected run leaves no files
             raise
-        if before is None:
+        if before is None or (dense is None and teacher is not None):
             with run.meter.stage(stages.MEASURE_BEFORE):
-                before = _measure(run, load_model(run.resolved, device=run.device))
-        training = _trained(run, model, teacher, parameters, work.path)
+                dense = _measure(run, teacher) if dense is None and teacher is not None else dense
+                before = before or _measure(run, load_model(run.resolved, device=run.device))
+        quantised = None
+        if config.tuning is Tuning.GROUPWISE:
+            with run.meter.stage(stages.MEASURE_QUANTISED):
+                quantised = _measure(run, model)
+        trainer = trainer_of(run, model, teacher, parameters, work.path)
         del teacher
+        with run.meter.stage(stages.TRAIN), training_products(run):
+            training = trainer.run()
+        del trainer
         with run.meter.stage(stages.MERGE):
             packed = merge(model) if handle is None else {}
             model = model if handle is None else handle.merge_and_unload()
@@ -94,10 +102,10 @@ def _linears(model: nn.Module) -> dict[str, int]:
     return linears_inside(model, find_blocks(model))
 
 
-def _teacher(run: Recovery, dense: Behaviour | None) -> tuple[Any | None, Behaviour | None]:
-    """The teacher if there is one, and the figures of the dense model. dense: from the records."""
+def load_teacher(run: Recovery) -> Any | None:
+    """The dense model, if it is known and here. Raises SaapError if it does not fit the run."""
     if run.teacher is None:
-        return None, dense
+        return None
     with run.meter.stage(stages.LOAD_TEACHER):
         teacher = load_model(run.teacher, device=run.device)
         found = sum(value.numel() for value in teacher.parameters())
@@ -110,29 +118,26 @@ def _teacher(run: Recovery, dense: Behaviour | None) -> tuple[Any | None, Behavi
             )
         keep_tokens_of(teacher, tokens_of(run.resolved))
         _check_fits(run, teacher)
-        dense = dense if dense is not None else _measure(run, teacher)
-    return (teacher if run.config.distillation else None), dense
+    return teacher
 
 
-def _model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parameter], Behaviour | None]:
-    """The model, the handle of what is trained in full precision if any, the parameters, and its figures quantised."""
+def model_to_train(run: Recovery) -> tuple[Any, Any | None, dict[str, nn.Parameter]]:
+    """The model, the handle of what is trained in full precision if any, and the parameters. Raises SaapError."""
     config = run.config
     if config.tuning is not Tuning.GROUPWISE:
         with run.meter.stage(stages.LOAD):
             model = load_model(run.resolved, device=run.device)
             handle, parameters = _in_full_precision(config, model)
         _check_fits(run, model)
-        return model, handle, parameters, None
+        return model, handle, parameters
     with run.meter.stage(stages.QUANTISE, f"{config.bits} bits in groups of {config.group_size}"):
         model = _quantised_model(run)
         _check_fits(run, model)
-    with run.meter.stage(stages.MEASURE_QUANTISED):
-        quantised = _measure(run, model)
-    parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=config.seed, scales=config.scales)
+        parameters = adapt(model, rank=config.rank, alpha=config.alpha, seed=config.seed, scales=config.scales)
     left = not_quantised(model)
     if left:
         run.meter.reporter.note(f"{len(left)} matrices of the blocks are not linear layers and are not tuned")
-    return model, None, parameters, quantised
+    return model, None, parameters
 
 
 def _in_full_precision(config: RecoverConfig, model: nn.Module) -> tuple[Any, dict[str, nn.Parameter]]:
@@ -185,22 +190,27 @@ def _check_fits(run: Recovery, model: Any) -> None:
         raise ModelError(offender, "Use the tokenizer that belongs to the model")
 
 
-def _trained(
+def trainer_of(
     run: Recovery, model: nn.Module, teacher: nn.Module | None, parameters: dict[str, nn.Parameter], folder: Path
-) -> Training:
+) -> Trainer:
+    """The trainer of a run; the teacher teaches only where the run distils."""
+    teacher = teacher if run.config.distillation else None
     if run.config.shard:
         layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
         layers += [] if teacher is None else [teacher.get_submodule(path) for path in _linears(teacher)]
         shard_layers(layers, run.device, run.processes)
-    quick = nullcontext() if run.config.exact_products else rounded_products(run.device)
     reporter = run.meter.reporter
-    with run.meter.stage(stages.TRAIN), quick:
-        return Trainer(
-            BlockWalker(model, find_blocks(model)), parameters, run.data, run.config, folder=folder,
-            processes=run.processes, report=Report(step=reporter.advance, line=reporter.note),
-            teacher=None if teacher is None else BlockWalker(teacher, find_blocks(teacher)),
-            ends=end_tokens(model, run.tokenizer),
-        ).run()  # fmt: skip
+    return Trainer(
+        BlockWalker(model, find_blocks(model)), parameters, run.data, run.config, folder=folder,
+        processes=run.processes, report=Report(step=reporter.advance, line=reporter.note),
+        teacher=None if teacher is None else BlockWalker(teacher, find_blocks(teacher)),
+        ends=end_tokens(model, run.tokenizer),
+    )  # fmt: skip
+
+
+def training_products(run: Recovery) -> AbstractContextManager[None]:
+    """How matrices are multiplied in the training."""
+    return nullcontext() if run.config.exact_products else rounded_products(run.device)
 
 
 def _write(run: Recovery, model: Any, manifest: RunManifest, packed: dict[str, GroupwiseWeight], out: Path) -> None:
