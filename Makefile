@@ -2,6 +2,7 @@
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
 BIN := .venv/bin
+PYTHONS ?= $(PYTHON)
 SETUP_INPUTS := pyproject.toml scripts/setup_environment.py
 
 .PHONY: demo animation test check unit docs results results-quick results-check gpu vllm release clean
@@ -58,9 +59,10 @@ vllm: .venv/.ready-dev .vllm/.ready ## serve a pruned real model with vLLM and c
 	$(BIN)/python scripts/setup_vllm.py
 	@touch $@
 
-release: .venv/.ready-dev ## build the sdist and the wheel in dist/, and try both in a new environment
+release: .venv/.ready-dev ## build sdist and wheel in dist/; try both in new environments, of PYTHONS="python3.12 ..." too
 	$(BIN)/python -m build --no-isolation --outdir dist
 	$(BIN)/pytest tests/packaging
+	$(BIN)/python scripts/try_release.py $(PYTHONS)
 
 clean:
 	rm -rf .venv .vllm build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
