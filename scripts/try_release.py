@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -23,14 +24,14 @@ OPEN = (
 FLAGS = ["--pruning-ratio", "0.2", "--preset", "fast", "--num-samples", "4", "--refit-tokens", "1024", "--align", "8"]
 
 
-def tried(interpreter: str, wheel: Path, folder: Path) -> None:
-    """Raises CalledProcessError if a step fails."""
+def try_wheel(interpreter: str, wheel: Path, folder: Path) -> None:
+    """Install the wheel in an environment in `folder`, prune, open. Raises CalledProcessError if a step fails."""
     subprocess.run([interpreter, "-m", "venv", folder / "environment"], check=True)
     programs = folder / "environment" / ("Scripts" if os.name == "nt" else "bin")
-    setup_environment.PYTHON = programs / "python"
+    python, saap, dense, small = programs / "python", programs / "saap", folder / "dense", folder / "small"
+    setup_environment.PYTHON = python
     setup_environment.install_torch()
     setup_environment.pip("install", "--quiet", str(wheel))
-    python, saap, dense, small = programs / "python", programs / "saap", folder / "dense", folder / "small"
     subprocess.run([python, "-c", MAKE, dense], check=True, cwd=ROOT)  # of the tests, which are in no wheel
     subprocess.run([saap, "prune", dense, *FLAGS, "-o", small, "--quiet"], check=True, cwd=folder)
     subprocess.run([python, "-c", OPEN, small], check=True, cwd=folder)
@@ -40,10 +41,13 @@ def main() -> None:
     """Try the newest wheel with each interpreter."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("interpreters", nargs="+", metavar="PYTHON")
-    wheel = max((ROOT / "dist").glob("*.whl"), key=lambda file: file.stat().st_mtime)
-    for interpreter in parser.parse_args().interpreters:
+    interpreters = parser.parse_args().interpreters
+    wheels = sorted((ROOT / "dist").glob("*.whl"), key=lambda file: file.stat().st_mtime)
+    if not wheels:
+        sys.exit("dist/ has no wheel. Build one with `python -m build`.")
+    for interpreter in interpreters:
         with tempfile.TemporaryDirectory() as folder:
-            tried(interpreter, wheel, Path(folder))
+            try_wheel(interpreter, wheels[-1], Path(folder))
 
 
 if __name__ == "__main__":

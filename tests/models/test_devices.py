@@ -8,7 +8,7 @@ import torch
 from tests.pipeline import tiny
 
 import saap
-from saap.models.loading.devices import KEPT_PRODUCTS, computable, rounded_products
+from saap.models.loading.devices import PRIMITIVE_CACHE_CAPACITY, computable, rounded_products
 
 CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
@@ -21,7 +21,7 @@ def test_products_of_the_cpu_alone_are_rounded_and_only_for_a_while(monkeypatch:
         assert torch.get_float32_matmul_precision() == before
         assert CACHE not in os.environ
     with rounded_products(torch.device("cpu")):
-        assert os.environ[CACHE] == KEPT_PRODUCTS
+        assert os.environ[CACHE] == PRIMITIVE_CACHE_CAPACITY
         assert torch.get_float32_matmul_precision() == "medium"
         left, right = torch.rand(64, 64), torch.rand(64, 64)
         torch.testing.assert_close(left @ right, (left.double() @ right.double()).float(), rtol=2e-2, atol=0)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from tests.pipeline import tiny
 from tests.pipeline.test_experts import Noted, mixture
 
 import saap
-from saap.core.errors import ConfigurationError
+from saap.core.errors import ConfigurationError, StaleInputError
 from saap.core.storage import read_scores
 from saap.models.loading import memory
 from saap.models.walk import offload as offload_module
@@ -24,6 +24,7 @@ from saap.pipeline.prune.run import run_prune
 from saap.pipeline.shared import memory_estimate, memory_limit, stages
 from saap.pipeline.shared.inputs import RunOptions
 from saap.settings.prune import PruneConfig
+from saap.surgery import distillation
 from saap.surgery import reconstruct as reconstruct_module
 
 SETTINGS = {"samples": 6, "sample_length": 32, "refit_tokens": 1024, "align": 8, "effort": "fast"}
@@ -260,43 +261,74 @@ def test_weights_count_once_where_the_run_fits(source: Path, tmp_path: Path, mon
     assert not memory_limit.open_within(source, config, RunOptions(max_memory=limit), None).spills
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 4])
+@pytest.mark.parametrize("stop_at", ["block 1", "block 2", "distillation", "writing"])
 @pytest.mark.parametrize(
     "given", [{}, {"roles": "expert"}, {"roles": "expert", "merge_experts": True}], ids=["dense", "experts", "merged"]
 )
 def test_an_interrupted_reconstruction_resumes_at_its_block(
-    source: Path, tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], blocks: int
-) -> None:
+    source: Path, tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch, given: dict[str, Any],
+    stop_at: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(distillation, "ROUNDING", 0.0)  # of random weights, there is hardly anything to learn
     model = mixture(tmp_path / "dense") if given else source
-    config = PruneConfig(pruning_ratios=0.25, **SETTINGS, **given)
+    config = PruneConfig(pruning_ratios=0.25, **{**SETTINGS, "refit_tokens": 4096}, **given)
     whole = run_prune(model, config, RunOptions(out=tmp_path / "whole", max_memory=1))[0]
     visited: list[int] = []
-    stock = reconstruct_module._BlockByBlock.run_block
 
-    def run_block(self: reconstruct_module._BlockByBlock, layer: int) -> None:
-        if stop and layer == blocks:
-            raise _InterruptError
-        visited.append(layer)
-        stock(self, layer)
+    def stopping(module: Any, name: str, place: Callable[..., str]) -> None:
+        stock = getattr(module, name)
 
-    def distill(*arguments: Any) -> tuple[float, float]:
-        if stop:
-            raise _InterruptError
-        return stock_distill(*arguments)
+        def stopped(*arguments: Any) -> Any:
+            if stop and place(*arguments) == stop_at:
+                raise _InterruptError
+            if place(*arguments).startswith("block"):
+                visited.append(arguments[1])
+            return stock(*arguments)
 
-    stock_distill = making.distill
-    monkeypatch.setattr(reconstruct_module._BlockByBlock, "run_block", run_block)
-    monkeypatch.setattr(making, "distill", distill)
+        monkeypatch.setattr(module, name, stopped)
+
+    stopping(reconstruct_module._BlockByBlock, "run_block", lambda _, layer: f"block {layer}")
+    stopping(making, "distill", lambda *_: "distillation")
+    stopping(making, "_write_folder", lambda *_: "writing")
     stop = True
     with pytest.raises(_InterruptError):
         run_prune(model, config, RunOptions(out=tmp_path / "cut", max_memory=1))
-    stop, reporter = False, Noted()
+    stop, reporter, first = False, Noted(), list(visited)
     again = run_prune(model, config, RunOptions(out=tmp_path / "cut", max_memory=1), reporter)[0]
-    assert "the reconstruction resumes after its last finished block" in reporter.notes
-    assert visited == list(range(len(visited)))
+    resumed = "the reconstruction resumes after its last finished block" in reporter.notes
+    if stop_at == "writing":  # the weights are not those of the reconstruction any more
+        assert not resumed
+        assert visited == 2 * first
+    else:
+        assert resumed
+        assert visited == list(range(len(visited)))
     assert again.plan == whole.plan
-    assert again.report.distillation == whole.report.distillation
+    assert again.report.distillation == whole.report.distillation != (0.0, 0.0)
     expected, found = tensors(tmp_path / "whole"), tensors(tmp_path / "cut")
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "of another block"])
+def test_damaged_weights_of_finished_blocks_are_refused(
+    source: Path, tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    config = PruneConfig(pruning_ratios=0.25, **SETTINGS)
+
+    def interrupted(*_: Any) -> None:
+        raise _InterruptError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "distill", interrupted)
+        with pytest.raises(_InterruptError):
+            run_prune(source, config, RunOptions(out=tmp_path / "cut", max_memory=1))
+    first, second, *_ = sorted(tmp_path.glob("cut.saap-work/changed-*/0*.safetensors"))
+    if damage == "missing":
+        first.unlink()
+    elif damage == "truncated":
+        first.write_bytes(first.read_bytes()[:-8])
+    else:
+        first.write_bytes(second.read_bytes())
+    with pytest.raises(StaleInputError, match=first.name):
+        run_prune(source, config, RunOptions(out=tmp_path / "cut", max_memory=1))

@@ -18,8 +18,9 @@ from scipy.optimize import curve_fit
 from saap.core.manifest import read_manifest
 from saap.evaluation.generation import BUNDLED, cloze, generation_figures, read_prompts, write
 from saap.models.loading.devices import quick_float32_products
-from saap.pipeline.recover.forecast import LAW
+from saap.pipeline.recover.forecast import LAWS
 from saap.pipeline.shared.inputs import RunOptions, open_model
+from saap.settings.recover import Tuning
 
 UNREAD = "novel"
 """The text of whose kind `OTHER_TEXTS` has nothing."""
@@ -109,20 +110,24 @@ def summarise(cells: Cells) -> Values:
     shares = {state: closed(logs, state) for state in TUNED if state in cells}
     general = {state: sum(each.values()) / len(each) for state, each in shares.items()}
     best = max((state for state in ("groupwise", "lora", "full") if state in general), key=lambda state: general[state])
-    curve = cells[LONG]["curve"]
+    ends = [
+        cells[state]["curve"][-1] for state in ("full", LONG)
+    ]  # on the way the learning rate is too high to compare
     return {
         "states": {state: cells[state] for state in states}, "closed": shares, "closed_mean": general, "best": best,
-        "unread": UNREAD, "on_policy": ON_POLICY, "curve": curve, "law": fitted(curve), "forecast": LAW, "long": LONG,
+        "unread": UNREAD, "on_policy": ON_POLICY, "long": LONG,
+        "ends": ends, "law": fitted(ends), "forecast": LAWS[Tuning.FULL],
         "tokens": cells["full"]["tokens"], "texts": list(cells["dense"]["perplexity"]),
     }  # fmt: skip
 
 
-def fitted(curve: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Scale and exponent of `saap.pipeline.recover.forecast.share_after` that are nearest to a curve."""
-    if len(curve) < len(LAW):  # of a smoke run
-        return LAW
-    tokens, shares = map(np.array, zip(*curve, strict=True))
-    found, _ = curve_fit(lambda n, scale, exponent: 1 - (1 + n / scale) ** -exponent, tokens, shares, p0=LAW)
+def fitted(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Scale and exponent of `saap.pipeline.recover.forecast.share_after` nearest to tokens and their shares."""
+    tokens, shares = map(np.array, zip(*points, strict=True))
+    start = LAWS[Tuning.FULL]
+    found, _ = curve_fit(
+        lambda n, scale, power: 1 - (1 + n / scale) ** -power, tokens, shares, start, bounds=(0, np.inf)
+    )
     return float(found[0]), float(found[1])
 
 

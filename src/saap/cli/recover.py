@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 from saap.cli.flags import Argument
@@ -14,7 +15,7 @@ from saap.settings.setting import Only, Settings
 class Preview(Settings):
     """What `saap recover` does instead of its work."""
 
-    dry_run: Annotated[bool, output_flag("Try two steps; print what the run would take and give.")] = False
+    dry_run: Annotated[bool, output_flag("Try a few steps; print what the run would cost and gain.")] = False
 
 
 def recover(
@@ -33,15 +34,17 @@ def recover(
         raise ConfigurationError("--output-dir is missing", "Specify the folder to write with -o DIR, or use --dry-run")
     from saap.cli.show.output import make_reporter, show
     from saap.cli.show.recover import print_forecast, print_recovery
-    from saap.pipeline.recover.forecast import forecast
-    from saap.pipeline.recover.run import run_recover
 
     with make_reporter(display) as reporter:
         if preview.dry_run:
+            from saap.pipeline.recover.forecast import forecast
+
             found = forecast(model, config, options, reporter)
+            display, shown = display.model_copy(update={"quiet": False}), found.as_dict()
+            draw = partial(print_forecast, found)
         else:
+            from saap.pipeline.recover.run import run_recover
+
             report = run_recover(model, config, options, reporter).report
-    if preview.dry_run:
-        show(display.model_copy(update={"quiet": False}), found.as_dict(), lambda: print_forecast(found))
-    else:
-        show(display, report.as_dict(), lambda: print_recovery(report))
+            shown, draw = report.as_dict(), partial(print_recovery, report)
+    show(display, shown, draw)

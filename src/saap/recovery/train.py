@@ -138,17 +138,17 @@ class Trainer:
             self.report.step(round(1000 * share), 1000)
             if validation is not None:
                 self._write(STATE, self.state, training)
-                self.report.line(_line(point, share, training))
+                self.report.line(_line(point, validation, share, training))
         _read_state(self.folder / BEST, self.parameters)
         training.stopped_by, training.seconds = stopped_by, round(training.seconds, 3)
         return training
 
-    def seconds_of_step(self) -> float:
-        """Seconds of a step, from the second of two, by which the parameters change."""
+    def seconds_of_token(self) -> float:
+        """Measured in two steps after a first one; the parameters change."""
         self._step(Training())
         clock = time.perf_counter()
-        self._step(Training(step=1))
-        return self._since(clock)
+        tokens = sum(self._step(Training(step=step))[2] for step in (1, 2))
+        return self._since(clock) / tokens
 
     def _since(self, clock: float) -> float:
         """Seconds since then, averaged over the processes so that all of them use one clock."""
@@ -163,7 +163,7 @@ class Trainer:
             return training
         training = Training()
         if self.teacher is not None:
-            training.validation_teacher = self.held_out_loss(self.teacher)
+            training.validation_teacher = self.held_out_loss(self.teacher, remedy="Check --dense")
         self._validate(training)
         of_teacher = "" if training.validation_teacher is None else f" (the teacher {training.validation_teacher:.4f})"
         self.report.line(f"before training: validation {training.validation_before:.4f}{of_teacher}")
@@ -298,7 +298,7 @@ class Trainer:
         return value
 
     @torch.no_grad()
-    def held_out_loss(self, walker: BlockWalker, step: int = 0) -> float:
+    def held_out_loss(self, walker: BlockWalker, step: int = 0, remedy: str = "Lower --learning-rate") -> float:
         """Mean -log p of the held-out examples by the walker's model, after that step. Raises NonFiniteLossError."""
         examples = self.data.held_out
         total = torch.zeros(1, dtype=widest_dtype(self.device), device=self.device)
@@ -312,19 +312,18 @@ class Trainer:
                 total += losses.sum().to(total.device)
         value = float(self.processes.total(total)) / sum(int(example.learned.sum()) for example in examples)
         if not math.isfinite(value):
-            raise NonFiniteLossError(f"The validation loss is not finite after step {step}", "Lower --learning-rate")
+            raise NonFiniteLossError(f"The validation loss is not finite after step {step}", remedy)
         return value
 
 
-def _line(point: CurvePoint, share: float, training: Training) -> str:
+def _line(point: CurvePoint, validation: float, share: float, training: Training) -> str:
     speed = point.tokens / point.seconds if point.seconds else 0.0
     left = point.seconds / share * (1 - share) if share else 0.0
     gap = 0.0 if training.validation_teacher is None else training.validation_before - training.validation_teacher
-    closed = (training.validation_before - (point.validation or 0.0)) / gap if gap > 0 else None
-    gap_closed = "" if closed is None else f" ({closed:.0%} of the gap closed)"
+    closed = f" ({(training.validation_before - validation) / gap:.0%} of the gap closed)" if gap > 0 else ""
     return (
-        f"step {point.step}: loss {point.loss:.4f}, validation {point.validation:.4f}{gap_closed}, "
-        f"{speed:.0f} tokens/s, about {left:.0f} s left"
+        f"step {point.step}: loss {point.loss:.4f}, validation {validation:.4f}{closed}, {speed:.0f} tokens/s, "
+        f"about {left:.0f} s left"
     )
 
 

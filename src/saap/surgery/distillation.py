@@ -63,14 +63,17 @@ class DistillationText:
 
 
 @torch.no_grad()
-def distill(backend: Backend, blocks: Sequence[str], text: DistillationText) -> tuple[float, float]:
+def distill(
+    backend: Backend, blocks: Sequence[str], text: DistillationText, on_change: Callable[[], None] = lambda: None
+) -> tuple[float, float]:
     """Train by the KL divergence of the dense model's predictions from the pruned one's, in place.
 
     backend: of the pruned model, whose `blocks` are the paths of those that are left. One pass over the text; where
     that does not lower the divergence on the held-out text, the weights stay as they were. The final norm and the head
     stay, so that one head reads both streams. Of several processes each computes for the sequences whose dense hidden
-    states it has, and all take the same steps. Returns the divergence on the held-out text before and after, in nats
-    per token; zeros where there is nothing to train or to compensate. Raises NonFiniteLossError.
+    states it has, and all take the same steps. on_change: called before weights in files are changed. Returns the
+    divergence on the held-out text before and after, in nats per token; zeros where there is nothing to train or to
+    compensate. Raises NonFiniteLossError.
     """
     if len(text.tokens) <= text.held_out:
         return 0.0, 0.0
@@ -78,7 +81,7 @@ def distill(backend: Backend, blocks: Sequence[str], text: DistillationText) -> 
     if not training.values:
         return 0.0, 0.0
     with inference_only(backend.model):
-        return training.run()
+        return training.run(on_change)
 
 
 class _Distillation:
@@ -123,7 +126,7 @@ class _Distillation:
             size = weight.float().square().mean().sqrt()
             self.scales[f"{name}.lora_B"] = float(UP_SCALE * size * math.sqrt(inputs / RANK))
 
-    def run(self) -> tuple[float, float]:
+    def run(self, on_change: Callable[[], None]) -> tuple[float, float]:
         """Train, and keep what is better."""
         rows = len(self.text.tokens) - self.text.held_out
         each = max(SEQUENCES, -(-rows // STEPS))
@@ -150,6 +153,7 @@ class _Distillation:
         after = self._divergence()
         if not after < before:  # or not finite
             self.values, after = start, before
+        on_change()
         for path in self.walker.paths:
             onload(self.model, path, change=True)
             self._put_vectors(path)

@@ -9,14 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saap.core.records import CoupledGroup
-from saap.models.structure.cut import cut_groups
+from saap.models.structure.cut import cut_bundles
 from saap.models.walk.backend import Backend
 from saap.models.walk.finished import read_finished, write_finished
 from saap.models.walk.offload import OffloadedWeights, offloaded
 from saap.models.walk.spill import FileTensors, Tensors
 
-KEEP, ERRORS = "keep/", "errors/"
+KEEP, ERRORS, WRITTEN = "keep/", "errors/", "written"
 
 
 class FinishedReconstruction(NamedTuple):
@@ -32,14 +31,15 @@ class FinishedReconstruction(NamedTuple):
 class ReconstructionRecord:
     """Record of the finished blocks in a folder.
 
-    digest: of all that decides the result. resumed: called when a reconstruction resumes.
+    folder: also of the changed weights. digest: of all that decides the result. on_resume: called when a reconstruction
+    resumes.
     """
 
     backend: Backend
     weights: OffloadedWeights
     folder: Path
     digest: str
-    resumed: Callable[[], None]
+    on_resume: Callable[[], None]
 
     @classmethod
     def of(cls, backend: Backend, digest: str) -> ReconstructionRecord | None:
@@ -58,6 +58,8 @@ class ReconstructionRecord:
         self.weights.offload()
         state = {f"{KEEP}{name}": np.array(units, dtype=np.float64) for name, units in keep.items()}
         state |= {f"{ERRORS}{path}": np.array([error]) for path, error in errors.items()}
+        parts = map(self.weights.part_of, self.backend.graph.blocks[:blocks])
+        state[WRITTEN] = np.array([layer for layer, part in enumerate(parts) if part.written], dtype=np.float64)
         write_finished(self.folder, self.digest, blocks, streams, state)
 
     def read(self) -> FinishedReconstruction | None:
@@ -68,7 +70,7 @@ class ReconstructionRecord:
         found = read_finished(self.folder, self.digest)
         if found is None:
             return None
-        self.resumed()
+        self.on_resume()
         streams: list[Tensors] = [FileTensors(self.folder, one) for one in found.streams]
         state = found.state
         keep = {name.removeprefix(KEEP): units for name, units in state.items() if name.startswith(KEEP)}
@@ -76,17 +78,8 @@ class ReconstructionRecord:
         finished = FinishedReconstruction(
             found.steps, streams, {name: tuple(map(int, units)) for name, units in keep.items()}, errors
         )
-        graph = self.backend.graph
-        for layer in range(finished.blocks):
-            cut_bundles(self.backend, [group for group in graph.in_block(layer) if group.name in keep], finished.keep)
-            self.weights.adopt(graph.blocks[layer])
+        model, graph = self.backend.model, self.backend.graph
+        for layer in map(int, state[WRITTEN]):
+            cut_bundles(model, [group for group in graph.in_block(layer) if group.name in keep], finished.keep)
+            self.weights.read_written(graph.blocks[layer])
         return finished
-
-
-def cut_bundles(backend: Backend, groups: Sequence[CoupledGroup], keep: Mapping[str, Sequence[int]]) -> None:
-    """Cut groups to the units in `keep`, those of a bundle together."""
-    bundles: dict[str, list[CoupledGroup]] = {}
-    for group in groups:
-        bundles.setdefault(group.bundle or group.name, []).append(group)
-    for bundle in bundles.values():
-        cut_groups(backend.model, bundle, keep)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from saap.core.records import CoupledGroup, FloatArray, Role, StructurePlan
 from saap.models.loading.precision import at_least_float32
-from saap.models.structure.cut import cut_groups
+from saap.models.structure.cut import cut_bundles, cut_groups
 from saap.models.structure.keep_index import KeepIndex, require_possible, unit_channels
 from saap.models.structure.least_squares import Moments, removal_order, ridge_fit
 from saap.models.structure.linear import contracted_axis, weight_out_in
@@ -29,7 +29,7 @@ from saap.models.walk.residual import ResidualPath, residual_paths
 from saap.models.walk.spill import PackedTensors, Tensors, drained
 from saap.models.walk.walk import embed, run_block
 from saap.models.walk.walker import Contexts
-from saap.surgery.finished import ReconstructionRecord, cut_bundles
+from saap.surgery.finished import ReconstructionRecord
 from saap.surgery.held_out import MICRO_BATCH, require_sequences, rows_to_fit_on
 from saap.surgery.merging import merge_experts, merged_stacks
 from saap.surgery.stacked import GramMatrices, fit_columns, one_by_one, stacks_of
@@ -81,15 +81,15 @@ def reconstruct(
     others: (sequences, length) ids of further text, of which only the dense model's hidden states are wanted.
     Of the processes of the backend each runs a part of the sequences; the first one chooses and fits, from the moments
     of all. Its products count for forward passes; moments and solutions are of float32 and more.
-    digest: of all that decides the result; with it, weights in files and a spill that resumes, each finished block is
-    recorded, and an interrupted reconstruction resumes after the last one.
+    digest: of all that decides the result. With it, each finished block is recorded if weights are in files and the
+    spill resumes. An interrupted reconstruction then resumes after the last one.
     Raises CalibrationError for a single sequence, PlanError for a plan that the model cannot follow, StaleInputError.
     """
     require_sequences(len(tokens))
     require_possible(backend.graph, plan.keep, plan.dropped_blocks)
     walk = _BlockByBlock(backend, plan, tokens, settings, tokens[:0] if others is None else others)
     record = ReconstructionRecord.of(backend, digest)
-    for layer in range(walk.resumed(record), len(backend.graph.blocks)):
+    for layer in range(walk.resume(record), len(backend.graph.blocks)):
         walk.run_block(layer)
         if record is not None:
             streams = [walk.others, walk.dense, *([] if walk.pruned is walk.dense else [walk.pruned])]
@@ -123,8 +123,7 @@ class _BlockByBlock:
     def __init__(
         self, backend: Backend, plan: StructurePlan, tokens: Tensor, settings: ReconstructionSettings, others: Tensor
     ) -> None:
-        self.backend, self.plan, self.settings = backend, plan, settings
-        self.model, self.graph = backend.model, backend.graph
+        self.model, self.graph, self.plan, self.settings = backend.model, backend.graph, plan, settings
         self.processes, self.keep, self.walker = backend.processes, backend.keep, backend.walker()
         self.exact = dataclasses.replace(backend, products=None).walker()
         self.sequences, self.result = len(tokens), Reconstruction()
@@ -144,8 +143,8 @@ class _BlockByBlock:
         """Indices of this process' micro-batches."""
         return self.processes.share(-(-self.sequences // MICRO_BATCH))
 
-    def resumed(self, record: ReconstructionRecord | None) -> int:
-        """The number of blocks that an interrupted run has finished, after which this one goes on."""
+    def resume(self, record: ReconstructionRecord | None) -> int:
+        """The number of blocks that an interrupted run has finished, after which this one resumes."""
         found = None if record is None else record.read()
         if found is None:
             return 0
@@ -243,7 +242,7 @@ class _BlockByBlock:
     def _cut(self, groups: Sequence[CoupledGroup]) -> None:
         """Cut groups to the plan's own units."""
         self.result.keep |= {group.name: self.plan.kept(group) for group in groups}
-        cut_bundles(self.backend, groups, self.plan.keep)
+        cut_bundles(self.model, groups, self.plan.keep)
 
     def _consumers(self, layer: int, groups: Sequence[CoupledGroup]) -> list[_Consumer]:
         """The block's consumers in the order in which they run."""

@@ -44,16 +44,17 @@ def print_recovery(report: RecoverReport) -> None:
 
 
 def print_forecast(found: RecoveryForecast) -> None:
-    """What a recovery would take and give."""
+    """The forecast of a recovery."""
     console = console_for_tables()
     console.print(f"model: {escape(found.model)}, {found.parameters:,} parameters would be trained")
     console.print(f"a step takes {found.seconds_of_step:.2f} s; {found.steps:,} steps until the first limit")
     console.print(f"about {found.tokens:,} tokens in {found.seconds / 60:.1f} minutes of training")
+    teacher = "" if found.validation_teacher is None else f" (the teacher {found.validation_teacher:.4f})"
     if found.validation is None or found.gap_closed is None:
-        console.print(f"validation {found.validation_before:.4f}; without a teacher nothing says what it will be")
+        console.print(f"validation {found.validation_before:.4f}{teacher}; its end is not forecast for these settings")
     else:
         console.print(
-            f"validation {found.validation_before:.4f} -> about {found.validation:.4f}, the teacher has "
-            f"{found.validation_teacher:.4f}: about {found.gap_closed:.0%} of the gap is closed"
+            f"validation {found.validation_before:.4f} -> about {found.validation:.4f}{teacher}: "
+            f"about {found.gap_closed:.0%} of the gap is closed"
         )
     console.print("nothing was written.")

@@ -19,7 +19,7 @@ DeviceMap = str | Mapping[str, int | str]
 DEVICE_MAPS = ("auto", "balanced", "sequential")
 """Strategies of accelerate to place the blocks of a model on several devices."""
 
-KEPT_PRODUCTS = "64"
+PRIMITIVE_CACHE_CAPACITY = "64"
 """Kinds of products, by shape, that oneDNN keeps compiled; of its 1,024 each takes up to a megabyte."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -143,7 +143,7 @@ def _medium_products(wanted: bool) -> Iterator[None]:
     Products are then by oneDNN, which reads its limit from the environment when it first keeps one.
     """
     if wanted:
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KEPT_PRODUCTS)
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVE_CACHE_CAPACITY)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if wanted else before)
     try:

@@ -42,6 +42,15 @@ def cut_groups(model: nn.Module, groups: Sequence[CoupledGroup], keep: Mapping[s
             rescale_norm(model.get_submodule(norm), share, norm)
 
 
+def cut_bundles(model: nn.Module, groups: Sequence[CoupledGroup], keep: Mapping[str, Sequence[int]]) -> None:
+    """Cut dense groups to the units in `keep` as `cut_groups` does, those of a bundle together."""
+    bundles: dict[str, list[CoupledGroup]] = {}
+    for group in groups:
+        bundles.setdefault(group.bundle or group.name, []).append(group)
+    for bundle in bundles.values():
+        cut_groups(model, bundle, keep)
+
+
 def _resize(model: nn.Module, tensor: str, axes: Mapping[int, KeptAxis]) -> None:
     """Cut a parameter or a buffer, unless a constant has replaced it."""
     module, parameter = held(model, tensor)

@@ -53,6 +53,8 @@ def read_finished(folder: Path, walk: str) -> FinishedBlocks | None:
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata()
+            if header["walk"] != walk:
+                return None
             streams = tuple(
                 StoredSequence(name, tuple(Piece(at, size, tuple(shape), *of) for at, size, shape, *of in pieces))
                 for name, pieces in json.loads(header["streams"])
@@ -63,10 +65,13 @@ def read_finished(folder: Path, walk: str) -> FinishedBlocks | None:
             raise ValueError("it is incomplete")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise StaleInputError(f"{path} has no finished blocks ({error})", f"Delete {folder}") from None
-    if found.walk != walk:
-        return None
     _delete_others(folder, found)
     return found
+
+
+def forget_finished(folder: Path) -> None:
+    """Delete the record of a walk; what it needs is left."""
+    (folder / NAME).unlink(missing_ok=True)
 
 
 def _delete_others(folder: Path, found: FinishedBlocks) -> None:

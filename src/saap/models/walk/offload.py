@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import swap_tensors
 
+from saap.core.errors import ModelError, StaleInputError
 from saap.models.checkpoint.safetensor_files import StoredTensors, TensorEntry, write_tensors
 from saap.models.structure.linear import embedding_of
 
@@ -31,12 +32,13 @@ class Part:
     """Modules that are onloaded and offloaded together: a decoder block, or the large modules around the blocks.
 
     modules: by path. sources: functions that read the stored weights, by the names in `named_parameters`. changed:
-    whether the weights in memory differ from the stored ones.
+    whether the weights in memory differ from the stored ones. written: whether the stored ones were changed before.
     """
 
     modules: Mapping[str, nn.Module]
     sources: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
     changed: bool = False
+    written: bool = False
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters by path and name, a tied one once."""
@@ -121,21 +123,31 @@ class OffloadedWeights:
         """A stored weight in the compute type."""
         return stored.to(self.rounded) if self.rounded is not None and stored.is_floating_point() else stored
 
-    @torch.no_grad()
-    def adopt(self, path: str) -> None:
-        """Give the part of a module the weights that an earlier run has written, if there are any.
+    def part_of(self, path: str) -> Part:
+        """The part of a module of that path."""
+        return next(part for part in self.parts if path in part.modules)
 
-        The module must have been cut to their shapes.
+    @torch.no_grad()
+    def read_written(self, path: str) -> None:
+        """Load the changed weights that an earlier run has written for the part of a module, cut to their shapes.
+
+        Raises StaleInputError if they are missing or damaged, or of other shapes.
         """
-        part = next(part for part in self.parts if path in part.modules)
+        part = self.part_of(path)
         file = self._file(part)
-        if not file.exists():
-            return
         self.onload(part)
-        files = StoredTensors.in_files((file,))
-        for name, parameter in part.named_parameters().items():
+        parameters = part.named_parameters()
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        try:
+            files = StoredTensors.in_files((file,))
+        except ModelError as error:
+            raise StaleInputError(error.offender, f"Delete {file.parent}") from None
+        if files.shapes != shapes:
+            raise StaleInputError(f"{file} does not have the weights of {path}", f"Delete {file.parent}")
+        for name, parameter in parameters.items():
             parameter.copy_(files.read(name))
-        part.sources, part.changed = {name: partial(files.read, name) for name in files.shapes}, False
+        part.sources = {name: partial(files.read, name) for name in parameters}
+        part.changed, part.written = False, True
 
     def _file(self, part: Part) -> Path:
         """File of the part's weights once they are changed."""
@@ -151,7 +163,8 @@ class OffloadedWeights:
         }
         write_tensors(path, entries, {"format": "pt"})
         files = StoredTensors.in_files((path,))
-        part.sources, part.changed = {name: partial(files.read, name) for name in entries}, False
+        part.sources = {name: partial(files.read, name) for name in entries}
+        part.changed, part.written = False, True
 
 
 def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +27,7 @@ from saap.models.loading.devices import copied, quick_products, spread_over
 from saap.models.loading.pretrained import load, load_offloaded
 from saap.models.loading.references import resolve_model
 from saap.models.walk.backend import Backend
+from saap.models.walk.finished import forget_finished
 from saap.models.walk.offload import offloaded
 from saap.models.walk.spill import Spill
 from saap.pipeline.prune.baselines import biases_for
@@ -55,8 +55,6 @@ class Restored(BaseModel):
     distillation: tuple[float, float] | None = None
 
 
-FINISHED = "reconstruction"
-"""Folder of the finished blocks of the reconstruction, until the model is made."""
 LEAST_SEQUENCES = 4
 """Of so many the distillation gets half, as there is little left to learn from fitted ones. Fewer are all fitted."""
 EVALUATED_SEQUENCES = 8
@@ -134,7 +132,6 @@ def make_model(run: Run, target: Target, plan: StructurePlan, scores: Importance
             _write_folder(run, target, model, plan, structure, scores)
         record = {"base_model_type": made.base_model_type, "restored": restored.model_dump()}
         run.work.write_json(CUT.file_of(target.name), record)
-        shutil.rmtree(run.work.file(FINISHED), ignore_errors=True)
     return made
 
 
@@ -184,8 +181,16 @@ def cut_and_restore(
         if run.options.out is not None:  # as files of offloaded weights have them by now
             _round_weights(model, run.loaded.dtype)
         with run.tokens.images(model):
-            restored.distillation = distill(_restoring(run, model, 1), blocks, text)
+            # what it writes is no longer what the record of the reconstruction is about
+            restored.distillation = distill(_restoring(run, model, 1), blocks, text, lambda: _forget_record(model))
     return plan, restored
+
+
+def _forget_record(model: nn.Module) -> None:
+    """Have an interrupted run reconstruct again from the first block."""
+    weights = offloaded(model)
+    if weights is not None and weights.folder is not None:
+        forget_finished(weights.folder)
 
 
 def _restoring(run: Run, model: nn.Module, half: int) -> Backend:
@@ -213,9 +218,10 @@ def _reconstructed(
     fitted = len(tokens) - (len(tokens) // 2 if len(tokens) >= LEAST_SEQUENCES else 0)
     tokens, others = tokens[:fitted], tokens[fitted:]
     backend, digest = _restoring(run, model, 0), digest_of([plan.digest, run.tokens.refit.digest])
-    if offloaded(model) is not None:
+    weights = offloaded(model)
+    if weights is not None and weights.folder is not None:
         resumed = partial(run.meter.reporter.note, "the reconstruction resumes after its last finished block")
-        backend = dataclasses.replace(backend, spill=Spill(run.work.file(FINISHED), resumed))
+        backend = dataclasses.replace(backend, spill=Spill(weights.folder, resumed))
     with run.tokens.images(model):
         done = reconstruct(backend, plan, tokens, settings, others, digest)
     keep = {name: done.keep.get(name, kept) for name, kept in plan.keep.items()}

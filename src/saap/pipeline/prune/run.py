@@ -272,5 +272,6 @@ def _check_disk(run: Run) -> None:
         parameters = run.graph.parameters
         left = [parameters - (one.budget.removal if one.budget is not None else 0) for one in run.targets]
         scored = 4 * run.tokens.scored.tokens.size * sizes.width * (sizes.blocks + 2)
-        needed = max(needed, scored) + int(DISK_SPARE * (sum(left) + max(left)) * run.loaded.dtype.itemsize)
+        recorded = 12 * run.tokens.refit.tokens.size * sizes.width if run.config.restore else 0  # three streams
+        needed = max(needed + recorded, scored) + int(DISK_SPARE * (sum(left) + max(left)) * run.loaded.dtype.itemsize)
     check_place(run.options.out, needed)

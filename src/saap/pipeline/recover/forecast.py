@@ -1,8 +1,9 @@
-"""What a recovery will take and give, from two of its steps and a law of what tokens give."""
+"""Forecast of a recovery, from a few of its steps and a law of what tokens gain."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -11,26 +12,29 @@ from typing import Any
 
 from saap.core.errors import ConfigurationError
 from saap.models.loading.devices import quick_float32_products
+from saap.models.walk.processes import Processes
 from saap.pipeline.recover.context import prepare
 from saap.pipeline.recover.run import load_teacher, model_to_train, trainer_of, training_products
 from saap.pipeline.shared.inputs import RunOptions
 from saap.pipeline.shared.progress import Reporter, Silent
-from saap.recovery.train import Trainer
-from saap.settings.recover import RecoverConfig
+from saap.settings.recover import RecoverConfig, Tuning
 
-LAW = 190_000.0, 0.5
+LAWS: Mapping[Tuning, tuple[float, float]] = {Tuning.FULL: (190_000.0, 0.5)}
 """Tokens T and exponent b of the share of the gap that is closed after n tokens, 1 - (1 + n / T)^-b."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryForecast:
-    """Steps, tokens and seconds of a recovery until its first limit, and what it gives.
+    """Costs and gain of a recovery until its first limit.
 
-    parameters: how many are trained. seconds_of_step: measured. validation: loss on the held-out text, now, by the
-    teacher, and at the end; the last two and gap_closed are None without a teacher.
+    parameters: how many are trained. seconds_of_step: with as many tokens as an average one. seconds: of the training
+    with its validations. validation_before: loss of the model on the held-out text, in nats per token.
+    validation_teacher: that of the teacher, None without one. gap_closed: share of the difference that is closed in the
+    end, None without a difference or a law for the tuning. validation: the loss in the end, None with gap_closed.
     """
 
     model: str
+    tuning: Tuning
     parameters: int
     seconds_of_step: float
     steps: int
@@ -46,48 +50,49 @@ class RecoveryForecast:
         return asdict(self)
 
 
-def share_after(tokens: float) -> float:
-    """Share of the gap to the teacher that is closed after so many tokens, 0 to 1, about.
+def share_after(tokens: float, tuning: Tuning) -> float:
+    """Share of the gap to the teacher that is closed after so many tokens, 0 to 1, about. Raises KeyError.
 
     Source: a power law in tokens as the P2 law's (Chen et al. 2024), fitted to `docs/results/recovery.md`.
     """
-    scale, exponent = LAW
+    scale, exponent = LAWS[tuning]
     return 1 - math.pow(1 + tokens / scale, -exponent)
 
 
 def forecast(
     source: str | Path, config: RecoverConfig, options: RunOptions, reporter: Reporter | None = None
 ) -> RecoveryForecast:
-    """What `run_recover` would take and give; two steps are tried, and nothing is written. Raises SaapError."""
-    run = prepare(str(source), config, options, reporter or Silent())
-    if run.processes.count > 1:
+    """Costs and gain of `run_recover`; a few steps are tried, and nothing is written. Raises SaapError."""
+    if Processes.found().count > 1:
         raise ConfigurationError("--dry-run tries one process alone", "Start it without torchrun or accelerate launch")
-    teacher, (model, _, parameters) = load_teacher(run), model_to_train(run)
+    if config.on_policy:
+        raise ConfigurationError("--dry-run does not time what --on-policy writes", "Leave out one of the two")
+    run = prepare(str(source), config, options, reporter or Silent())
+    teacher = load_teacher(run) if run.config.distillation else None
+    model, _, parameters = model_to_train(run)
     trainer = trainer_of(run, model, teacher, parameters, Path())
     with quick_float32_products(), training_products(run):
+        of_teacher = None if trainer.teacher is None else trainer.held_out_loss(trainer.teacher)
         clock = perf_counter()
-        taught = None if trainer.teacher is None else trainer.held_out_loss(trainer.teacher)
         before = trainer.held_out_loss(trainer.walker)
-        validating = (perf_counter() - clock) / (1 if taught is None else 2)
-        step = trainer.seconds_of_step()
-    steps, tokens = _until_limit(run.config, trainer, step + validating / config.validate_every)
-    closed = None if taught is None else share_after(tokens)
+        validating = perf_counter() - clock
+        tokens_of_step = run.config.batch * fmean(len(one.tokens) for one in run.data.train)
+        step = tokens_of_step * trainer.seconds_of_token()
+    of_each = step + validating / run.config.validate_every
+    steps = _steps(run.config, tokens_of_step, of_each)
+    tokens = round(steps * tokens_of_step)
+    tuning, closed, after = run.config.tuning, None, None
+    if of_teacher is not None and of_teacher < before and tuning in LAWS:
+        closed = share_after(tokens, tuning)
+        after = before - closed * (before - of_teacher)
     return RecoveryForecast(
-        model=str(source), parameters=sum(one.numel() for one in trainer.parameters.values()), seconds_of_step=step,
-        steps=steps, tokens=tokens, seconds=steps * (step + validating / config.validate_every),
-        validation_before=before, validation_teacher=taught, gap_closed=closed,
-        validation=None if taught is None or closed is None else before - closed * (before - taught),
+        model=str(source), tuning=tuning, parameters=sum(one.numel() for one in parameters.values()),
+        seconds_of_step=step, steps=steps, tokens=tokens, seconds=steps * of_each, validation_before=before,
+        validation_teacher=of_teacher, validation=after, gap_closed=closed,
     )  # fmt: skip
 
 
-def _until_limit(config: RecoverConfig, trainer: Trainer, seconds: float) -> tuple[int, int]:
-    """Steps until the first limit, and their tokens. seconds: of a step."""
-    each = config.batch * fmean(len(one.tokens) for one in trainer.data.train)
-    minutes = config.minutes
-    limits = (
-        math.inf if config.max_steps is None else config.max_steps,
-        math.inf if config.max_tokens is None else math.ceil(config.max_tokens / each),
-        math.inf if minutes is None else math.ceil(60 * minutes / seconds),
-    )
-    steps = int(min(limits))
-    return steps, round(steps * each)
+def _steps(config: RecoverConfig, tokens: float, seconds: float) -> int:
+    """Steps until the first limit. tokens, seconds: of a step."""
+    limits = ((config.max_steps, 1.0), (config.max_tokens, tokens), (config.minutes, seconds / 60))
+    return min(math.ceil(limit / each) for limit, each in limits if limit is not None)

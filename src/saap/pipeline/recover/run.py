@@ -57,15 +57,18 @@ def run_recover(
         dense, before = run.recorded()
         try:
             teacher = load_teacher(run)
+            if before is None and teacher is not None:
+                with run.meter.stage(stages.MEASURE_TEACHER):
+                    dense = _measure(run, teacher)
+            teacher = teacher if config.distillation else None
             model, handle, parameters = model_to_train(run)
         except SaapError:
             if run.processes.first:
                 work.close(keep=resumed)  # a rejected run leaves no files
             raise
-        if before is None or (dense is None and teacher is not None):
+        if before is None:
             with run.meter.stage(stages.MEASURE_BEFORE):
-                dense = _measure(run, teacher) if dense is None and teacher is not None else dense
-                before = before or _measure(run, load_model(run.resolved, device=run.device))
+                before = _measure(run, load_model(run.resolved, device=run.device))
         quantised = None
         if config.tuning is Tuning.GROUPWISE:
             with run.meter.stage(stages.MEASURE_QUANTISED):
@@ -193,8 +196,7 @@ def _check_fits(run: Recovery, model: Any) -> None:
 def trainer_of(
     run: Recovery, model: nn.Module, teacher: nn.Module | None, parameters: dict[str, nn.Parameter], folder: Path
 ) -> Trainer:
-    """The trainer of a run; the teacher teaches only where the run distils."""
-    teacher = teacher if run.config.distillation else None
+    """The trainer of a run, with the teacher if the run distils."""
     if run.config.shard:
         layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
         layers += [] if teacher is None else [teacher.get_submodule(path) for path in _linears(teacher)]

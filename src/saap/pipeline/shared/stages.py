@@ -61,6 +61,7 @@ PRUNE = (
 # Stages of `saap recover`; weights are either quantised while they are read or loaded unchanged.
 READ_RECORDS = Stage("read the model's records and the training data", ("MODEL", "DATA"), "examples")
 LOAD_TEACHER = Stage("load the teacher", ("MODEL",), "teacher")
+MEASURE_TEACHER = Stage("measure the teacher", ("teacher",), "figures")
 QUANTISE = Stage("quantise the weights", ("MODEL", "examples"), "model")
 MEASURE_QUANTISED = Stage("measure the quantised model", ("model",), "quantised figures")
 MEASURE_BEFORE = Stage("measure the model as it is", ("MODEL",), "figures")
