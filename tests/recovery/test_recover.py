@@ -60,14 +60,17 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tuning", ["groupwise", "full"])
-def test_a_dry_run_says_what_it_would_take_and_give(
+def test_a_dry_run_forecasts_costs_and_gain(
     dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tuning: str
 ) -> None:
-    small = tmp_path / "small"
-    saap.prune(dense, pruning_ratio=0.2, out=small, **PRUNING)
+    learned, small = tmp_path / "learned", tmp_path / "small"
+    taught = {"data": [text], "tuning": "full", "distillation": 0, "learning_rate": 0.01}
+    saap.recover(dense, **taught, out=learned, **{**QUICK, "max_steps": 30})  # so that there is something to lose
+    plain = {**PRUNING, "refit_tokens": None, "restore": False, "roles": ["ffn"]}
+    saap.prune(learned, pruning_ratio=0.4, out=small, **plain)
     flags = ["recover", str(small), "--data", str(text), "--tuning", tuning, *FLAGS]
     found = json.loads(run(capsys, *flags, "--dry-run", "--json")[1])
-    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    assert {path.name for path in tmp_path.iterdir()} == {"learned", "small"}
     assert (found["steps"], found["tokens"]) == (4, 4 * 4 * 32)
     assert found["seconds"] > 4 * found["seconds_of_step"] > 0
     if tuning == "full":
@@ -80,9 +83,9 @@ def test_a_dry_run_says_what_it_would_take_and_give(
     assert (tuned["steps"], tuned["tokens"]) == (found["steps"], found["tokens"])
     assert tuned["validation_before"] == pytest.approx(found["validation_before"], rel=1e-5)
 
-    text_of_it = " ".join(run(capsys, *flags, "--dry-run", "--max-minutes", "1", "--distillation", "0")[1].split())
-    assert "4 steps until the first limit" in text_of_it
-    assert "not forecast" in text_of_it
+    printed = " ".join(run(capsys, *flags, "--dry-run", "--max-minutes", "1", "--distillation", "0")[1].split())
+    assert "4 steps until the first limit" in printed
+    assert "not forecast" in printed
     code, _, error = run(capsys, *flags, "--dry-run", "--on-policy", "0.5")
     assert (code, error.count("--on-policy")) == (2, 1)
 
