@@ -169,7 +169,7 @@ def kept_of(orders: Mapping[str, list[int]], ratio: float) -> dict[str, tuple[in
 
 
 def tuned_routers(request: Request, model: str, folder: Path, dense: Dense) -> Values:
-    """What `saap recover --tune router` makes of the mixture without half of its experts."""
+    """What `saap recover --tuning router` makes of the mixture without half of its experts."""
     half = [(one, round(RATIOS[MOST] * one.units)) for one in dense.graph.of_role(Role.EXPERT)]
     removed = sum(count * one.parameters_per_unit(dense.graph.shapes) for one, count in half)
     ratio = f"{removed / dense.graph.block_parameters - 1e-4:.4f}"
