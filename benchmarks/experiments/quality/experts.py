@@ -197,12 +197,16 @@ def summarise(cells: Cells) -> Values:
                         "unpruned": unpruned, "best": min(ratios, key=lambda score: ratios[score]),
                         "quotient": ratios[OURS] / ratios[Importance.REAP],
                     })  # fmt: skip
+    compared = compared_rows(cells)
     quotients = [row["quotient"] for row in rows if row["removed"] == MOST]
     return {
         "rows": rows, "scores": [*map(str, SCORES), RANDOM], "least": min(quotients), "most": max(quotients),
         "upcycling": {text: cells["upcycled/mixed"]["unpruned"][text] / found for text, found in cells[DENSE].items()},
         "routers": {model: cells[f"{model}/{ROUTER}"] for model in MODELS}, "half": RATIOS[MOST],
-        "compared": compared_rows(cells),
+        "compared": compared, "better": {
+            f"{one} than {other}": sum(row[one] < row[other] for row in compared)
+            for one, other in (("adaptive", "equal"), ("dropped", "equal"), ("merged", "dropped"), ("merged", "equal"))
+        },
         "wins": {score: sum(row["best"] == score for row in rows) for score in (*map(str, SCORES), RANDOM)},
     }  # fmt: skip
 
