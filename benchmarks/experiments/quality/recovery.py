@@ -13,7 +13,7 @@ from harness.experiment import Cells, Figures, Measured, Names, Request, Scaled,
 from lab.commands import pruned_folder, timed_saap
 from lab.dense import model_in
 from lab.texts import INSTRUCTIONS, perplexities, texts
-from scipy.optimize import curve_fit
+from scipy.optimize import least_squares
 
 from saap.core.manifest import read_manifest
 from saap.evaluation.generation import BUNDLED, cloze, generation_figures, read_prompts, write
@@ -125,10 +125,8 @@ def fitted(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
     """Scale and exponent of `saap.pipeline.recover.forecast.share_after` nearest to tokens and their shares."""
     tokens, shares = map(np.array, zip(*points, strict=True))
     start = LAWS[Tuning.FULL]
-    found, _ = curve_fit(
-        lambda n, scale, power: 1 - (1 + n / scale) ** -power, tokens, shares, start, bounds=(0, np.inf)
-    )
-    return float(found[0]), float(found[1])
+    found = least_squares(lambda law: 1 - (1 + tokens / law[0]) ** -law[1] - shares, start, x_scale=start)
+    return float(found.x[0]), float(found.x[1])
 
 
 def closed(logs: Mapping[str, Mapping[str, float]], state: str) -> dict[str, float]:
