@@ -81,6 +81,7 @@ def test_a_dry_run_forecasts_costs_and_gain(
         assert found["gap_closed"] is found["validation"] is None
     tuned = json.loads(run(capsys, *flags, "--out", tmp_path / "tuned", "--json")[1])
     assert (tuned["steps"], tuned["tokens"]) == (found["steps"], found["tokens"])
+    assert tuned["validation_teacher"] == pytest.approx(found["validation_teacher"], rel=1e-5)  # it is distilled from
     assert tuned["validation_before"] == pytest.approx(found["validation_before"], rel=1e-5)
 
     printed = " ".join(run(capsys, *flags, "--dry-run", "--max-minutes", "1", "--distillation", "0")[1].split())

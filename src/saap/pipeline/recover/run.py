@@ -60,7 +60,7 @@ def run_recover(
             if before is None and teacher is not None:
                 with run.meter.stage(stages.MEASURE_TEACHER):
                     dense = _measure(run, teacher)
-            teacher = teacher if config.distillation else None
+            teacher = teacher if run.config.distillation else None
             model, handle, parameters = model_to_train(run)
         except SaapError:
             if run.processes.first:
