@@ -316,11 +316,18 @@ class Trainer:
         return value
 
 
+def gap_closed(teacher: float, before: float, after: float) -> float | None:
+    """Share of the gap in loss to the teacher that is closed, negative if it grew; None without a gap."""
+    gap = before - teacher
+    return (before - after) / gap if gap > 0 else None
+
+
 def _line(point: CurvePoint, validation: float, share: float, training: Training) -> str:
     speed = point.tokens / point.seconds if point.seconds else 0.0
     left = point.seconds / share * (1 - share) if share else 0.0
-    gap = 0.0 if training.validation_teacher is None else training.validation_before - training.validation_teacher
-    closed = f" ({(training.validation_before - validation) / gap:.0%} of the gap closed)" if gap > 0 else ""
+    teacher, before = training.validation_teacher, training.validation_before
+    share_closed = None if teacher is None else gap_closed(teacher, before, validation)
+    closed = "" if share_closed is None else f" ({share_closed:.0%} of the gap closed)"
     return (
         f"step {point.step}: loss {point.loss:.4f}, validation {validation:.4f}{closed}, {speed:.0f} tokens/s, "
         f"about {left:.0f} s left"

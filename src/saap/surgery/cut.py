@@ -13,7 +13,7 @@ from saap.core.records import CoupledGroup, ModelGraph, StructurePlan
 from saap.models.checkpoint.layer_fields import text_part
 from saap.models.checkpoint.pruned_structure import PrunedStructure, structure_of
 from saap.models.checkpoint.stock_config import keep_layers
-from saap.models.structure.cut import cut_groups, held
+from saap.models.structure.cut import bundles_of, cut_groups, held
 from saap.models.structure.keep_index import require_possible
 
 BLOCK_NUMBER_NAMES = ("layer_idx", "layer_id", "layer_number")
@@ -30,7 +30,6 @@ def cut(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> PrunedStruc
     require_possible(graph, plan.keep, plan.dropped_blocks)
     losing = [group for group in graph.groups if len(plan.kept(group)) < group.units]
     owners: dict[tuple[str, int], str] = {}
-    bundles: dict[str, list[CoupledGroup]] = {}
     for group in losing:
         name = group.bundle or group.name
         for member in group.members:
@@ -40,9 +39,7 @@ def cut(model: nn.Module, graph: ModelGraph, plan: StructurePlan) -> PrunedStruc
                     f"The groups {other} and {group.name} share an axis of {member.tensor}",
                     "Prune only one of their roles",
                 )
-        if group.layer not in plan.dropped_blocks:
-            bundles.setdefault(name, []).append(group)
-    for groups in bundles.values():
+    for groups in bundles_of([group for group in losing if group.layer not in plan.dropped_blocks]):
         if not _is_cut(model, graph, groups[0]):
             cut_groups(model, groups, plan.keep)
     if plan.dropped_blocks:

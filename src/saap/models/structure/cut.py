@@ -44,11 +44,16 @@ def cut_groups(model: nn.Module, groups: Sequence[CoupledGroup], keep: Mapping[s
 
 def cut_bundles(model: nn.Module, groups: Sequence[CoupledGroup], keep: Mapping[str, Sequence[int]]) -> None:
     """Cut dense groups to the units in `keep` as `cut_groups` does, those of a bundle together."""
-    bundles: dict[str, list[CoupledGroup]] = {}
-    for group in groups:
-        bundles.setdefault(group.bundle or group.name, []).append(group)
-    for bundle in bundles.values():
+    for bundle in bundles_of(groups):
         cut_groups(model, bundle, keep)
+
+
+def bundles_of(groups: Sequence[CoupledGroup]) -> list[list[CoupledGroup]]:
+    """The groups that are cut together."""
+    bundles: dict[str, list[CoupledGroup]] = defaultdict(list)
+    for group in groups:
+        bundles[group.bundle or group.name].append(group)
+    return list(bundles.values())
 
 
 def _resize(model: nn.Module, tensor: str, axes: Mapping[int, KeptAxis]) -> None:

@@ -34,7 +34,7 @@ from saap.pipeline.recover.context import Recovery
 from saap.pipeline.shared.digests import weights_digest
 from saap.pipeline.shared.outcome import Behaviour
 from saap.pipeline.shared.tokens import EVALUATION
-from saap.recovery.train import Training
+from saap.recovery.train import Training, gap_closed
 
 SUMMARY = {"validation_before", "validation_teacher", "validation", "best_step", "tokens", "seconds", "stopped_by"}
 """Fields of a Training that are copied to report and manifest."""
@@ -98,8 +98,7 @@ class RecoverResult:
 
 def share_closed(dense: float, before: float, after: float) -> float | None:
     """Share of the gap in log-perplexity to the dense model that is closed, negative if it grew; None without a gap."""
-    gap = math.log(before) - math.log(dense)
-    return (math.log(before) - math.log(after)) / gap if gap > 0 else None
+    return gap_closed(math.log(dense), math.log(before), math.log(after))
 
 
 def not_quantised(model: nn.Module) -> tuple[str, ...]:
@@ -120,7 +119,7 @@ def recovery_report(
     layout = Layout.ADAPTIVE if model.config.model_type == MODEL_TYPE else Layout.UNIFORM
     entries = stored_entries(model, run.dtype)
     value = {name: one.perplexity for name, one in measured.items()}
-    gap_closed = share_closed(value["dense"], value["before"], value["recovered"]) if "dense" in value else None
+    closed = share_closed(value["dense"], value["before"], value["recovered"]) if "dense" in value else None
     return RecoverReport(
         model=run.resolved.source, path=None if out is None else str(out), tuning=str(config.tuning),
         bits=config.bits if packed else None, group_size=config.group_size if packed else None,
@@ -129,7 +128,7 @@ def recovery_report(
         dtype=str(run.dtype).removeprefix("torch."), evaluation_text=EVALUATION,
         evaluation_tokens=run.evaluation_tokens, perplexity_dense=value.get("dense"),
         perplexity_before=value["before"], perplexity_quantised=value.get("quantised"), perplexity=value["recovered"],
-        gap_closed=gap_closed, **training.model_dump(include=SUMMARY), steps=training.step,
+        gap_closed=closed, **training.model_dump(include=SUMMARY), steps=training.step,
         prompt=measured["before"].prompt, answer_dense=measured["dense"].answer if "dense" in measured else None,
         answer_before=measured["before"].answer, answer=measured["recovered"].answer, stages=tuple(run.meter.stages),
         load_lines=() if out is None else load_lines(out, str(layout), folder=run.resolved.folder),
