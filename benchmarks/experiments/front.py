@@ -12,7 +12,7 @@ from harness.experiment import Request, Values, experiment
 from harness.store import ROOT, finished_cells
 from lab.commands import TEST
 
-from experiments.quality import comparison, models, perplexity
+from experiments.quality import comparison, models
 from saap.reporting.figures import COLOURS, MARKERS, Figure, plain_ticks
 
 OURS = "saap"
@@ -95,8 +95,8 @@ def front(request: Request) -> dict[str, Any]:
     return {
         "points": found, "shown": [NAMES[model] for model in shown],
         "missing": [name for model, name in NAMES.items() if model not in shown], "removed": removed,
-        "at": [_at(model, found, removed) for model in shown], "runs": _runs(request), "quick": _quick(request),
-        "session": session(), "coders": [NAMES[models.QWEN], NAMES[models.LARGE]],
+        "at": [_at(model, found, removed) for model in shown], "runs": _runs(request),
+        "smallest": NAMES[models.SMOLLM2], "session": session(), "coders": [NAMES[models.QWEN], NAMES[models.LARGE]],
     }  # fmt: skip
 
 
@@ -128,18 +128,6 @@ def _runs(request: Request) -> list[Values]:
                 "cores": machine["cores"],
             })  # fmt: skip
     return found
-
-
-def _quick(request: Request) -> Values | None:
-    """Time and memory of the quickest run of the smallest model; None if it is missing or the machine was busy."""
-    run = cells_of("quality.perplexity", request).get("fast-mixed")
-    found = run and perplexity.run_summary(run)
-    if not run or not found or not found["seconds"]:
-        return None
-    return {
-        "model": NAMES[models.SMOLLM2], "minutes": found["seconds"] / 60,
-        "memory": found["peak_resident_bytes"] / 1e9, "cores": run["environment"]["cores"],
-    }  # fmt: skip
 
 
 def session() -> Values | None:
