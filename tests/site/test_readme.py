@@ -16,7 +16,7 @@ SMALLER = {"100M": "40k", "6GB": "100GB"}
 """What does not fit a tiny model, and what does."""
 ROWS = {
     "see time, memory and disk first": "", "reach a size": "", "keep what the model is for": "",
-    "remove whole experts until half of the blocks' parameters are gone": "experts",
+    "remove half of the blocks' parameters as whole experts": "experts",
     "prune a model that does not fit the memory": "",
 }  # fmt: skip
 """Rows that are cheap to carry out, and the model that they need."""

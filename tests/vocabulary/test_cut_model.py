@@ -32,7 +32,9 @@ def test_logits_are_those_of_the_kept_tokens(tied):
     before = copy.deepcopy(model)
     cut_rows(model, KEPT, model_logits)
     old, new = torch.tensor([KEPT]), torch.arange(len(KEPT))[None]
-    assert torch.equal(model(new).logits, before(old).logits[..., list(KEPT)])
+    assert torch.equal(model.lm_head.weight, before.lm_head.weight[list(KEPT)])
+    # Products of other sizes may round differently.
+    torch.testing.assert_close(model(new).logits, before(old).logits[..., list(KEPT)], rtol=0, atol=1e-6)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
     assert model.config.vocab_size == model.lm_head.out_features == len(KEPT)
     assert not any(parameter.requires_grad for parameter in model.parameters())
