@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -47,6 +49,15 @@ def test_a_hub_id_without_a_connection_asks_for_a_folder(monkeypatch: pytest.Mon
     monkeypatch.setattr(references.huggingface_hub.HfApi, "repo_info", unreachable)
     with pytest.raises(ModelError, match=r"no folder nobody/nothing-at-all.*cannot be reached"):
         resolve_model("nobody/nothing-at-all")
+
+
+def test_a_gated_model_names_the_page_of_its_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gated(*_: object, **__: object) -> str:
+        raise GatedRepoError("403", response=MagicMock())
+
+    monkeypatch.setattr(references.huggingface_hub, "snapshot_download", gated)
+    with pytest.raises(ModelError, match=r"its terms. Accept them on https://huggingface.co/some/model, and log"):
+        resolve_model("some/model")
 
 
 def test_a_model_that_must_be_here_is_not_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,12 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from saap.core.errors import ModelError, first_line
@@ -167,6 +172,11 @@ def _download(source: str, revision: str | None, wanted: list[str], *, fetch: bo
         return Path(huggingface_hub.snapshot_download(source, **options))
     except HFValidationError:
         raise ModelError(f"The folder {source} does not exist", _GIVE_MODEL) from None
+    except GatedRepoError:
+        raise ModelError(
+            f"The hub gives {source} only to those who have accepted its terms",
+            f"Accept them on https://huggingface.co/{source}, and log in with `hf auth login`",
+        ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ModelError(
             f"There is no folder {source}, and the hub rejects it as a model ({first_line(error)})",
