@@ -328,6 +328,31 @@ def test_more_tokens_than_rows_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, folder, "320 tokens", "100 rows")
 
 
+def test_added_tokens_beyond_the_embedding_are_left_out(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    rows = len(tokenizer)
+    expected = fields_from_huggingface(tokenizer, rows)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"], "pad_token": "<beyond>"})
+    fields = dict(fields_from_huggingface(tokenizer, rows))
+    assert "pad_token_id" not in fields
+    assert fields == {name: value for name, value in expected if name != "pad_token_id"}
+    family_model("llama", vocab_size=rows).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    done = export_gguf(tmp_path / "model", tmp_path / "out.gguf", quantization="f32")
+    assert done.same_tokens
+
+
+def test_stored_rotary_frequencies_are_left_out(tmp_path: Path) -> None:
+    folder = family_folder(tmp_path / "model", "llama")
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    done = export_gguf(folder, tmp_path / "out.gguf", quantization="f32")
+    assert done.agreement is not None
+    assert done.agreement.share == 1.0
+
+
 @pytest.mark.parametrize("emptied", [{"merges": []}, {"merges": [], "vocab": {}}])
 def test_a_tokenizer_without_merges_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], emptied: dict[str, Any]

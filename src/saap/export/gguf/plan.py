@@ -31,6 +31,7 @@ _Q, _K, _V, _O, _QKV = (f"self_attn.{name}_proj" for name in ("q", "k", "v", "o"
 _QNORM, _KNORM = "self_attn.q_norm", "self_attn.k_norm"
 _GATE, _UP, _DOWN = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 _BLOCK = "model.layers.{}."
+_FREQUENCIES = "rotary_emb.inv_freq"
 # Module attributes that follow from tensor sizes, so they need no field.
 _DERIVED = ("num_key_value_groups", "num_heads", "num_key_value_heads", "num_experts", "num_local_experts")
 # Minimum share of equal predictions of a correct file; types not listed have no minimum.
@@ -97,14 +98,9 @@ class GgufPlan:
         self.least_agreement = LEAST_OF_PACKED if packed else LEAST_AGREEMENT.get(quantization, 0.0)
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
     def needed_bytes(self) -> int:
         """Bytes on disk at most: llama.cpp's quantiser makes its file, no larger, from that of the plan."""
-        return self._copies * self.weight_bytes
+        return self._copies * sum(tensor.nbytes for tensor in self.tensors)
 
     def _stored_sizes(self) -> list[LayerSizes]:
         """The sizes of each layer.
@@ -213,12 +209,17 @@ class GgufPlan:
 
     @property
     def _written(self) -> dict[str, Shape]:
-        """The stored tensors that the file has: no tied output, no norm before an attention that llama.cpp skips."""
+        """The stored tensors that the file has.
+
+        Left out are a tied output, the norm before an attention that llama.cpp skips, and the rotary frequencies that
+        old checkpoints store: llama.cpp computes them and rejects a file that has them.
+        """
         skipped = {
             f"{_BLOCK.format(layer)}input_layernorm.weight" for layer, b in enumerate(self._blocks) if not b.heads
         }
         if getattr(self._config, "tie_word_embeddings", False):
             skipped.add("lm_head.weight")
+        skipped.update(name for name in self._shapes if name.endswith(_FREQUENCIES))
         return {name: shape for name, shape in self._shapes.items() if name not in skipped}
 
     def _all_tensors(self, factors: tuple[float, ...] | None) -> list[PlannedTensor]:

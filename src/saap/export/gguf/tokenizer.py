@@ -64,7 +64,8 @@ def fields_from_gguf(path: Path, known: Mapping[str, int], rows: int) -> WriterF
 def fields_from_huggingface(tokenizer: Any | None, vocabulary: int) -> WriterFields:
     """The tokenizer fields of a folder, padded with unused tokens to the rows of the embedding.
 
-    Raises ExportError if there is none, llama.cpp does not support its kind, or it has more tokens than rows.
+    Added tokens beyond these rows are left out, as in published Gemma 3 models for text: the model cannot read them.
+    Raises ExportError if there is none, llama.cpp does not support its kind, or its own vocabulary has more tokens.
     """
     if tokenizer is None:
         raise ExportError(
@@ -81,20 +82,19 @@ def fields_from_huggingface(tokenizer: Any | None, vocabulary: int) -> WriterFie
             f"A tokenizer of type {model['type']} cannot be written as GGUF by saap", "Use one of type BPE"
         )
     texts: dict[int, str] = {index: text for text, index in model["vocab"].items()}
-    added = {entry["id"]: entry for entry in described["added_tokens"]}
-    texts |= {index: entry["content"] for index, entry in added.items()}
-    if max(texts) >= vocabulary:
+    if (last := max(texts, default=-1)) >= vocabulary:
         raise ExportError(
-            f"The tokenizer has {max(texts) + 1} tokens, the embedding {vocabulary} rows",
-            "Use the model's own tokenizer",
+            f"The tokenizer has {last + 1} tokens, the embedding {vocabulary} rows", "Use the model's own tokenizer"
         )
+    added = {entry["id"]: entry for entry in described["added_tokens"] if entry["id"] < vocabulary}
+    texts |= {index: entry["content"] for index, entry in added.items()}
     tokens = [texts.get(index, f"[PAD{index}]") for index in range(vocabulary)]
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
     by_pieces = bool(model.get("byte_fallback"))
     unknown = model.get("unk_token") if by_pieces else None
     kinds = [_kind(texts.get(index), added.get(index), unknown, by_pieces) for index in range(vocabulary)]
     kind_fields = _pieces(described, tokens, merges) if by_pieces else _bytes(described, merges)
-    return [*kind_fields, ("token_list", tokens), ("token_types", kinds), *_special(tokenizer)]
+    return [*kind_fields, ("token_list", tokens), ("token_types", kinds), *_special(tokenizer, vocabulary)]
 
 
 def _kind(text: str | None, added: Mapping[str, Any] | None, unknown: str | None, by_pieces: bool) -> int:
@@ -158,10 +158,10 @@ def _pieces(described: Mapping[str, Any], tokens: Sequence[str], merges: Sequenc
     return [*described_so, ("token_scores", scores), ("add_space_prefix", prepends)]
 
 
-def _special(tokenizer: Any) -> Iterator[tuple[str, Any]]:
+def _special(tokenizer: Any, vocabulary: int) -> Iterator[tuple[str, Any]]:
     for name in ("bos", "eos", "unk", "pad"):
         index = getattr(tokenizer, f"{name}_token_id", None)
-        if index is not None:
+        if index is not None and index < vocabulary:
             yield f"{name}_token_id", int(index)
     sample = list(tokenizer("a").input_ids)
     yield "add_bos_token", sample[:1] == [tokenizer.bos_token_id]
