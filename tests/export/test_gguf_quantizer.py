@@ -159,11 +159,10 @@ def test_an_importance_matrix_for_another_type_is_refused(tmp_path: Path, capsys
 
 
 def test_a_missing_llama_cpp_is_said_before_the_model_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = family_folder(tmp_path / "model", "llama", **SIZES)
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("llama_cpp") else found(name))
     with pytest.raises(ExportError, match=r"The type q4_k_m needs the package llama-cpp-py-sync"):
-        export_gguf(folder, tmp_path / "out.gguf", quantization="q4_k_m", verify=False)
+        export_gguf(tmp_path / "missing", tmp_path / "out.gguf", quantization="q4_k_m", verify=False)
 
 
 @pytest.mark.parametrize(

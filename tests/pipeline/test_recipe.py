@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -287,6 +288,22 @@ def test_a_changed_text_or_model_changes_the_digests(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-4] + b"\1\2\3\4")
     third = [step.digest for step in recipe_steps(recipe_from(tree, "r"))]
     assert all(len({*digests}) == 3 for digests in zip(first, second, third, strict=True))
+
+
+@pytest.mark.parametrize(("package", "words"), [("gguf", "gguf needs the package"), ("llama_cpp_py_sync", "Checking")])
+def test_missing_packages_of_an_export_are_said_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, words: str
+) -> None:
+    tree = {
+        "model": str(tiny.folder(tmp_path / "model")), "out": str(tmp_path / "out"), "prune": SMALL,
+        "export": {"small": {}},
+    }  # fmt: skip
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+    for carry_out_recipe in (preview_recipe, run_recipe):
+        with pytest.raises(SaapError, match=words):
+            carry_out_recipe(recipe_from(tree, "r"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_all_steps_of_several_ratios(tmp_path: Path) -> None:

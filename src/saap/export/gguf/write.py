@@ -27,7 +27,6 @@ from saap.export.placing import check_file
 from saap.export.source import ExportSource, Progress
 from saap.models.checkpoint.groupwise import PackedMatrices
 from saap.models.checkpoint.safetensor_files import StoredTensors
-from saap.models.loading.llama_cpp import llama_cpp_is_installed
 from saap.settings.export import ExportRequest, GgufType
 
 CHUNK_VALUES = 2**20
@@ -43,7 +42,6 @@ def write(
     with the layers if llama.cpp cannot compute the same, OutputError.
     """
     kind = request.quantization
-    _check_packages(request)
     packed = PackedMatrices(source.resolved.folder) if kind is GgufType.Q4_1 else None
     plan = GgufPlan(source.config, source.tensors.shapes, kind, packed.names if packed is not None else ())
     said: dict[str, Any] = dict(plan.fields)
@@ -80,17 +78,6 @@ def write(
         not_packed=None if packed is None else packed.refused, **found,
     )  # fmt: skip
     return done.model_copy(update={"notes": tuple(notes(done))})
-
-
-def _check_packages(request: ExportRequest) -> None:
-    needs = "Checking the file" if request.verify else ""
-    if request.quantization.made_by_llama_cpp:
-        needs = f"The type {request.quantization}"
-    if needs and not llama_cpp_is_installed():
-        remedy = "Run pip install 'saap[gguf]', or use --no-verify"
-        if request.quantization.made_by_llama_cpp:
-            remedy = "Run pip install 'saap[gguf]', or use --quantization q8_0 --no-verify"
-        raise ExportError(f"{needs} needs the package llama-cpp-py-sync", remedy)
 
 
 def _require(checked: Agreement, plan: GgufPlan, out: Path) -> None:

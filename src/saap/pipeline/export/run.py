@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from saap.core.errors import ModelError, OutputError, first_line
 from saap.export.model_card import load_lines
+from saap.export.packages import check_packages
 from saap.export.placing import check_file, check_output
 from saap.export.source import Exported, open_source
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
@@ -37,9 +38,10 @@ def export_model(
     """Write a model atomically in a format of the registry.
 
     source: anything that `saap prune` accepts, or its result. Raises ExportError with the layers that the format does
-    not support, ConfigurationError for a missing package, OutputError, ModelError.
+    not support or for missing llama.cpp, ConfigurationError for another missing package, OutputError, ModelError.
     """
     progress, target = reporter or Silent(), Path(out)
+    check_packages(request)
     write: Any = request.format.load()
     check = check_file if request.format.suffix else check_output
     check(target, 0, overwrite=overwrite)

@@ -19,6 +19,7 @@ from saap.data.texts import check_source
 from saap.discovery import discover
 from saap.discovery.blocks import find_blocks
 from saap.evaluation.generation import BUNDLED
+from saap.export.packages import check_packages
 from saap.export.placing import check_place
 from saap.models.checkpoint.groupwise import linears_inside
 from saap.models.loading.devices import pick_device, pick_dtype
@@ -77,6 +78,8 @@ def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, An
 
 def _check_inputs(recipe: Recipe) -> None:
     """Check the later steps early, as far as that needs no results of earlier ones."""
+    for wanted in recipe.export.values():
+        check_packages(wanted)
     resolved = resolve_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     manifest = manifest_of(resolved) if recipe.prune is None else None  # a model pruned here has none yet
     choices: list[DenseChoice] = []
@@ -267,6 +270,8 @@ def preview_recipe(recipe: Recipe) -> dict[str, Any]:
     """
     pick_device(recipe.device)
     _check_texts(recipe)
+    for wanted in recipe.export.values():
+        check_packages(wanted)
     resolved = resolve_model(recipe.model, recipe.revision, recipe.trust_remote_code, weights=False)
     dtype = pick_dtype(recipe.dtype, source=resolved.dtype)
     load_tokenizer(resolved)
