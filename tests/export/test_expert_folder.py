@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -84,6 +85,24 @@ def test_they_open_with_the_values_that_the_format_defines(tmp_path: Path, name:
     assert resolve_model(folder).dtype == torch.bfloat16
     with pytest.raises(ModelError, match="quantised with"):
         open_skeleton(resolve_model(folder), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss"])
+def test_exports_have_the_buffers_and_no_quantisation_of_the_source(tmp_path: Path, name: str) -> None:
+    folder = published(tmp_path, name)
+    tensors = tensors_of(folder)
+    bias = next((key for key in tensors if key.endswith("e_score_correction_bias")), None)
+    if bias is not None:  # published in more bits than the weights
+        tensors[bias] = tensors[bias].float() + torch.arange(len(tensors[bias])) / 1000
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        file = saap.export_gguf(folder, tmp_path / "out.gguf", quantization="f32", verify=False).path
+        found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
+        assert found["blk.1.exp_probs_b.bias"].tolist() == tensors[bias].tolist()
+    written = tensors_of(saap.export_mlx(folder, tmp_path / "mlx"))
+    assert "quantization_config" not in json.loads((tmp_path / "mlx" / "config.json").read_text())
+    if bias is not None:
+        assert torch.equal(written.pop(bias), tensors[bias])
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
 
 
 OPTIONS: dict[str, Any] = {

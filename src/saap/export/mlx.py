@@ -29,7 +29,7 @@ from saap.export.source import Exported, ExportSource, Progress
 from saap.models.checkpoint.groupwise import PACKED_FILE, GroupwiseWeight, read_packed
 from saap.models.checkpoint.modeling_pruned import MODEL_TYPE
 from saap.models.checkpoint.pruned_structure import MLX_LOADER
-from saap.models.checkpoint.safetensor_files import Shape, TensorEntry
+from saap.models.checkpoint.safetensor_files import Shape, StoredTensors, TensorEntry, weight_files
 from saap.models.loading.references import read_config
 from saap.settings.export import ExportRequest
 
@@ -72,7 +72,10 @@ def write(source: ExportSource, out: Path, request: ExportRequest, *, overwrite:
     folder, shapes = source.resolved.folder, source.tensors.shapes
     packed = read_packed(folder) if (folder / "saap" / PACKED_FILE).is_file() else {}
     needs_loader = source.config.model_type == MODEL_TYPE or any(_is_stacked(name) for name in shapes)
-    fields = mlx_fields(read_config(folder), packed, needs_loader=needs_loader)
+    config = read_config(folder)
+    if source.resolved.quantisation is not None:
+        config.pop("quantization_config")  # the weights are written dequantised
+    fields = mlx_fields(config, packed, needs_loader=needs_loader)
     check_structure(fields, shapes, packed)
     checked = check_in_mlx(fields, shapes) if request.verify else None
     entries = mlx_entries(source, packed)
@@ -191,7 +194,7 @@ def check_in_mlx(fields: Mapping[str, Any], shapes: Mapping[str, Shape]) -> str 
 def mlx_entries(source: ExportSource, packed: Mapping[str, GroupwiseWeight]) -> dict[str, TensorEntry]:
     """The tensors to write by name: as stored, or with packed weights all in one type that holds their scales."""
     tensors = source.tensors
-    stored = {name: tensors.read(name).dtype for name in tensors.shapes}
+    stored = _stored_dtypes(source)
     exact = torch.float32 if any(dtype == torch.float32 for dtype in stored.values()) else torch.float16
     entries: dict[str, TensorEntry] = {}
     for name, shape in tensors.shapes.items():
@@ -211,6 +214,19 @@ def mlx_entries(source: ExportSource, packed: Mapping[str, GroupwiseWeight]) -> 
         dtype = exact if packed and stored[name].is_floating_point else stored[name]
         entries[name] = TensorEntry(dtype=dtype, shape=shape, make=partial(_read, source, name, dtype))
     return entries
+
+
+def _stored_dtypes(source: ExportSource) -> dict[str, torch.dtype]:
+    """The type of each tensor in the files; of weights that were quantised there, the type that they stand for."""
+    stored = dict(source.tensors.dtypes)
+    if source.resolved.quantisation is None:
+        return stored
+    in_files = StoredTensors.in_files(weight_files(source.resolved.folder)).dtypes
+    for name, dtype in stored.items():
+        known = in_files.get(name, source.resolved.dtype)
+        if dtype.is_floating_point:
+            stored[name] = known if known.is_floating_point and known.itemsize > 1 else source.resolved.dtype
+    return stored
 
 
 def _read(source: ExportSource, name: str, dtype: torch.dtype) -> Tensor:

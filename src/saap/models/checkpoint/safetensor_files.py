@@ -121,8 +121,13 @@ class StoredTensors:
 
     @classmethod
     def of_model(cls, model: nn.Module) -> StoredTensors:
-        """Tensors of a model in memory; tied tensors have only their first name."""
-        tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
+        """Tensors of a model in memory as a checkpoint has them; tied tensors have only their first name."""
+        tensors: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                tensors[name] = tensor.detach()
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         return cls(shapes, {name: tensor.dtype for name, tensor in tensors.items()}, tensors.__getitem__)
 
